@@ -1,0 +1,43 @@
+"""What can go wrong, and with which exit code.
+
+    TunesmithError
+    |- InputError      2   the user's input: recipe, data, model folder
+    |- MachineError    3   the machine: memory, disk, permissions, network
+    |- GateError       4   a gate said no: preflight, guard, repeated NaN, parity
+    `- Interrupted   130   stopped by a signal; the run can be resumed (143 for SIGTERM)
+
+A message says what is wrong, where (file:line, row id or recipe key) and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class TunesmithError(Exception):
+    """Base of everything that tunesmith raises on purpose. `fix` is the next thing to try."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        remedy = f"\n  fix: {self.fix}" if self.fix else ""
+        return f"{place}{self.what}{remedy}"
+
+
+class InputError(TunesmithError):
+    exit_code = 2
+
+
+class MachineError(TunesmithError):
+    exit_code = 3
+
+
+class GateError(TunesmithError):
+    exit_code = 4
+
+
+class Interrupted(TunesmithError):
+    exit_code = 130

@@ -1,0 +1,319 @@
+"""Every object that flows through tunesmith, in the order in which it flows.
+
+    Recipe (wish) -> Plan (every value with its reason) -> Batches -> Events -> RunRecord -> Report
+
+All are frozen. Only `Batch` holds tensors; the rest holds plain values and can be written as JSON.
+Shape letters: T tokens of a pack, S supervised targets of a pack, V vocabulary, L tokens of a document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Json = dict[str, Any]
+
+# ---------------------------------------------------------------- facts
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has. Bytes are what is there, `available_bytes` what is free now."""
+
+    device: Literal["cpu", "cuda"]
+    device_name: str
+    cores: int
+    memory_bytes: int
+    available_bytes: int
+    disk_free_bytes: int
+    bf16_matmul: bool  # bf16 matrix products run in hardware
+    compiler: str | None  # path of a C compiler, for the CPU kernels
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model folder says about itself; read from config.json and the safetensors headers, weights untouched."""
+
+    name: str
+    path: Path
+    architecture: str  # LlamaForCausalLM
+    model_type: str  # llama
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    context_length: int
+    tied_head: bool
+    parameters: int
+    dtype: str
+    origin: str = ""  # where the weights come from, for people
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of the matrices inside the decoder layers: what a token's forward multiplies with."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the data check has to say. `rows` names at most a few; `count` counts all."""
+
+    check: str
+    level: Literal["info", "warn", "error"]
+    message: str
+    count: int = 0
+    rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a parse-only pass over one data file found; lengths in tokens of the rendered documents."""
+
+    path: str
+    format: str
+    why_format: str
+    rows: int  # data rows read; each keeps its slot in the step schedule
+    documents: int  # what they became: one a conversation, or one an assistant turn
+    tokens: int
+    supervised_tokens: int
+    dropped: dict[str, int] = field(default_factory=dict[str, int])  # reason -> rows without a document
+    truncated: int = 0
+    length_percentiles: dict[str, int] = field(default_factory=dict[str, int])  # p50, p90, p99, max
+    fingerprint: str = ""  # sha256 over the bytes of the file
+    findings: tuple[Finding, ...] = ()
+
+
+# ---------------------------------------------------------------- decision
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value of the plan. `by`: the user said so, a rule decided, or the model's own files did."""
+
+    value: Any
+    by: Literal["you", "rule", "checkpoint"]
+    why: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every value that a run obeys. `train` accepts nothing else; `recipe` is the wish that it came from."""
+
+    recipe: Json
+    choices: dict[str, Choice]
+    machine: Machine
+    model: ModelSpec
+    data: dict[str, DataReport]  # role (data | eval_data | test_data) -> report
+    steps: int
+    tokens_per_epoch: int
+    memory_bytes: dict[str, int]  # component -> predicted bytes, with "peak"
+    warnings: tuple[str, ...] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        return self.choices[key].value
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it stands in the file. `id` is `name:line`, and survives to the Batch."""
+
+    id: str
+    data: Json
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, understood. Either `messages` (with `turn_weights`, one a message; 0 = not trained) or `text`."""
+
+    id: str
+    messages: tuple[Json, ...] = ()
+    turn_weights: tuple[float, ...] = ()
+    tools: tuple[Json, ...] = ()
+    text: str | None = None
+    prompt: str | None = None  # with `text`: the part before it, not trained (completion rows without a template)
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Tokens that may see each other. `weights_L[i]` is the weight of token i *as a target*; weights_L[0] is 0."""
+
+    id: str  # the row's id
+    tokens_L: np.ndarray  # int32
+    weights_L: np.ndarray  # float32
+
+    def __len__(self) -> int:
+        return len(self.tokens_L)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Documents computed in one forward, side by side, blind to each other."""
+
+    documents: tuple[Document, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who may see whom in a pack: the only description that attention gets. Segment i is tokens
+    starts[i] : starts[i] + lengths[i]; a token sees the earlier tokens of its own segment, itself included."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A pack as tensors. Targets are a list apart: hidden state `positions_S[k]` predicts `targets_S[k]`."""
+
+    tokens_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64, from 0 in each document
+    layout: Layout
+    positions_S: torch.Tensor  # int64, into T
+    targets_S: torch.Tensor  # int64
+    weights_S: torch.Tensor  # float32
+    document_S: torch.Tensor  # int64, into ids: which document a target belongs to
+    ids: tuple[str, ...]
+    real_tokens: int  # tokens of the documents as rendered, what `tokens` of a step counts
+
+
+# ---------------------------------------------------------------- generation and measurement
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer. Greedy at temperature 0; `seed` makes a sampled answer its own, whatever else runs beside."""
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    text: str  # without the end token or the stop string
+    tokens: tuple[int, ...]
+    finished: Literal["end", "stop", "length"]
+    prompt_tokens: int
+
+
+# ---------------------------------------------------------------- training events
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. `loss` is the mean over the step's target weights; bytes are the peak so far."""
+
+    step: int
+    loss: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    learning_rate: float
+    grad_norm: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measured value with its 95% interval; `n` items, `step` optimizer steps after the start."""
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    step: int
+    id: str
+    prompt: str
+    answer: str
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard or a proof has to say, with its evidence."""
+
+    kind: str
+    level: Literal["ok", "warn", "rollback", "stop"]
+    evidence: str
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Done:
+    step: int
+    reason: Literal["finished", "max_steps", "stopped"]
+    seconds: float
+
+
+Event = StepResult | Score | Sample | Verdict | Saved | Done
+
+
+# ---------------------------------------------------------------- outcome
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric before and after on the same items: the difference is paired, its interval a bootstrap over items."""
+
+    task: str
+    metric: str
+    before: Score
+    after: Score
+    difference: float
+    low: float
+    high: float
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run amounts to; `record.json`. Everything here was measured in this run."""
+
+    version: str
+    plan: Plan
+    proof: tuple[Verdict, ...]
+    comparisons: tuple[Comparison, ...]
+    steps: int
+    tokens: int
+    train_seconds: float
+    peak_bytes: int
+    adapter: str
+    samples: tuple[tuple[Sample, Sample], ...] = ()  # before, after
