@@ -1,0 +1,245 @@
+"""A GGUF file turned into the folder that plain transformers loads: bf16 safetensors, config and tokenizer.
+
+In: one .gguf file of a dense Llama, Qwen2 or Qwen3 architecture. Out: config.json, generation_config.json,
+model.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja and tunesmith.json (where it came from).
+The weights are what the quantisation left of them: a model made from a Q4_1 file has dequantised Q4_1 weights, rounded
+to bf16, so every number measured on it is that model's and not the original's.
+Left out: mixtures of experts, SentencePiece vocabularies, and writing GGUF (`export/gguf.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .gguf_file import GgufFile, TensorInfo, read_gguf, read_tensor
+from .gguf_tokenizer import special_token, write_tokenizer
+
+BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+ROPE_FACTORS = "rope_freqs.weight"  # Llama 3 keeps its rope scaling as a tensor; it becomes a part of config.json
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a GGUF architecture is called in transformers. `rotated`: q and k rows are stored interleaved."""
+
+    model_type: str
+    class_name: str
+    rotated: bool
+
+
+def convert(source: Path, folder: Path, *, origin: str) -> None:
+    """Write the model in `source` to the existing `folder`; one tensor in memory at a time.
+
+    InputError for an architecture, tensor, quantisation, rope or tokenizer that cannot be carried over exactly.
+    """
+    file = read_gguf(source)
+    architecture = _architecture(file)
+    config = _config(file, architecture)
+    names = {tensor.name: _name(file, tensor) for tensor in file.tensors if tensor.name != ROPE_FACTORS}
+    _check_layers(file, set(names.values()), config["num_hidden_layers"])
+    write_tokenizer(file, folder)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", _generation_config(file))
+    _write_json(folder / "tunesmith.json", {"origin": origin})
+    _write_weights(file, names, folder / "model.safetensors", architecture)
+
+
+def bytes_needed(source: Path) -> int:
+    """Disk that `convert` takes: two bytes for each value, and some for the tokenizer."""
+    return sum(2 * int(np.prod(tensor.shape)) for tensor in read_gguf(source).tensors) + 32 * 2**20
+
+
+def _architecture(file: GgufFile) -> Architecture:
+    name = file.need("general.architecture")
+    if name not in ARCHITECTURES:
+        raise InputError(
+            f"cannot convert a GGUF of architecture {name!r}; known: {', '.join(sorted(ARCHITECTURES))}",
+            where=str(file.path),
+            fix="use the model's safetensors folder",
+        )
+    if file.get(f"{name}.expert_count"):
+        raise InputError("a mixture of experts cannot be converted from GGUF", where=str(file.path))
+    return ARCHITECTURES[name]
+
+
+def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
+    prefix = file.need("general.architecture")
+    names = {tensor.name for tensor in file.tensors}
+    heads, hidden = file.need(f"{prefix}.attention.head_count"), file.need(f"{prefix}.embedding_length")
+    head_dim = file.get(f"{prefix}.attention.key_length") or file.get(f"{prefix}.rope.dimension_count")
+    embedding = next((tensor for tensor in file.tensors if tensor.name == "token_embd.weight"), None)
+    if embedding is None:
+        raise InputError("the file has no token_embd.weight", where=str(file.path))
+    config = {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": file.need(f"{prefix}.feed_forward_length"),
+        "num_hidden_layers": file.need(f"{prefix}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.get(f"{prefix}.attention.head_count_kv", heads),
+        "head_dim": head_dim or hidden // heads,
+        "max_position_embeddings": file.need(f"{prefix}.context_length"),
+        "rms_norm_eps": _short(file.need(f"{prefix}.attention.layer_norm_rms_epsilon")),
+        "hidden_act": "silu",
+        "vocab_size": embedding.shape[0],
+        "rope_parameters": _rope(file, prefix, head_dim or hidden // heads),
+        "tie_word_embeddings": "output.weight" not in names,
+        "dtype": "bfloat16",
+        **_ends(file),
+    }
+    if architecture.model_type != "qwen2":  # Qwen2 always has a bias on q, k and v and none on o
+        config["attention_bias"] = "blk.0.attn_q.bias" in names
+    if architecture.model_type == "llama":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in names
+    return config
+
+
+def _rope(file: GgufFile, prefix: str, head_dim: int) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _short(file.get(f"{prefix}.rope.freq_base", 10000.0))}
+    rotary = file.get(f"{prefix}.rope.dimension_count", head_dim)
+    kind = file.get(f"{prefix}.rope.scaling.type", "none")
+    if rotary != head_dim or kind not in ("none", "linear"):
+        what = f"rope over {rotary} of {head_dim} dimensions with scaling {kind!r} cannot be carried over"
+        raise InputError(what, where=str(file.path), fix="use the model's safetensors folder")
+    if kind == "linear":
+        rope |= {"rope_type": "linear", "factor": file.need(f"{prefix}.rope.scaling.factor")}
+    factors = next((tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS), None)
+    return rope if factors is None else rope | _llama3_scaling(file, factors, rope["rope_theta"], head_dim)
+
+
+def _llama3_scaling(file: GgufFile, tensor: TensorInfo, theta: float, head_dim: int) -> dict[str, Any]:
+    """The rope scaling of Llama 3 from its per-frequency divisors; its other three constants have only one value."""
+    factors = read_tensor(file, tensor)
+    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        what = f"the rope divisors in {ROPE_FACTORS} are not those of Llama 3"
+        raise InputError(what, where=str(file.path), fix="use the model's safetensors folder")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _generation_config(file: GgufFile) -> dict[str, Any]:
+    ends = _ends(file)
+    stops = sorted({file.metadata[key] for key in STOP_KEYS if key in file.metadata})
+    return ends | {"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else ends
+
+
+def _ends(file: GgufFile) -> dict[str, Any]:
+    found = {"bos": file.get("tokenizer.ggml.bos_token_id"), "pad": file.get("tokenizer.ggml.padding_token_id")}
+    eot, eos = (file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eos"))
+    found["eos"] = eos if eot is None else eot
+    for name in ("bos", "eos", "eot", "padding"):
+        special_token(file, name)  # refuses an id outside the vocabulary
+    return {f"{name}_token_id": index for name, index in found.items() if index is not None}
+
+
+def _name(file: GgufFile, tensor: TensorInfo) -> str:
+    if tensor.name in TOP_NAMES:
+        return TOP_NAMES[tensor.name]
+    found = BLOCK.fullmatch(tensor.name)
+    if not found or found[2] not in BLOCK_NAMES:
+        raise InputError(f"the tensor {tensor.name} is unknown", where=str(file.path), fix="use the safetensors folder")
+    return f"model.layers.{found[1]}.{BLOCK_NAMES[found[2]]}.{found[3]}"
+
+
+def _check_layers(file: GgufFile, names: set[str], layers: int) -> None:
+    parts = [BLOCK_NAMES[part] for part in BLOCK_NAMES if not part.endswith(("q_norm", "k_norm"))]
+    wanted = [f"model.layers.{layer}.{part}.weight" for layer in range(layers) for part in parts]
+    missing = [name for name in [*wanted, "model.norm.weight"] if name not in names]
+    if missing:
+        raise InputError(f"{len(missing)} tensors are missing, first {missing[0]}", where=str(file.path))
+
+
+def _write_weights(file: GgufFile, names: dict[str, str], path: Path, architecture: Architecture) -> None:
+    tensors = [tensor for tensor in file.tensors if tensor.name in names]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + 2 * int(np.prod(tensor.shape))
+        header[names[tensor.name]] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for values in _values(file, tensors, architecture):
+            output.write(_bfloat16(values).tobytes())
+
+
+def _values(file: GgufFile, tensors: list[TensorInfo], architecture: Architecture) -> Iterator[np.ndarray]:
+    prefix = file.need("general.architecture")
+    heads = file.need(f"{prefix}.attention.head_count")
+    kv_heads = file.get(f"{prefix}.attention.head_count_kv", heads)
+    for tensor in tensors:
+        values = read_tensor(file, tensor)
+        if not np.isfinite(values).all():
+            raise InputError(f"the tensor {tensor.name} holds NaN or infinite values", where=str(file.path))
+        if architecture.rotated and ".attn_q." in tensor.name:
+            values = _halves(values, heads)
+        elif architecture.rotated and ".attn_k." in tensor.name:
+            values = _halves(values, kv_heads)
+        yield values
+
+
+def _halves(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from interleaved pairs (GGUF) to first and second half (transformers)."""
+    rows = values.reshape(heads, values.shape[0] // heads // 2, 2, -1)
+    return rows.swapaxes(1, 2).reshape(values.shape)
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bits of finite float32 values rounded to bfloat16, to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def _short(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", rotated=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", rotated=False),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", rotated=False),
+}

