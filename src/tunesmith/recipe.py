@@ -1,0 +1,215 @@
+"""The recipe: what the user wishes for, under the names that people already know from Hugging Face.
+
+In: plain values (from a file and flags by recipefile.py, or keyword arguments). Out: a frozen `Recipe`, and its JSON
+schema for editors. Values left at "auto" are decided later, in the plan; nothing here looks at the machine, the model
+or the data. A key exists only when it changes what a run does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from tunesmith.types import Json
+
+
+def _no_switch(value: Any) -> Any:
+    """YAML reads on, yes, off and no as true and false, and Python counts true as 1."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are not numbers")
+    return value
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """A list as it is; anything else as a list of one."""
+    return cast("Iterable[Any]", value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _as_sources(value: Any) -> Any:
+    if value is None:
+        return ()
+    return [{"path": item} if isinstance(item, (str, Path)) else item for item in _items(value)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) and value != "auto" else value
+
+
+def _is_template(path: Path) -> Path:
+    if path.suffix != ".jinja":
+        raise ValueError("not a .jinja file")
+    return path
+
+
+class DataSource(BaseModel):
+    """One data file of the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path = Field(description="The file.")
+    format: str = Field("auto", description="Format of its rows; auto detects it and says why.")
+    max_examples: Annotated[int, Field(ge=1), BeforeValidator(_no_switch)] | None = Field(
+        None, description="Read only this many rows of it."
+    )
+
+
+Auto = Literal["auto"]
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_no_switch)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_switch)]
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_switch)]
+Template = Annotated[
+    Path, AfterValidator(_is_template), WithJsonSchema({"type": "string", "description": "the path of a .jinja file"})
+]
+Sources = Annotated[
+    tuple[DataSource, ...],
+    BeforeValidator(_as_sources, json_schema_input_type=Path | DataSource | list[Path | DataSource]),
+]
+
+
+class Recipe(BaseModel):
+    """One fine-tuning run, as wished for. Only `model` and `data` are needed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Name = Field(description="Base model: a built-in name, a local folder, a GGUF file or a hub id.")
+    method: Auto | Literal["lora", "full"] = Field("auto", description="What is trained: an adapter, or all weights.")
+    stage: Literal["sft"] = Field("sft", description="Kind of training; sft is supervised fine-tuning.")
+
+    data: Sources = Field(min_length=1, description="Training rows: a path, or a list of {path, format, max_examples}.")
+    eval_data: Sources = Field((), description="Held-out rows that select (checkpoints, settings); never trained on.")
+    eval_split: Annotated[float, Field(gt=0, lt=1), BeforeValidator(_no_switch)] | None = Field(
+        None, description="Instead of eval_data: this share of data, chosen by hash, is held out."
+    )
+    test_data: Sources = Field((), description="Rows read once, for the before/after; else half of the held-out rows.")
+    retention_data: Path | None = Field(None, description="General text; its bits per byte show what was forgotten.")
+    max_examples: Count | None = Field(None, description="Train on only the first this many rows.")
+    template: Auto | Literal["none"] | Template = Field(
+        "auto", description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file."
+    )
+    answer_schema: Path | None = Field(None, alias="schema", description="JSON schema that a right answer follows.")
+
+    max_length: Auto | Count = Field("auto", description="Longest document, in tokens.")
+    overlong: Literal["drop", "truncate", "refuse"] = Field("drop", description="What happens to longer documents.")
+    pack_length: Auto | Count = Field("auto", description="Tokens computed side by side; changes speed, not results.")
+    batch_size: Auto | Count = Field("auto", description="Data rows per optimizer step.")
+    num_train_epochs: Auto | Positive = Field("auto", description="Passes over the data.")
+    max_steps: Count | None = Field(None, description="Optimizer steps; wins over num_train_epochs.")
+
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=1), BeforeValidator(_no_switch)] = Field(
+        "auto", description="Peak learning rate."
+    )
+    lr_scheduler_type: Auto | Literal["linear", "cosine", "constant"] = Field(
+        "auto", description="How the learning rate falls after warm-up."
+    )
+    warmup_ratio: Auto | Share = Field("auto", description="Share of the steps in which the learning rate rises.")
+    weight_decay: Auto | Share = Field("auto", description="AdamW weight decay, per unit of learning rate.")
+    max_grad_norm: Auto | Positive = Field("auto", description="Gradients are clipped to this norm.")
+
+    lora_r: Auto | Count = Field("auto", description="LoRA rank.")
+    lora_alpha: Auto | Positive = Field(
+        "auto", description="LoRA scale is alpha / rank, alpha / sqrt(rank) for rsLoRA."
+    )
+    lora_dropout: Auto | Share = Field("auto", description="Share of the adapter's inputs dropped while training.")
+    lora_target_modules: Auto | Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1)] = Field(
+        "auto", description="Layers that get an adapter: all-linear, or a list of names such as q_proj."
+    )
+    use_rslora: Auto | bool = Field("auto", description="Scale by alpha / sqrt(rank), for high ranks.")
+
+    dtype: Auto | Literal["bf16", "fp32"] = Field(
+        "auto", description="Number format of the frozen weights and products."
+    )
+    attention: Name = Field("auto", description="Attention backend; auto picks the fastest that is proven equal.")
+    metrics: Auto | Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        "auto", description="Scores of the before/after, by name; auto picks by the answers."
+    )
+    save_steps: Auto | Count = Field("auto", description="Optimizer steps between checkpoints.")
+    eval_steps: Auto | Count = Field("auto", description="Optimizer steps between held-out losses.")
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_no_switch)] = Field(
+        0, description="Fixes the order of rows, the start of the adapter and the samples."
+    )
+    output_dir: Auto | Path = Field("auto", description="The run folder; must be new or empty.")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Recipe:
+        given = {KEYS[name]: getattr(self, name) for name in self.model_fields_set}
+        if problems := [message for _, message in contradictions(given)]:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+KEYS = {name: info.alias or name for name, info in Recipe.model_fields.items()}  # attribute -> recipe key
+
+ALIASES = {
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "finetuning_type": "method",
+    "adapter": "method",
+    "eval_dataset": "eval_data",
+    "val_size": "eval_split",
+    "val_set_size": "eval_split",
+    "max_samples": "max_examples",
+    "chat_template": "template",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "gradient_clipping": "max_grad_norm",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+}
+
+FILE_KEYS = ("data", "eval_data", "test_data", "retention_data")
+
+
+def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(key, message) for keys that cannot both hold. Takes values as written or as validated, paths absolute."""
+    found: list[tuple[str, str]] = []
+    given = {key: value for key, value in values.items() if value not in (None, "auto", (), [])}
+    if "eval_data" in given and "eval_split" in given:
+        found.append(("eval_split", "eval_data and eval_split contradict each other: keep one"))
+    if given.get("method") == "full":
+        adapter_keys = [key for key in given if key.startswith("lora_") or key == "use_rslora"]
+        found += [(key, f"{key} has no effect with method: full, which trains no adapter") for key in adapter_keys]
+    files = {key: _paths(given[key]) for key in FILE_KEYS if key in given}
+    for position, key in enumerate(files):
+        for earlier in list(files)[:position]:
+            if same := files[key] & files[earlier]:
+                found.append((key, f"{key} and {earlier} name the same file, {min(same)}: a score on it shows nothing"))
+    longest, pack = given.get("max_length"), given.get("pack_length")
+    if isinstance(longest, int) and isinstance(pack, int) and longest > pack:
+        found.append(
+            ("pack_length", f"pack_length {pack} is below max_length {longest}: a document must fit in a pack")
+        )
+    return found
+
+
+def _paths(value: Any) -> set[str]:
+    paths: set[str] = set()
+    for item in _items(value):
+        path = item.path if isinstance(item, DataSource) else item
+        if isinstance(item, dict):
+            path = cast("Json", item).get("path")
+        if isinstance(path, (str, Path)):
+            paths.add(os.path.normpath(path))
+    return paths
+
+
+def recipe_schema() -> Json:
+    """JSON schema (draft 2020-12) of a recipe file, aliases included, for editors and other programs."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    properties: Json = schema["properties"]
+    for key in KEYS.values():
+        properties[key].pop("title", None)
+    for alias, key in ALIASES.items():
+        properties[alias] = {**properties[key], "description": f"Same as {key}.", "deprecated": True}
+    spellings = [[key, *(alias for alias, of in ALIASES.items() if of == key)] for key in schema.pop("required")]
+    schema["allOf"] = [{"anyOf": [{"required": [name]} for name in names]} for names in spellings]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

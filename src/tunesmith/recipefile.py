@@ -1,0 +1,260 @@
+"""Reads a recipe file, lets command-line flags win, and says everything that is wrong with it.
+
+In: the path of a YAML file and the flags as text. Out: a frozen Recipe, or one InputError that lists every problem
+with its line. Keys of other tools are taken as an alias, or answered with what to do instead.
+
+Paths of input files are relative to the recipe file, or to the current folder when they come from a flag;
+`output_dir` is always relative to the current folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from tunesmith.errors import InputError
+from tunesmith.recipe import ALIASES, FILE_KEYS, KEYS, DataSource, Recipe, contradictions, recipe_schema
+from tunesmith.types import Json
+from tunesmith.yamlfile import Document, read_flag, read_yaml
+
+COMMAND_LINE = "command line"
+
+INSTEAD = {
+    key: advice
+    for keys, advice in (
+        (
+            "micro_batch_size per_device_train_batch_size gradient_accumulation_steps",
+            "set batch_size, the data rows per optimizer step (micro batch x accumulation x devices); "
+            "how a step is cut into packs follows from the memory",
+        ),
+        ("dataset datasets dataset_name train_file", "set data, a path or a list of {path, format, max_examples}"),
+        ("packing sample_packing neat_packing", "leave it out: documents are always packed, and never see each other"),
+        (
+            "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt mask_history roles_to_train",
+            'leave it out: answers are trained; a message with "train": false in the data is not',
+        ),
+        ("bf16 fp16 tf32 torch_dtype", "set dtype: bf16 or fp32"),
+        ("attn_implementation flash_attn flash_attention", "leave it out, or set attention"),
+        ("gradient_checkpointing deepspeed fsdp", "leave it out: memory is fitted by the plan"),
+        ("optim optimizer", "leave it out: the optimizer is AdamW"),
+        ("warmup_steps", "set warmup_ratio, the share of the steps"),
+        ("lora_target_linear", "set lora_target_modules: all-linear"),
+        ("trust_remote_code", "leave it out: code from a model folder is never run"),
+        ("resume_from_checkpoint", "run `tunesmith resume RUN`"),
+        ("report_to logging_steps", "leave it out: every step is in events.jsonl"),
+    )
+    for key in keys.split()
+}
+
+LATER_KEYS = (
+    "rehearsal", "never", "guard", "adapter_from", "batch_tokens", "modules_to_save", "load_in_4bit", "load_in_8bit",
+    "quantization_bit", "quantization", "use_dora",
+)  # fmt: skip
+LATER_VALUES = {"method": ("qlora", "dora"), "stage": ("cpt", "preference", "pt", "dpo", "orpo", "simpo")}
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One value as the user wrote it; `folder` is what its paths are relative to."""
+
+    written: str  # the key as it stands in the file, with its dashes on the command line
+    value: Any
+    where: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Problem:
+    where: str
+    message: str
+
+
+def load_recipe(path: Path | None, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """`overrides` maps a key, in any spelling, to its text; a list is written as in YAML: `[q_proj, v_proj]`."""
+    document = read_yaml(path) if path else Document("recipe")
+    here = Path.cwd()
+    folder = path.absolute().parent if path else here
+    in_file = [_Given(key, value, document.where((key,)), folder) for key, value in document.values.items()]
+    flags = [_Given(f"--{key}", read_flag(text), COMMAND_LINE, here) for key, text in (overrides or {}).items()]
+    problems = [
+        _Problem(f"{document.name}:{n}", f"'{key}' stands here a second time") for key, n in document.duplicates
+    ]
+    given = _by_key(in_file, problems) | _by_key(flags, problems)
+    values = {key: _anchored(key, item.value, item.folder) for key, item in given.items()}
+    problems += [_Problem(given[key].where, message) for key, message in contradictions(values)]
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _report(document.name, [*problems, *_invalid_values(error, given, document)]) from None
+    if problems:
+        raise _report(document.name, problems)
+    return recipe
+
+
+def _report(name: str, problems: list[_Problem]) -> InputError:
+    if len(problems) == 1:
+        return InputError(problems[0].message, where=problems[0].where)
+    in_order = sorted(problems, key=lambda problem: _line(problem.where))
+    lines = "".join(f"\n  {problem.where}: {problem.message}" for problem in in_order)
+    return InputError(f"{len(problems)} problems{lines}", where=name)
+
+
+def _line(where: str) -> float:
+    line = where.rpartition(":")[2]
+    return int(line) if line.isdigit() else math.inf
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as a file, with the keys that were given; reading it back gives the same recipe anywhere."""
+    values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def _by_key(items: list[_Given], problems: list[_Problem]) -> dict[str, _Given]:
+    """Items under their own key; what is unknown or stands twice goes to `problems`."""
+    found: dict[str, _Given] = {}
+    for item in items:
+        key = _plain(item.written)
+        key = ALIASES.get(key, key)
+        if key not in KEYS.values():
+            problems.append(_Problem(item.where, _unknown_key(item.written, (*KEYS.values(), *ALIASES))))
+        elif key in found:
+            message = f"'{item.written}' and '{found[key].written}' are the same key: keep one"
+            problems.append(_Problem(item.where, message))
+        else:
+            found[key] = item
+    return found
+
+
+def _plain(written: str) -> str:
+    return written.lstrip("-").replace("-", "_")
+
+
+def _unknown_key(written: str, known: Iterable[str]) -> str:
+    key = _plain(written)
+    if key in INSTEAD:
+        return f"'{written}' is not a key here: {INSTEAD[key]}"
+    if key in LATER_KEYS:
+        return f"'{written}' is not supported yet"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key '{written}'" + (f"; did you mean '{near[0]}'?" if near else "; `tunesmith schema` lists all")
+
+
+def _anchored(key: str, value: Any, folder: Path) -> Any:
+    """The value with its input paths made absolute. A model name that is no folder or file here stays a name."""
+    if isinstance(value, list):
+        items: list[Any] = value
+        return [_anchored(key, item, folder) for item in items]
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": _anchored(key, value["path"], folder)}
+    if not isinstance(value, str) or not value:
+        return value
+    path = folder / Path(value).expanduser()
+    if key in (*FILE_KEYS, "schema") or (key == "template" and value not in ("auto", "none")):
+        return str(path)
+    return str(path) if key == "model" and path.exists() else value
+
+
+# ---------------------------------------------------------------- values
+
+
+def _invalid_values(error: ValidationError, given: dict[str, _Given], document: Document) -> Iterator[_Problem]:
+    """One problem for each place that pydantic complains about; a union complains once per member."""
+    properties = recipe_schema()["properties"]
+    told: set[tuple[str | int, ...]] = set()
+    for detail in error.errors():
+        place = _place(detail["loc"])
+        if not place or place in told:  # without a place: the contradictions, which are listed already
+            continue
+        told.add(place)
+        key = str(place[0])
+        if key not in given:
+            yield _Problem(document.name, f"'{key}' is missing. {properties[key]['description']}")
+            continue
+        item = given[key]
+        where = item.where if item.where == COMMAND_LINE else document.where((item.written, *place[1:]))
+        yield _Problem(where, _message(item, place, detail, properties[key]))
+
+
+def _place(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """A pydantic location without the names of union members: `data, 0, format` stays, `lora_r, int` is `lora_r`."""
+    if location and location[0] in FILE_KEYS:
+        return tuple(part for part in location if isinstance(part, int) or part.isidentifier())
+    return location[:1]
+
+
+def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, schema: Json) -> str:
+    key = str(place[0])
+    if len(place) > 1:
+        name = f"{item.written}[{place[1]}]"
+        inner = str(place[2]) if len(place) > 2 else ""
+        if detail["type"] == "extra_forbidden":
+            return f"{name}: {_unknown_key(inner, DataSource.model_fields)}"
+        if detail["type"] == "missing":
+            return f"{name} has no '{inner}'"
+        fields = DataSource.model_json_schema()["properties"]
+        wanted = expected(fields[inner]) if inner in fields else "a path, or a mapping {path, format, max_examples}"
+        return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
+    if isinstance(item.value, str) and item.value in LATER_VALUES.get(key, ()):
+        return f"{item.written}: '{item.value}' is not supported yet; expected {expected(schema)}"
+    if key == "stage" and isinstance(item.value, list):
+        return "stage: a list of stages is not supported yet; expected 'sft'"
+    return f"{item.written}: expected {expected(schema)}, found {found(item.value)}"
+
+
+def expected(schema: Json) -> str:
+    """A JSON schema of one value, in words."""
+    if "anyOf" in schema:
+        return " or ".join(option.get("description") or expected(option) for option in schema["anyOf"])
+    if "$ref" in schema:
+        return "a mapping {path, format, max_examples}"
+    if "const" in schema or "enum" in schema:
+        return " or ".join(f"'{value}'" for value in schema.get("enum", [schema.get("const")]))
+    bounds = [f"{words} {schema[bound]}" for bound, words in BOUNDS.items() if bound in schema]
+    if schema.get("items", {}).get("type") == "string" and "format" not in schema["items"]:
+        return "a list of names"
+    name = "a path" if schema.get("format") == "path" else TYPES[schema["type"]]
+    return " ".join([name, " and ".join(bounds)]).strip()
+
+
+def found(value: Any) -> str:
+    """A value from YAML, in words."""
+    if isinstance(value, bool):
+        return f"{str(value).lower()} (YAML reads on, yes, off and no as true and false; quotes make them text)"
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return f"the text '{value}'" if value else "an empty text"
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    if isinstance(value, (list, dict)):
+        return f"the {'list' if isinstance(value, list) else 'mapping'} {str(value):.60}"  # pyright: ignore[reportUnknownArgumentType]
+    return f"the {type(value).__name__} {value} (quotes make it a text)"
+
+
+TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "boolean": "true or false",
+    "array": "a list",
+    "null": "null",
+}
+
+BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
