@@ -13,16 +13,19 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from .gguf_file import GgufFile, TensorInfo, read_gguf, read_tensor
-from .gguf_tokenizer import special_token, write_tokenizer
+from tunesmith.errors import InputError
+from tunesmith.model.gguf_file import GgufFile, TensorInfo, read_gguf, read_tensor
+from tunesmith.model.gguf_tokenizer import special_token, write_tokenizer
 
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+ROTATED = re.compile(r"\.attn_[qk]\.(weight|bias)")
+CHUNK = 2**23  # values in memory at a time
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -54,7 +57,7 @@ class Architecture:
 
 
 def convert(source: Path, folder: Path, *, origin: str) -> None:
-    """Write the model in `source` to the existing `folder`; one tensor in memory at a time.
+    """Write the model in `source` to the existing `folder`; a few million values in memory at a time.
 
     InputError for an architecture, tensor, quantisation, rope or tokenizer that cannot be carried over exactly.
     """
@@ -67,12 +70,13 @@ def convert(source: Path, folder: Path, *, origin: str) -> None:
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config(file))
     _write_json(folder / "tunesmith.json", {"origin": origin})
-    _write_weights(file, names, folder / "model.safetensors", architecture)
+    head_rows = config["head_dim"] if architecture.rotated else 0
+    _write_weights(file, names, folder / "model.safetensors", head_rows)
 
 
 def bytes_needed(source: Path) -> int:
     """Disk that `convert` takes: two bytes for each value, and some for the tokenizer."""
-    return sum(2 * int(np.prod(tensor.shape)) for tensor in read_gguf(source).tensors) + 32 * 2**20
+    return sum(2 * prod(tensor.shape) for tensor in read_gguf(source).tensors) + 32 * 2**20
 
 
 def _architecture(file: GgufFile) -> Architecture:
@@ -185,40 +189,41 @@ def _check_layers(file: GgufFile, names: set[str], layers: int) -> None:
         raise InputError(f"{len(missing)} tensors are missing, first {missing[0]}", where=str(file.path))
 
 
-def _write_weights(file: GgufFile, names: dict[str, str], path: Path, architecture: Architecture) -> None:
+def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows: int) -> None:
+    """`head_rows`: rows of a head in the q and k matrices where they must be reordered, else 0."""
     tensors = [tensor for tensor in file.tensors if tensor.name in names]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        begin, end = end, end + 2 * int(np.prod(tensor.shape))
+        begin, end = end, end + 2 * prod(tensor.shape)
         header[names[tensor.name]] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
-        for values in _values(file, tensors, architecture):
-            output.write(_bfloat16(values).tobytes())
+        for tensor in tensors:
+            rotated = head_rows if ROTATED.search(tensor.name) else 0
+            for values in _values(file, tensor, rotated):
+                output.write(_bfloat16(values).tobytes())
 
 
-def _values(file: GgufFile, tensors: list[TensorInfo], architecture: Architecture) -> Iterator[np.ndarray]:
-    prefix = file.need("general.architecture")
-    heads = file.need(f"{prefix}.attention.head_count")
-    kv_heads = file.get(f"{prefix}.attention.head_count_kv", heads)
-    for tensor in tensors:
-        values = read_tensor(file, tensor)
+def _values(file: GgufFile, tensor: TensorInfo, head_rows: int) -> Iterator[np.ndarray]:
+    """The tensor as transformers wants it, some whole heads or rows at a time."""
+    unit = head_rows or 1
+    if tensor.shape[0] % unit:
+        raise InputError(f"the tensor {tensor.name} does not hold whole heads", where=str(file.path))
+    step = max(1, CHUNK // (unit * prod(tensor.shape[1:]))) * unit
+    for first in range(0, tensor.shape[0] if len(tensor.shape) > 1 else 1, step):
+        values = read_tensor(file, tensor, slice(first, first + step))
         if not np.isfinite(values).all():
             raise InputError(f"the tensor {tensor.name} holds NaN or infinite values", where=str(file.path))
-        if architecture.rotated and ".attn_q." in tensor.name:
-            values = _halves(values, heads)
-        elif architecture.rotated and ".attn_k." in tensor.name:
-            values = _halves(values, kv_heads)
-        yield values
+        yield _halves(values, head_rows) if head_rows else values
 
 
-def _halves(values: np.ndarray, heads: int) -> np.ndarray:
+def _halves(values: np.ndarray, head_rows: int) -> np.ndarray:
     """Rows of each head from interleaved pairs (GGUF) to first and second half (transformers)."""
-    rows = values.reshape(heads, values.shape[0] // heads // 2, 2, -1)
-    return rows.swapaxes(1, 2).reshape(values.shape)
+    pairs = values.reshape(-1, head_rows // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:

