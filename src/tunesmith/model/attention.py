@@ -1,0 +1,181 @@
+"""Attention over a Layout: `attend(q, k, v, layout)`, one signature, several backends, one reference.
+
+A token attends to the earlier tokens of its own segment, itself included, at most `window` back. Nothing else is visible,
+whatever the backend; tests hold each to `reference`. Left out: a cache (generation uses the stock attention).
+Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a segment, B segments of one length.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.errors import InputError
+from tunesmith.types import Layout
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a layer scores: the factor before the softmax, the tokens it looks back (None: all), the logit cap (None)."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, backend: str = "auto") -> Tensor:
+    """q [T, N, D], k and v [T, K, D] -> [T, N, D] in the dtype of q."""
+    assert layout.tokens == len(q), f"the layout has {layout.tokens} tokens, q has {len(q)}"
+    return BACKENDS[choose(backend, q) if backend == "auto" else backend](q, k, v, layout, rule)
+
+
+def choose(backend: str, q: Tensor) -> str:
+    if backend != "auto":
+        return backend
+    if q.device.type == "cpu":
+        return "documents"
+    return "varlen" if _varlen_attn() and q.dtype in (torch.bfloat16, torch.float16) else "mask"
+
+
+# ---------------------------------------------------------------- reference
+
+
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Boolean [L, L]: may the row's token see the column's?"""
+    ahead = torch.arange(length, device=device)
+    distance = ahead[:, None] - ahead
+    return (distance >= 0) & (distance < (window or length + 1))
+
+
+def _scores_to_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    """Plain attention of [.., N, L, D] queries; scores and softmax in fp32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[-3] // k.shape[-3]
+    k, v = k.repeat_interleave(groups, dim=-3), v.repeat_interleave(groups, dim=-3)
+    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * rule.scale
+    if rule.softcap:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return (weights @ v.to(wide)).to(q.dtype)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """One document after the other, scores written out."""
+    outputs = []
+    for start, length in zip(layout.starts, layout.lengths, strict=True):
+        q_NLD, k_KLD, v_KLD = (x[start : start + length].transpose(0, 1) for x in (q, k, v))
+        mask = visible(length, rule.window, q.device)
+        outputs.append(_scores_to_output(q_NLD, k_KLD, v_KLD, mask, rule).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+# ---------------------------------------------------------------- CPU: one causal call for all documents of a length
+
+
+def _runs(layout: Layout) -> Iterator[tuple[int, int]]:
+    """(count, length) of neighbouring segments of equal length."""
+    for length, group in itertools.groupby(layout.lengths):
+        yield len(list(group)), length
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """torch's fused causal attention, per document: no T x T mask, so the work is the sum of the L^2 / 2.
+    In fp32 for bf16 inputs: on the CPU that is faster for short documents, and more precise."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    runs = list(_runs(layout))
+    sizes = [count * length for count, length in runs]
+    outputs = []
+    pieces = zip(*(x.to(wide).split(sizes) for x in (q, k, v)), strict=True)
+    for (count, length), piece in zip(runs, pieces, strict=True):
+        q_BNLD, k_BKLD, v_BKLD = (x.unflatten(0, (count, length)).transpose(1, 2) for x in piece)
+        if rule.softcap:
+            out = _scores_to_output(q_BNLD, k_BKLD, v_BKLD, visible(length, rule.window, q.device), rule)
+        elif rule.window is not None and rule.window < length:
+            mask = visible(length, rule.window, q.device)
+            out = F.scaled_dot_product_attention(
+                q_BNLD, k_BKLD, v_BKLD, attn_mask=mask, scale=rule.scale, enable_gqa=True
+            )
+        else:
+            out = F.scaled_dot_product_attention(
+                q_BNLD, k_BKLD, v_BKLD, is_causal=True, scale=rule.scale, enable_gqa=True
+            )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).to(q.dtype)
+
+
+# ---------------------------------------------------------------- CUDA
+
+
+def _varlen_attn():  # noqa: ANN202
+    """torch's variable-length flash attention, where this torch has it (2.10 and later)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """One fused call for the whole pack. Soft-capped layers have no such kernel and take the mask."""
+    varlen_attn = _varlen_attn()
+    if rule.softcap or varlen_attn is None:
+        return mask(q, k, v, layout, rule)
+    ends = torch.tensor((0, *itertools.accumulate(layout.lengths)), dtype=torch.int32).to(q.device, non_blocking=True)
+    window = (-1, 0) if rule.window is None else (rule.window - 1, 0)
+    longest = max(layout.lengths)
+    return varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=rule.scale, window_size=window, enable_gqa=k.shape[1] != q.shape[1]
+    )
+
+
+def mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """One call with a T x T block-diagonal mask: correct everywhere, fast nowhere."""
+    segment = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths)).to(q.device)
+    allowed = visible(len(q), rule.window, q.device) & (segment[:, None] == segment)
+    q_NTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q, k, v))
+    if rule.softcap:
+        return _scores_to_output(q_NTD, k_KTD, v_KTD, allowed, rule).transpose(0, 1)
+    out = F.scaled_dot_product_attention(
+        q_NTD[None], k_KTD[None], v_KTD[None], attn_mask=allowed, scale=rule.scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+BACKENDS = {"reference": reference, "documents": documents, "varlen": varlen, "mask": mask}
+
+
+# ---------------------------------------------------------------- inside stock attention modules
+
+
+def stock_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    backend: str = "auto",
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """What transformers' AttentionInterface calls for modules that tunesmith does not replace: [1, N, T, D] in,
+    [1, T, N, D] out. Refuses what it would have to ignore."""
+    unknown = {k for k in ("s_aux", "position_bias", "head_mask") if kwargs.get(k) is not None}
+    if unknown or attention_mask is not None:
+        raise InputError(
+            f"{type(module).__name__} passes {', '.join(sorted(unknown)) or 'a mask'} to attention, which packs ignore",
+            fix="use a model family from the list in docs/models.md",
+        )
+    scaling, window, softcap = kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap")
+    rule = Rule(
+        scale=float(scaling) if isinstance(scaling, float) else query.shape[-1] ** -0.5,
+        window=window if isinstance(window, int) else None,
+        softcap=softcap if isinstance(softcap, float) else None,
+    )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(q, k, v, layout, rule, backend)[None], None

@@ -1,0 +1,68 @@
+"""The last step: cross-entropy of supervised positions only, in chunks, never a [tokens, vocabulary] tensor.
+
+In: hidden states [S, H] of the positions that predict a target, the head's weight. Out: the loss of each target [S] and
+the weighted sum. A frozen head costs two matrix products a chunk (logits, gradient of the hidden states), both in the
+forward; the backward only scales.
+Legend: S targets, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.model import kernels
+
+CHUNK_TARGETS = 128  # logits of a chunk: 128 x 49k bf16 = 12.6 MB, inside a common last-level cache
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """logits = squash(scale * hidden @ weight.T + bias), squash(z) = cap * tanh(z / cap) where cap > 0."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None
+    scale: float = 1.0
+    cap: float = 0.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] in fp32 (fp64 for fp64 hidden states)."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        z = torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias).to(wide) * self.scale
+        return self.cap * torch.tanh(z / self.cap) if self.cap else z
+
+
+class _SupervisedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, head: Head, targets: Tensor, weights: Tensor):  # type: ignore[override]  # noqa: ANN001, ANN205
+        narrow = weight.detach().to(hidden.dtype)
+        bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        losses = []
+        for start in range(0, len(hidden), CHUNK_TARGETS):
+            rows = slice(start, start + CHUNK_TARGETS)
+            logits = torch.nn.functional.linear(hidden[rows], narrow, bias)
+            chunk_losses, dlogits = kernels.cross_entropy(logits, targets[rows], weights[rows], head.scale, head.cap)
+            losses.append(chunk_losses)
+            torch.mm(dlogits, narrow, out=dhidden[rows])
+            if dweight is not None:
+                dweight += (dlogits.t() @ hidden[rows]).to(dweight.dtype)
+        losses_S = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.mark_non_differentiable(losses_S)
+        return (losses_S * weights.to(losses_S.dtype)).sum(), losses_S
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor, _dlosses: Tensor):  # type: ignore[override]  # noqa: ANN001, ANN205
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden.mul(dloss.to(dhidden.dtype)), None if dweight is None else dweight.mul(dloss), None, None, None
+
+
+def supervised_loss(hidden_SH: Tensor, head: Head, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of weight * loss over the targets (differentiable), and each target's own loss [S]. A trainable bias is not
+    supported; no family that tunesmith accepts has one."""
+    return _SupervisedLoss.apply(hidden_SH, head.weight, head, targets_S, weights_S)

@@ -1,0 +1,216 @@
+"""The CPU's bf16 kernels: kernels.c compiled once per machine, and the plain-torch reference of each.
+
+In: tensors; out: tensors. A kernel is used when its tensors are contiguous bf16 on the CPU and a C compiler was found;
+anything else (fp32, fp64, CUDA, no compiler) takes the reference, which autograd differentiates. Left out: matrix
+products, which oneDNN and cuBLAS do better.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+# Reassociation lets the compiler vectorise sums. -ffast-math itself would break NaN detection and flush denormals
+# in the whole process.
+FLAGS = (
+    "-O3 -march=native -std=c11 -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros "
+    "-fassociative-math -freciprocal-math"
+).split()
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("TUNESMITH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "tunesmith"
+    return Path(root).expanduser() / "kernels"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags.*$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return platform.machine() + (flags.group() if flags else platform.processor())
+
+
+def _compile(compiler: str, target: Path, threads: bool) -> bool:
+    """Objects are compiled with -fopenmp but linked without it: the symbols then come from torch's own OpenMP, and
+    the two do not compete for the cores."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects, library = Path(folder) / "kernels.o", Path(folder) / target.name
+        openmp = ["-fopenmp"] if threads else []
+        compile_command = [compiler, *FLAGS, *openmp, "-c", str(SOURCE), "-o", str(objects)]
+        link_command = [compiler, "-shared", str(objects), "-lm", "-o", str(library)]
+        for command in (compile_command, link_command):
+            if subprocess.run(command, capture_output=True, check=False).returncode:
+                return False
+        os.replace(library, target)
+    return True
+
+
+def _share_torch_openmp() -> None:
+    maps = Path("/proc/self/maps")
+    loaded = re.findall(r"\S*lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*", maps.read_text()) if maps.exists() else []
+    for library in sorted(set(loaded)):
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None without a C compiler. Threads are used when they are torch's own."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    _share_torch_openmp()
+    for threads in (True, False):
+        key = hashlib.sha256((SOURCE.read_text() + _processor() + compiler + str(threads)).encode()).hexdigest()[:16]
+        target = cache_folder() / f"kernels-{key}.so"
+        if not target.exists() and not _compile(compiler, target, threads):
+            continue
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError:  # no OpenMP in this process to resolve the symbols: the version without threads will load
+            continue
+    return None
+
+
+def _usable(*tensors: Tensor) -> bool:
+    return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors) and library() is not None
+
+
+def _call(name: str, *arguments: Tensor | int | float) -> None:
+    converted: list[ctypes.c_void_p | ctypes.c_long | ctypes.c_float] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            assert argument.is_contiguous(), f"{name} takes contiguous tensors"
+            converted.append(ctypes.c_void_p(argument.data_ptr()))
+        elif isinstance(argument, int):
+            converted.append(ctypes.c_long(argument))
+        else:
+            converted.append(ctypes.c_float(argument))
+    getattr(library(), name)(*converted)
+
+
+# ---------------------------------------------------------------- RMSNorm
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        x = x.contiguous()
+        width = x.shape[-1]
+        y, inverse_rms = torch.empty_like(x), torch.empty(x.numel() // width)
+        _call("rms_norm", x, weight, y, inverse_rms, x.numel() // width, width, float(eps))
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        x, weight, inverse_rms = ctx.saved_tensors
+        width, dy = x.shape[-1], dy.contiguous()
+        dx = torch.empty_like(x)
+        _call("rms_norm_backward", x, weight, inverse_rms, dy, dx, x.numel() // width, width)
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            normed = x.view(-1, width).float() * inverse_rms[:, None]
+            dweight = (dy.view(-1, width).float() * normed).sum(0)
+        return dx, dweight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., H] scaled to unit root mean square, times weight [H] in fp32, rounded once."""
+    if _usable(x):
+        return _RmsNorm.apply(x, weight.float(), eps)
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * weight.to(wide.dtype)).to(x.dtype)
+
+
+# ---------------------------------------------------------------- rotary embedding
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cosine, sine)
+        return _rotate(x, cosine, sine, 1.0)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        return _rotate(dy, *ctx.saved_tensors, -1.0), None, None
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _call("rotate", x, cosine, sine, y, x.shape[0], x.shape[1], x.shape[2] // 2, direction)
+    return y
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of x [T, heads, D] by cosine and sine [T, D/2] in fp32 (fp64 for fp64 x)."""
+    if _usable(x):
+        return _Rotate.apply(x, cosine, sine)
+    a, b = x.chunk(2, dim=-1)
+    cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
+    return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+
+
+# ---------------------------------------------------------------- gated activation
+
+
+def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    """silu(gate) * up, or gelu-tanh(gate) * up. No autograd of its own on the kernel path: see layers.GatedMlp."""
+    if not _usable(gate, up):
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+    y = torch.empty_like(gate)
+    _call("gated", gate, up, y, gate.numel(), int(gelu))
+    return y
+
+
+def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """d gate, d up and the forward product again, from the gradient of that product."""
+    if not _usable(gate, up, dy):
+        with torch.enable_grad():
+            leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            y = gated(*leaves, gelu)
+        dgate, dup = torch.autograd.grad(y, leaves, dy)
+        return dgate, dup, y.detach()
+    dgate, dup, y = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    _call("gated_backward", gate, up, dy.contiguous(), dgate, dup, y, gate.numel(), int(gelu))
+    return dgate, dup, y
+
+
+# ---------------------------------------------------------------- softmax cross-entropy
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, scale: float, cap: float) -> tuple[Tensor, Tensor]:
+    """Losses [S] (unweighted) and the gradient of sum(weights * losses) with respect to the raw logits [S, V].
+
+    A raw logit z stands for cap * tanh(scale * z / cap), or scale * z when cap is 0. The kernel overwrites `logits`.
+    """
+    if _usable(logits):
+        losses = torch.empty(logits.shape[0])
+        rows, vocab = logits.shape
+        _call("cross_entropy", logits, targets, weights, losses, rows, vocab, float(scale), float(cap))
+        return losses, logits
+    wide = (logits if logits.dtype == torch.float64 else logits.float()) * scale
+    slope = torch.full_like(wide, scale)
+    if cap:
+        squashed = torch.tanh(wide / cap)
+        wide, slope = cap * squashed, scale * (1 - squashed**2)
+    log_probabilities = torch.log_softmax(wide, dim=-1)
+    losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
+    gradient = log_probabilities.exp()
+    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return losses, (gradient * weights[:, None].to(wide.dtype) * slope).to(logits.dtype)

@@ -1,0 +1,162 @@
+"""The modules that stand in for a transformers model's own: norm, attention and MLP, with the stock model as oracle.
+
+`replace_layers` swaps them in the module tree, in plain sight, where the stock class is one of those listed; what it
+does not know stays stock. Preflight then shows that the whole forward equals the stock one.
+Legend: T tokens, H hidden, D head size, F MLP width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.model import kernels
+from tunesmith.model.attention import Rule, attend
+from tunesmith.model.lora import Operand, project
+
+
+class Norm(nn.Module):
+    """RMSNorm; `offset` is 1 where the checkpoint stores weight - 1 (Gemma)."""
+
+    def __init__(self, stock: nn.Module, *, offset: float) -> None:
+        super().__init__()
+        self.weight = stock.weight
+        self.eps = float(stock.variance_epsilon if hasattr(stock, "variance_epsilon") else stock.eps)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight + self.offset if self.offset else self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Self-attention over a Layout: projections, optional norms of q and k, rotation, attend, output projection.
+    Without a layout (generation over a cache) the stock module does the work with the same projections."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj
+        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        self.head_dim = stock.head_dim
+        self.rule = Rule(
+            scale=float(stock.scaling),
+            window=getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)),
+            softcap=getattr(stock, "attn_logit_softcapping", None),
+        )
+        self.stock = (stock,)  # in a tuple: its parameters are this module's own
+
+    def forward(self, hidden_states, position_embeddings=None, layout=None, backend="auto", **kwargs):  # noqa: ANN001, ANN003, ANN201
+        if layout is None:
+            return self.stock[0](hidden_states, position_embeddings, **kwargs)
+        projected = project(hidden_states[0], [self.q_proj, self.k_proj, self.v_proj])
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cosine, sine = half_angles(*position_embeddings)
+        q, k = kernels.rotate(q, cosine, sine), kernels.rotate(k, cosine, sine)
+        out_TND = attend(q, k, v, layout, self.rule, backend)
+        (y_TH,) = project(out_TND.flatten(-2), [self.o_proj])
+        return y_TH[None], None
+
+
+def half_angles(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    """The stock [1, T, D] tables repeat each half; ours are [T, D/2] in fp32 or wider."""
+    half = cosine.shape[-1] // 2
+    wide = torch.promote_types(cosine.dtype, torch.float32)
+    return cosine[0, :, :half].to(wide).contiguous(), sine[0, :, :half].to(wide).contiguous()
+
+
+class _GatedMlp(torch.autograd.Function):
+    """down(activation(gate x) * up x). Saves x, gate and up; the product is recomputed in the backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, operands: list[Operand], gelu: bool, *_parameters):  # type: ignore[override]  # noqa: ANN001, ANN002, ANN205
+        gate_of, up_of, down_of = operands
+        x_NH = x.reshape(-1, x.shape[-1])
+        masks = [gate_of.mask(x_NH), up_of.mask(x_NH)]
+        gate, z_gate = gate_of.forward(x_NH, masks[0])
+        up, z_up = up_of.forward(x_NH, masks[1])
+        product_NF = kernels.gated(gate, up, gelu)
+        masks.append(down_of.mask(product_NF))
+        y, z_down = down_of.forward(product_NF, masks[2])
+        ctx.operands, ctx.gelu, ctx.masks, ctx.shape = operands, gelu, masks, x.shape
+        ctx.save_for_backward(x_NH, gate, up, z_gate, z_up, z_down)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]  # noqa: ANN001, ANN205
+        x_NH, gate, up, z_gate, z_up, z_down = ctx.saved_tensors
+        (gate_of, up_of, down_of), masks = ctx.operands, ctx.masks
+        dy_NH = dy.reshape(len(x_NH), -1)
+        dz = down_of.inner_gradient(dy_NH)
+        dproduct = down_of.input_gradient(dy_NH, dz, masks[2])
+        dgate, dup, product_NF = kernels.gated_backward(gate, up, dproduct, ctx.gelu)
+        of_down = down_of.parameter_gradients(product_NF, dy_NH, z_down, dz, masks[2])
+        dx, of_inputs = None, []
+        for operand, d, z, mask in ((gate_of, dgate, z_gate, masks[0]), (up_of, dup, z_up, masks[1])):
+            dz = operand.inner_gradient(d)
+            if ctx.needs_input_grad[0]:
+                dx = operand.input_gradient(d, dz, mask, into=dx)
+            of_inputs += operand.parameter_gradients(x_NH, d, z, dz, mask)
+        return (None if dx is None else dx.view(ctx.shape), None, None, *of_inputs, *of_down)
+
+
+class Mlp(nn.Module):
+    def __init__(self, stock: nn.Module, *, gelu: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = [Operand(module, x.dtype) for module in (self.gate_proj, self.up_proj, self.down_proj)]
+        return _GatedMlp.apply(x, operands, self.gelu, *(p for operand in operands for p in operand.parameters))
+
+
+class Embedding(nn.Module):
+    """The stock embedding, its output in the compute dtype: the stream's dtype decides what every product runs in."""
+
+    def __init__(self, stock: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stock, self.weight, self.dtype = stock, stock.weight, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.stock(ids).to(self.dtype)
+
+
+# ---------------------------------------------------------------- which stock modules are replaced
+
+PRE_NORM_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite")
+NORM_OFFSETS = {f"{family}RMSNorm": 0.0 for family in PRE_NORM_FAMILIES} | {
+    "GemmaRMSNorm": 1.0,
+    "Gemma2RMSNorm": 1.0,
+    "Gemma3RMSNorm": 1.0,
+}
+FAMILIES = (*PRE_NORM_FAMILIES, "Gemma", "Gemma2", "Gemma3")
+ATTENTIONS = tuple(f"{family}Attention" for family in FAMILIES)
+MLPS = tuple(f"{family}MLP" for family in FAMILIES)
+ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
+
+
+def stand_in(stock: nn.Module) -> nn.Module | None:
+    """tunesmith's module for a stock one, or None where the stock one stays."""
+    name = type(stock).__name__
+    if name in NORM_OFFSETS:
+        return Norm(stock, offset=NORM_OFFSETS[name])
+    if name in ATTENTIONS:
+        return Attention(stock)
+    if name in MLPS:
+        config = stock.config
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        return Mlp(stock, gelu=ACTIVATIONS[activation]) if activation in ACTIVATIONS else None
+    return None
+
+
+def replace_layers(network: nn.Module) -> int:
+    """Puts tunesmith's modules in the place of the stock ones they equal, children first; returns how many."""
+    replaced = 0
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            replacement = stand_in(child)
+            if replacement is not None:
+                setattr(parent, name, replacement)
+                replaced += 1
+    return replaced
