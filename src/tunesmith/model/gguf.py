@@ -1,7 +1,7 @@
 """A GGUF file turned into the folder that plain transformers loads: bf16 safetensors, config and tokenizer.
 
 In: one .gguf file of a dense Llama, Qwen2 or Qwen3 architecture. Out: config.json, generation_config.json,
-model.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja and tunesmith.json (where it came from).
+model.safetensors, tokenizer.json, tokenizer_config.json and chat_template.jinja.
 The weights are what the quantisation left of them: a model made from a Q4_1 file has dequantised Q4_1 weights, rounded
 to bf16, so every number measured on it is that model's and not the original's.
 Left out: mixtures of experts, SentencePiece vocabularies, and writing GGUF (`export/gguf.py`).
@@ -56,7 +56,7 @@ class Architecture:
     rotated: bool
 
 
-def convert(source: Path, folder: Path, *, origin: str) -> None:
+def convert(source: Path, folder: Path) -> None:
     """Write the model in `source` to the existing `folder`; a few million values in memory at a time.
 
     InputError for an architecture, tensor, quantisation, rope or tokenizer that cannot be carried over exactly.
@@ -69,7 +69,6 @@ def convert(source: Path, folder: Path, *, origin: str) -> None:
     write_tokenizer(file, folder)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config(file))
-    _write_json(folder / "tunesmith.json", {"origin": origin})
     head_rows = config["head_dim"] if architecture.rotated else 0
     _write_weights(file, names, folder / "model.safetensors", head_rows)
 

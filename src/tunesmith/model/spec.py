@@ -152,8 +152,9 @@ def _dtype(headers: dict[str, TensorHeader], path: Path) -> str:
 
 
 def _origin(path: Path) -> str:
-    own = path / "tunesmith.json"
-    return str(read_json(own).get("origin", "")) if own.is_file() else ""
+    """What the manifest says that tunesmith writes beside a model it made."""
+    manifest = path / "manifest.json"
+    return str(read_json(manifest).get("origin", "")) if manifest.is_file() else ""
 
 
 def _check_sizes(spec: ModelSpec, headers: dict[str, TensorHeader], where: str) -> None:
