@@ -51,9 +51,9 @@ class DataSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Path = Field(description="The file.")
-    format: str = Field("auto", description="Format of its rows; auto detects it and says why.")
+    format: str = Field(default="auto", description="Format of its rows; auto detects it and says why.")
     max_examples: Annotated[int, Field(ge=1), BeforeValidator(_no_switch)] | None = Field(
-        None, description="Read only this many rows of it."
+        default=None, description="Read only this many rows of it."
     )
 
 
@@ -77,62 +77,83 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Name = Field(description="Base model: a built-in name, a local folder, a GGUF file or a hub id.")
-    method: Auto | Literal["lora", "full"] = Field("auto", description="What is trained: an adapter, or all weights.")
-    stage: Literal["sft"] = Field("sft", description="Kind of training; sft is supervised fine-tuning.")
+    method: Auto | Literal["lora", "full"] = Field(
+        default="auto", description="What is trained: an adapter, or all weights."
+    )
+    stage: Literal["sft"] = Field(default="sft", description="Kind of training; sft is supervised fine-tuning.")
 
     data: Sources = Field(min_length=1, description="Training rows: a path, or a list of {path, format, max_examples}.")
-    eval_data: Sources = Field((), description="Held-out rows that select (checkpoints, settings); never trained on.")
+    eval_data: Sources = Field(
+        default=(), description="Held-out rows that select (checkpoints, settings); never trained on."
+    )
     eval_split: Annotated[float, Field(gt=0, lt=1), BeforeValidator(_no_switch)] | None = Field(
-        None, description="Instead of eval_data: this share of data, chosen by hash, is held out."
+        default=None, description="Instead of eval_data: this share of data, chosen by hash, is held out."
     )
-    test_data: Sources = Field((), description="Rows read once, for the before/after; else half of the held-out rows.")
-    retention_data: Path | None = Field(None, description="General text; its bits per byte show what was forgotten.")
-    max_examples: Count | None = Field(None, description="Train on only the first this many rows.")
+    test_data: Sources = Field(
+        default=(), description="Rows read once, for the before/after; else half of the held-out rows."
+    )
+    retention_data: Path | None = Field(
+        default=None, description="General text; its bits per byte show what was forgotten."
+    )
+    max_examples: Count | None = Field(default=None, description="Train on only the first this many rows.")
     template: Auto | Literal["none"] | Template = Field(
-        "auto", description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file."
+        default="auto",
+        description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",
     )
-    answer_schema: Path | None = Field(None, alias="schema", description="JSON schema that a right answer follows.")
+    answer_schema: Path | None = Field(
+        default=None, alias="schema", description="JSON schema that a right answer follows."
+    )
 
-    max_length: Auto | Count = Field("auto", description="Longest document, in tokens.")
-    overlong: Literal["drop", "truncate", "refuse"] = Field("drop", description="What happens to longer documents.")
-    pack_length: Auto | Count = Field("auto", description="Tokens computed side by side; changes speed, not results.")
-    batch_size: Auto | Count = Field("auto", description="Data rows per optimizer step.")
-    num_train_epochs: Auto | Positive = Field("auto", description="Passes over the data.")
-    max_steps: Count | None = Field(None, description="Optimizer steps; wins over num_train_epochs.")
+    max_length: Auto | Count = Field(default="auto", description="Longest document, in tokens.")
+    overlong: Literal["drop", "truncate", "refuse"] = Field(
+        default="drop", description="What happens to longer documents."
+    )
+    pack_length: Auto | Count = Field(
+        default="auto", description="Tokens computed side by side; changes speed, not results."
+    )
+    batch_size: Auto | Count = Field(default="auto", description="Data rows per optimizer step.")
+    num_train_epochs: Auto | Positive = Field(default="auto", description="Passes over the data.")
+    max_steps: Count | None = Field(default=None, description="Optimizer steps; wins over num_train_epochs.")
 
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1), BeforeValidator(_no_switch)] = Field(
-        "auto", description="Peak learning rate."
+        default="auto", description="Peak learning rate."
     )
     lr_scheduler_type: Auto | Literal["linear", "cosine", "constant"] = Field(
-        "auto", description="How the learning rate falls after warm-up."
+        default="auto", description="How the learning rate falls after warm-up."
     )
-    warmup_ratio: Auto | Share = Field("auto", description="Share of the steps in which the learning rate rises.")
-    weight_decay: Auto | Share = Field("auto", description="AdamW weight decay, per unit of learning rate.")
-    max_grad_norm: Auto | Positive = Field("auto", description="Gradients are clipped to this norm.")
+    warmup_ratio: Auto | Share = Field(
+        default="auto", description="Share of the steps in which the learning rate rises."
+    )
+    weight_decay: Auto | Share = Field(default="auto", description="AdamW weight decay, per unit of learning rate.")
+    max_grad_norm: Auto | Positive = Field(default="auto", description="Gradients are clipped to this norm.")
 
-    lora_r: Auto | Count = Field("auto", description="LoRA rank.")
+    lora_r: Auto | Count = Field(default="auto", description="LoRA rank.")
     lora_alpha: Auto | Positive = Field(
-        "auto", description="LoRA scale is alpha / rank, alpha / sqrt(rank) for rsLoRA."
+        default="auto", description="LoRA scale is alpha / rank, alpha / sqrt(rank) for rsLoRA."
     )
-    lora_dropout: Auto | Share = Field("auto", description="Share of the adapter's inputs dropped while training.")
+    lora_dropout: Auto | Share = Field(
+        default="auto", description="Share of the adapter's inputs dropped while training."
+    )
     lora_target_modules: Auto | Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1)] = Field(
-        "auto", description="Layers that get an adapter: all-linear, or a list of names such as q_proj."
+        default="auto", description="Layers that get an adapter: all-linear, or a list of names such as q_proj."
     )
-    use_rslora: Auto | bool = Field("auto", description="Scale by alpha / sqrt(rank), for high ranks.")
+    use_rslora: Auto | bool = Field(default="auto", description="Scale by alpha / sqrt(rank), for high ranks.")
 
     dtype: Auto | Literal["bf16", "fp32"] = Field(
-        "auto", description="Number format of the frozen weights and products."
+        default="auto", description="Number format of the frozen weights and products."
     )
-    attention: Name = Field("auto", description="Attention backend; auto picks the fastest that is proven equal.")
+    attention: Name = Field(
+        default="auto", description="Attention backend; auto picks the fastest that is proven equal."
+    )
     metrics: Auto | Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
-        "auto", description="Scores of the before/after, by name; auto picks by the answers."
+        default="auto", description="Scores of the before/after, by name; auto picks by the answers."
     )
-    save_steps: Auto | Count = Field("auto", description="Optimizer steps between checkpoints.")
-    eval_steps: Auto | Count = Field("auto", description="Optimizer steps between held-out losses.")
+    save_steps: Auto | Count = Field(default="auto", description="Optimizer steps between checkpoints.")
+    eval_steps: Auto | Count = Field(default="auto", description="Optimizer steps between held-out losses.")
     seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_no_switch)] = Field(
-        0, description="Fixes the order of rows, the start of the adapter and the samples."
+        default=0, description="Fixes the order of rows, the start of the adapter and the samples."
     )
-    output_dir: Auto | Path = Field("auto", description="The run folder; must be new or empty.")
+    output_dir: Auto | Path = Field(default="auto", description="The run folder; must be new or empty.")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Recipe:

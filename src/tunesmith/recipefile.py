@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
@@ -108,8 +109,9 @@ def _report(name: str, problems: list[_Problem]) -> InputError:
 
 
 def _line(where: str) -> float:
+    """For sorting: what concerns the whole file first, the command line last."""
     line = where.rpartition(":")[2]
-    return int(line) if line.isdigit() else math.inf
+    return int(line) if line.isdigit() else math.inf if where == COMMAND_LINE else 0
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -153,17 +155,20 @@ def _unknown_key(written: str, known: Iterable[str]) -> str:
 
 def _anchored(key: str, value: Any, folder: Path) -> Any:
     """The value with its input paths made absolute. A model name that is no folder or file here stays a name."""
-    if isinstance(value, list):
-        items: list[Any] = value
-        return [_anchored(key, item, folder) for item in items]
-    if isinstance(value, dict) and "path" in value:
-        return {**value, "path": _anchored(key, value["path"], folder)}
-    if not isinstance(value, str) or not value:
-        return value
-    path = folder / Path(value).expanduser()
+    if key in FILE_KEYS and isinstance(value, list):
+        return [_anchored_path(item, folder) for item in cast("list[Any]", value)]
     if key in (*FILE_KEYS, "schema") or (key == "template" and value not in ("auto", "none")):
-        return str(path)
-    return str(path) if key == "model" and path.exists() else value
+        return _anchored_path(value, folder)
+    if key == "model" and isinstance(value, str) and value:
+        path = folder / Path(value).expanduser()
+        return str(path) if path.exists() else value
+    return value
+
+
+def _anchored_path(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": _anchored_path(value["path"], folder)}
+    return str(folder / Path(value).expanduser()) if isinstance(value, str) and value else value
 
 
 # ---------------------------------------------------------------- values
@@ -239,7 +244,7 @@ def found(value: Any) -> str:
     if isinstance(value, (int, float)):
         return f"the number {value}"
     if isinstance(value, (list, dict)):
-        return f"the {'list' if isinstance(value, list) else 'mapping'} {str(value):.60}"  # pyright: ignore[reportUnknownArgumentType]
+        return f"the {'list' if isinstance(value, list) else 'mapping'} {reprlib.repr(value):.60}"
     return f"the {type(value).__name__} {value} (quotes make it a text)"
 
 

@@ -38,16 +38,16 @@ class Document:
 def read_yaml(path: Path) -> Document:
     """Raises InputError with file:line:column when the file cannot be read as one mapping."""
     text = _text(path)
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         values = loader.construct_document(node) if node else {}
     except yaml.YAMLError as error:
         raise _broken(path, error) from error
+    except ValueError as error:  # a date like 2026-99-99, a number of 5000 digits
+        raise InputError(f"a value is not what it looks like: {error}", where=str(path)) from error
     except RecursionError:
         raise InputError("nested too deeply to be a recipe", where=str(path)) from None
-    finally:
-        loader.dispose()
     if not isinstance(values, dict):
         raise InputError("expected a mapping of `key: value` lines", where=f"{path}:1")
     lines: dict[Place, int] = {}
@@ -102,5 +102,5 @@ def read_flag(text: str) -> Any:
         return text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"not YAML: {text}") from error

@@ -1,0 +1,219 @@
+"""Files and folders appear whole or not at all, whatever the system call that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tunesmith.atomic import (
+    damage,
+    disk_errors,
+    new_folder,
+    remove_folder,
+    remove_leftovers,
+    require_room,
+    size,
+    write_file,
+)
+from tunesmith.errors import MachineError
+from tunesmith.jsonfile import read_json
+
+SYSTEM_CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace")
+
+# Writes the new version of a folder over the old one and dies, without a goodbye, at the n-th call of the system.
+DIES = """
+import os, sys
+from pathlib import Path
+from tunesmith.atomic import new_folder
+target, left = Path(sys.argv[1]), int(sys.argv[2])
+def dying(call):
+    def wrapper(*arguments, **keywords):
+        global left
+        left -= 1
+        if left < 0:
+            os._exit(9)
+        return call(*arguments, **keywords)
+    return wrapper
+for name in ("mkdir", "open", "fsync", "rename", "replace"):
+    setattr(os, name, dying(getattr(os, name)))
+with new_folder(target, facts={"version": 2}) as folder:
+    (folder / "weights").write_bytes(b"new" * 1000)
+"""
+
+
+def filled(path: Path, content: bytes, version: int) -> None:
+    with new_folder(path, facts={"version": version}) as folder:
+        (folder / "weights").write_bytes(content)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "more").write_bytes(b"")
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.json", b"old")
+    write_file(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_is_sealed_with_its_facts_sizes_and_hashes(tmp_path: Path) -> None:
+    filled(tmp_path / "step-1", b"abc", 1)
+    manifest = read_json(tmp_path / "step-1" / "manifest.json")
+    assert manifest["version"] == 1
+    assert manifest["files"]["weights"] == {
+        "bytes": 3,
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    }
+    assert set(manifest["files"]) == {"weights", "sub/more"}
+    assert damage(tmp_path / "step-1") == ""
+
+
+def test_every_kind_of_damage_is_seen(tmp_path: Path) -> None:
+    def damaged(change: str) -> str:
+        folder = tmp_path / change
+        filled(folder, b"abc", 1)
+        weights, manifest = folder / "weights", folder / "manifest.json"
+        if change == "flip":
+            weights.write_bytes(b"abd")
+        elif change == "grow":
+            weights.write_bytes(b"abcd")
+        elif change == "lose":
+            weights.unlink()
+        elif change == "tear":
+            manifest.write_bytes(manifest.read_bytes()[:-20])
+        elif change == "unseal":
+            manifest.write_text("[]")
+        return damage(folder)
+
+    assert "was changed" in damaged("flip")
+    assert damaged("grow") == "weights has 4 bytes instead of 3"
+    assert damaged("lose") == "weights is missing"
+    assert damaged("tear") == damaged("unseal") == "manifest.json is missing or broken"
+    assert damage(tmp_path / "flip", hashes=False) == ""
+
+
+def test_an_error_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with new_folder(tmp_path / "adapter", facts={}) as folder:
+            (folder / "weights").write_bytes(b"new")
+            raise KeyboardInterrupt
+
+    filled(tmp_path / "adapter", b"old", 1)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert damage(tmp_path / "adapter") == ""
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def fail_at(n: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Makes the n-th call of the operating system fail; returns the list that the names of the calls go to."""
+    calls: list[str] = []
+
+    def failing(name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **keywords: object) -> object:
+            calls.append(name)
+            if len(calls) == n:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments, **keywords)
+
+        return call
+
+    for name in SYSTEM_CALLS:
+        patch.setattr(os, name, failing(name, getattr(os, name)))
+    return calls
+
+
+def test_every_failing_call_leaves_the_old_or_the_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th call of the operating system fails, for every n until none is left to fail."""
+    outcomes: list[str] = []
+    for n in range(1, 100):
+        target = tmp_path / str(n) / "adapter"
+        filled(target, b"old", 1)
+        with monkeypatch.context() as patch:
+            calls = fail_at(n, patch)
+            try:
+                filled(target, b"new", 2)
+            except MachineError:
+                outcomes.append("refused")
+        remove_leftovers(target.parent)
+        assert len(list(target.parent.iterdir())) == target.exists()
+        if target.exists():
+            assert damage(target) == ""
+            outcomes.append((target / "weights").read_text())
+        if len(calls) < n:
+            break
+    assert outcomes[-1] == "new"
+    assert outcomes.count("refused") > 10
+    assert outcomes.count("old") > 8
+
+
+def test_a_kill_at_any_call_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
+    """The gap between the two renames of a replacement may leave none: the checkpoint before it is taken then."""
+    seen: list[str] = []
+    for n in range(40):
+        target = tmp_path / str(n) / "step-1"
+        target.parent.mkdir()
+        filled(target, b"old", 1)
+        done = subprocess.run([sys.executable, "-c", DIES, str(target), str(n)], check=False)
+        remove_leftovers(target.parent)
+        assert len(list(target.parent.iterdir())) == target.exists()
+        assert not target.exists() or damage(target) == ""
+        seen.append((target / "weights").read_text()[:3] if target.exists() else "none")
+        if done.returncode == 0:
+            break
+        assert done.returncode == 9
+    assert seen[-1] == "new"
+    assert seen[0] == "old"
+    assert seen.count("none") <= 1
+
+
+def test_a_full_disk_says_how_much_is_needed(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_file(tmp_path / "a", b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(MachineError, match=r"no room on the disk: 2\.0 kB \(2000 bytes\) needed"):
+            write_file(tmp_path / "a", b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_room_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"1000000000\.0 GB \(10{18} bytes\) needed"):
+        require_room(tmp_path, 10**18)
+    with pytest.raises(MachineError), new_folder(tmp_path / "a", facts={}, needed_bytes=10**18):
+        pytest.fail("the body must not run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_what_the_system_refuses_is_the_machines_fault(tmp_path: Path, code: int) -> None:
+    with (
+        pytest.raises(MachineError, match=f"cannot be written: {os.strerror(code)}"),
+        disk_errors(tmp_path / "a" / "b"),
+    ):
+        raise OSError(code, os.strerror(code))
+
+
+def test_removal_leaves_no_half_folder(tmp_path: Path) -> None:
+    filled(tmp_path / "step-1", b"x", 1)
+    remove_folder(tmp_path / "step-1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_for_people() -> None:
+    assert [size(count) for count in (0, 999, 1500, 2.5e6, 1.94e9)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.5 kB",
+        "2.5 MB",
+        "1.9 GB",
+    ]

@@ -1,0 +1,81 @@
+"""JSON of our dataclasses: strict on the way out, the same objects on the way in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tunesmith.errors import InputError
+from tunesmith.jsonfile import from_json, json_bytes, read_json, to_json
+from tunesmith.recipe import Recipe
+from tunesmith.types import Choice, DataReport, Finding, Machine, ModelSpec, Plan, StepResult
+
+MACHINE = Machine("cpu", "a cpu", 2, 2**34, 2**33, 2**36, bf16_matmul=True, compiler="/usr/bin/cc", versions={"x": "1"})
+MODEL = ModelSpec("tiny", Path("/m"), "LlamaForCausalLM", "llama", 2, 64, 4, 2, 16, 128, 512, 2048, True, 10**5, "bf16")
+REPORT = DataReport(
+    "a.jsonl", "messages", "has messages", 3, 3, 90, 30, findings=(Finding("empty", "warn", "m", 1, ("a:1",)),)
+)
+PLAN = Plan(
+    recipe=to_json(Recipe.model_validate({"model": "tiny", "data": "a.jsonl", "schema": "s.json"})),
+    choices={"lora_r": Choice(16, "rule", "small model"), "learning_rate": Choice(1e-4, "you", "recipe")},
+    machine=MACHINE,
+    model=MODEL,
+    data={"data": REPORT},
+    steps=10,
+    tokens_per_epoch=90,
+    memory_bytes={"peak": 10**9},
+)
+
+
+def test_a_plan_survives_the_way_through_a_file(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(json_bytes(PLAN, indent=2))
+    again = from_json(Plan, read_json(tmp_path / "plan.json"))
+    assert again == PLAN
+    assert again["lora_r"] == 16
+    assert again.recipe["schema"] == "s.json"
+
+
+def test_numpy_numbers_and_paths_become_plain() -> None:
+    value = {"a": np.float32(0.5), "b": np.int64(3), "c": np.float64(0.25), "d": Path("x"), 1: (True, None)}
+    plain = to_json(value)
+    assert plain == {"a": 0.5, "b": 3, "c": 0.25, "d": "x", "1": [True, None]}
+    assert [type(item) for item in plain.values()] == [float, int, float, str, list]
+    assert plain["1"][0] is True
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), np.float32("-inf")])
+def test_what_is_not_finite_is_not_written(number: float) -> None:
+    step = StepResult(3, number, 10, 5, 0.1, 1e-4, 1.0, 100)
+    with pytest.raises(ValueError, match=r"value\.loss is (nan|-?inf)"):
+        to_json(step)
+
+
+def test_objects_without_a_json_form_are_named() -> None:
+    with pytest.raises(TypeError, match=r"value\.a\[1\] is a set"):
+        to_json({"a": [1, {2}]})
+
+
+def test_a_lone_surrogate_survives() -> None:
+    assert json.loads(json_bytes({"text": "a\ud800b"})) == {"text": "a\ud800b"}
+    assert json_bytes("é\u2028") == b'"\xc3\xa9\xe2\x80\xa8"\n'
+
+
+def test_a_plan_that_lost_a_field_is_refused_by_name() -> None:
+    broken = to_json(PLAN)
+    del broken["machine"]["cores"]
+    with pytest.raises(InputError, match=r"plan\.json: not a Plan: machine\.cores: Field required"):
+        from_json(Plan, broken, "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b'{"a": 1,\n "b" 2}', "x.json:2:6: not JSON"), (b'"\xff"', "byte 1 is not UTF-8")]
+)
+def test_broken_files_say_where(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(InputError, match="no such file"):
+        read_json(tmp_path / "none.json")

@@ -1,0 +1,175 @@
+"""Reading recipe files: every mistake is named, with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunesmith.errors import InputError
+from tunesmith.recipe import KEYS
+from tunesmith.recipefile import INSTEAD, LATER_KEYS, load_recipe, recipe_yaml
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str, **flags: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_recipe(write(folder, text), flags)
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+GOOD = "model: tiny\ndata: train.jsonl\n"
+
+
+def test_input_paths_are_relative_to_the_recipe_and_flags_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    text = "model: model\ndata: [a.jsonl, {path: sub/b.jsonl}]\nschema: s.json\ntemplate: t.jinja\noutput_dir: runs/x\n"
+    recipe = load_recipe(write(tmp_path, text), {"test-data": "c.jsonl"})
+    assert recipe.model == str(tmp_path / "model")
+    assert [source.path for source in recipe.data] == [tmp_path / "a.jsonl", tmp_path / "sub/b.jsonl"]
+    assert recipe.answer_schema == tmp_path / "s.json"
+    assert recipe.template == tmp_path / "t.jinja"
+    assert recipe.test_data[0].path == here / "c.jsonl"
+    assert recipe.output_dir == Path("runs/x")
+
+
+def test_a_model_that_is_no_folder_here_stays_a_name(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, GOOD), {"model": "org/name"}).model == "org/name"
+
+
+def test_flags_win_and_dashes_equal_underscores(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, GOOD + "learning_rate: 1e-4\nlora-r: 4\n"),
+        {"learning-rate": "2e-4", "lora_rank": "8", "lora_target_modules": "[q_proj, v_proj]", "use-rslora": "true"},
+    )
+    assert (recipe.learning_rate, recipe.lora_r, recipe.use_rslora) == (2e-4, 8, True)
+    assert recipe.lora_target_modules == ("q_proj", "v_proj")
+
+
+def test_a_flag_can_unset_a_key(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD + "eval_data: e.jsonl\n"), {"eval_data": "null", "eval_split": "0.2"})
+    assert (recipe.eval_data, recipe.eval_split) == ((), 0.2)
+
+
+def test_no_file_is_needed() -> None:
+    assert load_recipe(None, {"model": "tiny", "data": "/x/a.jsonl"}).data[0].path == Path("/x/a.jsonl")
+
+
+def test_other_tools_names_are_understood(tmp_path: Path) -> None:
+    text = "model_name_or_path: tiny\nfinetuning_type: lora\ndata: a.jsonl\ncutoff_len: 512\nepochs: 2\nval_size: 0.1\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert (recipe.model, recipe.method, recipe.max_length) == ("tiny", "lora", 512)
+    assert (recipe.num_train_epochs, recipe.eval_split) == (2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rat: 1", "recipe.yaml:3: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("cutof_len: 1", "did you mean 'cutoff_len'?"),
+        ("zzz: 1", "unknown key 'zzz'; `tunesmith schema` lists all"),
+        ("micro_batch_size: 4", "set batch_size, the data rows per optimizer step"),
+        ("never: [x]", "'never' is not supported yet"),
+        ("method: qlora", "method: 'qlora' is not supported yet; expected 'auto' or 'lora' or 'full'"),
+        ("stage: [cpt, sft]", "a list of stages is not supported yet"),
+        ("learning_rate: fast", "expected 'auto' or a number above 0 and at most 1, found the text 'fast'"),
+        ("seed: on", "found true (YAML reads on, yes, off and no as true and false"),
+        ("model: other", "recipe.yaml:3: 'model' stands here a second time"),
+        ("base_model: other", "recipe.yaml:3: 'base_model' and 'model' are the same key: keep one"),
+        ("eval_data: [{path: e.jsonl, formt: x}]", "eval_data[0]: unknown key 'formt'; did you mean 'format'?"),
+        ("eval_data:\n  - {format: x}", "recipe.yaml:4: eval_data[0] has no 'path'"),
+        ("eval_data: [{path: e.jsonl, max_examples: all}]", "eval_data[0].max_examples: expected a whole number of at"),
+        (
+            "eval_data: [7]",
+            "eval_data[0]: expected a path, or a mapping {path, format, max_examples}, found the",
+        ),
+        ("template: chatml", "expected 'auto' or 'none' or the path of a .jinja file, found the text 'chatml'"),
+        ("output_dir: 2026-01-01", "found the date 2026-01-01 (quotes make it a text)"),
+        ("metrics: {a: 1}", "expected 'auto' or a list of names, found the mapping {'a': 1}"),
+        ("lora_r:", "lora_r: expected 'auto' or a whole number of at least 1, found nothing"),
+        ("test_data: train.jsonl", "recipe.yaml:3: test_data and data name the same file"),
+        ("1: 2", "unknown key '1'"),
+        ("max_length: [", "recipe.yaml:4:1: not YAML"),
+        ("model: !!python/object/apply:os.system [ls]", "recipe.yaml:3:8: not YAML: could not determine a constructor"),
+    ],
+)
+def test_each_mistake_says_where_and_what(tmp_path: Path, line: str, message: str) -> None:
+    assert message in refusal(tmp_path, GOOD + line + "\n")
+
+
+def test_all_mistakes_are_listed_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = "lora_r: x\nmodle: tiny\nlora_alpha: [1]\neval_split: 2\neval_data: e.jsonl\n"
+    lines = refusal(tmp_path, text, dropout="1").splitlines()
+    assert lines[0].startswith("recipe.yaml: 8 problems")
+    starts = [line.split()[0] for line in lines[1:]]
+    assert starts == ["recipe.yaml:"] * 2 + [f"recipe.yaml:{n}:" for n in (1, 2, 3, 4, 4)] + ["command"]
+    assert "'model' is missing" in lines[1]
+    assert "'data' is missing" in lines[2]
+    assert "'--dropout'; did you mean 'lora_dropout'?" in lines[8]
+
+
+def test_mistakes_in_flags_name_the_flag(tmp_path: Path) -> None:
+    assert refusal(tmp_path, GOOD, **{"lora-r": "many"}).startswith(
+        "command line: --lora-r: expected 'auto' or a whole"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "2 problems"),
+        (b"- a\n- b\n", "recipe.yaml:1: expected a mapping"),
+        (b"model: \xff\n", "byte 7 is not UTF-8"),
+        (b"\xef\xbb\xbfmodel: tiny\r\ndata:\r\n", "recipe.yaml:2: data: expected a path or a mapping"),
+        (b"model: \x07\n", "not YAML: unacceptable character #x0007"),
+        (b"output_dir: 2026-99-99\n", "not what it looks like: month must be in 1..12"),
+        (b"a: &a [x, *a]\n", "unknown key 'a'"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"#" * 1_000_001, "too many for a recipe"),
+        (b"model: a\n---\nmodel: b\n", "recipe.yaml:2:1: not YAML: but found another document"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert message in str(caught.value)
+
+
+def test_missing_files_and_devices_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path, Path("/dev/zero")):
+        with pytest.raises(InputError, match=r"no such file|expected a file"):
+            load_recipe(path)
+
+
+def test_a_bomb_of_anchors_ends(tmp_path: Path) -> None:
+    levels = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 30))
+    message = refusal(tmp_path, GOOD + "k0: &k0 x\n" + levels + "metrics: *k29\neval_data: *k29\nseed: *k29\n")
+    assert "metrics: expected 'auto' or a list of names, found the list [" in message
+    assert len(message) < 10_000
+
+
+def test_a_written_recipe_reads_back_equal_from_any_folder(tmp_path: Path) -> None:
+    text = (
+        GOOD
+        + "eval_data: [{path: e.jsonl, max_examples: 5}]\nlearning_rate: 1e-4\nschema: s.json\nmetrics: json_valid\n"
+    )
+    recipe = load_recipe(write(tmp_path, text))
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "recipe.yaml").write_text(recipe_yaml(recipe))
+    assert load_recipe(other / "recipe.yaml") == recipe
+
+
+def test_no_key_is_both_accepted_and_refused() -> None:
+    assert not {*INSTEAD, *LATER_KEYS} & set(KEYS.values())

@@ -1,0 +1,223 @@
+"""The run folder: one writer, append-only events, checkpoints that can be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.errors import InputError, MachineError
+from tunesmith.jsonfile import read_json
+from tunesmith.runfolder import EVENT_TYPES, RunFolder, next_run_folder, read_events
+from tunesmith.types import Done, Event, Sample, Saved, Score, StepResult, Verdict
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from tunesmith.runfolder import RunFolder
+folder = RunFolder.create(Path(sys.argv[1]))
+folder.write_json("plan.json", {})
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def step(number: int, loss: float = 1.0) -> StepResult:
+    return StepResult(number, loss, 100, 20, 0.5, 1e-4, 1.0, 10**9)
+
+
+def started(path: Path) -> RunFolder:
+    folder = RunFolder.create(path)
+    folder.write_json("plan.json", {"steps": 10})
+    return folder
+
+
+def save(folder: RunFolder, number: int, content: bytes = b"weights", keep_last: int = 2) -> Path:
+    with folder.checkpoint(number, facts={"recipe": "abc"}, keep_last=keep_last) as target:
+        (target / "adapter.safetensors").write_bytes(content)
+    return folder.path / "checkpoints" / f"step-{number}"
+
+
+def test_a_new_run_makes_its_folder(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "runs" / "a") as folder:
+        assert folder.attempt == 1
+        folder.write_text("recipe.yaml", "model: tiny\n")
+    assert (tmp_path / "runs" / "a" / "recipe.yaml").read_text() == "model: tiny\n"
+
+
+def test_a_folder_that_holds_anything_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match=r"not empty: thesis\.tex"):
+        RunFolder.create(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
+    started(tmp_path).close()
+    with pytest.raises(InputError, match=r"not empty: events\.jsonl, plan\.json\n.*tunesmith resume"):
+        RunFolder.create(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        RunFolder.create(tmp_path / "a")
+    with pytest.raises(MachineError, match="cannot be written: Not a directory"):
+        RunFolder.create(tmp_path / "a" / "b")
+
+
+def test_two_processes_cannot_share_a_folder_and_a_killed_one_does_not_block_it(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        for use in (RunFolder.create, RunFolder.open):
+            with pytest.raises(InputError, match=f"in use by process {other.pid}"):
+                use(path)
+        other.send_signal(signal.SIGKILL)
+    with RunFolder.open(path) as folder:
+        assert (path / ".lock").read_text() == str(os.getpid())
+        assert folder.attempt == 1  # no event was written before
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".lock").write_text("1")
+    RunFolder.create(tmp_path / "empty").close()
+
+
+def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not a run folder: there is no plan\.json"):
+        RunFolder.open(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_event_is_a_line_with_type_time_and_attempt(tmp_path: Path) -> None:
+    events: list[Event] = [
+        Verdict("leak", "ok", "0.0"),
+        Score("test", "loss", 2.0, 1.9, 2.1, 50, 0),
+        step(1),
+        Sample(1, "a:1", "Hi", "line\u2028end"),
+        Saved(1, "checkpoints/step-1"),
+        Done(1, "finished", 3.0),
+    ]
+    with started(tmp_path) as folder:
+        for event in events:
+            folder.append_event(event)
+        lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [line["type"] for line in lines] == ["verdict", "score", "step", "sample", "saved", "done"]
+    assert {line["type"] for line in lines} == set(EVENT_TYPES.values())
+    assert all(line["attempt"] == 1 and line["time"] > 1.7e9 for line in lines)
+    assert lines[2] | {"time": 0} == {
+        "type": "step", "time": 0, "attempt": 1, "step": 1, "loss": 1.0, "tokens": 100, "supervised_tokens": 20,
+        "seconds": 0.5, "learning_rate": 1e-4, "grad_norm": 1.0, "peak_bytes": 10**9,
+    }  # fmt: skip
+    assert read_events(tmp_path) == lines
+
+
+def test_a_loss_that_is_not_a_number_is_never_recorded(tmp_path: Path) -> None:
+    with started(tmp_path) as folder, pytest.raises(ValueError, match=r"step\.loss is nan"):
+        folder.append_event(step(1, float("nan")))
+    assert read_events(tmp_path) == []
+
+
+def test_readers_take_the_last_attempt_of_a_step_in_order(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        for number in (1, 2, 3):
+            folder.append_event(step(number, loss=10.0 + number))
+        folder.append_event(Score("eval", "loss", 1.0, 0.9, 1.1, 5, 1))
+    with RunFolder.open(tmp_path) as folder:
+        assert folder.attempt == 2
+        folder.append_event(step(2, loss=20.0))
+        events = folder.events()
+    assert [(e["step"], e.get("loss")) for e in events] == [(1, 11.0), (1, None), (2, 20.0), (3, 13.0)]
+
+
+def test_a_torn_last_line_is_left_out_and_stays_apart_from_what_follows(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        folder.append_event(step(1))
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(b'{"type": "step", "time": 1, "att')
+    assert [event["step"] for event in read_events(tmp_path)] == [1]
+    with RunFolder.open(tmp_path) as folder:
+        folder.append_event(step(2))
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 2]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        folder.append_event(step(1))
+        with (tmp_path / "events.jsonl").open("ab") as file:
+            file.write(b"garbage\n")
+        folder.append_event(step(2))
+    with pytest.raises(InputError, match=r"events\.jsonl:2: not JSON"):
+        read_events(tmp_path)
+
+
+def test_a_checkpoint_is_sealed_and_found(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        assert folder.latest_checkpoint() is None
+        path = save(folder, 5)
+        manifest = read_json(path / "manifest.json")
+        assert (manifest["step"], manifest["recipe"]) == (5, "abc")
+        assert folder.latest_checkpoint() == path
+
+
+def test_the_newest_checkpoint_that_can_be_trusted_is_taken(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        old, new = save(folder, 9), save(folder, 10)
+        (new / "adapter.safetensors").write_bytes(b"weightz")
+        (tmp_path / "checkpoints" / "step-x").mkdir()
+        (tmp_path / "checkpoints" / "step-11").mkdir()
+        assert folder.latest_checkpoint() == old
+        assert [(path.name, bool(problem)) for path, problem in folder.checkpoints()] == [
+            ("step-11", True), ("step-10", True), ("step-9", False),
+        ]  # fmt: skip
+
+
+def test_old_checkpoints_go_but_never_below_what_can_be_trusted(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        for number in (1, 2, 3):
+            save(folder, number)
+        assert [path.name for path, _ in folder.checkpoints()] == ["step-3", "step-2"]
+        (tmp_path / "checkpoints" / "step-3" / "manifest.json").unlink()
+        save(folder, 4)
+        assert [path.name for path, _ in folder.checkpoints()] == ["step-4", "step-3", "step-2"]
+        save(folder, 5, keep_last=1)
+        assert [path.name for path, _ in folder.checkpoints()] == ["step-5"]
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before_and_no_traces(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        before = save(folder, 1)
+        with pytest.raises(TypeError), folder.checkpoint(2, facts={}) as target:
+            (target / "half").write_bytes("a text")  # pyright: ignore[reportArgumentType]
+        assert [path for path, _ in folder.checkpoints()] == [before]
+        with pytest.raises(MachineError, match=r"bytes\) needed"), folder.checkpoint(2, facts={}, needed_bytes=10**18):
+            pytest.fail("the body must not run")
+        assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_a_step_saved_again_replaces_what_was_there(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        save(folder, 1, b"first")
+        assert (save(folder, 1, b"second") / "adapter.safetensors").read_bytes() == b"second"
+
+
+def test_what_a_killed_process_left_is_removed_on_opening(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        save(folder, 1)
+    (tmp_path / "checkpoints" / ".tmp-step-2-77-ab").mkdir()
+    (tmp_path / ".tmp-plan.json-77-ab").write_text("{")
+    with RunFolder.open(tmp_path) as folder:
+        assert folder.latest_checkpoint() == tmp_path / "checkpoints" / "step-1"
+    names = {entry.name for entry in [*tmp_path.iterdir(), *(tmp_path / "checkpoints").iterdir()]}
+    assert names == {".lock", "plan.json", "events.jsonl", "checkpoints", "step-1"}
+
+
+def test_the_next_free_name(tmp_path: Path) -> None:
+    assert next_run_folder(tmp_path, "demo") == tmp_path / "demo-1"
+    (tmp_path / "demo-1").mkdir()
+    assert next_run_folder(tmp_path, "demo") == tmp_path / "demo-2"
