@@ -1,0 +1,89 @@
+"""One look at the rendered rows of a data set: how long they are, what is lost, which rows stand out.
+
+    Dataset -> Scan -> the numbers of a DataReport
+
+Up to `ALL_ROWS` rows are rendered; of more, a fixed sample of `SAMPLE` rows, and the totals are estimates (the report
+says so). With `overlong: refuse` all rows are rendered, since each may refuse.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunesmith.data.dataset import Dataset, Prepared, raise_all
+from tunesmith.data.schedule import order
+from tunesmith.errors import InputError
+from tunesmith.types import Example
+
+ALL_ROWS = 20_000
+SAMPLE = 2_000
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What was seen in the scanned rows. `marked` names the rows that have something to say, by kind."""
+
+    rows_R: np.ndarray  # indices of the scanned rows, ascending
+    lengths_D: np.ndarray  # tokens of each document, as rendered and cut
+    supervised_tokens: int
+    truncated: int  # documents
+    dropped: Mapping[str, list[str]]  # reason -> ids of the rows without a document
+    marked: Mapping[str, list[str]]  # overlong | answer too long | no system | empty prompt -> ids
+    notes: Mapping[str, list[str]]  # what the render said -> ids
+    share: float  # of the rows, that were scanned
+
+    def scaled(self, count: int) -> int:
+        """A count in the scanned rows, as an estimate for all rows."""
+        return round(count / self.share)
+
+
+def scan(dataset: Dataset) -> Scan:
+    """Render the rows, or a sample. Raises InputError that counts the rows which cannot be rendered."""
+    rows_R = np.arange(len(dataset))
+    if len(dataset) > ALL_ROWS and dataset.overlong != "refuse":
+        rows_R = np.sort(order(0, 0, len(dataset))[:SAMPLE])
+    lengths: list[int] = []
+    supervised = truncated = 0
+    dropped, marked, notes = (defaultdict[str, list[str]](list) for _ in range(3))
+    problems: list[InputError] = []
+    for row in rows_R.tolist():
+        try:
+            example, prepared = dataset.understand(row)
+        except InputError as problem:
+            problems.append(problem)
+            continue
+        lengths += [len(document) for document in prepared.documents]
+        supervised += sum(int(np.count_nonzero(document.weights_L)) for document in prepared.documents)
+        truncated += prepared.truncated
+        if prepared.dropped:
+            dropped[prepared.dropped].append(prepared.id)
+        for mark in _marks(example, prepared):
+            marked[mark].append(prepared.id)
+        for note in prepared.notes:
+            notes[note].append(prepared.id)
+    raise_all(problems, len(rows_R), dataset.path)
+    share = len(rows_R) / max(1, len(dataset))
+    return Scan(rows_R, np.array(lengths, np.int64), supervised, truncated, dropped, marked, notes, share)
+
+
+def _marks(example: Example, prepared: Prepared) -> Iterable[str]:
+    if prepared.overlong:
+        yield "overlong"
+    if prepared.answer_too_long:
+        yield "answer too long"
+    if example.messages and not any(message["role"] in ("system", "developer") for message in example.messages):
+        yield "no system"
+    if any(message["role"] == "user" and not message["content"].strip() for message in example.messages):
+        yield "empty prompt"
+
+
+def percentiles(lengths_D: np.ndarray) -> dict[str, int]:
+    """p50, p90, p99 and max, each the length of a real document; empty without documents."""
+    if not len(lengths_D):
+        return {}
+    p50, p90, p99, most = np.percentile(lengths_D, [50, 90, 99, 100], method="higher")
+    return {"p50": int(p50), "p90": int(p90), "p99": int(p99), "max": int(most)}

@@ -1,0 +1,145 @@
+import json
+
+import numpy as np
+import pytest
+
+from tunesmith.data.dataset import digests, fit, open_dataset
+from tunesmith.errors import InputError
+from tunesmith.recipe import DataSource
+from tunesmith.types import Document, Example
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def pair(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
+def document(*weights):
+    return Document("r", np.arange(len(weights), dtype=np.int32), np.array(weights, np.float32))
+
+
+def test_rows_are_counted_and_rendered_on_demand(write, words):
+    path = write(lines(pair("a b", "c"), pair("d", "e f g")))
+    dataset = open_dataset([DataSource(path=path)], words)
+    assert (len(dataset), dataset.formats, dataset.path) == (2, ("completion",), str(path))
+    assert "user turn" in dataset.reasons[0]
+    (only,) = dataset.documents(1)
+    assert only.id == "train.jsonl:2"
+    assert words.decode(only.tokens_L.tolist()) == "<s>userd</s><s>assistante f g</s>"
+    assert only.weights_L.tolist() == [0] * 6 + [1] * 4
+
+
+def test_files_of_other_formats_stand_behind_each_other(write, words):
+    first, second = write(lines(pair("a", "b")), "a.jsonl"), write(lines({"text": "x"}, {"text": "y"}), "b.jsonl")
+    dataset = open_dataset([DataSource(path=first), DataSource(path=second)], words)
+    assert [dataset.id(i) for i in range(3)] == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:2"]
+    assert dataset.example(2).text == "y"
+    assert dataset.formats == ("completion", "text")
+    single = open_dataset([DataSource(path=first)], words)
+    assert single.fingerprint == single.sources[0].fingerprint != dataset.fingerprint
+
+
+def test_files_of_the_same_name_keep_different_ids(tmp_path, words):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jsonl").write_text(lines({"text": folder}))
+    dataset = open_dataset([DataSource(path=tmp_path / f / "x.jsonl") for f in "ab"], words)
+    assert dataset.id(0).endswith("a/x.jsonl:1")
+    assert dataset.id(1).endswith("b/x.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("own", "whole", "rows"), [(2, None, [1, 2, 1, 2, 3]), (2, 4, [1, 2, 1, 2]), (None, 2, [1, 2])]
+)
+def test_max_examples_takes_the_first_rows_of_a_file_and_of_all(write, words, own, whole, rows):
+    paths = [write(lines(*({"text": f"{name}{i}"} for i in range(3))), f"{name}.jsonl") for name in "ab"]
+    files = [DataSource(path=paths[0], max_examples=own), DataSource(path=paths[1])]
+    dataset = open_dataset(files, words, max_examples=whole)
+    assert [int(dataset.id(i).split(":")[1]) for i in range(len(dataset))] == rows
+    assert dataset.example(len(rows) - 1).id == dataset.id(len(rows) - 1)
+
+
+def test_a_given_format_wins_and_an_unknown_one_is_refused(write, words):
+    path = write(lines({"text": "a", "messages": []}))
+    dataset = open_dataset([DataSource(path=path, format="text")], words)
+    assert (dataset.example(0).text, dataset.reasons) == ("a", ("the recipe says so",))
+    with pytest.raises(InputError, match="there is no format 'alpaca'"):
+        open_dataset([DataSource(path=path, format="alpaca")], words)
+
+
+def test_all_unusable_rows_are_counted_and_the_first_are_named(write, words):
+    good = json.dumps(pair("a", "b"))
+    path = write("\n".join([good, "{", json.dumps(pair("a", "")), *["[]"] * 5, good]))
+    with pytest.raises(InputError) as caught:
+        open_dataset([DataSource(path=path)], words)
+    assert caught.value.what.startswith("7 of 9 rows cannot be used:\n  train.jsonl:2:2: not JSON")
+    assert "\n  train.jsonl:3: the completion is empty" in caught.value.what
+    assert caught.value.what.endswith("and 2 more")
+
+
+def test_one_unusable_row_is_its_own_error(write, words):
+    with pytest.raises(InputError) as caught:
+        open_dataset([DataSource(path=write(lines(pair("a", "b"), pair("a", ""))))], words)
+    assert (caught.value.where, caught.value.what) == ("train.jsonl:2", "the completion is empty")
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "dropped", "truncated"),
+    [("drop", [3], "", 0), ("truncate", [3, 4], "", 1)],
+)
+def test_long_documents_are_dropped_or_cut_and_counted(policy, kept, dropped, truncated):
+    prepared = fit("r", [document(0, 0, 1), document(0, 1, 0, 1, 1)], 4, policy)
+    assert [len(each) for each in prepared.documents] == kept
+    assert (prepared.dropped, prepared.overlong, prepared.truncated) == (dropped, 1, truncated)
+    assert not prepared.answer_too_long
+
+
+@pytest.mark.parametrize(
+    ("documents", "policy", "dropped"),
+    [
+        ([document(0, 0, 0, 0, 1)], "drop", "longer than max_length"),
+        ([document(0, 0, 0, 0, 1)], "truncate", "nothing trained is left after truncation"),
+        ([document(0, 0)], "drop", "nothing is trained"),
+        ([], "drop", "nothing is trained"),
+    ],
+)
+def test_a_row_without_a_target_keeps_its_slot_with_a_reason(documents, policy, dropped):
+    prepared = fit("r", documents, 4, policy)
+    assert (prepared.documents, prepared.dropped, prepared.truncated) == ((), dropped, 0)
+
+
+def test_long_documents_can_be_refused_and_lengths_up_to_the_limit_are_fine():
+    with pytest.raises(InputError, match="r: the row has 5 tokens, max_length is 4"):
+        fit("r", [document(0, 0, 0, 0, 1)], 4, "refuse")
+    assert len(fit("r", [document(0, 0, 0, 0, 1)], 5, "refuse").documents) == 1
+    assert len(fit("r", [document(0, 0, 0, 0, 1)], None, "refuse").documents) == 1
+
+
+def test_an_answer_that_alone_is_too_long_is_marked():
+    assert fit("r", [document(0, 1, 1, 1, 1, 1)], 4, "drop").answer_too_long
+
+
+def test_limits_and_choices_make_new_data_sets(write, words):
+    dataset = open_dataset([DataSource(path=write(lines({"text": "a"}, {"text": "a b c d"})))], words)
+    assert dataset.limited(4, "drop").prepare(1).dropped == "longer than max_length"
+    assert dataset.prepare(1).dropped == ""
+    assert dataset.take(np.array([1])).example(0).text == "a b c d"
+
+
+def test_digests_even_out_white_space_and_separate_prompt_from_answer():
+    def chat(*contents, **more):
+        roles = ("user", "assistant")
+        turns = tuple({"role": roles[i % 2], "content": content} for i, content in enumerate(contents))
+        return digests(Example("r", messages=turns, turn_weights=(0, 1), **more))
+
+    assert chat("a  b", "c\n") == chat("a b", " c")
+    assert chat("a", "b")[0] != chat("a", "c")[0]
+    assert chat("a", "b")[1] == chat("a", "c")[1] != chat("x", "b")[1]
+    assert chat("a", "b", "a", "c")[1] == chat("a", "b", "a", "d")[1] != chat("a", "c")[1]
+    assert chat("a b", "c") != chat("a", "b c")
+    assert chat("a", "b", tools=({"name": "f"},))[0] != chat("a", "b")[0]
+    assert digests(Example("r", text="b", prompt="a"))[1] == digests(Example("r", text="c", prompt="a"))[1]
+    assert len({*digests(Example("r", text="a"))}) == 1

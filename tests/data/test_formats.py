@@ -1,0 +1,108 @@
+import pytest
+
+from tunesmith.data.formats import FORMATS, detect, parse, unused_keys
+from tunesmith.errors import InputError
+from tunesmith.types import Row
+
+USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+
+
+def row(**data):
+    return Row("train.jsonl:7", data)
+
+
+@pytest.mark.parametrize(
+    ("data", "has_template", "name", "says"),
+    [
+        ({"messages": []}, True, "messages", "`messages`"),
+        ({"messages": [], "text": ""}, True, "messages", "`text` is there too and not used"),
+        ({"prompt": "a", "completion": "b"}, True, "completion", "user turn"),
+        ({"prompt": "a", "completion": "b"}, False, "completion", "joined as they are"),
+        ({"prompt": [USER], "completion": [ANSWER]}, True, "completion", "`prompt` and `completion`"),
+        ({"text": "a", "prompt": "b"}, True, "text", "`text`"),
+    ],
+)
+def test_the_format_is_detected_with_its_reason(data, has_template, name, says):
+    found, reason = detect([row(**data), row(**data)], has_template)
+    assert found == name
+    assert says in reason
+
+
+@pytest.mark.parametrize(
+    ("data", "fix"),
+    [
+        ({"conversations": []}, "rename `conversations`"),
+        ({"instruction": "", "output": ""}, "as `prompt`"),
+        ({"x": 1}, "rename"),
+        ({}, "rename"),
+    ],
+)
+def test_an_unknown_format_says_what_to_rename(data, fix):
+    with pytest.raises(InputError, match=fix):
+        detect([row(**data)], True)
+
+
+def test_rows_of_two_formats_are_refused():
+    with pytest.raises(InputError, match=r"train\.jsonl:9: this row looks like `text`, but row train\.jsonl:7"):
+        detect([row(messages=[]), Row("train.jsonl:9", {"text": "a"})], True)
+
+
+def test_strings_become_two_turns_on_a_model_with_a_template():
+    example = parse(row(prompt="2+2?", completion=" 4\n"), "completion", True)
+    assert example.messages == (USER, {"role": "assistant", "content": " 4\n"})
+    assert example.turn_weights == (0.0, 1.0)
+    assert (example.id, example.text, example.prompt) == ("train.jsonl:7", None, None)
+
+
+def test_strings_stay_text_without_a_template():
+    example = parse(row(prompt="2+2?", completion=" 4\n"), "completion", False)
+    assert (example.prompt, example.text, example.messages) == ("2+2?", " 4\n", ())
+
+
+def test_of_a_conversational_completion_only_the_completion_is_trained():
+    before = [USER, ANSWER, {"role": "user", "content": "and 3+3?"}]
+    after = [{"role": "assistant", "content": "6"}]
+    example = parse(row(prompt=before, completion=after, tools=[{"type": "function"}]), "completion", True)
+    assert example.messages == (*before, *after)
+    assert example.turn_weights == (0, 0, 0, 1)
+    assert example.tools == ({"type": "function"},)
+
+
+def test_text_is_trained_as_it_is():
+    assert parse(row(text=" a\n"), "text", True).text == " a\n"
+
+
+@pytest.mark.parametrize(
+    ("format", "data", "says"),
+    [
+        ("messages", {"text": "a"}, "the key `messages` is missing"),
+        ("messages", {"messages": [ANSWER, USER]}, "the last turn is `user`"),
+        ("messages", {"messages": [USER, {**ANSWER, "train": False}]}, "no turn is trained"),
+        ("completion", {"prompt": "a", "completion": " \n"}, "the completion is empty"),
+        ("completion", {"prompt": "a", "completion": None}, "`completion` is null"),
+        ("completion", {"prompt": 3, "completion": "b"}, "`prompt` is a int"),
+        ("completion", {"prompt": [USER], "completion": [USER]}, "the last turn is `user`"),
+        ("text", {"text": "\n"}, "the text is empty"),
+        ("text", {"text": None}, "`text` is null"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_is_named_with_a_fix(format, data, says):
+    with pytest.raises(InputError) as caught:
+        parse(row(**data), format, True)
+    assert caught.value.where == "train.jsonl:7"
+    assert says in caught.value.what
+    assert caught.value.fix
+
+
+def test_messages_without_a_template_are_refused():
+    for format, data in {
+        "messages": {"messages": [USER, ANSWER]},
+        "completion": {"prompt": [], "completion": []},
+    }.items():
+        with pytest.raises(InputError, match="need a chat template"):
+            parse(row(**data), format, False)
+
+
+def test_unused_keys_are_known():
+    assert unused_keys(row(messages=[], tools=[], id=3, source="x"), "messages") == ["id", "source"]
+    assert all(set(format.keys) <= format.used for format in FORMATS.values())

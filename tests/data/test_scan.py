@@ -1,0 +1,56 @@
+import json
+
+import numpy as np
+import pytest
+
+from tunesmith.data import scan as scan_module
+from tunesmith.data.dataset import open_dataset
+from tunesmith.data.scan import percentiles, scan
+from tunesmith.errors import InputError
+from tunesmith.recipe import DataSource
+
+
+def open_texts(write, words, texts, **options):
+    path = write("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return open_dataset([DataSource(path=path)], words, **options)
+
+
+def test_all_rows_are_counted(write, words):
+    seen = scan(open_texts(write, words, ["a", "a b", "a b c"]))
+    assert seen.lengths_D.tolist() == [3, 4, 5]
+    assert seen.supervised_tokens == 9
+    assert (seen.share, seen.scaled(3), dict(seen.dropped)) == (1.0, 3, {})
+
+
+def test_losses_are_counted_by_reason(write, words):
+    dataset = open_texts(write, words, ["a", "a b c", "a b c d"], max_length=4)
+    seen = scan(dataset)
+    assert dict(seen.dropped) == {"longer than max_length": ["train.jsonl:2", "train.jsonl:3"]}
+    assert seen.marked["answer too long"] == ["train.jsonl:3"]
+    cut = scan(dataset.limited(4, "truncate"))
+    assert (cut.truncated, cut.lengths_D.tolist(), cut.marked["overlong"]) == (
+        2,
+        [3, 4, 4],
+        ["train.jsonl:2", "train.jsonl:3"],
+    )
+
+
+def test_of_many_rows_a_fixed_sample_is_scanned(write, words, monkeypatch):
+    monkeypatch.setattr(scan_module, "ALL_ROWS", 100)
+    monkeypatch.setattr(scan_module, "SAMPLE", 40)
+    dataset = open_texts(write, words, ["a " * (i % 7 + 1) for i in range(200)])
+    seen = scan(dataset)
+    assert len(seen.rows_R) == 40
+    assert seen.rows_R.tolist() == scan(dataset).rows_R.tolist() == sorted(set(seen.rows_R.tolist()))
+    assert seen.scaled(len(seen.lengths_D)) == 200
+    assert len(scan(dataset.limited(100, "refuse")).rows_R) == 200
+
+
+def test_rows_that_the_policy_refuses_are_reported_together(write, words):
+    with pytest.raises(InputError, match=r"2 of 3 rows cannot be used:\n  train\.jsonl:1: the row has 4 tokens"):
+        scan(open_texts(write, words, ["a b", "a", "a b c"], max_length=3, overlong="refuse"))
+
+
+def test_percentiles_are_lengths_of_real_documents():
+    assert percentiles(np.array([5, 1, 3])) == {"p50": 3, "p90": 5, "p99": 5, "max": 5}
+    assert percentiles(np.array([], np.int64)) == {}

@@ -1,0 +1,98 @@
+import json
+
+import numpy as np
+from rich.console import Console
+
+from tunesmith.data.dataset import Prepared, open_dataset
+from tunesmith.data.show import coloured, pieces, visible
+from tunesmith.recipe import DataSource
+from tunesmith.types import Document
+
+
+def shown(prepared, words, **options):
+    return [text.plain for text in coloured(prepared, words, **options)]
+
+
+def open_one(write, words, *messages):
+    row = {"messages": [{"role": role, "content": content, **more} for role, content, more in messages]}
+    return open_dataset([DataSource(path=write(json.dumps(row)))], words).prepare(0)
+
+
+def test_trained_runs_are_marked_without_colour(write, words):
+    prepared = open_one(write, words, ("user", "2 + 2?", {}), ("assistant", "it is 4", {}))
+    header, tokens = shown(prepared, words)
+    assert header == "train.jsonl:1  12 tokens, 4 trained"
+    assert tokens == "<s>user2 + 2?</s><s>assistant⟦it is 4</s>⟧"
+
+
+def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
+    prepared = open_one(write, words, ("user", "hi", {}), ("assistant", "ok", {}))
+    _, text = coloured(prepared, words)
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert styles["hi"] == "dim"
+    assert styles["ok"] == "bold green"
+    assert styles["<s>"] == "dim reverse"
+    assert styles["</s>"] == "bold green reverse"
+    console = Console(force_terminal=True, color_system="standard")
+    with console.capture() as captured:
+        console.print(text)
+    assert "\x1b[1;32m" in captured.get()
+
+
+def test_other_weights_and_ids_are_said(write, words):
+    prepared = open_one(write, words, ("user", "hi", {}), ("assistant", "ok", {"weight": 0.5}))
+    assert shown(prepared, words, ids=True)[1] == "<s>‹0›user‹3›hi‹2›</s>‹1›<s>‹0›assistant‹5›⟦×0.5 ok‹4›</s>‹1›⟧"
+
+
+def test_a_dropped_row_and_notes_are_said(words):
+    prepared = Prepared("r:1", (), dropped="longer than max_length", notes=("control \x1b[31m text",))
+    assert shown(prepared, words) == ["r:1  dropped: longer than max_length", "note: control \\u{1b}[31m text"]
+
+
+def test_several_documents_are_numbered(words):
+    document = Document("r:1", np.array([0, 1], np.int32), np.array([0, 1], np.float32))
+    headers = shown(Prepared("r:1", (document, document)), words)[::2]
+    assert headers == ["r:1  document 1 of 2  2 tokens, 1 trained", "r:1  document 2 of 2  2 tokens, 1 trained"]
+
+
+def test_white_space_and_steering_characters_are_visible():
+    assert visible("\n\n") == "⏎\n⏎\n"
+    assert visible("  ") == "␣␣"
+    assert visible(" a b\t") == " a b⇥"
+    assert visible("\x1b[2J\u202e\u200b\x00é漢😀") == "\\u{1b}[2J\\u{202e}\\u{200b}\\u{0}é漢😀"
+
+
+class Bytes:
+    """One token a byte, as byte-level tokenizers do with rare characters."""
+
+    control_ids = frozenset[int]()
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+class EatsFirstSpace(Bytes):
+    def decode(self, ids):
+        return super().decode(ids).removeprefix(" ")
+
+
+def of_bytes(text, weights=None):
+    raw = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return Document("r", raw, np.array(weights or [0] * len(raw), np.float32))
+
+
+def test_a_character_of_several_tokens_is_one_piece():
+    found = list(pieces(of_bytes("a€😀b"), Bytes()))
+    assert [piece.text for piece in found] == ["a", "€", "😀", "b"]
+    assert [len(piece.ids) for piece in found] == [1, 3, 4, 1]
+
+
+def test_pieces_never_cross_a_change_of_weight_and_lose_no_token():
+    document = of_bytes("a€\ufffdb", [0, 0, 0, 1, 1, 1, 1, 1])
+    found = list(pieces(document, Bytes()))
+    assert [i for piece in found for i in piece.ids] == document.tokens_L.tolist()
+    assert [(piece.weight, len(piece.ids)) for piece in found][:2] == [(0, 1), (0, 2)]
+
+
+def test_a_space_that_the_tokenizer_eats_at_the_start_is_kept_inside():
+    assert [piece.text for piece in pieces(of_bytes("a b"), EatsFirstSpace())] == ["a", " ", "b"]

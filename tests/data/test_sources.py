@@ -1,0 +1,134 @@
+import json
+import os
+import tracemalloc
+
+import pytest
+
+from tunesmith.data import sources
+from tunesmith.data.sources import open_source
+from tunesmith.errors import InputError
+
+
+def rows_of(path):
+    source = open_source(path)
+    return [source.row(i) for i in range(len(source))]
+
+
+def test_rows_have_the_name_and_line_of_their_file_and_can_be_read_in_any_order(write):
+    source = open_source(write('{"a": 1}\n\n  \n{"a": 2}\n{"a": 3}'))
+    assert [source.row(i).data["a"] for i in (2, 0, 1)] == [3, 1, 2]
+    assert [source.id(i) for i in range(3)] == ["train.jsonl:1", "train.jsonl:4", "train.jsonl:5"]
+
+
+def test_byte_order_mark_and_crlf_are_fine(write):
+    rows = rows_of(write(b'\xef\xbb\xbf{"text": "a\\r\\nb"}\r\n{"text": "c"}\r\n\r\n'))
+    assert [row.data for row in rows] == [{"text": "a\r\nb"}, {"text": "c"}]
+
+
+def test_plain_text_is_one_row_with_unix_line_ends(write):
+    (row,) = rows_of(write(b"\xef\xbb\xbfone\r\n\r\ntwo \xe2\x82\xac\n", "book.txt"))
+    assert (row.id, row.data) == ("book.txt:1", {"text": "one\n\ntwo €\n"})
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "says"),
+    [
+        (b'{"a": 1', "train.jsonl:2:8", "not JSON"),
+        (b'{"a": 1} {"a": 2}', "train.jsonl:2:10", "not JSON"),
+        (b"[1, 2]", "train.jsonl:2", "the row is a list"),
+        (b"null", "train.jsonl:2", "the row is a NoneType"),
+        (b'{"a": "\xe9t\xe9"}', "train.jsonl:2:8", "byte 0xe9 at offset 16 is not UTF-8"),
+        (b'{"a": "x\x00y"}', "train.jsonl:2:9", "not JSON: Invalid control character"),
+        (b'{"a": "x\\u0000y"}', "train.jsonl:2", "\\u0000"),
+        (b'{"a": "\\ud83d"}', "train.jsonl:2", "half a character, '\\ud83d'"),
+        (b'{"a": "\xed\xa0\xbd"}', "train.jsonl:2:8", "is not UTF-8"),
+        (b'{"a": NaN}', "train.jsonl:2", "NaN is not JSON"),
+        (b'{"a": [-Infinity]}', "train.jsonl:2", "-Infinity is not JSON"),
+        (b'{"a": 1e999}', "train.jsonl:2", "the number 1e999 does not fit"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "train.jsonl:2", "the key 'b' appears twice"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "train.jsonl:2", "not usable JSON"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "train.jsonl:2", "nested deeper"),
+        (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}", "train.jsonl:2", "nested deeper"),
+    ],
+)
+def test_a_broken_row_is_named_by_line_and_column(write, line, place, says):
+    source = open_source(write(b'{"a": 0}\n' + line + b'\n{"a": 2}\n'))
+    with pytest.raises(InputError) as caught:
+        source.row(1)
+    assert caught.value.where == place
+    assert says in caught.value.what
+    assert caught.value.fix
+    assert source.row(2).data == {"a": 2}  # the others are still readable
+
+
+def test_characters_that_only_look_suspicious_are_kept(write):
+    line = r'{"pair": "\ud83d\ude00", "path": "C:\\u0000", "brackets": "' + "[" * 500 + '"}'
+    (row,) = rows_of(write(line))
+    assert row.data == {"pair": "😀", "path": "C:\\u0000", "brackets": "[" * 500}
+
+
+def test_arguments_of_tool_calls_stay_byte_for_byte(write):
+    arguments = '{"z": 1.0, "a": null, "big": 123456789012345678901, "deep": {"k": [true, 0.1, "é"]}, "": -2}'
+    line = f'{{"as_object": {arguments}, "as_string": {json.dumps(arguments)}}}'
+    (row,) = rows_of(write(line))
+    assert json.dumps(row.data["as_object"], ensure_ascii=False) == arguments
+    assert row.data["as_string"] == arguments
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("", "is empty"), ("\n \r\n\n", "only blank lines"), (b"\xef\xbb\xbf", "only blank lines")]
+)
+def test_an_empty_file_is_refused(write, content, says):
+    with pytest.raises(InputError, match=says):
+        open_source(write(content))
+
+
+def test_a_json_array_says_how_to_convert_it(write):
+    with pytest.raises(InputError, match=r"jq -c"):
+        open_source(write("[\n{},\n{}\n]\n", "data.json")).row(0)
+
+
+def test_files_that_are_not_plain_data_are_refused_before_reading(write, tmp_path):
+    write("{}")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, says in {
+        "trian.jsonl": r"did you mean .*train\.jsonl",
+        ".": "is a folder",
+        "pipe.jsonl": "not an ordinary file",
+        "no/such/folder.jsonl": "no such file",
+    }.items():
+        with pytest.raises(InputError, match=says):
+            open_source(tmp_path / name)
+    with pytest.raises(InputError, match=r"cannot read \.gz"):
+        open_source(write(b"\x1f\x8b", "rows.gz"))
+
+
+def test_an_endless_line_is_refused_without_reading_on(write, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST_ROW", 1000)
+    path = write('{"a": 1}\n{"a": "' + "x" * 100_000 + '"}\n')
+    tracemalloc.start()
+    with pytest.raises(InputError, match="longer than") as caught:
+        open_source(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.where == "train.jsonl:2"
+    assert peak < 60_000
+
+
+def test_a_file_that_changes_while_in_use_is_noticed(write):
+    path = write('{"a": 1}\n{"a": 2}\n')
+    source = open_source(path)
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
+    with pytest.raises(InputError, match="changed"):
+        source.row(0)
+
+
+def test_memory_does_not_grow_with_the_length_of_the_rows(write):
+    path = write("".join(json.dumps({"text": "x" * 10_000, "n": n}) + "\n" for n in range(300)))
+    tracemalloc.start()
+    source = open_source(path)
+    assert sum(source.row(i).data["n"] for i in range(300)) == 44_850
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 3_000_000
+    assert peak < 200_000
