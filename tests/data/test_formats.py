@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tunesmith.data.formats import FORMATS, detect, parse, unused_keys
 from tunesmith.errors import InputError
@@ -101,6 +103,36 @@ def test_messages_without_a_template_are_refused():
     }.items():
         with pytest.raises(InputError, match="need a chat template"):
             parse(row(**data), format, False)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+known_keys = ["role", "content", "train", "weight", "tool_calls", "function_call", "name", "type", "text", "function"]
+likely_values = json_values | st.sampled_from(["user", "assistant", "tool", "text", "f", [{"name": "f"}]])
+any_message = st.dictionaries(st.sampled_from(known_keys), likely_values, max_size=5)
+any_row = st.fixed_dictionaries(
+    {key: json_values | st.lists(any_message, max_size=3) for key in ("messages", "prompt", "completion", "text")},
+    optional={"tools": json_values, "functions": json_values},
+)
+
+
+@given(any_row, st.sampled_from(list(FORMATS)), st.booleans())
+def test_any_row_is_an_example_or_a_clear_error(data, format, has_template):
+    example, problem = None, None
+    try:
+        example = parse(row(**data), format, has_template)
+    except InputError as error:
+        problem = error
+    if problem:
+        assert problem.where == "train.jsonl:7"
+        assert problem.fix
+    else:
+        assert example.text is not None or any(example.turn_weights)
+        assert all(isinstance(message["content"], str) for message in example.messages)
+        assert len(example.messages) == len(example.turn_weights)
 
 
 def test_unused_keys_are_known():

@@ -85,6 +85,9 @@ def test_an_empty_answer_is_fine_when_it_is_not_trained():
         (user([{"type": "text"}]), "is 'text', not text"),
         (user(["a"]), "is 'str', not text"),
         (assistant(weight=-1), "`weight` is -1"),
+        (assistant(weight=10**400), "`weight` is 1000"),
+        (assistant(function_call={"name": "f"}, tool_calls=[CALL]), "`tool_calls` and `function_call`"),
+        (assistant(function_call="f"), "tool_calls[0] names no function"),
         (assistant(weight=True), "`weight` is True"),
         (assistant(weight="1"), "`weight` is '1'"),
         (assistant(weight=float("inf")), "`weight` is inf"),
@@ -128,6 +131,7 @@ def test_bad_tools_are_refused(data):
 
 
 def test_no_tools_are_fine():
+    assert turns(user(tool_calls=[]), user(tool_calls=None))[0] == turns(user())[0]
     assert (
         read_tools(Row("r", {})) == read_tools(Row("r", {"tools": None})) == read_tools(Row("r", {"tools": []})) == ()
     )

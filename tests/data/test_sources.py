@@ -3,6 +3,8 @@ import os
 import tracemalloc
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tunesmith.data import sources
 from tunesmith.data.sources import open_source
@@ -46,7 +48,7 @@ def test_plain_text_is_one_row_with_unix_line_ends(write):
         (b'{"a": [-Infinity]}', "train.jsonl:2", "-Infinity is not JSON"),
         (b'{"a": 1e999}', "train.jsonl:2", "the number 1e999 does not fit"),
         (b'{"a": {"b": 1, "c": 2, "b": 3}}', "train.jsonl:2", "the key 'b' appears twice"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "train.jsonl:2", "not usable JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "train.jsonl:2", "a number has thousands of digits"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "train.jsonl:2", "nested deeper"),
         (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}", "train.jsonl:2", "nested deeper"),
     ],
@@ -121,6 +123,24 @@ def test_a_file_that_changes_while_in_use_is_noticed(write):
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     with pytest.raises(InputError, match="changed"):
         source.row(0)
+    path.unlink()
+    with pytest.raises(InputError, match="readable before: No such file"):
+        source.row(0)
+
+
+@given(st.binary(max_size=60) | st.text(max_size=40).map(lambda text: json.dumps({"a": text}).encode()))
+def test_any_bytes_are_an_object_or_a_clear_error(raw):
+    data, problem = None, None
+    try:
+        data = sources.decode_json(raw, "train.jsonl:1", 0)
+    except InputError as error:
+        problem = error
+    if problem:
+        assert problem.where.startswith("train.jsonl:1")
+        assert problem.fix
+    else:
+        assert data == json.loads(raw)
+        assert json.dumps(data, ensure_ascii=False).encode()
 
 
 def test_memory_does_not_grow_with_the_length_of_the_rows(write):

@@ -10,13 +10,13 @@ stays that string, an object keeps its keys, their order and their values.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tunesmith.errors import InputError
 from tunesmith.types import Json, Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+HEAVIEST = 1000  # a weight above it is a mistake
 OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 
 
@@ -34,14 +34,10 @@ def _read_turn(where: str, message: Any, place: str, trained: bool) -> tuple[Jso
     role = _role(where, message, place)
     turn = {key: value for key, value in message.items() if key not in ("train", "weight")}
     turn["role"] = "tool" if role == "function" else role
-    if turn.get("function_call") is not None:
-        turn["tool_calls"] = [{"type": "function", "function": turn["function_call"]}]
-    turn.pop("function_call", None)
-    calls = turn.get("tool_calls")
-    if calls is None:
-        turn.pop("tool_calls", None)
-    else:
+    calls = _calls(where, turn.pop("tool_calls", None), turn.pop("function_call", None), place)
+    if calls:
         _check_calls(where, calls, role, place)
+        turn["tool_calls"] = calls
     weight = _weight(where, message, place, 1.0 if trained and role == "assistant" else 0.0)
     turn["content"] = _content(where, message.get("content"), place, missing_is_fine=bool(calls))
     if role == "assistant" and weight and not calls and not turn["content"].strip():
@@ -68,8 +64,10 @@ def _weight(where: str, message: Json, place: str, default: float) -> float:
         raise InputError(f"{place}: `train` is {train!r}", where=where, fix="write true or false")
     if weight is None:
         weight = 1.0 if train else 0.0
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
-        raise InputError(f"{place}: `weight` is {weight!r}", where=where, fix="write a number from 0 on")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= HEAVIEST:
+        raise InputError(
+            f"{place}: `weight` is {weight!r:.40}", where=where, fix=f"write a number from 0 to {HEAVIEST}"
+        )
     if train is not None and train != (weight > 0):
         raise InputError(f"{place}: `train` and `weight` contradict each other", where=where, fix="keep one of them")
     if weight > 0 and message["role"] != "assistant":
@@ -98,6 +96,13 @@ def _text_part(where: str, part: Any, place: str) -> str:
     raise InputError(
         f"{place} is {kind!r}, not text", where=where, fix="only text is trained; drop the row or the part"
     )
+
+
+def _calls(where: str, calls: Any, older: Any, place: str) -> Any:
+    if calls and older:
+        what = f"{place} has `tool_calls` and `function_call`"
+        raise InputError(what, where=where, fix="keep `tool_calls`")
+    return [{"type": "function", "function": older}] if older else calls
 
 
 def _check_calls(where: str, calls: Any, role: str, place: str) -> None:

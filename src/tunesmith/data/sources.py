@@ -21,6 +21,7 @@ import os
 import re
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,11 @@ class Source:
     def row(self, index: int) -> Row:
         """Read and decode one row. Raises InputError that names file and line."""
         start, end = self.starts[index], self.ends[index]
-        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            what = f"the file was readable before: {error.strerror}"
+            raise InputError(what, where=str(self.path), fix="put it back and start again") from None
         try:
             if _stamp(os.fstat(handle)) != self.stamp:
                 raise InputError("the file changed while it was in use", where=str(self.path), fix="start again")
@@ -167,8 +172,8 @@ def decode_json(raw: bytes, where: str, offset: int) -> Json:
     except json.JSONDecodeError as error:
         fix = _JSON_FIX if text.strip() in ("[", "{") else "correct the line; each line is one whole JSON object"
         raise InputError(f"not JSON: {error.msg}", where=f"{where}:{error.colno}", fix=fix) from None
-    except ValueError as error:  # only an integer with thousands of digits
-        raise InputError(f"not usable JSON: {error}", where=where, fix="write the number as a string") from None
+    except ValueError:  # Python refuses to read whole numbers of more than 4300 digits
+        raise InputError("a number has thousands of digits", where=where, fix="write it as a string") from None
     except InputError as error:
         raise InputError(error.what, where=where, fix=error.fix) from None
     if not isinstance(data, dict):
@@ -218,8 +223,7 @@ def _depth(data: Json) -> int:
 def _object(pairs: list[tuple[str, Any]]) -> Json:
     data = dict(pairs)
     if len(data) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise InputError(f"the key {twice!r} appears twice in one object", fix="keep one of them")
     return data
 
