@@ -54,7 +54,7 @@ def main_memory() -> tuple[int, int]:
         total, available = facts["MemTotal"] * 1024, facts.get("MemAvailable", facts["MemTotal"]) * 1024
     else:
         total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, used in _cgroup_limits():
+    for limit, used in _cgroup_limits(_cgroup_folders()):
         total, available = min(total, limit), min(available, max(limit - used, 0))
     return total, available
 
@@ -137,10 +137,10 @@ def _processor_flags() -> set[str]:
     return set()
 
 
-def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, bytes in use) of each cgroup above this process that has a limit. Cached files count as free."""
-    limits = []
-    for folder in _cgroup_folders():
+def _cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
+    """(limit, bytes in use) of each cgroup that has a limit. Cached files count as free."""
+    limits: list[tuple[int, int]] = []
+    for folder in folders:
         for limit_name, used_name, cache in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

