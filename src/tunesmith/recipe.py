@@ -95,7 +95,7 @@ class Recipe(BaseModel):
     retention_data: Path | None = Field(
         default=None, description="General text; its bits per byte show what was forgotten."
     )
-    max_examples: Count | None = Field(default=None, description="Train on only the first this many rows.")
+    max_examples: Count | None = Field(default=None, description="Train on at most this many rows, the first ones.")
     template: Auto | Literal["none"] | Template = Field(
         default="auto",
         description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",

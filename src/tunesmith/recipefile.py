@@ -240,7 +240,7 @@ def found(value: Any) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, str):
-        return f"the text '{value}'" if value else "an empty text"
+        return f"'{value}'" if value else "an empty text"
     if isinstance(value, (int, float)):
         return f"the number {value}"
     if isinstance(value, (list, dict)):

@@ -1,0 +1,313 @@
+"""The command line: one verb, one function, one line in `VERBS`.
+
+    tunesmith VERB [recipe.yaml] [--key value ...]
+
+Results go to stdout (as one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok, 1 a bug in
+tunesmith, 2 the user's input, 3 the machine, 4 a gate said no, 130 and 143 interrupted. Nothing heavy is imported
+before a verb needs it, nor before its recipe is known to be right: that is why imports stand inside the functions, here
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from tunesmith import __version__
+from tunesmith.errors import InputError, TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.recipe import Recipe
+    from tunesmith.types import Event
+
+Wish = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE.yaml | --KEY VALUE",
+        help="A recipe, and any of its keys as flags: --learning-rate 1e-4. `tunesmith schema` lists the keys.",
+        show_default=False,
+    ),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+PIPE_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What --json prints under `error` when a verb refuses."""
+
+    kind: str
+    what: str
+    where: str
+    fix: str
+    exit_code: int
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def demo(as_json: AsJson = False) -> None:
+    """The whole story on the embedded example: measure, train, measure again."""
+    from tunesmith.demo import run
+    from tunesmith.display import record_view
+
+    record = run()
+    _say(record, record_view(record), as_json=as_json)
+
+
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[RECIPE.yaml]", help="The file to write.")] = Path("recipe.yaml"),
+    model: Annotated[str, typer.Option(help="Base model: a name, a folder or a GGUF file.")] = "smollm2-135m-instruct",
+    data: Annotated[str, typer.Option(help="Training rows.")] = "train.jsonl",
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented recipe, and its schema for editors."""
+    from tunesmith.init import write_recipe
+
+    written = write_recipe(path, model=model, data=data)
+    _say(written, f"wrote {written.recipe} and {written.schema}", as_json=as_json)
+
+
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Fetch this model and see what fits.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What this machine has, lacks and can train."""
+    from tunesmith.display import diagnosis_view
+    from tunesmith.doctor import diagnose
+
+    diagnosis = diagnose(model)
+    _say(diagnosis, diagnosis_view(diagnosis), as_json=as_json)
+
+
+def data_check(wish: Wish = None, as_json: AsJson = False) -> None:
+    """Read all data once and say what is wrong with it."""
+    recipe = read_wish(wish)
+    from tunesmith import run
+    from tunesmith.display import data_view
+
+    reports = run.check_data(recipe)
+    _say({"data": reports}, data_view(reports), as_json=as_json)
+
+
+def data_show(
+    wish: Wish = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Print the token ids too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print real rows as the model sees them, coloured by what is trained."""
+    recipe = read_wish(wish)
+    from tunesmith import run
+
+    texts = list(run.show_data(recipe, rows=rows, ids=ids))
+    _say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
+
+
+def plan(wish: Wish = None, as_json: AsJson = False) -> None:
+    """Every value of a run with its reason; memory and time. Trains nothing."""
+    recipe = read_wish(wish)
+    from tunesmith.display import plan_table
+    from tunesmith.plan.plan import make_plan
+
+    decided = make_plan(recipe)
+    _say(decided, plan_table(decided), as_json=as_json)
+
+
+def train(wish: Wish = None, as_json: AsJson = False) -> None:
+    """Plan, prove, measure, train, measure again; all in one run folder."""
+    recipe = read_wish(wish)
+    from tunesmith import run
+    from tunesmith.plan.plan import make_plan
+
+    decided = make_plan(recipe)
+    _follow(run.train(decided), decided["output_dir"], decided.steps, as_json=as_json)
+
+
+def resume(folder: Run, as_json: AsJson = False) -> None:
+    """Go on with a run that was interrupted."""
+    from tunesmith import run
+    from tunesmith.jsonfile import read_json
+
+    steps = read_json(folder / "plan.json")["steps"]
+    _follow(run.resume(folder), folder, steps, as_json=as_json)
+
+
+def evaluate(folder: Run, as_json: AsJson = False) -> None:
+    """Measure a finished run again: the base and the adapter on the same items."""
+    from tunesmith import run
+    from tunesmith.display import comparison_table
+
+    comparisons = run.evaluate(folder)
+    _say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
+
+
+def chat(folder: Run, as_json: AsJson = False) -> None:
+    """Talk to a trained adapter; one question a line."""
+    from tunesmith import run
+
+    for answer in run.chat(folder, _questions()):
+        _say({"answer": answer}, answer, as_json=as_json)
+
+
+def schema(as_json: AsJson = False) -> None:
+    """The JSON schema of a recipe, for editors and other programs."""
+    from tunesmith.recipe import recipe_schema
+
+    if as_json:
+        _say({"schema": recipe_schema()}, as_json=True)
+    else:
+        sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "init": init,
+    "doctor": doctor,
+    "data check": data_check,
+    "data show": data_show,
+    "plan": plan,
+    "train": train,
+    "resume": resume,
+    "eval": evaluate,
+    "chat": chat,
+    "schema": schema,
+}
+
+GROUPS = {"data": "Look at the data."}
+
+
+# ---------------------------------------------------------------- what verbs share
+
+
+def read_wish(wish: Sequence[str] | None) -> Recipe:
+    """The recipe that the words of the command line ask for. A flag without a value is a switch."""
+    from tunesmith.recipefile import load_recipe
+
+    path: Path | None = None
+    flags: dict[str, str] = {}
+    words = list(wish or ())
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if path is not None:
+                raise InputError(f"two recipe files, {path} and {word}", where="command line", fix="name one")
+            path = Path(word)
+            continue
+        key, has_value, value = word[2:].partition("=")
+        if not has_value:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        flags[key] = value
+    return load_recipe(path, flags)
+
+
+def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool) -> None:
+    """Show a run as it goes, then its record."""
+    from tunesmith.display import record_view
+    from tunesmith.jsonfile import from_json, read_json
+    from tunesmith.progress import Progress
+    from tunesmith.types import RunRecord
+
+    with Progress(steps) as progress:
+        for event in events:
+            progress.show(event)
+    record = from_json(RunRecord, read_json(folder / "record.json"))
+    _say(record, record_view(record), as_json=as_json)
+
+
+def _questions() -> Iterator[str]:
+    prompt = "you: " if sys.stdin.isatty() else ""
+    while True:
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _say(value: Any, *views: Any, as_json: bool) -> None:
+    """The result of a verb: an object for programs, or views that `rich` prints for people."""
+    from rich.console import Console
+
+    from tunesmith.jsonfile import json_bytes, to_json
+
+    if as_json:
+        sys.stdout.write(json_bytes({"tunesmith": __version__, **to_json(value)}).decode())
+    else:
+        console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+        console.print(*views, sep="\n", markup=False, highlight=False)
+
+
+# ---------------------------------------------------------------- the program
+
+
+def build() -> typer.Typer:
+    """The program made from `VERBS`; a verb of two words goes into a group."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.callback(invoke_without_command=True)(_start)
+    groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
+    for name, verb in VERBS.items():
+        *group, last = name.split()
+        open_ended = "wish" in inspect.signature(verb).parameters
+        parent = groups[group[0]] if group else app
+        parent.command(last, context_settings={"ignore_unknown_options": open_ended})(verb)
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
+    return app
+
+
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Decides whether a language model should be fine-tuned, does it right, and proves that it worked."""
+    if version:
+        typer.echo(f"tunesmith {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb and exits with its code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    sys.excepthook = _explain_bug
+    try:
+        get_command(build()).main(words, prog_name="tunesmith")
+    except TunesmithError as error:
+        _refuse(error, as_json="--json" in words)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _refuse(error: TunesmithError, *, as_json: bool) -> None:
+    from tunesmith.jsonfile import json_bytes
+
+    if as_json:
+        refusal = Refusal(type(error).__name__, error.what, error.where, error.fix, error.exit_code)
+        sys.stdout.write(json_bytes({"tunesmith": __version__, "error": refusal}).decode())
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(error.exit_code)
+
+
+def _explain_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.write(f"this is a bug in tunesmith {__version__}: please report it with the lines above\n")
+
+
+if __name__ == "__main__":
+    main()

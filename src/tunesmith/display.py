@@ -1,0 +1,141 @@
+"""What the verbs show to people: facts, decisions and results as tables for the terminal.
+
+In: the frozen objects of types.py. Out: things that `rich` can print. Programs read the JSON instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.atomic import size
+from tunesmith.doctor import Diagnosis
+from tunesmith.progress import interval, one_line
+from tunesmith.types import Comparison, DataReport, Plan, RunRecord
+
+BY_STYLES = {"you": "bold", "rule": "cyan", "checkpoint": "magenta"}
+LEVEL_STYLES = {"info": "dim", "warn": "yellow", "error": "bold red"}
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Every choice with its reason, then what the run will take."""
+    table = _table("Plan", "key", "value", "by", "why")
+    for key, choice in plan.choices.items():
+        source = f" ({choice.source})" if choice.source else ""
+        table.add_row(
+            key, one_line(value_text(choice.value)), Text(choice.by, BY_STYLES[choice.by]), escape(choice.why + source)
+        )
+    rows = sum(report.rows for role, report in plan.data.items() if role == "data")
+    lines = [f"{plan.steps} steps over {rows:,} rows, {plan.tokens_per_epoch:,} tokens an epoch"]
+    if "peak" in plan.memory_bytes:
+        lines.append(f"memory {size(plan.memory_bytes['peak'])} of {size(plan.machine.available_bytes)} free")
+    lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
+    return Group(table, *lines)
+
+
+def value_text(value: Any) -> str:
+    """A chosen value as a recipe would hold it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(value_text(item) for item in value) or "-"
+    return str(value)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:
+    """Before and after on the same items, with 95% intervals; the last column says what may be concluded."""
+    columns = ("measure", "n", "before", "after", "change", "")
+    table = _table("Before and after, 95% intervals", *columns, numbers=columns[1:5])
+    for one in comparisons:
+        before, after = one.before, one.after
+        table.add_row(
+            f"{one.task} {one.metric}" + ("" if one.higher_is_better else " (lower is better)"),
+            str(after.n),
+            interval(before.value, before.low, before.high),
+            interval(after.value, after.low, after.high),
+            interval(one.difference, one.low, one.high),
+            outcome(one),
+        )
+    return table
+
+
+def outcome(comparison: Comparison) -> Text:
+    """Better or worse only when the interval of the paired difference leaves out zero."""
+    if comparison.low <= 0 <= comparison.high:
+        return Text("no clear change", "dim")
+    better = (comparison.difference > 0) == comparison.higher_is_better
+    return Text("better", "bold green") if better else Text("worse", "bold red")
+
+
+def record_view(record: RunRecord) -> RenderableType:
+    """What a run came to: the table, answers side by side, and where the adapter is."""
+    parts: list[RenderableType] = [comparison_table(record.comparisons)]
+    for before, after in record.samples:
+        answers = _table(one_line(before.id))
+        for name, text in (("expected", after.expected), ("before", before.answer), ("after", after.answer)):
+            answers.add_row(Text(name, "dim"), one_line(text, 400))
+        parts.append(answers)
+    speed = record.tokens / max(record.train_seconds, 1e-9)
+    parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, peak {size(record.peak_bytes)}")
+    parts.append(f"adapter: {escape(record.adapter)}")
+    return Group(*parts)
+
+
+def data_view(reports: Mapping[str, DataReport]) -> RenderableType:
+    """One line of numbers a role, then what was found in it."""
+    columns = ("role", "format", "rows", "documents", "tokens", "trained", "dropped", "truncated", "median", "longest")
+    table = _table("Data", *columns, numbers=columns[2:])
+    for role, report in reports.items():
+        lengths = report.length_percentiles
+        numbers = (report.rows, report.documents, report.tokens, report.supervised_tokens)
+        counts = (
+            *numbers,
+            sum(report.dropped.values()),
+            report.truncated,
+            lengths.get("p50", 0),
+            lengths.get("max", 0),
+        )
+        table.add_row(role, report.format, *(f"{count:,}" for count in counts))
+    findings = [
+        f"[{LEVEL_STYLES[finding.level]}]{finding.level}[/] {role} {finding.check}: {escape(finding.message)}"
+        + (f" [dim]{escape(', '.join(finding.rows))}[/]" if finding.rows else "")
+        for role, report in reports.items()
+        for finding in report.findings
+    ]
+    return Group(table, *findings)
+
+
+def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:
+    """The machine, what was checked on it, and what fits."""
+    machine = diagnosis.machine
+    head = (
+        f"{machine.device} {machine.device_name}: {machine.cores} cores, {size(machine.available_bytes)} of "
+        f"{size(machine.memory_bytes)} memory free, {size(machine.disk_free_bytes)} disk free"
+    )
+    table = _table("")
+    for check in diagnosis.checks:
+        mark = Text("ok", "green") if check.ok else Text("missing", "bold red" if check.required else "yellow")
+        table.add_row(mark, check.name, escape(check.found), "" if check.ok else escape(check.fix))
+    parts: list[RenderableType] = [escape(head), table]
+    if model := diagnosis.model:
+        parts.append(escape(f"model {model.name}: {model.parameters / 1e6:.0f}M parameters in {model.path}"))
+    for fit in diagnosis.fits:
+        verdict = "[green]fits[/]" if fit.fits else "[red]does not fit[/]"
+        parts.append(f"{fit.method}: about {size(fit.needed_bytes)}, {verdict}")
+    return Group(*parts)
+
+
+def _table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=bool(columns))
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table

@@ -1,0 +1,99 @@
+"""A run as it goes: one live line on a terminal, plain lines elsewhere.
+
+In: the events of a run, one by one. Out: text on stderr. Plain lines (no terminal, CI or NO_COLOR) come at most about
+fifty times a run, so that a log stays readable. Nothing is measured or decided here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from tunesmith.atomic import size
+from tunesmith.types import Done, Event, Sample, Saved, Score, StepResult, Verdict
+
+WINDOW = 20  # steps that the speed is averaged over
+PLAIN_LINES = 50
+LEVEL_STYLES = {"ok": "green", "warn": "yellow", "rollback": "red", "stop": "bold red"}
+
+
+class Progress:
+    """Shows the events of a run of `steps` optimizer steps. Use it as a context, so that the terminal is restored."""
+
+    def __init__(self, steps: int, console: Console | None = None) -> None:
+        self.steps = steps
+        self.console = console or Console(stderr=True)
+        self.live = self.console.is_terminal and not {"CI", "NO_COLOR"} & os.environ.keys()
+        self._recent: deque[StepResult] = deque(maxlen=WINDOW)
+        self._bar = Bar(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console)
+        self._task = self._bar.add_task("starting", total=steps)
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, StepResult):
+            self._show_step(event)
+        else:
+            self.console.print(line_of(event), highlight=False, soft_wrap=True)
+
+    def _show_step(self, step: StepResult) -> None:
+        self._recent.append(step)
+        seconds = sum(recent.seconds for recent in self._recent)
+        speed = sum(recent.tokens for recent in self._recent) / max(seconds, 1e-9)
+        left = (self.steps - step.step) * seconds / len(self._recent)
+        line = (
+            f"step {step.step}/{self.steps}  loss {step.loss:.4f}  lr {step.learning_rate:.2e}  "
+            f"{speed:,.0f} tok/s  {size(step.peak_bytes)}  eta {clock(left)}"
+        )
+        if self.live:
+            self._bar.update(self._task, completed=step.step, description=line)
+        elif step.step in (1, self.steps) or step.step % -(-self.steps // PLAIN_LINES) == 0:
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def line_of(event: Score | Sample | Verdict | Saved | Done) -> str:
+    """One line of rich markup. Text from data or models is escaped, and cut where a line break would be."""
+    match event:
+        case Score():
+            where = f"step {event.step}" if event.step else "before"
+            return f"{where}  {event.task} {event.metric} {interval(event.value, event.low, event.high)}  n={event.n}"
+        case Sample():
+            return f"[dim]sample {one_line(event.id)}:[/] {one_line(event.answer)}"
+        case Verdict():
+            style = LEVEL_STYLES[event.level]
+            return f"[{style}]{event.level}[/]  {event.kind}: {escape(event.evidence)}"
+        case Saved():
+            return f"saved {escape(event.path)}"
+        case Done():
+            return f"{event.reason} after {event.step} steps in {clock(event.seconds)}"
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """A value with its interval: 0.420 [0.350, 0.490]. The bracket is escaped for rich."""
+    return f"{value:.3f} \\[{low:.3f}, {high:.3f}]"
+
+
+def one_line(text: str, most: int = 100) -> str:
+    """Text of unknown origin on one line: no markup, no control characters."""
+    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return escape(plain if len(plain) <= most else plain[: most - 1] + "…")
+
+
+def clock(seconds: float) -> str:
+    """3:07, or 1:03:07."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

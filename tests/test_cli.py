@@ -1,0 +1,158 @@
+"""The command line: words in, exit codes and streams out. The verbs' own work is tested where it is done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tunesmith import __version__, cli
+from tunesmith.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
+from tunesmith.recipefile import load_recipe
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture
+def tunesmith(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets it: put it back
+
+    def call(*words: str) -> Outcome:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        return (ended.value.code or 0, *capsys.readouterr())  # pyright: ignore[reportReturnType]
+
+    return call
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def verb(as_json: cli.AsJson = False) -> None:
+        assert isinstance(as_json, bool)
+        raise error
+
+    return verb
+
+
+def test_every_verb_is_in_the_help_with_json(tunesmith: Callable[..., Outcome]) -> None:
+    _, out, _ = tunesmith("--help")
+    for name in cli.VERBS:
+        assert name.split()[0] in out
+        code, out_of_verb, _ = tunesmith(*name.split(), "--help")
+        assert code == 0
+        assert "--json" in out_of_verb
+
+
+def test_without_a_verb_the_help_is_shown(tunesmith: Callable[..., Outcome]) -> None:
+    assert tunesmith() == tunesmith("--help")
+    assert tunesmith("--version") == (0, f"tunesmith {__version__}\n", "")
+
+
+def test_unknown_verbs_are_the_users_mistake(tunesmith: Callable[..., Outcome]) -> None:
+    code, out, err = tunesmith("tran")
+    assert (code, out) == (2, "")
+    assert "No such command 'tran'" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["r.yaml", "--learning-rate", "1e-4"], "learning_rate", 1e-4),
+        (["--learning_rate=1e-4", "r.yaml"], "learning_rate", 1e-4),
+        (["--lora-rank", "8", "r.yaml", "--max-steps", "3"], "lora_r", 8),
+        (["r.yaml", "--use-rslora", "--seed", "4"], "use_rslora", True),
+        (["r.yaml", "--lora-target-modules", "[q_proj, v_proj]"], "lora_target_modules", ("q_proj", "v_proj")),
+        (["r.yaml", "--model", "a=b"], "model", "a=b"),
+        (["--model", "x", "--data", "y.jsonl"], "model", "x"),
+    ],
+)
+def test_flags_override_the_file(
+    words: list[str], key: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("model: tiny\ndata: a.jsonl\nlearning_rate: 1\nlora_r: 1\n")
+    assert getattr(cli.read_wish(words), key) == value
+
+
+def test_two_recipes_are_one_too_many() -> None:
+    with pytest.raises(InputError, match=r"two recipe files, a\.yaml and b\.yaml"):
+        cli.read_wish(["a.yaml", "b.yaml"])
+
+
+def test_a_typo_in_a_flag_is_refused_with_the_nearest_key(tunesmith: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: tiny\ndata: a.jsonl\n")
+    code, out, err = tunesmith("plan", str(path), "--learning-rat", "1")
+    assert (code, out) == (2, "")
+    assert err == "error: command line: unknown key '--learning-rat'; did you mean 'learning_rate'?\n"
+
+
+@pytest.mark.parametrize("error", [TunesmithError, InputError, MachineError, GateError, Interrupted])
+def test_each_refusal_has_its_exit_code_and_json(
+    error: type[TunesmithError], tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.VERBS, "fail", failing(error("no such thing", where="a.yaml:3", fix="make one")))
+    text = "error: a.yaml:3: no such thing\n  fix: make one\n"
+    assert tunesmith("fail") == (error.exit_code, "", text)
+    code, out, err = tunesmith("fail", "--json")
+    assert (code, err) == (error.exit_code, text)
+    assert json.loads(out) == {
+        "tunesmith": __version__,
+        "error": {
+            "kind": error.__name__,
+            "what": "no such thing",
+            "where": "a.yaml:3",
+            "fix": "make one",
+            "exit_code": error.exit_code,
+        },
+    }
+
+
+def test_ctrl_c_exits_with_130(tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.VERBS, "fail", failing(KeyboardInterrupt()))
+    assert tunesmith("fail")[0] == 130
+
+
+def test_a_bug_says_so_with_its_traceback() -> None:
+    program = (
+        "from tunesmith import cli\n"
+        "def broken(as_json: cli.AsJson = False) -> None: raise ZeroDivisionError('seven')\n"
+        "cli.VERBS['broken'] = broken\n"
+        "cli.main(['broken'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ZeroDivisionError: seven\nthis is a bug in tunesmith" in done.stderr
+
+
+def test_init_writes_a_recipe_that_loads(tunesmith: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "new" / "recipe.yaml"
+    code, out, _ = tunesmith("init", str(path), "--model", "org/base", "--data", "my.jsonl", "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "tunesmith": __version__,
+        "recipe": str(path),
+        "schema": str(path.parent / "recipe.schema.json"),
+    }
+    recipe = load_recipe(path)
+    assert (recipe.model, recipe.data[0].path) == ("org/base", path.parent / "my.jsonl")
+    before = path.read_text()
+    code, _, err = tunesmith("init", str(path))
+    assert code == 2
+    assert "there is a file with this name already" in err
+    assert path.read_text() == before
+
+
+def test_the_schema_is_printed_whole(tunesmith: Callable[..., Outcome]) -> None:
+    plain = json.loads(tunesmith("schema")[1])
+    assert plain["properties"]["learning_rate"]["description"] == "Peak learning rate."
+    assert json.loads(tunesmith("schema", "--json")[1]) == {"tunesmith": __version__, "schema": plain}
+
+
+def test_other_verbs_refuse_options_they_do_not_know(tunesmith: Callable[..., Outcome]) -> None:
+    code, out, err = tunesmith("schema", "--frobnicate")
+    assert (code, out) == (2, "")
+    assert "--frobnicate" in err

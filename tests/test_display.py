@@ -1,0 +1,133 @@
+"""The tables that people see: what is in them and what they may conclude."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from tunesmith.display import comparison_table, data_view, diagnosis_view, outcome, plan_table, record_view, value_text
+from tunesmith.doctor import Check, Diagnosis, Fit
+from tunesmith.types import (
+    Choice,
+    Comparison,
+    DataReport,
+    Finding,
+    Machine,
+    ModelSpec,
+    Plan,
+    RunRecord,
+    Sample,
+    Score,
+)
+
+MACHINE = Machine("cpu", "a cpu", 2, 2**34, 2**33, 2**36, bf16_matmul=True, compiler=None)
+MODEL = ModelSpec(
+    "tiny", Path("/m"), "LlamaForCausalLM", "llama", 2, 64, 4, 2, 16, 128, 512, 2048, True, 135 * 10**6, "bf16"
+)
+FINDING = Finding("empty_answer", "warn", "answers are [empty]", 1, ("a.jsonl:7",))
+REPORT = DataReport(
+    "a.jsonl", "messages", "has messages", 1200, 1300, 90_000, 30_000, {"overlong": 4}, findings=(FINDING,)
+)
+PLAN = Plan(
+    recipe={},
+    choices={
+        "learning_rate": Choice(1e-4, "you", "the recipe says so"),
+        "lora_r": Choice(16, "rule", "small data [see]", "LoRA Without Regret"),
+        "dtype": Choice("bf16", "checkpoint", "the weights are"),
+    },
+    machine=MACHINE,
+    model=MODEL,
+    data={"data": REPORT},
+    steps=75,
+    tokens_per_epoch=90_000,
+    memory_bytes={"weights": 10**9, "peak": 1_900_000_000},
+    warnings=("few rows",),
+)
+
+
+def score(value: float) -> Score:
+    return Score("test", "field_f1", value, value - 0.05, value + 0.05, 200, 0)
+
+
+BETTER = Comparison("test", "field_f1", score(0.2), score(0.8), 0.6, 0.5, 0.7, higher_is_better=True)
+
+
+def printed(view: RenderableType, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(view)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_plan_shows_each_value_who_decided_and_why() -> None:
+    text = printed(plan_table(PLAN))
+    lines = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.strip()}
+    assert lines["learning_rate"] == "learning_rate 0.0001 you the recipe says so"
+    assert lines["lora_r"] == "lora_r 16 rule small data [see] (LoRA Without Regret)"
+    assert lines["75"] == "75 steps over 1,200 rows, 90,000 tokens an epoch"
+    assert lines["memory"] == "memory 1.9 GB of 8.6 GB free"
+    assert lines["warning"] == "warning few rows"
+
+
+def test_a_narrow_terminal_loses_no_word_of_the_plan() -> None:
+    text = printed(plan_table(PLAN), width=60)
+    assert all(len(line) <= 60 for line in text.splitlines())
+    for word in ("learning_rate", "0.0001", "Without", "Regret)"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "higher_is_better", "text"),
+    [
+        (0.6, 0.5, 0.7, True, "better"),
+        (-0.6, -0.7, -0.5, True, "worse"),
+        (-0.6, -0.7, -0.5, False, "better"),
+        (0.6, 0.5, 0.7, False, "worse"),
+        (0.1, -0.1, 0.3, True, "no clear change"),
+        (0.0, 0.0, 0.0, True, "no clear change"),
+        (0.1, 0.0, 0.3, True, "no clear change"),
+    ],
+)
+def test_only_an_interval_without_zero_is_a_result(
+    difference: float, low: float, high: float, higher_is_better: bool, text: str
+) -> None:
+    one = replace(BETTER, difference=difference, low=low, high=high, higher_is_better=higher_is_better)
+    assert outcome(one).plain == text
+
+
+def test_before_and_after_carry_their_intervals() -> None:
+    line = " ".join(printed(comparison_table([BETTER])).splitlines()[2].split())
+    assert line == "test field_f1 200 0.200 [0.150, 0.250] 0.800 [0.750, 0.850] 0.600 [0.500, 0.700] better"
+
+
+def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
+    before, after = Sample(0, "a:1", "Q", "I am an [AI]"), Sample(75, "a:1", "Q", '{"a": 1}', expected='{"a": 1}')
+    record = RunRecord("0.1.0", PLAN, (), (BETTER,), 75, 9000, 10.0, 10**9, "runs/x/adapter", ((before, after),))
+    text = printed(record_view(record))
+    assert "before    I am an [AI]" in text
+    assert 'after     {"a": 1}' in text
+    assert "75 steps, 900 tokens/s, peak 1.0 GB" in text
+    assert "adapter: runs/x/adapter" in text
+
+
+def test_data_shows_counts_and_findings() -> None:
+    text = printed(data_view({"data": REPORT}))
+    assert "1,200" in text
+    assert "warn data empty_answer: answers are [empty] a.jsonl:7" in text
+
+
+def test_a_diagnosis_shows_what_is_missing_and_what_fits() -> None:
+    checks = (Check("compiler", False, "none [cc]", required=False, fix="install gcc"), Check("torch", True, "2.13"))
+    text = printed(diagnosis_view(Diagnosis(MACHINE, checks, Path("/c"), MODEL, (Fit("full", 3 * 10**9, False),))))
+    assert "missing  compiler  none [cc]  install gcc" in text
+    assert "135M parameters in /m" in text
+    assert "full: about 3.0 GB, does not fit" in text
+
+
+def test_values_read_as_in_a_recipe() -> None:
+    values = [value_text(value) for value in (None, True, 1e-4, 16, ("q_proj", "v_proj"), ())]
+    assert values == ["-", "true", "0.0001", "16", "q_proj, v_proj", "-"]

@@ -1,0 +1,35 @@
+"""The commented recipe names every key, and every line of it is valid when switched on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jsonschema
+import yaml
+
+from tunesmith.init import commented_recipe, write_recipe
+from tunesmith.jsonfile import read_json
+from tunesmith.recipe import KEYS, Recipe
+from tunesmith.recipefile import load_recipe
+
+
+def test_every_key_stands_in_it_with_its_default() -> None:
+    text = commented_recipe(model="tiny", data="a.jsonl")
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    assert re.findall(r"^(?:# )?([a-z_]+): ", text, flags=re.MULTILINE) == list(KEYS.values())
+    assert all(len(line) < 150 for line in text.splitlines())
+
+
+def test_switching_every_line_on_changes_nothing(tmp_path: Path) -> None:
+    text = commented_recipe(model="tiny", data="a.jsonl")
+    (tmp_path / "r.yaml").write_text(re.sub(r"^# (?=[a-z_]+: )", "", text, flags=re.MULTILINE))
+    wish = load_recipe(tmp_path / "r.yaml")
+    assert wish == Recipe.model_validate({"model": "tiny", "data": tmp_path / "a.jsonl"})
+
+
+def test_the_schema_beside_it_fits(tmp_path: Path) -> None:
+    written = write_recipe(tmp_path / "recipe.yaml", model="tiny: [odd] #name", data="a b.jsonl")
+    values = yaml.safe_load(written.recipe.read_text())
+    assert values == {"model": "tiny: [odd] #name", "data": "a b.jsonl"}
+    jsonschema.validate(values, read_json(written.schema))

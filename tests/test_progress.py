@@ -1,0 +1,74 @@
+"""Events as text: plain lines in a log, nothing that data could use to steer the terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from tunesmith.progress import Progress, clock, line_of, one_line
+from tunesmith.types import Done, Sample, Saved, Score, StepResult, Verdict
+
+
+def step(number: int) -> StepResult:
+    return StepResult(number, 1.23456, 210, 40, 0.5, 1e-3, 1.0, 1_940_000_000)
+
+
+def shown(steps: int, count: int, *, terminal: bool = False) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    with Progress(steps, console) as progress:
+        for number in range(1, count + 1):
+            progress.show(step(number))
+        progress.show(Done(count, "finished", 190.0))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_plain_line_says_everything_about_a_step() -> None:
+    lines = shown(120, 10).splitlines()
+    assert lines[-2] == "step 9/120  loss 1.2346  lr 1.00e-03  420 tok/s  1.9 GB  eta 0:56"
+    assert lines[-1] == "finished after 10 steps in 3:10"
+
+
+def test_a_log_stays_short_and_has_the_first_and_last_step() -> None:
+    lines = shown(10_000, 10_000).splitlines()
+    assert len(lines) == 52
+    assert lines[0].startswith("step 1/10000")
+    assert lines[-2].startswith("step 10000/10000")
+    assert len(shown(3, 3).splitlines()) == 4
+
+
+def test_the_live_line_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    live = shown(10, 10, terminal=True)
+    assert "\x1b[" in live
+    assert "step 10/10" in live
+    monkeypatch.setenv("CI", "true")
+    assert "step 10/10  loss" in shown(10, 10, terminal=True)
+    assert "━" not in shown(10, 10, terminal=True)
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (Score("test", "field_f1", 0.42, 0.35, 0.49, 200, 0), "before  test field_f1 0.420 [0.350, 0.490]  n=200"),
+        (Score("eval", "loss", 1.5, 1.4, 1.6, 50, 20), "step 20  eval loss 1.500 [1.400, 1.600]  n=50"),
+        (Verdict("leak", "ok", "[max] 0.0"), "ok  leak: [max] 0.0"),
+        (Saved(20, "checkpoints/step-20"), "saved checkpoints/step-20"),
+        (Done(9, "stopped", 3700.0), "stopped after 9 steps in 1:01:40"),
+        (Sample(1, "a:1", "Hi", "[red]x[/]\n\x1b[2Jy"), "sample a:1: [red]x[/] [2Jy"),
+    ],
+)
+def test_each_event_is_one_line(event: Score | Sample | Verdict | Saved | Done, text: str) -> None:
+    assert Text.from_markup(line_of(event)).plain == text
+
+
+def test_long_texts_are_cut() -> None:
+    assert len(one_line("x" * 1000)) == 100
+
+
+def test_durations() -> None:
+    assert [clock(seconds) for seconds in (0, 59.6, 187, 3787)] == ["0:00", "1:00", "3:07", "1:03:07"]
