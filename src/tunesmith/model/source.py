@@ -112,10 +112,10 @@ def _converted(name: str, key: str, fetch: Callable[[Path], Path], *, origin: st
     """The cached folder for `key`. If it is not there or damaged, it is made from the GGUF that `fetch` brings."""
     cache = cache_folder()
     folder = cache / f"{name}-{hashlib.sha256(f'{CONVERTER}:{key}'.encode()).hexdigest()[:12]}"
-    if not damage(folder, hashes=False):
-        return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        if not damage(folder, hashes=False):
+            return folder
         with _lock(cache / f"{folder.name}.lock", say):
             for left in cache.glob(f".*-{folder.name}-*"):  # of processes that were killed
                 shutil.rmtree(left)
