@@ -57,6 +57,13 @@ def test_remote_code_is_refused_and_never_runs(model_folder: Path, file: str, co
     assert "evil" not in sys.modules
 
 
+def test_own_generation_code_is_refused(model_folder: Path) -> None:
+    (model_folder / "custom_generate").mkdir()
+    (model_folder / "custom_generate" / "generate.py").write_text("raise SystemExit")
+    with pytest.raises(InputError, match="own code for generate"):
+        check_folder(model_folder)
+
+
 def test_harmless_keys_pass(change_config) -> None:
     check_folder(change_config(_attn_implementation_autoset=True, trust_remote_code=False, auto_map=None))
 

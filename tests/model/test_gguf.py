@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_gguf import HEAD_DIM, random_weights, write_gguf
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -74,6 +75,15 @@ def test_stop_tokens_and_template(make_gguf) -> None:
     assert text == "<|im_start|>he<|im_end|>\n"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_transformers_takes_the_tokenizer_as_it_stands(make_gguf, architecture: str) -> None:
+    cut = "qwen2" if architecture == "qwen2" else "smollm"
+    folder = converted(make_gguf(architecture, tokenizer__ggml__pre=cut))
+    tokenizer, text = AutoTokenizer.from_pretrained(folder), "\n    12 he <think>"
+    assert tokenizer(text)["input_ids"] == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert tokenizer.tokenize(text)[0] == ("Ċ" if cut == "qwen2" else "ĊĠĠĠĠ")
+
+
 def test_llama3_rope_divisors_become_a_config(tmp_path: Path) -> None:
     theta, factor = 500000.0, 8.0
     config = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -101,6 +111,8 @@ def llama3(folder: Path, factors: np.ndarray, theta: float) -> Path:
     ("changed", "message"),
     [
         ({"general__architecture": "mamba"}, "architecture 'mamba'"),
+        ({"architecture": "qwen2", "tokenizer__ggml__pre": "llama-bpe"}, "qwen2 models as 'qwen2', this file needs"),
+        ({"split__count": 3}, "one of 3 parts"),
         ({"llama__expert_count": 8}, "mixture of experts"),
         ({"llama__rope__scaling__type": "yarn"}, "scaling 'yarn'"),
         ({"llama__rope__dimension_count": 8}, "8 of 16"),

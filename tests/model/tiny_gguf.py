@@ -76,7 +76,7 @@ def write_gguf(
         f"{architecture}.rope.freq_base": 100000.0,
         "general.name": "tiny",
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.pre": "qwen2" if architecture == "qwen2" else "smollm",
         "tokenizer.ggml.tokens": tokens(),
         "tokenizer.ggml.token_type": [3] * 3 + [1] * (256 + len(MERGES)) + [4, 5],
         "tokenizer.ggml.merges": MERGES,

@@ -48,6 +48,9 @@ def check_folder(folder: Path) -> None:
     modules = "|".join(re.escape(path.stem) for path in folder.glob("*.py"))
     for path in sorted({*folder.glob("*config*.json"), *folder.glob("special_tokens_map.json")}):
         _check_code(path, re.compile(rf"(.*--)?({modules})\.(py|[A-Z]\w*)") if modules else None)
+    if (folder / "custom_generate").exists():
+        fix = "remove the folder custom_generate; tunesmith never runs code from a model"
+        raise InputError("it brings its own code for generate()", where=str(folder / "custom_generate"), fix=fix)
     if (folder / "adapter_config.json").exists():
         fix = "give model: the base model, and the adapter as adapter_from:"
         raise InputError("this folder is an adapter, not a model", where=str(folder), fix=fix)

@@ -49,11 +49,16 @@ ROPE_FACTORS = "rope_freqs.weight"  # Llama 3 keeps its rope scaling as a tensor
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a GGUF architecture is called in transformers. `rotated`: q and k rows are stored interleaved."""
+    """How a GGUF architecture is called in transformers.
+
+    `rotated`: q and k rows are stored interleaved. `only_cut`: the one pre-tokenizer that transformers' tokenizer class
+    for this model type has, whatever the tokenizer.json in the folder says; empty where it takes that file as it is.
+    """
 
     model_type: str
     class_name: str
-    rotated: bool
+    rotated: bool = False
+    only_cut: str = ""
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -86,9 +91,16 @@ def _architecture(file: GgufFile) -> Architecture:
             where=str(file.path),
             fix="use the model's safetensors folder",
         )
+    if file.get("split.count", 1) > 1:
+        fix = "join the parts with `llama-gguf-split --merge`"
+        raise InputError(f"it is one of {file.get('split.count')} parts", where=str(file.path), fix=fix)
     if file.get(f"{name}.expert_count"):
         raise InputError("a mixture of experts cannot be converted from GGUF", where=str(file.path))
-    return ARCHITECTURES[name]
+    architecture, cut = ARCHITECTURES[name], file.get("tokenizer.ggml.pre")
+    if architecture.only_cut not in ("", cut):
+        what = f"transformers cuts the text of {name} models as {architecture.only_cut!r}, this file needs {cut!r}"
+        raise InputError(what, where=str(file.path), fix="use the model's safetensors folder")
+    return architecture
 
 
 def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
@@ -244,6 +256,6 @@ STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "toke
 
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", rotated=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", rotated=False),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", rotated=False),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", only_cut="qwen2"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
 }
