@@ -1,7 +1,7 @@
 """Attention over a Layout: `attend(q, k, v, layout)`, one signature, several backends, one reference.
 
-A token attends to the earlier tokens of its own segment, itself included, at most `window` back. Nothing else is visible,
-whatever the backend; tests hold each to `reference`. Left out: a cache (generation uses the stock attention).
+A token attends to the earlier tokens of its own segment, itself included, at most `window` back. Nothing else is seen,
+whatever the backend; tests hold each to `reference`. Left out: what generation stores (cache.py).
 Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a segment, B segments of one length.
 """
 
@@ -10,13 +10,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, MachineError
+from tunesmith.model import kernels
 from tunesmith.types import Layout
+
+if TYPE_CHECKING:
+    from tunesmith.model.cache import RowCache
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def choose(backend: str, q: Tensor) -> str:
     if backend != "auto":
         return backend
     if q.device.type == "cpu":
-        return "documents"
+        return "kernel" if kernels.usable(q) and kernels.has_attention() else "documents"
     return "varlen" if _varlen_attn() and q.dtype in (torch.bfloat16, torch.float16) else "mask"
 
 
@@ -108,10 +113,44 @@ def documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Te
     return torch.cat(outputs).to(q.dtype)
 
 
+# ---------------------------------------------------------------- CPU with bf16 products: attention.c
+
+
+class _Kernel(torch.autograd.Function):
+    """Saves q, k, v, the output and one number a row; scores are computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule):  # type: ignore[override]
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
+        ctx.shape = (len(layout.starts), q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
+        segments = torch.tensor(layout.starts), torch.tensor(layout.lengths)
+        if kernels.call("attention_forward", q, k, v, out, logsumexp, *segments, *ctx.shape):
+            raise MachineError("no memory for the attention's scratch space", fix="lower pack_length")
+        ctx.save_for_backward(q, k, v, out, logsumexp, *segments)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):  # type: ignore[override]
+        q, k, v, out, logsumexp, *segments = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        tensors = (q, k, v, out, logsumexp, dout.contiguous(), dq, dk, dv)
+        if kernels.call("attention_backward", *tensors, *segments, *ctx.shape):
+            raise MachineError("no memory for the attention's scratch space", fix="lower pack_length")
+        return dq, dk, dv, None, None
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """Our own kernel: bf16 products, only the keys that a query sees. Odd head sizes and soft caps take `documents`."""
+    if rule.softcap or q.shape[-1] % 64:
+        return documents(q, k, v, layout, rule)
+    return _Kernel.apply(q, k, v, layout, rule)
+
+
 # ---------------------------------------------------------------- CUDA
 
 
-def _varlen_attn():  # noqa: ANN202
+def _varlen_attn():
     """torch's variable-length flash attention, where this torch has it (2.10 and later)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -146,7 +185,7 @@ def mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-BACKENDS = {"reference": reference, "documents": documents, "varlen": varlen, "mask": mask}
+BACKENDS = {"reference": reference, "documents": documents, "kernel": kernel, "varlen": varlen, "mask": mask}
 
 
 # ---------------------------------------------------------------- inside stock attention modules
@@ -161,6 +200,7 @@ def stock_attention(
     *,
     layout: Layout,
     backend: str = "auto",
+    rows: RowCache | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """What transformers' AttentionInterface calls for modules that tunesmith does not replace: [1, N, T, D] in,
@@ -178,4 +218,6 @@ def stock_attention(
         softcap=softcap if isinstance(softcap, float) else None,
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if rows is not None:
+        return rows.attend(module.layer_idx, q, k, v, layout, rule, backend)[None], None
     return attend(q, k, v, layout, rule, backend)[None], None

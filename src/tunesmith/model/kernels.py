@@ -1,4 +1,4 @@
-"""The CPU's bf16 kernels: kernels.c compiled once per machine, and the plain-torch reference of each.
+"""The CPU's bf16 kernels: kernels.c and attention.c compiled once per machine, and plain-torch references.
 
 In: tensors; out: tensors. A kernel is used when its tensors are contiguous bf16 on the CPU and a C compiler was found;
 anything else (fp32, fp64, CUDA, no compiler) takes the reference, which autograd differentiates. Left out: matrix
@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c"))
 # Reassociation lets the compiler vectorise sums. -ffast-math itself would break NaN detection and flush denormals
 # in the whole process.
 FLAGS = (
-    "-O3 -march=native -std=c11 -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros "
-    "-fassociative-math -freciprocal-math"
-).split()
+    *("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
+)
 
 
 def cache_folder() -> Path:
@@ -47,11 +47,11 @@ def _compile(compiler: str, target: Path, threads: bool) -> bool:
     the two do not compete for the cores."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects, library = Path(folder) / "kernels.o", Path(folder) / target.name
-        openmp = ["-fopenmp"] if threads else []
-        compile_command = [compiler, *FLAGS, *openmp, "-c", str(SOURCE), "-o", str(objects)]
-        link_command = [compiler, "-shared", str(objects), "-lm", "-o", str(library)]
-        for command in (compile_command, link_command):
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+        library, openmp = str(Path(folder) / target.name), ["-fopenmp"] if threads else []
+        commands = [[compiler, *FLAGS, *openmp, "-c", str(s), "-o", o] for s, o in zip(SOURCES, objects, strict=True)]
+        commands.append([compiler, "-shared", *objects, "-lm", "-o", library])
+        for command in commands:
             if subprocess.run(command, capture_output=True, check=False).returncode:
                 return False
         os.replace(library, target)
@@ -73,7 +73,8 @@ def library() -> ctypes.CDLL | None:
         return None
     _share_torch_openmp()
     for threads in (True, False):
-        key = hashlib.sha256((SOURCE.read_text() + _processor() + compiler + str(threads)).encode()).hexdigest()[:16]
+        parts = (*(source.read_text() for source in SOURCES), *FLAGS, _processor(), compiler, str(threads))
+        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
         target = cache_folder() / f"kernels-{key}.so"
         if not target.exists() and not _compile(compiler, target, threads):
             continue
@@ -84,11 +85,19 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _usable(*tensors: Tensor) -> bool:
+@functools.cache
+def has_attention() -> bool:
+    """Does this processor have what attention.c needs?"""
+    compiled = library()
+    return compiled is not None and bool(compiled.attention_available())
+
+
+def usable(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors) and library() is not None
 
 
-def _call(name: str, *arguments: Tensor | int | float) -> None:
+def call(name: str, *arguments: Tensor | int | float) -> int:
+    """Runs one C function on contiguous tensors (as pointers), longs and floats."""
     converted: list[ctypes.c_void_p | ctypes.c_long | ctypes.c_float] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -98,7 +107,7 @@ def _call(name: str, *arguments: Tensor | int | float) -> None:
             converted.append(ctypes.c_long(argument))
         else:
             converted.append(ctypes.c_float(argument))
-    getattr(library(), name)(*converted)
+    return getattr(library(), name)(*converted)
 
 
 # ---------------------------------------------------------------- RMSNorm
@@ -110,7 +119,7 @@ class _RmsNorm(torch.autograd.Function):
         x = x.contiguous()
         width = x.shape[-1]
         y, inverse_rms = torch.empty_like(x), torch.empty(x.numel() // width)
-        _call("rms_norm", x, weight, y, inverse_rms, x.numel() // width, width, float(eps))
+        call("rms_norm", x, weight, y, inverse_rms, x.numel() // width, width, float(eps))
         ctx.save_for_backward(x, weight, inverse_rms)
         return y
 
@@ -119,7 +128,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, inverse_rms = ctx.saved_tensors
         width, dy = x.shape[-1], dy.contiguous()
         dx = torch.empty_like(x)
-        _call("rms_norm_backward", x, weight, inverse_rms, dy, dx, x.numel() // width, width)
+        call("rms_norm_backward", x, weight, inverse_rms, dy, dx, x.numel() // width, width)
         dweight = None
         if ctx.needs_input_grad[1]:
             normed = x.view(-1, width).float() * inverse_rms[:, None]
@@ -129,7 +138,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., H] scaled to unit root mean square, times weight [H] in fp32, rounded once."""
-    if _usable(x):
+    if usable(x):
         return _RmsNorm.apply(x, weight.float(), eps)
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -153,13 +162,13 @@ class _Rotate(torch.autograd.Function):
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    _call("rotate", x, cosine, sine, y, x.shape[0], x.shape[1], x.shape[2] // 2, direction)
+    call("rotate", x, cosine, sine, y, x.shape[0], x.shape[1], x.shape[2] // 2, direction)
     return y
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding of x [T, heads, D] by cosine and sine [T, D/2] in fp32 (fp64 for fp64 x)."""
-    if _usable(x):
+    if usable(x):
         return _Rotate.apply(x, cosine, sine)
     a, b = x.chunk(2, dim=-1)
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
@@ -171,23 +180,23 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """silu(gate) * up, or gelu-tanh(gate) * up. No autograd of its own on the kernel path: see layers.GatedMlp."""
-    if not _usable(gate, up):
+    if not usable(gate, up):
         return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
     y = torch.empty_like(gate)
-    _call("gated", gate, up, y, gate.numel(), int(gelu))
+    call("gated", gate, up, y, gate.numel(), int(gelu))
     return y
 
 
 def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """d gate, d up and the forward product again, from the gradient of that product."""
-    if not _usable(gate, up, dy):
+    if not usable(gate, up, dy):
         with torch.enable_grad():
             leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
             y = gated(*leaves, gelu)
         dgate, dup = torch.autograd.grad(y, leaves, dy)
         return dgate, dup, y.detach()
     dgate, dup, y = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
-    _call("gated_backward", gate, up, dy.contiguous(), dgate, dup, y, gate.numel(), int(gelu))
+    call("gated_backward", gate, up, dy.contiguous(), dgate, dup, y, gate.numel(), int(gelu))
     return dgate, dup, y
 
 
@@ -199,10 +208,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, scale: float
 
     A raw logit z stands for cap * tanh(scale * z / cap), or scale * z when cap is 0. The kernel overwrites `logits`.
     """
-    if _usable(logits):
+    if usable(logits):
         losses = torch.empty(logits.shape[0])
         rows, vocab = logits.shape
-        _call("cross_entropy", logits, targets, weights, losses, rows, vocab, float(scale), float(cap))
+        call("cross_entropy", logits, targets, weights, losses, rows, vocab, float(scale), float(cap))
         return losses, logits
     wide = (logits if logits.dtype == torch.float64 else logits.float()) * scale
     slope = torch.full_like(wide, scale)

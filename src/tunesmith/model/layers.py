@@ -30,7 +30,7 @@ class Norm(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over a Layout: projections, optional norms of q and k, rotation, attend, output projection.
-    Without a layout (generation over a cache) the stock module does the work with the same projections."""
+    `rows` (a RowCache) also stores k and v, and attends to what it holds. Without a layout the stock module works."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -42,9 +42,10 @@ class Attention(nn.Module):
             window=getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)),
             softcap=getattr(stock, "attn_logit_softcapping", None),
         )
+        self.layer: int = stock.layer_idx
         self.stock = (stock,)  # in a tuple: its parameters are this module's own
 
-    def forward(self, hidden_states, position_embeddings=None, layout=None, backend="auto", **kwargs):  # noqa: ANN001, ANN003, ANN201
+    def forward(self, hidden_states, position_embeddings=None, layout=None, backend="auto", rows=None, **kwargs):
         if layout is None:
             return self.stock[0](hidden_states, position_embeddings, **kwargs)
         projected = project(hidden_states[0], [self.q_proj, self.k_proj, self.v_proj])
@@ -53,7 +54,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cosine, sine = half_angles(*position_embeddings)
         q, k = kernels.rotate(q, cosine, sine), kernels.rotate(k, cosine, sine)
-        out_TND = attend(q, k, v, layout, self.rule, backend)
+        if rows is None:
+            out_TND = attend(q, k, v, layout, self.rule, backend)
+        else:
+            out_TND = rows.attend(self.layer, q, k, v, layout, self.rule, backend)
         (y_TH,) = project(out_TND.flatten(-2), [self.o_proj])
         return y_TH[None], None
 
@@ -69,7 +73,7 @@ class _GatedMlp(torch.autograd.Function):
     """down(activation(gate x) * up x). Saves x, gate and up; the product is recomputed in the backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, operands: list[Operand], gelu: bool, *_parameters):  # type: ignore[override]  # noqa: ANN001, ANN002, ANN205
+    def forward(ctx, x: Tensor, operands: list[Operand], gelu: bool, *_parameters):  # type: ignore[override]
         gate_of, up_of, down_of = operands
         x_NH = x.reshape(-1, x.shape[-1])
         masks = [gate_of.mask(x_NH), up_of.mask(x_NH)]
@@ -83,7 +87,7 @@ class _GatedMlp(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]  # noqa: ANN001, ANN205
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
         x_NH, gate, up, z_gate, z_up, z_down = ctx.saved_tensors
         (gate_of, up_of, down_of), masks = ctx.operands, ctx.masks
         dy_NH = dy.reshape(len(x_NH), -1)

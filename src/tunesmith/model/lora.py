@@ -115,7 +115,7 @@ class Operand:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, operands: Sequence[Operand], *_parameters):  # type: ignore[override]  # noqa: ANN001, ANN002, ANN205
+    def forward(ctx, x: Tensor, operands: Sequence[Operand], *_parameters):  # type: ignore[override]
         x_NI = x.reshape(-1, x.shape[-1])
         masks = [operand.mask(x_NI) for operand in operands]
         outputs, inner = zip(*(o.forward(x_NI, m) for o, m in zip(operands, masks, strict=True)), strict=True)
@@ -124,7 +124,7 @@ class _Project(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor):  # type: ignore[override]  # noqa: ANN001, ANN205
+    def backward(ctx, *gradients: Tensor):  # type: ignore[override]
         x_NI, *inner = ctx.saved_tensors
         dx, parameter_gradients = None, []
         for operand, mask, z, dy in zip(ctx.operands, ctx.masks, inner, gradients, strict=True):

@@ -1,0 +1,163 @@
+"""The training loop: one for every method, loss, packing and device.
+
+In: a LanguageModel with something trainable, a function from step to documents, Settings. Iterating a `Training` runs it
+and yields its events; between two events `save`, `restore` and `stop` are legal. All state is in the object.
+Left out: what to do about an event (guard, run folder, display), evaluation, the choice of any value (plan).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.data.batch import collate
+from tunesmith.data.pack import pack_step
+from tunesmith.data.schedule import prefetch
+from tunesmith.errors import GateError
+from tunesmith.hardware import peak_bytes
+from tunesmith.model.adapters import trainable
+from tunesmith.model.load import LanguageModel
+from tunesmith.train.losses import LOSSES, weight_count
+from tunesmith.train.optim import clip, make_adamw, rate_at
+from tunesmith.types import Document, Done, Event, Plan, StepResult, Verdict
+
+BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plan's values that the loop obeys."""
+
+    steps: int
+    pack_length: int
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    loss: str = "sft"
+
+    @classmethod
+    def of(cls, plan: Plan) -> Settings:
+        return cls(
+            steps=plan.steps,
+            pack_length=plan["pack_length"],
+            learning_rate=plan["learning_rate"],
+            warmup_steps=math.ceil(plan.steps * plan["warmup_ratio"]),
+            schedule=plan["lr_scheduler_type"],
+            weight_decay=plan["weight_decay"],
+            max_grad_norm=plan["max_grad_norm"],
+            seed=plan["seed"],
+        )
+
+
+class Training:
+    """A run in progress: weights, optimizer, position. `step` counts finished optimizer steps."""
+
+    def __init__(
+        self, model: LanguageModel, documents_of: Callable[[int], Sequence[Document]], settings: Settings
+    ) -> None:
+        """`documents_of(step)` gives the documents of step 1..steps, always the same ones."""
+        self.model, self.documents_of, self.settings = model, documents_of, settings
+        self.parameters = trainable(model.network)
+        self.optimizer = make_adamw(self.parameters.values(), weight_decay=settings.weight_decay)
+        self.step, self.seconds, self.bad_steps = 0, 0.0, 0
+        self._upcoming: Iterator[Sequence[Document]] | None = None
+        self._stopped = self._done = False
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        if self._done:
+            raise StopIteration
+        if self._stopped or self.step >= self.settings.steps:
+            self._done = True
+            self._forget_upcoming()
+            return Done(self.step, "stopped" if self._stopped else "finished", self.seconds)
+        return self._take_step()
+
+    def stop(self) -> None:
+        """The next event is Done."""
+        self._stopped = True
+
+    def _forget_upcoming(self) -> None:
+        if self._upcoming is not None:
+            self._upcoming.close()  # type: ignore[attr-defined]
+        self._upcoming = None
+
+    def _next_documents(self) -> Sequence[Document]:
+        if self._upcoming is None:
+            remaining = range(self.step + 1, self.settings.steps + 1)
+            self._upcoming = prefetch(remaining, self.documents_of)
+        return next(self._upcoming)
+
+    # ------------------------------------------------------------ one step
+
+    def _take_step(self) -> Event:
+        documents, started = self._next_documents(), time.perf_counter()
+        loss, supervised = self._forward_backward(documents)
+        norm = clip(self.parameters.values(), self.settings.max_grad_norm) if supervised else 0.0
+        rate = self._rate()
+        self.step += 1
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return self._refuse_step(documents, loss, norm)
+        self.bad_steps = 0
+        if supervised:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return StepResult(
+            step=self.step,
+            loss=loss,
+            tokens=sum(len(d) for d in documents),
+            supervised_tokens=supervised,
+            seconds=seconds,
+            learning_rate=rate,
+            grad_norm=norm,
+            peak_bytes=peak_bytes(),
+        )
+
+    def _rate(self) -> float:
+        s = self.settings
+        return rate_at(
+            self.step, peak=s.learning_rate, warmup_steps=s.warmup_steps, total_steps=s.steps, schedule=s.schedule
+        )
+
+    def _forward_backward(self, documents: Sequence[Document]) -> tuple[float, int]:
+        """Gradients of the step's mean loss; returns that loss and the number of supervised tokens."""
+        step_weight, supervised = weight_count(documents), 0
+        total: Tensor | None = None
+        self.model.network.train()
+        for index, pack in enumerate(pack_step(documents, self.settings.pack_length) if step_weight else []):
+            batch = collate(pack, device=str(self.model.device))
+            torch.manual_seed(hash((self.settings.seed, self.step, index)))  # dropout, the same after a resume
+            terms = LOSSES[self.settings.loss](self.model, batch, step_weight)
+            loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            supervised += len(batch.targets_S)
+        self.model.network.eval()
+        return 0.0 if total is None else float(total), supervised
+
+    def _refuse_step(self, documents: Sequence[Document], loss: float, norm: float) -> Verdict:
+        """A non-finite step never reaches the optimizer. A few are skipped; many in a row end the run."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps += 1
+        rows = ", ".join(dict.fromkeys(d.id for d in documents))
+        evidence = f"step {self.step}: loss {loss}, gradient norm {norm}; rows: {rows}"
+        if self.bad_steps >= BAD_STEPS:
+            raise GateError(
+                f"{self.bad_steps} non-finite steps in a row, weights are those before them ({evidence})",
+                fix="lower learning_rate, or look at these rows with `tunesmith data show`",
+            )
+        return Verdict("non-finite", "warn", evidence, self.step)
