@@ -1,0 +1,43 @@
+# Everything runs in one virtual environment, made when it is first needed. `make demo` and `make test` are enough.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow check bench format clean
+
+demo: $(BIN)/tunesmith  ## the whole story on the embedded example
+	$(BIN)/tunesmith demo
+
+test: $(BIN)/pytest  ## the tests, without the real model
+	$(BIN)/pytest
+
+slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct
+	$(BIN)/pytest -m slow
+
+check: $(BIN)/pytest  ## style, types, layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(BIN)/pytest  ## tunesmith beside TRL + PEFT on the same work
+	$(BIN)/pip install --quiet '.[bench]'
+	$(BIN)/python -m benchmarks.run
+
+format: $(BIN)/pytest
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/tunesmith: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --editable .
+	touch $@
+
+$(BIN)/pytest: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --editable '.[dev]'
+	touch $@

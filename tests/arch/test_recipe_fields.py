@@ -1,0 +1,24 @@
+"""The recipe's keys are frozen: a new one needs a line here, and a test that changing it changes what a run does."""
+
+from __future__ import annotations
+
+from tunesmith.recipe import ALIASES, KEYS
+
+FROZEN = [
+    *("model", "method", "stage"),
+    *("data", "eval_data", "eval_split", "test_data", "retention_data", "max_examples", "template", "schema"),
+    *("max_length", "overlong", "pack_length", "batch_size", "num_train_epochs", "max_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+    *("dtype", "attention", "metrics", "save_steps", "eval_steps", "seed", "output_dir"),
+]
+
+
+def test_no_key_comes_or_goes_unnoticed() -> None:
+    assert list(KEYS.values()) == FROZEN
+    assert len(FROZEN) <= 50
+
+
+def test_an_alias_stands_for_a_key_and_is_none() -> None:
+    assert set(ALIASES.values()) <= set(FROZEN)
+    assert not set(ALIASES) & set(FROZEN)
