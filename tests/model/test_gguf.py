@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_gguf import HEAD_DIM, random_weights, write_gguf
+from tiny_gguf import HEAD_DIM, metadata, random_weights, write_gguf
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -110,19 +110,37 @@ def llama3(folder: Path, factors: np.ndarray, theta: float) -> Path:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"extra": {"blk.0.attn_q.bias": np.ones(64, np.float32)}}, "7 tensors are missing, first .*k_proj.bias"),
+        ({"extra": {"blk.1.ffn_up.bias": np.ones(96, np.float32)}}, "1 tensors do not belong to the model"),
         ({"general__architecture": "mamba"}, "architecture 'mamba'"),
         ({"architecture": "qwen2", "tokenizer__ggml__pre": "llama-bpe"}, "qwen2 models as 'qwen2', this file needs"),
         ({"split__count": 3}, "one of 3 parts"),
         ({"llama__expert_count": 8}, "mixture of experts"),
         ({"llama__rope__scaling__type": "yarn"}, "scaling 'yarn'"),
         ({"llama__rope__dimension_count": 8}, "8 of 16"),
-        ({"llama__block_count": 3}, "9 tensors are missing, first model.layers.2"),
+        ({"llama__block_count": 3}, "9 tensors are missing, first model.layers.2.input"),
+        ({"tokenizer__ggml__tokens": ["a"] * 300}, "300 tokens but 266 rows"),
+        ({"llama__attention__layer_norm_rms_epsilon": float("nan")}, "epsilon is 'nan', not a sound float"),
         ({"llama__feed_forward_length": None}, "no llama.feed_forward_length"),
         ({"tokenizer__ggml__eos_token_id": 10**6}, "eos_token_id 1000000 is outside"),
         ({"extra": {"blk.0.ssm_in.weight": np.ones((2, 2), np.float32)}}, "tensor blk.0.ssm_in.weight is unknown"),
-        ({"extra": {"blk.0.attn_q.bias": np.full(64, np.nan, np.float32)}}, "blk.0.attn_q.bias holds NaN"),
+        ({"bad": "model.layers.1.mlp.up_proj.weight"}, "blk.1.ffn_up.weight holds NaN"),
     ],
 )
 def test_what_cannot_be_carried_over_is_refused_by_name(make_gguf, changed: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         converted(make_gguf(**changed))
+
+
+VALUES = ["x", "", 0, 2**31, 2.5, float("nan"), True, ["x"], [1, 2]]
+
+
+@pytest.mark.parametrize("key", sorted(metadata("llama")))
+def test_metadata_of_a_wrong_kind_raises_nothing_but_input_errors(make_gguf, key: str) -> None:
+    refused = 0
+    for value in VALUES:
+        try:
+            converted(make_gguf(**{key: value}))
+        except InputError:
+            refused += 1
+    assert refused > 0 or key in ("general.name", "tokenizer.chat_template")

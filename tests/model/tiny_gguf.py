@@ -41,31 +41,8 @@ def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndar
     return {name: (random.integers(-16, 17, shape) / 16).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write_gguf(
-    path: Path,
-    architecture: str = "llama",
-    *,
-    tied: bool = True,
-    quantise: str = "F16",
-    extra: dict[str, np.ndarray] | None = None,
-    **changed: Any,
-) -> Path:
-    """A GGUF of `architecture` with the tensors of `random_weights` and `extra` ones by their GGUF names.
-
-    `changed` replaces metadata (dots as two underscores); None leaves an entry out.
-    """
-    writer = gguf.GGUFWriter(path, architecture)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], LAYERS)
-    for name, values in random_weights(architecture, tied=tied).items():
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            heads = HEADS if "q_proj" in name else KV_HEADS
-            values = values.reshape(heads, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(values.shape)
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        kind = gguf.GGMLQuantizationType[quantise if values.ndim > 1 else "F32"]
-        writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
-    for name, values in (extra or {}).items():
-        writer.add_tensor(name, values)
-    metadata = {
+def metadata(architecture: str) -> dict[str, Any]:
+    return {
         f"{architecture}.context_length": 128,
         f"{architecture}.embedding_length": HIDDEN,
         f"{architecture}.block_count": LAYERS,
@@ -87,8 +64,37 @@ def write_gguf(
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": TEMPLATE,
     }
-    metadata |= {key.replace("__", "."): value for key, value in changed.items()}
-    for key, value in metadata.items():
+
+
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    tied: bool = True,
+    quantise: str = "F16",
+    extra: dict[str, np.ndarray] | None = None,
+    bad: str = "",
+    **changed: Any,
+) -> Path:
+    """A GGUF of `architecture` with the tensors of `random_weights` and `extra` ones by their GGUF names.
+
+    The weight `bad` begins with NaN. `changed` replaces metadata (dots as two underscores); None leaves an entry out.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], LAYERS)
+    for name, values in random_weights(architecture, tied=tied).items():
+        if name == bad:
+            values[0, 0] = np.nan
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = HEADS if "q_proj" in name else KV_HEADS
+            values = values.reshape(heads, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(values.shape)
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        kind = gguf.GGMLQuantizationType[quantise if values.ndim > 1 else "F32"]
+        writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    content = metadata(architecture) | {key.replace("__", "."): value for key, value in changed.items()}
+    for key, value in content.items():
         _add(writer, key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -21,10 +21,11 @@ import numpy as np
 
 from tunesmith.errors import InputError
 from tunesmith.model.gguf_file import GgufFile, TensorInfo, read_gguf, read_tensor
-from tunesmith.model.gguf_tokenizer import special_token, write_tokenizer
+from tunesmith.model.gguf_tokenizer import special_id, write_tokenizer
 
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 ROTATED = re.compile(r"\.attn_[qk]\.(weight|bias)")
+USE_FOLDER = "use the model's safetensors folder"
 CHUNK = 2**23  # values in memory at a time
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -70,7 +71,7 @@ def convert(source: Path, folder: Path) -> None:
     architecture = _architecture(file)
     config = _config(file, architecture)
     names = {tensor.name: _name(file, tensor) for tensor in file.tensors if tensor.name != ROPE_FACTORS}
-    _check_layers(file, set(names.values()), config["num_hidden_layers"])
+    _check_names(file, set(names.values()), config)
     write_tokenizer(file, folder)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config(file))
@@ -84,46 +85,44 @@ def bytes_needed(source: Path) -> int:
 
 
 def _architecture(file: GgufFile) -> Architecture:
-    name = file.need("general.architecture")
+    name = file.need("general.architecture", str)
     if name not in ARCHITECTURES:
         raise InputError(
             f"cannot convert a GGUF of architecture {name!r}; known: {', '.join(sorted(ARCHITECTURES))}",
             where=str(file.path),
-            fix="use the model's safetensors folder",
+            fix=USE_FOLDER,
         )
-    if file.get("split.count", 1) > 1:
+    parts = file.get("split.count", int, 0)
+    if parts > 1:
         fix = "join the parts with `llama-gguf-split --merge`"
-        raise InputError(f"it is one of {file.get('split.count')} parts", where=str(file.path), fix=fix)
-    if file.get(f"{name}.expert_count"):
-        raise InputError("a mixture of experts cannot be converted from GGUF", where=str(file.path))
-    architecture, cut = ARCHITECTURES[name], file.get("tokenizer.ggml.pre")
+        raise InputError(f"it is one of {parts} parts", where=str(file.path), fix=fix)
+    if file.get(f"{name}.expert_count", int, 0):
+        raise InputError("a mixture of experts cannot be converted from GGUF", where=str(file.path), fix=USE_FOLDER)
+    architecture, cut = ARCHITECTURES[name], file.get("tokenizer.ggml.pre", str, "(missing)")
     if architecture.only_cut not in ("", cut):
         what = f"transformers cuts the text of {name} models as {architecture.only_cut!r}, this file needs {cut!r}"
-        raise InputError(what, where=str(file.path), fix="use the model's safetensors folder")
+        raise InputError(what, where=str(file.path), fix=USE_FOLDER)
     return architecture
 
 
 def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
-    prefix = file.need("general.architecture")
+    prefix = file.need("general.architecture", str)
     names = {tensor.name for tensor in file.tensors}
-    heads, hidden = file.need(f"{prefix}.attention.head_count"), file.need(f"{prefix}.embedding_length")
-    head_dim = file.get(f"{prefix}.attention.key_length") or hidden // heads
-    embedding = next((tensor for tensor in file.tensors if tensor.name == "token_embd.weight"), None)
-    if embedding is None:
-        raise InputError("the file has no token_embd.weight", where=str(file.path))
+    heads, hidden = file.count(f"{prefix}.attention.head_count"), file.count(f"{prefix}.embedding_length")
+    head_dim = file.count(f"{prefix}.attention.key_length", hidden // heads or 1)
     config = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "hidden_size": hidden,
-        "intermediate_size": file.need(f"{prefix}.feed_forward_length"),
-        "num_hidden_layers": file.need(f"{prefix}.block_count"),
+        "intermediate_size": file.count(f"{prefix}.feed_forward_length"),
+        "num_hidden_layers": file.count(f"{prefix}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.get(f"{prefix}.attention.head_count_kv", heads),
+        "num_key_value_heads": file.count(f"{prefix}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": file.need(f"{prefix}.context_length"),
-        "rms_norm_eps": _short(file.need(f"{prefix}.attention.layer_norm_rms_epsilon")),
+        "max_position_embeddings": file.count(f"{prefix}.context_length"),
+        "rms_norm_eps": _short(file.need(f"{prefix}.attention.layer_norm_rms_epsilon", float)),
         "hidden_act": "silu",
-        "vocab_size": embedding.shape[0],
+        "vocab_size": _vocabulary_size(file),
         "rope_parameters": _rope(file, prefix, head_dim),
         "tie_word_embeddings": "output.weight" not in names,
         "dtype": "bfloat16",
@@ -136,17 +135,26 @@ def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     return config
 
 
+def _vocabulary_size(file: GgufFile) -> int:
+    rows = next((tensor.shape[0] for tensor in file.tensors if tensor.name == "token_embd.weight"), 0)
+    tokens = len(file.texts("tokenizer.ggml.tokens"))
+    if rows < tokens:
+        raise InputError(f"{tokens} tokens but {rows} rows in token_embd.weight", where=str(file.path))
+    return rows
+
+
 def _rope(file: GgufFile, prefix: str, head_dim: int) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _short(file.get(f"{prefix}.rope.freq_base", 10000.0))}
-    rotary = file.get(f"{prefix}.rope.dimension_count", head_dim)
-    kind = file.get(f"{prefix}.rope.scaling.type", "none")
-    if rotary != head_dim or kind not in ("none", "linear"):
-        what = f"rope over {rotary} of {head_dim} dimensions with scaling {kind!r} cannot be carried over"
-        raise InputError(what, where=str(file.path), fix="use the model's safetensors folder")
+    theta = _short(file.get(f"{prefix}.rope.freq_base", float, 10000.0))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    rotary = file.count(f"{prefix}.rope.dimension_count", head_dim)
+    kind = file.get(f"{prefix}.rope.scaling.type", str, "none")
+    if rotary != head_dim or head_dim % 2 or theta <= 1 or kind not in ("none", "linear"):
+        what = f"rope over {rotary} of {head_dim} dimensions, base {theta}, scaling {kind!r} cannot be carried over"
+        raise InputError(what, where=str(file.path), fix=USE_FOLDER)
     if kind == "linear":
-        rope |= {"rope_type": "linear", "factor": file.need(f"{prefix}.rope.scaling.factor")}
+        rope |= {"rope_type": "linear", "factor": file.need(f"{prefix}.rope.scaling.factor", float)}
     factors = next((tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS), None)
-    return rope if factors is None else rope | _llama3_scaling(file, factors, rope["rope_theta"], head_dim)
+    return rope if factors is None else rope | _llama3_scaling(file, factors, theta, head_dim)
 
 
 def _llama3_scaling(file: GgufFile, tensor: TensorInfo, theta: float, head_dim: int) -> dict[str, Any]:
@@ -158,7 +166,7 @@ def _llama3_scaling(file: GgufFile, tensor: TensorInfo, theta: float, head_dim: 
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         what = f"the rope divisors in {ROPE_FACTORS} are not those of Llama 3"
-        raise InputError(what, where=str(file.path), fix="use the model's safetensors folder")
+        raise InputError(what, where=str(file.path), fix=USE_FOLDER)
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -169,17 +177,14 @@ def _llama3_scaling(file: GgufFile, tensor: TensorInfo, theta: float, head_dim: 
 
 
 def _generation_config(file: GgufFile) -> dict[str, Any]:
-    ends = _ends(file)
-    stops = sorted({file.metadata[key] for key in STOP_KEYS if key in file.metadata})
-    return ends | {"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else ends
+    stops = sorted({index for name in STOPS if (index := special_id(file, name)) is not None})
+    return _ends(file) | {"eos_token_id": stops} if len(stops) > 1 else _ends(file)
 
 
-def _ends(file: GgufFile) -> dict[str, Any]:
-    found = {"bos": file.get("tokenizer.ggml.bos_token_id"), "pad": file.get("tokenizer.ggml.padding_token_id")}
-    eot, eos = (file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eos"))
-    found["eos"] = eos if eot is None else eot
-    for name in ("bos", "eos", "eot", "padding"):
-        special_token(file, name)  # refuses an id outside the vocabulary
+def _ends(file: GgufFile) -> dict[str, int]:
+    """The ids of the first, last and padding token. A chat model ends with its end of turn where the file has one."""
+    eot, eos = special_id(file, "eot"), special_id(file, "eos")
+    found = {"bos": special_id(file, "bos"), "eos": eos if eot is None else eot, "pad": special_id(file, "padding")}
     return {f"{name}_token_id": index for name, index in found.items() if index is not None}
 
 
@@ -188,16 +193,24 @@ def _name(file: GgufFile, tensor: TensorInfo) -> str:
         return TOP_NAMES[tensor.name]
     found = BLOCK.fullmatch(tensor.name)
     if not found or found[2] not in BLOCK_NAMES:
-        raise InputError(f"the tensor {tensor.name} is unknown", where=str(file.path), fix="use the safetensors folder")
+        raise InputError(f"the tensor {tensor.name} is unknown", where=str(file.path), fix=USE_FOLDER)
     return f"model.layers.{found[1]}.{BLOCK_NAMES[found[2]]}.{found[3]}"
 
 
-def _check_layers(file: GgufFile, names: set[str], layers: int) -> None:
-    parts = [BLOCK_NAMES[part] for part in BLOCK_NAMES if not part.endswith(("q_norm", "k_norm"))]
-    wanted = [f"model.layers.{layer}.{part}.weight" for layer in range(layers) for part in parts]
-    missing = [name for name in [*wanted, "model.norm.weight"] if name not in names]
-    if missing:
-        raise InputError(f"{len(missing)} tensors are missing, first {missing[0]}", where=str(file.path))
+def _check_names(file: GgufFile, names: set[str], config: dict[str, Any]) -> None:
+    """Exactly the tensors that transformers makes for `config`; it would fill a missing one with random numbers."""
+    kind = config["model_type"]
+    norms = ("self_attn.q_norm", "self_attn.k_norm")
+    parts = {f"{part}.weight" for part in BLOCK_NAMES.values() if kind == "qwen3" or part not in norms}
+    biased = ["q", "k", "v"] if kind == "qwen2" or config["attention_bias"] else []
+    parts |= {f"self_attn.{name}_proj.bias" for name in biased + ["o"] * (kind != "qwen2" and bool(biased))}
+    parts |= {f"mlp.{name}_proj.bias" for name in ("gate", "up", "down") if config.get("mlp_bias")}
+    wanted = {f"model.layers.{layer}.{part}" for layer in range(config["num_hidden_layers"]) for part in parts}
+    wanted |= {"model.embed_tokens.weight", "model.norm.weight"}
+    wanted |= set() if config["tie_word_embeddings"] else {"lm_head.weight"}
+    for what, found in (("are missing", wanted - names), ("do not belong to the model", names - wanted)):
+        if found:
+            raise InputError(f"{len(found)} tensors {what}, first {min(found)}", where=str(file.path), fix=USE_FOLDER)
 
 
 def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows: int) -> None:
@@ -252,7 +265,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+STOPS = ("eos", "eot", "eom")
 
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", rotated=True),

@@ -11,14 +11,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from tunesmith.errors import InputError
+
+T = TypeVar("T")
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -45,13 +47,34 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(key, default)
+    def get(self, key: str, kind: type[T], default: T) -> T:
+        """The value of `key`, which must be of type `kind`; `default` where the header has no such key."""
+        value = self.metadata.get(key, default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or value in (inf, -inf) or value != value:
+            raise InputError(f"{key} is {str(value)[:80]!r}, not a sound {kind.__name__}", where=str(self.path))
+        return value  # pyright: ignore[reportReturnType]
 
-    def need(self, key: str) -> Any:
+    def need(self, key: str, kind: type[T]) -> T:
+        """The value of `key`, which must be there."""
         if key not in self.metadata:
             raise InputError(f"the GGUF header has no {key}", where=str(self.path), fix="use a complete GGUF file")
-        return self.metadata[key]
+        return self.get(key, kind, kind())
+
+    def count(self, key: str, default: int = 0) -> int:
+        """The whole number from 1 on under `key`; without a default it must be there."""
+        value = self.get(key, int, default) if default else self.need(key, int)
+        if not 1 <= value < 2**31:
+            raise InputError(f"{key} is {value}", where=str(self.path), fix="use a sound GGUF file")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """The list of texts under `key`, which must be there."""
+        values = self.need(key, list)
+        if not all(type(value) is str for value in values):
+            raise InputError(f"{key} is not a list of texts", where=str(self.path), fix="use a sound GGUF file")
+        return values
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -36,21 +36,21 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = json.dumps(_config(file), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
-    template = file.get("tokenizer.chat_template")
-    if template is not None:
+    template = file.get("tokenizer.chat_template", str, "")
+    if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:
     """A byte-level BPE tokenizer with the vocabulary, merges, added tokens and pre-tokenizer of the file."""
-    model = file.need("tokenizer.ggml.model")
+    model = file.need("tokenizer.ggml.model", str)
     if model != "gpt2":
         raise InputError(
             f"cannot rebuild a tokenizer of kind {model!r} (tokenizer.ggml.model); only byte-level BPE (gpt2)",
             where=str(file.path),
             fix="use the model's safetensors folder, which holds its own tokenizer.json",
         )
-    name = file.get("tokenizer.ggml.pre", "(missing)")
+    name = file.get("tokenizer.ggml.pre", str, "(missing)")
     if name not in PRE_TOKENIZERS:
         raise InputError(
             f"unknown pre-tokenizer {name!r} (tokenizer.ggml.pre); known: {', '.join(sorted(PRE_TOKENIZERS))}",
@@ -66,13 +66,12 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
 
 
 def _bpe(file: GgufFile, *, whole_words: bool) -> BPE:
-    tokens, kinds = file.need("tokenizer.ggml.tokens"), _kinds(file)
-    vocabulary = {
-        token: index
-        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if not (kind == UNUSED and PADDING.fullmatch(token))
-    }
-    merges = [tuple(merge.split(" ")) for merge in file.need("tokenizer.ggml.merges")]
+    tokens = enumerate(zip(file.texts("tokenizer.ggml.tokens"), _kinds(file), strict=True))
+    entries = [(token, index) for index, (token, kind) in tokens if not (kind == UNUSED and PADDING.fullmatch(token))]
+    vocabulary = dict(entries)
+    if len(vocabulary) != len(entries):
+        raise InputError("a token stands twice in the vocabulary", where=str(file.path))
+    merges = [tuple(merge.split(" ")) for merge in file.texts("tokenizer.ggml.merges")]
     wrong = next((merge for merge in merges if len(merge) != 2 or "".join(merge) not in vocabulary), None)
     if wrong is not None:
         raise InputError(f"the merge {' '.join(wrong)!r} does not fit the vocabulary", where=str(file.path))
@@ -80,15 +79,15 @@ def _bpe(file: GgufFile, *, whole_words: bool) -> BPE:
 
 
 def _kinds(file: GgufFile) -> list[int]:
-    tokens = file.need("tokenizer.ggml.tokens")
-    kinds = file.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    tokens = file.texts("tokenizer.ggml.tokens")
+    kinds = file.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
     if len(kinds) != len(tokens):
         raise InputError(f"{len(tokens)} tokens but {len(kinds)} token types", where=str(file.path))
     return kinds
 
 
 def _add_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
-    tokens = zip(file.need("tokenizer.ggml.tokens"), _kinds(file), strict=True)
+    tokens = zip(file.texts("tokenizer.ggml.tokens"), _kinds(file), strict=True)
     for token, kind in tokens:
         if kind == CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
@@ -103,7 +102,7 @@ def _begin_with_bos(tokenizer: Tokenizer, file: GgufFile) -> None:
     bos = special_token(file, "bos")
     if bos is None:
         raise InputError("the tokenizer adds a first token but names none", where=str(file.path))
-    index = file.need("tokenizer.ggml.bos_token_id")
+    index = file.need("tokenizer.ggml.bos_token_id", int)
     first = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, index)]
     )
@@ -112,18 +111,24 @@ def _begin_with_bos(tokenizer: Tokenizer, file: GgufFile) -> None:
 
 def _adds_bos(file: GgufFile) -> bool:
     # llama.cpp adds one for a Llama 3 vocabulary that does not say otherwise.
-    return bool(file.get("tokenizer.ggml.add_bos_token", file.get("tokenizer.ggml.pre") == "llama-bpe"))
+    return file.get("tokenizer.ggml.add_bos_token", bool, file.get("tokenizer.ggml.pre", str, "") == "llama-bpe")
+
+
+def special_id(file: GgufFile, name: str) -> int | None:
+    """The id of the bos, eos, eot, eom, unknown or padding token, None where the file names none."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    if key not in file.metadata:
+        return None
+    index, size = file.need(key, int), len(file.texts("tokenizer.ggml.tokens"))
+    if not 0 <= index < size:
+        raise InputError(f"{key} {index} is outside the vocabulary of {size}", where=str(file.path))
+    return index
 
 
 def special_token(file: GgufFile, name: str) -> str | None:
-    """The text of the bos, eos, eot, unknown or padding token, None where the file names none."""
-    index = file.get(f"tokenizer.ggml.{name}_token_id")
-    tokens = file.need("tokenizer.ggml.tokens")
-    if index is None:
-        return None
-    if not 0 <= index < len(tokens):
-        raise InputError(f"{name}_token_id {index} is outside the vocabulary of {len(tokens)}", where=str(file.path))
-    return tokens[index]
+    """The text of the token that `special_id` finds."""
+    index = special_id(file, name)
+    return None if index is None else file.texts("tokenizer.ggml.tokens")[index]
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": _adds_bos(file),
-        "model_max_length": file.need(f"{file.need('general.architecture')}.context_length"),
+        "model_max_length": file.count(f"{file.need('general.architecture', str)}.context_length"),
         **{name: token for name, token in named.items() if token is not None},
     }
 
