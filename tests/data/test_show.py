@@ -22,7 +22,7 @@ def test_trained_runs_are_marked_without_colour(write, words):
     prepared = open_one(write, words, ("user", "2 + 2?", {}), ("assistant", "it is 4", {}))
     header, tokens = shown(prepared, words)
     assert header == "train.jsonl:1  12 tokens, 4 trained"
-    assert tokens == "<s>user2 + 2?</s><s>assistant⟦it is 4</s>⟧"
+    assert tokens == "◆<s>user2 + 2?◆</s>◆<s>assistant⟦it is 4◆</s>⟧"
 
 
 def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
@@ -31,8 +31,8 @@ def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert styles["hi"] == "dim"
     assert styles["ok"] == "bold green"
-    assert styles["<s>"] == "dim reverse"
-    assert styles["</s>"] == "bold green reverse"
+    assert styles["◆<s>"] == "dim reverse"
+    assert styles["◆</s>"] == "bold green reverse"
     console = Console(force_terminal=True, color_system="standard")
     with console.capture() as captured:
         console.print(text)
@@ -41,7 +41,7 @@ def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
 
 def test_other_weights_and_ids_are_said(write, words):
     prepared = open_one(write, words, ("user", "hi", {}), ("assistant", "ok", {"weight": 0.5}))
-    assert shown(prepared, words, ids=True)[1] == "<s>‹0›user‹3›hi‹2›</s>‹1›<s>‹0›assistant‹5›⟦×0.5 ok‹4›</s>‹1›⟧"
+    assert shown(prepared, words, ids=True)[1] == "◆<s>‹0›user‹3›hi‹2›◆</s>‹1›◆<s>‹0›assistant‹5›⟦×0.5 ok‹4›◆</s>‹1›⟧"
 
 
 def test_a_dropped_row_and_notes_are_said(words):

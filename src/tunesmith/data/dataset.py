@@ -150,6 +150,8 @@ def open_dataset(
     opened: list[_Opened] = []
     left = max_examples
     for file in files:
+        if left == 0:
+            break
         name = file.path.name if names[file.path.name] == 1 else str(file.path)
         opened.append(_open_file(file, name, left, renderer.has_template))
         left = left if left is None else left - len(opened[-1].digests_N2)
@@ -179,7 +181,7 @@ def _open_file(file: DataSource, name: str, limit: int | None, has_template: boo
     source = open_source(file.path, name=name)
     rows = range(min(n for n in (len(source), file.max_examples, limit) if n is not None))
     if file.format == "auto":
-        format, reason = detect(_first_rows(source, rows), has_template) if rows else ("", "no row is used")
+        format, reason = detect(_first_rows(source, rows), has_template)
     elif file.format in FORMATS:
         format, reason = file.format, "the recipe says so"
     else:

@@ -3,8 +3,9 @@
     Prepared (the documents of a row) -> texts for the terminal
 
 Trained runs stand between ⟦ and ⟧ and in green, so they are told apart without colour too; ⟦×0.5 says a weight other
-than 1. White space that makes a token of its own is made visible, and characters that would steer the terminal or hide
-in the text are spelled out. A character that takes several tokens is shown once, with all its ids.
+than 1. A control token has ◆ before it; text that only looks like one has not. White space that makes a token of its
+own is made visible, and characters that would steer the terminal or hide in the text are spelled out. A character that
+takes several tokens is shown once, with all its ids.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tunesmith.types import Document
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
 
-TRAINED, PLAIN, CONTROL, IDS = "bold green", "dim", "reverse", "cyan"
+TRAINED, PLAIN, CONTROL, IDS = "bold green", "dim", " reverse", "cyan"
 MOST_TOKENS = 6  # of one character
 
 
@@ -56,11 +57,15 @@ def _tokens(document: Document, renderer: Renderer, ids: bool) -> Text:
         if weight:
             text.append("⟦" if weight == 1 else f"⟦×{weight:g} ", style)
         for piece in run:
-            text.append(visible(piece.text), f"{style} {CONTROL}" if piece.control else style)
+            shown = visible(piece.text)
+            line_end = "\n" if shown.endswith("\n") else ""
+            text.append(f"◆{shown}" if piece.control else shown.removesuffix("\n"), style + CONTROL * piece.control)
             if ids:
                 text.append(f"‹{' '.join(map(str, piece.ids))}›", IDS)
+            text.append(line_end)
         if weight:
             text.append("⟧", style)
+    text.rstrip()
     return text
 
 
