@@ -55,6 +55,8 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers() -> None:
         ("template", "chatml"),
         ("model", ""),
         ("data", []),
+        ("data", ""),
+        ("output_dir", ""),
         ("stage", "cpt"),
     ],
 )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tunesmith.errors import InputError
-from tunesmith.recipe import KEYS
+from tunesmith.recipe import ALIASES, KEYS
 from tunesmith.recipefile import INSTEAD, LATER_KEYS, load_recipe, recipe_yaml
 
 
@@ -152,6 +157,15 @@ def test_missing_files_and_devices_are_refused(tmp_path: Path) -> None:
             load_recipe(path)
 
 
+def test_strange_names_are_names(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, f"model: {'x' * 5000}\ndata: ~nobody-of-this-name/a\n"))
+    assert recipe.model == "x" * 5000
+    assert recipe.data[0].path == tmp_path / "~nobody-of-this-name/a"
+    assert "data[0].path: expected a path, found 'a\0b'" in refusal(tmp_path, 'model: "~nobody"\ndata: "a\\0b"\n')
+    with pytest.raises(InputError, match="no such file"):
+        load_recipe(tmp_path / ("x" * 5000))
+
+
 def test_a_bomb_of_anchors_ends(tmp_path: Path) -> None:
     levels = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 30))
     message = refusal(tmp_path, GOOD + "k0: &k0 x\n" + levels + "metrics: *k29\neval_data: *k29\nseed: *k29\n")
@@ -173,3 +187,21 @@ def test_a_written_recipe_reads_back_equal_from_any_folder(tmp_path: Path) -> No
 
 def test_no_key_is_both_accepted_and_refused() -> None:
     assert not {*INSTEAD, *LATER_KEYS} & set(KEYS.values())
+
+
+KEY = st.sampled_from([*KEYS.values(), *ALIASES, *INSTEAD, *LATER_KEYS, "path", "1", "null"])
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates()
+VALUE = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEY, inner, max_size=3))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(values=st.dictionaries(KEY, VALUE, max_size=6), flags=st.dictionaries(KEY, st.text(max_size=8), max_size=3))
+def test_whatever_is_written_is_a_recipe_or_a_clear_refusal(values: dict[str, Any], flags: dict[str, str]) -> None:
+    with TemporaryDirectory() as folder:
+        path = write(Path(folder), yaml.safe_dump({"model": "tiny", "data": "a.jsonl"} | values))
+        try:
+            recipe = load_recipe(path, flags)
+        except InputError:
+            return
+        path.write_text(recipe_yaml(recipe))
+        assert load_recipe(path) == recipe

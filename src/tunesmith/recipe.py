@@ -45,12 +45,21 @@ def _is_template(path: Path) -> Path:
     return path
 
 
+def _could_exist(value: Any) -> Any:
+    if value == "" or "\0" in str(value):
+        raise ValueError("not a path")
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_could_exist)]
+
+
 class DataSource(BaseModel):
     """One data file of the recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Path = Field(description="The file.")
+    path: FilePath = Field(description="The file.")
     format: str = Field(default="auto", description="Format of its rows; auto detects it and says why.")
     max_examples: Annotated[int, Field(ge=1), BeforeValidator(_no_switch)] | None = Field(
         default=None, description="Read only this many rows of it."
@@ -92,7 +101,7 @@ class Recipe(BaseModel):
     test_data: Sources = Field(
         default=(), description="Rows read once, for the before/after; else half of the held-out rows."
     )
-    retention_data: Path | None = Field(
+    retention_data: FilePath | None = Field(
         default=None, description="General text; its bits per byte show what was forgotten."
     )
     max_examples: Count | None = Field(default=None, description="Train on at most this many rows, the first ones.")
@@ -100,7 +109,7 @@ class Recipe(BaseModel):
         default="auto",
         description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",
     )
-    answer_schema: Path | None = Field(
+    answer_schema: FilePath | None = Field(
         default=None, alias="schema", description="JSON schema that a right answer follows."
     )
 
@@ -142,7 +151,7 @@ class Recipe(BaseModel):
     dtype: Auto | Literal["bf16", "fp32"] = Field(
         default="auto", description="Number format of the frozen weights and products."
     )
-    attention: Name = Field(
+    attention: Auto | Literal["kernel", "documents", "varlen", "mask", "reference"] = Field(
         default="auto", description="Attention backend; auto picks the fastest that is proven equal."
     )
     metrics: Auto | Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
@@ -153,7 +162,7 @@ class Recipe(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_no_switch)] = Field(
         default=0, description="Fixes the order of rows, the start of the adapter and the samples."
     )
-    output_dir: Auto | Path = Field(default="auto", description="The run folder; must be new or empty.")
+    output_dir: Auto | FilePath = Field(default="auto", description="The run folder; must be new or empty.")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Recipe:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -160,15 +161,15 @@ def _anchored(key: str, value: Any, folder: Path) -> Any:
     if key in (*FILE_KEYS, "schema") or (key == "template" and value not in ("auto", "none")):
         return _anchored_path(value, folder)
     if key == "model" and isinstance(value, str) and value:
-        path = folder / Path(value).expanduser()
-        return str(path) if path.exists() else value
+        path = _anchored_path(value, folder)
+        return path if os.path.exists(path) else value
     return value
 
 
 def _anchored_path(value: Any, folder: Path) -> Any:
     if isinstance(value, dict) and "path" in value:
         return {**value, "path": _anchored_path(value["path"], folder)}
-    return str(folder / Path(value).expanduser()) if isinstance(value, str) and value else value
+    return str(folder / os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
 # ---------------------------------------------------------------- values

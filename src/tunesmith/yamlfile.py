@@ -7,6 +7,7 @@ is an error, since YAML would silently keep the last one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,9 +61,9 @@ def read_yaml(path: Path) -> Document:
 
 
 def _text(path: Path) -> str:
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError("there is no such file", where=str(path))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError("expected a file, found a folder or a device", where=str(path))
     if path.stat().st_size > MOST_BYTES:
         raise InputError(f"{path.stat().st_size} bytes are too many for a recipe", where=str(path))
