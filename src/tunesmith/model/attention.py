@@ -43,7 +43,7 @@ def choose(backend: str, q: Tensor) -> str:
     if backend != "auto":
         return backend
     if q.device.type == "cpu":
-        return "kernel" if kernels.usable(q) and kernels.has_attention() else "documents"
+        return "kernel"
     return "varlen" if _varlen_attn() and q.dtype in (torch.bfloat16, torch.float16) else "mask"
 
 
@@ -141,8 +141,9 @@ class _Kernel(torch.autograd.Function):
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """Our own kernel: bf16 products, only the keys that a query sees. Odd head sizes and soft caps take `documents`."""
-    if rule.softcap or q.shape[-1] % 64:
+    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do (other dtypes and processors, odd
+    head sizes, soft caps) takes `documents`."""
+    if rule.softcap or q.shape[-1] % 64 or not (kernels.usable(q) and kernels.has_attention()):
         return documents(q, k, v, layout, rule)
     return _Kernel.apply(q, k, v, layout, rule)
 
@@ -219,5 +220,5 @@ def stock_attention(
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if rows is not None:
-        return rows.attend(module.layer_idx, q, k, v, layout, rule, backend)[None], None
+        return rows.attend(module, q, k, v, layout, rule, backend)[None], None
     return attend(q, k, v, layout, rule, backend)[None], None

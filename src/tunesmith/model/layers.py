@@ -42,7 +42,6 @@ class Attention(nn.Module):
             window=getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)),
             softcap=getattr(stock, "attn_logit_softcapping", None),
         )
-        self.layer: int = stock.layer_idx
         self.stock = (stock,)  # in a tuple: its parameters are this module's own
 
     def forward(self, hidden_states, position_embeddings=None, layout=None, backend="auto", rows=None, **kwargs):
@@ -57,7 +56,7 @@ class Attention(nn.Module):
         if rows is None:
             out_TND = attend(q, k, v, layout, self.rule, backend)
         else:
-            out_TND = rows.attend(self.layer, q, k, v, layout, self.rule, backend)
+            out_TND = rows.attend(self, q, k, v, layout, self.rule, backend)
         (y_TH,) = project(out_TND.flatten(-2), [self.o_proj])
         return y_TH[None], None
 

@@ -1,26 +1,28 @@
 """A transformers causal language model, loaded safely and run our way.
 
 In: a model folder that source.resolve has checked. Out: LanguageModel, whose `hidden` runs a packed Batch and whose
-`forward_cached` runs generation over a cache. The stock network is the oracle: take `stock_logits` before `adopt`.
+`prefill` and `extend` run generation over a RowCache. The stock network is the oracle: take `stock_logits` before
+`adopt`.
 Left out: adapters (adapters.py), the loss (head.py).
 Legend: T tokens, S targets, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tunesmith.model.attention import stock_attention
+from tunesmith.model.cache import RowCache
 from tunesmith.model.head import Head
 from tunesmith.model.layers import Embedding, replace_layers
-from tunesmith.types import Batch
+from tunesmith.types import Batch, Json, Layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 PACKED = "tunesmith"  # the name of our attention; it has no mask function, so transformers builds no mask for it
@@ -37,13 +39,33 @@ def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTr
 
 
 @torch.no_grad()
-def stock_logits(network: PreTrainedModel, documents: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits [L, V] in fp32 of each document alone, as transformers computes them."""
-    device = network.device
-    return [
-        network(input_ids=torch.tensor([list(tokens)], device=device), use_cache=False).logits[0].float()
-        for tokens in documents
-    ]
+def stock_logits(network: PreTrainedModel, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
+    """Logits [len(places), V] in fp32 of one document alone, as transformers computes them."""
+    ids, kept = torch.tensor([list(tokens)]), torch.tensor(list(places))
+    out = network(
+        input_ids=ids.to(network.device), use_cache=False, logits_to_keep=kept.to(network.device)
+    )
+    return out.logits[0].float()
+
+
+def stock_ids(folder: Path, messages: Sequence[Json], tools: Sequence[Json], template: str | None) -> list[int]:
+    """Ids of a conversation from transformers' own tokenizer and chat template."""
+    encoded = _tokenizer(folder).apply_chat_template(
+        list(messages), tools=list(tools) or None, chat_template=template, tokenize=True, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path):
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def shortest_window(network: PreTrainedModel) -> int | None:
+    """Tokens that the model's windowed layers look back, None if all look back to the start."""
+    config = network.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return window if isinstance(window, int) and getattr(config, "use_sliding_window", True) else None
 
 
 def head_of(network: PreTrainedModel) -> Head:
@@ -56,16 +78,13 @@ def head_of(network: PreTrainedModel) -> Head:
 class LanguageModel:
     """The network after `adopt`: its decoder takes a Layout, its head is called where it is needed.
 
-    Two ways to run: packed (training, likelihoods) and cached (generation). Attention is switched between them here
-    and nowhere else.
+    Training, likelihoods and generation run the same packed forward; generation adds a RowCache.
     """
 
     def __init__(self, network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto") -> None:
         self.network, self.dtype, self.backend = network, dtype, backend
         self.decoder: nn.Module = network.base_model
-        self.stock_implementation: str = network.config._attn_implementation
-        parameters = inspect.signature(type(self.decoder).forward).parameters
-        self.cache_keyword = "cache" if "cache" in parameters else "past_key_values"
+        network.set_attn_implementation(PACKED)
 
     @property
     def device(self) -> torch.device:
@@ -75,33 +94,54 @@ class LanguageModel:
     def head(self) -> Head:
         return head_of(self.network)
 
-    def _attention(self, implementation: str) -> None:
-        if self.network.config._attn_implementation != implementation:
-            self.network.set_attn_implementation(implementation)
+    @property
+    def context_length(self) -> int:
+        return self.network.config.get_text_config().max_position_embeddings
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What generation keeps of a token: keys and values of every layer."""
+        config = self.network.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states [S, H] of the positions that predict a target."""
-        self._attention(PACKED)
-        out = self.decoder(
-            input_ids=batch.tokens_T[None],
-            position_ids=batch.positions_T[None],
-            use_cache=False,
-            layout=batch.layout,
-            backend=self.backend,
-        )
-        return out.last_hidden_state[0].index_select(0, batch.positions_S)
+        return self._run(batch.tokens_T, batch.positions_T, batch.layout).index_select(0, batch.positions_S)
 
-    def forward_cached(self, tokens_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor, cache: Any) -> Tensor:
-        """Hidden states [B, L, H] of new tokens; `cache` (a transformers Cache) grows by them."""
-        self._attention(self.stock_implementation)
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], rows: RowCache) -> Tensor:
+        """Puts prompts as new rows into the cache, packed; hidden states [B, H] of the last token of each. Each prompt
+        starts with the cache's shared tokens, and goes on."""
+        new = [prompt[rows.shared :] for prompt in prompts]
+        lengths = [len(tokens) for tokens in new]
+        ends = list(itertools.accumulate(lengths))
+        rows.admit(lengths)
+        tokens_T = torch.tensor([token for tokens in new for token in tokens], device=self.device)
+        positions_T = torch.cat([torch.arange(length) for length in lengths]).add_(rows.shared).to(self.device)
+        layout = Layout(tuple(end - length for end, length in zip(ends, lengths, strict=True)), tuple(lengths))
+        last_B = torch.tensor(ends, device=self.device) - 1
+        return self._run(tokens_T, positions_T, layout, rows).index_select(0, last_B)
+
+    @torch.no_grad()
+    def extend(self, tokens: Sequence[int], rows: RowCache) -> Tensor:
+        """One more token for every row of the cache; hidden states [B, H]."""
+        positions_B = rows.advance(self.device)
+        layout = Layout(tuple(range(len(tokens))), (1,) * len(tokens))
+        return self._run(torch.tensor(tokens, device=self.device), positions_B, layout, rows)
+
+    def _run(self, tokens_T: Tensor, positions_T: Tensor, layout: Layout, rows: RowCache | None = None) -> Tensor:
+        """Final hidden states [T, H]."""
         out = self.decoder(
-            input_ids=tokens_BL,
-            attention_mask=mask_BL,
-            position_ids=positions_BL,
-            use_cache=True,
-            **{self.cache_keyword: cache},
+            input_ids=tokens_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            layout=layout,
+            backend=self.backend,
+            rows=rows,
         )
-        return out.last_hidden_state
+        return out.last_hidden_state[0]
 
 
 def adopt(network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto") -> LanguageModel:

@@ -1,0 +1,154 @@
+"""Keys and values of the rows that generation extends, and attention over them.
+
+In: each layer's new q, k, v. Rows have lengths of their own: no padding is computed, a new row may join at any time and
+a finished one leaves at once. A prompt runs through the same packed attention as training; what all prompts begin with
+is computed once. An extension by one token reads what its row has stored. Left out: which tokens (infer/engine.py).
+Legend: T new tokens, B rows, N query heads, K key/value heads, G = N / K, D head size, L stored tokens, n of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.model.attention import Rule, attend
+from tunesmith.types import Layout
+
+BLOCK = 64  # the stores grow to a multiple of this many tokens
+
+
+class RowCache:
+    """`lengths[b]` tokens are stored of row b. `admit` or `advance` precede the forward that fills new places."""
+
+    def __init__(self, slots: int) -> None:
+        """Room for `slots` rows; the room for tokens grows."""
+        self.slots = slots
+        self.lengths: list[int] = []
+        self.shared = 0  # how many tokens every new row starts with
+        self._prefix: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # layer -> their keys, values [K, shared, D]
+        self._stores: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [slots, K, capacity, D]
+        self._first_new: int | None = None  # the first row of a prompt forward; None while rows are extended
+        self._rows_B = self._places_B = torch.empty(0)
+        self._masks: dict[int | None, tuple[int, Tensor | None]] = {}
+
+    def admit(self, lengths: Sequence[int]) -> None:
+        """The next forward is of new rows with so many tokens each, after the shared ones; they come last."""
+        assert len(self.lengths) + len(lengths) <= self.slots, "more rows than slots"
+        self._first_new = len(self.lengths)
+        self.lengths += [self.shared + length for length in lengths]
+
+    def advance(self, device: torch.device) -> Tensor:
+        """The next forward is of one more token for every row; returns their positions [B]."""
+        self._first_new = None
+        self._rows_B = torch.arange(len(self.lengths), device=device)
+        self._places_B = torch.tensor(self.lengths, device=device)
+        self.lengths = [length + 1 for length in self.lengths]
+        self._masks = {}
+        return self._places_B
+
+    def share(self) -> None:
+        """Make the only row the beginning of every row to come."""
+        (self.shared,) = self.lengths
+        for layer, store in self._stores.items():
+            keys, values = (x[0, :, : self.shared].clone() for x in store)
+            self._prefix[layer] = (keys, values)
+        self.drop(0)
+
+    def drop(self, row: int) -> None:
+        """Forget a row; the last one moves into its place."""
+        length = self.lengths.pop()
+        if row == len(self.lengths):
+            return
+        self.lengths[row] = length
+        for store in self._stores.values():
+            for x in store:
+                x[row, :, :length] = x[len(self.lengths), :, :length]
+
+    def attend(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, backend: str
+    ) -> Tensor:
+        """q [T, N, D], k and v [T, K, D] -> [T, N, D], and k and v are stored."""
+        keys, values = self._store(layer, k, v)
+        if self._first_new is not None:
+            return self._attend_prompts(layer, q, k, v, layout, rule, backend)
+        keys[self._rows_B, :, self._places_B] = k
+        values[self._rows_B, :, self._places_B] = v
+        first, mask = self._visible(rule.window)
+        held = slice(0, len(q)), slice(None), slice(first, max(self.lengths))
+        return attend_rows(q, keys[held], values[held], mask, rule)
+
+    def _attend_prompts(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, backend: str
+    ) -> Tensor:
+        outputs: list[Tensor] = []
+        for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True), self._first_new or 0):
+            new = slice(start, start + length)
+            k_KLD, v_KLD = k[new].transpose(0, 1), v[new].transpose(0, 1)
+            if self.shared:
+                shared_k, shared_v = self._prefix[layer]
+                k_KLD, v_KLD = torch.cat((shared_k, k_KLD), dim=1), torch.cat((shared_v, v_KLD), dim=1)
+                outputs.append(attend_after(q[new], k_KLD, v_KLD, rule))
+            for store, x in zip(self._stores[layer], (k_KLD, v_KLD), strict=True):
+                store[row, :, : x.shape[1]] = x
+        return torch.cat(outputs) if outputs else attend(q, k, v, layout, rule, backend)
+
+    def _store(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, with room for the longest row."""
+        needed, stored = max(self.lengths), self._stores.get(layer)
+        if stored is None or stored[0].shape[2] < needed:
+            held = stored[0].shape[2] if stored else 0
+            capacity = -(-max(needed, held * 3 // 2) // BLOCK) * BLOCK
+            # Zeros, since what is masked must still be finite.
+            grown = tuple(x.new_zeros(self.slots, x.shape[1], capacity, x.shape[2]) for x in (k, v))
+            for new, old in zip(grown, stored or (), strict=False):
+                new[:, :, :held] = old
+            self._stores[layer] = (grown[0], grown[1])
+        return self._stores[layer]
+
+    def _visible(self, window: int | None) -> tuple[int, Tensor | None]:
+        """The first stored place that any row sees, and the mask [B, 1, 1, L] from there on; None if all is seen."""
+        if window not in self._masks:
+            shortest, longest = min(self.lengths), max(self.lengths)
+            first = 0 if window is None else max(0, shortest - window)
+            mask = None
+            if shortest < longest:
+                places = torch.arange(first, longest, device=self._places_B.device)
+                mask = _seen(self._places_B[:, None] - places, window)[:, None, None]
+            self._masks[window] = (first, mask)
+        return self._masks[window]
+
+
+def _seen(back: Tensor, window: int | None) -> Tensor:
+    """May a token see the one that stands `back` places before it?"""
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """One query a row: q [B, N, D], keys and values [B, K, L, D] -> [B, N, D]. The G heads that share a key stand as
+    the queries of one product, which is several times faster than repeating the keys."""
+    return _scaled(q.unflatten(1, (keys.shape[1], -1)), keys, values, mask, rule).flatten(1, 2)
+
+
+def attend_after(q: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
+    """The last n tokens of one row: q [n, N, D], keys and values [K, L, D] -> [n, N, D]."""
+    (n, heads, size), (groups, length) = q.shape, keys.shape[:2]
+    places = torch.arange(length, device=q.device)
+    mask_nL = _seen(places[-n:, None] - places, rule.window)
+    q_KMD = q.transpose(0, 1).reshape(groups, -1, size)  # M = G * n queries a key head
+    out = _scaled(q_KMD[None], keys[None], values[None], mask_nL.repeat(heads // groups, 1), rule)
+    return out[0].reshape(heads, n, size).transpose(0, 1)
+
+
+def _scaled(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
+    """q [B, K, M, D], keys and values [B, K, L, D] -> [B, K, M, D]."""
+    if not rule.softcap:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=rule.scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ keys.to(wide).transpose(-1, -2) * rule.scale
+    scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(dim=-1) @ values.to(wide)).to(q.dtype)
