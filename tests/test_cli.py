@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Group
 
 from tunesmith import __version__, cli
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
@@ -156,3 +157,14 @@ def test_other_verbs_refuse_options_they_do_not_know(tunesmith: Callable[..., Ou
     code, out, err = tunesmith("schema", "--frobnicate")
     assert (code, out) == (2, "")
     assert "--frobnicate" in err
+
+
+def test_text_of_data_and_models_is_printed_as_it_is(
+    tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verb(as_json: cli.AsJson = False) -> None:
+        cli.say({"answer": "[red]x[/]"}, "[red]x[/] [/]", Group("[red]own[/]"), as_json=as_json)
+
+    monkeypatch.setitem(cli.VERBS, "echo", verb)
+    assert tunesmith("echo") == (0, "[red]x[/] [/]\nown\n", "")
+    assert json.loads(tunesmith("echo", "--json")[1]) == {"tunesmith": __version__, "answer": "[red]x[/]"}

@@ -65,7 +65,7 @@ def demo(as_json: AsJson = False) -> None:
     from tunesmith.display import record_view
 
     record = run()
-    _say(record, record_view(record), as_json=as_json)
+    say(record, record_view(record), as_json=as_json)
 
 
 def init(
@@ -78,7 +78,7 @@ def init(
     from tunesmith.init import write_recipe
 
     written = write_recipe(path, model=model, data=data)
-    _say(written, f"wrote {written.recipe} and {written.schema}", as_json=as_json)
+    say(written, f"wrote {written.recipe} and {written.schema}", as_json=as_json)
 
 
 def doctor(
@@ -90,17 +90,17 @@ def doctor(
     from tunesmith.doctor import diagnose
 
     diagnosis = diagnose(model)
-    _say(diagnosis, diagnosis_view(diagnosis), as_json=as_json)
+    say(diagnosis, diagnosis_view(diagnosis), as_json=as_json)
 
 
 def data_check(wish: Wish = None, as_json: AsJson = False) -> None:
     """Read all data once and say what is wrong with it."""
     recipe = read_wish(wish)
-    from tunesmith import run
     from tunesmith.display import data_view
+    from tunesmith.facts import gather, reports
 
-    reports = run.check_data(recipe)
-    _say({"data": reports}, data_view(reports), as_json=as_json)
+    found = reports(gather(recipe))
+    say({"data": found}, data_view(found), as_json=as_json)
 
 
 def data_show(
@@ -111,30 +111,30 @@ def data_show(
 ) -> None:
     """Print real rows as the model sees them, coloured by what is trained."""
     recipe = read_wish(wish)
-    from tunesmith import run
+    from tunesmith.facts import gather, show_rows
 
-    texts = list(run.show_data(recipe, rows=rows, ids=ids))
-    _say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
+    texts = list(show_rows(gather(recipe), rows=rows, ids=ids))
+    say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
 def plan(wish: Wish = None, as_json: AsJson = False) -> None:
     """Every value of a run with its reason; memory and time. Trains nothing."""
     recipe = read_wish(wish)
     from tunesmith.display import plan_table
-    from tunesmith.plan.plan import make_plan
+    from tunesmith.facts import gather, make_plan
 
-    decided = make_plan(recipe)
-    _say(decided, plan_table(decided), as_json=as_json)
+    decided = make_plan(gather(recipe))
+    say(decided, plan_table(decided), as_json=as_json)
 
 
 def train(wish: Wish = None, as_json: AsJson = False) -> None:
     """Plan, prove, measure, train, measure again; all in one run folder."""
     recipe = read_wish(wish)
     from tunesmith import run
-    from tunesmith.plan.plan import make_plan
+    from tunesmith.facts import gather, make_plan
 
-    decided = make_plan(recipe)
-    _follow(run.train(decided), decided["output_dir"], decided.steps, as_json=as_json)
+    decided = make_plan(gather(recipe))
+    _follow(run.train(decided), Path(decided["output_dir"]), decided.steps, as_json=as_json)
 
 
 def resume(folder: Run, as_json: AsJson = False) -> None:
@@ -152,7 +152,7 @@ def evaluate(folder: Run, as_json: AsJson = False) -> None:
     from tunesmith.display import comparison_table
 
     comparisons = run.evaluate(folder)
-    _say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
+    say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
 
 
 def chat(folder: Run, as_json: AsJson = False) -> None:
@@ -160,7 +160,7 @@ def chat(folder: Run, as_json: AsJson = False) -> None:
     from tunesmith import run
 
     for answer in run.chat(folder, _questions()):
-        _say({"answer": answer}, answer, as_json=as_json)
+        say({"answer": answer}, answer, as_json=as_json)
 
 
 def schema(as_json: AsJson = False) -> None:
@@ -168,7 +168,7 @@ def schema(as_json: AsJson = False) -> None:
     from tunesmith.recipe import recipe_schema
 
     if as_json:
-        _say({"schema": recipe_schema()}, as_json=True)
+        say({"schema": recipe_schema()}, as_json=True)
     else:
         sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
 
@@ -225,7 +225,7 @@ def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool)
         for event in events:
             progress.show(event)
     record = from_json(RunRecord, read_json(folder / "record.json"))
-    _say(record, record_view(record), as_json=as_json)
+    say(record, record_view(record), as_json=as_json)
 
 
 def _questions() -> Iterator[str]:
@@ -240,9 +240,10 @@ def _questions() -> Iterator[str]:
             yield line.strip()
 
 
-def _say(value: Any, *views: Any, as_json: bool) -> None:
+def say(value: Any, *views: Any, as_json: bool) -> None:
     """The result of a verb: an object for programs, or views that `rich` prints for people."""
     from rich.console import Console
+    from rich.text import Text
 
     from tunesmith.jsonfile import json_bytes, to_json
 
@@ -250,7 +251,8 @@ def _say(value: Any, *views: Any, as_json: bool) -> None:
         sys.stdout.write(json_bytes({"tunesmith": __version__, **to_json(value)}).decode())
     else:
         console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-        console.print(*views, sep="\n", markup=False, highlight=False)
+        texts = [Text(view) if isinstance(view, str) else view for view in views]  # no markup from data or models
+        console.print(*texts, sep="\n", highlight=False)
 
 
 # ---------------------------------------------------------------- the program
