@@ -1,27 +1,21 @@
-"""What is trained: a low-rank adapter beside a frozen base, or every weight. And the adapter as files.
+"""What is trained: a low-rank adapter beside a frozen base, or every weight.
 
-In: a stock network. `METHODS` makes its trainable part in place; `save_adapter` writes a PEFT folder that PEFT, vLLM and
-llama.cpp converters read, `load_adapter` reads one back into a network that already has the same shape of adapter.
-Left out: quantised bases, the maths of the layers (lora.py).
+In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out: quantised bases, the
+maths of the layers (lora.py), files (saved.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import InputError
 from tunesmith.model.lora import LoraLinear, MasterLinear
-
-PEFT_PREFIX = "base_model.model."
 
 
 def linears(network: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -99,51 +93,3 @@ def adapter_scaled(network: nn.Module, factor: float) -> Iterator[None]:
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scale = scale
-
-
-def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The adapter under PEFT's names, fp32."""
-    tensors: dict[str, Tensor] = {}
-    for path, layer in lora_layers(network).items():
-        tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    return tensors
-
-
-def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], base_model: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json as PEFT does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": settings["lora_r"],
-        "lora_alpha": settings["lora_alpha"],
-        "lora_dropout": settings["lora_dropout"],
-        "use_rslora": settings["use_rslora"],
-        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in lora_layers(network)})
-        if settings["lora_target_modules"] == "all-linear"
-        else sorted(lora_layers(network)),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(adapter_tensors(network), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def load_adapter(network: nn.Module, file: Path) -> None:
-    """Reads adapter weights into the adapter that `add_lora` made; names and shapes must be the same."""
-    stored, present = load_file(file), adapter_tensors(network)
-    if stored.keys() != present.keys():
-        odd = sorted(stored.keys() ^ present.keys())
-        raise InputError(
-            f"the adapter has other layers than this model: {odd[0]} and {len(odd) - 1} more", where=str(file)
-        )
-    for path, layer in lora_layers(network).items():
-        for name, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            key = f"{PEFT_PREFIX}{path}.{name}.weight"
-            if stored[key].shape != parameter.shape:
-                raise InputError(f"{key} is {tuple(stored[key].shape)}, not {tuple(parameter.shape)}", where=str(file))
-            parameter.data.copy_(stored[key])

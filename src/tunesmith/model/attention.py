@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class _Kernel(torch.autograd.Function):
     """Saves q, k, v, the output and one number a row; scores are computed again in the backward."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule):  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
         ctx.shape = (len(layout.starts), q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
@@ -131,7 +131,7 @@ class _Kernel(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, dout: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, logsumexp, *segments = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tensors = (q, k, v, out, logsumexp, dout.contiguous(), dq, dk, dv)
@@ -141,8 +141,8 @@ class _Kernel(torch.autograd.Function):
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do (other dtypes and processors, odd
-    head sizes, soft caps) takes `documents`."""
+    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do (other dtypes and processors,
+    odd head sizes, soft caps) takes `documents`."""
     if rule.softcap or q.shape[-1] % 64 or not (kernels.usable(q) and kernels.has_attention()):
         return documents(q, k, v, layout, rule)
     return _Kernel.apply(q, k, v, layout, rule)
@@ -168,9 +168,10 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tenso
     ends = torch.tensor((0, *itertools.accumulate(layout.lengths)), dtype=torch.int32).to(q.device, non_blocking=True)
     window = (-1, 0) if rule.window is None else (rule.window - 1, 0)
     longest = max(layout.lengths)
-    return varlen_attn(
-        q, k, v, ends, ends, longest, longest, scale=rule.scale, window_size=window, enable_gqa=k.shape[1] != q.shape[1]
-    )
+    grouped = k.shape[1] != q.shape[1]
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=rule.scale, window_size=window, enable_gqa=grouped)
+    assert isinstance(out, Tensor)  # a tuple only where its log-sum-exp is asked for
+    return out
 
 
 def mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
@@ -214,9 +215,9 @@ def stock_attention(
         )
     scaling, window, softcap = kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap")
     rule = Rule(
-        scale=float(scaling) if isinstance(scaling, float) else query.shape[-1] ** -0.5,
+        scale=float(scaling) if isinstance(scaling, int | float) else query.shape[-1] ** -0.5,
         window=window if isinstance(window, int) else None,
-        softcap=softcap if isinstance(softcap, float) else None,
+        softcap=float(softcap) if isinstance(softcap, int | float) else None,
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if rows is not None:

@@ -9,6 +9,7 @@ Legend: S targets, H hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ class Head:
 
 class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, head: Head, targets: Tensor, weights: Tensor):  # type: ignore[override]  # noqa: ANN001, ANN205
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         narrow = weight.detach().to(hidden.dtype)
         bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
         dhidden = torch.empty_like(hidden)
@@ -57,7 +60,7 @@ class _SupervisedLoss(torch.autograd.Function):
         return (losses_S * weights.to(losses_S.dtype)).sum(), losses_S
 
     @staticmethod
-    def backward(ctx, dloss: Tensor, _dlosses: Tensor):  # type: ignore[override]  # noqa: ANN001, ANN205
+    def backward(ctx: Any, dloss: Tensor, _dlosses: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
         return dhidden.mul(dloss.to(dhidden.dtype)), None if dweight is None else dweight.mul(dloss), None, None, None
 

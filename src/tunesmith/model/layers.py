@@ -7,46 +7,63 @@ Legend: T tokens, H hidden, D head size, F MLP width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from tunesmith.model import kernels
 from tunesmith.model.attention import Rule, attend
 from tunesmith.model.lora import Operand, project
+from tunesmith.types import Layout
+
+if TYPE_CHECKING:
+    from tunesmith.model.cache import RowCache
 
 
 class Norm(nn.Module):
     """RMSNorm; `offset` is 1 where the checkpoint stores weight - 1 (Gemma)."""
 
-    def __init__(self, stock: nn.Module, *, offset: float) -> None:
+    def __init__(self, stock: Any, *, offset: float) -> None:
         super().__init__()
-        self.weight = stock.weight
+        self.weight: nn.Parameter = stock.weight
         self.eps = float(stock.variance_epsilon if hasattr(stock, "variance_epsilon") else stock.eps)
         self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight + self.offset if self.offset else self.weight, self.eps)
+        if not self.offset:
+            return kernels.rms_norm(x, self.weight, self.eps)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)  # the sum would be rounded in bf16
+        return kernels.rms_norm(x, self.weight.to(wide) + self.offset, self.eps)
 
 
 class Attention(nn.Module):
     """Self-attention over a Layout: projections, optional norms of q and k, rotation, attend, output projection.
-    `rows` (a RowCache) also stores k and v, and attends to what it holds. Without a layout the stock module works."""
+    `rows` (a RowCache) also stores k and v, and attends to what it holds. Without a layout it cannot be called."""
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Any) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
-        self.head_dim = stock.head_dim
+        self.head_dim: int = stock.head_dim
         self.rule = Rule(
             scale=float(stock.scaling),
             window=getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)),
             softcap=getattr(stock, "attn_logit_softcapping", None),
         )
-        self.stock = (stock,)  # in a tuple: its parameters are this module's own
+        self.prunes = False  # the last layer's: its output is needed at the `kept` positions only
 
-    def forward(self, hidden_states, position_embeddings=None, layout=None, backend="auto", rows=None, **kwargs):
-        if layout is None:
-            return self.stock[0](hidden_states, position_embeddings, **kwargs)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        layout: Layout,
+        backend: str = "auto",
+        rows: RowCache | None = None,
+        kept: Tensor | None = None,
+        **_others: object,
+    ) -> tuple[Tensor, None]:
         projected = project(hidden_states[0], [self.q_proj, self.k_proj, self.v_proj])
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
@@ -57,6 +74,8 @@ class Attention(nn.Module):
             out_TND = attend(q, k, v, layout, self.rule, backend)
         else:
             out_TND = rows.attend(self, q, k, v, layout, self.rule, backend)
+        if self.prunes and kept is not None:
+            out_TND = out_TND.index_select(0, kept)
         (y_TH,) = project(out_TND.flatten(-2), [self.o_proj])
         return y_TH[None], None
 
@@ -72,7 +91,7 @@ class _GatedMlp(torch.autograd.Function):
     """down(activation(gate x) * up x). Saves x, gate and up; the product is recomputed in the backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, operands: list[Operand], gelu: bool, *_parameters):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, operands: list[Operand], gelu: bool, *_parameters: Tensor | None) -> Tensor:
         gate_of, up_of, down_of = operands
         x_NH = x.reshape(-1, x.shape[-1])
         masks = [gate_of.mask(x_NH), up_of.mask(x_NH)]
@@ -86,7 +105,7 @@ class _GatedMlp(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_NH, gate, up, z_gate, z_up, z_down = ctx.saved_tensors
         (gate_of, up_of, down_of), masks = ctx.operands, ctx.masks
         dy_NH = dy.reshape(len(x_NH), -1)
@@ -104,7 +123,7 @@ class _GatedMlp(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
-    def __init__(self, stock: nn.Module, *, gelu: bool) -> None:
+    def __init__(self, stock: Any, *, gelu: bool) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
         self.gelu = gelu
@@ -114,10 +133,38 @@ class Mlp(nn.Module):
         return _GatedMlp.apply(x, operands, self.gelu, *(p for operand in operands for p in operand.parameters))
 
 
+class LastLayer(nn.Module):
+    """A pre-norm decoder layer whose output is computed at the `kept` positions only: nothing above it needs the rest.
+    Keys and values are still of all tokens."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = stock.self_attn, stock.mlp
+        self.input_layernorm, self.post_attention_layernorm = stock.input_layernorm, stock.post_attention_layernorm
+        self.residual_multiplier = float(getattr(stock, "residual_multiplier", 1.0))
+        self.self_attn.prunes = True
+
+    def forward(self, hidden_states, kept=None, **kwargs):
+        out, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), kept=kept, **kwargs)
+        residual = hidden_states if kept is None else hidden_states.index_select(1, kept)
+        residual = torch.add(residual, out, alpha=self.residual_multiplier)
+        out = self.mlp(self.post_attention_layernorm(residual))
+        return torch.add(residual, out, alpha=self.residual_multiplier)
+
+
+def prune_last(layers: nn.ModuleList) -> bool:
+    """Makes the last decoder layer a LastLayer where its stock form is known to be the plain pre-norm one."""
+    last = layers[-1]
+    known = type(last).__name__ in PRUNED and isinstance(last.self_attn, Attention)
+    if known:
+        layers[-1] = LastLayer(last)
+    return known
+
+
 class Embedding(nn.Module):
     """The stock embedding, its output in the compute dtype: the stream's dtype decides what every product runs in."""
 
-    def __init__(self, stock: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, stock: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.stock, self.weight, self.dtype = stock, stock.weight, dtype
 
@@ -134,12 +181,13 @@ NORM_OFFSETS = {f"{family}RMSNorm": 0.0 for family in PRE_NORM_FAMILIES} | {
     "Gemma3RMSNorm": 1.0,
 }
 FAMILIES = (*PRE_NORM_FAMILIES, "Gemma", "Gemma2", "Gemma3")
+PRUNED = tuple(f"{family}DecoderLayer" for family in PRE_NORM_FAMILIES)
 ATTENTIONS = tuple(f"{family}Attention" for family in FAMILIES)
 MLPS = tuple(f"{family}MLP" for family in FAMILIES)
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 
 
-def stand_in(stock: nn.Module) -> nn.Module | None:
+def stand_in(stock: Any) -> nn.Module | None:
     """tunesmith's module for a stock one, or None where the stock one stays."""
     name = type(stock).__name__
     if name in NORM_OFFSETS:
@@ -156,7 +204,7 @@ def stand_in(stock: nn.Module) -> nn.Module | None:
 def replace_layers(network: nn.Module) -> int:
     """Puts tunesmith's modules in the place of the stock ones they equal, children first; returns how many."""
     replaced = 0
-    for parent in list(network.modules()):
+    for parent in reversed(list(network.modules())):
         for name, child in list(parent.named_children()):
             replacement = stand_in(child)
             if replacement is not None:

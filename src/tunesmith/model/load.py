@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from tunesmith.model.attention import stock_attention
 from tunesmith.model.cache import RowCache
 from tunesmith.model.head import Head
-from tunesmith.model.layers import Embedding, replace_layers
+from tunesmith.model.layers import Embedding, prune_last, replace_layers
 from tunesmith.types import Batch, Json, Layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -42,9 +42,7 @@ def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTr
 def stock_logits(network: PreTrainedModel, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
     """Logits [len(places), V] in fp32 of one document alone, as transformers computes them."""
     ids, kept = torch.tensor([list(tokens)]), torch.tensor(list(places))
-    out = network(
-        input_ids=ids.to(network.device), use_cache=False, logits_to_keep=kept.to(network.device)
-    )
+    out = network(input_ids=ids.to(network.device), use_cache=False, logits_to_keep=kept.to(network.device))
     return out.logits[0].float()
 
 
@@ -85,6 +83,7 @@ class LanguageModel:
         self.network, self.dtype, self.backend = network, dtype, backend
         self.decoder: nn.Module = network.base_model
         network.set_attn_implementation(PACKED)
+        self.pruned = prune_last(self.decoder.layers)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +107,7 @@ class LanguageModel:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states [S, H] of the positions that predict a target."""
-        return self._run(batch.tokens_T, batch.positions_T, batch.layout).index_select(0, batch.positions_S)
+        return self._run(batch.tokens_T, batch.positions_T, batch.layout, kept=batch.positions_S)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], rows: RowCache) -> Tensor:
@@ -131,8 +130,15 @@ class LanguageModel:
         layout = Layout(tuple(range(len(tokens))), (1,) * len(tokens))
         return self._run(torch.tensor(tokens, device=self.device), positions_B, layout, rows)
 
-    def _run(self, tokens_T: Tensor, positions_T: Tensor, layout: Layout, rows: RowCache | None = None) -> Tensor:
-        """Final hidden states [T, H]."""
+    def _run(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        layout: Layout,
+        rows: RowCache | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states [T, H], or [len(kept), H] of those positions."""
         out = self.decoder(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],
@@ -140,8 +146,10 @@ class LanguageModel:
             layout=layout,
             backend=self.backend,
             rows=rows,
+            kept=kept,
         )
-        return out.last_hidden_state[0]
+        hidden = out.last_hidden_state[0]
+        return hidden if kept is None or self.pruned else hidden.index_select(0, kept)
 
 
 def adopt(network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto") -> LanguageModel:

@@ -1,7 +1,7 @@
 """The training loop: one for every method, loss, packing and device.
 
-In: a LanguageModel with something trainable, a function from step to documents, Settings. Iterating a `Training` runs it
-and yields its events; between two events `save`, `restore` and `stop` are legal. All state is in the object.
+In: a LanguageModel with something trainable, a function from step to documents, Settings. Iterating a `Training` runs
+it and yields its events; between two events `save`, `restore` and `stop` are legal. All state is in the object.
 Left out: what to do about an event (guard, run folder, display), evaluation, the choice of any value (plan).
 """
 
@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from tunesmith.errors import GateError
 from tunesmith.hardware import peak_bytes
 from tunesmith.model.adapters import trainable
 from tunesmith.model.load import LanguageModel
+from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.losses import LOSSES, weight_count
 from tunesmith.train.optim import clip, make_adamw, rate_at
 from tunesmith.types import Document, Done, Event, Plan, StepResult, Verdict
@@ -87,6 +89,18 @@ class Training:
         """The next event is Done."""
         self._stopped = True
 
+    def save(self, folder: Path) -> None:
+        """All that `restore` needs to go on as if nothing had happened."""
+        position = {"step": self.step, "seconds": self.seconds, "bad_steps": self.bad_steps}
+        write_state(folder, self.parameters, self.optimizer, position)
+
+    def restore(self, folder: Path) -> None:
+        """The state that `save` wrote; the next event is of the step after it."""
+        position = read_state(folder, self.parameters, self.optimizer)
+        self.step, self.seconds, self.bad_steps = (position[key] for key in ("step", "seconds", "bad_steps"))
+        self._forget_upcoming()
+        self._stopped = self._done = False
+
     def _forget_upcoming(self) -> None:
         if self._upcoming is not None:
             self._upcoming.close()  # type: ignore[attr-defined]
@@ -140,7 +154,9 @@ class Training:
         self.model.network.train()
         for index, pack in enumerate(pack_step(documents, self.settings.pack_length) if step_weight else []):
             batch = collate(pack, device=str(self.model.device))
-            torch.manual_seed(hash((self.settings.seed, self.step, index)))  # dropout, the same after a resume
+            torch.manual_seed(
+                hash((self.settings.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF
+            )  # dropout, the same after a resume
             terms = LOSSES[self.settings.loss](self.model, batch, step_weight)
             loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
             loss.backward()

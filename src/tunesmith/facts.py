@@ -1,0 +1,129 @@
+"""The facts that a plan is made from, gathered once: model folder, machine, renderer, data sets by role.
+
+In: a recipe. Out: `Facts`. Three roles: `data` trains, `eval_data` selects, `test_data` is read once, by the final
+before/after. Without test_data the held-out rows are split in half by a hash of their content. Loads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rich.text import Text
+
+from tunesmith.data.audit import check
+from tunesmith.data.dataset import Dataset, open_dataset
+from tunesmith.data.render import Renderer
+from tunesmith.data.show import coloured
+from tunesmith.data.split import split
+from tunesmith.errors import InputError
+from tunesmith.hardware import measure_machine
+from tunesmith.model.source import resolve
+from tunesmith.model.spec import read_spec
+from tunesmith.plan.plan import decide
+from tunesmith.recipe import Recipe
+from tunesmith.runfolder import next_run_folder
+from tunesmith.types import DataReport, Json, Machine, ModelSpec, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    recipe: Recipe
+    machine: Machine
+    model: ModelSpec
+    renderer: Renderer
+    datasets: dict[str, Dataset]  # role -> rows
+    output_dir: Path
+    now: datetime
+
+    @property
+    def schema(self) -> Json | None:
+        return read_schema(self.recipe.answer_schema)
+
+
+def gather(recipe: Recipe, *, now: datetime | None = None, output_dir: Path | None = None) -> Facts:
+    """Raises InputError for data or a model that cannot be used, MachineError when the model cannot be fetched."""
+    moment = (now or datetime.now()).replace(microsecond=0)
+    wished = recipe.output_dir if isinstance(recipe.output_dir, Path) else next_run_folder(Path("runs"), "run")
+    output_dir = output_dir or wished
+    folder = resolve(recipe.model)
+    template = recipe.template if isinstance(recipe.template, Path) else None
+    renderer = Renderer.from_folder(folder, template=template, now=moment)
+    if recipe.template == "none":
+        renderer = Renderer(renderer.tokenizer, {})
+    return Facts(
+        recipe=recipe,
+        machine=measure_machine(output_dir),
+        model=read_spec(folder, name=recipe.model),
+        renderer=renderer,
+        datasets=open_roles(recipe, renderer),
+        output_dir=output_dir,
+        now=moment,
+    )
+
+
+def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
+    """The data sets of each role, under the recipe's length policy."""
+    longest = recipe.max_length if isinstance(recipe.max_length, int) else None
+    roles = {"data": open_dataset(recipe.data, renderer, max_examples=recipe.max_examples)}
+    if recipe.eval_data:
+        roles["eval_data"] = open_dataset(recipe.eval_data, renderer)
+    elif recipe.eval_split:
+        roles["data"], roles["eval_data"] = split(roles["data"], recipe.eval_split, recipe.seed)
+    if recipe.test_data:
+        roles["test_data"] = open_dataset(recipe.test_data, renderer)
+    elif "eval_data" in roles:
+        roles["eval_data"], roles["test_data"] = split(roles["eval_data"], 0.5, recipe.seed + 1)
+    roles["data"] = roles["data"].limited(longest, recipe.overlong)
+    return roles
+
+
+def read_schema(path: Path | None) -> Json | None:
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the file: {error.strerror}", where=f"schema: {path}") from error
+    except ValueError as error:
+        raise InputError(f"not JSON: {error}", where=f"schema: {path}", fix="correct the file") from error
+
+
+def reports(facts: Facts) -> dict[str, DataReport]:
+    return check(facts.datasets, schema=facts.schema)
+
+
+def make_plan(facts: Facts) -> Plan:
+    return decide(
+        facts.recipe,
+        machine=facts.machine,
+        model=facts.model,
+        data=reports(facts),
+        output_dir=facts.output_dir,
+        now=facts.now.isoformat(),
+    )
+
+
+def show_rows(facts: Facts, *, rows: int, ids: bool) -> Iterator[Text]:
+    """The first training rows as the model will see them."""
+    dataset = facts.datasets["data"]
+    for index in range(min(rows, len(dataset))):
+        yield from coloured(dataset.prepare(index), facts.renderer, ids=ids)
+
+
+def regather(plan: Plan) -> Facts:
+    """The facts of an existing plan, its dates included. Raises InputError when what it was made from has changed."""
+    recipe = Recipe.model_validate({key: value for key, value in plan.recipe.items() if value is not None})
+    found = gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=Path(plan["output_dir"]))
+    for role, report in plan.data.items():
+        fingerprint = found.datasets[role].fingerprint
+        if fingerprint != report.fingerprint:
+            raise InputError(
+                f"the file has changed since the plan (sha256 {report.fingerprint[:12]} -> {fingerprint[:12]})",
+                where=f"{role}: {report.path}",
+                fix="make a new plan, with a new output_dir",
+            )
+    return found

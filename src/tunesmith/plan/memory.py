@@ -1,0 +1,49 @@
+"""What a training run holds in memory at its peak, component by component, before anything is loaded.
+
+In: the model's shape and the plan's values. Out: bytes by component, with "peak". The saved activations are those of
+our own layers (model/layers.py): per token and layer 4 H (two norm inputs, two norm outputs), 2 Q + 2 KV (q, k, v
+and the attention's output) and 2 F (gate and up). Left out: a correction from measured runs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tunesmith.types import ModelSpec
+
+PROCESS_BYTES = 480_000_000  # python, torch and transformers imported; measured on Linux, torch 2.13
+ALLOCATOR_SHARE = 0.15  # of the activations: what the allocator keeps; rules.md section 5 gives 10-20% on the CPU
+CHUNK_TARGETS = 128
+
+
+def lora_parameters(spec: ModelSpec, rank: int) -> int:
+    """Adapters on all linear layers: rank * (inputs + outputs) of each."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    h, f = spec.hidden_size, spec.intermediate_size
+    return spec.num_layers * rank * ((h + q) + 2 * (h + kv) + (q + h) + 3 * (h + f))
+
+
+def activation_bytes(spec: ModelSpec, tokens: int, width: int) -> int:
+    """Saved for the backward of one pack, plus the temporaries of the widest layer."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    saved = spec.num_layers * (4 * spec.hidden_size + 2 * q + 2 * kv + 2 * spec.intermediate_size)
+    temporary = 6 * spec.intermediate_size
+    return int(tokens * (saved + temporary) * width * (1 + ALLOCATOR_SHARE))
+
+
+def peak_memory(
+    spec: ModelSpec, *, method: Literal["lora", "full"], dtype: str, rank: int, pack_tokens: int
+) -> dict[str, int]:
+    """Bytes by component. fp32 masters and Adam's two moments: 16 bytes a trained parameter, gradient included."""
+    width = 2 if dtype == "bf16" else 4
+    trained = spec.parameters if method == "full" else lora_parameters(spec, rank)
+    frozen = 0 if method == "full" else spec.parameters * width
+    narrow_copies = spec.block_parameters * width if method == "full" and dtype == "bf16" else 0
+    parts = {
+        "process": PROCESS_BYTES,
+        "weights": frozen + narrow_copies,
+        "trained": trained * 16,
+        "activations": activation_bytes(spec, pack_tokens, width),
+        "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if dtype == "bf16" else 4),
+    }
+    return parts | {"peak": sum(parts.values())}

@@ -1,0 +1,127 @@
+"""The plan: every value that a run obeys, by whom and why, and what the run will take.
+
+In: the recipe and the facts (machine, model, data reports). Out: a Plan; nothing else may start a run. Pure: nothing is
+read or loaded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import InputError, MachineError
+from tunesmith.plan.memory import peak_memory
+from tunesmith.plan.rules import RULES, Known
+from tunesmith.recipe import KEYS, Recipe
+from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
+
+ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+FITS = 1.15  # a prediction counts as fitting when this much of it is free
+
+
+def decide(
+    recipe: Recipe, *, machine: Machine, model: ModelSpec, data: Mapping[str, DataReport], output_dir: Path, now: str
+) -> Plan:
+    """Raises InputError for wishes that cannot be, MachineError when the machine has no room for them."""
+    wishes = {KEYS[name]: getattr(recipe, name) for name in KEYS}
+    decided: dict[str, Any] = {}
+    choices: dict[str, Choice] = {}
+    known = Known(machine, model, data["data"], decided, wishes["schema"] is not None, recipe.max_steps)
+    for key, decide_by_rule in RULES.items():
+        if key in ADAPTER_KEYS and decided.get("method") == "full":
+            continue
+        wish = wishes[key]
+        choices[key] = decide_by_rule(known) if wish == "auto" else Choice(wish, "you", "the recipe says so")
+        decided[key] = choices[key].value
+    for key in ("template", "overlong", "seed", "stage"):
+        choices[key] = Choice(_plain(wishes[key]), "you" if _set(recipe, key) else "rule", _WHY[key])
+    choices["now"] = Choice(now, "rule", "dates in chat templates are frozen at this moment")
+    choices["output_dir"] = Choice(str(output_dir), "you" if _set(recipe, "output_dir") else "rule", "the run folder")
+    _check_lengths(decided, model)
+    memory = _memory(known, model)
+    return Plan(
+        recipe=recipe.model_dump(mode="json", by_alias=True),
+        choices=choices,
+        machine=machine,
+        model=model,
+        data=dict(data),
+        steps=known.steps,
+        tokens_per_epoch=data["data"].tokens,
+        memory_bytes=memory,
+        warnings=tuple(_warnings(known, data)),
+    )
+
+
+_WHY = {
+    "template": "the model's own chat template, unless the recipe names one",
+    "overlong": "what happens to documents over max_length; always counted",
+    "seed": "order of rows, start of the adapter, samples",
+    "stage": "supervised fine-tuning on the answers",
+}
+
+
+def _set(recipe: Recipe, key: str) -> bool:
+    return key in recipe.model_fields_set
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check_lengths(decided: dict[str, Any], model: ModelSpec) -> None:
+    if decided["max_length"] > model.context_length:
+        raise InputError(
+            f"max_length {decided['max_length']:,} is over the model's context of {model.context_length:,} tokens",
+            where="max_length",
+            fix="lower it, or leave it at auto",
+        )
+    if decided["pack_length"] < decided["max_length"]:
+        raise InputError(
+            f"pack_length {decided['pack_length']:,} is below max_length {decided['max_length']:,}",
+            where="pack_length",
+            fix="a document must fit in a pack: raise pack_length or lower max_length",
+        )
+
+
+def _memory(known: Known, model: ModelSpec) -> dict[str, int]:
+    step_tokens = known["batch_size"] * known.data.length_percentiles.get("p90", 1)
+    pack_tokens = max(min(known["pack_length"], step_tokens), known.data.length_percentiles.get("max", 1))
+    return peak_memory(
+        model,
+        method=known["method"],
+        dtype=known["dtype"],
+        rank=known.decided.get("lora_r", 0),
+        pack_tokens=min(pack_tokens, known["pack_length"]),
+    )
+
+
+def refuse_without_memory(plan: Plan) -> None:
+    """Raises MachineError when the predicted peak does not fit: said before anything is loaded."""
+    peak, free = plan.memory_bytes["peak"], plan.machine.available_bytes
+    if peak * FITS > free:
+        raise MachineError(
+            f"the run needs about {peak / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on this machine",
+            where="plan",
+            fix="lower pack_length or lora_r, use method: lora, a smaller model, or a machine with more memory",
+        )
+
+
+def _warnings(known: Known, data: Mapping[str, DataReport]) -> list[str]:
+    """What the user should know before starting."""
+    found: list[str] = []
+    rate, small = known["learning_rate"], known.model.parameters < 1e9
+    if small and known["method"] == "lora":
+        found.append(f"learning rates for models below 1B are extrapolations ({rate:g} here): compare two or three")
+    if known.steps < 100:
+        found.append(f"only {known.steps} steps: results depend on the learning rate and the seed more than usual")
+    if "test_data" not in data:
+        found.append("no held-out rows: nothing will show whether the run worked; give test_data or eval_split")
+    elif data["test_data"].rows < 20:
+        found.append(f"{data['test_data'].rows} test rows: only very large changes can be told from chance")
+    for role, report in data.items():
+        found += [f"{role}: {f.message}" for f in report.findings if f.level != "info"]
+        lost = sum(report.dropped.values())
+        if lost:
+            found.append(f"{role}: {lost:,} of {report.rows:,} rows lose all their documents and keep empty slots")
+    return list(dict.fromkeys(found))

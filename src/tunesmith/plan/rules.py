@@ -1,0 +1,187 @@
+"""One function for each value that a recipe may leave open: the rule, its source and its number.
+
+In: `Known` (facts and the values decided so far). Out: a Choice. `RULES` is in the order of deciding: a rule may look
+at those above it. Values are start values, not best values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.plan.memory import lora_parameters
+from tunesmith.types import Choice, DataReport, Machine, ModelSpec
+
+MISSION = "the mission document"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a rule may look at."""
+
+    machine: Machine
+    model: ModelSpec
+    data: DataReport
+    decided: dict[str, Any]
+    has_schema: bool
+    max_steps: int | None
+
+    def __getitem__(self, key: str) -> Any:
+        return self.decided[key]
+
+    @property
+    def steps(self) -> int:
+        steps = math.ceil(self.data.rows * self["num_train_epochs"] / self["batch_size"])
+        return max(1, steps if self.max_steps is None else min(steps, self.max_steps))
+
+
+def rule(value: Any, why: str, source: str = "") -> Choice:
+    return Choice(value, "rule", why, source)
+
+
+def next_power_of_two(value: float) -> int:
+    return 1 << max(0, math.ceil(math.log2(max(1.0, value))))
+
+
+def method(known: Known) -> Choice:
+    """An adapter: the base stays frozen. Full fine-tuning only when asked for."""
+    del known
+    return rule("lora", "the base stays as it is, and one base serves many adapters", "Hu 2021, Biderman 2024")
+
+
+def dtype(known: Known) -> Choice:
+    """bf16 where products run in it: twice the rate and half the bytes of fp32 on the machines measured."""
+    if known.machine.bf16_matmul:
+        return rule("bf16", "this machine multiplies bf16 in hardware; masters of trained weights stay fp32")
+    return rule("fp32", "this machine has no bf16 products; fp32 is faster here and more precise")
+
+
+def max_length(known: Known) -> Choice:
+    """The longest document, unless the model reads less."""
+    longest, context = known.data.length_percentiles.get("max", 1), known.model.context_length
+    if longest <= context:
+        return rule(longest, "the longest document of the data: nothing is cut")
+    return Choice(context, "checkpoint", f"the model's context; the longest document has {longest:,} tokens")
+
+
+def pack_length(known: Known) -> Choice:
+    """2k tokens on a CPU: measured rates are flat from 1k to 4k, memory is not. 8k on a GPU for large products."""
+    target = 2048 if known.machine.device == "cpu" else 8192
+    value = max(target, known["max_length"])
+    return rule(value, "speed only, never results: documents of a step are laid side by side, blind to each other")
+
+
+def num_train_epochs(known: Known) -> Choice:
+    """3 below 2,000 rows, 2 below 50,000, 1 above. rules.md 4.3: 3-5, 2-3, 1-2."""
+    rows = known.data.rows
+    epochs = 3 if rows < 2000 else 2 if rows < 50_000 else 1
+    return rule(epochs, f"{rows:,} rows", "LIMA 15, Tulu 3 2, NEFTune table 3-5 epochs")
+
+
+def batch_size(known: Known) -> Choice:
+    """16 rows, halved (to 4 at least) until the run has 100 steps. LoRA loses more than full at large batches."""
+    size = 16 if known["method"] == "lora" else 32
+    rows = known.data.rows * known["num_train_epochs"]
+    while size > 4 and rows / size < 100:
+        size //= 2
+    return rule(size, "16-32 rows for LoRA, fewer so that at least 100 steps remain", "Schulman 2025")
+
+
+def lora_r(known: Known) -> Choice:
+    """Rank follows the trained tokens: 2 bits a parameter hold 1 bit a token, so r = tokens / (2 * parameters per
+    rank); floor 16, for instructions."""
+    per_rank = lora_parameters(known.model, 1)
+    needed = known.data.supervised_tokens / (2 * per_rank)
+    value = min(256, max(16, next_power_of_two(needed)))
+    why = f"{known.data.supervised_tokens:,} trained tokens need rank {math.ceil(needed)}; 16 is the floor"
+    return rule(value, why, "Schulman 2025; the mission document says 8 for style, 64-256 for complex reasoning")
+
+
+def lora_alpha(known: Known) -> Choice:
+    """32: with scale alpha / r the best learning rate hardly depends on the rank."""
+    del known
+    return rule(32, "with scale alpha / r the learning rate holds for any rank", "Schulman 2025")
+
+
+def use_rslora(known: Known) -> Choice:
+    """Only above rank 64, where alpha / r gets small."""
+    return rule(known["lora_r"] > 64, "alpha / sqrt(r) only above rank 64", "Kalajdzievski 2023")
+
+
+def learning_rate(known: Known) -> Choice:
+    """5e-5 * (2000 / h)^p * sqrt(batch / 128), times 10 for LoRA (15 below 100 steps); p .781 Llama, .0775 Qwen, .4
+    others; at most 3e-3 below 0.5B parameters and 1e-3 above. Fitted at h >= 2000: below that an extrapolation."""
+    h, family = known.model.hidden_size, known.model.model_type
+    power = 0.781 if family == "llama" else 0.0775 if family.startswith("qwen") else 0.4
+    full = 5e-5 * (2000 / h) ** power * math.sqrt(known["batch_size"] / 128)
+    if known["method"] == "full":
+        value, why = full, f"{MISSION}'s 1e-5 to 5e-5 holds for full fine-tuning from about 3B parameters"
+    else:
+        factor = 10 if known.steps >= 100 else 15
+        cap = 3e-3 if known.model.parameters < 5e8 else 1e-3
+        value, why = min(cap, factor * full), f"LoRA wants about {factor} times the rate of full fine-tuning"
+    if h < 2000:
+        why += f"; extrapolated: the formula was fitted for hidden sizes of 2000 and more, this one is {h}"
+    return rule(float(f"{value:.2g}"), why, "Schulman 2025 and the tinker cookbook's sweep")
+
+
+def warmup_ratio(known: Known) -> Choice:
+    """10 steps or 3%, whichever is more; at most a tenth of the run."""
+    ratio = min(0.1, max(0.03, 10 / known.steps))
+    return rule(round(ratio, 4), "10 steps or 3% of them, at most a tenth", "Tulu 3 .03, alignment handbook .1")
+
+
+def constant(value: Any, why: str, source: str = "") -> Callable[[Known], Choice]:
+    def fixed(known: Known) -> Choice:
+        del known
+        return rule(value, why, source)
+
+    return fixed
+
+
+def eval_steps(known: Known) -> Choice:
+    return rule(max(1, math.ceil(known.steps / 4)), "four looks at the held-out loss in a run")
+
+
+def save_steps(known: Known) -> Choice:
+    return rule(max(1, math.ceil(known.steps / 4)), "four checkpoints in a run; the newest two are kept")
+
+
+def metrics(known: Known) -> Choice:
+    if known.has_schema:
+        names = ("json_valid", "schema_valid", "field_f1", "exact_match")
+        return rule(names, "the recipe has a schema: form, then fields, then the whole answer")
+    return rule(("exact_match",), "no schema: the answer is right when it equals the expected one")
+
+
+def attention(known: Known) -> Choice:
+    value = "documents" if known.machine.device == "cpu" else "varlen"
+    if known.machine.device == "cpu" and known["dtype"] == "bf16" and known.machine.compiler:
+        value = "kernel"
+    return rule(value, "the fastest here of those proven equal to the reference; preflight checks it again")
+
+
+RULES: dict[str, Callable[[Known], Choice]] = {
+    "method": method,
+    "dtype": dtype,
+    "max_length": max_length,
+    "pack_length": pack_length,
+    "num_train_epochs": num_train_epochs,
+    "batch_size": batch_size,
+    "lora_r": lora_r,
+    "lora_alpha": lora_alpha,
+    "lora_dropout": constant(0.0, "no dropout: it helps little and forbids exact savings", "Biderman 2024"),
+    "lora_target_modules": constant("all-linear", "attention alone falls behind at equal size", "Schulman 2025"),
+    "use_rslora": use_rslora,
+    "learning_rate": learning_rate,
+    "warmup_ratio": warmup_ratio,
+    "lr_scheduler_type": constant("linear", "falls to zero over the run", "Tulu 3"),
+    "weight_decay": constant(0.0, "does not reduce forgetting", "Biderman 2024"),
+    "max_grad_norm": constant(1.0, "the common bound"),
+    "attention": attention,
+    "metrics": metrics,
+    "eval_steps": eval_steps,
+    "save_steps": save_steps,
+}

@@ -1,0 +1,48 @@
+"""The state of a run as files: trained weights, the optimizer's moments, the position. No pickle.
+
+In and out: a folder that runfolder.py writes atomically and verifies. The learning rate, the order of rows and dropout
+are functions of the step, so the position is one number.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tunesmith.errors import InputError
+
+STATE, POSITION = "state.safetensors", "position.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def write_state(
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, position: dict[str, Any]
+) -> None:
+    tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for name, p in parameters.items()}
+    updates = 0
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
+        updates = int(state["step"]) if state else updates
+    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / STATE)
+    text = json.dumps({**position, "updates": updates}, indent=2)
+    (folder / POSITION).write_text(text + "\n", encoding="utf-8")
+
+
+def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Any]:
+    """Puts weights and moments back; returns the position. Raises InputError when the folder is of another run."""
+    tensors, position = load_file(folder / STATE), json.loads((folder / POSITION).read_text(encoding="utf-8"))
+    stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
+    if stored != parameters.keys():
+        raise InputError("the checkpoint is of a model with other trained weights", where=str(folder))
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"weight.{name}"])
+        if position["updates"]:
+            state: dict[str, Tensor] = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(position["updates"])), **state}
+    return position

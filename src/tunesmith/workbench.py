@@ -1,0 +1,113 @@
+"""The heavy things that a run works with, made once from its plan: the model with its adapter, the renderer, the rows.
+
+In: a Plan and the Facts it was made from. Out: a Workbench. The stock model's answers to a few real documents are taken
+before any module is replaced; they are the oracle of the proof. Left out: the order of a run (run.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tunesmith.data.dataset import Dataset
+from tunesmith.data.pack import fed_tokens
+from tunesmith.data.render import Renderer
+from tunesmith.data.schedule import Schedule
+from tunesmith.errors import InputError
+from tunesmith.facts import Facts
+from tunesmith.model.adapters import METHODS
+from tunesmith.model.load import DTYPES, LanguageModel, adopt, load_network, shortest_window, stock_ids, stock_logits
+from tunesmith.train.preflight import Probe, checked_places, choose_documents
+from tunesmith.types import Document, Example, Plan
+
+PROBE_ROWS = 200  # of the training rows, from which the proof's documents are chosen
+STOCK_ID_ROWS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Workbench:
+    plan: Plan
+    facts: Facts
+    model: LanguageModel
+    schedule: Schedule
+    probe: Probe
+
+    @property
+    def renderer(self) -> Renderer:
+        return self.facts.renderer
+
+    @property
+    def rows(self) -> Dataset:
+        return self.facts.datasets["data"]
+
+    def documents_of(self, step: int) -> Sequence[Document]:
+        """The documents of optimizer step 1..steps; a pure function of the plan and the files."""
+        return [d for row in self.schedule.rows_of(step) for d in self.rows.documents(row)]
+
+    def examples(self, role: str) -> list[Example]:
+        dataset = self.facts.datasets[role]
+        return [dataset.example(index) for index in range(len(dataset))]
+
+    def documents(self, role: str) -> list[Document]:
+        dataset = self.facts.datasets[role]
+        return [d for index in range(len(dataset)) for d in dataset.documents(index)]
+
+
+def set_up(plan: Plan, facts: Facts) -> Workbench:
+    """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers, attention."""
+    torch.set_flush_denormal(True)
+    facts = _under_plan(plan, facts)
+    dtype, rows = DTYPES[plan["dtype"]], facts.datasets["data"]
+    network = load_network(facts.model.path, dtype, facts.machine.device)
+    probe = _probe(network, facts, rows)
+    METHODS[plan["method"]](network, {key: choice.value for key, choice in plan.choices.items()})
+    model = adopt(network, dtype, plan["attention"])
+    schedule = Schedule(
+        rows=len(rows),
+        batch_size=plan["batch_size"],
+        epochs=plan["num_train_epochs"],
+        seed=plan["seed"],
+        max_steps=plan.recipe["max_steps"],
+    )
+    assert schedule.steps == plan.steps, f"the plan has {plan.steps} steps, the schedule {schedule.steps}"
+    return Workbench(plan, facts, model, schedule, probe)
+
+
+def _under_plan(plan: Plan, facts: Facts) -> Facts:
+    rows = facts.datasets["data"].limited(plan["max_length"], plan["overlong"])
+    return dataclasses.replace(facts, datasets={**facts.datasets, "data": rows})
+
+
+def _probe(network: nn.Module, facts: Facts, rows: Dataset) -> Probe:
+    """Documents of the first rows, and the stock model's word on them."""
+    candidates: list[Document] = []
+    equal: list[tuple[str, bool]] = []
+    # The stock render writes today's date, ours the plan's: their ids may differ for that reason alone.
+    dated = any("strftime_now" in template.source for template in facts.renderer.templates.values())
+    for index in range(min(PROBE_ROWS, len(rows))):
+        example, prepared = rows.understand(index)
+        candidates += prepared.documents
+        comparable = len(prepared.documents) == 1 and not prepared.notes and example.messages
+        if comparable and len(equal) < STOCK_ID_ROWS and not dated:
+            stock = stock_ids(facts.model.path, example.messages, example.tools, _template_text(facts.recipe.template))
+            ours = prepared.documents[0].tokens_L
+            equal.append((example.id, bool(np.array_equal(ours, stock[: len(ours)]))))
+    documents = choose_documents(candidates, shortest_window(network))
+    if not documents:
+        raise InputError("no row trains anything", where=rows.path, fix="look at them with `tunesmith data show`")
+    stock = tuple(
+        stock_logits(network, document.tokens_L[: fed_tokens(document)].tolist(), checked_places(document))
+        for document in documents
+    )
+    return Probe(documents, stock, frozenset(facts.renderer.end_ids), stock_ids_equal=tuple(equal))
+
+
+def _template_text(template: Any) -> str | None:
+    return template.read_text(encoding="utf-8") if isinstance(template, Path) else None
