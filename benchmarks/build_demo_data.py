@@ -1,0 +1,228 @@
+"""Builds the records of the embedded example: Debian changelog entries and the JSON that a reader would take from them.
+
+In: `usr/share/doc/<package>/{changelog.Debian.gz,copyright}` of the packages in demo_packages.txt (one a source), under
+--root: a Debian 13 machine with these packages installed or unpacked. Out: train.jsonl, eval.jsonl, test.jsonl and
+NOTICES.txt. Run once by a developer; the same packages give the same bytes. Left out: the general text
+(build_demo_general.py), and ORIGIN.md, which is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+# What the packaging of a source may be licensed under.
+LICENCES = {
+    "0bsd", "apache-2.0", "apache-2-llvm-exceptions", "bsd-2", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause or gpl-2+", "bsl-1.0", "cc0-1.0", "expat", "isc", "mit", "mit or apache-2.0", "mit/x", "mit/x11",
+    "psf", "public-domain", "x11", "zlib",
+}  # fmt: skip
+
+SYSTEM = (
+    "Read the Debian changelog entry and answer with one line of JSON: package, upstream (version without epoch and "
+    "Debian revision), revision (Debian revision or null), date (YYYY-MM-DD), new_upstream (true or false), "
+    "closes (closed bug numbers, ascending), changes (number of items marked *)."
+)
+
+ROWS = {"test": 80, "eval": 60, "train": 260}
+ROWS_PER_SOURCE = 5
+CHARACTERS = range(150, 461)  # of an entry
+SIMILAR = 0.6  # Jaccard of word triples from which two entries count as the same
+
+HEADER = re.compile(r"(\S+) \(([^)]+)\) [^;]+; urgency=\w+$")
+TRAILER = re.compile(r"^ -- (.+?)  ?(\w{3}, .+)$", re.MULTILINE)
+EMAIL = re.compile(r"[ \t]*<[^<>\s]+@[^<>\s]+>|\b[\w.+-]+@[\w-]+\.[\w.-]+\b")
+CLOSES = re.compile(r"closes:\s*(?:bug)?#?\s?\d+(?:,\s*(?:bug)?#?\s?\d+)*", re.IGNORECASE)
+NEW_UPSTREAM = re.compile(
+    r"new (?:\w+ )?(?:upstream|major|minor|bugfix|patch)|upstream (?:release|version)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source package: where it comes from, under which licence, and its changelog, newest entry first."""
+
+    name: str
+    package: str
+    version: str
+    licence: str
+    copyright: str
+    licence_text: str
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    source: Source
+    entry: str
+    answer: dict[str, object]
+
+
+def paragraphs(text: str) -> list[dict[str, str]]:
+    """The stanzas of a control file; a value keeps its line breaks, without the indent."""
+    stanzas: list[dict[str, str]] = []
+    for stanza in re.split(r"\n\s*\n", text):
+        fields = re.findall(r"^([A-Za-z-]+):((?:.*\n?)(?:[ \t].*\n?)*)", stanza, re.MULTILINE)
+        stanzas.append(
+            {key: re.sub(r"^[ \t]+\.?(?=\n)|^[ \t]+", "", value.strip(), flags=re.MULTILINE) for key, value in fields}
+        )
+    return stanzas
+
+
+def licence_of_packaging(text: str) -> tuple[str, str, str]:
+    """(short name, copyright, licence text) that a machine-readable copyright file gives to debian/changelog. Of two
+    licences to choose from, the text is that of the first."""
+    stanzas = paragraphs(text)
+    texts = [s["License"].partition("\n") for s in stanzas if "Files" not in s and "License" in s]
+    for pattern in ("debian/changelog", "debian/*", "*"):
+        for stanza in stanzas:
+            if pattern in stanza.get("Files", "").split() and "License" in stanza:
+                name, _, body = stanza["License"].partition("\n")
+                first = name.lower().split(" or ")[0]
+                body = body or next((body for short, _, body in texts if body and short.lower() == first), "")
+                return name, EMAIL.sub("", stanza.get("Copyright", "")), body
+    raise SystemExit("no machine-readable licence")
+
+
+def read_source(root: Path, package: str) -> Source:
+    folder = root / "usr/share/doc" / package
+    native = folder / "changelog.gz"
+    debian = folder / "changelog.Debian.gz"
+    text = gzip.decompress((debian if debian.exists() else native).read_bytes()).decode("utf-8", "replace")
+    entries = tuple(e.strip("\n") for e in re.findall(r"^\S.*?^ -- .*?$", text, re.MULTILINE | re.DOTALL))
+    head = HEADER.match(entries[0].partition("\n")[0]) or re.match(r"(\S+) \(([^)]+)\)", entries[0])
+    if head is None:
+        raise SystemExit(f"{package}: no changelog header")
+    licence, holders, body = licence_of_packaging((folder / "copyright").read_text("utf-8"))
+    if licence.lower() not in LICENCES:
+        raise SystemExit(f"{package}: licence {licence} is not on the list")
+    if not body:
+        raise SystemExit(f"{package}: no text of {licence}")
+    return Source(head[1], package, head[2], licence, holders, body, entries)
+
+
+def split_version(version: str) -> tuple[str, str | None]:
+    """1:2.1.5-4 -> 2.1.5, 4; a version without a Debian revision gives None."""
+    upstream, dash, revision = version.partition(":")[2].rpartition("-") if ":" in version else version.rpartition("-")
+    return (upstream, revision) if dash else (revision, None)
+
+
+def answer_of(entry: str, previous: str) -> dict[str, object] | None:
+    """What the entry says, or None where its text does not settle it: words against versions, odd bullets."""
+    head, before = HEADER.match(entry.partition("\n")[0]), re.match(r"\S+ \(([^)]+)\)", previous)
+    trailer, items = TRAILER.search(entry), len(re.findall(r"^  \* ", entry, re.MULTILINE))
+    if head is None or before is None or trailer is None or not items:
+        return None
+    if items != len(re.findall(r"^\s*\*", entry, re.MULTILINE)) or re.search(r"closes? #", entry, re.IGNORECASE):
+        return None
+    upstream, revision = split_version(head[2])
+    new_upstream = upstream != split_version(before[1])[0]
+    if revision is not None and new_upstream != bool(NEW_UPSTREAM.search(entry)):
+        return None
+    return {
+        "package": head[1],
+        "upstream": upstream,
+        "revision": revision,
+        "date": parsedate_to_datetime(trailer[2]).date().isoformat(),
+        "new_upstream": new_upstream and revision is not None,
+        "closes": sorted({int(n) for match in CLOSES.findall(entry) for n in re.findall(r"\d+", match)}),
+        "changes": items,
+    }
+
+
+def words_of(entry: str) -> frozenset[str]:
+    """Word triples of the items, numbers masked: what near-duplicates have in common."""
+    words = re.findall(r"[a-z]+|0", re.sub(r"\d+", "0", "\n".join(entry.splitlines()[1:-1]).lower()))
+    return frozenset(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
+
+
+def order(text: str) -> str:
+    """A shuffle that stays the same for ever."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def family(name: str) -> str:
+    """Sources that are packaged alike stay in one split: plexus-cipher and plexus-utils2 are both `plexus`."""
+    return re.sub(r"[\d.]+.*$", "", re.sub(r"^(lib|python-)", "", name)).split("-")[0]
+
+
+def records(sources: list[Source]) -> list[Record]:
+    """At most ROWS_PER_SOURCE entries a source, those that close bugs first, no two with nearly the same items."""
+    kept: list[Record] = []
+    seen: list[frozenset[str]] = []
+    for source in sorted(sources, key=lambda s: order(s.name)):
+        pairs = [(EMAIL.sub("", e), answer_of(e, p)) for e, p in zip(source.entries, source.entries[1:], strict=False)]
+        usable = [(e, a) for e, a in pairs if a and len(e) in CHARACTERS]
+        taken = 0
+        for entry, answer in sorted(usable, key=lambda pair: (not pair[1]["closes"], order(pair[0]))):
+            words = words_of(entry)
+            if taken < ROWS_PER_SOURCE and all(len(words & other) < SIMILAR * len(words | other) for other in seen):
+                kept.append(Record(source, entry, answer))
+                seen.append(words)
+                taken += 1
+    return kept
+
+
+def divide(rows: list[Record]) -> dict[str, list[Record]]:
+    """Whole families go to test until it is full, then to eval, then to train."""
+    families: dict[str, list[Record]] = defaultdict(list)
+    for row in rows:
+        families[family(row.source.name)].append(row)
+    splits: dict[str, list[Record]] = {name: [] for name in ROWS}
+    for name in sorted(families, key=lambda f: order("split " + f)):
+        target = next((split for split, size in ROWS.items() if len(splits[split]) < size), None)
+        if target:
+            splits[target] += families[name]
+    return {s: sorted(part, key=lambda row: order(row.entry))[: ROWS[s]] for s, part in splits.items()}
+
+
+def as_line(row: Record) -> str:
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": row.entry},
+        {"role": "assistant", "content": json.dumps(row.answer, separators=(",", ":"), ensure_ascii=False)},
+    ]
+    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+
+
+def notices(rows: list[Record]) -> str:
+    """Who holds the copyright of what, then each licence text once. A changelog goes on from earlier package names."""
+    texts: dict[str, list[Source]] = defaultdict(list)
+    names: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        names[row.source.name].add(str(row.answer["package"]))
+    lines = ["Copyright of the changelog entries, by source package, as its debian/copyright states.", ""]
+    for source in sorted({row.source.name: row.source for row in rows}.values(), key=lambda s: s.name):
+        holders = "; ".join(line.strip() for line in source.copyright.splitlines() if line.strip())
+        lines += [f"{source.name} {source.version} (package {source.package}): {source.licence}"]
+        lines += [f"  entries of {', '.join(sorted(names[source.name]))}", f"  {holders}"]
+        texts[source.licence_text].append(source)
+    for text in sorted(texts):
+        under = ", ".join(source.name for source in texts[text])
+        lines += ["", "-" * 100, f"{texts[text][0].licence}: {under}", "", text]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("/"))
+    parser.add_argument("--out", type=Path, default=Path("src/tunesmith/demo"))
+    options = parser.parse_args()
+    packages = Path(__file__).with_name("demo_packages.txt").read_text("utf-8").split()
+    splits = divide(records([read_source(options.root, package) for package in packages]))
+    for split, rows in splits.items():
+        text = "".join(as_line(row) for row in rows)
+        (options.out / f"{split}.jsonl").write_text(text, "utf-8")
+        print(split, len(rows), "rows", len({row.source.name for row in rows}), "sources", order(text))
+    (options.out / "NOTICES.txt").write_text(notices([row for rows in splits.values() for row in rows]), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
