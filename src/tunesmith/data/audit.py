@@ -22,12 +22,14 @@ from referencing.exceptions import Unresolvable
 
 from tunesmith.data.dataset import FIRST_ROWS, Dataset
 from tunesmith.data.formats import unused_keys
+from tunesmith.data.render import BOUNDARY, PER_TURN, STRUCTURAL
 from tunesmith.data.scan import ALL_ROWS, Scan, percentiles, scan
 from tunesmith.errors import InputError
 from tunesmith.types import DataReport, Example, Finding, Json
 
 WARN_SHARE, ERROR_SHARE = 0.01, 0.20  # of the rows
 SHOWN_ROWS = 5
+EXPECTED_NOTES = (STRUCTURAL, PER_TURN, BOUNDARY)  # how a template works; nothing to repair in the data
 
 Level = Literal["info", "warn", "error"]
 
@@ -82,14 +84,14 @@ def _validator(schema: Json) -> Validator:
     return kind(schema, registry=Registry())
 
 
-def _finding(subject: Subject, check: str, ids: Sequence[str], message: str, level: Level | None = None) -> Finding:
-    """A finding about some of the scanned rows; without a level, their share decides. `{}` in the message: how many."""
+def _finding(subject: Subject, check: str, ids: Sequence[str], says: str, level: Level | None = None) -> Finding:
+    """A finding about some of the scanned rows, "3 of 9 rows" + says; without a level, their share decides."""
     total = len(subject.scan.rows_R)
     share = len(ids) / max(1, total)
     by_share: Level = "error" if share > ERROR_SHARE else "warn" if share > WARN_SHARE else "info"
     scanned = "" if total == len(subject.dataset) else " scanned"
-    text = message.format(f"{len(ids):,} of {total:,}{scanned} rows")
-    return Finding(check, level or by_share, text, len(ids), tuple(ids[:SHOWN_ROWS]))
+    message = f"{len(ids):,} of {total:,}{scanned} rows{says}"
+    return Finding(check, level or by_share, message, len(ids), tuple(ids[:SHOWN_ROWS]))
 
 
 # ---------------------------------------------------------------- the checks
@@ -106,37 +108,37 @@ def sampled(subject: Subject) -> Iterator[Finding]:
 def losses(subject: Subject) -> Iterator[Finding]:
     """Rows and documents that the length policy takes away: over 1% is a warning, over 20% an error."""
     for reason, ids in subject.scan.dropped.items():
-        yield _finding(subject, "losses", ids, f"{{}} are dropped: {reason}; they count as empty slots of their steps")
+        yield _finding(subject, "losses", ids, f" are dropped: {reason}; they count as empty slots of their steps")
     gone = {row for ids in subject.scan.dropped.values() for row in ids}
     cut = [row for row in subject.scan.marked.get("overlong", []) if row not in gone]
     done = "are cut at" if subject.dataset.overlong == "truncate" else "lose documents that are longer than"
     if cut:
-        yield _finding(subject, "losses", cut, f"{{}} {done} max_length {subject.dataset.max_length}")
+        yield _finding(subject, "losses", cut, f" {done} max_length {subject.dataset.max_length}")
 
 
 def long_answers(subject: Subject) -> Iterator[Finding]:
     """Answers that no prompt could be shortened for."""
     if ids := subject.scan.marked.get("answer too long"):
-        message = f"{{}} have an answer that alone is longer than max_length {subject.dataset.max_length}"
+        message = f" have an answer that alone is longer than max_length {subject.dataset.max_length}"
         yield _finding(subject, "long_answers", ids, message, "warn")
 
 
 def render_notes(subject: Subject) -> Iterator[Finding]:
     """What the render had to say, such as control text inside a message."""
     for note, ids in subject.scan.notes.items():
-        yield _finding(subject, "render", ids, "{}: " + note.replace("{", "{{").replace("}", "}}"), "warn")
+        yield _finding(subject, "render", ids, f": {note}", "info" if note in EXPECTED_NOTES else "warn")
 
 
 def system_turns(subject: Subject) -> Iterator[Finding]:
     """A mix of rows with and without a system turn; served prompts will mostly be of one kind."""
     ids = subject.scan.marked.get("no system", [])
     if ids and len(ids) < len(subject.scan.rows_R):
-        yield _finding(subject, "system_turns", ids, "{} have no system turn, the others have one", "warn")
+        yield _finding(subject, "system_turns", ids, " have no system turn, the others have one", "warn")
 
 
 def empty_prompts(subject: Subject) -> Iterator[Finding]:
     if ids := subject.scan.marked.get("empty prompt"):
-        yield _finding(subject, "empty_prompts", ids, "{} have a user turn without text", "warn")
+        yield _finding(subject, "empty_prompts", ids, " have a user turn without text", "warn")
 
 
 def duplicates(subject: Subject) -> Iterator[Finding]:
@@ -178,7 +180,7 @@ def answers(subject: Subject) -> Iterator[Finding]:
             wrong.append(example.id)
     if wrong:
         level = "error" if len(wrong) > WARN_SHARE * len(subject.scan.rows_R) else "warn"
-        message = "{} have an answer that does not follow the schema; " + first.replace("{", "{{").replace("}", "}}")
+        message = f" have an answer that does not follow the schema; {first}"
         yield _finding(subject, "answers", wrong, message, level)
 
 
