@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,7 @@ def call(name: str, *arguments: Tensor | int | float) -> int:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         width = x.shape[-1]
         y, inverse_rms = torch.empty_like(x), torch.empty(x.numel() // width)
@@ -124,7 +125,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         width, dy = x.shape[-1], dy.contiguous()
         dx = torch.empty_like(x)
@@ -150,13 +151,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
         return _rotate(x, cosine, sine, 1.0)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
-        return _rotate(dy, *ctx.saved_tensors, -1.0), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotate(dy, cosine, sine, -1.0), None, None
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
@@ -211,6 +213,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, scale: float
     if usable(logits):
         losses = torch.empty(logits.shape[0])
         rows, vocab = logits.shape
+        if rows and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+            raise IndexError(f"a target is outside the vocabulary of {vocab} tokens")  # C would write there
         call("cross_entropy", logits, targets, weights, losses, rows, vocab, float(scale), float(cap))
         return losses, logits
     wide = (logits if logits.dtype == torch.float64 else logits.float()) * scale

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class LoraLinear(nn.Module):
 
 class MasterLinear(nn.Module):
     """A trainable linear whose fp32 master multiplies in the dtype of its input. The narrow copy is remade only when
-    the master has changed."""
+    the master has changed, by its version: who changes it unknown to autograd has to increment that."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -58,23 +59,26 @@ class MasterLinear(nn.Module):
         return self._narrow[1]
 
 
+Linear = nn.Linear | LoraLinear | MasterLinear
+
+
 class Operand:
     """One linear prepared for products in one dtype: the forward and the three kinds of gradient."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        adapted = isinstance(module, LoraLinear) and module.scale != 0
-        self.scale: float = module.scale if adapted else 0.0
-        self.dropout: float = module.dropout if adapted and module.training else 0.0
+    def __init__(self, module: Linear, dtype: torch.dtype) -> None:
+        adapter = module if isinstance(module, LoraLinear) and module.scale != 0 else None
+        self.scale = adapter.scale if adapter else 0.0
+        self.dropout = adapter.dropout if adapter and adapter.training else 0.0
         self.parameters: tuple[Tensor | None, ...] = (
             module.weight,
             module.bias,
-            module.lora_A if adapted else None,
-            module.lora_B if adapted else None,
+            adapter.lora_A if adapter else None,
+            adapter.lora_B if adapter else None,
         )
         self.weight = module.narrow_weight(dtype) if isinstance(module, MasterLinear) else module.weight.detach()
         self.bias = None if module.bias is None else module.bias.detach().to(dtype)
-        self.a = module.lora_A.detach().to(dtype) if adapted else None
-        self.b = module.lora_B.detach().to(dtype) if adapted else None
+        self.a = adapter.lora_A.detach().to(dtype) if adapter else None
+        self.b = adapter.lora_B.detach().to(dtype) if adapter else None
 
     def mask(self, x_NI: Tensor) -> Tensor | None:
         """Dropout's keep mask divided by the keep rate, from torch's own generator, which the loop seeds."""
@@ -115,7 +119,7 @@ class Operand:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, operands: Sequence[Operand], *_parameters):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, operands: Sequence[Operand], *_parameters: Tensor | None) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
         masks = [operand.mask(x_NI) for operand in operands]
         outputs, inner = zip(*(o.forward(x_NI, m) for o, m in zip(operands, masks, strict=True)), strict=True)
@@ -124,7 +128,7 @@ class _Project(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, *inner = ctx.saved_tensors
         dx, parameter_gradients = None, []
         for operand, mask, z, dy in zip(ctx.operands, ctx.masks, inner, gradients, strict=True):
@@ -136,7 +140,7 @@ class _Project(torch.autograd.Function):
         return (None if dx is None else dx.view(ctx.shape), None, *parameter_gradients)
 
 
-def project(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+def project(x: Tensor, modules: Sequence[Linear]) -> tuple[Tensor, ...]:
     """x [..., I] through each linear -> [..., O] each: one node of the graph, whatever the number of linears."""
     operands = [Operand(module, x.dtype) for module in modules]
     return _Project.apply(x, operands, *(p for operand in operands for p in operand.parameters))

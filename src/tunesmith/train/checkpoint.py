@@ -41,7 +41,8 @@ def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     if stored != parameters.keys():
         raise InputError("the checkpoint is of a model with other trained weights", where=str(folder))
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"weight.{name}"])
+        with torch.no_grad():  # not through `.data`, which would hide the change from MasterLinear
+            parameter.copy_(tensors[f"weight.{name}"])
         if position["updates"]:
             state: dict[str, Tensor] = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(position["updates"])), **state}

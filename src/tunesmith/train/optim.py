@@ -34,14 +34,21 @@ def rate_at(step: int, *, peak: float, warmup_steps: int, total_steps: int, sche
 
 
 def make_adamw(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is set by the loop before each step."""
+    """Fused AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is given with each `update`."""
     return torch.optim.AdamW(list(parameters), lr=0.0, weight_decay=weight_decay, fused=True)
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scales the gradients so that their common norm is at most `max_norm` (0: never); returns the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-    if max_norm and norm > max_norm and math.isfinite(norm):
-        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
-    return norm
+    return float(torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf))
+
+
+def update(optimizer: torch.optim.AdamW, rate: float) -> None:
+    """One step at this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    # The fused step writes without telling autograd, but what was derived from a weight has to know (MasterLinear).
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            torch.autograd.graph.increment_version(parameter)

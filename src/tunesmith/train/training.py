@@ -25,7 +25,7 @@ from tunesmith.model.adapters import trainable
 from tunesmith.model.load import LanguageModel
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.losses import LOSSES, weight_count
-from tunesmith.train.optim import clip, make_adamw, rate_at
+from tunesmith.train.optim import clip, make_adamw, rate_at, update
 from tunesmith.types import Document, Done, Event, Plan, StepResult, Verdict
 
 BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
@@ -124,9 +124,7 @@ class Training:
             return self._refuse_step(documents, loss, norm)
         self.bad_steps = 0
         if supervised:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            update(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.seconds += seconds

@@ -1,0 +1,238 @@
+"""Every attention backend equals `reference`, forward and backward, and no document sees another."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import InputError
+from tunesmith.model import kernels
+from tunesmith.model.attention import BACKENDS, Rule, attend, choose, reference, stock_attention
+from tunesmith.types import Layout
+
+Attention = Callable[[Tensor, Tensor, Tensor, Layout, Rule], Tensor]
+
+# One token, neighbours of equal length, primes, and both sides of the C kernel's blocks of 6, 48 and 64 tokens.
+LENGTHS = [(1,), (2, 1, 1, 3), (7, 5, 5, 5, 2), (6, 48, 49, 47), (64, 63, 65, 1), (97, 53, 130)]
+RULES = {
+    "plain": Rule(scale=0.3),
+    "self only": Rule(scale=0.3, window=1),
+    "window": Rule(scale=0.3, window=5),
+    "window of a block": Rule(scale=0.1, window=64),
+    "wide window": Rule(scale=0.1, window=1000),
+    "soft cap": Rule(scale=0.5, softcap=2.0),
+    "window and soft cap": Rule(scale=0.5, window=7, softcap=2.0),
+}
+HEADS = [(4, 4, 8), (6, 2, 8), (3, 1, 16)]  # query heads, key heads, head size
+
+
+def layout_of(lengths: tuple[int, ...]) -> Layout:
+    return Layout((0, *itertools.accumulate(lengths[:-1])), lengths)
+
+
+def random_inputs(
+    tokens: int, heads: tuple[int, int, int], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and the gradient of the output."""
+    queries, keys, size = heads
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(tokens, n, size) for n in (queries, keys, keys, queries)]
+    q, k, v, dout = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return q, k, v, dout
+
+
+def run(attention: Attention, inputs: tuple[Tensor, ...], layout: Layout, rule: Rule) -> list[Tensor]:
+    """The output and the gradients of q, k and v."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
+    out = attention(*leaves, layout, rule)
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    """Of norms; the gradient of a lone token's scores is 0, so what is far below 1 counts as nothing."""
+    return float((ours.double() - truth).norm() / (truth.norm() + 1e-3 * truth.numel() ** 0.5))
+
+
+def inside_stock_module(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """As transformers calls it: [1, heads, tokens, size]."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, _ = stock_attention(
+        nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        layout=layout,
+        scaling=rule.scale,
+        sliding_window=rule.window,
+        softcap=rule.softcap,
+    )
+    return out[0]
+
+
+ATTENTIONS: dict[str, Attention] = {
+    "documents": BACKENDS["documents"],
+    "mask": BACKENDS["mask"],
+    "kernel": BACKENDS["kernel"],  # in fp64 it takes `documents`
+    "stock": inside_stock_module,
+}
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_equals_reference_in_fp64(attention: Attention, rule: Rule, heads: tuple[int, int, int]) -> None:
+    for lengths in LENGTHS:
+        layout = layout_of(lengths)
+        inputs = random_inputs(layout.tokens, heads)
+        ours, expected = run(attention, inputs, layout, rule), run(reference, inputs, layout, rule)
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_reference_is_softmax_written_out() -> None:
+    q, k, v, _ = random_inputs(5, (2, 1, 4))
+    out = reference(q, k, v, layout_of((2, 3)), Rule(scale=0.7, window=2, softcap=1.5))
+    for token, seen in {0: [0], 1: [0, 1], 2: [2], 3: [2, 3], 4: [3, 4]}.items():
+        for head in range(2):
+            scores = torch.stack([1.5 * torch.tanh(0.7 * (q[token, head] @ k[j, 0]) / 1.5) for j in seen])
+            expected = (scores.softmax(0)[:, None] * v[seen, 0]).sum(0)
+            torch.testing.assert_close(out[token, head], expected)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("name", ["reference", "documents", "mask", "kernel"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_documents_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
+    """Other tokens elsewhere leave outputs bitwise equal; the gradient of elsewhere is exactly zero."""
+    layout = layout_of((70, 20, 20, 1))
+    q, k, v, dout = random_inputs(layout.tokens, (4, 2, 64), dtype)
+    own = torch.zeros(layout.tokens, dtype=torch.bool)
+    own[70:90] = True
+    changed = [torch.where(own[:, None, None], x, -x) for x in (q, k, v)]
+    out, *gradients = run(BACKENDS[name], (q, k, v, dout * own[:, None, None]), layout, rule)
+    assert torch.equal(BACKENDS[name](*changed, layout, rule)[own], out[own])
+    for gradient in gradients:
+        assert not gradient[~own].any()
+    assert gradients[2][own].any()
+
+
+# ---------------------------------------------------------------- the C kernel
+
+needs_kernel = pytest.mark.skipif(not kernels.has_attention(), reason="needs a compiler and AVX512-BF16")
+
+
+@needs_kernel
+@pytest.mark.parametrize("heads", [(4, 4, 64), (9, 3, 64), (4, 1, 128), (2, 1, 256), (2, 2, 192)], ids=str)
+@pytest.mark.parametrize("rule", [RULES[name] for name in RULES if "soft" not in name])
+def test_kernel_is_as_near_the_truth_as_torch(rule: Rule, heads: tuple[int, int, int]) -> None:
+    """Against fp64 on the same bf16 inputs: the kernel rounds weights to bf16, so a little more than `documents`."""
+    rule = Rule(scale=rule.scale * 0.2, window=rule.window)
+    for lengths in LENGTHS:
+        layout = layout_of(lengths)
+        inputs = random_inputs(layout.tokens, heads, torch.bfloat16)
+        exact = run(reference, tuple(x.double() for x in inputs), layout, rule)
+        ours = run(BACKENDS["kernel"], inputs, layout, rule)
+        for name, one, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
+            assert relative_error(one, truth) < 4e-3, (name, lengths)
+
+
+@needs_kernel
+def test_kernel_keeps_large_scores_apart() -> None:
+    """Scores of hundreds: the softmax is of differences to the largest."""
+    layout = layout_of((61,))
+    inputs = random_inputs(61, (2, 1, 64), torch.bfloat16)
+    rule = Rule(scale=20.0)
+    exact = run(reference, tuple(x.double() for x in inputs), layout, rule)
+    ours = run(BACKENDS["kernel"], inputs, layout, rule)
+    for one, truth in zip(ours[:1] + ours[3:], exact[:1] + exact[3:], strict=True):
+        assert relative_error(one, truth) < 4e-3
+
+
+@needs_kernel
+def test_kernel_does_not_depend_on_its_neighbours_or_threads() -> None:
+    rule, inputs = RULES["window of a block"], random_inputs(130 + 41 + 9, (6, 2, 64), torch.bfloat16)
+    together = run(BACKENDS["kernel"], inputs, layout_of((130, 41, 9)), rule)
+    alone = run(BACKENDS["kernel"], tuple(x[130:171] for x in inputs), layout_of((41,)), rule)
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one[130:171], other)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        again = run(BACKENDS["kernel"], inputs, layout_of((130, 41, 9)), rule)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(together, again, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["q", "k", "v", "dout"])
+def test_kernel_hides_no_nan(which: int, poison: float) -> None:
+    """Token 20 of 70 is poisoned: all that depends on it and is not finite in the reference is not finite here; the
+    other document is."""
+    layout, rule = layout_of((70, 30)), RULES["plain"]
+    inputs = random_inputs(100, (2, 1, 64), torch.bfloat16)
+    before = run(reference, tuple(x.double() for x in inputs), layout, rule)
+    inputs[which][20, 0, 3] += 1
+    after = run(reference, tuple(x.double() for x in inputs), layout, rule)
+    inputs[which][20, 0, 3] = poison
+    ours, expected = run(BACKENDS["kernel"], inputs, layout, rule), run(reference, inputs, layout, rule)
+    assert any(not torch.isfinite(x).all() for x in expected)
+    for i, name in enumerate(("out", "dq", "dk", "dv")):
+        healthy = torch.isfinite(ours[i]) & ~torch.isfinite(expected[i]) & (before[i] != after[i])
+        assert not healthy.any(), f"{name}: {int(healthy.sum())} values look healthy"
+        assert torch.isfinite(ours[i][70:]).all(), f"{name}: the other document is poisoned"
+
+
+# ---------------------------------------------------------------- choice and refusal
+
+
+def test_choice_of_a_backend() -> None:
+    assert choose("mask", torch.zeros(1)) == "mask"
+    assert choose("auto", torch.zeros(1)) == "kernel"
+
+
+def test_kernel_takes_documents_for_what_it_cannot_do() -> None:
+    layout, inputs = layout_of((9, 4)), random_inputs(13, (2, 1, 48), torch.bfloat16)
+    for rule in (RULES["plain"], RULES["soft cap"]):
+        ours, torchs = (BACKENDS[name](*inputs[:3], layout, rule) for name in ("kernel", "documents"))
+        assert torch.equal(ours, torchs)
+
+
+def test_a_layout_of_another_length_is_an_error() -> None:
+    q, k, v, _ = random_inputs(5, (2, 1, 8))
+    with pytest.raises(AssertionError, match="6 tokens"):
+        attend(q, k, v, layout_of((6,)), RULES["plain"])
+
+
+@pytest.mark.parametrize(("extra", "named"), [({"s_aux": torch.zeros(2)}, "s_aux"), ({}, "a mask")])
+def test_stock_modules_may_not_pass_what_packs_ignore(extra: dict[str, Tensor], named: str) -> None:
+    q = torch.zeros(1, 2, 3, 8)
+    mask = None if extra else torch.zeros(1, 1, 3, 3)
+    with pytest.raises(InputError, match=named):
+        stock_attention(nn.Module(), q, q, q, mask, layout=layout_of((3,)), **extra)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_are_caps_and_scales_too() -> None:
+    """A config.json may say 2 for 2.0; dropping it would change the model in silence."""
+    q, k, v, _ = random_inputs(6, (2, 2, 8))
+    exact = reference(q, k, v, layout_of((6,)), Rule(scale=1.0, softcap=2.0))
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, _ = stock_attention(nn.Module(), query, key, value, None, layout=layout_of((6,)), scaling=1, softcap=2)
+    torch.testing.assert_close(out[0], exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["varlen", "mask"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_cuda_backends_are_near_the_truth(name: str, rule: Rule) -> None:
+    for lengths in LENGTHS:
+        layout = layout_of(lengths)
+        inputs = random_inputs(layout.tokens, (4, 2, 64), torch.bfloat16)
+        exact = run(reference, tuple(x.double() for x in inputs), layout, rule)
+        ours = run(BACKENDS[name], tuple(x.cuda() for x in inputs), layout, rule)
+        for one, truth in zip(ours, exact, strict=True):
+            assert relative_error(one.cpu(), truth) < 1e-2, lengths

@@ -1,0 +1,170 @@
+"""Tiny random networks of many families, and documents to run through them."""
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from tunesmith.data.batch import collate
+from tunesmith.data.pack import pack_step
+from tunesmith.model.adapters import METHODS, trainable
+from tunesmith.model.load import LanguageModel, adopt
+from tunesmith.train.losses import answer_loss, weight_count
+from tunesmith.types import Batch, Document
+
+VOCABULARY = 97
+WINDOW = 8  # shorter than most of the documents, so that windows matter
+END = 2
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": END,
+}
+WIDE: dict[str, Any] = SIZES | {"head_dim": 16}  # heads wider than hidden / heads
+MIXED: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**WIDE, attention_bias=True),
+    "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-64": LlamaConfig(**SIZES, head_dim=64),  # what the bf16 attention kernel can do
+    "mistral": MistralConfig(**WIDE, sliding_window=WINDOW),
+    "qwen2": Qwen2Config(**SIZES, **MIXED, use_sliding_window=True),
+    "qwen3": Qwen3Config(**WIDE, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(
+        **WIDE, **MIXED, query_pre_attn_scalar=11, attn_logit_softcapping=5.0, final_logit_softcapping=9.0
+    ),
+    "gemma3": Gemma3TextConfig(**WIDE, **MIXED, query_pre_attn_scalar=11),
+    "granite": GraniteConfig(
+        **SIZES, embedding_multiplier=3.0, logits_scaling=2.5, residual_multiplier=0.4, attention_multiplier=0.2
+    ),
+    "olmo2": Olmo2Config(**SIZES),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
+    "phi3": Phi3Config(**SIZES, sliding_window=WINDOW),
+    "cohere": CohereConfig(**SIZES, logit_scale=0.3),
+}
+# Families whose norms, or more, stay transformers' own: those compute in fp32 whatever the model's dtype.
+STOCK_NORMS = ("olmo2", "smollm3", "phi3", "cohere")
+
+LORA: dict[str, Any] = {
+    "lora_r": 4,
+    "lora_alpha": 6,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "lora_target_modules": "all-linear",
+    "seed": 3,
+}
+
+
+def tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A stock network with weights far from their start: norms, biases and multipliers must all matter."""
+    network = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+        if "norm" in name:
+            parameter.data += 0.3 * noise
+        else:
+            parameter.data = 0.2 * noise
+    return network.requires_grad_(False)
+
+
+def tiny_model(
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    method: str | None = "lora",
+    backend: str = "auto",
+    **settings: object,
+) -> LanguageModel:
+    """Adopted, with something trainable; adapters start away from zero, so that every gradient is."""
+    network = tiny_network(family, dtype)
+    if method:
+        METHODS[method](network, LORA | settings)
+    if method == "lora":
+        generator = torch.Generator().manual_seed(1)
+        for parameter in trainable(network).values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return adopt(network, dtype, backend)
+
+
+def tiny_document(fed: int, seed: int = 0, *, name: str = "", first_target: int | None = None) -> Document:
+    """A document that feeds `fed` tokens and ends in a trained end token; weights of its targets differ."""
+    generator = np.random.default_rng(1000 * fed + seed)
+    tokens_L = generator.integers(3, VOCABULARY, fed + 1).astype(np.int32)
+    tokens_L[-1] = END
+    weights_L = generator.choice(np.array([0, 0.5, 1, 1.5], np.float32), fed + 1)
+    weights_L[: first_target or 1] = 0
+    weights_L[-1] = 1
+    return Document(name or f"rows:{fed}.{seed}", tokens_L, weights_L)
+
+
+# 1, 2, primes, equal neighbours, longer than the windows.
+LENGTHS = (5, 17, 1, 31, 17, 2, 13)
+
+
+def tiny_documents(lengths: Iterable[int] = LENGTHS) -> list[Document]:
+    return [tiny_document(length, place) for place, length in enumerate(lengths)]
+
+
+def one_batch(documents: Sequence[Document]) -> Batch:
+    """All documents in one pack, as batches of training are made."""
+    (pack,) = pack_step(documents, 10**6)
+    return collate(pack)
+
+
+def one_loss(model: LanguageModel, batch: Batch, count: float) -> Tensor:
+    return answer_loss(model, batch, count)["answer"].sum / count
+
+
+def targets_of(batch: Batch, place: int) -> Batch:
+    """The same pack with the targets of one document only."""
+    own = batch.document_S == place
+    kept = {name: getattr(batch, name)[own] for name in ("positions_S", "targets_S", "weights_S", "document_S")}
+    return dataclasses.replace(batch, **kept)
+
+
+def step_gradients(
+    model: LanguageModel, documents: Sequence[Document], pack_length: int
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss of one step, and its gradient by name."""
+    parameters, count, total = trainable(model.network), weight_count(documents), 0.0
+    for pack in pack_step(documents, pack_length):
+        loss = one_loss(model, collate(pack), count)
+        loss.backward()
+        total += float(loss.detach())
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    assert gradients.keys() == parameters.keys(), f"no gradient: {parameters.keys() - gradients.keys()}"
+    model.network.zero_grad(set_to_none=True)
+    return total, gradients
+
+
+def worst_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest relative difference of two sets of tensors, tensor by tensor, in norms."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
