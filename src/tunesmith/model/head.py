@@ -69,3 +69,17 @@ def supervised_loss(hidden_SH: Tensor, head: Head, targets_S: Tensor, weights_S:
     """Sum of weight * loss over the targets (differentiable), and each target's own loss [S]. A trainable bias is not
     supported; no family that tunesmith accepts has one."""
     return _SupervisedLoss.apply(hidden_SH, head.weight, head, targets_S, weights_S)
+
+
+@torch.no_grad()
+def target_losses(hidden_SH: Tensor, head: Head, targets_S: Tensor) -> Tensor:
+    """Each target's loss [S], for measuring: no gradient is prepared."""
+    weight = head.weight.to(hidden_SH.dtype)
+    bias = None if head.bias is None else head.bias.to(hidden_SH.dtype)
+    losses = [hidden_SH.new_zeros(0, dtype=torch.float32)]
+    for start in range(0, len(hidden_SH), CHUNK_TARGETS):
+        rows = slice(start, start + CHUNK_TARGETS)
+        logits = torch.nn.functional.linear(hidden_SH[rows], weight, bias)
+        ones = torch.ones(len(logits), device=logits.device)
+        losses.append(kernels.cross_entropy(logits, targets_S[rows], ones, head.scale, head.cap)[0])
+    return torch.cat(losses)

@@ -1,0 +1,84 @@
+"""What the model still knows of general text: bits per byte, by domain.
+
+In: rows {"text": ..., "domain": ...}. Out: a Measurement with a value for every text: the bits that the model needs for
+its tokens, over its UTF-8 bytes. The result is the mean over domains, so that a small domain is not hidden by a large
+one. Every token but the first of a text is a target; no end token is added. Unlike a loss per token, bits per byte can
+be compared between tokenizers. Left out: which loss is too much (the plan's gate).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunesmith.errors import InputError
+from tunesmith.evaluate.compare import Measurement
+from tunesmith.evaluate.likelihood import negative_log_likelihoods
+from tunesmith.model.load import LanguageModel
+from tunesmith.types import Document, Row
+
+
+@dataclass(frozen=True)
+class GeneralText:
+    id: str
+    text: str
+    domain: str
+
+
+def read_texts(rows: Iterable[Row]) -> tuple[GeneralText, ...]:
+    """Raises InputError with the row's id if a row has no text."""
+    texts: list[GeneralText] = []
+    for row in rows:
+        text, domain = row.data.get("text"), row.data.get("domain", "general")
+        if not isinstance(text, str) or not text or not isinstance(domain, str):
+            fix = 'write {"text": "...", "domain": "..."}'
+            raise InputError(
+                "a row of general text needs a `text`, and its `domain` is a string", where=row.id, fix=fix
+            )
+        texts.append(GeneralText(row.id, text, domain))
+    return tuple(texts)
+
+
+def retention(
+    model: LanguageModel,
+    texts: Sequence[GeneralText],
+    text_tokens: Callable[[str], Sequence[int]],
+    *,
+    window: int,
+    task: str = "general text",
+) -> Measurement:
+    """Bits per byte of each text. `window`: a longer text is read in pieces of so many tokens, each blind to those
+    before it. A text of a single token has nothing to predict and is left out."""
+    documents: list[Document] = []
+    owners: list[int] = []
+    for i, text in enumerate(texts):
+        pieces = windows(text.id, text_tokens(text.text), window)
+        documents += pieces
+        owners += [i] * len(pieces)
+    nats: dict[int, float] = {}
+    for place, nat, _ in sorted(negative_log_likelihoods(model, documents, window)):
+        nats[owners[place]] = nats.get(owners[place], 0.0) + nat
+    measured = [(texts[i], nat / math.log(2) / len(texts[i].text.encode())) for i, nat in nats.items()]
+    return Measurement(
+        task=task,
+        metric="bits_per_byte",
+        ids=tuple(text.id for text, _ in measured),
+        values=tuple(value for _, value in measured),
+        groups=tuple(text.domain for text, _ in measured),
+        higher_is_better=False,
+    )
+
+
+def windows(row: str, tokens: Sequence[int], length: int) -> list[Document]:
+    """Pieces of at most `length` fed tokens. Each begins with the last token of the one before: every token but the
+    very first is a target once."""
+    documents: list[Document] = []
+    for start in range(0, len(tokens) - 1, length):
+        tokens_L = np.array(tokens[start : start + length + 1], dtype=np.int32)
+        weights_L = np.ones(len(tokens_L), dtype=np.float32)
+        weights_L[0] = 0
+        documents.append(Document(row, tokens_L, weights_L))
+    return documents
