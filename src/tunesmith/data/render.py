@@ -1,0 +1,195 @@
+"""Examples to documents: which tokens the model sees, and which of them are trained.
+
+    Example -> Rendered(documents, notes)
+
+A trained turn goes from the end of its prompt, rendered as it is served, through the token that ends the answer. A
+conversation is one document if every trained turn's prompt and answer are the start of what the template writes for the
+whole; otherwise (thinking dropped from earlier turns) each trained turn is a document of its own, as it is served.
+What cannot be rendered this way is refused: a mask is never guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.chat import Chat
+from tunesmith.data.encode import Encoded, MarkedText, encode
+from tunesmith.data.probe import Protocol, probe
+from tunesmith.data.template import ChatTemplate, find_templates
+from tunesmith.data.tokenizer import ChatTokenizer
+from tunesmith.data.turns import FOREIGN, Turn, check_written, find_turn, notes_on
+from tunesmith.errors import InputError
+from tunesmith.types import Document, Example, Json
+
+PER_TURN = "one document per assistant turn: the template writes earlier turns differently"
+BOUNDARY = "an answer begins with text that the tokenizer joins to the prompt: kept apart, as served"
+APPENDED = "the template closes an answer with no end token: one is appended"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The documents of a row, and what there is to say about it; a note has the same words for every row."""
+
+    documents: tuple[Document, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Renderer:
+    """What the tokenizer and the chat template of a model make of examples.
+
+    `end_ids`: tokens that end an answer, the trained one first. `control_ids`: tokens that no text of a row makes, and
+    structural ones. `fingerprint`: sha256 over all that documents depend on, dates aside.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        templates: Mapping[str, ChatTemplate] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`templates`: "default" and perhaps "tool_use", for rows with tools. `variables`: what templates may be told,
+        such as {"enable_thinking": False}; prompts and answers are rendered with the same."""
+        self.tokenizer, self.templates = tokenizer, dict(templates or {})
+        self._variables = {**tokenizer.named, **(variables or {})}
+        self._protocols = {
+            name: probe(template, tokenizer, self._variables) for name, template in self.templates.items()
+        }
+        ends = [end for protocol in self._protocols.values() for end in protocol.end_ids]
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(ends + list(tokenizer.end_ids)))
+        self.control_ids = tokenizer.control_ids
+        sources = [tokenizer.sha256, {name: template.source for name, template in self.templates.items()}]
+        self.fingerprint = hashlib.sha256(json.dumps([*sources, self._variables]).encode()).hexdigest()
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, *, template: Path | None = None, now: datetime, variables: Mapping[str, Any] | None = None
+    ) -> Renderer:
+        """`template`: a file to use instead of the model's own. `now`: the date in templates. Raises InputError."""
+        return cls(ChatTokenizer.from_folder(folder), find_templates(folder, template, now), variables)
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self.templates)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.tokenizer.decode(tokens)
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Plain text, nothing around it."""
+        return list(self.tokenizer.encode(text, at_start=True))
+
+    def prompt(self, messages: Sequence[Json], tools: Sequence[Json] = ()) -> tuple[int, ...]:
+        """Ids of a conversation with the start of an answer after it, as it is served. Raises InputError."""
+        chat, _ = self._chat(messages, tools)
+        text = MarkedText(chat.render(len(messages), prompt=True), self.tokenizer, chat.assistants)
+        return tuple(encode(text).ids)
+
+    def documents(self, example: Example) -> Rendered:
+        """No documents if no turn has a weight. Raises InputError with the row's id."""
+        try:
+            return self._conversation(example) if example.text is None else self._text(example)
+        except InputError as error:
+            raise InputError(error.what, where=example.id, fix=error.fix) from error
+
+    # ---- plain text
+
+    def _text(self, example: Example) -> Rendered:
+        """All is trained but the first token, or the prompt, which is encoded alone as it is served."""
+        text, prompt = example.text or "", example.prompt or ""
+        if not text:
+            raise InputError("the text is empty", fix="drop the row")
+        front = list(self.tokenizer.bos)
+        if prompt:
+            front += self.tokenizer.encode(prompt, at_start=True)
+            body = self.tokenizer.encode_continuation(text)
+        else:
+            body = self.tokenizer.encode(text, at_start=True)
+        tokens = [*front, *body, self._text_end()]
+        foreign = self.tokenizer.pattern.search(text) or self.tokenizer.pattern.search(prompt)
+        document = _document(example.id, tokens, [(len(front) if prompt else 1, len(tokens), 1.0)])
+        return Rendered((document,), (FOREIGN,) if foreign else ())
+
+    def _text_end(self) -> int:
+        if self.tokenizer.eos_id is not None:
+            return self.tokenizer.eos_id
+        if not self.end_ids:
+            raise InputError("the tokenizer names no token to end a text with", fix="set eos_token in its config")
+        return self.end_ids[0]
+
+    # ---- conversations
+
+    def _chat(self, messages: Sequence[Json], tools: Sequence[Json]) -> tuple[Chat, Protocol]:
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        if name not in self.templates:
+            fix = "give one as `template`, or write rows with prompt and completion"
+            raise InputError("the model has no chat template", fix=fix)
+        protocol = self._protocols[name]
+        return Chat(self.templates[name], messages, tools, self._variables, protocol.habits), protocol
+
+    def _conversation(self, example: Example) -> Rendered:
+        trained = [(i, weight) for i, weight in enumerate(example.turn_weights) if weight > 0]
+        if not trained:
+            return Rendered(())
+        chat, protocol = self._chat(example.messages, example.tools)
+        ends = (protocol.end_ids, self.end_ids)
+        turns = [find_turn(chat, self.tokenizer, i, weight, ends) for i, weight in trained]
+        whole = self._whole(chat, turns)
+        if whole is not None:
+            spans = [(_place(whole, turn.start), _place(whole, turn.end), turn.weight) for turn in turns]
+            return Rendered((_document(example.id, whole.ids, spans),), tuple(notes_on(chat, whole.text, turns)))
+        notes = [PER_TURN] if len(turns) > 1 else []
+        documents = [self._alone(example.id, chat, turn, notes) for turn in turns]
+        return Rendered(tuple(documents), tuple(dict.fromkeys(notes)))
+
+    def _whole(self, chat: Chat, turns: list[Turn]) -> Encoded | None:
+        """All messages as one document; None if that differs from what is served for a trained turn."""
+        count = len(chat.messages)
+        text = turns[-1].marked
+        if turns[-1].message < count - 1:
+            text = MarkedText(chat.render(count), self.tokenizer, chat.assistants)
+        if any(not turn.closed or not text.plain.startswith(turn.marked.plain[: turn.end]) for turn in turns):
+            return None
+        encoded = encode(text)
+        if any(encoded.tokens_before(place) is None for turn in turns for place in (turn.start, turn.end)):
+            return None
+        check_written(chat, text, count)
+        return encoded
+
+    def _alone(self, row: str, chat: Chat, turn: Turn, notes: list[str]) -> Document:
+        """The messages up to a turn as a document; adds to the notes."""
+        check_written(chat, turn.marked, turn.message + 1)
+        encoded = encode(turn.marked)
+        if encoded.tokens_before(turn.start) is None:
+            encoded = encode(turn.marked, cut=turn.start)
+            notes.append(BOUNDARY)
+        notes += notes_on(chat, turn.marked, [turn])
+        tokens, end = encoded.ids, _place(encoded, turn.end)
+        if not turn.closed:
+            tokens, end = [*tokens, self._text_end()], len(tokens) + 1
+            notes.append(APPENDED)
+        return _document(row, tokens, [(_place(encoded, turn.start), end, turn.weight)])
+
+
+def _place(encoded: Encoded, character: int) -> int:
+    place = encoded.tokens_before(character)
+    if place is None:
+        raise InputError("the tokenizer swallows the place where an answer begins")
+    return place
+
+
+def _document(row: str, tokens: Sequence[int], spans: Sequence[tuple[int, int, float]]) -> Document:
+    weights_L = np.zeros(len(tokens), dtype=np.float32)
+    for start, end, weight in spans:
+        if start < 1:
+            fix = "put a user message first, or `train: false` on the answer"
+            raise InputError("nothing stands before the answer", fix=fix)
+        weights_L[start:end] = weight
+    return Document(row, np.array(tokens, dtype=np.int32), weights_L)

@@ -1,0 +1,259 @@
+"""The fast tokenizer of a model folder, taken apart: what control tokens there are, and plain text to ids.
+
+Plain text never becomes a control token here. Added tokens are of three kinds:
+
+    control     marked special, named in the config, or not a tag: only the template writes them
+    structural  a tag with its partner (`<think>` `</think>`): also tokens in an assistant's text, text elsewhere
+    vocabulary  plain text makes them anyway (line ends in Gemma), or HTML: tokens everywhere, as in any other tokenizer
+
+transformers is not used; ids equal those of the tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from tunesmith.errors import InputError
+from tunesmith.types import Json
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SHORT_TEXT = 64  # characters; such runs repeat in every row and are remembered
+REMEMBERED = 10_000
+
+_TAG = re.compile(r"<(/?)([A-Za-z][\w.:-]*)>|<(\|?)([A-Za-z][\w.:-]*)(\|?)>|\[(/?)([A-Za-z]\w*)\]")
+_HTML = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        a abbr acronym address applet area article aside audio b base basefont bdi bdo big blockquote body br button
+        canvas caption center cite code col colgroup data datalist dd del details dfn dialog dir div dl dt em embed
+        fieldset figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html i iframe
+        img input ins kbd label legend li link main map mark menu meta meter nav noframes noscript object ol optgroup
+        option output p param picture pre progress q rp rt ruby s samp script search section select small source span
+        strike strong style sub summary sup svg table tbody td template textarea tfoot th thead time title tr track tt u
+        ul var video wbr
+        """,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control or structural token. Strips and `single_word` act on the text around it, as tokenizers do."""
+
+    id: int
+    text: str
+    structural: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+    normalized: bool
+
+
+class ChatTokenizer:
+    """Read-only after construction, but for a memory of short texts."""
+
+    def __init__(self, tokenizer_json: bytes, config: Json, named: dict[str, str], end_ids: tuple[int, ...]) -> None:
+        data: Json = json.loads(tokenizer_json)
+        data["truncation"] = data["padding"] = None
+        self.named = named
+        self.sha256 = hashlib.sha256(tokenizer_json).hexdigest()
+        usual = {token["content"] for token in data["added_tokens"] if not token["special"]} - set(named.values())
+        self._head, vocabulary = _plain_tokenizer(data, usual)
+        self._rest = _variant(data, self._head, keep_always=True)
+        self._continuation = _variant(data, self._rest, keep_always=False)
+        added = [token for token in data["added_tokens"] if token["content"] not in vocabulary]
+        self.controls = {token["content"]: _control(token, usual) for token in added}
+        self.pattern = re.compile(_longest_first(self.controls))
+        self.control_ids = frozenset(control.id for control in self.controls.values())
+        unknown = self.id(named.get("unk_token", ""))
+        self._never = self.control_ids - {unknown}  # ids that plain text must not give
+        self.eos_id = self.id(named.get("eos_token", ""))
+        self.end_ids = tuple(dict.fromkeys([*end_ids, *([self.eos_id] if self.eos_id is not None else [])]))
+        self.bos = () if config.get("add_bos_token") is False else self._leading_ids()
+        self._memory: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ChatTokenizer:
+        """Raises InputError if there is no tokenizer.json."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError("the model folder has no tokenizer.json", where=str(folder), fix="give a folder with one")
+        config = read_json(folder / "tokenizer_config.json")
+        ends = read_json(folder / "generation_config.json").get("eos_token_id")
+        end_ids = (ends,) if isinstance(ends, int) else tuple(ends or ())
+        return cls(path.read_bytes(), config, _named_tokens(folder, config), end_ids)
+
+    def demote(self, controls: Iterable[Control]) -> None:
+        """Make structural tokens that mark turns control tokens: they must not come from an answer's text."""
+        for control in controls:
+            self.controls[control.text] = replace(control, structural=False)
+
+    def id(self, text: str) -> int | None:
+        return self._head.token_to_id(text) if text else None
+
+    def encode(self, text: str, *, at_start: bool) -> list[int]:
+        """Ids of a run of plain text; `at_start` if nothing stands before it in the document."""
+        memory = self._memory[at_start]
+        known = memory.get(text)
+        if known is not None:
+            return known
+        ids = self._checked(text, self._head if at_start else self._rest)
+        if len(text) <= SHORT_TEXT and len(memory) < REMEMBERED:
+            memory[text] = ids
+        return ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of text that goes on from other text: no space is put in front, whatever the tokenizer's habit."""
+        return self._checked(text, self._continuation)
+
+    def _checked(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if not self._never.isdisjoint(ids):
+            stray = next(self.decode([token]) for token in ids if token in self._never)
+            raise InputError(f"the tokenizer makes the control token {stray!r} from plain text")
+        return ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._head.decode(list(tokens), skip_special_tokens=False)
+
+    def matches(self, control: Control, following: str) -> bool:
+        """False if normalisation would keep the full tokenizer from finding this token before `following`."""
+        normalizer = self._head.normalizer
+        if not control.normalized or normalizer is None:
+            return True
+        return normalizer.normalize_str(control.text + following).startswith(control.text)
+
+    def _leading_ids(self) -> tuple[int, ...]:
+        with_special = self._head.encode("a").ids
+        plain = self._head.encode("a", add_special_tokens=False).ids
+        count = next(n for n in range(len(with_special) + 1) if with_special[n : n + len(plain)] == plain)
+        return tuple(with_special[:count])
+
+
+def read_json(path: Path) -> Json:
+    """An absent file is empty."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"not valid JSON: {error}", where=str(path)) from error
+
+
+def _named_tokens(folder: Path, config: Json) -> dict[str, str]:
+    """bos_token and so on, as templates see them; the older special_tokens_map.json counts where it still does."""
+    given = dict(config)
+    if "added_tokens_decoder" not in config:
+        given |= read_json(folder / "special_tokens_map.json")
+    extra = given.get("extra_special_tokens")
+    named = {name: given.get(name) for name in NAMES} | (extra if isinstance(extra, dict) else {})
+    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _plain_tokenizer(data: Json, usual: set[str]) -> tuple[Tokenizer, set[str]]:
+    """The tokenizer with its control tokens switched off, and which of the `usual` (not special) added tokens are
+    vocabulary."""
+    for token in data["added_tokens"]:
+        token["special"] = True  # `encode_special_tokens` switches exactly these off
+    tokenizer = _load(data)
+    vocabulary = {
+        token["content"]
+        for token in data["added_tokens"]
+        if token["content"] in usual
+        and (
+            _tag_name(token["content"]) in _HTML
+            or tokenizer.encode(token["content"], add_special_tokens=False).ids == [token["id"]]
+        )
+    }
+    if vocabulary:
+        for token in data["added_tokens"]:
+            token["special"] = token["content"] not in vocabulary
+        tokenizer = _load(data)
+    return tokenizer, vocabulary
+
+
+def _load(data: Json) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(data))
+    except ValueError as error:
+        raise InputError(f"the tokenizer.json cannot be read: {error}") from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _variant(data: Json, usual: Tokenizer, *, keep_always: bool) -> Tokenizer:
+    """The tokenizer for text that something stands before: without a space that is put in front of the first text
+    only, and with `keep_always=False` of every text."""
+    parts = {name: _without_prefix(data[name], keep_always) for name in ("normalizer", "pre_tokenizer")}
+    return usual if all(parts[name] == data[name] for name in parts) else _load(data | parts)
+
+
+def _without_prefix(part: Json | None, keep_always: bool) -> Json | None:
+    if part is None:
+        return None
+    part = dict(part)
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            part[name] = [_without_prefix(inner, keep_always) for inner in part[name]]
+            part[name] = [inner for inner in part[name] if inner is not None]
+    if part["type"] == "Metaspace" and (not keep_always or part.get("prepend_scheme") == "first"):
+        part |= {"prepend_scheme": "never", "add_prefix_space": False}
+    if part["type"] == "ByteLevel" and not keep_always:
+        part["add_prefix_space"] = False
+    return None if part["type"] == "Prepend" and not keep_always else part
+
+
+def _control(token: Json, usual: set[str]) -> Control:
+    structural = token["content"] in usual and _partner(token["content"]) in usual
+    keys = ("lstrip", "rstrip", "single_word", "normalized")
+    return Control(token["id"], token["content"], structural, **{key: bool(token.get(key)) for key in keys})
+
+
+def _tag_name(text: str) -> str:
+    match = _TAG.fullmatch(text)
+    return (match[2] or match[4] or match[7]) if match else ""
+
+
+def _partner(text: str) -> str:
+    """`</x>` of `<x>`, `<x|>` of `<|x>`, `[/X]` of `[X]`, and back; "" if it is no tag."""
+    match = _TAG.fullmatch(text)
+    if match is None:
+        return ""
+    if match[2]:
+        return f"<{match[2]}>" if match[1] else f"</{match[2]}>"
+    if match[7]:
+        return f"[{match[7]}]" if match[6] else f"[/{match[7]}]"
+    opening, closing = bool(match[3]), bool(match[5])
+    return "" if opening == closing else (f"<{match[4]}|>" if opening else f"<|{match[4]}>")
+
+
+def _longest_first(texts: Iterable[str]) -> str:
+    """A pattern for any of the texts, the longest where several begin; a trie, since there may be thousands."""
+    trie: Json = {}
+    for text in texts:
+        node = trie
+        for letter in text:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    return _branches(trie) if trie else "(?!)"
+
+
+def _branches(node: Json) -> str:
+    prefix = ""
+    while len(node) == 1 and "" not in node:  # a loop, so that long texts do not nest
+        ((letter, node),) = node.items()
+        prefix += re.escape(letter)
+    ends = "" in node
+    paths = [re.escape(letter) + _branches(below) for letter, below in node.items() if letter]
+    if not paths:
+        return prefix
+    return f"{prefix}(?:{'|'.join(paths)})" + ("?" if ends else "")
