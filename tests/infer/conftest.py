@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from tiny_networks import VOCABULARY, tiny_network
 
-from tunesmith.model.load import LanguageModel, adopt
+from tiny import VOCABULARY, tiny_model
+from tunesmith.model.load import LanguageModel
 
 
 @pytest.fixture
 def model() -> LanguageModel:
-    return adopt(tiny_network("llama"), torch.float32)
+    return tiny_model(method=None)
 
 
 @pytest.fixture

@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_networks import CONFIGS, tiny_network
 from transformers import PreTrainedModel
 
+from tiny import CONFIGS, tiny_model, tiny_network
+from tunesmith.data.tokenizer import ChatTokenizer
 from tunesmith.errors import GateError, InputError
 from tunesmith.infer import engine
 from tunesmith.infer.engine import generate, stream
-from tunesmith.model.load import LanguageModel, adopt
+from tunesmith.model.adapters import adapter_scaled
+from tunesmith.model.load import LanguageModel, adopt, load_network
+from tunesmith.model.source import resolve
 from tunesmith.types import Generation, Request
 
 Spell = Callable[[Sequence[int]], str]
@@ -31,6 +34,7 @@ def answers(
 
 def stock_answer(network: PreTrainedModel, prompt: tuple[int, ...], tokens: int) -> tuple[int, ...]:
     ids = torch.tensor([prompt])
+    network.generation_config.eos_token_id = None
     out = network.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
     return tuple(out[0, len(prompt) :].tolist())
 
@@ -133,11 +137,11 @@ def test_a_stream_never_shows_half_a_character(model: LanguageModel, prompts: Pr
 
 
 def test_an_answer_ends_where_the_context_does(model: LanguageModel, spell: Spell) -> None:
-    (found,) = answers(model, [Request((5,) * 120, 50)], spell)
-    assert (len(found.tokens), found.finished, found.prompt_tokens) == (8, "length", 120)
+    (found,) = answers(model, [Request((5,) * 248, 50)], spell)
+    assert (len(found.tokens), found.finished, found.prompt_tokens) == (8, "length", 248)
 
 
-@pytest.mark.parametrize(("prompt", "message"), [((), "empty"), ((5,) * 128, "fills the context of 128")])
+@pytest.mark.parametrize(("prompt", "message"), [((), "empty"), ((5,) * 256, "fills the context of 256")])
 def test_impossible_prompts_are_refused(
     model: LanguageModel, spell: Spell, prompt: tuple[int, ...], message: str
 ) -> None:
@@ -166,8 +170,36 @@ def test_generation_leaves_the_model_trainable(model: LanguageModel, spell: Spel
 
 
 def test_rows_fit_the_memory_for_keys_and_values(model: LanguageModel) -> None:
-    assert model.cache_bytes_per_token == 2 * 3 * 2 * 8 * 4
+    assert model.cache_bytes_per_token == 2 * 2 * 2 * 16 * 4
     assert engine.most_rows(model, [Request((1,) * 20, 100)]) == engine.MOST_ROWS["cpu"]
     most = engine.CACHE_BYTES["cpu"] // model.cache_bytes_per_token
     assert engine.most_rows(model, [Request((1,), most // 3)]) == 2
     assert engine.most_rows(model, [Request((1,), most * 2)]) == 1
+
+
+def test_an_adapter_is_switched_off_without_a_copy(prompts: Prompts, spell: Spell) -> None:
+    requests = [Request(prompt, 6) for prompt in prompts]
+    base, model = tiny_model(method=None), tiny_model(method="lora")
+    trained = answers(model, requests, spell)
+    with adapter_scaled(model.network, 0):
+        assert answers(model, requests, spell) == answers(base, requests, spell)
+    assert answers(model, requests, spell) == trained != answers(base, requests, spell)
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_as_transformers_does() -> None:
+    folder = resolve("smollm2-135m-instruct")
+    tokenizer = ChatTokenizer.from_folder(folder)
+    asked = (
+        "The capital of France is",
+        "1, 2, 3, 4,",
+        "Once upon a time there was a little",
+        "def fibonacci(n):\n    ",
+    )
+    prompts = [tuple(tokenizer.encode(text, at_start=True)) for text in asked]
+    network = load_network(folder, torch.float32)
+    expected = [stock_answer(network, prompt, 12) for prompt in prompts]
+    model = adopt(network, torch.float32)
+    found = answers(model, [Request(prompt, 12) for prompt in prompts], tokenizer.decode, batch_size=3)
+    assert [answer.tokens for answer in found] == expected
+    assert found[0].text.startswith(" Paris")

@@ -121,7 +121,7 @@ class LanguageModel:
         positions_T = torch.cat([torch.arange(length) for length in lengths]).add_(rows.shared).to(self.device)
         layout = Layout(tuple(end - length for end, length in zip(ends, lengths, strict=True)), tuple(lengths))
         last_B = torch.tensor(ends, device=self.device) - 1
-        return self._run(tokens_T, positions_T, layout, rows).index_select(0, last_B)
+        return self._run(tokens_T, positions_T, layout, rows, kept=last_B)
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[int], rows: RowCache) -> Tensor:
