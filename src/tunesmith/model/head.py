@@ -62,7 +62,7 @@ class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _dlosses: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden.mul(dloss.to(dhidden.dtype)), None if dweight is None else dweight.mul(dloss), None, None, None
+        return dhidden.mul(dloss), None if dweight is None else dweight.mul(dloss), None, None, None
 
 
 def supervised_loss(hidden_SH: Tensor, head: Head, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
