@@ -8,17 +8,19 @@ must refuse both: a check that cannot fail proves nothing. Nothing is trained he
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.data.batch import collate
 from tunesmith.data.pack import fed_tokens, pack_step
 from tunesmith.errors import GateError
-from tunesmith.model.head import supervised_loss
+from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Batch, Document, Layout, Verdict
 
@@ -26,7 +28,7 @@ from tunesmith.types import Batch, Document, Layout, Verdict
 LOGIT_TOLERANCE = {torch.bfloat16: 0.06, torch.float32: 1e-3, torch.float64: 1e-5}
 # Relative difference of the losses of two correct computations.
 LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6}
-PACKED_DOCUMENTS = 3  # the shortest of the probe: enough to see a leak between any two, in seconds
+PACKED_DOCUMENTS = 3  # the shortest of the probe: enough to see a leak or wrong labels, in seconds
 CHECKED_PLACES = 64  # of a document, from its first token to its last: their logits are compared
 
 
@@ -43,13 +45,13 @@ class Probe:
 
 def choose_documents(candidates: Sequence[Document], window: int | None) -> tuple[Document, ...]:
     """The shortest, two between and the longest, shortest first; with a window, at least one document longer than it
-    (rows are chained when none is)."""
+    (rows are chained when none is). A lone document stands twice: blindness takes two."""
     ranked = sorted((d for d in candidates if fed_tokens(d)), key=len)
     places = sorted({0, len(ranked) // 4, len(ranked) // 2, len(ranked) - 1}) if ranked else []
     chosen = [ranked[place] for place in places]
     if window and ranked and all(fed_tokens(d) <= window for d in chosen):
         chosen.append(_chained(ranked, window + 1 + len(ranked[0])))
-    return tuple(chosen)
+    return tuple(chosen * 2 if len(chosen) == 1 else chosen)
 
 
 def checked_places(document: Document) -> list[int]:
@@ -72,7 +74,7 @@ def prove(model: LanguageModel, probe: Probe) -> list[Verdict]:
     with torch.no_grad():
         verdicts = [claim(model, probe) for claim in CLAIMS]
         _must_refuse("a mask that leaks", lambda: blind(model, probe, spoil=_leaking))
-        _must_refuse("labels shifted by one", lambda: packed_equals_alone(model, probe, spoil=_shifted))
+        _must_refuse("labels shifted by one", lambda: labels_equal_stock(model, probe, spoil=_shifted))
     return [*verdicts, Verdict("controls", "ok", "a leaking mask and shifted labels were both refused")]
 
 
@@ -96,7 +98,7 @@ def _leaking(batch: Batch) -> Batch:
 
 
 def _shifted(batch: Batch) -> Batch:
-    return dataclasses.replace(batch, targets_S=batch.targets_S.roll(1))
+    return dataclasses.replace(batch, targets_S=batch.tokens_T[batch.positions_S])
 
 
 def _one_pack(documents: Sequence[Document]) -> Batch:
@@ -135,13 +137,34 @@ def forward_equals_stock(model: LanguageModel, probe: Probe) -> Verdict:
     )
 
 
+def labels_equal_stock(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
+    """What a position is trained to say is the document's next token: the losses are what the stock model's logits
+    give for those tokens, without our way from documents to targets."""
+    worst, checked = 0.0, 0
+    for document, stock in list(zip(probe.documents, probe.stock_logits, strict=True))[:PACKED_DOCUMENTS]:
+        batch = spoil(_one_pack([document]))
+        losses_S = target_losses(model.hidden(batch), model.head, batch.targets_S)
+        found = dict(zip(batch.positions_S.tolist(), losses_S.tolist(), strict=True))
+        rows = [(row, p) for row, p in enumerate(checked_places(document)) if document.weights_L[p + 1]]
+        next_tokens = torch.tensor([int(document.tokens_L[p + 1]) for _, p in rows])
+        theirs = F.cross_entropy(stock[[row for row, _ in rows]].cpu(), next_tokens, reduction="none")
+        ours = torch.tensor([found.get(p, math.nan) for _, p in rows])
+        error = float((ours - theirs).abs().mean() / (1 + theirs.mean()))
+        worst, checked = max(worst, error), checked + len(rows)
+        if not error <= LOGIT_TOLERANCE[model.dtype]:
+            raise GateError(
+                f"losses differ by {error:.1%} from the stock model's for the next tokens: labels are shifted or lost",
+                where=f"preflight: {document.id}",
+                fix="please report this",
+            )
+    return Verdict("labels = next tokens", "ok", f"{checked} losses within {worst:.2%} of the stock model's")
+
+
 def blind(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
     """Other tokens in one document leave the outputs of all others bitwise the same."""
     pack = _one_pack(probe.documents[:PACKED_DOCUMENTS])
     batch, starts = spoil(pack), pack.layout
     before = model.hidden(_every_position(batch))
-    if len(starts.starts) < 2:
-        return Verdict("documents are blind", "ok", "one document only")
     for start, length in zip(starts.starts, starts.lengths, strict=True):
         tokens = batch.tokens_T.clone()
         tokens[start : start + length] = tokens[start : start + length].roll(1) + 1
@@ -158,17 +181,17 @@ def blind(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdi
 
 def _losses(model: LanguageModel, batch: Batch) -> dict[int, float]:
     """Summed loss by place of the document in the batch."""
-    _, losses_S = supervised_loss(model.hidden(batch), model.head, batch.targets_S, batch.weights_S)
+    losses_S = target_losses(model.hidden(batch), model.head, batch.targets_S)
     sums = torch.zeros(len(batch.ids), dtype=torch.float64)
     sums.index_add_(0, batch.document_S.cpu(), losses_S.double().cpu())
     return dict(enumerate(sums.tolist()))
 
 
-def packed_equals_alone(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
+def packed_equals_alone(model: LanguageModel, probe: Probe) -> Verdict:
     """Every document has the same loss in a pack as alone."""
     documents = probe.documents[:PACKED_DOCUMENTS]
     (pack,) = pack_step(documents, sum(map(len, documents)))
-    together = _losses(model, spoil(collate(pack)))
+    together = _losses(model, collate(pack))
     tolerance, worst = LOSS_TOLERANCE[model.dtype], 0.0
     for place, document in enumerate(pack.documents):
         alone = _losses(model, _one_pack([document]))[0]
@@ -221,4 +244,12 @@ def something_trained(model: LanguageModel, probe: Probe) -> Verdict:
     return Verdict("something is trained", "ok", f"{trained} of {sum(map(len, probe.documents))} tokens")
 
 
-CLAIMS = (forward_equals_stock, blind, packed_equals_alone, answers_end, ids_equal_stock, something_trained)
+CLAIMS = (
+    something_trained,
+    forward_equals_stock,
+    labels_equal_stock,
+    blind,
+    packed_equals_alone,
+    answers_end,
+    ids_equal_stock,
+)

@@ -1,0 +1,245 @@
+"""The proof passes where all is well, on every family, and names each broken thing."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tiny import CONFIGS, END, WINDOW, tiny_document, tiny_documents, tiny_network
+from tunesmith.data.pack import fed_tokens
+from tunesmith.errors import GateError
+from tunesmith.model.adapters import METHODS
+from tunesmith.model.attention import BACKENDS, Rule, reference
+from tunesmith.model.load import LanguageModel, adopt, shortest_window, stock_logits
+from tunesmith.train import preflight
+from tunesmith.train.preflight import Probe, checked_places, choose_documents, prove
+from tunesmith.types import Batch, Document, Layout, Pack, Verdict
+
+ADAPTER = {
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "lora_target_modules": "all-linear",
+    "seed": 0,
+}
+
+
+def ready(
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    candidates: Sequence[Document] | None = None,
+    method: str = "lora",
+) -> tuple[LanguageModel, Probe]:
+    """A model as it is before its first step, and what the stock one said."""
+    network = tiny_network(family, dtype)
+    documents = choose_documents(candidates or tiny_documents((20, 9, 33, 14)), shortest_window(network))
+    stock = tuple(stock_logits(network, d.tokens_L[: fed_tokens(d)].tolist(), checked_places(d)) for d in documents)
+    METHODS[method](network, ADAPTER)
+    return adopt(network, dtype), Probe(documents, stock, frozenset({END}), (("rows:1", True),))
+
+
+# ---------------------------------------------------------------- all is well
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_proof_passes_on_every_family(family: str) -> None:
+    model, probe = ready(family)
+    verdicts = prove(model, probe)
+    assert all(verdict.level == "ok" for verdict in verdicts)
+    assert len(verdicts) == len(preflight.CLAIMS) + 1
+    assert verdicts[-1].kind == "controls"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama-64", "gemma2", "granite", "olmo2"])
+def test_the_proof_passes_in_bf16(family: str, method: str) -> None:
+    assert prove(*ready(family, torch.bfloat16, method=method))
+
+
+def test_the_proof_leaves_the_model_as_it_is() -> None:
+    model, probe = ready(method="full")
+    before = {name: p.detach().clone() for name, p in model.network.named_parameters()}
+    prove(model, probe)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.network.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        [tiny_document(12)],
+        [tiny_document(12, first_target=12)],
+        [tiny_document(3, first_target=3), tiny_document(3, first_target=3)],
+        [tiny_document(1, seed) for seed in range(5)],
+    ],
+    ids=["one row", "one row with one target", "equal rows with one target", "rows of one token"],
+)
+def test_few_and_small_rows_are_proven_too(candidates: list[Document]) -> None:
+    assert prove(*ready(candidates=candidates))
+
+
+# ---------------------------------------------------------------- the choice of documents
+
+
+def test_the_shortest_and_the_longest_are_chosen() -> None:
+    chosen = choose_documents(tiny_documents(range(3, 40)), window=None)
+    assert (len(chosen[0]), len(chosen[-1]), len(chosen)) == (4, 40, 4)
+    assert [len(d) for d in chosen] == sorted(len(d) for d in chosen)
+
+
+def test_a_window_needs_a_document_longer_than_itself() -> None:
+    short = tiny_documents((3, 4, 5))
+    assert all(fed_tokens(d) <= WINDOW for d in choose_documents(short, window=None))
+    chosen = choose_documents(short, window=WINDOW)
+    assert fed_tokens(chosen[-1]) > WINDOW
+    assert len(choose_documents(tiny_documents((3, 4, 30)), window=WINDOW)) == 3
+
+
+def test_documents_that_train_nothing_are_no_candidates() -> None:
+    nothing = dataclasses.replace(tiny_document(6), weights_L=np.zeros(7, np.float32))
+    assert choose_documents([nothing], window=None) == ()
+    assert nothing not in choose_documents([nothing, *tiny_documents((4, 5))], window=None)
+
+
+def test_checked_places_are_spread_from_the_first_to_the_last() -> None:
+    assert checked_places(tiny_document(5)) == [0, 1, 2, 3, 4]
+    places = checked_places(tiny_document(1000))
+    assert (places[0], places[-1], len(places)) == (0, 999, preflight.CHECKED_PLACES)
+
+
+# ---------------------------------------------------------------- each broken thing by its own message
+
+
+def refusal(model: LanguageModel, probe: Probe) -> str:
+    with pytest.raises(GateError) as caught:
+        prove(model, probe)
+    assert caught.value.where.startswith("preflight")
+    assert caught.value.exit_code == 4
+    return caught.value.what
+
+
+def blurred(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    """Attention that does not know where documents end."""
+    return reference(q, k, v, Layout((0,), (layout.tokens,)), rule)
+
+
+def windowless(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    return reference(q, k, v, layout, dataclasses.replace(rule, window=None))
+
+
+def uncapped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    return reference(q, k, v, layout, dataclasses.replace(rule, softcap=None))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "olmo2"])
+def test_attention_that_ignores_the_layout(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "broken", blurred)
+    model, probe = ready(family)
+    model.backend = "broken"
+    assert "see each other" in refusal(model, probe)
+
+
+@pytest.mark.parametrize(("family", "broken"), [("mistral", windowless), ("phi3", windowless), ("gemma2", uncapped)])
+def test_attention_that_ignores_a_rule(family: str, broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when all rows are shorter than the window: they are chained."""
+    monkeypatch.setitem(BACKENDS, "broken", broken)  # type: ignore[arg-type]
+    model, probe = ready(family, candidates=tiny_documents((3, 4, 5)))
+    model.backend = "broken"
+    assert "differs from the stock model's" in refusal(model, probe)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("granite", "logits_scaling", 1.0),
+        ("cohere", "logit_scale", 1.0),
+        ("gemma2", "final_logit_softcapping", None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_wrong_head(family: str, key: str, value: float | None, dtype: torch.dtype) -> None:
+    model, probe = ready(family, dtype)
+    setattr(model.network.config, key, value)
+    assert "differs from the stock model's" in refusal(model, probe)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_a_model_that_is_no_number(bad: float) -> None:
+    model, probe = ready()
+    model.network.get_parameter("model.norm.weight").data[0] = bad
+    assert "differs from the stock model's" in refusal(model, probe)
+
+
+def test_an_adapter_that_is_not_nothing_yet() -> None:
+    model, probe = ready()
+    model.network.get_parameter("model.layers.0.mlp.up_proj.lora_B").data += 0.3
+    assert "differs from the stock model's" in refusal(model, probe)
+
+
+def test_labels_that_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what lays out packs for training itself, so that a pack and a document alone agree about them."""
+    right = preflight.collate
+
+    def early(pack: Pack) -> Batch:
+        batch = right(pack)
+        return dataclasses.replace(batch, targets_S=batch.tokens_T[batch.positions_S])
+
+    monkeypatch.setattr(preflight, "collate", early)
+    assert "labels" in refusal(*ready())
+
+
+def test_targets_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = preflight.collate
+
+    def fewer(pack: Pack) -> Batch:
+        batch = right(pack)
+        kept = {name: getattr(batch, name)[:-1] for name in ("positions_S", "targets_S", "weights_S", "document_S")}
+        return dataclasses.replace(batch, **kept)
+
+    monkeypatch.setattr(preflight, "collate", fewer)
+    assert "labels" in refusal(*ready())
+
+
+def test_answers_without_their_end_token() -> None:
+    model, probe = ready()
+    what = refusal(model, dataclasses.replace(probe, end_ids=frozenset({END + 1})))
+    assert f"last trained token is {END}, no end token" in what
+
+
+def test_chained_rows_need_no_end_token() -> None:
+    model, probe = ready("mistral", candidates=tiny_documents((3, 4, 5)))
+    assert probe.documents[-1].tokens_L[-1] != END
+    assert prove(model, probe)
+
+
+def test_ids_that_are_not_the_tokenizers() -> None:
+    model, probe = ready()
+    probe = dataclasses.replace(probe, stock_ids_equal=(("rows:1", True), ("rows:8", False)))
+    with pytest.raises(GateError, match="token ids differ") as caught:
+        prove(model, probe)
+    assert caught.value.where == "preflight: rows:8"
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0], ids=["nothing", "the first token"])
+def test_a_document_that_trains_nothing_or_its_first_token(first: float) -> None:
+    model, probe = ready()
+    *others, last = probe.documents
+    weights_L = np.zeros(len(last), np.float32)
+    weights_L[0] = first
+    empty = dataclasses.replace(last, weights_L=weights_L)
+    assert "trains nothing" in refusal(model, dataclasses.replace(probe, documents=(*others, empty)))
+
+
+# ---------------------------------------------------------------- a check that cannot fail proves nothing
+
+
+@pytest.mark.parametrize(("claim", "named"), [("blind", "a mask that leaks"), ("labels_equal_stock", "labels shifted")])
+def test_a_claim_that_cannot_fail_is_noticed(claim: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def always(*_: object, **__: object) -> Verdict:
+        return Verdict(claim, "ok", "")
+
+    monkeypatch.setattr(preflight, claim, always)
+    assert f"did not notice {named}" in refusal(*ready())
