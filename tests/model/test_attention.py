@@ -45,9 +45,9 @@ def random_inputs(
 
 def run(attention: Attention, inputs: tuple[Tensor, ...], layout: Layout, rule: Rule) -> list[Tensor]:
     """The output and the gradients of q, k and v."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
-    out = attention(*leaves, layout, rule)
-    return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+    q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
+    out = attention(q, k, v, layout, rule)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
@@ -111,9 +111,9 @@ def test_documents_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
     q, k, v, dout = random_inputs(layout.tokens, (4, 2, 64), dtype)
     own = torch.zeros(layout.tokens, dtype=torch.bool)
     own[70:90] = True
-    changed = [torch.where(own[:, None, None], x, -x) for x in (q, k, v)]
+    other_q, other_k, other_v = (torch.where(own[:, None, None], x, -x) for x in (q, k, v))
     out, *gradients = run(BACKENDS[name], (q, k, v, dout * own[:, None, None]), layout, rule)
-    assert torch.equal(BACKENDS[name](*changed, layout, rule)[own], out[own])
+    assert torch.equal(BACKENDS[name](other_q, other_k, other_v, layout, rule)[own], out[own])
     for gradient in gradients:
         assert not gradient[~own].any()
     assert gradients[2][own].any()

@@ -1,5 +1,7 @@
 """Adapted linears equal PEFT's and plain autograd's, their hand-written gradients included."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,7 +84,7 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
         ("phi3", {"use_rslora": True}),
     ],
 )
-def test_a_model_equals_pefts(family: str, settings: dict[str, object]) -> None:
+def test_a_model_equals_pefts(family: str, settings: dict[str, Any]) -> None:
     """Loss and the gradient of every A and B, PEFT running one document after the other."""
     ours, documents = tiny_model(family, FP64, **settings), tiny_documents()
     theirs = get_peft_model(
@@ -91,7 +93,7 @@ def test_a_model_equals_pefts(family: str, settings: dict[str, object]) -> None:
             r=4,
             lora_alpha=6,
             use_rslora=bool(settings.get("use_rslora")),
-            target_modules=settings.get("lora_target_modules", "all-linear"),  # type: ignore[arg-type]
+            target_modules=settings.get("lora_target_modules", "all-linear"),
         ),
     )
     weights = {name.replace(".default.weight", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
@@ -139,7 +141,9 @@ class Gated(nn.Module):
     def __init__(self, *, full: bool, dropout: float = 0.0) -> None:
         super().__init__()
         bases = linear(5, 6), linear(5, 6, seed=1), linear(6, 5, seed=2)
-        layers = [MasterLinear(b.requires_grad_(True)) if full else adapted(b, dropout=dropout) for b in bases]
+        layers: list[Any] = [
+            MasterLinear(b.requires_grad_(True)) if full else adapted(b, dropout=dropout) for b in bases
+        ]
         self.gate_proj, self.up_proj, self.down_proj = layers
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def their_logits(network: torch.nn.Module) -> Tensor:
         ("phi3", {}),
     ],
 )
-def test_an_adapter_loads_in_peft_and_back(family: str, settings: dict[str, object], tmp_path: Path) -> None:
+def test_an_adapter_loads_in_peft_and_back(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(family, **settings)
     expected = logits(model)
     save_adapter(model.network, tmp_path, LORA | settings, Path("base-model"))
@@ -68,7 +69,7 @@ def test_an_adapter_of_a_bf16_base_is_saved_in_fp32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"), [({"lora_target_modules": ["q_proj"]}, "other layers"), ({"lora_r": 2}, "not \\(2, 48\\)")]
 )
-def test_an_adapter_of_another_shape_is_refused(settings: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_an_adapter_of_another_shape_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     save_adapter(tiny_model().network, tmp_path, LORA, Path("base-model"))
     other = tiny_model(**settings)
     before = logits(other)
@@ -86,7 +87,8 @@ def test_a_fully_trained_model_loads_in_transformers(family: str, tmp_path: Path
         for parameter in model.network.parameters():
             parameter += 0.01
     save_model(model.network, saved, base, torch.float32)
-    theirs, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    theirs, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     torch.testing.assert_close(their_logits(theirs.eval()), logits(model), rtol=1e-4, atol=1e-4)

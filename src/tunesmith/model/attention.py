@@ -131,7 +131,8 @@ class _Kernel(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (dout,) = gradients
         q, k, v, out, logsumexp, *segments = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tensors = (q, k, v, out, logsumexp, dout.contiguous(), dq, dk, dv)

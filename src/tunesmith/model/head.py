@@ -60,7 +60,8 @@ class _SupervisedLoss(torch.autograd.Function):
         return (losses_S * weights.to(losses_S.dtype)).sum(), losses_S
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _dlosses: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        dloss, _ = gradients
         dhidden, dweight = ctx.saved_tensors
         return dhidden.mul(dloss), None if dweight is None else dweight.mul(dloss), None, None, None
 

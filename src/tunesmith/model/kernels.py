@@ -125,9 +125,9 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse_rms = ctx.saved_tensors
-        width, dy = x.shape[-1], dy.contiguous()
+        width, dy = x.shape[-1], gradients[0].contiguous()
         dx = torch.empty_like(x)
         call("rms_norm_backward", x, weight, inverse_rms, dy, dx, x.numel() // width, width)
         dweight = None
@@ -156,9 +156,9 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cosine, sine, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _rotate(dy, cosine, sine, -1.0), None, None
+        return _rotate(gradients[0], cosine, sine, -1.0), None, None
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:

@@ -7,18 +7,16 @@ Legend: T tokens, H hidden, D head size, F MLP width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.model import kernels
 from tunesmith.model.attention import Rule, attend
+from tunesmith.model.cache import RowCache
 from tunesmith.model.lora import Operand, project
 from tunesmith.types import Layout
-
-if TYPE_CHECKING:
-    from tunesmith.model.cache import RowCache
 
 
 class Norm(nn.Module):
@@ -105,7 +103,8 @@ class _GatedMlp(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
         x_NH, gate, up, z_gate, z_up, z_down = ctx.saved_tensors
         (gate_of, up_of, down_of), masks = ctx.operands, ctx.masks
         dy_NH = dy.reshape(len(x_NH), -1)
@@ -137,14 +136,14 @@ class LastLayer(nn.Module):
     """A pre-norm decoder layer whose output is computed at the `kept` positions only: nothing above it needs the rest.
     Keys and values are still of all tokens."""
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Any) -> None:
         super().__init__()
         self.self_attn, self.mlp = stock.self_attn, stock.mlp
         self.input_layernorm, self.post_attention_layernorm = stock.input_layernorm, stock.post_attention_layernorm
         self.residual_multiplier = float(getattr(stock, "residual_multiplier", 1.0))
         self.self_attn.prunes = True
 
-    def forward(self, hidden_states, kept=None, **kwargs):
+    def forward(self, hidden_states: Tensor, kept: Tensor | None = None, **kwargs: Any) -> Tensor:
         out, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), kept=kept, **kwargs)
         residual = hidden_states if kept is None else hidden_states.index_select(1, kept)
         residual = torch.add(residual, out, alpha=self.residual_multiplier)

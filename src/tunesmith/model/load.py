@@ -13,9 +13,10 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tunesmith.model.attention import stock_attention
@@ -32,7 +33,7 @@ AttentionInterface.register(PACKED, stock_attention)
 
 def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """The stock network with weights in `dtype`, evaluation mode, nothing trainable, remote code refused."""
-    network = AutoModelForCausalLM.from_pretrained(
+    network: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
     )
     return network.to(device).eval().requires_grad_(False)
@@ -68,6 +69,7 @@ def shortest_window(network: PreTrainedModel) -> int | None:
 
 def head_of(network: PreTrainedModel) -> Head:
     config, output = network.config, network.get_output_embeddings()
+    assert output is not None, "a causal language model has a head"
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return Head(output.weight, output.bias, float(scale), float(getattr(config, "final_logit_softcapping", None) or 0))
@@ -81,7 +83,7 @@ class LanguageModel:
 
     def __init__(self, network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto") -> None:
         self.network, self.dtype, self.backend = network, dtype, backend
-        self.decoder: nn.Module = network.base_model
+        self.decoder: Any = network.base_model
         network.set_attn_implementation(PACKED)
         self.pruned = prune_last(self.decoder.layers)
 
