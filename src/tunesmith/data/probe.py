@@ -53,7 +53,7 @@ def probe(template: ChatTemplate, tokenizer: ChatTokenizer, variables: Mapping[s
         object_arguments=KEY in from_object and VALUE in from_object and f"'{KEY}'" not in from_object,
         text_arguments=json.dumps({KEY: VALUE}) in prober.plain([USER, as_text], Habits(parts)),
     )
-    tokenizer.demote(prober.between_turns(habits))
+    tokenizer.demote(prober.around_users(habits))
     call = as_object if habits.object_arguments else as_text
     ends = [
         prober.end(habits, [USER, ASSISTANT], NEXT_USER, ANSWER),
@@ -92,13 +92,13 @@ class _Prober:
         text = self.plain([USER, ASSISTANT], habits)
         return QUESTION in text and ANSWER in text
 
-    def between_turns(self, habits: Habits) -> list[Control]:
-        """What stands between an answer and the next question."""
+    def around_users(self, habits: Habits) -> list[Control]:
+        """What stands between an answer and the next question, and behind that question."""
         marked = self.marked([USER, ASSISTANT, NEXT_USER], habits)
-        if marked is None or ANSWER not in marked.plain or NEXT not in marked.plain:
+        if marked is None or ANSWER not in marked.plain:
             return []
-        start, end = marked.plain.index(ANSWER), marked.plain.index(NEXT)
-        return [found.control for found in marked.controls if start < found.start < end]
+        begin = marked.plain.index(ANSWER)
+        return [found.control for found in marked.controls if found.start > begin]
 
     def end(self, habits: Habits, messages: Sequence[Json], following: Json, answer: str) -> Control | None:
         """The token that ends the last of the messages, whose last text is `answer`."""

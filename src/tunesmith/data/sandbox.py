@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import pass_environment
-from jinja2.filters import FILTERS, do_indent, do_title
+from jinja2.filters import FILTERS, do_title
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -185,8 +185,10 @@ def _replace(text: Any, old: str, new: str, count: int | None = None) -> Tracked
 def _indent(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> Tracked:
     if isinstance(width, str) or not 0 <= width <= MAX_INDENT:
         raise LostOrigin(f"indent by a text or by more than {MAX_INDENT}")
-    text = written(text)
-    return changed(text, do_indent(text, width, first, blank), "indent")
+    margin, newline = literal(" " * width), literal("\n")
+    lines = (written(text) + newline).splitlines()
+    wanted = [first if i == 0 else bool(line) or blank for i, line in enumerate(lines)]
+    return newline.join([margin + line if wants else line for line, wants in zip(lines, wanted, strict=True)])
 
 
 def _json(

@@ -24,6 +24,7 @@ from tunesmith.errors import InputError
 from tunesmith.types import Json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 SHORT_TEXT = 64  # characters; such runs repeat in every row and are remembered
 REMEMBERED = 10_000
 
@@ -61,8 +62,7 @@ class ChatTokenizer:
     """Read-only after construction, but for a memory of short texts."""
 
     def __init__(self, tokenizer_json: bytes, config: Json, named: dict[str, str], end_ids: tuple[int, ...]) -> None:
-        data: Json = json.loads(tokenizer_json)
-        data["truncation"] = data["padding"] = None
+        data = _parsed(tokenizer_json)
         self.named = named
         self.sha256 = hashlib.sha256(tokenizer_json).hexdigest()
         usual = {token["content"] for token in data["added_tokens"] if not token["special"]} - set(named.values())
@@ -89,12 +89,16 @@ class ChatTokenizer:
         config = read_json(folder / "tokenizer_config.json")
         ends = read_json(folder / "generation_config.json").get("eos_token_id")
         end_ids = (ends,) if isinstance(ends, int) else tuple(ends or ())
-        return cls(path.read_bytes(), config, _named_tokens(folder, config), end_ids)
+        try:
+            return cls(path.read_bytes(), config, _named_tokens(folder, config), end_ids)
+        except InputError as error:
+            raise InputError(error.what, where=str(path), fix=error.fix) from error
 
     def demote(self, controls: Iterable[Control]) -> None:
-        """Make structural tokens that mark turns control tokens: they must not come from an answer's text."""
-        for control in controls:
-            self.controls[control.text] = replace(control, structural=False)
+        """Make structural tokens that mark turns control tokens, with their partners: an answer must not write them."""
+        for text in [name for control in controls for name in (control.text, _partner(control.text))]:
+            if text in self.controls:
+                self.controls[text] = replace(self.controls[text], structural=False)
 
     def id(self, text: str) -> int | None:
         return self._head.token_to_id(text) if text else None
@@ -136,6 +140,17 @@ class ChatTokenizer:
         plain = self._head.encode("a", add_special_tokens=False).ids
         count = next(n for n in range(len(with_special) + 1) if with_special[n : n + len(plain)] == plain)
         return tuple(with_special[:count])
+
+
+def _parsed(tokenizer_json: bytes) -> Json:
+    try:
+        data = json.loads(tokenizer_json)
+    except ValueError as error:
+        raise InputError(f"the tokenizer.json is not valid JSON: {error}") from error
+    kind = data.get("model", {}).get("type", "BPE") if isinstance(data, dict) else None
+    if kind not in MODELS or "added_tokens" not in data:
+        raise InputError(f"the tokenizer.json has no added_tokens, or an unknown model {kind!r}")
+    return data | {"truncation": None, "padding": None}
 
 
 def read_json(path: Path) -> Json:
@@ -182,10 +197,7 @@ def _plain_tokenizer(data: Json, usual: set[str]) -> tuple[Tokenizer, set[str]]:
 
 
 def _load(data: Json) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(data))
-    except ValueError as error:
-        raise InputError(f"the tokenizer.json cannot be read: {error}") from error
+    tokenizer = Tokenizer.from_str(json.dumps(data))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -193,8 +205,8 @@ def _load(data: Json) -> Tokenizer:
 def _variant(data: Json, usual: Tokenizer, *, keep_always: bool) -> Tokenizer:
     """The tokenizer for text that something stands before: without a space that is put in front of the first text
     only, and with `keep_always=False` of every text."""
-    parts = {name: _without_prefix(data[name], keep_always) for name in ("normalizer", "pre_tokenizer")}
-    return usual if all(parts[name] == data[name] for name in parts) else _load(data | parts)
+    parts = {name: _without_prefix(data.get(name), keep_always) for name in ("normalizer", "pre_tokenizer")}
+    return usual if all(parts[name] == data.get(name) for name in parts) else _load(data | parts)
 
 
 def _without_prefix(part: Json | None, keep_always: bool) -> Json | None:

@@ -1,0 +1,198 @@
+"""Tracked renders against plain Jinja, and templates that mean harm."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.data.chat import track
+from tunesmith.data.template import MAX_SOURCE, ChatTemplate, find_templates
+from tunesmith.data.tracked import TEMPLATE, TOOLS, VALUE, Tracked, origin_of, plain, stretches
+from tunesmith.errors import InputError
+
+NOW = datetime(2026, 3, 4, 5, 6, 7)
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": "  Ünïcode <b> & 'quotes' \"twice\"\nline two\t", "n": 3},
+    {
+        "role": "assistant",
+        "content": "<think>\nhm\n</think>\n\nßtraße",
+        "calls": [{"name": "f", "arguments": {"x": 1.5}}],
+    },
+]
+
+
+def rendered(source: str, **variables: Any) -> Tracked:
+    template = ChatTemplate(source, now=NOW)
+    tracked = [track(message, origin_of(i, "content")) for i, message in enumerate(MESSAGES)]
+    given = {"tools": [{"name": "f"}], "flag": True, **variables}
+    text = template.render({"messages": tracked, **{key: track(value, TOOLS) for key, value in given.items()}})
+    assert plain(text) == template.stock({"messages": MESSAGES, **given})
+    return text
+
+
+def writers(text: Tracked) -> dict[str, int]:
+    return {plain(text)[start:end]: origin for start, end, origin in stretches(text)}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{{ '\\n' }}{% endfor %}",
+        "{{ messages[0].content + 'x' + messages[1].content }}{{ 'a' ~ messages[0].n ~ none ~ true ~ undefined_name }}",
+        "{{ messages[1].content.split('</think>')[-1].lstrip('\\n') }}{{ 'b' in messages[0].content }}",
+        "{{ messages[1].content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] }}",
+        "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
+        "{{ tools | tojson(separators=(',', ':'), sort_keys=true) }}",
+        "{{ messages | tojson(ensure_ascii=true) }}{{ messages[1].calls }}{{ messages[0] }}",
+        "{% for k, v in messages[1].calls[0].arguments.items() %}{{ k }}={{ v }}{% endfor %}",
+        "{% for k, v in messages[1] | dictsort %}{{ k }}:{{ v | string }};{% endfor %}",
+        "{{ messages | map(attribute='role') | join(', ') }}",
+        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | first | upper }}",
+        "{{ messages[0].content | title }}{{ messages[0].content | capitalize }}{{ messages[0].content.lower() }}",
+        "{{ messages[0].content | replace('<b>', '**') | replace('line', 'LINE', 1) | indent(3, true) }}",
+        "{{ messages[1].content | indent(2, blank=true) }}",
+        "{{ '%s and %s: 100%%' % (messages[0].role, messages[0].n) }}{{ '[%s]' | format(messages[1].role) }}",
+        "{{ '=' * 5 }}{{ 2 ** 3 * 4 % 5 - 1 }}{{ [1] * 2 + [3] }}",
+        "{{ messages[::-1][0].role }}{{ messages[0].content[2:9:2] }}",
+        "{% macro f(m, sep='|') %}{{ sep }}{{ m.content }}{{ caller() if caller }}{% endmacro %}{{ f(messages[0]) }}"
+        "{% call f(messages[1]) %}inner{% endcall %}",
+        "{% set ns = namespace(text='', n=0) %}{% for m in messages %}{% set ns.text = ns.text + m.content %}"
+        "{% set ns.n = ns.n + 1 %}{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ ns.text }}{{ ns.n }}",
+        "{% set x %}block {{ messages[0].role }}{% endset %}{{ x | trim }}{% filter upper %}{{ x }}{% endfilter %}",
+        "{% generation %}{{ messages[1].content }}{% endgeneration %}",
+        "{{ strftime_now('%d %b %Y') }}{{ x | default('none') }}",
+        "  {% if flag %}\n  kept  \n  {%- endif %}\n{# comment #}\n  tail",
+        "{{ {'k': messages[0].role, 'n': [1, 2.5, none]} | tojson }}{{ 1.50 }}{{ [] }}",
+        "{{ messages[0].content.partition('b')[2] }}{{ messages[0].content.splitlines() | join('/') }}"
+        "{{ messages[0].content.removeprefix('  ') }}{{ cycler('x', 'y').next() }}",
+        "{{ messages | length }}{{ messages[0].content | length }}{{ '12' | int + 1 }}{{ loop is defined }}",
+        "{% for m in messages if m.role != 'user' %}{{ loop.index }}{{ loop.previtem }}{% else %}none{% endfor %}",
+    ],
+)  # fmt: skip
+def test_text_equals_plain_jinja(source: str) -> None:
+    assert rendered(source)
+
+
+def test_each_character_has_its_writer() -> None:
+    text = rendered(
+        "<s>{% for m in messages[1:] %}{{ '[' + m.content | trim + ']' }}{% endfor %}{{ tools[0].name }}{{ 7 }}"
+    )
+    assert writers(text) == {
+        "<s>[": TEMPLATE,
+        "<think>\nhm\n</think>\n\nßtraße": origin_of(1, "content"),
+        "]": TEMPLATE,
+        "f": TOOLS,
+        "7": TEMPLATE,
+    }
+    assert writers(rendered("{{ messages[0].n }}")) == {"3": VALUE}
+
+
+def test_json_text_belongs_to_the_message_inside() -> None:
+    text = rendered("{{ '<' }}{{ {'call': messages[1].calls} | tojson }}{{ '>' }}")
+    assert [origin for _, _, origin in stretches(text)] == [TEMPLATE, origin_of(1, "content"), TEMPLATE]
+    mixed = rendered("{{ [messages[0].role, messages[1].role] | tojson }}")
+    assert set(writers(mixed).values()) == {VALUE}
+
+
+@pytest.mark.parametrize(
+    ("source", "construct"),
+    [
+        ("\n{{ messages[0].content | escape }}", "line 2: the filter 'escape'"),
+        ("{{ messages[0].content.center(30) }}", "str.center"),
+        ("{{ '{}'.format(messages[0].role) }}", "str.format"),
+        ("{{ '%05d' % 3 }}", "%0 in a % format"),
+        ("{% for k in dict(a=1) %}{{ k }}{% endfor %}", "unknown origin ('a')"),
+        ("{{ messages[0].content.encode() }}", "str.encode"),
+        ("{{ messages | map(attribute='n') | random }}", "'random'"),
+        ("{{ lipsum() }}", "lipsum"),
+        ("{{ namespace }}", "a type as text"),
+        ("{{ messages[0].content | replace('', '-') }}", "replace of an empty text"),
+        ("{{ (messages[0].role + 'ß') | upper }}", "upper that changes the length"),
+    ],
+)
+def test_constructs_that_lose_origins_are_refused_by_name(source: str, construct: str) -> None:
+    template = ChatTemplate(source, now=NOW, name="model.jinja")
+    with pytest.raises(InputError) as caught:
+        template.render({"messages": [track(message, 4) for message in MESSAGES]})
+    assert construct in str(caught.value)
+    assert "model.jinja, line" in str(caught.value)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 1000000000 }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l[:] %}{% endfor %}",
+        "{{ ([range(99999) | list] * 99999) | map('list') | list | length }}",
+        "{{ 10 ** 10000000000 }}",
+        "{{ [[0] * 9999] * 9999 * 9999 }}",
+        "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+        "{{ (['a' * 99999] * 999999) | tojson }}",
+        "{{ messages | tojson(indent=1000000000) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ 'a'.ljust(1000000000) }}",
+        "{{ (5).to_bytes(1000000000, 'big') }}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ range(1000000000) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ messages.append(1) }}",
+        "{% include 'secret' %}",
+        "{% set ns = namespace(_x=1) %}",
+        "{{ 1 / 0 }}",
+        "{{ raise_exception('not this row') }}",
+    ],
+)
+def test_hostile_templates_end_soon_with_a_clear_error(source: str) -> None:
+    with pytest.raises(InputError, match="line 1: "):
+        ChatTemplate(source, now=NOW).render({"messages": [track(message, 4) for message in MESSAGES]})
+
+
+def test_the_sandbox_has_no_way_to_python() -> None:
+    for source in ("{{ lipsum.__globals__ }}", "{{ messages[0].content._runs }}", "{{ 'x' | attr('__class__') }}"):
+        assert rendered(source) == ""
+
+
+def test_a_broken_template_is_named_with_its_line() -> None:
+    with pytest.raises(InputError) as caught:
+        ChatTemplate("{% if a %}\n\n{{ b ", now=NOW, name="broken.jinja")
+    assert caught.value.where.startswith("broken.jinja:3")
+    for source in ("{% autoescape true %}{% endautoescape %}", "{{ " + "(" * 3000 + " }}", "x" * (MAX_SOURCE + 1)):
+        with pytest.raises(InputError, match="chat template"):
+            ChatTemplate(source, now=NOW)
+
+
+def test_a_render_that_failed_leaves_the_next_one_alone() -> None:
+    template = ChatTemplate("{% if bomb %}{{ range(99999) | list | map('lower') | list * 99 }}{% endif %}ok", now=NOW)
+    with pytest.raises(InputError):
+        template.render({"bomb": True})
+    assert template.render({"bomb": False}) == "ok"
+
+
+def test_templates_are_found_where_models_keep_them(tmp_path: Path) -> None:
+    assert find_templates(tmp_path, None, NOW) == {}
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"chat_template": "from config"}')
+    assert find_templates(tmp_path, None, NOW)["default"].source == "from config"
+    config.write_text(
+        '{"chat_template": [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]}'
+    )
+    assert {name: t.source for name, t in find_templates(tmp_path, None, NOW).items()} == {
+        "default": "a",
+        "tool_use": "b",
+    }
+    (tmp_path / "chat_template.jinja").write_text("from file")
+    assert [t.source for t in find_templates(tmp_path, None, NOW).values()] == ["from file"]
+    given = tmp_path / "mine.jinja"
+    given.write_text("mine")
+    assert find_templates(tmp_path, given, NOW)["default"].source == "mine"
+    with pytest.raises(InputError, match="cannot be read"):
+        find_templates(tmp_path, tmp_path / "missing.jinja", NOW)

@@ -1,0 +1,96 @@
+"""Model folders with toy tokenizers: real pipelines of the tokenizers library, trained on a sentence."""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+
+SENTENCES = [
+    "the user asks the assistant\nand the assistant answers the user\n\nsystem: you are a helpful assistant",
+    "assistant\nuser\nsystem\n hello there 12 345 <think> </think> <tool_call> Größe ä ö ü",
+]
+TAG = re.compile(r"</?[a-z_]+>")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+
+@cache
+def bytes_bpe() -> str:
+    """A byte-level BPE of 400 tokens, as JSON."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    return tokenizer.to_str()
+
+
+@cache
+def sentence_bpe(kind: str) -> str:
+    """A BPE over letters and ▁, as Llama 2 and Gemma have. `kind` says who puts the first ▁ there."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    if kind == "prepend":
+        steps.insert(0, normalizers.Prepend("▁"))
+    if kind in ("first", "always"):
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    special = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer.train_from_iterator(
+        SENTENCES * 3, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    )
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] == "<unk>"]
+    data["decoder"] = {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]}  # fmt: skip
+    return json.dumps(data)
+
+
+def merging_line_ends() -> str:
+    """A BPE that makes one token of two line ends, as most do."""
+    data = json.loads(sentence_bpe("none"))
+    data["model"]["vocab"] |= {"\n\n": 500}
+    data["model"]["merges"].insert(0, ["\n", "\n"])
+    return json.dumps(data)
+
+
+def folder(
+    path: Path,
+    template: str | None = CHATML,
+    tokens: Sequence[str | AddedToken] = CHATML_TOKENS,
+    *,
+    base: str | None = None,
+    bos: str | None = None,
+    **config: Any,
+) -> Path:
+    """Tokens are special, tags like <think> are not. `bos` is put in front of plain text."""
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_str(base or bytes_bpe())
+    tokenizer.add_tokens(
+        [
+            token
+            if isinstance(token, AddedToken)
+            else AddedToken(token, special=not TAG.fullmatch(token), normalized=False)
+            for token in tokens
+        ]
+    )
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+        config["bos_token"] = bos
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", **config}))
+    if template is not None:
+        (path / "chat_template.jinja").write_text(template)
+    return path
