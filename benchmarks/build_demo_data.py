@@ -28,7 +28,7 @@ LICENCES = {
 SYSTEM = (
     "Read the Debian changelog entry and answer with one line of JSON: package, upstream (version without epoch and "
     "Debian revision), revision (Debian revision or null), date (YYYY-MM-DD), new_upstream (true or false), "
-    "closes (closed bug numbers, ascending), changes (number of items marked *)."
+    "upload (maintainer, team or nmu), closes (closed bug numbers, ascending)."
 )
 
 ROWS = {"test": 80, "eval": 60, "train": 260}
@@ -40,6 +40,9 @@ HEADER = re.compile(r"(\S+) \(([^)]+)\) [^;]+; urgency=\w+$")
 TRAILER = re.compile(r"^ -- (.+?)  ?(\w{3}, .+)$", re.MULTILINE)
 EMAIL = re.compile(r"[ \t]*<[^<>\s]+@[^<>\s]+>|\b[\w.+-]+@[\w-]+\.[\w.-]+\b")
 CLOSES = re.compile(r"closes:\s*(?:bug)?#?\s?\d+(?:,\s*(?:bug)?#?\s?\d+)*", re.IGNORECASE)
+UNCLEAR = re.compile(r"closes? #|binary-only|\bQA (?:group )?upload", re.IGNORECASE)
+UPLOAD = re.compile(r"non-maintainer upload|\bNMU\b|team upload", re.IGNORECASE)
+UPLOAD_ITEM = re.compile(r"^\s+\* (non-maintainer upload|NMU|team upload)", re.IGNORECASE | re.MULTILINE)
 NEW_UPSTREAM = re.compile(
     r"new (?:\w+ )?(?:upstream|major|minor|bugfix|patch)|upstream (?:release|version)", re.IGNORECASE
 )
@@ -115,13 +118,15 @@ def split_version(version: str) -> tuple[str, str | None]:
 
 
 def answer_of(entry: str, previous: str) -> dict[str, object] | None:
-    """What the entry says, or None where its text does not settle it: words against versions, odd bullets."""
+    """What the entry says, or None where its text does not settle it: words against versions, say."""
     head, before = HEADER.match(entry.partition("\n")[0]), re.match(r"\S+ \(([^)]+)\)", previous)
-    trailer, items = TRAILER.search(entry), len(re.findall(r"^  \* ", entry, re.MULTILINE))
-    if head is None or before is None or trailer is None or not items:
+    trailer = TRAILER.search(entry)
+    if head is None or before is None or trailer is None or UNCLEAR.search(entry):
         return None
-    if items != len(re.findall(r"^\s*\*", entry, re.MULTILINE)) or re.search(r"closes? #", entry, re.IGNORECASE):
+    mentions, items = UPLOAD.findall(entry), UPLOAD_ITEM.findall(entry)
+    if len(mentions) > 1 or mentions != items:
         return None
+    upload = "maintainer" if not items else "team" if items[0].lower().startswith("team") else "nmu"
     upstream, revision = split_version(head[2])
     new_upstream = upstream != split_version(before[1])[0]
     if revision is not None and new_upstream != bool(NEW_UPSTREAM.search(entry)):
@@ -132,8 +137,8 @@ def answer_of(entry: str, previous: str) -> dict[str, object] | None:
         "revision": revision,
         "date": parsedate_to_datetime(trailer[2]).date().isoformat(),
         "new_upstream": new_upstream and revision is not None,
+        "upload": upload,
         "closes": sorted({int(n) for match in CLOSES.findall(entry) for n in re.findall(r"\d+", match)}),
-        "changes": items,
     }
 
 

@@ -17,7 +17,7 @@ from tunesmith.types import Json
 
 FOLDER = Path(tunesmith.demo.__file__).parent
 SPLITS = ("train", "eval", "test")
-FIELDS = ["package", "upstream", "revision", "date", "new_upstream", "closes", "changes"]
+FIELDS = ["package", "upstream", "revision", "date", "new_upstream", "upload", "closes"]
 
 
 def lines_of(name: str) -> list[Json]:
@@ -71,7 +71,8 @@ def test_answers_are_what_the_entry_says(split: str) -> None:
         assert version is not None
         assert version.groups() == (answer["package"], answer["upstream"] + revision)
         assert parsedate_to_datetime(last.partition("  ")[2]).strftime("%Y-%m-%d") == answer["date"]
-        assert sum(line.startswith("  * ") for line in entry.splitlines()) == answer["changes"]
+        said = [word for word in ("team upload", "non-maintainer upload", "nmu") if f"* {word}" in entry.lower()]
+        assert answer["upload"] == ({"team upload": "team"}.get(said[0], "nmu") if said else "maintainer")
         assert answer["closes"] == sorted(answer["closes"])
         assert all(re.search(rf"\b{number}\b", entry) for number in answer["closes"])
         assert bool(answer["closes"]) == ("closes:" in entry.lower())
@@ -92,7 +93,7 @@ def test_no_two_entries_are_near_duplicates() -> None:
 def test_no_constant_answer_gets_a_field_right_on_most_rows() -> None:
     for field in FIELDS:
         values = [json.dumps(answer[field]) for _, answer in rows_of("test")]
-        assert max(values.count(value) for value in set(values)) < 0.65 * len(values), field
+        assert max(values.count(value) for value in set(values)) < 0.75 * len(values), field
 
 
 def test_no_mail_address_is_left() -> None:
