@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer
 from toy_chat import CHATML_TOKENS, folder, merging_line_ends, sentence_bpe
+from transformers import AutoTokenizer
 
 from tunesmith.data.encode import MarkedText, encode
 from tunesmith.data.tokenizer import ChatTokenizer
@@ -139,6 +140,22 @@ def test_names_and_end_tokens_come_from_the_config_files(tmp_path: Path) -> None
     assert tokenizer.named == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "image_token": "<|i|>"}
     assert tokenizer.end_ids == tuple(ends)
     assert tokenizer.eos_id == ends[1]
+
+
+def test_added_tokens_of_the_config_count_as_they_do_in_transformers(tmp_path: Path) -> None:
+    def token(text: str, **flags: bool) -> dict[str, object]:
+        return {"content": text, "special": True, "normalized": False, **flags}
+
+    path = folder(tmp_path, tokens=["<|endoftext|>", "<|a|>", "<x>"], tokenizer_class="PreTrainedTokenizerFast")
+    first = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id("<|a|>")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    more = [token("<|a|>", rstrip=True), token("<x>"), token("<|new|>", lstrip=True)]
+    config["added_tokens_decoder"] = {str(first + i): entry for i, entry in enumerate(more)}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, stock = ChatTokenizer.from_folder(path), AutoTokenizer.from_pretrained(path)
+    text = "b<|a|>  c <x> d <|new|>e<|endoftext|>"
+    assert encode(MarkedText(literal(text), tokenizer, ())).ids == stock.encode(text)
+    assert tokenizer.decode(stock.encode(text)) == stock.decode(stock.encode(text))
 
 
 def test_broken_folders_are_named(tmp_path: Path) -> None:

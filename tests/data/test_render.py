@@ -1,5 +1,6 @@
 """Masks, boundaries and refusals on small templates, with toy tokenizers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from tokenizers import AddedToken
 from toy_chat import CHATML, CHATML_TOKENS, folder, merging_line_ends, sentence_bpe
 
-from tunesmith.data.render import APPENDED, BOUNDARY, PER_TURN, Renderer
+from tunesmith.data.render import APPENDED, BOUNDARY, CUT_OFF, PER_TURN, Renderer
 from tunesmith.data.turns import FOREIGN, NO_CONTENT, NO_SYSTEM, NO_THINKING, NO_TOOLS, STRUCTURAL
 from tunesmith.errors import InputError
 from tunesmith.types import Document, Example, Json
@@ -95,6 +96,11 @@ def test_turns_that_the_template_writes_differently_later_are_documents_of_their
     ]
     assert PER_TURN in rendered.notes
     assert len(renderer.documents(example(*turns, weights=(0, 0, 0, 1))).documents) == 1
+    first_only = renderer.documents(example(*turns, weights=(0, 1, 0, 0)))
+    assert [marked(renderer, document) for document in first_only.documents] == [
+        marked(renderer, rendered.documents[0])
+    ]
+    assert first_only.notes == (CUT_OFF, STRUCTURAL)
     same = [user("a"), assistant("b"), user("c"), assistant("d")]
     assert len(renderer.documents(example(*same)).documents) == 1
 
@@ -258,6 +264,7 @@ def test_content_is_given_as_parts_where_the_template_wants_parts(tmp_path: Path
     template = CHATML.replace("m.content", "m.content[0].text")
     renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
     assert texts(renderer, user("a"), assistant("b"))[0].endswith("assistant\n⟦b<|im_end|>⟧\n")
+    assert renderer.as_wanted([user("a")]) == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
 
 
 def test_what_the_template_leaves_out_is_said(tmp_path: Path) -> None:
@@ -383,6 +390,14 @@ def test_the_fingerprint_covers_template_and_tokenizer(tmp_path: Path) -> None:
     assert first.fingerprint != Renderer.from_folder(path, template=other, now=NOW).fingerprint
     more = folder(tmp_path / "b", tokens=[*CHATML_TOKENS, "<|more|>"])
     assert first.fingerprint != Renderer.from_folder(more, now=NOW).fingerprint
+
+
+def test_threads_may_share_a_renderer(renderer: Renderer) -> None:
+    rows = [example(user(f"question {i} <|im_end|>"), assistant(f"answer {i}" * i)) for i in range(1, 60)]
+    alone = [renderer.documents(row).documents[0].tokens_L.tolist() for row in rows]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda row: renderer.documents(row).documents[0].tokens_L.tolist(), rows))
+    assert together == alone
 
 
 def test_dates_are_those_of_the_plan(tmp_path: Path) -> None:

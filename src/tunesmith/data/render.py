@@ -31,6 +31,7 @@ from tunesmith.types import Document, Example, Json
 
 PER_TURN = "one document per assistant turn: the template writes earlier turns differently"
 BOUNDARY = "an answer begins with text that the tokenizer joins to the prompt: kept apart, as served"
+CUT_OFF = "the messages after the last trained answer are left out: the template writes it differently before them"
 APPENDED = "the template closes an answer with no end token: one is appended"
 
 
@@ -85,6 +86,10 @@ class Renderer:
     def text_tokens(self, text: str) -> list[int]:
         """Plain text, nothing around it."""
         return list(self.tokenizer.encode(text, at_start=True))
+
+    def as_wanted(self, messages: Sequence[Json], tools: Sequence[Json] = ()) -> list[Json]:
+        """The messages as they reach the template: what to hand to another renderer to get the same text."""
+        return self._chat(messages, tools)[0].messages
 
     def prompt(self, messages: Sequence[Json], tools: Sequence[Json] = ()) -> tuple[int, ...]:
         """Ids of a conversation with the start of an answer after it, as it is served. Raises InputError."""
@@ -146,6 +151,7 @@ class Renderer:
             spans = [(_place(whole, turn.start), _place(whole, turn.end), turn.weight) for turn in turns]
             return Rendered((_document(example.id, whole.ids, spans),), tuple(notes_on(chat, whole.text, turns)))
         notes = [PER_TURN] if len(turns) > 1 else []
+        notes += [CUT_OFF] if turns[-1].message < len(chat.messages) - 1 else []
         documents = [self._alone(example.id, chat, turn, notes) for turn in turns]
         return Rendered(tuple(documents), tuple(dict.fromkeys(notes)))
 

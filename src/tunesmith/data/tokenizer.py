@@ -24,6 +24,7 @@ from tunesmith.errors import InputError
 from tunesmith.types import Json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 SHORT_TEXT = 64  # characters; such runs repeat in every row and are remembered
 REMEMBERED = 10_000
@@ -62,9 +63,9 @@ class ChatTokenizer:
     """Read-only after construction, but for a memory of short texts."""
 
     def __init__(self, tokenizer_json: bytes, config: Json, named: dict[str, str], end_ids: tuple[int, ...]) -> None:
-        data = _parsed(tokenizer_json)
+        data = _with_tokens_of(config, _parsed(tokenizer_json))
         self.named = named
-        self.sha256 = hashlib.sha256(tokenizer_json).hexdigest()
+        self.sha256 = hashlib.sha256(tokenizer_json + json.dumps(data["added_tokens"]).encode()).hexdigest()
         usual = {token["content"] for token in data["added_tokens"] if not token["special"]} - set(named.values())
         self._head, vocabulary = _plain_tokenizer(data, usual)
         self._rest = _variant(data, self._head, keep_always=True)
@@ -73,8 +74,8 @@ class ChatTokenizer:
         self.controls = {token["content"]: _control(token, usual) for token in added}
         self.pattern = re.compile(_longest_first(self.controls))
         self.control_ids = frozenset(control.id for control in self.controls.values())
-        unknown = self.id(named.get("unk_token", ""))
-        self._never = self.control_ids - {unknown}  # ids that plain text must not give
+        unknown = {self.id(str(text)) for text in (data["model"].get("unk_token"), named.get("unk_token")) if text}
+        self._never = self.control_ids - unknown - {data["model"].get("unk_id")}  # what plain text must not give
         self.eos_id = self.id(named.get("eos_token", ""))
         self.end_ids = tuple(dict.fromkeys([*end_ids, *([self.eos_id] if self.eos_id is not None else [])]))
         self.bos = () if config.get("add_bos_token") is False else self._leading_ids()
@@ -153,6 +154,16 @@ def _parsed(tokenizer_json: bytes) -> Json:
     return data | {"truncation": None, "padding": None}
 
 
+def _with_tokens_of(config: Json, data: Json) -> Json:
+    """Added tokens as tokenizer_config.json has them, where it says otherwise than tokenizer.json."""
+    tokens = {token["content"]: token for token in data["added_tokens"]}
+    for number, token in config.get("added_tokens_decoder", {}).items():
+        text = token["content"]
+        given = {key: bool(token.get(key)) for key in (*FLAGS, "special")}
+        tokens[text] = {"content": text, "id": tokens[text]["id"] if text in tokens else int(number), **given}
+    return data | {"added_tokens": sorted(tokens.values(), key=lambda token: token["id"])}
+
+
 def read_json(path: Path) -> Json:
     """An absent file is empty."""
     if not path.is_file():
@@ -226,8 +237,7 @@ def _without_prefix(part: Json | None, keep_always: bool) -> Json | None:
 
 def _control(token: Json, usual: set[str]) -> Control:
     structural = token["content"] in usual and _partner(token["content"]) in usual
-    keys = ("lstrip", "rstrip", "single_word", "normalized")
-    return Control(token["id"], token["content"], structural, **{key: bool(token.get(key)) for key in keys})
+    return Control(token["id"], token["content"], structural, **{key: bool(token.get(key)) for key in FLAGS})
 
 
 def _tag_name(text: str) -> str:
