@@ -59,13 +59,27 @@ class Refusal:
 # ---------------------------------------------------------------- verbs
 
 
-def demo(as_json: AsJson = False) -> None:
-    """The whole story on the embedded example: measure, train, measure again."""
-    from tunesmith.demo import run
-    from tunesmith.display import record_view
+def demo(
+    output_dir: Annotated[
+        Path | None, typer.Option(help="The run folder; else runs/demo-N.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole story on the embedded example: look, plan, prove, measure, train, measure again."""
+    from tunesmith import run
+    from tunesmith.demo import RECIPE, SHOWN_ROWS
+    from tunesmith.display import data_view, plan_table
+    from tunesmith.facts import gather, make_plan, show_rows
+    from tunesmith.recipefile import load_recipe
+    from tunesmith.runfolder import next_run_folder
 
-    record = run()
-    say(record, record_view(record), as_json=as_json)
+    target = output_dir or next_run_folder(Path("runs"), "demo")
+    known = gather(load_recipe(RECIPE, {"output_dir": str(target)}))
+    decided = make_plan(known)
+    if not as_json:
+        say(None, data_view(decided.data), *show_rows(known, rows=SHOWN_ROWS, ids=False), as_json=False)
+        say(None, plan_table(decided), as_json=False)
+    _follow(run.train(decided, known), target, decided.steps, as_json=as_json)
 
 
 def init(
@@ -133,8 +147,9 @@ def train(wish: Wish = None, as_json: AsJson = False) -> None:
     from tunesmith import run
     from tunesmith.facts import gather, make_plan
 
-    decided = make_plan(gather(recipe))
-    _follow(run.train(decided), Path(decided["output_dir"]), decided.steps, as_json=as_json)
+    known = gather(recipe)
+    decided = make_plan(known)
+    _follow(run.train(decided, known), Path(decided["output_dir"]), decided.steps, as_json=as_json)
 
 
 def resume(folder: Run, as_json: AsJson = False) -> None:

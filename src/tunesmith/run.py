@@ -19,15 +19,15 @@ from tunesmith import __version__, facts
 from tunesmith.atomic import new_folder, remove_folder, sha256_of
 from tunesmith.data.dataset import Dataset
 from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import compare_all
 from tunesmith.facts import Facts
 from tunesmith.infer.engine import stream
-from tunesmith.jsonfile import from_json, read_json, to_json
-from tunesmith.measure import Measurement, held_out, measure
+from tunesmith.jsonfile import from_json, read_json
+from tunesmith.measure import Items, Measured, compare_all, eval_loss, items_of, measure
+from tunesmith.model.adapters import adapter_scaled
 from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
 from tunesmith.plan.plan import refuse_without_memory
-from tunesmith.recipe import Recipe
 from tunesmith.runfolder import RunFolder
+from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
 from tunesmith.train.training import Settings, Training
 from tunesmith.types import Comparison, Event, Json, Plan, Request, RunRecord, Saved, StepResult, Verdict
@@ -36,18 +36,15 @@ from tunesmith.workbench import Workbench, set_up
 BEFORE = "before.json"
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    return facts.make_plan(facts.gather(recipe))
-
-
-def train(plan: Plan) -> Iterator[Event]:
-    """A new run. Raises MachineError before anything is loaded when it cannot fit, GateError when the proof fails."""
+def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
+    """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError
+    before anything is loaded when it cannot fit, GateError when the proof fails."""
     refuse_without_memory(plan)
     with RunFolder.create(Path(plan["output_dir"])) as folder:
         folder.write_text("recipe.yaml", yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True))
         folder.write_json("plan.json", plan)
         folder.write_json("data.json", plan.data)
-        yield from _keep(folder, _story(folder, plan, facts.regather(plan)))
+        yield from _keep(folder, _story(folder, plan, known or facts.regather(plan)))
 
 
 def resume(path: Path) -> Iterator[Event]:
@@ -67,45 +64,50 @@ def _keep(folder: RunFolder, events: Iterator[Event]) -> Iterator[Event]:
 
 
 def _story(folder: RunFolder, plan: Plan, known: Facts) -> Iterator[Event]:
+    items = items_of(plan, known)
     bench = set_up(plan, known)
-    checkpoint = folder.latest_checkpoint()
     proof = prove(bench.model, bench.probe)
     yield from proof
-    before = _before(folder, bench)
+    before = _before(folder, bench, items)
     yield from before.scores(step=0)
     training = Training(bench.model, bench.documents_of, Settings.of(plan))
-    if checkpoint is not None:
+    if (checkpoint := folder.latest_checkpoint()) is not None:
         training.restore(checkpoint)
-    with closing(_trained(folder, bench, training)) as events:
-        yield from events
+    with StopWish() as wish, closing(_trained(folder, bench, training, items)) as events:
+        for event in events:
+            yield event
+            if wish.signal and isinstance(event, StepResult):
+                yield _checkpoint(folder, training)
+                raise wish.interruption(f"go on with: tunesmith resume {folder.path}")
     adapter = _save(folder, bench)
-    after = measure(bench)
+    after = measure(bench, items, step=training.step)
     yield from after.scores(step=training.step)
     folder.write_json("record.json", _record(folder, plan, proof, (before, after), adapter))
 
 
-def _before(folder: RunFolder, bench: Workbench) -> Measurement:
+def _before(folder: RunFolder, bench: Workbench, items: Items) -> Measured:
     """The base model's measures; taken once, before any weight has changed."""
     if not (folder.path / BEFORE).exists():
-        folder.write_json(BEFORE, measure(bench))
-    return from_json(Measurement, read_json(folder.path / BEFORE))
+        folder.write_json(BEFORE, measure(bench, items, step=0))
+    return from_json(Measured, read_json(folder.path / BEFORE))
 
 
-def _trained(folder: RunFolder, bench: Workbench, training: Training) -> Iterator[Event]:
+def _trained(folder: RunFolder, bench: Workbench, training: Training, items: Items) -> Iterator[Event]:
     """The training's own events, with a checkpoint and a held-out loss where the plan wants them."""
     plan = bench.plan
     for event in training:
         yield event
         if not isinstance(event, StepResult):
             continue
-        if event.step % plan["eval_steps"] == 0 and "eval_data" in plan.data:
-            yield held_out(bench, "eval_data", step=event.step)
+        if event.step % plan["eval_steps"] == 0 and items.eval_documents:
+            yield eval_loss(bench, items, step=event.step)
         if event.step % plan["save_steps"] == 0 and event.step < plan.steps:
             yield _checkpoint(folder, training)
 
 
 def _checkpoint(folder: RunFolder, training: Training) -> Saved:
-    with folder.checkpoint(training.step, facts={"step": training.step}) as target:
+    needed = sum(3 * p.numel() * p.element_size() for p in training.parameters.values())
+    with folder.checkpoint(training.step, facts={"step": training.step}, needed_bytes=needed) as target:
         training.save(target)
     return Saved(training.step, f"checkpoints/step-{training.step}")
 
@@ -144,7 +146,7 @@ def _record(
     folder: RunFolder,
     plan: Plan,
     proof: Iterable[Verdict],
-    measured: tuple[Measurement, Measurement],
+    measured: tuple[Measured, Measured],
     adapter: Path,
 ) -> RunRecord:
     before, after = measured
@@ -153,7 +155,7 @@ def _record(
         version=__version__,
         plan=plan,
         proof=tuple(proof),
-        comparisons=tuple(compare_all(before.values, after.values)),
+        comparisons=compare_all(before, after, step=len(steps)),
         steps=len(steps),
         tokens=sum(event["tokens"] for event in steps),
         train_seconds=sum(event["seconds"] for event in steps),
@@ -182,8 +184,10 @@ def reopen(path: Path) -> Workbench:
 def evaluate(path: Path) -> tuple[Comparison, ...]:
     """The before/after of a finished run, measured again."""
     bench = reopen(path)
-    before = from_json(Measurement, read_json(path / BEFORE))
-    return tuple(compare_all(before.values, measure(bench).values))
+    items, step = items_of(bench.plan, bench.facts), bench.plan.steps
+    with adapter_scaled(bench.model.network, 0):
+        before = measure(bench, items, step=0)
+    return compare_all(before, measure(bench, items, step=step), step=step)
 
 
 def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
@@ -204,18 +208,3 @@ def _system(rows: Dataset) -> tuple[Json, ...]:
     """The system message that training rows begin with: served the same way."""
     messages = rows.example(0).messages if len(rows) else ()
     return messages[:1] if messages and messages[0]["role"] == "system" else ()
-
-
-# ---------------------------------------------------------------- before a run
-
-
-def check_data(recipe: Recipe) -> Json:
-    return facts.reports(facts.gather(recipe))
-
-
-def show_data(recipe: Recipe, *, rows: int, ids: bool) -> Iterator[object]:
-    return facts.show_rows(facts.gather(recipe), rows=rows, ids=ids)
-
-
-def as_json(value: object) -> Json:
-    return to_json(value)

@@ -25,7 +25,7 @@ from tunesmith.facts import Facts
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.load import DTYPES, LanguageModel, adopt, load_network, shortest_window, stock_ids, stock_logits
 from tunesmith.train.preflight import Probe, checked_places, choose_documents
-from tunesmith.types import Document, Example, Plan
+from tunesmith.types import Document, Plan
 
 PROBE_ROWS = 200  # of the training rows, from which the proof's documents are chosen
 STOCK_ID_ROWS = 20
@@ -50,14 +50,6 @@ class Workbench:
     def documents_of(self, step: int) -> Sequence[Document]:
         """The documents of optimizer step 1..steps; a pure function of the plan and the files."""
         return [d for row in self.schedule.rows_of(step) for d in self.rows.documents(row)]
-
-    def examples(self, role: str) -> list[Example]:
-        dataset = self.facts.datasets[role]
-        return [dataset.example(index) for index in range(len(dataset))]
-
-    def documents(self, role: str) -> list[Document]:
-        dataset = self.facts.datasets[role]
-        return [d for index in range(len(dataset)) for d in dataset.documents(index)]
 
 
 def set_up(plan: Plan, facts: Facts) -> Workbench:
