@@ -359,6 +359,16 @@ def test_a_completion_goes_on_from_its_prompt(tmp_path: Path, kind: str) -> None
     assert renderer.decode(document.tokens_L.tolist()).strip() == "the user asks<|endoftext|>"
 
 
+def test_a_completion_is_an_answer_and_its_prompt_is_not(renderer: Renderer) -> None:
+    rendered = renderer.documents(Example("t:1", prompt="<think>", text="<think>a</think> b<|im_end|>"))
+    assert marked(renderer, rendered.documents[0]) == "<think>⟦<think>a</think> b<|im_end|><|endoftext|>⟧"
+    tokens = rendered.documents[0].tokens_L.tolist()
+    assert [tokens.count(renderer.tokenizer.id(text)) for text in ("<think>", "</think>", "<|im_end|>")] == [1, 1, 0]
+    assert rendered.notes == (FOREIGN, STRUCTURAL)
+    plain = renderer.documents(Example("t:1", text="<think>"))
+    assert renderer.tokenizer.id("<think>") not in plain.documents[0].tokens_L
+
+
 def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
     renderer = Renderer.from_folder(folder(tmp_path, None), now=NOW)
     with pytest.raises(InputError, match="no chat template") as caught:

@@ -25,7 +25,8 @@ from tunesmith.data.encode import Encoded, MarkedText, encode
 from tunesmith.data.probe import Protocol, probe
 from tunesmith.data.template import ChatTemplate, find_templates
 from tunesmith.data.tokenizer import ChatTokenizer
-from tunesmith.data.turns import FOREIGN, Turn, check_written, find_turn, notes_on
+from tunesmith.data.tracked import literal, origin_of
+from tunesmith.data.turns import FOREIGN, STRUCTURAL, Turn, check_written, find_turn, notes_on
 from tunesmith.errors import InputError
 from tunesmith.types import Document, Example, Json
 
@@ -107,20 +108,19 @@ class Renderer:
     # ---- plain text
 
     def _text(self, example: Example) -> Rendered:
-        """All is trained but the first token, or the prompt, which is encoded alone as it is served."""
+        """All is trained but the first token, or the prompt, which is encoded alone as it is served. The rest then is
+        an answer: its structural tokens stay tokens."""
         text, prompt = example.text or "", example.prompt or ""
         if not text:
             raise InputError("the text is empty", fix="drop the row")
-        front = list(self.tokenizer.bos)
-        if prompt:
-            front += self.tokenizer.encode(prompt, at_start=True)
-            body = self.tokenizer.encode_continuation(text)
-        else:
-            body = self.tokenizer.encode(text, at_start=True)
-        tokens = [*front, *body, self._text_end()]
-        foreign = self.tokenizer.pattern.search(text) or self.tokenizer.pattern.search(prompt)
-        document = _document(example.id, tokens, [(len(front) if prompt else 1, len(tokens), 1.0)])
-        return Rendered((document,), (FOREIGN,) if foreign else ())
+        both = literal(prompt, origin_of(0, "content")) + literal(text, origin_of(1, "content"))
+        marked = MarkedText(both, self.tokenizer, {1} if prompt else ())
+        encoded = encode(marked, cut=len(prompt))
+        tokens = [*self.tokenizer.bos, *encoded.ids, self._text_end()]
+        begin = len(self.tokenizer.bos) + _place(encoded, len(prompt)) if prompt else 1
+        document = _document(example.id, tokens, [(begin, len(tokens), 1.0)])
+        notes = {FOREIGN: marked.foreign, STRUCTURAL: marked.structural}
+        return Rendered((document,), tuple(note for note, holds in notes.items() if holds))
 
     def _text_end(self) -> int:
         if self.tokenizer.eos_id is not None:
