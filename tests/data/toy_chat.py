@@ -1,4 +1,4 @@
-"""Model folders with toy tokenizers: real pipelines of the tokenizers library, trained on a sentence."""
+"""Model folders with toy tokenizers (real pipelines of the tokenizers library, trained on a sentence), and rows."""
 
 import json
 import re
@@ -9,6 +9,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import ByteLevel
+
+from tunesmith.data.render import Renderer
+from tunesmith.types import Document, Example, Json
 
 SENTENCES = [
     "the user asks the assistant\nand the assistant answers the user\n\nsystem: you are a helpful assistant",
@@ -94,3 +97,35 @@ def folder(
     if template is not None:
         (path / "chat_template.jinja").write_text(template)
     return path
+
+
+def user(content: str) -> Json:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **more: Any) -> Json:
+    return {"role": "assistant", "content": content, **more}
+
+
+def call(**arguments: Any) -> Json:
+    return {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+
+
+def example(*messages: Json, weights: tuple[float, ...] | None = None, tools: tuple[Json, ...] = ()) -> Example:
+    trained = tuple(float(message["role"] == "assistant") for message in messages)
+    return Example("rows:7", messages=messages, turn_weights=weights or trained, tools=tools)
+
+
+def marked(renderer: Renderer, document: Document) -> str:
+    """The text with trained tokens between ⟦ and ⟧."""
+    text, inside = "", False
+    for token, weight in zip(document.tokens_L.tolist(), document.weights_L.tolist(), strict=True):
+        if (weight > 0) != inside:
+            inside = weight > 0
+            text += "⟦" if inside else "⟧"
+        text += renderer.decode([token])
+    return text + ("⟧" if inside else "")
+
+
+def texts(renderer: Renderer, *messages: Json, **more: Any) -> list[str]:
+    return [marked(renderer, document) for document in renderer.documents(example(*messages, **more)).documents]
