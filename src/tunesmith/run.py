@@ -9,7 +9,7 @@ on. The events are the only coupling to whoever watches: the command line prints
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -37,14 +37,16 @@ BEFORE = "before.json"
 
 
 def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
-    """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError
-    before anything is loaded when it cannot fit, GateError when the proof fails."""
+    """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError or
+    InputError before anything is loaded when it cannot fit or be measured, GateError when the proof fails."""
     refuse_without_memory(plan)
+    known = known or facts.regather(plan)
+    items = items_of(plan, known)
     with RunFolder.create(Path(plan["output_dir"])) as folder:
         folder.write_text("recipe.yaml", yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True))
         folder.write_json("plan.json", plan)
         folder.write_json("data.json", plan.data)
-        yield from _keep(folder, _story(folder, plan, known or facts.regather(plan)))
+        yield from _keep(folder, _story(folder, plan, known, items))
 
 
 def resume(path: Path) -> Iterator[Event]:
@@ -53,7 +55,8 @@ def resume(path: Path) -> Iterator[Event]:
     with RunFolder.open(path) as folder:
         if (path / "record.json").exists():
             raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
-        yield from _keep(folder, _story(folder, plan, facts.regather(plan)))
+        known = facts.regather(plan)
+        yield from _keep(folder, _story(folder, plan, known, items_of(plan, known)))
 
 
 def _keep(folder: RunFolder, events: Iterator[Event]) -> Iterator[Event]:
@@ -63,8 +66,7 @@ def _keep(folder: RunFolder, events: Iterator[Event]) -> Iterator[Event]:
         yield event
 
 
-def _story(folder: RunFolder, plan: Plan, known: Facts) -> Iterator[Event]:
-    items = items_of(plan, known)
+def _story(folder: RunFolder, plan: Plan, known: Facts, items: Items) -> Iterator[Event]:
     bench = set_up(plan, known)
     proof = prove(bench.model, bench.probe)
     yield from proof
@@ -92,7 +94,7 @@ def _before(folder: RunFolder, bench: Workbench, items: Items) -> Measured:
     return from_json(Measured, read_json(folder.path / BEFORE))
 
 
-def _trained(folder: RunFolder, bench: Workbench, training: Training, items: Items) -> Iterator[Event]:
+def _trained(folder: RunFolder, bench: Workbench, training: Training, items: Items) -> Generator[Event]:
     """The training's own events, with a checkpoint and a held-out loss where the plan wants them."""
     plan = bench.plan
     for event in training:

@@ -203,7 +203,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer. Greedy at temperature 0; `seed` makes a sampled answer its own, whatever else runs beside."""
+    """One prompt to answer. Greedy at temperature 0; a sampled answer depends on `seed`, not on what runs beside it."""
 
     tokens: tuple[int, ...]
     max_new_tokens: int = 256

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.pack import fed_tokens
@@ -23,7 +22,16 @@ from tunesmith.data.schedule import Schedule
 from tunesmith.errors import InputError
 from tunesmith.facts import Facts
 from tunesmith.model.adapters import METHODS
-from tunesmith.model.load import DTYPES, LanguageModel, adopt, load_network, shortest_window, stock_ids, stock_logits
+from tunesmith.model.load import (
+    DTYPES,
+    LanguageModel,
+    Network,
+    adopt,
+    load_network,
+    shortest_window,
+    stock_ids,
+    stock_logits,
+)
 from tunesmith.train.preflight import Probe, checked_places, choose_documents
 from tunesmith.types import Document, Plan
 
@@ -77,7 +85,7 @@ def _under_plan(plan: Plan, facts: Facts) -> Facts:
     return dataclasses.replace(facts, datasets={**facts.datasets, "data": rows})
 
 
-def _probe(network: nn.Module, facts: Facts, rows: Dataset) -> Probe:
+def _probe(network: Network, facts: Facts, rows: Dataset) -> Probe:
     """Documents of the first rows, and the stock model's word on them."""
     candidates: list[Document] = []
     equal: list[tuple[str, bool]] = []
@@ -88,7 +96,8 @@ def _probe(network: nn.Module, facts: Facts, rows: Dataset) -> Probe:
         candidates += prepared.documents
         comparable = len(prepared.documents) == 1 and not prepared.notes and example.messages
         if comparable and len(equal) < STOCK_ID_ROWS and not dated:
-            stock = stock_ids(facts.model.path, example.messages, example.tools, _template_text(facts.recipe.template))
+            wanted = facts.renderer.as_wanted(example.messages, example.tools)
+            stock = stock_ids(facts.model.path, wanted, example.tools, _template_text(facts.recipe.template))
             ours = prepared.documents[0].tokens_L
             equal.append((example.id, bool(np.array_equal(ours, stock[: len(ours)]))))
     documents = choose_documents(candidates, shortest_window(network))

@@ -26,6 +26,7 @@ from tunesmith.model.layers import Embedding, prune_last, replace_layers
 from tunesmith.types import Batch, Json, Layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+Network = PreTrainedModel  # what other packages call it, since only this one knows transformers
 PACKED = "tunesmith"  # the name of our attention; it has no mask function, so transformers builds no mask for it
 
 AttentionInterface.register(PACKED, stock_attention)
