@@ -21,7 +21,6 @@ check: $(BIN)/pytest  ## style, types, layers
 	$(BIN)/lint-imports
 
 bench: $(BIN)/pytest  ## tunesmith beside TRL + PEFT on the same work
-	$(BIN)/pip install --quiet '.[bench]'
 	$(BIN)/python -m benchmarks.run
 
 format: $(BIN)/pytest

@@ -1,0 +1,67 @@
+"""tunesmith's side: the same rows through `Training`, with the modules, the packs and the loop that every run uses.
+
+python -m benchmarks.ours JOB                   a Job as JSON; options: pack_length
+python -m benchmarks.ours start MODEL FOLDER    writes the adapter that both sides begin with
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from benchmarks.job import LORA, Clock, Job, Outcome, job_of, read_documents, say, threads
+from transformers import PreTrainedModel
+
+from tunesmith.model.adapters import add_lora
+from tunesmith.model.load import adopt, load_network
+from tunesmith.model.saved import load_adapter, save_adapter
+from tunesmith.train.training import Settings, Training
+from tunesmith.types import Document, StepResult
+
+
+def load(model: str) -> PreTrainedModel:
+    network = load_network(Path(model), torch.bfloat16)
+    add_lora(network, LORA)
+    return network
+
+
+def start(model: str, folder: str) -> None:
+    save_adapter(load(model), Path(folder), LORA, Path(model))
+    print(json.dumps(folder))
+
+
+def run(job: Job) -> Outcome:
+    torch.set_num_threads(threads())
+    torch.set_flush_denormal(True)  # as a run of tunesmith does
+    documents = read_documents(job.documents)
+    network = load(job.model)
+    load_adapter(network, Path(job.adapter) / "adapter_model.safetensors")
+    settings = Settings(
+        steps=job.steps,
+        pack_length=job.options["pack_length"],
+        learning_rate=job.learning_rate,
+        warmup_steps=job.warmup_steps,
+        schedule="linear",
+        weight_decay=0.0,
+        max_grad_norm=job.max_grad_norm,
+        seed=0,
+    )
+
+    def documents_of(step: int) -> list[Document]:
+        return documents[(step - 1) * job.batch : step * job.batch]
+
+    training, clock = Training(adopt(network, torch.bfloat16), documents_of, settings), Clock(job, documents)
+    clock.start()
+    for event in training:
+        if isinstance(event, StepResult) and clock.step_done(event.loss):
+            training.stop()
+    return clock.outcome()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "start":
+        start(*sys.argv[2:])
+    else:
+        say(run(job_of(sys.argv[1])))

@@ -1,0 +1,119 @@
+"""Useful tokens a second and peak memory: tunesmith, every setting of TRL, tunesmith again.
+
+Packing is not a setting of its own: on a CPU, TRL computes a pack under a dense mask over all its tokens, and that is
+what "padding-free" measures, without changing which rows make up a step. It counts only if the rows of a forward are
+blind to each other, which is tested in place. Left out: torch.compile, which takes longer here than all of the steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from benchmarks.job import Job, Outcome, run_job, write_documents
+from benchmarks.prepare import Bench, note
+from benchmarks.rows import by_length
+
+from tunesmith.types import Json, ModelSpec
+
+OURS, THEIRS = "benchmarks.ours", "benchmarks.theirs"
+OUR_OPTIONS = {"pack_length": 2048}  # what a plan chooses on a CPU
+PADDED, GROUPED, PADDING_FREE = "padded", "grouped by length", "padding-free"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run TRL. `autocast` is its bf16 flag, `fp32_adapter` PEFT's autocast_adapter_dtype: both on is what
+    users get. The base weights are bf16 in all of them."""
+
+    batch: int
+    layout: str = PADDED
+    autocast: bool = True
+    fp32_adapter: bool = True
+
+    @property
+    def name(self) -> str:
+        products = "autocast" if self.autocast else "no autocast"
+        return f"batch {self.batch}, {self.layout}, {products}, {'fp32' if self.fp32_adapter else 'bf16'} adapter"
+
+    def options(self, *, losses: bool = False) -> Json:
+        return {
+            "padding_free": self.layout == PADDING_FREE,
+            "autocast": self.autocast,
+            "fp32_adapter": self.fp32_adapter,
+            "losses": losses,
+        }
+
+
+# The number formats are tried padded at batch 4; the fastest of them goes on to the other layouts.
+FORMATS = [Setting(4, PADDED, autocast, fp32_adapter) for autocast in (True, False) for fp32_adapter in (True, False)]
+LAYOUTS = [(1, PADDED), (2, PADDED), (8, PADDED), (4, GROUPED), (8, GROUPED)]
+LAYOUTS += [(2, PADDING_FREE), (4, PADDING_FREE), (8, PADDING_FREE)]
+
+
+def speed(bench: Bench) -> Json:
+    ours = [our_run(bench, "tunesmith")]
+    formats = FORMATS[-1:] if bench.quick else FORMATS
+    tried = [their_run(bench, setting) for setting in formats]
+    fastest = formats[tried.index(max(tried, key=tokens_per_second))]
+    for batch, layout in LAYOUTS[-1:] if bench.quick else LAYOUTS:
+        tried.append(their_run(bench, replace(fastest, batch=batch, layout=layout)))
+    ours.append(our_run(bench, "tunesmith again"))
+    return {
+        "tunesmith": {
+            "tokens_per_second": sum(map(tokens_per_second, ours)) / len(ours),
+            "work_per_second": sum(run["work_per_second"] for run in ours) / len(ours),
+            "peak_bytes": max(run["peak_bytes"] for run in ours),
+            "runs": ours,
+        },
+        "trl": {
+            "best": max((run for run in tried if run["isolated"]), key=tokens_per_second),
+            "padded": min(tried[: len(formats)], key=lambda run: run["peak_bytes"]),
+            "settings": tried,
+        },
+    }
+
+
+def tokens_per_second(run: Json) -> float:
+    return run["tokens_per_second"]
+
+
+def our_run(bench: Bench, name: str) -> Json:
+    return timed(OURS, replace(bench.job, options=OUR_OPTIONS), name, bench.spec)
+
+
+def their_run(bench: Bench, setting: Setting) -> Json:
+    documents = bench.documents_file
+    if setting.layout == GROUPED:
+        documents = bench.folder / f"grouped-{setting.batch}.jsonl"
+        write_documents(documents, by_length(bench.documents, setting.batch))
+    steps = bench.size.rows // setting.batch
+    job = replace(bench.job, documents=str(documents), batch=setting.batch, steps=steps, options=setting.options())
+    return timed(THEIRS, job, setting.name, bench.spec)
+
+
+def timed(side: str, job: Job, name: str, spec: ModelSpec) -> Json:
+    outcome = run_job(side, job)
+    leak = "" if outcome.isolated else ", but rows see each other: it does not count"
+    note(f"{name}: {outcome.tokens_per_second:.0f} useful tokens/s, {outcome.peak_bytes / 1e9:.2f} GB{leak}")
+    return as_result(outcome, name, spec)
+
+
+def as_result(outcome: Outcome, name: str, spec: ModelSpec) -> Json:
+    return {
+        "name": name,
+        "tokens_per_second": outcome.tokens_per_second,
+        "work_per_second": outcome.work(spec.block_parameters, spec.head_parameters),
+        **asdict(outcome),
+    }
+
+
+def losses(bench: Bench) -> Json:
+    """The loss of every one of some equal steps; TRL with the number formats that users get."""
+    setting, steps = Setting(batch=2), bench.size.loss_steps
+    job = replace(bench.job, batch=setting.batch, steps=steps, seconds=1e9)
+    sides = {"tunesmith": (OURS, OUR_OPTIONS), "trl": (THEIRS, setting.options(losses=True))}
+    found: Json = {}
+    for name, (side, options) in sides.items():
+        note(f"{name}: {steps} equal steps")
+        found[name] = [step.loss for step in run_job(side, replace(job, options=options)).steps]
+    return found

@@ -1,0 +1,61 @@
+"""The one table of the benchmark, in markdown, from its results."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from tunesmith.types import Json
+
+LAST_STEPS = 5  # whose mean loss is compared
+HEAD = ("", "tunesmith", "TRL {trl} + PEFT {peft}", "ratio", "goal")
+
+
+def table(results: Json) -> str:
+    """A line for each part that was run."""
+    versions = results["versions"]
+    head = [cell.format(trl=versions["trl"], peft=versions["peft"]) for cell in HEAD]
+    lines = [line for part, lines_of in LINES.items() if part in results for line in lines_of(results)]
+    cells = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def final_loss(losses: list[float]) -> float:
+    return mean(losses[-LAST_STEPS:])
+
+
+def speed_lines(results: Json) -> list[list[str]]:
+    ours, theirs = results["speed"]["tunesmith"], results["speed"]["trl"]
+    best = theirs["best"]
+    tokens = [f"{side['tokens_per_second']:.0f}" for side in (ours, best)]
+    ratio = ours["tokens_per_second"] / best["tokens_per_second"]
+    lines = [["useful tokens/s", tokens[0], f"{tokens[1]} ({best['name']})", f"{ratio:.2f}x", "at least 3.0x"]]
+    padded = theirs["padded"]
+    peaks = [f"{side['peak_bytes'] / 1e9:.2f} GB" for side in (ours, padded)]
+    ratio = ours["peak_bytes"] / padded["peak_bytes"]
+    lines.append(["peak memory", peaks[0], f"{peaks[1]} ({padded['name']})", f"{ratio:.2f}x", "at most 0.55x"])
+    if "gemm" in results:
+        rate = results["gemm"]["median"]
+        shares = [f"{side['work_per_second'] / rate:.2f}" for side in (ours, best)]
+        lines.append([f"share of the GEMM rate, {rate / 1e9:.0f} GFLOP/s", *shares, "", "at least 0.60"])
+    return lines
+
+
+def loss_lines(results: Json) -> list[list[str]]:
+    losses = [results["loss"][side] for side in ("tunesmith", "trl")]
+    ours, theirs = (final_loss(side) for side in losses)
+    what = f"loss after {len(losses[0])} equal steps (mean of the last {LAST_STEPS})"
+    return [[what, f"{ours:.4f}", f"{theirs:.4f}", f"{ours / theirs - 1:+.2%}", "within 1%"]]
+
+
+def start_lines(results: Json) -> list[list[str]]:
+    found = results["start"]
+    taken = f"{found['begun']:.1f} s ({found['done']:.1f} s until it is done)"
+    return [[f"start to first step, {found['rows']:,} rows", taken, "", "", "under 15 s"]]
+
+
+def render_lines(results: Json) -> list[list[str]]:
+    rows_a_minute = 60 * results["render"]["rows_per_second"]
+    return [["rendering and tokenising, rows a minute", f"{rows_a_minute:,.0f}", "", "", "at least 150,000"]]
+
+
+LINES = {"speed": speed_lines, "loss": loss_lines, "start": start_lines, "render": render_lines}
