@@ -1,1 +1,22 @@
-"""Shared by all tests. Being here puts this folder on the path, so that tests can import `tiny`."""
+"""Shared by all tests. Being here puts this folder on the path, so that tests can import `tiny` and `tiny_run`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_run import save_model_folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as users have them; not to be changed."""
+    return save_model_folder(tmp_path_factory.mktemp("tiny-model") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _subnormal_numbers() -> Iterator[None]:
+    """A run switches them off for the whole process; the next test finds them as they were."""
+    yield
+    torch.set_flush_denormal(False)

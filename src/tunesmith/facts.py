@@ -77,6 +77,10 @@ def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
         roles["test_data"] = open_dataset(recipe.test_data, renderer)
     elif "eval_data" in roles:
         roles["eval_data"], roles["test_data"] = split(roles["eval_data"], 0.5, recipe.seed + 1)
+    for role in ("eval_data", "test_data"):
+        if role in roles and len(roles[role]) < 2:
+            what = "one row: a score on it has no interval"
+            raise InputError(what, where=f"{role}: {roles[role].path}", fix="give at least two rows, better a hundred")
     roles["data"] = roles["data"].limited(longest, recipe.overlong)
     return roles
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tunesmith.data.sources import open_source
+from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measurement, compare, score
 from tunesmith.evaluate.likelihood import held_out_loss
 from tunesmith.evaluate.retention import GeneralText, read_texts, retention
@@ -42,21 +43,38 @@ class Measured:
 
 
 def items_of(plan: Plan, facts: Facts) -> Items:
-    """Raises InputError for a metric that the rows cannot be measured with."""
+    """Raises InputError for a metric that the rows cannot be measured with, and for a single item of a kind."""
     questions: tuple[Question, ...] = ()
     if "test_data" in facts.datasets:
         dataset = facts.datasets["test_data"]
         asking = [example for i in range(len(dataset)) if (example := dataset.example(i)).messages or example.prompt]
         questions = questions_of(asking, facts.renderer)
         check_questions(questions, plan["metrics"], facts.schema)
+        _refuse_single(len(questions), "test_data", "questions")
+    documents = {role: documents_of(facts, role) for role in ("eval_data", "test_data")}
+    for role in documents.keys() & facts.datasets.keys():
+        rows = {document.id for document in documents[role]}
+        _refuse_single(len(rows), role, "rows with something to predict", empty=True)
+    return Items(questions, documents["test_data"], documents["eval_data"], general_texts(facts))
+
+
+def general_texts(facts: Facts) -> tuple[GeneralText, ...]:
+    """The texts of `retention_data`, at least two that can be measured in each domain."""
     path = facts.recipe.retention_data
-    source = open_source(path) if path is not None else None
-    return Items(
-        questions=questions,
-        test_documents=documents_of(facts, "test_data"),
-        eval_documents=documents_of(facts, "eval_data"),
-        texts=read_texts(source.row(i) for i in range(len(source))) if source is not None else (),
-    )
+    if path is None:
+        return ()
+    source = open_source(path)
+    texts = read_texts(source.row(i) for i in range(len(source)))
+    for domain in dict.fromkeys(text.domain for text in texts):
+        long = [text for text in texts if text.domain == domain and len(facts.renderer.text_tokens(text.text)) > 1]
+        _refuse_single(len(long), f"retention_data: {path}", f"texts of the domain {domain!r}", empty=True)
+    return texts
+
+
+def _refuse_single(count: int, where: str, what: str, *, empty: bool = False) -> None:
+    if count == 1 or (empty and count == 0):
+        fix = "give at least two, better a hundred"
+        raise InputError(f"{count} {what}: at least two are needed for an interval", where=where, fix=fix)
 
 
 def documents_of(facts: Facts, role: str) -> tuple[Document, ...]:

@@ -60,7 +60,9 @@ class DataSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: FilePath = Field(description="The file.")
-    format: str = Field(default="auto", description="Format of its rows; auto detects it and says why.")
+    format: Literal["auto", "messages", "completion", "text"] = Field(
+        default="auto", description="Format of its rows; auto detects it and says why."
+    )
     max_examples: Annotated[int, Field(ge=1), BeforeValidator(_no_switch)] | None = Field(
         default=None, description="Read only this many rows of it."
     )

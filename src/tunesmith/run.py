@@ -25,7 +25,7 @@ from tunesmith.jsonfile import from_json, read_json
 from tunesmith.measure import Items, Measured, compare_all, eval_loss, items_of, measure
 from tunesmith.model.adapters import adapter_scaled
 from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
-from tunesmith.plan.plan import refuse_without_memory
+from tunesmith.plan.plan import refuse_without_room
 from tunesmith.runfolder import RunFolder
 from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
@@ -39,7 +39,7 @@ BEFORE = "before.json"
 def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
     """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError or
     InputError before anything is loaded when it cannot fit or be measured, GateError when the proof fails."""
-    refuse_without_memory(plan)
+    refuse_without_room(plan)
     known = known or facts.regather(plan)
     items = items_of(plan, known)
     with RunFolder.create(Path(plan["output_dir"])) as folder:

@@ -123,6 +123,7 @@ class Plan:
     tokens_per_epoch: int
     memory_bytes: dict[str, int]  # component -> predicted bytes, with "peak"
     warnings: tuple[str, ...] = ()
+    disk_bytes: int = 0  # what the run folder holds at most
 
     def __getitem__(self, key: str) -> Any:
         return self.choices[key].value

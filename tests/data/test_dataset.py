@@ -62,12 +62,10 @@ def test_max_examples_takes_the_first_rows_of_a_file_and_of_all(write, words, ow
     assert dataset.example(len(rows) - 1).id == dataset.id(len(rows) - 1)
 
 
-def test_a_given_format_wins_and_an_unknown_one_is_refused(write, words):
+def test_a_given_format_wins(write, words):
     path = write(lines({"text": "a", "messages": []}))
     dataset = open_dataset([DataSource(path=path, format="text")], words)
     assert (dataset.example(0).text, dataset.reasons) == ("a", ("the recipe says so",))
-    with pytest.raises(InputError, match="there is no format 'alpaca'"):
-        open_dataset([DataSource(path=path, format="alpaca")], words)
 
 
 def test_all_unusable_rows_are_counted_and_the_first_are_named(write, words):

@@ -49,3 +49,11 @@ def peak_memory(
         "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if dtype == "bf16" else 4),
     }
     return parts | {"peak": sum(parts.values())}
+
+
+def disk_needed(spec: ModelSpec, *, method: Literal["lora", "full"], dtype: str, rank: int) -> int:
+    """Bytes that a run holds on disk at most: three checkpoints (two are kept while a third is written) of a weight
+    and two moments in fp32, and the trained weights."""
+    trained = spec.parameters if method == "full" else lora_parameters(spec, rank)
+    final = trained * (2 if method == "full" and dtype == "bf16" else 4)
+    return 3 * 12 * trained + final

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError, MachineError
-from tunesmith.plan.memory import peak_memory
+from tunesmith.plan.memory import disk_needed, peak_memory
 from tunesmith.plan.rules import RULES, Known
 from tunesmith.recipe import KEYS, Recipe
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
@@ -39,7 +39,6 @@ def decide(
     choices["now"] = Choice(now, "rule", "dates in chat templates are frozen at this moment")
     choices["output_dir"] = Choice(str(output_dir), "you" if _set(recipe, "output_dir") else "rule", "the run folder")
     _check_lengths(decided, model)
-    memory = _memory(known, model)
     return Plan(
         recipe=recipe.model_dump(mode="json", by_alias=True),
         choices=choices,
@@ -48,8 +47,9 @@ def decide(
         data=dict(data),
         steps=known.steps,
         tokens_per_epoch=data["data"].tokens,
-        memory_bytes=memory,
+        memory_bytes=_memory(known, model),
         warnings=tuple(_warnings(known, data)),
+        disk_bytes=disk_needed(model, method=decided["method"], dtype=decided["dtype"], rank=decided.get("lora_r", 0)),
     )
 
 
@@ -96,14 +96,20 @@ def _memory(known: Known, model: ModelSpec) -> dict[str, int]:
     )
 
 
-def refuse_without_memory(plan: Plan) -> None:
-    """Raises MachineError when the predicted peak does not fit: said before anything is loaded."""
+def refuse_without_room(plan: Plan) -> None:
+    """Raises MachineError when memory or disk will not do: said before anything is loaded."""
     peak, free = plan.memory_bytes["peak"], plan.machine.available_bytes
     if peak * FITS > free:
         raise MachineError(
             f"the run needs about {peak / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on this machine",
             where="plan",
             fix="lower pack_length or lora_r, use method: lora, a smaller model, or a machine with more memory",
+        )
+    if plan.disk_bytes > plan.machine.disk_free_bytes:
+        raise MachineError(
+            f"the run folder needs up to {plan.disk_bytes:,} bytes, {plan.machine.disk_free_bytes:,} are free",
+            where=str(plan["output_dir"]),
+            fix="free some room, or set output_dir to another disk",
         )
 
 

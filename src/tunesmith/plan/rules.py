@@ -33,8 +33,10 @@ class Known:
 
     @property
     def steps(self) -> int:
-        steps = math.ceil(self.data.rows * self["num_train_epochs"] / self["batch_size"])
-        return max(1, steps if self.max_steps is None else min(steps, self.max_steps))
+        """The same count as data/schedule.py's: a fraction of an epoch is rounded to whole rows."""
+        rows = max(1, round(self.data.rows * self["num_train_epochs"]))
+        steps = math.ceil(rows / self["batch_size"])
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 def rule(value: Any, why: str, source: str = "") -> Choice:
