@@ -1,0 +1,121 @@
+"""A tiny model folder as users have them (config, weights, tokenizer, chat template), rows, and recipes over both."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from tunesmith import facts, run
+from tunesmith.recipe import Recipe
+from tunesmith.types import Event, Json, Plan, StepResult
+
+TURNS = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+END = 257
+
+
+def save_model_folder(path: Path) -> Path:
+    """A random Llama of two layers, one token a byte; answers end in another token than texts."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|start|>", "<|end|>", "<|text|>")])
+    stock = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|text|>", chat_template=TURNS)
+    stock.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=258,
+        bos_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    return path
+
+
+def chat(question: str, answer: str, system: str = "") -> Json:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
+
+
+def sums(first: int, count: int) -> list[Json]:
+    """Rows whose answers are small JSON objects; their lengths differ."""
+    return [
+        chat(f"{n} and {n * n}" + " please" * (n % 3), json.dumps({"sum": n + n * n}))
+        for n in range(first, first + count)
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[Json]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
+    """Six rows, two a step, one epoch: three steps, in fp32. Writes the rows it needs below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, Any] = {
+        "model": str(model),
+        "data": str(write_rows(folder / "train.jsonl", sums(1, 6))),
+        "output_dir": str(folder / "run"),
+        "batch_size": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 0.01,
+        "warmup_ratio": 0,
+        "lora_r": 2,
+        "dtype": "fp32",
+        "attention": "documents",
+    }
+    return Recipe.model_validate(values | changed)
+
+
+def measured_files(folder: Path) -> dict[str, str]:
+    """Held-out rows of each role, and general text of two domains."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [{"text": f"text number {n}", "domain": "ab"[n % 2]} for n in range(4)]
+    return {
+        "eval_data": str(write_rows(folder / "eval.jsonl", sums(100, 3))),
+        "test_data": str(write_rows(folder / "test.jsonl", sums(200, 3))),
+        "retention_data": str(write_rows(folder / "general.jsonl", texts)),
+    }
+
+
+def plan_of(wish: Recipe) -> Plan:
+    return facts.make_plan(facts.gather(wish))
+
+
+def train(wish: Recipe) -> list[Event]:
+    known = facts.gather(wish)
+    return list(run.train(facts.make_plan(known), known))
+
+
+def steps_of(events: Sequence[Event]) -> list[StepResult]:
+    return [event for event in events if isinstance(event, StepResult)]
+
+
+def adapter_bytes(wish: Recipe) -> bytes:
+    assert isinstance(wish.output_dir, Path)
+    return (wish.output_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def until_saved(events: Iterator[Event], step: int) -> None:
+    """Follows a run until its checkpoint of `step` is on disk, then leaves it, as a killed process does."""
+    with suppress(StopIteration):
+        while getattr(next(events), "path", None) != f"checkpoints/step-{step}":
+            pass
+    events.close()  # type: ignore[attr-defined]
