@@ -1,0 +1,129 @@
+"""The facts of a plan: who is trained on, who is held out, what the renderer is, and that they can be found again."""
+
+import json
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_run import END, measured_files, recipe, sums, write_rows
+from tunesmith import facts
+from tunesmith.data.dataset import Dataset
+from tunesmith.errors import InputError
+from tunesmith.jsonfile import from_json, json_bytes
+from tunesmith.types import Plan
+
+MOMENT = datetime(2026, 2, 3, 4, 5, 6, 789)
+
+
+def ids(dataset: Dataset) -> list[str]:
+    return [dataset.id(index) for index in range(len(dataset))]
+
+
+def roles(model: Path, folder: Path, **changed: Any) -> dict[str, list[str]]:
+    found = facts.gather(recipe(model, folder, **changed))
+    return {role: ids(dataset) for role, dataset in found.datasets.items()}
+
+
+def test_each_role_is_its_own_file(tiny_folder: Path, tmp_path: Path) -> None:
+    found = roles(tiny_folder, tmp_path, **measured_files(tmp_path))
+    assert {role: rows[0] for role, rows in found.items()} == {
+        "data": "train.jsonl:1",
+        "eval_data": "eval.jsonl:1",
+        "test_data": "test.jsonl:1",
+    }
+
+
+def test_without_test_data_half_of_the_held_out_rows_is_kept_for_the_end(tiny_folder: Path, tmp_path: Path) -> None:
+    held_out = str(write_rows(tmp_path / "e.jsonl", sums(500, 40)))
+    found = roles(tiny_folder, tmp_path, eval_data=held_out)
+    assert 12 <= len(found["test_data"]) <= 28
+    assert sorted(found["eval_data"] + found["test_data"]) == sorted(f"e.jsonl:{n}" for n in range(1, 41))
+    assert found["data"] == [f"train.jsonl:{n}" for n in range(1, 7)]
+
+
+def test_a_share_of_the_data_is_held_out_and_halved_and_the_seed_chooses(tiny_folder: Path, tmp_path: Path) -> None:
+    data = str(write_rows(tmp_path / "all.jsonl", sums(500, 60)))
+    first = roles(tiny_folder, tmp_path, data=data, eval_split=0.5)
+    assert sorted(chain(*first.values())) == sorted(f"all.jsonl:{n}" for n in range(1, 61))
+    assert all(len(rows) >= 6 for rows in first.values())
+    assert roles(tiny_folder, tmp_path, data=data, eval_split=0.5) == first
+    assert roles(tiny_folder, tmp_path, data=data, eval_split=0.5, seed=1) != first
+
+
+def test_without_held_out_rows_there_is_only_training_data(tiny_folder: Path, tmp_path: Path) -> None:
+    assert roles(tiny_folder, tmp_path).keys() == {"data"}
+
+
+@pytest.mark.parametrize("role", ["eval_data", "test_data"])
+def test_a_role_of_one_row_is_refused_by_name(role: str, tiny_folder: Path, tmp_path: Path) -> None:
+    lonely = str(write_rows(tmp_path / "one.jsonl", sums(500, 1)))
+    files = measured_files(tmp_path) | {role: lonely}
+    with pytest.raises(InputError, match=rf"{role}: .*one\.jsonl: one row: a score on it has no interval"):
+        facts.gather(recipe(tiny_folder, tmp_path, **files))
+
+
+def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> None:
+    known = facts.gather(recipe(tiny_folder, tmp_path, **measured_files(tmp_path), seed=5), now=MOMENT)
+    plan = from_json(Plan, json.loads(json_bytes(facts.make_plan(known))))
+    again = facts.regather(plan)
+    assert (again.recipe, again.model, again.output_dir) == (known.recipe, known.model, known.output_dir)
+    assert again.now == known.now == MOMENT.replace(microsecond=0)
+    assert again.renderer.fingerprint == known.renderer.fingerprint
+    assert {role: d.fingerprint for role, d in again.datasets.items()} == {
+        role: d.fingerprint for role, d in known.datasets.items()
+    }
+    assert facts.make_plan(again).choices.keys() == plan.choices.keys()
+    assert [facts.make_plan(again)[key] for key in plan.choices] == [
+        facts.make_plan(known)[key] for key in plan.choices
+    ]
+
+
+def test_a_changed_file_is_named_with_what_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+    plan = facts.make_plan(facts.gather(recipe(tiny_folder, tmp_path)))
+    write_rows(tmp_path / "train.jsonl", sums(2, 6))
+    with pytest.raises(InputError, match=rf"data: .*train\.jsonl: .*{plan.data['data'].fingerprint[:12]}"):
+        facts.regather(plan)
+
+
+def test_the_folder_of_a_run_is_found_when_none_is_wished_for(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "run-1").mkdir(parents=True)
+    assert facts.gather(recipe(tiny_folder, tmp_path, output_dir="auto")).output_dir == Path("runs/run-2")
+
+
+def test_a_template_of_ones_own_takes_the_place_of_the_models(tiny_folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    wish = recipe(tiny_folder, tmp_path, template=str(own))
+    known = facts.gather(wish)
+    (document,) = known.datasets["data"].documents(0)
+    assert known.renderer.decode(document.tokens_L.tolist()).startswith("[user]1 and 1 please")
+    assert document.tokens_L[-1] == END
+
+
+def test_no_template_means_plain_text(tiny_folder: Path, tmp_path: Path) -> None:
+    text = str(write_rows(tmp_path / "text.jsonl", [{"text": "first"}]))
+    known = facts.gather(recipe(tiny_folder, tmp_path, template="none", data=text))
+    (document,) = known.datasets["data"].documents(0)
+    assert not known.renderer.has_template
+    assert known.renderer.decode(document.tokens_L.tolist()).startswith("first")
+    with pytest.raises(InputError, match="template"):
+        facts.gather(recipe(tiny_folder, tmp_path, template="none"))
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot read the file"), ("{", "not JSON")])
+def test_a_broken_schema_is_named(content: str | None, message: str, tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    if content is not None:
+        path.write_text(content)
+    known = facts.gather(recipe(tiny_folder, tmp_path, schema=str(path)))
+    with pytest.raises(InputError, match=rf"schema: .*s\.json: {message}"):
+        facts.make_plan(known)
