@@ -79,7 +79,9 @@ def num_train_epochs(known: Known) -> Choice:
     """3 below 2,000 rows, 2 below 50,000, 1 above. rules.md 4.3: 3-5, 2-3, 1-2."""
     rows = known.data.rows
     epochs = 3 if rows < 2000 else 2 if rows < 50_000 else 1
-    return rule(epochs, f"{rows:,} rows", "LIMA 15, Tulu 3 2, NEFTune table 3-5 epochs")
+    return rule(
+        epochs, f"{rows:,} rows: 3 below 2,000, 2 below 50,000, else 1", "LIMA 15, Tulu 3 2, NEFTune table 3-5 epochs"
+    )
 
 
 def batch_size(known: Known) -> Choice:

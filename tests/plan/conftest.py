@@ -1,0 +1,57 @@
+"""Machines, models and data reports as the plan sees them."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.plan.rules import Known
+from tunesmith.types import DataReport, Machine, ModelSpec
+
+GB = 10**9
+CPU = Machine("cpu", "a processor", 2, 16 * GB, 12 * GB, 100 * GB, bf16_matmul=True, compiler="/usr/bin/cc")
+SMOLLM2 = ModelSpec(
+    name="smollm2",
+    path=Path("smollm2"),
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    num_layers=30,
+    hidden_size=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    vocab_size=49152,
+    context_length=8192,
+    tied_head=True,
+    parameters=134_515_008,
+    dtype="bfloat16",
+)
+REPORT = DataReport(
+    path="train.jsonl",
+    format="messages",
+    why_format="detected",
+    rows=1000,
+    documents=1000,
+    tokens=300_000,
+    supervised_tokens=60_000,
+    length_percentiles={"p50": 280, "p90": 400, "p99": 500, "max": 700},
+)
+
+
+@pytest.fixture
+def known() -> Callable[..., Known]:
+    """known(hidden_size=..., rows=..., compiler=..., batch_size=...): facts by the name of their field, the rest is
+    what has been decided."""
+
+    def make(*, max_steps: int | None = None, has_schema: bool = False, **changed: Any) -> Known:
+        parts = []
+        for whole in (CPU, SMOLLM2, REPORT):
+            names = {field.name for field in dataclasses.fields(whole)} & (changed.keys() - {"dtype"})
+            parts.append(dataclasses.replace(whole, **{name: changed.pop(name) for name in names}))
+        decided = {"method": "lora", "num_train_epochs": 1, "batch_size": 16, "dtype": "bf16"} | changed
+        return Known(*parts, decided, has_schema, max_steps)
+
+    return make

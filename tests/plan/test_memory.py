@@ -1,0 +1,72 @@
+"""Predicted bytes: components that add up, sizes that are known, and what each grows with."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tunesmith.plan.memory import disk_needed, lora_parameters, peak_memory
+from tunesmith.plan.rules import Known
+from tunesmith.types import ModelSpec
+
+SETTINGS: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 16, "pack_tokens": 2048}
+
+
+@pytest.fixture
+def spec(known: Callable[..., Known]) -> ModelSpec:
+    return known().model
+
+
+def test_an_adapter_of_smollm2_has_305_thousand_parameters_a_rank(spec: ModelSpec) -> None:
+    assert lora_parameters(spec, 1) == 305_280
+    assert lora_parameters(spec, 16) == 16 * 305_280
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_components_add_up(method: str, dtype: str, spec: ModelSpec) -> None:
+    parts = peak_memory(spec, **(SETTINGS | {"method": method, "dtype": dtype}))
+    assert all(value >= 0 for value in parts.values())
+    assert parts.pop("peak") == sum(parts.values())
+
+
+def test_weights_are_counted_once(spec: ModelSpec) -> None:
+    def bytes_of(**changed: Any) -> tuple[int, int]:
+        parts = peak_memory(spec, **(SETTINGS | changed))
+        return parts["weights"], parts["trained"]
+
+    assert bytes_of() == (2 * spec.parameters, 16 * lora_parameters(spec, 16))
+    assert bytes_of(dtype="fp32") == (4 * spec.parameters, 16 * lora_parameters(spec, 16))
+    assert bytes_of(method="full", dtype="fp32") == (0, 16 * spec.parameters)
+    assert bytes_of(method="full") == (2 * spec.block_parameters, 16 * spec.parameters)
+
+
+@pytest.mark.parametrize(
+    ("component", "changed", "factor"),
+    [
+        ("activations", {"pack_tokens": 4096}, 2),
+        ("activations", {"dtype": "fp32"}, 2),
+        ("trained", {"rank": 64}, 4),
+        ("weights", {"rank": 64}, 1),
+        ("weights", {"pack_tokens": 4096}, 1),
+    ],
+)
+def test_each_component_grows_with_its_own_cause(
+    component: str, changed: dict[str, Any], factor: float, spec: ModelSpec
+) -> None:
+    before, after = peak_memory(spec, **SETTINGS), peak_memory(spec, **(SETTINGS | changed))
+    assert after[component] == pytest.approx(factor * before[component])
+
+
+def test_the_head_never_holds_all_logits(spec: ModelSpec) -> None:
+    wide = dataclasses.replace(spec, vocab_size=2 * spec.vocab_size)
+    long = SETTINGS | {"pack_tokens": 8192}
+    assert peak_memory(wide, **SETTINGS)["head"] == 2 * peak_memory(spec, **SETTINGS)["head"]
+    assert peak_memory(spec, **long)["head"] == peak_memory(spec, **SETTINGS)["head"]
+    assert peak_memory(spec, **long)["head"] < 8192 * spec.vocab_size
+
+
+def test_a_run_on_disk_is_three_checkpoints_and_its_weights(spec: ModelSpec) -> None:
+    assert disk_needed(spec, method="lora", dtype="bf16", rank=16) == 16 * 305_280 * (3 * 12 + 4)
+    assert disk_needed(spec, method="full", dtype="bf16", rank=0) == spec.parameters * (3 * 12 + 2)

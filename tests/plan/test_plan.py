@@ -1,0 +1,120 @@
+"""The plan: who decided what, what cannot be, and what the user is told before starting."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.errors import InputError, MachineError
+from tunesmith.plan.plan import ADAPTER_KEYS, decide, refuse_without_room
+from tunesmith.plan.rules import RULES, Known
+from tunesmith.recipe import Recipe
+from tunesmith.types import Finding, Plan
+
+Planner = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan(known: Callable[..., Known]) -> Planner:
+    """plan({recipe key: value}, field=...) as for `known`; `roles` are reports beside the training data's."""
+
+    def make(wishes: dict[str, Any] | None = None, roles: dict[str, Any] | None = None, **changed: Any) -> Plan:
+        facts = known(**changed)
+        return decide(
+            Recipe.model_validate({"model": "smollm2", "data": "train.jsonl", **(wishes or {})}),
+            machine=facts.machine,
+            model=facts.model,
+            data={"data": facts.data, **{r: dataclasses.replace(facts.data, **v) for r, v in (roles or {}).items()}},
+            output_dir=Path("runs/run-1"),
+            now="2026-01-01T00:00:00",
+        )
+
+    return make
+
+
+def test_what_is_left_open_is_decided_by_rules(plan: Planner) -> None:
+    made = plan()
+    assert made.choices.keys() >= RULES.keys()
+    assert {choice.by for choice in made.choices.values()} == {"rule"}
+    assert all(choice.why for choice in made.choices.values())
+    assert (made["batch_size"], made["num_train_epochs"], made.steps) == (16, 3, 188)
+    assert (made["now"], made["output_dir"]) == ("2026-01-01T00:00:00", "runs/run-1")
+
+
+def test_what_is_wished_for_is_obeyed_and_others_follow(plan: Planner) -> None:
+    made = plan({"batch_size": 4, "lora_r": 128, "seed": 3, "learning_rate": 0.5})
+    assert [made.choices[key].by for key in ("batch_size", "lora_r", "seed", "learning_rate")] == ["you"] * 4
+    assert (made["batch_size"], made["lora_r"], made["seed"], made["learning_rate"]) == (4, 128, 3, 0.5)
+    assert made["use_rslora"] is True, "decided from the rank that was wished for"
+    assert made.steps == 750
+
+
+def test_the_model_decides_what_its_context_forces(plan: Planner) -> None:
+    assert plan(context_length=512).choices["max_length"].by == "checkpoint"
+
+
+def test_full_fine_tuning_has_no_adapter_in_its_plan(plan: Planner) -> None:
+    made = plan({"method": "full"})
+    assert not set(ADAPTER_KEYS) & made.choices.keys()
+    assert made["learning_rate"] < plan()["learning_rate"] / 5
+
+
+@pytest.mark.parametrize("wish", [{"max_steps": 7}, {"num_train_epochs": 0.112}])
+def test_steps_are_what_will_run(wish: dict[str, Any], plan: Planner) -> None:
+    assert plan(wish | {"batch_size": 16}).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("wishes", "key", "message"),
+    [
+        ({"max_length": 9000, "pack_length": 9000}, "max_length", "over the model's context of 8,192"),
+        ({"pack_length": 600}, "pack_length", "below max_length 700"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(wishes: dict[str, Any], key: str, message: str, plan: Planner) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        plan(wishes)
+    assert refusal.value.where == key
+    assert refusal.value.fix
+
+
+def test_memory_follows_what_a_step_holds(plan: Planner) -> None:
+    small, large = plan({"batch_size": 1}), plan({"batch_size": 64})
+    assert small.memory_bytes["activations"] < large.memory_bytes["activations"]
+    assert large.memory_bytes == plan({"batch_size": 640}).memory_bytes, "a pack is never longer than pack_length"
+
+
+def test_a_machine_without_memory_or_disk_is_refused(plan: Planner) -> None:
+    refuse_without_room(plan())
+    peak = plan().memory_bytes["peak"]
+    refuse_without_room(plan(available_bytes=int(1.16 * peak)))
+    with pytest.raises(MachineError, match="GB are free on this machine"):
+        refuse_without_room(plan(available_bytes=int(1.14 * peak)))
+    with pytest.raises(MachineError, match="1,000 are free"):
+        refuse_without_room(plan(disk_free_bytes=1000))
+
+
+def test_the_user_is_warned_of_what_weakens_the_result(plan: Planner) -> None:
+    few = "\n".join(plan(rows=90).warnings)
+    assert "only 68 steps" in few
+    assert "no held-out rows" in few
+    assert "extrapolations" in few
+    told = plan(
+        roles={
+            "test_data": {"rows": 12, "dropped": {}},
+            "eval_data": {"findings": (Finding("f", "warn", "odd"), Finding("g", "info", "quiet"))},
+        },
+        dropped={"longer than max_length": 1},
+    ).warnings
+    text = "\n".join(told)
+    assert "12 test rows" in text
+    assert "eval_data: odd" in text
+    assert "quiet" not in text
+    assert "data: 1 of 1,000 rows lose all their documents" in text
+    assert len(set(told)) == len(told)
+
+
+def test_a_large_model_with_enough_rows_needs_no_warning(plan: Planner) -> None:
+    assert plan(roles={"test_data": {"rows": 200}}, parameters=8 * 10**9).warnings == ()

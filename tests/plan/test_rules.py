@@ -1,0 +1,130 @@
+"""The rules' numbers, against the sources that they cite, and their bounds."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tunesmith.data.schedule import Schedule
+from tunesmith.plan import rules
+from tunesmith.plan.rules import RULES, Known
+
+Make = Callable[..., Known]
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden", "full"),
+    [
+        ("llama", 8192, 1.7e-5),
+        ("llama", 4096, 2.9e-5),
+        ("qwen3", 4096, 4.7e-5),
+        ("llama", 2048, 4.9e-5),
+        ("qwen2", 896, 5.3e-5),
+        ("llama", 576, 1.3e-4),
+        ("mistral", 4096, 3.8e-5),  # between the two fitted families
+    ],
+)
+def test_learning_rates_are_those_of_the_published_formula(family: str, hidden: int, full: float, known: Make) -> None:
+    facts = {"model_type": family, "hidden_size": hidden, "batch_size": 128, "rows": 128 * 780}
+    assert rules.learning_rate(known(**facts, method="full")).value == full
+    assert rules.learning_rate(known(**facts)).value == pytest.approx(10 * full, rel=0.02)
+
+
+def test_learning_rate_follows_the_square_root_of_the_batch_and_is_higher_for_short_runs(known: Make) -> None:
+    facts = {"hidden_size": 4096, "parameters": 8 * 10**9}
+    assert rules.learning_rate(known(**facts, batch_size=32, rows=3200)).value == 1.4e-4
+    assert rules.learning_rate(known(**facts, batch_size=128, rows=12800)).value == 2.9e-4
+    assert rules.learning_rate(known(**facts, batch_size=128, rows=12799 - 128)).value == 4.3e-4
+
+
+def test_learning_rate_is_bounded_and_says_when_it_is_extrapolated(known: Make) -> None:
+    facts = {"hidden_size": 64, "batch_size": 128, "rows": 99}
+    assert rules.learning_rate(known(**facts, parameters=10**8)).value == 3e-3
+    assert rules.learning_rate(known(**facts, parameters=10**9)).value == 1e-3
+    assert "extrapolated" in rules.learning_rate(known(hidden_size=1999)).why
+    assert "extrapolated" not in rules.learning_rate(known(hidden_size=2000)).why
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(1, 3), (1999, 3), (2000, 2), (49_999, 2), (50_000, 1)])
+def test_epochs_follow_the_rows(rows: int, epochs: int, known: Make) -> None:
+    assert rules.num_train_epochs(known(rows=rows)).value == epochs
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "size"),
+    [("lora", 1600, 16), ("lora", 1599, 8), ("lora", 500, 4), ("lora", 1, 4), ("full", 3200, 32), ("full", 1600, 16)],
+)
+def test_batches_shrink_until_a_run_has_a_hundred_steps(method: str, rows: int, size: int, known: Make) -> None:
+    assert rules.batch_size(known(method=method, rows=rows)).value == size
+
+
+@pytest.mark.parametrize(
+    ("trained_tokens", "rank"),
+    [(1, 16), (2 * 305_280 * 16, 16), (2 * 305_280 * 16 + 1, 32), (2 * 305_280 * 100, 128), (10**12, 256)],
+)
+def test_rank_holds_what_is_to_be_learned(trained_tokens: int, rank: int, known: Make) -> None:
+    assert rules.lora_r(known(supervised_tokens=trained_tokens)).value == rank
+
+
+@pytest.mark.parametrize(("rank", "stabilised"), [(16, False), (64, False), (128, True)])
+def test_rank_stabilising_starts_above_64(rank: int, stabilised: bool, known: Make) -> None:
+    assert rules.use_rslora(known(lora_r=rank)).value is stabilised
+    assert rules.lora_alpha(known(lora_r=rank)).value == 32
+
+
+@pytest.mark.parametrize(("steps", "ratio"), [(10, 0.1), (100, 0.1), (200, 0.05), (333, 0.03), (10_000, 0.03)])
+def test_warm_up_is_ten_steps_within_bounds(steps: int, ratio: float, known: Make) -> None:
+    assert rules.warmup_ratio(known(rows=steps, batch_size=1)).value == ratio
+
+
+def test_documents_are_not_cut_unless_the_model_reads_less(known: Make) -> None:
+    whole = rules.max_length(known())
+    assert (whole.value, whole.by) == (700, "rule")
+    cut = rules.max_length(known(context_length=512))
+    assert (cut.value, cut.by) == (512, "checkpoint")
+
+
+@pytest.mark.parametrize(("device", "longest", "pack"), [("cpu", 700, 2048), ("cpu", 3000, 3000), ("cuda", 700, 8192)])
+def test_packs_hold_the_longest_document(device: str, longest: int, pack: int, known: Make) -> None:
+    assert rules.pack_length(known(device=device, max_length=longest)).value == pack
+
+
+def test_precision_and_attention_are_what_the_machine_has(known: Make) -> None:
+    assert rules.dtype(known(bf16_matmul=True)).value == "bf16"
+    assert rules.dtype(known(bf16_matmul=False)).value == "fp32"
+    assert rules.attention(known()).value == "kernel"
+    assert rules.attention(known(compiler=None)).value == "documents"
+    assert rules.attention(known(dtype="fp32")).value == "documents"
+    assert rules.attention(known(device="cuda")).value == "varlen"
+
+
+def test_metrics_follow_the_schema(known: Make) -> None:
+    assert rules.metrics(known()).value == ("exact_match",)
+    assert rules.metrics(known(has_schema=True)).value[:2] == ("json_valid", "schema_valid")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 160, 1001])
+def test_a_run_is_looked_at_four_times(rows: int, known: Make) -> None:
+    facts = known(rows=rows, batch_size=1)
+    every = rules.eval_steps(facts).value
+    assert every == rules.save_steps(facts).value >= 1
+    assert facts.steps // every <= 4
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10, 33])
+@pytest.mark.parametrize("epochs", [0.01, 0.25, 0.5, 1, 1.5, 2.95])
+@pytest.mark.parametrize("size", [1, 2, 5, 64])
+@pytest.mark.parametrize("max_steps", [None, 1, 9])
+def test_a_plan_and_its_schedule_count_the_same_steps(
+    rows: int, epochs: float, size: int, max_steps: int | None, known: Make
+) -> None:
+    facts = known(rows=rows, num_train_epochs=epochs, batch_size=size, max_steps=max_steps)
+    assert facts.steps == Schedule(rows, size, epochs, seed=0, max_steps=max_steps).steps
+
+
+def test_every_rule_gives_a_reason_that_fits_on_a_screen(known: Make) -> None:
+    facts = known()
+    for key, decide_by_rule in RULES.items():
+        choice = decide_by_rule(facts)
+        facts.decided[key] = choice.value
+        assert choice.by in ("rule", "checkpoint")
+        assert 10 < len(choice.why) < 160, key
