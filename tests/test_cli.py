@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Group
 
+from tiny_run import sums, write_rows
 from tunesmith import __version__, cli
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
 from tunesmith.recipefile import load_recipe
@@ -168,3 +170,81 @@ def test_text_of_data_and_models_is_printed_as_it_is(
     monkeypatch.setitem(cli.VERBS, "echo", verb)
     assert tunesmith("echo") == (0, "[red]x[/] [/]\nown\n", "")
     assert json.loads(tunesmith("echo", "--json")[1]) == {"tunesmith": __version__, "answer": "[red]x[/]"}
+
+
+# ---------------------------------------------------------------- verbs on a tiny model
+
+
+def test_a_plan_is_one_object_with_every_reason(
+    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "train.jsonl", sums(1, 6))
+    words = ("plan", "--model", str(tiny_folder), "--data", str(data), "--lora-rank", "3")
+    code, out, _ = tunesmith(*words, "--json")
+    plan = json.loads(out)
+    assert (code, plan["tunesmith"], plan["steps"]) == (0, __version__, 5)
+    assert plan["choices"]["lora_r"] == {"value": 3, "by": "you", "why": "the recipe says so", "source": ""}
+    assert plan["choices"]["learning_rate"]["source"]
+    assert plan["memory_bytes"]["peak"] > 0
+    code, out, _ = tunesmith(*words)
+    assert code == 0
+    assert "learning_rate" in out
+
+
+def test_a_run_from_words_to_answers(
+    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, run = write_rows(tmp_path / "train.jsonl", sums(1, 6)), str(tmp_path / "run")
+    test = write_rows(tmp_path / "test.jsonl", sums(50, 2))
+    words = ["train", "--model", str(tiny_folder), "--data", str(data), "--test-data", str(test), "--max-steps", "2"]
+    code, out, err = tunesmith(*words, "--dtype", "fp32", "--output-dir", run, "--json")
+    record = json.loads(out)
+    assert (code, record["tunesmith"], record["steps"]) == (0, __version__, 2), err
+    code, out, _ = tunesmith("eval", run, "--json")
+    assert [c["metric"] for c in json.loads(out)["comparisons"]] == [c["metric"] for c in record["comparisons"]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("3 and 9\n"))
+    code, out, _ = tunesmith("chat", run, "--json")
+    assert code == 0
+    assert json.loads(out).keys() == {"tunesmith", "answer"}
+    code, out, _ = tunesmith("resume", run, "--json")
+    assert (code, json.loads(out)["error"]["what"]) == (2, "this run is finished")
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "what"),
+    [
+        (["plan", "--attention", "flash"], "command line", "--attention: expected 'auto' or 'kernel'"),
+        (
+            ["plan", "--data", "[{path: t.jsonl, format: alpaca}]"],
+            "command line",
+            "--data[0].format: expected 'auto'",
+        ),
+        (["data", "check", "--eval-data", "one.jsonl"], "eval_data: ", "one row"),
+        (["plan", "--data", "none.jsonl"], "none.jsonl", "no such file"),
+        (["plan", "--model", "smolm2-135m-instruct"], "model", "there is no model"),
+        (["resume", "nowhere"], "nowhere", "no such file"),
+        (["chat", "nowhere"], "nowhere", "no such file"),
+    ],
+)
+def test_refusals_are_objects_too(
+    words: list[str],
+    where: str,
+    what: str,
+    tunesmith: Callable[..., Outcome],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "t.jsonl", sums(1, 6))
+    write_rows(tmp_path / "one.jsonl", sums(50, 1))
+    given = {"--model": str(tiny_folder), "--data": "t.jsonl", "--test-data": "t2.jsonl"}
+    write_rows(tmp_path / "t2.jsonl", sums(70, 2))
+    if words[0] in ("plan", "data"):
+        words = [*words, *(word for pair in given.items() if pair[0] not in words for word in pair)]
+    code, out, err = tunesmith(*words, "--json")
+    error = json.loads(out)["error"]
+    assert (code, error["exit_code"]) == (2, 2)
+    assert where in error["where"]
+    assert what in error["what"]
+    assert err.startswith("error: ")

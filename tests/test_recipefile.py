@@ -93,6 +93,10 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("base_model: other", "recipe.yaml:3: 'base_model' and 'model' are the same key: keep one"),
         ("eval_data: [{path: e.jsonl, formt: x}]", "eval_data[0]: unknown key 'formt'; did you mean 'format'?"),
         ("eval_data:\n  - {format: x}", "recipe.yaml:4: eval_data[0] has no 'path'"),
+        (
+            "eval_data: [{path: e.jsonl, format: x}]",
+            "eval_data[0].format: expected 'auto' or 'messages' or 'completion'",
+        ),
         ("eval_data: [{path: e.jsonl, max_examples: all}]", "eval_data[0].max_examples: expected a whole number of at"),
         (
             "eval_data: [7]",

@@ -30,7 +30,7 @@ from tiny_run import (
 )
 from tunesmith import __version__, facts, run
 from tunesmith.atomic import damage
-from tunesmith.errors import InputError, Interrupted, MachineError
+from tunesmith.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.types import Document, Done, Event, RunRecord, Saved, Score, StepResult, Verdict
 
@@ -314,6 +314,18 @@ def test_a_run_that_trains_nothing_is_refused(tiny_folder: Path, tmp_path: Path)
     rows = write_rows(tmp_path / "nothing.jsonl", [row, row])
     with pytest.raises(InputError, match="trains"):
         list(run.train(plan_of(recipe(tiny_folder, tmp_path, data=str(rows)))))
+
+
+def test_answers_that_are_all_cut_before_their_end_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [chat("tell me", "a long answer " * n) for n in (5, 6)]
+    for more in ([], [chat("tell me", "no")]):
+        data = str(write_rows(tmp_path / f"{len(more)}.jsonl", rows + more))
+        wish = recipe(tiny_folder, tmp_path / str(len(more)), data=data, max_length=60, overlong="truncate")
+        if more:
+            assert steps_of(train(wish)), "one whole answer shows where answers end"
+        else:
+            with pytest.raises(GateError, match="would never learn to stop"):
+                train(wish)
 
 
 def test_reopening_needs_a_finished_adapter(tiny_folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ TURNS = (
 END = 257
 
 
-def save_model_folder(path: Path) -> Path:
+def save_model_folder(path: Path, seed: int = 0) -> Path:
     """A random Llama of two layers, one token a byte; answers end in another token than texts."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(alphabet)}, []))
@@ -31,7 +31,7 @@ def save_model_folder(path: Path) -> Path:
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|start|>", "<|end|>", "<|text|>")])
     stock = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|text|>", chat_template=TURNS)
     stock.save_pretrained(path)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=259,
         hidden_size=32,

@@ -183,6 +183,8 @@ def _invalid_values(error: ValidationError, given: dict[str, _Given], document: 
         place = _place(detail["loc"])
         if not place or place in told:  # without a place: the contradictions, which are listed already
             continue
+        if detail["type"] == "too_short" and detail["input"]:  # its items were refused, each in its own words
+            continue
         told.add(place)
         key = str(place[0])
         if key not in given:

@@ -87,20 +87,21 @@ def _under_plan(plan: Plan, facts: Facts) -> Facts:
 
 def _probe(network: Network, facts: Facts, rows: Dataset) -> Probe:
     """Documents of the first rows, and the stock model's word on them."""
-    candidates: list[Document] = []
+    whole: list[Document] = []
+    cut: list[Document] = []  # `overlong: truncate` took the end of an answer: no witness if there are others
     equal: list[tuple[str, bool]] = []
     # The stock render writes today's date, ours the plan's: their ids may differ for that reason alone.
     dated = any("strftime_now" in template.source for template in facts.renderer.templates.values())
     for index in range(min(PROBE_ROWS, len(rows))):
         example, prepared = rows.understand(index)
-        candidates += prepared.documents
+        (cut if prepared.truncated else whole).extend(prepared.documents)
         comparable = len(prepared.documents) == 1 and not prepared.notes and example.messages
         if comparable and len(equal) < STOCK_ID_ROWS and not dated:
             wanted = facts.renderer.as_wanted(example.messages, example.tools)
             stock = stock_ids(facts.model.path, wanted, example.tools, _template_text(facts.recipe.template))
             ours = prepared.documents[0].tokens_L
             equal.append((example.id, bool(np.array_equal(ours, stock[: len(ours)]))))
-    documents = choose_documents(candidates, shortest_window(network))
+    documents = choose_documents(whole or cut, shortest_window(network))
     if not documents:
         raise InputError("no row trains anything", where=rows.path, fix="look at them with `tunesmith data show`")
     stock = tuple(

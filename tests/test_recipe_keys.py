@@ -1,0 +1,326 @@
+"""Every key of the recipe does something: changing it changes what a run does. A key without a case here fails."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from tiny_run import adapter_bytes, chat, measured_files, recipe, save_model_folder, steps_of, sums, train, write_rows
+from tunesmith import run
+from tunesmith.data.formats import FORMATS
+from tunesmith.errors import InputError
+from tunesmith.jsonfile import read_json
+from tunesmith.model.attention import BACKENDS
+from tunesmith.recipe import KEYS, DataSource, Recipe
+from tunesmith.train.optim import SCHEDULES
+from tunesmith.types import Event, Saved, Score, StepResult
+
+
+class Lab:
+    """Runs the tiny recipe with some keys changed, each in a folder of its own; `last` is the latest recipe."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model, self.folder, self.runs = model, folder, 0
+        self.last: Recipe
+
+    def events(self, **changed: Any) -> list[Event]:
+        self.runs += 1
+        self.last = recipe(self.model, self.folder / str(self.runs), **changed)
+        return train(self.last)
+
+    def steps(self, **changed: Any) -> list[StepResult]:
+        return steps_of(self.events(**changed))
+
+    def adapter(self, **changed: Any) -> bytes:
+        self.events(**changed)
+        return adapter_bytes(self.last)
+
+    def scores(self, **changed: Any) -> dict[tuple[str, str], Score]:
+        """By task and metric, the last of each."""
+        found = [event for event in self.events(**changed) if isinstance(event, Score)]
+        return {(score.task, score.metric): score for score in found}
+
+    def rows(self, values: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+        return str(write_rows(self.folder / name, values))
+
+    @property
+    def output(self) -> Path:
+        assert isinstance(self.last.output_dir, Path)
+        return self.last.output_dir
+
+
+@pytest.fixture
+def lab(tiny_folder: Path, tmp_path: Path) -> Lab:
+    return Lab(tiny_folder, tmp_path)
+
+
+def rates(steps: list[StepResult]) -> list[float]:
+    return [step.learning_rate for step in steps]
+
+
+def losses(steps: list[StepResult]) -> list[float]:
+    return [step.loss for step in steps]
+
+
+def changes_the_adapter(lab: Lab, key: str, value: Any, **both: Any) -> None:
+    assert lab.adapter(**both) != lab.adapter(**both, **{key: value})
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def model(lab: Lab) -> None:
+    first = lab.steps()
+    lab.model = save_model_folder(lab.folder / "other", seed=1)
+    assert lab.steps()[0].loss != first[0].loss
+
+
+def method(lab: Lab) -> None:
+    lab.events()
+    assert (lab.output / "adapter").exists()
+    lab.events(method="full", lora_r="auto")
+    assert (lab.output / "model").exists()
+    assert not (lab.output / "adapter").exists()
+
+
+def stage(lab: Lab) -> None:
+    assert lab.events(stage="sft")
+    for other in ("cpt", "preference"):
+        with pytest.raises(ValidationError, match="stage"):
+            lab.events(stage=other)
+
+
+# ---------------------------------------------------------------- on what
+
+
+def data(lab: Lab) -> None:
+    files = [lab.rows(sums(1, 2), "a.jsonl"), lab.rows(sums(7, 3), "b.jsonl")]
+    plain = lab.steps(data=files, batch_size=5)
+    limited = lab.steps(data=[files[0], {"path": files[1], "max_examples": 1}], batch_size=5)
+    assert [plain[0].supervised_tokens > limited[0].supervised_tokens, len(plain), len(limited)] == [True, 1, 1]
+    row = [{"messages": chat("a", "b")["messages"], "text": "plain"}]
+    as_text = lab.steps(data=[{"path": lab.rows(row), "format": "text"}], batch_size=1)
+    as_chat = lab.steps(data=[{"path": lab.rows(row), "format": "messages"}], batch_size=1)
+    assert as_text[0].tokens != as_chat[0].tokens
+    with pytest.raises(ValidationError, match="format"):
+        lab.events(data=[{"path": files[0], "format": "alpaca"}])
+
+
+def eval_data(lab: Lab) -> None:
+    assert ("eval", "loss") not in lab.scores()
+    files = measured_files(lab.folder)
+    assert lab.scores(eval_data=files["eval_data"], test_data=files["test_data"])["eval", "loss"].n == 3
+
+
+def eval_split(lab: Lab) -> None:
+    rows = lab.rows(sums(1, 40))
+    assert len(lab.steps(data=rows, batch_size=1)) == 40
+    events = lab.events(data=rows, batch_size=1, eval_split=0.5)
+    held_out = {event.task: event.n for event in events if isinstance(event, Score)}
+    assert min(held_out.values()) >= 2
+    assert len(steps_of(events)) + held_out["eval"] + held_out["test"] == 40
+
+
+def test_data(lab: Lab) -> None:
+    assert ("test", "loss") not in lab.scores()
+    assert lab.scores(test_data=lab.rows(sums(90, 4)))["test", "exact_match"].n == 4
+
+
+def retention_data(lab: Lab) -> None:
+    assert ("general text", "bits_per_byte") not in lab.scores()
+    texts = lab.rows([{"text": "some text"}, {"text": "and more"}])
+    assert lab.scores(retention_data=texts)["general text", "bits_per_byte"].n == 2
+
+
+def max_examples(lab: Lab) -> None:
+    assert [len(lab.steps(max_examples=count)) for count in (None, 2)] == [3, 1]
+
+
+def template(lab: Lab) -> None:
+    own = lab.folder / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    stock, changed = lab.steps(batch_size=6), lab.steps(batch_size=6, template=str(own))
+    assert stock[0].tokens == changed[0].tokens + 6 * 4, "four line ends a row"
+    assert (lab.output / "adapter" / "chat_template.jinja").read_text() == own.read_text()
+    text = lab.rows([{"text": "one"}, {"text": "three"}])
+    assert lab.steps(data=text, template="none")[0].tokens == len("onethree") + 2
+
+
+def schema(lab: Lab) -> None:
+    path = lab.folder / "schema.json"
+    path.write_text('{"type": "object", "required": ["sum"]}')
+    test = lab.rows(sums(90, 3))
+    assert ("test", "schema_valid") not in lab.scores(test_data=test)
+    assert ("test", "schema_valid") in lab.scores(test_data=test, schema=str(path))
+
+
+# ---------------------------------------------------------------- lengths and steps
+
+
+def max_length(lab: Lab) -> None:
+    assert sum(step.tokens for step in lab.steps()) > sum(step.tokens for step in lab.steps(max_length=45)) > 0
+
+
+def overlong(lab: Lab) -> None:
+    rows = lab.rows([chat("question", "long answer " * 9), chat("question", "answer")])
+    dropped, cut = (lab.steps(data=rows, max_length=60, overlong=policy)[0] for policy in ("drop", "truncate"))
+    assert dropped.tokens < 60 < cut.tokens
+    with pytest.raises(InputError, match="max_length is 60"):
+        lab.events(data=rows, max_length=60, overlong="refuse")
+
+
+def pack_length(lab: Lab) -> None:
+    bench = {length: lab.steps(batch_size=6, pack_length=length, num_train_epochs=2) for length in (60, 512)}
+    assert bench[60][0].loss == pytest.approx(bench[512][0].loss, rel=1e-6)
+    assert bench[60][1].loss == pytest.approx(bench[512][1].loss, rel=1e-4)
+    predicted = [read_json(lab.folder / str(n) / "run" / "plan.json")["memory_bytes"]["activations"] for n in (1, 2)]
+    assert predicted[0] < predicted[1], "less is computed side by side"
+
+
+def batch_size(lab: Lab) -> None:
+    assert [len(lab.steps(batch_size=size)) for size in (1, 4)] == [6, 2]
+
+
+def num_train_epochs(lab: Lab) -> None:
+    assert [len(lab.steps(num_train_epochs=epochs)) for epochs in (0.4, 2)] == [1, 6]
+
+
+def max_steps(lab: Lab) -> None:
+    assert [len(lab.steps(max_steps=steps, num_train_epochs=9)) for steps in (1, 4)] == [1, 4]
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+def learning_rate(lab: Lab) -> None:
+    assert rates(lab.steps(learning_rate=0.003))[0] == 0.003
+    assert rates(lab.steps(learning_rate=0.006))[0] == 0.006
+
+
+def lr_scheduler_type(lab: Lab) -> None:
+    found = {name: rates(lab.steps(lr_scheduler_type=name)) for name in SCHEDULES}
+    assert found["constant"] == [0.01, 0.01, 0.01]
+    assert found["linear"] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
+    assert found["cosine"] == pytest.approx([0.01, 0.0075, 0.0025])
+
+
+def warmup_ratio(lab: Lab) -> None:
+    assert rates(lab.steps(warmup_ratio=0.6, lr_scheduler_type="constant")) == [0, 0.005, 0.01]
+
+
+def weight_decay(lab: Lab) -> None:
+    changes_the_adapter(lab, "weight_decay", 0.5)
+
+
+def max_grad_norm(lab: Lab) -> None:
+    changes_the_adapter(lab, "max_grad_norm", 1e-8)
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+def lora_r(lab: Lab) -> None:
+    sizes = [len(lab.adapter(lora_r=rank)) for rank in (2, 4)]
+    assert sizes[0] < sizes[1]
+    assert read_json(lab.output / "adapter" / "adapter_config.json")["r"] == 4
+
+
+def lora_alpha(lab: Lab) -> None:
+    changes_the_adapter(lab, "lora_alpha", 4)
+
+
+def lora_dropout(lab: Lab) -> None:
+    changes_the_adapter(lab, "lora_dropout", 0.5)
+
+
+def lora_target_modules(lab: Lab) -> None:
+    lab.events(lora_target_modules=["q_proj", "layers.1.mlp.up_proj"])
+    assert set(run.reopen(lab.output).model.network.state_dict()) & {"model.layers.0.self_attn.q_proj.lora_A"}
+    assert len(adapter_bytes(lab.last)) < len(lab.adapter())
+    with pytest.raises(InputError, match="no linear layer is called q_prj"):
+        lab.events(lora_target_modules=["q_prj"])
+
+
+def use_rslora(lab: Lab) -> None:
+    changes_the_adapter(lab, "use_rslora", True)
+    assert read_json(lab.output / "adapter" / "adapter_config.json")["use_rslora"] is True
+
+
+# ---------------------------------------------------------------- how it is computed and measured
+
+
+def dtype(lab: Lab) -> None:
+    single, half = (lab.steps(dtype=name) for name in ("fp32", "bf16"))
+    assert single[0].loss != half[0].loss
+    assert single[0].loss == pytest.approx(half[0].loss, rel=0.02)
+
+
+def attention(lab: Lab) -> None:
+    expected = losses(lab.steps(attention="reference"))
+    assert losses(lab.steps(attention="mask")) == pytest.approx(expected, rel=1e-4)
+    assert run.reopen(lab.output).model.backend == "mask"
+    with pytest.raises(ValidationError, match="attention"):
+        lab.events(attention="flash")
+
+
+def metrics(lab: Lab) -> None:
+    test = lab.rows(sums(90, 3))
+    assert {metric for _, metric in lab.scores(test_data=test)} == {"exact_match", "loss"}
+    assert {metric for _, metric in lab.scores(test_data=test, metrics=["field_f1"])} == {"field_f1", "loss"}
+
+
+def save_steps(lab: Lab) -> None:
+    def saved(every: int) -> list[int]:
+        return [event.step for event in lab.events(save_steps=every) if isinstance(event, Saved)]
+
+    assert (saved(1), saved(2), saved(9)) == ([1, 2], [2], [])
+
+
+def eval_steps(lab: Lab) -> None:
+    files = measured_files(lab.folder)
+
+    def looked(every: int) -> list[int]:
+        events = lab.events(**files, eval_steps=every)
+        return [event.step for event in events if isinstance(event, Score) and event.task == "eval"]
+
+    assert (looked(1), looked(2), looked(9)) == ([1, 2, 3], [2], [])
+
+
+def seed(lab: Lab) -> None:
+    first, same, other = (lab.steps(seed=number) for number in (1, 1, 2))
+    assert losses(first) == losses(same)
+    assert [step.tokens for step in first] != [step.tokens for step in other], "another order of rows"
+    whole = [lab.adapter(seed=number, batch_size=6, max_steps=1, warmup_ratio=0.5) for number in (1, 2)]
+    assert whole[0] != whole[1], "no update yet: another start of the adapter"
+
+
+def output_dir(lab: Lab) -> None:
+    lab.events(output_dir=str(lab.folder / "here" / "it is"))
+    assert (lab.folder / "here" / "it is" / "record.json").exists()
+
+
+# ---------------------------------------------------------------- all of them
+
+CASES: dict[str, Callable[[Lab], None]] = {
+    name: case
+    for name, case in list(globals().items())
+    if inspect.isfunction(case) and list(inspect.signature(case).parameters) == ["lab"]
+}
+
+
+@pytest.mark.parametrize("key", list(KEYS.values()))
+def test_changing_a_key_changes_what_a_run_does(key: str, lab: Lab) -> None:
+    assert key in CASES, f"{key} needs a case here: a run in which it makes a difference"
+    CASES[key](lab)
+
+
+def test_names_of_the_recipe_are_those_of_the_code() -> None:
+    assert set(get_args(DataSource.model_fields["format"].annotation)) == {"auto", *FORMATS}
+    wanted = {name for part in get_args(Recipe.model_fields["attention"].annotation) for name in get_args(part)}
+    assert wanted == {"auto", *BACKENDS}
