@@ -1,3 +1,94 @@
-"""tunesmith decides whether a language model should be fine-tuned, does it right, and proves that it worked."""
+"""tunesmith decides whether a language model should be fine-tuned, does it right, and proves that it worked.
 
-__version__ = "0.1.0"
+    import tunesmith
+
+    plan = tunesmith.plan("recipe.yaml", learning_rate=1e-4)
+    for event in tunesmith.train(plan):
+        print(event)
+    record = tunesmith.read_record(plan["output_dir"])
+
+The verbs of the command line are functions of the same names here, and give the objects that --json prints;
+docs/python.md shows each of them. Importing this loads no model library.
+"""
+
+from importlib import import_module
+
+from tunesmith.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
+from tunesmith.recipe import DataSource, Recipe
+from tunesmith.types import (
+    Choice,
+    Comparison,
+    DataReport,
+    Done,
+    Event,
+    Finding,
+    Machine,
+    ModelSpec,
+    Plan,
+    RunRecord,
+    Sample,
+    Saved,
+    Score,
+    StepResult,
+    Verdict,
+)
+from tunesmith.version import __version__
+
+# Importing a submodule for the first time binds its name here. These have the names of verbs: they come first.
+for _namesake in ("demo", "evaluate", "export", "init", "plan", "train"):
+    import_module(f"tunesmith.{_namesake}")
+
+from tunesmith.verbs import (  # noqa: E402
+    chat,
+    data_check,
+    data_show,
+    demo,
+    doctor,
+    evaluate,
+    init,
+    plan,
+    read_plan,
+    read_record,
+    resume,
+    schema,
+    train,
+)
+
+__all__ = [
+    "Choice",
+    "Comparison",
+    "DataReport",
+    "DataSource",
+    "Done",
+    "Event",
+    "Finding",
+    "GateError",
+    "InputError",
+    "Interrupted",
+    "Machine",
+    "MachineError",
+    "ModelSpec",
+    "Plan",
+    "Recipe",
+    "RunRecord",
+    "Sample",
+    "Saved",
+    "Score",
+    "StepResult",
+    "TunesmithError",
+    "Verdict",
+    "__version__",
+    "chat",
+    "data_check",
+    "data_show",
+    "demo",
+    "doctor",
+    "evaluate",
+    "init",
+    "plan",
+    "read_plan",
+    "read_record",
+    "resume",
+    "schema",
+    "train",
+]

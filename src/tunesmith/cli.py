@@ -4,8 +4,7 @@
 
 Results go to stdout (as one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok, 1 a bug in
 tunesmith, 2 the user's input, 3 the machine, 4 a gate said no, 130 and 143 interrupted. Nothing heavy is imported
-before a verb needs it, nor before its recipe is known to be right: that is why imports stand inside the functions, here
-and nowhere else.
+before a verb needs it: that is why imports stand inside the functions, here and in verbs.py only.
 """
 
 from __future__ import annotations
@@ -18,17 +17,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
-from tunesmith import __version__
+from tunesmith import verbs
 from tunesmith.errors import InputError, TunesmithError
-
-if TYPE_CHECKING:
-    from tunesmith.recipe import Recipe
-    from tunesmith.types import Event
+from tunesmith.jsonfile import json_bytes, to_json
+from tunesmith.recipe import Recipe
+from tunesmith.recipefile import load_recipe
+from tunesmith.types import Event
+from tunesmith.version import __version__
 
 Wish = Annotated[
     list[str] | None,
@@ -43,6 +43,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 
 PIPE_WIDTH = 120
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or typer's copy of it
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,15 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """The whole story on the embedded example: look, plan, prove, measure, train, measure again."""
-    from tunesmith import run
-    from tunesmith.demo import RECIPE, SHOWN_ROWS
+    from tunesmith.demo import SHOWN_ROWS
     from tunesmith.display import data_view, plan_table
-    from tunesmith.facts import gather, make_plan, show_rows
-    from tunesmith.recipefile import load_recipe
-    from tunesmith.runfolder import next_run_folder
 
-    target = output_dir or next_run_folder(Path("runs"), "demo")
-    known = gather(load_recipe(RECIPE, {"output_dir": str(target)}))
-    decided = make_plan(known)
+    known = verbs.demo_facts(output_dir)
+    decided = verbs.plan(known)
     if not as_json:
-        say(None, data_view(decided.data), *show_rows(known, rows=SHOWN_ROWS, ids=False), as_json=False)
+        say(None, data_view(decided.data), *verbs.data_show(known, rows=SHOWN_ROWS), as_json=False)
         say(None, plan_table(decided), as_json=False)
-    _follow(run.train(decided, known), target, decided.steps, as_json=as_json)
+    _follow(verbs.train(decided, known), Path(decided["output_dir"]), decided.steps, as_json=as_json)
 
 
 def init(
@@ -89,9 +85,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe, and its schema for editors."""
-    from tunesmith.init import write_recipe
-
-    written = write_recipe(path, model=model, data=data)
+    written = verbs.init(path, model=model, data=data)
     say(written, f"wrote {written.recipe} and {written.schema}", as_json=as_json)
 
 
@@ -101,9 +95,8 @@ def doctor(
 ) -> None:
     """What this machine has, lacks and can train."""
     from tunesmith.display import diagnosis_view
-    from tunesmith.doctor import diagnose
 
-    diagnosis = diagnose(model)
+    diagnosis = verbs.doctor(model)
     say(diagnosis, diagnosis_view(diagnosis), as_json=as_json)
 
 
@@ -111,9 +104,8 @@ def data_check(wish: Wish = None, as_json: AsJson = False) -> None:
     """Read all data once and say what is wrong with it."""
     recipe = read_wish(wish)
     from tunesmith.display import data_view
-    from tunesmith.facts import gather, reports
 
-    found = reports(gather(recipe))
+    found = verbs.data_check(recipe)
     say({"data": found}, data_view(found), as_json=as_json)
 
 
@@ -124,10 +116,7 @@ def data_show(
     as_json: AsJson = False,
 ) -> None:
     """Print real rows as the model sees them, coloured by what is trained."""
-    recipe = read_wish(wish)
-    from tunesmith.facts import gather, show_rows
-
-    texts = list(show_rows(gather(recipe), rows=rows, ids=ids))
+    texts = verbs.data_show(read_wish(wish), rows=rows, ids=ids)
     say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
@@ -135,57 +124,44 @@ def plan(wish: Wish = None, as_json: AsJson = False) -> None:
     """Every value of a run with its reason; memory and time. Trains nothing."""
     recipe = read_wish(wish)
     from tunesmith.display import plan_table
-    from tunesmith.facts import gather, make_plan
 
-    decided = make_plan(gather(recipe))
+    decided = verbs.plan(recipe)
     say(decided, plan_table(decided), as_json=as_json)
 
 
 def train(wish: Wish = None, as_json: AsJson = False) -> None:
     """Plan, prove, measure, train, measure again; all in one run folder."""
-    recipe = read_wish(wish)
-    from tunesmith import run
-    from tunesmith.facts import gather, make_plan
-
-    known = gather(recipe)
-    decided = make_plan(known)
-    _follow(run.train(decided, known), Path(decided["output_dir"]), decided.steps, as_json=as_json)
+    known = verbs.gather(read_wish(wish))
+    decided = verbs.plan(known)
+    _follow(verbs.train(decided, known), Path(decided["output_dir"]), decided.steps, as_json=as_json)
 
 
 def resume(folder: Run, as_json: AsJson = False) -> None:
     """Go on with a run that was interrupted."""
-    from tunesmith import run
-    from tunesmith.jsonfile import read_json
-
-    steps = read_json(folder / "plan.json")["steps"]
-    _follow(run.resume(folder), folder, steps, as_json=as_json)
+    steps = verbs.read_plan(folder).steps
+    _follow(verbs.resume(folder), folder, steps, as_json=as_json)
 
 
 def evaluate(folder: Run, as_json: AsJson = False) -> None:
     """Measure a finished run again: the base and the adapter on the same items."""
-    from tunesmith import run
     from tunesmith.display import comparison_table
 
-    comparisons = run.evaluate(folder)
+    comparisons = verbs.evaluate(folder)
     say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
 
 
 def chat(folder: Run, as_json: AsJson = False) -> None:
     """Talk to a trained adapter; one question a line."""
-    from tunesmith import run
-
-    for answer in run.chat(folder, _questions()):
+    for answer in verbs.chat(folder, _questions()):
         say({"answer": answer}, answer, as_json=as_json)
 
 
 def schema(as_json: AsJson = False) -> None:
     """The JSON schema of a recipe, for editors and other programs."""
-    from tunesmith.recipe import recipe_schema
-
     if as_json:
-        say({"schema": recipe_schema()}, as_json=True)
+        say({"schema": verbs.schema()}, as_json=True)
     else:
-        sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
+        sys.stdout.write(json.dumps(verbs.schema(), indent=2) + "\n")
 
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -210,8 +186,6 @@ GROUPS = {"data": "Look at the data."}
 
 def read_wish(wish: Sequence[str] | None) -> Recipe:
     """The recipe that the words of the command line ask for. A flag without a value is a switch."""
-    from tunesmith.recipefile import load_recipe
-
     path: Path | None = None
     flags: dict[str, str] = {}
     words = list(wish or ())
@@ -232,14 +206,12 @@ def read_wish(wish: Sequence[str] | None) -> Recipe:
 def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool) -> None:
     """Show a run as it goes, then its record."""
     from tunesmith.display import record_view
-    from tunesmith.jsonfile import from_json, read_json
     from tunesmith.progress import Progress
-    from tunesmith.types import RunRecord
 
     with Progress(steps) as progress:
         for event in events:
             progress.show(event)
-    record = from_json(RunRecord, read_json(folder / "record.json"))
+    record = verbs.read_record(folder)
     say(record, record_view(record), as_json=as_json)
 
 
@@ -260,8 +232,6 @@ def say(value: Any, *views: Any, as_json: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from tunesmith.jsonfile import json_bytes, to_json
-
     if as_json:
         sys.stdout.write(json_bytes({"tunesmith": __version__, **to_json(value)}).decode())
     else:
@@ -277,13 +247,14 @@ def build() -> typer.Typer:
     """The program made from `VERBS`; a verb of two words goes into a group."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_start)
-    groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
+    groups = {name: typer.Typer(help=text) for name, text in GROUPS.items()}
     for name, verb in VERBS.items():
         *group, last = name.split()
         open_ended = "wish" in inspect.signature(verb).parameters
         parent = groups[group[0]] if group else app
         parent.command(last, context_settings={"ignore_unknown_options": open_ended})(verb)
     for name, group in groups.items():
+        group.callback(invoke_without_command=True)(_start_group)
         app.add_typer(group, name=name)
     return app
 
@@ -299,21 +270,32 @@ def _start(
         typer.echo(context.get_help())
 
 
+def _start_group(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb and exits with its code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     sys.excepthook = _explain_bug
     try:
-        get_command(build()).main(words, prog_name="tunesmith")
+        sys.exit(get_command(build()).main(words, prog_name="tunesmith", standalone_mode=False))
     except TunesmithError as error:
         _refuse(error, as_json="--json" in words)
-    except KeyboardInterrupt:
+    except USAGE_ERROR as error:
+        _refuse(_as_input_error(error), as_json="--json" in words)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
 
 
-def _refuse(error: TunesmithError, *, as_json: bool) -> None:
-    from tunesmith.jsonfile import json_bytes
+def _as_input_error(usage: Any) -> InputError:
+    """What the parser has to say about the words, said like everything else."""
+    verb = usage.ctx.command_path if usage.ctx else "tunesmith"
+    return InputError(usage.format_message(), where="command line", fix=f"see `{verb} --help`")
 
+
+def _refuse(error: TunesmithError, *, as_json: bool) -> None:
     if as_json:
         refusal = Refusal(type(error).__name__, error.what, error.where, error.fix, error.exit_code)
         sys.stdout.write(json_bytes({"tunesmith": __version__, "error": refusal}).decode())

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.atomic import size
-from tunesmith.doctor import Diagnosis
+from tunesmith.diagnosis import Diagnosis
 from tunesmith.progress import interval, one_line
 from tunesmith.types import Comparison, DataReport, Plan, RunRecord
 

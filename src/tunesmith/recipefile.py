@@ -13,7 +13,7 @@ import difflib
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +23,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.errors import InputError
+from tunesmith.jsonfile import to_json
 from tunesmith.recipe import ALIASES, FILE_KEYS, KEYS, DataSource, Recipe, contradictions, recipe_schema
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_flag, read_yaml
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, ARGUMENTS = "command line", "arguments"
 
 INSTEAD = {
     key: advice
@@ -79,8 +80,11 @@ class _Problem:
     message: str
 
 
-def load_recipe(path: Path | None, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """`overrides` maps a key, in any spelling, to its text; a list is written as in YAML: `[q_proj, v_proj]`."""
+def load_recipe(
+    path: Path | None, overrides: Mapping[str, str] | None = None, *, arguments: Sequence[Mapping[str, Any]] = ()
+) -> Recipe:
+    """`overrides` maps a key, in any spelling, to its text; a list is written as in YAML: `[q_proj, v_proj]`.
+    `arguments` map keys to Python values; each of them wins over those before it and over the file."""
     document = read_yaml(path) if path else Document("recipe")
     here = Path.cwd()
     folder = path.absolute().parent if path else here
@@ -90,6 +94,8 @@ def load_recipe(path: Path | None, overrides: Mapping[str, str] | None = None) -
         _Problem(f"{document.name}:{n}", f"'{key}' stands here a second time") for key, n in document.duplicates
     ]
     given = _by_key(in_file, problems) | _by_key(flags, problems)
+    for layer in arguments:
+        given |= _by_key([_Given(str(key), _plain_value(key, layer[key]), ARGUMENTS, here) for key in layer], problems)
     values = {key: _anchored(key, item.value, item.folder) for key, item in given.items()}
     problems += [_Problem(given[key].where, message) for key, message in contradictions(values)]
     try:
@@ -113,6 +119,14 @@ def _line(where: str) -> float:
     """For sorting: what concerns the whole file first, the command line last."""
     line = where.rpartition(":")[2]
     return int(line) if line.isdigit() else math.inf if where == COMMAND_LINE else 0
+
+
+def _plain_value(key: object, value: Any) -> Any:
+    """A Python value as YAML would hold it: paths are texts, tuples are lists."""
+    try:
+        return to_json(value, str(key))
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error), where=ARGUMENTS) from None
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -191,7 +205,7 @@ def _invalid_values(error: ValidationError, given: dict[str, _Given], document: 
             yield _Problem(document.name, f"'{key}' is missing. {properties[key]['description']}")
             continue
         item = given[key]
-        where = item.where if item.where == COMMAND_LINE else document.where((item.written, *place[1:]))
+        where = item.where if item.where in (COMMAND_LINE, ARGUMENTS) else document.where((item.written, *place[1:]))
         yield _Problem(where, _message(item, place, detail, properties[key]))
 
 

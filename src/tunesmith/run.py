@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from tunesmith import __version__, facts
+from tunesmith import facts
 from tunesmith.atomic import new_folder, remove_folder, sha256_of
 from tunesmith.data.dataset import Dataset
 from tunesmith.errors import InputError
@@ -31,6 +31,7 @@ from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
 from tunesmith.train.training import Settings, Training
 from tunesmith.types import Comparison, Event, Json, Plan, Request, RunRecord, Saved, StepResult, Verdict
+from tunesmith.version import __version__
 from tunesmith.workbench import Workbench, set_up
 
 BEFORE = "before.json"

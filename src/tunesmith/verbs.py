@@ -1,0 +1,170 @@
+"""The verbs as functions: `import tunesmith` offers them, the command line calls them.
+
+    plan = tunesmith.plan("recipe.yaml", learning_rate=1e-4)
+    for event in tunesmith.train(plan): ...
+
+In: paths, plain values, and the frozen objects of types.py. Out: the objects that --json prints. Everything that goes
+wrong on purpose is a TunesmithError: InputError, MachineError, GateError or Interrupted. Imports stand inside the
+functions, here and in cli.py only: nothing heavy is loaded before a verb needs it. Left out: words and printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import InputError
+from tunesmith.recipe import Recipe
+from tunesmith.types import Comparison, DataReport, Event, Json, Plan, RunRecord
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from tunesmith.diagnosis import Diagnosis
+    from tunesmith.facts import Facts
+    from tunesmith.init import Written
+
+AnyPath = str | Path
+Wish = AnyPath | Mapping[str, Any] | Recipe | None
+
+# ---------------------------------------------------------------- before a run
+
+
+def init(path: AnyPath = "recipe.yaml", *, model: str = "smollm2-135m-instruct", data: str = "train.jsonl") -> Written:
+    """Writes a commented recipe and its schema. InputError if there is a file at `path` already."""
+    from tunesmith.init import write_recipe
+
+    return write_recipe(Path(path), model=model, data=data)
+
+
+def schema() -> Json:
+    """The JSON schema of a recipe."""
+    from tunesmith.recipe import recipe_schema
+
+    return recipe_schema()
+
+
+def doctor(model: str | None = None) -> Diagnosis:
+    """What this machine has, lacks and can train; `model` is fetched if need be."""
+    from tunesmith.diagnosis import diagnose
+
+    return diagnose(model)
+
+
+def read_recipe(recipe: Wish = None, **changes: Any) -> Recipe:
+    """A recipe from a YAML file, a mapping or another recipe; `changes` win over it. Keys in any spelling.
+
+    Paths in a file are relative to it, all others to the current folder. InputError lists everything that is wrong.
+    """
+    from tunesmith.recipefile import load_recipe
+
+    if isinstance(recipe, Recipe):
+        written = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        return load_recipe(None, arguments=(written, changes)) if changes else recipe
+    if isinstance(recipe, Mapping):
+        return load_recipe(None, arguments=(recipe, changes))
+    if recipe is None or isinstance(recipe, (str, Path)):
+        return load_recipe(Path(recipe) if recipe else None, arguments=(changes,))
+    raise InputError(f"a recipe is a path, a mapping or a Recipe, not a {type(recipe).__name__}", where="recipe")
+
+
+def gather(recipe: Wish | Facts = None, **changes: Any) -> Facts:
+    """What is known of a recipe's model, machine and rows. Gathered once, it can be given to the verbs below."""
+    from tunesmith import facts
+
+    if isinstance(recipe, facts.Facts):
+        if not changes:
+            return recipe
+        recipe = recipe.recipe
+    return facts.gather(read_recipe(recipe, **changes))
+
+
+def data_check(recipe: Wish | Facts = None, **changes: Any) -> dict[str, DataReport]:
+    """Reads all rows once: a report for each role, with what was found. InputError when rows cannot be used."""
+    from tunesmith.facts import reports
+
+    return reports(gather(recipe, **changes))
+
+
+def data_show(recipe: Wish | Facts = None, *, rows: int = 3, ids: bool = False, **changes: Any) -> list[Text]:
+    """The first training rows as the model sees them, coloured by what is trained; `print` shows them plain."""
+    from tunesmith.facts import show_rows
+
+    return list(show_rows(gather(recipe, **changes), rows=rows, ids=ids))
+
+
+def plan(recipe: Wish | Facts = None, **changes: Any) -> Plan:
+    """Every value of a run with its reason. InputError for a wish that cannot be; nothing is loaded or written."""
+    from tunesmith.facts import make_plan
+
+    return make_plan(gather(recipe, **changes))
+
+
+def read_plan(path: AnyPath) -> Plan:
+    """The plan of a run folder, or of a file that holds what `tunesmith plan --json` printed."""
+    from tunesmith.jsonfile import from_json, read_json
+
+    file = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
+    return from_json(Plan, read_json(file), where=str(file))
+
+
+# ---------------------------------------------------------------- runs
+
+
+def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
+    """A new run in the plan's `output_dir`; it goes on as the events are taken.
+
+    `known` spares reading the rows again. MachineError when it cannot fit, GateError when the proof fails.
+    """
+    if not isinstance(plan, Plan):
+        what = f"train takes a Plan, not a {type(plan).__name__}"
+        raise InputError(what, where="train", fix='make one: plan = tunesmith.plan("recipe.yaml")')
+    from tunesmith import run
+
+    return run.train(plan, known)
+
+
+def resume(path: AnyPath) -> Iterator[Event]:
+    """Goes on with an interrupted run, after its newest valid checkpoint. InputError if it is finished, or none."""
+    from tunesmith import run
+
+    return run.resume(Path(path))
+
+
+def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
+    """The whole story on the embedded example, in `output_dir` or runs/demo-N."""
+    known = demo_facts(output_dir)
+    return train(plan(known), known)
+
+
+def demo_facts(output_dir: AnyPath | None = None) -> Facts:
+    from tunesmith.demo import RECIPE
+    from tunesmith.runfolder import next_run_folder
+
+    return gather(RECIPE, output_dir=str(output_dir or next_run_folder(Path("runs"), "demo")))
+
+
+# ---------------------------------------------------------------- after a run
+
+
+def read_record(path: AnyPath) -> RunRecord:
+    """What a finished run amounts to. InputError if it is not finished."""
+    from tunesmith.jsonfile import from_json, read_json
+
+    file = Path(path) / "record.json"
+    return from_json(RunRecord, read_json(file), where=str(file))
+
+
+def evaluate(path: AnyPath) -> tuple[Comparison, ...]:
+    """Measures the base and the adapter of a finished run again, on the same items."""
+    from tunesmith import run
+
+    return run.evaluate(Path(path))
+
+
+def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
+    """The answers of a run's adapter to one question, or to the questions of one conversation as they come."""
+    from tunesmith import run
+
+    return run.chat(Path(path), [questions] if isinstance(questions, str) else questions)
