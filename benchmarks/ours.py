@@ -1,6 +1,6 @@
 """tunesmith's side: the same rows through `Training`, with the modules, the packs and the loop that every run uses.
 
-python -m benchmarks.ours JOB                   a Job as JSON; options: pack_length
+python -m benchmarks.ours JOB                   a Job as JSON; options: pack_length, blocked
 python -m benchmarks.ours start MODEL FOLDER    writes the adapter that both sides begin with
 """
 
@@ -52,7 +52,8 @@ def run(job: Job) -> Outcome:
     def documents_of(step: int) -> list[Document]:
         return documents[(step - 1) * job.batch : step * job.batch]
 
-    training, clock = Training(adopt(network, torch.bfloat16), documents_of, settings), Clock(job, documents)
+    model = adopt(network, torch.bfloat16, blocked=job.options["blocked"])
+    training, clock = Training(model, documents_of, settings), Clock(job, documents)
     clock.start()
     for event in training:
         if isinstance(event, StepResult) and clock.step_done(event.loss):

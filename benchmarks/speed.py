@@ -16,7 +16,7 @@ from benchmarks.rows import by_length
 from tunesmith.types import Json, ModelSpec
 
 OURS, THEIRS = "benchmarks.ours", "benchmarks.theirs"
-OUR_OPTIONS = {"pack_length": 2048}  # what a plan chooses on a CPU
+OUR_OPTIONS = {"pack_length": 4096, "blocked": True}  # what a plan chooses on a CPU
 PADDED, GROUPED, PADDING_FREE = "padded", "grouped by length", "padding-free"
 
 

@@ -100,6 +100,7 @@ def tiny_model(
     *,
     method: str | None = "lora",
     backend: str = "auto",
+    blocked: bool = False,
     **settings: object,
 ) -> LanguageModel:
     """Adopted, with something trainable; adapters start away from zero, so that every gradient is."""
@@ -110,7 +111,7 @@ def tiny_model(
         generator = torch.Generator().manual_seed(1)
         for parameter in trainable(network).values():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return adopt(network, dtype, backend)
+    return adopt(network, dtype, backend, blocked=blocked)
 
 
 def tiny_document(fed: int, seed: int = 0, *, name: str = "", first_target: int | None = None) -> Document:

@@ -61,6 +61,11 @@ def test_packs_that_can_be_full_are_full():
     assert pack_lengths([8, 8, 8, 8], 16) == [[8, 8], [8, 8]]
 
 
+def test_what_is_left_over_makes_no_small_pack():
+    assert pack_lengths([400, 300, 300, 200, 100], 1000) == [[400, 200, 100], [300, 300]]
+    assert pack_lengths([6, 4, 4, 3, 3], 10) == [[6, 4], [4, 3, 3]]  # evened out it would not fit
+
+
 def test_a_long_document_gets_its_own_pack_and_is_never_split():
     assert pack_lengths([5, 100, 5], 10) == [[100], [5, 5]]
 

@@ -39,7 +39,7 @@ def random(*shape: int, seed: int = 5) -> Tensor:
 def by_hand(layer: LoraLinear, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What a LoraLinear stands for, in operations that autograd knows."""
     dropped = x if mask is None else x * mask
-    return F.linear(x, layer.weight, layer.bias) + layer.scale * F.linear(F.linear(dropped, layer.lora_A), layer.lora_B)
+    return F.linear(x, layer.frozen.weight, layer.bias) + layer.scale * F.linear(F.linear(dropped, layer.lora_A), layer.lora_B)
 
 
 def dropout_mask(like: Tensor, rate: float) -> Tensor:
@@ -211,15 +211,15 @@ def test_no_dropout_outside_of_training() -> None:
 
 def test_scale_0_is_the_base_bitwise() -> None:
     layer, x = adapted(linear(5, 4, dtype=torch.bfloat16)), random(3, 5).bfloat16()
-    assert not torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert not torch.equal(layer(x), F.linear(x, layer.frozen.weight, layer.bias))
     layer.scale = 0.0
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), F.linear(x, layer.frozen.weight, layer.bias))
 
 
 def test_masters_of_an_adapter_are_fp32() -> None:
     layer, x = adapted(linear(64, 48, dtype=torch.bfloat16)), random(30, 64).bfloat16().requires_grad_()
     y = layer(x)
-    assert y.dtype == layer.weight.dtype == torch.bfloat16
+    assert y.dtype == layer.frozen.weight.dtype == torch.bfloat16
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
     found = gradients(y, [x, layer.lora_A, layer.lora_B])
     assert [g.dtype for g in found] == [torch.bfloat16, torch.float32, torch.float32]
@@ -239,7 +239,7 @@ def test_a_narrow_copy_follows_its_master() -> None:
         return torch.equal(layer(x), F.linear(x, layer.weight.detach().bfloat16(), layer.bias.detach().bfloat16()))
 
     assert fresh()
-    assert Operand(layer, torch.bfloat16).weight is Operand(layer, torch.bfloat16).weight
+    assert Operand(layer, torch.bfloat16).frozen.weight is Operand(layer, torch.bfloat16).frozen.weight
     layer(x).float().sum().backward()
     update(make_adamw(layer.parameters(), weight_decay=0.0), 0.5)
     assert fresh()

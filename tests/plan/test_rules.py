@@ -83,7 +83,7 @@ def test_documents_are_not_cut_unless_the_model_reads_less(known: Make) -> None:
     assert (cut.value, cut.by) == (512, "checkpoint")
 
 
-@pytest.mark.parametrize(("device", "longest", "pack"), [("cpu", 700, 2048), ("cpu", 3000, 3000), ("cuda", 700, 8192)])
+@pytest.mark.parametrize(("device", "longest", "pack"), [("cpu", 700, 4096), ("cpu", 5000, 5000), ("cuda", 700, 8192)])
 def test_packs_hold_the_longest_document(device: str, longest: int, pack: int, known: Make) -> None:
     assert rules.pack_length(known(device=device, max_length=longest)).value == pack
 
@@ -128,3 +128,17 @@ def test_every_rule_gives_a_reason_that_fits_on_a_screen(known: Make) -> None:
         facts.decided[key] = choice.value
         assert choice.by in ("rule", "checkpoint")
         assert 10 < len(choice.why) < 160, key
+
+
+@pytest.mark.parametrize(
+    ("facts", "layout"),
+    [
+        ({}, "blocked"),
+        ({"dtype": "fp32"}, "plain"),
+        ({"method": "full"}, "plain"),
+        ({"device": "cuda"}, "plain"),
+        ({"available_bytes": 1_000_000_000}, "plain"),
+    ],
+)
+def test_frozen_weights_are_blocked_where_there_is_room(facts: dict[str, object], layout: str, known: Make) -> None:
+    assert rules.weight_layout(known(**facts)).value == layout

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tunesmith.model.adapters import lora_layers
 from tunesmith.model.attention import stock_attention
 from tunesmith.model.cache import RowCache
+from tunesmith.model.frozen import Blocked, blocks_here
 from tunesmith.model.head import Head
 from tunesmith.model.layers import Embedding, prune_last, replace_layers
 from tunesmith.types import Batch, Json, Layout
@@ -155,8 +157,14 @@ class LanguageModel:
         return hidden if kept is None or self.pruned else hidden.index_select(0, kept)
 
 
-def adopt(network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto") -> LanguageModel:
-    """Replaces the modules that we do better and hands the network over. Weights are shared, none is copied."""
+def adopt(
+    network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto", *, blocked: bool = False
+) -> LanguageModel:
+    """Replaces the modules that we do better and hands the network over. Weights are shared, none is copied; `blocked`
+    keeps those beside adapters in oneDNN's layouts, where that is possible."""
+    if blocked and dtype == torch.bfloat16 and network.device.type == "cpu" and blocks_here():
+        for layer in lora_layers(network).values():
+            layer.frozen = Blocked(layer.frozen.weight)
     network.set_input_embeddings(Embedding(network.get_input_embeddings(), dtype))
     replace_layers(network)
     return LanguageModel(network, dtype, backend)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.model.frozen import Blocked, Plain
+
 
 class LoraLinear(nn.Module):
     """A frozen linear [O, I] with trainable A [R, I] and B [O, R]. `scale` 0 is the base model.
@@ -25,7 +27,8 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, *, rank: int, scale: float, dropout: float, generator: torch.Generator) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        self.frozen: Plain | Blocked = Plain(base.weight.detach())
+        self.bias = base.bias
         device, inputs, outputs = base.weight.device, base.in_features, base.out_features
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         start = (torch.rand(rank, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
@@ -37,7 +40,8 @@ class LoraLinear(nn.Module):
         return project(x, [self])[0]
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, rank={self.lora_A.shape[0]}, scale={self.scale}"
+        shape = self.lora_B.shape[0], self.lora_A.shape[1]
+        return f"{shape}, rank={self.lora_A.shape[0]}, scale={self.scale}"
 
 
 class MasterLinear(nn.Module):
@@ -70,12 +74,16 @@ class Operand:
         self.scale = adapter.scale if adapter else 0.0
         self.dropout = adapter.dropout if adapter and adapter.training else 0.0
         self.parameters: tuple[Tensor | None, ...] = (
-            module.weight,
+            None if isinstance(module, LoraLinear) else module.weight,
             module.bias,
             adapter.lora_A if adapter else None,
             adapter.lora_B if adapter else None,
         )
-        self.weight = module.narrow_weight(dtype) if isinstance(module, MasterLinear) else module.weight.detach()
+        if isinstance(module, LoraLinear):
+            self.frozen = module.frozen
+        else:
+            weight = module.narrow_weight(dtype) if isinstance(module, MasterLinear) else module.weight.detach()
+            self.frozen = Plain(weight)
         self.bias = None if module.bias is None else module.bias.detach().to(dtype)
         self.a = adapter.lora_A.detach().to(dtype) if adapter else None
         self.b = adapter.lora_B.detach().to(dtype) if adapter else None
@@ -88,7 +96,7 @@ class Operand:
         return keep.to(x_NI.dtype).div_(1 - self.dropout)
 
     def forward(self, x_NI: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        y = F.linear(x_NI, self.weight, self.bias)
+        y = self.frozen.outputs(x_NI, self.bias)
         if self.a is None or self.b is None:
             return y, None
         z = F.linear(x_NI if mask is None else x_NI * mask, self.a)
@@ -98,7 +106,7 @@ class Operand:
         return None if self.b is None else (dy @ self.b).mul_(self.scale)
 
     def input_gradient(self, dy: Tensor, dz: Tensor | None, mask: Tensor | None, into: Tensor | None = None) -> Tensor:
-        dx = dy @ self.weight if into is None else into.addmm_(dy, self.weight)
+        dx = self.frozen.input_gradient(dy, into)
         if dz is None or self.a is None:
             return dx
         return dx.addmm_(dz, self.a) if mask is None else dx.add_((dz @ self.a).mul_(mask))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.memory import disk_needed, peak_memory
@@ -21,19 +21,32 @@ FITS = 1.15  # a prediction counts as fitting when this much of it is free
 
 
 def decide(
-    recipe: Recipe, *, machine: Machine, model: ModelSpec, data: Mapping[str, DataReport], output_dir: Path, now: str
+    recipe: Recipe,
+    *,
+    machine: Machine,
+    model: ModelSpec,
+    data: Mapping[str, DataReport],
+    output_dir: Path,
+    now: str,
+    fixed: Mapping[str, Choice] | None = None,
 ) -> Plan:
-    """Raises InputError for wishes that cannot be, MachineError when the machine has no room for them."""
+    """`fixed`: what an adapter to go on with has decided already. Raises InputError for wishes that cannot be,
+    MachineError when the machine has no room for them."""
     wishes = {KEYS[name]: getattr(recipe, name) for name in KEYS}
     decided: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
     known = Known(machine, model, data["data"], decided, wishes["schema"] is not None, recipe.max_steps)
+    fixed = fixed or {}
     for key, decide_by_rule in RULES.items():
         if key in ADAPTER_KEYS and decided.get("method") == "full":
             continue
-        wish = wishes[key]
-        choices[key] = decide_by_rule(known) if wish == "auto" else Choice(wish, "you", "the recipe says so")
+        wish = wishes.get(key, "auto")  # what changes speed alone is no recipe key
+        if key in fixed:
+            choices[key] = _agreed(key, wish, fixed[key])
+        else:
+            choices[key] = decide_by_rule(known) if wish == "auto" else Choice(wish, "you", "the recipe says so")
         decided[key] = choices[key].value
+    choices |= {key: choice for key, choice in fixed.items() if key not in RULES}
     for key in ("template", "overlong", "seed", "stage"):
         choices[key] = Choice(_plain(wishes[key]), "you" if _set(recipe, key) else "rule", _WHY[key])
     choices["now"] = Choice(now, "rule", "dates in chat templates are frozen at this moment")
@@ -59,6 +72,21 @@ _WHY = {
     "seed": "order of rows, start of the adapter, samples",
     "stage": "supervised fine-tuning on the answers",
 }
+
+
+def _agreed(key: str, wish: Any, fixed: Choice) -> Choice:
+    """What is fixed, unless the recipe wishes for something else."""
+    if wish != "auto" and _words(wish) != _words(fixed.value):
+        what = f"{key} is {_words(wish)} in the recipe, but {_words(fixed.value)} in the adapter to go on with"
+        raise InputError(what, where=key, fix=f"leave {key} out, or leave adapter_from out to start a new adapter")
+    return fixed
+
+
+def _words(value: Any) -> str:
+    """Names in order; 16 and 16.0 are the same."""
+    if isinstance(value, tuple):
+        return ", ".join(sorted(cast("tuple[str, ...]", value)))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _set(recipe: Recipe, key: str) -> bool:
@@ -92,6 +120,7 @@ def _memory(known: Known, model: ModelSpec) -> dict[str, int]:
         method=known["method"],
         dtype=known["dtype"],
         rank=known.decided.get("lora_r", 0),
+        copies=2 if known["weight_layout"] == "blocked" else 0,
         pack_tokens=min(pack_tokens, known["pack_length"]),
     )
 

