@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from functools import partial
 
 from rich.text import Text
 
@@ -68,13 +69,14 @@ def gather(recipe: Recipe, *, now: datetime | None = None, output_dir: Path | No
 def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
     """The data sets of each role, under the recipe's length policy."""
     longest = recipe.max_length if isinstance(recipe.max_length, int) else None
-    roles = {"data": open_dataset(recipe.data, renderer, max_examples=recipe.max_examples)}
+    opened = partial(open_dataset, renderer=renderer, skip_bad=recipe.skip_bad)
+    roles = {"data": opened(recipe.data, max_examples=recipe.max_examples)}
     if recipe.eval_data:
-        roles["eval_data"] = open_dataset(recipe.eval_data, renderer)
+        roles["eval_data"] = opened(recipe.eval_data)
     elif recipe.eval_split:
         roles["data"], roles["eval_data"] = split(roles["data"], recipe.eval_split, recipe.seed)
     if recipe.test_data:
-        roles["test_data"] = open_dataset(recipe.test_data, renderer)
+        roles["test_data"] = opened(recipe.test_data)
     elif "eval_data" in roles:
         roles["eval_data"], roles["test_data"] = split(roles["eval_data"], 0.5, recipe.seed + 1)
     for role in ("eval_data", "test_data"):

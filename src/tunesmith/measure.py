@@ -47,7 +47,8 @@ def items_of(plan: Plan, facts: Facts) -> Items:
     questions: tuple[Question, ...] = ()
     if "test_data" in facts.datasets:
         dataset = facts.datasets["test_data"]
-        asking = [example for i in range(len(dataset)) if (example := dataset.example(i)).messages or example.prompt]
+        understood = (dataset.understand(i) for i in range(len(dataset)))  # those that cannot be rendered ask nothing
+        asking = [one for one, prepared in understood if prepared.documents and (one.messages or one.prompt)]
         questions = questions_of(asking, facts.renderer)
         check_questions(questions, plan["metrics"], facts.schema)
         _refuse_single(len(questions), "test_data", "questions")

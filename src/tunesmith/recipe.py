@@ -59,9 +59,15 @@ class DataSource(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: FilePath = Field(description="The file.")
-    format: Literal["auto", "messages", "completion", "text"] = Field(
-        default="auto", description="Format of its rows; auto detects it and says why."
+    path: FilePath = Field(description="The file, or a folder of .txt and .md files.")
+    format: Literal[
+        "auto", "messages", "completion", "preference", "openai_preference", "sharegpt", "alpaca", "text"
+    ] = Field(default="auto", description="Format of its rows; auto detects it and says why.")
+    columns: dict[str, str] = Field(
+        default_factory=dict[str, str], description="Which column holds what: {prompt: question, completion: answer}."
+    )
+    weight: Annotated[float, Field(gt=0, le=1000), BeforeValidator(_no_switch)] = Field(
+        default=1.0, description="The loss of everything trained in it is multiplied by this."
     )
     max_examples: Annotated[int, Field(ge=1), BeforeValidator(_no_switch)] | None = Field(
         default=None, description="Read only this many rows of it."
@@ -93,7 +99,7 @@ class Recipe(BaseModel):
     )
     stage: Literal["sft"] = Field(default="sft", description="Kind of training; sft is supervised fine-tuning.")
 
-    data: Sources = Field(min_length=1, description="Training rows: a path, or a list of {path, format, max_examples}.")
+    data: Sources = Field(min_length=1, description="Training rows: a path, or a list of {path, format, columns, ...}.")
     eval_data: Sources = Field(
         default=(), description="Held-out rows that select (checkpoints, settings); never trained on."
     )
@@ -110,6 +116,9 @@ class Recipe(BaseModel):
     template: Auto | Literal["none"] | Template = Field(
         default="auto",
         description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",
+    skip_bad: bool = Field(
+        default=False, description="Leave out rows that cannot be used, instead of stopping; all are counted."
+    )
     )
     answer_schema: FilePath | None = Field(
         default=None, alias="schema", description="JSON schema that a right answer follows."

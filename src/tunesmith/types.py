@@ -91,6 +91,7 @@ class DataReport:
     tokens: int
     supervised_tokens: int
     dropped: dict[str, int] = field(default_factory=dict[str, int])  # reason -> rows without a document
+    rejected: dict[str, int] = field(default_factory=dict[str, int])  # reason -> rows that cannot be used
     truncated: int = 0
     length_percentiles: dict[str, int] = field(default_factory=dict[str, int])  # p50, p90, p99, max
     fingerprint: str = ""  # sha256 over the bytes of the file

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from tunesmith.data.dataset import digests, fit, open_dataset
+from tunesmith.data.dataset import fit, open_dataset
+from tunesmith.data.digests import digests
 from tunesmith.errors import InputError
 from tunesmith.recipe import DataSource
 from tunesmith.types import Document, Example
@@ -21,11 +22,15 @@ def document(*weights):
     return Document("r", np.arange(len(weights), dtype=np.int32), np.array(weights, np.float32))
 
 
+def formats(dataset):
+    return [part.format for part in dataset.parts]
+
+
 def test_rows_are_counted_and_rendered_on_demand(write, words):
     path = write(lines(pair("a b", "c"), pair("d", "e f g")))
     dataset = open_dataset([DataSource(path=path)], words)
-    assert (len(dataset), dataset.formats, dataset.path) == (2, ("completion",), str(path))
-    assert "user turn" in dataset.reasons[0]
+    assert (len(dataset), formats(dataset), dataset.path) == (2, ["completion"], str(path))
+    assert "user turn" in dataset.parts[0].reason
     (only,) = dataset.documents(1)
     assert only.id == "train.jsonl:2"
     assert words.decode(only.tokens_L.tolist()) == "<s>userd</s><s>assistante f g</s>"
@@ -37,9 +42,9 @@ def test_files_of_other_formats_stand_behind_each_other(write, words):
     dataset = open_dataset([DataSource(path=first), DataSource(path=second)], words)
     assert [dataset.id(i) for i in range(3)] == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:2"]
     assert dataset.example(2).text == "y"
-    assert dataset.formats == ("completion", "text")
+    assert formats(dataset) == ["completion", "text"]
     single = open_dataset([DataSource(path=first)], words)
-    assert single.fingerprint == single.sources[0].fingerprint != dataset.fingerprint
+    assert single.fingerprint == single.parts[0].source.fingerprint != dataset.fingerprint
 
 
 def test_files_of_the_same_name_keep_different_ids(tmp_path, words):
@@ -65,23 +70,50 @@ def test_max_examples_takes_the_first_rows_of_a_file_and_of_all(write, words, ow
 def test_a_given_format_wins(write, words):
     path = write(lines({"text": "a", "messages": []}))
     dataset = open_dataset([DataSource(path=path, format="text")], words)
-    assert (dataset.example(0).text, dataset.reasons) == ("a", ("the recipe says so",))
+    assert (dataset.example(0).text, dataset.parts[0].reason) == ("a", "the recipe says so")
 
 
-def test_all_unusable_rows_are_counted_and_the_first_are_named(write, words):
+def test_unusable_rows_are_left_out_counted_and_remembered(write, words):
     good = json.dumps(pair("a", "b"))
-    path = write("\n".join([good, "{", json.dumps(pair("a", "")), *["[]"] * 5, good]))
+    path = write("\n".join([good, "{", json.dumps(pair("a", "")), *["[]"] * 7, good]))
+    dataset = open_dataset([DataSource(path=path)], words)
+    assert [dataset.id(i) for i in range(len(dataset))] == ["train.jsonl:1", "train.jsonl:11"]
+    assert dataset.example(1).id == "train.jsonl:11"
+    assert dict(dataset.rejects.counts) == {"not an object": 7, "not JSON": 1, "empty answer": 1}
+    assert list(dataset.rejects.places()) == [(0, row) for row in range(1, 10)]
+    assert [problem.where for problem in dataset.rejects.first["not an object"]] == [
+        f"train.jsonl:{n}" for n in range(4, 9)
+    ]
+
+
+def test_without_a_usable_row_the_first_reasons_are_said(write, words):
+    path = write("\n".join(["{", *[json.dumps(pair("a", ""))] * 8]))
     with pytest.raises(InputError) as caught:
         open_dataset([DataSource(path=path)], words)
-    assert caught.value.what.startswith("7 of 9 rows cannot be used:\n  train.jsonl:2:2: not JSON")
-    assert "\n  train.jsonl:3: the completion is empty" in caught.value.what
-    assert caught.value.what.endswith("and 2 more")
+    assert caught.value.where == str(path)
+    assert caught.value.what.startswith(
+        "none of the 9 rows can be used: 8 empty answer, 1 not JSON\n  train.jsonl:1:2: not JSON"
+    )
+    assert caught.value.what.endswith("\n  train.jsonl:5: the completion is empty\n  and 4 more")
+    with pytest.raises(InputError, match="none of the 1 rows can be used: 1 not JSON"):
+        open_dataset([DataSource(path=write("{"))], words)
 
 
-def test_one_unusable_row_is_its_own_error(write, words):
-    with pytest.raises(InputError) as caught:
-        open_dataset([DataSource(path=write(lines(pair("a", "b"), pair("a", ""))))], words)
-    assert (caught.value.where, caught.value.what) == ("train.jsonl:2", "the completion is empty")
+def test_the_format_is_seen_behind_rows_that_cannot_be_read(write, words):
+    path = write("{\n" * 30 + json.dumps({"text": "a"}))
+    assert formats(open_dataset([DataSource(path=path)], words)) == ["text"]
+
+
+def test_a_source_can_weigh_more(write, words):
+    path = write(lines({"messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 0.5},
+        {"role": "assistant", "content": "c d"},
+    ]}))  # fmt: skip
+    plain, heavy = (open_dataset([DataSource(path=path, weight=w)], words).documents(0)[0] for w in (1, 3))
+    assert plain.weights_L.tolist() == [0] * 6 + [0.5, 0.5, 0, 0, 1, 1, 1]
+    assert heavy.weights_L.tolist() == [3 * weight for weight in plain.weights_L.tolist()]
+    assert heavy.tokens_L.tolist() == plain.tokens_L.tolist()
 
 
 @pytest.mark.parametrize(

@@ -33,20 +33,20 @@ def test_the_format_is_detected_with_its_reason(data, has_template, name, says):
 @pytest.mark.parametrize(
     ("data", "fix"),
     [
-        ({"conversations": []}, "rename `conversations`"),
-        ({"instruction": "", "output": ""}, "as `prompt`"),
-        ({"x": 1}, "rename"),
-        ({}, "rename"),
+        ({"q": "", "a": "", "b": ""}, r"columns: \{prompt: q, completion: a\}"),
+        ({"x": 1}, r"columns: \{prompt: x, completion: question\}"),
+        ({}, r"columns: \{prompt: question, completion: answer\}"),
     ],
 )
-def test_an_unknown_format_says_what_to_rename(data, fix):
+def test_an_unknown_format_says_how_to_map_it(data, fix):
     with pytest.raises(InputError, match=fix):
         detect([row(**data)], True)
 
 
-def test_rows_of_two_formats_are_refused():
-    with pytest.raises(InputError, match=r"train\.jsonl:9: this row looks like `text`, but row train\.jsonl:7"):
-        detect([row(messages=[]), Row("train.jsonl:9", {"text": "a"})], True)
+def test_the_format_of_most_of_the_first_rows_is_taken():
+    rows = [Row("train.jsonl:9", {"text": "a"}), row(messages=[]), row(x=1), row(messages=[])]
+    assert detect(rows, True)[0] == "messages"
+    assert detect(rows[:2], True)[0] == "messages", "both once: the one that stands first in FORMATS"
 
 
 def test_strings_become_two_turns_on_a_model_with_a_template():
@@ -110,12 +110,26 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-known_keys = ["role", "content", "train", "weight", "tool_calls", "function_call", "name", "type", "text", "function"]
+known_keys = [
+    "role",
+    "content",
+    "from",
+    "value",
+    "train",
+    "weight",
+    "tool_calls",
+    "function_call",
+    "name",
+    "type",
+    "text",
+    "function",
+]
 likely_values = json_values | st.sampled_from(["user", "assistant", "tool", "text", "f", [{"name": "f"}]])
 any_message = st.dictionaries(st.sampled_from(known_keys), likely_values, max_size=5)
+KEYS = sorted({key for format in FORMATS.values() for key in format.keys})
 any_row = st.fixed_dictionaries(
-    {key: json_values | st.lists(any_message, max_size=3) for key in ("messages", "prompt", "completion", "text")},
-    optional={"tools": json_values, "functions": json_values},
+    {key: json_values | st.lists(any_message, max_size=3) for key in KEYS},
+    optional=dict.fromkeys(("tools", "functions", "system", "history", "images"), json_values),
 )
 
 

@@ -123,7 +123,7 @@ def test_messages_must_be_a_list(messages):
 
 
 @pytest.mark.parametrize(
-    "data", [{"tools": "[]"}, {"tools": ["f"]}, {"tools": [{}], "functions": [{}]}, {"functions": 3}]
+    "data", [{"tools": "{}"}, {"tools": "[1"}, {"tools": ["f"]}, {"tools": [{}], "functions": [{}]}, {"functions": 3}]
 )
 def test_bad_tools_are_refused(data):
     with pytest.raises(InputError, match=r"tools|functions"):

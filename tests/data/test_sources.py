@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data import sources
+from tunesmith.data import places, sources
+from tunesmith.data.badrow import BadRow
 from tunesmith.data.sources import open_source
+from tunesmith.data.strict import Spot, decode_json
 from tunesmith.errors import InputError
 
 
@@ -41,8 +43,9 @@ def test_plain_text_is_one_row_with_unix_line_ends(write):
         (b"null", "train.jsonl:2", "the row is a NoneType"),
         (b'{"a": "\xe9t\xe9"}', "train.jsonl:2:8", "byte 0xe9 at offset 16 is not UTF-8"),
         (b'{"a": "x\x00y"}', "train.jsonl:2:9", "not JSON: Invalid control character"),
-        (b'{"a": "x\\u0000y"}', "train.jsonl:2", "\\u0000"),
-        (b'{"a": "\\ud83d"}', "train.jsonl:2", "half a character, '\\ud83d'"),
+        (b'{"a": "x\\u0000y"}', "train.jsonl:2:9", "\\u0000 at byte 17 is a NUL character"),
+        (b'{"a": "\\\\u0000\\ud83d"}', "train.jsonl:2:15", "\\ud83d at byte 23 is half a character"),
+        (b'{"a": "\xc3\xa9\\ude00\\ud83d"}', "train.jsonl:2:9", "\\ude00 at byte 18 is half a character"),
         (b'{"a": "\xed\xa0\xbd"}', "train.jsonl:2:8", "is not UTF-8"),
         (b'{"a": NaN}', "train.jsonl:2", "NaN is not JSON"),
         (b'{"a": [-Infinity]}', "train.jsonl:2", "-Infinity is not JSON"),
@@ -78,16 +81,11 @@ def test_arguments_of_tool_calls_stay_byte_for_byte(write):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("", "is empty"), ("\n \r\n\n", "only blank lines"), (b"\xef\xbb\xbf", "only blank lines")]
+    ("content", "says"), [("", "is empty"), ("\n \r\n\n", "holds no row"), (b"\xef\xbb\xbf", "holds no row")]
 )
 def test_an_empty_file_is_refused(write, content, says):
     with pytest.raises(InputError, match=says):
         open_source(write(content))
-
-
-def test_a_json_array_says_how_to_convert_it(write):
-    with pytest.raises(InputError, match=r"jq -c"):
-        open_source(write("[\n{},\n{}\n]\n", "data.json")).row(0)
 
 
 def test_files_that_are_not_plain_data_are_refused_before_reading(write, tmp_path):
@@ -95,26 +93,28 @@ def test_files_that_are_not_plain_data_are_refused_before_reading(write, tmp_pat
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name, says in {
         "trian.jsonl": r"did you mean .*train\.jsonl",
-        ".": "is a folder",
+        ".": "no .txt or .md file in this folder",
         "pipe.jsonl": "not an ordinary file",
         "no/such/folder.jsonl": "no such file",
     }.items():
         with pytest.raises(InputError, match=says):
             open_source(tmp_path / name)
-    with pytest.raises(InputError, match=r"cannot read \.gz"):
-        open_source(write(b"\x1f\x8b", "rows.gz"))
 
 
-def test_an_endless_line_is_refused_without_reading_on(write, monkeypatch):
+def test_an_endless_line_is_refused_without_being_held_and_reading_goes_on(write, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST_ROW", 1000)
-    path = write('{"a": 1}\n{"a": "' + "x" * 100_000 + '"}\n')
+    monkeypatch.setattr(places, "PIECE", 500)
+    path = write('{"a": 1}\n{"a": "' + "x" * 3_000_000 + '"}\n{"a": 3}')
     tracemalloc.start()
-    with pytest.raises(InputError, match="longer than") as caught:
-        open_source(path)
+    source = open_source(path)
+    assert [source.id(i) for i in range(3)] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
+    with pytest.raises(BadRow, match="the row has 3,000,010 bytes") as caught:
+        source.row(1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert caught.value.where == "train.jsonl:2"
-    assert peak < 60_000
+    assert (caught.value.where, caught.value.reason) == ("train.jsonl:2", "too long")
+    assert source.row(2).data == {"a": 3}
+    assert peak < 400_000
 
 
 def test_a_file_that_changes_while_in_use_is_noticed(write):
@@ -132,11 +132,11 @@ def test_a_file_that_changes_while_in_use_is_noticed(write):
 def test_any_bytes_are_an_object_or_a_clear_error(raw):
     data, problem = None, None
     try:
-        data = sources.decode_json(raw, "train.jsonl:1", 0)
+        data = decode_json(raw, Spot("train.jsonl"))
     except InputError as error:
         problem = error
     if problem:
-        assert problem.where.startswith("train.jsonl:1")
+        assert problem.where.startswith("train.jsonl:")
         assert problem.fix
     else:
         assert data == json.loads(raw)
@@ -151,4 +151,4 @@ def test_memory_does_not_grow_with_the_length_of_the_rows(write):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert path.stat().st_size > 3_000_000
-    assert peak < 200_000
+    assert peak < 400_000

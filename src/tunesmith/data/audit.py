@@ -2,8 +2,8 @@
 
     data sets by role -> DataReport by role, with findings
 
-Each check is one function over a `Subject` and one line in `CHECKS`. Rows that cannot be read at all were refused
-earlier, in `dataset.py`. Levels: info is worth knowing, warn is worth a look, error should stop a run.
+Each check is one function over a `Subject` and one line in `CHECKS`. Levels: info is worth knowing, warn is worth a
+look, error should stop a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from tunesmith.data.dataset import FIRST_ROWS, Dataset
-from tunesmith.data.formats import unused_keys
+from tunesmith.data.formats import FORMATS, unused_keys
 from tunesmith.data.render import BOUNDARY, PER_TURN, STRUCTURAL
 from tunesmith.data.scan import ALL_ROWS, Scan, percentiles, scan
 from tunesmith.errors import InputError
@@ -60,13 +60,17 @@ def report(dataset: Dataset, seen: Scan, findings: Sequence[Finding] = ()) -> Da
     """The numbers of a scan as a report; estimates for all rows if only a sample was scanned."""
     return DataReport(
         path=dataset.path,
-        format=", ".join(dict.fromkeys(dataset.formats)),
-        why_format="; ".join(dict.fromkeys(dataset.reasons)),
+        format=", ".join(dict.fromkeys(part.format for part in dataset.parts)),
+        why_format="; ".join(dict.fromkeys(part.reason for part in dataset.parts)),
         rows=len(dataset),
         documents=seen.scaled(len(seen.lengths_D)),
         tokens=seen.scaled(int(seen.lengths_D.sum())),
         supervised_tokens=seen.scaled(seen.supervised_tokens),
         dropped={reason: seen.scaled(len(ids)) for reason, ids in seen.dropped.items()},
+        rejected={
+            **dataset.rejects.counts,
+            **{reason: seen.scaled(count) for reason, count in seen.rejects.counts.items()},
+        },
         truncated=seen.scaled(seen.truncated),
         length_percentiles=percentiles(seen.lengths_D),
         fingerprint=dataset.fingerprint,
@@ -95,6 +99,24 @@ def _finding(subject: Subject, check: str, ids: Sequence[str], says: str, level:
 
 
 # ---------------------------------------------------------------- the checks
+
+
+def rejected(subject: Subject) -> Iterator[Finding]:
+    """Rows that cannot be used, by reason, with the first of each. They stop a run unless it skips them."""
+    level = "warn" if subject.dataset.skip_bad else "error"
+    total = len(subject.dataset) + subject.dataset.rejects.counts.total()
+    for found, scaled in ((subject.dataset.rejects, int), (subject.scan.rejects, subject.scan.scaled)):
+        for reason, problems in found.first.items():
+            count = scaled(found.counts[reason])
+            message = f"{count:,} of {total:,} rows cannot be used: {reason}; {problems[0].where}: {problems[0].what}"
+            yield Finding("rejected", level, message, count, tuple(problem.where for problem in problems))
+
+
+def chosen_only(subject: Subject) -> Iterator[Finding]:
+    """Preference rows in a stage that knows no preferences."""
+    for name in dict.fromkeys(part.format for part in subject.dataset.parts):
+        if "preference" in name:
+            yield Finding("chosen_only", "warn", f"{name} rows: {FORMATS[name].note}", len(subject.dataset))
 
 
 def sampled(subject: Subject) -> Iterator[Finding]:
@@ -189,7 +211,7 @@ def unused(subject: Subject) -> Iterator[Finding]:
     dataset = subject.dataset
     keys: dict[str, str] = {}
     for row in subject.scan.rows_R[:FIRST_ROWS].tolist():
-        for key in unused_keys(dataset.row(row), dataset.formats[dataset.source_N[row]]):
+        for key in unused_keys(dataset.row(row), dataset.part(row).format):
             keys.setdefault(key, dataset.id(row))
     if keys:
         message = f"not used: {', '.join(f'`{key}`' for key in keys)}"
@@ -224,6 +246,8 @@ def _problem(answer: str, validator: Validator) -> str:
 
 
 CHECKS = {
+    "rejected": rejected,
+    "chosen_only": chosen_only,
     "sampled": sampled,
     "losses": losses,
     "long_answers": long_answers,

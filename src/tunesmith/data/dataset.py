@@ -2,29 +2,35 @@
 
     files -> open_dataset (parse-only pass) -> Dataset; Dataset.prepare(i) -> Prepared (documents of row i)
 
-The parse-only pass reads every row once, so the number of rows (and of steps) is known and every broken row is reported
-before anything starts. It keeps a few numbers a row, never the rows: row i is read and rendered again when asked for.
-A row whose documents all fall away keeps its slot, with no documents. Order and steps: `schedule.py`.
+The parse-only pass reads every row once, so the number of rows (and of steps) is known, and rows that cannot be used
+are known before anything starts: they are left out here and kept in `rejects`; whether a run goes on without them is
+decided elsewhere. It keeps a few numbers a row, never the rows: row i is read and rendered again when asked for. A row
+whose documents all fall away keeps its slot, with no documents. Order and steps: `schedule.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from tunesmith.data.formats import detect, parse
+from tunesmith.data.badrow import BadRow, Rejects
+from tunesmith.data.columns import check_columns, renamed
+from tunesmith.data.digests import digests
+from tunesmith.data.folder import Folder
+from tunesmith.data.formats import FORMATS, detect, parse
+from tunesmith.data.places import LONGEST_ROW
 from tunesmith.data.sources import Source, open_source
 from tunesmith.errors import InputError
 from tunesmith.recipe import DataSource
-from tunesmith.types import Document, Example, Json, Row
+from tunesmith.types import Document, Example, Row
 
 if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 Overlong = Literal["drop", "truncate", "refuse"]
 FIRST_ROWS = 20  # enough to see a format
 SHOWN_ERRORS = 5
+NOT_RENDERED = "cannot be rendered"
 
 
 @dataclass(frozen=True)
@@ -45,66 +52,105 @@ class Prepared:
     truncated: int = 0
     answer_too_long: bool = False  # one document's trained tokens alone do not fit
     notes: tuple[str, ...] = ()  # what the render had to say
+    problem: BadRow | None = None  # why it cannot be rendered
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One file of a role, and how its rows are read."""
+
+    source: Source | Folder
+    format: str
+    reason: str  # of the format
+    columns: Mapping[str, str]  # our name -> the file's
+    weight: float
+
+    def row(self, index: int) -> Row:
+        row = self.source.row(index)
+        return renamed(row, self.columns) if self.columns else row
+
+    def example(self, index: int, has_template: bool) -> Example:
+        return parse(self.row(index), self.format, has_template)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Rows of one role. N rows; the digests compare contents with white space evened out."""
 
-    sources: tuple[Source, ...]
-    formats: tuple[str, ...]  # of each source
-    reasons: tuple[str, ...]
+    parts: tuple[Part, ...]
     renderer: Renderer
-    source_N: np.ndarray  # int32, into sources
-    row_N: np.ndarray  # int64, into the rows of that source
+    part_N: np.ndarray  # int32, into parts
+    row_N: np.ndarray  # int64, into the rows of that part
     contents_N: np.ndarray  # uint64, digest of the whole row
     prompts_N: np.ndarray  # uint64, digest of what stands before the last answer
+    rejects: Rejects  # rows of the files that are not among the N
     max_length: int | None = None  # tokens of a document
     overlong: Overlong = "drop"
+    skip_bad: bool = False  # a row that cannot be rendered is an empty slot, and no error
 
     def __len__(self) -> int:
         return len(self.row_N)
 
     @property
     def path(self) -> str:
-        return ", ".join(str(source.path) for source in self.sources)
+        return ", ".join(str(part.source.path) for part in self.parts)
 
     @property
     def fingerprint(self) -> str:
         """sha256 over the bytes of the file; of several files, over their sha256."""
-        prints = [source.fingerprint for source in self.sources]
+        prints = [part.source.fingerprint for part in self.parts]
         return prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
 
+    def part(self, index: int) -> Part:
+        return self.parts[self.part_N[index]]
+
     def id(self, index: int) -> str:
-        return self.sources[self.source_N[index]].id(self.row_N[index])
+        return self.part(index).source.id(self.row_N[index])
 
     def row(self, index: int) -> Row:
-        return self.sources[self.source_N[index]].row(self.row_N[index])
+        return self.part(index).row(self.row_N[index])
 
     def example(self, index: int) -> Example:
-        return parse(self.row(index), self.formats[self.source_N[index]], self.renderer.has_template)
+        return self.part(index).example(self.row_N[index], self.renderer.has_template)
 
     def understand(self, index: int) -> tuple[Example, Prepared]:
-        """Render one row and apply the over-long policy. Raises InputError if the row cannot be rendered."""
+        """Render one row and apply the over-long policy, which may raise InputError. A row that cannot be rendered
+        has no documents, and `problem` says why."""
         example = self.example(index)
-        rendered = self.renderer.documents(example)
-        prepared = fit(example.id, rendered.documents, self.max_length, self.overlong)
+        try:
+            rendered = self.renderer.documents(example)
+        except InputError as error:
+            problem = BadRow("cannot be rendered", error.what, where=example.id, fix=error.fix)
+            return example, Prepared(example.id, (), dropped=NOT_RENDERED, problem=problem)
+        documents = weighted(rendered.documents, self.part(index).weight)
+        prepared = fit(example.id, documents, self.max_length, self.overlong)
         return example, dataclasses.replace(prepared, notes=tuple(rendered.notes))
 
     def prepare(self, index: int) -> Prepared:
         return self.understand(index)[1]
 
     def documents(self, index: int) -> tuple[Document, ...]:
-        return self.prepare(index).documents
+        """The documents of a row. Raises BadRow if it cannot be rendered, unless `skip_bad`."""
+        prepared = self.prepare(index)
+        if prepared.problem and not self.skip_bad:
+            raise prepared.problem
+        return prepared.documents
 
     def take(self, rows_K: np.ndarray) -> Dataset:
         """The data set of these rows, in this order."""
-        names = ("source_N", "row_N", "contents_N", "prompts_N")
+        names = ("part_N", "row_N", "contents_N", "prompts_N")
         return dataclasses.replace(self, **{name: getattr(self, name)[rows_K] for name in names})
 
     def limited(self, max_length: int | None, overlong: Overlong) -> Dataset:
         """The same rows under another length policy."""
         return dataclasses.replace(self, max_length=max_length, overlong=overlong)
+
+
+def weighted(documents: Sequence[Document], weight: float) -> Sequence[Document]:
+    """Documents whose targets all weigh `weight` times as much."""
+    if weight == 1:
+        return documents
+    return [Document(one.id, one.tokens_L, one.weights_L * np.float32(weight)) for one in documents]
 
 
 def fit(row_id: str, documents: Sequence[Document], max_length: int | None, overlong: Overlong) -> Prepared:
@@ -141,72 +187,90 @@ def open_dataset(
     max_length: int | None = None,
     overlong: Overlong = "drop",
     max_examples: int | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
     """Read every row once and remember where it is. `max_examples` takes the first rows of all files together.
 
-    Raises InputError that counts the unusable rows of a file and names the first ones.
+    Raises InputError for a file that cannot be read, and if not a single row can be used.
     """
     names = Counter(file.path.name for file in files)
+    rejects = Rejects()
     opened: list[_Opened] = []
     left = max_examples
-    for file in files:
+    for number, file in enumerate(files):
         if left == 0:
             break
-        name = file.path.name if names[file.path.name] == 1 else str(file.path)
-        opened.append(_open_file(file, name, left, renderer.has_template))
-        left = left if left is None else left - len(opened[-1].digests_N2)
-    digests_N2 = np.concatenate([part.digests_N2 for part in opened])
+        source = open_source(file.path, name=file.path.name if names[file.path.name] == 1 else str(file.path))
+        rows = range(min(n for n in (len(source), file.max_examples, left) if n is not None))
+        left = left if left is None else left - len(rows)
+        part = _part(file, source, rows, renderer.has_template)
+        opened.append(_read(part, rows, renderer.has_template, partial(rejects.add, number)))
+    if not any(len(one.row_K) for one in opened):
+        raise rejects.nothing_left(", ".join(str(file.path) for file in files))
+    digests_N2 = np.concatenate([one.digests_K2 for one in opened])
     return Dataset(
-        sources=tuple(part.source for part in opened),
-        formats=tuple(part.format for part in opened),
-        reasons=tuple(part.reason for part in opened),
+        parts=tuple(one.part for one in opened),
         renderer=renderer,
-        source_N=np.repeat(np.arange(len(opened), dtype=np.int32), [len(part.digests_N2) for part in opened]),
-        row_N=np.concatenate([np.arange(len(part.digests_N2)) for part in opened]),
+        part_N=np.repeat(np.arange(len(opened), dtype=np.int32), [len(one.row_K) for one in opened]),
+        row_N=np.concatenate([one.row_K for one in opened]),
         contents_N=digests_N2[:, 0],
         prompts_N=digests_N2[:, 1],
+        rejects=rejects,
         max_length=max_length,
         overlong=overlong,
+        skip_bad=skip_bad,
     )
 
 
 class _Opened(NamedTuple):
-    source: Source
-    format: str
-    reason: str
-    digests_N2: np.ndarray
+    part: Part
+    row_K: np.ndarray  # int64, the rows that can be used
+    digests_K2: np.ndarray
 
 
-def _open_file(file: DataSource, name: str, limit: int | None, has_template: bool) -> _Opened:
-    source = open_source(file.path, name=name)
-    rows = range(min(n for n in (len(source), file.max_examples, limit) if n is not None))
-    if file.format == "auto":
-        format, reason = detect(_first_rows(source, rows), has_template)
-    else:
-        format, reason = file.format, "the recipe says so"
-    digests_N2 = np.zeros((len(rows), 2), dtype=np.uint64)
-    problems: list[InputError] = []
+def _part(file: DataSource, source: Source | Folder, rows: range, has_template: bool) -> Part:
+    """How the rows of a file are read. Raises InputError for an unknown format or column."""
+    where, format, reason = str(file.path), file.format, "the recipe says so"
+    first = _first_rows(source, rows)
+    if first and file.columns:
+        check_columns(file.columns, first, format, where)
+        first = [renamed(row, file.columns) for row in first]
+    if first and format == "auto":
+        format, reason = detect(first, has_template)
+    elif format == "auto":
+        format, reason = "text", "no row can be read"
+    elif FORMATS[format].note:
+        reason += f"; {FORMATS[format].note}"
+    return Part(source, format, reason, file.columns, file.weight)
+
+
+def _first_rows(source: Source | Folder, rows: range) -> list[Row]:
+    """The first rows that can be decoded, a few, and not too much of them."""
+    found: list[Row] = []
+    size = 0
     for i in rows:
         try:
-            digests_N2[i] = digests(parse(source.row(i), format, has_template))
-        except InputError as error:
-            problems.append(error)
-    raise_all(problems, len(rows), str(file.path))
-    return _Opened(source, format, reason, digests_N2)
-
-
-def _first_rows(source: Source, rows: range) -> list[Row]:
-    """The first rows that can be decoded; the others are reported with all problems of the file."""
-    found: list[Row] = []
-    problems: list[InputError] = []
-    for i in rows[:FIRST_ROWS]:
-        try:
             found.append(source.row(i))
-        except InputError as error:
-            problems.append(error)
-    if not found:
-        raise problems[0]
+        except BadRow:
+            continue
+        size += source.raw(i, 0)[1]
+        if len(found) == FIRST_ROWS or size > LONGEST_ROW:
+            break
     return found
+
+
+def _read(part: Part, rows: range, has_template: bool, reject: Callable[[int, BadRow], None]) -> _Opened:
+    """Understand every row once."""
+    digests_R2 = np.zeros((len(rows), 2), dtype=np.uint64)
+    good = array("q")
+    for i in rows:
+        try:
+            digests_R2[len(good)] = digests(part.example(i, has_template))
+        except BadRow as problem:
+            reject(i, problem)
+        else:
+            good.append(i)
+    return _Opened(part, np.array(good, dtype=np.int64), digests_R2[: len(good)])
 
 
 def raise_all(problems: Sequence[InputError], rows: int, where: str) -> None:
@@ -219,32 +283,3 @@ def raise_all(problems: Sequence[InputError], rows: int, where: str) -> None:
     more = f"\n  and {len(problems) - SHOWN_ERRORS:,} more" if len(problems) > SHOWN_ERRORS else ""
     what = f"{len(problems):,} of {rows:,} rows cannot be used:{''.join(lines)}{more}"
     raise InputError(what, where=where, fix=problems[0].fix)
-
-
-def digests(example: Example) -> tuple[int, int]:
-    """64-bit digests of (the whole example, what stands before its last answer), white space evened out.
-
-    With nothing before its answer, as in a plain text, both digests are the same.
-    """
-    if example.text is not None:
-        return _digests([example.prompt] if example.prompt else [], [example.text])
-    *before, answer = [_parts(message) for message in example.messages]
-    tools = [json.dumps(example.tools, sort_keys=True)] if example.tools else []
-    return _digests([*tools, *chain.from_iterable(before)], answer)
-
-
-def _parts(message: Json) -> tuple[str, str, str]:
-    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
-    return message["role"], message["content"], json.dumps(rest, sort_keys=True) if rest else ""
-
-
-def _digests(prompt: Sequence[str], answer: Sequence[str]) -> tuple[int, int]:
-    hasher = hashlib.blake2b(_even(prompt), digest_size=8)
-    first = int.from_bytes(hasher.digest(), "big")
-    hasher.update(_even(answer))
-    whole = int.from_bytes(hasher.digest(), "big")
-    return whole, first if prompt else whole
-
-
-def _even(parts: Sequence[str]) -> bytes:
-    return "".join(" ".join(part.split()) + "\0" for part in parts).encode()

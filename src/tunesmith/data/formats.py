@@ -3,52 +3,58 @@
     Row -> Example (messages with a weight each, or text)
 
 `detect` looks at the first rows and says why it chose a format; `parse` reads one row or says what is wrong with it,
-naming the row. Three formats: OpenAI `messages`, `completion` (prompt and completion, strings or messages), `text`.
-How messages become tokens is decided in `render.py`; single messages are read in `messages.py`.
+naming the row. A format is one function, and one line in `FORMATS`. A preference row has two sides: `read_side` reads
+either. How messages become tokens is decided in `render.py`; single messages are read in `messages.py`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from tunesmith.data.badrow import BadRow
 from tunesmith.data.messages import read_tools, read_turns
 from tunesmith.errors import InputError
 from tunesmith.types import Example, Json, Row
+
+Turns = list[tuple[Json, float]]
+Side = Literal["chosen", "rejected"]
 
 
 class Format(NamedTuple):
     keys: tuple[str, ...]  # a row of this format has all of them
     used: frozenset[str]  # every key of the row that is read
     read: Callable[[Row, bool], Example]
+    note: str = ""  # what the user should know of it
 
 
 def detect(rows: Sequence[Row], has_template: bool) -> tuple[str, str]:
-    """(format, reason) from the first rows of a file. Raises InputError if none fits, or if the rows disagree."""
-    first = rows[0]
-    fitting = [_fitting(row) for row in rows]
-    for row, names in zip(rows, fitting, strict=True):
-        if not names:
-            raise InputError(_unknown_keys(row.data), where=row.id, fix=_hint(row.data))
-    name = fitting[0][0]
-    for row, names in zip(rows, fitting, strict=True):
-        if name not in names:
-            what = f"this row looks like `{names[0]}`, but row {first.id} like `{name}`"
-            raise InputError(what, where=row.id, fix="put the formats into separate files, or name one with `format:`")
+    """(format, reason): the format that most of these first rows of a file have. Raises InputError if none has one."""
+    fitting = Counter(names[0] for row in rows if (names := _fitting(row)))
+    if not fitting:
+        raise InputError(_unknown_keys(rows[0].data), where=rows[0].id, fix=_hint(rows[0].data))
+    name, _ = max(fitting.items(), key=lambda item: (item[1], -list(FORMATS).index(item[0])))
+    first = next(row for row in rows if _fitting(row)[:1] == [name])
     reason = f"the rows have {_quoted(FORMATS[name].keys)}"
-    if len(fitting[0]) > 1:
-        reason += f"; {_quoted(FORMATS[fitting[0][1]].keys)} is there too and not used"
+    if others := _fitting(first)[1:]:
+        reason += f"; {_quoted(FORMATS[others[0]].keys)} is there too and not used"
     if name == "completion" and isinstance(first.data["prompt"], str):
         reason += "; " + (_AS_TURNS if has_template else _AS_TEXT)
-    return name, reason
+    return name, "; ".join(filter(None, (reason, FORMATS[name].note)))
 
 
 def parse(row: Row, format: str, has_template: bool) -> Example:
-    """Read one row. Raises InputError that names the row and what to do about it."""
+    """Read one row. Raises BadRow that names the row and what to do about it."""
     chosen = FORMATS[format]
     for key in chosen.keys:
         if key not in row.data:
-            raise InputError(f"the key `{key}` is missing", where=row.id, fix=f"a `{format}` row has {chosen.keys}")
+            fix = f"a `{format}` row has {_quoted(chosen.keys)}; rows of another format go into a file of their own"
+            raise BadRow("missing key", f"the key `{key}` is missing", where=row.id, fix=fix)
+    for key in ("images", "videos", "audios"):
+        if row.data.get(key):
+            what = f"the row has `{key}`: only text is trained, and nothing is fetched"
+            raise BadRow("not text", what, where=row.id, fix="drop the row")
     return chosen.read(row, has_template)
 
 
@@ -71,15 +77,13 @@ def _quoted(keys: Sequence[str]) -> str:
 
 def _unknown_keys(data: Json) -> str:
     wanted = "; ".join(f"{name}: {_quoted(format.keys)}" for name, format in FORMATS.items())
-    return f"the row has {_quoted(list(data)[:8]) or 'no keys'}, and no known format ({wanted})"
+    keys = _quoted([f"{key:.40}" for key in list(data)[:8]]) or "no keys"
+    return f"the row has {keys}, and no known format ({wanted})"
 
 
 def _hint(data: Json) -> str:
-    if "conversations" in data:
-        return "rename `conversations` to `messages`, `from` to `role`, `value` to `content`"
-    if "instruction" in data:
-        return "write `instruction` (with `input`) as `prompt`, and `output` as `completion`"
-    return "rename the keys"
+    asked, answered = [f"{key:.40}" for key in [*data, "question", "answer"][:2]]
+    return f"say which key is what: `data: {{path: ..., columns: {{prompt: {asked}, completion: {answered}}}}}`"
 
 
 # ---------------------------------------------------------------- the formats
@@ -91,53 +95,142 @@ def read_messages(row: Row, has_template: bool) -> Example:
     return _conversation(row, read_turns(row.id, row.data["messages"], "messages"))
 
 
+def read_sharegpt(row: Row, has_template: bool) -> Example:
+    """ShareGPT: `conversations` of `from` and `value`, perhaps with `system` and `tools` beside it."""
+    _need_template(row, has_template)
+    turns = read_turns(row.id, row.data["conversations"], "conversations")
+    system = _optional_text(row, "system")
+    if system and turns[0][0]["role"] == "system" and turns[0][0]["content"] != system:
+        what = "`system` and the first turn are two different system prompts"
+        raise BadRow("contradiction", what, where=row.id, fix="keep one of them")
+    if system and turns[0][0]["role"] != "system":
+        turns = [_turn("system", system), *turns]
+    return _conversation(row, turns)
+
+
+def read_alpaca(row: Row, has_template: bool) -> Example:
+    """Alpaca: `instruction` with `input` below it is the question, `output` the answer; `history` came before."""
+    _need_template(row, has_template)
+    system, below = _optional_text(row, "system"), _optional_text(row, "input")
+    history = row.data.get("history") or []
+    pairs = history if isinstance(history, list) else [history]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        fix = "write [[question, answer], ...]"
+        raise BadRow("not messages", "`history` is not a list of pairs", where=row.id, fix=fix)
+    question = _text(row, "instruction") + (f"\n{below}" if below else "")
+    said = [part for pair in pairs for part in pair] + [question, _text(row, "output")]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": part} for i, part in enumerate(said)]
+    turns = read_turns(row.id, messages, "turns")
+    return _conversation(row, [_turn("system", system), *turns] if system else turns)
+
+
 def read_completion(row: Row, has_template: bool) -> Example:
     """`prompt` and `completion`: two strings, or lists of messages; only the completion is trained."""
-    prompt, completion = row.data["prompt"], row.data["completion"]
-    strings = isinstance(prompt, str) and isinstance(completion, str)
-    if strings and not completion.strip():
-        raise InputError("the completion is empty", where=row.id, fix="write the answer, or drop the row")
-    if strings and not has_template:
-        return Example(row.id, text=completion, prompt=prompt)
+    return _answered(row, "prompt", "completion", has_template)
+
+
+def read_side(row: Row, has_template: bool, *, side: Side = "chosen") -> Example:
+    """One side of a preference row, its answer trained: what answers the `prompt`; of two whole conversations, what
+    follows the turns that they share."""
+    own, other = (row.data[key] for key in (side, "rejected" if side == "chosen" else "chosen"))
+    if not _is_conversation(own):
+        if row.data.get("prompt") is None:
+            fix = "add a `prompt` (or map a column to it), or write both sides as whole conversations"
+            raise BadRow("missing key", f"nothing says what `{side}` answers", where=row.id, fix=fix)
+        return _answered(row, "prompt", side, has_template)
     _need_template(row, has_template)
-    before = read_turns(row.id, _as_turns(row.id, prompt, "user", "prompt"), "prompt", trained=False)
-    after = read_turns(row.id, _as_turns(row.id, completion, "assistant", "completion"), "completion")
-    return _conversation(row, before + after)
+    shared = 0
+    while shared < len(own) - 1 and _is_conversation(other) and own[: shared + 1] == other[: shared + 1]:
+        shared += 1
+    before = read_turns(row.id, own[:shared], side, trained=False) if shared else []
+    return _conversation(row, before + read_turns(row.id, own[shared:], side))
+
+
+def read_openai_preference(row: Row, has_template: bool, *, side: Side = "chosen") -> Example:
+    """OpenAI preference file: `input` with its messages, `preferred_output` and `non_preferred_output`."""
+    asked = row.data["input"]
+    if not isinstance(asked, dict):
+        raise BadRow("not messages", "`input` is not an object", where=row.id, fix='write {"messages": [...]}')
+    data = {"prompt": asked.get("messages"), "chosen": row.data["preferred_output"], "tools": asked.get("tools")}
+    return read_side(Row(row.id, {**data, "rejected": row.data["non_preferred_output"]}), has_template, side=side)
 
 
 def read_text(row: Row, has_template: bool) -> Example:  # noqa: ARG001 - every format has this signature
     """`text`: trained as it is, without a template."""
-    text = row.data["text"]
-    if not isinstance(text, str):
-        raise InputError(f"`text` is {_kind(text)}, not a string", where=row.id, fix="write a string")
+    text = _text(row, "text")
     if not text.strip():
-        raise InputError("the text is empty", where=row.id, fix="drop the row")
+        raise BadRow("empty text", "the text is empty", where=row.id, fix="drop the row")
     return Example(row.id, text=text)
 
 
-def _conversation(row: Row, turns: list[tuple[Json, float]]) -> Example:
+# ---------------------------------------------------------------- what they share
+
+
+def _answered(row: Row, asked: str, answered: str, has_template: bool) -> Example:
+    """A prompt, not trained, and its answer, which is: two strings, or lists of messages."""
+    prompt, answer = row.data[asked], row.data[answered]
+    strings = isinstance(prompt, str) and isinstance(answer, str)
+    if strings and not answer.strip():
+        raise BadRow("empty answer", f"the {answered} is empty", where=row.id, fix="write the answer, or drop the row")
+    if strings and not has_template:
+        return Example(row.id, text=answer, prompt=prompt)
+    _need_template(row, has_template)
+    before = read_turns(row.id, _as_turns(row.id, prompt, "user", asked), asked, trained=False)
+    after = read_turns(row.id, _as_turns(row.id, answer, "assistant", answered), answered)
+    return _conversation(row, before + after)
+
+
+def _conversation(row: Row, turns: Turns) -> Example:
     """The rules that hold for a whole conversation."""
     last = turns[-1][0]["role"]
     if last != "assistant":
         what = f"the last turn is `{last}`: after it there is nothing to train"
-        raise InputError(what, where=row.id, fix="add the assistant's answer, or drop that turn")
+        fix = "add the assistant's answer, or drop that turn"
+        raise BadRow("no answer at the end", what, where=row.id, fix=fix)
     if not any(weight for _, weight in turns):
         what = "no turn is trained: all are `train: false` or have weight 0"
-        raise InputError(what, where=row.id, fix="train at least one assistant turn, or drop the row")
+        fix = "train at least one assistant turn, or drop the row"
+        raise BadRow("nothing trained", what, where=row.id, fix=fix)
     messages, weights = zip(*turns, strict=True)
     return Example(row.id, messages, weights, read_tools(row))
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a list of messages holds what the user said, too."""
+    turns = value if isinstance(value, list) else []
+    return any(isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human") for turn in turns)
 
 
 def _as_turns(where: str, value: Any, role: str, key: str) -> Any:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        return [value]
     if isinstance(value, list):
         return value
     fix = "write both as strings, or both as lists of messages"
-    raise InputError(f"`{key}` is {_kind(value)}, neither a string nor a list of messages", where=where, fix=fix)
+    what = f"`{key}` is {_kind(value)}, neither a string nor a list of messages"
+    raise BadRow("not messages", what, where=where, fix=fix)
+
+
+def _turn(role: str, content: str) -> tuple[Json, float]:
+    """A turn that is not trained."""
+    return {"role": role, "content": content}, 0.0
+
+
+def _text(row: Row, key: str) -> str:
+    text = row.data[key]
+    if not isinstance(text, str):
+        raise BadRow("not text", f"`{key}` is {_kind(text)}, not a string", where=row.id, fix="write a string")
+    return text
+
+
+def _optional_text(row: Row, key: str) -> str:
+    return "" if row.data.get(key) is None else _text(row, key)
 
 
 def _need_template(row: Row, has_template: bool) -> None:
+    """A matter of the model, not of the row."""
     if not has_template:
         fix = "name one with `template:`, or write the rows as `text`, or as `prompt` and `completion` strings"
         raise InputError("messages need a chat template, and this model has none", where=row.id, fix=fix)
@@ -147,11 +240,28 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
+_TOOLS = {"tools", "functions"}
+_CHOSEN_ONLY = "stage sft trains on the chosen answers, the rejected ones are not trained"
+
 # The first format whose keys a row has wins.
 FORMATS = {
-    "messages": Format(("messages",), frozenset({"messages", "tools", "functions"}), read_messages),
-    "completion": Format(
-        ("prompt", "completion"), frozenset({"prompt", "completion", "tools", "functions"}), read_completion
+    "messages": Format(("messages",), frozenset({"messages", *_TOOLS}), read_messages),
+    "completion": Format(("prompt", "completion"), frozenset({"prompt", "completion", *_TOOLS}), read_completion),
+    "preference": Format(
+        ("chosen", "rejected"), frozenset({"prompt", "chosen", "rejected", *_TOOLS}), read_side, _CHOSEN_ONLY
+    ),
+    "openai_preference": Format(
+        ("input", "preferred_output", "non_preferred_output"),
+        frozenset({"input", "preferred_output", "non_preferred_output"}),
+        read_openai_preference,
+        _CHOSEN_ONLY,
+    ),
+    "sharegpt": Format(("conversations",), frozenset({"conversations", "system", *_TOOLS}), read_sharegpt),
+    "alpaca": Format(
+        ("instruction", "output"),
+        frozenset({"instruction", "input", "output", "system", "history", *_TOOLS}),
+        read_alpaca,
+        "`input` stands below the instruction in one user turn",
     ),
     "text": Format(("text",), frozenset({"text"}), read_text),
 }

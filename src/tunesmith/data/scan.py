@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tunesmith.data.badrow import Rejects
 from tunesmith.data.dataset import Dataset, Prepared, raise_all
 from tunesmith.data.schedule import order
 from tunesmith.errors import InputError
@@ -34,6 +35,7 @@ class Scan:
     dropped: Mapping[str, list[str]]  # reason -> ids of the rows without a document
     marked: Mapping[str, list[str]]  # overlong | answer too long | no system | empty prompt -> ids
     notes: Mapping[str, list[str]]  # what the render said -> ids
+    rejects: Rejects  # rows that cannot be rendered
     share: float  # of the rows, that were scanned
 
     def scaled(self, count: int) -> int:
@@ -42,19 +44,21 @@ class Scan:
 
 
 def scan(dataset: Dataset) -> Scan:
-    """Render the rows, or a sample. Raises InputError that counts the rows which cannot be rendered."""
-    rows_R = np.arange(len(dataset))
-    if len(dataset) > ALL_ROWS and dataset.overlong != "refuse":
-        rows_R = np.sort(order(0, 0, len(dataset))[:SAMPLE])
+    """Render the rows, or a sample. Raises InputError that counts the rows which `overlong: refuse` refuses."""
+    rows_R = scanned_rows(dataset)
     lengths: list[int] = []
     supervised = truncated = 0
     dropped, marked, notes = (defaultdict[str, list[str]](list) for _ in range(3))
+    rejects = Rejects()
     problems: list[InputError] = []
     for row in rows_R.tolist():
         try:
             example, prepared = dataset.understand(row)
         except InputError as problem:
             problems.append(problem)
+            continue
+        if prepared.problem:
+            rejects.count(prepared.problem)
             continue
         lengths += [len(document) for document in prepared.documents]
         supervised += sum(int(np.count_nonzero(document.weights_L)) for document in prepared.documents)
@@ -67,7 +71,14 @@ def scan(dataset: Dataset) -> Scan:
             notes[note].append(prepared.id)
     raise_all(problems, len(rows_R), dataset.path)
     share = len(rows_R) / max(1, len(dataset))
-    return Scan(rows_R, np.array(lengths, np.int64), supervised, truncated, dropped, marked, notes, share)
+    return Scan(rows_R, np.array(lengths, np.int64), supervised, truncated, dropped, marked, notes, rejects, share)
+
+
+def scanned_rows(dataset: Dataset) -> np.ndarray:
+    """Which rows a scan looks at, ascending."""
+    if len(dataset) > ALL_ROWS and dataset.overlong != "refuse":
+        return np.sort(order(0, 0, len(dataset))[:SAMPLE])
+    return np.arange(len(dataset))
 
 
 def _marks(example: Example, prepared: Prepared) -> Iterable[str]:

@@ -5,10 +5,12 @@ Equal rows, also those that differ only in white space, cannot be torn apart, so
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import numpy as np
 
+from tunesmith.data.badrow import Rejects
 from tunesmith.data.dataset import Dataset
 from tunesmith.errors import InputError
 
@@ -27,4 +29,5 @@ def split(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Da
     if taken_N.all() or not taken_N.any():
         what = f"a split of {fraction} leaves one side of {len(dataset)} rows empty"
         raise InputError(what, where=dataset.path, fix="give a file of its own, or more (different) rows")
-    return dataset.take(np.flatnonzero(~taken_N)), dataset.take(np.flatnonzero(taken_N))
+    taken = dataclasses.replace(dataset.take(np.flatnonzero(taken_N)), rejects=Rejects())  # those stay with the rest
+    return dataset.take(np.flatnonzero(~taken_N)), taken

@@ -1,0 +1,39 @@
+"""Examples as two numbers each, by which equal ones are found: duplicates, leaks between roles, sides of a split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import chain
+
+from tunesmith.types import Example, Json
+
+
+def digests(example: Example) -> tuple[int, int]:
+    """64-bit digests of (the whole example, what stands before its last answer), white space evened out.
+
+    With nothing before its answer, as in a plain text, both digests are the same.
+    """
+    if example.text is not None:
+        return _digests([example.prompt] if example.prompt else [], [example.text])
+    *before, answer = [_parts(message) for message in example.messages]
+    tools = [json.dumps(example.tools, sort_keys=True)] if example.tools else []
+    return _digests([*tools, *chain.from_iterable(before)], answer)
+
+
+def _parts(message: Json) -> tuple[str, str, str]:
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return message["role"], message["content"], json.dumps(rest, sort_keys=True) if rest else ""
+
+
+def _digests(prompt: Sequence[str], answer: Sequence[str]) -> tuple[int, int]:
+    hasher = hashlib.blake2b(_even(prompt), digest_size=8)
+    first = int.from_bytes(hasher.digest(), "big")
+    hasher.update(_even(answer))
+    whole = int.from_bytes(hasher.digest(), "big")
+    return whole, first if prompt else whole
+
+
+def _even(parts: Sequence[str]) -> bytes:
+    return "".join(" ".join(part.split()) + "\0" for part in parts).encode()

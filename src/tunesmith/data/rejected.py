@@ -1,0 +1,104 @@
+"""The rows that cannot be used, written down so that somebody can correct them.
+
+    data sets by role -> rejected.jsonl: {"where", "id", "reason", "what", "fix", "bytes", "row"} a line
+
+Only the places of bad rows are remembered; each is read again here, and its own reader says again what is wrong with
+it, so any number of them takes no memory. `row` is its text, cut after `MOST_SHOWN` bytes (`bytes` is its length), with
+bytes that are not UTF-8 spelled out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+
+from tunesmith.atomic import TEMPORARY, disk_errors
+from tunesmith.data.badrow import SHOWN, BadRow
+from tunesmith.data.dataset import NOT_RENDERED, Dataset, Part
+from tunesmith.data.scan import scanned_rows
+from tunesmith.errors import InputError
+from tunesmith.jsonfile import json_bytes
+from tunesmith.types import DataReport, Json
+
+MOST_SHOWN = 4096
+MOST_LOST = 0.20  # of the training rows
+
+
+def refuse_bad_rows(datasets: Mapping[str, Dataset], reports: Mapping[str, DataReport], path: Path | None) -> None:
+    """Raises InputError if rows cannot be used, written to `path` first, or if most training rows would train nothing.
+
+    `reports` are what the data check said about the data sets.
+    """
+    counts: Counter[str] = Counter()
+    for report in reports.values():
+        counts.update(report.rejected)
+    if counts:
+        first = write_rejected(path, datasets, reports)
+        lines = "".join(f"\n  {line['where']}: {line['what']}" for line in first)
+        left = counts.total() - len(first)
+        kinds = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        rows = counts.total() + sum(report.rows for report in reports.values())
+        what = f"{counts.total():,} of {rows:,} rows cannot be used: {kinds}{lines}"
+        written = f" (all of them are in {path})" if path else ""
+        fix = f"correct them{written}, or leave them out with --skip-bad"
+        raise InputError(what + (f"\n  and {left:,} more" if left else ""), where="data", fix=fix)
+    lost = sum(reports["data"].dropped.values())
+    if lost > MOST_LOST * reports["data"].rows:
+        kinds = ", ".join(f"{count:,} {reason}" for reason, count in reports["data"].dropped.items())
+        what = f"{lost:,} of {reports['data'].rows:,} rows would train nothing: {kinds}"
+        fix = "raise max_length, set overlong, or go on without them with --skip-bad"
+        raise InputError(what, where=f"data: {reports['data'].path}", fix=fix)
+
+
+def write_rejected(
+    path: Path | None, datasets: Mapping[str, Dataset], reports: Mapping[str, DataReport]
+) -> tuple[Json, ...]:
+    """Write the bad rows of all roles into a new file, which takes the place of an older one; without bad rows there
+    is none. Returns the first ones."""
+    lines = chain.from_iterable(
+        rejected_rows(dataset, rendered=NOT_RENDERED in reports[role].rejected) for role, dataset in datasets.items()
+    )
+    first = tuple(islice(lines, SHOWN))
+    if path is None:
+        return first
+    with disk_errors(path):
+        if not first:
+            path.unlink(missing_ok=True)
+            return first
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{TEMPORARY}{path.name}")
+        with temporary.open("wb") as file:
+            for line in chain(first, lines):
+                file.write(json_bytes(line))
+        os.replace(temporary, path)
+    return first
+
+
+def rejected_rows(dataset: Dataset, *, rendered: bool) -> Iterator[Json]:
+    """The bad rows of a data set. `rendered`: among those that were scanned, look for rows that cannot be rendered."""
+    for number, row in dataset.rejects.places():
+        part = dataset.parts[number]
+        try:
+            part.example(row, dataset.renderer.has_template)
+        except BadRow as problem:
+            yield _line(part, row, problem)
+    for index in scanned_rows(dataset).tolist() if rendered else ():
+        if problem := dataset.limited(None, "drop").prepare(index).problem:
+            yield _line(dataset.part(index), int(dataset.row_N[index]), problem)
+
+
+def _line(part: Part, row: int, problem: BadRow) -> Json:
+    raw, length = part.source.raw(row, MOST_SHOWN)
+    name = part.source.id(row)
+    return {
+        "where": str(part.source.spot(row)) if problem.where == name else problem.where,
+        "id": name,
+        "reason": problem.reason,
+        "what": problem.what,
+        "fix": problem.fix,
+        "bytes": length,
+        "row": raw.decode("utf-8", errors="backslashreplace"),
+    }
