@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.errors import InputError
+from tunesmith.model.folder import read_json
 from tunesmith.model.gguf_file import GgufFile, TensorInfo, read_gguf, read_tensor
 from tunesmith.model.gguf_tokenizer import special_id, write_tokenizer
 
@@ -68,15 +69,21 @@ def convert(source: Path, folder: Path) -> None:
     InputError for an architecture, tensor, quantisation, rope or tokenizer that cannot be carried over exactly.
     """
     file = read_gguf(source)
-    architecture = _architecture(file)
-    config = _config(file, architecture)
+    names = write_settings(file, folder)
+    architecture, config = _architecture(file), read_json(folder / "config.json")
+    _write_weights(file, names, folder / "model.safetensors", config["head_dim"] if architecture.rotated else 0)
+
+
+def write_settings(file: GgufFile, folder: Path) -> dict[str, str]:
+    """Everything but the weights: config, generation config, tokenizer, chat template. GGUF -> transformers names of
+    the tensors. InputError as `convert`."""
+    config = _config(file, _architecture(file))
     names = {tensor.name: _name(file, tensor) for tensor in file.tensors if tensor.name != ROPE_FACTORS}
     _check_names(file, set(names.values()), config)
     write_tokenizer(file, folder)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config(file))
-    head_rows = config["head_dim"] if architecture.rotated else 0
-    _write_weights(file, names, folder / "model.safetensors", head_rows)
+    return names
 
 
 def bytes_needed(source: Path) -> int:
@@ -241,10 +248,10 @@ def _values(file: GgufFile, tensor: TensorInfo, head_rows: int) -> Iterator[np.n
         values = read_tensor(file, tensor, slice(first, first + step))
         if not np.isfinite(values).all():
             raise InputError(f"the tensor {tensor.name} holds NaN or infinite values", where=str(file.path))
-        yield _halves(values, head_rows) if head_rows else values
+        yield halves(values, head_rows) if head_rows else values
 
 
-def _halves(values: np.ndarray, head_rows: int) -> np.ndarray:
+def halves(values: np.ndarray, head_rows: int) -> np.ndarray:
     """Rows of each head from interleaved pairs (GGUF) to first and second half (transformers)."""
     pairs = values.reshape(-1, head_rows // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)

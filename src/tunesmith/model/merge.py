@@ -1,0 +1,107 @@
+"""A base and its adapter as one set of weights, one tensor at a time.
+
+In: the base's folder and the adapter's. Out: every tensor of the base by its own name, in fp32, with what the adapter
+adds to it; written as safetensors it is cast once, to the base's dtype. Never more than a tensor is in memory. Left
+out: other formats (export), and whether the adapter belongs to this base (the caller has checked).
+Legend: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tunesmith.errors import GateError, InputError
+from tunesmith.model.folder import TensorHeader, read_headers, read_json
+from tunesmith.model.load import Network
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+LORA_KEY = "base_model.model.{path}.lora_{letter}.weight"
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """What an adapter adds to one linear: scale * B A, in fp32."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        return self.scale * (self.b_OR @ self.a_RI)
+
+
+def read_loras(folder: Path) -> dict[str, Lora]:
+    """Path of a linear -> what the adapter in `folder` adds, scaled as its own adapter_config.json says."""
+    config = read_json(folder / "adapter_config.json")
+    rank = config["r"]
+    scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
+    loras: dict[str, Lora] = {}
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118, it is no mapping
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            if name == LORA_KEY.format(path=path, letter="A"):
+                b_OR = file.get_tensor(LORA_KEY.format(path=path, letter="B"))
+                loras[path] = Lora(file.get_tensor(name).float(), b_OR.float(), scale)
+    return loras
+
+
+def add_to_network(network: Network, loras: Mapping[str, Lora]) -> None:
+    """The same sum inside a loaded network, in its dtype."""
+    for path, lora in loras.items():
+        linear = network.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        linear.weight.data += lora.delta().to(linear.weight)
+
+
+def merged_tensors(headers: Mapping[str, TensorHeader], loras: Mapping[str, Lora]) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 weights), in the order of `headers`. GateError for a value that is not finite."""
+    missing = sorted(path for path in loras if f"{path}.weight" not in headers)
+    if missing:
+        what = f"the adapter changes {missing[0]}, and the base has no tensor of that name"
+        raise InputError(what, where=str(next(iter(headers.values())).file.parent), fix="export to peft instead")
+    for name, header in headers.items():
+        with safe_open(header.file, "pt") as file:
+            tensor = file.get_tensor(name).float()
+        lora = loras.get(name.removesuffix(".weight"))
+        if lora is not None:
+            tensor += lora.delta()
+        yield name, finite(name, tensor)
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself; GateError if a value of it is not a finite number."""
+    low, high = tensor.aminmax()  # a NaN is both
+    if not (bool(low.isfinite()) and bool(high.isfinite())):
+        what = f"{name} holds values that are not finite: nothing is exported"
+        raise GateError(what, fix="train again with a lower learning_rate")
+    return tensor
+
+
+def write_merged(base: Path, loras: Mapping[str, Lora], file: Path) -> None:
+    """The merged weights under the base's names and in its dtypes, as one safetensors file."""
+    headers = read_headers(base)
+    write_weights(headers, (tensor for _, tensor in merged_tensors(headers, loras)), file)
+
+
+def write_weights(headers: Mapping[str, TensorHeader], tensors: Iterable[Tensor], file: Path) -> None:
+    """Safetensors of the names, shapes and dtypes in `headers`; the tensors come in the same order, in fp32."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, header in headers.items():
+        begin, end = end, end + prod(header.shape) * TORCH_DTYPES[header.dtype].itemsize
+        table[name] = {"dtype": header.dtype, "shape": list(header.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for (name, header), tensor in zip(headers.items(), tensors, strict=True):
+            narrow = finite(name, tensor.to(TORCH_DTYPES[header.dtype])).contiguous()
+            output.write(narrow.flatten().view(torch.uint8).numpy().data)
