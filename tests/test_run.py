@@ -79,7 +79,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()} - {".lock"}
     assert names == {
         *("recipe.yaml", "plan.json", "data.json", "events.jsonl", "before.json", "checkpoints", "adapter"),
-        "record.json",
+        *("identity.json", "record.json"),
     }
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-2"}
     assert damage(finished / "checkpoints" / "step-2") == ""

@@ -59,7 +59,7 @@ def test_a_folder_that_holds_anything_is_refused_and_left_alone(tmp_path: Path) 
 
 def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
     started(tmp_path).close()
-    with pytest.raises(InputError, match=r"not empty: events\.jsonl, plan\.json\n.*tunesmith resume"):
+    with pytest.raises(InputError, match=r"not empty: plan\.json\n.*tunesmith resume"):
         RunFolder.create(tmp_path)
 
 
@@ -158,11 +158,11 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_sealed_and_found(tmp_path: Path) -> None:
     with started(tmp_path) as folder:
-        assert folder.latest_checkpoint() is None
+        assert folder.latest_checkpoint() == (None, [])
         path = save(folder, 5)
         manifest = read_json(path / "manifest.json")
         assert (manifest["step"], manifest["recipe"]) == (5, "abc")
-        assert folder.latest_checkpoint() == path
+        assert folder.latest_checkpoint() == (path, [])
 
 
 def test_the_newest_checkpoint_that_can_be_trusted_is_taken(tmp_path: Path) -> None:
@@ -171,7 +171,9 @@ def test_the_newest_checkpoint_that_can_be_trusted_is_taken(tmp_path: Path) -> N
         (new / "adapter.safetensors").write_bytes(b"weightz")
         (tmp_path / "checkpoints" / "step-x").mkdir()
         (tmp_path / "checkpoints" / "step-11").mkdir()
-        assert folder.latest_checkpoint() == old
+        found, skipped = folder.latest_checkpoint()
+        assert found == old
+        assert [problem.partition(":")[0] for problem in skipped] == ["checkpoints/step-11", "checkpoints/step-10"]
         assert [(path.name, bool(problem)) for path, problem in folder.checkpoints()] == [
             ("step-11", True), ("step-10", True), ("step-9", False),
         ]  # fmt: skip
@@ -212,7 +214,7 @@ def test_what_a_killed_process_left_is_removed_on_opening(tmp_path: Path) -> Non
     (tmp_path / "checkpoints" / ".tmp-step-2-77-ab").mkdir()
     (tmp_path / ".tmp-plan.json-77-ab").write_text("{")
     with RunFolder.open(tmp_path) as folder:
-        assert folder.latest_checkpoint() == tmp_path / "checkpoints" / "step-1"
+        assert folder.latest_checkpoint() == (tmp_path / "checkpoints" / "step-1", [])
     names = {entry.name for entry in [*tmp_path.iterdir(), *(tmp_path / "checkpoints").iterdir()]}
     assert names == {".lock", "plan.json", "events.jsonl", "checkpoints", "step-1"}
 

@@ -2,7 +2,7 @@
 
     write_file(path, bytes)                       temporary file, fsync, replace, fsync of the folder
     with new_folder(path, facts={}) as folder:    the same for a folder, sealed with a manifest of sizes and sha256
-    damage(path) -> ""                            what is wrong with a sealed folder
+    damage(path) -> ""                            what is wrong with a sealed folder, the manifest itself included
 
 Everything is written beside its target, so that the last step is a rename within one file system. What the operating
 system refuses becomes a MachineError that says how much room is needed.
@@ -11,6 +11,7 @@ system refuses becomes a MachineError that says how much room is needed.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -21,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError, MachineError
-from tunesmith.jsonfile import json_bytes, read_json
+from tunesmith.jsonfile import json_bytes
 from tunesmith.types import Json
 
-MANIFEST = "manifest.json"
+MANIFEST, SEAL = "manifest.json", "sha256"
 TEMPORARY, TRASH = ".tmp-", ".trash-"  # a name that starts so is left over from a killed process
 
 
@@ -48,7 +49,7 @@ def new_folder(path: Path, *, facts: Json, needed_bytes: int = 0) -> Generator[P
     """
     temporary = path.parent / _passing(TEMPORARY, path.name)
     with disk_errors(path, needed_bytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         require_room(path.parent, needed_bytes)
         try:
             temporary.mkdir()
@@ -62,7 +63,7 @@ def new_folder(path: Path, *, facts: Json, needed_bytes: int = 0) -> Generator[P
 def damage(folder: Path, *, hashes: bool = True) -> str:
     """What is wrong with a sealed folder, empty if nothing is. Without `hashes` only sizes are compared."""
     try:
-        files = read_json(folder / MANIFEST)["files"]
+        files = read_manifest(folder)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (InputError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or broken"
@@ -75,6 +76,26 @@ def damage(folder: Path, *, hashes: bool = True) -> str:
         if hashes and sha256_of(file) != sha256:
             return f"{name} was changed: its sha256 is not the one it was written with"
     return ""
+
+
+def read_manifest(folder: Path) -> Json:
+    """The facts and files that a folder was sealed with. Raises InputError unless every byte of it is as written."""
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        sealed = {key: value for key, value in json.loads(content).items() if key != SEAL}
+        if _manifest_bytes(sealed) == content:
+            return sealed
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass  # said below
+    raise InputError("missing or broken", where=str(folder / MANIFEST))
+
+
+def make_folder(path: Path) -> None:
+    """The folder and those above it, where they are missing; each new name is forced to the disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync(place.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -162,8 +183,13 @@ def _seal(folder: Path, facts: Json) -> None:
         sync(path)
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    _write_synced(folder / MANIFEST, json_bytes({**facts, "files": files}, indent=2))
+    _write_synced(folder / MANIFEST, _manifest_bytes({**facts, "files": files}))
     sync(folder)
+
+
+def _manifest_bytes(sealed: Json) -> bytes:
+    """With a hash over the rest, so that a changed manifest shows like a changed file."""
+    return json_bytes({**sealed, SEAL: hashlib.sha256(json_bytes(sealed)).hexdigest()}, indent=2)
 
 
 def _take_name(temporary: Path, path: Path) -> None:

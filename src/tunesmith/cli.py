@@ -136,10 +136,19 @@ def train(wish: Wish = None, as_json: AsJson = False) -> None:
     _follow(verbs.train(decided, known), Path(decided["output_dir"]), decided.steps, as_json=as_json)
 
 
-def resume(folder: Run, as_json: AsJson = False) -> None:
+def resume(
+    folder: Run,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Go on though data, model, recipe or libraries have changed.")
+    ] = False,
+    from_step: Annotated[
+        int | None, typer.Option(help="The checkpoint to go on from; else the newest valid one.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Go on with a run that was interrupted."""
-    steps = verbs.read_plan(folder).steps
-    _follow(verbs.resume(folder), folder, steps, as_json=as_json)
+    events = verbs.resume(folder, allow_drift=allow_drift, from_step=from_step)
+    _follow(events, folder, verbs.read_plan(folder).steps, as_json=as_json)
 
 
 def evaluate(folder: Run, as_json: AsJson = False) -> None:

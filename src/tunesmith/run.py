@@ -2,31 +2,37 @@
 
     plan -> prove -> measure -> train, saving and evaluating -> measure again -> record
 
-In: a Plan. Out: events as they happen, and a run folder that holds everything: plan.json, data.json, events.jsonl,
-checkpoints/, adapter/, record.json. `resume` tells the same story from the last checkpoint
-on. The events are the only coupling to whoever watches: the command line prints them, the folder keeps them.
+In: a Plan. Out: events as they happen, and a run folder that holds everything: plan.json, identity.json, data.json,
+events.jsonl, checkpoints/, adapter/, record.json. `resume` tells the same story from the last checkpoint on. The events
+are the only coupling to whoever watches: the command line prints them, the folder keeps them. A signal ends a run where
+nothing is lost; a gate's no is the last event of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from tunesmith import facts
-from tunesmith.atomic import new_folder, remove_folder, sha256_of
+from tunesmith.atomic import new_folder
 from tunesmith.data.dataset import Dataset
-from tunesmith.errors import InputError
+from tunesmith.data.rejected import refuse_bad_rows, write_rejected
+from tunesmith.errors import GateError, InputError, Interrupted
 from tunesmith.facts import Facts
+from tunesmith.identity import identity_of
 from tunesmith.infer.engine import stream
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.measure import Items, Measured, compare_all, eval_loss, items_of, measure
-from tunesmith.model.adapters import adapter_scaled
+from tunesmith.model.adapters import adapter_scaled, trainable
+from tunesmith.model.memory import memory_errors
 from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
 from tunesmith.plan.plan import refuse_without_room
-from tunesmith.runfolder import RunFolder
+from tunesmith.resumption import Start, drift_of, go_on
+from tunesmith.runfolder import FAILED, IDENTITY, PLAN, RECIPE, RECORD, REJECTED, RunFolder, failure_of, is_free
 from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
 from tunesmith.train.training import Settings, Training
@@ -37,55 +43,109 @@ from tunesmith.workbench import Workbench, set_up
 BEFORE = "before.json"
 
 
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What the parts of the story share."""
+
+    folder: RunFolder
+    plan: Plan
+    facts: Facts
+    items: Items
+    start: Start
+    wish: StopWish
+
+
 def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
-    """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError or
-    InputError before anything is loaded when it cannot fit or be measured, GateError when the proof fails."""
+    """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError
+    or InputError before anything is loaded when it cannot fit, be measured or be written, GateError when the proof
+    fails, Interrupted after a signal."""
     refuse_without_room(plan)
-    known = known or facts.regather(plan)
+    known, path = known or facts.regather(plan), Path(plan["output_dir"])
+    rejected = path / REJECTED if is_free(path) else None
+    refuse_bad_rows(known.datasets, plan.data, rejected, skip_bad=known.recipe.skip_bad)
     items = items_of(plan, known)
-    with RunFolder.create(Path(plan["output_dir"])) as folder:
-        folder.write_text("recipe.yaml", yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True))
-        folder.write_json("plan.json", plan)
-        folder.write_json("data.json", plan.data)
-        yield from _keep(folder, _story(folder, plan, known, items))
+    with _wish(path) as wish, RunFolder.create(path) as folder:
+        with wish.at_once():
+            start = Start(identity_of(plan, known, plan.recipe))
+        folder.write_json(IDENTITY, start.identity)
+        write_rejected(path / REJECTED, known.datasets, plan.data)
+        folder.write_json(PLAN, plan)  # from here on it is a run, which can be resumed
+        _describe(folder, plan)
+        yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
 
 
-def resume(path: Path) -> Iterator[Event]:
-    """Goes on after the newest valid checkpoint. Raises InputError when the data or the renderer has changed."""
-    plan = from_json(Plan, read_json(path / "plan.json"))
-    with RunFolder.open(path) as folder:
-        if (path / "record.json").exists():
+def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
+    """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises InputError when
+    what the run stands on has changed; with `allow_drift` it says so, and takes the first measures again."""
+    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
+    with _wish(path) as wish, RunFolder.open(path) as folder:
+        if (path / RECORD).exists():
             raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
-        known = facts.regather(plan)
-        yield from _keep(folder, _story(folder, plan, known, items_of(plan, known)))
+        _describe(folder, plan)
+        with wish.at_once():
+            known = facts.gather_as_is(plan)
+            start = go_on(folder, plan, known, allow_drift=allow_drift, from_step=from_step)
+            items = items_of(plan, known)
+        if start.drifted:
+            (path / BEFORE).unlink(missing_ok=True)
+        yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
 
 
-def _keep(folder: RunFolder, events: Iterator[Event]) -> Iterator[Event]:
-    """Every event is on disk before anyone sees it."""
-    for event in events:
-        folder.append_event(event)
-        yield event
+def _wish(path: Path) -> StopWish:
+    return StopWish(f"go on with: tunesmith resume {path}")
 
 
-def _story(folder: RunFolder, plan: Plan, known: Facts, items: Items) -> Iterator[Event]:
-    bench = set_up(plan, known)
-    proof = prove(bench.model, bench.probe)
+def _describe(folder: RunFolder, plan: Plan) -> None:
+    """What people read of the plan; an attempt that was killed may have left without it."""
+    if not (folder.path / RECIPE).exists():
+        folder.write_text(RECIPE, yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True))
+    folder.write_json("data.json", plan.data)
+
+
+def _keep(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
+    """Every event is on disk before anyone sees it, or one warning is. A gate's no is the last event of a run."""
+    step, warned = 0, False
+    with closing(events):
+        try:
+            for event in events:
+                step, problem = event.step, folder.append_event(event)
+                if problem and not warned:
+                    warned = True
+                    yield Verdict("events.jsonl", "warn", f"{problem}: lines wait in memory for room", step)
+                yield event
+        except GateError as error:
+            folder.append_event(Verdict(FAILED, "stop", str(error), step))
+            raise
+
+
+def _story(run: _Run) -> Generator[Event]:
+    yield from run.start.news
+    with run.wish.at_once(), memory_errors():
+        bench = set_up(run.plan, run.facts)
+        proof = prove(bench.model, bench.probe)
     yield from proof
-    before = _before(folder, bench, items)
+    with run.wish.at_once(), memory_errors():
+        before = _before(run.folder, bench, run.items)
     yield from before.scores(step=0)
-    training = Training(bench.model, bench.documents_of, Settings.of(plan))
-    if (checkpoint := folder.latest_checkpoint()) is not None:
-        training.restore(checkpoint)
-    with StopWish() as wish, closing(_trained(folder, bench, training, items)) as events:
-        for event in events:
+    training, saved = Training(bench.model, bench.documents_of, Settings.of(run.plan)), 0
+    if run.start.checkpoint is not None:
+        training.restore(run.start.checkpoint)
+        saved = training.step
+    try:
+        for event in _trained(run, bench, training):
+            saved = event.step if isinstance(event, Saved) else saved
             yield event
-            if wish.signal and isinstance(event, StepResult):
-                yield _checkpoint(folder, training)
-                raise wish.interruption(f"go on with: tunesmith resume {folder.path}")
-    adapter = _save(folder, bench)
-    after = measure(bench, items, step=training.step)
+            run.wish.obey()
+        adapter = _save(run, bench)
+        with run.wish.at_once(), memory_errors():
+            after = measure(bench, run.items, step=training.step)
+    except Interrupted:
+        if training.step > saved:
+            yield _checkpoint(run, training)
+        raise
     yield from after.scores(step=training.step)
-    folder.write_json("record.json", _record(folder, plan, proof, (before, after), adapter))
+    run.folder.settle()
+    run.folder.write_json(RECORD, _record(run, proof, (before, after), adapter))
 
 
 def _before(folder: RunFolder, bench: Workbench, items: Items) -> Measured:
@@ -95,34 +155,35 @@ def _before(folder: RunFolder, bench: Workbench, items: Items) -> Measured:
     return from_json(Measured, read_json(folder.path / BEFORE))
 
 
-def _trained(folder: RunFolder, bench: Workbench, training: Training, items: Items) -> Generator[Event]:
+def _trained(run: _Run, bench: Workbench, training: Training) -> Iterator[Event]:
     """The training's own events, with a checkpoint and a held-out loss where the plan wants them."""
-    plan = bench.plan
+    plan = run.plan
     for event in training:
         yield event
         if not isinstance(event, StepResult):
             continue
-        if event.step % plan["eval_steps"] == 0 and items.eval_documents:
-            yield eval_loss(bench, items, step=event.step)
+        if event.step % plan["eval_steps"] == 0 and run.items.eval_documents:
+            with run.wish.at_once():
+                score = eval_loss(bench, run.items, step=event.step)
+            yield score
         if event.step % plan["save_steps"] == 0 and event.step < plan.steps:
-            yield _checkpoint(folder, training)
+            yield _checkpoint(run, training)
 
 
-def _checkpoint(folder: RunFolder, training: Training) -> Saved:
+def _checkpoint(run: _Run, training: Training) -> Saved:
     needed = sum(3 * p.numel() * p.element_size() for p in training.parameters.values())
-    with folder.checkpoint(training.step, facts={"step": training.step}, needed_bytes=needed) as target:
+    with run.folder.checkpoint(training.step, facts=run.start.identity, needed_bytes=needed) as target:
         training.save(target)
     return Saved(training.step, f"checkpoints/step-{training.step}")
 
 
-def _save(folder: RunFolder, bench: Workbench) -> Path:
-    """The trained weights, with what serving needs to behave as training did."""
-    plan, base, network = bench.plan, bench.facts.model.path, bench.model.network
+def _save(run: _Run, bench: Workbench) -> Path:
+    """The trained weights, with what serving needs to behave as training did, and what they belong to."""
+    plan, base, network = run.plan, bench.facts.model.path, bench.model.network
     values = {key: choice.value for key, choice in plan.choices.items()}
-    target = folder.path / ("adapter" if plan["method"] == "lora" else "model")
-    if target.exists():  # left by an earlier attempt that ended before its record
-        remove_folder(target)
-    with new_folder(target, facts=_identity(bench)) as scratch:
+    target = run.folder.path / ("adapter" if plan["method"] == "lora" else "model")
+    needed = sum(p.numel() * p.element_size() for p in trainable(network).values())
+    with new_folder(target, facts=run.start.identity, needed_bytes=needed) as scratch:
         if plan["method"] == "lora":
             save_adapter(network, scratch, values, base)
         else:
@@ -134,29 +195,12 @@ def _save(folder: RunFolder, bench: Workbench) -> Path:
     return target
 
 
-def _identity(bench: Workbench) -> Json:
-    """What the weights belong to: kept beside them, so that a stranger can tell."""
-    weights = sorted(bench.facts.model.path.glob("*.safetensors"))
-    return {
-        "tunesmith": __version__,
-        "base": bench.facts.model.name,
-        "base_sha256": {file.name: sha256_of(file) for file in weights},
-        "renderer": bench.renderer.fingerprint,
-    }
-
-
-def _record(
-    folder: RunFolder,
-    plan: Plan,
-    proof: Iterable[Verdict],
-    measured: tuple[Measured, Measured],
-    adapter: Path,
-) -> RunRecord:
+def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measured], adapter: Path) -> RunRecord:
     before, after = measured
-    steps = [event for event in folder.events() if event["type"] == "step"]
+    steps = [event for event in run.folder.events() if event["type"] == "step"]
     return RunRecord(
         version=__version__,
-        plan=plan,
+        plan=run.plan,
         proof=tuple(proof),
         comparisons=compare_all(before, after, step=len(steps)),
         steps=len(steps),
@@ -165,6 +209,7 @@ def _record(
         peak_bytes=max((event["peak_bytes"] for event in steps), default=0),
         adapter=str(adapter),
         samples=tuple(zip(before.samples, after.samples, strict=True)),
+        drift=drift_of(run.folder.path),
     )
 
 
@@ -177,6 +222,8 @@ def reopen(path: Path) -> Workbench:
     file = path / "adapter" / "adapter_model.safetensors"
     if plan["method"] != "lora":
         raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
+    if problem := failure_of(path):
+        raise GateError(f"this run failed: {problem}", where=str(path))
     if not file.exists():
         raise InputError("this run has no adapter yet", where=str(path), fix=f"finish it: tunesmith resume {path}")
     bench = set_up(plan, facts.regather(plan))

@@ -5,9 +5,10 @@
         folder.append_event(step)                   a line of events.jsonl
         with folder.checkpoint(step, facts={...}) as target: ...   checkpoints/step-N
 
-One process at a time may write; the lock dies with its process. Events are only ever appended. A run that was killed
-goes on with `RunFolder.open`, under the next attempt number; readers take the last attempt of a step. Reading events
-needs no lock. What the files mean is the business of whoever writes them.
+One process at a time may write; the lock dies with its process. Events are only ever appended; a line that the disk has
+no room for waits in memory, and the next checkpoint is not written before it. A run that was killed goes on with
+`RunFolder.open`, under the next attempt number; readers take the last attempt of a step. Reading events needs no lock.
+What the files mean is the business of whoever writes them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,28 @@ import re
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from errno import ENOSPC
 from pathlib import Path
 from typing import Any, Self
 
-from tunesmith.atomic import damage, disk_errors, new_folder, remove_folder, remove_leftovers, write_file
+from tunesmith.atomic import (
+    TEMPORARY,
+    damage,
+    disk_errors,
+    make_folder,
+    new_folder,
+    read_manifest,
+    remove_folder,
+    remove_leftovers,
+    write_file,
+)
 from tunesmith.errors import InputError, MachineError
 from tunesmith.jsonfile import json_bytes, to_json
 from tunesmith.types import Done, Event, Json, Sample, Saved, Score, StepResult, Verdict
 
-LOCK, EVENTS, CHECKPOINTS, PLAN = ".lock", "events.jsonl", "checkpoints", "plan.json"
+LOCK, EVENTS, CHECKPOINTS, RECIPE = ".lock", "events.jsonl", "checkpoints", "recipe.yaml"
+PLAN, IDENTITY, RECORD = "plan.json", "identity.json", "record.json"
+REJECTED = "rejected.jsonl"  # rows that could not be used; all that a refused attempt leaves
+FAILED = "failed"  # the kind of the verdict that ends a run which a gate has stopped
 
 EVENT_TYPES: dict[type[Any], str] = {
     StepResult: "step",
@@ -45,11 +58,11 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: int, attempt: int) -> None:
         self.path, self.attempt, self._lock = path, attempt, lock
+        self._waiting = b""  # lines that the disk did not take yet
         with disk_errors(path / EVENTS):
             self._events = os.open(path / EVENTS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            size = os.fstat(self._events).st_size
-            if size and os.pread(self._events, 1, size - 1) != b"\n":  # a torn line: let the next event start its own
-                os.write(self._events, b"\n")
+            whole = (path / EVENTS).read_bytes().rfind(b"\n") + 1
+            os.ftruncate(self._events, whole)  # without the line that a killed process has left unfinished
 
     @classmethod
     def create(cls, path: Path) -> Self:
@@ -57,14 +70,15 @@ class RunFolder:
         with disk_errors(path):
             if path.exists() and not path.is_dir():
                 raise InputError("the output folder is a file", where=str(path), fix="choose another output_dir")
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             _refuse_content(path)
             lock = _locked(path)
-        try:
-            _refuse_content(path)  # another process may have come and gone between the two lines above
-        except InputError:
-            os.close(lock)
-            raise
+            try:
+                _refuse_content(path)  # another process may have come and gone between the two lines above
+            except InputError:
+                os.close(lock)
+                raise
+            remove_leftovers(path)
         return cls(path, lock, attempt=1)
 
     @classmethod
@@ -96,16 +110,31 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         write_file(self.path / name, text.encode())
 
-    def append_event(self, event: Event) -> None:
-        """Appends at once; all but steps are forced to the disk, since they are few and answer for what they name."""
+    def append_event(self, event: Event) -> str:
+        """Appends at once; all but steps are forced to the disk, since they are few and answer for what they name.
+
+        Returns what the system said if the disk does not take the line. It waits then, with those after it, for the
+        next event, or for `settle`.
+        """
         kind = EVENT_TYPES[type(event)]
         head = {"type": kind, "time": round(time.time(), 3), "attempt": self.attempt}
-        line = json_bytes({**head, **to_json(event, kind)})
-        with disk_errors(self.path / EVENTS, len(line)):
-            if os.write(self._events, line) < len(line):
-                raise OSError(ENOSPC, "no room")
+        self._waiting += json_bytes({**head, **to_json(event, kind)})
+        try:
+            self._write_waiting()
             if not isinstance(event, StepResult):
                 os.fsync(self._events)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    def settle(self) -> None:
+        """Writes what waits. Raises MachineError if the disk still does not take it."""
+        with disk_errors(self.path / EVENTS, len(self._waiting)):
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._events, self._waiting) :]
 
     def events(self) -> list[Json]:
         return read_events(self.path)
@@ -117,8 +146,9 @@ class RunFolder:
         """Fill the yielded folder: it becomes checkpoints/step-N, whole or not at all.
 
         `facts` go into its manifest (recipe hash, data fingerprint, versions). Older ones beyond `keep_last` are
-        removed once this one is verified.
+        removed once this one is verified, which means read again from end to end.
         """
+        self.settle()
         target = self.path / CHECKPOINTS / f"step-{step}"
         with new_folder(target, facts={"step": step, **facts}, needed_bytes=needed_bytes) as temporary:
             yield temporary
@@ -128,12 +158,29 @@ class RunFolder:
 
     def checkpoints(self) -> Iterator[tuple[Path, str]]:
         """Newest first, each with what is wrong with it, empty if nothing is. Lazy, since it reads every byte."""
-        for _, path in self._by_step():
-            yield path, damage(path)
+        for step, path in self._by_step():
+            yield path, _trouble(path, step)
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest one that can be trusted."""
-        return next((path for path, problem in self.checkpoints() if not problem), None)
+    def latest_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest one that can be trusted, and for each newer one what is wrong with it. It is found by name: a
+        pointer to it would be one more file that can be torn, and would still need the same checks."""
+        skipped: list[str] = []
+        for path, problem in self.checkpoints():
+            if not problem:
+                return path, skipped
+            skipped.append(f"{CHECKPOINTS}/{path.name}: {problem}")
+        return None, skipped
+
+    def checkpoint_of(self, step: int) -> Path:
+        """Raises InputError if there is none of this step, or if it is damaged."""
+        paths = dict(self._by_step())
+        if step not in paths:
+            there = ", ".join(str(number) for number in sorted(paths)) or "none"
+            raise InputError(f"there is no checkpoint of step {step}", where=str(self.path), fix=f"there are: {there}")
+        if problem := _trouble(paths[step], step):
+            fix = "leave the step out: the newest checkpoint that can be trusted is taken"
+            raise InputError(problem, where=str(paths[step]), fix=fix)
+        return paths[step]
 
     def _by_step(self) -> list[tuple[int, Path]]:
         named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in (self.path / CHECKPOINTS).glob("step-*")]
@@ -149,8 +196,16 @@ class RunFolder:
                 kept += 1
 
 
+def _trouble(checkpoint: Path, step: int) -> str:
+    if problem := damage(checkpoint):
+        return problem
+    written = read_manifest(checkpoint).get("step")
+    return "" if written == step else f"its manifest is of step {written}"
+
+
 def _refuse_content(path: Path) -> None:
-    content = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+    """Raises InputError if the folder holds anything but what a process leaves that is killed before it has a plan."""
+    content = sorted(entry.name for entry in path.iterdir() if not _of_a_start(entry))
     if not content:
         return
     if (path / LOCK).exists():
@@ -158,6 +213,12 @@ def _refuse_content(path: Path) -> None:
     names = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
     fix = "choose another output_dir" + (", or `tunesmith resume` this run" if PLAN in content else "")
     raise InputError(f"the output folder is not empty: {names}", where=str(path), fix=fix)
+
+
+def _of_a_start(entry: Path) -> bool:
+    if entry.name == EVENTS:
+        return entry.is_file() and not entry.stat().st_size
+    return entry.name in (LOCK, IDENTITY, REJECTED) or entry.name.startswith(TEMPORARY)
 
 
 def _locked(path: Path) -> int:
@@ -175,27 +236,8 @@ def _locked(path: Path) -> int:
 
 
 def read_events(path: Path) -> list[Json]:
-    """The events of a run folder by step, of each kind the last attempt at that step. Takes no lock.
-
-    A line that was cut off (by a kill, or because it is being written) is left out where an attempt ends; elsewhere
-    it is an InputError with file:line.
-    """
-    file = path / EVENTS
-    lines = file.read_bytes().split(b"\n") if file.exists() else []
-    events: list[Json] = []
-    torn = 0
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            event = json.loads(line)
-        except ValueError:
-            torn = number
-            continue
-        if torn and event["attempt"] == (events[-1]["attempt"] if events else 1):
-            raise InputError("not JSON", where=f"{file}:{torn}")
-        torn = 0
-        events.append(event)
+    """The events of a run folder by step, of each kind the last attempt at that step. Takes no lock."""
+    events = every_event(path)
     last: dict[tuple[str, int], int] = {}
     for event in events:
         last[event["type"], event["step"]] = event["attempt"]
@@ -203,9 +245,40 @@ def read_events(path: Path) -> list[Json]:
     return sorted(kept, key=lambda event: event["step"])
 
 
+def every_event(path: Path) -> list[Json]:
+    """The events of all attempts, in the order in which they were written. Raises InputError with file:line.
+
+    What stands behind the last line break is left out: it was cut off by a kill, or is just being written.
+    """
+    file = path / EVENTS
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    events: list[Json] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            raise InputError("not JSON", where=f"{file}:{number}") from None
+    return events
+
+
+def failure_of(path: Path) -> str:
+    """Why a gate ended the last attempt at this run; empty if none did."""
+    last = next(reversed(every_event(path)), None)
+    return last["evidence"] if last and last["type"] == "verdict" and last["kind"] == FAILED else ""
+
+
 def next_run_folder(parent: Path, name: str) -> Path:
-    """The first of name-1, name-2, ... that does not exist yet."""
+    """The first of name-1, name-2, ... that does not exist yet, or holds only the rejected rows of an attempt."""
     number = 1
-    while (parent / f"{name}-{number}").exists():
+    while (folder := parent / f"{name}-{number}").exists() and not _only_rejected(folder):
         number += 1
-    return parent / f"{name}-{number}"
+    return folder
+
+
+def is_free(path: Path) -> bool:
+    """Whether a run could begin there."""
+    return not path.exists() or (path.is_dir() and all(_of_a_start(entry) for entry in path.iterdir()))
+
+
+def _only_rejected(path: Path) -> bool:
+    return path.is_dir() and [entry.name for entry in path.iterdir()] == [REJECTED]

@@ -319,3 +319,4 @@ class RunRecord:
     peak_bytes: int
     adapter: str
     samples: tuple[tuple[Sample, Sample], ...] = ()  # before, after
+    drift: tuple[str, ...] = ()  # what had changed when the run was resumed with --allow-drift: field: was -> is

@@ -125,11 +125,12 @@ def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
     return run.train(plan, known)
 
 
-def resume(path: AnyPath) -> Iterator[Event]:
-    """Goes on with an interrupted run, after its newest valid checkpoint. InputError if it is finished, or none."""
+def resume(path: AnyPath, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
+    """Goes on with an interrupted run, after its newest valid checkpoint or that of `from_step`. InputError if it is
+    finished or none, and when what it stands on has changed, unless `allow_drift`."""
     from tunesmith import run
 
-    return run.resume(Path(path))
+    return run.resume(Path(path), allow_drift=allow_drift, from_step=from_step)
 
 
 def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:

@@ -74,9 +74,11 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
         batch_size=plan["batch_size"],
         epochs=plan["num_train_epochs"],
         seed=plan["seed"],
-        max_steps=plan.recipe["max_steps"],
+        max_steps=plan.steps,
     )
-    assert schedule.steps == plan.steps, f"the plan has {plan.steps} steps, the schedule {schedule.steps}"
+    if schedule.steps < plan.steps:  # rows went away, and the user wants to go on without them
+        what = f"{len(rows):,} rows are enough for {schedule.steps:,} steps, the plan has {plan.steps:,}"
+        raise InputError(what, where=rows.path, fix="put the rows back, or start a new run with another output_dir")
     return Workbench(plan, facts, model, schedule, probe)
 
 

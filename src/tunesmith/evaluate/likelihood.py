@@ -1,7 +1,8 @@
 """How likely a model finds documents: negative log-likelihoods, packed as in training, without a gradient.
 
 In: Documents and a LanguageModel. Out: for each document the sum over its supervised tokens, in nats, and their number.
-Weights other than 0 count as 1: they are a wish for training, not for measuring.
+Weights other than 0 count as 1: they are a wish for training, not for measuring. A pack that memory has no room for is
+measured in halves.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from tunesmith.data.pack import pack_step
 from tunesmith.evaluate.compare import Measurement
 from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel
-from tunesmith.types import Batch, Document
+from tunesmith.model.memory import OutOfMemory, memory_errors
+from tunesmith.types import Batch, Document, Pack
 
 
 def negative_log_likelihoods(
@@ -25,8 +27,18 @@ def negative_log_likelihoods(
     assert not model.network.training, "measuring needs a model in evaluation mode"
     places = {id(document): i for i, document in enumerate(documents)}
     assert len(places) == len(documents), "a document stands in the list twice"
-    for pack in pack_step([document for document in documents if document.weights_L.any()], pack_length):
-        nats, tokens = _pack_sums(model, collate(pack, model.device), len(pack.documents))
+    waiting = pack_step([document for document in documents if document.weights_L.any()], pack_length)[::-1]
+    while waiting:
+        pack = waiting.pop()
+        half = len(pack.documents) // 2
+        try:
+            with memory_errors():
+                nats, tokens = _pack_sums(model, collate(pack, model.device), len(pack.documents))
+        except OutOfMemory:
+            if not half:
+                raise
+            waiting += [Pack(pack.documents[half:]), Pack(pack.documents[:half])]
+            continue
         for document, nat, count in zip(pack.documents, nats, tokens, strict=True):
             yield places[id(document)], nat, count
 

@@ -2,8 +2,9 @@
 
 In: a LanguageModel, Requests of token ids, a `decode` from ids to text, the ids that end an answer. Out: Generations as
 they finish. Rows of different lengths run side by side without padding; a finished row leaves at once and the next
-request takes its place. What all prompts begin with is computed once. Left out: prompts as text (data/render.py), which
-adapter is on (the model's state). Rounding can differ with what else is in the batch; the mathematics does not.
+request takes its place. What all prompts begin with is computed once. When memory runs out, what is not answered yet
+starts again with half as many rows. Left out: prompts as text (data/render.py), which adapter is on (the model's
+state). Rounding can differ with what else is in the batch; the mathematics does not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tunesmith.errors import GateError, InputError
 from tunesmith.infer.sample import choose
 from tunesmith.model.cache import RowCache
 from tunesmith.model.load import LanguageModel
+from tunesmith.model.memory import OutOfMemory, memory_errors
 from tunesmith.types import Generation, Request
 
 Decode = Callable[[Sequence[int]], str]
@@ -46,13 +48,25 @@ def generate(
     fills the context, GateError for logits that are not finite.
     """
     check_requests(model, requests)
-    longest_first = sorted(range(len(requests)), key=lambda i: (-len(requests[i].tokens), i))
-    waiting = deque(_Row(i, requests[i]) for i in longest_first)
-    batch = _Batch(model, batch_size or most_rows(model, requests), decode, end_ids)
-    batch.share([request.tokens for request in requests])
+    left = sorted(range(len(requests)), key=lambda i: (-len(requests[i].tokens), i))
+    slots = min(batch_size or most_rows(model, requests), max(1, len(left)))
+    while left:
+        try:
+            with memory_errors():
+                for row in _answered([_Row(i, requests[i]) for i in left], _Batch(model, slots, decode, end_ids)):
+                    left.remove(row.index)
+                    yield row.index, row.generation()
+        except OutOfMemory:
+            if slots == 1:
+                raise
+            slots //= 2
+
+
+def _answered(rows: Sequence[_Row], batch: _Batch) -> Iterator[_Row]:
+    waiting = deque(rows)
+    batch.share([row.request.tokens for row in rows])
     while waiting or batch.rows:
-        for row in batch.step(waiting):
-            yield row.index, row.generation()
+        yield from batch.step(waiting)
 
 
 def stream(model: LanguageModel, request: Request, *, decode: Decode, end_ids: Collection[int]) -> Iterator[str]:
@@ -61,7 +75,8 @@ def stream(model: LanguageModel, request: Request, *, decode: Decode, end_ids: C
     row, sent = _Row(0, request), 0
     batch, waiting = _Batch(model, 1, decode, end_ids), deque([row])
     while not row.finished:
-        batch.step(waiting)
+        with memory_errors():
+            batch.step(waiting)
         text = row.text if row.finished else _settled(decode(row.tokens), request.stop)
         if len(text) > sent:
             yield text[sent:]

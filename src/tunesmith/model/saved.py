@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tunesmith.errors import InputError
 from tunesmith.model.adapters import lora_layers
+from tunesmith.model.tensorfile import write_tensors
 
 PEFT_PREFIX = "base_model.model."
 SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -52,7 +53,7 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         "init_lora_weights": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(adapter_tensors(network), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(adapter_tensors(network), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load_adapter(network: nn.Module, file: Path) -> None:
@@ -75,7 +76,7 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
     """Writes all weights in `dtype` under their stock names, beside the base's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in network.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(base / "config.json", folder / "config.json")
 
 

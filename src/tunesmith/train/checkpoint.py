@@ -1,7 +1,7 @@
 """The state of a run as files: trained weights, the optimizer's moments, the position. No pickle.
 
 In and out: a folder that runfolder.py writes atomically and verifies. The learning rate, the order of rows and dropout
-are functions of the step, so the position is one number.
+are functions of the step, so no state of a scheduler, a sampler or a random generator has to be kept.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tunesmith.errors import InputError
+from tunesmith.model.tensorfile import write_tensors
 
 STATE, POSITION = "state.safetensors", "position.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,13 +24,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def write_state(
     folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, position: dict[str, Any]
 ) -> None:
+    """Raises GateError when a weight or a moment is not finite, OSError when the disk refuses."""
     tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for name, p in parameters.items()}
     updates = 0
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
         updates = int(state["step"]) if state else updates
-    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / STATE)
+    write_tensors(tensors, folder / STATE)
     text = json.dumps({**position, "updates": updates}, indent=2)
     (folder / POSITION).write_text(text + "\n", encoding="utf-8")
 
@@ -38,7 +40,7 @@ def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     """Puts weights and moments back; returns the position. Raises InputError when the folder is of another run."""
     tensors, position = load_file(folder / STATE), json.loads((folder / POSITION).read_text(encoding="utf-8"))
     stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
-    if stored != parameters.keys():
+    if stored != parameters.keys() or any(tensors[f"weight.{name}"].shape != p.shape for name, p in parameters.items()):
         raise InputError("the checkpoint is of a model with other trained weights", where=str(folder))
     for name, parameter in parameters.items():
         with torch.no_grad():  # not through `.data`, which would hide the change from MasterLinear

@@ -1,9 +1,10 @@
-"""SIGINT and SIGTERM as a wish to stop after the step, not in the middle of it.
+"""SIGINT and SIGTERM as a wish to stop where nothing is lost, not in the middle of a step.
 
     with StopWish() as wish:
-        for event in training: ... if wish.signal: save, then raise wish.interruption(...)
+        with wish.at_once(): ...                a signal ends this right away: nothing of it is worth waiting for
+        for event in training: wish.obey()      elsewhere it is only noted, and obeyed where that is safe
 
-The first signal is only noted; a second one acts as it would have without us. Outside the main thread nothing is
+Both ways it ends with Interrupted. A second signal acts as it would have without us. Outside the main thread nothing is
 caught, since Python allows handlers there only.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -20,10 +23,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopWish:
-    """`signal` is the number of the signal that came, 0 if none."""
+    """`signal` is the number of the signal that came, 0 if none. `resume_with`: what the message tells to do."""
 
-    def __init__(self) -> None:
-        self.signal = 0
+    def __init__(self, resume_with: str = "") -> None:
+        self.signal, self.resume_with = 0, resume_with
+        self._at_once = False
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -39,9 +43,22 @@ class StopWish:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.__exit__()
         self.signal = number
+        if self._at_once:
+            self.obey()
 
-    def interruption(self, resume_with: str) -> Interrupted:
-        """The error to end with, once everything is saved: exit code 130 for SIGINT, 143 for SIGTERM."""
-        error = Interrupted(f"stopped by {signal.Signals(self.signal).name} after a whole step", fix=resume_with)
-        error.exit_code = 128 + self.signal
-        return error
+    def obey(self) -> None:
+        """Raises Interrupted if a signal has come: exit code 130 for SIGINT, 143 for SIGTERM."""
+        if self.signal:
+            error = Interrupted(f"stopped by {signal.Signals(self.signal).name}", fix=self.resume_with)
+            error.exit_code = 128 + self.signal
+            raise error
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, and on entering, a signal raises Interrupted from whatever line it finds."""
+        self._at_once = True
+        try:
+            self.obey()
+            yield
+        finally:
+            self._at_once = False

@@ -1,7 +1,8 @@
 """The training loop: one for every method, loss, packing and device.
 
 In: a LanguageModel with something trainable, a function from step to documents, Settings. Iterating a `Training` runs
-it and yields its events; between two events `save`, `restore` and `stop` are legal. All state is in the object.
+it and yields its events; between two events `save`, `restore` and `stop` are legal. All state is in the object. A step
+that does not fit in memory is computed again in smaller packs, which changes its speed and not its update.
 Left out: what to do about an event (guard, run folder, display), evaluation, the choice of any value (plan).
 """
 
@@ -17,17 +18,20 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batch import collate
-from tunesmith.data.pack import pack_step
+from tunesmith.data.pack import fed_tokens, pack_step
 from tunesmith.data.schedule import prefetch
-from tunesmith.errors import GateError
+from tunesmith.errors import GateError, MachineError
 from tunesmith.hardware import peak_bytes
 from tunesmith.model.adapters import trainable
 from tunesmith.model.load import LanguageModel
+from tunesmith.model.memory import OutOfMemory, memory_errors
+from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.losses import LOSSES, weight_count
 from tunesmith.train.optim import clip, make_adamw, rate_at, update
 from tunesmith.types import Document, Done, Event, Plan, StepResult, Verdict
 
+POSITION = ("step", "seconds", "bad_steps", "pack_length")  # what a checkpoint keeps of a Training beside its tensors
 BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
 
 
@@ -60,7 +64,8 @@ class Settings:
 
 
 class Training:
-    """A run in progress: weights, optimizer, position. `step` counts finished optimizer steps."""
+    """A run in progress: weights, optimizer, position. `step` counts finished optimizer steps; `pack_length` is what
+    memory has left of the plan's."""
 
     def __init__(
         self, model: LanguageModel, documents_of: Callable[[int], Sequence[Document]], settings: Settings
@@ -70,6 +75,8 @@ class Training:
         self.parameters = trainable(model.network)
         self.optimizer = make_adamw(self.parameters.values(), weight_decay=settings.weight_decay)
         self.step, self.seconds, self.bad_steps = 0, 0.0, 0
+        self.pack_length = settings.pack_length
+        self._again: Sequence[Document] | None = None  # the documents of a step that did not fit
         self._upcoming: Iterator[Sequence[Document]] | None = None
         self._stopped = self._done = False
 
@@ -91,22 +98,26 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """All that `restore` needs to go on as if nothing had happened."""
-        position = {"step": self.step, "seconds": self.seconds, "bad_steps": self.bad_steps}
+        position = {name: getattr(self, name) for name in POSITION}
         write_state(folder, self.parameters, self.optimizer, position)
 
     def restore(self, folder: Path) -> None:
         """The state that `save` wrote; the next event is of the step after it."""
         position = read_state(folder, self.parameters, self.optimizer)
-        self.step, self.seconds, self.bad_steps = (position[key] for key in ("step", "seconds", "bad_steps"))
+        for name in POSITION:
+            setattr(self, name, position[name])
         self._forget_upcoming()
         self._stopped = self._done = False
 
     def _forget_upcoming(self) -> None:
         if self._upcoming is not None:
             self._upcoming.close()  # type: ignore[attr-defined]
-        self._upcoming = None
+        self._upcoming = self._again = None
 
     def _next_documents(self) -> Sequence[Document]:
+        if self._again is not None:
+            documents, self._again = self._again, None
+            return documents
         if self._upcoming is None:
             remaining = range(self.step + 1, self.settings.steps + 1)
             self._upcoming = prefetch(remaining, self.documents_of)
@@ -116,7 +127,16 @@ class Training:
 
     def _take_step(self) -> Event:
         documents, started = self._next_documents(), time.perf_counter()
-        loss, supervised = self._forward_backward(documents)
+        try:
+            with memory_errors():
+                loss, supervised = self._forward_backward(documents)
+        except OutOfMemory as error:
+            said = error.what
+        else:
+            return self._update(documents, started, loss, supervised)
+        return self._smaller_packs(documents, said)
+
+    def _update(self, documents: Sequence[Document], started: float, loss: float, supervised: int) -> Event:
         norm = clip(self.parameters.values(), self.settings.max_grad_norm) if supervised else 0.0
         rate = self._rate()
         self.step += 1
@@ -124,7 +144,8 @@ class Training:
             return self._refuse_step(documents, loss, norm)
         self.bad_steps = 0
         if supervised:
-            update(self.optimizer, rate)
+            with memory_errors():
+                update(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -150,7 +171,7 @@ class Training:
         step_weight, supervised = weight_count(documents), 0
         total: Tensor | None = None
         self.model.network.train()
-        for index, pack in enumerate(pack_step(documents, self.settings.pack_length) if step_weight else []):
+        for index, pack in enumerate(pack_step(documents, self.pack_length) if step_weight else []):
             batch = collate(pack, device=str(self.model.device))
             torch.manual_seed(
                 hash((self.settings.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF
@@ -163,10 +184,32 @@ class Training:
         self.model.network.eval()
         return 0.0 if total is None else float(total), supervised
 
+    def _smaller_packs(self, documents: Sequence[Document], said: str) -> Verdict:
+        """Half of what the largest shared pack held. A document is never split: alone it must fit."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.network.eval()
+        packs = [pack.documents for pack in pack_step(documents, self.pack_length)]
+        longest = max(documents, key=fed_tokens)
+        if all(len(pack) == 1 for pack in packs):
+            raise MachineError(
+                f"{said}; packs hold one document each by now, the longest has {fed_tokens(longest):,} tokens",
+                where=f"step {self.step + 1}: {longest.id}",
+                fix="lower max_length or lora_r, choose a smaller model, or free memory that other programs hold",
+            )
+        largest = max(sum(map(fed_tokens, pack)) for pack in packs if len(pack) > 1)
+        self.pack_length, self._again = largest // 2, documents
+        evidence = f"{said}; packs of {largest:,} tokens become packs of {self.pack_length:,}: same step, same update"
+        return Verdict("memory", "warn", evidence, self.step + 1)
+
     def _refuse_step(self, documents: Sequence[Document], loss: float, norm: float) -> Verdict:
         """A non-finite step never reaches the optimizer. A few are skipped; many in a row end the run."""
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps += 1
+        if broken := first_not_finite(self.parameters):
+            raise GateError(
+                f"step {self.step}: {broken} is not finite since the update before; no row of this step is to blame",
+                fix="lower learning_rate; the newest checkpoint holds finite weights",
+            )
         rows = ", ".join(dict.fromkeys(d.id for d in documents))
         evidence = f"step {self.step}: loss {loss}, gradient norm {norm}; rows: {rows}"
         if self.bad_steps >= BAD_STEPS:
