@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tunesmith.data.render import Draft
 from tunesmith.types import Document, Example
 
 START, END = 0, 1
@@ -36,6 +37,15 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.vocabulary[i] for i in ids)
+
+    def draft(self, example: Example) -> Draft:
+        return Draft(example)
+
+    def drafts(self, examples: list[Example]) -> list[Draft]:
+        return [Draft(example) for example in examples]
+
+    def finish(self, draft: Draft) -> Rendered:
+        return self.documents(draft.example)
 
     def documents(self, example: Example) -> Rendered:
         tokens, weights, notes = [], [], []

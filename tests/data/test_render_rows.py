@@ -1,5 +1,6 @@
 """What text of a row may become, and which rows are refused."""
 
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -175,3 +176,23 @@ def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
     assert caught.value.where == "rows:7"
     with pytest.raises(InputError, match="text is empty"):
         renderer.documents(Example("t:1", text="", prompt="a"))
+
+
+def test_rows_drafted_together_are_those_rendered_alone(renderer: Renderer) -> None:
+    chats = [[user(f"Question {i}?"), assistant("<think>so</think> because " + "of that " * i)] for i in range(40)]
+    rows = [example(*messages) for messages in chats]
+    rows += [Example("text:1", text="plain text"), Example("text:2", text=" and more", prompt="a prompt")]
+    rows.insert(7, example(user("<|im_start|>?"), assistant("")))
+    rows.insert(9, Example("text:3", text=""))
+    for draft, row in zip(renderer.drafts(rows), rows, strict=True):
+        try:
+            alone = renderer.documents(row)
+        except InputError as error:
+            with pytest.raises(InputError, match=re.escape(error.what)):
+                renderer.finish(draft)
+            continue
+        together = renderer.finish(draft)
+        assert together.notes == alone.notes
+        for one, other in zip(together.documents, alone.documents, strict=True):
+            assert (one.id, one.tokens_L.tolist()) == (other.id, other.tokens_L.tolist())
+            assert one.weights_L.tolist() == other.weights_L.tolist()

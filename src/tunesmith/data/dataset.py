@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from tunesmith.data.badrow import BadRow, Rejects
+from tunesmith.data.badrow import BadRow, Reason, Rejects
 from tunesmith.data.columns import check_columns, renamed
 from tunesmith.data.digests import digests
 from tunesmith.data.folder import Folder
@@ -33,12 +33,12 @@ from tunesmith.recipe import DataSource
 from tunesmith.types import Document, Example, Row
 
 if TYPE_CHECKING:
-    from tunesmith.data.render import Renderer
+    from tunesmith.data.render import Draft, Renderer
 
 Overlong = Literal["drop", "truncate", "refuse"]
 FIRST_ROWS = 20  # enough to see a format
 SHOWN_ERRORS = 5
-NOT_RENDERED = "cannot be rendered"
+NOT_RENDERED: Reason = "cannot be rendered"
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,20 @@ class Dataset:
     def example(self, index: int) -> Example:
         return self.part(index).example(self.row_N[index], self.renderer.has_template)
 
-    def understand(self, index: int) -> tuple[Example, Prepared]:
+    def drafts(self, indices: Sequence[int]) -> list[Draft]:
+        """Many rows for `understand`; their text is encoded here, on all cores."""
+        return self.renderer.drafts([self.example(index) for index in indices])
+
+    def understand(self, index: int, draft: Draft | None = None) -> tuple[Example, Prepared]:
         """Render one row and apply the over-long policy, which may raise InputError. A row that cannot be rendered
         has no documents, and `problem` says why."""
-        example = self.example(index)
+        draft = draft or self.renderer.draft(self.example(index))
+        example = draft.example
         try:
-            rendered = self.renderer.documents(example)
+            rendered = self.renderer.finish(draft)
         except InputError as error:
-            problem = BadRow("cannot be rendered", error.what, where=example.id, fix=error.fix)
-            return example, Prepared(example.id, (), dropped=NOT_RENDERED, problem=problem)
+            problem = BadRow(NOT_RENDERED, error.what, where=example.id, fix=error.fix)
+            return example, Prepared(example.id, (), dropped=f"{NOT_RENDERED}: {error.what}", problem=problem)
         documents = weighted(rendered.documents, self.part(index).weight)
         prepared = fit(example.id, documents, self.max_length, self.overlong)
         return example, dataclasses.replace(prepared, notes=tuple(rendered.notes))

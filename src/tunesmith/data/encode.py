@@ -8,7 +8,7 @@ those of the full tokenizer.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -125,6 +125,14 @@ def encode(text: MarkedText, *, cut: int = -1) -> Encoded:
         at = found.end
     pieces += _runs(text, at, len(text.plain), cut)
     return Encoded(text, pieces)
+
+
+def plain_runs(text: MarkedText, *, cut: int = -1) -> Iterator[tuple[str, bool]]:
+    """What `encode` will ask the tokenizer for: each run of plain text, and whether the document starts with it."""
+    bounds = [0, *(place for found in text.controls for place in (found.start, found.end)), len(text.plain)]
+    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+        if start < end:
+            yield text.plain[start : cut if start < cut < end else end], start == 0
 
 
 def _runs(text: MarkedText, start: int, end: int, cut: int) -> list[Piece]:

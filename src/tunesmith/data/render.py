@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.chat import Chat
-from tunesmith.data.encode import Encoded, MarkedText, encode
+from tunesmith.data.encode import Encoded, MarkedText, encode, plain_runs
 from tunesmith.data.probe import Protocol, probe
 from tunesmith.data.template import ChatTemplate, find_templates
 from tunesmith.data.tokenizer import ChatTokenizer
@@ -42,6 +42,21 @@ class Rendered:
 
     documents: tuple[Document, ...]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A row as text that is not encoded yet: all of it (`whole`), or one trained turn after the other."""
+
+    example: Example
+    turns: tuple[Turn, ...] = ()
+    chat: Chat | None = None  # None for plain text
+    whole: MarkedText | None = None
+    problem: InputError | None = None  # why it cannot be rendered
+
+    def runs(self) -> Iterator[tuple[str, bool]]:
+        for text in [turn.marked for turn in self.turns] if self.whole is None else [self.whole]:
+            yield from plain_runs(text, cut=len(self.example.prompt or ""))
 
 
 class Renderer:
@@ -81,6 +96,11 @@ class Renderer:
     def has_template(self) -> bool:
         return bool(self.templates)
 
+    @property
+    def dated(self) -> bool:
+        """A template asks what day it is."""
+        return any("strftime_now" in template.source for template in self.templates.values())
+
     def decode(self, tokens: Iterable[int]) -> str:
         return self.tokenizer.decode(tokens)
 
@@ -100,24 +120,48 @@ class Renderer:
 
     def documents(self, example: Example) -> Rendered:
         """No documents if no turn has a weight. Raises InputError with the row's id."""
+        return self.finish(self.draft(example))
+
+    def drafts(self, examples: Sequence[Example]) -> list[Draft]:
+        """Many rows for `finish`; their text is encoded here, on all cores."""
+        drafts = [self.draft(example) for example in examples]
+        self.tokenizer.encode_ahead(run for draft in drafts for run in draft.runs())
+        return drafts
+
+    def finish(self, draft: Draft) -> Rendered:
+        """See `documents`."""
         try:
-            return self._conversation(example) if example.text is None else self._text(example)
+            if draft.problem is not None:
+                raise draft.problem
+            if draft.chat is not None:
+                return self._conversation(draft.example.id, draft.chat, draft)
+            return Rendered(()) if draft.whole is None else self._text(draft.example, draft.whole)
         except InputError as error:
-            raise InputError(error.what, where=example.id, fix=error.fix) from error
+            raise InputError(error.what, where=draft.example.id, fix=error.fix) from error
+
+    def draft(self, example: Example) -> Draft:
+        """One row for `finish`, nothing encoded yet."""
+        try:
+            return self._drafted_turns(example) if example.text is None else self._drafted_text(example)
+        except InputError as error:
+            return Draft(example, problem=error)
 
     # ---- plain text
 
-    def _text(self, example: Example) -> Rendered:
-        """All is trained but the first token, or the prompt, which is encoded alone as it is served. The rest then is
-        an answer: its structural tokens stay tokens."""
+    def _drafted_text(self, example: Example) -> Draft:
         text, prompt = example.text or "", example.prompt or ""
         if not text:
             raise InputError("the text is empty", fix="drop the row")
         both = literal(prompt, origin_of(0, "content")) + literal(text, origin_of(1, "content"))
-        marked = MarkedText(both, self.tokenizer, {1} if prompt else ())
-        encoded = encode(marked, cut=len(prompt))
+        return Draft(example, whole=MarkedText(both, self.tokenizer, {1} if prompt else ()))
+
+    def _text(self, example: Example, marked: MarkedText) -> Rendered:
+        """All is trained but the first token, or the prompt, which is encoded alone as it is served. The rest then is
+        an answer: its structural tokens stay tokens."""
+        cut = len(example.prompt or "")
+        encoded = encode(marked, cut=cut)
         tokens = [*self.tokenizer.bos, *encoded.ids, self._text_end()]
-        begin = len(self.tokenizer.bos) + _place(encoded, len(prompt)) if prompt else 1
+        begin = len(self.tokenizer.bos) + _place(encoded, cut) if cut else 1
         document = _document(example.id, tokens, [(begin, len(tokens), 1.0)])
         notes = {FOREIGN: marked.foreign, STRUCTURAL: marked.structural}
         return Rendered((document,), tuple(note for note, holds in notes.items() if holds))
@@ -139,35 +183,34 @@ class Renderer:
         protocol = self._protocols[name]
         return Chat(self.templates[name], messages, tools, self._variables, protocol.habits), protocol
 
-    def _conversation(self, example: Example) -> Rendered:
+    def _drafted_turns(self, example: Example) -> Draft:
         trained = [(i, weight) for i, weight in enumerate(example.turn_weights) if weight > 0]
         if not trained:
-            return Rendered(())
+            return Draft(example)
         chat, protocol = self._chat(example.messages, example.tools)
         ends = (protocol.end_ids, self.end_ids)
-        turns = [find_turn(chat, self.tokenizer, i, weight, ends) for i, weight in trained]
-        whole = self._whole(chat, turns)
-        if whole is not None:
+        turns = tuple(find_turn(chat, self.tokenizer, i, weight, ends) for i, weight in trained)
+        return Draft(example, turns, chat, self._whole(chat, turns))
+
+    def _conversation(self, row: str, chat: Chat, draft: Draft) -> Rendered:
+        turns = list(draft.turns)
+        whole = None if draft.whole is None else encode(draft.whole)
+        if whole is not None and all(whole.tokens_before(at) is not None for t in turns for at in (t.start, t.end)):
+            check_written(chat, whole.text, len(chat.messages))
             spans = [(_place(whole, turn.start), _place(whole, turn.end), turn.weight) for turn in turns]
-            return Rendered((_document(example.id, whole.ids, spans),), tuple(notes_on(chat, whole.text, turns)))
+            return Rendered((_document(row, whole.ids, spans),), tuple(notes_on(chat, whole.text, turns)))
         notes = [PER_TURN] if len(turns) > 1 else []
         notes += [CUT_OFF] if turns[-1].message < len(chat.messages) - 1 else []
-        documents = [self._alone(example.id, chat, turn, notes) for turn in turns]
+        documents = [self._alone(row, chat, turn, notes) for turn in turns]
         return Rendered(tuple(documents), tuple(dict.fromkeys(notes)))
 
-    def _whole(self, chat: Chat, turns: list[Turn]) -> Encoded | None:
-        """All messages as one document; None if that differs from what is served for a trained turn."""
-        count = len(chat.messages)
+    def _whole(self, chat: Chat, turns: Sequence[Turn]) -> MarkedText | None:
+        """All messages as one text; None if that differs from what is served for a trained turn."""
         text = turns[-1].marked
-        if turns[-1].message < count - 1:
-            text = MarkedText(chat.render(count), self.tokenizer, chat.assistants)
-        if any(not turn.closed or not text.plain.startswith(turn.marked.plain[: turn.end]) for turn in turns):
-            return None
-        encoded = encode(text)
-        if any(encoded.tokens_before(place) is None for turn in turns for place in (turn.start, turn.end)):
-            return None
-        check_written(chat, text, count)
-        return encoded
+        if turns[-1].message < len(chat.messages) - 1:
+            text = MarkedText(chat.render(len(chat.messages)), self.tokenizer, chat.assistants)
+        same = all(turn.closed and text.plain.startswith(turn.marked.plain[: turn.end]) for turn in turns)
+        return text if same else None
 
     def _alone(self, row: str, chat: Chat, turn: Turn, notes: list[str]) -> Document:
         """The messages up to a turn as a document; adds to the notes."""

@@ -9,19 +9,21 @@ says so). With `overlong: refuse` all rows are rendered, since each may refuse.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tunesmith.data.badrow import Rejects
 from tunesmith.data.dataset import Dataset, Prepared, raise_all
+from tunesmith.data.render import Draft
 from tunesmith.data.schedule import order
 from tunesmith.errors import InputError
 from tunesmith.types import Example
 
 ALL_ROWS = 20_000
 SAMPLE = 2_000
+BATCH = 64  # rows whose text is encoded together
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +53,9 @@ def scan(dataset: Dataset) -> Scan:
     dropped, marked, notes = (defaultdict[str, list[str]](list) for _ in range(3))
     rejects = Rejects()
     problems: list[InputError] = []
-    for row in rows_R.tolist():
+    for row, draft in _drafts(dataset, rows_R.tolist()):
         try:
-            example, prepared = dataset.understand(row)
+            example, prepared = dataset.understand(row, draft)
         except InputError as problem:
             problems.append(problem)
             continue
@@ -72,6 +74,12 @@ def scan(dataset: Dataset) -> Scan:
     raise_all(problems, len(rows_R), dataset.path)
     share = len(rows_R) / max(1, len(dataset))
     return Scan(rows_R, np.array(lengths, np.int64), supervised, truncated, dropped, marked, notes, rejects, share)
+
+
+def _drafts(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, Draft]]:
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        yield from zip(batch, dataset.drafts(batch), strict=True)
 
 
 def scanned_rows(dataset: Dataset) -> np.ndarray:

@@ -14,18 +14,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from tunesmith.data.tokenizer_file import check_tokens, its_errors, parse
 from tunesmith.errors import InputError
 from tunesmith.types import Json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 SHORT_TEXT = 64  # characters; such runs repeat in every row and are remembered
 REMEMBERED = 10_000
 
@@ -63,7 +64,7 @@ class ChatTokenizer:
     """Read-only after construction, but for a memory of short texts."""
 
     def __init__(self, tokenizer_json: bytes, config: Json, named: dict[str, str], end_ids: tuple[int, ...]) -> None:
-        data = _with_tokens_of(config, _parsed(tokenizer_json))
+        data = _with_tokens_of(config, parse(tokenizer_json))
         self.named = named
         self.sha256 = hashlib.sha256(tokenizer_json + json.dumps(data["added_tokens"]).encode()).hexdigest()
         usual = {token["content"] for token in data["added_tokens"] if not token["special"]} - set(named.values())
@@ -80,6 +81,7 @@ class ChatTokenizer:
         self.end_ids = tuple(dict.fromkeys([*end_ids, *([self.eos_id] if self.eos_id is not None else [])]))
         self.bos = () if config.get("add_bos_token") is False else self._leading_ids()
         self._memory: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+        self._ahead: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTokenizer:
@@ -89,7 +91,10 @@ class ChatTokenizer:
             raise InputError("the model folder has no tokenizer.json", where=str(folder), fix="give a folder with one")
         config = read_json(folder / "tokenizer_config.json")
         ends = read_json(folder / "generation_config.json").get("eos_token_id")
-        end_ids = (ends,) if isinstance(ends, int) else tuple(ends or ())
+        end_ids = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+        if not all(type(end) is int for end in end_ids):
+            what = f"eos_token_id is {str(ends)[:80]!r}, neither a number nor a list of numbers"
+            raise InputError(what, where=str(folder / "generation_config.json"))
         try:
             return cls(path.read_bytes(), config, _named_tokens(folder, config), end_ids)
         except InputError as error:
@@ -110,17 +115,39 @@ class ChatTokenizer:
         known = memory.get(text)
         if known is not None:
             return known
-        ids = self._checked(text, self._head if at_start else self._rest)
+        ahead = self._ahead[at_start].get(text)
+        ids = self._encode(text, self._head if at_start else self._rest) if ahead is None else self._checked(ahead)
         if len(text) <= SHORT_TEXT and len(memory) < REMEMBERED:
             memory[text] = ids
         return ids
 
+    def encode_ahead(self, runs: Iterable[tuple[str, bool]]) -> None:
+        """Encode runs, (text, at_start) each, in one batch on all cores. `encode` finds them until the next batch."""
+        texts: tuple[set[str], set[str]] = (set(), set())
+        for text, at_start in runs:
+            if text not in self._memory[at_start]:
+                texts[at_start].add(text)
+        rest, head = (self._batch(list(some), t) for some, t in zip(texts, (self._rest, self._head), strict=True))
+        self._ahead = rest, head
+
+    def _batch(self, texts: list[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+        try:
+            with its_errors():
+                encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except InputError:
+            return {}  # one of the texts; it says so when it is encoded alone
+        return {text: one.ids for text, one in zip(texts, encoded, strict=True)}
+
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of text that goes on from other text: no space is put in front, whatever the tokenizer's habit."""
-        return self._checked(text, self._continuation)
+        return self._encode(text, self._continuation)
 
-    def _checked(self, text: str, tokenizer: Tokenizer) -> list[int]:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        with its_errors():
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return self._checked(ids)
+
+    def _checked(self, ids: list[int]) -> list[int]:
         if not self._never.isdisjoint(ids):
             stray = next(self.decode([token]) for token in ids if token in self._never)
             raise InputError(f"the tokenizer makes the control token {stray!r} from plain text")
@@ -143,25 +170,23 @@ class ChatTokenizer:
         return tuple(with_special[:count])
 
 
-def _parsed(tokenizer_json: bytes) -> Json:
-    try:
-        data = json.loads(tokenizer_json)
-    except ValueError as error:
-        raise InputError(f"the tokenizer.json is not valid JSON: {error}") from error
-    kind = data.get("model", {}).get("type", "BPE") if isinstance(data, dict) else None
-    if kind not in MODELS or "added_tokens" not in data:
-        raise InputError(f"the tokenizer.json has no added_tokens, or an unknown model {kind!r}")
-    return data | {"truncation": None, "padding": None}
-
-
 def _with_tokens_of(config: Json, data: Json) -> Json:
     """Added tokens as tokenizer_config.json has them, where it says otherwise than tokenizer.json."""
-    tokens = {token["content"]: token for token in data["added_tokens"]}
-    for number, token in config.get("added_tokens_decoder", {}).items():
+    tokens = {token["content"]: {"special": False} | token for token in data["added_tokens"]}
+    for number, token in _numbered(config.get("added_tokens_decoder") or {}):
         text = token["content"]
         given = {key: bool(token.get(key)) for key in (*FLAGS, "special")}
-        tokens[text] = {"content": text, "id": tokens[text]["id"] if text in tokens else int(number), **given}
+        tokens[text] = {"content": text, "id": tokens[text]["id"] if text in tokens else number, **given}
     return data | {"added_tokens": sorted(tokens.values(), key=lambda token: token["id"])}
+
+
+def _numbered(tokens: Any) -> Iterator[tuple[int, Json]]:
+    """The added tokens of a tokenizer_config.json."""
+    if not isinstance(tokens, dict) or not all(re.fullmatch(r"\d{1,9}", number) for number in tokens):
+        raise InputError("added_tokens_decoder in tokenizer_config.json is no mapping from numbers to tokens")
+    for number, token in tokens.items():
+        check_tokens([{**token, "id": int(number)} if isinstance(token, dict) else token])
+        yield int(number), token
 
 
 def read_json(path: Path) -> Json:
@@ -169,9 +194,12 @@ def read_json(path: Path) -> Json:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON: {error}", where=str(path)) from error
+    if not isinstance(found, dict):
+        raise InputError("not a JSON object", where=str(path))
+    return found
 
 
 def _named_tokens(folder: Path, config: Json) -> dict[str, str]:
@@ -181,7 +209,7 @@ def _named_tokens(folder: Path, config: Json) -> dict[str, str]:
         given |= read_json(folder / "special_tokens_map.json")
     extra = given.get("extra_special_tokens")
     named = {name: given.get(name) for name in NAMES} | (extra if isinstance(extra, dict) else {})
-    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
@@ -208,7 +236,8 @@ def _plain_tokenizer(data: Json, usual: set[str]) -> tuple[Tokenizer, set[str]]:
 
 
 def _load(data: Json) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(data))
+    with its_errors():
+        tokenizer = Tokenizer.from_str(json.dumps(data))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
