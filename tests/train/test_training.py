@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import END, one_batch, tiny_document, tiny_model
+from tiny import END, LORA, one_batch, tiny_document, tiny_model, tiny_network
 from tunesmith.errors import GateError
-from tunesmith.model.adapters import trainable
+from tunesmith.model.adapters import METHODS, trainable
 from tunesmith.model.head import target_losses
-from tunesmith.model.load import LanguageModel
+from tunesmith.model.load import LanguageModel, adopt
 from tunesmith.train.optim import rate_at
 from tunesmith.train.training import BAD_STEPS, Settings, Training
 from tunesmith.types import Document, Done, Event, StepResult, Verdict
@@ -241,9 +241,11 @@ def test_a_poisoned_model_never_trains(dtype: torch.dtype) -> None:
     """A NaN in any one weight of the base reaches the loss, through every kernel on the way."""
     names = ("embed_tokens.weight", "input_layernorm.weight", "q_proj.weight", "v_proj.weight", "up_proj.weight")
     for name in (*names, "down_proj.weight", "norm.weight", "lm_head.weight"):
-        model = tiny_model("llama-64", dtype)
-        weight = next(p for n, p in model.network.named_parameters() if n.endswith(name))
+        network = tiny_network("llama-64", dtype)
+        weight = next(p for n, p in network.named_parameters() if n.endswith(name))
         weight.data.view(-1)[3 if weight.dim() == 1 else slice(None)] = math.nan
+        METHODS["lora"](network, LORA)
+        model = adopt(network, dtype)
         before = weights(model)
         with pytest.raises(GateError):
             list(Training(model, documents_of, SETTINGS))
