@@ -26,7 +26,7 @@ from tunesmith import verbs
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes, to_json
 from tunesmith.recipe import Recipe
-from tunesmith.recipefile import load_recipe
+from tunesmith.recipefile import load_recipe, takes_value
 from tunesmith.types import Event
 from tunesmith.version import __version__
 
@@ -100,12 +100,19 @@ def doctor(
     say(diagnosis, diagnosis_view(diagnosis), as_json=as_json)
 
 
-def data_check(wish: Wish = None, as_json: AsJson = False) -> None:
-    """Read all data once and say what is wrong with it."""
+def data_check(
+    wish: Wish = None,
+    rejected: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the rows that cannot be used here.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read all data once and say what is wrong with it; exit code 2 if a run would stop at bad rows."""
     recipe = read_wish(wish)
     from tunesmith.display import data_view
 
-    found = verbs.data_check(recipe)
+    found = verbs.data_check(recipe, rejected=rejected)
     say({"data": found}, data_view(found), as_json=as_json)
 
 
@@ -118,6 +125,8 @@ def data_show(
     """Print real rows as the model sees them, coloured by what is trained."""
     texts = verbs.data_show(read_wish(wish), rows=rows, ids=ids)
     say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
+    if any(report.rejected for report in found.values()) and not recipe.skip_bad:
+        sys.exit(2)
 
 
 def plan(wish: Wish = None, as_json: AsJson = False) -> None:
@@ -207,7 +216,7 @@ def read_wish(wish: Sequence[str] | None) -> Recipe:
             continue
         key, has_value, value = word[2:].partition("=")
         if not has_value:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+            value = words.pop(0) if words and takes_value(key, words[0]) else "true"
         flags[key] = value
     return load_recipe(path, flags)
 

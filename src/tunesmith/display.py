@@ -111,7 +111,8 @@ def data_view(reports: Mapping[str, DataReport]) -> RenderableType:
         for role, report in reports.items()
         for finding in report.findings
     ]
-    return Group(table, *findings)
+    reasons = dict.fromkeys(f"[dim]{report.format}: {escape(report.why_format)}[/]" for report in reports.values())
+    return Group(table, *reasons, *findings)
 
 
 def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:

@@ -138,3 +138,5 @@ def gather_as_is(plan: Plan) -> Facts:
     """What the recipe and the dates of a plan give now, whatever has changed since."""
     recipe = Recipe.model_validate({key: value for key, value in plan.recipe.items() if value is not None})
     return gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=Path(plan["output_dir"]))
+    if bad := dataset.rejects.counts.total():
+        yield Text(f"{bad:,} rows cannot be used: `tunesmith data check` says why", "yellow")

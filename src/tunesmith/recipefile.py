@@ -38,7 +38,7 @@ INSTEAD = {
             "set batch_size, the data rows per optimizer step (micro batch x accumulation x devices); "
             "how a step is cut into packs follows from the memory",
         ),
-        ("dataset datasets dataset_name train_file", "set data, a path or a list of {path, format, max_examples}"),
+        ("dataset datasets dataset_name train_file", "set data, a path or a list of {path, format, columns, ...}"),
         ("packing sample_packing neat_packing", "leave it out: documents are always packed, and never see each other"),
         (
             "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt mask_history roles_to_train",
@@ -105,6 +105,13 @@ def load_recipe(
     if problems:
         raise _report(document.name, problems)
     return recipe
+
+
+def takes_value(flag: str, word: str) -> bool:
+    """Whether the word after a flag is its value. A switch such as --skip-bad takes only true or false."""
+    key = Recipe.model_fields.get(_plain(flag))
+    switch = key is not None and key.annotation is bool
+    return word.lower() in ("true", "false") if switch else not word.startswith("--")
 
 
 def _report(name: str, problems: list[_Problem]) -> InputError:
@@ -226,7 +233,7 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
         if detail["type"] == "missing":
             return f"{name} has no '{inner}'"
         fields = DataSource.model_json_schema()["properties"]
-        wanted = expected(fields[inner]) if inner in fields else "a path, or a mapping {path, format, max_examples}"
+        wanted = expected(fields[inner]) if inner in fields else "a path, or a mapping {path, format, columns, ...}"
         return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
     if isinstance(item.value, str) and item.value in LATER_VALUES.get(key, ()):
         return f"{item.written}: '{item.value}' is not supported yet; expected {expected(schema)}"
@@ -240,7 +247,7 @@ def expected(schema: Json) -> str:
     if "anyOf" in schema:
         return " or ".join(option.get("description") or expected(option) for option in schema["anyOf"])
     if "$ref" in schema:
-        return "a mapping {path, format, max_examples}"
+        return "a mapping {path, format, columns, ...}"
     if "const" in schema or "enum" in schema:
         return " or ".join(f"'{value}'" for value in schema.get("enum", [schema.get("const")]))
     bounds = [f"{words} {schema[bound]}" for bound, words in BOUNDS.items() if bound in schema]
@@ -270,6 +277,7 @@ TYPES = {
     "number": "a number",
     "string": "a text",
     "boolean": "true or false",
+    "object": "a mapping",
     "array": "a list",
     "null": "null",
 }

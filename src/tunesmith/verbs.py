@@ -80,11 +80,19 @@ def gather(recipe: Wish | Facts = None, **changes: Any) -> Facts:
     return facts.gather(read_recipe(recipe, **changes))
 
 
-def data_check(recipe: Wish | Facts = None, **changes: Any) -> dict[str, DataReport]:
-    """Reads all rows once: a report for each role, with what was found. InputError when rows cannot be used."""
+def data_check(
+    recipe: Wish | Facts = None, *, rejected: AnyPath | None = None, **changes: Any
+) -> dict[str, DataReport]:
+    """Reads all rows once: a report for each role, with what was found. Rows that cannot be used are counted in it,
+    and written into the file `rejected`; InputError if there are no others."""
+    from tunesmith.data.rejected import write_rejected
     from tunesmith.facts import reports
 
-    return reports(gather(recipe, **changes))
+    known = gather(recipe, **changes)
+    found = reports(known)
+    if rejected is not None:
+        write_rejected(Path(rejected), known.datasets, found)
+    return found
 
 
 def data_show(recipe: Wish | Facts = None, *, rows: int = 3, ids: bool = False, **changes: Any) -> list[Text]:

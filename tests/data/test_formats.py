@@ -33,9 +33,9 @@ def test_the_format_is_detected_with_its_reason(data, has_template, name, says):
 @pytest.mark.parametrize(
     ("data", "fix"),
     [
-        ({"q": "", "a": "", "b": ""}, r"columns: \{prompt: q, completion: a\}"),
-        ({"x": 1}, r"columns: \{prompt: x, completion: question\}"),
-        ({}, r"columns: \{prompt: question, completion: answer\}"),
+        ({"id": "", "response": "", "query": ""}, r"columns: \{prompt: query, completion: response\}"),
+        ({"x": 1}, r"columns: \{prompt: QUESTION, completion: ANSWER\}"),
+        ({}, r"columns: \{prompt: QUESTION, completion: ANSWER\}"),
     ],
 )
 def test_an_unknown_format_says_how_to_map_it(data, fix):

@@ -108,7 +108,8 @@ def rejected(subject: Subject) -> Iterator[Finding]:
     for found, scaled in ((subject.dataset.rejects, int), (subject.scan.rejects, subject.scan.scaled)):
         for reason, problems in found.first.items():
             count = scaled(found.counts[reason])
-            message = f"{count:,} of {total:,} rows cannot be used: {reason}; {problems[0].where}: {problems[0].what}"
+            what = problems[0].what if problems[0].what.startswith(reason) else f"{reason}: {problems[0].what}"
+            message = f"{count:,} of {total:,} rows cannot be used: {what}"
             yield Finding("rejected", level, message, count, tuple(problem.where for problem in problems))
 
 

@@ -2,8 +2,9 @@
 
     path -> Folder -> Row (id "folder/sub/file.md", {"text": ...})
 
-In the order of their names, hidden ones left out. Links to folders are not followed, and a file that leads out of the
-folder is refused: who packed the folder does not choose what is read from this machine.
+A folder's own files come first, all in the order of their names; hidden ones are left out. Links to folders are not
+followed, and a file that leads out of the folder is refused: who packed the folder does not choose what is read from
+this machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tunesmith.data.badrow import BadRow
 from tunesmith.data.files import FileBytes, check_path, stamp
-from tunesmith.data.places import LONGEST_ROW
+from tunesmith.data.places import BYTE_ORDER_MARK, LONGEST_ROW
 from tunesmith.data.strict import Spot, decode_text
 from tunesmith.errors import InputError
 from tunesmith.types import Row
@@ -49,7 +50,9 @@ class Folder:
         if count > LONGEST_ROW:
             what, fix = f"the file has {count:,} bytes, at most 64 MB are read", "split it, or move it away"
             raise BadRow("too long", what, where=str(self.spot(index)), fix=fix)
-        return Row(self.id(index), decode_text(self.files[index].read(0, count), self.spot(index)))
+        raw = self.files[index].read(0, count)
+        mark = len(BYTE_ORDER_MARK) if raw.startswith(BYTE_ORDER_MARK) else 0
+        return Row(self.id(index), decode_text(raw[mark:], Spot(self.id(index), offset=mark)))
 
     def raw(self, index: int, most: int) -> tuple[bytes, int]:
         """The first bytes of a file, and how many it has."""

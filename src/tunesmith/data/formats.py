@@ -82,8 +82,13 @@ def _unknown_keys(data: Json) -> str:
 
 
 def _hint(data: Json) -> str:
-    asked, answered = [f"{key:.40}" for key in [*data, "question", "answer"][:2]]
+    asked = next((key for key in _PROMPTS if key in data), "QUESTION")
+    answered = next((key for key in _ANSWERS if key in data), "ANSWER")
     return f"say which key is what: `data: {{path: ..., columns: {{prompt: {asked}, completion: {answered}}}}}`"
+
+
+_PROMPTS = ("prompt", "question", "query", "instruction", "input", "user")
+_ANSWERS = ("completion", "answer", "response", "output", "target", "assistant", "label")
 
 
 # ---------------------------------------------------------------- the formats

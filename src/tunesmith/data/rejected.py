@@ -1,4 +1,4 @@
-"""The rows that cannot be used, written down so that somebody can correct them.
+"""The rows that cannot be used, written down so that somebody can correct them; and when they stop a run.
 
     data sets by role -> rejected.jsonl: {"where", "id", "reason", "what", "fix", "bytes", "row"} a line
 
@@ -27,30 +27,35 @@ MOST_SHOWN = 4096
 MOST_LOST = 0.20  # of the training rows
 
 
-def refuse_bad_rows(datasets: Mapping[str, Dataset], reports: Mapping[str, DataReport], path: Path | None) -> None:
-    """Raises InputError if rows cannot be used, written to `path` first, or if most training rows would train nothing.
-
-    `reports` are what the data check said about the data sets.
-    """
-    counts: Counter[str] = Counter()
+def refuse_bad_rows(
+    datasets: Mapping[str, Dataset], reports: Mapping[str, DataReport], path: Path | None, *, skip_bad: bool
+) -> None:
+    """Raises InputError if no row trains anything; and, unless `skip_bad`, if rows cannot be used, written to `path`
+    first, or if many training rows lose all that is trained. `reports`: what the data check said of the data sets."""
+    training = reports["data"]
+    skippable = training.documents > 0
+    rejected: Counter[str] = Counter()
     for report in reports.values():
-        counts.update(report.rejected)
-    if counts:
-        first = write_rejected(path, datasets, reports)
-        lines = "".join(f"\n  {line['where']}: {line['what']}" for line in first)
-        left = counts.total() - len(first)
-        kinds = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-        rows = counts.total() + sum(report.rows for report in reports.values())
-        what = f"{counts.total():,} of {rows:,} rows cannot be used: {kinds}{lines}"
-        written = f" (all of them are in {path})" if path else ""
-        fix = f"correct them{written}, or leave them out with --skip-bad"
-        raise InputError(what + (f"\n  and {left:,} more" if left else ""), where="data", fix=fix)
-    lost = sum(reports["data"].dropped.values())
-    if lost > MOST_LOST * reports["data"].rows:
-        kinds = ", ".join(f"{count:,} {reason}" for reason, count in reports["data"].dropped.items())
-        what = f"{lost:,} of {reports['data'].rows:,} rows would train nothing: {kinds}"
-        fix = "raise max_length, set overlong, or go on without them with --skip-bad"
-        raise InputError(what, where=f"data: {reports['data'].path}", fix=fix)
+        rejected.update(report.rejected)
+    if rejected and not (skip_bad and skippable):
+        first = write_rejected(path if skippable else None, datasets, reports)
+        rows = sum(len(dataset) + dataset.rejects.counts.total() for dataset in datasets.values())
+        what = f"{rejected.total():,} of {rows:,} rows cannot be used: {_counted(rejected)}"
+        what += "".join(f"\n  {line['where']}: {line['what']}" for line in first)
+        left = rejected.total() - len(first)
+        what += f"\n  and {left:,} more" if left > 0 else ""
+        written = f" (all of them are in {path})" if path and skippable else ""
+        fix = f"correct them{written}" + (", or leave them out with --skip-bad" if skippable else "")
+        raise InputError(what, where="data", fix=fix)
+    lost = sum(training.dropped.values())
+    if not skippable or (lost > MOST_LOST * training.rows and not skip_bad):
+        what = f"{lost:,} of {training.rows:,} rows would train nothing: {_counted(training.dropped)}"
+        fix = "raise max_length" + (", or go on without them with --skip-bad" if skippable else "")
+        raise InputError(what, where=f"data: {training.path}", fix=fix)
+
+
+def _counted(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1]))
 
 
 def write_rejected(
@@ -71,8 +76,7 @@ def write_rejected(
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
         with temporary.open("wb") as file:
-            for line in chain(first, lines):
-                file.write(json_bytes(line))
+            file.writelines(json_bytes(line) for line in chain(first, lines))
         os.replace(temporary, path)
     return first
 

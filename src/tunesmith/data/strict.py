@@ -110,7 +110,7 @@ def read_json_text(text: str, spot: Spot) -> Any:
     return data
 
 
-_JSON_FIX = "one object a line is expected; an object that holds a list becomes that with: jq -c '.KEY[]' FILE"
+_JSON_FIX = "one object a line is expected; an array of them goes into a .json file (jq '.KEY' FILE takes out a list)"
 
 
 def _too_deep(where: str) -> BadRow:

@@ -1,0 +1,198 @@
+"""Rows as other tools write them: ShareGPT, Alpaca, preferences of TRL and OpenAI, fine-tuning files of OpenAI."""
+
+import json
+
+import pytest
+
+from tunesmith.data.badrow import BadRow
+from tunesmith.data.formats import detect, parse, read_openai_preference, read_side, unused_keys
+from tunesmith.errors import InputError
+from tunesmith.types import Row
+
+USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+WORSE = {"role": "assistant", "content": "5"}
+FUNCTION = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
+
+
+def row(**data):
+    return Row("train.jsonl:7", data)
+
+
+def read(**data):
+    """Detected and parsed, as turns (role, content) with the weights."""
+    name, _ = detect([row(**data)], True)
+    example = parse(row(**data), name, True)
+    return name, [(m["role"], m["content"]) for m in example.messages], list(example.turn_weights), example
+
+
+def said(speaker, text, **more):
+    return {"from": speaker, "value": text, **more}
+
+
+# ---------------------------------------------------------------- ShareGPT
+
+
+def test_sharegpt_speakers_become_roles():
+    turns = [said("system", "s"), said("human", "q"), said("gpt", "a"), said("user", "r"), said("assistant", "b")]
+    name, found, weights, _ = read(conversations=turns)
+    assert name == "sharegpt"
+    assert found == [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    assert weights == [0, 0, 1, 0, 1]
+
+
+def test_sharegpt_calls_observations_and_tools_as_llamafactory_writes_them():
+    arguments = '{"z": 1.0, "a": {"k": [true, null]}}'
+    turns = [
+        said("human", "q"),
+        said("function_call", f'{{"name": "add", "arguments": {arguments}}}'),
+        said("observation", '{"sum": 4}'),
+        said("function_call", '[{"name": "add", "arguments": {}}, {"name": "add", "arguments": {"a": 1}}]'),
+        said("observation", "5"),
+        said("gpt", "done"),
+    ]
+    _, found, weights, example = read(conversations=turns, tools=json.dumps([FUNCTION]), system="be exact")
+    assert [role for role, _ in found] == ["system", "user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert weights == [0, 0, 1, 0, 1, 0, 1]
+    (call,) = example.messages[2]["tool_calls"]
+    assert call["type"] == "function"
+    assert json.dumps(call["function"]["arguments"]) == arguments
+    assert len(example.messages[4]["tool_calls"]) == 2
+    assert example.tools == ({"type": "function", "function": FUNCTION},)
+
+
+def test_sharegpt_may_have_openai_turns_weights_and_a_system_column():
+    name, found, weights, _ = read(conversations=[USER, ANSWER, USER, {**ANSWER, "weight": 0}, USER, ANSWER], system="")
+    assert (name, weights, len(found)) == ("sharegpt", [0, 1, 0, 0, 0, 1], 6)
+    assert read(conversations=[said("human", "q"), said("gpt", "a", train=False), said("gpt", "b")])[2] == [0, 0, 1]
+    both = [said("system", "same"), said("human", "q"), said("gpt", "a")]
+    assert read(conversations=both, system="same")[1] == [("system", "same"), ("user", "q"), ("assistant", "a")]
+
+
+# ---------------------------------------------------------------- Alpaca
+
+
+def test_alpaca_joins_instruction_and_input_and_trains_the_history_too():
+    name, found, weights, _ = read(
+        instruction="Add.", input="2 2", output="4", system="s", history=[["hi", "hello"], ["1 1", "2"]], text="unused"
+    )
+    assert name == "alpaca"
+    assert found[0] == ("system", "s")
+    assert found[1:5] == [("user", "hi"), ("assistant", "hello"), ("user", "1 1"), ("assistant", "2")]
+    assert found[5:] == [("user", "Add.\n2 2"), ("assistant", "4")]
+    assert weights == [0, 0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("rest", [{}, {"input": ""}, {"input": None, "system": None, "history": None}])
+def test_alpaca_without_an_input_asks_the_instruction(rest):
+    assert read(instruction="Add 2 2.", output="4", **rest)[1] == [("user", "Add 2 2."), ("assistant", "4")]
+
+
+# ---------------------------------------------------------------- preferences
+
+
+PREFERENCES = {
+    "strings": {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+    "lists": {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
+    "single messages": {"prompt": [USER], "chosen": ANSWER, "rejected": WORSE},
+    "sharegpt": {"prompt": [said("human", "2+2?")], "chosen": said("gpt", "4"), "rejected": said("gpt", "5")},
+    "whole": {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+    "whole, prompt repeated": {"prompt": "2+2?", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+}
+
+
+@pytest.mark.parametrize("kind", PREFERENCES)
+def test_preference_rows_train_the_chosen_side_and_give_both(kind):
+    name, found, weights, _ = read(**PREFERENCES[kind])
+    assert (name, found, weights) == ("preference", [("user", "2+2?"), ("assistant", "4")], [0, 1])
+    other = read_side(row(**PREFERENCES[kind]), True, side="rejected")
+    assert [m["content"] for m in other.messages] == ["2+2?", "5"]
+    assert other.turn_weights == (0, 1)
+
+
+def test_of_whole_conversations_what_both_sides_share_is_the_prompt():
+    before = [{"role": "system", "content": "s"}, USER, ANSWER, USER]
+    data = {"chosen": [*before, ANSWER, USER, ANSWER], "rejected": [*before, WORSE, USER, ANSWER]}
+    assert read(**data)[2] == [0, 0, 0, 0, 1, 0, 1]
+    assert read(chosen=[*before, ANSWER], rejected=[*before, ANSWER])[2] == [0, 0, 0, 0, 1], "the same on both sides"
+
+
+def test_strings_without_a_template_stay_text():
+    example = parse(row(**PREFERENCES["strings"]), "preference", False)
+    assert (example.prompt, example.text) == ("2+2?", "4")
+
+
+def test_the_reason_says_that_only_one_side_is_trained():
+    assert "stage sft trains on the chosen answers" in detect([row(**PREFERENCES["strings"])], True)[1]
+
+
+def test_openai_preference_files_are_read_unchanged():
+    data = {
+        "input": {"messages": [USER], "tools": [{"type": "function", "function": FUNCTION}]},
+        "preferred_output": [ANSWER],
+        "non_preferred_output": [WORSE],
+    }
+    name, found, weights, example = read(**data)
+    assert (name, found, weights) == ("openai_preference", [("user", "2+2?"), ("assistant", "4")], [0, 1])
+    assert example.tools[0]["function"] == FUNCTION
+    assert read_openai_preference(row(**data), True, side="rejected").messages[-1] == WORSE
+
+
+def test_openai_fine_tuning_files_are_read_unchanged():
+    line = """{"messages": [{"role": "system", "content": "Marv is a factual chatbot that is also sarcastic."},
+      {"role": "user", "content": "What's the weather?"},
+      {"role": "assistant", "tool_calls": [{"id": "call_id", "type": "function",
+        "function": {"name": "get_weather", "arguments": "{\\"location\\":  \\"SF\\"}"}}]},
+      {"role": "tool", "tool_call_id": "call_id", "content": "21"},
+      {"role": "assistant", "content": "21 degrees", "weight": 1}],
+      "parallel_tool_calls": false,
+      "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]}"""
+    data = json.loads(line)
+    name, _, weights, example = read(**data)
+    assert (name, weights) == ("messages", [0, 0, 1, 0, 1])
+    assert example.messages[2]["tool_calls"] == data["messages"][2]["tool_calls"]
+    assert list(example.tools) == data["tools"]
+    assert unused_keys(row(**data), name) == ["parallel_tool_calls"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("format", "data", "reason", "says"),
+    [
+        ("sharegpt", {"conversations": [said("robot", "q")]}, "unknown role", "unknown role 'robot'"),
+        ("sharegpt", {"conversations": [said("human", None), said("gpt", "a")]}, "null content", "conversations[0]"),
+        ("sharegpt", {"conversations": [said("human", "q")]}, "no answer at the end", "the last turn is `user`"),
+        ("sharegpt", {"conversations": [said("human", "q"), said("function_call", "add(2)")]}, "not JSON", "[1]"),
+        ("sharegpt", {"conversations": [said("function_call", {"name": "f"})]}, "wrong tool call", "not a text"),
+        ("sharegpt", {"conversations": [said("function_call", "3")]}, "wrong tool call", "names no function"),
+        ("sharegpt", {"conversations": [said("system", "a"), said("gpt", "b")], "system": "c"}, "contradiction", "two"),
+        ("sharegpt", {"conversations": [said("gpt", "a")], "tools": "{"}, "not JSON", "tools: "),
+        ("sharegpt", {"conversations": [said("gpt", "a")], "tools": '{"a": NaN}'}, "NaN or infinity", "tools: NaN"),
+        ("sharegpt", {"conversations": [USER, ANSWER], "images": ["http://x/y.png"]}, "not text", "nothing is fetched"),
+        ("alpaca", {"instruction": "a", "output": " "}, "empty answer", "turns[1]: the assistant's answer is empty"),
+        ("alpaca", {"instruction": None, "output": "b"}, "not text", "`instruction` is null"),
+        ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "not text", "`input` is a int"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": ["x"]}, "not messages", "`history`"),
+        ("preference", {"chosen": "a", "rejected": "b"}, "missing key", "nothing says what `chosen` answers"),
+        ("preference", {"prompt": "a", "chosen": "\n", "rejected": "b"}, "empty answer", "the chosen is empty"),
+        ("preference", {"chosen": [ANSWER, USER], "rejected": []}, "no answer at the end", "the last turn is `user`"),
+        ("openai_preference", {"input": 1, "preferred_output": 1, "non_preferred_output": 1}, "not messages", "input"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_trained_has_a_typed_reason(format, data, reason, says):
+    with pytest.raises(BadRow) as caught:
+        parse(row(**data), format, True)
+    assert (caught.value.where, caught.value.reason) == ("train.jsonl:7", reason)
+    assert says in caught.value.what
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("format", "data"),
+    [("sharegpt", {"conversations": [USER, ANSWER]}), ("alpaca", {"instruction": "a", "output": "b"})],
+)
+def test_without_a_template_the_model_is_to_blame_not_the_row(format, data):
+    with pytest.raises(InputError, match="need a chat template") as caught:
+        parse(row(**data), format, False)
+    assert not isinstance(caught.value, BadRow)
