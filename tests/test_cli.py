@@ -139,6 +139,9 @@ def test_init_writes_a_recipe_that_loads(tunesmith: Callable[..., Outcome], tmp_
         "tunesmith": __version__,
         "recipe": str(path),
         "schema": str(path.parent / "recipe.schema.json"),
+        "tool": "",
+        "why": "",
+        "left": [],
     }
     recipe = load_recipe(path)
     assert (recipe.model, recipe.data[0].path) == ("org/base", path.parent / "my.jsonl")
@@ -215,7 +218,7 @@ def test_a_run_from_words_to_answers(
     [
         (["plan", "--attention", "flash"], "command line", "--attention: expected 'auto' or 'kernel'"),
         (
-            ["plan", "--data", "[{path: t.jsonl, format: alpaca}]"],
+            ["plan", "--data", "[{path: t.jsonl, format: alpaka}]"],
             "command line",
             "--data[0].format: expected 'auto'",
         ),

@@ -80,12 +80,23 @@ def demo(
 
 def init(
     path: Annotated[Path, typer.Argument(metavar="[RECIPE.yaml]", help="The file to write.")] = Path("recipe.yaml"),
-    model: Annotated[str, typer.Option(help="Base model: a name, a folder or a GGUF file.")] = "smollm2-135m-instruct",
-    data: Annotated[str, typer.Option(help="Training rows.")] = "train.jsonl",
+    from_config: Annotated[
+        Path | None,
+        typer.Option("--from", help="Translate this config of LLaMA-Factory, Axolotl or TRL.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model: a name, a folder or a GGUF file.", show_default=False),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Training rows; else train.jsonl.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented recipe, and its schema for editors."""
-    written = verbs.init(path, model=model, data=data)
+    """Write a commented recipe and its schema for editors, or translate the config of another tool."""
+    from tunesmith.init import left_lines
+
+    written = verbs.init(path, model=model, data=data, from_config=from_config)
+    origin = f"{from_config} is of {written.tool}: {written.why}\n" if from_config else ""
+    sys.stderr.write(origin + "".join(f"{line}\n" for line in left_lines(written.left)))
     say(written, f"wrote {written.recipe} and {written.schema}", as_json=as_json)
 
 

@@ -31,11 +31,22 @@ Wish = AnyPath | Mapping[str, Any] | Recipe | None
 # ---------------------------------------------------------------- before a run
 
 
-def init(path: AnyPath = "recipe.yaml", *, model: str = "smollm2-135m-instruct", data: str = "train.jsonl") -> Written:
-    """Writes a commented recipe and its schema. InputError if there is a file at `path` already."""
-    from tunesmith.init import write_recipe
+def init(
+    path: AnyPath = "recipe.yaml",
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    from_config: AnyPath | None = None,
+) -> Written:
+    """Writes a commented recipe and its schema, or a translation of `from_config`, a config of another tool.
 
-    return write_recipe(Path(path), model=model, data=data)
+    InputError if there is a file at `path` already, or if the config cannot be translated.
+    """
+    from tunesmith.init import write_recipe, write_translated
+
+    if from_config is None:
+        return write_recipe(Path(path), model=model, data=data)
+    return write_translated(Path(path), Path(from_config), model=model, data=data)
 
 
 def schema() -> Json:

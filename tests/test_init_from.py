@@ -1,0 +1,105 @@
+"""`tunesmith init --from`: the file that is written loads, says where its values come from, and lists what is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tunesmith import cli
+from tunesmith.errors import InputError
+from tunesmith.init import write_translated
+from tunesmith.recipefile import load_recipe
+
+CONFIG = """\
+base_model: org/base
+datasets:
+  - {path: rows.jsonl, type: completion, field: body}
+  - {path: org/chats, type: chat_template}
+adapter: lora
+sequence_len: 2048
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+seed: 0
+learning_rate: 2e-4
+sample_packing: true
+eval_sample_packing: true
+load_in_8bit: true
+lora_on_cpu: "a text\\nof two lines"
+"""
+
+WRITTEN = """\
+# yaml-language-server: $schema=recipe.schema.json
+# Translated from old.yml of Axolotl. Keys left out are decided by rules: see `tunesmith plan`.
+
+# What is trained
+model: org/base                       # base_model
+method: lora                          # adapter
+
+# On what
+data:                                 # datasets
+  - {path: ../rows.jsonl, format: text, columns: {text: body}}
+  - {path: chats.jsonl, format: messages}
+
+# Lengths and steps
+max_length: 2048                      # sequence_len
+batch_size: 8                         # micro_batch_size 2 x gradient_accumulation_steps 4, on one device
+
+# The optimizer
+learning_rate: 0.0002
+
+# Not translated, and it may matter:
+#   datasets[1].path: org/chats -> not a file here: save its rows in the file that the recipe names
+#   load_in_8bit: true -> no quantised weights yet: the frozen ones stay in bf16, which takes more memory
+#   lora_on_cpu: 'a text of two lines' -> a recipe has nothing like it
+
+# Not needed here:
+#   sample_packing, eval_sample_packing -> always on: documents are packed exactly, and never see each other
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"body": "a"}\n')
+    path = tmp_path / "old.yml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_the_recipe_has_what_the_config_sets_and_comments_for_the_rest(config: Path) -> None:
+    written = write_translated(Path("new/recipe.yaml"), config)
+    assert written.recipe.read_text() == WRITTEN
+    assert (written.tool, written.why) == ("Axolotl", "it has base_model, datasets, adapter, sequence_len")
+    recipe = load_recipe(written.recipe)
+    assert [source.path.resolve().name for source in recipe.data] == ["rows.jsonl", "chats.jsonl"]
+    assert recipe.data[0].path.exists()
+    assert (recipe.batch_size, recipe.learning_rate, recipe.data[0].columns) == (8, 2e-4, {"text": "body"})
+    assert json.loads(written.schema.read_text())["properties"]["learning_rate"]
+
+
+def test_nothing_is_written_over_or_for_a_config_that_cannot_be_read(config: Path) -> None:
+    with pytest.raises(InputError, match="there is a file with this name already"):
+        write_translated(config, config)
+    assert config.read_text() == CONFIG
+    config.write_text("base_model: [1\n")
+    with pytest.raises(InputError, match="not YAML"):
+        write_translated(Path("new/recipe.yaml"), config)
+    assert not Path("new").exists()
+
+
+def test_the_command_says_what_is_left_on_stderr_and_as_an_object(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.excepthook", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["init", "--from", str(config), "--model", "tiny", "--data", "mine.jsonl", "--json"])
+    out, err = capsys.readouterr()
+    assert not ended.value.code
+    assert err.startswith(f"{config} is of Axolotl: it has base_model, datasets, adapter, sequence_len\n")
+    assert "load_in_8bit: true -> no quantised weights yet" in err
+    told = json.loads(out)
+    assert {one["key"] for one in told["left"] if one["matters"]} == {"load_in_8bit", "lora_on_cpu"}
+    recipe = load_recipe(Path(told["recipe"]))
+    assert (recipe.model, recipe.data[0].path.name) == ("tiny", "mine.jsonl")
