@@ -33,16 +33,16 @@ def activation_bytes(spec: ModelSpec, tokens: int, width: int) -> int:
 
 
 def peak_memory(
-    spec: ModelSpec, *, method: Literal["lora", "full"], dtype: str, rank: int, pack_tokens: int, copies: int = 0
+    spec: ModelSpec, *, method: Literal["lora", "full"], dtype: str, rank: int, pack_tokens: int, layouts: int = 1
 ) -> dict[str, int]:
-    """Bytes by component; `copies` of the frozen matrices are kept beside them (model/frozen.py). fp32 masters and Adam's two moments: 16 bytes a trained parameter, gradient included."""
+    """Bytes by component; In how many `layouts` frozen matrices are kept: model/frozen.py. fp32 masters and Adam's two moments: 16 bytes a trained parameter, gradient included."""
     width = 2 if dtype == "bf16" else 4
     trained = spec.parameters if method == "full" else lora_parameters(spec, rank)
     frozen = 0 if method == "full" else spec.parameters * width
     narrow_copies = spec.block_parameters * width if method == "full" and dtype == "bf16" else 0
     parts = {
         "process": PROCESS_BYTES,
-        "weights": frozen + copies * spec.block_parameters * width + narrow_copies,
+        "weights": frozen + (layouts - 1) * spec.block_parameters * width + narrow_copies,
         "trained": trained * 16,
         "activations": activation_bytes(spec, pack_tokens, width),
         "evaluation": EVALUATION_BYTES,

@@ -120,7 +120,7 @@ def _memory(known: Known, model: ModelSpec) -> dict[str, int]:
         method=known["method"],
         dtype=known["dtype"],
         rank=known.decided.get("lora_r", 0),
-        copies=2 if known["weight_layout"] == "blocked" else 0,
+        layouts=2 if known["weight_layout"] == "blocked" else 1,
         pack_tokens=min(pack_tokens, known["pack_length"]),
     )
 
