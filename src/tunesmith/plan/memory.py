@@ -35,7 +35,8 @@ def activation_bytes(spec: ModelSpec, tokens: int, width: int) -> int:
 def peak_memory(
     spec: ModelSpec, *, method: Literal["lora", "full"], dtype: str, rank: int, pack_tokens: int, layouts: int = 1
 ) -> dict[str, int]:
-    """Bytes by component; In how many `layouts` frozen matrices are kept: model/frozen.py. fp32 masters and Adam's two moments: 16 bytes a trained parameter, gradient included."""
+    """Bytes by component. fp32 masters and Adam's two moments: 16 bytes a trained parameter, gradient included.
+    `layouts`: in how many the frozen matrices are kept (model/frozen.py)."""
     width = 2 if dtype == "bf16" else 4
     trained = spec.parameters if method == "full" else lora_parameters(spec, rank)
     frozen = 0 if method == "full" else spec.parameters * width
