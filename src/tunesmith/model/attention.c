@@ -1,11 +1,13 @@
 /* Causal attention of packed documents in bf16 for CPUs with AVX512-BF16, forward and backward.
  *
  * One task is one document and one key/value head, with the query heads that share it: keys and values are re-ordered
- * once for the dot-product instruction, gradients of keys and values stay private to the task. A block of ROWS queries
- * sees its whole row of scores at once (no running maximum), from the first key its window reaches to its own.
- * Products take bf16 pairs and sum in fp32; softmax is fp32.
+ * once for the dot-product instruction, gradients of keys and values stay private to the task. ROWS queries at a time
+ * meet tiles of TILE keys; the tile that holds the diagonal stops at the next LANES keys, and only tiles that are not
+ * wholly visible are masked. The forward sees whole rows of scores (no running maximum). The backward takes BLOCK
+ * queries, then adds what they give to the gradients of all their keys and values.
+ * Products take bf16 pairs and sum in fp32; softmax is fp32, in powers of two.
  *
- * Shapes: q, out, dq [tokens, heads, width]; k, v, dk, dv [tokens, kv_heads, width]; width a multiple of 64.
+ * Shapes: q, out, dq [tokens, heads, width]; k, v, dk, dv [tokens, kv_heads, width]; width a multiple of 64; scale > 0.
  */
 #include <math.h>
 #include <stdint.h>
@@ -15,64 +17,74 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
 typedef uint16_t bf16;
 
-enum { ROWS = 6, LANES = 16, COLUMNS = 64, BLOCK = 48 }; /* BLOCK: queries whose gradients of k and v are summed at once */
+enum { ROWS = 6, LANES = 16, COLUMNS = 4, TILE = COLUMNS * LANES, BLOCK = 48 }; /* BLOCK: a multiple of ROWS and LANES */
 
 int attention_available(void) { return 1; }
 
-static inline long round_up(long value, long unit) { return (value + unit - 1) / unit * unit; }
+INLINE long round_up(long value, long unit) { return (value + unit - 1) / unit * unit; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
 
 static void *scratch(long bytes) {
     void *memory = NULL;
     return posix_memalign(&memory, 64, (size_t)bytes) ? NULL : memory;
 }
 
-static inline __m512 exp_ps(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x); /* in this order a NaN stays one */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 120.0f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+/* 2^x = 2^floor(x) * p(x - floor(x)), relative error of p 1e-7; 0 for -inf, NaN stays NaN. */
+INLINE __m512 exp2_ps(__m512 x) {
+    __m512 r = _mm512_reduce_ps(x, 9);
+    __m512 p = _mm512_set1_ps(1.879318648e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.990995096e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.581867596e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.401592715e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931517388e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_scalef_ps(p, x);
 }
 
-/* sums[r][c] += sum over depth of pair a[r, p] . pair b[p, c]: ROWS rows, COLUMNS columns, pairs of bf16. */
-static inline __attribute__((always_inline)) void multiply(const uint32_t *a, long a_row, long a_step, const uint32_t *b,
-                                                           long b_step, long depth, __m512 sums[ROWS][4]) {
+/* sums[r][c] += sum over depth of pair a[r, p] . pair b[p, c]: ROWS rows, `columns` vectors, pairs of bf16. */
+INLINE void multiply(const uint32_t *a, long a_row, long a_step, const uint32_t *b, long b_step, long depth,
+                     const int columns, __m512 sums[ROWS][COLUMNS]) {
     for (long p = 0; p < depth; p++) {
-        __m512bh right[4];
-        for (int c = 0; c < 4; c++) right[c] = (__m512bh)_mm512_loadu_si512(b + p * b_step + c * LANES);
+        __m512bh right[COLUMNS];
+        for (int c = 0; c < columns; c++) right[c] = (__m512bh)_mm512_loadu_si512(b + p * b_step + c * LANES);
         for (int r = 0; r < ROWS; r++) {
             __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[r * a_row + p * a_step]);
-            for (int c = 0; c < 4; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], left, right[c]);
+            for (int c = 0; c < columns; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], left, right[c]);
         }
     }
 }
 
-static inline __attribute__((always_inline)) void clear(__m512 sums[ROWS][4]) {
+INLINE void clear(__m512 sums[ROWS][COLUMNS]) {
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_ps();
 }
 
-/* Columns first + 0..15 that query `row` may see: not ahead of it, and at most window - 1 behind. */
-static inline __mmask16 visible(long row, long first, long window) {
+/* Keys first + 0..15 that query `row` may see: not ahead of it, and at most window - 1 behind. */
+INLINE __mmask16 visible(long row, long first, long window) {
     long ahead = row - first + 1, behind = window ? row - window + 1 - first : 0;
     __mmask16 upto = ahead >= LANES ? 0xffff : (ahead <= 0 ? 0 : (__mmask16)((1u << ahead) - 1));
     __mmask16 before = behind <= 0 ? 0 : (behind >= LANES ? 0xffff : (__mmask16)((1u << behind) - 1));
     return upto & ~before;
 }
 
-static inline __m512i pair_rows(__m512 even, __m512 odd) {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+/* The first key that `row` sees, rounded down. */
+INLINE long first_key(long row, long window, long unit) {
+    return window && row >= window ? (row - window + 1) / unit * unit : 0;
 }
+
+/* bf16 pairs (even[i], odd[i]). */
+INLINE __m512i pair_rows(__m512 even, __m512 odd) {
+    static const uint16_t order[32] __attribute__((aligned(64))) = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+INLINE void store_narrow(bf16 *out, __m512 value) { _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(value)); }
 
 /* Contiguous rows of one head, zeros after the last. */
 static void gather(const bf16 *x, long stride, long length, long padded, long width, bf16 *rows) {
@@ -80,28 +92,25 @@ static void gather(const bf16 *x, long stride, long length, long padded, long wi
     memset(rows + length * width, 0, (size_t)((padded - length) * width) * 2);
 }
 
-/* pairs along the width, keys across: out[d / 2][key]. For products over the width. */
+/* Pairs along the width, keys across: out[key / TILE][d / 2][key % TILE]. For products over the width. */
 static void across(const bf16 *rows, long padded, long width, uint32_t *out) {
     const uint32_t *pairs = (const uint32_t *)rows;
-    for (long first = 0; first < padded; first += LANES)
+    for (long t = 0; t < padded; t++)
         for (long p = 0; p < width / 2; p++)
-            for (long t = first; t < first + LANES; t++) out[p * padded + t] = pairs[t * (width / 2) + p];
+            out[t / TILE * TILE * width / 2 + p * TILE + t % TILE] = pairs[t * (width / 2) + p];
 }
 
-/* pairs of neighbouring rows, width across: out[row / 2][d]. For products over the rows. */
+/* Pairs of neighbouring rows, width across: out[row / 2][d]. For products over the rows. */
 static void along(const bf16 *rows, long padded, long width, uint32_t *out) {
     for (long t = 0; t < padded; t += 2)
         for (long d = 0; d < width; d++)
             out[t / 2 * width + d] = (uint32_t)rows[t * width + d] | (uint32_t)rows[(t + 1) * width + d] << 16;
 }
 
-static inline void store_rows(__m512 sums[ROWS][4], long first, long length, bf16 *out, long stride, const float *factor) {
+INLINE void store_rows(__m512 sums[ROWS][COLUMNS], long first, long length, bf16 *out, long stride, const float *factor) {
     for (int r = 0; r < ROWS && first + r < length; r++)
-        for (int c = 0; c < 4; c++) {
-            __m512 value = _mm512_mul_ps(sums[r][c], _mm512_set1_ps(factor[r]));
-            _mm256_storeu_si256((__m256i *)(out + (first + r) * stride + c * LANES),
-                                (__m256i)_mm512_cvtneps_pbh(value));
-        }
+        for (int c = 0; c < COLUMNS; c++)
+            store_narrow(out + (first + r) * stride + c * LANES, _mm512_mul_ps(sums[r][c], _mm512_set1_ps(factor[r])));
 }
 
 typedef struct {
@@ -109,98 +118,149 @@ typedef struct {
     float scale;
 } Shape;
 
-static inline long first_key(long row, long window) {
-    return window && row - window + 1 > 0 ? (row - window + 1) / COLUMNS * COLUMNS : 0;
+/* ROWS queries from `row` and the keys from `key`: where they are and where their results go. */
+typedef struct {
+    const bf16 *queries, *douts;
+    const uint32_t *keys, *values;
+    long width, row, key, window, stride;
+    float scale;
+    __m512 *top;
+    float *scores;
+    const float *offset, *delta;
+    uint32_t *weights, *slopes;
+    bf16 *slope_rows;
+} Tile;
+
+/* Products with 16 * columns keys: raw scores, -inf where masked, and the highest of each lane. */
+INLINE void score_tile(const Tile *t, const int columns, const int masked) {
+    __m512 sums[ROWS][COLUMNS];
+    clear(sums);
+    multiply((const uint32_t *)t->queries, t->width / 2, 1, t->keys, TILE, t->width / 2, columns, sums);
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < columns; c++) {
+            __m512 value = sums[r][c];
+            if (masked)
+                value = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), visible(t->row + r, t->key + c * LANES, t->window), value);
+            t->top[r] = _mm512_max_ps(t->top[r], value);
+            _mm512_storeu_ps(t->scores + r * t->stride + c * LANES, value);
+        }
 }
+
+/* The softmax weights again, and the gradients of the scores ("slopes"), each as pairs of rows; slopes also as rows. */
+INLINE void slope_tile(const Tile *t, const int columns, const int masked) {
+    __m512 sums[ROWS][COLUMNS], kept[ROWS][COLUMNS];
+    clear(sums);
+    multiply((const uint32_t *)t->douts, t->width / 2, 1, t->values, TILE, t->width / 2, columns, sums);
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < columns; c++)
+            kept[r][c] = _mm512_fmsub_ps(sums[r][c], _mm512_set1_ps(t->scale), _mm512_set1_ps(t->delta[r]));
+    clear(sums);
+    multiply((const uint32_t *)t->queries, t->width / 2, 1, t->keys, TILE, t->width / 2, columns, sums);
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < columns; c++) {
+            __m512 weight = exp2_ps(_mm512_fmsub_ps(sums[r][c], _mm512_set1_ps(t->scale * (float)M_LOG2E),
+                                                    _mm512_set1_ps(t->offset[r])));
+            if (masked) weight = _mm512_maskz_mov_ps(visible(t->row + r, t->key + c * LANES, t->window), weight);
+            sums[r][c] = weight;
+            kept[r][c] = _mm512_mul_ps(kept[r][c], weight);
+            store_narrow(t->slope_rows + r * t->stride + c * LANES, kept[r][c]);
+            if (r % 2 == 0) continue;
+            _mm512_storeu_si512(t->weights + r / 2 * t->stride + c * LANES, pair_rows(sums[r - 1][c], weight));
+            _mm512_storeu_si512(t->slopes + r / 2 * t->stride + c * LANES, pair_rows(kept[r - 1][c], kept[r][c]));
+        }
+}
+
+/* Runs `task` on as many columns as there are keys up to `end` in this tile; returns the next key. */
+#define ON_TILE(task, tile, end)                                                                                       \
+    do {                                                                                                               \
+        long next_ = least(round_up((tile).key + 1, TILE), end), columns_ = (next_ - (tile).key) / LANES;              \
+        int whole_ = (tile).key + TILE <= (tile).row + 1 && first_key((tile).row + ROWS - 1, (tile).window, 1) <= (tile).key;  \
+        if (columns_ == 4 && whole_) task(&(tile), 4, 0);                                                              \
+        else if (columns_ == 4) task(&(tile), 4, 1);                                                                   \
+        else if (columns_ == 3) task(&(tile), 3, 1);                                                                   \
+        else if (columns_ == 2) task(&(tile), 2, 1);                                                                   \
+        else task(&(tile), 1, 1);                                                                                      \
+    } while (0)
 
 static void forward_task(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, long length, long kv_head,
                          Shape s, char *memory) {
-    long padded = round_up(length, COLUMNS), rows = round_up(length, BLOCK), width = s.width, group = s.heads / s.kv_heads;
-    long most = padded > rows ? padded : rows;
+    long width = s.width, group = s.heads / s.kv_heads, padded = round_up(length, TILE) + TILE, stride = padded + LANES;
     bf16 *head = (bf16 *)memory;
-    uint32_t *keys = (uint32_t *)(head + most * width), *values = keys + padded * width / 2;
+    uint32_t *keys = (uint32_t *)(head + padded * width), *values = keys + padded * width / 2;
     float *scores = (float *)(values + padded * width / 2);
-    bf16 *weights = (bf16 *)(scores + ROWS * padded);
+    bf16 *weights = (bf16 *)(scores + ROWS * stride);
     gather(k + kv_head * width, s.kv_heads * width, length, padded, width, head);
     across(head, padded, width, keys);
     gather(v + kv_head * width, s.kv_heads * width, length, padded, width, head);
     along(head, padded, width, values);
     for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
-        gather(q + h * width, s.heads * width, length, rows, width, head);
+        gather(q + h * width, s.heads * width, length, padded, width, head);
         for (long row = 0; row < length; row += ROWS) {
-            long begin = first_key(row, s.window), last = row + ROWS < length ? row + ROWS : length;
-            long end = round_up(last, COLUMNS);
-            __m512 top[ROWS], sums[ROWS][4];
+            long begin = first_key(row, s.window, LANES), end = round_up(least(row + ROWS, length), LANES);
+            __m512 top[ROWS], sums[ROWS][COLUMNS], scale = _mm512_set1_ps(s.scale * (float)M_LOG2E);
             float factor[ROWS];
             for (int r = 0; r < ROWS; r++) top[r] = _mm512_set1_ps(-INFINITY);
-            for (long key = begin; key < end; key += COLUMNS) {
-                clear(sums);
-                multiply((uint32_t *)(head + row * width), width / 2, 1, keys + key, padded, width / 2, sums);
-                for (int r = 0; r < ROWS; r++)
-                    for (int c = 0; c < 4; c++) {
-                        __mmask16 seen = visible(row + r, key + c * LANES, s.window);
-                        __m512 value = _mm512_mul_ps(sums[r][c], _mm512_set1_ps(s.scale));
-                        value = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, value);
-                        top[r] = _mm512_max_ps(top[r], value);
-                        _mm512_storeu_ps(scores + r * padded + key + c * LANES, value);
-                    }
+            Tile t = {.queries = head + row * width, .width = width, .row = row, .window = s.window, .stride = stride, .top = top};
+            for (long key = begin; key < end; key = round_up(key + 1, TILE)) {
+                t.key = key, t.keys = keys + key / TILE * TILE * width / 2 + key % TILE, t.scores = scores + key;
+                ON_TILE(score_tile, t, end);
             }
             for (int r = 0; r < ROWS; r++) {
-                float highest = _mm512_reduce_max_ps(top[r]);
+                float highest = _mm512_reduce_max_ps(top[r]) * (s.scale * (float)M_LOG2E);
                 __m512 total = _mm512_setzero_ps();
                 for (long key = begin; key < end; key += LANES) {
-                    __mmask16 seen = visible(row + r, key, s.window);
-                    __m512 value = _mm512_sub_ps(_mm512_loadu_ps(scores + r * padded + key), _mm512_set1_ps(highest));
-                    value = _mm512_maskz_mov_ps(seen, exp_ps(value));
+                    __m512 score = _mm512_loadu_ps(scores + r * stride + key);
+                    __m512 value = exp2_ps(_mm512_fmsub_ps(score, scale, _mm512_set1_ps(highest)));
                     total = _mm512_add_ps(total, value);
-                    _mm256_storeu_si256((__m256i *)(weights + r * padded + key), (__m256i)_mm512_cvtneps_pbh(value));
+                    store_narrow(weights + r * stride + key, value);
                 }
                 float sum = _mm512_reduce_add_ps(total);
                 factor[r] = 1.0f / sum;
-                if (row + r < length) lse[(row + r) * s.heads + h] = highest + logf(sum);
+                if (row + r < length) lse[(row + r) * s.heads + h] = highest + log2f(sum);
             }
-            for (long d = 0; d < width; d += COLUMNS) {
+            for (long d = 0; d < width; d += TILE) {
                 clear(sums);
-                multiply((uint32_t *)(weights + begin), padded / 2, 1, values + begin / 2 * width + d, width,
-                         (end - begin) / 2, sums);
+                multiply((uint32_t *)(weights + begin), stride / 2, 1, values + begin / 2 * width + d, width,
+                         least(row + ROWS, end) / 2 - begin / 2, COLUMNS, sums);
                 store_rows(sums, row, length, out + h * width + d, s.heads * width, factor);
             }
         }
     }
 }
 
-/* sum[key, d] += over the block's rows of weight[row, key] * x[row, d], for keys begin..end. */
-static void add_products(const uint32_t *weights, long padded, const uint32_t *x, long width, long begin, long end,
-                         float *sum) {
-    __m512 sums[ROWS][4];
-    for (long key = begin; key < end; key += ROWS) /* up to ROWS - 1 keys past `end`: the buffers have room, values 0 */
-        for (long d = 0; d < width; d += COLUMNS) {
+/* sum[key, d] += over the rows of a block of weight[row, key] * x[row, d], for keys begin..end and rows not before. */
+static void add_products(const uint32_t *weights, long stride, const uint32_t *x, long width, long block, long begin,
+                         long end, float *sum) {
+    __m512 sums[ROWS][COLUMNS];
+    for (long key = begin; key < end; key += ROWS)
+        for (long d = 0; d < width; d += TILE) {
+            long first = key > block ? (key - block) / 2 : 0;
+            float *place = sum + key * width + d;
             for (int r = 0; r < ROWS; r++)
-                for (int c = 0; c < 4; c++) sums[r][c] = _mm512_loadu_ps(sum + (key + r) * width + d + c * LANES);
-            multiply(weights + key, 1, padded, x + d, width, BLOCK / 2, sums);
+                for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_loadu_ps(place + r * width + c * LANES);
+            multiply(weights + first * stride + key, 1, stride, x + first * width + d, width,
+                     (end - block) / 2 - first, COLUMNS, sums);
             for (int r = 0; r < ROWS; r++)
-                for (int c = 0; c < 4; c++) _mm512_storeu_ps(sum + (key + r) * width + d + c * LANES, sums[r][c]);
+                for (int c = 0; c < COLUMNS; c++) _mm512_storeu_ps(place + r * width + c * LANES, sums[r][c]);
         }
 }
 
 static void write_narrow(const float *sum, long length, long width, bf16 *out, long stride) {
     for (long t = 0; t < length; t++)
-        for (long d = 0; d < width; d += LANES)
-            _mm256_storeu_si256((__m256i *)(out + t * stride + d),
-                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sum + t * width + d)));
+        for (long d = 0; d < width; d += LANES) store_narrow(out + t * stride + d, _mm512_loadu_ps(sum + t * width + d));
 }
 
 static void backward_task(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *lse, const bf16 *dout,
                           bf16 *dq, bf16 *dk, bf16 *dv, long length, long kv_head, Shape s, char *memory) {
-    long padded = round_up(length, COLUMNS) + COLUMNS, rows = round_up(length, BLOCK), width = s.width;
-    long group = s.heads / s.kv_heads, most = padded > rows ? padded : rows;
+    long width = s.width, group = s.heads / s.kv_heads, padded = round_up(length, TILE) + TILE, stride = padded + LANES;
     float *dkeys = (float *)memory, *dvalues = dkeys + padded * width;
     uint32_t *keys = (uint32_t *)(dvalues + padded * width), *values = keys + padded * width / 2;
     uint32_t *key_pairs = values + padded * width / 2, *query_pairs = key_pairs + padded * width / 2;
-    uint32_t *dout_pairs = query_pairs + most * width / 2;
-    uint32_t *weights = dout_pairs + most * width / 2, *slopes = weights + BLOCK / 2 * padded;
-    bf16 *slope_rows = (bf16 *)(slopes + BLOCK / 2 * padded), *queries = slope_rows + ROWS * padded;
-    bf16 *douts = queries + most * width;
+    uint32_t *dout_pairs = query_pairs + padded * width / 2;
+    uint32_t *weights = dout_pairs + padded * width / 2, *slopes = weights + BLOCK / 2 * stride;
+    bf16 *slope_rows = (bf16 *)(slopes + BLOCK / 2 * stride), *queries = slope_rows + ROWS * stride;
+    bf16 *douts = queries + padded * width;
+    const float one[ROWS] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
     memset(dkeys, 0, (size_t)(2 * padded * width) * 4);
     gather(k + kv_head * width, s.kv_heads * width, length, padded, width, queries);
     across(queries, padded, width, keys);
@@ -208,68 +268,42 @@ static void backward_task(const bf16 *q, const bf16 *k, const bf16 *v, const bf1
     gather(v + kv_head * width, s.kv_heads * width, length, padded, width, queries);
     across(queries, padded, width, values);
     for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
-        gather(q + h * width, s.heads * width, length, rows, width, queries);
-        gather(dout + h * width, s.heads * width, length, rows, width, douts);
-        along(queries, rows, width, query_pairs);
-        along(douts, rows, width, dout_pairs);
-        for (long block = 0; block < rows; block += BLOCK) {
-            long begin = first_key(block, s.window), last = block + BLOCK < length ? block + BLOCK : length;
-            long end = round_up(last, COLUMNS);
-            for (long row = block; row < block + BLOCK; row += ROWS) {
-                __m512 sums[ROWS][4];
-                float delta[ROWS], offset[ROWS], one[ROWS];
+        gather(q + h * width, s.heads * width, length, padded, width, queries);
+        gather(dout + h * width, s.heads * width, length, padded, width, douts);
+        along(queries, padded, width, query_pairs);
+        along(douts, padded, width, dout_pairs);
+        for (long block = 0; block < length; block += BLOCK) {
+            long begin = first_key(block, s.window, BLOCK), last = least(block + BLOCK, round_up(length, ROWS));
+            for (long row = block; row < last; row += ROWS) {
+                __m512 sums[ROWS][COLUMNS];
+                float delta[ROWS], offset[ROWS];
                 for (int r = 0; r < ROWS; r++) {
                     long t = row + r;
-                    one[r] = 1.0f;
                     offset[r] = t < length ? lse[t * s.heads + h] : INFINITY;
                     __m512 dot = _mm512_setzero_ps();
                     for (long d = 0; t < length && d < width; d += 2 * LANES)
                         dot = _mm512_dpbf16_ps(dot, (__m512bh)_mm512_loadu_si512(douts + t * width + d),
                                                (__m512bh)_mm512_loadu_si512(out + (t * s.heads + h) * width + d));
-                    delta[r] = _mm512_reduce_add_ps(dot);
+                    delta[r] = _mm512_reduce_add_ps(dot) * s.scale;
                 }
-                for (long key = begin; key < end; key += COLUMNS) {
-                    float kept[ROWS][COLUMNS] __attribute__((aligned(64)));
-                    long place = (row - block) / 2 * padded + key;
-                    clear(sums);
-                    multiply((uint32_t *)(queries + row * width), width / 2, 1, keys + key, padded, width / 2, sums);
-                    for (int r = 0; r < ROWS; r++)
-                        for (int c = 0; c < 4; c++) {
-                            __mmask16 seen = row + r < length ? visible(row + r, key + c * LANES, s.window) : 0;
-                            __m512 value = _mm512_fmsub_ps(sums[r][c], _mm512_set1_ps(s.scale), _mm512_set1_ps(offset[r]));
-                            _mm512_store_ps(&kept[r][c * LANES], _mm512_maskz_mov_ps(seen, exp_ps(value)));
-                        }
-                    for (int r = 0; r < ROWS; r += 2)
-                        for (int c = 0; c < COLUMNS; c += LANES)
-                            _mm512_storeu_si512(weights + place + r / 2 * padded + c,
-                                                pair_rows(_mm512_load_ps(&kept[r][c]), _mm512_load_ps(&kept[r + 1][c])));
-                    clear(sums);
-                    multiply((uint32_t *)(douts + row * width), width / 2, 1, values + key, padded, width / 2, sums);
-                    for (int r = 0; r < ROWS; r++)
-                        for (int c = 0; c < 4; c++) {
-                            __m512 value = _mm512_sub_ps(sums[r][c], _mm512_set1_ps(delta[r]));
-                            value = _mm512_mul_ps(_mm512_mul_ps(value, _mm512_set1_ps(s.scale)),
-                                                  _mm512_load_ps(&kept[r][c * LANES]));
-                            _mm512_store_ps(&kept[r][c * LANES], value);
-                            _mm256_storeu_si256((__m256i *)(slope_rows + r * padded + key + c * LANES),
-                                                (__m256i)_mm512_cvtneps_pbh(value));
-                        }
-                    for (int r = 0; r < ROWS; r += 2)
-                        for (int c = 0; c < COLUMNS; c += LANES)
-                            _mm512_storeu_si512(slopes + place + r / 2 * padded + c,
-                                                pair_rows(_mm512_load_ps(&kept[r][c]), _mm512_load_ps(&kept[r + 1][c])));
+                Tile t = {.queries = queries + row * width, .douts = douts + row * width, .width = width, .row = row,
+                          .window = s.window, .stride = stride, .scale = s.scale, .offset = offset, .delta = delta};
+                long end = round_up(row + ROWS, LANES);
+                for (long key = begin; key < end; key = round_up(key + 1, TILE)) {
+                    long packed = key / TILE * TILE * width / 2 + key % TILE, place = (row - block) / 2 * stride + key;
+                    t.key = key, t.keys = keys + packed, t.values = values + packed;
+                    t.weights = weights + place, t.slopes = slopes + place, t.slope_rows = slope_rows + key;
+                    ON_TILE(slope_tile, t, end);
                 }
-                for (long d = 0; d < width; d += COLUMNS) {
+                for (long d = 0; d < width; d += TILE) {
                     clear(sums);
-                    multiply((uint32_t *)(slope_rows + begin), padded / 2, 1, key_pairs + begin / 2 * width + d, width,
-                             (end - begin) / 2, sums);
+                    multiply((uint32_t *)(slope_rows + begin), stride / 2, 1, key_pairs + begin / 2 * width + d, width,
+                             (row + ROWS - begin) / 2, COLUMNS, sums);
                     store_rows(sums, row, length, dq + h * width + d, s.heads * width, one);
                 }
             }
-            for (long r = 0; r < BLOCK / 2; r++) /* the overhang of add_products */
-                memset(weights + r * padded + end, 0, ROWS * 4), memset(slopes + r * padded + end, 0, ROWS * 4);
-            add_products(weights, padded, dout_pairs + block / 2 * width, width, begin, end, dvalues);
-            add_products(slopes, padded, query_pairs + block / 2 * width, width, begin, end, dkeys);
+            add_products(weights, stride, dout_pairs + block / 2 * width, width, block, begin, last, dvalues);
+            add_products(slopes, stride, query_pairs + block / 2 * width, width, block, begin, last, dkeys);
         }
     }
     write_narrow(dkeys, length, width, dk + kv_head * width, s.kv_heads * width);
@@ -279,9 +313,8 @@ static void backward_task(const bf16 *q, const bf16 *k, const bf16 *v, const bf1
 static long longest(const int64_t *lengths, long documents) {
     long most = 0;
     for (long i = 0; i < documents; i++) most = lengths[i] > most ? lengths[i] : most;
-    return round_up(most, COLUMNS) + COLUMNS + BLOCK;
+    return round_up(most, TILE) + TILE + LANES;
 }
-
 /* Both return 0, or 1 when there was no memory for the scratch space. */
 int attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, const int64_t *starts,
                       const int64_t *lengths, long documents, long heads, long kv_heads, long width, long window,
