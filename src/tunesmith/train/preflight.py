@@ -29,6 +29,7 @@ LOGIT_TOLERANCE = {torch.bfloat16: 0.06, torch.float32: 1e-3, torch.float64: 1e-
 # Relative difference of the losses of two correct computations.
 LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6}
 PACKED_DOCUMENTS = 3  # the shortest of the probe: enough to see a leak or wrong labels, in seconds
+BLIND_TOKENS = 128  # of each of them are enough to see whether documents see each other
 CHECKED_PLACES = 64  # of a document, from its first token to its last: their logits are compared
 
 
@@ -52,6 +53,14 @@ def choose_documents(candidates: Sequence[Document], window: int | None) -> tupl
     if window and ranked and all(fed_tokens(d) <= window for d in chosen):
         chosen.append(_chained(ranked, window + 1 + len(ranked[0])))
     return tuple(chosen * 2 if len(chosen) == 1 else chosen)
+
+
+def _beginning(document: Document) -> Document:
+    """Its first tokens as a document; the last of them is its target."""
+    tokens_L = document.tokens_L[: BLIND_TOKENS + 1]
+    weights_L = np.zeros(len(tokens_L), np.float32)
+    weights_L[-1] = 1
+    return Document(document.id, tokens_L, weights_L)
 
 
 def checked_places(document: Document) -> list[int]:
@@ -162,7 +171,7 @@ def labels_equal_stock(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as
 
 def blind(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
     """Other tokens in one document leave the outputs of all others bitwise the same."""
-    pack = _one_pack(probe.documents[:PACKED_DOCUMENTS])
+    pack = _one_pack([_beginning(document) for document in probe.documents[:PACKED_DOCUMENTS]])
     batch, starts = spoil(pack), pack.layout
     before = model.hidden(_every_position(batch))
     for start, length in zip(starts.starts, starts.lengths, strict=True):
