@@ -212,16 +212,6 @@ def test_a_finished_run_is_not_resumed(finished: Path) -> None:
         next(run.resume(finished))
 
 
-@pytest.mark.parametrize("role", ["train", "eval"])
-def test_a_run_whose_data_changed_is_not_resumed(role: str, tiny_folder: Path, tmp_path: Path) -> None:
-    wish = recipe(tiny_folder, tmp_path, **measured_files(tmp_path), save_steps=1)
-    until_saved(run.train(plan_of(wish)), step=1)
-    write_rows(tmp_path / f"{role}.jsonl", sums(1 if role == "train" else 100, 4))
-    assert isinstance(wish.output_dir, Path)
-    with pytest.raises(InputError, match="has changed since the plan"):
-        next(run.resume(wish.output_dir))
-
-
 def test_looking_at_held_out_rows_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     files = measured_files(tmp_path)
     often, never = (

@@ -71,7 +71,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "a" / "b")
 
 
-def test_two_processes_cannot_share_a_folder_and_a_killed_one_does_not_block_it(tmp_path: Path) -> None:
+def test_fault_32_two_processes_cannot_share_a_folder_and_a_killed_one_does_not_block_it(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", HOLDS, str(path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

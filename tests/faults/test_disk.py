@@ -1,0 +1,163 @@
+"""Output that cannot be written: said before training where it can be, and never at the price of what is there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tiny_run import adapter_bytes, plan_of, recipe, steps_of, train
+from tunesmith import run
+from tunesmith.errors import MachineError
+from tunesmith.runfolder import EVENTS, read_events
+from tunesmith.types import Verdict
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file of this process may grow above so many bytes: as a full disk, also for the writer of safetensors."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(tiny_folder: Path, tmp_path: Path) -> None:
+    wishes = [recipe(tiny_folder, tmp_path / name, save_steps=1, lora_r=16) for name in ("straight", "full")]
+    train(wishes[0])
+    folder = tmp_path / "full" / "run"
+    events = run.train(plan_of(wishes[1]))
+    while getattr(next(events), "path", "") != "checkpoints/step-1":
+        pass
+    size = (folder / "checkpoints" / "step-1" / "state.safetensors").stat().st_size
+    with (
+        file_limit(size // 2),
+        pytest.raises(MachineError, match=r"step-2: no room on the disk: .* \(\d+ bytes\) needed") as full,
+    ):
+        list(events)
+    assert full.value.exit_code == 3
+    assert int(full.value.what.partition("(")[2].split()[0]) == pytest.approx(size, rel=0.2)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
+    assert [step.step for step in steps_of(list(run.resume(folder)))] == [2, 3]
+    assert adapter_bytes(wishes[1]) == adapter_bytes(wishes[0])
+
+
+def test_fault_25_the_plan_warns_before_a_disk_is_full(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(recipe(tiny_folder, tmp_path))
+    assert plan.disk_bytes > 0
+    object.__setattr__(plan.machine, "disk_free_bytes", plan.disk_bytes - 1)
+    monkeypatch.setattr(run, "set_up", lambda *_: pytest.fail("nothing is loaded"))
+    with pytest.raises(MachineError, match="the run folder needs up to"):
+        next(run.train(plan))
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "/sys/run", "gone/run", "file/run"])
+def test_fault_26_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    place: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Systems that take no files, a link to a disk that is gone, and a file where a folder should be."""
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted" / "disk")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(run, "set_up", lambda *_: pytest.fail("nothing is loaded"))
+    with pytest.raises(MachineError, match=r"cannot be written: |bytes, 0 are free") as refused:
+        list(run.train(plan_of(recipe(tiny_folder, tmp_path, output_dir=str(tmp_path / place)))))
+    assert "output_dir" in refused.value.fix
+    assert not (tmp_path / "unmounted").exists()
+
+
+def test_fault_26_nothing_is_ever_renamed_from_one_folder_to_another(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no rename can meet the border of two disks, wherever links and mounts are."""
+    moves: list[tuple[Path, Path]] = []
+
+    def watched(move: Callable[..., None]) -> Callable[..., None]:
+        def noted(source: Path, target: Path) -> None:
+            moves.append((Path(source), Path(target)))
+            move(source, target)
+
+        return noted
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    train(recipe(tiny_folder, tmp_path, save_steps=1))
+    assert len(moves) > 8
+    assert [move for move in moves if move[0].parent != move[1].parent] == []
+
+
+# ---------------------------------------------------------------- events.jsonl
+
+
+@contextmanager
+def no_room_for_events(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The disk takes half a line of events.jsonl, then nothing of it."""
+    write, events, taken = os.write, folder / EVENTS, list[int]()
+
+    def refusing(descriptor: int, content: bytes) -> int:
+        if not os.path.samestat(os.fstat(descriptor), events.stat()):
+            return write(descriptor, content)
+        if taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken.append(write(descriptor, content[: len(content) // 2]))
+        return taken[0]
+
+    with patch.context() as inner:
+        inner.setattr(os, "write", refusing)
+        yield
+
+
+def test_fault_33_events_that_cannot_be_written_wait_and_one_warning_says_so(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    events = run.train(plan_of(recipe(tiny_folder, tmp_path, save_steps=3)))
+    seen = [next(events)]
+    with no_room_for_events(folder, monkeypatch):
+        while len(steps_of(seen)) < 2:
+            seen.append(next(events))
+        assert read_lines(folder) == []
+    seen += list(events)
+    (warning,) = [event for event in seen if isinstance(event, Verdict) and event.level == "warn"]
+    assert (warning.kind, warning.evidence) == (
+        "events.jsonl",
+        "No space left on device: lines wait in memory for room",
+    )
+    written = read_events(folder)
+    assert [event["step"] for event in written if event["type"] == "step"] == [1, 2, 3]
+    assert len(written) == len(seen) - 1
+    assert (folder / "record.json").exists()
+
+
+def read_lines(folder: Path) -> list:
+    return [event for event in read_events(folder) if event["type"] == "step"]
+
+
+def test_fault_33_no_checkpoint_is_newer_than_the_events_before_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wishes = [recipe(tiny_folder, tmp_path / name, save_steps=1) for name in ("straight", "full")]
+    train(wishes[0])
+    folder, events = tmp_path / "full" / "run", run.train(plan_of(wishes[1]))
+    while getattr(next(events), "path", "") != "checkpoints/step-1":
+        pass
+    with (
+        no_room_for_events(folder, monkeypatch),
+        pytest.raises(MachineError, match=r"events\.jsonl: no room on the disk"),
+    ):
+        list(events)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
+    assert [step.step for step in steps_of(list(run.resume(folder)))] == [2, 3]
+    assert [event["step"] for event in read_lines(folder)] == [1, 2, 3]
+    assert adapter_bytes(wishes[1]) == adapter_bytes(wishes[0])

@@ -1,0 +1,278 @@
+"""What a run goes on from: a checkpoint that can be trusted, and what it stood on when it began."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tiny_run import (
+    adapter_bytes,
+    measured_files,
+    plan_of,
+    recipe,
+    save_model_folder,
+    steps_of,
+    sums,
+    train,
+    until_saved,
+    write_rows,
+)
+from tunesmith import run
+from tunesmith.data.schedule import Schedule
+from tunesmith.errors import InputError
+from tunesmith.jsonfile import read_json
+from tunesmith.recipe import Recipe
+from tunesmith.types import Event, StepResult, Verdict
+
+# ---------------------------------------------------------------- a flipped byte
+
+
+@pytest.fixture(scope="module")
+def broken_off(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A run that was left with checkpoints of steps 1 and 2, and the adapter of one that was not. Not to be changed."""
+    folder = tmp_path_factory.mktemp("broken-off")
+    straight = recipe(tiny_folder, folder / "straight", save_steps=1, lora_dropout=0.1)
+    train(straight)
+    until_saved(run.train(plan_of(recipe(tiny_folder, folder, save_steps=1, lora_dropout=0.1))), step=2)
+    return folder / "run", adapter_bytes(straight)
+
+
+@pytest.fixture
+def copied(broken_off: tuple[Path, bytes], tmp_path: Path) -> Path:
+    return shutil.copytree(broken_off[0], tmp_path / "run")
+
+
+def flip(file: Path, place: float) -> None:
+    """One bit of the byte that stands at this share of the file."""
+    content = bytearray(file.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
+
+
+def verdicts(events: list[Event], kind: str) -> list[str]:
+    return [event.evidence for event in events if isinstance(event, Verdict) and event.kind == kind]
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("state.safetensors", 0.02),  # the header
+        ("state.safetensors", 0.3),
+        ("state.safetensors", 0.999),
+        ("position.json", 0.5),
+        ("manifest.json", 0.0),
+        ("manifest.json", 0.5),
+        ("manifest.json", 0.999),
+    ],
+)
+def test_fault_24_a_flipped_byte_is_seen_and_the_checkpoint_before_is_taken(
+    name: str, place: float, copied: Path, broken_off: tuple[Path, bytes]
+) -> None:
+    flip(copied / "checkpoints" / "step-2" / name, place)
+    with pytest.raises(InputError, match=r"step-2: manifest\.json is missing or broken|step-2: .* was changed"):
+        next(run.resume(copied, from_step=2))
+    events = list(run.resume(copied))
+    (warning,) = verdicts(events, "checkpoint")
+    assert warning.startswith("skipped checkpoints/step-2: ")
+    assert [step.step for step in steps_of(events)] == [2, 3]
+    assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
+
+
+def test_fault_24_weights_and_both_moments_are_in_the_file_that_is_checked(broken_off: tuple[Path, bytes]) -> None:
+    header = (broken_off[0] / "checkpoints" / "step-2" / "state.safetensors").read_bytes()[8:]
+    assert all(f'"{part}.model.layers.0'.encode() in header for part in ("weight", "exp_avg", "exp_avg_sq"))
+
+
+def test_an_older_checkpoint_can_be_named(copied: Path, broken_off: tuple[Path, bytes]) -> None:
+    with pytest.raises(InputError, match=r"no checkpoint of step 3\n  fix: there are: 1, 2"):
+        next(run.resume(copied, from_step=3))
+    assert [step.step for step in steps_of(list(run.resume(copied, from_step=1)))] == [2, 3]
+    assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(copied: Path) -> None:
+    (copied / "checkpoints" / "step-2").rename(copied / "checkpoints" / "step-3")
+    with pytest.raises(InputError, match="its manifest is of step 2"):
+        next(run.resume(copied, from_step=3))
+
+
+def test_a_run_without_any_good_checkpoint_starts_over(copied: Path, broken_off: tuple[Path, bytes]) -> None:
+    for step in (1, 2):
+        flip(copied / "checkpoints" / f"step-{step}" / "manifest.json", 0.5)
+    events = list(run.resume(copied))
+    assert len(verdicts(events, "checkpoint")) == 2
+    assert [step.step for step in steps_of(events)] == [1, 2, 3]
+    assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
+
+
+def test_a_manifest_says_what_the_checkpoint_belongs_to(broken_off: tuple[Path, bytes]) -> None:
+    manifest = read_json(broken_off[0] / "checkpoints" / "step-2" / "manifest.json")
+    assert manifest["step"] == 2
+    assert manifest["plan"]["learning_rate"] == 0.01
+    assert manifest["versions"].keys() >= {"torch", "transformers", "tokenizers", "numpy"}
+    hashes = [*manifest["base_sha256"].values(), *manifest["templates"].values(), *manifest["data"].values()]
+    assert {len(found) for found in [*hashes, manifest["tokenizer"], manifest["renderer"]]} == {64}
+
+
+# ---------------------------------------------------------------- drift
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A run over files of its own, left after its first checkpoint."""
+    folder = tmp_path_factory.mktemp("own")
+    wish = recipe(save_model_folder(folder / "model"), folder, **measured_files(folder), save_steps=1, eval_steps=1)
+    until_saved(run.train(plan_of(wish)), step=1)
+    return wish
+
+
+def in_json(key: str, value: object) -> Callable[[Path], None]:
+    def change(file: Path) -> None:
+        file.write_text(json.dumps(read_json(file) | {key: value}))
+
+    return change
+
+
+def in_recipe(file: Path) -> None:
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"learning_rate": 0.02}))
+
+
+def in_plan(file: Path) -> None:
+    plan = read_json(file)
+    plan["choices"]["learning_rate"]["value"] = 0.5
+    file.write_text(json.dumps(plan))
+
+
+def in_tokenizer(file: Path) -> None:
+    data = read_json(file)
+    data["model"]["vocab"] |= {"a": data["model"]["vocab"]["b"], "b": data["model"]["vocab"]["a"]}
+    file.write_text(json.dumps(data))
+
+
+def last_byte(file: Path) -> None:
+    flip(file, 1)
+
+
+def one_more(file: Path) -> None:
+    file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
+
+
+def versions(file: Path) -> None:
+    identity = read_json(file)
+    identity["versions"]["torch"] = "2.6.0"
+    file.write_text(json.dumps(identity))
+
+
+DRIFTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "data": ("train.jsonl", one_more, r"data\.data: sha256 \w{12} -> sha256 \w{12}"),
+    "test data": ("test.jsonl", one_more, r"data\.test_data: sha256 "),
+    "general text": ("general.jsonl", one_more, r"data\.retention_data: sha256 "),
+    "recipe": ("run/recipe.yaml", in_recipe, r"recipe\.learning_rate: 0\.01 -> 0\.02"),
+    "plan": ("run/plan.json", in_plan, r"plan\.learning_rate: 0\.01 -> 0\.5"),
+    "weights": ("model/model.safetensors", last_byte, r"base_sha256\.model\.safetensors: sha256 "),
+    "config": ("model/config.json", in_json("rms_norm_eps", 1e-5), r"config\.rms_norm_eps: 1e-06 -> 1e-05"),
+    "tokenizer": ("model/tokenizer.json", in_tokenizer, "tokenizer: sha256 "),
+    "template": ("model/chat_template.jinja", lambda file: file.write_text(file.read_text() + " "), "templates.def"),
+    "end token": ("model/generation_config.json", in_json("eos_token_id", 0), r"end_ids: \[257, 258\] -> \[257, 0, "),
+    "library": ("run/identity.json", versions, r"versions\.torch: 2\.6\.0 -> \d"),
+}
+
+
+@pytest.mark.parametrize("what", DRIFTS)
+def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(what: str, own: Recipe) -> None:
+    assert isinstance(own.output_dir, Path)
+    name, change, message = DRIFTS[what]
+    file = own.output_dir.parent / name
+    content = file.read_bytes()
+    change(file)
+    try:
+        with pytest.raises(InputError, match=rf"(?s)not what the run stood on.*\n  {message}.*allow-drift") as refusal:
+            next(run.resume(own.output_dir))
+    finally:
+        file.write_bytes(content)
+    assert refusal.value.exit_code == 2
+    fields = [line.partition(":")[0].strip() for line in refusal.value.what.splitlines()[1:]]
+    assert len(fields) == len(set(fields)) <= 2
+
+
+@pytest.mark.parametrize("what", ["test data", "plan", "weights"])
+def test_fault_30_what_is_allowed_to_differ_is_in_the_record(what: str, tmp_path: Path) -> None:
+    wish = recipe(save_model_folder(tmp_path / "model"), tmp_path, **measured_files(tmp_path), save_steps=1)
+    until_saved(run.train(plan_of(wish)), step=1)
+    name, change, _ = DRIFTS[what]
+    change(tmp_path / name)
+    until_saved(run.resume(tmp_path / "run", allow_drift=True), step=2)
+    with pytest.raises(InputError, match="not what the run stood on"):
+        next(run.resume(tmp_path / "run"))
+    events = list(run.resume(tmp_path / "run", allow_drift=True))
+    assert [step.step for step in steps_of(events)] == [3]
+    drift = read_json(tmp_path / "run" / "record.json")["drift"]
+    assert drift == verdicts(events, "drift")
+    assert len(drift) == 1
+    if what == "plan":
+        assert steps_of(events)[0].learning_rate == pytest.approx(0.5 / 3)
+
+
+def test_rows_that_went_away_cannot_be_allowed(own: Recipe) -> None:
+    assert isinstance(own.output_dir, Path)
+    file = own.output_dir.parent / "train.jsonl"
+    content = file.read_bytes()
+    write_rows(file, sums(1, 4))
+    try:
+        with pytest.raises(InputError, match="4 rows are enough for 2 steps, the plan has 3"):
+            list(run.resume(own.output_dir, allow_drift=True))
+    finally:
+        file.write_bytes(content)
+
+
+def test_another_processor_is_said_and_not_refused(copied: Path) -> None:
+    identity = read_json(copied / "identity.json")
+    identity["machine"]["device"] = "Pentium II"
+    (copied / "identity.json").write_text(json.dumps(identity))
+    events = list(run.resume(copied))
+    (said,) = verdicts(events, "rounding")
+    assert said.startswith("machine.device: Pentium II -> ")
+    assert read_json(copied / "record.json")["drift"] == []
+
+
+# ---------------------------------------------------------------- the order of rows
+
+
+def test_fault_31_the_order_of_rows_is_a_function_of_seed_epoch_and_index() -> None:
+    """Written down: any other order is another run. Asked for in any order, by any process, it is the same."""
+    schedule = Schedule(rows=7, batch_size=3, epochs=2, seed=5)
+    expected = [(2, 4, 3), (1, 5, 0), (6, 4, 5), (1, 6, 0), (2, 3)]
+    assert [schedule.rows_of(step) for step in (1, 2, 3, 4, 5)] == expected
+    assert [Schedule(rows=7, batch_size=3, epochs=2, seed=5).rows_of(step) for step in (5, 2)] == [
+        expected[4],
+        expected[1],
+    ]
+    assert [row for rows in Schedule(rows=7, batch_size=2, epochs=2, seed=5).after(0) for row in rows[1]] == [
+        row for rows in expected for row in rows
+    ]
+
+
+def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_path: Path) -> None:
+    """Also when it changes in the middle of a run."""
+    seen: dict[str, list[StepResult]] = {}
+    for name, length in (("wide", 2048), ("narrow", 60)):
+        wish = recipe(tiny_folder, tmp_path / name, max_length=60, pack_length=length, save_steps=1)
+        seen[name] = steps_of(train(wish))
+    wish = recipe(tiny_folder, tmp_path / "mixed", max_length=60, pack_length=2048, save_steps=1)
+    until_saved(run.train(plan_of(wish)), step=1)
+    position = tmp_path / "mixed" / "run" / "checkpoints" / "step-1" / "position.json"
+    assert read_json(position)["pack_length"] == 2048
+    plan = tmp_path / "mixed" / "run" / "plan.json"
+    values = read_json(plan)
+    values["choices"]["pack_length"]["value"] = 60
+    plan.write_text(json.dumps(values))
+    seen["mixed"] = steps_of(list(run.resume(tmp_path / "mixed" / "run", allow_drift=True)))
+    for name, tail in (("narrow", 0), ("mixed", 1)):
+        for one, other in zip(seen["wide"][tail:], seen[name], strict=True):
+            assert (one.step, one.tokens, one.supervised_tokens) == (other.step, other.tokens, other.supervised_tokens)
+            assert one.loss == pytest.approx(other.loss, rel=1e-5)

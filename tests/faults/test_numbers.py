@@ -1,0 +1,170 @@
+"""What is no number never reaches a weight or a file; when it keeps coming it ends the run, and everyone is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tiny import tiny_document, tiny_model
+from tiny_run import adapter_bytes, measured_files, recipe, steps_of, train
+from tunesmith import run
+from tunesmith.atomic import damage
+from tunesmith.errors import GateError
+from tunesmith.jsonfile import read_json
+from tunesmith.model.load import LanguageModel
+from tunesmith.model.tensorfile import first_not_finite, write_tensors
+from tunesmith.runfolder import RunFolder, every_event, failure_of
+from tunesmith.train.training import Settings, Training
+from tunesmith.types import Batch, Event, StepResult, Verdict
+
+SETTINGS = Settings(
+    steps=6, pack_length=60, learning_rate=2e-3, warmup_steps=0, schedule="constant", weight_decay=0, max_grad_norm=1,
+    seed=5,
+)  # fmt: skip
+
+
+def poison(steps: set[int], patch: pytest.MonkeyPatch) -> None:
+    """NaN in the hidden states of these training steps, one pack each."""
+    forwards: list[int] = []
+    hidden = LanguageModel.hidden
+
+    def poisoned(self: LanguageModel, batch: Batch) -> Tensor:
+        found = hidden(self, batch)
+        if self.network.training:
+            forwards.append(len(forwards) + 1)
+            return found * (math.nan if forwards[-1] in steps else 1)
+        return found
+
+    patch.setattr(LanguageModel, "hidden", poisoned)
+
+
+def followed(events: Callable[[], object], folder: Path) -> GateError:
+    with pytest.raises(GateError) as stop:
+        events()
+    assert stop.value.exit_code == 4
+    assert not (folder / "adapter").exists()
+    assert not (folder / "record.json").exists()
+    return stop.value
+
+
+def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = recipe(tiny_folder, tmp_path / "straight", num_train_epochs=3, save_steps=2)
+    wish, folder = recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2), tmp_path / "run"
+    train(straight)
+    with monkeypatch.context() as patch:
+        poison({4, 5, 6}, patch)
+        error = followed(lambda: train(wish), folder)
+    assert "3 non-finite steps in a row" in error.what
+
+    bad = [event for event in every_event(folder) if event["type"] == "verdict" and event["kind"] == "non-finite"]
+    assert [event["step"] for event in bad] == [4, 5], "the third is the failure itself"
+    assert all("rows: train.jsonl:" in event["evidence"] for event in bad)
+    last = every_event(folder)[-1]
+    assert (last["type"], last["kind"], last["level"]) == ("verdict", "failed", "stop")
+    assert "step 6: loss nan" in last["evidence"]
+    assert "train.jsonl:" in last["evidence"]
+
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert checkpoint.name == "step-2"
+    assert damage(checkpoint) == ""
+    assert first_not_finite(load_file(checkpoint / "state.safetensors")) == ""
+
+    for use in (run.reopen, run.evaluate, lambda path: next(run.chat(path, ["hello"]))):
+        with pytest.raises(GateError, match="this run failed: 3 non-finite steps"):
+            use(folder)
+
+    events = list(run.resume(folder))
+    (said,) = [event for event in events if isinstance(event, Verdict) and event.kind == "earlier attempt"]
+    assert "3 non-finite steps in a row" in said.evidence
+    assert [step.step for step in steps_of(events)] == list(range(3, 10))
+    assert failure_of(folder) == ""
+    assert adapter_bytes(wish) == adapter_bytes(straight)
+
+
+def test_fault_27_one_bad_step_is_skipped_and_its_rows_are_kept(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison({2}, monkeypatch)
+    events = train(recipe(tiny_folder, tmp_path))
+    (verdict,) = [event for event in events if isinstance(event, Verdict) and event.level != "ok"]
+    assert (verdict.step, verdict.level) == (2, "warn")
+    assert verdict.evidence.count("train.jsonl:") == 2
+    assert [step.step for step in steps_of(events)] == [1, 3]
+    assert read_json(tmp_path / "run" / "record.json")["steps"] == 2
+
+
+def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wish = recipe(tiny_folder, tmp_path, **measured_files(tmp_path))
+    measure = run.measure
+
+    def refusing(*arguments: object, step: int) -> object:
+        if step:
+            raise GateError("the model's logits are not finite")
+        return measure(*arguments, step=step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "measure", refusing)
+    with pytest.raises(GateError):
+        train(wish)
+    with pytest.raises(GateError, match="this run failed: the model's logits"):
+        run.reopen(tmp_path / "run")
+
+
+# ---------------------------------------------------------------- nothing of it is written
+
+
+def documents(step: int) -> list:
+    return [tiny_document(9, step)]
+
+
+def test_fault_27_weights_that_an_update_breaks_are_named_and_never_saved(tmp_path: Path) -> None:
+    training = Training(tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf))
+    with RunFolder.create(tmp_path) as folder:
+        folder.write_json("plan.json", {})
+        with folder.checkpoint(0, facts={}) as target:
+            training.save(target)
+        assert isinstance(next(training), StepResult), "the loss and the gradient were finite"
+        with pytest.raises(GateError, match="not finite: nothing is written"), folder.checkpoint(1, facts={}) as target:
+            training.save(target)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0"]
+    with pytest.raises(GateError, match=r"lora_A is not finite since the update before; no row of this step"):
+        next(training)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fault_27_a_tensor_with_such_a_value_is_not_written(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    good, bad = torch.randn(3, 5).to(dtype), torch.randn(3, 5).to(dtype)
+    write_tensors({"good": good, "none": torch.empty(0), "count": torch.tensor([1, 2])}, tmp_path / "a.safetensors")
+    bad[2, 3] = value
+    with pytest.raises(GateError, match="bad holds values that are not finite"):
+        write_tensors({"good": good, "bad": bad}, tmp_path / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["good"], good)
+
+
+def test_weights_are_readable_for_whom_their_folder_is(tmp_path: Path) -> None:
+    """The writer of safetensors gives its files to their owner alone."""
+    tmp_path.chmod(0o755)
+    write_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_moments_are_checked_like_weights(tmp_path: Path) -> None:
+    training = Training(tiny_model(), documents, SETTINGS)
+    events: list[Event] = [next(training)]
+    assert events
+    parameter = next(iter(training.parameters.values()))
+    training.optimizer.state[parameter]["exp_avg_sq"][0, 0] = math.inf
+    with pytest.raises(GateError, match=r"exp_avg_sq\."):
+        training.save(tmp_path)

@@ -1,0 +1,154 @@
+"""SIGINT and SIGTERM at any moment of a run: nothing is half-written, and it goes on to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tiny_run import adapter_bytes, measured_files, plan_of, recipe, save_model_folder, steps_of, train
+from tunesmith import run
+from tunesmith.errors import Interrupted
+from tunesmith.model.load import LanguageModel
+from tunesmith.recipe import Recipe
+from tunesmith.types import Batch, Event, Saved, Score
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The adapter of a run that nothing stopped."""
+    wish = wished(tiny_folder, tmp_path_factory.mktemp("straight"))
+    train(wish)
+    return adapter_bytes(wish)
+
+
+def wished(model: Path, folder: Path) -> Recipe:
+    """Three steps, two packs each, evaluated and saved after the second."""
+    length = {"max_length": 60, "pack_length": 60}
+    return recipe(model, folder, **measured_files(folder), **length, save_steps=2, eval_steps=2, lora_dropout=0.1)
+
+
+def follow(wish: Recipe) -> tuple[list[Event], Interrupted]:
+    """The events of a run that a signal ends, and how it ends."""
+    seen: list[Event] = []
+    with pytest.raises(Interrupted, match="go on with: tunesmith resume") as stopped:
+        seen.extend(event for event in run.train(plan_of(wish)))
+    return seen, stopped.value
+
+
+def went_on(folder: Path) -> tuple[list[Event], bytes]:
+    """The events of the second attempt, and the adapter."""
+    leftovers = [path.name for path in folder.rglob(".t*")]
+    assert leftovers == []
+    events = list(run.resume(folder))
+    return events, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def at_forward(number: int, act: Callable[[], None], patch: pytest.MonkeyPatch) -> list[int]:
+    """`act` in the `number`-th forward of training; returns the list of forwards so far."""
+    forwards: list[int] = []
+    hidden = LanguageModel.hidden
+
+    def acting(self: LanguageModel, batch: Batch) -> Tensor:
+        if self.network.training:
+            forwards.append(batch.layout.tokens)
+            if len(forwards) == number:
+                act()
+        return hidden(self, batch)
+
+    patch.setattr(LanguageModel, "hidden", acting)
+    return forwards
+
+
+def test_fault_23_a_signal_between_two_packs_of_a_step(
+    tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        forwards = at_forward(3, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        events, stopped = follow(wished(tiny_folder, tmp_path))
+    assert len(forwards) == 4, "the signal came in the first of two packs of the second step"
+    assert stopped.exit_code == 143
+    assert [step.step for step in steps_of(events)] == [1, 2]
+    assert isinstance(events[-1], Saved)
+    events, found = went_on(tmp_path / "run")
+    assert [step.step for step in steps_of(events)] == [3]
+    assert found == straight
+
+
+def test_fault_23_a_second_signal_does_not_wait_for_the_step(
+    tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wish, seen = wished(tiny_folder, tmp_path), list[Event]()
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def watched() -> None:
+        for event in run.train(plan_of(wish)):
+            seen.append(event)
+
+    with monkeypatch.context() as patch:
+        at_forward(3, twice, patch)
+        with pytest.raises(KeyboardInterrupt):
+            watched()
+    assert [step.step for step in steps_of(seen)] == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert went_on(tmp_path / "run")[1] == straight
+
+
+@pytest.mark.parametrize("stage", ["set_up", "prove", "measure", "eval_loss", "measure again"])
+def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
+    stage: str, tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wish, name, calls = wished(tiny_folder, tmp_path), stage.partition(" ")[0], list[str]()
+    work: Callable[..., Any] = getattr(run, name)
+
+    def signalled(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(name)
+        if len(calls) == (2 if stage == "measure again" else 1):
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the signal comes before the work is done")
+        return work(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, name, signalled)
+        events, stopped = follow(wish)
+    assert stopped.exit_code == 130
+    done = {"eval_loss": [1, 2], "measure again": [1, 2, 3]}.get(stage, [])
+    assert [step.step for step in steps_of(events)] == done
+    assert not done or (isinstance(events[-1], Saved) and events[-1].step == done[-1])
+    events, found = went_on(tmp_path / "run")
+    assert [step.step for step in steps_of(events)] == [step for step in (1, 2, 3) if step not in done]
+    assert any(isinstance(event, Score) and event.step == 3 for event in events)
+    assert found == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fault_23_the_command_says_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    model = save_model_folder(tmp_path / "model")
+    wish = recipe(model, tmp_path, num_train_epochs=400, max_steps=400, save_steps=1000)
+    flags = [f"--{key}={value}" for key, value in wish.model_dump(mode="json", exclude_unset=True).items()]
+    flags = [flag for flag in flags if not flag.startswith("--data")] + [f"--data={tmp_path / 'train.jsonl'}"]
+    command = [sys.executable, "-m", "tunesmith.cli", "train", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        while "step 8/400" not in said:
+            said = process.stderr.readline()
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == code
+    assert f"stopped by {number.name}" in rest
+    assert f"tunesmith resume {tmp_path / 'run'}" in rest
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step-")) >= 8
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
