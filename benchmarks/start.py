@@ -17,7 +17,7 @@ from statistics import median
 from benchmarks.rows import example
 
 from tunesmith.data.render import Renderer
-from tunesmith.data.scan import BATCH
+from tunesmith.data.scan import BATCH_ROWS
 from tunesmith.runfolder import EVENTS, read_events
 from tunesmith.types import Json
 
@@ -69,8 +69,8 @@ def rows_per_second(model: str, rows: Sequence[Json]) -> float:
         for row in warm:
             renderer.documents(row)
         started = time.perf_counter()
-        for start in range(0, len(measured), BATCH):
-            for draft in renderer.drafts(measured[start : start + BATCH]):
+        for start in range(0, len(measured), BATCH_ROWS):
+            for draft in renderer.drafts(measured[start : start + BATCH_ROWS]):
                 renderer.finish(draft)
         passes.append(len(measured) / (time.perf_counter() - started))
     return median(passes)

@@ -54,3 +54,13 @@ def test_rows_that_the_policy_refuses_are_reported_together(write, words):
 def test_percentiles_are_lengths_of_real_documents():
     assert percentiles(np.array([5, 1, 3])) == {"p50": 3, "p90": 5, "p99": 5, "max": 5}
     assert percentiles(np.array([], np.int64)) == {}
+
+
+def test_long_rows_are_encoded_a_few_at_a_time(write, words, monkeypatch):
+    monkeypatch.setattr(scan_module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(scan_module, "BATCH_BYTES", 1000)
+    dataset = open_texts(write, words, ["a"] * 4 + ["b " * 600, "c", "d " * 600, "e " * 600])
+    batches = list(scan_module._batches(dataset, range(8)))
+    assert [len(batch) for batch in batches] == [3, 2, 2, 1]
+    assert sorted(row for batch in batches for row in batch) == list(range(8))
+    assert scan(dataset).lengths_D.tolist() == [3, 3, 3, 3, 603, 3, 603, 603]

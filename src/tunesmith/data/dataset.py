@@ -110,6 +110,10 @@ class Dataset:
     def row(self, index: int) -> Row:
         return self.part(index).row(self.row_N[index])
 
+    def row_bytes(self, index: int) -> int:
+        """How long a row is in its file."""
+        return self.part(index).source.raw(self.row_N[index], 0)[1]
+
     def example(self, index: int) -> Example:
         return self.part(index).example(self.row_N[index], self.renderer.has_template)
 

@@ -3,8 +3,8 @@
     documents -> packs of at most pack_length fed tokens
 
 As few packs as best fit (longest first, each document where it leaves the least room) finds, then evened out: the
-largest pack sets the peak of memory, and a small rest multiplies matrices less well. A document is never split; one that
-is longer than `pack_length` gets a pack of its own. Packing changes speed and memory only, never the step.
+largest pack sets the peak of memory, and a small rest multiplies matrices less well. A document is never split; one
+that is longer than `pack_length` gets a pack of its own. Packing changes speed and memory only, never the step.
 """
 
 from __future__ import annotations

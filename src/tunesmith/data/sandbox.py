@@ -39,6 +39,7 @@ CHARS_PER_TICK = 100
 MAX_SECONDS = 10.0
 MAX_INTEGER_BITS = 4096
 MAX_INDENT = 64
+REMEMBERED = 1_000  # attributes known to be safe, or not
 
 # Attributes whose result has no origin, or that build things of any size.
 _CLOSED = {
@@ -60,6 +61,7 @@ class TrackedEnvironment(ImmutableSandboxedEnvironment):
         self.globals |= names()
         self.globals["strftime_now"] = lambda form: literal(_formatted(now, form))
         self.globals["lipsum"] = _refusal("lipsum()")
+        self._safe: dict[tuple[type, str], bool] = {}
         self.start_budget()
 
     def start_budget(self) -> None:
@@ -113,7 +115,12 @@ class TrackedEnvironment(ImmutableSandboxedEnvironment):
         for kind, closed in _CLOSED.items():
             if isinstance(obj, kind) and attr in closed:
                 raise LostOrigin(f"{kind.__name__}.{attr}")
-        return super().is_safe_attribute(obj, attr, value)
+        place = type(obj), attr  # all that jinja's own answer depends on, which it takes long to find
+        if place not in self._safe:
+            if len(self._safe) == REMEMBERED:
+                self._safe.clear()
+            self._safe[place] = super().is_safe_attribute(obj, attr, value)
+        return self._safe[place]
 
     def wrap_str_format(self, value: Any) -> None:
         if getattr(value, "__name__", "") in ("format", "format_map"):

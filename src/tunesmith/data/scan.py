@@ -23,7 +23,7 @@ from tunesmith.types import Example
 
 ALL_ROWS = 20_000
 SAMPLE = 2_000
-BATCH = 64  # rows whose text is encoded together
+BATCH_ROWS, BATCH_BYTES = 256, 2**20  # how much text is encoded together
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +77,21 @@ def scan(dataset: Dataset) -> Scan:
 
 
 def _drafts(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, Draft]]:
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
+    for batch in _batches(dataset, rows):
         yield from zip(batch, dataset.drafts(batch), strict=True)
+
+
+def _batches(dataset: Dataset, rows: Sequence[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += dataset.row_bytes(row)
+        if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def scanned_rows(dataset: Dataset) -> np.ndarray:
