@@ -14,8 +14,6 @@ from typing import Any
 from tunesmith.plan.memory import lora_parameters
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec
 
-MISSION = "the mission document"
-
 
 @dataclass(frozen=True)
 class Known:
@@ -100,7 +98,7 @@ def lora_r(known: Known) -> Choice:
     needed = known.data.supervised_tokens / (2 * per_rank)
     value = min(256, max(16, next_power_of_two(needed)))
     why = f"{known.data.supervised_tokens:,} trained tokens need rank {math.ceil(needed)}; 16 is the floor"
-    return rule(value, why, "Schulman 2025; the mission document says 8 for style, 64-256 for complex reasoning")
+    return rule(value, why, "Schulman 2025; the usual advice is 8 for style, 64-256 for complex reasoning")
 
 
 def lora_alpha(known: Known) -> Choice:
@@ -121,7 +119,7 @@ def learning_rate(known: Known) -> Choice:
     power = 0.781 if family == "llama" else 0.0775 if family.startswith("qwen") else 0.4
     full = 5e-5 * (2000 / h) ** power * math.sqrt(known["batch_size"] / 128)
     if known["method"] == "full":
-        value, why = full, f"{MISSION}'s 1e-5 to 5e-5 holds for full fine-tuning from about 3B parameters"
+        value, why = full, "the usual 1e-5 to 5e-5 holds for full fine-tuning from about 3B parameters"
     else:
         factor = 10 if known.steps >= 100 else 15
         cap = 3e-3 if known.model.parameters < 5e8 else 1e-3
