@@ -97,7 +97,7 @@ def test_the_command_says_what_is_left_on_stderr_and_as_an_object(
         cli.main(["init", "--from", str(config), "--model", "tiny", "--data", "mine.jsonl", "--json"])
     out, err = capsys.readouterr()
     assert not ended.value.code
-    assert err.startswith(f"{config} is of Axolotl: it has base_model, datasets, adapter, sequence_len\n")
+    assert err.startswith(f"{config} is a config of Axolotl: it has base_model, datasets, adapter, sequence_len\n")
     assert "load_in_8bit: true -> no quantised weights yet" in err
     told = json.loads(out)
     assert {one["key"] for one in told["left"] if one["matters"]} == {"load_in_8bit", "lora_on_cpu"}

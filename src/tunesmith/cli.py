@@ -95,7 +95,7 @@ def init(
     from tunesmith.init import left_lines
 
     written = verbs.init(path, model=model, data=data, from_config=from_config)
-    origin = f"{from_config} is of {written.tool}: {written.why}\n" if from_config else ""
+    origin = f"{from_config} is a config of {written.tool}: {written.why}\n" if from_config else ""
     sys.stderr.write(origin + "".join(f"{line}\n" for line in left_lines(written.left)))
     say(written, f"wrote {written.recipe} and {written.schema}", as_json=as_json)
 
