@@ -79,14 +79,14 @@ def demo(
 
 
 def init(
-    path: Annotated[Path, typer.Argument(metavar="[RECIPE.yaml]", help="The file to write.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The file to write.")] = Path("recipe.yaml"),
     from_config: Annotated[
         Path | None,
         typer.Option("--from", help="Translate this config of LLaMA-Factory, Axolotl or TRL.", show_default=False),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Base model: a name, a folder or a GGUF file.", show_default=False),
+        typer.Option(help="Base model: a name, a folder or a GGUF file; else the built-in one.", show_default=False),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Training rows; else train.jsonl.", show_default=False)] = None,
     as_json: AsJson = False,
@@ -136,12 +136,10 @@ def data_show(
     """Print real rows as the model sees them, coloured by what is trained."""
     texts = verbs.data_show(read_wish(wish), rows=rows, ids=ids)
     say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
-    if any(report.rejected for report in found.values()) and not recipe.skip_bad:
-        sys.exit(2)
 
 
 def plan(wish: Wish = None, as_json: AsJson = False) -> None:
-    """Every value of a run with its reason; memory and time. Trains nothing."""
+    """Every value of a run with its reason, and the memory that it takes. Trains nothing."""
     recipe = read_wish(wish)
     from tunesmith.display import plan_table
 
@@ -166,7 +164,7 @@ def resume(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run that was interrupted."""
+    """Go on with a run that was interrupted, after its last checkpoint."""
     events = verbs.resume(folder, allow_drift=allow_drift, from_step=from_step)
     _follow(events, folder, verbs.read_plan(folder).steps, as_json=as_json)
 
@@ -204,10 +202,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "resume": resume,
     "eval": evaluate,
     "chat": chat,
+    "export": export,
     "schema": schema,
 }
 
-GROUPS = {"data": "Look at the data."}
+GROUPS = {"data": "What is wrong with the rows, and what the model sees of them."}
 
 
 # ---------------------------------------------------------------- what verbs share
