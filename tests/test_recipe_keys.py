@@ -86,6 +86,12 @@ def method(lab: Lab) -> None:
     assert not (lab.output / "adapter").exists()
 
 
+def adapter_from(lab: Lab) -> None:
+    first = lab.steps(learning_rate=0.1)
+    again = lab.steps(adapter_from=str(lab.output))
+    assert again[0].loss < 0.9 * first[0].loss, "starts from what was learnt"
+
+
 def stage(lab: Lab) -> None:
     assert lab.events(stage="sft")
     for other in ("cpt", "preference"):

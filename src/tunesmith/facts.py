@@ -6,12 +6,13 @@ before/after. Without test_data the held-out rows are split in half by a hash of
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 
 from rich.text import Text
 
@@ -22,12 +23,14 @@ from tunesmith.data.show import coloured
 from tunesmith.data.split import split
 from tunesmith.errors import InputError
 from tunesmith.hardware import measure_machine
+from tunesmith.model.adapter_folder import AdapterFolder, read_adapter
+from tunesmith.model.provenance import check_provenance, hashes_of, read_provenance
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
 from tunesmith.plan.plan import decide
 from tunesmith.recipe import Recipe
 from tunesmith.runfolder import next_run_folder
-from tunesmith.types import DataReport, Json, Machine, ModelSpec, Plan
+from tunesmith.types import Choice, DataReport, Json, Machine, ModelSpec, Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,7 @@ class Facts:
     datasets: dict[str, Dataset]  # role -> rows
     output_dir: Path
     now: datetime
+    adapter: AdapterFolder | None = None  # the one to go on with
 
     @property
     def schema(self) -> Json | None:
@@ -51,19 +55,32 @@ def gather(recipe: Recipe, *, now: datetime | None = None, output_dir: Path | No
     wished = recipe.output_dir if isinstance(recipe.output_dir, Path) else next_run_folder(Path("runs"), "run")
     output_dir = output_dir or wished
     folder = resolve(recipe.model)
-    template = recipe.template if isinstance(recipe.template, Path) else None
-    renderer = Renderer.from_folder(folder, template=template, now=moment)
-    if recipe.template == "none":
-        renderer = Renderer(renderer.tokenizer, {})
+    renderer, model = renderer_of(recipe, folder, moment), read_spec(folder, name=recipe.model)
+    adapter = None if recipe.adapter_from is None else _adapter(recipe.adapter_from, model, renderer, moment)
     return Facts(
         recipe=recipe,
         machine=measure_machine(output_dir),
-        model=read_spec(folder, name=recipe.model),
+        model=model,
         renderer=renderer,
         datasets=open_roles(recipe, renderer),
         output_dir=output_dir,
         now=moment,
+        adapter=adapter,
     )
+
+
+def _adapter(path: Path, model: ModelSpec, renderer: Renderer, now: datetime) -> AdapterFolder:
+    """The adapter to go on with. InputError when it does not fit, or says that it belongs to something else."""
+    adapter = read_adapter(path, model.path)
+    check_provenance(adapter.path, hashes_of(model.path), renderer, now.isoformat())
+    return adapter
+
+
+def renderer_of(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
+    """The tokenizer of a model folder, with the chat template that the recipe wants."""
+    template = recipe.template if isinstance(recipe.template, Path) else None
+    renderer = Renderer.from_folder(folder, template=template, now=now)
+    return Renderer(renderer.tokenizer, {}) if recipe.template == "none" else renderer
 
 
 def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
@@ -103,13 +120,39 @@ def reports(facts: Facts) -> dict[str, DataReport]:
 
 
 def make_plan(facts: Facts) -> Plan:
-    return decide(
+    plan = decide(
         facts.recipe,
         machine=facts.machine,
         model=facts.model,
         data=reports(facts),
         output_dir=facts.output_dir,
         now=facts.now.isoformat(),
+        fixed=None if facts.adapter is None else _fixed(facts.adapter),
+    )
+    doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
+    return dataclasses.replace(plan, warnings=(*doubts, *plan.warnings))
+
+
+def _fixed(adapter: AdapterFolder) -> dict[str, Choice]:
+    """What going on with an adapter leaves no choice about."""
+    values = {
+        "adapter_sha256": adapter.sha256,
+        "method": "lora",
+        "lora_r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_target_modules": adapter.targets,
+        "use_rslora": adapter.rslora,
+    }
+    chosen = {key: Choice(value, "checkpoint", "the adapter to go on with") for key, value in values.items()}
+    return chosen | {"adapter_from": Choice(str(adapter.path), "you", "its weights are where training starts")}
+
+
+def _doubts(adapter: AdapterFolder, model: ModelSpec) -> tuple[str, ...]:
+    if read_provenance(adapter.path) is not None:
+        return ()
+    return (
+        f"adapter_from: its weights fit {model.name} by name and shape, and it says that its base is "
+        f"{adapter.base or 'unknown'}; there is no hash by which to know that it was trained on these weights",
     )
 
 
@@ -118,6 +161,8 @@ def show_rows(facts: Facts, *, rows: int, ids: bool) -> Iterator[Text]:
     dataset = facts.datasets["data"]
     for index in range(min(rows, len(dataset))):
         yield from coloured(dataset.prepare(index), facts.renderer, ids=ids)
+    if bad := dataset.rejects.counts.total():
+        yield Text(f"{bad:,} rows cannot be used: `tunesmith data check` says why", "yellow")
 
 
 def regather(plan: Plan) -> Facts:
@@ -131,12 +176,23 @@ def regather(plan: Plan) -> Facts:
                 where=f"{role}: {report.path}",
                 fix="make a new plan, with a new output_dir",
             )
+    if found.adapter is not None:
+        start_of(plan, found.model.path)
     return found
+
+
+def start_of(plan: Plan, base: Path) -> AdapterFolder | None:
+    """The adapter that a run goes on with. Raises InputError when it is not the one of the plan."""
+    if "adapter_from" not in plan.choices:
+        return None
+    adapter = read_adapter(Path(plan["adapter_from"]), base)
+    if adapter.sha256 != plan["adapter_sha256"]:
+        where, fix = f"adapter_from: {adapter.path}", "put it back, or make a new plan with a new output_dir"
+        raise InputError("the adapter has changed since the plan", where=where, fix=fix)
+    return adapter
 
 
 def gather_as_is(plan: Plan) -> Facts:
     """What the recipe and the dates of a plan give now, whatever has changed since."""
     recipe = Recipe.model_validate({key: value for key, value in plan.recipe.items() if value is not None})
     return gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=Path(plan["output_dir"]))
-    if bad := dataset.rejects.counts.total():
-        yield Text(f"{bad:,} rows cannot be used: `tunesmith data check` says why", "yellow")

@@ -37,6 +37,8 @@ def identity_of(plan: Plan, facts: Facts, recipe: Json) -> Json:
     for role, path in (("retention_data", facts.recipe.retention_data), ("schema", facts.recipe.answer_schema)):
         if path is not None and path.is_file():
             files[role] = sha256_of(path)
+    if facts.adapter is not None:
+        files["adapter_from"] = facts.adapter.sha256
     return to_json(
         {
             "tunesmith": __version__,

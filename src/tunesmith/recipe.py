@@ -97,6 +97,9 @@ class Recipe(BaseModel):
     method: Auto | Literal["lora", "full"] = Field(
         default="auto", description="What is trained: an adapter, or all weights."
     )
+    adapter_from: FilePath | None = Field(
+        default=None, description="Go on with this LoRA adapter: an adapter folder, ours or PEFT's, or a run folder."
+    )
     stage: Literal["sft"] = Field(default="sft", description="Kind of training; sft is supervised fine-tuning.")
 
     data: Sources = Field(min_length=1, description="Training rows: a path, or a list of {path, format, columns, ...}.")
@@ -218,6 +221,7 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("eval_split", "eval_data and eval_split contradict each other: keep one"))
     if given.get("method") == "full":
         adapter_keys = [key for key in given if key.startswith("lora_") or key == "use_rslora"]
+        adapter_keys += ["adapter_from"] * ("adapter_from" in given)
         found += [(key, f"{key} has no effect with method: full, which trains no adapter") for key in adapter_keys]
     files = {key: _paths(given[key]) for key in FILE_KEYS if key in given}
     for position, key in enumerate(files):

@@ -58,7 +58,7 @@ INSTEAD = {
 }
 
 LATER_KEYS = (
-    "rehearsal", "never", "guard", "adapter_from", "batch_tokens", "modules_to_save", "load_in_4bit", "load_in_8bit",
+    "rehearsal", "never", "guard", "batch_tokens", "modules_to_save", "load_in_4bit", "load_in_8bit",
     "quantization_bit", "quantization", "use_dora",
 )  # fmt: skip
 LATER_VALUES = {"method": ("qlora", "dora"), "stage": ("cpt", "preference", "pt", "dpo", "orpo", "simpo")}
@@ -179,7 +179,7 @@ def _anchored(key: str, value: Any, folder: Path) -> Any:
     """The value with its input paths made absolute. A model name that is no folder or file here stays a name."""
     if key in FILE_KEYS and isinstance(value, list):
         return [_anchored_path(item, folder) for item in cast("list[Any]", value)]
-    if key in (*FILE_KEYS, "schema") or (key == "template" and value not in ("auto", "none")):
+    if key in (*FILE_KEYS, "schema", "adapter_from") or (key == "template" and value not in ("auto", "none")):
         return _anchored_path(value, folder)
     if key == "model" and isinstance(value, str) and value:
         path = _anchored_path(value, folder)

@@ -10,6 +10,7 @@ nothing is lost; a gate's no is the last event of it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from tunesmith import facts
-from tunesmith.atomic import new_folder
+from tunesmith.atomic import damage, new_folder
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted
@@ -39,8 +40,10 @@ from tunesmith.train.training import Settings, Training
 from tunesmith.types import Comparison, Event, Json, Plan, Request, RunRecord, Saved, StepResult, Verdict
 from tunesmith.version import __version__
 from tunesmith.workbench import Workbench, set_up
+from tunesmith.model.adapter_folder import WEIGHTS
 
 BEFORE = "before.json"
+from tunesmith.model.provenance import check_provenance, hashes_of, provenance_of, write_provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,10 +191,10 @@ def _save(run: _Run, bench: Workbench) -> Path:
             save_adapter(network, scratch, values, base)
         else:
             save_model(network, scratch, base, bench.model.dtype)
-        template = bench.facts.recipe.template
-        save_serving_files(
-            scratch, base, template=template if isinstance(template, Path) else None, end_ids=bench.renderer.end_ids
-        )
+        templates = {name: template.source for name, template in bench.renderer.templates.items()}
+        save_serving_files(scratch, base, templates=templates, end_ids=bench.renderer.end_ids)
+        hashes = run.start.identity["base_sha256"]
+        write_provenance(scratch, provenance_of(bench.facts.model.name, hashes, bench.renderer, plan["now"]))
     return target
 
 
@@ -217,27 +220,42 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
 
 
 def reopen(path: Path) -> Workbench:
-    """The workbench of a finished run, its adapter loaded."""
-    plan = from_json(Plan, read_json(path / "plan.json"))
-    file = path / "adapter" / "adapter_model.safetensors"
+    """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or what it belongs to,
+    is not as the run left it."""
+    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
+    adapter = _adapter_of(path, plan)
+    known = facts.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}))
+    check_provenance(adapter, hashes_of(known.model.path), known.renderer, plan["now"])
+    bench = set_up(plan, known)
+    load_adapter(bench.model.network, adapter / WEIGHTS)
+    return bench
+
+
+def _adapter_of(path: Path, plan: Plan) -> Path:
+    adapter = path / "adapter"
     if plan["method"] != "lora":
         raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
     if problem := failure_of(path):
         raise GateError(f"this run failed: {problem}", where=str(path))
-    if not file.exists():
+    if not (adapter / WEIGHTS).exists():
         raise InputError("this run has no adapter yet", where=str(path), fix=f"finish it: tunesmith resume {path}")
-    bench = set_up(plan, facts.regather(plan))
-    load_adapter(bench.model.network, file)
-    return bench
+    if problem := damage(adapter):
+        raise InputError(f"not as the run wrote it: {problem}", where=str(adapter), fix="put the files back")
+    return adapter
 
 
 def evaluate(path: Path) -> tuple[Comparison, ...]:
-    """The before/after of a finished run, measured again."""
+    """The before/after of a finished run, measured again. Before is what training started from: the base, or the base
+    with the adapter that the run went on with."""
     bench = reopen(path)
     items, step = items_of(bench.plan, bench.facts), bench.plan.steps
-    with adapter_scaled(bench.model.network, 0):
+    after = measure(bench, items, step=step)
+    start = facts.start_of(bench.plan, bench.facts.model.path)
+    if start is not None:
+        load_adapter(bench.model.network, start.weights)
+    with adapter_scaled(bench.model.network, 0 if start is None else 1):
         before = measure(bench, items, step=0)
-    return compare_all(before, measure(bench, items, step=step), step=step)
+    return compare_all(before, after, step=step)
 
 
 def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:

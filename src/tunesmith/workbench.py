@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tunesmith.model.load import (
     stock_ids,
     stock_logits,
 )
+from tunesmith.model.saved import beside_stock, load_adapter
 from tunesmith.train.preflight import Probe, checked_places, choose_documents
 from tunesmith.types import Document, Plan
 
@@ -61,14 +63,19 @@ class Workbench:
 
 
 def set_up(plan: Plan, facts: Facts) -> Workbench:
-    """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers, attention."""
+    """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers, attention. An adapter to
+    go on with is part of the model that is asked."""
     torch.set_flush_denormal(True)
     facts = _under_plan(plan, facts)
     dtype, rows = DTYPES[plan["dtype"]], facts.datasets["data"]
     network = load_network(facts.model.path, dtype, facts.machine.device)
-    probe = _probe(network, facts, rows)
+    start = facts.adapter
+    with nullcontext() if start is None else beside_stock(network, start.weights, start.scale):
+        probe = _probe(network, facts, rows)
     METHODS[plan["method"]](network, {key: choice.value for key, choice in plan.choices.items()})
-    model = adopt(network, dtype, plan["attention"])
+    if start is not None:
+        load_adapter(network, start.weights)
+    model = adopt(network, dtype, plan["attention"], blocked=plan["weight_layout"] == "blocked")
     schedule = Schedule(
         rows=len(rows),
         batch_size=plan["batch_size"],
@@ -93,12 +100,11 @@ def _probe(network: Network, facts: Facts, rows: Dataset) -> Probe:
     cut: list[Document] = []  # `overlong: truncate` took the end of an answer: no witness if there are others
     equal: list[tuple[str, bool]] = []
     # The stock render writes today's date, ours the plan's: their ids may differ for that reason alone.
-    dated = any("strftime_now" in template.source for template in facts.renderer.templates.values())
     for index in range(min(PROBE_ROWS, len(rows))):
         example, prepared = rows.understand(index)
         (cut if prepared.truncated else whole).extend(prepared.documents)
         comparable = len(prepared.documents) == 1 and not prepared.notes and example.messages
-        if comparable and len(equal) < STOCK_ID_ROWS and not dated:
+        if comparable and len(equal) < STOCK_ID_ROWS and not facts.renderer.dated:
             wanted = facts.renderer.as_wanted(example.messages, example.tools)
             stock = stock_ids(facts.model.path, wanted, example.tools, _template_text(facts.recipe.template))
             ours = prepared.documents[0].tokens_L

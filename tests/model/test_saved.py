@@ -100,9 +100,9 @@ def test_serving_files_say_where_an_answer_ends(tmp_path: Path) -> None:
     saved.mkdir()
     (base / "tokenizer.json").write_text("{}")
     (base / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.9}')
-    template = tmp_path / "mine.jinja"
-    template.write_text("{{ messages }}")
-    save_serving_files(saved, base, template=template, end_ids=[2, 5])
+    (base / "chat_template.jinja").write_text("not this one")
+    save_serving_files(saved, base, templates={"default": "{{ messages }}\r\n", "tool_use": "t"}, end_ids=[2, 5])
     assert json.loads((saved / "generation_config.json").read_text()) == {"eos_token_id": [2, 5], "top_p": 0.9}
-    assert (saved / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (saved / "chat_template.jinja").read_bytes() == b"{{ messages }}\r\n"
+    assert (saved / "additional_chat_templates" / "tool_use.jinja").read_text() == "t"
     assert (saved / "tokenizer.json").exists()

@@ -2,12 +2,14 @@
 
 In: a folder. Out: nothing, or an InputError that names the file and the key or tensor. Only JSON and the headers of
 safetensors files are read; nothing of the folder is imported or executed, and no pickle is opened.
-Left out: whether tunesmith can train the model (`spec.py`), and chat templates (rendered in a sandbox by `data`).
+Left out: links and sizes (`files.py`), whether tunesmith can train the model (`spec.py`), what is inside tokenizer.json
+and chat templates (`data`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,19 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError
+from tunesmith.model.files import check_files
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MAX_JSON_BYTES = 64 * 2**20
-MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format itself
+MAX_HEADER_BYTES = 16 * 2**20  # a hundred thousand tensors; the format allows 100 MB
 WEIGHT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 WEIGHT_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 
-# Keys with which a JSON file makes transformers import code from the folder or the hub, or read another config.
+# Keys with which a JSON file makes transformers import code from the folder or the hub, read another file, hand
+# arguments to a constructor, or build other layers than the sizes say.
 CODE_KEY = re.compile(
     r"auto_map|custom_pipelines|_?(attn|experts)_implementation.*|use_kernels|kernel_config|configuration_files"
+    r"|fast_tokenizer_files|init_inputs|per_layer_config|compression_config"
 )
 CODE_FIX = "remove the key if transformers knows this model type by itself; tunesmith never runs code from a model"
+FILE_KEY = re.compile(r"\w+_file")
+# Classes that take tokenizer.json as it is. Others bring rules, files or programs of their own.
+TOKENIZERS = re.compile(
+    r"(PreTrained|Llama|Gemma|GPT2|GPTNeoX|Qwen2|Cohere|CodeLlama|Granite|HunYuan|HY)?Tokenizer(Fast)?"
+    r"|TokenizersBackend|MistralCommon(Backend|Tokenizer)"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,9 @@ class TensorHeader:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that could run code, holds only pickles, or whose weights are damaged. InputError."""
+    """Refuse a folder that could run code or read other files, holds only pickles, or whose weights are damaged.
+    InputError."""
+    check_files(folder)
     read_json(folder / "config.json")
     modules = "|".join(re.escape(path.stem) for path in folder.glob("*.py"))
     for path in sorted({*folder.glob("*config*.json"), *folder.glob("special_tokens_map.json")}):
@@ -54,6 +67,7 @@ def check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         fix = "give model: the base model, and the adapter as adapter_from:"
         raise InputError("this folder is an adapter, not a model", where=str(folder), fix=fix)
+    _check_tokenizer_class(folder)
     read_headers(folder)
 
 
@@ -117,9 +131,12 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if size < 8 or length > size - 8:
             what = f"truncated or not safetensors: a header of {length} bytes in a file of {size}"
             raise InputError(what, where=str(path), fix="download the file again")
+        if length > MAX_HEADER_BYTES:
+            what = f"its header has {length:,} bytes; no model needs more than {MAX_HEADER_BYTES:,}"
+            raise InputError(what, where=str(path))
         raw = file.read(length)
     try:
         content = json.loads(raw, object_pairs_hook=_unique)
@@ -180,6 +197,25 @@ def _check_code(path: Path, reference: re.Pattern[str] | None) -> None:
             raise InputError("the model asks for trust_remote_code", where=where, fix=CODE_FIX)
         if reference and isinstance(value, str) and reference.fullmatch(value):
             raise InputError(f"{value!r} refers to a Python file of the folder", where=where, fix=CODE_FIX)
+        if FILE_KEY.fullmatch(key) and isinstance(value, str) and _leads_out(path.parent, value):
+            fix = "remove the key; the files of a model lie in its folder"
+            raise InputError(f"the key {key} names a file outside of the folder", where=where, fix=fix)
+
+
+def _leads_out(folder: Path, value: str) -> bool:
+    """Old tokenizers carry paths of the machine they were saved on: only one that is there could be read."""
+    target = os.path.realpath(folder / value[:4096].replace("\0", ""))
+    return os.path.exists(target) and not Path(target).is_relative_to(folder.resolve())
+
+
+def _check_tokenizer_class(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    name = read_json(path).get("tokenizer_class") if path.is_file() else None
+    if name is not None and not (isinstance(name, str) and TOKENIZERS.fullmatch(name)):
+        fix = "if its tokenizer.json is complete, write PreTrainedTokenizerFast"
+        raise InputError(
+            f"tokenizer_class is {name!r:.80}, none that is known", where=f"{path}:tokenizer_class", fix=fix
+        )
 
 
 def _walk(content: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tunesmith.errors import InputError
 from tunesmith.model.adapters import lora_layers
 from tunesmith.model.attention import stock_attention
 from tunesmith.model.cache import RowCache
+from tunesmith.model.fit import check_fit, its_errors
 from tunesmith.model.frozen import Blocked, blocks_here
 from tunesmith.model.head import Head
 from tunesmith.model.layers import Embedding, prune_last, replace_layers
+from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.types import Batch, Json, Layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -35,10 +38,15 @@ AttentionInterface.register(PACKED, stock_attention)
 
 
 def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """The stock network with weights in `dtype`, evaluation mode, nothing trainable, remote code refused."""
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
-    )
+    """The stock network with weights in `dtype`, evaluation mode, nothing trainable, remote code refused. Raises
+    InputError for weights that are not those of the config, and for values that are not finite."""
+    check_fit(folder)
+    with its_errors(folder):
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
+        )
+    if name := first_not_finite(dict(network.named_parameters())):
+        raise InputError(f"the tensor {name} holds values that are not finite", where=str(folder))
     return network.to(device).eval().requires_grad_(False)
 
 

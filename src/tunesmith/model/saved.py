@@ -6,22 +6,27 @@ are safetensors, never pickles. Left out: optimizer state (train/checkpoint.py),
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tunesmith.errors import InputError
 from tunesmith.model.adapters import lora_layers
-from tunesmith.model.tensorfile import write_tensors
+from tunesmith.model.files import TEMPLATES
+from tunesmith.model.folder import read_header
+from tunesmith.model.tensorfile import first_not_finite, write_tensors
 
 PEFT_PREFIX = "base_model.model."
-SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -58,7 +63,7 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
 
 def load_adapter(network: nn.Module, file: Path) -> None:
     """Reads adapter weights into the adapter that `add_lora` made; names and shapes must be the same."""
-    stored, present = load_file(file), adapter_tensors(network)
+    stored, present = read_adapter_tensors(file), adapter_tensors(network)
     if stored.keys() != present.keys():
         odd = sorted(stored.keys() ^ present.keys())
         raise InputError(
@@ -72,6 +77,37 @@ def load_adapter(network: nn.Module, file: Path) -> None:
             parameter.data.copy_(stored[key])
 
 
+def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
+    """By PEFT's names. InputError for a damaged file and for values that are not finite."""
+    read_header(file)
+    tensors = load_file(file)
+    if name := first_not_finite(tensors):
+        fix = "train the adapter again; nothing can go on from it"
+        raise InputError(f"the tensor {name} holds values that are not finite", where=str(file), fix=fix)
+    return tensors
+
+
+@contextmanager
+def beside_stock(network: nn.Module, file: Path, scale: float) -> Iterator[None]:
+    """The stock network with the adapter of `file` inside the block, as PEFT adds it: W x + scale * B A x, each linear
+    by itself, in fp32. The oracle of a run that goes on with an adapter."""
+    tensors, hooks = read_adapter_tensors(file), []
+    paths = {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in tensors}
+    for path in sorted(paths):
+        linear: Any = network.get_submodule(path)
+        a, b = (tensors[f"{PEFT_PREFIX}{path}.lora_{half}.weight"].to(linear.weight.device).float() for half in "AB")
+        hooks.append(linear.register_forward_hook(functools.partial(_add, a_RI=a, b_OR=b, scale=scale)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _add(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor, *, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    return out + (scale * F.linear(F.linear(inputs[0].float(), a_RI), b_OR)).to(out.dtype)
+
+
 def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype) -> None:
     """Writes all weights in `dtype` under their stock names, beside the base's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,13 +116,15 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
     shutil.copyfile(base / "config.json", folder / "config.json")
 
 
-def save_serving_files(folder: Path, base: Path, *, template: Path | None, end_ids: Sequence[int]) -> None:
-    """The tokenizer, the chat template that was trained with, and the end tokens that were trained."""
+def save_serving_files(folder: Path, base: Path, *, templates: Mapping[str, str], end_ids: Sequence[int]) -> None:
+    """The tokenizer, the chat templates that were trained with (by name), and the end tokens that were trained."""
     for name in SERVING_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    if template is not None:
-        shutil.copyfile(template, folder / "chat_template.jinja")
+    for name, source in templates.items():
+        place = folder / "chat_template.jinja" if name == "default" else folder / TEMPLATES / f"{name}.jinja"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(source, encoding="utf-8", newline="")
     generation_file = base / "generation_config.json"
     generation = json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
     generation["eos_token_id"] = list(end_ids)

@@ -8,6 +8,7 @@ model types that nobody has proven yet.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -17,13 +18,16 @@ from tunesmith.errors import InputError
 from tunesmith.model.folder import TensorHeader, read_headers, read_json
 from tunesmith.types import ModelSpec
 
-# Dense decoders of text with gated MLPs and softmax attention, whose sizes are what the config says.
+# Dense decoders of text with gated MLPs and softmax attention, whose sizes are what the config says. Model type -> the
+# one class that transformers loads for it.
 # fmt: off
-KNOWN = [
-    "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "helium",
-    "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi3", "qwen2",
-    "qwen3", "seed_oss", "smollm3",
-]
+KNOWN = {
+    "cohere": "Cohere", "cohere2": "Cohere2", "ernie4_5": "Ernie4_5", "exaone4": "Exaone4", "gemma": "Gemma",
+    "gemma2": "Gemma2", "gemma3_text": "Gemma3", "glm": "Glm", "glm4": "Glm4", "granite": "Granite",
+    "helium": "Helium", "hunyuan_v1_dense": "HunYuanDenseV1", "llama": "Llama", "ministral": "Ministral",
+    "ministral3": "Ministral3", "mistral": "Mistral", "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3",
+    "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3", "seed_oss": "SeedOss", "smollm3": "SmolLM3",
+}
 STATEFUL = [
     "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",
     "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
@@ -35,6 +39,8 @@ EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_
 OTHER_INPUTS = ("vision_config", "audio_config", "video_config", "speech_config", "image_token_id", "audio_token_id")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 LARGEST = 2**24
+END = re.compile(r"(embed_tokens|layers\.\d+)\..*")  # of a name, whatever prefix the model type puts before it
+LABELS = 10_000  # of the classifier that any config may carry: transformers makes a name for each
 
 
 def read_spec(path: Path, *, name: str = "") -> ModelSpec:
@@ -52,7 +58,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     spec = ModelSpec(
         name=name or path.name,
         path=path,
-        architecture=_architecture(config, where),
+        architecture=_architecture(config, model_type, where),
         model_type=model_type,
         num_layers=size.need("num_hidden_layers"),
         hidden_size=hidden,
@@ -112,6 +118,9 @@ def _accept(config: dict[str, Any], where: str) -> str:
         raise InputError(f"{model_type} is a mixture of experts, which is not supported yet", where=where, fix=fix)
     if model_type not in KNOWN:
         raise InputError(f"the model type {model_type!r} is not one that tunesmith knows", where=where, fix=fix)
+    labels = config.get("num_labels")
+    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= LABELS):
+        raise InputError(f"num_labels is {labels!r:.80}, not a number up to {LABELS:,}", where=where, fix="remove it")
     if config.get("quantization_config"):
         method = str(config["quantization_config"])[:80]
         fix = "give the unquantised model; QLoRA quantises it while loading"
@@ -119,13 +128,18 @@ def _accept(config: dict[str, Any], where: str) -> str:
     return model_type
 
 
-def _architecture(config: dict[str, Any], where: str) -> str:
+def _architecture(config: dict[str, Any], model_type: str, where: str) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise InputError(f"architectures is {names!r:.80}, not one class name", where=where)
     if not names[0].endswith("ForCausalLM"):
         fix = "give a causal language model, a class whose name ends in ForCausalLM"
         raise InputError(f"{names[0]} is not a language model with a head", where=where, fix=fix)
+    if names[0] != f"{KNOWN[model_type]}ForCausalLM":
+        what = (
+            f"architectures says {names[0][:80]}, but a model of type {model_type} is a {KNOWN[model_type]}ForCausalLM"
+        )
+        raise InputError(what, where=where, fix="download config.json again")
     return names[0]
 
 
@@ -161,14 +175,18 @@ def _check_sizes(spec: ModelSpec, headers: dict[str, TensorHeader], where: str) 
     if spec.num_heads % spec.num_kv_heads:
         what = f"{spec.num_heads} heads cannot share {spec.num_kv_heads} key and value heads"
         raise InputError(what, where=where, fix="download config.json again")
-    last = f"layers.{spec.num_layers - 1}"
-    expected = {
-        "embed_tokens.weight": (spec.vocab_size, spec.hidden_size),
-        f"{last}.self_attn.o_proj.weight": (spec.hidden_size, spec.num_heads * spec.head_dim),
-        f"{last}.mlp.down_proj.weight": (spec.hidden_size, spec.intermediate_size),
-    }
+    if spec.num_layers > len(headers):
+        what = f"config.json has {spec.num_layers:,} layers, the weights {len(headers):,} tensors"
+        raise InputError(what, where=where, fix="download the model again")
+    expected = {"embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
+    for layer in range(spec.num_layers):
+        expected |= {
+            f"layers.{layer}.self_attn.o_proj.weight": (spec.hidden_size, spec.num_heads * spec.head_dim),
+            f"layers.{layer}.mlp.down_proj.weight": (spec.hidden_size, spec.intermediate_size),
+        }
+    by_end = {match[0]: tensor for name, tensor in headers.items() if (match := END.search(name))}
     for end, shape in expected.items():
-        found = _find(headers, end, spec.path).shape
+        found = (by_end.get(end) or _find(headers, end, spec.path)).shape
         if found != shape:
             what = f"the tensor {end} has shape {list(found)}, config.json says {list(shape)}"
             raise InputError(what, where=where, fix="download the model again")

@@ -1,0 +1,175 @@
+"""An adapter folder, ours or PEFT's, judged from its configuration and its header before anything is allocated.
+
+In: the folder, or a run folder that holds one, and the folder of the base. Out: `AdapterFolder`. Which layers are
+adapted is read from the weights themselves, so no pattern of a stranger is ever evaluated; a key that would change what
+those weights compute is refused by its name. Left out: the weights (saved.py), what the adapter belongs to
+(provenance.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.atomic import sha256_of
+from tunesmith.errors import InputError
+from tunesmith.model.files import check_files
+from tunesmith.model.folder import TensorHeader, read_header, read_headers, read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+LARGEST_RANK = 4096
+DTYPES = ("F32", "F16", "BF16")
+KEY = re.compile(re.escape(PREFIX) + r"([\w.]+)\.lora_([AB])\.weight")
+
+# Keys that say nothing about the result, or that the weights answer better: which layers are adapted.
+UNUSED = {
+    *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout", "qalora_group_size"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+# Keys that may say this and no more; of any other key the value must be empty.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),  # the others change the base
+    "megatron_core": ("megatron.core", None),  # what PEFT always writes
+}
+READ = {"r", "lora_alpha", "use_rslora"}
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A LoRA adapter that fits its base. `targets` in the form of `lora_target_modules`; `sha256` is of the weights."""
+
+    path: Path
+    rank: int
+    alpha: float
+    rslora: bool
+    targets: str | tuple[str, ...]
+    base: str  # what the adapter calls its base
+    sha256: str
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.rank, self.alpha, rslora=self.rslora)
+
+
+def scale_of(rank: int, alpha: float, *, rslora: bool) -> float:
+    """What B A x is multiplied with."""
+    return alpha / (rank**0.5 if rslora else rank)
+
+
+def read_adapter(given: Path, base: Path) -> AdapterFolder:
+    """The adapter in folder `given`, or in its `adapter/` if it is a run folder. InputError unless it fits the base."""
+    path = given / "adapter" if (given / "plan.json").is_file() else given
+    if not (path / CONFIG).is_file():
+        fix = f"finish it: tunesmith resume {given}" if path != given else f"give a folder with {CONFIG} and {WEIGHTS}"
+        raise InputError("there is no adapter here", where=str(path), fix=fix)
+    check_files(path)
+    config = read_json(path / CONFIG)
+    rank, alpha = _check_config(config, str(path / CONFIG))
+    if not (path / WEIGHTS).is_file():
+        raise _no_weights(path)
+    layers = read_headers(base)
+    paths = _check_weights(read_header(path / WEIGHTS), layers, rank, path / WEIGHTS)
+    return AdapterFolder(
+        path=path,
+        rank=rank,
+        alpha=alpha,
+        rslora=bool(config.get("use_rslora")),
+        targets=_targets(paths, layers),
+        base=str(config.get("base_model_name_or_path") or ""),
+        sha256=sha256_of(path / WEIGHTS),
+    )
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> tuple[int, float]:
+    """Rank and alpha. Raises InputError that names the key."""
+    fix = "only plain LoRA adapters, as PEFT's LoraConfig makes them by default, can be gone on with"
+    for key, allowed in ONLY.items():
+        if key in config and config[key] not in allowed:
+            raise InputError(f"{key} is {config[key]!r:.80}, which is not supported", where=where, fix=fix)
+    if not _of_transformers(config.get("auto_mapping")):
+        raise InputError("auto_mapping names code outside of transformers", where=where, fix=fix)
+    for key in sorted(config.keys() - UNUSED - ONLY.keys() - READ - {"auto_mapping"}):
+        if config[key]:
+            what = f"{key} is {config[key]!r:.80}: it changes what the adapter computes, and is not supported"
+            raise InputError(what, where=where, fix=fix)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
+        raise InputError(f"r is {rank!r:.80}, not a whole number from 1 to {LARGEST_RANK}", where=where)
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e6:
+        raise InputError(f"lora_alpha is {alpha!r:.80}, not a number above 0", where=where)
+    if not isinstance(config.get("use_rslora", False), (bool, type(None))):
+        raise InputError(f"use_rslora is {config['use_rslora']!r:.80}, not true or false", where=where)
+    return rank, alpha
+
+
+def _of_transformers(mapping: Any) -> bool:
+    """PEFT writes the class of a model without a task here. It is not used; PEFT itself would import it."""
+    if not mapping:
+        return True
+    return isinstance(mapping, dict) and str(mapping.get("parent_library")).startswith("transformers.models.")
+
+
+def _no_weights(path: Path) -> InputError:
+    if (path / PICKLE).exists():
+        fix = f"convert it in a place that you trust: load it there with PEFT and call save_pretrained, for {WEIGHTS}"
+        what = f"only pickled weights ({PICKLE}): loading a pickle can run any code, so tunesmith does not"
+        return InputError(what, where=str(path), fix=fix)
+    return InputError(f"there is no {WEIGHTS}", where=str(path), fix="copy the whole adapter folder")
+
+
+def _check_weights(
+    adapter: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], rank: int, file: Path
+) -> list[str]:
+    """The adapted modules. Every tensor must be half of a pair whose shapes are those of its layer in the base."""
+    paths: dict[str, None] = {}
+    for name, tensor in adapter.items():
+        match = KEY.fullmatch(name)
+        if match is None:
+            what = f"the tensor {name[:200]} is no weight of a plain LoRA adapter on a linear layer"
+            raise InputError(what, where=str(file), fix="only adapters on linear layers are supported")
+        layer = _of_base(base, match[1])
+        if layer is None or len(layer.shape) != 2 or match[1] == "lm_head":
+            what = f"it adapts {match[1]}, which is no linear layer inside the base's decoder"
+            raise InputError(what, where=str(file), fix="give the adapter's own base as model:")
+        outputs, inputs = layer.shape
+        wanted = (rank, inputs) if match[2] == "A" else (outputs, rank)
+        if tensor.shape != wanted or tensor.dtype not in DTYPES:
+            what = (
+                f"the tensor {name} is {tensor.dtype} {list(tensor.shape)}; with r {rank} on this base it must be "
+                f"{list(wanted)}, in {', '.join(DTYPES)}"
+            )
+            raise InputError(what, where=str(file), fix="give the adapter's own base as model:")
+        paths[match[1]] = None
+    if not paths:
+        raise InputError("it holds no weights", where=str(file))
+    for path in paths:
+        for half in "AB":
+            if f"{PREFIX}{path}.lora_{half}.weight" not in adapter:
+                raise InputError(f"{path} has no lora_{half}", where=str(file), fix="copy the adapter folder again")
+    return list(paths)
+
+
+def _of_base(base: Mapping[str, TensorHeader], path: str) -> TensorHeader | None:
+    return base.get(f"{path}.weight") or base.get(f"{path.removeprefix('model.')}.weight")
+
+
+def _targets(paths: list[str], base: Mapping[str, TensorHeader]) -> str | tuple[str, ...]:
+    """The shortest of: all-linear, names such as q_proj, full paths."""
+    linear = [name for name, tensor in base.items() if ".layers." in f".{name}" and len(tensor.shape) == 2]
+    linear = [name.removesuffix(".weight") for name in linear if name.endswith(".weight")]
+    names = {path.rpartition(".")[2] for path in paths}
+    if len([path for path in linear if path.rpartition(".")[2] in names]) > len(paths):
+        return tuple(sorted(paths))
+    return "all-linear" if names == {path.rpartition(".")[2] for path in linear} else tuple(sorted(names))
