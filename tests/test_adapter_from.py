@@ -264,7 +264,7 @@ def test_an_adapter_folder_says_what_it_belongs_to(first: Recipe, tiny_folder: P
     assert "please" not in whole, "no row of the data"
 
 
-def test_reopening_says_what_differs(first: Recipe, tiny_folder: Path, tmp_path: Path) -> None:
+def test_reopening_says_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
     wish = recipe(shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path)
     train(wish)
     assert next(run.chat(tmp_path / "run", ["1 and 1"])) is not None

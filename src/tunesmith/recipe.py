@@ -116,12 +116,12 @@ class Recipe(BaseModel):
         default=None, description="General text; its bits per byte show what was forgotten."
     )
     max_examples: Count | None = Field(default=None, description="Train on at most this many rows, the first ones.")
-    template: Auto | Literal["none"] | Template = Field(
-        default="auto",
-        description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",
     skip_bad: bool = Field(
         default=False, description="Leave out rows that cannot be used, instead of stopping; all are counted."
     )
+    template: Auto | Literal["none"] | Template = Field(
+        default="auto",
+        description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",
     )
     answer_schema: FilePath | None = Field(
         default=None, alias="schema", description="JSON schema that a right answer follows."

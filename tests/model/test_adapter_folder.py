@@ -168,7 +168,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda w: w | {Q.replace("q_proj", "z_proj") + ".lora_A.weight": np.ones((4, 48), np.float32)}, "z_proj"),
         (lambda w: w | {Q.replace("self_attn.q_proj", "input_layernorm") + ".lora_A.weight": np.ones((4, 48))}, "norm"),
         (lambda w: w | {"../../etc/passwd": np.ones(1)}, "no weight of a plain LoRA"),
-        (lambda w: {}, "holds no weights"),
+        (lambda _: {}, "holds no weights"),
     ],
 )
 def test_fault_20_weights_that_do_not_fit_the_base_are_named(
@@ -226,7 +226,7 @@ def test_fault_21_a_pattern_of_targets_is_never_evaluated(changed: Callable[...,
 
 def test_the_adapter_of_another_size_of_model_is_refused(adapter: Path, tmp_path: Path) -> None:
     tiny_network("llama-tied").save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="give the adapter's own base|must be") as caught:
+    with pytest.raises(InputError, match=r"must be|no linear layer") as caught:
         read_adapter(adapter, tmp_path / "other")
     assert "own base" in caught.value.fix
 
