@@ -103,5 +103,5 @@ def read_flag(text: str) -> Any:
         return text
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"not YAML: {text}") from error
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise InputError(f"not YAML: {text:.60}", where="command line", fix="quote it as in a recipe file") from None

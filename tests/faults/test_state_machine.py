@@ -1,0 +1,188 @@
+"""Any sequence of step, save, damage, crash and resume gives the weights of a training that nothing happened to."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tiny import tiny_document, tiny_model
+from tunesmith.atomic import disk_errors
+from tunesmith.errors import MachineError
+from tunesmith.runfolder import RunFolder
+from tunesmith.train.training import Settings, Training
+from tunesmith.types import StepResult
+
+STEPS = 8
+SETTINGS = Settings(
+    steps=STEPS, pack_length=12, learning_rate=2e-3, warmup_steps=2, schedule="cosine", weight_decay=0.01,
+    max_grad_norm=1, seed=5,
+)  # fmt: skip
+
+
+def new_training() -> Training:
+    return Training(
+        tiny_model(lora_dropout=0.1, lora_r=2), lambda step: [tiny_document(n, step) for n in (5, 9)], SETTINGS
+    )
+
+
+def digest(training: Training) -> str:
+    """Of the weights and of both moments."""
+    hasher = hashlib.sha256()
+    for parameter in training.parameters.values():
+        moments = training.optimizer.state.get(parameter, {})
+        for tensor in (parameter, *(moments[name] for name in sorted(moments))):
+            hasher.update(tensor.detach().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+@cache
+def straight() -> tuple[list[str], list[float]]:
+    """Digests after 0..STEPS steps, and the losses, of a training that nothing happens to."""
+    training = new_training()
+    digests, losses = [digest(training)], list[float]()
+    for event in training:
+        if isinstance(event, StepResult):
+            digests.append(digest(training))
+            losses.append(event.loss)
+    return digests, losses
+
+
+class CrashingRun(RuleBasedStateMachine):
+    """`good`: the steps of the checkpoints that a resume may trust. `training` is None while the process is dead."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.parent = Path(tempfile.mkdtemp())
+        self.path, self.good = self.parent / "run", set[int]()
+        self.folder: RunFolder | None = RunFolder.create(self.path)
+        self.folder.write_json("plan.json", {})
+        self.training: Training | None = new_training()
+
+    def teardown(self) -> None:
+        if self.folder is not None:
+            self.folder.close()
+        shutil.rmtree(self.parent)
+
+    alive: Callable = precondition(lambda self: self.training is not None)
+    dead: Callable = precondition(lambda self: self.training is None)
+
+    @alive
+    @rule()
+    def step(self) -> None:
+        assert self.training is not None
+        event = next(self.training, None)
+        if isinstance(event, StepResult):
+            assert event.loss == straight()[1][event.step - 1]
+
+    @alive
+    @rule()
+    def look_away(self) -> None:
+        """What others do between two steps."""
+        torch.rand(3)
+        torch.manual_seed(0)
+
+    @alive
+    @rule(keep_last=st.integers(1, 3))
+    def save(self, keep_last: int) -> None:
+        assert self.training is not None
+        assert self.folder is not None
+        with self.folder.checkpoint(self.training.step, facts={}, keep_last=keep_last) as target:
+            self.training.save(target)
+        self.good.add(self.training.step)
+        self.good &= self._kept()
+        assert self.training.step in self.good
+
+    @alive
+    @rule(half=st.booleans())
+    def save_on_a_full_disk(self, half: bool) -> None:
+        assert self.training is not None
+        assert self.folder is not None
+        target = self.path / "checkpoints" / f"step-{self.training.step}"
+        with pytest.raises(MachineError), self.folder.checkpoint(self.training.step, facts={}) as scratch:  # noqa: PT012
+            if half:
+                self.training.save(scratch)
+            with disk_errors(target):
+                raise OSError(28, "No space left on device")
+        self.good &= self._kept()
+
+    @rule(number=st.integers(0, 3), place=st.floats(0, 1), file=st.integers(0, 2))
+    def flip_a_byte(self, number: int, place: float, file: int) -> None:
+        found = sorted(self._kept())
+        if number < len(found):
+            step = found[number]
+            files = sorted((self.path / "checkpoints" / f"step-{step}").iterdir())
+            content = bytearray(files[file].read_bytes())
+            content[int(place * (len(content) - 1))] ^= 1
+            files[file].write_bytes(content)
+            self.good.discard(step)
+
+    @alive
+    @rule(left=st.sampled_from(["", ".tmp-step-9-1-a", ".trash-step-1-1-b"]))
+    def crash(self, left: str) -> None:
+        assert self.folder is not None
+        if left:
+            (self.path / "checkpoints" / left).mkdir(parents=True)
+            (self.path / "checkpoints" / left / "half").write_bytes(b"x")
+        self.folder.close()
+        self.folder = self.training = None
+
+    @dead
+    @rule()
+    def resume(self) -> None:
+        self.folder, self.training = RunFolder.open(self.path), new_training()
+        found, skipped = self.folder.latest_checkpoint()
+        assert (found is not None) == bool(self.good)
+        if found is not None:
+            self.training.restore(found)
+            assert self.training.step == max(self.good)
+        assert len(skipped) == len([step for step in self._kept() if step > max(self.good, default=-1)])
+
+    @invariant()
+    def weights_are_those_of_a_straight_run(self) -> None:
+        if getattr(self, "training", None) is not None:
+            assert self.training is not None
+            assert digest(self.training) == straight()[0][self.training.step]
+
+    def _kept(self) -> set[int]:
+        return {int(path.name.removeprefix("step-")) for path in (self.path / "checkpoints").glob("step-*")}
+
+
+def explore(examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        CrashingRun,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_fault_22_any_sequence_of_step_save_crash_and_resume_is_the_straight_run() -> None:
+    explore(examples=8, steps=20)
+
+
+@pytest.mark.slow
+def test_fault_22_many_sequences_of_step_save_crash_and_resume() -> None:
+    """With damage and full disks between them; 300 sequences of up to 60 actions."""
+    explore(examples=300, steps=60)
