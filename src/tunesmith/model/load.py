@@ -171,8 +171,17 @@ def adopt(
     """Replaces the modules that we do better and hands the network over. Weights are shared, none is copied; `blocked`
     keeps those beside adapters in oneDNN's layouts, where that is possible."""
     if blocked and dtype == torch.bfloat16 and network.device.type == "cpu" and blocks_here():
-        for layer in lora_layers(network).values():
-            layer.frozen = Blocked(layer.frozen.weight)
+        _block(network)
     network.set_input_embeddings(Embedding(network.get_input_embeddings(), dtype))
     replace_layers(network)
     return LanguageModel(network, dtype, backend)
+
+
+def _block(network: PreTrainedModel) -> None:
+    """What stays as it is moves to memory of its own: the weights' file is mapped as a whole, and its pages count as
+    ours until nothing refers to them."""
+    for layer in lora_layers(network).values():
+        layer.frozen = Blocked(layer.frozen.weight)
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.clone()
