@@ -41,16 +41,16 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, facts: Json, needed_bytes: int = 0) -> Generator[Path]:
+def new_folder(path: Path, *, facts: Json, needed_bytes: int = 0, key: str = "output_dir") -> Generator[Path]:
     """Fill the yielded folder; on leaving it is sealed with a manifest (`facts` and its files) and takes its name.
 
     A folder that has the name already is replaced. On any error the new one vanishes and the old one stays.
-    `needed_bytes`, if known, is checked against the free room first.
+    `needed_bytes`, if known, is checked against the free room first. `key`: how the user chose the place.
     """
     temporary = path.parent / _passing(TEMPORARY, path.name)
-    with disk_errors(path, needed_bytes):
+    with disk_errors(path, needed_bytes, key):
         make_folder(path.parent)
-        require_room(path.parent, needed_bytes)
+        require_room(path.parent, needed_bytes, key)
         try:
             temporary.mkdir()
             yield temporary
@@ -129,29 +129,29 @@ def sync(path: Path) -> None:
 # ---------------------------------------------------------------- room
 
 
-def require_room(folder: Path, needed_bytes: int) -> None:
+def require_room(folder: Path, needed_bytes: int, key: str = "output_dir") -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
-        raise _no_room(folder, needed_bytes, free)
+        raise _no_room(folder, needed_bytes, free, key)
 
 
 @contextmanager
-def disk_errors(path: Path, needed_bytes: int = 0) -> Generator[None]:
+def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> Generator[None]:
     """Turns what the operating system refuses into a MachineError."""
     try:
         yield
     except OSError as error:
         nearest = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
         if error.errno in (ENOSPC, EDQUOT, EFBIG):
-            raise _no_room(path, needed_bytes, shutil.disk_usage(nearest).free) from error
-        fix = "choose another output_dir, or give yourself the right to write there"
+            raise _no_room(path, needed_bytes, shutil.disk_usage(nearest).free, key) from error
+        fix = f"choose another {key}, or give yourself the right to write there"
         raise MachineError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
 
 
-def _no_room(path: Path, needed_bytes: int, free: int) -> MachineError:
+def _no_room(path: Path, needed_bytes: int, free: int, key: str) -> MachineError:
     need = f"{size(needed_bytes)} ({needed_bytes} bytes)" if needed_bytes else "more"
     what = f"no room on the disk: {need} needed, {size(free)} ({free} bytes) free"
-    return MachineError(what, where=str(path), fix="free some room, or set output_dir to another disk")
+    return MachineError(what, where=str(path), fix=f"free some room, or set {key} to another disk")
 
 
 def size(count: float) -> str:

@@ -185,6 +185,22 @@ def chat(folder: Run, as_json: AsJson = False) -> None:
 
 def schema(as_json: AsJson = False) -> None:
     """The JSON schema of a recipe, for editors and other programs."""
+def export(
+    folder: Run,
+    to: Annotated[str, typer.Option(metavar="TARGET", help="peft, merged, gguf or ollama.", show_default=False)],
+    type: Annotated[
+        str | None, typer.Option(help="Of a GGUF: f16, q8_0, bf16, f32, or lora alone.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder; else RUN/export/TARGET.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hand out a finished run in another form, once it is shown to answer as the run does."""
+    from tunesmith.display import export_view
+
+    made = verbs.export(folder, to, type=type, out=out)
+    say(made, export_view(made), as_json=as_json)
+
+
     if as_json:
         say({"schema": verbs.schema()}, as_json=True)
     else:

@@ -6,7 +6,7 @@ In: the frozen objects of types.py. Out: things that `rich` can print. Programs 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -17,6 +17,9 @@ from tunesmith.atomic import size
 from tunesmith.diagnosis import Diagnosis
 from tunesmith.progress import interval, one_line
 from tunesmith.types import Comparison, DataReport, Plan, RunRecord
+
+if TYPE_CHECKING:
+    from tunesmith.export.targets import Exported
 
 BY_STYLES = {"you": "bold", "rule": "cyan", "checkpoint": "magenta"}
 LEVEL_STYLES = {"info": "dim", "warn": "yellow", "error": "bold red"}
@@ -88,6 +91,24 @@ def record_view(record: RunRecord) -> RenderableType:
     parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, peak {size(record.peak_bytes)}")
     parts.append(f"adapter: {escape(record.adapter)}")
     return Group(*parts)
+
+
+def export_view(made: Exported) -> RenderableType:
+    """The files, and how near they are to the run."""
+    parity = made.parity
+    table = _table(f"{made.target} {made.type}".strip(), "file", "size", "sha256", numbers=("size",))
+    for file in made.files:
+        table.add_row(escape(file.name), size(file.bytes), Text(file.sha256[:12], "dim"))
+    return Group(
+        table,
+        f"{parity.same_prompts} of {parity.rendered_prompts} prompts render to the same tokens, "
+        f"{parity.same_answers} of {parity.prompts} greedy answers are the same",
+        f"KL to the run {parity.mean_kl:.1e}, at most {parity.max_kl:.1e} at one place"
+        + ("" if parity.trained_kl is None else f" (training moved it by {parity.trained_kl:.1e})"),
+        f"likeliest token the same at {parity.top1_agreement:.1%} of {parity.places} places, logits differ by at most "
+        f"{parity.max_logit_difference:.2g}",
+        escape(made.path),
+    )
 
 
 def data_view(reports: Mapping[str, DataReport]) -> RenderableType:

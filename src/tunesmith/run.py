@@ -23,13 +23,27 @@ from tunesmith.atomic import damage, new_folder
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted
+from tunesmith.export.finished import open_finished
+from tunesmith.export.parity import Job, witnesses_of
+from tunesmith.export.targets import (
+    Exported,
+    bytes_needed,
+    exported,
+    facts_of,
+    format_of,
+    place_of,
+    proven,
+    refuse_what_it_lacks,
+)
 from tunesmith.facts import Facts
 from tunesmith.identity import identity_of
 from tunesmith.infer.engine import stream
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.measure import Items, Measured, compare_all, eval_loss, items_of, measure
+from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import adapter_scaled, trainable
 from tunesmith.model.memory import memory_errors
+from tunesmith.model.provenance import check_provenance, hashes_of, provenance_of, write_provenance
 from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
 from tunesmith.plan.plan import refuse_without_room
 from tunesmith.resumption import Start, drift_of, go_on
@@ -40,10 +54,8 @@ from tunesmith.train.training import Settings, Training
 from tunesmith.types import Comparison, Event, Json, Plan, Request, RunRecord, Saved, StepResult, Verdict
 from tunesmith.version import __version__
 from tunesmith.workbench import Workbench, set_up
-from tunesmith.model.adapter_folder import WEIGHTS
 
 BEFORE = "before.json"
-from tunesmith.model.provenance import check_provenance, hashes_of, provenance_of, write_provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +282,21 @@ def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
         answer = "".join(pieces)
         messages.append({"role": "assistant", "content": answer})
         yield answer
+
+
+def export(path: Path, target: str, *, kind: str | None = None, out: Path | None = None) -> Exported:
+    """A finished run in another form. It gets its name once it is proven: read back as others read it, it must answer
+    as the run does. Raises InputError for what cannot be exported, GateError when the export is not the run."""
+    kind, form = format_of(target, kind)
+    finished = open_finished(path)
+    place = place_of(finished, target, kind, out)
+    refuse_what_it_lacks(finished, form)
+    needed, witnesses = bytes_needed(finished, form), witnesses_of(finished)
+    with new_folder(place, facts=facts_of(finished), needed_bytes=needed, key="--out") as folder:
+        job = Job(finished, folder, kind, witnesses)
+        form.write(job)
+        parity = proven(job, form)
+    return exported(place, target, kind, parity)
 
 
 def _system(rows: Dataset) -> tuple[Json, ...]:

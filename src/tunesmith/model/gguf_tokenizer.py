@@ -18,8 +18,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from tunesmith.errors import InputError
+from tunesmith.model.files import TEMPLATES
 from tunesmith.model.gguf_file import GgufFile
 
+TEMPLATE_KEY = re.compile(r"tokenizer\.chat_template(?:\.(\w+))?")  # with a name: another one, such as for tools
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 PADDING = re.compile(r"\[PAD\d+\]")
 
@@ -36,9 +38,11 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = json.dumps(_config(file), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
-    template = file.get("tokenizer.chat_template", str, "")
-    if template:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+    for key in file.metadata:
+        if found := TEMPLATE_KEY.fullmatch(key):
+            place = folder / TEMPLATES / f"{found[1]}.jinja" if found[1] else folder / "chat_template.jinja"
+            place.parent.mkdir(exist_ok=True)
+            place.write_text(file.get(key, str, ""), encoding="utf-8", newline="")
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:

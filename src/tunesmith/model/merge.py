@@ -18,12 +18,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tunesmith.errors import GateError, InputError
-from tunesmith.model.folder import TensorHeader, read_headers, read_json
+from tunesmith.errors import GateError
+from tunesmith.model.adapter_folder import PREFIX, read_adapter
+from tunesmith.model.folder import TensorHeader, read_headers
 from tunesmith.model.load import Network
+from tunesmith.model.saved import read_adapter_tensors
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-LORA_KEY = "base_model.model.{path}.lora_{letter}.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,19 +39,14 @@ class Lora:
         return self.scale * (self.b_OR @ self.a_RI)
 
 
-def read_loras(folder: Path) -> dict[str, Lora]:
-    """Path of a linear -> what the adapter in `folder` adds, scaled as its own adapter_config.json says."""
-    config = read_json(folder / "adapter_config.json")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
-    loras: dict[str, Lora] = {}
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118, it is no mapping
-            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            if name == LORA_KEY.format(path=path, letter="A"):
-                b_OR = file.get_tensor(LORA_KEY.format(path=path, letter="B"))
-                loras[path] = Lora(file.get_tensor(name).float(), b_OR.float(), scale)
-    return loras
+def read_loras(folder: Path, base: Path) -> dict[str, Lora]:
+    """Path of a linear -> what the adapter in `folder` adds to it, scaled as its own config says. InputError as
+    `read_adapter`, and for values that are not finite."""
+    adapter = read_adapter(folder, base)
+    tensors = read_adapter_tensors(adapter.weights)
+    paths = dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors)
+    halves = {path: [tensors[f"{PREFIX}{path}.lora_{half}.weight"].float() for half in "AB"] for path in paths}
+    return {path: Lora(a_RI, b_OR, adapter.scale) for path, (a_RI, b_OR) in halves.items()}
 
 
 def add_to_network(network: Network, loras: Mapping[str, Lora]) -> None:
@@ -62,16 +58,13 @@ def add_to_network(network: Network, loras: Mapping[str, Lora]) -> None:
 
 
 def merged_tensors(headers: Mapping[str, TensorHeader], loras: Mapping[str, Lora]) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 weights), in the order of `headers`. GateError for a value that is not finite."""
-    missing = sorted(path for path in loras if f"{path}.weight" not in headers)
-    if missing:
-        what = f"the adapter changes {missing[0]}, and the base has no tensor of that name"
-        raise InputError(what, where=str(next(iter(headers.values())).file.parent), fix="export to peft instead")
+    """(name, fp32 weights), in the order of `headers`. GateError for a value that is not finite. Files of the decoder
+    alone have no `model.` in front of their names."""
     for name, header in headers.items():
         with safe_open(header.file, "pt") as file:
             tensor = file.get_tensor(name).float()
-        lora = loras.get(name.removesuffix(".weight"))
-        if lora is not None:
+        path = name.removesuffix(".weight")
+        if (lora := loras.get(path) or loras.get(f"model.{path}")) is not None:
             tensor += lora.delta()
         yield name, finite(name, tensor)
 

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tunesmith.model.fit import its_errors
 from tunesmith.model.load import Network
 from tunesmith.types import Json
 
 
 def stock_prompts(folder: Path, prompts: Sequence[tuple[Sequence[Json], Sequence[Json]]]) -> list[tuple[int, ...]]:
     """Ids of each (messages, tools) with the start of an answer after it, by the folder's tokenizer and template."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with its_errors(folder):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     found: list[tuple[int, ...]] = []
     for messages, tools in prompts:
         encoded = tokenizer.apply_chat_template(
@@ -31,14 +33,16 @@ def stock_prompts(folder: Path, prompts: Sequence[tuple[Sequence[Json], Sequence
 
 def config_of(folder: Path) -> dict[str, Any]:
     """config.json with every default of its model type filled in."""
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
+    with its_errors(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
 
 
 def load_gguf(file: Path, settings: Path, device: str = "cpu") -> Network:
     """The network of a GGUF file in fp32: weights as transformers' own reader finds them. Sizes are those of the folder
     `settings`, from `gguf.write_settings`: transformers reads neither the head size of Qwen3 nor Llama 3's rope."""
-    config = AutoConfig.from_pretrained(settings, trust_remote_code=False, local_files_only=True)
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, config=config, dtype=torch.float32, local_files_only=True
-    )
+    with its_errors(file):
+        config = AutoConfig.from_pretrained(settings, trust_remote_code=False, local_files_only=True)
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, local_files_only=True
+        )
     return network.to(device).eval().requires_grad_(False)

@@ -1,0 +1,99 @@
+"""A finished run, as an export sees it: its weights, its base, and how it renders prompts.
+
+In: a run folder. Out: `Finished`, checked: the run is complete, its files are as they were written, the base is still
+the one that it was trained on. No weights are in memory but the adapter's. Left out: what is made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from tunesmith.atomic import damage
+from tunesmith.data.dataset import Dataset, open_dataset
+from tunesmith.data.render import Renderer
+from tunesmith.errors import GateError, InputError
+from tunesmith.facts import renderer_of
+from tunesmith.jsonfile import from_json, read_json
+from tunesmith.model.adapter_folder import WEIGHTS
+from tunesmith.model.adapters import METHODS
+from tunesmith.model.load import LanguageModel, Network, adopt, load_network
+from tunesmith.model.merge import Lora, read_loras
+from tunesmith.model.provenance import check_provenance, hashes_of
+from tunesmith.model.saved import load_adapter
+from tunesmith.model.source import resolve
+from tunesmith.model.spec import read_spec
+from tunesmith.recipe import Recipe
+from tunesmith.runfolder import PLAN, RECORD, failure_of
+from tunesmith.types import ModelSpec, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """`weights`: the base, or the model itself where all of it was trained; then there are no `loras`."""
+
+    path: Path
+    plan: Plan
+    recipe: Recipe
+    weights: ModelSpec
+    saved: Path  # adapter/ or model/, with the files that serving needs
+    loras: Mapping[str, Lora]
+    renderer: Renderer
+
+    @property
+    def device(self) -> str:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def base_network(self) -> Network:
+        """Stock, in fp32; without the adapter."""
+        return load_network(self.weights.path, torch.float32, self.device)
+
+    def live_model(self) -> LanguageModel:
+        """What was trained, as our engine runs it, in fp32: base and adapter side by side."""
+        network = self.base_network()
+        if self.loras:
+            METHODS["lora"](network, {key: choice.value for key, choice in self.plan.choices.items()})
+            load_adapter(network, self.saved / WEIGHTS)
+        return adopt(network, torch.float32)
+
+    def held_out_rows(self, count: int) -> Dataset:
+        """The first rows of the test data, or of what else the recipe names."""
+        recipe = self.recipe
+        return open_dataset(
+            recipe.test_data or recipe.eval_data or recipe.data,
+            self.renderer,
+            max_examples=count,
+            skip_bad=recipe.skip_bad,
+        )
+
+
+def open_finished(path: Path) -> Finished:
+    """InputError for a folder that is no finished run, was changed, or whose base was; GateError for a failed run."""
+    if not (path / PLAN).is_file():
+        raise InputError(f"not a run folder: there is no {PLAN}", where=str(path), fix="name a run folder")
+    if problem := failure_of(path):
+        raise GateError(f"this run failed, and is not exported: {problem}", where=str(path))
+    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
+    saved = path / ("adapter" if plan["method"] == "lora" else "model")
+    if not (path / RECORD).is_file() or not saved.is_dir():
+        raise InputError("this run is not finished", where=str(path), fix=f"finish it: tunesmith resume {path}")
+    if problem := damage(saved):
+        raise InputError(f"not as the run wrote it: {problem}", where=str(saved), fix="put the files back as they were")
+    recipe = Recipe.model_validate({key: value for key, value in plan.recipe.items() if value is not None})
+    base = resolve(recipe.model)
+    renderer = renderer_of(recipe, base, datetime.fromisoformat(plan["now"]))
+    check_provenance(saved, hashes_of(base), renderer, plan["now"])
+    adapted = plan["method"] == "lora"
+    return Finished(
+        path=path,
+        plan=plan,
+        recipe=recipe,
+        weights=read_spec(base if adapted else saved, name=recipe.model),
+        saved=saved,
+        loras=read_loras(saved, base) if adapted else {},
+        renderer=renderer,
+    )

@@ -1,0 +1,60 @@
+"""The two exports that are folders for transformers: the adapter as it is, and the model with the adapter merged in.
+
+In: a finished run. Out: `adapter_config.json` and its weights for PEFT, or a model folder that needs no adapter. Both
+hold the tokenizer, the chat template and the generation config with the trained end tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from tunesmith.atomic import MANIFEST
+from tunesmith.export.parity import Job, Reread
+from tunesmith.model.adapter_folder import CONFIG, WEIGHTS
+from tunesmith.model.folder import SINGLE, read_json
+from tunesmith.model.load import load_network
+from tunesmith.model.merge import add_to_network, read_loras, write_merged
+from tunesmith.model.provenance import FILE as PROVENANCE
+from tunesmith.model.readback import stock_prompts
+
+
+def write_peft(job: Job) -> None:
+    """The adapter folder, file by file."""
+    _copy(job)
+
+
+def reread_peft(job: Job) -> Reread:
+    """The adapter as its own files say it is, added to the stock base."""
+    network = job.run.base_network()
+    add_to_network(network, read_loras(job.folder, job.run.weights.path))
+    return Reread(network, _rendered(job), _end_ids(job.folder))
+
+
+def write_merged_folder(job: Job) -> None:
+    """The base's config, its weights with the adapter added in fp32 and cast once, and what serving needs."""
+    run = job.run
+    _copy(job, CONFIG, WEIGHTS, PROVENANCE, SINGLE)
+    shutil.copyfile(run.weights.path / "config.json", job.folder / "config.json")
+    write_merged(run.weights.path, run.loras, job.folder / SINGLE)
+
+
+def reread_merged(job: Job) -> Reread:
+    network = load_network(job.folder, torch.float32, job.run.device)
+    return Reread(network, _rendered(job), _end_ids(job.folder))
+
+
+def _copy(job: Job, *left_out: str) -> None:
+    ignore = shutil.ignore_patterns(MANIFEST, *left_out)
+    shutil.copytree(job.run.saved, job.folder, dirs_exist_ok=True, ignore=ignore)
+
+
+def _rendered(job: Job) -> list[tuple[int, ...]]:
+    return stock_prompts(job.folder, [(witness.messages, witness.tools) for witness in job.chats])
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")
+    return (ends,) if isinstance(ends, int) else tuple(ends or ())

@@ -1,0 +1,149 @@
+"""What a run can be exported to, and how near to the run each has to be.
+
+In: the words of the user. Out: a `Format` with its two halves, and where the result goes. A new target is two
+functions and a line in TARGETS. The tolerances were chosen from what was measured (docs/export.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from tunesmith.atomic import read_manifest, size
+from tunesmith.errors import GateError, InputError, MachineError
+from tunesmith.export.finished import Finished
+from tunesmith.export.folders import reread_merged, reread_peft, write_merged_folder, write_peft
+from tunesmith.export.gguf import reread_gguf, reread_lora, write_gguf, write_lora
+from tunesmith.export.ollama import reread_ollama, write_ollama
+from tunesmith.export.parity import (
+    Job,
+    Parity,
+    Reread,
+    Tolerance,
+    compare,
+    export_answers,
+    live_answers,
+    refuse_beyond,
+)
+from tunesmith.hardware import measure_machine
+from tunesmith.types import Json
+from tunesmith.version import __version__
+
+
+@dataclass(frozen=True)
+class Format:
+    """`write` fills the job's folder, `reread` reads it as another program would. `width`: bytes for each weight of
+    the model; 0 for the adapter alone, None for the base's own."""
+
+    write: Callable[[Job], None]
+    reread: Callable[[Job], Reread]
+    tolerance: Tolerance
+    width: float | None = 0
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `tunesmith export` made, and how near it is to the run. `type` is empty where a target has one form."""
+
+    target: str
+    type: str
+    path: str
+    files: tuple[ExportedFile, ...]
+    parity: Parity
+
+
+def format_of(target: str, kind: str | None) -> tuple[str, Format]:
+    """(type, format) that was asked for; without a type, the first of the target. InputError for what there is not."""
+    if target not in TARGETS:
+        near = get_close_matches(target, TARGETS, n=1)
+        fix = f"{f'did you mean {near[0]}? ' if near else ''}use one of {', '.join(TARGETS)}"
+        raise InputError(f"there is no export target {target!r}", where="--to", fix=fix)
+    formats = TARGETS[target]
+    chosen = next(iter(formats)) if kind is None else kind
+    if chosen not in formats:
+        fix = f"use one of {', '.join(formats)}" if len(formats) > 1 else "leave --type out"
+        raise InputError(f"{target} has no type {chosen!r}", where="--type", fix=fix)
+    return chosen, formats[chosen]
+
+
+def place_of(run: Finished, target: str, kind: str, out: Path | None) -> Path:
+    """Where the export goes. InputError if there is something already."""
+    place = out or run.path / "export" / "-".join(part for part in (target, kind) if part)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise InputError("there is something already", where=str(place), fix="remove it, or choose another with --out")
+    return place
+
+
+def refuse_what_it_lacks(run: Finished, form: Format) -> None:
+    """InputError for an adapter of a run that has none, MachineError for a proof that does not fit in memory: it holds
+    one model in fp32, and transformers reads a GGUF through a copy of it."""
+    if form.width == 0 and not run.loras:
+        what = "this run trained all weights: there is no adapter"
+        raise InputError(what, where=str(run.path), fix="export to merged or gguf")
+    needed = run.weights.parameters * 4 * (2 if form.reread in (reread_gguf, reread_ollama) else 1)
+    free = measure_machine(run.path).available_bytes
+    if needed > free:
+        what = f"the proof of the export needs about {size(needed)} of memory, {size(free)} are free"
+        raise MachineError(what, where=str(run.path), fix="end other programs, or export on a machine with more memory")
+
+
+def proven(job: Job, form: Format) -> Parity:
+    """What was written, read back and compared with the run. GateError when it is not the run."""
+    live = live_answers(job)
+    try:
+        reread = form.reread(job)
+    except InputError as error:
+        what = f"the export cannot be read back: {error.what}"
+        raise GateError(what, where=str(job.run.path), fix="nothing was written; please report this") from error
+    parity = compare(job, live, export_answers(job, reread), reread)
+    refuse_beyond(form.tolerance, parity, job, reread)
+    return parity
+
+
+def facts_of(run: Finished) -> Json:
+    """What the manifest of an export says: where its weights come from."""
+    origin = f"{run.weights.name}, trained by tunesmith {__version__} in the run {run.path.name}"
+    return {"tunesmith": __version__, "origin": origin, "renderer": run.renderer.fingerprint}
+
+
+def bytes_needed(run: Finished, form: Format) -> int:
+    spec = run.weights
+    width = WIDTHS[spec.dtype] if form.width is None else form.width
+    return int(width * spec.parameters) + sum(file.stat().st_size for file in run.saved.rglob("*"))
+
+
+def exported(place: Path, target: str, kind: str, parity: Parity) -> Exported:
+    files = read_manifest(place)["files"].items()
+    found = tuple(ExportedFile(name, entry["bytes"], entry["sha256"]) for name, entry in files)
+    return Exported(target, kind, str(place), found, parity)
+
+
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+EXACT = Tolerance(mean_kl=1e-6, max_kl=1e-4)
+HALF = Tolerance(mean_kl=1e-4, max_kl=1e-2)
+BRAIN = Tolerance(mean_kl=2e-3, max_kl=0.1)
+EIGHT_BITS = Tolerance(mean_kl=1e-2, max_kl=0.5)
+
+GGUF = {"f16": (HALF, 2), "q8_0": (EIGHT_BITS, 34 / 32), "bf16": (BRAIN, 2), "f32": (EXACT, 4)}
+
+TARGETS: dict[str, dict[str, Format]] = {
+    "peft": {"": Format(write_peft, reread_peft, EXACT)},
+    "merged": {"": Format(write_merged_folder, reread_merged, BRAIN, None)},
+    "gguf": {
+        **{kind: Format(write_gguf, reread_gguf, allowed, width) for kind, (allowed, width) in GGUF.items()},
+        "lora": Format(write_lora, reread_lora, EXACT),
+    },
+    "ollama": {
+        kind: Format(write_ollama, reread_ollama, tolerance, width) for kind, (tolerance, width) in GGUF.items()
+    },
+}

@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tunesmith.errors import GateError, InputError
+from tunesmith.model.folder import check_folder, read_headers
+from tunesmith.model.merge import merged_tensors, read_loras, write_merged, write_weights
+
+PATH = "model.layers.0.mlp.up_proj"
+
+
+def base_folder(path: Path, **more: Tensor) -> dict[str, Tensor]:
+    """A matrix in bf16, another one, and a norm in fp32."""
+    path.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"{PATH}.weight": torch.randn(6, 8, generator=generator).bfloat16()}
+    weights |= {"model.embed_tokens.weight": torch.randn(5, 8, generator=generator).bfloat16()}
+    weights |= {"model.norm.weight": torch.randn(8, generator=generator)} | more
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text("{}")
+    return weights
+
+
+def adapter_folder(
+    path: Path, *, rslora: bool = False, key: str = PATH, value: float | None = None
+) -> dict[str, Tensor]:
+    path.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(4, 8, generator=generator), torch.randn(6, 4, generator=generator)
+    if value is not None:
+        b[0, 0] = value
+    stored = {f"base_model.model.{key}.lora_A.weight": a, f"base_model.model.{key}.lora_B.weight": b}
+    save_file(stored, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": rslora}))
+    return {"a": a, "b": b}
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)])
+def test_merged_in_fp32_and_cast_once(tmp_path: Path, rslora: bool, scale: float) -> None:
+    weights = base_folder(tmp_path / "base")
+    lora = adapter_folder(tmp_path / "adapter", rslora=rslora)
+    write_merged(
+        tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "merged.safetensors"
+    )
+    found = load_file(tmp_path / "merged.safetensors")
+    exact = weights[f"{PATH}.weight"].double() + scale * (lora["b"].double() @ lora["a"].double())
+    assert torch.equal(found.pop(f"{PATH}.weight"), exact.bfloat16())
+    assert not torch.equal(exact.bfloat16(), weights.pop(f"{PATH}.weight"))
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in weights.items()}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+
+
+def test_the_file_is_sound_safetensors(tmp_path: Path) -> None:
+    base_folder(tmp_path / "base")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    write_merged(tmp_path / "base", {}, tmp_path / "merged" / "model.safetensors")
+    check_folder(tmp_path / "merged")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    base_folder(tmp_path / "base")
+    adapter_folder(tmp_path / "adapter", value=value)
+    with pytest.raises(InputError, match=r"up_proj\.lora_B\.weight holds values that are not finite"):
+        write_merged(
+            tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "merged.safetensors"
+        )
+
+
+def test_what_only_the_cast_makes_infinite_is_refused(tmp_path: Path) -> None:
+    base_folder(tmp_path / "base", **{"model.half.weight": torch.full((2,), 6e4).half()})
+    headers = read_headers(tmp_path / "base")
+    tensors = [tensor * 2 for _, tensor in merged_tensors(headers, {})]
+    with pytest.raises(GateError, match=r"model\.half\.weight"):
+        write_weights(headers, tensors, tmp_path / "merged.safetensors")
+
+
+def test_a_base_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    base_folder(tmp_path / "base", **{"model.extra.weight": torch.tensor([1.0, float("-inf")])})
+    with pytest.raises(GateError, match=r"model\.extra\.weight holds values that are not finite"):
+        write_merged(tmp_path / "base", {}, tmp_path / "merged.safetensors")
+
+
+def test_files_of_the_decoder_alone(tmp_path: Path) -> None:
+    name = f"{PATH}.weight".removeprefix("model.")
+    base_folder(tmp_path / "base")
+    base = tmp_path / "base" / "model.safetensors"
+    weights = {key.removeprefix("model."): tensor for key, tensor in load_file(base).items()}
+    save_file(weights, base, metadata={"format": "pt"})
+    lora = adapter_folder(tmp_path / "adapter")
+    write_merged(tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "m.safetensors")
+    expected = weights[name].float() + 1.5 * (lora["b"] @ lora["a"])
+    assert torch.equal(load_file(tmp_path / "m.safetensors")[name], expected.bfloat16())
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    base_folder(tmp_path / "base")
+    adapter_folder(tmp_path / "adapter", key="model.layers.7.mlp.up_proj")
+    with pytest.raises(InputError, match=r"it adapts model\.layers\.7\.mlp\.up_proj"):
+        write_merged(
+            tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "merged.safetensors"
+        )
