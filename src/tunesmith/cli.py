@@ -125,6 +125,8 @@ def data_check(
 
     found = verbs.data_check(recipe, rejected=rejected)
     say({"data": found}, data_view(found), as_json=as_json)
+    if any(report.rejected for report in found.values()) and not recipe.skip_bad:
+        sys.exit(2)
 
 
 def data_show(
