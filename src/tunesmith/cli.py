@@ -185,8 +185,6 @@ def chat(folder: Run, as_json: AsJson = False) -> None:
         say({"answer": answer}, answer, as_json=as_json)
 
 
-def schema(as_json: AsJson = False) -> None:
-    """The JSON schema of a recipe, for editors and other programs."""
 def export(
     folder: Run,
     to: Annotated[str, typer.Option(metavar="TARGET", help="peft, merged, gguf or ollama.", show_default=False)],
@@ -203,6 +201,8 @@ def export(
     say(made, export_view(made), as_json=as_json)
 
 
+def schema(as_json: AsJson = False) -> None:
+    """The JSON schema of a recipe, for editors and other programs."""
     if as_json:
         say({"schema": verbs.schema()}, as_json=True)
     else:
