@@ -98,6 +98,40 @@ def test_every_kind_of_damage_is_seen(tmp_path: Path) -> None:
     assert damage(tmp_path / "flip", hashes=False) == ""
 
 
+def test_every_changed_byte_of_a_manifest_is_seen(tmp_path: Path) -> None:
+    """Its facts have no other witness."""
+    filled(tmp_path / "a", b"abc", 1)
+    manifest = tmp_path / "a" / "manifest.json"
+    content = manifest.read_bytes()
+    assert b'"version": 1' in content
+    for place in range(len(content)):
+        for change in (1, 4, 0x80):
+            manifest.write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
+            assert damage(tmp_path / "a") == "manifest.json is missing or broken"
+    for other in (b"", b"{}", b"[]", b"null", b"[" * 100_000, content + b"\n", content.replace(b"  ", b" ")):
+        manifest.write_bytes(other)
+        assert damage(tmp_path / "a") == "manifest.json is missing or broken"
+    manifest.write_bytes(content)
+    assert damage(tmp_path / "a") == ""
+
+
+def test_every_new_folder_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is an entry of the folder above it; without that a power cut takes the folder away."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    filled(tmp_path / "run" / "checkpoints" / "step-1", b"abc", 1)
+    assert {str(tmp_path), str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints")} <= set(synced)
+    names = {Path(path).name for path in synced if ".tmp-step-1" in path}
+    assert names >= {"weights", "more", "sub", "manifest.json"}
+    assert any(name.startswith(".tmp-step-1") for name in names)
+
+
 def test_an_error_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:
     def interrupted() -> None:
         with new_folder(tmp_path / "adapter", facts={}) as folder:

@@ -13,7 +13,7 @@ import pytest
 
 from tunesmith.errors import InputError, MachineError
 from tunesmith.jsonfile import read_json
-from tunesmith.runfolder import EVENT_TYPES, RunFolder, next_run_folder, read_events
+from tunesmith.runfolder import EVENT_TYPES, FAILED, RunFolder, failure_of, next_run_folder, read_events
 from tunesmith.types import Done, Event, Sample, Saved, Score, StepResult, Verdict
 
 HOLDS = """
@@ -55,6 +55,19 @@ def test_a_folder_that_holds_anything_is_refused_and_left_alone(tmp_path: Path) 
     with pytest.raises(InputError, match=r"not empty: thesis\.tex"):
         RunFolder.create(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_killed_start_left_is_no_content(tmp_path: Path) -> None:
+    """Up to its plan a run can be begun again; from there on it can be resumed."""
+    (tmp_path / ".tmp-plan.json-77-ab").write_text("{")
+    (tmp_path / ".lock").write_text("77")
+    (tmp_path / "events.jsonl").write_text("")
+    (tmp_path / "identity.json").write_text("{}")
+    with RunFolder.create(tmp_path):
+        assert not list(tmp_path.glob(".tmp-*"))
+    (tmp_path / "events.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"not empty: events\.jsonl"):
+        RunFolder.create(tmp_path)
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -144,6 +157,33 @@ def test_a_torn_last_line_is_left_out_and_stays_apart_from_what_follows(tmp_path
     with RunFolder.open(tmp_path) as folder:
         folder.append_event(step(2))
     assert [event["step"] for event in read_events(tmp_path)] == [1, 2]
+
+
+def test_a_first_line_that_is_torn_leaves_no_trace(tmp_path: Path) -> None:
+    """The attempt before wrote nothing else, so the next one has its number."""
+    started(tmp_path).close()
+    (tmp_path / "events.jsonl").write_bytes(b'{"type": "verd')
+    with RunFolder.open(tmp_path) as folder:
+        assert folder.attempt == 1
+        folder.append_event(step(1))
+    assert [event["step"] for event in read_events(tmp_path)] == [1]
+
+
+def test_a_line_that_is_just_being_written_is_left_out(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        folder.append_event(step(1))
+        with (tmp_path / "events.jsonl").open("ab") as file:
+            file.write(b'{"type": "step", "st')
+        assert [event["step"] for event in folder.events()] == [1]
+
+
+def test_only_a_failure_at_the_end_is_one(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        assert failure_of(tmp_path) == ""
+        folder.append_event(Verdict(FAILED, "stop", "three times NaN", 4))
+        assert failure_of(tmp_path) == "three times NaN"
+        folder.append_event(step(5))
+        assert failure_of(tmp_path) == ""
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
