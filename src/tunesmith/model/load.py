@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from tunesmith.errors import InputError
 from tunesmith.model.adapters import lora_layers
@@ -41,6 +42,7 @@ def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTr
     """The stock network with weights in `dtype`, evaluation mode, nothing trainable, remote code refused. Raises
     InputError for weights that are not those of the config, and for values that are not finite."""
     check_fit(folder)
+    disable_progress_bar()  # what stands on stderr is the command line's to say, and loading takes a moment
     with its_errors(folder):
         network: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
