@@ -65,7 +65,7 @@ class Workbench:
 def set_up(plan: Plan, facts: Facts) -> Workbench:
     """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers, attention. An adapter to
     go on with is part of the model that is asked."""
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # stays on: torch's threads keep what they were started with, so it cannot be undone
     facts = _under_plan(plan, facts)
     dtype, rows = DTYPES[plan["dtype"]], facts.datasets["data"]
     network = load_network(facts.model.path, dtype, facts.machine.device)
