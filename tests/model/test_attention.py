@@ -187,6 +187,36 @@ def test_kernel_hides_no_nan(which: int, poison: float) -> None:
         assert torch.isfinite(ours[i][70:]).all(), f"{name}: the other document is poisoned"
 
 
+@pytest.mark.parametrize("backend", ["kernel", "documents", "mask", "reference"])
+@pytest.mark.parametrize("heads", [(6, 2, 64), (2, 1, 128), (2, 1, 192), (3, 1, 48)], ids=str)
+def test_attend_turns_by_the_angles(backend: str, heads: tuple[int, int, int]) -> None:
+    """Against fp64 rotation and attention, documents out of order of length; without rotation the outputs differ."""
+    layout, rule = layout_of((70, 1, 131, 64)), Rule(scale=0.1, window=90)
+    inputs = random_inputs(layout.tokens, heads, torch.bfloat16)
+    positions = torch.cat([torch.arange(length) for length in layout.lengths])[:, None]
+    angles = positions * torch.arange(1, heads[2] // 2 + 1) / heads[2]
+    cosine, sine = angles.cos(), angles.sin()
+
+    def turning(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+        wide = q.dtype == torch.float64
+        return attend(q, k, v, layout, rule, "reference" if wide else backend, (cosine, sine))
+
+    exact = run(turning, tuple(x.double() for x in inputs), layout, rule)
+    ours = run(turning, inputs, layout, rule)
+    for name, one, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
+        assert relative_error(one, truth) < 8e-3, name
+    assert relative_error(attend(*inputs[:3], layout, rule, backend), exact[0]) > 0.1
+
+
+@needs_kernel
+def test_kernel_turns_as_the_rotation_alone_does() -> None:
+    layout, rule = layout_of((70, 131)), RULES["window of a block"]
+    q, k, v, _ = random_inputs(layout.tokens, (4, 2, 128), torch.bfloat16)
+    angles = torch.rand(layout.tokens, 64).cos(), torch.rand(layout.tokens, 64).sin()
+    alone = attend(kernels.rotate(q, *angles), kernels.rotate(k, *angles), v, layout, rule, "kernel")
+    assert relative_error(attend(q, k, v, layout, rule, "kernel", angles), alone.double()) < 1e-4
+
+
 # ---------------------------------------------------------------- choice and refusal
 
 

@@ -33,10 +33,28 @@ class Rule:
     softcap: float | None = None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, backend: str = "auto") -> Tensor:
-    """q [T, N, D], k and v [T, K, D] -> [T, N, D] in the dtype of q."""
+Angles = tuple[Tensor, Tensor]  # cosine and sine [T, D/2] of the rotary embedding, fp32 or wider
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    rule: Rule,
+    backend: str = "auto",
+    angles: Angles | None = None,
+) -> Tensor:
+    """q [T, N, D], k and v [T, K, D] -> [T, N, D] in the dtype of q. `angles`: q and k are still to be turned."""
     assert layout.tokens == len(q), f"the layout has {layout.tokens} tokens, q has {len(q)}"
-    return BACKENDS[choose(backend, q) if backend == "auto" else backend](q, k, v, layout, rule)
+    name = choose(backend, q)
+    if name == "kernel":
+        return kernel(q, k, v, layout, rule, angles)
+    return BACKENDS[name](*turned(q, k, angles), v, layout, rule)
+
+
+def turned(q: Tensor, k: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
+    return (q, k) if angles is None else (kernels.rotate(q, *angles), kernels.rotate(k, *angles))
 
 
 def choose(backend: str, q: Tensor) -> str:
@@ -117,36 +135,41 @@ def documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Te
 
 
 class _Kernel(torch.autograd.Function):
-    """Saves q, k, v, the output and one number a row; scores are computed again in the backward."""
+    """Saves q, k, v, the output and one number a row; scores are computed again in the backward. q and k are turned by
+    the angles when they are read, and their gradients back when they are written."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: Angles | None) -> Tensor:
+        q, k, v, nothing = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)  # nothing: NULL in C
         out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
-        ctx.shape = (len(layout.starts), q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
-        segments = torch.tensor(layout.starts), torch.tensor(layout.lengths)
-        if kernels.call("attention_forward", q, k, v, out, logsumexp, *segments, *ctx.shape):
-            raise MachineError("no memory for the attention's scratch space", fix="lower pack_length")
-        ctx.save_for_backward(q, k, v, out, logsumexp, *segments)
+        order = sorted(range(len(layout.lengths)), key=lambda i: -layout.lengths[i])  # the threads end together
+        segments = (torch.tensor([x[i] for i in order]) for x in (layout.starts, layout.lengths))
+        inputs, rest = (q, k, v, out, logsumexp), (*(angles or (nothing, nothing)), *segments)
+        ctx.shape = (len(order), q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
+        _call(*inputs, nothing, nothing, nothing, nothing, *rest, *ctx.shape)
+        ctx.save_for_backward(*inputs, *rest)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        (dout,) = gradients
-        q, k, v, out, logsumexp, *segments = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        tensors = (q, k, v, out, logsumexp, dout.contiguous(), dq, dk, dv)
-        if kernels.call("attention_backward", *tensors, *segments, *ctx.shape):
-            raise MachineError("no memory for the attention's scratch space", fix="lower pack_length")
-        return dq, dk, dv, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        inputs, rest = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
+        _call(*inputs, gradients[0].contiguous(), dq, dk, dv, *rest, *ctx.shape)
+        return dq, dk, dv, None, None, None
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+def _call(*arguments: Tensor | int | float) -> None:
+    if kernels.call("attention", *arguments):
+        raise MachineError("no memory for the attention's scratch space", fix="lower pack_length")
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: Angles | None = None) -> Tensor:
     """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do (other dtypes and processors,
     odd head sizes, soft caps) takes `documents`."""
-    if rule.softcap or q.shape[-1] % 64 or not (kernels.usable(q) and kernels.has_attention()):
-        return documents(q, k, v, layout, rule)
-    return _Kernel.apply(q, k, v, layout, rule)
+    able = kernels.usable(q) and kernels.has_attention() and q.shape[-1] % 64 == 0
+    if able and not rule.softcap and rule.scale > 0:
+        return _Kernel.apply(q, k, v, layout, rule, angles)
+    return documents(*turned(q, k, angles), v, layout, rule)
 
 
 # ---------------------------------------------------------------- CUDA

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model import kernels
-from tunesmith.model.attention import Rule, attend
+from tunesmith.model.attention import Rule, attend, turned
 from tunesmith.model.cache import RowCache
 from tunesmith.model.lora import Operand, project
 from tunesmith.types import Layout
@@ -66,12 +66,11 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        cosine, sine = half_angles(*position_embeddings)
-        q, k = kernels.rotate(q, cosine, sine), kernels.rotate(k, cosine, sine)
+        angles = half_angles(*position_embeddings)
         if rows is None:
-            out_TND = attend(q, k, v, layout, self.rule, backend)
+            out_TND = attend(q, k, v, layout, self.rule, backend, angles)
         else:
-            out_TND = rows.attend(self, q, k, v, layout, self.rule, backend)
+            out_TND = rows.attend(self, *turned(q, k, angles), v, layout, self.rule, backend)
         if self.prunes and kept is not None:
             out_TND = out_TND.index_select(0, kept)
         (y_TH,) = project(out_TND.flatten(-2), [self.o_proj])
