@@ -1,4 +1,4 @@
-"""The CPU's bf16 kernels: kernels.c and attention.c compiled once per machine, and plain-torch references.
+"""The CPU's bf16 kernels: kernels.c, attention.c and lora.c compiled once per machine, and plain-torch references.
 
 In: tensors; out: tensors. A kernel is used when its tensors are contiguous bf16 on the CPU and a C compiler was found;
 anything else (fp32, fp64, CUDA, no compiler) takes the reference, which autograd differentiates. Left out: matrix
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "lora.c"))
 # Reassociation lets the compiler vectorise sums. -ffast-math itself would break NaN detection and flush denormals
 # in the whole process.
 FLAGS = (

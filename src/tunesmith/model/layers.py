@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunesmith.model import kernels
 from tunesmith.model.attention import Rule, attend, turned
 from tunesmith.model.cache import RowCache
-from tunesmith.model.lora import Operand, project
+from tunesmith.model.lora import Group, project
 from tunesmith.types import Layout
 
 
@@ -88,36 +88,27 @@ class _GatedMlp(torch.autograd.Function):
     """down(activation(gate x) * up x). Saves x, gate and up; the product is recomputed in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operands: list[Operand], gelu: bool, *_parameters: Tensor | None) -> Tensor:
-        gate_of, up_of, down_of = operands
+    def forward(ctx: Any, x: Tensor, first: Group, last: Group, gelu: bool, *_parameters: Tensor | None) -> Tensor:
         x_NH = x.reshape(-1, x.shape[-1])
-        masks = [gate_of.mask(x_NH), up_of.mask(x_NH)]
-        gate, z_gate = gate_of.forward(x_NH, masks[0])
-        up, z_up = up_of.forward(x_NH, masks[1])
-        product_NF = kernels.gated(gate, up, gelu)
-        masks.append(down_of.mask(product_NF))
-        y, z_down = down_of.forward(product_NF, masks[2])
-        ctx.operands, ctx.gelu, ctx.masks, ctx.shape = operands, gelu, masks, x.shape
-        ctx.save_for_backward(x_NH, gate, up, z_gate, z_up, z_down)
+        (gate, up), inner = first.forward(x_NH)
+        (y,), inner_last = last.forward(kernels.gated(gate, up, gelu))
+        ctx.first, ctx.last, ctx.gelu, ctx.shape = first, last, gelu, x.shape
+        ctx.save_for_backward(x_NH, gate, up, *inner_last, *inner)
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = gradients
-        x_NH, gate, up, z_gate, z_up, z_down = ctx.saved_tensors
-        (gate_of, up_of, down_of), masks = ctx.operands, ctx.masks
-        dy_NH = dy.reshape(len(x_NH), -1)
-        dz = down_of.inner_gradient(dy_NH)
-        dproduct = down_of.input_gradient(dy_NH, dz, masks[2])
-        dgate, dup, product_NF = kernels.gated_backward(gate, up, dproduct, ctx.gelu)
-        of_down = down_of.parameter_gradients(product_NF, dy_NH, z_down, dz, masks[2])
-        dx, of_inputs = None, []
-        for operand, d, z, mask in ((gate_of, dgate, z_gate, masks[0]), (up_of, dup, z_up, masks[1])):
-            dz = operand.inner_gradient(d)
-            if ctx.needs_input_grad[0]:
-                dx = operand.input_gradient(d, dz, mask, into=dx)
-            of_inputs += operand.parameter_gradients(x_NH, d, z, dz, mask)
-        return (None if dx is None else dx.view(ctx.shape), None, None, *of_inputs, *of_down)
+        x_NH, gate, up, inner_last, *inner = ctx.saved_tensors
+        first: Group = ctx.first
+        last: Group = ctx.last
+        dy = [gradients[0].reshape(len(x_NH), -1)]
+        dz, dbs = last.outputs_backward(dy, [inner_last])
+        dproduct = last.input_gradient(dy, dz)
+        *dboth, product_NF = kernels.gated_backward(gate, up, dproduct, ctx.gelu)
+        of_last = last.parameter_gradients(product_NF, dy, dz, dbs)
+        dz, dbs = first.outputs_backward(dboth, inner)
+        dx = first.input_gradient(dboth, dz).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return (dx, None, None, None, *first.parameter_gradients(x_NH, dboth, dz, dbs), *of_last)
 
 
 class Mlp(nn.Module):
@@ -127,8 +118,8 @@ class Mlp(nn.Module):
         self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        operands = [Operand(module, x.dtype) for module in (self.gate_proj, self.up_proj, self.down_proj)]
-        return _GatedMlp.apply(x, operands, self.gelu, *(p for operand in operands for p in operand.parameters))
+        first, last = Group([self.gate_proj, self.up_proj], x.dtype), Group([self.down_proj], x.dtype)
+        return _GatedMlp.apply(x, first, last, self.gelu, *first.parameters, *last.parameters)
 
 
 class LastLayer(nn.Module):

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.model import lora_kernels
 from tunesmith.model.frozen import Blocked, Plain
+from tunesmith.model.lora_kernels import Packed
 
 
 class LoraLinear(nn.Module):
@@ -67,7 +69,7 @@ Linear = nn.Linear | LoraLinear | MasterLinear
 
 
 class Operand:
-    """One linear prepared for products in one dtype: the forward and the three kinds of gradient."""
+    """One linear prepared for products in one dtype, and its adapter's products through torch. z = A drop(x)."""
 
     def __init__(self, module: Linear, dtype: torch.dtype) -> None:
         adapter = module if isinstance(module, LoraLinear) and module.scale != 0 else None
@@ -85,6 +87,7 @@ class Operand:
             weight = module.narrow_weight(dtype) if isinstance(module, MasterLinear) else module.weight.detach()
             self.frozen = Plain(weight)
         self.bias = None if module.bias is None else module.bias.detach().to(dtype)
+        self.wide = adapter.lora_A.dtype if adapter else dtype  # of the gradients of A and B
         self.a = adapter.lora_A.detach().to(dtype) if adapter else None
         self.b = adapter.lora_B.detach().to(dtype) if adapter else None
 
@@ -95,60 +98,126 @@ class Operand:
         keep = torch.rand_like(x_NI, dtype=torch.float32) >= self.dropout
         return keep.to(x_NI.dtype).div_(1 - self.dropout)
 
-    def forward(self, x_NI: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        y = self.frozen.outputs(x_NI, self.bias)
+    def add_output(self, y: Tensor, x_NI: Tensor, mask: Tensor | None) -> Tensor | None:
+        """y += scale * B z; returns z."""
         if self.a is None or self.b is None:
-            return y, None
+            return None
         z = F.linear(x_NI if mask is None else x_NI * mask, self.a)
-        return y.addmm_(z, self.b.t(), alpha=self.scale), z
+        y.addmm_(z, self.b.t(), alpha=self.scale)
+        return z
 
-    def inner_gradient(self, dy: Tensor) -> Tensor | None:
-        return None if self.b is None else (dy @ self.b).mul_(self.scale)
+    def outputs_backward(self, dy: Tensor, z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """dz, and the gradient of B."""
+        if z is None or self.b is None:
+            return None, None
+        return (dy @ self.b).mul_(self.scale), (z.t() @ dy).t().to(self.wide).mul_(self.scale)
 
-    def input_gradient(self, dy: Tensor, dz: Tensor | None, mask: Tensor | None, into: Tensor | None = None) -> Tensor:
-        dx = self.frozen.input_gradient(dy, into)
+    def add_input(self, dx: Tensor, dz: Tensor | None, mask: Tensor | None) -> None:
         if dz is None or self.a is None:
-            return dx
-        return dx.addmm_(dz, self.a) if mask is None else dx.add_((dz @ self.a).mul_(mask))
+            return
+        if mask is None:
+            dx.addmm_(dz, self.a)
+        else:
+            dx.add_((dz @ self.a).mul_(mask))
 
-    def parameter_gradients(
-        self, x_NI: Tensor, dy: Tensor, z: Tensor | None, dz: Tensor | None, mask: Tensor | None
-    ) -> list[Tensor | None]:
-        """Of weight, bias, A and B; None where not trained."""
-        weight, bias, a, b = self.parameters
+    def inputs_backward(self, x_NI: Tensor, dz: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """The gradient of A."""
+        return None if dz is None else (dz.t() @ (x_NI if mask is None else x_NI * mask)).to(self.wide)
+
+    def base_gradients(self, x_NI: Tensor, dy: Tensor) -> list[Tensor | None]:
+        """Of weight and bias; None where not trained."""
+        weight, bias = self.parameters[:2]
         dweight = (dy.t() @ x_NI).to(weight.dtype) if weight is not None and weight.requires_grad else None
         dbias = dy.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None
-        if a is None or b is None or z is None or dz is None:
-            return [dweight, dbias, None, None]
-        da = (dz.t() @ (x_NI if mask is None else x_NI * mask)).to(a.dtype)
-        db = (z.t() @ dy).t().to(b.dtype).mul_(self.scale)
-        return [dweight, dbias, da, db]
+        return [dweight, dbias]
+
+
+class Group:
+    """Linears that share one input, prepared for one forward and its backward.
+
+    The backward has three steps, because the MLP makes the input of its last linear anew between the second and the
+    third. `inner` and `dz` are what the earlier steps returned: z and dz of each linear, or of all when lora.c ran.
+    """
+
+    def __init__(self, modules: Sequence[Linear], dtype: torch.dtype) -> None:
+        self.operands = [Operand(module, dtype) for module in modules]
+        self.parameters = tuple(p for operand in self.operands for p in operand.parameters)
+        self.masks: list[Tensor | None] = []
+        self.packed: Packed | None = None
+
+    def forward(self, x_NI: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The outputs and `inner`."""
+        self.masks = [operand.mask(x_NI) for operand in self.operands]
+        self.packed = self._pack(x_NI)
+        outputs = [operand.frozen.outputs(x_NI, operand.bias) for operand in self.operands]
+        if self.packed:
+            z = self.packed.inner(x_NI)
+            self.packed.add_outputs(outputs, z)
+            return outputs, [z]
+        each = zip(self.operands, outputs, self.masks, strict=True)
+        return outputs, [operand.add_output(y, x_NI, mask) for operand, y, mask in each]
+
+    def _pack(self, x_NI: Tensor) -> Packed | None:
+        adapters = [None if o.a is None or o.b is None else (o.a, o.b, o.scale) for o in self.operands]
+        masked = any(mask is not None for mask in self.masks)
+        return Packed(adapters) if any(adapters) and not masked and lora_kernels.usable(x_NI, adapters) else None
+
+    def outputs_backward(
+        self, gradients: Sequence[Tensor], inner: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """From the gradients of the outputs: `dz`, and the gradient of each B."""
+        if self.packed and inner[0] is not None:
+            dz, dbs = self.packed.outputs_backward(gradients, inner[0])
+            return [dz], dbs
+        each = zip(self.operands, gradients, inner, strict=True)
+        dzs, dbs = zip(*(operand.outputs_backward(dy, z) for operand, dy, z in each), strict=True)
+        return list(dzs), list(dbs)
+
+    def input_gradient(self, gradients: Sequence[Tensor], dz: Sequence[Tensor | None]) -> Tensor:
+        dx = None
+        for operand, dy in zip(self.operands, gradients, strict=True):
+            dx = operand.frozen.input_gradient(dy, dx)
+        assert dx is not None
+        if self.packed and dz[0] is not None:
+            self.packed.add_inputs(dx, dz[0])
+        else:
+            for operand, one, mask in zip(self.operands, dz, self.masks, strict=True):
+                operand.add_input(dx, one, mask)
+        return dx
+
+    def parameter_gradients(
+        self, x_NI: Tensor, gradients: Sequence[Tensor], dz: Sequence[Tensor | None], dbs: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Of `parameters`; None where not trained."""
+        if self.packed and dz[0] is not None:
+            das = self.packed.inputs_backward(x_NI, dz[0])
+        else:
+            each = zip(self.operands, dz, self.masks, strict=True)
+            das = [operand.inputs_backward(x_NI, one, mask) for operand, one, mask in each]
+        of_each = zip(self.operands, gradients, das, dbs, strict=True)
+        return [g for operand, dy, da, db in of_each for g in (*operand.base_gradients(x_NI, dy), da, db)]
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operands: Sequence[Operand], *_parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, group: Group, *_parameters: Tensor | None) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
-        masks = [operand.mask(x_NI) for operand in operands]
-        outputs, inner = zip(*(o.forward(x_NI, m) for o, m in zip(operands, masks, strict=True)), strict=True)
-        ctx.operands, ctx.masks, ctx.shape = operands, masks, x.shape
+        outputs, inner = group.forward(x_NI)
+        ctx.group, ctx.shape = group, x.shape
         ctx.save_for_backward(x_NI, *inner)
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, *inner = ctx.saved_tensors
-        dx, parameter_gradients = None, []
-        for operand, mask, z, dy in zip(ctx.operands, ctx.masks, inner, gradients, strict=True):
-            dy_NO = dy.reshape(len(x_NI), -1)
-            dz = operand.inner_gradient(dy_NO)
-            if ctx.needs_input_grad[0]:
-                dx = operand.input_gradient(dy_NO, dz, mask, into=dx)
-            parameter_gradients += operand.parameter_gradients(x_NI, dy_NO, z, dz, mask)
-        return (None if dx is None else dx.view(ctx.shape), None, *parameter_gradients)
+        group: Group = ctx.group
+        dys = [dy.reshape(len(x_NI), -1) for dy in gradients]
+        dz, dbs = group.outputs_backward(dys, inner)
+        dx = group.input_gradient(dys, dz).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return (dx, None, *group.parameter_gradients(x_NI, dys, dz, dbs))
 
 
 def project(x: Tensor, modules: Sequence[Linear]) -> tuple[Tensor, ...]:
     """x [..., I] through each linear -> [..., O] each: one node of the graph, whatever the number of linears."""
-    operands = [Operand(module, x.dtype) for module in modules]
-    return _Project.apply(x, operands, *(p for operand in operands for p in operand.parameters))
+    group = Group(modules, x.dtype)
+    return _Project.apply(x, group, *group.parameters)
