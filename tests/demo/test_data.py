@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import re
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
-import tunesmith.demo
+from tunesmith.demo import RECIPE
 from tunesmith.recipe import Recipe
 from tunesmith.types import Json
 
-FOLDER = Path(tunesmith.demo.__file__).parent
+FOLDER = RECIPE.parent
 SPLITS = ("train", "eval", "test")
 FIELDS = ["package", "upstream", "revision", "date", "new_upstream", "upload", "closes"]
 
