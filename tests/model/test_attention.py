@@ -14,8 +14,9 @@ from tunesmith.types import Layout
 
 Attention = Callable[[Tensor, Tensor, Tensor, Layout, Rule], Tensor]
 
-# One token, neighbours of equal length, primes, and both sides of the C kernel's blocks of 6, 48 and 64 tokens.
-LENGTHS = [(1,), (2, 1, 1, 3), (7, 5, 5, 5, 2), (6, 48, 49, 47), (64, 63, 65, 1), (97, 53, 130)]
+# One token, neighbours of equal length, primes, and both sides of the C kernel's blocks of 6, 16, 64 and 96
+# tokens; with a window the last one starts at its second block.
+LENGTHS = [(1,), (2, 1, 1, 3), (7, 5, 5, 5, 2), (6, 48, 49, 47), (64, 63, 65, 1), (97, 53, 130), (96, 95, 17, 290)]
 RULES = {
     "plain": Rule(scale=0.3),
     "self only": Rule(scale=0.3, window=1),

@@ -97,8 +97,6 @@ INLINE __m512 load_wide(const bf16 *x) {
 
 typedef struct { const float *cosine, *sine; } Angles; /* NULL: nothing is turned */
 
-static const Angles none = {NULL, NULL};
-
 /* Stores vectors of the two halves of a head, turned: (a cos - b sin, b cos + a sin), backwards for direction -1. */
 INLINE void store_turned(bf16 *out, __m512 a, __m512 b, Angles angles, long place, long half, float direction) {
     if (angles.cosine) {
@@ -245,7 +243,7 @@ static void forward_task(Document s, long kv_head, char *memory) {
     bf16 *weights = (bf16 *)(scores + ROWS * stride);
     gather(s.k + kv_head * width, s.kv_heads * width, length, padded, width, s.angles, head);
     across(head, padded, width, keys);
-    gather(s.v + kv_head * width, s.kv_heads * width, length, padded, width, none, head);
+    gather(s.v + kv_head * width, s.kv_heads * width, length, padded, width, (Angles){0}, head);
     along(head, padded, width, values);
     for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
         gather(s.q + h * width, s.heads * width, length, padded, width, s.angles, head);
@@ -255,8 +253,8 @@ static void forward_task(Document s, long kv_head, char *memory) {
             float factor[ROWS];
             if (h + 1 < s.heads) expect(s.q + (h + 1) * width, s.heads * width, row, least(row + ROWS, length), width);
             for (int r = 0; r < ROWS; r++) top[r] = _mm512_set1_ps(-INFINITY);
-            Tile t = {.queries = head + row * width, .width = width, .row = row, .window = s.window, .stride = stride,
-                      .top = top};
+            Tile t = {.queries = head + row * width, .width = width, .row = row, .window = s.window, .stride = stride};
+            t.top = top;
             for (long key = begin; key < end; key = round_up(key + 1, TILE)) {
                 t.key = key, t.keys = keys + key / TILE * TILE * width / 2 + key % TILE, t.scores = scores + key;
                 WITH_COLUMNS(score_tile, &t, columns_of(&t, end))
@@ -326,11 +324,11 @@ static void backward_task(Document s, long kv_head, char *memory) {
     gather(s.k + kv_head * width, s.kv_heads * width, length, padded, width, s.angles, queries);
     across(queries, padded, width, keys);
     along(queries, padded, width, key_pairs);
-    gather(s.v + kv_head * width, s.kv_heads * width, length, padded, width, none, queries);
+    gather(s.v + kv_head * width, s.kv_heads * width, length, padded, width, (Angles){0}, queries);
     across(queries, padded, width, values);
     for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
         gather(s.q + h * width, s.heads * width, length, padded, width, s.angles, queries);
-        gather(s.dout + h * width, s.heads * width, length, padded, width, none, douts);
+        gather(s.dout + h * width, s.heads * width, length, padded, width, (Angles){0}, douts);
         row_statistics(douts, s.out + h * width, s.lse + h, length, s.heads, width, s.scale, offset, delta);
         along(queries, padded, width, query_pairs);
         along(douts, padded, width, dout_pairs);
@@ -368,15 +366,14 @@ static void backward_task(Document s, long kv_head, char *memory) {
         }
     }
     write_narrow(dkeys, length, width, s.angles, s.dk + kv_head * width, s.kv_heads * width);
-    write_narrow(dvalues, length, width, none, s.dv + kv_head * width, s.kv_heads * width);
+    write_narrow(dvalues, length, width, (Angles){0}, s.dv + kv_head * width, s.kv_heads * width);
 }
 
 /* Forward, or where dq is not NULL backward. Returns 0, or 1 when there was no memory for the scratch space. */
 int attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, const bf16 *dout, bf16 *dq, bf16 *dk,
               bf16 *dv, const float *cosine, const float *sine, const int64_t *starts, const int64_t *lengths,
               long documents, long heads, long kv_heads, long width, long window, float scale) {
-    long most = 0;
-    int failed = 0;
+    long most = 0, failed = 0;
     for (long i = 0; i < documents; i++) most = lengths[i] > most ? lengths[i] : most;
     most = round_up(most, TILE) + TILE + LANES;
     #pragma omp parallel
@@ -386,7 +383,7 @@ int attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse
         #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < documents * kv_heads; task++) {
             long start = starts[task / kv_heads], to_q = start * heads * width, to_k = start * kv_heads * width;
-            Angles angles = cosine ? (Angles){cosine + start * width / 2, sine + start * width / 2} : none;
+            Angles angles = cosine ? (Angles){cosine + start * width / 2, sine + start * width / 2} : (Angles){0};
             Document s = {q + to_q, k + to_k, v + to_k, dout + to_q, out + to_q, dq + to_q, dk + to_k, dv + to_k,
                           lse + start * heads, angles, lengths[task / kv_heads], heads, kv_heads, width, window, scale};
             if (!memory) continue;
@@ -395,7 +392,7 @@ int attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse
         }
         free(memory);
     }
-    return failed;
+    return (int)failed;
 }
 
 #else
