@@ -19,6 +19,7 @@ from torch import Tensor
 from tunesmith.model import kernels
 
 LANES, STRIP = 16, 32  # lora.c's
+FEWEST_ROWS = 64  # of one forward; packing takes longer than it saves for the few rows of a generation step
 Adapter = tuple[Tensor, Tensor, float]  # A [R, I], B [O, R], scale
 
 
@@ -31,7 +32,8 @@ def available() -> bool:
 
 def usable(x_NI: Tensor, adapters: Sequence[Adapter | None]) -> bool:
     widths = [x_NI.shape[1], *(len(adapter[1]) for adapter in adapters if adapter)]
-    return kernels.usable(x_NI) and available() and x_NI.is_contiguous() and not any(w % 2 for w in widths)
+    fits = len(x_NI) >= FEWEST_ROWS and x_NI.is_contiguous() and not any(width % 2 for width in widths)
+    return fits and kernels.usable(x_NI) and available()
 
 
 class Factor:
