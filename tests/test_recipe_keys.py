@@ -112,7 +112,13 @@ def data(lab: Lab) -> None:
     as_chat = lab.steps(data=[{"path": lab.rows(row), "format": "messages"}], batch_size=1)
     assert as_text[0].tokens != as_chat[0].tokens
     with pytest.raises(ValidationError, match="format"):
-        lab.events(data=[{"path": files[0], "format": "alpaca"}])
+        lab.events(data=[{"path": files[0], "format": "parquet"}])
+    pairs = lab.rows([{"q": "one", "a": "two", "b": "three"}], "pairs.jsonl")
+    mapped = [lab.steps(data=[{"path": pairs, "columns": {"prompt": "q", "completion": key}}])[0] for key in "ab"]
+    assert [step.supervised_tokens for step in mapped] == [len("two") + 1, len("three") + 1]
+    weights = [lab.steps(data=[files[0], {"path": files[1], "weight": w}], batch_size=5)[0].loss for w in (1, 100)]
+    alone = lab.steps(data=files[1], batch_size=5)[0].loss
+    assert abs(weights[1] - alone) < 0.1 * abs(weights[0] - alone)
 
 
 def eval_data(lab: Lab) -> None:
@@ -145,6 +151,13 @@ def max_examples(lab: Lab) -> None:
     assert [len(lab.steps(max_examples=count)) for count in (None, 2)] == [3, 1]
 
 
+def skip_bad(lab: Lab) -> None:
+    rows = lab.rows([*sums(1, 6), chat("question", " ")])
+    with pytest.raises(InputError, match="1 of 7 rows cannot be used: 1 empty answer"):
+        lab.events(data=rows)
+    assert len(lab.steps(data=rows, skip_bad=True)) == 3
+
+
 def template(lab: Lab) -> None:
     own = lab.folder / "own.jinja"
     own.write_text(
@@ -170,12 +183,14 @@ def schema(lab: Lab) -> None:
 
 
 def max_length(lab: Lab) -> None:
-    assert sum(step.tokens for step in lab.steps()) > sum(step.tokens for step in lab.steps(max_length=45)) > 0
+    whole, short = lab.steps(), lab.steps(max_length=45, skip_bad=True)
+    assert sum(step.tokens for step in whole) > sum(step.tokens for step in short) > 0
 
 
 def overlong(lab: Lab) -> None:
     rows = lab.rows([chat("question", "long answer " * 9), chat("question", "answer")])
-    dropped, cut = (lab.steps(data=rows, max_length=60, overlong=policy)[0] for policy in ("drop", "truncate"))
+    short = {"data": rows, "max_length": 60, "skip_bad": True}
+    dropped, cut = (lab.steps(**short, overlong=policy)[0] for policy in ("drop", "truncate"))
     assert dropped.tokens < 60 < cut.tokens
     with pytest.raises(InputError, match="max_length is 60"):
         lab.events(data=rows, max_length=60, overlong="refuse")

@@ -100,7 +100,7 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("eval_data: [{path: e.jsonl, max_examples: all}]", "eval_data[0].max_examples: expected a whole number of at"),
         (
             "eval_data: [7]",
-            "eval_data[0]: expected a path, or a mapping {path, format, max_examples}, found the",
+            "eval_data[0]: expected a path, or a mapping {path, format, columns, ...}, found the",
         ),
         ("template: chatml", "expected 'auto' or 'none' or the path of a .jinja file, found 'chatml'"),
         ("output_dir: 2026-01-01", "found the date 2026-01-01 (quotes make it a text)"),

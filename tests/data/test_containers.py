@@ -180,6 +180,12 @@ def test_other_files_are_refused_with_what_can_be_read(name, write):
     assert ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .md (each also as .gz), .parquet, or a folder" in caught.value.fix
 
 
+@pytest.mark.parametrize("raw", [CONTAINERS["x.csv.gz"], b"PAR1....", b"PK\x03\x04...."])
+def test_a_packed_file_under_another_name_is_recognised(raw, write):
+    with pytest.raises(InputError, match=r"the content is (gzip|Parquet|zip, as \.xlsx and \.docx are), not text"):
+        open_source(write(raw, "x.csv"))
+
+
 def test_a_full_disk_is_the_machines_error_and_says_how_to_go_on(write, monkeypatch):
     monkeypatch.setattr(spool, "ROOM_STEP", 10)
     monkeypatch.setattr(spool, "ROOM_LEFT", 2**60)

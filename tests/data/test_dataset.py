@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from tunesmith.data.dataset import fit, open_dataset
-from tunesmith.data.digests import digests
+from tunesmith.data.dataset import open_dataset
+from tunesmith.data.digests import digests, shape
+from tunesmith.data.lengths import fit
 from tunesmith.errors import InputError
 from tunesmith.recipe import DataSource
 from tunesmith.types import Document, Example
@@ -173,3 +174,15 @@ def test_digests_even_out_white_space_and_separate_prompt_from_answer():
     assert chat("a", "b", tools=({"name": "f"},))[0] != chat("a", "b")[0]
     assert digests(Example("r", text="b", prompt="a"))[1] == digests(Example("r", text="c", prompt="a"))[1]
     assert len({*digests(Example("r", text="a"))}) == 1
+
+
+def test_shapes_are_what_templates_look_at():
+    def of(*turns, **more):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        weights = tuple(float(role == "assistant") for role, _ in turns)
+        return shape(Example("r", messages=tuple(messages), turn_weights=weights, **more))
+
+    once = [("user", "a"), ("assistant", "b")]
+    assert of(*once * 2) == of(*once * 5) == of(*[("user", "x"), ("assistant", "y")] * 3)
+    others = [once, once * 2, [("system", "s"), *once], [*once, *once[1:]], [("user", " "), once[1]], [once[1]]]
+    assert len({of(*turns) for turns in others} | {of(*once, tools=({"name": "f"},))}) == 7

@@ -1,10 +1,15 @@
 import json
+from datetime import datetime
 
 import numpy as np
 import pytest
+from toy_chat import assistant, call, folder, user
 
 from tunesmith.data import scan as scan_module
+from tunesmith.data.audit import check
 from tunesmith.data.dataset import open_dataset
+from tunesmith.data.rejected import rejected_rows
+from tunesmith.data.render import Renderer
 from tunesmith.data.scan import percentiles, scan
 from tunesmith.errors import InputError
 from tunesmith.recipe import DataSource
@@ -44,6 +49,22 @@ def test_of_many_rows_a_fixed_sample_is_scanned(write, words, monkeypatch):
     assert seen.rows_R.tolist() == scan(dataset).rows_R.tolist() == sorted(set(seen.rows_R.tolist()))
     assert seen.scaled(len(seen.lengths_D)) == 200
     assert len(scan(dataset.limited(100, "refuse")).rows_R) == 200
+
+
+def test_of_many_rows_one_of_each_shape_is_rendered_too(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(scan_module, "ALL_ROWS", 100)
+    monkeypatch.setattr(scan_module, "SAMPLE", 20)
+    renderer = Renderer.from_folder(folder(tmp_path / "model"), now=datetime(2026, 3, 4))
+    rows = [[user("q"), assistant("a")] for _ in range(200)]
+    rows[137] = [user("q"), assistant("", tool_calls=[call(x=1)])]  # this template writes no calls
+    path = write("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    dataset = open_dataset([DataSource(path=path)], renderer)
+    seen = scan(dataset)
+    assert 137 not in seen.rows_R
+    assert (dict(seen.rejects.counts), dict(seen.rare.counts)) == ({}, {"cannot be rendered": 1})
+    report = check({"data": dataset})["data"]
+    assert report.rejected == {"cannot be rendered": 1}
+    assert [line["id"] for line in rejected_rows(dataset, rendered=True)] == ["train.jsonl:138"]
 
 
 def test_rows_that_the_policy_refuses_are_reported_together(write, words):

@@ -3,7 +3,8 @@ import json
 import numpy as np
 from rich.console import Console
 
-from tunesmith.data.dataset import Prepared, open_dataset
+from tunesmith.data.dataset import open_dataset
+from tunesmith.data.lengths import Prepared
 from tunesmith.data.show import coloured, pieces, visible
 from tunesmith.recipe import DataSource
 from tunesmith.types import Document

@@ -9,6 +9,7 @@ look, error should stop a run.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -67,15 +68,17 @@ def report(dataset: Dataset, seen: Scan, findings: Sequence[Finding] = ()) -> Da
         tokens=seen.scaled(int(seen.lengths_D.sum())),
         supervised_tokens=seen.scaled(seen.supervised_tokens),
         dropped={reason: seen.scaled(len(ids)) for reason, ids in seen.dropped.items()},
-        rejected={
-            **dataset.rejects.counts,
-            **{reason: seen.scaled(count) for reason, count in seen.rejects.counts.items()},
-        },
+        rejected=_rejected(dataset, seen),
         truncated=seen.scaled(seen.truncated),
         length_percentiles=percentiles(seen.lengths_D),
         fingerprint=dataset.fingerprint,
         findings=tuple(findings),
     )
+
+
+def _rejected(dataset: Dataset, seen: Scan) -> dict[str, int]:
+    scaled = {reason: seen.scaled(count) for reason, count in seen.rejects.counts.items()}
+    return dict(dataset.rejects.counts + Counter(scaled) + seen.rare.counts)
 
 
 def _validator(schema: Json) -> Validator:
@@ -105,7 +108,8 @@ def rejected(subject: Subject) -> Iterator[Finding]:
     """Rows that cannot be used, by reason, with the first of each. They stop a run unless it skips them."""
     level = "warn" if subject.dataset.skip_bad else "error"
     total = len(subject.dataset) + subject.dataset.rejects.counts.total()
-    for found, scaled in ((subject.dataset.rejects, int), (subject.scan.rejects, subject.scan.scaled)):
+    found_in = ((subject.dataset.rejects, int), (subject.scan.rejects, subject.scan.scaled), (subject.scan.rare, int))
+    for found, scaled in found_in:
         for reason, problems in found.first.items():
             count = scaled(found.counts[reason])
             what = problems[0].what if problems[0].what.startswith(reason) else f"{reason}: {problems[0].what}"

@@ -17,15 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tunesmith.data.badrow import BadRow, Reason, Rejects
 from tunesmith.data.columns import check_columns, renamed
-from tunesmith.data.digests import digests
+from tunesmith.data.digests import digests, shape
 from tunesmith.data.folder import Folder
 from tunesmith.data.formats import FORMATS, detect, parse
+from tunesmith.data.lengths import Overlong, Prepared, fit, weighted
 from tunesmith.data.places import LONGEST_ROW
 from tunesmith.data.sources import Source, open_source
 from tunesmith.errors import InputError
@@ -35,24 +36,10 @@ from tunesmith.types import Document, Example, Row
 if TYPE_CHECKING:
     from tunesmith.data.render import Draft, Renderer
 
-Overlong = Literal["drop", "truncate", "refuse"]
 FIRST_ROWS = 20  # enough to see a format
 SHOWN_ERRORS = 5
+MOST_SHAPES = 2**16 - 1
 NOT_RENDERED: Reason = "cannot be rendered"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a row became, and what was lost on the way."""
-
-    id: str
-    documents: tuple[Document, ...]  # empty if the row is dropped; it keeps its slot
-    dropped: str = ""  # why no document is left
-    overlong: int = 0  # documents longer than max_length: dropped or truncated
-    truncated: int = 0
-    answer_too_long: bool = False  # one document's trained tokens alone do not fit
-    notes: tuple[str, ...] = ()  # what the render had to say
-    problem: BadRow | None = None  # why it cannot be rendered
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +70,7 @@ class Dataset:
     row_N: np.ndarray  # int64, into the rows of that part
     contents_N: np.ndarray  # uint64, digest of the whole row
     prompts_N: np.ndarray  # uint64, digest of what stands before the last answer
+    shapes_N: np.ndarray  # uint16, rows of one shape look alike to a template
     rejects: Rejects  # rows of the files that are not among the N
     max_length: int | None = None  # tokens of a document
     overlong: Overlong = "drop"
@@ -147,46 +135,12 @@ class Dataset:
 
     def take(self, rows_K: np.ndarray) -> Dataset:
         """The data set of these rows, in this order."""
-        names = ("part_N", "row_N", "contents_N", "prompts_N")
+        names = ("part_N", "row_N", "contents_N", "prompts_N", "shapes_N")
         return dataclasses.replace(self, **{name: getattr(self, name)[rows_K] for name in names})
 
     def limited(self, max_length: int | None, overlong: Overlong) -> Dataset:
         """The same rows under another length policy."""
         return dataclasses.replace(self, max_length=max_length, overlong=overlong)
-
-
-def weighted(documents: Sequence[Document], weight: float) -> Sequence[Document]:
-    """Documents whose targets all weigh `weight` times as much."""
-    if weight == 1:
-        return documents
-    return [Document(one.id, one.tokens_L, one.weights_L * np.float32(weight)) for one in documents]
-
-
-def fit(row_id: str, documents: Sequence[Document], max_length: int | None, overlong: Overlong) -> Prepared:
-    """Apply the over-long policy: `drop` the document, `truncate` it (the front stays), or `refuse` with InputError.
-
-    A document without a trained token is never kept.
-    """
-    kept: list[Document] = []
-    long = truncated = 0
-    answer_too_long = False
-    reason = "nothing is trained"
-    for document in documents:
-        if max_length is not None and len(document) > max_length:
-            if overlong == "refuse":
-                what = f"the row has {len(document)} tokens, max_length is {max_length}"
-                raise InputError(what, where=row_id, fix="raise max_length, or set overlong to drop or truncate")
-            long += 1
-            answer_too_long |= bool(np.count_nonzero(document.weights_L) > max_length)
-            reason = "longer than max_length"
-            if overlong == "drop":
-                continue
-            reason = "nothing trained is left after truncation"
-            document = Document(document.id, document.tokens_L[:max_length], document.weights_L[:max_length])
-            truncated += bool(document.weights_L.any())
-        if document.weights_L.any():
-            kept.append(document)
-    return Prepared(row_id, tuple(kept), "" if kept else reason, long, truncated, answer_too_long)
 
 
 def open_dataset(
@@ -204,6 +158,7 @@ def open_dataset(
     """
     names = Counter(file.path.name for file in files)
     rejects = Rejects()
+    shapes: dict[object, int] = {}
     opened: list[_Opened] = []
     left = max_examples
     for number, file in enumerate(files):
@@ -213,7 +168,7 @@ def open_dataset(
         rows = range(min(n for n in (len(source), file.max_examples, left) if n is not None))
         left = left if left is None else left - len(rows)
         part = _part(file, source, rows, renderer.has_template)
-        opened.append(_read(part, rows, renderer.has_template, partial(rejects.add, number)))
+        opened.append(_read(part, rows, renderer.has_template, partial(rejects.add, number), shapes))
     if not any(len(one.row_K) for one in opened):
         raise rejects.nothing_left(", ".join(str(file.path) for file in files))
     digests_N2 = np.concatenate([one.digests_K2 for one in opened])
@@ -224,6 +179,7 @@ def open_dataset(
         row_N=np.concatenate([one.row_K for one in opened]),
         contents_N=digests_N2[:, 0],
         prompts_N=digests_N2[:, 1],
+        shapes_N=np.concatenate([one.shapes_K for one in opened]),
         rejects=rejects,
         max_length=max_length,
         overlong=overlong,
@@ -235,6 +191,7 @@ class _Opened(NamedTuple):
     part: Part
     row_K: np.ndarray  # int64, the rows that can be used
     digests_K2: np.ndarray
+    shapes_K: np.ndarray
 
 
 def _part(file: DataSource, source: Source | Folder, rows: range, has_template: bool) -> Part:
@@ -268,18 +225,23 @@ def _first_rows(source: Source | Folder, rows: range) -> list[Row]:
     return found
 
 
-def _read(part: Part, rows: range, has_template: bool, reject: Callable[[int, BadRow], None]) -> _Opened:
-    """Understand every row once."""
-    digests_R2 = np.zeros((len(rows), 2), dtype=np.uint64)
+def _read(
+    part: Part, rows: range, has_template: bool, reject: Callable[[int, BadRow], None], shapes: dict[object, int]
+) -> _Opened:
+    """Understand every row once. `shapes` numbers the shapes that were seen, and grows."""
+    digests_R2, shapes_R = np.zeros((len(rows), 2), dtype=np.uint64), np.zeros(len(rows), dtype=np.uint16)
     good = array("q")
     for i in rows:
         try:
-            digests_R2[len(good)] = digests(part.example(i, has_template))
+            example = part.example(i, has_template)
         except BadRow as problem:
             reject(i, problem)
-        else:
-            good.append(i)
-    return _Opened(part, np.array(good, dtype=np.int64), digests_R2[: len(good)])
+            continue
+        digests_R2[len(good)] = digests(example)
+        shapes_R[len(good)] = shapes.setdefault(shape(example), min(len(shapes), MOST_SHAPES))
+        good.append(i)
+    count = len(good)
+    return _Opened(part, np.array(good, dtype=np.int64), digests_R2[:count], shapes_R[:count])
 
 
 def raise_all(problems: Sequence[InputError], rows: int, where: str) -> None:

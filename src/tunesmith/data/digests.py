@@ -1,4 +1,8 @@
-"""Examples as two numbers each, by which equal ones are found: duplicates, leaks between roles, sides of a split."""
+"""Examples as numbers, by which equal ones are found: duplicates, leaks between roles, sides of a split; and as shapes.
+
+Rows of one shape are the same to a chat template but for their texts: what it refuses, it refuses by shape, so a look
+at one row of each shape finds what a sample would miss.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,15 @@ def digests(example: Example) -> tuple[int, int]:
     *before, answer = [_parts(message) for message in example.messages]
     tools = [json.dumps(example.tools, sort_keys=True)] if example.tools else []
     return _digests([*tools, *chain.from_iterable(before)], answer)
+
+
+def shape(example: Example) -> object:
+    """Which kinds of turns follow on each other, and what they hold beside text; the length does not matter."""
+    kinds = [
+        (message["role"], not message["content"].strip(), *sorted(message), weight > 0)
+        for message, weight in zip(example.messages, example.turn_weights, strict=True)
+    ]
+    return frozenset(zip([None, *kinds], [*kinds, None], strict=True)), bool(example.tools), example.prompt is None
 
 
 def _parts(message: Json) -> tuple[str, str, str]:

@@ -32,7 +32,7 @@ def parquet_lines(path: Path) -> Spool:
         raise InputError("reading Parquet files needs pyarrow", where=str(path), fix=fix) from None
     spool = Spool(path)
     try:
-        with parquet.ParquetFile(path, buffer_size=PIECE) as file:
+        with parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
             for row in _rows(file, path):
                 spool.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     except (pyarrow.ArrowException, OSError) as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tunesmith.atomic import TEMPORARY, disk_errors
 from tunesmith.data.badrow import SHOWN, BadRow
 from tunesmith.data.dataset import NOT_RENDERED, Dataset, Part
-from tunesmith.data.scan import scanned_rows
+from tunesmith.data.scan import rare_rows, scanned_rows
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import json_bytes
 from tunesmith.types import DataReport, Json
@@ -82,14 +82,15 @@ def write_rejected(
 
 
 def rejected_rows(dataset: Dataset, *, rendered: bool) -> Iterator[Json]:
-    """The bad rows of a data set. `rendered`: among those that were scanned, look for rows that cannot be rendered."""
+    """The bad rows of a data set. `rendered`: among those that a scan looks at, rows that cannot be rendered, too."""
     for number, row in dataset.rejects.places():
         part = dataset.parts[number]
         try:
             part.example(row, dataset.renderer.has_template)
         except BadRow as problem:
             yield _line(part, row, problem)
-    for index in scanned_rows(dataset).tolist() if rendered else ():
+    scanned_R = scanned_rows(dataset)
+    for index in [*scanned_R.tolist(), *rare_rows(dataset, scanned_R).tolist()] if rendered else ():
         if problem := dataset.limited(None, "drop").prepare(index).problem:
             yield _line(dataset.part(index), int(dataset.row_N[index]), problem)
 

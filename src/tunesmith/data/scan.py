@@ -3,7 +3,8 @@
     Dataset -> Scan -> the numbers of a DataReport
 
 Up to `ALL_ROWS` rows are rendered; of more, a fixed sample of `SAMPLE` rows, and the totals are estimates (the report
-says so). With `overlong: refuse` all rows are rendered, since each may refuse.
+says so). Besides the sample one row of each shape is rendered, since a template that refuses one refuses all of them.
+With `overlong: refuse` all rows are rendered, since each may refuse.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.data.badrow import Rejects
-from tunesmith.data.dataset import Dataset, Prepared, raise_all
+from tunesmith.data.dataset import Dataset, raise_all
+from tunesmith.data.lengths import Prepared
 from tunesmith.data.render import Draft
 from tunesmith.data.schedule import order
 from tunesmith.errors import InputError
@@ -38,6 +40,7 @@ class Scan:
     marked: Mapping[str, list[str]]  # overlong | answer too long | no system | empty prompt -> ids
     notes: Mapping[str, list[str]]  # what the render said -> ids
     rejects: Rejects  # rows that cannot be rendered
+    rare: Rejects  # the same, of shapes that the sample lacks: at least so many
     share: float  # of the rows, that were scanned
 
     def scaled(self, count: int) -> int:
@@ -73,7 +76,24 @@ def scan(dataset: Dataset) -> Scan:
             notes[note].append(prepared.id)
     raise_all(problems, len(rows_R), dataset.path)
     share = len(rows_R) / max(1, len(dataset))
-    return Scan(rows_R, np.array(lengths, np.int64), supervised, truncated, dropped, marked, notes, rejects, share)
+    rare = _rare(dataset, rows_R)
+    return Scan(
+        rows_R, np.array(lengths, np.int64), supervised, truncated, dropped, marked, notes, rejects, rare, share
+    )
+
+
+def _rare(dataset: Dataset, rows_R: np.ndarray) -> Rejects:
+    rejects = Rejects()
+    for row in rare_rows(dataset, rows_R).tolist():
+        if problem := dataset.limited(None, "drop").prepare(row).problem:
+            rejects.count(problem)
+    return rejects
+
+
+def rare_rows(dataset: Dataset, rows_R: np.ndarray) -> np.ndarray:
+    """The first row of each shape, a sample's worth at most, without those that are looked at anyway."""
+    _, first_S = np.unique(dataset.shapes_N, return_index=True)
+    return np.setdiff1d(first_S[:SAMPLE], rows_R)
 
 
 def _drafts(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, Draft]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from rich.text import Text
 
-from tunesmith.data.dataset import Prepared
+from tunesmith.data.lengths import Prepared
 from tunesmith.types import Document
 
 if TYPE_CHECKING:

@@ -104,6 +104,7 @@ def open_source(path: str | Path, *, name: str = "") -> Source | Folder:
     content, container = _content(path, FileBytes(path, stamp(status)))
     starts, ends, lines, columns = array("q"), array("q"), array("q"), array("q")
     with content.opened() as file:
+        _check_signature(file, path)
         decode, places = container(file, name)
         for place in places:
             starts.append(place.start)
@@ -131,6 +132,20 @@ def _content(path: Path, file: FileBytes) -> tuple[Bytes, Container]:
     known = f"{', '.join(CONTAINERS)} (each also as .gz), .parquet, or a folder of .txt and .md files"
     what = f"cannot read {inner + suffix if suffix == '.gz' else suffix or 'files without a suffix'}"
     raise InputError(what, where=str(path), fix=f"use {known}")
+
+
+def _check_signature(file: BinaryIO, path: Path) -> None:
+    """A packed file under the name of a text would only be told as thousands of rows that are not UTF-8."""
+    head = file.read(4)
+    file.seek(0)
+    for signature, kind in (
+        (b"\x1f\x8b", "gzip"),
+        (b"PAR1", "Parquet"),
+        (b"PK\x03\x04", "zip, as .xlsx and .docx are"),
+    ):
+        if head.startswith(signature):
+            fix = "give it the suffix of what it is, or unpack it"
+            raise InputError(f"the content is {kind}, not text", where=str(path), fix=fix)
 
 
 # ---------------------------------------------------------------- containers
