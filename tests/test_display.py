@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from tunesmith.display import comparison_table, data_view, diagnosis_view, outcome, plan_table, record_view, value_text
 from tunesmith.diagnosis import Check, Diagnosis, Fit
+from tunesmith.display import comparison_table, data_view, diagnosis_view, outcome, plan_table, record_view, value_text
 from tunesmith.types import (
     Choice,
     Comparison,

@@ -92,8 +92,8 @@ def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
 def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
     """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises InputError when
     what the run stands on has changed; with `allow_drift` it says so, and takes the first measures again."""
-    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
     with _wish(path) as wish, RunFolder.open(path) as folder:
+        plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
         if (path / RECORD).exists():
             raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
         _describe(folder, plan)

@@ -85,7 +85,9 @@ class RunFolder:
     def open(cls, path: Path) -> Self:
         """An earlier run, to go on with. Raises InputError if it is none or in use."""
         if not (path / PLAN).is_file():
-            raise InputError(f"not a run folder: there is no {PLAN}", where=str(path))
+            raise InputError(
+                f"not a run folder: there is no {PLAN}", where=str(path), fix="begin the run with `tunesmith train`"
+            )
         with disk_errors(path):
             lock = _locked(path)
             remove_leftovers(path)
@@ -128,9 +130,10 @@ class RunFolder:
         return ""
 
     def settle(self) -> None:
-        """Writes what waits. Raises MachineError if the disk still does not take it."""
+        """Writes what waits, and forces all lines to the disk. Raises MachineError if it still does not take them."""
         with disk_errors(self.path / EVENTS, len(self._waiting)):
             self._write_waiting()
+            os.fsync(self._events)
 
     def _write_waiting(self) -> None:
         while self._waiting:

@@ -6,7 +6,17 @@ from tunesmith.recipe import ALIASES, KEYS
 
 FROZEN = [
     *("model", "method", "adapter_from", "stage"),
-    *("data", "eval_data", "eval_split", "test_data", "retention_data", "max_examples", "skip_bad", "template", "schema"),
+    *(
+        "data",
+        "eval_data",
+        "eval_split",
+        "test_data",
+        "retention_data",
+        "max_examples",
+        "skip_bad",
+        "template",
+        "schema",
+    ),
     *("max_length", "overlong", "pack_length", "batch_size", "num_train_epochs", "max_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm"),
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),

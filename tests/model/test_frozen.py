@@ -1,7 +1,7 @@
 import pytest
 import torch
-from tiny import step_gradients, tiny_documents, tiny_model, worst_difference
 
+from tiny import step_gradients, tiny_documents, tiny_model, worst_difference
 from tunesmith.model.adapters import lora_layers
 from tunesmith.model.frozen import Blocked, Plain, blocks_here
 

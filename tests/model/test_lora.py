@@ -39,7 +39,9 @@ def random(*shape: int, seed: int = 5) -> Tensor:
 def by_hand(layer: LoraLinear, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What a LoraLinear stands for, in operations that autograd knows."""
     dropped = x if mask is None else x * mask
-    return F.linear(x, layer.frozen.weight, layer.bias) + layer.scale * F.linear(F.linear(dropped, layer.lora_A), layer.lora_B)
+    return F.linear(x, layer.frozen.weight, layer.bias) + layer.scale * F.linear(
+        F.linear(dropped, layer.lora_A), layer.lora_B
+    )
 
 
 def dropout_mask(like: Tensor, rate: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Jinja as chat templates know it: the settings and names that transformers gives them.
 
-    stock_environment(now): renders plain strings, as inference engines do
+    StockEnvironment(now): renders plain strings, as inference engines do, under a budget
 
 The rules are those of transformers' chat templates; nothing of it is imported.
 """
@@ -8,17 +8,22 @@ The rules are those of transformers' chat templates; nothing of it is imported.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2 import TemplateError, nodes, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from tunesmith.data.budget import USABLE, Budgeted
+from tunesmith.data.limits import added, check_join
+from tunesmith.data.tracked import TooLarge
 
 
 class Generation(Extension):
@@ -35,15 +40,6 @@ class Generation(Extension):
         return caller()
 
 
-class NoFolding(CodeGenerator):
-    """Nothing is computed while a template is compiled: no budget would bound it."""
-
-    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
-        if isinstance(node, nodes.TemplateData):
-            return super()._output_child_to_const(node, frame, finalize)
-        raise nodes.Impossible
-
-
 def settings() -> dict[str, Any]:
     """Those of transformers: what a chat template may count on."""
     return {"trim_blocks": True, "lstrip_blocks": True, "optimized": False, "extensions": [Generation, loopcontrols]}
@@ -53,16 +49,35 @@ def names() -> dict[str, Any]:
     return {"raise_exception": _raise, "dict": _Dict(), "namespace": _Namespace}
 
 
-class _StockEnvironment(ImmutableSandboxedEnvironment):
-    code_generator_class = NoFolding
+class StockEnvironment(Budgeted):
+    """Plain text, by Jinja's own filters."""
+
+    def __init__(self, now: datetime) -> None:
+        filters = {name: FILTERS[name] for name in USABLE} | {"tojson": stock_json, "+": added, "~": _joined}
+        functions = names() | {"strftime_now": lambda form: formatted(now, form)}
+        super().__init__(filters, functions, finalize=_printed, **settings())
+        self.concat = self._concat  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _concat(self, pieces: Iterable[str]) -> str:
+        return self.charge("".join(self.bounded(pieces)))
 
 
-def stock_environment(now: datetime) -> ImmutableSandboxedEnvironment:
-    environment = _StockEnvironment(**settings())
-    environment.filters["tojson"] = stock_json
-    environment.globals |= names()
-    environment.globals["strftime_now"] = now.strftime
-    return environment
+@pass_environment
+def _printed(environment: StockEnvironment, value: Any) -> Any:
+    return environment.walked(value)
+
+
+def _joined(values: list[Any]) -> str:
+    """Terms of a `~`."""
+    texts = [str(value) for value in values]
+    check_join("", texts)
+    return "".join(texts)
+
+
+def formatted(now: datetime, form: str) -> str:
+    if len(form) > 200 or re.search(r"%\W*\d", form):
+        raise TooLarge("strftime_now with a width")
+    return now.strftime(form)
 
 
 def stock_json(

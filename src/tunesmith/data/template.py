@@ -1,14 +1,15 @@
 """A chat template, compiled once: messages go in, tracked text comes out.
 
-The syntax tree is rewritten so that string literals are tracked text and every loop turn ticks against the budget of
-`sandbox.py`. `stock` renders the same template with plain strings and plain Jinja, as inference engines
-do: the two texts must be equal.
+The syntax tree is rewritten so that string literals are tracked text and all work is paid for (budget.py). `stock`
+renders the same template with plain strings and Jinja's own filters, as inference engines do: the two texts must be
+equal. Nothing here is rendered without a budget.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,10 @@ from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
-from jinja2.visitor import NodeTransformer
 
-from tunesmith.data.jinja import stock_environment
+from tunesmith.data.bounding import Bounding
+from tunesmith.data.budget import Budgeted
+from tunesmith.data.jinja import StockEnvironment
 from tunesmith.data.sandbox import TrackedEnvironment
 from tunesmith.data.tokenizer import read_json
 from tunesmith.data.tracked import LostOrigin, TooLarge, Tracked, literal
@@ -37,45 +39,48 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise InputError(f"the chat template has more than {MAX_SOURCE} characters", where=name)
         self.source, self.name = source, name
-        self.literals: frozenset[str] = frozenset()
         self._lock = threading.Lock()  # the budget of a render lives in the environment
-        self._environment = TrackedEnvironment(now)
+        self._environment, self._plain = TrackedEnvironment(now), StockEnvironment(now)
         try:
-            self._tracked = self._compile(source)
-            self._stock = stock_environment(now).from_string(source)
+            tree = self._plain.parse(source)
+            texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+            self.literals = frozenset(texts | {node.data for node in tree.find_all(nodes.TemplateData)})
+            self._tracked = _compiled(self._environment, source, _Tracking(self._environment))
+            self._stock = _compiled(self._plain, source, Bounding())
         except TemplateSyntaxError as error:
             what = f"the chat template is not valid Jinja: {error.message}"
             raise InputError(what, where=f"{name}:{error.lineno}") from error
-        except (TemplateError, RecursionError) as error:
+        except (TemplateError, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
             raise InputError(f"the chat template cannot be compiled: {error}", where=name) from error
-
-    def _compile(self, source: str) -> Template:
-        tree = self._environment.parse(source)
-        texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        self.literals = frozenset(texts | {node.data for node in tree.find_all(nodes.TemplateData)})
-        tree = _Rewrite(self._environment).visit(tree)
-        tree.set_environment(self._environment)
-        code = self._environment.compile(tree)
-        return Template.from_code(self._environment, code, self._environment.make_globals(None))
 
     def render(self, variables: Mapping[str, Any]) -> Tracked:
         """Raises InputError with the template's line; the caller adds the row."""
-        with self._lock:
+        with self._lock, self._faults(self._tracked):
             self._environment.start_budget()
-            try:
-                context = self._tracked.new_context(dict(variables))
-                return self._environment.output(self._tracked.root_render_func(context))
-            except FAULTS as error:
-                line = _template_line(error.__traceback__, self._tracked)
-                place = f"{self.name}, line {line}: " if line else f"{self.name}: "
-                raise InputError(f"{place}{_reason(error)}", fix=_remedy(error)) from error
+            context = self._tracked.new_context(dict(variables))
+            return self._environment.output(self._tracked.root_render_func(context))
 
     def stock(self, variables: Mapping[str, Any]) -> str:
-        """To be called only after `render` went through with the same values, which bounds its work."""
+        """The same by plain Jinja, under a budget of the same size."""
+        with self._lock, self._faults(self._stock):
+            self._plain.start_budget()
+            context = self._stock.new_context(dict(variables))
+            return "".join(self._plain.bounded(self._stock.root_render_func(context)))
+
+    @contextmanager
+    def _faults(self, template: Template) -> Iterator[None]:
         try:
-            return "".join(self._stock.root_render_func(self._stock.new_context(dict(variables))))
+            yield
         except FAULTS as error:
-            raise InputError(f"{self.name}: plain Jinja cannot render this: {error}") from error
+            line = _template_line(error.__traceback__, template)
+            place = f"{self.name}, line {line}: " if line else f"{self.name}: "
+            raise InputError(f"{place}{_reason(error)}", fix=_remedy(error)) from error
+
+
+def _compiled(environment: Budgeted, source: str, rewrite: Bounding) -> Template:
+    tree = rewrite.visit(environment.parse(source))
+    tree.set_environment(environment)
+    return Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
 
 
 def _reason(error: BaseException) -> str:
@@ -125,8 +130,8 @@ def _read(path: Path) -> str:
         raise InputError(f"the chat template cannot be read: {error}", where=str(path)) from error
 
 
-class _Rewrite(NodeTransformer):
-    """String literals become tracked text; `+` and `~` become one call; loop turns tick (calls do it themselves)."""
+class _Tracking(Bounding):
+    """String literals become tracked text, where they are not only looked up or compared."""
 
     def __init__(self, environment: TrackedEnvironment) -> None:
         self.environment, self.made = environment, 0
@@ -139,20 +144,6 @@ class _Rewrite(NodeTransformer):
         setattr(self.environment, name, literal(node.value))
         return nodes.EnvironmentAttribute(name, lineno=node.lineno)
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
-        node.node = self.visit(node.node)
-        if not isinstance(node.arg, nodes.Const):  # a literal key is only looked up
-            node.arg = self.visit(node.arg)
-        return self._call("tick", node) if isinstance(node.arg, nodes.Slice) else node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Expr:
-        if not isinstance(node.expr, nodes.Const):
-            node.expr = self.visit(node.expr)
-        for operand in node.ops:
-            if not isinstance(operand.expr, nodes.Const):
-                operand.expr = self.visit(operand.expr)
-        return node
-
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         node.nodes = [
             nodes.TemplateData(str(part.value), lineno=part.lineno)
@@ -161,33 +152,3 @@ class _Rewrite(NodeTransformer):
             for part in node.nodes
         ]
         return node
-
-    def visit_Add(self, node: nodes.Add) -> nodes.Expr:
-        terms: list[nodes.Expr] = []
-        left: nodes.Expr = node
-        while isinstance(left, nodes.Add):
-            terms.append(left.right)
-            left = left.left
-        return self._chain("+", [left, *reversed(terms)], node.lineno)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
-        return self._chain("~", node.nodes, node.lineno)
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        if node.test is not None:
-            node.test = nodes.And(self._tick(node.lineno), node.test, lineno=node.lineno)
-        node.body.insert(0, nodes.ExprStmt(self._tick(node.lineno), lineno=node.lineno))
-        return node
-
-    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier) -> nodes.Node:
-        raise TemplateSyntaxError("autoescape is not supported in chat templates", node.lineno)
-
-    def _tick(self, line: int) -> nodes.Expr:
-        return self._call("tick", nodes.Const(True, lineno=line))
-
-    def _chain(self, name: str, terms: list[nodes.Expr], line: int) -> nodes.Expr:
-        return self._call(name, nodes.List([self.visit(term) for term in terms], lineno=line))
-
-    def _call(self, name: str, value: nodes.Expr) -> nodes.Expr:
-        return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)

@@ -194,7 +194,11 @@ def concat(pieces: Sequence[str]) -> Tracked:
             size += len(piece)
             if size > MAX_CHARS:
                 raise TooLarge(f"a text of more than {MAX_CHARS} characters")
-            runs += piece._runs
+            more = piece._runs
+            if runs and more and runs[-1] == more[1]:
+                runs[-2] += more[0]
+                more = more[2:]
+            runs += more
         elif not _is_empty(piece):
             raise TypeError(f"expected a text, got {type(piece).__name__}")
     return Tracked("".join(pieces), tuple(runs))

@@ -47,8 +47,12 @@ def reread_merged(job: Job) -> Reread:
 
 
 def _copy(job: Job, *left_out: str) -> None:
-    ignore = shutil.ignore_patterns(MANIFEST, *left_out)
-    shutil.copytree(job.run.saved, job.folder, dirs_exist_ok=True, ignore=ignore)
+    """File by file: `copytree` would gather errors and lose what the disk said."""
+    for file in sorted(job.run.saved.rglob("*")):
+        if file.is_file() and file.name not in (MANIFEST, *left_out):
+            place = job.folder / file.relative_to(job.run.saved)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 def _rendered(job: Job) -> list[tuple[int, ...]]:

@@ -67,7 +67,7 @@ def max_length(known: Known) -> Choice:
 
 
 def pack_length(known: Known) -> Choice:
-    """4k tokens on a CPU: about 8% faster than 2k, whose products have half the rows. 8k on a GPU for large products."""
+    """4k tokens on a CPU: about 8% faster than 2k, whose products have half the rows. 8k on a GPU."""
     target = 4096 if known.machine.device == "cpu" else 8192
     value = max(target, known["max_length"])
     return rule(value, "speed only, never results: documents of a step are laid side by side, blind to each other")

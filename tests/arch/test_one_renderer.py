@@ -1,0 +1,82 @@
+"""Chat templates of strangers are compiled in one file, in environments with a budget, and rendered nowhere else."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+import jinja2.nativetypes
+import jinja2.sandbox
+import pytest
+
+import tunesmith
+
+PACKAGE = Path(tunesmith.__file__).parent
+ENVIRONMENTS = {
+    name
+    for module in (jinja2, jinja2.sandbox, jinja2.nativetypes)
+    for name, found in vars(module).items()
+    if isinstance(found, type) and issubclass(found, (jinja2.Environment, jinja2.Template))
+}
+OURS = {"Budgeted", "TrackedEnvironment", "StockEnvironment"}
+MAKING = {"from_string", "get_template", "select_template", "overlay", "apply_chat_template"}
+ALLOWED = {
+    ("data/budget.py", "ImmutableSandboxedEnvironment"),  # the base of our two
+    ("data/jinja.py", "Budgeted"),
+    ("data/sandbox.py", "Budgeted"),
+    ("data/template.py", "Budgeted"),  # a type
+    ("data/template.py", "Template"),
+    ("data/template.py", "TrackedEnvironment"),
+    ("data/template.py", "StockEnvironment"),
+    ("model/load.py", "apply_chat_template"),  # the second opinion: transformers' own render
+    ("model/readback.py", "apply_chat_template"),
+}
+
+
+def uses(source: str) -> Iterator[str]:
+    """Names by which a template could be compiled or rendered."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            theirs = (node.module or "").partition(".")[0] == "jinja2"
+            yield from (one.name for one in node.names if one.name in (ENVIRONMENTS if theirs else OURS))
+        elif isinstance(node, ast.Import):
+            yield from (one.name for one in node.names if one.name.partition(".")[0] == "jinja2")
+        elif isinstance(node, ast.Attribute) and node.attr in MAKING:
+            yield node.attr
+
+
+def test_one_file_makes_environments() -> None:
+    found = {
+        (path.relative_to(PACKAGE).as_posix(), name)
+        for path in PACKAGE.rglob("*.py")
+        for name in uses(path.read_text())
+    }
+    assert found == ALLOWED
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from jinja2 import Environment",
+        "from jinja2.sandbox import SandboxedEnvironment as Safe",
+        "from jinja2.nativetypes import NativeEnvironment",
+        "import jinja2.sandbox as js",
+        "from tunesmith.data.sandbox import TrackedEnvironment",
+        "environment.from_string(source)",
+        "tokenizer.apply_chat_template(messages)",
+    ],
+)
+def test_a_second_one_would_be_noticed(line: str) -> None:
+    assert list(uses(line))
+
+
+def test_the_two_environments_are_sandboxed_and_paid_for() -> None:
+    from tunesmith.data.budget import Budgeted
+    from tunesmith.data.jinja import StockEnvironment
+    from tunesmith.data.sandbox import TrackedEnvironment
+
+    assert issubclass(Budgeted, jinja2.sandbox.ImmutableSandboxedEnvironment)
+    assert issubclass(TrackedEnvironment, Budgeted)
+    assert issubclass(StockEnvironment, Budgeted)

@@ -1,0 +1,60 @@
+"""A process whose children die, or find the disk full, at calls that change a file while they export a finished run.
+
+    LD_PRELOAD=faultyfiles.so python dying_export.py FOLDER MODE EVERY TARGET...   ->   one JSON object on stdout
+
+Every EVERYth call is tried, from the first to the one after the last, where the export succeeds. TARGET is gguf-f16 and
+the like. What a death leaves must be nothing under the final name, or all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
+
+import torch
+from dying import MODES, armed, child
+from tiny_export import save_model, save_run
+
+from tunesmith import run
+from tunesmith.atomic import damage
+
+
+def left(place: Path) -> str:
+    """What stands under the final name, and whether anything is left beside it."""
+    what = ("whole" if not damage(place) else f"damaged: {damage(place)}") if place.exists() else "nothing"
+    beside = sorted(path.name.partition("-made")[0] for path in place.parent.iterdir() if path != place)
+    return " ".join([what, *beside])
+
+
+def try_all(finished: Path, name: str, folder: Path, mode: int, every: int) -> dict[str, object]:
+    target, _, kind = name.partition("-")
+    endings: Counter[str] = Counter()
+    for call in range(1, 10**6, every):
+        place = folder / name / "made"
+        place.parent.mkdir(parents=True)
+
+        def export(place: Path = place, call: int = call) -> str:
+            armed(place.parent, call, mode)
+            return run.export(finished, target, kind=kind or None, out=place).path
+
+        status, said = child(export)
+        reason = next((words for words in ("no room on the disk",) if words in said), "" if status in (0, 9) else said)
+        endings[" ".join(part for part in (str(status), left(place), reason) if part)] += 1
+        shutil.rmtree(place.parent)
+        if status == 0:
+            return {"calls": call - 1, "endings": endings}
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, mode, every, *names = Path(sys.argv[1]), MODES.index(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+    code, said = child(lambda: str(save_run(folder / "work", save_model(folder / "model"))))
+    assert code == 0, said
+    print(json.dumps({name: try_all(Path(said), name, folder, mode, every) for name in names}))  # noqa: T201

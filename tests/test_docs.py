@@ -1,0 +1,94 @@
+"""The pages say what the program says: the table of keys is made from the schema, every verb has a page."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from tunesmith import cli
+from tunesmith.recipe import ALIASES, KEYS, DataSource, recipe_schema
+from tunesmith.recipefile import expected, load_recipe
+from tunesmith.types import Json
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {"resume": "train", "data check": "data", "data show": "data", "schema": "recipe", "demo": "train"}
+
+
+def test_the_table_of_keys_is_the_schema() -> None:
+    """After a change of a key: put the lines that this compares with into the page."""
+    page = (DOCS / "recipe.md").read_text()
+    assert tables(page)[0] == key_table()
+    assert tables(page)[1] == source_table()
+
+
+def key_table() -> list[str]:
+    properties = recipe_schema()["properties"]
+    aliases = {key: [alias for alias, of in ALIASES.items() if of == key] for key in KEYS.values()}
+    lines = ["| key | takes | if left out | what it is | also called |", "|---|---|---|---|---|"]
+    return lines + [row(key, properties[key], names(aliases[key])) for key in KEYS.values()]
+
+
+def source_table() -> list[str]:
+    properties = DataSource.model_json_schema()["properties"]
+    return ["| key | takes | if left out | what it is |", "|---|---|---|---|"] + [
+        row(k, v) for k, v in properties.items()
+    ]
+
+
+def row(key: str, schema: Json, *more: str) -> str:
+    default = schema.get("default", "needed" if key in ("model", "data", "path") else None)
+    cells = [f"`{key}`", takes(schema), shown(default), schema["description"].rstrip("."), *more]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def takes(schema: Json) -> str:
+    if schema.get("type") == "object":
+        return "a mapping"
+    return re.sub(r"'([a-z0-9_-]+)'", r"`\1`", expected(schema)).removesuffix(" or null")
+
+
+def shown(default: object) -> str:
+    if default in (None, [], {}):
+        return "-"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def names(aliases: list[str]) -> str:
+    return ", ".join(f"`{alias}`" for alias in aliases)
+
+
+def tables(page: str) -> list[list[str]]:
+    return [block.strip().splitlines() for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipe.md"])
+def test_the_recipes_of_the_pages_load(page: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "recipe.yaml").write_text(block)
+        assert load_recipe(tmp_path / "recipe.yaml").model
+
+
+# ---------------------------------------------------------------- pages
+
+
+def test_every_verb_has_a_page_with_its_options() -> None:
+    for name, verb in cli.VERBS.items():
+        page = (DOCS / f"{PAGES.get(name, name)}.md").read_text()
+        assert f"tunesmith {name}" in page, name
+        options = set(inspect.signature(verb).parameters) - {"wish", "folder", "path", "as_json", "from_config"}
+        assert {option for option in options if f"--{option.replace('_', '-')}" not in page} == set(), name
+
+
+def test_every_page_is_in_the_index_and_every_link_leads_somewhere() -> None:
+    index = (DOCS / "README.md").read_text()
+    for page in DOCS.glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
