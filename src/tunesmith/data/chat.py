@@ -36,6 +36,13 @@ class Habits:
     text_arguments: bool = True  # ... given as JSON text
 
 
+class Variables:
+    """What a template sees beside the conversation: special tokens and the user's settings; the template's own text."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.plain, self.tracked = dict(values), track(dict(values), TEMPLATE)
+
+
 class Chat:
     """Raises InputError for a role that the template does not know."""
 
@@ -44,10 +51,9 @@ class Chat:
         template: ChatTemplate,
         messages: Sequence[Json],
         tools: Sequence[Json],
-        variables: Mapping[str, Any],
+        variables: Variables,
         habits: Habits,
     ) -> None:
-        """`variables`: what else the template sees, special tokens and the user's settings; the template's own text."""
         self.template, self.variables = template, variables
         self.messages = [_as_wanted(message, habits) for message in messages]
         self.tools = list(tools) or None
@@ -57,12 +63,12 @@ class Chat:
     def render(self, count: int, *, prompt: bool = False) -> Tracked:
         """The first `count` messages; with `prompt`, and the start of an answer after them."""
         return self.template.render(
-            track(self.variables, TEMPLATE) | _given(self._tracked[:count], self._tracked_tools, prompt)
+            {**self.variables.tracked, **_given(self._tracked[:count], self._tracked_tools, prompt)}
         )
 
     def stock(self, count: int) -> str:
         """The same text as inference engines write it."""
-        return self.template.stock({**self.variables, **_given(self.messages[:count], self.tools, False)})
+        return self.template.stock({**self.variables.plain, **_given(self.messages[:count], self.tools, False)})
 
     @cached_property
     def _tracked_tools(self) -> list[Any] | None:

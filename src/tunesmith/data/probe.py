@@ -10,11 +10,11 @@ answer (`<|return|>`). Some templates write none.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data.chat import Chat, Habits
+from tunesmith.data.chat import Chat, Habits, Variables
 from tunesmith.data.encode import Found, MarkedText
 from tunesmith.data.template import ChatTemplate
 from tunesmith.data.tokenizer import ChatTokenizer, Control
@@ -42,7 +42,7 @@ class Protocol:
     end_ids: tuple[int, ...]
 
 
-def probe(template: ChatTemplate, tokenizer: ChatTokenizer, variables: Mapping[str, Any]) -> Protocol:
+def probe(template: ChatTemplate, tokenizer: ChatTokenizer, variables: Variables) -> Protocol:
     """Tokens that mark turns are made control tokens in the tokenizer: they must not come from an answer's text."""
     prober = _Prober(template, tokenizer, variables)
     parts = not prober.writes_answers(Habits()) and prober.writes_answers(Habits(parts=True))
@@ -73,7 +73,7 @@ def _call(arguments: Any) -> Json:
 class _Prober:
     template: ChatTemplate
     tokenizer: ChatTokenizer
-    variables: Mapping[str, Any]
+    variables: Variables
 
     def marked(self, messages: Sequence[Json], habits: Habits) -> MarkedText | None:
         """None if the template cannot render these messages."""

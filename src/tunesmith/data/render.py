@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.chat import Chat
+from tunesmith.data.chat import Chat, Variables
 from tunesmith.data.encode import Encoded, MarkedText, encode, plain_runs
 from tunesmith.data.probe import Protocol, probe
 from tunesmith.data.template import ChatTemplate, find_templates
@@ -75,7 +75,7 @@ class Renderer:
         """`templates`: "default" and perhaps "tool_use", for rows with tools. `variables`: what templates may be told,
         such as {"enable_thinking": False}; prompts and answers are rendered with the same."""
         self.tokenizer, self.templates = tokenizer, dict(templates or {})
-        self._variables = {**tokenizer.named, **(variables or {})}
+        self._variables = Variables({**tokenizer.named, **(variables or {})})
         self._protocols = {
             name: probe(template, tokenizer, self._variables) for name, template in self.templates.items()
         }
@@ -83,7 +83,7 @@ class Renderer:
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(ends + list(tokenizer.end_ids)))
         self.control_ids = tokenizer.control_ids
         sources = [tokenizer.sha256, {name: template.source for name, template in self.templates.items()}]
-        self.fingerprint = hashlib.sha256(json.dumps([*sources, self._variables]).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([*sources, self._variables.plain]).encode()).hexdigest()
 
     @classmethod
     def from_folder(
