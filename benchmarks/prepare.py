@@ -27,12 +27,14 @@ class Size:
     rows: int  # trained on
     more_rows: int  # of the start and of rendering
     seconds: float  # measured time of a setting
+    rounds: int  # in which the fastest settings and tunesmith take turns
+    round_seconds: float  # measured time of each of them in a round
     gemm_seconds: float  # of each product
     loss_steps: int
 
 
-FULL = Size(rows=512, more_rows=1000, seconds=20, gemm_seconds=0.5, loss_steps=20)
-QUICK = Size(rows=64, more_rows=150, seconds=0.1, gemm_seconds=0.02, loss_steps=6)
+FULL = Size(rows=512, more_rows=1000, seconds=15, rounds=3, round_seconds=40, gemm_seconds=0.5, loss_steps=20)
+QUICK = Size(rows=64, more_rows=150, seconds=0.1, rounds=2, round_seconds=0.1, gemm_seconds=0.02, loss_steps=6)
 
 
 @dataclass(frozen=True, eq=False)
