@@ -5,6 +5,7 @@ own where the package has one, else trl's; Llama 2 has none, so it gets the usua
 """
 
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.resources import files
@@ -46,8 +47,9 @@ WORDS = [
 
 
 def find(root: Path, name: str) -> Path | None:
-    """The folder of a tokenizer below `root`."""
-    found = sorted(path.parent for path in root.rglob("tokenizer.json") if f"tokenizer-{name}-" in str(path))
+    """The folder of a tokenizer below `root`: npm's node_modules, or unpacked packages."""
+    named = re.compile(rf"tokenizer-{name}[-/]")
+    found = sorted(path.parent for path in root.rglob("tokenizer.json") if named.search(str(path)))
     return found[0] if found else None
 
 
