@@ -133,9 +133,37 @@ def tiny_documents(lengths: Iterable[int] = LENGTHS) -> list[Document]:
     return [tiny_document(length, place) for place, length in enumerate(lengths)]
 
 
-def one_batch(documents: Sequence[Document]) -> Batch:
+def after(prompt: Document, fed: int, length: int, seed: int = 0) -> Document:
+    """A document that begins with the first `fed` tokens of another one, and goes on for `length`."""
+    end = tiny_document(length, seed)
+    tokens_L = np.concatenate((prompt.tokens_L[:fed], end.tokens_L))
+    weights_L = np.concatenate((prompt.weights_L[:fed], end.weights_L))
+    return Document(f"{prompt.id}[:{fed}]+{end.id}", tokens_L, weights_L)
+
+
+def branching_documents() -> list[Document]:
+    """Beginnings in common with targets inside, some longer than others; two documents that are equal, one that ends
+    where another goes on, and some that share nothing."""
+    prompt, other = tiny_document(40, 7), tiny_document(21, 8)
+    deeper = after(prompt, 33, 50, 1)
+    return [
+        after(prompt, 33, 5),
+        tiny_document(13),
+        deeper,
+        after(deeper, 55, 9),
+        after(other, 17, 3, 2),
+        after(deeper, 55, 1, 3),
+        dataclasses.replace(deeper),
+        other,
+        prompt,
+        after(other, 21, 6, 4),
+        tiny_document(2),
+    ]
+
+
+def one_batch(documents: Sequence[Document], *, share: bool = False) -> Batch:
     """All documents in one pack, as batches of training are made."""
-    (pack,) = pack_step(documents, 10**6)
+    (pack,) = pack_step(documents, 10**6, share=share)
     return collate(pack)
 
 
@@ -151,11 +179,11 @@ def targets_of(batch: Batch, place: int) -> Batch:
 
 
 def step_gradients(
-    model: LanguageModel, documents: Sequence[Document], pack_length: int
+    model: LanguageModel, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss of one step, and its gradient by name."""
     parameters, count, total = trainable(model.network), weight_count(documents), 0.0
-    for pack in pack_step(documents, pack_length):
+    for pack in pack_step(documents, pack_length, share=share):
         loss = one_loss(model, collate(pack), count)
         loss.backward()
         total += float(loss.detach())

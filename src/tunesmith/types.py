@@ -167,27 +167,43 @@ class Document:
 
 @dataclass(frozen=True)
 class Pack:
-    """Documents computed in one forward, side by side, blind to each other."""
+    """Documents computed in one forward, side by side, blind to each other. The first `shared[i]` fed tokens of
+    document i are those of document i - 1 and computed once; empty: nothing is shared."""
 
     documents: tuple[Document, ...]
+    shared: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Layout:
     """Who may see whom in a pack: the only description that attention gets. Segment i is tokens
-    starts[i] : starts[i] + lengths[i]; a token sees the earlier tokens of its own segment, itself included."""
+    starts[i] : starts[i] + lengths[i]; a token sees the earlier tokens of its own segment, itself included, and all of
+    the segments that its own one continues: its parent, the parent's parent, up to a root."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    parents: tuple[int, ...] = ()  # a parent stands before its children, -1: a root; empty: all are roots
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
+    def path(self, segment: int) -> tuple[int, ...]:
+        """From the root down to the segment, itself included."""
+        path = [segment]
+        while self.parents and self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        return tuple(reversed(path))
+
+    def before(self, segment: int) -> int:
+        """How many tokens a segment continues: the position of its first token."""
+        return sum(self.lengths[i] for i in self.path(segment)[:-1])
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A pack as tensors. Targets are a list apart: hidden state `positions_S[k]` predicts `targets_S[k]`."""
+    """A pack as tensors. Targets are a list apart: hidden state `positions_S[k]` predicts `targets_S[k]`. Where
+    documents share tokens each of them has its own targets, so a place may stand there more than once."""
 
     tokens_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64, from 0 in each document

@@ -1,5 +1,6 @@
 """Every attention backend equals `reference`, forward and backward, and no document sees another."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -17,6 +18,14 @@ Attention = Callable[[Tensor, Tensor, Tensor, Layout, Rule], Tensor]
 # One token, neighbours of equal length, primes, and both sides of the C kernel's blocks of 6, 16, 64 and 96
 # tokens; with a window the last one starts at its second block.
 LENGTHS = [(1,), (2, 1, 1, 3), (7, 5, 5, 5, 2), (6, 48, 49, 47), (64, 63, 65, 1), (97, 53, 130), (96, 95, 17, 290)]
+# Branches of one prefix, prefixes of prefixes, lone tokens, beginnings of every length modulo 6.
+FORESTS = [
+    ((3, 2, 1, 4), (-1, 0, 0, -1)),
+    ((1, 1, 1, 9, 40), (-1, 0, 1, 2, 0)),
+    ((115, 60, 33, 97, 20, 31), (-1, 0, 0, 2, 2, -1)),
+    ((64, 16, 96, 130, 5, 7), (-1, 0, 1, 1, -1, 4)),
+    ((98, 101, 3), (-1, 0, 1)),
+]
 RULES = {
     "plain": Rule(scale=0.3),
     "self only": Rule(scale=0.3, window=1),
@@ -31,6 +40,10 @@ HEADS = [(4, 4, 8), (6, 2, 8), (3, 1, 16)]  # query heads, key heads, head size
 
 def layout_of(lengths: tuple[int, ...]) -> Layout:
     return Layout((0, *itertools.accumulate(lengths[:-1])), lengths)
+
+
+LAYOUTS = [layout_of(lengths) for lengths in LENGTHS]
+LAYOUTS += [dataclasses.replace(layout_of(lengths), parents=parents) for lengths, parents in FORESTS]
 
 
 def random_inputs(
@@ -85,8 +98,7 @@ ATTENTIONS: dict[str, Attention] = {
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 def test_equals_reference_in_fp64(attention: Attention, rule: Rule, heads: tuple[int, int, int]) -> None:
-    for lengths in LENGTHS:
-        layout = layout_of(lengths)
+    for layout in LAYOUTS:
         inputs = random_inputs(layout.tokens, heads)
         ours, expected = run(attention, inputs, layout, rule), run(reference, inputs, layout, rule)
         for one, other in zip(ours, expected, strict=True):
@@ -120,6 +132,46 @@ def test_documents_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
     assert gradients[2][own].any()
 
 
+def test_reference_of_a_forest_is_each_document_alone() -> None:
+    """Three documents with two beginnings in common; gradients of what is shared are sums over them."""
+    layout = Layout((0, 5, 8, 12, 13), (5, 3, 4, 1, 6), (-1, 0, 0, 2, 2))
+    inputs, rule = random_inputs(19, (4, 2, 8)), Rule(scale=0.7, window=9)
+    out, *gradients = run(reference, inputs, layout, rule)
+    summed = [torch.zeros_like(x) for x in gradients]
+    seen = torch.zeros(19)
+    for leaf in (1, 3, 4):
+        rows = torch.cat([torch.arange(19)[layout.starts[i] :][: layout.lengths[i]] for i in layout.path(leaf)])
+        q, k, v, dout = (x[rows] for x in inputs)
+        dout = dout * (seen[rows] == 0)[:, None, None]  # the output of a shared token is one, whoever owns it
+        alone, *parts = run(reference, (q, k, v, dout), layout_of((len(rows),)), rule)
+        torch.testing.assert_close(out[rows], alone, rtol=1e-12, atol=1e-12)
+        for total, part in zip(summed, parts, strict=True):
+            total.index_add_(0, rows, part)
+        seen[rows] = 1
+    for one, other in zip(gradients, summed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("name", ["reference", "documents", "mask", "kernel"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_branches_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
+    """A branch depends on what it continues and on nothing else, to the bit; so do its gradients."""
+    layout = Layout((0, 37, 60, 90), (37, 23, 30, 12), (-1, 0, 0, -1))
+    q, k, v, dout = random_inputs(layout.tokens, (4, 2, 64), dtype)
+    own = torch.zeros(layout.tokens, dtype=torch.bool)
+    own[60:90] = True
+    sees = own.clone()
+    sees[:37] = True
+    other_q, other_k, other_v = (torch.where(sees[:, None, None], x, -x) for x in (q, k, v))
+    out, *gradients = run(BACKENDS[name], (q, k, v, dout * own[:, None, None]), layout, rule)
+    assert torch.equal(BACKENDS[name](other_q, other_k, other_v, layout, rule)[own], out[own])
+    assert not gradients[0][~own].any()
+    for gradient in gradients:
+        assert not gradient[~sees].any()
+    assert gradients[2][:37].any() == (rule.window is None or rule.window > 1)
+
+
 # ---------------------------------------------------------------- the C kernel
 
 needs_kernel = pytest.mark.skipif(not kernels.has_attention(), reason="needs a compiler and AVX512-BF16")
@@ -131,13 +183,12 @@ needs_kernel = pytest.mark.skipif(not kernels.has_attention(), reason="needs a c
 def test_kernel_is_as_near_the_truth_as_torch(rule: Rule, heads: tuple[int, int, int]) -> None:
     """Against fp64 on the same bf16 inputs: the kernel rounds weights to bf16, so a little more than `documents`."""
     rule = Rule(scale=rule.scale * 0.2, window=rule.window)
-    for lengths in LENGTHS:
-        layout = layout_of(lengths)
+    for layout in LAYOUTS:
         inputs = random_inputs(layout.tokens, heads, torch.bfloat16)
         exact = run(reference, tuple(x.double() for x in inputs), layout, rule)
         ours = run(BACKENDS["kernel"], inputs, layout, rule)
         for name, one, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
-            assert relative_error(one, truth) < 4e-3, (name, lengths)
+            assert relative_error(one, truth) < 4e-3, (name, layout)
 
 
 @needs_kernel
@@ -260,10 +311,9 @@ def test_whole_numbers_are_caps_and_scales_too() -> None:
 @pytest.mark.parametrize("name", ["varlen", "mask"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_cuda_backends_are_near_the_truth(name: str, rule: Rule) -> None:
-    for lengths in LENGTHS:
-        layout = layout_of(lengths)
+    for layout in LAYOUTS:
         inputs = random_inputs(layout.tokens, (4, 2, 64), torch.bfloat16)
         exact = run(reference, tuple(x.double() for x in inputs), layout, rule)
         ours = run(BACKENDS[name], tuple(x.cuda() for x in inputs), layout, rule)
         for one, truth in zip(ours, exact, strict=True):
-            assert relative_error(one.cpu(), truth) < 1e-2, lengths
+            assert relative_error(one.cpu(), truth) < 1e-2, layout

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import END, LORA, one_batch, tiny_document, tiny_model, tiny_network
+from tiny import END, LORA, after, one_batch, tiny_document, tiny_model, tiny_network
 from tunesmith.errors import GateError
 from tunesmith.model.adapters import METHODS, trainable
 from tunesmith.model.head import target_losses
@@ -72,6 +72,26 @@ def test_twenty_steps_packed_equal_twenty_steps_unpacked() -> None:
     for name in ours:
         assert float((ours[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
     assert steps(packed)[-1].loss != pytest.approx(steps(packed)[0].loss, rel=1e-3)
+
+
+def branching(step: int) -> Sequence[Document]:
+    """Other documents at every step, which begin alike."""
+    prompt, other = tiny_document(24, step), tiny_document(40, 100 + step)
+    tails = ((prompt, 24, 9), (prompt, 20, 5), (other, 31, 12), (other, 40, 1), (other, 30, 17))
+    return [after(*tail, place) for place, tail in enumerate(tails)]
+
+
+def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
+    runs = [trained(branching, steps=20, pack_length=length, share_prefixes=length > 1) for length in (10**6, 80, 1)]
+    (_, ours), (_, halved), (alone, theirs) = runs
+    assert steps(runs[0][0]) != steps(alone), "other numbers on the way"
+    for one, two, other in zip(*(steps(events) for events, _ in runs), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert two.loss == pytest.approx(other.loss, rel=1e-5)
+        assert (one.tokens, one.supervised_tokens) == (other.tokens, other.supervised_tokens)
+    for name in ours:
+        assert float((ours[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
+        assert float((halved[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
 
 
 def test_two_runs_are_bitwise_equal_and_seeds_matter() -> None:

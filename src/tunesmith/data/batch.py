@@ -11,25 +11,32 @@ import numpy as np
 import torch
 
 from tunesmith.data.pack import fed_tokens
+from tunesmith.data.prefixes import segments_of
 from tunesmith.types import Batch, Layout, Pack
 
 
 def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
     """Lay the documents side by side. Target k: the hidden state at `positions_S[k]` predicts `targets_S[k]`."""
     lengths = [fed_tokens(document) for document in pack.documents]
-    starts = [0, *np.cumsum(lengths)[:-1].tolist()]
+    segments, ends_in = segments_of(lengths, pack.shared or (0,) * len(lengths))
+    sizes = [segment.end - segment.begin for segment in segments]
+    layout = Layout(
+        starts=(0, *np.cumsum(sizes)[:-1].tolist()),
+        lengths=tuple(sizes),
+        parents=tuple(segment.parent for segment in segments) if any(pack.shared) else (),
+    )
     positions, targets, weights, owners = [], [], [], []
-    for i, (document, start) in enumerate(zip(pack.documents, starts, strict=True)):
+    for i, document in enumerate(pack.documents):
         targets_K = np.flatnonzero(document.weights_L)  # places of the targets in the document
-        positions.append(targets_K - 1 + start)
+        positions.append(_places(layout, ends_in[i])[targets_K - 1])
         targets.append(document.tokens_L[targets_K])
         weights.append(document.weights_L[targets_K])
         owners.append(np.full(len(targets_K), i))
-    fed = [document.tokens_L[:length] for document, length in zip(pack.documents, lengths, strict=True)]
+    fed = [pack.documents[s.document].tokens_L[s.begin : s.end] for s in segments]
     return Batch(
         tokens_T=_tensor(fed, np.int64, device),
-        positions_T=_tensor([np.arange(length) for length in lengths], np.int64, device),
-        layout=Layout(tuple(starts), tuple(lengths)),
+        positions_T=_tensor([np.arange(s.begin, s.end) for s in segments], np.int64, device),
+        layout=layout,
         positions_S=_tensor(positions, np.int64, device),
         targets_S=_tensor(targets, np.int64, device),
         weights_S=_tensor(weights, np.float32, device),
@@ -37,6 +44,12 @@ def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
         ids=tuple(document.id for document in pack.documents),
         real_tokens=sum(len(document) for document in pack.documents),
     )
+
+
+def _places(layout: Layout, last: int) -> np.ndarray:
+    """Where the tokens of a document that ends in segment `last` stand in the pack."""
+    path = layout.path(last)
+    return np.concatenate([np.arange(layout.starts[i], layout.starts[i] + layout.lengths[i]) for i in path])
 
 
 def _tensor(parts: list[np.ndarray], dtype: type[np.generic], device: torch.device | str) -> torch.Tensor:

@@ -1,14 +1,16 @@
 """Attention over a Layout: `attend(q, k, v, layout)`, one signature, several backends, one reference.
 
-A token attends to the earlier tokens of its own segment, itself included, at most `window` back. Nothing else is seen,
-whatever the backend; tests hold each to `reference`. Left out: what generation stores (cache.py).
-Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a segment, B segments of one length.
+A token attends to the earlier tokens of its own segment, itself included, and to the segments that this one continues,
+at most `window` back. Nothing else is seen, whatever the backend; tests hold each to `reference`. Left out: what
+generation stores (cache.py).
+Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a segment, B segments of one length, P of a
+segment and all that it continues.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +70,17 @@ def choose(backend: str, q: Tensor) -> str:
 # ---------------------------------------------------------------- reference
 
 
-def visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Boolean [L, L]: may the row's token see the column's?"""
-    ahead = torch.arange(length, device=device)
-    distance = ahead[:, None] - ahead
-    return (distance >= 0) & (distance < (window or length + 1))
+def visible(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
+    """Boolean [L, P]: may the row's token see the column's? The columns start `before` tokens ahead of the rows."""
+    ahead = torch.arange(before + length, device=device)
+    distance = ahead[before:, None] - ahead
+    return (distance >= 0) & (distance < (window or before + length + 1))
+
+
+def continued(x: Tensor, layout: Layout, segment: int) -> Tensor:
+    """Rows of x [P, ...] of all that a segment sees: what it continues, from the root on, and itself last."""
+    pieces = [x[layout.starts[i] : layout.starts[i] + layout.lengths[i]] for i in layout.path(segment)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _scores_to_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
@@ -88,12 +96,13 @@ def _scores_to_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """One document after the other, scores written out."""
+    """One segment after the other, scores written out."""
     outputs = []
-    for start, length in zip(layout.starts, layout.lengths, strict=True):
-        q_NLD, k_KLD, v_KLD = (x[start : start + length].transpose(0, 1) for x in (q, k, v))
-        mask = visible(length, rule.window, q.device)
-        outputs.append(_scores_to_output(q_NLD, k_KLD, v_KLD, mask, rule).transpose(0, 1))
+    for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        q_NLD = q[start : start + length].transpose(0, 1)
+        k_KPD, v_KPD = (continued(x, layout, segment).transpose(0, 1) for x in (k, v))
+        mask = visible(length, rule.window, q.device, layout.before(segment))
+        outputs.append(_scores_to_output(q_NLD, k_KPD, v_KPD, mask, rule).transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -110,25 +119,34 @@ def documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Te
     """torch's fused causal attention, per document: no T x T mask, so the work is the sum of the L^2 / 2.
     In fp32 for bf16 inputs: on the CPU that is faster for short documents, and more precise."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    q_wide, k_wide, v_wide = (x.to(wide) for x in (q, k, v))
+    outputs = []
+    if layout.parents:
+        for segment, piece in enumerate(q_wide.split(layout.lengths)):
+            keys, values = (continued(x, layout, segment) for x in (k_wide, v_wide))
+            outputs.append(_fused(piece[None], keys[None], values[None], rule))
+        return torch.cat(outputs).to(q.dtype)
     runs = list(_runs(layout))
     sizes = [count * length for count, length in runs]
-    outputs = []
-    pieces = zip(*(x.to(wide).split(sizes) for x in (q, k, v)), strict=True)
-    for (count, length), piece in zip(runs, pieces, strict=True):
-        q_BNLD, k_BKLD, v_BKLD = (x.unflatten(0, (count, length)).transpose(1, 2) for x in piece)
-        if rule.softcap:
-            out = _scores_to_output(q_BNLD, k_BKLD, v_BKLD, visible(length, rule.window, q.device), rule)
-        elif rule.window is not None and rule.window < length:
-            mask = visible(length, rule.window, q.device)
-            out = F.scaled_dot_product_attention(
-                q_BNLD, k_BKLD, v_BKLD, attn_mask=mask, scale=rule.scale, enable_gqa=True
-            )
-        else:
-            out = F.scaled_dot_product_attention(
-                q_BNLD, k_BKLD, v_BKLD, is_causal=True, scale=rule.scale, enable_gqa=True
-            )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    pieces = zip(*(x.split(sizes) for x in (q_wide, k_wide, v_wide)), strict=True)
+    for run, piece in zip(runs, pieces, strict=True):
+        q_BLND, k_BLKD, v_BLKD = (x.unflatten(0, run) for x in piece)
+        outputs.append(_fused(q_BLND, k_BLKD, v_BLKD, rule))
     return torch.cat(outputs).to(q.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """q [B, L, N, D] are the last queries of keys and values [B, P, K, D] -> [B * L, N, D]."""
+    q_BNLD, k_BKPD, v_BKPD = (x.transpose(1, 2) for x in (q, k, v))
+    length, before = q.shape[1], k.shape[1] - q.shape[1]
+    if rule.softcap:
+        out = _scores_to_output(q_BNLD, k_BKPD, v_BKPD, visible(length, rule.window, q.device, before), rule)
+    elif before or (rule.window is not None and rule.window < length):
+        mask = visible(length, rule.window, q.device, before)
+        out = F.scaled_dot_product_attention(q_BNLD, k_BKPD, v_BKPD, attn_mask=mask, scale=rule.scale, enable_gqa=True)
+    else:
+        out = F.scaled_dot_product_attention(q_BNLD, k_BKPD, v_BKPD, is_causal=True, scale=rule.scale, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- CPU with bf16 products: attention.c
@@ -167,7 +185,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: 
     """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do (other dtypes and processors,
     odd head sizes, soft caps) takes `documents`."""
     able = kernels.usable(q) and kernels.has_attention() and q.shape[-1] % 64 == 0
-    if able and not rule.softcap and rule.scale > 0:
+    if able and not layout.parents and not rule.softcap and rule.scale > 0:
         return _Kernel.apply(q, k, v, layout, rule, angles)
     return documents(*turned(q, k, angles), v, layout, rule)
 
@@ -185,23 +203,35 @@ def _varlen_attn():
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """One fused call for the whole pack. Soft-capped layers have no such kernel and take the mask."""
+    """One fused call for the whole pack. Soft-capped layers have no such kernel and take the mask. Shared keys are
+    gathered for each segment; the last query of a segment sees its last key."""
     varlen_attn = _varlen_attn()
     if rule.softcap or varlen_attn is None:
         return mask(q, k, v, layout, rule)
-    ends = torch.tensor((0, *itertools.accumulate(layout.lengths)), dtype=torch.int32).to(q.device, non_blocking=True)
+    ends = key_ends = _ends(layout.lengths).to(q.device, non_blocking=True)
+    longest = most_keys = max(layout.lengths)
+    if layout.parents:
+        seen = [layout.before(i) + length for i, length in enumerate(layout.lengths)]
+        key_ends, most_keys = _ends(seen).to(q.device, non_blocking=True), max(seen)
+        keys = torch.arange(len(k))
+        keys = torch.cat([continued(keys, layout, i) for i in range(len(seen))]).to(q.device, non_blocking=True)
+        k, v = k[keys], v[keys]
     window = (-1, 0) if rule.window is None else (rule.window - 1, 0)
-    longest = max(layout.lengths)
     grouped = k.shape[1] != q.shape[1]
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=rule.scale, window_size=window, enable_gqa=grouped)
+    out = varlen_attn(
+        q, k, v, ends, key_ends, longest, most_keys, scale=rule.scale, window_size=window, enable_gqa=grouped
+    )
     assert isinstance(out, Tensor)  # a tuple only where its log-sum-exp is asked for
     return out
 
 
+def _ends(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+
+
 def mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """One call with a T x T block-diagonal mask: correct everywhere, fast nowhere."""
-    segment = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths)).to(q.device)
-    allowed = visible(len(q), rule.window, q.device) & (segment[:, None] == segment)
+    """One call with a T x T mask: correct everywhere, fast nowhere."""
+    allowed = visible_pack(layout, rule.window).to(q.device)
     q_NTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q, k, v))
     if rule.softcap:
         return _scores_to_output(q_NTD, k_KTD, v_KTD, allowed, rule).transpose(0, 1)
@@ -209,6 +239,18 @@ def mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
         q_NTD[None], k_KTD[None], v_KTD[None], attn_mask=allowed, scale=rule.scale, enable_gqa=True
     )
     return out[0].transpose(0, 1)
+
+
+def visible_pack(layout: Layout, window: int | None) -> Tensor:
+    """Boolean [T, T]: may the row's token see the column's?"""
+    continues = torch.eye(len(layout.lengths), dtype=torch.bool)
+    for segment in range(len(layout.lengths)):
+        continues[segment, list(layout.path(segment))] = True
+    segment_T = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
+    first = torch.tensor([start - layout.before(i) for i, start in enumerate(layout.starts)])
+    position_T = torch.arange(layout.tokens) - first[segment_T]
+    distance = position_T[:, None] - position_T
+    return continues[segment_T][:, segment_T] & (distance >= 0) & (distance < (window or layout.tokens + 1))
 
 
 BACKENDS = {"reference": reference, "documents": documents, "kernel": kernel, "varlen": varlen, "mask": mask}

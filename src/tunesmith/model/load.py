@@ -122,7 +122,11 @@ class LanguageModel:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states [S, H] of the positions that predict a target."""
-        return self._run(batch.tokens_T, batch.positions_T, batch.layout, kept=batch.positions_S)
+        kept, again = batch.positions_S, None
+        if batch.layout.parents:  # what ends a shared part predicts several targets: it is computed once
+            kept, again = batch.positions_S.unique(return_inverse=True)
+        hidden = self._run(batch.tokens_T, batch.positions_T, batch.layout, kept=kept)
+        return hidden if again is None else hidden.index_select(0, again)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], rows: RowCache) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batch import collate
-from tunesmith.data.pack import fed_tokens, pack_step
+from tunesmith.data.pack import computed_tokens, fed_tokens, pack_step
 from tunesmith.data.schedule import prefetch
 from tunesmith.errors import GateError, MachineError
 from tunesmith.hardware import peak_bytes
@@ -29,7 +29,7 @@ from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.losses import LOSSES, weight_count
 from tunesmith.train.optim import clip, make_adamw, rate_at, update
-from tunesmith.types import Document, Done, Event, Plan, StepResult, Verdict
+from tunesmith.types import Document, Done, Event, Pack, Plan, StepResult, Verdict
 
 POSITION = ("step", "seconds", "bad_steps", "pack_length")  # what a checkpoint keeps of a Training beside its tensors
 BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
@@ -47,6 +47,7 @@ class Settings:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    share_prefixes: bool = False
     loss: str = "sft"
 
     @classmethod
@@ -171,7 +172,7 @@ class Training:
         step_weight, supervised = weight_count(documents), 0
         total: Tensor | None = None
         self.model.network.train()
-        for index, pack in enumerate(pack_step(documents, self.pack_length) if step_weight else []):
+        for index, pack in enumerate(self._packs(documents) if step_weight else []):
             batch = collate(pack, device=str(self.model.device))
             torch.manual_seed(
                 hash((self.settings.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF
@@ -184,19 +185,22 @@ class Training:
         self.model.network.eval()
         return 0.0 if total is None else float(total), supervised
 
+    def _packs(self, documents: Sequence[Document]) -> list[Pack]:
+        return pack_step(documents, self.pack_length, share=self.settings.share_prefixes)
+
     def _smaller_packs(self, documents: Sequence[Document], said: str) -> Verdict:
         """Half of what the largest shared pack held. A document is never split: alone it must fit."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.network.eval()
-        packs = [pack.documents for pack in pack_step(documents, self.pack_length)]
+        packs = self._packs(documents)
         longest = max(documents, key=fed_tokens)
-        if all(len(pack) == 1 for pack in packs):
+        if all(len(pack.documents) == 1 for pack in packs):
             raise MachineError(
                 f"{said}; packs hold one document each by now, the longest has {fed_tokens(longest):,} tokens",
                 where=f"step {self.step + 1}: {longest.id}",
                 fix="lower max_length or lora_r, choose a smaller model, or free memory that other programs hold",
             )
-        largest = max(sum(map(fed_tokens, pack)) for pack in packs if len(pack) > 1)
+        largest = max(computed_tokens(pack) for pack in packs if len(pack.documents) > 1)
         self.pack_length, self._again = largest // 2, documents
         evidence = f"{said}; packs of {largest:,} tokens become packs of {self.pack_length:,}: same step, same update"
         return Verdict("memory", "warn", evidence, self.step + 1)
