@@ -1,11 +1,16 @@
 /* Causal attention of packed documents in bf16 for CPUs with AVX512-BF16, forward and backward, with rotary embedding.
  *
- * One task is one document and one key/value head, with the query heads that share it: keys and values are turned and
+ * One task is one segment and one key/value head, with the query heads that share it: keys and values are turned and
  * re-ordered once for the dot-product instruction, gradients of keys and values stay private to the task. ROWS queries
  * at a time meet tiles of TILE keys; the tile with the diagonal stops at the next LANES keys, and only tiles that are
  * not wholly visible are masked. The forward sees whole rows of scores (no running maximum). The backward takes BLOCK
  * queries, then adds what they give to the gradients of all their keys and values.
  * Products take bf16 pairs and sum in fp32; softmax is fp32, in powers of two.
+ *
+ * Most segments are whole documents. One that continues others (its parent, the parent's parent, to a root) has their
+ * keys before its own: rows and keys are counted along the whole of it, and its own rows are the last. `front` empty
+ * keys come first, so that the own rows begin at a multiple of ROWS. What it gives to the gradients of others goes to
+ * memory of its own, in fp32; when all tasks are done these are summed, in the order of the segments.
  *
  * Shapes: q, out, dq [tokens, heads, width]; k, v, dk, dv [tokens, kv_heads, width]; width a multiple of 64;
  * lse [tokens, heads]; cosine, sine [tokens, width / 2], or NULL where q and k are turned already. scale > 0.
@@ -66,17 +71,17 @@ INLINE void clear(__m512 sums[ROWS][COLUMNS]) {
         for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_ps();
 }
 
-/* Keys first + 0..15 that query `row` may see: not ahead of it, and at most window - 1 behind. */
-INLINE __mmask16 visible(long row, long first, long window) {
-    long ahead = row - first + 1, behind = window ? row - window + 1 - first : 0;
+/* The first key that `row` sees: none of the `front` empty ones, and at most window - 1 behind it. */
+INLINE long first_seen(long row, long window, long front) {
+    return window && row - window + 1 > front ? row - window + 1 : front;
+}
+
+/* Keys first + 0..15 that query `row` may see: from the first one to itself. */
+INLINE __mmask16 visible(long row, long first, long window, long front) {
+    long ahead = row - first + 1, behind = first_seen(row, window, front) - first;
     __mmask16 upto = ahead >= LANES ? 0xffff : (ahead <= 0 ? 0 : (__mmask16)((1u << ahead) - 1));
     __mmask16 before = behind <= 0 ? 0 : (behind >= LANES ? 0xffff : (__mmask16)((1u << behind) - 1));
     return upto & ~before;
-}
-
-/* The first key that `row` sees, rounded down. */
-INLINE long first_key(long row, long window, long unit) {
-    return window && row >= window ? (row - window + 1) / unit * unit : 0;
 }
 
 /* bf16 pairs (even[i], odd[i]). */
@@ -110,13 +115,12 @@ INLINE void store_turned(bf16 *out, __m512 a, __m512 b, Angles angles, long plac
     store_narrow(out + half, b);
 }
 
-/* Contiguous rows of one head, turned, zeros after the last. */
-static void gather(const bf16 *x, long stride, long length, long padded, long width, Angles angles, bf16 *rows) {
+/* Contiguous rows of one head, turned. */
+INLINE void copy_rows(const bf16 *x, long stride, long length, long width, Angles angles, bf16 *rows) {
     for (long t = 0; t < length; t++)
         for (long d = 0, half = width / 2; d < half; d += LANES)
             store_turned(rows + t * width + d, load_wide(x + t * stride + d), load_wide(x + t * stride + half + d),
                          angles, t * half + d, half, 1.0f);
-    memset(rows + length * width, 0, (size_t)((padded - length) * width) * 2);
 }
 
 /* Asks for rows that a later gather reads, while there is arithmetic to do. */
@@ -155,21 +159,64 @@ static void row_statistics(const bf16 *douts, const bf16 *out, const float *lse,
     for (long t = length; t < length + ROWS; t++) offset[t] = INFINITY, delta[t] = 0.0f;
 }
 
-/* One document: its rows of all tensors. */
+/* The tensors, and where their segments are: segment i is tokens starts[i] : starts[i] + lengths[i]. */
 typedef struct {
-    const bf16 *q, *k, *v, *dout;
-    bf16 *out, *dq, *dk, *dv;
+    const bf16 *q, *k, *v;
+    bf16 *out;
     float *lse;
+    const bf16 *dout;
+    bf16 *dq, *dk, *dv;
     Angles angles;
-    long length, heads, kv_heads, width, window;
+    const int64_t *starts, *lengths, *parents; /* parents NULL: all are roots */
+    long segments, heads, kv_heads, width, window;
     float scale;
-} Document;
+    /* By segment: for how many of the first tokens of its path it keeps what it gives to the gradients of their keys
+     * and values, and where. Those are all that it continues, and its own if others continue it. NULL: none. */
+    long *kept;
+    float **given, *room;
+} Pack;
+
+INLINE long parent_of(const Pack *p, long segment) { return p->parents ? p->parents[segment] : -1; }
+
+/* How many tokens a segment continues. */
+static long before(const Pack *p, long segment) {
+    long tokens = 0;
+    while ((segment = parent_of(p, segment)) >= 0) tokens += p->lengths[segment];
+    return tokens;
+}
+
+INLINE long front_of(long before) { return round_up(before, ROWS) - before; }
+
+INLINE Angles from(Angles angles, long place) {
+    return angles.cosine ? (Angles){angles.cosine + place, angles.sine + place} : angles;
+}
+
+/* A segment's own rows of one head, turned, after `first` others; zeros after the last. */
+static void gather(const Pack *p, long segment, const bf16 *x, long stride, long first, long padded, Angles angles,
+                   bf16 *rows) {
+    long start = p->starts[segment], length = p->lengths[segment], width = p->width;
+    copy_rows(x + start * stride, stride, length, width, from(angles, start * width / 2), rows + first * width);
+    memset(rows + (first + length) * width, 0, (size_t)((padded - first - length) * width) * 2);
+}
+
+/* The same, with the rows of all that the segment continues before its own. */
+static void gather_path(const Pack *p, long segment, const bf16 *x, long stride, long first, long padded,
+                        Angles angles, bf16 *rows) {
+    gather(p, segment, x, stride, first, padded, angles, rows);
+    while ((segment = parent_of(p, segment)) >= 0) {
+        long start = p->starts[segment], width = p->width;
+        first -= p->lengths[segment];
+        copy_rows(x + start * stride, stride, p->lengths[segment], width, from(angles, start * width / 2),
+                  rows + first * width);
+    }
+    memset(rows, 0, (size_t)(first * p->width) * 2);
+}
 
 /* ROWS queries from `row` and the keys from `key`: where they are and where their results go. */
 typedef struct {
     const bf16 *queries, *douts;
     const uint32_t *keys, *values;
-    long width, row, key, window, stride;
+    long width, row, key, window, front, stride;
     float scale, *scores;
     __m512 *top;
     const float *offset, *delta;
@@ -184,7 +231,7 @@ INLINE void score_tile(const Tile *t, const int columns, const int masked) {
     multiply((const uint32_t *)t->queries, t->width / 2, 1, t->keys, TILE, TILE / 2, t->width / 2, columns, sums);
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < columns; c++) {
-            __mmask16 seen = masked ? visible(t->row + r, t->key + c * LANES, t->window) : 0xffff;
+            __mmask16 seen = masked ? visible(t->row + r, t->key + c * LANES, t->window, t->front) : 0xffff;
             __m512 value = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, sums[r][c]);
             t->top[r] = _mm512_max_ps(t->top[r], value);
             _mm512_storeu_ps(t->scores + r * t->stride + c * LANES, value);
@@ -205,7 +252,7 @@ INLINE void slope_tile(const Tile *t, const int columns, const int masked) {
         for (int c = 0; c < columns; c++) {
             __m512 weight = exp2_ps(_mm512_fmsub_ps(sums[r][c], _mm512_set1_ps(t->scale * (float)M_LOG2E),
                                                     _mm512_set1_ps(t->offset[r])));
-            if (masked) weight = _mm512_maskz_mov_ps(visible(t->row + r, t->key + c * LANES, t->window), weight);
+            if (masked) weight = _mm512_maskz_mov_ps(visible(t->row + r, t->key + c * LANES, t->window, t->front), weight);
             sums[r][c] = weight;
             kept[r][c] = _mm512_mul_ps(kept[r][c], weight);
             store_narrow(t->slope_rows + r * t->stride + c * LANES, kept[r][c]);
@@ -218,7 +265,7 @@ INLINE void slope_tile(const Tile *t, const int columns, const int masked) {
 /* How many vectors of keys there are up to `end` in this tile; 0 for a whole tile of which every key is visible. */
 INLINE int columns_of(const Tile *t, long end) {
     long columns = (least(round_up(t->key + 1, TILE), end) - t->key) / LANES;
-    int whole = t->key + TILE <= t->row + 1 && first_key(t->row + ROWS - 1, t->window, 1) <= t->key;
+    int whole = t->key + TILE <= t->row + 1 && first_seen(t->row + ROWS - 1, t->window, t->front) <= t->key;
     return columns == COLUMNS && whole ? 0 : (int)columns;
 }
 
@@ -234,33 +281,37 @@ INLINE int columns_of(const Tile *t, long end) {
 
 static __attribute__((noinline)) void slope(const Tile *t, long end) { WITH_COLUMNS(slope_tile, t, columns_of(t, end)) }
 
-static void forward_task(Document s, long kv_head, char *memory) {
-    long length = s.length, width = s.width, group = s.heads / s.kv_heads;
+static void forward_task(const Pack *p, long segment, long kv_head, char *memory) {
+    long width = p->width, heads = p->heads, group = heads / p->kv_heads, ahead = before(p, segment);
+    long front = front_of(ahead), own = front + ahead, length = own + p->lengths[segment];
+    long shift = p->starts[segment] - own; /* from a row to its token */
     long padded = round_up(length, TILE) + TILE, stride = padded + LANES; /* so that rows do not share cache sets */
     bf16 *head = (bf16 *)memory;
     uint32_t *keys = (uint32_t *)(head + padded * width), *values = keys + padded * width / 2;
     float *scores = (float *)(values + padded * width / 2);
     bf16 *weights = (bf16 *)(scores + ROWS * stride);
-    gather(s.k + kv_head * width, s.kv_heads * width, length, padded, width, s.angles, head);
+    gather_path(p, segment, p->k + kv_head * width, p->kv_heads * width, own, padded, p->angles, head);
     across(head, padded, width, keys);
-    gather(s.v + kv_head * width, s.kv_heads * width, length, padded, width, (Angles){0}, head);
+    gather_path(p, segment, p->v + kv_head * width, p->kv_heads * width, own, padded, (Angles){0}, head);
     along(head, padded, width, values);
     for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
-        gather(s.q + h * width, s.heads * width, length, padded, width, s.angles, head);
-        for (long row = 0; row < length; row += ROWS) {
-            long begin = first_key(row, s.window, LANES), end = round_up(least(row + ROWS, length), LANES);
-            __m512 top[ROWS], sums[ROWS][COLUMNS], scale = _mm512_set1_ps(s.scale * (float)M_LOG2E);
+        gather(p, segment, p->q + h * width, heads * width, own, padded, p->angles, head);
+        for (long row = own; row < length; row += ROWS) {
+            long begin = first_seen(row, p->window, front) / LANES * LANES;
+            long end = round_up(least(row + ROWS, length), LANES), token = row + shift;
+            __m512 top[ROWS], sums[ROWS][COLUMNS], scale = _mm512_set1_ps(p->scale * (float)M_LOG2E);
             float factor[ROWS];
-            if (h + 1 < s.heads) expect(s.q + (h + 1) * width, s.heads * width, row, least(row + ROWS, length), width);
+            if (h + 1 < heads)
+                expect(p->q + (h + 1) * width, heads * width, token, token + least(ROWS, length - row), width);
             for (int r = 0; r < ROWS; r++) top[r] = _mm512_set1_ps(-INFINITY);
-            Tile t = {.queries = head + row * width, .width = width, .row = row, .window = s.window, .stride = stride};
-            t.top = top;
+            Tile t = {.queries = head + row * width, .width = width, .row = row, .window = p->window, .front = front,
+                      .stride = stride, .top = top};
             for (long key = begin; key < end; key = round_up(key + 1, TILE)) {
                 t.key = key, t.keys = keys + key / TILE * TILE * width / 2 + key % TILE, t.scores = scores + key;
                 WITH_COLUMNS(score_tile, &t, columns_of(&t, end))
             }
             for (int r = 0; r < ROWS; r++) {
-                float highest = _mm512_reduce_max_ps(top[r]) * (s.scale * (float)M_LOG2E);
+                float highest = _mm512_reduce_max_ps(top[r]) * (p->scale * (float)M_LOG2E);
                 __m512 total = _mm512_setzero_ps();
                 for (long key = begin; key < end; key += LANES) {
                     __m512 score = _mm512_loadu_ps(scores + r * stride + key);
@@ -270,7 +321,7 @@ static void forward_task(Document s, long kv_head, char *memory) {
                 }
                 float sum = _mm512_reduce_add_ps(total);
                 factor[r] = 1.0f / sum;
-                if (row + r < length) s.lse[(row + r) * s.heads + h] = highest + log2f(sum);
+                if (row + r < length) p->lse[(token + r) * heads + h] = highest + log2f(sum);
             }
             for (long d = 0; d < width; d += TILE) {
                 clear(sums);
@@ -278,7 +329,7 @@ static void forward_task(Document s, long kv_head, char *memory) {
                          least(row + ROWS, end) / 2 - begin / 2, COLUMNS, sums);
                 for (int r = 0; r < ROWS && row + r < length; r++)
                     for (int c = 0; c < COLUMNS; c++)
-                        store_narrow(s.out + ((row + r) * s.heads + h) * width + d + c * LANES,
+                        store_narrow(p->out + ((token + r) * heads + h) * width + d + c * LANES,
                                      _mm512_mul_ps(sums[r][c], _mm512_set1_ps(factor[r])));
             }
         }
@@ -309,8 +360,22 @@ static void write_narrow(const float *sum, long length, long width, Angles angle
                          _mm512_loadu_ps(sum + t * width + half + d), angles, t * half + d, half, -1.0f);
 }
 
-static void backward_task(Document s, long kv_head, char *memory) {
-    long length = s.length, width = s.width, group = s.heads / s.kv_heads;
+static void write_gradients(const Pack *p, long segment, long kv_head, const float *dkeys, const float *dvalues) {
+    long start = p->starts[segment], length = p->lengths[segment], width = p->width, stride = p->kv_heads * width;
+    write_narrow(dkeys, length, width, from(p->angles, start * width / 2), p->dk + start * stride + kv_head * width,
+                 stride);
+    write_narrow(dvalues, length, width, (Angles){0}, p->dv + start * stride + kv_head * width, stride);
+}
+
+/* Where a segment keeps what it gives to the gradients of keys (0) or values (1) of its path. */
+INLINE float *given_by(const Pack *p, long segment, long kv_head, int which) {
+    return p->given[segment] + (kv_head * 2 + which) * p->kept[segment] * p->width;
+}
+
+static void backward_task(const Pack *p, long segment, long kv_head, char *memory) {
+    long width = p->width, heads = p->heads, group = heads / p->kv_heads, ahead = before(p, segment);
+    long front = front_of(ahead), own = front + ahead, length = own + p->lengths[segment];
+    long start = p->starts[segment], shift = start - own; /* from a row to its token */
     long padded = round_up(length, TILE) + TILE, stride = padded + LANES; /* so that rows do not share cache sets */
     float *dkeys = (float *)memory, *dvalues = dkeys + padded * width;
     uint32_t *keys = (uint32_t *)(dvalues + padded * width), *values = keys + padded * width / 2;
@@ -321,29 +386,32 @@ static void backward_task(Document s, long kv_head, char *memory) {
     bf16 *douts = queries + padded * width;
     float *offset = (float *)(douts + padded * width), *delta = offset + padded;
     memset(dkeys, 0, (size_t)(2 * padded * width) * 4);
-    gather(s.k + kv_head * width, s.kv_heads * width, length, padded, width, s.angles, queries);
+    gather_path(p, segment, p->k + kv_head * width, p->kv_heads * width, own, padded, p->angles, queries);
     across(queries, padded, width, keys);
     along(queries, padded, width, key_pairs);
-    gather(s.v + kv_head * width, s.kv_heads * width, length, padded, width, (Angles){0}, queries);
+    gather_path(p, segment, p->v + kv_head * width, p->kv_heads * width, own, padded, (Angles){0}, queries);
     across(queries, padded, width, values);
     for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
-        gather(s.q + h * width, s.heads * width, length, padded, width, s.angles, queries);
-        gather(s.dout + h * width, s.heads * width, length, padded, width, (Angles){0}, douts);
-        row_statistics(douts, s.out + h * width, s.lse + h, length, s.heads, width, s.scale, offset, delta);
-        along(queries, padded, width, query_pairs);
-        along(douts, padded, width, dout_pairs);
-        for (long block = 0; block < length; block += BLOCK) {
-            long begin = first_key(block, s.window, BLOCK), last = least(block + BLOCK, round_up(length, ROWS));
+        gather(p, segment, p->q + h * width, heads * width, own, padded, p->angles, queries);
+        gather(p, segment, p->dout + h * width, heads * width, own, padded, (Angles){0}, douts);
+        row_statistics(douts + own * width, p->out + (start * heads + h) * width, p->lse + start * heads + h,
+                       length - own, heads, width, p->scale, offset + own, delta + own);
+        along(queries + own * width, padded - own, width, query_pairs + own / 2 * width);
+        along(douts + own * width, padded - own, width, dout_pairs + own / 2 * width);
+        for (long block = own; block < length; block += BLOCK) {
+            long begin = first_seen(block, p->window, front) / BLOCK * BLOCK;
+            long last = least(block + BLOCK, round_up(length, ROWS));
             for (long row = block; row < last; row += ROWS) {
                 __m512 sums[ROWS][COLUMNS];
-                if (h + 1 < s.heads) {
-                    const bf16 *later[] = {s.q, s.dout, s.out};
+                long token = row + shift, rows = least(ROWS, length - row);
+                if (h + 1 < heads) {
+                    const bf16 *later[] = {p->q, p->dout, p->out};
                     for (int i = 0; i < 3; i++)
-                        expect(later[i] + (h + 1) * width, s.heads * width, row, least(row + ROWS, length), width);
+                        expect(later[i] + (h + 1) * width, heads * width, token, token + rows, width);
                 }
                 Tile t = {.queries = queries + row * width, .douts = douts + row * width, .width = width, .row = row,
-                          .window = s.window, .stride = stride, .scale = s.scale, .offset = offset + row,
-                          .delta = delta + row};
+                          .window = p->window, .front = front, .stride = stride, .scale = p->scale,
+                          .offset = offset + row, .delta = delta + row};
                 long end = round_up(row + ROWS, LANES);
                 for (long key = begin; key < end; key = round_up(key + 1, TILE)) {
                     long packed = key / TILE * TILE * width / 2 + key % TILE, place = (row - block) / 2 * stride + key;
@@ -357,41 +425,89 @@ static void backward_task(Document s, long kv_head, char *memory) {
                              half, (row + ROWS - begin) / 2, COLUMNS, sums);
                     for (int r = 0; r < ROWS && row + r < length; r++)
                         for (int c = 0; c < 2; c++)
-                            store_turned(s.dq + ((row + r) * s.heads + h) * width + d + c * LANES, sums[r][c],
-                                         sums[r][c + 2], s.angles, (row + r) * half + d + c * LANES, half, -1.0f);
+                            store_turned(p->dq + ((token + r) * heads + h) * width + d + c * LANES, sums[r][c],
+                                         sums[r][c + 2], p->angles, (token + r) * half + d + c * LANES, half, -1.0f);
                 }
             }
             add_products(weights, stride, dout_pairs + block / 2 * width, width, block, begin, last, dvalues);
             add_products(slopes, stride, query_pairs + block / 2 * width, width, block, begin, last, dkeys);
         }
     }
-    write_narrow(dkeys, length, width, s.angles, s.dk + kv_head * width, s.kv_heads * width);
-    write_narrow(dvalues, length, width, (Angles){0}, s.dv + kv_head * width, s.kv_heads * width);
+    long kept = p->kept ? p->kept[segment] : 0, bytes = kept * width * (long)sizeof(float);
+    if (kept) {
+        memcpy(given_by(p, segment, kv_head, 0), dkeys + front * width, (size_t)bytes);
+        memcpy(given_by(p, segment, kv_head, 1), dvalues + front * width, (size_t)bytes);
+    }
+    if (kept <= ahead) write_gradients(p, segment, kv_head, dkeys + own * width, dvalues + own * width);
+}
+
+/* Adds to what a segment gives itself what those give that continue it. */
+static void sum_task(const Pack *p, long segment, long kv_head) {
+    long width = p->width, ahead = before(p, segment), first = ahead * width, length = p->lengths[segment] * width;
+    float *sums[2];
+    for (int which = 0; which < 2; which++) sums[which] = given_by(p, segment, kv_head, which) + first;
+    for (long other = 0; other < p->segments; other++) {
+        long up = parent_of(p, other);
+        while (up >= 0 && up != segment) up = parent_of(p, up);
+        for (int which = 0; up == segment && which < 2; which++) {
+            const float *more = given_by(p, other, kv_head, which) + first;
+            for (long i = 0; i < length; i++) sums[which][i] += more[i];
+        }
+    }
+    write_gradients(p, segment, kv_head, sums[0], sums[1]);
+}
+
+/* Room for what segments give to others, and to themselves where others do: 1 if there is no memory. */
+static int make_room(Pack *p) {
+    long total = 0, row = p->kv_heads * 2 * p->width;
+    long *kept = calloc((size_t)p->segments, sizeof(long));
+    float **given = calloc((size_t)p->segments, sizeof(float *)), *room;
+    p->kept = kept, p->given = given;
+    if (!kept || !given) return 1;
+    for (long i = 0; i < p->segments; i++) kept[i] = before(p, i);
+    for (long i = 0, up; i < p->segments; i++)
+        if ((up = p->parents[i]) >= 0) kept[up] = before(p, up) + p->lengths[up];
+    for (long i = 0; i < p->segments; i++) total += kept[i];
+    if (!(room = scratch((total * row + 1) * (long)sizeof(float)))) return 1;
+    p->room = room;
+    for (long i = 0; i < p->segments; i++) given[i] = room, room += kept[i] * row;
+    return 0;
 }
 
 /* Forward, or where dq is not NULL backward. Returns 0, or 1 when there was no memory for the scratch space. */
 int attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, const bf16 *dout, bf16 *dq, bf16 *dk,
               bf16 *dv, const float *cosine, const float *sine, const int64_t *starts, const int64_t *lengths,
-              long documents, long heads, long kv_heads, long width, long window, float scale) {
-    long most = 0, failed = 0;
-    for (long i = 0; i < documents; i++) most = lengths[i] > most ? lengths[i] : most;
-    most = round_up(most, TILE) + TILE + LANES;
-    #pragma omp parallel
-    {
-        char *memory = scratch(most * (dq ? width * 22 + BLOCK * 4 + ROWS * 2 + 8 : width * 6 + ROWS * 6));
-        if (!memory) failed = 1;
-        #pragma omp for schedule(dynamic, 1)
-        for (long task = 0; task < documents * kv_heads; task++) {
-            long start = starts[task / kv_heads], to_q = start * heads * width, to_k = start * kv_heads * width;
-            Angles angles = cosine ? (Angles){cosine + start * width / 2, sine + start * width / 2} : (Angles){0};
-            Document s = {q + to_q, k + to_k, v + to_k, dout + to_q, out + to_q, dq + to_q, dk + to_k, dv + to_k,
-                          lse + start * heads, angles, lengths[task / kv_heads], heads, kv_heads, width, window, scale};
-            if (!memory) continue;
-            if (dq) backward_task(s, task % kv_heads, memory);
-            else forward_task(s, task % kv_heads, memory);
-        }
-        free(memory);
+              const int64_t *parents, long segments, long heads, long kv_heads, long width, long window, float scale) {
+    Pack pack = {q, k, v, out, lse, dout, dq, dk, dv, {cosine, sine}, starts, lengths, parents, segments, heads,
+                 kv_heads, width, window, scale, NULL, NULL, NULL};
+    const Pack *p = &pack;
+    long most = 0, failed = dq && parents ? make_room(&pack) : 0;
+    for (long i = 0; i < segments; i++) {
+        long ahead = before(p, i), length = front_of(ahead) + ahead + lengths[i];
+        most = length > most ? length : most;
     }
+    most = round_up(most, TILE) + TILE + LANES;
+    if (!failed) {
+        #pragma omp parallel
+        {
+            char *memory = scratch(most * (dq ? width * 22 + BLOCK * 4 + ROWS * 2 + 8 : width * 6 + ROWS * 6));
+            if (!memory) failed = 1;
+            #pragma omp for schedule(dynamic, 1)
+            for (long task = 0; task < segments * kv_heads; task++) {
+                if (!memory) continue;
+                if (dq) backward_task(p, task / kv_heads, task % kv_heads, memory);
+                else forward_task(p, task / kv_heads, task % kv_heads, memory);
+            }
+            free(memory);
+            if (p->kept) {
+                #pragma omp for schedule(dynamic, 1)
+                for (long task = 0; task < segments * kv_heads; task++)
+                    if (p->kept[task / kv_heads] > before(p, task / kv_heads))
+                        sum_task(p, task / kv_heads, task % kv_heads);
+            }
+        }
+    }
+    free(pack.kept), free(pack.given), free(pack.room);
     return (int)failed;
 }
 

@@ -160,10 +160,9 @@ class _Kernel(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: Angles | None) -> Tensor:
         q, k, v, nothing = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)  # nothing: NULL in C
         out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
-        order = sorted(range(len(layout.lengths)), key=lambda i: -layout.lengths[i])  # the threads end together
-        segments = (torch.tensor([x[i] for i in order]) for x in (layout.starts, layout.lengths))
+        segments = _segments(layout)
         inputs, rest = (q, k, v, out, logsumexp), (*(angles or (nothing, nothing)), *segments)
-        ctx.shape = (len(order), q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
+        ctx.shape = (len(layout.lengths), q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
         _call(*inputs, nothing, nothing, nothing, nothing, *rest, *ctx.shape)
         ctx.save_for_backward(*inputs, *rest)
         return out
@@ -176,6 +175,18 @@ class _Kernel(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
+def _segments(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Starts, lengths and parents for the kernel, most work first: then the threads end together."""
+    count = range(len(layout.lengths))
+    work = [length * (length + 2 * layout.before(i)) for i, length in enumerate(layout.lengths)]
+    order = sorted(count, key=lambda i: -work[i])
+    starts, lengths = (torch.tensor([x[i] for i in order]) for x in (layout.starts, layout.lengths))
+    if not layout.parents:
+        return starts, lengths, torch.empty(0)
+    place = {-1: -1} | {i: rank for rank, i in enumerate(order)}
+    return starts, lengths, torch.tensor([place[layout.parents[i]] for i in order])
+
+
 def _call(*arguments: Tensor | int | float) -> None:
     if kernels.call("attention", *arguments):
         raise MachineError("no memory for the attention's scratch space", fix="lower pack_length")
@@ -185,7 +196,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: 
     """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do (other dtypes and processors,
     odd head sizes, soft caps) takes `documents`."""
     able = kernels.usable(q) and kernels.has_attention() and q.shape[-1] % 64 == 0
-    if able and not layout.parents and not rule.softcap and rule.scale > 0:
+    if able and not rule.softcap and rule.scale > 0:
         return _Kernel.apply(q, k, v, layout, rule, angles)
     return documents(*turned(q, k, angles), v, layout, rule)
 
