@@ -51,7 +51,7 @@ def test_a_model_is_looked_at(tmp_path: Path) -> None:
     found = diagnose(str(tiny_llama(tmp_path)), folder=tmp_path)
     assert found.model is not None
     assert found.model.path == tmp_path.resolve()
-    assert [(fit.method, fit.fits) for fit in found.fits] == [("lora", True), ("full", True)]
+    assert [(fit.method, fit.fits) for fit in found.fits] == [("lora", True), ("qlora", True), ("full", True)]
     assert {check.name for check in found.checks if not check.ok} == {"tokenizer", "chat template"}
     assert not found.ok
 

@@ -93,7 +93,7 @@ def test_the_schema_accepts_what_the_recipe_accepts() -> None:
     validator.check_schema(recipe_schema())
     good = {"base_model": "tiny", "data": [{"path": "a.jsonl"}], "lora_rank": 8, "template": "none", "schema": "s.json"}
     assert list(validator.iter_errors(good)) == []
-    for bad in ({"data": "a.jsonl"}, {**good, "learning_rat": 1}, {**good, "lora_r": 0}, {**good, "method": "qlora"}):
+    for bad in ({"data": "a.jsonl"}, {**good, "learning_rat": 1}, {**good, "lora_r": 0}, {**good, "method": "prompt"}):
         assert list(validator.iter_errors(bad)), bad
 
 

@@ -84,6 +84,7 @@ def method(lab: Lab) -> None:
     lab.events(method="full", lora_r="auto")
     assert (lab.output / "model").exists()
     assert not (lab.output / "adapter").exists()
+    changes_the_adapter(lab, "method", "qlora", learning_rate=0.1)
 
 
 def adapter_from(lab: Lab) -> None:

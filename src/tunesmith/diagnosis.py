@@ -17,6 +17,7 @@ from tunesmith.errors import MachineError
 from tunesmith.hardware import existing_parent, measure_machine
 from tunesmith.model.source import cache_folder, resolve
 from tunesmith.model.spec import read_spec
+from tunesmith.plan.memory import NF4_BYTES
 from tunesmith.types import Machine, ModelSpec
 
 # Below these, loading a model can run code from it: CVE-2026-4372 (transformers), CVE-2025-32434 (torch).
@@ -147,9 +148,15 @@ def _lora_bytes(spec: ModelSpec) -> int:
     return RUNTIME_BYTES + 2 * spec.parameters + 16 * adapters + _activation_bytes(spec)
 
 
+def _qlora_bytes(spec: ModelSpec) -> int:
+    """As LoRA, with the matrices of the decoder in 4 bits and one of them widened."""
+    saved = (2 - NF4_BYTES) * spec.block_parameters - 2 * spec.hidden_size * spec.intermediate_size
+    return _lora_bytes(spec) - int(saved)
+
+
 def _full_bytes(spec: ModelSpec) -> int:
     """bf16 weights and gradients, and fp32 masters and two moments for every parameter."""
     return RUNTIME_BYTES + (2 + 2 + 4 + 8) * spec.parameters + _activation_bytes(spec)
 
 
-METHODS = {"lora": _lora_bytes, "full": _full_bytes}
+METHODS = {"lora": _lora_bytes, "qlora": _qlora_bytes, "full": _full_bytes}

@@ -127,17 +127,17 @@ def make_plan(facts: Facts) -> Plan:
         data=reports(facts),
         output_dir=facts.output_dir,
         now=facts.now.isoformat(),
-        fixed=None if facts.adapter is None else _fixed(facts.adapter),
+        fixed=None if facts.adapter is None else _fixed(facts.adapter, facts.recipe),
     )
     doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
     return dataclasses.replace(plan, warnings=(*doubts, *plan.warnings))
 
 
-def _fixed(adapter: AdapterFolder) -> dict[str, Choice]:
+def _fixed(adapter: AdapterFolder, recipe: Recipe) -> dict[str, Choice]:
     """What going on with an adapter leaves no choice about."""
     values = {
         "adapter_sha256": adapter.sha256,
-        "method": "lora",
+        "method": "qlora" if recipe.method == "qlora" else "lora",
         "lora_r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_target_modules": adapter.targets,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tunesmith.types import Machine
 
-PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf", "peft")
+PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf", "peft", "bitsandbytes")
 GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM
 COMPILERS = ("cc", "gcc", "clang")

@@ -94,8 +94,8 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Name = Field(description="Base model: a built-in name, a local folder, a GGUF file or a hub id.")
-    method: Auto | Literal["lora", "full"] = Field(
-        default="auto", description="What is trained: an adapter, or all weights."
+    method: Auto | Literal["lora", "qlora", "full"] = Field(
+        default="auto", description="What is trained: an adapter, an adapter on 4-bit weights, or all weights."
     )
     adapter_from: FilePath | None = Field(
         default=None, description="Go on with this LoRA adapter: an adapter folder, ours or PEFT's, or a run folder."

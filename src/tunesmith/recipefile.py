@@ -49,6 +49,7 @@ INSTEAD = {
         ("gradient_checkpointing deepspeed fsdp", "leave it out: memory is fitted by the plan"),
         ("optim optimizer", "leave it out: the optimizer is AdamW"),
         ("warmup_steps", "set warmup_ratio, the share of the steps"),
+        ("load_in_4bit quantization_bit quantization", "set method: qlora, which keeps the frozen weights in 4 bits"),
         ("lora_target_linear", "set lora_target_modules: all-linear"),
         ("trust_remote_code", "leave it out: code from a model folder is never run"),
         ("resume_from_checkpoint", "run `tunesmith resume RUN`"),
@@ -58,10 +59,9 @@ INSTEAD = {
 }
 
 LATER_KEYS = (
-    "rehearsal", "never", "guard", "batch_tokens", "modules_to_save", "load_in_4bit", "load_in_8bit",
-    "quantization_bit", "quantization", "use_dora",
+    "rehearsal", "never", "guard", "batch_tokens", "modules_to_save", "load_in_8bit", "use_dora",
 )  # fmt: skip
-LATER_VALUES = {"method": ("qlora", "dora"), "stage": ("cpt", "preference", "pt", "dpo", "orpo", "simpo")}
+LATER_VALUES = {"method": ("dora",), "stage": ("cpt", "preference", "pt", "dpo", "orpo", "simpo")}
 
 
 @dataclass(frozen=True)

@@ -196,10 +196,11 @@ def _save(run: _Run, bench: Workbench) -> Path:
     """The trained weights, with what serving needs to behave as training did, and what they belong to."""
     plan, base, network = run.plan, bench.facts.model.path, bench.model.network
     values = {key: choice.value for key, choice in plan.choices.items()}
-    target = run.folder.path / ("adapter" if plan["method"] == "lora" else "model")
+    adapted = plan["method"] != "full"
+    target = run.folder.path / ("adapter" if adapted else "model")
     needed = sum(p.numel() * p.element_size() for p in trainable(network).values())
     with new_folder(target, facts=run.start.identity, needed_bytes=needed) as scratch:
-        if plan["method"] == "lora":
+        if adapted:
             save_adapter(network, scratch, values, base)
         else:
             save_model(network, scratch, base, bench.model.dtype)
@@ -245,7 +246,7 @@ def reopen(path: Path) -> Workbench:
 
 def _adapter_of(path: Path, plan: Plan) -> Path:
     adapter = path / "adapter"
-    if plan["method"] != "lora":
+    if plan["method"] == "full":
         raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
     if problem := failure_of(path):
         raise GateError(f"this run failed: {problem}", where=str(path))

@@ -33,6 +33,7 @@ from tunesmith.model.load import (
     stock_ids,
     stock_logits,
 )
+from tunesmith.model.quantized import load_quantized
 from tunesmith.model.saved import beside_stock, load_adapter
 from tunesmith.train.preflight import Probe, checked_places, choose_documents
 from tunesmith.types import Document, Plan
@@ -68,7 +69,8 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
     torch.set_flush_denormal(True)  # stays on: torch's threads keep what they were started with, so it cannot be undone
     facts = _under_plan(plan, facts)
     dtype, rows = DTYPES[plan["dtype"]], facts.datasets["data"]
-    network = load_network(facts.model.path, dtype, facts.machine.device)
+    load = load_quantized if plan["method"] == "qlora" else load_network
+    network = load(facts.model.path, dtype, facts.machine.device)
     start = facts.adapter
     with nullcontext() if start is None else beside_stock(network, start.weights, start.scale):
         probe = _probe(network, facts, rows)

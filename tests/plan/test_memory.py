@@ -70,3 +70,13 @@ def test_the_head_never_holds_all_logits(spec: ModelSpec) -> None:
 def test_a_run_on_disk_is_three_checkpoints_and_its_weights(spec: ModelSpec) -> None:
     assert disk_needed(spec, method="lora", dtype="bf16", rank=16) == 16 * 305_280 * (3 * 12 + 4)
     assert disk_needed(spec, method="full", dtype="bf16", rank=0) == spec.parameters * (3 * 12 + 2)
+
+
+def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) -> None:
+    plain, small = peak_memory(spec, **SETTINGS), peak_memory(spec, **(SETTINGS | {"method": "qlora"}))
+    ends = 2 * (spec.parameters - spec.block_parameters)
+    assert small["weights"] - ends == pytest.approx(0.258 * (plain["weights"] - ends), rel=1e-3)
+    assert small["widened"] == 2 * 2 * spec.hidden_size * spec.intermediate_size
+    assert plain["widened"] == 0
+    same = ("trained", "activations", "head")
+    assert {key: small[key] for key in same} == {key: plain[key] for key in same}

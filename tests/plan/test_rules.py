@@ -142,3 +142,11 @@ def test_every_rule_gives_a_reason_that_fits_on_a_screen(known: Make) -> None:
 )
 def test_frozen_weights_are_blocked_where_there_is_room(facts: dict[str, object], layout: str, known: Make) -> None:
     assert rules.weight_layout(known(**facts)).value == layout
+
+
+def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(known: Make) -> None:
+    large = {"parameters": 8 * 10**9, "available_bytes": 19 * 10**9}
+    installed = {"versions": {"bitsandbytes": "0.50.2"}}
+    assert rules.method(known(**large, **installed)).value == "qlora"
+    assert rules.method(known(**large)).value == "lora"
+    assert rules.method(known(**large | {"available_bytes": 20 * 10**9}, **installed)).value == "lora"

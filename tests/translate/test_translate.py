@@ -94,7 +94,7 @@ def test_axolotl() -> None:
         "lora_dropout": 0.05,
         "max_length": 4096,
         "num_train_epochs": 4,
-        "method": "lora",
+        "method": "qlora",
         "lora_target_modules": "all-linear",
         "overlong": "truncate",
         "data": [
@@ -110,7 +110,7 @@ def test_axolotl() -> None:
     }
     lost = {one.key for one in found.left if one.matters}
     assert lost == {
-        *("adapter", "load_in_4bit", "fsdp"),
+        "fsdp",
         *("datasets[1].path", "datasets[1].type", "datasets[1].split"),
     }
     assert "always on" in left(found)["sample_packing"].reason

@@ -78,7 +78,7 @@ def open_finished(path: Path) -> Finished:
     if problem := failure_of(path):
         raise GateError(f"this run failed, and is not exported: {problem}", where=str(path))
     plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
-    saved = path / ("adapter" if plan["method"] == "lora" else "model")
+    saved = path / ("model" if plan["method"] == "full" else "adapter")
     if not (path / RECORD).is_file() or not saved.is_dir():
         raise InputError("this run is not finished", where=str(path), fix=f"finish it: tunesmith resume {path}")
     if problem := damage(saved):
@@ -87,7 +87,7 @@ def open_finished(path: Path) -> Finished:
     base = resolve(recipe.model)
     renderer = renderer_of(recipe, base, datetime.fromisoformat(plan["now"]))
     check_provenance(saved, hashes_of(base), renderer, plan["now"])
-    adapted = plan["method"] == "lora"
+    adapted = plan["method"] != "full"
     return Finished(
         path=path,
         plan=plan,

@@ -1,7 +1,7 @@
 """What is trained: a low-rank adapter beside a frozen base, or every weight.
 
-In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out: quantised bases, the
-maths of the layers (lora.py), files (saved.py).
+In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out: how a base becomes
+quantised (quantized.py), the maths of the layers (lora.py), files (saved.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import InputError
-from tunesmith.model.lora import LoraLinear, MasterLinear
+from tunesmith.model.lora import LoraLinear, MasterLinear, QuantizedLinear
 
 
-def linears(network: PreTrainedModel) -> dict[str, nn.Linear]:
+def linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
     """Path -> linear layer inside the decoder: everything but the head."""
     head = network.get_output_embeddings()
-    return {p: m for p, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return {p: m for p, m in network.named_modules() if isinstance(m, nn.Linear | QuantizedLinear) and m is not head}
 
 
 def select(paths: Sequence[str], targets: str | Sequence[str]) -> list[str]:
@@ -42,7 +42,7 @@ def select(paths: Sequence[str], targets: str | Sequence[str]) -> list[str]:
     return [p for p in paths if p in chosen]
 
 
-def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
+def replace(network: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(network.get_submodule(parent), name, module)
 
@@ -56,7 +56,7 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     found = linears(network)
     for path in select(list(found), settings["lora_target_modules"]):
         module = LoraLinear(found[path], rank=rank, scale=scale, dropout=settings["lora_dropout"], generator=generator)
-        _replace(network, path, module)
+        replace(network, path, module)
 
 
 def train_all(network: PreTrainedModel, settings: dict[str, Any]) -> None:
@@ -66,10 +66,11 @@ def train_all(network: PreTrainedModel, settings: dict[str, Any]) -> None:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
     for path, linear in linears(network).items():
-        _replace(network, path, MasterLinear(linear))
+        assert isinstance(linear, nn.Linear), "a quantised weight cannot be trained"
+        replace(network, path, MasterLinear(linear))
 
 
-METHODS = {"lora": add_lora, "full": train_all}
+METHODS = {"lora": add_lora, "qlora": add_lora, "full": train_all}
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -46,7 +46,7 @@ def check_fit(folder: Path) -> None:
     for name, parameter in network.named_parameters():
         if tied is not None and parameter is tied.weight and name not in headers:
             continue
-        tensor = _header(headers, name)
+        tensor = header_of(headers, name)
         if tensor is None:
             what = f"the weights have no {name}, which config.json asks for"
             raise InputError(what, where=str(folder), fix="download the model again")
@@ -59,6 +59,6 @@ def check_fit(folder: Path) -> None:
             raise InputError(what, where=str(folder), fix="download config.json again")
 
 
-def _header(headers: dict[str, TensorHeader], name: str) -> TensorHeader | None:
-    """Weights of the decoder alone have no `model.` in front."""
+def header_of(headers: dict[str, TensorHeader], name: str) -> TensorHeader | None:
+    """Where a parameter lies; weights of the decoder alone have no `model.` in front."""
     return headers.get(name) or headers.get(name.partition(".")[2])

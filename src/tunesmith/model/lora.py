@@ -2,7 +2,7 @@
 
 `project` runs several linears on one input: the input is saved once and its gradient is summed inside the products.
 Masters of A and B are fp32, products run in the dtype of the input. Maths equals PEFT's: W x + b + scale * B A drop(x).
-Left out: which modules get an adapter (adapters.py), quantised weights.
+Left out: which modules get an adapter (adapters.py), how a frozen weight is kept (frozen.py).
 Legend: N rows, I inputs, O outputs, R rank; z = A drop(x) [N, R].
 """
 
@@ -17,8 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.model import lora_kernels
-from tunesmith.model.frozen import Blocked, Plain
+from tunesmith.model.frozen import Blocked, Nf4, Plain
 from tunesmith.model.lora_kernels import Packed
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear [O, I] whose weight is kept in 4 bits; products run in `dtype`."""
+
+    def __init__(self, weight_OI: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.frozen, self.bias = Nf4(weight_OI, dtype), bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.frozen.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, [self])[0]
+
+    def extra_repr(self) -> str:
+        return f"({self.out_features}, {self.in_features}), nf4"
 
 
 class LoraLinear(nn.Module):
@@ -27,12 +46,14 @@ class LoraLinear(nn.Module):
     A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0, as PEFT starts them (kaiming_uniform with a = sqrt(5)).
     """
 
-    def __init__(self, base: nn.Linear, *, rank: int, scale: float, dropout: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Linear | QuantizedLinear, *, rank: int, scale: float, dropout: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
-        self.frozen: Plain | Blocked = Plain(base.weight.detach())
+        self.frozen: Plain | Blocked | Nf4 = base.frozen if isinstance(base, QuantizedLinear) else Plain(base.weight)
         self.bias = base.bias
-        device, inputs, outputs = base.weight.device, base.in_features, base.out_features
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        weight, inputs, outputs = self.frozen.weight, base.in_features, base.out_features
+        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         start = (torch.rand(rank, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
         self.lora_A = nn.Parameter(start.to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=device, dtype=dtype))
@@ -65,7 +86,7 @@ class MasterLinear(nn.Module):
         return self._narrow[1]
 
 
-Linear = nn.Linear | LoraLinear | MasterLinear
+Linear = nn.Linear | LoraLinear | MasterLinear | QuantizedLinear
 
 
 class Operand:
@@ -76,12 +97,12 @@ class Operand:
         self.scale = adapter.scale if adapter else 0.0
         self.dropout = adapter.dropout if adapter and adapter.training else 0.0
         self.parameters: tuple[Tensor | None, ...] = (
-            None if isinstance(module, LoraLinear) else module.weight,
+            None if isinstance(module, LoraLinear | QuantizedLinear) else module.weight,
             module.bias,
             adapter.lora_A if adapter else None,
             adapter.lora_B if adapter else None,
         )
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLinear | QuantizedLinear):
             self.frozen = module.frozen
         else:
             weight = module.narrow_weight(dtype) if isinstance(module, MasterLinear) else module.weight.detach()

@@ -15,6 +15,8 @@ PROCESS_BYTES = 480_000_000  # python, torch and transformers imported; measured
 ALLOCATOR_SHARE = 0.6  # of the activations: packs differ in size, so the heap fragments; measured over 14 steps
 EVALUATION_BYTES = 500_000_000  # what measuring before the run leaves behind in the heap; measured on the demo
 CHUNK_TARGETS = 128
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a weight of 4 bits, a byte a block of 64, 4 bytes for 256 of those
+Method = Literal["lora", "qlora", "full"]
 
 
 def lora_parameters(spec: ModelSpec, rank: int) -> int:
@@ -33,17 +35,19 @@ def activation_bytes(spec: ModelSpec, tokens: int, width: int) -> int:
 
 
 def peak_memory(
-    spec: ModelSpec, *, method: Literal["lora", "full"], dtype: str, rank: int, pack_tokens: int, layouts: int = 1
+    spec: ModelSpec, *, method: Method, dtype: str, rank: int, pack_tokens: int, layouts: int = 1
 ) -> dict[str, int]:
     """Bytes by component. fp32 masters and Adam's two moments: 16 bytes a trained parameter, gradient included.
-    `layouts`: in how many the frozen matrices are kept (model/frozen.py)."""
+    `layouts`: in how many the frozen matrices are kept (model/frozen.py). Those in 4 bits are widened one by one."""
     width = 2 if dtype == "bf16" else 4
     trained = spec.parameters if method == "full" else lora_parameters(spec, rank)
-    frozen = 0 if method == "full" else spec.parameters * width
+    matrices = spec.block_parameters * (NF4_BYTES if method == "qlora" else width)
+    frozen = 0 if method == "full" else int(matrices) + (spec.parameters - spec.block_parameters) * width
     narrow_copies = spec.block_parameters * width if method == "full" and dtype == "bf16" else 0
     parts = {
         "process": PROCESS_BYTES,
         "weights": frozen + (layouts - 1) * spec.block_parameters * width + narrow_copies,
+        "widened": 2 * spec.hidden_size * spec.intermediate_size * width if method == "qlora" else 0,
         "trained": trained * 16,
         "activations": activation_bytes(spec, pack_tokens, width),
         "evaluation": EVALUATION_BYTES,
@@ -52,7 +56,7 @@ def peak_memory(
     return parts | {"peak": sum(parts.values())}
 
 
-def disk_needed(spec: ModelSpec, *, method: Literal["lora", "full"], dtype: str, rank: int) -> int:
+def disk_needed(spec: ModelSpec, *, method: Method, dtype: str, rank: int) -> int:
     """Bytes that a run holds on disk at most: three checkpoints (two are kept while a third is written) of a weight
     and two moments in fp32, and the trained weights."""
     trained = spec.parameters if method == "full" else lora_parameters(spec, rank)

@@ -52,6 +52,7 @@ def decide(
     choices["now"] = Choice(now, "rule", "dates in chat templates are frozen at this moment")
     choices["output_dir"] = Choice(str(output_dir), "you" if _set(recipe, "output_dir") else "rule", "the run folder")
     _check_lengths(decided, model)
+    _check_libraries(decided, machine)
     return Plan(
         recipe=recipe.model_dump(mode="json", by_alias=True),
         choices=choices,
@@ -112,6 +113,12 @@ def _check_lengths(decided: dict[str, Any], model: ModelSpec) -> None:
         )
 
 
+def _check_libraries(decided: dict[str, Any], machine: Machine) -> None:
+    if decided["method"] == "qlora" and "bitsandbytes" not in machine.versions:
+        fix = "pip install 'tunesmith[qlora]', or use method: lora"
+        raise InputError("4-bit weights need bitsandbytes, which is not installed", where="method: qlora", fix=fix)
+
+
 def _memory(known: Known, model: ModelSpec) -> dict[str, int]:
     step_tokens = known["batch_size"] * known.data.length_percentiles.get("p90", 1)
     pack_tokens = max(min(known["pack_length"], step_tokens), known.data.length_percentiles.get("max", 1))
@@ -132,7 +139,7 @@ def refuse_without_room(plan: Plan) -> None:
         raise MachineError(
             f"the run needs about {peak / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on this machine",
             where="plan",
-            fix="lower pack_length or lora_r, use method: lora, a smaller model, or a machine with more memory",
+            fix="lower pack_length or lora_r, use method: qlora, a smaller model, or a machine with more memory",
         )
     if plan.disk_bytes > plan.machine.disk_free_bytes:
         raise MachineError(
@@ -146,8 +153,10 @@ def _warnings(known: Known, data: Mapping[str, DataReport]) -> list[str]:
     """What the user should know before starting."""
     found: list[str] = []
     rate, small = known["learning_rate"], known.model.parameters < 1e9
-    if small and known["method"] == "lora":
+    if small and known["method"] != "full":
         found.append(f"learning rates for models below 1B are extrapolations ({rate:g} here): compare two or three")
+    if known["method"] == "qlora" and known["dtype"] == "fp32":
+        found.append("4-bit weights are widened to fp32 for products, and embeddings and head take 4 bytes a value")
     if known.steps < 100:
         found.append(f"only {known.steps} steps: results depend on the learning rate and the seed more than usual")
     if "test_data" not in data:

@@ -46,8 +46,12 @@ def next_power_of_two(value: float) -> int:
 
 
 def method(known: Known) -> Choice:
-    """An adapter: the base stays frozen. Full fine-tuning only when asked for."""
-    del known
+    """An adapter: the base stays frozen. On 4-bit weights where those in 16 bits leave less than a fifth of their size
+    (rules.md 4.3). Full fine-tuning only when asked for."""
+    weights, free = 2 * known.model.parameters, known.machine.available_bytes
+    if 1.2 * weights > free and "bitsandbytes" in known.machine.versions:
+        why = f"weights in 16 bits take {weights / 1e9:.1f} GB of {free / 1e9:.1f} free: 4 bits, and an adapter beside"
+        return rule("qlora", why, "Dettmers 2023")
     return rule("lora", "the base stays as it is, and one base serves many adapters", "Hu 2021, Biderman 2024")
 
 
@@ -84,7 +88,7 @@ def num_train_epochs(known: Known) -> Choice:
 
 def batch_size(known: Known) -> Choice:
     """16 rows, halved (to 4 at least) until the run has 100 steps. LoRA loses more than full at large batches."""
-    size = 16 if known["method"] == "lora" else 32
+    size = 32 if known["method"] == "full" else 16
     rows = known.data.rows * known["num_train_epochs"]
     while size > 4 and rows / size < 100:
         size //= 2
@@ -168,7 +172,7 @@ def attention(known: Known) -> Choice:
 def weight_layout(known: Known) -> Choice:
     """Blocked: the frozen matrices twice, in the layouts that a CPU's bf16 products read. Measured: steps 7% faster.
     Only where the second one takes at most an eighth of the free memory."""
-    if known.machine.device != "cpu" or known["dtype"] != "bf16" or known["method"] != "lora":
+    if known.machine.device != "cpu" or known["dtype"] != "bf16" or known["method"] in ("qlora", "full"):
         return rule("plain", "frozen weights as they are stored")
     more = 2 * known.model.block_parameters
     if more > known.machine.available_bytes / 8:

@@ -22,6 +22,7 @@ from tunesmith.data.pack import fed_tokens, pack_step
 from tunesmith.errors import GateError
 from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel
+from tunesmith.model.quantized import quantized_weights
 from tunesmith.types import Batch, Document, Layout, Verdict
 
 # Relative root-mean-square difference of centred logits that two correct computations may show.
@@ -84,6 +85,10 @@ def prove(model: LanguageModel, probe: Probe) -> list[Verdict]:
         verdicts = [claim(model, probe) for claim in CLAIMS]
         _must_refuse("a mask that leaks", lambda: blind(model, probe, spoil=_leaking))
         _must_refuse("labels shifted by one", lambda: labels_equal_stock(model, probe, spoil=_shifted))
+    if weights := quantized_weights(model.network).values():
+        kept, wide = sum(weight.bytes for weight in weights), sum(2 * weight.parameters for weight in weights)
+        evidence = f"{len(weights)} matrices in {kept:,} bytes, {kept / wide:.3f}x of what they take in bf16"
+        verdicts.append(Verdict("4-bit weights", "ok", evidence))
     return [*verdicts, Verdict("controls", "ok", "a leaking mask and shifted labels were both refused")]
 
 

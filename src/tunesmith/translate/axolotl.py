@@ -71,11 +71,9 @@ def _method(draft: Draft) -> None:
         draft.put("method", "full", "no adapter")
         return
     if adapter not in ("lora", "qlora"):
-        draft.leave("adapter", adapter, "lora and full are the methods here")
+        draft.leave("adapter", adapter, "lora, qlora and full are the methods here")
         return
-    draft.put("method", "lora", "adapter")
-    if adapter == "qlora":
-        draft.leave("adapter", adapter, "LoRA on the unquantised base, which takes more memory: no QLoRA yet")
+    topics.low_rank(draft, "adapter", four_bits=adapter == "qlora")
     topics.adapter(draft, "lora_model_dir")
     topics.target_modules(draft, "lora_target_modules", everything=("all-linear",))
     if draft.take("lora_target_linear") and "lora_target_modules" not in draft.values:

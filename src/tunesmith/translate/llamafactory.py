@@ -58,7 +58,9 @@ def translate(draft: Draft) -> None:
 
 def _method(draft: Draft) -> None:
     method = draft.word("finetuning_type") or "lora"
-    if method in ("lora", "full"):
+    if method == "lora":
+        topics.low_rank(draft, "finetuning_type")
+    elif method == "full":
         draft.put("method", method, "finetuning_type")
     else:
         draft.leave("finetuning_type", method, "lora and full are the methods here")

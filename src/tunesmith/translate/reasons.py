@@ -60,7 +60,7 @@ NEEDLESS = (
 LATER = (
     (
         "load_in_* quantization_* double_quantization bnb_* gptq loftq_* use_bnb* qlora_*",
-        "no quantised weights yet: the frozen ones stay in bf16, which takes more memory",
+        "frozen weights are kept in 16 bits, or in NF4 with method: qlora",
     ),
     (
         "deepspeed* deepcompile fsdp* ray_* use_ray *_parallel* accelerator_config device_map local_rank world_size "

@@ -30,6 +30,23 @@ def model(draft: Draft, key: str) -> None:
     draft.put("model", draft.locate(str(name)) or str(name), key)
 
 
+def low_rank(draft: Draft, source: str, *, four_bits: bool = False) -> None:
+    """LoRA, on 4-bit weights where theirs are: NF4 with double quantisation here, whatever theirs is."""
+    if draft.given.get("load_in_4bit") or draft.given.get("quantization_bit") == 4:
+        four_bits = True
+        draft.take("quantization_bit")
+    if four_bits:
+        draft.take("load_in_4bit")
+        for key in ("bnb_4bit_quant_type", "quantization_type", "quantization_method"):
+            value = draft.word(key)
+            if value not in (None, "nf4", "bnb", "bitsandbytes"):
+                draft.leave(key, value, "4-bit weights are NF4 of bitsandbytes here")
+        for key in ("double_quantization", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"):
+            if draft.take(key) is False:
+                draft.leave(key, False, "always on: the scales are quantised too", matters=False)
+    draft.put("method", "qlora" if four_bits else "lora", source)
+
+
 def adapter(draft: Draft, key: str) -> None:
     """An adapter to go on with: a folder here."""
     name = draft.word(key)

@@ -23,7 +23,10 @@ def translate(draft: Draft) -> None:
     if "max_length" in draft.values:
         draft.put("overlong", "truncate", "what TRL does with rows over max_length")
     adapter = draft.take("use_peft")
-    draft.put("method", "lora" if adapter else "full", "use_peft" if adapter else "no use_peft")
+    if adapter:
+        topics.low_rank(draft, "use_peft")
+    else:
+        draft.put("method", "full", "no use_peft")
     topics.target_modules(draft, "lora_target_modules", everything=("all-linear",))
     _data(draft)
     topics.chat_template(draft, "chat_template_path", own=())
