@@ -1,6 +1,7 @@
-"""llama.cpp itself on the files that we write. Needs `pip install 'tunesmith[llamacpp]'`, which compiles it."""
+"""llama.cpp itself on the files that we write; compiled when it is first needed."""
 
 import gc
+import importlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import llama_cpp_site
 from tiny_export import job_of, save_model, save_run
 
 from tiny_run import train
@@ -23,9 +25,10 @@ FLOAT32 = 0  # the number of a ggml type
 
 
 @pytest.fixture(scope="module")
-def llama_cpp() -> Any:
-    reason = "llama.cpp is not there: pip install 'tunesmith[llamacpp]', which needs a C++ compiler and 20 minutes"
-    return pytest.importorskip("llama_cpp", reason=reason)
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(llama_cpp_site(tmp_path_factory.mktemp("site"))))
+        yield importlib.import_module("llama_cpp")
 
 
 @contextmanager

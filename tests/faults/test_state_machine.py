@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from chunks import chosen, chunks
+from hypothesis import seed
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -164,25 +166,19 @@ class CrashingRun(RuleBasedStateMachine):
         return {int(path.name.removeprefix("step-")) for path in (self.path / "checkpoints").glob("step-*")}
 
 
-def explore(examples: int, steps: int) -> None:
-    run_state_machine_as_test(
-        CrashingRun,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+def sequences_explored(cases: int, seconds: float, *, steps: int, size: int = 10) -> Counter[str]:
+    """How many sequences of up to `steps` actions were tried."""
+    seen: Counter[str] = Counter()
+
+    class Counted(CrashingRun):
+        def teardown(self) -> None:
+            seen["sequences"] += 1
+            super().teardown()
+
+    for number in chunks(cases, seconds, size):
+        run_state_machine_as_test(seed(number)(Counted), settings=chosen(size, stateful_step_count=steps))
+    return seen
 
 
 def test_fault_22_any_sequence_of_step_save_crash_and_resume_is_the_straight_run() -> None:
-    explore(examples=8, steps=20)
-
-
-@pytest.mark.slow
-def test_fault_22_many_sequences_of_step_save_crash_and_resume() -> None:
-    """With damage and full disks between them; 300 sequences of up to 60 actions."""
-    explore(examples=300, steps=60)
+    assert sequences_explored(8, 60, steps=20, size=8)["sequences"] >= 8

@@ -1,7 +1,9 @@
 import json
 import pickle
 import random
+import socket
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +48,11 @@ def test_a_sound_folder_passes(model_folder: Path) -> None:
         ("processor_config.json", {"auto_map": {"AutoProcessor": "evil.P"}}, "auto_map"),
     ],
 )
-def test_remote_code_is_refused_and_never_runs(model_folder: Path, file: str, content: dict, key: str) -> None:
+def test_fault_16_remote_code_is_refused_and_never_runs(
+    model_folder: Path, file: str, content: dict, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sentinel = model_folder / "executed"
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("no socket is opened"))
     (model_folder / "evil.py").write_text(f"open({str(sentinel)!r}, 'w').close()")
     (model_folder / file).write_text(json.dumps((CONFIG if file == "config.json" else {}) | content))
     with pytest.raises(InputError, match=key) as caught:
@@ -55,6 +60,22 @@ def test_remote_code_is_refused_and_never_runs(model_folder: Path, file: str, co
     assert file in caught.value.where
     assert not sentinel.exists()
     assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, "the key vocab_file names a file outside"),
+        ("tokenizer_config.json", {"tokenizer_class": "EvilTokenizer"}, "tokenizer_class is 'EvilTokenizer'"),
+        ("tokenizer_config.json", {"tokenizer_class": ["os", "system"]}, "tokenizer_class is"),
+        ("tokenizer_config.json", {"init_inputs": ["x"]}, "init_inputs"),
+        ("config.json", {"per_layer_config": {"0": {"hidden_size": 9}}}, "per_layer_config"),
+    ],
+)
+def test_keys_that_lead_elsewhere_are_refused(model_folder: Path, file: str, content: dict, message: str) -> None:
+    (model_folder / file).write_text(json.dumps((CONFIG if file == "config.json" else {}) | content))
+    with pytest.raises(InputError, match=message):
+        check_folder(model_folder)
 
 
 def test_own_generation_code_is_refused(model_folder: Path) -> None:
@@ -68,7 +89,7 @@ def test_harmless_keys_pass(change_config) -> None:
     check_folder(change_config(_attn_implementation_autoset=True, trust_remote_code=False, auto_map=None))
 
 
-def test_only_pickled_weights_are_refused_and_not_opened(model_folder: Path) -> None:
+def test_fault_15_only_pickled_weights_are_refused_and_not_opened(model_folder: Path) -> None:
     (model_folder / "model.safetensors").unlink()
     sentinel = model_folder / "executed"
     for name in ("pytorch_model.bin", "consolidated.pt", "last.ckpt"):
@@ -140,7 +161,7 @@ def entry(begin: int, end: int, shape: list | None = None, dtype: str = "F32") -
         ([], "not an object"),
     ],
 )
-def test_a_contradictory_header_names_file_and_tensor(tmp_path: Path, header: object, message: str) -> None:
+def test_fault_19_a_contradictory_header_names_file_and_tensor(tmp_path: Path, header: object, message: str) -> None:
     raw = json.dumps(header).encode()
     path = tmp_path / "bad.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(16))
@@ -154,6 +175,19 @@ def test_no_header_at_all(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(InputError):
         read_header(tmp_path / "bad.safetensors")
+
+
+def test_fault_19_a_header_of_100_mb_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    with path.open("wb") as file:
+        file.write((100 * 10**6).to_bytes(8, "little"))
+        file.truncate(200 * 10**6)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="its header has 100,000,000 bytes; no model needs more than 16,777,216"):
+        read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_a_tensor_that_stands_twice(tmp_path: Path) -> None:

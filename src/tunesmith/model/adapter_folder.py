@@ -106,11 +106,11 @@ def _check_config(config: Mapping[str, Any], where: str) -> tuple[int, float]:
             raise InputError(what, where=where, fix=fix)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
-        raise InputError(f"r is {rank!r:.80}, not a whole number from 1 to {LARGEST_RANK}", where=where)
+        raise InputError(f"r is {rank!r:.80}, not a whole number from 1 to {LARGEST_RANK}", where=where, fix=fix)
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e6:
-        raise InputError(f"lora_alpha is {alpha!r:.80}, not a number above 0", where=where)
+        raise InputError(f"lora_alpha is {alpha!r:.80}, not a number above 0", where=where, fix=fix)
     if not isinstance(config.get("use_rslora", False), (bool, type(None))):
-        raise InputError(f"use_rslora is {config['use_rslora']!r:.80}, not true or false", where=where)
+        raise InputError(f"use_rslora is {config['use_rslora']!r:.80}, not true or false", where=where, fix=fix)
     return rank, alpha
 
 
