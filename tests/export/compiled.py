@@ -2,8 +2,8 @@
 
     llama_cpp_site(folder) -> a folder to import `llama_cpp` from
 
-Only what the tests need is built: the library for this CPU, no tools, no network code, no images. On two free cores that
-takes LLAMA_BUILD.
+Only what the tests need is built: the library for this CPU, no tools, no network code, no images. On two free cores
+that takes LLAMA_BUILD.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hypothesis within a fixed time: a property is tried in small runs, each with a seed of its own, until time is over."""
+"""Hypothesis within a fixed time: a property is tried in small runs, each with its own seed, until time is over."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -34,6 +35,6 @@ def test_ten_thousand_cases(tiny_folder: Path, capsys: pytest.CaptureFixture[str
         cases = seen["sequences"] if kind == "sequences" else sum(seen.values())
         total += cases
         with capsys.disabled():
-            print(f"{kind}: {cases:,} in {time.monotonic() - started:.0f} s, {dict(seen)}")
+            sys.stdout.write(f"{kind}: {cases:,} in {time.monotonic() - started:.0f} s, {dict(seen)}\n")
         assert min(seen.values()) >= 100, kind
     assert total >= 10_000
