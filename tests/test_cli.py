@@ -85,6 +85,13 @@ def test_two_recipes_are_one_too_many() -> None:
         cli.read_wish(["a.yaml", "b.yaml"])
 
 
+@pytest.mark.parametrize("second", ["--data", "--data=b.jsonl", "--lora-r=3", "--lora_r"])
+def test_a_flag_that_stands_twice_does_not_lose_one_of_its_values(second: str) -> None:
+    with pytest.raises(InputError, match=f"{second.partition('=')[0]} stands twice") as caught:
+        cli.read_wish(["--data", "a.jsonl", "--lora_r", "2", second, "4"])
+    assert "[one, two]" in caught.value.fix
+
+
 def test_a_typo_in_a_flag_is_refused_with_the_nearest_key(tunesmith: Callable[..., Outcome], tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: tiny\ndata: a.jsonl\n")
@@ -225,8 +232,8 @@ def test_a_run_from_words_to_answers(
         (["data", "check", "--eval-data", "one.jsonl"], "eval_data: ", "one row"),
         (["plan", "--data", "none.jsonl"], "none.jsonl", "no such file"),
         (["plan", "--model", "smolm2-135m-instruct"], "model", "there is no model"),
-        (["resume", "nowhere"], "nowhere", "no such file"),
-        (["chat", "nowhere"], "nowhere", "no such file"),
+        (["resume", "nowhere"], "nowhere", "not a run folder"),
+        (["chat", "nowhere"], "nowhere", "not a run folder"),
     ],
 )
 def test_refusals_are_objects_too(

@@ -323,5 +323,5 @@ def test_reopening_needs_a_finished_adapter(tiny_folder: Path, tmp_path: Path) -
     until_saved(run.train(plan_of(wish)), step=1)
     with pytest.raises(InputError, match="no adapter yet"):
         run.reopen(tmp_path / "run")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="not a run folder"):
         run.evaluate(tmp_path / "nowhere")

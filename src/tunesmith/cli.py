@@ -245,6 +245,9 @@ def read_wish(wish: Sequence[str] | None) -> Recipe:
         key, has_value, value = word[2:].partition("=")
         if not has_value:
             value = words.pop(0) if words and takes_value(key, words[0]) else "true"
+        if key.replace("-", "_") in {flag.replace("-", "_") for flag in flags}:
+            fix = f"give it once; several values are a list: --{key} '[one, two]'"
+            raise InputError(f"--{key} stands twice", where="command line", fix=fix)
         flags[key] = value
     return load_recipe(path, flags)
 

@@ -47,7 +47,18 @@ from tunesmith.model.provenance import check_provenance, hashes_of, provenance_o
 from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
 from tunesmith.plan.plan import refuse_without_room
 from tunesmith.resumption import Start, drift_of, go_on
-from tunesmith.runfolder import FAILED, IDENTITY, PLAN, RECIPE, RECORD, REJECTED, RunFolder, failure_of, is_free
+from tunesmith.runfolder import (
+    FAILED,
+    IDENTITY,
+    PLAN,
+    RECIPE,
+    RECORD,
+    REJECTED,
+    RunFolder,
+    failure_of,
+    is_free,
+    require_run,
+)
 from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
 from tunesmith.train.training import Settings, Training
@@ -235,6 +246,7 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
 def reopen(path: Path) -> Workbench:
     """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or what it belongs to,
     is not as the run left it."""
+    require_run(path)
     plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
     adapter = _adapter_of(path, plan)
     known = facts.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}))

@@ -84,10 +84,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> Self:
         """An earlier run, to go on with. Raises InputError if it is none or in use."""
-        if not (path / PLAN).is_file():
-            raise InputError(
-                f"not a run folder: there is no {PLAN}", where=str(path), fix="begin the run with `tunesmith train`"
-            )
+        require_run(path)
         with disk_errors(path):
             lock = _locked(path)
             remove_leftovers(path)
@@ -236,6 +233,13 @@ def _locked(path: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock
+
+
+def require_run(path: Path) -> None:
+    """Raises InputError for what is no run folder."""
+    if not (path / PLAN).is_file():
+        fix = "name a run folder; `tunesmith train` makes one"
+        raise InputError(f"not a run folder: there is no {PLAN}", where=str(path), fix=fix)
 
 
 def read_events(path: Path) -> list[Json]:

@@ -124,7 +124,10 @@ def plan(recipe: Wish | Facts = None, **changes: Any) -> Plan:
 def read_plan(path: AnyPath) -> Plan:
     """The plan of a run folder, or of a file that holds what `tunesmith plan --json` printed."""
     from tunesmith.jsonfile import from_json, read_json
+    from tunesmith.runfolder import require_run
 
+    if not Path(path).is_file():
+        require_run(Path(path))
     file = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
     return from_json(Plan, read_json(file), where=str(file))
 

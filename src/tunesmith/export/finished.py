@@ -28,7 +28,7 @@ from tunesmith.model.saved import load_adapter
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
 from tunesmith.recipe import Recipe
-from tunesmith.runfolder import PLAN, RECORD, failure_of
+from tunesmith.runfolder import PLAN, RECORD, failure_of, require_run
 from tunesmith.types import ModelSpec, Plan
 
 
@@ -73,8 +73,7 @@ class Finished:
 
 def open_finished(path: Path) -> Finished:
     """InputError for a folder that is no finished run, was changed, or whose base was; GateError for a failed run."""
-    if not (path / PLAN).is_file():
-        raise InputError(f"not a run folder: there is no {PLAN}", where=str(path), fix="name a run folder")
+    require_run(path)
     if problem := failure_of(path):
         raise GateError(f"this run failed, and is not exported: {problem}", where=str(path))
     plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
