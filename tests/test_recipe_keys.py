@@ -94,10 +94,46 @@ def adapter_from(lab: Lab) -> None:
 
 
 def stage(lab: Lab) -> None:
-    assert lab.events(stage="sft")
-    for other in ("cpt", "preference"):
-        with pytest.raises(ValidationError, match="stage"):
-            lab.events(stage=other)
+    both = lab.steps(stage="preference", data=choices(lab))
+    chosen = lab.steps(stage="sft", data=choices(lab))
+    assert both[0].supervised_tokens > chosen[0].supervised_tokens, "the rejected answers count too"
+    with pytest.raises(ValidationError, match="stage"):
+        lab.events(stage="cpt")
+
+
+def choices(lab: Lab) -> str:
+    """Preference rows: a right sum, and a wrong one."""
+    rows = [{"prompt": f"{n} and {n}", "chosen": f"{2 * n}", "rejected": f"no {n}"} for n in range(1, 7)]
+    return lab.rows(rows, "pairs.jsonl")
+
+
+def loss(lab: Lab) -> None:
+    pairs = {"stage": "preference", "data": choices(lab)}
+    found = {name: lab.steps(**pairs, loss=name)[0].loss for name in ("auto", "dpo", "orpo", "simpo")}
+    assert found["auto"] == found["dpo"]
+    assert len(set(found.values())) == 3
+    with pytest.raises(ValidationError, match="loss has no effect without stage: preference"):
+        lab.events(loss="dpo")
+
+
+def beta(lab: Lab) -> None:
+    pairs = {"stage": "preference", "data": choices(lab), "loss": "simpo"}
+    assert lab.steps(**pairs, beta=0.5)[0].loss != lab.steps(**pairs, beta=4)[0].loss
+
+
+def gamma(lab: Lab) -> None:
+    pairs = {"stage": "preference", "data": choices(lab), "loss": "simpo"}
+    low, high = (lab.steps(**pairs, gamma=value)[0].loss for value in (0, 3))
+    assert low < high, "a margin is harder to reach"
+    with pytest.raises(ValidationError, match="gamma has no effect with loss: orpo"):
+        lab.events(stage="preference", data=choices(lab), loss="orpo", gamma=1)
+
+
+def nll_coefficient(lab: Lab) -> None:
+    pairs = {"stage": "preference", "data": choices(lab)}
+    none, some, more = (lab.steps(**pairs, nll_coefficient=value)[0].loss for value in (0, 1, 2))
+    assert none == pytest.approx(0.6931, abs=1e-4), "a fresh adapter: log 2 and nothing else"
+    assert more - some == pytest.approx(some - none, rel=1e-4)
 
 
 # ---------------------------------------------------------------- on what

@@ -86,7 +86,8 @@ def renderer_of(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
 def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
     """The data sets of each role, under the recipe's length policy."""
     longest = recipe.max_length if isinstance(recipe.max_length, int) else None
-    opened = partial(open_dataset, renderer=renderer, skip_bad=recipe.skip_bad)
+    pairs = recipe.stage == "preference"
+    opened = partial(open_dataset, renderer=renderer, skip_bad=recipe.skip_bad, pairs=pairs)
     roles = {"data": opened(recipe.data, max_examples=recipe.max_examples)}
     if recipe.eval_data:
         roles["eval_data"] = opened(recipe.eval_data)

@@ -6,13 +6,14 @@ paired, and a few answers to look at. `test_data` is read here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tunesmith.data.sources import open_source
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measurement, compare, score
 from tunesmith.evaluate.likelihood import held_out_loss
+from tunesmith.evaluate.preference import preference
 from tunesmith.evaluate.retention import GeneralText, read_texts, retention
 from tunesmith.evaluate.tasks import Question, answer_length, ask, check_questions, grade, questions_of, samples_of
 from tunesmith.facts import Facts
@@ -90,17 +91,28 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
     found: list[Measurement] = []
     samples: tuple[Sample, ...] = ()
     if items.questions:
-        length = answer_length(items.questions)
-        answers = [""] * len(items.questions)
-        for place, generation in ask(model, items.questions, bench.renderer, max_new_tokens=length):
+        questions = items.questions if plan["metrics"] else items.questions[:SHOWN_ANSWERS]
+        length = answer_length(questions)
+        answers = [""] * len(questions)
+        for place, generation in ask(model, questions, bench.renderer, max_new_tokens=length):
             answers[place] = generation.text
-        found += grade(items.questions, answers, task="test", metrics=plan["metrics"], schema=bench.facts.schema)
-        samples = samples_of(items.questions[:SHOWN_ANSWERS], answers[:SHOWN_ANSWERS], step=step)
-    if items.test_documents:
-        found.append(held_out_loss(model, items.test_documents, task="test", pack_length=plan["pack_length"]))
+        found += grade(questions, answers, task="test", metrics=plan["metrics"], schema=bench.facts.schema)
+        samples = samples_of(questions[:SHOWN_ANSWERS], answers[:SHOWN_ANSWERS], step=step)
+    found += _likelihoods(bench, items.test_documents, "test")
     if items.texts:
         found.append(retention(model, items.texts, bench.renderer.text_tokens, window=plan["pack_length"]))
     return Measured(tuple(found), samples)
+
+
+def _likelihoods(bench: Workbench, documents: Sequence[Document], task: str) -> Iterator[Measurement]:
+    """The loss of right answers; of pairs, how they are ranked too."""
+    plan = bench.plan
+    answers = [document for document in documents if document.side != "rejected"]
+    if answers:
+        yield held_out_loss(bench.model, answers, task=task, pack_length=plan["pack_length"])
+    if pairs := [document for document in documents if document.side]:
+        whole = plan["loss"] == "dpo"
+        yield from preference(bench.model, pairs, task=task, pack_length=plan["pack_length"], whole=whole)
 
 
 def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Comparison, ...]:
@@ -108,8 +120,7 @@ def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Compar
     return tuple(compare(first, second, step=step) for first, second in pairs)
 
 
-def eval_loss(bench: Workbench, items: Items, *, step: int) -> Score:
-    """The loss on `eval_data` while training."""
+def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
+    """The likelihoods on `eval_data` while training."""
     bench.model.network.eval()
-    measured = held_out_loss(bench.model, items.eval_documents, task="eval", pack_length=bench.plan["pack_length"])
-    return score(measured, step=step)
+    return [score(measured, step=step) for measured in _likelihoods(bench, items.eval_documents, "eval")]

@@ -39,6 +39,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) and value != "auto" else value
 
 
+def _loss_name(value: Any) -> Any:
+    """`sigmoid` is what other tools call the loss of DPO."""
+    return "dpo" if value == "sigmoid" else value
+
+
 def _is_template(path: Path) -> Path:
     if path.suffix != ".jinja":
         raise ValueError("not a .jinja file")
@@ -78,6 +83,7 @@ Auto = Literal["auto"]
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_no_switch)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_switch)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_switch)]
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_switch)]
 Template = Annotated[
     Path, AfterValidator(_is_template), WithJsonSchema({"type": "string", "description": "the path of a .jinja file"})
@@ -100,7 +106,10 @@ class Recipe(BaseModel):
     adapter_from: FilePath | None = Field(
         default=None, description="Go on with this LoRA adapter: an adapter folder, ours or PEFT's, or a run folder."
     )
-    stage: Literal["sft"] = Field(default="sft", description="Kind of training; sft is supervised fine-tuning.")
+    stage: Literal["sft", "preference"] = Field(
+        default="sft",
+        description="Kind of training: sft is supervised fine-tuning, preference learns from better and worse answers.",
+    )
 
     data: Sources = Field(min_length=1, description="Training rows: a path, or a list of {path, format, columns, ...}.")
     eval_data: Sources = Field(
@@ -149,6 +158,15 @@ class Recipe(BaseModel):
     )
     weight_decay: Auto | Share = Field(default="auto", description="AdamW weight decay, per unit of learning rate.")
     max_grad_norm: Auto | Positive = Field(default="auto", description="Gradients are clipped to this norm.")
+
+    loss: Auto | Annotated[Literal["dpo", "orpo", "simpo"], BeforeValidator(_loss_name)] = Field(
+        default="auto", description="Loss of preference pairs."
+    )
+    beta: Auto | Positive = Field(default="auto", description="How strongly pairs are told apart; ORPO's lambda.")
+    gamma: Auto | NotNegative = Field(default="auto", description="Margin that SimPO wants between the two answers.")
+    nll_coefficient: Auto | NotNegative = Field(
+        default="auto", description="Coefficient of the plain loss on the chosen answers."
+    )
 
     lora_r: Auto | Count = Field(default="auto", description="LoRA rank.")
     lora_alpha: Auto | Positive = Field(
@@ -206,10 +224,17 @@ ALIASES = {
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
     "gradient_clipping": "max_grad_norm",
+    "pref_loss": "loss",
+    "pref_beta": "beta",
+    "rl_beta": "beta",
+    "simpo_gamma": "gamma",
+    "pref_ftx": "nll_coefficient",
+    "rpo_alpha": "nll_coefficient",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
 }
 
+PAIR_KEYS = ("loss", "beta", "gamma", "nll_coefficient")
 FILE_KEYS = ("data", "eval_data", "test_data", "retention_data")
 
 
@@ -223,6 +248,12 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         adapter_keys = [key for key in given if key.startswith("lora_") or key == "use_rslora"]
         adapter_keys += ["adapter_from"] * ("adapter_from" in given)
         found += [(key, f"{key} has no effect with method: full, which trains no adapter") for key in adapter_keys]
+    if given.get("stage", "sft") != "preference":
+        found += [(key, f"{key} has no effect without stage: preference") for key in PAIR_KEYS if key in given]
+    elif given.get("loss") not in (None, "simpo") and "gamma" in given:
+        found.append(("gamma", f"gamma has no effect with loss: {given['loss']}, it is SimPO's"))
+    elif "gamma" in given and "loss" not in given:
+        found.append(("gamma", "gamma has no effect with loss: dpo, it is SimPO's: add loss: simpo"))
     files = {key: _paths(given[key]) for key in FILE_KEYS if key in given}
     for position, key in enumerate(files):
         for earlier in list(files)[:position]:

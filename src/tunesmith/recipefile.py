@@ -52,6 +52,7 @@ INSTEAD = {
         ("load_in_4bit quantization_bit quantization", "set method: qlora, which keeps the frozen weights in 4 bits"),
         ("lora_target_linear", "set lora_target_modules: all-linear"),
         ("trust_remote_code", "leave it out: code from a model folder is never run"),
+        ("rl", "set stage: preference and loss: dpo, orpo or simpo"),
         ("resume_from_checkpoint", "run `tunesmith resume RUN`"),
         ("report_to logging_steps", "leave it out: every step is in events.jsonl"),
     )
@@ -61,7 +62,7 @@ INSTEAD = {
 LATER_KEYS = (
     "rehearsal", "never", "guard", "batch_tokens", "modules_to_save", "load_in_8bit", "use_dora",
 )  # fmt: skip
-LATER_VALUES = {"method": ("dora",), "stage": ("cpt", "preference", "pt", "dpo", "orpo", "simpo")}
+LATER_VALUES = {"method": ("dora",), "stage": ("cpt", "pt")}
 
 
 @dataclass(frozen=True)

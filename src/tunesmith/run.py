@@ -23,6 +23,7 @@ from tunesmith.atomic import damage, new_folder
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted
+from tunesmith.evaluate.preference import displaced, with_references
 from tunesmith.export.finished import open_finished
 from tunesmith.export.parity import Job, witnesses_of
 from tunesmith.export.targets import (
@@ -39,7 +40,7 @@ from tunesmith.facts import Facts
 from tunesmith.identity import identity_of
 from tunesmith.infer.engine import stream
 from tunesmith.jsonfile import from_json, read_json
-from tunesmith.measure import Items, Measured, compare_all, eval_loss, items_of, measure
+from tunesmith.measure import Items, Measured, compare_all, eval_scores, items_of, measure
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import adapter_scaled, trainable
 from tunesmith.model.memory import memory_errors
@@ -152,6 +153,7 @@ def _story(run: _Run) -> Generator[Event]:
     yield from proof
     with run.wish.at_once(), memory_errors():
         before = _before(run.folder, bench, run.items)
+        bench = with_references(bench, run.folder)
     yield from before.scores(step=0)
     training, saved = Training(bench.model, bench.documents_of, Settings.of(run.plan)), 0
     if run.start.checkpoint is not None:
@@ -170,6 +172,7 @@ def _story(run: _Run) -> Generator[Event]:
             yield _checkpoint(run, training)
         raise
     yield from after.scores(step=training.step)
+    yield from displaced(compare_all(before, after, step=training.step), training.step)
     run.folder.settle()
     run.folder.write_json(RECORD, _record(run, proof, (before, after), adapter))
 
@@ -190,8 +193,8 @@ def _trained(run: _Run, bench: Workbench, training: Training) -> Iterator[Event]
             continue
         if event.step % plan["eval_steps"] == 0 and run.items.eval_documents:
             with run.wish.at_once():
-                score = eval_loss(bench, run.items, step=event.step)
-            yield score
+                scores = eval_scores(bench, run.items, step=event.step)
+            yield from scores
         if event.step % plan["save_steps"] == 0 and event.step < plan.steps:
             yield _checkpoint(run, training)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Json = dict[str, Any]
+Side = Literal["", "chosen", "rejected"]  # of a preference; "" is a document that is trained as it is
 
 # ---------------------------------------------------------------- facts
 
@@ -151,15 +152,19 @@ class Example:
     tools: tuple[Json, ...] = ()
     text: str | None = None
     prompt: str | None = None  # with `text`: the part before it, not trained (completion rows without a template)
+    rejected: Example | None = None  # the worse answer to the same question: together they are a pair
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens that may see each other. `weights_L[i]` is the weight of token i *as a target*; weights_L[0] is 0."""
+    """Tokens that may see each other. `weights_L[i]` is the weight of token i *as a target*; weights_L[0] is 0. The two
+    sides of a pair stand next to each other, the chosen one first."""
 
     id: str  # the row's id
     tokens_L: np.ndarray  # int32
     weights_L: np.ndarray  # float32
+    side: Side = ""
+    reference: float | None = None  # log-probability of its targets before training, if it was kept
 
     def __len__(self) -> int:
         return len(self.tokens_L)
@@ -214,6 +219,8 @@ class Batch:
     document_S: torch.Tensor  # int64, into ids: which document a target belongs to
     ids: tuple[str, ...]
     real_tokens: int  # tokens of the documents as rendered, what `tokens` of a step counts
+    sides: tuple[Side, ...] = ()  # of each document; () when none is a side of a pair
+    references: tuple[float | None, ...] = ()  # of each document, beside `sides`
 
 
 # ---------------------------------------------------------------- generation and measurement

@@ -7,9 +7,9 @@ before any module is replaced; they are the oracle of the proof. Left out: the o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Workbench:
     model: LanguageModel
     schedule: Schedule
     probe: Probe
+    references: Mapping[int, Sequence[float]] = field(default_factory=dict[int, Sequence[float]])  # by row, kept ones
 
     @property
     def renderer(self) -> Renderer:
@@ -60,7 +61,14 @@ class Workbench:
 
     def documents_of(self, step: int) -> Sequence[Document]:
         """The documents of optimizer step 1..steps; a pure function of the plan and the files."""
-        return [d for row in self.schedule.rows_of(step) for d in self.rows.documents(row)]
+        return [document for row in self.schedule.rows_of(step) for document in self._of_row(row)]
+
+    def _of_row(self, row: int) -> Sequence[Document]:
+        documents = self.rows.documents(row)
+        if not self.references or not documents:
+            return documents
+        kept = zip(documents, self.references[row], strict=True)
+        return [dataclasses.replace(document, reference=value) for document, value in kept]
 
 
 def set_up(plan: Plan, facts: Facts) -> Workbench:

@@ -62,7 +62,9 @@ def test_what_begins_alike_stands_once(tokens):
     """In one pack two documents have as many tokens apart as their beginnings have, give or take a short segment a
     branch; every segment that branches is long."""
     fed = [np.array(t[:-1], np.int32) for t in tokens]
-    order, shared = begin_alike(fed)
+    units, shared = begin_alike(fed, [(i,) for i in range(len(fed))])
+    order = [i for (i,) in units]
+    shared = [shared[i] for i in order]
     segments, ends_in = segments_of([len(fed[i]) for i in order], shared)
     assert sorted(order) == list(range(len(fed)))
     assert len(ends_in) == len(fed)

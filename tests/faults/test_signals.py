@@ -104,7 +104,7 @@ def test_fault_23_a_second_signal_does_not_wait_for_the_step(
     assert went_on(tmp_path / "run")[1] == straight
 
 
-@pytest.mark.parametrize("stage", ["set_up", "prove", "measure", "eval_loss", "measure again"])
+@pytest.mark.parametrize("stage", ["set_up", "prove", "measure", "eval_scores", "measure again"])
 def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
     stage: str, tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +122,7 @@ def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
         patch.setattr(run, name, signalled)
         events, stopped = follow(wish)
     assert stopped.exit_code == 130
-    done = {"eval_loss": [1, 2], "measure again": [1, 2, 3]}.get(stage, [])
+    done = {"eval_scores": [1, 2], "measure again": [1, 2, 3]}.get(stage, [])
     assert [step.step for step in steps_of(events)] == done
     assert not done or (isinstance(events[-1], Saved) and events[-1].step == done[-1])
     events, found = went_on(tmp_path / "run")

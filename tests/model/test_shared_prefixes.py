@@ -138,14 +138,14 @@ def test_one_target_for_all_who_share_it_with_all_their_weights() -> None:
     prompt = tiny_document(30)
     documents = [after(prompt, 30, 4, seed) for seed in range(3)]
     batch = one_batch(documents, share=True)
-    once = merged(batch)
+    once, _ = merged(batch)
     assert float(once.weights_S.sum()) == weight_count(documents)
     inside = once.positions_S < 29
     assert once.weights_S[inside].tolist() == [3 * w for w in prompt.weights_L[1:30][prompt.weights_L[1:30] > 0]]
     assert len(once.targets_S) < len(batch.targets_S) == sum(int((d.weights_L > 0).sum()) for d in documents)
     assert len(set(zip(once.positions_S.tolist(), once.targets_S.tolist(), strict=True))) == len(once.targets_S)
     plain = one_batch(documents)
-    assert merged(plain) is plain
+    assert merged(plain)[0] is plain
 
 
 def test_the_end_of_a_shared_part_predicts_one_token_for_each_branch() -> None:

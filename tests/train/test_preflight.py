@@ -243,3 +243,19 @@ def test_a_claim_that_cannot_fail_is_noticed(claim: str, named: str, monkeypatch
 
     monkeypatch.setattr(preflight, claim, always)
     assert f"did not notice {named}" in refusal(*ready())
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_both_sides_of_pairs_are_proven() -> None:
+    sides = [
+        dataclasses.replace(tiny_document(length, number), side=side)
+        for number, lengths in enumerate(((20, 9), (33, 14), (12, 40)))
+        for side, length in zip(("chosen", "rejected"), lengths, strict=True)
+    ]
+    chosen = choose_documents(sides, None)
+    rejected = {d.tokens_L.tobytes() for d in sides if d.side == "rejected"}
+    assert sum(d.tokens_L.tobytes() in rejected for d in chosen) == 2, "the shortest and the longest"
+    assert {9, 40} <= {fed_tokens(d) for d in chosen}
+    assert all(verdict.level == "ok" for verdict in prove(*ready(candidates=sides)))

@@ -120,7 +120,7 @@ def rejected(subject: Subject) -> Iterator[Finding]:
 def chosen_only(subject: Subject) -> Iterator[Finding]:
     """Preference rows in a stage that knows no preferences."""
     for name in dict.fromkeys(part.format for part in subject.dataset.parts):
-        if "preference" in name:
+        if "preference" in name and not subject.dataset.pairs:
             yield Finding("chosen_only", "warn", f"{name} rows: {FORMATS[name].note}", len(subject.dataset))
 
 

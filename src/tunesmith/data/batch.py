@@ -32,6 +32,7 @@ def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
         targets.append(document.tokens_L[targets_K])
         weights.append(document.weights_L[targets_K])
         owners.append(np.full(len(targets_K), i))
+    paired = any(document.side for document in pack.documents)
     fed = [pack.documents[s.document].tokens_L[s.begin : s.end] for s in segments]
     return Batch(
         tokens_T=_tensor(fed, np.int64, device),
@@ -43,6 +44,8 @@ def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
         document_S=_tensor(owners, np.int64, device),
         ids=tuple(document.id for document in pack.documents),
         real_tokens=sum(len(document) for document in pack.documents),
+        sides=tuple(document.side for document in pack.documents) if paired else (),
+        references=tuple(document.reference for document in pack.documents) if paired else (),
     )
 
 

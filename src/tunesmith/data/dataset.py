@@ -25,7 +25,7 @@ from tunesmith.data.badrow import BadRow, Reason, Rejects
 from tunesmith.data.columns import check_columns, renamed
 from tunesmith.data.digests import digests, shape
 from tunesmith.data.folder import Folder
-from tunesmith.data.formats import FORMATS, detect, parse
+from tunesmith.data.formats import detect, note_on, parse, parse_pair
 from tunesmith.data.lengths import Overlong, Prepared, fit, weighted
 from tunesmith.data.places import LONGEST_ROW
 from tunesmith.data.sources import Source, open_source
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FIRST_ROWS = 20  # enough to see a format
 SHOWN_ERRORS = 5
 MOST_SHAPES = 2**16 - 1
+ONE_SIDE = "one side of the pair is longer than max_length"
 NOT_RENDERED: Reason = "cannot be rendered"
 
 
@@ -51,13 +52,15 @@ class Part:
     reason: str  # of the format
     columns: Mapping[str, str]  # our name -> the file's
     weight: float
+    pairs: bool  # both sides of its preference rows are read
 
     def row(self, index: int) -> Row:
         row = self.source.row(index)
         return renamed(row, self.columns) if self.columns else row
 
     def example(self, index: int, has_template: bool) -> Example:
-        return parse(self.row(index), self.format, has_template)
+        read = parse_pair if self.pairs else parse
+        return read(self.row(index), self.format, has_template)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.row_N)
+
+    @property
+    def pairs(self) -> bool:
+        return any(part.pairs for part in self.parts)
 
     @property
     def path(self) -> str:
@@ -121,6 +128,8 @@ class Dataset:
             return example, Prepared(example.id, (), dropped=f"{NOT_RENDERED}: {error.what}", problem=problem)
         documents = weighted(rendered.documents, self.part(index).weight)
         prepared = fit(example.id, documents, self.max_length, self.overlong)
+        if 0 < len(prepared.documents) < len(documents) and example.rejected is not None:
+            prepared = dataclasses.replace(prepared, documents=(), dropped=ONE_SIDE)
         return example, dataclasses.replace(prepared, notes=tuple(rendered.notes))
 
     def prepare(self, index: int) -> Prepared:
@@ -151,8 +160,10 @@ def open_dataset(
     overlong: Overlong = "drop",
     max_examples: int | None = None,
     skip_bad: bool = False,
+    pairs: bool = False,
 ) -> Dataset:
-    """Read every row once and remember where it is. `max_examples` takes the first rows of all files together.
+    """Read every row once and remember where it is. `max_examples` takes the first rows of all files together. `pairs`:
+    a row is a chosen and a rejected answer, not the chosen one alone.
 
     Raises InputError for a file that cannot be read, and if not a single row can be used.
     """
@@ -167,7 +178,7 @@ def open_dataset(
         source = open_source(file.path, name=file.path.name if names[file.path.name] == 1 else str(file.path))
         rows = range(min(n for n in (len(source), file.max_examples, left) if n is not None))
         left = left if left is None else left - len(rows)
-        part = _part(file, source, rows, renderer.has_template)
+        part = _part(file, source, rows, renderer.has_template, pairs)
         opened.append(_read(part, rows, renderer.has_template, partial(rejects.add, number), shapes))
     if not any(len(one.row_K) for one in opened):
         raise rejects.nothing_left(", ".join(str(file.path) for file in files))
@@ -194,7 +205,7 @@ class _Opened(NamedTuple):
     shapes_K: np.ndarray
 
 
-def _part(file: DataSource, source: Source | Folder, rows: range, has_template: bool) -> Part:
+def _part(file: DataSource, source: Source | Folder, rows: range, has_template: bool, pairs: bool) -> Part:
     """How the rows of a file are read. Raises InputError for an unknown format or column."""
     where, format, reason = str(file.path), file.format, "the recipe says so"
     first = _first_rows(source, rows)
@@ -202,12 +213,12 @@ def _part(file: DataSource, source: Source | Folder, rows: range, has_template: 
         check_columns(file.columns, first, format, where)
         first = [renamed(row, file.columns) for row in first]
     if first and format == "auto":
-        format, reason = detect(first, has_template)
+        format, reason = detect(first, has_template, pairs=pairs)
     elif format == "auto":
         format, reason = "text", "no row can be read"
-    elif FORMATS[format].note:
-        reason += f"; {FORMATS[format].note}"
-    return Part(source, format, reason, file.columns, file.weight)
+    elif note := note_on(format, pairs):
+        reason += f"; {note}"
+    return Part(source, format, reason, file.columns, file.weight, pairs)
 
 
 def _first_rows(source: Source | Folder, rows: range) -> list[Row]:

@@ -19,11 +19,12 @@ def digests(example: Example) -> tuple[int, int]:
 
     With nothing before its answer, as in a plain text, both digests are the same.
     """
+    other = [] if example.rejected is None else [str(digests(example.rejected)[0])]
     if example.text is not None:
-        return _digests([example.prompt] if example.prompt else [], [example.text])
+        return _digests([example.prompt] if example.prompt else [], [example.text, *other])
     *before, answer = [_parts(message) for message in example.messages]
     tools = [json.dumps(example.tools, sort_keys=True)] if example.tools else []
-    return _digests([*tools, *chain.from_iterable(before)], answer)
+    return _digests([*tools, *chain.from_iterable(before)], [*answer, *other])
 
 
 def shape(example: Example) -> object:

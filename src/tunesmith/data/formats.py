@@ -4,11 +4,13 @@
 
 `detect` looks at the first rows and says why it chose a format; `parse` reads one row or says what is wrong with it,
 naming the row. A format is one function, and one line in `FORMATS`. A preference row has two sides: `read_side` reads
-either. How messages become tokens is decided in `render.py`; single messages are read in `messages.py`.
+either, `parse_pair` both. How messages become tokens is decided in `render.py`; single messages are read in
+`messages.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -29,8 +31,9 @@ class Format(NamedTuple):
     note: str = ""  # what the user should know of it
 
 
-def detect(rows: Sequence[Row], has_template: bool) -> tuple[str, str]:
-    """(format, reason): the format that most of these first rows of a file have. Raises InputError if none has one."""
+def detect(rows: Sequence[Row], has_template: bool, *, pairs: bool = False) -> tuple[str, str]:
+    """(format, reason): the format that most of these first rows of a file have; with `pairs` both sides of preference
+    rows are read. Raises InputError if none has one."""
     fitting = Counter(names[0] for row in rows if (names := _fitting(row)))
     if not fitting:
         raise InputError(_unknown_keys(rows[0].data), where=rows[0].id, fix=_hint(rows[0].data))
@@ -41,7 +44,12 @@ def detect(rows: Sequence[Row], has_template: bool) -> tuple[str, str]:
         reason += f"; {_quoted(FORMATS[others[0]].keys)} is there too and not used"
     if name == "completion" and isinstance(first.data["prompt"], str):
         reason += "; " + (_AS_TURNS if has_template else _AS_TEXT)
-    return name, "; ".join(filter(None, (reason, FORMATS[name].note)))
+    return name, "; ".join(filter(None, (reason, note_on(name, pairs))))
+
+
+def note_on(format: str, pairs: bool) -> str:
+    """What the user should know of a format; with `pairs` nothing of a row is left out."""
+    return "" if pairs and format in SIDES else FORMATS[format].note
 
 
 def parse(row: Row, format: str, has_template: bool) -> Example:
@@ -56,6 +64,28 @@ def parse(row: Row, format: str, has_template: bool) -> Example:
             what = f"the row has `{key}`: only text is trained, and nothing is fetched"
             raise BadRow("not text", what, where=row.id, fix="drop the row")
     return chosen.read(row, has_template)
+
+
+def parse_pair(row: Row, format: str, has_template: bool) -> Example:
+    """Both sides of a preference row: the chosen one, with the other as its `rejected`. Raises BadRow for equal sides,
+    InputError for a format that has none."""
+    if format not in SIDES:
+        fix = "write rows with `chosen` and `rejected`, or leave `stage: preference` out"
+        raise InputError(f"a `{format}` row has no rejected answer to prefer another to", where=row.id, fix=fix)
+    chosen = parse(row, format, has_template)
+    rejected = SIDES[format](row, has_template, side="rejected")
+    if _said(chosen) == _said(rejected):
+        what = "the chosen and the rejected answer are equal: nothing is preferred"
+        raise BadRow("equal sides", what, where=row.id, fix="correct one of them, or drop the row")
+    return dataclasses.replace(chosen, rejected=rejected)
+
+
+def _said(example: Example) -> object:
+    """What an example says, white space around its last answer aside."""
+    if example.text is not None:
+        return example.prompt, example.text.strip()
+    *before, last = example.messages
+    return before, {**last, "content": last["content"].strip()}
 
 
 def unused_keys(row: Row, format: str) -> list[str]:
@@ -270,3 +300,6 @@ FORMATS = {
     ),
     "text": Format(("text",), frozenset({"text"}), read_text),
 }
+
+# What reads either side of a preference row.
+SIDES: dict[str, Callable[..., Example]] = {"preference": read_side, "openai_preference": read_openai_preference}

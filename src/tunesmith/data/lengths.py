@@ -6,7 +6,7 @@ documents, max_length, overlong -> Prepared
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ def weighted(documents: Sequence[Document], weight: float) -> Sequence[Document]
     """Documents whose targets all weigh `weight` times as much."""
     if weight == 1:
         return documents
-    return [Document(one.id, one.tokens_L, one.weights_L * np.float32(weight)) for one in documents]
+    return [replace(one, weights_L=one.weights_L * np.float32(weight)) for one in documents]
 
 
 def fit(row_id: str, documents: Sequence[Document], max_length: int | None, overlong: Overlong) -> Prepared:
@@ -59,7 +59,8 @@ def fit(row_id: str, documents: Sequence[Document], max_length: int | None, over
             if overlong == "drop":
                 continue
             reason = "nothing trained is left after truncation"
-            document = Document(document.id, document.tokens_L[:max_length], document.weights_L[:max_length])
+            kept_L = slice(max_length)
+            document = replace(document, tokens_L=document.tokens_L[kept_L], weights_L=document.weights_L[kept_L])
             truncated += bool(document.weights_L.any())
         if document.weights_L.any():
             kept.append(document)

@@ -3,9 +3,10 @@
     documents -> packs of at most pack_length computed tokens
 
 As few packs as best fit (longest first, each document where it leaves the least room) finds, then evened out: the
-largest pack sets the peak of memory, and a small rest multiplies matrices less well. A document is never split; one
-that is longer than `pack_length` gets a pack of its own. With `share`, documents that begin alike come together, and
-what they begin with counts once. Packing changes speed and memory only, never the step.
+largest pack sets the peak of memory, and a small rest multiplies matrices less well. A document is never split, nor is
+a pair, whose loss needs both sides; what is longer than `pack_length` gets a pack of its own. With `share`, documents
+that begin alike come together, and what they begin with counts once. Packing changes speed and memory only, never the
+step.
 """
 
 from __future__ import annotations
@@ -36,6 +37,18 @@ def computed_tokens(pack: Pack) -> int:
     return sum(map(fed_tokens, pack.documents)) - sum(pack.shared)
 
 
+def units(documents: Sequence[Document]) -> list[tuple[int, ...]]:
+    """What a pack holds whole, by place: a document, or a pair, which is a chosen side and the rejected one behind."""
+    found: list[tuple[int, ...]] = []
+    for place, document in enumerate(documents):
+        before = documents[place - 1] if place else document
+        if (before.side, document.side) == ("chosen", "rejected") and before.id == document.id:
+            found[-1] = (place - 1, place)
+        else:
+            found.append((place,))
+    return found
+
+
 def pack_step(documents: Sequence[Document], pack_length: int, *, share: bool = False) -> list[Pack]:
     """Pack every document once; within a pack the longest come first, so equal lengths are neighbours. With `share`
     neighbours are documents that begin alike, where that costs less.
@@ -47,7 +60,9 @@ def pack_step(documents: Sequence[Document], pack_length: int, *, share: bool = 
     for document, length in zip(documents, lengths, strict=True):
         if not length or document.weights_L[0]:
             raise ValueError(f"{document.id}: a document needs a target, and its first token cannot be one")
-    packs = [Pack(tuple(documents[i] for i in pack)) for pack in _laid(lengths, pack_length)]
+    whole = units(documents)
+    sizes = [sum(lengths[i] for i in unit) for unit in whole]
+    packs = [Pack(tuple(documents[i] for unit in pack for i in whole[unit])) for pack in _laid(sizes, pack_length)]
     return min(packs, _sharing(documents, lengths, pack_length), key=_cost) if share else packs
 
 
@@ -66,22 +81,23 @@ def _laid(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
 def _sharing(documents: Sequence[Document], lengths: Sequence[int], pack_length: int) -> list[Pack]:
     """Documents with one beginning are an item; of those that do not fit in a pack, as many as do."""
     fed = [document.tokens_L[:length] for document, length in zip(documents, lengths, strict=True)]
-    order, shared = begin_alike(fed)
+    whole = units(documents)
+    order, shared_D = begin_alike(fed, whole)
+    shared = [shared_D[unit[0]] for unit in order]
     items: list[list[int]] = []  # places in the order
     for place, tokens in enumerate(shared):
         if tokens:
             items[-1].append(place)
         else:
             items.append([place])
-    new = [lengths[i] - tokens for i, tokens in zip(order, shared, strict=True)]
+    new = [sum(lengths[i] - shared_D[i] for i in unit) for unit in order]
     items = [part for item in items for part in _cut(item, new, shared, pack_length)]
     sizes = [_size(item, new, shared) for item in items]
     packs: list[Pack] = []
     for pack in _laid(sizes, pack_length):
-        places = [place for i in pack for place in items[i]]
-        first = {items[i][0] for i in pack}
-        once = tuple(0 if place in first else shared[place] for place in places)
-        packs.append(Pack(tuple(documents[order[place]] for place in places), once))
+        held = [i for item in pack for place in items[item] for i in order[place]]
+        first = {order[items[item][0]][0] for item in pack}
+        packs.append(Pack(tuple(documents[i] for i in held), tuple(0 if i in first else shared_D[i] for i in held)))
     return packs
 
 

@@ -28,13 +28,18 @@ class Segment(NamedTuple):
     parent: int
 
 
-def begin_alike(fed: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
-    """An order in which documents that begin alike are neighbours, and for each place in it how many first tokens are
-    shared with the document before: what both have in common, less where that would make a very short segment."""
-    keys = [tokens_L.astype(">u4").tobytes() for tokens_L in fed]  # bytes in the order of the numbers
-    order = sorted(range(len(fed)), key=keys.__getitem__)
-    common = [_common(fed[one], fed[other]) for one, other in itertools.pairwise(order)]
-    return order, _worthwhile([0, *common][: len(fed)])
+def begin_alike(fed: Sequence[np.ndarray], units: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """An order of units (documents that stay together) in which those that begin alike are neighbours, and for each
+    document how many first tokens it shares with the one before it: what both have in common, less where that would
+    make a very short segment."""
+    keys = [fed[unit[0]].astype(">u4").tobytes() for unit in units]  # bytes in the order of the numbers
+    order = [units[i] for i in sorted(range(len(units)), key=keys.__getitem__)]
+    places = [i for unit in order for i in unit]
+    common = [_common(fed[one], fed[other]) for one, other in itertools.pairwise(places)]
+    shared = [0] * len(fed)
+    for i, tokens in zip(places, _worthwhile([0, *common][: len(fed)]), strict=True):
+        shared[i] = tokens
+    return order, shared
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
@@ -92,6 +97,6 @@ def saved_share(rows: Sequence[Sequence[np.ndarray]], batch: int) -> float:
     saved = total = 0
     for first in range(0, max(1, len(rows) - batch + 1), batch):
         fed = [tokens_L for row in rows[first : first + batch] for tokens_L in row]
-        saved += sum(begin_alike(fed)[1])
+        saved += sum(begin_alike(fed, [(i,) for i in range(len(fed))])[1])
         total += sum(map(len, fed))
     return saved / total if total else 0.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,11 @@ class Draft:
     chat: Chat | None = None  # None for plain text
     whole: MarkedText | None = None
     problem: InputError | None = None  # why it cannot be rendered
+    rejected: Draft | None = None  # the other side of a pair
 
     def runs(self) -> Iterator[tuple[str, bool]]:
+        if self.rejected is not None:
+            yield from self.rejected.runs()
         for text in [turn.marked for turn in self.turns] if self.whole is None else [self.whole]:
             yield from plain_runs(text, cut=len(self.example.prompt or ""))
 
@@ -130,6 +133,12 @@ class Renderer:
 
     def finish(self, draft: Draft) -> Rendered:
         """See `documents`."""
+        if draft.rejected is None:
+            return self._finish(draft)
+        chosen, rejected = self._finish(draft), self._finish(draft.rejected)
+        return Rendered(_pair(chosen.documents, rejected.documents), chosen.notes + rejected.notes)
+
+    def _finish(self, draft: Draft) -> Rendered:
         try:
             if draft.problem is not None:
                 raise draft.problem
@@ -141,6 +150,9 @@ class Renderer:
 
     def draft(self, example: Example) -> Draft:
         """One row for `finish`, nothing encoded yet."""
+        if example.rejected is not None:
+            chosen, rejected = (self.draft(one) for one in (replace(example, rejected=None), example.rejected))
+            return replace(chosen, example=example, rejected=rejected)
         try:
             return self._drafted_turns(example) if example.text is None else self._drafted_text(example)
         except InputError as error:
@@ -242,3 +254,15 @@ def _document(row: str, tokens: Sequence[int], spans: Sequence[tuple[int, int, f
             raise InputError("nothing stands before the answer", fix=fix)
         weights_L[start:end] = weight
     return Document(row, np.array(tokens, dtype=np.int32), weights_L)
+
+
+def _pair(chosen: Sequence[Document], rejected: Sequence[Document]) -> tuple[Document, ...]:
+    """The two sides as neighbours. Raises InputError for a side that is not one document, and for equal ids."""
+    if len(chosen) != 1 or len(rejected) != 1:
+        what = "a side holds several trained answers that the chat template writes as several documents"
+        where = (*chosen, *rejected)[0].id if chosen or rejected else ""
+        raise InputError(what, where=where, fix="give one answer a side, or `train: false` for the earlier ones")
+    one, other = replace(chosen[0], side="chosen"), replace(rejected[0], side="rejected")
+    if np.array_equal(one.tokens_L, other.tokens_L):
+        raise InputError("the chat template writes both sides alike", where=one.id, fix="drop the row")
+    return one, other

@@ -8,6 +8,7 @@ answer. A metric is a function (answer, expected, schema) -> [0, 1]; a new one i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ def questions_of(examples: Sequence[Example], renderer: Renderer) -> tuple[Quest
 
 
 def _question(example: Example, renderer: Renderer) -> Question:
-    documents = renderer.documents(example).documents
+    documents = renderer.documents(dataclasses.replace(example, rejected=None)).documents
     if not documents or (example.text is not None and not example.prompt):
         fix = "give rows with messages, or with a prompt and a completion"
         raise InputError("the row asks nothing", where=example.id, fix=fix)

@@ -8,6 +8,7 @@ Legend: S targets, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,52 @@ def supervised_loss(hidden_SH: Tensor, head: Head, targets_S: Tensor, weights_S:
     """Sum of weight * loss over the targets (differentiable), and each target's own loss [S]. A trainable bias is not
     supported; no family that tunesmith accepts has one."""
     return _SupervisedLoss.apply(hidden_SH, head.weight, head, targets_S, weights_S)
+
+
+class _EachLoss(torch.autograd.Function):
+    """Each target's loss with a gradient of its own. That of the hidden states is prepared in the forward and scaled
+    row by row in the backward; a trained head is multiplied again there, since its gradient sums over the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: Head, targets: Tensor) -> Tensor:
+        ctx.head, dhidden = head, torch.empty_like(hidden)
+        losses = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
+        narrow = weight.detach().to(hidden.dtype)
+        for rows, chunk_losses, dlogits in _chunks(hidden, narrow, head, targets, None):
+            losses.append(chunk_losses)
+            torch.mm(dlogits, narrow, out=dhidden[rows])
+        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, targets, dhidden)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden, weight, targets, dhidden = ctx.saved_tensors
+        (dlosses_S,) = gradients
+        dweight = None
+        if hidden is not None:
+            dweight = torch.zeros_like(weight)
+            narrow = weight.detach().to(hidden.dtype)
+            for rows, _, dlogits in _chunks(hidden, narrow, ctx.head, targets, dlosses_S.contiguous()):
+                dweight += (dlogits.t() @ hidden[rows]).to(dweight.dtype)
+        return dhidden * dlosses_S[:, None].to(dhidden.dtype), dweight, None, None
+
+
+def _chunks(
+    hidden: Tensor, narrow: Tensor, head: Head, targets: Tensor, weights: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, their losses, gradient of their logits times `weights`) in chunks."""
+    bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
+    weights = torch.ones(len(hidden), device=hidden.device) if weights is None else weights
+    for start in range(0, len(hidden), CHUNK_TARGETS):
+        rows = slice(start, start + CHUNK_TARGETS)
+        logits = torch.nn.functional.linear(hidden[rows], narrow, bias)
+        losses, dlogits = kernels.cross_entropy(logits, targets[rows], weights[rows], head.scale, head.cap)
+        yield rows, losses, dlogits
+
+
+def each_loss(hidden_SH: Tensor, head: Head, targets_S: Tensor) -> Tensor:
+    """Each target's loss [S], differentiable one by one: for losses that are no weighted sum of them."""
+    return _EachLoss.apply(hidden_SH, head.weight, head, targets_S)
 
 
 @torch.no_grad()

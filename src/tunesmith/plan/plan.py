@@ -13,7 +13,7 @@ from typing import Any, cast
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.memory import disk_needed, peak_memory
 from tunesmith.plan.rules import RULES, Known
-from tunesmith.recipe import KEYS, Recipe
+from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
 
 ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
@@ -35,10 +35,12 @@ def decide(
     wishes = {KEYS[name]: getattr(recipe, name) for name in KEYS}
     decided: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
-    known = Known(machine, model, data["data"], decided, wishes["schema"] is not None, recipe.max_steps)
+    known = Known(machine, model, data["data"], decided, wishes["schema"] is not None, recipe.max_steps, recipe.stage)
     fixed = fixed or {}
     for key, decide_by_rule in RULES.items():
         if key in ADAPTER_KEYS and decided.get("method") == "full":
+            continue
+        if key in PAIR_KEYS and known.stage != "preference":
             continue
         wish = wishes.get(key, "auto")  # what changes speed alone is no recipe key
         if key in fixed:
@@ -71,7 +73,7 @@ _WHY = {
     "template": "the model's own chat template, unless the recipe names one",
     "overlong": "what happens to documents over max_length; always counted",
     "seed": "order of rows, start of the adapter, samples",
-    "stage": "supervised fine-tuning on the answers",
+    "stage": "sft trains on the answers, preference on the difference between two",
 }
 
 
@@ -120,15 +122,16 @@ def _check_libraries(decided: dict[str, Any], machine: Machine) -> None:
 
 
 def _memory(known: Known, model: ModelSpec) -> dict[str, int]:
-    step_tokens = known["batch_size"] * known.data.length_percentiles.get("p90", 1)
-    pack_tokens = max(min(known["pack_length"], step_tokens), known.data.length_percentiles.get("max", 1))
+    sides = 2 if known.stage == "preference" else 1  # documents of a row, together in a pack
+    step_tokens = known["batch_size"] * sides * known.data.length_percentiles.get("p90", 1)
+    pack_tokens = max(min(known["pack_length"], step_tokens), sides * known.data.length_percentiles.get("max", 1))
     return peak_memory(
         model,
         method=known["method"],
         dtype=known["dtype"],
         rank=known.decided.get("lora_r", 0),
         layouts=2 if known["weight_layout"] == "blocked" else 1,
-        pack_tokens=min(pack_tokens, known["pack_length"]),
+        pack_tokens=min(pack_tokens, sides * known["pack_length"]),
     )
 
 

@@ -25,6 +25,7 @@ class Known:
     decided: dict[str, Any]
     has_schema: bool
     max_steps: int | None
+    stage: str = "sft"
 
     def __getitem__(self, key: str) -> Any:
         return self.decided[key]
@@ -78,8 +79,11 @@ def pack_length(known: Known) -> Choice:
 
 
 def num_train_epochs(known: Known) -> Choice:
-    """3 below 2,000 rows, 2 below 50,000, 1 above. rules.md 4.3: 3-5, 2-3, 1-2."""
+    """3 below 2,000 rows, 2 below 50,000, 1 above. rules.md 4.3: 3-5, 2-3, 1-2. Pairs: 2 below 50,000, 1 above."""
     rows = known.data.rows
+    if known.stage == "preference":
+        source = "alignment handbook: SmolLM2 2, Zephyr 1 epochs of 61,000 pairs"
+        return rule(2 if rows < 50_000 else 1, f"{rows:,} pairs: 2 epochs below 50,000, else 1", source)
     epochs = 3 if rows < 2000 else 2 if rows < 50_000 else 1
     return rule(
         epochs, f"{rows:,} rows: 3 below 2,000, 2 below 50,000, else 1", "LIMA 15, Tulu 3 2, NEFTune table 3-5 epochs"
@@ -119,8 +123,10 @@ def use_rslora(known: Known) -> Choice:
 def learning_rate(known: Known) -> Choice:
     """5e-5 * (2000 / h)^p * sqrt(batch / 128), times 10 for LoRA (15 below 100 steps); p .781 Llama, .0775 Qwen, .4
     others; at most 3e-3 below 0.5B parameters and 1e-3 above. Fitted at h >= 2000: below that an extrapolation."""
+    if known.stage == "preference":
+        return preference_rate(known)
     h, family = known.model.hidden_size, known.model.model_type
-    power = 0.781 if family == "llama" else 0.0775 if family.startswith("qwen") else 0.4
+    power = width_power(family)
     full = 5e-5 * (2000 / h) ** power * math.sqrt(known["batch_size"] / 128)
     if known["method"] == "full":
         value, why = full, "the usual 1e-5 to 5e-5 holds for full fine-tuning from about 3B parameters"
@@ -131,6 +137,56 @@ def learning_rate(known: Known) -> Choice:
     if h < 2000:
         why += f"; extrapolated: the formula was fitted for hidden sizes of 2000 and more, this one is {h}"
     return rule(float(f"{value:.2g}"), why, "Schulman 2025 and the tinker cookbook's sweep")
+
+
+def width_power(family: str) -> float:
+    """How the best rate falls with the hidden size, from the tinker cookbook's fits; .4 is between them."""
+    return 0.781 if family == "llama" else 0.0775 if family.startswith("qwen") else 0.4
+
+
+# Full fine-tuning, from about 3B parameters: rules.md 4.3; SimPO's own runs used 3e-7 to 1e-6.
+PREFERENCE_RATES = {"dpo": 1e-6, "orpo": 8e-6, "simpo": 1e-6}
+
+
+def preference_rate(known: Known) -> Choice:
+    """DPO and SimPO 1e-6, ORPO 8e-6, times 10 for an adapter. Below a hidden size of 2000 times (2000 / h)^p as in
+    supervised fine-tuning: an extrapolation."""
+    h = known.model.hidden_size
+    factor = (10 if known["method"] != "full" else 1) * max(1.0, 2000 / h) ** width_power(known.model.model_type)
+    why = f"{known['loss']}: {PREFERENCE_RATES[known['loss']]:g} for full fine-tuning, times 10 for an adapter"
+    if h < 2000:
+        why += f"; extrapolated below hidden sizes of 2000, this one is {h}"
+    source = "alignment handbook: DPO 5e-7 to 1e-6 full, 5e-6 QLoRA; ORPO 5e-6 to 8e-6; Meng 2024"
+    return rule(float(f"{PREFERENCE_RATES[known['loss']] * factor:.2g}"), why, source)
+
+
+def loss(known: Known) -> Choice:
+    del known
+    return rule("dpo", "compares with the model as it was, which keeps it near", "Rafailov 2023")
+
+
+def beta(known: Known) -> Choice:
+    """DPO .1, .5 below 0.5B parameters; ORPO .1 (its lambda); SimPO 2."""
+    if known["loss"] == "simpo":
+        return rule(2.0, "per nat a token", "Meng 2024: 2.0 to 2.5")
+    if known["loss"] == "orpo":
+        return rule(0.1, "its lambda, the weight of the odds ratio beside the plain loss", "Hong 2024: 0.1 to 0.2")
+    if known.model.parameters < 5e8:
+        return rule(0.5, "per nat of the whole answer; higher keeps a small model nearer to itself", "SmolLM2's DPO")
+    return rule(0.1, "per nat of the whole answer", "Rafailov 2023")
+
+
+def gamma(known: Known) -> Choice:
+    if known["loss"] != "simpo":
+        return rule(0.0, f"{known['loss']} knows no margin")
+    return rule(0.5 * known["beta"], "half of beta", "Meng 2024: start at gamma / beta 0.5")
+
+
+def nll_coefficient(known: Known) -> Choice:
+    """ORPO 1, which is the loss as published; else .2, against chosen answers that become less likely."""
+    if known["loss"] == "orpo":
+        return rule(1.0, "part of ORPO: the plain loss of the chosen answer", "Hong 2024")
+    return rule(0.2, "keeps the chosen answers from becoming less likely together with the rejected", "Llama 3 2024")
 
 
 def warmup_ratio(known: Known) -> Choice:
@@ -156,6 +212,8 @@ def save_steps(known: Known) -> Choice:
 
 
 def metrics(known: Known) -> Choice:
+    if known.stage == "preference" and not known.has_schema:
+        return rule((), "pairs are measured by likelihood; a preferred answer is not the only right one")
     if known.has_schema:
         names = ("json_valid", "schema_valid", "field_f1", "exact_match")
         return rule(names, "the recipe has a schema: form, then fields, then the whole answer")
@@ -182,6 +240,10 @@ def weight_layout(known: Known) -> Choice:
 
 RULES: dict[str, Callable[[Known], Choice]] = {
     "method": method,
+    "loss": loss,
+    "beta": beta,
+    "gamma": gamma,
+    "nll_coefficient": nll_coefficient,
     "dtype": dtype,
     "max_length": max_length,
     "pack_length": pack_length,

@@ -46,11 +46,15 @@ class Probe:
 
 
 def choose_documents(candidates: Sequence[Document], window: int | None) -> tuple[Document, ...]:
-    """The shortest, two between and the longest, shortest first; with a window, at least one document longer than it
-    (rows are chained when none is). A lone document stands twice: blindness takes two."""
+    """The shortest, two between and the longest, shortest first; of rejected answers the shortest and the longest too.
+    With a window, at least one document longer than it (rows are chained when none is). A lone document stands twice:
+    blindness takes two."""
     ranked = sorted((d for d in candidates if fed_tokens(d)), key=len)
-    places = sorted({0, len(ranked) // 4, len(ranked) // 2, len(ranked) - 1}) if ranked else []
-    chosen = [ranked[place] for place in places]
+    rejected = [d for d in ranked if d.side == "rejected"]
+    others = [d for d in ranked if d.side != "rejected"]
+    places = sorted({0, len(others) // 4, len(others) // 2, len(others) - 1}) if others else []
+    chosen = [others[place] for place in places] + [rejected[place] for place in {0, len(rejected) - 1} if rejected]
+    chosen = sorted((dataclasses.replace(d, side="") for d in chosen), key=len)  # to be packed one by one
     if window and ranked and all(fed_tokens(d) <= window for d in chosen):
         chosen.append(_chained(ranked, window + 1 + len(ranked[0])))
     return tuple(chosen * 2 if len(chosen) == 1 else chosen)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batch import collate
-from tunesmith.data.pack import computed_tokens, fed_tokens, pack_step
+from tunesmith.data.pack import computed_tokens, pack_step, units
 from tunesmith.data.schedule import prefetch
 from tunesmith.errors import GateError, MachineError
 from tunesmith.hardware import peak_bytes
@@ -27,12 +27,15 @@ from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import OutOfMemory, memory_errors
 from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.train.checkpoint import read_state, write_state
-from tunesmith.train.losses import LOSSES, weight_count
+from tunesmith.train.losses import Counts, Objective, step_terms
 from tunesmith.train.optim import clip, make_adamw, rate_at, update
 from tunesmith.types import Document, Done, Event, Pack, Plan, StepResult, Verdict
 
 POSITION = ("step", "seconds", "bad_steps", "pack_length")  # what a checkpoint keeps of a Training beside its tensors
 BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
+
+
+NO_PAIRS = Objective()
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,11 @@ class Settings:
     max_grad_norm: float
     seed: int
     share_prefixes: bool = False
-    loss: str = "sft"
+    objective: Objective = NO_PAIRS
 
     @classmethod
     def of(cls, plan: Plan) -> Settings:
+        paired = "loss" in plan.choices
         return cls(
             steps=plan.steps,
             pack_length=plan["pack_length"],
@@ -61,6 +65,9 @@ class Settings:
             weight_decay=plan["weight_decay"],
             max_grad_norm=plan["max_grad_norm"],
             seed=plan["seed"],
+            objective=Objective(plan["loss"], plan["beta"], plan["gamma"], plan["nll_coefficient"])
+            if paired
+            else NO_PAIRS,
         )
 
 
@@ -169,15 +176,15 @@ class Training:
 
     def _forward_backward(self, documents: Sequence[Document]) -> tuple[float, int]:
         """Gradients of the step's mean loss; returns that loss and the number of supervised tokens."""
-        step_weight, supervised = weight_count(documents), 0
+        counts, supervised = Counts.of(documents), 0
         total: Tensor | None = None
         self.model.network.train()
-        for index, pack in enumerate(self._packs(documents) if step_weight else []):
+        for index, pack in enumerate(self._packs(documents) if counts else []):
             batch = collate(pack, device=str(self.model.device))
             torch.manual_seed(
                 hash((self.settings.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF
             )  # dropout, the same after a resume
-            terms = LOSSES[self.settings.loss](self.model, batch, step_weight)
+            terms = step_terms(self.model, batch, counts, self.settings.objective)
             loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
@@ -189,18 +196,20 @@ class Training:
         return pack_step(documents, self.pack_length, share=self.settings.share_prefixes)
 
     def _smaller_packs(self, documents: Sequence[Document], said: str) -> Verdict:
-        """Half of what the largest shared pack held. A document is never split: alone it must fit."""
+        """Half of what the largest shared pack held. A document or a pair is never split: alone it must fit."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.network.eval()
         packs = self._packs(documents)
-        longest = max(documents, key=fed_tokens)
-        if all(len(pack.documents) == 1 for pack in packs):
+        shared = [pack for pack in packs if len(units(pack.documents)) > 1]
+        if not shared:
+            longest = max(packs, key=computed_tokens)
+            what = "document" if len(longest.documents) == 1 else "pair"
             raise MachineError(
-                f"{said}; packs hold one document each by now, the longest has {fed_tokens(longest):,} tokens",
-                where=f"step {self.step + 1}: {longest.id}",
+                f"{said}; packs hold one {what} each by now, the longest has {computed_tokens(longest):,} tokens",
+                where=f"step {self.step + 1}: {longest.documents[0].id}",
                 fix="lower max_length or lora_r, choose a smaller model, or free memory that other programs hold",
             )
-        largest = max(computed_tokens(pack) for pack in packs if len(pack.documents) > 1)
+        largest = max(map(computed_tokens, shared))
         self.pack_length, self._again = largest // 2, documents
         evidence = f"{said}; packs of {largest:,} tokens become packs of {self.pack_length:,}: same step, same update"
         return Verdict("memory", "warn", evidence, self.step + 1)
