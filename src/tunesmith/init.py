@@ -28,6 +28,7 @@ SECTIONS = {
     "data": "On what",
     "max_length": "Lengths and steps",
     "learning_rate": "The optimizer",
+    "loss": "Pairs of a better and a worse answer, with stage: preference",
     "lora_r": "The adapter",
     "dtype": "How it is computed, measured and saved",
 }

@@ -10,7 +10,7 @@ import pytest
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.plan import ADAPTER_KEYS, decide, refuse_without_room
 from tunesmith.plan.rules import RULES, Known
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import PAIR_KEYS, Recipe
 from tunesmith.types import Finding, Plan
 
 Planner = Callable[..., Plan]
@@ -36,7 +36,7 @@ def plan(known: Callable[..., Known]) -> Planner:
 
 def test_what_is_left_open_is_decided_by_rules(plan: Planner) -> None:
     made = plan()
-    assert made.choices.keys() >= RULES.keys()
+    assert made.choices.keys() >= RULES.keys() - set(PAIR_KEYS)
     assert {choice.by for choice in made.choices.values()} == {"rule"}
     assert all(choice.why for choice in made.choices.values())
     assert (made["batch_size"], made["num_train_epochs"], made.steps) == (16, 3, 188)
@@ -49,6 +49,20 @@ def test_what_is_wished_for_is_obeyed_and_others_follow(plan: Planner) -> None:
     assert (made["batch_size"], made["lora_r"], made["seed"], made["learning_rate"]) == (4, 128, 3, 0.5)
     assert made["use_rslora"] is True, "decided from the rank that was wished for"
     assert made.steps == 750
+
+
+def test_pairs_have_their_own_values_and_rates(plan: Planner) -> None:
+    made = plan({"stage": "preference"})
+    assert made.choices.keys() >= RULES.keys()
+    assert (made["loss"], made["gamma"], made["nll_coefficient"], made["num_train_epochs"]) == ("dpo", 0, 0.2, 2)
+    others = {loss: plan({"stage": "preference", "loss": loss}) for loss in ("orpo", "simpo")}
+    assert (others["orpo"]["beta"], others["orpo"]["nll_coefficient"]) == (0.1, 1.0)
+    assert (others["simpo"]["beta"], others["simpo"]["gamma"]) == (2.0, 1.0)
+    assert others["orpo"]["learning_rate"] == pytest.approx(8 * made["learning_rate"], rel=0.02)
+    assert made["learning_rate"] < plan()["learning_rate"] / 10
+    full = plan({"stage": "preference", "method": "full"})
+    assert made["learning_rate"] == pytest.approx(10 * full["learning_rate"], rel=0.02)
+    assert made.memory_bytes["activations"] >= plan({"num_train_epochs": 2}).memory_bytes["activations"]
 
 
 def test_the_model_decides_what_its_context_forces(plan: Planner) -> None:
