@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from tunesmith import cli
-from tunesmith.recipe import ALIASES, KEYS, DataSource, recipe_schema
+from tunesmith.recipe import ALIASES, KEYS, DataSource, Rehearsal, recipe_schema
 from tunesmith.recipefile import expected, load_recipe
 from tunesmith.types import Json
 
@@ -22,7 +23,8 @@ def test_the_table_of_keys_is_the_schema() -> None:
     """After a change of a key: put the lines that this compares with into the page."""
     page = (DOCS / "recipe.md").read_text()
     assert tables(page)[0] == key_table()
-    assert tables(page)[1] == source_table()
+    assert tables(page)[1] == inner_table(DataSource)
+    assert tables(page)[2] == inner_table(Rehearsal)
 
 
 def key_table() -> list[str]:
@@ -32,8 +34,8 @@ def key_table() -> list[str]:
     return lines + [row(key, properties[key], names(aliases[key])) for key in KEYS.values()]
 
 
-def source_table() -> list[str]:
-    properties = DataSource.model_json_schema()["properties"]
+def inner_table(model: type[BaseModel]) -> list[str]:
+    properties = model.model_json_schema()["properties"]
     return ["| key | takes | if left out | what it is |", "|---|---|---|---|"] + [
         row(k, v) for k, v in properties.items()
     ]

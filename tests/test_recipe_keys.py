@@ -184,6 +184,21 @@ def retention_data(lab: Lab) -> None:
     assert lab.scores(retention_data=texts)["general text", "bits_per_byte"].n == 2
 
 
+def rehearsal(lab: Lab) -> None:
+    texts = lab.rows([{"text": f"some text {n}"} for n in range(30)], "texts.jsonl")
+    chats = lab.rows(sums(50, 30), "chats.jsonl")
+
+    def shares(**wish: Any) -> list[float]:
+        steps = lab.steps(rehearsal=wish, batch_size=6, num_train_epochs=5)
+        return [sum(step.task_tokens.get("rehearsal", 0) for step in steps) / sum(step.tokens for step in steps)]
+
+    assert not any(step.task_tokens for step in lab.steps())
+    found = [shares(data=texts, **wish)[0] for wish in ({}, {"ratio": 0.5}, {"shift": "language"}, {"shift": "style"})]
+    assert found == pytest.approx([0.1, 0.5, 0.25, 0.01], abs=0.02)
+    as_texts, as_chats = (lab.adapter(rehearsal={"data": file, "ratio": 0.5}) for file in (texts, chats))
+    assert as_texts != as_chats
+
+
 def max_examples(lab: Lab) -> None:
     assert [len(lab.steps(max_examples=count)) for count in (None, 2)] == [3, 1]
 

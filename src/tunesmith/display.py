@@ -88,9 +88,18 @@ def record_view(record: RunRecord) -> RenderableType:
             answers.add_row(Text(name, "dim"), one_line(text, 400))
         parts.append(answers)
     speed = record.tokens / max(record.train_seconds, 1e-9)
+    if "rehearsal" in record.task_tokens or "rehearsal_ratio" in record.plan.choices:
+        parts.append(rehearsal_line(record))
     parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, peak {size(record.peak_bytes)}")
     parts.append(f"adapter: {escape(record.adapter)}")
     return Group(*parts)
+
+
+def rehearsal_line(record: RunRecord) -> str:
+    """How much was rehearsed, beside what was planned."""
+    tokens, planned = record.task_tokens.get("rehearsal", 0), record.plan["rehearsal_ratio"]
+    share = tokens / max(1, record.tokens)
+    return f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {share:.1%} (planned {planned:.1%})"
 
 
 def export_view(made: Exported) -> RenderableType:

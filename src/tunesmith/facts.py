@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.text import Text
 
 from tunesmith.data.audit import check
+from tunesmith.data.contamination import refuse_overlap
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.render import Renderer
 from tunesmith.data.show import coloured
@@ -28,7 +29,7 @@ from tunesmith.model.provenance import check_provenance, hashes_of, read_provena
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
 from tunesmith.plan.plan import decide
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import DataSource, Recipe
 from tunesmith.runfolder import next_run_folder
 from tunesmith.types import Choice, DataReport, Json, Machine, ModelSpec, Plan
 
@@ -89,6 +90,8 @@ def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
     pairs = recipe.stage == "preference"
     opened = partial(open_dataset, renderer=renderer, skip_bad=recipe.skip_bad, pairs=pairs)
     roles = {"data": opened(recipe.data, max_examples=recipe.max_examples)}
+    if recipe.rehearsal:
+        roles["rehearsal"] = opened(recipe.rehearsal.data)
     if recipe.eval_data:
         roles["eval_data"] = opened(recipe.eval_data)
     elif recipe.eval_split:
@@ -101,8 +104,19 @@ def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
         if role in roles and len(roles[role]) < 2:
             what = "one row: a score on it has no interval"
             raise InputError(what, where=f"{role}: {roles[role].path}", fix="give at least two rows, better a hundred")
+    if recipe.rehearsal:
+        refuse_overlap(roles["rehearsal"], _measured(recipe, roles, renderer))
     roles["data"] = roles["data"].limited(longest, recipe.overlong)
     return roles
+
+
+def _measured(recipe: Recipe, roles: Mapping[str, Dataset], renderer: Renderer) -> dict[str, Dataset]:
+    """All rows that a run is measured on."""
+    found = {role: roles[role] for role in ("eval_data", "test_data") if role in roles}
+    if recipe.retention_data is not None:
+        source = DataSource(path=recipe.retention_data, format="text")
+        found["retention_data"] = open_dataset([source], renderer)
+    return found
 
 
 def read_schema(path: Path | None) -> Json | None:

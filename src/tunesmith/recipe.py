@@ -94,6 +94,21 @@ Sources = Annotated[
 ]
 
 
+class Rehearsal(BaseModel):
+    """What the model goes over again beside the new data, so that it forgets less."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Sources = Field(min_length=1, description="General rows, texts or conversations: a path or a list, as data.")
+    ratio: Auto | Annotated[float, Field(ge=0, le=0.9), BeforeValidator(_no_switch)] = Field(
+        default="auto", description="Their share of all tokens of the run."
+    )
+    shift: Literal["style", "domain", "language"] = Field(
+        default="domain",
+        description="How far the data is from what the model knows; language: a new one, or code. Decides ratio: auto.",
+    )
+
+
 class Recipe(BaseModel):
     """One fine-tuning run, as wished for. Only `model` and `data` are needed."""
 
@@ -123,6 +138,9 @@ class Recipe(BaseModel):
     )
     retention_data: FilePath | None = Field(
         default=None, description="General text; its bits per byte show what was forgotten."
+    )
+    rehearsal: Rehearsal | None = Field(
+        default=None, description="General rows trained beside the data against forgetting: {data, ratio, shift}."
     )
     max_examples: Count | None = Field(default=None, description="Train on at most this many rows, the first ones.")
     skip_bad: bool = Field(
@@ -254,7 +272,9 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("gamma", f"gamma has no effect with loss: {given['loss']}, it is SimPO's"))
     elif "gamma" in given and "loss" not in given:
         found.append(("gamma", "gamma has no effect with loss: dpo, it is SimPO's: add loss: simpo"))
-    files = {key: _paths(given[key]) for key in FILE_KEYS if key in given}
+    if given.get("stage") == "preference" and "rehearsal" in given:
+        found.append(("rehearsal", "rehearsal has no effect with stage: preference, which compares answers"))
+    files = {key: _paths(given[key]) for key in (*FILE_KEYS, "rehearsal") if key in given}
     for position, key in enumerate(files):
         for earlier in list(files)[:position]:
             if same := files[key] & files[earlier]:
@@ -269,6 +289,10 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _paths(value: Any) -> set[str]:
     paths: set[str] = set()
+    if isinstance(value, Rehearsal):
+        value = value.data
+    elif isinstance(value, dict) and "data" in value:
+        value = cast("Json", value)["data"]
     for item in _items(value):
         path = item.path if isinstance(item, DataSource) else item
         if isinstance(item, dict):

@@ -14,7 +14,7 @@ import math
 import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from pydantic_core import ErrorDetails
 
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import to_json
-from tunesmith.recipe import ALIASES, FILE_KEYS, KEYS, DataSource, Recipe, contradictions, recipe_schema
+from tunesmith.recipe import ALIASES, FILE_KEYS, KEYS, DataSource, Recipe, Rehearsal, contradictions, recipe_schema
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_flag, read_yaml
 
@@ -60,7 +60,7 @@ INSTEAD = {
 }
 
 LATER_KEYS = (
-    "rehearsal", "never", "guard", "batch_tokens", "modules_to_save", "load_in_8bit", "use_dora",
+    "never", "guard", "batch_tokens", "modules_to_save", "load_in_8bit", "use_dora",
 )  # fmt: skip
 LATER_VALUES = {"method": ("dora",), "stage": ("cpt", "pt")}
 
@@ -178,6 +178,8 @@ def _unknown_key(written: str, known: Iterable[str]) -> str:
 
 def _anchored(key: str, value: Any, folder: Path) -> Any:
     """The value with its input paths made absolute. A model name that is no folder or file here stays a name."""
+    if key == "rehearsal" and isinstance(value, dict) and "data" in value:
+        return {**value, "data": _anchored("data", value["data"], folder)}
     if key in FILE_KEYS and isinstance(value, list):
         return [_anchored_path(item, folder) for item in cast("list[Any]", value)]
     if key in (*FILE_KEYS, "schema", "adapter_from") or (key == "template" and value not in ("auto", "none")):
@@ -219,13 +221,18 @@ def _invalid_values(error: ValidationError, given: dict[str, _Given], document: 
 
 def _place(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """A pydantic location without the names of union members: `data, 0, format` stays, `lora_r, int` is `lora_r`."""
-    if location and location[0] in FILE_KEYS:
+    if location and location[0] in (*FILE_KEYS, "rehearsal"):
         return tuple(part for part in location if isinstance(part, int) or part.isidentifier())
     return location[:1]
 
 
 def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, schema: Json) -> str:
     key = str(place[0])
+    if key == "rehearsal" and len(place) > 1:
+        field = str(place[1])
+        if len(place) == 2:
+            return _message_on_rehearsal(item.written, field, detail)
+        item, place = replace(item, written=f"{item.written}.{field}"), place[1:]
     if len(place) > 1:
         name = f"{item.written}[{place[1]}]"
         inner = str(place[2]) if len(place) > 2 else ""
@@ -243,12 +250,21 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
     return f"{item.written}: expected {expected(schema)}, found {found(item.value)}"
 
 
+def _message_on_rehearsal(name: str, key: str, detail: ErrorDetails) -> str:
+    if detail["type"] == "extra_forbidden":
+        return f"{name}: {_unknown_key(key, Rehearsal.model_fields)}"
+    if detail["type"] == "missing":
+        return f"{name} has no '{key}'"
+    wanted = expected(Rehearsal.model_json_schema()["properties"][key])
+    return f"{name}.{key}: expected {wanted}, found {found(detail['input'])}"
+
+
 def expected(schema: Json) -> str:
     """A JSON schema of one value, in words."""
     if "anyOf" in schema:
         return " or ".join(option.get("description") or expected(option) for option in schema["anyOf"])
     if "$ref" in schema:
-        return "a mapping {path, format, columns, ...}"
+        return MAPPINGS[schema["$ref"].rpartition("/")[2]]
     if "const" in schema or "enum" in schema:
         return " or ".join(f"'{value}'" for value in schema.get("enum", [schema.get("const")]))
     bounds = [f"{words} {schema[bound]}" for bound, words in BOUNDS.items() if bound in schema]
@@ -272,6 +288,11 @@ def found(value: Any) -> str:
         return f"the {'list' if isinstance(value, list) else 'mapping'} {reprlib.repr(value):.60}"
     return f"the {type(value).__name__} {value} (quotes make it a text)"
 
+
+MAPPINGS = {
+    "DataSource": "a mapping {path, format, columns, ...}",
+    "Rehearsal": "a mapping {data, ratio, shift}",
+}
 
 TYPES = {
     "integer": "a whole number",

@@ -11,6 +11,7 @@ nothing is lost; a gate's no is the last event of it.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -237,6 +238,7 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
         tokens=sum(event["tokens"] for event in steps),
         train_seconds=sum(event["seconds"] for event in steps),
         peak_bytes=max((event["peak_bytes"] for event in steps), default=0),
+        task_tokens=dict(sum((Counter(event["task_tokens"]) for event in steps), Counter[str]())),
         adapter=str(adapter),
         samples=tuple(zip(before.samples, after.samples, strict=True)),
         drift=drift_of(run.folder.path),

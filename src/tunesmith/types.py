@@ -120,7 +120,7 @@ class Plan:
     choices: dict[str, Choice]
     machine: Machine
     model: ModelSpec
-    data: dict[str, DataReport]  # role (data | eval_data | test_data) -> report
+    data: dict[str, DataReport]  # role (data | rehearsal | eval_data | test_data) -> report
     steps: int
     tokens_per_epoch: int
     memory_bytes: dict[str, int]  # component -> predicted bytes, with "peak"
@@ -165,6 +165,7 @@ class Document:
     weights_L: np.ndarray  # float32
     side: Side = ""
     reference: float | None = None  # log-probability of its targets before training, if it was kept
+    task: str = ""  # "rehearsal", or nothing
 
     def __len__(self) -> int:
         return len(self.tokens_L)
@@ -261,6 +262,7 @@ class StepResult:
     learning_rate: float
     grad_norm: float
     peak_bytes: int
+    task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # of `tokens`, those of a named task
 
 
 @dataclass(frozen=True)
@@ -342,4 +344,5 @@ class RunRecord:
     peak_bytes: int
     adapter: str
     samples: tuple[tuple[Sample, Sample], ...] = ()  # before, after
+    task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # of `tokens`, those of a named task
     drift: tuple[str, ...] = ()  # what had changed when the run was resumed with --allow-drift: field: was -> is

@@ -18,6 +18,7 @@ import torch
 
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.pack import fed_tokens
+from tunesmith.data.rehearsal import Changes, Rehearsal
 from tunesmith.data.render import Renderer
 from tunesmith.data.schedule import Schedule
 from tunesmith.errors import InputError
@@ -50,6 +51,7 @@ class Workbench:
     schedule: Schedule
     probe: Probe
     references: Mapping[int, Sequence[float]] = field(default_factory=dict[int, Sequence[float]])  # by row, kept ones
+    rehearsal: Rehearsal | None = None
 
     @property
     def renderer(self) -> Renderer:
@@ -59,9 +61,11 @@ class Workbench:
     def rows(self) -> Dataset:
         return self.facts.datasets["data"]
 
-    def documents_of(self, step: int) -> Sequence[Document]:
-        """The documents of optimizer step 1..steps; a pure function of the plan and the files."""
-        return [document for row in self.schedule.rows_of(step) for document in self._of_row(row)]
+    def documents_of(self, step: int, changes: Changes = ()) -> Sequence[Document]:
+        """The documents of optimizer step 1..steps; a pure function of the plan, the files, and the changes of the
+        rehearsal ratio so far."""
+        documents = [document for row in self.schedule.rows_of(step) for document in self._of_row(row)]
+        return documents + (self.rehearsal.documents_of(step, changes) if self.rehearsal else [])
 
     def _of_row(self, row: int) -> Sequence[Document]:
         documents = self.rows.documents(row)
@@ -96,7 +100,22 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
     if schedule.steps < plan.steps:  # rows went away, and the user wants to go on without them
         what = f"{len(rows):,} rows are enough for {schedule.steps:,} steps, the plan has {plan.steps:,}"
         raise InputError(what, where=rows.path, fix="put the rows back, or start a new run with another output_dir")
-    return Workbench(plan, facts, model, schedule, probe)
+    return Workbench(plan, facts, model, schedule, probe, rehearsal=rehearsal_of(plan, facts))
+
+
+def rehearsal_of(plan: Plan, facts: Facts) -> Rehearsal | None:
+    """The rehearsal rows under a plan."""
+    rows, data = facts.datasets.get("rehearsal"), plan.data["data"]
+    if rows is None:
+        return None
+    return Rehearsal.of(
+        rows,
+        tokens=plan.data["rehearsal"].tokens,
+        length=plan["rehearsal_length"],
+        step_tokens=data.tokens / data.rows * plan["batch_size"],
+        ratio=plan["rehearsal_ratio"],
+        seed=plan["seed"],
+    )
 
 
 def _under_plan(plan: Plan, facts: Facts) -> Facts:

@@ -12,6 +12,7 @@ FROZEN = [
         "eval_split",
         "test_data",
         "retention_data",
+        "rehearsal",
         "max_examples",
         "skip_bad",
         "template",

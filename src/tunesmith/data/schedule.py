@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@lru_cache(maxsize=2)  # the epoch at hand, and the next one at its border
+@lru_cache(maxsize=4)  # of two streams: the epoch at hand, and the next one at its border
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """A permutation of n rows. Sorts raw Philox numbers, whose stream is fixed for all versions of numpy."""
     raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n)

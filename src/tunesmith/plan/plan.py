@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.memory import disk_needed, peak_memory
+from tunesmith.plan.rehearsal import rehearsal_choices
 from tunesmith.plan.rules import RULES, Known
 from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
@@ -49,6 +50,7 @@ def decide(
             choices[key] = decide_by_rule(known) if wish == "auto" else Choice(wish, "you", "the recipe says so")
         decided[key] = choices[key].value
     choices |= {key: choice for key, choice in fixed.items() if key not in RULES}
+    choices |= rehearsal_choices(recipe.rehearsal, known, data.get("rehearsal"))
     for key in ("template", "overlong", "seed", "stage"):
         choices[key] = Choice(_plain(wishes[key]), "you" if _set(recipe, key) else "rule", _WHY[key])
     choices["now"] = Choice(now, "rule", "dates in chat templates are frozen at this moment")
@@ -63,7 +65,7 @@ def decide(
         data=dict(data),
         steps=known.steps,
         tokens_per_epoch=data["data"].tokens,
-        memory_bytes=_memory(known, model),
+        memory_bytes=_memory(known, model, choices),
         warnings=tuple(_warnings(known, data)),
         disk_bytes=disk_needed(model, method=decided["method"], dtype=decided["dtype"], rank=decided.get("lora_r", 0)),
     )
@@ -121,10 +123,14 @@ def _check_libraries(decided: dict[str, Any], machine: Machine) -> None:
         raise InputError("4-bit weights need bitsandbytes, which is not installed", where="method: qlora", fix=fix)
 
 
-def _memory(known: Known, model: ModelSpec) -> dict[str, int]:
+def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:
     sides = 2 if known.stage == "preference" else 1  # documents of a row, together in a pack
     step_tokens = known["batch_size"] * sides * known.data.length_percentiles.get("p90", 1)
-    pack_tokens = max(min(known["pack_length"], step_tokens), sides * known.data.length_percentiles.get("max", 1))
+    longest = sides * known.data.length_percentiles.get("max", 1)
+    if "rehearsal_length" in choices:  # a step may have a piece of a text, or several
+        longest = max(longest, choices["rehearsal_length"].value)
+        step_tokens = int(step_tokens / (1 - choices["rehearsal_ratio"].value)) + longest
+    pack_tokens = max(min(known["pack_length"], step_tokens), longest)
     return peak_memory(
         model,
         method=known["method"],

@@ -166,6 +166,7 @@ class Training:
             learning_rate=rate,
             grad_norm=norm,
             peak_bytes=peak_bytes(),
+            task_tokens=_task_tokens(documents),
         )
 
     def _rate(self) -> float:
@@ -231,3 +232,12 @@ class Training:
                 fix="lower learning_rate, or look at these rows with `tunesmith data show`",
             )
         return Verdict("non-finite", "warn", evidence, self.step)
+
+
+def _task_tokens(documents: Sequence[Document]) -> dict[str, int]:
+    """Tokens of the documents that belong to a named task, by task."""
+    found: dict[str, int] = {}
+    for document in documents:
+        if document.task:
+            found[document.task] = found.get(document.task, 0) + len(document)
+    return found

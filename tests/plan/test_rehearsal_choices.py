@@ -1,0 +1,51 @@
+"""The rehearsal ratio by rule, and how long a piece of a text is."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tunesmith.plan.rehearsal import rehearsal_choices
+from tunesmith.plan.rules import Known
+from tunesmith.recipe import Rehearsal
+
+LENGTHS = {"max_length": 700, "pack_length": 4096}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "shift", "ratio"),
+    [
+        (4 * 10**8, "domain", 0.1),
+        (10**9, "domain", 0.05),
+        (4 * 10**8, "style", 0.01),
+        (10**9, "language", 0.25),
+        (4 * 10**8, "language", 0.25),
+    ],
+)
+def test_the_ratio_follows_the_shift_and_the_size(
+    known: Callable[..., Known], parameters: int, shift: str, ratio: float
+) -> None:
+    wish = Rehearsal.model_validate({"data": "general.jsonl", "shift": shift})
+    choice = rehearsal_choices(wish, known(parameters=parameters, **LENGTHS), None)["rehearsal_ratio"]
+    assert (choice.value, choice.by) == (ratio, "rule")
+    assert "Ibrahim" in choice.source
+
+
+def test_the_reason_says_how_much_that_is(known: Callable[..., Known]) -> None:
+    wish = Rehearsal.model_validate({"data": "general.jsonl", "ratio": 0.2})
+    general = known(tokens=25_000).data
+    choice = rehearsal_choices(wish, known(rows=1600, tokens=160_000, **LENGTHS), general)["rehearsal_ratio"]
+    assert choice.by == "you"
+    assert choice.why.endswith("about 40,000 tokens beside 160,000 of the data, 1.6 passes over its rows")
+
+
+@pytest.mark.parametrize(("longest", "pack", "piece"), [(700, 4096, 1024), (2000, 4096, 2000), (100, 512, 512)])
+def test_a_piece_is_as_long_as_a_document_and_fits_a_pack(
+    known: Callable[..., Known], longest: int, pack: int, piece: int
+) -> None:
+    wish = Rehearsal.model_validate({"data": "general.jsonl"})
+    found = rehearsal_choices(wish, known(max_length=longest, pack_length=pack), None)
+    assert found["rehearsal_length"].value == piece
+
+
+def test_without_rehearsal_there_is_nothing_to_choose(known: Callable[..., Known]) -> None:
+    assert rehearsal_choices(None, known(), None) == {}
