@@ -266,14 +266,7 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         adapter_keys = [key for key in given if key.startswith("lora_") or key == "use_rslora"]
         adapter_keys += ["adapter_from"] * ("adapter_from" in given)
         found += [(key, f"{key} has no effect with method: full, which trains no adapter") for key in adapter_keys]
-    if given.get("stage", "sft") != "preference":
-        found += [(key, f"{key} has no effect without stage: preference") for key in PAIR_KEYS if key in given]
-    elif given.get("loss") not in (None, "simpo") and "gamma" in given:
-        found.append(("gamma", f"gamma has no effect with loss: {given['loss']}, it is SimPO's"))
-    elif "gamma" in given and "loss" not in given:
-        found.append(("gamma", "gamma has no effect with loss: dpo, it is SimPO's: add loss: simpo"))
-    if given.get("stage") == "preference" and "rehearsal" in given:
-        found.append(("rehearsal", "rehearsal has no effect with stage: preference, which compares answers"))
+    found += _of_the_stage(given)
     files = {key: _paths(given[key]) for key in (*FILE_KEYS, "rehearsal") if key in given}
     for position, key in enumerate(files):
         for earlier in list(files)[:position]:
@@ -284,6 +277,19 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             ("pack_length", f"pack_length {pack} is below max_length {longest}: a document must fit in a pack")
         )
+    return found
+
+
+def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What only pairs have, and what they cannot have."""
+    if given.get("stage", "sft") != "preference":
+        return [(key, f"{key} has no effect without stage: preference") for key in PAIR_KEYS if key in given]
+    found: list[tuple[str, str]] = []
+    if "gamma" in given and given.get("loss") != "simpo":
+        wanted = "" if "loss" in given else ": add loss: simpo"
+        found.append(("gamma", f"gamma has no effect with loss: {given.get('loss', 'dpo')}, it is SimPO's{wanted}"))
+    if "rehearsal" in given:
+        found.append(("rehearsal", "rehearsal has no effect with stage: preference, which compares answers"))
     return found
 
 
