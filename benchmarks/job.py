@@ -30,6 +30,7 @@ LORA = {
     "lora_alpha": 32,
     "lora_dropout": 0.0,
     "use_rslora": False,
+    "use_dora": False,
     "lora_target_modules": "all-linear",
     "seed": 0,
 }

@@ -78,6 +78,7 @@ def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Pa
         "lora_alpha": (6, "checkpoint"),
         "lora_target_modules": (("down_proj", "q_proj"), "checkpoint"),
         "use_rslora": (True, "checkpoint"),
+        "use_dora": (False, "checkpoint"),
     }
     assert plan["adapter_from"] == str(tmp_path / "theirs")
     assert "there is no hash by which to know" in plan.warnings[0]
@@ -91,6 +92,7 @@ def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Pa
         ({"lora_target_modules": ["q_proj"]}, "is q_proj in the recipe, but down_proj, q_proj in the adapter"),
         ({"lora_target_modules": "all-linear"}, "is all-linear in the recipe, but down_proj, q_proj in the adapter"),
         ({"use_rslora": True}, "use_rslora is True in the recipe, but False in the adapter"),
+        ({"use_dora": True}, "use_dora is True in the recipe, but False in the adapter"),
     ],
 )
 def test_a_contradiction_names_both_values(tiny_folder: Path, tmp_path: Path, wish: Any, message: str) -> None:
@@ -169,10 +171,11 @@ def their_step(network: PeftModel, documents: Any, plan: Any) -> dict[str, torch
         ((losses * torch.from_numpy(document.weights_L[1:])).sum() / count).backward()
     torch.nn.utils.clip_grad_norm_(trained, plan["max_grad_norm"])
     optimizer.step()
-    return {n.replace(".default", ""): p.detach() for n, p in network.named_parameters() if p.requires_grad}
+    named = {n.replace(".default", ""): p.detach() for n, p in network.named_parameters() if p.requires_grad}
+    return {n.replace("magnitude_vector.weight", "magnitude_vector"): p for n, p in named.items()}  # as PEFT saves it
 
 
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "target_modules": "all-linear"}])
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "target_modules": "all-linear"}, {"use_dora": True}])
 def test_one_step_from_pefts_adapter_is_pefts_step(tiny_folder: Path, tmp_path: Path, config: dict) -> None:
     network = peft_adapter(tiny_folder, tmp_path / "theirs", **config)
     wish = recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), batch_size=6, max_steps=1, **LEFT)

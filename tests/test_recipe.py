@@ -73,6 +73,7 @@ def test_values_that_mean_nothing_are_refused(key: str, value: object) -> None:
         ({"eval_data": "e.jsonl", "test_data": ["t.jsonl", "e.jsonl"]}, "test_data and eval_data name the same file"),
         ({"method": "full", "lora_r": 8}, "no effect with method: full"),
         ({"method": "full", "use_rslora": False}, "use_rslora has no effect"),
+        ({"method": "full", "use_dora": True}, "use_dora has no effect"),
         ({"max_length": 4096, "pack_length": 2048}, "must fit in a pack"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
+from safetensors.torch import load
 
 from tiny_run import adapter_bytes, chat, measured_files, recipe, save_model_folder, steps_of, sums, train, write_rows
 from tunesmith import run
@@ -323,6 +324,13 @@ def lora_target_modules(lab: Lab) -> None:
 def use_rslora(lab: Lab) -> None:
     changes_the_adapter(lab, "use_rslora", True)
     assert read_json(lab.output / "adapter" / "adapter_config.json")["use_rslora"] is True
+
+
+def use_dora(lab: Lab) -> None:
+    changes_the_adapter(lab, "use_dora", True)
+    assert read_json(lab.output / "adapter" / "adapter_config.json")["use_dora"] is True
+    magnitudes = [name for name in load(adapter_bytes(lab.last)) if name.endswith("lora_magnitude_vector")]
+    assert len(magnitudes) == 14
 
 
 # ---------------------------------------------------------------- how it is computed and measured

@@ -85,7 +85,7 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("zzz: 1", "unknown key 'zzz'; `tunesmith schema` lists all"),
         ("micro_batch_size: 4", "set batch_size, the data rows per optimizer step"),
         ("never: [x]", "'never' is not supported yet"),
-        ("method: dora", "method: 'dora' is not supported yet; expected 'auto' or 'lora' or 'qlora' or 'full'"),
+        ("method: dora", "method: 'dora' is not a value here: set use_dora: true"),
         ("load_in_4bit: true", "set method: qlora"),
         ("stage: [cpt, sft]", "a list of stages is not supported yet"),
         ("learning_rate: fast", "expected 'auto' or a number above 0 and at most 1, found 'fast'"),

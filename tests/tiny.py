@@ -76,6 +76,7 @@ LORA: dict[str, Any] = {
     "lora_alpha": 6,
     "lora_dropout": 0.0,
     "use_rslora": False,
+    "use_dora": False,
     "lora_target_modules": "all-linear",
     "seed": 3,
 }

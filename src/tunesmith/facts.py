@@ -157,6 +157,7 @@ def _fixed(adapter: AdapterFolder, recipe: Recipe) -> dict[str, Choice]:
         "lora_alpha": adapter.alpha,
         "lora_target_modules": adapter.targets,
         "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
     }
     chosen = {key: Choice(value, "checkpoint", "the adapter to go on with") for key, value in values.items()}
     return chosen | {"adapter_from": Choice(str(adapter.path), "you", "its weights are where training starts")}

@@ -197,6 +197,9 @@ class Recipe(BaseModel):
         default="auto", description="Layers that get an adapter: all-linear, or a list of names such as q_proj."
     )
     use_rslora: Auto | bool = Field(default="auto", description="Scale by alpha / sqrt(rank), for high ranks.")
+    use_dora: Auto | bool = Field(
+        default="auto", description="DoRA: the adapter also trains the length of each row of a weight."
+    )
 
     dtype: Auto | Literal["bf16", "fp32"] = Field(
         default="auto", description="Number format of the frozen weights and products."
@@ -250,6 +253,8 @@ ALIASES = {
     "rpo_alpha": "nll_coefficient",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
 }
 
 PAIR_KEYS = ("loss", "beta", "gamma", "nll_coefficient")
@@ -263,7 +268,7 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "eval_data" in given and "eval_split" in given:
         found.append(("eval_split", "eval_data and eval_split contradict each other: keep one"))
     if given.get("method") == "full":
-        adapter_keys = [key for key in given if key.startswith("lora_") or key == "use_rslora"]
+        adapter_keys = [key for key in given if key.startswith("lora_") or key in ("use_rslora", "use_dora")]
         adapter_keys += ["adapter_from"] * ("adapter_from" in given)
         found += [(key, f"{key} has no effect with method: full, which trains no adapter") for key in adapter_keys]
     found += _of_the_stage(given)

@@ -60,9 +60,10 @@ INSTEAD = {
 }
 
 LATER_KEYS = (
-    "never", "guard", "batch_tokens", "modules_to_save", "load_in_8bit", "use_dora",
+    "never", "guard", "batch_tokens", "modules_to_save", "load_in_8bit",
 )  # fmt: skip
-LATER_VALUES = {"method": ("dora",), "stage": ("cpt", "pt")}
+INSTEAD_VALUES = {("method", "dora"): "set use_dora: true, which goes with any method that trains an adapter"}
+LATER_VALUES = {"stage": ("cpt", "pt")}
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,8 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
         return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
     if isinstance(item.value, str) and item.value in LATER_VALUES.get(key, ()):
         return f"{item.written}: '{item.value}' is not supported yet; expected {expected(schema)}"
+    if isinstance(item.value, str) and (key, item.value) in INSTEAD_VALUES:
+        return f"{item.written}: '{item.value}' is not a value here: {INSTEAD_VALUES[key, item.value]}"
     if key == "stage" and isinstance(item.value, list):
         return "stage: a list of stages is not supported yet; expected 'sft'"
     return f"{item.written}: expected {expected(schema)}, found {found(item.value)}"

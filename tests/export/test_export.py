@@ -116,6 +116,18 @@ def test_it_is_a_model_for_the_next_run(
         assert float((logits - live).abs().max()) < difference
 
 
+def test_dora_is_in_the_weights_or_beside_them(tiny_llama: Path, tmp_path: Path) -> None:
+    path = save_run(tmp_path, tiny_llama, use_dora=True)
+    merged, peft, gguf = (run.export(path, *words) for words in (("merged",), ("peft",), ("gguf",)))
+    assert peft.parity.mean_kl < 1e-9 < merged.parity.mean_kl
+    assert gguf.parity.trained_kl is not None
+    assert gguf.parity.trained_kl > 100 * max(merged.parity.mean_kl, gguf.parity.mean_kl)
+    with pytest.raises(InputError, match="no place for DoRA's magnitudes") as refusal:
+        run.export(path, "gguf", kind="lora")
+    assert "merged" in refusal.value.fix
+    assert not (path / "export" / "gguf-lora").exists()
+
+
 def test_the_gguf_says_what_it_is(exports: dict[str, Exported]) -> None:
     metadata = read_gguf(Path(exports["gguf-q8_0"].path) / "model-q8_0.gguf").metadata
     assert metadata["general.type"] == "model"

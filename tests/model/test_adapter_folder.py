@@ -71,6 +71,14 @@ def test_pefts_own_adapters_are_understood(tmp_path: Path, base: Path, targets: 
     assert len(found.sha256) == 64
 
 
+def test_pefts_dora_is_understood(tmp_path: Path, base: Path) -> None:
+    folder = peft_adapter(tmp_path / "a", use_dora=True)
+    assert read_adapter(folder, base).dora
+    rewritten(folder, lambda w: {k: v for k, v in w.items() if k != f"{Q}.lora_magnitude_vector"})
+    with pytest.raises(InputError, match="q_proj has no lora_magnitude_vector, which use_dora wants"):
+        read_adapter(folder, base)
+
+
 def test_selections_of_layers_are_read_from_the_weights(tmp_path: Path, base: Path) -> None:
     found = read_adapter(peft_adapter(tmp_path / "a", layers_to_transform=[1], target_modules=["o_proj"]), base)
     assert found.targets == ("model.layers.1.self_attn.o_proj",)
@@ -93,7 +101,6 @@ def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("lora_bias", True),
         ("rank_pattern", {"q_proj": 8}),
         ("alpha_pattern", {"q_proj": 8}),
@@ -136,6 +143,7 @@ def test_fault_20_a_key_that_changes_the_maths_is_refused_by_name(
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+        ({"use_dora": 1}, "use_dora is 1"),
     ],
 )
 def test_fault_20_absurd_numbers_are_refused_before_anything_is_allocated(
@@ -163,7 +171,9 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda w: w | {f"{Q}.lora_B.weight": np.ones((5, 4), np.float32)}, r"lora_B.weight is F32 \[5, 4\]"),
         (lambda w: w | {f"{Q}.lora_A.weight": w[f"{Q}.lora_A.weight"].astype(np.float64)}, "is F64"),
         (lambda w: {k: v for k, v in w.items() if k != f"{Q}.lora_B.weight"}, r"q_proj has no lora_B"),
-        (lambda w: w | {f"{Q}.lora_magnitude_vector": np.ones(64, np.float32)}, "no weight of a plain LoRA"),
+        (lambda w: w | {f"{Q}.lora_magnitude_vector": np.ones(64, np.float32)}, "has a magnitude, but use_dora is not"),
+        (lambda w: w | {f"{Q}.lora_magnitude_vector": np.ones(63, np.float32)}, r"lora_magnitude_vector is F32 \[63\]"),
+        (lambda w: w | {f"{Q}.lora_E": np.ones(64, np.float32)}, "no weight of a plain LoRA"),
         (lambda w: w | {"base_model.model.lm_head.lora_A.weight": np.ones((4, 48), np.float32)}, "adapts lm_head"),
         (lambda w: w | {Q.replace("q_proj", "z_proj") + ".lora_A.weight": np.ones((4, 48), np.float32)}, "z_proj"),
         (lambda w: w | {Q.replace("self_attn.q_proj", "input_layernorm") + ".lora_A.weight": np.ones((4, 48))}, "norm"),

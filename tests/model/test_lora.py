@@ -1,5 +1,6 @@
 """Adapted linears equal PEFT's and plain autograd's, their hand-written gradients included."""
 
+import re
 from typing import Any
 
 import pytest
@@ -84,6 +85,10 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
         ("gemma2", {"lora_target_modules": ["k_proj", "o_proj", "gate_proj"]}),
         ("qwen2", {}),
         ("phi3", {"use_rslora": True}),
+        ("llama", {"use_dora": True, "use_rslora": True}),
+        ("qwen2", {"use_dora": True}),
+        ("gemma2", {"use_dora": True, "lora_target_modules": ["o_proj", "gate_proj"]}),
+        ("phi3", {"use_dora": True}),
     ],
 )
 def test_a_model_equals_pefts(family: str, settings: dict[str, Any]) -> None:
@@ -95,10 +100,13 @@ def test_a_model_equals_pefts(family: str, settings: dict[str, Any]) -> None:
             r=4,
             lora_alpha=6,
             use_rslora=bool(settings.get("use_rslora")),
+            use_dora=bool(settings.get("use_dora")),
             target_modules=settings.get("lora_target_modules", "all-linear"),
         ),
     )
-    weights = {name.replace(".default.weight", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    weights = {
+        re.sub(r"\.default(\.weight)?$", "", name): p for name, p in theirs.named_parameters() if p.requires_grad
+    }
     mine = {f"base_model.model.{name}": p for name, p in trainable(ours.network).items()}
     assert weights.keys() == mine.keys()
     for name, parameter in weights.items():

@@ -26,7 +26,7 @@ def base_folder(path: Path, **more: Tensor) -> dict[str, Tensor]:
 
 
 def adapter_folder(
-    path: Path, *, rslora: bool = False, key: str = PATH, value: float | None = None
+    path: Path, *, rslora: bool = False, key: str = PATH, value: float | None = None, dora: bool = False
 ) -> dict[str, Tensor]:
     path.mkdir()
     generator = torch.Generator().manual_seed(1)
@@ -34,9 +34,13 @@ def adapter_folder(
     if value is not None:
         b[0, 0] = value
     stored = {f"base_model.model.{key}.lora_A.weight": a, f"base_model.model.{key}.lora_B.weight": b}
+    magnitude = torch.rand(6, generator=generator) + 1
+    if dora:
+        stored[f"base_model.model.{key}.lora_magnitude_vector"] = magnitude
     save_file(stored, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    (path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": rslora}))
-    return {"a": a, "b": b}
+    config = {"r": 4, "lora_alpha": 6, "use_rslora": rslora, "use_dora": dora}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return {"a": a, "b": b, "m": magnitude}
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)])
@@ -52,6 +56,15 @@ def test_merged_in_fp32_and_cast_once(tmp_path: Path, rslora: bool, scale: float
     assert not torch.equal(exact.bfloat16(), weights.pop(f"{PATH}.weight"))
     assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in weights.items()}
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+
+
+def test_rows_get_the_lengths_of_dora(tmp_path: Path) -> None:
+    weights = base_folder(tmp_path / "base")
+    lora = adapter_folder(tmp_path / "adapter", dora=True)
+    write_merged(tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "m.safetensors")
+    direction = weights[f"{PATH}.weight"].double() + 1.5 * (lora["b"].double() @ lora["a"].double())
+    exact = direction / direction.norm(dim=1, keepdim=True) * lora["m"].double()[:, None]
+    torch.testing.assert_close(load_file(tmp_path / "m.safetensors")[f"{PATH}.weight"], exact.bfloat16())
 
 
 def test_the_file_is_sound_safetensors(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def their_logits(network: torch.nn.Module) -> Tensor:
         ("qwen3", {"lora_target_modules": ["layers.1.self_attn.v_proj", "layers.0.mlp.down_proj"]}),
         ("granite", {}),
         ("phi3", {}),
+        ("qwen2", {"use_dora": True}),
+        ("llama-tied", {"use_dora": True, "use_rslora": True, "lora_target_modules": ["v_proj", "down_proj"]}),
     ],
 )
 def test_an_adapter_loads_in_peft_and_back(family: str, settings: dict[str, Any], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ ADAPTER = {
     "lora_alpha": 8,
     "lora_dropout": 0.0,
     "use_rslora": False,
+    "use_dora": False,
     "lora_target_modules": "all-linear",
     "seed": 0,
 }

@@ -191,10 +191,15 @@ def test_without_an_adapter_all_weights_are_trained() -> None:
     assert "trains no adapter" in left(found)["lora_r"].reason
 
 
-@pytest.mark.parametrize("key", ["train_on_inputs", "peft_use_dora", "neftune_noise_alpha", "frobnicate"])
+@pytest.mark.parametrize("key", ["train_on_inputs", "relora", "neftune_noise_alpha", "frobnicate"])
 def test_what_would_change_the_training_is_said_first(key: str) -> None:
     assert left(changed(AXOLOTL, f"{key}: true"))[key].matters
     assert key not in left(changed(AXOLOTL, f"{key}: false"))
+
+
+def test_dora_keeps_its_name() -> None:
+    assert changed(AXOLOTL, "peft_use_dora: true").values["use_dora"] is True
+    assert changed(LLAMAFACTORY, "use_dora: true").values["use_dora"] is True
 
 
 def test_an_output_folder_that_is_there_is_not_used_again() -> None:

@@ -22,9 +22,9 @@ from tunesmith.jsonfile import from_json, read_json
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.load import LanguageModel, Network, adopt, load_network
-from tunesmith.model.merge import Lora, read_loras
+from tunesmith.model.merge import read_loras
 from tunesmith.model.provenance import check_provenance, hashes_of
-from tunesmith.model.saved import load_adapter
+from tunesmith.model.saved import Lora, load_adapter
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
 from tunesmith.recipe import Recipe

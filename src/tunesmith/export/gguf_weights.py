@@ -32,7 +32,8 @@ from tunesmith.errors import GateError, InputError
 from tunesmith.model.folder import read_headers
 from tunesmith.model.gguf import ARCHITECTURES, ROPE_FACTORS, halves
 from tunesmith.model.gguf_file import read_gguf, read_tensor
-from tunesmith.model.merge import Lora, merged_tensors
+from tunesmith.model.merge import merged_tensors
+from tunesmith.model.saved import Lora
 from tunesmith.types import Json, ModelSpec
 
 TYPES = {name.lower(): GGMLQuantizationType[name] for name in ("F16", "Q8_0", "BF16", "F32")}

@@ -84,11 +84,14 @@ def place_of(run: Finished, target: str, kind: str, out: Path | None) -> Path:
 
 
 def refuse_what_it_lacks(run: Finished, form: Format) -> None:
-    """InputError for an adapter of a run that has none, MachineError for a proof that does not fit in memory: it holds
-    one model in fp32, and transformers reads a GGUF through a copy of it."""
+    """InputError for an adapter of a run that has none, or one that the format cannot hold, MachineError for a
+    proof that does not fit in memory: one model in fp32, which transformers reads from a GGUF through a copy of it."""
     if form.width == 0 and not run.loras:
         what = "this run trained all weights: there is no adapter"
         raise InputError(what, where=str(run.path), fix="export to merged or gguf")
+    if form.write is write_lora and any(lora.magnitude_O is not None for lora in run.loras.values()):
+        what = "a GGUF adapter has no place for DoRA's magnitudes"
+        raise InputError(what, where=str(run.path), fix="export to merged or gguf, with the adapter in the weights")
     needed = run.weights.parameters * 4 * (2 if form.reread in (reread_gguf, reread_ollama) else 1)
     free = measure_machine(run.path).available_bytes
     if needed > free:

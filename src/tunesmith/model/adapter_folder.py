@@ -24,7 +24,8 @@ PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 LARGEST_RANK = 4096
 DTYPES = ("F32", "F16", "BF16")
-KEY = re.compile(re.escape(PREFIX) + r"([\w.]+)\.lora_([AB])\.weight")
+MAGNITUDE = "lora_magnitude_vector"
+KEY = re.compile(re.escape(PREFIX) + rf"([\w.]+)\.(lora_A\.weight|lora_B\.weight|{MAGNITUDE})")
 
 # Keys that say nothing about the result, or that the weights answer better: which layers are adapted.
 UNUSED = {
@@ -39,17 +40,19 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian"),  # the others change the base
     "megatron_core": ("megatron.core", None),  # what PEFT always writes
 }
-READ = {"r", "lora_alpha", "use_rslora"}
+READ = {"r", "lora_alpha", "use_rslora", "use_dora"}
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A LoRA adapter that fits its base. `targets` in the form of `lora_target_modules`; `sha256` is of the weights."""
+    """A LoRA or DoRA adapter that fits its base. `targets` in the form of `lora_target_modules`; `sha256` is of the
+    weights."""
 
     path: Path
     rank: int
     alpha: float
     rslora: bool
+    dora: bool
     targets: str | tuple[str, ...]
     base: str  # what the adapter calls its base
     sha256: str
@@ -80,12 +83,15 @@ def read_adapter(given: Path, base: Path) -> AdapterFolder:
     if not (path / WEIGHTS).is_file():
         raise _no_weights(path)
     layers = read_headers(base)
+    dora = bool(config.get("use_dora"))
     paths = _check_weights(read_header(path / WEIGHTS), layers, rank, path / WEIGHTS)
+    _check_complete(read_header(path / WEIGHTS), paths, path / WEIGHTS, dora=dora)
     return AdapterFolder(
         path=path,
         rank=rank,
         alpha=alpha,
         rslora=bool(config.get("use_rslora")),
+        dora=dora,
         targets=_targets(paths, layers),
         base=str(config.get("base_model_name_or_path") or ""),
         sha256=sha256_of(path / WEIGHTS),
@@ -109,8 +115,9 @@ def _check_config(config: Mapping[str, Any], where: str) -> tuple[int, float]:
         raise InputError(f"r is {rank!r:.80}, not a whole number from 1 to {LARGEST_RANK}", where=where, fix=fix)
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e6:
         raise InputError(f"lora_alpha is {alpha!r:.80}, not a number above 0", where=where, fix=fix)
-    if not isinstance(config.get("use_rslora", False), (bool, type(None))):
-        raise InputError(f"use_rslora is {config['use_rslora']!r:.80}, not true or false", where=where, fix=fix)
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key, False), (bool, type(None))):
+            raise InputError(f"{key} is {config[key]!r:.80}, not true or false", where=where, fix=fix)
     return rank, alpha
 
 
@@ -132,7 +139,7 @@ def _no_weights(path: Path) -> InputError:
 def _check_weights(
     adapter: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], rank: int, file: Path
 ) -> list[str]:
-    """The adapted modules. Every tensor must be half of a pair whose shapes are those of its layer in the base."""
+    """The adapted modules. Every tensor must have the shape that its layer in the base asks for."""
     paths: dict[str, None] = {}
     for name, tensor in adapter.items():
         match = KEY.fullmatch(name)
@@ -144,7 +151,7 @@ def _check_weights(
             what = f"it adapts {match[1]}, which is no linear layer inside the base's decoder"
             raise InputError(what, where=str(file), fix="give the adapter's own base as model:")
         outputs, inputs = layer.shape
-        wanted = (rank, inputs) if match[2] == "A" else (outputs, rank)
+        wanted = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}.get(match[2], (outputs,))
         if tensor.shape != wanted or tensor.dtype not in DTYPES:
             what = (
                 f"the tensor {name} is {tensor.dtype} {list(tensor.shape)}; with r {rank} on this base it must be "
@@ -154,11 +161,19 @@ def _check_weights(
         paths[match[1]] = None
     if not paths:
         raise InputError("it holds no weights", where=str(file))
-    for path in paths:
-        for half in "AB":
-            if f"{PREFIX}{path}.lora_{half}.weight" not in adapter:
-                raise InputError(f"{path} has no lora_{half}", where=str(file), fix="copy the adapter folder again")
     return list(paths)
+
+
+def _check_complete(adapter: Mapping[str, TensorHeader], paths: list[str], file: Path, *, dora: bool) -> None:
+    """Each adapted module has both halves, and a magnitude where the config says DoRA, else none."""
+    for path in paths:
+        for part in ("lora_A.weight", "lora_B.weight", *([MAGNITUDE] if dora else [])):
+            if f"{PREFIX}{path}.{part}" not in adapter:
+                what = f"{path} has no {part.removesuffix('.weight')}{', which use_dora wants' * (part == MAGNITUDE)}"
+                raise InputError(what, where=str(file), fix="copy the adapter folder again")
+        if not dora and f"{PREFIX}{path}.{MAGNITUDE}" in adapter:
+            what = f"{path} has a magnitude, but use_dora is not true in {CONFIG}"
+            raise InputError(what, where=str(file), fix="copy the adapter folder again")
 
 
 def _of_base(base: Mapping[str, TensorHeader], path: str) -> TensorHeader | None:

@@ -1,7 +1,7 @@
 """What is trained: a low-rank adapter beside a frozen base, or every weight.
 
 In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out: how a base becomes
-quantised (quantized.py), the maths of the layers (lora.py), files (saved.py).
+quantised (quantized.py), the maths of the layers (lora.py, dora.py), files (saved.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import InputError
+from tunesmith.model.adapter_folder import scale_of
 from tunesmith.model.lora import LoraLinear, MasterLinear, QuantizedLinear
 
 
@@ -50,13 +51,16 @@ def replace(network: nn.Module, path: str, module: nn.Module) -> None:
 def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     """An adapter on every chosen linear; B = 0, so the network's output is unchanged. Scale as PEFT: alpha / r, with
     rsLoRA alpha / sqrt(r)."""
-    rank, alpha = settings["lora_r"], settings["lora_alpha"]
-    scale = alpha / (rank**0.5 if settings["use_rslora"] else rank)
-    generator = torch.Generator().manual_seed(settings["seed"])
+    shape: dict[str, Any] = {
+        "rank": settings["lora_r"],
+        "scale": scale_of(settings["lora_r"], settings["lora_alpha"], rslora=settings["use_rslora"]),
+        "dropout": settings["lora_dropout"],
+        "generator": torch.Generator().manual_seed(settings["seed"]),
+        "dora": settings["use_dora"],
+    }
     found = linears(network)
     for path in select(list(found), settings["lora_target_modules"]):
-        module = LoraLinear(found[path], rank=rank, scale=scale, dropout=settings["lora_dropout"], generator=generator)
-        replace(network, path, module)
+        replace(network, path, LoraLinear(found[path], **shape))
 
 
 def train_all(network: PreTrainedModel, settings: dict[str, Any]) -> None:

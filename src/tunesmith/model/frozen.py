@@ -118,5 +118,8 @@ def bitsandbytes() -> ModuleType:
     return library
 
 
+Frozen = Plain | Blocked | Nf4
+
+
 def _blocked(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)

@@ -1,5 +1,5 @@
-/* Memory-bound pieces of a decoder layer in bf16 for the CPU: RMSNorm, rotary embedding, gated activation and
- * softmax cross-entropy, forward and backward. Each reads its inputs once, computes in fp32 and rounds once.
+/* Memory-bound pieces of a decoder layer in bf16 for the CPU: RMSNorm, rotary embedding, DoRA's gains, gated
+ * activation and softmax cross-entropy, forward and backward. Each reads its inputs once, computes in fp32 and rounds once.
  *
  * Compiled at first use by kernels.py with the machine's own compiler; every function has its plain-torch reference
  * there, and a test that both agree. Rows are independent, so threads share nothing.
@@ -82,6 +82,36 @@ void rotate(const bf16 *x, const float *cosine, const float *sine, bf16 *y, long
                 float a = to_float(in[i]), b = to_float(in[half + i]), sn = direction * s[i];
                 out[i] = to_bf16(a * c[i] - b * sn);
                 out[half + i] = to_bf16(b * c[i] + a * sn);
+            }
+        }
+    }
+}
+
+/* y *= gain, column by column. */
+void scale_columns(bf16 *y, const float *gain, long rows, long width) {
+    #pragma omp parallel for schedule(static)
+    for (long t = 0; t < rows; t++) {
+        bf16 *row = y + t * width;
+        #pragma omp simd
+        for (long i = 0; i < width; i++) row[i] = to_bf16(to_float(row[i]) * gain[i]);
+    }
+}
+
+/* Of y = gain * x: dx = gain * dy, and the sums over rows of dy * y, [parts, width], each of its part of the rows. */
+void scale_columns_backward(const bf16 *dy, const bf16 *y, const float *gain, bf16 *dx, float *sums, long rows,
+                            long width, long parts) {
+    #pragma omp parallel for schedule(static)
+    for (long part = 0; part < parts; part++) {
+        float *sum = sums + part * width;
+        for (long i = 0; i < width; i++) sum[i] = 0.0f;
+        for (long t = part * rows / parts; t < (part + 1) * rows / parts; t++) {
+            const bf16 *grad = dy + t * width, *out = y + t * width;
+            bf16 *in = dx + t * width;
+            #pragma omp simd
+            for (long i = 0; i < width; i++) {
+                float g = to_float(grad[i]);
+                sum[i] += g * to_float(out[i]);
+                in[i] = to_bf16(g * gain[i]);
             }
         }
     }

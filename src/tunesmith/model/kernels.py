@@ -177,6 +177,27 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
 
 
+# ---------------------------------------------------------------- a factor for each column
+
+
+def scale_columns(y_NO: Tensor, gain_O: Tensor) -> Tensor:
+    """gain * y, in place where there is a kernel; `gain_O` in fp32 (fp64 for fp64 y). No autograd of its own."""
+    if not usable(y_NO):
+        return (y_NO * gain_O).to(y_NO.dtype)
+    call("scale_columns", y_NO, gain_O, *y_NO.shape)
+    return y_NO
+
+
+def scale_columns_backward(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple[Tensor, Tensor]:
+    """Of y = gain * x: dx, and the sum over rows of dy * y [O], which is gain times the gradient of `gain`."""
+    if not usable(dy_NO, y_NO):
+        return (dy_NO * gain_O).to(dy_NO.dtype), (dy_NO.to(gain_O.dtype) * y_NO).sum(0)
+    parts = torch.get_num_threads()
+    dy_NO, dx_NO, sums = dy_NO.contiguous(), torch.empty_like(y_NO), torch.empty(parts, y_NO.shape[1])
+    call("scale_columns_backward", dy_NO, y_NO, gain_O, dx_NO, sums, *y_NO.shape, parts)
+    return dx_NO, sums.sum(0)
+
+
 # ---------------------------------------------------------------- gated activation
 
 

@@ -92,23 +92,24 @@ class _GatedMlp(torch.autograd.Function):
         x_NH = x.reshape(-1, x.shape[-1])
         (gate, up), inner = first.forward(x_NH)
         (y,), inner_last = last.forward(kernels.gated(gate, up, gelu))
-        ctx.first, ctx.last, ctx.gelu, ctx.shape = first, last, gelu, x.shape
+        ctx.first, ctx.last, ctx.gelu, ctx.shape, ctx.of_last = first, last, gelu, x.shape, len(inner_last)
         ctx.save_for_backward(x_NH, gate, up, *inner_last, *inner)
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_NH, gate, up, inner_last, *inner = ctx.saved_tensors
+        x_NH, gate, up, *inner = ctx.saved_tensors
+        inner_last, inner = inner[: ctx.of_last], inner[ctx.of_last :]
         first: Group = ctx.first
         last: Group = ctx.last
         dy = [gradients[0].reshape(len(x_NH), -1)]
-        dz, dbs = last.outputs_backward(dy, [inner_last])
+        dy, dz, outer = last.outputs_backward(dy, inner_last)
         dproduct = last.input_gradient(dy, dz)
         *dboth, product_NF = kernels.gated_backward(gate, up, dproduct, ctx.gelu)
-        of_last = last.parameter_gradients(product_NF, dy, dz, dbs)
-        dz, dbs = first.outputs_backward(dboth, inner)
+        of_last = last.parameter_gradients(product_NF, dy, dz, outer)
+        dboth, dz, outer = first.outputs_backward(dboth, inner)
         dx = first.input_gradient(dboth, dz).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return (dx, None, None, None, *first.parameter_gradients(x_NH, dboth, dz, dbs), *of_last)
+        return (dx, None, None, None, *first.parameter_gradients(x_NH, dboth, dz, outer), *of_last)
 
 
 class Mlp(nn.Module):

@@ -1,7 +1,8 @@
 """Linear layers with a low-rank adapter, and the matrix products behind them.
 
 `project` runs several linears on one input: the input is saved once and its gradient is summed inside the products.
-Masters of A and B are fp32, products run in the dtype of the input. Maths equals PEFT's: W x + b + scale * B A drop(x).
+Masters of A and B are fp32, products run in the dtype of the input. Maths equals PEFT's: W x + b + scale * B A drop(x),
+and with DoRA (dora.py) each output but the bias times its gain.
 Left out: which modules get an adapter (adapters.py), how a frozen weight is kept (frozen.py).
 Legend: N rows, I inputs, O outputs, R rank; z = A drop(x) [N, R].
 """
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.model import lora_kernels
-from tunesmith.model.frozen import Blocked, Nf4, Plain
+from tunesmith.model.dora import Gain, row_norms, row_squares
+from tunesmith.model.frozen import Frozen, Nf4, Plain
 from tunesmith.model.lora_kernels import Packed
 
 
@@ -41,16 +43,24 @@ class QuantizedLinear(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear [O, I] with trainable A [R, I] and B [O, R]. `scale` 0 is the base model.
+    """A frozen linear [O, I] with trainable A [R, I] and B [O, R], with DoRA magnitudes [O] too. `scale` 0 is the base
+    model.
 
     A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0, as PEFT starts them (kaiming_uniform with a = sqrt(5)).
     """
 
     def __init__(
-        self, base: nn.Linear | QuantizedLinear, *, rank: int, scale: float, dropout: float, generator: torch.Generator
+        self,
+        base: nn.Linear | QuantizedLinear,
+        *,
+        rank: int,
+        scale: float,
+        dropout: float,
+        generator: torch.Generator,
+        dora: bool = False,
     ) -> None:
         super().__init__()
-        self.frozen: Plain | Blocked | Nf4 = base.frozen if isinstance(base, QuantizedLinear) else Plain(base.weight)
+        self.frozen: Frozen = base.frozen if isinstance(base, QuantizedLinear) else Plain(base.weight.detach())
         self.bias = base.bias
         weight, inputs, outputs = self.frozen.weight, base.in_features, base.out_features
         device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
@@ -58,13 +68,37 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(start.to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=device, dtype=dtype))
         self.scale, self.dropout = scale, dropout
+        self._squares_O = row_squares(weight) if dora else None
+        self._gain: tuple[tuple[object, ...], Gain] | None = None
+        norms_O = self._norms(weight.dtype)
+        self.lora_magnitude_vector = None if norms_O is None else nn.Parameter(norms_O)
 
     def forward(self, x: Tensor) -> Tensor:
         return project(x, [self])[0]
 
+    @torch.no_grad()
+    def gain(self, dtype: torch.dtype) -> Gain | None:
+        """DoRA's, for products in `dtype`. Made anew when a parameter has changed, by its version: who changes one
+        unknown to autograd has to increment that."""
+        magnitude = self.lora_magnitude_vector
+        if magnitude is None:
+            return None
+        key = (dtype, self.scale, *(p._version for p in (self.lora_A, self.lora_B, magnitude)))
+        if self._gain is None or self._gain[0] != key:
+            norms_O = self._norms(dtype)
+            assert norms_O is not None
+            self._gain = key, Gain(magnitude.detach(), norms_O)
+        return self._gain[1]
+
+    @torch.no_grad()
+    def _norms(self, dtype: torch.dtype) -> Tensor | None:
+        if self._squares_O is None:
+            return None
+        return row_norms(self.frozen, self._squares_O, self.lora_A, self.lora_B, scale=self.scale, dtype=dtype)
+
     def extra_repr(self) -> str:
         shape = self.lora_B.shape[0], self.lora_A.shape[1]
-        return f"{shape}, rank={self.lora_A.shape[0]}, scale={self.scale}"
+        return f"{shape}, rank={self.lora_A.shape[0]}, scale={self.scale}{', dora' * (self._squares_O is not None)}"
 
 
 class MasterLinear(nn.Module):
@@ -87,6 +121,7 @@ class MasterLinear(nn.Module):
 
 
 Linear = nn.Linear | LoraLinear | MasterLinear | QuantizedLinear
+Pair = tuple[Tensor | None, Tensor | None]
 
 
 class Operand:
@@ -101,6 +136,7 @@ class Operand:
             module.bias,
             adapter.lora_A if adapter else None,
             adapter.lora_B if adapter else None,
+            adapter.lora_magnitude_vector if adapter else None,
         )
         if isinstance(module, LoraLinear | QuantizedLinear):
             self.frozen = module.frozen
@@ -111,6 +147,7 @@ class Operand:
         self.wide = adapter.lora_A.dtype if adapter else dtype  # of the gradients of A and B
         self.a = adapter.lora_A.detach().to(dtype) if adapter else None
         self.b = adapter.lora_B.detach().to(dtype) if adapter else None
+        self.gain = adapter.gain(dtype) if adapter else None
 
     def mask(self, x_NI: Tensor) -> Tensor | None:
         """Dropout's keep mask divided by the keep rate, from torch's own generator, which the loop seeds."""
@@ -157,7 +194,8 @@ class Group:
     """Linears that share one input, prepared for one forward and its backward.
 
     The backward has three steps, because the MLP makes the input of its last linear anew between the second and the
-    third. `inner` and `dz` are what the earlier steps returned: z and dz of each linear, or of all when lora.c ran.
+    third. `inner` and `dz` are what the earlier steps returned: z and dz of each linear, or of all when lora.c ran; in
+    `inner` also the output of each linear with a gain, before its bias.
     """
 
     def __init__(self, modules: Sequence[Linear], dtype: torch.dtype) -> None:
@@ -170,13 +208,21 @@ class Group:
         """The outputs and `inner`."""
         self.masks = [operand.mask(x_NI) for operand in self.operands]
         self.packed = self._pack(x_NI)
-        outputs = [operand.frozen.outputs(x_NI, operand.bias) for operand in self.operands]
+        outputs = [operand.frozen.outputs(x_NI, None if operand.gain else operand.bias) for operand in self.operands]
+        inner: list[Tensor | None]
         if self.packed:
             z = self.packed.inner(x_NI)
             self.packed.add_outputs(outputs, z)
-            return outputs, [z]
-        each = zip(self.operands, outputs, self.masks, strict=True)
-        return outputs, [operand.add_output(y, x_NI, mask) for operand, y, mask in each]
+            inner = [z]
+        else:
+            each = zip(self.operands, outputs, self.masks, strict=True)
+            inner = [operand.add_output(y, x_NI, mask) for operand, y, mask in each]
+        for place, operand in enumerate(self.operands):
+            if operand.gain:
+                u = operand.gain.forward(outputs[place])
+                outputs[place] = u if operand.bias is None else u + operand.bias
+                inner.append(u)
+        return outputs, inner
 
     def _pack(self, x_NI: Tensor) -> Packed | None:
         adapters = [None if o.a is None or o.b is None else (o.a, o.b, o.scale) for o in self.operands]
@@ -185,14 +231,27 @@ class Group:
 
     def outputs_backward(
         self, gradients: Sequence[Tensor], inner: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """From the gradients of the outputs: `dz`, and the gradient of each B."""
-        if self.packed and inner[0] is not None:
-            dz, dbs = self.packed.outputs_backward(gradients, inner[0])
-            return [dz], dbs
-        each = zip(self.operands, gradients, inner, strict=True)
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Pair]]:
+        """From the gradients of the outputs: those before the gains, `dz`, and the gradients of B and the magnitudes of
+        each linear."""
+        zs, us = (inner[:1], inner[1:]) if self.packed else (inner[: len(gradients)], inner[len(gradients) :])
+        dys, dms = self._gains_backward(gradients, us)
+        if self.packed and zs[0] is not None:
+            dz, dbs = self.packed.outputs_backward(dys, zs[0])
+            return dys, [dz], list(zip(dbs, dms, strict=True))
+        each = zip(self.operands, dys, zs, strict=True)
         dzs, dbs = zip(*(operand.outputs_backward(dy, z) for operand, dy, z in each), strict=True)
-        return list(dzs), list(dbs)
+        return dys, list(dzs), list(zip(dbs, dms, strict=True))
+
+    def _gains_backward(
+        self, gradients: Sequence[Tensor], us: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        dys, left = list(gradients), iter(us)
+        dms: list[Tensor | None] = [None] * len(gradients)
+        for place, operand in enumerate(self.operands):
+            if operand.gain and (u := next(left)) is not None:
+                dys[place], dms[place] = operand.gain.backward(dys[place], u)
+        return dys, dms
 
     def input_gradient(self, gradients: Sequence[Tensor], dz: Sequence[Tensor | None]) -> Tensor:
         dx = None
@@ -207,7 +266,7 @@ class Group:
         return dx
 
     def parameter_gradients(
-        self, x_NI: Tensor, gradients: Sequence[Tensor], dz: Sequence[Tensor | None], dbs: Sequence[Tensor | None]
+        self, x_NI: Tensor, gradients: Sequence[Tensor], dz: Sequence[Tensor | None], outer: Sequence[Pair]
     ) -> list[Tensor | None]:
         """Of `parameters`; None where not trained."""
         if self.packed and dz[0] is not None:
@@ -215,8 +274,8 @@ class Group:
         else:
             each = zip(self.operands, dz, self.masks, strict=True)
             das = [operand.inputs_backward(x_NI, one, mask) for operand, one, mask in each]
-        of_each = zip(self.operands, gradients, das, dbs, strict=True)
-        return [g for operand, dy, da, db in of_each for g in (*operand.base_gradients(x_NI, dy), da, db)]
+        of_each = zip(self.operands, gradients, das, outer, strict=True)
+        return [g for operand, dy, da, pair in of_each for g in (*operand.base_gradients(x_NI, dy), da, *pair)]
 
 
 class _Project(torch.autograd.Function):
@@ -233,9 +292,9 @@ class _Project(torch.autograd.Function):
         x_NI, *inner = ctx.saved_tensors
         group: Group = ctx.group
         dys = [dy.reshape(len(x_NI), -1) for dy in gradients]
-        dz, dbs = group.outputs_backward(dys, inner)
+        dys, dz, outer = group.outputs_backward(dys, inner)
         dx = group.input_gradient(dys, dz).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return (dx, None, *group.parameter_gradients(x_NI, dys, dz, dbs))
+        return (dx, None, *group.parameter_gradients(x_NI, dys, dz, outer))
 
 
 def project(x: Tensor, modules: Sequence[Linear]) -> tuple[Tensor, ...]:

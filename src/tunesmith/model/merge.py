@@ -3,14 +3,12 @@
 In: the base's folder and the adapter's. Out: every tensor of the base by its own name, in fp32, with what the adapter
 adds to it; written as safetensors it is cast once, to the base's dtype. Never more than a tensor is in memory. Left
 out: other formats (export), and whether the adapter belongs to this base (the caller has checked).
-Legend: I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -19,42 +17,27 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunesmith.errors import GateError
-from tunesmith.model.adapter_folder import PREFIX, read_adapter
+from tunesmith.model.adapter_folder import read_adapter
 from tunesmith.model.folder import TensorHeader, read_headers
 from tunesmith.model.load import Network
-from tunesmith.model.saved import read_adapter_tensors
+from tunesmith.model.saved import Lora, loras_of, read_adapter_tensors
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-@dataclass(frozen=True, eq=False)
-class Lora:
-    """What an adapter adds to one linear: scale * B A, in fp32."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scale: float
-
-    def delta(self) -> Tensor:
-        return self.scale * (self.b_OR @ self.a_RI)
-
-
 def read_loras(folder: Path, base: Path) -> dict[str, Lora]:
-    """Path of a linear -> what the adapter in `folder` adds to it, scaled as its own config says. InputError as
+    """Path of a linear -> what the adapter in `folder` makes of it, scaled as its own config says. InputError as
     `read_adapter`, and for values that are not finite."""
     adapter = read_adapter(folder, base)
-    tensors = read_adapter_tensors(adapter.weights)
-    paths = dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors)
-    halves = {path: [tensors[f"{PREFIX}{path}.lora_{half}.weight"].float() for half in "AB"] for path in paths}
-    return {path: Lora(a_RI, b_OR, adapter.scale) for path, (a_RI, b_OR) in halves.items()}
+    return loras_of(read_adapter_tensors(adapter.weights), adapter.scale)
 
 
 def add_to_network(network: Network, loras: Mapping[str, Lora]) -> None:
-    """The same sum inside a loaded network, in its dtype."""
+    """The same inside a loaded network, in fp32 and cast to its dtype."""
     for path, lora in loras.items():
         linear = network.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        linear.weight.data += lora.delta().to(linear.weight)
+        linear.weight.data = lora.merged(linear.weight.data.float()).to(linear.weight)
 
 
 def merged_tensors(headers: Mapping[str, TensorHeader], loras: Mapping[str, Lora]) -> Iterator[tuple[str, Tensor]]:
@@ -65,7 +48,7 @@ def merged_tensors(headers: Mapping[str, TensorHeader], loras: Mapping[str, Lora
             tensor = file.get_tensor(name).float()
         path = name.removesuffix(".weight")
         if (lora := loras.get(path) or loras.get(f"model.{path}")) is not None:
-            tensor += lora.delta()
+            tensor = lora.merged(tensor)
         yield name, finite(name, tensor)
 
 

@@ -2,6 +2,7 @@
 
 Both hold what serving must know to behave as training did: the tokenizer, the chat template and the end tokens. Weights
 are safetensors, never pickles. Left out: optimizer state (train/checkpoint.py), merging and other formats (export).
+Legend: I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tunesmith.errors import InputError
+from tunesmith.model.adapter_folder import MAGNITUDE, PREFIX
 from tunesmith.model.adapters import lora_layers
 from tunesmith.model.files import TEMPLATES
 from tunesmith.model.folder import read_header
 from tunesmith.model.tensorfile import first_not_finite, write_tensors
 
-PEFT_PREFIX = "base_model.model."
 SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": MAGNITUDE}  # ours -> PEFT's
 
 
 def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The adapter under PEFT's names, fp32."""
-    tensors: dict[str, Tensor] = {}
-    for path, layer in lora_layers(network).items():
-        tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    return tensors
+    return {key: parameter.detach().cpu().contiguous() for key, parameter in _adapter_parameters(network).items()}
+
+
+def _adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{PREFIX}{path}.{PARTS[name]}": parameter
+        for path, layer in lora_layers(network).items()
+        for name, parameter in layer.named_parameters()
+        if name in PARTS
+    }
 
 
 def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], base: Path) -> None:
@@ -49,6 +57,7 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         "lora_alpha": settings["lora_alpha"],
         "lora_dropout": settings["lora_dropout"],
         "use_rslora": settings["use_rslora"],
+        "use_dora": settings["use_dora"],
         "target_modules": sorted({path.rsplit(".", 1)[-1] for path in lora_layers(network)})
         if settings["lora_target_modules"] == "all-linear"
         else sorted(lora_layers(network)),
@@ -63,18 +72,17 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
 
 def load_adapter(network: nn.Module, file: Path) -> None:
     """Reads adapter weights into the adapter that `add_lora` made; names and shapes must be the same."""
-    stored, present = read_adapter_tensors(file), adapter_tensors(network)
+    stored, present = read_adapter_tensors(file), _adapter_parameters(network)
     if stored.keys() != present.keys():
         odd = sorted(stored.keys() ^ present.keys())
         raise InputError(
             f"the adapter has other layers than this model: {odd[0]} and {len(odd) - 1} more", where=str(file)
         )
-    for path, layer in lora_layers(network).items():
-        for name, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            key = f"{PEFT_PREFIX}{path}.{name}.weight"
-            if stored[key].shape != parameter.shape:
-                raise InputError(f"{key} is {tuple(stored[key].shape)}, not {tuple(parameter.shape)}", where=str(file))
-            parameter.data.copy_(stored[key])
+    for key, parameter in present.items():
+        if stored[key].shape != parameter.shape:
+            raise InputError(f"{key} is {tuple(stored[key].shape)}, not {tuple(parameter.shape)}", where=str(file))
+        with torch.no_grad():  # not through `.data`, which would hide the change from what is derived from it
+            parameter.copy_(stored[key])
 
 
 def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
@@ -87,16 +95,42 @@ def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """What an adapter makes of one linear, in fp32: W + scale * B A, its rows as long as `magnitude_O` in DoRA."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    magnitude_O: Tensor | None = None
+
+    def merged(self, weight_OI: Tensor) -> Tensor:
+        """The adapted weight, from one in fp32 on any device."""
+        device = weight_OI.device
+        merged_OI = weight_OI + self.scale * (self.b_OR.to(device) @ self.a_RI.to(device))
+        if self.magnitude_O is None:
+            return merged_OI
+        return merged_OI * (self.magnitude_O.to(device) / merged_OI.norm(dim=1))[:, None]
+
+
+def loras_of(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Lora]:
+    """By the path of the linear, from tensors under PEFT's names."""
+    found: dict[str, Lora] = {}
+    for path in dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors):
+        a_RI, b_OR = (tensors[f"{PREFIX}{path}.lora_{half}.weight"].float() for half in "AB")
+        magnitude_O = tensors.get(f"{PREFIX}{path}.{MAGNITUDE}")
+        found[path] = Lora(a_RI, b_OR, scale, None if magnitude_O is None else magnitude_O.float())
+    return found
+
+
 @contextmanager
 def beside_stock(network: nn.Module, file: Path, scale: float) -> Iterator[None]:
     """The stock network with the adapter of `file` inside the block, as PEFT adds it: W x + scale * B A x, each linear
-    by itself, in fp32. The oracle of a run that goes on with an adapter."""
-    tensors, hooks = read_adapter_tensors(file), []
-    paths = {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in tensors}
-    for path in sorted(paths):
-        linear: Any = network.get_submodule(path)
-        a, b = (tensors[f"{PEFT_PREFIX}{path}.lora_{half}.weight"].to(linear.weight.device).float() for half in "AB")
-        hooks.append(linear.register_forward_hook(functools.partial(_add, a_RI=a, b_OR=b, scale=scale)))
+    by itself, in fp32; with magnitudes, times them over the norms of W + scale * B A. The oracle of a run that goes on
+    with an adapter."""
+    hooks = []
+    for path, lora in loras_of(read_adapter_tensors(file), scale).items():
+        hooks.append(network.get_submodule(path).register_forward_hook(functools.partial(_add, lora=lora)))
     try:
         yield
     finally:
@@ -104,8 +138,14 @@ def beside_stock(network: nn.Module, file: Path, scale: float) -> Iterator[None]
             hook.remove()
 
 
-def _add(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor, *, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    return out + (scale * F.linear(F.linear(inputs[0].float(), a_RI), b_OR)).to(out.dtype)
+def _add(linear: Any, inputs: tuple[Tensor, ...], out: Tensor, *, lora: Lora) -> Tensor:
+    a_RI, b_OR = (half.to(out.device) for half in (lora.a_RI, lora.b_OR))
+    more = lora.scale * F.linear(F.linear(inputs[0].float(), a_RI), b_OR)
+    if lora.magnitude_O is None:
+        return out + more.to(out.dtype)
+    weight, bias = linear.weight.float(), 0 if linear.bias is None else linear.bias.float()
+    gain_O = lora.magnitude_O.to(out.device) / (weight + lora.scale * (b_OR @ a_RI)).norm(dim=1)
+    return (gain_O * (out.float() - bias + more) + bias).to(out.dtype)
 
 
 def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype) -> None:

@@ -26,21 +26,35 @@ def lora_parameters(spec: ModelSpec, rank: int) -> int:
     return spec.num_layers * rank * ((h + q) + 2 * (h + kv) + (q + h) + 3 * (h + f))
 
 
-def activation_bytes(spec: ModelSpec, tokens: int, width: int) -> int:
-    """Saved for the backward of one pack, plus the temporaries of the widest layer."""
+def magnitudes(spec: ModelSpec) -> int:
+    """DoRA's on all linear layers: one for each output."""
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    saved = spec.num_layers * (4 * spec.hidden_size + 2 * q + 2 * kv + 2 * spec.intermediate_size)
+    return spec.num_layers * (q + 2 * kv + 2 * spec.hidden_size + 2 * spec.intermediate_size)
+
+
+def activation_bytes(spec: ModelSpec, tokens: int, width: int, *, dora: bool = False) -> int:
+    """Saved for the backward of one pack, plus the temporaries of the widest layer. DoRA also keeps the outputs of the
+    attention and of the MLP."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    saved = spec.num_layers * ((6 if dora else 4) * spec.hidden_size + 2 * q + 2 * kv + 2 * spec.intermediate_size)
     temporary = 6 * spec.intermediate_size
     return int(tokens * (saved + temporary) * width * (1 + ALLOCATOR_SHARE))
 
 
 def peak_memory(
-    spec: ModelSpec, *, method: Method, dtype: str, rank: int, pack_tokens: int, layouts: int = 1
+    spec: ModelSpec,
+    *,
+    method: Method,
+    dtype: str,
+    rank: int,
+    pack_tokens: int,
+    layouts: int = 1,
+    dora: bool = False,
 ) -> dict[str, int]:
     """Bytes by component. fp32 masters and Adam's two moments: 16 bytes a trained parameter, gradient included.
     `layouts`: in how many the frozen matrices are kept (model/frozen.py). Those in 4 bits are widened one by one."""
     width = 2 if dtype == "bf16" else 4
-    trained = spec.parameters if method == "full" else lora_parameters(spec, rank)
+    trained = trained_parameters(spec, method=method, rank=rank, dora=dora)
     matrices = spec.block_parameters * (NF4_BYTES if method == "qlora" else width)
     frozen = 0 if method == "full" else int(matrices) + (spec.parameters - spec.block_parameters) * width
     narrow_copies = spec.block_parameters * width if method == "full" and dtype == "bf16" else 0
@@ -49,16 +63,22 @@ def peak_memory(
         "weights": frozen + (layouts - 1) * spec.block_parameters * width + narrow_copies,
         "widened": 2 * spec.hidden_size * spec.intermediate_size * width if method == "qlora" else 0,
         "trained": trained * 16,
-        "activations": activation_bytes(spec, pack_tokens, width),
+        "activations": activation_bytes(spec, pack_tokens, width, dora=dora),
         "evaluation": EVALUATION_BYTES,
         "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if dtype == "bf16" else 4),
     }
     return parts | {"peak": sum(parts.values())}
 
 
-def disk_needed(spec: ModelSpec, *, method: Method, dtype: str, rank: int) -> int:
+def trained_parameters(spec: ModelSpec, *, method: Method, rank: int, dora: bool) -> int:
+    if method == "full":
+        return spec.parameters
+    return lora_parameters(spec, rank) + (magnitudes(spec) if dora else 0)
+
+
+def disk_needed(spec: ModelSpec, *, method: Method, dtype: str, rank: int, dora: bool = False) -> int:
     """Bytes that a run holds on disk at most: three checkpoints (two are kept while a third is written) of a weight
     and two moments in fp32, and the trained weights."""
-    trained = spec.parameters if method == "full" else lora_parameters(spec, rank)
+    trained = trained_parameters(spec, method=method, rank=rank, dora=dora)
     final = trained * (2 if method == "full" and dtype == "bf16" else 4)
     return 3 * 12 * trained + final

@@ -17,7 +17,7 @@ from tunesmith.plan.rules import RULES, Known
 from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
 
-ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
 FITS = 1.15  # a prediction counts as fitting when this much of it is free
 
 
@@ -67,7 +67,7 @@ def decide(
         tokens_per_epoch=data["data"].tokens,
         memory_bytes=_memory(known, model, choices),
         warnings=tuple(_warnings(known, data)),
-        disk_bytes=disk_needed(model, method=decided["method"], dtype=decided["dtype"], rank=decided.get("lora_r", 0)),
+        disk_bytes=disk_needed(model, **_size(decided)),
     )
 
 
@@ -133,12 +133,16 @@ def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> di
     pack_tokens = max(min(known["pack_length"], step_tokens), longest)
     return peak_memory(
         model,
-        method=known["method"],
-        dtype=known["dtype"],
-        rank=known.decided.get("lora_r", 0),
+        **_size(known.decided),
         layouts=2 if known["weight_layout"] == "blocked" else 1,
         pack_tokens=min(pack_tokens, sides * known["pack_length"]),
     )
+
+
+def _size(decided: Mapping[str, Any]) -> dict[str, Any]:
+    """What the number of trained weights follows from."""
+    adapter = {"rank": decided.get("lora_r", 0), "dora": decided.get("use_dora", False)}
+    return {"method": decided["method"], "dtype": decided["dtype"], **adapter}
 
 
 def refuse_without_room(plan: Plan) -> None:

@@ -254,6 +254,7 @@ RULES: dict[str, Callable[[Known], Choice]] = {
     "lora_dropout": constant(0.0, "no dropout: it helps little and forbids exact savings", "Biderman 2024"),
     "lora_target_modules": constant("all-linear", "attention alone falls behind at equal size", "Schulman 2025"),
     "use_rslora": use_rslora,
+    "use_dora": constant(False, "a little better at low ranks, for slower steps: ask for it", "Liu 2024"),
     "learning_rate": learning_rate,
     "warmup_ratio": warmup_ratio,
     "lr_scheduler_type": constant("linear", "falls to zero over the run", "Tulu 3"),

@@ -16,7 +16,12 @@ SIGNS = frozenset((
     "dataset_prepared_path", "evals_per_epoch", "load_in_4bit",
 ))
 # fmt: on
-SAME = topics.SAME | {"sequence_len": "max_length", "num_epochs": "num_train_epochs", "peft_use_rslora": "use_rslora"}
+SAME = topics.SAME | {
+    "sequence_len": "max_length",
+    "num_epochs": "num_train_epochs",
+    "peft_use_rslora": "use_rslora",
+    "peft_use_dora": "use_dora",
+}
 OTHER_STAGES = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")
 LONG_ROWS = {"drop": "drop", "truncate": "truncate", "raise": "refuse"}
 

@@ -68,9 +68,9 @@ LATER = (
         "one process on one device so far",
     ),
     (
-        "use_dora peft_use_dora pissa_* loraplus_* *_pattern peft_* lora_target_parameters relora* use_llama_pro "
+        "pissa_* loraplus_* *_pattern peft_* lora_target_parameters relora* use_llama_pro "
         "create_new_adapter init_lora_weights freeze_* unfrozen_parameters",
-        "only plain LoRA, rsLoRA and full training so far",
+        "only LoRA, rsLoRA, DoRA and full training so far",
     ),
     ("lora_modules_to_save additional_target modules_to_save", "only adapters are trained, no whole modules"),
     (

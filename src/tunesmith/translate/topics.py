@@ -14,7 +14,7 @@ SAME = {
     key: key
     for key in (
         *("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "seed"),
-        *("lora_r", "lora_alpha", "lora_dropout", "use_rslora"),
+        *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
     )
 }
 FROM_HUB = "not a file here: save its rows in the file that the recipe names"

@@ -78,7 +78,7 @@ def detect(document: Document) -> tuple[str, str]:
 def _drop_the_adapter(draft: Draft) -> None:
     """Their tools pass over adapter settings when all weights are trained; a recipe calls them a contradiction."""
     if draft.values.get("method") == "full":
-        for key in [key for key in draft.values if key.startswith("lora_") or key == "use_rslora"]:
+        for key in [key for key in draft.values if key.startswith("lora_") or key in ("use_rslora", "use_dora")]:
             source = draft.notes.pop(key)
             draft.leave(source, draft.values.pop(key), "method: full trains no adapter", matters=False)
 

@@ -1,0 +1,53 @@
+"""DoRA: the rows of an adapted weight keep a length of their own, which is trained beside their direction.
+
+    y = g * (W x + s B A x) + b,    g = m / ||W + s B A||    (norms of rows; m starts as ||W||)
+
+In: a frozen weight with its adapter and magnitudes m. Out: a `Gain`, which is g and its two passes. The norms are
+constants in the backward, as the paper (Liu 2024, section 4.3) and PEFT take them. They come from
+
+    ||W + s B A||^2 = ||W||^2 + 2 s (W A^T . B) + s^2 (B A A^T . B)
+
+so that no [O, I] matrix is made: one product of W with the R rows of A, once for each update of the weights.
+Legend: N rows, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunesmith.model import kernels
+from tunesmith.model.frozen import Frozen
+
+
+def row_squares(weight_OI: Tensor) -> Tensor:
+    """||W||^2 of each row [O], in fp32 or wider."""
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight_OI, dim=1, dtype=wide) ** 2
+
+
+def row_norms(
+    frozen: Frozen, squares_O: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """||W + s B A|| of each row [O] in the dtype of A. `dtype`: what products with W run in."""
+    cross_OR = frozen.outputs(a_RI.to(dtype), None).t().to(a_RI.dtype)
+    more_O = ((2 * scale * cross_OR + scale**2 * (b_OR @ (a_RI @ a_RI.t()))) * b_OR).sum(1)
+    return (squares_O + more_O).clamp(min=0).sqrt()
+
+
+class Gain:
+    """g of one linear [O]. A row without length, of weights that are all 0, stays as it is: its g is 0."""
+
+    def __init__(self, magnitude_O: Tensor, norms_O: Tensor) -> None:
+        nothing = magnitude_O.new_zeros(())
+        self.gain_O = torch.where(norms_O > 0, magnitude_O / norms_O, nothing)
+        self.inverse_O = torch.where(magnitude_O != 0, 1 / magnitude_O, nothing)
+
+    def forward(self, v_NO: Tensor) -> Tensor:
+        """g * v; may be v itself, changed in place."""
+        return kernels.scale_columns(v_NO, self.gain_O)
+
+    def backward(self, du_NO: Tensor, u_NO: Tensor) -> tuple[Tensor, Tensor]:
+        """dv and dm, from u = g * v: dm = sum of du * v / norm = sum of du * u / m."""
+        dv_NO, sums_O = kernels.scale_columns_backward(du_NO, u_NO, self.gain_O)
+        return dv_NO, sums_O * self.inverse_O
