@@ -208,7 +208,7 @@ def test_blocked_weights_give_the_same() -> None:
 
 
 def test_weights_in_4_bits_are_taken_as_they_are() -> None:
-    quantized = QuantizedLinear(random(6, 64), nn.Parameter(random(6), requires_grad=False), FP64)
+    quantized = QuantizedLinear(random(6, 64).float(), nn.Parameter(random(6), requires_grad=False), FP64)
     layer = LoraLinear(quantized, rank=3, scale=0.7, dropout=0.0, generator=torch.Generator().manual_seed(1), dora=True)
     with torch.no_grad():
         layer.lora_B.add_(random(6, 3, seed=2))
