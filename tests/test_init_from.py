@@ -51,7 +51,7 @@ learning_rate: 0.0002
 
 # Not translated, and it may matter:
 #   datasets[1].path: org/chats -> not a file here: save its rows in the file that the recipe names
-#   load_in_8bit: true -> no quantised weights yet: the frozen ones stay in bf16, which takes more memory
+#   load_in_8bit: true -> frozen weights are kept in 16 bits, or in NF4 with method: qlora
 #   lora_on_cpu: 'a text of two lines' -> a recipe has nothing like it
 
 # Not needed here:
@@ -98,7 +98,7 @@ def test_the_command_says_what_is_left_on_stderr_and_as_an_object(
     out, err = capsys.readouterr()
     assert not ended.value.code
     assert err.startswith(f"{config} is a config of Axolotl: it has base_model, datasets, adapter, sequence_len\n")
-    assert "load_in_8bit: true -> no quantised weights yet" in err
+    assert "load_in_8bit: true -> frozen weights are kept in 16 bits" in err
     told = json.loads(out)
     assert {one["key"] for one in told["left"] if one["matters"]} == {"load_in_8bit", "lora_on_cpu"}
     recipe = load_recipe(Path(told["recipe"]))
