@@ -224,6 +224,23 @@ def template(lab: Lab) -> None:
     assert lab.steps(data=text, template="none")[0].tokens == len("onethree") + 2
 
 
+def chat_template_kwargs(lab: Lab) -> None:
+    own = lab.folder / "own.jinja"
+    own.write_text(
+        "{% if tone is defined %}{{ tone }}{% endif %}"
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    plain, told = (
+        lab.steps(template=str(own), batch_size=6, chat_template_kwargs=wish) for wish in ({}, {"tone": "calm"})
+    )
+    assert told[0].tokens == plain[0].tokens + 6 * len("calm")
+    with pytest.raises(InputError, match="never looks up ton\n  fix: did you mean tone"):
+        lab.steps(template=str(own), chat_template_kwargs={"ton": "calm"})
+    with pytest.raises(InputError, match="messages is not yours to set"):
+        lab.steps(template=str(own), chat_template_kwargs={"messages": []})
+
+
 def schema(lab: Lab) -> None:
     path = lab.folder / "schema.json"
     path.write_text('{"type": "object", "required": ["sum"]}')

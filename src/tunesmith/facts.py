@@ -80,7 +80,7 @@ def _adapter(path: Path, model: ModelSpec, renderer: Renderer, now: datetime) ->
 def renderer_of(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
     """The tokenizer of a model folder, with the chat template that the recipe wants."""
     template = recipe.template if isinstance(recipe.template, Path) else None
-    renderer = Renderer.from_folder(folder, template=template, now=now)
+    renderer = Renderer.from_folder(folder, template=template, now=now, variables=recipe.chat_template_kwargs)
     return Renderer(renderer.tokenizer, {}) if recipe.template == "none" else renderer
 
 

@@ -88,6 +88,7 @@ Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_switch)]
 Template = Annotated[
     Path, AfterValidator(_is_template), WithJsonSchema({"type": "string", "description": "the path of a .jinja file"})
 ]
+TemplateValue = str | bool | int | float | None | list[str]
 Sources = Annotated[
     tuple[DataSource, ...],
     BeforeValidator(_as_sources, json_schema_input_type=Path | DataSource | list[Path | DataSource]),
@@ -149,6 +150,9 @@ class Recipe(BaseModel):
     template: Auto | Literal["none"] | Template = Field(
         default="auto",
         description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",
+    )
+    chat_template_kwargs: dict[Name, TemplateValue] = Field(
+        default_factory=dict[str, Any], description="What the chat template is told: {enable_thinking: false}."
     )
     answer_schema: FilePath | None = Field(
         default=None, alias="schema", description="JSON schema that a right answer follows."
@@ -271,6 +275,8 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         adapter_keys = [key for key in given if key.startswith("lora_") or key in ("use_rslora", "use_dora")]
         adapter_keys += ["adapter_from"] * ("adapter_from" in given)
         found += [(key, f"{key} has no effect with method: full, which trains no adapter") for key in adapter_keys]
+    if given.get("template") == "none" and given.get("chat_template_kwargs"):
+        found.append(("chat_template_kwargs", "chat_template_kwargs has no effect with template: none"))
     found += _of_the_stage(given)
     files = {key: _paths(given[key]) for key in (*FILE_KEYS, "rehearsal") if key in given}
     for position, key in enumerate(files):

@@ -135,7 +135,8 @@ def _probe(network: Network, facts: Facts, rows: Dataset) -> Probe:
         comparable = len(prepared.documents) == 1 and not prepared.notes and example.messages
         if comparable and len(equal) < STOCK_ID_ROWS and not facts.renderer.dated:
             wanted = facts.renderer.as_wanted(example.messages, example.tools)
-            stock = stock_ids(facts.model.path, wanted, example.tools, _template_text(facts.recipe.template))
+            template, told = _template_text(facts.recipe.template), facts.recipe.chat_template_kwargs
+            stock = stock_ids(facts.model.path, wanted, example.tools, template, told)
             ours = prepared.documents[0].tokens_L
             equal.append((example.id, bool(np.array_equal(ours, stock[: len(ours)]))))
     documents = choose_documents(whole or cut, shortest_window(network))

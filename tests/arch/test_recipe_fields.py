@@ -16,6 +16,7 @@ FROZEN = [
         "max_examples",
         "skip_bad",
         "template",
+        "chat_template_kwargs",
         "schema",
     ),
     *("max_length", "overlong", "pack_length", "batch_size", "num_train_epochs", "max_steps"),

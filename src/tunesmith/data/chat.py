@@ -9,9 +9,10 @@ Roles come from a short list or from the template's own words, so a role counts 
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from tunesmith.types import Json
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 REASONING = ("reasoning_content", "thinking", "reasoning")
+TOLD = "chat_template_kwargs"  # the recipe's key
 _FIELD = {"content": "content", "tool_calls": "tool_calls"} | dict.fromkeys(REASONING, "reasoning")
 _WORD = re.compile(r"[A-Za-z][\w-]*")
 
@@ -41,6 +43,19 @@ class Variables:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.plain, self.tracked = dict(values), track(dict(values), TEMPLATE)
+
+
+def refuse_unasked(told: Iterable[str], templates: Iterable[ChatTemplate], named: Iterable[str]) -> None:
+    """InputError for a name in `told` that no template looks up, or that is not the user's to set."""
+    reserved = {*_given([], None, False), *named}
+    asks = sorted({name for template in templates for name in template.asks} - reserved)
+    for name in told:
+        if name in reserved:
+            raise InputError(f"{name} is not yours to set: it comes from the rows or the tokenizer", where=TOLD)
+        if name not in asks:
+            near = difflib.get_close_matches(name, asks, n=1)
+            fix = f"did you mean {near[0]}?" if near else f"it looks up: {', '.join(asks) or 'nothing'}"
+            raise InputError(f"the chat template never looks up {name}", where=TOLD, fix=fix)
 
 
 class Chat:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.chat import Chat, Variables
+from tunesmith.data.chat import Chat, Variables, refuse_unasked
 from tunesmith.data.encode import Encoded, MarkedText, encode, plain_runs
 from tunesmith.data.probe import Protocol, probe
 from tunesmith.data.template import ChatTemplate, find_templates
@@ -76,8 +76,10 @@ class Renderer:
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         """`templates`: "default" and perhaps "tool_use", for rows with tools. `variables`: what templates may be told,
-        such as {"enable_thinking": False}; prompts and answers are rendered with the same."""
+        such as {"enable_thinking": False}; prompts and answers are rendered with the same. InputError for a name that
+        no template looks up."""
         self.tokenizer, self.templates = tokenizer, dict(templates or {})
+        refuse_unasked(variables or {}, self.templates.values(), tokenizer.named)
         self._variables = Variables({**tokenizer.named, **(variables or {})})
         self._protocols = {
             name: probe(template, tokenizer, self._variables) for name, template in self.templates.items()

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 
 from tunesmith.data.bounding import Bounding
@@ -33,7 +33,7 @@ FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, At
 
 
 class ChatTemplate:
-    """`literals`: every text that stands in the template. Dates are `now`."""
+    """`literals`: every text that stands in the template; `asks`: every name that it looks up. Dates are `now`."""
 
     def __init__(self, source: str, *, now: datetime, name: str = "chat template") -> None:
         if len(source) > MAX_SOURCE:
@@ -45,6 +45,7 @@ class ChatTemplate:
             tree = self._plain.parse(source)
             texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
             self.literals = frozenset(texts | {node.data for node in tree.find_all(nodes.TemplateData)})
+            self.asks = frozenset(meta.find_undeclared_variables(tree))
             self._tracked = _compiled(self._environment, source, _Tracking(self._environment))
             self._stock = _compiled(self._plain, source, Bounding())
         except TemplateSyntaxError as error:

@@ -56,7 +56,9 @@ def _copy(job: Job, *left_out: str) -> None:
 
 
 def _rendered(job: Job) -> list[tuple[int, ...]]:
-    return stock_prompts(job.folder, [(witness.messages, witness.tools) for witness in job.chats])
+    return stock_prompts(
+        job.folder, [(witness.messages, witness.tools) for witness in job.chats], job.run.recipe.chat_template_kwargs
+    )
 
 
 def _end_ids(folder: Path) -> tuple[int, ...]:

@@ -40,7 +40,9 @@ def reread_gguf(job: Job) -> Reread:
     with TemporaryDirectory() as scratch:
         settings, parsed = Path(scratch), read_gguf(file)
         write_settings(parsed, settings)
-        rendered = stock_prompts(settings, [(witness.messages, witness.tools) for witness in job.chats])
+        rendered = stock_prompts(
+            settings, [(witness.messages, witness.tools) for witness in job.chats], job.run.recipe.chat_template_kwargs
+        )
         ends = (special_id(parsed, name) for name in ("eos", "eot", "eom"))
         end_ids = tuple(dict.fromkeys(index for index in ends if index is not None))
         return Reread(load_gguf(file, settings, job.run.device), rendered, end_ids)

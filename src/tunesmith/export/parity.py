@@ -121,7 +121,8 @@ def witnesses_of(run: Finished) -> tuple[Witness, ...]:
         raise InputError("no row to compare the export on", where=rows.path, fix="put the data of the run back")
     short = [witness for witness in found if len(witness.document) <= LONGEST]
     chosen = (short or sorted(found, key=lambda witness: len(witness.document)))[:PROMPTS]
-    stock = iter(stock_prompts(run.saved, [(w.messages, w.tools) for w in chosen if _by_stock(w)]))
+    asked = [(w.messages, w.tools) for w in chosen if _by_stock(w)]
+    stock = iter(stock_prompts(run.saved, asked, run.recipe.chat_template_kwargs))
     return tuple(replace(witness, rendered=next(stock)) if _by_stock(witness) else witness for witness in chosen)
 
 

@@ -60,10 +60,12 @@ def stock_logits(network: PreTrainedModel, tokens: Sequence[int], places: Sequen
     return out.logits[0].float()
 
 
-def stock_ids(folder: Path, messages: Sequence[Json], tools: Sequence[Json], template: str | None) -> list[int]:
+def stock_ids(
+    folder: Path, messages: Sequence[Json], tools: Sequence[Json], template: str | None, variables: Json
+) -> list[int]:
     """Ids of a conversation from transformers' own tokenizer and chat template."""
     encoded = _tokenizer(folder).apply_chat_template(
-        list(messages), tools=list(tools) or None, chat_template=template, tokenize=True, return_dict=True
+        list(messages), tools=list(tools) or None, chat_template=template, tokenize=True, return_dict=True, **variables
     )
     return list(encoded["input_ids"])
 

@@ -18,14 +18,22 @@ from tunesmith.model.load import Network
 from tunesmith.types import Json
 
 
-def stock_prompts(folder: Path, prompts: Sequence[tuple[Sequence[Json], Sequence[Json]]]) -> list[tuple[int, ...]]:
-    """Ids of each (messages, tools) with the start of an answer after it, by the folder's tokenizer and template."""
+def stock_prompts(
+    folder: Path, prompts: Sequence[tuple[Sequence[Json], Sequence[Json]]], variables: Json
+) -> list[tuple[int, ...]]:
+    """Ids of each (messages, tools) with the start of an answer after it, by the folder's tokenizer and template, which
+    is told `variables`."""
     with its_errors(folder):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     found: list[tuple[int, ...]] = []
     for messages, tools in prompts:
         encoded = tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=True, return_dict=True
+            list(messages),
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **variables,
         )
         found.append(tuple(encoded["input_ids"]))
     return found
