@@ -152,7 +152,7 @@ class Recipe(BaseModel):
         description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",
     )
     chat_template_kwargs: dict[Name, TemplateValue] = Field(
-        default_factory=dict[str, Any], description="What the chat template is told: {enable_thinking: false}."
+        default={}, description="What the chat template is told: {enable_thinking: false}."
     )
     answer_schema: FilePath | None = Field(
         default=None, alias="schema", description="JSON schema that a right answer follows."
