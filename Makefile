@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
 
-test: $(BIN)/pytest  ## the tests, without the real model; a process on each core, so one thread each
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+test: $(BIN)/pytest  ## the tests, without the real model; a process on each core, whose threads wait asleep
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto
 
 slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct
 	$(BIN)/pytest -m slow
