@@ -111,7 +111,10 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     assert "before    I am an [AI]" in text
     assert 'after     {"a": 1}' in text
     assert "75 steps, 900 tokens/s, peak 1.0 GB" in text
+    assert "shared" not in text
     assert "adapter: runs/x/adapter" in text
+    shared = printed(record_view(replace(record, shared_tokens=1800)))
+    assert "shared prefixes: 1,800 of 9,000 tokens were not computed again, 20.0%" in shared
 
 
 def test_data_shows_counts_and_findings() -> None:

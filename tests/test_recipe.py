@@ -75,6 +75,7 @@ def test_values_that_mean_nothing_are_refused(key: str, value: object) -> None:
         ({"method": "full", "use_rslora": False}, "use_rslora has no effect"),
         ({"method": "full", "use_dora": True}, "use_dora has no effect"),
         ({"max_length": 4096, "pack_length": 2048}, "must fit in a pack"),
+        ({"share_prefixes": True, "lora_dropout": 0.1}, "share_prefixes contradicts lora_dropout"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, object], message: str) -> None:
@@ -86,6 +87,7 @@ def test_what_looks_like_a_contradiction_but_is_none() -> None:
     assert recipe(max_steps=10, num_train_epochs=3).max_steps == 10
     assert recipe(method="full", lora_r="auto").lora_r == "auto"
     assert recipe(max_length=2048, pack_length=2048).pack_length == 2048
+    assert recipe(share_prefixes=True, lora_dropout=0.0).share_prefixes is True
     assert recipe(eval_data="e.jsonl", eval_split=None).eval_split is None
 
 

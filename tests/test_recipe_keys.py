@@ -274,6 +274,17 @@ def pack_length(lab: Lab) -> None:
     assert predicted[0] < predicted[1], "less is computed side by side"
 
 
+def share_prefixes(lab: Lab) -> None:
+    rows = lab.rows([chat(f"{n} and {n}", f"{2 * n}", "Add the two numbers.") for n in range(1, 7)])
+    plain, shared, auto = (lab.steps(data=rows, share_prefixes=wish) for wish in (False, True, "auto"))
+    assert losses(shared) == pytest.approx(losses(plain), rel=1e-4)
+    assert not any(step.shared_tokens for step in plain)
+    assert all(step.shared_tokens > len("Add the two numbers.") for step in shared)
+    assert losses(auto) == losses(shared)
+    with pytest.raises(ValidationError, match="share_prefixes contradicts lora_dropout"):
+        lab.events(share_prefixes=True, lora_dropout=0.1)
+
+
 def batch_size(lab: Lab) -> None:
     assert [len(lab.steps(batch_size=size)) for size in (1, 4)] == [6, 2]
 

@@ -95,7 +95,7 @@ def test_events_are_lines_with_the_fields_that_others_rely_on(finished: Path) ->
     assert [event["step"] for event in steps] == [1, 2, 3]
     fields = {"step", "loss", "tokens", "supervised_tokens", "seconds", "learning_rate", "grad_norm", "peak_bytes"}
     for event in steps:
-        assert event.keys() == {"type", "time", "attempt", "task_tokens"} | fields
+        assert event.keys() == {"type", "time", "attempt", "task_tokens", "shared_tokens"} | fields
         assert all(isinstance(event[name], (int, float)) for name in fields)
     report = read_json(finished / "data.json")["data"]
     assert sum(event["tokens"] for event in steps) == report["tokens"]

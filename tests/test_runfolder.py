@@ -126,6 +126,7 @@ def test_every_event_is_a_line_with_type_time_and_attempt(tmp_path: Path) -> Non
     assert lines[2] | {"time": 0} == {
         "type": "step", "time": 0, "attempt": 1, "step": 1, "loss": 1.0, "tokens": 100, "supervised_tokens": 20,
         "seconds": 0.5, "learning_rate": 1e-4, "grad_norm": 1.0, "peak_bytes": 10**9, "task_tokens": {},
+        "shared_tokens": 0,
     }  # fmt: skip
     assert read_events(tmp_path) == lines
 

@@ -90,6 +90,8 @@ def record_view(record: RunRecord) -> RenderableType:
     speed = record.tokens / max(record.train_seconds, 1e-9)
     if "rehearsal" in record.task_tokens or "rehearsal_ratio" in record.plan.choices:
         parts.append(rehearsal_line(record))
+    if record.shared_tokens:
+        parts.append(shared_line(record))
     parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, peak {size(record.peak_bytes)}")
     parts.append(f"adapter: {escape(record.adapter)}")
     return Group(*parts)
@@ -100,6 +102,12 @@ def rehearsal_line(record: RunRecord) -> str:
     tokens, planned = record.task_tokens.get("rehearsal", 0), record.plan["rehearsal_ratio"]
     share = tokens / max(1, record.tokens)
     return f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {share:.1%} (planned {planned:.1%})"
+
+
+def shared_line(record: RunRecord) -> str:
+    """What sharing prefixes saved."""
+    share = record.shared_tokens / record.tokens
+    return f"shared prefixes: {record.shared_tokens:,} of {record.tokens:,} tokens were not computed again, {share:.1%}"
 
 
 def export_view(made: Exported) -> RenderableType:

@@ -19,7 +19,9 @@ from rich.text import Text
 from tunesmith.data.audit import check
 from tunesmith.data.contamination import refuse_overlap
 from tunesmith.data.dataset import Dataset, open_dataset
+from tunesmith.data.pack import saved_share
 from tunesmith.data.render import Renderer
+from tunesmith.data.scan import first_documents
 from tunesmith.data.show import coloured
 from tunesmith.data.split import split
 from tunesmith.errors import InputError
@@ -143,6 +145,7 @@ def make_plan(facts: Facts) -> Plan:
         output_dir=facts.output_dir,
         now=facts.now.isoformat(),
         fixed=None if facts.adapter is None else _fixed(facts.adapter, facts.recipe),
+        saved_share=partial(saved_share, first_documents(facts.datasets["data"], facts.recipe.seed)),
     )
     doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
     return dataclasses.replace(plan, warnings=(*doubts, *plan.warnings))

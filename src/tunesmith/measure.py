@@ -107,12 +107,13 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
 def _likelihoods(bench: Workbench, documents: Sequence[Document], task: str) -> Iterator[Measurement]:
     """The loss of right answers; of pairs, how they are ranked too."""
     plan = bench.plan
+    packing = {"pack_length": plan["pack_length"], "share": plan["share_prefixes"]}
     answers = [document for document in documents if document.side != "rejected"]
     if answers:
-        yield held_out_loss(bench.model, answers, task=task, pack_length=plan["pack_length"])
+        yield held_out_loss(bench.model, answers, task=task, **packing)
     if pairs := [document for document in documents if document.side]:
         whole = plan["loss"] == "dpo"
-        yield from preference(bench.model, pairs, task=task, pack_length=plan["pack_length"], whole=whole)
+        yield from preference(bench.model, pairs, task=task, whole=whole, **packing)
 
 
 def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Comparison, ...]:

@@ -165,6 +165,10 @@ class Recipe(BaseModel):
     pack_length: Auto | Count = Field(
         default="auto", description="Tokens computed side by side; changes speed, not results."
     )
+    share_prefixes: Auto | bool = Field(
+        default="auto",
+        description="Compute once what documents of a step begin with alike; changes speed, not results.",
+    )
     batch_size: Auto | Count = Field(default="auto", description="Data rows per optimizer step.")
     num_train_epochs: Auto | Positive = Field(default="auto", description="Passes over the data.")
     max_steps: Count | None = Field(default=None, description="Optimizer steps; wins over num_train_epochs.")
@@ -277,6 +281,8 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         found += [(key, f"{key} has no effect with method: full, which trains no adapter") for key in adapter_keys]
     if given.get("template") == "none" and given.get("chat_template_kwargs"):
         found.append(("chat_template_kwargs", "chat_template_kwargs has no effect with template: none"))
+    if given.get("share_prefixes") is True and given.get("lora_dropout"):
+        found.append(("share_prefixes", "share_prefixes contradicts lora_dropout, which draws for each document"))
     found += _of_the_stage(given)
     files = {key: _paths(given[key]) for key in (*FILE_KEYS, "rehearsal") if key in given}
     for position, key in enumerate(files):

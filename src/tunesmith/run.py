@@ -241,6 +241,7 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
         task_tokens=dict(sum((Counter(event["task_tokens"]) for event in steps), Counter[str]())),
         adapter=str(adapter),
         samples=tuple(zip(before.samples, after.samples, strict=True)),
+        shared_tokens=sum(event["shared_tokens"] for event in steps),
         drift=drift_of(run.folder.path),
     )
 

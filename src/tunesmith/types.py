@@ -263,6 +263,7 @@ class StepResult:
     grad_norm: float
     peak_bytes: int
     task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # of `tokens`, those of a named task
+    shared_tokens: int = 0  # of `tokens`, those that another document begins with too: computed once, there
 
 
 @dataclass(frozen=True)
@@ -345,4 +346,5 @@ class RunRecord:
     adapter: str
     samples: tuple[tuple[Sample, Sample], ...] = ()  # before, after
     task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # of `tokens`, those of a named task
+    shared_tokens: int = 0  # of `tokens`, those that were computed in another document
     drift: tuple[str, ...] = ()  # what had changed when the run was resumed with --allow-drift: field: was -> is

@@ -36,7 +36,7 @@ from tunesmith.model.load import (
 )
 from tunesmith.model.quantized import load_quantized
 from tunesmith.model.saved import beside_stock, load_adapter
-from tunesmith.train.preflight import Probe, checked_places, choose_documents
+from tunesmith.train.probe import Probe, checked_places, choose_alike, choose_documents
 from tunesmith.types import Document, Plan
 
 PROBE_ROWS = 200  # of the training rows, from which the proof's documents are chosen
@@ -85,7 +85,7 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
     network = load(facts.model.path, dtype, facts.machine.device)
     start = facts.adapter
     with nullcontext() if start is None else beside_stock(network, start.weights, start.scale):
-        probe = _probe(network, facts, rows)
+        probe = _probe(network, facts, rows, share=plan["share_prefixes"])
     METHODS[plan["method"]](network, {key: choice.value for key, choice in plan.choices.items()})
     if start is not None:
         load_adapter(network, start.weights)
@@ -123,7 +123,7 @@ def _under_plan(plan: Plan, facts: Facts) -> Facts:
     return dataclasses.replace(facts, datasets={**facts.datasets, "data": rows})
 
 
-def _probe(network: Network, facts: Facts, rows: Dataset) -> Probe:
+def _probe(network: Network, facts: Facts, rows: Dataset, *, share: bool) -> Probe:
     """Documents of the first rows, and the stock model's word on them."""
     whole: list[Document] = []
     cut: list[Document] = []  # `overlong: truncate` took the end of an answer: no witness if there are others
@@ -146,7 +146,8 @@ def _probe(network: Network, facts: Facts, rows: Dataset) -> Probe:
         stock_logits(network, document.tokens_L[: fed_tokens(document)].tolist(), checked_places(document))
         for document in documents
     )
-    return Probe(documents, stock, frozenset(facts.renderer.end_ids), stock_ids_equal=tuple(equal))
+    alike = choose_alike(whole or cut) if share else ()
+    return Probe(documents, stock, frozenset(facts.renderer.end_ids), tuple(equal), alike)
 
 
 def _template_text(template: Any) -> str | None:

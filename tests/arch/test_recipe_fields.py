@@ -19,7 +19,7 @@ FROZEN = [
         "chat_template_kwargs",
         "schema",
     ),
-    *("max_length", "overlong", "pack_length", "batch_size", "num_train_epochs", "max_steps"),
+    *("max_length", "overlong", "pack_length", "share_prefixes", "batch_size", "num_train_epochs", "max_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm"),
     *("loss", "beta", "gamma", "nll_coefficient"),
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.data.batch import collate
-from tunesmith.data.pack import computed_tokens, fed_tokens, pack_step
-from tunesmith.data.prefixes import LEAST_SHARED, begin_alike, saved_share, segments_of
+from tunesmith.data.pack import computed_tokens, fed_tokens, pack_step, saved_share
+from tunesmith.data.prefixes import LEAST_SHARED, begin_alike, segments_of
 from tunesmith.types import Document, Pack
 
 # A few stretches, so that documents made of them often begin alike; a stretch may begin another one.
@@ -142,12 +142,14 @@ def test_the_same_documents_give_the_same_packs():
 
 
 def test_saved_share_counts_what_steps_need_not_compute():
-    rows = [[np.arange(100)], [np.concatenate((np.arange(50), np.arange(900, 950)))], [np.arange(300, 400)]]
-    assert saved_share(rows, 1) == 0
-    assert saved_share(rows, 2) == pytest.approx(50 / 200)
-    assert saved_share(rows, 3) == pytest.approx(50 / 300)
-    assert saved_share([[np.arange(40), np.arange(40)]], 1) == 0.5, "documents of one row"
-    assert saved_share([], 4) == 0
+    alone, other, third = ([range(3, 103)], [[*range(3, 53), *range(900, 950)]], [range(300, 400)])
+    rows = [[document([*tokens, 2]) for tokens in row] for row in (alone, other, third)]
+    assert saved_share(rows, 1, 4096) == 0
+    assert saved_share(rows, 2, 4096) == pytest.approx(50 / 200), "whole steps only"
+    assert saved_share(rows, 3, 4096) == pytest.approx(50 / 300)
+    assert saved_share(rows, 3, 100) == 0, "a pack of its own for each"
+    assert saved_share([rows[0] * 2], 1, 4096) == 0.5, "documents of one row"
+    assert saved_share([], 4, 4096) == 0
 
 
 def test_many_documents_are_quick():

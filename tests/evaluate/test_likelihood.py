@@ -45,6 +45,18 @@ def test_every_document_gets_its_own_likelihood(model: LanguageModel, pack_lengt
         assert nats == pytest.approx(expected_nats, rel=1e-5)
 
 
+def test_shared_prefixes_change_no_likelihood(model: LanguageModel) -> None:
+    documents = [document(f"eval:{n}", n) for n in (60, 90, 70)]
+    for one in documents[1:]:
+        one.tokens_L[:40] = documents[0].tokens_L[:40]
+    for pack_length in (100, 1000):
+        found = negative_log_likelihoods(model, documents, pack_length, share=True)
+        for i, nats, tokens in sorted(found):
+            expected_nats, expected_tokens = alone(model, documents[i])
+            assert tokens == expected_tokens
+            assert nats == pytest.approx(expected_nats, rel=1e-5)
+
+
 def test_the_held_out_loss_is_per_token_and_by_row(model: LanguageModel) -> None:
     documents = [document("eval:1", 30), document("eval:1", 17), document("eval:2", 50)]
     found = held_out_loss(model, documents, task="eval", pack_length=64)

@@ -18,9 +18,12 @@ Planner = Callable[..., Plan]
 
 @pytest.fixture
 def plan(known: Callable[..., Known]) -> Planner:
-    """plan({recipe key: value}, field=...) as for `known`; `roles` are reports beside the training data's."""
+    """plan({recipe key: value}, field=...) as for `known`; `roles`: reports beside the training data's, `saved`: by
+    sharing prefixes."""
 
-    def make(wishes: dict[str, Any] | None = None, roles: dict[str, Any] | None = None, **changed: Any) -> Plan:
+    def make(
+        wishes: dict[str, Any] | None = None, roles: dict[str, Any] | None = None, saved: float = 0, **changed: Any
+    ) -> Plan:
         facts = known(**changed)
         return decide(
             Recipe.model_validate({"model": "smollm2", "data": "train.jsonl", **(wishes or {})}),
@@ -29,6 +32,7 @@ def plan(known: Callable[..., Known]) -> Planner:
             data={"data": facts.data, **{r: dataclasses.replace(facts.data, **v) for r, v in (roles or {}).items()}},
             output_dir=Path("runs/run-1"),
             now="2026-01-01T00:00:00",
+            saved_share=lambda *_: saved,
         )
 
     return make
@@ -95,6 +99,8 @@ def test_lengths_that_cannot_be_are_refused(wishes: dict[str, Any], key: str, me
 
 
 def test_memory_follows_what_a_step_holds(plan: Planner) -> None:
+    alike, apart = (plan({"share_prefixes": wish, "batch_size": 8}, saved=0.5) for wish in (True, False))
+    assert alike.memory_bytes["activations"] < 0.6 * apart.memory_bytes["activations"]
     small, large = plan({"batch_size": 1}), plan({"batch_size": 64})
     assert small.memory_bytes["activations"] < large.memory_bytes["activations"]
     assert large.memory_bytes == plan({"batch_size": 640}).memory_bytes, "a pack is never longer than pack_length"

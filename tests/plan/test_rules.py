@@ -1,12 +1,14 @@
 """The rules' numbers, against the sources that they cite, and their bounds."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from tunesmith.data.schedule import Schedule
 from tunesmith.plan import rules
 from tunesmith.plan.rules import RULES, Known
+from tunesmith.types import Choice
 
 Make = Callable[..., Known]
 
@@ -150,3 +152,18 @@ def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(known: 
     assert rules.method(known(**large, **installed)).value == "qlora"
     assert rules.method(known(**large)).value == "lora"
     assert rules.method(known(**large | {"available_bytes": 20 * 10**9}, **installed)).value == "lora"
+
+
+def test_prefixes_are_shared_where_that_saves_enough_and_nothing_is_drawn(known: Make) -> None:
+    decided = {"pack_length": 4096, "lora_dropout": 0.0, "batch_size": 8}
+
+    def choice(saved: float, **changed: object) -> Choice:
+        facts = replace(known(**decided | changed), saved_share=lambda batch, pack: saved * (batch, pack).count(8))
+        return rules.share_prefixes(facts)
+
+    assert [choice(saved).value for saved in (0.0, 0.049, 0.05, 0.6)] == [False, False, True, True]
+    assert choice(0.273).why.startswith("saves 27.3% of the tokens")
+    assert not choice(0.6, batch_size=16).value, "what a step of this size saves"
+    assert not choice(0.6, lora_dropout=0.1).value
+    assert "lora_dropout" in choice(0.6, lora_dropout=0.1).why
+    assert choice(0.6, lora_dropout=0.1, method="full").value, "no adapter, no dropout"

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import CONFIGS, END, WINDOW, tiny_document, tiny_documents, tiny_network
+from tiny import CONFIGS, END, WINDOW, after, branching_documents, tiny_document, tiny_documents, tiny_network
 from tunesmith.data.pack import fed_tokens
 from tunesmith.errors import GateError
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.attention import BACKENDS, Rule, reference
 from tunesmith.model.load import LanguageModel, adopt, shortest_window, stock_logits
 from tunesmith.train import preflight
-from tunesmith.train.preflight import Probe, checked_places, choose_documents, prove
+from tunesmith.train import probe as probe_module
+from tunesmith.train.preflight import prove
+from tunesmith.train.probe import Probe, checked_places, choose_alike, choose_documents, forest_of, siblings
 from tunesmith.types import Batch, Document, Layout, Pack, Verdict
 
 ADAPTER = {
@@ -108,7 +110,7 @@ def test_documents_that_train_nothing_are_no_candidates() -> None:
 def test_checked_places_are_spread_from_the_first_to_the_last() -> None:
     assert checked_places(tiny_document(5)) == [0, 1, 2, 3, 4]
     places = checked_places(tiny_document(1000))
-    assert (places[0], places[-1], len(places)) == (0, 999, preflight.CHECKED_PLACES)
+    assert (places[0], places[-1], len(places)) == (0, 999, probe_module.CHECKED_PLACES)
 
 
 # ---------------------------------------------------------------- each broken thing by its own message
@@ -182,25 +184,25 @@ def test_an_adapter_that_is_not_nothing_yet() -> None:
 
 def test_labels_that_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what lays out packs for training itself, so that a pack and a document alone agree about them."""
-    right = preflight.collate
+    right = probe_module.collate
 
     def early(pack: Pack) -> Batch:
         batch = right(pack)
         return dataclasses.replace(batch, targets_S=batch.tokens_T[batch.positions_S])
 
-    monkeypatch.setattr(preflight, "collate", early)
+    monkeypatch.setattr(probe_module, "collate", early)
     assert "labels" in refusal(*ready())
 
 
 def test_targets_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = preflight.collate
+    right = probe_module.collate
 
     def fewer(pack: Pack) -> Batch:
         batch = right(pack)
         kept = {name: getattr(batch, name)[:-1] for name in ("positions_S", "targets_S", "weights_S", "document_S")}
         return dataclasses.replace(batch, **kept)
 
-    monkeypatch.setattr(preflight, "collate", fewer)
+    monkeypatch.setattr(probe_module, "collate", fewer)
     assert "labels" in refusal(*ready())
 
 
@@ -260,3 +262,64 @@ def test_both_sides_of_pairs_are_proven() -> None:
     assert sum(d.tokens_L.tobytes() in rejected for d in chosen) == 2, "the shortest and the longest"
     assert {9, 40} <= {fed_tokens(d) for d in chosen}
     assert all(verdict.level == "ok" for verdict in prove(*ready(candidates=sides)))
+
+
+# ---------------------------------------------------------------- shared prefixes
+
+
+def sharing(family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[LanguageModel, Probe]:
+    """Ready, with documents of which two begin alike and one continues another's beginning."""
+    model, probe = ready(family, dtype)
+    alike = choose_alike(branching_documents())
+    assert len(alike) == 3
+    return model, dataclasses.replace(probe, alike=alike)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_shared_prefixes_are_proven_on_every_family(family: str) -> None:
+    verdicts = {verdict.kind: verdict for verdict in prove(*sharing(family))}
+    assert "blind to the bit" in verdicts["shared = alone"].evidence
+    assert "sees its sibling" in verdicts["controls"].evidence
+    assert "shared = alone" not in {verdict.kind for verdict in prove(*ready(family))}
+
+
+@pytest.mark.parametrize("family", ["llama-64", "gemma2"])
+def test_shared_prefixes_are_proven_in_bf16(family: str) -> None:
+    assert prove(*sharing(family, torch.bfloat16))
+
+
+def test_the_shortest_documents_that_part_are_chosen() -> None:
+    prompt = tiny_document(30)
+    alike = [after(prompt, 30, length) for length in (9, 20, 5)]
+    chosen = choose_alike([*tiny_documents((80, 90)), *alike])
+    assert sorted(d.id for d in chosen) == sorted(d.id for d in alike)
+    pair = [dataclasses.replace(d, side=side) for d, side in zip(alike, ("chosen", "rejected"), strict=False)]
+    assert [d.side for d in choose_alike(pair)] == ["", ""]
+    assert siblings(forest_of(choose_alike(tiny_documents((3, 60)))).layout) == (1, 2), "one, and its like"
+    assert choose_alike(tiny_documents((3, 4))) == choose_alike([]) == ()
+
+
+def test_branches_that_see_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overheard(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+        parents = tuple(i - 1 for i in range(len(layout.lengths))) if layout.parents else ()
+        return reference(q, k, v, dataclasses.replace(layout, parents=parents), rule)
+
+    model, probe = sharing()
+    model.backend = "broken"
+    monkeypatch.setitem(BACKENDS, "broken", overheard)
+    assert "documents in a pack see each other" in refusal(model, probe)
+
+
+def test_a_shared_part_that_computes_something_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_sighted(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+        return reference(q, k, v, dataclasses.replace(layout, parents=()), rule)
+
+    model, probe = sharing()
+    model.backend = "broken"
+    monkeypatch.setitem(BACKENDS, "broken", short_sighted)
+    assert "in a shared pack" in refusal(model, probe)
+
+
+def test_a_forest_that_cannot_fail_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "shared_equals_alone", lambda *_, **__: Verdict("shared = alone", "ok", ""))
+    assert "did not notice a branch that sees its sibling" in refusal(*sharing())

@@ -89,14 +89,3 @@ def segments_of(lengths: Sequence[int], shared: Sequence[int]) -> tuple[list[Seg
             waiting += [(*run, common, len(segments)) for run in runs][::-1]
         segments.append(Segment(longest, depth, until, parent))
     return segments, ends_in
-
-
-def saved_share(rows: Sequence[Sequence[np.ndarray]], batch: int) -> float:
-    """The share of the fed tokens that steps of `batch` rows need not compute; each row is the fed tokens of its
-    documents."""
-    saved = total = 0
-    for first in range(0, max(1, len(rows) - batch + 1), batch):
-        fed = [tokens_L for row in rows[first : first + batch] for tokens_L in row]
-        saved += sum(begin_alike(fed, [(i,) for i in range(len(fed))])[1])
-        total += sum(map(len, fed))
-    return saved / total if total else 0.0

@@ -21,7 +21,7 @@ from tunesmith.data.lengths import Prepared
 from tunesmith.data.render import Draft
 from tunesmith.data.schedule import order
 from tunesmith.errors import InputError
-from tunesmith.types import Example
+from tunesmith.types import Document, Example
 
 ALL_ROWS = 20_000
 SAMPLE = 2_000
@@ -119,6 +119,13 @@ def scanned_rows(dataset: Dataset) -> np.ndarray:
     if len(dataset) > ALL_ROWS and dataset.overlong != "refuse":
         return np.sort(order(0, 0, len(dataset))[:SAMPLE])
     return np.arange(len(dataset))
+
+
+def first_documents(dataset: Dataset, seed: int) -> list[tuple[Document, ...]]:
+    """The documents of a run's first rows, in its order: as many rows as are encoded together."""
+    rows = next(_batches(dataset, order(seed, 0, len(dataset)).tolist()), [])
+    drafts = zip(rows, dataset.drafts(rows), strict=True)
+    return [dataset.understand(row, draft)[1].documents for row, draft in drafts]
 
 
 def _marks(example: Example, prepared: Prepared) -> Iterable[str]:

@@ -21,13 +21,14 @@ from tunesmith.types import Batch, Document, Pack
 
 
 def negative_log_likelihoods(
-    model: LanguageModel, documents: Sequence[Document], pack_length: int
+    model: LanguageModel, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> Iterator[tuple[int, float, int]]:
     """(index of the document, nats, tokens), as the packs are computed; documents without a target are left out."""
     assert not model.network.training, "measuring needs a model in evaluation mode"
     places = {id(document): i for i, document in enumerate(documents)}
     assert len(places) == len(documents), "a document stands in the list twice"
-    waiting = pack_step([document for document in documents if document.weights_L.any()], pack_length)[::-1]
+    trained = [document for document in documents if document.weights_L.any()]
+    waiting = pack_step(trained, pack_length, share=share)[::-1]
     while waiting:
         pack = waiting.pop()
         half = len(pack.documents) // 2
@@ -37,7 +38,8 @@ def negative_log_likelihoods(
         except OutOfMemory:
             if not half:
                 raise
-            waiting += [Pack(pack.documents[half:]), Pack(pack.documents[:half])]
+            later = pack.shared and (0, *pack.shared[half + 1 :])
+            waiting += [Pack(pack.documents[half:], later), Pack(pack.documents[:half], pack.shared[:half])]
             continue
         for document, nat, count in zip(pack.documents, nats, tokens, strict=True):
             yield places[id(document)], nat, count
@@ -52,11 +54,13 @@ def _pack_sums(model: LanguageModel, batch: Batch, count: int) -> tuple[list[flo
     return nats.tolist(), batch.document_S.bincount(minlength=count).tolist()
 
 
-def held_out_loss(model: LanguageModel, documents: Sequence[Document], *, task: str, pack_length: int) -> Measurement:
+def held_out_loss(
+    model: LanguageModel, documents: Sequence[Document], *, task: str, pack_length: int, share: bool = False
+) -> Measurement:
     """Mean loss of a supervised token, in nats. Items are rows: the documents of one row count as one."""
     nats: dict[str, float] = {}
     tokens: dict[str, int] = {}
-    for i, nat, count in sorted(negative_log_likelihoods(model, documents, pack_length)):
+    for i, nat, count in sorted(negative_log_likelihoods(model, documents, pack_length, share=share)):
         row = documents[i].id
         nats[row], tokens[row] = nats.get(row, 0.0) + nat, tokens.get(row, 0) + count
     return Measurement(

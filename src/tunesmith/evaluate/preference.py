@@ -25,11 +25,17 @@ DISPLACED = 0.10  # rules.md 6.3: an alarm when chosen answers get this much les
 
 
 def preference(
-    model: LanguageModel, documents: Sequence[Document], *, task: str, pack_length: int, whole: bool
+    model: LanguageModel,
+    documents: Sequence[Document],
+    *,
+    task: str,
+    pack_length: int,
+    whole: bool,
+    share: bool = False,
 ) -> tuple[Measurement, ...]:
     """`whole`: compare sums over the answers, else means over their tokens. Items are rows."""
     logp: dict[tuple[str, str], float] = {}
-    for i, nats, tokens in negative_log_likelihoods(model, documents, pack_length):
+    for i, nats, tokens in negative_log_likelihoods(model, documents, pack_length, share=share):
         logp[documents[i].id, documents[i].side] = -nats / (1 if whole else tokens)
     rows = [document.id for document in documents if document.side == "chosen"]
     chosen, rejected = ([logp[row, side] for row in rows] for side in ("chosen", "rejected"))
@@ -80,6 +86,8 @@ def _references(bench: Workbench) -> dict[int, list[float]]:
         at_once = rows[start : start + ROWS_AT_ONCE]
         owned = [(row, document) for row in at_once for document in bench.rows.documents(row)]
         documents = [document for _, document in owned]
-        for i, nats, _ in sorted(negative_log_likelihoods(bench.model, documents, bench.plan["pack_length"])):
+        plan = bench.plan
+        found_here = negative_log_likelihoods(bench.model, documents, plan["pack_length"], share=plan["share_prefixes"])
+        for i, nats, _ in sorted(found_here):
             found.setdefault(owned[i][0], []).append(-nats)
     return found

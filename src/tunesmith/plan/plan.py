@@ -13,7 +13,7 @@ from typing import Any, cast
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.memory import disk_needed, peak_memory
 from tunesmith.plan.rehearsal import rehearsal_choices
-from tunesmith.plan.rules import RULES, Known
+from tunesmith.plan.rules import RULES, Known, SavedShare, nothing_saved
 from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
 
@@ -30,13 +30,16 @@ def decide(
     output_dir: Path,
     now: str,
     fixed: Mapping[str, Choice] | None = None,
+    saved_share: SavedShare = nothing_saved,
 ) -> Plan:
-    """`fixed`: what an adapter to go on with has decided already. Raises InputError for wishes that cannot be,
+    """`fixed`: what an adapter to go on with has decided already. `saved_share`: of the tokens, when documents share
+    prefixes, by batch_size and pack_length. Raises InputError for wishes that cannot be,
     MachineError when the machine has no room for them."""
     wishes = {KEYS[name]: getattr(recipe, name) for name in KEYS}
     decided: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
-    known = Known(machine, model, data["data"], decided, wishes["schema"] is not None, recipe.max_steps, recipe.stage)
+    has_schema = wishes["schema"] is not None
+    known = Known(machine, model, data["data"], decided, has_schema, recipe.max_steps, recipe.stage, saved_share)
     fixed = fixed or {}
     for key, decide_by_rule in RULES.items():
         if key in ADAPTER_KEYS and decided.get("method") == "full":
@@ -127,6 +130,8 @@ def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> di
     sides = 2 if known.stage == "preference" else 1  # documents of a row, together in a pack
     step_tokens = known["batch_size"] * sides * known.data.length_percentiles.get("p90", 1)
     longest = sides * known.data.length_percentiles.get("max", 1)
+    if known["share_prefixes"]:
+        step_tokens = int(step_tokens * (1 - known.saved))
     if "rehearsal_length" in choices:  # a step may have a piece of a text, or several
         longest = max(longest, choices["rehearsal_length"].value)
         step_tokens = int(step_tokens / (1 - choices["rehearsal_ratio"].value)) + longest

@@ -1,8 +1,9 @@
 """The proof before step 1, on the real model and the real data: what must hold for a run not to be silently wrong.
 
 In: the stock model's logits on a few real documents, our model, those documents. Out: a Verdict for each claim; a claim
-that fails stops the run with GateError. The proof also runs on a mask that leaks and on labels shifted by one, and
-must refuse both: a check that cannot fail proves nothing. Nothing is trained here, no weight changes.
+that fails stops the run with GateError. The proof also runs on a mask that leaks, on labels shifted by one and, where
+prefixes are shared, on a branch that sees its sibling, and must refuse them: a check that cannot fail proves nothing.
+Nothing is trained here, no weight changes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from tunesmith.data.batch import collate
 from tunesmith.data.pack import fed_tokens, pack_step
@@ -23,63 +22,22 @@ from tunesmith.errors import GateError
 from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.quantized import quantized_weights
+from tunesmith.train.probe import (
+    PACKED_DOCUMENTS,
+    Probe,
+    beginning,
+    checked_places,
+    forest_of,
+    near_the_fork,
+    one_pack,
+    siblings,
+)
 from tunesmith.types import Batch, Document, Layout, Verdict
 
 # Relative root-mean-square difference of centred logits that two correct computations may show.
 LOGIT_TOLERANCE = {torch.bfloat16: 0.06, torch.float32: 1e-3, torch.float64: 1e-5}
 # Relative difference of the losses of two correct computations.
 LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6}
-PACKED_DOCUMENTS = 3  # the shortest of the probe: enough to see a leak or wrong labels, in seconds
-BLIND_TOKENS = 128  # of each of them are enough to see whether documents see each other
-CHECKED_PLACES = 64  # of a document, from its first token to its last: their logits are compared
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """A few real documents, what the stock model says to each (logits [P, V] at its `checked_places`), the ids of end
-    tokens and, for the rows whose stock ids are known, whether ours are the same."""
-
-    documents: tuple[Document, ...]
-    stock_logits: tuple[Tensor, ...]
-    end_ids: frozenset[int]
-    stock_ids_equal: tuple[tuple[str, bool], ...] = ()
-
-
-def choose_documents(candidates: Sequence[Document], window: int | None) -> tuple[Document, ...]:
-    """The shortest, two between and the longest, shortest first; of rejected answers the shortest and the longest too.
-    With a window, at least one document longer than it (rows are chained when none is). A lone document stands twice:
-    blindness takes two."""
-    ranked = sorted((d for d in candidates if fed_tokens(d)), key=len)
-    rejected = [d for d in ranked if d.side == "rejected"]
-    others = [d for d in ranked if d.side != "rejected"]
-    places = sorted({0, len(others) // 4, len(others) // 2, len(others) - 1}) if others else []
-    chosen = [others[place] for place in places] + [rejected[place] for place in {0, len(rejected) - 1} if rejected]
-    chosen = sorted((dataclasses.replace(d, side="") for d in chosen), key=len)  # to be packed one by one
-    if window and ranked and all(fed_tokens(d) <= window for d in chosen):
-        chosen.append(_chained(ranked, window + 1 + len(ranked[0])))
-    return tuple(chosen * 2 if len(chosen) == 1 else chosen)
-
-
-def _beginning(document: Document) -> Document:
-    """Its first tokens as a document; the last of them is its target."""
-    tokens_L = document.tokens_L[: BLIND_TOKENS + 1]
-    weights_L = np.zeros(len(tokens_L), np.float32)
-    weights_L[-1] = 1
-    return Document(document.id, tokens_L, weights_L)
-
-
-def checked_places(document: Document) -> list[int]:
-    """Evenly spread over the tokens that are fed, the first and the last among them."""
-    return np.unique(np.linspace(0, fed_tokens(document) - 1, CHECKED_PLACES).astype(int)).tolist()
-
-
-def _chained(documents: Sequence[Document], tokens: int) -> Document:
-    """Rows behind one another as one document: only its length matters."""
-    repeated = [documents[i % len(documents)] for i in range(1 + tokens // max(1, min(map(len, documents))))]
-    tokens_L = np.concatenate([d.tokens_L for d in repeated])[:tokens]
-    weights_L = np.ones(len(tokens_L), np.float32)
-    weights_L[0] = 0
-    return Document(f"{documents[0].id} and more", tokens_L, weights_L)
 
 
 def prove(model: LanguageModel, probe: Probe) -> list[Verdict]:
@@ -89,11 +47,15 @@ def prove(model: LanguageModel, probe: Probe) -> list[Verdict]:
         verdicts = [claim(model, probe) for claim in CLAIMS]
         _must_refuse("a mask that leaks", lambda: blind(model, probe, spoil=_leaking))
         _must_refuse("labels shifted by one", lambda: labels_equal_stock(model, probe, spoil=_shifted))
+        if probe.alike:
+            verdicts.append(shared_equals_alone(model, probe))
+            _must_refuse("a branch that sees its sibling", lambda: shared_equals_alone(model, probe, spoil=_overheard))
     if weights := quantized_weights(model.network).values():
         kept, wide = sum(weight.bytes for weight in weights), sum(2 * weight.parameters for weight in weights)
         evidence = f"{len(weights)} matrices in {kept:,} bytes, {kept / wide:.3f}x of what they take in bf16"
         verdicts.append(Verdict("4-bit weights", "ok", evidence))
-    return [*verdicts, Verdict("controls", "ok", "a leaking mask and shifted labels were both refused")]
+    refused = ["a leaking mask", "shifted labels", *["a branch that sees its sibling"] * bool(probe.alike)]
+    return [*verdicts, Verdict("controls", "ok", f"all refused: {', '.join(refused)}")]
 
 
 def _must_refuse(what: str, check: Callable[[], Verdict]) -> None:
@@ -119,9 +81,11 @@ def _shifted(batch: Batch) -> Batch:
     return dataclasses.replace(batch, targets_S=batch.tokens_T[batch.positions_S])
 
 
-def _one_pack(documents: Sequence[Document]) -> Batch:
-    (pack,) = pack_step(documents, sum(map(len, documents)))
-    return collate(pack)
+def _overheard(batch: Batch) -> Batch:
+    """A branch goes on from the one beside it."""
+    one, other = siblings(batch.layout) or (-1, 0)
+    parents = [one if segment == other else parent for segment, parent in enumerate(batch.layout.parents)]
+    return dataclasses.replace(batch, layout=dataclasses.replace(batch.layout, parents=tuple(parents)))
 
 
 def _every_position(batch: Batch) -> Batch:
@@ -136,7 +100,7 @@ def forward_equals_stock(model: LanguageModel, probe: Probe) -> Verdict:
     worst, agree, total = 0.0, 0, 0
     tolerance = LOGIT_TOLERANCE[model.dtype]
     for document, stock in zip(probe.documents, probe.stock_logits, strict=True):
-        batch = dataclasses.replace(_one_pack([document]), positions_S=torch.tensor(checked_places(document)))
+        batch = dataclasses.replace(one_pack([document]), positions_S=torch.tensor(checked_places(document)))
         ours = model.head.logits(model.hidden(batch)).float()
         centred = stock - stock.mean(-1, keepdim=True)
         difference = ours - ours.mean(-1, keepdim=True) - centred
@@ -160,7 +124,7 @@ def labels_equal_stock(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as
     give for those tokens, without our way from documents to targets."""
     worst, checked = 0.0, 0
     for document, stock in list(zip(probe.documents, probe.stock_logits, strict=True))[:PACKED_DOCUMENTS]:
-        batch = spoil(_one_pack([document]))
+        batch = spoil(one_pack([document]))
         losses_S = target_losses(model.hidden(batch), model.head, batch.targets_S)
         found = dict(zip(batch.positions_S.tolist(), losses_S.tolist(), strict=True))
         rows = [(row, p) for row, p in enumerate(checked_places(document)) if document.weights_L[p + 1]]
@@ -180,21 +144,26 @@ def labels_equal_stock(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as
 
 def blind(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
     """Other tokens in one document leave the outputs of all others bitwise the same."""
-    pack = _one_pack([_beginning(document) for document in probe.documents[:PACKED_DOCUMENTS]])
-    batch, starts = spoil(pack), pack.layout
-    before = model.hidden(_every_position(batch))
-    for start, length in zip(starts.starts, starts.lengths, strict=True):
+    pack = one_pack([beginning(document) for document in probe.documents[:PACKED_DOCUMENTS]])
+    changed = _refuse_sight(model, spoil(pack), pack.layout)
+    return Verdict("documents are blind", "ok", f"{changed} documents changed, the others bitwise the same")
+
+
+def _refuse_sight(model: LanguageModel, batch: Batch, layout: Layout) -> int:
+    """Changes the tokens of each segment of a layout in turn: only what continues it may change. How many there are."""
+    before, lengths_T = model.hidden(_every_position(batch)), torch.tensor(layout.lengths)
+    for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
         tokens = batch.tokens_T.clone()
         tokens[start : start + length] = tokens[start : start + length].roll(1) + 1
         tokens %= model.head.weight.shape[0]
         after = model.hidden(_every_position(dataclasses.replace(batch, tokens_T=tokens)))
-        others = torch.ones(len(tokens), dtype=torch.bool)
-        others[start : start + length] = False
+        apart = torch.tensor([segment not in layout.path(i) for i in range(len(layout.lengths))])
+        others = apart.repeat_interleave(lengths_T)
         if not torch.equal(before[others], after[others]):
             raise GateError(
                 "documents in a pack see each other", where="preflight", fix="use another attention backend"
             )
-    return Verdict("documents are blind", "ok", f"{len(starts.starts)} documents changed, the others bitwise the same")
+    return len(layout.lengths)
 
 
 def _losses(model: LanguageModel, batch: Batch) -> dict[int, float]:
@@ -207,21 +176,40 @@ def _losses(model: LanguageModel, batch: Batch) -> dict[int, float]:
 
 def packed_equals_alone(model: LanguageModel, probe: Probe) -> Verdict:
     """Every document has the same loss in a pack as alone."""
-    documents = probe.documents[:PACKED_DOCUMENTS]
-    (pack,) = pack_step(documents, sum(map(len, documents)))
+    worst = _compare_alone(model, probe.documents[:PACKED_DOCUMENTS])
+    return Verdict("packed = alone", "ok", f"losses within {worst:.1e} of each other")
+
+
+def _compare_alone(model: LanguageModel, documents: Sequence[Document], *, share: bool = False) -> float:
+    """The worst relative difference of a document's loss in one pack and alone."""
+    (pack,) = pack_step(documents, sum(map(len, documents)), share=share)
     together = _losses(model, collate(pack))
     tolerance, worst = LOSS_TOLERANCE[model.dtype], 0.0
     for place, document in enumerate(pack.documents):
-        alone = _losses(model, _one_pack([document]))[0]
+        alone = _losses(model, one_pack([document]))[0]
         error = abs(together[place] - alone) / max(abs(alone), 1e-3 * np.count_nonzero(document.weights_L))
         worst = max(worst, error)
         if not error <= tolerance:
-            raise GateError(
-                f"loss {together[place]:.5f} in a pack, {alone:.5f} alone",
-                where=f"preflight: {document.id}",
-                fix="use another attention backend; please report this",
+            what, fix = (
+                ("a shared pack", "set share_prefixes: false") if share else ("a pack", "use another attention backend")
             )
-    return Verdict("packed = alone", "ok", f"losses within {worst:.1e} of each other")
+            raise GateError(
+                f"loss {together[place]:.5f} in {what}, {alone:.5f} alone",
+                where=f"preflight: {document.id}",
+                fix=f"{fix}; please report this",
+            )
+    return worst
+
+
+def shared_equals_alone(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
+    """Documents that share what they begin with have the loss that they have alone, and branches are blind to each
+    other: other tokens in one leave all that does not continue it bitwise the same."""
+    near = forest_of(near_the_fork(probe.alike))
+    segments = _refuse_sight(model, spoil(near), near.layout)
+    worst = _compare_alone(model, probe.alike, share=True)
+    computed, owned = forest_of(probe.alike).layout.tokens, sum(map(fed_tokens, probe.alike))
+    tokens = f"{computed} tokens computed for {owned}"
+    return Verdict("shared = alone", "ok", f"losses within {worst:.1e}, {segments} segments blind to the bit; {tokens}")
 
 
 def answers_end(model: LanguageModel, probe: Probe) -> Verdict:

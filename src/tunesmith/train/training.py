@@ -65,6 +65,7 @@ class Settings:
             weight_decay=plan["weight_decay"],
             max_grad_norm=plan["max_grad_norm"],
             seed=plan["seed"],
+            share_prefixes=plan["share_prefixes"],
             objective=Objective(plan["loss"], plan["beta"], plan["gamma"], plan["nll_coefficient"])
             if paired
             else NO_PAIRS,
@@ -135,16 +136,19 @@ class Training:
 
     def _take_step(self) -> Event:
         documents, started = self._next_documents(), time.perf_counter()
+        packs = self._packs(documents)
         try:
             with memory_errors():
-                loss, supervised = self._forward_backward(documents)
+                loss, supervised = self._forward_backward(packs, Counts.of(documents))
         except OutOfMemory as error:
             said = error.what
         else:
-            return self._update(documents, started, loss, supervised)
+            return self._update(documents, packs, started, loss, supervised)
         return self._smaller_packs(documents, said)
 
-    def _update(self, documents: Sequence[Document], started: float, loss: float, supervised: int) -> Event:
+    def _update(
+        self, documents: Sequence[Document], packs: Sequence[Pack], started: float, loss: float, supervised: int
+    ) -> Event:
         norm = clip(self.parameters.values(), self.settings.max_grad_norm) if supervised else 0.0
         rate = self._rate()
         self.step += 1
@@ -167,6 +171,7 @@ class Training:
             grad_norm=norm,
             peak_bytes=peak_bytes(),
             task_tokens=_task_tokens(documents),
+            shared_tokens=sum(sum(pack.shared) for pack in packs),
         )
 
     def _rate(self) -> float:
@@ -175,12 +180,12 @@ class Training:
             self.step, peak=s.learning_rate, warmup_steps=s.warmup_steps, total_steps=s.steps, schedule=s.schedule
         )
 
-    def _forward_backward(self, documents: Sequence[Document]) -> tuple[float, int]:
+    def _forward_backward(self, packs: Sequence[Pack], counts: Counts) -> tuple[float, int]:
         """Gradients of the step's mean loss; returns that loss and the number of supervised tokens."""
-        counts, supervised = Counts.of(documents), 0
+        supervised = 0
         total: Tensor | None = None
         self.model.network.train()
-        for index, pack in enumerate(self._packs(documents) if counts else []):
+        for index, pack in enumerate(packs):
             batch = collate(pack, device=str(self.model.device))
             torch.manual_seed(
                 hash((self.settings.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF
@@ -194,6 +199,8 @@ class Training:
         return 0.0 if total is None else float(total), supervised
 
     def _packs(self, documents: Sequence[Document]) -> list[Pack]:
+        if not Counts.of(documents):
+            return []
         return pack_step(documents, self.pack_length, share=self.settings.share_prefixes)
 
     def _smaller_packs(self, documents: Sequence[Document], said: str) -> Verdict:
