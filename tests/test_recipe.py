@@ -57,7 +57,7 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers() -> None:
         ("data", []),
         ("data", ""),
         ("output_dir", ""),
-        ("stage", "cpt"),
+        ("stage", "rlhf"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(key: str, value: object) -> None:

@@ -98,8 +98,12 @@ def stage(lab: Lab) -> None:
     both = lab.steps(stage="preference", data=choices(lab))
     chosen = lab.steps(stage="sft", data=choices(lab))
     assert both[0].supervised_tokens > chosen[0].supervised_tokens, "the rejected answers count too"
+    texts = {"data": lab.rows([{"text": "one"}, {"text": "three"}]), "max_length": 8, "batch_size": "auto"}
+    for name in ("cpt", "pt"):
+        (step,) = lab.steps(**texts, stage=name, batch_tokens=20)
+        assert step.supervised_tokens == len("onethree"), "with an end of the text each, and without the first"
     with pytest.raises(ValidationError, match="stage"):
-        lab.events(stage="cpt")
+        lab.events(stage="rlhf")
 
 
 def choices(lab: Lab) -> str:
@@ -287,6 +291,15 @@ def share_prefixes(lab: Lab) -> None:
 
 def batch_size(lab: Lab) -> None:
     assert [len(lab.steps(batch_size=size)) for size in (1, 4)] == [6, 2]
+
+
+def batch_tokens(lab: Lab) -> None:
+    texts = {"data": lab.rows([{"text": f"text number {n}"} for n in range(10, 30)]), "batch_size": "auto"}
+    found = [lab.steps(**texts, stage="cpt", max_length=20, batch_tokens=count) for count in (100, 150)]
+    assert [len(steps) for steps in found] == [3, 2]
+    assert found[0][0].tokens < found[1][0].tokens
+    with pytest.raises(ValidationError, match="batch_tokens has no effect without stage: cpt"):
+        lab.events(batch_tokens=100)
 
 
 def num_train_epochs(lab: Lab) -> None:

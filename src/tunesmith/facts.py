@@ -18,10 +18,12 @@ from rich.text import Text
 
 from tunesmith.data.audit import check
 from tunesmith.data.contamination import refuse_overlap
+from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.pack import saved_share
 from tunesmith.data.render import Renderer
 from tunesmith.data.scan import first_documents
+from tunesmith.data.separator import separator_of
 from tunesmith.data.show import coloured
 from tunesmith.data.split import split
 from tunesmith.errors import InputError
@@ -30,7 +32,9 @@ from tunesmith.model.adapter_folder import AdapterFolder, read_adapter
 from tunesmith.model.provenance import check_provenance, hashes_of, read_provenance
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
+from tunesmith.plan.continued import window_of
 from tunesmith.plan.plan import decide
+from tunesmith.plan.rules import SavedShare, nothing_saved
 from tunesmith.recipe import DataSource, Recipe
 from tunesmith.runfolder import next_run_folder
 from tunesmith.types import Choice, DataReport, Json, Machine, ModelSpec, Plan
@@ -46,6 +50,7 @@ class Facts:
     output_dir: Path
     now: datetime
     adapter: AdapterFolder | None = None  # the one to go on with
+    corpus: Corpus | None = None  # the texts of `data`, in continued pretraining
 
     @property
     def schema(self) -> Json | None:
@@ -60,16 +65,30 @@ def gather(recipe: Recipe, *, now: datetime | None = None, output_dir: Path | No
     folder = resolve(recipe.model)
     renderer, model = renderer_of(recipe, folder, moment), read_spec(folder, name=recipe.model)
     adapter = None if recipe.adapter_from is None else _adapter(recipe.adapter_from, model, renderer, moment)
+    roles = open_roles(recipe, renderer)
     return Facts(
         recipe=recipe,
         machine=measure_machine(output_dir),
         model=model,
         renderer=renderer,
-        datasets=open_roles(recipe, renderer),
+        datasets=roles,
         output_dir=output_dir,
         now=moment,
         adapter=adapter,
+        corpus=_corpus(recipe, roles["data"], model) if recipe.stage == "cpt" else None,
     )
+
+
+def _corpus(recipe: Recipe, rows: Dataset, model: ModelSpec) -> Corpus:
+    """Raises InputError for rows that are no plain text, and for windows without a target."""
+    if other := [part for part in rows.parts if part.format != "text"]:
+        what = f"stage: cpt trains plain text, and these are {other[0].format} rows"
+        fix = "name the column of the text, `data: {path: ..., format: text, columns: {text: NAME}}`, or use stage: sft"
+        raise InputError(what, where=f"data: {other[0].source.path}", fix=fix)
+    window = recipe.max_length if isinstance(recipe.max_length, int) else window_of(model)
+    if window < 2:
+        raise InputError("a window of one token has nothing to predict", where="max_length", fix="raise it")
+    return open_corpus(rows, window)
 
 
 def _adapter(path: Path, model: ModelSpec, renderer: Renderer, now: datetime) -> AdapterFolder:
@@ -80,10 +99,13 @@ def _adapter(path: Path, model: ModelSpec, renderer: Renderer, now: datetime) ->
 
 
 def renderer_of(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
-    """The tokenizer of a model folder, with the chat template that the recipe wants."""
+    """The tokenizer of a model folder, with the chat template that the recipe wants. In continued pretraining texts end
+    in the separator."""
     template = recipe.template if isinstance(recipe.template, Path) else None
     renderer = Renderer.from_folder(folder, template=template, now=now, variables=recipe.chat_template_kwargs)
-    return Renderer(renderer.tokenizer, {}) if recipe.template == "none" else renderer
+    if recipe.template == "none":
+        renderer = Renderer(renderer.tokenizer, {})
+    return renderer.ending_texts_in(separator_of(renderer.tokenizer).id) if recipe.stage == "cpt" else renderer
 
 
 def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
@@ -133,7 +155,7 @@ def read_schema(path: Path | None) -> Json | None:
 
 
 def reports(facts: Facts) -> dict[str, DataReport]:
-    return check(facts.datasets, schema=facts.schema)
+    return check(facts.datasets, schema=facts.schema, corpus=facts.corpus)
 
 
 def make_plan(facts: Facts) -> Plan:
@@ -144,11 +166,27 @@ def make_plan(facts: Facts) -> Plan:
         data=reports(facts),
         output_dir=facts.output_dir,
         now=facts.now.isoformat(),
-        fixed=None if facts.adapter is None else _fixed(facts.adapter, facts.recipe),
-        saved_share=partial(saved_share, first_documents(facts.datasets["data"], facts.recipe.seed)),
+        fixed=_fixed_of(facts),
+        saved_share=_saved_share(facts),
     )
     doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
     return dataclasses.replace(plan, warnings=(*doubts, *plan.warnings))
+
+
+def _saved_share(facts: Facts) -> SavedShare:
+    """Windows of texts do not begin alike."""
+    if facts.corpus is not None:
+        return nothing_saved
+    return partial(saved_share, first_documents(facts.datasets["data"], facts.recipe.seed))
+
+
+def _fixed_of(facts: Facts) -> dict[str, Choice]:
+    """What is decided before the rules."""
+    fixed = {} if facts.adapter is None else _fixed(facts.adapter, facts.recipe)
+    if facts.corpus is not None:
+        separator = separator_of(facts.renderer.tokenizer)
+        fixed["separator"] = Choice(separator.text, "checkpoint", f"ends every text: {separator.why}")
+    return fixed
 
 
 def _fixed(adapter: AdapterFolder, recipe: Recipe) -> dict[str, Choice]:

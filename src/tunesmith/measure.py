@@ -7,8 +7,9 @@ paired, and a few answers to look at. `test_data` is read here and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tunesmith.data.schedule import order
 from tunesmith.data.sources import open_source
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measurement, compare, score
@@ -21,6 +22,8 @@ from tunesmith.types import Comparison, Document, Plan, Sample, Score
 from tunesmith.workbench import Workbench
 
 SHOWN_ANSWERS = 3
+MEASURED_CHARACTERS = 300_000  # of the texts of a role; about 75,000 tokens
+LONGEST_TEXT = 30_000  # characters
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,12 @@ class Items:
     test_documents: tuple[Document, ...]
     eval_documents: tuple[Document, ...]
     texts: tuple[GeneralText, ...]
+    held_out: dict[str, tuple[GeneralText, ...]] = field(default_factory=dict[str, tuple[GeneralText, ...]])  # by role
+
+    @property
+    def selecting(self) -> bool:
+        """There is something to look at while training."""
+        return bool(self.eval_documents or "eval_data" in self.held_out)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Measured:
 
 def items_of(plan: Plan, facts: Facts) -> Items:
     """Raises InputError for a metric that the rows cannot be measured with, and for a single item of a kind."""
+    if facts.corpus is not None:
+        return Items((), (), (), general_texts(facts), held_out_texts(facts))
     questions: tuple[Question, ...] = ()
     if "test_data" in facts.datasets:
         dataset = facts.datasets["test_data"]
@@ -73,6 +84,23 @@ def general_texts(facts: Facts) -> tuple[GeneralText, ...]:
     return texts
 
 
+def held_out_texts(facts: Facts) -> dict[str, tuple[GeneralText, ...]]:
+    """Of each held-out role of texts as many as are measured, in an order by chance; of a long text its beginning."""
+    found: dict[str, tuple[GeneralText, ...]] = {}
+    for role in facts.datasets.keys() & {"eval_data", "test_data"}:
+        rows, left = facts.datasets[role], MEASURED_CHARACTERS
+        texts: list[GeneralText] = []
+        for row in order(0, 0, len(rows)).tolist():
+            text = (rows.example(row).text or "")[:LONGEST_TEXT]
+            texts.append(GeneralText(rows.id(row), text, "texts"))
+            left -= len(text)
+            if left <= 0:
+                break
+        found[role] = tuple(texts)
+        _refuse_single(len(texts), role, "texts", empty=True)
+    return found
+
+
 def _refuse_single(count: int, where: str, what: str, *, empty: bool = False) -> None:
     if count == 1 or (empty and count == 0):
         fix = "give at least two, better a hundred"
@@ -99,9 +127,17 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
         found += grade(questions, answers, task="test", metrics=plan["metrics"], schema=bench.facts.schema)
         samples = samples_of(questions[:SHOWN_ANSWERS], answers[:SHOWN_ANSWERS], step=step)
     found += _likelihoods(bench, items.test_documents, "test")
+    if "test_data" in items.held_out:
+        found.append(_bits(bench, items.held_out["test_data"], "test"))
     if items.texts:
-        found.append(retention(model, items.texts, bench.renderer.text_tokens, window=plan["pack_length"]))
+        found.append(_bits(bench, items.texts, "general text"))
     return Measured(tuple(found), samples)
+
+
+def _bits(bench: Workbench, texts: Sequence[GeneralText], task: str) -> Measurement:
+    """Texts of continued pretraining are read in windows as trained."""
+    window = bench.plan["max_length"] - 1 if bench.facts.corpus else bench.plan["pack_length"]
+    return retention(bench.model, texts, bench.renderer.text_tokens, window=window, task=task)
 
 
 def _likelihoods(bench: Workbench, documents: Sequence[Document], task: str) -> Iterator[Measurement]:
@@ -122,6 +158,10 @@ def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Compar
 
 
 def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
-    """The likelihoods on `eval_data` while training."""
+    """What is looked at while training: the likelihoods on `eval_data`; of texts, general ones too."""
     bench.model.network.eval()
-    return [score(measured, step=step) for measured in _likelihoods(bench, items.eval_documents, "eval")]
+    found = list(_likelihoods(bench, items.eval_documents, "eval"))
+    if "eval_data" in items.held_out:
+        found.append(_bits(bench, items.held_out["eval_data"], "eval"))
+        found += [_bits(bench, items.texts, "general text")] if items.texts else []
+    return [score(measured, step=step) for measured in found]

@@ -44,6 +44,11 @@ def _loss_name(value: Any) -> Any:
     return "dpo" if value == "sigmoid" else value
 
 
+def _stage_name(value: Any) -> Any:
+    """`pt` is what LLaMA-Factory calls it."""
+    return "cpt" if value == "pt" else value
+
+
 def _is_template(path: Path) -> Path:
     if path.suffix != ".jinja":
         raise ValueError("not a .jinja file")
@@ -122,9 +127,9 @@ class Recipe(BaseModel):
     adapter_from: FilePath | None = Field(
         default=None, description="Go on with this LoRA adapter: an adapter folder, ours or PEFT's, or a run folder."
     )
-    stage: Literal["sft", "preference"] = Field(
+    stage: Annotated[Literal["sft", "cpt", "preference"], BeforeValidator(_stage_name)] = Field(
         default="sft",
-        description="Kind of training: sft is supervised fine-tuning, preference learns from better and worse answers.",
+        description="sft trains on answers, cpt on plain texts (continued pretraining), preference on pairs.",
     )
 
     data: Sources = Field(min_length=1, description="Training rows: a path, or a list of {path, format, columns, ...}.")
@@ -170,6 +175,7 @@ class Recipe(BaseModel):
         description="Compute once what documents of a step begin with alike; changes speed, not results.",
     )
     batch_size: Auto | Count = Field(default="auto", description="Data rows per optimizer step.")
+    batch_tokens: Auto | Count = Field(default="auto", description="Tokens per optimizer step, with stage: cpt.")
     num_train_epochs: Auto | Positive = Field(default="auto", description="Passes over the data.")
     max_steps: Count | None = Field(default=None, description="Optimizer steps; wins over num_train_epochs.")
 
@@ -266,6 +272,13 @@ ALIASES = {
 }
 
 PAIR_KEYS = ("loss", "beta", "gamma", "nll_coefficient")
+NOT_OF_TEXTS = {
+    "batch_size": "which counts batch_tokens",
+    "overlong": "which cuts long texts into windows",
+    "metrics": "which measures bits per byte",
+    "schema": "which trains no answers",
+    "share_prefixes": "whose windows do not begin alike",
+}
 FILE_KEYS = ("data", "eval_data", "test_data", "retention_data")
 
 
@@ -298,10 +311,16 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What only pairs have, and what they cannot have."""
-    if given.get("stage", "sft") != "preference":
-        return [(key, f"{key} has no effect without stage: preference") for key in PAIR_KEYS if key in given]
+    """What only pairs or only texts have, and what they cannot have."""
+    stage = given.get("stage", "sft")
     found: list[tuple[str, str]] = []
+    if stage != "cpt" and "batch_tokens" in given:
+        found.append(("batch_tokens", "batch_tokens has no effect without stage: cpt; set batch_size"))
+    if stage in ("cpt", "pt"):
+        wrong = {key: why for key, why in NOT_OF_TEXTS.items() if given.get(key, False) not in (False, "drop")}
+        found += [(key, f"{key} has no effect with stage: cpt, {why}") for key, why in wrong.items()]
+    if stage != "preference":
+        return found + [(key, f"{key} has no effect without stage: preference") for key in PAIR_KEYS if key in given]
     if "gamma" in given and given.get("loss") != "simpo":
         wanted = "" if "loss" in given else ": add loss: simpo"
         found.append(("gamma", f"gamma has no effect with loss: {given.get('loss', 'dpo')}, it is SimPO's{wanted}"))

@@ -60,10 +60,9 @@ INSTEAD = {
 }
 
 LATER_KEYS = (
-    "never", "guard", "batch_tokens", "modules_to_save", "load_in_8bit",
+    "never", "guard", "modules_to_save", "load_in_8bit",
 )  # fmt: skip
 INSTEAD_VALUES = {("method", "dora"): "set use_dora: true, which goes with any method that trains an adapter"}
-LATER_VALUES = {"stage": ("cpt", "pt")}
 
 
 @dataclass(frozen=True)
@@ -244,8 +243,6 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
         fields = DataSource.model_json_schema()["properties"]
         wanted = expected(fields[inner]) if inner in fields else "a path, or a mapping {path, format, columns, ...}"
         return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
-    if isinstance(item.value, str) and item.value in LATER_VALUES.get(key, ()):
-        return f"{item.written}: '{item.value}' is not supported yet; expected {expected(schema)}"
     if isinstance(item.value, str) and (key, item.value) in INSTEAD_VALUES:
         return f"{item.written}: '{item.value}' is not a value here: {INSTEAD_VALUES[key, item.value]}"
     if key == "stage" and isinstance(item.value, list):

@@ -192,7 +192,7 @@ def _trained(run: _Run, bench: Workbench, training: Training) -> Iterator[Event]
         yield event
         if not isinstance(event, StepResult):
             continue
-        if event.step % plan["eval_steps"] == 0 and run.items.eval_documents:
+        if event.step % plan["eval_steps"] == 0 and run.items.selecting:
             with run.wish.at_once():
                 scores = eval_scores(bench, run.items, step=event.step)
             yield from scores

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunesmith.data.corpus import Corpus, Stream
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.pack import fed_tokens
 from tunesmith.data.rehearsal import Changes, Rehearsal
 from tunesmith.data.render import Renderer
 from tunesmith.data.schedule import Schedule
+from tunesmith.data.tokenizer import LONG_TEXT
 from tunesmith.errors import InputError
 from tunesmith.facts import Facts
 from tunesmith.model.adapters import METHODS
@@ -36,7 +38,7 @@ from tunesmith.model.load import (
 )
 from tunesmith.model.quantized import load_quantized
 from tunesmith.model.saved import beside_stock, load_adapter
-from tunesmith.train.probe import Probe, checked_places, choose_alike, choose_documents
+from tunesmith.train.probe import Cut, Probe, checked_places, choose_alike, choose_documents
 from tunesmith.types import Document, Plan
 
 PROBE_ROWS = 200  # of the training rows, from which the proof's documents are chosen
@@ -48,7 +50,7 @@ class Workbench:
     plan: Plan
     facts: Facts
     model: LanguageModel
-    schedule: Schedule
+    schedule: Schedule | Stream
     probe: Probe
     references: Mapping[int, Sequence[float]] = field(default_factory=dict[int, Sequence[float]])  # by row, kept ones
     rehearsal: Rehearsal | None = None
@@ -64,7 +66,10 @@ class Workbench:
     def documents_of(self, step: int, changes: Changes = ()) -> Sequence[Document]:
         """The documents of optimizer step 1..steps; a pure function of the plan, the files, and the changes of the
         rehearsal ratio so far."""
-        documents = [document for row in self.schedule.rows_of(step) for document in self._of_row(row)]
+        if isinstance(self.schedule, Stream):
+            documents = self.schedule.documents_of(step)
+        else:
+            documents = [document for row in self.schedule.rows_of(step) for document in self._of_row(row)]
         return documents + (self.rehearsal.documents_of(step, changes) if self.rehearsal else [])
 
     def _of_row(self, row: int) -> Sequence[Document]:
@@ -90,6 +95,25 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
     if start is not None:
         load_adapter(network, start.weights)
     model = adopt(network, dtype, plan["attention"], blocked=plan["weight_layout"] == "blocked")
+    schedule = _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, rows)
+    return Workbench(plan, facts, model, schedule, probe, rehearsal=rehearsal_of(plan, facts))
+
+
+def _stream(plan: Plan, corpus: Corpus) -> Stream:
+    """Rehearsal takes the place of windows: a step has `batch_tokens` with it."""
+    return Stream.of(corpus, step_tokens=data_tokens(plan), epochs=plan["num_train_epochs"], seed=plan["seed"])
+
+
+def data_tokens(plan: Plan) -> float:
+    """Of the data, in a step."""
+    if plan["stage"] == "cpt":
+        ratio = plan.choices["rehearsal_ratio"].value if "rehearsal_ratio" in plan.choices else 0
+        return plan["batch_tokens"] * (1 - ratio)
+    data = plan.data["data"]
+    return data.tokens / data.rows * plan["batch_size"]
+
+
+def _schedule(plan: Plan, rows: Dataset) -> Schedule:
     schedule = Schedule(
         rows=len(rows),
         batch_size=plan["batch_size"],
@@ -100,31 +124,35 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
     if schedule.steps < plan.steps:  # rows went away, and the user wants to go on without them
         what = f"{len(rows):,} rows are enough for {schedule.steps:,} steps, the plan has {plan.steps:,}"
         raise InputError(what, where=rows.path, fix="put the rows back, or start a new run with another output_dir")
-    return Workbench(plan, facts, model, schedule, probe, rehearsal=rehearsal_of(plan, facts))
+    return schedule
 
 
 def rehearsal_of(plan: Plan, facts: Facts) -> Rehearsal | None:
     """The rehearsal rows under a plan."""
-    rows, data = facts.datasets.get("rehearsal"), plan.data["data"]
+    rows = facts.datasets.get("rehearsal")
     if rows is None:
         return None
     return Rehearsal.of(
         rows,
         tokens=plan.data["rehearsal"].tokens,
         length=plan["rehearsal_length"],
-        step_tokens=data.tokens / data.rows * plan["batch_size"],
+        step_tokens=data_tokens(plan),
         ratio=plan["rehearsal_ratio"],
         seed=plan["seed"],
     )
 
 
 def _under_plan(plan: Plan, facts: Facts) -> Facts:
+    if facts.corpus is not None:
+        return facts
     rows = facts.datasets["data"].limited(plan["max_length"], plan["overlong"])
     return dataclasses.replace(facts, datasets={**facts.datasets, "data": rows})
 
 
 def _probe(network: Network, facts: Facts, rows: Dataset, *, share: bool) -> Probe:
     """Documents of the first rows, and the stock model's word on them."""
+    if facts.corpus is not None:
+        return _probe_of_texts(network, facts.corpus)
     whole: list[Document] = []
     cut: list[Document] = []  # `overlong: truncate` took the end of an answer: no witness if there are others
     equal: list[tuple[str, bool]] = []
@@ -142,12 +170,33 @@ def _probe(network: Network, facts: Facts, rows: Dataset, *, share: bool) -> Pro
     documents = choose_documents(whole or cut, shortest_window(network))
     if not documents:
         raise InputError("no row trains anything", where=rows.path, fix="look at them with `tunesmith data show`")
-    stock = tuple(
+    end_ids = frozenset(facts.renderer.end_ids)
+    alike = choose_alike(whole or cut) if share else ()
+    return Probe(documents, _stock_logits(network, documents), end_ids, tuple(equal), alike)
+
+
+def _probe_of_texts(network: Network, corpus: Corpus) -> Probe:
+    """The first windows; and the first texts whole, encoded by themselves, beside their windows."""
+    windows = [corpus.document(i) for i in range(min(PROBE_ROWS, len(corpus)))]
+    documents = choose_documents(windows, shortest_window(network))
+    if not documents:
+        fix = "look at them with `tunesmith data show`"
+        raise InputError("no text trains anything", where=corpus.rows.path, fix=fix)
+    short = [row for row in range(min(PROBE_ROWS, len(corpus.rows))) if corpus.rows.row_bytes(row) <= LONG_TEXT]
+    cut = tuple(
+        Cut(whole, tuple(corpus.document(i) for i in corpus.windows_of(row)))
+        for row in short[:STOCK_ID_ROWS]
+        for whole in corpus.rows.documents(row)
+    )
+    ends = frozenset({corpus.rows.renderer.text_end})
+    return Probe(documents, _stock_logits(network, documents), ends, texts=cut)
+
+
+def _stock_logits(network: Network, documents: Sequence[Document]) -> tuple[torch.Tensor, ...]:
+    return tuple(
         stock_logits(network, document.tokens_L[: fed_tokens(document)].tolist(), checked_places(document))
         for document in documents
     )
-    alike = choose_alike(whole or cut) if share else ()
-    return Probe(documents, stock, frozenset(facts.renderer.end_ids), tuple(equal), alike)
 
 
 def _template_text(template: Any) -> str | None:

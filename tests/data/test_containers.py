@@ -189,7 +189,7 @@ def test_a_packed_file_under_another_name_is_recognised(raw, write):
 def test_a_full_disk_is_the_machines_error_and_says_how_to_go_on(write, monkeypatch):
     monkeypatch.setattr(spool, "ROOM_STEP", 10)
     monkeypatch.setattr(spool, "ROOM_LEFT", 2**60)
-    with pytest.raises(MachineError, match=r"no room .* to unpack .*x\.jsonl\.gz\n  fix: .*TMPDIR"):
+    with pytest.raises(MachineError, match=r"no room .* a copy of .*x\.jsonl\.gz\n  fix: .*TMPDIR"):
         open_source(write(CONTAINERS["x.jsonl.gz"], "x.jsonl.gz"))
 
 

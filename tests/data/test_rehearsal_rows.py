@@ -5,17 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tiny_run import chat, sums, write_rows
 from tunesmith.data.contamination import refuse_overlap
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.rehearsal import Rehearsal, piece
+from tunesmith.data.rehearsal import Rehearsal
 from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError
 from tunesmith.recipe import DataSource
-from tunesmith.types import Document, Json
+from tunesmith.types import Json
 
 NOW = datetime(2026, 1, 1)
 
@@ -85,18 +83,14 @@ def test_rehearsal_documents_are_named_and_whole_answers_are_kept(renderer: Rend
     assert all(not document.weights_L[:20].any() for document in documents), "answers only"
 
 
-@given(st.integers(2, 200), st.integers(1, 60))
-def test_the_pieces_of_a_text_target_every_token_once(tokens: int, length: int) -> None:
-    whole = Document("a:1", np.arange(tokens, dtype=np.int32), np.ones(tokens, np.float32))
-    whole.weights_L[0] = 0
-    seen: list[int] = []
-    for turn in range(-(-(tokens - 1) // length)):
-        one = piece(whole, length, turn)
-        assert one.weights_L[0] == 0
-        assert len(one) <= length + 1
-        seen += one.tokens_L[one.weights_L > 0].tolist()
-    assert seen == list(range(1, tokens))
-    assert whole.weights_L.sum() == tokens - 1, "the text itself is as it was"
+def test_a_long_text_gives_one_window_a_pass_and_all_of_them_in_turn(renderer: Renderer, tmp_path: Path) -> None:
+    rows = opened(
+        renderer, tmp_path / "texts.jsonl", [{"text": "".join(map(str, range(50)))}, {"text": "another text"}]
+    )
+    one = rehearsal(rows, ratio=0.5, length=31)
+    documents = [document for step in range(1, 7) for document in one.documents_of(step)]
+    parts = {tuple(d.tokens_L[1:].tolist()) for d in documents if d.id == "texts.jsonl:1"}
+    assert sorted(token for part in parts for token in part) == sorted(rows.documents(0)[0].tokens_L[1:].tolist())
 
 
 def test_rows_that_are_measured_are_refused_by_their_ids(renderer: Renderer, tmp_path: Path) -> None:

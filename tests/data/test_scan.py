@@ -82,7 +82,7 @@ def test_long_rows_are_encoded_a_few_at_a_time(write, words, monkeypatch):
     monkeypatch.setattr(scan_module, "BATCH_ROWS", 3)
     monkeypatch.setattr(scan_module, "BATCH_BYTES", 1000)
     dataset = open_texts(write, words, ["a"] * 4 + ["b " * 600, "c", "d " * 600, "e " * 600])
-    batches = list(scan_module._batches(dataset, range(8)))
+    batches = list(scan_module.batches(dataset, range(8)))
     assert [len(batch) for batch in batches] == [3, 2, 2, 1]
     assert sorted(row for batch in batches for row in batch) == list(range(8))
     assert scan(dataset).lengths_D.tolist() == [3, 3, 3, 3, 603, 3, 603, 603]

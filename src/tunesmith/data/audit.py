@@ -21,6 +21,7 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from tunesmith.data.corpus import DENSE, Corpus
 from tunesmith.data.dataset import FIRST_ROWS, Dataset
 from tunesmith.data.formats import FORMATS, unused_keys
 from tunesmith.data.rehearsal import NAME as REHEARSAL
@@ -46,13 +47,17 @@ class Subject:
     validator: Validator | None  # of the recipe's answer schema
 
 
-def check(datasets: Mapping[str, Dataset], *, schema: Json | None = None) -> dict[str, DataReport]:
-    """Look at every role, held-out ones last. `schema`: what every answer but those of the rehearsal should follow."""
+def check(
+    datasets: Mapping[str, Dataset], *, schema: Json | None = None, corpus: Corpus | None = None
+) -> dict[str, DataReport]:
+    """Look at every role, held-out ones last. `schema`: what every answer but those of the rehearsal should follow.
+    `corpus`: the texts of the role `data`, where they are trained as windows."""
     validator = _validator(schema) if schema is not None else None
     reports: dict[str, DataReport] = {}
     for role, dataset in datasets.items():
         earlier = {name: datasets[name] for name in reports}
-        subject = Subject(dataset, scan(dataset), earlier, validator if role != REHEARSAL else None)
+        seen = corpus.scan() if corpus and role == "data" else scan(dataset)
+        subject = Subject(dataset, seen, earlier, validator if role != REHEARSAL else None)
         findings = tuple(finding for find in CHECKS.values() for finding in find(subject))
         reports[role] = report(dataset, subject.scan, findings)
     return reports
@@ -169,6 +174,13 @@ def empty_prompts(subject: Subject) -> Iterator[Finding]:
         yield _finding(subject, "empty_prompts", ids, " have a user turn without text", "warn")
 
 
+def dense(subject: Subject) -> Iterator[Finding]:
+    """Texts that are hardly language."""
+    if ids := subject.scan.marked.get(DENSE):
+        message = " hold 10,000 characters without white space: data written as text, or a minified file?"
+        yield _finding(subject, "dense", ids, message, "warn")
+
+
 def duplicates(subject: Subject) -> Iterator[Finding]:
     """Rows that say the same as an earlier row of the role, white space aside. Looks at all rows."""
     contents_N = subject.dataset.contents_N
@@ -260,6 +272,7 @@ CHECKS = {
     "render": render_notes,
     "system_turns": system_turns,
     "empty_prompts": empty_prompts,
+    "dense": dense,
     "duplicates": duplicates,
     "leaks": leaks,
     "answers": answers,

@@ -12,15 +12,14 @@ Rows count by their bytes, which are known without reading them: tokens are in p
 from __future__ import annotations
 
 import dataclasses
-import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.schedule import order
+from tunesmith.data.schedule import Passes
+from tunesmith.data.windows import window, window_counts
 from tunesmith.types import Document
 
 NAME = "rehearsal"  # role of the rows, task of their documents
@@ -34,30 +33,23 @@ class Rehearsal:
     """M rows, taken in passes. A place counts rows over all passes."""
 
     rows: Dataset
-    tokens_M: np.ndarray  # about how many tokens a row gives in a pass
+    passes: Passes  # of the rows, with about how many tokens each gives in a pass
     length: int  # tokens of a piece at most
     step_tokens: float  # of the data, in a step
     ratio: float  # share of all tokens, from the first step on
-    seed: int
 
     @classmethod
     def of(cls, rows: Dataset, *, tokens: int, length: int, step_tokens: float, ratio: float, seed: int) -> Rehearsal:
         """`tokens`: of all rows, uncut."""
         bytes_M = np.array([rows.row_bytes(i) for i in range(len(rows))], dtype=np.float64)
         tokens_M = bytes_M * (tokens / bytes_M.sum())
-        return cls(rows, tokens_M / pieces(tokens_M, length), length, step_tokens, ratio, seed)
+        passes = Passes(tokens_M / window_counts(tokens_M, length), seed, PASSES)
+        return cls(rows, passes, length, step_tokens, ratio)
 
     def documents_of(self, step: int, changes: Changes = ()) -> list[Document]:
         """The rehearsal documents of step 1.. ; most steps of a small ratio have none."""
-        places = range(self._places(step - 1, changes), self._places(step, changes))
+        places = range(*(self.passes.taken(self._due(done, changes)) for done in (step - 1, step)))
         return [document for place in places for document in self._documents(place)]
-
-    def _places(self, step: int, changes: Changes) -> int:
-        """How many rows were taken when `step` is done: those of which at least half was due."""
-        passes, due = divmod(self._due(step, changes), float(self.tokens_M.sum()))
-        ends_M = np.cumsum(self.tokens_M[self._order(int(passes))])
-        middles_M = ends_M - self.tokens_M[self._order(int(passes))] / 2
-        return int(passes) * len(self.rows) + bisect_left(middles_M, due)
 
     def _due(self, step: int, changes: Changes) -> float:
         """Rehearsal tokens up to `step`: ratio / (1 - ratio) for each token of the data."""
@@ -67,32 +59,14 @@ class Rehearsal:
         spans = zip(begins, bounds, ratios, strict=True)
         return sum((end - begin) * self.step_tokens * ratio / (1 - ratio) for begin, end, ratio in spans)
 
-    def _order(self, number: int) -> np.ndarray:
-        return order(self.seed, PASSES + number, len(self.rows))
-
     def _documents(self, place: int) -> list[Document]:
-        number, at = divmod(place, len(self.rows))
-        row = int(self._order(number)[at])
+        number, row = self.passes.item(place)
         found = [dataclasses.replace(document, task=NAME) for document in self.rows.documents(row)]
         if self.rows.part(row).format == "text":
-            return [piece(document, self.length, number + row) for document in found]
+            return [_piece(document, self.length, number + row) for document in found]
         return [document for document in found if len(document) <= self.length]
 
 
-def pieces(tokens: np.ndarray, length: int) -> np.ndarray:
-    """How many pieces of at most `length` targets a text of so many tokens is cut into."""
-    return np.maximum(1, np.ceil((tokens - 1) / length))
-
-
-def piece(document: Document, length: int, turn: int) -> Document:
-    """One of the even pieces of a text. It begins with the last token of the piece before: in as many turns as there
-    are pieces, every token but the first is a target once."""
-    targets = len(document) - 1
-    count = math.ceil(targets / length)
-    if count <= 1:
-        return document
-    size = math.ceil(targets / count)
-    start = turn % count * size
-    weights_L = document.weights_L[start : start + size + 1].copy()
-    weights_L[0] = 0
-    return dataclasses.replace(document, tokens_L=document.tokens_L[start : start + size + 1], weights_L=weights_L)
+def _piece(document: Document, length: int, turn: int) -> Document:
+    """One of the windows of a text, another one each turn."""
+    return window(document, length, turn % int(window_counts(len(document), length)))

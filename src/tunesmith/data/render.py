@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -79,6 +80,7 @@ class Renderer:
         such as {"enable_thinking": False}; prompts and answers are rendered with the same. InputError for a name that
         no template looks up."""
         self.tokenizer, self.templates = tokenizer, dict(templates or {})
+        self._given_end: int | None = None
         refuse_unasked(variables or {}, self.templates.values(), tokenizer.named)
         self._variables = Variables({**tokenizer.named, **(variables or {})})
         self._protocols = {
@@ -112,6 +114,12 @@ class Renderer:
     def text_tokens(self, text: str) -> list[int]:
         """Plain text, nothing around it."""
         return list(self.tokenizer.encode(text, at_start=True))
+
+    def text_parts(self, text: str) -> Iterator[Sequence[int]]:
+        """The ids of a plain text as a document, part by part, so that a text of any length takes little memory."""
+        yield self.tokenizer.bos
+        yield from self.tokenizer.parts(text, at_start=True)
+        yield (self.text_end,)
 
     def as_wanted(self, messages: Sequence[Json], tools: Sequence[Json] = ()) -> list[Json]:
         """The messages as they reach the template: what to hand to another renderer to get the same text."""
@@ -174,13 +182,23 @@ class Renderer:
         an answer: its structural tokens stay tokens."""
         cut = len(example.prompt or "")
         encoded = encode(marked, cut=cut)
-        tokens = [*self.tokenizer.bos, *encoded.ids, self._text_end()]
+        tokens = [*self.tokenizer.bos, *encoded.ids, self.text_end]
         begin = len(self.tokenizer.bos) + _place(encoded, cut) if cut else 1
         document = _document(example.id, tokens, [(begin, len(tokens), 1.0)])
         notes = {FOREIGN: marked.foreign, STRUCTURAL: marked.structural}
         return Rendered((document,), tuple(note for note, holds in notes.items() if holds))
 
-    def _text_end(self) -> int:
+    def ending_texts_in(self, token: int) -> Renderer:
+        """The same, but for the token that ends a plain text: the tokenizer's eos if nothing else is said."""
+        other = copy(self)
+        other._given_end = token
+        return other
+
+    @property
+    def text_end(self) -> int:
+        """The token that ends a plain text. Raises InputError if there is none."""
+        if self._given_end is not None:
+            return self._given_end
         if self.tokenizer.eos_id is not None:
             return self.tokenizer.eos_id
         if not self.end_ids:
@@ -236,7 +254,7 @@ class Renderer:
         notes += notes_on(chat, turn.marked, [turn])
         tokens, end = encoded.ids, _place(encoded, turn.end)
         if not turn.closed:
-            tokens, end = [*tokens, self._text_end()], len(tokens) + 1
+            tokens, end = [*tokens, self.text_end], len(tokens) + 1
             notes.append(APPENDED)
         return _document(row, tokens, [(_place(encoded, turn.start), end, turn.weight)])
 

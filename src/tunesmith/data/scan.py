@@ -97,11 +97,12 @@ def rare_rows(dataset: Dataset, rows_R: np.ndarray) -> np.ndarray:
 
 
 def _drafts(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, Draft]]:
-    for batch in _batches(dataset, rows):
+    for batch in batches(dataset, rows):
         yield from zip(batch, dataset.drafts(batch), strict=True)
 
 
-def _batches(dataset: Dataset, rows: Sequence[int]) -> Iterator[list[int]]:
+def batches(dataset: Dataset, rows: Sequence[int]) -> Iterator[list[int]]:
+    """Rows whose text is encoded together."""
     batch: list[int] = []
     size = 0
     for row in rows:
@@ -123,7 +124,7 @@ def scanned_rows(dataset: Dataset) -> np.ndarray:
 
 def first_documents(dataset: Dataset, seed: int) -> list[tuple[Document, ...]]:
     """The documents of a run's first rows, in its order: as many rows as are encoded together."""
-    rows = next(_batches(dataset, order(seed, 0, len(dataset)).tolist()), [])
+    rows = next(batches(dataset, order(seed, 0, len(dataset)).tolist()), [])
     drafts = zip(rows, dataset.drafts(rows), strict=True)
     return [dataset.understand(row, draft)[1].documents for row, draft in drafts]
 

@@ -1,6 +1,7 @@
 """Which rows make up which step, and rendering ahead of the step.
 
     rows, batch_size, epochs, seed -> Schedule; schedule.rows_of(step) -> row indices
+    tokens of each item, seed -> Passes; passes.taken(tokens) -> how many items that takes
 
 Pure functions of their arguments, so a run can go on at any step, on any machine, with the same rows. A step is a set
 of rows; how their documents share packs is decided in `pack.py` and changes nothing here.
@@ -9,6 +10,7 @@ of rows; how their documents share packs is decided in `pack.py` and changes not
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,6 +68,31 @@ class Schedule:
         """(step, row indices) of every step after `done`."""
         for step in range(done + 1, self.steps + 1):
             yield step, self.rows_of(step)
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """M items in endless passes, each of which takes every item once, in an order of its own. A place counts items over
+    all passes."""
+
+    tokens_M: np.ndarray
+    seed: int
+    first: int = 0  # number of the first pass, which its order depends on
+
+    def item(self, place: int) -> tuple[int, int]:
+        """(pass, item) at a place."""
+        number, at = divmod(place, len(self.tokens_M))
+        return number, int(self._order(number)[at])
+
+    def taken(self, tokens: float) -> int:
+        """How many items are taken when so many tokens are due: those of which at least half was due."""
+        number, due = divmod(tokens, float(self.tokens_M.sum()))
+        tokens_M = self.tokens_M[self._order(int(number))]
+        middles_M = np.cumsum(tokens_M) - tokens_M / 2
+        return int(number) * len(tokens_M) + bisect_left(middles_M, due)
+
+    def _order(self, number: int) -> np.ndarray:
+        return order(self.seed, self.first + number, len(self.tokens_M))
 
 
 def prefetch(items: Iterable[Item], work: Callable[[Item], Result], *, ahead: int = 2) -> Iterator[Result]:

@@ -34,9 +34,10 @@ PIECE = 2**20
 class Spool:
     """An unnamed temporary file: written once, then read from any place and thread."""
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, most: int | None = None) -> None:
+        """`source`: what it is made from; it may take `most` bytes, or what a packed file may unpack to."""
         self._source, self._looked = source, ROOM_STEP
-        self._most = max(FREE_GROWTH, MOST_GROWTH * source.stat().st_size)
+        self._most = max(FREE_GROWTH, MOST_GROWTH * source.stat().st_size) if most is None else most
         self._folder = Path(os.environ.get("TMPDIR") or ("/var/tmp" if os.path.isdir("/var/tmp") else "/tmp"))
         with self._disk_errors():
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - it lives as long as the spool
@@ -54,10 +55,14 @@ class Spool:
                 self._looked = size + ROOM_STEP
             self._file.write(content)
 
-    def opened(self) -> BinaryIO:
-        """The whole content, from the start."""
+    def flush(self) -> None:
+        """What was written can be read."""
         with self._disk_errors():
             self._file.flush()
+
+    def opened(self) -> BinaryIO:
+        """The whole content, from the start."""
+        self.flush()
         file = open(self._file.fileno(), "rb", closefd=False)  # noqa: SIM115 - it is the caller's
         file.seek(0)
         return file
@@ -72,7 +77,7 @@ class Spool:
                 yield
         except MachineError as error:
             fix = "free some room, or set TMPDIR to a folder on another disk"
-            raise MachineError(f"{error.what}, to unpack {self._source}", where=error.where, fix=fix) from error
+            raise MachineError(f"{error.what}, for a copy of {self._source}", where=error.where, fix=fix) from error
 
 
 def gunzip(path: Path) -> Spool:

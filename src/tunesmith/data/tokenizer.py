@@ -27,6 +27,7 @@ from tunesmith.types import Json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+LONG_TEXT = 2**20  # characters; longer runs are encoded in pieces, since the library takes over 100 bytes a token
 SHORT_TEXT = 64  # characters; such runs repeat in every row and are remembered
 REMEMBERED = 10_000
 
@@ -116,16 +117,25 @@ class ChatTokenizer:
         if known is not None:
             return known
         ahead = self._ahead[at_start].get(text)
-        ids = self._encode(text, self._head if at_start else self._rest) if ahead is None else self._checked(ahead)
+        ids = (
+            [i for part in self.parts(text, at_start=at_start) for i in part] if ahead is None else self._checked(ahead)
+        )
         if len(text) <= SHORT_TEXT and len(memory) < REMEMBERED:
             memory[text] = ids
         return ids
+
+    def parts(self, text: str, *, at_start: bool) -> Iterator[list[int]]:
+        """The ids of a run of any length, piece by piece."""
+        tokenizer = self._head if at_start else self._rest
+        for piece in pieces(text, LONG_TEXT):
+            yield self._encode(piece, tokenizer)
+            tokenizer = self._continuation
 
     def encode_ahead(self, runs: Iterable[tuple[str, bool]]) -> None:
         """Encode runs, (text, at_start) each, in one batch on all cores. `encode` finds them until the next batch."""
         texts: tuple[set[str], set[str]] = (set(), set())
         for text, at_start in runs:
-            if text not in self._memory[at_start]:
+            if text not in self._memory[at_start] and len(text) <= LONG_TEXT:
                 texts[at_start].add(text)
         rest, head = (self._batch(list(some), t) for some, t in zip(texts, (self._rest, self._head), strict=True))
         self._ahead = rest, head
@@ -168,6 +178,26 @@ class ChatTokenizer:
         plain = self._head.encode("a", add_special_tokens=False).ids
         count = next(n for n in range(len(with_special) + 1) if with_special[n : n + len(plain)] == plain)
         return tuple(with_special[:count])
+
+
+def pieces(text: str, most: int) -> Iterator[str]:
+    """A text in pieces of at most so many characters. It is cut before a space between two words, where tokens begin
+    anyway; if there is none before another space or line end; if there is none anywhere."""
+    start = 0
+    while len(text) - start > most:
+        end = _cut(text, start + most // 2, start + most)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _cut(text: str, low: int, high: int) -> int:
+    place = high
+    while (place := text.rfind(" ", low, place)) >= 0:
+        if text[place - 1].isalpha() and text[place + 1].isalpha():
+            return place
+    space = max(text.rfind(space, low, high) for space in " \n")
+    return space if space >= 0 else high
 
 
 def _with_tokens_of(config: Json, data: Json) -> Json:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from tunesmith.data.schedule import Schedule
 from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.likelihood import negative_log_likelihoods
 from tunesmith.jsonfile import read_json
@@ -80,7 +81,9 @@ def with_references(bench: Workbench, folder: RunFolder) -> Workbench:
 
 def _references(bench: Workbench) -> dict[int, list[float]]:
     bench.model.network.eval()
-    rows = sorted({row for step in range(1, bench.plan.steps + 1) for row in bench.schedule.rows_of(step)})
+    schedule = bench.schedule
+    assert isinstance(schedule, Schedule), "pairs are rows"
+    rows = sorted({row for step in range(1, bench.plan.steps + 1) for row in schedule.rows_of(step)})
     found: dict[int, list[float]] = {}
     for start in range(0, len(rows), ROWS_AT_ONCE):
         at_once = rows[start : start + ROWS_AT_ONCE]

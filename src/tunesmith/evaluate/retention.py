@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tunesmith.data.windows import window, window_counts
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.likelihood import negative_log_likelihoods
@@ -73,12 +74,11 @@ def retention(
 
 
 def windows(row: str, tokens: Sequence[int], length: int) -> list[Document]:
-    """Pieces of at most `length` fed tokens. Each begins with the last token of the one before: every token but the
-    very first is a target once."""
-    documents: list[Document] = []
-    for start in range(0, len(tokens) - 1, length):
-        tokens_L = np.array(tokens[start : start + length + 1], dtype=np.int32)
-        weights_L = np.ones(len(tokens_L), dtype=np.float32)
-        weights_L[0] = 0
-        documents.append(Document(row, tokens_L, weights_L))
-    return documents
+    """A text in even pieces of at most `length` fed tokens. Each begins with the last token of the one before: every
+    token but the very first is a target once."""
+    if len(tokens) < 2:
+        return []
+    weights_L = np.ones(len(tokens), dtype=np.float32)
+    weights_L[0] = 0
+    whole = Document(row, np.array(tokens, dtype=np.int32), weights_L)
+    return [window(whole, length, number) for number in range(int(window_counts(len(tokens), length)))]

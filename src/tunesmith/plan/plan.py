@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tunesmith.errors import InputError, MachineError
+from tunesmith.plan.continued import CPT_RULES, LITTLE
 from tunesmith.plan.memory import disk_needed, peak_memory
 from tunesmith.plan.rehearsal import rehearsal_choices
 from tunesmith.plan.rules import RULES, Known, SavedShare, nothing_saved
@@ -41,7 +42,7 @@ def decide(
     has_schema = wishes["schema"] is not None
     known = Known(machine, model, data["data"], decided, has_schema, recipe.max_steps, recipe.stage, saved_share)
     fixed = fixed or {}
-    for key, decide_by_rule in RULES.items():
+    for key, decide_by_rule in (CPT_RULES if known.stage == "cpt" else RULES).items():
         if key in ADAPTER_KEYS and decided.get("method") == "full":
             continue
         if key in PAIR_KEYS and known.stage != "preference":
@@ -78,7 +79,7 @@ _WHY = {
     "template": "the model's own chat template, unless the recipe names one",
     "overlong": "what happens to documents over max_length; always counted",
     "seed": "order of rows, start of the adapter, samples",
-    "stage": "sft trains on the answers, preference on the difference between two",
+    "stage": "sft trains on answers, cpt on every token of texts, preference on the difference between two answers",
 }
 
 
@@ -119,6 +120,13 @@ def _check_lengths(decided: dict[str, Any], model: ModelSpec) -> None:
             fix="a document must fit in a pack: raise pack_length or lower max_length",
         )
 
+    if decided.get("batch_tokens", decided["max_length"]) < decided["max_length"]:
+        raise InputError(
+            f"batch_tokens {decided['batch_tokens']:,} is below max_length {decided['max_length']:,}",
+            where="batch_tokens",
+            fix="a step takes at least one window: raise batch_tokens or lower max_length",
+        )
+
 
 def _check_libraries(decided: dict[str, Any], machine: Machine) -> None:
     if decided["method"] == "qlora" and "bitsandbytes" not in machine.versions:
@@ -128,8 +136,11 @@ def _check_libraries(decided: dict[str, Any], machine: Machine) -> None:
 
 def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:
     sides = 2 if known.stage == "preference" else 1  # documents of a row, together in a pack
-    step_tokens = known["batch_size"] * sides * known.data.length_percentiles.get("p90", 1)
     longest = sides * known.data.length_percentiles.get("max", 1)
+    if known.stage == "cpt":
+        step_tokens = known["batch_tokens"]
+    else:
+        step_tokens = known["batch_size"] * sides * known.data.length_percentiles.get("p90", 1)
     if known["share_prefixes"]:
         step_tokens = int(step_tokens * (1 - known.saved))
     if "rehearsal_length" in choices:  # a step may have a piece of a text, or several
@@ -177,6 +188,11 @@ def _warnings(known: Known, data: Mapping[str, DataReport]) -> list[str]:
         found.append("4-bit weights are widened to fp32 for products, and embeddings and head take 4 bytes a value")
     if known.steps < 100:
         found.append(f"only {known.steps} steps: results depend on the learning rate and the seed more than usual")
+    if known.stage == "cpt" and known.data.tokens < LITTLE:
+        found.append(
+            f"{known.data.tokens:,} tokens of text: they teach a model how such texts are written, hardly what they say"
+            " (EntiGraph 2024: 1.3M tokens made an 8B model's answers worse)"
+        )
     if "test_data" not in data:
         found.append("no held-out rows: nothing will show whether the run worked; give test_data or eval_split")
     elif data["test_data"].rows < 20:

@@ -20,12 +20,20 @@ def rehearsal_choices(wish: Rehearsal | None, known: Known, report: DataReport |
     ratio = share(wish, known) if wish.ratio == "auto" else Choice(wish.ratio, "you", "the recipe says so")
     choices = {"rehearsal_ratio": ratio, "rehearsal_length": length(known)}
     if report is not None:
-        data = known.data.tokens / max(1, known.data.rows) * known["batch_size"] * known.steps
-        due = data * ratio.value / (1 - ratio.value)
+        due, data, where = _tokens(known, ratio.value)
         passes = due / max(1, report.tokens)
-        why = f"{ratio.why}; about {due:,.0f} tokens beside {data:,.0f} of the data, {passes:.2g} passes over its rows"
+        why = f"{ratio.why}; about {due:,.0f} tokens {where} {data:,.0f} of the data, {passes:.2g} passes over its rows"
         choices["rehearsal_ratio"] = Choice(ratio.value, ratio.by, why, ratio.source)
     return choices
+
+
+def _tokens(known: Known, ratio: float) -> tuple[float, float, str]:
+    """Tokens of the rehearsal, tokens of the data, and how the two go together."""
+    if known.stage == "cpt":
+        everything = known.steps * known["batch_tokens"]
+        return everything * ratio, everything * (1 - ratio), "in the place of as many, which leaves"
+    data = known.data.tokens / max(1, known.data.rows) * known["batch_size"] * known.steps
+    return data * ratio / (1 - ratio), data, "beside"
 
 
 def share(wish: Rehearsal, known: Known) -> Choice:

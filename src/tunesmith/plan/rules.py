@@ -41,7 +41,10 @@ class Known:
 
     @property
     def steps(self) -> int:
-        """The same count as data/schedule.py's: a fraction of an epoch is rounded to whole rows."""
+        """The same count as data/schedule.py's: a fraction of an epoch is rounded to whole rows. Or corpus.py's."""
+        if self.stage == "cpt":
+            steps = math.ceil(self.data.tokens * self["num_train_epochs"] / self["batch_tokens"])
+            return max(1, steps if self.max_steps is None else min(steps, self.max_steps))
         rows = max(1, round(self.data.rows * self["num_train_epochs"]))
         steps = math.ceil(rows / self["batch_size"])
         return steps if self.max_steps is None else min(steps, self.max_steps)

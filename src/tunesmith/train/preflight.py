@@ -24,6 +24,7 @@ from tunesmith.model.load import LanguageModel
 from tunesmith.model.quantized import quantized_weights
 from tunesmith.train.probe import (
     PACKED_DOCUMENTS,
+    Cut,
     Probe,
     beginning,
     checked_places,
@@ -44,12 +45,14 @@ def prove(model: LanguageModel, probe: Probe) -> list[Verdict]:
     """All claims in order. Raises GateError that names the first one that does not hold."""
     model.network.eval()
     with torch.no_grad():
-        verdicts = [claim(model, probe) for claim in CLAIMS]
+        verdicts = [claim(model, probe) for claim in (CLAIMS if probe.texts is None else TEXT_CLAIMS)]
         _must_refuse("a mask that leaks", lambda: blind(model, probe, spoil=_leaking))
         _must_refuse("labels shifted by one", lambda: labels_equal_stock(model, probe, spoil=_shifted))
         if probe.alike:
             verdicts.append(shared_equals_alone(model, probe))
             _must_refuse("a branch that sees its sibling", lambda: shared_equals_alone(model, probe, spoil=_overheard))
+        if texts := probe.texts:
+            _must_refuse("a lost target", lambda: windows_cover(model, _without_a_target(probe, texts)))
     if weights := quantized_weights(model.network).values():
         kept, wide = sum(weight.bytes for weight in weights), sum(2 * weight.parameters for weight in weights)
         evidence = f"{len(weights)} matrices in {kept:,} bytes, {kept / wide:.3f}x of what they take in bf16"
@@ -64,6 +67,14 @@ def _must_refuse(what: str, check: Callable[[], Verdict]) -> None:
     except GateError:
         return
     raise GateError(f"the proof did not notice {what}, so it proves nothing", where="preflight")
+
+
+def _without_a_target(probe: Probe, texts: Sequence[Cut]) -> Probe:
+    first = texts[0].windows[0]
+    weights_L = first.weights_L.copy()
+    weights_L[-1] = 0
+    spoilt = Cut(texts[0].whole, (dataclasses.replace(first, weights_L=weights_L), *texts[0].windows[1:]))
+    return dataclasses.replace(probe, texts=(spoilt, *texts[1:]))
 
 
 Spoil = Callable[[Batch], Batch]
@@ -227,6 +238,40 @@ def answers_end(model: LanguageModel, probe: Probe) -> Verdict:
     return Verdict("answers end", "ok", f"{len(real)} answers end in a trained end token")
 
 
+def texts_end(model: LanguageModel, probe: Probe) -> Verdict:
+    """The separator stands at the end of every text, nowhere else, and is trained."""
+    del model
+    texts = probe.texts or ()
+    for text in texts:
+        last = text.windows[-1]
+        ends = [token in probe.end_ids for token in text.whole.tokens_L[1:].tolist()]
+        if sum(ends) != 1 or not ends[-1] or not last.weights_L[-1] or int(last.tokens_L[-1]) not in probe.end_ids:
+            raise GateError(
+                "the separator does not end the text, or is not trained",
+                where=f"preflight: {text.whole.id}",
+                fix="please report the model's tokenizer",
+            )
+    return Verdict("texts end", "ok", f"{len(texts)} texts end in the separator, which is trained, and only there")
+
+
+def windows_cover(model: LanguageModel, probe: Probe) -> Verdict:
+    """The windows' targets, in order, are the tokens of the text, all but the first, each once."""
+    del model
+    texts = probe.texts or ()
+    windows = targets = 0
+    for text in texts:
+        found = np.concatenate([window.tokens_L[window.weights_L > 0] for window in text.windows])
+        if not np.array_equal(found, text.whole.tokens_L[1:]):
+            raise GateError(
+                f"windows train {len(found)} tokens of a text of {len(text.whole)}, or others than those it has",
+                where=f"preflight: {text.whole.id}",
+                fix="please report this",
+            )
+        windows, targets = windows + len(text.windows), targets + len(found)
+    evidence = f"{targets:,} tokens of {len(texts)} texts are targets once each, in {windows:,} windows"
+    return Verdict("windows cover", "ok", evidence)
+
+
 def ids_equal_stock(model: LanguageModel, probe: Probe) -> Verdict:
     """Token ids, leading BOS included, are those of the stock tokenizer's chat template."""
     del model
@@ -258,4 +303,13 @@ CLAIMS = (
     packed_equals_alone,
     answers_end,
     ids_equal_stock,
+)
+TEXT_CLAIMS = (
+    something_trained,
+    forward_equals_stock,
+    labels_equal_stock,
+    blind,
+    packed_equals_alone,
+    texts_end,
+    windows_cover,
 )

@@ -25,15 +25,24 @@ CHECKED_PLACES = 64  # of a document, from its first token to its last: their lo
 
 
 @dataclass(frozen=True, eq=False)
+class Cut:
+    """A text, and the windows that are trained of it."""
+
+    whole: Document
+    windows: tuple[Document, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Probe:
     """A few real documents, what the stock model says to each (logits [P, V] at its `checked_places`), the ids of end
-    tokens and, for the rows whose stock ids are known, whether ours are the same."""
+    tokens and, for the rows whose stock ids are known, whether ours are the same. `texts`: of continued pretraining."""
 
     documents: tuple[Document, ...]
     stock_logits: tuple[Tensor, ...]
     end_ids: frozenset[int]
     stock_ids_equal: tuple[tuple[str, bool], ...] = ()
     alike: tuple[Document, ...] = ()  # two or three that begin alike and go on apart; none where nothing is shared
+    texts: tuple[Cut, ...] | None = None
 
 
 def choose_documents(candidates: Sequence[Document], window: int | None) -> tuple[Document, ...]:

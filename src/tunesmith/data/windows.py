@@ -1,0 +1,33 @@
+"""Long texts as windows: even stretches of tokens, each of which begins with the last token of the one before.
+
+So every token but the first of a text is a target in exactly one window. The functions count targets, of which a window
+has one fewer than tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tunesmith.types import Document
+
+
+def window_counts(tokens_N: Any, targets: int) -> Any:
+    """How many windows of at most so many targets texts of so many tokens have. An array, or a number."""
+    return np.maximum(1, np.ceil((tokens_N - 1) / targets)).astype(np.int64)
+
+
+def span(tokens: int, targets: int, number: int) -> tuple[int, int]:
+    """Where window `number` of a text of so many tokens begins and ends."""
+    size = -(-(tokens - 1) // int(window_counts(tokens, targets)))
+    return number * size, min(tokens, (number + 1) * size + 1)
+
+
+def window(document: Document, targets: int, number: int) -> Document:
+    """A window of a document, which stays as it is."""
+    begin, end = span(len(document), targets, number)
+    weights_L = document.weights_L[begin:end].copy()
+    weights_L[0] = 0
+    return replace(document, tokens_L=document.tokens_L[begin:end], weights_L=weights_L)
