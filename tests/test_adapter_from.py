@@ -105,7 +105,9 @@ def test_a_contradiction_names_both_values(tiny_folder: Path, tmp_path: Path, wi
 def test_the_same_wish_is_no_contradiction(tiny_folder: Path, tmp_path: Path) -> None:
     peft_adapter(tiny_folder, tmp_path / "theirs")
     same = {"lora_r": 4, "lora_alpha": 6.0, "lora_target_modules": ["q_proj", "down_proj"], "use_rslora": False}
-    assert plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **same))["lora_alpha"] == 6
+    for targets in (["q_proj", "down_proj"], r".*\.(q|down)_proj"):
+        wish = same | {"lora_target_modules": targets}
+        assert plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **wish))["lora_alpha"] == 6
 
 
 def test_full_training_goes_on_with_no_adapter(tiny_folder: Path, tmp_path: Path) -> None:

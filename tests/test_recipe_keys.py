@@ -15,8 +15,9 @@ from tunesmith.data.formats import FORMATS
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import read_json
 from tunesmith.model.attention import BACKENDS
+from tunesmith.model.folder import read_header
 from tunesmith.recipe import KEYS, DataSource, Recipe
-from tunesmith.train.optim import SCHEDULES
+from tunesmith.train.optim import OPTIMIZERS, SCHEDULES
 from tunesmith.types import Event, Saved, Score, StepResult
 
 
@@ -329,6 +330,17 @@ def warmup_ratio(lab: Lab) -> None:
     assert rates(lab.steps(warmup_ratio=0.6, lr_scheduler_type="constant")) == [0, 0.005, 0.01]
 
 
+def optim(lab: Lab) -> None:
+    files = {}
+    for kind in ("adamw", "adamw_8bit"):
+        lab.events(optim=kind, lora_r=128, save_steps=2)
+        files[kind] = {name.partition(".")[0] for name in read_header(next(lab.output.rglob("state.safetensors")))}
+    assert files["adamw"] == {"weight", "exp_avg", "exp_avg_sq"}
+    assert files["adamw_8bit"] == {"weight", "state1", "state2", "absmax1", "absmax2"}
+    with pytest.raises(ValidationError, match="optim"):
+        lab.events(optim="sgd")
+
+
 def weight_decay(lab: Lab) -> None:
     changes_the_adapter(lab, "weight_decay", 0.5)
 
@@ -358,8 +370,11 @@ def lora_target_modules(lab: Lab) -> None:
     lab.events(lora_target_modules=["q_proj", "layers.1.mlp.up_proj"])
     assert set(run.reopen(lab.output).model.network.state_dict()) & {"model.layers.0.self_attn.q_proj.lora_A"}
     assert len(adapter_bytes(lab.last)) < len(lab.adapter())
+    for wish, layers in (("attention", 8), ("mlp", 6), (r".*\.1\..*_proj", 7)):
+        assert len(load(lab.adapter(lora_target_modules=wish))) == 2 * layers
     with pytest.raises(InputError, match="no linear layer is called q_prj"):
         lab.events(lora_target_modules=["q_prj"])
+    assert not lab.output.exists(), "refused before the run has a folder"
 
 
 def use_rslora(lab: Lab) -> None:
@@ -389,6 +404,18 @@ def attention(lab: Lab) -> None:
     assert run.reopen(lab.output).model.backend == "mask"
     with pytest.raises(ValidationError, match="attention"):
         lab.events(attention="flash")
+
+
+def activations(lab: Lab) -> None:
+    kept, planned = lab.adapter(activations="keep", lora_dropout=0.5), {}
+    for policy in ("keep", "selective", "recompute"):
+        assert lab.adapter(activations=policy, lora_dropout=0.5) == kept, "the same gradients, to the bit"
+        planned[policy] = read_json(lab.output / "plan.json")["memory_bytes"]["activations"]
+    assert planned["keep"] > planned["selective"] > planned["recompute"]
+    layers = run.reopen(lab.output).model.decoder.layers
+    assert [getattr(layer, "gradient_checkpointing", False) for layer in layers] == [True, False]
+    lab.events(activations=True)
+    assert read_json(lab.output / "plan.json")["choices"]["activations"]["value"] == "recompute"
 
 
 def metrics(lab: Lab) -> None:
@@ -446,3 +473,5 @@ def test_names_of_the_recipe_are_those_of_the_code() -> None:
     assert set(get_args(DataSource.model_fields["format"].annotation)) == {"auto", *FORMATS}
     wanted = {name for part in get_args(Recipe.model_fields["attention"].annotation) for name in get_args(part)}
     assert wanted == {"auto", *BACKENDS}
+    named, _ = get_args(get_args(Recipe.model_fields["optim"].annotation)[1])
+    assert set(get_args(named)) == set(OPTIMIZERS)

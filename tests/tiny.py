@@ -102,6 +102,7 @@ def tiny_model(
     method: str | None = "lora",
     backend: str = "auto",
     blocked: bool = False,
+    activations: str = "keep",
     **settings: object,
 ) -> LanguageModel:
     """Adopted, with something trainable; adapters start away from zero, so that every gradient is."""
@@ -112,7 +113,7 @@ def tiny_model(
         generator = torch.Generator().manual_seed(1)
         for parameter in trainable(network).values():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return adopt(network, dtype, backend, blocked=blocked)
+    return adopt(network, dtype, backend, blocked=blocked, activations=activations)
 
 
 def tiny_document(fed: int, seed: int = 0, *, name: str = "", first_target: int | None = None) -> Document:

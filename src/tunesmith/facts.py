@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -29,9 +29,11 @@ from tunesmith.data.split import split
 from tunesmith.errors import InputError
 from tunesmith.hardware import measure_machine
 from tunesmith.model.adapter_folder import AdapterFolder, read_adapter
+from tunesmith.model.folder import read_headers
 from tunesmith.model.provenance import check_provenance, hashes_of, read_provenance
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
+from tunesmith.model.targets import linear_paths, select
 from tunesmith.plan.continued import window_of
 from tunesmith.plan.plan import decide
 from tunesmith.plan.rules import SavedShare, nothing_saved
@@ -159,6 +161,7 @@ def reports(facts: Facts) -> dict[str, DataReport]:
 
 
 def make_plan(facts: Facts) -> Plan:
+    layers = linear_paths(read_headers(facts.model.path))
     plan = decide(
         facts.recipe,
         machine=facts.machine,
@@ -166,9 +169,11 @@ def make_plan(facts: Facts) -> Plan:
         data=reports(facts),
         output_dir=facts.output_dir,
         now=facts.now.isoformat(),
-        fixed=_fixed_of(facts),
+        fixed=_fixed_of(facts, layers),
         saved_share=_saved_share(facts),
     )
+    if "lora_target_modules" in plan.choices:
+        select(layers, plan["lora_target_modules"])  # refused before anything is loaded
     doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
     return dataclasses.replace(plan, warnings=(*doubts, *plan.warnings))
 
@@ -180,23 +185,26 @@ def _saved_share(facts: Facts) -> SavedShare:
     return partial(saved_share, first_documents(facts.datasets["data"], facts.recipe.seed))
 
 
-def _fixed_of(facts: Facts) -> dict[str, Choice]:
+def _fixed_of(facts: Facts, layers: Sequence[str]) -> dict[str, Choice]:
     """What is decided before the rules."""
-    fixed = {} if facts.adapter is None else _fixed(facts.adapter, facts.recipe)
+    fixed = {} if facts.adapter is None else _fixed(facts.adapter, facts.recipe, layers)
     if facts.corpus is not None:
         separator = separator_of(facts.renderer.tokenizer)
         fixed["separator"] = Choice(separator.text, "checkpoint", f"ends every text: {separator.why}")
     return fixed
 
 
-def _fixed(adapter: AdapterFolder, recipe: Recipe) -> dict[str, Choice]:
-    """What going on with an adapter leaves no choice about."""
+def _fixed(adapter: AdapterFolder, recipe: Recipe, layers: Sequence[str]) -> dict[str, Choice]:
+    """What going on with an adapter leaves no choice about. Other words for the same layers are no other choice."""
+    wish, targets = recipe.lora_target_modules, adapter.targets
+    if wish != "auto" and select(layers, wish) == select(layers, targets):
+        targets = wish
     values = {
         "adapter_sha256": adapter.sha256,
         "method": "qlora" if recipe.method == "qlora" else "lora",
         "lora_r": adapter.rank,
         "lora_alpha": adapter.alpha,
-        "lora_target_modules": adapter.targets,
+        "lora_target_modules": targets,
         "use_rslora": adapter.rslora,
         "use_dora": adapter.dora,
     }

@@ -26,7 +26,7 @@ from tunesmith.types import Json, Plan
 from tunesmith.version import __version__
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")  # those whose numbers or tokens end up in the weights
-QUANTISING = "bitsandbytes"  # one more, in runs on 4-bit weights
+QUANTISING = "bitsandbytes"  # one more, in runs on 4-bit weights or with moments in 8
 ROUNDING = "machine."  # fields that change the last bits only
 ABSENT = "nothing"
 
@@ -34,7 +34,8 @@ ABSENT = "nothing"
 def identity_of(plan: Plan, facts: Facts, recipe: Json) -> Json:
     """`recipe`: the wish as it stands in the run folder. Reads all weights once, at the speed of sha256."""
     folder, renderer = facts.model.path, facts.renderer
-    libraries = (*LIBRARIES, QUANTISING) if plan["method"] == "qlora" else LIBRARIES
+    quantising = plan["method"] == "qlora" or plan["optim"] == "adamw_8bit"
+    libraries = (*LIBRARIES, QUANTISING) if quantising else LIBRARIES
     files = {role: dataset.fingerprint for role, dataset in facts.datasets.items()}
     for role, path in (("retention_data", facts.recipe.retention_data), ("schema", facts.recipe.answer_schema)):
         if path is not None and path.is_file():

@@ -8,6 +8,7 @@ or the data. A key exists only when it changes what a run does.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -49,10 +50,31 @@ def _stage_name(value: Any) -> Any:
     return "cpt" if value == "pt" else value
 
 
+def _optimizer_name(value: Any) -> Any:
+    """What other tools call these two: adamw_torch_fused, paged_adamw_8bit, adamw_bnb_8bit."""
+    known = isinstance(value, str) and re.fullmatch(
+        r"adamw(_torch|_torch_fused|_hf)?|(paged_)?adamw(_bnb)?_8bit", value
+    )
+    return value if not known else "adamw_8bit" if value.endswith("8bit") else "adamw"
+
+
+def _as_policy(value: Any) -> Any:
+    """Other tools have a switch, gradient_checkpointing."""
+    return {True: "recompute", False: "keep"}.get(value, value) if isinstance(value, bool) else value
+
+
 def _is_template(path: Path) -> Path:
     if path.suffix != ".jinja":
         raise ValueError("not a .jinja file")
     return path
+
+
+def _is_regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return text
 
 
 def _could_exist(value: Any) -> Any:
@@ -94,6 +116,11 @@ Template = Annotated[
     Path, AfterValidator(_is_template), WithJsonSchema({"type": "string", "description": "the path of a .jinja file"})
 ]
 TemplateValue = str | bool | int | float | None | list[str]
+Regex = Annotated[
+    Name,
+    AfterValidator(_is_regex),
+    WithJsonSchema({"type": "string", "description": "a regular expression for whole paths"}),
+]
 Sources = Annotated[
     tuple[DataSource, ...],
     BeforeValidator(_as_sources, json_schema_input_type=Path | DataSource | list[Path | DataSource]),
@@ -188,7 +215,12 @@ class Recipe(BaseModel):
     warmup_ratio: Auto | Share = Field(
         default="auto", description="Share of the steps in which the learning rate rises."
     )
-    weight_decay: Auto | Share = Field(default="auto", description="AdamW weight decay, per unit of learning rate.")
+    optim: Auto | Annotated[Literal["adamw", "adamw_8bit"], BeforeValidator(_optimizer_name)] = Field(
+        default="auto", description="The optimizer: AdamW with its two moments in fp32, or in 8 bits."
+    )
+    weight_decay: Auto | Share = Field(
+        default="auto", description="AdamW weight decay of matrices, per unit of learning rate."
+    )
     max_grad_norm: Auto | Positive = Field(default="auto", description="Gradients are clipped to this norm.")
 
     loss: Auto | Annotated[Literal["dpo", "orpo", "simpo"], BeforeValidator(_loss_name)] = Field(
@@ -207,9 +239,9 @@ class Recipe(BaseModel):
     lora_dropout: Auto | Share = Field(
         default="auto", description="Share of the adapter's inputs dropped while training."
     )
-    lora_target_modules: Auto | Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1)] = Field(
-        default="auto", description="Layers that get an adapter: all-linear, or a list of names such as q_proj."
-    )
+    lora_target_modules: (
+        Auto | Literal["all-linear", "attention", "mlp"] | Regex | Annotated[tuple[Name, ...], Field(min_length=1)]
+    ) = Field(default="auto", description="Layers that get an adapter; a list has names such as q_proj.")
     use_rslora: Auto | bool = Field(default="auto", description="Scale by alpha / sqrt(rank), for high ranks.")
     use_dora: Auto | bool = Field(
         default="auto", description="DoRA: the adapter also trains the length of each row of a weight."
@@ -220,6 +252,10 @@ class Recipe(BaseModel):
     )
     attention: Auto | Literal["kernel", "documents", "varlen", "mask", "reference"] = Field(
         default="auto", description="Attention backend; auto picks the fastest that is proven equal."
+    )
+    activations: Auto | Annotated[Literal["keep", "selective", "recompute"], BeforeValidator(_as_policy)] = Field(
+        default="auto",
+        description="What the backward finds of the forward, and what it computes anew: memory against time.",
     )
     metrics: Auto | Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
         default="auto", description="Scores of the before/after, by name; auto picks by the answers."
@@ -258,6 +294,8 @@ ALIASES = {
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "gradient_checkpointing": "activations",
     "gradient_clipping": "max_grad_norm",
     "pref_loss": "loss",
     "pref_beta": "beta",

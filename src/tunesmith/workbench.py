@@ -94,7 +94,8 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
     METHODS[plan["method"]](network, {key: choice.value for key, choice in plan.choices.items()})
     if start is not None:
         load_adapter(network, start.weights)
-    model = adopt(network, dtype, plan["attention"], blocked=plan["weight_layout"] == "blocked")
+    blocked, activations = plan["weight_layout"] == "blocked", plan["activations"]
+    model = adopt(network, dtype, plan["attention"], blocked=blocked, activations=activations)
     schedule = _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, rows)
     return Workbench(plan, facts, model, schedule, probe, rehearsal=rehearsal_of(plan, facts))
 

@@ -12,7 +12,6 @@ from tunesmith.model.adapters import (
     add_lora,
     linears,
     lora_layers,
-    select,
     train_all,
     trainable,
 )
@@ -33,18 +32,6 @@ def test_all_linears_are_those_of_the_layers(family: str, per_layer: int) -> Non
     paths = linears(tiny_network(family))
     assert len(paths) == 2 * per_layer
     assert all(path.startswith("model.layers.") for path in paths)
-
-
-def test_targets_by_name_and_by_path() -> None:
-    paths = list(linears(tiny_network()))
-    assert select(paths, "all-linear") == paths
-    assert select(paths, "q_proj") == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
-    assert select(paths, ["up_proj", "layers.1.self_attn.q_proj"]) == [
-        "model.layers.0.mlp.up_proj",
-        "model.layers.1.self_attn.q_proj",
-        "model.layers.1.mlp.up_proj",
-    ]
-    assert select(paths, paths[3]) == [paths[3]]
 
 
 @pytest.mark.parametrize("name", ["qproj", "proj", "lm_head", "layers.7.mlp.up_proj"])

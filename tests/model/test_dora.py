@@ -18,7 +18,7 @@ from tunesmith.model.layers import Mlp
 from tunesmith.model.load import adopt
 from tunesmith.model.lora import LoraLinear, QuantizedLinear, project
 from tunesmith.model.saved import load_adapter, save_adapter
-from tunesmith.train.optim import make_adamw, update
+from tunesmith.train.optim import make_optimizer, update
 
 FP64 = torch.float64
 
@@ -145,7 +145,7 @@ def test_the_norms_follow_every_change(tmp_path: Path) -> None:
     torch.testing.assert_close(layer(x), by_hand(layer, x))
     assert layer.gain(FP64) is layer.gain(FP64), "made once for many packs"
     layer(x).sum().backward()
-    update(make_adamw(layer.parameters(), weight_decay=0.0), 0.5)
+    update(make_optimizer(layer.parameters(), weight_decay=0.0), 0.5)
     torch.testing.assert_close(layer(x), by_hand(layer, x))
     layer.scale = 0.2
     torch.testing.assert_close(layer(x), by_hand(layer, x))

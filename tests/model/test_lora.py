@@ -16,7 +16,7 @@ from tunesmith.model.adapters import lora_layers, trainable
 from tunesmith.model.layers import Mlp
 from tunesmith.model.lora import LoraLinear, MasterLinear, Operand, project
 from tunesmith.train.losses import weight_count
-from tunesmith.train.optim import make_adamw, update
+from tunesmith.train.optim import make_optimizer, update
 
 FP64 = torch.float64
 
@@ -251,7 +251,7 @@ def test_a_narrow_copy_follows_its_master() -> None:
     assert fresh()
     assert Operand(layer, torch.bfloat16).frozen.weight is Operand(layer, torch.bfloat16).frozen.weight
     layer(x).float().sum().backward()
-    update(make_adamw(layer.parameters(), weight_decay=0.0), 0.5)
+    update(make_optimizer(layer.parameters(), weight_decay=0.0), 0.5)
     assert fresh()
     with torch.no_grad():
         layer.weight.copy_(torch.ones(4, 5))

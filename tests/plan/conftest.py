@@ -51,7 +51,13 @@ def known() -> Callable[..., Known]:
         for whole in (CPU, SMOLLM2, REPORT):
             names = {field.name for field in dataclasses.fields(whole)} & (changed.keys() - {"dtype"})
             parts.append(dataclasses.replace(whole, **{name: changed.pop(name) for name in names}))
-        decided = {"method": "lora", "num_train_epochs": 1, "batch_size": 16, "dtype": "bf16"} | changed
+        decided = {
+            "method": "lora",
+            "optim": "adamw",
+            "num_train_epochs": 1,
+            "batch_size": 16,
+            "dtype": "bf16",
+        } | changed
         return Known(*parts, decided, has_schema, max_steps)
 
     return make

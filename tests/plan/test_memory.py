@@ -72,6 +72,26 @@ def test_a_run_on_disk_is_three_checkpoints_and_its_weights(spec: ModelSpec) -> 
     assert disk_needed(spec, method="full", dtype="bf16", rank=0) == spec.parameters * (3 * 12 + 2)
 
 
+def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
+    """SmolLM2 by hand: values a token and layer, and the temporaries of the widest layer."""
+    h, q, kv, mlp = 576, 576, 192, 2 * 1536
+    layer = 4 * h + 2 * q + 2 * kv + mlp
+    wanted = {"keep": 30 * layer, "selective": 30 * (layer - mlp), "recompute": 30 * h + layer}
+    for policy, values in wanted.items():
+        found = peak_memory(spec, **SETTINGS, activations=policy)["activations"]
+        assert found == pytest.approx(2048 * 2 * (values + 6 * 1536) * 1.6)
+
+
+def test_moments_in_8_bits_take_a_quarter(spec: ModelSpec) -> None:
+    full = SETTINGS | {"method": "full"}
+    wide, small = peak_memory(spec, **full), peak_memory(spec, **full, optim="adamw_8bit")
+    assert wide["trained"] - small["trained"] == pytest.approx(spec.parameters * (8 - 2 * 260 / 256))
+    assert (wide["update"], small["update"]) == (0, 16 * spec.vocab_size * spec.hidden_size)
+    assert small["peak"] < wide["peak"]
+    on_disk = [disk_needed(spec, method="full", dtype="bf16", rank=0, optim=kind) for kind in ("adamw", "adamw_8bit")]
+    assert on_disk[0] - on_disk[1] == pytest.approx(3 * spec.parameters * (8 - 2 * 260 / 256), abs=1)
+
+
 def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) -> None:
     plain, small = peak_memory(spec, **SETTINGS), peak_memory(spec, **(SETTINGS | {"method": "qlora"}))
     ends = 2 * (spec.parameters - spec.block_parameters)

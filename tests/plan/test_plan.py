@@ -55,6 +55,24 @@ def test_what_is_wished_for_is_obeyed_and_others_follow(plan: Planner) -> None:
     assert made.steps == 750
 
 
+def test_activations_are_kept_as_far_as_they_fit(plan: Planner) -> None:
+    wide = plan()
+    peaks = {
+        policy: plan({"activations": policy}).memory_bytes["peak"] for policy in ("keep", "selective", "recompute")
+    }
+    assert (wide["activations"], wide.memory_bytes["peak"]) == ("keep", peaks["keep"])
+    for policy, fitting in (("selective", peaks["selective"]), ("recompute", peaks["recompute"])):
+        made = plan(available_bytes=int(1.151 * fitting), weight_layout="plain")
+        assert made["activations"] == policy
+        assert made.memory_bytes["peak"] <= fitting
+        refuse_without_room(made)
+    little = plan(available_bytes=int(peaks["recompute"] / 2))
+    assert little["activations"] == "recompute"
+    with pytest.raises(MachineError, match="the run needs about"):
+        refuse_without_room(little)
+    assert plan({"activations": "keep"}, available_bytes=int(peaks["recompute"])).choices["activations"].by == "you"
+
+
 def test_pairs_have_their_own_values_and_rates(plan: Planner) -> None:
     made = plan({"stage": "preference"})
     assert made.choices.keys() >= RULES.keys()
@@ -108,10 +126,11 @@ def test_memory_follows_what_a_step_holds(plan: Planner) -> None:
 
 def test_a_machine_without_memory_or_disk_is_refused(plan: Planner) -> None:
     refuse_without_room(plan())
-    peak = plan().memory_bytes["peak"]
-    refuse_without_room(plan(available_bytes=int(1.16 * peak)))
+    wish = {"activations": "keep"}
+    peak = plan(wish).memory_bytes["peak"]
+    refuse_without_room(plan(wish, available_bytes=int(1.16 * peak)))
     with pytest.raises(MachineError, match="GB are free on this machine"):
-        refuse_without_room(plan(available_bytes=int(1.14 * peak)))
+        refuse_without_room(plan(wish, available_bytes=int(1.14 * peak)))
     with pytest.raises(MachineError, match="1,000 are free"):
         refuse_without_room(plan(disk_free_bytes=1000))
 

@@ -1,6 +1,8 @@
 """The rate equals transformers' schedulers, AdamW its definition, clipping the norm's."""
 
 import math
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,12 @@ from transformers import (
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
+from transformers.trainer_pt_utils import get_parameter_names
 
-from tunesmith.train.optim import clip, make_adamw, rate_at, update
+from tiny import tiny_model
+from tunesmith.errors import InputError
+from tunesmith.model.adapters import trainable
+from tunesmith.train.optim import OPTIMIZERS, clip, make_optimizer, moments, rate_at, update
 
 
 def parameters(*values: list[float], dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -42,12 +48,12 @@ def test_the_rate_is_that_of_transformers(schedule: str, warmup: int) -> None:
 
 def test_update_is_adamw() -> None:
     """Three steps by the formula: decay apart from the gradient, moments with bias correction."""
-    (p,) = parameters([1.0, -2.0, 0.5])
-    optimizer, expected = make_adamw([p], weight_decay=0.1), p.detach().clone()
-    first, second = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    p = nn.Parameter(torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64))
+    optimizer, expected = make_optimizer([p], weight_decay=0.1), p.detach().clone()
+    first, second = torch.zeros(1, 3, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
     for step, rate in enumerate((0.1, 0.05, 0.2), 1):
-        gradient = torch.tensor([0.3 * step, -0.1, 2.0], dtype=torch.float64)
-        give([p], gradient.tolist())
+        gradient = torch.tensor([[0.3 * step, -0.1, 2.0]], dtype=torch.float64)
+        p.grad = gradient.clone()
         update(optimizer, rate)
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         expected -= rate * 0.1 * expected
@@ -55,10 +61,49 @@ def test_update_is_adamw() -> None:
         torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "lora", "use_dora": True}])
+def test_only_matrices_decay(settings: dict[str, Any]) -> None:
+    """With gradients of 0 an update is the decay alone. For a full model the same ones as in transformers' Trainer."""
+    network = tiny_model("llama", **settings).network
+    trained = trainable(network)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    for p in trained.values():
+        p.grad = torch.zeros_like(p)
+    update(make_optimizer(trained.values(), weight_decay=0.5), 0.1)
+    decayed = {name for name, p in trained.items() if torch.allclose(p.detach(), before[name] * 0.95)}
+    assert {name for name, p in trained.items() if torch.equal(p.detach(), before[name])} == trained.keys() - decayed
+    assert decayed == {name for name in trained if trained[name].ndim == 2} != trained.keys()
+    if settings["method"] == "full":
+        theirs = get_parameter_names(network, [nn.LayerNorm], ["bias", "norm"])
+        assert decayed == trained.keys() & set(theirs)
+
+
+def test_moments_in_8_bits_follow_those_in_fp32_in_a_quarter_of_the_bytes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(128, 64, generator=generator), torch.randn(5, 128, 64, generator=generator)
+    moved, kept = {}, {}
+    for kind in OPTIMIZERS:
+        p = nn.Parameter(start.clone())
+        optimizer = make_optimizer([p], weight_decay=0.1, kind=kind)
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            update(optimizer, 0.01)
+        moved[kind] = p.detach() - start
+        kept[kind] = sum(tensor.nbytes for tensor in moments(optimizer, p).values())
+    assert kept == {"adamw": 8 * p.numel(), "adamw_8bit": 2 * p.numel() * 260 // 256}
+    assert (moved["adamw_8bit"] - moved["adamw"]).norm() < 0.05 * moved["adamw"].norm()
+
+
+def test_moments_in_8_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
+        make_optimizer(parameters([0.0]), weight_decay=0, kind="adamw_8bit")
+
+
 def test_autograd_hears_of_an_update() -> None:
     """What is derived from a weight and kept (MasterLinear's narrow copy) tells the age by the version."""
     (p,) = parameters([1.0, 2.0])
-    optimizer, before = make_adamw([p], weight_decay=0.0), p._version
+    optimizer, before = make_optimizer([p], weight_decay=0.0), p._version
     give([p], [1.0, 1.0])
     update(optimizer, 0.1)
     assert p._version > before

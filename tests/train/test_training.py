@@ -15,7 +15,7 @@ from tunesmith.errors import GateError
 from tunesmith.model.adapters import METHODS, trainable
 from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel, adopt
-from tunesmith.train.optim import rate_at
+from tunesmith.train.optim import moments, rate_at
 from tunesmith.train.training import BAD_STEPS, Settings, Training
 from tunesmith.types import Document, Done, Event, StepResult, Verdict
 
@@ -312,6 +312,26 @@ def test_a_resumed_run_is_bitwise_the_straight_one(method: str, dtype: torch.dty
         (e.step, e.loss, e.grad_norm) for e in steps(straight)[3:]
     ]
     assert same(weights(model), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(method: str, tmp_path: Path) -> None:
+    """Of a rank at which A and B are large enough to have them; norms and biases have theirs in fp32."""
+    wish = dataclasses.replace(SETTINGS, optim="adamw_8bit")
+
+    def fresh() -> Training:
+        return Training(tiny_model(method=method, lora_r=96), documents_of, wish)
+
+    straight, first, second = fresh(), fresh(), fresh()
+    list(straight)
+    for _ in range(3):
+        next(first)
+    first.save(tmp_path)
+    second.restore(tmp_path)
+    list(second)
+    assert same(weights(straight.model), weights(second.model))
+    kept = [moments(second.optimizer, p) for p in second.parameters.values()]
+    assert {found["state1"].dtype for found in kept} == {torch.uint8, torch.float32}
 
 
 def test_the_end_token_is_what_is_learned_last() -> None:

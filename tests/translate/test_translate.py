@@ -95,6 +95,7 @@ def test_axolotl() -> None:
         "max_length": 4096,
         "num_train_epochs": 4,
         "method": "qlora",
+        "optim": "adamw_8bit",
         "lora_target_modules": "all-linear",
         "overlong": "truncate",
         "data": [
@@ -167,7 +168,6 @@ def test_values_given_beside_it_win() -> None:
         (["val_set_size: 500"], {}),
         (["chat_template: tokenizer_default"], {}),
         (["chat_template: jinja", "chat_template_jinja: t.jinja"], {"template": "t.jinja"}),
-        (["adapter: lora", "lora_target_modules: '.*proj'"], {}),
         (["adapter: lora", "lora_target_modules: [q_proj]", "lora_target_linear: true"], {}),
     ],
 )
@@ -195,6 +195,11 @@ def test_without_an_adapter_all_weights_are_trained() -> None:
 def test_what_would_change_the_training_is_said_first(key: str) -> None:
     assert left(changed(AXOLOTL, f"{key}: true"))[key].matters
     assert key not in left(changed(AXOLOTL, f"{key}: false"))
+
+
+def test_a_pattern_of_layers_stays_a_pattern() -> None:
+    lines = ["base_model: tiny", "datasets: [{path: a.jsonl}]", "adapter: lora", "lora_target_modules: '.*[qv]_proj'"]
+    assert translated("\n".join(lines)).values["lora_target_modules"] == ".*[qv]_proj"
 
 
 def test_dora_keeps_its_name() -> None:

@@ -18,6 +18,7 @@ from tunesmith.atomic import sha256_of
 from tunesmith.errors import InputError
 from tunesmith.model.files import check_files
 from tunesmith.model.folder import TensorHeader, read_header, read_headers, read_json
+from tunesmith.model.targets import linear_paths
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -182,8 +183,7 @@ def _of_base(base: Mapping[str, TensorHeader], path: str) -> TensorHeader | None
 
 def _targets(paths: list[str], base: Mapping[str, TensorHeader]) -> str | tuple[str, ...]:
     """The shortest of: all-linear, names such as q_proj, full paths."""
-    linear = [name for name, tensor in base.items() if ".layers." in f".{name}" and len(tensor.shape) == 2]
-    linear = [name.removesuffix(".weight") for name in linear if name.endswith(".weight")]
+    linear = linear_paths(base)
     names = {path.rpartition(".")[2] for path in paths}
     if len([path for path in linear if path.rpartition(".")[2] in names]) > len(paths):
         return tuple(sorted(paths))

@@ -1,12 +1,12 @@
 """What is trained: a low-rank adapter beside a frozen base, or every weight.
 
 In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out: how a base becomes
-quantised (quantized.py), the maths of the layers (lora.py, dora.py), files (saved.py).
+quantised (quantized.py), the maths of the layers (lora.py, dora.py), which layers (targets.py), files (saved.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,33 +14,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tunesmith.errors import InputError
 from tunesmith.model.adapter_folder import scale_of
 from tunesmith.model.lora import LoraLinear, MasterLinear, QuantizedLinear
+from tunesmith.model.targets import select
 
 
 def linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
     """Path -> linear layer inside the decoder: everything but the head."""
     head = network.get_output_embeddings()
     return {p: m for p, m in network.named_modules() if isinstance(m, nn.Linear | QuantizedLinear) and m is not head}
-
-
-def select(paths: Sequence[str], targets: str | Sequence[str]) -> list[str]:
-    """The paths that `lora_target_modules` asks for: "all-linear", or names such as q_proj or layers.0.mlp.up_proj."""
-    if targets == "all-linear":
-        return list(paths)
-    names = [targets] if isinstance(targets, str) else list(targets)
-    matches = {name: [p for p in paths if p == name or p.endswith("." + name)] for name in names}
-    missing = [name for name, found in matches.items() if not found]
-    if missing:
-        available = sorted({p.rsplit(".", 1)[-1] for p in paths})
-        raise InputError(
-            f"no linear layer is called {', '.join(missing)}",
-            where="lora_target_modules",
-            fix=f"use all-linear or names from: {', '.join(available)}",
-        )
-    chosen = {p for found in matches.values() for p in found}
-    return [p for p in paths if p in chosen]
 
 
 def replace(network: nn.Module, path: str, module: nn.Module) -> None:

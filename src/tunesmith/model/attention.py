@@ -169,7 +169,8 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        inputs, rest = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: a layer that runs again gives them once
+        inputs, rest = saved[:5], saved[5:]
         dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
         _call(*inputs, gradients[0].contiguous(), dq, dk, dv, *rest, *ctx.shape)
         return dq, dk, dv, None, None, None

@@ -7,10 +7,13 @@ Legend: T tokens, H hidden, D head size, F MLP width.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tunesmith.model import kernels
 from tunesmith.model.attention import Rule, attend, turned
@@ -85,23 +88,31 @@ def half_angles(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _GatedMlp(torch.autograd.Function):
-    """down(activation(gate x) * up x). Saves x, gate and up; the product is recomputed in the backward."""
+    """down(activation(gate x) * up x). Saves x, gate and up, with `again` x alone; what else the backward needs is
+    computed anew."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, first: Group, last: Group, gelu: bool, *_parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, first: Group, last: Group, gelu: bool, again: bool, *_parameters: Tensor | None
+    ) -> Tensor:
         x_NH = x.reshape(-1, x.shape[-1])
         (gate, up), inner = first.forward(x_NH)
         (y,), inner_last = last.forward(kernels.gated(gate, up, gelu))
         ctx.first, ctx.last, ctx.gelu, ctx.shape, ctx.of_last = first, last, gelu, x.shape, len(inner_last)
-        ctx.save_for_backward(x_NH, gate, up, *inner_last, *inner)
+        ctx.again = again
+        ctx.save_for_backward(x_NH, *inner_last, *(() if again else (gate, up, *inner)))
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_NH, gate, up, *inner = ctx.saved_tensors
-        inner_last, inner = inner[: ctx.of_last], inner[ctx.of_last :]
         first: Group = ctx.first
         last: Group = ctx.last
+        x_NH, *saved = ctx.saved_tensors
+        inner_last, rest = saved[: ctx.of_last], saved[ctx.of_last :]
+        if ctx.again:
+            outputs, inner = first.forward(x_NH)
+            rest = [*outputs, *inner]
+        gate, up, *inner = rest
         dy = [gradients[0].reshape(len(x_NH), -1)]
         dy, dz, outer = last.outputs_backward(dy, inner_last)
         dproduct = last.input_gradient(dy, dz)
@@ -109,18 +120,18 @@ class _GatedMlp(torch.autograd.Function):
         of_last = last.parameter_gradients(product_NF, dy, dz, outer)
         dboth, dz, outer = first.outputs_backward(dboth, inner)
         dx = first.input_gradient(dboth, dz).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return (dx, None, None, None, *first.parameter_gradients(x_NH, dboth, dz, outer), *of_last)
+        return (dx, None, None, None, None, *first.parameter_gradients(x_NH, dboth, dz, outer), *of_last)
 
 
 class Mlp(nn.Module):
     def __init__(self, stock: Any, *, gelu: bool) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
-        self.gelu = gelu
+        self.gelu, self.again = gelu, False
 
     def forward(self, x: Tensor) -> Tensor:
         first, last = Group([self.gate_proj, self.up_proj], x.dtype), Group([self.down_proj], x.dtype)
-        return _GatedMlp.apply(x, first, last, self.gelu, *first.parameters, *last.parameters)
+        return _GatedMlp.apply(x, first, last, self.gelu, self.again, *first.parameters, *last.parameters)
 
 
 class LastLayer(nn.Module):
@@ -149,6 +160,18 @@ def prune_last(layers: nn.ModuleList) -> bool:
     if known:
         layers[-1] = LastLayer(last)
     return known
+
+
+def keep_less(layers: Sequence[Any], activations: str) -> None:
+    """What the backward finds of the forward. keep: all; selective: not gate and up, which are computed anew;
+    recompute: the inputs of the layers, each of which runs again with the same Layout. The last layer's backward comes
+    first, so what it keeps is gone before others need the room."""
+    for layer in layers:
+        if activations == "selective" and isinstance(mlp := getattr(layer, "mlp", None), Mlp):
+            mlp.again = True
+    for layer in layers[:-1] if activations == "recompute" else []:
+        layer.gradient_checkpointing = True  # transformers' own switch; it runs with gradients in training mode only
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 class Embedding(nn.Module):

@@ -27,7 +27,7 @@ from tunesmith.model.cache import RowCache
 from tunesmith.model.fit import check_fit, its_errors
 from tunesmith.model.frozen import Blocked, blocks_here
 from tunesmith.model.head import Head
-from tunesmith.model.layers import Embedding, prune_last, replace_layers
+from tunesmith.model.layers import Embedding, keep_less, prune_last, replace_layers
 from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.types import Batch, Json, Layout
 
@@ -174,15 +174,22 @@ class LanguageModel:
 
 
 def adopt(
-    network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto", *, blocked: bool = False
+    network: PreTrainedModel,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    *,
+    blocked: bool = False,
+    activations: str = "keep",
 ) -> LanguageModel:
     """Replaces the modules that we do better and hands the network over. Weights are shared, none is copied; `blocked`
-    keeps those beside adapters in oneDNN's layouts, where that is possible."""
+    keeps those beside adapters in oneDNN's layouts, where that is possible. `activations`: see `keep_less`."""
     if blocked and dtype == torch.bfloat16 and network.device.type == "cpu" and blocks_here():
         _block(network)
     network.set_input_embeddings(Embedding(network.get_input_embeddings(), dtype))
     replace_layers(network)
-    return LanguageModel(network, dtype, backend)
+    model = LanguageModel(network, dtype, backend)
+    keep_less(list(model.decoder.layers), activations)
+    return model
 
 
 def _block(network: PreTrainedModel) -> None:

@@ -205,8 +205,8 @@ class Group:
         self.packed: Packed | None = None
 
     def forward(self, x_NI: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The outputs and `inner`."""
-        self.masks = [operand.mask(x_NI) for operand in self.operands]
+        """The outputs and `inner`. Once more, as in a backward that makes them anew, it drops the same."""
+        self.masks = self.masks or [operand.mask(x_NI) for operand in self.operands]
         self.packed = self._pack(x_NI)
         outputs = [operand.frozen.outputs(x_NI, None if operand.gain else operand.bias) for operand in self.operands]
         inner: list[Tensor | None]

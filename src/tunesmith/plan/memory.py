@@ -7,7 +7,7 @@ and the attention's output) and 2 F (gate and up). Left out: a correction from m
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict, Unpack
 
 from tunesmith.types import ModelSpec
 
@@ -32,53 +32,74 @@ def magnitudes(spec: ModelSpec) -> int:
     return spec.num_layers * (q + 2 * kv + 2 * spec.hidden_size + 2 * spec.intermediate_size)
 
 
-def activation_bytes(spec: ModelSpec, tokens: int, width: int, *, dora: bool = False) -> int:
+def activation_bytes(spec: ModelSpec, tokens: int, width: int, *, activations: str = "keep", dora: bool = False) -> int:
     """Saved for the backward of one pack, plus the temporaries of the widest layer. DoRA also keeps the outputs of the
-    attention and of the MLP."""
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    saved = spec.num_layers * ((6 if dora else 4) * spec.hidden_size + 2 * q + 2 * kv + 2 * spec.intermediate_size)
+    attention and of the MLP. `selective` leaves out gate and up, `recompute` keeps the inputs of all layers but one."""
+    q, kv, layers = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_layers
+    mlp = 2 * spec.intermediate_size
+    layer = (6 if dora else 4) * spec.hidden_size + 2 * q + 2 * kv + mlp
+    saved = {
+        "keep": layers * layer,
+        "selective": layers * (layer - mlp),
+        "recompute": layers * spec.hidden_size + layer,
+    }[activations]
     temporary = 6 * spec.intermediate_size
     return int(tokens * (saved + temporary) * width * (1 + ALLOCATOR_SHARE))
 
 
-def peak_memory(
-    spec: ModelSpec,
-    *,
-    method: Method,
-    dtype: str,
-    rank: int,
-    pack_tokens: int,
-    layouts: int = 1,
-    dora: bool = False,
-) -> dict[str, int]:
-    """Bytes by component. fp32 masters and Adam's two moments: 16 bytes a trained parameter, gradient included.
-    `layouts`: in how many the frozen matrices are kept (model/frozen.py). Those in 4 bits are widened one by one."""
-    width = 2 if dtype == "bf16" else 4
-    trained = trained_parameters(spec, method=method, rank=rank, dora=dora)
+class Size(TypedDict):
+    """What a run takes, apart from its packs. Some may be left out."""
+
+    method: Method
+    dtype: str
+    rank: int
+    dora: NotRequired[bool]
+    optim: NotRequired[str]
+    activations: NotRequired[str]
+
+
+def peak_memory(spec: ModelSpec, *, pack_tokens: int, layouts: int = 1, **size: Unpack[Size]) -> dict[str, int]:
+    """Bytes by component. `layouts`: in how many the frozen matrices are kept (model/frozen.py). Those in 4 bits are
+    widened one by one, and so are moments in 8 bits."""
+    method, width, dora = size["method"], 2 if size["dtype"] == "bf16" else 4, size.get("dora", False)
     matrices = spec.block_parameters * (NF4_BYTES if method == "qlora" else width)
     frozen = 0 if method == "full" else int(matrices) + (spec.parameters - spec.block_parameters) * width
-    narrow_copies = spec.block_parameters * width if method == "full" and dtype == "bf16" else 0
+    narrow_copies = spec.block_parameters * width if method == "full" and width == 2 else 0
     parts = {
         "process": PROCESS_BYTES,
         "weights": frozen + (layouts - 1) * spec.block_parameters * width + narrow_copies,
         "widened": 2 * spec.hidden_size * spec.intermediate_size * width if method == "qlora" else 0,
-        "trained": trained * 16,
-        "activations": activation_bytes(spec, pack_tokens, width, dora=dora),
+        "trained": int(trained_parameters(spec, **size) * (8 + _moment_bytes(**size))),
+        "update": _update_bytes(spec, **size),
+        "activations": activation_bytes(
+            spec, pack_tokens, width, activations=size.get("activations", "keep"), dora=dora
+        ),
         "evaluation": EVALUATION_BYTES,
-        "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if dtype == "bf16" else 4),
+        "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if width == 2 else 4),
     }
     return parts | {"peak": sum(parts.values())}
 
 
-def trained_parameters(spec: ModelSpec, *, method: Method, rank: int, dora: bool) -> int:
-    if method == "full":
+def trained_parameters(spec: ModelSpec, **size: Unpack[Size]) -> int:
+    if size["method"] == "full":
         return spec.parameters
-    return lora_parameters(spec, rank) + (magnitudes(spec) if dora else 0)
+    return lora_parameters(spec, size["rank"]) + (magnitudes(spec) if size.get("dora") else 0)
 
 
-def disk_needed(spec: ModelSpec, *, method: Method, dtype: str, rank: int, dora: bool = False) -> int:
+def _moment_bytes(**size: Unpack[Size]) -> float:
+    """Adam's two of each trained weight, beside 8 bytes for an fp32 master and its gradient."""
+    return 2 * (1 + 4 / 256) if size.get("optim") == "adamw_8bit" else 8
+
+
+def _update_bytes(spec: ModelSpec, **size: Unpack[Size]) -> int:
+    """Both moments of the largest tensor in fp32, and two temporaries."""
+    largest = spec.vocab_size * spec.hidden_size if size["method"] == "full" else 0
+    return 4 * 4 * largest if size.get("optim") == "adamw_8bit" else 0
+
+
+def disk_needed(spec: ModelSpec, **size: Unpack[Size]) -> int:
     """Bytes that a run holds on disk at most: three checkpoints (two are kept while a third is written) of a weight
-    and two moments in fp32, and the trained weights."""
-    trained = trained_parameters(spec, method=method, rank=rank, dora=dora)
-    final = trained * (2 if method == "full" and dtype == "bf16" else 4)
-    return 3 * 12 * trained + final
+    in fp32 and two moments, and the trained weights."""
+    trained = trained_parameters(spec, **size)
+    final = trained * (2 if size["method"] == "full" and size["dtype"] == "bf16" else 4)
+    return int(3 * trained * (4 + _moment_bytes(**size))) + final

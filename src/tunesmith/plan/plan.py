@@ -19,6 +19,7 @@ from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
 
 ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+EXTRA = (("method", "qlora", "4-bit weights", "lora"), ("optim", "adamw_8bit", "8-bit moments", "adamw"))
 FITS = 1.15  # a prediction counts as fitting when this much of it is free
 
 
@@ -55,6 +56,8 @@ def decide(
         decided[key] = choices[key].value
     choices |= {key: choice for key, choice in fixed.items() if key not in RULES}
     choices |= rehearsal_choices(recipe.rehearsal, known, data.get("rehearsal"))
+    choices["activations"] = _activations(known, model, choices, wishes["activations"])
+    decided["activations"] = choices["activations"].value
     for key in ("template", "overlong", "seed", "stage"):
         choices[key] = Choice(_plain(wishes[key]), "you" if _set(recipe, key) else "rule", _WHY[key])
     choices["now"] = Choice(now, "rule", "dates in chat templates are frozen at this moment")
@@ -129,9 +132,12 @@ def _check_lengths(decided: dict[str, Any], model: ModelSpec) -> None:
 
 
 def _check_libraries(decided: dict[str, Any], machine: Machine) -> None:
-    if decided["method"] == "qlora" and "bitsandbytes" not in machine.versions:
-        fix = "pip install 'tunesmith[qlora]', or use method: lora"
-        raise InputError("4-bit weights need bitsandbytes, which is not installed", where="method: qlora", fix=fix)
+    if "bitsandbytes" in machine.versions:
+        return
+    for key, value, what, other in EXTRA:
+        if decided[key] == value:
+            fix = f"pip install 'tunesmith[qlora]', or use {key}: {other}"
+            raise InputError(f"{what} need bitsandbytes, which is not installed", where=f"{key}: {value}", fix=fix)
 
 
 def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:
@@ -155,10 +161,30 @@ def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> di
     )
 
 
+def _activations(known: Known, model: ModelSpec, choices: Mapping[str, Choice], wish: str) -> Choice:
+    """All that fit are kept: what is computed anew costs time."""
+    if wish != "auto":
+        return Choice(wish, "you", "the recipe says so")
+    free = known.machine.available_bytes
+    for policy, why in ACTIVATIONS.items():
+        known.decided["activations"] = policy
+        needed = _memory(known, model, choices)["peak"] * FITS
+        if needed <= free or policy == "recompute":
+            return Choice(policy, "rule", f"{why}; with that, {needed / 1e9:.1f} GB of {free / 1e9:.1f} free")
+    raise AssertionError("the last policy is always taken")
+
+
+ACTIVATIONS = {
+    "keep": "nothing is computed twice",
+    "selective": "all of them do not fit: the MLP's are computed again in the backward",
+    "recompute": "little room: layer by layer, all are computed again in the backward",
+}
+
+
 def _size(decided: Mapping[str, Any]) -> dict[str, Any]:
-    """What the number of trained weights follows from."""
+    """What the weights take."""
     adapter = {"rank": decided.get("lora_r", 0), "dora": decided.get("use_dora", False)}
-    return {"method": decided["method"], "dtype": decided["dtype"], **adapter}
+    return {key: decided[key] for key in ("method", "dtype", "optim", "activations")} | adapter
 
 
 def refuse_without_room(plan: Plan) -> None:

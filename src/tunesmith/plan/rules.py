@@ -73,6 +73,15 @@ def method(known: Known) -> Choice:
     return rule("lora", "the base stays as it is, and one base serves many adapters", "Hu 2021, Biderman 2024")
 
 
+def optim(known: Known) -> Choice:
+    """Moments in 8 bits where those of all weights in fp32 leave less than a fifth of their size (as in `method`)."""
+    wide, free = 16 * known.model.parameters, known.machine.available_bytes
+    if known["method"] == "full" and 1.2 * wide > free and "bitsandbytes" in known.machine.versions:
+        why = f"weights, gradients and moments in fp32 take {wide / 1e9:.1f} GB of {free / 1e9:.1f} free"
+        return rule("adamw_8bit", why, "Dettmers 2022")
+    return rule("adamw", "moments in fp32")
+
+
 def dtype(known: Known) -> Choice:
     """bf16 where products run in it: twice the rate and half the bytes of fp32 on the machines measured."""
     if known.machine.bf16_matmul:
@@ -267,6 +276,7 @@ def weight_layout(known: Known) -> Choice:
 
 RULES: dict[str, Callable[[Known], Choice]] = {
     "method": method,
+    "optim": optim,
     "loss": loss,
     "beta": beta,
     "gamma": gamma,

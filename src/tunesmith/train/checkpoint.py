@@ -16,27 +16,27 @@ from torch import Tensor, nn
 
 from tunesmith.errors import InputError
 from tunesmith.model.tensorfile import write_tensors
+from tunesmith.train.optim import MOMENTS, moments, put_back
 
 STATE, POSITION = "state.safetensors", "position.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def write_state(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, position: dict[str, Any]
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, position: dict[str, Any]
 ) -> None:
     """Raises GateError when a weight or a moment is not finite, OSError when the disk refuses."""
     tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for name, p in parameters.items()}
     updates = 0
     for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
-        updates = int(state["step"]) if state else updates
+        if found := moments(optimizer, parameter):
+            tensors |= {f"{moment}.{name}": tensor for moment, tensor in found.items()}
+            updates = int(optimizer.state[parameter]["step"])
     write_tensors(tensors, folder / STATE)
     text = json.dumps({**position, "updates": updates}, indent=2)
     (folder / POSITION).write_text(text + "\n", encoding="utf-8")
 
 
-def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Any]:
+def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Puts weights and moments back; returns the position. Raises InputError when the folder is of another run."""
     tensors, position = load_file(folder / STATE), json.loads((folder / POSITION).read_text(encoding="utf-8"))
     stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
@@ -46,6 +46,6 @@ def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
         with torch.no_grad():  # not through `.data`, which would hide the change from MasterLinear
             parameter.copy_(tensors[f"weight.{name}"])
         if position["updates"]:
-            state: dict[str, Tensor] = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(position["updates"])), **state}
+            found = {moment: tensors[key] for moment in MOMENTS if (key := f"{moment}.{name}") in tensors}
+            put_back(optimizer, parameter, found, position["updates"])
     return position

@@ -1,12 +1,16 @@
-"""AdamW and its learning rate. The rate is a pure function of the step, so nothing of the schedule needs saving."""
+"""AdamW, its state and its learning rate. The rate is a pure function of the step, so nothing of the schedule needs
+saving."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tunesmith.model.frozen import bitsandbytes
 
 
 def linear(progress: float) -> float:
@@ -33,9 +37,60 @@ def rate_at(step: int, *, peak: float, warmup_steps: int, total_steps: int, sche
     return peak * SCHEDULES[schedule]((step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
-def make_adamw(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is given with each `update`."""
-    return torch.optim.AdamW(list(parameters), lr=0.0, weight_decay=weight_decay, fused=True)
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], *, weight_decay: float, kind: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is given with each `update`. Only matrices decay, as in
+    transformers' Trainer: 0 is no better value for a norm or a bias. Nor for a magnitude of DoRA, where the Trainer
+    does decay: it starts at the length of a row of the base."""
+    every = list(parameters)
+    groups = [
+        {"params": [p for p in every if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return OPTIMIZERS[kind]([group for group in groups if group["params"]])
+
+
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Fused; both moments in fp32."""
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def adamw_8bit(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Moments in 8 bits with an fp32 scale for 256 of them (Dettmers 2022), those of fewer than 4,096 weights in fp32;
+    on CUDA in pages that may leave the device. Raises InputError without bitsandbytes."""
+    library = bitsandbytes().optim
+    on_device = groups[0]["params"][0].device.type == "cuda"
+    return (library.PagedAdamW8bit if on_device else library.AdamW8bit)(groups, lr=0.0)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw_8bit": adamw_8bit,
+}
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter; empty before its first update."""
+    state = optimizer.state.get(parameter, {})
+    return {name: state[name] for name in MOMENTS if name in state}
+
+
+def put_back(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, found: dict[str, Tensor], updates: int) -> None:
+    """The moments of a parameter as they were after `updates`."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        kept = {name: tensor.to(parameter.device) for name, tensor in found.items()}
+        optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **kept}
+        return
+    made: Any = optimizer  # bitsandbytes': its tables come with the first state
+    for index, group in enumerate(made.param_groups):
+        for place, p in enumerate(group["params"]):
+            if p is parameter:
+                made.init_state(group, p, index, place)
+    for name, tensor in found.items():
+        made.state[parameter][name].copy_(tensor)
+    made.state[parameter]["step"] = updates
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
@@ -43,7 +98,7 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     return float(torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf))
 
 
-def update(optimizer: torch.optim.AdamW, rate: float) -> None:
+def update(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """One step at this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -28,7 +28,7 @@ from tunesmith.model.memory import OutOfMemory, memory_errors
 from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.losses import Counts, Objective, step_terms
-from tunesmith.train.optim import clip, make_adamw, rate_at, update
+from tunesmith.train.optim import clip, make_optimizer, rate_at, update
 from tunesmith.types import Document, Done, Event, Pack, Plan, StepResult, Verdict
 
 POSITION = ("step", "seconds", "bad_steps", "pack_length")  # what a checkpoint keeps of a Training beside its tensors
@@ -52,6 +52,7 @@ class Settings:
     seed: int
     share_prefixes: bool = False
     objective: Objective = NO_PAIRS
+    optim: str = "adamw"
 
     @classmethod
     def of(cls, plan: Plan) -> Settings:
@@ -69,6 +70,7 @@ class Settings:
             objective=Objective(plan["loss"], plan["beta"], plan["gamma"], plan["nll_coefficient"])
             if paired
             else NO_PAIRS,
+            optim=plan["optim"],
         )
 
 
@@ -82,7 +84,9 @@ class Training:
         """`documents_of(step)` gives the documents of step 1..steps, always the same ones."""
         self.model, self.documents_of, self.settings = model, documents_of, settings
         self.parameters = trainable(model.network)
-        self.optimizer = make_adamw(self.parameters.values(), weight_decay=settings.weight_decay)
+        self.optimizer = make_optimizer(
+            self.parameters.values(), weight_decay=settings.weight_decay, kind=settings.optim
+        )
         self.step, self.seconds, self.bad_steps = 0, 0.0, 0
         self.pack_length = settings.pack_length
         self._again: Sequence[Document] | None = None  # the documents of a step that did not fit

@@ -106,7 +106,9 @@ def optimizer(draft: Draft, key: str) -> None:
     value = draft.word(key)
     if value is None or value in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"):
         return
-    if "adamw" in str(value):
+    if value in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"):
+        draft.put("optim", "adamw_8bit", key)
+    elif "adamw" in str(value):
         draft.leave(key, value, "AdamW, its state in fp32", matters=False)
     else:
         draft.leave(key, value, "the optimizer is AdamW; another one wants another learning rate")
@@ -158,13 +160,13 @@ def folder(draft: Draft) -> None:
 
 
 def target_modules(draft: Draft, key: str, *, everything: tuple[str, ...]) -> None:
-    """A list, or their word for all linear layers."""
+    """A list, a regular expression for whole paths, or their word for all linear layers."""
     value = draft.take(key)
     if isinstance(value, str) and value not in everything:
-        value = [name.strip() for name in value.split(",")]
-        if any(set(name) & set("^$*\\|(") for name in value):
-            draft.leave(key, ",".join(value), "names of layers here, no pattern")
+        if set(value) & set("^$*\\|("):
+            draft.put("lora_target_modules", value, key)
             return
+        value = [name.strip() for name in value.split(",")]
     if value:
         draft.put("lora_target_modules", value if isinstance(value, list) else "all-linear", key)
 
