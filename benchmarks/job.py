@@ -122,12 +122,15 @@ class Clock:
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for d in documents:
-            file.write(json.dumps([d.id, d.tokens_L.tolist(), d.weights_L.tolist()]) + "\n")
+            file.write(json.dumps([d.id, d.tokens_L.tolist(), d.weights_L.tolist(), d.side]) + "\n")
 
 
 def read_documents(path: str | Path) -> list[Document]:
     rows = (json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines())
-    return [Document(id, np.array(tokens, np.int32), np.array(weights, np.float32)) for id, tokens, weights in rows]
+    return [
+        Document(id, np.array(tokens, np.int32), np.array(weights, np.float32), side)
+        for id, tokens, weights, side in rows
+    ]
 
 
 def threads() -> int:

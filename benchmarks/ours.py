@@ -1,6 +1,6 @@
 """tunesmith's side: the same rows through `Training`, with the modules, the packs and the loop that every run uses.
 
-python -m benchmarks.ours JOB                   a Job as JSON; options: pack_length, blocked
+python -m benchmarks.ours JOB                   a Job as JSON; options: pack_length, blocked, share_prefixes
 python -m benchmarks.ours start MODEL FOLDER    writes the adapter that both sides begin with
 """
 
@@ -47,6 +47,7 @@ def run(job: Job) -> Outcome:
         weight_decay=0.0,
         max_grad_norm=job.max_grad_norm,
         seed=0,
+        share_prefixes=job.options["share_prefixes"],
     )
 
     def documents_of(step: int) -> list[Document]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
 import sysconfig
 import textwrap
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tunesmith.data.formats import parse
+from tunesmith.data.formats import parse, parse_pair
 from tunesmith.data.render import Renderer
 from tunesmith.types import Document, Example, Json, Row
 
@@ -25,6 +26,7 @@ SYSTEM = "Write the docstring of this Python code. Answer with the text alone, w
 SKIP = {"test", "tests", "idle_test", "site-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
 CODE_CHARACTERS, ANSWER_CHARACTERS = range(300, 2800), range(70, 400)
 ROW_TOKENS, ANSWER_TOKENS = range(200, 701), range(20, 91)
+LONG_CHARACTERS, LONG_TOKENS = range(2000, 6000), range(600, 1201)  # of pairs
 
 
 def documented(path: Path) -> Iterator[tuple[str, str]]:
@@ -56,23 +58,23 @@ def opening(docstring: str) -> str:
     return taken.strip()
 
 
-def chat_rows() -> list[Json]:
-    """Rows {"messages": ...} in an order that stays, no code and no answer twice."""
+def code_and_answers(characters: range) -> list[tuple[str, str]]:
+    """Code of so many characters and its docstring, in an order that stays, no code and no answer twice."""
     library = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in library.rglob("*.py") if not SKIP & set(path.relative_to(library).parts))
     pairs = {
         answer: code
         for path in files
         for code, answer in documented(path)
-        if len(code) in CODE_CHARACTERS and len(answer) in ANSWER_CHARACTERS
+        if len(code) in characters and len(answer) in ANSWER_CHARACTERS
     }
     unique = {code: answer for answer, code in pairs.items()}
     shuffled = sorted(unique, key=lambda code: hashlib.sha256(code.encode()).hexdigest())
-    return [{"messages": messages(code, unique[code])} for code in shuffled]
+    return [(code, unique[code]) for code in shuffled]
 
 
-def messages(code: str, answer: str) -> list[Json]:
-    turns = {"system": SYSTEM, "user": code, "assistant": answer}
+def messages(system: str, code: str, answer: str) -> list[Json]:
+    turns = {"system": system, "user": code, "assistant": answer}
     return [{"role": role, "content": content} for role, content in turns.items()]
 
 
@@ -80,18 +82,36 @@ def example(row: Json, number: int) -> Example:
     return parse(Row(f"rows:{number}", row), "messages", True)
 
 
-def fitting(renderer: Renderer, count: int) -> tuple[list[Json], list[Document]]:
-    """The first `count` rows of the right length, and their documents."""
+def fitting(
+    renderer: Renderer, count: int, *, system: str = SYSTEM, row_tokens: range = ROW_TOKENS
+) -> tuple[list[Json], list[Document]]:
+    """The first `count` rows {"messages": ...} of the right length, and their documents."""
     rows: list[Json] = []
     documents: list[Document] = []
-    for number, row in enumerate(chat_rows(), start=1):
+    for number, (code, answer) in enumerate(code_and_answers(CODE_CHARACTERS), start=1):
+        row = {"messages": messages(system, code, answer)}
         (document,) = renderer.documents(example(row, number)).documents
-        if len(document) in ROW_TOKENS and int((document.weights_L > 0).sum()) in ANSWER_TOKENS:
+        if len(document) in row_tokens and int((document.weights_L > 0).sum()) in ANSWER_TOKENS:
             rows.append(row)
             documents.append(document)
         if len(rows) == count:
             return rows, documents
     raise SystemExit(f"this Python's library gives only {len(rows)} rows of the right length, {count} are needed")
+
+
+def pairs(renderer: Renderer, count: int) -> list[Document]:
+    """Both sides of pairs: a long piece of code, its docstring, and the docstring of something else."""
+    found: list[Document] = []
+    taken = code_and_answers(LONG_CHARACTERS)
+    for number, ((code, answer), (_, other)) in enumerate(itertools.pairwise(taken), start=1):
+        *prompt, chosen = messages(SYSTEM, code, answer)
+        row = {"prompt": prompt, "chosen": [chosen], "rejected": [{**chosen, "content": other}]}
+        sides = renderer.documents(parse_pair(Row(f"pairs:{number}", row), "preference", True)).documents
+        if all(len(side) in LONG_TOKENS for side in sides):
+            found += sides
+        if len(found) == 2 * count:
+            return found
+    raise SystemExit(f"this Python's library gives only {len(found) // 2} pairs of the right length")
 
 
 def write_rows(path: Path, rows: Sequence[Json]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.job import call, threads
+from benchmarks.prefix import prefix
 from benchmarks.prepare import MODEL, Bench, note, prepare
 from benchmarks.speed import losses, speed
 from benchmarks.start import rows_per_second, seconds_to_first_step
@@ -51,6 +52,7 @@ PARTS: dict[str, Callable[[Bench], Json]] = {
     "start": start,
     "speed": speed,
     "loss": losses,
+    "prefix": prefix,
 }
 
 

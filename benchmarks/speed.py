@@ -9,6 +9,7 @@ blind to each other, which is tested in place. Left out: torch.compile, which ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
@@ -16,10 +17,12 @@ from benchmarks.job import Job, Outcome, run_job, write_documents
 from benchmarks.prepare import Bench, note
 from benchmarks.rows import by_length
 
-from tunesmith.types import Json, ModelSpec
+from tunesmith.data.pack import saved_share
+from tunesmith.plan.rules import LEAST_SAVED
+from tunesmith.types import Document, Json, ModelSpec
 
 OURS, THEIRS = "benchmarks.ours", "benchmarks.theirs"
-OUR_OPTIONS = {"pack_length": 4096, "blocked": True}  # what a plan chooses on a CPU
+PACK_LENGTH = 4096  # what a plan chooses on a CPU
 FINALISTS = 2
 PADDED, GROUPED, PADDING_FREE = "padded", "grouped by length", "padding-free"
 
@@ -95,8 +98,15 @@ def tokens_per_second(run: Json) -> float:
     return run["tokens_per_second"]
 
 
+def our_options(documents: Sequence[Document], batch: int) -> Json:
+    """What a plan chooses for these rows."""
+    saved = saved_share([(document,) for document in documents], batch, PACK_LENGTH)
+    return {"pack_length": PACK_LENGTH, "blocked": True, "share_prefixes": saved >= LEAST_SAVED}
+
+
 def our_run(bench: Bench) -> Json:
-    return timed(OURS, replace(bench.job, options=OUR_OPTIONS), "tunesmith", bench.spec)
+    options = our_options(bench.documents, bench.job.batch)
+    return timed(OURS, replace(bench.job, options=options), "tunesmith", bench.spec)
 
 
 def their_run(bench: Bench, setting: Setting) -> Json:
@@ -129,7 +139,10 @@ def losses(bench: Bench) -> Json:
     """The loss of every one of some equal steps; TRL with the number formats that users get."""
     setting, steps = Setting(batch=2), bench.size.loss_steps
     job = replace(bench.job, batch=setting.batch, steps=steps, seconds=1e9)
-    sides = {"tunesmith": (OURS, OUR_OPTIONS), "trl": (THEIRS, setting.options(losses=True))}
+    sides = {
+        "tunesmith": (OURS, our_options(bench.documents, setting.batch)),
+        "trl": (THEIRS, setting.options(losses=True)),
+    }
     found: Json = {}
     for name, (side, options) in sides.items():
         note(f"{name}: {steps} equal steps")

@@ -58,4 +58,28 @@ def render_lines(results: Json) -> list[list[str]]:
     return [["rendering and tokenising, rows a minute", f"{rows_a_minute:,.0f}", "", "", "at least 150,000"]]
 
 
-LINES = {"speed": speed_lines, "loss": loss_lines, "start": start_lines, "render": render_lines}
+def prefix_lines(results: Json) -> list[list[str]]:
+    chat, pairs = results["prefix"]["chat"], results["prefix"]["pairs"]
+    rows, best = f"rows under one system prompt, {chat['saved']:.0%} of their tokens shared", chat["trl"]
+    shared = chat["shared"]["tokens_per_second"]
+    times = f"{shared / best['tokens_per_second']:.2f}x"
+    theirs = f"{best['tokens_per_second']:.0f} ({best['name']})"
+    lines = [[f"{rows}: useful tokens/s", f"{shared:.0f}", theirs, times, "at least 4.2x"]]
+    for what, found, goal in (
+        ("the same", chat, "at least 0.90 of it"),
+        ("pairs with long prompts", pairs, "at least 1.6x"),
+    ):
+        speeds = [found[name]["tokens_per_second"] for name in ("shared", "alone")]
+        ideal = 1 / (1 - found["saved"])
+        ratio = f"{speeds[0] / speeds[1]:.2f}x of {ideal:.2f}x, {speeds[0] / speeds[1] / ideal:.2f} of it"
+        lines.append([f"{what}, shared and not", f"{speeds[0]:.0f} and {speeds[1]:.0f}", "", ratio, goal])
+    return lines
+
+
+LINES = {
+    "speed": speed_lines,
+    "loss": loss_lines,
+    "start": start_lines,
+    "render": render_lines,
+    "prefix": prefix_lines,
+}

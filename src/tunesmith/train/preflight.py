@@ -39,6 +39,9 @@ from tunesmith.types import Batch, Document, Layout, Verdict
 LOGIT_TOLERANCE = {torch.bfloat16: 0.06, torch.float32: 1e-3, torch.float64: 1e-5}
 # Relative difference of the losses of two correct computations.
 LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6}
+# The same where prefixes are shared: products of other sizes round otherwise. Over 30 layers in bf16 0.7% was seen; the
+# logits of two correct forwards differ by 2.5% there.
+SHARED_TOLERANCE = LOSS_TOLERANCE | {torch.bfloat16: 0.03}
 
 
 def prove(model: LanguageModel, probe: Probe) -> list[Verdict]:
@@ -195,7 +198,7 @@ def _compare_alone(model: LanguageModel, documents: Sequence[Document], *, share
     """The worst relative difference of a document's loss in one pack and alone."""
     (pack,) = pack_step(documents, sum(map(len, documents)), share=share)
     together = _losses(model, collate(pack))
-    tolerance, worst = LOSS_TOLERANCE[model.dtype], 0.0
+    tolerance, worst = (SHARED_TOLERANCE if share else LOSS_TOLERANCE)[model.dtype], 0.0
     for place, document in enumerate(pack.documents):
         alone = _losses(model, one_pack([document]))[0]
         error = abs(together[place] - alone) / max(abs(alone), 1e-3 * np.count_nonzero(document.weights_L))
