@@ -61,6 +61,7 @@ def prove(model: LanguageModel, probe: Probe) -> list[Verdict]:
         evidence = f"{len(weights)} matrices in {kept:,} bytes, {kept / wide:.3f}x of what they take in bf16"
         verdicts.append(Verdict("4-bit weights", "ok", evidence))
     refused = ["a leaking mask", "shifted labels", *["a branch that sees its sibling"] * bool(probe.alike)]
+    refused += ["a lost target"] * bool(probe.texts)
     return [*verdicts, Verdict("controls", "ok", f"all refused: {', '.join(refused)}")]
 
 
