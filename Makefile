@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow check bench format clean
+.PHONY: demo test slow llama check bench format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
@@ -13,6 +13,9 @@ test: $(BIN)/pytest  ## the tests, without the real model; a process on each cor
 
 slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct
 	$(BIN)/pytest -m slow
+
+llama: $(BIN)/pytest  ## exports in llama.cpp itself, compiled the first time; `make slow` has them too from then on
+	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/export/test_llama_cpp.py
 
 check: $(BIN)/pytest  ## style, types, layers
 	$(BIN)/ruff check

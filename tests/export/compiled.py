@@ -2,8 +2,8 @@
 
     llama_cpp_site(folder) -> a folder to import `llama_cpp` from
 
-Only what the tests need is built: the library for this CPU, no tools, no network code, no images. On two free cores
-that takes LLAMA_BUILD.
+Only what the tests need is built: the library for this CPU, no tools, no network code, no images. That takes longer
+than all other slow tests together, so it is done only when asked for: `make llama` sets TUNESMITH_BUILD_LLAMA.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ NO_REGISTRY = ("No matching distribution", "Could not find a version", "Connecti
 
 
 def llama_cpp_site(folder: Path) -> Path:
-    """Skips where there is no C++ compiler or no package registry; a build that fails is a failed test."""
+    """Skips where it is not kept and was not asked for, and where there is no C++ compiler or no package registry; a
+    build that fails is a failed test."""
     wheels = cache_folder().parent / "wheels"
     if not list(wheels.glob("llama_cpp_python-*.whl")):
+        if not os.environ.get("TUNESMITH_BUILD_LLAMA"):
+            pytest.skip("llama.cpp is not compiled yet: make llama")
         if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
             pytest.skip("llama.cpp cannot be compiled here: there is no C++ compiler")
         flags = [*(f"{name}=OFF" for name in LEFT_OUT), *OPTIMISED]

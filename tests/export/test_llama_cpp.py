@@ -115,7 +115,8 @@ def test_every_family_is_the_same_network_there(llama_cpp: Any, family: str, tmp
 def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct after a few steps on the rows of the demo."""
     folder = tmp_path_factory.mktemp("real")
-    (folder / "test.jsonl").write_text("".join((RECIPE.parent / "test.jsonl").open().readlines()[:8]))
+    rows = (RECIPE.parent / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(rows[:8]))
     changed = {"test_data": str(folder / "test.jsonl"), "output_dir": str(folder / "run"), "max_steps": "8"}
     wish = load_recipe(RECIPE, changed).model_copy(update={"eval_data": (), "retention_data": None})
     train(wish)
