@@ -117,6 +117,12 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     assert "shared prefixes: 1,800 of 9,000 tokens were not computed again, 20.0%" in shared
 
 
+def test_a_record_without_measures_says_so_instead_of_an_empty_table() -> None:
+    text = printed(record_view(RunRecord("0.1.0", PLAN, (), (), 6, 9000, 10.0, 10**9, "runs/x/adapter", ())))
+    assert text.startswith("no before and after: the recipe names neither test_data nor retention_data")
+    assert "measure" not in text.splitlines()[1]
+
+
 def test_data_shows_counts_and_findings() -> None:
     text = printed(data_view({"data": REPORT}))
     assert "1,200" in text

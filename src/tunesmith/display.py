@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.export.targets import Exported
 
 BY_STYLES = {"you": "bold", "rule": "cyan", "checkpoint": "magenta"}
+UNMEASURED = "[yellow]no before and after[/]: the recipe names neither test_data nor retention_data"
 LEVEL_STYLES = {"info": "dim", "warn": "yellow", "error": "bold red"}
 
 
@@ -81,7 +82,7 @@ def outcome(comparison: Comparison) -> Text:
 
 def record_view(record: RunRecord) -> RenderableType:
     """What a run came to: the table, answers side by side, and where the adapter is."""
-    parts: list[RenderableType] = [comparison_table(record.comparisons)]
+    parts: list[RenderableType] = [UNMEASURED if not record.comparisons else comparison_table(record.comparisons)]
     for before, after in record.samples:
         answers = _table(one_line(before.id))
         for name, text in (("expected", after.expected), ("before", before.answer), ("after", after.answer)):

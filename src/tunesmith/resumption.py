@@ -56,8 +56,11 @@ def go_on(
         "checkpoint": [f"skipped {problem}" for problem in skipped],
     }
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-    news = tuple(Verdict(kind, "warn", text, step) for kind, texts in said.items() for text in texts)
-    return Start(identity, checkpoint, bool(drift), news)
+    warnings = [Verdict(kind, "warn", text, step) for kind, texts in said.items() for text in texts]
+    place = (
+        "from the start: there is no checkpoint yet" if checkpoint is None else f"after checkpoints/{checkpoint.name}"
+    )
+    return Start(identity, checkpoint, bool(drift), (*warnings, Verdict("resume", "ok", place, step)))
 
 
 def drift_of(path: Path) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from tunesmith import facts
 from tunesmith.atomic import damage, new_folder
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
-from tunesmith.errors import GateError, InputError, Interrupted
+from tunesmith.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.evaluate.preference import displaced, with_references
 from tunesmith.export.finished import open_finished
 from tunesmith.export.parity import Job, witnesses_of
@@ -143,6 +143,9 @@ def _keep(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
                 yield event
         except GateError as error:
             folder.append_event(Verdict(FAILED, "stop", str(error), step))
+            raise
+        except MachineError as error:
+            error.fix += f", then go on with: tunesmith resume {folder.path}"
             raise
 
 

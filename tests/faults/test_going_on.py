@@ -79,6 +79,7 @@ def test_fault_24_a_flipped_byte_is_seen_and_the_checkpoint_before_is_taken(
     events = list(run.resume(copied))
     (warning,) = verdicts(events, "checkpoint")
     assert warning.startswith("skipped checkpoints/step-2: ")
+    assert verdicts(events, "resume") == ["after checkpoints/step-1"]
     assert [step.step for step in steps_of(events)] == [2, 3]
     assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
 

@@ -7,6 +7,8 @@ through transformers' own reader, which knows nothing of ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 def load_gguf(file: Path, settings: Path, device: str = "cpu") -> Network:
     """The network of a GGUF file in fp32: weights as transformers' own reader finds them. Sizes are those of the folder
     `settings`, from `gguf.write_settings`: transformers reads neither the head size of Qwen3 nor Llama 3's rope."""
-    with its_errors(file):
+    with its_errors(file), redirect_stderr(StringIO()):  # its progress bar has no switch
         config = AutoConfig.from_pretrained(settings, trust_remote_code=False, local_files_only=True)
         network: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, config=config, dtype=torch.float32, local_files_only=True
