@@ -145,7 +145,7 @@ def _keep(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
             folder.append_event(Verdict(FAILED, "stop", str(error), step))
             raise
         except MachineError as error:
-            error.fix += f", then go on with: tunesmith resume {folder.path}"
+            error.fix = ", then ".join(filter(None, (error.fix, f"go on with: tunesmith resume {folder.path}")))
             raise
 
 
