@@ -12,7 +12,7 @@ test: $(BIN)/pytest  ## the tests, without the real model; a process on each cor
 	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto
 
 slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct
-	$(BIN)/pytest -m slow
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m slow --numprocesses auto
 
 llama: $(BIN)/pytest  ## exports in llama.cpp itself, compiled the first time; `make slow` has them too from then on
 	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/export/test_llama_cpp.py

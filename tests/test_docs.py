@@ -102,3 +102,9 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
     assert named
     for file, test in named:
         assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.MULTILINE), f"{page}: {file}::{test}"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_every_output_is_there(page: Path) -> None:
+    """A line of capitals alone stands for output that is still to be put in."""
+    assert not re.findall(r"^[A-Z]+(?:_[A-Z]+)+$", page.read_text(), flags=re.MULTILINE)

@@ -295,7 +295,7 @@ def test_a_run_ends_by_itself() -> None:
 
 @pytest.mark.parametrize(("method", "dtype"), [("lora", torch.float32), ("full", torch.bfloat16)], ids=str)
 def test_a_resumed_run_is_bitwise_the_straight_one(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Also when the model has run, and even trained, before its state came back."""
+    """Also when the model has run, and even trained, before its state came back, and when its files change after."""
     straight, expected = trained(model=tiny_model("llama-64", dtype, method=method))
     first = Training(tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS)
     for _ in range(3):
@@ -307,6 +307,9 @@ def test_a_resumed_run_is_bitwise_the_straight_one(method: str, dtype: torch.dty
     with torch.no_grad():
         model.hidden(one_batch([tiny_document(9)]))
     training.restore(tmp_path)
+    for file in tmp_path.iterdir():
+        with file.open("r+b") as opened:
+            opened.write(bytes(file.stat().st_size))
     resumed = steps(list(training))
     assert [(e.step, e.loss, e.grad_norm) for e in resumed] == [
         (e.step, e.loss, e.grad_norm) for e in steps(straight)[3:]

@@ -80,7 +80,8 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[s
 def put_back(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, found: dict[str, Tensor], updates: int) -> None:
     """The moments of a parameter as they were after `updates`."""
     if isinstance(optimizer, torch.optim.AdamW):
-        kept = {name: tensor.to(parameter.device) for name, tensor in found.items()}
+        # Copies: what was read may be the file itself, mapped into memory, and would change with it.
+        kept = {name: tensor.to(parameter.device, copy=True) for name, tensor in found.items()}
         optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **kept}
         return
     made: Any = optimizer  # bitsandbytes': its tables come with the first state
