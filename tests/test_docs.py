@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from tunesmith import cli
-from tunesmith.recipe import ALIASES, KEYS, DataSource, Rehearsal, recipe_schema
+from tunesmith.recipe import ALIASES, KEYS, Constraint, DataSource, Rehearsal, recipe_schema
 from tunesmith.recipefile import expected, load_recipe
 from tunesmith.types import Json
 
@@ -25,6 +25,7 @@ def test_the_table_of_keys_is_the_schema() -> None:
     assert tables(page)[0] == key_table()
     assert tables(page)[1] == inner_table(DataSource)
     assert tables(page)[2] == inner_table(Rehearsal)
+    assert tables(page)[3] == inner_table(Constraint)
 
 
 def key_table() -> list[str]:
@@ -42,7 +43,7 @@ def inner_table(model: type[BaseModel]) -> list[str]:
 
 
 def row(key: str, schema: Json, *more: str) -> str:
-    default = schema.get("default", "needed" if key in ("model", "data", "path") else None)
+    default = schema.get("default", "needed" if key in ("model", "data", "path", "match") else None)
     cells = [f"`{key}`", takes(schema), shown(default), schema["description"].rstrip("."), *more]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

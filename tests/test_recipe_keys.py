@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import load
 
 from tiny_run import adapter_bytes, chat, measured_files, recipe, save_model_folder, steps_of, sums, train, write_rows
-from tunesmith import run
+from tunesmith import facts, run
 from tunesmith.data.formats import FORMATS
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import read_json
@@ -203,6 +203,18 @@ def rehearsal(lab: Lab) -> None:
     assert found == pytest.approx([0.1, 0.5, 0.25, 0.01], abs=0.02)
     as_texts, as_chats = (lab.adapter(rehearsal={"data": file, "ratio": 0.5}) for file in (texts, chats))
     assert as_texts != as_chats
+
+
+def never(lab: Lab) -> None:
+    rows = lab.rows([*sums(1, 6), chat("more", "as an AI I cannot"), chat("less", "I am an AI too")])
+    plain, cut = (lab.steps(data=rows, never=found) for found in ([], [{"match": "an AI"}]))
+    assert [len(plain), len(cut)] == [4, 3]
+    kept, banned = (lab.adapter(data=rows, never=[{"match": "an AI", "mode": mode}]) for mode in ("filter", "ban"))
+    assert kept != banned
+    plan = facts.make_plan(facts.gather(lab.last))
+    assert plan["never"] == ("an AI (ban)",)
+    with pytest.raises(ValidationError, match="mode ban has no effect with stage: preference"):
+        lab.events(data=choices(lab), stage="preference", never=[{"match": "a", "mode": "ban"}])
 
 
 def max_examples(lab: Lab) -> None:

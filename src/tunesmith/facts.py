@@ -20,6 +20,7 @@ from tunesmith.data.audit import check
 from tunesmith.data.contamination import refuse_overlap
 from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.dataset import Dataset, open_dataset
+from tunesmith.data.never import Never
 from tunesmith.data.pack import saved_share
 from tunesmith.data.render import Renderer
 from tunesmith.data.scan import first_documents
@@ -115,15 +116,20 @@ def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
     longest = recipe.max_length if isinstance(recipe.max_length, int) else None
     pairs = recipe.stage == "preference"
     opened = partial(open_dataset, renderer=renderer, skip_bad=recipe.skip_bad, pairs=pairs)
-    roles = {"data": opened(recipe.data, max_examples=recipe.max_examples)}
+    held_out = Never(recipe.never, held_out=True)
+    roles = {
+        "data": opened(
+            recipe.data, max_examples=recipe.max_examples, never=Never(recipe.never, bans=recipe.stage == "sft")
+        )
+    }
     if recipe.rehearsal:
-        roles["rehearsal"] = opened(recipe.rehearsal.data)
+        roles["rehearsal"] = opened(recipe.rehearsal.data, never=Never(recipe.never, bans=False))
     if recipe.eval_data:
-        roles["eval_data"] = opened(recipe.eval_data)
+        roles["eval_data"] = opened(recipe.eval_data, never=held_out)
     elif recipe.eval_split:
         roles["data"], roles["eval_data"] = split(roles["data"], recipe.eval_split, recipe.seed)
     if recipe.test_data:
-        roles["test_data"] = opened(recipe.test_data)
+        roles["test_data"] = opened(recipe.test_data, never=held_out)
     elif "eval_data" in roles:
         roles["eval_data"], roles["test_data"] = split(roles["eval_data"], 0.5, recipe.seed + 1)
     for role in ("eval_data", "test_data"):

@@ -144,10 +144,10 @@ def _likelihoods(bench: Workbench, documents: Sequence[Document], task: str) -> 
     """The loss of right answers; of pairs, how they are ranked too."""
     plan = bench.plan
     packing = {"pack_length": plan["pack_length"], "share": plan["share_prefixes"]}
-    answers = [document for document in documents if document.side != "rejected"]
+    answers = [document for document in documents if document.side not in ("rejected", "banned")]
     if answers:
         yield held_out_loss(bench.model, answers, task=task, **packing)
-    if pairs := [document for document in documents if document.side]:
+    if pairs := [document for document in documents if document.side in ("chosen", "rejected")]:
         whole = plan["loss"] == "dpo"
         yield from preference(bench.model, pairs, task=task, whole=whole, **packing)
 

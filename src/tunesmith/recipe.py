@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from tunesmith.types import Json
@@ -75,6 +76,22 @@ def _is_regex(text: str) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"not a regular expression: {error}") from error
     return text
+
+
+def _is_pattern(pattern: str) -> str:
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    if compiled.search("", timeout=1):
+        raise ValueError("it matches an empty answer, so it matches every one")
+    return pattern
+
+
+def _as_constraints(value: Any) -> Any:
+    if value is None:
+        return ()
+    return [{"match": item} if isinstance(item, str) else item for item in _items(value)]
 
 
 def _could_exist(value: Any) -> Any:
@@ -142,6 +159,27 @@ class Rehearsal(BaseModel):
     )
 
 
+class Constraint(BaseModel):
+    """What no answer may say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: Annotated[str, AfterValidator(_is_pattern)] = Field(
+        description="A regular expression; an answer that it matches anywhere breaks the constraint."
+    )
+    name: str = Field(default="", description="What it is called in counts and measures; else the pattern itself.")
+    mode: Literal["filter", "ban"] = Field(
+        default="filter",
+        description="Answers that break it are left out (filter), or their matching places are trained away from (ban).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_name(cls, values: Any) -> Any:
+        given = cast("Json", values) if isinstance(values, dict) else {}
+        return {"name": given["match"], **given} if "match" in given else values
+
+
 class Recipe(BaseModel):
     """One fine-tuning run, as wished for. Only `model` and `data` are needed."""
 
@@ -175,6 +213,10 @@ class Recipe(BaseModel):
     rehearsal: Rehearsal | None = Field(
         default=None, description="General rows trained beside the data against forgetting: {data, ratio, shift}."
     )
+    never: Annotated[
+        tuple[Constraint, ...],
+        BeforeValidator(_as_constraints, json_schema_input_type=str | Constraint | list[str | Constraint]),
+    ] = Field(default=(), description="What no answer may say: a list of {match, name, mode}.")
     max_examples: Count | None = Field(default=None, description="Train on at most this many rows, the first ones.")
     skip_bad: bool = Field(
         default=False, description="Leave out rows that cannot be used, instead of stopping; all are counted."
@@ -357,6 +399,8 @@ def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
     if stage in ("cpt", "pt"):
         wrong = {key: why for key, why in NOT_OF_TEXTS.items() if given.get(key, False) not in (False, "drop")}
         found += [(key, f"{key} has no effect with stage: cpt, {why}") for key, why in wrong.items()]
+    if stage != "sft" and "ban" in _modes(given):
+        found.append(("never", f"never: mode ban has no effect with stage: {stage}; use mode: filter"))
     if stage != "preference":
         return found + [(key, f"{key} has no effect without stage: preference") for key in PAIR_KEYS if key in given]
     if "gamma" in given and given.get("loss") != "simpo":
@@ -365,6 +409,12 @@ def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "rehearsal" in given:
         found.append(("rehearsal", "rehearsal has no effect with stage: preference, which compares answers"))
     return found
+
+
+def _modes(given: Mapping[str, Any]) -> set[Any]:
+    """Of the constraints, as written or as validated."""
+    items = [vars(item) if isinstance(item, Constraint) else item for item in _items(given.get("never", ()))]
+    return {cast("Json", item).get("mode") for item in items if isinstance(item, dict)}
 
 
 def _paths(value: Any) -> set[str]:

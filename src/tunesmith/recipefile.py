@@ -24,7 +24,17 @@ from pydantic_core import ErrorDetails
 
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import to_json
-from tunesmith.recipe import ALIASES, FILE_KEYS, KEYS, DataSource, Recipe, Rehearsal, contradictions, recipe_schema
+from tunesmith.recipe import (
+    ALIASES,
+    FILE_KEYS,
+    KEYS,
+    Constraint,
+    DataSource,
+    Recipe,
+    Rehearsal,
+    contradictions,
+    recipe_schema,
+)
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_flag, read_yaml
 
@@ -59,7 +69,7 @@ INSTEAD = {
 }
 
 LATER_KEYS = (
-    "never", "guard", "modules_to_save", "load_in_8bit",
+    "guard", "modules_to_save", "load_in_8bit",
 )  # fmt: skip
 INSTEAD_VALUES = {("method", "dora"): "set use_dora: true, which goes with any method that trains an adapter"}
 
@@ -220,7 +230,7 @@ def _invalid_values(error: ValidationError, given: dict[str, _Given], document: 
 
 def _place(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """A pydantic location without the names of union members: `data, 0, format` stays, `lora_r, int` is `lora_r`."""
-    if location and location[0] in (*FILE_KEYS, "rehearsal"):
+    if location and location[0] in (*FILE_KEYS, "rehearsal", "never"):
         return tuple(part for part in location if isinstance(part, int) or part.isidentifier())
     return location[:1]
 
@@ -235,12 +245,15 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
     if len(place) > 1:
         name = f"{item.written}[{place[1]}]"
         inner = str(place[2]) if len(place) > 2 else ""
+        model, kind = (Constraint, "a pattern") if key == "never" else (DataSource, "a path")
         if detail["type"] == "extra_forbidden":
-            return f"{name}: {_unknown_key(inner, DataSource.model_fields)}"
+            return f"{name}: {_unknown_key(inner, model.model_fields)}"
         if detail["type"] == "missing":
             return f"{name} has no '{inner}'"
-        fields = DataSource.model_json_schema()["properties"]
-        wanted = expected(fields[inner]) if inner in fields else "a path, or a mapping {path, format, columns, ...}"
+        if detail["type"] == "value_error":
+            return f"{name}.{inner}: {detail['msg'].removeprefix('Value error, ')}"
+        fields = model.model_json_schema()["properties"]
+        wanted = expected(fields[inner]) if inner in fields else f"{kind}, or {MAPPINGS[model.__name__]}"
         return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
     if isinstance(item.value, str) and (key, item.value) in INSTEAD_VALUES:
         return f"{item.written}: '{item.value}' is not a value here: {INSTEAD_VALUES[key, item.value]}"
@@ -291,6 +304,7 @@ def found(value: Any) -> str:
 MAPPINGS = {
     "DataSource": "a mapping {path, format, columns, ...}",
     "Rehearsal": "a mapping {data, ratio, shift}",
+    "Constraint": "a mapping {match, name, mode}",
 }
 
 TYPES = {

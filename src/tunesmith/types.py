@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 Json = dict[str, Any]
-Side = Literal["", "chosen", "rejected"]  # of a preference; "" is a document that is trained as it is
+Side = Literal["", "chosen", "rejected", "banned"]  # "" is trained as it is, a banned one is trained away from
 
 # ---------------------------------------------------------------- facts
 
@@ -97,6 +97,8 @@ class DataReport:
     length_percentiles: dict[str, int] = field(default_factory=dict[str, int])  # p50, p90, p99, max
     fingerprint: str = ""  # sha256 over the bytes of the file
     findings: tuple[Finding, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict[str, int])  # constraint -> rows that break it
+    banned: dict[str, int] = field(default_factory=dict[str, int])  # constraint -> rows that are trained away from
 
 
 # ---------------------------------------------------------------- decision
@@ -142,6 +144,14 @@ class Row:
     data: Json
 
 
+class Span(NamedTuple):
+    """Characters start:end of what a message says, counted without the white space around it."""
+
+    message: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Example:
     """One row, understood. Either `messages` (with `turn_weights`, one a message; 0 = not trained) or `text`."""
@@ -153,6 +163,9 @@ class Example:
     text: str | None = None
     prompt: str | None = None  # with `text`: the part before it, not trained (completion rows without a template)
     rejected: Example | None = None  # the worse answer to the same question: together they are a pair
+    negative: bool | Literal["whole"] | None = None  # the row says that its answer is bad; False: that it is right
+    banned: tuple[Span, ...] = ()  # what is bad in it: nothing else of it is trained
+    breaks: tuple[str, ...] = ()  # the constraints that it breaks
 
 
 @dataclass(frozen=True, eq=False)

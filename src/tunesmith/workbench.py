@@ -155,12 +155,14 @@ def _probe(network: Network, facts: Facts, rows: Dataset, *, share: bool) -> Pro
     if facts.corpus is not None:
         return _probe_of_texts(network, facts.corpus)
     whole: list[Document] = []
-    cut: list[Document] = []  # `overlong: truncate` took the end of an answer: no witness if there are others
+    cut: list[
+        Document
+    ] = []  # the end of an answer is missing, or all but what is bad in it: no witness if there are others
     equal: list[tuple[str, bool]] = []
     # The stock render writes today's date, ours the plan's: their ids may differ for that reason alone.
     for index in range(min(PROBE_ROWS, len(rows))):
         example, prepared = rows.understand(index)
-        (cut if prepared.truncated else whole).extend(prepared.documents)
+        (cut if prepared.truncated or example.banned else whole).extend(prepared.documents)
         comparable = len(prepared.documents) == 1 and not prepared.notes and example.messages
         if comparable and len(equal) < STOCK_ID_ROWS and not facts.renderer.dated:
             wanted = facts.renderer.as_wanted(example.messages, example.tools)

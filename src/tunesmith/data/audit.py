@@ -79,6 +79,8 @@ def report(dataset: Dataset, seen: Scan, findings: Sequence[Finding] = ()) -> Da
         length_percentiles=percentiles(seen.lengths_D),
         fingerprint=dataset.fingerprint,
         findings=tuple(findings),
+        left_out=dict(dataset.tally.left_out),
+        banned=dict(dataset.tally.banned) if dataset.trained else {},
     )
 
 
@@ -121,6 +123,21 @@ def rejected(subject: Subject) -> Iterator[Finding]:
             what = problems[0].what if problems[0].what.startswith(reason) else f"{reason}: {problems[0].what}"
             message = f"{count:,} of {total:,} rows cannot be used: {what}"
             yield Finding("rejected", level, message, count, tuple(problem.where for problem in problems))
+
+
+def never(subject: Subject) -> Iterator[Finding]:
+    """Rows whose answer breaks a constraint of the recipe, and what becomes of them."""
+    dataset = subject.dataset
+    total, first = len(dataset) + dataset.violations.counts.total(), dataset.violations.first.get("never", ())
+    for name, count in dataset.tally.left_out.items():
+        shown = tuple(v.where for v in first if f"breaks {name!r}" in v.what)
+        yield Finding(
+            "never", "warn", f"{count:,} of {total:,} rows are left out: the answer breaks {name!r}", count, shown
+        )
+    for name, count in dataset.tally.banned.items() if dataset.trained else ():
+        says = "their bad places are trained away from, the rest is not trained"
+        shown = tuple(dataset.tally.first[name])
+        yield Finding("never", "info", f"{count:,} of {total:,} rows break {name!r}: {says}", count, shown)
 
 
 def chosen_only(subject: Subject) -> Iterator[Finding]:
@@ -215,7 +232,7 @@ def answers(subject: Subject) -> Iterator[Finding]:
     first = ""
     for row in subject.scan.rows_R.tolist():
         example = subject.dataset.example(row)
-        if problem := _problem(_answer(example), subject.validator):
+        if not example.banned and (problem := _problem(_answer(example), subject.validator)):
             first = first or f"{example.id}: {problem}"
             wrong.append(example.id)
     if wrong:
@@ -265,6 +282,7 @@ def _problem(answer: str, validator: Validator) -> str:
 
 CHECKS = {
     "rejected": rejected,
+    "never": never,
     "chosen_only": chosen_only,
     "sampled": sampled,
     "losses": losses,

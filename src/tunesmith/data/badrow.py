@@ -25,7 +25,9 @@ Reason = Literal[
     # what a row says
     "missing key", "not messages", "unknown role", "null content", "not text", "empty text", "empty answer",
     "no answer at the end", "nothing trained", "wrong weight", "wrong tool call", "wrong tools", "contradiction",
-    "equal sides",
+    "equal sides", "wrong mark", "nothing bad",
+    # what the recipe says; left out, and no error
+    "never",
     # what the chat template says
     "cannot be rendered",
 ]  # fmt: skip

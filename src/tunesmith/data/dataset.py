@@ -14,9 +14,8 @@ import dataclasses
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from tunesmith.data.digests import digests, shape
 from tunesmith.data.folder import Folder
 from tunesmith.data.formats import detect, note_on, parse, parse_pair
 from tunesmith.data.lengths import Overlong, Prepared, fit, weighted
+from tunesmith.data.never import Never, Tally, Violation
 from tunesmith.data.places import LONGEST_ROW
 from tunesmith.data.sources import Source, open_source
 from tunesmith.errors import InputError
@@ -41,6 +41,7 @@ SHOWN_ERRORS = 5
 MOST_SHAPES = 2**16 - 1
 ONE_SIDE = "one side of the pair is longer than max_length"
 NOT_RENDERED: Reason = "cannot be rendered"
+NOTHING = Never()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ class Part:
     columns: Mapping[str, str]  # our name -> the file's
     weight: float
     pairs: bool  # both sides of its preference rows are read
+    never: Never  # what its answers may not say
 
     def row(self, index: int) -> Row:
         row = self.source.row(index)
@@ -60,7 +62,7 @@ class Part:
 
     def example(self, index: int, has_template: bool) -> Example:
         read = parse_pair if self.pairs else parse
-        return read(self.row(index), self.format, has_template)
+        return self.never.judged(read(self.row(index), self.format, has_template))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,8 @@ class Dataset:
     prompts_N: np.ndarray  # uint64, digest of what stands before the last answer
     shapes_N: np.ndarray  # uint16, rows of one shape look alike to a template
     rejects: Rejects  # rows of the files that are not among the N
+    violations: Rejects  # those that are not since they break a constraint, which is no error
+    tally: Tally  # of the constraints
     max_length: int | None = None  # tokens of a document
     overlong: Overlong = "drop"
     skip_bad: bool = False  # a row that cannot be rendered is an empty slot, and no error
@@ -85,6 +89,10 @@ class Dataset:
     @property
     def pairs(self) -> bool:
         return any(part.pairs for part in self.parts)
+
+    @property
+    def trained(self) -> bool:
+        return not any(part.never.held_out for part in self.parts)
 
     @property
     def path(self) -> str:
@@ -161,14 +169,16 @@ def open_dataset(
     max_examples: int | None = None,
     skip_bad: bool = False,
     pairs: bool = False,
+    never: Never = NOTHING,
 ) -> Dataset:
     """Read every row once and remember where it is. `max_examples` takes the first rows of all files together. `pairs`:
     a row is a chosen and a rejected answer, not the chosen one alone.
 
-    Raises InputError for a file that cannot be read, and if not a single row can be used.
+    Raises InputError for a file that cannot be read, if not a single row can be used, and for a constraint that most
+    answers break.
     """
     names = Counter(file.path.name for file in files)
-    rejects = Rejects()
+    rejects, violations, tally = Rejects(), Rejects(), Tally()
     shapes: dict[object, int] = {}
     opened: list[_Opened] = []
     left = max_examples
@@ -178,8 +188,10 @@ def open_dataset(
         source = open_source(file.path, name=file.path.name if names[file.path.name] == 1 else str(file.path))
         rows = range(min(n for n in (len(source), file.max_examples, left) if n is not None))
         left = left if left is None else left - len(rows)
-        part = _part(file, source, rows, renderer.has_template, pairs)
-        opened.append(_read(part, rows, renderer.has_template, partial(rejects.add, number), shapes))
+        part = _part(file, source, rows, renderer.has_template, pairs, never)
+        put = _Sorted(number, rejects, violations, tally)
+        opened.append(_read(part, rows, renderer.has_template, put, shapes))
+    tally.refuse_most(", ".join(str(file.path) for file in files))
     if not any(len(one.row_K) for one in opened):
         raise rejects.nothing_left(", ".join(str(file.path) for file in files))
     digests_N2 = np.concatenate([one.digests_K2 for one in opened])
@@ -192,10 +204,27 @@ def open_dataset(
         prompts_N=digests_N2[:, 1],
         shapes_N=np.concatenate([one.shapes_K for one in opened]),
         rejects=rejects,
+        violations=violations,
+        tally=tally,
         max_length=max_length,
         overlong=overlong,
         skip_bad=skip_bad,
     )
+
+
+class _Sorted(NamedTuple):
+    """Where the rows of one file are remembered that are not used, and what is counted."""
+
+    number: int
+    rejects: Rejects
+    violations: Rejects
+    tally: Tally
+
+    def out(self, row: int, problem: BadRow) -> None:
+        if isinstance(problem, Violation):
+            self.tally.lost(problem)
+        into = self.violations if isinstance(problem, Violation) else self.rejects
+        into.add(self.number, row, problem)
 
 
 class _Opened(NamedTuple):
@@ -205,7 +234,9 @@ class _Opened(NamedTuple):
     shapes_K: np.ndarray
 
 
-def _part(file: DataSource, source: Source | Folder, rows: range, has_template: bool, pairs: bool) -> Part:
+def _part(
+    file: DataSource, source: Source | Folder, rows: range, has_template: bool, pairs: bool, never: Never
+) -> Part:
     """How the rows of a file are read. Raises InputError for an unknown format or column."""
     where, format, reason = str(file.path), file.format, "the recipe says so"
     first = _first_rows(source, rows)
@@ -218,7 +249,7 @@ def _part(file: DataSource, source: Source | Folder, rows: range, has_template: 
         format, reason = "text", "no row can be read"
     elif note := note_on(format, pairs):
         reason += f"; {note}"
-    return Part(source, format, reason, file.columns, file.weight, pairs)
+    return Part(source, format, reason, file.columns, file.weight, pairs, never)
 
 
 def _first_rows(source: Source | Folder, rows: range) -> list[Row]:
@@ -236,9 +267,7 @@ def _first_rows(source: Source | Folder, rows: range) -> list[Row]:
     return found
 
 
-def _read(
-    part: Part, rows: range, has_template: bool, reject: Callable[[int, BadRow], None], shapes: dict[object, int]
-) -> _Opened:
+def _read(part: Part, rows: range, has_template: bool, put: _Sorted, shapes: dict[object, int]) -> _Opened:
     """Understand every row once. `shapes` numbers the shapes that were seen, and grows."""
     digests_R2, shapes_R = np.zeros((len(rows), 2), dtype=np.uint64), np.zeros(len(rows), dtype=np.uint16)
     good = array("q")
@@ -246,8 +275,9 @@ def _read(
         try:
             example = part.example(i, has_template)
         except BadRow as problem:
-            reject(i, problem)
+            put.out(i, problem)
             continue
+        put.tally.kept(example)
         digests_R2[len(good)] = digests(example)
         shapes_R[len(good)] = shapes.setdefault(shape(example), min(len(shapes), MOST_SHAPES))
         good.append(i)

@@ -8,7 +8,7 @@ those of the full tokenizer.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,6 +16,7 @@ from itertools import accumulate
 from tunesmith.data.tokenizer import ChatTokenizer, Control
 from tunesmith.data.tracked import TEMPLATE, VALUE, Tracked, message_of, plain, stretches
 from tunesmith.errors import InputError
+from tunesmith.types import Span
 
 # White space as the tokenizers library sees it, for added tokens that swallow it.
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -146,3 +147,24 @@ def _runs(text: MarkedText, start: int, end: int, cut: int) -> list[Piece]:
 
 def _run(text: MarkedText, start: int, end: int) -> Piece:
     return Piece(start, end, text.tokenizer.encode(text.plain[start:end], at_start=start == 0))
+
+
+def bad_tokens(encoded: Encoded, start: int, end: int, said: str, spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """Tokens first:last that hold any character of the spans of `said`, which stands in the characters start:end."""
+    begin = encoded.text.plain.find(said, start, end)
+    if begin < 0:
+        fix = "drop the row, or write the answer as the template will"
+        raise InputError("the chat template changes the answer, so nobody knows which tokens are bad", fix=fix)
+    return [
+        (_nearest(encoded, begin + span.start, start, -1), _nearest(encoded, begin + span.end, end, 1))
+        for span in spans
+    ]
+
+
+def _nearest(encoded: Encoded, character: int, most: int, step: int) -> int:
+    """How many tokens stand before the next place, that way, where one token ends and another begins."""
+    while (tokens := encoded.tokens_before(character)) is None and character != most:
+        character += step
+    if tokens is None:
+        raise InputError("the tokenizer swallows the place where an answer begins")
+    return tokens

@@ -23,6 +23,8 @@ from tunesmith.types import Example, Json, Row
 Turns = list[tuple[Json, float]]
 Side = Literal["chosen", "rejected"]
 
+NEGATIVE = "negative"  # a key of any row
+
 
 class Format(NamedTuple):
     keys: tuple[str, ...]  # a row of this format has all of them
@@ -63,7 +65,16 @@ def parse(row: Row, format: str, has_template: bool) -> Example:
         if row.data.get(key):
             what = f"the row has `{key}`: only text is trained, and nothing is fetched"
             raise BadRow("not text", what, where=row.id, fix="drop the row")
-    return chosen.read(row, has_template)
+    example, negative = chosen.read(row, has_template), _negative(row)
+    return example if negative is None else dataclasses.replace(example, negative=negative)
+
+
+def _negative(row: Row) -> bool | Literal["whole"] | None:
+    negative = row.data.get(NEGATIVE)
+    if negative is None or isinstance(negative, bool) or negative == "whole":
+        return negative
+    fix = 'write true (what breaks a constraint is bad), "whole" (all of it is) or false'
+    raise BadRow("wrong mark", f"`{NEGATIVE}` is {negative!r:.40}", where=row.id, fix=fix)
 
 
 def parse_pair(row: Row, format: str, has_template: bool) -> Example:
@@ -90,7 +101,7 @@ def _said(example: Example) -> object:
 
 def unused_keys(row: Row, format: str) -> list[str]:
     """The keys of a row that nothing reads."""
-    return [key for key in row.data if key not in FORMATS[format].used]
+    return [key for key in row.data if key not in FORMATS[format].used and key != NEGATIVE]
 
 
 _AS_TURNS = "each prompt becomes a user turn and each completion an assistant turn, since the model has a chat template"

@@ -1,4 +1,4 @@
-"""The rows that cannot be used, written down so that somebody can correct them; and when they stop a run.
+"""The rows that cannot be used, or break a constraint, written down to be corrected; and when they stop a run.
 
     data sets by role -> rejected.jsonl: {"where", "id", "reason", "what", "fix", "bytes", "row"} a line
 
@@ -16,7 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from tunesmith.atomic import TEMPORARY, disk_errors
-from tunesmith.data.badrow import SHOWN, BadRow
+from tunesmith.data.badrow import SHOWN, BadRow, Rejects
 from tunesmith.data.dataset import NOT_RENDERED, Dataset, Part
 from tunesmith.data.scan import rare_rows, scanned_rows
 from tunesmith.errors import InputError
@@ -38,7 +38,7 @@ def refuse_bad_rows(
     for report in reports.values():
         rejected.update(report.rejected)
     if rejected and not (skip_bad and skippable):
-        first = write_rejected(path if skippable else None, datasets, reports)
+        first = write_rejected(path if skippable else None, datasets, reports)[: rejected.total()]
         rows = sum(len(dataset) + dataset.rejects.counts.total() for dataset in datasets.values())
         what = f"{rejected.total():,} of {rows:,} rows cannot be used: {_counted(rejected)}"
         what += "".join(f"\n  {line['where']}: {line['what']}" for line in first)
@@ -61,11 +61,12 @@ def _counted(kinds: Mapping[str, int]) -> str:
 def write_rejected(
     path: Path | None, datasets: Mapping[str, Dataset], reports: Mapping[str, DataReport]
 ) -> tuple[Json, ...]:
-    """Write the bad rows of all roles into a new file, which takes the place of an older one; without bad rows there
-    is none. Returns the first ones."""
+    """Write the bad rows of all roles, then those that break a constraint, into a new file, which takes the place of an
+    older one; without any there is none. Returns the first ones."""
     lines = chain.from_iterable(
         rejected_rows(dataset, rendered=NOT_RENDERED in reports[role].rejected) for role, dataset in datasets.items()
     )
+    lines = chain(lines, *(_again(dataset, dataset.violations) for dataset in datasets.values()))
     first = tuple(islice(lines, SHOWN))
     if path is None:
         return first
@@ -83,16 +84,20 @@ def write_rejected(
 
 def rejected_rows(dataset: Dataset, *, rendered: bool) -> Iterator[Json]:
     """The bad rows of a data set. `rendered`: among those that a scan looks at, rows that cannot be rendered, too."""
-    for number, row in dataset.rejects.places():
+    yield from _again(dataset, dataset.rejects)
+    scanned_R = scanned_rows(dataset)
+    for index in [*scanned_R.tolist(), *rare_rows(dataset, scanned_R).tolist()] if rendered else ():
+        if problem := dataset.limited(None, "drop").prepare(index).problem:
+            yield _line(dataset.part(index), int(dataset.row_N[index]), problem)
+
+
+def _again(dataset: Dataset, rejects: Rejects) -> Iterator[Json]:
+    for number, row in rejects.places():
         part = dataset.parts[number]
         try:
             part.example(row, dataset.renderer.has_template)
         except BadRow as problem:
             yield _line(part, row, problem)
-    scanned_R = scanned_rows(dataset)
-    for index in [*scanned_R.tolist(), *rare_rows(dataset, scanned_R).tolist()] if rendered else ():
-        if problem := dataset.limited(None, "drop").prepare(index).problem:
-            yield _line(dataset.part(index), int(dataset.row_N[index]), problem)
 
 
 def _line(part: Part, row: int, problem: BadRow) -> Json:

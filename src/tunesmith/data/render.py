@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.chat import Chat, Variables, refuse_unasked
-from tunesmith.data.encode import Encoded, MarkedText, encode, plain_runs
+from tunesmith.data.encode import Encoded, MarkedText, bad_tokens, encode, plain_runs
 from tunesmith.data.probe import Protocol, probe
 from tunesmith.data.template import ChatTemplate, find_templates
 from tunesmith.data.tokenizer import ChatTokenizer
@@ -153,8 +153,12 @@ class Renderer:
             if draft.problem is not None:
                 raise draft.problem
             if draft.chat is not None:
-                return self._conversation(draft.example.id, draft.chat, draft)
-            return Rendered(()) if draft.whole is None else self._text(draft.example, draft.whole)
+                rendered = self._conversation(draft.chat, draft)
+            else:
+                rendered = Rendered(()) if draft.whole is None else self._text(draft.example, draft.whole)
+            if draft.example.banned:
+                return replace(rendered, documents=tuple(replace(one, side="banned") for one in rendered.documents))
+            return rendered
         except InputError as error:
             raise InputError(error.what, where=draft.example.id, fix=error.fix) from error
 
@@ -184,7 +188,12 @@ class Renderer:
         encoded = encode(marked, cut=cut)
         tokens = [*self.tokenizer.bos, *encoded.ids, self.text_end]
         begin = len(self.tokenizer.bos) + _place(encoded, cut) if cut else 1
-        document = _document(example.id, tokens, [(begin, len(tokens), 1.0)])
+        trained = [(begin, len(tokens), 1.0)]
+        if example.banned:
+            shift = len(self.tokenizer.bos)
+            bad = bad_tokens(encoded, cut, len(marked.plain), (example.text or "").strip(), example.banned)
+            trained = [(max(begin, start + shift), end + shift, 1.0) for start, end in bad]
+        document = _document(example.id, tokens, trained)
         notes = {FOREIGN: marked.foreign, STRUCTURAL: marked.structural}
         return Rendered((document,), tuple(note for note, holds in notes.items() if holds))
 
@@ -224,16 +233,16 @@ class Renderer:
         turns = tuple(find_turn(chat, self.tokenizer, i, weight, ends) for i, weight in trained)
         return Draft(example, turns, chat, self._whole(chat, turns))
 
-    def _conversation(self, row: str, chat: Chat, draft: Draft) -> Rendered:
-        turns = list(draft.turns)
+    def _conversation(self, chat: Chat, draft: Draft) -> Rendered:
+        turns, example = list(draft.turns), draft.example
         whole = None if draft.whole is None else encode(draft.whole)
         if whole is not None and all(whole.tokens_before(at) is not None for t in turns for at in (t.start, t.end)):
             check_written(chat, whole.text, len(chat.messages))
-            spans = [(_place(whole, turn.start), _place(whole, turn.end), turn.weight) for turn in turns]
-            return Rendered((_document(row, whole.ids, spans),), tuple(notes_on(chat, whole.text, turns)))
+            spans = [span for turn in turns for span in _trained(example, whole, turn)]
+            return Rendered((_document(example.id, whole.ids, spans),), tuple(notes_on(chat, whole.text, turns)))
         notes = [PER_TURN] if len(turns) > 1 else []
         notes += [CUT_OFF] if turns[-1].message < len(chat.messages) - 1 else []
-        documents = [self._alone(row, chat, turn, notes) for turn in turns]
+        documents = [self._alone(example, chat, turn, notes) for turn in turns]
         return Rendered(tuple(documents), tuple(dict.fromkeys(notes)))
 
     def _whole(self, chat: Chat, turns: Sequence[Turn]) -> MarkedText | None:
@@ -244,7 +253,7 @@ class Renderer:
         same = all(turn.closed and text.plain.startswith(turn.marked.plain[: turn.end]) for turn in turns)
         return text if same else None
 
-    def _alone(self, row: str, chat: Chat, turn: Turn, notes: list[str]) -> Document:
+    def _alone(self, example: Example, chat: Chat, turn: Turn, notes: list[str]) -> Document:
         """The messages up to a turn as a document; adds to the notes."""
         check_written(chat, turn.marked, turn.message + 1)
         encoded = encode(turn.marked)
@@ -252,11 +261,23 @@ class Renderer:
             encoded = encode(turn.marked, cut=turn.start)
             notes.append(BOUNDARY)
         notes += notes_on(chat, turn.marked, [turn])
-        tokens, end = encoded.ids, _place(encoded, turn.end)
+        tokens, spans = encoded.ids, _trained(example, encoded, turn)
         if not turn.closed:
-            tokens, end = [*tokens, self.text_end], len(tokens) + 1
+            spans += [] if example.banned else [(len(tokens), len(tokens) + 1, turn.weight)]
+            tokens = [*tokens, self.text_end]
             notes.append(APPENDED)
-        return _document(row, tokens, [(_place(encoded, turn.start), end, turn.weight)])
+        return _document(example.id, tokens, spans)
+
+
+def _trained(example: Example, encoded: Encoded, turn: Turn) -> list[tuple[int, int, float]]:
+    """(first token, behind the last one, weight) of what is trained of a turn: all of it, or what is bad in it."""
+    if not example.banned:
+        return [(_place(encoded, turn.start), _place(encoded, turn.end), turn.weight)]
+    said, own = (
+        example.messages[turn.message]["content"].strip(),
+        [s for s in example.banned if s.message == turn.message],
+    )
+    return [(start, end, turn.weight) for start, end in bad_tokens(encoded, turn.start, turn.end, said, own)]
 
 
 def _place(encoded: Encoded, character: int) -> int:

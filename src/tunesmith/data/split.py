@@ -12,6 +12,7 @@ import numpy as np
 
 from tunesmith.data.badrow import Rejects
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.never import Tally
 from tunesmith.errors import InputError
 
 
@@ -29,5 +30,8 @@ def split(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Da
     if taken_N.all() or not taken_N.any():
         what = f"a split of {fraction} leaves one side of {len(dataset)} rows empty"
         raise InputError(what, where=dataset.path, fix="give a file of its own, or more (different) rows")
-    taken = dataclasses.replace(dataset.take(np.flatnonzero(taken_N)), rejects=Rejects())  # those stay with the rest
+    # What is not used stays with the rest.
+    taken = dataclasses.replace(
+        dataset.take(np.flatnonzero(taken_N)), rejects=Rejects(), violations=Rejects(), tally=Tally()
+    )
     return dataset.take(np.flatnonzero(~taken_N)), taken

@@ -13,6 +13,7 @@ from typing import Any, cast
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.continued import CPT_RULES, LITTLE
 from tunesmith.plan.memory import disk_needed, peak_memory
+from tunesmith.plan.never import never_choices
 from tunesmith.plan.rehearsal import rehearsal_choices
 from tunesmith.plan.rules import RULES, Known, SavedShare, nothing_saved
 from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
@@ -55,6 +56,7 @@ def decide(
             choices[key] = decide_by_rule(known) if wish == "auto" else Choice(wish, "you", "the recipe says so")
         decided[key] = choices[key].value
     choices |= {key: choice for key, choice in fixed.items() if key not in RULES}
+    choices |= never_choices(recipe.never, data["data"])
     choices |= rehearsal_choices(recipe.rehearsal, known, data.get("rehearsal"))
     choices["activations"] = _activations(known, model, choices, wishes["activations"])
     decided["activations"] = choices["activations"].value

@@ -2,6 +2,7 @@
 
     answer      cross-entropy of the supervised tokens of plain documents
     preference  the loss of pairs (LOSSES)         chosen  cross-entropy of the chosen sides
+    banned      unlikelihood of the bad tokens of answers that break a constraint
 
 The counts are of the whole step (all packs, all ranks) and known before the first forward, so no split of the step into
 packs can change the result. Legend: S targets, D documents, P pairs of a pack; log-probabilities in nats.
@@ -35,12 +36,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Objective:
-    """How pairs are trained. `nll`: coefficient of the cross-entropy of the chosen sides."""
+    """How pairs and bans are trained. `nll`, `ban`: coefficients of the terms `chosen` and `banned`."""
 
     loss: str = "dpo"
     beta: float = 0.1
     gamma: float = 0.0
     nll: float = 0.0
+    ban: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Counts:
     answer: float = 0.0
     chosen: float = 0.0
     pairs: float = 0.0
+    banned: float = 0.0
 
     @classmethod
     def of(cls, documents: Sequence[Document]) -> Counts:
@@ -57,11 +60,12 @@ class Counts:
         return cls(
             answer=weight_count([document for document in documents if not document.side]),
             chosen=weight_count(chosen),
+            banned=weight_count([document for document in documents if document.side == "banned"]),
             pairs=sum(weight_count([one]) / np.count_nonzero(one.weights_L) for one in chosen),
         )
 
     def __bool__(self) -> bool:
-        return bool(self.answer or self.pairs)
+        return bool(self.answer or self.pairs or self.banned)
 
 
 def weight_count(documents: Sequence[Document]) -> float:
@@ -102,17 +106,34 @@ def step_terms(model: LanguageModel, batch: Batch, counts: Counts, objective: Ob
     """The terms of one pack; plain documents and pairs may share it."""
     if not batch.sides:
         return answer_loss(model, batch, counts.answer)
-    before_D = _references(model, batch) if objective.loss in REFERENCED else None
+    paired = "chosen" in batch.sides
+    before_D = _references(model, batch) if paired and objective.loss in REFERENCED else None
     losses_S = _each(model, batch, each_loss)
-    pairs = _pairs(batch, _by_document(batch, -losses_S), before_D)
-    weighted_S = losses_S * batch.weights_S.to(losses_S.dtype)
-    total_P = pairs.weight_P * LOSSES[objective.loss](pairs, objective)
-    terms = {"preference": Term(total_P.sum(), counts.pairs)}
-    if objective.nll:
+    weights_S = batch.weights_S.to(losses_S.dtype)
+    weighted_S, terms = losses_S * weights_S, dict[str, Term]()
+    if paired:
+        pairs = _pairs(batch, _by_document(batch, -losses_S), before_D)
+        total_P = pairs.weight_P * LOSSES[objective.loss](pairs, objective)
+        terms["preference"] = Term(total_P.sum(), counts.pairs)
+    if "banned" in batch.sides:
+        own_S = _of_side(batch, "banned")
+        terms["banned"] = Term((unlikelihood(losses_S[own_S]) * weights_S[own_S]).sum(), counts.banned, objective.ban)
+    if paired and objective.nll:
         terms["chosen"] = Term(weighted_S[_of_side(batch, "chosen")].sum(), counts.chosen, objective.nll)
     if "" in batch.sides:
         terms["answer"] = Term(weighted_S[_of_side(batch, "")].sum(), counts.answer)
     return terms
+
+
+def unlikelihood(losses_S: Tensor) -> Tensor:
+    """Welleck 2019, equation 4: -log(1 - p) of tokens that should not be there, from their losses -log p. Its gradient
+    in the logits is at most 1. A token that is certain to rounding counts as one that is certain to a rounding less:
+    the value stays finite, and the gradient goes on."""
+    least = torch.finfo(losses_S.dtype).eps
+    losses_S = losses_S + (losses_S.clamp(min=least) - losses_S).detach()
+    unlikely = losses_S > 1  # where 1 - p rounds away the last digits of p
+    rare = -torch.log1p(-torch.exp(-losses_S))
+    return torch.where(unlikely, rare, -torch.log(-torch.expm1(-losses_S)))
 
 
 # ---------------------------------------------------------------- pairs

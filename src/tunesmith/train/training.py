@@ -56,7 +56,6 @@ class Settings:
 
     @classmethod
     def of(cls, plan: Plan) -> Settings:
-        paired = "loss" in plan.choices
         return cls(
             steps=plan.steps,
             pack_length=plan["pack_length"],
@@ -67,11 +66,15 @@ class Settings:
             max_grad_norm=plan["max_grad_norm"],
             seed=plan["seed"],
             share_prefixes=plan["share_prefixes"],
-            objective=Objective(plan["loss"], plan["beta"], plan["gamma"], plan["nll_coefficient"])
-            if paired
-            else NO_PAIRS,
+            objective=_objective(plan),
             optim=plan["optim"],
         )
+
+
+def _objective(plan: Plan) -> Objective:
+    if "loss" in plan.choices:
+        return Objective(plan["loss"], plan["beta"], plan["gamma"], plan["nll_coefficient"])
+    return Objective(ban=plan["ban_coefficient"]) if "ban_coefficient" in plan.choices else NO_PAIRS
 
 
 class Training:
