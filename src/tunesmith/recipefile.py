@@ -250,7 +250,7 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
             return f"{name}: {_unknown_key(inner, model.model_fields)}"
         if detail["type"] == "missing":
             return f"{name} has no '{inner}'"
-        if detail["type"] == "value_error":
+        if key == "never" and detail["type"] == "value_error":
             return f"{name}.{inner}: {detail['msg'].removeprefix('Value error, ')}"
         fields = model.model_json_schema()["properties"]
         wanted = expected(fields[inner]) if inner in fields else f"{kind}, or {MAPPINGS[model.__name__]}"
