@@ -10,8 +10,9 @@ import pytest
 from pydantic import BaseModel
 
 from tunesmith import cli
-from tunesmith.recipe import ALIASES, KEYS, Constraint, DataSource, Rehearsal, recipe_schema
+from tunesmith.recipe import ALIASES, KEYS, recipe_schema
 from tunesmith.recipefile import expected, load_recipe
+from tunesmith.recipevalues import Constraint, DataSource, Rehearsal
 from tunesmith.types import Json
 
 ROOT = Path(__file__).parents[1]

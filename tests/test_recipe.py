@@ -8,7 +8,8 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from tunesmith.recipe import ALIASES, KEYS, DataSource, Recipe, recipe_schema
+from tunesmith.recipe import ALIASES, KEYS, Recipe, recipe_schema
+from tunesmith.recipevalues import DataSource
 
 
 def recipe(**values: object) -> Recipe:

@@ -16,7 +16,8 @@ from tunesmith.errors import InputError
 from tunesmith.jsonfile import read_json
 from tunesmith.model.attention import BACKENDS
 from tunesmith.model.folder import read_header
-from tunesmith.recipe import KEYS, DataSource, Recipe
+from tunesmith.recipe import KEYS, Recipe
+from tunesmith.recipevalues import DataSource
 from tunesmith.train.optim import OPTIMIZERS, SCHEDULES
 from tunesmith.types import Event, Saved, Score, StepResult
 

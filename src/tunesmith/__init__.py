@@ -14,7 +14,8 @@ docs/python.md shows each of them. Importing this loads no model library.
 from importlib import import_module
 
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
-from tunesmith.recipe import DataSource, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import (
     Choice,
     Comparison,

@@ -38,7 +38,8 @@ from tunesmith.model.targets import linear_paths, select
 from tunesmith.plan.continued import window_of
 from tunesmith.plan.plan import decide
 from tunesmith.plan.rules import SavedShare, nothing_saved
-from tunesmith.recipe import DataSource, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.recipevalues import DataSource
 from tunesmith.runfolder import next_run_folder
 from tunesmith.types import Choice, DataReport, Json, Machine, ModelSpec, Plan
 

@@ -8,176 +8,37 @@ or the data. A key exists only when it changes what a run does.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import regex
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from tunesmith.types import Json
-
-
-def _no_switch(value: Any) -> Any:
-    """YAML reads on, yes, off and no as true and false, and Python counts true as 1."""
-    if isinstance(value, bool):
-        raise ValueError("true and false are not numbers")
-    return value
-
-
-def _items(value: Any) -> Iterable[Any]:
-    """A list as it is; anything else as a list of one."""
-    return cast("Iterable[Any]", value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _as_sources(value: Any) -> Any:
-    if value is None:
-        return ()
-    return [{"path": item} if isinstance(item, (str, Path)) else item for item in _items(value)]
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) and value != "auto" else value
-
-
-def _loss_name(value: Any) -> Any:
-    """`sigmoid` is what other tools call the loss of DPO."""
-    return "dpo" if value == "sigmoid" else value
-
-
-def _stage_name(value: Any) -> Any:
-    """`pt` is what LLaMA-Factory calls it."""
-    return "cpt" if value == "pt" else value
-
-
-def _optimizer_name(value: Any) -> Any:
-    """What other tools call these two: adamw_torch_fused, paged_adamw_8bit, adamw_bnb_8bit."""
-    known = isinstance(value, str) and re.fullmatch(
-        r"adamw(_torch|_torch_fused|_hf)?|(paged_)?adamw(_bnb)?_8bit", value
-    )
-    return value if not known else "adamw_8bit" if value.endswith("8bit") else "adamw"
-
-
-def _as_policy(value: Any) -> Any:
-    """Other tools have a switch, gradient_checkpointing."""
-    return {True: "recompute", False: "keep"}.get(value, value) if isinstance(value, bool) else value
-
-
-def _is_template(path: Path) -> Path:
-    if path.suffix != ".jinja":
-        raise ValueError("not a .jinja file")
-    return path
-
-
-def _is_regex(text: str) -> str:
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"not a regular expression: {error}") from error
-    return text
-
-
-def _is_pattern(pattern: str) -> str:
-    try:
-        compiled = regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    if compiled.search("", timeout=1):
-        raise ValueError("it matches an empty answer, so it matches every one")
-    return pattern
-
-
-def _as_constraints(value: Any) -> Any:
-    if value is None:
-        return ()
-    return [{"match": item} if isinstance(item, str) else item for item in _items(value)]
-
-
-def _could_exist(value: Any) -> Any:
-    if value == "" or "\0" in str(value):
-        raise ValueError("not a path")
-    return value
-
-
-FilePath = Annotated[Path, BeforeValidator(_could_exist)]
-
-
-class DataSource(BaseModel):
-    """One data file of the recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: FilePath = Field(description="The file, or a folder of .txt and .md files.")
-    format: Literal[
-        "auto", "messages", "completion", "preference", "openai_preference", "sharegpt", "alpaca", "text"
-    ] = Field(default="auto", description="Format of its rows; auto detects it and says why.")
-    columns: dict[str, str] = Field(
-        default_factory=dict[str, str], description="Which column holds what: {prompt: question, completion: answer}."
-    )
-    weight: Annotated[float, Field(gt=0, le=1000), BeforeValidator(_no_switch)] = Field(
-        default=1.0, description="The loss of everything trained in it is multiplied by this."
-    )
-    max_examples: Annotated[int, Field(ge=1), BeforeValidator(_no_switch)] | None = Field(
-        default=None, description="Read only this many rows of it."
-    )
-
-
-Auto = Literal["auto"]
-Name = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_no_switch)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_switch)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_switch)]
-Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_switch)]
-Template = Annotated[
-    Path, AfterValidator(_is_template), WithJsonSchema({"type": "string", "description": "the path of a .jinja file"})
-]
-TemplateValue = str | bool | int | float | None | list[str]
-Regex = Annotated[
+from tunesmith.recipevalues import (
+    Auto,
+    Constraint,
+    Count,
+    DataSource,
+    FilePath,
     Name,
-    AfterValidator(_is_regex),
-    WithJsonSchema({"type": "string", "description": "a regular expression for whole paths"}),
-]
-Sources = Annotated[
-    tuple[DataSource, ...],
-    BeforeValidator(_as_sources, json_schema_input_type=Path | DataSource | list[Path | DataSource]),
-]
-
-
-class Rehearsal(BaseModel):
-    """What the model goes over again beside the new data, so that it forgets less."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: Sources = Field(min_length=1, description="General rows, texts or conversations: a path or a list, as data.")
-    ratio: Auto | Annotated[float, Field(ge=0, le=0.9), BeforeValidator(_no_switch)] = Field(
-        default="auto", description="Their share of all tokens of the run."
-    )
-    shift: Literal["style", "domain", "language"] = Field(
-        default="domain",
-        description="How far the data is from what the model knows; language: a new one, or code. Decides ratio: auto.",
-    )
-
-
-class Constraint(BaseModel):
-    """What no answer may say."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    match: Annotated[str, AfterValidator(_is_pattern)] = Field(
-        description="A regular expression; an answer that it matches anywhere breaks the constraint."
-    )
-    name: str = Field(default="", description="What it is called in counts and measures; else the pattern itself.")
-    mode: Literal["filter", "ban"] = Field(
-        default="filter",
-        description="Answers that break it are left out (filter), or their matching places are trained away from (ban).",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_a_name(cls, values: Any) -> Any:
-        given = cast("Json", values) if isinstance(values, dict) else {}
-        return {"name": given["match"], **given} if "match" in given else values
+    NotNegative,
+    Positive,
+    Regex,
+    Rehearsal,
+    Share,
+    Sources,
+    Template,
+    TemplateValue,
+    as_constraints,
+    as_list,
+    as_policy,
+    items,
+    loss_name,
+    no_switch,
+    optimizer_name,
+    stage_name,
+)
+from tunesmith.types import Json
 
 
 class Recipe(BaseModel):
@@ -192,7 +53,7 @@ class Recipe(BaseModel):
     adapter_from: FilePath | None = Field(
         default=None, description="Go on with this LoRA adapter: an adapter folder, ours or PEFT's, or a run folder."
     )
-    stage: Annotated[Literal["sft", "cpt", "preference"], BeforeValidator(_stage_name)] = Field(
+    stage: Annotated[Literal["sft", "cpt", "preference"], BeforeValidator(stage_name)] = Field(
         default="sft",
         description="sft trains on answers, cpt on plain texts (continued pretraining), preference on pairs.",
     )
@@ -201,7 +62,7 @@ class Recipe(BaseModel):
     eval_data: Sources = Field(
         default=(), description="Held-out rows that select (checkpoints, settings); never trained on."
     )
-    eval_split: Annotated[float, Field(gt=0, lt=1), BeforeValidator(_no_switch)] | None = Field(
+    eval_split: Annotated[float, Field(gt=0, lt=1), BeforeValidator(no_switch)] | None = Field(
         default=None, description="Instead of eval_data: this share of data, chosen by hash, is held out."
     )
     test_data: Sources = Field(
@@ -215,7 +76,7 @@ class Recipe(BaseModel):
     )
     never: Annotated[
         tuple[Constraint, ...],
-        BeforeValidator(_as_constraints, json_schema_input_type=str | Constraint | list[str | Constraint]),
+        BeforeValidator(as_constraints, json_schema_input_type=str | Constraint | list[str | Constraint]),
     ] = Field(default=(), description="What no answer may say: a list of {match, name, mode}.")
     max_examples: Count | None = Field(default=None, description="Train on at most this many rows, the first ones.")
     skip_bad: bool = Field(
@@ -248,7 +109,7 @@ class Recipe(BaseModel):
     num_train_epochs: Auto | Positive = Field(default="auto", description="Passes over the data.")
     max_steps: Count | None = Field(default=None, description="Optimizer steps; wins over num_train_epochs.")
 
-    learning_rate: Auto | Annotated[float, Field(gt=0, le=1), BeforeValidator(_no_switch)] = Field(
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=1), BeforeValidator(no_switch)] = Field(
         default="auto", description="Peak learning rate."
     )
     lr_scheduler_type: Auto | Literal["linear", "cosine", "constant"] = Field(
@@ -257,7 +118,7 @@ class Recipe(BaseModel):
     warmup_ratio: Auto | Share = Field(
         default="auto", description="Share of the steps in which the learning rate rises."
     )
-    optim: Auto | Annotated[Literal["adamw", "adamw_8bit"], BeforeValidator(_optimizer_name)] = Field(
+    optim: Auto | Annotated[Literal["adamw", "adamw_8bit"], BeforeValidator(optimizer_name)] = Field(
         default="auto", description="The optimizer: AdamW with its two moments in fp32, or in 8 bits."
     )
     weight_decay: Auto | Share = Field(
@@ -265,7 +126,7 @@ class Recipe(BaseModel):
     )
     max_grad_norm: Auto | Positive = Field(default="auto", description="Gradients are clipped to this norm.")
 
-    loss: Auto | Annotated[Literal["dpo", "orpo", "simpo"], BeforeValidator(_loss_name)] = Field(
+    loss: Auto | Annotated[Literal["dpo", "orpo", "simpo"], BeforeValidator(loss_name)] = Field(
         default="auto", description="Loss of preference pairs."
     )
     beta: Auto | Positive = Field(default="auto", description="How strongly pairs are told apart; ORPO's lambda.")
@@ -295,16 +156,16 @@ class Recipe(BaseModel):
     attention: Auto | Literal["kernel", "documents", "varlen", "mask", "reference"] = Field(
         default="auto", description="Attention backend; auto picks the fastest that is proven equal."
     )
-    activations: Auto | Annotated[Literal["keep", "selective", "recompute"], BeforeValidator(_as_policy)] = Field(
+    activations: Auto | Annotated[Literal["keep", "selective", "recompute"], BeforeValidator(as_policy)] = Field(
         default="auto",
         description="What the backward finds of the forward, and what it computes anew: memory against time.",
     )
-    metrics: Auto | Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+    metrics: Auto | Annotated[tuple[Name, ...], BeforeValidator(as_list), Field(min_length=1)] = Field(
         default="auto", description="Scores of the before/after, by name; auto picks by the answers."
     )
     save_steps: Auto | Count = Field(default="auto", description="Optimizer steps between checkpoints.")
     eval_steps: Auto | Count = Field(default="auto", description="Optimizer steps between held-out losses.")
-    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_no_switch)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(no_switch)] = Field(
         default=0, description="Fixes the order of rows, the start of the adapter and the samples."
     )
     output_dir: Auto | FilePath = Field(default="auto", description="The run folder; must be new or empty.")
@@ -413,8 +274,8 @@ def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _modes(given: Mapping[str, Any]) -> set[Any]:
     """Of the constraints, as written or as validated."""
-    items = [vars(item) if isinstance(item, Constraint) else item for item in _items(given.get("never", ()))]
-    return {cast("Json", item).get("mode") for item in items if isinstance(item, dict)}
+    found = [vars(item) if isinstance(item, Constraint) else item for item in items(given.get("never", ()))]
+    return {cast("Json", item).get("mode") for item in found if isinstance(item, dict)}
 
 
 def _paths(value: Any) -> set[str]:
@@ -423,7 +284,7 @@ def _paths(value: Any) -> set[str]:
         value = value.data
     elif isinstance(value, dict) and "data" in value:
         value = cast("Json", value)["data"]
-    for item in _items(value):
+    for item in items(value):
         path = item.path if isinstance(item, DataSource) else item
         if isinstance(item, dict):
             path = cast("Json", item).get("path")

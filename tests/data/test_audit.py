@@ -6,7 +6,7 @@ from tunesmith.data import scan as scan_module
 from tunesmith.data.audit import check
 from tunesmith.data.dataset import open_dataset
 from tunesmith.errors import InputError
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 
 
 def chat(user, answer, *, system=None, **more):

@@ -22,7 +22,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.sources import open_source
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import read_json
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import Json
 
 NOW = datetime(2026, 3, 4)
@@ -248,7 +248,7 @@ def test_fault_03_rows_that_json_libraries_take_amiss_are_rejected(
         ("e.jsonl", b"", "the file is empty"),
         ("e.csv", b"prompt,completion\n", "the file holds no row"),
         ("e.json", b"[]", "the file holds no row"),
-        ("e.jsonl.gz", gzip.compress(b""), "the file holds no row"),
+        ("e.jsonl.gz", gzip.compress(b"", mtime=0), "the file holds no row"),
         ("e.txt", b"\n\n", "the file holds no row"),
         ("e.jsonl", b"{\n" * 9, "none of the 9 rows can be used: 9 not JSON"),
         ("e.jsonl", (json.dumps(chat("q", "")) + "\n").encode() * 2, "none of the 2 rows can be used: 2 empty answer"),

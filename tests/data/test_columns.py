@@ -5,7 +5,7 @@ import pytest
 from tunesmith.data.columns import renamed
 from tunesmith.data.dataset import open_dataset
 from tunesmith.errors import InputError
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import Row
 
 

@@ -18,7 +18,7 @@ from tunesmith.data.dataset import open_dataset
 from tunesmith.data.render import Renderer
 from tunesmith.data.separator import separator_of
 from tunesmith.data.tokenizer import pieces
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import Document
 
 NOW = datetime(2026, 1, 1)

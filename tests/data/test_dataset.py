@@ -7,7 +7,7 @@ from tunesmith.data.dataset import open_dataset
 from tunesmith.data.digests import digests, shape
 from tunesmith.data.lengths import fit
 from tunesmith.errors import InputError
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import Document, Example
 
 

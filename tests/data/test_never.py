@@ -18,7 +18,7 @@ from tunesmith.data.rejected import write_rejected
 from tunesmith.data.render import Renderer
 from tunesmith.data.split import split
 from tunesmith.errors import InputError
-from tunesmith.recipe import Constraint, DataSource
+from tunesmith.recipevalues import Constraint, DataSource
 from tunesmith.types import Example, Json
 
 

@@ -12,7 +12,7 @@ from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.rehearsal import Rehearsal
 from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import Json
 
 NOW = datetime(2026, 1, 1)

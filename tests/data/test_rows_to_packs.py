@@ -15,7 +15,7 @@ from tunesmith.data.pack import pack_step
 from tunesmith.data.render import Renderer
 from tunesmith.data.schedule import Schedule, prefetch
 from tunesmith.data.show import coloured
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

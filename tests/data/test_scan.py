@@ -13,7 +13,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.scan import first_documents, percentiles, scan
 from tunesmith.data.schedule import Schedule
 from tunesmith.errors import InputError
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 
 
 def open_texts(write, words, texts, **options):

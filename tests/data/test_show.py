@@ -6,7 +6,7 @@ from rich.console import Console
 from tunesmith.data.dataset import open_dataset
 from tunesmith.data.lengths import Prepared
 from tunesmith.data.show import coloured, pieces, visible
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import Document
 
 

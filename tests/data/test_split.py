@@ -5,7 +5,7 @@ import pytest
 from tunesmith.data.dataset import open_dataset
 from tunesmith.data.split import hash_split, split
 from tunesmith.errors import InputError
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 
 
 def texts(dataset):

@@ -24,7 +24,7 @@ from tunesmith.data.formats import FORMATS
 from tunesmith.data.rejected import rejected_rows
 from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import Json
 
 START, END = 256, 257  # control tokens of the tiny model

@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith.plan.rehearsal import rehearsal_choices
 from tunesmith.plan.rules import Known
-from tunesmith.recipe import Rehearsal
+from tunesmith.recipevalues import Rehearsal
 
 LENGTHS = {"max_length": 700, "pack_length": 4096}
 

@@ -30,7 +30,7 @@ from tunesmith.data.never import Never, Tally, Violation
 from tunesmith.data.places import LONGEST_ROW
 from tunesmith.data.sources import Source, open_source
 from tunesmith.errors import InputError
-from tunesmith.recipe import DataSource
+from tunesmith.recipevalues import DataSource
 from tunesmith.types import Document, Example, Row
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import regex
 
 from tunesmith.data.badrow import BadRow
 from tunesmith.errors import InputError
-from tunesmith.recipe import Constraint
+from tunesmith.recipevalues import Constraint
 from tunesmith.types import Example, Span
 
 SECONDS = 2.0  # for one pattern on one answer; more is no work but backtracking

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tunesmith.plan.rules import rule
-from tunesmith.recipe import Constraint
+from tunesmith.recipevalues import Constraint
 from tunesmith.types import Choice, DataReport
 
 BAN = 1.0  # Welleck 2019 weighs unlikelihood as it weighs cross-entropy

@@ -6,7 +6,7 @@ In: the recipe and what is decided already. Out: a Choice a key, or none without
 from __future__ import annotations
 
 from tunesmith.plan.rules import Known, rule
-from tunesmith.recipe import Rehearsal
+from tunesmith.recipevalues import Rehearsal
 from tunesmith.types import Choice, DataReport
 
 SOURCE = "Ibrahim 2024, table 2; Bethune 2025"
