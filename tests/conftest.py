@@ -1,5 +1,6 @@
 """Shared by all tests. Being here puts this folder on the path, so that tests can import `tiny` and `tiny_run`."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from tiny_run import save_model_folder
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder as users have them; not to be changed."""
     return save_model_folder(tmp_path_factory.mktemp("tiny-model") / "tiny")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """A shell starts what runs in its background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
