@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from rich.text import Text
@@ -186,10 +186,10 @@ def make_plan(facts: Facts) -> Plan:
 
 
 def _saved_share(facts: Facts) -> SavedShare:
-    """Windows of texts do not begin alike."""
+    """Windows of texts do not begin alike. Several rules ask, and each answer packs many rows: it is remembered."""
     if facts.corpus is not None:
         return nothing_saved
-    return partial(saved_share, first_documents(facts.datasets["data"], facts.recipe.seed))
+    return cache(partial(saved_share, first_documents(facts.datasets["data"], facts.recipe.seed)))
 
 
 def _fixed_of(facts: Facts, layers: Sequence[str]) -> dict[str, Choice]:

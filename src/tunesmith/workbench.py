@@ -155,9 +155,7 @@ def _probe(network: Network, facts: Facts, rows: Dataset, *, share: bool) -> Pro
     if facts.corpus is not None:
         return _probe_of_texts(network, facts.corpus)
     whole: list[Document] = []
-    cut: list[
-        Document
-    ] = []  # the end of an answer is missing, or all but what is bad in it: no witness if there are others
+    cut: list[Document] = []  # without the end of an answer, or only what is bad in it: no witness if there are others
     equal: list[tuple[str, bool]] = []
     # The stock render writes today's date, ours the plan's: their ids may differ for that reason alone.
     for index in range(min(PROBE_ROWS, len(rows))):

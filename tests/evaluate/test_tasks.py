@@ -168,8 +168,12 @@ def test_metrics_that_cannot_be_used_are_refused_first(metrics, schema, expected
         check_questions([_question(expected)], metrics, schema)
 
 
-def test_metrics_that_fit_pass() -> None:
-    check_questions([_question()], tuple(METRICS), SCHEMA)
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_that_fit_pass_and_find_the_expected_answer_right(name: str) -> None:
+    question = _question()
+    check_questions([question], (name,), SCHEMA)
+    (found,) = grade([question], [question.expected], task="test", metrics=(name,), schema=SCHEMA)
+    assert found.values == (1.0,)
 
 
 # ---------------------------------------------------------------- a whole task

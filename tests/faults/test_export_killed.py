@@ -45,15 +45,21 @@ def check_full_disk(found: dict[str, dict[str, Any]]) -> None:
 
 
 def test_fault_34_an_export_killed_here_and_there(dying_export: Dying) -> None:
-    check_deaths(dying_export("die", 5, "merged", "gguf-lora"))
+    found = dying_export("die", 5, "merged", "gguf-lora")
+    assert found.keys() == {"merged", "gguf-lora"}
+    check_deaths(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["die", "tear"])
 def test_fault_34_an_export_killed_at_any_call(mode: str, dying_export: Dying) -> None:
-    check_deaths(dying_export(mode, 1, *ALL))
+    found = dying_export(mode, 1, *ALL)
+    assert found.keys() == set(ALL)
+    check_deaths(found)
 
 
 @pytest.mark.slow
 def test_fault_34_an_export_on_a_disk_that_fills_up_at_any_call(dying_export: Dying) -> None:
-    check_full_disk(dying_export("full", 1, *ALL))
+    found = dying_export("full", 1, *ALL)
+    assert found.keys() == set(ALL)
+    check_full_disk(found)

@@ -42,6 +42,11 @@ def test_links_inside_the_folder_pass(model_folder: Path) -> None:
     (model_folder / "chat_template.jinja").write_text("x")
     (model_folder / "same.jinja").symlink_to("chat_template.jinja")
     check_folder(model_folder)
+    assert (model_folder / "same.jinja").is_symlink()
+    (model_folder / "same.jinja").unlink()
+    (model_folder / "same.jinja").symlink_to("../chat_template.jinja")
+    with pytest.raises(InputError, match="a link out of its folder"):
+        check_folder(model_folder)
 
 
 def hub_snapshot(model_folder: Path) -> Path:
@@ -63,6 +68,7 @@ def test_the_links_of_the_hubs_cache_pass(model_folder: Path, tmp_path: Path) ->
     check_folder(snapshot)
     (tmp_path / "elsewhere").symlink_to(snapshot)
     check_folder(tmp_path / "elsewhere")
+    assert all(file.is_symlink() for file in snapshot.iterdir())
 
 
 def test_fault_14_blobs_that_are_a_link_themselves_are_no_cache(model_folder: Path, tmp_path: Path) -> None:

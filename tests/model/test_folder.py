@@ -26,8 +26,11 @@ class Evil:
         return Path.write_text, (self.sentinel, "executed")
 
 
-def test_a_sound_folder_passes(model_folder: Path) -> None:
+def test_a_sound_folder_passes_and_one_without_its_weights_does_not(model_folder: Path) -> None:
     check_folder(model_folder)
+    (model_folder / "model.safetensors").unlink()
+    with pytest.raises(InputError):
+        check_folder(model_folder)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,8 @@ def test_own_generation_code_is_refused(model_folder: Path) -> None:
 
 def test_harmless_keys_pass(change_config) -> None:
     check_folder(change_config(_attn_implementation_autoset=True, trust_remote_code=False, auto_map=None))
+    with pytest.raises(InputError, match="trust_remote_code"):
+        check_folder(change_config(_attn_implementation_autoset=True, trust_remote_code=True, auto_map=None))
 
 
 def test_fault_15_only_pickled_weights_are_refused_and_not_opened(model_folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 In: the paths of a model's linears and the user's words. Out: the chosen paths. A word is all-linear, attention or mlp;
 a list holds names, as q_proj or layers.0.mlp.up_proj; any other text is a regular expression for whole paths, as in
-PEFT. It is a stranger's program, so it runs in a process that can be ended. Loads no torch.
+PEFT. It is a stranger's program, and Python's own `re`, which is what PEFT takes, knows no time limit: so it runs in a
+process that can be ended. Loads no torch.
 """
 
 from __future__ import annotations

@@ -143,10 +143,11 @@ class Training:
 
     def _take_step(self) -> Event:
         documents, started = self._next_documents(), time.perf_counter()
-        packs = self._packs(documents)
+        counts = Counts.of(documents)
+        packs = self._packs(documents) if counts else []
         try:
             with memory_errors():
-                loss, supervised = self._forward_backward(packs, Counts.of(documents))
+                loss, supervised = self._forward_backward(packs, counts)
         except OutOfMemory as error:
             said = error.what
         else:
@@ -206,8 +207,6 @@ class Training:
         return 0.0 if total is None else float(total), supervised
 
     def _packs(self, documents: Sequence[Document]) -> list[Pack]:
-        if not Counts.of(documents):
-            return []
         return pack_step(documents, self.pack_length, share=self.settings.share_prefixes)
 
     def _smaller_packs(self, documents: Sequence[Document], said: str) -> Verdict:
