@@ -180,7 +180,9 @@ def test_other_files_are_refused_with_what_can_be_read(name, write):
     assert ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .md (each also as .gz), .parquet, or a folder" in caught.value.fix
 
 
-@pytest.mark.parametrize("raw", [CONTAINERS["x.csv.gz"], b"PAR1....", b"PK\x03\x04...."])
+@pytest.mark.parametrize(
+    "raw", [CONTAINERS["x.csv.gz"], b"PAR1....", b"PK\x03\x04...."], ids=["gzip", "Parquet", "zip"]
+)
 def test_a_packed_file_under_another_name_is_recognised(raw, write):
     with pytest.raises(InputError, match=r"the content is (gzip|Parquet|zip, as \.xlsx and \.docx are), not text"):
         open_source(write(raw, "x.csv"))
