@@ -147,6 +147,7 @@ def data_view(reports: Mapping[str, DataReport]) -> RenderableType:
     findings = [
         f"[{LEVEL_STYLES[finding.level]}]{finding.level}[/] {role} {finding.check}: {escape(finding.message)}"
         + (f" [dim]{escape(', '.join(finding.rows))}[/]" if finding.rows else "")
+        + (f"\n     {escape(finding.fix)}" if finding.fix else "")
         for role, report in reports.items()
         for finding in report.findings
     ]

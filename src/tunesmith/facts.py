@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from tunesmith.data.audit import check
+from tunesmith.data.audit.check import check
 from tunesmith.data.contamination import refuse_overlap
 from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.dataset import Dataset, open_dataset
@@ -163,8 +163,9 @@ def read_schema(path: Path | None) -> Json | None:
         raise InputError(f"not JSON: {error}", where=f"schema: {path}", fix="correct the file") from error
 
 
-def reports(facts: Facts) -> dict[str, DataReport]:
-    return check(facts.datasets, schema=facts.schema, corpus=facts.corpus)
+def reports(facts: Facts, *, whole: bool = False) -> dict[str, DataReport]:
+    """What the data check says; `whole`: of all texts, not only what a run needs to know."""
+    return check(facts.datasets, schema=facts.schema, corpus=facts.corpus, whole=whole)
 
 
 def make_plan(facts: Facts) -> Plan:

@@ -71,13 +71,14 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing the data check has to say. `rows` names at most a few; `count` counts all."""
+    """One thing the data check has to say. `rows` names at most a few, `count` counts all; `fix` is what to do."""
 
     check: str
     level: Literal["info", "warn", "error"]
     message: str
     count: int = 0
     rows: tuple[str, ...] = ()
+    fix: str = ""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def data_check(
     from tunesmith.facts import reports
 
     known = gather(recipe, **changes)
-    found = reports(known)
+    found = reports(known, whole=True)
     if rejected is not None:
         write_rejected(Path(rejected), known.datasets, found)
     return found

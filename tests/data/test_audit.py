@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tunesmith.data import scan as scan_module
-from tunesmith.data.audit import check
+from tunesmith.data.audit.check import check
 from tunesmith.data.dataset import open_dataset
 from tunesmith.errors import InputError
 from tunesmith.recipevalues import DataSource

@@ -14,7 +14,7 @@ from toy_chat import assistant, call, example, folder, user
 
 from tiny_run import chat, plan_of, recipe, steps_of, sums, train
 from tunesmith.data import spool
-from tunesmith.data.audit import check
+from tunesmith.data.audit.check import check
 from tunesmith.data.badrow import BadRow
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.rejected import rejected_rows, write_rejected

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tiny_run import write_rows
 from tunesmith.data import tokenizer as tokenizer_module
-from tunesmith.data.audit import check
+from tunesmith.data.audit.check import check
 from tunesmith.data.corpus import DENSE, Corpus, Stream, open_corpus
 from tunesmith.data.dataset import open_dataset
 from tunesmith.data.render import Renderer

@@ -10,7 +10,7 @@ from toy_chat import assistant, example, folder, marked, user
 
 from tiny_run import chat, write_rows
 from tunesmith.data import never
-from tunesmith.data.audit import check
+from tunesmith.data.audit.check import check
 from tunesmith.data.badrow import BadRow
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.never import Never, Violation

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from tunesmith.data.audit import check
+from tunesmith.data.audit.check import check
 from tunesmith.data.batch import collate
 from tunesmith.data.dataset import open_dataset
 from tunesmith.data.pack import pack_step

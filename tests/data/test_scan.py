@@ -6,7 +6,7 @@ import pytest
 from toy_chat import assistant, call, folder, user
 
 from tunesmith.data import scan as scan_module
-from tunesmith.data.audit import check
+from tunesmith.data.audit.check import check
 from tunesmith.data.dataset import open_dataset
 from tunesmith.data.rejected import rejected_rows
 from tunesmith.data.render import Renderer

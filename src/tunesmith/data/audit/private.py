@@ -1,0 +1,101 @@
+"""Secrets and personal data in texts, by their form and, where they have one, their check digits.
+
+Never shown whole: `masked` keeps the ends. Names and addresses have no form that could be found without a model, and
+are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from tunesmith.data.audit.reading import Row
+
+
+class Form(NamedTuple):
+    sign: str  # a text without it is not searched
+    pattern: re.Pattern[str]
+    holds: Callable[[str], bool] = bool  # whether a match is what it looks like
+
+
+def masked(text: str) -> str:
+    """The ends of a match, and how long it is."""
+    kept = 2 if len(text) >= 12 else 1
+    return f"{text[:kept]}…{text[-kept:]} ({len(text)} characters)"
+
+
+def luhn(number: str) -> bool:
+    """The check digit of card numbers (ISO/IEC 7812-1); a number of one digit is none."""
+    digits = [int(sign) for sign in number if sign.isdigit()]
+    if not 13 <= len(digits) <= 19 or len(set(digits)) < 2:
+        return False
+    doubled = [2 * digit - 9 * (digit > 4) for digit in digits[-2::-2]]
+    return (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
+
+
+def iban(text: str) -> bool:
+    """The check digits of an IBAN (ISO 13616)."""
+    text = text.replace(" ", "")
+    return len(text) >= 15 and int("".join(str(int(sign, 36)) for sign in text[4:] + text[:4])) % 97 == 1
+
+
+def mixed(text: str) -> bool:
+    """Letters and digits: no word, no placeholder."""
+    return any(map(str.isdigit, text)) and any(map(str.isalpha, text)) and len(set(text)) > 8
+
+
+SECRETS = {
+    "AWS keys": Form("IA", re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
+    "GitHub tokens": Form("_", re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,})")),
+    "Slack tokens": Form("xox", re.compile(r"\bxox[abpors]-[\w-]{10,}")),
+    "Google keys": Form("AIza", re.compile(r"\bAIza[\w-]{35}")),
+    "API keys": Form("sk", re.compile(r"\b(?:sk|rk)[-_](?:live|test|proj|ant|or)?[-_]?[\w-]{20,}"), mixed),
+    "Hugging Face tokens": Form("hf_", re.compile(r"\bhf_[A-Za-z0-9]{30,}")),
+    "private keys": Form("PRIVATE KEY", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
+    "signed tokens": Form("eyJ", re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}")),
+    "passwords in a URL": Form("://", re.compile(r"\b\w+://[^\s:/@]{1,60}:[^\s:/@]{4,60}@[\w.-]+")),
+    "passwords": Form(
+        "",
+        re.compile(r"(?i)\b(?:password|passwd|api_?key|secret|token)\b[\"']? ?[:=] ?[\"']([^\s\"']{8,80})[\"']"),
+        mixed,
+    ),
+}
+PERSONAL = {
+    "email addresses": Form("@", re.compile(r"\b[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[A-Za-z]{2,24}\b")),
+    "phone numbers": Form(
+        "", re.compile(r"(?<![\w.])\+\d{1,3}[ \-./(]*\d(?:[ \-./()]*\d){6,12}(?!\d)|\(\d{3}\) \d{3}-\d{4}")
+    ),
+    "card numbers": Form("", re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d.,-]\d)"), luhn),
+    "IBANs": Form("", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), iban),
+    "US social security numbers": Form(
+        "-", re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\d-])")
+    ),
+}
+NOBODY = re.compile(r"@(?:[\w-]+\.)*example(?:\.(?:com|org|net))?\b|@localhost\b|noreply", re.IGNORECASE)
+
+
+def secrets(row: Row) -> Iterator[tuple[str, str]]:
+    """Keys, tokens and passwords, by kind, the first of each masked."""
+    return _found(row, SECRETS)
+
+
+def personal(row: Row) -> Iterator[tuple[str, str]]:
+    """Addresses and numbers of people, by kind, the first of each masked. Addresses of nobody do not count."""
+    return _found(row, PERSONAL)
+
+
+def _found(row: Row, forms: dict[str, Form]) -> Iterator[tuple[str, str]]:
+    for kind, form in forms.items():
+        for text in row.texts:
+            if form.sign in text and (match := _first(form, text)):
+                yield kind, masked(match)
+                break
+
+
+def _first(form: Form, text: str) -> str:
+    for match in form.pattern.finditer(text):
+        said = match[match.lastindex or 0]
+        if form.holds(said) and not NOBODY.search(said):
+            return said
+    return ""

@@ -1,0 +1,243 @@
+"""Checks of single rows: what is wrong with what one row says.
+
+Each is a function from a row to (kind, what to show of it), and one line in `ROW_CHECKS`; its rows are counted while
+all of them are read (reading.py). They are heuristics over words and signs, made for English where they are about
+words: a count is a reason to look at the rows that are named, not a verdict.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tunesmith.data.audit.private import personal, secrets
+from tunesmith.data.audit.reading import Find, Noted, Row
+from tunesmith.data.audit.subject import Level, Subject, by_share
+from tunesmith.data.audit.words import grams_of, words_of
+from tunesmith.types import Finding
+
+Found = Iterator[tuple[str, str]]
+
+# ---------------------------------------------------------------- answers that stop, or say nothing
+
+LONG = 30  # words, of an answer that is more than a phrase
+OPEN_END = re.compile(
+    r"\b(?:and|or|the|an?|of|to|with|in|for|is|are|that|which|because|und|der|die|das|et|les?|la|y|el)$"
+)
+CUT_MARK = re.compile(r"(?:\.\.\.|…|\[(?:truncated|cut|continued|\.\.\.)\]|\(continued\))$", re.IGNORECASE)
+SENTENCE = re.compile(r"[.!?] +\w")
+FREE_LINE = re.compile(r"\s*(?:[-*+#>|]|\d+[.)]|```|https?:)")  # of a list, table, heading: needs no full stop
+EMPTY_WORDS = frozenset(["null", "nan", "n/a", "undefined", "[deleted]", "[removed]", "todo", "tbd"])
+
+
+def unfinished(row: Row) -> Found:
+    """Answers that stop before their end."""
+    tail = row.answer.rstrip()
+    if tail.count("```") % 2:
+        yield "leave a code fence open", ""
+    elif tail.startswith(("{", "[")):
+        if tail[-1] not in "}]":
+            yield "leave JSON open", ""
+    elif tail.endswith((",", "(", " -", "–")) or OPEN_END.search(tail[-12:]):
+        if len(tail.split(None, 8)) > 7:
+            yield "stop in a sentence", ""
+    elif len(tail.split(None, LONG)) > LONG:
+        last = tail.rpartition("\n")[2]
+        if CUT_MARK.search(tail[-16:]):
+            yield "end in dots", ""
+        elif tail[-1].isalnum() and tail.isascii() and SENTENCE.search(last) and not FREE_LINE.match(last):
+            yield "stop in a sentence", ""
+
+
+def says_nothing(row: Row) -> Found:
+    """Words that stand for no answer."""
+    answer = row.answer.strip()
+    if answer.lower() in EMPTY_WORDS or (answer and not any(map(str.isalnum, answer))):
+        yield answer[:12], ""
+
+
+# ---------------------------------------------------------------- manners
+
+REFUSAL = re.compile(
+    r"\bI(?: am|'m) (?:unable|not able|not allowed|not comfortable) |"
+    r"\bI (?:cannot|can't|can not|won't|will not|must decline to|have to decline to) "
+    r"(?:help|assist|provide|answer|fulfil|comply|create|generate|discuss|engage|support|write|give|share|do that)|"
+    r"\bI(?: must| have to) (?:decline|refuse)|\b(?:against|violates?) (?:my|our) (?:guidelines|polic|programming)",
+    re.IGNORECASE,
+)
+APOLOGY = re.compile(
+    r"\W*(?:I(?: am|'m) (?:so |very |really |truly |deeply )*sorry|sorry\b|"
+    r"(?:my |I |we )?(?:sincere(?:ly)? |deepest )?apolog)",
+    re.IGNORECASE,
+)
+AI = re.compile(
+    r"\bas an? (?:AI|artificial intelligence|(?:large )?language model|chat ?bot|virtual assistant)\b|"
+    r"\bI(?: am|'m) (?:just |only |merely )?an? (?:AI\b|artificial intelligence|(?:large )?language model|chat ?bot)|"
+    r"\bmy (?:knowledge cut-?off|last (?:knowledge )?update|training data)\b|"
+    r"\bI (?:don't|do not) have (?:personal (?:opinions|beliefs|feelings|experiences)|feelings|access to real[- ]time)",
+    re.IGNORECASE,
+)
+FIRST = 300  # characters in which an answer refuses
+
+
+def refusals(row: Row) -> Found:
+    if REFUSAL.search(_straight(row.answer[:FIRST])):
+        yield "refuse", ""
+
+
+def apologies(row: Row) -> Found:
+    if APOLOGY.match(_straight(row.answer[:80])):
+        yield "apologise", ""
+
+
+def disclaimers(row: Row) -> Found:
+    if AI.search(_straight(row.answer)):
+        yield "speak as an AI", ""
+
+
+def _straight(text: str) -> str:
+    return text.replace("’", "'")
+
+
+# ---------------------------------------------------------------- text that is none
+
+MARKERS = re.compile(
+    r"<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|begin_of_text|endoftext|end_of_turn|user|assistant|system)\|>"
+    r"|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>"
+    r"|^### ?(?:Instruction|Response|Human|Assistant|Input):|^(?:Human|USER|ASSISTANT|Assistant): ",
+    re.MULTILINE,
+)
+HOLES = re.compile(
+    r"\{\{ ?\w+ ?\}\}|\[(?:your|insert|enter)\b[^\]\n]{0,40}\]|\[(?:name|company|date|address|phone number|email)\]|"
+    r"<(?:insert|your)\b[^>\n]{0,40}>|\blorem ipsum\b|\bXX+-XX+\b",
+    re.IGNORECASE,
+)
+UNSEEN = {
+    "control characters": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f",
+    "invisible characters": "\u00ad\u200b\u2060-\u2064\ufeff\ufff9-\ufffb",
+    "direction overrides": "\u202a-\u202e\u2066-\u2069",
+    "hidden tag characters": "\U000e0001\U000e0020-\U000e007f",
+    "U+FFFD, text that was lost": "\ufffd",
+    "private characters": "\ue000-\uf8ff",
+}
+ANY_UNSEEN = re.compile(f"[{''.join(UNSEEN.values())}]")
+UNSEEN_KINDS = {kind: re.compile(f"[{signs}]") for kind, signs in UNSEEN.items()}
+FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007f]+")  # the flags of Scotland and others are made of tags
+MISREAD = re.compile("Ã[\u0080-\u00bf©¨ª«¼¶¤±³º§]|â€[™œ\u009d\u009c“”¦]|Â[\u00a0°»«£]|ï»¿")
+
+
+def markers(row: Row) -> Found:
+    """Signs of a chat template inside a text: of another tool's export, or of an attack."""
+    for text in row.texts:
+        if found := MARKERS.search(text):
+            yield repr(found[0].strip()), ""
+            return
+
+
+def holes(row: Row) -> Found:
+    """Places of a form that nobody filled in."""
+    if found := HOLES.search(row.answer):
+        yield found[0].lower()[:30], ""
+
+
+def unseen(row: Row) -> Found:
+    """Characters that no reader sees, and text in the wrong encoding."""
+    for text in row.texts:
+        if ANY_UNSEEN.search(text):
+            text = FLAG.sub("", text)
+            for kind, pattern in UNSEEN_KINDS.items():
+                if pattern.search(text):
+                    yield kind, ""
+        if not text.isascii() and MISREAD.search(text):
+            yield "UTF-8 read as Latin-1", ""
+
+
+# ---------------------------------------------------------------- answers that repeat
+
+COPIED, COPIED_WORDS = 0.9, 8
+LOOP = 4  # times the same line
+
+
+def copied_prompt(row: Row) -> Found:
+    """Answers that say the question again."""
+    answer = words_of(row.answer) if row.prompt else row.words[0][:0]
+    if len(answer) < COPIED_WORDS:
+        return
+    prompt = words_of(row.prompt)
+    if 2 * len(answer) < len(prompt):
+        return  # taken out of a longer text
+    said, asked = set(grams_of(answer, 3).tolist()), set(grams_of(prompt, 3).tolist())
+    if len(said & asked) >= COPIED * len(said):
+        yield "say the question again", ""
+
+
+def loops(row: Row) -> Found:
+    """Answers with one line over and over."""
+    lines = [line.strip() for line in row.answer.split("\n") if len(line) > 20]
+    if len(lines) >= LOOP and max(map(lines.count, set(lines[:50]))) >= LOOP:
+        yield "repeat a line", ""
+
+
+# ---------------------------------------------------------------- what is said of them
+
+
+class RowCheck(NamedTuple):
+    find: Find
+    says: str  # behind "3 of 9 rows"
+    level: Level | None  # None: by the share of the rows
+    fix: str
+    plain_texts: bool = False  # also where a row is no question with an answer
+
+
+ROW_CHECKS: dict[str, RowCheck] = {
+    "unfinished": RowCheck(unfinished, "have an answer that stops early", None, "finish the answers, or drop the rows"),
+    "says_nothing": RowCheck(says_nothing, "have no answer but a placeholder", None, "write them, or drop the rows"),
+    "refusals": RowCheck(
+        refusals, "refuse in the answer", None, "keep only those that should be refused; `never:` leaves the others out"
+    ),
+    "apologies": RowCheck(apologies, "begin the answer with an apology", None, "drop what the model should not learn"),
+    "disclaimers": RowCheck(disclaimers, "speak as an AI in the answer", None, "reword them; `never:` leaves them out"),
+    "markers": RowCheck(
+        markers, "hold markers of a chat template as text", "warn",
+        "divide them into messages again: as text they teach the model to write markers", True,
+    ),
+    "holes": RowCheck(holes, "have an answer with places to fill in", None, "fill them in, or drop the rows"),
+    "unseen": RowCheck(
+        unseen, "hold characters that nobody sees", "warn", "take them out, or decode the source again", True
+    ),
+    "copied_prompt": RowCheck(copied_prompt, "have an answer that says the question again", None, "drop them"),
+    "loops": RowCheck(loops, "have an answer that repeats a line", None, "drop them"),
+    "secrets": RowCheck(
+        secrets, "hold what looks like a secret", "error",
+        "revoke it, and take it out: a model can give back what it was trained on", True,
+    ),
+    "personal": RowCheck(
+        personal, "hold personal data", "warn", "take out what nobody agreed to: a model can give it back", True
+    ),
+}  # fmt: skip
+
+
+def finds() -> dict[str, Find]:
+    return {name: check.find for name, check in ROW_CHECKS.items()}
+
+
+def findings(subject: Subject) -> Iterator[Finding]:
+    """One for each check of single rows that found something."""
+    if subject.reading is None:
+        return
+    rows = len(subject.dataset)
+    plain = all(part.format == "text" for part in subject.dataset.parts)
+    for name, noted in subject.reading.roles[subject.role].noted.items():
+        check = ROW_CHECKS[name]
+        if check.plain_texts or not plain:
+            message = f"{noted.rows:,} of {rows:,} rows {check.says}{_kinds(noted)}"
+            level = check.level or by_share(noted.rows, rows)
+            yield Finding(name, level, message, noted.rows, tuple(noted.first), check.fix)
+
+
+def _kinds(noted: Noted) -> str:
+    if len(noted.kinds) == 1 and next(iter(noted.kinds.values())) == noted.rows:
+        kind = next(iter(noted.kinds))
+        return "" if " " in kind and kind.split()[0] in ("say", "speak", "repeat") else f": {kind}"
+    return ": " + ", ".join(f"{count:,} {kind}" for kind, count in noted.kinds.most_common(6))

@@ -1,0 +1,56 @@
+"""Texts as numbers: a hash a word, and a hash of every run of n words. Equal runs are found by equal hashes.
+
+    text -> words_W (uint64) -> grams (uint64, each once)
+
+Case and ASCII punctuation are left out. Where a script writes no spaces each character counts as a word.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterable
+from zlib import crc32
+
+import numpy as np
+
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+SPACES = bytes.maketrans(string.punctuation.encode(), b" " * len(string.punctuation))
+ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+
+
+def words_of(text: str) -> np.ndarray:
+    """uint64 [words]."""
+    if not text.isascii():
+        text = SPACELESS.sub(r" \g<0> ", text)
+    words = text.lower().encode(errors="replace").translate(SPACES).split()
+    return np.fromiter(map(crc32, words), dtype=np.uint64, count=len(words))
+
+
+def grams_of(words_W: np.ndarray, n: int) -> np.ndarray:
+    """uint64, one for each run of n words; of fewer words one for all of them."""
+    if not len(words_W):
+        return words_W
+    n = min(n, len(words_W))
+    length = len(words_W) - n + 1
+    grams = np.zeros(length, dtype=np.uint64)
+    for place in range(n):
+        grams = grams * np.uint64(ODD) + words_W[place : place + length]
+    grams ^= grams >> np.uint64(29)
+    grams *= np.uint64(0xBF58476D1CE4E5B9)  # of splitmix64
+    return grams ^ (grams >> np.uint64(32))
+
+
+def all_grams(texts: Iterable[np.ndarray], n: int) -> np.ndarray:
+    """The grams of several texts, each once, ascending; no gram goes over the end of a text."""
+    found = [grams_of(words_W, n) for words_W in texts if len(words_W)]
+    return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
+
+
+def outside(values: np.ndarray, sorted_values: np.ndarray) -> np.ndarray:
+    """Those of `values` that are not among `sorted_values`."""
+    if not len(sorted_values):
+        return values
+    places = np.searchsorted(sorted_values, values)
+    places[places == len(sorted_values)] = 0
+    return values[sorted_values[places] != values]
