@@ -53,9 +53,9 @@ class TensorHeader:
     end: int
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, weights: bool = True) -> None:
     """Refuse a folder that could run code or read other files, holds only pickles, or whose weights are damaged.
-    InputError."""
+    InputError. Without `weights` there need not be any."""
     check_files(folder)
     read_json(folder / "config.json")
     modules = "|".join(re.escape(path.stem) for path in folder.glob("*.py"))
@@ -68,7 +68,8 @@ def check_folder(folder: Path) -> None:
         fix = "give model: the base model, and the adapter as adapter_from:"
         raise InputError("this folder is an adapter, not a model", where=str(folder), fix=fix)
     _check_tokenizer_class(folder)
-    read_headers(folder)
+    if weights or has_weights(folder):
+        read_headers(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,6 +86,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError("not a JSON object", where=str(path), fix="download the file again")
     return content
+
+
+def has_weights(folder: Path) -> bool:
+    """A weight file is there. An index alone comes with every download of the small files."""
+    return (folder / SINGLE).is_file() or ((folder / INDEX).is_file() and any(folder.glob("*.safetensors")))
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:

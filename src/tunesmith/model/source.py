@@ -39,7 +39,8 @@ CACHE_FIX = "free some room, or set TUNESMITH_CACHE to a folder that can be writ
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The base error of the HTTP client that this version of the hub package uses (httpx or httpx2).
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]  # no code, no pickle
+SMALL_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]  # no code, no pickle
+HUB_FILES = [*SMALL_HUB_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class BuiltIn:
     origin: str
 
 
-def resolve(name: str, *, report: Report | None = None) -> Path:
-    """The local folder of model `name`. `report` gets one line for each thing that takes long.
+def resolve(name: str, *, report: Report | None = None, weights: bool = True) -> Path:
+    """The local folder of model `name`. `report` gets one line for each thing that takes long. Without `weights`, which
+    is enough for a plan, its small files will do.
 
     InputError: no such model, or a folder that is not safe or not complete. MachineError: no network, no disk.
     """
@@ -64,16 +66,18 @@ def resolve(name: str, *, report: Report | None = None) -> Path:
         folder = _built_in(name, say)
     elif path.is_dir():
         folder = path
+    elif path.name == "config.json" and path.is_file():
+        folder = path.parent
     elif path.is_file():
         folder = _local_gguf(path, say)
     elif HUB_ID.fullmatch(name):
-        folder = _from_hub(name, say)
+        folder = _from_hub(name, say, HUB_FILES if weights else SMALL_HUB_FILES)
     else:
         near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         fix = f"{hint}give a folder, a .gguf file, a hub id (owner/name) or a built-in name: {', '.join(BUILT_IN)}"
         raise InputError(f"there is no model {name!r}", where="model", fix=fix)
-    check_folder(folder)
+    check_folder(folder, weights=weights)
     return folder.resolve()
 
 
@@ -175,16 +179,16 @@ def _check_sha256(path: Path, expected: str) -> None:
         raise InputError(what, where=path.name, fix="look at the index that pip uses; do not use the file")
 
 
-def _from_hub(name: str, say: Report) -> Path:
+def _from_hub(name: str, say: Report, files: list[str]) -> Path:
     try:
-        folder = _snapshot(name, local_files_only=True)
-        if any(folder.glob("*.safetensors")):
+        folder = _snapshot(name, files, local_files_only=True)
+        if any(folder.glob("*.safetensors")) or files == SMALL_HUB_FILES:
             return folder
     except LocalEntryNotFoundError:
         pass
     say(f"fetching {name} from the hub")
     try:
-        return _snapshot(name, local_files_only=False)
+        return _snapshot(name, files, local_files_only=False)
     except (RepositoryNotFoundError, HFValidationError) as error:
         fix = "check the spelling; for a private or gated model set HF_TOKEN"
         raise InputError(f"the hub has no model {name!r} that you may read", where="model", fix=fix) from error
@@ -194,9 +198,9 @@ def _from_hub(name: str, say: Report) -> Path:
         raise MachineError(what, where="model", fix=fix) from error
 
 
-def _snapshot(name: str, *, local_files_only: bool) -> Path:
+def _snapshot(name: str, files: list[str], *, local_files_only: bool) -> Path:
     skip = ["*/*", "consolidated*"]  # other formats of the same weights
-    options = {"allow_patterns": HUB_FILES, "ignore_patterns": skip, "local_files_only": local_files_only}
+    options = {"allow_patterns": files, "ignore_patterns": skip, "local_files_only": local_files_only}
     return Path(snapshot_download(name, **options))
 
 

@@ -1,9 +1,9 @@
 """What a model folder says about itself, as a `ModelSpec`.
 
-In: a folder that `folder.check_folder` has passed. Out: the spec, from config.json and the safetensors headers; no
-weight is read and transformers is not imported. A model that tunesmith cannot train exactly is refused here by name:
-layers that carry state from token to token (packing would leak it), mixtures of experts, other inputs than text, and
-model types that nobody has proven yet.
+In: a folder that `folder.check_folder` has passed. Out: the spec, from config.json and the safetensors headers, or from
+config.json alone where there are no weights; no weight is read and transformers is not imported. A model that tunesmith
+cannot train exactly is refused here by name: layers that carry state from token to token (packing would leak it),
+mixtures of experts, other inputs than text, and model types that nobody has proven yet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import InputError
-from tunesmith.model.folder import TensorHeader, read_headers, read_json
+from tunesmith.model.folder import TensorHeader, has_weights, read_headers, read_json
+from tunesmith.model.promised import HEAD_DIMS, Shape, promised
 from tunesmith.types import ModelSpec
 
 # Dense decoders of text with gated MLPs and softmax attention, whose sizes are what the config says. Model type -> the
@@ -39,6 +40,8 @@ EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_
 OTHER_INPUTS = ("vision_config", "audio_config", "video_config", "speech_config", "image_token_id", "audio_token_id")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 LARGEST = 2**24
+MOST = {"num_hidden_layers": 4096}
+MOST_PARAMETERS = 10**13
 END = re.compile(r"(embed_tokens|layers\.\d+)\..*")  # of a name, whatever prefix the model type puts before it
 LABELS = 10_000  # of the classifier that any config may carry: transformers makes a name for each
 
@@ -53,7 +56,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     model_type = _accept(config, where)
     size = _Sizes(config, where)
     heads, hidden = size.need("num_attention_heads"), size.need("hidden_size")
-    headers = read_headers(path)
+    headers = _headers(config, model_type, path)
     output = _find(headers, "self_attn.o_proj.weight", path)
     spec = ModelSpec(
         name=name or path.name,
@@ -77,6 +80,38 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     return spec
 
 
+def headers_of(path: Path) -> dict[str, TensorHeader]:
+    """Of the weights of a model folder; where there are none, of those that its config.json promises."""
+    config = read_json(path / "config.json")
+    return _headers(config, _accept(config, str(path / "config.json")), path)
+
+
+def _headers(config: dict[str, Any], model_type: str, path: Path) -> dict[str, TensorHeader]:
+    if has_weights(path):
+        return read_headers(path)
+    where = str(path / "config.json")
+    size = _Sizes(config, where)
+    hidden, heads = size.need("hidden_size"), size.need("num_attention_heads")
+    if config.get("head_dim") is None and model_type not in HEAD_DIMS and hidden % heads:
+        what = f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim"
+        raise InputError(what, where=where, fix="correct one of them, or give head_dim")
+    shape = Shape(
+        layers=size.need("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=size.get("num_key_value_heads", heads),
+        head_dim=size.get("head_dim", HEAD_DIMS.get(model_type, hidden // heads)),
+        inner=size.need("intermediate_size"),
+        vocabulary=size.need("vocab_size"),
+    )
+    found = promised(config, model_type, shape, path / "config.json")
+    parameters = sum(prod(tensor.shape) for tensor in found.values())
+    if parameters > MOST_PARAMETERS:
+        what = f"a model of these sizes has {parameters:,} parameters: {shape}"
+        raise InputError(what, where=where, fix="correct the size that is too large")
+    return found
+
+
 class _Sizes:
     """Reads whole positive numbers of config.json, or says which one is missing or absurd."""
 
@@ -85,15 +120,16 @@ class _Sizes:
 
     def need(self, key: str) -> int:
         if self.config.get(key) is None:
-            raise InputError(f"config.json has no {key}", where=self.where, fix="download config.json again")
+            raise InputError(f"config.json has no {key}", where=self.where, fix=f"add {key}, or download it again")
         return self.get(key, 0)
 
     def get(self, key: str, default: int) -> int:
         value = self.config.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 1 <= value <= LARGEST:
-            what = f"{key} is {str(value)[:80]}, not a whole number from 1 to {LARGEST}"
-            raise InputError(what, where=self.where, fix="download config.json again")
+        most = MOST.get(key, LARGEST)
+        if type(value) is not int or not 1 <= value <= most:
+            what = f"{key} is {str(value)[:80]}, not a whole number from 1 to {most}"
+            raise InputError(what, where=self.where, fix=f"correct {key}, or download config.json again")
         return value
 
 
