@@ -193,7 +193,14 @@ def test_a_plan_is_one_object_with_every_reason(
     code, out, _ = tunesmith(*words, "--json")
     plan = json.loads(out)
     assert (code, plan["tunesmith"], plan["steps"]) == (0, __version__, 5)
-    assert plan["choices"]["lora_r"] == {"value": 3, "by": "you", "why": "the recipe says so", "source": ""}
+    assert plan["choices"]["lora_r"] == {
+        "value": 3,
+        "by": "you",
+        "why": "the recipe says so",
+        "source": "",
+        "confidence": "",
+        "advice": plan["choices"]["lora_r"]["advice"],
+    }
     assert plan["choices"]["learning_rate"]["source"]
     assert plan["memory_bytes"]["peak"] > 0
     code, out, _ = tunesmith(*words)

@@ -1,6 +1,8 @@
 """The facts of a plan: who is trained on, who is held out, what the renderer is, and that they can be found again."""
 
+import dataclasses
 import json
+import shutil
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -11,8 +13,9 @@ import pytest
 from tiny_run import END, measured_files, recipe, sums, write_rows
 from tunesmith import facts
 from tunesmith.data.dataset import Dataset
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, MachineError
 from tunesmith.jsonfile import from_json, json_bytes
+from tunesmith.plan.plan import refuse_without_room
 from tunesmith.types import Plan
 
 MOMENT = datetime(2026, 2, 3, 4, 5, 6, 789)
@@ -127,3 +130,37 @@ def test_a_broken_schema_is_named(content: str | None, message: str, tiny_folder
     known = facts.gather(recipe(tiny_folder, tmp_path, schema=str(path)))
     with pytest.raises(InputError, match=rf"schema: .*s\.json: {message}"):
         facts.make_plan(known)
+
+
+def test_a_plan_needs_no_weights_and_a_run_does(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
+    wish = recipe(alone, tmp_path)
+    made = facts.make_plan(facts.gather(wish, weights=False))
+    whole = facts.make_plan(facts.gather(recipe(tiny_folder, tmp_path)))
+    assert (made.memory_bytes, made.steps, made.tokens_per_epoch) == (
+        whole.memory_bytes,
+        whole.steps,
+        whole.tokens_per_epoch,
+    )
+    assert any("holds no weights" in warning for warning in made.warnings)
+    with pytest.raises(InputError, match=r"neither model\.safetensors"):
+        facts.gather(wish)
+    monkeypatch.setattr(facts, "STAND_IN", str(tiny_folder))
+    (alone / "tokenizer.json").unlink()
+    counted = facts.make_plan(facts.gather(wish, weights=False))
+    assert counted.tokens_per_epoch == whole.tokens_per_epoch
+    assert any("counted by the tokenizer of" in warning for warning in counted.warnings)
+
+
+def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(tiny_folder: Path, tmp_path: Path) -> None:
+    known = facts.gather(recipe(tiny_folder, tmp_path))
+    small = dataclasses.replace(known.machine, available_bytes=10**6)
+    plan = facts.make_plan(dataclasses.replace(known, machine=small))
+    assert plan.fits_on == "l4 (24.0 GB)"
+    with pytest.raises(MachineError) as refusal:
+        refuse_without_room(plan)
+    assert "l4 (24.0 GB) of the table would do" in refusal.value.fix
+    assert facts.make_plan(known).fits_on == ""

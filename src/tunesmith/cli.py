@@ -140,12 +140,21 @@ def data_show(
     say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
-def plan(wish: Wish = None, as_json: AsJson = False) -> None:
+def plan(
+    wish: Wish = None,
+    target: Annotated[
+        str | None, typer.Option(help="Plan for this GPU: h100, a100-80gb, rtx4090, ...", show_default=False)
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Plan for this much memory: 24GB.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Every value of a run with its reason, and the memory that it takes. Trains nothing."""
     recipe = read_wish(wish)
     from tunesmith.display import plan_table
 
-    decided = verbs.plan(recipe)
+    decided = verbs.plan(recipe, target=target, fit=fit)
     say(decided, plan_table(decided), as_json=as_json)
 
 

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from tunesmith.atomic import size
 from tunesmith.diagnosis import Diagnosis
+from tunesmith.plan.machines import target_of
+from tunesmith.plan.room import MULTIPLES, multiple
 from tunesmith.progress import interval, one_line
 from tunesmith.types import Comparison, DataReport, Plan, RunRecord
 
@@ -37,9 +39,27 @@ def plan_table(plan: Plan) -> RenderableType:
     rows = sum(report.rows for role, report in plan.data.items() if role == "data")
     lines = [f"{plan.steps} steps over {rows:,} rows, {plan.tokens_per_epoch:,} tokens an epoch"]
     if "peak" in plan.memory_bytes:
-        lines.append(f"memory {size(plan.memory_bytes['peak'])} of {size(plan.machine.available_bytes)} free")
+        lines += memory_lines(plan)
     lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
     return Group(table, *lines)
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """What a run takes at its peak and in its parts, beside the usual multiple, and where it would fit."""
+    peak, method = plan.memory_bytes["peak"], plan.choices["method"].value if "method" in plan.choices else "lora"
+    where = "" if target_of(plan.machine) is None else f" on {plan.machine.device_name}"
+    parts = ", ".join(f"{name} {size(held)}" for name, held in plan.phase_bytes.items())
+    lines = [
+        f"memory {size(peak)} of {size(plan.machine.available_bytes)} free{where}" + (f": {parts}" if parts else "")
+    ]
+    if parts:
+        lines.append(
+            f"x{multiple(plan.model, peak):.1f} of the weights in 16 bits; as a rule of thumb {method} takes "
+            f"{MULTIPLES[method]}"
+        )
+    if plan.fits_on:
+        lines.append(f"[bold red]does not fit[/]: the smallest machine that would do is {plan.fits_on}")
+    return lines
 
 
 def value_text(value: Any) -> str:

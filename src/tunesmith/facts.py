@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from tunesmith.atomic import size
 from tunesmith.data.audit.check import check
 from tunesmith.data.contamination import refuse_overlap
 from tunesmith.data.corpus import Corpus, open_corpus
@@ -30,18 +31,23 @@ from tunesmith.data.split import split
 from tunesmith.errors import InputError
 from tunesmith.hardware import measure_machine
 from tunesmith.model.adapter_folder import AdapterFolder, read_adapter
-from tunesmith.model.folder import read_headers
+from tunesmith.model.folder import has_weights
 from tunesmith.model.provenance import check_provenance, hashes_of, read_provenance
 from tunesmith.model.source import resolve
-from tunesmith.model.spec import read_spec
+from tunesmith.model.spec import headers_of, read_spec
 from tunesmith.model.targets import linear_paths, select
 from tunesmith.plan.continued import window_of
-from tunesmith.plan.plan import decide
+from tunesmith.plan.machines import machines
+from tunesmith.plan.plan import decide, fits
 from tunesmith.plan.rules import SavedShare, nothing_saved
 from tunesmith.recipe import Recipe
 from tunesmith.recipevalues import DataSource
 from tunesmith.runfolder import next_run_folder
 from tunesmith.types import Choice, DataReport, Json, Machine, ModelSpec, Plan
+
+TOKENIZER = "tokenizer.json"
+STAND_IN = "smollm2-135m-instruct"  # counts for a model without a tokenizer
+NO_MACHINE = "none of the table"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +61,24 @@ class Facts:
     now: datetime
     adapter: AdapterFolder | None = None  # the one to go on with
     corpus: Corpus | None = None  # the texts of `data`, in continued pretraining
+    counted_by: str = ""  # the model whose tokenizer counts, when this one has none
 
     @property
     def schema(self) -> Json | None:
         return read_schema(self.recipe.answer_schema)
 
 
-def gather(recipe: Recipe, *, now: datetime | None = None, output_dir: Path | None = None) -> Facts:
-    """Raises InputError for data or a model that cannot be used, MachineError when the model cannot be fetched."""
+def gather(
+    recipe: Recipe, *, now: datetime | None = None, output_dir: Path | None = None, weights: bool = True
+) -> Facts:
+    """Raises InputError for data or a model that cannot be used, MachineError when the model cannot be fetched. Without
+    `weights`, which is enough for a plan, config.json will do for a model."""
     moment = (now or datetime.now()).replace(microsecond=0)
     wished = recipe.output_dir if isinstance(recipe.output_dir, Path) else next_run_folder(Path("runs"), "run")
     output_dir = output_dir or wished
-    folder = resolve(recipe.model)
-    renderer, model = renderer_of(recipe, folder, moment), read_spec(folder, name=recipe.model)
+    folder = resolve(recipe.model, weights=weights)
+    model, own = read_spec(folder, name=recipe.model), (folder / TOKENIZER).is_file()
+    renderer = renderer_of(recipe, folder if own or weights else resolve(STAND_IN), moment)
     adapter = None if recipe.adapter_from is None else _adapter(recipe.adapter_from, model, renderer, moment)
     roles = open_roles(recipe, renderer)
     return Facts(
@@ -80,6 +91,7 @@ def gather(recipe: Recipe, *, now: datetime | None = None, output_dir: Path | No
         now=moment,
         adapter=adapter,
         corpus=_corpus(recipe, roles["data"], model) if recipe.stage == "cpt" else None,
+        counted_by="" if own or weights else STAND_IN,
     )
 
 
@@ -169,21 +181,45 @@ def reports(facts: Facts, *, whole: bool = False) -> dict[str, DataReport]:
 
 
 def make_plan(facts: Facts) -> Plan:
-    layers = linear_paths(read_headers(facts.model.path))
-    plan = decide(
-        facts.recipe,
-        machine=facts.machine,
-        model=facts.model,
-        data=reports(facts),
-        output_dir=facts.output_dir,
-        now=facts.now.isoformat(),
-        fixed=_fixed_of(facts, layers),
-        saved_share=_saved_share(facts),
-    )
-    if "lora_target_modules" in plan.choices:
-        select(layers, plan["lora_target_modules"])  # refused before anything is loaded
+    return planner(facts)(facts.recipe, facts.machine)
+
+
+def planner(facts: Facts) -> Callable[[Recipe, Machine], Plan]:
+    """Plans for any machine, and for the recipe or one that differs in what rows and model do not depend on: the rows
+    are read once for all."""
+    layers = linear_paths(headers_of(facts.model.path))
+    known = {
+        "model": facts.model,
+        "data": reports(facts),
+        "output_dir": facts.output_dir,
+        "now": facts.now.isoformat(),
+        "fixed": _fixed_of(facts, layers),
+        "saved_share": _saved_share(facts),
+    }
     doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
-    return dataclasses.replace(plan, warnings=(*doubts, *plan.warnings))
+
+    def make(recipe: Recipe, machine: Machine) -> Plan:
+        plan = decide(recipe, machine=machine, **known)
+        if "lora_target_modules" in plan.choices:
+            select(layers, plan["lora_target_modules"])  # refused before anything is loaded
+        warnings = (*doubts, *_lacks(facts), *plan.warnings)
+        return dataclasses.replace(plan, warnings=warnings, fits_on="" if fits(plan) else roomy(recipe))
+
+    def roomy(recipe: Recipe) -> str:
+        for name, machine in machines(facts.machine).items():
+            if fits(decide(recipe, machine=machine, **known)):
+                return f"{name} ({size(machine.memory_bytes)})"
+        return NO_MACHINE
+
+    return make
+
+
+def _lacks(facts: Facts) -> Iterator[str]:
+    """What is not in the model's folder, though a plan can be made without it."""
+    if not has_weights(facts.model.path):
+        yield f"model: {facts.model.path} holds no weights: this plan is made from config.json and cannot be run yet"
+    if facts.counted_by:
+        yield f"model: without {TOKENIZER} the tokens of the data are counted by the tokenizer of {facts.counted_by}"
 
 
 def _saved_share(facts: Facts) -> SavedShare:

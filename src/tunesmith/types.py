@@ -113,6 +113,8 @@ class Choice:
     by: Literal["you", "rule", "checkpoint"]
     why: str
     source: str = ""
+    confidence: Literal["", "measured here", "published", "extrapolated"] = ""
+    advice: str = ""  # the usual one, where this differs from it and what obeying it would cost
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,9 @@ class Plan:
     memory_bytes: dict[str, int]  # component -> predicted bytes, with "peak"
     warnings: tuple[str, ...] = ()
     disk_bytes: int = 0  # what the run folder holds at most
+    phase_bytes: dict[str, int] = field(default_factory=dict[str, int])  # step | longest row | answers -> bytes
+    saved_share: float = 0.0  # of the tokens, by sharing prefixes
+    fits_on: str = ""  # the smallest machine of the table that has room, if this one has not
 
     def __getitem__(self, key: str) -> Any:
         return self.choices[key].value

@@ -10,6 +10,7 @@ functions, here and in cli.py only: nothing heavy is loaded before a verb needs 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,15 +82,16 @@ def read_recipe(recipe: Wish = None, **changes: Any) -> Recipe:
     raise InputError(f"a recipe is a path, a mapping or a Recipe, not a {type(recipe).__name__}", where="recipe")
 
 
-def gather(recipe: Wish | Facts = None, **changes: Any) -> Facts:
-    """What is known of a recipe's model, machine and rows. Gathered once, it can be given to the verbs below."""
+def gather(recipe: Wish | Facts = None, *, weights: bool = True, **changes: Any) -> Facts:
+    """What is known of a recipe's model, machine and rows. Gathered once, it can be given to the verbs below. Without
+    `weights` a config.json will do for a model, which is enough to plan."""
     from tunesmith import facts
 
     if isinstance(recipe, facts.Facts):
         if not changes:
             return recipe
         recipe = recipe.recipe
-    return facts.gather(read_recipe(recipe, **changes))
+    return facts.gather(read_recipe(recipe, **changes), weights=weights)
 
 
 def data_check(
@@ -114,11 +116,18 @@ def data_show(recipe: Wish | Facts = None, *, rows: int = 3, ids: bool = False, 
     return list(show_rows(gather(recipe, **changes), rows=rows, ids=ids))
 
 
-def plan(recipe: Wish | Facts = None, **changes: Any) -> Plan:
-    """Every value of a run with its reason. InputError for a wish that cannot be; nothing is loaded or written."""
+def plan(recipe: Wish | Facts = None, *, target: str | None = None, fit: str | None = None, **changes: Any) -> Plan:
+    """Every value of a run with its reason. InputError for a wish that cannot be; nothing is loaded or written, and the
+    model may be a config.json alone. `target`: for that GPU instead of this machine; `fit`: in this much memory."""
     from tunesmith.facts import make_plan
 
-    return make_plan(gather(recipe, **changes))
+    return make_plan(_elsewhere(gather(recipe, weights=False, **changes), target, fit))
+
+
+def _elsewhere(known: Facts, target: str | None, fit: str | None) -> Facts:
+    from tunesmith.plan.machines import machine_for
+
+    return dataclasses.replace(known, machine=machine_for(known.machine, target, fit))
 
 
 def read_plan(path: AnyPath) -> Plan:

@@ -61,16 +61,10 @@ class Size(TypedDict):
 def peak_memory(spec: ModelSpec, *, pack_tokens: int, layouts: int = 1, **size: Unpack[Size]) -> dict[str, int]:
     """Bytes by component. `layouts`: in how many the frozen matrices are kept (model/frozen.py). Those in 4 bits are
     widened one by one, and so are moments in 8 bits."""
-    method, width, dora = size["method"], 2 if size["dtype"] == "bf16" else 4, size.get("dora", False)
-    matrices = spec.block_parameters * (NF4_BYTES if method == "qlora" else width)
-    frozen = 0 if method == "full" else int(matrices) + (spec.parameters - spec.block_parameters) * width
-    narrow_copies = spec.block_parameters * width if method == "full" and width == 2 else 0
+    width, dora = 2 if size["dtype"] == "bf16" else 4, size.get("dora", False)
     parts = {
         "process": PROCESS_BYTES,
-        "weights": frozen + (layouts - 1) * spec.block_parameters * width + narrow_copies,
-        "widened": 2 * spec.hidden_size * spec.intermediate_size * width if method == "qlora" else 0,
-        "trained": int(trained_parameters(spec, **size) * (8 + _moment_bytes(**size))),
-        "update": _update_bytes(spec, **size),
+        **fixed_parts(spec, layouts=layouts, **size),
         "activations": activation_bytes(
             spec, pack_tokens, width, activations=size.get("activations", "keep"), dora=dora
         ),
@@ -78,6 +72,20 @@ def peak_memory(spec: ModelSpec, *, pack_tokens: int, layouts: int = 1, **size: 
         "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if width == 2 else 4),
     }
     return parts | {"peak": sum(parts.values())}
+
+
+def fixed_parts(spec: ModelSpec, *, layouts: int, **size: Unpack[Size]) -> dict[str, int]:
+    """What does not depend on the packs."""
+    method, width = size["method"], 2 if size["dtype"] == "bf16" else 4
+    matrices = spec.block_parameters * (NF4_BYTES if method == "qlora" else width)
+    frozen = 0 if method == "full" else int(matrices) + (spec.parameters - spec.block_parameters) * width
+    narrow_copies = spec.block_parameters * width if method == "full" and width == 2 else 0
+    return {
+        "weights": frozen + (layouts - 1) * spec.block_parameters * width + narrow_copies,
+        "widened": 2 * spec.hidden_size * spec.intermediate_size * width if method == "qlora" else 0,
+        "trained": int(trained_parameters(spec, **size) * (8 + _moment_bytes(**size))),
+        "update": _update_bytes(spec, **size),
+    }
 
 
 def trained_parameters(spec: ModelSpec, **size: Unpack[Size]) -> int:

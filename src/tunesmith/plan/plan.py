@@ -12,9 +12,11 @@ from typing import Any, cast
 
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.continued import CPT_RULES, LITTLE
-from tunesmith.plan.memory import disk_needed, peak_memory
+from tunesmith.plan.evidence import with_evidence
+from tunesmith.plan.memory import disk_needed
 from tunesmith.plan.never import never_choices
 from tunesmith.plan.rehearsal import rehearsal_choices
+from tunesmith.plan.room import answer_tokens, needed, phases
 from tunesmith.plan.rules import RULES, Known, SavedShare, nothing_saved
 from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
@@ -42,7 +44,10 @@ def decide(
     decided: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
     has_schema = wishes["schema"] is not None
-    known = Known(machine, model, data["data"], decided, has_schema, recipe.max_steps, recipe.stage, saved_share)
+    questions = data["test_data"].rows if "test_data" in data and recipe.stage != "cpt" else 0
+    known = Known(
+        machine, model, data["data"], decided, has_schema, recipe.max_steps, recipe.stage, saved_share, questions
+    )
     fixed = fixed or {}
     for key, decide_by_rule in (CPT_RULES if known.stage == "cpt" else RULES).items():
         if key in ADAPTER_KEYS and decided.get("method") == "full":
@@ -68,7 +73,7 @@ def decide(
     _check_libraries(decided, machine)
     return Plan(
         recipe=recipe.model_dump(mode="json", by_alias=True),
-        choices=choices,
+        choices=with_evidence(choices, known),
         machine=machine,
         model=model,
         data=dict(data),
@@ -77,6 +82,8 @@ def decide(
         memory_bytes=_memory(known, model, choices),
         warnings=tuple(_warnings(known, data)),
         disk_bytes=disk_needed(model, **_size(decided)),
+        phase_bytes=_phases(known, model, choices),
+        saved_share=known.saved if decided["share_prefixes"] else 0.0,
     )
 
 
@@ -142,7 +149,8 @@ def _check_libraries(decided: dict[str, Any], machine: Machine) -> None:
             raise InputError(f"{what} need bitsandbytes, which is not installed", where=f"{key}: {value}", fix=fix)
 
 
-def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:
+def _packs(known: Known, choices: Mapping[str, Choice]) -> tuple[int, int]:
+    """Tokens of the largest pack of a step, and of the longest row."""
     sides = 2 if known.stage == "preference" else 1  # documents of a row, together in a pack
     longest = sides * known.data.length_percentiles.get("max", 1)
     if known.stage == "cpt":
@@ -154,13 +162,28 @@ def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> di
     if "rehearsal_length" in choices:  # a step may have a piece of a text, or several
         longest = max(longest, choices["rehearsal_length"].value)
         step_tokens = int(step_tokens / (1 - choices["rehearsal_ratio"].value)) + longest
-    pack_tokens = max(min(known["pack_length"], step_tokens), longest)
-    return peak_memory(
-        model,
-        **_size(known.decided),
-        layouts=2 if known["weight_layout"] == "blocked" else 1,
-        pack_tokens=min(pack_tokens, sides * known["pack_length"]),
-    )
+    most = sides * known["pack_length"]
+    return min(max(min(known["pack_length"], step_tokens), longest), most), min(longest, most)
+
+
+def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:
+    return _held(known, model, _packs(known, choices)[0])
+
+
+def _held(known: Known, model: ModelSpec, pack_tokens: int) -> dict[str, int]:
+    layouts = 2 if known["weight_layout"] == "blocked" else 1
+    held = {"pack_tokens": pack_tokens, "layouts": layouts, "cache_tokens": _answer_tokens(known)}
+    return needed(model, known.machine, **held, **_size(known.decided))
+
+
+def _answer_tokens(known: Known) -> int:
+    longest = known.data.length_percentiles.get("max", 1)
+    return answer_tokens(known.model, known.machine, questions=known.questions, longest=longest, dtype=known["dtype"])
+
+
+def _phases(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:
+    step, longest = (_held(known, model, tokens) for tokens in _packs(known, choices))
+    return phases(step, longest, model, cache_tokens=_answer_tokens(known), dtype=known["dtype"])
 
 
 def _activations(known: Known, model: ModelSpec, choices: Mapping[str, Choice], wish: str) -> Choice:
@@ -189,14 +212,20 @@ def _size(decided: Mapping[str, Any]) -> dict[str, Any]:
     return {key: decided[key] for key in ("method", "dtype", "optim", "activations")} | adapter
 
 
+def fits(plan: Plan) -> bool:
+    """Its machine has the memory, and some to spare."""
+    return plan.memory_bytes["peak"] * FITS <= plan.machine.available_bytes
+
+
 def refuse_without_room(plan: Plan) -> None:
     """Raises MachineError when memory or disk will not do: said before anything is loaded."""
     peak, free = plan.memory_bytes["peak"], plan.machine.available_bytes
-    if peak * FITS > free:
+    if not fits(plan):
         raise MachineError(
             f"the run needs about {peak / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on this machine",
             where="plan",
-            fix="lower pack_length or lora_r, use method: qlora, a smaller model, or a machine with more memory",
+            fix="lower pack_length or lora_r, use method: qlora, a smaller model, or a machine with more memory"
+            + (f": {plan.fits_on} of the table would do" if plan.fits_on else ""),
         )
     if plan.disk_bytes > plan.machine.disk_free_bytes:
         raise MachineError(

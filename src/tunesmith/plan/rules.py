@@ -35,6 +35,7 @@ class Known:
     max_steps: int | None
     stage: str = "sft"
     saved_share: SavedShare = nothing_saved
+    questions: int = 0  # of test_data: answers are written side by side
 
     def __getitem__(self, key: str) -> Any:
         return self.decided[key]
