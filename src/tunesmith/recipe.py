@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from tunesmith.recipevalues import (
     Auto,
     Constraint,
+    Constraints,
     Count,
     DataSource,
     FilePath,
@@ -29,7 +30,6 @@ from tunesmith.recipevalues import (
     Sources,
     Template,
     TemplateValue,
-    as_constraints,
     as_list,
     as_policy,
     items,
@@ -74,10 +74,9 @@ class Recipe(BaseModel):
     rehearsal: Rehearsal | None = Field(
         default=None, description="General rows trained beside the data against forgetting: {data, ratio, shift}."
     )
-    never: Annotated[
-        tuple[Constraint, ...],
-        BeforeValidator(as_constraints, json_schema_input_type=str | Constraint | list[str | Constraint]),
-    ] = Field(default=(), description="What no answer may say: a list of {match, name, mode}.")
+    never: Constraints = Field(
+        default=(), description="What no answer may say: patterns, names of checkers, or {match, mode, ...}."
+    )
     max_examples: Count | None = Field(default=None, description="Train on at most this many rows, the first ones.")
     skip_bad: bool = Field(
         default=False, description="Leave out rows that cannot be used, instead of stopping; all are counted."

@@ -242,16 +242,17 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
         if len(place) == 2:
             return _message_on_rehearsal(item.written, field, detail)
         item, place = replace(item, written=f"{item.written}.{field}"), place[1:]
+    if key == "never" and detail["type"] == "value_error":
+        name = item.written + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[1:])
+        return f"{name}: {detail['msg'].removeprefix('Value error, ')}"
     if len(place) > 1:
         name = f"{item.written}[{place[1]}]"
         inner = str(place[2]) if len(place) > 2 else ""
-        model, kind = (Constraint, "a pattern") if key == "never" else (DataSource, "a path")
+        model, kind = (Constraint, "a pattern, the name of a checker") if key == "never" else (DataSource, "a path")
         if detail["type"] == "extra_forbidden":
             return f"{name}: {_unknown_key(inner, model.model_fields)}"
         if detail["type"] == "missing":
             return f"{name} has no '{inner}'"
-        if key == "never" and detail["type"] == "value_error":
-            return f"{name}.{inner}: {detail['msg'].removeprefix('Value error, ')}"
         fields = model.model_json_schema()["properties"]
         wanted = expected(fields[inner]) if inner in fields else f"{kind}, or {MAPPINGS[model.__name__]}"
         return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
@@ -304,7 +305,7 @@ def found(value: Any) -> str:
 MAPPINGS = {
     "DataSource": "a mapping {path, format, columns, ...}",
     "Rehearsal": "a mapping {data, ratio, shift}",
-    "Constraint": "a mapping {match, name, mode}",
+    "Constraint": "a mapping {match, text, check, name, mode}",
 }
 
 TYPES = {

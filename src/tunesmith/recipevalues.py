@@ -6,15 +6,19 @@ Words of other tools that mean the same become ours here. Left out: the keys the
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from tunesmith.checkers import CHECKERS, Spans
 from tunesmith.types import Json
+
+NEAR = 0.8  # of a word to the name of a checker: more, and it is meant as one
 
 
 def no_switch(value: Any) -> Any:
@@ -77,6 +81,8 @@ def _is_regex(text: str) -> str:
 
 
 def _is_pattern(pattern: str) -> str:
+    if not pattern:
+        return pattern
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
@@ -86,10 +92,23 @@ def _is_pattern(pattern: str) -> str:
     return pattern
 
 
-def as_constraints(value: Any) -> Any:
+def _as_constraints(value: Any) -> Any:
     if value is None:
         return ()
-    return [{"match": item} if isinstance(item, str) else item for item in items(value)]
+    return [{_kind(item): item} if isinstance(item, str) else item for item in items(value)]
+
+
+def _kind(text: str) -> str:
+    """A text alone is a pattern, unless it is the name of a checker, or a slip of the pen for one."""
+    return "check" if re.fullmatch(r"[a-z-]+", text) and difflib.get_close_matches(text, CHECKERS, 1, NEAR) else "match"
+
+
+def _is_checker(name: str) -> str:
+    if not name or name in CHECKERS:
+        return name
+    near = difflib.get_close_matches(name.lower().replace(" ", "-"), CHECKERS, n=1)
+    meant = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(CHECKERS)}."
+    raise ValueError(f"there is no checker '{name}'; {meant} A pattern is written {{match: '{name}'}}")
 
 
 def _could_exist(value: Any) -> Any:
@@ -157,15 +176,22 @@ class Rehearsal(BaseModel):
     )
 
 
+LOOKS_FOR = ("match", "text", "check")
+
+
 class Constraint(BaseModel):
-    """What no answer may say."""
+    """What no answer may say: a pattern, a text or a checker."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: Annotated[str, AfterValidator(_is_pattern)] = Field(
-        description="A regular expression; an answer that it matches anywhere breaks the constraint."
+        default="", description="A regular expression; an answer that it matches anywhere breaks the constraint."
     )
-    name: str = Field(default="", description="What it is called in counts and measures; else the pattern itself.")
+    text: str = Field(default="", description="Instead of match: exactly these characters, anywhere.")
+    check: Annotated[str, AfterValidator(_is_checker)] = Field(
+        default="", description=f"Instead of match: a checker by its name, {', '.join(CHECKERS)}."
+    )
+    name: str = Field(default="", description="What it is called in counts and measures; else what it looks for.")
     mode: Literal["filter", "ban"] = Field(
         default="filter",
         description="Answers that break it are left out (filter), or trained away from where they match (ban).",
@@ -174,7 +200,39 @@ class Constraint(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _has_a_name(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "match" not in values:
+        if not isinstance(values, dict):
             return cast("Any", values)
         given = cast("Json", values)
-        return {"name": given["match"], **given}
+        found = [given[kind] for kind in LOOKS_FOR if isinstance(given.get(kind), str)]
+        return {"name": found[0], **given} if found else given
+
+    @model_validator(mode="after")
+    def _looks_for_one_thing(self) -> Constraint:
+        kinds = [kind for kind in LOOKS_FOR if getattr(self, kind)]
+        if len(kinds) != 1:
+            raise ValueError(f"give one of {', '.join(LOOKS_FOR)}, not {' and '.join(kinds) or 'none of them'}")
+        return self
+
+    @property
+    def find(self) -> str | Callable[[str], Spans]:
+        """The pattern, or the function that finds the bad places."""
+        return CHECKERS[self.check].find if self.check else self.match or regex.escape(self.text, literal_spaces=True)
+
+    @property
+    def told(self) -> str:
+        """In words, as a prompt would have it after "Never"."""
+        return CHECKERS[self.check].told if self.check else f'write "{self.text or self.name}"'
+
+
+def _names_differ(constraints: tuple[Constraint, ...]) -> tuple[Constraint, ...]:
+    names = [one.name for one in constraints]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two constraints are called '{twice[0]}': give one of them another name")
+    return constraints
+
+
+Constraints = Annotated[
+    tuple[Constraint, ...],
+    BeforeValidator(_as_constraints, json_schema_input_type=str | Constraint | list[str | Constraint]),
+    AfterValidator(_names_differ),
+]

@@ -110,8 +110,11 @@ def matches(constraint: Constraint, example: Example) -> Iterator[Match]:
 
 def spans(constraint: Constraint, text: str, where: str) -> list[tuple[int, int]]:
     """Where a constraint matches a text. Raises InputError when the pattern takes too long."""
+    find = constraint.find
+    if not isinstance(find, str):
+        return find(text)
     try:
-        found = [match.span() for match in regex.finditer(constraint.match, text, timeout=SECONDS)]
+        found = [match.span() for match in regex.finditer(find, text, timeout=SECONDS)]
     except TimeoutError:
         what = f"the pattern takes over {SECONDS:g} seconds on {where}, a text of {len(text):,} characters"
         fix = "repeat nothing inside a repeat: `(a+)+` tries every way to divide a text, `a+` only one"

@@ -1,0 +1,81 @@
+"""What an answer may be checked for by name: `never: [apology]`.
+
+    text -> where it is bad, as (start, end) of its characters
+
+A checker is a pattern, or a function where no pattern will do; a new one is a line in CHECKERS. Each is broad on
+purpose: a row where the match is right says `"negative": false`. Left out: what becomes of a match (data/never.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Spans = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Checker:
+    """`told`: the constraint in words, as a prompt would have it after "Never"."""
+
+    told: str
+    find: str | Callable[[str], Spans]
+
+
+def text_outside_json(text: str) -> Spans:
+    """What stands before and after the longest JSON object or array; all of a text without one. A text that is JSON as
+    a whole, a number or a string too, has nothing outside."""
+    start, end = _longest_value(text)
+    sides = ((0, start), (end, len(text)))
+    return [] if _is_json(text) else [trimmed for a, b in sides if (trimmed := _trimmed(text, a, b))]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _JSON.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _longest_value(text: str) -> tuple[int, int]:
+    """(start, end) of the longest object or array; both 0 without one."""
+    longest, place = (0, 0), 0
+    while found := _OPENING.search(text, place):
+        start = found.start()
+        try:
+            place = _JSON.raw_decode(text, start)[1]
+        except (ValueError, RecursionError):
+            place = start + 1
+        else:
+            longest = max(longest, (start, place), key=lambda span: span[1] - span[0])
+    return longest
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int] | None:
+    """The span without the white space at its ends; None if nothing else is there."""
+    piece = text[start:end]
+    left = len(piece) - len(piece.lstrip())
+    return (start + left, start + len(piece.rstrip())) if piece.strip() else None
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse)  # Python also reads NaN, which is none
+_OPENING = re.compile(r"[{\[]")
+
+CHECKERS: dict[str, Checker] = {
+    "apology": Checker("apologise or say sorry", r"(?i)\b(sorry|apolog(y|ies)|apologi[sz](e[sd]?|ing))\b"),
+    "ai-self-mention": Checker(
+        "speak of yourself as an AI, a language model or an assistant program",
+        r"(?i)\b(as|i am|i['’]m) (just |only |merely |simply )?an? ([\w-]+ ){0,2}"
+        r"(ai|artificial intelligence|language model|chatbot|virtual assistant|computer program)\b"
+        r"|\bmy (training data|knowledge cut-?off|programming)\b",
+    ),
+    "text-outside-json": Checker("write anything before or after the JSON", text_outside_json),
+}
