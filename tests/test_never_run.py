@@ -10,6 +10,8 @@ from tiny_run import adapter_bytes, chat, plan_of, recipe, steps_of, sums, train
 from tunesmith import run
 from tunesmith.errors import InputError
 from tunesmith.recipe import Recipe
+from tunesmith.types import Json
+from tunesmith.verbs import read_record
 
 BAD = [chat("who?", "as an AI, fine"), {**chat("what?", "I am an AI"), "negative": True}]
 BAN = {"match": "an AI", "name": "ai", "mode": "ban"}
@@ -46,3 +48,52 @@ def test_left_out_rows_stop_nothing_and_are_written_down(tiny_folder: Path, tmp_
 def test_a_negative_row_is_never_trained_as_it_is(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 of 8 rows cannot be used: 1 nothing bad"):
         train(wish(tiny_folder, tmp_path, never=[]))
+
+
+# ---------------------------------------------------------------- measured
+
+
+def marked(first: int, count: int, answer: str, negative: Any) -> list[Json]:
+    return [{**chat(f"say {n}", f"{answer} {n}"), "negative": negative} for n in range(first, first + count)]
+
+
+def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(tiny_folder: Path, tmp_path: Path) -> None:
+    """Trained to answer with the phrase, the tiny model stops when it is banned; where it is right it is still asked."""
+    said = [chat(f"say {n}", f"an AI {n}") for n in range(4)]
+    test = [*sums(200, 3), *marked(20, 3, "an AI", True), *marked(30, 2, "an AI", False)]
+    files = {"test_data": str(write_rows(tmp_path / "test.jsonl", test))}
+    learn = {"num_train_epochs": 40, "learning_rate": 0.03, "batch_size": 4, "save_steps": 1000, "never": []}
+    wish_first = wish(tiny_folder, tmp_path / "first", data=str(write_rows(tmp_path / "said.jsonl", said)), **learn)
+    train(wish_first)
+    bad = write_rows(tmp_path / "bad.jsonl", [*sums(1, 6), *({**row, "negative": True} for row in said)])
+    changed = {**files, "data": str(bad), "adapter_from": str(tmp_path / "first" / "run"), "lora_r": "auto"}
+    train(wish(tiny_folder, tmp_path / "then", **{**learn, **changed, "never": [BAN], "num_train_epochs": 10}))
+    record = read_record(tmp_path / "then" / "run")
+    found = {(one.task, one.metric): one for one in record.comparisons}
+    eliciting, logp = found["eliciting prompts", "breaks ai"], found["test", "bad_logp"]
+    assert (eliciting.before.value, eliciting.after.value, eliciting.after.n) == (1, 0, 3)
+    assert logp.high < 0
+    assert (found["neutral prompts", "breaks ai"].after.n, found["rightful prompts", "says ai"].after.n) == (3, 2)
+    assert found["test", "exact_match"].after.n == 5, "bad answers are not graded"
+    assert record.samples[-1][0].answer.startswith("an AI")
+    assert record.samples[-1][0].expected == ""
+
+    beside = run.baselines(tmp_path / "then" / "run")
+    assert list(beside) == ["base", "told in the prompt", "tokens banned"]
+    for rows in beside.values():
+        after = {(one.task, one.metric): one.after for one in rows}
+        assert after == {key: found[key].after for key in after}
+        assert ("eliciting prompts", "breaks ai") in after
+    kept = {name: {(one.task, one.metric): one.before.value for one in rows} for name, rows in beside.items()}
+    assert kept["base"]["eliciting prompts", "breaks ai"] == 1
+    assert kept["tokens banned"]["eliciting prompts", "breaks ai"] == 0
+    assert kept["tokens banned"]["rightful prompts", "says ai"] == 0, "a ban at decoding knows no exception"
+
+
+def test_baselines_are_of_constraints(tiny_folder: Path, tmp_path: Path) -> None:
+    files = {"test_data": str(write_rows(tmp_path / "test.jsonl", sums(200, 3)))}
+    for name, changed in (("a", {**files, "never": []}), ("b", {})):
+        good = str(write_rows(tmp_path / f"{name}.jsonl", sums(1, 6)))
+        train(wish(tiny_folder, tmp_path / name, **{"data": good, **changed}))
+        with pytest.raises(InputError, match="baselines are of what no answer may say"):
+            run.baselines(tmp_path / name / "run")

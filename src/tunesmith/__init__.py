@@ -40,6 +40,7 @@ for _namesake in ("demo", "evaluate", "export", "init", "plan", "train"):
     import_module(f"tunesmith.{_namesake}")
 
 from tunesmith.verbs import (  # noqa: E402
+    baselines,
     chat,
     data_check,
     data_show,
@@ -80,6 +81,7 @@ __all__ = [
     "TunesmithError",
     "Verdict",
     "__version__",
+    "baselines",
     "chat",
     "data_check",
     "data_show",

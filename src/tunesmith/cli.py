@@ -180,10 +180,20 @@ def resume(
     _follow(events, folder, verbs.read_plan(folder).steps, as_json=as_json)
 
 
-def evaluate(folder: Run, as_json: AsJson = False) -> None:
+def evaluate(
+    folder: Run,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="What `never` came to, beside a told base and banned tokens.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Measure a finished run again: the base and the adapter on the same items."""
-    from tunesmith.display import comparison_table
+    from tunesmith.display import baseline_table, comparison_table
 
+    if baselines:
+        found = verbs.baselines(folder)
+        say({"baselines": found}, baseline_table(found), as_json=as_json)
+        return
     comparisons = verbs.evaluate(folder)
     say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
 

@@ -82,13 +82,29 @@ def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:
     for one in comparisons:
         before, after = one.before, one.after
         table.add_row(
-            f"{one.task} {one.metric}" + ("" if one.higher_is_better else " (lower is better)"),
+            escape(f"{one.task} {one.metric}") + ("" if one.higher_is_better else " (lower is better)"),
             str(after.n),
             interval(before.value, before.low, before.high),
             interval(after.value, after.low, after.high),
             interval(one.difference, one.low, one.high),
             outcome(one),
         )
+    return table
+
+
+def baseline_table(baselines: Mapping[str, Sequence[Comparison]]) -> RenderableType:
+    """What costs no training, measure by measure, and how the trained model differs from it."""
+    columns = ("measure", "n", "model", "value", "trained minus it", "")
+    table = _table("Beside what costs no training, 95% intervals", *columns, numbers=("n", "value", "trained minus it"))
+    for rows in zip(*baselines.values(), strict=True):
+        one, after = rows[0], rows[0].after
+        measure = f"{one.task}, {one.metric}" + ("" if one.higher_is_better else " (lower is better)")
+        for name, row in zip(baselines, rows, strict=True):
+            value = interval(row.before.value, row.before.low, row.before.high)
+            change = interval(row.difference, row.low, row.high)
+            head = (escape(measure), str(after.n)) if row is one else ("", "")
+            table.add_row(*head, name, value, change, outcome(row))
+        table.add_row("", "", "trained", interval(after.value, after.low, after.high), "", "")
     return table
 
 
@@ -106,6 +122,8 @@ def record_view(record: RunRecord) -> RenderableType:
     for before, after in record.samples:
         answers = _table(one_line(before.id))
         for name, text in (("expected", after.expected), ("before", before.answer), ("after", after.answer)):
+            if name == "expected" and not text:
+                continue
             answers.add_row(Text(name, "dim"), one_line(text, 400))
         parts.append(answers)
     speed = record.tokens / max(record.train_seconds, 1e-9)

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from tunesmith.data.schedule import order
 from tunesmith.data.sources import open_source
 from tunesmith.errors import InputError
+from tunesmith.evaluate.baselines import bad_strings, bans, rules, told
 from tunesmith.evaluate.compare import Measurement, compare, score
 from tunesmith.evaluate.likelihood import held_out_loss
+from tunesmith.evaluate.never import bad_logp, violations
 from tunesmith.evaluate.preference import preference
 from tunesmith.evaluate.retention import GeneralText, read_texts, retention
 from tunesmith.evaluate.tasks import Question, answer_length, ask, check_questions, grade, questions_of, samples_of
 from tunesmith.facts import Facts
-from tunesmith.types import Comparison, Document, Plan, Sample, Score
+from tunesmith.types import Comparison, Document, Example, Plan, Sample, Score
 from tunesmith.workbench import Workbench
 
 SHOWN_ANSWERS = 3
@@ -35,6 +37,7 @@ class Items:
     eval_documents: tuple[Document, ...]
     texts: tuple[GeneralText, ...]
     held_out: dict[str, tuple[GeneralText, ...]] = field(default_factory=dict[str, tuple[GeneralText, ...]])  # by role
+    eliciting: tuple[Question, ...] = ()  # their answers are looked at for what they should not say, and not graded
 
     @property
     def selecting(self) -> bool:
@@ -56,19 +59,32 @@ def items_of(plan: Plan, facts: Facts) -> Items:
     """Raises InputError for a metric that the rows cannot be measured with, and for a single item of a kind."""
     if facts.corpus is not None:
         return Items((), (), (), general_texts(facts), held_out_texts(facts))
-    questions: tuple[Question, ...] = ()
+    asked = questions_of(asking(facts), facts.renderer)
+    questions = tuple(question for question in asked if not question.negative)
     if "test_data" in facts.datasets:
-        dataset = facts.datasets["test_data"]
-        understood = (dataset.understand(i) for i in range(len(dataset)))  # those that cannot be rendered ask nothing
-        asking = [one for one, prepared in understood if prepared.documents and (one.messages or one.prompt)]
-        questions = questions_of(asking, facts.renderer)
         check_questions(questions, plan["metrics"], facts.schema)
         _refuse_single(len(questions), "test_data", "questions")
     documents = {role: documents_of(facts, role) for role in ("eval_data", "test_data")}
     for role in documents.keys() & facts.datasets.keys():
-        rows = {document.id for document in documents[role]}
-        _refuse_single(len(rows), role, "rows with something to predict", empty=True)
-    return Items(questions, documents["test_data"], documents["eval_data"], general_texts(facts))
+        rows = {document.id for document in documents[role] if document.side != "banned"}
+        _refuse_single(len(rows), role, "rows with something to predict", empty=not documents[role])
+    return Items(
+        questions,
+        documents["test_data"],
+        documents["eval_data"],
+        general_texts(facts),
+        eliciting=asked[len(questions) :] if facts.recipe.never else (),
+    )
+
+
+def asking(facts: Facts) -> list[Example]:
+    """The rows of `test_data` that ask something, those last whose answer is bad."""
+    if "test_data" not in facts.datasets:
+        return []
+    dataset = facts.datasets["test_data"]
+    understood = (dataset.understand(i) for i in range(len(dataset)))  # those that cannot be rendered ask nothing
+    found = [one for one, prepared in understood if prepared.documents and (one.messages or one.prompt)]
+    return sorted(found, key=lambda example: bool(example.negative))
 
 
 def general_texts(facts: Facts) -> tuple[GeneralText, ...]:
@@ -114,24 +130,67 @@ def documents_of(facts: Facts, role: str) -> tuple[Document, ...]:
 
 def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
     """Everything that the recipe gives items for."""
-    model, plan = bench.model, bench.plan
-    model.network.eval()
+    bench.model.network.eval()
     found: list[Measurement] = []
-    samples: tuple[Sample, ...] = ()
-    if items.questions:
-        questions = items.questions if plan["metrics"] else items.questions[:SHOWN_ANSWERS]
-        length = answer_length(questions)
-        answers = [""] * len(questions)
-        for place, generation in ask(model, questions, bench.renderer, max_new_tokens=length):
-            answers[place] = generation.text
-        found += grade(questions, answers, task="test", metrics=plan["metrics"], schema=bench.facts.schema)
-        samples = samples_of(questions[:SHOWN_ANSWERS], answers[:SHOWN_ANSWERS], step=step)
+    graded = bench.plan["metrics"] or bench.facts.recipe.never
+    questions = (*items.questions, *items.eliciting) if graded else items.questions[:SHOWN_ANSWERS]
+    answers = answers_to(bench, questions)
+    found += grades(bench, questions, answers)
+    shown = [*range(len(items.questions))[:SHOWN_ANSWERS], *range(len(items.questions), len(questions))[:1]]
+    samples = samples_of([questions[i] for i in shown], [answers[i] for i in shown], step=step)
     found += _likelihoods(bench, items.test_documents, "test")
     if "test_data" in items.held_out:
         found.append(_bits(bench, items.held_out["test_data"], "test"))
     if items.texts:
         found.append(_bits(bench, items.texts, "general text"))
     return Measured(tuple(found), samples)
+
+
+def answers_to(
+    bench: Workbench, questions: Sequence[Question], banned: tuple[tuple[int, ...], ...] = ()
+) -> list[str]:
+    """`banned`: token sequences that no answer may hold."""
+    answers = [""] * len(questions)
+    if questions:
+        length = answer_length(questions)
+        for i, found in ask(bench.model, questions, bench.renderer, max_new_tokens=length, banned=banned):
+            answers[i] = found.text
+    return answers
+
+
+def grades(bench: Workbench, questions: Sequence[Question], answers: Sequence[str]) -> list[Measurement]:
+    """What answers show by themselves. Bad answers have no grade: whatever is said instead may be right."""
+    metrics, schema, never = bench.plan["metrics"], bench.facts.schema, bench.facts.recipe.never
+    right = [place for place, question in enumerate(questions) if not question.negative]
+    asked, given = [questions[i] for i in right], [answers[i] for i in right]
+    graded = grade(asked, given, task="test", metrics=metrics, schema=schema) if asked else ()
+    return [*graded, *violations(never, questions, answers)]
+
+
+def untrained(bench: Workbench, items: Items) -> dict[str, Measured]:
+    """What the answers show without training: as they are, with the rules in the prompt, with bad tokens banned. The
+    same items in each, and the model as it was before training."""
+    bench.model.network.eval()
+    constraints, renderer = bench.facts.recipe.never, bench.renderer
+    questions = (*items.questions, *items.eliciting)
+    plain = answers_to(bench, questions)
+    known = [(question.id, question.expected) for question in items.eliciting]
+    own = [(question.id, answer) for question, answer in zip(questions, plain, strict=True) if question.negative is not False]
+    bad = bad_strings(constraints, [*known, *own])
+    asked = questions_of([told(one, rules(constraints, bad)) for one in asking(bench.facts)], renderer)
+    answers = {
+        "base": plain,
+        "told in the prompt": answers_to(bench, asked[: len(questions)]),
+        "tokens banned": answers_to(bench, questions, bans(bad, renderer)),
+    }
+    return {name: Measured(tuple(grades(bench, questions, given))) for name, given in answers.items()}
+
+
+def answered(bench: Workbench, items: Items) -> Measured:
+    """What the answers show, to be compared with the baselines."""
+    bench.model.network.eval()
+    questions = (*items.questions, *items.eliciting)
+    return Measured(tuple(grades(bench, questions, answers_to(bench, questions))))
 
 
 def _bits(bench: Workbench, texts: Sequence[GeneralText], task: str) -> Measurement:
@@ -147,6 +206,9 @@ def _likelihoods(bench: Workbench, documents: Sequence[Document], task: str) -> 
     answers = [document for document in documents if document.side not in ("rejected", "banned")]
     if answers:
         yield held_out_loss(bench.model, answers, task=task, **packing)
+    bad = [document for document in documents if document.side == "banned"]
+    if len({document.id for document in bad}) > 1:
+        yield bad_logp(bench.model, bad, task=task, **packing)
     if pairs := [document for document in documents if document.side in ("chosen", "rejected")]:
         whole = plan["loss"] == "dpo"
         yield from preference(bench.model, pairs, task=task, whole=whole, **packing)

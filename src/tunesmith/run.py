@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from tunesmith.facts import Facts
 from tunesmith.identity import identity_of
 from tunesmith.infer.engine import stream
 from tunesmith.jsonfile import from_json, read_json
-from tunesmith.measure import Items, Measured, compare_all, eval_scores, items_of, measure
+from tunesmith.measure import Items, Measured, answered, compare_all, eval_scores, items_of, measure, untrained
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import adapter_scaled, trainable
 from tunesmith.model.memory import memory_errors
@@ -279,17 +279,37 @@ def _adapter_of(path: Path, plan: Plan) -> Path:
 
 
 def evaluate(path: Path) -> tuple[Comparison, ...]:
-    """The before/after of a finished run, measured again. Before is what training started from: the base, or the base
-    with the adapter that the run went on with."""
+    """The before/after of a finished run, measured again."""
     bench = reopen(path)
     items, step = items_of(bench.plan, bench.facts), bench.plan.steps
     after = measure(bench, items, step=step)
+    with _before_training(bench):
+        before = measure(bench, items, step=0)
+    return compare_all(before, after, step=step)
+
+
+def baselines(path: Path) -> dict[str, tuple[Comparison, ...]]:
+    """What a finished run made of its constraints, beside what costs no training: each baseline, and how the trained
+    model differs from it on the same items. Raises InputError for a run without constraints or questions."""
+    bench = reopen(path)
+    items, step = items_of(bench.plan, bench.facts), bench.plan.steps
+    if not bench.facts.recipe.never or not items.questions:
+        what = "baselines are of what no answer may say, on prompts of `test_data`"
+        raise InputError(what, where=str(path), fix="give the recipe `never` and `test_data`, and train again")
+    trained = answered(bench, items)
+    with _before_training(bench):
+        found = untrained(bench, items)
+    return {name: compare_all(measured, trained, step=step) for name, measured in found.items()}
+
+
+@contextmanager
+def _before_training(bench: Workbench) -> Iterator[None]:
+    """The model that training started from: the base, or the base with the adapter that the run went on with."""
     start = facts.start_of(bench.plan, bench.facts.model.path)
     if start is not None:
         load_adapter(bench.model.network, start.weights)
     with adapter_scaled(bench.model.network, 0 if start is None else 1):
-        before = measure(bench, items, step=0)
-    return compare_all(before, after, step=step)
+        yield
 
 
 def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:

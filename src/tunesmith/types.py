@@ -248,7 +248,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer. Greedy at temperature 0; a sampled answer depends on `seed`, not on what runs beside it."""
+    """One prompt to answer. Greedy at temperature 0; a sampled answer depends on `seed`, not on what runs beside it.
+    `banned`: token sequences that it may not hold."""
 
     tokens: tuple[int, ...]
     max_new_tokens: int = 256
@@ -256,6 +257,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    banned: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

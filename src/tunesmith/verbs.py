@@ -196,6 +196,14 @@ def evaluate(path: AnyPath) -> tuple[Comparison, ...]:
     return run.evaluate(Path(path))
 
 
+def baselines(path: AnyPath) -> dict[str, tuple[Comparison, ...]]:
+    """A finished run with constraints beside what costs no training: the base, the base told in the prompt, the base
+    with tokens banned. Of each, how the trained model differs from it. InputError for a run without `never`."""
+    from tunesmith import run
+
+    return run.baselines(Path(path))
+
+
 def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
     """The answers of a run's adapter to one question, or to the questions of one conversation as they come."""
     from tunesmith import run

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
@@ -33,13 +33,15 @@ from tunesmith.types import Example, Generation, Json, Request, Sample
 
 @dataclass(frozen=True)
 class Question:
-    """`prompt` is what the model is given, `shown` the part of it that people want to see."""
+    """`prompt` is what the model is given, `shown` the part of it that people want to see. `negative`: what the row says
+    of its answer; where that is bad, it is what the prompt asked for and should not get."""
 
     id: str
     prompt: tuple[int, ...]
     shown: str
     expected: str
     expected_tokens: int
+    negative: bool | Literal["whole"] | None = None
 
 
 def questions_of(examples: Sequence[Example], renderer: Renderer) -> tuple[Question, ...]:
@@ -48,7 +50,7 @@ def questions_of(examples: Sequence[Example], renderer: Renderer) -> tuple[Quest
 
 
 def _question(example: Example, renderer: Renderer) -> Question:
-    documents = renderer.documents(dataclasses.replace(example, rejected=None)).documents
+    documents = renderer.documents(dataclasses.replace(example, rejected=None, banned=())).documents
     if not documents or (example.text is not None and not example.prompt):
         fix = "give rows with messages, or with a prompt and a completion"
         raise InputError("the row asks nothing", where=example.id, fix=fix)
@@ -60,7 +62,8 @@ def _question(example: Example, renderer: Renderer) -> Question:
     answer = [token for token in tokens[begin:end].tolist() if token not in renderer.end_ids]
     asked = max((i for i, weight in enumerate(example.turn_weights) if weight > 0), default=0)
     shown = example.messages[asked - 1]["content"] if example.messages else example.prompt or ""
-    return Question(example.id, tuple(tokens[:begin].tolist()), shown, renderer.decode(answer), end - begin)
+    expected = renderer.decode(answer)
+    return Question(example.id, tuple(tokens[:begin].tolist()), shown, expected, end - begin, example.negative)
 
 
 def answer_length(questions: Sequence[Question]) -> int:
@@ -69,10 +72,15 @@ def answer_length(questions: Sequence[Question]) -> int:
 
 
 def ask(
-    model: LanguageModel, questions: Sequence[Question], renderer: Renderer, *, max_new_tokens: int
+    model: LanguageModel,
+    questions: Sequence[Question],
+    renderer: Renderer,
+    *,
+    max_new_tokens: int,
+    banned: tuple[tuple[int, ...], ...] = (),
 ) -> Iterator[tuple[int, Generation]]:
-    """(index of the question, greedy answer), as they finish."""
-    requests = [Request(question.prompt, max_new_tokens) for question in questions]
+    """(index of the question, greedy answer), as they finish. `banned`: token sequences that no answer may hold."""
+    requests = [Request(question.prompt, max_new_tokens, banned=banned) for question in questions]
     return generate(model, requests, decode=renderer.decode, end_ids=renderer.end_ids)
 
 
@@ -124,7 +132,11 @@ def _apply(metric: str, answer: str, expected: str, schema: Json | None) -> floa
 
 
 def samples_of(questions: Sequence[Question], answers: Sequence[str], *, step: int) -> tuple[Sample, ...]:
-    return tuple(Sample(step, q.id, q.shown, a, q.expected) for q, a in zip(questions, answers, strict=True))
+    """A bad answer is not what is expected."""
+    return tuple(
+        Sample(step, q.id, q.shown, a, "" if q.negative else q.expected)
+        for q, a in zip(questions, answers, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- metrics

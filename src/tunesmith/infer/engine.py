@@ -142,6 +142,11 @@ class _Row:
         if len(self.tokens) == min(self.request.max_new_tokens, room):
             self.finished, self.text = "length", decode(self.tokens)
 
+    def refused(self) -> list[int]:
+        """The tokens that would complete a banned sequence."""
+        bans = self.request.banned
+        return [ban[-1] for ban in bans if tuple(self.tokens[len(self.tokens) - len(ban) + 1 :]) == ban[:-1]]
+
     def _stop_in(self, text: str) -> int | None:
         """Where the first stop string begins."""
         return min((place for stop in self.request.stop if (place := text.find(stop)) >= 0), default=None)
@@ -195,6 +200,9 @@ class _Batch:
         logits_BV = self.model.head.logits(hidden_BH)
         if not bool(logits_BV.amax(dim=-1).isfinite().all()):
             raise GateError("the model's logits are not finite", fix="lower learning_rate, or use dtype: fp32")
+        for place, row in enumerate(rows):
+            if refused := row.refused():
+                logits_BV[place, refused] = -torch.inf
         return choose(logits_BV, [row.request for row in rows], [row.generator for row in rows])
 
     def _remove_finished(self) -> list[_Row]:
