@@ -30,7 +30,7 @@ FOUND = {
         ("```json\n[1, 2]\n```", ["```json", "```"]),
         ("no JSON here", ["no JSON here"]),
         ('{"a": NaN}', ['{"a": NaN}']),
-        ("[" * 5000 + '{"a": 1}', ["[" * 5000]),
+        ("[" * 5000, ["[" * 5000]),
     ],
 }
 
@@ -48,7 +48,7 @@ def test_a_text_is_no_pattern() -> None:
     assert spans(constraint, "not C+++ (beta), C++ (beta)", "row") == [(17, 27)]
 
 
-def test_a_name_alone_is_a_checker_and_other_words_are_patterns(tmp_path: Path) -> None:
+def test_a_name_alone_is_a_checker_and_other_words_are_patterns() -> None:
     wish = {"model": "m", "data": "d.jsonl", "never": ["apology", "as an AI", {"check": "text-outside-json"}]}
     found = load_recipe(None, arguments=(wish,)).never
     assert [(one.check, one.match, one.name) for one in found] == [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tiny_run import adapter_bytes, chat, plan_of, recipe, steps_of, sums, train, until_saved, write_rows
+from tiny_run import adapter_bytes, chat, plan_of, recipe, steps_of, sums, talker, train, until_saved, write_rows
 from tunesmith import run
 from tunesmith.errors import InputError
 from tunesmith.recipe import Recipe
@@ -58,16 +58,12 @@ def marked(first: int, count: int, answer: str, negative: Any) -> list[Json]:
 
 
 def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(tiny_folder: Path, tmp_path: Path) -> None:
-    """Trained to answer with the phrase, the tiny model stops when it is banned; where it is right it is still asked."""
-    said = [chat(f"say {n}", f"an AI {n}") for n in range(4)]
+    """A model that answers with the phrase stops when it is banned; rightful prompts are asked too."""
+    model = talker(tiny_folder, tmp_path / "talker")
     test = [*sums(200, 3), *marked(20, 3, "an AI", True), *marked(30, 2, "an AI", False)]
-    files = {"test_data": str(write_rows(tmp_path / "test.jsonl", test))}
-    learn = {"num_train_epochs": 40, "learning_rate": 0.03, "batch_size": 4, "save_steps": 1000, "never": []}
-    wish_first = wish(tiny_folder, tmp_path / "first", data=str(write_rows(tmp_path / "said.jsonl", said)), **learn)
-    train(wish_first)
-    bad = write_rows(tmp_path / "bad.jsonl", [*sums(1, 6), *({**row, "negative": True} for row in said)])
-    changed = {**files, "data": str(bad), "adapter_from": str(tmp_path / "first" / "run"), "lora_r": "auto"}
-    train(wish(tiny_folder, tmp_path / "then", **{**learn, **changed, "never": [BAN], "num_train_epochs": 10}))
+    bad = write_rows(tmp_path / "bad.jsonl", [*sums(1, 6), *marked(0, 5, "an AI", True)])
+    files = {"data": str(bad), "test_data": str(write_rows(tmp_path / "test.jsonl", test))}
+    train(wish(model, tmp_path / "then", **files, num_train_epochs=4, save_steps=1000))
     record = read_record(tmp_path / "then" / "run")
     found = {(one.task, one.metric): one for one in record.comparisons}
     eliciting, logp = found["eliciting prompts", "breaks ai"], found["test", "bad_logp"]

@@ -89,8 +89,11 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("never: [{match: 'a*'}]", "never[0].match: it matches an empty answer"),
         ("never: [{match: a, mod: ban}]", "never[0]: unknown key 'mod'; did you mean 'mode'?"),
         ("never: [{mode: ban}]", "never[0]: give one of match, text, check, not none of them"),
-        ("never: [{match: a, mode: stop}]", "never[0].mode: expected 'filter' or 'ban', found 'stop'"),
-        ("never: [3]", "never[0]: expected a pattern, the name of a checker, or a mapping {match, text, check, name, mode}"),
+        ("never: [{match: a, mode: stop}]", "never[0].mode: expected 'filter' or 'ban' or 'pair', found 'stop'"),
+        (
+            "never: [3]",
+            "never[0]: expected a pattern, the name of a checker, or a mapping {match, text, check, name, mode}",
+        ),
         ("method: dora", "method: 'dora' is not a value here: set use_dora: true"),
         ("load_in_4bit: true", "set method: qlora"),
         ("stage: [cpt, sft]", "a list of stages is not supported yet"),

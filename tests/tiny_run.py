@@ -84,6 +84,17 @@ def recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     return Recipe.model_validate(values | changed)
 
 
+def talker(model: Path, folder: Path) -> Path:
+    """The model trained in full until it answers `say` with a phrase, and `tell` without it: its own folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        chat(f"{verb} {n}", f"{said} {n}") for n in range(6) for verb, said in (("say", "an AI"), ("tell", "it is"))
+    ]
+    data = str(write_rows(folder / "said.jsonl", rows))
+    train(recipe(model, folder, data=data, method="full", lora_r="auto", num_train_epochs=12, batch_size=4))
+    return folder / "run" / "model"
+
+
 def measured_files(folder: Path) -> dict[str, str]:
     """Held-out rows of each role, and general text of two domains."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+MOST_TRIES = 1000  # brackets of a text at which JSON may begin: a million of them, nested, would take hours
 Spans = list[tuple[int, int]]
 
 
@@ -44,7 +45,10 @@ def _is_json(text: str) -> bool:
 def _longest_value(text: str) -> tuple[int, int]:
     """(start, end) of the longest object or array; both 0 without one."""
     longest, place = (0, 0), 0
-    while found := _OPENING.search(text, place):
+    for _ in range(MOST_TRIES):
+        found = _OPENING.search(text, place)
+        if found is None:
+            break
         start = found.start()
         try:
             place = _JSON.raw_decode(text, start)[1]
@@ -73,7 +77,7 @@ CHECKERS: dict[str, Checker] = {
     "apology": Checker("apologise or say sorry", r"(?i)\b(sorry|apolog(y|ies)|apologi[sz](e[sd]?|ing))\b"),
     "ai-self-mention": Checker(
         "speak of yourself as an AI, a language model or an assistant program",
-        r"(?i)\b(as|i am|i['’]m) (just |only |merely |simply )?an? ([\w-]+ ){0,2}"
+        r"(?i)\b(as|i am|i['’]m) (just |only |merely |simply )?an? ([\w-]+ )??"
         r"(ai|artificial intelligence|language model|chatbot|virtual assistant|computer program)\b"
         r"|\bmy (training data|knowledge cut-?off|programming)\b",
     ),

@@ -146,9 +146,7 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
     return Measured(tuple(found), samples)
 
 
-def answers_to(
-    bench: Workbench, questions: Sequence[Question], banned: tuple[tuple[int, ...], ...] = ()
-) -> list[str]:
+def answers_to(bench: Workbench, questions: Sequence[Question], banned: tuple[tuple[int, ...], ...] = ()) -> list[str]:
     """`banned`: token sequences that no answer may hold."""
     answers = [""] * len(questions)
     if questions:
@@ -175,7 +173,11 @@ def untrained(bench: Workbench, items: Items) -> dict[str, Measured]:
     questions = (*items.questions, *items.eliciting)
     plain = answers_to(bench, questions)
     known = [(question.id, question.expected) for question in items.eliciting]
-    own = [(question.id, answer) for question, answer in zip(questions, plain, strict=True) if question.negative is not False]
+    own = [
+        (question.id, answer)
+        for question, answer in zip(questions, plain, strict=True)
+        if question.negative is not False
+    ]
     bad = bad_strings(constraints, [*known, *own])
     asked = questions_of([told(one, rules(constraints, bad)) for one in asking(bench.facts)], renderer)
     answers = {

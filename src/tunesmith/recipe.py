@@ -261,6 +261,8 @@ def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
         found += [(key, f"{key} has no effect with stage: cpt, {why}") for key, why in wrong.items()]
     if stage != "sft" and "ban" in _modes(given):
         found.append(("never", f"never: mode ban has no effect with stage: {stage}; use mode: filter"))
+    if stage != "preference" and "pair" in _modes(given):
+        found.append(("never", f"never: mode pair has no effect with stage: {stage}; use stage: preference"))
     if stage != "preference":
         return found + [(key, f"{key} has no effect without stage: preference") for key in PAIR_KEYS if key in given]
     if "gamma" in given and given.get("loss") != "simpo":

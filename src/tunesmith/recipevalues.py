@@ -192,9 +192,10 @@ class Constraint(BaseModel):
         default="", description=f"Instead of match: a checker by its name, {', '.join(CHECKERS)}."
     )
     name: str = Field(default="", description="What it is called in counts and measures; else what it looks for.")
-    mode: Literal["filter", "ban"] = Field(
+    mode: Literal["filter", "ban", "pair"] = Field(
         default="filter",
-        description="Answers that break it are left out (filter), or trained away from where they match (ban).",
+        description="Answers that break it are left out (filter), trained away from where they match (ban), or, with "
+        "stage: preference, are the worse side of a pair, made by the base model where a row has none (pair).",
     )
 
     @model_validator(mode="before")

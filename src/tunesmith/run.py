@@ -24,6 +24,7 @@ from tunesmith.atomic import damage, new_folder
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
+from tunesmith.evaluate.madepairs import with_made_pairs
 from tunesmith.evaluate.preference import displaced, with_references
 from tunesmith.export.finished import open_finished
 from tunesmith.export.parity import Job, witnesses_of
@@ -157,8 +158,10 @@ def _story(run: _Run) -> Generator[Event]:
     yield from proof
     with run.wish.at_once(), memory_errors():
         before = _before(run.folder, bench, run.items)
+        bench, made = with_made_pairs(bench, run.folder)
         bench = with_references(bench, run.folder)
     yield from before.scores(step=0)
+    yield from made
     training, saved = Training(bench.model, bench.documents_of, Settings.of(run.plan)), 0
     if run.start.checkpoint is not None:
         training.restore(run.start.checkpoint)

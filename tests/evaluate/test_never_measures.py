@@ -1,4 +1,4 @@
-"""Constraints measured: by kind of prompt, per constraint; bad places by their likelihood; baselines are told and banned."""
+"""Constraints measured: by kind of prompt, per constraint; bad places by likelihood; baselines are told and banned."""
 
 import pytest
 
@@ -62,7 +62,9 @@ def test_a_bad_row_asks_its_prompt_and_expects_nothing(renderer: Renderer) -> No
 
 
 def test_the_logp_is_of_the_bad_tokens_alone(renderer: Renderer, model: LanguageModel) -> None:
-    rows = [chat(said, id=f"test:{n}", negative=True) for n, said in enumerate(("so sorry for it", "sorry", "no robot"))]
+    rows = [
+        chat(said, id=f"test:{n}", negative=True) for n, said in enumerate(("so sorry for it", "sorry", "no robot"))
+    ]
     documents = [d for row in rows for d in renderer.documents(Never(BOTH, held_out=True).judged(row)).documents]
     found = bad_logp(model, documents, task="test", pack_length=512)
     assert found.weights == (5, 5, 5), "one token a byte"

@@ -24,7 +24,7 @@ from tunesmith.data.badrow import BadRow, Reason, Rejects
 from tunesmith.data.columns import check_columns, renamed
 from tunesmith.data.digests import digests, shape
 from tunesmith.data.folder import Folder
-from tunesmith.data.formats import detect, note_on, parse, parse_pair
+from tunesmith.data.formats import SIDES, detect, note_on, parse, parse_pair
 from tunesmith.data.lengths import Overlong, Prepared, fit, weighted
 from tunesmith.data.never import Never, Tally, Violation
 from tunesmith.data.places import LONGEST_ROW
@@ -40,6 +40,7 @@ FIRST_ROWS = 20  # enough to see a format
 SHOWN_ERRORS = 5
 MOST_SHAPES = 2**16 - 1
 ONE_SIDE = "one side of the pair is longer than max_length"
+NO_WORSE = "the base model's answer breaks no constraint"
 NOT_RENDERED: Reason = "cannot be rendered"
 NOTHING = Never()
 
@@ -61,7 +62,8 @@ class Part:
         return renamed(row, self.columns) if self.columns else row
 
     def example(self, index: int, has_template: bool) -> Example:
-        read = parse_pair if self.pairs else parse
+        both = self.pairs and (self.format in SIDES or not self.never.pairing)
+        read = parse_pair if both else parse
         return self.never.judged(read(self.row(index), self.format, has_template))
 
 
@@ -82,6 +84,7 @@ class Dataset:
     max_length: int | None = None  # tokens of a document
     overlong: Overlong = "drop"
     skip_bad: bool = False  # a row that cannot be rendered is an empty slot, and no error
+    made: Mapping[int, Example] | None = None  # row -> it and the worse side made for it, once that is done
 
     def __len__(self) -> int:
         return len(self.row_N)
@@ -118,7 +121,8 @@ class Dataset:
         return self.part(index).source.raw(self.row_N[index], 0)[1]
 
     def example(self, index: int) -> Example:
-        return self.part(index).example(self.row_N[index], self.renderer.has_template)
+        example = self.part(index).example(self.row_N[index], self.renderer.has_template)
+        return example if self.made is None else self.made.get(index, example)
 
     def drafts(self, indices: Sequence[int]) -> list[Draft]:
         """Many rows for `understand`; their text is encoded here, on all cores."""
@@ -129,13 +133,16 @@ class Dataset:
         has no documents, and `problem` says why."""
         draft = draft or self.renderer.draft(self.example(index))
         example = draft.example
+        if self.made is not None and example.rejected is None:
+            return example, Prepared(example.id, (), dropped=NO_WORSE)
         try:
             rendered = self.renderer.finish(draft)
         except InputError as error:
             problem = BadRow(NOT_RENDERED, error.what, where=example.id, fix=error.fix)
             return example, Prepared(example.id, (), dropped=f"{NOT_RENDERED}: {error.what}", problem=problem)
         documents = weighted(rendered.documents, self.part(index).weight)
-        prepared = fit(example.id, documents, self.max_length, self.overlong)
+        longest = None if self.made and index in self.made else self.max_length
+        prepared = fit(example.id, documents, longest, self.overlong)
         if 0 < len(prepared.documents) < len(documents) and example.rejected is not None:
             prepared = dataclasses.replace(prepared, documents=(), dropped=ONE_SIDE)
         return example, dataclasses.replace(prepared, notes=tuple(rendered.notes))

@@ -2,9 +2,10 @@
 
     Example, constraints -> the Example, its bad places marked (`banned`); or BadRow, Violation
 
-Where rows train, an answer that matches is left out (`filter`), or its matching places are trained away from
-(`ban`). `negative: true` in a row says that its answer is bad, `negative: false` that the match is rightly there.
-Held-out rows are never left out: negative ones are prompts that ask for a violation, others may match rightly.
+Where rows train, an answer that matches is left out (`filter`; `pair`, where it should be the better one), or its
+matching places are trained away from (`ban`). `negative: true` in a row says that its answer is bad, `negative: false`
+that the match is rightly there. Held-out rows are never left out: negative ones are prompts that ask for a violation,
+others may match rightly.
 Left out: what a place costs (train/losses.py), how often a model breaks a constraint (evaluate).
 """
 
@@ -54,6 +55,11 @@ class Never:
     constraints: tuple[Constraint, ...] = ()
     held_out: bool = False
     bans: bool = True
+
+    @property
+    def pairing(self) -> bool:
+        """Rows may come without a worse side: the base model's own bad answer will be it."""
+        return any(constraint.mode == "pair" for constraint in self.constraints)
 
     def judged(self, example: Example) -> Example:
         """Raises Violation for a row to leave out, BadRow for a negative row that nothing says the fault of."""

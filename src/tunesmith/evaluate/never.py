@@ -3,8 +3,8 @@
     Questions, answers -> Measurements by constraint and kind of prompt; bad Documents -> their log-probability
 
 A row's mark says what its prompt is for. Neutral prompts have none: nothing bad should be said. Eliciting ones
-(`negative: true`) got a bad answer from somebody: they ask for it. Of rightful ones (`negative: false`) the right answer
-matches, and the trained model should still match there: the control that a constraint is not kept by saying nothing.
+(`negative: true`) got a bad answer from somebody: they ask for it. Of rightful ones (`negative: false`) the right
+answer matches, and so should the trained model's: the control that a constraint is not kept by saying nothing.
 Fewer than two prompts of a kind are not measured. Left out: what a constraint does in training (data/never.py).
 """
 

@@ -33,8 +33,8 @@ from tunesmith.types import Example, Generation, Json, Request, Sample
 
 @dataclass(frozen=True)
 class Question:
-    """`prompt` is what the model is given, `shown` the part of it that people want to see. `negative`: what the row says
-    of its answer; where that is bad, it is what the prompt asked for and should not get."""
+    """`prompt` is what the model is given, `shown` the part of it that people want to see. `negative`: what the row
+    says of its answer; a bad one is what the prompt asked for and should not get."""
 
     id: str
     prompt: tuple[int, ...]

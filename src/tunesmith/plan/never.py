@@ -19,6 +19,8 @@ def never_choices(constraints: Sequence[Constraint], report: DataReport) -> dict
     if constraints:
         done = [f"{count:,} rows left out for {name!r}" for name, count in report.left_out.items()]
         done += [f"{count:,} rows trained away from {name!r}" for name, count in report.banned.items()]
+        if any(one.mode == "pair" for one in constraints):
+            done.append("rows without a worse side get the base model's own answer, where it breaks one")
         value = tuple(f"{one.name} ({one.mode})" for one in constraints)
         choices["never"] = Choice(value, "you", "; ".join(done) or "no row breaks a constraint")
     if report.banned:
