@@ -202,7 +202,7 @@ class Constraint(BaseModel):
     @classmethod
     def _has_a_name(cls, values: Any) -> Any:
         if not isinstance(values, dict):
-            return cast("Any", values)
+            return values
         given = cast("Json", values)
         found = [given[kind] for kind in LOOKS_FOR if isinstance(given.get(kind), str)]
         return {"name": found[0], **given} if found else given
