@@ -206,6 +206,15 @@ def test_a_plan_is_one_object_with_every_reason(
     code, out, _ = tunesmith(*words)
     assert code == 0
     assert "learning_rate" in out
+    code, out, _ = tunesmith(*words, "--why", "lora_r")
+    assert (code, "the recipe says so" in out) == (0, True)
+    methods = json.loads(tunesmith(*words, "--compare", "--target", "rtx4090", "--json")[1])["methods"]
+    assert [one["method"] for one in methods] == ["full", "lora", "qlora"]
+    assert {one["free_bytes"] for one in methods} == {24 * 10**9}
+    code, out, _ = tunesmith(*words, "--fit", "1MB")
+    assert (code, "does not fit: the smallest machine that would do is l4" in " ".join(out.split())) == (0, True)
+    for wrong in (["--fit", "lots"], ["--target", "abacus"], ["--why", "lora_z"], ["--compare", "--why", "lora_r"]):
+        assert tunesmith(*words, *wrong)[0] == 2
 
 
 def test_a_run_from_words_to_answers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,20 @@ import pytest
 from rich.console import Console, RenderableType
 
 from tunesmith.diagnosis import Check, Diagnosis, Fit
-from tunesmith.display import comparison_table, data_view, diagnosis_view, outcome, plan_table, record_view, value_text
+from tunesmith.display import (
+    choice_view,
+    comparison_table,
+    data_view,
+    diagnosis_view,
+    duration,
+    outcome,
+    outlook_table,
+    plan_table,
+    record_view,
+    value_text,
+)
+from tunesmith.errors import InputError
+from tunesmith.plan.compare import outlook
 from tunesmith.types import (
     Choice,
     Comparison,
@@ -140,3 +154,45 @@ def test_a_diagnosis_shows_what_is_missing_and_what_fits() -> None:
 def test_values_read_as_in_a_recipe() -> None:
     values = [value_text(value) for value in (None, True, 1e-4, 16, ("q_proj", "v_proj"), ())]
     assert values == ["-", "true", "0.0001", "16", "q_proj, v_proj", "-"]
+
+
+def test_all_that_stands_behind_a_value_is_shown() -> None:
+    choice = Choice(1e-4, "rule", "because [so]", "a paper", "published", "1e-5: differs")
+    plan = dataclasses.replace(PLAN, choices={**PLAN.choices, "learning_rate": choice})
+    text = printed(choice_view(plan, "learning-rate"))
+    for part in ("learning_rate: 0.0001", "a rule", "because [so]", "a paper", "1e-5: differs", "published"):
+        assert part in text
+    assert "not claimed" in printed(choice_view(PLAN, "dtype"))
+    with pytest.raises(InputError, match="the plan decides no 'lora_z'") as refusal:
+        choice_view(PLAN, "lora_z")
+    assert "lora_r" in refusal.value.fix
+
+
+def test_a_plan_that_does_not_fit_says_where_it_would() -> None:
+    plan = dataclasses.replace(PLAN, phase_bytes={"step": 10**9}, fits_on="h100 (80.0 GB)")
+    text = " ".join(printed(plan_table(plan)).split())
+    assert "memory 1.9 GB of 8.6 GB free: step 1.0 GB" in text
+    assert "x7.0 of the weights in 16 bits; as a rule of thumb lora takes x1.5" in text
+    assert "does not fit: the smallest machine that would do is h100 (80.0 GB)" in text
+
+
+def test_methods_stand_side_by_side() -> None:
+    plan = dataclasses.replace(
+        PLAN,
+        choices={
+            key: Choice(value, "rule", "")
+            for key, value in {
+                "method": "full", "learning_rate": 1e-4, "dtype": "bf16", "activations": "keep", "stage": "sft",
+                "batch_size": 16, "num_train_epochs": 1,
+            }.items()
+        },
+    )  # fmt: skip
+    one = outlook(plan)
+    table = printed(
+        outlook_table([one, dataclasses.replace(one, seconds=(59.4, 18_420.0), fits_on="b200", fits=False)])
+    )
+    assert "x7 (x4 to x12)" in table
+    assert "the smallest that would do: b200" in " ".join(table.split())
+    fast = dataclasses.replace(one, seconds=(59.4, 18_420.0))
+    assert "59 s to 5:07 h" in printed(outlook_table([fast]))
+    assert [duration(seconds) for seconds in (3, 200, 3599.6, 3600)] == ["3 s", "3:20 min", "60:00 min", "1:00 h"]

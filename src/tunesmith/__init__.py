@@ -42,6 +42,7 @@ for _namesake in ("demo", "evaluate", "export", "init", "plan", "train"):
 from tunesmith.verbs import (  # noqa: E402
     baselines,
     chat,
+    compare_methods,
     data_check,
     data_show,
     demo,
@@ -83,6 +84,7 @@ __all__ = [
     "__version__",
     "baselines",
     "chat",
+    "compare_methods",
     "data_check",
     "data_show",
     "demo",

@@ -148,14 +148,24 @@ def plan(
     fit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Plan for this much memory: 24GB.", show_default=False)
     ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Full, LoRA and QLoRA side by side.")] = False,
+    why: Annotated[
+        str | None, typer.Option(metavar="KEY", help="All that stands behind one value.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Every value of a run with its reason, and the memory that it takes. Trains nothing."""
     recipe = read_wish(wish)
-    from tunesmith.display import plan_table
+    from tunesmith.display import choice_view, outlook_table, plan_table
 
+    if compare and why is not None:
+        raise InputError("--compare and --why are two questions", where="command line", fix="ask one of them")
+    if compare:
+        methods = verbs.compare_methods(recipe, target=target, fit=fit)
+        say({"methods": methods}, outlook_table(methods), as_json=as_json)
+        return
     decided = verbs.plan(recipe, target=target, fit=fit)
-    say(decided, plan_table(decided), as_json=as_json)
+    say(decided, plan_table(decided) if why is None else choice_view(decided, why), as_json=as_json)
 
 
 def train(wish: Wish = None, as_json: AsJson = False) -> None:

@@ -5,7 +5,7 @@ In: the frozen objects of types.py. Out: things that `rich` can print. Programs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tunesmith.atomic import size
 from tunesmith.diagnosis import Diagnosis
+from tunesmith.errors import InputError
 from tunesmith.plan.machines import target_of
 from tunesmith.plan.room import MULTIPLES, multiple
 from tunesmith.progress import interval, one_line
@@ -22,6 +23,7 @@ from tunesmith.types import Comparison, DataReport, Plan, RunRecord
 
 if TYPE_CHECKING:
     from tunesmith.export.targets import Exported
+    from tunesmith.plan.compare import Outlook
 
 BY_STYLES = {"you": "bold", "rule": "cyan", "checkpoint": "magenta"}
 UNMEASURED = "[yellow]no before and after[/]: the recipe names neither test_data nor retention_data"
@@ -60,6 +62,68 @@ def memory_lines(plan: Plan) -> list[str]:
     if plan.fits_on:
         lines.append(f"[bold red]does not fit[/]: the smallest machine that would do is {plan.fits_on}")
     return lines
+
+
+def choice_view(plan: Plan, key: str) -> RenderableType:
+    """All that stands behind one value. Raises InputError for a key that the plan does not have."""
+    choice = plan.choices.get(key.replace("-", "_"))
+    if choice is None:
+        raise InputError(f"the plan decides no {key!r:.80}", where="--why", fix=f"use one of {', '.join(plan.choices)}")
+    deciders = {"you": "you", "rule": "a rule", "checkpoint": "the model's files"}
+    sure = {"": "not claimed: your word, a fact or a convention"}
+    table = _table(f"{key.replace('-', '_')}: {value_text(choice.value)}", numbers=())
+    for name, text in (
+        ("decided by", deciders[choice.by]),
+        ("because", choice.why),
+        ("source", choice.source or "-"),
+        ("usual advice", choice.advice or "says nothing"),
+        ("confidence", sure.get(choice.confidence, choice.confidence)),
+    ):
+        table.add_row(Text(name, "dim"), escape(text))
+    return table
+
+
+def outlook_table(methods: Sequence[Outlook]) -> RenderableType:
+    """A column a method, the usual advice in brackets."""
+    table = _table("Methods; what is usually said in brackets", "", *(one.method for one in methods))
+    for name, cell in OUTLOOK_ROWS.items():
+        table.add_row(Text(name, "dim"), *(escape(cell(one)) for one in methods))
+    return table
+
+
+def _room(one: Outlook) -> str:
+    return "fits" if one.fits else f"does not fit; the smallest that would do: {one.fits_on}"
+
+
+def _seconds(one: Outlook) -> str:
+    if not (one.seconds and one.fits):
+        return "-"
+    low, high = (duration(seconds) for seconds in one.seconds)
+    return f"{low} to {high}"
+
+
+OUTLOOK_ROWS: dict[str, Callable[[Any], str]] = {
+    "memory": lambda one: f"{size(one.peak_bytes)} of {size(one.free_bytes)} free",
+    "": _room,
+    "x weights": lambda one: f"x{one.multiple:.2g} ({one.usual_multiple})",
+    "learning rate": lambda one: f"{one.learning_rate:g}",
+    "trained": lambda one: f"{one.trained_parameters / 1e6:,.1f}M parameters",
+    "work": lambda one: f"{one.flops / 1e12:,.0f} TFLOP",
+    "time": _seconds,
+    "speed": lambda one: f"{one.speed} ({one.usual_speed})",
+    "forgetting": lambda one: f"{one.risk} ({one.usual_risk})",
+    "deployment": lambda one: f"{one.deployment} ({one.usual_deployment})",
+    "leaves": lambda one: size(one.result_bytes),
+    "run folder": lambda one: f"up to {size(one.disk_bytes)}",
+}
+
+
+def duration(seconds: float) -> str:
+    """4 s, 3:20 min, 5:07 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    large, small = divmod(round(seconds), 60) if seconds < 3600 else divmod(round(seconds / 60), 60)
+    return f"{large}:{small:02d} {'min' if seconds < 3600 else 'h'}"
 
 
 def value_text(value: Any) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.export.targets import Exported
     from tunesmith.facts import Facts
     from tunesmith.init import Written
+    from tunesmith.plan.compare import Outlook
 
 AnyPath = str | Path
 Wish = AnyPath | Mapping[str, Any] | Recipe | None
@@ -122,6 +123,21 @@ def plan(recipe: Wish | Facts = None, *, target: str | None = None, fit: str | N
     from tunesmith.facts import make_plan
 
     return make_plan(_elsewhere(gather(recipe, weights=False, **changes), target, fit))
+
+
+def compare_methods(
+    recipe: Wish | Facts = None, *, target: str | None = None, fit: str | None = None, **changes: Any
+) -> tuple[Outlook, ...]:
+    """Full fine-tuning, LoRA and QLoRA of the same rows side by side: memory, work, time, risk, what is left."""
+    from tunesmith.facts import planner
+    from tunesmith.plan.compare import compare
+    from tunesmith.plan.machines import equipped
+
+    known = _elsewhere(gather(recipe, weights=False, **changes), target, fit)
+    if known.adapter is not None:
+        raise InputError("an adapter to go on with leaves no method open", where="adapter_from", fix="leave it out")
+    make, machine = planner(known), equipped(known.machine)
+    return compare(lambda method: make(known.recipe.model_copy(update={"method": method}), machine))
 
 
 def _elsewhere(known: Facts, target: str | None, fit: str | None) -> Facts:

@@ -63,13 +63,13 @@ def _learning_rate(known: Known, choice: Choice) -> str:
         return "a tenth of the original rate, against forgetting: the same, a tenth of the peak"
     if known.stage == "preference":
         return "says nothing on preference pairs"
-    said = f"{LOW:g} to {HIGH:g}"
+    said = "1e-5 to 5e-5"
     if LOW <= rate <= HIGH:
         return f"{said}: inside"
     if known["method"] == "full":
         return (
             f"{said}: holds from about 3B parameters. SmolLM2-135M and 360M were tuned at 1e-3 (batch 128), so that "
-            f"{HIGH:g} is far below the best rate of so small a model"
+            "5e-5 is far below the best rate of so small a model"
         )
     return (
         f"{said}: holds for full fine-tuning. With LoRA 4e-5 costs .025 nats a token at 8B, .046 at 3B and .059 at 1B "

@@ -76,15 +76,19 @@ def machines(here: Machine) -> dict[str, Machine]:
     return {name: _empty(here, target) for name, target in TARGETS.items()}
 
 
+def equipped(machine: Machine) -> Machine:
+    """With the library that 4 and 8 bits need, whether it is installed or not."""
+    return dataclasses.replace(machine, versions={"bitsandbytes": ASSUMED} | machine.versions)
+
+
 def _empty(here: Machine, target: Target) -> Machine:
     return dataclasses.replace(
-        here,
+        equipped(here),
         device="cuda",
         device_name=target.title,
         memory_bytes=target.memory_bytes,
         available_bytes=target.memory_bytes,
         bf16_matmul=True,
-        versions={"bitsandbytes": ASSUMED} | here.versions,
     )
 
 

@@ -1,0 +1,121 @@
+"""What stands beside a plan: how sure a value is, the usual advice, the work, and other methods."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.jsonfile import from_json, to_json
+from tunesmith.plan.compare import Outlook, compare
+from tunesmith.plan.evidence import with_evidence
+from tunesmith.plan.machines import TARGETS, equipped, machine_for
+from tunesmith.plan.plan import decide
+from tunesmith.plan.rules import Known, rule
+from tunesmith.plan.work import run_flops, seconds_on, token_flops, tokens_computed
+from tunesmith.recipe import Recipe
+from tunesmith.types import Choice, Plan
+
+LARGE = {"hidden_size": 4096, "parameters": 8 * 10**9}
+
+
+@pytest.fixture
+def plan(known: Callable[..., Known]) -> Callable[..., Plan]:
+    def make(saved: float = 0.0, target: str | None = None, **wishes: Any) -> Plan:
+        facts = known()
+        return decide(
+            Recipe.model_validate({"model": "smollm2", "data": "train.jsonl", **wishes}),
+            machine=equipped(machine_for(facts.machine, target, None)),
+            model=facts.model,
+            data={"data": facts.data, "test_data": facts.data},
+            output_dir=Path("runs/run-1"),
+            now="2026-01-01T00:00:00",
+            saved_share=lambda *_: saved,
+        )
+
+    return make
+
+
+def test_every_value_of_a_plan_says_how_sure_it_is(plan: Callable[..., Plan]) -> None:
+    choices = plan(saved=0.2, batch_size=8, rehearsal={"data": "general.jsonl"}).choices
+    sure = {key: choice.confidence for key, choice in choices.items()}
+    assert sure["learning_rate"] == "extrapolated"
+    assert {sure[key] for key in ("method", "lora_r", "num_train_epochs", "rehearsal_ratio")} == {"published"}
+    assert {sure[key] for key in ("max_length", "dtype", "share_prefixes", "activations")} == {"measured here"}
+    assert {sure[key] for key in ("batch_size", "seed", "eval_steps")} == {""}
+    assert "inside" in choices["rehearsal_ratio"].advice
+    assert {key for key, choice in choices.items() if choice.advice} >= {"method", "learning_rate", "lora_r"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "decided", "model", "advice"),
+    [
+        ("learning_rate", 2e-5, {}, LARGE, "1e-5 to 5e-5: inside"),
+        ("learning_rate", 3e-4, {}, LARGE, "costs .025 nats a token at 8B"),
+        ("learning_rate", 1e-3, {"method": "full"}, {}, "holds from about 3B parameters"),
+        ("lora_r", 128, {}, LARGE, "64 to 256 for complex reasoning: inside"),
+        ("lora_r", 16, {}, {}, "Rank 64 takes 234 MB more; 60,000 trained tokens do not fill it"),
+        ("lora_r", 16, {}, {"supervised_tokens": 3 * 10**7}, "these rows may be worth it"),
+        ("pack_length", 8192, {}, {}, "the same"),
+        ("pack_length", 12000, {}, {}, "a document is longer than that"),
+        ("rehearsal_ratio", 0.01, {}, {}, "1% already stops most"),
+        ("rehearsal_ratio", 0.25, {}, {}, "at 10% the old loss rises"),
+        ("method", "full", {}, {}, "full forgets more"),
+    ],
+)
+def test_the_usual_advice_is_compared(
+    key: str, value: Any, decided: Any, model: Any, advice: str, known: Callable[..., Known]
+) -> None:
+    facts = known(**model, **decided)
+    assert advice in with_evidence({key: rule(value, "why", "source")}, facts)[key].advice
+
+
+def test_rates_are_published_from_where_their_formula_was_fitted(known: Callable[..., Known]) -> None:
+    chosen = {"learning_rate": rule(3e-4, "why", "source")}
+    assert with_evidence(chosen, known(**LARGE))["learning_rate"].confidence == "published"
+    assert with_evidence(chosen, known())["learning_rate"].confidence == "extrapolated"
+    texts = dataclasses.replace(known(), stage="cpt")
+    for why, sure in (
+        ("a tenth of the usual peak; this model's own is not known", "extrapolated"),
+        ("3e-3", "published"),
+    ):
+        found = with_evidence({"learning_rate": rule(3e-4, why, "Ibrahim 2024")}, texts)["learning_rate"]
+        assert (found.confidence, "a tenth" in found.advice) == (sure, True)
+    assert with_evidence({"seed": Choice(1, "you", "so")}, known())["seed"].confidence == ""
+
+
+def test_work_is_two_operations_a_weight_and_pass(plan: Callable[..., Plan]) -> None:
+    made = plan()
+    spec, blocks = made.model, made.model.block_parameters
+    assert token_flops(spec, "full", "keep", 0) == 6 * blocks
+    assert token_flops(spec, "full", "recompute", 0) == 8 * blocks
+    assert token_flops(spec, "lora", "keep", 16) == 4 * blocks + 6 * 16 * 305_280
+    assert tokens_computed(made) == 3 * 300_000
+    assert tokens_computed(plan(max_steps=10)) == pytest.approx(10 * 16 * 300)
+    assert tokens_computed(plan(saved=0.5)) == tokens_computed(made) / 2
+    assert tokens_computed(plan(rehearsal={"data": "general.jsonl", "ratio": 0.1})) == pytest.approx(10**6)
+    head = 4 * spec.head_parameters * 3 * 60_000
+    assert run_flops(made) == pytest.approx(token_flops(spec, "lora", "keep", 16) * 900_000 + head)
+    assert run_flops(plan(saved=0.5)) > run_flops(made) / 2, "what is shared has no targets"
+
+
+def test_a_target_takes_the_published_share_of_its_rate(plan: Callable[..., Plan]) -> None:
+    low, high = seconds_on(plan(), TARGETS["h100"].flops)
+    assert low < high
+    assert run_flops(plan()) / high == pytest.approx(0.29 * 989e12)
+
+
+def test_methods_side_by_side(plan: Callable[..., Plan]) -> None:
+    full, lora, qlora = compare(lambda method: plan(method=method))
+    assert [one.method for one in (full, lora, qlora)] == ["full", "lora", "qlora"]
+    assert full.peak_bytes > lora.peak_bytes > qlora.peak_bytes
+    assert full.flops > lora.flops == qlora.flops
+    assert (full.trained_parameters, lora.trained_parameters) == (134_515_008, 16 * 305_280)
+    assert (full.result_bytes, lora.result_bytes) == (2 * 134_515_008, 4 * 16 * 305_280)
+    assert (full.seconds, full.fits, full.fits_on) == ((), True, "")
+    assert lora.multiple == pytest.approx(lora.peak_bytes / 269_030_016)
+    assert {one.usual_multiple for one in (lora, qlora)} == {"x1.5"}
+    on_target = compare(lambda method: plan(method=method, target="rtx4090"))
+    assert all(one.seconds[0] < one.seconds[1] for one in on_target)
+    assert from_json(Outlook, to_json(lora)) == lora
