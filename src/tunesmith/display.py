@@ -204,7 +204,8 @@ def rehearsal_line(record: RunRecord) -> str:
     """How much was rehearsed, beside what was planned."""
     tokens, planned = record.task_tokens.get("rehearsal", 0), record.plan["rehearsal_ratio"]
     share = tokens / max(1, record.tokens)
-    return f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {share:.1%} (planned {planned:.1%})"
+    plan = "adaptive, began with" if "rehearsal_margin" in record.plan.choices else "planned"
+    return f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {share:.1%} ({plan} {planned:.1%})"
 
 
 def shared_line(record: RunRecord) -> str:

@@ -42,7 +42,7 @@ from tunesmith.plan.plan import decide, fits
 from tunesmith.plan.rules import SavedShare, nothing_saved
 from tunesmith.recipe import Recipe
 from tunesmith.recipevalues import DataSource
-from tunesmith.runfolder import next_run_folder
+from tunesmith.runfolder import OWN_ROWS, next_run_folder
 from tunesmith.types import Choice, DataReport, Json, Machine, ModelSpec, Plan
 
 TOKENIZER = "tokenizer.json"
@@ -69,10 +69,16 @@ class Facts:
 
 
 def gather(
-    recipe: Recipe, *, now: datetime | None = None, output_dir: Path | None = None, weights: bool = True
+    recipe: Recipe,
+    *,
+    now: datetime | None = None,
+    output_dir: Path | None = None,
+    weights: bool = True,
+    own_rows: Path | None = None,
 ) -> Facts:
     """Raises InputError for data or a model that cannot be used, MachineError when the model cannot be fetched. Without
-    `weights`, which is enough for a plan, config.json will do for a model."""
+    `weights`, which is enough for a plan, config.json will do for a model. `own_rows`: the rehearsal rows that the
+    model has written itself."""
     moment = (now or datetime.now()).replace(microsecond=0)
     wished = recipe.output_dir if isinstance(recipe.output_dir, Path) else next_run_folder(Path("runs"), "run")
     output_dir = output_dir or wished
@@ -80,7 +86,7 @@ def gather(
     model, own = read_spec(folder, name=recipe.model), (folder / TOKENIZER).is_file()
     renderer = renderer_of(recipe, folder if own or weights else resolve(STAND_IN), moment)
     adapter = None if recipe.adapter_from is None else _adapter(recipe.adapter_from, model, renderer, moment)
-    roles = open_roles(recipe, renderer)
+    roles = open_roles(recipe, renderer, own_rows)
     return Facts(
         recipe=recipe,
         machine=measure_machine(output_dir),
@@ -124,7 +130,7 @@ def renderer_of(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
     return renderer.ending_texts_in(separator_of(renderer.tokenizer).id) if recipe.stage == "cpt" else renderer
 
 
-def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
+def open_roles(recipe: Recipe, renderer: Renderer, own_rows: Path | None = None) -> dict[str, Dataset]:
     """The data sets of each role, under the recipe's length policy."""
     longest = recipe.max_length if isinstance(recipe.max_length, int) else None
     pairs = recipe.stage == "preference"
@@ -135,8 +141,11 @@ def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
             recipe.data, max_examples=recipe.max_examples, never=Never(recipe.never, bans=recipe.stage == "sft")
         )
     }
-    if recipe.rehearsal:
-        roles["rehearsal"] = opened(recipe.rehearsal.data, never=Never(recipe.never, bans=False))
+    rehearsed = () if recipe.rehearsal is None else recipe.rehearsal.data
+    if recipe.rehearsal is not None and recipe.rehearsal.own:
+        rehearsed = () if own_rows is None else (DataSource(path=own_rows),)
+    if rehearsed:
+        roles["rehearsal"] = opened(rehearsed, never=Never(recipe.never, bans=False))
     if recipe.eval_data:
         roles["eval_data"] = opened(recipe.eval_data, never=held_out)
     elif recipe.eval_split:
@@ -149,13 +158,13 @@ def open_roles(recipe: Recipe, renderer: Renderer) -> dict[str, Dataset]:
         if role in roles and len(roles[role]) < 2:
             what = "one row: a score on it has no interval"
             raise InputError(what, where=f"{role}: {roles[role].path}", fix="give at least two rows, better a hundred")
-    if recipe.rehearsal:
-        refuse_overlap(roles["rehearsal"], _measured(recipe, roles, renderer))
+    if rehearsed:
+        refuse_overlap(roles["rehearsal"], measured_roles(recipe, roles, renderer))
     roles["data"] = roles["data"].limited(longest, recipe.overlong)
     return roles
 
 
-def _measured(recipe: Recipe, roles: Mapping[str, Dataset], renderer: Renderer) -> dict[str, Dataset]:
+def measured_roles(recipe: Recipe, roles: Mapping[str, Dataset], renderer: Renderer) -> dict[str, Dataset]:
     """All rows that a run is measured on."""
     found = {role: roles[role] for role in ("eval_data", "test_data") if role in roles}
     if recipe.retention_data is not None:
@@ -274,9 +283,10 @@ def show_rows(facts: Facts, *, rows: int, ids: bool) -> Iterator[Text]:
         yield Text(f"{bad:,} rows cannot be used: `tunesmith data check` says why", "yellow")
 
 
-def regather(plan: Plan) -> Facts:
-    """The facts of an existing plan. Raises InputError when the rows that it was made from have changed."""
-    found = gather_as_is(plan)
+def regather(plan: Plan, folder: Path | None = None) -> Facts:
+    """The facts of an existing plan, whose run folder may have moved. Raises InputError when the rows that it was made
+    from have changed."""
+    found = gather_as_is(plan, folder)
     for role, report in plan.data.items():
         fingerprint = found.datasets[role].fingerprint
         if fingerprint != report.fingerprint:
@@ -301,7 +311,9 @@ def start_of(plan: Plan, base: Path) -> AdapterFolder | None:
     return adapter
 
 
-def gather_as_is(plan: Plan) -> Facts:
+def gather_as_is(plan: Plan, folder: Path | None = None) -> Facts:
     """What the recipe and the dates of a plan give now, whatever has changed since."""
     recipe = Recipe.model_validate({key: value for key, value in plan.recipe.items() if value is not None})
-    return gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=Path(plan["output_dir"]))
+    output_dir = Path(plan["output_dir"])
+    own_rows = (folder or output_dir) / OWN_ROWS if "rehearsal" in plan.data else None
+    return gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=output_dir, own_rows=own_rows)

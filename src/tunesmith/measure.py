@@ -6,7 +6,7 @@ paired, and a few answers to look at. `test_data` is read here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tunesmith.data.schedule import order
@@ -23,6 +23,7 @@ from tunesmith.facts import Facts
 from tunesmith.types import Comparison, Document, Example, Plan, Sample, Score
 from tunesmith.workbench import Workbench
 
+GENERAL = "general text"  # the task of what retention_data measures
 SHOWN_ANSWERS = 3
 MEASURED_CHARACTERS = 300_000  # of the texts of a role; about 75,000 tokens
 LONGEST_TEXT = 30_000  # characters
@@ -38,11 +39,12 @@ class Items:
     texts: tuple[GeneralText, ...]
     held_out: dict[str, tuple[GeneralText, ...]] = field(default_factory=dict[str, tuple[GeneralText, ...]])  # by role
     eliciting: tuple[Question, ...] = ()  # their answers are looked at for what they should not say, and not graded
+    watched: bool = False  # general texts are looked at while training, too
 
     @property
     def selecting(self) -> bool:
         """There is something to look at while training."""
-        return bool(self.eval_documents or "eval_data" in self.held_out)
+        return bool(self.eval_documents or "eval_data" in self.held_out or self.watched)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class Measured:
 
 def items_of(plan: Plan, facts: Facts) -> Items:
     """Raises InputError for a metric that the rows cannot be measured with, and for a single item of a kind."""
+    texts, adaptive = general_texts(facts), "rehearsal_margin" in plan.choices
     if facts.corpus is not None:
-        return Items((), (), (), general_texts(facts), held_out_texts(facts))
+        held_out = held_out_texts(facts)
+        return Items((), (), (), texts, held_out, watched=adaptive or ("eval_data" in held_out and bool(texts)))
     asked = questions_of(asking(facts), facts.renderer)
     questions = tuple(question for question in asked if not question.negative)
     if "test_data" in facts.datasets:
@@ -72,8 +76,9 @@ def items_of(plan: Plan, facts: Facts) -> Items:
         questions,
         documents["test_data"],
         documents["eval_data"],
-        general_texts(facts),
+        texts,
         eliciting=asked[len(questions) :] if facts.recipe.never else (),
+        watched=adaptive,
     )
 
 
@@ -142,7 +147,7 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
     if "test_data" in items.held_out:
         found.append(_bits(bench, items.held_out["test_data"], "test"))
     if items.texts:
-        found.append(_bits(bench, items.texts, "general text"))
+        found.append(_bits(bench, items.texts, GENERAL))
     return Measured(tuple(found), samples)
 
 
@@ -222,10 +227,16 @@ def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Compar
 
 
 def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
-    """What is looked at while training: the likelihoods on `eval_data`; of texts, general ones too."""
+    """What is looked at while training: the likelihoods on `eval_data`, and general texts where they are watched."""
     bench.model.network.eval()
     found = list(_likelihoods(bench, items.eval_documents, "eval"))
     if "eval_data" in items.held_out:
         found.append(_bits(bench, items.held_out["eval_data"], "eval"))
-        found += [_bits(bench, items.texts, "general text")] if items.texts else []
+    if items.watched:
+        found.append(_bits(bench, items.texts, GENERAL))
     return [score(measured, step=step) for measured in found]
+
+
+def general_bits(scores: Iterable[Score]) -> float:
+    """Bits per byte of the general texts among them."""
+    return next(score.value for score in scores if score.task == GENERAL)

@@ -237,6 +237,9 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if given.get("share_prefixes") is True and given.get("lora_dropout"):
         found.append(("share_prefixes", "share_prefixes contradicts lora_dropout, which draws for each document"))
     found += _of_the_stage(given)
+    if _inside(given.get("rehearsal")).get("ratio") == "adaptive" and "retention_data" not in given:
+        what = "rehearsal: ratio adaptive follows what is measured on retention_data, which the recipe does not name"
+        found.append(("rehearsal", what))
     files = {key: _paths(given[key]) for key in (*FILE_KEYS, "rehearsal") if key in given}
     for position, key in enumerate(files):
         for earlier in list(files)[:position]:
@@ -275,8 +278,14 @@ def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _modes(given: Mapping[str, Any]) -> set[Any]:
     """Of the constraints, as written or as validated."""
-    found = [vars(item) if isinstance(item, Constraint) else item for item in items(given.get("never", ()))]
-    return {cast("Json", item).get("mode") for item in found if isinstance(item, dict)}
+    return {_inside(item).get("mode") for item in items(given.get("never", ()))}
+
+
+def _inside(value: Any) -> Json:
+    """The keys of a mapping, as written or as validated; none of anything else."""
+    if isinstance(value, (Constraint, Rehearsal)):
+        return vars(value)
+    return cast("Json", value) if isinstance(value, dict) else {}
 
 
 def _paths(value: Any) -> set[str]:

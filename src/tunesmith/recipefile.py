@@ -35,6 +35,7 @@ from tunesmith.recipe import (
     contradictions,
     recipe_schema,
 )
+from tunesmith.recipevalues import OWN
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_flag, read_yaml
 
@@ -188,7 +189,8 @@ def _unknown_key(written: str, known: Iterable[str]) -> str:
 def _anchored(key: str, value: Any, folder: Path) -> Any:
     """The value with its input paths made absolute. A model name that is no folder or file here stays a name."""
     if key == "rehearsal" and isinstance(value, dict) and "data" in value:
-        return {**value, "data": _anchored("data", value["data"], folder)}
+        own = value["data"] in (OWN, [{"path": OWN}])
+        return value if own else {**value, "data": _anchored("data", value["data"], folder)}
     if key in FILE_KEYS and isinstance(value, list):
         return [_anchored_path(item, folder) for item in cast("list[Any]", value)]
     if key in (*FILE_KEYS, "schema", "adapter_from") or (key == "template" and value not in ("auto", "none")):

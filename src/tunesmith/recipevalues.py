@@ -161,19 +161,31 @@ Sources = Annotated[
 ]
 
 
+OWN = "self"  # in the place of a path
+
+
 class Rehearsal(BaseModel):
     """What the model goes over again beside the new data, so that it forgets less."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Sources = Field(min_length=1, description="General rows, texts or conversations: a path or a list, as data.")
-    ratio: Auto | Annotated[float, Field(ge=0, le=0.9), BeforeValidator(no_switch)] = Field(
-        default="auto", description="Their share of all tokens of the run."
+    data: Sources = Field(
+        min_length=1,
+        description="General rows, texts or conversations: a path or a list, as data; or self, written by the model.",
+    )
+    ratio: Auto | Literal["adaptive"] | Annotated[float, Field(ge=0, le=0.9), BeforeValidator(no_switch)] = Field(
+        default="auto",
+        description="Their share of all tokens of the run; adaptive begins with auto's and follows the retention_data.",
     )
     shift: Literal["style", "domain", "language"] = Field(
         default="domain",
         description="How far the data is from what the model knows; language: a new one, or code. Decides ratio: auto.",
     )
+
+    @property
+    def own(self) -> bool:
+        """The model writes the rows itself."""
+        return self.data == (DataSource(path=Path(OWN)),)
 
 
 LOOKS_FOR = ("match", "text", "check")

@@ -42,13 +42,25 @@ from tunesmith.facts import Facts
 from tunesmith.identity import identity_of
 from tunesmith.infer.engine import stream
 from tunesmith.jsonfile import from_json, read_json
-from tunesmith.measure import Items, Measured, answered, compare_all, eval_scores, items_of, measure, untrained
+from tunesmith.measure import (
+    Items,
+    Measured,
+    answered,
+    compare_all,
+    eval_scores,
+    general_bits,
+    items_of,
+    measure,
+    untrained,
+)
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import adapter_scaled, trainable
 from tunesmith.model.memory import memory_errors
 from tunesmith.model.provenance import check_provenance, hashes_of, provenance_of, write_provenance
 from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
+from tunesmith.ownrows import with_own_rows
 from tunesmith.plan.plan import refuse_without_room
+from tunesmith.plan.rehearsal import next_ratio
 from tunesmith.resumption import Start, drift_of, go_on
 from tunesmith.runfolder import (
     FAILED,
@@ -93,12 +105,14 @@ def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
     rejected = path / REJECTED if is_free(path) else None
     refuse_bad_rows(known.datasets, plan.data, rejected, skip_bad=known.recipe.skip_bad)
     items = items_of(plan, known)
-    with _wish(path) as wish, RunFolder.create(path) as folder:
-        with wish.at_once():
-            start = Start(identity_of(plan, known, plan.recipe))
+    with StopWish("nothing is trained yet: start it again") as wish, RunFolder.create(path) as folder:
+        with wish.at_once(), memory_errors():
+            plan, known, news = with_own_rows(plan, known, folder)
+            start = Start(identity_of(plan, known, plan.recipe), news=news)
         folder.write_json(IDENTITY, start.identity)
         write_rejected(path / REJECTED, known.datasets, plan.data)
         folder.write_json(PLAN, plan)  # from here on it is a run, which can be resumed
+        wish.resume_with = _going_on(path)
         _describe(folder, plan)
         yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
 
@@ -106,13 +120,13 @@ def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
 def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
     """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises InputError when
     what the run stands on has changed; with `allow_drift` it says so, and takes the first measures again."""
-    with _wish(path) as wish, RunFolder.open(path) as folder:
+    with StopWish(_going_on(path)) as wish, RunFolder.open(path) as folder:
         plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
         if (path / RECORD).exists():
             raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
         _describe(folder, plan)
         with wish.at_once():
-            known = facts.gather_as_is(plan)
+            known = facts.gather_as_is(plan, path)
             start = go_on(folder, plan, known, allow_drift=allow_drift, from_step=from_step)
             items = items_of(plan, known)
         if start.drifted:
@@ -120,8 +134,8 @@ def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = Non
         yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
 
 
-def _wish(path: Path) -> StopWish:
-    return StopWish(f"go on with: tunesmith resume {path}")
+def _going_on(path: Path) -> str:
+    return f"go on with: tunesmith resume {path}"
 
 
 def _describe(folder: RunFolder, plan: Plan) -> None:
@@ -146,7 +160,7 @@ def _keep(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
             folder.append_event(Verdict(FAILED, "stop", str(error), step))
             raise
         except MachineError as error:
-            error.fix = ", then ".join(filter(None, (error.fix, f"go on with: tunesmith resume {folder.path}")))
+            error.fix = ", then ".join(filter(None, (error.fix, _going_on(folder.path))))
             raise
 
 
@@ -167,7 +181,7 @@ def _story(run: _Run) -> Generator[Event]:
         training.restore(run.start.checkpoint)
         saved = training.step
     try:
-        for event in _trained(run, bench, training):
+        for event in _trained(run, bench, training, before):
             saved = event.step if isinstance(event, Saved) else saved
             yield event
             run.wish.obey()
@@ -191,19 +205,37 @@ def _before(folder: RunFolder, bench: Workbench, items: Items) -> Measured:
     return from_json(Measured, read_json(folder.path / BEFORE))
 
 
-def _trained(run: _Run, bench: Workbench, training: Training) -> Iterator[Event]:
-    """The training's own events, with a checkpoint and a held-out loss where the plan wants them."""
-    plan = run.plan
+def _trained(run: _Run, bench: Workbench, training: Training, before: Measured) -> Iterator[Event]:
+    """The training's own events, with a checkpoint and a look at held-out rows where the plan wants them."""
+    plan, adaptive = run.plan, "rehearsal_margin" in run.plan.choices
+    if adaptive and training.step and training.step not in dict(training.ratios):  # a signal came before its look
+        yield from _look(run, bench, training, before)
     for event in training:
         yield event
         if not isinstance(event, StepResult):
             continue
-        if event.step % plan["eval_steps"] == 0 and run.items.selecting:
-            with run.wish.at_once():
-                scores = eval_scores(bench, run.items, step=event.step)
-            yield from scores
+        yield from _look(run, bench, training, before)
         if event.step % plan["save_steps"] == 0 and event.step < plan.steps:
             yield _checkpoint(run, training)
+
+
+def _look(run: _Run, bench: Workbench, training: Training, before: Measured) -> Iterator[Event]:
+    """Held-out rows, where the plan wants them looked at. An adaptive rehearsal follows from what was measured."""
+    plan, step = run.plan, training.step
+    if step % plan["eval_steps"] or not run.items.selecting:
+        return
+    with run.wish.at_once():
+        scores = eval_scores(bench, run.items, step=step)
+    yield from scores
+    if "rehearsal_margin" in plan.choices and step < plan.steps:
+        was = training.ratios[-1][1] if training.ratios else plan["rehearsal_ratio"]
+        lost = general_bits(scores) - general_bits(before.scores(step=0))
+        margin = plan["rehearsal_margin"]
+        ratio = next_ratio(was, lost, margin)
+        level, place = ("ok", "within") if lost <= margin else ("warn", "over")
+        evidence = f"general text {lost:+.3f} bits per byte, {place} {margin:g}: {was:.1%} -> {ratio:.1%}"
+        yield Verdict("rehearsal", level, evidence, step)
+        training.rehearse(ratio)  # last: what is not told is done again after a signal
 
 
 def _checkpoint(run: _Run, training: Training) -> Saved:
@@ -261,7 +293,7 @@ def reopen(path: Path) -> Workbench:
     require_run(path)
     plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
     adapter = _adapter_of(path, plan)
-    known = facts.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}))
+    known = facts.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}), path)
     check_provenance(adapter, hashes_of(known.model.path), known.renderer, plan["now"])
     bench = set_up(plan, known)
     load_adapter(bench.model.network, adapter / WEIGHTS)

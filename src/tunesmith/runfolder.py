@@ -40,6 +40,7 @@ from tunesmith.types import Done, Event, Json, Sample, Saved, Score, StepResult,
 
 LOCK, EVENTS, CHECKPOINTS, RECIPE = ".lock", "events.jsonl", "checkpoints", "recipe.yaml"
 PLAN, IDENTITY, RECORD = "plan.json", "identity.json", "record.json"
+OWN_ROWS = "rehearsal.jsonl"  # what the model wrote before it was trained, to rehearse it
 REJECTED = "rejected.jsonl"  # rows that could not be used; all that a refused attempt leaves
 FAILED = "failed"  # the kind of the verdict that ends a run which a gate has stopped
 
@@ -218,7 +219,7 @@ def _refuse_content(path: Path) -> None:
 def _of_a_start(entry: Path) -> bool:
     if entry.name == EVENTS:
         return entry.is_file() and not entry.stat().st_size
-    return entry.name in (LOCK, IDENTITY, REJECTED) or entry.name.startswith(TEMPORARY)
+    return entry.name in (LOCK, IDENTITY, REJECTED, OWN_ROWS) or entry.name.startswith(TEMPORARY)
 
 
 def _locked(path: Path) -> int:

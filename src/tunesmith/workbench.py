@@ -85,19 +85,32 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
     go on with is part of the model that is asked."""
     torch.set_flush_denormal(True)  # stays on: torch's threads keep what they were started with, so it cannot be undone
     facts = _under_plan(plan, facts)
-    dtype, rows = DTYPES[plan["dtype"]], facts.datasets["data"]
-    load = load_quantized if plan["method"] == "qlora" else load_network
-    network = load(facts.model.path, dtype, facts.machine.device)
-    start = facts.adapter
+    rows, network, start = facts.datasets["data"], _stock(plan, facts), facts.adapter
     with nullcontext() if start is None else beside_stock(network, start.weights, start.scale):
         probe = _probe(network, facts, rows, share=plan["share_prefixes"])
-    METHODS[plan["method"]](network, {key: choice.value for key, choice in plan.choices.items()})
-    if start is not None:
-        load_adapter(network, start.weights)
-    blocked, activations = plan["weight_layout"] == "blocked", plan["activations"]
-    model = adopt(network, dtype, plan["attention"], blocked=blocked, activations=activations)
+    model = _ours(network, plan, facts)
     schedule = _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, rows)
     return Workbench(plan, facts, model, schedule, probe, rehearsal=rehearsal_of(plan, facts))
+
+
+def model_at_start(plan: Plan, facts: Facts) -> LanguageModel:
+    """The model that training starts from, to read or write with."""
+    model = _ours(_stock(plan, facts), plan, facts)
+    model.network.eval()
+    return model
+
+
+def _stock(plan: Plan, facts: Facts) -> Network:
+    load = load_quantized if plan["method"] == "qlora" else load_network
+    return load(facts.model.path, DTYPES[plan["dtype"]], facts.machine.device)
+
+
+def _ours(network: Network, plan: Plan, facts: Facts) -> LanguageModel:
+    METHODS[plan["method"]](network, {key: choice.value for key, choice in plan.choices.items()})
+    if facts.adapter is not None:
+        load_adapter(network, facts.adapter.weights)
+    blocked, activations = plan["weight_layout"] == "blocked", plan["activations"]
+    return adopt(network, DTYPES[plan["dtype"]], plan["attention"], blocked=blocked, activations=activations)
 
 
 def _stream(plan: Plan, corpus: Corpus) -> Stream:

@@ -15,7 +15,7 @@ from tunesmith.plan.continued import CPT_RULES, LITTLE
 from tunesmith.plan.evidence import with_evidence
 from tunesmith.plan.memory import disk_needed
 from tunesmith.plan.never import never_choices
-from tunesmith.plan.rehearsal import rehearsal_choices
+from tunesmith.plan.rehearsal import MOST, rehearsal_choices
 from tunesmith.plan.room import answer_tokens, needed, phases
 from tunesmith.plan.rules import RULES, Known, SavedShare, nothing_saved
 from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
@@ -161,7 +161,8 @@ def _packs(known: Known, choices: Mapping[str, Choice]) -> tuple[int, int]:
         step_tokens = int(step_tokens * (1 - known.saved))
     if "rehearsal_length" in choices:  # a step may have a piece of a text, or several
         longest = max(longest, choices["rehearsal_length"].value)
-        step_tokens = int(step_tokens / (1 - choices["rehearsal_ratio"].value)) + longest
+        ratio = choices["rehearsal_ratio"].value if "rehearsal_margin" not in choices else MOST
+        step_tokens = int(step_tokens / (1 - ratio)) + longest
     most = sides * known["pack_length"]
     return min(max(min(known["pack_length"], step_tokens), longest), most), min(longest, most)
 

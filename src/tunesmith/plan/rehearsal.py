@@ -1,6 +1,7 @@
 """How much general text is rehearsed beside the data, and in what pieces.
 
-In: the recipe and what is decided already. Out: a Choice a key, or none without `rehearsal`. Pure.
+In: the recipe and what is decided already. Out: a Choice a key, or none without `rehearsal`; on the way, the next ratio
+of an adaptive one. Pure.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from tunesmith.recipevalues import Rehearsal
 from tunesmith.types import Choice, DataReport
 
 SOURCE = "Ibrahim 2024, table 2; Bethune 2025"
+MARGIN = 0.02  # bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten
+FAR_INSIDE = 0.25  # of the margin
+LEAST, MOST = 0.01, 0.5  # 1% already holds most of what is known; at a half, as much is rehearsed as learnt
+WRITTEN = 32_768  # tokens that a model writes itself at most: a few minutes of a small one on a CPU
 PIECE = 1024  # tokens: enough to have a context, few enough that a small ratio takes many texts
 
 
@@ -17,10 +22,17 @@ def rehearsal_choices(wish: Rehearsal | None, known: Known, report: DataReport |
     """`report`: of the rehearsal rows."""
     if wish is None:
         return {}
-    ratio = share(wish, known) if wish.ratio == "auto" else Choice(wish.ratio, "you", "the recipe says so")
+    by_rule = wish.ratio in ("auto", "adaptive")
+    ratio = share(wish, known) if by_rule else Choice(wish.ratio, "you", "the recipe says so")
     choices = {"rehearsal_ratio": ratio, "rehearsal_length": length(known)}
+    if wish.ratio == "adaptive":
+        why = f"bits per byte that retention_data may lose: above it the ratio doubles, up to {MOST:.0%}; "
+        choices["rehearsal_margin"] = rule(MARGIN, f"{why}below a quarter it halves, down to {LEAST:.0%}", "ours")
+    due, data, where = _tokens(known, ratio.value)
+    if wish.own:
+        why = f"that the model writes itself before it is trained: as many as are due, at most {WRITTEN:,}"
+        choices["rehearsal_tokens"] = rule(max(1, min(WRITTEN, round(due))), why, "Huang 2024, Xu 2024")
     if report is not None:
-        due, data, where = _tokens(known, ratio.value)
         passes = due / max(1, report.tokens)
         why = f"{ratio.why}; about {due:,.0f} tokens {where} {data:,.0f} of the data, {passes:.2g} passes over its rows"
         choices["rehearsal_ratio"] = Choice(ratio.value, ratio.by, why, ratio.source)
@@ -47,6 +59,17 @@ def share(wish: Rehearsal, known: Known) -> Choice:
     if known.model.parameters < 5e8:
         return rule(0.10, "shift: domain, and a model below 500M parameters forgets more than a large one", SOURCE)
     return rule(0.05, "shift: domain, within languages that the model knows", SOURCE)
+
+
+def next_ratio(ratio: float, lost: float, margin: float) -> float:
+    """The ratio from now on; `lost`: bits per byte above what general text took before training. Doubled and halved
+    since what rehearsal holds goes with the logarithm of its share (Ibrahim 2024, see `share`); the bounds and the
+    thresholds are ours."""
+    if lost > margin:
+        return max(ratio, min(MOST, 2 * ratio))
+    if lost < FAR_INSIDE * margin:
+        return min(ratio, max(LEAST, ratio / 2))
+    return ratio
 
 
 def length(known: Known) -> Choice:

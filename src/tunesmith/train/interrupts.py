@@ -23,7 +23,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopWish:
-    """`signal` is the number of the signal that came, 0 if none. `resume_with`: what the message tells to do."""
+    """`signal` is the number of the signal that came, 0 if none. `resume_with`: what the message tells to do; it may
+    change on the way."""
 
     def __init__(self, resume_with: str = "") -> None:
         self.signal, self.resume_with = 0, resume_with

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from tunesmith.train.losses import Counts, Objective, step_terms
 from tunesmith.train.optim import clip, make_optimizer, rate_at, update
 from tunesmith.types import Document, Done, Event, Pack, Plan, StepResult, Verdict
 
-POSITION = ("step", "seconds", "bad_steps", "pack_length")  # what a checkpoint keeps of a Training beside its tensors
+POSITION = ("step", "seconds", "bad_steps", "pack_length", "ratios")  # what a checkpoint keeps beside the tensors
 BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
 
 
@@ -79,12 +80,13 @@ def _objective(plan: Plan) -> Objective:
 
 class Training:
     """A run in progress: weights, optimizer, position. `step` counts finished optimizer steps; `pack_length` is what
-    memory has left of the plan's."""
+    memory has left of the plan's. `ratios`: (steps done, share of rehearsal from then on), as they were set."""
 
     def __init__(
-        self, model: LanguageModel, documents_of: Callable[[int], Sequence[Document]], settings: Settings
+        self, model: LanguageModel, documents_of: Callable[..., Sequence[Document]], settings: Settings
     ) -> None:
-        """`documents_of(step)` gives the documents of step 1..steps, always the same ones."""
+        """`documents_of(step)` gives the documents of step 1..steps, always the same ones. It is also given `ratios`,
+        once there are any."""
         self.model, self.documents_of, self.settings = model, documents_of, settings
         self.parameters = trainable(model.network)
         self.optimizer = make_optimizer(
@@ -92,6 +94,7 @@ class Training:
         )
         self.step, self.seconds, self.bad_steps = 0, 0.0, 0
         self.pack_length = settings.pack_length
+        self.ratios: tuple[tuple[int, float], ...] = ()
         self._again: Sequence[Document] | None = None  # the documents of a step that did not fit
         self._upcoming: Iterator[Sequence[Document]] | None = None
         self._stopped = self._done = False
@@ -112,6 +115,11 @@ class Training:
         """The next event is Done."""
         self._stopped = True
 
+    def rehearse(self, ratio: float) -> None:
+        """From the next step on, general rows have this share."""
+        self.ratios = (*self.ratios, (self.step, ratio))
+        self._forget_upcoming()
+
     def save(self, folder: Path) -> None:
         """All that `restore` needs to go on as if nothing had happened."""
         position = {name: getattr(self, name) for name in POSITION}
@@ -122,6 +130,7 @@ class Training:
         position = read_state(folder, self.parameters, self.optimizer)
         for name in POSITION:
             setattr(self, name, position[name])
+        self.ratios = tuple((step, ratio) for step, ratio in position["ratios"])
         self._forget_upcoming()
         self._stopped = self._done = False
 
@@ -136,7 +145,8 @@ class Training:
             return documents
         if self._upcoming is None:
             remaining = range(self.step + 1, self.settings.steps + 1)
-            self._upcoming = prefetch(remaining, self.documents_of)
+            changes = {"changes": self.ratios} if self.ratios else {}
+            self._upcoming = prefetch(remaining, partial(self.documents_of, **changes))
         return next(self._upcoming)
 
     # ------------------------------------------------------------ one step
