@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from tunesmith import cli
 from tunesmith.recipe import ALIASES, KEYS, recipe_schema
 from tunesmith.recipefile import expected, load_recipe
-from tunesmith.recipevalues import Constraint, DataSource, Rehearsal
+from tunesmith.recipevalues import Constraint, DataSource, Mixture, Rehearsal
 from tunesmith.types import Json
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,7 @@ def test_the_table_of_keys_is_the_schema() -> None:
     assert tables(page)[1] == inner_table(DataSource)
     assert tables(page)[2] == inner_table(Rehearsal)
     assert tables(page)[3] == inner_table(Constraint)
+    assert tables(page)[4] == inner_table(Mixture)
 
 
 def key_table() -> list[str]:

@@ -1,6 +1,7 @@
 """Every key of the recipe does something: changing it changes what a run does. A key without a case here fails."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -204,6 +205,20 @@ def rehearsal(lab: Lab) -> None:
     assert found == pytest.approx([0.1, 0.5, 0.25, 0.01], abs=0.02)
     as_texts, as_chats = (lab.adapter(rehearsal={"data": file, "ratio": 0.5}) for file in (texts, chats))
     assert as_texts != as_chats
+
+
+def mixture(lab: Lab) -> None:
+    files = [lab.rows(sums(1, 8), "a.jsonl"), lab.rows(sums(20, 2), "b.jsonl")]
+
+    def taken(**wish: Any) -> Counter[str]:
+        steps = lab.steps(data=files, mixture=wish, batch_size=1)
+        return Counter(task for step in steps for task in step.task_tokens)
+
+    assert taken() == {"a": 8, "b": 2}
+    assert taken(limit=4) == {"a": 4, "b": 2}
+    assert taken(temperature=1000) == {"a": 5, "b": 5}
+    with pytest.raises(ValidationError, match="mixture has no effect with stage: cpt"):
+        lab.events(stage="cpt", batch_size="auto", mixture={})
 
 
 def never(lab: Lab) -> None:

@@ -6,7 +6,7 @@ In: the frozen objects of types.py. Out: things that `rich` can print. Programs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -19,7 +19,7 @@ from tunesmith.errors import InputError
 from tunesmith.plan.machines import target_of
 from tunesmith.plan.room import MULTIPLES, multiple
 from tunesmith.progress import interval, one_line
-from tunesmith.types import Comparison, DataReport, Plan, RunRecord
+from tunesmith.types import Comparison, DataReport, Json, Plan, RunRecord
 
 if TYPE_CHECKING:
     from tunesmith.export.targets import Exported
@@ -134,6 +134,8 @@ def value_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {value_text(item)}" for name, item in cast("Json", value).items())
     if isinstance(value, (list, tuple)):
         return ", ".join(value_text(item) for item in value) or "-"
     return str(value)
@@ -193,6 +195,8 @@ def record_view(record: RunRecord) -> RenderableType:
     speed = record.tokens / max(record.train_seconds, 1e-9)
     if "rehearsal" in record.task_tokens or "rehearsal_ratio" in record.plan.choices:
         parts.append(rehearsal_line(record))
+    if record.plan.data["data"].task_rows:
+        parts.append(tasks_line(record))
     if record.shared_tokens:
         parts.append(shared_line(record))
     parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, peak {size(record.peak_bytes)}")
@@ -206,6 +210,13 @@ def rehearsal_line(record: RunRecord) -> str:
     share = tokens / max(1, record.tokens)
     plan = "adaptive, began with" if "rehearsal_margin" in record.plan.choices else "planned"
     return f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {share:.1%} ({plan} {planned:.1%})"
+
+
+def tasks_line(record: RunRecord) -> str:
+    """What was trained of each task, rehearsal aside."""
+    tokens = {task: record.task_tokens.get(task, 0) for task in record.plan.data["data"].task_rows}
+    total = max(1, sum(tokens.values()))
+    return "tasks: " + ", ".join(f"{task} {count:,} tokens ({count / total:.0%})" for task, count in tokens.items())
 
 
 def shared_line(record: RunRecord) -> str:
@@ -254,8 +265,13 @@ def data_view(reports: Mapping[str, DataReport]) -> RenderableType:
         for role, report in reports.items()
         for finding in report.findings
     ]
+    tasks = [
+        f"{role} {task}: {rows:,} rows, {report.task_tokens.get(task, 0):,} tokens"
+        for role, report in reports.items()
+        for task, rows in report.task_rows.items()
+    ]
     reasons = dict.fromkeys(f"[dim]{report.format}: {escape(report.why_format)}[/]" for report in reports.values())
-    return Group(table, *reasons, *findings)
+    return Group(table, *tasks, *reasons, *findings)
 
 
 def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:

@@ -18,13 +18,15 @@ from rich.text import Text
 
 from tunesmith.atomic import size
 from tunesmith.data.audit.check import check
-from tunesmith.data.contamination import refuse_overlap
+from tunesmith.data.contamination import refuse_overlap, refuse_trained
 from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.dataset import Dataset, open_dataset
+from tunesmith.data.mixture import Mixture
 from tunesmith.data.never import Never
 from tunesmith.data.pack import saved_share
 from tunesmith.data.render import Renderer
 from tunesmith.data.scan import first_documents
+from tunesmith.data.schedule import order
 from tunesmith.data.separator import separator_of
 from tunesmith.data.show import coloured
 from tunesmith.data.split import split
@@ -38,9 +40,10 @@ from tunesmith.model.spec import headers_of, read_spec
 from tunesmith.model.targets import linear_paths, select
 from tunesmith.plan.continued import window_of
 from tunesmith.plan.machines import machines
+from tunesmith.plan.mixture import mixture_choice
 from tunesmith.plan.plan import decide, fits
 from tunesmith.plan.rules import SavedShare, nothing_saved
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, sources_of
 from tunesmith.recipevalues import DataSource
 from tunesmith.runfolder import OWN_ROWS, next_run_folder
 from tunesmith.types import Choice, DataReport, Json, Machine, ModelSpec, Plan
@@ -138,7 +141,9 @@ def open_roles(recipe: Recipe, renderer: Renderer, own_rows: Path | None = None)
     held_out = Never(recipe.never, held_out=True)
     roles = {
         "data": opened(
-            recipe.data, max_examples=recipe.max_examples, never=Never(recipe.never, bans=recipe.stage == "sft")
+            sources_of(recipe, "data"),
+            max_examples=recipe.max_examples,
+            never=Never(recipe.never, bans=recipe.stage == "sft"),
         )
     }
     rehearsed = () if recipe.rehearsal is None else recipe.rehearsal.data
@@ -147,17 +152,18 @@ def open_roles(recipe: Recipe, renderer: Renderer, own_rows: Path | None = None)
     if rehearsed:
         roles["rehearsal"] = opened(rehearsed, never=Never(recipe.never, bans=False))
     if recipe.eval_data:
-        roles["eval_data"] = opened(recipe.eval_data, never=held_out)
+        roles["eval_data"] = opened(sources_of(recipe, "eval_data"), never=held_out)
     elif recipe.eval_split:
         roles["data"], roles["eval_data"] = split(roles["data"], recipe.eval_split, recipe.seed)
     if recipe.test_data:
-        roles["test_data"] = opened(recipe.test_data, never=held_out)
+        roles["test_data"] = opened(sources_of(recipe, "test_data"), never=held_out)
     elif "eval_data" in roles:
         roles["eval_data"], roles["test_data"] = split(roles["eval_data"], 0.5, recipe.seed + 1)
     for role in ("eval_data", "test_data"):
         if role in roles and len(roles[role]) < 2:
             what = "one row: a score on it has no interval"
             raise InputError(what, where=f"{role}: {roles[role].path}", fix="give at least two rows, better a hundred")
+    refuse_trained(roles["data"], {role: roles[role] for role in ("eval_data", "test_data") if role in roles})
     if rehearsed:
         refuse_overlap(roles["rehearsal"], measured_roles(recipe, roles, renderer))
     roles["data"] = roles["data"].limited(longest, recipe.overlong)
@@ -197,13 +203,15 @@ def planner(facts: Facts) -> Callable[[Recipe, Machine], Plan]:
     """Plans for any machine, and for the recipe or one that differs in what rows and model do not depend on: the rows
     are read once for all."""
     layers = linear_paths(headers_of(facts.model.path))
+    found = reports(facts)
+    fixed = _fixed_of(facts, layers, found["data"])
     known = {
         "model": facts.model,
-        "data": reports(facts),
+        "data": found,
         "output_dir": facts.output_dir,
         "now": facts.now.isoformat(),
-        "fixed": _fixed_of(facts, layers),
-        "saved_share": _saved_share(facts),
+        "fixed": fixed,
+        "saved_share": _saved_share(facts, fixed.get("mixture")),
     }
     doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
 
@@ -231,16 +239,20 @@ def _lacks(facts: Facts) -> Iterator[str]:
         yield f"model: without {TOKENIZER} the tokens of the data are counted by the tokenizer of {facts.counted_by}"
 
 
-def _saved_share(facts: Facts) -> SavedShare:
+def _saved_share(facts: Facts, mixture: Choice | None) -> SavedShare:
     """Windows of texts do not begin alike. Several rules ask, and each answer packs many rows: it is remembered."""
     if facts.corpus is not None:
         return nothing_saved
-    return cache(partial(saved_share, first_documents(facts.datasets["data"], facts.recipe.seed)))
+    rows, seed = facts.datasets["data"], facts.recipe.seed
+    first_N = order(seed, 0, len(rows)) if mixture is None else Mixture.of(rows, mixture.value).epoch(seed, 0)
+    return cache(partial(saved_share, first_documents(rows, first_N)))
 
 
-def _fixed_of(facts: Facts, layers: Sequence[str]) -> dict[str, Choice]:
+def _fixed_of(facts: Facts, layers: Sequence[str], report: DataReport) -> dict[str, Choice]:
     """What is decided before the rules."""
     fixed = {} if facts.adapter is None else _fixed(facts.adapter, facts.recipe, layers)
+    if facts.recipe.mixture is not None:
+        fixed["mixture"] = mixture_choice(facts.recipe.mixture, report)
     if facts.corpus is not None:
         separator = separator_of(facts.renderer.tokenizer)
         fixed["separator"] = Choice(separator.text, "checkpoint", f"ends every text: {separator.why}")

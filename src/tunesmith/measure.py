@@ -1,4 +1,4 @@
-"""What a run measures, before and after: the task, the held-out loss, what was known before.
+"""What a run measures, before and after: the tasks, the held-out loss, what was known before.
 
 In: a Workbench. Out: `Measured`: one Measurement a metric, with a value for every item so that before and after can be
 paired, and a few answers to look at. `test_data` is read here and nowhere else.
@@ -6,6 +6,7 @@ paired, and a few answers to look at. `test_data` is read here and nowhere else.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from tunesmith.data.schedule import order
 from tunesmith.data.sources import open_source
 from tunesmith.errors import InputError
 from tunesmith.evaluate.baselines import bad_strings, bans, rules, told
+from tunesmith.evaluate.by_task import by_task
 from tunesmith.evaluate.compare import Measurement, compare, score
 from tunesmith.evaluate.likelihood import held_out_loss
 from tunesmith.evaluate.never import bad_logp, violations
@@ -40,6 +42,7 @@ class Items:
     held_out: dict[str, tuple[GeneralText, ...]] = field(default_factory=dict[str, tuple[GeneralText, ...]])  # by role
     eliciting: tuple[Question, ...] = ()  # their answers are looked at for what they should not say, and not graded
     watched: bool = False  # general texts are looked at while training, too
+    tasks: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # role -> row -> its named task
 
     @property
     def selecting(self) -> bool:
@@ -79,6 +82,7 @@ def items_of(plan: Plan, facts: Facts) -> Items:
         texts,
         eliciting=asked[len(questions) :] if facts.recipe.never else (),
         watched=adaptive,
+        tasks={role: tasks_of(facts, role, found) for role, found in documents.items()},
     )
 
 
@@ -90,6 +94,20 @@ def asking(facts: Facts) -> list[Example]:
     understood = (dataset.understand(i) for i in range(len(dataset)))  # those that cannot be rendered ask nothing
     found = [one for one, prepared in understood if prepared.documents and (one.messages or one.prompt)]
     return sorted(found, key=lambda example: bool(example.negative))
+
+
+def tasks_of(facts: Facts, role: str, documents: Sequence[Document]) -> dict[str, str]:
+    """The named task of each row of a role. Raises InputError for one with less than two rows to measure."""
+    dataset = facts.datasets.get(role)
+    if dataset is None or not dataset.tasks:
+        return {}
+    task_of = {dataset.id(row): dataset.part(row).task for row in range(len(dataset))}
+    measured = {document.id for document in documents if document.side not in ("rejected", "banned")}
+    counts, left = Counter(task_of[row] for row in measured), {task_of[document.id] for document in documents}
+    for task in dataset.tasks:
+        what = f"rows of the task '{task}' with something to predict"
+        _refuse_single(counts[task], role, what, empty=task not in left)
+    return task_of
 
 
 def general_texts(facts: Facts) -> tuple[GeneralText, ...]:
@@ -144,6 +162,7 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
     shown = [*range(len(items.questions))[:SHOWN_ANSWERS], *range(len(items.questions), len(questions))[:1]]
     samples = samples_of([questions[i] for i in shown], [answers[i] for i in shown], step=step)
     found += _likelihoods(bench, items.test_documents, "test")
+    found = _by_task(bench, items, "test_data", found)
     if "test_data" in items.held_out:
         found.append(_bits(bench, items.held_out["test_data"], "test"))
     if items.texts:
@@ -200,6 +219,12 @@ def answered(bench: Workbench, items: Items) -> Measured:
     return Measured(tuple(grades(bench, questions, answers_to(bench, questions))))
 
 
+def _by_task(bench: Workbench, items: Items, role: str, found: Iterable[Measurement]) -> list[Measurement]:
+    """What is measured on all rows of a role, divided; the rest, such as constraints, as it is."""
+    tasks, trained, own = items.tasks.get(role, {}), bench.facts.datasets["data"].tasks, role.removesuffix("_data")
+    return [part for whole in found for part in by_task(whole, tasks if whole.task == own else {}, trained)]
+
+
 def _bits(bench: Workbench, texts: Sequence[GeneralText], task: str) -> Measurement:
     """Texts of continued pretraining are read in windows as trained."""
     window = bench.plan["max_length"] - 1 if bench.facts.corpus else bench.plan["pack_length"]
@@ -229,7 +254,7 @@ def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Compar
 def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
     """What is looked at while training: the likelihoods on `eval_data`, and general texts where they are watched."""
     bench.model.network.eval()
-    found = list(_likelihoods(bench, items.eval_documents, "eval"))
+    found = _by_task(bench, items, "eval_data", _likelihoods(bench, items.eval_documents, "eval"))
     if "eval_data" in items.held_out:
         found.append(_bits(bench, items.held_out["eval_data"], "eval"))
     if items.watched:

@@ -8,6 +8,7 @@ or the data. A key exists only when it changes what a run does.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -21,6 +22,7 @@ from tunesmith.recipevalues import (
     Count,
     DataSource,
     FilePath,
+    Mixture,
     Name,
     NotNegative,
     Positive,
@@ -37,6 +39,7 @@ from tunesmith.recipevalues import (
     no_switch,
     optimizer_name,
     stage_name,
+    task_of,
 )
 from tunesmith.types import Json
 
@@ -73,6 +76,9 @@ class Recipe(BaseModel):
     )
     rehearsal: Rehearsal | None = Field(
         default=None, description="General rows trained beside the data against forgetting: {data, ratio, shift}."
+    )
+    mixture: Mixture | None = Field(
+        default=None, description="How much of each task of data an epoch holds: {temperature, limit}."
     )
     never: Constraints = Field(
         default=(), description="What no answer may say: patterns, names of checkers, or {match, mode, ...}."
@@ -217,9 +223,11 @@ NOT_OF_TEXTS = {
     "overlong": "which cuts long texts into windows",
     "metrics": "which measures bits per byte",
     "schema": "which trains no answers",
+    "mixture": "whose texts are no tasks",
     "share_prefixes": "whose windows do not begin alike",
 }
-FILE_KEYS = ("data", "eval_data", "test_data", "retention_data")
+SOURCE_KEYS = ("data", "eval_data", "test_data")
+FILE_KEYS = (*SOURCE_KEYS, "retention_data")
 
 
 def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -240,6 +248,7 @@ def contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if _inside(given.get("rehearsal")).get("ratio") == "adaptive" and "retention_data" not in given:
         what = "rehearsal: ratio adaptive follows what is measured on retention_data, which the recipe does not name"
         found.append(("rehearsal", what))
+    found += _of_tasks(given)
     files = {key: _paths(given[key]) for key in (*FILE_KEYS, "rehearsal") if key in given}
     for position, key in enumerate(files):
         for earlier in list(files)[:position]:
@@ -274,6 +283,39 @@ def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "rehearsal" in given:
         found.append(("rehearsal", "rehearsal has no effect with stage: preference, which compares answers"))
     return found
+
+
+def _of_tasks(given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names of tasks that cannot be. Files without one have none, unless another file has, or they are mixed."""
+    tasks = {key: [_task(item) for item in items(given[key])] for key in SOURCE_KEYS if key in given}
+    named = [key for key, found in tasks.items() if any(name for name, _ in found)]
+    found: list[tuple[str, str]] = []
+    if named and given.get("stage") in ("cpt", "pt"):
+        found.append((named[0], f"{named[0]}: name has no effect with stage: cpt, whose texts are no tasks"))
+    for key, members in tasks.items() if named or "mixture" in given else ():
+        twice = [name for name, count in Counter(task for _, task in members).items() if name and count > 1]
+        found += [(key, f"{key} has the task '{name}' twice: give each source another name") for name in twice]
+        if "rehearsal" in given and "rehearsal" in {task for _, task in members}:
+            found.append((key, f"{key}: the name 'rehearsal' is that of the rehearsal rows: take another one"))
+    return found
+
+
+def _task(item: Any) -> tuple[str, str]:
+    """(name as given, name of the task) of a source, as written or as validated."""
+    if isinstance(item, DataSource):
+        return item.name, item.task
+    source = cast("Json", item) if isinstance(item, dict) else {"path": item}
+    name, path = (value if isinstance(value, (str, Path)) else "" for value in (source.get("name"), source.get("path")))
+    return str(name), str(name) or task_of(Path(path))
+
+
+def sources_of(recipe: Recipe, key: str) -> tuple[DataSource, ...]:
+    """The files of a role, by its key. If any file of the recipe has a name, or tasks are mixed, all are tasks."""
+    found: tuple[DataSource, ...] = getattr(recipe, key)
+    named = any(source.name for role in SOURCE_KEYS for source in getattr(recipe, role))
+    if not named and recipe.mixture is None:
+        return found
+    return tuple(source.model_copy(update={"name": source.task}) for source in found)
 
 
 def _modes(given: Mapping[str, Any]) -> set[Any]:

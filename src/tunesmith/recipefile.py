@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.errors import InputError
@@ -30,6 +30,7 @@ from tunesmith.recipe import (
     KEYS,
     Constraint,
     DataSource,
+    Mixture,
     Recipe,
     Rehearsal,
     contradictions,
@@ -232,17 +233,17 @@ def _invalid_values(error: ValidationError, given: dict[str, _Given], document: 
 
 def _place(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """A pydantic location without the names of union members: `data, 0, format` stays, `lora_r, int` is `lora_r`."""
-    if location and location[0] in (*FILE_KEYS, "rehearsal", "never"):
+    if location and location[0] in (*FILE_KEYS, *MAPPED, "never"):
         return tuple(part for part in location if isinstance(part, int) or part.isidentifier())
     return location[:1]
 
 
 def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, schema: Json) -> str:
     key = str(place[0])
-    if key == "rehearsal" and len(place) > 1:
+    if key in MAPPED and len(place) > 1:
         field = str(place[1])
         if len(place) == 2:
-            return _message_on_rehearsal(item.written, field, detail)
+            return _message_on_mapping(item.written, MAPPED[key], field, detail)
         item, place = replace(item, written=f"{item.written}.{field}"), place[1:]
     if key == "never" and detail["type"] == "value_error":
         name = item.written + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[1:])
@@ -255,6 +256,8 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
             return f"{name}: {_unknown_key(inner, model.model_fields)}"
         if detail["type"] == "missing":
             return f"{name} has no '{inner}'"
+        if detail["type"] == "value_error" and inner in ("name", "prompts"):
+            return f"{name}.{inner}: {detail['msg'].removeprefix('Value error, ')}"
         fields = model.model_json_schema()["properties"]
         wanted = expected(fields[inner]) if inner in fields else f"{kind}, or {MAPPINGS[model.__name__]}"
         return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
@@ -265,12 +268,12 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
     return f"{item.written}: expected {expected(schema)}, found {found(item.value)}"
 
 
-def _message_on_rehearsal(name: str, key: str, detail: ErrorDetails) -> str:
+def _message_on_mapping(name: str, model: type[BaseModel], key: str, detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
-        return f"{name}: {_unknown_key(key, Rehearsal.model_fields)}"
+        return f"{name}: {_unknown_key(key, model.model_fields)}"
     if detail["type"] == "missing":
         return f"{name} has no '{key}'"
-    wanted = expected(Rehearsal.model_json_schema()["properties"][key])
+    wanted = expected(model.model_json_schema()["properties"][key])
     return f"{name}.{key}: expected {wanted}, found {found(detail['input'])}"
 
 
@@ -304,9 +307,12 @@ def found(value: Any) -> str:
     return f"the {type(value).__name__} {value} (quotes make it a text)"
 
 
+MAPPED: dict[str, type[BaseModel]] = {"rehearsal": Rehearsal, "mixture": Mixture}  # keys that take one mapping
+
 MAPPINGS = {
     "DataSource": "a mapping {path, format, columns, ...}",
     "Rehearsal": "a mapping {data, ratio, shift}",
+    "Mixture": "a mapping {temperature, limit}",
     "Constraint": "a mapping {match, text, check, name, mode}",
 }
 

@@ -80,6 +80,12 @@ def _is_regex(text: str) -> str:
     return text
 
 
+def _is_name(name: str) -> str:
+    if not re.fullmatch(r"[\w .-]*", name):
+        raise ValueError("a name has letters, digits, spaces, dots and dashes")
+    return name
+
+
 def _is_pattern(pattern: str) -> str:
     if not pattern:
         return pattern
@@ -120,6 +126,11 @@ def _could_exist(value: Any) -> Any:
 FilePath = Annotated[Path, BeforeValidator(_could_exist)]
 
 
+def task_of(path: Path) -> str:
+    """What a task is called that has no name: its file without the suffixes."""
+    return path.name.partition(".")[0]
+
+
 class DataSource(BaseModel):
     """One data file of the recipe."""
 
@@ -138,6 +149,14 @@ class DataSource(BaseModel):
     max_examples: Annotated[int, Field(ge=1), BeforeValidator(no_switch)] | None = Field(
         default=None, description="Read only this many rows of it."
     )
+    name: Annotated[str, AfterValidator(_is_name)] = Field(
+        default="", description="The task that its rows are of: scores and tokens are counted by task."
+    )
+
+    @property
+    def task(self) -> str:
+        """What its rows are a task of."""
+        return self.name or task_of(self.path)
 
 
 Auto = Literal["auto"]
@@ -189,6 +208,17 @@ class Rehearsal(BaseModel):
 
 
 LOOKS_FOR = ("match", "text", "check")
+
+
+class Mixture(BaseModel):
+    """How much of each task an epoch holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: Positive = Field(
+        default=1.0, description="1 takes tasks in proportion to their rows; the higher, the more alike."
+    )
+    limit: Count | None = Field(default=None, description="A task counts as having at most this many rows.")
 
 
 class Constraint(BaseModel):

@@ -100,6 +100,8 @@ class DataReport:
     findings: tuple[Finding, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict[str, int])  # constraint -> rows that break it
     banned: dict[str, int] = field(default_factory=dict[str, int])  # constraint -> rows that are trained away from
+    task_rows: dict[str, int] = field(default_factory=dict[str, int])  # named task -> rows
+    task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # named task -> tokens
 
 
 # ---------------------------------------------------------------- decision
@@ -184,7 +186,7 @@ class Document:
     weights_L: np.ndarray  # float32
     side: Side = ""
     reference: float | None = None  # log-probability of its targets before training, if it was kept
-    task: str = ""  # "rehearsal", or nothing
+    task: str = ""  # a named one of the recipe, "rehearsal", or nothing
 
     def __len__(self) -> int:
         return len(self.tokens_L)

@@ -18,6 +18,7 @@ import torch
 
 from tunesmith.data.corpus import Corpus, Stream
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.mixture import Mixture
 from tunesmith.data.pack import fed_tokens
 from tunesmith.data.rehearsal import Changes, Rehearsal
 from tunesmith.data.render import Renderer
@@ -123,17 +124,22 @@ def data_tokens(plan: Plan) -> float:
     if plan["stage"] == "cpt":
         ratio = plan.choices["rehearsal_ratio"].value if "rehearsal_ratio" in plan.choices else 0
         return plan["batch_tokens"] * (1 - ratio)
-    data = plan.data["data"]
-    return data.tokens / data.rows * plan["batch_size"]
+    return plan.tokens_per_epoch / epoch_rows(plan) * plan["batch_size"]
+
+
+def epoch_rows(plan: Plan) -> int:
+    return sum(plan["mixture"].values()) if "mixture" in plan.choices else plan.data["data"].rows
 
 
 def _schedule(plan: Plan, rows: Dataset) -> Schedule:
+    mixture = Mixture.of(rows, plan["mixture"]) if "mixture" in plan.choices else None
     schedule = Schedule(
-        rows=len(rows),
+        rows=len(rows) if mixture is None else len(mixture),
         batch_size=plan["batch_size"],
         epochs=plan["num_train_epochs"],
         seed=plan["seed"],
         max_steps=plan.steps,
+        mixture=mixture,
     )
     if schedule.steps < plan.steps:  # rows went away, and the user wants to go on without them
         what = f"{len(rows):,} rows are enough for {schedule.steps:,} steps, the plan has {plan.steps:,}"

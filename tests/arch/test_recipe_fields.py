@@ -13,6 +13,7 @@ FROZEN = [
         "test_data",
         "retention_data",
         "rehearsal",
+        "mixture",
         "never",
         "max_examples",
         "skip_bad",

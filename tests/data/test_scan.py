@@ -11,7 +11,7 @@ from tunesmith.data.dataset import open_dataset
 from tunesmith.data.rejected import rejected_rows
 from tunesmith.data.render import Renderer
 from tunesmith.data.scan import first_documents, percentiles, scan
-from tunesmith.data.schedule import Schedule
+from tunesmith.data.schedule import Schedule, order
 from tunesmith.errors import InputError
 from tunesmith.recipevalues import DataSource
 
@@ -90,7 +90,7 @@ def test_long_rows_are_encoded_a_few_at_a_time(write, words, monkeypatch):
 
 def test_the_first_documents_are_those_of_the_first_steps(write, words):
     dataset = open_texts(write, words, ["a " * (i % 9 + 1) for i in range(400)])
-    found = first_documents(dataset, seed=3)
+    found = first_documents(dataset, order(3, 0, 400))
     schedule = Schedule(rows=400, batch_size=8, epochs=1, seed=3)
     rows = [row for step in range(1, 33) for row in schedule.rows_of(step)]
     assert [document.id for documents in found for document in documents] == [dataset.id(row) for row in rows]

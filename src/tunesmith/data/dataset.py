@@ -56,6 +56,7 @@ class Part:
     weight: float
     pairs: bool  # both sides of its preference rows are read
     never: Never  # what its answers may not say
+    task: str = ""  # that its rows are of
 
     def row(self, index: int) -> Row:
         row = self.source.row(index)
@@ -96,6 +97,12 @@ class Dataset:
     @property
     def trained(self) -> bool:
         return not any(part.never.held_out for part in self.parts)
+
+    @property
+    def tasks(self) -> dict[str, int]:
+        """How many rows each named task has, in the order of the files."""
+        counts = np.bincount(self.part_N, minlength=len(self.parts)).tolist()
+        return {part.task: count for part, count in zip(self.parts, counts, strict=True) if part.task and count}
 
     @property
     def path(self) -> str:
@@ -141,6 +148,8 @@ class Dataset:
             problem = BadRow(NOT_RENDERED, error.what, where=example.id, fix=error.fix)
             return example, Prepared(example.id, (), dropped=f"{NOT_RENDERED}: {error.what}", problem=problem)
         documents = weighted(rendered.documents, self.part(index).weight)
+        if task := self.part(index).task:
+            documents = [dataclasses.replace(document, task=task) for document in documents]
         longest = None if self.made and index in self.made else self.max_length
         prepared = fit(example.id, documents, longest, self.overlong)
         if 0 < len(prepared.documents) < len(documents) and example.rejected is not None:
@@ -256,7 +265,7 @@ def _part(
         format, reason = "text", "no row can be read"
     elif note := note_on(format, pairs):
         reason += f"; {note}"
-    return Part(source, format, reason, file.columns, file.weight, pairs, never)
+    return Part(source, format, reason, file.columns, file.weight, pairs, never, file.name)
 
 
 def _first_rows(source: Source | Folder, rows: range) -> list[Row]:

@@ -9,9 +9,9 @@ With `overlong: refuse` all rows are rendered, since each may refuse.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,6 +42,9 @@ class Scan:
     rejects: Rejects  # rows that cannot be rendered
     rare: Rejects  # the same, of shapes that the sample lacks: at least so many
     share: float  # of the rows, that were scanned
+    task_tokens: Mapping[str, int] = field(
+        default_factory=dict[str, int]
+    )  # of the documents of each task, "" without a name
 
     def scaled(self, count: int) -> int:
         """A count in the scanned rows, as an estimate for all rows."""
@@ -53,6 +56,7 @@ def scan(dataset: Dataset) -> Scan:
     rows_R = scanned_rows(dataset)
     lengths: list[int] = []
     supervised = truncated = 0
+    task_tokens: Counter[str] = Counter()
     dropped, marked, notes = (defaultdict[str, list[str]](list) for _ in range(3))
     rejects = Rejects()
     problems: list[InputError] = []
@@ -66,6 +70,8 @@ def scan(dataset: Dataset) -> Scan:
             rejects.count(prepared.problem)
             continue
         lengths += [len(document) for document in prepared.documents]
+        for document in prepared.documents:
+            task_tokens[document.task] += len(document)
         supervised += sum(int(np.count_nonzero(document.weights_L)) for document in prepared.documents)
         truncated += prepared.truncated
         if prepared.dropped:
@@ -78,7 +84,17 @@ def scan(dataset: Dataset) -> Scan:
     share = len(rows_R) / max(1, len(dataset))
     rare = _rare(dataset, rows_R)
     return Scan(
-        rows_R, np.array(lengths, np.int64), supervised, truncated, dropped, marked, notes, rejects, rare, share
+        rows_R,
+        np.array(lengths, np.int64),
+        supervised,
+        truncated,
+        dropped,
+        marked,
+        notes,
+        rejects,
+        rare,
+        share,
+        task_tokens,
     )
 
 
@@ -122,9 +138,9 @@ def scanned_rows(dataset: Dataset) -> np.ndarray:
     return np.arange(len(dataset))
 
 
-def first_documents(dataset: Dataset, seed: int) -> list[tuple[Document, ...]]:
+def first_documents(dataset: Dataset, order_N: np.ndarray) -> list[tuple[Document, ...]]:
     """The documents of a run's first rows, in its order: as many rows as are encoded together."""
-    rows = next(batches(dataset, order(seed, 0, len(dataset)).tolist()), [])
+    rows = next(batches(dataset, order_N.tolist()), [])
     drafts = zip(rows, dataset.drafts(rows), strict=True)
     return [dataset.understand(row, draft)[1].documents for row, draft in drafts]
 

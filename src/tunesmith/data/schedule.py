@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tunesmith.data.mixture import Mixture
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,6 +49,7 @@ class Schedule:
     epochs: float
     seed: int
     max_steps: int | None = None
+    mixture: Mixture | None = None  # of tasks; its epochs have `rows` places
 
     @property
     def total_rows(self) -> int:
@@ -62,7 +66,12 @@ class Schedule:
             raise IndexError(f"step {step} of {self.steps}")
         first = (step - 1) * self.batch_size
         places = range(first, min(first + self.batch_size, self.total_rows))
-        return tuple(int(order(self.seed, place // self.rows, self.rows)[place % self.rows]) for place in places)
+        return tuple(int(self._epoch(place // self.rows)[place % self.rows]) for place in places)
+
+    def _epoch(self, number: int) -> np.ndarray:
+        if self.mixture is not None:
+            return self.mixture.epoch(self.seed, number)
+        return order(self.seed, number, self.rows)
 
     def after(self, done: int = 0) -> Iterator[tuple[int, tuple[int, ...]]]:
         """(step, row indices) of every step after `done`."""

@@ -14,6 +14,7 @@ from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.continued import CPT_RULES, LITTLE
 from tunesmith.plan.evidence import with_evidence
 from tunesmith.plan.memory import disk_needed
+from tunesmith.plan.mixture import epoch_of
 from tunesmith.plan.never import never_choices
 from tunesmith.plan.rehearsal import MOST, rehearsal_choices
 from tunesmith.plan.room import answer_tokens, needed, phases
@@ -37,18 +38,17 @@ def decide(
     fixed: Mapping[str, Choice] | None = None,
     saved_share: SavedShare = nothing_saved,
 ) -> Plan:
-    """`fixed`: what an adapter to go on with has decided already. `saved_share`: of the tokens, when documents share
-    prefixes, by batch_size and pack_length. Raises InputError for wishes that cannot be,
+    """`fixed`: what an adapter to go on with, or a mixture of tasks, has decided already. `saved_share`: of the tokens,
+    when documents share prefixes, by batch_size and pack_length. Raises InputError for wishes that cannot be,
     MachineError when the machine has no room for them."""
     wishes = {KEYS[name]: getattr(recipe, name) for name in KEYS}
     decided: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
     has_schema = wishes["schema"] is not None
     questions = data["test_data"].rows if "test_data" in data and recipe.stage != "cpt" else 0
-    known = Known(
-        machine, model, data["data"], decided, has_schema, recipe.max_steps, recipe.stage, saved_share, questions
-    )
     fixed = fixed or {}
+    epoch = epoch_of(data["data"], fixed.get("mixture"))
+    known = Known(machine, model, epoch, decided, has_schema, recipe.max_steps, recipe.stage, saved_share, questions)
     for key, decide_by_rule in (CPT_RULES if known.stage == "cpt" else RULES).items():
         if key in ADAPTER_KEYS and decided.get("method") == "full":
             continue
@@ -78,7 +78,7 @@ def decide(
         model=model,
         data=dict(data),
         steps=known.steps,
-        tokens_per_epoch=data["data"].tokens,
+        tokens_per_epoch=epoch.tokens,
         memory_bytes=_memory(known, model, choices),
         warnings=tuple(_warnings(known, data)),
         disk_bytes=disk_needed(model, **_size(decided)),

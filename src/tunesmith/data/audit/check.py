@@ -63,6 +63,8 @@ def report(dataset: Dataset, seen: Scan, findings: Sequence[Finding] = ()) -> Da
         findings=tuple(findings),
         left_out=dict(dataset.tally.left_out),
         banned=dict(dataset.tally.banned) if dataset.trained else {},
+        task_rows=dataset.tasks,
+        task_tokens={task: seen.scaled(count) for task, count in seen.task_tokens.items() if task},
     )
 
 
