@@ -220,13 +220,16 @@ def export(
     type: Annotated[
         str | None, typer.Option(help="Of a GGUF: f16, q8_0, bf16, f32, or lora alone.", show_default=False)
     ] = None,
+    base: Annotated[
+        str, typer.Option(help="After qlora, what the adapter is merged into: original, dequantized or auto.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(help="A new folder; else RUN/export/TARGET.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Hand out a finished run in another form, once it is shown to answer as the run does."""
     from tunesmith.display import export_view
 
-    made = verbs.export(folder, to, type=type, out=out)
+    made = verbs.export(folder, to, type=type, base=base, out=out)
     say(made, export_view(made), as_json=as_json)
 
 

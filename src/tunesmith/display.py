@@ -231,8 +231,10 @@ def export_view(made: Exported) -> RenderableType:
     table = _table(f"{made.target} {made.type}".strip(), "file", "size", "sha256", numbers=("size",))
     for file in made.files:
         table.add_row(escape(file.name), size(file.bytes), Text(file.sha256[:12], "dim"))
+    bases = ", ".join(f"{base} {kl:.1e}" for base, kl in made.base.mean_kl.items())
     return Group(
         table,
+        *([f"merged into the {made.base.base} weights; mean KL to the run with each: {bases}"] if bases else []),
         f"{parity.same_prompts} of {parity.rendered_prompts} prompts render to the same tokens, "
         f"{parity.same_answers} of {parity.prompts} greedy answers are the same",
         f"KL to the run {parity.mean_kl:.1e}, at most {parity.max_kl:.1e} at one place"

@@ -26,6 +26,7 @@ from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.evaluate.madepairs import with_made_pairs
 from tunesmith.evaluate.preference import displaced, with_references
+from tunesmith.export.base import choose_base
 from tunesmith.export.finished import open_finished
 from tunesmith.export.parity import Job, witnesses_of
 from tunesmith.export.targets import (
@@ -361,19 +362,23 @@ def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
         yield answer
 
 
-def export(path: Path, target: str, *, kind: str | None = None, out: Path | None = None) -> Exported:
+def export(
+    path: Path, target: str, *, kind: str | None = None, base: str = "auto", out: Path | None = None
+) -> Exported:
     """A finished run in another form. It gets its name once it is proven: read back as others read it, it must answer
-    as the run does. Raises InputError for what cannot be exported, GateError when the export is not the run."""
+    as the run does. `base`: what an adapter trained on 4-bit weights is merged into. Raises InputError for what cannot
+    be exported, GateError when the export is not the run."""
     kind, form = format_of(target, kind)
     finished = open_finished(path)
     place = place_of(finished, target, kind, out)
     refuse_what_it_lacks(finished, form)
     needed, witnesses = bytes_needed(finished, form), witnesses_of(finished)
+    chosen = choose_base(finished, witnesses, base, merges=form.width != 0)
     with new_folder(place, facts=facts_of(finished), needed_bytes=needed, key="--out") as folder:
-        job = Job(finished, folder, kind, witnesses)
+        job = Job(finished, folder, kind, witnesses, chosen.base)
         form.write(job)
         parity = proven(job, form)
-    return exported(place, target, kind, parity)
+    return exported(place, target, kind, parity, chosen)
 
 
 def _system(rows: Dataset) -> tuple[Json, ...]:

@@ -227,12 +227,15 @@ def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
     return run.chat(Path(path), [questions] if isinstance(questions, str) else questions)
 
 
-def export(path: AnyPath, to: str, *, type: str | None = None, out: AnyPath | None = None) -> Exported:
+def export(
+    path: AnyPath, to: str, *, type: str | None = None, base: str = "auto", out: AnyPath | None = None
+) -> Exported:
     """A finished run as peft, merged, gguf or ollama, compared with the run before it appears.
 
-    `type`: of a GGUF: f16, q8_0, bf16, f32, or lora for the adapter alone. `out`: a folder, else RUN/export/TO.
+    `type`: of a GGUF: f16, q8_0, bf16, f32, or lora for the adapter alone. `base`: original, dequantized or auto, of a
+    run on 4-bit weights. `out`: a folder, else RUN/export/TO.
     GateError when what was written does not answer as the run does; then nothing is left.
     """
     from tunesmith import run
 
-    return run.export(Path(path), to, kind=type, out=None if out is None else Path(out))
+    return run.export(Path(path), to, kind=type, base=base, out=None if out is None else Path(out))

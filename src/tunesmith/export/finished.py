@@ -20,10 +20,11 @@ from tunesmith.errors import GateError, InputError
 from tunesmith.facts import renderer_of
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.model.adapter_folder import WEIGHTS
-from tunesmith.model.adapters import METHODS
+from tunesmith.model.adapters import METHODS, linears
 from tunesmith.model.load import LanguageModel, Network, adopt, load_network
 from tunesmith.model.merge import read_loras
 from tunesmith.model.provenance import check_provenance, hashes_of
+from tunesmith.model.quantized import dequantized, skeleton
 from tunesmith.model.saved import Lora, load_adapter
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
@@ -43,14 +44,20 @@ class Finished:
     saved: Path  # adapter/ or model/, with the files that serving needs
     loras: Mapping[str, Lora]
     renderer: Renderer
+    narrow: frozenset[str] = frozenset()  # paths of the matrices that the adapter was trained beside in 4 bits
 
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def base_network(self) -> Network:
-        """Stock, in fp32; without the adapter."""
-        return load_network(self.weights.path, torch.float32, self.device)
+    def base_network(self, *, original: bool = False) -> Network:
+        """Stock, in fp32, without the adapter: the weights that were trained beside, or the files' `original` ones."""
+        network = load_network(self.weights.path, torch.float32, self.device)
+        for path in () if original else self.narrow:
+            weight = network.get_submodule(path).weight
+            assert isinstance(weight, torch.Tensor)
+            weight.data = dequantized(weight)
+        return network
 
     def live_model(self) -> LanguageModel:
         """What was trained, as our engine runs it, in fp32: base and adapter side by side."""
@@ -95,4 +102,5 @@ def open_finished(path: Path) -> Finished:
         saved=saved,
         loras=read_loras(saved, base) if adapted else {},
         renderer=renderer,
+        narrow=frozenset(linears(skeleton(base, torch.float32))) if plan["method"] == "qlora" else frozenset(),
     )

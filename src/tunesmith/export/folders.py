@@ -38,7 +38,7 @@ def write_merged_folder(job: Job) -> None:
     run = job.run
     _copy(job, CONFIG, WEIGHTS, PROVENANCE, SINGLE)
     shutil.copyfile(run.weights.path / "config.json", job.folder / "config.json")
-    write_merged(run.weights.path, run.loras, job.folder / SINGLE)
+    write_merged(run.weights.path, run.loras, job.folder / SINGLE, job.narrow)
 
 
 def reread_merged(job: Job) -> Reread:

@@ -7,7 +7,7 @@ its blocks, a wider one, as llama.cpp's own converter does. Left out: what the m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from itertools import chain
 from math import prod
@@ -42,14 +42,21 @@ Place = tuple[str, tuple[int, ...], GGMLQuantizationType]  # name, shape, type i
 
 
 def write_model(
-    file: Path, spec: ModelSpec, loras: Mapping[str, Lora], metadata: Json, factors: np.ndarray | None, kind: str
+    file: Path,
+    spec: ModelSpec,
+    loras: Mapping[str, Lora],
+    metadata: Json,
+    factors: np.ndarray | None,
+    kind: str,
+    narrow: Collection[str] = (),
 ) -> None:
-    """The weights of `spec` with the adapter in them. GateError for values that `kind` cannot hold."""
+    """The weights of `spec` with the adapter in them, those of `narrow` as 4 bits left them. GateError for values that
+    `kind` cannot hold."""
     headers = {n: h for n, h in read_headers(spec.path).items() if not (spec.tied_head and n == "lm_head.weight")}
     names = _names(spec)
     places = {name: (_stored(names, name, spec), h.shape, _type(h.shape, TYPES[kind])) for name, h in headers.items()}
     extra = [] if factors is None else [((ROPE_FACTORS, factors.shape, TYPES["f32"]), factors)]
-    weights = ((places[name], _rows(name, tensor, spec)) for name, tensor in merged_tensors(headers, loras))
+    weights = ((places[name], _rows(name, tensor, spec)) for name, tensor in merged_tensors(headers, loras, narrow))
     general = {
         "general.type": "model",
         "general.file_type": int(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"]),

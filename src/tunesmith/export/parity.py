@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from tunesmith.types import Document, Json, Pack, Request
 
 PROMPTS, ROWS_READ = 16, 64
 PLACES = 32  # of each row, where logits are compared
+Base = Literal["original", "dequantized"]
 LONGEST = 1024  # tokens of a row; longer ones only if all are
 NEW_TOKENS = 32
 
@@ -76,6 +78,12 @@ class Job:
     folder: Path
     kind: str
     witnesses: Sequence[Witness]
+    base: Base = "original"  # what an adapter that was trained on 4-bit weights is merged into
+
+    @property
+    def narrow(self) -> frozenset[str]:
+        """The matrices that are merged as 4 bits left them."""
+        return self.run.narrow if self.base == "dequantized" else frozenset()
 
     @property
     def chats(self) -> list[Witness]:
@@ -158,27 +166,37 @@ def _witness(run: Finished, rows: Dataset, index: int) -> Witness | None:
 def live_answers(job: Job) -> Answers:
     """Of base and adapter in our engine. The model is gone when this returns."""
     model, ends = job.run.live_model(), job.run.renderer.end_ids
-    logits, trained_kl = _our_logits(model, job), None
+    logits, trained_kl = _our_logits(model, job.witnesses), None
     if job.run.loras:
         with adapter_scaled(model.network, 0):
-            trained_kl = float(_kl(logits, _our_logits(model, job)).mean())
+            trained_kl = mean_kl(logits, _our_logits(model, job.witnesses))
     return Answers(logits, _greedy(model, job, ends), trained_kl)
 
 
 def export_answers(job: Job, reread: Reread) -> Answers:
     """Logits by the stock network; then it becomes ours, for the greedy answers up to the export's own end tokens.
     GateError for logits that are not finite."""
-    fed = [w.document.tokens_L[: fed_tokens(w.document)].tolist() for w in job.witnesses]
-    logits = [stock_logits(reread.network, f, w.places).cpu() for f, w in zip(fed, job.witnesses, strict=True)]
+    logits = witness_logits(reread.network, job.witnesses)
     if not all(bool(values.isfinite().all()) for values in logits):
         raise GateError("the export's logits are not finite", where=str(job.run.path), fix="please report this")
     model = adopt(reread.network, torch.float32)
-    return Answers(tuple(logits), _greedy(model, job, reread.end_ids))
+    return Answers(logits, _greedy(model, job, reread.end_ids))
+
+
+def live_logits(run: Finished, witnesses: Sequence[Witness]) -> tuple[Tensor, ...]:
+    """Of base and adapter in our engine; the model is gone when this returns."""
+    return _our_logits(run.live_model(), witnesses)
+
+
+def witness_logits(network: Network, witnesses: Sequence[Witness]) -> tuple[Tensor, ...]:
+    """Of a stock network."""
+    fed = [witness.document.tokens_L[: fed_tokens(witness.document)].tolist() for witness in witnesses]
+    return tuple(stock_logits(network, f, w.places).cpu() for f, w in zip(fed, witnesses, strict=True))
 
 
 @torch.no_grad()
-def _our_logits(model: LanguageModel, job: Job) -> tuple[Tensor, ...]:
-    batches = (collate(Pack((witness.document,)), model.device) for witness in job.witnesses)
+def _our_logits(model: LanguageModel, witnesses: Sequence[Witness]) -> tuple[Tensor, ...]:
+    batches = (collate(Pack((witness.document,)), model.device) for witness in witnesses)
     return tuple(model.head.logits(model.hidden(batch)).float().cpu() for batch in batches)
 
 
@@ -211,6 +229,11 @@ def compare(job: Job, live: Answers, export: Answers, reread: Reread) -> Parity:
     )
 
 
+def mean_kl(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """KL(ours || theirs) in nats, over all places."""
+    return float(_kl(ours, theirs).mean())
+
+
 def _kl(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     """KL(ours || theirs) at every place of every witness, in fp64."""
     found: list[Tensor] = []
@@ -234,4 +257,6 @@ def refuse_beyond(tolerance: Tolerance, parity: Parity, job: Job, reread: Reread
     }
     if found := [what for what, is_wrong in wrong.items() if is_wrong]:
         what = f"the export does not behave as the run: {'; '.join(found)}"
-        raise GateError(what, where=str(job.run.path), fix="nothing was written; please report this")
+        other = job.base == "original" and job.run.narrow
+        advice = "use --base dequantized, the weights that were trained beside" if other else "please report this"
+        raise GateError(what, where=str(job.run.path), fix=f"nothing was written; {advice}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tunesmith.atomic import read_manifest, size
 from tunesmith.errors import GateError, InputError, MachineError
+from tunesmith.export.base import BaseChoice
 from tunesmith.export.finished import Finished
 from tunesmith.export.folders import reread_merged, reread_peft, write_merged_folder, write_peft
 from tunesmith.export.gguf import reread_gguf, reread_lora, write_gguf, write_lora
@@ -52,13 +53,15 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class Exported:
-    """What `tunesmith export` made, and how near it is to the run. `type` is empty where a target has one form."""
+    """What `tunesmith export` made, and how near it is to the run. `type` is empty where a target has one form; `base`:
+    what the adapter was merged into."""
 
     target: str
     type: str
     path: str
     files: tuple[ExportedFile, ...]
     parity: Parity
+    base: BaseChoice
 
 
 def format_of(target: str, kind: str | None) -> tuple[str, Format]:
@@ -124,10 +127,10 @@ def bytes_needed(run: Finished, form: Format) -> int:
     return int(width * spec.parameters) + sum(file.stat().st_size for file in run.saved.rglob("*"))
 
 
-def exported(place: Path, target: str, kind: str, parity: Parity) -> Exported:
+def exported(place: Path, target: str, kind: str, parity: Parity, base: BaseChoice) -> Exported:
     files = read_manifest(place)["files"].items()
     found = tuple(ExportedFile(name, entry["bytes"], entry["sha256"]) for name, entry in files)
-    return Exported(target, kind, str(place), found, parity)
+    return Exported(target, kind, str(place), found, parity, base)
 
 
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}

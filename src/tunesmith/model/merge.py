@@ -8,7 +8,7 @@ out: other formats (export), and whether the adapter belongs to this base (the c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tunesmith.errors import GateError
 from tunesmith.model.adapter_folder import read_adapter
 from tunesmith.model.folder import TensorHeader, read_headers
 from tunesmith.model.load import Network
+from tunesmith.model.quantized import dequantized
 from tunesmith.model.saved import Lora, loras_of, read_adapter_tensors
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -40,13 +41,17 @@ def add_to_network(network: Network, loras: Mapping[str, Lora]) -> None:
         linear.weight.data = lora.merged(linear.weight.data.float()).to(linear.weight)
 
 
-def merged_tensors(headers: Mapping[str, TensorHeader], loras: Mapping[str, Lora]) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 weights), in the order of `headers`. GateError for a value that is not finite. Files of the decoder
-    alone have no `model.` in front of their names."""
+def merged_tensors(
+    headers: Mapping[str, TensorHeader], loras: Mapping[str, Lora], narrow: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 weights), in the order of `headers`; those of `narrow`, paths of linears, as 4 bits left them.
+    GateError for a value that is not finite. Files of the decoder alone have no `model.` in front of their names."""
     for name, header in headers.items():
         with safe_open(header.file, "pt") as file:
             tensor = file.get_tensor(name).float()
         path = name.removesuffix(".weight")
+        if narrow and not {path, f"model.{path}"}.isdisjoint(narrow):
+            tensor = dequantized(tensor)
         if (lora := loras.get(path) or loras.get(f"model.{path}")) is not None:
             tensor = lora.merged(tensor)
         yield name, finite(name, tensor)
@@ -61,10 +66,10 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def write_merged(base: Path, loras: Mapping[str, Lora], file: Path) -> None:
+def write_merged(base: Path, loras: Mapping[str, Lora], file: Path, narrow: Collection[str] = ()) -> None:
     """The merged weights under the base's names and in its dtypes, as one safetensors file."""
     headers = read_headers(base)
-    write_weights(headers, (tensor for _, tensor in merged_tensors(headers, loras)), file)
+    write_weights(headers, (tensor for _, tensor in merged_tensors(headers, loras, narrow)), file)
 
 
 def write_weights(headers: Mapping[str, TensorHeader], tensors: Iterable[Tensor], file: Path) -> None:

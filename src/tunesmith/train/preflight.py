@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tunesmith.data.batch import collate
 from tunesmith.data.pack import fed_tokens, pack_step
@@ -44,18 +46,39 @@ LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6
 SHARED_TOLERANCE = LOSS_TOLERANCE | {torch.bfloat16: 0.03}
 
 
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The model to prove, with what it says to documents alone: several claims ask for that, it is computed once."""
+
+    model: LanguageModel
+    said: dict[bytes, tuple[Tensor, Tensor]] = field(default_factory=dict[bytes, tuple[Tensor, Tensor]])
+
+    def alone(self, document: Document, positions_S: Tensor) -> Tensor:
+        """Hidden states [S, H] of a document alone, at its targets or checked places."""
+        key = document.tokens_L.tobytes() + document.weights_L.tobytes()
+        if key not in self.said:
+            batch = one_pack([document])
+            places_P = torch.cat([batch.positions_S, torch.tensor(checked_places(document))]).unique()
+            self.said[key] = places_P, self.model.hidden(dataclasses.replace(batch, positions_S=places_P))
+        places_P, hidden_PH = self.said[key]
+        return hidden_PH[torch.searchsorted(places_P, positions_S)]
+
+
 def prove(model: LanguageModel, probe: Probe) -> list[Verdict]:
     """All claims in order. Raises GateError that names the first one that does not hold."""
     model.network.eval()
+    subject = Subject(model)
     with torch.no_grad():
-        verdicts = [claim(model, probe) for claim in (CLAIMS if probe.texts is None else TEXT_CLAIMS)]
-        _must_refuse("a mask that leaks", lambda: blind(model, probe, spoil=_leaking))
-        _must_refuse("labels shifted by one", lambda: labels_equal_stock(model, probe, spoil=_shifted))
+        verdicts = [claim(subject, probe) for claim in (CLAIMS if probe.texts is None else TEXT_CLAIMS)]
+        _must_refuse("a mask that leaks", lambda: blind(subject, probe, spoil=_leaking))
+        _must_refuse("labels shifted by one", lambda: labels_equal_stock(subject, probe, spoil=_shifted))
         if probe.alike:
-            verdicts.append(shared_equals_alone(model, probe))
-            _must_refuse("a branch that sees its sibling", lambda: shared_equals_alone(model, probe, spoil=_overheard))
+            verdicts.append(shared_equals_alone(subject, probe))
+            _must_refuse(
+                "a branch that sees its sibling", lambda: shared_equals_alone(subject, probe, spoil=_overheard)
+            )
         if texts := probe.texts:
-            _must_refuse("a lost target", lambda: windows_cover(model, _without_a_target(probe, texts)))
+            _must_refuse("a lost target", lambda: windows_cover(subject, _without_a_target(probe, texts)))
     if weights := quantized_weights(model.network).values():
         kept, wide = sum(weight.bytes for weight in weights), sum(2 * weight.parameters for weight in weights)
         evidence = f"{len(weights)} matrices in {kept:,} bytes, {kept / wide:.3f}x of what they take in bf16"
@@ -110,13 +133,12 @@ def _every_position(batch: Batch) -> Batch:
 # ---------------------------------------------------------------- claims
 
 
-def forward_equals_stock(model: LanguageModel, probe: Probe) -> Verdict:
+def forward_equals_stock(subject: Subject, probe: Probe) -> Verdict:
     """Our packed forward gives the stock model's logits, document by document."""
     worst, agree, total = 0.0, 0, 0
-    tolerance = LOGIT_TOLERANCE[model.dtype]
+    model, tolerance = subject.model, LOGIT_TOLERANCE[subject.model.dtype]
     for document, stock in zip(probe.documents, probe.stock_logits, strict=True):
-        batch = dataclasses.replace(one_pack([document]), positions_S=torch.tensor(checked_places(document)))
-        ours = model.head.logits(model.hidden(batch)).float()
+        ours = model.head.logits(subject.alone(document, torch.tensor(checked_places(document)))).float()
         centred = stock - stock.mean(-1, keepdim=True)
         difference = ours - ours.mean(-1, keepdim=True) - centred
         error = float(difference.norm() / centred.norm())
@@ -134,13 +156,13 @@ def forward_equals_stock(model: LanguageModel, probe: Probe) -> Verdict:
     )
 
 
-def labels_equal_stock(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
+def labels_equal_stock(subject: Subject, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
     """What a position is trained to say is the document's next token: the losses are what the stock model's logits
     give for those tokens, without our way from documents to targets."""
-    worst, checked = 0.0, 0
+    worst, checked, model = 0.0, 0, subject.model
     for document, stock in list(zip(probe.documents, probe.stock_logits, strict=True))[:PACKED_DOCUMENTS]:
         batch = spoil(one_pack([document]))
-        losses_S = target_losses(model.hidden(batch), model.head, batch.targets_S)
+        losses_S = target_losses(subject.alone(document, batch.positions_S), model.head, batch.targets_S)
         found = dict(zip(batch.positions_S.tolist(), losses_S.tolist(), strict=True))
         rows = [(row, p) for row, p in enumerate(checked_places(document)) if document.weights_L[p + 1]]
         next_tokens = torch.tensor([int(document.tokens_L[p + 1]) for _, p in rows])
@@ -157,10 +179,10 @@ def labels_equal_stock(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as
     return Verdict("labels = next tokens", "ok", f"{checked} losses within {worst:.2%} of the stock model's")
 
 
-def blind(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
+def blind(subject: Subject, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
     """Other tokens in one document leave the outputs of all others bitwise the same."""
     pack = one_pack([beginning(document) for document in probe.documents[:PACKED_DOCUMENTS]])
-    changed = _refuse_sight(model, spoil(pack), pack.layout)
+    changed = _refuse_sight(subject.model, spoil(pack), pack.layout)
     return Verdict("documents are blind", "ok", f"{changed} documents changed, the others bitwise the same")
 
 
@@ -181,27 +203,29 @@ def _refuse_sight(model: LanguageModel, batch: Batch, layout: Layout) -> int:
     return len(layout.lengths)
 
 
-def _losses(model: LanguageModel, batch: Batch) -> dict[int, float]:
+def _losses(model: LanguageModel, batch: Batch, hidden_SH: Tensor) -> dict[int, float]:
     """Summed loss by place of the document in the batch."""
-    losses_S = target_losses(model.hidden(batch), model.head, batch.targets_S)
+    losses_S = target_losses(hidden_SH, model.head, batch.targets_S)
     sums = torch.zeros(len(batch.ids), dtype=torch.float64)
     sums.index_add_(0, batch.document_S.cpu(), losses_S.double().cpu())
     return dict(enumerate(sums.tolist()))
 
 
-def packed_equals_alone(model: LanguageModel, probe: Probe) -> Verdict:
+def packed_equals_alone(subject: Subject, probe: Probe) -> Verdict:
     """Every document has the same loss in a pack as alone."""
-    worst = _compare_alone(model, probe.documents[:PACKED_DOCUMENTS])
+    worst = _compare_alone(subject, probe.documents[:PACKED_DOCUMENTS])
     return Verdict("packed = alone", "ok", f"losses within {worst:.1e} of each other")
 
 
-def _compare_alone(model: LanguageModel, documents: Sequence[Document], *, share: bool = False) -> float:
+def _compare_alone(subject: Subject, documents: Sequence[Document], *, share: bool = False) -> float:
     """The worst relative difference of a document's loss in one pack and alone."""
     (pack,) = pack_step(documents, sum(map(len, documents)), share=share)
-    together = _losses(model, collate(pack))
+    model, batch = subject.model, collate(pack)
+    together = _losses(model, batch, model.hidden(batch))
     tolerance, worst = (SHARED_TOLERANCE if share else LOSS_TOLERANCE)[model.dtype], 0.0
     for place, document in enumerate(pack.documents):
-        alone = _losses(model, one_pack([document]))[0]
+        batch = one_pack([document])
+        alone = _losses(model, batch, subject.alone(document, batch.positions_S))[0]
         error = abs(together[place] - alone) / max(abs(alone), 1e-3 * np.count_nonzero(document.weights_L))
         worst = max(worst, error)
         if not error <= tolerance:
@@ -216,20 +240,20 @@ def _compare_alone(model: LanguageModel, documents: Sequence[Document], *, share
     return worst
 
 
-def shared_equals_alone(model: LanguageModel, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
+def shared_equals_alone(subject: Subject, probe: Probe, *, spoil: Spoil = _as_is) -> Verdict:
     """Documents that share what they begin with have the loss that they have alone, and branches are blind to each
     other: other tokens in one leave all that does not continue it bitwise the same."""
     near = forest_of(near_the_fork(probe.alike))
-    segments = _refuse_sight(model, spoil(near), near.layout)
-    worst = _compare_alone(model, probe.alike, share=True)
+    segments = _refuse_sight(subject.model, spoil(near), near.layout)
+    worst = _compare_alone(subject, probe.alike, share=True)
     computed, owned = forest_of(probe.alike).layout.tokens, sum(map(fed_tokens, probe.alike))
     tokens = f"{computed} tokens computed for {owned}"
     return Verdict("shared = alone", "ok", f"losses within {worst:.1e}, {segments} segments blind to the bit; {tokens}")
 
 
-def answers_end(model: LanguageModel, probe: Probe) -> Verdict:
+def answers_end(subject: Subject, probe: Probe) -> Verdict:
     """The last trained token of every document is an end token: the model learns to stop."""
-    del model
+    del subject
     real = [d for d in probe.documents if not d.id.endswith(" and more")]
     for document in real:
         last = int(document.tokens_L[np.flatnonzero(document.weights_L)[-1]])
@@ -242,9 +266,9 @@ def answers_end(model: LanguageModel, probe: Probe) -> Verdict:
     return Verdict("answers end", "ok", f"{len(real)} answers end in a trained end token")
 
 
-def texts_end(model: LanguageModel, probe: Probe) -> Verdict:
+def texts_end(subject: Subject, probe: Probe) -> Verdict:
     """The separator stands at the end of every text, nowhere else, and is trained."""
-    del model
+    del subject
     texts = probe.texts or ()
     for text in texts:
         last = text.windows[-1]
@@ -258,9 +282,9 @@ def texts_end(model: LanguageModel, probe: Probe) -> Verdict:
     return Verdict("texts end", "ok", f"{len(texts)} texts end in the separator, which is trained, and only there")
 
 
-def windows_cover(model: LanguageModel, probe: Probe) -> Verdict:
+def windows_cover(subject: Subject, probe: Probe) -> Verdict:
     """The windows' targets, in order, are the tokens of the text, all but the first, each once."""
-    del model
+    del subject
     texts = probe.texts or ()
     windows = targets = 0
     for text in texts:
@@ -276,9 +300,9 @@ def windows_cover(model: LanguageModel, probe: Probe) -> Verdict:
     return Verdict("windows cover", "ok", evidence)
 
 
-def ids_equal_stock(model: LanguageModel, probe: Probe) -> Verdict:
+def ids_equal_stock(subject: Subject, probe: Probe) -> Verdict:
     """Token ids, leading BOS included, are those of the stock tokenizer's chat template."""
-    del model
+    del subject
     for row, equal in probe.stock_ids_equal:
         if not equal:
             raise GateError(
@@ -289,9 +313,9 @@ def ids_equal_stock(model: LanguageModel, probe: Probe) -> Verdict:
     return Verdict("ids = stock", "ok", f"{len(probe.stock_ids_equal)} rows tokenised equally, leading BOS included")
 
 
-def something_trained(model: LanguageModel, probe: Probe) -> Verdict:
+def something_trained(subject: Subject, probe: Probe) -> Verdict:
     """Every document trains at least one token, and never its first."""
-    del model
+    del subject
     for document in probe.documents:
         if not document.weights_L.any() or document.weights_L[0]:
             raise GateError("the document trains nothing, or its first token", where=f"preflight: {document.id}")

@@ -19,8 +19,8 @@ from tunesmith.data.prefixes import begin_alike
 from tunesmith.types import Batch, Document, Layout
 
 PACKED_DOCUMENTS = 3  # the shortest of the probe: enough to see a leak or wrong labels, in seconds
-BLIND_TOKENS = 128  # of each of them are enough to see whether documents see each other
-FORK_TOKENS = 64  # before and behind the places where branches part, for the same
+BLIND_TOKENS = 72  # of each of them are enough to see whether documents see each other; no whole block of a kernel
+FORK_TOKENS = 40  # before and behind the places where branches part, for the same
 CHECKED_PLACES = 64  # of a document, from its first token to its last: their logits are compared
 
 
