@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from tunesmith import cli
 from tunesmith.recipe import ALIASES, KEYS, recipe_schema
 from tunesmith.recipefile import expected, load_recipe
-from tunesmith.recipevalues import Constraint, DataSource, Mixture, Rehearsal
+from tunesmith.recipevalues import Constraint, DataSource, Form, Mixture, Rehearsal
 from tunesmith.types import Json
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,7 @@ def test_the_table_of_keys_is_the_schema() -> None:
     assert tables(page)[2] == inner_table(Rehearsal)
     assert tables(page)[3] == inner_table(Constraint)
     assert tables(page)[4] == inner_table(Mixture)
+    assert tables(page)[5] == inner_table(Form)
 
 
 def key_table() -> list[str]:
@@ -45,7 +46,7 @@ def inner_table(model: type[BaseModel]) -> list[str]:
 
 
 def row(key: str, schema: Json, *more: str) -> str:
-    default = schema.get("default", "needed" if key in ("model", "data", "path", "match") else None)
+    default = schema.get("default", "needed" if key in ("model", "data", "path", "match", "prompt") else None)
     cells = [f"`{key}`", takes(schema), shown(default), schema["description"].rstrip("."), *more]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

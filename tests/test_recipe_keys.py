@@ -161,6 +161,11 @@ def data(lab: Lab) -> None:
     pairs = lab.rows([{"q": "one", "a": "two", "b": "three"}], "pairs.jsonl")
     mapped = [lab.steps(data=[{"path": pairs, "columns": {"prompt": "q", "completion": key}}])[0] for key in "ab"]
     assert [step.supervised_tokens for step in mapped] == [len("two") + 1, len("three") + 1]
+    facts_file = lab.rows([{"n": n, "completion": str(n)} for n in range(4)], "facts.jsonl")
+    asked = {"path": facts_file, "name": "numbers"}
+    short, long = (lab.steps(data=[asked | {"prompts": p}], batch_size=4)[0] for p in ("{n}", "the number {n}"))
+    assert long.tokens - short.tokens == 4 * len("the number ")
+    assert short.task_tokens == {"numbers": short.tokens}
     weights = [lab.steps(data=[files[0], {"path": files[1], "weight": w}], batch_size=5)[0].loss for w in (1, 100)]
     alone = lab.steps(data=files[1], batch_size=5)[0].loss
     assert abs(weights[1] - alone) < 0.1 * abs(weights[0] - alone)

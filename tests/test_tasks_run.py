@@ -87,7 +87,7 @@ def test_a_task_of_one_row_is_refused_before_anything_is_trained(tiny_folder: Pa
     [
         ({"data": [{"path": "a.jsonl", "name": "x"}, {"path": "x.jsonl"}]}, "data has the task 'x' twice"),
         ({"test_data": [{"path": "b.jsonl", "name": "a[b"}]}, "a name has letters, digits"),
-        ({"stage": "cpt", "batch_size": "auto"}, "data: name has no effect with stage: cpt"),
+        ({"stage": "cpt", "batch_size": "auto"}, "data: name and prompts have no effect with stage: cpt"),
         (
             {"data": [{"path": "a.jsonl", "name": "rehearsal"}], "rehearsal": {"data": "c.jsonl"}},
             "the name 'rehearsal' is that of the rehearsal rows",
@@ -136,3 +136,38 @@ def test_rehearsal_keeps_its_share_of_a_mixture(tiny_folder: Path, tmp_path: Pat
 def test_mixtures_that_cannot_be(mixture: Json, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=f"mixture.{next(iter(mixture))}"):
         wish(tiny_folder, tmp_path, mixture=mixture)
+
+
+def test_held_out_rows_are_asked_as_their_task_is(tiny_folder: Path, tmp_path: Path) -> None:
+    """Forms with examples too: the same before and after, and after a resume."""
+    rows = [{"a": n, "b": n + 1, "completion": str(2 * n + 1)} for n in range(12)]
+    forms = ["{a} and {b}", {"prompt": "{a}+{b}=", "shots": 1}]
+    files = {
+        "data": [source(tmp_path / "in/a.jsonl", rows[:8], name="sums", prompts=forms)],
+        "test_data": [source(tmp_path / "in/b.jsonl", rows[8:], name="sums")],
+        "save_steps": 2,
+    }
+    straight, broken = (wish(tiny_folder, tmp_path / name, **files) for name in ("straight", "broken"))
+    known = facts.gather(straight)
+    asked = [known.datasets["test_data"].example(row).messages for row in range(4)]
+    assert {len(messages) for messages in asked} == {2, 4}
+    train(straight)
+    until_saved(run.train(plan_of(broken)), step=2)
+    list(run.resume(tmp_path / "broken" / "run"))
+    assert adapter_bytes(broken) == adapter_bytes(straight)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("no place", r"no \{column\}"),
+        ("{a:>3}", r"a place is \{column\}, nothing else"),
+        ("{a", "expected '}'"),
+        ("{}", "a place is"),
+        ("{completion}", "which is the answer"),
+        ({"prompt": "{a}", "shots": -1}, "shots"),
+    ],
+)
+def test_prompts_that_cannot_be(prompts: Any, message: str, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=message):
+        wish(tiny_folder, tmp_path, data=[{"path": "a.jsonl", "prompts": prompts}])

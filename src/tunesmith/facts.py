@@ -28,6 +28,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.scan import first_documents
 from tunesmith.data.schedule import order
 from tunesmith.data.separator import separator_of
+from tunesmith.data.shots import with_shots
 from tunesmith.data.show import coloured
 from tunesmith.data.split import split
 from tunesmith.errors import InputError
@@ -167,7 +168,7 @@ def open_roles(recipe: Recipe, renderer: Renderer, own_rows: Path | None = None)
     if rehearsed:
         refuse_overlap(roles["rehearsal"], measured_roles(recipe, roles, renderer))
     roles["data"] = roles["data"].limited(longest, recipe.overlong)
-    return roles
+    return with_shots(roles)
 
 
 def measured_roles(recipe: Recipe, roles: Mapping[str, Dataset], renderer: Renderer) -> dict[str, Dataset]:

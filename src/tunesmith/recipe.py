@@ -288,10 +288,12 @@ def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _of_tasks(given: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names of tasks that cannot be. Files without one have none, unless another file has, or they are mixed."""
     tasks = {key: [_task(item) for item in items(given[key])] for key in SOURCE_KEYS if key in given}
-    named = [key for key, found in tasks.items() if any(name for name, _ in found)]
+    named = [key for key, found in tasks.items() if any(says for says, _ in found)]
     found: list[tuple[str, str]] = []
     if named and given.get("stage") in ("cpt", "pt"):
-        found.append((named[0], f"{named[0]}: name has no effect with stage: cpt, whose texts are no tasks"))
+        found.append(
+            (named[0], f"{named[0]}: name and prompts have no effect with stage: cpt, whose texts are no tasks")
+        )
     for key, members in tasks.items() if named or "mixture" in given else ():
         twice = [name for name, count in Counter(task for _, task in members).items() if name and count > 1]
         found += [(key, f"{key} has the task '{name}' twice: give each source another name") for name in twice]
@@ -300,22 +302,27 @@ def _of_tasks(given: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _task(item: Any) -> tuple[str, str]:
-    """(name as given, name of the task) of a source, as written or as validated."""
+def _task(item: Any) -> tuple[bool, str]:
+    """(whether a source says that it is a task, what that is called), as written or as validated."""
     if isinstance(item, DataSource):
-        return item.name, item.task
+        return bool(item.name or item.prompts), item.task
     source = cast("Json", item) if isinstance(item, dict) else {"path": item}
     name, path = (value if isinstance(value, (str, Path)) else "" for value in (source.get("name"), source.get("path")))
-    return str(name), str(name) or task_of(Path(path))
+    return bool(name or source.get("prompts")), str(name) or task_of(Path(path))
 
 
 def sources_of(recipe: Recipe, key: str) -> tuple[DataSource, ...]:
-    """The files of a role, by its key. If any file of the recipe has a name, or tasks are mixed, all are tasks."""
+    """The files of a role, by its key. If any file of the recipe has a name or prompts, or tasks are mixed, all are
+    tasks; a held-out file is asked as the training rows of its task are, unless it has prompts of its own."""
     found: tuple[DataSource, ...] = getattr(recipe, key)
-    named = any(source.name for role in SOURCE_KEYS for source in getattr(recipe, role))
+    named = any(source.name or source.prompts for role in SOURCE_KEYS for source in getattr(recipe, role))
     if not named and recipe.mixture is None:
         return found
-    return tuple(source.model_copy(update={"name": source.task}) for source in found)
+    asked = {source.task: source.prompts for source in recipe.data}
+    return tuple(
+        source.model_copy(update={"name": source.task, "prompts": source.prompts or asked.get(source.task, ())})
+        for source in found
+    )
 
 
 def _modes(given: Mapping[str, Any]) -> set[Any]:

@@ -36,7 +36,7 @@ from tunesmith.recipe import (
     contradictions,
     recipe_schema,
 )
-from tunesmith.recipevalues import OWN
+from tunesmith.recipevalues import OWN, Form
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_flag, read_yaml
 
@@ -249,18 +249,7 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
         name = item.written + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[1:])
         return f"{name}: {detail['msg'].removeprefix('Value error, ')}"
     if len(place) > 1:
-        name = f"{item.written}[{place[1]}]"
-        inner = str(place[2]) if len(place) > 2 else ""
-        model, kind = (Constraint, "a pattern, the name of a checker") if key == "never" else (DataSource, "a path")
-        if detail["type"] == "extra_forbidden":
-            return f"{name}: {_unknown_key(inner, model.model_fields)}"
-        if detail["type"] == "missing":
-            return f"{name} has no '{inner}'"
-        if detail["type"] == "value_error" and inner in ("name", "prompts"):
-            return f"{name}.{inner}: {detail['msg'].removeprefix('Value error, ')}"
-        fields = model.model_json_schema()["properties"]
-        wanted = expected(fields[inner]) if inner in fields else f"{kind}, or {MAPPINGS[model.__name__]}"
-        return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
+        return _message_on_item(item.written, place, detail)
     if isinstance(item.value, str) and (key, item.value) in INSTEAD_VALUES:
         return f"{item.written}: '{item.value}' is not a value here: {INSTEAD_VALUES[key, item.value]}"
     if key == "stage" and isinstance(item.value, list):
@@ -268,11 +257,31 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
     return f"{item.written}: expected {expected(schema)}, found {found(item.value)}"
 
 
+def _message_on_item(written: str, place: tuple[str | int, ...], detail: ErrorDetails) -> str:
+    """Of a list of sources or constraints."""
+    never, name = place[0] == "never", f"{written}[{place[1]}]"
+    inner = str(place[2]) if len(place) > 2 else ""
+    model, kind = (Constraint, "a pattern, the name of a checker") if never else (DataSource, "a path")
+    if inner == "prompts" and len(place) > 4:
+        return _message_on_mapping(f"{name}.prompts[{place[3]}]", Form, str(place[4]), detail)
+    if detail["type"] == "extra_forbidden":
+        return f"{name}: {_unknown_key(inner, model.model_fields)}"
+    if detail["type"] == "missing":
+        return f"{name} has no '{inner}'"
+    if detail["type"] == "value_error" and inner == "name":
+        return f"{name}.{inner}: {detail['msg'].removeprefix('Value error, ')}"
+    fields = model.model_json_schema()["properties"]
+    wanted = expected(fields[inner]) if inner in fields else f"{kind}, or {MAPPINGS[model.__name__]}"
+    return f"{name}{'.' * bool(inner)}{inner}: expected {wanted}, found {found(detail['input'])}"
+
+
 def _message_on_mapping(name: str, model: type[BaseModel], key: str, detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         return f"{name}: {_unknown_key(key, model.model_fields)}"
     if detail["type"] == "missing":
         return f"{name} has no '{key}'"
+    if detail["type"] == "value_error":
+        return f"{name}.{key}: {detail['msg'].removeprefix('Value error, ')}"
     wanted = expected(model.model_json_schema()["properties"][key])
     return f"{name}.{key}: expected {wanted}, found {found(detail['input'])}"
 
@@ -313,6 +322,7 @@ MAPPINGS = {
     "DataSource": "a mapping {path, format, columns, ...}",
     "Rehearsal": "a mapping {data, ratio, shift}",
     "Mixture": "a mapping {temperature, limit}",
+    "Form": "a mapping {prompt, shots}",
     "Constraint": "a mapping {match, text, check, name, mode}",
 }
 

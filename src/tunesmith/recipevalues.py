@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import string
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -126,6 +127,47 @@ def _could_exist(value: Any) -> Any:
 FilePath = Annotated[Path, BeforeValidator(_could_exist)]
 
 
+def _as_forms(value: Any) -> Any:
+    if value is None:
+        return ()
+    return [{"prompt": item} if isinstance(item, str) else item for item in items(value)]
+
+
+def pieces_of(prompt: str) -> list[tuple[str, str | None]]:
+    """(text, the column that follows it or nothing), in turn. Raises ValueError for what is no place of a column."""
+    found: list[tuple[str, str | None]] = []
+    for text, column, spec, conversion in string.Formatter().parse(prompt):
+        if column == "" or spec or conversion:
+            raise ValueError("a place is {column}, nothing else; braces that are none are written twice")
+        found.append((text, column))
+    return found
+
+
+def _has_places(prompt: str) -> str:
+    try:
+        columns = [column for _, column in pieces_of(prompt) if column is not None]
+    except ValueError as error:
+        raise ValueError(f"{prompt!r:.80}: {error}") from None
+    if not columns:
+        raise ValueError(f"{prompt!r:.80} has no {{column}}: every row would be asked the same")
+    if "completion" in columns:
+        raise ValueError(f"{prompt!r:.80} has a place for {{completion}}, which is the answer")
+    return prompt
+
+
+class Form(BaseModel):
+    """One way to ask for what a row answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: Annotated[str, AfterValidator(_has_places)] = Field(
+        description="The question; {column} stands for what the row has there, {{ and }} for braces."
+    )
+    shots: Annotated[int, Field(ge=0, le=32), BeforeValidator(no_switch)] = Field(
+        default=0, description="So many other training rows of the task come before it, asked and answered."
+    )
+
+
 def task_of(path: Path) -> str:
     """What a task is called that has no name: its file without the suffixes."""
     return path.name.partition(".")[0]
@@ -152,6 +194,9 @@ class DataSource(BaseModel):
     name: Annotated[str, AfterValidator(_is_name)] = Field(
         default="", description="The task that its rows are of: scores and tokens are counted by task."
     )
+    prompts: Annotated[
+        tuple[Form, ...], BeforeValidator(_as_forms, json_schema_input_type=str | Form | list[str | Form])
+    ] = Field(default=(), description="Ways to ask for a row's `completion`; each row has one, by its content.")
 
     @property
     def task(self) -> str:

@@ -140,6 +140,10 @@ class Plan:
     def __getitem__(self, key: str) -> Any:
         return self.choices[key].value
 
+    @property
+    def rows_per_epoch(self) -> int:
+        return sum(self["mixture"].values()) if "mixture" in self.choices else self.data["data"].rows
+
 
 # ---------------------------------------------------------------- data
 

@@ -124,11 +124,7 @@ def data_tokens(plan: Plan) -> float:
     if plan["stage"] == "cpt":
         ratio = plan.choices["rehearsal_ratio"].value if "rehearsal_ratio" in plan.choices else 0
         return plan["batch_tokens"] * (1 - ratio)
-    return plan.tokens_per_epoch / epoch_rows(plan) * plan["batch_size"]
-
-
-def epoch_rows(plan: Plan) -> int:
-    return sum(plan["mixture"].values()) if "mixture" in plan.choices else plan.data["data"].rows
+    return plan.tokens_per_epoch / plan.rows_per_epoch * plan["batch_size"]
 
 
 def _schedule(plan: Plan, rows: Dataset) -> Schedule:

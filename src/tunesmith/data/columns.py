@@ -24,14 +24,15 @@ def check_columns(columns: Mapping[str, str], first: Sequence[Row], format: str,
     theirs = list(dict.fromkeys(key for row in first for key in row.data))
     for name, column in columns.items():
         if name not in ours:
-            raise _unknown(
+            raise unknown(
                 f"columns: no {'' if format == 'auto' else format + ' '}row has a `{name}`", name, ours, where
             )
         if column not in theirs:
-            raise _unknown(f"columns: {name}: the file has no column `{column}`", column, theirs, where)
+            raise unknown(f"columns: {name}: the file has no column `{column}`", column, theirs, where)
 
 
-def _unknown(what: str, name: str, known: Sequence[str], where: str) -> InputError:
+def unknown(what: str, name: str, known: Sequence[str], where: str) -> InputError:
+    """What to raise for a name that is none of the known ones, with the nearest of them."""
     close = difflib.get_close_matches(name, known, n=1)
     fix = f"did you mean `{close[0]}`?" if close else f"there are {', '.join(f'`{key:.40}`' for key in known[:12])}"
     return InputError(what, where=where, fix=fix)

@@ -28,6 +28,7 @@ from tunesmith.data.formats import SIDES, detect, note_on, parse, parse_pair
 from tunesmith.data.lengths import Overlong, Prepared, fit, weighted
 from tunesmith.data.never import Never, Tally, Violation
 from tunesmith.data.places import LONGEST_ROW
+from tunesmith.data.prompts import Asking, asking_of
 from tunesmith.data.sources import Source, open_source
 from tunesmith.errors import InputError
 from tunesmith.recipevalues import DataSource
@@ -57,10 +58,20 @@ class Part:
     pairs: bool  # both sides of its preference rows are read
     never: Never  # what its answers may not say
     task: str = ""  # that its rows are of
+    asking: Asking | None = None  # how its rows are asked, where they hold columns and no prompt
 
-    def row(self, index: int) -> Row:
+    def plain(self, index: int) -> Row:
+        """A row as it stands in the file, its columns under our names."""
         row = self.source.row(index)
         return renamed(row, self.columns) if self.columns else row
+
+    def row(self, index: int) -> Row:
+        row = self.plain(index)
+        return self.asking.asked(row) if self.asking else row
+
+    def digests(self, index: int, example: Example) -> tuple[int, int]:
+        """Of one row, whatever form it is asked in."""
+        return self.asking.digests(self.plain(index)) if self.asking else digests(example)
 
     def example(self, index: int, has_template: bool) -> Example:
         both = self.pairs and (self.format in SIDES or not self.never.pairing)
@@ -254,18 +265,21 @@ def _part(
     file: DataSource, source: Source | Folder, rows: range, has_template: bool, pairs: bool, never: Never
 ) -> Part:
     """How the rows of a file are read. Raises InputError for an unknown format or column."""
-    where, format, reason = str(file.path), file.format, "the recipe says so"
+    where, format, reason, asking = str(file.path), file.format, "the recipe says so", None
     first = _first_rows(source, rows)
     if first and file.columns:
         check_columns(file.columns, first, format, where)
         first = [renamed(row, file.columns) for row in first]
-    if first and format == "auto":
+    if file.prompts:
+        asking, reason = asking_of(file, first, has_template)
+        format = "completion"
+    elif first and format == "auto":
         format, reason = detect(first, has_template, pairs=pairs)
     elif format == "auto":
         format, reason = "text", "no row can be read"
     elif note := note_on(format, pairs):
         reason += f"; {note}"
-    return Part(source, format, reason, file.columns, file.weight, pairs, never, file.name)
+    return Part(source, format, reason, file.columns, file.weight, pairs, never, file.name, asking)
 
 
 def _first_rows(source: Source | Folder, rows: range) -> list[Row]:
@@ -294,7 +308,7 @@ def _read(part: Part, rows: range, has_template: bool, put: _Sorted, shapes: dic
             put.out(i, problem)
             continue
         put.tally.kept(example)
-        digests_R2[len(good)] = digests(example)
+        digests_R2[len(good)] = part.digests(i, example)
         shapes_R[len(good)] = shapes.setdefault(shape(example), min(len(shapes), MOST_SHAPES))
         good.append(i)
     count = len(good)

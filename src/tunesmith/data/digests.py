@@ -27,6 +27,11 @@ def digests(example: Example) -> tuple[int, int]:
     return _digests([*tools, *chain.from_iterable(before)], [*answer, *other])
 
 
+def text_digest(text: str) -> int:
+    """64-bit digest of a text, white space evened out."""
+    return int.from_bytes(hashlib.blake2b(_even([text]), digest_size=8).digest(), "big")
+
+
 def shape(example: Example) -> object:
     """Which kinds of turns follow on each other, and what they hold beside text; the length does not matter."""
     kinds = [

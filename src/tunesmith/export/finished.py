@@ -28,7 +28,7 @@ from tunesmith.model.quantized import dequantized, skeleton
 from tunesmith.model.saved import Lora, load_adapter
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, sources_of
 from tunesmith.runfolder import PLAN, RECORD, failure_of, require_run
 from tunesmith.types import ModelSpec, Plan
 
@@ -70,8 +70,9 @@ class Finished:
     def held_out_rows(self, count: int) -> Dataset:
         """The first rows of the test data, or of what else the recipe names."""
         recipe = self.recipe
+        role = next(key for key in ("test_data", "eval_data", "data") if getattr(recipe, key))
         return open_dataset(
-            recipe.test_data or recipe.eval_data or recipe.data,
+            sources_of(recipe, role),
             self.renderer,
             max_examples=count,
             skip_bad=recipe.skip_bad,

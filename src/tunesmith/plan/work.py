@@ -18,8 +18,8 @@ def tokens_computed(plan: Plan) -> float:
     """By all steps: what is shared counts once. Padding does not exist."""
     if plan["stage"] == "cpt":
         return float(plan.steps * plan["batch_tokens"])
-    rows = plan.data["data"].rows
-    seen = plan.data["data"].tokens * min(plan.steps * plan["batch_size"] / max(1, rows), plan["num_train_epochs"])
+    rows = plan.rows_per_epoch
+    seen = plan.tokens_per_epoch * min(plan.steps * plan["batch_size"] / max(1, rows), plan["num_train_epochs"])
     ratio = plan.choices["rehearsal_ratio"].value if "rehearsal_ratio" in plan.choices else 0
     return seen * (1 - plan.saved_share) / (1 - ratio)
 
