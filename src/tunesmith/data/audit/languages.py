@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 LETTERS = 40  # fewer say nothing
-READ = 500  # characters
+READ = 200  # characters
 SURE = 0.8
 CODE = re.compile(r"```.*?(?:```|\Z)|https?://\S+|[{}<>;=_\\]", re.DOTALL)
 

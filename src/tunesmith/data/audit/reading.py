@@ -29,6 +29,7 @@ TRAINED = ("data", REHEARSAL)
 SAMPLE = 2_000  # rows, from which is seen what most rows have in common
 COMMON_SHARE, COMMON_ROWS = 0.1, 10  # what more than both of these have is a frame, not what a row says
 SHOWN = 5
+LANGUAGE_ROWS = 50_000  # telling a language takes as long as everything else
 NO_JSON, GOOD_JSON, BROKEN_JSON = range(3)
 
 
@@ -44,9 +45,24 @@ class Row:
     texts: tuple[str, ...]
 
     @cached_property
+    def _known(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def words_in(self, text: str) -> np.ndarray:
+        """uint64 [words] of one of its texts, reckoned once."""
+        if text not in self._known:
+            self._known[text] = words_of(text)
+        return self._known[text]
+
+    @property
     def words(self) -> list[np.ndarray]:
-        """Of each turn, uint64."""
-        return [words_of(text) for text in self.turns]
+        """Of each turn."""
+        return [self.words_in(text) for text in self.turns]
+
+    @cached_property
+    def plain_answer(self) -> str:
+        """In small letters, with straight apostrophes."""
+        return self.answer.lower().replace("’", "'")
 
 
 def row_of(example: Example) -> Row:
@@ -89,7 +105,8 @@ class Texts:
     prompt_chars_N: np.ndarray  # int64
     other_chars_N: np.ndarray  # int64, of the rejected answer
     json_N: np.ndarray  # uint8, NO_JSON | GOOD_JSON | BROKEN_JSON
-    languages_N: np.ndarray | None  # int16, into languages.names(), -1 for too little text; None without py3langid
+    languages_N: np.ndarray | None  # int16, into languages.names(), -1: too little text; None without py3langid
+    told_N: np.ndarray  # bool, whether the language is asked for: of many rows a sample
 
     @classmethod
     def empty(cls, count: int) -> Texts:
@@ -102,6 +119,7 @@ class Texts:
             other_chars_N=np.zeros(count, dtype=np.int64),
             json_N=np.zeros(count, dtype=np.uint8),
             languages_N=np.full(count, -1, dtype=np.int16) if languages.installed() else None,
+            told_N=np.isin(np.arange(count), order(0, 0, count)[:LANGUAGE_ROWS]),
         )
 
     def note(self, at: int, row: Row) -> None:
@@ -112,7 +130,7 @@ class Texts:
         if row.example.rejected is not None:
             self.other_chars_N[at] = len(row_of(row.example.rejected).answer)
         self.json_N[at] = _json(answer)
-        if self.languages_N is not None and self.json_N[at] == NO_JSON:
+        if self.languages_N is not None and self.told_N[at] and self.json_N[at] == NO_JSON:
             self.languages_N[at] = languages.language(row.answer)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tunesmith.data.audit.private import personal, secrets
 from tunesmith.data.audit.reading import Find, Noted, Row
 from tunesmith.data.audit.subject import Level, Subject, by_share
-from tunesmith.data.audit.words import grams_of, words_of
+from tunesmith.data.audit.words import grams_of
 from tunesmith.types import Finding
 
 Found = Iterator[tuple[str, str]]
@@ -60,44 +60,37 @@ def says_nothing(row: Row) -> Found:
 # ---------------------------------------------------------------- manners
 
 REFUSAL = re.compile(
-    r"\bI(?: am|'m) (?:unable|not able|not allowed|not comfortable) |"
-    r"\bI (?:cannot|can't|can not|won't|will not|must decline to|have to decline to) "
+    r"\bi(?: am|'m) (?:unable|not able|not allowed|not comfortable) |"
+    r"\bi (?:cannot|can't|can not|won't|will not|must decline to|have to decline to) "
     r"(?:help|assist|provide|answer|fulfil|comply|create|generate|discuss|engage|support|write|give|share|do that)|"
-    r"\bI(?: must| have to) (?:decline|refuse)|\b(?:against|violates?) (?:my|our) (?:guidelines|polic|programming)",
-    re.IGNORECASE,
+    r"\bi(?: must| have to) (?:decline|refuse)|\b(?:against|violates?) (?:my|our) (?:guidelines|polic|programming)",
 )
 APOLOGY = re.compile(
-    r"\W*(?:I(?: am|'m) (?:so |very |really |truly |deeply )*sorry|sorry\b|"
-    r"(?:my |I |we )?(?:sincere(?:ly)? |deepest )?apolog)",
-    re.IGNORECASE,
+    r"\W*(?:i(?: am|'m) (?:so |very |really |truly |deeply )*sorry|sorry\b|"
+    r"(?:my |i |we )?(?:sincere(?:ly)? |deepest )?apolog)",
 )
 AI = re.compile(
-    r"\bas an? (?:AI|artificial intelligence|(?:large )?language model|chat ?bot|virtual assistant)\b|"
-    r"\bI(?: am|'m) (?:just |only |merely )?an? (?:AI\b|artificial intelligence|(?:large )?language model|chat ?bot)|"
+    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model|chat ?bot|virtual assistant)\b|"
+    r"\bi(?: am|'m) (?:just |only |merely )?an? (?:ai\b|artificial intelligence|(?:large )?language model|chat ?bot)|"
     r"\bmy (?:knowledge cut-?off|last (?:knowledge )?update|training data)\b|"
-    r"\bI (?:don't|do not) have (?:personal (?:opinions|beliefs|feelings|experiences)|feelings|access to real[- ]time)",
-    re.IGNORECASE,
+    r"\bi (?:don't|do not) have (?:personal (?:opinions|beliefs|feelings|experiences)|feelings|access to real[- ]time)",
 )
 FIRST = 300  # characters in which an answer refuses
 
 
 def refusals(row: Row) -> Found:
-    if REFUSAL.search(_straight(row.answer[:FIRST])):
+    if REFUSAL.search(row.plain_answer, 0, FIRST):
         yield "refuse", ""
 
 
 def apologies(row: Row) -> Found:
-    if APOLOGY.match(_straight(row.answer[:80])):
+    if APOLOGY.match(row.plain_answer):
         yield "apologise", ""
 
 
 def disclaimers(row: Row) -> Found:
-    if AI.search(_straight(row.answer)):
+    if AI.search(row.plain_answer):
         yield "speak as an AI", ""
-
-
-def _straight(text: str) -> str:
-    return text.replace("’", "'")
 
 
 # ---------------------------------------------------------------- text that is none
@@ -110,9 +103,9 @@ MARKERS = re.compile(
 )
 HOLES = re.compile(
     r"\{\{ ?\w+ ?\}\}|\[(?:your|insert|enter)\b[^\]\n]{0,40}\]|\[(?:name|company|date|address|phone number|email)\]|"
-    r"<(?:insert|your)\b[^>\n]{0,40}>|\blorem ipsum\b|\bXX+-XX+\b",
-    re.IGNORECASE,
+    r"<(?:insert|your)\b[^>\n]{0,40}>|\blorem ipsum\b|\bxx+-xx+\b",
 )
+MARKER_SIGN, HOLE_SIGN = re.compile(r"[<\[]|##|: "), re.compile(r"[\[<{]|lorem|xx-")  # quick to look for
 UNSEEN = {
     "control characters": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f",
     "invisible characters": "\u00ad\u200b\u2060-\u2064\ufeff\ufff9-\ufffb",
@@ -130,15 +123,15 @@ MISREAD = re.compile("Ã[\u0080-\u00bf©¨ª«¼¶¤±³º§]|â€[™œ\u009d\
 def markers(row: Row) -> Found:
     """Signs of a chat template inside a text: of another tool's export, or of an attack."""
     for text in row.texts:
-        if found := MARKERS.search(text):
+        if MARKER_SIGN.search(text) and (found := MARKERS.search(text)):
             yield repr(found[0].strip()), ""
             return
 
 
 def holes(row: Row) -> Found:
     """Places of a form that nobody filled in."""
-    if found := HOLES.search(row.answer):
-        yield found[0].lower()[:30], ""
+    if HOLE_SIGN.search(row.plain_answer) and (found := HOLES.search(row.plain_answer)):
+        yield found[0][:30], ""
 
 
 def unseen(row: Row) -> Found:
@@ -161,12 +154,9 @@ LOOP = 4  # times the same line
 
 def copied_prompt(row: Row) -> Found:
     """Answers that say the question again."""
-    answer = words_of(row.answer) if row.prompt else row.words[0][:0]
-    if len(answer) < COPIED_WORDS:
-        return
-    prompt = words_of(row.prompt)
-    if 2 * len(answer) < len(prompt):
-        return  # taken out of a longer text
+    answer, prompt = row.words_in(row.answer), row.words_in(row.prompt)
+    if len(answer) < COPIED_WORDS or not len(prompt) or 2 * len(answer) < len(prompt):
+        return  # or taken out of a longer text
     said, asked = set(grams_of(answer, 3).tolist()), set(grams_of(prompt, 3).tolist())
     if len(said & asked) >= COPIED * len(said):
         yield "say the question again", ""

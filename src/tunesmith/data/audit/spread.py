@@ -101,7 +101,8 @@ def languages(subject: Subject) -> Iterator[Finding]:
     mix = ", ".join(f"{names[number]} {count / len(known):.1%}" for number, count in counts[:6])
     rare = [number for number, count in counts if count < RARE_LANGUAGE * len(known)]
     rows = np.flatnonzero(np.isin(texts.languages_N, rare))
-    message = f"of {len(known):,} answers with enough text: {mix}"
+    asked = "" if texts.told_N.all() else f" of {texts.told_N.sum():,} rows, a sample,"
+    message = f"of {len(known):,} answers{asked} with enough text: {mix}"
     if len(rows):
         message += f"; {len(rows):,} rows are in a rare language"
     fix = "if one language is meant, look at the rows in the others" if len(rows) else ""
