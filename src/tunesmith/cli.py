@@ -140,6 +140,28 @@ def data_show(
     say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
+def data_split(
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)],
+    wish: Wish = None,
+    eval_share: Annotated[float, typer.Option(help="Of the rows, for eval.jsonl.")] = 0.1,
+    test_share: Annotated[float, typer.Option(help="Of the rows, for test.jsonl.")] = 0.1,
+    group: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Rows with one value of it stay together.", show_default=False)
+    ] = None,
+    stratify: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Divide each value of it; else each label.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Divide data into files for training, selecting and the last measure; rows that are alike stay together."""
+    recipe = read_wish(wish)
+    from tunesmith.display import divided_view
+
+    shares = {"eval_share": eval_share, "test_share": test_share}
+    divided = verbs.data_split(recipe, to=to, **shares, group=group, stratify=stratify)
+    say(divided, divided_view(divided), as_json=as_json)
+
+
 def plan(
     wish: Wish = None,
     target: Annotated[
@@ -247,6 +269,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "data check": data_check,
     "data show": data_show,
+    "data split": data_split,
     "plan": plan,
     "train": train,
     "resume": resume,

@@ -22,11 +22,13 @@ from tunesmith.progress import interval, one_line
 from tunesmith.types import Comparison, DataReport, Json, Plan, RunRecord
 
 if TYPE_CHECKING:
+    from tunesmith.data.divide import Divided
     from tunesmith.export.targets import Exported
     from tunesmith.plan.compare import Outlook
 
 BY_STYLES = {"you": "bold", "rule": "cyan", "checkpoint": "magenta"}
 UNMEASURED = "[yellow]no before and after[/]: the recipe names neither test_data nor retention_data"
+MOST_STRATA = 20
 LEVEL_STYLES = {"info": "dim", "warn": "yellow", "error": "bold red"}
 
 
@@ -274,6 +276,22 @@ def data_view(reports: Mapping[str, DataReport]) -> RenderableType:
     ]
     reasons = dict.fromkeys(f"[dim]{report.format}: {escape(report.why_format)}[/]" for report in reports.values())
     return Group(table, *tasks, *reasons, *findings)
+
+
+def divided_view(divided: Divided) -> RenderableType:
+    """How many rows each file has, and of each stratum."""
+    table = _table("Rows", "file", "rows", "groups", numbers=("rows", "groups"))
+    for side, rows in divided.rows.items():
+        table.add_row(f"{side}.jsonl", f"{rows:,}", f"{divided.groups[side]:,}")
+    strata = _table("", "stratum", *divided.rows, numbers=tuple(divided.rows))
+    for name, counts in list(divided.strata.items())[:MOST_STRATA]:
+        strata.add_row(one_line(name, 40), *(f"{counts[side]:,}" for side in divided.rows))
+    parts: list[RenderableType] = [table, *([strata] if divided.strata else [])]
+    if divided.left_out:
+        parts.append(f"[yellow]{divided.left_out:,} rows are in none of them[/]: `tunesmith data check` says why")
+    if not divided.near:
+        parts.append("[yellow]near duplicates were not looked for[/]: pip install 'tunesmith\\[audit]'")
+    return Group(*parts, escape(divided.path))
 
 
 def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:

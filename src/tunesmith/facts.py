@@ -171,6 +171,16 @@ def open_roles(recipe: Recipe, renderer: Renderer, own_rows: Path | None = None)
     return with_shots(roles)
 
 
+def open_pool(recipe: Recipe) -> Dataset:
+    """The rows of `data` alone, none of them held out."""
+    renderer = renderer_of(recipe, resolve(recipe.model), datetime.now())
+    never = Never(recipe.never, bans=recipe.stage == "sft")
+    pairs = recipe.stage == "preference"
+    return open_dataset(
+        recipe.data, renderer, max_examples=recipe.max_examples, skip_bad=recipe.skip_bad, pairs=pairs, never=never
+    )
+
+
 def measured_roles(recipe: Recipe, roles: Mapping[str, Dataset], renderer: Renderer) -> dict[str, Dataset]:
     """All rows that a run is measured on."""
     found = {role: roles[role] for role in ("eval_data", "test_data") if role in roles}

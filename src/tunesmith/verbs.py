@@ -22,6 +22,7 @@ from tunesmith.types import Comparison, DataReport, Event, Json, Plan, RunRecord
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from tunesmith.data.divide import Divided
     from tunesmith.diagnosis import Diagnosis
     from tunesmith.export.targets import Exported
     from tunesmith.facts import Facts
@@ -115,6 +116,27 @@ def data_show(recipe: Wish | Facts = None, *, rows: int = 3, ids: bool = False, 
     from tunesmith.facts import show_rows
 
     return list(show_rows(gather(recipe, **changes), rows=rows, ids=ids))
+
+
+def data_split(
+    recipe: Wish = None,
+    *,
+    to: AnyPath,
+    eval_share: float = 0.1,
+    test_share: float = 0.1,
+    group: str | None = None,
+    stratify: str | None = None,
+    **changes: Any,
+) -> Divided:
+    """Divides the rows of `data` into train.jsonl, eval.jsonl and test.jsonl in a new folder `to`. Rows that say nearly
+    the same, ask the same or share the value of the key `group` stay together; each label, or value of the key
+    `stratify`, is divided by itself. The recipe's seed decides."""
+    from tunesmith.data.divide import divide
+    from tunesmith.facts import open_pool
+
+    wish = read_recipe(recipe, **changes)
+    shares = {"eval_share": eval_share, "test_share": test_share}
+    return divide(open_pool(wish), Path(to), **shares, group=group, stratify=stratify, seed=wish.seed)
 
 
 def plan(recipe: Wish | Facts = None, *, target: str | None = None, fit: str | None = None, **changes: Any) -> Plan:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tunesmith.data.audit.reading import Row, common_grams, row_of
+from tunesmith.data.audit.reading import Row, Texts, common_grams, row_of
 from tunesmith.data.audit.subject import Subject, shown
 from tunesmith.data.audit.words import grams_of, outside, words_of
 from tunesmith.data.dataset import Dataset
@@ -32,16 +32,25 @@ SHARED, ELSEWHERE = 0.9, 0.005
 
 def labels_of(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     """(first row of each label, rows of each), most frequent first, if the answers are labels."""
-    texts = subject.reading.roles[subject.role] if subject.reading else None
-    if texts is None or len(subject.dataset) < 2 * MANY or all(p.format == "text" for p in subject.dataset.parts):
+    return _labels(subject.dataset, subject.reading.roles[subject.role]) if subject.reading else None
+
+
+def _labels(dataset: Dataset, texts: Texts) -> tuple[np.ndarray, np.ndarray] | None:
+    if len(dataset) < 2 * MANY or all(part.format == "text" for part in dataset.parts):
         return None
     _, first_K, counts_K = np.unique(texts.answers_N, return_index=True, return_counts=True)
     in_labels = counts_K[counts_K >= MANY].sum()
     short = float(np.median(texts.answer_chars_N)) <= LABEL_CHARS
-    if not short or len(counts_K) > MOST_LABELS or in_labels < 0.5 * len(subject.dataset):
+    if not short or len(counts_K) > MOST_LABELS or in_labels < 0.5 * len(dataset):
         return None
     order_K = np.argsort(-counts_K, kind="stable")
     return first_K[order_K], counts_K[order_K]
+
+
+def labels_in(dataset: Dataset, texts: Texts) -> dict[int, str]:
+    """Digest of an answer -> the label; empty if the answers are no labels."""
+    found = _labels(dataset, texts)
+    return {int(texts.answers_N[row]): label_of(dataset, int(row)) for row in found[0]} if found else {}
 
 
 def label_of(dataset: Dataset, row: int) -> str:
