@@ -17,7 +17,14 @@ from tunesmith.types import Json
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = {"resume": "train", "data check": "data", "data show": "data", "schema": "recipe", "demo": "train"}
+PAGES = {
+    "resume": "train",
+    "data check": "data",
+    "data show": "data",
+    "data split": "data",
+    "schema": "recipe",
+    "demo": "train",
+}
 
 
 def test_the_table_of_keys_is_the_schema() -> None:

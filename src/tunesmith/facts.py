@@ -177,7 +177,12 @@ def open_pool(recipe: Recipe) -> Dataset:
     never = Never(recipe.never, bans=recipe.stage == "sft")
     pairs = recipe.stage == "preference"
     return open_dataset(
-        recipe.data, renderer, max_examples=recipe.max_examples, skip_bad=recipe.skip_bad, pairs=pairs, never=never
+        sources_of(recipe, "data"),
+        renderer,
+        max_examples=recipe.max_examples,
+        skip_bad=recipe.skip_bad,
+        pairs=pairs,
+        never=never,
     )
 
 
