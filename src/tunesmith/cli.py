@@ -4,7 +4,8 @@
 
 Results go to stdout (as one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok, 1 a bug in
 tunesmith, 2 the user's input, 3 the machine, 4 a gate said no, 130 and 143 interrupted. Nothing heavy is imported
-before a verb needs it: that is why imports stand inside the functions, here and in verbs.py only.
+before a verb needs it: that is why imports stand inside the functions, here and in verbs.py only. Left out: how words
+become a recipe and results text (commandline.py).
 """
 
 from __future__ import annotations
@@ -23,26 +24,12 @@ import typer
 from typer.main import get_command
 
 from tunesmith import verbs
+from tunesmith.commandline import AsJson, Run, Wish, read_wish, say
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.jsonfile import json_bytes, to_json
-from tunesmith.recipe import Recipe
-from tunesmith.recipefile import load_recipe, takes_value
+from tunesmith.jsonfile import json_bytes
 from tunesmith.types import Event
 from tunesmith.version import __version__
 
-Wish = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="RECIPE.yaml | --KEY VALUE",
-        help="A recipe, and any of its keys as flags: --learning-rate 1e-4. `tunesmith schema` lists the keys.",
-        show_default=False,
-    ),
-]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-
-
-PIPE_WIDTH = 120
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or typer's copy of it
 
 
@@ -285,28 +272,6 @@ GROUPS = {"data": "What is wrong with the rows, and what the model sees of them.
 # ---------------------------------------------------------------- what verbs share
 
 
-def read_wish(wish: Sequence[str] | None) -> Recipe:
-    """The recipe that the words of the command line ask for. A flag without a value is a switch."""
-    path: Path | None = None
-    flags: dict[str, str] = {}
-    words = list(wish or ())
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            if path is not None:
-                raise InputError(f"two recipe files, {path} and {word}", where="command line", fix="name one")
-            path = Path(word)
-            continue
-        key, has_value, value = word[2:].partition("=")
-        if not has_value:
-            value = words.pop(0) if words and takes_value(key, words[0]) else "true"
-        if key.replace("-", "_") in {flag.replace("-", "_") for flag in flags}:
-            fix = f"give it once; several values are a list: --{key} '[one, two]'"
-            raise InputError(f"--{key} stands twice", where="command line", fix=fix)
-        flags[key] = value
-    return load_recipe(path, flags)
-
-
 def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool) -> None:
     """Show a run as it goes, then its record."""
     from tunesmith.display import record_view
@@ -329,19 +294,6 @@ def _questions() -> Iterator[str]:
             return
         if line.strip():
             yield line.strip()
-
-
-def say(value: Any, *views: Any, as_json: bool) -> None:
-    """The result of a verb: an object for programs, or views that `rich` prints for people."""
-    from rich.console import Console
-    from rich.text import Text
-
-    if as_json:
-        sys.stdout.write(json_bytes({"tunesmith": __version__, **to_json(value)}).decode())
-    else:
-        console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-        texts = [Text(view) if isinstance(view, str) else view for view in views]  # no markup from data or models
-        console.print(*texts, sep="\n", highlight=False)
 
 
 # ---------------------------------------------------------------- the program
