@@ -21,7 +21,8 @@ FOUND = {
         ("As an AI language model, I cannot.", ["As an AI"]),
         ("Well, I’m just a large language model.", ["I’m just a large language model"]),
         ("My training data ends there.", ["My training data"]),
-        ("The aim was as an aid to AI.", []),
+        ("I'm a brilliant and compassionate AI.", ["I'm a brilliant and compassionate AI"]),
+        ("The aim was as an aid to AI. I am a doctor who uses AI.", []),
     ],
     "text-outside-json": [
         ('{"a": [1, {"b": 2}]}', []),

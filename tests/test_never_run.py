@@ -75,15 +75,15 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(tiny_folder: Path,
     assert record.samples[-1][0].expected == ""
 
     beside = run.baselines(tmp_path / "then" / "run")
-    assert list(beside) == ["base", "told in the prompt", "tokens banned"]
+    assert list(beside) == ["base", "told", "banned"]
     for rows in beside.values():
         after = {(one.task, one.metric): one.after for one in rows}
         assert after == {key: found[key].after for key in after}
         assert ("eliciting prompts", "breaks ai") in after
     kept = {name: {(one.task, one.metric): one.before.value for one in rows} for name, rows in beside.items()}
     assert kept["base"]["eliciting prompts", "breaks ai"] == 1
-    assert kept["tokens banned"]["eliciting prompts", "breaks ai"] == 0
-    assert kept["tokens banned"]["rightful prompts", "says ai"] == 0, "a ban at decoding knows no exception"
+    assert kept["banned"]["eliciting prompts", "breaks ai"] == 0
+    assert kept["banned"]["rightful prompts", "says ai"] == 0, "a ban at decoding knows no exception"
 
 
 def test_baselines_are_of_constraints(tiny_folder: Path, tmp_path: Path) -> None:

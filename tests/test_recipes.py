@@ -16,6 +16,7 @@ CHOSEN: dict[str, Json] = {
     "dora": {"method": "lora", "use_dora": True, "lora_r": 8},
     "full": {"method": "full", "optim": "adamw_8bit"},
     "cpt": {"stage": "cpt"},
+    "never": {"never": ["ai-self-mention (ban)", "apology (ban)"]},
     "shared-prefixes": {"share_prefixes": True},
 }
 

@@ -77,7 +77,8 @@ CHECKERS: dict[str, Checker] = {
     "apology": Checker("apologise or say sorry", r"(?i)\b(sorry|apolog(y|ies)|apologi[sz](e[sd]?|ing))\b"),
     "ai-self-mention": Checker(
         "speak of yourself as an AI, a language model or an assistant program",
-        r"(?i)\b(as|i am|i['’]m) (just |only |merely |simply )?an? ([\w-]+ )??"
+        r"(?i)\b(as|i am|i['’]m) (just |only |merely |simply )?an? "
+        r"((?!(who|that|with|of|in|on|to|for|from|at|by|about|using) )[\w-]+,? ){0,4}?"
         r"(ai|artificial intelligence|language model|chatbot|virtual assistant|computer program)\b"
         r"|\bmy (training data|knowledge cut-?off|programming)\b",
     ),

@@ -166,11 +166,10 @@ def baseline_table(baselines: Mapping[str, Sequence[Comparison]]) -> RenderableT
     table = _table("Beside what costs no training, 95% intervals", *columns, numbers=("n", "value", "trained minus it"))
     for rows in zip(*baselines.values(), strict=True):
         one, after = rows[0], rows[0].after
-        measure = f"{one.task}, {one.metric}" + ("" if one.higher_is_better else " (lower is better)")
         for name, row in zip(baselines, rows, strict=True):
             value = interval(row.before.value, row.before.low, row.before.high)
             change = interval(row.difference, row.low, row.high)
-            head = (escape(measure), str(after.n)) if row is one else ("", "")
+            head = (escape(f"{one.task}, {one.metric}"), str(after.n)) if row is one else ("", "")
             table.add_row(*head, name, value, change, outcome(row))
         table.add_row("", "", "trained", interval(after.value, after.low, after.high), "", "")
     return table

@@ -206,8 +206,8 @@ def untrained(bench: Workbench, items: Items) -> dict[str, Measured]:
     asked = questions_of([told(one, rules(constraints, bad)) for one in asking(bench.facts)], renderer)
     answers = {
         "base": plain,
-        "told in the prompt": answers_to(bench, asked[: len(questions)]),
-        "tokens banned": answers_to(bench, questions, bans(bad, renderer)),
+        "told": answers_to(bench, asked[: len(questions)]),
+        "banned": answers_to(bench, questions, bans(bad, renderer)),
     }
     return {name: Measured(tuple(grades(bench, questions, given))) for name, given in answers.items()}
 
