@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 
 from tunesmith.diagnosis import Check, Diagnosis, Fit
 from tunesmith.display import (
+    baseline_table,
     choice_view,
     comparison_table,
     data_view,
@@ -116,6 +117,16 @@ def test_only_an_interval_without_zero_is_a_result(
 def test_before_and_after_carry_their_intervals() -> None:
     line = " ".join(printed(comparison_table([BETTER])).splitlines()[2].split())
     assert line == "test field_f1 200 0.200 [0.150, 0.250] 0.800 [0.750, 0.850] 0.600 [0.500, 0.700] better"
+
+
+def test_baselines_stand_beside_the_trained_model() -> None:
+    text = printed(baseline_table({"base": [BETTER], "told": [replace(BETTER, difference=0.1, low=-0.1, high=0.3)]}))
+    lines = [" ".join(line.split()) for line in text.splitlines()[2:]]
+    assert lines == [
+        "test, field_f1 200 base 0.200 [0.150, 0.250] 0.600 [0.500, 0.700] better",
+        "told 0.200 [0.150, 0.250] 0.100 [-0.100, 0.300] no clear change",
+        "trained 0.800 [0.750, 0.850]",
+    ]
 
 
 def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:

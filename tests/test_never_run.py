@@ -66,7 +66,7 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(tiny_folder: Path,
     train(wish(model, tmp_path / "then", **files, num_train_epochs=4, save_steps=1000))
     record = read_record(tmp_path / "then" / "run")
     found = {(one.task, one.metric): one for one in record.comparisons}
-    eliciting, logp = found["eliciting prompts", "breaks ai"], found["test", "bad_logp"]
+    eliciting, logp = found["eliciting prompts", "breaks ai"], found["eliciting prompts", "bad_logp"]
     assert (eliciting.before.value, eliciting.after.value, eliciting.after.n) == (1, 0, 3)
     assert logp.high < 0
     assert (found["neutral prompts", "breaks ai"].after.n, found["rightful prompts", "says ai"].after.n) == (3, 2)

@@ -17,7 +17,7 @@ from tunesmith.evaluate.baselines import bad_strings, bans, rules, told
 from tunesmith.evaluate.by_task import by_task
 from tunesmith.evaluate.compare import Measurement, compare, score
 from tunesmith.evaluate.likelihood import held_out_loss
-from tunesmith.evaluate.never import bad_logp, violations
+from tunesmith.evaluate.never import ELICITING, bad_logp, violations
 from tunesmith.evaluate.preference import preference
 from tunesmith.evaluate.retention import GeneralText, read_texts, retention
 from tunesmith.evaluate.tasks import Question, answer_length, ask, check_questions, grade, questions_of, samples_of
@@ -240,7 +240,8 @@ def _likelihoods(bench: Workbench, documents: Sequence[Document], task: str) -> 
         yield held_out_loss(bench.model, answers, task=task, **packing)
     bad = [document for document in documents if document.side == "banned"]
     if len({document.id for document in bad}) > 1:
-        yield bad_logp(bench.model, bad, task=task, **packing)
+        asked = ELICITING if task == "test" else f"{task} {ELICITING}"
+        yield bad_logp(bench.model, bad, task=asked, **packing)
     if pairs := [document for document in documents if document.side in ("chosen", "rejected")]:
         whole = plan["loss"] == "dpo"
         yield from preference(bench.model, pairs, task=task, whole=whole, **packing)

@@ -141,6 +141,19 @@ def test_a_constraint_that_most_answers_break_is_refused_with_examples(renderer:
     assert opened(renderer, tmp_path, [*meant, *FINE], ban("sorry")).tally.banned == {"rule": 9}
 
 
+def test_a_ban_with_nothing_to_ban_is_a_warning(renderer: Renderer, tmp_path: Path) -> None:
+    (found,) = [
+        f
+        for f in check({"data": opened(renderer, tmp_path, FINE, ban("sorry"))})["data"].findings
+        if f.check == "never"
+    ]
+    assert (found.level, found.message.partition(";")[0]) == ("warn", "no row breaks 'rule': its ban trains nothing")
+    for rules in (ban("sorry", "filter"), Never(ban("sorry").constraints, held_out=True)):
+        assert not [
+            f for f in check({"data": opened(renderer, tmp_path, FINE, rules)})["data"].findings if f.check == "never"
+        ]
+
+
 def test_a_split_tells_of_left_out_rows_once(renderer: Renderer, tmp_path: Path) -> None:
     rows = [*FINE, *(chat(f"{n}?", f"fine {n}") for n in range(9)), chat("no?", "I am sorry")]
     rest, taken = split(opened(renderer, tmp_path, rows, ban("sorry", "filter")), 0.5)

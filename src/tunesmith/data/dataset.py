@@ -116,6 +116,13 @@ class Dataset:
         return {part.task: count for part, count in zip(self.parts, counts, strict=True) if part.task and count}
 
     @property
+    def idle_bans(self) -> list[str]:
+        """Constraints that rows should be trained away from, and no row breaks."""
+        rules = [part.never for part in self.parts if part.never.bans and not part.never.held_out][:1]
+        bans = [one.name for never in rules for one in never.constraints if one.mode == "ban"]
+        return [name for name in bans if name not in self.tally.banned]
+
+    @property
     def path(self) -> str:
         return ", ".join(str(part.source.path) for part in self.parts)
 

@@ -48,6 +48,9 @@ def never(subject: Subject) -> Iterator[Finding]:
         says = "their bad places are trained away from, the rest is not trained"
         shown = tuple(dataset.tally.first[name])
         yield Finding("never", "info", f"{count:,} of {total:,} rows break {name!r}: {says}", count, shown)
+    for name in dataset.idle_bans:
+        fix = 'give rows with a bad answer, marked `"negative": true`'
+        yield Finding("never", "warn", f"no row breaks {name!r}: its ban trains nothing; {fix}")
 
 
 def chosen_only(subject: Subject) -> Iterator[Finding]:
