@@ -211,10 +211,22 @@ def test_a_plan_is_one_object_with_every_reason(
     methods = json.loads(tunesmith(*words, "--compare", "--target", "rtx4090", "--json")[1])["methods"]
     assert [one["method"] for one in methods] == ["full", "lora", "qlora"]
     assert {one["free_bytes"] for one in methods} == {24 * 10**9}
+    assert all(one["seconds"][0] < one["seconds"][1] for one in methods)
     code, out, _ = tunesmith(*words, "--fit", "1MB")
     assert (code, "does not fit: the smallest machine that would do is l4" in " ".join(out.split())) == (0, True)
     for wrong in (["--fit", "lots"], ["--target", "abacus"], ["--why", "lora_z"], ["--compare", "--why", "lora_r"]):
         assert tunesmith(*words, *wrong)[0] == 2
+
+
+def test_rates_are_tried_and_drawn(tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path) -> None:
+    data, picture = write_rows(tmp_path / "train.jsonl", sums(1, 40)), tmp_path / "curve.svg"
+    words = ["tune", "lr", "--model", str(tiny_folder), "--data", str(data), "--dtype", "fp32", "--steps", "10"]
+    code, out, err = tunesmith(*words, "--eval-split", "0.3", "--out", str(picture))
+    assert (code, "before training: held-out loss" in err, err.count("rate ") >= 2) == (0, True, True), err
+    assert "95% intervals" in out
+    assert picture.read_text().startswith("<svg")
+    code, _, err = tunesmith(*words)
+    assert (code, "no held-out rows to pick by" in err) == (2, True)
 
 
 def test_a_run_from_words_to_answers(

@@ -135,7 +135,7 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     text = printed(record_view(record))
     assert "before    I am an [AI]" in text
     assert 'after     {"a": 1}' in text
-    assert "75 steps, 900 tokens/s, peak 1.0 GB" in text
+    assert "75 steps, 900 tokens/s, peak 1.0 GB (1.9 predicted)" in text
     assert "shared" not in text
     assert "adapter: runs/x/adapter" in text
     shared = printed(record_view(replace(record, shared_tokens=1800)))

@@ -18,6 +18,7 @@ from tunesmith.types import Json
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {
+    "tune lr": "tune",
     "resume": "train",
     "data check": "data",
     "data show": "data",

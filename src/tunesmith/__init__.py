@@ -57,6 +57,7 @@ from tunesmith.verbs import (  # noqa: E402
     resume,
     schema,
     train,
+    tune_lr,
 )
 
 __all__ = [
@@ -100,4 +101,5 @@ __all__ = [
     "resume",
     "schema",
     "train",
+    "tune_lr",
 ]

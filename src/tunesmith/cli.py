@@ -158,6 +158,7 @@ def plan(
         str | None, typer.Option(metavar="SIZE", help="Plan for this much memory: 24GB.", show_default=False)
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Full, LoRA and QLoRA side by side.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure how long it will take, in 10 s.")] = False,
     why: Annotated[
         str | None, typer.Option(metavar="KEY", help="All that stands behind one value.", show_default=False)
     ] = None,
@@ -173,8 +174,25 @@ def plan(
         methods = verbs.compare_methods(recipe, target=target, fit=fit)
         say({"methods": methods}, outlook_table(methods), as_json=as_json)
         return
-    decided = verbs.plan(recipe, target=target, fit=fit)
+    decided = verbs.plan(recipe, target=target, fit=fit, calibrate=calibrate)
     say(decided, plan_table(decided) if why is None else choice_view(decided, why), as_json=as_json)
+
+
+def tune_lr(
+    wish: Wish = None,
+    steps: Annotated[int, typer.Option(min=10, help="Steps at each rate.")] = 40,
+    out: Annotated[Path, typer.Option(metavar="FILE.svg", help="Where to draw the curve.")] = Path(
+        "learning-rates.svg"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Short runs at five learning rates from the same start; picks one by the held-out loss."""
+    recipe = read_wish(wish)
+    from tunesmith.tuneview import rate_view
+
+    for found in verbs.tune_lr(recipe, steps=steps):
+        if (view := rate_view(found, out)) is not None:
+            say(found, view, as_json=as_json)
 
 
 def train(wish: Wish = None, as_json: AsJson = False) -> None:
@@ -258,6 +276,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "data show": data_show,
     "data split": data_split,
     "plan": plan,
+    "tune lr": tune_lr,
     "train": train,
     "resume": resume,
     "eval": evaluate,
@@ -266,7 +285,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "schema": schema,
 }
 
-GROUPS = {"data": "What is wrong with the rows, and what the model sees of them."}
+GROUPS = {
+    "data": "What is wrong with the rows, and what the model sees of them.",
+    "tune": "Which value of a recipe is best, measured on short runs.",
+}
 
 
 # ---------------------------------------------------------------- what verbs share
@@ -281,6 +303,7 @@ def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool)
         for event in events:
             progress.show(event)
     record = verbs.read_record(folder)
+    verbs.remember(record)  # this process has held nothing but the run
     say(record, record_view(record), as_json=as_json)
 
 

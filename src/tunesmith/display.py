@@ -42,6 +42,10 @@ def plan_table(plan: Plan) -> RenderableType:
         )
     rows = sum(report.rows for role, report in plan.data.items() if role == "data")
     lines = [f"{plan.steps} steps over {rows:,} rows, {plan.tokens_per_epoch:,} tokens an epoch"]
+    if plan.disk_bytes:
+        lines[0] += f"; the run folder takes up to {size(plan.disk_bytes)}"
+    if plan.seconds:
+        lines.append(f"about {' to '.join(map(duration, plan.seconds))} of training, {escape(plan.seconds_from)}")
     if "peak" in plan.memory_bytes:
         lines += memory_lines(plan)
     lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
@@ -200,7 +204,9 @@ def record_view(record: RunRecord) -> RenderableType:
         parts.append(tasks_line(record))
     if record.shared_tokens:
         parts.append(shared_line(record))
-    parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, peak {size(record.peak_bytes)}")
+    predicted = record.plan.memory_bytes["peak"] / 1e9
+    measured = f"peak {size(record.peak_bytes)} ({predicted:.1f} predicted)"
+    parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, {measured}")
     parts.append(f"adapter: {escape(record.adapter)}")
     return Group(*parts)
 

@@ -32,6 +32,7 @@ from tunesmith.data.shots import with_shots
 from tunesmith.data.show import coloured
 from tunesmith.data.split import split
 from tunesmith.errors import InputError
+from tunesmith.experience import corrected
 from tunesmith.hardware import measure_machine
 from tunesmith.model.adapter_folder import AdapterFolder, read_adapter
 from tunesmith.model.folder import has_weights
@@ -40,10 +41,11 @@ from tunesmith.model.source import resolve
 from tunesmith.model.spec import headers_of, read_spec
 from tunesmith.model.targets import linear_paths, select
 from tunesmith.plan.continued import window_of
-from tunesmith.plan.machines import machines
+from tunesmith.plan.machines import machines, target_of
 from tunesmith.plan.mixture import mixture_choice
 from tunesmith.plan.plan import decide, fits
 from tunesmith.plan.rules import SavedShare, nothing_saved
+from tunesmith.plan.work import SHARES, seconds_on
 from tunesmith.recipe import Recipe, sources_of
 from tunesmith.recipevalues import DataSource
 from tunesmith.runfolder import OWN_ROWS, next_run_folder
@@ -232,7 +234,7 @@ def planner(facts: Facts) -> Callable[[Recipe, Machine], Plan]:
     doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
 
     def make(recipe: Recipe, machine: Machine) -> Plan:
-        plan = decide(recipe, machine=machine, **known)
+        plan = _timed(corrected(decide(recipe, machine=machine, **known)))
         if "lora_target_modules" in plan.choices:
             select(layers, plan["lora_target_modules"])  # refused before anything is loaded
         warnings = (*doubts, *_lacks(facts), *plan.warnings)
@@ -245,6 +247,16 @@ def planner(facts: Facts) -> Callable[[Recipe, Machine], Plan]:
         return NO_MACHINE
 
     return make
+
+
+def _timed(plan: Plan) -> Plan:
+    """What is published of a machine of the table; of this one only what was measured."""
+    target = target_of(plan.machine)
+    if target is None:
+        return plan
+    shares = " to ".join(f"{100 * share:.0f}%" for share in SHARES)
+    told = f"at {shares} of its bf16 rate, published for well-tuned runs"
+    return dataclasses.replace(plan, seconds=seconds_on(plan, target.flops), seconds_from=told)
 
 
 def _lacks(facts: Facts) -> Iterator[str]:

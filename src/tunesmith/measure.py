@@ -252,6 +252,14 @@ def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Compar
     return tuple(compare(first, second, step=step) for first, second in pairs)
 
 
+def eval_measurement(bench: Workbench, items: Items) -> Measurement:
+    """The held-out loss, row by row: of answers in nats a token, of texts in bits a byte."""
+    bench.model.network.eval()
+    if "eval_data" in items.held_out:
+        return _bits(bench, items.held_out["eval_data"], "eval")
+    return next(_likelihoods(bench, items.eval_documents, "eval"))
+
+
 def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
     """What is looked at while training: the likelihoods on `eval_data`, and general texts where they are watched."""
     bench.model.network.eval()

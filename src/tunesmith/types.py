@@ -135,6 +135,8 @@ class Plan:
     disk_bytes: int = 0  # what the run folder holds at most
     phase_bytes: dict[str, int] = field(default_factory=dict[str, int])  # step | longest row | answers -> bytes
     saved_share: float = 0.0  # of the tokens, by sharing prefixes
+    seconds: tuple[float, ...] = ()  # of training: one number, or the least and the most; empty where nothing is known
+    seconds_from: str = ""
     fits_on: str = ""  # the smallest machine of the table that has room, if this one has not
 
     def __getitem__(self, key: str) -> Any:

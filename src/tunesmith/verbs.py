@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.facts import Facts
     from tunesmith.init import Written
     from tunesmith.plan.compare import Outlook
+    from tunesmith.tune.rates import RateTest, Trial
 
 AnyPath = str | Path
 Wish = AnyPath | Mapping[str, Any] | Recipe | None
@@ -139,12 +140,32 @@ def data_split(
     return divide(open_pool(wish), Path(to), **shares, group=group, stratify=stratify, seed=wish.seed)
 
 
-def plan(recipe: Wish | Facts = None, *, target: str | None = None, fit: str | None = None, **changes: Any) -> Plan:
+def plan(
+    recipe: Wish | Facts = None,
+    *,
+    target: str | None = None,
+    fit: str | None = None,
+    calibrate: bool = False,
+    **changes: Any,
+) -> Plan:
     """Every value of a run with its reason. InputError for a wish that cannot be; nothing is loaded or written, and the
-    model may be a config.json alone. `target`: for that GPU instead of this machine; `fit`: in this much memory."""
+    model may be a config.json alone. `target`: for that GPU instead of this machine; `fit`: in this much memory.
+    `calibrate`: how long it takes is measured, in about 10 seconds."""
     from tunesmith.facts import make_plan
 
-    return make_plan(_elsewhere(gather(recipe, weights=False, **changes), target, fit))
+    known = _elsewhere(gather(recipe, weights=False, **changes), target, fit)
+    if not calibrate:
+        return make_plan(known)
+    from tunesmith.calibration import calibrated
+
+    return calibrated(make_plan(known), known)
+
+
+def remember(record: RunRecord) -> None:
+    """Later plans on this machine predict from what a run took."""
+    from tunesmith.experience import remember
+
+    remember(record)
 
 
 def compare_methods(
@@ -177,6 +198,22 @@ def read_plan(path: AnyPath) -> Plan:
         require_run(Path(path))
     file = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
     return from_json(Plan, read_json(file), where=str(file))
+
+
+def tune_lr(recipe: Wish | Facts = None, *, steps: int = 40, **changes: Any) -> Iterator[Trial | RateTest]:
+    """Short runs at five rates around the plan's, picked by held-out loss: each `Trial` as it ends, then the
+    `RateTest`. Nothing is written. InputError without eval_data or eval_split, and for preference pairs."""
+    from tunesmith.plan.plan import refuse_without_room
+    from tunesmith.tune.rates import conclude, try_rates
+
+    known = gather(recipe, **changes)
+    decided = plan(known)
+    refuse_without_room(decided)
+    trials: list[Trial] = []
+    for trial in try_rates(decided, known, steps=steps):
+        trials.append(trial)
+        yield trial
+    yield conclude(decided, trials)
 
 
 # ---------------------------------------------------------------- runs

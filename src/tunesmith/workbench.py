@@ -37,10 +37,12 @@ from tunesmith.model.load import (
     stock_ids,
     stock_logits,
 )
+from tunesmith.model.part import part_of
 from tunesmith.model.quantized import load_quantized
 from tunesmith.model.saved import beside_stock, load_adapter
+from tunesmith.model.targets import GROUPS
 from tunesmith.train.probe import Cut, Probe, checked_places, choose_alike, choose_documents
-from tunesmith.types import Document, Plan
+from tunesmith.types import Choice, Document, Plan
 
 PROBE_ROWS = 200  # of the training rows, from which the proof's documents are chosen
 STOCK_ID_ROWS = 20
@@ -112,6 +114,18 @@ def _ours(network: Network, plan: Plan, facts: Facts) -> LanguageModel:
         load_adapter(network, facts.adapter.weights)
     blocked, activations = plan["weight_layout"] == "blocked", plan["activations"]
     return adopt(network, DTYPES[plan["dtype"]], plan["attention"], blocked=blocked, activations=activations)
+
+
+def set_up_part(plan: Plan, facts: Facts, layers: int) -> Workbench:
+    """With the first layers and made-up weights, to be measured; there is nothing to prove about them."""
+    facts = dataclasses.replace(_under_plan(plan, facts), adapter=None)
+    network = part_of(facts.model.path, DTYPES[plan["dtype"]], layers, quantized=plan["method"] == "qlora")
+    if "lora_target_modules" in plan.choices and plan["lora_target_modules"] not in GROUPS:
+        everything = Choice("all-linear", "rule", "the layers that are named may not be there")
+        plan = dataclasses.replace(plan, choices=plan.choices | {"lora_target_modules": everything})
+    schedule = _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, facts.datasets["data"])
+    nothing = Probe((), (), frozenset())
+    return Workbench(plan, facts, _ours(network, plan, facts), schedule, nothing, rehearsal=rehearsal_of(plan, facts))
 
 
 def _stream(plan: Plan, corpus: Corpus) -> Stream:

@@ -34,10 +34,14 @@ class _Weightless(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
-def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The stock network without its weights."""
+def skeleton(folder: Path, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+    """The stock network without its weights, or its first `layers`."""
     with its_errors(folder), _Weightless():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from tunesmith.plan.machines import target_of
 from tunesmith.plan.memory import trained_parameters
 from tunesmith.plan.plan import fits
 from tunesmith.plan.room import MULTIPLES, multiple
-from tunesmith.plan.work import run_flops, seconds_on
+from tunesmith.plan.work import run_flops
 from tunesmith.types import Plan
 
 COMPARED: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
@@ -52,7 +51,6 @@ def compare(plan_with: Callable[[str], Plan]) -> tuple[Outlook, ...]:
 
 def outlook(plan: Plan) -> Outlook:
     method, spec, peak = plan["method"], plan.model, plan.memory_bytes["peak"]
-    target = target_of(plan.machine)
     rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
     dora = plan.choices["use_dora"].value if "use_dora" in plan.choices else False
     trained = trained_parameters(spec, method=method, dtype=plan["dtype"], rank=rank, dora=dora)
@@ -68,7 +66,7 @@ def outlook(plan: Plan) -> Outlook:
         multiple=multiple(spec, peak),
         usual_multiple=MULTIPLES[method],
         flops=run_flops(plan),
-        seconds=() if target is None else seconds_on(plan, target.flops),
+        seconds=plan.seconds,
         disk_bytes=plan.disk_bytes,
         result_bytes=trained * (2 if narrow else 4),
         **SAYINGS[method],

@@ -241,7 +241,8 @@ def _warnings(known: Known, data: Mapping[str, DataReport]) -> list[str]:
     found: list[str] = []
     rate, small = known["learning_rate"], known.model.parameters < 1e9
     if small and known["method"] != "full":
-        found.append(f"learning rates for models below 1B are extrapolations ({rate:g} here): compare two or three")
+        instead = "compare two or three" if known.stage == "preference" else "`tunesmith tune lr` tries five"
+        found.append(f"learning rates below 1B parameters are extrapolations ({rate:g} here): {instead}")
     if known["method"] == "qlora" and known["dtype"] == "fp32":
         found.append("4-bit weights are widened to fp32 for products, and embeddings and head take 4 bytes a value")
     if known.steps < 100:

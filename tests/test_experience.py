@@ -1,0 +1,80 @@
+"""What earlier runs took corrects later plans, and a plan says so."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_run import plan_of, recipe
+from tunesmith import experience
+from tunesmith.jsonfile import from_json, to_json
+from tunesmith.plan.work import tokens_computed
+from tunesmith.types import Plan, RunRecord
+
+
+@pytest.fixture
+def made(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    return plan_of(recipe(tiny_folder, tmp_path))
+
+
+def record(plan: Plan, **changed: Any) -> RunRecord:
+    values: dict[str, Any] = {
+        "version": "0",
+        "plan": plan,
+        "proof": (),
+        "comparisons": (),
+        "steps": 30,
+        "tokens": 5000,
+        "shared_tokens": 1000,
+        "train_seconds": 8.0,
+        "peak_bytes": int(1.2 * plan.memory_bytes["peak"]),
+        "adapter": "adapter",
+    }
+    return RunRecord(**(values | changed))
+
+
+def test_a_later_plan_expects_what_the_last_run_took(made: Plan, tiny_folder: Path, tmp_path: Path) -> None:
+    assert "memory_factor" not in made.choices
+    experience.remember(record(made))
+    later = plan_of(recipe(tiny_folder, tmp_path))
+    assert later["memory_factor"] == pytest.approx(1.2, abs=0.001)
+    assert later.choices["memory_factor"].confidence == "measured here"
+    assert later.memory_bytes["peak"] == pytest.approx(1.2 * made.memory_bytes["peak"], rel=1e-3)
+    assert later.memory_bytes["peak"] == sum(v for name, v in later.memory_bytes.items() if name != "peak")
+    assert later.seconds == (pytest.approx(tokens_computed(later) / 500),)
+    assert "run" in later.seconds_from
+    read = from_json(Plan, to_json(later))
+    assert read.choices["memory_factor"] == later.choices["memory_factor"], "a plan says what it was made with"
+    assert (read.memory_bytes, read.seconds) == (later.memory_bytes, later.seconds)
+    experience.remember(record(later, peak_bytes=made.memory_bytes["peak"]))
+    assert plan_of(recipe(tiny_folder, tmp_path))["memory_factor"] == 1.0, "of the uncorrected prediction"
+
+
+def test_another_method_machine_or_format_is_another_kind(made: Plan, tiny_folder: Path, tmp_path: Path) -> None:
+    experience.remember(record(made))
+    other = dataclasses.replace(made, machine=dataclasses.replace(made.machine, device_name="another"))
+    assert experience.earlier(made) is not None
+    assert experience.earlier(other) is None
+    assert "memory_factor" not in plan_of(recipe(tiny_folder, tmp_path, method="full", lora_r="auto")).choices
+
+
+@pytest.mark.parametrize("changed", [{"steps": 19}, {"peak_bytes": 0}])
+def test_short_runs_say_nothing(changed: dict[str, Any], made: Plan) -> None:
+    experience.remember(record(made, **changed))
+    assert experience.earlier(made) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b"\xff"])
+def test_a_broken_file_is_no_experience_and_is_replaced(content: bytes, made: Plan, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / experience.FILE).write_bytes(content)
+    assert experience.corrected(made) == made
+    experience.remember(record(made))
+    assert experience.earlier(made) is not None
+
+
+def test_an_absurd_factor_is_bounded(made: Plan) -> None:
+    experience.remember(record(made, peak_bytes=100 * made.memory_bytes["peak"]))
+    assert experience.corrected(made)["memory_factor"] == 2.0
