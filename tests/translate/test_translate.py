@@ -296,8 +296,9 @@ def test_without_dataset_info_the_names_stay_to_be_filled_in() -> None:
         ("datasets: [{path: a.jsonl}]\n", "config.yml", "no model is named"),
         ("base_model: a\nadapter: lora\n", "config.yml", "no data set is named"),
         ("base_model: a\ndatasets: a.jsonl\n", "config.yml:2", "expected a list of mappings"),
-        ("base_model: a\ndatasets: []\nrl: dpo\n", "config.yml:3", "only supervised fine-tuning"),
-        ("stage: pt\ndataset: a\n", "config.yml:1", "only supervised fine-tuning"),
+        ("base_model: a\ndatasets: [{path: a}]\nrl: grpo\n", "config.yml:3", "dpo, orpo and simpo are trained here"),
+        ("base_model: a\ndatasets: []\nreward_model: true\n", "config.yml:3", "no counterpart"),
+        ("stage: kto\ndataset: a\n", "config.yml:1", "sft, dpo and pt have a counterpart"),
         ("model_name_or_path: a\nval_size: 0.1\neval_dataset: b\n", "config.yml:2", "contradict each other"),
         ("base_model: a\nval_set_size: 0.1\ntest_datasets: [{path: b}]\n", "config.yml:2", "contradict"),
         ("base_model: a\nadapter: lora\nbf16: true\nfp16: true\n", "config.yml:4", "contradict each other"),
@@ -312,10 +313,52 @@ def test_what_cannot_be_translated_is_refused_by_line(text: str, where: str, wha
     assert raised.value.where.endswith(where)
 
 
-def test_preferences_are_refused() -> None:
+def test_preferences_need_their_stage() -> None:
     write_datasets(Path.cwd())
-    with pytest.raises(InputError, match="pairs holds preferences"):
+    with pytest.raises(InputError, match="pairs holds preferences, which stage: dpo trains, not stage: sft"):
         changed(LLAMAFACTORY, "dataset: pairs", without=["dataset"])
+    with pytest.raises(InputError, match="holds no pairs"):
+        changed(LLAMAFACTORY, "stage: dpo", without=["stage"])
+
+
+PAIR_LINES = ("stage: dpo", "dataset: pairs", "pref_beta: 0.2", "pref_ftx: 0.5")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("sigmoid", "dpo"), ("orpo", "orpo"), ("simpo", "simpo")])
+def test_preferences_of_llamafactory(theirs: str, ours: str) -> None:
+    write_datasets(Path.cwd())
+    lines = (*PAIR_LINES, f"pref_loss: {theirs}", "simpo_gamma: 0.7")
+    found = changed(LLAMAFACTORY, *lines, without=["stage", "dataset", "eval_dataset"]).values
+    assert (found["stage"], found["loss"], found["beta"], found["nll_coefficient"]) == ("preference", ours, 0.2, 0.5)
+    assert found["data"][0]["format"] == "preference"
+    assert found.get("gamma") == (0.7 if ours == "simpo" else None)
+
+
+def test_preferences_of_axolotl() -> None:
+    rows = "datasets: [{path: a.jsonl, type: chatml.ultra, field_chosen: good}]\n"
+    found = translated("base_model: a\nadapter: lora\nrl: orpo\norpo_alpha: 0.3\n" + rows)
+    assert (found.values["stage"], found.values["loss"], found.values["beta"]) == ("preference", "orpo", 0.3)
+    assert found.values["data"] == [{"path": "a.jsonl", "format": "preference", "columns": {"chosen": "good"}}]
+    assert "datasets[0].type" in left(found)
+
+
+CONTINUED = {
+    "LLaMA-Factory": "model_name_or_path: a\nstage: pt\ndataset: c4\nper_device_train_batch_size: 2\n"
+    "gradient_accumulation_steps: 4\ncutoff_len: 512\nlora_rank: 8\n",
+    "Axolotl": "base_model: a\npretraining_dataset: {path: c4}\nmicro_batch_size: 2\n"
+    "gradient_accumulation_steps: 4\nsequence_len: 512\nadapter: lora\n",
+}
+
+
+@pytest.mark.parametrize("tool", CONTINUED)
+def test_continued_pretraining_counts_tokens(tool: str) -> None:
+    found = translated(CONTINUED[tool])
+    assert found.tool == tool
+    assert (found.values["stage"], found.values["batch_tokens"], found.values["max_length"]) == ("cpt", 4096, 512)
+    assert not {"batch_size", "overlong"} & found.values.keys()
+    without = changed(CONTINUED[tool], without=["cutoff_len", "sequence_len"])
+    assert "batch_tokens" not in without.values
+    assert "batch_size" in left(without)
 
 
 KEYS = sorted({*(key for signs, _ in TOOLS.values() for key in signs), *yaml.safe_load(AXOLOTL + LLAMAFACTORY)})

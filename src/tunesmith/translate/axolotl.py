@@ -22,7 +22,7 @@ SAME = topics.SAME | {
     "peft_use_rslora": "use_rslora",
     "peft_use_dora": "use_dora",
 }
-OTHER_STAGES = ("rl", "reward_model", "process_reward_model", "pretraining_dataset")
+OTHER_STAGES = ("reward_model", "process_reward_model")
 LONG_ROWS = {"drop": "drop", "truncate": "truncate", "raise": "refuse"}
 
 OWN_WORDS = "the model's chat template words the prompt here, not Axolotl's own sentences"
@@ -45,16 +45,17 @@ def translate(draft: Draft) -> None:
         if draft.given.get(key):
             value = draft.given[key]
             what = f"{key}: {value if isinstance(value, str) else '...'}: "
-            raise draft.refusal(key, what + "only supervised fine-tuning can be translated so far")
+            raise draft.refusal(key, what + "there is no counterpart here")
     if draft.given.get("val_set_size") and draft.given.get("test_datasets"):
         raise draft.refusal("val_set_size", "val_set_size and test_datasets contradict each other: keep one")
     topics.model(draft, "base_model")
     draft.rename(SAME)
     _method(draft)
     _long_rows(draft)
-    for key, ours in (("datasets", "data"), ("test_datasets", "eval_data")):
-        if (entries := draft.take(key)) is not None:
-            draft.put(ours, _sources(draft, key, entries), key)
+    preference, texts = draft.word("rl"), draft.given.get("pretraining_dataset")
+    for key, ours in (("pretraining_dataset", "data"), ("datasets", "data"), ("test_datasets", "eval_data")):
+        if entries := draft.take(key):
+            draft.put(ours, _sources(draft, key, entries, pairs=bool(preference)), key)
     topics.held_out(draft, "val_set_size")
     _template(draft)
     topics.batch_size(draft, "micro_batch_size", micro_default=1)
@@ -64,6 +65,11 @@ def translate(draft: Draft) -> None:
     topics.precision(draft)
     topics.saving(draft)
     topics.folder(draft)
+    if preference:
+        beta = "orpo_alpha" if preference == "orpo" else "rl_beta"
+        topics.pairs(draft, preference, "rl", beta=beta, gamma="simpo_gamma", nll_coefficient="rpo_alpha")
+    elif texts:
+        topics.texts(draft, "pretraining_dataset")
     tokens = draft.given.get("special_tokens")
     if isinstance(tokens, dict) and tokens.keys() == {"pad_token"}:
         draft.leave("special_tokens", draft.take("special_tokens"), "nothing is padded", matters=False)
@@ -104,18 +110,20 @@ def _template(draft: Draft) -> None:
 # ---------------------------------------------------------------- data sets
 
 
-def _sources(draft: Draft, key: str, entries: Any) -> list[Json]:
+def _sources(draft: Draft, key: str, entries: Any, *, pairs: bool) -> list[Json]:
+    if isinstance(entries, dict):
+        entries = [entries]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise draft.refusal(key, f"{key}: expected a list of mappings, each with a path")
-    found = [_of_entry(draft, f"{key}[{place}]", dict(entry)) for place, entry in enumerate(entries)]
+    found = [_of_entry(draft, f"{key}[{place}]", dict(entry), pairs) for place, entry in enumerate(entries)]
     return [source for sources in found for source in sources]
 
 
-def _of_entry(draft: Draft, name: str, entry: Json) -> list[Json]:
+def _of_entry(draft: Draft, name: str, entry: Json, pairs: bool) -> list[Json]:
     """A source for each file of one entry."""
     path, files = str(entry.pop("path", None) or ""), entry.pop("data_files", None)
     files = [str(file) for file in files] if isinstance(files, list) else [str(files or path)]
-    format = _format(draft, name, entry)
+    format = _pairs(draft, name, entry) if pairs else _format(draft, name, entry)
     _say_what_else(draft, name, entry)
     return [{"path": _file(draft, name, file, Path(path)), **format} for file in files]
 
@@ -146,6 +154,8 @@ def _format(draft: Draft, name: str, entry: Json) -> Json:
     if isinstance(kind, dict):
         return _own_type(draft, name, kind)
     base = str(kind or "").replace(":", ".").partition(".")[0]
+    if base == "pretrain" or name.startswith("pretraining_dataset"):
+        return described("text", {"text": entry.pop("text_column", None)})
     if base in ("chat_template", "sharegpt"):
         return _messages(draft, name, base, entry)
     if base == "alpaca":
@@ -156,6 +166,17 @@ def _format(draft: Draft, name: str, entry: Json) -> Json:
     if kind:
         draft.leave(f"{name}.type", kind, "not known here: the format is detected from the rows")
     return {}
+
+
+def _pairs(draft: Draft, name: str, entry: Json) -> Json:
+    """Prompt, chosen and rejected; their types say how the prompt is worded, which the model's template does here."""
+    kind = entry.pop("type", None)
+    entry.pop("message_property_mappings", None)
+    columns = {"prompt": entry.pop("field_messages", None) or entry.pop("field_prompt", None)}
+    columns |= {side: entry.pop(f"field_{side}", None) for side in ("chosen", "rejected")}
+    if str(kind or "").partition(".")[0] != "chat_template":
+        draft.leave(f"{name}.type", kind, OWN_WORDS)
+    return described("preference", columns) if any(columns.values()) else {}
 
 
 def _messages(draft: Draft, name: str, base: str, entry: Json) -> Json:

@@ -32,9 +32,9 @@ OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user",
 
 
 def translate(draft: Draft) -> None:
-    stage = draft.word("stage")
-    if stage not in (None, "sft"):
-        raise draft.refusal("stage", f"stage: {stage}: only supervised fine-tuning (sft) can be translated so far")
+    stage = draft.word("stage") or "sft"
+    if stage not in ("sft", "dpo", "pt"):
+        raise draft.refusal("stage", f"stage: {stage}: sft, dpo and pt have a counterpart here")
     if draft.given.get("val_size") and draft.given.get("eval_dataset"):
         raise draft.refusal("val_size", "val_size and eval_dataset contradict each other: keep one")
     topics.model(draft, "model_name_or_path")
@@ -44,7 +44,7 @@ def translate(draft: Draft) -> None:
     _method(draft)
     topics.target_modules(draft, "lora_target", everything=("all",))
     topics.adapter(draft, "adapter_name_or_path")
-    _datasets(draft)
+    _datasets(draft, stage)
     topics.held_out(draft, "val_size")
     topics.chat_template(draft, "template", own=())
     topics.batch_size(draft, "per_device_train_batch_size", micro_default=8)
@@ -54,6 +54,11 @@ def translate(draft: Draft) -> None:
     topics.precision(draft)
     topics.saving(draft)
     topics.folder(draft)
+    if stage == "dpo":
+        loss = draft.word("pref_loss") or "sigmoid"
+        topics.pairs(draft, loss, "pref_loss", beta="pref_beta", gamma="simpo_gamma", nll_coefficient="pref_ftx")
+    elif stage == "pt":
+        topics.texts(draft, "stage")
 
 
 def _method(draft: Draft) -> None:
@@ -69,7 +74,7 @@ def _method(draft: Draft) -> None:
 # ---------------------------------------------------------------- data sets
 
 
-def _datasets(draft: Draft) -> None:
+def _datasets(draft: Draft, stage: str) -> None:
     folder = str(draft.word("dataset_dir") or "data")
     most = draft.number("max_samples")
     for key, ours in (("dataset", "data"), ("eval_dataset", "eval_data")):
@@ -77,11 +82,11 @@ def _datasets(draft: Draft) -> None:
         if names is None:
             continue
         names = names if isinstance(names, list) else str(names).split(",")
-        sources = [_source(draft, str(name).strip(), folder, most) for name in names]
+        sources = [_source(draft, str(name).strip(), folder, most, stage) for name in names]
         draft.put(ours, sources, key)
 
 
-def _source(draft: Draft, name: str, folder: str, most: float | None) -> Json:
+def _source(draft: Draft, name: str, folder: str, most: float | None, stage: str) -> Json:
     """One data set by its name, as dataset_info.json describes it."""
     info_file = _info_file(draft, folder)
     info = _entry(info_file, name)
@@ -95,7 +100,7 @@ def _source(draft: Draft, name: str, folder: str, most: float | None) -> Json:
     else:
         file = str(info["file_name"])
         source = {"path": draft.locate(file, info_file.parent) or f"{folder}/{file}"}  # type: ignore[union-attr]
-    source |= _format(draft, name, info)
+    source |= _format(draft, name, info, stage)
     counts = [int(count) for count in (most, info.get("num_samples")) if count]
     return source | ({"max_examples": min(counts)} if counts else {})
 
@@ -120,12 +125,15 @@ def _hub_name(info: Json) -> Any:
     return next((info[key] for key in ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url") if key in info), info)
 
 
-def _format(draft: Draft, name: str, info: Json) -> Json:
+def _format(draft: Draft, name: str, info: Json, stage: str) -> Json:
     columns: Json = info.get("columns") or {}
-    if info.get("ranking") or "kto_tag" in columns:
-        raise draft.refusal(
-            "dataset", f"{name} holds preferences: only supervised fine-tuning can be translated so far"
-        )
+    if bool(info.get("ranking")) != (stage == "dpo") or "kto_tag" in columns:
+        what = "holds preferences, which stage: dpo trains" if info.get("ranking") else "holds no pairs (ranking: true)"
+        raise draft.refusal("dataset", f"{name} {what}, not stage: {stage}" if stage != "dpo" else f"{name} {what}")
+    if stage == "pt":
+        return described("text", {"text": columns.get("prompt", "instruction")})
+    if stage == "dpo":
+        return _pairs(draft, name, info, columns)
     for kind in ("images", "videos", "audios"):
         if kind in columns:
             draft.leave(f"dataset {name}: {kind}", columns[kind], "only text is trained here")
@@ -141,3 +149,15 @@ def _format(draft: Draft, name: str, info: Json) -> Json:
     if system:
         draft.leave(f"dataset {name}: system", system, "the system prompt is the first message here")
     return described("messages", {"messages": messages, "tools": tools})
+
+
+def _pairs(draft: Draft, name: str, info: Json, columns: Json) -> Json:
+    chosen, rejected = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
+    if info.get("formatting", "alpaca") != "alpaca":
+        columns = {"prompt": columns.get("messages", "conversations")}
+        draft.leave(f"dataset {name}: tags", info.get("tags"), "look at the rows with `tunesmith data show`")
+    elif columns.get("query"):
+        draft.leave(f"dataset {name}: query", columns["query"], "a pair has one prompt: put both into one column")
+    return described(
+        "preference", {"prompt": columns.get("prompt", "instruction"), "chosen": chosen, "rejected": rejected}
+    )

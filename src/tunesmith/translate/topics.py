@@ -19,6 +19,7 @@ SAME = {
 }
 FROM_HUB = "not a file here: save its rows in the file that the recipe names"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+LOSSES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo"}
 PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32", "float": "fp32"}
 
 
@@ -45,6 +46,30 @@ def low_rank(draft: Draft, source: str, *, four_bits: bool = False) -> None:
             if draft.take(key) is False:
                 draft.leave(key, False, "always on: the scales are quantised too", matters=False)
     draft.put("method", "qlora" if four_bits else "lora", source)
+
+
+def pairs(draft: Draft, loss: Any, source: str, **names: str) -> None:
+    """Training on preferences: our keys (`beta`, `gamma`, `nll_coefficient`) by theirs, and the loss."""
+    if loss not in LOSSES:
+        raise draft.refusal(source, f"{source}: {loss}: of preferences, dpo, orpo and simpo are trained here")
+    draft.put("stage", "preference", source)
+    draft.put("loss", LOSSES[loss], source)
+    draft.rename({theirs: ours for ours, theirs in names.items()})
+    if loss != "simpo" and "gamma" in draft.values:
+        draft.leave(draft.notes.pop("gamma"), draft.values.pop("gamma"), "only SimPO has a margin", matters=False)
+
+
+def texts(draft: Draft, source: str) -> None:
+    """Continued pretraining: a step counts tokens, which are theirs when their rows are packed full."""
+    draft.put("stage", "cpt", source)
+    rows, length = draft.values.pop("batch_size", None), draft.values.get("max_length")
+    note = draft.notes.pop("batch_size", "")
+    if rows and length:
+        draft.put("batch_tokens", int(rows * length), f"{note}, each of {int(length):,} tokens")
+    elif rows:
+        draft.leave("batch_size", rows, "a step counts tokens here: set batch_tokens")
+    if "overlong" in draft.values:
+        del draft.values["overlong"], draft.notes["overlong"]
 
 
 def adapter(draft: Draft, key: str) -> None:

@@ -20,7 +20,7 @@ from tunesmith.translate.reasons import leave_the_rest
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_yaml
 
-DATA_KEYS = ("dataset", "datasets", "dataset_name")
+DATA_KEYS = ("dataset", "datasets", "pretraining_dataset", "dataset_name")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def translate(config: Path, recipe: Path, given: Json | None = None) -> Translat
     """`given` are values that win, such as a model named on the command line.
 
     Raises InputError with file:line when the file is not YAML, not a config of one of the tools, contradicts itself,
-    or asks for another kind of training than supervised fine-tuning.
+    or asks for a kind of training that there is not.
     """
     document = read_yaml(config)
     for key, line in document.duplicates:
