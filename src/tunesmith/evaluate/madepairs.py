@@ -28,7 +28,7 @@ def with_made_pairs(bench: Workbench, folder: RunFolder) -> tuple[Workbench, tup
     """The bench with a worse side for every row that got one, made once and read back by every later attempt; and how
     many. Call it before any weight has changed. Raises GateError when nothing is left to compare."""
     rows = bench.rows
-    alone = _alone(rows) if bench.plan["stage"] == "preference" and _pairing(rows) else {}
+    alone = _alone(rows) if any(part.pairs and part.never.pairing for part in rows.parts) else {}
     if not alone:
         return bench, ()
     path = folder.path / MADE
@@ -46,10 +46,6 @@ def with_made_pairs(bench: Workbench, folder: RunFolder) -> tuple[Workbench, tup
     datasets = {**bench.facts.datasets, "data": dataclasses.replace(rows, made=worse)}
     facts = dataclasses.replace(bench.facts, datasets=datasets)
     return dataclasses.replace(bench, facts=facts), (Verdict("made pairs", "ok" if worse else "warn", evidence),)
-
-
-def _pairing(rows: Dataset) -> bool:
-    return any(part.never.pairing for part in rows.parts)
 
 
 def _alone(rows: Dataset) -> dict[int, Example]:
