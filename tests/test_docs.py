@@ -22,6 +22,7 @@ PAGES = {
     "resume": "train",
     "data check": "data",
     "data show": "data",
+    "data curate": "data",
     "data split": "data",
     "schema": "recipe",
     "demo": "train",

@@ -127,6 +127,20 @@ def data_show(
     say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
+def data_curate(
+    keep: Annotated[int, typer.Option(min=1, help="How many rows.", show_default=False)],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)],
+    wish: Wish = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a few good rows by the scores of the base model; why each other row is not kept."""
+    recipe = read_wish(wish)
+    from tunesmith.display import curated_view
+
+    curated = verbs.data_curate(recipe, keep=keep, to=to)
+    say(curated, curated_view(curated), as_json=as_json)
+
+
 def data_split(
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)],
     wish: Wish = None,
@@ -274,6 +288,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "data check": data_check,
     "data show": data_show,
+    "data curate": data_curate,
     "data split": data_split,
     "plan": plan,
     "tune lr": tune_lr,

@@ -22,6 +22,7 @@ from tunesmith.types import Comparison, DataReport, Event, Json, Plan, RunRecord
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from tunesmith.curate import Curated
     from tunesmith.data.divide import Divided
     from tunesmith.diagnosis import Diagnosis
     from tunesmith.export.targets import Exported
@@ -117,6 +118,14 @@ def data_show(recipe: Wish | Facts = None, *, rows: int = 3, ids: bool = False, 
     from tunesmith.facts import show_rows
 
     return list(show_rows(gather(recipe, **changes), rows=rows, ids=ids))
+
+
+def data_curate(recipe: Wish | Facts = None, *, keep: int, to: AnyPath, **changes: Any) -> Curated:
+    """Chooses `keep` rows of `data` by the scores of the base model, quality first, then diversity, into a new folder
+    `to`, beside a random and the longest subset of the same size. Every other row keeps its reason; none is edited."""
+    from tunesmith.curate import curate
+
+    return curate(gather(recipe, **changes), keep, Path(to))
 
 
 def data_split(
