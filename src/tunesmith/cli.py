@@ -4,8 +4,8 @@
 
 Results go to stdout (as one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok, 1 a bug in
 tunesmith, 2 the user's input, 3 the machine, 4 a gate said no, 130 and 143 interrupted. Nothing heavy is imported
-before a verb needs it: that is why imports stand inside the functions, here and in verbs.py only. Left out: how words
-become a recipe and results text (commandline.py).
+before a verb needs it: that is why imports stand inside the functions, here and in verbs.py only. Left out: the
+verbs on data (clidata.py), how words become a recipe and results text (commandline.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from tunesmith import verbs
+from tunesmith import clidata, verbs
 from tunesmith.commandline import AsJson, Run, Wish, read_wish, say
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes
@@ -96,71 +96,6 @@ def doctor(
 
     diagnosis = verbs.doctor(model)
     say(diagnosis, diagnosis_view(diagnosis), as_json=as_json)
-
-
-def data_check(
-    wish: Wish = None,
-    rejected: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the rows that cannot be used here.", show_default=False),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Read all data once and say what is wrong with it; exit code 2 if a run would stop at bad rows."""
-    recipe = read_wish(wish)
-    from tunesmith.display import data_view
-
-    found = verbs.data_check(recipe, rejected=rejected)
-    say({"data": found}, data_view(found), as_json=as_json)
-    if any(report.rejected for report in found.values()) and not recipe.skip_bad:
-        sys.exit(2)
-
-
-def data_show(
-    wish: Wish = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
-    ids: Annotated[bool, typer.Option("--ids", help="Print the token ids too.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Print real rows as the model sees them, coloured by what is trained."""
-    texts = verbs.data_show(read_wish(wish), rows=rows, ids=ids)
-    say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
-
-
-def data_curate(
-    keep: Annotated[int, typer.Option(min=1, help="How many rows.", show_default=False)],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)],
-    wish: Wish = None,
-    as_json: AsJson = False,
-) -> None:
-    """Choose a few good rows by the scores of the base model; why each other row is not kept."""
-    recipe = read_wish(wish)
-    from tunesmith.display import curated_view
-
-    curated = verbs.data_curate(recipe, keep=keep, to=to)
-    say(curated, curated_view(curated), as_json=as_json)
-
-
-def data_split(
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)],
-    wish: Wish = None,
-    eval_share: Annotated[float, typer.Option(help="Of the rows, for eval.jsonl.")] = 0.1,
-    test_share: Annotated[float, typer.Option(help="Of the rows, for test.jsonl.")] = 0.1,
-    group: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Rows with one value of it stay together.", show_default=False)
-    ] = None,
-    stratify: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Divide each value of it; else each label.", show_default=False)
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Divide data into files for training, selecting and the last measure; rows that are alike stay together."""
-    recipe = read_wish(wish)
-    from tunesmith.display import divided_view
-
-    shares = {"eval_share": eval_share, "test_share": test_share}
-    divided = verbs.data_split(recipe, to=to, **shares, group=group, stratify=stratify)
-    say(divided, divided_view(divided), as_json=as_json)
 
 
 def plan(
@@ -286,10 +221,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "init": init,
     "doctor": doctor,
-    "data check": data_check,
-    "data show": data_show,
-    "data curate": data_curate,
-    "data split": data_split,
+    "data check": clidata.data_check,
+    "data show": clidata.data_show,
+    "data curate": clidata.data_curate,
+    "data split": clidata.data_split,
     "plan": plan,
     "tune lr": tune_lr,
     "train": train,

@@ -1,0 +1,80 @@
+"""The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`, `split`.
+
+Each is a function as in cli.py, where the table of all verbs is. Imports stand inside the functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith import verbs
+from tunesmith.commandline import AsJson, Wish, read_wish, say
+
+
+def data_check(
+    wish: Wish = None,
+    rejected: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the rows that cannot be used here.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read all data once and say what is wrong with it; exit code 2 if a run would stop at bad rows."""
+    recipe = read_wish(wish)
+    from tunesmith.display import data_view
+
+    found = verbs.data_check(recipe, rejected=rejected)
+    say({"data": found}, data_view(found), as_json=as_json)
+    if any(report.rejected for report in found.values()) and not recipe.skip_bad:
+        sys.exit(2)
+
+
+def data_show(
+    wish: Wish = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Print the token ids too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print real rows as the model sees them, coloured by what is trained."""
+    texts = verbs.data_show(read_wish(wish), rows=rows, ids=ids)
+    say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
+
+
+def data_curate(
+    keep: Annotated[int, typer.Option(min=1, help="How many rows.", show_default=False)],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)],
+    wish: Wish = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a few good rows by the scores of the base model; why each other row is not kept."""
+    recipe = read_wish(wish)
+    from tunesmith.display import curated_view
+
+    curated = verbs.data_curate(recipe, keep=keep, to=to)
+    say(curated, curated_view(curated), as_json=as_json)
+
+
+def data_split(
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)],
+    wish: Wish = None,
+    eval_share: Annotated[float, typer.Option(help="Of the rows, for eval.jsonl.")] = 0.1,
+    test_share: Annotated[float, typer.Option(help="Of the rows, for test.jsonl.")] = 0.1,
+    group: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Rows with one value of it stay together.", show_default=False)
+    ] = None,
+    stratify: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Divide each value of it; else each label.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Divide data into files for training, selecting and the last measure; rows that are alike stay together."""
+    recipe = read_wish(wish)
+    from tunesmith.display import divided_view
+
+    shares = {"eval_share": eval_share, "test_share": test_share}
+    divided = verbs.data_split(recipe, to=to, **shares, group=group, stratify=stratify)
+    say(divided, divided_view(divided), as_json=as_json)
