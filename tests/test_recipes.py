@@ -18,6 +18,7 @@ CHOSEN: dict[str, Json] = {
     "cpt": {"stage": "cpt"},
     "never": {"never": ["ai-self-mention (ban)", "apology (ban)"]},
     "shared-prefixes": {"share_prefixes": True},
+    "instruction": {"mixture": {"arguments": 6, "returns": 6, "names": 6}},
 }
 
 
@@ -30,12 +31,22 @@ def rows_of(stage: str, first: int) -> list[Json]:
     return [chat(f"{n} and {n}", f"{2 * n}", "Add these two numbers.") for n in range(first, first + 6)]
 
 
+def columns(number: int) -> list[Json]:
+    """Rows of a task, as the forms of the recipe want them."""
+    return [{"code": f"f{number}_{n}()", "name": f"f{number}_{n}", "completion": f"F{n}"} for n in range(6)]
+
+
 def run_small(path: Path, model: Path, folder: Path) -> list[Event]:
     """Runs a recipe with a tiny model, and toy rows in the place of every file that it names."""
     wish = read_recipe(path)
     changed: dict[str, Any] = {"batch_tokens": 200, "max_length": 60} if wish.stage == "cpt" else {"batch_size": 2}
     for number, key in enumerate(("data", "eval_data", "test_data")):
-        if getattr(wish, key):
+        if wish.mixture is not None and getattr(wish, key):
+            changed[key] = [
+                {**source.model_dump(mode="json"), "path": str(write_rows(folder / source.path.name, columns(n)))}
+                for n, source in enumerate(getattr(wish, key), start=10 * number)
+            ]
+        elif getattr(wish, key):
             changed[key] = str(write_rows(folder / f"{key}.jsonl", rows_of(wish.stage, 10 + 500 * number)))
     if wish.rehearsal is not None:
         changed["rehearsal"] = {"data": str(write_rows(folder / "general.jsonl", sums(300, 6)))}

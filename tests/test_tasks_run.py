@@ -49,6 +49,7 @@ def test_tokens_and_scores_are_counted_by_task(tiny_folder: Path, tmp_path: Path
     expected = [(f"test: {name}", metric) for metric in ("exact_match", "loss") for name in names]
     assert list(found) == expected
     assert list(found.values()) == [3, 2, 5, 3] * 2
+    assert [after.id for _, after in record.samples] == ["b.jsonl:1", "c.jsonl:1", "d.jsonl:1"], "one of each task"
 
 
 def test_a_split_keeps_the_tasks(tiny_folder: Path, tmp_path: Path) -> None:

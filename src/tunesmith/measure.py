@@ -26,7 +26,7 @@ from tunesmith.types import Comparison, Document, Example, Plan, Sample, Score
 from tunesmith.workbench import Workbench
 
 GENERAL = "general text"  # the task of what retention_data measures
-SHOWN_ANSWERS = 3
+SHOWN_ANSWERS, SHOWN_TASKS = 3, 8
 MEASURED_CHARACTERS = 300_000  # of the texts of a role; about 75,000 tokens
 LONGEST_TEXT = 30_000  # characters
 
@@ -156,10 +156,11 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
     bench.model.network.eval()
     found: list[Measurement] = []
     graded = bench.plan["metrics"] or bench.facts.recipe.never
-    questions = (*items.questions, *items.eliciting) if graded else items.questions[:SHOWN_ANSWERS]
+    shown = shown_of(items)
+    questions = (*items.questions, *items.eliciting) if graded else tuple(items.questions[i] for i in shown)
     answers = answers_to(bench, questions)
     found += grades(bench, questions, answers)
-    shown = [*range(len(items.questions))[:SHOWN_ANSWERS], *range(len(items.questions), len(questions))[:1]]
+    shown = [*(shown if graded else range(len(questions))), *range(len(items.questions), len(questions))[:1]]
     samples = samples_of([questions[i] for i in shown], [answers[i] for i in shown], step=step)
     found += _likelihoods(bench, items.test_documents, "test")
     found = _by_task(bench, items, "test_data", found)
@@ -168,6 +169,14 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
     if items.texts:
         found.append(_bits(bench, items.texts, GENERAL))
     return Measured(tuple(found), samples)
+
+
+def shown_of(items: Items) -> list[int]:
+    """Which questions are shown with their answers: the first ones, or the first of each named task."""
+    tasks, first = items.tasks.get("test_data", {}), dict[str, int]()
+    for place, question in enumerate(items.questions):
+        first.setdefault(tasks.get(question.id, question.id), place)
+    return list(first.values())[: SHOWN_TASKS if tasks else SHOWN_ANSWERS]
 
 
 def answers_to(bench: Workbench, questions: Sequence[Question], banned: tuple[tuple[int, ...], ...] = ()) -> list[str]:
