@@ -124,6 +124,14 @@ def test_memory_follows_what_a_step_holds(plan: Planner) -> None:
     assert large.memory_bytes == plan({"batch_size": 640}).memory_bytes, "a pack is never longer than pack_length"
 
 
+def test_what_measuring_leaves_behind_counts_where_something_is_measured(plan: Planner) -> None:
+    bare = plan().memory_bytes
+    assert bare["evaluation"] == 0
+    for roles, wishes in (({"test_data": {}}, {}), ({"eval_data": {}}, {}), ({}, {"retention_data": "general.jsonl"})):
+        held = plan(wishes, roles=roles).memory_bytes
+        assert held["peak"] - bare["peak"] == held["evaluation"] == 500_000_000
+
+
 def test_a_machine_without_memory_or_disk_is_refused(plan: Planner) -> None:
     refuse_without_room(plan())
     wish = {"activations": "keep"}

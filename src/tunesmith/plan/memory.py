@@ -58,9 +58,11 @@ class Size(TypedDict):
     activations: NotRequired[str]
 
 
-def peak_memory(spec: ModelSpec, *, pack_tokens: int, layouts: int = 1, **size: Unpack[Size]) -> dict[str, int]:
+def peak_memory(
+    spec: ModelSpec, *, pack_tokens: int, layouts: int = 1, measured: bool = True, **size: Unpack[Size]
+) -> dict[str, int]:
     """Bytes by component. `layouts`: in how many the frozen matrices are kept (model/frozen.py). Those in 4 bits are
-    widened one by one, and so are moments in 8 bits."""
+    widened one by one, and so are moments in 8 bits. `measured`: there are rows to measure on before the run."""
     width, dora = 2 if size["dtype"] == "bf16" else 4, size.get("dora", False)
     parts = {
         "process": PROCESS_BYTES,
@@ -68,7 +70,7 @@ def peak_memory(spec: ModelSpec, *, pack_tokens: int, layouts: int = 1, **size: 
         "activations": activation_bytes(
             spec, pack_tokens, width, activations=size.get("activations", "keep"), dora=dora
         ),
-        "evaluation": EVALUATION_BYTES,
+        "evaluation": EVALUATION_BYTES if measured else 0,
         "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if width == 2 else 4),
     }
     return parts | {"peak": sum(parts.values())}

@@ -45,10 +45,10 @@ def decide(
     decided: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
     has_schema = wishes["schema"] is not None
-    questions = data["test_data"].rows if "test_data" in data and recipe.stage != "cpt" else 0
+    held_out = _held_out(recipe, data)
     fixed = fixed or {}
     epoch = epoch_of(data["data"], fixed.get("mixture"))
-    known = Known(machine, model, epoch, decided, has_schema, recipe.max_steps, recipe.stage, saved_share, questions)
+    known = Known(machine, model, epoch, decided, has_schema, recipe.max_steps, recipe.stage, saved_share, *held_out)
     for key, decide_by_rule in (CPT_RULES if known.stage == "cpt" else RULES).items():
         if key in ADAPTER_KEYS and decided.get("method") == "full":
             continue
@@ -171,10 +171,16 @@ def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> di
     return _held(known, model, _packs(known, choices)[0])
 
 
+def _held_out(recipe: Recipe, data: Mapping[str, DataReport]) -> tuple[int, bool]:
+    """How many questions are asked before and after, and whether anything is measured then."""
+    questions = data["test_data"].rows if "test_data" in data and recipe.stage != "cpt" else 0
+    return questions, bool({"eval_data", "test_data"} & data.keys()) or recipe.retention_data is not None
+
+
 def _held(known: Known, model: ModelSpec, pack_tokens: int) -> dict[str, int]:
     layouts = 2 if known["weight_layout"] == "blocked" else 1
     held = {"pack_tokens": pack_tokens, "layouts": layouts, "cache_tokens": _answer_tokens(known)}
-    return needed(model, known.machine, **held, **_size(known.decided))
+    return needed(model, known.machine, measured=known.measured, **held, **_size(known.decided))
 
 
 def _answer_tokens(known: Known) -> int:

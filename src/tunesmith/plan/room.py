@@ -20,12 +20,19 @@ MULTIPLES = {"full": "x4 to x12", "lora": "x1.5", "qlora": "x1.5"}  # of the mis
 
 
 def needed(
-    spec: ModelSpec, machine: Machine, *, pack_tokens: int, layouts: int, cache_tokens: int, **size: Any
+    spec: ModelSpec,
+    machine: Machine,
+    *,
+    pack_tokens: int,
+    layouts: int,
+    cache_tokens: int,
+    measured: bool,
+    **size: Any,
 ) -> dict[str, int]:
     """Bytes by component, with "peak"."""
     if machine.device == "cuda":
         return gpu_memory(spec, pack_tokens=pack_tokens, cache_tokens=cache_tokens, **size)
-    return peak_memory(spec, pack_tokens=pack_tokens, layouts=layouts, **size)
+    return peak_memory(spec, pack_tokens=pack_tokens, layouts=layouts, measured=measured, **size)
 
 
 def corrected(parts: dict[str, int], factor: float) -> dict[str, int]:

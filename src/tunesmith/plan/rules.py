@@ -36,6 +36,7 @@ class Known:
     stage: str = "sft"
     saved_share: SavedShare = nothing_saved
     questions: int = 0  # of test_data: answers are written side by side
+    measured: bool = False  # on held-out rows or general text, before and after
 
     def __getitem__(self, key: str) -> Any:
         return self.decided[key]
