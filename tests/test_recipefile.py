@@ -96,7 +96,6 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ),
         ("method: dora", "method: 'dora' is not a value here: set use_dora: true"),
         ("load_in_4bit: true", "set method: qlora"),
-        ("stage: [cpt, sft]", "a list of stages is not supported yet"),
         ("learning_rate: fast", "expected 'auto' or a number above 0 and at most 1, found 'fast'"),
         ("seed: on", "found true (YAML reads on, yes, off and no as true and false"),
         ("model: other", "recipe.yaml:3: 'model' stands here a second time"),

@@ -27,6 +27,7 @@ from tunesmith import clidata, verbs
 from tunesmith.commandline import AsJson, Run, Wish, read_wish, say
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes
+from tunesmith.runfolder import is_staged
 from tunesmith.types import Event
 from tunesmith.version import __version__
 
@@ -253,7 +254,8 @@ def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool)
         for event in events:
             progress.show(event)
     record = verbs.read_record(folder)
-    verbs.remember(record)  # this process has held nothing but the run
+    if not is_staged(folder):  # a sum over stages says nothing of a plan
+        verbs.remember(record)  # this process has held nothing but the run
     say(record, record_view(record), as_json=as_json)
 
 

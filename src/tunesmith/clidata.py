@@ -13,6 +13,7 @@ import typer
 
 from tunesmith import verbs
 from tunesmith.commandline import AsJson, Wish, read_wish, say
+from tunesmith.recipe import Recipe
 
 
 def data_check(
@@ -29,7 +30,8 @@ def data_check(
 
     found = verbs.data_check(recipe, rejected=rejected)
     say({"data": found}, data_view(found), as_json=as_json)
-    if any(report.rejected for report in found.values()) and not recipe.skip_bad:
+    skip_bad = recipe.skip_bad if isinstance(recipe, Recipe) else all(one.skip_bad for one in recipe.recipes)
+    if any(report.rejected for report in found.values()) and not skip_bad:
         sys.exit(2)
 
 

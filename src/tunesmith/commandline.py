@@ -1,6 +1,6 @@
 """What the verbs of the command line share: words that become a recipe, results that become text.
 
-words -> read_wish -> Recipe; result -> say -> one JSON object, or what `rich` prints
+words -> read_wish -> Recipe, or Stages; result -> say -> one JSON object, or what `rich` prints
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typer
 
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import json_bytes, to_json
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, Stages
 from tunesmith.recipefile import load_recipe, takes_value
 from tunesmith.version import __version__
 
@@ -32,7 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 PIPE_WIDTH = 120
 
 
-def read_wish(wish: Sequence[str] | None) -> Recipe:
+def read_wish(wish: Sequence[str] | None) -> Recipe | Stages:
     """The recipe that the words of the command line ask for. A flag without a value is a switch."""
     path: Path | None = None
     flags: dict[str, str] = {}

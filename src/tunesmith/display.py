@@ -18,6 +18,7 @@ from tunesmith.diagnosis import Diagnosis
 from tunesmith.errors import InputError
 from tunesmith.plan.machines import target_of
 from tunesmith.plan.room import MULTIPLES, multiple
+from tunesmith.plan.staged import StagedPlan
 from tunesmith.progress import interval, one_line
 from tunesmith.types import Comparison, DataReport, Json, Plan, RunRecord
 
@@ -33,8 +34,13 @@ MOST_STRATA = 20
 LEVEL_STYLES = {"info": "dim", "warn": "yellow", "error": "bold red"}
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """Every choice with its reason, then what the run will take."""
+def plan_table(plan: Plan | StagedPlan) -> RenderableType:
+    """Every choice with its reason, then what the run will take; of several stages one after the other."""
+    if isinstance(plan, StagedPlan):
+        of = len(plan.plans)
+        heads = [f"stage {n} of {of}: {one['stage']}" for n, one in enumerate(plan.plans, start=1)]
+        tables = [plan_table(one) for one in plan.plans]
+        return Group(*(part for pair in zip(heads, tables, strict=True) for part in pair))
     table = _table("Plan", "key", "value", "by", "why")
     for key, choice in plan.choices.items():
         source = f" ({choice.source})" if choice.source else ""
@@ -71,8 +77,10 @@ def memory_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def choice_view(plan: Plan, key: str) -> RenderableType:
-    """All that stands behind one value. Raises InputError for a key that the plan does not have."""
+def choice_view(plan: Plan | StagedPlan, key: str) -> RenderableType:
+    """All that stands behind one value, in each stage. Raises InputError for a key that the plan does not have."""
+    if isinstance(plan, StagedPlan):
+        return Group(*(choice_view(one, key) for one in plan.plans))
     choice = plan.choices.get(key.replace("-", "_"))
     if choice is None:
         raise InputError(f"the plan decides no {key!r:.80}", where="--why", fix=f"use one of {', '.join(plan.choices)}")
@@ -214,10 +222,12 @@ def record_view(record: RunRecord) -> RenderableType:
 
 def rehearsal_line(record: RunRecord) -> str:
     """How much was rehearsed, beside what was planned."""
-    tokens, planned = record.task_tokens.get("rehearsal", 0), record.plan["rehearsal_ratio"]
-    share = tokens / max(1, record.tokens)
+    tokens = record.task_tokens.get("rehearsal", 0)
+    said = f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {tokens / max(1, record.tokens):.1%}"
+    if "rehearsal_ratio" not in record.plan.choices:  # of an earlier stage
+        return said
     plan = "adaptive, began with" if "rehearsal_margin" in record.plan.choices else "planned"
-    return f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {share:.1%} ({plan} {planned:.1%})"
+    return f"{said} ({plan} {record.plan['rehearsal_ratio']:.1%})"
 
 
 def tasks_line(record: RunRecord) -> str:

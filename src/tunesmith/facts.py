@@ -213,13 +213,13 @@ def reports(facts: Facts, *, whole: bool = False) -> dict[str, DataReport]:
     return check(facts.datasets, schema=facts.schema, corpus=facts.corpus, whole=whole)
 
 
-def make_plan(facts: Facts) -> Plan:
-    return planner(facts)(facts.recipe, facts.machine)
+def make_plan(facts: Facts, handed_on: Mapping[str, Choice] | None = None) -> Plan:
+    return planner(facts, handed_on)(facts.recipe, facts.machine)
 
 
-def planner(facts: Facts) -> Callable[[Recipe, Machine], Plan]:
+def planner(facts: Facts, handed_on: Mapping[str, Choice] | None = None) -> Callable[[Recipe, Machine], Plan]:
     """Plans for any machine, and for the recipe or one that differs in what rows and model do not depend on: the rows
-    are read once for all."""
+    are read once for all. `handed_on`: what an earlier stage has decided."""
     layers = linear_paths(headers_of(facts.model.path))
     found = reports(facts)
     fixed = _fixed_of(facts, layers, found["data"])
@@ -228,7 +228,7 @@ def planner(facts: Facts) -> Callable[[Recipe, Machine], Plan]:
         "data": found,
         "output_dir": facts.output_dir,
         "now": facts.now.isoformat(),
-        "fixed": fixed,
+        "fixed": {**(handed_on or {}), **fixed},
         "saved_share": _saved_share(facts, fixed.get("mixture")),
     }
     doubts = () if facts.adapter is None else _doubts(facts.adapter, facts.model)
@@ -327,6 +327,14 @@ def regather(plan: Plan, folder: Path | None = None) -> Facts:
     """The facts of an existing plan, whose run folder may have moved. Raises InputError when the rows that it was made
     from have changed."""
     found = gather_as_is(plan, folder)
+    refuse_other_rows(plan, found)
+    if found.adapter is not None:
+        start_of(plan, found.model.path)
+    return found
+
+
+def refuse_other_rows(plan: Plan, found: Facts) -> None:
+    """Raises InputError when rows are not those of the plan."""
     for role, report in plan.data.items():
         fingerprint = found.datasets[role].fingerprint
         if fingerprint != report.fingerprint:
@@ -335,9 +343,6 @@ def regather(plan: Plan, folder: Path | None = None) -> Facts:
                 where=f"{role}: {report.path}",
                 fix="make a new plan, with a new output_dir",
             )
-    if found.adapter is not None:
-        start_of(plan, found.model.path)
-    return found
 
 
 def start_of(plan: Plan, base: Path) -> AdapterFolder | None:

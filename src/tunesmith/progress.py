@@ -16,7 +16,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from tunesmith.atomic import size
-from tunesmith.types import Done, Event, Sample, Saved, Score, StepResult, Verdict
+from tunesmith.types import Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
 
 WINDOW = 20  # steps that the speed is averaged over
 PLAIN_LINES = 50
@@ -44,6 +44,10 @@ class Progress:
             self._bar.stop()
 
     def show(self, event: Event) -> None:
+        if isinstance(event, Stage):
+            self.steps = event.steps
+            self._recent.clear()
+            self._bar.reset(self._task, total=event.steps, description="starting")
         if isinstance(event, StepResult):
             self._show_step(event)
         else:
@@ -64,7 +68,7 @@ class Progress:
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def line_of(event: Score | Sample | Verdict | Saved | Done) -> str:
+def line_of(event: Score | Sample | Verdict | Saved | Done | Stage) -> str:
     """One line of rich markup. Text from data or models is escaped, and cut where a line break would be."""
     match event:
         case Score():
@@ -79,6 +83,9 @@ def line_of(event: Score | Sample | Verdict | Saved | Done) -> str:
             return f"saved {escape(event.path)}"
         case Done():
             return f"{event.reason} after {event.step} steps in {clock(event.seconds)}"
+        case Stage():
+            name = escape(event.name)
+            return f"[bold]stage {event.step} of {event.of}[/] {name}: {event.steps} steps, in {escape(event.path)}"
 
 
 def interval(value: float, low: float, high: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -183,6 +184,14 @@ class Recipe(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
+class Stages:
+    """Recipes that are trained one after another in one run folder; each has the keys of the whole and its own."""
+
+    recipes: tuple[Recipe, ...]
+
+
+OF_THE_WHOLE = ("model", "adapter_from", "stage", "output_dir")  # keys that a stage has not for itself
 KEYS = {name: info.alias or name for name, info in Recipe.model_fields.items()}  # attribute -> recipe key
 
 ALIASES = {
@@ -360,6 +369,18 @@ def recipe_schema() -> Json:
         properties[key].pop("title", None)
     for alias, key in ALIASES.items():
         properties[alias] = {**properties[key], "description": f"Same as {key}.", "deprecated": True}
+    properties["stage"] = _stage_or_list(properties["stage"])
     spellings = [[key, *(alias for alias, of in ALIASES.items() if of == key)] for key in schema.pop("required")]
-    schema["allOf"] = [{"anyOf": [{"required": [name]} for name in names]} for names in spellings]
+    staged: Json = {"properties": {"stage": {"type": "array"}}, "required": ["stage"]}  # data may be each stage's own
+    needed = [[{"required": [name]} for name in names] for names in spellings]
+    schema["allOf"] = [{"anyOf": [*ways, staged] if {"required": ["data"]} in ways else ways} for ways in needed]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _stage_or_list(schema: Json) -> Json:
+    """A stage, or a list of stages, each a name or a mapping from the name to the keys of its own."""
+    one = {key: value for key, value in schema.items() if key in ("enum", "type")}
+    own = {"type": "object", "minProperties": 1, "maxProperties": 1, "propertyNames": one}
+    several: Json = {"type": "array", "minItems": 1, "items": {"anyOf": [one, own]}}
+    rest = {key: value for key, value in schema.items() if key not in one}
+    return {"anyOf": [one, several | {"description": "a list of stages"}], **rest}

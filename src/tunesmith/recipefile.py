@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,15 +27,18 @@ from tunesmith.recipe import (
     ALIASES,
     FILE_KEYS,
     KEYS,
+    OF_THE_WHOLE,
     Constraint,
     DataSource,
     Mixture,
     Recipe,
     Rehearsal,
+    Stages,
     contradictions,
     recipe_schema,
 )
 from tunesmith.recipevalues import OWN, Form
+from tunesmith.recipewords import MAPPINGS, expected, found
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_flag, read_yaml
 
@@ -84,6 +86,7 @@ class _Given:
     value: Any
     where: str
     folder: Path
+    within: tuple[str | int, ...] = ()  # the keys and list positions that lead to it in the file
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class _Problem:
 
 def load_recipe(
     path: Path | None, overrides: Mapping[str, str] | None = None, *, arguments: Sequence[Mapping[str, Any]] = ()
-) -> Recipe:
+) -> Recipe | Stages:
     """`overrides` maps a key, in any spelling, to its text; a list is written as in YAML: `[q_proj, v_proj]`.
     `arguments` map keys to Python values; each of them wins over those before it and over the file."""
     document = read_yaml(path) if path else Document("recipe")
@@ -105,18 +108,76 @@ def load_recipe(
     problems = [
         _Problem(f"{document.name}:{n}", f"'{key}' stands here a second time") for key, n in document.duplicates
     ]
-    given = _by_key(in_file, problems) | _by_key(flags, problems)
+    layers = [_by_key(in_file, problems), _by_key(flags, problems)]
     for layer in arguments:
-        given |= _by_key([_Given(str(key), _plain_value(key, layer[key]), ARGUMENTS, here) for key in layer], problems)
+        written = [_Given(str(key), _plain_value(key, layer[key]), ARGUMENTS, here) for key in layer]
+        layers.append(_by_key(written, problems))
+    stages = next((found for layer in reversed(layers) if (found := layer.get("stage"))), None)
+    several = stages if stages is not None and isinstance(stages.value, list) else None
+    of_stages = _by_stage(layers, several, document, problems) if several else [_merged(layers)]
+    recipes = [_made(given, document, problems) for given in of_stages]
+    if problems or not all(recipes):
+        raise _report(document.name, list(dict.fromkeys(problems)))
+    made = tuple(recipe for recipe in recipes if recipe is not None)
+    return Stages(made) if several else made[0]
+
+
+def _merged(layers: Iterable[Mapping[str, _Given]]) -> dict[str, _Given]:
+    """Each layer wins over those before it."""
+    return {key: item for layer in layers for key, item in layer.items()}
+
+
+def _made(given: dict[str, _Given], document: Document, problems: list[_Problem]) -> Recipe | None:
+    """One recipe; adds to the problems."""
     values = {key: _anchored(key, item.value, item.folder) for key, item in given.items()}
     problems += [_Problem(given[key].where, message) for key, message in contradictions(values)]
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
-        raise _report(document.name, [*problems, *_invalid_values(error, given, document)]) from None
-    if problems:
-        raise _report(document.name, problems)
-    return recipe
+        problems += _invalid_values(error, given, document)
+        return None
+
+
+def _by_stage(
+    layers: Sequence[dict[str, _Given]], stages: _Given, document: Document, problems: list[_Problem]
+) -> list[dict[str, _Given]]:
+    """The keys of each stage: of the whole, then its own, then what wins over the list of stages."""
+    last = max(n for n, layer in enumerate(layers) if layer.get("stage") is stages)
+    if not stages.value:
+        problems.append(_Problem(stages.where, "stage: an empty list trains nothing; name at least one"))
+    of_each: list[dict[str, _Given]] = []
+    in_file = stages.where not in (COMMAND_LINE, ARGUMENTS)
+    for number, item in enumerate(cast("list[Any]", stages.value)):
+        name, own = _name_and_keys(item)
+        within = (stages.written, number, name)
+        where = document.where(within) if in_file else stages.where
+        if not name:
+            what = f"stage[{number}]: expected a stage, or a mapping from one to its keys, found {found(item)}"
+            problems.append(_Problem(where, what))
+            continue
+        keys = [
+            _Given(str(key), value, document.where((*within, key)) if in_file else where, stages.folder, within)
+            for key, value in own.items()
+        ]
+        own_keys = _by_key(keys, problems)
+        for key in own_keys.keys() & set(OF_THE_WHOLE):
+            what = f"stage[{number}]: '{key}' is of the whole recipe: write it beside stage"
+            problems.append(_Problem(own_keys[key].where, what))
+        own_keys["stage"] = _Given(f"stage[{number}]", name, where, stages.folder, within[:2])
+        given = _merged([*layers[: last + 1], own_keys, *layers[last + 1 :]])
+        of_each.append({key: one for key, one in given.items() if key != "adapter_from" or not number})
+    return of_each
+
+
+def _name_and_keys(item: Any) -> tuple[str, Json]:
+    """`cpt`, or `{cpt: {...}}`; no name for anything else."""
+    if isinstance(item, str):
+        return item, {}
+    if isinstance(item, dict) and len(item) == 1:
+        ((name, own),) = cast("dict[Any, Any]", item).items()
+        if isinstance(name, str) and (own is None or isinstance(own, dict)):
+            return name, cast("Json", own or {})
+    return "", {}
 
 
 def takes_value(flag: str, word: str) -> bool:
@@ -227,7 +288,8 @@ def _invalid_values(error: ValidationError, given: dict[str, _Given], document: 
             yield _Problem(document.name, f"'{key}' is missing. {properties[key]['description']}")
             continue
         item = given[key]
-        where = item.where if item.where in (COMMAND_LINE, ARGUMENTS) else document.where((item.written, *place[1:]))
+        place_in_file = (*item.within, item.written, *place[1:])
+        where = item.where if item.where in (COMMAND_LINE, ARGUMENTS) else document.where(place_in_file)
         yield _Problem(where, _message(item, place, detail, properties[key]))
 
 
@@ -252,8 +314,8 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
         return _message_on_item(item.written, place, detail)
     if isinstance(item.value, str) and (key, item.value) in INSTEAD_VALUES:
         return f"{item.written}: '{item.value}' is not a value here: {INSTEAD_VALUES[key, item.value]}"
-    if key == "stage" and isinstance(item.value, list):
-        return "stage: a list of stages is not supported yet; expected 'sft'"
+    if key == "stage" and item.within:
+        schema = schema["anyOf"][0]
     return f"{item.written}: expected {expected(schema)}, found {found(item.value)}"
 
 
@@ -286,59 +348,4 @@ def _message_on_mapping(name: str, model: type[BaseModel], key: str, detail: Err
     return f"{name}.{key}: expected {wanted}, found {found(detail['input'])}"
 
 
-def expected(schema: Json) -> str:
-    """A JSON schema of one value, in words."""
-    if "anyOf" in schema:
-        return " or ".join(option.get("description") or expected(option) for option in schema["anyOf"])
-    if "$ref" in schema:
-        return MAPPINGS[schema["$ref"].rpartition("/")[2]]
-    if "const" in schema or "enum" in schema:
-        return " or ".join(f"'{value}'" for value in schema.get("enum", [schema.get("const")]))
-    bounds = [f"{words} {schema[bound]}" for bound, words in BOUNDS.items() if bound in schema]
-    if schema.get("items", {}).get("type") == "string" and "format" not in schema["items"]:
-        return "a list of names"
-    name = "a path" if schema.get("format") == "path" else TYPES[schema["type"]]
-    return " ".join([name, " and ".join(bounds)]).strip()
-
-
-def found(value: Any) -> str:
-    """A value from YAML, in words."""
-    if isinstance(value, bool):
-        return f"{str(value).lower()} (YAML reads on, yes, off and no as true and false; quotes make them text)"
-    if value is None:
-        return "nothing"
-    if isinstance(value, str):
-        return f"'{value}'" if value else "an empty text"
-    if isinstance(value, (int, float)):
-        return f"the number {value}"
-    if isinstance(value, (list, dict)):
-        return f"the {'list' if isinstance(value, list) else 'mapping'} {reprlib.repr(value):.60}"
-    return f"the {type(value).__name__} {value} (quotes make it a text)"
-
-
 MAPPED: dict[str, type[BaseModel]] = {"rehearsal": Rehearsal, "mixture": Mixture}  # keys that take one mapping
-
-MAPPINGS = {
-    "DataSource": "a mapping {path, format, columns, ...}",
-    "Rehearsal": "a mapping {data, ratio, shift}",
-    "Mixture": "a mapping {temperature, limit}",
-    "Form": "a mapping {prompt, shots}",
-    "Constraint": "a mapping {match, text, check, name, mode}",
-}
-
-TYPES = {
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "a text",
-    "boolean": "true or false",
-    "object": "a mapping",
-    "array": "a list",
-    "null": "null",
-}
-
-BOUNDS = {
-    "minimum": "of at least",
-    "exclusiveMinimum": "above",
-    "maximum": "at most",
-    "exclusiveMaximum": "below",
-}

@@ -74,6 +74,8 @@ from tunesmith.runfolder import (
     failure_of,
     is_free,
     require_run,
+    trained_in,
+    whole_run,
 )
 from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
@@ -101,12 +103,10 @@ def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
     """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError
     or InputError before anything is loaded when it cannot fit, be measured or be written, GateError when the proof
     fails, Interrupted after a signal."""
-    refuse_without_room(plan)
     known, path = known or facts.regather(plan), Path(plan["output_dir"])
-    rejected = path / REJECTED if is_free(path) else None
-    refuse_bad_rows(known.datasets, plan.data, rejected, skip_bad=known.recipe.skip_bad)
-    items = items_of(plan, known)
-    with StopWish("nothing is trained yet: start it again") as wish, RunFolder.create(path) as folder:
+    items = check(plan, known, path / REJECTED if is_free(path) else None)
+    anew = "nothing is trained yet: start it again" if whole_run(path) == path else _going_on(path)
+    with StopWish(anew) as wish, RunFolder.create(path) as folder:
         with wish.at_once(), memory_errors():
             plan, known, news = with_own_rows(plan, known, folder)
             start = Start(identity_of(plan, known, plan.recipe), news=news)
@@ -116,6 +116,13 @@ def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
         wish.resume_with = _going_on(path)
         _describe(folder, plan)
         yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
+
+
+def check(plan: Plan, known: Facts, rejected: Path | None = None) -> Items:
+    """What is refused before anything is loaded, and else what will be measured. `rejected`: a file for bad rows."""
+    refuse_without_room(plan)
+    refuse_bad_rows(known.datasets, plan.data, rejected, skip_bad=known.recipe.skip_bad)
+    return items_of(plan, known)
 
 
 def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
@@ -136,7 +143,7 @@ def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = Non
 
 
 def _going_on(path: Path) -> str:
-    return f"go on with: tunesmith resume {path}"
+    return f"go on with: tunesmith resume {whole_run(path)}"
 
 
 def _describe(folder: RunFolder, plan: Plan) -> None:
@@ -291,6 +298,7 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
 def reopen(path: Path) -> Workbench:
     """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or what it belongs to,
     is not as the run left it."""
+    path = trained_in(path)
     require_run(path)
     plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
     adapter = _adapter_of(path, plan)
@@ -319,7 +327,7 @@ def evaluate(path: Path) -> tuple[Comparison, ...]:
     bench = reopen(path)
     items, step = items_of(bench.plan, bench.facts), bench.plan.steps
     after = measure(bench, items, step=step)
-    with _before_training(bench):
+    with before_training(bench, bench.plan):
         before = measure(bench, items, step=0)
     return compare_all(before, after, step=step)
 
@@ -333,15 +341,15 @@ def baselines(path: Path) -> dict[str, tuple[Comparison, ...]]:
         what = "baselines are of what no answer may say, on prompts of `test_data`"
         raise InputError(what, where=str(path), fix="give the recipe `never` and `test_data`, and train again")
     trained = answered(bench, items)
-    with _before_training(bench):
+    with before_training(bench, bench.plan):
         found = untrained(bench, items)
     return {name: compare_all(measured, trained, step=step) for name, measured in found.items()}
 
 
 @contextmanager
-def _before_training(bench: Workbench) -> Iterator[None]:
-    """The model that training started from: the base, or the base with the adapter that the run went on with."""
-    start = facts.start_of(bench.plan, bench.facts.model.path)
+def before_training(bench: Workbench, plan: Plan) -> Iterator[None]:
+    """The model that a plan's training started from: the base, or the base with the adapter that it went on with."""
+    start = facts.start_of(plan, bench.facts.model.path)
     if start is not None:
         load_adapter(bench.model.network, start.weights)
     with adapter_scaled(bench.model.network, 0 if start is None else 1):

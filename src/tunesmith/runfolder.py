@@ -36,10 +36,11 @@ from tunesmith.atomic import (
 )
 from tunesmith.errors import InputError, MachineError
 from tunesmith.jsonfile import json_bytes, to_json
-from tunesmith.types import Done, Event, Json, Sample, Saved, Score, StepResult, Verdict
+from tunesmith.types import Done, Event, Json, Sample, Saved, Score, Stage, StepResult, Verdict
 
 LOCK, EVENTS, CHECKPOINTS, RECIPE = ".lock", "events.jsonl", "checkpoints", "recipe.yaml"
 PLAN, IDENTITY, RECORD = "plan.json", "identity.json", "record.json"
+STAGES, OF_STAGES = "stages.json", "stages"  # the plans of several stages, and the folder of their runs
 OWN_ROWS = "rehearsal.jsonl"  # what the model wrote before it was trained, to rehearse it
 REJECTED = "rejected.jsonl"  # rows that could not be used; all that a refused attempt leaves
 FAILED = "failed"  # the kind of the verdict that ends a run which a gate has stopped
@@ -51,6 +52,7 @@ EVENT_TYPES: dict[type[Any], str] = {
     Verdict: "verdict",
     Saved: "saved",
     Done: "done",
+    Stage: "stage",
 }
 
 
@@ -238,9 +240,28 @@ def _locked(path: Path) -> int:
 
 def require_run(path: Path) -> None:
     """Raises InputError for what is no run folder."""
-    if not (path / PLAN).is_file():
+    if not (path / PLAN).is_file() and not is_staged(path):
         fix = "name a run folder; `tunesmith train` makes one"
         raise InputError(f"not a run folder: there is no {PLAN}", where=str(path), fix=fix)
+
+
+def is_staged(path: Path) -> bool:
+    return (path / STAGES).is_file()
+
+
+def trained_in(path: Path) -> Path:
+    """Where the weights of a run are: of several stages, in the folder of the last one."""
+    if not is_staged(path):
+        return path
+    if not (path / RECORD).is_file():
+        raise InputError("not all of its stages are finished", where=str(path), fix=f"tunesmith resume {path}")
+    return max((path / OF_STAGES).iterdir(), key=lambda folder: int(folder.name.partition("-")[0]))
+
+
+def whole_run(path: Path) -> Path:
+    """The run that a stage is part of, or the run itself."""
+    above = path.absolute().parent
+    return path.parent.parent if above.name == OF_STAGES and is_staged(above.parent) else path
 
 
 def read_events(path: Path) -> list[Json]:

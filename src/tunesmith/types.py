@@ -340,7 +340,18 @@ class Done:
     seconds: float
 
 
-Event = StepResult | Score | Sample | Verdict | Saved | Done
+@dataclass(frozen=True)
+class Stage:
+    """One of several stages begins or goes on. `step` is its number, `steps` are its optimizer steps."""
+
+    step: int
+    of: int
+    name: str
+    steps: int
+    path: str
+
+
+Event = StepResult | Score | Sample | Verdict | Saved | Done | Stage
 
 
 # ---------------------------------------------------------------- outcome

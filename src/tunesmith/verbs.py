@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import InputError
-from tunesmith.recipe import Recipe
+from tunesmith.plan.staged import StagedPlan
+from tunesmith.recipe import Recipe, Stages
 from tunesmith.types import Comparison, DataReport, Event, Json, Plan, RunRecord
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from tunesmith.curate import Curated
+    from tunesmith.data.dataset import Dataset
     from tunesmith.data.divide import Divided
     from tunesmith.diagnosis import Diagnosis
     from tunesmith.export.targets import Exported
@@ -31,8 +33,12 @@ if TYPE_CHECKING:
     from tunesmith.plan.compare import Outlook
     from tunesmith.tune.rates import RateTest, Trial
 
+    Known = Facts | tuple[Facts, ...]  # of several stages one each
+
 AnyPath = str | Path
-Wish = AnyPath | Mapping[str, Any] | Recipe | None
+Wish = AnyPath | Mapping[str, Any] | Recipe | Stages | None
+
+ONE_STAGE = "name one of them, with the keys that it needs: --stage sft"
 
 # ---------------------------------------------------------------- before a run
 
@@ -69,8 +75,9 @@ def doctor(model: str | None = None) -> Diagnosis:
     return diagnose(model)
 
 
-def read_recipe(recipe: Wish = None, **changes: Any) -> Recipe:
-    """A recipe from a YAML file, a mapping or another recipe; `changes` win over it. Keys in any spelling.
+def read_recipe(recipe: Wish = None, **changes: Any) -> Recipe | Stages:
+    """A recipe from a YAML file, a mapping or another recipe; `changes` win over it. Keys in any spelling. Stages, if
+    its `stage` is a list.
 
     Paths in a file are relative to it, all others to the current folder. InputError lists everything that is wrong.
     """
@@ -79,6 +86,9 @@ def read_recipe(recipe: Wish = None, **changes: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         written = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
         return load_recipe(None, arguments=(written, changes)) if changes else recipe
+    if isinstance(recipe, Stages):
+        made = [read_recipe(one, **changes) for one in recipe.recipes]
+        return Stages(tuple(one for one in made if isinstance(one, Recipe)))
     if isinstance(recipe, Mapping):
         return load_recipe(None, arguments=(recipe, changes))
     if recipe is None or isinstance(recipe, (str, Path)):
@@ -86,46 +96,68 @@ def read_recipe(recipe: Wish = None, **changes: Any) -> Recipe:
     raise InputError(f"a recipe is a path, a mapping or a Recipe, not a {type(recipe).__name__}", where="recipe")
 
 
-def gather(recipe: Wish | Facts = None, *, weights: bool = True, **changes: Any) -> Facts:
-    """What is known of a recipe's model, machine and rows. Gathered once, it can be given to the verbs below. Without
-    `weights` a config.json will do for a model, which is enough to plan."""
+def gather(recipe: Wish | Known = None, *, weights: bool = True, **changes: Any) -> Known:
+    """What is known of a recipe's model, machine and rows; of several stages, for each. Gathered once, it can be given
+    to the verbs below. Without `weights` a config.json will do for a model, which is enough to plan."""
     from tunesmith import facts
 
-    if isinstance(recipe, facts.Facts):
+    if isinstance(recipe, (facts.Facts, tuple)):
         if not changes:
             return recipe
-        recipe = recipe.recipe
-    return facts.gather(read_recipe(recipe, **changes), weights=weights)
+        recipe = recipe.recipe if isinstance(recipe, facts.Facts) else Stages(tuple(one.recipe for one in recipe))
+    wish = read_recipe(recipe, **changes)
+    if isinstance(wish, Recipe):
+        return facts.gather(wish, weights=weights)
+    from tunesmith import stages
+
+    return stages.gather(wish, weights=weights)
+
+
+def _by_stage(known: Known) -> dict[str, Facts]:
+    """The facts of each stage, by the name of its folder; of a single one, by none."""
+    return {one.output_dir.name: one for one in known} if isinstance(known, tuple) else {"": known}
+
+
+def _single(known: Known) -> Facts:
+    """Raises InputError for several stages."""
+    if isinstance(known, tuple):
+        raise InputError("this is asked of one stage, and the recipe has several", where="stage", fix=ONE_STAGE)
+    return known
 
 
 def data_check(
-    recipe: Wish | Facts = None, *, rejected: AnyPath | None = None, **changes: Any
+    recipe: Wish | Known = None, *, rejected: AnyPath | None = None, **changes: Any
 ) -> dict[str, DataReport]:
     """Reads all rows once: a report for each role, with what was found. Rows that cannot be used are counted in it,
     and written into the file `rejected`; InputError if there are no others."""
     from tunesmith.data.rejected import write_rejected
     from tunesmith.facts import reports
 
-    known = gather(recipe, **changes)
-    found = reports(known, whole=True)
+    found: dict[str, DataReport] = {}
+    datasets: dict[str, Dataset] = {}
+    for stage, known in _by_stage(gather(recipe, **changes)).items():
+        of_stage = reports(known, whole=True)
+        found |= {f"{stage} {role}".strip(): report for role, report in of_stage.items()}
+        datasets |= {f"{stage} {role}".strip(): known.datasets[role] for role in of_stage}
     if rejected is not None:
-        write_rejected(Path(rejected), known.datasets, found)
+        write_rejected(Path(rejected), datasets, found)
     return found
 
 
-def data_show(recipe: Wish | Facts = None, *, rows: int = 3, ids: bool = False, **changes: Any) -> list[Text]:
+def data_show(recipe: Wish | Known = None, *, rows: int = 3, ids: bool = False, **changes: Any) -> list[Text]:
     """The first training rows as the model sees them, coloured by what is trained; `print` shows them plain."""
     from tunesmith.facts import show_rows
 
-    return list(show_rows(gather(recipe, **changes), rows=rows, ids=ids))
+    known = _by_stage(gather(recipe, **changes)).values()
+    return [text for one in known for text in show_rows(one, rows=rows, ids=ids)]
 
 
-def data_curate(recipe: Wish | Facts = None, *, keep: int, to: AnyPath, **changes: Any) -> Curated:
+def data_curate(recipe: Wish | Known = None, *, keep: int, to: AnyPath, **changes: Any) -> Curated:
     """Chooses `keep` rows of `data` by the scores of the base model, quality first, then diversity, into a new folder
     `to`, beside a random and the longest subset of the same size. Every other row keeps its reason; none is edited."""
     from tunesmith.curate import curate
 
-    return curate(gather(recipe, **changes), keep, Path(to))
+    return curate(_single(gather(recipe, **changes)), keep, Path(to))
 
 
 def data_split(
@@ -145,27 +177,37 @@ def data_split(
     from tunesmith.facts import open_pool
 
     wish = read_recipe(recipe, **changes)
+    if isinstance(wish, Stages):
+        raise InputError("the rows of one stage are divided, and the recipe has several", where="stage", fix=ONE_STAGE)
     shares = {"eval_share": eval_share, "test_share": test_share}
     return divide(open_pool(wish), Path(to), **shares, group=group, stratify=stratify, seed=wish.seed)
 
 
 def plan(
-    recipe: Wish | Facts = None,
+    recipe: Wish | Known = None,
     *,
     target: str | None = None,
     fit: str | None = None,
     calibrate: bool = False,
     **changes: Any,
-) -> Plan:
-    """Every value of a run with its reason. InputError for a wish that cannot be; nothing is loaded or written, and the
-    model may be a config.json alone. `target`: for that GPU instead of this machine; `fit`: in this much memory.
-    `calibrate`: how long it takes is measured, in about 10 seconds."""
-    from tunesmith.facts import make_plan
+) -> Plan | StagedPlan:
+    """Every value of a run with its reason, for each stage. InputError for a wish that cannot be; nothing is loaded or
+    written, and the model may be a config.json alone. `target`: for that GPU instead of this machine; `fit`: in this
+    much memory. `calibrate`: how long it takes is measured, in about 10 seconds."""
+    from tunesmith import facts
 
-    known = _elsewhere(gather(recipe, weights=False, **changes), target, fit)
-    if not calibrate:
-        return make_plan(known)
+    known = gather(recipe, weights=False, **changes)
+    if isinstance(known, facts.Facts) or calibrate:
+        one = _elsewhere(_single(known), target, fit)
+        return _calibrated(one) if calibrate else facts.make_plan(one)
+    from tunesmith import stages
+
+    return stages.make_plan([_elsewhere(one, target, fit) for one in known])
+
+
+def _calibrated(known: Facts) -> Plan:
     from tunesmith.calibration import calibrated
+    from tunesmith.facts import make_plan
 
     return calibrated(make_plan(known), known)
 
@@ -178,14 +220,14 @@ def remember(record: RunRecord) -> None:
 
 
 def compare_methods(
-    recipe: Wish | Facts = None, *, target: str | None = None, fit: str | None = None, **changes: Any
+    recipe: Wish | Known = None, *, target: str | None = None, fit: str | None = None, **changes: Any
 ) -> tuple[Outlook, ...]:
     """Full fine-tuning, LoRA and QLoRA of the same rows side by side: memory, work, time, risk, what is left."""
     from tunesmith.facts import planner
     from tunesmith.plan.compare import compare
     from tunesmith.plan.machines import equipped
 
-    known = _elsewhere(gather(recipe, weights=False, **changes), target, fit)
+    known = _elsewhere(_single(gather(recipe, weights=False, **changes)), target, fit)
     if known.adapter is not None:
         raise InputError("an adapter to go on with leaves no method open", where="adapter_from", fix="leave it out")
     make, machine = planner(known), equipped(known.machine)
@@ -198,25 +240,27 @@ def _elsewhere(known: Facts, target: str | None, fit: str | None) -> Facts:
     return dataclasses.replace(known, machine=machine_for(known.machine, target, fit))
 
 
-def read_plan(path: AnyPath) -> Plan:
+def read_plan(path: AnyPath) -> Plan | StagedPlan:
     """The plan of a run folder, or of a file that holds what `tunesmith plan --json` printed."""
     from tunesmith.jsonfile import from_json, read_json
-    from tunesmith.runfolder import require_run
+    from tunesmith.runfolder import STAGES, is_staged, require_run
 
     if not Path(path).is_file():
         require_run(Path(path))
-    file = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
-    return from_json(Plan, read_json(file), where=str(file))
+    file = Path(path) / (STAGES if is_staged(Path(path)) else "plan.json") if Path(path).is_dir() else Path(path)
+    found = read_json(file)
+    return from_json(StagedPlan if "plans" in found else Plan, found, where=str(file))
 
 
-def tune_lr(recipe: Wish | Facts = None, *, steps: int = 40, **changes: Any) -> Iterator[Trial | RateTest]:
+def tune_lr(recipe: Wish | Known = None, *, steps: int = 40, **changes: Any) -> Iterator[Trial | RateTest]:
     """Short runs at five rates around the plan's, picked by held-out loss: each `Trial` as it ends, then the
     `RateTest`. Nothing is written. InputError without eval_data or eval_split, and for preference pairs."""
+    from tunesmith.facts import make_plan
     from tunesmith.plan.plan import refuse_without_room
     from tunesmith.tune.rates import conclude, try_rates
 
-    known = gather(recipe, **changes)
-    decided = plan(known)
+    known = _single(gather(recipe, **changes))
+    decided = make_plan(known)
     refuse_without_room(decided)
     trials: list[Trial] = []
     for trial in try_rates(decided, known, steps=steps):
@@ -228,25 +272,31 @@ def tune_lr(recipe: Wish | Facts = None, *, steps: int = 40, **changes: Any) -> 
 # ---------------------------------------------------------------- runs
 
 
-def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
+def train(plan: Plan | StagedPlan, known: Known | None = None) -> Iterator[Event]:
     """A new run in the plan's `output_dir`; it goes on as the events are taken.
 
     `known` spares reading the rows again. MachineError when it cannot fit, GateError when the proof fails.
     """
+    if isinstance(plan, StagedPlan):
+        from tunesmith import stages
+
+        return stages.train(plan, known if isinstance(known, tuple) else None)
     if not isinstance(plan, Plan):
         what = f"train takes a Plan, not a {type(plan).__name__}"
         raise InputError(what, where="train", fix='make one: plan = tunesmith.plan("recipe.yaml")')
     from tunesmith import run
 
-    return run.train(plan, known)
+    return run.train(plan, None if isinstance(known, tuple) else known)
 
 
 def resume(path: AnyPath, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
     """Goes on with an interrupted run, after its newest valid checkpoint or that of `from_step`. InputError if it is
     finished or none, and when what it stands on has changed, unless `allow_drift`."""
-    from tunesmith import run
+    from tunesmith import run, stages
+    from tunesmith.runfolder import is_staged
 
-    return run.resume(Path(path), allow_drift=allow_drift, from_step=from_step)
+    go_on = stages.resume if is_staged(Path(path)) else run.resume
+    return go_on(Path(path), allow_drift=allow_drift, from_step=from_step)
 
 
 def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
@@ -255,7 +305,7 @@ def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
     return train(plan(known), known)
 
 
-def demo_facts(output_dir: AnyPath | None = None) -> Facts:
+def demo_facts(output_dir: AnyPath | None = None) -> Known:
     from tunesmith.demo import RECIPE
     from tunesmith.runfolder import next_run_folder
 
@@ -275,9 +325,10 @@ def read_record(path: AnyPath) -> RunRecord:
 
 def evaluate(path: AnyPath) -> tuple[Comparison, ...]:
     """Measures the base and the adapter of a finished run again, on the same items."""
-    from tunesmith import run
+    from tunesmith import run, stages
+    from tunesmith.runfolder import is_staged
 
-    return run.evaluate(Path(path))
+    return stages.evaluate(Path(path)) if is_staged(Path(path)) else run.evaluate(Path(path))
 
 
 def baselines(path: AnyPath) -> dict[str, tuple[Comparison, ...]]:

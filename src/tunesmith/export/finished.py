@@ -29,7 +29,7 @@ from tunesmith.model.saved import Lora, load_adapter
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
 from tunesmith.recipe import Recipe, sources_of
-from tunesmith.runfolder import PLAN, RECORD, failure_of, require_run
+from tunesmith.runfolder import PLAN, RECORD, failure_of, require_run, trained_in
 from tunesmith.types import ModelSpec, Plan
 
 
@@ -81,6 +81,7 @@ class Finished:
 
 def open_finished(path: Path) -> Finished:
     """InputError for a folder that is no finished run, was changed, or whose base was; GateError for a failed run."""
+    path = trained_in(path)
     require_run(path)
     if problem := failure_of(path):
         raise GateError(f"this run failed, and is not exported: {problem}", where=str(path))

@@ -19,6 +19,7 @@ from tunesmith.errors import InputError
 from tunesmith.model.files import check_files
 from tunesmith.model.folder import TensorHeader, read_header, read_headers, read_json
 from tunesmith.model.targets import linear_paths
+from tunesmith.runfolder import trained_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -74,6 +75,7 @@ def scale_of(rank: int, alpha: float, *, rslora: bool) -> float:
 
 def read_adapter(given: Path, base: Path) -> AdapterFolder:
     """The adapter in folder `given`, or in its `adapter/` if it is a run folder. InputError unless it fits the base."""
+    given = trained_in(given)
     path = given / "adapter" if (given / "plan.json").is_file() else given
     if not (path / CONFIG).is_file():
         fix = f"finish it: tunesmith resume {given}" if path != given else f"give a folder with {CONFIG} and {WEIGHTS}"

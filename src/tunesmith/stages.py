@@ -1,0 +1,189 @@
+"""Several stages in one recipe: one run after the other in one folder, each going on with the adapter of the last.
+
+    Stages -> gather -> make_plan -> StagedPlan -> train -> events; resume: from the first stage that is not finished
+
+    RUN/stages.json         the plans of all stages, made before the first began
+    RUN/stages/1-cpt/       an ordinary run folder
+    RUN/stages/2-sft/       another one; its adapter_from is the one before
+    RUN/record.json         of the whole: before is the model that the first stage began with, after is the last one
+
+What a stage is and how it goes on is run.py's business. Why so: docs/why-stages.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from tunesmith import facts, run
+from tunesmith.errors import InputError
+from tunesmith.facts import Facts
+from tunesmith.jsonfile import from_json, read_json
+from tunesmith.measure import GENERAL, compare_all, items_of, measure
+from tunesmith.model.adapter_folder import WEIGHTS
+from tunesmith.model.memory import memory_errors
+from tunesmith.model.saved import load_adapter
+from tunesmith.plan.staged import StagedPlan
+from tunesmith.recipe import Recipe, Stages
+from tunesmith.runfolder import OF_STAGES, PLAN, RECORD, STAGES, RunFolder, next_run_folder
+from tunesmith.train.interrupts import StopWish
+from tunesmith.types import Choice, Comparison, Event, Plan, RunRecord, Sample, Stage
+
+HANDED_ON = ("method", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+BETWEEN = {
+    "between_stages": Choice(
+        "the adapter goes on",
+        "rule",
+        "merging would round it into the base; so the whole run is one adapter, and the base is there without it",
+        "ours",
+    )
+}
+
+
+# ---------------------------------------------------------------- before a run
+
+
+def gather(stages: Stages, *, weights: bool = True) -> tuple[Facts, ...]:
+    """The facts of each stage; dates are frozen at one moment."""
+    wished, now = stages.recipes[0].output_dir, datetime.now()
+    whole = wished if isinstance(wished, Path) else next_run_folder(Path("runs"), "run")
+    return tuple(
+        facts.gather(recipe, now=now, output_dir=whole / OF_STAGES / f"{number}-{recipe.stage}", weights=weights)
+        for number, recipe in enumerate(stages.recipes, start=1)
+    )
+
+
+def make_plan(known: Sequence[Facts]) -> StagedPlan:
+    """InputError for a stage that cannot be, or cannot go on with the adapter of the one before."""
+    plans: list[Plan] = []
+    for one in known:
+        plan = facts.make_plan(one, _handed_on(plans[-1]) if plans else None)
+        if plan["method"] == "full" and len(known) > 1:
+            what = f"the stage {plan['stage']} would train all weights, and what stages hand on is an adapter"
+            raise InputError(what, where="method", fix="set method: lora, or run the stages one by one")
+        plans.append(plan)
+    return StagedPlan(str(known[0].output_dir.parent.parent), tuple(plans))
+
+
+def _handed_on(before: Plan) -> dict[str, Choice]:
+    name = Path(before["output_dir"]).name
+    return {key: Choice(before[key], "rule", f"the adapter of {name}, which goes on") for key in HANDED_ON} | BETWEEN
+
+
+# ---------------------------------------------------------------- a run
+
+
+def train(staged: StagedPlan, known: Sequence[Facts] | None = None) -> Iterator[Event]:
+    """A new run. Raises what `run.train` raises; what any stage would refuse is refused before the first begins."""
+    known = known or tuple(facts.regather(plan) for plan in staged.plans)
+    for plan, one in zip(staged.plans, known, strict=True):
+        run.check(plan, one)
+    with RunFolder.create(Path(staged.output_dir)) as folder:
+        folder.write_json(STAGES, staged)
+        yield from _stages(folder, staged, known[0])
+
+
+def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
+    """Goes on with the first stage that is not finished, then with those after it. `from_step` is of that stage."""
+    with RunFolder.open(path) as folder:
+        if (path / RECORD).exists():
+            raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
+        yield from _stages(folder, read_staged(path), None, allow_drift=allow_drift, from_step=from_step)
+
+
+def read_staged(path: Path) -> StagedPlan:
+    return from_json(StagedPlan, read_json(path / STAGES), where=str(path / STAGES))
+
+
+def _stages(
+    folder: RunFolder,
+    staged: StagedPlan,
+    first: Facts | None,
+    *,
+    allow_drift: bool = False,
+    from_step: int | None = None,
+) -> Iterator[Event]:
+    places = _places(folder.path, staged)
+    for number, (place, plan) in enumerate(zip(places, staged.plans, strict=True)):
+        if (place / RECORD).exists():
+            continue
+        stage = Stage(number + 1, len(places), plan["stage"], plan.steps, f"{OF_STAGES}/{place.name}")
+        folder.append_event(stage)
+        yield stage
+        if (place / PLAN).exists():
+            yield from run.resume(place, allow_drift=allow_drift, from_step=from_step)
+        elif number == 0 and first is not None:
+            yield from run.train(plan, first)
+        else:
+            yield from run.train(*_begun(plan, place, places[number - 1] if number else None))
+        from_step = None
+    with StopWish(f"go on with: tunesmith resume {folder.path}") as wish, wish.at_once(), memory_errors():
+        record = _record(folder.path, staged)
+    folder.settle()
+    folder.write_json(RECORD, record)
+
+
+def _places(path: Path, staged: StagedPlan) -> list[Path]:
+    return [path / OF_STAGES / Path(plan["output_dir"]).name for plan in staged.plans]
+
+
+def _begun(plan: Plan, place: Path, before: Path | None) -> tuple[Plan, Facts]:
+    """The plan of a stage made again, now that there is an adapter to go on with. Raises InputError when its rows have
+    changed since the first plan."""
+    start = {} if before is None else {"adapter_from": str(before.absolute())}
+    recipe = Recipe.model_validate({key: value for key, value in (plan.recipe | start).items() if value is not None})
+    known = facts.gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=place)
+    facts.refuse_other_rows(plan, known)
+    return facts.make_plan(known, BETWEEN if start else None), known
+
+
+# ---------------------------------------------------------------- after a run
+
+
+def evaluate(path: Path) -> tuple[Comparison, ...]:
+    """The before/after of the whole, measured again."""
+    return _compared(path, read_staged(path))[0]
+
+
+def _compared(path: Path, staged: StagedPlan) -> tuple[tuple[Comparison, ...], tuple[tuple[Sample, Sample], ...]]:
+    """What every stage measures, on the model that the first began with and on what the last one left."""
+    places, comparisons, samples = _places(path, staged), list[Comparison](), list[tuple[Sample, Sample]]()
+    begun = from_json(Plan, read_json(places[0] / PLAN), where=str(places[0] / PLAN))
+    measured = [plan.recipe["retention_data"] for plan in staged.plans]
+    for number, place in enumerate(places):
+        bench = run.reopen(place)
+        load_adapter(bench.model.network, places[-1] / "adapter" / WEIGHTS)
+        items = items_of(bench.plan, bench.facts)
+        if measured[number] in measured[number + 1 :]:
+            items = dataclasses.replace(items, texts=())
+        after = measure(bench, items, step=staged.steps)
+        with run.before_training(bench, begun):
+            before = measure(bench, items, step=0)
+        for one in compare_all(before, after, step=staged.steps):
+            own = dataclasses.replace(one, task=f"{place.name} {one.task}")
+            comparisons.append(one if one.task == GENERAL else own)
+        samples += zip(before.samples, after.samples, strict=True)
+    return tuple(comparisons), tuple(samples)
+
+
+def _record(path: Path, staged: StagedPlan) -> RunRecord:
+    """Sums over the stages, and the whole's own before and after."""
+    places = _places(path, staged)
+    of_stages = [from_json(RunRecord, read_json(place / RECORD), where=str(place / RECORD)) for place in places]
+    comparisons, samples = _compared(path, staged)
+    return dataclasses.replace(
+        of_stages[-1],
+        proof=tuple(verdict for one in of_stages for verdict in one.proof),
+        comparisons=comparisons,
+        samples=samples,
+        steps=sum(one.steps for one in of_stages),
+        tokens=sum(one.tokens for one in of_stages),
+        train_seconds=sum(one.train_seconds for one in of_stages),
+        peak_bytes=max(one.peak_bytes for one in of_stages),
+        task_tokens=dict(sum((Counter(one.task_tokens) for one in of_stages), Counter[str]())),
+        shared_tokens=sum(one.shared_tokens for one in of_stages),
+        drift=tuple(dict.fromkeys(text for one in of_stages for text in one.drift)),
+    )
