@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tiny_run import write_rows
+from tunesmith.data.audit.check import check
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.shots import with_shots
 from tunesmith.data.split import split
@@ -66,6 +67,17 @@ def test_examples_train_and_are_never_the_row_itself_nor_held_out(tmp_path: Path
     assert [asked(again["test_data"], row) for row in range(len(test))] == [
         asked(roles["test_data"], row) for row in range(len(test))
     ]
+
+
+def test_examples_are_no_copies_to_the_data_check(tmp_path: Path, words: Any) -> None:
+    rows = [
+        {"country": f"the land {n} of " + " ".join(f"w{n}.{i}" for i in range(20)), "completion": f"C{n}"}
+        for n in range(30)
+    ]
+    forms = {"prompt": "{country}?", "shots": 2}
+    data, test = split(rows_of(tmp_path / "a.jsonl", rows, words, prompts=forms), 0.4)
+    report = check(with_shots({"data": data, "test_data": test}), whole=True)["test_data"]
+    assert not {finding.check for finding in report.findings} & {"copied_parts", "leaks"}
 
 
 def test_without_turns_examples_stand_above_the_question(tmp_path: Path, words: Any) -> None:

@@ -27,6 +27,15 @@ def with_shots(roles: Mapping[str, Dataset]) -> dict[str, Dataset]:
     return found
 
 
+def without_shots(roles: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The rows alone, as whoever looks for what they have in common wants them: examples are other rows."""
+    return {role: dataclasses.replace(rows, parts=tuple(map(_alone, rows.parts))) for role, rows in roles.items()}
+
+
+def _alone(part: Part) -> Part:
+    return part if part.asking is None else dataclasses.replace(part, asking=part.asking.showing(None))
+
+
 def _complete(part: Part, training: Dataset, role: str) -> Part:
     if part.asking is None or part.asking.shots == 0:
         return part

@@ -23,6 +23,7 @@ from tunesmith.data.corpus import Corpus
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rehearsal import NAME as REHEARSAL
 from tunesmith.data.scan import Scan, percentiles, scan
+from tunesmith.data.shots import without_shots
 from tunesmith.errors import InputError
 from tunesmith.types import DataReport, Finding, Json
 
@@ -34,7 +35,7 @@ def check(
     `corpus`: the texts of the role `data`, where they are trained as windows. `whole`: read all rows, not only what a
     run needs to know."""
     validator = _validator(schema) if schema is not None else None
-    reading = read_all(datasets, said.finds()) if whole else None
+    reading = read_all(without_shots(datasets), said.finds()) if whole else None
     reports: dict[str, DataReport] = {}
     for role, dataset in datasets.items():
         earlier = {name: datasets[name] for name in reports}
