@@ -57,6 +57,8 @@ def test_another_method_machine_or_format_is_another_kind(made: Plan, tiny_folde
     other = dataclasses.replace(made, machine=dataclasses.replace(made.machine, device_name="another"))
     assert experience.earlier(made) is not None
     assert experience.earlier(other) is None
+    measuring = dataclasses.replace(made, memory_bytes=made.memory_bytes | {"evaluation": 5 * 10**8})
+    assert experience.earlier(measuring) is None
     assert "memory_factor" not in plan_of(recipe(tiny_folder, tmp_path, method="full", lora_r="auto")).choices
 
 
@@ -75,6 +77,7 @@ def test_a_broken_file_is_no_experience_and_is_replaced(content: bytes, made: Pl
     assert experience.earlier(made) is not None
 
 
-def test_an_absurd_factor_is_bounded(made: Plan) -> None:
-    experience.remember(record(made, peak_bytes=100 * made.memory_bytes["peak"]))
-    assert experience.corrected(made)["memory_factor"] == 2.0
+def test_the_factor_is_bounded_and_hardly_below_one(made: Plan) -> None:
+    for times, factor in ((100, 2.0), (0.95, 0.95), (0.5, 0.9)):
+        experience.remember(record(made, peak_bytes=int(times * made.memory_bytes["peak"])))
+        assert experience.corrected(made)["memory_factor"] == pytest.approx(factor, abs=0.001)

@@ -3,8 +3,9 @@
     remember(record)      after a run of its own process, whose peak is the run's
     corrected(plan)       its memory times what the last such run took of its prediction, and the time at its speed
 
-A run is such a run on the same processor, for a model of the same shape, by the same method and number format. The
-factor is written into the plan: a plan.json says what it was made with. Left out: averages over runs.
+A run is such a run on the same processor, for a model of the same shape, by the same method and number format, measured
+or not before, by the same version. The factor is written into the plan: a plan.json says what it was made with. Left
+out: averages over runs.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from tunesmith.model.source import cache_folder
 from tunesmith.plan.room import corrected as corrected_parts
 from tunesmith.plan.work import tokens_computed
 from tunesmith.types import Choice, Plan, RunRecord
+from tunesmith.version import __version__
 
 FILE = "experience.json"
 FEWEST_STEPS = 20  # fewer have not seen the largest pack, nor a steady speed
-FACTORS = (0.5, 2.0)  # beyond these something else was measured
+FACTORS = (0.9, 2.0)  # hardly less than predicted: the next run may have longer rows, and too little ends it
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def kind(plan: Plan) -> str:
     """What makes two runs alike."""
     machine, model = plan.machine, plan.model
     shape = f"{model.model_type} {model.num_layers}x{model.hidden_size}"
-    return f"{machine.device_name}, {machine.cores} cores; {shape}; {plan['method']} {plan['dtype']}"
+    how = f"{plan['method']} {plan['dtype']}" + (", measured" if plan.memory_bytes.get("evaluation") else "")
+    return f"{machine.device_name}, {machine.cores} cores; {shape}; {how}; {__version__}"
 
 
 def corrected(plan: Plan) -> Plan:
