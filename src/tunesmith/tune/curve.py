@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 from tunesmith.tune.rates import RatePoint, RateTest
 
 BAR = 32  # characters
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 360, 70, 30, 20, 50
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 360, 70, 30, 20, 70
 
 
 def bar(point: RatePoint, test: RateTest) -> str:
@@ -50,12 +50,12 @@ def svg(test: RateTest) -> str:
         'stroke-dasharray="4"/>',
         _text(WIDTH - RIGHT, y(test.base) - 6, f"before training {test.base:.3f}", "end"),
         _text(LEFT, 16, f"held-out {test.metric} after {test.steps} steps, by learning rate"),
-        '<polyline fill="none" stroke="#0b6" stroke-width="2" points="'
+        '<polyline fill="none" stroke="#888" stroke-width="2" points="'
         + " ".join(f"{x(point.rate):.1f},{y(loss):.1f}" for point, loss in shown)
         + '"/>',
     ]
     for point, loss in shown:
-        fill = "#c30" if point.rate == test.chosen else "#0b6"
+        fill = "#0b6" if point.rate == test.chosen else "#888"
         parts.append(f'<circle cx="{x(point.rate):.1f}" cy="{y(loss):.1f}" r="5" fill="{fill}"/>')
         parts.append(_text(x(point.rate), y(loss) + 18, f"{loss:.3f}", "middle"))
     for point in test.points:
