@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from tiny_run import adapter_bytes, chat, plan_of, recipe, steps_of, sums, talker, train, until_saved, write_rows
-from tunesmith import run
+from tunesmith import cli, run
 from tunesmith.errors import InputError
+from tunesmith.jsonfile import from_json
 from tunesmith.recipe import Recipe
-from tunesmith.types import Json
+from tunesmith.types import Comparison, Json
 from tunesmith.verbs import read_record
 
 BAD = [chat("who?", "as an AI, fine"), {**chat("what?", "I am an AI"), "negative": True}]
@@ -57,7 +58,9 @@ def marked(first: int, count: int, answer: str, negative: Any) -> list[Json]:
     return [{**chat(f"say {n}", f"{answer} {n}"), "negative": negative} for n in range(first, first + count)]
 
 
-def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A model that answers with the phrase stops when it is banned; rightful prompts are asked too."""
     model = talker(tiny_folder, tmp_path / "talker")
     test = [*sums(200, 3), *marked(20, 3, "an AI", True), *marked(30, 2, "an AI", False)]
@@ -74,7 +77,12 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(tiny_folder: Path,
     assert record.samples[-1][0].answer.startswith("an AI")
     assert record.samples[-1][0].expected == ""
 
-    beside = run.baselines(tmp_path / "then" / "run")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", str(tmp_path / "then" / "run"), "--baselines", "--json"])
+    assert not ended.value.code
+    printed = json.loads(capsys.readouterr().out)["baselines"]
+    beside = {name: from_json(tuple[Comparison, ...], rows, where=name) for name, rows in printed.items()}
     assert list(beside) == ["base", "told", "banned"]
     for rows in beside.values():
         after = {(one.task, one.metric): one.after for one in rows}
@@ -87,9 +95,9 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(tiny_folder: Path,
 
 
 def test_baselines_are_of_constraints(tiny_folder: Path, tmp_path: Path) -> None:
-    files = {"test_data": str(write_rows(tmp_path / "test.jsonl", sums(200, 3)))}
-    for name, changed in (("a", {**files, "never": []}), ("b", {})):
-        good = str(write_rows(tmp_path / f"{name}.jsonl", sums(1, 6)))
-        train(wish(tiny_folder, tmp_path / name, **{"data": good, **changed}))
-        with pytest.raises(InputError, match="baselines are of what no answer may say"):
-            run.baselines(tmp_path / name / "run")
+    files = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", sums(n, 3))) for n, name in ((1, "data"), (9, "test_data"))
+    }
+    train(wish(tiny_folder, tmp_path, **files, never=[]))
+    with pytest.raises(InputError, match="baselines are of what no answer may say"):
+        run.baselines(tmp_path / "run")
