@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
 
 from tiny_run import (
-    END,
     adapter_bytes,
     measured_files,
     plan_of,
     recipe,
-    save_model_folder,
+    save_writer_folder,
     steps_of,
     sums,
     train,
@@ -37,16 +34,7 @@ from tunesmith.workbench import model_at_start
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that writes short words: the first number of every hidden state is the same, and there the head likes
-    small letters and the ends."""
-    folder = save_model_folder(tmp_path_factory.mktemp("writer") / "tiny")
-    tensors = load_file(folder / "model.safetensors")
-    letters = [place for place, sign in enumerate(sorted(ByteLevel.alphabet())) if sign in "abcdefgh"]
-    tensors["model.embed_tokens.weight"][:, 0] = 5
-    tensors["lm_head.weight"][:, 0] = -4
-    tensors["lm_head.weight"][[*letters, END, END + 1], 0] = 1
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return save_writer_folder(tmp_path_factory.mktemp("writer") / "tiny")
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Recipe:

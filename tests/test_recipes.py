@@ -5,18 +5,22 @@ from typing import Any
 
 import pytest
 
-from tiny_run import chat, steps_of, sums, train, write_rows
+from tiny_run import chat, save_writer_folder, steps_of, sums, train, write_rows
+from tunesmith import stages
 from tunesmith.jsonfile import read_json
-from tunesmith.types import Event, Json
+from tunesmith.recipe import Recipe, Stages
+from tunesmith.types import Event, Json, Stage
 from tunesmith.verbs import read_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+STAGES = FOLDER / "stages.yaml"
 CHOSEN: dict[str, Json] = {
     "qlora": {"method": "qlora", "optim": "adamw", "activations": "keep"},
     "dora": {"method": "lora", "use_dora": True, "lora_r": 8},
     "full": {"method": "full", "optim": "adamw_8bit"},
     "cpt": {"stage": "cpt"},
     "never": {"never": ["ai-self-mention (ban)", "apology (ban)"]},
+    "rehearsal": {"rehearsal_margin": 0.02},
     "shared-prefixes": {"share_prefixes": True},
     "instruction": {"mixture": {"arguments": 6, "returns": 6, "names": 6}},
 }
@@ -36,9 +40,9 @@ def columns(number: int) -> list[Json]:
     return [{"code": f"f{number}_{n}()", "name": f"f{number}_{n}", "completion": f"F{n}"} for n in range(6)]
 
 
-def run_small(path: Path, model: Path, folder: Path) -> list[Event]:
-    """Runs a recipe with a tiny model, and toy rows in the place of every file that it names."""
-    wish = read_recipe(path)
+def small(wish: Recipe, model: Path, folder: Path) -> Recipe:
+    """The recipe with a tiny model, and toy rows in the place of every file that it names."""
+    folder.mkdir(exist_ok=True)
     changed: dict[str, Any] = {"batch_tokens": 200, "max_length": 60} if wish.stage == "cpt" else {"batch_size": 2}
     for number, key in enumerate(("data", "eval_data", "test_data")):
         if wish.mixture is not None and getattr(wish, key):
@@ -48,22 +52,43 @@ def run_small(path: Path, model: Path, folder: Path) -> list[Event]:
             ]
         elif getattr(wish, key):
             changed[key] = str(write_rows(folder / f"{key}.jsonl", rows_of(wish.stage, 10 + 500 * number)))
-    if wish.rehearsal is not None:
+    if wish.rehearsal is not None and not wish.rehearsal.own:
         changed["rehearsal"] = {"data": str(write_rows(folder / "general.jsonl", sums(300, 6)))}
     if wish.retention_data is not None:
         texts = [{"text": f"some text {n}"} for n in range(4)]
         changed["retention_data"] = str(write_rows(folder / "retention.jsonl", texts))
-    small = {"model": str(model), "output_dir": str(folder / "run"), "max_steps": 2, "dtype": "fp32"}
-    return train(read_recipe(path, **changed, **small))
+    size = {"model": str(model), "output_dir": str(folder / "run"), "max_steps": 2, "dtype": "fp32"}
+    found = read_recipe(wish, **changed, **size)
+    assert isinstance(found, Recipe)
+    return found
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def run_small(path: Path, model: Path, folder: Path) -> list[Event]:
+    wish = read_recipe(path)
+    assert isinstance(wish, Recipe)
+    return train(small(wish, model, folder))
+
+
+@pytest.mark.parametrize("path", sorted(set(FOLDER.glob("*.yaml")) - {STAGES}), ids=lambda path: path.stem)
 def test_every_recipe_runs(path: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    events = run_small(path, tiny_folder, tmp_path)
+    model = save_writer_folder(tmp_path / "writer") if path.stem == "rehearsal" else tiny_folder
+    events = run_small(path, model, tmp_path)
     assert [step.step for step in steps_of(events)] == [1, 2]
     choices, chosen = read_json(tmp_path / "run" / "plan.json")["choices"], CHOSEN[path.stem]
     assert {key: choices[key]["value"] for key in chosen} == chosen
     assert (tmp_path / "run" / ("model" if path.stem == "full" else "adapter")).is_dir()
+    assert (tmp_path / "run" / "record.json").exists()
+
+
+def test_the_recipe_with_stages_runs(tiny_folder: Path, tmp_path: Path) -> None:
+    wish = read_recipe(STAGES)
+    assert isinstance(wish, Stages)
+    parts = [small(one, tiny_folder, tmp_path / one.stage) for one in wish.recipes]
+    made = Stages(tuple(one.model_copy(update={"output_dir": tmp_path / "run"}) for one in parts))
+    known = stages.gather(made)
+    events = list(stages.train(stages.make_plan(known), known))
+    assert [event.name for event in events if isinstance(event, Stage)] == ["cpt", "sft"]
+    assert [step.step for step in steps_of(events)] == [1, 2, 1, 2]
     assert (tmp_path / "run" / "record.json").exists()
 
 

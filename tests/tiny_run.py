@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -45,6 +46,19 @@ def save_model_folder(path: Path, seed: int = 0) -> Path:
         bos_token_id=None,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    return path
+
+
+def save_writer_folder(path: Path) -> Path:
+    """One that writes short words: the first number of every hidden state is the same, and there the head likes a few
+    small letters and the ends."""
+    save_model_folder(path)
+    tensors = load_file(path / "model.safetensors")
+    letters = [place for place, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) if sign in "abcdefgh"]
+    tensors["model.embed_tokens.weight"][:, 0] = 5
+    tensors["lm_head.weight"][:, 0] = -4
+    tensors["lm_head.weight"][[*letters, END, END + 1], 0] = 1
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
