@@ -61,6 +61,13 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers() -> None:
         ("data", ""),
         ("output_dir", ""),
         ("stage", "rlhf"),
+        ("add_tokens", [""]),
+        ("add_tokens", ["[a]", "[b]", "[a]"]),
+        ("add_tokens", ["New York"]),
+        ("add_tokens", [" "]),
+        ("add_tokens", ["a\0"]),
+        ("add_tokens", ["x" * 201]),
+        ("add_tokens", [7]),
     ],
 )
 def test_values_that_mean_nothing_are_refused(key: str, value: object) -> None:

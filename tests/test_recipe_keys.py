@@ -279,6 +279,16 @@ def chat_template_kwargs(lab: Lab) -> None:
         lab.steps(template=str(own), chat_template_kwargs={"messages": []})
 
 
+def add_tokens(lab: Lab) -> None:
+    rows = lab.rows([chat(f"<n>{n}", f"<sum>{n}") for n in range(6)])
+    plain, added = lab.steps(data=rows), lab.steps(data=rows, add_tokens="<n>,<sum>")
+    assert plain[0].tokens - added[0].tokens == 2 * (len("<n>") + len("<sum>") - 2), "of two rows, one id each"
+    names = read_header(lab.output / "adapter" / "adapter_model.safetensors")
+    assert sum("trainable_tokens" in name for name in names) == 2, "embedding and head"
+    with pytest.raises(InputError, match="is one token already"):
+        lab.events(add_tokens=["a"])
+
+
 def schema(lab: Lab) -> None:
     path = lab.folder / "schema.json"
     path.write_text('{"type": "object", "required": ["sum"]}')

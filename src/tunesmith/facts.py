@@ -23,9 +23,10 @@ from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.mixture import Mixture
 from tunesmith.data.never import Never
+from tunesmith.data.new_tokens import refuse_other_tokens, refuse_unseen
 from tunesmith.data.pack import saved_share
 from tunesmith.data.render import Renderer
-from tunesmith.data.scan import first_documents
+from tunesmith.data.scan import every_document, first_documents
 from tunesmith.data.schedule import order
 from tunesmith.data.separator import separator_of
 from tunesmith.data.shots import with_shots
@@ -45,11 +46,12 @@ from tunesmith.plan.machines import machines, target_of
 from tunesmith.plan.mixture import mixture_choice
 from tunesmith.plan.plan import decide, fits
 from tunesmith.plan.rules import SavedShare, nothing_saved
+from tunesmith.plan.tokens import added
 from tunesmith.plan.work import SHARES, seconds_on
 from tunesmith.recipe import Recipe, sources_of
 from tunesmith.recipevalues import DataSource
 from tunesmith.runfolder import OWN_ROWS, next_run_folder
-from tunesmith.types import Choice, DataReport, Json, Machine, ModelSpec, Plan
+from tunesmith.types import Choice, DataReport, Document, Json, Machine, ModelSpec, Plan
 
 TOKENIZER = "tokenizer.json"
 STAND_IN = "smollm2-135m-instruct"  # counts for a model without a tokenizer
@@ -91,6 +93,7 @@ def gather(
     folder = resolve(recipe.model, weights=weights)
     model, own = read_spec(folder, name=recipe.model), (folder / TOKENIZER).is_file()
     renderer = renderer_of(recipe, folder if own or weights else resolve(STAND_IN), moment)
+    _refuse_rowless(renderer, model)
     adapter = None if recipe.adapter_from is None else _adapter(recipe.adapter_from, model, renderer, moment)
     roles = open_roles(recipe, renderer, own_rows)
     return Facts(
@@ -119,9 +122,17 @@ def _corpus(recipe: Recipe, rows: Dataset, model: ModelSpec) -> Corpus:
     return open_corpus(rows, window)
 
 
+def _refuse_rowless(renderer: Renderer, model: ModelSpec) -> None:
+    if renderer.tokenizer.new and renderer.tokenizer.new[0].id > model.vocab_size:
+        ids = renderer.tokenizer.new[0].id
+        what = f"the tokenizer numbers {ids:,} tokens, and the embedding has {model.vocab_size:,} rows"
+        raise InputError(what, where="add_tokens", fix="give a model whose tokenizer.json belongs to its weights")
+
+
 def _adapter(path: Path, model: ModelSpec, renderer: Renderer, now: datetime) -> AdapterFolder:
     """The adapter to go on with. InputError when it does not fit, or says that it belongs to something else."""
     adapter = read_adapter(path, model.path)
+    refuse_other_tokens(adapter.path, adapter.new_ids, renderer.tokenizer.new)
     check_provenance(adapter.path, hashes_of(model.path), renderer, now.isoformat())
     return adapter
 
@@ -130,7 +141,8 @@ def renderer_of(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
     """The tokenizer of a model folder, with the chat template that the recipe wants. In continued pretraining texts end
     in the separator."""
     template = recipe.template if isinstance(recipe.template, Path) else None
-    renderer = Renderer.from_folder(folder, template=template, now=now, variables=recipe.chat_template_kwargs)
+    told, tokens = recipe.chat_template_kwargs, recipe.add_tokens
+    renderer = Renderer.from_folder(folder, template=template, now=now, variables=told, add_tokens=tokens)
     if recipe.template == "none":
         renderer = Renderer(renderer.tokenizer, {})
     return renderer.ending_texts_in(separator_of(renderer.tokenizer).id) if recipe.stage == "cpt" else renderer
@@ -217,12 +229,21 @@ def make_plan(facts: Facts, handed_on: Mapping[str, Choice] | None = None) -> Pl
     return planner(facts, handed_on)(facts.recipe, facts.machine)
 
 
+def _documents(facts: Facts) -> Iterator[Document]:
+    corpus = facts.corpus
+    if corpus is None:
+        return every_document(facts.datasets["data"])
+    return (corpus.document(number) for number in range(len(corpus)))
+
+
 def planner(facts: Facts, handed_on: Mapping[str, Choice] | None = None) -> Callable[[Recipe, Machine], Plan]:
     """Plans for any machine, and for the recipe or one that differs in what rows and model do not depend on: the rows
     are read once for all. `handed_on`: what an earlier stage has decided."""
     layers = linear_paths(headers_of(facts.model.path))
     found = reports(facts)
     fixed = _fixed_of(facts, layers, found["data"])
+    if handed_on is None and facts.adapter is None:  # else an earlier run or stage has trained them
+        refuse_unseen(_documents(facts), facts.renderer.tokenizer.new)
     known = {
         "model": facts.model,
         "data": found,
@@ -281,6 +302,7 @@ def _fixed_of(facts: Facts, layers: Sequence[str], report: DataReport) -> dict[s
     fixed = {} if facts.adapter is None else _fixed(facts.adapter, facts.recipe, layers)
     if facts.recipe.mixture is not None:
         fixed["mixture"] = mixture_choice(facts.recipe.mixture, report)
+    fixed |= added(facts.renderer.tokenizer.new, facts.model)
     if facts.corpus is not None:
         separator = separator_of(facts.renderer.tokenizer)
         fixed["separator"] = Choice(separator.text, "checkpoint", f"ends every text: {separator.why}")

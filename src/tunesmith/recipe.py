@@ -25,6 +25,7 @@ from tunesmith.recipevalues import (
     FilePath,
     Mixture,
     Name,
+    NewTokens,
     NotNegative,
     Positive,
     Regex,
@@ -94,6 +95,9 @@ class Recipe(BaseModel):
     )
     chat_template_kwargs: dict[Name, TemplateValue] = Field(
         default={}, description="What the chat template is told: {enable_thinking: false}."
+    )
+    add_tokens: NewTokens = Field(
+        default=(), description="New tokens: each is one id, and its rows in embedding and head are trained."
     )
     answer_schema: FilePath | None = Field(
         default=None, alias="schema", description="JSON schema that a right answer follows."
@@ -204,6 +208,8 @@ ALIASES = {
     "val_set_size": "eval_split",
     "max_samples": "max_examples",
     "chat_template": "template",
+    "new_special_tokens": "add_tokens",
+    "tokens": "add_tokens",
     "cutoff_len": "max_length",
     "sequence_len": "max_length",
     "max_seq_length": "max_length",

@@ -67,13 +67,18 @@ INSTEAD = {
         ("trust_remote_code", "leave it out: code from a model folder is never run"),
         ("rl", "set stage: preference and loss: dpo, orpo or simpo"),
         ("resume_from_checkpoint", "run `tunesmith resume RUN`"),
+        (
+            "modules_to_save lora_modules_to_save additional_target",
+            "leave it out: with add_tokens the new tokens' rows in embedding and head are trained and saved; no other "
+            "whole module is",
+        ),
         ("report_to logging_steps", "leave it out: every step is in events.jsonl"),
     )
     for key in keys.split()
 }
 
 LATER_KEYS = (
-    "guard", "modules_to_save", "load_in_8bit",
+    "guard", "load_in_8bit",
 )  # fmt: skip
 INSTEAD_VALUES = {("method", "dora"): "set use_dora: true, which goes with any method that trains an adapter"}
 

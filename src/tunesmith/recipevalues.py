@@ -118,6 +118,28 @@ def _is_checker(name: str) -> str:
     raise ValueError(f"there is no checker '{name}'; {meant} A pattern is written {{match: '{name}'}}")
 
 
+def as_tokens(value: Any) -> Any:
+    """A text is a list with commas, as LLaMA-Factory has it."""
+    if value is None:
+        return ()
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _is_token(text: str) -> str:
+    if any(letter.isspace() for letter in text):
+        raise ValueError("it holds white space, which templates and texts trim and wrap: write it without")
+    if not text.isprintable():
+        raise ValueError("it holds a character that cannot be printed")
+    return text
+
+
+def _are_different(texts: tuple[str, ...]) -> tuple[str, ...]:
+    twice = next((text for place, text in enumerate(texts) if text in texts[:place]), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} stands twice")
+    return texts
+
+
 def _could_exist(value: Any) -> Any:
     if value == "" or "\0" in str(value):
         raise ValueError("not a path")
@@ -218,6 +240,11 @@ Regex = Annotated[
     Name,
     AfterValidator(_is_regex),
     WithJsonSchema({"type": "string", "description": "a regular expression for whole paths"}),
+]
+NewTokens = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_token)], ...],
+    AfterValidator(_are_different),
+    BeforeValidator(as_tokens, json_schema_input_type=str | list[str]),
 ]
 Sources = Annotated[
     tuple[DataSource, ...],

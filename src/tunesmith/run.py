@@ -266,7 +266,8 @@ def _save(run: _Run, bench: Workbench) -> Path:
         else:
             save_model(network, scratch, base, bench.model.dtype)
         templates = {name: template.source for name, template in bench.renderer.templates.items()}
-        save_serving_files(scratch, base, templates=templates, end_ids=bench.renderer.end_ids)
+        new = bench.renderer.tokenizer.new
+        save_serving_files(scratch, base, templates=templates, end_ids=bench.renderer.end_ids, new=new)
         hashes = run.start.identity["base_sha256"]
         write_provenance(scratch, provenance_of(bench.facts.model.name, hashes, bench.renderer, plan["now"]))
     return target

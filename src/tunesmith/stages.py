@@ -64,8 +64,15 @@ def make_plan(known: Sequence[Facts]) -> StagedPlan:
         if plan["method"] == "full" and len(known) > 1:
             what = f"the stage {plan['stage']} would train all weights, and what stages hand on is an adapter"
             raise InputError(what, where="method", fix="set method: lora, or run the stages one by one")
+        if plans and _tokens(plan) != _tokens(plans[0]):
+            what = f"the stage {plan['stage']} adds other tokens than the first one, whose rows the adapter has"
+            raise InputError(what, where="add_tokens", fix="add all of them in every stage")
         plans.append(plan)
     return StagedPlan(str(known[0].output_dir.parent.parent), tuple(plans))
+
+
+def _tokens(plan: Plan) -> dict[str, int]:
+    return plan["add_tokens"] if "add_tokens" in plan.choices else {}
 
 
 def _handed_on(before: Plan) -> dict[str, Choice]:

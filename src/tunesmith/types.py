@@ -158,6 +158,16 @@ class Row:
     data: Json
 
 
+@dataclass(frozen=True)
+class NewToken:
+    """A token that the recipe adds. `pieces`: its text's ids until then. Not `ordinary`: only template and answers."""
+
+    text: str
+    id: int
+    pieces: tuple[int, ...]
+    ordinary: bool = True
+
+
 class Span(NamedTuple):
     """Characters start:end of what a message says, counted without the white space around it."""
 

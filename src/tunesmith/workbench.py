@@ -37,6 +37,7 @@ from tunesmith.model.load import (
     stock_ids,
     stock_logits,
 )
+from tunesmith.model.new_rows import start_rows
 from tunesmith.model.part import part_of
 from tunesmith.model.quantized import load_quantized
 from tunesmith.model.saved import beside_stock, load_adapter
@@ -85,11 +86,11 @@ class Workbench:
 
 def set_up(plan: Plan, facts: Facts) -> Workbench:
     """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers, attention. An adapter to
-    go on with is part of the model that is asked."""
+    go on with is part of the model that is asked, and so are the first rows of new tokens."""
     torch.set_flush_denormal(True)  # stays on: torch's threads keep what they were started with, so it cannot be undone
     facts = _under_plan(plan, facts)
     rows, network, start = facts.datasets["data"], _stock(plan, facts), facts.adapter
-    with nullcontext() if start is None else beside_stock(network, start.weights, start.scale):
+    with nullcontext() if start is None else beside_stock(network, start):
         probe = _probe(network, facts, rows, share=plan["share_prefixes"])
     model = _ours(network, plan, facts)
     schedule = _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, rows)
@@ -105,7 +106,9 @@ def model_at_start(plan: Plan, facts: Facts) -> LanguageModel:
 
 def _stock(plan: Plan, facts: Facts) -> Network:
     load = load_quantized if plan["method"] == "qlora" else load_network
-    return load(facts.model.path, DTYPES[plan["dtype"]], facts.machine.device)
+    network = load(facts.model.path, DTYPES[plan["dtype"]], facts.machine.device)
+    start_rows(network, facts.renderer.tokenizer.new)
+    return network
 
 
 def _ours(network: Network, plan: Plan, facts: Facts) -> LanguageModel:
@@ -120,6 +123,7 @@ def set_up_part(plan: Plan, facts: Facts, layers: int) -> Workbench:
     """With the first layers and made-up weights, to be measured; there is nothing to prove about them."""
     facts = dataclasses.replace(_under_plan(plan, facts), adapter=None)
     network = part_of(facts.model.path, DTYPES[plan["dtype"]], layers, quantized=plan["method"] == "qlora")
+    start_rows(network, facts.renderer.tokenizer.new)
     if "lora_target_modules" in plan.choices and plan["lora_target_modules"] not in GROUPS:
         everything = Choice("all-linear", "rule", "the layers that are named may not be there")
         plan = dataclasses.replace(plan, choices=plan.choices | {"lora_target_modules": everything})
@@ -194,7 +198,7 @@ def _probe(network: Network, facts: Facts, rows: Dataset, *, share: bool) -> Pro
         if comparable and len(equal) < STOCK_ID_ROWS and not facts.renderer.dated:
             wanted = facts.renderer.as_wanted(example.messages, example.tools)
             template, told = _template_text(facts.recipe.template), facts.recipe.chat_template_kwargs
-            stock = stock_ids(facts.model.path, wanted, example.tools, template, told)
+            stock = stock_ids(facts.model.path, wanted, example.tools, template, told, facts.recipe.add_tokens)
             ours = prepared.documents[0].tokens_L
             equal.append((example.id, bool(np.array_equal(ours, stock[: len(ours)]))))
     documents = choose_documents(whole or cut, shortest_window(network))

@@ -19,6 +19,7 @@ FROZEN = [
         "skip_bad",
         "template",
         "chat_template_kwargs",
+        "add_tokens",
         "schema",
     ),
     *("max_length", "overlong", "pack_length", "share_prefixes", "batch_size", "batch_tokens"),

@@ -12,7 +12,7 @@ from peft import PeftModel
 from tiny_export import CHATML, job_of, save_model, save_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tiny_run import recipe
+from tiny_run import chat, recipe, write_rows
 from tunesmith import facts, run
 from tunesmith.atomic import damage, read_manifest, sha256_of
 from tunesmith.errors import GateError, InputError, MachineError
@@ -289,3 +289,21 @@ def test_the_run_is_as_it_was(finished: Path, exports: dict[str, Exported]) -> N
     assert not (finished / "export").exists()
     assert damage(finished / "adapter") == ""
     assert os.listdir(finished)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-wide"])
+def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
+    """Seven of them, for five spare rows; a GGUF holds no adapter of rows."""
+    tokens = [f"[t{n}]" for n in range(7)]
+    rows = [chat(f"{' '.join(tokens)} {n}", f"[t{n % 7}]{n}") for n in range(12)]
+    data = {
+        "data": str(write_rows(tmp_path / "t.jsonl", rows[:8])),
+        "test_data": str(write_rows(tmp_path / "h.jsonl", rows[8:])),
+    }
+    path = save_run(tmp_path / "run", save_model(tmp_path / "model", family), add_tokens=tokens, **data)
+    for target, kind in (("gguf", "f32"), ("ollama", "f32"), ("merged", None)):
+        parity = run.export(path, target, kind=kind, out=tmp_path / f"{target}").parity
+        assert (parity.same_prompts, parity.rendered_prompts) == (4, 4), target
+        assert parity.mean_kl < (1e-2 if target == "merged" else 1e-6), target
+    with pytest.raises(InputError, match="no place for the rows of new tokens"):
+        run.export(path, "gguf", kind="lora", out=tmp_path / "lora")

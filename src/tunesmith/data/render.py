@@ -23,6 +23,7 @@ import numpy as np
 
 from tunesmith.data.chat import Chat, Variables, refuse_unasked
 from tunesmith.data.encode import Encoded, MarkedText, bad_tokens, encode, plain_runs
+from tunesmith.data.new_tokens import new_tokens
 from tunesmith.data.probe import Protocol, probe
 from tunesmith.data.template import ChatTemplate, find_templates
 from tunesmith.data.tokenizer import ChatTokenizer
@@ -94,10 +95,20 @@ class Renderer:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, template: Path | None = None, now: datetime, variables: Mapping[str, Any] | None = None
+        cls,
+        folder: Path,
+        *,
+        template: Path | None = None,
+        now: datetime,
+        variables: Mapping[str, Any] | None = None,
+        add_tokens: Sequence[str] = (),
     ) -> Renderer:
         """`template`: a file to use instead of the model's own. `now`: the date in templates. Raises InputError."""
-        return cls(ChatTokenizer.from_folder(folder), find_templates(folder, template, now), variables)
+        tokenizer, templates = ChatTokenizer.from_folder(folder), find_templates(folder, template, now)
+        if add_tokens:
+            new = new_tokens(tokenizer, add_tokens, templates.values())
+            tokenizer = ChatTokenizer.from_folder(folder, new)
+        return cls(tokenizer, templates, variables)
 
     @property
     def has_template(self) -> bool:

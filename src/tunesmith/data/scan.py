@@ -138,6 +138,12 @@ def scanned_rows(dataset: Dataset) -> np.ndarray:
     return np.arange(len(dataset))
 
 
+def every_document(dataset: Dataset) -> Iterator[Document]:
+    """Of all rows, in their order."""
+    for row, draft in _drafts(dataset, range(len(dataset))):
+        yield from dataset.understand(row, draft)[1].documents
+
+
 def first_documents(dataset: Dataset, order_N: np.ndarray) -> list[tuple[Document, ...]]:
     """The documents of a run's first rows, in its order: as many rows as are encoded together."""
     rows = next(batches(dataset, order_N.tolist()), [])

@@ -6,6 +6,8 @@ Plain text never becomes a control token here. Added tokens are of three kinds:
     structural  a tag with its partner (`<think>` `</think>`): also tokens in an assistant's text, text elsewhere
     vocabulary  plain text makes them anyway (line ends in Gemma), or HTML: tokens everywhere, as in any other tokenizer
 
+Those that a recipe adds are vocabulary, or structural where the chat template writes them (new_tokens.py).
+
 transformers is not used; ids equal those of the tokenizer.json.
 """
 
@@ -14,16 +16,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from tunesmith.data.tokenizer_file import check_tokens, its_errors, parse
+from tunesmith.data.tokenizer_file import check_tokens, its_errors, parse, with_tokens
 from tunesmith.errors import InputError
-from tunesmith.types import Json
+from tunesmith.types import Json, NewToken
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -64,16 +66,26 @@ class Control:
 class ChatTokenizer:
     """Read-only after construction, but for a memory of short texts."""
 
-    def __init__(self, tokenizer_json: bytes, config: Json, named: dict[str, str], end_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        config: Json,
+        named: dict[str, str],
+        end_ids: tuple[int, ...],
+        new: Sequence[NewToken] = (),
+    ) -> None:
+        """`new`: those of the added tokens that are the recipe's."""
+        self.new = tuple(new)
         data = _with_tokens_of(config, parse(tokenizer_json))
         self.named = named
         self.sha256 = hashlib.sha256(tokenizer_json + json.dumps(data["added_tokens"]).encode()).hexdigest()
         usual = {token["content"] for token in data["added_tokens"] if not token["special"]} - set(named.values())
-        self._head, vocabulary = _plain_tokenizer(data, usual)
+        self._head, vocabulary = _plain_tokenizer(data, usual, {token.text for token in new if token.ordinary})
         self._rest = _variant(data, self._head, keep_always=True)
         self._continuation = _variant(data, self._rest, keep_always=False)
         added = [token for token in data["added_tokens"] if token["content"] not in vocabulary]
-        self.controls = {token["content"]: _control(token, usual) for token in added}
+        written = {token.text for token in new}
+        self.controls = {token["content"]: _control(token, usual, written) for token in added}
         self.pattern = re.compile(_longest_first(self.controls))
         self.control_ids = frozenset(control.id for control in self.controls.values())
         unknown = {self.id(str(text)) for text in (data["model"].get("unk_token"), named.get("unk_token")) if text}
@@ -83,10 +95,12 @@ class ChatTokenizer:
         self.bos = () if config.get("add_bos_token") is False else self._leading_ids()
         self._memory: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
         self._ahead: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+        if other := [token.text for token in new if self.id(token.text) != token.id]:
+            raise InputError(f"the tokenizer's numbers have holes: it gives {other[0]!r} another one than the next")
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ChatTokenizer:
-        """Raises InputError if there is no tokenizer.json."""
+    def from_folder(cls, folder: Path, new: Sequence[NewToken] = ()) -> ChatTokenizer:
+        """With the tokens `new` added to it. Raises InputError if there is no tokenizer.json."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise InputError("the model folder has no tokenizer.json", where=str(folder), fix="give a folder with one")
@@ -97,7 +111,7 @@ class ChatTokenizer:
             what = f"eos_token_id is {str(ends)[:80]!r}, neither a number nor a list of numbers"
             raise InputError(what, where=str(folder / "generation_config.json"))
         try:
-            return cls(path.read_bytes(), config, _named_tokens(folder, config), end_ids)
+            return cls(with_tokens(path.read_bytes(), new), config, _named_tokens(folder, config), end_ids, new)
         except InputError as error:
             raise InputError(error.what, where=str(path), fix=error.fix) from error
 
@@ -106,6 +120,11 @@ class ChatTokenizer:
         for text in [name for control in controls for name in (control.text, _partner(control.text))]:
             if text in self.controls:
                 self.controls[text] = replace(self.controls[text], structural=False)
+
+    @property
+    def size(self) -> int:
+        """The number behind the last token's."""
+        return 1 + max(self._head.get_vocab(with_added_tokens=True).values())
 
     def id(self, text: str) -> int | None:
         return self._head.token_to_id(text) if text else None
@@ -243,9 +262,9 @@ def _named_tokens(folder: Path, config: Json) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _plain_tokenizer(data: Json, usual: set[str]) -> tuple[Tokenizer, set[str]]:
+def _plain_tokenizer(data: Json, usual: set[str], ordinary: Container[str]) -> tuple[Tokenizer, set[str]]:
     """The tokenizer with its control tokens switched off, and which of the `usual` (not special) added tokens are
-    vocabulary."""
+    vocabulary; the `ordinary` ones are."""
     for token in data["added_tokens"]:
         token["special"] = True  # `encode_special_tokens` switches exactly these off
     tokenizer = _load(data)
@@ -254,7 +273,8 @@ def _plain_tokenizer(data: Json, usual: set[str]) -> tuple[Tokenizer, set[str]]:
         for token in data["added_tokens"]
         if token["content"] in usual
         and (
-            _tag_name(token["content"]) in _HTML
+            token["content"] in ordinary
+            or _tag_name(token["content"]) in _HTML
             or tokenizer.encode(token["content"], add_special_tokens=False).ids == [token["id"]]
         )
     }
@@ -294,8 +314,10 @@ def _without_prefix(part: Json | None, keep_always: bool) -> Json | None:
     return None if part["type"] == "Prepend" and not keep_always else part
 
 
-def _control(token: Json, usual: set[str]) -> Control:
-    structural = token["content"] in usual and _partner(token["content"]) in usual
+def _control(token: Json, usual: set[str], written: Container[str]) -> Control:
+    """`written`: tokens that the recipe adds and the template writes; they need no partner."""
+    text = token["content"]
+    structural = text in written or (text in usual and _partner(text) in usual)
     return Control(token["id"], token["content"], structural, **{key: bool(token.get(key)) for key in FLAGS})
 
 

@@ -3,6 +3,7 @@
     parse(bytes) -> Json             a known model, and no step that blows text up
     check_tokens(list)               added tokens with a text, an id and yes-or-no flags
     with its_errors(): ...           what the library cannot use becomes an InputError
+    with_tokens(bytes, new) -> bytes the file with tokens added
 
 The library itself trusts the file. A normalizer that replaces one letter by a megabyte fills the memory, an empty added
 token matches everywhere, and a broken pattern ends in a panic of Rust. Left out: the meaning of the tokens
@@ -14,12 +15,12 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tunesmith.errors import InputError
-from tunesmith.types import Json
+from tunesmith.types import Json, NewToken
 
 MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -49,6 +50,15 @@ def parse(tokenizer_json: bytes) -> Json:
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         _check_growth(name, data.get(name))
     return data | {"truncation": None, "padding": None}
+
+
+def with_tokens(tokenizer_json: bytes, new: Sequence[NewToken]) -> bytes:
+    """A sound file with tokens added as transformers adds plain ones: found in any text, before normalisation."""
+    if not new:
+        return tokenizer_json
+    data = json.loads(tokenizer_json)
+    data["added_tokens"] += [{"id": t.id, "content": t.text} | dict.fromkeys(FLAGS, False) for t in new]
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @contextmanager

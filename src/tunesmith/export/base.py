@@ -47,7 +47,7 @@ def choose_base(run: Finished, witnesses: Sequence[Witness], wish: str, *, merge
 
 def _merged_logits(run: Finished, witnesses: Sequence[Witness], base: Base) -> tuple[Tensor, ...]:
     network = run.base_network(original=base == "original")
-    add_to_network(network, run.loras)
+    add_to_network(network, run.changes)
     dtype: torch.dtype = getattr(torch, run.weights.dtype)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype).float()

@@ -7,7 +7,7 @@ the one that it was trained on. No weights are in memory but the adapter's. Left
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from tunesmith.jsonfile import from_json, read_json
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import METHODS, linears
 from tunesmith.model.load import LanguageModel, Network, adopt, load_network
-from tunesmith.model.merge import read_loras
+from tunesmith.model.merge import Changes, read_loras, read_rows
+from tunesmith.model.new_rows import start_rows
 from tunesmith.model.provenance import check_provenance, hashes_of
 from tunesmith.model.quantized import dequantized, skeleton
-from tunesmith.model.saved import Lora, load_adapter
+from tunesmith.model.saved import Lora, Rows, load_adapter
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
 from tunesmith.recipe import Recipe, sources_of
@@ -35,7 +36,8 @@ from tunesmith.types import ModelSpec, Plan
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """`weights`: the base, or the model itself where all of it was trained; then there are no `loras`."""
+    """`weights`: the base, as large as new tokens make it, or the model itself where all of it was trained; then there
+    are no `loras`."""
 
     path: Path
     plan: Plan
@@ -45,18 +47,26 @@ class Finished:
     loras: Mapping[str, Lora]
     renderer: Renderer
     narrow: frozenset[str] = frozenset()  # paths of the matrices that the adapter was trained beside in 4 bits
+    rows: Mapping[str, Rows] = field(default_factory=dict[str, Rows])  # of new tokens, where the adapter has them
+
+    @property
+    def changes(self) -> Changes:
+        """All that the adapter makes of the base."""
+        return {**self.loras, **self.rows}
 
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def base_network(self, *, original: bool = False) -> Network:
-        """Stock, in fp32, without the adapter: the weights that were trained beside, or the files' `original` ones."""
+        """Stock, in fp32, without the adapter, new tokens as they started: the weights that were trained beside, or the
+        files' `original` ones."""
         network = load_network(self.weights.path, torch.float32, self.device)
         for path in () if original else self.narrow:
             weight = network.get_submodule(path).weight
             assert isinstance(weight, torch.Tensor)
             weight.data = dequantized(weight)
+        start_rows(network, self.renderer.tokenizer.new if self.rows else ())
         return network
 
     def live_model(self) -> LanguageModel:
@@ -96,13 +106,16 @@ def open_finished(path: Path) -> Finished:
     renderer = renderer_of(recipe, base, datetime.fromisoformat(plan["now"]))
     check_provenance(saved, hashes_of(base), renderer, plan["now"])
     adapted = plan["method"] != "full"
+    weights, rows = read_spec(base if adapted else saved, name=recipe.model), read_rows(saved, base) if adapted else {}
+    size = max((change.size(weights.vocab_size) for change in rows.values()), default=weights.vocab_size)
     return Finished(
         path=path,
         plan=plan,
         recipe=recipe,
-        weights=read_spec(base if adapted else saved, name=recipe.model),
+        weights=replace(weights, vocab_size=size),
         saved=saved,
         loras=read_loras(saved, base) if adapted else {},
         renderer=renderer,
         narrow=frozenset(linears(skeleton(base, torch.float32))) if plan["method"] == "qlora" else frozenset(),
+        rows=rows,
     )

@@ -16,9 +16,10 @@ from tunesmith.export.parity import Job, Reread
 from tunesmith.model.adapter_folder import CONFIG, WEIGHTS
 from tunesmith.model.folder import SINGLE, read_json
 from tunesmith.model.load import load_network
-from tunesmith.model.merge import add_to_network, read_loras, write_merged
+from tunesmith.model.merge import add_to_network, read_loras, read_rows, write_merged
 from tunesmith.model.provenance import FILE as PROVENANCE
 from tunesmith.model.readback import stock_prompts
+from tunesmith.model.saved import save_config
 
 
 def write_peft(job: Job) -> None:
@@ -29,7 +30,8 @@ def write_peft(job: Job) -> None:
 def reread_peft(job: Job) -> Reread:
     """The adapter as its own files say it is, added to the stock base."""
     network = job.run.base_network()
-    add_to_network(network, read_loras(job.folder, job.run.weights.path))
+    base = job.run.weights.path
+    add_to_network(network, {**read_loras(job.folder, base), **read_rows(job.folder, base)})
     return Reread(network, _rendered(job), _end_ids(job.folder))
 
 
@@ -37,8 +39,8 @@ def write_merged_folder(job: Job) -> None:
     """The base's config, its weights with the adapter added in fp32 and cast once, and what serving needs."""
     run = job.run
     _copy(job, CONFIG, WEIGHTS, PROVENANCE, SINGLE)
-    shutil.copyfile(run.weights.path / "config.json", job.folder / "config.json")
-    write_merged(run.weights.path, run.loras, job.folder / SINGLE, job.narrow)
+    save_config(job.folder, run.weights.path, run.weights.vocab_size)
+    write_merged(run.weights.path, run.changes, job.folder / SINGLE, job.narrow)
 
 
 def reread_merged(job: Job) -> Reread:

@@ -31,7 +31,7 @@ def write_gguf(job: Job) -> None:
     sizes, factors = architecture(config_of(spec.path), spec)
     name = {"general.name": f"{Path(spec.name).name} {run.path.name}"}
     metadata = name | sizes | vocabulary(run.saved, run.renderer, spec.vocab_size)
-    write_model(model_file(job), spec, run.loras, metadata, factors, job.kind, job.narrow)
+    write_model(model_file(job), spec, run.changes, metadata, factors, job.kind, job.narrow)
 
 
 def reread_gguf(job: Job) -> Reread:

@@ -32,7 +32,7 @@ from tunesmith.errors import GateError, InputError
 from tunesmith.model.folder import read_headers
 from tunesmith.model.gguf import ARCHITECTURES, ROPE_FACTORS, halves
 from tunesmith.model.gguf_file import read_gguf, read_tensor
-from tunesmith.model.merge import merged_tensors
+from tunesmith.model.merge import Changes, merged_headers, merged_tensors
 from tunesmith.model.saved import Lora
 from tunesmith.types import Json, ModelSpec
 
@@ -44,7 +44,7 @@ Place = tuple[str, tuple[int, ...], GGMLQuantizationType]  # name, shape, type i
 def write_model(
     file: Path,
     spec: ModelSpec,
-    loras: Mapping[str, Lora],
+    changes: Changes,
     metadata: Json,
     factors: np.ndarray | None,
     kind: str,
@@ -53,10 +53,11 @@ def write_model(
     """The weights of `spec` with the adapter in them, those of `narrow` as 4 bits left them. GateError for values that
     `kind` cannot hold."""
     headers = {n: h for n, h in read_headers(spec.path).items() if not (spec.tied_head and n == "lm_head.weight")}
+    headers = merged_headers(headers, changes)
     names = _names(spec)
     places = {name: (_stored(names, name, spec), h.shape, _type(h.shape, TYPES[kind])) for name, h in headers.items()}
     extra = [] if factors is None else [((ROPE_FACTORS, factors.shape, TYPES["f32"]), factors)]
-    weights = ((places[name], _rows(name, tensor, spec)) for name, tensor in merged_tensors(headers, loras, narrow))
+    weights = ((places[name], _rows(name, tensor, spec)) for name, tensor in merged_tensors(headers, changes, narrow))
     general = {
         "general.type": "model",
         "general.file_type": int(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"]),

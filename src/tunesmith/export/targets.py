@@ -92,6 +92,9 @@ def refuse_what_it_lacks(run: Finished, form: Format) -> None:
     if form.width == 0 and not run.loras:
         what = "this run trained all weights: there is no adapter"
         raise InputError(what, where=str(run.path), fix="export to merged or gguf")
+    if form.write is write_lora and run.rows:
+        what = "a GGUF adapter has no place for the rows of new tokens"
+        raise InputError(what, where=str(run.path), fix="export to merged or gguf, with the rows in the weights")
     if form.write is write_lora and any(lora.magnitude_O is not None for lora in run.loras.values()):
         what = "a GGUF adapter has no place for DoRA's magnitudes"
         raise InputError(what, where=str(run.path), fix="export to merged or gguf, with the adapter in the weights")

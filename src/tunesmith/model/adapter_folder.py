@@ -27,7 +27,9 @@ PREFIX = "base_model.model."
 LARGEST_RANK = 4096
 DTYPES = ("F32", "F16", "BF16")
 MAGNITUDE = "lora_magnitude_vector"
+ROWS = "token_adapter.trainable_tokens_delta"  # the rows themselves, whatever PEFT's name says
 KEY = re.compile(re.escape(PREFIX) + rf"([\w.]+)\.(lora_A\.weight|lora_B\.weight|{MAGNITUDE})")
+MATRICES = ("embed_tokens", "lm_head")
 
 # Keys that say nothing about the result, or that the weights answer better: which layers are adapted.
 UNUSED = {
@@ -42,13 +44,13 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian"),  # the others change the base
     "megatron_core": ("megatron.core", None),  # what PEFT always writes
 }
-READ = {"r", "lora_alpha", "use_rslora", "use_dora"}
+READ = {"r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indices"}
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
     """A LoRA or DoRA adapter that fits its base. `targets` in the form of `lora_target_modules`; `sha256` is of the
-    weights."""
+    weights; `new_ids` are the tokens that it has rows for, one after the other."""
 
     path: Path
     rank: int
@@ -58,6 +60,7 @@ class AdapterFolder:
     targets: str | tuple[str, ...]
     base: str  # what the adapter calls its base
     sha256: str
+    new_ids: tuple[int, ...] = ()
 
     @property
     def weights(self) -> Path:
@@ -86,9 +89,11 @@ def read_adapter(given: Path, base: Path) -> AdapterFolder:
     if not (path / WEIGHTS).is_file():
         raise _no_weights(path)
     layers = read_headers(base)
-    dora = bool(config.get("use_dora"))
-    paths = _check_weights(read_header(path / WEIGHTS), layers, rank, path / WEIGHTS)
-    _check_complete(read_header(path / WEIGHTS), paths, path / WEIGHTS, dora=dora)
+    dora, adapter = bool(config.get("use_dora")), read_header(path / WEIGHTS)
+    new_ids = _check_rows(adapter, layers, config.get("trainable_token_indices"), path)
+    adapter = {name: tensor for name, tensor in adapter.items() if not name.endswith(ROWS)}
+    paths = _check_weights(adapter, layers, rank, path / WEIGHTS)
+    _check_complete(adapter, paths, path / WEIGHTS, dora=dora)
     return AdapterFolder(
         path=path,
         rank=rank,
@@ -98,6 +103,7 @@ def read_adapter(given: Path, base: Path) -> AdapterFolder:
         targets=_targets(paths, layers),
         base=str(config.get("base_model_name_or_path") or ""),
         sha256=sha256_of(path / WEIGHTS),
+        new_ids=new_ids,
     )
 
 
@@ -137,6 +143,34 @@ def _no_weights(path: Path) -> InputError:
         what = f"only pickled weights ({PICKLE}): loading a pickle can run any code, so tunesmith does not"
         return InputError(what, where=str(path), fix=fix)
     return InputError(f"there is no {WEIGHTS}", where=str(path), fix="copy the whole adapter folder")
+
+
+def _check_rows(
+    adapter: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], wish: Any, folder: Path
+) -> tuple[int, ...]:
+    """The new tokens that it has rows for. In PEFT's config a list stands for the embedding alone."""
+    by_matrix = wish if isinstance(wish, dict) else {MATRICES[0]: wish} if wish else {}
+    ids = next(iter(by_matrix.values()), ())
+    if not _in_a_row(ids) or set(by_matrix) - {*MATRICES}:
+        what = f"trainable_token_indices is {wish!r:.80}: not the numbers of new tokens, one after the other"
+        raise InputError(what, where=str(folder / CONFIG), fix="only rows of added tokens can be gone on with")
+    own = {name: tensor for name, tensor in adapter.items() if name.endswith(f".{ROWS}")}
+    found = {name.removeprefix(PREFIX).removesuffix(f".{ROWS}"): tensor for name, tensor in own.items()}
+    if {path.rpartition(".")[2] for path in found} != set(by_matrix) or any(v != ids for v in by_matrix.values()):
+        what = f"trainable_token_indices is {wish!r:.80}, and the weights have rows for {', '.join(found) or 'none'}"
+        raise InputError(what, where=str(folder / CONFIG), fix="copy the adapter folder again")
+    for path, tensor in found.items():
+        matrix = _of_base(base, path)
+        if matrix is None or tensor.shape != (len(ids), *matrix.shape[1:]) or tensor.dtype not in DTYPES:
+            what = f"its rows for {path} are {tensor.dtype} {list(tensor.shape)}, which does not fit the base"
+            raise InputError(what, where=str(folder / WEIGHTS), fix="give the adapter's own base as model:")
+    return tuple(ids)
+
+
+def _in_a_row(ids: Any) -> bool:
+    if not isinstance(ids, (list, tuple)) or not all(type(index) is int and index >= 0 for index in ids):
+        return False
+    return not ids or list(ids) == list(range(ids[0], ids[0] + len(ids)))
 
 
 def _check_weights(

@@ -1,7 +1,8 @@
 """What is trained: a low-rank adapter beside a frozen base, or every weight.
 
 In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out: how a base becomes
-quantised (quantized.py), the maths of the layers (lora.py, dora.py), which layers (targets.py), files (saved.py).
+quantised (quantized.py), the maths of the layers (lora.py, dora.py), which layers (targets.py), rows of new tokens
+(new_rows.py), files (saved.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.model.adapter_folder import scale_of
 from tunesmith.model.lora import LoraLinear, MasterLinear, QuantizedLinear
+from tunesmith.model.new_rows import NewRows, train_rows
 from tunesmith.model.targets import select
 
 
@@ -32,7 +34,7 @@ def replace(network: nn.Module, path: str, module: nn.Module) -> None:
 
 def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     """An adapter on every chosen linear; B = 0, so the network's output is unchanged. Scale as PEFT: alpha / r, with
-    rsLoRA alpha / sqrt(r)."""
+    rsLoRA alpha / sqrt(r). With new tokens their rows too."""
     shape: dict[str, Any] = {
         "rank": settings["lora_r"],
         "scale": scale_of(settings["lora_r"], settings["lora_alpha"], rslora=settings["use_rslora"]),
@@ -43,6 +45,8 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     found = linears(network)
     for path in select(list(found), settings["lora_target_modules"]):
         replace(network, path, LoraLinear(found[path], **shape))
+    if "add_tokens" in settings:
+        train_rows(network, list(settings["add_tokens"].values()), settings["modules_to_save"])
 
 
 def train_all(network: PreTrainedModel, settings: dict[str, Any]) -> None:
@@ -70,8 +74,9 @@ def lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
 
 @contextmanager
 def adapter_scaled(network: nn.Module, factor: float) -> Iterator[None]:
-    """The adapter times `factor` inside the block: 0 is the base model, 1 the trained one. Nothing is copied."""
-    layers = list(lora_layers(network).values())
+    """The adapter times `factor` inside the block: 0 is the base model, 1 the trained one. Rows of new tokens go from
+    their start to what they are. Nothing is copied."""
+    layers = [module for module in network.modules() if isinstance(module, LoraLinear | NewRows)]
     scales = [layer.scale for layer in layers]
     try:
         for layer in layers:

@@ -2,7 +2,7 @@
 
 In: hidden states [S, H] of the positions that predict a target, the head's weight. Out: the loss of each target [S] and
 the weighted sum. A frozen head costs two matrix products a chunk (logits, gradient of the hidden states), both in the
-forward; the backward only scales.
+forward; the backward only scales. Of a trained one, or of its new rows, there is a third.
 Legend: S targets, H hidden, V vocabulary.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.model import kernels
+from tunesmith.model.new_rows import NewRows
 
 CHUNK_TARGETS = 128  # logits of a chunk: 128 x 49k bf16 = 12.6 MB, inside a common last-level cache
 
@@ -28,6 +29,17 @@ class Head:
     bias: Tensor | None
     scale: float = 1.0
     cap: float = 0.0
+    new: NewRows | None = None  # rows of the weight that are trained although it is frozen
+
+    @property
+    def trained(self) -> Tensor:
+        """What may be trained of the weight: all of it, or the new rows."""
+        return self.weight if self.new is None else self.new.rows_KH
+
+    @property
+    def span(self) -> slice:
+        """Which rows of the weight those are."""
+        return slice(None) if self.new is None else self.new.span
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in fp32 (fp64 for fp64 hidden states)."""
@@ -40,12 +52,12 @@ class Head:
 class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, targets: Tensor, weights: Tensor
+        ctx: Any, hidden: Tensor, trained: Tensor, head: Head, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        narrow = weight.detach().to(hidden.dtype)
+        narrow = head.weight.detach().to(hidden.dtype)
         bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
         dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dtrained = torch.zeros_like(trained) if ctx.needs_input_grad[1] else None
         losses = []
         for start in range(0, len(hidden), CHUNK_TARGETS):
             rows = slice(start, start + CHUNK_TARGETS)
@@ -53,24 +65,24 @@ class _SupervisedLoss(torch.autograd.Function):
             chunk_losses, dlogits = kernels.cross_entropy(logits, targets[rows], weights[rows], head.scale, head.cap)
             losses.append(chunk_losses)
             torch.mm(dlogits, narrow, out=dhidden[rows])
-            if dweight is not None:
-                dweight += (dlogits.t() @ hidden[rows]).to(dweight.dtype)
+            if dtrained is not None:
+                dtrained += (dlogits[:, head.span].t() @ hidden[rows]).to(dtrained.dtype)
         losses_S = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(dhidden, dtrained)
         ctx.mark_non_differentiable(losses_S)
         return (losses_S * weights.to(losses_S.dtype)).sum(), losses_S
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         dloss, _ = gradients
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden.mul(dloss), None if dweight is None else dweight.mul(dloss), None, None, None
+        dhidden, dtrained = ctx.saved_tensors
+        return dhidden.mul(dloss), None if dtrained is None else dtrained.mul(dloss), None, None, None
 
 
 def supervised_loss(hidden_SH: Tensor, head: Head, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of weight * loss over the targets (differentiable), and each target's own loss [S]. A trainable bias is not
     supported; no family that tunesmith accepts has one."""
-    return _SupervisedLoss.apply(hidden_SH, head.weight, head, targets_S, weights_S)
+    return _SupervisedLoss.apply(hidden_SH, head.trained, head, targets_S, weights_S)
 
 
 class _EachLoss(torch.autograd.Function):
@@ -78,27 +90,27 @@ class _EachLoss(torch.autograd.Function):
     row by row in the backward; a trained head is multiplied again there, since its gradient sums over the rows."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, head: Head, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, trained: Tensor, head: Head, targets: Tensor) -> Tensor:
         ctx.head, dhidden = head, torch.empty_like(hidden)
         losses = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
-        narrow = weight.detach().to(hidden.dtype)
+        narrow = head.weight.detach().to(hidden.dtype)
         for rows, chunk_losses, dlogits in _chunks(hidden, narrow, head, targets, None):
             losses.append(chunk_losses)
             torch.mm(dlogits, narrow, out=dhidden[rows])
-        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, targets, dhidden)
+        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, trained, targets, dhidden)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden, weight, targets, dhidden = ctx.saved_tensors
+        hidden, trained, targets, dhidden = ctx.saved_tensors
         (dlosses_S,) = gradients
-        dweight = None
+        dtrained = None
         if hidden is not None:
-            dweight = torch.zeros_like(weight)
-            narrow = weight.detach().to(hidden.dtype)
+            dtrained = torch.zeros_like(trained)
+            narrow = ctx.head.weight.detach().to(hidden.dtype)
             for rows, _, dlogits in _chunks(hidden, narrow, ctx.head, targets, dlosses_S.contiguous()):
-                dweight += (dlogits.t() @ hidden[rows]).to(dweight.dtype)
-        return dhidden * dlosses_S[:, None].to(dhidden.dtype), dweight, None, None
+                dtrained += (dlogits[:, ctx.head.span].t() @ hidden[rows]).to(dtrained.dtype)
+        return dhidden * dlosses_S[:, None].to(dhidden.dtype), dtrained, None, None
 
 
 def _chunks(
@@ -116,7 +128,7 @@ def _chunks(
 
 def each_loss(hidden_SH: Tensor, head: Head, targets_S: Tensor) -> Tensor:
     """Each target's loss [S], differentiable one by one: for losses that are no weighted sum of them."""
-    return _EachLoss.apply(hidden_SH, head.weight, head, targets_S)
+    return _EachLoss.apply(hidden_SH, head.trained, head, targets_S)
 
 
 @torch.no_grad()

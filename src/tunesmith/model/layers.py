@@ -19,6 +19,7 @@ from tunesmith.model import kernels
 from tunesmith.model.attention import Rule, attend, turned
 from tunesmith.model.cache import RowCache
 from tunesmith.model.lora import Group, project
+from tunesmith.model.new_rows import rows_of
 from tunesmith.types import Layout
 
 
@@ -175,14 +176,22 @@ def keep_less(layers: Sequence[Any], activations: str) -> None:
 
 
 class Embedding(nn.Module):
-    """The stock embedding, its output in the compute dtype: the stream's dtype decides what every product runs in."""
+    """The stock embedding, its output in the compute dtype: the stream's dtype decides what every product runs in.
+    Rows of new tokens may be trained."""
 
     def __init__(self, stock: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.stock, self.weight, self.dtype = stock, stock.weight, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.stock(ids).to(self.dtype)
+        new = rows_of(self.stock)
+        if new is None:
+            return self.stock(ids).to(self.dtype)
+        new.put(self.weight)
+        out: Tensor = self.stock(ids)
+        if torch.is_grad_enabled():
+            out = new.looked_up(ids, out, getattr(self.stock, "embed_scale", 1.0))
+        return out.to(self.dtype)
 
 
 # ---------------------------------------------------------------- which stock modules are replaced

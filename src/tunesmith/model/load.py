@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -28,6 +29,7 @@ from tunesmith.model.fit import check_fit, its_errors
 from tunesmith.model.frozen import Blocked, blocks_here
 from tunesmith.model.head import Head
 from tunesmith.model.layers import Embedding, keep_less, prune_last, replace_layers
+from tunesmith.model.new_rows import rows_of
 from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.types import Batch, Json, Layout
 
@@ -61,18 +63,25 @@ def stock_logits(network: PreTrainedModel, tokens: Sequence[int], places: Sequen
 
 
 def stock_ids(
-    folder: Path, messages: Sequence[Json], tools: Sequence[Json], template: str | None, variables: Json
+    folder: Path,
+    messages: Sequence[Json],
+    tools: Sequence[Json],
+    template: str | None,
+    variables: Json,
+    added: tuple[str, ...] = (),
 ) -> list[int]:
-    """Ids of a conversation from transformers' own tokenizer and chat template."""
-    encoded = _tokenizer(folder).apply_chat_template(
+    """Ids of a conversation from transformers' own tokenizer and chat template, with tokens `added` by it."""
+    encoded = _tokenizer(folder, added).apply_chat_template(
         list(messages), tools=list(tools) or None, chat_template=template, tokenize=True, return_dict=True, **variables
     )
     return list(encoded["input_ids"])
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+def _tokenizer(folder: Path, added: tuple[str, ...]):
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in added])
+    return tokenizer
 
 
 def shortest_window(network: PreTrainedModel) -> int | None:
@@ -87,7 +96,11 @@ def head_of(network: PreTrainedModel) -> Head:
     assert output is not None, "a causal language model has a head"
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    return Head(output.weight, output.bias, float(scale), float(getattr(config, "final_logit_softcapping", None) or 0))
+    new = rows_of(output)
+    if new is not None:
+        new.put(output.weight)
+    cap = float(getattr(config, "final_logit_softcapping", None) or 0)
+    return Head(output.weight, output.bias, float(scale), cap, new)
 
 
 class LanguageModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from tunesmith.model.adapter_folder import read_adapter
 from tunesmith.model.folder import TensorHeader, read_headers
 from tunesmith.model.load import Network
 from tunesmith.model.quantized import dequantized
-from tunesmith.model.saved import Lora, loras_of, read_adapter_tensors
+from tunesmith.model.saved import Lora, Rows, loras_of, read_adapter_tensors, rows_in
 
+Change = Lora | Rows  # what an adapter makes of one matrix
+Changes = Mapping[str, Change]
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -33,28 +36,51 @@ def read_loras(folder: Path, base: Path) -> dict[str, Lora]:
     return loras_of(read_adapter_tensors(adapter.weights), adapter.scale)
 
 
-def add_to_network(network: Network, loras: Mapping[str, Lora]) -> None:
-    """The same inside a loaded network, in fp32 and cast to its dtype."""
-    for path, lora in loras.items():
-        linear = network.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        linear.weight.data = lora.merged(linear.weight.data.float()).to(linear.weight)
+def read_rows(folder: Path, base: Path) -> dict[str, Rows]:
+    """Path of the embedding and of the head -> the rows of new tokens. A tied head, which may still lie in a file, has
+    the embedding's."""
+    adapter = read_adapter(folder, base)
+    rows = rows_in(read_adapter_tensors(adapter.weights), adapter.new_ids)
+    return {"lm_head": next(iter(rows.values())), **rows} if rows else {}
+
+
+def add_to_network(network: Network, changes: Changes) -> None:
+    """The same inside a loaded network, in fp32 and cast to its dtype; the matrices have the new rows already."""
+    for path, change in changes.items():
+        module = network.get_submodule(path)
+        assert isinstance(module, nn.Linear | nn.Embedding)
+        module.weight.data = change.merged(module.weight.data.float()).to(module.weight)
 
 
 def merged_tensors(
-    headers: Mapping[str, TensorHeader], loras: Mapping[str, Lora], narrow: Collection[str] = ()
+    headers: Mapping[str, TensorHeader], changes: Changes, narrow: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, fp32 weights), in the order of `headers`; those of `narrow`, paths of linears, as 4 bits left them.
-    GateError for a value that is not finite. Files of the decoder alone have no `model.` in front of their names."""
+    GateError for a value that is not finite."""
     for name, header in headers.items():
         with safe_open(header.file, "pt") as file:
             tensor = file.get_tensor(name).float()
         path = name.removesuffix(".weight")
         if narrow and not {path, f"model.{path}"}.isdisjoint(narrow):
             tensor = dequantized(tensor)
-        if (lora := loras.get(path) or loras.get(f"model.{path}")) is not None:
-            tensor = lora.merged(tensor)
+        if (change := _change_of(name, changes)) is not None:
+            tensor = change.merged(tensor)
         yield name, finite(name, tensor)
+
+
+def merged_headers(headers: Mapping[str, TensorHeader], changes: Changes) -> dict[str, TensorHeader]:
+    """With the shapes that the tensors have then: those with new rows may be longer."""
+    found = dict(headers)
+    for name, header in headers.items():
+        if isinstance(rows := _change_of(name, changes), Rows):
+            found[name] = replace(header, shape=(rows.size(header.shape[0]), *header.shape[1:]))
+    return found
+
+
+def _change_of(name: str, changes: Changes) -> Change | None:
+    """Files of the decoder alone have no `model.` in front of their names."""
+    path = name.removesuffix(".weight")
+    return changes.get(path) or changes.get(f"model.{path}")
 
 
 def finite(name: str, tensor: Tensor) -> Tensor:
@@ -66,10 +92,11 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def write_merged(base: Path, loras: Mapping[str, Lora], file: Path, narrow: Collection[str] = ()) -> None:
+def write_merged(base: Path, changes: Changes, file: Path, narrow: Collection[str] = ()) -> None:
     """The merged weights under the base's names and in its dtypes, as one safetensors file."""
     headers = read_headers(base)
-    write_weights(headers, (tensor for _, tensor in merged_tensors(headers, loras, narrow)), file)
+    tensors = (tensor for _, tensor in merged_tensors(headers, changes, narrow))
+    write_weights(merged_headers(headers, changes), tensors, file)
 
 
 def write_weights(headers: Mapping[str, TensorHeader], tensors: Iterable[Tensor], file: Path) -> None:

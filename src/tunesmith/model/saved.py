@@ -21,12 +21,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tunesmith.data.tokenizer_file import with_tokens
 from tunesmith.errors import InputError
-from tunesmith.model.adapter_folder import MAGNITUDE, PREFIX
+from tunesmith.model.adapter_folder import MAGNITUDE, PREFIX, ROWS, AdapterFolder
 from tunesmith.model.adapters import lora_layers
 from tunesmith.model.files import TEMPLATES
-from tunesmith.model.folder import read_header
+from tunesmith.model.folder import read_header, read_json
+from tunesmith.model.new_rows import new_rows
 from tunesmith.model.tensorfile import first_not_finite, write_tensors
+from tunesmith.types import NewToken
 
 SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": MAGNITUDE}  # ours -> PEFT's
@@ -38,7 +41,8 @@ def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    return {
+    rows = {f"{PREFIX}{path}.{ROWS}": rows.rows_KH for path, rows in new_rows(network).items()}
+    return rows | {
         f"{PREFIX}{path}.{PARTS[name]}": parameter
         for path, layer in lora_layers(network).items()
         for name, parameter in layer.named_parameters()
@@ -66,6 +70,8 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if rows := new_rows(network):
+        config["trainable_token_indices"] = {path.rpartition(".")[2]: one.ids for path, one in rows.items()}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_tensors(adapter_tensors(network), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -113,10 +119,36 @@ class Lora:
         return merged_OI * (self.magnitude_O.to(device) / merged_OI.norm(dim=1))[:, None]
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What an adapter makes of an embedding or a head: rows from `first` on are these, in fp32."""
+
+    first: int
+    rows_KH: Tensor
+
+    def size(self, rows: int) -> int:
+        """Rows of the matrix, which had `rows`."""
+        return max(rows, self.first + len(self.rows_KH))
+
+    def merged(self, weight_VH: Tensor) -> Tensor:
+        """The matrix with the rows, from one in fp32 on any device; longer where it was too short."""
+        more = weight_VH.new_zeros(self.size(len(weight_VH)) - len(weight_VH), weight_VH.shape[1])
+        merged_VH = torch.cat((weight_VH, more))
+        merged_VH[self.first : self.first + len(self.rows_KH)] = self.rows_KH.to(weight_VH)
+        return merged_VH
+
+
+def rows_in(tensors: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Rows]:
+    """By the path of the matrix, from tensors under PEFT's names; `ids` are consecutive."""
+    own = {name: tensor for name, tensor in tensors.items() if name.endswith(ROWS)}
+    return {n.removeprefix(PREFIX).removesuffix(f".{ROWS}"): Rows(ids[0], t.float()) for n, t in own.items()}
+
+
 def loras_of(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Lora]:
     """By the path of the linear, from tensors under PEFT's names."""
     found: dict[str, Lora] = {}
-    for path in dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors):
+    linears = [name for name in tensors if not name.endswith(ROWS)]
+    for path in dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in linears):
         a_RI, b_OR = (tensors[f"{PREFIX}{path}.lora_{half}.weight"].float() for half in "AB")
         magnitude_O = tensors.get(f"{PREFIX}{path}.{MAGNITUDE}")
         found[path] = Lora(a_RI, b_OR, scale, None if magnitude_O is None else magnitude_O.float())
@@ -124,18 +156,25 @@ def loras_of(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Lora]:
 
 
 @contextmanager
-def beside_stock(network: nn.Module, file: Path, scale: float) -> Iterator[None]:
-    """The stock network with the adapter of `file` inside the block, as PEFT adds it: W x + scale * B A x, each linear
-    by itself, in fp32; with magnitudes, times them over the norms of W + scale * B A. The oracle of a run that goes on
-    with an adapter."""
-    hooks = []
-    for path, lora in loras_of(read_adapter_tensors(file), scale).items():
+def beside_stock(network: nn.Module, adapter: AdapterFolder) -> Iterator[None]:
+    """The stock network with an adapter inside the block, as PEFT adds it: W x + scale * B A x, each linear by itself,
+    in fp32; with magnitudes, times them over the norms of W + scale * B A; rows of new tokens in their matrices. The
+    oracle of a run that goes on with an adapter."""
+    tensors, hooks = read_adapter_tensors(adapter.weights), []
+    for path, lora in loras_of(tensors, adapter.scale).items():
         hooks.append(network.get_submodule(path).register_forward_hook(functools.partial(_add, lora=lora)))
+    matrices: list[tuple[Tensor, Tensor]] = []
+    for path, rows in rows_in(tensors, adapter.new_ids).items():
+        own_KH = network.get_parameter(f"{path}.weight").detach()[rows.first : rows.first + len(rows.rows_KH)]
+        matrices.append((own_KH, own_KH.clone()))
+        own_KH.copy_(rows.rows_KH)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for own_KH, before_KH in matrices:
+            own_KH.copy_(before_KH)
 
 
 def _add(linear: Any, inputs: tuple[Tensor, ...], out: Tensor, *, lora: Lora) -> Tensor:
@@ -153,14 +192,34 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in network.named_parameters()}
     write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(base / "config.json", folder / "config.json")
+    save_config(folder, base, len(network.get_input_embeddings().weight))  # type: ignore[operator]
 
 
-def save_serving_files(folder: Path, base: Path, *, templates: Mapping[str, str], end_ids: Sequence[int]) -> None:
-    """The tokenizer, the chat templates that were trained with (by name), and the end tokens that were trained."""
+def save_config(folder: Path, base: Path, rows: int) -> None:
+    """The base's config.json for an embedding of so many rows."""
+    config = read_json(base / "config.json")
+    if config["vocab_size"] == rows:
+        shutil.copyfile(base / "config.json", folder / "config.json")
+    else:
+        text = json.dumps(config | {"vocab_size": rows}, indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def save_serving_files(
+    folder: Path,
+    base: Path,
+    *,
+    templates: Mapping[str, str],
+    end_ids: Sequence[int],
+    new: Sequence[NewToken] = (),
+) -> None:
+    """The tokenizer with the `new` tokens, the chat templates that were trained with (by name), and the end tokens that
+    were trained."""
     for name in SERVING_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+    if new:
+        (folder / "tokenizer.json").write_bytes(with_tokens((base / "tokenizer.json").read_bytes(), new))
     for name, source in templates.items():
         place = folder / "chat_template.jinja" if name == "default" else folder / TEMPLATES / f"{name}.jinja"
         place.parent.mkdir(exist_ok=True)

@@ -54,6 +54,7 @@ class Size(TypedDict):
     dtype: str
     rank: int
     dora: NotRequired[bool]
+    new_rows: NotRequired[int]  # of new tokens, in embedding and head
     optim: NotRequired[str]
     activations: NotRequired[str]
 
@@ -93,7 +94,8 @@ def fixed_parts(spec: ModelSpec, *, layouts: int, **size: Unpack[Size]) -> dict[
 def trained_parameters(spec: ModelSpec, **size: Unpack[Size]) -> int:
     if size["method"] == "full":
         return spec.parameters
-    return lora_parameters(spec, size["rank"]) + (magnitudes(spec) if size.get("dora") else 0)
+    rows = size.get("new_rows", 0) * spec.hidden_size
+    return lora_parameters(spec, size["rank"]) + (magnitudes(spec) if size.get("dora") else 0) + rows
 
 
 def _moment_bytes(**size: Unpack[Size]) -> float:

@@ -19,6 +19,7 @@ from tunesmith.plan.never import never_choices
 from tunesmith.plan.rehearsal import MOST, rehearsal_choices
 from tunesmith.plan.room import answer_tokens, needed, phases
 from tunesmith.plan.rules import RULES, Known, SavedShare, nothing_saved
+from tunesmith.plan.tokens import rows_choice, trained_rows
 from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
 
@@ -38,9 +39,9 @@ def decide(
     fixed: Mapping[str, Choice] | None = None,
     saved_share: SavedShare = nothing_saved,
 ) -> Plan:
-    """`fixed`: what an adapter to go on with, or a mixture of tasks, has decided already. `saved_share`: of the tokens,
-    when documents share prefixes, by batch_size and pack_length. Raises InputError for wishes that cannot be,
-    MachineError when the machine has no room for them."""
+    """`fixed`: what an adapter to go on with, a mixture or the tokenizer has decided already. `saved_share`: of the
+    tokens, when documents share prefixes, by batch_size and pack_length. InputError: an impossible wish; MachineError:
+    no room."""
     wishes = {KEYS[name]: getattr(recipe, name) for name in KEYS}
     decided: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
@@ -63,6 +64,8 @@ def decide(
     choices |= {key: choice for key, choice in fixed.items() if key not in RULES}
     choices |= never_choices(recipe.never, data["data"])
     choices |= rehearsal_choices(recipe.rehearsal, known, data.get("rehearsal"))
+    choices |= rows_choice(choices.get("add_tokens"), known)
+    decided["new_rows"] = trained_rows(choices)
     choices["activations"] = _activations(known, model, choices, wishes["activations"])
     decided["activations"] = choices["activations"].value
     for key in ("template", "overlong", "seed", "stage"):
@@ -216,6 +219,7 @@ ACTIVATIONS = {
 def _size(decided: Mapping[str, Any]) -> dict[str, Any]:
     """What the weights take."""
     adapter = {"rank": decided.get("lora_r", 0), "dora": decided.get("use_dora", False)}
+    adapter |= {"new_rows": decided.get("new_rows", 0)}
     return {key: decided[key] for key in ("method", "dtype", "optim", "activations")} | adapter
 
 

@@ -52,6 +52,7 @@ def translate(draft: Draft) -> None:
     draft.rename(SAME)
     _method(draft)
     _long_rows(draft)
+    topics.new_tokens(draft, "tokens", whole=("lora_modules_to_save",))
     preference, texts = draft.word("rl"), draft.given.get("pretraining_dataset")
     for key, ours in (("pretraining_dataset", "data"), ("datasets", "data"), ("test_datasets", "eval_data")):
         if entries := draft.take(key):

@@ -44,6 +44,8 @@ def translate(draft: Draft) -> None:
     _method(draft)
     topics.target_modules(draft, "lora_target", everything=("all",))
     topics.adapter(draft, "adapter_name_or_path")
+    for key in ("add_tokens", "new_special_tokens"):
+        topics.new_tokens(draft, key, whole=("additional_target",))
     _datasets(draft, stage)
     topics.held_out(draft, "val_size")
     topics.chat_template(draft, "template", own=())

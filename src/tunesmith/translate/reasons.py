@@ -74,9 +74,9 @@ LATER = (
     ),
     ("lora_modules_to_save additional_target modules_to_save", "only adapters are trained, no whole modules"),
     (
-        "special_tokens tokens added_tokens_overrides add_tokens add_special_tokens new_special_tokens_config "
-        "resize_* added_tokens eot_tokens eos_token",
-        "the tokenizer stays as it is; end tokens come from the chat template",
+        "special_tokens added_tokens_overrides add_special_tokens new_special_tokens_config resize_* added_tokens "
+        "eot_tokens eos_token",
+        "set add_tokens for new tokens; end tokens come from the chat template",
     ),
     ("train_on_inputs train_on_prompt", "answers are trained, prompts are not"),
     ("mask_history", 'put "train": false on the answers that are not to be trained'),

@@ -83,6 +83,22 @@ def adapter(draft: Draft, key: str) -> None:
         draft.leave(key, name, "there is no such folder: set adapter_from")
 
 
+def new_tokens(draft: Draft, key: str, whole: tuple[str, ...]) -> None:
+    """Tokens to add. The matrices that other tools train whole for them, under one of the keys `whole`, have their
+    new rows trained here."""
+    value = draft.take(key)
+    if not value:
+        return
+    texts = value.split(",") if isinstance(value, str) else value
+    draft.put("add_tokens", [str(text).strip() for text in texts], key)
+    for other in whole:
+        modules = draft.given.get(other)
+        names = modules.split(",") if isinstance(modules, str) else modules
+        if isinstance(names, list) and {str(name).strip() for name in names} <= {"embed_tokens", "lm_head"}:
+            why = "the new tokens' rows are trained and saved without it"
+            draft.leave(other, draft.take(other), why, matters=False)
+
+
 def held_out(draft: Draft, key: str) -> None:
     """A share of the rows; a number of rows has no counterpart."""
     value = draft.number(key)
