@@ -36,10 +36,11 @@ from tunesmith.types import (
 from tunesmith.version import __version__
 
 # Importing a submodule for the first time binds its name here. These have the names of verbs: they come first.
-for _namesake in ("demo", "evaluate", "export", "init", "plan", "train"):
+for _namesake in ("advise", "demo", "evaluate", "export", "init", "plan", "train"):
     import_module(f"tunesmith.{_namesake}")
 
 from tunesmith.verbs import (  # noqa: E402
+    advise,
     baselines,
     chat,
     compare_methods,
@@ -85,6 +86,7 @@ __all__ = [
     "TunesmithError",
     "Verdict",
     "__version__",
+    "advise",
     "baselines",
     "chat",
     "compare_methods",

@@ -14,7 +14,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ import typer
 from typer.main import get_command
 
 from tunesmith import clidata, verbs
-from tunesmith.commandline import AsJson, Run, Wish, read_wish, say
+from tunesmith.commandline import AsJson, Run, Told, Wish, asked, questions, read_wish, say
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes
 from tunesmith.runfolder import is_staged
@@ -97,6 +97,15 @@ def doctor(
 
     diagnosis = verbs.doctor(model)
     say(diagnosis, diagnosis_view(diagnosis), as_json=as_json)
+
+
+def advise(wish: Told = None, as_json: AsJson = False) -> None:
+    """Should this be fine-tuned? An answer with its reasons, in a moment, without a model."""
+    from tunesmith.adviceview import advice_view
+
+    path, facts = asked(wish)
+    advice = verbs.advise(path, **facts)
+    say(advice, advice_view(advice), as_json=as_json)
 
 
 def plan(
@@ -187,7 +196,7 @@ def evaluate(
 
 def chat(folder: Run, as_json: AsJson = False) -> None:
     """Talk to a trained adapter; one question a line."""
-    for answer in verbs.chat(folder, _questions()):
+    for answer in verbs.chat(folder, questions()):
         say({"answer": answer}, answer, as_json=as_json)
 
 
@@ -222,6 +231,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "init": init,
     "doctor": doctor,
+    "advise": advise,
     "data check": clidata.data_check,
     "data show": clidata.data_show,
     "data curate": clidata.data_curate,
@@ -257,18 +267,6 @@ def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool)
     if not is_staged(folder):  # a sum over stages says nothing of a plan
         verbs.remember(record)  # this process has held nothing but the run
     say(record, record_view(record), as_json=as_json)
-
-
-def _questions() -> Iterator[str]:
-    prompt = "you: " if sys.stdin.isatty() else ""
-    while True:
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
 
 
 # ---------------------------------------------------------------- the program

@@ -6,7 +6,7 @@ words -> read_wish -> Recipe, or Stages; result -> say -> one JSON object, or wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,14 @@ Wish = Annotated[
         show_default=False,
     ),
 ]
+Told = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="FACTS.yaml | RECIPE.yaml | --FACT VALUE",
+        help="A file of facts or a recipe, and facts as flags: --need tone --examples 300. Without any, it asks.",
+        show_default=False,
+    ),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
@@ -33,7 +41,12 @@ PIPE_WIDTH = 120
 
 
 def read_wish(wish: Sequence[str] | None) -> Recipe | Stages:
-    """The recipe that the words of the command line ask for. A flag without a value is a switch."""
+    """The recipe that the words of the command line ask for."""
+    return load_recipe(*read_words(wish))
+
+
+def read_words(wish: Sequence[str] | None) -> tuple[Path | None, dict[str, str]]:
+    """A file, and flags with their values. A flag without a value is a switch."""
     path: Path | None = None
     flags: dict[str, str] = {}
     words = list(wish or ())
@@ -51,7 +64,41 @@ def read_wish(wish: Sequence[str] | None) -> Recipe | Stages:
             fix = f"give it once; several values are a list: --{key} '[one, two]'"
             raise InputError(f"--{key} stands twice", where="command line", fix=fix)
         flags[key] = value
-    return load_recipe(path, flags)
+    return path, flags
+
+
+def asked(wish: Sequence[str] | None) -> tuple[Path | None, dict[str, Any]]:
+    """The facts that the words tell; without words they are asked for, one a line, if somebody is there to answer."""
+    path, facts = read_words(wish)
+    if path or facts or not sys.stdin.isatty():
+        return path, {f"--{key}": value for key, value in facts.items()}
+    from tunesmith.advise.situation import ask
+
+    return None, ask(_answer, lambda problem: _tell(f"  {problem}\n"))
+
+
+def _answer(question: str) -> str:
+    _tell(f"{question}\n> ")
+    if not (line := sys.stdin.readline()):
+        raise typer.Abort
+    return line
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def questions() -> Iterator[str]:
+    """What is typed, a question a line."""
+    prompt = "you: " if sys.stdin.isatty() else ""
+    while True:
+        _tell(prompt)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def say(value: Any, *views: Any, as_json: bool) -> None:

@@ -23,6 +23,7 @@ from tunesmith.types import Comparison, DataReport, Event, Json, Plan, RunRecord
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from tunesmith.advise.advice import Advice
     from tunesmith.curate import Curated
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.divide import Divided
@@ -73,6 +74,17 @@ def doctor(model: str | None = None) -> Diagnosis:
     from tunesmith.diagnosis import diagnose
 
     return diagnose(model)
+
+
+def advise(path: AnyPath | None = None, **facts: Any) -> Advice:
+    """Whether to fine-tune, and what else, with reasons. `path`: a YAML file of facts, or a recipe, whose rows are
+    counted; `facts` win over it: need="tone", examples=300. InputError for facts that cannot be."""
+    from tunesmith.advise.advice import advise
+    from tunesmith.advise.situation import is_recipe, read_situation
+
+    file = None if path is None else Path(path)
+    known = read_situation(file, facts)
+    return advise(known, file if file is not None and is_recipe(file) else None)
 
 
 def read_recipe(recipe: Wish = None, **changes: Any) -> Recipe | Stages:
