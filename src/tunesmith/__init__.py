@@ -14,7 +14,8 @@ docs/python.md shows each of them. Importing this loads no model library.
 from importlib import import_module
 
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
-from tunesmith.recipe import Recipe
+from tunesmith.plan.staged import StagedPlan
+from tunesmith.recipe import Recipe, Stages
 from tunesmith.recipevalues import DataSource
 from tunesmith.types import (
     Choice,
@@ -30,6 +31,7 @@ from tunesmith.types import (
     Sample,
     Saved,
     Score,
+    Stage,
     StepResult,
     Verdict,
 )
@@ -82,6 +84,9 @@ __all__ = [
     "Sample",
     "Saved",
     "Score",
+    "Stage",
+    "StagedPlan",
+    "Stages",
     "StepResult",
     "TunesmithError",
     "Verdict",
