@@ -21,10 +21,11 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import facts, run
+from tunesmith import facts, run, stages, verbs
 from tunesmith.data.batch import collate
 from tunesmith.errors import InputError
 from tunesmith.recipe import Recipe
+from tunesmith.recipefile import load_recipe
 from tunesmith.types import Json, Pack, Verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
@@ -89,6 +90,23 @@ def test_the_plan_says_what_is_trained_and_why(tiny_folder: Path, tied_folder: P
     without = plan_of(wish(tiny_folder, tmp_path / "d", add_tokens=[]))
     assert plan.memory_bytes["trained"] - without.memory_bytes["trained"] == 128 * 16
     assert not {"add_tokens", "modules_to_save"} & without.choices.keys()
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("['<n>', '<n>']", "add_tokens: '<n>' stands twice"),
+        ("['']", "a token has 1 to 200 characters, '' has 0"),
+        ("<n>,", "'' has 0"),
+        ("['New York']", "'New York' holds white space"),
+        ("[7]", "expected a text or a list of names"),
+    ],
+)
+def test_texts_that_are_no_tokens_are_refused_with_the_reason(written: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_recipe(None, {"model": "m", "data": "d.jsonl", "add_tokens": written})
+    with pytest.raises(InputError, match="modules_to_save' is not a key here: leave it out: with add_tokens"):
+        load_recipe(None, {"model": "m", "data": "d.jsonl", "add_tokens": "<n>", "modules_to_save": "[]"})
 
 
 def test_a_token_that_stands_in_no_row_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -195,6 +213,23 @@ def test_texts_have_them_too(tiny_folder: Path, tmp_path: Path) -> None:
     own = wish(tiny_folder, tmp_path, data=str(rows), **texts)
     steps = steps_of(train(own))
     assert steps[-1].loss < steps[0].loss
+
+
+def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
+    """What texts have taught stays where no answer holds it; a stage with other tokens is refused before the first."""
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": f"see <n>{n} [sum] and more"} for n in range(8)])
+    rows = write_rows(tmp_path / "rows.jsonl", [chat(f"<n>{n}", f"{n}<n>") for n in range(6)])
+    cpt = {"data": str(texts), "max_length": 32, "batch_tokens": 64}
+    sft: Json = {"data": str(rows), "batch_size": 2}
+    both = {"model": str(tiny_folder), "add_tokens": TOKENS, "lora_r": 2, "dtype": "fp32", "learning_rate": 0.01}
+    both |= {"output_dir": str(tmp_path / "run"), "num_train_epochs": 1}
+    made = verbs.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft}]})
+    known = stages.gather(made)
+    steps = steps_of(list(stages.train(stages.make_plan(known), known)))
+    assert steps[-1].loss < steps[-3].loss
+    other = verbs.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft | {"add_tokens": ["<n>"]}}]})
+    with pytest.raises(InputError, match="the stage sft adds other tokens than the first one"):
+        stages.make_plan(stages.gather(other))
 
 
 # ---------------------------------------------------------------- exports

@@ -321,6 +321,8 @@ def _message(item: _Given, place: tuple[str | int, ...], detail: ErrorDetails, s
         return f"{item.written}: '{item.value}' is not a value here: {INSTEAD_VALUES[key, item.value]}"
     if key == "stage" and item.within:
         schema = schema["anyOf"][0]
+    if key == "add_tokens" and (why := detail.get("ctx", {}).get("error")):
+        return f"{item.written}: {why}"
     return f"{item.written}: expected {expected(schema)}, found {found(item.value)}"
 
 

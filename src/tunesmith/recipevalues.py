@@ -22,6 +22,9 @@ from tunesmith.types import Json
 NEAR = 0.8  # of a word to the name of a checker: more, and it is meant as one
 
 
+LONGEST_TOKEN = 200  # characters of one that a recipe adds
+
+
 def no_switch(value: Any) -> Any:
     """YAML reads on, yes, off and no as true and false, and Python counts true as 1."""
     if isinstance(value, bool):
@@ -126,10 +129,12 @@ def as_tokens(value: Any) -> Any:
 
 
 def _is_token(text: str) -> str:
+    if not 0 < len(text) <= LONGEST_TOKEN:
+        raise ValueError(f"a token has 1 to {LONGEST_TOKEN} characters, {text[:20]!r} has {len(text):,}")
     if any(letter.isspace() for letter in text):
-        raise ValueError("it holds white space, which templates and texts trim and wrap: write it without")
+        raise ValueError(f"{text!r} holds white space, which templates and texts trim and wrap: write it without")
     if not text.isprintable():
-        raise ValueError("it holds a character that cannot be printed")
+        raise ValueError(f"{text!r} holds a character that cannot be printed")
     return text
 
 
@@ -242,7 +247,7 @@ Regex = Annotated[
     WithJsonSchema({"type": "string", "description": "a regular expression for whole paths"}),
 ]
 NewTokens = Annotated[
-    tuple[Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_is_token)], ...],
+    tuple[Annotated[str, AfterValidator(_is_token)], ...],
     AfterValidator(_are_different),
     BeforeValidator(as_tokens, json_schema_input_type=str | list[str]),
 ]

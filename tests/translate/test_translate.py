@@ -376,3 +376,14 @@ def test_strange_values_are_translated_or_refused(odd: dict[str, Any], text: str
         assert translated(yaml.safe_dump(yaml.safe_load(text) | odd)).values["data"]
     except InputError as error:
         assert error.where  # noqa: PT017 - which of the two it is, is open
+
+
+def test_new_tokens_come_along() -> None:
+    """What trains whole matrices for them is not needed."""
+    found = changed(AXOLOTL, "tokens: ['<n>', '[sum]']", "lora_modules_to_save: [embed_tokens, lm_head]")
+    assert found.values["add_tokens"] == ["<n>", "[sum]"]
+    assert left(found)["lora_modules_to_save"].matters is False
+    write_datasets(Path.cwd())
+    found = changed(LLAMAFACTORY, "new_special_tokens: '<n>, [sum]'", "additional_target: q_proj")
+    assert found.values["add_tokens"] == ["<n>", "[sum]"]
+    assert left(found)["additional_target"].matters is True
