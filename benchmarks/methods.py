@@ -1,21 +1,30 @@
 """What methods and activation policies take: peak memory and speed of steps on one pack of random tokens.
 
-    python -m benchmarks.methods [--model NAME] [--tokens 2048]
+    python -m benchmarks.methods [--model NAME | --shape 1b] [--tokens 2048] [--cases CASE ...]
 
 Each case runs in a process of its own, one after the other; prints a table with ratios to the first, whose frozen
-weights are in the faster layouts as in a run. Peaks are of the whole process.
+weights are in the faster layouts as in a run. Peaks are of the whole process, loading included. `--shape 1b` is a
+random Llama of the shape of Llama-3.2-1B, on whose size memory shows. The two last cases are PEFT's LoRA on the stock
+network, its weights in bf16 or in bitsandbytes' NF4, with torch's AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from tunesmith.data.batch import collate
 from tunesmith.data.pack import pack_step
@@ -36,6 +45,8 @@ CASES = {
     "dora": {"use_dora": True},
     "full": {"method": "full"},
     "full, 8-bit moments": {"method": "full", "optim": "adamw_8bit"},
+    "peft lora": {"peft": True},
+    "peft qlora": {"peft": True, "method": "qlora"},
 }
 ADAPTER = {
     "lora_r": 16,
@@ -45,11 +56,51 @@ ADAPTER = {
     "lora_target_modules": "all-linear",
 }
 STEPS = 4
+SHAPE_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+def peft_case(folder: Path, tokens: int, *, four_bits: bool) -> dict[str, float]:
+    """PEFT as its users have it: documents of 256 tokens are the rows of a batch, no padding is needed."""
+    small = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    more = {"quantization_config": small} if four_bits else {}
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **more)
+    network = get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    rows = documents(tokens, network.config.vocab_size)
+    ids_BL = torch.tensor(np.stack([row.tokens_L[:-1] for row in rows]), dtype=torch.long)
+    labels_BL = torch.where(torch.tensor(np.stack([row.weights_L[:-1] for row in rows])) > 0, ids_BL, -100)
+    network.train()
+    seconds = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        network(input_ids=ids_BL, labels=labels_BL).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+    moments_bytes = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    return {"peak": peak_bytes(), "seconds": min(seconds[1:]), "moments": moments_bytes, "matrices": math.nan}
 
 
 def case(model: str, tokens: int, settings: dict[str, str | bool]) -> dict[str, float]:
     """One warm step, then the best of a few."""
     method, folder = str(settings.get("method", "lora")), resolve(model)
+    if settings.get("peft"):
+        return peft_case(folder, tokens, four_bits=method == "qlora")
     network = (load_quantized if method == "qlora" else load_network)(folder, torch.bfloat16)
     METHODS[method](network, ADAPTER | {"seed": 0, "use_dora": settings.get("use_dora", False)})
     adopted = adopt(
@@ -89,26 +140,53 @@ def documents(tokens: int, vocabulary: int) -> list[Document]:
     ]
 
 
+def random_model(folder: Path) -> str:
+    """Weights of the shape of Llama-3.2-1B, written piece by piece; no tokenizer."""
+    config = LlamaConfig(**SHAPE_1B)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) == 1
+        else torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--shape", choices=["1b"])
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--case")
     given = parser.parse_args()
     if given.case:
         print(json.dumps(case(given.model, given.tokens, CASES[given.case])))
         return
+    with TemporaryDirectory() as scratch:
+        compare(random_model(Path(scratch)) if given.shape else given.model, given.tokens, given.cases)
+
+
+def compare(model: str, tokens: int, cases: Sequence[str]) -> None:
     print(
         "| case | tokens/s | speed | peak GB | peak | moments MB | matrices to 16 bits |\n|---|---|---|---|---|---|---|"
     )
     first: dict[str, float] = {}
-    for name in CASES:
-        command = [sys.executable, "-m", "benchmarks.methods", "--model", given.model, "--tokens", str(given.tokens)]
-        done = subprocess.run([*command, "--case", name], capture_output=True, text=True, check=True)
+    for name in cases:
+        command = [sys.executable, "-m", "benchmarks.methods", "--model", model, "--tokens", str(tokens)]
+        done = subprocess.run([*command, "--case", name], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
         one = json.loads(done.stdout.splitlines()[-1])
         first = first or one
         print(
-            f"| {name} | {given.tokens / one['seconds']:.0f} | {first['seconds'] / one['seconds']:.2f} | "
+            f"| {name} | {tokens / one['seconds']:.0f} | {first['seconds'] / one['seconds']:.2f} | "
             f"{one['peak'] / 1e9:.2f} | {one['peak'] / first['peak']:.2f} | {one['moments'] / 1e6:.0f} | "
             f"{one['matrices']:.3f} |",
             flush=True,
