@@ -33,6 +33,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 def test_verbs_without_a_model_load_no_torch() -> None:
     assert not loaded_by(verb("schema")) & {"torch", "transformers"}
+    assert not loaded_by(verb("advise", "--need", "tone")) & {"torch", "transformers"}
     assert not loaded_by("import tunesmith.recipefile, tunesmith.runfolder, tunesmith.jsonfile") & {
         "torch",
         "transformers",

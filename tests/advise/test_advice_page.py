@@ -1,0 +1,34 @@
+"""docs/advise.md shows what the program prints."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tunesmith import verbs
+from tunesmith.adviceview import advice_view
+from tunesmith.commandline import PIPE_WIDTH, asked
+
+ROOT = Path(__file__).parents[2]
+SHOWN = re.findall(
+    r"^```\n\$ tunesmith advise (.+)\n((?:.*\n)+?)```$", (ROOT / "docs/advise.md").read_text(), re.MULTILINE
+)
+OUTPUTS = [(words, text) for words, text in SHOWN if not text.startswith("$")]
+
+
+def test_there_are_outputs() -> None:
+    assert len(OUTPUTS) == 6
+
+
+@pytest.mark.parametrize(("words", "text"), OUTPUTS, ids=[str(number) for number in range(len(OUTPUTS))])
+def test_the_page_shows_what_is_printed(
+    words: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT / "recipes")
+    path, facts = asked(shlex.split(words))
+    Console(width=PIPE_WIDTH).print(advice_view(verbs.advise(path, **facts)))
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == text.splitlines()
