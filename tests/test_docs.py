@@ -24,6 +24,7 @@ PAGES = {
     "data check": "data",
     "data show": "data",
     "data curate": "data",
+    "data lock": "data",
     "data split": "data",
     "schema": "recipe",
     "demo": "train",

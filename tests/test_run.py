@@ -144,7 +144,10 @@ def test_evaluating_again_finds_what_the_record_says(finished: Path) -> None:
 
 def test_what_was_learned_by_heart_is_said_in_chat_and_scored(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [chat("red", '{"a": 1}', system="colours"), chat("blue", '{"b": 22}', system="colours")]
-    data, test = (str(write_rows(tmp_path / name, rows)) for name in ("data.jsonl", "test.jsonl"))
+    test = str(write_rows(tmp_path / "test.jsonl", rows))
+    for row in rows:  # rows of the test are not trained on: these render alike, and are others
+        row["messages"][1]["name"] = "asker"
+    data = str(write_rows(tmp_path / "data.jsonl", rows))
     wish = recipe(tiny_folder, tmp_path, data=data, test_data=test, num_train_epochs=80, lora_r=8, metrics=["field_f1"])
     scores = [event for event in train(wish) if isinstance(event, Score) and event.metric == "field_f1"]
     assert [score.value for score in scores] == [0, 1]

@@ -235,6 +235,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "data check": clidata.data_check,
     "data show": clidata.data_show,
     "data curate": clidata.data_curate,
+    "data lock": clidata.data_lock,
     "data split": clidata.data_split,
     "plan": plan,
     "tune lr": tune_lr,

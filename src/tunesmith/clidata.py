@@ -1,4 +1,4 @@
-"""The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`, `split`.
+"""The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`, `lock`, `split`.
 
 Each is a function as in cli.py, where the table of all verbs is. Imports stand inside the functions.
 """
@@ -58,6 +58,15 @@ def data_curate(
 
     curated = verbs.data_curate(recipe, keep=keep, to=to)
     say(curated, curated_view(curated), as_json=as_json)
+
+
+def data_lock(wish: Wish = None, as_json: AsJson = False) -> None:
+    """Lock a reviewed file, so that no run trains on it, and none measures with it once it has changed."""
+    golden = verbs.data_lock(read_wish(wish))
+    verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in golden.verdicts.items())
+    reviewers = ", ".join(f"{name} ({rows:,})" for name, rows in golden.reviewers.items())
+    dates = f"{golden.first_date} to {golden.last_date}"
+    say(golden, f"locked {golden.rows:,} rows of {golden.file}: {verdicts}; {reviewers}, {dates}", as_json=as_json)
 
 
 def data_split(

@@ -21,6 +21,7 @@ from tunesmith.data.audit.check import check
 from tunesmith.data.contamination import refuse_overlap, refuse_trained
 from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.dataset import Dataset, open_dataset
+from tunesmith.data.golden import refuse_golden
 from tunesmith.data.mixture import Mixture
 from tunesmith.data.never import Never
 from tunesmith.data.new_tokens import refuse_other_tokens, refuse_unseen
@@ -179,6 +180,7 @@ def open_roles(recipe: Recipe, renderer: Renderer, own_rows: Path | None = None)
             what = "one row: a score on it has no interval"
             raise InputError(what, where=f"{role}: {roles[role].path}", fix="give at least two rows, better a hundred")
     refuse_trained(roles["data"], {role: roles[role] for role in ("eval_data", "test_data") if role in roles})
+    refuse_golden(roles, trained=("data", "rehearsal"))
     if rehearsed:
         refuse_overlap(roles["rehearsal"], measured_roles(recipe, roles, renderer))
     roles["data"] = roles["data"].limited(longest, recipe.overlong)

@@ -21,6 +21,7 @@ import yaml
 
 from tunesmith import facts
 from tunesmith.atomic import damage, new_folder
+from tunesmith.data.contamination import refuse_tested
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
@@ -121,6 +122,7 @@ def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
 def check(plan: Plan, known: Facts, rejected: Path | None = None) -> Items:
     """What is refused before anything is loaded, and else what will be measured. `rejected`: a file for bad rows."""
     refuse_without_room(plan)
+    refuse_tested(known.datasets)
     refuse_bad_rows(known.datasets, plan.data, rejected, skip_bad=known.recipe.skip_bad)
     return items_of(plan, known)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunesmith.curate import Curated
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.divide import Divided
+    from tunesmith.data.golden import Golden
     from tunesmith.diagnosis import Diagnosis
     from tunesmith.export.targets import Exported
     from tunesmith.facts import Facts
@@ -170,6 +171,15 @@ def data_curate(recipe: Wish | Known = None, *, keep: int, to: AnyPath, **change
     from tunesmith.curate import curate
 
     return curate(_single(gather(recipe, **changes)), keep, Path(to))
+
+
+def data_lock(recipe: Wish = None, **changes: Any) -> Golden:
+    """Locks the file of `data`, in which every row has a `review`: from now on no run trains on its rows, and none
+    measures with it once it has changed."""
+    from tunesmith.data.golden import lock
+    from tunesmith.facts import open_pool
+
+    return lock(open_pool(read_recipe(recipe, **changes)))
 
 
 def data_split(

@@ -43,6 +43,18 @@ def refuse_trained(data: Dataset, held_out: Mapping[str, Dataset]) -> None:
                 )
 
 
+def refuse_tested(datasets: Mapping[str, Dataset]) -> None:
+    """Raises InputError for rows of test_data that train: the last measure would show memory. Rows of eval_data are
+    reported by the data check, and only select."""
+    test = datasets.get("test_data")
+    if test is not None and (same := _same(test, datasets["data"])):
+        raise InputError(
+            f"{same[0]:,} of {len(test):,} rows are also in data: {same[1]}",
+            where=f"test_data: {test.path}",
+            fix="take them out of one of the two; `tunesmith data split` makes files that have no row in common",
+        )
+
+
 def _same(own: Dataset, other: Dataset) -> tuple[int, str] | None:
     """How many rows are in the other data set too, and which; nothing if none is."""
     same_N = np.flatnonzero(np.isin(own.contents_N, other.contents_N))

@@ -23,7 +23,7 @@ from tunesmith.types import Example, Json, Row
 Turns = list[tuple[Json, float]]
 Side = Literal["chosen", "rejected"]
 
-NEGATIVE = "negative"  # a key of any row
+NEGATIVE, REVIEW = "negative", "review"  # keys of any row
 
 
 class Format(NamedTuple):
@@ -101,7 +101,7 @@ def _said(example: Example) -> object:
 
 def unused_keys(row: Row, format: str) -> list[str]:
     """The keys of a row that nothing reads."""
-    return [key for key in row.data if key not in FORMATS[format].used and key != NEGATIVE]
+    return [key for key in row.data if key not in FORMATS[format].used | {NEGATIVE, REVIEW}]
 
 
 _AS_TURNS = "each prompt becomes a user turn and each completion an assistant turn, since the model has a chat template"
