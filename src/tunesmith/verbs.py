@@ -179,7 +179,10 @@ def data_lock(recipe: Wish = None, **changes: Any) -> Golden:
     from tunesmith.data.golden import lock
     from tunesmith.facts import open_pool
 
-    return lock(open_pool(read_recipe(recipe, **changes)))
+    wish = read_recipe(recipe, **changes)
+    if isinstance(wish, Stages):
+        raise InputError("the file of one stage is locked, and the recipe has several", where="stage", fix=ONE_STAGE)
+    return lock(open_pool(wish))
 
 
 def data_split(
