@@ -14,7 +14,7 @@ import pytest
 from tunesmith.errors import InputError, MachineError
 from tunesmith.jsonfile import read_json
 from tunesmith.runfolder import EVENT_TYPES, FAILED, RunFolder, failure_of, next_run_folder, read_events
-from tunesmith.types import Done, Event, Sample, Saved, Score, StepResult, Verdict
+from tunesmith.types import Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
 
 HOLDS = """
 import sys, time
@@ -115,12 +115,13 @@ def test_every_event_is_a_line_with_type_time_and_attempt(tmp_path: Path) -> Non
         Sample(1, "a:1", "Hi", "line\u2028end"),
         Saved(1, "checkpoints/step-1"),
         Done(1, "finished", 3.0),
+        Stage(2, 2, "sft", 5, "stages/2-sft"),
     ]
     with started(tmp_path) as folder:
         for event in events:
             folder.append_event(event)
         lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert [line["type"] for line in lines] == ["verdict", "score", "step", "sample", "saved", "done"]
+    assert [line["type"] for line in lines] == ["verdict", "score", "step", "sample", "saved", "done", "stage"]
     assert {line["type"] for line in lines} == set(EVENT_TYPES.values())
     assert all(line["attempt"] == 1 and line["time"] > 1.7e9 for line in lines)
     assert lines[2] | {"time": 0} == {
