@@ -256,7 +256,8 @@ def _warnings(known: Known, data: Mapping[str, DataReport]) -> list[str]:
     if known["method"] == "qlora" and known["dtype"] == "fp32":
         found.append("4-bit weights are widened to fp32 for products, and embeddings and head take 4 bytes a value")
     if known.steps < 100:
-        found.append(f"only {known.steps} steps: results depend on the learning rate and the seed more than usual")
+        many = "1 step" if known.steps == 1 else f"{known.steps} steps"
+        found.append(f"only {many}: results depend on the learning rate and the seed more than usual")
     if known.stage == "cpt" and known.data.tokens < LITTLE:
         found.append(
             f"{known.data.tokens:,} tokens of text: they teach a model how such texts are written, hardly what they say"
