@@ -10,7 +10,7 @@ from toy_chat import bytes_bpe, folder
 
 from tunesmith.data import tokenizer_file
 from tunesmith.data.tokenizer import ChatTokenizer
-from tunesmith.data.tokenizer_file import its_errors, parse
+from tunesmith.data.tokenizer_file import ItsErrors, parse
 from tunesmith.errors import InputError
 
 
@@ -97,7 +97,7 @@ def test_what_the_library_cannot_use_is_a_clear_error(parts: dict[str, Any], tmp
 
 def test_a_panic_of_rust_is_a_clear_error_and_an_interrupt_is_none() -> None:
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(InputError, match="cannot use this tokenizer: no more"), its_errors():
+    with pytest.raises(InputError, match="cannot use this tokenizer: no more"), ItsErrors():
         raise panic("no more")
-    with pytest.raises(KeyboardInterrupt), its_errors():
+    with pytest.raises(KeyboardInterrupt), ItsErrors():
         raise KeyboardInterrupt

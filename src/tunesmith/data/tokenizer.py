@@ -23,7 +23,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tunesmith.data.tokenizer_file import check_tokens, its_errors, parse, with_tokens
+from tunesmith.data.tokenizer_file import ItsErrors, check_tokens, parse, with_tokens
 from tunesmith.errors import InputError
 from tunesmith.types import Json, NewToken
 
@@ -161,7 +161,7 @@ class ChatTokenizer:
 
     def _batch(self, texts: list[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
         try:
-            with its_errors():
+            with ItsErrors():
                 encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except InputError:
             return {}  # one of the texts; it says so when it is encoded alone
@@ -172,7 +172,7 @@ class ChatTokenizer:
         return self._encode(text, self._continuation)
 
     def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
-        with its_errors():
+        with ItsErrors():
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         return self._checked(ids)
 
@@ -286,7 +286,7 @@ def _plain_tokenizer(data: Json, usual: set[str], ordinary: Container[str]) -> t
 
 
 def _load(data: Json) -> Tokenizer:
-    with its_errors():
+    with ItsErrors():
         tokenizer = Tokenizer.from_str(json.dumps(data))
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -2,7 +2,7 @@
 
     parse(bytes) -> Json             a known model, and no step that blows text up
     check_tokens(list)               added tokens with a text, an id and yes-or-no flags
-    with its_errors(): ...           what the library cannot use becomes an InputError
+    with ItsErrors(): ...            what the library cannot use becomes an InputError
     with_tokens(bytes, new) -> bytes the file with tokens added
 
 The library itself trusts the file. A normalizer that replaces one letter by a megabyte fills the memory, an empty added
@@ -16,7 +16,6 @@ import base64
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from tunesmith.errors import InputError
@@ -61,17 +60,16 @@ def with_tokens(tokenizer_json: bytes, new: Sequence[NewToken]) -> bytes:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-@contextmanager
-def its_errors() -> Iterator[None]:
-    """The library raises plain Exception, and where Rust gives up PanicException, which is none: a pattern that goes
-    back and forth without end is stopped so, after half a minute."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error) is Exception or type(error).__name__ == "PanicException" or isinstance(error, UnicodeError):
+class ItsErrors:
+    """The library raises plain Exception, and where Rust gives up PanicException, which is none and cannot be imported:
+    a pattern that goes back and forth without end is stopped so, after half a minute. All else goes on its way."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is Exception or isinstance(error, UnicodeError) or (kind and kind.__name__ == "PanicException"):
             what = f"the tokenizers library cannot use this tokenizer: {str(error)[:300]}"
             raise InputError(what, fix="download the model again") from None
-        raise
 
 
 def check_tokens(tokens: Any) -> None:
