@@ -102,9 +102,9 @@ def test_a_narrow_terminal_loses_no_word_of_the_plan() -> None:
         (-0.6, -0.7, -0.5, True, "worse"),
         (-0.6, -0.7, -0.5, False, "better"),
         (0.6, 0.5, 0.7, False, "worse"),
-        (0.1, -0.1, 0.3, True, "no clear change"),
-        (0.0, 0.0, 0.0, True, "no clear change"),
-        (0.1, 0.0, 0.3, True, "no clear change"),
+        (0.1, -0.1, 0.3, True, "no difference shown"),
+        (0.0, 0.0, 0.0, True, "no difference shown"),
+        (0.1, 0.0, 0.3, True, "no difference shown"),
     ],
 )
 def test_only_an_interval_without_zero_is_a_result(
@@ -124,7 +124,7 @@ def test_baselines_stand_beside_the_trained_model() -> None:
     lines = [" ".join(line.split()) for line in text.splitlines()[2:]]
     assert lines == [
         "test, field_f1 200 base 0.200 [0.150, 0.250] 0.600 [0.500, 0.700] better",
-        "told 0.200 [0.150, 0.250] 0.100 [-0.100, 0.300] no clear change",
+        "told 0.200 [0.150, 0.250] 0.100 [-0.100, 0.300] no difference shown",
         "trained 0.800 [0.750, 0.850]",
     ]
 

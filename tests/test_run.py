@@ -31,6 +31,7 @@ from tiny_run import (
 from tunesmith import __version__, facts, run
 from tunesmith.atomic import damage
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
+from tunesmith.evaluate.compare import Measured, compare_all
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.types import Document, Done, Event, RunRecord, Saved, Score, StepResult, Verdict
 
@@ -79,7 +80,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()} - {".lock"}
     assert names == {
         *("recipe.yaml", "plan.json", "data.json", "events.jsonl", "before.json", "checkpoints", "adapter"),
-        *("identity.json", "record.json"),
+        *("after.json", "identity.json", "record.json"),
     }
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-2"}
     assert damage(finished / "checkpoints" / "step-2") == ""
@@ -109,6 +110,9 @@ def test_the_record_pairs_before_and_after(finished: Path) -> None:
     for comparison in record.comparisons:
         assert comparison.low <= comparison.difference <= comparison.high
         assert comparison.after.n == comparison.before.n
+    before, after = (from_json(Measured, read_json(finished / name)) for name in ("before.json", "after.json"))
+    assert compare_all(before, after, step=3) == record.comparisons
+    assert {role: len(rows) for role, rows in after.contents.items()} == {"retention_data": 4, "test_data": 3}
     assert [(a.id, b.id) for a, b in record.samples] == [(f"test.jsonl:{n}", f"test.jsonl:{n}") for n in (1, 2, 3)]
     assert record.samples[0][0].expected == '{"sum": 40200}'
 

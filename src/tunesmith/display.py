@@ -16,6 +16,7 @@ from rich.text import Text
 from tunesmith.atomic import size
 from tunesmith.diagnosis import Diagnosis
 from tunesmith.errors import InputError
+from tunesmith.evaluate.significance import evidence, verdict, verdicts
 from tunesmith.plan.machines import target_of
 from tunesmith.plan.room import MULTIPLES, multiple
 from tunesmith.plan.staged import StagedPlan
@@ -160,7 +161,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:
     """Before and after on the same items, with 95% intervals; the last column says what may be concluded."""
     columns = ("measure", "n", "before", "after", "change", "")
     table = _table("Before and after, 95% intervals", *columns, numbers=columns[1:5])
-    for one in comparisons:
+    for one, told in zip(comparisons, verdicts(comparisons), strict=True):
         before, after = one.before, one.after
         table.add_row(
             escape(f"{one.task} {one.metric}") + ("" if one.higher_is_better else " (lower is better)"),
@@ -168,7 +169,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:
             interval(before.value, before.low, before.high),
             interval(after.value, after.low, after.high),
             interval(one.difference, one.low, one.high),
-            outcome(one),
+            outcome(one, told),
         )
     return table
 
@@ -188,12 +189,12 @@ def baseline_table(baselines: Mapping[str, Sequence[Comparison]]) -> RenderableT
     return table
 
 
-def outcome(comparison: Comparison) -> Text:
-    """Better or worse only when the interval of the paired difference leaves out zero."""
-    if comparison.low <= 0 <= comparison.high:
-        return Text("no clear change", "dim")
-    better = (comparison.difference > 0) == comparison.higher_is_better
-    return Text("better", "bold green") if better else Text("worse", "bold red")
+def outcome(comparison: Comparison, told: str = "") -> Text:
+    """What may be concluded, coloured, and what stands behind it. `told`: the verdict as one of several."""
+    told = told or verdict(comparison)
+    style = {"better": "bold green", "worse": "bold red"}.get(told, "dim")
+    behind = evidence(comparison)
+    return Text.assemble((told, style), f" ({behind})" if behind else "")
 
 
 def record_view(record: RunRecord) -> RenderableType:

@@ -10,22 +10,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tunesmith.data.digests import text_digest
 from tunesmith.data.schedule import order
 from tunesmith.data.sources import open_source
 from tunesmith.errors import InputError
 from tunesmith.evaluate.baselines import bad_strings, bans, rules, told
 from tunesmith.evaluate.by_task import by_task
-from tunesmith.evaluate.compare import Measurement, compare, score
+from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, Measurement, score
 from tunesmith.evaluate.likelihood import held_out_loss
 from tunesmith.evaluate.never import ELICITING, bad_logp, violations
 from tunesmith.evaluate.preference import preference
 from tunesmith.evaluate.retention import GeneralText, read_texts, retention
 from tunesmith.evaluate.tasks import Question, answer_length, ask, check_questions, grade, questions_of, samples_of
 from tunesmith.facts import Facts
-from tunesmith.types import Comparison, Document, Example, Plan, Sample, Score
+from tunesmith.types import Document, Example, Plan, Score
 from tunesmith.workbench import Workbench
 
-GENERAL = "general text"  # the task of what retention_data measures
 SHOWN_ANSWERS, SHOWN_TASKS = 3, 8
 MEASURED_CHARACTERS = 300_000  # of the texts of a role; about 75,000 tokens
 LONGEST_TEXT = 30_000  # characters
@@ -43,6 +43,7 @@ class Items:
     eliciting: tuple[Question, ...] = ()  # their answers are looked at for what they should not say, and not graded
     watched: bool = False  # general texts are looked at while training, too
     tasks: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # role -> row -> its named task
+    contents: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # role -> row -> its digest
 
     @property
     def selecting(self) -> bool:
@@ -50,22 +51,13 @@ class Items:
         return bool(self.eval_documents or "eval_data" in self.held_out or self.watched)
 
 
-@dataclass(frozen=True)
-class Measured:
-    measurements: tuple[Measurement, ...]
-    samples: tuple[Sample, ...] = ()
-
-    def scores(self, *, step: int) -> Iterator[Score]:
-        for measurement in self.measurements:
-            yield score(measurement, step=step)
-
-
 def items_of(plan: Plan, facts: Facts) -> Items:
     """Raises InputError for a metric that the rows cannot be measured with, and for a single item of a kind."""
     texts, adaptive = general_texts(facts), "rehearsal_margin" in plan.choices
     if facts.corpus is not None:
         held_out = held_out_texts(facts)
-        return Items((), (), (), texts, held_out, watched=adaptive or ("eval_data" in held_out and bool(texts)))
+        watched = adaptive or ("eval_data" in held_out and bool(texts))
+        return Items((), (), (), texts, held_out, watched=watched, contents=contents_of(facts, texts))
     asked = questions_of(asking(facts), facts.renderer)
     questions = tuple(question for question in asked if not question.negative)
     if "test_data" in facts.datasets:
@@ -83,7 +75,16 @@ def items_of(plan: Plan, facts: Facts) -> Items:
         eliciting=asked[len(questions) :] if facts.recipe.never else (),
         watched=adaptive,
         tasks={role: tasks_of(facts, role, found) for role, found in documents.items()},
+        contents=contents_of(facts, texts),
     )
+
+
+def contents_of(facts: Facts, texts: Sequence[GeneralText]) -> dict[str, dict[str, str]]:
+    """A digest of every item by its id, for each role that the before/after is measured on."""
+    found = {RETENTION: {text.id: f"{text_digest(text.text):016x}" for text in texts}} if texts else {}
+    if (rows := facts.datasets.get("test_data")) is not None:
+        found["test_data"] = {rows.id(row): f"{rows.contents_N[row]:016x}" for row in range(len(rows))}
+    return found
 
 
 def asking(facts: Facts) -> list[Example]:
@@ -168,7 +169,7 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
         found.append(_bits(bench, items.held_out["test_data"], "test"))
     if items.texts:
         found.append(_bits(bench, items.texts, GENERAL))
-    return Measured(tuple(found), samples)
+    return Measured(tuple(found), samples, items.contents)
 
 
 def shown_of(items: Items) -> list[int]:
@@ -254,11 +255,6 @@ def _likelihoods(bench: Workbench, documents: Sequence[Document], task: str) -> 
     if pairs := [document for document in documents if document.side in ("chosen", "rejected")]:
         whole = plan["loss"] == "dpo"
         yield from preference(bench.model, pairs, task=task, whole=whole, **packing)
-
-
-def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Comparison, ...]:
-    pairs = zip(before.measurements, after.measurements, strict=True)
-    return tuple(compare(first, second, step=step) for first, second in pairs)
 
 
 def eval_measurement(bench: Workbench, items: Items) -> Measurement:

@@ -3,9 +3,9 @@
     plan -> prove -> measure -> train, saving and evaluating -> measure again -> record
 
 In: a Plan. Out: events as they happen, and a run folder that holds everything: plan.json, identity.json, data.json,
-events.jsonl, checkpoints/, adapter/, record.json. `resume` tells the same story from the last checkpoint on. The events
-are the only coupling to whoever watches: the command line prints them, the folder keeps them. A signal ends a run where
-nothing is lost; a gate's no is the last event of it.
+events.jsonl, before.json, after.json, checkpoints/, adapter/, record.json. `resume` tells the same story from the last
+checkpoint on. The events are the only coupling to whoever watches: the command line prints them, the folder keeps them.
+A signal ends a run where nothing is lost; a gate's no is the last event of it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tunesmith.data.contamination import refuse_tested
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
+from tunesmith.evaluate.compare import Measured, compare_all
 from tunesmith.evaluate.madepairs import with_made_pairs
 from tunesmith.evaluate.preference import displaced, with_references
 from tunesmith.export.base import choose_base
@@ -46,9 +47,7 @@ from tunesmith.infer.engine import stream
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.measure import (
     Items,
-    Measured,
     answered,
-    compare_all,
     eval_scores,
     general_bits,
     items_of,
@@ -65,6 +64,8 @@ from tunesmith.plan.plan import refuse_without_room
 from tunesmith.plan.rehearsal import next_ratio
 from tunesmith.resumption import Start, drift_of, go_on
 from tunesmith.runfolder import (
+    AFTER,
+    BEFORE,
     FAILED,
     IDENTITY,
     PLAN,
@@ -84,8 +85,6 @@ from tunesmith.train.training import Settings, Training
 from tunesmith.types import Comparison, Event, Json, Plan, Request, RunRecord, Saved, StepResult, Verdict
 from tunesmith.version import __version__
 from tunesmith.workbench import Workbench, set_up
-
-BEFORE = "before.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +201,7 @@ def _story(run: _Run) -> Generator[Event]:
         if training.step > saved:
             yield _checkpoint(run, training)
         raise
+    run.folder.write_json(AFTER, after)
     yield from after.scores(step=training.step)
     yield from displaced(compare_all(before, after, step=training.step), training.step)
     run.folder.settle()

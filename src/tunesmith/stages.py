@@ -5,7 +5,8 @@
     RUN/stages.json         the plans of all stages, made before the first began
     RUN/stages/1-cpt/       an ordinary run folder
     RUN/stages/2-sft/       another one; its adapter_from is the one before
-    RUN/record.json         of the whole: before is the model that the first stage began with, after is the last one
+    RUN/record.json         of the whole: before is the model that the first stage began with, after is the last one;
+                            before.json and after.json hold the measures item by item
 
 What a stage is and how it goes on is run.py's business. Why so: docs/why-stages.md.
 """
@@ -19,18 +20,20 @@ from datetime import datetime
 from pathlib import Path
 
 from tunesmith import facts, run
+from tunesmith.atomic import write_file
 from tunesmith.errors import InputError
+from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, compare_all
 from tunesmith.facts import Facts
-from tunesmith.jsonfile import from_json, read_json
-from tunesmith.measure import GENERAL, compare_all, items_of, measure
+from tunesmith.jsonfile import from_json, json_bytes, read_json
+from tunesmith.measure import items_of, measure
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.memory import memory_errors
 from tunesmith.model.saved import load_adapter
 from tunesmith.plan.staged import StagedPlan
 from tunesmith.recipe import Recipe, Stages
-from tunesmith.runfolder import OF_STAGES, PLAN, RECORD, STAGES, RunFolder, next_run_folder
+from tunesmith.runfolder import AFTER, BEFORE, OF_STAGES, PLAN, RECORD, STAGES, RunFolder, next_run_folder
 from tunesmith.train.interrupts import StopWish
-from tunesmith.types import Choice, Comparison, Event, Plan, RunRecord, Sample, Stage
+from tunesmith.types import Choice, Comparison, Event, Plan, RunRecord, Stage
 
 HANDED_ON = ("method", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
 BETWEEN = {
@@ -152,12 +155,13 @@ def _begun(plan: Plan, place: Path, before: Path | None) -> tuple[Plan, Facts]:
 
 def evaluate(path: Path) -> tuple[Comparison, ...]:
     """The before/after of the whole, measured again."""
-    return _compared(path, read_staged(path))[0]
+    staged = read_staged(path)
+    return compare_all(*_measured(path, staged), step=staged.steps)
 
 
-def _compared(path: Path, staged: StagedPlan) -> tuple[tuple[Comparison, ...], tuple[tuple[Sample, Sample], ...]]:
+def _measured(path: Path, staged: StagedPlan) -> tuple[Measured, Measured]:
     """What every stage measures, on the model that the first began with and on what the last one left."""
-    places, comparisons, samples = _places(path, staged), list[Comparison](), list[tuple[Sample, Sample]]()
+    places, befores, afters = _places(path, staged), list[Measured](), list[Measured]()
     begun = from_json(Plan, read_json(places[0] / PLAN), where=str(places[0] / PLAN))
     measured = [plan.recipe["retention_data"] for plan in staged.plans]
     for number, place in enumerate(places):
@@ -166,26 +170,42 @@ def _compared(path: Path, staged: StagedPlan) -> tuple[tuple[Comparison, ...], t
         items = items_of(bench.plan, bench.facts)
         if measured[number] in measured[number + 1 :]:
             items = dataclasses.replace(items, texts=())
-        after = measure(bench, items, step=staged.steps)
+        afters.append(_of_stage(place.name, measure(bench, items, step=staged.steps)))
         with run.before_training(bench, begun):
-            before = measure(bench, items, step=0)
-        for one in compare_all(before, after, step=staged.steps):
-            own = dataclasses.replace(one, task=f"{place.name} {one.task}")
-            comparisons.append(one if one.task == GENERAL else own)
-        samples += zip(before.samples, after.samples, strict=True)
-    return tuple(comparisons), tuple(samples)
+            befores.append(_of_stage(place.name, measure(bench, items, step=0)))
+    return _joined(befores), _joined(afters)
+
+
+def _of_stage(name: str, measured: Measured) -> Measured:
+    """Its tasks and items under the name of the stage; general text is the same for all."""
+    own = [
+        one if one.task == GENERAL else dataclasses.replace(one, task=f"{name} {one.task}")
+        for one in measured.measurements
+    ]
+    contents = {role if role == RETENTION else f"{name} {role}": rows for role, rows in measured.contents.items()}
+    return dataclasses.replace(measured, measurements=tuple(own), contents=contents)
+
+
+def _joined(of_stages: Sequence[Measured]) -> Measured:
+    return Measured(
+        tuple(one for measured in of_stages for one in measured.measurements),
+        tuple(sample for measured in of_stages for sample in measured.samples),
+        {role: rows for measured in of_stages for role, rows in measured.contents.items()},
+    )
 
 
 def _record(path: Path, staged: StagedPlan) -> RunRecord:
     """Sums over the stages, and the whole's own before and after."""
     places = _places(path, staged)
     of_stages = [from_json(RunRecord, read_json(place / RECORD), where=str(place / RECORD)) for place in places]
-    comparisons, samples = _compared(path, staged)
+    before, after = _measured(path, staged)
+    for name, measured in ((BEFORE, before), (AFTER, after)):
+        write_file(path / name, json_bytes(measured, indent=2))
     return dataclasses.replace(
         of_stages[-1],
         proof=tuple(verdict for one in of_stages for verdict in one.proof),
-        comparisons=comparisons,
-        samples=samples,
+        comparisons=compare_all(before, after, step=staged.steps),
+        samples=tuple(zip(before.samples, after.samples, strict=True)),
         steps=sum(one.steps for one in of_stages),
         tokens=sum(one.tokens for one in of_stages),
         train_seconds=sum(one.train_seconds for one in of_stages),

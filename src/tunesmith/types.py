@@ -369,7 +369,8 @@ Event = StepResult | Score | Sample | Verdict | Saved | Done | Stage
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric before and after on the same items: the difference is paired, its interval a bootstrap over items."""
+    """One metric before and after on the same items: the difference is paired, its interval a bootstrap over items.
+    `gains` and `losses`: items that got better or worse, where an item is right or wrong; `p` is McNemar's, exact."""
 
     task: str
     metric: str
@@ -379,6 +380,10 @@ class Comparison:
     low: float
     high: float
     higher_is_better: bool
+    gains: int | None = None
+    losses: int | None = None
+    p: float | None = None
+    smallest: float | None = None  # difference that so many items would have shown with a chance of 80%
 
 
 @dataclass(frozen=True)

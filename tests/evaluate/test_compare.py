@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import Measurement, compare, score, verdict, verdict_text
+from tunesmith.evaluate.compare import Measurement, compare, score, verdict_text
+from tunesmith.evaluate.significance import verdict
 from tunesmith.evaluate.stats import paired_rates, wilson
 
 

@@ -4,19 +4,25 @@
 
 Intervals are 95%: for plain 0/1 values the score intervals of stats.py, which are right for few items and near 0 and 1;
 otherwise a bootstrap over items, within each group where there are groups. Before and after are always compared item by
-item. Left out: correction for many claims at once; spread between training seeds, which one run cannot know.
+item. Left out: what may be concluded (significance.py); spread between training seeds, which one run cannot know.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from tunesmith.errors import InputError
+from tunesmith.evaluate.significance import Z, mcnemar, smallest_difference, verdict
 from tunesmith.evaluate.stats import bootstrap, paired_rates, wilson
-from tunesmith.types import Comparison, Score
+from tunesmith.types import Comparison, Sample, Score
+
+GENERAL = "general text"  # the task of what retention_data measures
+RETENTION = "retention_data"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,20 @@ class Measurement:
         return not self.weights and not self.groups and set(self.values) <= {0.0, 1.0}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured of one model; what before.json and after.json of a run hold. `contents`: role -> row -> a
+    digest of what it says, by which the items of two runs are known to be the same."""
+
+    measurements: tuple[Measurement, ...]
+    samples: tuple[Sample, ...] = ()
+    contents: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+
+    def scores(self, *, step: int) -> Iterator[Score]:
+        for measurement in self.measurements:
+            yield score(measurement, step=step)
+
+
 def score(measured: Measurement, *, step: int = 0, seed: int = 0) -> Score:
     """Raises InputError for fewer than two items, over all or in a group: one item has no interval."""
     _check(measured)
@@ -53,8 +73,10 @@ def compare(before: Measurement, after: Measurement, *, step: int = 0, seed: int
     in the same groups; the order may differ. `step`: when `after` was measured."""
     after = _in_order_of(before, after)
     change = replace(before, values=tuple(b - a for a, b in zip(before.values, after.values, strict=True)))
+    counts = None
     if before.plain_rate and after.plain_rate:
-        low, high = paired_rates(change.values.count(1.0), change.values.count(-1.0), len(change.values))
+        counts = change.values.count(1.0), change.values.count(-1.0)
+        low, high = paired_rates(*counts, len(change.values))
     else:
         _check(change)
         low, high = bootstrap(*_arrays(change), seed=seed)
@@ -67,14 +89,23 @@ def compare(before: Measurement, after: Measurement, *, step: int = 0, seed: int
         low=low,
         high=high,
         higher_is_better=before.higher_is_better,
+        **_changed(counts, before.higher_is_better),
+        smallest=smallest_difference((high - low) / (2 * Z)),
     )
 
 
-def verdict(comparison: Comparison) -> str:
-    """better, worse, or "no difference shown" when the interval includes 0."""
-    if comparison.low <= 0 <= comparison.high:
-        return "no difference shown"
-    return "better" if (comparison.low > 0) == comparison.higher_is_better else "worse"
+def _changed(counts: tuple[int, int] | None, higher_is_better: bool) -> dict[str, Any]:
+    """Of items that rose and fell: how many got better and worse, and how likely that is by chance."""
+    if counts is None:
+        return {}
+    gains, losses = counts if higher_is_better else counts[::-1]
+    return {"gains": gains, "losses": losses, "p": mcnemar(gains, losses)}
+
+
+def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Comparison, ...]:
+    """Of two models on the same items: every measure."""
+    pairs = zip(before.measurements, after.measurements, strict=True)
+    return tuple(compare(first, second, step=step) for first, second in pairs)
 
 
 def verdict_text(comparison: Comparison) -> str:

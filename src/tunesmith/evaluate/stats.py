@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Z = 1.959963984540054  # the 97.5% point of the normal distribution
+from tunesmith.evaluate.significance import Z
+
 RESAMPLES = 10_000
 CHUNK = 2**22  # random numbers at once: 32 MB
 
