@@ -201,7 +201,7 @@ def test_pairs_are_compared_with_the_base(tiny_folder: Path, tmp_path: Path) -> 
     """DPO's reference has the rows as they started: the first loss is that of no change."""
     rows = [{"prompt": f"<n>{n}", "chosen": f"[sum]{n}", "rejected": f"no {n}"} for n in range(6)]
     data = str(write_rows(tmp_path / "pairs.jsonl", rows))
-    own = wish(tiny_folder, tmp_path, stage="preference", nll_coefficient=0, data=data, test_data=[])
+    own = wish(tiny_folder, tmp_path, stage="preference", loss={"nll_coefficient": 0}, data=data, test_data=[])
     steps = steps_of(train(own))
     assert steps[0].loss == pytest.approx(0.6931, abs=1e-4)
     assert steps[-1].loss < steps[0].loss

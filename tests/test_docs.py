@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from tunesmith import cli
 from tunesmith.recipe import ALIASES, KEYS, recipe_schema
 from tunesmith.recipefile import load_recipe
+from tunesmith.recipemappings import Guard, PairLoss
 from tunesmith.recipevalues import Constraint, DataSource, Form, Mixture, Rehearsal
 from tunesmith.recipewords import expected
 from tunesmith.types import Json
@@ -40,6 +41,8 @@ def test_the_table_of_keys_is_the_schema() -> None:
     assert tables(page)[3] == inner_table(Constraint)
     assert tables(page)[4] == inner_table(Mixture)
     assert tables(page)[5] == inner_table(Form)
+    assert tables(page)[6] == inner_table(PairLoss)
+    assert tables(page)[7] == inner_table(Guard)
 
 
 def key_table() -> list[str]:

@@ -95,13 +95,15 @@ def test_a_kept_reference_makes_a_resumed_run_the_same(start: str, tiny_folder: 
 def test_the_first_loss_of_dpo_is_log_two(tiny_folder: Path, tmp_path: Path) -> None:
     """Whatever training starts from is the reference, an adapter to go on with too."""
     train(wish(tiny_folder, tmp_path / "first", learning_rate=0.05))
-    again = wish(tiny_folder, tmp_path / "again", adapter_from=str(tmp_path / "first" / "run"), nll_coefficient=0)
-    for made in (wish(tiny_folder, tmp_path / "fresh", nll_coefficient=0), again):
+    again = wish(
+        tiny_folder, tmp_path / "again", adapter_from=str(tmp_path / "first" / "run"), loss={"nll_coefficient": 0}
+    )
+    for made in (wish(tiny_folder, tmp_path / "fresh", loss={"nll_coefficient": 0}), again):
         assert steps_of(train(made))[0].loss == pytest.approx(np.log(2), abs=1e-5)
 
 
 def test_a_fall_of_the_chosen_answers_is_said(tiny_folder: Path, tmp_path: Path) -> None:
-    made = wish(tiny_folder, tmp_path, nll_coefficient=0, num_train_epochs=6, learning_rate=0.2)
+    made = wish(tiny_folder, tmp_path, loss={"nll_coefficient": 0}, num_train_epochs=6, learning_rate=0.2)
     said = [event for event in train(made) if isinstance(event, Verdict) and "less likely" in event.kind]
     fell = next(one for one in read_record(tmp_path / "run").comparisons if one.metric == "chosen_logp")
     assert bool(said) == (fell.after.value < 1.1 * fell.before.value)

@@ -122,24 +122,13 @@ def loss(lab: Lab) -> None:
     assert len(set(found.values())) == 3
     with pytest.raises(ValidationError, match="loss has no effect without stage: preference"):
         lab.events(loss="dpo")
-
-
-def beta(lab: Lab) -> None:
-    pairs = {"stage": "preference", "data": choices(lab), "loss": "simpo"}
-    assert lab.steps(**pairs, beta=0.5)[0].loss != lab.steps(**pairs, beta=4)[0].loss
-
-
-def gamma(lab: Lab) -> None:
-    pairs = {"stage": "preference", "data": choices(lab), "loss": "simpo"}
-    low, high = (lab.steps(**pairs, gamma=value)[0].loss for value in (0, 3))
+    one, four = (lab.steps(**pairs, loss={"name": "simpo", "beta": beta})[0].loss for beta in (0.5, 4))
+    assert one != four
+    low, high = (lab.steps(**pairs, loss={"name": "simpo", "gamma": gamma})[0].loss for gamma in (0, 3))
     assert low < high, "a margin is harder to reach"
-    with pytest.raises(ValidationError, match="gamma has no effect with loss: orpo"):
-        lab.events(stage="preference", data=choices(lab), loss="orpo", gamma=1)
-
-
-def nll_coefficient(lab: Lab) -> None:
-    pairs = {"stage": "preference", "data": choices(lab)}
-    none, some, more = (lab.steps(**pairs, nll_coefficient=value)[0].loss for value in (0, 1, 2))
+    with pytest.raises(ValidationError, match="gamma has no effect with orpo"):
+        lab.events(**pairs, loss={"name": "orpo", "gamma": 1})
+    none, some, more = (lab.steps(**pairs, loss={"nll_coefficient": value})[0].loss for value in (0, 1, 2))
     assert none == pytest.approx(0.6931, abs=1e-4), "a fresh adapter: log 2 and nothing else"
     assert more - some == pytest.approx(some - none, rel=1e-4)
 
@@ -465,6 +454,14 @@ def metrics(lab: Lab) -> None:
     test = lab.rows(sums(90, 3))
     assert {metric for _, metric in lab.scores(test_data=test)} == {"exact_match", "loss"}
     assert {metric for _, metric in lab.scores(test_data=test, metrics=["field_f1"])} == {"field_f1", "loss"}
+
+
+def guard(lab: Lab) -> None:
+    def margin(**wish: Any) -> float:
+        lab.events(max_steps=1, **wish)
+        return read_json(lab.output / "plan.json")["choices"]["forgetting_margin"]["value"]
+
+    assert (margin(), margin(guard={"margin": 0.5})) == (0.02, 0.5)
 
 
 def save_steps(lab: Lab) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from tunesmith.atomic import disk_errors, write_file
 from tunesmith.errors import InputError
@@ -141,7 +142,9 @@ def one_line(text: str, most: int = 90) -> str:
 
 
 def _scalar(value: object) -> str:
-    """A default as YAML; an empty list is how the model holds what is not given."""
+    """A default as YAML; an empty list is how the model holds what is not given, and an empty mapping is auto."""
+    if isinstance(value, BaseModel):
+        value = "auto"
     return (
         yaml.safe_dump(
             None if value == () else value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from tunesmith.recipemappings import Guard, GuardWish, PairLoss, PairLossWish
 from tunesmith.recipevalues import (
     Auto,
     Constraint,
@@ -26,7 +27,6 @@ from tunesmith.recipevalues import (
     Mixture,
     Name,
     NewTokens,
-    NotNegative,
     Positive,
     Regex,
     Rehearsal,
@@ -37,7 +37,6 @@ from tunesmith.recipevalues import (
     as_list,
     as_policy,
     items,
-    loss_name,
     no_switch,
     optimizer_name,
     stage_name,
@@ -136,13 +135,8 @@ class Recipe(BaseModel):
     )
     max_grad_norm: Auto | Positive = Field(default="auto", description="Gradients are clipped to this norm.")
 
-    loss: Auto | Annotated[Literal["dpo", "orpo", "simpo"], BeforeValidator(loss_name)] = Field(
-        default="auto", description="Loss of preference pairs."
-    )
-    beta: Auto | Positive = Field(default="auto", description="How strongly pairs are told apart; ORPO's lambda.")
-    gamma: Auto | NotNegative = Field(default="auto", description="Margin that SimPO wants between the two answers.")
-    nll_coefficient: Auto | NotNegative = Field(
-        default="auto", description="Coefficient of the plain loss on the chosen answers."
+    loss: PairLossWish = Field(
+        default=PairLoss(), description="Loss of preference pairs: auto, dpo, orpo, simpo, or {name, beta, gamma, ...}."
     )
 
     lora_r: Auto | Count = Field(default="auto", description="LoRA rank.")
@@ -172,6 +166,10 @@ class Recipe(BaseModel):
     )
     metrics: Auto | Annotated[tuple[Name, ...], BeforeValidator(as_list), Field(min_length=1)] = Field(
         default="auto", description="Scores of the before/after, by name; auto picks by the answers."
+    )
+    guard: GuardWish = Field(
+        default=Guard(),
+        description="What happens when the model collapses or forgets: {collapse, forgetting, ...}; or off.",
     )
     save_steps: Auto | Count = Field(default="auto", description="Optimizer steps between checkpoints.")
     eval_steps: Auto | Count = Field(default="auto", description="Optimizer steps between held-out losses.")
@@ -221,18 +219,12 @@ ALIASES = {
     "gradient_checkpointing": "activations",
     "gradient_clipping": "max_grad_norm",
     "pref_loss": "loss",
-    "pref_beta": "beta",
-    "rl_beta": "beta",
-    "simpo_gamma": "gamma",
-    "pref_ftx": "nll_coefficient",
-    "rpo_alpha": "nll_coefficient",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
 }
 
-PAIR_KEYS = ("loss", "beta", "gamma", "nll_coefficient")
 NOT_OF_TEXTS = {
     "batch_size": "which counts batch_tokens",
     "overlong": "which cuts long texts into windows",
@@ -291,10 +283,18 @@ def _of_the_stage(given: Mapping[str, Any]) -> list[tuple[str, str]]:
     if stage != "preference" and "pair" in _modes(given):
         found.append(("never", f"never: mode pair has no effect with stage: {stage}; use stage: preference"))
     if stage != "preference":
-        return found + [(key, f"{key} has no effect without stage: preference") for key in PAIR_KEYS if key in given]
-    if "gamma" in given and given.get("loss") != "simpo":
-        wanted = "" if "loss" in given else ": add loss: simpo"
-        found.append(("gamma", f"gamma has no effect with loss: {given.get('loss', 'dpo')}, it is SimPO's{wanted}"))
+        return found + [("loss", "loss has no effect without stage: preference")] * _wishes(given.get("loss"))
+    return found + _of_pairs(given)
+
+
+def _of_pairs(given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    pairs = _inside(given.get("loss"))
+    name = pairs.get("name", "auto")
+    if pairs.get("gamma", "auto") != "auto" and name != "simpo":
+        wanted = "" if name != "auto" else ": add name: simpo"
+        what = f"loss: gamma has no effect with {'dpo' if name == 'auto' else name}, it is SimPO's{wanted}"
+        found.append(("loss", what))
     if "rehearsal" in given:
         found.append(("rehearsal", "rehearsal has no effect with stage: preference, which compares answers"))
     return found
@@ -345,9 +345,15 @@ def _modes(given: Mapping[str, Any]) -> set[Any]:
     return {_inside(item).get("mode") for item in items(given.get("never", ()))}
 
 
+def _wishes(value: Any) -> bool:
+    """Something is wished for, as written or as validated."""
+    inside = _inside(value)
+    return any(wish != "auto" for wish in inside.values()) if inside else value is not None
+
+
 def _inside(value: Any) -> Json:
     """The keys of a mapping, as written or as validated; none of anything else."""
-    if isinstance(value, (Constraint, Rehearsal)):
+    if isinstance(value, (Constraint, Guard, PairLoss, Rehearsal)):
         return vars(value)
     return cast("Json", value) if isinstance(value, dict) else {}
 

@@ -37,6 +37,7 @@ from tunesmith.recipe import (
     contradictions,
     recipe_schema,
 )
+from tunesmith.recipemappings import Guard, PairLoss
 from tunesmith.recipevalues import OWN, Form
 from tunesmith.recipewords import MAPPINGS, expected, found
 from tunesmith.types import Json
@@ -66,6 +67,9 @@ INSTEAD = {
         ("lora_target_linear", "set lora_target_modules: all-linear"),
         ("trust_remote_code", "leave it out: code from a model folder is never run"),
         ("rl", "set stage: preference and loss: dpo, orpo or simpo"),
+        ("beta pref_beta rl_beta", "set loss: {beta: ...}"),
+        ("gamma simpo_gamma", "set loss: {name: simpo, gamma: ...}"),
+        ("nll_coefficient pref_ftx rpo_alpha", "set loss: {nll_coefficient: ...}"),
         ("resume_from_checkpoint", "run `tunesmith resume RUN`"),
         (
             "modules_to_save lora_modules_to_save additional_target",
@@ -77,9 +81,7 @@ INSTEAD = {
     for key in keys.split()
 }
 
-LATER_KEYS = (
-    "guard", "load_in_8bit",
-)  # fmt: skip
+LATER_KEYS = ("load_in_8bit",)
 INSTEAD_VALUES = {("method", "dora"): "set use_dora: true, which goes with any method that trains an adapter"}
 
 
@@ -355,4 +357,9 @@ def _message_on_mapping(name: str, model: type[BaseModel], key: str, detail: Err
     return f"{name}.{key}: expected {wanted}, found {found(detail['input'])}"
 
 
-MAPPED: dict[str, type[BaseModel]] = {"rehearsal": Rehearsal, "mixture": Mixture}  # keys that take one mapping
+MAPPED: dict[str, type[BaseModel]] = {  # keys that take one mapping
+    "rehearsal": Rehearsal,
+    "mixture": Mixture,
+    "loss": PairLoss,
+    "guard": Guard,
+}

@@ -47,11 +47,6 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) and value != "auto" else value
 
 
-def loss_name(value: Any) -> Any:
-    """`sigmoid` is what other tools call the loss of DPO."""
-    return "dpo" if value == "sigmoid" else value
-
-
 def stage_name(value: Any) -> Any:
     """`pt` is what LLaMA-Factory calls it."""
     return "cpt" if value == "pt" else value

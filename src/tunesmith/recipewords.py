@@ -45,6 +45,8 @@ MAPPINGS = {
     "DataSource": "a mapping {path, format, columns, ...}",
     "Rehearsal": "a mapping {data, ratio, shift}",
     "Mixture": "a mapping {temperature, limit}",
+    "PairLoss": "a mapping {name, beta, gamma, nll_coefficient}",
+    "Guard": "a mapping {collapse, forgetting, margin, patience}",
     "Form": "a mapping {prompt, shots}",
     "Constraint": "a mapping {match, text, check, name, mode}",
 }

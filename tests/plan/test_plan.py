@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import InputError, MachineError
-from tunesmith.plan.plan import ADAPTER_KEYS, decide, refuse_without_room
+from tunesmith.plan.plan import ADAPTER_KEYS, PAIR_KEYS, decide, refuse_without_room
 from tunesmith.plan.rules import RULES, Known
-from tunesmith.recipe import PAIR_KEYS, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.types import Finding, Plan
 
 Planner = Callable[..., Plan]

@@ -13,6 +13,7 @@ from typing import Any, cast
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.continued import CPT_RULES, LITTLE
 from tunesmith.plan.evidence import with_evidence
+from tunesmith.plan.guard import guard_choices
 from tunesmith.plan.memory import disk_needed
 from tunesmith.plan.mixture import epoch_of
 from tunesmith.plan.never import never_choices
@@ -20,9 +21,11 @@ from tunesmith.plan.rehearsal import MOST, rehearsal_choices
 from tunesmith.plan.room import answer_tokens, needed, phases
 from tunesmith.plan.rules import RULES, Known, SavedShare, nothing_saved
 from tunesmith.plan.tokens import rows_choice, trained_rows
-from tunesmith.recipe import KEYS, PAIR_KEYS, Recipe
+from tunesmith.recipe import KEYS, Recipe
+from tunesmith.recipemappings import PairLoss
 from tunesmith.types import Choice, DataReport, Machine, ModelSpec, Plan
 
+PAIR_KEYS = {"loss": "name", **{key: key for key in PairLoss.model_fields if key != "name"}}  # of the plan -> of `loss`
 ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
 EXTRA = (("method", "qlora", "4-bit weights", "lora"), ("optim", "adamw_8bit", "8-bit moments", "adamw"))
 FITS = 1.15  # a prediction counts as fitting when this much of it is free
@@ -42,10 +45,10 @@ def decide(
     """`fixed`: what an adapter to go on with, a mixture or the tokenizer has decided already. `saved_share`: of the
     tokens, when documents share prefixes, by batch_size and pack_length. InputError: an impossible wish; MachineError:
     no room."""
-    wishes = {KEYS[name]: getattr(recipe, name) for name in KEYS}
+    wishes = _wishes(recipe)
+    has_schema = wishes["schema"] is not None
     decided: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
-    has_schema = wishes["schema"] is not None
     held_out = _held_out(recipe, data)
     fixed = fixed or {}
     epoch = epoch_of(data["data"], fixed.get("mixture"))
@@ -62,7 +65,8 @@ def decide(
             choices[key] = decide_by_rule(known) if wish == "auto" else Choice(wish, "you", "the recipe says so")
         decided[key] = choices[key].value
     choices |= {key: choice for key, choice in fixed.items() if key not in RULES}
-    choices |= never_choices(recipe.never, data["data"])
+    choices |= never_choices(recipe.never, data["data"]) | guard_choices(recipe.guard)
+    decided["forgetting_margin"] = choices["forgetting_margin"].value
     choices |= rehearsal_choices(recipe.rehearsal, known, data.get("rehearsal"))
     choices |= rows_choice(choices.get("add_tokens"), known)
     decided["new_rows"] = trained_rows(choices)
@@ -88,6 +92,12 @@ def decide(
         phase_bytes=_phases(known, model, choices),
         saved_share=known.saved if decided["share_prefixes"] else 0.0,
     )
+
+
+def _wishes(recipe: Recipe) -> dict[str, Any]:
+    """By the keys of the plan: those of the recipe, and of its `loss` each by itself."""
+    wishes = {KEYS[name]: getattr(recipe, name) for name in KEYS}
+    return wishes | {key: getattr(recipe.loss, name) for key, name in PAIR_KEYS.items()}
 
 
 _WHY = {

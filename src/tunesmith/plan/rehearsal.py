@@ -11,7 +11,6 @@ from tunesmith.recipevalues import Rehearsal
 from tunesmith.types import Choice, DataReport
 
 SOURCE = "Ibrahim 2024, table 2; Bethune 2025"
-MARGIN = 0.02  # bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten
 FAR_INSIDE = 0.25  # of the margin
 LEAST, MOST = 0.01, 0.5  # 1% already holds most of what is known; at a half, as much is rehearsed as learnt
 WRITTEN = 32_768  # tokens that a model writes itself at most: a few minutes of a small one on a CPU
@@ -27,7 +26,9 @@ def rehearsal_choices(wish: Rehearsal | None, known: Known, report: DataReport |
     choices = {"rehearsal_ratio": ratio, "rehearsal_length": length(known)}
     if wish.ratio == "adaptive":
         why = f"bits per byte that retention_data may lose: above it the ratio doubles, up to {MOST:.0%}; "
-        choices["rehearsal_margin"] = rule(MARGIN, f"{why}below a quarter it halves, down to {LEAST:.0%}", "ours")
+        choices["rehearsal_margin"] = rule(
+            known["forgetting_margin"], f"{why}below a quarter it halves, down to {LEAST:.0%}", "ours"
+        )
     due, data, where = _tokens(known, ratio.value)
     if wish.own:
         why = f"that the model writes itself before it is trained: as many as are due, at most {WRITTEN:,}"

@@ -49,14 +49,21 @@ def low_rank(draft: Draft, source: str, *, four_bits: bool = False) -> None:
 
 
 def pairs(draft: Draft, loss: Any, source: str, **names: str) -> None:
-    """Training on preferences: our keys (`beta`, `gamma`, `nll_coefficient`) by theirs, and the loss."""
+    """Training on preferences: the keys of our `loss` (`beta`, `gamma`, `nll_coefficient`) by theirs, and its name."""
     if loss not in LOSSES:
         raise draft.refusal(source, f"{source}: {loss}: of preferences, dpo, orpo and simpo are trained here")
     draft.put("stage", "preference", source)
-    draft.put("loss", LOSSES[loss], source)
-    draft.rename({theirs: ours for ours, theirs in names.items()})
-    if loss != "simpo" and "gamma" in draft.values:
-        draft.leave(draft.notes.pop("gamma"), draft.values.pop("gamma"), "only SimPO has a margin", matters=False)
+    wish, sources = {"name": LOSSES[loss]}, [source]
+    for ours, theirs in names.items():
+        value = draft.take(theirs)
+        if value is None:
+            continue
+        if ours == "gamma" and loss != "simpo":
+            draft.leave(theirs, value, "only SimPO has a margin", matters=False)
+            continue
+        wish[ours] = value
+        sources.append(theirs)
+    draft.put("loss", wish if len(wish) > 1 else wish["name"], ", ".join(sources))
 
 
 def texts(draft: Draft, source: str) -> None:
