@@ -72,10 +72,7 @@ def decide(
     decided["new_rows"] = trained_rows(choices)
     choices["activations"] = _activations(known, model, choices, wishes["activations"])
     decided["activations"] = choices["activations"].value
-    for key in ("template", "overlong", "seed", "stage"):
-        choices[key] = Choice(_plain(wishes[key]), "you" if _set(recipe, key) else "rule", _WHY[key])
-    choices["now"] = Choice(now, "rule", "dates in chat templates are frozen at this moment")
-    choices["output_dir"] = Choice(str(output_dir), "you" if _set(recipe, "output_dir") else "rule", "the run folder")
+    choices |= _given(recipe, wishes, output_dir, now)
     _check_lengths(decided, model)
     _check_libraries(decided, machine)
     return Plan(
@@ -100,7 +97,18 @@ def _wishes(recipe: Recipe) -> dict[str, Any]:
     return wishes | {key: getattr(recipe.loss, name) for key, name in PAIR_KEYS.items()}
 
 
+def _given(recipe: Recipe, wishes: Mapping[str, Any], output_dir: Path, now: str) -> dict[str, Choice]:
+    """What no rule decides."""
+    given = {key: _plain(wishes[key]) for key in ("template", "overlong", "seed", "stage")}
+    found = {
+        key: Choice(value, "you" if _set(recipe, key) else "rule", _WHY[key])
+        for key, value in (given | {"output_dir": str(output_dir)}).items()
+    }
+    return found | {"now": Choice(now, "rule", "dates in chat templates are frozen at this moment")}
+
+
 _WHY = {
+    "output_dir": "the run folder",
     "template": "the model's own chat template, unless the recipe names one",
     "overlong": "what happens to documents over max_length; always counted",
     "seed": "order of rows, start of the adapter, samples",
