@@ -29,18 +29,17 @@ class Signer:
     def __init__(self) -> None:
         from datasketch import MinHash
 
-        self.sketch: Any = MinHash
-        self.permutations = MinHash(num_perm=BANDS * DEPTH, scheme="affine32").permutations
+        self.sketch: Any = MinHash(num_perm=BANDS * DEPTH, hashfunc=int, scheme="affine32")
         powers = [pow(ODD, place, 2**64) for place in range(1, DEPTH + 1)]
         self.powers_D = np.array(powers, dtype=np.uint64)
 
     def bands(self, grams: np.ndarray) -> np.ndarray:
         """uint64 [BANDS]."""
-        sketch = self.sketch(num_perm=BANDS * DEPTH, hashfunc=int, permutations=self.permutations, scheme="affine32")
+        self.sketch.clear()
         high = (grams >> np.uint64(32)).tolist()
         for start in range(0, len(high), PIECE):
-            sketch.update_batch(high[start : start + PIECE])
-        values_BD = sketch.hashvalues.reshape(BANDS, DEPTH).astype(np.uint64) + np.uint64(1)
+            self.sketch.update_batch(high[start : start + PIECE])
+        values_BD = self.sketch.hashvalues.reshape(BANDS, DEPTH).astype(np.uint64) + np.uint64(1)
         keys_B = (values_BD * self.powers_D).sum(axis=1)
         return keys_B ^ (keys_B >> np.uint64(31))
 

@@ -14,7 +14,7 @@ from tunesmith.data.audit.reading import Row
 
 
 class Form(NamedTuple):
-    sign: re.Pattern[str]  # a text without it is not searched; a plain sign or a set first is quick to look for
+    signs: tuple[str, ...] | re.Pattern[str]  # a text without any is not searched; plain ones are quick to look for
     pattern: re.Pattern[str]
     holds: Callable[[str], bool]  # whether a match is what it looks like
 
@@ -45,22 +45,25 @@ def mixed(text: str) -> bool:
     return any(map(str.isdigit, text)) and any(map(str.isalpha, text)) and len(set(text)) > 8
 
 
-def form(sign: str, pattern: str, holds: Callable[[str], bool] = bool) -> Form:
-    return Form(re.compile(sign), re.compile(pattern), holds)
+def form(signs: str | re.Pattern[str], pattern: str, holds: Callable[[str], bool] = bool) -> Form:
+    """`signs`: plain ones with spaces between, or a pattern."""
+    return Form(tuple(signs.split()) if isinstance(signs, str) else signs, re.compile(pattern), holds)
 
 
 SECRETS = {
-    "AWS keys": form("[KS]IA", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "GitHub tokens": form("g(?:h[pousr]_|ithub_pat)", r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,})"),
+    "AWS keys": form("AKIA ASIA", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "GitHub tokens": form(
+        "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_", r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,})"
+    ),
     "Slack tokens": form("xox", r"\bxox[abpors]-[\w-]{10,}"),
     "Google keys": form("AIza", r"\bAIza[\w-]{35}"),
-    "API keys": form("[sr]k[-_]", r"\b(?:sk|rk)[-_](?:live|test|proj|ant|or)?[-_]?[\w-]{20,}", mixed),
+    "API keys": form("sk- sk_ rk- rk_", r"\b(?:sk|rk)[-_](?:live|test|proj|ant|or)?[-_]?[\w-]{20,}", mixed),
     "Hugging Face tokens": form("hf_", r"\bhf_[A-Za-z0-9]{30,}"),
-    "private keys": form("PRIVATE KEY", r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "private keys": form("-----BEGIN", r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "signed tokens": form("eyJ", r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
-    "passwords in a URL": form("://[^/]*@", r"\b\w+://[^\s:/@]{1,60}:[^\s:/@]{4,60}@[\w.-]+"),
+    "passwords in a URL": form(re.compile("://[^/]*@"), r"\b\w+://[^\s:/@]{1,60}:[^\s:/@]{4,60}@[\w.-]+"),
     "passwords": form(
-        "[:=] ?[\"']",
+        re.compile("[:=] ?[\"']"),
         r"(?i)\b(?:password|passwd|api_?key|secret|token)\b[\"']? ?[:=] ?[\"']([^\s\"']{8,80})[\"']",
         mixed,
     ),
@@ -68,12 +71,12 @@ SECRETS = {
 PERSONAL = {
     "email addresses": form("@", r"(?<![\w.+:/-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[A-Za-z]{2,24}\b"),
     "phone numbers": form(
-        r"[+(]\d", r"(?<![\w.])\+\d{1,3}[ \-./(]*\d(?:[ \-./()]*\d){6,12}(?!\d)|\(\d{3}\) \d{3}-\d{4}"
+        re.compile(r"[+(]\d"), r"(?<![\w.])\+\d{1,3}[ \-./(]*\d(?:[ \-./()]*\d){6,12}(?!\d)|\(\d{3}\) \d{3}-\d{4}"
     ),
-    "card numbers": form(r"\d\d[\d -]\d", r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d.,-]\d)", luhn),
-    "IBANs": form(r"[A-Z][A-Z]\d\d", r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", iban),
+    "card numbers": form(re.compile(r"\d\d[\d -]\d"), r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d.,-]\d)", luhn),
+    "IBANs": form(re.compile(r"[A-Z][A-Z]\d\d"), r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", iban),
     "US social security numbers": form(
-        r"\d-\d\d-\d", r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\d-])"
+        re.compile(r"\d-\d\d-\d"), r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\d-])"
     ),
 }
 NOBODY = re.compile(r"@(?:[\w-]+\.)*example(?:\.(?:com|org|net))?\b|@localhost\b|noreply", re.IGNORECASE)
@@ -92,9 +95,14 @@ def personal(row: Row) -> Iterator[tuple[str, str]]:
 def _found(row: Row, forms: dict[str, Form]) -> Iterator[tuple[str, str]]:
     for kind, form in forms.items():
         for text in row.texts:
-            if form.sign.search(text) and (match := _first(form, text)):
+            if _signed(form, text) and (match := _first(form, text)):
                 yield kind, masked(match)
                 break
+
+
+def _signed(form: Form, text: str) -> bool:
+    signs = form.signs
+    return any(sign in text for sign in signs) if isinstance(signs, tuple) else signs.search(text) is not None
 
 
 def _first(form: Form, text: str) -> str:

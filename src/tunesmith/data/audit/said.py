@@ -105,7 +105,8 @@ HOLES = re.compile(
     r"\{\{ ?\w+ ?\}\}|\[(?:your|insert|enter)\b[^\]\n]{0,40}\]|\[(?:name|company|date|address|phone number|email)\]|"
     r"<(?:insert|your)\b[^>\n]{0,40}>|\blorem ipsum\b|\bxx+-xx+\b",
 )
-MARKER_SIGN, HOLE_SIGN = re.compile(r"[<\[]|##|: "), re.compile(r"[\[<{]|lorem|xx-")  # quick to look for
+MARKER_SIGNS = ("<|", "INST]", "SYS>>", "s>", "_of_turn>", "###", "Human: ", "USER: ", "ASSISTANT: ", "ssistant: ")
+HOLE_SIGN = re.compile(r"[\[<{]|lorem|xx-")  # quick to look for
 UNSEEN = {
     "control characters": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f",
     "invisible characters": "\u00ad\u200b\u2060-\u2064\ufeff\ufff9-\ufffb",
@@ -123,7 +124,7 @@ MISREAD = re.compile("Ã[\u0080-\u00bf©¨ª«¼¶¤±³º§]|â€[™œ\u009d\
 def markers(row: Row) -> Found:
     """Signs of a chat template inside a text: of another tool's export, or of an attack."""
     for text in row.texts:
-        if MARKER_SIGN.search(text) and (found := MARKERS.search(text)):
+        if any(sign in text for sign in MARKER_SIGNS) and (found := MARKERS.search(text)):
             yield repr(found[0].strip()), ""
             return
 

@@ -44,7 +44,15 @@ def grams_of(words_W: np.ndarray, n: int) -> np.ndarray:
 def all_grams(texts: Iterable[np.ndarray], n: int) -> np.ndarray:
     """The grams of several texts, each once, ascending; no gram goes over the end of a text."""
     found = [grams_of(words_W, n) for words_W in texts if len(words_W)]
-    return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
+    return once(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
+
+
+def once(values: np.ndarray) -> np.ndarray:
+    """Each value once, ascending. Of few values several times as fast as `numpy.unique`, which hashes them."""
+    values = np.sort(values)
+    different = np.empty(len(values), dtype=bool)
+    different[:1], different[1:] = True, values[1:] != values[:-1]
+    return values[different]
 
 
 def outside(values: np.ndarray, sorted_values: np.ndarray) -> np.ndarray:
