@@ -193,3 +193,12 @@ def test_a_task_from_rows_to_measurements(model: LanguageModel, renderer: Render
     assert by_metric["field_f1"].ids == tuple(f"test:{i}" for i in range(6))
     sample = samples_of(questions, answers, step=4)[2]
     assert (sample.step, sample.id, sample.prompt, sample.expected) == (4, "test:2", "number 2?", '{"n": 2}')
+
+
+def test_contains_goes_by_whole_words() -> None:
+    contains = METRICS["contains"]
+    assert contains("It is version 3.8.1-2, I think.", "3.8.1-2", None) == 1
+    assert contains("The  Grey\nHeron!", "grey heron", None) == 1
+    assert contains("insight", "in", None) == 0
+    assert contains("3.8.12", "3.8.1", None) == 0
+    assert contains("", "a", None) == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from referencing.exceptions import Unresolvable
 from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measurement
-from tunesmith.infer.engine import generate
+from tunesmith.infer.engine import Allowed, generate
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Example, Generation, Json, Request, Sample
 
@@ -78,10 +79,12 @@ def ask(
     *,
     max_new_tokens: int,
     banned: tuple[tuple[int, ...], ...] = (),
+    allowed: Allowed | None = None,
 ) -> Iterator[tuple[int, Generation]]:
-    """(index of the question, greedy answer), as they finish. `banned`: token sequences that no answer may hold."""
+    """(index of the question, greedy answer), as they finish. `banned`: token sequences that no answer may hold;
+    `allowed`: a grammar that every answer follows."""
     requests = [Request(question.prompt, max_new_tokens, banned=banned) for question in questions]
-    return generate(model, requests, decode=renderer.decode, end_ids=renderer.end_ids)
+    return generate(model, requests, decode=renderer.decode, end_ids=renderer.end_ids, allowed=allowed)
 
 
 # ---------------------------------------------------------------- grades
@@ -146,6 +149,17 @@ def exact_match(answer: str, expected: str, schema: Json | None) -> float:
     """The same text, white space at the ends aside."""
     del schema
     return float(answer.strip() == expected.strip())
+
+
+def contains(answer: str, expected: str, schema: Json | None) -> float:
+    """The expected text stands in the answer, whatever is said around it; by its words, in any case."""
+    del schema
+    return float(evened(expected) in evened(answer))
+
+
+def evened(text: str) -> str:
+    """Words in small letters with one blank between them, so that "in" does not find a part of a word."""
+    return " " + " ".join(re.findall(r"\w+", text.casefold())) + " "
 
 
 def json_valid(answer: str, expected: str, schema: Json | None) -> float:
@@ -216,6 +230,7 @@ def _check_schema(schema: Json) -> None:
 Metric = Callable[[str, str, Json | None], float]
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
+    "contains": contains,
     "json_valid": json_valid,
     "schema_valid": schema_valid,
     "field_f1": field_f1,

@@ -25,6 +25,7 @@ from tunesmith.model.memory import OutOfMemory, memory_errors
 from tunesmith.types import Generation, Request
 
 Decode = Callable[[Sequence[int]], str]
+Allowed = Callable[[int, Sequence[int]], Tensor]  # index of a request, its answer so far -> which tokens may follow [V]
 
 MOST_ROWS = {"cpu": 32, "cuda": 256}  # more rows gain little: by then the matrix products fill the machine
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
@@ -40,8 +41,10 @@ def generate(
     decode: Decode,
     end_ids: Collection[int],
     batch_size: int | None = None,
+    allowed: Allowed | None = None,
 ) -> Iterator[tuple[int, Generation]]:
     """(index of the request, its answer), in the order in which they finish; `sorted` restores the order of requests.
+    `allowed`: a grammar's word on the next token of each answer.
 
     A Generation's `tokens` are all that were produced, an end token or stop string included; an answer also ends where
     the model's context does. The model must be in evaluation mode. Raises InputError for a prompt that is empty or
@@ -53,7 +56,8 @@ def generate(
     while left:
         try:
             with memory_errors():
-                for row in _answered([_Row(i, requests[i]) for i in left], _Batch(model, slots, decode, end_ids)):
+                batch = _Batch(model, slots, decode, end_ids, allowed)
+                for row in _answered([_Row(i, requests[i]) for i in left], batch):
                     left.remove(row.index)
                     yield row.index, row.generation()
         except OutOfMemory:
@@ -159,8 +163,15 @@ class _Row:
 class _Batch:
     """The rows that are being answered, and what the model remembers of them: row i of both is the same."""
 
-    def __init__(self, model: LanguageModel, slots: int, decode: Decode, end_ids: Collection[int]) -> None:
-        self.model, self.decode, self.end_ids = model, decode, frozenset(end_ids)
+    def __init__(
+        self,
+        model: LanguageModel,
+        slots: int,
+        decode: Decode,
+        end_ids: Collection[int],
+        allowed: Allowed | None = None,
+    ) -> None:
+        self.model, self.decode, self.end_ids, self.allowed = model, decode, frozenset(end_ids), allowed
         self.cache = RowCache(slots)
         self.rows: list[_Row] = []
 
@@ -203,6 +214,8 @@ class _Batch:
         for place, row in enumerate(rows):
             if refused := row.refused():
                 logits_BV[place, refused] = -torch.inf
+            if self.allowed is not None:
+                logits_BV[place].masked_fill_(~self.allowed(row.index, row.tokens).to(logits_BV.device), -torch.inf)
         return choose(logits_BV, [row.request for row in rows], [row.generator for row in rows])
 
     def _remove_finished(self) -> list[_Row]:
