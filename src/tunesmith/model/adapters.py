@@ -68,6 +68,17 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of what is trained, for `put_back`."""
+    return {name: parameter.detach().clone() for name, parameter in trainable(network).items()}
+
+
+@torch.no_grad()
+def put_back(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in trainable(network).items():
+        parameter.copy_(weights[name])  # not through `.data`, which would hide the change from MasterLinear
+
+
 def lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
     return {path: module for path, module in network.named_modules() if isinstance(module, LoraLinear)}
 

@@ -15,13 +15,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from tunesmith.errors import GateError, InputError
 from tunesmith.evaluate.compare import Measurement, compare, score
 from tunesmith.facts import Facts
 from tunesmith.measure import Items, eval_measurement, items_of
-from tunesmith.model.adapters import trainable
+from tunesmith.model.adapters import put_back, weights_of
 from tunesmith.train.training import Settings, Training
 from tunesmith.types import Plan, StepResult, Verdict
 from tunesmith.workbench import Workbench, set_up
@@ -85,7 +83,7 @@ def try_rates(plan: Plan, facts: Facts, *, steps: int = STEPS) -> Iterator[Trial
         raise InputError(what, where="eval_data", fix="give eval_data, or --eval-split 0.1")
     items = dataclasses.replace(items, eval_documents=_few(items))
     bench = set_up(plan, facts)
-    start = {name: parameter.detach().clone() for name, parameter in trainable(bench.model.network).items()}
+    start = weights_of(bench.model.network)
     yield Trial(0.0, (), eval_measurement(bench, items))
     for factor in FACTORS:
         rate = float(f"{min(1.0, plan['learning_rate'] * factor):.2g}")
@@ -93,7 +91,7 @@ def try_rates(plan: Plan, facts: Facts, *, steps: int = STEPS) -> Iterator[Trial
         yield trial
         if trial.collapsed:
             return
-        _put_back(bench, start)
+        put_back(bench.model.network, start)
 
 
 def _few(items: Items) -> tuple:
@@ -140,12 +138,6 @@ def symptom(taken: Sequence[StepResult]) -> str:
         if smooth > RISE * lowest and smooth - lowest > 0.05:  # nats: near 0 a fifth is nothing
             return f"the loss rises from {lowest:.3f} to {smooth:.3f} at step {step.step}"
     return ""
-
-
-def _put_back(bench: Workbench, start: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():  # not through `.data`, which would hide the change from MasterLinear
-        for name, parameter in trainable(bench.model.network).items():
-            parameter.copy_(start[name])
 
 
 def conclude(plan: Plan, trials: Sequence[Trial]) -> RateTest:
