@@ -41,6 +41,7 @@ from tunesmith.version import __version__
 for _namesake in ("advise", "demo", "evaluate", "export", "init", "plan", "train"):
     import_module(f"tunesmith.{_namesake}")
 
+from tunesmith.advising import advise_measured  # noqa: E402
 from tunesmith.verbs import (  # noqa: E402
     advise,
     baselines,
@@ -93,6 +94,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "advise",
+    "advise_measured",
     "baselines",
     "chat",
     "compare_methods",

@@ -99,8 +99,32 @@ def doctor(
     say(diagnosis, diagnosis_view(diagnosis), as_json=as_json)
 
 
-def advise(wish: Told = None, as_json: AsJson = False) -> None:
-    """Should this be fine-tuned? An answer with its reasons, in a moment, without a model."""
+def advise(
+    wish: Told = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Try it on the recipe's eval_data.")] = False,
+    documents: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Texts to look answers up in.", show_default=False)
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="For measuring; it goes on where it stopped.")] = 10.0,
+    target: Annotated[
+        float | None, typer.Option(metavar="SCORE", help="What is good enough, 0 to 1.", show_default=False)
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Which metric decides.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where measured answers are kept.")] = Path("runs/advise"),
+    as_json: AsJson = False,
+) -> None:
+    """Should this be fine-tuned? By rules in a moment, or measured on your own items with --measure."""
+    if measure:
+        from tunesmith.advising import advise_measured
+        from tunesmith.measuredview import measured_view
+
+        tried = {"documents": documents, "minutes": minutes, "target": target, "metric": metric, "folder": out}
+        for found in advise_measured(read_wish(wish), **tried):
+            if (view := measured_view(found)) is not None:
+                say(found, view, as_json=as_json)
+        return
+    if documents or target is not None or metric:
+        raise InputError("documents, target and metric are for measuring", where="command line", fix="add --measure")
     from tunesmith.adviceview import advice_view
 
     path, facts = asked(wish)

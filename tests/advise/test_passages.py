@@ -1,0 +1,65 @@
+"""Documents as passages: found by their words, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunesmith.advise.passages import LEAST, MOST, OVERLAP, Passages, open_passages, split
+from tunesmith.errors import InputError
+
+
+def test_the_passage_with_the_rare_words_comes_first() -> None:
+    passages = Passages(["the cat sat on the mat", "the dog barked at the cat", "version 3.8.1 of nettle", "of the of"])
+    assert passages.best("Which version has nettle?", 2)[0] == "version 3.8.1 of nettle"
+    assert passages.place_of("Which version has nettle?", "3.8.1") == 1
+    assert passages.place_of("What did the dog do?", "barked") == 1
+    assert passages.place_of("What did the dog do?", "meowed") is None
+    assert passages.best("dogs barking", 1) == ["the dog barked at the cat"], "words are stemmed"
+    assert passages.best('"?* AND NEAR(', 3) == [], "nothing of a question is syntax"
+    assert passages.best("", 3) == []
+
+
+def test_paragraphs_are_passages_headings_go_along_and_long_ones_are_windows() -> None:
+    paragraph = " ".join(f"w{n}" for n in range(LEAST))
+    long = " ".join(f"v{n}" for n in range(MOST + 50))
+    found = list(split(f"\n\nHeading\n\n{paragraph}\n \n{long}\n\nend"))
+    assert found[0] == f"Heading\n\n{paragraph}"
+    assert [len(text.split()) for text in found[1:]] == [MOST, 50 + OVERLAP, 1]
+    assert found[2].split()[:OVERLAP] == found[1].split()[-OVERLAP:]
+    assert {word for text in found[1:3] for word in text.split()} == set(long.split()), "nothing is lost"
+    assert list(split(" \n\n ")) == []
+
+
+def test_folders_and_rows_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("one text about herons")
+    (tmp_path / "b.txt").write_text("another about owls")
+    assert open_passages(tmp_path).count == 2
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "of owls"}\n{"text": "of herons"}\n')
+    assert open_passages(rows).best("herons?", 1) == ["of herons"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("missing.txt", None, "no such file"),
+        ("empty.txt", b"", "empty"),
+        ("blank.txt", b" \n\n ", "no row"),
+        ("blank.jsonl", b'{"text": " "}\n', "no words"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "UTF-8"),
+        ("rows.jsonl", b'{"body": "x"}\n', "no `text`"),
+        ("file.pdf", b"%PDF", "cannot read .pdf"),
+    ],
+)
+def test_documents_that_are_none_are_refused_by_name(
+    tmp_path: Path, name: str, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=told) as refusal:
+        open_passages(tmp_path / name)
+    assert name in str(refusal.value)
+    with pytest.raises(InputError):
+        open_passages(tmp_path / "no folder")

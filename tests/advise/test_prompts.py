@@ -1,0 +1,83 @@
+"""A question asked in other ways keeps its answer."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tunesmith.advise.arms import FORMS, Arm, Given, arms_of
+from tunesmith.advise.prompts import answer_of, prompted, question_of
+from tunesmith.data.render import Renderer
+from tunesmith.evaluate.tasks import questions_of
+from tunesmith.types import Example
+
+
+def asked(question: str, answer: str, system: str = "") -> Example:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages = ([{"role": "system", "content": system}] if system else []) + turns
+    return Example(question, tuple(messages), (*[0.0] * (len(messages) - 1), 1.0))
+
+
+SHOTS = (asked("one?", "1", "count"), asked("two?", "2", "count"))
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_folder: Path) -> Renderer:
+    return Renderer.from_folder(tiny_folder, now=datetime(2026, 1, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("passages", [(), ("three is 3", "a text")])
+def test_the_answer_stays_and_everything_else_stands_before_it(
+    form: str, passages: tuple[str, ...], renderer: Renderer
+) -> None:
+    example = asked("three?", "3", "count")
+    (question,) = questions_of([prompted(example, form=form, shots=SHOTS, passages=passages)], renderer)
+    told = renderer.decode(question.prompt)
+    assert question.expected == "3"
+    assert told.count("count") == 1, "the system message of an example is not repeated"
+    places = [told.index(text) for text in ("one?", "1", "two?", "2", *passages, "three?")]
+    assert places == sorted(places)
+    assert told.endswith("assistant\n")
+
+
+def test_rows_without_a_template_are_asked_by_text() -> None:
+    row, shot = Example("a", text="B", prompt="A: "), Example("c", text="D", prompt="C: ")
+    assert (question_of(row), answer_of(row)) == ("A: ", "B")
+    looked_up = prompted(row, shots=(shot,), passages=("text",))
+    assert looked_up.text == "B"
+    assert looked_up.prompt is not None
+    assert looked_up.prompt.index("C: ") < looked_up.prompt.index("D") < looked_up.prompt.index("text")
+    assert looked_up.prompt.endswith("Output: ")
+
+
+def test_of_several_turns_the_last_trained_one_is_asked() -> None:
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    example = Example("row", tuple(turns), (0.0, 1.0, 0.0, 1.0))
+    assert (question_of(example), answer_of(example)) == ("c", "d")
+    shown = prompted(example, shots=SHOTS[:1])
+    assert [turn["content"] for turn in shown.messages] == ["one?", "1", "a", "b", "c", "d"]
+    assert shown.turn_weights == (0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
+
+
+def test_arms_are_what_can_be_tried_each_once_and_zero_shot_first() -> None:
+    everything = arms_of(Given(rows=400, documents=True, schema=True))
+    assert everything[0] == Arm()
+    assert len(everything) == len(set(everything))
+    assert {arm.examples for arm in everything} == {0, 25, 50, 100, 200, 400}
+    assert {(arm.shots, arm.form, arm.seed) for arm in everything} >= {
+        (k, f, s) for k in (2, 4, 8) for f in FORMS for s in (0, 1, 2)
+    }
+    little = arms_of(Given(rows=3, documents=False, schema=False))
+    assert {arm.shots for arm in little} == {0, 2}
+    assert not any(arm.passages or arm.constrained or arm.examples for arm in little)
+
+
+def test_the_order_of_cost_and_the_names() -> None:
+    arms = [Arm(), Arm(constrained=True), Arm(shots=2), Arm(shots=8), Arm(passages=3), Arm(shots=2, passages=3)]
+    arms += [Arm(examples=25), Arm(examples=400), Arm(examples=25, passages=3)]
+    assert [arm.effort for arm in arms] == sorted({arm.effort for arm in arms})
+    assert Arm(shots=4, passages=3, constrained=True).name == "4 shots, retrieval of 3 passages, schema enforced"
+    assert Arm(examples=50, seed=2).row == Arm(examples=50)
