@@ -42,16 +42,12 @@ for _namesake in ("advise", "demo", "evaluate", "export", "init", "plan", "train
     import_module(f"tunesmith.{_namesake}")
 
 from tunesmith.advising import advise_measured  # noqa: E402
+from tunesmith.dataverbs import data_check, data_curate, data_lock, data_show, data_split  # noqa: E402
 from tunesmith.verbs import (  # noqa: E402
     advise,
     baselines,
     chat,
     compare_methods,
-    data_check,
-    data_curate,
-    data_lock,
-    data_show,
-    data_split,
     demo,
     doctor,
     evaluate,

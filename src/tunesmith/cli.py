@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from tunesmith import clidata, verbs
+from tunesmith import clidata, dataverbs, verbs
 from tunesmith.commandline import AsJson, Run, Told, Wish, asked, questions, read_wish, say
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes
@@ -61,7 +61,7 @@ def demo(
     known = verbs.demo_facts(output_dir)
     decided = verbs.plan(known)
     if not as_json:
-        say(None, data_view(decided.data), *verbs.data_show(known, rows=SHOWN_ROWS), as_json=False)
+        say(None, data_view(decided.data), *dataverbs.data_show(known, rows=SHOWN_ROWS), as_json=False)
         say(None, plan_table(decided), as_json=False)
     _follow(verbs.train(decided, known), Path(decided["output_dir"]), decided.steps, as_json=as_json)
 

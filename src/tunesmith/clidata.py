@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith import verbs
+from tunesmith import dataverbs
 from tunesmith.commandline import AsJson, Wish, read_wish, say
 from tunesmith.recipe import Recipe
 
@@ -28,7 +28,7 @@ def data_check(
     recipe = read_wish(wish)
     from tunesmith.display import data_view
 
-    found = verbs.data_check(recipe, rejected=rejected)
+    found = dataverbs.data_check(recipe, rejected=rejected)
     say({"data": found}, data_view(found), as_json=as_json)
     skip_bad = recipe.skip_bad if isinstance(recipe, Recipe) else all(one.skip_bad for one in recipe.recipes)
     if any(report.rejected for report in found.values()) and not skip_bad:
@@ -42,7 +42,7 @@ def data_show(
     as_json: AsJson = False,
 ) -> None:
     """Print real rows as the model sees them, coloured by what is trained."""
-    texts = verbs.data_show(read_wish(wish), rows=rows, ids=ids)
+    texts = dataverbs.data_show(read_wish(wish), rows=rows, ids=ids)
     say({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
@@ -56,13 +56,13 @@ def data_curate(
     recipe = read_wish(wish)
     from tunesmith.display import curated_view
 
-    curated = verbs.data_curate(recipe, keep=keep, to=to)
+    curated = dataverbs.data_curate(recipe, keep=keep, to=to)
     say(curated, curated_view(curated), as_json=as_json)
 
 
 def data_lock(wish: Wish = None, as_json: AsJson = False) -> None:
     """Lock a reviewed file, so that no run trains on it, and none measures with it once it has changed."""
-    golden = verbs.data_lock(read_wish(wish))
+    golden = dataverbs.data_lock(read_wish(wish))
     verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in golden.verdicts.items())
     reviewers = ", ".join(f"{name} ({rows:,})" for name, rows in golden.reviewers.items())
     dates = f"{golden.first_date} to {golden.last_date}"
@@ -87,5 +87,5 @@ def data_split(
     from tunesmith.display import divided_view
 
     shares = {"eval_share": eval_share, "test_share": test_share}
-    divided = verbs.data_split(recipe, to=to, **shares, group=group, stratify=stratify)
+    divided = dataverbs.data_split(recipe, to=to, **shares, group=group, stratify=stratify)
     say(divided, divided_view(divided), as_json=as_json)

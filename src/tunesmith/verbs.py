@@ -5,7 +5,8 @@
 
 In: paths, plain values, and the frozen objects of types.py. Out: the objects that --json prints. Everything that goes
 wrong on purpose is a TunesmithError: InputError, MachineError, GateError or Interrupted. Imports stand inside the
-functions, here and in cli.py only: nothing heavy is loaded before a verb needs it. Left out: words and printing.
+functions, here and in cli.py only: nothing heavy is loaded before a verb needs it. The verbs on rows are in
+dataverbs.py. Left out: words and printing.
 """
 
 from __future__ import annotations
@@ -18,16 +19,10 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import InputError
 from tunesmith.plan.staged import StagedPlan
 from tunesmith.recipe import Recipe, Stages
-from tunesmith.types import Comparison, DataReport, Event, Json, Plan, RunRecord
+from tunesmith.types import Comparison, Event, Json, Plan, RunRecord
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from tunesmith.advise.advice import Advice
-    from tunesmith.curate import Curated
-    from tunesmith.data.dataset import Dataset
-    from tunesmith.data.divide import Divided
-    from tunesmith.data.golden import Golden
     from tunesmith.diagnosis import Diagnosis
     from tunesmith.export.targets import Exported
     from tunesmith.facts import Facts
@@ -126,86 +121,16 @@ def gather(recipe: Wish | Known = None, *, weights: bool = True, **changes: Any)
     return stages.gather(wish, weights=weights)
 
 
-def _by_stage(known: Known) -> dict[str, Facts]:
+def by_stage(known: Known) -> dict[str, Facts]:
     """The facts of each stage, by the name of its folder; of a single one, by none."""
     return {one.output_dir.name: one for one in known} if isinstance(known, tuple) else {"": known}
 
 
-def _single(known: Known) -> Facts:
+def single(known: Known) -> Facts:
     """Raises InputError for several stages."""
     if isinstance(known, tuple):
         raise InputError("this is asked of one stage, and the recipe has several", where="stage", fix=ONE_STAGE)
     return known
-
-
-def data_check(
-    recipe: Wish | Known = None, *, rejected: AnyPath | None = None, **changes: Any
-) -> dict[str, DataReport]:
-    """Reads all rows once: a report for each role, with what was found. Rows that cannot be used are counted in it,
-    and written into the file `rejected`; InputError if there are no others."""
-    from tunesmith.data.rejected import write_rejected
-    from tunesmith.facts import reports
-
-    found: dict[str, DataReport] = {}
-    datasets: dict[str, Dataset] = {}
-    for stage, known in _by_stage(gather(recipe, **changes)).items():
-        of_stage = reports(known, whole=True)
-        found |= {f"{stage} {role}".strip(): report for role, report in of_stage.items()}
-        datasets |= {f"{stage} {role}".strip(): known.datasets[role] for role in of_stage}
-    if rejected is not None:
-        write_rejected(Path(rejected), datasets, found)
-    return found
-
-
-def data_show(recipe: Wish | Known = None, *, rows: int = 3, ids: bool = False, **changes: Any) -> list[Text]:
-    """The first training rows as the model sees them, coloured by what is trained; `print` shows them plain."""
-    from tunesmith.facts import show_rows
-
-    known = _by_stage(gather(recipe, **changes)).values()
-    return [text for one in known for text in show_rows(one, rows=rows, ids=ids)]
-
-
-def data_curate(recipe: Wish | Known = None, *, keep: int, to: AnyPath, **changes: Any) -> Curated:
-    """Chooses `keep` rows of `data` by the scores of the base model, quality first, then diversity, into a new folder
-    `to`, beside a random and the longest subset of the same size. Every other row keeps its reason; none is edited."""
-    from tunesmith.curate import curate
-
-    return curate(_single(gather(recipe, **changes)), keep, Path(to))
-
-
-def data_lock(recipe: Wish = None, **changes: Any) -> Golden:
-    """Locks the file of `data`, in which every row has a `review`: from now on no run trains on its rows, and none
-    measures with it once it has changed."""
-    from tunesmith.data.golden import lock
-    from tunesmith.facts import open_pool
-
-    wish = read_recipe(recipe, **changes)
-    if isinstance(wish, Stages):
-        raise InputError("the file of one stage is locked, and the recipe has several", where="stage", fix=ONE_STAGE)
-    return lock(open_pool(wish))
-
-
-def data_split(
-    recipe: Wish = None,
-    *,
-    to: AnyPath,
-    eval_share: float = 0.1,
-    test_share: float = 0.1,
-    group: str | None = None,
-    stratify: str | None = None,
-    **changes: Any,
-) -> Divided:
-    """Divides the rows of `data` into train.jsonl, eval.jsonl and test.jsonl in a new folder `to`. Rows that say nearly
-    the same, ask the same or share the value of the key `group` stay together; each label, or value of the key
-    `stratify`, is divided by itself. The recipe's seed decides."""
-    from tunesmith.data.divide import divide
-    from tunesmith.facts import open_pool
-
-    wish = read_recipe(recipe, **changes)
-    if isinstance(wish, Stages):
-        raise InputError("the rows of one stage are divided, and the recipe has several", where="stage", fix=ONE_STAGE)
-    shares = {"eval_share": eval_share, "test_share": test_share}
-    return divide(open_pool(wish), Path(to), **shares, group=group, stratify=stratify, seed=wish.seed)
 
 
 def plan(
@@ -223,7 +148,7 @@ def plan(
 
     known = gather(recipe, weights=False, **changes)
     if isinstance(known, facts.Facts) or calibrate:
-        one = _elsewhere(_single(known), target, fit)
+        one = _elsewhere(single(known), target, fit)
         return _calibrated(one) if calibrate else facts.make_plan(one)
     from tunesmith import stages
 
@@ -252,7 +177,7 @@ def compare_methods(
     from tunesmith.plan.compare import compare
     from tunesmith.plan.machines import equipped
 
-    known = _elsewhere(_single(gather(recipe, weights=False, **changes)), target, fit)
+    known = _elsewhere(single(gather(recipe, weights=False, **changes)), target, fit)
     if known.adapter is not None:
         raise InputError("an adapter to go on with leaves no method open", where="adapter_from", fix="leave it out")
     make, machine = planner(known), equipped(known.machine)
@@ -284,7 +209,7 @@ def tune_lr(recipe: Wish | Known = None, *, steps: int = 40, **changes: Any) -> 
     from tunesmith.plan.plan import refuse_without_room
     from tunesmith.tune.rates import conclude, try_rates
 
-    known = _single(gather(recipe, **changes))
+    known = single(gather(recipe, **changes))
     decided = make_plan(known)
     refuse_without_room(decided)
     trials: list[Trial] = []
