@@ -17,10 +17,11 @@ from tunesmith.errors import InputError
 from tunesmith.evaluate.baselines import bad_strings, bans, rules, told
 from tunesmith.evaluate.by_task import by_task
 from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, Measurement, score
+from tunesmith.evaluate.divergence import Base, held_out_beside
 from tunesmith.evaluate.likelihood import held_out_loss
 from tunesmith.evaluate.never import ELICITING, bad_logp, violations
 from tunesmith.evaluate.preference import preference
-from tunesmith.evaluate.retention import GeneralText, read_texts, retention
+from tunesmith.evaluate.retention import GeneralText, read_texts, retention, retention_beside
 from tunesmith.evaluate.tasks import Question, answer_length, ask, check_questions, grade, questions_of, samples_of
 from tunesmith.facts import Facts
 from tunesmith.types import Document, Example, Plan, Score
@@ -152,8 +153,9 @@ def documents_of(facts: Facts, role: str) -> tuple[Document, ...]:
     return () if dataset is None else tuple(d for i in range(len(dataset)) for d in dataset.documents(i))
 
 
-def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
-    """Everything that the recipe gives items for."""
+def measure(bench: Workbench, items: Items, *, step: int, base: Base | None = None) -> Measured:
+    """Everything that the recipe gives items for. `base`: what the training started from; without it the model is it,
+    and has not moved."""
     bench.model.network.eval()
     found: list[Measurement] = []
     graded = bench.plan["metrics"] or bench.facts.recipe.never
@@ -163,12 +165,12 @@ def measure(bench: Workbench, items: Items, *, step: int) -> Measured:
     found += grades(bench, questions, answers)
     shown = [*(shown if graded else range(len(questions))), *range(len(items.questions), len(questions))[:1]]
     samples = samples_of([questions[i] for i in shown], [answers[i] for i in shown], step=step)
-    found += _likelihoods(bench, items.test_documents, "test")
+    found += _likelihoods(bench, items.test_documents, "test", base)
     found = _by_task(bench, items, "test_data", found)
     if "test_data" in items.held_out:
         found.append(_bits(bench, items.held_out["test_data"], "test"))
     if items.texts:
-        found.append(_bits(bench, items.texts, GENERAL))
+        found += _general(bench, items.texts, base)
     return Measured(tuple(found), samples, items.contents)
 
 
@@ -236,17 +238,31 @@ def _by_task(bench: Workbench, items: Items, role: str, found: Iterable[Measurem
 
 
 def _bits(bench: Workbench, texts: Sequence[GeneralText], task: str) -> Measurement:
+    return retention(bench.model, texts, bench.renderer.text_tokens, window=text_window(bench), task=task)
+
+
+def _general(bench: Workbench, texts: Sequence[GeneralText], base: Base | None) -> tuple[Measurement, ...]:
+    """Bits per byte, and how far the model is from its base."""
+    if base is None:
+        return (_bits(bench, texts, GENERAL),)
+    return retention_beside(bench.model, texts, bench.renderer.text_tokens, base, window=text_window(bench))
+
+
+def text_window(bench: Workbench) -> int:
     """Texts of continued pretraining are read in windows as trained."""
-    window = bench.plan["max_length"] - 1 if bench.facts.corpus else bench.plan["pack_length"]
-    return retention(bench.model, texts, bench.renderer.text_tokens, window=window, task=task)
+    return bench.plan["max_length"] - 1 if bench.facts.corpus else bench.plan["pack_length"]
 
 
-def _likelihoods(bench: Workbench, documents: Sequence[Document], task: str) -> Iterator[Measurement]:
-    """The loss of right answers; of pairs, how they are ranked too."""
+def _likelihoods(
+    bench: Workbench, documents: Sequence[Document], task: str, base: Base | None = None
+) -> Iterator[Measurement]:
+    """The loss of right answers; of pairs, how they are ranked too. Beside a `base`, how far the model is from it."""
     plan = bench.plan
     packing = {"pack_length": plan["pack_length"], "share": plan["share_prefixes"]}
     answers = [document for document in documents if document.side not in ("rejected", "banned")]
-    if answers:
+    if answers and base is not None:
+        yield from held_out_beside(bench.model, answers, base, task=task, **packing)
+    elif answers:
         yield held_out_loss(bench.model, answers, task=task, **packing)
     bad = [document for document in documents if document.side == "banned"]
     if len({document.id for document in bad}) > 1:
@@ -278,4 +294,4 @@ def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
 
 def general_bits(scores: Iterable[Score]) -> float:
     """Bits per byte of the general texts among them."""
-    return next(score.value for score in scores if score.task == GENERAL)
+    return next(score.value for score in scores if (score.task, score.metric) == (GENERAL, "bits_per_byte"))

@@ -103,9 +103,17 @@ def _changed(counts: tuple[int, int] | None, higher_is_better: bool) -> dict[str
 
 
 def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Comparison, ...]:
-    """Of two models on the same items: every measure."""
-    pairs = zip(before.measurements, after.measurements, strict=True)
+    """Of two models on the same items: every measure of `before`. How far a model is from its base is measured after
+    only: before, it has not moved."""
+    later = {(one.task, one.metric): one for one in after.measurements}
+    pairs = ((one, later[one.task, one.metric]) for one in before.measurements)
     return tuple(compare(first, second, step=step) for first, second in pairs)
+
+
+def moved(before: Measured, after: Measured, *, step: int) -> tuple[Score, ...]:
+    """What was measured after only: how far the model is from its base."""
+    earlier = {(one.task, one.metric) for one in before.measurements}
+    return tuple(score(one, step=step) for one in after.measurements if (one.task, one.metric) not in earlier)
 
 
 def verdict_text(comparison: Comparison) -> str:

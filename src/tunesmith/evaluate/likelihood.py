@@ -7,7 +7,8 @@ measured in halves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -19,11 +20,27 @@ from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import OutOfMemory, memory_errors
 from tunesmith.types import Batch, Document, Pack
 
+T = TypeVar("T")
+
 
 def negative_log_likelihoods(
     model: LanguageModel, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> Iterator[tuple[int, float, int]]:
     """(index of the document, nats, tokens), as the packs are computed; documents without a target are left out."""
+    for place, (nats, tokens) in by_document(model, documents, pack_length, _pack_sums, share=share):
+        yield place, nats, tokens
+
+
+def by_document(
+    model: LanguageModel,
+    documents: Sequence[Document],
+    pack_length: int,
+    work: Callable[[LanguageModel, Batch, Sequence[int]], Sequence[T]],
+    *,
+    share: bool = False,
+) -> Iterator[tuple[int, T]]:
+    """(index of the document, what `work` says of it). `work` gets a batch and the indices of its documents, and says
+    something of each."""
     assert not model.network.training, "measuring needs a model in evaluation mode"
     places = {id(document): i for i, document in enumerate(documents)}
     assert len(places) == len(documents), "a document stands in the list twice"
@@ -31,43 +48,51 @@ def negative_log_likelihoods(
     waiting = pack_step(trained, pack_length, share=share)[::-1]
     while waiting:
         pack = waiting.pop()
-        half = len(pack.documents) // 2
+        half, own = len(pack.documents) // 2, [places[id(document)] for document in pack.documents]
         try:
             with memory_errors():
-                nats, tokens = _pack_sums(model, collate(pack, model.device), len(pack.documents))
+                found = work(model, collate(pack, model.device), own)
         except OutOfMemory:
             if not half:
                 raise
             later = pack.shared and (0, *pack.shared[half + 1 :])
             waiting += [Pack(pack.documents[half:], later), Pack(pack.documents[:half], pack.shared[:half])]
             continue
-        for document, nat, count in zip(pack.documents, nats, tokens, strict=True):
-            yield places[id(document)], nat, count
+        yield from zip(own, found, strict=True)
 
 
 @torch.no_grad()
-def _pack_sums(model: LanguageModel, batch: Batch, count: int) -> tuple[list[float], list[int]]:
-    """Nats and tokens of each document of a pack; sums are in fp64."""
+def _pack_sums(model: LanguageModel, batch: Batch, places: Sequence[int]) -> list[tuple[float, int]]:
+    """Nats and tokens of each document of a pack."""
     losses_S = target_losses(model.hidden(batch), model.head, batch.targets_S)
-    nats = torch.zeros(count, dtype=torch.float64, device=losses_S.device)
-    nats.index_add_(0, batch.document_S, losses_S.double())
-    return nats.tolist(), batch.document_S.bincount(minlength=count).tolist()
+    counts = batch.document_S.bincount(minlength=len(places)).tolist()
+    return list(zip(summed(losses_S, batch), counts, strict=True))
+
+
+def summed(values_S: torch.Tensor, batch: Batch) -> list[float]:
+    """Of each document, in fp64."""
+    sums_D = torch.zeros(len(batch.ids), dtype=torch.float64, device=values_S.device)
+    return sums_D.index_add_(0, batch.document_S, values_S.double()).tolist()
 
 
 def held_out_loss(
     model: LanguageModel, documents: Sequence[Document], *, task: str, pack_length: int, share: bool = False
 ) -> Measurement:
     """Mean loss of a supervised token, in nats. Items are rows: the documents of one row count as one."""
-    nats: dict[str, float] = {}
-    tokens: dict[str, int] = {}
+    rows: dict[str, tuple[float, int]] = {}
     for i, nat, count in sorted(negative_log_likelihoods(model, documents, pack_length, share=share)):
-        row = documents[i].id
-        nats[row], tokens[row] = nats.get(row, 0.0) + nat, tokens.get(row, 0) + count
+        nats, tokens = rows.get(documents[i].id, (0.0, 0))
+        rows[documents[i].id] = nats + nat, tokens + count
+    return loss_by_row(task, rows)
+
+
+def loss_by_row(task: str, rows: Mapping[str, tuple[float, int]]) -> Measurement:
+    """From nats and tokens of each row."""
     return Measurement(
         task=task,
         metric="loss",
-        ids=tuple(nats),
-        values=tuple(nats[row] / tokens[row] for row in nats),
-        weights=tuple(float(tokens[row]) for row in nats),
+        ids=tuple(rows),
+        values=tuple(nats / tokens for nats, tokens in rows.values()),
+        weights=tuple(float(tokens) for _, tokens in rows.values()),
         higher_is_better=False,
     )

@@ -1,4 +1,4 @@
-"""What the model still knows of general text: bits per byte, by domain.
+"""What the model still knows of general text: bits per byte, by domain, and how far it is from its base there.
 
 In: rows {"text": ..., "domain": ...}. Out: a Measurement with a value for every text: the bits that the model needs for
 its tokens, over its UTF-8 bytes. The result is the mean over domains, so that a small domain is not hidden by a large
@@ -9,17 +9,20 @@ be compared between tokenizers. Left out: which loss is too much (the plan's gat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tunesmith.data.windows import window, window_counts
 from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import Measurement
+from tunesmith.evaluate.compare import GENERAL, Measurement
+from tunesmith.evaluate.divergence import Base, Moved, joined, measurements, moved
 from tunesmith.evaluate.likelihood import negative_log_likelihoods
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Document, Row
+
+TextTokens = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,47 @@ def read_texts(rows: Iterable[Row]) -> tuple[GeneralText, ...]:
 def retention(
     model: LanguageModel,
     texts: Sequence[GeneralText],
-    text_tokens: Callable[[str], Sequence[int]],
+    text_tokens: TextTokens,
     *,
     window: int,
-    task: str = "general text",
+    task: str = GENERAL,
 ) -> Measurement:
     """Bits per byte of each text. `window`: a longer text is read in pieces of so many tokens, each blind to those
     before it. A text of a single token has nothing to predict and is left out."""
-    documents: list[Document] = []
-    owners: list[int] = []
-    for i, text in enumerate(texts):
-        pieces = windows(text.id, text_tokens(text.text), window)
-        documents += pieces
-        owners += [i] * len(pieces)
+    documents, owners = pieces_of(texts, text_tokens, window)
     nats: dict[int, float] = {}
     for place, nat, _ in sorted(negative_log_likelihoods(model, documents, window)):
         nats[owners[place]] = nats.get(owners[place], 0.0) + nat
+    return _bits(texts, nats, task)
+
+
+def retention_beside(
+    model: LanguageModel,
+    texts: Sequence[GeneralText],
+    text_tokens: TextTokens,
+    base: Base,
+    *,
+    window: int,
+    task: str = GENERAL,
+) -> tuple[Measurement, ...]:
+    """Bits per byte, and beside the base: KL in nats a token, and how often the likeliest token is the same."""
+    documents, owners = pieces_of(texts, text_tokens, window)
+    parts: dict[int, list[Moved]] = {}
+    for place, found in sorted(moved(model, documents, window, base)):
+        parts.setdefault(owners[place], []).append(found)
+    whole = {owner: joined(found) for owner, found in parts.items()}
+    bits = _bits(texts, {owner: found.nats for owner, found in whole.items()}, task)
+    return bits, *measurements(task, bits.ids, list(whole.values()), bits.groups)
+
+
+def pieces_of(texts: Sequence[GeneralText], text_tokens: TextTokens, window: int) -> tuple[list[Document], list[int]]:
+    """The texts in windows, and of each window the place of its text."""
+    pieces = [windows(text.id, text_tokens(text.text), window) for text in texts]
+    owners = [place for place, found in enumerate(pieces) for _ in found]
+    return [piece for found in pieces for piece in found], owners
+
+
+def _bits(texts: Sequence[GeneralText], nats: Mapping[int, float], task: str) -> Measurement:
     measured = [(texts[i], nat / math.log(2) / len(texts[i].text.encode())) for i, nat in nats.items()]
     return Measurement(
         task=task,

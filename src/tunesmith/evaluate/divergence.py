@@ -1,0 +1,170 @@
+"""How far a model has moved from what its training started from, token by token.
+
+    KL(base || tuned) of the next token, in nats, and whether both find the same token the likeliest
+
+In: documents, a LanguageModel, its Base. Out: for each document the sums over its supervised tokens, and the loss that
+the same forward gives. Exact for every method, over the whole vocabulary: an adapter is switched off for a second
+forward of the same pack; where no switch brings the base back (all weights trained, an adapter that went on), its
+final hidden states were kept before training, and its head if that is trained. Logits are made in chunks. Left out:
+which texts (retention.py), how much is too much (the guard, the gate).
+Legend: S targets, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tunesmith.evaluate.compare import Measurement
+from tunesmith.evaluate.likelihood import by_document, loss_by_row, summed
+from tunesmith.model.adapters import adapter_scaled
+from tunesmith.model.head import CHUNK_TARGETS, Head
+from tunesmith.model.load import LanguageModel
+from tunesmith.model.tensorfile import write_tensors
+from tunesmith.types import Batch, Document
+
+HEAD = "head"
+
+
+class Moved(NamedTuple):
+    """Sums over the `tokens` supervised tokens of a document. `nats`: the tuned model's loss; `same`: how many have the
+    same likeliest token."""
+
+    nats: float
+    tokens: int
+    kl: float
+    same: float
+
+
+class Base(Protocol):
+    """What the training started from. `places`: which documents of the list the batch holds."""
+
+    def hidden(self, model: LanguageModel, batch: Batch, places: Sequence[int]) -> Tensor: ...
+
+    def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor: ...
+
+
+class Switched:
+    """The model with its adapter off."""
+
+    def hidden(self, model: LanguageModel, batch: Batch, places: Sequence[int]) -> Tensor:
+        del places
+        with adapter_scaled(model.network, 0):
+            return model.hidden(batch)
+
+    def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor:
+        with adapter_scaled(model.network, 0):  # rows of new tokens are part of the head
+            return model.head.logits(hidden_SH)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """States of the base on known documents, one tensor [S, H] each, and its head where that is trained."""
+
+    states: tuple[Tensor, ...]
+    head: Tensor | None = None
+
+    def hidden(self, model: LanguageModel, batch: Batch, places: Sequence[int]) -> Tensor:
+        del batch
+        return torch.cat([self.states[place] for place in places]).to(model.device)
+
+    def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor:
+        head = model.head if self.head is None else _with_weight(model.head, self.head.to(model.device))
+        return head.logits(hidden_SH)
+
+    def write(self, file: Path) -> None:
+        states = {f"{place:08d}": state for place, state in enumerate(self.states)}
+        write_tensors(states | ({} if self.head is None else {HEAD: self.head}), file)
+
+    @classmethod
+    def read(cls, file: Path) -> Kept:
+        tensors = load_file(file)
+        head = tensors.pop(HEAD, None)
+        return cls(tuple(tensors[name] for name in sorted(tensors)), head)
+
+
+def _with_weight(head: Head, weight: Tensor) -> Head:
+    return replace(head, weight=weight, new=None)
+
+
+@torch.no_grad()
+def keep(model: LanguageModel, documents: Sequence[Document], pack_length: int, *, share: bool = False) -> Kept:
+    """The states of a model that has not been trained yet: 2 H bytes a supervised token in bf16."""
+    found = dict(by_document(model, documents, pack_length, _states, share=share))
+    nothing = torch.empty(0, 0)
+    head = model.head
+    weight = head.weight.detach().clone() if head.trained.requires_grad else None
+    return Kept(tuple(found.get(place, nothing) for place in range(len(documents))), weight)
+
+
+@torch.no_grad()
+def _states(model: LanguageModel, batch: Batch, places: Sequence[int]) -> Sequence[Tensor]:
+    counts = batch.document_S.bincount(minlength=len(places)).tolist()
+    return [state.clone() for state in model.hidden(batch).cpu().split(counts)]
+
+
+def moved(
+    model: LanguageModel, documents: Sequence[Document], pack_length: int, base: Base, *, share: bool = False
+) -> Iterator[tuple[int, Moved]]:
+    """(index of the document, how far it moved), as the packs are computed. Raises as likelihoods do."""
+    yield from by_document(model, documents, pack_length, partial(_pack_moved, base), share=share)
+
+
+@torch.no_grad()
+def _pack_moved(base: Base, model: LanguageModel, batch: Batch, places: Sequence[int]) -> list[Moved]:
+    base_SH, tuned_SH = base.hidden(model, batch, places), model.hidden(batch)
+    chunks = [
+        _tokens_moved(base.logits(model, base_SH[rows]), model.head.logits(tuned_SH[rows]), batch.targets_S[rows])
+        for start in range(0, len(tuned_SH), CHUNK_TARGETS)
+        for rows in (slice(start, start + CHUNK_TARGETS),)
+    ]
+    nats, kl, same = (summed(torch.cat(parts), batch) for parts in zip(*chunks, strict=True))
+    counts = batch.document_S.bincount(minlength=len(places)).tolist()
+    return [Moved(*one) for one in zip(nats, counts, kl, same, strict=True)]
+
+
+def _tokens_moved(base_SV: Tensor, tuned_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, KL(base || tuned) in nats, and 1 where the likeliest token is the same."""
+    same_S = base_SV.argmax(-1) == tuned_SV.argmax(-1)
+    p_SV, q_SV = base_SV.log_softmax(-1), tuned_SV.log_softmax(-1)
+    losses_S = -q_SV.gather(1, targets_S[:, None])[:, 0]
+    kl_S = (p_SV.exp() * p_SV.sub_(q_SV)).sum(-1).clamp_(min=0)  # rounding may leave a trace below 0
+    return losses_S, kl_S, same_S.to(losses_S.dtype)
+
+
+def measurements(
+    task: str, ids: Sequence[str], found: Sequence[Moved], groups: Sequence[str] = ()
+) -> tuple[Measurement, Measurement]:
+    """`kl` and `top1_agreement` of items; tokens weigh alike within a group."""
+    weights = tuple(float(one.tokens) for one in found)
+    values = {"kl": [one.kl / one.tokens for one in found], "top1_agreement": [one.same / one.tokens for one in found]}
+    kl, same = (
+        Measurement(task, metric, tuple(ids), tuple(of_items), weights, tuple(groups), metric != "kl")
+        for metric, of_items in values.items()
+    )
+    return kl, same
+
+
+def held_out_beside(
+    model: LanguageModel, documents: Sequence[Document], base: Base, *, task: str, pack_length: int, share: bool = False
+) -> Iterator[Measurement]:
+    """Mean loss of a supervised token, and beside the base: KL, and how often the likeliest token is the same. Items
+    are rows."""
+    parts: dict[str, list[Moved]] = {}
+    for place, found in sorted(moved(model, documents, pack_length, base, share=share)):
+        parts.setdefault(documents[place].id, []).append(found)
+    rows = {row: joined(found) for row, found in parts.items()}
+    yield loss_by_row(task, {row: (one.nats, one.tokens) for row, one in rows.items()})
+    yield from measurements(task, list(rows), list(rows.values()))
+
+
+def joined(parts: Sequence[Moved]) -> Moved:
+    """Of the documents of one item."""
+    return Moved(*(sum(values) for values in zip(*parts, strict=True)))
