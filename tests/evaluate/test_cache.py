@@ -1,0 +1,182 @@
+"""Kept answers are those of the same question to the same weights, whatever happened to the file."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from tunesmith.data.render import Renderer
+from tunesmith.evaluate import cache
+from tunesmith.evaluate.cache import answers_cached, state_of
+from tunesmith.model.load import LanguageModel
+from tunesmith.types import Generation, Json, Request
+
+ASKED = [Request(tuple(range(5, 5 + n)), 6) for n in (4, 9, 2, 30)]
+IDENTITY: Json = {
+    "tunesmith": "1",
+    "base_sha256": {"model.safetensors": "ab"},
+    "config": {"rope_theta": 10},
+    "tokenizer": "cd",
+    "renderer": "ef",
+    "versions": {"torch": "2"},
+    "machine": {"device": "cpu", "threads": 2},
+    "plan": {"method": "lora", "dtype": "fp32", "attention": "documents", "learning_rate": 1},
+}
+
+
+class Calls:
+    """Generates as ever, and counts what it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: int = 1000) -> None:
+        self.asked: list[Request] = []
+        self.most, self._generate = most, cache.generate
+        monkeypatch.setattr(cache, "generate", self)
+
+    def __call__(self, model: LanguageModel, requests: list[Request], **settings: Any) -> Iterable[Any]:
+        for count, found in enumerate(self._generate(model, requests, **settings)):
+            if count == self.most:
+                raise KeyboardInterrupt
+            self.asked.append(requests[found[0]])
+            yield found
+
+
+def ask(model: LanguageModel, renderer: Renderer, file: Path | None, requests: list[Request] = ASKED, **changed: Any):
+    given = {"end_ids": renderer.end_ids, "state": "weights", "file": file, **changed}
+    return answers_cached(model, requests, decode=renderer.decode, **given)
+
+
+def test_what_was_answered_is_not_generated_again(
+    model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ask(model, renderer, None)
+    calls = Calls(monkeypatch)
+    first = ask(model, renderer, tmp_path / "answers.jsonl")
+    assert (len(calls.asked), first) == (4, plain)
+    assert ask(model, renderer, tmp_path / "answers.jsonl", ASKED[::-1]) == plain[::-1]
+    assert len(calls.asked) == 4
+
+
+def test_one_request_given_twice_is_answered_once(
+    model: LanguageModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    first, second, third = ask(model, renderer, None, [ASKED[0], ASKED[1], ASKED[0]])
+    assert (len(calls.asked), first) == (2, third)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokens": (5, 6, 7)},
+        {"max_new_tokens": 7},
+        {"temperature": 0.5},
+        {"top_p": 0.5},
+        {"seed": 1},
+        {"stop": ("a",)},
+        {"banned": ((9,),)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_no_answer_is_served_to_another_request(
+    changed: dict[str, Any], model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(model, renderer, tmp_path / "answers.jsonl")
+    calls = Calls(monkeypatch)
+    other = dataclasses.replace(ASKED[0], **changed)
+    ask(model, renderer, tmp_path / "answers.jsonl", [other])
+    assert calls.asked == [other]
+
+
+def test_every_field_of_a_request_was_changed_above() -> None:
+    fields = {"tokens", "max_new_tokens", "temperature", "top_p", "seed", "stop", "banned"}
+    assert {field.name for field in dataclasses.fields(Request)} == fields
+
+
+def test_no_answer_is_served_with_other_ends_or_weights(
+    model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(model, renderer, tmp_path / "answers.jsonl")
+    calls = Calls(monkeypatch)
+    ask(model, renderer, tmp_path / "answers.jsonl", end_ids=(*renderer.end_ids, 40))
+    assert len(calls.asked) == 4
+    ask(model, renderer, tmp_path / "answers.jsonl", state="other weights")
+    assert len(calls.asked) == 8
+
+
+def test_every_part_of_what_weights_are_makes_another_state() -> None:
+    changed = [{**IDENTITY, key: "other"} for key in cache.MODEL]
+    changed += [{**IDENTITY, "plan": {**IDENTITY["plan"], key: "other"}} for key in cache.COMPUTED]
+    states = [state_of(one, {}) for one in (IDENTITY, *changed)]
+    states += [state_of(IDENTITY, {"adapter.safetensors": sha}, scale) for sha in "ab" for scale in (1.0, 0.5)]
+    assert len(set(states)) == len(states) == 1 + len(changed) + 4
+    trained_otherwise = {**IDENTITY, "plan": {**IDENTITY["plan"], "learning_rate": 2}}
+    assert state_of(trained_otherwise, {}) == states[0], "what says nothing of the weights does not count"
+
+
+def test_weights_without_a_state_leave_nothing(model: LanguageModel, renderer: Renderer, tmp_path: Path) -> None:
+    ask(model, renderer, tmp_path / "answers.jsonl", state=None)
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_an_evaluation_that_was_killed_goes_on_where_it_was(
+    model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ask(model, renderer, None)
+    killed = Calls(monkeypatch, most=2)
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, renderer, tmp_path / "answers.jsonl")
+    monkeypatch.undo()
+    calls = Calls(monkeypatch)
+    assert ask(model, renderer, tmp_path / "answers.jsonl") == plain
+    assert sorted(r.tokens for r in killed.asked + calls.asked) == sorted(r.tokens for r in ASKED)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cut=some.integers(1, 400), letter=some.integers(0, 10_000), byte=some.integers(0, 255))
+def test_a_torn_or_damaged_line_serves_nothing_wrong(
+    cut: int, letter: int, byte: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The file loses its end, and a byte anywhere changes: what is read is what was written, or nothing."""
+    file = tmp_path_factory.mktemp("torn") / "answers.jsonl"
+    written = {f"{n:064x}": Generation(f'answer "{n}" é', (n, n + 1), "end", 3) for n in range(4)}
+    kept = cache._Appended(file)
+    for key, answer in written.items():
+        kept.add(key, answer)
+    kept.close()
+    content = bytearray(file.read_bytes()[:-cut])
+    if content:
+        content[letter % len(content)] = byte
+    file.write_bytes(content)
+    found = cache._read(file, written)
+    assert all(written[key] == answer for key, answer in found.items())
+    after = cache._Appended(file)
+    after.add("new", Generation("more", (1,), "end", 2))
+    after.close()
+    assert cache._read(file, ["new"]), "what is added after a torn line can be read"
+
+
+def test_what_cannot_be_written_is_answered_all_the_same(
+    model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ask(model, renderer, None)
+    assert ask(model, renderer, tmp_path / "no" / "such" / "folder.jsonl") == plain
+    write = os.write
+
+    def full(file: int, content: bytes) -> int:
+        return write(file, content[:20])  # what a full disk takes
+
+    monkeypatch.setattr(os, "write", full)
+    assert ask(model, renderer, tmp_path / "answers.jsonl") == plain
+    assert (tmp_path / "answers.jsonl").stat().st_size == 20
+    monkeypatch.undo()
+    assert ask(model, renderer, tmp_path / "answers.jsonl") == plain
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"]["finished"] for line in lines[1:]], "the torn line is ended"
+    assert len(lines) == 5
