@@ -7,7 +7,7 @@ paired, and a few answers to look at. `test_data` is read here and nowhere else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tunesmith.data.digests import text_digest
@@ -16,13 +16,22 @@ from tunesmith.data.sources import open_source
 from tunesmith.errors import InputError
 from tunesmith.evaluate.baselines import bad_strings, bans, rules, told
 from tunesmith.evaluate.by_task import by_task
+from tunesmith.evaluate.cache import Store, answers_cached
 from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, Measurement, score
 from tunesmith.evaluate.divergence import Base, held_out_beside
 from tunesmith.evaluate.likelihood import held_out_loss
 from tunesmith.evaluate.never import ELICITING, bad_logp, violations
 from tunesmith.evaluate.preference import preference
-from tunesmith.evaluate.retention import GeneralText, read_texts, retention, retention_beside
-from tunesmith.evaluate.tasks import Question, answer_length, ask, check_questions, grade, questions_of, samples_of
+from tunesmith.evaluate.retention import BITS, GeneralText, read_texts, retention, retention_beside
+from tunesmith.evaluate.tasks import (
+    Question,
+    answer_length,
+    check_questions,
+    grade,
+    questions_of,
+    requests_of,
+    samples_of,
+)
 from tunesmith.facts import Facts
 from tunesmith.types import Document, Example, Plan, Score
 from tunesmith.workbench import Workbench
@@ -30,6 +39,8 @@ from tunesmith.workbench import Workbench
 SHOWN_ANSWERS, SHOWN_TASKS = 3, 8
 MEASURED_CHARACTERS = 300_000  # of the texts of a role; about 75,000 tokens
 LONGEST_TEXT = 30_000  # characters
+Bases = Mapping[str, Base]
+NO_BASES: Bases = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,24 +164,26 @@ def documents_of(facts: Facts, role: str) -> tuple[Document, ...]:
     return () if dataset is None else tuple(d for i in range(len(dataset)) for d in dataset.documents(i))
 
 
-def measure(bench: Workbench, items: Items, *, step: int, base: Base | None = None) -> Measured:
-    """Everything that the recipe gives items for. `base`: what the training started from; without it the model is it,
-    and has not moved."""
+def measure(
+    bench: Workbench, items: Items, *, step: int, bases: Bases = NO_BASES, store: Store | None = None
+) -> Measured:
+    """Everything that the recipe gives items for. `bases`: what the training started from, by task; without them the
+    model is it, and has not moved. `store`: where its answers are kept."""
     bench.model.network.eval()
     found: list[Measurement] = []
     graded = bench.plan["metrics"] or bench.facts.recipe.never
     shown = shown_of(items)
     questions = (*items.questions, *items.eliciting) if graded else tuple(items.questions[i] for i in shown)
-    answers = answers_to(bench, questions)
+    answers = answers_to(bench, questions, store=store)
     found += grades(bench, questions, answers)
     shown = [*(shown if graded else range(len(questions))), *range(len(items.questions), len(questions))[:1]]
     samples = samples_of([questions[i] for i in shown], [answers[i] for i in shown], step=step)
-    found += _likelihoods(bench, items.test_documents, "test", base)
+    found += _likelihoods(bench, items.test_documents, "test", bases.get("test"))
     found = _by_task(bench, items, "test_data", found)
     if "test_data" in items.held_out:
         found.append(_bits(bench, items.held_out["test_data"], "test"))
     if items.texts:
-        found += _general(bench, items.texts, base)
+        found += _general(bench, items.texts, bases.get(GENERAL))
     return Measured(tuple(found), samples, items.contents)
 
 
@@ -182,14 +195,19 @@ def shown_of(items: Items) -> list[int]:
     return list(first.values())[: SHOWN_TASKS if tasks else SHOWN_ANSWERS]
 
 
-def answers_to(bench: Workbench, questions: Sequence[Question], banned: tuple[tuple[int, ...], ...] = ()) -> list[str]:
-    """`banned`: token sequences that no answer may hold."""
-    answers = [""] * len(questions)
-    if questions:
-        length = answer_length(questions)
-        for i, found in ask(bench.model, questions, bench.renderer, max_new_tokens=length, banned=banned):
-            answers[i] = found.text
-    return answers
+def answers_to(
+    bench: Workbench,
+    questions: Sequence[Question],
+    banned: tuple[tuple[int, ...], ...] = (),
+    *,
+    store: Store | None = None,
+) -> list[str]:
+    """Greedy ones. `banned`: token sequences that no answer may hold."""
+    if not questions:
+        return []
+    requests, renderer = requests_of(questions, answer_length(questions), banned), bench.renderer
+    found = answers_cached(bench.model, requests, decode=renderer.decode, end_ids=renderer.end_ids, store=store)
+    return [one.text for one in found]
 
 
 def grades(bench: Workbench, questions: Sequence[Question], answers: Sequence[str]) -> list[Measurement]:
@@ -244,8 +262,13 @@ def _bits(bench: Workbench, texts: Sequence[GeneralText], task: str) -> Measurem
 def _general(bench: Workbench, texts: Sequence[GeneralText], base: Base | None) -> tuple[Measurement, ...]:
     """Bits per byte, and how far the model is from its base."""
     if base is None:
-        return (_bits(bench, texts, GENERAL),)
+        return (general_measurement(bench, texts),)
     return retention_beside(bench.model, texts, bench.renderer.text_tokens, base, window=text_window(bench))
+
+
+def general_measurement(bench: Workbench, texts: Sequence[GeneralText]) -> Measurement:
+    """Bits per byte."""
+    return _bits(bench, texts, GENERAL)
 
 
 def text_window(bench: Workbench) -> int:
@@ -259,7 +282,7 @@ def _likelihoods(
     """The loss of right answers; of pairs, how they are ranked too. Beside a `base`, how far the model is from it."""
     plan = bench.plan
     packing = {"pack_length": plan["pack_length"], "share": plan["share_prefixes"]}
-    answers = [document for document in documents if document.side not in ("rejected", "banned")]
+    answers = answers_of(documents)
     if answers and base is not None:
         yield from held_out_beside(bench.model, answers, base, task=task, **packing)
     elif answers:
@@ -271,6 +294,11 @@ def _likelihoods(
     if pairs := [document for document in documents if document.side in ("chosen", "rejected")]:
         whole = plan["loss"] == "dpo"
         yield from preference(bench.model, pairs, task=task, whole=whole, **packing)
+
+
+def answers_of(documents: Sequence[Document]) -> list[Document]:
+    """Those with a right answer."""
+    return [document for document in documents if document.side not in ("rejected", "banned")]
 
 
 def eval_measurement(bench: Workbench, items: Items) -> Measurement:
@@ -288,10 +316,10 @@ def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
     if "eval_data" in items.held_out:
         found.append(_bits(bench, items.held_out["eval_data"], "eval"))
     if items.watched:
-        found.append(_bits(bench, items.texts, GENERAL))
+        found.append(general_measurement(bench, items.texts))
     return [score(measured, step=step) for measured in found]
 
 
 def general_bits(scores: Iterable[Score]) -> float:
     """Bits per byte of the general texts among them."""
-    return next(score.value for score in scores if (score.task, score.metric) == (GENERAL, "bits_per_byte"))
+    return next(score.value for score in scores if (score.task, score.metric) == (GENERAL, BITS))

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import yaml
 
-from tunesmith import facts
+from tunesmith import beginning, facts
 from tunesmith.atomic import damage, new_folder
 from tunesmith.data.contamination import refuse_tested
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
-from tunesmith.evaluate.compare import Measured, compare_all
+from tunesmith.evaluate.compare import Measured, compare_all, moved
 from tunesmith.evaluate.madepairs import with_made_pairs
 from tunesmith.evaluate.preference import displaced, with_references
 from tunesmith.export.base import choose_base
@@ -79,6 +79,7 @@ from tunesmith.runfolder import (
     trained_in,
     whole_run,
 )
+from tunesmith.scales import scale_curve
 from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
 from tunesmith.train.training import Settings, Training
@@ -180,7 +181,8 @@ def _story(run: _Run) -> Generator[Event]:
         proof = prove(bench.model, bench.probe)
     yield from proof
     with run.wish.at_once(), memory_errors():
-        before = _before(run.folder, bench, run.items)
+        before = beginning.before(run.folder, bench, run.items, run.start.identity)
+        bases = beginning.bases(run.folder, bench, run.items)
         bench, made = with_made_pairs(bench, run.folder)
         bench = with_references(bench, run.folder)
     yield from before.scores(step=0)
@@ -196,7 +198,9 @@ def _story(run: _Run) -> Generator[Event]:
             run.wish.obey()
         adapter = _save(run, bench)
         with run.wish.at_once(), memory_errors():
-            after = measure(bench, run.items, step=training.step)
+            store = beginning.store_of(run.folder.path, run.start.identity, adapter)
+            after = measure(bench, run.items, step=training.step, bases=bases, store=store)
+            scales = scale_curve(bench, run.items, step=training.step, after=after)
     except Interrupted:
         if training.step > saved:
             yield _checkpoint(run, training)
@@ -205,14 +209,8 @@ def _story(run: _Run) -> Generator[Event]:
     yield from after.scores(step=training.step)
     yield from displaced(compare_all(before, after, step=training.step), training.step)
     run.folder.settle()
-    run.folder.write_json(RECORD, _record(run, proof, (before, after), adapter))
-
-
-def _before(folder: RunFolder, bench: Workbench, items: Items) -> Measured:
-    """The base model's measures; taken once, before any weight has changed."""
-    if not (folder.path / BEFORE).exists():
-        folder.write_json(BEFORE, measure(bench, items, step=0))
-    return from_json(Measured, read_json(folder.path / BEFORE))
+    run.folder.write_json(RECORD, dataclasses.replace(_record(run, proof, (before, after), adapter), scales=scales))
+    beginning.forget(run.folder)
 
 
 def _trained(run: _Run, bench: Workbench, training: Training, before: Measured) -> Iterator[Event]:
@@ -292,6 +290,7 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
         samples=tuple(zip(before.samples, after.samples, strict=True)),
         shared_tokens=sum(event["shared_tokens"] for event in steps),
         drift=drift_of(run.folder.path),
+        moved=moved(before, after, step=len(steps)),
     )
 
 
@@ -329,9 +328,11 @@ def evaluate(path: Path) -> tuple[Comparison, ...]:
     """The before/after of a finished run, measured again."""
     bench = reopen(path)
     items, step = items_of(bench.plan, bench.facts), bench.plan.steps
-    after = measure(bench, items, step=step)
+    identity = identity_of(bench.plan, bench.facts, bench.plan.recipe)
+    after = measure(bench, items, step=step, store=beginning.store_of(path, identity, path / "adapter"))
+    start = facts.start_of(bench.plan, bench.facts.model.path)
     with before_training(bench, bench.plan):
-        before = measure(bench, items, step=0)
+        before = measure(bench, items, step=0, store=beginning.store_of(path, identity, start))
     return compare_all(before, after, step=step)
 
 

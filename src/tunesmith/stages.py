@@ -203,6 +203,8 @@ def _record(path: Path, staged: StagedPlan) -> RunRecord:
         write_file(path / name, json_bytes(measured, indent=2))
     return dataclasses.replace(
         of_stages[-1],
+        moved=(),  # of the last stage alone, as are its scales
+        scales=(),
         proof=tuple(verdict for one in of_stages for verdict in one.proof),
         comparisons=compare_all(before, after, step=staged.steps),
         samples=tuple(zip(before.samples, after.samples, strict=True)),

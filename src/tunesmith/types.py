@@ -387,6 +387,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class ScalePoint:
+    """The trained adapter times `scale`: the held-out loss on `eval_data`, and the bits per byte of general text."""
+
+    scale: float
+    gain: Score
+    general: Score | None = None
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a run amounts to; `record.json`. Everything here was measured in this run."""
 
@@ -403,3 +412,5 @@ class RunRecord:
     task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # of `tokens`, those of a named task
     shared_tokens: int = 0  # of `tokens`, those that were computed in another document
     drift: tuple[str, ...] = ()  # what had changed when the run was resumed with --allow-drift: field: was -> is
+    moved: tuple[Score, ...] = ()  # how far from the model before: KL(before || after) in nats, top-1 agreement
+    scales: tuple[ScalePoint, ...] = ()  # gain against forgetting; empty without an adapter or eval_data

@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 
 from tunesmith.data.render import Renderer
 from tunesmith.evaluate import cache
-from tunesmith.evaluate.cache import answers_cached, state_of
+from tunesmith.evaluate.cache import Store, answers_cached, state_of
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Generation, Json, Request
 
@@ -47,8 +47,9 @@ class Calls:
 
 
 def ask(model: LanguageModel, renderer: Renderer, file: Path | None, requests: list[Request] = ASKED, **changed: Any):
-    given = {"end_ids": renderer.end_ids, "state": "weights", "file": file, **changed}
-    return answers_cached(model, requests, decode=renderer.decode, **given)
+    ends, state = changed.get("end_ids", renderer.end_ids), changed.get("state", "weights")
+    store = None if file is None else Store(file, state)
+    return answers_cached(model, requests, decode=renderer.decode, end_ids=ends, store=store)
 
 
 def test_what_was_answered_is_not_generated_again(
@@ -118,11 +119,6 @@ def test_every_part_of_what_weights_are_makes_another_state() -> None:
     assert len(set(states)) == len(states) == 1 + len(changed) + 4
     trained_otherwise = {**IDENTITY, "plan": {**IDENTITY["plan"], "learning_rate": 2}}
     assert state_of(trained_otherwise, {}) == states[0], "what says nothing of the weights does not count"
-
-
-def test_weights_without_a_state_leave_nothing(model: LanguageModel, renderer: Renderer, tmp_path: Path) -> None:
-    ask(model, renderer, tmp_path / "answers.jsonl", state=None)
-    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_an_evaluation_that_was_killed_goes_on_where_it_was(

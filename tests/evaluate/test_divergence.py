@@ -71,11 +71,11 @@ def test_a_kept_base_is_the_base_after_all_weights_have_changed(tmp_path: Path) 
     """Kept in other packs than it is compared in, written and read back, the head included."""
     model, documents = tiny_model("llama-tied", torch.float64, method="full"), branching_documents()
     before = [whole_logits(model, document).detach().log_softmax(-1) for document in documents]
-    keep(model, documents, 60).write(tmp_path / "base.safetensors")
+    keep(model, documents, 60).write(tmp_path, "answers")
     generator = torch.Generator().manual_seed(5)
     for parameter in trainable(model.network).values():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    base = Kept.read(tmp_path / "base.safetensors")
+    base = Kept.read(tmp_path, "answers")
     for place, one in moved(model, documents, 1000, base, share=True):
         after = whole_logits(model, documents[place]).detach().log_softmax(-1)
         kl = float((before[place].exp() * (before[place] - after)).sum())

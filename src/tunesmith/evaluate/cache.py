@@ -1,9 +1,9 @@
 """Answers that were generated before: kept in a file by what they are an answer of, so that nothing is generated twice.
 
-    answers_cached(model, requests, decode=..., end_ids=..., state=..., file=...) -> Generations, as asked
+    answers_cached(model, requests, decode=..., end_ids=..., store=Store(file, state)) -> Generations, as asked
 
-The key of an answer is a sha256 over all that decides it: the weights (`state`: see `state_of`), the prompt's tokens,
-how the answer is chosen, what it may not hold, where it ends. Another key is another answer: nothing goes stale. The
+The key of an answer is a sha256 over all that decides it: the weights (`state_of`), the prompt's tokens, how the answer
+is chosen, what it may not hold, where it ends. Another key is another answer: nothing goes stale. The
 file has a line for each answer, appended as it is finished, so an evaluation that was killed goes on where it was. A
 line that is torn or is no answer is passed over. Weights that are still trained have no state: they are not cached.
 Left out: what is asked (tasks.py). What runs beside an answer can still round it differently (infer/engine.py): kept
@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import InputError
@@ -29,6 +30,14 @@ from tunesmith.watch import watched
 ANSWERS = "answers.jsonl"  # in a run folder
 MODEL = ("tunesmith", "base_sha256", "config", "tokenizer", "renderer", "versions", "machine")  # of an identity
 COMPUTED = ("method", "dtype", "attention")  # of its plan: how the same weights are computed with
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where answers are kept, and what the weights are that give them: see `state_of`."""
+
+    file: Path
+    state: str
 
 
 def state_of(identity: Json, adapter: Mapping[str, str], scale: float = 1.0) -> str:
@@ -45,17 +54,15 @@ def answers_cached(
     *,
     decode: Decode,
     end_ids: Collection[int],
-    state: str | None,
-    file: Path | None,
+    store: Store | None,
 ) -> list[Generation]:
-    """The answer of each request, in their order; the same request is answered once. Nothing is kept without a `state`
-    or a `file`, nor where the file cannot be written. Raises as `generate` does."""
-    keys = [_key(state or "", request, end_ids) for request in requests]
-    file = None if state is None else file
-    found = {} if file is None else _read(file, set(keys))
+    """The answer of each request, in their order; the same request is answered once. Nothing is kept without a `store`,
+    nor where its file cannot be written. Raises as `generate` does."""
+    keys = [_key(store.state if store else "", request, end_ids) for request in requests]
+    found = _read(store.file, set(keys)) if store else {}
     missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
     names, finished = list(missing), generate(model, list(missing.values()), decode=decode, end_ids=end_ids)
-    with closing(_Appended(file)) as kept:
+    with closing(_Appended(store.file if store else None)) as kept:
         for place, answer in watched(finished, len(requests), "answers", done=len(requests) - len(names)):
             found[names[place]] = answer
             kept.add(names[place], answer)

@@ -25,12 +25,13 @@ from torch import Tensor
 from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.likelihood import by_document, loss_by_row, summed
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.head import CHUNK_TARGETS, Head
+from tunesmith.model.head import Head
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.tensorfile import write_tensors
 from tunesmith.types import Batch, Document
 
-HEAD = "head"
+CHUNK_TARGETS = 64  # six tensors [chunk, vocabulary] in fp32 at once: 75 MB for 49k tokens
+HEAD = "head.safetensors"
 
 
 class Moved(NamedTuple):
@@ -79,15 +80,18 @@ class Kept:
         head = model.head if self.head is None else _with_weight(model.head, self.head.to(model.device))
         return head.logits(hidden_SH)
 
-    def write(self, file: Path) -> None:
+    def write(self, folder: Path, name: str) -> None:
+        """As files of a folder; several lists of documents may share one, and the head."""
         states = {f"{place:08d}": state for place, state in enumerate(self.states)}
-        write_tensors(states | ({} if self.head is None else {HEAD: self.head}), file)
+        write_tensors(states, folder / f"{name}.safetensors")
+        if self.head is not None:
+            write_tensors({"head": self.head}, folder / HEAD)
 
     @classmethod
-    def read(cls, file: Path) -> Kept:
-        tensors = load_file(file)
-        head = tensors.pop(HEAD, None)
-        return cls(tuple(tensors[name] for name in sorted(tensors)), head)
+    def read(cls, folder: Path, name: str) -> Kept:
+        states = load_file(folder / f"{name}.safetensors")
+        head = load_file(folder / HEAD)["head"] if (folder / HEAD).exists() else None
+        return cls(tuple(states[place] for place in sorted(states)), head)
 
 
 def _with_weight(head: Head, weight: Tensor) -> Head:

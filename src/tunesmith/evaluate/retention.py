@@ -22,6 +22,7 @@ from tunesmith.evaluate.likelihood import negative_log_likelihoods
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Document, Row
 
+BITS = "bits_per_byte"
 TextTokens = Callable[[str], Sequence[int]]
 
 
@@ -93,7 +94,7 @@ def _bits(texts: Sequence[GeneralText], nats: Mapping[int, float], task: str) ->
     measured = [(texts[i], nat / math.log(2) / len(texts[i].text.encode())) for i, nat in nats.items()]
     return Measurement(
         task=task,
-        metric="bits_per_byte",
+        metric=BITS,
         ids=tuple(text.id for text, _ in measured),
         values=tuple(value for _, value in measured),
         groups=tuple(text.domain for text, _ in measured),

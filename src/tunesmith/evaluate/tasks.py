@@ -83,8 +83,15 @@ def ask(
 ) -> Iterator[tuple[int, Generation]]:
     """(index of the question, greedy answer), as they finish. `banned`: token sequences that no answer may hold;
     `allowed`: a grammar that every answer follows."""
-    requests = [Request(question.prompt, max_new_tokens, banned=banned) for question in questions]
+    requests = requests_of(questions, max_new_tokens, banned)
     return generate(model, requests, decode=renderer.decode, end_ids=renderer.end_ids, allowed=allowed)
+
+
+def requests_of(
+    questions: Sequence[Question], max_new_tokens: int, banned: tuple[tuple[int, ...], ...] = ()
+) -> list[Request]:
+    """Each to be answered greedily."""
+    return [Request(question.prompt, max_new_tokens, banned=banned) for question in questions]
 
 
 # ---------------------------------------------------------------- grades

@@ -1,0 +1,158 @@
+"""The trained adapter at several scales, what is offered, and what a run's record says of how far it moved."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tiny_run import measured_files, recipe, save_model_folder, train, until_saved
+from tunesmith import facts, run
+from tunesmith.evaluate import cache
+from tunesmith.evaluate.compare import GENERAL
+from tunesmith.scales import SCALES, forgetting, gain_kept, offered
+from tunesmith.types import RunRecord, ScalePoint, Score
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model_folder(tmp_path_factory.mktemp("scales") / "model")
+
+
+def record_of(model: Path, folder: Path, **changed: Any) -> RunRecord:
+    train(recipe(model, folder, **measured_files(folder), **changed))
+    return tunesmith.read_record(folder / "run")
+
+
+def values(record: RunRecord) -> dict[tuple[str, str], float]:
+    return {(one.task, one.metric): one.value for one in record.moved}
+
+
+def test_a_record_has_the_curve_from_the_base_to_the_whole_adapter(writer: Path, tmp_path: Path) -> None:
+    record = record_of(writer, tmp_path, num_train_epochs=4)
+    assert [point.scale for point in record.scales] == list(SCALES)
+    losses = [point.gain.value for point in record.scales]
+    assert losses[0] > losses[-1], "it learnt something"
+    assert len(set(losses)) == 5
+    general = [point.general.value for point in record.scales if point.general]
+    (compared,) = [one for one in record.comparisons if one.task == GENERAL]
+    assert general[0] == pytest.approx(compared.before.value, rel=1e-6)
+    assert general[-1] == pytest.approx(compared.after.value, rel=1e-5)
+    assert {point.gain.task for point in record.scales} == {"eval"}
+    moved = values(record)
+    assert moved["test", "kl"] > 0
+    assert 0 < moved["test", "top1_agreement"] < 1
+
+
+def test_without_eval_data_there_is_no_curve(writer: Path, tmp_path: Path) -> None:
+    files = {key: file for key, file in measured_files(tmp_path).items() if key == "retention_data"}
+    train(recipe(writer, tmp_path, **files))
+    record = tunesmith.read_record(tmp_path / "run")
+    assert record.scales == ()
+    assert {one.task for one in record.moved} == {GENERAL}
+
+
+def test_of_all_weights_there_is_no_curve_but_a_distance(writer: Path, tmp_path: Path) -> None:
+    record = record_of(writer, tmp_path, method="full", lora_r="auto", learning_rate=0.001)
+    assert record.scales == ()
+    assert values(record)[GENERAL, "kl"] > 0
+    assert not (tmp_path / "run" / "base-states").exists(), "it is needed until the end only"
+
+
+def test_an_adapter_that_goes_on_has_moved_from_what_it_was(writer: Path, tmp_path: Path) -> None:
+    """A second run that hardly learns is near its start, not near the base without an adapter."""
+    first = record_of(writer, tmp_path / "first", num_train_epochs=4)
+    again = {"adapter_from": str(tmp_path / "first" / "run"), "learning_rate": 1e-6, "lora_r": "auto"}
+    second = record_of(writer, tmp_path / "second", **again)
+    assert values(second)["test", "kl"] < values(first)["test", "kl"] / 100
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_killed_run_measures_what_a_straight_one_measures(
+    method: str, writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after a checkpoint: what was kept of the base is read again, and no answer before is generated twice."""
+    changed: dict[str, Any] = {"method": method, "lora_r": "auto", "save_steps": 2, "metrics": ["exact_match"]}
+    straight = record_of(writer, tmp_path / "straight", **changed)
+    wish = recipe(writer, tmp_path / "killed", **measured_files(tmp_path / "killed"), **changed)
+    known = facts.gather(wish)
+    until_saved(iter(run.train(facts.make_plan(known), known)), 2)
+    asked: list[int] = []
+    generate = cache.generate
+    monkeypatch.setattr(
+        cache,
+        "generate",
+        lambda model, requests, **rest: asked.append(len(requests)) or generate(model, requests, **rest),
+    )
+    list(run.resume(tmp_path / "killed" / "run"))
+    assert asked == [3], "the answers after, and none before"
+    resumed = tunesmith.read_record(tmp_path / "killed" / "run")
+    assert (resumed.moved, resumed.scales) == (straight.moved, straight.scales)
+
+
+def test_eval_of_a_run_takes_its_answers_from_the_folder(
+    writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = record_of(writer, tmp_path, metrics=["exact_match"])
+    asked: list[int] = []
+    generate = cache.generate
+    monkeypatch.setattr(
+        cache,
+        "generate",
+        lambda model, requests, **rest: asked.append(len(requests)) or generate(model, requests, **rest),
+    )
+    assert [c.after.value for c in tunesmith.evaluate(tmp_path / "run")] == pytest.approx(
+        [c.after.value for c in record.comparisons], rel=1e-6
+    )
+    assert sum(asked) == 0
+
+
+# ---------------------------------------------------------------- what is offered
+
+
+def points(losses: list[float], bits: list[float] | None = None) -> tuple[ScalePoint, ...]:
+    def score(task: str, value: float) -> Score:
+        return Score(task, "loss", value, value, value, 9, 1)
+
+    general = [None] * 5 if bits is None else [score(GENERAL, value) for value in bits]
+    return tuple(
+        ScalePoint(scale, score("eval", loss), known)
+        for scale, loss, known in zip(SCALES, losses, general, strict=True)
+    )
+
+
+def test_the_scale_that_keeps_most_of_the_gain_and_forgets_least_is_offered() -> None:
+    curve = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.80, 0.81, 0.82, 0.84, 0.90])
+    best = offered(curve)
+    assert best is not None
+    assert best.scale == 0.75
+    assert gain_kept(curve, best) == pytest.approx(0.96)
+    assert forgetting(curve, best) == pytest.approx(0.4)
+
+
+def test_without_forgetting_the_best_gain_is_offered() -> None:
+    sinking = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.8, 0.8, 0.79, 0.79, 0.79])
+    unknown = points([2.0, 1.5, 1.0, 1.04, 1.1])
+    for curve, scale in ((sinking, 1.0), (unknown, 0.5)):
+        best = offered(curve)
+        assert best is not None
+        assert (best.scale, forgetting(curve, best)) == (scale, None)
+
+
+def test_where_nothing_was_gained_nothing_is_offered() -> None:
+    worse = points([1.0, 1.1, 1.2, 1.3, 1.4], [0.8, 0.81, 0.82, 0.83, 0.84])
+    assert offered(worse) is None
+    assert gain_kept(worse, worse[1]) is None
+    assert offered(()) is None
+
+
+def test_a_scale_that_gains_more_than_the_whole_adapter_counts_as_more() -> None:
+    curve = points([2.0, 1.4, 0.9, 0.95, 1.0], [0.80, 0.81, 0.82, 0.86, 0.90])
+    best = offered(curve)
+    assert best is not None
+    assert best.scale == 0.5
+    assert gain_kept(curve, best) == pytest.approx(1.1)
+    assert offered(tuple(dataclasses.replace(point, general=None) for point in curve)) == dataclasses.replace(
+        best, general=None
+    )
