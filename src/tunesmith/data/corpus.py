@@ -14,9 +14,10 @@ import re
 import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy as np
 from tunesmith.data.badrow import BadRow, Rejects
 from tunesmith.data.dataset import NOT_RENDERED, Dataset
 from tunesmith.data.scan import Scan, batches
-from tunesmith.data.schedule import Passes
+from tunesmith.data.schedule import Passes, prefetch
 from tunesmith.data.spool import Spool
 from tunesmith.data.turns import FOREIGN
 from tunesmith.data.windows import span, window_counts
@@ -34,6 +35,7 @@ from tunesmith.types import Document
 TOKEN_BYTES = 4
 DENSE = "no white space"  # what marks such rows
 _DENSE = re.compile(r"[!-~]{10000}")  # ASCII only: there are languages without spaces
+_HALF = re.compile(r"[!-~]{5000}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +99,10 @@ def open_corpus(rows: Dataset, window: int) -> Corpus:
     spool, starts, ends = Spool(Path(rows.path), sys.maxsize), array("q"), array("q")
     marked, rejects = defaultdict[str, list[str]](list), Rejects()
     written = 0
-    for row, text in _texts(rows):
+    for row, text, parts in _texts(rows):
         starts.append(written)
         try:
-            for part in rows.renderer.text_parts(text):
+            for part in parts:
                 spool.write(np.array(part, dtype=np.int32).tobytes())
                 written += len(part)
         except InputError as problem:
@@ -108,20 +110,29 @@ def open_corpus(rows: Dataset, window: int) -> Corpus:
             ends.append(starts[-1])
             continue
         ends.append(written)
-        for mark, pattern in ((DENSE, _DENSE), (FOREIGN, rows.renderer.tokenizer.pattern)):
-            if pattern.search(text):
-                marked[mark].append(rows.id(row))
+        if _dense(text):
+            marked[DENSE].append(rows.id(row))
+        if rows.renderer.tokenizer.pattern.search(text):
+            marked[FOREIGN].append(rows.id(row))
     spool.flush()
     starts_N = np.array(starts, dtype=np.int64)
     return Corpus(rows, spool, starts_N, np.array(ends) - starts_N, window - 1, marked, rejects)
 
 
-def _texts(rows: Dataset) -> Iterator[tuple[int, str]]:
-    """(row, text) of every row; those of a batch are encoded together, on all cores."""
-    for batch in batches(rows, range(len(rows))):
+def _texts(rows: Dataset) -> Iterator[tuple[int, str, Iterator[Sequence[int]]]]:
+    """(row, text, its tokens part by part) of every row; those of a batch are encoded together, on all cores, while the
+    batch before is written."""
+
+    def encoded(batch: list[int]) -> Iterator[tuple[int, str, Iterator[Sequence[int]]]]:
         texts = [rows.example(row).text or "" for row in batch]
-        rows.renderer.tokenizer.encode_ahead((text, True) for text in texts)
-        yield from zip(batch, texts, strict=True)
+        return zip(batch, texts, rows.renderer.many_texts(texts), strict=True)
+
+    yield from chain.from_iterable(prefetch(batches(rows, range(len(rows))), encoded))
+
+
+def _dense(text: str) -> bool:
+    """A run that long holds one half as long that begins at a multiple of 5,000, which is quickly seen."""
+    return any(_HALF.match(text, start) for start in range(0, len(text), 5000)) and bool(_DENSE.search(text))
 
 
 @dataclass(frozen=True, eq=False)
