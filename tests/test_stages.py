@@ -181,6 +181,108 @@ def test_a_folder_that_was_moved_goes_on(tiny_folder: Path, tmp_path: Path) -> N
     assert (moved / "stages" / "2-sft" / WEIGHTS).exists()
 
 
+# ---------------------------------------------------------------- merged between stages
+
+OTHER_RANK, ALL_WEIGHTS = "another rank", "all weights"
+
+
+def merging(model: Path, folder: Path, kind: str) -> Stages:
+    """The first stage leaves what no adapter can go on from."""
+    both, cpt, sft = keys(model, folder)
+    del both["lora_r"]
+    first = {"method": "full"} if kind == ALL_WEIGHTS else {"lora_r": 3}
+    stage = [{"cpt": cpt | first}, {"sft": sft | {"lora_r": 2}}]
+    return wish(model, folder, lora_r="auto", stage=stage)
+
+
+@pytest.fixture(scope="module", params=[OTHER_RANK, ALL_WEIGHTS])
+def merged(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """How the stages differ, and the folder and events of a run over both."""
+    folder = tmp_path_factory.mktemp("merged")
+    return request.param, folder / "run", trained(merging(tiny_folder, folder, request.param))
+
+
+def test_what_no_adapter_can_go_on_from_is_merged(merged: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """The same bytes as the runs by hand: the second on the exported model of the first."""
+    kind, folder, events = merged
+    both, cpt, sft = keys(tiny_folder, tmp_path)
+    by_hand = {key: value for key, value in both.items() if key not in ("model", "lora_r")}
+    method = {"method": "full", "lora_r": "auto"} if kind == ALL_WEIGHTS else {"lora_r": 3}
+    alone = {"output_dir": str(tmp_path / "one"), "batch_size": "auto", "stage": "cpt"}
+    train(recipe(tiny_folder, tmp_path, **(by_hand | cpt | alone | method)))
+    base = tmp_path / "one" / "model"
+    if kind == OTHER_RANK:
+        base = tmp_path / "base"
+        run.export(tmp_path / "one", "merged", out=base)
+        assert [v.evidence.split(":")[0] for v in events if isinstance(v, Verdict) and v.kind == "merged"] == [
+            "stages/1-cpt/merged"
+        ]
+    train(recipe(base, tmp_path, **(by_hand | sft | {"output_dir": str(tmp_path / "two")})))
+    assert (folder / "stages" / "2-sft" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
+
+
+def test_the_plan_says_why_it_merges(merged: Any) -> None:
+    kind, folder, _ = merged
+    why = {
+        OTHER_RANK: "lora_r is 2 here, and 3 in the adapter of 1-cpt: that one goes into the weights",
+        ALL_WEIGHTS: "all weights of 1-cpt were trained: the model that it leaves is the base",
+    }[kind]
+    for plan in (stages.read_staged(folder).plans[1], verbs.read_plan(folder / "stages" / "2-sft")):
+        assert plan["between_stages"] == "merged"
+        assert plan.choices["between_stages"].why.startswith(why)
+
+
+def test_a_merged_run_is_measured_from_the_base(merged: Any) -> None:
+    _, folder, _ = merged
+    found = {(one.task, one.metric): one for one in verbs.read_record(folder).comparisons}
+    first, second = (verbs.read_record(folder / "stages" / name).comparisons for name in ("1-cpt", "2-sft"))
+    base = {(one.task, one.metric): one.before.value for one in first}
+    end = {(one.task, one.metric): one.after.value for one in second}
+    assert found["1-cpt test", "bits_per_byte"].before.value == pytest.approx(base["test", "bits_per_byte"], rel=1e-5)
+    assert found["2-sft test", "loss"].after.value == pytest.approx(end["test", "loss"], rel=1e-5)
+    general = found["general text", "bits_per_byte"]
+    assert (general.before.value, general.after.value) == pytest.approx(
+        (base["general text", "bits_per_byte"], end["general text", "bits_per_byte"]), rel=1e-4
+    )
+    assert isinstance(next(run.chat(folder, ["1 and 1"])), str)
+
+
+@pytest.mark.parametrize(("stage", "saved"), [(2, None), (2, 2)])
+def test_a_merged_run_goes_on_in_any_stage(
+    stage: int, saved: int | None, merged: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    kind, folder, _ = merged
+    until(stages.train(planned(merging(tiny_folder, tmp_path, kind))), stage, saved)
+    list(verbs.resume(tmp_path / "run"))
+    mine, theirs = (one / "stages" / "2-sft" / WEIGHTS for one in (tmp_path / "run", folder))
+    assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_a_third_stage_goes_on_from_a_merged_base(tiny_folder: Path, tmp_path: Path) -> None:
+    """And the last one may train all weights."""
+    both, cpt, sft = keys(tiny_folder, tmp_path)
+    del both["lora_r"], cpt["test_data"], sft["test_data"]
+    first, last = {"cpt": cpt | {"method": "full", "max_steps": 1}}, {"sft": sft | {"method": "full", "max_steps": 1}}
+    two = sft | {"lora_r": 2, "max_steps": 1}
+    events = trained(wish(tiny_folder, tmp_path, lora_r="auto", stage=[first, {"sft": two}, {"sft": two}, last]))
+    plans = [verbs.read_plan(place) for place in sorted((tmp_path / "run" / "stages").iterdir())]
+    assert [plan["between_stages"] for plan in plans[1:]] == ["merged", "the adapter goes on", "merged"]
+    assert [Path(plan.recipe["model"]).name for plan in plans[1:]] == ["model", "model", "merged"]
+    assert len(steps_of(events)) == 4
+    assert (tmp_path / "run" / "stages" / "4-sft" / "model" / "model.safetensors").exists()
+    assert verbs.read_record(tmp_path / "run").comparisons[0].task == "general text"
+
+
+def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    until(stages.train(planned(merging(tiny_folder, tmp_path, OTHER_RANK))), 2, 2)
+    plan = tmp_path / "run" / "stages" / "2-sft" / "plan.json"
+    plan.unlink()  # as if it had not begun
+    with (tmp_path / "run" / "stages" / "1-cpt" / "merged" / "model.safetensors").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(InputError, match="not as it was written"):
+        list(verbs.resume(tmp_path / "run"))
+
+
 # ---------------------------------------------------------------- wrong wishes
 
 
@@ -214,11 +316,3 @@ def test_flags_win_over_the_keys_of_a_stage(tmp_path: Path) -> None:
     told = verbs.read_recipe(tmp_path / "recipe.yaml", seed=3)
     assert isinstance(told, Stages)
     assert [one.seed for one in told.recipes] == [3, 3]
-
-
-def test_all_weights_cannot_be_handed_on(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the stage cpt would train all weights"):
-        planned(wish(tiny_folder, tmp_path, method="full", lora_r="auto"))
-    _, cpt, sft = keys(tiny_folder, tmp_path)
-    with pytest.raises(InputError, match="lora_r is 4 in the recipe, but 2 in the adapter"):
-        planned(wish(tiny_folder, tmp_path, stage=[{"cpt": cpt}, {"sft": sft | {"lora_r": 4}}]))

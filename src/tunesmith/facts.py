@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -327,6 +328,12 @@ def _fixed(adapter: AdapterFolder, recipe: Recipe, layers: Sequence[str]) -> dic
     }
     chosen = {key: Choice(value, "checkpoint", "the adapter to go on with") for key, value in values.items()}
     return chosen | {"adapter_from": Choice(str(adapter.path), "you", "its weights are where training starts")}
+
+
+def same_layers(facts: Facts, one: Any, other: Any) -> bool:
+    """Two ways to say which layers get an adapter."""
+    layers = linear_paths(headers_of(facts.model.path))
+    return select(layers, one) == select(layers, other)
 
 
 def _doubts(adapter: AdapterFolder, model: ModelSpec) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ from tunesmith.measure import (
 )
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import adapter_scaled, trainable
+from tunesmith.model.load import DTYPES, LanguageModel, adopt, load_network
 from tunesmith.model.memory import memory_errors
 from tunesmith.model.provenance import check_provenance, hashes_of, provenance_of, write_provenance
 from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
@@ -64,10 +65,12 @@ from tunesmith.plan.plan import refuse_without_room
 from tunesmith.plan.rehearsal import next_ratio
 from tunesmith.resumption import Start, drift_of, go_on
 from tunesmith.runfolder import (
+    ADAPTER,
     AFTER,
     BEFORE,
     FAILED,
     IDENTITY,
+    MODEL,
     PLAN,
     RECIPE,
     RECORD,
@@ -85,7 +88,7 @@ from tunesmith.train.preflight import prove
 from tunesmith.train.training import Settings, Training
 from tunesmith.types import Comparison, Event, Json, Plan, Request, RunRecord, Saved, StepResult, Verdict
 from tunesmith.version import __version__
-from tunesmith.workbench import Workbench, set_up
+from tunesmith.workbench import Workbench, model_at_start, set_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +261,7 @@ def _save(run: _Run, bench: Workbench) -> Path:
     plan, base, network = run.plan, bench.facts.model.path, bench.model.network
     values = {key: choice.value for key, choice in plan.choices.items()}
     adapted = plan["method"] != "full"
-    target = run.folder.path / ("adapter" if adapted else "model")
+    target = run.folder.path / (ADAPTER if adapted else MODEL)
     needed = sum(p.numel() * p.element_size() for p in trainable(network).values())
     with new_folder(target, facts=run.start.identity, needed_bytes=needed) as scratch:
         if adapted:
@@ -303,25 +306,42 @@ def reopen(path: Path) -> Workbench:
     path = trained_in(path)
     require_run(path)
     plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
-    adapter = _adapter_of(path, plan)
-    known = facts.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}), path)
-    check_provenance(adapter, hashes_of(known.model.path), known.renderer, plan["now"])
+    if plan["method"] == "full":
+        raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
+    known = known_again(plan, path)
+    adapter = _whole(path, plan, known)
     bench = set_up(plan, known)
     load_adapter(bench.model.network, adapter / WEIGHTS)
     return bench
 
 
-def _adapter_of(path: Path, plan: Plan) -> Path:
-    adapter = path / "adapter"
+def known_again(plan: Plan, path: Path) -> Facts:
+    """The facts of a run but for the adapter that it went on with, which its own one holds."""
+    return facts.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}), path)
+
+
+def model_left(path: Path, plan: Plan, known: Facts) -> LanguageModel:
+    """What a finished run has made of the model, to be measured. Raises what `reopen` raises."""
+    saved, dtype = _whole(path, plan, known), DTYPES[plan["dtype"]]
     if plan["method"] == "full":
-        raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
+        return adopt(load_network(saved, dtype, known.machine.device), dtype, plan["attention"])
+    model = model_at_start(plan, known)
+    load_adapter(model.network, saved / WEIGHTS)
+    return model
+
+
+def _whole(path: Path, plan: Plan, known: Facts) -> Path:
+    """The folder of the trained weights, checked."""
+    saved = path / (MODEL if plan["method"] == "full" else ADAPTER)
     if problem := failure_of(path):
         raise GateError(f"this run failed: {problem}", where=str(path))
-    if not (adapter / WEIGHTS).exists():
-        raise InputError("this run has no adapter yet", where=str(path), fix=f"finish it: tunesmith resume {path}")
-    if problem := damage(adapter):
-        raise InputError(f"not as the run wrote it: {problem}", where=str(adapter), fix="put the files back")
-    return adapter
+    if not saved.is_dir():
+        what = f"this run has no {'model' if saved.name == MODEL else 'adapter'} yet"
+        raise InputError(what, where=str(path), fix=f"finish it: tunesmith resume {path}")
+    if problem := damage(saved):
+        raise InputError(f"not as the run wrote it: {problem}", where=str(saved), fix="put the files back")
+    check_provenance(saved, hashes_of(known.model.path), known.renderer, plan["now"])
+    return saved
 
 
 def evaluate(path: Path) -> tuple[Comparison, ...]:

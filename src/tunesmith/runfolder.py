@@ -41,6 +41,7 @@ from tunesmith.types import Done, Event, Json, Sample, Saved, Score, Stage, Step
 LOCK, EVENTS, CHECKPOINTS, RECIPE = ".lock", "events.jsonl", "checkpoints", "recipe.yaml"
 PLAN, IDENTITY, RECORD = "plan.json", "identity.json", "record.json"
 BEFORE, AFTER = "before.json", "after.json"  # what was measured, item by item
+ADAPTER, MODEL = "adapter", "model"  # what a run leaves: the model where it trains all weights
 STAGES, OF_STAGES = "stages.json", "stages"  # the plans of several stages, and the folder of their runs
 OWN_ROWS = "rehearsal.jsonl"  # what the model wrote before it was trained, to rehearse it
 REJECTED = "rejected.jsonl"  # rows that could not be used; all that a refused attempt leaves

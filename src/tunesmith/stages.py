@@ -1,10 +1,10 @@
-"""Several stages in one recipe: one run after the other in one folder, each going on with the adapter of the last.
+"""Several stages in one recipe: one run after the other in one folder, each going on with what the last one left.
 
     Stages -> gather -> make_plan -> StagedPlan -> train -> events; resume: from the first stage that is not finished
 
     RUN/stages.json         the plans of all stages, made before the first began
     RUN/stages/1-cpt/       an ordinary run folder
-    RUN/stages/2-sft/       another one; its adapter_from is the one before
+    RUN/stages/2-sft/       another one; its adapter_from is the one before, or its model RUN/stages/1-cpt/merged
     RUN/record.json         of the whole: before is the model that the first stage began with, after is the last one;
                             before.json and after.json hold the measures item by item
 
@@ -20,30 +20,29 @@ from datetime import datetime
 from pathlib import Path
 
 from tunesmith import facts, run
-from tunesmith.atomic import write_file
+from tunesmith.atomic import damage, write_file
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, compare_all
 from tunesmith.facts import Facts
 from tunesmith.jsonfile import from_json, json_bytes, read_json
 from tunesmith.measure import items_of, measure
-from tunesmith.model.adapter_folder import WEIGHTS
+from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import memory_errors
-from tunesmith.model.saved import load_adapter
+from tunesmith.plan.plan import agrees, words
 from tunesmith.plan.staged import StagedPlan
 from tunesmith.recipe import Recipe, Stages
-from tunesmith.runfolder import AFTER, BEFORE, OF_STAGES, PLAN, RECORD, STAGES, RunFolder, next_run_folder
+from tunesmith.runfolder import AFTER, BEFORE, MODEL, OF_STAGES, PLAN, RECORD, STAGES, RunFolder, next_run_folder
 from tunesmith.train.interrupts import StopWish
-from tunesmith.types import Choice, Comparison, Event, Plan, RunRecord, Stage
+from tunesmith.types import Choice, Comparison, Event, Json, Plan, RunRecord, Stage, Verdict
+from tunesmith.workbench import model_at_start, only_model
 
-HANDED_ON = ("method", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
-BETWEEN = {
-    "between_stages": Choice(
-        "the adapter goes on",
-        "rule",
-        "merging would round it into the base; so the whole run is one adapter, and the base is there without it",
-        "ours",
-    )
-}
+LAYERS = "lora_target_modules"
+HANDED_ON = ("method", "lora_r", "lora_alpha", LAYERS, "use_rslora", "use_dora")
+BETWEEN = "between_stages"
+GOES_ON, MERGED = "the adapter goes on", "merged"
+ON = Choice(
+    GOES_ON, "rule", "nothing is rounded, the whole run is one adapter, and the base is there without it", "ours"
+)
 
 
 # ---------------------------------------------------------------- before a run
@@ -60,15 +59,12 @@ def gather(stages: Stages, *, weights: bool = True) -> tuple[Facts, ...]:
 
 
 def make_plan(known: Sequence[Facts]) -> StagedPlan:
-    """InputError for a stage that cannot be, or cannot go on with the adapter of the one before."""
+    """InputError for a stage that cannot be, or cannot go on with what the one before leaves."""
     plans: list[Plan] = []
     for one in known:
-        plan = facts.make_plan(one, _handed_on(plans[-1]) if plans else None)
-        if plan["method"] == "full" and len(known) > 1:
-            what = f"the stage {plan['stage']} would train all weights, and what stages hand on is an adapter"
-            raise InputError(what, where="method", fix="set method: lora, or run the stages one by one")
+        plan = facts.make_plan(one, _handed_on(plans[-1], one) if plans else None)
         if plans and _tokens(plan) != _tokens(plans[0]):
-            what = f"the stage {plan['stage']} adds other tokens than the first one, whose rows the adapter has"
+            what = f"the stage {plan['stage']} adds other tokens than the first one, whose rows it goes on with"
             raise InputError(what, where="add_tokens", fix="add all of them in every stage")
         plans.append(plan)
     return StagedPlan(str(known[0].output_dir.parent.parent), tuple(plans))
@@ -78,9 +74,26 @@ def _tokens(plan: Plan) -> dict[str, int]:
     return plan["add_tokens"] if "add_tokens" in plan.choices else {}
 
 
-def _handed_on(before: Plan) -> dict[str, Choice]:
+def _handed_on(before: Plan, after: Facts) -> dict[str, Choice]:
+    """What the stage before has decided of the next one."""
     name = Path(before["output_dir"]).name
-    return {key: Choice(before[key], "rule", f"the adapter of {name}, which goes on") for key in HANDED_ON} | BETWEEN
+    if why := _why_merged(before, after, name):
+        return {BETWEEN: Choice(MERGED, "rule", why, "ours")}
+    return {key: Choice(before[key], "rule", f"the adapter of {name}, which goes on") for key in HANDED_ON} | {
+        BETWEEN: ON
+    }
+
+
+def _why_merged(before: Plan, after: Facts, name: str) -> str:
+    """Why no adapter can go on; "" where one can, which is better."""
+    if before["method"] == "full":
+        return f"all weights of {name} were trained: the model that it leaves is the base of this stage"
+    for key in HANDED_ON:
+        wish = getattr(after.recipe, key)
+        if not agrees(wish, before[key]) and not (key == LAYERS and facts.same_layers(after, wish, before[key])):
+            differs = f"{key} is {words(wish)} here, and {words(before[key])} in the adapter of {name}"
+            return f"{differs}: that one goes into the weights, and what comes out is the base of this stage"
+    return ""
 
 
 # ---------------------------------------------------------------- a run
@@ -125,10 +138,16 @@ def _stages(
         yield stage
         if (place / PLAN).exists():
             yield from run.resume(place, allow_drift=allow_drift, from_step=from_step)
-        elif number == 0 and first is not None:
-            yield from run.train(plan, first)
+        elif number == 0:
+            yield from run.train(*((plan, first) if first else _begun(plan, place, {})))
+        elif plan[BETWEEN] == GOES_ON:
+            yield from run.train(*_begun(plan, place, _going_on(places[number - 1])))
         else:
-            yield from run.train(*_begun(plan, place, places[number - 1] if number else None))
+            base, said = _model_of(places[number - 1])
+            for verdict in said:
+                folder.append_event(verdict)
+                yield verdict
+            yield from run.train(*_begun(plan, place, {"model": str(base.absolute()), "add_tokens": []}))
         from_step = None
     with StopWish(f"go on with: tunesmith resume {folder.path}") as wish, wish.at_once(), memory_errors():
         record = _record(folder.path, staged)
@@ -140,14 +159,38 @@ def _places(path: Path, staged: StagedPlan) -> list[Path]:
     return [path / OF_STAGES / Path(plan["output_dir"]).name for plan in staged.plans]
 
 
-def _begun(plan: Plan, place: Path, before: Path | None) -> tuple[Plan, Facts]:
-    """The plan of a stage made again, now that there is an adapter to go on with. Raises InputError when its rows have
+def _going_on(before: Path) -> Json:
+    """What a stage starts with: the adapter of the one before, and its base."""
+    return {"adapter_from": str(before.absolute()), "model": _plan_in(before).recipe["model"]}
+
+
+def _model_of(before: Path) -> tuple[Path, list[Verdict]]:
+    """The folder of the whole model that a stage left, merged if it is not there yet; and what there is to say.
+    GateError when the merged weights do not answer as the run does."""
+    if _plan_in(before)["method"] == "full":
+        return before / MODEL, []
+    place, said = before / MERGED, list[Verdict]()
+    if not place.exists():
+        with memory_errors():
+            parity = run.export(before, "merged", out=place).parity
+        close = f"{parity.same_answers} of {parity.prompts} answers are the run's, KL {parity.mean_kl:.1e} nats"
+        said.append(Verdict(MERGED, "ok", f"{OF_STAGES}/{before.name}/{MERGED}: {close}"))
+    elif problem := damage(place):
+        raise InputError(f"not as it was written: {problem}", where=str(place), fix="remove it: it is made again")
+    return place, said
+
+
+def _plan_in(place: Path) -> Plan:
+    return from_json(Plan, read_json(place / PLAN), where=str(place / PLAN))
+
+
+def _begun(plan: Plan, place: Path, start: Json) -> tuple[Plan, Facts]:
+    """The plan of a stage made again, now that there is something to start from. Raises InputError when its rows have
     changed since the first plan."""
-    start = {} if before is None else {"adapter_from": str(before.absolute())}
     recipe = Recipe.model_validate({key: value for key, value in (plan.recipe | start).items() if value is not None})
     known = facts.gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=place)
     facts.refuse_other_rows(plan, known)
-    return facts.make_plan(known, BETWEEN if start else None), known
+    return facts.make_plan(known, {BETWEEN: plan.choices[BETWEEN]} if start else None), known
 
 
 # ---------------------------------------------------------------- after a run
@@ -161,19 +204,27 @@ def evaluate(path: Path) -> tuple[Comparison, ...]:
 
 def _measured(path: Path, staged: StagedPlan) -> tuple[Measured, Measured]:
     """What every stage measures, on the model that the first began with and on what the last one left."""
-    places, befores, afters = _places(path, staged), list[Measured](), list[Measured]()
-    begun = from_json(Plan, read_json(places[0] / PLAN), where=str(places[0] / PLAN))
-    measured = [plan.recipe["retention_data"] for plan in staged.plans]
-    for number, place in enumerate(places):
-        bench = run.reopen(place)
-        load_adapter(bench.model.network, places[-1] / "adapter" / WEIGHTS)
-        items = items_of(bench.plan, bench.facts)
-        if measured[number] in measured[number + 1 :]:
-            items = dataclasses.replace(items, texts=())
-        afters.append(_of_stage(place.name, measure(bench, items, step=staged.steps)))
-        with run.before_training(bench, begun):
-            befores.append(_of_stage(place.name, measure(bench, items, step=0)))
-    return _joined(befores), _joined(afters)
+    places = _places(path, staged)
+    plans = [_plan_in(place) for place in places]
+    known = [run.known_again(plan, place) for plan, place in zip(plans, places, strict=True)]
+    items = [items_of(plan, one) for plan, one in zip(plans, known, strict=True)]
+    texts = [plan.recipe["retention_data"] for plan in plans]
+    for number in range(len(items)):
+        if texts[number] in texts[number + 1 :]:
+            items[number] = dataclasses.replace(items[number], texts=())
+
+    def of_all(model: LanguageModel, step: int) -> Measured:
+        stages = zip(places, plans, known, items, strict=True)
+        found = [
+            _of_stage(place.name, measure(only_model(plan, one, model), those, step=step))
+            for place, plan, one, those in stages
+        ]
+        return _joined(found)
+
+    after = of_all(run.model_left(places[-1], plans[-1], known[-1]), staged.steps)
+    start = facts.start_of(plans[0], known[0].model.path)
+    before = of_all(model_at_start(plans[0], dataclasses.replace(known[0], adapter=start)), 0)
+    return before, after
 
 
 def _of_stage(name: str, measured: Measured) -> Measured:

@@ -93,8 +93,7 @@ def set_up(plan: Plan, facts: Facts) -> Workbench:
     with nullcontext() if start is None else beside_stock(network, start):
         probe = _probe(network, facts, rows, share=plan["share_prefixes"])
     model = _ours(network, plan, facts)
-    schedule = _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, rows)
-    return Workbench(plan, facts, model, schedule, probe, rehearsal=rehearsal_of(plan, facts))
+    return Workbench(plan, facts, model, _scheduled(plan, facts), probe, rehearsal=rehearsal_of(plan, facts))
 
 
 def model_at_start(plan: Plan, facts: Facts) -> LanguageModel:
@@ -102,6 +101,11 @@ def model_at_start(plan: Plan, facts: Facts) -> LanguageModel:
     model = _ours(_stock(plan, facts), plan, facts)
     model.network.eval()
     return model
+
+
+def only_model(plan: Plan, facts: Facts, model: LanguageModel) -> Workbench:
+    """To measure any model by the items of a plan; nothing is proven."""
+    return Workbench(plan, facts, model, _scheduled(plan, facts), Probe((), (), frozenset()))
 
 
 def _stock(plan: Plan, facts: Facts) -> Network:
@@ -127,9 +131,12 @@ def set_up_part(plan: Plan, facts: Facts, layers: int) -> Workbench:
     if "lora_target_modules" in plan.choices and plan["lora_target_modules"] not in GROUPS:
         everything = Choice("all-linear", "rule", "the layers that are named may not be there")
         plan = dataclasses.replace(plan, choices=plan.choices | {"lora_target_modules": everything})
-    schedule = _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, facts.datasets["data"])
-    nothing = Probe((), (), frozenset())
-    return Workbench(plan, facts, _ours(network, plan, facts), schedule, nothing, rehearsal=rehearsal_of(plan, facts))
+    bench = only_model(plan, facts, _ours(network, plan, facts))
+    return dataclasses.replace(bench, rehearsal=rehearsal_of(plan, facts))
+
+
+def _scheduled(plan: Plan, facts: Facts) -> Schedule | Stream:
+    return _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, facts.datasets["data"])
 
 
 def _stream(plan: Plan, corpus: Corpus) -> Stream:

@@ -118,13 +118,18 @@ _WHY = {
 
 def _agreed(key: str, wish: Any, fixed: Choice) -> Choice:
     """What is fixed, unless the recipe wishes for something else."""
-    if wish != "auto" and _words(wish) != _words(fixed.value):
-        what = f"{key} is {_words(wish)} in the recipe, but {_words(fixed.value)} in the adapter to go on with"
+    if not agrees(wish, fixed.value):
+        what = f"{key} is {words(wish)} in the recipe, but {words(fixed.value)} in the adapter to go on with"
         raise InputError(what, where=key, fix=f"leave {key} out, or leave adapter_from out to start a new adapter")
     return fixed
 
 
-def _words(value: Any) -> str:
+def agrees(wish: Any, value: Any) -> bool:
+    """A wish of the recipe, and what is decided already."""
+    return wish == "auto" or words(wish) == words(value)
+
+
+def words(value: Any) -> str:
     """Names in order; 16 and 16.0 are the same."""
     if isinstance(value, tuple):
         return ", ".join(sorted(cast("tuple[str, ...]", value)))
