@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from tunesmith import beginning, facts
-from tunesmith.atomic import damage, new_folder
+from tunesmith.atomic import new_folder
 from tunesmith.data.contamination import refuse_tested
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
@@ -54,15 +54,14 @@ from tunesmith.measure import (
     measure,
     untrained,
 )
-from tunesmith.model.adapter_folder import WEIGHTS
-from tunesmith.model.adapters import adapter_scaled, trainable
-from tunesmith.model.load import DTYPES, LanguageModel, adopt, load_network
+from tunesmith.model.adapters import trainable
 from tunesmith.model.memory import memory_errors
-from tunesmith.model.provenance import check_provenance, hashes_of, provenance_of, write_provenance
-from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
+from tunesmith.model.provenance import provenance_of, write_provenance
+from tunesmith.model.saved import save_adapter, save_model, save_serving_files
 from tunesmith.ownrows import with_own_rows
 from tunesmith.plan.plan import refuse_without_room
 from tunesmith.plan.rehearsal import next_ratio
+from tunesmith.reopened import before_training, reopen
 from tunesmith.resumption import Start, drift_of, go_on
 from tunesmith.runfolder import (
     ADAPTER,
@@ -76,10 +75,7 @@ from tunesmith.runfolder import (
     RECORD,
     REJECTED,
     RunFolder,
-    failure_of,
     is_free,
-    require_run,
-    trained_in,
     whole_run,
 )
 from tunesmith.scales import scale_curve
@@ -88,7 +84,7 @@ from tunesmith.train.preflight import prove
 from tunesmith.train.training import Settings, Training
 from tunesmith.types import Comparison, Event, Json, Plan, Request, RunRecord, Saved, StepResult, Verdict
 from tunesmith.version import __version__
-from tunesmith.workbench import Workbench, model_at_start, set_up
+from tunesmith.workbench import Workbench, set_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,50 +296,6 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
 # ---------------------------------------------------------------- after a run
 
 
-def reopen(path: Path) -> Workbench:
-    """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or what it belongs to,
-    is not as the run left it."""
-    path = trained_in(path)
-    require_run(path)
-    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
-    if plan["method"] == "full":
-        raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
-    known = known_again(plan, path)
-    adapter = _whole(path, plan, known)
-    bench = set_up(plan, known)
-    load_adapter(bench.model.network, adapter / WEIGHTS)
-    return bench
-
-
-def known_again(plan: Plan, path: Path) -> Facts:
-    """The facts of a run but for the adapter that it went on with, which its own one holds."""
-    return facts.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}), path)
-
-
-def model_left(path: Path, plan: Plan, known: Facts) -> LanguageModel:
-    """What a finished run has made of the model, to be measured. Raises what `reopen` raises."""
-    saved, dtype = _whole(path, plan, known), DTYPES[plan["dtype"]]
-    if plan["method"] == "full":
-        return adopt(load_network(saved, dtype, known.machine.device), dtype, plan["attention"])
-    model = model_at_start(plan, known)
-    load_adapter(model.network, saved / WEIGHTS)
-    return model
-
-
-def _whole(path: Path, plan: Plan, known: Facts) -> Path:
-    """The folder of the trained weights, checked."""
-    saved = path / (MODEL if plan["method"] == "full" else ADAPTER)
-    if problem := failure_of(path):
-        raise GateError(f"this run failed: {problem}", where=str(path))
-    if not saved.is_dir():
-        what = f"this run has no {'model' if saved.name == MODEL else 'adapter'} yet"
-        raise InputError(what, where=str(path), fix=f"finish it: tunesmith resume {path}")
-    if problem := damage(saved):
-        raise InputError(f"not as the run wrote it: {problem}", where=str(saved), fix="put the files back")
-    check_provenance(saved, hashes_of(known.model.path), known.renderer, plan["now"])
-    return saved
-
-
 def evaluate(path: Path) -> tuple[Comparison, ...]:
     """The before/after of a finished run, measured again."""
     bench = reopen(path)
@@ -368,16 +320,6 @@ def baselines(path: Path) -> dict[str, tuple[Comparison, ...]]:
     with before_training(bench, bench.plan):
         found = untrained(bench, items)
     return {name: compare_all(measured, trained, step=step) for name, measured in found.items()}
-
-
-@contextmanager
-def before_training(bench: Workbench, plan: Plan) -> Iterator[None]:
-    """The model that a plan's training started from: the base, or the base with the adapter that it went on with."""
-    start = facts.start_of(plan, bench.facts.model.path)
-    if start is not None:
-        load_adapter(bench.model.network, start.weights)
-    with adapter_scaled(bench.model.network, 0 if start is None else 1):
-        yield
 
 
 def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:

@@ -31,6 +31,7 @@ from tunesmith.model.memory import memory_errors
 from tunesmith.plan.plan import agrees, words
 from tunesmith.plan.staged import StagedPlan
 from tunesmith.recipe import Recipe, Stages
+from tunesmith.reopened import known_again, model_left
 from tunesmith.runfolder import AFTER, BEFORE, MODEL, OF_STAGES, PLAN, RECORD, STAGES, RunFolder, next_run_folder
 from tunesmith.train.interrupts import StopWish
 from tunesmith.types import Choice, Comparison, Event, Json, Plan, RunRecord, Stage, Verdict
@@ -206,7 +207,7 @@ def _measured(path: Path, staged: StagedPlan) -> tuple[Measured, Measured]:
     """What every stage measures, on the model that the first began with and on what the last one left."""
     places = _places(path, staged)
     plans = [_plan_in(place) for place in places]
-    known = [run.known_again(plan, place) for plan, place in zip(plans, places, strict=True)]
+    known = [known_again(plan, place) for plan, place in zip(plans, places, strict=True)]
     items = [items_of(plan, one) for plan, one in zip(plans, known, strict=True)]
     texts = [plan.recipe["retention_data"] for plan in plans]
     for number in range(len(items)):
@@ -221,7 +222,7 @@ def _measured(path: Path, staged: StagedPlan) -> tuple[Measured, Measured]:
         ]
         return _joined(found)
 
-    after = of_all(run.model_left(places[-1], plans[-1], known[-1]), staged.steps)
+    after = of_all(model_left(places[-1], plans[-1], known[-1]), staged.steps)
     start = facts.start_of(plans[0], known[0].model.path)
     before = of_all(model_at_start(plans[0], dataclasses.replace(known[0], adapter=start)), 0)
     return before, after

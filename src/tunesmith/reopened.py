@@ -1,0 +1,81 @@
+"""What a finished run has made of its model: loaded again, and checked.
+
+    run folder -> reopen -> Workbench, its adapter loaded      run folder -> model_left -> the model alone
+
+The weights must be as the run left them, and belong to the base that is there now. Left out: what is done with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunesmith import facts
+from tunesmith.atomic import damage
+from tunesmith.errors import GateError, InputError
+from tunesmith.facts import Facts
+from tunesmith.jsonfile import from_json, read_json
+from tunesmith.model.adapter_folder import WEIGHTS
+from tunesmith.model.adapters import adapter_scaled
+from tunesmith.model.load import DTYPES, LanguageModel, adopt, load_network
+from tunesmith.model.provenance import check_provenance, hashes_of
+from tunesmith.model.saved import load_adapter
+from tunesmith.runfolder import ADAPTER, MODEL, PLAN, failure_of, require_run, trained_in
+from tunesmith.types import Plan
+from tunesmith.workbench import Workbench, model_at_start, set_up
+
+
+def reopen(path: Path) -> Workbench:
+    """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or what it belongs to,
+    is not as the run left it."""
+    path = trained_in(path)
+    require_run(path)
+    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
+    if plan["method"] == "full":
+        raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
+    known = known_again(plan, path)
+    adapter = _whole(path, plan, known)
+    bench = set_up(plan, known)
+    load_adapter(bench.model.network, adapter / WEIGHTS)
+    return bench
+
+
+def known_again(plan: Plan, path: Path) -> Facts:
+    """The facts of a run but for the adapter that it went on with, which its own one holds."""
+    return facts.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}), path)
+
+
+def model_left(path: Path, plan: Plan, known: Facts) -> LanguageModel:
+    """What a finished run has made of the model, to be measured. Raises what `reopen` raises."""
+    saved, dtype = _whole(path, plan, known), DTYPES[plan["dtype"]]
+    if plan["method"] == "full":
+        return adopt(load_network(saved, dtype, known.machine.device), dtype, plan["attention"])
+    model = model_at_start(plan, known)
+    load_adapter(model.network, saved / WEIGHTS)
+    return model
+
+
+def _whole(path: Path, plan: Plan, known: Facts) -> Path:
+    """The folder of the trained weights, checked."""
+    saved = path / (MODEL if plan["method"] == "full" else ADAPTER)
+    if problem := failure_of(path):
+        raise GateError(f"this run failed: {problem}", where=str(path))
+    if not saved.is_dir():
+        what = f"this run has no {'model' if saved.name == MODEL else 'adapter'} yet"
+        raise InputError(what, where=str(path), fix=f"finish it: tunesmith resume {path}")
+    if problem := damage(saved):
+        raise InputError(f"not as the run wrote it: {problem}", where=str(saved), fix="put the files back")
+    check_provenance(saved, hashes_of(known.model.path), known.renderer, plan["now"])
+    return saved
+
+
+@contextmanager
+def before_training(bench: Workbench, plan: Plan) -> Iterator[None]:
+    """The model that a plan's training started from: the base, or the base with the adapter that it went on with."""
+    start = facts.start_of(plan, bench.facts.model.path)
+    if start is not None:
+        load_adapter(bench.model.network, start.weights)
+    with adapter_scaled(bench.model.network, 0 if start is None else 1):
+        yield
