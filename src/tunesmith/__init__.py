@@ -60,6 +60,7 @@ from tunesmith.verbs import (  # noqa: E402
     schema,
     train,
     tune_lr,
+    write_report,
 )
 
 __all__ = [
@@ -111,4 +112,5 @@ __all__ = [
     "schema",
     "train",
     "tune_lr",
+    "write_report",
 ]

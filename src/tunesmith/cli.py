@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -25,9 +26,9 @@ from typer.main import get_command
 
 from tunesmith import clidata, dataverbs, verbs
 from tunesmith.commandline import AsJson, Run, Told, Wish, asked, questions, read_wish, say
-from tunesmith.errors import InputError, TunesmithError
+from tunesmith.errors import GateError, InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes
-from tunesmith.runfolder import is_staged
+from tunesmith.runfolder import is_run, is_staged
 from tunesmith.types import Event
 from tunesmith.version import __version__
 
@@ -218,6 +219,18 @@ def evaluate(
     say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
 
 
+def report(
+    folder: Run,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write it; else RUN/report.html.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the page of a run: one file that needs no network, finished or not."""
+    place = verbs.write_report(folder, out=out)
+    say({"report": str(place)}, str(place), as_json=as_json)
+
+
 def chat(folder: Run, as_json: AsJson = False) -> None:
     """Talk to a trained adapter; one question a line."""
     for answer in verbs.chat(folder, questions()):
@@ -266,6 +279,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "resume": resume,
     "eval": evaluate,
+    "report": report,
     "chat": chat,
     "export": export,
     "schema": schema,
@@ -286,12 +300,27 @@ def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool)
     from tunesmith.progress import Progress
 
     with Progress(steps) as progress:
-        for event in events:
-            progress.show(event)
+        try:
+            for event in events:
+                progress.show(event)
+        except GateError:
+            write_page(folder)
+            raise
     record = verbs.read_record(folder)
     if not is_staged(folder):  # a sum over stages says nothing of a plan
         verbs.remember(record)  # this process has held nothing but the run
     say(record, record_view(record), as_json=as_json)
+    write_page(folder)
+
+
+def write_page(folder: Path) -> None:
+    """The page of a run. A run is what it is without one, and without the package that makes it."""
+    if find_spec("tunesmith.report") is None or not is_run(folder):
+        return
+    try:
+        sys.stderr.write(f"report: {verbs.write_report(folder)}\n")
+    except TunesmithError as error:
+        sys.stderr.write(f"warning: no report: {error}\n")
 
 
 # ---------------------------------------------------------------- the program

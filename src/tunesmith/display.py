@@ -6,7 +6,7 @@ In: the frozen objects of types.py. Out: things that `rich` can print. Programs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -21,7 +21,8 @@ from tunesmith.plan.machines import target_of
 from tunesmith.plan.room import MULTIPLES, multiple
 from tunesmith.plan.staged import StagedPlan
 from tunesmith.progress import interval, one_line
-from tunesmith.types import Comparison, DataReport, Json, Plan, RunRecord
+from tunesmith.types import Comparison, DataReport, Plan, RunRecord
+from tunesmith.wording import duration, value_text
 
 if TYPE_CHECKING:
     from tunesmith.curate import Curated
@@ -132,29 +133,6 @@ OUTLOOK_ROWS: dict[str, Callable[[Any], str]] = {
     "leaves": lambda one: size(one.result_bytes),
     "run folder": lambda one: f"up to {size(one.disk_bytes)}",
 }
-
-
-def duration(seconds: float) -> str:
-    """4 s, 3:20 min, 5:07 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    large, small = divmod(round(seconds), 60) if seconds < 3600 else divmod(round(seconds / 60), 60)
-    return f"{large}:{small:02d} {'min' if seconds < 3600 else 'h'}"
-
-
-def value_text(value: Any) -> str:
-    """A chosen value as a recipe would hold it."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {value_text(item)}" for name, item in cast("Json", value).items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(value_text(item) for item in value) or "-"
-    return str(value)
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:

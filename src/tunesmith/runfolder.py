@@ -242,9 +242,13 @@ def _locked(path: Path) -> int:
 
 def require_run(path: Path) -> None:
     """Raises InputError for what is no run folder."""
-    if not (path / PLAN).is_file() and not is_staged(path):
+    if not is_run(path):
         fix = "name a run folder; `tunesmith train` makes one"
         raise InputError(f"not a run folder: there is no {PLAN}", where=str(path), fix=fix)
+
+
+def is_run(path: Path) -> bool:
+    return (path / PLAN).is_file() or is_staged(path)
 
 
 def is_staged(path: Path) -> bool:

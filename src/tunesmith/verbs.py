@@ -289,6 +289,14 @@ def baselines(path: AnyPath) -> dict[str, tuple[Comparison, ...]]:
     return run.baselines(Path(path))
 
 
+def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
+    """The page of a run, finished or not, as one HTML file: `out`, or report.html in the run folder. InputError for
+    what is no run folder, or a damaged one."""
+    from tunesmith.report.page import write_report
+
+    return write_report(Path(path), None if out is None else Path(out))
+
+
 def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
     """The answers of a run's adapter to one question, or to the questions of one conversation as they come."""
     from tunesmith import run
