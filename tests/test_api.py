@@ -49,7 +49,7 @@ def test_names_stay_what_they_are_when_everything_is_imported() -> None:
 
 def test_every_verb_is_a_function_of_its_name() -> None:
     for name in cli.VERBS:
-        function = "evaluate" if name == "eval" else name.replace(" ", "_")
+        function = {"eval": "evaluate", "report": "write_report"}.get(name, name.replace(" ", "_"))
         assert getattr(tunesmith, function) is getattr(verbs, function)
         assert function in tunesmith.__all__
 

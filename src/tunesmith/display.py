@@ -16,11 +16,11 @@ from rich.text import Text
 from tunesmith.atomic import size
 from tunesmith.diagnosis import Diagnosis
 from tunesmith.errors import InputError
-from tunesmith.evaluate.significance import evidence, verdict, verdicts
 from tunesmith.plan.machines import target_of
 from tunesmith.plan.room import MULTIPLES, multiple
 from tunesmith.plan.staged import StagedPlan
 from tunesmith.progress import interval, one_line
+from tunesmith.significance import evidence, verdict, verdicts
 from tunesmith.types import Comparison, DataReport, Plan, RunRecord
 from tunesmith.wording import duration, value_text
 

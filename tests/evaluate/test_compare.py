@@ -7,8 +7,8 @@ import pytest
 
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measurement, compare, score, verdict_text
-from tunesmith.evaluate.significance import verdict
 from tunesmith.evaluate.stats import paired_rates, wilson
+from tunesmith.significance import verdict
 
 
 def measured(values, **changed) -> Measurement:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from tunesmith.errors import InputError
-from tunesmith.evaluate.significance import Z, mcnemar, smallest_difference, verdict
 from tunesmith.evaluate.stats import bootstrap, paired_rates, wilson
+from tunesmith.significance import Z, mcnemar, smallest_difference, verdict
 from tunesmith.types import Comparison, Sample, Score
 
 GENERAL = "general text"  # the task of what retention_data measures

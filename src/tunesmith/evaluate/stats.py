@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tunesmith.evaluate.significance import Z
+from tunesmith.significance import Z
 
 RESAMPLES = 10_000
 CHUNK = 2**22  # random numbers at once: 32 MB

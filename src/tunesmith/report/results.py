@@ -8,8 +8,8 @@ from __future__ import annotations
 from tunesmith.report.chart import strip
 from tunesmith.report.markup import Content, Html, quoted, section, table, tag
 from tunesmith.report.story import Story
-from tunesmith.report.verdict import OUTCOME_WORDS, outcome, signed
-from tunesmith.types import Comparison, Score
+from tunesmith.report.verdict import Claim, claims_of, signed
+from tunesmith.types import Score
 
 
 def results_section(story: Story) -> Html | None:
@@ -23,14 +23,14 @@ def results_section(story: Story) -> Html | None:
         "line in the middle, better is to the right, and every row has its own scale.",
         class_="note",
     )
-    rows = [_row(one) for one in record.comparisons]
+    rows = [_row(one) for one in claims_of(record)]
     return section(
         "results", "Before and after", table(head, rows, numbers=(1, 2, 3, 4), label="Before and after"), note
     )
 
 
-def _row(one: Comparison) -> list[Content]:
-    word = outcome(one)
+def _row(claim: Claim) -> list[Content]:
+    one = claim.of
     hint = None if one.higher_is_better else tag("span", " lower is better", class_="soft")
     task = None if one.task == "test" else tag("span", quoted(one.task), class_="over")
     return [
@@ -39,8 +39,8 @@ def _row(one: Comparison) -> list[Content]:
         _value(one.before),
         _value(one.after),
         [signed(one.difference), tag("span", f"{signed(one.low)} to {signed(one.high)}", class_="interval")],
-        _strip(one),
-        tag("b", OUTCOME_WORDS[word], class_=f"outcome {word}"),
+        _strip(claim),
+        [tag("b", claim.words, class_=f"outcome {claim.outcome}"), _behind(claim)],
     ]
 
 
@@ -48,10 +48,13 @@ def _value(score: Score) -> list[Content]:
     return [f"{score.value:.3f}", tag("span", f"{score.low:.3f} to {score.high:.3f}", class_="interval")]
 
 
-def _strip(one: Comparison) -> Html:
+def _behind(claim: Claim) -> Html | None:
+    return tag("span", claim.behind, class_="under") if claim.behind else None
+
+
+def _strip(claim: Claim) -> Html:
     """Turned so that better is to the right."""
-    turn = 1 if one.higher_is_better else -1
+    one, turn = claim.of, 1 if claim.of.higher_is_better else -1
     low, high = sorted((turn * one.low, turn * one.high))
-    word = outcome(one)
-    label = f"{signed(one.difference)}, from {signed(one.low)} to {signed(one.high)}: {OUTCOME_WORDS[word]}"
-    return strip(low, turn * one.difference, high, style=word, label=label)
+    label = f"{signed(one.difference)}, from {signed(one.low)} to {signed(one.high)}: {claim.words}"
+    return strip(low, turn * one.difference, high, style=claim.outcome, label=label)

@@ -1,7 +1,7 @@
 """The verdict: what changed, is it real, what it cost. It comes first, and says no more than the intervals do.
 
-In: a Story. Out: a headline, one sentence, and three lists. A measure is better or worse when the interval of its
-paired difference leaves out zero, and otherwise no difference is shown.
+In: a Story. Out: a headline, one sentence, and three lists. A measure is better or worse by the same rule as in the
+terminal (significance.py): what would not be shown as one of several claims is marked, and does not count.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Literal
 from tunesmith.atomic import size
 from tunesmith.report.markup import Content, Html, quoted, tag
 from tunesmith.report.story import GENERAL, Story
+from tunesmith.significance import NOT_SHOWN, evidence, verdicts
 from tunesmith.types import Comparison, RunRecord
 from tunesmith.wording import duration
 
-Outcome = Literal["better", "worse", "same"]
-OUTCOME_WORDS: dict[Outcome, str] = {"better": "better", "worse": "worse", "same": "no difference shown"}
+Outcome = Literal["better", "worse", "doubtful", "same"]
+OUTCOMES: dict[str, Outcome] = {"better": "better", "worse": "worse", NOT_SHOWN: "same"}
 MOST_CAUTIONS = 8
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token"}
 
@@ -32,10 +33,19 @@ class Verdict:
     sentence: str
 
 
-def outcome(one: Comparison) -> Outcome:
-    if one.low <= 0 <= one.high:
-        return "same"
-    return "better" if (one.difference > 0) == one.higher_is_better else "worse"
+@dataclass(frozen=True)
+class Claim:
+    """A comparison and what may be concluded. `words`: the verdict; `behind`: what stands behind it, in a few words."""
+
+    of: Comparison
+    outcome: Outcome
+    words: str
+    behind: str
+
+
+def claims_of(record: RunRecord) -> tuple[Claim, ...]:
+    told = zip(record.comparisons, verdicts(record.comparisons), strict=True)
+    return tuple(Claim(one, OUTCOMES.get(words, "doubtful"), words, evidence(one)) for one, words in told)
 
 
 def verdict_of(story: Story) -> Verdict:
@@ -50,18 +60,18 @@ def verdict_of(story: Story) -> Verdict:
         why = "The recipe names neither test_data nor retention_data, so nothing can be said of what training did."
         return Verdict("open", "Trained, not measured", why)
     task, answers = task_of(record)
-    general = [outcome(one) for one in record.comparisons if one.task == GENERAL]
-    found = [outcome(one) for one in task]
+    general = [one for one in claims_of(record) if one.of.task == GENERAL]
+    found = [one.outcome for one in task]
     heads = [*_of_task(found, answers=answers), *_of_general(general)]
-    return Verdict(_tone(found, general), " ".join(heads), _counted(found, answers=answers))
+    return Verdict(_tone(found, [one.outcome for one in general]), " ".join(heads), _counted(found, answers=answers))
 
 
-def task_of(record: RunRecord) -> tuple[list[Comparison], bool]:
+def task_of(record: RunRecord) -> tuple[list[Claim], bool]:
     """What the headline goes by, and whether these are grades of answers: likelihoods speak only where nothing was
     graded."""
-    own = [one for one in record.comparisons if one.task != GENERAL]
+    own = [one for one in claims_of(record) if one.of.task != GENERAL]
     metrics = record.plan["metrics"] if "metrics" in record.plan.choices else ()
-    graded = [one for one in own if one.metric in metrics or one.metric.startswith(("breaks ", "says "))]
+    graded = [one for one in own if one.of.metric in metrics or one.of.metric.startswith(("breaks ", "says "))]
     return graded or own, bool(graded)
 
 
@@ -78,10 +88,14 @@ def _of_task(found: Sequence[str], *, answers: bool) -> Iterator[str]:
         yield f"No difference shown {'in the answers' if answers else 'on test rows'}."
 
 
-def _of_general(general: Sequence[str]) -> Iterator[str]:
+def _of_general(general: Sequence[Claim]) -> Iterator[str]:
+    """Of a loss that several claims together would not show, it is said that it may be one."""
     words = {"worse": "General text got worse.", "better": "General text got better."}
-    if general:
-        yield words.get(general[0], "No change shown on general text.")
+    for one in general[:1]:
+        maybe = one.outcome == "doubtful" and one.words.startswith("worse")
+        yield (
+            "General text may have got worse." if maybe else words.get(one.outcome, "No change shown on general text.")
+        )
 
 
 def _tone(found: Sequence[str], general: Sequence[str]) -> str:
@@ -97,7 +111,8 @@ def _counted(found: Sequence[str], *, answers: bool) -> str:
         return "Only general text was measured: the recipe names no test_data."
     of = "measure" if len(found) == 1 else "measures"
     kind = "of the answers" if answers else "of how likely the test rows are"
-    better, worse, same = (found.count(word) for word in OUTCOME_WORDS)
+    better, worse = found.count("better"), found.count("worse")
+    same = len(found) - better - worse
     return f"Of {len(found)} {of} {kind}: {better} better, {worse} worse, {same} with no difference shown."
 
 
@@ -114,13 +129,13 @@ def verdict_section(story: Story) -> Html:
     return tag("section", title, body, id="verdict", class_=found.tone, aria_labelledby="verdict-title")
 
 
-def change_text(one: Comparison) -> list[Content]:
+def change_text(claim: Claim) -> list[Content]:
     """field_f1 0.203 → 0.965, and below it +0.762 (+0.712 to +0.811), better."""
-    word, unit = outcome(one), UNITS.get(one.metric, "")
+    one, unit = claim.of, UNITS.get(claim.of.metric, "")
     change = f"{signed(one.difference)} ({signed(one.low)} to {signed(one.high)})" + (f" {unit}" if unit else "")
     return [
         tag("div", tag("b", quoted(name_of(one))), tag("span", f"{one.before.value:.3f} → {one.after.value:.3f}")),
-        tag("div", tag("span", change, class_="soft"), tag("b", OUTCOME_WORDS[word], class_=f"outcome {word}")),
+        tag("div", tag("span", change, class_="soft"), tag("b", claim.words, class_=f"outcome {claim.outcome}")),
     ]
 
 
@@ -140,7 +155,7 @@ def _changes(story: Story) -> list[Content]:
     if story.record is None:
         return []
     task, _ = task_of(story.record)
-    rest = [one for one in story.record.comparisons if one.task != GENERAL and one not in task]
+    rest = [one for one in claims_of(story.record) if one.of.task != GENERAL and one not in task]
     return [tag("div", change_text(one), class_="change") for one in [*task, *rest]]
 
 
@@ -169,7 +184,7 @@ def _evidence(story: Story) -> list[Content]:
     if record.comparisons:
         items = [f"{one.after.n} of {GENERAL if one.task == GENERAL else 'the test'}" for one in record.comparisons]
         found.append(f"Measured before and after on the same items ({', '.join(dict.fromkeys(items))}), paired.")
-        found.append(_claims(record.comparisons))
+        found.append(_counts(claims_of(record)))
         if any(part.plan.data.get("test_data") for part in story.parts):
             found.append("The test rows were read for this comparison only: nothing was trained on or chosen by them.")
     seeds = sorted({str(part.plan["seed"]) for part in story.parts if "seed" in part.plan.choices})
@@ -180,11 +195,14 @@ def _evidence(story: Story) -> list[Content]:
     return found
 
 
-def _claims(comparisons: Sequence[Comparison]) -> str:
-    n = len(comparisons)
-    clear = sum(outcome(one) != "same" for one in comparisons)
-    more = "" if n == 1 else f" {n} intervals are looked at together, each of 95% by itself."
-    return f"{clear} of {n} 95% intervals leave out zero.{more}"
+def _counts(claims: Sequence[Claim]) -> str:
+    n, clear = len(claims), sum(one.outcome in ("better", "worse") for one in claims)
+    if n == 1:
+        return "Its 95% interval leaves out zero." if clear else "Its 95% interval does not leave out zero."
+    return (
+        f"{clear} of {n} differences are shown, each by its 95% interval and all together by Holm's rule: that chance "
+        "alone shows any of them is 5% likely at most."
+    )
 
 
 def _costs(story: Story) -> list[Content]:
@@ -192,8 +210,8 @@ def _costs(story: Story) -> list[Content]:
     if record is None:
         return []
     found: list[Content] = []
-    for one in record.comparisons:
-        if one.task == GENERAL:
+    for one in claims_of(record):
+        if one.of.task == GENERAL:
             found.append(tag("div", change_text(one), class_="change"))
     if not found:
         found.append("What it forgot was not measured: the recipe names no retention_data.")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tunesmith.evaluate.compare import Measurement, compare
-from tunesmith.evaluate.significance import (
+from tunesmith.evaluate.stats import bootstrap
+from tunesmith.significance import (
     evidence,
     holm,
     mcnemar,
@@ -15,7 +16,6 @@ from tunesmith.evaluate.significance import (
     verdict,
     verdicts,
 )
-from tunesmith.evaluate.stats import bootstrap
 
 
 def measured(values, **changed) -> Measurement:

@@ -1,0 +1,66 @@
+"""The report reads run folders and nothing depends on it: without its folder everything else is as it was. What is left
+of it then is its face, which says that it is gone: the verb, and the function of the Python API."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import tunesmith
+
+PACKAGE = Path(tunesmith.__file__).parent
+FACE = {"verbs.py"}
+
+
+def names_it(path: Path) -> bool:
+    """Whether a file imports the report or what is in it."""
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [name.name for node in found for name in node.names] + [str(getattr(node, "module", "")) for node in found]
+    return any(name.startswith("tunesmith.report") for name in names)
+
+
+def test_only_its_face_names_it() -> None:
+    others = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "report"]
+    assert {path.relative_to(PACKAGE).as_posix() for path in others if names_it(path)} == FACE
+
+
+def test_it_loads_no_model_library() -> None:
+    program = (
+        "import sys, tunesmith.report.page\nprint(*{'torch', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_package_works_without_it(tmp_path: Path) -> None:
+    """Every other module can be imported, a run is followed to its end, and the layers still hold."""
+    shutil.copytree(PACKAGE, tmp_path / "tunesmith", ignore=shutil.ignore_patterns("__pycache__", "report"))
+    modules = [
+        ".".join(("tunesmith", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.parent.name != "report"
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    program = (
+        f"import importlib\nfor name in {modules!r}:\n    importlib.import_module(name)\n"
+        "from pathlib import Path\nimport tunesmith\nfrom tunesmith import cli\n"
+        "cli.write_page(Path('run'))\nprint(Path(tunesmith.__file__).parent, len(list(Path('run').iterdir())))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout.split()) == (0, [str(tmp_path / "tunesmith"), "1"]), done.stderr
+    lint = [
+        Path(sys.executable).with_name("lint-imports"),
+        "--no-cache",
+        "--config",
+        PACKAGE.parents[1] / "pyproject.toml",
+    ]
+    linted = subprocess.run(lint, capture_output=True, text=True, check=False, env=environment)
+    assert linted.returncode == 0, linted.stdout

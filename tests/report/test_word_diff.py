@@ -1,0 +1,42 @@
+"""Word by word: the pieces are the text, and the marked ones are not in the other."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.report.diff import LONGEST, WORDS, marked
+
+TEXTS = st.text(st.sampled_from("ab ,\n\u202e日"), max_size=40)
+
+
+@given(TEXTS, TEXTS)
+def test_pieces_are_the_text_and_alike_words_are_in_both(text: str, other: str) -> None:
+    pieces = marked(text, other)
+    assert "".join(pieces) == text
+    alike = [word for piece in pieces[::2] for word in WORDS.findall(piece)]
+    theirs = iter(WORDS.findall(other))
+    assert all(word in theirs for word in alike)  # in this order
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "pieces"),
+    [
+        ("the sum is five", "the sum is 5", ["the sum is ", "five"]),
+        ('{"a":1}', '{"a":2}', ['{"a":', "1", "}"]),
+        ("new", "", ["", "new"]),
+        ("", "gone", [""]),
+        ("same", "same", ["same"]),
+    ],
+)
+def test_what_differs_is_marked(text: str, other: str, pieces: list[str]) -> None:
+    assert marked(text, other) == pieces
+
+
+def test_long_texts_take_no_longer_than_their_length() -> None:
+    words = [f"w{number}" for number in range(20 * LONGEST)]
+    text, other = " ".join(words), " ".join(["first", *words[:0:-1], "last"])
+    start = time.perf_counter()
+    assert "".join(marked(text, other)) == text
+    assert time.perf_counter() - start < 2
