@@ -20,8 +20,8 @@ import numpy as np
 from tunesmith.advise.arms import Arm
 from tunesmith.advise.asking import Outcome
 from tunesmith.evaluate.compare import Measurement, compare, score
-from tunesmith.evaluate.significance import Z, smallest_difference
 from tunesmith.evaluate.tasks import METRICS, Question
+from tunesmith.significance import Z, smallest_difference
 from tunesmith.types import Comparison, Json, Score
 
 FORM_ONLY = ("json_valid", "schema_valid")  # say nothing of what an answer holds
