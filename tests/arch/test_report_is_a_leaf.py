@@ -37,7 +37,7 @@ def test_it_loads_no_model_library() -> None:
 
 
 def test_the_package_works_without_it(tmp_path: Path) -> None:
-    """Every other module can be imported, a run is followed to its end, and the layers still hold."""
+    """Every other module can be imported, and a run that ends without a page says nothing of one."""
     shutil.copytree(PACKAGE, tmp_path / "tunesmith", ignore=shutil.ignore_patterns("__pycache__", "report"))
     modules = [
         ".".join(("tunesmith", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
@@ -56,11 +56,3 @@ def test_the_package_works_without_it(tmp_path: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
     )
     assert (done.returncode, done.stdout.split()) == (0, [str(tmp_path / "tunesmith"), "1"]), done.stderr
-    lint = [
-        Path(sys.executable).with_name("lint-imports"),
-        "--no-cache",
-        "--config",
-        PACKAGE.parents[1] / "pyproject.toml",
-    ]
-    linted = subprocess.run(lint, capture_output=True, text=True, check=False, env=environment)
-    assert linted.returncode == 0, linted.stdout
