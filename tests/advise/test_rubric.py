@@ -131,7 +131,10 @@ def test_needs_are_answered_each_by_itself() -> None:
     assert "trained_with_retrieval" in {reason.rule for step in both.steps for reason in step.reasons}
 
 
-def test_the_command_to_come_back_with_says_the_same() -> None:
-    found = answered("facts", "tone", examples=30, facts_change="daily", private=True, raw_text=10**6)
-    command = "tunesmith advise --need facts,tone --facts-change daily --raw-text 1000000 --examples 30 --private yes"
-    assert found.steps[0].command == f"{command} --prompt good|close|bad"
+def test_what_can_be_measured_is_told_with_its_command() -> None:
+    found = answered("facts", "tone", "format", examples=30, facts_change="daily", private=True, raw_text=10**6)
+    commands = {step.answer: step.command for step in found.steps}
+    made = "tunesmith init recipe.yaml && tunesmith advise --measure recipe.yaml"
+    assert commands["prompt"] == made
+    assert commands["retrieval"] == f"{made} --documents FOLDER"
+    assert commands["constrained decoding"] == f"{made} --schema schema.json"

@@ -141,35 +141,24 @@ def _next(answer: Answer, facts: Situation, recipe: Path | None) -> tuple[str, s
         return "keep the prompt, and the questions that it was tried on with their right answers", ""
     if answer == "prompt":
         todo = (
-            "write down 100 questions with right answers; try three prompts, with 0, 2 and 8 examples; say how it went"
+            "write down 100 questions with right answers as `eval_data`: prompts are tried on them, and what else helps"
         )
-        return todo, f"{_again(facts, recipe)} --prompt good|close|bad"
+        return todo, f"{made}tunesmith advise --measure {file}"
     return {
         "constrained decoding": (
-            "send the schema with the request: `response_format` of llama.cpp's server or vLLM; tunesmith has none yet",
-            "",
+            "send the schema with the request: `response_format` of llama.cpp's server or vLLM; what it brings is "
+            "measured beside prompts and trainings",
+            f"{made}tunesmith advise --measure {file} --schema schema.json",
         ),
         "retrieval": (
-            "put the documents into a full-text index and see how often the right one is among the first five; "
-            "tunesmith has none yet",
-            "sqlite3 documents.db 'CREATE VIRTUAL TABLE documents USING fts5(body)'",
+            "put the documents into a folder: how often the right passage is found, and what the model makes of it, is "
+            "measured",
+            f"{made}tunesmith advise --measure {file} --documents FOLDER",
         ),
         "cpt": ("put the texts into a folder, and hold some out", f"{made}tunesmith plan {file} --stage cpt"),
         "sft": ("put the rows into a file, and hold some out", f"{made}tunesmith data check {file}"),
         "preference": ("put the pairs into a file, and hold some out", f"tunesmith plan {file} --stage preference"),
     }[answer]
-
-
-def _again(facts: Situation, recipe: Path | None) -> str:
-    """The command that says the same facts, but for the prompt."""
-    counted = {"examples", "pairs", "raw_text"} if recipe else set[str]()
-    told = {name: value for name, value in dataclasses.asdict(facts).items() if value is not None}
-    flags = [
-        f"--{name.replace('_', '-')} {_written(value)}"
-        for name, value in told.items()
-        if name != "prompt" and name not in counted
-    ]
-    return " ".join(["tunesmith advise", *([shlex.quote(str(recipe))] if recipe else []), *flags])
 
 
 def _written(value: Any) -> str:

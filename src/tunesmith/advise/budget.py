@@ -42,13 +42,15 @@ def measure_speed(subject: Subject) -> Speed:
     few = questions[:ASKED]
     _seconds(subject, few[:1], 1)  # the first forward is slower than all others
     read = _seconds(subject, few, 1) / sum(len(question.prompt) for question in few)
-    both = _seconds(subject, few, WRITTEN)
+    # Floors against the noise of a busy machine: a token is read before it is written, and a batch saves only so much.
     alone = _seconds(subject, few[:1], WRITTEN) - read * len(few[0].prompt)
+    written_alone = max(read, alone / (WRITTEN - 1))
+    both = _seconds(subject, few, WRITTEN) - read * sum(len(question.prompt) for question in few)
     report = subject.plan.data["data"]
     return Speed(
         read=read,
-        written=max(0.0, both - read * sum(len(q.prompt) for q in few)) / (len(few) * (WRITTEN - 1)),
-        written_alone=max(0.0, alone) / (WRITTEN - 1),
+        written=max(written_alone, both / (WRITTEN - 1)) / len(few),
+        written_alone=written_alone,
         trained=TRAINED * read,
         prompt_tokens=statistics.fmean(len(question.prompt) for question in questions),
         row_tokens=report.tokens / max(1, report.rows),
