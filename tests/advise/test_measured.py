@@ -165,12 +165,13 @@ def test_it_is_shown(writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ({"eval_data": (), "test_data": ()}, {}, "no held-out items to ask"),
         ({"schema": "no.json"}, {}, "schema"),
         ({}, {"minutes": 0}, "no time"),
+        ({}, {"minutes": float("nan")}, "no time"),
         ({}, {"target": 1.5}, "between 0 and 1"),
         ({}, {"metric": "bleu"}, "no metric 'bleu'"),
         ({}, {"documents": "nowhere"}, "nowhere"),
         (TEXTS, {}, "stage: cpt has none"),
     ],
-    ids=["items", "schema", "minutes", "target", "metric", "documents", "stage"],
+    ids=["items", "schema", "minutes", "no number", "target", "metric", "documents", "stage"],
 )
 def test_what_cannot_be_measured_is_refused(
     changed: dict[str, Any], asked: dict[str, Any], told: str, writer: Path, tmp_path: Path

@@ -9,6 +9,7 @@ goes on where it was. Only `eval_data` is asked; `test_data` stays unread.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _checked(plan: Plan, wanted: Wanted) -> tuple[str, ...]:
     if plan["stage"] != "sft":
         what = f"questions are asked and answered; stage: {plan['stage']} has none"
         raise InputError(what, where="stage", fix="measure with `stage: sft` and rows of questions with answers")
-    if wanted.minutes <= 0:
+    if not 0 < wanted.minutes < math.inf:
         raise InputError("there is no time to measure in", where="--minutes", fix="give some: --minutes 10")
     if wanted.target is not None and not 0 < wanted.target <= 1:
         raise InputError(f"a score lies between 0 and 1, not {wanted.target:g}", where="--target")
