@@ -111,6 +111,8 @@ def _notes(advice: MeasuredAdvice):
                 "most of what would be taught is new to the model: learning such facts teaches it to make things up "
                 "(Gekhman 2024); look them up instead, or stop early"
             )
+    elif advice.recall:
+        yield f"what the model knows already was not looked at: {advice.no_knowledge}"
     for warning in advice.loose:
         yield f"the grammar leaves to the model: {warning}"
     if advice.left_out:

@@ -78,6 +78,20 @@ def test_a_measure_that_is_stopped_goes_on_and_ends_in_a_verdict(writer: Path, t
     assert other != zero
 
 
+def test_an_arm_that_was_killed_in_the_middle_keeps_its_answers(writer: Path, tmp_path: Path) -> None:
+    asked = {"minutes": 0.001, "folder": tmp_path / "kept"}
+    _, zero, _ = advise_measured(wish(writer, tmp_path), **asked)
+    kept = (tmp_path / "kept" / "answers.jsonl").read_bytes()
+    assert len(kept.splitlines()) == 20
+    for file in (tmp_path / "kept").glob("*.json"):
+        if b'"prompt_tokens"' in file.read_bytes() and b'"speed"' not in file.read_bytes():
+            file.unlink()  # as if the arm had not come to its end
+    _, again, _ = advise_measured(wish(writer, tmp_path), **asked)
+    assert again != zero, "it was timed anew"
+    assert again.answers == zero.answers  # type: ignore[union-attr]
+    assert (tmp_path / "kept" / "answers.jsonl").read_bytes() == kept, "nothing was generated again"
+
+
 def test_every_kind_of_arm_is_asked_its_way(writer: Path, tmp_path: Path) -> None:
     (tmp_path / "docs.txt").write_text("\n\n".join(f"{n} and {n * n} make {n + n * n}. " * 5 for n in range(100, 105)))
     changed = {"schema": str(tmp_path / "schema.json"), "metrics": ["json_valid"]}

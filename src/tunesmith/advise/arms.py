@@ -17,7 +17,7 @@ from tunesmith.advise.prompts import FORMS
 SHOTS = (2, 4, 8)
 PROBES = (25, 50, 100, 200, 400)
 SEEDS = (0, 1, 2)
-PASSAGES = 3
+PASSAGES = (1, 3)
 USUAL_SHOTS, USUAL_FORM = 4, "turns"
 
 
@@ -41,7 +41,7 @@ class Arm:
     def name(self) -> str:
         parts = [f"LoRA on {self.examples} examples"] if self.examples else []
         parts += [f"{self.shots} shots"] if self.shots else []
-        parts += [f"retrieval of {self.passages} passages"] if self.passages else []
+        parts += [f"retrieval of {self.passages} passage{'s' * (self.passages > 1)}"] if self.passages else []
         parts += ["schema enforced"] if self.constrained else []
         return ", ".join(parts) or "zero-shot"
 
@@ -51,10 +51,10 @@ class Arm:
         return f"{self.form}, seed {self.seed}" if self.shots else f"seed {self.seed}"
 
     @property
-    def effort(self) -> tuple[bool, bool, int, bool, int]:
+    def effort(self) -> tuple[bool, bool, int, bool, int, int]:
         """The order of cost: what must be trained after what must only be looked up, that after what must only be
         said, and there by how much."""
-        return bool(self.examples), bool(self.passages), self.shots, self.constrained, self.examples
+        return bool(self.examples), bool(self.passages), self.shots, self.constrained, self.examples, self.passages
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ def arms_of(given: Given) -> list[Arm]:
 
 
 def _in_turn() -> Iterator[Arm]:
-    usual, looked_up = Arm(shots=USUAL_SHOTS), Arm(passages=PASSAGES)
-    yield from (Arm(), Arm(constrained=True), looked_up, usual)
+    one, several = PASSAGES
+    yield from (Arm(), Arm(constrained=True), Arm(passages=several), Arm(shots=USUAL_SHOTS), Arm(passages=one))
     yield from (Arm(examples=100), Arm(shots=USUAL_SHOTS, form="labelled"), Arm(examples=25))
-    yield from (Arm(shots=USUAL_SHOTS, passages=PASSAGES), Arm(shots=USUAL_SHOTS, constrained=True))
+    yield from (Arm(shots=USUAL_SHOTS, passages=several), Arm(shots=USUAL_SHOTS, constrained=True))
+    yield Arm(shots=USUAL_SHOTS, passages=one)
     yield from (Arm(examples=50), Arm(examples=200))
     yield from (Arm(shots=shots) for shots in SHOTS)
-    yield from (Arm(examples=100, passages=PASSAGES), Arm(examples=400))
+    yield from (Arm(examples=100, passages=several), Arm(examples=400))
     for seed in SEEDS:
         yield from (Arm(shots=USUAL_SHOTS, form=form, seed=seed) for form in FORMS)
         yield from (Arm(examples=examples, seed=seed) for examples in PROBES[:3])

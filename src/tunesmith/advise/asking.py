@@ -22,6 +22,7 @@ from tunesmith.advise.prompts import prompted, question_of
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.schedule import Schedule, order
 from tunesmith.errors import GateError, InputError
+from tunesmith.evaluate.cache import Store, answers_cached
 from tunesmith.evaluate.constrained import Grammar
 from tunesmith.evaluate.tasks import Question, answer_length, ask, questions_of
 from tunesmith.facts import Facts
@@ -30,7 +31,7 @@ from tunesmith.model.adapters import put_back, weights_of
 from tunesmith.model.load import LanguageModel
 from tunesmith.plan.plan import decide
 from tunesmith.train.training import Settings, Training
-from tunesmith.types import Document, Example, Plan
+from tunesmith.types import Document, Example, Generation, Plan, Request
 from tunesmith.workbench import model_at_start
 
 TIMED = 3  # requests answered alone
@@ -50,7 +51,8 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model and the rows that it is tried on. `items`: held-out rows that ask something."""
+    """A model and the rows that it is tried on. `items`: held-out rows that ask something; `store`: where answers of
+    the untrained model are kept."""
 
     plan: Plan
     facts: Facts
@@ -58,11 +60,19 @@ class Subject:
     rows: Dataset
     items: tuple[Example, ...]
     passages: Passages | None
+    store: Store | None = None
 
     @classmethod
-    def of(cls, plan: Plan, facts: Facts, items: Sequence[Example], passages: Passages | None) -> Subject:
+    def of(
+        cls,
+        plan: Plan,
+        facts: Facts,
+        items: Sequence[Example],
+        passages: Passages | None,
+        store: Store | None = None,
+    ) -> Subject:
         rows = facts.datasets["data"].limited(plan["max_length"], plan["overlong"])
-        return cls(plan, facts, model_at_start(plan, facts), rows, tuple(items), passages)
+        return cls(plan, facts, model_at_start(plan, facts), rows, tuple(items), passages, store)
 
     @cached_property
     def start(self) -> dict:
@@ -138,7 +148,8 @@ def outcome_of(subject: Subject, arm: Arm) -> Outcome:
     subject.start  # noqa: B018 - taken before anything is trained
     trained = _train(subject, arm) if arm.examples else 0.0
     try:
-        answers, seconds = _asked(subject, questions, subject.grammar if arm.constrained else None)
+        seconds = _seconds_alone(subject, questions, subject.grammar if arm.constrained else None)
+        answers = _answers(subject, questions, arm)
     finally:
         if arm.examples:
             put_back(subject.model.network, subject.start)
@@ -154,18 +165,30 @@ def _check_room(subject: Subject, questions: Sequence[Question]) -> None:
         raise InputError(what, where="advise", fix="shorter items, or fewer examples in the prompt")
 
 
-def _asked(subject: Subject, questions: Sequence[Question], allowed: Allowed | None) -> tuple[list[str], float]:
-    """All answers, and the seconds of one request alone."""
-    renderer, answers = subject.facts.renderer, [""] * len(questions)
-    alone: list[float] = []
+def _seconds_alone(subject: Subject, questions: Sequence[Question], allowed: Allowed | None) -> float:
+    """Of one request, with nothing beside it."""
+    found: list[float] = []
     subject.model.network.eval()
-    for place in range(min(TIMED, len(questions))):
+    for question in questions[:TIMED]:
         began = time.perf_counter()
-        list(ask(subject.model, questions[place : place + 1], renderer, max_new_tokens=subject.room, allowed=allowed))
-        alone.append(time.perf_counter() - began)
-    for place, found in ask(subject.model, questions, renderer, max_new_tokens=subject.room, allowed=allowed):
-        answers[place] = found.text
-    return answers, statistics.median(alone)
+        list(ask(subject.model, [question], subject.facts.renderer, max_new_tokens=subject.room, allowed=allowed))
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def _answers(subject: Subject, questions: Sequence[Question], arm: Arm) -> list[str]:
+    if arm.constrained:
+        renderer, allowed = subject.facts.renderer, subject.grammar
+        found = ask(subject.model, questions, renderer, max_new_tokens=subject.room, allowed=allowed)
+        return [answer.text for _, answer in sorted(found)]
+    requests = [Request(question.prompt, subject.room) for question in questions]
+    return [answer.text for answer in generated(subject, requests, trained=bool(arm.examples))]
+
+
+def generated(subject: Subject, requests: Sequence[Request], *, trained: bool = False) -> list[Generation]:
+    """The answers of the model as it is now; those of the untrained one are kept."""
+    renderer, store = subject.facts.renderer, None if trained else subject.store
+    return answers_cached(subject.model, requests, decode=renderer.decode, end_ids=renderer.end_ids, store=store)
 
 
 def _train(subject: Subject, arm: Arm) -> float:

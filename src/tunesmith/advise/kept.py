@@ -1,6 +1,6 @@
 """What has been found so far, on disk: one file an arm, written when the arm has ended.
 
-    Kept(folder, identity).get(arm, kind) / .put(arm, found)
+    Kept(folder, identity).get(arm, kind) / .put(arm, found); .answers, for evaluate/cache.py
 
 A file's name is a hash of all that its content depends on (model, rows, items, documents, arm), so a measure that was
 stopped goes on where it was, a second one costs nothing, and nothing stale is taken. Recipes may share a folder.
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tunesmith.atomic import make_folder, remove_leftovers, write_file
 from tunesmith.errors import InputError
+from tunesmith.evaluate.cache import ANSWERS, Store
 from tunesmith.jsonfile import from_json, json_bytes, read_json
 from tunesmith.types import Json
 
@@ -29,6 +30,11 @@ class Kept:
             raise InputError("there is a file of this name", where=f"--out: {folder}", fix="name a folder")
         make_folder(folder)
         remove_leftovers(folder)
+
+    @property
+    def answers(self) -> Store:
+        """Where single answers of the untrained model are kept, also of what has not ended."""
+        return Store(self.folder / ANSWERS, hashlib.sha256(json_bytes(self.identity)).hexdigest())
 
     def get(self, name: Any, kind: type[T]) -> T | None:
         """None where there is nothing, or what cannot be read any more."""

@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.advise.asking import Subject, drawn
+from tunesmith.advise.asking import Subject, drawn, generated
 from tunesmith.advise.prompts import answer_of, prompted
 from tunesmith.evaluate.stats import wilson
 from tunesmith.evaluate.tasks import METRICS, answer_length, questions_of
-from tunesmith.infer.engine import generate
 from tunesmith.types import Example, Request
 
 ROWS, SHOTS, SETS, SAMPLED, TEMPERATURE = 40, 4, 4, 4, 0.7
@@ -79,16 +78,15 @@ def _level(greedy: int, sampled: int) -> str:
 
 def _answered(subject: Subject, asked: Sequence[Example], others: Sequence[Example], number: int):
     """(place of the row, whether its answer is right, whether it was drawn by chance)."""
-    renderer, model = subject.facts.renderer, subject.model
     prompts = [prompted(example, shots=_shown(others, number, example)) for example in asked]
-    questions = questions_of(prompts, renderer)
+    questions = questions_of(prompts, subject.facts.renderer)
     room = answer_length(questions)
     requests = [Request(question.prompt, room) for question in questions]
     for seed in range(SAMPLED):
         drawn_by = {"temperature": TEMPERATURE, "seed": 1000 * number + seed}
         requests += [Request(question.prompt, room, **drawn_by) for question in questions]
-    model.network.eval()
-    for index, found in generate(model, requests, decode=renderer.decode, end_ids=renderer.end_ids):
+    subject.model.network.eval()
+    for index, found in enumerate(generated(subject, requests)):
         place = index % len(questions)
         right = METRICS["contains"](found.text, questions[place].expected, None)
         yield place, int(right), index >= len(questions)

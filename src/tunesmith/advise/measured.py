@@ -110,7 +110,8 @@ def advise_measured(
     every = items_of(facts)
     check_questions(questions_of(every, facts.renderer), metrics, facts.schema)
     kept = Kept(wanted.folder, _identity(plan, facts, passages))
-    subject = Subject.of(plan, facts, [every[place] for place in order(0, 0, len(every)).tolist()], passages)
+    mixed = [every[place] for place in order(0, 0, len(every)).tolist()]
+    subject = Subject.of(plan, facts, mixed, passages, kept.answers)
     subject, speed = _paced(subject, kept, wanted.minutes)
     given = Given(len(drawn(subject.rows, 0, MOST_SHOWN)), passages is not None, facts.schema is not None)
     run = _Run(subject, kept, speed, began + 60 * wanted.minutes)
@@ -214,7 +215,7 @@ class _Run:
         if self.knowledge is not None:
             return
         speed, left = self.speed, self.until - time.perf_counter()
-        each = SETS * (1 + SAMPLED) * (speed.row_tokens * speed.read + 2 * speed.answer_tokens * speed.written)
+        each = SETS * (1 + SAMPLED) * (speed.row_tokens * speed.read + 1.3 * speed.answer_tokens * speed.written)
         rows = min(ROWS, int(KNOWLEDGE_SHARE * left / max(each, 1e-9)))
         if rows < LEAST_ROWS:
             self.no_knowledge = f"{LEAST_ROWS} rows would take {LEAST_ROWS * each:.0f} s, over a tenth of the time"
