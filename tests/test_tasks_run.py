@@ -50,6 +50,8 @@ def test_tokens_and_scores_are_counted_by_task(tiny_folder: Path, tmp_path: Path
     assert list(found) == expected
     assert list(found.values()) == [3, 2, 5, 3] * 2
     assert [after.id for _, after in record.samples] == ["b.jsonl:1", "c.jsonl:1", "d.jsonl:1"], "one of each task"
+    kept = read_json(tmp_path / "run" / "after.json")["samples"]
+    assert len(kept) == len({sample["id"] for sample in kept}) == sum(record.plan.data["test_data"].task_rows.values())
 
 
 def test_a_split_keeps_the_tasks(tiny_folder: Path, tmp_path: Path) -> None:

@@ -177,14 +177,14 @@ def measure(
     answers = answers_to(bench, questions, store=store)
     found += grades(bench, questions, answers)
     shown = [*(shown if graded else range(len(questions))), *range(len(items.questions), len(questions))[:1]]
-    samples = samples_of([questions[i] for i in shown], [answers[i] for i in shown], step=step)
+    samples = samples_of(questions, answers, step=step)
     found += _likelihoods(bench, items.test_documents, "test", bases.get("test"))
     found = _by_task(bench, items, "test_data", found)
     if "test_data" in items.held_out:
         found.append(_bits(bench, items.held_out["test_data"], "test"))
     if items.texts:
         found += _general(bench, items.texts, bases.get(GENERAL))
-    return Measured(tuple(found), samples, items.contents)
+    return Measured(tuple(found), samples, items.contents, tuple(questions[i].id for i in shown))
 
 
 def shown_of(items: Items) -> list[int]:

@@ -25,7 +25,7 @@ from tunesmith.data.contamination import refuse_tested
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
-from tunesmith.evaluate.compare import Measured, compare_all, moved
+from tunesmith.evaluate.compare import Measured, compare_all, moved, shown_answers
 from tunesmith.evaluate.madepairs import with_made_pairs
 from tunesmith.evaluate.preference import displaced, with_references
 from tunesmith.export.base import choose_base
@@ -286,7 +286,7 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
         peak_bytes=max((event["peak_bytes"] for event in steps), default=0),
         task_tokens=dict(sum((Counter(event["task_tokens"]) for event in steps), Counter[str]())),
         adapter=str(adapter),
-        samples=tuple(zip(before.samples, after.samples, strict=True)),
+        samples=shown_answers(before, after),
         shared_tokens=sum(event["shared_tokens"] for event in steps),
         drift=drift_of(run.folder.path),
         moved=moved(before, after, step=len(steps)),

@@ -22,7 +22,7 @@ from pathlib import Path
 from tunesmith import facts, run
 from tunesmith.atomic import damage, write_file
 from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, compare_all
+from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, compare_all, shown_answers
 from tunesmith.facts import Facts
 from tunesmith.jsonfile import from_json, json_bytes, read_json
 from tunesmith.measure import items_of, measure
@@ -243,6 +243,7 @@ def _joined(of_stages: Sequence[Measured]) -> Measured:
         tuple(one for measured in of_stages for one in measured.measurements),
         tuple(sample for measured in of_stages for sample in measured.samples),
         {role: rows for measured in of_stages for role, rows in measured.contents.items()},
+        tuple(row for measured in of_stages for row in measured.shown),
     )
 
 
@@ -259,7 +260,7 @@ def _record(path: Path, staged: StagedPlan) -> RunRecord:
         scales=(),
         proof=tuple(verdict for one in of_stages for verdict in one.proof),
         comparisons=compare_all(before, after, step=staged.steps),
-        samples=tuple(zip(before.samples, after.samples, strict=True)),
+        samples=shown_answers(before, after),
         steps=sum(one.steps for one in of_stages),
         tokens=sum(one.tokens for one in of_stages),
         train_seconds=sum(one.train_seconds for one in of_stages),

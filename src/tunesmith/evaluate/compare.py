@@ -45,12 +45,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was measured of one model; what before.json and after.json of a run hold. `contents`: role -> row -> a
-    digest of what it says, by which the items of two runs are known to be the same."""
+    """All that was measured of one model; what before.json and after.json of a run hold. `samples` are all answers,
+    `shown` the ids of a few that the record shows. `contents`: role -> row -> a digest of what it says, by which the
+    items of two runs are known to be the same."""
 
     measurements: tuple[Measurement, ...]
     samples: tuple[Sample, ...] = ()
     contents: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    shown: tuple[str, ...] = ()
 
     def scores(self, *, step: int) -> Iterator[Score]:
         for measurement in self.measurements:
@@ -100,6 +102,12 @@ def _changed(counts: tuple[int, int] | None, higher_is_better: bool) -> dict[str
         return {}
     gains, losses = counts if higher_is_better else counts[::-1]
     return {"gains": gains, "losses": losses, "p": mcnemar(gains, losses)}
+
+
+def shown_answers(before: Measured, after: Measured) -> tuple[tuple[Sample, Sample], ...]:
+    """A few answers before and after."""
+    both = zip(before.samples, after.samples, strict=True)
+    return tuple(pair for pair in both if pair[0].id in before.shown)
 
 
 def compare_all(before: Measured, after: Measured, *, step: int) -> tuple[Comparison, ...]:
