@@ -2,10 +2,10 @@
 
     python benchmarks/build_advise_cases.py FOLDER
     tunesmith advise --measure FOLDER/section.yaml
-    tunesmith advise --measure FOLDER/versions.yaml --documents FOLDER/records
+    tunesmith advise --measure FOLDER/homepages.yaml --documents FOLDER/records
 
 section    the section of a package, read off its record: the answer stands in the question, in a fixed form
-versions   the version of a package by its name: no model can know it, and the records hold it
+homepages  the homepage of a package by its name: few are known to a model, and the records hold them
 
 Rows are packages drawn by a hash of their name; held-out ones are other packages. The records are those of all of them.
 """
@@ -30,7 +30,7 @@ def records() -> list[dict[str, str]]:
     for block in printed.split("\n\n"):
         lines = [line.partition(": ") for line in block.splitlines() if not line.startswith(" ")]
         fields = {key: value for key, _, value in lines if value}
-        if {"Package", "Version", "Section", "Description"} <= fields.keys():
+        if {"Package", "Homepage", "Section", "Description"} <= fields.keys():
             found[fields["Package"]] = fields
     return sorted(found.values(), key=lambda one: hashlib.sha256(one["Package"].encode()).hexdigest())
 
@@ -48,7 +48,9 @@ def main(folder: Path) -> None:
     chosen = records()[: TRAIN + HELD_OUT + TEST]
     asked = {
         "section": [row(f"{written(one)}\n\nWhich section?", one["Section"]) for one in chosen],
-        "versions": [row(f"Which version has the Debian package {one['Package']}?", one["Version"]) for one in chosen],
+        "homepages": [
+            row(f"What is the homepage of the Debian package {one['Package']}?", one["Homepage"]) for one in chosen
+        ],
     }
     (folder / "records").mkdir(parents=True, exist_ok=True)
     (folder / "records" / "records.txt").write_text("\n\n".join(map(written, chosen)) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ import yaml
 
 import tunesmith
 from tiny_run import recipe, sums, train, write_rows
-from tunesmith import cli, verbs
+from tunesmith import cli, dataverbs, verbs
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes, to_json
 from tunesmith.recipe import Recipe
@@ -50,7 +50,8 @@ def test_names_stay_what_they_are_when_everything_is_imported() -> None:
 def test_every_verb_is_a_function_of_its_name() -> None:
     for name in cli.VERBS:
         function = {"eval": "evaluate", "report": "write_report"}.get(name, name.replace(" ", "_"))
-        assert getattr(tunesmith, function) is getattr(verbs, function)
+        homes = [home for home in (verbs, dataverbs) if hasattr(home, function)]
+        assert [getattr(home, function) for home in homes] == [getattr(tunesmith, function)]
         assert function in tunesmith.__all__
 
 

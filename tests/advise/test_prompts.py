@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.advise.arms import FORMS, Arm, Given, arms_of
-from tunesmith.advise.prompts import answer_of, prompted, question_of
+from tunesmith.advise.prompts import answer_of, looked_up, prompted, question_of
 from tunesmith.data.render import Renderer
 from tunesmith.evaluate.tasks import questions_of
 from tunesmith.types import Example
@@ -34,7 +34,7 @@ def test_the_answer_stays_and_everything_else_stands_before_it(
     form: str, passages: tuple[str, ...], renderer: Renderer
 ) -> None:
     example = asked("three?", "3", "count")
-    (question,) = questions_of([prompted(example, form=form, shots=SHOTS, passages=passages)], renderer)
+    (question,) = questions_of([prompted(looked_up(example, passages), SHOTS, form)], renderer)
     told = renderer.decode(question.prompt)
     assert question.expected == "3"
     assert told.count("count") == 1, "the system message of an example is not repeated"
@@ -46,18 +46,18 @@ def test_the_answer_stays_and_everything_else_stands_before_it(
 def test_rows_without_a_template_are_asked_by_text() -> None:
     row, shot = Example("a", text="B", prompt="A: "), Example("c", text="D", prompt="C: ")
     assert (question_of(row), answer_of(row)) == ("A: ", "B")
-    looked_up = prompted(row, shots=(shot,), passages=("text",))
-    assert looked_up.text == "B"
-    assert looked_up.prompt is not None
-    assert looked_up.prompt.index("C: ") < looked_up.prompt.index("D") < looked_up.prompt.index("text")
-    assert looked_up.prompt.endswith("Output: ")
+    asked = prompted(looked_up(row, ("text",)), (shot,))
+    assert asked.text == "B"
+    assert asked.prompt is not None
+    assert asked.prompt.index("C: ") < asked.prompt.index("D") < asked.prompt.index("text")
+    assert asked.prompt.endswith("Output: ")
 
 
 def test_of_several_turns_the_last_trained_one_is_asked() -> None:
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
     example = Example("row", tuple(turns), (0.0, 1.0, 0.0, 1.0))
     assert (question_of(example), answer_of(example)) == ("c", "d")
-    shown = prompted(example, shots=SHOTS[:1])
+    shown = prompted(example, SHOTS[:1])
     assert [turn["content"] for turn in shown.messages] == ["one?", "1", "a", "b", "c", "d"]
     assert shown.turn_weights == (0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
 

@@ -18,7 +18,7 @@ from functools import cached_property
 
 from tunesmith.advise.arms import Arm
 from tunesmith.advise.passages import Passages
-from tunesmith.advise.prompts import prompted, question_of
+from tunesmith.advise.prompts import looked_up, prompted, question_of
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.schedule import Schedule, order
 from tunesmith.errors import GateError, InputError
@@ -90,20 +90,20 @@ class Subject:
         return Grammar(self.facts.schema, self.facts.model.path, width=width, end_ids=ends)
 
     def questions(self, arm: Arm) -> tuple[Question, ...]:
-        shots = drawn(self.rows, arm.seed, arm.shots)
-        asked = [self._prompted(example, arm, shots) for example in self.items]
+        shots = [self._looked_up(example, arm) for example in drawn(self.rows, arm.seed, arm.shots)]
+        asked = [prompted(self._looked_up(example, arm), shots, arm.form) for example in self.items]
         return questions_of(asked, self.facts.renderer)
 
     def documents(self, arm: Arm) -> list[tuple[Document, ...]]:
         """What is trained, by row: asked as the items are."""
         return [
-            self.facts.renderer.documents(self._prompted(example, arm, ())).documents
+            self.facts.renderer.documents(self._looked_up(example, arm)).documents
             for example in drawn(self.rows, arm.seed, arm.examples)
         ]
 
-    def _prompted(self, example: Example, arm: Arm, shots: Sequence[Example]) -> Example:
+    def _looked_up(self, example: Example, arm: Arm) -> Example:
         found = self.passages.best(question_of(example), arm.passages) if self.passages and arm.passages else ()
-        return prompted(example, form=arm.form, shots=shots, passages=found)
+        return looked_up(example, found)
 
 
 def items_of(facts: Facts) -> list[Example]:

@@ -74,8 +74,8 @@ def after(speed: Speed, outcome: Outcome, trained_tokens: float) -> Speed:
 
 def seconds_of(subject: Subject, speed: Speed, arm: Arm) -> float:
     """What an arm will take: examples are read once for all items, passages for each."""
-    items, shots = len(subject.items), arm.shots * speed.row_tokens
-    prompt = speed.prompt_tokens + arm.passages * PASSAGE_TOKENS
+    items, passages = len(subject.items), arm.passages * PASSAGE_TOKENS
+    shots, prompt = arm.shots * (speed.row_tokens + passages), speed.prompt_tokens + passages
     answer = speed.room if not (arm.shots or arm.examples or arm.constrained) else 1.3 * speed.answer_tokens
     asked = items * (prompt * speed.read + answer * speed.written) + shots * speed.read
     alone = min(TIMED, items) * ((prompt + shots) * speed.read + answer * speed.written_alone)

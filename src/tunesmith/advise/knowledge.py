@@ -78,7 +78,7 @@ def _level(greedy: int, sampled: int) -> str:
 
 def _answered(subject: Subject, asked: Sequence[Example], others: Sequence[Example], number: int):
     """(place of the row, whether its answer is right, whether it was drawn by chance)."""
-    prompts = [prompted(example, shots=_shown(others, number, example)) for example in asked]
+    prompts = [prompted(example, _shown(others, number, example)) for example in asked]
     questions = questions_of(prompts, subject.facts.renderer)
     room = answer_length(questions)
     requests = [Request(question.prompt, room) for question in questions]

@@ -1,6 +1,6 @@
 """One question asked in other ways: with examples before it, with passages of documents before it.
 
-    Example, shots, passages, form -> Example with the same answer, for the renderer
+    Example, passages -> looked_up(...); Example, shots, form -> prompted(...): the same answer, for the renderer
 
 The answer and its mask stay as they are, so a question can be asked so and trained so. A form says where the examples
 stand: as turns of the conversation, or in the message itself under two kinds of labels. Left out: which examples
@@ -17,10 +17,9 @@ from tunesmith.types import Example, Json
 Form = Callable[[Example, Sequence[Example]], Example]
 
 
-def prompted(example: Example, *, form: str = "turns", shots: Sequence[Example] = (), passages: Sequence[str] = ()):
-    """The passages stand with the question, the examples before both."""
-    looked_up = _with_passages(example, passages) if passages else example
-    return FORMS[form](looked_up, shots) if shots else looked_up
+def prompted(example: Example, shots: Sequence[Example], form: str = "turns") -> Example:
+    """The examples stand before the question."""
+    return FORMS[form](example, shots) if shots else example
 
 
 def asked_turn(example: Example) -> int:
@@ -37,7 +36,10 @@ def answer_of(example: Example) -> str:
     return example.messages[asked_turn(example)]["content"] if example.messages else example.text or ""
 
 
-def _with_passages(example: Example, passages: Sequence[str]) -> Example:
+def looked_up(example: Example, passages: Sequence[str]) -> Example:
+    """The passages stand with the question."""
+    if not passages:
+        return example
     told = "\n\n".join(f"Text {number}:\n{passage}" for number, passage in enumerate(passages, start=1))
     return _asking(example, f"Answer from these texts.\n\n{told}\n\n{question_of(example)}")
 
