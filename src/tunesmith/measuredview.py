@@ -116,8 +116,20 @@ def _notes(advice: MeasuredAdvice):
     for warning in advice.loose:
         yield f"the grammar leaves to the model: {warning}"
     if advice.left_out:
-        yield f"left out: {len(advice.left_out)} ways, such as {advice.left_out[0].arm.name} ({advice.left_out[0].why})"
+        yield _left_out_line(advice)
     yield f"{advice.minutes:.1f} minutes; kept in {advice.folder}, where a longer --minutes goes on"
+
+
+def _left_out_line(advice: MeasuredAdvice) -> str:
+    """Kinds that have no row, each with the reason of its first arm, and how many wordings and draws of the others."""
+    tried = {row.arm.row for row in advice.rows}
+    why: dict[str, str] = {}
+    for out in advice.left_out:
+        if out.arm.row not in tried:
+            why.setdefault(out.arm.name, out.why)
+    kinds = [f"{name} ({reason})" for name, reason in why.items()]
+    more = sum(out.arm.row in tried for out in advice.left_out)
+    return "left out: " + "; ".join([*kinds, *([f"{more} other wordings and draws of rows"] if more else [])])
 
 
 def _curve_line(curve: Curve, metric: str) -> str:
