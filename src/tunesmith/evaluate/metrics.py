@@ -1,0 +1,85 @@
+"""The metrics of a recipe by name, and what a recipe may give them.
+
+    "exact_match", "numeric: 0.01" -> named -> (its function, what it is given)
+
+A metric is a function (answer, expected, given) -> [0, 1]; a new one is a function and a line in METRICS. `given` is
+the recipe's schema for schema_valid, what stands behind the colon for those of GIVEN, else None.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from tunesmith.errors import InputError
+from tunesmith.evaluate.jsonmetrics import check_schema, field_f1, json_valid, schema_valid
+from tunesmith.evaluate.textmetrics import (
+    as_pattern,
+    as_text,
+    as_tolerance,
+    chrf,
+    contains,
+    exact_match,
+    normalised_match,
+    numeric,
+    regex_match,
+    rouge_l,
+    token_f1,
+)
+from tunesmith.types import Json
+
+WHERE = "metrics"
+
+
+def split(metric: str) -> tuple[str, str]:
+    """(name, what stands behind the colon), or (name, nothing)."""
+    name, _, given = metric.partition(": ")
+    return name, given
+
+
+def given_to(metric: str, schema: Json | None) -> Any:
+    """What a metric is given. Raises InputError for a name that there is not, and for what it cannot take."""
+    name, text = split(metric)
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"use {', '.join(METRICS)}"
+        raise InputError(f"there is no metric {name!r}", where=WHERE, fix=fix)
+    if name == "schema_valid":
+        if schema is None:
+            raise InputError("schema_valid needs a schema", where=WHERE, fix="give `schema`, or leave the metric out")
+        check_schema(schema)
+        return schema
+    if text and name not in GIVEN:
+        raise InputError(f"{name} takes nothing, and is given {text:.80}", where=WHERE, fix=f"write {name} alone")
+    if name == "regex" and not text:
+        raise InputError("regex needs a pattern", where=WHERE, fix="write {regex: PATTERN}")
+    try:
+        return GIVEN[name](text) if text else None
+    except ValueError as error:
+        raise InputError(str(error), where=f"{WHERE}: {name}") from None
+
+
+def graded(metric: str, answer: str, expected: str, given: Any) -> float:
+    """One answer by one metric."""
+    try:
+        return METRICS[split(metric)[0]](answer, expected, given)
+    except RecursionError:  # a model that loops on "[" nests deeper than Python can walk
+        return 0.0
+
+
+Metric = Callable[[str, str, Any], float]
+METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "normalised_match": normalised_match,
+    "contains": contains,
+    "regex": regex_match,
+    "numeric": numeric,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+    "chrf": chrf,
+    "json_valid": json_valid,
+    "schema_valid": schema_valid,
+    "field_f1": field_f1,
+}
+GIVEN: dict[str, Callable[[str], Any]] = {"contains": as_text, "regex": as_pattern, "numeric": as_tolerance}
