@@ -118,7 +118,7 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ),
         ("template: chatml", "expected 'auto' or 'none' or the path of a .jinja file, found 'chatml'"),
         ("output_dir: 2026-01-01", "found the date 2026-01-01 (quotes make it a text)"),
-        ("metrics: {a: 1}", "expected 'auto' or a list of names, found the mapping {'a': 1}"),
+        ("metrics: {a: [1]}", "expected 'auto' or a list of names, or of {name: value}, found the mapping {'a': [1]}"),
         ("lora_r:", "lora_r: expected 'auto' or a whole number of at least 1, found nothing"),
         ("test_data: train.jsonl", "recipe.yaml:3: test_data and data name the same file"),
         ("1: 2", "unknown key '1'"),
@@ -175,6 +175,15 @@ def test_missing_files_and_devices_are_refused(tmp_path: Path) -> None:
             load_recipe(path)
 
 
+def test_metrics_are_names_and_what_they_are_given(tmp_path: Path) -> None:
+    listed = "metrics: [field_f1, numeric: 0.01, {regex: 'a: b'}, mine.py:score, contains: b.py]\n"
+    recipe = load_recipe(write(tmp_path, GOOD + listed))
+    own = f"{tmp_path}/mine.py:score"  # relative to the recipe, as all files are
+    assert recipe.metrics == ("field_f1", "numeric: 0.01", "regex: a: b", own, "contains: b.py")
+    assert load_recipe(None, arguments=[recipe.model_dump(exclude_unset=True)]).metrics == recipe.metrics
+    assert load_recipe(write(tmp_path, GOOD + "metrics: {numeric: 0.01}\n")).metrics == ("numeric: 0.01",)
+
+
 def test_strange_names_are_names(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, f"model: {'x' * 5000}\ndata: ~nobody-of-this-name/a\n"))
     assert recipe.model == "x" * 5000
@@ -187,7 +196,7 @@ def test_strange_names_are_names(tmp_path: Path) -> None:
 def test_a_bomb_of_anchors_ends(tmp_path: Path) -> None:
     levels = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 30))
     message = refusal(tmp_path, GOOD + "k0: &k0 x\n" + levels + "metrics: *k29\neval_data: *k29\nseed: *k29\n")
-    assert "metrics: expected 'auto' or a list of names, found the list [" in message
+    assert "metrics: expected 'auto' or a list of names, or of {name: value}, found the list [" in message
     assert len(message) < 10_000
 
 

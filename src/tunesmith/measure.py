@@ -17,9 +17,11 @@ from tunesmith.errors import InputError
 from tunesmith.evaluate.baselines import bad_strings, bans, rules, told
 from tunesmith.evaluate.by_task import by_task
 from tunesmith.evaluate.cache import Store, answers_cached
+from tunesmith.evaluate.choices import choices_of, multiple_choice
 from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, Measurement, score
 from tunesmith.evaluate.divergence import Base, held_out_beside
-from tunesmith.evaluate.likelihood import held_out_loss
+from tunesmith.evaluate.likelihood import held_out_loss, per_byte
+from tunesmith.evaluate.metrics import BITS_PER_BYTE, LIKELIHOODS, MULTIPLE_CHOICE
 from tunesmith.evaluate.never import ELICITING, bad_logp, violations
 from tunesmith.evaluate.preference import preference
 from tunesmith.evaluate.retention import BITS, GeneralText, read_texts, retention, retention_beside
@@ -56,6 +58,7 @@ class Items:
     watched: bool = False  # general texts are looked at while training, too
     tasks: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # role -> row -> its named task
     contents: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # role -> row -> its digest
+    choices: dict[str, tuple[Document, ...]] = field(default_factory=dict[str, tuple[Document, ...]])  # right one first
 
     @property
     def selecting(self) -> bool:
@@ -70,10 +73,14 @@ def items_of(plan: Plan, facts: Facts) -> Items:
         held_out = held_out_texts(facts)
         watched = adaptive or ("eval_data" in held_out and bool(texts))
         return Items((), (), (), texts, held_out, watched=watched, contents=contents_of(facts, texts))
-    asked = questions_of(asking(facts), facts.renderer)
+    examples = asking(facts)
+    asked = questions_of(examples, facts.renderer)
     questions = tuple(question for question in asked if not question.negative)
+    choices: dict[str, tuple[Document, ...]] = {}
     if "test_data" in facts.datasets:
         check_questions(questions, plan["metrics"], facts.schema)
+        if MULTIPLE_CHOICE in plan["metrics"]:
+            choices = choices_of(examples[: len(questions)], facts.renderer)
         _refuse_single(len(questions), "test_data", "questions")
     documents = {role: documents_of(facts, role) for role in ("eval_data", "test_data")}
     for role in documents.keys() & facts.datasets.keys():
@@ -88,6 +95,7 @@ def items_of(plan: Plan, facts: Facts) -> Items:
         watched=adaptive,
         tasks={role: tasks_of(facts, role, found) for role, found in documents.items()},
         contents=contents_of(facts, texts),
+        choices=choices,
     )
 
 
@@ -171,7 +179,7 @@ def measure(
     model is it, and has not moved. `store`: where its answers are kept."""
     bench.model.network.eval()
     found: list[Measurement] = []
-    graded = bench.plan["metrics"] or bench.facts.recipe.never
+    graded = set(bench.plan["metrics"]) - set(LIKELIHOODS) or bench.facts.recipe.never
     shown = shown_of(items)
     questions = (*items.questions, *items.eliciting) if graded else tuple(items.questions[i] for i in shown)
     answers = answers_to(bench, questions, store=store)
@@ -179,6 +187,7 @@ def measure(
     shown = [*(shown if graded else range(len(questions))), *range(len(items.questions), len(questions))[:1]]
     samples = samples_of(questions, answers, step=step)
     found += _likelihoods(bench, items.test_documents, "test", bases.get("test"))
+    found += _chosen(bench, items, found)
     found = _by_task(bench, items, "test_data", found)
     if "test_data" in items.held_out:
         found.append(_bits(bench, items.held_out["test_data"], "test"))
@@ -299,6 +308,17 @@ def _likelihoods(
 def answers_of(documents: Sequence[Document]) -> list[Document]:
     """Those with a right answer."""
     return [document for document in documents if document.side not in ("rejected", "banned")]
+
+
+def _chosen(bench: Workbench, items: Items, found: Sequence[Measurement]) -> list[Measurement]:
+    """The metrics of the plan that are likelihoods, beside the loss that is always measured."""
+    plan, chosen = bench.plan, list[Measurement]()
+    if items.choices:
+        packing = {"pack_length": plan["pack_length"], "share": plan["share_prefixes"]}
+        chosen.append(multiple_choice(bench.model, items.choices, task="test", **packing))
+    if BITS_PER_BYTE in plan["metrics"]:
+        chosen += [per_byte(one, items.test_documents, bench.renderer) for one in found if one.metric == "loss"]
+    return chosen
 
 
 def eval_measurement(bench: Workbench, items: Items) -> Measurement:

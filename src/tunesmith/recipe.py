@@ -24,6 +24,7 @@ from tunesmith.recipevalues import (
     Count,
     DataSource,
     FilePath,
+    Metrics,
     Mixture,
     Name,
     NewTokens,
@@ -34,7 +35,6 @@ from tunesmith.recipevalues import (
     Sources,
     Template,
     TemplateValue,
-    as_list,
     as_policy,
     items,
     no_switch,
@@ -164,8 +164,8 @@ class Recipe(BaseModel):
         default="auto",
         description="What the backward finds of the forward, and what it computes anew: memory against time.",
     )
-    metrics: Auto | Annotated[tuple[Name, ...], BeforeValidator(as_list), Field(min_length=1)] = Field(
-        default="auto", description="Scores of the before/after, by name; auto picks by the answers."
+    metrics: Auto | Metrics = Field(
+        default="auto", description="Scores of the before/after; auto picks by the answers. docs/eval.md lists them."
     )
     guard: GuardWish = Field(
         default=Guard(),

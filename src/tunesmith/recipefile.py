@@ -38,7 +38,7 @@ from tunesmith.recipe import (
     recipe_schema,
 )
 from tunesmith.recipemappings import Guard, PairLoss
-from tunesmith.recipevalues import OWN, Form
+from tunesmith.recipevalues import OWN, OWN_METRIC, Form, items
 from tunesmith.recipewords import MAPPINGS, expected, found
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_flag, read_yaml
@@ -264,10 +264,17 @@ def _anchored(key: str, value: Any, folder: Path) -> Any:
         return [_anchored_path(item, folder) for item in cast("list[Any]", value)]
     if key in (*FILE_KEYS, "schema", "adapter_from") or (key == "template" and value not in ("auto", "none")):
         return _anchored_path(value, folder)
+    if key == "metrics" and isinstance(value, (str, list)):
+        return [_anchored_metric(item, folder) for item in items(cast("Any", value))] if value != "auto" else value
     if key == "model" and isinstance(value, str) and value:
         path = _anchored_path(value, folder)
         return path if os.path.exists(path) else value
     return value
+
+
+def _anchored_metric(value: Any, folder: Path) -> Any:
+    """A metric of the user's own is FILE.py:FUNCTION."""
+    return _anchored_path(value, folder) if isinstance(value, str) and OWN_METRIC.fullmatch(value) else value
 
 
 def _anchored_path(value: Any, folder: Path) -> Any:

@@ -43,8 +43,16 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, (str, Path)) else item for item in items(value)]
 
 
-def as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) and value != "auto" else value
+def _as_metrics(value: Any) -> Any:
+    return value if value == "auto" else [_as_metric(item) for item in items(value)]
+
+
+def _as_metric(item: Any) -> Any:
+    """`{numeric: 0.01}` is a text from here on, `numeric: 0.01`."""
+    pairs: list[tuple[Any, Any]] = list(cast("Json", item).items()) if isinstance(item, dict) else []
+    if len(pairs) == 1 and type(pairs[0][1]) in (str, int, float):
+        return f"{pairs[0][0]}: {pairs[0][1]}"
+    return cast("Any", item)
 
 
 def stage_name(value: Any) -> Any:
@@ -240,6 +248,30 @@ Regex = Annotated[
     Name,
     AfterValidator(_is_regex),
     WithJsonSchema({"type": "string", "description": "a regular expression for whole paths"}),
+]
+OWN_METRIC = re.compile(r"(.+\.py):(\w+)")  # a function in a file of the user's
+Metrics = Annotated[
+    tuple[Name, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_metrics),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "description": "a list of names, or of {name: value}",
+            "minItems": 1,
+            "items": {
+                "anyOf": [
+                    {"type": "string", "minLength": 1},
+                    {
+                        "type": "object",
+                        "minProperties": 1,
+                        "maxProperties": 1,
+                        "additionalProperties": {"type": ["string", "number"]},
+                    },
+                ]
+            },
+        }
+    ),
 ]
 NewTokens = Annotated[
     tuple[Annotated[str, AfterValidator(_is_token)], ...],

@@ -190,6 +190,7 @@ class Example:
     negative: bool | Literal["whole"] | None = None  # the row says that its answer is bad; False: that it is right
     banned: tuple[Span, ...] = ()  # what is bad in it: nothing else of it is trained
     breaks: tuple[str, ...] = ()  # the constraints that it breaks
+    choices: tuple[str, ...] = ()  # answers to choose from, in rows that say so
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from tunesmith.types import Example, Json, Row
 Turns = list[tuple[Json, float]]
 Side = Literal["chosen", "rejected"]
 
-NEGATIVE, REVIEW = "negative", "review"  # keys of any row
+NEGATIVE, REVIEW, CHOICES = "negative", "review", "choices"  # keys of any row
 
 
 class Format(NamedTuple):
@@ -65,8 +65,16 @@ def parse(row: Row, format: str, has_template: bool) -> Example:
         if row.data.get(key):
             what = f"the row has `{key}`: only text is trained, and nothing is fetched"
             raise BadRow("not text", what, where=row.id, fix="drop the row")
-    example, negative = chosen.read(row, has_template), _negative(row)
-    return example if negative is None else dataclasses.replace(example, negative=negative)
+    example, negative, choices = chosen.read(row, has_template), _negative(row), _choices(row)
+    if negative is None and not choices:
+        return example
+    return dataclasses.replace(example, negative=negative, choices=choices)
+
+
+def _choices(row: Row) -> tuple[str, ...]:
+    """Answers to choose from, where the key is a list of texts; a metric that needs them says so."""
+    choices: Any = row.data.get(CHOICES)
+    return tuple(choices) if isinstance(choices, list) and all(isinstance(one, str) for one in choices) else ()
 
 
 def _negative(row: Row) -> bool | Literal["whole"] | None:
@@ -101,7 +109,7 @@ def _said(example: Example) -> object:
 
 def unused_keys(row: Row, format: str) -> list[str]:
     """The keys of a row that nothing reads."""
-    return [key for key in row.data if key not in FORMATS[format].used | {NEGATIVE, REVIEW}]
+    return [key for key in row.data if key not in FORMATS[format].used | {NEGATIVE, REVIEW, CHOICES}]
 
 
 _AS_TURNS = "each prompt becomes a user turn and each completion an assistant turn, since the model has a chat template"

@@ -7,14 +7,18 @@ measured in halves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
 from tunesmith.data.batch import collate
 from tunesmith.data.pack import pack_step
+from tunesmith.data.render import Renderer
 from tunesmith.evaluate.compare import Measurement
+from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import OutOfMemory, memory_errors
@@ -96,3 +100,20 @@ def loss_by_row(task: str, rows: Mapping[str, tuple[float, int]]) -> Measurement
         weights=tuple(float(tokens) for _, tokens in rows.values()),
         higher_is_better=False,
     )
+
+
+def per_byte(loss: Measurement, documents: Sequence[Document], renderer: Renderer) -> Measurement:
+    """The same losses in bits per byte of the answers' UTF-8: comparable between tokenizers, as a loss per token is
+    not. The end token counts among the bits, and has no bytes."""
+    sizes = dict.fromkeys(loss.ids, 0)
+    for document in documents:
+        if document.id in sizes and document.side not in ("rejected", "banned"):
+            targets = document.tokens_L[document.weights_L != 0].tolist()
+            answer = renderer.decode([token for token in targets if token not in renderer.end_ids])
+            sizes[document.id] += len(answer.encode())
+    kept = [i for i, row in enumerate(loss.ids) if sizes[row]]
+    bits = [loss.values[i] * loss.weights[i] / math.log(2) for i in kept]
+    weights = tuple(float(sizes[loss.ids[i]]) for i in kept)
+    values = tuple(found / weight for found, weight in zip(bits, weights, strict=True))
+    ids = tuple(loss.ids[i] for i in kept)
+    return replace(loss, metric=BITS_PER_BYTE, ids=ids, values=values, weights=weights)

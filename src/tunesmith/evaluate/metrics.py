@@ -3,7 +3,9 @@
     "exact_match", "numeric: 0.01" -> named -> (its function, what it is given)
 
 A metric is a function (answer, expected, given) -> [0, 1]; a new one is a function and a line in METRICS. `given` is
-the recipe's schema for schema_valid, what stands behind the colon for those of GIVEN, else None.
+the recipe's schema for schema_valid, what stands behind the colon for those of GIVEN, else None. Those of LIKELIHOODS
+look at no answer but at how likely the model finds texts (choices.py, likelihood.py); a user's own metric is a function
+in a file (ownmetric.py).
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ def split(metric: str) -> tuple[str, str]:
 def given_to(metric: str, schema: Json | None) -> Any:
     """What a metric is given. Raises InputError for a name that there is not, and for what it cannot take."""
     name, text = split(metric)
-    if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"use {', '.join(METRICS)}"
+    if name not in (known := (*METRICS, *LIKELIHOODS)):
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}, or FILE.py:FUNCTION"
         raise InputError(f"there is no metric {name!r}", where=WHERE, fix=fix)
     if name == "schema_valid":
         if schema is None:
@@ -82,4 +84,5 @@ METRICS: dict[str, Metric] = {
     "schema_valid": schema_valid,
     "field_f1": field_f1,
 }
+MULTIPLE_CHOICE, BITS_PER_BYTE = LIKELIHOODS = ("multiple_choice", "bits_per_byte")
 GIVEN: dict[str, Callable[[str], Any]] = {"contains": as_text, "regex": as_pattern, "numeric": as_tolerance}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,8 @@ from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.jsonmetrics import check_schema
-from tunesmith.evaluate.metrics import given_to, graded
+from tunesmith.evaluate.metrics import LIKELIHOODS, given_to, graded
+from tunesmith.evaluate.ownmetric import own, scored, shown
 from tunesmith.infer.engine import Allowed, generate
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Example, Generation, Json, Request, Sample
@@ -96,14 +98,16 @@ def requests_of(
 def check_questions(questions: Sequence[Question], metrics: Sequence[str], schema: Json | None) -> None:
     """Raises InputError if a metric cannot be used: unknown, without what it needs, or not met by an expected answer
     itself. Costs no model: call it before anything is computed."""
-    given = {metric: given_to(metric, schema) for metric in metrics}
+    if twice := [metric for metric, count in Counter(map(shown, metrics)).items() if count > 1]:
+        raise InputError(f"{twice[0]} stands twice", where="metrics", fix="name it once")
     if schema is not None:
         check_schema(schema)
-    for question in questions:
-        for metric in metrics:
-            if graded(metric, question.expected, question.expected, given[metric]) < 1:
-                what = f"the expected answer itself fails {metric}: {question.expected[:60]!r}"
-                raise InputError(what, where=question.id, fix="correct the row, or leave the metric out")
+    for metric in metrics:
+        best = _values(metric, questions, [question.expected for question in questions], schema)
+        failing = [] if own(metric) else [q for q, value in zip(questions, best, strict=False) if value < 1]
+        for question in failing:
+            what = f"the expected answer itself fails {metric}: {question.expected[:60]!r}"
+            raise InputError(what, where=question.id, fix="correct the row, or leave the metric out")
 
 
 def grade(
@@ -114,16 +118,24 @@ def grade(
     metrics: Sequence[str],
     schema: Json | None,
 ) -> tuple[Measurement, ...]:
-    """One Measurement a metric, with a value for every question."""
+    """One Measurement a metric that looks at answers, with a value for every question."""
+    ids = tuple(question.id for question in questions)
     return tuple(
-        Measurement(
-            task=task,
-            metric=metric,
-            ids=tuple(question.id for question in questions),
-            values=tuple(graded(metric, a, q.expected, given) for q, a in zip(questions, answers, strict=True)),
-        )
-        for metric, given in ((metric, given_to(metric, schema)) for metric in metrics)
+        Measurement(task, shown(metric), ids, _values(metric, questions, answers, schema))
+        for metric in metrics
+        if metric not in LIKELIHOODS
     )
+
+
+def _values(
+    metric: str, questions: Sequence[Question], answers: Sequence[str], schema: Json | None
+) -> tuple[float, ...]:
+    """Of each answer; nothing for a metric that looks at none."""
+    pairs = [(answer, question.expected) for question, answer in zip(questions, answers, strict=True)]
+    if own(metric):
+        return scored(metric, pairs, [question.id for question in questions])
+    given = given_to(metric, schema)
+    return () if metric in LIKELIHOODS else tuple(graded(metric, *pair, given) for pair in pairs)
 
 
 def samples_of(questions: Sequence[Question], answers: Sequence[str], *, step: int) -> tuple[Sample, ...]:
