@@ -25,7 +25,7 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import facts, run
+from tunesmith import afterwards, facts, run
 from tunesmith.errors import GateError, InputError
 from tunesmith.jsonfile import read_json
 from tunesmith.model.provenance import read_provenance
@@ -154,7 +154,7 @@ def test_before_is_the_model_that_training_starts_from(
     base = train(recipe(tiny_folder, tmp_path / "base", test_data=files["test_data"], dtype=dtype, max_steps=1))
     of_base = next(e for e in base if isinstance(e, Score) and (e.metric, e.step) == ("loss", 0))
     assert before.value < of_base.value - 0.3
-    again = {c.metric: c for c in run.evaluate(Path(str(wish.output_dir)))}
+    again = {c.metric: c for c in afterwards.evaluate(Path(str(wish.output_dir)))}
     assert again["loss"].before.value == pytest.approx(before.value, rel=1e-6)
 
 
@@ -231,9 +231,9 @@ def test_a_finished_run_answers_without_the_adapter_it_started_from(tiny_folder:
     peft_adapter(tiny_folder, tmp_path / "theirs")
     train(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
     shutil.rmtree(tmp_path / "theirs")
-    assert isinstance(next(run.chat(tmp_path / "run", ["1 and 1"])), str)
+    assert isinstance(next(afterwards.chat(tmp_path / "run", ["1 and 1"])), str)
     with pytest.raises(InputError, match="no adapter here"):
-        run.evaluate(tmp_path / "run")
+        afterwards.evaluate(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- what it belongs to
@@ -272,17 +272,17 @@ def test_an_adapter_folder_says_what_it_belongs_to(first: Recipe, tiny_folder: P
 def test_reopening_says_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
     wish = recipe(shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path)
     train(wish)
-    assert next(run.chat(tmp_path / "run", ["1 and 1"])) is not None
+    assert next(afterwards.chat(tmp_path / "run", ["1 and 1"])) is not None
     config = tmp_path / "model" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": "<|start|>"}))
     with pytest.raises(InputError, match="names of special tokens: sha256"):
-        run.reopen(tmp_path / "run")
+        afterwards.reopen(tmp_path / "run")
     template = tmp_path / "model" / "chat_template.jinja"
     template.write_text(template.read_text() + "{# more #}")
     save_model_folder(tmp_path / "model2", seed=3)
     shutil.copy(tmp_path / "model2" / "model.safetensors", tmp_path / "model" / "model.safetensors")
     with pytest.raises(InputError) as caught:
-        run.reopen(tmp_path / "run")
+        afterwards.reopen(tmp_path / "run")
     lines = caught.value.what.splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == ["base weights model.safetensors", "chat template default"]
 
@@ -295,7 +295,7 @@ def test_golden_ids_tell_of_another_tokenization_by_the_same_files(first: Recipe
     content["golden"][1]["ids"][5] += 1
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"not as the run wrote it: tunesmith\.json"):
-        run.reopen(tmp_path / "copy")
+        afterwards.reopen(tmp_path / "copy")
     with pytest.raises(InputError, match=r"golden prompt 2: \d+ tokens -> \d+, they differ from token 6 on"):
         plan_of(recipe(Path(wish.model), tmp_path / "new", adapter_from=tmp_path / "copy", data=new_rows(tmp_path)))
 

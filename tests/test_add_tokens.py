@@ -21,7 +21,7 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import facts, run, stages, verbs
+from tunesmith import afterwards, facts, run, stages, verbs
 from tunesmith.data.batch import collate
 from tunesmith.errors import InputError
 from tunesmith.recipe import Recipe
@@ -142,7 +142,7 @@ def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
     if base.config.vocab_size < len(AutoTokenizer.from_pretrained(adapter)):
         base.resize_token_embeddings(261)
     theirs: Any = PeftModel.from_pretrained(base, adapter).eval()
-    bench = run.reopen(place(first))
+    bench = afterwards.reopen(place(first))
     document = bench.rows.documents(0)[0]
     tokens = document.tokens_L.tolist()
     batch = collate(Pack((document,)))
@@ -163,7 +163,7 @@ def test_a_resumed_run_has_the_same_bytes(first: Recipe, model: Path, tmp_path: 
 def test_before_is_the_base_with_the_tokens_as_they_started(first: Recipe) -> None:
     events = [json.loads(line) for line in (place(first) / "events.jsonl").read_text().splitlines()]
     before = {e["metric"]: e["value"] for e in events if e["type"] == "score" and e["step"] == 0}
-    again = {one.metric: one for one in run.evaluate(place(first))}
+    again = {one.metric: one for one in afterwards.evaluate(place(first))}
     assert again["loss"].before.value == pytest.approx(before["loss"], rel=1e-6)
     assert again["loss"].after.value < again["loss"].before.value - 0.1
 
@@ -194,7 +194,7 @@ def test_other_methods_learn_them_too(tiny_folder: Path, tmp_path: Path, changed
     own = wish(tiny_folder, tmp_path, num_train_epochs=3, **changed)
     steps = steps_of(train(own))
     assert steps[-1].loss < steps[0].loss - 0.3
-    assert run.export(place(own), "merged").parity.mean_kl < 1e-6
+    assert afterwards.export(place(own), "merged").parity.mean_kl < 1e-6
 
 
 def test_pairs_are_compared_with_the_base(tiny_folder: Path, tmp_path: Path) -> None:
@@ -237,8 +237,8 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> None:
     path = place(first)
-    assert run.export(path, "peft", out=tmp_path / "peft").parity.mean_kl < 1e-9
-    merged = run.export(path, "merged", out=tmp_path / "merged")
+    assert afterwards.export(path, "peft", out=tmp_path / "peft").parity.mean_kl < 1e-9
+    merged = afterwards.export(path, "merged", out=tmp_path / "merged")
     assert (merged.parity.mean_kl < 1e-9, merged.parity.same_prompts) == (True, 4)
     old, new = load_file(model / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     assert torch.equal(new["model.embed_tokens.weight"][:259], old["model.embed_tokens.weight"][:259])
@@ -248,4 +248,4 @@ def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> No
     plan = plan_of(recipe(tmp_path / "merged", tmp_path / "next", data=rows))
     assert plan.model.vocab_size == size, "a model for the next run"
     with pytest.raises(InputError, match="a GGUF adapter has no place for the rows of new tokens"):
-        run.export(path, "gguf", kind="lora", out=tmp_path / "lora")
+        afterwards.export(path, "gguf", kind="lora", out=tmp_path / "lora")

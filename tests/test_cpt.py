@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_run import adapter_bytes, measured_files, plan_of, recipe, steps_of, sums, train, until_saved, write_rows
-from tunesmith import facts, run
+from tunesmith import afterwards, facts, run
 from tunesmith.errors import InputError
 from tunesmith.recipe import Recipe
 from tunesmith.types import Event, Json, Score, Verdict
@@ -65,7 +65,7 @@ def test_texts_are_measured_in_bits_per_byte_before_after_and_on_the_way(tiny_fo
     assert found["test"].high < 0, "the domain is learnt"
     looks = Counter(one.task for one in events if isinstance(one, Score) and 0 < one.step < len(steps_of(events)))
     assert looks["eval"] == looks["general text"] == (len(steps_of(events)) - 1) // 5
-    again = {one.task: one for one in run.evaluate(tmp_path / "run")}
+    again = {one.task: one for one in afterwards.evaluate(tmp_path / "run")}
     assert again["test"].after.value == pytest.approx(found["test"].after.value)
 
 

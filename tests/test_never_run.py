@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tiny_run import adapter_bytes, chat, plan_of, recipe, steps_of, sums, talker, train, until_saved, write_rows
-from tunesmith import cli, run
+from tunesmith import afterwards, cli, run
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import from_json
 from tunesmith.recipe import Recipe
@@ -100,4 +100,4 @@ def test_baselines_are_of_constraints(tiny_folder: Path, tmp_path: Path) -> None
     }
     train(wish(tiny_folder, tmp_path, **files, never=[]))
     with pytest.raises(InputError, match="baselines are of what no answer may say"):
-        run.baselines(tmp_path / "run")
+        afterwards.baselines(tmp_path / "run")

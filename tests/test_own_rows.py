@@ -20,7 +20,7 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import facts, ownrows, run
+from tunesmith import afterwards, facts, ownrows, run
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import read_json
 from tunesmith.ownrows import repeated, written
@@ -98,7 +98,7 @@ def test_a_run_that_was_moved_still_finds_its_rows(straight: tuple[Path, list[Ev
     away = straight[0] / "run" / "rehearsal.jsonl"
     away.rename(away.with_suffix(".away"))
     try:
-        assert run.reopen(moved).rehearsal is not None
+        assert afterwards.reopen(moved).rehearsal is not None
     finally:
         away.with_suffix(".away").rename(away)
 

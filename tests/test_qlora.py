@@ -19,7 +19,7 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import facts, run
+from tunesmith import afterwards, facts, run
 from tunesmith.errors import InputError
 from tunesmith.identity import identity_of
 from tunesmith.jsonfile import read_json
@@ -41,9 +41,9 @@ def test_a_run_is_proven_trains_and_is_reopened(dtype: str, tiny_folder: Path, t
     steps = steps_of(events)
     assert len(steps) == 3
     assert steps[-1].loss < steps[0].loss
-    first, again = read_json(tmp_path / "run" / "record.json")["comparisons"], run.evaluate(tmp_path / "run")
+    first, again = read_json(tmp_path / "run" / "record.json")["comparisons"], afterwards.evaluate(tmp_path / "run")
     assert [c["after"]["value"] for c in first] == [c.after.value for c in again]
-    assert len(list(run.chat(tmp_path / "run", ["1 and 1"]))) == 1
+    assert len(list(afterwards.chat(tmp_path / "run", ["1 and 1"]))) == 1
 
 
 def test_the_base_is_another_than_that_of_lora(tiny_folder: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_without_bitsandbytes_a_run_is_not_reopened(
     train(qlora(tiny_folder, tmp_path))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
-        run.reopen(tmp_path / "run")
+        afterwards.reopen(tmp_path / "run")
 
 
 def test_another_bitsandbytes_is_another_run(tiny_folder: Path, tmp_path: Path) -> None:

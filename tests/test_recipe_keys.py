@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import load
 
 from tiny_run import adapter_bytes, chat, measured_files, recipe, save_model_folder, steps_of, sums, train, write_rows
-from tunesmith import facts, run
+from tunesmith import afterwards, facts
 from tunesmith.data.formats import FORMATS
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import read_json
@@ -400,7 +400,7 @@ def lora_dropout(lab: Lab) -> None:
 
 def lora_target_modules(lab: Lab) -> None:
     lab.events(lora_target_modules=["q_proj", "layers.1.mlp.up_proj"])
-    assert set(run.reopen(lab.output).model.network.state_dict()) & {"model.layers.0.self_attn.q_proj.lora_A"}
+    assert set(afterwards.reopen(lab.output).model.network.state_dict()) & {"model.layers.0.self_attn.q_proj.lora_A"}
     assert len(adapter_bytes(lab.last)) < len(lab.adapter())
     for wish, layers in (("attention", 8), ("mlp", 6), (r".*\.1\..*_proj", 7)):
         assert len(load(lab.adapter(lora_target_modules=wish))) == 2 * layers
@@ -433,7 +433,7 @@ def dtype(lab: Lab) -> None:
 def attention(lab: Lab) -> None:
     expected = losses(lab.steps(attention="reference"))
     assert losses(lab.steps(attention="mask")) == pytest.approx(expected, rel=1e-4)
-    assert run.reopen(lab.output).model.backend == "mask"
+    assert afterwards.reopen(lab.output).model.backend == "mask"
     with pytest.raises(ValidationError, match="attention"):
         lab.events(attention="flash")
 
@@ -444,7 +444,7 @@ def activations(lab: Lab) -> None:
         assert lab.adapter(activations=policy, lora_dropout=0.5) == kept, "the same gradients, to the bit"
         planned[policy] = read_json(lab.output / "plan.json")["memory_bytes"]["activations"]
     assert planned["keep"] > planned["selective"] > planned["recompute"]
-    layers = run.reopen(lab.output).model.decoder.layers
+    layers = afterwards.reopen(lab.output).model.decoder.layers
     assert [getattr(layer, "gradient_checkpointing", False) for layer in layers] == [True, False]
     lab.events(activations=True)
     assert read_json(lab.output / "plan.json")["choices"]["activations"]["value"] == "recompute"

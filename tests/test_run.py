@@ -28,7 +28,7 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import __version__, facts, run
+from tunesmith import __version__, afterwards, facts, run
 from tunesmith.atomic import damage
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.evaluate.compare import Measured, compare_all
@@ -51,7 +51,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def our_logits(path: Path) -> torch.Tensor:
     """Of a finished run's model, through our own layers."""
-    model = run.reopen(path).model
+    model = afterwards.reopen(path).model
     with torch.no_grad():
         return model.head.logits(model.hidden(one_batch([DOCUMENT])))
 
@@ -139,7 +139,7 @@ def test_the_adapter_says_how_it_is_served_and_what_it_belongs_to(finished: Path
 
 def test_evaluating_again_finds_what_the_record_says(finished: Path) -> None:
     record = from_json(RunRecord, read_json(finished / "record.json"))
-    again = run.evaluate(finished)
+    again = afterwards.evaluate(finished)
     for then, now in zip(record.comparisons, again, strict=True):
         assert (then.task, then.metric) == (now.task, now.metric)
         assert now.before.value == pytest.approx(then.before.value, abs=1e-6)
@@ -155,12 +155,12 @@ def test_what_was_learned_by_heart_is_said_in_chat_and_scored(tiny_folder: Path,
     wish = recipe(tiny_folder, tmp_path, data=data, test_data=test, num_train_epochs=80, lora_r=8, metrics=["field_f1"])
     scores = [event for event in train(wish) if isinstance(event, Score) and event.metric == "field_f1"]
     assert [score.value for score in scores] == [0, 1]
-    assert next(run.chat(tmp_path / "run", ["red"])) == '{"a": 1}'
-    assert next(run.chat(tmp_path / "run", ["blue"])) == '{"b": 22}'
+    assert next(afterwards.chat(tmp_path / "run", ["red"])) == '{"a": 1}'
+    assert next(afterwards.chat(tmp_path / "run", ["blue"])) == '{"b": 22}'
 
 
 def test_a_chat_is_one_conversation(finished: Path) -> None:
-    chatting = run.chat(finished, ["3 and 9", "and now something else" * 30])
+    chatting = afterwards.chat(finished, ["3 and 9", "and now something else" * 30])
     next(chatting)
     with pytest.raises(InputError, match="fills the context"):
         next(chatting)
@@ -329,6 +329,6 @@ def test_reopening_needs_a_finished_adapter(tiny_folder: Path, tmp_path: Path) -
     wish = recipe(tiny_folder, tmp_path, save_steps=1)
     until_saved(run.train(plan_of(wish)), step=1)
     with pytest.raises(InputError, match="no adapter yet"):
-        run.reopen(tmp_path / "run")
+        afterwards.reopen(tmp_path / "run")
     with pytest.raises(InputError, match="not a run folder"):
-        run.evaluate(tmp_path / "nowhere")
+        afterwards.evaluate(tmp_path / "nowhere")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tiny_run import chat, recipe, steps_of, sums, train, write_rows
-from tunesmith import run, stages, verbs
+from tunesmith import afterwards, stages, verbs
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import read_json
 from tunesmith.plan.staged import StagedPlan
@@ -138,8 +138,8 @@ def test_the_plan_of_a_later_stage_is_known_before_the_first(straight: tuple[Pat
 
 def test_what_comes_after_a_run_takes_the_last_stage(straight: tuple[Path, list[Event]], tmp_path: Path) -> None:
     folder = straight[0]
-    assert isinstance(next(run.chat(folder, ["1 and 1"])), str)
-    assert run.export(folder, "peft", out=tmp_path / "peft").path == str(tmp_path / "peft")
+    assert isinstance(next(afterwards.chat(folder, ["1 and 1"])), str)
+    assert afterwards.export(folder, "peft", out=tmp_path / "peft").path == str(tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
 
 
@@ -213,7 +213,7 @@ def test_what_no_adapter_can_go_on_from_is_merged(merged: Any, tiny_folder: Path
     base = tmp_path / "one" / "model"
     if kind == OTHER_RANK:
         base = tmp_path / "base"
-        run.export(tmp_path / "one", "merged", out=base)
+        afterwards.export(tmp_path / "one", "merged", out=base)
         assert [v.evidence.split(":")[0] for v in events if isinstance(v, Verdict) and v.kind == "merged"] == [
             "stages/1-cpt/merged"
         ]
@@ -244,7 +244,7 @@ def test_a_merged_run_is_measured_from_the_base(merged: Any) -> None:
     assert (general.before.value, general.after.value) == pytest.approx(
         (base["general text", "bits_per_byte"], end["general text", "bits_per_byte"]), rel=1e-4
     )
-    assert isinstance(next(run.chat(folder, ["1 and 1"])), str)
+    assert isinstance(next(afterwards.chat(folder, ["1 and 1"])), str)
 
 
 @pytest.mark.parametrize(("stage", "saved"), [(2, None), (2, 2)])

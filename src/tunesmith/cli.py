@@ -25,7 +25,7 @@ import typer
 from typer.main import get_command
 
 from tunesmith import clidata, dataverbs, verbs
-from tunesmith.commandline import AsJson, Run, Told, Wish, asked, questions, read_wish, say
+from tunesmith.commandline import AllowCode, AsJson, Run, Told, Wish, asked, questions, read_wish, say
 from tunesmith.errors import GateError, InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes
 from tunesmith.runfolder import is_run, is_staged
@@ -179,11 +179,13 @@ def tune_lr(
             say(found, view, as_json=as_json)
 
 
-def train(wish: Wish = None, as_json: AsJson = False) -> None:
+def train(wish: Wish = None, allow_code: AllowCode = False, as_json: AsJson = False) -> None:
     """Plan, prove, measure, train, measure again; all in one run folder."""
     known = verbs.gather(read_wish(wish))
     decided = verbs.plan(known)
-    _follow(verbs.train(decided, known), Path(decided["output_dir"]), decided.steps, as_json=as_json)
+    _follow(
+        verbs.train(decided, known, allow_code=allow_code), Path(decided["output_dir"]), decided.steps, as_json=as_json
+    )
 
 
 def resume(
@@ -194,10 +196,11 @@ def resume(
     from_step: Annotated[
         int | None, typer.Option(help="The checkpoint to go on from; else the newest valid one.", show_default=False)
     ] = None,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run that was interrupted, after its last checkpoint."""
-    events = verbs.resume(folder, allow_drift=allow_drift, from_step=from_step)
+    events = verbs.resume(folder, allow_drift=allow_drift, from_step=from_step, allow_code=allow_code)
     _follow(events, folder, verbs.read_plan(folder).steps, as_json=as_json)
 
 
@@ -206,16 +209,17 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="What `never` came to, beside a told base and banned tokens.")
     ] = False,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a finished run again: the base and the adapter on the same items."""
     from tunesmith.display import baseline_table, comparison_table
 
     if baselines:
-        found = verbs.baselines(folder)
+        found = verbs.baselines(folder, allow_code=allow_code)
         say({"baselines": found}, baseline_table(found), as_json=as_json)
         return
-    comparisons = verbs.evaluate(folder)
+    comparisons = verbs.evaluate(folder, allow_code=allow_code)
     say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
 
 

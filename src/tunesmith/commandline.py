@@ -36,6 +36,7 @@ Told = Annotated[
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run metrics that are Python files: FILE.py:FUNCTION.")]
 
 PIPE_WIDTH = 120
 

@@ -22,6 +22,7 @@ from tunesmith.atomic import sha256_of
 from tunesmith.errors import InputError
 from tunesmith.facts import Facts
 from tunesmith.jsonfile import read_json, to_json
+from tunesmith.recipevalues import own_metric
 from tunesmith.types import Json, Plan
 from tunesmith.version import __version__
 
@@ -40,6 +41,8 @@ def identity_of(plan: Plan, facts: Facts, recipe: Json) -> Json:
     for role, path in (("retention_data", facts.recipe.retention_data), ("schema", facts.recipe.answer_schema)):
         if path is not None and path.is_file():
             files[role] = sha256_of(path)
+    own = [found[0] for metric in plan["metrics"] if (found := own_metric(metric))]
+    files |= {f"metrics.{path.name}": sha256_of(path) for path in own if path.is_file()}
     if facts.adapter is not None:
         files["adapter_from"] = facts.adapter.sha256
     return to_json(

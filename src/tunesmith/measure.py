@@ -23,6 +23,7 @@ from tunesmith.evaluate.divergence import Base, held_out_beside
 from tunesmith.evaluate.likelihood import held_out_loss, per_byte
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, LIKELIHOODS, MULTIPLE_CHOICE
 from tunesmith.evaluate.never import ELICITING, bad_logp, violations
+from tunesmith.evaluate.ownmetric import refuse_code
 from tunesmith.evaluate.preference import preference
 from tunesmith.evaluate.retention import BITS, GeneralText, read_texts, retention, retention_beside
 from tunesmith.evaluate.tasks import (
@@ -66,8 +67,10 @@ class Items:
         return bool(self.eval_documents or "eval_data" in self.held_out or self.watched)
 
 
-def items_of(plan: Plan, facts: Facts) -> Items:
-    """Raises InputError for a metric that the rows cannot be measured with, and for a single item of a kind."""
+def items_of(plan: Plan, facts: Facts, *, allow_code: bool = False) -> Items:
+    """Raises InputError for a metric that the rows cannot be measured with, for a single item of a kind, and for a
+    metric of the user's own without `allow_code`: every way to run one leads through here."""
+    refuse_code(plan["metrics"], allowed=allow_code)
     texts, adaptive = general_texts(facts), "rehearsal_margin" in plan.choices
     if facts.corpus is not None:
         held_out = held_out_texts(facts)

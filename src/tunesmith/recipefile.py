@@ -38,7 +38,7 @@ from tunesmith.recipe import (
     recipe_schema,
 )
 from tunesmith.recipemappings import Guard, PairLoss
-from tunesmith.recipevalues import OWN, OWN_METRIC, Form, items
+from tunesmith.recipevalues import OWN, Form, items, own_metric
 from tunesmith.recipewords import MAPPINGS, expected, found
 from tunesmith.types import Json
 from tunesmith.yamlfile import Document, read_flag, read_yaml
@@ -274,7 +274,7 @@ def _anchored(key: str, value: Any, folder: Path) -> Any:
 
 def _anchored_metric(value: Any, folder: Path) -> Any:
     """A metric of the user's own is FILE.py:FUNCTION."""
-    return _anchored_path(value, folder) if isinstance(value, str) and OWN_METRIC.fullmatch(value) else value
+    return _anchored_path(value, folder) if isinstance(value, str) and own_metric(value) else value
 
 
 def _anchored_path(value: Any, folder: Path) -> Any:

@@ -55,6 +55,12 @@ def _as_metric(item: Any) -> Any:
     return cast("Any", item)
 
 
+def own_metric(metric: str) -> tuple[Path, str] | None:
+    """The file and the function, if a metric is one of the user's own: `my_metrics.py:score`."""
+    found = re.fullmatch(r"(.+\.py):(\w+)", metric)
+    return (Path(found[1]), found[2]) if found and ": " not in metric else None
+
+
 def stage_name(value: Any) -> Any:
     """`pt` is what LLaMA-Factory calls it."""
     return "cpt" if value == "pt" else value
@@ -249,7 +255,6 @@ Regex = Annotated[
     AfterValidator(_is_regex),
     WithJsonSchema({"type": "string", "description": "a regular expression for whole paths"}),
 ]
-OWN_METRIC = re.compile(r"(.+\.py):(\w+)")  # a function in a file of the user's
 Metrics = Annotated[
     tuple[Name, ...],
     Field(min_length=1),

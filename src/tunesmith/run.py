@@ -22,37 +22,20 @@ import yaml
 from tunesmith import beginning, facts
 from tunesmith.atomic import new_folder
 from tunesmith.data.contamination import refuse_tested
-from tunesmith.data.dataset import Dataset
 from tunesmith.data.rejected import refuse_bad_rows, write_rejected
 from tunesmith.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.evaluate.compare import Measured, compare_all, moved, shown_answers
 from tunesmith.evaluate.madepairs import with_made_pairs
 from tunesmith.evaluate.preference import displaced, with_references
-from tunesmith.export.base import choose_base
-from tunesmith.export.finished import open_finished
-from tunesmith.export.parity import Job, witnesses_of
-from tunesmith.export.targets import (
-    Exported,
-    bytes_needed,
-    exported,
-    facts_of,
-    format_of,
-    place_of,
-    proven,
-    refuse_what_it_lacks,
-)
 from tunesmith.facts import Facts
 from tunesmith.identity import identity_of
-from tunesmith.infer.engine import stream
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.measure import (
     Items,
-    answered,
     eval_scores,
     general_bits,
     items_of,
     measure,
-    untrained,
 )
 from tunesmith.model.adapters import trainable
 from tunesmith.model.memory import memory_errors
@@ -61,7 +44,6 @@ from tunesmith.model.saved import save_adapter, save_model, save_serving_files
 from tunesmith.ownrows import with_own_rows
 from tunesmith.plan.plan import refuse_without_room
 from tunesmith.plan.rehearsal import next_ratio
-from tunesmith.reopened import before_training, reopen
 from tunesmith.resumption import Start, drift_of, go_on
 from tunesmith.runfolder import (
     ADAPTER,
@@ -82,7 +64,7 @@ from tunesmith.scales import scale_curve
 from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
 from tunesmith.train.training import Settings, Training
-from tunesmith.types import Comparison, Event, Json, Plan, Request, RunRecord, Saved, StepResult, Verdict
+from tunesmith.types import Event, Plan, RunRecord, Saved, StepResult, Verdict
 from tunesmith.version import __version__
 from tunesmith.workbench import Workbench, set_up
 
@@ -99,12 +81,12 @@ class _Run:
     wish: StopWish
 
 
-def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
+def train(plan: Plan, known: Facts | None = None, *, allow_code: bool = False) -> Iterator[Event]:
     """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError
     or InputError before anything is loaded when it cannot fit, be measured or be written, GateError when the proof
     fails, Interrupted after a signal."""
     known, path = known or facts.regather(plan), Path(plan["output_dir"])
-    items = check(plan, known, path / REJECTED if is_free(path) else None)
+    items = check(plan, known, path / REJECTED if is_free(path) else None, allow_code=allow_code)
     anew = "nothing is trained yet: start it again" if whole_run(path) == path else _going_on(path)
     with StopWish(anew) as wish, RunFolder.create(path) as folder:
         with wish.at_once(), memory_errors():
@@ -118,15 +100,18 @@ def train(plan: Plan, known: Facts | None = None) -> Iterator[Event]:
         yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
 
 
-def check(plan: Plan, known: Facts, rejected: Path | None = None) -> Items:
-    """What is refused before anything is loaded, and else what will be measured. `rejected`: a file for bad rows."""
+def check(plan: Plan, known: Facts, rejected: Path | None = None, *, allow_code: bool = False) -> Items:
+    """What is refused before anything is loaded, and else what will be measured. `rejected`: a file for bad rows.
+    `allow_code`: metrics of the user's own may run."""
     refuse_without_room(plan)
     refuse_tested(known.datasets)
     refuse_bad_rows(known.datasets, plan.data, rejected, skip_bad=known.recipe.skip_bad)
-    return items_of(plan, known)
+    return items_of(plan, known, allow_code=allow_code)
 
 
-def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
+def resume(
+    path: Path, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
+) -> Iterator[Event]:
     """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises InputError when
     what the run stands on has changed; with `allow_drift` it says so, and takes the first measures again."""
     with StopWish(_going_on(path)) as wish, RunFolder.open(path) as folder:
@@ -137,7 +122,7 @@ def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = Non
         with wish.at_once():
             known = facts.gather_as_is(plan, path)
             start = go_on(folder, plan, known, allow_drift=allow_drift, from_step=from_step)
-            items = items_of(plan, known)
+            items = items_of(plan, known, allow_code=allow_code)
         if start.drifted:
             (path / BEFORE).unlink(missing_ok=True)
         yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
@@ -291,71 +276,3 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
         drift=drift_of(run.folder.path),
         moved=moved(before, after, step=len(steps)),
     )
-
-
-# ---------------------------------------------------------------- after a run
-
-
-def evaluate(path: Path) -> tuple[Comparison, ...]:
-    """The before/after of a finished run, measured again."""
-    bench = reopen(path)
-    items, step = items_of(bench.plan, bench.facts), bench.plan.steps
-    identity = identity_of(bench.plan, bench.facts, bench.plan.recipe)
-    after = measure(bench, items, step=step, store=beginning.store_of(path, identity, path / "adapter"))
-    start = facts.start_of(bench.plan, bench.facts.model.path)
-    with before_training(bench, bench.plan):
-        before = measure(bench, items, step=0, store=beginning.store_of(path, identity, start))
-    return compare_all(before, after, step=step)
-
-
-def baselines(path: Path) -> dict[str, tuple[Comparison, ...]]:
-    """What a finished run made of its constraints, beside what costs no training: each baseline, and how the trained
-    model differs from it on the same items. Raises InputError for a run without constraints or questions."""
-    bench = reopen(path)
-    items, step = items_of(bench.plan, bench.facts), bench.plan.steps
-    if not bench.facts.recipe.never or not items.questions:
-        what = "baselines are of what no answer may say, on prompts of `test_data`"
-        raise InputError(what, where=str(path), fix="give the recipe `never` and `test_data`, and train again")
-    trained = answered(bench, items)
-    with before_training(bench, bench.plan):
-        found = untrained(bench, items)
-    return {name: compare_all(measured, trained, step=step) for name, measured in found.items()}
-
-
-def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
-    """Answers of the trained model, one conversation; each answer comes whole."""
-    bench = reopen(path)
-    bench.model.network.eval()
-    messages: list[Json] = list(_system(bench.rows))
-    for question in questions:
-        messages.append({"role": "user", "content": question})
-        request = Request(bench.renderer.prompt(messages), max_new_tokens=512)
-        pieces = stream(bench.model, request, decode=bench.renderer.decode, end_ids=bench.renderer.end_ids)
-        answer = "".join(pieces)
-        messages.append({"role": "assistant", "content": answer})
-        yield answer
-
-
-def export(
-    path: Path, target: str, *, kind: str | None = None, base: str = "auto", out: Path | None = None
-) -> Exported:
-    """A finished run in another form. It gets its name once it is proven: read back as others read it, it must answer
-    as the run does. `base`: what an adapter trained on 4-bit weights is merged into. Raises InputError for what cannot
-    be exported, GateError when the export is not the run."""
-    kind, form = format_of(target, kind)
-    finished = open_finished(path)
-    place = place_of(finished, target, kind, out)
-    refuse_what_it_lacks(finished, form)
-    needed, witnesses = bytes_needed(finished, form), witnesses_of(finished)
-    chosen = choose_base(finished, witnesses, base, merges=form.width != 0)
-    with new_folder(place, facts=facts_of(finished), needed_bytes=needed, key="--out") as folder:
-        job = Job(finished, folder, kind, witnesses, chosen.base)
-        form.write(job)
-        parity = proven(job, form)
-    return exported(place, target, kind, parity, chosen)
-
-
-def _system(rows: Dataset) -> tuple[Json, ...]:
-    """The system message that training rows begin with: served the same way."""
-    messages = rows.example(0).messages if len(rows) else ()
-    return messages[:1] if messages and messages[0]["role"] == "system" else ()

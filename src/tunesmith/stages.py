@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from tunesmith import facts, run
+from tunesmith import afterwards, facts, run
 from tunesmith.atomic import damage, write_file
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, compare_all, shown_answers
@@ -100,22 +100,25 @@ def _why_merged(before: Plan, after: Facts, name: str) -> str:
 # ---------------------------------------------------------------- a run
 
 
-def train(staged: StagedPlan, known: Sequence[Facts] | None = None) -> Iterator[Event]:
+def train(staged: StagedPlan, known: Sequence[Facts] | None = None, *, allow_code: bool = False) -> Iterator[Event]:
     """A new run. Raises what `run.train` raises; what any stage would refuse is refused before the first begins."""
     known = known or tuple(facts.regather(plan) for plan in staged.plans)
     for plan, one in zip(staged.plans, known, strict=True):
-        run.check(plan, one)
+        run.check(plan, one, allow_code=allow_code)
     with RunFolder.create(Path(staged.output_dir)) as folder:
         folder.write_json(STAGES, staged)
-        yield from _stages(folder, staged, known[0])
+        yield from _stages(folder, staged, known[0], allow_code=allow_code)
 
 
-def resume(path: Path, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
+def resume(
+    path: Path, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
+) -> Iterator[Event]:
     """Goes on with the first stage that is not finished, then with those after it. `from_step` is of that stage."""
     with RunFolder.open(path) as folder:
         if (path / RECORD).exists():
             raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
-        yield from _stages(folder, read_staged(path), None, allow_drift=allow_drift, from_step=from_step)
+        allowed = {"allow_drift": allow_drift, "from_step": from_step, "allow_code": allow_code}
+        yield from _stages(folder, read_staged(path), None, **allowed)
 
 
 def read_staged(path: Path) -> StagedPlan:
@@ -129,6 +132,7 @@ def _stages(
     *,
     allow_drift: bool = False,
     from_step: int | None = None,
+    allow_code: bool = False,
 ) -> Iterator[Event]:
     places = _places(folder.path, staged)
     for number, (place, plan) in enumerate(zip(places, staged.plans, strict=True)):
@@ -138,20 +142,23 @@ def _stages(
         folder.append_event(stage)
         yield stage
         if (place / PLAN).exists():
-            yield from run.resume(place, allow_drift=allow_drift, from_step=from_step)
+            yield from run.resume(place, allow_drift=allow_drift, from_step=from_step, allow_code=allow_code)
         elif number == 0:
-            yield from run.train(*((plan, first) if first else _begun(plan, place, {})))
+            begun = (plan, first) if first else _begun(plan, place, {})
+            yield from run.train(*begun, allow_code=allow_code)
         elif plan[BETWEEN] == GOES_ON:
-            yield from run.train(*_begun(plan, place, _going_on(places[number - 1])))
+            begun = _begun(plan, place, _going_on(places[number - 1]))
+            yield from run.train(*begun, allow_code=allow_code)
         else:
             base, said = _model_of(places[number - 1])
             for verdict in said:
                 folder.append_event(verdict)
                 yield verdict
-            yield from run.train(*_begun(plan, place, {"model": str(base.absolute()), "add_tokens": []}))
+            begun = _begun(plan, place, {"model": str(base.absolute()), "add_tokens": []})
+            yield from run.train(*begun, allow_code=allow_code)
         from_step = None
     with StopWish(f"go on with: tunesmith resume {folder.path}") as wish, wish.at_once(), memory_errors():
-        record = _record(folder.path, staged)
+        record = _record(folder.path, staged, allow_code=allow_code)
     folder.settle()
     folder.write_json(RECORD, record)
 
@@ -173,7 +180,7 @@ def _model_of(before: Path) -> tuple[Path, list[Verdict]]:
     place, said = before / MERGED, list[Verdict]()
     if not place.exists():
         with memory_errors():
-            parity = run.export(before, "merged", out=place).parity
+            parity = afterwards.export(before, "merged", out=place).parity
         close = f"{parity.same_answers} of {parity.prompts} answers are the run's, KL {parity.mean_kl:.1e} nats"
         said.append(Verdict(MERGED, "ok", f"{OF_STAGES}/{before.name}/{MERGED}: {close}"))
     elif problem := damage(place):
@@ -197,18 +204,18 @@ def _begun(plan: Plan, place: Path, start: Json) -> tuple[Plan, Facts]:
 # ---------------------------------------------------------------- after a run
 
 
-def evaluate(path: Path) -> tuple[Comparison, ...]:
+def evaluate(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
     """The before/after of the whole, measured again."""
     staged = read_staged(path)
-    return compare_all(*_measured(path, staged), step=staged.steps)
+    return compare_all(*_measured(path, staged, allow_code=allow_code), step=staged.steps)
 
 
-def _measured(path: Path, staged: StagedPlan) -> tuple[Measured, Measured]:
+def _measured(path: Path, staged: StagedPlan, *, allow_code: bool) -> tuple[Measured, Measured]:
     """What every stage measures, on the model that the first began with and on what the last one left."""
     places = _places(path, staged)
     plans = [_plan_in(place) for place in places]
     known = [known_again(plan, place) for plan, place in zip(plans, places, strict=True)]
-    items = [items_of(plan, one) for plan, one in zip(plans, known, strict=True)]
+    items = [items_of(plan, one, allow_code=allow_code) for plan, one in zip(plans, known, strict=True)]
     texts = [plan.recipe["retention_data"] for plan in plans]
     for number in range(len(items)):
         if texts[number] in texts[number + 1 :]:
@@ -247,11 +254,11 @@ def _joined(of_stages: Sequence[Measured]) -> Measured:
     )
 
 
-def _record(path: Path, staged: StagedPlan) -> RunRecord:
+def _record(path: Path, staged: StagedPlan, *, allow_code: bool) -> RunRecord:
     """Sums over the stages, and the whole's own before and after."""
     places = _places(path, staged)
     of_stages = [from_json(RunRecord, read_json(place / RECORD), where=str(place / RECORD)) for place in places]
-    before, after = _measured(path, staged)
+    before, after = _measured(path, staged, allow_code=allow_code)
     for name, measured in ((BEFORE, before), (AFTER, after)):
         write_file(path / name, json_bytes(measured, indent=2))
     return dataclasses.replace(

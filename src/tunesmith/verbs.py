@@ -222,31 +222,34 @@ def tune_lr(recipe: Wish | Known = None, *, steps: int = 40, **changes: Any) -> 
 # ---------------------------------------------------------------- runs
 
 
-def train(plan: Plan | StagedPlan, known: Known | None = None) -> Iterator[Event]:
+def train(plan: Plan | StagedPlan, known: Known | None = None, *, allow_code: bool = False) -> Iterator[Event]:
     """A new run in the plan's `output_dir`; it goes on as the events are taken.
 
-    `known` spares reading the rows again. MachineError when it cannot fit, GateError when the proof fails.
+    `known` spares reading the rows again. `allow_code`: metrics of the recipe that are Python files may run.
+    MachineError when it cannot fit, GateError when the proof fails.
     """
     if isinstance(plan, StagedPlan):
         from tunesmith import stages
 
-        return stages.train(plan, known if isinstance(known, tuple) else None)
+        return stages.train(plan, known if isinstance(known, tuple) else None, allow_code=allow_code)
     if not isinstance(plan, Plan):
         what = f"train takes a Plan, not a {type(plan).__name__}"
         raise InputError(what, where="train", fix='make one: plan = tunesmith.plan("recipe.yaml")')
     from tunesmith import run
 
-    return run.train(plan, None if isinstance(known, tuple) else known)
+    return run.train(plan, None if isinstance(known, tuple) else known, allow_code=allow_code)
 
 
-def resume(path: AnyPath, *, allow_drift: bool = False, from_step: int | None = None) -> Iterator[Event]:
+def resume(
+    path: AnyPath, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
+) -> Iterator[Event]:
     """Goes on with an interrupted run, after its newest valid checkpoint or that of `from_step`. InputError if it is
-    finished or none, and when what it stands on has changed, unless `allow_drift`."""
+    finished or none, and when what it stands on has changed, unless `allow_drift`. `allow_code`: as for `train`."""
     from tunesmith import run, stages
     from tunesmith.runfolder import is_staged
 
     go_on = stages.resume if is_staged(Path(path)) else run.resume
-    return go_on(Path(path), allow_drift=allow_drift, from_step=from_step)
+    return go_on(Path(path), allow_drift=allow_drift, from_step=from_step, allow_code=allow_code)
 
 
 def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
@@ -273,20 +276,21 @@ def read_record(path: AnyPath) -> RunRecord:
     return from_json(RunRecord, read_json(file), where=str(file))
 
 
-def evaluate(path: AnyPath) -> tuple[Comparison, ...]:
+def evaluate(path: AnyPath, *, allow_code: bool = False) -> tuple[Comparison, ...]:
     """Measures the base and the adapter of a finished run again, on the same items."""
-    from tunesmith import run, stages
+    from tunesmith import afterwards, stages
     from tunesmith.runfolder import is_staged
 
-    return stages.evaluate(Path(path)) if is_staged(Path(path)) else run.evaluate(Path(path))
+    evaluate = stages.evaluate if is_staged(Path(path)) else afterwards.evaluate
+    return evaluate(Path(path), allow_code=allow_code)
 
 
-def baselines(path: AnyPath) -> dict[str, tuple[Comparison, ...]]:
+def baselines(path: AnyPath, *, allow_code: bool = False) -> dict[str, tuple[Comparison, ...]]:
     """A finished run with constraints beside what costs no training: the base, the base told in the prompt, the base
     with tokens banned. Of each, how the trained model differs from it. InputError for a run without `never`."""
-    from tunesmith import run
+    from tunesmith import afterwards
 
-    return run.baselines(Path(path))
+    return afterwards.baselines(Path(path), allow_code=allow_code)
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
@@ -299,9 +303,9 @@ def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
 
 def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
     """The answers of a run's adapter to one question, or to the questions of one conversation as they come."""
-    from tunesmith import run
+    from tunesmith import afterwards
 
-    return run.chat(Path(path), [questions] if isinstance(questions, str) else questions)
+    return afterwards.chat(Path(path), [questions] if isinstance(questions, str) else questions)
 
 
 def export(
@@ -313,6 +317,6 @@ def export(
     run on 4-bit weights. `out`: a folder, else RUN/export/TO.
     GateError when what was written does not answer as the run does; then nothing is left.
     """
-    from tunesmith import run
+    from tunesmith import afterwards
 
-    return run.export(Path(path), to, kind=type, base=base, out=None if out is None else Path(out))
+    return afterwards.export(Path(path), to, kind=type, base=base, out=None if out is None else Path(out))

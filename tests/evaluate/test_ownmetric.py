@@ -8,7 +8,8 @@ import pytest
 
 from tunesmith.errors import InputError
 from tunesmith.evaluate import ownmetric
-from tunesmith.evaluate.ownmetric import own, refuse_code, scored, sha256s, shown
+from tunesmith.evaluate.ownmetric import refuse_code, scored, shown
+from tunesmith.recipevalues import own_metric
 
 PAIRS = [("Paris", "Paris"), ("paris!", "Paris"), ("", "Rome"), ("Grüße \ud800 ", "x")]
 IDS = [f"test.jsonl:{n}" for n in range(1, 5)]
@@ -77,14 +78,6 @@ def test_code_is_run_only_for_who_allows_it(tmp_path: Path) -> None:
 
 
 def test_a_name_is_a_file_and_a_function() -> None:
-    assert own("/a/b/mine.py:score") == (Path("/a/b/mine.py"), "score")
-    assert [own(name) for name in ("exact_match", "regex: x.py:y", "contains: a.py:b", "mine.py")] == [None] * 4
+    assert own_metric("/a/b/mine.py:score") == (Path("/a/b/mine.py"), "score")
+    assert [own_metric(name) for name in ("exact_match", "regex: x.py:y", "contains: a.py:b", "mine.py")] == [None] * 4
     assert (shown("/a/b/mine.py:score"), shown("chrf")) == ("mine.py:score", "chrf")
-
-
-def test_the_file_is_part_of_what_a_run_stands_on(tmp_path: Path) -> None:
-    metric = write(tmp_path, "return 1")
-    first = sha256s([metric, "chrf"])
-    write(tmp_path, "return 0")
-    assert first.keys() == {"mine.py:score"}
-    assert sha256s([metric]) != first

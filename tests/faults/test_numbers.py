@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiny import tiny_document, tiny_model
 from tiny_run import adapter_bytes, measured_files, recipe, steps_of, train
-from tunesmith import run
+from tunesmith import afterwards, run
 from tunesmith.atomic import damage
 from tunesmith.errors import GateError
 from tunesmith.jsonfile import read_json
@@ -78,7 +78,7 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     assert damage(checkpoint) == ""
     assert first_not_finite(load_file(checkpoint / "state.safetensors")) == ""
 
-    for use in (run.reopen, run.evaluate, lambda path: next(run.chat(path, ["hello"]))):
+    for use in (afterwards.reopen, afterwards.evaluate, lambda path: next(afterwards.chat(path, ["hello"]))):
         with pytest.raises(GateError, match="this run failed: 3 non-finite steps"):
             use(folder)
 
@@ -117,7 +117,7 @@ def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
     with pytest.raises(GateError):
         train(wish)
     with pytest.raises(GateError, match="this run failed: the model's logits"):
-        run.reopen(tmp_path / "run")
+        afterwards.reopen(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- nothing of it is written

@@ -22,31 +22,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tunesmith.atomic import sha256_of
 from tunesmith.errors import InputError
-from tunesmith.recipevalues import OWN_METRIC
+from tunesmith.recipevalues import own_metric
 
 SECONDS = 10.0  # for one answer
 LOADING_SECONDS = 60.0  # for the file and what it imports
 CHILD = Path(__file__).with_name("ownmetric_child.py")
 
 
-def own(metric: str) -> tuple[Path, str] | None:
-    """The file and the function, if the metric is one of the user's own."""
-    found = OWN_METRIC.fullmatch(metric)
-    return (Path(found[1]), found[2]) if found and ": " not in metric else None
-
-
 def shown(metric: str) -> str:
     """What it is called in scores: without the folder."""
-    found = own(metric)
+    found = own_metric(metric)
     return metric if found is None else f"{found[0].name}:{found[1]}"
 
 
 def refuse_code(metrics: Sequence[str], *, allowed: bool) -> None:
     """Raises InputError for a metric of the user's own that nobody has allowed to run, and for a missing file."""
     for metric in metrics:
-        if (found := own(metric)) is None:
+        if (found := own_metric(metric)) is None:
             continue
         if not found[0].is_file():
             raise InputError("there is no such file", where=f"metrics: {metric}", fix="check the path")
@@ -56,14 +49,9 @@ def refuse_code(metrics: Sequence[str], *, allowed: bool) -> None:
             raise InputError(what, where=f"metrics: {metric}", fix=fix)
 
 
-def sha256s(metrics: Sequence[str]) -> dict[str, str]:
-    """Of the files, by the name of the metric."""
-    return {shown(metric): sha256_of(found[0]) for metric in metrics if (found := own(metric)) and found[0].is_file()}
-
-
 def scored(metric: str, pairs: Sequence[tuple[str, str]], ids: Sequence[str]) -> tuple[float, ...]:
     """What the function says of each (answer, expected). Raises InputError naming the item that it fails on."""
-    found = own(metric)
+    found = own_metric(metric)
     assert found is not None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pairs.json"

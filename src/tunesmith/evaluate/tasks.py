@@ -22,9 +22,10 @@ from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.jsonmetrics import check_schema
 from tunesmith.evaluate.metrics import LIKELIHOODS, given_to, graded
-from tunesmith.evaluate.ownmetric import own, scored, shown
+from tunesmith.evaluate.ownmetric import scored, shown
 from tunesmith.infer.engine import Allowed, generate
 from tunesmith.model.load import LanguageModel
+from tunesmith.recipevalues import own_metric
 from tunesmith.types import Example, Generation, Json, Request, Sample
 
 # ---------------------------------------------------------------- questions and answers
@@ -104,7 +105,7 @@ def check_questions(questions: Sequence[Question], metrics: Sequence[str], schem
         check_schema(schema)
     for metric in metrics:
         best = _values(metric, questions, [question.expected for question in questions], schema)
-        failing = [] if own(metric) else [q for q, value in zip(questions, best, strict=False) if value < 1]
+        failing = [] if own_metric(metric) else [q for q, value in zip(questions, best, strict=False) if value < 1]
         for question in failing:
             what = f"the expected answer itself fails {metric}: {question.expected[:60]!r}"
             raise InputError(what, where=question.id, fix="correct the row, or leave the metric out")
@@ -132,7 +133,7 @@ def _values(
 ) -> tuple[float, ...]:
     """Of each answer; nothing for a metric that looks at none."""
     pairs = [(answer, question.expected) for question, answer in zip(questions, answers, strict=True)]
-    if own(metric):
+    if own_metric(metric):
         return scored(metric, pairs, [question.id for question in questions])
     given = given_to(metric, schema)
     return () if metric in LIKELIHOODS else tuple(graded(metric, *pair, given) for pair in pairs)

@@ -21,7 +21,7 @@ from tunesmith.facts import Facts
 from tunesmith.measure import Items, eval_measurement, items_of
 from tunesmith.model.adapters import put_back, weights_of
 from tunesmith.train.training import Settings, Training
-from tunesmith.types import Plan, StepResult, Verdict
+from tunesmith.types import Choice, Plan, StepResult, Verdict
 from tunesmith.workbench import Workbench, set_up
 
 STEPS = 40
@@ -77,7 +77,8 @@ def try_rates(plan: Plan, facts: Facts, *, steps: int = STEPS) -> Iterator[Trial
     if plan["stage"] == "preference":
         fix = "start from the plan's rate, and compare two runs"
         raise InputError("a held-out loss does not say how well pairs are told apart", where="stage", fix=fix)
-    items = items_of(plan, facts)
+    nothing = Choice((), "rule", "no answers are looked at")
+    items = items_of(dataclasses.replace(plan, choices={**plan.choices, "metrics": nothing}), facts)
     if not items.selecting:
         what = "no held-out rows to pick by; test_data is for the end"
         raise InputError(what, where="eval_data", fix="give eval_data, or --eval-split 0.1")
