@@ -20,7 +20,8 @@ import numpy as np
 from tunesmith.advise.arms import Arm
 from tunesmith.advise.asking import Outcome
 from tunesmith.evaluate.compare import Measurement, compare, score
-from tunesmith.evaluate.tasks import METRICS, Question
+from tunesmith.evaluate.metrics import given_to, graded
+from tunesmith.evaluate.tasks import Question
 from tunesmith.significance import Z, smallest_difference
 from tunesmith.types import Comparison, Json, Score
 
@@ -80,8 +81,9 @@ class Graded:
     schema: Json | None
 
     def values(self, outcome: Outcome, metric: str = "") -> tuple[float, ...]:
-        found = METRICS[metric or self.metric]
-        return tuple(found(outcome.answers[q.id], q.expected, self.schema) for q in self.questions)
+        metric = metric or self.metric
+        given = given_to(metric, self.schema)
+        return tuple(graded(metric, outcome.answers[q.id], q.expected, given) for q in self.questions)
 
     def measured(self, outcomes: Sequence[Outcome], metric: str = "") -> Measurement:
         """The mean over outcomes, by item."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from tunesmith.advise.asking import Subject, drawn, generated
 from tunesmith.advise.prompts import answer_of, prompted
 from tunesmith.evaluate.stats import wilson
-from tunesmith.evaluate.tasks import METRICS, answer_length, questions_of
+from tunesmith.evaluate.tasks import answer_length, questions_of
+from tunesmith.evaluate.textmetrics import contains
 from tunesmith.types import Example, Request
 
 ROWS, SHOTS, SETS, SAMPLED, TEMPERATURE = 40, 4, 4, 4, 0.7
@@ -88,7 +89,7 @@ def _answered(subject: Subject, asked: Sequence[Example], others: Sequence[Examp
     subject.model.network.eval()
     for index, found in enumerate(generated(subject, requests)):
         place = index % len(questions)
-        right = METRICS["contains"](found.text, questions[place].expected, None)
+        right = contains(found.text, questions[place].expected, None)
         yield place, int(right), index >= len(questions)
 
 

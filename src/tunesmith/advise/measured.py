@@ -34,8 +34,9 @@ from tunesmith.advise.passages import RECALL_AT, Passages
 from tunesmith.advise.prompts import question_of
 from tunesmith.data.schedule import order
 from tunesmith.errors import GateError, InputError
+from tunesmith.evaluate.metrics import METRICS, split
 from tunesmith.evaluate.stats import wilson
-from tunesmith.evaluate.tasks import METRICS, check_questions, questions_of
+from tunesmith.evaluate.tasks import check_questions, questions_of
 from tunesmith.facts import Facts
 from tunesmith.model.provenance import hashes_of
 from tunesmith.types import Json, Plan, Score
@@ -132,9 +133,12 @@ def _checked(plan: Plan, wanted: Wanted) -> tuple[str, ...]:
         raise InputError("there is no time to measure in", where="--minutes", fix="give some: --minutes 10")
     if wanted.target is not None and not 0 < wanted.target <= 1:
         raise InputError(f"a score lies between 0 and 1, not {wanted.target:g}", where="--target")
-    if wanted.metric is not None and wanted.metric not in METRICS:
+    if wanted.metric is not None and split(wanted.metric)[0] not in METRICS:
         raise InputError(f"there is no metric {wanted.metric!r:.60}", where="--metric", fix=f"use {', '.join(METRICS)}")
-    metrics = tuple(plan["metrics"])
+    metrics = tuple(name for name in plan["metrics"] if split(name)[0] in METRICS)  # likelihoods and code are not asked
+    if not metrics and wanted.metric is None:
+        what = "none of the metrics grades an answer by itself"
+        raise InputError(what, where="metrics", fix=f"name one with --metric: {', '.join(METRICS)}")
     first = wanted.metric or deciding_metric(metrics)
     return (first, *(name for name in metrics if name != first))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tunesmith.data.sources import open_source
 from tunesmith.errors import InputError, MachineError
-from tunesmith.evaluate.tasks import evened
+from tunesmith.evaluate.textmetrics import evened
 
 LEAST, MOST, OVERLAP = 20, 120, 30  # words of a passage; those that two windows share
 ASKED_WORDS = 64  # of a question; more make it no clearer
