@@ -13,7 +13,7 @@ from tiny_run import plan_of, recipe, save_writer_folder
 from tunesmith.data.render import Renderer
 from tunesmith.errors import InputError, MachineError
 from tunesmith.evaluate.constrained import Grammar
-from tunesmith.evaluate.tasks import METRICS
+from tunesmith.evaluate.metrics import METRICS
 from tunesmith.facts import gather
 from tunesmith.infer import engine
 from tunesmith.infer.engine import generate
