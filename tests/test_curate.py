@@ -47,6 +47,21 @@ def test_scores_are_those_of_the_stock_model(known: Facts, tiny_folder: Path) ->
         assert found.difficulty_N[row] == pytest.approx(math.exp((given - alone) / count), rel=1e-4)
 
 
+def test_states_of_questions_are_means_of_the_stock_models(known: Facts, tiny_folder: Path) -> None:
+    data = known.datasets["data"]
+    found = score(adopt(load_network(tiny_folder, torch.float32), torch.float32), data, "states").vectors_NV
+    stock = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    means = []
+    for row in range(len(data)):
+        (document,) = data.documents(row)
+        asked = document.tokens_L[: int(np.flatnonzero(document.weights_L)[0]) - 1].tolist()
+        with torch.no_grad():
+            means.append(stock.base_model(torch.tensor([asked])).last_hidden_state[0].mean(0).numpy())
+    wanted = np.stack(means)
+    wanted = (wanted - wanted.mean(axis=0)) / wanted.std(axis=0)
+    np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-3)
+
+
 def test_the_last_answer_of_a_conversation_is_scored() -> None:
     weights = np.array([0, 0, 1, 1, 0, 0, 0.5, 0.5, 0], dtype=np.float32)
     document, first = last_answer(Document("rows:1", np.arange(9, dtype=np.int32), weights))
@@ -65,8 +80,9 @@ def test_files_of_a_choice_hold_rows_as_they_are_and_a_line_for_every_row(known:
         assert set(lines) <= set(source)
     told = [json.loads(line) for line in (to / "scores.jsonl").read_text().splitlines()]
     assert [line["id"] for line in told] == [f"train.jsonl:{n}" for n in range(1, 13)]
-    assert all(line["kept"] == (not line["reason"]) for line in told)
-    kept = [source[n] for n, line in enumerate(told) if line["kept"]]
+    assert all(("kept" in line["files"]) == (not line["reason"]) for line in told)
+    assert all(len(line["nearest"]) == 5 for line in told)
+    kept = [source[n] for n, line in enumerate(told) if "kept" in line["files"]]
     assert kept == (to / "kept.jsonl").read_text().splitlines()
     assert sum(curated.reasons.values()) == 12 - len(kept)
 
@@ -86,5 +102,7 @@ def test_what_cannot_be_chosen_from_is_refused(
         tunesmith.data_curate(wish, keep=keep, to=tmp_path / "golden")
     assert not (tmp_path / "golden").exists()
     (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="cannot be alike by 'colour'"):
+        tunesmith.data_curate(known, keep=3, to=tmp_path / "golden", likeness="colour")
     with pytest.raises(InputError, match="there already"):
         tunesmith.data_curate(known, keep=3, to=tmp_path / "mine")

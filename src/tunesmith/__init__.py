@@ -42,7 +42,14 @@ for _namesake in ("advise", "demo", "evaluate", "export", "init", "plan", "train
     import_module(f"tunesmith.{_namesake}")
 
 from tunesmith.advising import advise_measured  # noqa: E402
-from tunesmith.dataverbs import data_check, data_curate, data_lock, data_show, data_split  # noqa: E402
+from tunesmith.dataverbs import (  # noqa: E402
+    data_check,
+    data_curate,
+    data_lock,
+    data_prove,
+    data_show,
+    data_split,
+)
 from tunesmith.verbs import (  # noqa: E402
     advise,
     baselines,
@@ -98,6 +105,7 @@ __all__ = [
     "data_check",
     "data_curate",
     "data_lock",
+    "data_prove",
     "data_show",
     "data_split",
     "demo",

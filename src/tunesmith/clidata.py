@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith import dataverbs
+from tunesmith import dataverbs, verbs
 from tunesmith.commandline import AsJson, Wish, read_wish, say
 from tunesmith.recipe import Recipe
 
@@ -50,14 +50,25 @@ def data_curate(
     keep: Annotated[int, typer.Option(min=1, help="How many rows.", show_default=False)],
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)],
     wish: Wish = None,
+    likeness: Annotated[str, typer.Option(help="By what rows are alike: the model's `states`, or `words`.")] = "states",
+    prove: Annotated[bool, typer.Option("--prove", help="Train on each file briefly: which is better?")] = False,
+    steps: Annotated[int, typer.Option(min=5, help="Of each training of --prove.")] = 30,
+    seeds: Annotated[int, typer.Option(min=1, help="How often --prove trains on each file.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Choose a few good rows by the scores of the base model; why each other row is not kept."""
-    recipe = read_wish(wish)
-    from tunesmith.display import curated_view
+    known = verbs.gather(read_wish(wish))
+    from tunesmith.curateview import curated_view, proof_view, told
+    from tunesmith.jsonfile import to_json
 
-    curated = dataverbs.data_curate(recipe, keep=keep, to=to)
-    say(curated, curated_view(curated), as_json=as_json)
+    if prove:
+        dataverbs.refuse_unprovable(known)
+    curated = dataverbs.data_curate(known, keep=keep, to=to, likeness=likeness)
+    if not (prove and as_json):
+        say(curated, curated_view(curated), as_json=as_json)
+    if prove:
+        proof = told(dataverbs.data_prove(known, folder=to, steps=steps, seeds=seeds))
+        say({**to_json(curated), "proof": proof}, proof_view(proof), as_json=as_json)
 
 
 def data_lock(wish: Wish = None, as_json: AsJson = False) -> None:

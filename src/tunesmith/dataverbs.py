@@ -5,12 +5,13 @@ report = tunesmith.data_check("recipe.yaml")["data"]
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import InputError
 from tunesmith.recipe import Stages
-from tunesmith.types import DataReport
+from tunesmith.types import DataReport, Plan
 from tunesmith.verbs import ONE_STAGE, AnyPath, Wish, by_stage, gather, read_recipe, single
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.divide import Divided
     from tunesmith.data.golden import Golden
+    from tunesmith.tune.prove import Proof, Trained
     from tunesmith.verbs import Known
 
 
@@ -50,12 +52,48 @@ def data_show(recipe: Wish | Known = None, *, rows: int = 3, ids: bool = False, 
     return [text for one in known for text in show_rows(one, rows=rows, ids=ids)]
 
 
-def data_curate(recipe: Wish | Known = None, *, keep: int, to: AnyPath, **changes: Any) -> Curated:
+def data_curate(
+    recipe: Wish | Known = None, *, keep: int, to: AnyPath, likeness: str = "states", **changes: Any
+) -> Curated:
     """Chooses `keep` rows of `data` by the scores of the base model, quality first, then diversity, into a new folder
-    `to`, beside a random and the longest subset of the same size. Every other row keeps its reason; none is edited."""
+    `to`, beside a random and the longest subset of the same size. Every other row keeps its reason; none is edited.
+    `likeness`: by what rows are alike, the model's hidden states of their questions, or their words."""
     from tunesmith.curate import curate
 
-    return curate(single(gather(recipe, **changes)), keep, Path(to))
+    return curate(single(gather(recipe, **changes)), keep, Path(to), likeness)
+
+
+def data_prove(
+    recipe: Wish | Known = None, *, folder: AnyPath, steps: int = 30, seeds: int = 1, **changes: Any
+) -> Iterator[Trained | Proof]:
+    """Trains briefly on each file of a folder of `data_curate`, and on the whole, from the same start: each `Trained`
+    as it ends, then the `Proof`, which is also written into the folder. InputError without held-out rows."""
+    from tunesmith.atomic import write_file
+    from tunesmith.jsonfile import json_bytes
+    from tunesmith.tune.prove import conclude, try_subsets
+
+    known = single(gather(recipe, **changes))
+    decided = refuse_unprovable(known)
+    trained: list[Trained] = []
+    for one in try_subsets(decided, known, Path(folder), steps=steps, seeds=seeds):
+        trained.append(one)
+        yield one
+    proof = conclude(decided, trained, steps)
+    write_file(Path(folder) / "proof.json", json_bytes(proof, indent=1))
+    yield proof
+
+
+def refuse_unprovable(recipe: Known) -> Plan:
+    """The plan of the short trainings. Raises what `data_prove` would, before rows are scored."""
+    from tunesmith.facts import make_plan
+    from tunesmith.plan.plan import refuse_without_room
+    from tunesmith.tune.prove import held_out_items
+
+    known = single(recipe)
+    decided = make_plan(known)
+    held_out_items(decided, known)
+    refuse_without_room(decided)
+    return decided
 
 
 def data_lock(recipe: Wish = None, **changes: Any) -> Golden:

@@ -25,7 +25,6 @@ from tunesmith.types import Comparison, DataReport, Plan, RunRecord
 from tunesmith.wording import duration, value_text
 
 if TYPE_CHECKING:
-    from tunesmith.curate import Curated
     from tunesmith.data.divide import Divided
     from tunesmith.export.targets import Exported
     from tunesmith.plan.compare import Outlook
@@ -271,19 +270,6 @@ def data_view(reports: Mapping[str, DataReport]) -> RenderableType:
     ]
     reasons = dict.fromkeys(f"[dim]{report.format}: {escape(report.why_format)}[/]" for report in reports.values())
     return Group(table, *tasks, *reasons, *findings)
-
-
-def curated_view(curated: Curated) -> RenderableType:
-    """What was kept beside what it has to beat, and why rows were not."""
-    columns = ("file", "rows", "answer tokens", "perplexity", "difficulty", "also kept")
-    table = _table("Rows, and medians of their scores", *columns, numbers=columns[1:])
-    for one in curated.subsets:
-        scores = (f"{one.answer_tokens:,.0f}", f"{one.perplexity:.2f}", f"{one.difficulty:.3f}")
-        table.add_row(f"{one.name}.jsonl", f"{one.rows:,}", *scores, f"{one.shared:,}")
-    reasons = _table("", "not kept", "rows", numbers=("rows",))
-    for reason, rows in curated.reasons.items():
-        reasons.add_row(escape(reason), f"{rows:,}")
-    return Group(table, reasons, escape(curated.path))
 
 
 def divided_view(divided: Divided) -> RenderableType:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from tunesmith.data import choose as choosing
 from tunesmith.data.choose import Scores, baselines, choose, farthest, faults
 from tunesmith.data.dataset import open_dataset
+from tunesmith.data.neighbours import neighbours, word_vectors
 from tunesmith.recipevalues import DataSource
 
 
@@ -19,13 +21,16 @@ def opened(write, words):
     return of
 
 
-def scores(difficulty, perplexity=None, tokens=None, problems=None):
+def scores(difficulty, perplexity=None, tokens=None, problems=None, texts=None):
     count = len(difficulty)
+    vectors = word_vectors(texts or [f"text {i}" for i in range(count)])
     return Scores(
         perplexity_N=np.array(perplexity or [2.0] * count),
         difficulty_N=np.array(difficulty),
         answer_tokens_N=np.array(tokens or [5] * count),
         problems=problems or {},
+        vectors_NV=vectors,
+        neighbours=neighbours(vectors, np.eye(count, dtype=np.float32), np.arange(count)),
     )
 
 
@@ -68,10 +73,22 @@ def test_hard_questions_are_kept_and_every_other_row_has_its_reason(opened, monk
 
 def test_of_the_best_rows_those_are_kept_that_differ(opened):
     alike = [(f"how do clocks of kind {i} run", "they run by springs and wheels") for i in range(4)]
-    data = opened([*alike, ("why is the sea salty", "rivers carry salt"), ("who sings", "a lark in the morning")])
-    kept, reasons = choose(data, scores([0.9, 0.89, 0.88, 0.87, 0.86, 0.85]), {}, 3)
+    rows = [*alike, ("why is the sea salty", "rivers carry salt"), ("who sings", "a lark in the morning")]
+    found = scores([0.9, 0.89, 0.88, 0.87, 0.86, 0.85], texts=[f"{question} {answer}" for question, answer in rows])
+    kept, reasons = choose(opened(rows), found, {}, 3)
     assert kept.tolist() == [0, 4, 5]
     assert reasons == dict.fromkeys((1, 2, 3), "like rows.jsonl:1, which is kept")
+
+
+def test_a_row_that_its_neighbours_contradict_is_left_out(opened):
+    rows = [(f"is a lemon sour when it is number {i}", "yes it is") for i in range(6)]
+    rows += [("is a lemon sour when it is number 9", "no never"), ("who sings", "a lark")]
+    asked, said = (word_vectors([row[side] for row in rows]) for side in (0, 1))
+    found = dataclasses.replace(scores([0.5] * 8), neighbours=neighbours(asked, said, np.arange(8)))
+    kept, reasons = choose(opened(rows), found, {}, 3)
+    assert 6 not in kept
+    assert reasons[6].startswith("the nearest questions have another answer: rows.jsonl:")
+    assert sum(reason.startswith("the nearest questions") for reason in reasons.values()) == 1
 
 
 def test_the_farthest_are_taken_one_after_the_other():
@@ -84,8 +101,8 @@ def test_the_farthest_are_taken_one_after_the_other():
 
 def test_baselines_have_the_same_size_and_the_longest_answers():
     found = scores([0.5] * 6, tokens=[1, 9, 3, 8, 7, 2], problems={1: "gone"})
-    subsets = baselines(found, 6, 2, seed=0)
+    subsets = baselines(found, 2, seed=0)
     assert subsets["longest"].tolist() == [3, 4]
     assert len(subsets["random"]) == 2
     assert 1 not in subsets["random"]
-    assert any(baselines(found, 6, 2, seed=s)["random"].tolist() != subsets["random"].tolist() for s in range(1, 9))
+    assert any(baselines(found, 2, seed=s)["random"].tolist() != subsets["random"].tolist() for s in range(1, 9))

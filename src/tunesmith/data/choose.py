@@ -4,9 +4,9 @@
 
 Quality is the instruction-following difficulty of Li 2023 (arXiv 2308.12032): perplexity of the answer behind its
 question over that of the answer alone. At 1 and more the question does not help, and the row is left out; below, a high
-value is much to learn and a low one is known already. Of the best rows, OVER times as many as are wanted, those are
-taken that are farthest from the ones taken so far, by their words (farthest-first traversal, Gonzalez 1985). Nothing is
-edited. Left out: the scores (curate.py).
+value is much to learn and a low one is known already. A row that its neighbours contradict is left out too. Of the best
+rows, OVER times as many as are wanted, those are taken that are farthest from the ones taken so far, by their words or
+as the model sees them (farthest-first traversal, Gonzalez 1985). Nothing is edited. Left out: the scores (curate.py).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 from tunesmith.data.audit.near import Sets
 from tunesmith.data.audit.reading import read_all, row_of
 from tunesmith.data.audit.said import ROW_CHECKS
-from tunesmith.data.audit.words import words_of
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.neighbours import Neighbours
 from tunesmith.data.schedule import order
 
 OVER = 3
 UNLIKELY = 0.95  # of the perplexities: above this quantile an answer is noise more often than news
-SIZE = 512  # of a vector of words
+NAMED = 3  # neighbours
 ROLE = "data"
 
 
@@ -37,6 +37,13 @@ class Scores:
     difficulty_N: np.ndarray  # that, over the perplexity of the answer alone
     answer_tokens_N: np.ndarray  # int64
     problems: Mapping[int, str]  # rows that cannot be trained on -> why
+    vectors_NV: np.ndarray  # float32, of length 1: what a row is like; 0 where it cannot be told
+    neighbours: Neighbours  # by their questions
+
+    @property
+    def usable_N(self) -> np.ndarray:
+        """int64, the rows that can be trained on."""
+        return np.array([row for row in range(len(self.perplexity_N)) if row not in self.problems], dtype=np.int64)
 
 
 def faults(dataset: Dataset, held_out: Mapping[str, Dataset]) -> dict[int, str]:
@@ -70,6 +77,8 @@ def choose(
 ) -> tuple[np.ndarray, dict[int, str]]:
     """(rows that are kept, ascending, at most `keep`; row -> why it is not)."""
     reasons = {**scores.problems, **left_out}
+    for row in np.flatnonzero(scores.neighbours.disputed_N).tolist():
+        reasons.setdefault(row, _disputed(dataset, scores.neighbours, row))
     scored = ~np.isnan(scores.perplexity_N)
     limit = float(np.quantile(scores.perplexity_N[scored], UNLIKELY)) if scored.any() else np.inf
     for row in np.flatnonzero(scored).tolist():
@@ -82,22 +91,17 @@ def choose(
     best = good[: OVER * keep]
     for row in good[OVER * keep :].tolist():
         reasons[row] = f"known already: difficulty {scores.difficulty_N[row]:.3f}, not among the best {len(best):,}"
-    places, nearest = farthest(word_vectors(dataset, best), keep)
+    places, nearest = farthest(scores.vectors_NV[best], keep)
     for place, row in enumerate(best.tolist()):
         if place not in set(places):
             reasons[row] = f"like {dataset.id(int(best[nearest[place]]))}, which is kept"
     return np.sort(best[places]), reasons
 
 
-def word_vectors(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
-    """float32 [rows, SIZE], of length 1: hashed words of what is said, rare ones heavier."""
-    counts = np.zeros((len(rows), SIZE), dtype=np.float32)
-    for place, row in enumerate(rows.tolist()):
-        for text in row_of(dataset.example(row)).turns:
-            counts[place] += np.bincount((words_of(text) % SIZE).astype(np.int64), minlength=SIZE)
-    weights = np.log((1 + len(rows)) / (1 + (counts > 0).sum(axis=0)))
-    vectors = np.log1p(counts) * weights
-    return (vectors / np.maximum(1e-9, np.linalg.norm(vectors, axis=1, keepdims=True))).astype(np.float32)
+def _disputed(dataset: Dataset, known: Neighbours, row: int) -> str:
+    named = ", ".join(dataset.id(near) for near in known.nearest_NK[row, :NAMED].tolist())
+    alike = f"{known.theirs_N[row]:.2f} alike, {known.own_N[row]:.2f} like its own"
+    return f"the nearest questions have another answer: {named} and others ({alike})"
 
 
 def farthest(vectors: np.ndarray, keep: int) -> tuple[list[int], np.ndarray]:
@@ -117,10 +121,14 @@ def farthest(vectors: np.ndarray, keep: int) -> tuple[list[int], np.ndarray]:
     return kept, nearest
 
 
-def baselines(scores: Scores, rows: int, keep: int, seed: int) -> dict[str, np.ndarray]:
+def baselines(scores: Scores, keep: int, seed: int) -> dict[str, np.ndarray]:
     """Subsets of the same size that a choice has to beat: random rows, and those with the longest answers. Published
     methods often do not (Xia 2024, arXiv 2410.09335; Zhao 2024, arXiv 2402.04833)."""
-    usable = np.array([row for row in range(rows) if row not in scores.problems], dtype=np.int64)
-    drawn = usable[order(seed, 0, len(usable))[:keep]] if len(usable) else usable
+    usable = scores.usable_N
     longest = usable[np.argsort(-scores.answer_tokens_N[usable], kind="stable")[:keep]]
-    return {"random": np.sort(drawn), "longest": np.sort(longest)}
+    return {"random": drawn(usable, keep, seed), "longest": np.sort(longest)}
+
+
+def drawn(rows: np.ndarray, keep: int, seed: int) -> np.ndarray:
+    """Some of these rows, ascending."""
+    return np.sort(rows[order(seed, 0, len(rows))[:keep]]) if len(rows) else rows

@@ -73,6 +73,20 @@ def _pack_sums(model: LanguageModel, batch: Batch, places: Sequence[int]) -> lis
     return list(zip(summed(losses_S, batch), counts, strict=True))
 
 
+def mean_states(
+    model: LanguageModel, documents: Sequence[Document], pack_length: int
+) -> Iterator[tuple[int, list[float]]]:
+    """(index of the document, mean of the final hidden states [H] that predict its targets)."""
+    return by_document(model, documents, pack_length, _pack_means)
+
+
+@torch.no_grad()
+def _pack_means(model: LanguageModel, batch: Batch, places: Sequence[int]) -> list[list[float]]:
+    hidden_SH = model.hidden(batch).float()
+    sums_DH = hidden_SH.new_zeros((len(places), hidden_SH.shape[1])).index_add_(0, batch.document_S, hidden_SH)
+    return (sums_DH / batch.document_S.bincount(minlength=len(places))[:, None]).tolist()
+
+
 def summed(values_S: torch.Tensor, batch: Batch) -> list[float]:
     """Of each document, in fp64."""
     sums_D = torch.zeros(len(batch.ids), dtype=torch.float64, device=values_S.device)

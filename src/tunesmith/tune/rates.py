@@ -82,7 +82,7 @@ def try_rates(plan: Plan, facts: Facts, *, steps: int = STEPS) -> Iterator[Trial
     if not items.selecting:
         what = "no held-out rows to pick by; test_data is for the end"
         raise InputError(what, where="eval_data", fix="give eval_data, or --eval-split 0.1")
-    items = dataclasses.replace(items, eval_documents=_few(items))
+    items = some_of(items, HELD_OUT_TOKENS)
     bench = set_up(plan, facts)
     start = weights_of(bench.model.network)
     yield Trial(0.0, (), eval_measurement(bench, items))
@@ -95,13 +95,13 @@ def try_rates(plan: Plan, facts: Facts, *, steps: int = STEPS) -> Iterator[Trial
         put_back(bench.model.network, start)
 
 
-def _few(items: Items) -> tuple:
-    """As many rows as a quick look takes."""
+def some_of(items: Items, most: int) -> Items:
+    """Of the rows to select by, the first ones, until they have so many tokens."""
     tokens, end = 0, 0
-    while end < len(items.eval_documents) and tokens < HELD_OUT_TOKENS:
+    while end < len(items.eval_documents) and tokens < most:
         tokens += len(items.eval_documents[end])
         end += 1
-    return items.eval_documents[:end]
+    return dataclasses.replace(items, eval_documents=items.eval_documents[:end])
 
 
 def _trial(bench: Workbench, items: Items, rate: float, steps: int) -> Trial:
