@@ -25,10 +25,10 @@ from tunesmith.data.choose import ROLE, drawn
 from tunesmith.data.schedule import Schedule
 from tunesmith.errors import GateError, InputError
 from tunesmith.evaluate.compare import Measurement, compare, score
-from tunesmith.evaluate.significance import verdict
 from tunesmith.facts import Facts
 from tunesmith.measure import Items, eval_measurement, items_of
 from tunesmith.model.adapters import put_back, weights_of
+from tunesmith.significance import verdict
 from tunesmith.train.training import Settings, Training
 from tunesmith.tune.rates import some_of
 from tunesmith.types import Comparison, Document, Plan, StepResult
