@@ -54,6 +54,21 @@ def test_without_a_verb_the_help_is_shown(tunesmith: Callable[..., Outcome]) -> 
     assert tunesmith("--version") == (0, f"tunesmith {__version__}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["plan", "--model", "x", "--max-steps"], "--max-steps"),
+        (["plan", "--learning-rate", "--seed", "3"], "--learning-rate"),
+        (["advise", "--examples", "--private"], "--examples"),
+    ],
+    ids=["last", "before a flag", "fact"],
+)
+def test_a_flag_without_its_value_is_told(tunesmith: Callable[..., Outcome], words: list[str], flag: str) -> None:
+    code, _, err = tunesmith(*words)
+    assert code == 2
+    assert f"{flag} has no value" in err
+
+
 def test_unknown_verbs_are_the_users_mistake(tunesmith: Callable[..., Outcome]) -> None:
     code, out, err = tunesmith("tran")
     assert (code, out) == (2, "")

@@ -6,7 +6,7 @@ words -> read_wish -> Recipe, or Stages; result -> say -> one JSON object, or wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ import typer
 from tunesmith.errors import InputError
 from tunesmith.jsonfile import json_bytes, to_json
 from tunesmith.recipe import Recipe, Stages
-from tunesmith.recipefile import load_recipe, takes_value
+from tunesmith.recipefile import load_recipe, needs_value, takes_value
 from tunesmith.version import __version__
 
 Wish = Annotated[
@@ -46,7 +46,9 @@ def read_wish(wish: Sequence[str] | None) -> Recipe | Stages:
     return load_recipe(*read_words(wish))
 
 
-def read_words(wish: Sequence[str] | None) -> tuple[Path | None, dict[str, str]]:
+def read_words(
+    wish: Sequence[str] | None, needs_value: Callable[[str], bool] = needs_value
+) -> tuple[Path | None, dict[str, str]]:
     """A file, and flags with their values. A flag without a value is a switch."""
     path: Path | None = None
     flags: dict[str, str] = {}
@@ -60,7 +62,10 @@ def read_words(wish: Sequence[str] | None) -> tuple[Path | None, dict[str, str]]
             continue
         key, has_value, value = word[2:].partition("=")
         if not has_value:
-            value = words.pop(0) if words and takes_value(key, words[0]) else "true"
+            value = words.pop(0) if words and takes_value(key, words[0]) else ""
+            if not value and needs_value(key):
+                raise InputError(f"--{key} has no value", where="command line", fix=f"write it behind: --{key} VALUE")
+            value = value or "true"
         if key.replace("-", "_") in {flag.replace("-", "_") for flag in flags}:
             fix = f"give it once; several values are a list: --{key} '[one, two]'"
             raise InputError(f"--{key} stands twice", where="command line", fix=fix)
@@ -70,12 +75,12 @@ def read_words(wish: Sequence[str] | None) -> tuple[Path | None, dict[str, str]]
 
 def asked(wish: Sequence[str] | None) -> tuple[Path | None, dict[str, Any]]:
     """The facts that the words tell; without words they are asked for, one a line, if somebody is there to answer."""
-    path, facts = read_words(wish)
+    from tunesmith.advise import situation
+
+    path, facts = read_words(wish, situation.needs_value)
     if path or facts or not sys.stdin.isatty():
         return path, {f"--{key}": value for key, value in facts.items()}
-    from tunesmith.advise.situation import ask
-
-    return None, ask(_answer, lambda problem: _tell(f"  {problem}\n"))
+    return None, situation.ask(_answer, lambda problem: _tell(f"  {problem}\n"))
 
 
 def _answer(question: str) -> str:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -192,6 +192,12 @@ def takes_value(flag: str, word: str) -> bool:
     key = Recipe.model_fields.get(_plain(flag))
     switch = key is not None and key.annotation is bool
     return word.lower() in ("true", "false") if switch else not word.startswith("--")
+
+
+def needs_value(flag: str) -> bool:
+    """Whether a flag is a key that cannot be switched on."""
+    key = Recipe.model_fields.get(_plain(flag))
+    return key is not None and bool not in (key.annotation, *get_args(key.annotation))
 
 
 def _report(name: str, problems: list[_Problem]) -> InputError:

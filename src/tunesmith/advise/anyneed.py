@@ -57,13 +57,15 @@ def few_examples_go_in_the_prompt(facts: Situation) -> Reason | None:
 
 
 def too_few_examples(facts: Situation) -> Reason | None:
-    """OpenAI's fine-tuning guide: clear improvements usually come with 50 to 100 examples."""
+    """OpenAI's fine-tuning guide as of 2024 (from memory, unverified): clear improvements usually come with 50 to 100
+    examples."""
     if (facts.examples or 0) >= LEAST_EXAMPLES:
         return None
     count = f"{facts.examples} examples" if facts.examples else "no examples are named"
     why = f"{count}: gains are clear from 50 to 100 on, and some are needed to measure with"
     needs: tuple[Need, ...] = tuple(need for need in NEEDS if need != "facts")  # those have a rule of their own
-    return Reason("too_few_examples", needs, why, "OpenAI's fine-tuning guide", "published", rules_out=("sft",))
+    source = "OpenAI's fine-tuning guide, unverified"
+    return Reason("too_few_examples", needs, why, source, "published", rules_out=("sft",))
 
 
 def pairs_rank_answers(facts: Situation) -> Reason | None:
@@ -120,11 +122,12 @@ def small_models_are_prompted_badly(facts: Situation) -> Reason | None:
 
 
 def private_rows(facts: Situation) -> Reason | None:
-    """Carlini 2021 again: a model is as secret as the text that it was trained on."""
+    """Carlini 2021 again (unverified): a model is as secret as the text that it was trained on."""
     if not facts.private:
         return None
     why = "keep the trained model as secret as its text, which can be pulled out of it word for word"
-    return Reason("private_rows", NEEDS, why, "Carlini 2021", "published", concerns=TRAINING)
+    source = "Carlini 2021, unverified"
+    return Reason("private_rows", NEEDS, why, source, "published", concerns=TRAINING)
 
 
 def safety(_: Situation) -> Reason | None:

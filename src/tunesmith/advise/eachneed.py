@@ -75,8 +75,9 @@ def facts_change(facts: Situation) -> Reason | None:
 
 
 def private_facts(facts: Situation) -> Reason | None:
-    """Carlini 2021 (2012.07805): hundreds of training texts were pulled out of GPT-2 word for word, some that stood in
-    one document only. Retrieval can look at who asks."""
+    """Carlini 2021 (2012.07805, Extracting Training Data from Large Language Models; from memory, unverified): hundreds
+    of training texts were pulled out of GPT-2 word for word, some that stood in one document only. Retrieval can look
+    at who asks."""
     if not facts.private:
         return None
     why = "who may use a model can pull its training text out word for word; an index can look at who asks"
@@ -84,7 +85,7 @@ def private_facts(facts: Situation) -> Reason | None:
         "private_facts",
         ("facts",),
         why,
-        "Carlini 2021",
+        "Carlini 2021, unverified",
         "published",
         rules_out=TRAINING,
     )
@@ -143,15 +144,17 @@ def thousand_will_do(facts: Situation) -> Reason | None:
 
 
 def shorter_prompt(facts: Situation) -> Reason | None:
-    """Snell 2022 (2209.15189): a prompt's instructions and examples can be trained into the weights. Hsieh 2023
-    (2305.02301): a 770M model tuned on a large one's answers did better than a prompted one of 540B."""
+    """Snell 2022 (2209.15189, Learning by Distilling Context): a prompt's instructions and examples can be trained into
+    the weights. Hsieh 2023 (2305.02301, Distilling Step-by-Step): a 770M model tuned on a large one's answers and
+    rationales did better than a prompted one of 540B. Both from memory, unverified."""
     if facts.prompt not in ("good", "close"):
         return None
     why = (
         "the good answers of the long prompt are the rows: train them with a short one, or into a smaller model. First "
     )
     why += "see what a server that caches the common prefix leaves of the cost"
-    return Reason("shorter_prompt", ("latency",), why, "Snell 2022, Hsieh 2023", "published", helps=("sft",))
+    source = "Snell 2022, Hsieh 2023, unverified"
+    return Reason("shorter_prompt", ("latency",), why, source, "published", helps=("sft",))
 
 
 def nothing_to_shorten(facts: Situation) -> Reason | None:
@@ -174,13 +177,15 @@ def too_few_requests(facts: Situation) -> Reason | None:
 
 
 def domain_pretrained(facts: Situation) -> Reason | None:
-    """Gururangan 2020 (2004.10964): a second pretraining on 2 to 8 billion tokens of a domain helped in all four."""
+    """Gururangan 2020 (2004.10964, Don't Stop Pretraining; from memory, unverified): a second pretraining on 2 to 8
+    billion tokens of a domain helped in all four."""
     if (facts.raw_text or 0) < LEAST_TEXT:
         return None
     why = f"about {_millions(facts)} million tokens of raw text: a language is learned from text, not from questions. "
     why += "It helped in all four domains tried, with 2 to 8 billion tokens"
     sure: Confidence = "published" if (facts.raw_text or 0) >= ENOUGH_TEXT else "extrapolated"
-    return Reason("domain_pretrained", ("domain",), why, "Gururangan 2020", sure, helps=("cpt",))
+    source = "Gururangan 2020, unverified"
+    return Reason("domain_pretrained", ("domain",), why, source, sure, helps=("cpt",))
 
 
 def domain_too_small(facts: Situation) -> Reason | None:
@@ -201,15 +206,17 @@ def _millions(facts: Situation) -> str:
 
 
 def tasks_after_the_language(facts: Situation) -> Reason | None:
-    """Cheng 2023 (2309.09530): pretraining on a domain's raw text adds knowledge and costs the ability to answer
-    questions. Their remedy is questions within the text; that a small SFT set does the same is the usual practice."""
+    """Cheng 2023 (2309.09530, Adapting Large Language Models via Reading Comprehension; from memory, unverified):
+    pretraining on a domain's raw text adds knowledge and costs the ability to answer questions. Their remedy is
+    questions within the text; that a small SFT set does the same is the usual practice."""
     if (facts.raw_text or 0) < LEAST_TEXT:
         return None
     why = (
         "plain text teaches the language and costs some of the ability to answer: a small set of questions and answers "
     )
     why += "comes after it"
-    return Reason("tasks_after_the_language", ("domain",), why, "Cheng 2023", "extrapolated", helps=("sft",))
+    source = "Cheng 2023, unverified"
+    return Reason("tasks_after_the_language", ("domain",), why, source, "extrapolated", helps=("sft",))
 
 
 # ---------------------------------------------------------------- skills

@@ -25,7 +25,8 @@ GOLDEN = 1_000
 
 @dataclass(frozen=True)
 class Reason:
-    """`helps` and `rules_out` hold for `needs` alone; of `concerns` it says something worth knowing."""
+    """`helps` and `rules_out` hold for `needs` alone; of `concerns` it says something worth knowing. A `source` that is
+    unverified is cited from memory; its rule's docstring has its title."""
 
     rule: str
     needs: tuple[Need, ...]

@@ -243,3 +243,9 @@ def ask(answer: Callable[[str], str], complain: Callable[[str], None]) -> dict[s
             except ValueError as error:
                 complain(str(error))
     return facts
+
+
+def needs_value(flag: str) -> bool:
+    """Whether a flag is a fact that is not told by yes or no."""
+    question = QUESTIONS.get(flag.replace("-", "_"))
+    return question is not None and question.read is not _switch

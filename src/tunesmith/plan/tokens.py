@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from tunesmith.plan.rules import Known, rule
 from tunesmith.types import Choice, ModelSpec, NewToken
 
-SOURCE = "Koto 2021, Hewitt 2021"
+SOURCE = (
+    "Koto 2021, IndoBERTweet; Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models; unverified"
+)
 SHOWN = 5
 
 
