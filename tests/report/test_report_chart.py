@@ -23,6 +23,8 @@ def test_ticks_are_round_and_hold_all(low: float, high: float) -> None:
 
 
 def test_places_are_linear_and_inside() -> None:
+    frame = Frame((0, 65), (0, 2))
+    assert frame.xs == (0, 20, 40, 60)
     frame = Frame((0, 10), (0, 2))
     assert frame.x(0) < frame.x(5) < frame.x(10)
     assert frame.y(0) > frame.y(1) > frame.y(2)

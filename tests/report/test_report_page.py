@@ -116,7 +116,7 @@ def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
     for part in (
         "0.100 → 0.800",
         "+0.700 (+0.600 to +0.800)",
-        "+0.100 (+0.080 to +0.120) bits per byte",
+        "general text , bits per byte 0.900 → 1.000 +0.100 (+0.080 to +0.120) worse",
         "seq-rep-4 0.31, base 0.02",
         "mean of the last 10 steps",
         "few rows",

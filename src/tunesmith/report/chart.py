@@ -58,13 +58,19 @@ class Axes:
 
 @dataclass(frozen=True)
 class Frame:
-    """From values to places in the drawing."""
+    """From values to places in the drawing, which is as wide as the values and as high as the ticks."""
 
-    xs: tuple[float, ...]  # ticks; the first and the last are the ends
+    ends: tuple[float, float]
     ys: tuple[float, ...]
 
+    @property
+    def xs(self) -> tuple[float, ...]:
+        low, high = self.ends
+        return tuple(x for x in ticks(low, high) if low <= x <= high)
+
     def x(self, value: float) -> float:
-        return round(LEFT + (value - self.xs[0]) / (self.xs[-1] - self.xs[0]) * (WIDTH - LEFT - RIGHT), 2)
+        low, high = self.ends
+        return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 2)
 
     def y(self, value: float) -> float:
         share = (value - self.ys[0]) / (self.ys[-1] - self.ys[0])
@@ -89,7 +95,7 @@ def line_chart(name: str, axes: Axes, series: Sequence[Series], marks: Sequence[
     points = [point for one in drawn for point in one.points]
     reach = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
     places = [*axes.span, *(point.x for point in points), *(mark.x for mark in marks)]
-    frame = Frame(ticks(min(places), max(places)), ticks(min(reach), max(reach)))
+    frame = Frame(_ends(places), ticks(min(reach), max(reach)))
     svg = tag(
         "svg",
         *(tag("title", axes.title, id=f"{name}-title"), tag("desc", axes.description, id=f"{name}-desc")),
@@ -100,6 +106,11 @@ def line_chart(name: str, axes: Axes, series: Sequence[Series], marks: Sequence[
     )
     legend = _legend(drawn) if len(drawn) > 1 else None
     return tag("figure", tag("figcaption", axes.title), svg, legend, _data(axes, series, drawn), class_="chart")
+
+
+def _ends(places: Sequence[float]) -> tuple[float, float]:
+    low, high = min(places), max(places)
+    return (low, high) if low < high else (low - 1, high + 1)
 
 
 def thinned(points: Sequence[Point]) -> tuple[Point, ...]:
@@ -133,7 +144,9 @@ def _drawn(frame: Frame, series: Series) -> Html:
     parts.append(tag("polyline", points=line, class_="line"))
     if few or len(series.points) <= 30:
         parts += [tag("circle", cx=frame.x(p.x), cy=frame.y(p.y), r=3.5 if few else 2.5) for p in series.points]
-    parts += [text(frame.x(p.x) + 7, frame.y(p.y) - 7, p.note) for p in series.points if p.note]
+    for place, p in enumerate(series.points):
+        if p.note:  # above and below in turn: neighbours may be near
+            parts.append(text(frame.x(p.x) + 6, frame.y(p.y) + (18, -9)[place % 2], p.note))
     return tag("g", parts, class_=f"series {series.style}")
 
 

@@ -13,7 +13,7 @@ from tunesmith.atomic import write_file
 from tunesmith.report.curves import curves_section
 from tunesmith.report.facts import again_section, cost_section, data_section, plan_section, provenance_section
 from tunesmith.report.markup import Html, plain, quoted, tag
-from tunesmith.report.results import results_section
+from tunesmith.report.results import results_section, scales_section
 from tunesmith.report.samples import samples_section
 from tunesmith.report.story import Story, read_story
 from tunesmith.report.verdict import verdict_of, verdict_section
@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 SECTIONS = {
     "results": ("Before and after", results_section),
     "curves": ("While training", curves_section),
+    "scales": ("Gain and forgetting", scales_section),
     "samples": ("Answers", samples_section),
     "data": ("Data", data_section),
     "plan": ("Plan", plan_section),

@@ -5,11 +5,13 @@ In: a Story. Out: sections, or None where there is nothing to show.
 
 from __future__ import annotations
 
-from tunesmith.report.chart import strip
+from tunesmith.report.chart import Axes, Point, Series, line_chart, strip
 from tunesmith.report.markup import Content, Html, quoted, section, table, tag
 from tunesmith.report.story import Story
-from tunesmith.report.verdict import Claim, claims_of, signed
-from tunesmith.types import Score
+from tunesmith.report.verdict import UNITS, Claim, claims_of, signed
+from tunesmith.types import ScalePoint, Score
+
+MOVES = {"kl": "KL divergence, nats per token", "top1_agreement": "top-1 agreement"}
 
 
 def results_section(story: Story) -> Html | None:
@@ -58,3 +60,68 @@ def _strip(claim: Claim) -> Html:
     low, high = sorted((turn * one.low, turn * one.high))
     label = f"{signed(one.difference)}, from {signed(one.low)} to {signed(one.high)}: {claim.words}"
     return strip(low, turn * one.difference, high, style=claim.outcome, label=label)
+
+
+# ---------------------------------------------------------------- gain against forgetting
+
+
+def scales_section(story: Story) -> Html | None:
+    """What the trained weights gain and lose when they are scaled, and how far they are from where they began."""
+    record = story.record
+    if record is None or not (record.scales or record.moved):
+        return None
+    charts = [*_traded(record.scales), *_scaled(record.scales)]
+    note = (
+        "The trained weights times 0 (none of them), 0.25, 0.5, 0.75 and 1 (as trained), without more training. These "
+    )
+    note += "rows are of eval_data, by which may be chosen; the results above are of test_data, by which nothing was."
+    return section(
+        "scales",
+        "Gain against forgetting",
+        [tag("p", note, class_="note"), tag("div", charts, class_="charts")] if charts else None,
+        _moved(record.moved),
+    )
+
+
+def _traded(scales: tuple[ScalePoint, ...]) -> list[Html]:
+    """Each scale as a point: to the right it knows more of the task, upward it has lost more of general text."""
+    known = [(point, point.general) for point in scales if point.general is not None]
+    if not known:
+        return []
+    points = tuple(
+        Point(point.gain.value, general.value, general.low, general.high, f"× {point.scale:g}")
+        for point, general in known
+    )
+    unit = UNITS.get(known[0][0].gain.metric, known[0][0].gain.metric)
+    told = (
+        "Held-out loss from right to left, bits per byte of general text upward, lower is better in both; bars are 95%."
+    )
+    axes = Axes(
+        "Held-out loss and general text, by scale", told, f"held-out loss, {unit}", "general text, bits per byte"
+    )
+    return [line_chart("scales-traded", axes, [Series("bits per byte of general text", points, dots=True)])]
+
+
+def _scaled(scales: tuple[ScalePoint, ...]) -> list[Html]:
+    if not scales:
+        return []
+    points = tuple(Point(one.scale, one.gain.value, one.gain.low, one.gain.high) for one in scales)
+    metric = scales[0].gain.metric
+    told = (
+        f"From {points[0].y:.3f} without the trained weights to {points[-1].y:.3f} with all of them; the band is 95%."
+    )
+    axes = Axes("Held-out loss, by scale", told, "trained weights times", UNITS.get(metric, metric))
+    return [line_chart("scales-gain", axes, [Series(metric.replace("_", " "), points)])]
+
+
+def _moved(moved: tuple[Score, ...]) -> Html | None:
+    rows = [
+        [
+            [tag("span", quoted(one.task), class_="over"), quoted(MOVES.get(one.metric, one.metric))],
+            str(one.n),
+            _value(one),
+        ]
+        for one in moved
+    ]
+    title = tag("h3", "How far it moved from where it began")
+    return tag("div", title, table(["Measure", "n", "Value"], rows, numbers=(1, 2), label="Moved")) if rows else None

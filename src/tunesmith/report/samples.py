@@ -59,9 +59,7 @@ def samples_section(story: Story) -> Html | None:
 
 
 def shown_of(story: Story) -> list[Shown]:
-    grades: dict[str, Grades] = {}
-    for part in story.parts:
-        grades |= grades_of(part)
+    grades = grades_of(story)
     return [shown_pair(before, after, grades.get(before.id, {})) for before, after in story.pairs()]
 
 

@@ -6,7 +6,7 @@ was stopped by a gate has a page, too. Raises InputError for what is no run fold
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.jsonfile import from_json, read_json
@@ -31,7 +31,7 @@ SIDES = ("before", "after")
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One run. `measured`: before.json and after.json, as far as they are there."""
+    """One run."""
 
     name: str
     path: Path
@@ -41,7 +41,6 @@ class Part:
     recipe: str
     record: RunRecord | None
     failure: str
-    measured: dict[str, Json] = field(default_factory=dict[str, Json])
 
     def of_type(self, kind: str) -> list[Json]:
         return [event for event in self.events if event["type"] == kind]
@@ -54,6 +53,7 @@ class Story:
     path: Path
     parts: tuple[Part, ...]
     record: RunRecord | None
+    measured: dict[str, Json]  # before.json and after.json of the whole
 
     @property
     def failure(self) -> str:
@@ -69,16 +69,15 @@ class Story:
 
     def pairs(self) -> tuple[tuple[Sample, Sample], ...]:
         """Answers before and after: all that were kept, else the few of the record."""
-        kept = [pair for part in self.parts for pair in _kept(part)]
-        shown = self.record.samples if self.record else ()
-        return tuple(kept) if len(kept) > len(shown) else shown
+        kept, shown = _kept(self.measured), self.record.samples if self.record else ()
+        return kept if len(kept) > len(shown) else shown
 
 
 def read_story(path: Path) -> Story:
     require_run(path)
     if not is_staged(path):
         part = _part(path, "", from_json(Plan, read_json(path / PLAN), where=str(path / PLAN)))
-        return Story(path, (part,), part.record)
+        return Story(path, (part,), part.record, _measured(path))
     staged = from_json(StagedPlan, read_json(path / STAGES), where=str(path / STAGES))
     parts: list[Part] = []
     for plan in staged.plans:
@@ -86,12 +85,11 @@ def read_story(path: Path) -> Story:
         own = place / PLAN  # made again when the stage began
         begun = from_json(Plan, read_json(own), where=str(own)) if own.is_file() else plan
         parts.append(_part(place, place.name, begun))
-    return Story(path, tuple(parts), _record(path))
+    return Story(path, tuple(parts), _record(path), _measured(path))
 
 
 def _part(path: Path, name: str, plan: Plan) -> Part:
     recipe = path / RECIPE
-    measured = {side: path / f"{side}.json" for side in SIDES}
     return Part(
         name=name,
         path=path,
@@ -101,7 +99,6 @@ def _part(path: Path, name: str, plan: Plan) -> Part:
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         record=_record(path),
         failure=failure_of(path),
-        measured={side: read_json(file) for side, file in measured.items() if file.is_file()},
     )
 
 
@@ -110,21 +107,26 @@ def _record(path: Path) -> RunRecord | None:
     return from_json(RunRecord, read_json(file), where=str(file)) if file.is_file() else None
 
 
-def _kept(part: Part) -> list[tuple[Sample, Sample]]:
-    if set(part.measured) != set(SIDES):
-        return []
-    before, after = (from_json(tuple[Sample, ...], part.measured[side]["samples"]) for side in SIDES)
+def _measured(path: Path) -> dict[str, Json]:
+    files = {side: path / f"{side}.json" for side in SIDES}
+    return {side: read_json(file) for side, file in files.items()} if all(map(Path.is_file, files.values())) else {}
+
+
+def _kept(measured: dict[str, Json]) -> tuple[tuple[Sample, Sample], ...]:
+    if not measured:
+        return ()
+    before, after = (from_json(tuple[Sample, ...], measured[side]["samples"]) for side in SIDES)
     later = {sample.id: sample for sample in after}
-    return [(sample, later[sample.id]) for sample in before if sample.id in later]
+    return tuple((sample, later[sample.id]) for sample in before if sample.id in later)
 
 
-def grades_of(part: Part) -> dict[str, dict[str, tuple[float, float, bool]]]:
+def grades_of(story: Story) -> dict[str, dict[str, tuple[float, float, bool]]]:
     """Of each row what its answers were graded with: metric -> before, after, higher is better."""
-    if set(part.measured) != set(SIDES):
+    if not story.measured:
         return {}
-    wanted, found = _names(part.plan), dict[str, dict[str, tuple[float, float, bool]]]()
-    after = {(one["task"], one["metric"]): one for one in part.measured["after"]["measurements"]}
-    for one in part.measured["before"]["measurements"]:
+    wanted, found = _names(story), dict[str, dict[str, tuple[float, float, bool]]]()
+    after = {(one["task"], one["metric"]): one for one in story.measured["after"]["measurements"]}
+    for one in story.measured["before"]["measurements"]:
         name, same = one["metric"], after.get((one["task"], one["metric"]))
         if same is None or not (name in wanted or name.startswith(("breaks ", "says "))):
             continue
@@ -135,5 +137,5 @@ def grades_of(part: Part) -> dict[str, dict[str, tuple[float, float, bool]]]:
     return found
 
 
-def _names(plan: Plan) -> list[str]:
-    return list(plan["metrics"]) if "metrics" in plan.choices else []
+def _names(story: Story) -> set[str]:
+    return {name for part in story.parts if "metrics" in part.plan.choices for name in part.plan["metrics"]}

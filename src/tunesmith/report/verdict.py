@@ -113,6 +113,8 @@ def _counted(found: Sequence[str], *, answers: bool) -> str:
     kind = "of the answers" if answers else "of how likely the test rows are"
     better, worse = found.count("better"), found.count("worse")
     same = len(found) - better - worse
+    if len(found) > 1 and len(found) in (better, worse):
+        return f"All {len(found)} measures {kind} are {found[0]}."
     return f"Of {len(found)} {of} {kind}: {better} better, {worse} worse, {same} with no difference shown."
 
 
@@ -132,9 +134,10 @@ def verdict_section(story: Story) -> Html:
 def change_text(claim: Claim) -> list[Content]:
     """field_f1 0.203 → 0.965, and below it +0.762 (+0.712 to +0.811), better."""
     one, unit = claim.of, UNITS.get(claim.of.metric, "")
-    change = f"{signed(one.difference)} ({signed(one.low)} to {signed(one.high)})" + (f" {unit}" if unit else "")
+    change = f"{signed(one.difference)} ({signed(one.low)} to {signed(one.high)})"
+    name = tag("span", tag("b", quoted(name_of(one))), tag("span", f", {unit}", class_="soft") if unit else None)
     return [
-        tag("div", tag("b", quoted(name_of(one))), tag("span", f"{one.before.value:.3f} → {one.after.value:.3f}")),
+        tag("div", name, tag("span", f"{one.before.value:.3f} → {one.after.value:.3f}")),
         tag("div", tag("span", change, class_="soft"), tag("b", claim.words, class_=f"outcome {claim.outcome}")),
     ]
 
