@@ -39,6 +39,6 @@ def test_words_of_others_keep_their_direction_to_themselves() -> None:
 
 def test_a_table_has_heads_and_scrolls_by_keyboard() -> None:
     made = table(["a", "b"], [["<x>", 1]], numbers=(1,), label="of it")
-    assert 'tabindex="0" role="region" aria-label="of it"' in made
+    assert 'tabindex="0" role="group" aria-label="of it"' in made
     assert '<th scope="row">&lt;x&gt;</th><td class="number">1</td>' in made
     assert isinstance(join(made, "<"), Html)

@@ -121,7 +121,7 @@ def cost_section(story: Story) -> Html | None:
     rows = [row for part in story.parts for row in _cost(part)]
     if not rows:
         return None
-    head = ["", "Predicted", "Measured", "Measured / predicted"]
+    head = ["What", "Predicted", "Measured", "Measured / predicted"]
     parts = _each(story, _memory)
     return section("cost", "Memory and speed", table(head, rows, numbers=(1, 2, 3), label="Memory and speed"), parts)
 

@@ -99,7 +99,7 @@ def table(
         for line in (enumerate(row) for row in rows)
     ]
     inner = tag("table", tag("thead", tag("tr", heads)), tag("tbody", body))
-    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=label)
+    return tag("div", inner, class_="scroll", tabindex="0", role="group", aria_label=label)
 
 
 def details(summary: Content, *content: Content, opened: bool = False) -> Html:

@@ -42,7 +42,7 @@
     const text = foreign("pre", "", pieces);
     text.tabIndex = 0;
     text.setAttribute("aria-label", name);
-    text.setAttribute("role", "region");
+    text.setAttribute("role", "group");
     return element("div", "pane " + name.toLowerCase(), element("h4", "", name), text);
   };
 
