@@ -27,6 +27,7 @@ from tunesmith.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.evaluate.compare import Measured, compare_all, moved, shown_answers
 from tunesmith.evaluate.madepairs import with_made_pairs
 from tunesmith.evaluate.preference import displaced, with_references
+from tunesmith.export.card import write_card
 from tunesmith.facts import Facts
 from tunesmith.identity import identity_of
 from tunesmith.jsonfile import from_json, read_json
@@ -193,7 +194,9 @@ def _story(run: _Run) -> Generator[Event]:
     yield from after.scores(step=training.step)
     yield from displaced(compare_all(before, after, step=training.step), training.step)
     run.folder.settle()
-    run.folder.write_json(RECORD, dataclasses.replace(_record(run, proof, (before, after), adapter), scales=scales))
+    record = dataclasses.replace(_record(run, proof, (before, after), adapter), scales=scales)
+    write_card(record, run.start.identity)
+    run.folder.write_json(RECORD, record)
     beginning.forget(run.folder)
 
 

@@ -23,6 +23,7 @@ from tunesmith import afterwards, facts, run
 from tunesmith.atomic import damage, write_file
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, compare_all, shown_answers
+from tunesmith.export.card import write_card
 from tunesmith.facts import Facts
 from tunesmith.jsonfile import from_json, json_bytes, read_json
 from tunesmith.measure import items_of, measure
@@ -32,7 +33,18 @@ from tunesmith.plan.plan import agrees, words
 from tunesmith.plan.staged import StagedPlan
 from tunesmith.recipe import Recipe, Stages
 from tunesmith.reopened import known_again, model_left
-from tunesmith.runfolder import AFTER, BEFORE, MODEL, OF_STAGES, PLAN, RECORD, STAGES, RunFolder, next_run_folder
+from tunesmith.runfolder import (
+    AFTER,
+    BEFORE,
+    IDENTITY,
+    MODEL,
+    OF_STAGES,
+    PLAN,
+    RECORD,
+    STAGES,
+    RunFolder,
+    next_run_folder,
+)
 from tunesmith.train.interrupts import StopWish
 from tunesmith.types import Choice, Comparison, Event, Json, Plan, RunRecord, Stage, Verdict
 from tunesmith.workbench import model_at_start, only_model
@@ -160,6 +172,7 @@ def _stages(
     with StopWish(f"go on with: tunesmith resume {folder.path}") as wish, wish.at_once(), memory_errors():
         record = _record(folder.path, staged, allow_code=allow_code)
     folder.settle()
+    write_card(record, read_json(places[-1] / IDENTITY), stages=[place.name for place in places])
     folder.write_json(RECORD, record)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.atomic import MANIFEST
+from tunesmith.export.card import CARD
 from tunesmith.export.parity import Job, Reread
 from tunesmith.model.adapter_folder import CONFIG, WEIGHTS
 from tunesmith.model.folder import SINGLE, read_json
@@ -38,7 +39,7 @@ def reread_peft(job: Job) -> Reread:
 def write_merged_folder(job: Job) -> None:
     """The base's config, its weights with the adapter added in fp32 and cast once, and what serving needs."""
     run = job.run
-    _copy(job, CONFIG, WEIGHTS, PROVENANCE, SINGLE)
+    _copy(job, CONFIG, WEIGHTS, PROVENANCE, SINGLE, CARD)
     save_config(job.folder, run.weights.path, run.weights.vocab_size)
     write_merged(run.weights.path, run.changes, job.folder / SINGLE, job.narrow)
 
