@@ -1,5 +1,7 @@
 """Continued pretraining from recipe to record: texts in windows, counted in tokens, measured in bits per byte."""
 
+import os
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,22 @@ def test_rehearsal_takes_the_place_of_windows(tiny_folder: Path, tmp_path: Path)
     assert total == pytest.approx(200 * len(steps), rel=0.03)
 
 
+def test_an_adaptive_rehearsal_takes_the_place_of_more_windows(tiny_folder: Path, tmp_path: Path) -> None:
+    """Steps stay as long as they were and as many, whatever the ratio becomes; going on gives the same bytes."""
+    other = str(write_rows(tmp_path / "other.jsonl", [{"text": "more and more " * n} for n in range(1, 9)]))
+    general = {"retention_data": str(write_rows(tmp_path / "kept.jsonl", [{"text": "おえういあ" * n} for n in (2, 3)]))}
+    ratio = {"rehearsal": {"data": other, "ratio": "adaptive"}, "max_steps": 10, "eval_steps": 2} | general
+    straight, broken = (wish(tiny_folder, tmp_path / name, learning_rate=0.03, **ratio) for name in ("one", "two"))
+    steps = steps_of(train(straight))
+    assert len(steps) == 10
+    assert sum(step.tokens for step in steps) == pytest.approx(200 * len(steps), rel=0.03)
+    shares = [step.task_tokens.get("rehearsal", 0) / step.tokens for step in steps]
+    assert sum(shares[-4:]) / 4 == pytest.approx(0.5, abs=0.06), "doubled until it is a half"
+    until_saved(run.train(plan_of(broken)), step=4)
+    list(run.resume(tmp_path / "two" / "run"))
+    assert adapter_bytes(broken) == adapter_bytes(straight)
+
+
 def test_packing_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     one, many = (
         steps_of(train(wish(tiny_folder, tmp_path / str(length), pack_length=length, max_steps=3)))
@@ -161,3 +179,63 @@ def test_a_mixed_folder_names_the_files_in_another_encoding(tiny_folder: Path, t
     steps: list[Event] = train(wish(tiny_folder, tmp_path / "b", data=str(folder), skip_bad=True))
     assert sum(step.supervised_tokens for step in steps_of(steps)) == 5 * len("# Größe 0".encode())
     assert all(event.level != "stop" for event in steps if isinstance(event, Verdict))
+
+
+def test_a_line_of_200_mb_is_measured_and_not_read(tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "corpus.jsonl"
+    with file.open("wb") as written:
+        written.write(b'{"text": "one that is fine"}\n{"text": "')
+        written.seek(200 * 2**20, os.SEEK_CUR)  # a hole: no disk is taken
+        written.write(b'"}\n')
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"1 too long\n  corpus.jsonl:2: the row has 209,715,\d+ bytes, at most 64 MB"):
+        train(wish(tiny_folder, tmp_path, data=str(file)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 2**20
+
+
+def folder_of(path: Path, **files: str | bytes) -> Path:
+    """`__` is a dot."""
+    path.mkdir()
+    for name, content in files.items():
+        (path / name.replace("__", ".")).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_links_in_a_folder_lead_nowhere_else_and_end(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "corpus", a__txt="a text that is read once")
+    (folder / "up").symlink_to("..")
+    (folder / "in").symlink_to(".")
+    assert plan_of(wish(tiny_folder, tmp_path, data=str(folder))).data["data"].rows == 1
+    for target, message in (
+        ("b.txt", r"b\.txt: cannot be opened: Too many levels of symbolic links"),
+        ("gone.txt", r"b\.txt: is a link to gone\.txt, which is not there"),
+        ("/etc/hostname", r"b\.txt: is a link out of the folder, to /etc/hostname"),
+    ):
+        (folder / "b.txt").symlink_to(target)
+        with pytest.raises(InputError, match=message):
+            plan_of(wish(tiny_folder, tmp_path, data=str(folder)))
+        (folder / "b.txt").unlink()
+
+
+def test_what_a_folder_holds_beside_texts_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    good = "# A text\n\nwith words in it"
+    folder = folder_of(tmp_path / "corpus", a__md=good, b__bin=b"\xff\0" * 99, c__jsonl='{"text": "a row"}')
+    warned = "\n".join(plan_of(wish(tiny_folder, tmp_path, data=str(folder))).warnings)
+    assert "only .txt and .md files are read, and 1 .bin, 1 .jsonl left out" in warned
+    (folder / "c.jsonl").unlink()
+    report = plan_of(wish(tiny_folder, tmp_path, data=str(folder))).data["data"]
+    assert [(f.level, f.count) for f in report.findings if f.check == "others"] == [("info", 1)]
+    folder_of(tmp_path / "binary", a__md=good, b__txt=b"\x7fELF" + bytes(99), c__txt=b"\x1f\x8b\x08 packed")
+    with pytest.raises(InputError, match=r"2 of 3 rows cannot be used(.|\n)*b\.txt(.|\n)*c\.txt"):
+        train(wish(tiny_folder, tmp_path, data=str(tmp_path / "binary")))
+
+
+def test_a_folder_without_texts_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    for files in ({}, {"a__jsonl": '{"text": "a row"}'}):
+        with pytest.raises(InputError, match=r"no \.txt or \.md file in this folder"):
+            train(wish(tiny_folder, tmp_path, data=str(folder_of(tmp_path / f"with{len(files)}", **files))))
+    blank = folder_of(tmp_path / "blank", a__txt=" \n", b__md="")
+    with pytest.raises(InputError, match="none of the 2 rows can be used"):
+        train(wish(tiny_folder, tmp_path, data=str(blank)))

@@ -20,9 +20,9 @@ from tunesmith.data.corpus import Corpus, Stream
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.mixture import Mixture
 from tunesmith.data.pack import fed_tokens
-from tunesmith.data.rehearsal import Changes, Rehearsal
+from tunesmith.data.rehearsal import Rehearsal
 from tunesmith.data.render import Renderer
-from tunesmith.data.schedule import Schedule
+from tunesmith.data.schedule import Changes, Schedule
 from tunesmith.data.tokenizer import LONG_TEXT
 from tunesmith.errors import InputError
 from tunesmith.facts import Facts
@@ -71,7 +71,7 @@ class Workbench:
         """The documents of optimizer step 1..steps; a pure function of the plan, the files, and the changes of the
         rehearsal ratio so far."""
         if isinstance(self.schedule, Stream):
-            documents = self.schedule.documents_of(step)
+            documents = self.schedule.documents_of(step, changes)
         else:
             documents = [document for row in self.schedule.rows_of(step) for document in self._of_row(row)]
         return documents + (self.rehearsal.documents_of(step, changes) if self.rehearsal else [])
@@ -141,15 +141,9 @@ def _scheduled(plan: Plan, facts: Facts) -> Schedule | Stream:
 
 def _stream(plan: Plan, corpus: Corpus) -> Stream:
     """Rehearsal takes the place of windows: a step has `batch_tokens` with it."""
-    return Stream.of(corpus, step_tokens=data_tokens(plan), epochs=plan["num_train_epochs"], seed=plan["seed"])
-
-
-def data_tokens(plan: Plan) -> float:
-    """Of the data, in a step."""
-    if plan["stage"] == "cpt":
-        ratio = plan.choices["rehearsal_ratio"].value if "rehearsal_ratio" in plan.choices else 0
-        return plan["batch_tokens"] * (1 - ratio)
-    return plan.tokens_per_epoch / plan.rows_per_epoch * plan["batch_size"]
+    ratio = plan["rehearsal_ratio"] if "rehearsal_ratio" in plan.choices else 0
+    tokens, epochs = plan["batch_tokens"], plan["num_train_epochs"]
+    return Stream.of(corpus, step_tokens=tokens, epochs=epochs, seed=plan["seed"], ratio=ratio)
 
 
 def _schedule(plan: Plan, rows: Dataset) -> Schedule:
@@ -173,12 +167,14 @@ def rehearsal_of(plan: Plan, facts: Facts) -> Rehearsal | None:
     rows = facts.datasets.get("rehearsal")
     if rows is None:
         return None
+    texts = plan["stage"] == "cpt"
     return Rehearsal.of(
         rows,
         tokens=plan.data["rehearsal"].tokens,
         length=plan["rehearsal_length"],
-        step_tokens=data_tokens(plan),
+        step_tokens=plan["batch_tokens"] if texts else plan.tokens_per_epoch / plan.rows_per_epoch * plan["batch_size"],
         ratio=plan["rehearsal_ratio"],
+        replaces=texts,
         seed=plan["seed"],
     )
 

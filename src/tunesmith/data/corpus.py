@@ -25,7 +25,7 @@ import numpy as np
 from tunesmith.data.badrow import BadRow, Rejects
 from tunesmith.data.dataset import NOT_RENDERED, Dataset
 from tunesmith.data.scan import Scan, batches
-from tunesmith.data.schedule import Passes, prefetch
+from tunesmith.data.schedule import Changes, Passes, prefetch, spans
 from tunesmith.data.spool import Spool
 from tunesmith.data.turns import FOREIGN
 from tunesmith.data.windows import span, window_counts
@@ -137,20 +137,27 @@ def _dense(text: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The windows of every step: a step takes `step_tokens`, up to half a window, from passes over all windows in
-    random order. The last step takes what is left of the epochs."""
+    """The windows of every step: of its `step_tokens` it takes what rehearsal leaves, up to half a window, from passes
+    over all windows in random order. The last step takes what is left of the epochs; where the ratio of the rehearsal
+    changes on the way, it is the number of steps that stays."""
 
     corpus: Corpus
     passes: Passes
     step_tokens: float
     all_tokens: float  # of the epochs
+    ratio: float  # that rehearsal takes, from the first step on
 
     @classmethod
-    def of(cls, corpus: Corpus, *, step_tokens: float, epochs: float, seed: int) -> Stream:
+    def of(cls, corpus: Corpus, *, step_tokens: float, epochs: float, seed: int, ratio: float = 0) -> Stream:
         passes = Passes(corpus.lengths_W, seed)
-        return cls(corpus, passes, step_tokens, epochs * float(corpus.lengths_W.sum()))
+        return cls(corpus, passes, step_tokens, epochs * float(corpus.lengths_W.sum()), ratio)
 
-    def documents_of(self, step: int) -> list[Document]:
+    def documents_of(self, step: int, changes: Changes = ()) -> list[Document]:
         """The windows of step 1.., a pure function of the texts and the arguments; behind the epochs there are none."""
-        due = (min(self.all_tokens, done * self.step_tokens) for done in (step - 1, step))
-        return [self.corpus.document(self.passes.item(place)[1]) for place in range(*map(self.passes.taken, due))]
+        places = range(*(self.passes.taken(self._due(done, changes)) for done in (step - 1, step)))
+        return [self.corpus.document(self.passes.item(place)[1]) for place in places]
+
+    def _due(self, step: int, changes: Changes) -> float:
+        """Tokens of the data up to `step`."""
+        due = sum(steps * self.step_tokens * (1 - ratio) for steps, ratio in spans(step, self.ratio, changes))
+        return due if changes else min(self.all_tokens, due)

@@ -65,6 +65,9 @@ def check_path(path: Path) -> os.stat_result:
 
 
 def _missing(path: Path) -> InputError:
+    if path.is_symlink():
+        what = f"is a link to {os.readlink(path)}, which is not there"
+        return InputError(what, where=str(path), fix="put that file back, or remove the link")
     if url := _URL.search(str(path)):
         address = f"{url[1]}://{url[2]}"
         fix = "download it yourself, look at it, and name the file"

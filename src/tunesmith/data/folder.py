@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Folder:
     name: str
     files: tuple[FileBytes, ...]
     fingerprint: str  # sha256 over the names and sha256 of the files
+    others: Mapping[str, int]  # suffix -> how many files of it are left out
 
     def __len__(self) -> int:
         return len(self.files)
@@ -64,10 +66,14 @@ def open_folder(path: Path, name: str) -> Folder:
     """Raises InputError for a folder without texts, and for a file in it that is not an ordinary one of its own."""
     digest = hashlib.sha256()
     files: list[FileBytes] = []
-    home = path.resolve()
-    for file in _texts(path):
-        if not file.resolve().is_relative_to(home):
-            what, fix = f"is a link out of the folder, to {file.resolve()}", "replace it by a copy, or remove it"
+    others, home = Counter[str](), path.resolve()
+    for file in _visible(path):
+        if not file.name.lower().endswith(SUFFIXES):
+            others[file.suffix.lower()] += 1
+            continue
+        target = Path(os.path.realpath(file))  # a loop of links is where it began
+        if not target.is_relative_to(home):
+            what, fix = f"is a link out of the folder, to {target}", "replace it by a copy, or remove it"
             raise InputError(what, where=str(file), fix=fix)
         status = check_path(file)
         if not stat.S_ISREG(status.st_mode):
@@ -78,13 +84,13 @@ def open_folder(path: Path, name: str) -> Folder:
         digest.update(f"{file.relative_to(path).as_posix()}\0{content}\n".encode(errors="surrogateescape"))
     if not files:
         raise InputError(f"no {' or '.join(SUFFIXES)} file in this folder", where=str(path), fix="name the data file")
-    return Folder(path, name, tuple(files), digest.hexdigest())
+    return Folder(path, name, tuple(files), digest.hexdigest(), others)
 
 
-def _texts(path: Path) -> Iterator[Path]:
-    """The text files below a folder, sorted by their path."""
+def _visible(path: Path) -> Iterator[Path]:
+    """The files below a folder, sorted by their path."""
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if not name.startswith("."):
                 yield Path(folder, name)

@@ -12,20 +12,17 @@ Rows count by their bytes, which are known without reading them: tokens are in p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.schedule import Passes
+from tunesmith.data.schedule import Changes, Passes, spans
 from tunesmith.data.windows import window, window_counts
 from tunesmith.types import Document
 
 NAME = "rehearsal"  # role of the rows, task of their documents
 PASSES = 2**32  # added to the number of a pass, so that its order is none of the data's epochs
-
-Changes = Sequence[tuple[int, float]]  # (steps done when it changed, ratio from then on)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +32,27 @@ class Rehearsal:
     rows: Dataset
     passes: Passes  # of the rows, with about how many tokens each gives in a pass
     length: int  # tokens of a piece at most
-    step_tokens: float  # of the data, in a step
+    step_tokens: float  # of the data, in a step; of the whole step where it takes the place of data
     ratio: float  # share of all tokens, from the first step on
+    replaces: bool
 
     @classmethod
-    def of(cls, rows: Dataset, *, tokens: int, length: int, step_tokens: float, ratio: float, seed: int) -> Rehearsal:
+    def of(
+        cls,
+        rows: Dataset,
+        *,
+        tokens: int,
+        length: int,
+        step_tokens: float,
+        ratio: float,
+        seed: int,
+        replaces: bool = False,
+    ) -> Rehearsal:
         """`tokens`: of all rows, uncut."""
         bytes_M = np.array([rows.row_bytes(i) for i in range(len(rows))], dtype=np.float64)
         tokens_M = bytes_M * (tokens / bytes_M.sum())
         passes = Passes(tokens_M / window_counts(tokens_M, length), seed, PASSES)
-        return cls(rows, passes, length, step_tokens, ratio)
+        return cls(rows, passes, length, step_tokens, ratio, replaces)
 
     def documents_of(self, step: int, changes: Changes = ()) -> list[Document]:
         """The rehearsal documents of step 1.. ; most steps of a small ratio have none."""
@@ -52,12 +60,11 @@ class Rehearsal:
         return [document for place in places for document in self._documents(place)]
 
     def _due(self, step: int, changes: Changes) -> float:
-        """Rehearsal tokens up to `step`: ratio / (1 - ratio) for each token of the data."""
-        bounds = [*(min(at, step) for at, _ in changes), step]
-        ratios = [self.ratio, *(ratio for _, ratio in changes)]
-        begins = [0, *bounds[:-1]]
-        spans = zip(begins, bounds, ratios, strict=True)
-        return sum((end - begin) * self.step_tokens * ratio / (1 - ratio) for begin, end, ratio in spans)
+        """Rehearsal tokens up to `step`: ratio / (1 - ratio) for each token of the data, or ratio of every token."""
+        return sum(
+            steps * self.step_tokens * (ratio if self.replaces else ratio / (1 - ratio))
+            for steps, ratio in spans(step, self.ratio, changes)
+        )
 
     def _documents(self, place: int) -> list[Document]:
         number, row = self.passes.item(place)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +23,7 @@ import numpy as np
 if TYPE_CHECKING:
     from tunesmith.data.mixture import Mixture
 
+Changes = Sequence[tuple[int, float]]  # of the rehearsal ratio: (steps done when it changed, ratio from then on)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -102,6 +103,14 @@ class Passes:
 
     def _order(self, number: int) -> np.ndarray:
         return order(self.seed, self.first + number, len(self.tokens_M))
+
+
+def spans(steps: int, ratio: float, changes: Changes) -> Iterator[tuple[int, float]]:
+    """(how many of the first steps, their ratio), one after the other; `ratio` is that of the first one."""
+    bounds = [*(min(at, steps) for at, _ in changes), steps]
+    ratios = [ratio, *(changed for _, changed in changes)]
+    for begin, end, one in zip([0, *bounds], bounds, ratios, strict=False):
+        yield end - begin, one
 
 
 def prefetch(items: Iterable[Item], work: Callable[[Item], Result], *, ahead: int = 2) -> Iterator[Result]:

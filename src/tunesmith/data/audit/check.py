@@ -86,6 +86,7 @@ def _validator(schema: Json) -> Validator:
 
 CHECKS = {
     "rejected": rendered.rejected,
+    "others": rendered.others,
     "never": rendered.never,
     "chosen_only": rendered.chosen_only,
     "sampled": rendered.sampled,

@@ -11,13 +11,16 @@ from referencing.exceptions import Unresolvable
 from tunesmith.data.audit.subject import SHOWN_ROWS, WARN_SHARE, Subject, answer_of, some
 from tunesmith.data.corpus import DENSE
 from tunesmith.data.dataset import FIRST_ROWS
+from tunesmith.data.folder import Folder
 from tunesmith.data.formats import FORMATS, unused_keys
 from tunesmith.data.render import BOUNDARY, PER_TURN, STRUCTURAL
 from tunesmith.data.scan import ALL_ROWS
+from tunesmith.data.sources import CONTAINERS
 from tunesmith.errors import InputError
 from tunesmith.types import Finding
 
 EXPECTED_NOTES = (STRUCTURAL, PER_TURN, BOUNDARY)  # how a template works; nothing to repair in the data
+READABLE = {*CONTAINERS, ".gz", ".parquet"}
 CUTS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # tokens, that people choose from
 
 
@@ -33,6 +36,17 @@ def rejected(subject: Subject) -> Iterator[Finding]:
             message = f"{count:,} of {total:,} rows cannot be used: {what}"
             where = tuple(problem.where for problem in problems)
             yield Finding("rejected", level, message, count, where, problems[0].fix)
+
+
+def others(subject: Subject) -> Iterator[Finding]:
+    """Files of a folder that are not read: a mistake where they are of a kind that could be."""
+    for source in (part.source for part in subject.dataset.parts):
+        if isinstance(source, Folder) and source.others:
+            known = source.others.keys() & READABLE
+            kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in source.others.items())
+            message = f"of the folder {source.name} only .txt and .md files are read, and {kinds} left out"
+            fix = f"name them beside the folder: `data: [{source.path}, FILE{min(known)}]`" if known else ""
+            yield Finding("others", "warn" if known else "info", message, sum(source.others.values()), fix=fix)
 
 
 def never(subject: Subject) -> Iterator[Finding]:
