@@ -119,11 +119,11 @@ def open_corpus(rows: Dataset, window: int) -> Corpus:
     return Corpus(rows, spool, starts_N, np.array(ends) - starts_N, window - 1, marked, rejects)
 
 
-def _texts(rows: Dataset) -> Iterator[tuple[int, str, Iterator[Sequence[int]]]]:
+def _texts(rows: Dataset) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
     """(row, text, its tokens part by part) of every row; those of a batch are encoded together, on all cores, while the
     batch before is written."""
 
-    def encoded(batch: list[int]) -> Iterator[tuple[int, str, Iterator[Sequence[int]]]]:
+    def encoded(batch: list[int]) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
         texts = [rows.example(row).text or "" for row in batch]
         return zip(batch, texts, rows.renderer.many_texts(texts), strict=True)
 

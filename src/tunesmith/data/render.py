@@ -126,17 +126,17 @@ class Renderer:
         """Plain text, nothing around it."""
         return list(self.tokenizer.encode(text, at_start=True))
 
-    def text_parts(self, text: str, known: list[int] | None = None) -> Iterator[Sequence[int]]:
+    def text_parts(self, text: str, known: list[int] | None = None) -> Iterator[Sequence[int] | np.ndarray]:
         """The ids of a plain text as a document, part by part, so that a text of any length takes little memory.
         `known`: those of the text, if it is encoded already."""
         yield self.tokenizer.bos
         if known is None:
-            yield from self.tokenizer.parts(text, at_start=True)
+            yield from self.tokenizer.text_parts(text)
         else:
             yield self.tokenizer.checked(known)
         yield (self.text_end,)
 
-    def many_texts(self, texts: Sequence[str]) -> list[Iterator[Sequence[int]]]:
+    def many_texts(self, texts: Sequence[str]) -> list[Iterator[Sequence[int] | np.ndarray]]:
         """`text_parts` of each text; what is not too long is encoded here and now, on all cores."""
         known = self.tokenizer.many(texts)
         return [self.text_parts(text, known.get(text)) for text in texts]

@@ -18,13 +18,16 @@ import json
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from tunesmith.data.tokenizer_file import ItsErrors, check_tokens, parse, with_tokens
+from tunesmith.data.words import Words
 from tunesmith.errors import InputError
 from tunesmith.types import Json, NewToken
 
@@ -95,6 +98,8 @@ class ChatTokenizer:
         self.eos_id = self.id(named.get("eos_token", ""))
         self.end_ids = tuple(dict.fromkeys([*end_ids, *([self.eos_id] if self.eos_id is not None else [])]))
         self.bos = () if config.get("add_bos_token") is False else self._leading_ids()
+        plain = self._head is self._continuation and not vocabulary
+        self.words = Words.of(data, partial(self._encode, tokenizer=self._head)) if plain else None
         self._memory: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
         self._ahead: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
         if other := [token.text for token in new if self.id(token.text) != token.id]:
@@ -155,9 +160,18 @@ class ChatTokenizer:
             yield from (self.checked(one.ids) for one in encoded)
 
     def many(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """The ids of whole texts, encoded in one batch on all cores; without long ones, and without any if one of them
-        cannot be encoded."""
-        return self._batch([text for text in texts if len(text) <= LONG_TEXT], self._head)
+        """The ids of whole texts, encoded in one batch on all cores; without long ones, without any if one of them
+        cannot be encoded, or where `text_parts` is faster."""
+        short = [text for text in texts if len(text) <= LONG_TEXT]
+        return {} if self.words is not None else self._batch(short, self._head)
+
+    def text_parts(self, text: str) -> Iterator[Sequence[int] | np.ndarray]:
+        """The ids of a whole text, piece by piece; by its words where that is exact."""
+        if self.words is None:
+            yield from self.parts(text, at_start=True)
+            return
+        for piece in pieces(text, LONG_TEXT):
+            yield self.words.ids(piece)
 
     def encode_ahead(self, runs: Iterable[tuple[str, bool]]) -> None:
         """Encode runs, (text, at_start) each, in one batch on all cores. `encode` finds them until the next batch."""
