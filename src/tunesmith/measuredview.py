@@ -19,6 +19,7 @@ from tunesmith.advise.knowledge import LEVELS, Knowledge
 from tunesmith.advise.measured import Begun, MeasuredAdvice
 from tunesmith.progress import clock, interval
 
+NEW_FACTS = "most of what would be taught is new to the model, and learning new facts teaches it to make things up (Gekhman 2024)"
 HEADLINES = {
     "prompt": "Don't fine-tune: prompting is enough",
     "constrained decoding": "Don't fine-tune: constrained decoding is enough",
@@ -106,11 +107,8 @@ def _notes(advice: MeasuredAdvice):
         yield _curve_line(advice.curve, advice.metric)
     if advice.knowledge is not None:
         yield _knowledge_line(advice.knowledge)
-        if advice.decision.answer == "sft" and advice.knowledge.low > 0.5:
-            yield (
-                "most of what would be taught is new to the model: learning such facts teaches it to make things up "
-                "(Gekhman 2024); look them up instead, or stop early"
-            )
+        if advice.knowledge.low > 0.5:
+            yield NEW_FACTS + (": look them up, or stop early" if advice.decision.answer == "sft" else "")
     elif advice.recall:
         yield f"what the model knows already was not looked at: {advice.no_knowledge}"
     for warning in advice.loose:

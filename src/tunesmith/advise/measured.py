@@ -32,7 +32,6 @@ from tunesmith.advise.kept import Kept
 from tunesmith.advise.knowledge import ROWS, SAMPLED, SETS, Knowledge, check_knowledge, no_facts
 from tunesmith.advise.passages import RECALL_AT, Passages
 from tunesmith.advise.prompts import question_of
-from tunesmith.data.schedule import order
 from tunesmith.errors import GateError, InputError
 from tunesmith.evaluate.metrics import METRICS, split
 from tunesmith.evaluate.stats import wilson
@@ -111,8 +110,7 @@ def advise_measured(
     every = items_of(facts)
     check_questions(questions_of(every, facts.renderer), metrics, facts.schema)
     kept = Kept(wanted.folder, _identity(plan, facts, passages))
-    mixed = [every[place] for place in order(0, 0, len(every)).tolist()]
-    subject = Subject.of(plan, facts, mixed, passages, kept.answers)
+    subject = Subject.of(plan, facts, every, passages, kept.answers)
     subject, speed = _paced(subject, kept, wanted.minutes)
     given = Given(len(drawn(subject.rows, 0, MOST_SHOWN)), passages is not None, facts.schema is not None)
     run = _Run(subject, kept, speed, began + 60 * wanted.minutes)
