@@ -19,7 +19,7 @@ from tunesmith.advise.knowledge import LEVELS, Knowledge
 from tunesmith.advise.measured import Begun, MeasuredAdvice
 from tunesmith.progress import clock, interval
 
-NEW_FACTS = "most of what would be taught is new to the model, and learning new facts teaches it to make things up (Gekhman 2024)"
+NEW_FACTS = "most of what would be taught is new to the model: learning it teaches it to make things up (Gekhman 2024)"
 HEADLINES = {
     "prompt": "Don't fine-tune: prompting is enough",
     "constrained decoding": "Don't fine-tune: constrained decoding is enough",
