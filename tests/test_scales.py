@@ -11,7 +11,8 @@ from tiny_run import measured_files, recipe, save_model_folder, train, until_sav
 from tunesmith import facts, run
 from tunesmith.evaluate import cache
 from tunesmith.evaluate.compare import GENERAL
-from tunesmith.scales import SCALES, forgetting, gain_kept, offered
+from tunesmith.evaluate.tradeoff import forgetting, gain_kept, offer, offered
+from tunesmith.scales import SCALES
 from tunesmith.types import RunRecord, ScalePoint, Score
 
 
@@ -129,11 +130,14 @@ def test_the_scale_that_keeps_most_of_the_gain_and_forgets_least_is_offered() ->
     assert best.scale == 0.75
     assert gain_kept(curve, best) == pytest.approx(0.96)
     assert forgetting(curve, best) == pytest.approx(0.4)
+    assert offer(curve) == "scale 0.75 keeps 96% of the gain at 40% of the forgetting"
 
 
 def test_without_forgetting_the_best_gain_is_offered() -> None:
     sinking = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.8, 0.8, 0.79, 0.79, 0.79])
     unknown = points([2.0, 1.5, 1.0, 1.04, 1.1])
+    assert offer(sinking) == "scale 1, the adapter as trained, is best: nothing was forgotten"
+    assert offer(unknown) == "scale 0.5 keeps 111% of the gain"
     for curve, scale in ((sinking, 1.0), (unknown, 0.5)):
         best = offered(curve)
         assert best is not None
@@ -145,6 +149,7 @@ def test_where_nothing_was_gained_nothing_is_offered() -> None:
     assert offered(worse) is None
     assert gain_kept(worse, worse[1]) is None
     assert offered(()) is None
+    assert offer(worse) == "no scale of the adapter lowers the held-out loss"
 
 
 def test_a_scale_that_gains_more_than_the_whole_adapter_counts_as_more() -> None:

@@ -20,6 +20,7 @@ from tunesmith.plan.machines import target_of
 from tunesmith.plan.room import MULTIPLES, multiple
 from tunesmith.plan.staged import StagedPlan
 from tunesmith.progress import interval, one_line
+from tunesmith.retentionview import moved_lines, scale_table
 from tunesmith.significance import evidence, verdict, verdicts
 from tunesmith.types import Comparison, DataReport, Plan, RunRecord
 from tunesmith.wording import duration, value_text
@@ -177,6 +178,9 @@ def outcome(comparison: Comparison, told: str = "") -> Text:
 def record_view(record: RunRecord) -> RenderableType:
     """What a run came to: the table, answers side by side, and where the adapter is."""
     parts: list[RenderableType] = [UNMEASURED if not record.comparisons else comparison_table(record.comparisons)]
+    parts += moved_lines(record.moved)
+    if record.scales:
+        parts.append(scale_table(record.scales))
     for before, after in record.samples:
         answers = _table(one_line(before.id))
         for name, text in (("expected", after.expected), ("before", before.answer), ("after", after.answer)):

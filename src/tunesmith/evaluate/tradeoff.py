@@ -1,0 +1,58 @@
+"""Which scale of a trained adapter is offered, from what each gains and forgets.
+
+    ScalePoints (0, 0.25, ... 1) -> the one that keeps most of the gain and forgets least, and how that is said
+
+Chosen on `eval_data`, as everything is that is chosen: what it says of the chosen scale is no result. Left out: the
+measuring (scales.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tunesmith.types import ScalePoint
+
+KEPT = 0.9  # of the best gain: what an offered scale keeps at least
+
+
+def gain_kept(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
+    """Of what the whole adapter lowers the loss by; None where it lowers nothing."""
+    first, last = points[0].gain.value, points[-1].gain.value
+    return None if last >= first else (first - point.gain.value) / (first - last)
+
+
+def forgetting(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
+    """Of what the whole adapter raises the bits per byte by; None where it raises nothing, or nothing was measured."""
+    first, last = points[0].general, points[-1].general
+    if first is None or last is None or point.general is None or last.value <= first.value:
+        return None
+    return (point.general.value - first.value) / (last.value - first.value)
+
+
+def offered(points: Sequence[ScalePoint]) -> ScalePoint | None:
+    """Of the scales that keep most of the best gain, the one that forgets least; without forgetting, the one with the
+    best gain. None where nothing was gained."""
+    kept = {point.scale: gain_kept(points, point) for point in points}
+    best = max((share for share in kept.values() if share is not None), default=0.0)
+    if best <= 0:
+        return None
+    good = [point for point in points if (kept[point.scale] or 0.0) >= KEPT * best]
+    lost = {point.scale: forgetting(points, point) for point in good}
+    if None in lost.values():
+        return min(good, key=lambda point: point.gain.value)
+    return min(good, key=lambda point: (lost[point.scale], -point.scale))
+
+
+def offer(points: Sequence[ScalePoint]) -> str:
+    """What is offered, in words."""
+    if not points:
+        return ""
+    best = offered(points)
+    if best is None:
+        return "no scale of the adapter lowers the held-out loss"
+    kept, lost = gain_kept(points, best), forgetting(points, best)
+    if best.scale == 1:
+        why = "nothing was forgotten" if lost is None else "less of it keeps too little of the gain"
+        return f"scale 1, the adapter as trained, is best: {why}" if best.general else "scale 1 is best"
+    gain = f"scale {best.scale:g} keeps {kept:.0%} of the gain"
+    return gain if lost is None else f"{gain} at {lost:.0%} of the forgetting"
