@@ -113,8 +113,39 @@ def test_cross_entropy_of_extreme_logits() -> None:
 @pytest.mark.parametrize("target", [-1, 5])
 def test_a_target_outside_the_vocabulary_is_an_error(dtype: torch.dtype, target: int) -> None:
     """The kernel writes at the target: one that does not exist would be someone else's memory."""
+    logits, targets = torch.zeros(2, 5, dtype=dtype), torch.tensor([0, target])
     with pytest.raises((IndexError, RuntimeError)):
-        kernels.cross_entropy(torch.zeros(2, 5, dtype=dtype), torch.tensor([0, target]), torch.ones(2), 1.0, 0.0)
+        kernels.cross_entropy(logits, targets, torch.ones(2), 1.0, 0.0)
+    with pytest.raises((IndexError, RuntimeError)):
+        kernels.divergence(logits, logits, targets, 1.0, 0.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.4, 0.0), (1.0, 9.0), (0.4, 3.0)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 2), (5, 97), (3, 4099)])
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_divergence(rows: int, vocabulary: int, scale: float, cap: float, spread: float) -> None:
+    """Also of logits that have hardly moved, where the KL is far smaller than what it is the difference of."""
+    base, targets = random(rows, vocabulary, spread=5), torch.arange(rows) % vocabulary
+    tuned = (base.float() + random(rows, vocabulary, seed=1, spread=spread).float()).bfloat16()
+    exact = kernels.divergence(base.double(), tuned.double(), targets, scale, cap)
+    ours = kernels.divergence(base, tuned, targets, scale, cap)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-4, atol=3e-6)
+    assert ours[2].tolist() == exact[2].tolist()
+
+
+@needs_kernels
+@pytest.mark.parametrize("poison", [NAN, INF], ids=str)
+def test_divergence_hides_no_nan(poison: float) -> None:
+    base, targets = random(3, 97), torch.tensor([0, 1, 2])
+    tuned = base.clone()
+    tuned[1, 50] = poison
+    for one, other in ((base, tuned), (tuned, base)):
+        losses, kl, _ = kernels.divergence(one, other, targets, 1.0, 0.0)
+        assert not torch.isfinite(kl[1])
+        assert torch.isfinite(kl[[0, 2]]).all()
+    assert not torch.isfinite(kernels.divergence(base, tuned, targets, 1.0, 0.0)[0][1]), losses
 
 
 # ---------------------------------------------------------------- what is not a number stays none

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.likelihood import by_document, loss_by_row, summed
+from tunesmith.model import kernels
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.head import Head
+from tunesmith.model.head import CHUNK_TARGETS, Head
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.tensorfile import write_tensors
 from tunesmith.types import Batch, Document
 
-CHUNK_TARGETS = 64  # six tensors [chunk, vocabulary] in fp32 at once: 75 MB for 49k tokens
 HEAD = "head.safetensors"
 
 
@@ -49,7 +49,7 @@ class Base(Protocol):
 
     def hidden(self, model: LanguageModel, batch: Batch, places: Sequence[int]) -> Tensor: ...
 
-    def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor: ...
+    def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor: ...  # raw ones
 
 
 class Switched:
@@ -62,7 +62,7 @@ class Switched:
 
     def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor:
         with adapter_scaled(model.network, 0):  # rows of new tokens are part of the head
-            return model.head.logits(hidden_SH)
+            return model.head.raw_logits(hidden_SH)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class Kept:
 
     def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor:
         head = model.head if self.head is None else _with_weight(model.head, self.head.to(model.device))
-        return head.logits(hidden_SH)
+        return head.raw_logits(hidden_SH)
 
     def write(self, folder: Path, name: str) -> None:
         """As files of a folder; several lists of documents may share one, and the head."""
@@ -123,24 +123,15 @@ def moved(
 
 @torch.no_grad()
 def _pack_moved(base: Base, model: LanguageModel, batch: Batch, places: Sequence[int]) -> list[Moved]:
-    base_SH, tuned_SH = base.hidden(model, batch, places), model.hidden(batch)
-    chunks = [
-        _tokens_moved(base.logits(model, base_SH[rows]), model.head.logits(tuned_SH[rows]), batch.targets_S[rows])
-        for start in range(0, len(tuned_SH), CHUNK_TARGETS)
-        for rows in (slice(start, start + CHUNK_TARGETS),)
-    ]
+    base_SH, tuned_SH, chunks = base.hidden(model, batch, places), model.hidden(batch), []
+    for start in range(0, len(tuned_SH), CHUNK_TARGETS):
+        rows = slice(start, start + CHUNK_TARGETS)
+        base_SV, head = base.logits(model, base_SH[rows]), model.head
+        tuned_SV, targets_S = head.raw_logits(tuned_SH[rows]), batch.targets_S[rows]
+        chunks.append(kernels.divergence(base_SV, tuned_SV, targets_S, head.scale, head.cap))
     nats, kl, same = (summed(torch.cat(parts), batch) for parts in zip(*chunks, strict=True))
     counts = batch.document_S.bincount(minlength=len(places)).tolist()
-    return [Moved(*one) for one in zip(nats, counts, kl, same, strict=True)]
-
-
-def _tokens_moved(base_SV: Tensor, tuned_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, KL(base || tuned) in nats, and 1 where the likeliest token is the same."""
-    same_S = base_SV.argmax(-1) == tuned_SV.argmax(-1)
-    p_SV, q_SV = base_SV.log_softmax(-1), tuned_SV.log_softmax(-1)
-    losses_S = -q_SV.gather(1, targets_S[:, None])[:, 0]
-    kl_S = (p_SV.exp() * p_SV.sub_(q_SV)).sum(-1).clamp_(min=0)  # rounding may leave a trace below 0
-    return losses_S, kl_S, same_S.to(losses_S.dtype)
+    return [Moved(nat, count, 0.0 if d < 0 else d, s) for nat, count, d, s in zip(nats, counts, kl, same, strict=True)]
 
 
 def measurements(

@@ -41,11 +41,15 @@ class Head:
         """Which rows of the weight those are."""
         return slice(None) if self.new is None else self.new.span
 
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """hidden @ weight.T + bias: [..., H] -> [..., V], in the dtype of the hidden states."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in fp32 (fp64 for fp64 hidden states)."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        z = torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias).to(wide) * self.scale
+        z = self.raw_logits(hidden).to(wide) * self.scale
         return self.cap * torch.tanh(z / self.cap) if self.cap else z
 
 

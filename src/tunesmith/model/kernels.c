@@ -189,3 +189,35 @@ void cross_entropy(bf16 *logits, const int64_t *targets, const float *weights, f
         row[targets[t]] = at_target;
     }
 }
+
+/* For each row: loss of `tuned` at its target, KL(base || tuned), and 1 where both have the same largest logit, or 0. */
+void divergence(const bf16 *base, const bf16 *tuned, const int64_t *targets, float *losses, float *kl, float *same,
+                long rows, long vocab, float scale, float cap) {
+    #pragma omp parallel for schedule(dynamic, 4)
+    for (long t = 0; t < rows; t++) {
+        const bf16 *p = base + t * vocab, *q = tuned + t * vocab;
+        float top_p = -INFINITY, top_q = -INFINITY, sum_p = 0.0f, sum_q = 0.0f, dot = 0.0f;
+        #pragma omp simd reduction(max:top_p, top_q)
+        for (long i = 0; i < vocab; i++) {
+            float a = squash(p[i], scale, cap), b = squash(q[i], scale, cap);
+            top_p = a > top_p ? a : top_p;
+            top_q = b > top_q ? b : top_q;
+        }
+        #pragma omp simd reduction(+:sum_p, sum_q, dot)
+        for (long i = 0; i < vocab; i++) {
+            float a = squash(p[i], scale, cap), b = squash(q[i], scale, cap), e = fast_exp(a - top_p);
+            sum_p += e;
+            sum_q += fast_exp(b - top_q);
+            dot += e * (a - b);
+        }
+        float lse_p = top_p + logf(sum_p), lse_q = top_q + logf(sum_q);
+        long best_p = 0, best_q = 0; /* of the raw logits: a cap makes large ones equal */
+        for (long i = 1; i < vocab; i++) {
+            if (to_float(p[i]) > to_float(p[best_p])) best_p = i;
+            if (to_float(q[i]) > to_float(q[best_q])) best_q = i;
+        }
+        losses[t] = lse_q - squash(q[targets[t]], scale, cap);
+        kl[t] = dot / sum_p - lse_p + lse_q;
+        same[t] = best_p == best_q ? 1.0f : 0.0f;
+    }
+}

@@ -248,3 +248,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, scale: float
     gradient = log_probabilities.exp()
     gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
     return losses, (gradient * weights[:, None].to(wide.dtype) * slope).to(logits.dtype)
+
+
+def divergence(base: Tensor, tuned: Tensor, targets: Tensor, scale: float, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """From raw logits [S, V] as above: losses of `tuned` [S], KL(base || tuned) [S] in nats, and 1 where both have the
+    same likeliest token [S]. Rounding may leave a KL a trace below 0."""
+    if usable(base, tuned):
+        rows, vocab = base.shape
+        losses, kl, same = torch.empty(3, rows)
+        if rows and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+            raise IndexError(f"a target is outside the vocabulary of {vocab} tokens")
+        call("divergence", base, tuned, targets, losses, kl, same, rows, vocab, float(scale), float(cap))
+        return losses, kl, same
+    p, q = ((z if z.dtype == torch.float64 else z.float()) * scale for z in (base, tuned))
+    if cap:
+        p, q = cap * torch.tanh(p / cap), cap * torch.tanh(q / cap)
+    same = base.argmax(-1) == tuned.argmax(-1)
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return -q.gather(1, targets[:, None])[:, 0], (p.exp() * p.sub_(q)).sum(-1), same.to(p.dtype)
