@@ -8,8 +8,10 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.progress import Progress, clock, line_of, one_line
+from tunesmith import watch
+from tunesmith.progress import Progress, clock, line_of, measuring, one_line
 from tunesmith.types import Done, Sample, Saved, Score, StepResult, Verdict
+from tunesmith.watch import watched
 
 
 def step(number: int) -> StepResult:
@@ -72,3 +74,33 @@ def test_long_texts_are_cut() -> None:
 
 def test_durations() -> None:
     assert [clock(seconds) for seconds in (0, 59.6, 187, 3787)] == ["0:00", "1:00", "3:07", "1:03:07"]
+
+
+def told(*, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(watch, "EVERY", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    with measuring(console):
+        assert list(watched("abc", 5, "answers", done=2)) == ["a", "b", "c"]
+    list(watched("de", 2, "answers"))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_long_measurement_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert told(terminal=False, monkeypatch=monkeypatch).splitlines() == [
+        "answers: 3 of 5",
+        "answers: 4 of 5",
+        "answers: 5 of 5",
+    ]
+    assert "answers: 5 of 5" in told(terminal=True, monkeypatch=monkeypatch)
+
+
+def test_what_is_short_is_not_told() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    with Progress(3, console):
+        list(watched("abc", 3, "answers"))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == ""
+    assert watch.LOG.handlers == [], "who listened is gone"

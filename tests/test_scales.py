@@ -11,8 +11,8 @@ from tiny_run import measured_files, recipe, save_model_folder, train, until_sav
 from tunesmith import facts, run
 from tunesmith.evaluate import cache
 from tunesmith.evaluate.compare import GENERAL
-from tunesmith.evaluate.tradeoff import forgetting, gain_kept, offer, offered
 from tunesmith.scales import SCALES
+from tunesmith.tradeoff import forgetting, gain_kept, offer, offered
 from tunesmith.types import RunRecord, ScalePoint, Score
 
 

@@ -214,12 +214,13 @@ def evaluate(
 ) -> None:
     """Measure a finished run again: the base and the adapter on the same items."""
     from tunesmith.display import baseline_table, comparison_table
+    from tunesmith.progress import measuring
 
     if baselines:
-        found = verbs.baselines(folder, allow_code=allow_code)
+        found = measuring()(verbs.baselines)(folder, allow_code=allow_code)
         say({"baselines": found}, baseline_table(found), as_json=as_json)
         return
-    comparisons = verbs.evaluate(folder, allow_code=allow_code)
+    comparisons = measuring()(verbs.evaluate)(folder, allow_code=allow_code)
     say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
 
 

@@ -1,13 +1,17 @@
 """A run as it goes: one live line on a terminal, plain lines elsewhere.
 
-In: the events of a run, one by one. Out: text on stderr. Plain lines (no terminal, CI or NO_COLOR) come at most about
-fifty times a run, so that a log stays readable. Nothing is measured or decided here.
+In: the events of a run, one by one, and what watch.py tells of a long measurement. Out: text on stderr. Plain lines
+(no terminal, CI or NO_COLOR) come at most about fifty times a run, so that a log stays readable. Nothing is measured or
+decided here.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Self
 
 from rich.console import Console
@@ -17,6 +21,7 @@ from rich.progress import Progress as Bar
 
 from tunesmith.atomic import size
 from tunesmith.types import Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
+from tunesmith.watch import LOG
 
 WINDOW = 20  # steps that the speed is averaged over
 PLAIN_LINES = 50
@@ -37,11 +42,19 @@ class Progress:
     def __enter__(self) -> Self:
         if self.live:
             self._bar.start()
+        self._listener = Listener(self._tell)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._listener.close()
         if self.live:
             self._bar.stop()
+
+    def _tell(self, line: str) -> None:
+        if self.live:
+            self._bar.update(self._task, description=line)
+        else:
+            self.console.print(line, highlight=False)
 
     def show(self, event: Event) -> None:
         if isinstance(event, Stage):
@@ -66,6 +79,36 @@ class Progress:
             self._bar.update(self._task, completed=step.step, description=line)
         elif step.step in (1, self.steps) or step.step % -(-self.steps // PLAIN_LINES) == 0:
             self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class Listener(logging.Handler):
+    """Gives what watch.py tells to `tell`, until it is closed."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.tell, self._level_before = tell, LOG.level
+        LOG.setLevel(logging.INFO)
+        LOG.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell(record.getMessage())
+
+    def close(self) -> None:
+        LOG.removeHandler(self)
+        LOG.setLevel(self._level_before)
+        super().close()
+
+
+@contextmanager
+def measuring(console: Console | None = None) -> Iterator[None]:
+    """While something is measured: how far it is, on stderr; nothing of what is short."""
+    console = console or Console(stderr=True)
+    if console.is_terminal and not {"CI", "NO_COLOR"} & os.environ.keys():
+        with console.status("measuring") as status, closing(Listener(status.update)):
+            yield
+    else:
+        with closing(Listener(lambda line: console.print(line, highlight=False))):
+            yield
 
 
 def line_of(event: Score | Sample | Verdict | Saved | Done | Stage) -> str:

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.evaluate.tradeoff import forgetting, gain_kept, offer, offered
 from tunesmith.progress import interval
+from tunesmith.tradeoff import forgetting, gain_kept, offer, offered
 from tunesmith.types import ScalePoint, Score
 
 NAMES = {"kl": "KL to the model before, nats a token", "top1_agreement": "likeliest token the same"}

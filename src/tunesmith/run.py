@@ -185,7 +185,7 @@ def _story(run: _Run) -> Generator[Event]:
         with run.wish.at_once(), memory_errors():
             store = beginning.store_of(run.folder.path, run.start.identity, adapter)
             after = measure(bench, run.items, step=training.step, bases=bases, store=store)
-            scales = scale_curve(bench, run.items, step=training.step, after=after)
+            scales = scale_curve(bench, run.items, step=training.step)
     except Interrupted:
         if training.step > saved:
             yield _checkpoint(run, training)

@@ -2,36 +2,61 @@
 
     held-out loss on eval_data and bits per byte of general text, at 0 (the base), 0.25, 0.5, 0.75 and 1 (as trained)
 
-In: a Workbench after training. Out: a ScalePoint each; `test_data` is not read. Left out: which of them is offered
-(evaluate/tradeoff.py); full fine-tuning, which has no adapter to scale.
+In: a Workbench after training. Out: a ScalePoint each, all on the same items: a part of them, drawn by chance, since a
+curve takes five times what a value takes. `test_data` is not read. Left out: which scale is offered (tradeoff.py); full
+fine-tuning, which has no adapter to scale.
 """
 
 from __future__ import annotations
 
-from tunesmith.evaluate.compare import GENERAL, Measured, score
-from tunesmith.evaluate.retention import BITS
+import dataclasses
+from collections.abc import Sequence
+
+from tunesmith.data.schedule import order
+from tunesmith.evaluate.compare import score
+from tunesmith.evaluate.retention import chosen_texts
 from tunesmith.measure import Items, eval_measurement, general_measurement
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.types import ScalePoint, Score
+from tunesmith.types import Document, ScalePoint
 from tunesmith.watch import watched
 from tunesmith.workbench import Workbench
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+TOKENS = 4096  # of held-out rows, and of general text, read at each scale
 
 
-def scale_curve(bench: Workbench, items: Items, *, step: int, after: Measured) -> tuple[ScalePoint, ...]:
-    """Nothing without an adapter, or without `eval_data`. What `after` knows of general text is not measured again."""
+def scale_curve(bench: Workbench, items: Items, *, step: int) -> tuple[ScalePoint, ...]:
+    """Nothing without an adapter, or without `eval_data`."""
     if bench.plan["method"] == "full" or not (items.eval_documents or "eval_data" in items.held_out):
         return ()
     bench.model.network.eval()
-    known = [one for one in after.measurements if (one.task, one.metric) == (GENERAL, BITS)]
+    items = few(bench, items)
     points: list[ScalePoint] = []
     for scale in watched(SCALES, len(SCALES), "scales of the adapter"):
         with adapter_scaled(bench.model.network, scale):
             gain = score(eval_measurement(bench, items), step=step)
-            general: Score | None = None
-            if items.texts:
-                measured = known[0] if known and scale == 1 else general_measurement(bench, items.texts)
-                general = score(measured, step=step)
+            general = score(general_measurement(bench, items.texts), step=step) if items.texts else None
         points.append(ScalePoint(scale, gain, general))
     return tuple(points)
+
+
+def few(bench: Workbench, items: Items) -> Items:
+    """Those that the curve is measured on."""
+    tokens = bench.renderer.text_tokens
+    held_out = {role: chosen_texts(texts, tokens, TOKENS) for role, texts in items.held_out.items()}
+    texts = chosen_texts(items.texts, tokens, TOKENS)
+    return dataclasses.replace(items, eval_documents=_some(items.eval_documents), texts=texts, held_out=held_out)
+
+
+def _some(documents: Sequence[Document]) -> tuple[Document, ...]:
+    """Whole rows, at least two."""
+    rows: dict[str, list[Document]] = {}
+    for document in documents:
+        rows.setdefault(document.id, []).append(document)
+    taken, left = list[str](), TOKENS
+    for place in order(0, 0, len(rows)).tolist():
+        if left <= 0 and len(taken) > 1:
+            break
+        taken.append(list(rows)[place])
+        left -= sum(len(document) for document in rows[taken[-1]])
+    return tuple(document for row in rows if row in taken for document in rows[row])

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 LOG = logging.getLogger("tunesmith.watch")
-EVERY = 0.5  # seconds between two lines
+EVERY = 5.0  # seconds between two lines: what is shorter is not told
 T = TypeVar("T")
 
 
@@ -23,6 +23,6 @@ def watched(items: Iterable[T], total: int, what: str, *, done: int = 0) -> Iter
     told = time.monotonic()
     for count, item in enumerate(items, start=done + 1):
         yield item
-        if (now := time.monotonic()) - told >= EVERY or count == total:
+        if (now := time.monotonic()) - told >= EVERY:
             told = now
-            LOG.info("%s %d of %d", what, count, total)
+            LOG.info("%s: %d of %d", what, count, total)

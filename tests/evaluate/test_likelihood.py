@@ -1,5 +1,7 @@
 """Likelihoods in packs equal those of the stock network, document by document."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import score
 from tunesmith.evaluate.likelihood import held_out_loss, negative_log_likelihoods
-from tunesmith.evaluate.retention import GeneralText, read_texts, retention, windows
+from tunesmith.evaluate.retention import GeneralText, chosen_texts, read_texts, retention, windows
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Batch, Document, Layout, Row
 
@@ -127,3 +129,16 @@ def test_texts_are_read_from_rows() -> None:
     for broken in ({}, {"text": ""}, {"text": 3}, {"text": "a", "domain": 3}):
         with pytest.raises(InputError, match="general:9: a row of general text"):
             read_texts([Row("general:9", broken)])
+
+
+def test_of_many_general_texts_some_are_chosen_evenly_by_domain() -> None:
+    texts = [GeneralText(f"g:{n}", "x" * (10 + n % 3), "large" if n % 5 else "small") for n in range(100)]
+    chosen = chosen_texts(texts, str.encode, 440)
+    assert 440 <= sum(len(text.text) for text in chosen) < 440 + 12
+    counts = Counter(text.domain for text in chosen)
+    assert counts["small"] == 20, "all that a small domain has"
+    assert counts["large"] in (19, 20, 21)
+    assert list(chosen) == [text for text in texts if text in chosen]
+    assert chosen == chosen_texts(texts, str.encode, 440)
+    assert chosen_texts(texts, str.encode, 10_000) == tuple(texts)
+    assert Counter(text.domain for text in chosen_texts(texts, str.encode, 1)) == {"large": 2, "small": 2}

@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tunesmith.evaluate.compare import Measurement
-from tunesmith.evaluate.likelihood import by_document, loss_by_row, summed
+from tunesmith.evaluate.likelihood import MEASURED, by_document, loss_by_row, summed
 from tunesmith.model import kernels
 from tunesmith.model.adapters import adapter_scaled
 from tunesmith.model.head import CHUNK_TARGETS, Head
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.tensorfile import write_tensors
 from tunesmith.types import Batch, Document
+from tunesmith.watch import watched
 
 HEAD = "head.safetensors"
 
@@ -118,7 +119,8 @@ def moved(
     model: LanguageModel, documents: Sequence[Document], pack_length: int, base: Base, *, share: bool = False
 ) -> Iterator[tuple[int, Moved]]:
     """(index of the document, how far it moved), as the packs are computed. Raises as likelihoods do."""
-    yield from by_document(model, documents, pack_length, partial(_pack_moved, base), share=share)
+    found = by_document(model, documents, pack_length, partial(_pack_moved, base), share=share)
+    yield from watched(found, len(documents), MEASURED)
 
 
 @torch.no_grad()

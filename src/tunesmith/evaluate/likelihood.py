@@ -23,15 +23,18 @@ from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import OutOfMemory, memory_errors
 from tunesmith.types import Batch, Document, Pack
+from tunesmith.watch import watched
 
 T = TypeVar("T")
+MEASURED = "texts and answers measured"  # what is told of the progress
 
 
 def negative_log_likelihoods(
     model: LanguageModel, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> Iterator[tuple[int, float, int]]:
     """(index of the document, nats, tokens), as the packs are computed; documents without a target are left out."""
-    for place, (nats, tokens) in by_document(model, documents, pack_length, _pack_sums, share=share):
+    found = by_document(model, documents, pack_length, _pack_sums, share=share)
+    for place, (nats, tokens) in watched(found, len(documents), MEASURED):
         yield place, nats, tokens
 
 

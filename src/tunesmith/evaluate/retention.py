@@ -8,12 +8,14 @@ be compared between tokenizers. Left out: which loss is too much (the plan's gat
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tunesmith.data.schedule import order
 from tunesmith.data.windows import window, window_counts
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import GENERAL, Measurement
@@ -45,6 +47,23 @@ def read_texts(rows: Iterable[Row]) -> tuple[GeneralText, ...]:
             )
         texts.append(GeneralText(row.id, text, domain))
     return tuple(texts)
+
+
+def chosen_texts(texts: Sequence[GeneralText], text_tokens: TextTokens, most: int) -> tuple[GeneralText, ...]:
+    """About `most` tokens of them, one of each domain in turn and by chance within it, at least two of each; all of
+    them where they have no more. They stay in their order."""
+    by_domain: dict[str, list[int]] = {}
+    for place in order(0, 0, len(texts)).tolist():
+        by_domain.setdefault(texts[place].domain, []).append(place)
+    taken, left = set[int](), most
+    for turn, places in enumerate(itertools.zip_longest(*by_domain.values())):
+        if turn > 1 and left <= 0:
+            break
+        for place in places:
+            if place is not None and (turn < 2 or left > 0):
+                taken.add(place)
+                left -= len(text_tokens(texts[place].text))
+    return tuple(text for place, text in enumerate(texts) if place in taken)
 
 
 def retention(
