@@ -25,6 +25,8 @@ PAGES = {
     "data check": "data",
     "data show": "data",
     "data curate": "data",
+    "data review": "data",
+    "data reviewed": "data",
     "data lock": "data",
     "data split": "data",
     "schema": "recipe",

@@ -47,6 +47,8 @@ from tunesmith.dataverbs import (  # noqa: E402
     data_curate,
     data_lock,
     data_prove,
+    data_review,
+    data_reviewed,
     data_show,
     data_split,
 )
@@ -106,6 +108,8 @@ __all__ = [
     "data_curate",
     "data_lock",
     "data_prove",
+    "data_review",
+    "data_reviewed",
     "data_show",
     "data_split",
     "demo",

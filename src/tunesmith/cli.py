@@ -277,6 +277,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "data check": clidata.data_check,
     "data show": clidata.data_show,
     "data curate": clidata.data_curate,
+    "data review": clidata.data_review,
+    "data reviewed": clidata.data_reviewed,
     "data lock": clidata.data_lock,
     "data split": clidata.data_split,
     "plan": plan,

@@ -1,4 +1,5 @@
-"""The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`, `lock`, `split`.
+"""The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`, `review`,
+`reviewed`, `lock`, `split`.
 
 Each is a function as in cli.py, where the table of all verbs is. Imports stand inside the functions.
 """
@@ -78,6 +79,30 @@ def data_lock(wish: Wish = None, as_json: AsJson = False) -> None:
     reviewers = ", ".join(f"{name} ({rows:,})" for name, rows in golden.reviewers.items())
     dates = f"{golden.first_date} to {golden.last_date}"
     say(golden, f"locked {golden.rows:,} rows of {golden.file}: {verdicts}; {reviewers}, {dates}", as_json=as_json)
+
+
+def data_review(
+    tool: Annotated[str, typer.Option(help="Where people review: label-studio or argilla.", show_default=False)],
+    to: Annotated[Path, typer.Option(metavar="FILE.json", help="The file to import there.", show_default=False)],
+    wish: Wish = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the rows of a file for people to judge, as Label Studio or Argilla imports them."""
+    rows = dataverbs.data_review(read_wish(wish), tool=tool, to=to)
+    say({"rows": rows, "path": str(to)}, f"{rows:,} rows in {to}", as_json=as_json)
+
+
+def data_reviewed(
+    path: Annotated[Path, typer.Argument(metavar="EXPORT.json", help="What the tool has exported as JSON.")],
+    to: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="The reviewed rows.", show_default=False)],
+    date: Annotated[str | None, typer.Option(help="Of reviews that have none.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read what Label Studio or Argilla exports back as reviewed rows, to be locked."""
+    found = dataverbs.data_reviewed(path, to=to, date=date)
+    verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in found.verdicts.items())
+    left = f"; {found.left_out:,} without a verdict are left out" if found.left_out else ""
+    say(found, f"{found.rows:,} reviewed rows of {found.tool} in {found.path}: {verdicts}{left}", as_json=as_json)
 
 
 def data_split(

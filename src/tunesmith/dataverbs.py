@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.divide import Divided
     from tunesmith.data.golden import Golden
+    from tunesmith.data.reviews import Reviewed
     from tunesmith.tune.prove import Proof, Trained
     from tunesmith.verbs import Known
 
@@ -106,6 +107,26 @@ def data_lock(recipe: Wish = None, **changes: Any) -> Golden:
     if isinstance(wish, Stages):
         raise InputError("the file of one stage is locked, and the recipe has several", where="stage", fix=ONE_STAGE)
     return lock(open_pool(wish))
+
+
+def data_review(recipe: Wish = None, *, tool: str, to: AnyPath, **changes: Any) -> int:
+    """Writes the rows of `data` into the file `to`, which Label Studio (`label-studio`) or Argilla (`argilla`) imports,
+    to be judged by people; how many there are."""
+    from tunesmith.data.reviews import write_tasks
+    from tunesmith.facts import open_pool
+
+    wish = read_recipe(recipe, **changes)
+    if isinstance(wish, Stages):
+        raise InputError("the rows of one stage are reviewed, and the recipe has several", where="stage", fix=ONE_STAGE)
+    return write_tasks(open_pool(wish), tool, Path(to))
+
+
+def data_reviewed(path: AnyPath, *, to: AnyPath, date: str | None = None) -> Reviewed:
+    """Reads what either tool exports as JSON into a file of reviewed rows, for `data_lock`. `date`: of the reviews of
+    Argilla, whose files have none."""
+    from tunesmith.data.reviews import read_reviews
+
+    return read_reviews(Path(path), Path(to), date)
 
 
 def data_split(
