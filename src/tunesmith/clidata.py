@@ -1,12 +1,13 @@
 """The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`, `review`,
 `reviewed`, `lock`, `split`.
 
-Each is a function as in cli.py, where the table of all verbs is. Imports stand inside the functions.
+Each is a function as in cli.py, whose table of verbs takes them from here. Imports stand inside the functions.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -125,3 +126,14 @@ def data_split(
     shares = {"eval_share": eval_share, "test_share": test_share}
     divided = dataverbs.data_split(recipe, to=to, **shares, group=group, stratify=stratify)
     say(divided, divided_view(divided), as_json=as_json)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "data check": data_check,
+    "data show": data_show,
+    "data curate": data_curate,
+    "data review": data_review,
+    "data reviewed": data_reviewed,
+    "data lock": data_lock,
+    "data split": data_split,
+}
