@@ -5,7 +5,7 @@
 Results go to stdout (as one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok, 1 a bug in
 tunesmith, 2 the user's input, 3 the machine, 4 a gate said no, 130 and 143 interrupted. Nothing heavy is imported
 before a verb needs it: that is why imports stand inside the functions, here and in verbs.py only. Left out: the
-verbs on data (clidata.py), how words become a recipe and results text (commandline.py).
+verbs on data (clidata.py) and those that run (clirun.py), how words become a recipe and results text (commandline.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -24,12 +23,10 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from tunesmith import clidata, dataverbs, verbs
+from tunesmith import clidata, clirun, verbs
 from tunesmith.commandline import AllowCode, AsJson, Run, Told, Wish, asked, questions, read_wish, say
-from tunesmith.errors import GateError, InputError, TunesmithError
+from tunesmith.errors import InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes
-from tunesmith.runfolder import is_run, is_staged
-from tunesmith.types import Event
 from tunesmith.version import __version__
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's own, or typer's copy of it
@@ -47,24 +44,6 @@ class Refusal:
 
 
 # ---------------------------------------------------------------- verbs
-
-
-def demo(
-    output_dir: Annotated[
-        Path | None, typer.Option(help="The run folder; else runs/demo-N.", show_default=False)
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """The whole story on the embedded example: look, plan, prove, measure, train, measure again."""
-    from tunesmith.demo import SHOWN_ROWS
-    from tunesmith.display import data_view, plan_table
-
-    known = verbs.demo_facts(output_dir)
-    decided = verbs.plan(known)
-    if not as_json:
-        say(None, data_view(decided.data), *dataverbs.data_show(known, rows=SHOWN_ROWS), as_json=False)
-        say(None, plan_table(decided), as_json=False)
-    _follow(verbs.train(decided, known), Path(decided["output_dir"]), decided.steps, as_json=as_json)
 
 
 def init(
@@ -179,31 +158,6 @@ def tune_lr(
             say(found, view, as_json=as_json)
 
 
-def train(wish: Wish = None, allow_code: AllowCode = False, as_json: AsJson = False) -> None:
-    """Plan, prove, measure, train, measure again; all in one run folder."""
-    known = verbs.gather(read_wish(wish))
-    decided = verbs.plan(known)
-    _follow(
-        verbs.train(decided, known, allow_code=allow_code), Path(decided["output_dir"]), decided.steps, as_json=as_json
-    )
-
-
-def resume(
-    folder: Run,
-    allow_drift: Annotated[
-        bool, typer.Option("--allow-drift", help="Go on though data, model, recipe or libraries have changed.")
-    ] = False,
-    from_step: Annotated[
-        int | None, typer.Option(help="The checkpoint to go on from; else the newest valid one.", show_default=False)
-    ] = None,
-    allow_code: AllowCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Go on with a run that was interrupted, after its last checkpoint."""
-    events = verbs.resume(folder, allow_drift=allow_drift, from_step=from_step, allow_code=allow_code)
-    _follow(events, folder, verbs.read_plan(folder).steps, as_json=as_json)
-
-
 def evaluate(
     folder: Run,
     baselines: Annotated[
@@ -222,18 +176,6 @@ def evaluate(
         return
     comparisons = measuring()(verbs.evaluate)(folder, allow_code=allow_code)
     say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
-
-
-def report(
-    folder: Run,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write it; else RUN/report.html.", show_default=False)
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write the page of a run: one file that needs no network, finished or not."""
-    place = verbs.write_report(folder, out=out)
-    say({"report": str(place)}, str(place), as_json=as_json)
 
 
 def chat(folder: Run, as_json: AsJson = False) -> None:
@@ -270,17 +212,17 @@ def schema(as_json: AsJson = False) -> None:
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    "demo": demo,
+    "demo": clirun.demo,
     "init": init,
     "doctor": doctor,
     "advise": advise,
     **clidata.VERBS,
     "plan": plan,
     "tune lr": tune_lr,
-    "train": train,
-    "resume": resume,
+    "train": clirun.train,
+    "resume": clirun.resume,
     "eval": evaluate,
-    "report": report,
+    "report": clirun.report,
     "chat": chat,
     "export": export,
     "schema": schema,
@@ -290,38 +232,6 @@ GROUPS = {
     "data": "What is wrong with the rows, and what the model sees of them.",
     "tune": "Which value of a recipe is best, measured on short runs.",
 }
-
-
-# ---------------------------------------------------------------- what verbs share
-
-
-def _follow(events: Iterable[Event], folder: Path, steps: int, *, as_json: bool) -> None:
-    """Show a run as it goes, then its record."""
-    from tunesmith.display import record_view
-    from tunesmith.progress import Progress
-
-    with Progress(steps) as progress:
-        try:
-            for event in events:
-                progress.show(event)
-        except GateError:
-            write_page(folder)
-            raise
-    record = verbs.read_record(folder)
-    if not is_staged(folder):  # a sum over stages says nothing of a plan
-        verbs.remember(record)  # this process has held nothing but the run
-    say(record, record_view(record), as_json=as_json)
-    write_page(folder)
-
-
-def write_page(folder: Path) -> None:
-    """The page of a run. A run is what it is without one, and without the package that makes it."""
-    if find_spec("tunesmith.report") is None or not is_run(folder):
-        return
-    try:
-        sys.stderr.write(f"report: {verbs.write_report(folder)}\n")
-    except TunesmithError as error:
-        sys.stderr.write(f"warning: no report: {error}\n")
 
 
 # ---------------------------------------------------------------- the program

@@ -10,7 +10,7 @@ import pytest
 
 import told_run as told
 from tiny_run import sums, write_rows
-from tunesmith import cli
+from tunesmith import cli, clirun
 
 Outcome = tuple[int, str, str]
 
@@ -52,7 +52,7 @@ def test_a_run_leaves_its_page(tmp_path: Path, tiny_folder: Path, tunesmith: Cal
 def test_a_run_without_a_page_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = told.write_run(tmp_path / "run", record=told.record_of())
     (run / "report.html").mkdir()
-    cli.write_page(run)
+    clirun.write_page(run)
     assert "warning: no report" in capsys.readouterr().err
-    cli.write_page(tmp_path)
+    clirun.write_page(tmp_path)
     assert capsys.readouterr().err == ""
