@@ -32,6 +32,15 @@ def test_the_learning_rate_is_a_tenth_of_the_peak_with_its_source(texts: Make) -
     assert all(1e-4 <= peak <= 3e-3 and source for peak, source in PEAKS.values())
 
 
+def test_much_text_is_re_warmed_to_the_peak_and_re_decayed(texts: Make) -> None:
+    assert continued.learning_rate(texts(tokens=10**10 - 1)).value == 3e-4
+    found = continued.learning_rate(texts(tokens=10**10))
+    assert (found.value, found.why[:45]) == (3e-3, "10,000,000,000 tokens: re-warmed to the whole")
+    wanted = texts(tokens=M, batch_tokens=4096, num_train_epochs=1)
+    schedule, warm = (CPT_RULES[key](wanted) for key in ("lr_scheduler_type", "warmup_ratio"))
+    assert (schedule.value, schedule.source, warm.source) == ("linear", "Ibrahim 2024", "Ibrahim 2024")
+
+
 @pytest.mark.parametrize(("parameters", "rate"), [(10**8, 3e-4), (5 * 10**8, 1e-4), (5 * 10**9, 2e-5)])
 def test_an_unknown_peak_is_said(parameters: int, rate: float, texts: Make) -> None:
     found = continued.learning_rate(texts(hidden_size=999, parameters=parameters))

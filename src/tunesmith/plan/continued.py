@@ -14,6 +14,7 @@ from tunesmith.types import Choice, ModelSpec
 
 WINDOW = 2048
 LITTLE = 10**7  # tokens
+MUCH = 10**10
 
 # (family, hidden size, layers, vocabulary) -> (peak learning rate of its pretraining, where that is published)
 PEAKS: dict[tuple[str, int, int, int], tuple[float, str]] = {
@@ -75,19 +76,29 @@ def batch_tokens(known: Known) -> Choice:
 
 
 def learning_rate(known: Known) -> Choice:
-    """A tenth of the peak of pretraining. Where that is not published: 3e-4 below 0.5B parameters, 1e-4 below 5B, else
-    2e-5."""
+    """A tenth of the peak of pretraining; from 10B tokens on the whole peak. Where that is not published: 3e-4 below
+    0.5B parameters, 1e-4 below 5B, else 2e-5. Ibrahim 2024, 405M parameters: a constant tenth forgets least and learns
+    least; a higher rate forgets and learns more, and rehearsal is against the first."""
     shape = known.model.model_type, known.model.hidden_size, known.model.num_layers, known.model.vocab_size
     small = f"; published runs on few tokens took a 30th to a 60th, this one has {known.data.tokens:,}"
     more = small if known.data.tokens < LITTLE else ""
     if shape in PEAKS:
         peak, source = PEAKS[shape]
+        if known.data.tokens >= MUCH:
+            why = f"{known.data.tokens:,} tokens: re-warmed to the whole peak of pretraining, with rehearsal beside"
+            return rule(peak, why, f"{source}; Ibrahim 2024")
         why = f"a tenth of {peak:g}, the peak of its pretraining{more}"
         return rule(float(f"{peak / 10:.2g}"), why, f"{source}; Ibrahim 2024: least forgetting at a tenth")
     parameters = known.model.parameters
     value = 3e-4 if parameters < 5e8 else 1e-4 if parameters < 5e9 else 2e-5
     why = f"a tenth of the usual peak at {parameters / 1e9:.2g}B parameters; this model's own is not known{more}"
     return rule(value, why, "Ibrahim 2024")
+
+
+def warmup_ratio(known: Known) -> Choice:
+    """As in fine-tuning. Ibrahim 2024: how long it rises, 0 to 2% of the run, makes no difference."""
+    steps = rules.warmup_ratio(known)
+    return rule(steps.value, f"re-warmed: {steps.why}; its length hardly matters", "Ibrahim 2024")
 
 
 def metrics(known: Known) -> Choice:
@@ -104,6 +115,12 @@ OWN: dict[str, Callable[[Known], Choice]] = {
     "learning_rate": learning_rate,
     "share_prefixes": rules.constant(False, "windows of texts do not begin alike"),
     "metrics": metrics,
+    "warmup_ratio": warmup_ratio,
+    "lr_scheduler_type": rules.constant(
+        "linear",
+        "re-decayed, to zero over the run; constant, at a tenth of the peak, forgets least and learns least",
+        "Ibrahim 2024",
+    ),
 }
 _NAMES = {"batch_size": "batch_tokens"}
 CPT_RULES = {_NAMES.get(key, key): OWN.get(_NAMES.get(key, key), theirs) for key, theirs in RULES.items()}
