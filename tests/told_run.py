@@ -20,6 +20,7 @@ from tunesmith.types import (
     RunRecord,
     Sample,
     Saved,
+    ScalePoint,
     Score,
     StepResult,
     Verdict,
@@ -95,6 +96,18 @@ SAMPLES = (
     pair(2, "yes", "yes", "yes"),
     pair(3, "right", "wrong now", "right"),
 )
+
+
+def scales() -> tuple[ScalePoint, ...]:
+    """The trained adapter by how much of it: the loss falls, general text suffers."""
+    return tuple(
+        ScalePoint(
+            scale,
+            Score("eval", "loss", 2 - scale, 1.9 - scale, 2.1 - scale, 40, 30),
+            Score("general text", "bits_per_byte", 0.9 + scale / 10, 0.8, 1.1, 40, 30),
+        )
+        for scale in (0, 0.25, 0.5, 0.75, 1)
+    )
 
 
 def record_of(plan: Plan = PLAN, **changed: Any) -> RunRecord:

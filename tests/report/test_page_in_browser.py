@@ -53,7 +53,9 @@ def opened(browser: Any, file: Path, **context: Any) -> Any:
 def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answers = [told.pair(n, f"was {n % 3}", f"is {n % 2}", f"is {n % 4}") for n in range(200)]
     folder = tmp_path_factory.mktemp("usual")
-    return write_report(told.write_run(folder / "run", record=told.record_of(samples=tuple(answers))))
+    return write_report(
+        told.write_run(folder / "run", record=told.record_of(samples=tuple(answers), scales=told.scales()))
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

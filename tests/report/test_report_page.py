@@ -134,6 +134,31 @@ def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
         assert part in said, part
 
 
+def test_gain_stands_against_forgetting(tmp_path: Path) -> None:
+    moved = (Score("test", "kl", 0.31, 0.2, 0.4, 40, 30),)
+    run = told.write_run(tmp_path / "run", record=told.record_of(scales=told.scales(), moved=moved))
+    said = text_of(run)
+    assert "2, × 0 0.9 0.8 to 1.1" in said  # held-out loss, scale, bits per byte
+    assert "1, × 1 1 0.8 to 1.1" in said
+    assert "From 2.000 without the trained weights to 1.000 with all of them" in said
+    assert "KL divergence, nats per token 40 0.310 0.200 to 0.400" in said
+    plain = told.write_run(tmp_path / "plain", record=told.record_of())
+    assert "Gain against forgetting" not in text_of(plain)
+
+
+def test_what_a_guard_does_is_on_the_curves(tmp_path: Path) -> None:
+    probes = [Score("probes", "repetition", n / 10, n / 20, n / 5, 8, n * 10) for n in (1, 2, 3)]
+    said = [
+        Verdict("repetition", "rollback", "seq-rep-4 0.9; back to step 10", 20),
+        Sample(20, "probe 1", "hi", "a a a"),
+    ]
+    made = page(read_story(told.write_run(tmp_path / "run", happened=[*told.events(), *probes, *said])))
+    assert "probes: repetition" in made
+    assert made.count('class="mark rollback"') == 3  # on the loss, the held-out loss and the probes
+    assert "seq-rep-4 0.9; back to step 10" in text_of(tmp_path / "run")
+    assert "probe 1 hi a a a" in text_of(tmp_path / "run")
+
+
 def test_a_run_that_goes_on_has_a_page(tmp_path: Path) -> None:
     run = told.write_run(tmp_path / "run", happened=told.events(12))
     assert "Not finished" in text_of(run)
@@ -224,6 +249,8 @@ def test_it_is_written_whole_beside_the_run_or_elsewhere(tmp_path: Path) -> None
     assert verbs.write_report(str(run), tmp_path / "other.html").read_text() == (run / "report.html").read_text()
     with pytest.raises(InputError, match="not a run folder"):
         write_report(tmp_path)
+    with pytest.raises(InputError, match="choose another --out"):
+        write_report(run, tmp_path / "none" / "page.html")
     (run / "record.json").write_text("{")
     with pytest.raises(InputError, match=r"record\.json:1"):
         write_report(run)

@@ -120,7 +120,7 @@ def _said(part: Part) -> Html | None:
         [str(one["step"]), quoted(one["id"]), quoted(one["prompt"][:300]), quoted(one["answer"][:600])]
         for one in samples[-MOST_TOLD:]
     ]
-    summary = f"What the model wrote on the way: {len(samples)} answers" + (
+    summary = f"What the model wrote on the way, {len(samples)} times" + (
         f", the last {len(rows)} of them" if len(rows) < len(samples) else ""
     )
     return details(summary, table(["Step", "Row", "Prompt", "Answer"], rows, numbers=(0,), label="Answers on the way"))

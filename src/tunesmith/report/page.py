@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 from tunesmith.atomic import write_file
+from tunesmith.errors import InputError
 from tunesmith.report.curves import curves_section
 from tunesmith.report.facts import again_section, cost_section, data_section, plan_section, provenance_section
 from tunesmith.report.markup import Html, plain, quoted, tag
@@ -37,6 +38,8 @@ SECTIONS = {
 def write_report(run: Path, out: Path | None = None) -> Path:
     """The page of a run folder, whole or not at all. Raises InputError for what is no run folder, or a damaged one."""
     place = out or run / REPORT
+    if not place.absolute().parent.is_dir():
+        raise InputError("there is no such folder", where=str(place.parent), fix="make it, or choose another --out")
     write_file(place, page(read_story(run)).encode())
     return place
 
