@@ -30,7 +30,7 @@ from tunesmith.export.targets import (
 )
 from tunesmith.identity import identity_of
 from tunesmith.infer.engine import stream
-from tunesmith.measure import answered, items_of, measure, untrained
+from tunesmith.measure import answered, general_texts, items_of, measure, recovery_measurements, untrained
 from tunesmith.reopened import before_training, reopen
 from tunesmith.types import Comparison, Json, Request
 
@@ -59,6 +59,20 @@ def baselines(path: Path, *, allow_code: bool = False) -> dict[str, tuple[Compar
     with before_training(bench, bench.plan):
         found = untrained(bench, items)
     return {name: compare_all(measured, trained, step=step) for name, measured in found.items()}
+
+
+def recovery(path: Path) -> tuple[Comparison, ...]:
+    """Of each domain of general text, two: how it changed by itself, and after other texts of it. Raises InputError for
+    a run without general text."""
+    bench = reopen(path)
+    texts = general_texts(bench.facts)
+    if not texts:
+        what = "recovery is of general text, and the run has none"
+        raise InputError(what, where=str(path), fix="give the recipe `retention_data`, and train again")
+    after = recovery_measurements(bench, texts)
+    with before_training(bench, bench.plan):
+        before = recovery_measurements(bench, texts)
+    return compare_all(before, after, step=bench.plan.steps)
 
 
 def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:

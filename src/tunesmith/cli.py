@@ -163,16 +163,26 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="What `never` came to, beside a told base and banned tokens.")
     ] = False,
+    recovery: Annotated[
+        bool, typer.Option("--recovery", help="Is what general text lost gone, or back after texts of its domain?")
+    ] = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a finished run again: the base and the adapter on the same items."""
     from tunesmith.display import baseline_table, comparison_table
     from tunesmith.progress import measuring
+    from tunesmith.retentionview import recovery_lines
 
+    if baselines and recovery:
+        raise InputError("--baselines and --recovery are two questions", where="command line", fix="ask one of them")
     if baselines:
         found = measuring()(verbs.baselines)(folder, allow_code=allow_code)
         say({"baselines": found}, baseline_table(found), as_json=as_json)
+        return
+    if recovery:
+        changes = measuring()(verbs.recovery)(folder)
+        say({"recovery": changes}, comparison_table(changes), *recovery_lines(changes), as_json=as_json)
         return
     comparisons = measuring()(verbs.evaluate)(folder, allow_code=allow_code)
     say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)

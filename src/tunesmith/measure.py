@@ -26,6 +26,7 @@ from tunesmith.evaluate.metrics import BITS_PER_BYTE, LIKELIHOODS, MULTIPLE_CHOI
 from tunesmith.evaluate.never import ELICITING, bad_logp, violations
 from tunesmith.evaluate.ownmetric import refuse_code
 from tunesmith.evaluate.preference import preference
+from tunesmith.evaluate.recovery import SHOTS, after_shots
 from tunesmith.evaluate.retention import BITS, GeneralText, chosen_texts, read_texts, retention, retention_beside
 from tunesmith.evaluate.tasks import (
     Question,
@@ -286,6 +287,18 @@ def _general(bench: Workbench, texts: Sequence[GeneralText], base: Base | None) 
 def general_measurement(bench: Workbench, texts: Sequence[GeneralText]) -> Measurement:
     """Bits per byte."""
     return _bits(bench, texts, GENERAL)
+
+
+def recovery_measurements(bench: Workbench, texts: Sequence[GeneralText]) -> Measured:
+    """Each domain's texts by themselves, and after others of it."""
+    bench.model.network.eval()
+    found: list[Measurement] = []
+    for domain in dict.fromkeys(text.domain for text in texts):
+        own = [text for text in texts if text.domain == domain]
+        for shots, name in ((0, domain), (SHOTS, f"{domain}, after {SHOTS} texts of it")):
+            asked = {"shots": shots, "window": text_window(bench), "task": f"{GENERAL}: {name}"}
+            found.append(after_shots(bench.model, own, bench.renderer.text_tokens, **asked))
+    return Measured(tuple(found))
 
 
 def text_window(bench: Workbench) -> int:

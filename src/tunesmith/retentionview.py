@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.progress import interval
+from tunesmith.significance import verdict
 from tunesmith.tradeoff import forgetting, gain_kept, offer, offered
-from tunesmith.types import ScalePoint, Score
+from tunesmith.types import Comparison, ScalePoint, Score
 
 NAMES = {"kl": "KL to the model before, nats a token", "top1_agreement": "likeliest token the same"}
 
@@ -24,6 +25,16 @@ def moved_lines(moved: Sequence[Score]) -> list[str]:
         escape(f"{one.task}: {NAMES.get(one.metric, one.metric)} ") + interval(one.value, one.low, one.high)
         for one in moved
     ]
+
+
+def recovery_lines(changes: Sequence[Comparison]) -> list[str]:
+    """Of each domain that got worse by itself, how much of that is gone after other texts of it."""
+    lines: list[str] = []
+    for alone, after in zip(changes[::2], changes[1::2], strict=True):
+        if verdict(alone) == "worse":
+            said = f"{alone.task}: {alone.difference:+.3f} by itself, {after.difference:+.3f} after others: "
+            lines.append(escape(said + f"{1 - after.difference / alone.difference:.0%} of the loss is back"))
+    return lines or ["no domain of general text is shown to be worse: there is nothing to recover"]
 
 
 def scale_table(points: Sequence[ScalePoint]) -> RenderableType:

@@ -293,6 +293,14 @@ def baselines(path: AnyPath, *, allow_code: bool = False) -> dict[str, tuple[Com
     return afterwards.baselines(Path(path), allow_code=allow_code)
 
 
+def recovery(path: AnyPath) -> tuple[Comparison, ...]:
+    """Whether what a run's general text lost is gone or only pushed aside: each domain by itself, and after other texts
+    of it, where a model that still knows it is as good as before. InputError for a run without `retention_data`."""
+    from tunesmith import afterwards
+
+    return afterwards.recovery(Path(path))
+
+
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
     """The page of a run, finished or not, as one HTML file: `out`, or report.html in the run folder. InputError for
     what is no run folder, or a damaged one."""
