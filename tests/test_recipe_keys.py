@@ -13,7 +13,7 @@ from safetensors.torch import load
 from tiny_run import adapter_bytes, chat, measured_files, recipe, save_model_folder, steps_of, sums, train, write_rows
 from tunesmith import afterwards, facts
 from tunesmith.data.formats import FORMATS
-from tunesmith.errors import InputError
+from tunesmith.errors import GateError, InputError
 from tunesmith.jsonfile import read_json
 from tunesmith.model.attention import BACKENDS
 from tunesmith.model.folder import read_header
@@ -457,11 +457,21 @@ def metrics(lab: Lab) -> None:
 
 
 def guard(lab: Lab) -> None:
-    def margin(**wish: Any) -> float:
-        lab.events(max_steps=1, **wish)
-        return read_json(lab.output / "plan.json")["choices"]["forgetting_margin"]["value"]
+    files = measured_files(lab.folder)
 
-    assert (margin(), margin(guard={"margin": 0.5})) == (0.02, 0.5)
+    def probed(**wish: Any) -> set[int]:
+        events = lab.events(**files, learning_rate=0.5, guard=wish)
+        return {event.step for event in events if getattr(event, "metric", "") == "repetition"}
+
+    assert probed(collapse="warn", probe_steps=2) == {0, 2}
+    assert probed(collapse="warn", probe_steps=1) == {0, 1, 2, 3}
+    assert probed(collapse="off", forgetting="off", probe_steps=1) == set()
+    with pytest.raises(GateError, match="no checkpoint was found good"):
+        lab.events(**files, learning_rate=0.5, save_steps=9, guard={"probe_steps": 1, "forgetting": "off"})
+    steps = lab.events(
+        **files, eval_steps=1, learning_rate=1.0, warmup_ratio=0.3, guard={"collapse": "off", "patience": 1}
+    )
+    assert len([event for event in steps if isinstance(event, StepResult)]) < 3
 
 
 def save_steps(lab: Lab) -> None:
@@ -476,9 +486,9 @@ def eval_steps(lab: Lab) -> None:
 
     def looked(every: int) -> list[int]:
         events = lab.events(**files, eval_steps=every)
-        return [event.step for event in events if isinstance(event, Score) and event.task == "eval"]
+        return [event.step for event in events if getattr(event, "task", "") == "eval" and event.metric == "loss"]
 
-    assert (looked(1), looked(2), looked(9)) == ([1, 2, 3], [2], [])
+    assert (looked(1), looked(2), looked(9)) == ([1, 2, 3], [2, 3], [])
 
 
 def seed(lab: Lab) -> None:

@@ -43,6 +43,7 @@ from tunesmith.workbench import Workbench
 
 SHOWN_ANSWERS, SHOWN_TASKS = 3, 8
 GENERAL_TOKENS = 100_000  # rules.md 6.2; the demo has 17,000
+SELECTING = 16  # questions of `eval_data` at a look: their answers take about as long as the held-out loss of 60 rows
 MEASURED_CHARACTERS = 300_000  # of the texts of a role; about 75,000 tokens
 LONGEST_TEXT = 30_000  # characters
 Bases = Mapping[str, Base]
@@ -58,6 +59,7 @@ class Items:
     eval_documents: tuple[Document, ...]
     texts: tuple[GeneralText, ...]
     held_out: dict[str, tuple[GeneralText, ...]] = field(default_factory=dict[str, tuple[GeneralText, ...]])  # by role
+    selecting_questions: tuple[Question, ...] = ()  # a few of `eval_data`, answered while training
     eliciting: tuple[Question, ...] = ()  # their answers are looked at for what they should not say, and not graded
     watched: bool = False  # general texts are looked at while training, too
     tasks: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # role -> row -> its named task
@@ -97,12 +99,29 @@ def items_of(plan: Plan, facts: Facts, *, allow_code: bool = False) -> Items:
         documents["test_data"],
         documents["eval_data"],
         texts,
+        selecting_questions=_selecting(plan, facts),
         eliciting=asked[len(questions) :] if facts.recipe.never else (),
         watched=adaptive,
         tasks={role: tasks_of(facts, role, found) for role, found in documents.items()},
         contents=contents_of(facts, texts),
         choices=choices,
     )
+
+
+def _selecting(plan: Plan, facts: Facts) -> tuple[Question, ...]:
+    """By chance a few rows of `eval_data` whose answers are graded at each look; none where nothing grades them, and of
+    named tasks, each of which would have too few."""
+    rows = facts.datasets.get("eval_data")
+    if rows is None or rows.tasks or not plan["metrics"]:
+        return ()
+    found: list[Example] = []
+    for row in order(0, 0, len(rows)).tolist():
+        example, prepared = rows.understand(row)
+        if prepared.documents and (example.messages or example.prompt) and not example.negative:
+            found.append(example)
+        if len(found) == SELECTING:
+            break
+    return questions_of(found, facts.renderer) if len(found) > 1 else ()
 
 
 def contents_of(facts: Facts, texts: Sequence[GeneralText]) -> dict[str, dict[str, str]]:
@@ -351,11 +370,15 @@ def eval_measurement(bench: Workbench, items: Items) -> Measurement:
 
 
 def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
-    """What is looked at while training: the likelihoods on `eval_data`, and general texts where they are watched."""
+    """What is looked at while training: the likelihoods on `eval_data`, a few answers, and general texts where they are
+    watched."""
     bench.model.network.eval()
     found = _by_task(bench, items, "eval_data", _likelihoods(bench, items.eval_documents, "eval"))
     if "eval_data" in items.held_out:
         found.append(_bits(bench, items.held_out["eval_data"], "eval"))
+    if items.selecting_questions:
+        asked, metrics, schema = items.selecting_questions, bench.plan["metrics"], bench.facts.schema
+        found += grade(asked, answers_to(bench, asked), task="eval", metrics=metrics, schema=schema)
     if items.watched:
         found.append(general_measurement(bench, items.texts))
     return [score(measured, step=step) for measured in found]

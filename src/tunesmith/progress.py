@@ -20,7 +20,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from tunesmith.atomic import size
-from tunesmith.types import Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
+from tunesmith.types import EXPECTED, PROBES, Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
 from tunesmith.watch import LOG
 
 WINDOW = 20  # steps that the speed is averaged over
@@ -63,7 +63,7 @@ class Progress:
             self._bar.reset(self._task, total=event.steps, description="starting")
         if isinstance(event, StepResult):
             self._show_step(event)
-        else:
+        elif not _of_a_probe(event):
             self.console.print(line_of(event), highlight=False, soft_wrap=True)
 
     def _show_step(self, step: StepResult) -> None:
@@ -79,6 +79,11 @@ class Progress:
             self._bar.update(self._task, completed=step.step, description=line)
         elif step.step in (1, self.steps) or step.step % -(-self.steps // PLAIN_LINES) == 0:
             self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _of_a_probe(event: Event) -> bool:
+    """Many numbers and answers, which the guard sums up."""
+    return isinstance(event, Sample) or (isinstance(event, Score) and event.task in (PROBES, EXPECTED))
 
 
 class Listener(logging.Handler):

@@ -65,6 +65,9 @@ class Guard(BaseModel):
     patience: Auto | Count = Field(
         default="auto", description="Looks at eval_data without a better one, after which the run ends."
     )
+    probe_steps: Auto | Count = Field(
+        default="auto", description="Steps between two probes of what the model says; auto: at most 5% of the time."
+    )
 
 
 def _as_guard(value: Any) -> Any:

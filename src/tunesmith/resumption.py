@@ -49,18 +49,32 @@ def go_on(
         checkpoint, skipped = folder.latest_checkpoint()
     else:
         checkpoint, skipped = folder.checkpoint_of(from_step), []
+    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+    if from_step is None:
+        _refuse_lost_way(folder, step)
     said = {
         "earlier attempt": [text] if (text := failure_of(folder.path)) else [],
         DRIFT: drift,
         "rounding": [f"{change}: the last bits may differ" for change in changed if change.startswith(ROUNDING)],
         "checkpoint": [f"skipped {problem}" for problem in skipped],
     }
-    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     warnings = [Verdict(kind, "warn", text, step) for kind, texts in said.items() for text in texts]
     place = (
         "from the start: there is no checkpoint yet" if checkpoint is None else f"after checkpoints/{checkpoint.name}"
     )
     return Start(identity, checkpoint, bool(drift), (*warnings, Verdict("resume", "ok", place, step)))
+
+
+def _refuse_lost_way(folder: RunFolder, step: int) -> None:
+    """Raises InputError when the checkpoint that the run went back to is gone, and none after it was written."""
+    last = next(reversed(folder.rollbacks()), None)
+    if last is not None and step < last.to:
+        older = f", or go on before it with --from-step {step}" if step else ""
+        raise InputError(
+            f"the run went back from step {last.step} to checkpoints/step-{last.to}, which is gone or damaged",
+            where=str(folder.path),
+            fix=f"put it back{older}, or start a new run",
+        )
 
 
 def drift_of(path: Path) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -29,12 +28,11 @@ from tunesmith.evaluate.madepairs import with_made_pairs
 from tunesmith.evaluate.preference import displaced, with_references
 from tunesmith.export.card import write_card
 from tunesmith.facts import Facts
+from tunesmith.guarded import Course, Run
 from tunesmith.identity import identity_of
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.measure import (
     Items,
-    eval_scores,
-    general_bits,
     items_of,
     measure,
 )
@@ -44,7 +42,6 @@ from tunesmith.model.provenance import provenance_of, write_provenance
 from tunesmith.model.saved import save_adapter, save_model, save_serving_files
 from tunesmith.ownrows import with_own_rows
 from tunesmith.plan.plan import refuse_without_room
-from tunesmith.plan.rehearsal import next_ratio
 from tunesmith.resumption import Start, drift_of, go_on
 from tunesmith.runfolder import (
     ADAPTER,
@@ -64,22 +61,9 @@ from tunesmith.runfolder import (
 from tunesmith.scales import scale_curve
 from tunesmith.train.interrupts import StopWish
 from tunesmith.train.preflight import prove
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import Event, Plan, RunRecord, Saved, StepResult, Verdict
+from tunesmith.types import Event, Plan, RunRecord, Verdict
 from tunesmith.version import __version__
 from tunesmith.workbench import Workbench, set_up
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """What the parts of the story share."""
-
-    folder: RunFolder
-    plan: Plan
-    facts: Facts
-    items: Items
-    start: Start
-    wish: StopWish
 
 
 def train(plan: Plan, known: Facts | None = None, *, allow_code: bool = False) -> Iterator[Event]:
@@ -98,7 +82,7 @@ def train(plan: Plan, known: Facts | None = None, *, allow_code: bool = False) -
         folder.write_json(PLAN, plan)  # from here on it is a run, which can be resumed
         wish.resume_with = _going_on(path)
         _describe(folder, plan)
-        yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
+        yield from _keep(folder, _story(Run(folder, plan, known, items, start, wish)))
 
 
 def check(plan: Plan, known: Facts, rejected: Path | None = None, *, allow_code: bool = False) -> Items:
@@ -126,7 +110,7 @@ def resume(
             items = items_of(plan, known, allow_code=allow_code)
         if start.drifted:
             (path / BEFORE).unlink(missing_ok=True)
-        yield from _keep(folder, _story(_Run(folder, plan, known, items, start, wish)))
+        yield from _keep(folder, _story(Run(folder, plan, known, items, start, wish)))
 
 
 def _going_on(path: Path) -> str:
@@ -159,7 +143,7 @@ def _keep(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
             raise
 
 
-def _story(run: _Run) -> Generator[Event]:
+def _story(run: Run) -> Generator[Event]:
     yield from run.start.news
     with run.wish.at_once(), memory_errors():
         bench = set_up(run.plan, run.facts)
@@ -172,75 +156,30 @@ def _story(run: _Run) -> Generator[Event]:
         bench = with_references(bench, run.folder)
     yield from before.scores(step=0)
     yield from made
-    training, saved = Training(bench.model, bench.documents_of, Settings.of(run.plan)), 0
-    if run.start.checkpoint is not None:
-        training.restore(run.start.checkpoint)
-        saved = training.step
+    course = Course(run, bench, before)
     try:
-        for event in _trained(run, bench, training, before):
-            saved = event.step if isinstance(event, Saved) else saved
-            yield event
-            run.wish.obey()
+        yield from course.events()
         adapter = _save(run, bench)
         with run.wish.at_once(), memory_errors():
             store = beginning.store_of(run.folder.path, run.start.identity, adapter)
-            after = measure(bench, run.items, step=training.step, bases=bases, store=store)
-            scales = scale_curve(bench, run.items, step=training.step)
+            after = measure(bench, run.items, step=course.steps, bases=bases, store=store)
+            scales = scale_curve(bench, run.items, step=course.steps)
     except Interrupted:
-        if training.step > saved:
-            yield _checkpoint(run, training)
+        if course.training.step > course.saved:
+            yield course.save()
         raise
     run.folder.write_json(AFTER, after)
-    yield from after.scores(step=training.step)
-    yield from displaced(compare_all(before, after, step=training.step), training.step)
+    yield from after.scores(step=course.steps)
+    yield from displaced(compare_all(before, after, step=course.steps), course.steps)
     run.folder.settle()
-    record = dataclasses.replace(_record(run, proof, (before, after), adapter), scales=scales)
+    record = _record(run, proof, (before, after), adapter)
+    record = dataclasses.replace(record, scales=scales, kept_step=course.training.step)
     write_card(record, run.start.identity)
     run.folder.write_json(RECORD, record)
     beginning.forget(run.folder)
 
 
-def _trained(run: _Run, bench: Workbench, training: Training, before: Measured) -> Iterator[Event]:
-    """The training's own events, with a checkpoint and a look at held-out rows where the plan wants them."""
-    plan, adaptive = run.plan, "rehearsal_margin" in run.plan.choices
-    if adaptive and training.step and training.step not in dict(training.ratios):  # a signal came before its look
-        yield from _look(run, bench, training, before)
-    for event in training:
-        yield event
-        if not isinstance(event, StepResult):
-            continue
-        yield from _look(run, bench, training, before)
-        if event.step % plan["save_steps"] == 0 and event.step < plan.steps:
-            yield _checkpoint(run, training)
-
-
-def _look(run: _Run, bench: Workbench, training: Training, before: Measured) -> Iterator[Event]:
-    """Held-out rows, where the plan wants them looked at. An adaptive rehearsal follows from what was measured."""
-    plan, step = run.plan, training.step
-    if step % plan["eval_steps"] or not run.items.selecting:
-        return
-    with run.wish.at_once():
-        scores = eval_scores(bench, run.items, step=step)
-    yield from scores
-    if "rehearsal_margin" in plan.choices and step < plan.steps:
-        was = training.ratios[-1][1] if training.ratios else plan["rehearsal_ratio"]
-        lost = general_bits(scores) - general_bits(before.scores(step=0))
-        margin = plan["rehearsal_margin"]
-        ratio = next_ratio(was, lost, margin)
-        level, place = ("ok", "within") if lost <= margin else ("warn", "over")
-        evidence = f"general text {lost:+.3f} bits per byte, {place} {margin:g}: {was:.1%} -> {ratio:.1%}"
-        yield Verdict("rehearsal", level, evidence, step)
-        training.rehearse(ratio)  # last: what is not told is done again after a signal
-
-
-def _checkpoint(run: _Run, training: Training) -> Saved:
-    needed = sum(3 * p.numel() * p.element_size() for p in training.parameters.values())
-    with run.folder.checkpoint(training.step, facts=run.start.identity, needed_bytes=needed) as target:
-        training.save(target)
-    return Saved(training.step, f"checkpoints/step-{training.step}")
-
-
-def _save(run: _Run, bench: Workbench) -> Path:
+def _save(run: Run, bench: Workbench) -> Path:
     """The trained weights, with what serving needs to behave as training did, and what they belong to."""
     plan, base, network = run.plan, bench.facts.model.path, bench.model.network
     values = {key: choice.value for key, choice in plan.choices.items()}
@@ -260,7 +199,7 @@ def _save(run: _Run, bench: Workbench) -> Path:
     return target
 
 
-def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measured], adapter: Path) -> RunRecord:
+def _record(run: Run, proof: Iterable[Verdict], measured: tuple[Measured, Measured], adapter: Path) -> RunRecord:
     before, after = measured
     steps = [event for event in run.folder.events() if event["type"] == "step"]
     return RunRecord(
@@ -278,4 +217,5 @@ def _record(run: _Run, proof: Iterable[Verdict], measured: tuple[Measured, Measu
         shared_tokens=sum(event["shared_tokens"] for event in steps),
         drift=drift_of(run.folder.path),
         moved=moved(before, after, step=len(steps)),
+        rollbacks=run.folder.rollbacks(),
     )

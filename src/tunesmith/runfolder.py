@@ -7,18 +7,20 @@
 
 One process at a time may write; the lock dies with its process. Events are only ever appended; a line that the disk has
 no room for waits in memory, and the next checkpoint is not written before it. A run that was killed goes on with
-`RunFolder.open`, under the next attempt number; readers take the last attempt of a step. Reading events needs no lock.
+`RunFolder.open`, under the next attempt number, and so does one that goes back; readers take the last attempt of a
+step. Reading events needs no lock.
 What the files mean is the business of whoever writes them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -35,8 +37,8 @@ from tunesmith.atomic import (
     write_file,
 )
 from tunesmith.errors import InputError, MachineError
-from tunesmith.jsonfile import json_bytes, to_json
-from tunesmith.types import Done, Event, Json, Sample, Saved, Score, Stage, StepResult, Verdict
+from tunesmith.jsonfile import from_json, json_bytes, read_json, to_json
+from tunesmith.types import Done, Event, Json, Rollback, Sample, Saved, Score, Stage, StepResult, Verdict
 
 LOCK, EVENTS, CHECKPOINTS, RECIPE = ".lock", "events.jsonl", "checkpoints", "recipe.yaml"
 PLAN, IDENTITY, RECORD = "plan.json", "identity.json", "record.json"
@@ -45,6 +47,7 @@ ADAPTER, MODEL = "adapter", "model"  # what a run leaves: the model where it tra
 STAGES, OF_STAGES = "stages.json", "stages"  # the plans of several stages, and the folder of their runs
 OWN_ROWS = "rehearsal.jsonl"  # what the model wrote before it was trained, to rehearse it
 REJECTED = "rejected.jsonl"  # rows that could not be used; all that a refused attempt leaves
+ROLLBACKS = "rollbacks.json"  # written before the first step of the new way: it alone says which way a run went
 FAILED = "failed"  # the kind of the verdict that ends a run which a gate has stopped
 
 EVENT_TYPES: dict[type[Any], str] = {
@@ -59,7 +62,8 @@ EVENT_TYPES: dict[type[Any], str] = {
 
 
 class RunFolder:
-    """An open, locked run folder. `attempt` counts the processes that worked on it, from 1."""
+    """An open, locked run folder. `attempt` counts from 1 the processes that worked on it, and the times that one of
+    them went back to an earlier step."""
 
     def __init__(self, path: Path, lock: int, attempt: int) -> None:
         self.path, self.attempt, self._lock = path, attempt, lock
@@ -94,7 +98,8 @@ class RunFolder:
             lock = _locked(path)
             remove_leftovers(path)
             remove_leftovers(path / CHECKPOINTS)
-        return cls(path, lock, attempt=1 + max((event["attempt"] for event in read_events(path)), default=0))
+        told = [*(event["attempt"] for event in every_event(path)), *(one.attempt for one in read_rollbacks(path))]
+        return cls(path, lock, attempt=1 + max(told, default=0))
 
     def close(self) -> None:
         os.close(self._events)
@@ -144,14 +149,19 @@ class RunFolder:
     def events(self) -> list[Json]:
         return read_events(self.path)
 
+    def rollbacks(self) -> tuple[Rollback, ...]:
+        return read_rollbacks(self.path)
+
     # ------------------------------------------------------------ checkpoints
 
     @contextmanager
-    def checkpoint(self, step: int, *, facts: Json, needed_bytes: int = 0, keep_last: int = 2) -> Generator[Path]:
+    def checkpoint(
+        self, step: int, *, facts: Json, needed_bytes: int = 0, keep_last: int = 2, keep: Collection[int] = ()
+    ) -> Generator[Path]:
         """Fill the yielded folder: it becomes checkpoints/step-N, whole or not at all.
 
         `facts` go into its manifest (recipe hash, data fingerprint, versions). Older ones beyond `keep_last` are
-        removed once this one is verified, which means read again from end to end.
+        removed once this one is verified, which means read again from end to end; those of the steps `keep` stay.
         """
         self.settle()
         target = self.path / CHECKPOINTS / f"step-{step}"
@@ -159,7 +169,7 @@ class RunFolder:
             yield temporary
         if problem := damage(target):
             raise MachineError(f"was written and reads back differently: {problem}", where=str(target))
-        self._purge(step, keep_last)
+        self._purge(step, keep_last, keep)
 
     def checkpoints(self) -> Iterator[tuple[Path, str]]:
         """Newest first, each with what is wrong with it, empty if nothing is. Lazy, since it reads every byte."""
@@ -191,10 +201,25 @@ class RunFolder:
         named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in (self.path / CHECKPOINTS).glob("step-*")]
         return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
 
-    def _purge(self, step: int, keep_last: int) -> None:
+    def steps_saved(self) -> list[int]:
+        """Steps with a checkpoint whose files are there in full, newest first."""
+        return [step for step, path in self._by_step() if not damage(path, hashes=False)]
+
+    def go_back(self, rollback: Rollback) -> tuple[Rollback, ...]:
+        """From here on all counts that comes after the step which the run goes back to. Returns all rollbacks."""
+        for step, path in self._by_step():
+            if step > rollback.to:
+                with disk_errors(path):
+                    remove_folder(path)
+        every = (*read_rollbacks(self.path), dataclasses.replace(rollback, attempt=self.attempt))
+        self.write_json(ROLLBACKS, every)
+        self.attempt += 1
+        return every
+
+    def _purge(self, step: int, keep_last: int, keep: Collection[int]) -> None:
         kept = 0
         for number, path in self._by_step():
-            if kept >= keep_last and number < step:
+            if kept >= keep_last and number < step and number not in keep:
                 with disk_errors(path):
                     remove_folder(path)
             elif not damage(path, hashes=False):
@@ -271,13 +296,34 @@ def whole_run(path: Path) -> Path:
 
 
 def read_events(path: Path) -> list[Json]:
-    """The events of a run folder by step, of each kind the last attempt at that step. Takes no lock."""
-    events = every_event(path)
+    """The events of a run folder by step, of each kind the last attempt at that step, without those of a way that the
+    run has given up; that it went back is kept. Takes no lock."""
+    events = _that_count(every_event(path), read_rollbacks(path))
     last: dict[tuple[str, int], int] = {}
     for event in events:
         last[event["type"], event["step"]] = event["attempt"]
-    kept = [event for event in events if last[event["type"], event["step"]] == event["attempt"]]
+    kept = [e for e in events if last[e["type"], e["step"]] == e["attempt"] or _goes_back(e)]
     return sorted(kept, key=lambda event: event["step"])
+
+
+def read_rollbacks(path: Path) -> tuple[Rollback, ...]:
+    """Those of a run folder, in order. Raises InputError for a damaged file."""
+    file = path / ROLLBACKS
+    return from_json(tuple[Rollback, ...], read_json(file), where=str(file)) if file.exists() else ()
+
+
+def _that_count(events: list[Json], rollbacks: Sequence[Rollback]) -> list[Json]:
+    """The events without those of a way that was given up."""
+    given_up = [(one.attempt, one.to) for one in rollbacks]
+    return [
+        event
+        for event in events
+        if _goes_back(event) or not any(event["attempt"] <= attempt and event["step"] > to for attempt, to in given_up)
+    ]
+
+
+def _goes_back(event: Json) -> bool:
+    return event.get("level") == "rollback"
 
 
 def every_event(path: Path) -> list[Json]:

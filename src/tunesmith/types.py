@@ -289,6 +289,8 @@ class Generation:
 
 # ---------------------------------------------------------------- training events
 
+PROBES, EXPECTED = "probes", "expected answers"  # tasks of what the model says while it trains, and of what it should
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -336,6 +338,27 @@ class Verdict:
     level: Literal["ok", "warn", "rollback", "stop"]
     evidence: str
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A run went from `step` back to its checkpoint of step `to`. The steps after that are taken with `factor` times
+    the learning rate, without `rows`, with the share `ratio` of rehearsal. `attempt`: the one that ended so; what it
+    did after `to` does not count."""
+
+    step: int
+    to: int
+    kind: str  # the detector that said so
+    evidence: str
+    change: str  # what is done differently, for people
+    factor: float = 1.0
+    rows: tuple[str, ...] = ()
+    ratio: float | None = None
+    attempt: int = 1
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.kind, "rollback", f"{self.evidence}; back to step {self.to}, {self.change}", self.step)
 
 
 @dataclass(frozen=True)
@@ -415,3 +438,5 @@ class RunRecord:
     drift: tuple[str, ...] = ()  # what had changed when the run was resumed with --allow-drift: field: was -> is
     moved: tuple[Score, ...] = ()  # how far from the model before: KL(before || after) in nats, top-1 agreement
     scales: tuple[ScalePoint, ...] = ()  # gain against forgetting; empty without an adapter or eval_data
+    rollbacks: tuple[Rollback, ...] = ()
+    kept_step: int | None = None  # whose weights the adapter has: of the best look at eval_data, else the last step

@@ -20,7 +20,7 @@ from tunesmith.errors import GateError
 from tunesmith.jsonfile import read_json
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.tensorfile import first_not_finite, write_tensors
-from tunesmith.runfolder import RunFolder, every_event, failure_of
+from tunesmith.runfolder import RunFolder, every_event, failure_of, read_events
 from tunesmith.train.training import Settings, Training
 from tunesmith.types import Batch, Event, StepResult, Verdict
 
@@ -58,7 +58,7 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = recipe(tiny_folder, tmp_path / "straight", num_train_epochs=3, save_steps=2)
-    wish, folder = recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2), tmp_path / "run"
+    wish, folder = recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2, guard="off"), tmp_path / "run"
     train(straight)
     with monkeypatch.context() as patch:
         poison({4, 5, 6}, patch)
@@ -88,6 +88,19 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     assert [step.step for step in steps_of(events)] == list(range(3, 10))
     assert failure_of(folder) == ""
     assert adapter_bytes(wish) == adapter_bytes(straight)
+
+
+def test_fault_27_under_guard_it_goes_back_and_on_with_half_the_rate(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison({4, 5, 6}, monkeypatch)
+    events = train(recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2))
+    (back,) = [event for event in events if isinstance(event, Verdict) and event.level == "rollback"]
+    assert (back.kind, back.step) == ("non-finite", 6)
+    assert "back to step 2, on with 0.5 times the learning rate" in back.evidence
+    rates = {step.step: step.learning_rate for step in steps_of(events)}
+    assert rates[3] == pytest.approx(0.5 * 0.01 * 7 / 9)
+    assert [event["step"] for event in read_events(tmp_path / "run") if event["type"] == "step"] == list(range(1, 10))
 
 
 def test_fault_27_one_bad_step_is_skipped_and_its_rows_are_kept(

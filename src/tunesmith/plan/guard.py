@@ -1,23 +1,73 @@
-"""What a run does about what it sees of itself, and when.
+"""What a run does about what it sees of itself, and when it looks.
 
 In: the `guard` of the recipe and what is decided already. Out: a Choice a key. Pure. Left out: what a collapse is
-(train/guard.py).
+(train/guard.py), how it is seen (probes.py).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from tunesmith.plan.rules import rule
+from tunesmith.plan.rules import Known, rule
 from tunesmith.recipemappings import Guard
 from tunesmith.types import Choice
 
 MARGIN = 0.02  # bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten
+SHARE = 0.05  # of the time of the steps, that probes may take
+PROMPTS, MOST_PROMPTS = 8, 64
+NEW_TOKENS = 32  # of an answer, one forward each
+STEP_FORWARDS = 3  # a step's forward and backward, in forwards
+DECODE_TOKENS = {"cpu": 64, "cuda": 512}  # tokens that would be computed in the time of one forward for the next ones
+PASSES = 4  # over a prompt: to answer it, to judge the answer, to read what was expected, and what texts take
 
 
-def guard_choices(wish: Guard) -> dict[str, Choice]:
+def guard_choices(wish: Guard, known: Known) -> dict[str, Choice]:
     def chosen(value: Any, by_rule: Choice) -> Choice:
         return by_rule if value == "auto" else Choice(value, "you", "the recipe says so")
 
     margin = "bits per byte of general text: 0.05 nats a token, the usual bound of what may be forgotten"
-    return {"forgetting_margin": chosen(wish.margin, rule(MARGIN, margin, "ours"))}
+    back = "go back to the last good checkpoint and on with half the learning rate, or without the rows at fault"
+    warn = "said, not stopped: how much may be forgotten for what is learnt is yours to say"
+    looks = "looks at eval_data without a better one, then the run ends"
+    by_rule = probe_steps(known)
+    steps = chosen(wish.probe_steps, by_rule)
+    return {
+        "guard_collapse": chosen(wish.collapse, rule("rollback", back, "ours")),
+        "guard_forgetting": chosen(wish.forgetting, rule("warn", warn, "ours")),
+        "forgetting_margin": chosen(wish.margin, rule(MARGIN, margin, "ours")),
+        "patience": chosen(wish.patience, rule(3, looks, "ours")),
+        "probe_steps": steps,
+        "probe_prompts": rule(prompts(known, steps.value), f"the least are {PROMPTS}; more where they cost nothing"),
+    }
+
+
+def probe_steps(known: Known) -> Choice:
+    """So rarely that probes take at most 5% of the time. Of a shorter run than that there is none, but at its end there
+    are the measures."""
+    each = probe_cost(known, PROMPTS) / step_tokens(known) / STEP_FORWARDS
+    steps = math.ceil(each / SHARE)
+    told = f"{PROMPTS} prompts and {NEW_TOKENS} tokens each take {each:.2g} steps, and may take 5% of the time"
+    if steps > known.steps:
+        return rule(0, f"{told}: none in {known.steps} steps; guard: {{probe_steps: N}} takes some all the same")
+    return rule(steps, told, "ours")
+
+
+def prompts(known: Known, steps: int) -> int:
+    """As many as 5% of the time between two probes pays for."""
+    allowed = SHARE * steps * step_tokens(known) * STEP_FORWARDS
+    most = [n for n in range(PROMPTS, MOST_PROMPTS + 1, PROMPTS) if probe_cost(known, n) <= allowed]
+    return max(most, default=PROMPTS)
+
+
+def probe_cost(known: Known, count: int) -> float:
+    """In tokens of a forward."""
+    prompt = min(known.data.length_percentiles.get("p50", 1), known["max_length"])
+    decode = max(DECODE_TOKENS[known.machine.device], count)
+    return PASSES * count * prompt + NEW_TOKENS * decode
+
+
+def step_tokens(known: Known) -> float:
+    if known.stage == "cpt":
+        return known["batch_tokens"]
+    return max(1.0, known.data.tokens / max(1, known.data.rows) * known["batch_size"])

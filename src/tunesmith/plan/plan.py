@@ -65,7 +65,7 @@ def decide(
             choices[key] = decide_by_rule(known) if wish == "auto" else Choice(wish, "you", "the recipe says so")
         decided[key] = choices[key].value
     choices |= {key: choice for key, choice in fixed.items() if key not in RULES}
-    choices |= never_choices(recipe.never, data["data"]) | guard_choices(recipe.guard)
+    choices |= never_choices(recipe.never, data["data"]) | guard_choices(recipe.guard, known)
     decided["forgetting_margin"] = choices["forgetting_margin"].value
     choices |= rehearsal_choices(recipe.rehearsal, known, data.get("rehearsal"))
     choices |= rows_choice(choices.get("add_tokens"), known)

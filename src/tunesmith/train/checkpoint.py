@@ -48,4 +48,6 @@ def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
         if position["updates"]:
             found = {moment: tensors[key] for moment in MOMENTS if (key := f"{moment}.{name}") in tensors}
             put_back(optimizer, parameter, found, position["updates"])
+        else:
+            optimizer.state.pop(parameter, None)
     return position

@@ -77,6 +77,19 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[s
     return {name: state[name] for name in MOMENTS if name in state}
 
 
+@torch.no_grad()
+def last_step(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
+    """What the last update added to a parameter, weight decay aside, from AdamW's own moments. None before the first
+    one, and where moments are kept in 8 bits."""
+    state = optimizer.state.get(parameter, {})
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
+    if group is None or "exp_avg" not in state:
+        return None
+    (first, second), updates = group["betas"], float(state["step"])
+    mean, square = state["exp_avg"] / (1 - first**updates), state["exp_avg_sq"] / (1 - second**updates)
+    return -group["lr"] * mean / (square.sqrt() + group["eps"])
+
+
 def put_back(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, found: dict[str, Tensor], updates: int) -> None:
     """The moments of a parameter as they were after `updates`."""
     if isinstance(optimizer, torch.optim.AdamW):

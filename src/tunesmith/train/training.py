@@ -8,6 +8,7 @@ Left out: what to do about an event (guard, run folder, display), evaluation, th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from tunesmith.data.pack import computed_tokens, pack_step, units
 from tunesmith.data.schedule import prefetch
 from tunesmith.errors import GateError, MachineError
 from tunesmith.hardware import peak_bytes
+from tunesmith.jsonfile import from_json
 from tunesmith.model.adapters import trainable
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import OutOfMemory, memory_errors
@@ -30,9 +32,9 @@ from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.losses import Counts, Objective, step_terms
 from tunesmith.train.optim import clip, make_optimizer, rate_at, update
-from tunesmith.types import Document, Done, Event, Pack, Plan, StepResult, Verdict
+from tunesmith.types import Document, Done, Event, Pack, Plan, Rollback, StepResult, Verdict
 
-POSITION = ("step", "seconds", "bad_steps", "pack_length", "ratios")  # what a checkpoint keeps beside the tensors
+POSITION = ("step", "seconds", "bad_steps", "pack_length", "ratios")  # kept beside the tensors, and the rollbacks
 BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
 
 
@@ -80,7 +82,8 @@ def _objective(plan: Plan) -> Objective:
 
 class Training:
     """A run in progress: weights, optimizer, position. `step` counts finished optimizer steps; `pack_length` is what
-    memory has left of the plan's. `ratios`: (steps done, share of rehearsal from then on), as they were set."""
+    memory has left of the plan's. `ratios`: (steps done, share of rehearsal from then on), as they were set.
+    `rollbacks` change the steps after the one that each went back to: all of this is a function of the step."""
 
     def __init__(
         self, model: LanguageModel, documents_of: Callable[..., Sequence[Document]], settings: Settings
@@ -95,6 +98,7 @@ class Training:
         self.step, self.seconds, self.bad_steps = 0, 0.0, 0
         self.pack_length = settings.pack_length
         self.ratios: tuple[tuple[int, float], ...] = ()
+        self.rollbacks: tuple[Rollback, ...] = ()
         self._again: Sequence[Document] | None = None  # the documents of a step that did not fit
         self._upcoming: Iterator[Sequence[Document]] | None = None
         self._stopped = self._done = False
@@ -120,9 +124,21 @@ class Training:
         self.ratios = (*self.ratios, (self.step, ratio))
         self._forget_upcoming()
 
+    def change(self, rollbacks: Sequence[Rollback]) -> None:
+        """All rollbacks so far; those that the checkpoint does not know of were decided after it was written."""
+        self.rollbacks = tuple(rollbacks)
+        self._forget_upcoming()
+
+    @property
+    def changes(self) -> tuple[tuple[int, float], ...]:
+        """Every share of rehearsal that was set, whoever set it, in the order in which they hold."""
+        raised = [(one.to, one.ratio) for one in self.rollbacks if one.ratio is not None]
+        return tuple(sorted((*self.ratios, *raised), key=lambda change: change[0]))
+
     def save(self, folder: Path) -> None:
         """All that `restore` needs to go on as if nothing had happened."""
         position = {name: getattr(self, name) for name in POSITION}
+        position["rollbacks"] = [dataclasses.asdict(one) for one in self.rollbacks]
         write_state(folder, self.parameters, self.optimizer, position)
 
     def restore(self, folder: Path) -> None:
@@ -131,6 +147,7 @@ class Training:
         for name in POSITION:
             setattr(self, name, position[name])
         self.ratios = tuple((step, ratio) for step, ratio in position["ratios"])
+        self.rollbacks = from_json(tuple[Rollback, ...], position["rollbacks"])
         self._forget_upcoming()
         self._stopped = self._done = False
 
@@ -145,9 +162,14 @@ class Training:
             return documents
         if self._upcoming is None:
             remaining = range(self.step + 1, self.settings.steps + 1)
-            changes = {"changes": self.ratios} if self.ratios else {}
+            changes = {"changes": self.changes} if self.changes else {}
             self._upcoming = prefetch(remaining, partial(self.documents_of, **changes))
-        return next(self._upcoming)
+        documents, left_out = next(self._upcoming), self._rows_left_out()
+        return [document for document in documents if document.id not in left_out] if left_out else documents
+
+    def _rows_left_out(self) -> set[str]:
+        """Of the next step: such a row keeps its slot, with nothing in it."""
+        return {row for one in self.rollbacks if one.to <= self.step for row in one.rows}
 
     # ------------------------------------------------------------ one step
 
@@ -194,7 +216,8 @@ class Training:
 
     def _rate(self) -> float:
         s = self.settings
-        return rate_at(
+        lowered = math.prod(one.factor for one in self.rollbacks if one.to <= self.step)
+        return lowered * rate_at(
             self.step, peak=s.learning_rate, warmup_steps=s.warmup_steps, total_steps=s.steps, schedule=s.schedule
         )
 

@@ -1,0 +1,162 @@
+"""The guard folds numbers into verdicts: each detector speaks on what it is for, and on nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from tunesmith.train.guard import BOUNDS, DETECTORS, Guard, worst
+from tunesmith.types import EXPECTED, PROBES, Score, StepResult, Verdict
+
+LEVELS = {"collapse": "rollback", "forgetting": "stop", "watch": "warn"}
+HEALTHY = {
+    "repetition": 0.02,
+    "distinct": 0.8,
+    "same_answer": 0.0,
+    "end_rate": 0.25,
+    "length": 28.0,
+    "compressed": 0.9,
+    "base_loss": 0.6,
+    "foreign": 0.0,
+    "language": 0.0,
+    "json": 0.5,
+    "breaks sorry": 0.0,
+    "answer_loss": 1.2,
+    "end_loss": 0.5,
+    "entropy": 2.0,
+    "kl": 0.0,
+    "forgotten": 0.0,
+    "adapter_share": 0.0,
+    "update_ratio": 0.001,
+}
+
+
+def step(number: int, loss: float = 1.0, norm: float = 1.0) -> StepResult:
+    return StepResult(number, loss, 100, 20, 0.5, 1e-4, norm, 10**9)
+
+
+def new_guard(**levels: str) -> Guard:
+    return Guard({**LEVELS, **levels}, margin=0.02, vocabulary=1000, probing=True)  # type: ignore[arg-type]
+
+
+def probe(guard: Guard, at: int, **changed: float) -> list[Verdict]:
+    for metric, value in (HEALTHY | changed).items():
+        guard.see(Score(PROBES, metric, value, value, value, 8, at))
+    return guard.judge(at)
+
+
+def begun(**levels: str) -> Guard:
+    """A guard that has seen ten even steps and the probes before them."""
+    guard = new_guard(**levels)
+    for metric, value in {"distinct": 0.6, "same_answer": 0.1, "end_rate": 0.5, "length": 20.0}.items():
+        guard.see(Score(EXPECTED, metric, value, value, value, 8, 0))
+    assert probe(guard, 0) == []
+    assert [guard.see(step(n)) for n in range(1, 11)] == [[]] * 10
+    return guard
+
+
+@pytest.mark.parametrize(
+    ("detector", "changed"),
+    [
+        ("repetition", {"repetition": 0.4}),
+        ("sameness", {"distinct": 0.2}),
+        ("one answer", {"same_answer": 0.75}),
+        ("empty", {"length": 2.0}),
+        ("loop", {"compressed": 0.2}),
+        ("gibberish", {"base_loss": 3.0}),
+        ("foreign", {"foreign": 0.5}),
+        ("foreign", {"language": 0.75}),
+        ("form", {"json": -0.1}),
+        ("constraint", {"breaks sorry": 0.5}),
+        ("certain", {"entropy": 0.3}),
+        ("uncertain", {"entropy": 5.5}),
+        ("far from base", {"kl": 1.5}),
+        ("forgetting", {"forgotten": 0.05}),
+        ("large update", {"update_ratio": 0.02}),
+        ("adapter too large", {"adapter_share": 0.7}),
+        ("end unlearnt", {"answer_loss": 1.1, "end_loss": 2.0}),
+    ],
+)
+def test_a_detector_speaks_once_on_its_measure_alone(detector: str, changed: dict[str, float]) -> None:
+    guard = begun()
+    (verdict,) = probe(guard, 10, **changed)
+    assert (verdict.kind, verdict.level) == (detector, LEVELS[DETECTORS[detector].family])
+    assert any(sign.isdigit() for sign in verdict.evidence), "it shows its numbers"
+    assert probe(guard, 20, **changed) == [], "it has spoken"
+    assert probe(guard, 30) == []
+    assert [one.kind for one in probe(guard, 40, **changed)] == [detector]
+
+
+def test_answers_that_stopped_ending() -> None:
+    guard = new_guard()
+    probe(guard, 0, end_rate=0.9)
+    assert [one.kind for one in probe(guard, 10, end_rate=0.2)] == ["no end"]
+    assert probe(begun(), 10, end_rate=0.0) == [], "the base did not end either"
+
+
+def fed(losses: Sequence[float], norms: Sequence[float] = ()) -> dict[str, int]:
+    """Detector -> the step that it first spoke at."""
+    guard, found = new_guard(), dict[str, int]()
+    for number, loss in enumerate(losses, start=1):
+        for verdict in guard.see(step(number, loss, norms[number - 1] if norms else 1.0)):
+            found.setdefault(verdict.kind, number)
+    return found
+
+
+def test_losses_of_a_healthy_run_say_nothing() -> None:
+    """Also noisy ones, whose gain is small."""
+    falling = [2.0 * 0.95**n + 0.3 * (-1) ** n for n in range(60)]
+    flat = [2.0 + 0.4 * math.sin(3 * n) for n in range(60)]
+    assert fed(falling) == fed(flat) == fed([1.0] * 60) == {}
+
+
+def test_a_loss_that_rises_jumps_or_leaves_its_start_behind() -> None:
+    falling = [2.0 - 0.1 * n for n in range(15)]
+    assert "loss rise" in fed([*falling, *([2.0] * 10)])
+    assert fed([*([1.0] * 20), 9.0])["loss spike"] == 21
+    assert "loss above start" in fed([*([2.0] * 6), *([9.0] * 10)])
+    assert fed([1.0] * 12, [*([1.0] * 11), 30.0]) == {"gradient spike": 12}
+
+
+def test_rows_that_stay_hard_while_held_out_ones_are_learnt() -> None:
+    guard = begun()
+    assert probe(guard, 10, answer_loss=0.1) == [], "they were as hard at the probe before"
+    for number in range(11, 21):
+        guard.see(step(number, 1.0 if number % 2 else 0.9))
+    assert [one.kind for one in probe(guard, 20, answer_loss=0.1)] == ["rows harder than held-out"]
+
+
+def test_held_out_answers_that_get_worse_while_training_goes_on() -> None:
+    guard = begun()
+    probe(guard, 10, answer_loss=0.5)
+    for number in range(11, 21):
+        guard.see(step(number, 0.4))
+    assert [one.kind for one in probe(guard, 20, answer_loss=0.8)] == ["overfitting"]
+
+
+def test_what_a_family_does_is_the_recipes_word() -> None:
+    assert [one.level for one in probe(begun(collapse="warn"), 10, kl=2.0)] == ["warn"]
+    assert probe(begun(collapse="off", watch="off"), 10, kl=2.0, update_ratio=1.0) == []
+
+
+def test_a_state_is_good_until_something_is_found_that_counts() -> None:
+    guard = begun()
+    probe(guard, 10)
+    assert guard.judged == 10
+    probe(guard, 20, update_ratio=1.0)  # a warning only
+    assert guard.judged == 20
+    probe(guard, 30, kl=2.0)
+    assert (guard.judged, guard.finding) == (20, ["far from base"])
+
+
+def test_a_stop_decides_before_a_rollback() -> None:
+    back, end = Verdict("a", "rollback", "1"), Verdict("b", "stop", "2")
+    assert worst([]) is None
+    assert worst([Verdict("c", "warn", "3"), back]) is back
+    assert worst([back, end]) is end
+
+
+def test_every_bound_belongs_to_a_detector() -> None:
+    assert set(BOUNDS) - {"foreign answers"} <= set(DETECTORS)
