@@ -62,6 +62,12 @@ def test_of_several_turns_the_last_trained_one_is_asked() -> None:
     assert shown.turn_weights == (0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
 
 
+def test_an_example_that_calls_a_tool_shows_its_call() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
+    shot = Example("tool", ({"role": "user", "content": "where?"}, call), (0.0, 1.0))
+    assert prompted(asked("three?", "3"), (shot,)).messages[1] == call
+
+
 def test_arms_are_what_can_be_tried_each_once_and_zero_shot_first() -> None:
     everything = arms_of(Given(rows=400, documents=True, schema=True))
     assert everything[0] == Arm()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from tunesmith.types import Example, Json
+from tunesmith.types import Example
 
 Form = Callable[[Example, Sequence[Example]], Example]
 
@@ -60,7 +60,7 @@ def turns(example: Example, shots: Sequence[Example]) -> Example:
     """Examples are earlier turns of the conversation, after its system message."""
     if not example.messages:
         return labelled(example, shots)
-    said = [turn for shot in shots for turn in (_user(question_of(shot)), _assistant(answer_of(shot)))]
+    said = [turn for shot in shots for turn in shot.messages[asked_turn(shot) - 1 : asked_turn(shot) + 1]]
     first = 1 if example.messages[0]["role"] in ("system", "developer") else 0
     messages = (*example.messages[:first], *said, *example.messages[first:])
     weights = (*example.turn_weights[:first], *[0.0] * len(said), *example.turn_weights[first:])
@@ -78,14 +78,6 @@ def headed(example: Example, shots: Sequence[Example]) -> Example:
     told = "".join(f"## Question\n{question_of(shot)}\n\n## Answer\n{answer_of(shot)}\n\n" for shot in shots)
     ask = f"## Question\n{question_of(example)}\n\n## Answer\n"
     return _asking(example, f"Answer the last question as the others are answered.\n\n{told}{ask}")
-
-
-def _user(content: str) -> Json:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> Json:
-    return {"role": "assistant", "content": content}
 
 
 FORMS: dict[str, Form] = {"turns": turns, "labelled": labelled, "headed": headed}
