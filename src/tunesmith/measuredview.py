@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.advise.arms import Arm
 from tunesmith.advise.asking import Outcome
 from tunesmith.advise.curve import Curve
 from tunesmith.advise.decide import Decision, Row
@@ -54,7 +55,7 @@ def _outcome_line(outcome: Outcome) -> str:
 
 def advice_table(advice: MeasuredAdvice) -> RenderableType:
     decision = advice.decision
-    parts: list[RenderableType] = [Text(HEADLINES[decision.answer], "bold"), _why(decision), _arms(advice)]
+    parts: list[RenderableType] = [Text(_headline(advice), "bold"), _why(decision), _arms(advice)]
     parts += [Text(line) for line in _notes(advice)]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -63,6 +64,21 @@ def advice_table(advice: MeasuredAdvice) -> RenderableType:
         for number, line in enumerate(lines):
             table.add_row(Text(label if number == 0 else "", "bold"), Text(line))
     return Group(*parts, table)
+
+
+def _headline(advice: MeasuredAdvice) -> str:
+    """What was not tried for want of time may be better: then nothing is decided."""
+    tried = {row.arm.row for row in advice.rows}
+    untried = {kind for out in advice.left_out for kind in _kinds(out.arm) if out.arm.row not in tried}
+    untried -= {kind for row in advice.rows for kind in _kinds(row.arm)}
+    if untried and advice.decision.answer != "sft":
+        return f"Not decided yet: {' and '.join(sorted(untried))} had no room in the time"
+    return HEADLINES[advice.decision.answer]
+
+
+def _kinds(arm: Arm) -> list[str]:
+    kinds = {"retrieval": arm.passages, "training": arm.examples, "the schema": arm.constrained, "prompts": arm.shots}
+    return [kind for kind, there in kinds.items() if there]
 
 
 def _why(decision: Decision) -> Text:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tunesmith.advise.arms import Arm
-from tunesmith.advise.asking import TIMED, Outcome, Subject, small_plan
+from tunesmith.advise.asking import TIMED, Subject, small_plan
 from tunesmith.evaluate.tasks import Question, ask, questions_of
 
 ASKED, WRITTEN = 8, 12  # prompts and tokens of the quick measure
@@ -63,13 +63,6 @@ def _seconds(subject: Subject, questions: Sequence[Question], tokens: int) -> fl
     started = time.perf_counter()
     list(ask(subject.model, questions, subject.facts.renderer, max_new_tokens=tokens))
     return time.perf_counter() - started
-
-
-def after(speed: Speed, outcome: Outcome, trained_tokens: float) -> Speed:
-    """What a training has shown of its speed."""
-    if not outcome.train_seconds or not trained_tokens:
-        return speed
-    return replace(speed, trained=outcome.train_seconds / trained_tokens)
 
 
 def seconds_of(subject: Subject, speed: Speed, arm: Arm) -> float:

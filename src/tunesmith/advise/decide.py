@@ -200,12 +200,13 @@ def _would_change(chosen: Row, best: Row, rows: Sequence[Row], smallest: float, 
             ahead = f"{best.name} stays {-chosen.change[0]:.3f} ahead"
             yield f"{needed:,} items, if {ahead}: then that is seen, and it wins"
     trained = [row for row in rows if row.arm.examples]
-    if not chosen.arm.examples and trained:
-        near = max(trained, key=lambda row: row.score.value)
+    as_good = [row for row in trained if not row.change or row.change[2] >= 0]
+    if not chosen.arm.examples and as_good:
+        near = max(as_good, key=lambda row: row.score.value)
         saved, tokens = chosen.seconds - near.seconds, chosen.prompt_tokens - near.prompt_tokens
         if tokens > 0.2 * chosen.prompt_tokens and saved > 0:
             yield f"many requests: {near.name} saves {tokens:.0f} prompt tokens and {saved:.2f} s on each"
     if not trained and not chosen.arm.examples:
-        yield "minutes for a training: none was tried"
+        yield "a training: none was tried"
     if target is not None and chosen.score.value < target:
         yield f"a target lower than {target:g}: {chosen.name} has {chosen.score.value:.3f}"

@@ -19,7 +19,6 @@ from tunesmith.advise.arms import Arm, Given, arms_of
 from tunesmith.advise.asking import Outcome, Subject, drawn, items_of, outcome_of
 from tunesmith.advise.budget import (
     Speed,
-    after,
     fitting,
     items_that_fit,
     measure_speed,
@@ -172,6 +171,7 @@ class _Run:
         self.subject, self.kept, self.speed, self.until = subject, kept, speed, until
         self.ids = [example.id for example in subject.items]
         self.outcomes: list[Outcome] = []
+        self.ratio = 1.0  # of what the last arms took to what was expected: a busy machine changes its pace
         self.left_out: list[LeftOut] = []
         self.knowledge: Knowledge | None = None
         self.no_knowledge = no_facts(subject)
@@ -206,7 +206,11 @@ class _Run:
             self.left_out.append(LeftOut(arm, error.what))
             return None
         self.kept.put(self._name(arm), found)
-        self.speed = after(self.speed, found, tokens_trained(self.subject, self.speed, arm))
+        if arm.examples:
+            tokens = self.ratio * tokens_trained(self.subject, self.speed, arm)
+            self.speed = dataclasses.replace(self.speed, trained=found.train_seconds / max(tokens, 1e-9))
+        else:
+            self.ratio *= (found.took / max(self._seconds(arm), 1e-9)) ** 0.5  # half of the way, in logarithms
         return found
 
     def know(self) -> None:
@@ -217,7 +221,12 @@ class _Run:
         if self.knowledge is not None:
             return
         speed, left = self.speed, self.until - time.perf_counter()
-        each = SETS * (1 + SAMPLED) * (speed.row_tokens * speed.read + 1.3 * speed.answer_tokens * speed.written)
+        each = (
+            self.ratio
+            * SETS
+            * (1 + SAMPLED)
+            * (speed.row_tokens * speed.read + 1.3 * speed.answer_tokens * speed.written)
+        )
         rows = min(ROWS, int(KNOWLEDGE_SHARE * left / max(each, 1e-9)))
         if rows < LEAST_ROWS:
             self.no_knowledge = f"{LEAST_ROWS} rows would take {LEAST_ROWS * each:.0f} s, over a tenth of the time"
@@ -226,7 +235,7 @@ class _Run:
         self.kept.put("knowledge", self.knowledge)
 
     def _seconds(self, arm: Arm) -> float:
-        return seconds_of(self.subject, self.speed, arm)
+        return self.ratio * seconds_of(self.subject, self.speed, arm)
 
     def _found(self, arm: Arm) -> Outcome | None:
         return self.kept.get(self._name(arm), Outcome)
