@@ -98,8 +98,28 @@ def test_of_one_reviewer_the_newest_word_counts_and_cancelled_ones_do_not(opened
             '[{"fields": {}, "metadata": {"row": "{}"}, "responses": {"verdict": [{"value": "bad", "user_id": 1}]}}]',
             "has no date",
         ),
+        ('[{"data": 3, "annotations": 4}]', r"not as label-studio writes it: \$.data"),
+        ('[{"fields": {}, "responses": {"verdict": [{"value": "good"}]}}]', "'user_id' is a required property"),
+        ('[{"data": {"row": "{}"}, "annotations": [null]}]', r"annotations\[0\]: None is not of type"),
+        (
+            '[{"data": {"row": "{}"}, "annotations": [{"completed_by": 1, "created_at": "yesterday", "result": '
+            '[{"from_name": "verdict", "value": {"choices": ["good"]}}]}]}]',
+            "date of the review is 'yesterday'",
+        ),
     ],
-    ids=["object", "torn", "empty", "other", "no row", "unanswered", "no date"],
+    ids=[
+        "object",
+        "torn",
+        "empty",
+        "other",
+        "no row",
+        "unanswered",
+        "no date",
+        "number",
+        "nobody",
+        "null",
+        "yesterday",
+    ],
 )
 def test_what_is_no_export_is_refused(export, what, tmp_path):
     (tmp_path / "export.json").write_text(export)

@@ -13,8 +13,11 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+from jsonschema import Draft202012Validator
 
 from tunesmith.atomic import write_file
 from tunesmith.data.audit.reading import row_of
@@ -58,8 +61,8 @@ def write_tasks(dataset: Dataset, tool: str, path: Path) -> int:
     return len(tasks)
 
 
-def read_reviews(path: Path, to: Path, date: str | None = None) -> Reviewed:
-    """An export of either tool, told by its keys, as a file of reviewed rows. `date`: of reviews that have none. Raises
+def read_reviews(path: Path, to: Path, when: str | None = None) -> Reviewed:
+    """An export of either tool, told by its keys, as a file of reviewed rows. `when`: of reviews that have none. Raises
     InputError for what is no export, for verdicts that are none, and where reviewers of a row disagree."""
     _refuse_old(to)
     tasks = _read(path)
@@ -71,7 +74,9 @@ def read_reviews(path: Path, to: Path, date: str | None = None) -> Reviewed:
     verdicts: dict[str, int] = {}
     for number, task in enumerate(tasks):
         where = f"{path}[{number}]"
-        row, reviews = TOOLS[tool][1](task, date, where)
+        for problem in Draft202012Validator(SCHEMAS[tool]).iter_errors(task):
+            raise InputError(f"not as {tool} writes it: {problem.json_path}: {problem.message:.100}", where=where)
+        row, reviews = TOOLS[tool][1](task, when, where)
         if review := _agreed(reviews, where):
             lines.append(json_bytes(row | {REVIEW: review}))
             verdicts[review.verdict] = verdicts.get(review.verdict, 0) + 1
@@ -143,7 +148,7 @@ def label_studio_task(dataset: Dataset, index: int) -> Json:
     return task
 
 
-def label_studio_reviews(task: Json, date: str | None, where: str) -> tuple[Json, list[Review]]:
+def label_studio_reviews(task: Json, when: str | None, where: str) -> tuple[Json, list[Review]]:
     """Of each reviewer the newest annotation; cancelled ones, and those without a verdict, are none."""
     newest: dict[str, Review] = {}
     told = [one for one in task.get("annotations") or () if not (one.get("was_cancelled") or one.get("skipped"))]
@@ -151,7 +156,7 @@ def label_studio_reviews(task: Json, date: str | None, where: str) -> tuple[Json
         by = annotation.get("completed_by")
         reviewer = str((by.get("email") or by.get("id")) if isinstance(by, dict) else by)
         for verdict in _choices(annotation):
-            newest[reviewer] = Review(reviewer, _date(str(annotation.get("created_at", ""))[:10], date, where), verdict)
+            newest[reviewer] = Review(reviewer, _date(str(annotation.get("created_at", ""))[:10], when, where), verdict)
     return _row(task["data"].get(ROW), where), list(newest.values())
 
 
@@ -164,7 +169,10 @@ def _choices(annotation: Json) -> Iterator[str]:
 def _date(told: str, given: str | None, where: str) -> str:
     if not (told or given):
         raise InputError("the review has no date", where=where, fix="say when it was made: --date 2026-11-25")
-    return told or str(given)
+    try:
+        return date.fromisoformat(told or str(given)).isoformat()
+    except ValueError:
+        raise InputError(f"the date of the review is {told or given!r:.40}", where=where) from None
 
 
 # ---------------------------------------------------------------- Argilla
@@ -187,13 +195,13 @@ def argilla_record(dataset: Dataset, index: int) -> Json:
     }
 
 
-def argilla_reviews(record: Json, date: str | None, where: str) -> tuple[Json, list[Review]]:
+def argilla_reviews(record: Json, given: str | None, where: str) -> tuple[Json, list[Review]]:
     """Users are ids; one whom we have written ourselves has a name again."""
     metadata, reviews = record.get("metadata") or {}, []
     for response in (record.get("responses") or {}).get(QUESTION, ()):
         own = "reviewer" in metadata and response["user_id"] == _user(metadata["reviewer"])
         reviewer = metadata["reviewer"] if own else str(response["user_id"])
-        when = _date(str(metadata.get("date", "")) if own else "", date, where)
+        when = _date(str(metadata.get("date", "")) if own else "", given, where)
         reviews.append(Review(reviewer, when, str(response["value"])))
     return _row(metadata.get(ROW), where), reviews
 
@@ -208,4 +216,26 @@ Read = Callable[[Json, str | None, str], tuple[Json, list[Review]]]
 TOOLS: dict[str, tuple[Make, Read, str]] = {  # how a row is written, how it is read, a key that only this tool has
     "label-studio": (label_studio_task, label_studio_reviews, "data"),
     "argilla": (argilla_record, argilla_reviews, "fields"),
+}
+
+
+def _object(required: tuple[str, ...] = (), **properties: Json) -> Json:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+def _array(items: Json) -> Json:
+    return {"type": ["array", "null"], "items": items}
+
+
+SCHEMAS: dict[str, Json] = {  # of what is looked at
+    "label-studio": _object(
+        data=_object(),
+        annotations=_array(
+            _object(("completed_by",), result=_array(_object(value=_object(choices={"type": "array"}))))
+        ),
+    ),
+    "argilla": _object(
+        metadata=_object(),
+        responses=_object((), **{QUESTION: {"type": "array", "items": _object(("value", "user_id"))}}),
+    ),
 }
