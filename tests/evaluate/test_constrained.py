@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 
 from tiny_run import plan_of, recipe, save_writer_folder
-from tunesmith import verbs
 from tunesmith.data.render import Renderer
-from tunesmith.demo import RECIPE
 from tunesmith.errors import InputError, MachineError
 from tunesmith.evaluate.constrained import Grammar
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.tasks import ask, questions_of
-from tunesmith.facts import Facts, gather, make_plan
+from tunesmith.facts import gather
 from tunesmith.infer import engine
 from tunesmith.infer.engine import generate
 from tunesmith.types import Json, Request
@@ -61,24 +58,6 @@ def test_a_model_that_writes_letters_writes_json(folder: Path, tmp_path: Path, m
     again = grammar_of(folder)
     assert sorted(generate(model, requests, **given, allowed=again)) == held
     assert sorted(generate(model, requests, **given, allowed=again)) == held, "the next answers start anew"
-
-
-@pytest.mark.slow
-def test_the_demo_model_follows_the_demo_schema(tmp_path: Path) -> None:
-    """Untrained it writes no JSON at all."""
-    known = verbs.gather(RECIPE, output_dir=str(tmp_path / "run"))
-    assert isinstance(known, Facts)
-    model, rows, renderer = model_at_start(make_plan(known), known), known.datasets["eval_data"], known.renderer
-    questions = questions_of([rows.example(row) for row in range(4)], renderer)
-    assert known.schema is not None
-    width = model.head.weight.shape[0]
-    grammar = Grammar(known.schema, known.model.path, width=width, end_ids=renderer.end_ids)
-    found = [answer for _, answer in sorted(ask(model, questions, renderer, max_new_tokens=200, allowed=grammar))]
-    ended = [answer.text for answer in found if answer.finished == "end"]
-    assert len(ended) >= 3
-    assert all(METRICS["json_valid"](text, "", None) for text in ended)
-    free = next(answer.text for _, answer in ask(model, questions[:1], renderer, max_new_tokens=60))
-    assert not free.startswith("{")
 
 
 def test_expected_answers_with_or_without_blanks_are_allowed(folder: Path) -> None:
