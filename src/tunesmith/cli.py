@@ -5,7 +5,8 @@
 Results go to stdout (as one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok, 1 a bug in
 tunesmith, 2 the user's input, 3 the machine, 4 a gate said no, 130 and 143 interrupted. Nothing heavy is imported
 before a verb needs it: that is why imports stand inside the functions, here and in verbs.py only. Left out: the
-verbs on data (clidata.py) and those that run (clirun.py), how words become a recipe and results text (commandline.py).
+verbs on data (clidata.py), those that run (clirun.py), those that measure (clieval.py), how words become a recipe
+and results text (commandline.py).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from tunesmith import clidata, clirun, verbs
-from tunesmith.commandline import AllowCode, AsJson, Run, Told, Wish, asked, questions, read_wish, say
+from tunesmith import clidata, clieval, clirun, verbs
+from tunesmith.commandline import AsJson, Run, Told, Wish, asked, questions, read_wish, say
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.jsonfile import json_bytes
 from tunesmith.version import __version__
@@ -158,36 +159,6 @@ def tune_lr(
             say(found, view, as_json=as_json)
 
 
-def evaluate(
-    folder: Run,
-    baselines: Annotated[
-        bool, typer.Option("--baselines", help="What `never` came to, beside a told base and banned tokens.")
-    ] = False,
-    recovery: Annotated[
-        bool, typer.Option("--recovery", help="Is what general text lost gone, or back after texts of its domain?")
-    ] = False,
-    allow_code: AllowCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a finished run again: the base and the adapter on the same items."""
-    from tunesmith.display import baseline_table, comparison_table
-    from tunesmith.progress import measuring
-    from tunesmith.retentionview import recovery_lines
-
-    if baselines and recovery:
-        raise InputError("--baselines and --recovery are two questions", where="command line", fix="ask one of them")
-    if baselines:
-        found = measuring()(verbs.baselines)(folder, allow_code=allow_code)
-        say({"baselines": found}, baseline_table(found), as_json=as_json)
-        return
-    if recovery:
-        changes = measuring()(verbs.recovery)(folder)
-        say({"recovery": changes}, comparison_table(changes), *recovery_lines(changes), as_json=as_json)
-        return
-    comparisons = measuring()(verbs.evaluate)(folder, allow_code=allow_code)
-    say({"comparisons": comparisons}, comparison_table(comparisons), as_json=as_json)
-
-
 def chat(folder: Run, as_json: AsJson = False) -> None:
     """Talk to a trained adapter; one question a line."""
     for answer in verbs.chat(folder, questions()):
@@ -231,7 +202,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "tune lr": tune_lr,
     "train": clirun.train,
     "resume": clirun.resume,
-    "eval": evaluate,
+    "eval": clieval.evaluate,
+    "compare": clieval.compare,
     "report": clirun.report,
     "chat": chat,
     "export": export,

@@ -22,13 +22,15 @@ from tunesmith.plan.staged import StagedPlan
 from tunesmith.progress import interval, one_line
 from tunesmith.retentionview import moved_lines, scale_table
 from tunesmith.significance import evidence, verdict, verdicts
-from tunesmith.types import Comparison, DataReport, Plan, RunRecord
+from tunesmith.types import Comparison, DataReport, Plan, RunRecord, Score
 from tunesmith.wording import duration, value_text
 
 if TYPE_CHECKING:
     from tunesmith.data.divide import Divided
+    from tunesmith.evaluate.gate import Gate
     from tunesmith.export.targets import Exported
     from tunesmith.plan.compare import Outlook
+    from tunesmith.versus import Compared
 
 BY_STYLES = {"you": "bold", "rule": "cyan", "checkpoint": "magenta"}
 UNMEASURED = "[yellow]no before and after[/]: the recipe names neither test_data nor retention_data"
@@ -135,10 +137,10 @@ OUTLOOK_ROWS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:
-    """Before and after on the same items, with 95% intervals; the last column says what may be concluded."""
-    columns = ("measure", "n", "before", "after", "change", "")
-    table = _table("Before and after, 95% intervals", *columns, numbers=columns[1:5])
+def comparison_table(comparisons: Sequence[Comparison], names: tuple[str, str] = ("before", "after")) -> RenderableType:
+    """Two models on the same items, with 95% intervals; the last column says what may be concluded."""
+    columns = ("measure", "n", *names, "change", "")
+    table = _table(f"{names[0].capitalize()} and {names[1]}, 95% intervals", *columns, numbers=columns[1:5])
     for one, told in zip(comparisons, verdicts(comparisons), strict=True):
         before, after = one.before, one.after
         table.add_row(
@@ -149,6 +151,30 @@ def comparison_table(comparisons: Sequence[Comparison]) -> RenderableType:
             interval(one.difference, one.low, one.high),
             outcome(one, told),
         )
+    return table
+
+
+def score_table(scores: Sequence[Score]) -> RenderableType:
+    """What was measured of one model."""
+    table = _table("Scores, 95% intervals", "measure", "n", "value", numbers=("n", "value"))
+    for one in scores:
+        table.add_row(escape(f"{one.task} {one.metric}"), str(one.n), interval(one.value, one.low, one.high))
+    return table
+
+
+def compared_view(compared: Compared) -> RenderableType:
+    """Two models side by side, and what could not be compared."""
+    table = comparison_table(compared.comparisons, names=("A", "B"))
+    heads = [escape(f"A: {compared.a}"), escape(f"B: {compared.b}")]
+    return Group(*heads, table, *(f"[yellow]{escape(note)}[/]" for note in compared.notes))
+
+
+def gate_table(gates: Sequence[Gate]) -> RenderableType:
+    """Each gate with its numbers."""
+    table = _table("Gates", "", "gate", "change")
+    for gate in gates:
+        mark = Text("passed", "green") if gate.passed else Text("failed", "bold red")
+        table.add_row(mark, escape(gate.name), escape(gate.said))
     return table
 
 

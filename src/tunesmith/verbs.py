@@ -12,7 +12,7 @@ dataverbs.py. Left out: words and printing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,13 @@ from tunesmith.types import Comparison, Event, Json, Plan, RunRecord
 if TYPE_CHECKING:
     from tunesmith.advise.advice import Advice
     from tunesmith.diagnosis import Diagnosis
+    from tunesmith.evaluated import Evaluated
     from tunesmith.export.targets import Exported
     from tunesmith.facts import Facts
     from tunesmith.init import Written
     from tunesmith.plan.compare import Outlook
     from tunesmith.tune.rates import RateTest, Trial
+    from tunesmith.versus import Compared
 
     Known = Facts | tuple[Facts, ...]  # of several stages one each
 
@@ -276,13 +278,59 @@ def read_record(path: AnyPath) -> RunRecord:
     return from_json(RunRecord, read_json(file), where=str(file))
 
 
-def evaluate(path: AnyPath, *, allow_code: bool = False) -> tuple[Comparison, ...]:
-    """Measures the base and the adapter of a finished run again, on the same items."""
-    from tunesmith import afterwards, stages
-    from tunesmith.runfolder import is_staged
+def evaluate(
+    target: AnyPath,
+    *,
+    data: AnyPath | None = None,
+    metrics: str | Sequence[str] | None = None,
+    allow_code: bool = False,
+) -> tuple[Comparison, ...]:
+    """Before and after on the same items, measured again; what `examine` takes, its comparisons alone."""
+    return examine(target, data=data, metrics=metrics, allow_code=allow_code).comparisons
 
-    evaluate = stages.evaluate if is_staged(Path(path)) else afterwards.evaluate
-    return evaluate(Path(path), allow_code=allow_code)
+
+def examine(
+    target: AnyPath,
+    *,
+    data: AnyPath | None = None,
+    metrics: str | Sequence[str] | None = None,
+    allow_code: bool = False,
+) -> Evaluated:
+    """A finished run before and after, on its own items or on the rows of `data`, by its own `metrics` or these. Also
+    RUN@0.5, RUN/checkpoints/step-N or an adapter beside its base, and a model alone, which then has scores only.
+    InputError for a row of `data` that cannot be used, and for metrics that the rows do not fit."""
+    from tunesmith import afterwards, contenders, stages
+    from tunesmith.evaluated import Evaluated, metrics_of
+    from tunesmith.runfolder import is_staged
+    from tunesmith.versus import side_of
+
+    side = side_of(str(target))
+    exam = contenders.Exam(None if data is None else Path(data), metrics_of(metrics), allow_code)
+    own = exam.data is None and not exam.metrics
+    if own and side.file == "after.json" and side.run is not None:
+        again = stages.evaluate if is_staged(side.run) else afterwards.evaluate
+        return Evaluated.of(again(side.run, allow_code=allow_code), side.run)
+    if side.run is None and not contenders.is_adapter(Path(side.name)):
+        return Evaluated(tuple(contenders.measured_by(side, side, exam).scores(step=0)))
+    return Evaluated.of(contenders.before_and_after(side, exam), side.run)
+
+
+def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> Compared:
+    """`b` beside `a`, item by item: runs, RUN@0.5 for a scale of its adapter, RUN/checkpoints/step-N, "base", a JSONL
+    file of answers. Two finished runs are compared by their files alone; a model is loaded only for what no file holds.
+    InputError for runs that are not finished, and for sides without a measure in common."""
+    from tunesmith.versus import compared, on_file, side_of
+
+    sides = side_of(str(a)), side_of(str(b))
+    measured = [on_file(side, other) for side, other in zip(sides, sides[::-1], strict=True)]
+    if None in measured:
+        from tunesmith.contenders import Exam, measured_by
+
+        measured = [
+            known or measured_by(side, other, Exam(allow_code=allow_code))
+            for known, side, other in zip(measured, sides, sides[::-1], strict=True)
+        ]
+    return compared([side.name for side in sides], [one for one in measured if one is not None])
 
 
 def baselines(path: AnyPath, *, allow_code: bool = False) -> dict[str, tuple[Comparison, ...]]:

@@ -38,16 +38,23 @@ def write_state(
 
 def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Puts weights and moments back; returns the position. Raises InputError when the folder is of another run."""
-    tensors, position = load_file(folder / STATE), json.loads((folder / POSITION).read_text(encoding="utf-8"))
-    stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
-    if stored != parameters.keys() or any(tensors[f"weight.{name}"].shape != p.shape for name, p in parameters.items()):
-        raise InputError("the checkpoint is of a model with other trained weights", where=str(folder))
-    for name, parameter in parameters.items():
-        with torch.no_grad():  # not through `.data`, which would hide the change from MasterLinear
-            parameter.copy_(tensors[f"weight.{name}"])
-        if position["updates"]:
+    tensors, position = load_weights(folder, parameters), json.loads((folder / POSITION).read_text(encoding="utf-8"))
+    if position["updates"]:
+        for name, parameter in parameters.items():
             found = {moment: tensors[key] for moment in MOMENTS if (key := f"{moment}.{name}") in tensors}
             put_back(optimizer, parameter, found, position["updates"])
         else:
             optimizer.state.pop(parameter, None)
     return position
+
+
+def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Puts weights back, and returns all that the checkpoint holds. Raises InputError as `read_state`."""
+    tensors = load_file(folder / STATE)
+    stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
+    if stored != parameters.keys() or any(tensors[f"weight.{name}"].shape != p.shape for name, p in parameters.items()):
+        raise InputError("the checkpoint is of a model with other trained weights", where=str(folder))
+    with torch.no_grad():  # not through `.data`, which would hide the change from MasterLinear
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"weight.{name}"])
+    return tensors

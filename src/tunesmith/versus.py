@@ -1,0 +1,144 @@
+"""One model beside another, item by item, from what their runs have measured: no model is loaded.
+
+    RUN, RUN@0 or base, answers.jsonl -> Measured; two of them -> Compared
+
+Left out: sides that no file holds, such as a checkpoint or half of an adapter (contenders.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.data.sources import open_source
+from tunesmith.errors import InputError
+from tunesmith.evaluate.compare import Measured, Measurement, compare
+from tunesmith.evaluate.metrics import METRICS, given_to, graded, split
+from tunesmith.evaluate.paired import paired
+from tunesmith.jsonfile import from_json, read_json
+from tunesmith.runfolder import AFTER, BEFORE, PLAN, RECORD, is_run, is_staged
+from tunesmith.significance import holm, p_of
+from tunesmith.types import Comparison, Json, Plan, Sample
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`b` minus `a`, measure by measure. `together`: Holm's p of each among all. `notes`: what is not compared."""
+
+    a: str
+    b: str
+    comparisons: tuple[Comparison, ...]
+    together: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two as it was named. `run` is the folder of its run, if it is of one; `scale` is of its adapter."""
+
+    name: str
+    run: Path | None = None
+    scale: float = 1.0
+    checkpoint: Path | None = None
+
+    @property
+    def file(self) -> str:
+        """Which file of the run holds its measures; none for a checkpoint or another scale."""
+        return "" if self.checkpoint else {0.0: BEFORE, 1.0: AFTER}.get(self.scale, "")
+
+
+def side_of(name: str) -> Side:
+    """What a name means. Raises InputError for a scale that is none."""
+    path, at, scale = name.rpartition("@")
+    if at and is_run(Path(path)):
+        if not re.fullmatch(r"\d+(\.\d+)?", scale) or float(scale) > 2:
+            raise InputError(f"{scale:.40} is no scale", where=name, fix="a scale is a number from 0 to 2: RUN@0.5")
+        return Side(name, Path(path), float(scale))
+    found = Path(name)
+    if found.parent.name == "checkpoints" and found.name.startswith("step-") and is_run(found.parent.parent):
+        return Side(name, found.parent.parent, checkpoint=found)
+    if found.name == "adapter" and is_run(found.parent):
+        return Side(name, found.parent)
+    return Side(name, found if is_run(found) else None)
+
+
+def on_file(side: Side, other: Side) -> Measured | None:
+    """What files say of it: its run's, or, of the `base` and of answers, those of the other side's run. None if a model
+    must be loaded. Raises InputError for a run that is not finished, damaged or of another version."""
+    if side.name == BASE or side.name.endswith(".jsonl"):
+        if other.run is None:
+            what = f"{side.name} is compared with a run, whose items it is measured on"
+            raise InputError(what, where=other.name, fix="name a run folder as the other side")
+        return measured_in(other.run, BEFORE) if side.name == BASE else answers_in(Path(side.name), other.run)
+    return measured_in(side.run, side.file) if side.run is not None and side.file else None
+
+
+def measured_in(run: Path, file: str) -> Measured:
+    """The measures of a finished run."""
+    if not (run / RECORD).is_file():
+        raise InputError("this run is not finished", where=str(run), fix=f"finish it: tunesmith resume {run}")
+    if not (run / file).is_file():
+        what = f"there is no {file}: the run was made by another version, or its folder is damaged"
+        raise InputError(what, where=str(run), fix="measure it again with `tunesmith eval`, or train it again")
+    return from_json(Measured, read_json(run / file), where=str(run / file))
+
+
+# ---------------------------------------------------------------- answers of somebody else
+
+
+def answers_in(path: Path, run: Path) -> Measured:
+    """A file of answers, {"id": ..., "answer": ...} a line, graded by the metrics of a run. Raises InputError with
+    file:line for a row without them, for an id that the run does not know, and for one that stands twice."""
+    if is_staged(run):
+        what = "answers are graded by the metrics of one run, and this one has several stages"
+        raise InputError(what, where=str(run), fix="name the folder of a stage")
+    known = measured_in(run, AFTER)
+    asked = {sample.id: sample for sample in known.samples if sample.expected}
+    said = _read(path, asked)
+    plan = from_json(Plan, read_json(run / PLAN), where=str(run / PLAN))
+    schema = read_json(Path(plan.recipe["schema"])) if plan.recipe.get("schema") else None
+    names = [name for name in plan["metrics"] if split(name)[0] in METRICS]
+    found = [_graded(name, said, asked, schema) for name in names]
+    if not found:
+        raise InputError("the run has no metric that grades answers", where=str(run), fix="compare it with another run")
+    return Measured(tuple(found), contents=known.contents)
+
+
+def _read(path: Path, asked: dict[str, Sample]) -> dict[str, str]:
+    source, said = open_source(path), dict[str, str]()
+    for place in range(len(source)):
+        row = source.row(place)
+        item, answer = row.data.get("id"), row.data.get("answer")
+        if not isinstance(item, str) or not isinstance(answer, str):
+            fix = 'write {"id": "test.jsonl:1", "answer": "..."}'
+            raise InputError("the row needs an `id` and an `answer`, both texts", where=row.id, fix=fix)
+        if item not in asked:
+            fix = f"ids are those of its after.json, such as {next(iter(asked), 'none')}"
+            raise InputError(f"the run has asked nothing with the id {item!r:.80}", where=row.id, fix=fix)
+        if item in said:
+            raise InputError(f"the id {item!r:.80} stands twice", where=row.id, fix="give one answer to each")
+        said[item] = answer
+    return said
+
+
+def _graded(metric: str, said: dict[str, str], asked: dict[str, Sample], schema: Json | None) -> Measurement:
+    given = given_to(metric, schema)
+    values = tuple(graded(metric, answer, asked[item].expected, given) for item, answer in said.items())
+    return Measurement("test", metric, tuple(said), values)
+
+
+# ---------------------------------------------------------------- together
+
+
+def compared(names: Sequence[str], measured: Sequence[Measured]) -> Compared:
+    """The second minus the first. Raises InputError when they have nothing in common."""
+    pairs, notes = paired(*measured)
+    if not pairs:
+        fix = "compare runs with the same test_data or retention_data"
+        raise InputError("they have no measure in common:\n  " + "\n  ".join(notes), where=" and ".join(names), fix=fix)
+    found = tuple(compare(first, second) for first, second in pairs)
+    return Compared(names[0], names[1], found, holm([p_of(one) for one in found]), tuple(notes))

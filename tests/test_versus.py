@@ -1,0 +1,194 @@
+"""Two models side by side: runs by their files alone, answers of a file, and what must be loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+import tunesmith.cli
+from tiny_run import measured_files, recipe, sums, train, write_rows
+from tunesmith.errors import InputError
+from tunesmith.evaluate.compare import Measured, Measurement
+from tunesmith.evaluate.gate import gates
+from tunesmith.evaluate.paired import paired
+from tunesmith.jsonfile import from_json, read_json
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two finished runs on the same held-out rows, the second with another seed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("two")
+    files = measured_files(folder / "rows")
+    for name, seed in (("one", 0), ("two", 1)):
+        wish = {"metrics": ["chrf", "json_valid"], "save_steps": 2, "seed": seed}
+        train(recipe(tiny_folder, folder / name, **files, **wish))
+    return folder / "one" / "run", folder / "two" / "run"
+
+
+def measures(compared: tunesmith.Comparison | object) -> dict[tuple[str, str], float]:
+    return {(one.task, one.metric): one.difference for one in compared.comparisons}  # type: ignore[attr-defined]
+
+
+def test_finished_runs_are_compared_by_their_files_in_a_moment(runs: tuple[Path, Path]) -> None:
+    program = (
+        f"import sys, time, tunesmith\nbegan = time.perf_counter()\nfound = tunesmith.compare({str(runs[0])!r}, "
+        f"{str(runs[1])!r})\nprint(len(found.comparisons), time.perf_counter() - began, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    count, _, torch = done.stdout.split()
+    assert (int(count) >= 4, torch) == (True, "False")
+
+
+def test_the_change_is_that_of_the_items(runs: tuple[Path, Path]) -> None:
+    found = tunesmith.compare(*runs)
+    assert found.notes == ()
+    first, second = (from_json(Measured, read_json(run / "after.json")) for run in runs)
+    for one, other in zip(first.measurements, second.measurements, strict=True):
+        if not (one.weights or one.groups):
+            change = sum(other.values) / len(other.values) - sum(one.values) / len(one.values)
+            assert measures(found)[one.task, one.metric] == pytest.approx(change)
+    own = read_json(runs[0] / "record.json")["comparisons"]
+    assert {(c["task"], c["metric"]): c["difference"] for c in own}.items() <= measures(
+        tunesmith.compare("base", runs[0])
+    ).items()
+    assert measures(tunesmith.compare(f"{runs[0]}@0", f"{runs[0]}@1")) == measures(tunesmith.compare("base", runs[0]))
+
+
+def test_sides_that_no_file_holds_are_measured(runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path) -> None:
+    run = runs[0]
+    base = measures(tunesmith.compare("base", run))
+    again = measures(tunesmith.compare(tiny_folder, run))
+    assert again == pytest.approx({name: base[name] for name in again}, abs=1e-6), "the base by its folder"
+    assert measures(tunesmith.compare("base", run / "adapter")) == base
+    alone = shutil.copytree(run / "adapter", tmp_path / "alone")
+    adapter = measures(tunesmith.compare(f"{run}@0", alone))
+    assert adapter == pytest.approx({name: base[name] for name in adapter}, abs=1e-5)
+    half = measures(tunesmith.compare("base", f"{run}@0.5"))["test", "loss"]
+    early = measures(tunesmith.compare("base", run / "checkpoints" / "step-2"))["test", "loss"]
+    assert base["test", "loss"] < half < 0
+    assert base["test", "loss"] < early < 0
+
+
+def test_answers_of_a_file_are_graded_on_the_items_of_the_run(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    after = from_json(Measured, read_json(runs[0] / "after.json"))
+    given = [{"id": sample.id, "answer": sample.expected} for sample in after.samples[:2]]
+    found = tunesmith.compare(write_rows(tmp_path / "answers.jsonl", given), runs[0])
+    assert {c.metric: (c.before.value, c.after.n) for c in found.comparisons} == {
+        "chrf": (1.0, 2),
+        "json_valid": (1.0, 2),
+    }
+    assert "test chrf: 2 items are common to 2 and 3, and compared" in found.notes
+    assert "test loss: measured of the second only" in found.notes
+    for row, message in (
+        ({"id": "test.jsonl:9", "answer": ""}, r"answers\.jsonl:3: the run has asked nothing with the id"),
+        ({"id": given[0]["id"], "answer": "x"}, r"answers\.jsonl:3: the id .* stands twice"),
+        ({"id": given[0]["id"]}, r"answers\.jsonl:3: the row needs an `id` and an `answer`"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tunesmith.compare(write_rows(tmp_path / "answers.jsonl", [*given, row]), runs[0])
+
+
+def test_runs_that_cannot_be_compared_say_why(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = shutil.copytree(runs[0], tmp_path / "run")
+    for damage, message in (
+        (lambda: (broken / "after.json").write_text('{"measurements": [{"task": 1}]}'), r"after\.json: not a Measured"),
+        (lambda: (broken / "after.json").write_text("{"), r"after\.json:1:\d+: not JSON"),
+        ((broken / "after.json").unlink, "there is no after.json: the run was made by another version, or"),
+        ((broken / "record.json").unlink, "this run is not finished[\\s\\S]*tunesmith resume"),
+    ):
+        damage()
+        with pytest.raises(InputError, match=message):
+            tunesmith.compare(broken, runs[1])
+    for a, b, message in (
+        ("base", "base", "base is compared with a run"),
+        (f"{runs[0]}@x", runs[0], "x is no scale"),
+        (runs[0] / "checkpoints" / "step-9", runs[0], "no such checkpoint[\\s\\S]*step-2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tunesmith.compare(a, b)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def measured(ids: str, contents: str = "", **changed) -> Measured:
+    values = tuple(float(ord(item)) for item in ids)
+    one = Measurement("test", "chrf", tuple(ids), values, **changed)
+    said = {"test_data": dict(zip(ids, contents, strict=True))} if contents else {}
+    return Measured((one,), contents=said)
+
+
+def test_items_are_known_by_what_they_say_not_by_their_line() -> None:
+    ((one, other),), notes = paired(measured("abcd", "wxyz"), measured("abc", "xzw"))
+    assert (one.ids, one.values) == (("a", "b", "d"), (97.0, 98.0, 100.0))
+    assert other.values == (99.0, 97.0, 98.0)
+    assert notes == ["test chrf: 3 items are common to 4 and 3, and compared"]
+    ((_, same),), _ = paired(measured("abc", "xxy"), measured("abc", "yxx"))
+    assert same.values == (98.0, 99.0, 97.0), "rows that say the same are taken in turn"
+
+
+def test_what_cannot_be_paired_is_said() -> None:
+    pairs, notes = paired(measured("abc", "uvw"), measured("abc", "xyz"))
+    assert pairs == []
+    assert notes[1] == "test chrf: not compared, fewer than two items are common"
+    _, notes = paired(measured("ab", weights=(1.0, 2.0)), measured("ab", weights=(1.0, 3.0)))
+    assert notes == [
+        "test chrf: not compared, the items weigh differently: other tokens. bits_per_byte can be compared"
+    ]
+
+
+# ---------------------------------------------------------------- eval and gates
+
+
+def test_eval_measures_other_rows_and_other_models(runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "more.jsonl", sums(300, 4))
+    found = tunesmith.evaluate(runs[0], data=rows, metrics="numeric: 0.5, token_f1")
+    assert {(c.metric, c.after.n) for c in found if c.task == "test"} == {
+        *(("numeric: 0.5", 4), ("token_f1", 4), ("loss", 4)),
+    }
+    scores = tunesmith.examine(tiny_folder, data=rows, metrics=["chrf"]).scores
+    assert {score.metric for score in scores} == {"chrf", "loss"}
+    alone = shutil.copytree(runs[0] / "adapter", tmp_path / "alone")  # in bf16: no run says otherwise
+    (_, loss) = tunesmith.evaluate(alone, data=rows, metrics=["chrf"])
+    assert loss.difference == pytest.approx(next(c.difference for c in found if c.metric == "loss"), abs=0.02)
+    bad = write_rows(tmp_path / "bad.jsonl", [*sums(1, 2), {"messages": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(InputError, match=r"bad\.jsonl:3: the last turn is `user`"):
+        tunesmith.evaluate(runs[0], data=bad)
+    with pytest.raises(InputError, match="nothing says what to measure it on"):
+        tunesmith.examine(tiny_folder)
+
+
+def test_a_gate_lets_pass_what_is_not_worse_and_has_not_forgotten_much(runs: tuple[Path, Path]) -> None:
+    comparisons = tunesmith.compare("base", runs[0]).comparisons
+    by_name = {gate.name: gate for gate in gates(comparisons, 10.0)}
+    assert by_name["test loss"].passed
+    assert by_name["general text bits_per_byte"].passed
+    strict = {gate.name: gate for gate in gates(comparisons, -10.0)}
+    forgot = strict["general text bits_per_byte"]
+    assert (forgot.passed, forgot.margin) == (False, -10.0)
+    assert forgot.bound == next(c.high for c in comparisons if c.task == "general text")
+    backwards = {gate.name: gate for gate in gates(tunesmith.compare(runs[0], "base").comparisons, 10.0)}
+    assert not backwards["test loss"].passed
+    with pytest.raises(InputError, match="nothing to judge"):
+        gates((), 0.02)
+
+
+def test_a_failing_gate_exits_with_4(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    plan = read_json(runs[1] / "plan.json")
+    plan["choices"]["forgetting_margin"]["value"] = -5.0
+    copy = shutil.copytree(runs[1], runs[1].parent / "gated")
+    (copy / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(SystemExit) as ended:
+        tunesmith.cli.main(["eval", str(copy), "--gate", "--json"])
+    assert ended.value.code == 4
+    out, err = capsys.readouterr()
+    judged = {gate["name"]: gate["passed"] for gate in json.JSONDecoder().raw_decode(out)[0]["gates"]}
+    assert judged["general text bits_per_byte"] is False
+    assert judged["test loss"] is True
+    assert "not passed: general text bits_per_byte" in err
