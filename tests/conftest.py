@@ -4,10 +4,14 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from tiny_run import save_model_folder
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault of an example
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -452,8 +452,9 @@ def activations(lab: Lab) -> None:
 
 def metrics(lab: Lab) -> None:
     test = lab.rows(sums(90, 3))
-    assert {metric for _, metric in lab.scores(test_data=test)} == {"exact_match", "loss"}
-    assert {metric for _, metric in lab.scores(test_data=test, metrics=["field_f1"])} == {"field_f1", "loss"}
+    always = {"loss", "kl", "top1_agreement"}
+    assert {metric for _, metric in lab.scores(test_data=test)} == {"exact_match", *always}
+    assert {metric for _, metric in lab.scores(test_data=test, metrics=["field_f1"])} == {"field_f1", *always}
 
 
 def guard(lab: Lab) -> None:

@@ -121,10 +121,10 @@ def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
     wish = recipe(tiny_folder, tmp_path, **measured_files(tmp_path))
     measure = run.measure
 
-    def refusing(*arguments: object, step: int) -> object:
+    def refusing(*arguments: object, step: int, **more: object) -> object:
         if step:
             raise GateError("the model's logits are not finite")
-        return measure(*arguments, step=step)  # type: ignore[arg-type]
+        return measure(*arguments, step=step, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(run, "measure", refusing)
     with pytest.raises(GateError):

