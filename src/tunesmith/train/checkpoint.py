@@ -39,9 +39,9 @@ def write_state(
 def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Puts weights and moments back; returns the position. Raises InputError when the folder is of another run."""
     tensors, position = load_weights(folder, parameters), json.loads((folder / POSITION).read_text(encoding="utf-8"))
-    if position["updates"]:
-        for name, parameter in parameters.items():
-            found = {moment: tensors[key] for moment in MOMENTS if (key := f"{moment}.{name}") in tensors}
+    for name, parameter in parameters.items():
+        found = {moment: tensors[key] for moment in MOMENTS if (key := f"{moment}.{name}") in tensors}
+        if position["updates"]:
             put_back(optimizer, parameter, found, position["updates"])
         else:
             optimizer.state.pop(parameter, None)
