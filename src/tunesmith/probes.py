@@ -21,13 +21,11 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.audit import languages
-from tunesmith.data.batch import collate
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.pack import pack_step
 from tunesmith.data.render import Renderer
 from tunesmith.data.schedule import order
 from tunesmith.evaluate.compare import Measurement, score
-from tunesmith.evaluate.likelihood import negative_log_likelihoods
+from tunesmith.evaluate.likelihood import by_document, negative_log_likelihoods
 from tunesmith.evaluate.never import matched
 from tunesmith.evaluate.retention import GeneralText
 from tunesmith.evaluate.tasks import Question, ask, questions_of
@@ -35,8 +33,9 @@ from tunesmith.facts import Facts
 from tunesmith.infer.degeneration import compressed, distinct, foreign, is_json, repetition, same, scripts
 from tunesmith.model.adapters import adapter_scaled
 from tunesmith.model.head import target_losses
+from tunesmith.model.load import LanguageModel
 from tunesmith.train.norms import adapter_shares, update_shares, weight_norms
-from tunesmith.types import EXPECTED, PROBES, Document, Example, Generation, Plan, Sample, Score
+from tunesmith.types import EXPECTED, PROBES, Batch, Document, Example, Generation, Plan, Sample, Score
 from tunesmith.workbench import Workbench
 
 NEW_TOKENS = 32  # of an answer
@@ -290,21 +289,22 @@ def _read(bench: Workbench, asked: Sequence[tuple[Document, int]]) -> list[_Read
         weights_L = document.weights_L.copy()
         weights_L[own] = 1
         weighted.append(dataclasses.replace(document, weights_L=weights_L))
-    found: dict[int, _Reading] = {}
-    for pack in pack_step(weighted, bench.plan["pack_length"]):
-        batch = collate(pack, bench.model.device)
-        hidden_S = bench.model.hidden(batch)
-        losses_S = target_losses(hidden_S, bench.model.head, batch.targets_S)
-        for number, document in enumerate(pack.documents):
-            index = next(i for i, one in enumerate(weighted) if one is document)
+
+    def read(model: LanguageModel, batch: Batch, own: Sequence[int]) -> list[_Reading]:
+        hidden_S = model.hidden(batch)
+        losses_S = target_losses(hidden_S, model.head, batch.targets_S)
+        found: list[_Reading] = []
+        for number, index in enumerate(own):
             own_S = batch.document_S == number
-            (at,) = np.nonzero(document.weights_L)
+            (at,) = np.nonzero(weighted[index].weights_L)
             trained = torch.from_numpy(asked[index][0].weights_L[at] > 0).to(losses_S.device)
             watched = torch.from_numpy(np.isin(at, places[index])).to(losses_S.device)
             nats = losses_S[own_S][trained].double()
-            logits_PV = bench.model.head.logits(hidden_S[own_S][watched]).float()
-            logp_PV = torch.log_softmax(logits_PV, -1).cpu()
-            found[index] = _Reading(float(nats.sum()), len(nats), float(nats[-1]), logp_PV)
+            logp_PV = torch.log_softmax(model.head.logits(hidden_S[own_S][watched]).float(), -1).cpu()
+            found.append(_Reading(float(nats.sum()), len(nats), float(nats[-1]), logp_PV))
+        return found
+
+    found = dict(by_document(bench.model, weighted, bench.plan["pack_length"], read))
     return [found[index] for index in range(len(asked))]
 
 

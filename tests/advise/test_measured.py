@@ -55,6 +55,7 @@ def subject_of(model: Path, folder: Path, passages: Passages | None = None, **ch
     return Subject.of(plan, known, items_of(known), passages)
 
 
+@pytest.mark.slow
 def test_a_measure_that_is_stopped_goes_on_and_ends_in_a_verdict(writer: Path, tmp_path: Path) -> None:
     asked = {"minutes": 0.02, "folder": tmp_path / "kept"}
     first = advise_measured(wish(writer, tmp_path), **asked)
