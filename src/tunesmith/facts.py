@@ -51,6 +51,7 @@ from tunesmith.plan.rules import SavedShare, nothing_saved
 from tunesmith.plan.tokens import added
 from tunesmith.plan.work import SHARES, seconds_on
 from tunesmith.recipe import Recipe, sources_of
+from tunesmith.recipefile import kept_recipe
 from tunesmith.recipevalues import DataSource
 from tunesmith.runfolder import OWN_ROWS, next_run_folder
 from tunesmith.types import Choice, DataReport, Document, Json, Machine, ModelSpec, Plan
@@ -389,7 +390,7 @@ def start_of(plan: Plan, base: Path) -> AdapterFolder | None:
 
 def gather_as_is(plan: Plan, folder: Path | None = None) -> Facts:
     """What the recipe and the dates of a plan give now, whatever has changed since."""
-    recipe = Recipe.model_validate({key: value for key, value in plan.recipe.items() if value is not None})
+    recipe = kept_recipe(plan.recipe)
     output_dir = Path(plan["output_dir"])
     own_rows = (folder or output_dir) / OWN_ROWS if "rehearsal" in plan.data else None
     return gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=output_dir, own_rows=own_rows)

@@ -222,6 +222,17 @@ def _plain_value(key: object, value: Any) -> Any:
         raise InputError(str(error), where=ARGUMENTS) from None
 
 
+def kept_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The wish that a plan keeps. Raises InputError for that of another version."""
+    try:
+        return Recipe.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"the recipe in the plan does not fit: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        fix = "it is of another version of tunesmith: go on with that one, or start a new run from recipe.yaml"
+        raise InputError(what, where="plan.json", fix=fix) from None
+
+
 def recipe_yaml(recipe: Recipe) -> str:
     """The recipe as a file, with the keys that were given; reading it back gives the same recipe anywhere."""
     values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)

@@ -31,7 +31,8 @@ from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import memory_errors
 from tunesmith.plan.plan import agrees, words
 from tunesmith.plan.staged import StagedPlan
-from tunesmith.recipe import Recipe, Stages
+from tunesmith.recipe import Stages
+from tunesmith.recipefile import kept_recipe
 from tunesmith.reopened import known_again, model_left
 from tunesmith.runfolder import (
     AFTER,
@@ -208,7 +209,7 @@ def _plan_in(place: Path) -> Plan:
 def _begun(plan: Plan, place: Path, start: Json) -> tuple[Plan, Facts]:
     """The plan of a stage made again, now that there is something to start from. Raises InputError when its rows have
     changed since the first plan."""
-    recipe = Recipe.model_validate({key: value for key, value in (plan.recipe | start).items() if value is not None})
+    recipe = kept_recipe(plan.recipe | start)
     known = facts.gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=place)
     facts.refuse_other_rows(plan, known)
     return facts.make_plan(known, {BETWEEN: plan.choices[BETWEEN]} if start else None), known

@@ -241,6 +241,15 @@ def test_another_processor_is_said_and_not_refused(copied: Path) -> None:
     assert read_json(copied / "record.json")["drift"] == []
 
 
+def test_a_run_of_another_version_is_refused(copied: Path) -> None:
+    plan = read_json(copied / "plan.json")
+    plan["recipe"]["beta"] = 0.1
+    (copied / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match="of another version of tunesmith") as refused:
+        list(run.resume(copied))
+    assert "beta: Extra inputs" in refused.value.what
+
+
 # ---------------------------------------------------------------- the order of rows
 
 

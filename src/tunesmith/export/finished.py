@@ -30,6 +30,7 @@ from tunesmith.model.saved import Lora, Rows, load_adapter
 from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
 from tunesmith.recipe import Recipe, sources_of
+from tunesmith.recipefile import kept_recipe
 from tunesmith.runfolder import PLAN, RECORD, failure_of, require_run, trained_in
 from tunesmith.types import ModelSpec, Plan
 
@@ -101,7 +102,7 @@ def open_finished(path: Path) -> Finished:
         raise InputError("this run is not finished", where=str(path), fix=f"finish it: tunesmith resume {path}")
     if problem := damage(saved):
         raise InputError(f"not as the run wrote it: {problem}", where=str(saved), fix="put the files back as they were")
-    recipe = Recipe.model_validate({key: value for key, value in plan.recipe.items() if value is not None})
+    recipe = kept_recipe(plan.recipe)
     base = resolve(recipe.model)
     renderer = renderer_of(recipe, base, datetime.fromisoformat(plan["now"]))
     check_provenance(saved, hashes_of(base), renderer, plan["now"])
