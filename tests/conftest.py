@@ -1,7 +1,8 @@
 """Shared by all tests. Being here puts this folder on the path, so that tests can import `tiny` and `tiny_run`."""
 
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from tiny_run import save_model_folder
+from tunesmith import cli
+
+Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault of an example
 hypothesis.settings.load_profile("no deadline")
@@ -31,3 +35,16 @@ def _subnormal_numbers() -> Iterator[None]:
     """A run switches them off for the whole process; the next test finds them as they were."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def tunesmith(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The program, called with words."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets it: put it back
+
+    def call(*words: str) -> Outcome:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        return (ended.value.code or 0, *capsys.readouterr())  # pyright: ignore[reportReturnType]
+
+    return call

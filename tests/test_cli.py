@@ -20,18 +20,6 @@ from tunesmith.recipefile import load_recipe
 Outcome = tuple[int, str, str]
 
 
-@pytest.fixture
-def tunesmith(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets it: put it back
-
-    def call(*words: str) -> Outcome:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(words)
-        return (ended.value.code or 0, *capsys.readouterr())  # pyright: ignore[reportReturnType]
-
-    return call
-
-
 def failing(error: BaseException) -> Callable[..., None]:
     def verb(as_json: cli.AsJson = False) -> None:
         assert isinstance(as_json, bool)

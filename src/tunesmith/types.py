@@ -12,6 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from tunesmith.events import EXPECTED as EXPECTED
+from tunesmith.events import PROBES as PROBES
+from tunesmith.events import Done as Done
+from tunesmith.events import Event as Event
+from tunesmith.events import Rollback as Rollback
+from tunesmith.events import Sample as Sample
+from tunesmith.events import Saved as Saved
+from tunesmith.events import Score as Score
+from tunesmith.events import Stage as Stage
+from tunesmith.events import StepResult as StepResult
+from tunesmith.events import Verdict as Verdict
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -285,107 +297,6 @@ class Generation:
     tokens: tuple[int, ...]
     finished: Literal["end", "stop", "length"]
     prompt_tokens: int
-
-
-# ---------------------------------------------------------------- training events
-
-PROBES, EXPECTED = "probes", "expected answers"  # tasks of what the model says while it trains, and of what it should
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step. `loss` is the mean over the step's target weights; bytes are the peak so far."""
-
-    step: int
-    loss: float
-    tokens: int
-    supervised_tokens: int
-    seconds: float
-    learning_rate: float
-    grad_norm: float
-    peak_bytes: int
-    task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # of `tokens`, those of a named task
-    shared_tokens: int = 0  # of `tokens`, those that another document begins with too: computed once, there
-
-
-@dataclass(frozen=True)
-class Score:
-    """A measured value with its 95% interval; `n` items, `step` optimizer steps after the start."""
-
-    task: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    n: int
-    step: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    step: int
-    id: str
-    prompt: str
-    answer: str
-    expected: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a guard or a proof has to say, with its evidence."""
-
-    kind: str
-    level: Literal["ok", "warn", "rollback", "stop"]
-    evidence: str
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """A run went from `step` back to its checkpoint of step `to`. The steps after that are taken with `factor` times
-    the learning rate, without `rows`, with the share `ratio` of rehearsal. `attempt`: the one that ended so; what it
-    did after `to` does not count."""
-
-    step: int
-    to: int
-    kind: str  # the detector that said so
-    evidence: str
-    change: str  # what is done differently, for people
-    factor: float = 1.0
-    rows: tuple[str, ...] = ()
-    ratio: float | None = None
-    attempt: int = 1
-
-    @property
-    def verdict(self) -> Verdict:
-        return Verdict(self.kind, "rollback", f"{self.evidence}; back to step {self.to}, {self.change}", self.step)
-
-
-@dataclass(frozen=True)
-class Saved:
-    step: int
-    path: str
-
-
-@dataclass(frozen=True)
-class Done:
-    step: int
-    reason: Literal["finished", "max_steps", "stopped"]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of several stages begins or goes on. `step` is its number, `steps` are its optimizer steps."""
-
-    step: int
-    of: int
-    name: str
-    steps: int
-    path: str
-
-
-Event = StepResult | Score | Sample | Verdict | Saved | Done | Stage
 
 
 # ---------------------------------------------------------------- outcome

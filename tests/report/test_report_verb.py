@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,21 +9,9 @@ import pytest
 
 import told_run as told
 from tiny_run import sums, write_rows
-from tunesmith import cli, clirun
+from tunesmith import clirun
 
 Outcome = tuple[int, str, str]
-
-
-@pytest.fixture
-def tunesmith(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets it: put it back
-
-    def call(*words: str) -> Outcome:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(words)
-        return (ended.value.code or 0, *capsys.readouterr())  # pyright: ignore[reportReturnType]
-
-    return call
 
 
 def test_the_verb_says_where_the_page_is(tmp_path: Path, tunesmith: Callable[..., Outcome]) -> None:
