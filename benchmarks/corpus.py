@@ -1,4 +1,4 @@
-"""Continued pretraining on a folder of 2 GB beside one of 20 MB: memory, time to the first step, and a killed run.
+"""Continued pretraining on a folder of 2 GB beside one of 20 MB: memory, processor time until read, and a killed run.
 
     python -m benchmarks.corpus make ROOT FOLDER --megabytes 2048    real texts of Debian packages, unpacked below ROOT
     python -m benchmarks.corpus run FOLDER SMALL_FOLDER              prints the table of docs/cpt.md

@@ -27,7 +27,7 @@ from tunesmith.model.load import LanguageModel
 from tunesmith.recipe import Recipe
 from tunesmith.recipevalues import DataSource
 from tunesmith.reopened import known_again, model_left
-from tunesmith.runfolder import PLAN, trained_in
+from tunesmith.runfolder import PLAN, plan_in, trained_in
 from tunesmith.train.checkpoint import load_weights
 from tunesmith.types import Choice, Comparison, Plan
 from tunesmith.versus import Side
@@ -49,10 +49,7 @@ class Exam:
     allow_code: bool = False
 
 
-OWN_ITEMS = Exam()
-
-
-def measured_by(side: Side, other: Side, exam: Exam = OWN_ITEMS) -> Measured:
+def measured_by(side: Side, other: Side, exam: Exam) -> Measured:
     """A side that no file has measured, on the items of its own run, of the other side's, or of the exam."""
     if side.run is not None:
         plan, known = _of_run(side.run)
@@ -85,7 +82,7 @@ def before_and_after(side: Side, exam: Exam) -> tuple[Comparison, ...]:
 
 def _of_run(run: Path) -> tuple[Plan, Facts]:
     path = trained_in(run)
-    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
+    plan = plan_in(path)
     return plan, known_again(plan, path)
 
 
@@ -115,8 +112,8 @@ def _asked_of(name: str, run: Path | None, exam: Exam) -> Recipe:
         written = from_json(Plan, read_json(trained_in(run) / PLAN), where=str(run)).recipe
         wish = {key: written[key] for key in ASKED if written.get(key) not in (None, "auto", [])}
         wish["model"] = written["model"]
-    if exam.data is not None:
-        wish |= {"data": str(exam.data)} if run is None else {}
+    else:
+        wish["data"] = str(exam.data)
     if exam.metrics:
         wish["metrics"] = list(exam.metrics)
     if not is_adapter(Path(name)):

@@ -5,12 +5,12 @@ report = tunesmith.data_check("recipe.yaml")["data"]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import InputError
-from tunesmith.recipe import Stages
+from tunesmith.recipe import Recipe, Stages
 from tunesmith.types import DataReport, Plan
 from tunesmith.verbs import ONE_STAGE, AnyPath, Wish, by_stage, gather, read_recipe, single
 
@@ -97,15 +97,20 @@ def refuse_unprovable(recipe: Known) -> Plan:
     return decided
 
 
+def _of_one_stage(recipe: Wish, what: str, changes: Mapping[str, Any]) -> Recipe:
+    wish = read_recipe(recipe, **changes)
+    if isinstance(wish, Stages):
+        raise InputError(f"{what}, and the recipe has several", where="stage", fix=ONE_STAGE)
+    return wish
+
+
 def data_lock(recipe: Wish = None, **changes: Any) -> Golden:
     """Locks the file of `data`, in which every row has a `review`: from now on no run trains on its rows, and none
     measures with it once it has changed."""
     from tunesmith.data.golden import lock
     from tunesmith.facts import open_pool
 
-    wish = read_recipe(recipe, **changes)
-    if isinstance(wish, Stages):
-        raise InputError("the file of one stage is locked, and the recipe has several", where="stage", fix=ONE_STAGE)
+    wish = _of_one_stage(recipe, "the file of one stage is locked", changes)
     return lock(open_pool(wish))
 
 
@@ -115,9 +120,7 @@ def data_review(recipe: Wish = None, *, tool: str, to: AnyPath, **changes: Any) 
     from tunesmith.data.reviews import write_tasks
     from tunesmith.facts import open_pool
 
-    wish = read_recipe(recipe, **changes)
-    if isinstance(wish, Stages):
-        raise InputError("the rows of one stage are reviewed, and the recipe has several", where="stage", fix=ONE_STAGE)
+    wish = _of_one_stage(recipe, "the rows of one stage are reviewed", changes)
     return write_tasks(open_pool(wish), tool, Path(to))
 
 
@@ -145,8 +148,6 @@ def data_split(
     from tunesmith.data.divide import divide
     from tunesmith.facts import open_pool
 
-    wish = read_recipe(recipe, **changes)
-    if isinstance(wish, Stages):
-        raise InputError("the rows of one stage are divided, and the recipe has several", where="stage", fix=ONE_STAGE)
+    wish = _of_one_stage(recipe, "the rows of one stage are divided", changes)
     shares = {"eval_share": eval_share, "test_share": test_share}
     return divide(open_pool(wish), Path(to), **shares, group=group, stratify=stratify, seed=wish.seed)

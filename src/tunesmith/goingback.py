@@ -9,7 +9,9 @@ Else the learning rate is halved. Left out: when to go back, and to where (guard
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from itertools import islice
 from statistics import median
 
 from tunesmith.evaluate.likelihood import negative_log_likelihoods
@@ -49,14 +51,16 @@ def _at_fault(bench: Workbench, training: Training, at: int) -> tuple[str, ...]:
     """Rows of the steps that went wrong, whose loss under the good model stands out."""
     steps = range(training.step + 1, at + 1)
     left_out = {row for one in training.rollbacks for row in one.rows}
-    documents = [
+    own = dataclasses.replace(bench, rehearsal=None)  # general text is unlikely once the data is learnt: no fault of it
+    suspects = (
         document
         for step in steps
-        for document in bench.documents_of(step, training.changes)
+        for document in own.documents_of(step)
         if document.side not in ("rejected", "banned") and document.id not in left_out and document.weights_L.any()
-    ]
+    )
+    documents = list(islice(suspects, LOOKED_AT))
     bench.model.network.eval()
-    return outliers(documents[:LOOKED_AT], _losses(bench, documents[:LOOKED_AT]))
+    return outliers(documents, _losses(bench, documents))
 
 
 def _losses(bench: Workbench, documents: Sequence[Document]) -> list[float]:

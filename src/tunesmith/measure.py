@@ -27,7 +27,7 @@ from tunesmith.evaluate.never import ELICITING, bad_logp, violations
 from tunesmith.evaluate.ownmetric import refuse_code
 from tunesmith.evaluate.preference import preference
 from tunesmith.evaluate.recovery import SHOTS, after_shots
-from tunesmith.evaluate.retention import BITS, GeneralText, chosen_texts, read_texts, retention, retention_beside
+from tunesmith.evaluate.retention import GeneralText, chosen_texts, read_texts, retention, retention_beside
 from tunesmith.evaluate.tasks import (
     Question,
     answer_length,
@@ -386,4 +386,4 @@ def eval_scores(bench: Workbench, items: Items, *, step: int) -> list[Score]:
 
 def general_bits(scores: Iterable[Score]) -> float:
     """Bits per byte of the general texts among them."""
-    return next(score.value for score in scores if (score.task, score.metric) == (GENERAL, BITS))
+    return next(score.value for score in scores if (score.task, score.metric) == (GENERAL, BITS_PER_BYTE))

@@ -1,7 +1,7 @@
 """Probes: what the model says while it trains, on a few fixed prompts, and how far it is from where it began.
 
-    probe_set(plan, facts) -> ProbeSet        prompts of eval_data, never of test_data; short general texts
-    Probes(bench, chosen).take(step) -> Scores and Samples
+    probe_set(plan, facts, texts) -> ProbeSet   prompts of eval_data, never of test_data; short general texts
+    Probes(bench, chosen).take(step, optimizer) -> Scores and Samples
 
 A probe writes short greedy answers, and reads them with the adapter off: would the base write that? It reads the
 expected answers, and text that is not trained: the general texts if there are any, else the prompts themselves. All
@@ -34,11 +34,11 @@ from tunesmith.infer.degeneration import compressed, distinct, foreign, is_json,
 from tunesmith.model.adapters import adapter_scaled
 from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel
+from tunesmith.plan.guard import NEW_TOKENS
 from tunesmith.train.norms import adapter_shares, update_shares, weight_norms
 from tunesmith.types import EXPECTED, PROBES, Batch, Document, Example, Generation, Plan, Sample, Score
 from tunesmith.workbench import Workbench
 
-NEW_TOKENS = 32  # of an answer
 PROMPT_TOKENS = 64  # of a text that is gone on with
 DRAWN = 4  # rows looked at for each prompt that is taken: the shortest are, since prompts cost what they are long
 TEXTS, TEXT_CHARACTERS = 8, 512

@@ -16,13 +16,12 @@ from tunesmith import facts
 from tunesmith.atomic import damage
 from tunesmith.errors import GateError, InputError
 from tunesmith.facts import Facts
-from tunesmith.jsonfile import from_json, read_json
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import adapter_scaled
 from tunesmith.model.load import DTYPES, LanguageModel, adopt, load_network
 from tunesmith.model.provenance import check_provenance, hashes_of
 from tunesmith.model.saved import load_adapter
-from tunesmith.runfolder import ADAPTER, MODEL, PLAN, failure_of, require_run, trained_in
+from tunesmith.runfolder import ADAPTER, MODEL, failure_of, plan_in, require_run, trained_in
 from tunesmith.types import Plan
 from tunesmith.workbench import Workbench, model_at_start, set_up
 
@@ -32,7 +31,7 @@ def reopen(path: Path) -> Workbench:
     is not as the run left it."""
     path = trained_in(path)
     require_run(path)
-    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
+    plan = plan_in(path)
     if plan["method"] == "full":
         raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
     known = known_again(plan, path)

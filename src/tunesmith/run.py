@@ -30,7 +30,6 @@ from tunesmith.export.card import write_card
 from tunesmith.facts import Facts
 from tunesmith.guarded import Course, Run
 from tunesmith.identity import identity_of
-from tunesmith.jsonfile import from_json, read_json
 from tunesmith.measure import (
     Items,
     items_of,
@@ -56,6 +55,7 @@ from tunesmith.runfolder import (
     REJECTED,
     RunFolder,
     is_free,
+    plan_in,
     whole_run,
 )
 from tunesmith.scales import scale_curve
@@ -100,7 +100,7 @@ def resume(
     """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises InputError when
     what the run stands on has changed; with `allow_drift` it says so, and takes the first measures again."""
     with StopWish(_going_on(path)) as wish, RunFolder.open(path) as folder:
-        plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
+        plan = plan_in(path)
         if (path / RECORD).exists():
             raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
         _describe(folder, plan)
@@ -172,7 +172,7 @@ def _story(run: Run) -> Generator[Event]:
     yield from after.scores(step=course.steps)
     yield from displaced(compare_all(before, after, step=course.steps), course.steps)
     run.folder.settle()
-    record = _record(run, proof, (before, after), adapter)
+    record = _record(run, proof, (before, after), adapter, course.steps)
     record = dataclasses.replace(record, scales=scales, kept_step=course.training.step)
     write_card(record, run.start.identity)
     run.folder.write_json(RECORD, record)
@@ -199,14 +199,17 @@ def _save(run: Run, bench: Workbench) -> Path:
     return target
 
 
-def _record(run: Run, proof: Iterable[Verdict], measured: tuple[Measured, Measured], adapter: Path) -> RunRecord:
+def _record(
+    run: Run, proof: Iterable[Verdict], measured: tuple[Measured, Measured], adapter: Path, step: int
+) -> RunRecord:
+    """`step`: when it was measured again, those that were refused counted."""
     before, after = measured
     steps = [event for event in run.folder.events() if event["type"] == "step"]
     return RunRecord(
         version=__version__,
         plan=run.plan,
         proof=tuple(proof),
-        comparisons=compare_all(before, after, step=len(steps)),
+        comparisons=compare_all(before, after, step=step),
         steps=len(steps),
         tokens=sum(event["tokens"] for event in steps),
         train_seconds=sum(event["seconds"] for event in steps),
@@ -216,6 +219,6 @@ def _record(run: Run, proof: Iterable[Verdict], measured: tuple[Measured, Measur
         samples=shown_answers(before, after),
         shared_tokens=sum(event["shared_tokens"] for event in steps),
         drift=drift_of(run.folder.path),
-        moved=moved(before, after, step=len(steps)),
+        moved=moved(before, after, step=step),
         rollbacks=run.folder.rollbacks(),
     )

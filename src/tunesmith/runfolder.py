@@ -38,7 +38,7 @@ from tunesmith.atomic import (
 )
 from tunesmith.errors import InputError, MachineError
 from tunesmith.jsonfile import from_json, json_bytes, read_json, to_json
-from tunesmith.types import Done, Event, Json, Rollback, Sample, Saved, Score, Stage, StepResult, Verdict
+from tunesmith.types import Done, Event, Json, Plan, Rollback, Sample, Saved, Score, Stage, StepResult, Verdict
 
 LOCK, EVENTS, CHECKPOINTS, RECIPE = ".lock", "events.jsonl", "checkpoints", "recipe.yaml"
 PLAN, IDENTITY, RECORD = "plan.json", "identity.json", "record.json"
@@ -274,6 +274,11 @@ def require_run(path: Path) -> None:
 
 def is_run(path: Path) -> bool:
     return (path / PLAN).is_file() or is_staged(path)
+
+
+def plan_in(path: Path) -> Plan:
+    """Raises InputError when it is missing, broken, or of another version."""
+    return from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
 
 
 def is_staged(path: Path) -> bool:

@@ -45,6 +45,7 @@ from tunesmith.runfolder import (
     STAGES,
     RunFolder,
     next_run_folder,
+    plan_in,
 )
 from tunesmith.train.interrupts import StopWish
 from tunesmith.types import Choice, Comparison, Event, Json, Plan, RunRecord, Stage, Verdict
@@ -183,13 +184,13 @@ def _places(path: Path, staged: StagedPlan) -> list[Path]:
 
 def _going_on(before: Path) -> Json:
     """What a stage starts with: the adapter of the one before, and its base."""
-    return {"adapter_from": str(before.absolute()), "model": _plan_in(before).recipe["model"]}
+    return {"adapter_from": str(before.absolute()), "model": plan_in(before).recipe["model"]}
 
 
 def _model_of(before: Path) -> tuple[Path, list[Verdict]]:
     """The folder of the whole model that a stage left, merged if it is not there yet; and what there is to say.
     GateError when the merged weights do not answer as the run does."""
-    if _plan_in(before)["method"] == "full":
+    if plan_in(before)["method"] == "full":
         return before / MODEL, []
     place, said = before / MERGED, list[Verdict]()
     if not place.exists():
@@ -200,10 +201,6 @@ def _model_of(before: Path) -> tuple[Path, list[Verdict]]:
     elif problem := damage(place):
         raise InputError(f"not as it was written: {problem}", where=str(place), fix="remove it: it is made again")
     return place, said
-
-
-def _plan_in(place: Path) -> Plan:
-    return from_json(Plan, read_json(place / PLAN), where=str(place / PLAN))
 
 
 def _begun(plan: Plan, place: Path, start: Json) -> tuple[Plan, Facts]:
@@ -227,7 +224,7 @@ def evaluate(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
 def _measured(path: Path, staged: StagedPlan, *, allow_code: bool) -> tuple[Measured, Measured]:
     """What every stage measures, on the model that the first began with and on what the last one left."""
     places = _places(path, staged)
-    plans = [_plan_in(place) for place in places]
+    plans = [plan_in(place) for place in places]
     known = [known_again(plan, place) for plan, place in zip(plans, places, strict=True)]
     items = [items_of(plan, one, allow_code=allow_code) for plan, one in zip(plans, known, strict=True)]
     texts = [plan.recipe["retention_data"] for plan in plans]

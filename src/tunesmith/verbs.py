@@ -301,13 +301,13 @@ def examine(
     InputError for a row of `data` that cannot be used, and for metrics that the rows do not fit."""
     from tunesmith import afterwards, contenders, stages
     from tunesmith.evaluated import Evaluated, metrics_of
-    from tunesmith.runfolder import is_staged
+    from tunesmith.runfolder import AFTER, is_staged
     from tunesmith.versus import side_of
 
     side = side_of(str(target))
     exam = contenders.Exam(None if data is None else Path(data), metrics_of(metrics), allow_code)
     own = exam.data is None and not exam.metrics
-    if own and side.file == "after.json" and side.run is not None:
+    if own and side.file == AFTER and side.run is not None:
         again = stages.evaluate if is_staged(side.run) else afterwards.evaluate
         return Evaluated.of(again(side.run, allow_code=allow_code), side.run)
     if side.run is None and not contenders.is_adapter(Path(side.name)):

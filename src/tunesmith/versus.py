@@ -18,9 +18,9 @@ from tunesmith.evaluate.compare import Measured, Measurement, compare
 from tunesmith.evaluate.metrics import METRICS, given_to, graded, split
 from tunesmith.evaluate.paired import paired
 from tunesmith.jsonfile import from_json, read_json
-from tunesmith.runfolder import AFTER, BEFORE, PLAN, RECORD, is_run, is_staged
+from tunesmith.runfolder import AFTER, BEFORE, RECORD, is_run, is_staged, plan_in
 from tunesmith.significance import holm, p_of
-from tunesmith.types import Comparison, Json, Plan, Sample
+from tunesmith.types import Comparison, Json, Sample
 
 BASE = "base"
 
@@ -99,7 +99,7 @@ def answers_in(path: Path, run: Path) -> Measured:
     known = measured_in(run, AFTER)
     asked = {sample.id: sample for sample in known.samples if sample.expected}
     said = _read(path, asked)
-    plan = from_json(Plan, read_json(run / PLAN), where=str(run / PLAN))
+    plan = plan_in(run)
     schema = read_json(Path(plan.recipe["schema"])) if plan.recipe.get("schema") else None
     names = [name for name in plan["metrics"] if split(name)[0] in METRICS]
     found = [_graded(name, said, asked, schema) for name in names]

@@ -85,6 +85,11 @@ def test_contains_looks_for_the_expected_answer_or_the_given_text(answer: str, g
     assert contains(answer, "Paris", given) == found
 
 
+def test_contains_takes_what_has_no_word_as_it_is() -> None:
+    assert [contains(answer, "+", None) for answer in ("the sign is +", "+", "plus")] == [1, 1, 0]
+    assert [contains(answer, "", None) for answer in ("", " ", "anything")] == [1, 1, 0]
+
+
 def test_a_pattern_matches_anywhere_unless_it_says_otherwise() -> None:
     assert regex_match("on 2026-11-26.", "", regex.compile(r"\d{4}-\d\d-\d\d")) == 1
     assert regex_match("on 2026-11-26.", "", regex.compile(r"^\d{4}-\d\d-\d\d$")) == 0

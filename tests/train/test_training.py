@@ -17,7 +17,7 @@ from tunesmith.model.head import target_losses
 from tunesmith.model.load import LanguageModel, adopt
 from tunesmith.train.optim import moments, rate_at
 from tunesmith.train.training import BAD_STEPS, Settings, Training
-from tunesmith.types import Document, Done, Event, StepResult, Verdict
+from tunesmith.types import Document, Done, Event, Rollback, StepResult, Verdict
 
 SETTINGS = Settings(
     steps=6,
@@ -340,3 +340,12 @@ def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(method: st
 def test_the_end_token_is_what_is_learned_last() -> None:
     """The tests' documents are like real ones: each ends in a trained end token."""
     assert all(d.tokens_L[-1] == END and d.weights_L[-1] == 1 for d in documents_of(1))
+
+
+def test_a_second_rollback_undoes_what_was_set_after_it() -> None:
+    training = Training(tiny_model("llama-64", torch.float32), documents_of, SETTINGS)
+    raised = [Rollback(30, 20, "forgotten", "", "", ratio=0.2), Rollback(25, 10, "forgotten", "", "", ratio=0.4)]
+    training.change(raised[:1])
+    assert training.changes == ((20, 0.2),)
+    training.change(raised)
+    assert training.changes == ((10, 0.4),), "from step 20 on it is not lowered again"

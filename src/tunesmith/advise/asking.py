@@ -148,8 +148,8 @@ def outcome_of(subject: Subject, arm: Arm) -> Outcome:
     questions = subject.questions(arm)
     _check_room(subject, questions)
     subject.start  # noqa: B018 - taken before anything is trained
-    trained = _train(subject, arm) if arm.examples else 0.0
     try:
+        trained = _train(subject, arm) if arm.examples else 0.0
         seconds = _seconds_alone(subject, questions, subject.grammar if arm.constrained else None)
         answers = _answers(subject, questions, arm)
     finally:
@@ -203,7 +203,6 @@ def _train(subject: Subject, arm: Arm) -> float:
         for _ in training:
             pass
     except GateError as error:
-        put_back(subject.model.network, subject.start)
         raise GateError(f"{arm.name}: {error.what}", fix=error.fix) from error
     return training.seconds
 

@@ -38,9 +38,6 @@ class Curve:
     needed_high: int | None = None
     refused: str = ""
 
-    def error(self, examples: float) -> float:
-        return self.c + self.a * examples**-self.b
-
 
 def fit_curve(
     scores: Mapping[int, Sequence[Sequence[float]]], target: float | None = None, *, seed: int = 0

@@ -188,7 +188,7 @@ def _doubts(chosen: Row, best: Row, rows: Sequence[Row], items: int, smallest: f
         )
     if any(row.arm.examples for row in rows) and all(row.variants == 1 for row in rows if row.arm.examples):
         yield "each size was trained once: another seed may differ by more than the interval says"
-    if chosen is not best and best.change == () and chosen.change and chosen.change[1] < -0.1:
+    if chosen is not best and chosen.change[1] < -0.1:
         low, high = chosen.change[1:]
         yield f"not shown to be worse is not shown to be as good: the difference lies in [{low:+.3f}, {high:+.3f}]"
 

@@ -40,12 +40,12 @@ class Store:
     state: str
 
 
-def state_of(identity: Json, adapter: Mapping[str, str], scale: float = 1.0) -> str:
+def state_of(identity: Json, adapter: Mapping[str, str]) -> str:
     """What the weights are, from the identity of a run and the sha256 of each file of its adapter (none: the base), or
     of the model where all weights were trained."""
     plan = {key: identity["plan"].get(key) for key in COMPUTED}
     facts = {key: identity.get(key) for key in MODEL}
-    return _sha256({"facts": facts, "plan": plan, "adapter": dict(adapter), "scale": scale if adapter else 0.0})
+    return _sha256({"facts": facts, "plan": plan, "adapter": dict(adapter)})
 
 
 def answers_cached(

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import GENERAL
+from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.significance import verdict
 from tunesmith.types import Comparison
-
-BITS = "bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Gate:
 
 def gates(comparisons: Sequence[Comparison], margin: float | None) -> tuple[Gate, ...]:
     """Raises InputError without anything to judge."""
-    judged = [one for one in comparisons if one.task != GENERAL or one.metric == BITS]
+    judged = [one for one in comparisons if one.task != GENERAL or one.metric == BITS_PER_BYTE]
     found = [_forgetting(one, margin) if one.task == GENERAL else _not_worse(one) for one in judged]
     if not found:
         raise InputError("there is nothing to judge", where="--gate", fix="give the recipe test_data or retention_data")

@@ -15,7 +15,8 @@ import numpy as np
 
 from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.likelihood import negative_log_likelihoods
-from tunesmith.evaluate.retention import BITS, GeneralText, TextTokens
+from tunesmith.evaluate.metrics import BITS_PER_BYTE
+from tunesmith.evaluate.retention import GeneralText, TextTokens
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Document
 
@@ -32,7 +33,7 @@ def after_shots(
     found = {place: nats for place, nats, _ in negative_log_likelihoods(model, documents, window)}
     bits = {place: nats / math.log(2) / len(texts[place].text.encode()) for place, nats in found.items()}
     ids = tuple(texts[place].id for place in sorted(bits))
-    return Measurement(task, BITS, ids, tuple(bits[place] for place in sorted(bits)), higher_is_better=False)
+    return Measurement(task, BITS_PER_BYTE, ids, tuple(bits[place] for place in sorted(bits)), higher_is_better=False)
 
 
 def _document(

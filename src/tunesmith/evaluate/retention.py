@@ -21,10 +21,10 @@ from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import GENERAL, Measurement
 from tunesmith.evaluate.divergence import Base, Moved, joined, measurements, moved
 from tunesmith.evaluate.likelihood import negative_log_likelihoods
+from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.model.load import LanguageModel
 from tunesmith.types import Document, Row
 
-BITS = "bits_per_byte"
 TextTokens = Callable[[str], Sequence[int]]
 
 
@@ -113,7 +113,7 @@ def _bits(texts: Sequence[GeneralText], nats: Mapping[int, float], task: str) ->
     measured = [(texts[i], nat / math.log(2) / len(texts[i].text.encode())) for i, nat in nats.items()]
     return Measurement(
         task=task,
-        metric=BITS,
+        metric=BITS_PER_BYTE,
         ids=tuple(text.id for text, _ in measured),
         values=tuple(value for _, value in measured),
         groups=tuple(text.domain for text, _ in measured),

@@ -44,8 +44,11 @@ def normalised_match(answer: str, expected: str, given: Any) -> float:
 
 def contains(answer: str, expected: str, given: Any) -> float:
     """The expected answer, or the text that the recipe gives, stands in it, whatever is said around it: by its words,
-    in any letter case."""
-    return float(evened(given or expected) in evened(answer))
+    in any letter case; what has no word, such as "+", as it is."""
+    wanted = (given or expected).strip()
+    if words(wanted):
+        return float(evened(wanted) in evened(answer))
+    return float(wanted in answer if wanted else not answer.strip())
 
 
 def evened(text: str) -> str:

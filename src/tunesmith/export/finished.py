@@ -18,7 +18,6 @@ from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.render import Renderer
 from tunesmith.errors import GateError, InputError
 from tunesmith.facts import renderer_of
-from tunesmith.jsonfile import from_json, read_json
 from tunesmith.model.adapter_folder import WEIGHTS
 from tunesmith.model.adapters import METHODS, linears
 from tunesmith.model.load import LanguageModel, Network, adopt, load_network
@@ -31,7 +30,7 @@ from tunesmith.model.source import resolve
 from tunesmith.model.spec import read_spec
 from tunesmith.recipe import Recipe, sources_of
 from tunesmith.recipefile import kept_recipe
-from tunesmith.runfolder import PLAN, RECORD, failure_of, require_run, trained_in
+from tunesmith.runfolder import RECORD, failure_of, plan_in, require_run, trained_in
 from tunesmith.types import ModelSpec, Plan
 
 
@@ -96,7 +95,7 @@ def open_finished(path: Path) -> Finished:
     require_run(path)
     if problem := failure_of(path):
         raise GateError(f"this run failed, and is not exported: {problem}", where=str(path))
-    plan = from_json(Plan, read_json(path / PLAN), where=str(path / PLAN))
+    plan = plan_in(path)
     saved = path / ("model" if plan["method"] == "full" else "adapter")
     if not (path / RECORD).is_file() or not saved.is_dir():
         raise InputError("this run is not finished", where=str(path), fix=f"finish it: tunesmith resume {path}")

@@ -189,7 +189,7 @@ def again_section(story: Story) -> Html:
 
 
 def provenance_section(story: Story) -> Html:
-    parts = _each(story, lambda part: _provenance(part))
+    parts = _each(story, _provenance)
     return section("provenance", "Provenance", parts, _proof(story))
 
 

@@ -20,6 +20,7 @@ from tunesmith.runfolder import (
     STAGES,
     failure_of,
     is_staged,
+    plan_in,
     read_events,
     require_run,
 )
@@ -76,7 +77,7 @@ class Story:
 def read_story(path: Path) -> Story:
     require_run(path)
     if not is_staged(path):
-        part = _part(path, "", from_json(Plan, read_json(path / PLAN), where=str(path / PLAN)))
+        part = _part(path, "", plan_in(path))
         return Story(path, (part,), part.record, _measured(path))
     staged = from_json(StagedPlan, read_json(path / STAGES), where=str(path / STAGES))
     parts: list[Part] = []

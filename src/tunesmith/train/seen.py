@@ -57,6 +57,9 @@ class Seen:
     @property
     def noise(self) -> float:
         """How losses vary around the moving average before them: one sd of a normal distribution, robust."""
-        pairs = list(zip(self.steps[1:], self.averages, strict=False))[-RECENT:]
-        off = [step.loss - before for step, before in pairs]
-        return 1.4826 * median(abs(one - median(off)) for one in off) if off else 0.0
+        before = self.averages[-RECENT - 1 : -1]
+        if not before:
+            return 0.0
+        off = [step.loss - average for step, average in zip(self.steps[-len(before) :], before, strict=True)]
+        middle = median(off)
+        return 1.4826 * median(abs(one - middle) for one in off)

@@ -132,7 +132,10 @@ class Training:
     @property
     def changes(self) -> tuple[tuple[int, float], ...]:
         """Every share of rehearsal that was set, whoever set it, in the order in which they hold."""
-        raised = [(one.to, one.ratio) for one in self.rollbacks if one.ratio is not None]
+        raised: list[tuple[int, float]] = []
+        for one in self.rollbacks:
+            if one.ratio is not None:  # what was set after the step that it went back to does not hold any more
+                raised = [*(earlier for earlier in raised if earlier[0] < one.to), (one.to, one.ratio)]
         return tuple(sorted((*self.ratios, *raised), key=lambda change: change[0]))
 
     def save(self, folder: Path) -> None:

@@ -4,8 +4,8 @@
 
 The kept rows, random ones and the longest, of one size, and the whole: one base load, as many steps of as many rows
 each, with the plan's values. A second seed draws other random rows and takes all in another order; values of a held-out
-row are then means over the seeds. `test_data` is not looked at, and rehearsal is left out. Intervals are of held-out
-rows; how far seeds differ is told beside them.
+row are then means over the seeds. Nothing is measured on `test_data`, and rehearsal is left out. Intervals are of
+held-out rows; how far seeds differ is told beside them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tunesmith.data.schedule import Schedule
 from tunesmith.errors import GateError, InputError
 from tunesmith.evaluate.compare import Measurement, compare, score
 from tunesmith.facts import Facts
-from tunesmith.measure import Items, eval_measurement, items_of
+from tunesmith.measure import Items, eval_measurement
 from tunesmith.model.adapters import put_back, weights_of
 from tunesmith.significance import verdict
 from tunesmith.train.training import Settings, Training
-from tunesmith.tune.rates import some_of
+from tunesmith.tune.rates import selecting_items, some_of
 from tunesmith.types import Comparison, Document, Plan, StepResult
 from tunesmith.workbench import Workbench, set_up
 
@@ -102,7 +102,7 @@ def try_subsets(plan: Plan, facts: Facts, folder: Path, *, steps: int = STEPS, s
 
 def held_out_items(plan: Plan, facts: Facts) -> Items:
     """Raises InputError without any."""
-    items = items_of(plan, facts)
+    items = selecting_items(plan, facts)
     if not items.eval_documents:
         what = "no held-out rows to tell the subsets apart by; test_data is for the end"
         raise InputError(what, where="data curate --prove", fix="give eval_data, or --eval-split 0.1")

@@ -72,13 +72,18 @@ class RateTest:
     doubts: tuple[str, ...] = ()
 
 
+def selecting_items(plan: Plan, facts: Facts) -> Items:
+    """What short trainings are told apart by; no answer is graded, so no metric is asked for."""
+    nothing = Choice((), "rule", "no answers are looked at")
+    return items_of(dataclasses.replace(plan, choices={**plan.choices, "metrics": nothing}), facts)
+
+
 def try_rates(plan: Plan, facts: Facts, *, steps: int = STEPS) -> Iterator[Trial]:
     """The untrained model first, then the rates from low to high. Raises InputError without held-out rows."""
     if plan["stage"] == "preference":
         fix = "start from the plan's rate, and compare two runs"
         raise InputError("a held-out loss does not say how well pairs are told apart", where="stage", fix=fix)
-    nothing = Choice((), "rule", "no answers are looked at")
-    items = items_of(dataclasses.replace(plan, choices={**plan.choices, "metrics": nothing}), facts)
+    items = selecting_items(plan, facts)
     if not items.selecting:
         what = "no held-out rows to pick by; test_data is for the end"
         raise InputError(what, where="eval_data", fix="give eval_data, or --eval-split 0.1")
