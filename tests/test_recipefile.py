@@ -84,7 +84,10 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("cutof_len: 1", "did you mean 'cutoff_len'?"),
         ("zzz: 1", "unknown key 'zzz'; `tunesmith schema` lists all"),
         ("micro_batch_size: 4", "set batch_size, the data rows per optimizer step"),
-        ("guard: x", "guard: expected 'auto' or 'off' or a mapping {collapse, forgetting, margin, patience}"),
+        (
+            "guard: x",
+            "guard: expected 'auto' or 'off' or a mapping {collapse, forgetting, margin, patience, probe_steps}",
+        ),
         ("guard: {collapse: go}", "guard.collapse: expected 'auto' or 'off' or 'warn' or 'rollback' or 'stop'"),
         ("loss: {beta: 0}", "loss.beta: expected 'auto' or a number above 0, found the number 0"),
         ("loss: {bet: 1}", "loss: unknown key 'bet'; did you mean 'beta'?"),

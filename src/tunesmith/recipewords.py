@@ -46,7 +46,7 @@ MAPPINGS = {
     "Rehearsal": "a mapping {data, ratio, shift}",
     "Mixture": "a mapping {temperature, limit}",
     "PairLoss": "a mapping {name, beta, gamma, nll_coefficient}",
-    "Guard": "a mapping {collapse, forgetting, margin, patience}",
+    "Guard": "a mapping {collapse, forgetting, margin, patience, probe_steps}",
     "Form": "a mapping {prompt, shots}",
     "Constraint": "a mapping {match, text, check, name, mode}",
 }

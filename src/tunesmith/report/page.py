@@ -18,6 +18,7 @@ from tunesmith.report.results import results_section, scales_section
 from tunesmith.report.samples import samples_section
 from tunesmith.report.story import Story, read_story
 from tunesmith.report.verdict import verdict_of, verdict_section
+from tunesmith.runfolder import require_run
 from tunesmith.version import __version__
 
 REPORT = "report.html"
@@ -37,6 +38,7 @@ SECTIONS = {
 
 def write_report(run: Path, out: Path | None = None) -> Path:
     """The page of a run folder, whole or not at all. Raises InputError for what is no run folder, or a damaged one."""
+    require_run(run)
     place = out or run / REPORT
     if not place.absolute().parent.is_dir():
         raise InputError("there is no such folder", where=str(place.parent), fix="make it, or choose another --out")
