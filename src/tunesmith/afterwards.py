@@ -20,6 +20,7 @@ from tunesmith.export.finished import open_finished
 from tunesmith.export.parity import Job, witnesses_of
 from tunesmith.export.targets import (
     Exported,
+    at_scale,
     bytes_needed,
     exported,
     facts_of,
@@ -90,13 +91,13 @@ def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
 
 
 def export(
-    path: Path, target: str, *, kind: str | None = None, base: str = "auto", out: Path | None = None
+    path: Path, target: str, *, kind: str | None = None, base: str = "auto", scale: float = 1.0, out: Path | None = None
 ) -> Exported:
     """A finished run in another form. It gets its name once it is proven: read back as others read it, it must answer
-    as the run does. `base`: what an adapter trained on 4-bit weights is merged into. Raises InputError for what cannot
-    be exported, GateError when the export is not the run."""
+    as the run does. `base`: what an adapter trained on 4-bit weights is merged into. `scale`: of the adapter. Raises
+    InputError for what cannot be exported, GateError when the export is not the run."""
     kind, form = format_of(target, kind)
-    finished = open_finished(path)
+    finished = at_scale(open_finished(path), scale)
     place = place_of(finished, target, kind, out)
     refuse_what_it_lacks(finished, form)
     needed, witnesses = bytes_needed(finished, form), witnesses_of(finished)

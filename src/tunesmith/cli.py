@@ -174,13 +174,16 @@ def export(
     base: Annotated[
         str, typer.Option(help="After qlora, what the adapter is merged into: original, dequantized or auto.")
     ] = "auto",
+    scale: Annotated[
+        float, typer.Option(help="The adapter times this: less of it forgets less; `train` offers one.")
+    ] = 1.0,
     out: Annotated[Path | None, typer.Option(help="A new folder; else RUN/export/TARGET.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Hand out a finished run in another form, once it is shown to answer as the run does."""
     from tunesmith.display import export_view
 
-    made = verbs.export(folder, to, type=type, base=base, out=out)
+    made = verbs.export(folder, to, type=type, base=base, scale=scale, out=out)
     say(made, export_view(made), as_json=as_json)
 
 

@@ -260,6 +260,7 @@ def export_view(made: Exported) -> RenderableType:
     bases = ", ".join(f"{base} {kl:.1e}" for base, kl in made.base.mean_kl.items())
     return Group(
         table,
+        *([f"the adapter times {made.scale:g}"] if made.scale != 1 else []),
         *([f"merged into the {made.base.base} weights; mean KL to the run with each: {bases}"] if bases else []),
         f"{parity.same_prompts} of {parity.rendered_prompts} prompts render to the same tokens, "
         f"{parity.same_answers} of {parity.prompts} greedy answers are the same",

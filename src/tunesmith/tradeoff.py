@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from tunesmith.types import ScalePoint
 
 KEPT = 0.9  # of the best gain: what an offered scale keeps at least
+LARGEST = 2.0  # what an adapter may be scaled by; beyond 1 nothing was measured by the run itself
 
 
 def gain_kept(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
@@ -50,9 +51,19 @@ def offer(points: Sequence[ScalePoint]) -> str:
     best = offered(points)
     if best is None:
         return "no scale of the adapter lowers the held-out loss"
-    kept, lost = gain_kept(points, best), forgetting(points, best)
     if best.scale == 1:
+        lost = forgetting(points, best)
         why = "nothing was forgotten" if lost is None else "less of it keeps too little of the gain"
         return f"scale 1, the adapter as trained, is best: {why}" if best.general else "scale 1 is best"
-    gain = f"scale {best.scale:g} keeps {kept:.0%} of the gain"
-    return gain if lost is None else f"{gain} at {lost:.0%} of the forgetting"
+    return f"scale {best.scale:g} {keeps(points, best)}"
+
+
+def keeps(points: Sequence[ScalePoint], point: ScalePoint) -> str:
+    """Of gain and forgetting, in words; nothing where nothing was gained."""
+    kept, lost = gain_kept(points, point), forgetting(points, point)
+    if kept is None:
+        return ""
+    gain = f"keeps {kept:.0%} of the gain"
+    if lost is None:
+        return gain
+    return f"{gain} at {lost:.0%} of the forgetting" if lost > 0 else f"{gain} and forgets nothing"

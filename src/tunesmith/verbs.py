@@ -365,14 +365,22 @@ def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
 
 
 def export(
-    path: AnyPath, to: str, *, type: str | None = None, base: str = "auto", out: AnyPath | None = None
+    path: AnyPath,
+    to: str,
+    *,
+    type: str | None = None,
+    base: str = "auto",
+    scale: float = 1.0,
+    out: AnyPath | None = None,
 ) -> Exported:
     """A finished run as peft, merged, gguf or ollama, compared with the run before it appears.
 
     `type`: of a GGUF: f16, q8_0, bf16, f32, or lora for the adapter alone. `base`: original, dequantized or auto, of a
-    run on 4-bit weights. `out`: a folder, else RUN/export/TO.
+    run on 4-bit weights. `scale`: the adapter times this, as RUN@SCALE is measured. `out`: a folder, else
+    RUN/export/TO.
     GateError when what was written does not answer as the run does; then nothing is left.
     """
     from tunesmith import afterwards
 
-    return afterwards.export(Path(path), to, kind=type, base=base, out=None if out is None else Path(out))
+    place = None if out is None else Path(out)
+    return afterwards.export(Path(path), to, kind=type, base=base, scale=scale, out=place)

@@ -20,6 +20,7 @@ from tunesmith.evaluate.paired import paired
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.runfolder import AFTER, BEFORE, RECORD, is_run, is_staged, plan_in
 from tunesmith.significance import holm, p_of
+from tunesmith.tradeoff import LARGEST
 from tunesmith.types import Comparison, Json, Sample
 
 BASE = "base"
@@ -55,8 +56,9 @@ def side_of(name: str) -> Side:
     """What a name means. Raises InputError for a scale that is none."""
     path, at, scale = name.rpartition("@")
     if at and is_run(Path(path)):
-        if not re.fullmatch(r"\d+(\.\d+)?", scale) or float(scale) > 2:
-            raise InputError(f"{scale:.40} is no scale", where=name, fix="a scale is a number from 0 to 2: RUN@0.5")
+        if not re.fullmatch(r"\d+(\.\d+)?", scale) or float(scale) > LARGEST:
+            fix = f"a scale is a number from 0 to {LARGEST:g}: RUN@0.5"
+            raise InputError(f"{scale:.40} is no scale", where=name, fix=fix)
         return Side(name, Path(path), float(scale))
     found = Path(name)
     if found.parent.name == "checkpoints" and found.name.startswith("step-") and is_run(found.parent.parent):

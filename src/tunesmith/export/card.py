@@ -1,6 +1,7 @@
 """The model card: README.md beside the trained weights, with the facts of the run's record and nothing else.
 
     write_card(record, identity)        adapter/README.md, or model/README.md; valid front matter for the hub
+    note_scale(folder, scale, curve)    the card of an export of that adapter at another scale
 
 The manifest of the folder does not list it: people add to a card, and the weights stay as they were sealed. What is not
 known is left out: a base without a name on the hub, a licence that nothing states. Words of others are escaped.
@@ -17,7 +18,8 @@ import yaml
 
 from tunesmith.atomic import size, write_file
 from tunesmith.significance import verdicts
-from tunesmith.types import Json, ModelSpec, Plan, RunRecord
+from tunesmith.tradeoff import keeps
+from tunesmith.types import Json, ModelSpec, Plan, RunRecord, ScalePoint
 from tunesmith.wording import duration, value_text
 
 CARD = "README.md"
@@ -37,6 +39,25 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&^])")
 def write_card(record: RunRecord, identity: Json, stages: Sequence[str] = ()) -> None:
     """Whole or not at all. `stages`: their names, where the record is of several."""
     write_file(Path(record.adapter) / CARD, card(record, identity, stages).encode(errors="backslashreplace"))
+
+
+def note_scale(folder: Path, scale: float, curve: Sequence[ScalePoint]) -> None:
+    """Says in the card of an adapter, if it has one, that it is scaled; before its results, which are of scale 1."""
+    file = folder / CARD
+    if file.is_file():
+        head, results, rest = file.read_text("utf-8", errors="replace").partition("\n## Results\n")
+        note = f"\n## Scale\n\n{_scale_words(scale, curve)}\n"
+        file.write_text(f"{head}{note}{results}{rest}", encoding="utf-8")
+
+
+def _scale_words(scale: float, curve: Sequence[ScalePoint]) -> str:
+    told = (
+        f"The trained adapter times {scale:g}, by `lora_alpha`. All other numbers here are of the adapter as trained."
+    )
+    measured = [keeps(curve, point) for point in curve if point.scale == scale]
+    if not any(measured):
+        return f"{told} At this scale nothing was measured in the run."
+    return f"{told} On rows by which a scale may be chosen, {scale:g} {measured[0]}."
 
 
 def card(record: RunRecord, identity: Json, stages: Sequence[str] = ()) -> str:

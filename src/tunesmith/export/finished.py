@@ -18,8 +18,9 @@ from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.render import Renderer
 from tunesmith.errors import GateError, InputError
 from tunesmith.facts import renderer_of
+from tunesmith.jsonfile import from_json, read_json
 from tunesmith.model.adapter_folder import WEIGHTS
-from tunesmith.model.adapters import METHODS, linears
+from tunesmith.model.adapters import METHODS, linears, scale_adapter
 from tunesmith.model.load import LanguageModel, Network, adopt, load_network
 from tunesmith.model.merge import Changes, read_loras, read_rows
 from tunesmith.model.new_rows import start_rows
@@ -31,7 +32,7 @@ from tunesmith.model.spec import read_spec
 from tunesmith.recipe import Recipe, sources_of
 from tunesmith.recipefile import kept_recipe
 from tunesmith.runfolder import RECORD, failure_of, plan_in, require_run, trained_in
-from tunesmith.types import ModelSpec, Plan
+from tunesmith.types import ModelSpec, Plan, RunRecord, ScalePoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,21 @@ class Finished:
     renderer: Renderer
     narrow: frozenset[str] = frozenset()  # paths of the matrices that the adapter was trained beside in 4 bits
     rows: Mapping[str, Rows] = field(default_factory=dict[str, Rows])  # of new tokens, where the adapter has them
+    scale: float = 1.0  # of the adapter; `loras` and `rows` are scaled
+
+    @property
+    def name(self) -> str:
+        """As `tunesmith eval` would call it."""
+        return self.path.name if self.scale == 1 else f"{self.path.name}@{self.scale:g}"
+
+    def scaled(self, factor: float) -> Finished:
+        """With its adapter times `factor`, as `adapter_scaled` makes it of a network."""
+        if factor == 1:
+            return self
+        loras = {path: lora.times(factor) for path, lora in self.loras.items()}
+        start = self.base_network() if self.rows else None
+        rows = {p: one.times(factor, start.get_parameter(f"{p}.weight")) for p, one in self.rows.items() if start}
+        return replace(self, loras=loras, rows=rows, scale=self.scale * factor)
 
     @property
     def changes(self) -> Changes:
@@ -57,6 +73,12 @@ class Finished:
     @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def curve(self) -> tuple[ScalePoint, ...]:
+        """What the run measured of its adapter at several scales."""
+        file = self.path / RECORD
+        return from_json(RunRecord, read_json(file), where=str(file)).scales
 
     def base_network(self, *, original: bool = False) -> Network:
         """Stock, in fp32, without the adapter, new tokens as they started: the weights that were trained beside, or the
@@ -75,6 +97,7 @@ class Finished:
         if self.loras:
             METHODS["lora"](network, {key: choice.value for key, choice in self.plan.choices.items()})
             load_adapter(network, self.saved / WEIGHTS)
+            scale_adapter(network, self.scale)
         return adopt(network, torch.float32)
 
     def held_out_rows(self, count: int) -> Dataset:

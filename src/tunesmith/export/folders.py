@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.atomic import MANIFEST
-from tunesmith.export.card import CARD
+from tunesmith.export.card import CARD, note_scale
 from tunesmith.export.parity import Job, Reread
 from tunesmith.model.adapter_folder import CONFIG, WEIGHTS
 from tunesmith.model.folder import SINGLE, read_json
@@ -20,12 +20,15 @@ from tunesmith.model.load import load_network
 from tunesmith.model.merge import add_to_network, read_loras, read_rows, write_merged
 from tunesmith.model.provenance import FILE as PROVENANCE
 from tunesmith.model.readback import stock_prompts
-from tunesmith.model.saved import save_config
+from tunesmith.model.saved import rescale_adapter, save_config
 
 
 def write_peft(job: Job) -> None:
-    """The adapter folder, file by file."""
+    """The adapter folder, file by file; at another scale its config, its rows of new tokens and its card say so."""
     _copy(job)
+    if job.run.scale != 1:
+        rescale_adapter(job.folder, job.run.scale, job.run.rows)
+        note_scale(job.folder, job.run.scale, job.run.curve)
 
 
 def reread_peft(job: Job) -> Reread:

@@ -29,7 +29,7 @@ def model_file(job: Job) -> Path:
 def write_gguf(job: Job) -> None:
     run, spec = job.run, job.run.weights
     sizes, factors = architecture(config_of(spec.path), spec)
-    name = {"general.name": f"{Path(spec.name).name} {run.path.name}"}
+    name = {"general.name": f"{Path(spec.name).name} {run.name}"}
     metadata = name | sizes | vocabulary(run.saved, run.renderer, spec.vocab_size)
     write_model(model_file(job), spec, run.changes, metadata, factors, job.kind, job.narrow)
 
@@ -51,7 +51,7 @@ def reread_gguf(job: Job) -> Reread:
 def write_lora(job: Job) -> None:
     run = job.run
     architecture(config_of(run.weights.path), run.weights)  # refuses what no GGUF could hold
-    metadata = {"general.name": run.path.name, "general.base_model.count": 1}
+    metadata = {"general.name": run.name, "general.base_model.count": 1}
     write_adapter(job.folder / ADAPTER, run.weights, run.loras, {**metadata, BASE_NAME: run.weights.name})
 
 

@@ -22,7 +22,7 @@ def write_ollama(job: Job) -> None:
     if not job.chats:
         raise InputError("the run has no conversation to see its template by", where="template", fix=INSTEAD)
     served = choose(run.saved / "tokenizer.json", run.renderer, [witness.messages for witness in job.chats])
-    about = f"{run.weights.name}, trained in {run.path.name}\nneeds Ollama {OLLAMA} or newer"
+    about = f"{run.weights.name}, trained in {run.name}\nneeds Ollama {OLLAMA} or newer"
     (job.folder / MODELFILE).write_text(written(served, model_file(job).name, about), encoding="utf-8")
     write_gguf(job)
 

@@ -29,6 +29,7 @@ from tunesmith.export.parity import (
     refuse_beyond,
 )
 from tunesmith.hardware import measure_machine
+from tunesmith.tradeoff import LARGEST
 from tunesmith.types import Json
 from tunesmith.version import __version__
 
@@ -62,6 +63,7 @@ class Exported:
     files: tuple[ExportedFile, ...]
     parity: Parity
     base: BaseChoice
+    scale: float = 1.0  # of the adapter
 
 
 def format_of(target: str, kind: str | None) -> tuple[str, Format]:
@@ -78,9 +80,23 @@ def format_of(target: str, kind: str | None) -> tuple[str, Format]:
     return chosen, formats[chosen]
 
 
+def at_scale(run: Finished, scale: float) -> Finished:
+    """The run with its adapter scaled. InputError for a scale that is none, and for a run without an adapter."""
+    where, fix = "--scale", f"a scale is a number above 0, at most {LARGEST:g}; as trained, leave it out"
+    if scale == 0:
+        raise InputError("the adapter times 0 is the base itself", where=where, fix=fix)
+    if not 0 < scale <= LARGEST:
+        raise InputError(f"{scale:g} is no scale to export", where=where, fix=fix)
+    if scale != 1 and not run.loras:
+        what = f"this run trained all weights: there is no adapter to scale ({run.path})"
+        raise InputError(what, where=where, fix="leave --scale out")
+    return run.scaled(scale)
+
+
 def place_of(run: Finished, target: str, kind: str, out: Path | None) -> Path:
     """Where the export goes. InputError if there is something already."""
-    place = out or run.path / "export" / "-".join(part for part in (target, kind) if part)
+    name = "-".join(part for part in (target, kind) if part) + ("" if run.scale == 1 else f"@{run.scale:g}")
+    place = out or run.path / "export" / name
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise InputError("there is something already", where=str(place), fix="remove it, or choose another with --out")
     return place
@@ -120,8 +136,9 @@ def proven(job: Job, form: Format) -> Parity:
 
 def facts_of(run: Finished) -> Json:
     """What the manifest of an export says: where its weights come from."""
-    origin = f"{run.weights.name}, trained by tunesmith {__version__} in the run {run.path.name}"
-    return {"tunesmith": __version__, "origin": origin, "renderer": run.renderer.fingerprint}
+    origin = f"{run.weights.name}, trained by tunesmith {__version__} in the run {run.name}"
+    scale = {"scale": run.scale} if run.loras else {}
+    return {"tunesmith": __version__, "origin": origin, "renderer": run.renderer.fingerprint, **scale}
 
 
 def bytes_needed(run: Finished, form: Format) -> int:
@@ -131,9 +148,9 @@ def bytes_needed(run: Finished, form: Format) -> int:
 
 
 def exported(place: Path, target: str, kind: str, parity: Parity, base: BaseChoice) -> Exported:
-    files = read_manifest(place)["files"].items()
-    found = tuple(ExportedFile(name, entry["bytes"], entry["sha256"]) for name, entry in files)
-    return Exported(target, kind, str(place), found, parity, base)
+    sealed = read_manifest(place)
+    found = tuple(ExportedFile(name, entry["bytes"], entry["sha256"]) for name, entry in sealed["files"].items())
+    return Exported(target, kind, str(place), found, parity, base, sealed.get("scale", 1.0))
 
 
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}

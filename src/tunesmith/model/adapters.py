@@ -83,15 +83,24 @@ def lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
     return {path: module for path, module in network.named_modules() if isinstance(module, LoraLinear)}
 
 
+def scale_adapter(network: nn.Module, factor: float) -> None:
+    """The adapter times `factor`: 0 is the base model, 1 the trained one. Rows of new tokens go from their start to
+    what they are. Nothing is copied."""
+    for layer in _scaled_layers(network):
+        layer.scale *= factor
+
+
+def _scaled_layers(network: nn.Module) -> list[LoraLinear | NewRows]:
+    return [module for module in network.modules() if isinstance(module, LoraLinear | NewRows)]
+
+
 @contextmanager
 def adapter_scaled(network: nn.Module, factor: float) -> Iterator[None]:
-    """The adapter times `factor` inside the block: 0 is the base model, 1 the trained one. Rows of new tokens go from
-    their start to what they are. Nothing is copied."""
-    layers = [module for module in network.modules() if isinstance(module, LoraLinear | NewRows)]
+    """The adapter times `factor` inside the block, as `scale_adapter` makes it."""
+    layers = _scaled_layers(network)
     scales = [layer.scale for layer in layers]
     try:
-        for layer in layers:
-            layer.scale *= factor
+        scale_adapter(network, factor)
         yield
     finally:
         for layer, scale in zip(layers, scales, strict=True):

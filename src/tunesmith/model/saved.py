@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.tokenizer_file import with_tokens
 from tunesmith.errors import InputError
-from tunesmith.model.adapter_folder import MAGNITUDE, PREFIX, ROWS, AdapterFolder
+from tunesmith.model.adapter_folder import CONFIG, MAGNITUDE, PREFIX, ROWS, WEIGHTS, AdapterFolder
 from tunesmith.model.adapters import lora_layers
 from tunesmith.model.files import TEMPLATES
 from tunesmith.model.folder import read_header, read_json
@@ -72,8 +72,22 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
     }
     if rows := new_rows(network):
         config["trainable_token_indices"] = {path.rpartition(".")[2]: one.ids for path, one in rows.items()}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tensors(adapter_tensors(network), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(adapter_tensors(network), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, Rows]) -> None:
+    """Changes the files of an adapter so that it adds `factor` times as much: `lora_alpha` says so. Its weights stay as
+    they are, but for the rows of new tokens, which become those of `rows`."""
+    config = read_json(folder / CONFIG)
+    alpha = config["lora_alpha"] * factor
+    config["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if rows:
+        tensors = read_adapter_tensors(folder / WEIGHTS)
+        own = {f"{PREFIX}{path}.{ROWS}": one.rows_KH.contiguous() for path, one in rows.items()}
+        kept = {name: own.get(name, tensor) for name, tensor in tensors.items()}
+        write_tensors(kept, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(network: nn.Module, file: Path) -> None:
@@ -110,6 +124,10 @@ class Lora:
     scale: float
     magnitude_O: Tensor | None = None
 
+    def times(self, factor: float) -> Lora:
+        """Magnitudes stay: a row keeps the length that was trained, and turns less."""
+        return replace(self, scale=self.scale * factor)
+
     def merged(self, weight_OI: Tensor) -> Tensor:
         """The adapted weight, from one in fp32 on any device."""
         device = weight_OI.device
@@ -125,6 +143,11 @@ class Rows:
 
     first: int
     rows_KH: Tensor
+
+    def times(self, factor: float, start_VH: Tensor) -> Rows:
+        """Between the rows of a matrix where they began, at 0, and what they are, at 1."""
+        start_KH = start_VH[self.first : self.first + len(self.rows_KH)].to(self.rows_KH)
+        return replace(self, rows_KH=torch.lerp(start_KH, self.rows_KH, factor))
 
     def size(self, rows: int) -> int:
         """Rows of the matrix, which had `rows`."""
