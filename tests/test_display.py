@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+import told_run as told
 from tunesmith.diagnosis import Check, Diagnosis, Fit
 from tunesmith.display import (
     baseline_table,
@@ -140,6 +141,9 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     assert "adapter: runs/x/adapter" in text
     shared = printed(record_view(replace(record, shared_tokens=1800)))
     assert "shared prefixes: 1,800 of 9,000 tokens were not computed again, 20.0%" in shared
+    assert "--scale" not in shared
+    curved = printed(record_view(replace(record, scales=told.scales(told.CHEAPER))))
+    assert "as offered: tunesmith export runs/x --to peft --scale 0.25" in curved
 
 
 def test_a_record_without_measures_says_so_instead_of_an_empty_table() -> None:

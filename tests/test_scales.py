@@ -13,7 +13,7 @@ from tunesmith import cli, facts, run
 from tunesmith.evaluate import cache
 from tunesmith.evaluate.compare import GENERAL
 from tunesmith.scales import SCALES
-from tunesmith.tradeoff import forgetting, gain_kept, offer, offered
+from tunesmith.tradeoff import bargain, command, forgetting, gain_kept, offer, offered
 from tunesmith.types import RunRecord, ScalePoint, Score
 
 
@@ -159,7 +159,8 @@ def test_the_scale_that_keeps_most_of_the_gain_and_forgets_least_is_offered() ->
     assert best.scale == 0.75
     assert gain_kept(curve, best) == pytest.approx(0.96)
     assert forgetting(curve, best) == pytest.approx(0.4)
-    assert offer(curve) == "scale 0.75 keeps 96% of the gain at 40% of the forgetting"
+    assert offer(curve) == bargain(curve) == "scale 0.75 keeps 96% of the gain at 40% of the forgetting"
+    assert command(curve, "my runs/a") == "tunesmith export 'my runs/a' --to peft --scale 0.75"
 
 
 def test_without_forgetting_the_best_gain_is_offered() -> None:
@@ -167,10 +168,25 @@ def test_without_forgetting_the_best_gain_is_offered() -> None:
     unknown = points([2.0, 1.5, 1.0, 1.04, 1.1])
     assert offer(sinking) == "scale 1, the adapter as trained, is best: nothing was forgotten"
     assert offer(unknown) == "scale 0.5 keeps 111% of the gain"
+    assert command(sinking, "run") == ""
+    assert command(unknown, "run") == "tunesmith export run --to peft --scale 0.5"
+    assert bargain(sinking) == bargain(unknown) == ""
     for curve, scale in ((sinking, 1.0), (unknown, 0.5)):
         best = offered(curve)
         assert best is not None
         assert (best.scale, forgetting(curve, best)) == (scale, None)
+
+
+def test_a_scale_that_forgets_nothing_is_said_so() -> None:
+    curve = points([2.0, 1.05, 1.02, 1.01, 1.0], [0.80, 0.79, 0.82, 0.84, 0.90])
+    assert offer(curve) == bargain(curve) == "scale 0.25 keeps 95% of the gain and forgets nothing"
+
+
+def test_only_much_less_forgetting_is_a_bargain() -> None:
+    curve = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.80, 0.81, 0.82, 0.86, 0.90])
+    assert offer(curve) == "scale 0.75 keeps 96% of the gain at 60% of the forgetting"
+    assert command(curve, "run")
+    assert bargain(curve) == ""
 
 
 def test_where_nothing_was_gained_nothing_is_offered() -> None:
@@ -178,6 +194,7 @@ def test_where_nothing_was_gained_nothing_is_offered() -> None:
     assert offered(worse) is None
     assert gain_kept(worse, worse[1]) is None
     assert offered(()) is None
+    assert command((), "run") == command(worse, "run") == bargain(()) == bargain(worse) == ""
     assert offer(worse) == "no scale of the adapter lowers the held-out loss"
 
 

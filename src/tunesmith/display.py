@@ -6,6 +6,7 @@ In: the frozen objects of types.py. Out: things that `rich` can print. Programs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -22,6 +23,7 @@ from tunesmith.plan.staged import StagedPlan
 from tunesmith.progress import interval, one_line
 from tunesmith.retentionview import moved_lines, scale_table
 from tunesmith.significance import evidence, verdict, verdicts
+from tunesmith.tradeoff import command
 from tunesmith.types import Comparison, DataReport, Plan, RunRecord, Score
 from tunesmith.wording import duration, value_text
 
@@ -225,6 +227,8 @@ def record_view(record: RunRecord) -> RenderableType:
     measured = f"peak {size(record.peak_bytes)} ({predicted:.1f} predicted)"
     parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, {measured}")
     parts.append(f"adapter: {escape(record.adapter)}")
+    if way := command(record.scales, str(Path(record.adapter).parent)):
+        parts.append(f"as offered: {escape(way)}")
     return Group(*parts)
 
 

@@ -9,10 +9,12 @@ measuring (scales.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from shlex import quote
 
 from tunesmith.types import ScalePoint
 
 KEPT = 0.9  # of the best gain: what an offered scale keeps at least
+BARGAIN = 0.5  # of the forgetting, at most: then the offer stands in the verdict of a run
 LARGEST = 2.0  # what an adapter may be scaled by; beyond 1 nothing was measured by the run itself
 
 
@@ -56,6 +58,19 @@ def offer(points: Sequence[ScalePoint]) -> str:
         why = "nothing was forgotten" if lost is None else "less of it keeps too little of the gain"
         return f"scale 1, the adapter as trained, is best: {why}" if best.general else "scale 1 is best"
     return f"scale {best.scale:g} {keeps(points, best)}"
+
+
+def command(points: Sequence[ScalePoint], run: str) -> str:
+    """What hands out a run as offered; nothing where that is the adapter as trained."""
+    best = offered(points)
+    return "" if best is None or best.scale == 1 else f"tunesmith export {quote(run)} --to peft --scale {best.scale:g}"
+
+
+def bargain(points: Sequence[ScalePoint]) -> str:
+    """What is offered, where it forgets so much less that nobody should miss it; else nothing."""
+    best = offered(points)
+    lost = None if best is None else forgetting(points, best)
+    return offer(points) if lost is not None and lost <= BARGAIN else ""
 
 
 def keeps(points: Sequence[ScalePoint], point: ScalePoint) -> str:

@@ -15,6 +15,7 @@ from tunesmith.atomic import size
 from tunesmith.report.markup import Content, Html, quoted, tag
 from tunesmith.report.story import GENERAL, Story
 from tunesmith.significance import NOT_SHOWN, evidence, verdicts
+from tunesmith.tradeoff import bargain
 from tunesmith.types import Comparison, RunRecord
 from tunesmith.wording import duration
 
@@ -63,7 +64,10 @@ def verdict_of(story: Story) -> Verdict:
     general = [one for one in claims_of(record) if one.of.task == GENERAL]
     found = [one.outcome for one in task]
     heads = [*_of_task(found, answers=answers), *_of_general(general)]
-    return Verdict(_tone(found, [one.outcome for one in general]), " ".join(heads), _counted(found, answers=answers))
+    said = [_counted(found, answers=answers)]
+    if cheaper := bargain(record.scales):
+        said.append(f"On the rows to choose by, {cheaper}.")
+    return Verdict(_tone(found, [one.outcome for one in general]), " ".join(heads), " ".join(said))
 
 
 def task_of(record: RunRecord) -> tuple[list[Claim], bool]:
