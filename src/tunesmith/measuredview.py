@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.advise.arms import Arm
 from tunesmith.advise.asking import Outcome
 from tunesmith.advise.curve import Curve
 from tunesmith.advise.decide import Decision, Row
@@ -67,18 +66,9 @@ def advice_table(advice: MeasuredAdvice) -> RenderableType:
 
 
 def _headline(advice: MeasuredAdvice) -> str:
-    """What was not tried for want of time may be better: then nothing is decided."""
-    tried = {row.arm.row for row in advice.rows}
-    untried = {kind for out in advice.left_out for kind in _kinds(out.arm) if out.arm.row not in tried}
-    untried -= {kind for row in advice.rows for kind in _kinds(row.arm)}
-    if untried and advice.decision.answer != "sft":
-        return f"Not decided yet: {' and '.join(sorted(untried))} had no room in the time"
+    if advice.decision.answer == "undecided":
+        return f"Not decided yet: {' and '.join(advice.decision.untried)} had no room in the time"
     return HEADLINES[advice.decision.answer]
-
-
-def _kinds(arm: Arm) -> list[str]:
-    kinds = {"retrieval": arm.passages, "training": arm.examples, "the schema": arm.constrained, "prompts": arm.shots}
-    return [kind for kind, there in kinds.items() if there]
 
 
 def _why(decision: Decision) -> Text:

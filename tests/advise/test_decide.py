@@ -26,9 +26,11 @@ def outcome(arm: Arm, right: int, items: int = ITEMS, first: int = 0, **costs: f
     return Outcome(arm, answers, **values)
 
 
-def decided(*outcomes: Outcome, target: float | None = None, items: int = ITEMS) -> tuple[Sequence[Row], Decision]:
+def decided(
+    *outcomes: Outcome, target: float | None = None, items: int = ITEMS, left_out: Sequence[Arm] = ()
+) -> tuple[Sequence[Row], Decision]:
     rows = table_of(outcomes, Graded(questions(items), "exact_match", ("exact_match", "contains"), None))
-    return rows, decision_of(rows, target)
+    return rows, decision_of(rows, target, left_out)
 
 
 def test_a_near_prompt_wins_over_a_training_that_is_a_little_better() -> None:
@@ -73,6 +75,18 @@ def test_what_fails_everywhere_is_said_and_so_is_a_target_out_of_reach() -> None
     assert missed.answer == "nothing"
     assert "a target lower than 0.9: 4 shots has 0.500" in missed.would_change
     assert decided(*arms, target=0.6)[1].answer == "prompt", "0.6 lies in the interval"
+
+
+def test_nothing_is_decided_while_a_kind_of_way_had_no_room_unless_a_training_wins_anyway() -> None:
+    prompts = (outcome(Arm(), 4), outcome(Arm(shots=4), 36))
+    no_room = (Arm(shots=8), Arm(examples=25), Arm(examples=50, passages=1), Arm(constrained=True))
+    found = decided(*prompts, left_out=no_room)[1]
+    assert (found.answer, found.untried) == ("undecided", ("retrieval", "the schema", "training"))
+    assert (found.row.name, found.best.name) == ("4 shots", "4 shots"), "of what was tried it is told all the same"
+    found = decided(*prompts, left_out=no_room[:1])[1]
+    assert (found.answer, found.untried) == ("prompt", ()), "another number of shots is no other kind"
+    found = decided(outcome(Arm(), 4), outcome(Arm(examples=100), 36), left_out=no_room)[1]
+    assert (found.answer, found.untried) == ("sft", ("prompts", "retrieval", "the schema"))
 
 
 def test_prompts_count_by_their_best_wording_and_trainings_by_their_mean() -> None:

@@ -68,7 +68,7 @@ def test_a_measure_that_is_stopped_goes_on_and_ends_in_a_verdict(writer: Path, t
     assert outcomes[0] == zero, "taken from the folder, its seconds too"
     assert isinstance(advice, MeasuredAdvice)
     assert (advice.metric, advice.items, advice.training_rows) == ("exact_match", 20, 30)
-    assert advice.decision.answer == "nothing", "the model writes letters"
+    assert advice.decision.answer == ("undecided" if advice.decision.untried else "nothing"), "the model writes letters"
     assert len(outcomes) + len(advice.left_out) == len(begun.arms) + len(begun.left_out)
     assert {out.why[:5] for out in advice.left_out} <= {"about", "a pro"}
     assert "test.jsonl" not in json.dumps(to_json(advice))
@@ -164,9 +164,12 @@ def test_what_the_base_knows_is_counted(writer: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_shown(writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for found in advise_measured(wish(writer, tmp_path), minutes=0.001, folder=tmp_path / "kept", target=0.5):
+    *begun, advice = advise_measured(wish(writer, tmp_path), minutes=0.001, folder=tmp_path / "kept", target=0.5)
+    for found in (*begun, advice):
         if (view := measured_view(found)) is not None:
             Console(width=120).print(view)
+    printed = to_json(advice)["decision"]
+    assert (printed["answer"], printed["untried"]) == ("undecided", ["prompts", "training"]), "--json says it as well"
     told = capsys.readouterr()
     assert told.out.startswith("Not decided yet: prompts and training had no room in the time")
     assert "zero-shot" in told.out

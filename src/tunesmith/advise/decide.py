@@ -28,7 +28,7 @@ from tunesmith.types import Comparison, Json, Score
 FORM_ONLY = ("json_valid", "schema_valid")  # say nothing of what an answer holds
 FEW = 20  # items under which a verdict is no more than a look
 LITTLE = 0.1  # of a score: below it no arm has done the task
-Answer = Literal["prompt", "constrained decoding", "retrieval", "sft", "nothing"]
+Answer = Literal["prompt", "constrained decoding", "retrieval", "sft", "nothing", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Decision:
-    """`row`: the cheapest that is not shown to be worse than `best`. `smallest`: the least difference that so many
-    items show in four of five cases."""
+    """`row`: of what was tried, the cheapest that is not shown to be worse than `best`. `smallest`: the least
+    difference that so many items show in four of five cases. `untried`: kinds of ways that had no room, any of which
+    may be better; then the answer is "undecided", unless a training wins anyway."""
 
     answer: Answer
     row: Row
@@ -61,6 +62,7 @@ class Decision:
     items: int
     doubts: tuple[str, ...]
     would_change: tuple[str, ...]
+    untried: tuple[str, ...] = ()
 
 
 def deciding_metric(metrics: Sequence[str]) -> str:
@@ -140,20 +142,33 @@ def _row(found: Sequence[Outcome], counted: Sequence[Outcome], graded: Graded, a
 # ---------------------------------------------------------------- the verdict
 
 
-def decision_of(rows: Sequence[Row], target: float | None) -> Decision:
-    """`rows` as `table_of` gave them."""
+def decision_of(rows: Sequence[Row], target: float | None, left_out: Sequence[Arm] = ()) -> Decision:
+    """`rows` as `table_of` gave them; `left_out`: what had no room in the time."""
     best = next(row for row in rows if not row.change)
     chosen = next(row for row in rows if not row.change or row.change[2] >= 0)
     smallest, items = _smallest(chosen, rows), best.score.n
+    answer, untried = _answer(chosen, best, target), _untried(rows, left_out)
     return Decision(
-        answer=_answer(chosen, best, target),
+        answer="undecided" if untried and answer != "sft" else answer,
         row=chosen,
         best=best,
         smallest=smallest,
         items=items,
         doubts=tuple(_doubts(chosen, best, rows, items, smallest)),
         would_change=tuple(_would_change(chosen, best, rows, smallest, target)),
+        untried=untried,
     )
+
+
+def _untried(rows: Sequence[Row], left_out: Sequence[Arm]) -> tuple[str, ...]:
+    """Kinds of ways without a row: what was left out of a kind that has one is another wording, or another size."""
+    missing = {kind for arm in left_out for kind in _kinds(arm)}
+    return tuple(sorted(missing - {kind for row in rows for kind in _kinds(row.arm)}))
+
+
+def _kinds(arm: Arm) -> list[str]:
+    kinds = {"retrieval": arm.passages, "training": arm.examples, "the schema": arm.constrained, "prompts": arm.shots}
+    return [kind for kind, there in kinds.items() if there]
 
 
 def _answer(chosen: Row, best: Row, target: float | None) -> Answer:
