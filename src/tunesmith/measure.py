@@ -38,11 +38,11 @@ from tunesmith.evaluate.tasks import (
     samples_of,
 )
 from tunesmith.facts import Facts
+from tunesmith.plan.disk import GENERAL_TOKENS
 from tunesmith.types import Document, Example, Plan, Score
 from tunesmith.workbench import Workbench
 
 SHOWN_ANSWERS, SHOWN_TASKS = 3, 8
-GENERAL_TOKENS = 100_000  # rules.md 6.2; the demo has 17,000
 SELECTING = 16  # questions of `eval_data` at a look: their answers take about as long as the held-out loss of 60 rows
 MEASURED_CHARACTERS = 300_000  # of the texts of a role; about 75,000 tokens
 LONGEST_TEXT = 30_000  # characters

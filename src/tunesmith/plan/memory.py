@@ -86,7 +86,7 @@ def fixed_parts(spec: ModelSpec, *, layouts: int, **size: Unpack[Size]) -> dict[
     return {
         "weights": frozen + (layouts - 1) * spec.block_parameters * width + narrow_copies,
         "widened": 2 * spec.hidden_size * spec.intermediate_size * width if method == "qlora" else 0,
-        "trained": int(trained_parameters(spec, **size) * (8 + _moment_bytes(**size))),
+        "trained": int(trained_parameters(spec, **size) * (8 + moment_bytes(**size))),
         "update": _update_bytes(spec, **size),
     }
 
@@ -98,7 +98,7 @@ def trained_parameters(spec: ModelSpec, **size: Unpack[Size]) -> int:
     return lora_parameters(spec, size["rank"]) + (magnitudes(spec) if size.get("dora") else 0) + rows
 
 
-def _moment_bytes(**size: Unpack[Size]) -> float:
+def moment_bytes(**size: Unpack[Size]) -> float:
     """Adam's two of each trained weight, beside 8 bytes for an fp32 master and its gradient."""
     return 2 * (1 + 4 / 256) if size.get("optim") == "adamw_8bit" else 8
 
@@ -107,11 +107,3 @@ def _update_bytes(spec: ModelSpec, **size: Unpack[Size]) -> int:
     """Both moments of the largest tensor in fp32, and two temporaries."""
     largest = spec.vocab_size * spec.hidden_size if size["method"] == "full" else 0
     return 4 * 4 * largest if size.get("optim") == "adamw_8bit" else 0
-
-
-def disk_needed(spec: ModelSpec, **size: Unpack[Size]) -> int:
-    """Bytes that a run holds on disk at most: three checkpoints (two are kept while a third is written) of a weight
-    in fp32 and two moments, and the trained weights."""
-    trained = trained_parameters(spec, **size)
-    final = trained * (2 if size["method"] == "full" and size["dtype"] == "bf16" else 4)
-    return int(3 * trained * (4 + _moment_bytes(**size))) + final

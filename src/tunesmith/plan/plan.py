@@ -12,9 +12,9 @@ from typing import Any, cast
 
 from tunesmith.errors import InputError, MachineError
 from tunesmith.plan.continued import CPT_RULES, LITTLE
+from tunesmith.plan.disk import GENERAL_TOKENS, disk_needed, most_checkpoints
 from tunesmith.plan.evidence import with_evidence
 from tunesmith.plan.guard import guard_choices
-from tunesmith.plan.memory import disk_needed
 from tunesmith.plan.mixture import epoch_of
 from tunesmith.plan.never import never_choices
 from tunesmith.plan.rehearsal import MOST, rehearsal_choices
@@ -85,7 +85,7 @@ def decide(
         tokens_per_epoch=epoch.tokens,
         memory_bytes=_memory(known, model, choices),
         warnings=tuple(_warnings(known, data)),
-        disk_bytes=disk_needed(model, **_size(decided)),
+        disk_bytes=_disk(recipe, known, data, choices),
         phase_bytes=_phases(known, model, choices),
         saved_share=known.saved if decided["share_prefixes"] else 0.0,
     )
@@ -237,6 +237,17 @@ ACTIVATIONS = {
     "selective": "all of them do not fit: the MLP's are computed again in the backward",
     "recompute": "little room: layer by layer, all are computed again in the backward",
 }
+
+
+def _disk(recipe: Recipe, known: Known, data: Mapping[str, DataReport], choices: Mapping[str, Choice]) -> int:
+    selecting = "eval_data" in data or "rehearsal_margin" in choices
+    eval_steps = known["eval_steps"] if selecting else None
+    checkpoints = most_checkpoints(steps=known.steps, save_steps=known["save_steps"], eval_steps=eval_steps)
+    kept_tokens = 0
+    if known["method"] == "full" or "adapter_sha256" in choices:  # no switch brings the base back
+        kept_tokens += GENERAL_TOKENS if recipe.retention_data is not None else 0
+        kept_tokens += data["test_data"].supervised_tokens if "test_data" in data and known.stage != "cpt" else 0
+    return disk_needed(known.model, checkpoints=checkpoints, kept_tokens=kept_tokens, **_size(known.decided))
 
 
 def _size(decided: Mapping[str, Any]) -> dict[str, Any]:
