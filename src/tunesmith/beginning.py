@@ -48,7 +48,7 @@ def bases(folder: RunFolder, bench: Workbench, items: Items) -> Bases:
         return SWITCHED
     if not (folder.path / STATES).exists():
         _keep(folder, bench, items)
-    return {task: Kept.read(folder.path / STATES, name) for task, name in NAMES.items()}
+    return dict(zip(NAMES, Kept.read(folder.path / STATES, NAMES.values(), bench.model.device), strict=True))
 
 
 def is_switched(bench: Workbench) -> bool:

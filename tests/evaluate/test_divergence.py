@@ -67,6 +67,22 @@ def test_nothing_has_moved_where_nothing_was_trained() -> None:
         assert (one.kl, one.same) == (pytest.approx(0, abs=1e-6), one.tokens)
 
 
+def test_the_kept_head_is_the_one_that_computes(tmp_path: Path) -> None:
+    """The narrow copy of a wide master, in one file for all lists of documents."""
+    model, documents = tiny_model("llama", torch.bfloat16, method="full"), tiny_documents()
+    assert model.head.weight.dtype == torch.float32
+    kept = keep(model, documents, 1000)
+    for name in ("one", "two"):
+        kept.write(tmp_path, name)
+    assert {file.name for file in tmp_path.iterdir()} == {"one.safetensors", "two.safetensors", "head.safetensors"}
+    one, two = Kept.read(tmp_path, ["one", "two"], model.device)
+    assert one.head is two.head
+    assert one.head is not None
+    assert one.head.dtype == torch.bfloat16
+    for _, found in moved(model, documents, 1000, one):
+        assert (found.kl, found.same) == (pytest.approx(0, abs=1e-6), found.tokens)
+
+
 def test_a_kept_base_is_the_base_after_all_weights_have_changed(tmp_path: Path) -> None:
     """Kept in other packs than it is compared in, written and read back, the head included."""
     model, documents = tiny_model("llama-tied", torch.float64, method="full"), branching_documents()
@@ -75,7 +91,7 @@ def test_a_kept_base_is_the_base_after_all_weights_have_changed(tmp_path: Path) 
     generator = torch.Generator().manual_seed(5)
     for parameter in trainable(model.network).values():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    base = Kept.read(tmp_path, "answers")
+    (base,) = Kept.read(tmp_path, ["answers"], model.device)
     for place, one in moved(model, documents, 1000, base, share=True):
         after = whole_logits(model, documents[place]).detach().log_softmax(-1)
         kl = float((before[place].exp() * (before[place] - after)).sum())

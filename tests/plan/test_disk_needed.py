@@ -23,7 +23,7 @@ def test_checkpoints_of_all_trained_weights_and_of_the_base_what_no_switch_bring
     full: dict[str, Any] = {"method": "full", "dtype": "bf16", "rank": 0}
     assert disk_needed(spec, checkpoints=2, **full) == 2 * spec.parameters * 12
     states = disk_needed(spec, checkpoints=2, kept_tokens=1000, **full) - 2 * spec.parameters * 12
-    assert states == 576 * (2 * 1000 + 4 * spec.vocab_size)
+    assert states == 576 * 2 * (1000 + spec.vocab_size)
     assert disk_needed(spec, checkpoints=0, kept_tokens=1000, **lora) == 576 * 2 * 1000, "its head is the base's"
     small = disk_needed(spec, checkpoints=1, optim="adamw_8bit", **full)
     assert small == pytest.approx(spec.parameters * (4 + 2 * 260 / 256), abs=1)

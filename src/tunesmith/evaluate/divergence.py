@@ -12,7 +12,7 @@ Legend: S targets, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.likelihood import MEASURED, by_document, loss_by_row, summed
 from tunesmith.model import kernels
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.head import CHUNK_TARGETS, Head
+from tunesmith.model.head import CHUNK_TARGETS
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.tensorfile import write_tensors
 from tunesmith.types import Batch, Document
@@ -68,7 +68,8 @@ class Switched:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """States of the base on known documents, one tensor [S, H] each, and its head where that is trained."""
+    """States of the base on known documents, one tensor [S, H] each, and its head where that is trained: on the
+    model's device and in its dtype, as every chunk of targets takes it."""
 
     states: tuple[Tensor, ...]
     head: Tensor | None = None
@@ -78,25 +79,22 @@ class Kept:
         return torch.cat([self.states[place] for place in places]).to(model.device)
 
     def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor:
-        head = model.head if self.head is None else _with_weight(model.head, self.head.to(model.device))
+        head = model.head if self.head is None else replace(model.head, weight=self.head, new=None)
         return head.raw_logits(hidden_SH)
 
     def write(self, folder: Path, name: str) -> None:
-        """As files of a folder; several lists of documents may share one, and the head."""
+        """As files of a folder; several lists of documents may share one, and the head, which is written once."""
         states = {f"{place:08d}": state for place, state in enumerate(self.states)}
         write_tensors(states, folder / f"{name}.safetensors")
-        if self.head is not None:
+        if self.head is not None and not (folder / HEAD).exists():
             write_tensors({"head": self.head}, folder / HEAD)
 
     @classmethod
-    def read(cls, folder: Path, name: str) -> Kept:
-        states = load_file(folder / f"{name}.safetensors")
-        head = load_file(folder / HEAD)["head"] if (folder / HEAD).exists() else None
-        return cls(tuple(states[place] for place in sorted(states)), head)
-
-
-def _with_weight(head: Head, weight: Tensor) -> Head:
-    return replace(head, weight=weight, new=None)
+    def read(cls, folder: Path, names: Iterable[str], device: torch.device) -> list[Kept]:
+        """In the order of the names; all have one head."""
+        head = load_file(folder / HEAD)["head"].to(device) if (folder / HEAD).exists() else None
+        states = (load_file(folder / f"{name}.safetensors") for name in names)
+        return [cls(tuple(one[place] for place in sorted(one)), head) for one in states]
 
 
 @torch.no_grad()
@@ -105,7 +103,7 @@ def keep(model: LanguageModel, documents: Sequence[Document], pack_length: int, 
     found = dict(by_document(model, documents, pack_length, _states, share=share))
     nothing = torch.empty(0, 0)
     head = model.head
-    weight = head.weight.detach().clone() if head.trained.requires_grad else None
+    weight = head.weight.detach().to(model.dtype, copy=True) if head.trained.requires_grad else None
     return Kept(tuple(found.get(place, nothing) for place in range(len(documents))), weight)
 
 

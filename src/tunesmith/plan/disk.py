@@ -34,5 +34,5 @@ def base_states(spec: ModelSpec, tokens: int, **size: Unpack[Size]) -> int:
     """Final hidden states on the measured tokens, and the head where it is trained: what a model is compared with when
     no switch brings its base back."""
     width = 2 if size["dtype"] == "bf16" else 4
-    in_head = 4 if size["method"] == "full" else width * bool(size.get("new_rows"))  # bytes a weight
-    return (tokens * width + spec.vocab_size * in_head) * spec.hidden_size if tokens else 0
+    head = spec.vocab_size if size["method"] == "full" or size.get("new_rows") else 0
+    return (tokens + head) * width * spec.hidden_size if tokens else 0
