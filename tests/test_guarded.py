@@ -98,18 +98,18 @@ def test_prompts_are_never_of_test_data_and_never_one_alone(tiny_folder: Path, t
     files = measured_files(tmp_path)
     assert "test_data" not in ROLES
 
-    def role(**own: str) -> str | None:
+    def origin(**own: str) -> set[str]:
         known = facts.gather(recipe(tiny_folder, tmp_path, **own))
         texts = run.items_of(facts.make_plan(known), known).texts
         found = probe_set(facts.make_plan(known), known, texts)
-        return found.role if found else None
+        return {probe.question.id.partition(":")[0] for probe in found.probes} if found else set()
 
-    assert role(**files) == "eval_data"
-    assert role(retention_data=files["retention_data"]) == "retention_data"
-    assert role(test_data=files["test_data"]) is None
+    assert origin(**files) == {"eval.jsonl"}
+    assert origin(retention_data=files["retention_data"]) == {"general.jsonl"}
+    assert origin(test_data=files["test_data"]) == set()
     texts = [{"text": f"{n} and {n}"} for n in range(2)]
     one = str(write_rows(tmp_path / "one.jsonl", texts))
-    assert role(eval_data=one, test_data=files["test_data"]) == "eval_data", "texts are gone on with"
+    assert origin(eval_data=one, test_data=files["test_data"]) == {"one.jsonl"}, "texts are gone on with"
 
 
 def test_without_prompts_it_says_so(tiny_folder: Path, tmp_path: Path) -> None:

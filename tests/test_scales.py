@@ -11,10 +11,9 @@ import tunesmith
 from tiny_run import measured_files, recipe, save_model_folder, train, until_saved
 from tunesmith import cli, facts, run
 from tunesmith.evaluate import cache
-from tunesmith.evaluate.compare import GENERAL
 from tunesmith.scales import SCALES
 from tunesmith.tradeoff import bargain, command, forgetting, gain_kept, offer, offered
-from tunesmith.types import RunRecord, ScalePoint, Score
+from tunesmith.types import GENERAL, RunRecord, ScalePoint, Score
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from tunesmith.significance import (
     holm,
     mcnemar,
     p_of,
+    robust_sd,
     smallest_difference,
     verdict,
     verdicts,
@@ -58,7 +59,15 @@ def test_500_items_with_45_losses_and_20_gains() -> None:
 @pytest.mark.parametrize(("n", "smallest"), [(969, 0.03), (150, 0.0763)])
 def test_three_points_take_969_items(n: int, smallest: float) -> None:
     """Where a ninth of the items changes: n = (1.96 + 0.84)^2 * variance / difference^2."""
-    assert smallest_difference((1 / 9 / n) ** 0.5) == pytest.approx(smallest, abs=1e-4)
+    half = 1.96 * (1 / 9 / n) ** 0.5
+    assert smallest_difference(-half, half) == pytest.approx(smallest, abs=1e-4)
+
+
+def test_a_robust_spread_is_that_of_most() -> None:
+    values = np.random.default_rng(0).normal(3, 2, 1000).tolist()
+    assert robust_sd(values) == pytest.approx(2, rel=0.05)
+    assert robust_sd([*values, *[1e6] * 20]) == pytest.approx(robust_sd(values), rel=0.05)
+    assert robust_sd([5.0]) == 0
 
 
 def test_a_comparison_says_what_it_would_have_shown() -> None:

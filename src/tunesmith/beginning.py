@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tunesmith.atomic import new_folder, remove_folder
 from tunesmith.evaluate.cache import ANSWERS, Store, state_of
-from tunesmith.evaluate.compare import GENERAL, Measured
+from tunesmith.evaluate.compare import Measured
 from tunesmith.evaluate.divergence import Kept, Switched, keep
 from tunesmith.evaluate.retention import pieces_of
 from tunesmith.jsonfile import from_json, read_json
@@ -21,7 +21,7 @@ from tunesmith.measure import Bases, Items, answers_of, measure, text_window
 from tunesmith.model.adapter_folder import AdapterFolder
 from tunesmith.model.provenance import hashes_of
 from tunesmith.runfolder import BEFORE, RunFolder
-from tunesmith.types import Document, Json
+from tunesmith.types import GENERAL, Document, Json
 from tunesmith.workbench import Workbench
 
 STATES = "base-states"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+GENERAL = "general text"  # the task of what retention_data measures
 PROBES, EXPECTED = "probes", "expected answers"  # tasks of what the model says while it trains, and of what it should
 
 

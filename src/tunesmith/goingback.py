@@ -16,6 +16,7 @@ from statistics import median
 
 from tunesmith.evaluate.likelihood import negative_log_likelihoods
 from tunesmith.plan.rehearsal import next_ratio
+from tunesmith.significance import robust_sd
 from tunesmith.train.guard import DETECTORS
 from tunesmith.train.training import Training
 from tunesmith.types import Document, Plan, Rollback, Verdict
@@ -56,7 +57,7 @@ def _at_fault(bench: Workbench, training: Training, at: int) -> tuple[str, ...]:
         document
         for step in steps
         for document in own.documents_of(step)
-        if document.side not in ("rejected", "banned") and document.id not in left_out and document.weights_L.any()
+        if document.right and document.id not in left_out and document.weights_L.any()
     )
     documents = list(islice(suspects, LOOKED_AT))
     bench.model.network.eval()
@@ -72,7 +73,7 @@ def _losses(bench: Workbench, documents: Sequence[Document]) -> list[float]:
 def outliers(documents: Sequence[Document], losses: Sequence[float]) -> tuple[str, ...]:
     """Row ids; none when many stand out, or when there are too few to tell."""
     middle = median(losses) if losses else 0.0
-    spread = 1.4826 * median(abs(loss - middle) for loss in losses) if losses else 0.0
+    spread = robust_sd(losses) if losses else 0.0
     far = [loss > middle + FAR * spread and loss > 2 * middle for loss in losses]
     rows = tuple(dict.fromkeys(document.id for document, out in zip(documents, far, strict=True) if out))
     every = {document.id for document in documents}

@@ -194,8 +194,8 @@ class Course:
             with self.run.wish.at_once(), memory_errors():
                 scores = eval_scores(self.bench, self.run.items, step=step)
         for event in (*scores, *(self._probed(step) if self.probes else ())):
-            self.history.append(event)
             if not isinstance(event, Sample):
+                self.history.append(event)
                 self.guard.see(event)
             yield event
         if scores:

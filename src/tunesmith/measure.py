@@ -19,7 +19,7 @@ from tunesmith.evaluate.baselines import bad_strings, bans, rules, told
 from tunesmith.evaluate.by_task import by_task
 from tunesmith.evaluate.cache import Store, answers_cached
 from tunesmith.evaluate.choices import choices_of, multiple_choice
-from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, Measurement, score
+from tunesmith.evaluate.compare import RETENTION, Measured, Measurement, score
 from tunesmith.evaluate.divergence import Base, held_out_beside
 from tunesmith.evaluate.likelihood import held_out_loss, per_byte
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, LIKELIHOODS, MULTIPLE_CHOICE
@@ -39,7 +39,7 @@ from tunesmith.evaluate.tasks import (
 )
 from tunesmith.facts import Facts
 from tunesmith.plan.disk import GENERAL_TOKENS
-from tunesmith.types import Document, Example, Plan, Score
+from tunesmith.types import GENERAL, Document, Example, Plan, Score
 from tunesmith.workbench import Workbench
 
 SHOWN_ANSWERS, SHOWN_TASKS = 3, 8
@@ -148,7 +148,7 @@ def tasks_of(facts: Facts, role: str, documents: Sequence[Document]) -> dict[str
     if dataset is None or not dataset.tasks:
         return {}
     task_of = {dataset.id(row): dataset.part(row).task for row in range(len(dataset))}
-    measured = {document.id for document in documents if document.side not in ("rejected", "banned")}
+    measured = {document.id for document in documents if document.right}
     counts, left = Counter(task_of[row] for row in measured), {task_of[document.id] for document in documents}
     for task in dataset.tasks:
         what = f"rows of the task '{task}' with something to predict"
@@ -347,7 +347,7 @@ def _likelihoods(
 
 def answers_of(documents: Sequence[Document]) -> list[Document]:
     """Those with a right answer."""
-    return [document for document in documents if document.side not in ("rejected", "banned")]
+    return [document for document in documents if document.right]
 
 
 def _chosen(bench: Workbench, items: Items, found: Sequence[Measurement]) -> list[Measurement]:

@@ -62,7 +62,6 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeSet:
-    role: str  # where the prompts come from
     probes: tuple[Probe, ...]
     texts: tuple[GeneralText, ...]  # short pieces of general texts
 
@@ -81,7 +80,7 @@ def probe_set(plan: Plan, facts: Facts, texts: Sequence[GeneralText]) -> ProbeSe
             found = [_of_text(one.id, one.text, facts.renderer) for one in own[:: max(1, len(own) // 8)]]
         usable = [probe for probe in found if probe is not None][: plan["probe_prompts"]]
         if len(usable) > 1:
-            return ProbeSet(role, tuple(usable), short)
+            return ProbeSet(tuple(usable), short)
     return None
 
 

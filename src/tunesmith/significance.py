@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 from tunesmith.types import Comparison
 
@@ -35,16 +36,28 @@ def holm(ps: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
-def smallest_difference(standard_error: float) -> float:
-    """What would be shown in 4 of 5 repetitions: (1.96 + 0.84) standard errors of the paired difference."""
-    return (Z + Z_POWER) * standard_error
+def standard_error(low: float, high: float) -> float:
+    """Of what has this 95% interval, if it is normal."""
+    return (high - low) / (2 * Z)
+
+
+def robust_sd(values: Sequence[float]) -> float:
+    """From the median distance to the median: as of a normal distribution, whatever a few outliers are."""
+    middle = median(values)
+    return 1.4826 * median(abs(value - middle) for value in values)
+
+
+def smallest_difference(low: float, high: float) -> float:
+    """What would be shown in 4 of 5 repetitions, (1.96 + 0.84) standard errors of a paired difference with this 95%
+    interval."""
+    return (Z + Z_POWER) * standard_error(low, high)
 
 
 def p_of(comparison: Comparison) -> float:
     """Exact where items are right or wrong; else of a normal distribution as wide as the interval."""
     if comparison.p is not None:
         return comparison.p
-    error = (comparison.high - comparison.low) / (2 * Z)
+    error = standard_error(comparison.low, comparison.high)
     if not error:
         return 1.0 if comparison.difference == 0 else 0.0
     return math.erfc(abs(comparison.difference) / error / math.sqrt(2))

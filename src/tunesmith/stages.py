@@ -22,7 +22,7 @@ from pathlib import Path
 from tunesmith import afterwards, facts, run
 from tunesmith.atomic import damage, write_file
 from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, compare_all, shown_answers
+from tunesmith.evaluate.compare import RETENTION, Measured, compare_all, shown_answers
 from tunesmith.export.card import write_card
 from tunesmith.facts import Facts
 from tunesmith.jsonfile import from_json, json_bytes, read_json
@@ -48,7 +48,7 @@ from tunesmith.runfolder import (
     plan_in,
 )
 from tunesmith.train.interrupts import StopWish
-from tunesmith.types import Choice, Comparison, Event, Json, Plan, RunRecord, Stage, Verdict
+from tunesmith.types import GENERAL, Choice, Comparison, Event, Json, Plan, RunRecord, Stage, Verdict
 from tunesmith.workbench import model_at_start, only_model
 
 LAYERS = "lora_target_modules"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tunesmith.events import EXPECTED as EXPECTED
+from tunesmith.events import GENERAL as GENERAL
 from tunesmith.events import PROBES as PROBES
 from tunesmith.events import Done as Done
 from tunesmith.events import Event as Event
@@ -216,6 +217,11 @@ class Document:
     side: Side = ""
     reference: float | None = None  # log-probability of its targets before training, if it was kept
     task: str = ""  # a named one of the recipe, "rehearsal", or nothing
+
+    @property
+    def right(self) -> bool:
+        """Its answer is one to give: neither the rejected one of a pair nor a banned one."""
+        return self.side not in ("rejected", "banned")
 
     def __len__(self) -> int:
         return len(self.tokens_L)

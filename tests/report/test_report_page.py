@@ -10,13 +10,11 @@ import pytest
 import told_run as told
 from tunesmith import verbs
 from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import GENERAL
-from tunesmith.report import story as stories
 from tunesmith.report.page import page, write_report
 from tunesmith.report.samples import shown_of
 from tunesmith.report.story import read_story
 from tunesmith.report.verdict import verdict_of
-from tunesmith.types import Comparison, Sample, Score, Verdict
+from tunesmith.types import GENERAL, Comparison, Sample, Score, Verdict
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202egnp.exe\x00\ud800&amp;"
 
@@ -102,10 +100,6 @@ def test_a_loss_of_general_text_that_may_be_chance_is_not_called_none(tmp_path: 
     weak = told.compared("bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL, higher=False)
     others = [replace(told.SAME, metric=f"m{n}") for n in range(4)]
     assert "may have got worse" in verdict_of(read_story(finished(tmp_path, *others, weak))).headline
-
-
-def test_general_text_has_one_name() -> None:
-    assert stories.GENERAL == GENERAL
 
 
 # ---------------------------------------------------------------- what it shows

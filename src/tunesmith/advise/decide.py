@@ -22,7 +22,7 @@ from tunesmith.advise.asking import Outcome
 from tunesmith.evaluate.compare import Measurement, compare, score
 from tunesmith.evaluate.metrics import given_to, graded
 from tunesmith.evaluate.tasks import Question
-from tunesmith.significance import Z, smallest_difference
+from tunesmith.significance import smallest_difference
 from tunesmith.types import Comparison, Json, Score
 
 FORM_ONLY = ("json_valid", "schema_valid")  # say nothing of what an answer holds
@@ -187,7 +187,7 @@ def _smallest(chosen: Row, rows: Sequence[Row]) -> float:
     if against is None:
         return 1.0  # nothing to compare with
     _, low, high = against.change
-    return smallest_difference((high - low) / (2 * Z))
+    return smallest_difference(low, high)
 
 
 def _doubts(chosen: Row, best: Row, rows: Sequence[Row], items: int, smallest: float) -> Iterator[str]:

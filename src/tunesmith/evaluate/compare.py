@@ -18,10 +18,9 @@ import numpy as np
 
 from tunesmith.errors import InputError
 from tunesmith.evaluate.stats import bootstrap, paired_rates, wilson
-from tunesmith.significance import Z, mcnemar, smallest_difference, verdict
+from tunesmith.significance import mcnemar, smallest_difference, verdict
 from tunesmith.types import Comparison, Sample, Score
 
-GENERAL = "general text"  # the task of what retention_data measures
 RETENTION = "retention_data"
 
 
@@ -92,7 +91,7 @@ def compare(before: Measurement, after: Measurement, *, step: int = 0, seed: int
         high=high,
         higher_is_better=before.higher_is_better,
         **_changed(counts, before.higher_is_better),
-        smallest=smallest_difference((high - low) / (2 * Z)),
+        smallest=smallest_difference(low, high),
     )
 
 

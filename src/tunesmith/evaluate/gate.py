@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import GENERAL
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.significance import verdict
-from tunesmith.types import Comparison
+from tunesmith.types import GENERAL, Comparison
 
 
 @dataclass(frozen=True)

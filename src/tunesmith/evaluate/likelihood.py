@@ -124,7 +124,7 @@ def per_byte(loss: Measurement, documents: Sequence[Document], renderer: Rendere
     not. The end token counts among the bits, and has no bytes."""
     sizes = dict.fromkeys(loss.ids, 0)
     for document in documents:
-        if document.id in sizes and document.side not in ("rejected", "banned"):
+        if document.id in sizes and document.right:
             targets = document.tokens_L[document.weights_L != 0].tolist()
             answer = renderer.decode([token for token in targets if token not in renderer.end_ids])
             sizes[document.id] += len(answer.encode())

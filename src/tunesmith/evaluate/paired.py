@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tunesmith.evaluate.compare import GENERAL, RETENTION, Measured, Measurement
+from tunesmith.evaluate.compare import RETENTION, Measured, Measurement
+from tunesmith.types import GENERAL
 
 Pair = tuple[Measurement, Measurement]
 

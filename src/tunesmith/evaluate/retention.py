@@ -18,12 +18,12 @@ import numpy as np
 from tunesmith.data.schedule import order
 from tunesmith.data.windows import window, window_counts
 from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import GENERAL, Measurement
+from tunesmith.evaluate.compare import Measurement
 from tunesmith.evaluate.divergence import Base, Moved, joined, measurements, moved
 from tunesmith.evaluate.likelihood import negative_log_likelihoods
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.model.load import LanguageModel
-from tunesmith.types import Document, Row
+from tunesmith.types import GENERAL, Document, Row
 
 TextTokens = Callable[[str], Sequence[int]]
 

@@ -26,7 +26,6 @@ from tunesmith.runfolder import (
 )
 from tunesmith.types import Json, Plan, RunRecord, Sample
 
-GENERAL = "general text"  # the task of what retention_data measures
 SIDES = ("before", "after")
 
 

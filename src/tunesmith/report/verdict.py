@@ -13,10 +13,10 @@ from typing import Literal
 
 from tunesmith.atomic import size
 from tunesmith.report.markup import Content, Html, quoted, tag
-from tunesmith.report.story import GENERAL, Story
+from tunesmith.report.story import Story
 from tunesmith.significance import NOT_SHOWN, evidence, verdicts
 from tunesmith.tradeoff import bargain
-from tunesmith.types import Comparison, RunRecord
+from tunesmith.types import GENERAL, Comparison, RunRecord
 from tunesmith.wording import duration
 
 Outcome = Literal["better", "worse", "doubtful", "same"]

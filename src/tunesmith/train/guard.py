@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
+from tunesmith.significance import robust_sd
 from tunesmith.train.seen import FIRST, RECENT, SPAN, Seen
 from tunesmith.types import EXPECTED, PROBES, Event, Plan, Score, StepResult, Verdict
 
@@ -85,8 +86,7 @@ def loss_spike(seen: Seen) -> str:
     if len(before) < LEAST:
         return ""
     middle = median(before)
-    spread = 1.4826 * median(abs(loss - middle) for loss in before)  # of a normal distribution: one sd
-    if now > middle + BOUNDS["loss spike"] * spread and now > 2 * middle:
+    if now > middle + BOUNDS["loss spike"] * robust_sd(before) and now > 2 * middle:
         return f"loss {now:.3f}, the median of the last {len(before)} steps is {middle:.3f}"
     return ""
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from statistics import median
 
+from tunesmith.significance import robust_sd
 from tunesmith.types import Score, StepResult
 
 SPAN = 10  # steps of the moving average
@@ -56,10 +56,8 @@ class Seen:
 
     @property
     def noise(self) -> float:
-        """How losses vary around the moving average before them: one sd of a normal distribution, robust."""
+        """How losses vary around the moving average before them."""
         before = self.averages[-RECENT - 1 : -1]
         if not before:
             return 0.0
-        off = [step.loss - average for step, average in zip(self.steps[-len(before) :], before, strict=True)]
-        middle = median(off)
-        return 1.4826 * median(abs(one - middle) for one in off)
+        return robust_sd([s.loss - average for s, average in zip(self.steps[-len(before) :], before, strict=True)])
