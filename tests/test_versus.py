@@ -201,6 +201,8 @@ def test_eval_measures_other_rows_and_other_models(runs: tuple[Path, Path], tiny
     assert {score.metric for score in scores} == {"chrf", "loss"}
     alone = shutil.copytree(runs[0] / "adapter", tmp_path / "alone")  # in bf16: no run says otherwise
     (_, loss) = tunesmith.evaluate(alone, data=rows, metrics=["chrf"])
+    base = next(score for score in scores if score.metric == "loss")
+    assert (loss.before.value, loss.before.low) == pytest.approx((base.value, base.low), rel=1e-5)
     assert loss.difference == pytest.approx(next(c.difference for c in found if c.metric == "loss"), abs=0.02)
     bad = write_rows(tmp_path / "bad.jsonl", [*sums(1, 2), {"messages": [{"role": "user", "content": "x"}]}])
     with pytest.raises(InputError, match=r"bad\.jsonl:3: the last turn is `user`"):

@@ -52,13 +52,8 @@ class Exam:
 def measured_by(side: Side, other: Side, exam: Exam) -> Measured:
     """A side that no file has measured, on the items of its own run, of the other side's, or of the exam."""
     if side.run is not None:
-        plan, known = _of_run(side.run)
-        model = _model_of(side, plan, known)
-        with adapter_scaled(model.network, side.scale):
-            return _measured(*_under(plan, known, exam), model, exam)
-    wish = _asked_of(side.name, other.run, exam)
-    known = facts.gather(wish, now=datetime.now(), output_dir=Path("runs"))
-    plan = facts.make_plan(known)
+        return _after(side, *_of_run(side.run), exam)
+    plan, known = _planned(_asked_of(side.name, other.run, exam))
     return _measured(*_under(plan, known, exam), model_at_start(plan, known), exam)
 
 
@@ -70,14 +65,29 @@ def before_and_after(side: Side, exam: Exam) -> tuple[Comparison, ...]:
             "a model alone has no before", where=side.name, fix="compare it with another: tunesmith compare"
         )
     if side.run is None:
-        after, base = measured_by(side, side, exam), _asked_of(side.name, None, exam).model
-        return compare_all(measured_by(Side(base), side, exam), after, step=0)
+        plan, known = _planned(_asked_of(side.name, None, exam))
+        model, asked = model_at_start(plan, known), _under(plan, known, exam)
+        after = _measured(*asked, model, exam)
+        with adapter_scaled(model.network, 0):
+            return compare_all(_measured(*asked, model, exam), after, step=0)
     plan, known = _of_run(side.run)
     start = facts.start_of(plan, known.model.path)
     begun = model_at_start(plan, dataclasses.replace(known, adapter=start))
     before = _measured(*_under(plan, known, exam), begun, exam)
     del begun
-    return compare_all(before, measured_by(side, side, exam), step=plan.steps)
+    return compare_all(before, _after(side, plan, known, exam), step=plan.steps)
+
+
+def _planned(wish: Recipe) -> tuple[Plan, Facts]:
+    known = facts.gather(wish, now=datetime.now(), output_dir=Path("runs"))
+    return facts.make_plan(known), known
+
+
+def _after(side: Side, plan: Plan, known: Facts, exam: Exam) -> Measured:
+    """A side of a run: what it has made of the model, at a checkpoint or a scale."""
+    model = _model_of(side, plan, known)
+    with adapter_scaled(model.network, side.scale):
+        return _measured(*_under(plan, known, exam), model, exam)
 
 
 def _of_run(run: Path) -> tuple[Plan, Facts]:
