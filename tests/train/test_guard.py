@@ -89,6 +89,13 @@ def test_a_detector_speaks_once_on_its_measure_alone(detector: str, changed: dic
     assert [one.kind for one in probe(guard, 40, **changed)] == [detector]
 
 
+def test_the_commonest_answer_comes_first() -> None:
+    """Of three classes one is said to all prompts while the right ones have become far likelier: that is learning."""
+    alike = {"distinct": 0.2, "same_answer": 0.75}
+    assert probe(begun(), 10, **alike, answer_loss=0.5) == []
+    assert {one.kind for one in probe(begun(), 10, **alike, answer_loss=1.1)} == {"sameness", "one answer"}
+
+
 def test_answers_that_stopped_ending() -> None:
     guard = new_guard()
     probe(guard, 0, end_rate=0.9)
@@ -159,4 +166,4 @@ def test_a_stop_decides_before_a_rollback() -> None:
 
 
 def test_every_bound_belongs_to_a_detector() -> None:
-    assert set(BOUNDS) - {"foreign answers"} <= set(DETECTORS)
+    assert set(BOUNDS) - {"foreign answers", "learning"} <= set(DETECTORS)

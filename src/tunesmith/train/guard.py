@@ -35,6 +35,7 @@ BOUNDS: dict[str, float] = {
     "repetition": 0.15,  # seq-rep-4 over the base's, and over LOOPING
     "sameness": 0.50,  # times the base's or the expected answers' distinct-2, whichever is less
     "one answer": 0.50,  # share of equal answers over the base's and the expected ones'
+    "learning": 0.50,  # times the base's loss of expected answers: below that, neither of the two above speaks
     "no end": 0.50,  # share of answers that end, below the base's and the expected ones'
     "end unlearnt": 1.0,  # nats of the end after an expected answer, over the least so far
     "empty": 0.25,  # times the base's and the expected length
@@ -139,9 +140,16 @@ def repetition(seen: Seen) -> str:
     return ""
 
 
+def learning(seen: Seen) -> bool:
+    """The right answers became far likelier. Who learns to answer with one of three words says the commonest one to
+    all at first; who collapsed to one answer finds the right ones no likelier."""
+    now = seen.now("answer_loss")
+    return now is not None and now < BOUNDS["learning"] * seen.base("answer_loss")
+
+
 def sameness(seen: Seen) -> str:
     now = seen.now("distinct")
-    if now is None:
+    if now is None or learning(seen):
         return ""
     usual = min(seen.base("distinct"), seen.expected.get("distinct", math.inf))
     return f"distinct-2 is {now:.2f}, usual is {usual:.2f}" if now < BOUNDS["sameness"] * usual else ""
@@ -149,7 +157,7 @@ def sameness(seen: Seen) -> str:
 
 def one_answer(seen: Seen) -> str:
     now = seen.now("same_answer")
-    if now is None:
+    if now is None or learning(seen):
         return ""
     usual = max(seen.base("same_answer"), seen.expected.get("same_answer", 0))
     if now > usual + BOUNDS["one answer"]:
