@@ -15,6 +15,7 @@ from tunesmith.verbs import read_record
 METHODS: dict[str, Json] = {
     "qlora": {"method": "qlora"},
     "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "lora_r": 64, "lora_alpha": 64},
     "full": {"method": "full", "optim": "adamw_8bit", "learning_rate": 3e-5},
 }
 SIZE = {"model": "smollm2-135m-instruct", "batch_size": 4, "max_steps": 8, "warmup_ratio": 0.1}
@@ -43,6 +44,24 @@ def test_held_out_answers_get_likelier(method: str, seed: int, tmp_path: Path) -
     loss = compared(tmp_path, rows_of("train", 32), rows_of("test", 12), **wish)["loss"]
     assert loss.after.n == 12
     assert loss.high < 0, f"the interval of the change, [{loss.low:.3f}, {loss.high:.3f}], leaves out zero"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_new_tokens_are_learnt(seed: int, tmp_path: Path) -> None:
+    """They stand around every answer. The base model has never seen them; held-out answers begin with one after it."""
+    train_rows, test_rows = ([marked(row) for row in rows_of(*some)] for some in (("train", 32), ("test", 12)))
+    wish = {"add_tokens": ["[record]", "[/record]"], "metrics": [{"regex": r"^\[record\]"}], "max_steps": 16}
+    found = compared(tmp_path, train_rows, test_rows, seed=seed, **wish)
+    loss, begun = found["loss"], next(one for name, one in found.items() if name.startswith("regex"))
+    assert loss.after.n == begun.after.n == 12
+    assert loss.high < 0, f"the interval of the change, [{loss.low:.3f}, {loss.high:.3f}], leaves out zero"
+    assert begun.low > 0, f"the interval of the change, [{begun.low:.3f}, {begun.high:.3f}], leaves out zero"
+
+
+def marked(row: Json) -> Json:
+    *asked, answer = row["messages"]
+    return {"messages": [*asked, {**answer, "content": f"[record]{answer['content']}[/record]"}]}
 
 
 @pytest.mark.slow
