@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,6 +34,7 @@ from tunesmith.model.adapters import METHODS, trainable
 from tunesmith.model.load import adopt, load_network
 from tunesmith.model.quantized import load_quantized, quantized_weights
 from tunesmith.model.source import resolve
+from tunesmith.train.inbackward import InBackward
 from tunesmith.train.losses import answer_loss
 from tunesmith.train.optim import make_optimizer, moments, update
 from tunesmith.types import Document
@@ -44,7 +46,9 @@ CASES = {
     "qlora": {"method": "qlora"},
     "dora": {"use_dora": True},
     "full": {"method": "full"},
+    "full, step in backward": {"method": "full", "step_in_backward": True},
     "full, 8-bit moments": {"method": "full", "optim": "adamw_8bit"},
+    "full, 8-bit moments, step in backward": {"method": "full", "optim": "adamw_8bit", "step_in_backward": True},
     "peft lora": {"peft": True},
     "peft qlora": {"peft": True, "method": "qlora"},
 }
@@ -114,11 +118,15 @@ def case(model: str, tokens: int, settings: dict[str, str | bool]) -> dict[str, 
     optimizer = make_optimizer(parameters.values(), weight_decay=0, kind=str(settings.get("optim", "adamw")))
     (batch,) = (collate(pack) for pack in pack_step(documents(tokens, network.config.vocab_size), tokens))
     network.train()
+    on_the_way = InBackward(optimizer, parameters) if settings.get("step_in_backward") else None
     seconds = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
         started = time.perf_counter()
-        answer_loss(adopted, batch, float(tokens))["answer"].sum.div(tokens).backward()
-        update(optimizer, 1e-5)
+        loss = answer_loss(adopted, batch, float(tokens))["answer"].sum.div(tokens)
+        with on_the_way.taken(step, 1e-5) if on_the_way else nullcontext():
+            loss.backward()
+        if on_the_way is None:
+            update(optimizer, 1e-5)
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
     small = list(quantized_weights(network).values())

@@ -379,6 +379,10 @@ def weight_decay(lab: Lab) -> None:
 
 def max_grad_norm(lab: Lab) -> None:
     changes_the_adapter(lab, "max_grad_norm", 1e-8)
+    whole = {"method": "full", "lora_r": "auto"}
+    for norm in (0, 1):
+        lab.events(**whole, max_grad_norm=norm)
+        assert read_json(lab.output / "plan.json")["choices"]["step_in_backward"]["value"] is (norm == 0)
 
 
 # ---------------------------------------------------------------- the adapter

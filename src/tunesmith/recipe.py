@@ -28,6 +28,7 @@ from tunesmith.recipevalues import (
     Mixture,
     Name,
     NewTokens,
+    NotNegative,
     Positive,
     Regex,
     Rehearsal,
@@ -133,7 +134,7 @@ class Recipe(BaseModel):
     weight_decay: Auto | Share = Field(
         default="auto", description="AdamW weight decay of matrices, per unit of learning rate."
     )
-    max_grad_norm: Auto | Positive = Field(default="auto", description="Gradients are clipped to this norm.")
+    max_grad_norm: Auto | NotNegative = Field(default="auto", description="Gradients are clipped to it; 0: never.")
 
     loss: PairLossWish = Field(
         default=PairLoss(), description="Loss of preference pairs: auto, dpo, orpo, simpo, or {name, beta, gamma, ...}."

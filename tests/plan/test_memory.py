@@ -85,6 +85,13 @@ def test_moments_in_8_bits_take_a_quarter(spec: ModelSpec) -> None:
     assert small["peak"] < wide["peak"]
 
 
+def test_a_step_in_the_backward_keeps_the_gradient_of_one_tensor(spec: ModelSpec) -> None:
+    full = SETTINGS | {"method": "full"}
+    kept, gone = peak_memory(spec, **full), peak_memory(spec, **full, step_in_backward=True)
+    largest = spec.vocab_size * spec.hidden_size
+    assert kept["trained"] - gone["trained"] == 4 * (spec.parameters - largest)
+
+
 def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) -> None:
     plain, small = peak_memory(spec, **SETTINGS), peak_memory(spec, **(SETTINGS | {"method": "qlora"}))
     ends = 2 * (spec.parameters - spec.block_parameters)

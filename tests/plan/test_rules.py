@@ -154,6 +154,23 @@ def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(known: 
     assert rules.method(known(**large | {"available_bytes": 20 * 10**9}, **installed)).value == "lora"
 
 
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [
+        ({}, True),
+        ({"method": "lora"}, False),
+        ({"max_grad_norm": 1.0}, False),
+        ({"batch_size": 6}, False),  # of 700 tokens: two packs
+        ({"batch_size": 6, "pack_length": 8192}, True),
+    ],
+)
+def test_a_step_is_taken_in_the_backward_where_nothing_needs_all_gradients(
+    changed: dict[str, object], taken: bool, known: Make
+) -> None:
+    decided = {"method": "full", "max_grad_norm": 0.0, "pack_length": 4096, "batch_size": 4} | changed
+    assert rules.step_in_backward(known(**decided)).value is taken
+
+
 def test_prefixes_are_shared_where_that_saves_enough_and_nothing_is_drawn(known: Make) -> None:
     decided = {"pack_length": 4096, "lora_dropout": 0.0, "batch_size": 8}
 

@@ -57,6 +57,7 @@ class Size(TypedDict):
     new_rows: NotRequired[int]  # of new tokens, in embedding and head
     optim: NotRequired[str]
     activations: NotRequired[str]
+    step_in_backward: NotRequired[bool]  # no gradient is kept but that of the largest tensor
 
 
 def peak_memory(
@@ -86,7 +87,7 @@ def fixed_parts(spec: ModelSpec, *, layouts: int, **size: Unpack[Size]) -> dict[
     return {
         "weights": frozen + (layouts - 1) * spec.block_parameters * width + narrow_copies,
         "widened": 2 * spec.hidden_size * spec.intermediate_size * width if method == "qlora" else 0,
-        "trained": int(trained_parameters(spec, **size) * (8 + moment_bytes(**size))),
+        "trained": int(trained_parameters(spec, **size) * (4 + moment_bytes(**size))) + _gradient_bytes(spec, **size),
         "update": _update_bytes(spec, **size),
     }
 
@@ -98,8 +99,14 @@ def trained_parameters(spec: ModelSpec, **size: Unpack[Size]) -> int:
     return lora_parameters(spec, size["rank"]) + (magnitudes(spec) if size.get("dora") else 0) + rows
 
 
+def _gradient_bytes(spec: ModelSpec, **size: Unpack[Size]) -> int:
+    """In fp32."""
+    kept = spec.vocab_size * spec.hidden_size if size.get("step_in_backward") else trained_parameters(spec, **size)
+    return 4 * kept
+
+
 def moment_bytes(**size: Unpack[Size]) -> float:
-    """Adam's two of each trained weight, beside 8 bytes for an fp32 master and its gradient."""
+    """Adam's two of each trained weight, beside 4 bytes for an fp32 master and 4 for its gradient."""
     return 2 * (1 + 4 / 256) if size.get("optim") == "adamw_8bit" else 8
 
 

@@ -250,11 +250,14 @@ def _disk(recipe: Recipe, known: Known, data: Mapping[str, DataReport], choices:
     return disk_needed(known.model, checkpoints=checkpoints, kept_tokens=kept_tokens, **_size(known.decided))
 
 
+SIZE_KEYS = ("method", "dtype", "optim", "activations", "step_in_backward")
+
+
 def _size(decided: Mapping[str, Any]) -> dict[str, Any]:
     """What the weights take."""
     adapter = {"rank": decided.get("lora_r", 0), "dora": decided.get("use_dora", False)}
     adapter |= {"new_rows": decided.get("new_rows", 0)}
-    return {key: decided[key] for key in ("method", "dtype", "optim", "activations")} | adapter
+    return {key: decided[key] for key in SIZE_KEYS} | adapter
 
 
 def fits(plan: Plan) -> bool:

@@ -231,6 +231,21 @@ def constant(value: Any, why: str, source: str = "") -> Callable[[Known], Choice
     return fixed
 
 
+def step_in_backward(known: Known) -> Choice:
+    """Clipping needs the norm of all gradients before the first update, and several packs the sum of their gradients.
+    An adapter's gradients are small anyway."""
+    if known["method"] != "full":
+        return rule(False, "gradients of an adapter take little room")
+    if known["max_grad_norm"]:
+        return rule(False, "gradients are clipped to their common norm; with max_grad_norm: 0 none would be kept")
+    sides = 2 if known.stage == "preference" else 1
+    longest = sides * known.data.length_percentiles.get("max", 1)
+    step = known["batch_tokens"] if known.stage == "cpt" else known["batch_size"] * longest
+    if step > sides * known["pack_length"]:
+        return rule(False, f"a step has up to {step:,} tokens, over pack_length: gradients of its packs are summed up")
+    return rule(True, "nothing is clipped: each weight is updated once its gradient is known, which is then let go")
+
+
 def eval_steps(known: Known) -> Choice:
     return rule(max(1, math.ceil(known.steps / 4)), "four looks at the held-out loss in a run")
 
@@ -299,6 +314,7 @@ RULES: dict[str, Callable[[Known], Choice]] = {
     "lr_scheduler_type": constant("linear", "falls to zero over the run", "Tulu 3"),
     "weight_decay": constant(0.0, "does not reduce forgetting", "Biderman 2024"),
     "max_grad_norm": constant(1.0, "the common bound"),
+    "step_in_backward": step_in_backward,
     "attention": attention,
     "share_prefixes": share_prefixes,
     "weight_layout": weight_layout,

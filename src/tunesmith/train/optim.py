@@ -113,11 +113,11 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
 
 
 def update(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One step at this learning rate."""
+    """One step at this learning rate, of all parameters that have a gradient."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+    updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     optimizer.step()
     # The fused step writes without telling autograd, but what was derived from a weight has to know (MasterLinear).
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            torch.autograd.graph.increment_version(parameter)
+    for parameter in updated:
+        torch.autograd.graph.increment_version(parameter)

@@ -30,6 +30,7 @@ from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import OutOfMemory, memory_errors
 from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.train.checkpoint import read_state, write_state
+from tunesmith.train.inbackward import InBackward
 from tunesmith.train.losses import Counts, Objective, step_terms
 from tunesmith.train.optim import clip, make_optimizer, rate_at, update
 from tunesmith.types import Document, Done, Event, Pack, Plan, Rollback, StepResult, Verdict
@@ -56,6 +57,7 @@ class Settings:
     share_prefixes: bool = False
     objective: Objective = NO_PAIRS
     optim: str = "adamw"
+    in_backward: bool = False  # weights are updated while gradients are computed; nothing is clipped then
 
     @classmethod
     def of(cls, plan: Plan) -> Settings:
@@ -71,6 +73,7 @@ class Settings:
             share_prefixes=plan["share_prefixes"],
             objective=_objective(plan),
             optim=plan["optim"],
+            in_backward=plan["step_in_backward"],
         )
 
 
@@ -95,6 +98,7 @@ class Training:
         self.optimizer = make_optimizer(
             self.parameters.values(), weight_decay=settings.weight_decay, kind=settings.optim
         )
+        self.in_backward = InBackward(self.optimizer, self.parameters)
         self.step, self.seconds, self.bad_steps = 0, 0.0, 0
         self.pack_length = settings.pack_length
         self.ratios: tuple[tuple[int, float], ...] = ()
@@ -192,13 +196,12 @@ class Training:
     def _update(
         self, documents: Sequence[Document], packs: Sequence[Pack], started: float, loss: float, supervised: int
     ) -> Event:
-        norm = clip(self.parameters.values(), self.settings.max_grad_norm) if supervised else 0.0
-        rate = self._rate()
+        norm, rate = self._norm(packs) if supervised else 0.0, self._rate()
         self.step += 1
         if not math.isfinite(loss) or not math.isfinite(norm):
             return self._refuse_step(documents, loss, norm)
         self.bad_steps = 0
-        if supervised:
+        if supervised and not self._on_the_way(packs):
             with memory_errors():
                 update(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -216,6 +219,12 @@ class Training:
             task_tokens=_task_tokens(documents),
             shared_tokens=sum(sum(pack.shared) for pack in packs),
         )
+
+    def _norm(self, packs: Sequence[Pack]) -> float:
+        """Of all gradients, which are clipped by it."""
+        if self._on_the_way(packs):
+            return self.in_backward.norm
+        return clip(self.parameters.values(), self.settings.max_grad_norm)
 
     def _rate(self) -> float:
         s = self.settings
@@ -236,11 +245,25 @@ class Training:
             )  # dropout, the same after a resume
             terms = step_terms(self.model, batch, counts, self.settings.objective)
             loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
-            loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
             supervised += len(batch.targets_S)
+            if self._on_the_way(packs):
+                self._update_on_the_way(loss)
+            else:
+                loss.backward()
         self.model.network.eval()
         return 0.0 if total is None else float(total), supervised
+
+    def _on_the_way(self, packs: Sequence[Pack]) -> bool:
+        """Gradients of several packs are summed up first, and then weights are updated as ever."""
+        return self.settings.in_backward and len(packs) == 1
+
+    def _update_on_the_way(self, loss: Tensor) -> None:
+        """If the loss is finite; else `_update` refuses the step."""
+        self.in_backward.norm = math.nan
+        if math.isfinite(float(loss.detach())):
+            with self.in_backward.taken(self.step + 1, self._rate()):
+                loss.backward()
 
     def _packs(self, documents: Sequence[Document]) -> list[Pack]:
         return pack_step(documents, self.pack_length, share=self.settings.share_prefixes)
