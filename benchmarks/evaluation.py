@@ -1,0 +1,72 @@
+"""How long a run's before and after take on the demo: every part of it, in one process.
+
+    python -m benchmarks.evaluation [--items 32] [--general 10000] [--all]
+
+The demo's own items and general text, cut to so many (`--all`: none is cut); the model has an adapter of small weights
+drawn by chance, whose answers are as long as the base model's: a trained one stops earlier. Before: answers, their
+loss, general text. After: the same beside the base, and the curve of scales. Nothing is taken from a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from tempfile import TemporaryDirectory
+
+import torch
+
+from tunesmith import facts, verbs
+from tunesmith.beginning import SWITCHED
+from tunesmith.evaluate.retention import chosen_texts
+from tunesmith.measure import Items, items_of, measure
+from tunesmith.model.adapters import trainable
+from tunesmith.scales import scale_curve
+from tunesmith.workbench import Workbench, set_up
+
+
+def cut(items: Items, bench: Workbench, count: int, tokens: int) -> Items:
+    rows = {question.id for question in items.questions[:count]}
+    return dataclasses.replace(
+        items,
+        questions=items.questions[:count],
+        test_documents=tuple(document for document in items.test_documents if document.id in rows),
+        texts=chosen_texts(items.texts, bench.renderer.text_tokens, tokens),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--general", type=int, default=10_000)
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        known = verbs.demo_facts(f"{folder}/run")
+        assert isinstance(known, facts.Facts)
+        plan = facts.make_plan(known)
+        bench = set_up(plan, known)
+    items = items_of(plan, known)
+    items = items if options.all else cut(items, bench, options.items, options.general)
+    general = sum(len(bench.renderer.text_tokens(text.text)) for text in items.texts)
+    print(json.dumps({"items": len(items.questions), "general_tokens": general}), flush=True)
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    for parameter in trainable(bench.model.network).values():
+        parameter.data += 0.002 * torch.randn(parameter.shape, generator=generator)
+    works = {
+        "before": lambda: measure(bench, items, step=0),
+        "after": lambda: measure(bench, items, step=1, bases=SWITCHED),
+        "scales": lambda: scale_curve(bench, items, step=1),
+    }
+    for name, work in works.items():
+        started = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - started
+        total += seconds
+        print(json.dumps({"part": name, "seconds": round(seconds, 1)}), flush=True)
+    print(json.dumps({"seconds": round(total, 1), "of 90": round(total / 90, 2)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What a probe of the guard costs, in steps of the run it watches, beside what the plan thinks.
+
+    python -m benchmarks.probe [RECIPE] [--prompts 8 16 32] [--rounds 3]
+
+Steps and probes of one process in turn (RECIPE: the demo's own, if none is given). The median of each counts. The plan
+counts in tokens of a forward (plan/guard.py): its estimate is printed beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tunesmith import facts, verbs
+from tunesmith.demo import RECIPE
+from tunesmith.measure import general_texts
+from tunesmith.probes import Probes, probe_set
+from tunesmith.train.training import Settings, Training
+from tunesmith.types import StepResult
+from tunesmith.workbench import set_up
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, nargs="?", default=RECIPE)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        known = verbs.gather(given.recipe, output_dir=f"{folder}/run", guard={"probe_steps": 1})
+        assert isinstance(known, facts.Facts)
+        plan = facts.make_plan(known)
+        bench = set_up(plan, known)
+    texts, training = general_texts(known), Training(bench.model, bench.documents_of, Settings.of(plan))
+    print("| prompts | probe, s | step, s | tokens of a step | steps a probe |\n|---|---|---|---|---|")
+    for count in given.prompts:
+        choices = plan.choices | {"probe_prompts": dataclasses.replace(plan.choices["probe_prompts"], value=count)}
+        chosen = probe_set(dataclasses.replace(plan, choices=choices), known, texts)
+        assert chosen is not None
+        probes, taken, steps = Probes(bench, chosen), list[float](), list[StepResult]()
+        for _ in range(given.rounds):
+            bench.model.network.eval()
+            taken.append(seconds(lambda p=probes: list(p.take(training.step, training.optimizer))))
+            while len(steps) < 3 * (len(taken)):
+                event = next(training)
+                if isinstance(event, StepResult):
+                    steps.append(event)
+        step, probe = median(one.seconds for one in steps), median(taken)
+        tokens = median(one.tokens for one in steps)
+        print(f"| {len(chosen.probes)} | {probe:.2f} | {step:.2f} | {tokens:.0f} | {probe / step:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
