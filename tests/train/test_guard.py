@@ -140,7 +140,9 @@ def test_held_out_answers_that_get_worse_while_training_goes_on() -> None:
     probe(guard, 10, answer_loss=0.5)
     for number in range(11, 21):
         guard.see(step(number, 0.4))
-    assert [one.kind for one in probe(guard, 20, answer_loss=0.8)] == ["overfitting"]
+    guard.see(Score(PROBES, "answer_loss", 0.8, 0.5, 1.1, 8, 20))
+    assert guard.judge(20) == [], "one hard prompt of eight"
+    assert [one.kind for one in probe(guard, 30, answer_loss=0.8)] == ["overfitting"]
 
 
 def test_what_a_family_does_is_the_recipes_word() -> None:

@@ -117,6 +117,7 @@ def rows_harder(seen: Seen) -> str:
 
 
 def overfitting(seen: Seen) -> str:
+    """The whole interval is over the bound: of eight prompts, one alone can double the mean."""
     found = seen.probes.get("answer_loss", [])
     if len(found) < 3:
         return ""
@@ -124,7 +125,7 @@ def overfitting(seen: Seen) -> str:
     then = next(
         (average for step, average in zip(seen.steps, seen.averages, strict=True) if step.step == lowest.step), 0
     )
-    if now.value > lowest.value * (1 + BOUNDS["overfitting"]) and seen.averages[-1] < then:
+    if now.low > lowest.value * (1 + BOUNDS["overfitting"]) and seen.averages[-1] < then:
         return (
             f"the loss of held-out answers rose from {lowest.value:.3f} to {now.value:.3f} while that of training fell"
         )
