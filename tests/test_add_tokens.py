@@ -80,6 +80,7 @@ def test_the_plan_says_what_is_trained_and_why(tiny_folder: Path, tied_folder: P
     assert plan["add_tokens"] == IDS
     assert "3 for <n>); the embedding grows by 2 rows" in plan.choices["add_tokens"].why
     assert plan["modules_to_save"] == ("embed_tokens", "lm_head")
+    assert plan["new_rows_times"] == pytest.approx(min(10, max(1, 0.01 / plan["learning_rate"])), rel=1e-3)
     assert "128 values; all other rows stay" in plan.choices["modules_to_save"].why
     tied = plan_of(wish(tied_folder, tmp_path / "b"))
     assert tied["modules_to_save"] == ("embed_tokens",)

@@ -46,6 +46,16 @@ def test_the_rate_is_that_of_transformers(schedule: str, warmup: int) -> None:
         theirs.step()
 
 
+def test_rows_have_a_rate_of_their_own() -> None:
+    """Adam's first step moves every value by the rate."""
+    plain, new = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    optimizer = make_optimizer([plain, new], weight_decay=0.0, rows=[new], rows_times=10.0)
+    plain.grad, new.grad = torch.ones(2, 3), torch.ones(2, 3)
+    update(optimizer, 0.01)
+    torch.testing.assert_close(1 - plain, torch.full((2, 3), 0.01), rtol=1e-5, atol=0)
+    torch.testing.assert_close(1 - new, torch.full((2, 3), 0.1), rtol=1e-5, atol=0)
+
+
 def test_update_is_adamw() -> None:
     """Three steps by the formula: decay apart from the gradient, moments with bias correction."""
     p = nn.Parameter(torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64))

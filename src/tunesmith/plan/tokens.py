@@ -14,6 +14,7 @@ SOURCE = (
     "Koto 2021, IndoBERTweet; Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models; unverified"
 )
 SHOWN = 5
+ROWS_TIMES, MOST_ROWS_RATE = 10.0, 0.01
 
 
 def added(tokens: Sequence[NewToken], model: ModelSpec) -> dict[str, Choice]:
@@ -39,7 +40,15 @@ def rows_choice(tokens: Choice | None, known: Known) -> dict[str, Choice]:
         f"of {' and '.join(modules)}{' (the head is tied to it)' * model.tied_head} the rows of the new tokens are "
         f"trained and saved with the adapter, {values:,} values; all other rows stay as they are, to the bit"
     )
-    return {"modules_to_save": rule(modules, why, "PEFT: trainable_token_indices")}
+    return {"modules_to_save": rule(modules, why, "PEFT: trainable_token_indices"), "new_rows_times": times(known)}
+
+
+def times(known: Known) -> Choice:
+    """Adam moves a value by about the rate in a step, however large it is: what starts from nothing needs the rates of
+    a pretraining, 1e-3 to 1e-2."""
+    value = max(1.0, min(ROWS_TIMES, MOST_ROWS_RATE / known["learning_rate"]))
+    why = f"new rows learn at {value * known['learning_rate']:.2g}: they start from nothing, the adapter beside a model"
+    return rule(round(value, 3), why, "measured: docs/methods.md")
 
 
 def trained_rows(choices: Mapping[str, Choice]) -> int:

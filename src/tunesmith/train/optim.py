@@ -4,7 +4,7 @@ saving."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,15 +38,21 @@ def rate_at(step: int, *, peak: float, warmup_steps: int, total_steps: int, sche
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], *, weight_decay: float, kind: str = "adamw"
+    parameters: Iterable[nn.Parameter],
+    *,
+    weight_decay: float,
+    kind: str = "adamw",
+    rows: Sequence[nn.Parameter] = (),
+    rows_times: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is given with each `update`. Only matrices decay, as in
-    transformers' Trainer: 0 is no better value for a norm or a bias. Nor for a magnitude of DoRA, where the Trainer
-    does decay: it starts at the length of a row of the base."""
-    every = list(parameters)
+    """AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is given with each `update`, and `rows` take `rows_times`
+    of it. Only matrices decay, as in transformers' Trainer: 0 is no better value for a norm or a bias. Nor for a
+    magnitude of DoRA, where the Trainer does decay: it starts at the length of a row of the base."""
+    every = [p for p in parameters if all(p is not row for row in rows)]
     groups = [
-        {"params": [p for p in every if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in every if p.ndim > 1], "weight_decay": weight_decay, "times": 1.0},
+        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0, "times": 1.0},
+        {"params": list(rows), "weight_decay": weight_decay, "times": rows_times},
     ]
     return OPTIMIZERS[kind]([group for group in groups if group["params"]])
 
@@ -115,7 +121,7 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
 def update(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """One step at this learning rate, of all parameters that have a gradient."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["times"]
     updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     optimizer.step()
     # The fused step writes without telling autograd, but what was derived from a weight has to know (MasterLinear).

@@ -28,6 +28,7 @@ from tunesmith.jsonfile import from_json
 from tunesmith.model.adapters import trainable
 from tunesmith.model.load import LanguageModel
 from tunesmith.model.memory import OutOfMemory, memory_errors
+from tunesmith.model.new_rows import new_rows
 from tunesmith.model.tensorfile import first_not_finite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.inbackward import InBackward
@@ -57,6 +58,7 @@ class Settings:
     share_prefixes: bool = False
     objective: Objective = NO_PAIRS
     optim: str = "adamw"
+    new_rows_times: float = 1.0  # the learning rate, for the rows of new tokens
     in_backward: bool = False  # weights are updated while gradients are computed; nothing is clipped then
 
     @classmethod
@@ -73,6 +75,7 @@ class Settings:
             share_prefixes=plan["share_prefixes"],
             objective=_objective(plan),
             optim=plan["optim"],
+            new_rows_times=plan["new_rows_times"] if "new_rows_times" in plan.choices else 1.0,
             in_backward=plan["step_in_backward"],
         )
 
@@ -96,7 +99,11 @@ class Training:
         self.model, self.documents_of, self.settings = model, documents_of, settings
         self.parameters = trainable(model.network)
         self.optimizer = make_optimizer(
-            self.parameters.values(), weight_decay=settings.weight_decay, kind=settings.optim
+            self.parameters.values(),
+            weight_decay=settings.weight_decay,
+            kind=settings.optim,
+            rows=[rows.rows_KH for rows in new_rows(model.network).values()],
+            rows_times=settings.new_rows_times,
         )
         self.in_backward = InBackward(self.optimizer, self.parameters)
         self.step, self.seconds, self.bad_steps = 0, 0.0, 0
