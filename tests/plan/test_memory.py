@@ -74,7 +74,14 @@ def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
     wanted = {"keep": 30 * layer, "selective": 30 * (layer - mlp), "recompute": 30 * h + layer}
     for policy, values in wanted.items():
         found = peak_memory(spec, **SETTINGS, activations=policy)["activations"]
-        assert found == pytest.approx(2048 * 2 * (values + 6 * 1536) * 1.6)
+        assert found == 2048 * 2 * (values + 6 * 1536)
+
+
+def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:
+    """Products in fp32 are another library's."""
+    few, many, more = (peak_memory(spec, **SETTINGS, packs=packs)["kernels"] for packs in (2, 100, 10_000))
+    assert (many, more) == (50 * few, many)
+    assert peak_memory(spec, **(SETTINGS | {"dtype": "fp32"}), packs=100)["kernels"] == 0
 
 
 def test_moments_in_8_bits_take_a_quarter(spec: ModelSpec) -> None:

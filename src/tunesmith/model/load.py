@@ -28,6 +28,7 @@ from tunesmith.model.cache import RowCache
 from tunesmith.model.fit import check_fit, its_errors
 from tunesmith.model.frozen import Blocked, blocks_here
 from tunesmith.model.head import Head
+from tunesmith.model.heap import keep_little
 from tunesmith.model.layers import Embedding, keep_less, prune_last, replace_layers
 from tunesmith.model.new_rows import rows_of
 from tunesmith.model.tensorfile import first_not_finite
@@ -38,6 +39,7 @@ Network = PreTrainedModel  # what other packages call it, since only this one kn
 PACKED = "tunesmith"  # the name of our attention; it has no mask function, so transformers builds no mask for it
 
 AttentionInterface.register(PACKED, stock_attention)
+keep_little()
 
 
 def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:

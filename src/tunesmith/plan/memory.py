@@ -11,9 +11,9 @@ from typing import Literal, NotRequired, TypedDict, Unpack
 
 from tunesmith.types import ModelSpec
 
-PROCESS_BYTES = 480_000_000  # python, torch and transformers imported; measured on Linux, torch 2.13
-ALLOCATOR_SHARE = 0.6  # of the activations: packs differ in size, so the heap fragments; measured over 14 steps
-EVALUATION_BYTES = 500_000_000  # what measuring before the run leaves behind in the heap; measured on the demo
+PROCESS_BYTES = 560_000_000  # python, torch and transformers imported (480 MB), what the first products leave
+SIZE_BYTES, SIZES = 3_000_000, 100  # code that oneDNN makes for a pack of a new size, and keeps; then parts come back
+EVALUATION_BYTES = 60_000_000  # what is measured, held through the run, and what measuring leaves in the heap
 CHUNK_TARGETS = 128
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a weight of 4 bits, a byte a block of 64, 4 bytes for 256 of those
 Method = Literal["lora", "qlora", "full"]
@@ -44,7 +44,7 @@ def activation_bytes(spec: ModelSpec, tokens: int, width: int, *, activations: s
         "recompute": layers * spec.hidden_size + layer,
     }[activations]
     temporary = 6 * spec.intermediate_size
-    return int(tokens * (saved + temporary) * width * (1 + ALLOCATOR_SHARE))
+    return tokens * (saved + temporary) * width
 
 
 class Size(TypedDict):
@@ -61,10 +61,11 @@ class Size(TypedDict):
 
 
 def peak_memory(
-    spec: ModelSpec, *, pack_tokens: int, layouts: int = 1, measured: bool = True, **size: Unpack[Size]
+    spec: ModelSpec, *, pack_tokens: int, packs: int = 1, layouts: int = 1, measured: bool = True, **size: Unpack[Size]
 ) -> dict[str, int]:
-    """Bytes by component. `layouts`: in how many the frozen matrices are kept (model/frozen.py). Those in 4 bits are
-    widened one by one, and so are moments in 8 bits. `measured`: there are rows to measure on before the run."""
+    """Bytes by component. `packs`: of the run, each of a size of its own. `layouts`: in how many the frozen matrices
+    are kept (model/frozen.py). Those in 4 bits are widened one by one, and so are moments in 8 bits. `measured`: there
+    are rows to measure on before the run."""
     width, dora = 2 if size["dtype"] == "bf16" else 4, size.get("dora", False)
     parts = {
         "process": PROCESS_BYTES,
@@ -72,6 +73,7 @@ def peak_memory(
         "activations": activation_bytes(
             spec, pack_tokens, width, activations=size.get("activations", "keep"), dora=dora
         ),
+        "kernels": SIZE_BYTES * min(packs, SIZES) if width == 2 else 0,  # products in fp32 are not oneDNN's
         "evaluation": EVALUATION_BYTES if measured else 0,
         "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if width == 2 else 4),
     }

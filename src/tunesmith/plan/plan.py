@@ -6,6 +6,7 @@ read or loaded here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -175,8 +176,8 @@ def _check_libraries(decided: dict[str, Any], machine: Machine) -> None:
             raise InputError(f"{what} need bitsandbytes, which is not installed", where=f"{key}: {value}", fix=fix)
 
 
-def _packs(known: Known, choices: Mapping[str, Choice]) -> tuple[int, int]:
-    """Tokens of the largest pack of a step, and of the longest row."""
+def _packs(known: Known, choices: Mapping[str, Choice]) -> tuple[int, int, int]:
+    """Tokens of the largest pack of a step, and of the longest row; and how many packs there are in all."""
     sides = 2 if known.stage == "preference" else 1  # documents of a row, together in a pack
     longest = sides * known.data.length_percentiles.get("max", 1)
     if known.stage == "cpt":
@@ -190,11 +191,13 @@ def _packs(known: Known, choices: Mapping[str, Choice]) -> tuple[int, int]:
         ratio = choices["rehearsal_ratio"].value if "rehearsal_margin" not in choices else MOST
         step_tokens = int(step_tokens / (1 - ratio)) + longest
     most = sides * known["pack_length"]
-    return min(max(min(known["pack_length"], step_tokens), longest), most), min(longest, most)
+    packs = known.steps * math.ceil(step_tokens / known["pack_length"])
+    return min(max(min(known["pack_length"], step_tokens), longest), most), min(longest, most), packs
 
 
 def _memory(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:
-    return _held(known, model, _packs(known, choices)[0])
+    step, _, packs = _packs(known, choices)
+    return _held(known, model, step, packs)
 
 
 def _held_out(recipe: Recipe, data: Mapping[str, DataReport]) -> tuple[int, bool]:
@@ -203,9 +206,9 @@ def _held_out(recipe: Recipe, data: Mapping[str, DataReport]) -> tuple[int, bool
     return questions, bool({"eval_data", "test_data"} & data.keys()) or recipe.retention_data is not None
 
 
-def _held(known: Known, model: ModelSpec, pack_tokens: int) -> dict[str, int]:
+def _held(known: Known, model: ModelSpec, pack_tokens: int, packs: int) -> dict[str, int]:
     layouts = 2 if known["weight_layout"] == "blocked" else 1
-    held = {"pack_tokens": pack_tokens, "layouts": layouts, "cache_tokens": _answer_tokens(known)}
+    held = {"pack_tokens": pack_tokens, "packs": packs, "layouts": layouts, "cache_tokens": _answer_tokens(known)}
     return needed(model, known.machine, measured=known.measured, **held, **_size(known.decided))
 
 
@@ -215,7 +218,8 @@ def _answer_tokens(known: Known) -> int:
 
 
 def _phases(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:
-    step, longest = (_held(known, model, tokens) for tokens in _packs(known, choices))
+    *tokens, packs = _packs(known, choices)
+    step, longest = (_held(known, model, own, packs) for own in tokens)
     return phases(step, longest, model, cache_tokens=_answer_tokens(known), dtype=known["dtype"])
 
 

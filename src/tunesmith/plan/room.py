@@ -15,7 +15,7 @@ from tunesmith.types import Machine, ModelSpec
 # The answers that are written side by side, and what their keys and values may take: as in infer/engine.py.
 ANSWERS = {"cpu": 32, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
-FIXED = ("process", "context", "weights", "widened", "trained", "update")
+FIXED = ("process", "context", "weights", "widened", "trained", "update", "kernels", "evaluation")
 MULTIPLES = {"full": "x4 to x12", "lora": "x1.5", "qlora": "x1.5"}  # of the mission document, of the model's size
 
 
@@ -24,6 +24,7 @@ def needed(
     machine: Machine,
     *,
     pack_tokens: int,
+    packs: int,
     layouts: int,
     cache_tokens: int,
     measured: bool,
@@ -32,7 +33,7 @@ def needed(
     """Bytes by component, with "peak"."""
     if machine.device == "cuda":
         return gpu_memory(spec, pack_tokens=pack_tokens, cache_tokens=cache_tokens, **size)
-    return peak_memory(spec, pack_tokens=pack_tokens, layouts=layouts, measured=measured, **size)
+    return peak_memory(spec, pack_tokens=pack_tokens, packs=packs, layouts=layouts, measured=measured, **size)
 
 
 def corrected(parts: dict[str, int], factor: float) -> dict[str, int]:
