@@ -143,7 +143,8 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     assert "shared prefixes: 1,800 of 9,000 tokens were not computed again, 20.0%" in shared
     assert "--scale" not in shared
     curved = printed(record_view(replace(record, scales=told.scales(told.CHEAPER))))
-    assert "as offered: tunesmith export runs/x --to peft --scale 0.25" in curved
+    assert "what is offered, on test_data: tunesmith compare runs/x@0.25 runs/x" in curved
+    assert "to have it: tunesmith export runs/x --to peft --scale 0.25" in curved
 
 
 def test_a_record_without_measures_says_so_instead_of_an_empty_table() -> None:

@@ -9,7 +9,7 @@ from tunesmith.types import Comparison, ScalePoint, Score
 
 
 def score(value: float, task: str = "general text", metric: str = "bits_per_byte") -> Score:
-    return Score(task, metric, value, value - 0.01, value + 0.01, 20, 9)
+    return Score(task, metric, value, value - 0.05, value + 0.05, 20, 9)
 
 
 def change(task: str, difference: float) -> Comparison:
@@ -22,12 +22,14 @@ def test_what_is_back_after_other_texts_is_a_share_of_what_was_lost() -> None:
     assert recovery_lines([*changes, change("...", 0.002)]) == [
         "general text: code: +0.050 by itself, +0.010 after others: 80% of the loss is back"
     ]
+    gone = recovery_lines([change("general text: code", 0.05), change("...", 0.06)])
+    assert gone == ["general text: code: +0.050 by itself, +0.060 after others: none of the loss is back"]
     assert "nothing to recover" in recovery_lines(changes[2:] + changes[1:2])[0]
 
 
 def test_a_distance_says_what_it_is_of() -> None:
     (line,) = moved_lines([score(0.021, metric="kl")])
-    assert Text.from_markup(line).plain == ("general text: KL to the model before, nats a token 0.021 [0.011, 0.031]")
+    assert Text.from_markup(line).plain == ("general text: KL to the model before, nats a token 0.021 [-0.029, 0.071]")
 
 
 @pytest.mark.parametrize("general", [True, False])
@@ -43,5 +45,5 @@ def test_a_row_a_scale_and_what_is_offered(general: bool) -> None:
     row = next(line.split() for line in lines if line.startswith(" 0.75"))
     assert row[:3] == ["0.75", "1.0400", "96%"]
     assert row[3:] == (["0.8400", "40%", "offered"] if general else ["-", "-"])
-    offer = "scale 0.75 keeps 96% of the gain at 40% of the forgetting" if general else "scale 1 is best"
+    offer = "scale 0.75 keeps 96% of the gain in loss at 40% of the forgetting" if general else "scale 1 is best"
     assert lines[-1] == offer

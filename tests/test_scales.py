@@ -12,7 +12,7 @@ from tiny_run import measured_files, recipe, save_model_folder, train, until_sav
 from tunesmith import cli, facts, run
 from tunesmith.evaluate import cache
 from tunesmith.scales import SCALES
-from tunesmith.tradeoff import bargain, command, forgetting, gain_kept, offer, offered
+from tunesmith.tradeoff import bargain, commands, forgetting, gain_kept, offer, offered
 from tunesmith.types import GENERAL, RunRecord, ScalePoint, Score
 
 
@@ -140,9 +140,11 @@ def test_without_general_text_nothing_can_be_recovered(writer: Path, tmp_path: P
 # ---------------------------------------------------------------- what is offered
 
 
-def points(losses: list[float], bits: list[float] | None = None) -> tuple[ScalePoint, ...]:
+def points(losses: list[float], bits: list[float] | None = None, half: float = 0.3) -> tuple[ScalePoint, ...]:
+    """`half`: of the intervals of the losses."""
+
     def score(task: str, value: float) -> Score:
-        return Score(task, "loss", value, value, value, 9, 1)
+        return Score(task, "loss", value, value - half, value + half, 9, 1)
 
     general = [None] * 5 if bits is None else [score(GENERAL, value) for value in bits]
     return tuple(
@@ -158,17 +160,19 @@ def test_the_scale_that_keeps_most_of_the_gain_and_forgets_least_is_offered() ->
     assert best.scale == 0.75
     assert gain_kept(curve, best) == pytest.approx(0.96)
     assert forgetting(curve, best) == pytest.approx(0.4)
-    assert offer(curve) == bargain(curve) == "scale 0.75 keeps 96% of the gain at 40% of the forgetting"
-    assert command(curve, "my runs/a") == "tunesmith export 'my runs/a' --to peft --scale 0.75"
+    assert offer(curve) == bargain(curve) == "scale 0.75 keeps 96% of the gain in loss at 40% of the forgetting"
+    look, have = commands(curve, "my runs/a")
+    assert look == "tunesmith compare 'my runs/a@0.75' 'my runs/a'"
+    assert have == "tunesmith export 'my runs/a' --to peft --scale 0.75"
 
 
 def test_without_forgetting_the_best_gain_is_offered() -> None:
     sinking = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.8, 0.8, 0.79, 0.79, 0.79])
     unknown = points([2.0, 1.5, 1.0, 1.04, 1.1])
     assert offer(sinking) == "scale 1, the adapter as trained, is best: nothing was forgotten"
-    assert offer(unknown) == "scale 0.5 keeps 111% of the gain"
-    assert command(sinking, "run") == ""
-    assert command(unknown, "run") == "tunesmith export run --to peft --scale 0.5"
+    assert offer(unknown) == "scale 0.5 keeps 111% of the gain in loss"
+    assert commands(sinking, "run") == ()
+    assert commands(unknown, "run")[1] == "tunesmith export run --to peft --scale 0.5"
     assert bargain(sinking) == bargain(unknown) == ""
     for curve, scale in ((sinking, 1.0), (unknown, 0.5)):
         best = offered(curve)
@@ -178,13 +182,20 @@ def test_without_forgetting_the_best_gain_is_offered() -> None:
 
 def test_a_scale_that_forgets_nothing_is_said_so() -> None:
     curve = points([2.0, 1.05, 1.02, 1.01, 1.0], [0.80, 0.79, 0.82, 0.84, 0.90])
-    assert offer(curve) == bargain(curve) == "scale 0.25 keeps 95% of the gain and forgets nothing"
+    assert offer(curve) == bargain(curve) == "scale 0.25 keeps 95% of the gain in loss and forgets nothing"
+
+
+def test_a_loss_beyond_the_interval_of_the_best_is_not_offered() -> None:
+    """98% of the gain, and twice the loss: answers that are right as a whole are fewer then."""
+    losses, bits = [1.0832, 0.14, 0.0438, 0.0247, 0.0205], [1.1803, 1.1782, 1.1861, 1.2012, 1.225]
+    assert offer(points(losses, bits, 0.008)) == "scale 0.75 keeps 100% of the gain in loss at 47% of the forgetting"
+    assert offer(points(losses, bits, 0.1)) == "scale 0.5 keeps 98% of the gain in loss at 13% of the forgetting"
 
 
 def test_only_much_less_forgetting_is_a_bargain() -> None:
     curve = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.80, 0.81, 0.82, 0.86, 0.90])
-    assert offer(curve) == "scale 0.75 keeps 96% of the gain at 60% of the forgetting"
-    assert command(curve, "run")
+    assert offer(curve) == "scale 0.75 keeps 96% of the gain in loss at 60% of the forgetting"
+    assert commands(curve, "run")
     assert bargain(curve) == ""
 
 
@@ -193,7 +204,8 @@ def test_where_nothing_was_gained_nothing_is_offered() -> None:
     assert offered(worse) is None
     assert gain_kept(worse, worse[1]) is None
     assert offered(()) is None
-    assert command((), "run") == command(worse, "run") == bargain(()) == bargain(worse) == ""
+    assert commands((), "run") == commands(worse, "run") == ()
+    assert bargain(()) == bargain(worse) == ""
     assert offer(worse) == "no scale of the adapter lowers the held-out loss"
 
 

@@ -23,7 +23,7 @@ from tunesmith.plan.staged import StagedPlan
 from tunesmith.progress import interval, one_line
 from tunesmith.retentionview import moved_lines, scale_table
 from tunesmith.significance import evidence, verdict, verdicts
-from tunesmith.tradeoff import command
+from tunesmith.tradeoff import commands
 from tunesmith.types import Comparison, DataReport, Plan, RunRecord, Score
 from tunesmith.wording import duration, value_text
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 BY_STYLES = {"you": "bold", "rule": "cyan", "checkpoint": "magenta"}
 UNMEASURED = "[yellow]no before and after[/]: the recipe names neither test_data nor retention_data"
 MOST_STRATA = 20
+OFFER = ("what is offered, on test_data", "to have it")
 LEVEL_STYLES = {"info": "dim", "warn": "yellow", "error": "bold red"}
 
 
@@ -227,8 +228,8 @@ def record_view(record: RunRecord) -> RenderableType:
     measured = f"peak {size(record.peak_bytes)} ({predicted:.1f} predicted)"
     parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, {measured}")
     parts.append(f"adapter: {escape(record.adapter)}")
-    if way := command(record.scales, str(Path(record.adapter).parent)):
-        parts.append(f"as offered: {escape(way)}")
+    for does, way in zip(OFFER, commands(record.scales, str(Path(record.adapter).parent)), strict=False):
+        parts.append(f"{does}: {escape(way)}")
     return Group(*parts)
 
 

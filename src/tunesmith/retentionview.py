@@ -33,7 +33,8 @@ def recovery_lines(changes: Sequence[Comparison]) -> list[str]:
     for alone, after in zip(changes[::2], changes[1::2], strict=True):
         if verdict(alone) == "worse":
             said = f"{alone.task}: {alone.difference:+.3f} by itself, {after.difference:+.3f} after others: "
-            lines.append(escape(said + f"{1 - after.difference / alone.difference:.0%} of the loss is back"))
+            back = 1 - after.difference / alone.difference
+            lines.append(escape(said + (f"{back:.0%} of the loss is back" if back > 0 else "none of the loss is back")))
     return lines or ["no domain of general text is shown to be worse: there is nothing to recover"]
 
 

@@ -33,13 +33,14 @@ def forgetting(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
 
 
 def offered(points: Sequence[ScalePoint]) -> ScalePoint | None:
-    """Of the scales that keep most of the best gain, the one that forgets least; without forgetting, the one with the
-    best gain. None where nothing was gained."""
-    kept = {point.scale: gain_kept(points, point) for point in points}
-    best = max((share for share in kept.values() if share is not None), default=0.0)
-    if best <= 0:
+    """Of the scales that keep most of the best gain, with a loss inside the interval of the best one, the one that
+    forgets least; without forgetting, the one with the best gain. None where nothing was gained."""
+    best = min(points, key=lambda point: point.gain.value, default=None)
+    most = None if best is None else gain_kept(points, best)
+    if best is None or not most:
         return None
-    good = [point for point in points if (kept[point.scale] or 0.0) >= KEPT * best]
+    near = [point for point in points if point.gain.value <= best.gain.high]
+    good = [point for point in near if (gain_kept(points, point) or 0.0) >= KEPT * most]
     lost = {point.scale: forgetting(points, point) for point in good}
     if None in lost.values():
         return min(good, key=lambda point: point.gain.value)
@@ -60,10 +61,14 @@ def offer(points: Sequence[ScalePoint]) -> str:
     return f"scale {best.scale:g} {keeps(points, best)}"
 
 
-def command(points: Sequence[ScalePoint], run: str) -> str:
-    """What hands out a run as offered; nothing where that is the adapter as trained."""
+def commands(points: Sequence[ScalePoint], run: str) -> tuple[str, ...]:
+    """What measures a run as offered on its own items, which a loss on others is no proof for, and what hands it out;
+    nothing where that is the adapter as trained."""
     best = offered(points)
-    return "" if best is None or best.scale == 1 else f"tunesmith export {quote(run)} --to peft --scale {best.scale:g}"
+    if best is None or best.scale == 1:
+        return ()
+    look = f"tunesmith compare {quote(f'{run}@{best.scale:g}')} {quote(run)}"
+    return look, f"tunesmith export {quote(run)} --to peft --scale {best.scale:g}"
 
 
 def bargain(points: Sequence[ScalePoint]) -> str:
@@ -78,7 +83,7 @@ def keeps(points: Sequence[ScalePoint], point: ScalePoint) -> str:
     kept, lost = gain_kept(points, point), forgetting(points, point)
     if kept is None:
         return ""
-    gain = f"keeps {kept:.0%} of the gain"
+    gain = f"keeps {kept:.0%} of the gain in {point.gain.metric.replace('_', ' ')}"
     if lost is None:
         return gain
     return f"{gain} at {lost:.0%} of the forgetting" if lost > 0 else f"{gain} and forgets nothing"

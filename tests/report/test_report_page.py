@@ -142,9 +142,14 @@ def test_gain_stands_against_forgetting(tmp_path: Path) -> None:
 
 def test_a_scale_that_forgets_much_less_is_offered_and_stands_in_the_verdict(tmp_path: Path) -> None:
     run = told.write_run(tmp_path / "run", record=told.record_of(scales=told.scales(told.CHEAPER)))
-    offer = "scale 0.25 keeps 96% of the gain at 25% of the forgetting"
-    assert f"On the rows to choose by, {offer}." in verdict_of(read_story(run)).sentence
-    assert f"Offered: {offer}. To have it: tunesmith export {run} --to peft --scale 0.25" in text_of(run)
+    offer = "scale 0.25 keeps 96% of the gain in loss at 25% of the forgetting"
+    assert (
+        f"On the rows to choose by, {offer}; other measures were not taken there."
+        in verdict_of(read_story(run)).sentence
+    )
+    said = text_of(run)
+    assert f"Offered: {offer}. Other measures may say otherwise: tunesmith compare {run}@0.25 {run}" in said
+    assert f"To have it: tunesmith export {run} --to peft --scale 0.25" in said
     whole = told.write_run(tmp_path / "whole", record=told.record_of(scales=told.scales()))
     assert "to choose by" not in verdict_of(read_story(whole)).sentence
     assert "Scale 1, the adapter as trained, is best: less of it keeps too little of the gain." in text_of(whole)

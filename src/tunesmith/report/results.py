@@ -9,7 +9,7 @@ from tunesmith.report.chart import Axes, Point, Series, line_chart, strip
 from tunesmith.report.markup import Content, Html, quoted, section, table, tag
 from tunesmith.report.story import Story
 from tunesmith.report.verdict import UNITS, Claim, claims_of, signed
-from tunesmith.tradeoff import command, offer
+from tunesmith.tradeoff import commands, offer
 from tunesmith.types import ScalePoint, Score
 
 MOVES = {"kl": "KL divergence, nats per token", "top1_agreement": "top-1 agreement"}
@@ -87,12 +87,13 @@ def scales_section(story: Story) -> Html | None:
 
 def _offered(scales: tuple[ScalePoint, ...], run: str) -> Html | None:
     """What may be had instead of the adapter as trained, and how."""
-    said, way = offer(scales), command(scales, run)
+    said, ways = offer(scales), commands(scales, run)
     if not said:
         return None
-    if not way:
+    if not ways:
         return tag("p", f"{said[0].upper()}{said[1:]}.")
-    return tag("p", f"Offered: {said}. To have it: ", tag("code", way))
+    look, have = (tag("code", way) for way in ways)
+    return tag("p", f"Offered: {said}. Other measures may say otherwise: ", look, ". To have it: ", have)
 
 
 def _traded(scales: tuple[ScalePoint, ...]) -> list[Html]:

@@ -66,7 +66,7 @@ def verdict_of(story: Story) -> Verdict:
     heads = [*_of_task(found, answers=answers), *_of_general(general)]
     said = [_counted(found, answers=answers)]
     if cheaper := bargain(record.scales):
-        said.append(f"On the rows to choose by, {cheaper}.")
+        said.append(f"On the rows to choose by, {cheaper}; other measures were not taken there.")
     return Verdict(_tone(found, [one.outcome for one in general]), " ".join(heads), " ".join(said))
 
 
