@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from tunesmith.plan.gpu import cache_bytes
 from tunesmith.plan.memory import lora_parameters, peak_memory
+from tunesmith.plan.room import needed
 from tunesmith.plan.rules import Known
 from tunesmith.types import ModelSpec
 
@@ -77,6 +79,16 @@ def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
         assert found == 2048 * 2 * (values + 6 * 1536)
 
 
+def test_a_family_with_more_norms_keeps_their_inputs(spec: ModelSpec) -> None:
+    def values(model_type: str) -> float:
+        found = peak_memory(dataclasses.replace(spec, model_type=model_type), **SETTINGS)["activations"]
+        return found / (2048 * 2 * 30)
+
+    plain, heads, outputs = 0, 576 + 192, 2 * 576
+    more = {"llama": plain, "qwen3": heads, "gemma2": outputs, "gemma3_text": heads + outputs}
+    assert {family: round(values(family) - values("llama")) for family in more} == more
+
+
 def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:
     """Products in fp32 are another library's."""
     few, many, more = (peak_memory(spec, **SETTINGS, packs=packs)["kernels"] for packs in (2, 100, 10_000))
@@ -107,3 +119,12 @@ def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) ->
     assert plain["widened"] == 0
     same = ("trained", "activations", "head")
     assert {key: small[key] for key in same} == {key: plain[key] for key in same}
+
+
+def test_answers_written_side_by_side_count_where_they_take_more_than_a_step(known: Callable[..., Known]) -> None:
+    spec, machine = known().model, known().machine
+    held = {**SETTINGS, "packs": 1, "layouts": 1, "measured": False}
+    few, many = (needed(spec, machine, **held, cache_tokens=tokens) for tokens in (1000, 100_000))
+    assert few["answers"] == 0
+    assert many["answers"] == cache_bytes(spec, 100_000, 2) - many["activations"] - many["head"] > 0
+    assert many["peak"] - few["peak"] == many["answers"]

@@ -2,7 +2,8 @@
 
 In: the model's shape and the plan's values. Out: bytes by component, with "peak". The saved activations are those of
 our own layers (model/layers.py): per token and layer 4 H (two norm inputs, two norm outputs), 2 Q + 2 KV (q, k, v
-and the attention's output) and 2 F (gate and up). Left out: a correction from measured runs.
+and the attention's output) and 2 F (gate and up); where a family norms more, the inputs of those norms. Left out: a
+correction from measured runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ PROCESS_BYTES = 560_000_000  # python, torch and transformers imported (480 MB),
 SIZE_BYTES, SIZES = 3_000_000, 100  # code that oneDNN makes for a pack of a new size, and keeps; then parts come back
 EVALUATION_BYTES = 60_000_000  # what is measured, held through the run, and what measuring leaves in the heap
 CHUNK_TARGETS = 128
+NORMED_OUTPUTS, NORMED_HEADS = ("gemma2", "gemma3"), ("qwen3", "gemma3")  # of attention and MLP; q and k
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a weight of 4 bits, a byte a block of 64, 4 bytes for 256 of those
 Method = Literal["lora", "qlora", "full"]
 
@@ -38,6 +40,8 @@ def activation_bytes(spec: ModelSpec, tokens: int, width: int, *, activations: s
     q, kv, layers = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_layers
     mlp = 2 * spec.intermediate_size
     layer = (6 if dora else 4) * spec.hidden_size + 2 * q + 2 * kv + mlp
+    layer += 2 * spec.hidden_size * spec.model_type.startswith(NORMED_OUTPUTS)
+    layer += (q + kv) * spec.model_type.startswith(NORMED_HEADS)
     saved = {
         "keep": layers * layer,
         "selective": layers * (layer - mlp),

@@ -33,7 +33,11 @@ def needed(
     """Bytes by component, with "peak"."""
     if machine.device == "cuda":
         return gpu_memory(spec, pack_tokens=pack_tokens, cache_tokens=cache_tokens, **size)
-    return peak_memory(spec, pack_tokens=pack_tokens, packs=packs, layouts=layouts, measured=measured, **size)
+    parts = peak_memory(spec, pack_tokens=pack_tokens, packs=packs, layouts=layouts, measured=measured, **size)
+    # Either a step's activations are there or the keys and values of the answers.
+    cache = cache_bytes(spec, cache_tokens, 2 if size["dtype"] == "bf16" else 4)
+    answers = max(0, cache - parts["activations"] - parts["head"])
+    return parts | {"answers": answers, "peak": parts["peak"] + answers}
 
 
 def corrected(parts: dict[str, int], factor: float) -> dict[str, int]:
