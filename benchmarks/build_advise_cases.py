@@ -1,10 +1,12 @@
 """The cases of docs/advise.md that are measured, from the package records of this Debian machine.
 
     python benchmarks/build_advise_cases.py FOLDER
+    tunesmith advise --measure FOLDER/link.yaml
     tunesmith advise --measure FOLDER/section.yaml
     tunesmith advise --measure FOLDER/homepages.yaml --documents FOLDER/records
 
-section    the section of a package, read off its record: the answer stands in the question, in a fixed form
+link       the homepage of a package, read off its record: the answer stands in the question, whatever is around it
+section    the section of a package, read off its record: the answer stands in the question, in exactly that word
 homepages  the homepage of a package by its name: few are known to a model, and the records hold them
 
 Rows are packages drawn by a hash of their name; held-out ones are other packages. The records are those of all of them.
@@ -47,6 +49,7 @@ def row(question: str, answer: str) -> str:
 def main(folder: Path) -> None:
     chosen = records()[: TRAIN + HELD_OUT + TEST]
     asked = {
+        "link": [row(f"{written(one)}\n\nWhat is the homepage?", one["Homepage"]) for one in chosen],
         "section": [row(f"{written(one)}\n\nWhich section?", one["Section"]) for one in chosen],
         "homepages": [
             row(f"What is the homepage of the Debian package {one['Package']}?", one["Homepage"]) for one in chosen
