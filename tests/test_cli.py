@@ -57,6 +57,11 @@ def test_a_flag_without_its_value_is_told(tunesmith: Callable[..., Outcome], wor
     assert f"{flag} has no value" in err
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "tunesmith", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"tunesmith {__version__}")
+
+
 def test_unknown_verbs_are_the_users_mistake(tunesmith: Callable[..., Outcome]) -> None:
     code, out, err = tunesmith("tran")
     assert (code, out) == (2, "")
