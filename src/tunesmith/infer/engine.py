@@ -27,7 +27,7 @@ from tunesmith.types import Generation, Request
 Decode = Callable[[Sequence[int]], str]
 Allowed = Callable[[int, Sequence[int]], Tensor]  # index of a request, its answer so far -> which tokens may follow [V]
 
-MOST_ROWS = {"cpu": 32, "cuda": 256}  # more rows gain little: by then the matrix products fill the machine
+MOST_ROWS = {"cpu": 64, "cuda": 256}  # more rows gain little: by then the matrix products fill the machine
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
 PREFILL_TOKENS = 4096  # prompts computed in one forward
 SHARED_TOKENS = 16  # a shorter common beginning is not worth a forward of its own

@@ -32,13 +32,15 @@ class RowCache:
         self._stores: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [slots, K, capacity, D]
         self._first_new: int | None = None  # the first row of a prompt forward; None while rows are extended
         self._rows_B = self._places_B = torch.empty(0)
-        self._masks: dict[int | None, tuple[int, Tensor | None]] = {}
+        self._masks: dict[int | None, tuple[int, Tensor | None]] = {}  # of one extension, by window
+        self._prompt_masks: dict[tuple[int, int | None], Tensor] = {}  # of one prompt forward, by length and window
 
     def admit(self, lengths: Sequence[int]) -> None:
         """The next forward is of new rows with so many tokens each, after the shared ones; they come last."""
         assert len(self.lengths) + len(lengths) <= self.slots, "more rows than slots"
         self._first_new = len(self.lengths)
         self.lengths += [self.shared + length for length in lengths]
+        self._prompt_masks = {}
 
     def advance(self, device: torch.device) -> Tensor:
         """The next forward is of one more token for every row; returns their positions [B]."""
@@ -76,7 +78,7 @@ class RowCache:
             return self._attend_prompts(layer, q, k, v, layout, rule, backend)
         keys[self._rows_B, :, self._places_B] = k
         values[self._rows_B, :, self._places_B] = v
-        first, mask = self._visible(rule.window)
+        first, mask = self._visible(rule.window, q.dtype)
         held = slice(0, len(q)), slice(None), slice(first, max(self.lengths))
         return attend_rows(q, keys[held], values[held], mask, rule)
 
@@ -90,7 +92,7 @@ class RowCache:
             if self.shared:
                 shared_k, shared_v = self._prefix[layer]
                 k_KLD, v_KLD = torch.cat((shared_k, k_KLD), dim=1), torch.cat((shared_v, v_KLD), dim=1)
-                outputs.append(attend_after(q[new], k_KLD, v_KLD, rule))
+                outputs.append(attend_after(q[new], k_KLD, v_KLD, self._after(length, rule.window, q), rule))
             for store, x in zip(self._stores[layer], (k_KLD, v_KLD), strict=True):
                 store[row, :, : x.shape[1]] = x
         return torch.cat(outputs) if outputs else attend(q, k, v, layout, rule, backend)
@@ -108,7 +110,14 @@ class RowCache:
             self._stores[layer] = (grown[0], grown[1])
         return self._stores[layer]
 
-    def _visible(self, window: int | None) -> tuple[int, Tensor | None]:
+    def _after(self, length: int, window: int | None, q: Tensor) -> Tensor:
+        """The mask [length, shared + length] of a prompt's own tokens, made once for all layers."""
+        if (length, window) not in self._prompt_masks:
+            places = torch.arange(self.shared + length, device=q.device)
+            self._prompt_masks[length, window] = _mask(places[-length:, None] - places, window, q.dtype)
+        return self._prompt_masks[length, window]
+
+    def _visible(self, window: int | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
         """The first stored place that any row sees, and the mask [B, 1, 1, L] from there on; None if all is seen."""
         if window not in self._masks:
             shortest, longest = min(self.lengths), max(self.lengths)
@@ -116,14 +125,16 @@ class RowCache:
             mask = None
             if shortest < longest:
                 places = torch.arange(first, longest, device=self._places_B.device)
-                mask = _seen(self._places_B[:, None] - places, window)[:, None, None]
+                mask = _mask(self._places_B[:, None] - places, window, dtype)[:, None, None]
             self._masks[window] = (first, mask)
         return self._masks[window]
 
 
-def _seen(back: Tensor, window: int | None) -> Tensor:
-    """May a token see the one that stands `back` places before it?"""
-    return back >= 0 if window is None else (back >= 0) & (back < window)
+def _mask(back: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the score of a token that stands `back` places before: nothing, or minus infinity if it is not
+    seen. As numbers, since torch would make them from truth values anew in every layer."""
+    seen = back >= 0 if window is None else (back >= 0) & (back < window)
+    return torch.zeros(back.shape, dtype=dtype, device=back.device).masked_fill_(~seen, float("-inf"))
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
@@ -132,11 +143,9 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, ru
     return _scaled(q.unflatten(1, (keys.shape[1], -1)), keys, values, mask, rule).flatten(1, 2)
 
 
-def attend_after(q: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
+def attend_after(q: Tensor, keys: Tensor, values: Tensor, mask_nL: Tensor, rule: Rule) -> Tensor:
     """The last n tokens of one row: q [n, N, D], keys and values [K, L, D] -> [n, N, D]."""
-    (n, heads, size), (groups, length) = q.shape, keys.shape[:2]
-    places = torch.arange(length, device=q.device)
-    mask_nL = _seen(places[-n:, None] - places, rule.window)
+    (n, heads, size), groups = q.shape, len(keys)
     q_KMD = q.transpose(0, 1).reshape(groups, -1, size)  # M = G * n queries a key head
     out = _scaled(q_KMD[None], keys[None], values[None], mask_nL.repeat(heads // groups, 1), rule)
     return out[0].reshape(heads, n, size).transpose(0, 1)
@@ -150,5 +159,5 @@ def _scaled(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: 
     scores = q.to(wide) @ keys.to(wide).transpose(-1, -2) * rule.scale
     scores = rule.softcap * torch.tanh(scores / rule.softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
     return (scores.softmax(dim=-1) @ values.to(wide)).to(q.dtype)
