@@ -44,7 +44,7 @@ LOGIT_TOLERANCE = {torch.bfloat16: 0.06, torch.float32: 1e-3, torch.float64: 1e-
 # with AMX 1.2 nats of 65 were seen, where fp32 lies between the two.
 LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6}
 SHARED_TOLERANCE = LOSS_TOLERANCE | {torch.bfloat16: 0.03}  # rows of a prefix are rounded with others than alone
-TOKEN_NATS = {torch.bfloat16: 0.2, torch.float32: 0.0, torch.float64: 0.0}
+TOKEN_NATS = {torch.bfloat16: 0.3, torch.float32: 0.0, torch.float64: 0.0}
 
 
 @dataclass(frozen=True, eq=False)
