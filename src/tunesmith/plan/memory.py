@@ -14,6 +14,7 @@ from tunesmith.types import ModelSpec
 
 PROCESS_BYTES = 560_000_000  # python, torch and transformers imported (480 MB), what the first products leave
 SIZE_BYTES, SIZES = 3_000_000, 100  # code that oneDNN makes for a pack of a new size, and keeps; then parts come back
+FRAGMENTS = 0.35  # of the activations: room in the heap that is free and of no use; measured, docs/plan.md
 EVALUATION_BYTES = 60_000_000  # what is measured, held through the run, and what measuring leaves in the heap
 CHUNK_TARGETS = 128
 NORMED_OUTPUTS, NORMED_HEADS = ("gemma2", "gemma3"), ("qwen3", "gemma3")  # of attention and MLP; q and k
@@ -71,12 +72,12 @@ def peak_memory(
     are kept (model/frozen.py). Those in 4 bits are widened one by one, and so are moments in 8 bits. `measured`: there
     are rows to measure on before the run."""
     width, dora = 2 if size["dtype"] == "bf16" else 4, size.get("dora", False)
+    saved = activation_bytes(spec, pack_tokens, width, activations=size.get("activations", "keep"), dora=dora)
     parts = {
         "process": PROCESS_BYTES,
         **fixed_parts(spec, layouts=layouts, **size),
-        "activations": activation_bytes(
-            spec, pack_tokens, width, activations=size.get("activations", "keep"), dora=dora
-        ),
+        "activations": saved,
+        "fragments": int(saved * FRAGMENTS),
         "kernels": SIZE_BYTES * min(packs, SIZES) if width == 2 else 0,  # products in fp32 are not oneDNN's
         "evaluation": EVALUATION_BYTES if measured else 0,
         "head": CHUNK_TARGETS * spec.vocab_size * width * (1 if width == 2 else 4),

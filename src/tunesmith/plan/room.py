@@ -13,7 +13,7 @@ from tunesmith.plan.memory import peak_memory
 from tunesmith.types import Machine, ModelSpec
 
 # The answers that are written side by side, and what their keys and values may take: as in infer/engine.py.
-ANSWERS = {"cpu": 32, "cuda": 256}
+ANSWERS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
 FIXED = ("process", "context", "weights", "widened", "trained", "update", "kernels", "evaluation")
 MULTIPLES = {"full": "x4 to x12", "lora": "x1.5", "qlora": "x1.5"}  # of the mission document, of the model's size
