@@ -20,7 +20,7 @@ llama: $(BIN)/pytest  ## exports in llama.cpp itself, compiled the first time; `
 check: $(BIN)/pytest  ## style, types, layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python || $(BIN)/pyright --pythonpath $(BIN)/python  # once in a while it finds numpy's recursive types unknown
 	$(BIN)/lint-imports
 
 bench: $(BIN)/pytest  ## tunesmith beside TRL + PEFT on the same work
