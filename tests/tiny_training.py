@@ -1,6 +1,7 @@
 """A run of the tests' model: its settings, its documents, and what it leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from tiny import tiny_document
 from tunesmith.model.adapters import trainable
 from tunesmith.model.load import LanguageModel
-from tunesmith.train.training import Settings
+from tunesmith.train.training import Settings, Training
 from tunesmith.types import Document, Event, StepResult
 
 SETTINGS = Settings(
@@ -39,3 +40,15 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def steps(events: Sequence[Event]) -> list[StepResult]:
     return [event for event in events if isinstance(event, StepResult)]
+
+
+def straight_and_resumed(fresh: Callable[[], Training], folder: Path) -> tuple[Training, Training]:
+    """Two whole runs; the second was saved after three steps and went on in another object."""
+    straight, first, second = fresh(), fresh(), fresh()
+    list(straight)
+    for _ in range(3):
+        next(first)
+    first.save(folder)
+    second.restore(folder)
+    list(second)
+    return straight, second

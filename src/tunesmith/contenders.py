@@ -19,7 +19,7 @@ from tunesmith.data.never import Never
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import Measured, compare_all
 from tunesmith.facts import Facts
-from tunesmith.jsonfile import from_json, read_json
+from tunesmith.jsonfile import read_json
 from tunesmith.measure import items_of, measure
 from tunesmith.model.adapter_folder import CONFIG
 from tunesmith.model.adapters import adapter_scaled, trainable
@@ -27,7 +27,7 @@ from tunesmith.model.load import LanguageModel
 from tunesmith.recipe import Recipe
 from tunesmith.recipevalues import DataSource
 from tunesmith.reopened import known_again, model_left
-from tunesmith.runfolder import PLAN, plan_in, trained_in
+from tunesmith.runfolder import plan_in, trained_in
 from tunesmith.train.checkpoint import load_weights
 from tunesmith.types import Choice, Comparison, Plan
 from tunesmith.versus import Side
@@ -119,7 +119,7 @@ def _asked_of(name: str, run: Path | None, exam: Exam) -> Recipe:
         raise InputError(what, where=name, fix="name a run on the other side, or a file: --data test.jsonl")
     wish: dict[str, object] = {}
     if run is not None:
-        written = from_json(Plan, read_json(trained_in(run) / PLAN), where=str(run)).recipe
+        written = plan_in(trained_in(run)).recipe
         wish = {key: written[key] for key in ASKED if written.get(key) not in (None, "auto", [])}
         wish["model"] = written["model"]
     else:

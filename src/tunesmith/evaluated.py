@@ -14,10 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from tunesmith.errors import InputError
 from tunesmith.evaluate.gate import Gate, gates
-from tunesmith.jsonfile import from_json, read_json
 from tunesmith.recipevalues import Metrics
-from tunesmith.runfolder import PLAN, trained_in
-from tunesmith.types import Comparison, Plan, Score
+from tunesmith.runfolder import plan_in, trained_in
+from tunesmith.types import Comparison, Score
 from tunesmith.yamlfile import read_flag
 
 MARGIN = "forgetting_margin"  # of the plan: bits per byte of general text
@@ -35,8 +34,7 @@ class Evaluated:
     def of(cls, comparisons: tuple[Comparison, ...], run: Path | None) -> Self:
         margin = None
         if run is not None:
-            path = trained_in(run) / PLAN
-            plan = from_json(Plan, read_json(path), where=str(path))
+            plan = plan_in(trained_in(run))
             margin = plan[MARGIN] if MARGIN in plan.choices else None
         return cls(tuple(one.after for one in comparisons), comparisons, margin)
 

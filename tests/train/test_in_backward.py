@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tiny import tiny_model
-from tiny_training import SETTINGS, documents_of, same, steps, weights
+from tiny_training import SETTINGS, documents_of, same, steps, straight_and_resumed, weights
 from tunesmith.errors import GateError, MachineError
 from tunesmith.model.load import LanguageModel
 from tunesmith.train.training import Training
@@ -49,13 +49,7 @@ def test_no_gradient_is_kept() -> None:
 
 
 def test_a_resumed_run_is_bitwise_the_straight_one(tmp_path: Path) -> None:
-    straight, first, second = training(), training(), training()
-    list(straight)
-    for _ in range(3):
-        next(first)
-    first.save(tmp_path)
-    second.restore(tmp_path)
-    list(second)
+    straight, second = straight_and_resumed(training, tmp_path)
     assert same(weights(straight.model), weights(second.model))
 
 

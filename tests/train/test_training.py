@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiny import END, LORA, after, one_batch, tiny_document, tiny_model, tiny_network
-from tiny_training import LENGTHS, SETTINGS, documents_of, same, steps, weights
+from tiny_training import LENGTHS, SETTINGS, documents_of, same, steps, straight_and_resumed, weights
 from tunesmith.errors import GateError
 from tunesmith.model.adapters import METHODS, trainable
 from tunesmith.model.head import target_losses
@@ -297,13 +297,7 @@ def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(method: st
     def fresh() -> Training:
         return Training(tiny_model(method=method, lora_r=96), documents_of, wish)
 
-    straight, first, second = fresh(), fresh(), fresh()
-    list(straight)
-    for _ in range(3):
-        next(first)
-    first.save(tmp_path)
-    second.restore(tmp_path)
-    list(second)
+    straight, second = straight_and_resumed(fresh, tmp_path)
     assert same(weights(straight.model), weights(second.model))
     kept = [moments(second.optimizer, p) for p in second.parameters.values()]
     assert {found["state1"].dtype for found in kept} == {torch.uint8, torch.float32}
