@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.model.attention import Rule, reference
+from tunesmith.model import kernels
+from tunesmith.model.attention import Rule, reference, turned
 from tunesmith.model.cache import BLOCK, RowCache
 from tunesmith.types import Layout
 
@@ -83,3 +84,92 @@ def test_a_shared_beginning_stands_before_every_row(rule: Rule) -> None:
     torch.testing.assert_close(out, torch.cat([rows.expected(0, 6, 10, rule), rows.expected(1, 6, 7, rule)]))
     for _ in range(3):
         extend(cache, layer, rows, [0, 1], rule)
+
+
+# ---------------------------------------------------------------- rows.c, and attention.c after a shared beginning
+
+needs_kernel = pytest.mark.skipif(not kernels.has_attention(), reason="needs a C compiler and AVX512-BF16")
+SHARED = 21
+
+
+def narrow_rows(heads: int, groups: int, size: int) -> Rows:
+    """In bf16; all begin alike. What is expected is computed in fp64 of the same numbers."""
+    rows, generator = Rows(4), torch.Generator().manual_seed(1)
+    for name, count in (("q", heads), ("k", groups), ("v", groups)):
+        x = torch.randn(4, 3 * BLOCK, count, size, generator=generator).bfloat16().double()
+        x[:, :SHARED] = x[:1, :SHARED]
+        setattr(rows, name, x)
+    return rows
+
+
+def close(out: torch.Tensor, expected: list[torch.Tensor], scale: float) -> None:
+    """A few roundings to bf16 of numbers of about 1; `scale` for what is turned in bf16 first."""
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), torch.cat(expected), rtol=0.02, atol=0.01 * scale)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "after a shared beginning"])
+@pytest.mark.parametrize("window", [None, 7, 40])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(3, 1, 64), (4, 4, 64), (10, 2, 128), (2, 1, 256)])
+def test_the_kernels_equal_plain_attention(
+    heads: int, groups: int, size: int, window: int | None, shared: bool
+) -> None:
+    rows, layer, cache, rule = narrow_rows(heads, groups, size), nn.Module(), RowCache(3), Rule(size**-0.5, window)
+    begin = SHARED if shared else 0
+
+    def attended(parts: list[tuple[int, int, int]]) -> torch.Tensor:
+        q, k, v, layout = packed([rows.part(*part) for part in parts])
+        return cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, rule, "kernel")
+
+    if shared:
+        cache.admit([SHARED])
+        attended([(0, 0, SHARED)])
+        cache.share()
+    lengths = [30, 5, 70]
+    cache.admit(lengths)
+    parts = [(row, begin, begin + length) for row, length in enumerate(lengths)]
+    close(attended(parts), [rows.expected(*part, rule) for part in parts], 1)
+    for order in ([0, 1, 2], [0, 1, 2], [2, 1]):  # row 0 leaves, and the last row moves into its place
+        if len(order) < len(cache.lengths):
+            cache.drop(0)
+        places = cache.advance(torch.device("cpu")).tolist()
+        parts = [(row, place, place + 1) for row, place in zip(order, places, strict=True)]
+        close(attended(parts), [rows.expected(*part, rule) for part in parts], 1)
+
+
+@needs_kernel
+def test_the_step_kernel_turns_what_it_reads() -> None:
+    """Of 64 more tokens: their keys are stored turned, in stores that grow."""
+    rows, rule = narrow_rows(6, 2, 64), Rule(0.125)
+    layers, caches = (nn.Module(), nn.Module()), (RowCache(2), RowCache(2))
+    angles_PD = torch.rand(3 * BLOCK, 32, generator=torch.Generator().manual_seed(2)) * 6
+    for cache, layer in zip(caches, layers, strict=True):
+        cache.admit([9, 50])
+        q, k, v, layout = packed([rows.part(0, 0, 9), rows.part(1, 0, 50)])
+        cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, rule, "kernel")
+    for _ in range(BLOCK):
+        places, _ = (cache.advance(torch.device("cpu")) for cache in caches)
+        angles = angles_PD[places].cos(), angles_PD[places].sin()
+        q, k, v, layout = packed([rows.part(row, place, place + 1) for row, place in enumerate(places.tolist())])
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        one = caches[0].attend(layers[0], q, k, v, layout, rule, "kernel", angles)
+        other = caches[1].attend(layers[1], *turned(q, k, angles), v, layout, rule, "kernel")
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.01)
+    keys, others = caches[0]._stores[layers[0]][0], caches[1]._stores[layers[1]][0]
+    torch.testing.assert_close(keys, others, rtol=0.01, atol=0.01)
+
+
+@needs_kernel
+def test_the_step_kernel_writes_one_place_a_row() -> None:
+    rows, layer, cache = narrow_rows(3, 1, 64), nn.Module(), RowCache(3)
+    cache.admit([30, 5])
+    q, k, v, layout = packed([rows.part(0, 0, 30), rows.part(1, 0, 5)])
+    cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, Rule(0.125), "kernel")
+    before = [x.clone() for x in cache._stores[layer]]
+    cache.advance(torch.device("cpu"))
+    q, k, v, layout = packed([rows.part(0, 30, 31), rows.part(1, 5, 6)])
+    cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, Rule(0.125), "kernel")
+    for was, now in zip(before, cache._stores[layer], strict=True):
+        changed = (was != now).any(dim=-1).nonzero().tolist()
+        assert changed == [[0, 0, 30], [1, 0, 5]]

@@ -14,7 +14,7 @@ from tiny import one_batch, step_gradients, tiny_documents, tiny_model, tiny_net
 from tunesmith.data.pack import fed_tokens
 from tunesmith.model.adapters import lora_layers, trainable
 from tunesmith.model.layers import Mlp
-from tunesmith.model.lora import LoraLinear, MasterLinear, Operand, project
+from tunesmith.model.lora import Group, LoraLinear, MasterLinear, Operand, prepared, project
 from tunesmith.train.losses import weight_count
 from tunesmith.train.optim import make_optimizer, update
 
@@ -214,6 +214,34 @@ def test_no_dropout_outside_of_training() -> None:
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     torch.testing.assert_close(layer(x), by_hand(layer, x))
+
+
+def test_prepared_products_are_kept_while_nothing_trains() -> None:
+    """And follow every change of what they were prepared of."""
+    layers, x = [adapted(linear(5, 4, seed=seed)).eval() for seed in range(2)], random(7, 5)
+
+    def right() -> Group:
+        with torch.no_grad():
+            for y, layer in zip(project(x, layers), layers, strict=True):
+                torch.testing.assert_close(y, by_hand(layer, x))
+            return prepared(layers, x.dtype)
+
+    kept = right()
+    assert right() is kept
+    with torch.no_grad():
+        layers[1].lora_A.add_(1)
+    assert right() is not kept
+    layers[0].lora_B.data = random(4, 3)
+    right()
+    layers[1].scale = 2.0
+    right()
+    layers[1].scale = 0.0
+    kept = right()
+    project(x, layers)  # with gradients: another group, and the kept one is let go
+    assert right() is not kept
+    layers[0].train()
+    with torch.no_grad():
+        assert prepared(layers, x.dtype) is not prepared(layers, x.dtype)
 
 
 # ---------------------------------------------------------------- precision and scale

@@ -15,41 +15,15 @@
  * Shapes: q, out, dq [tokens, heads, width]; k, v, dk, dv [tokens, kv_heads, width]; width a multiple of 64;
  * lse [tokens, heads]; cosine, sine [tokens, width / 2], or NULL where q and k are turned already. scale > 0.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
+#include "vectors.h"
+
 #include <string.h>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
+#ifdef VECTORS
 
-#define INLINE static inline __attribute__((always_inline))
-
-typedef uint16_t bf16;
-
-enum { ROWS = 6, LANES = 16, COLUMNS = 4, TILE = COLUMNS * LANES, BLOCK = 96 }; /* a multiple of ROWS and LANES */
+enum { ROWS = 6, COLUMNS = 4, TILE = COLUMNS * LANES, BLOCK = 96 }; /* a multiple of ROWS and LANES */
 
 int attention_available(void) { return 1; }
-
-INLINE long round_up(long value, long unit) { return (value + unit - 1) / unit * unit; }
-INLINE long least(long a, long b) { return a < b ? a : b; }
-
-static void *scratch(long bytes) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 64, (size_t)bytes) ? NULL : memory;
-}
-
-/* 2^x = 2^floor(x) * p(x - floor(x)), relative error of p 1e-7; 0 for -inf, NaN stays NaN. */
-INLINE __m512 exp2_ps(__m512 x) {
-    __m512 r = _mm512_reduce_ps(x, 9);
-    __m512 p = _mm512_set1_ps(1.879318648e-3f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.990995096e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.581867596e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.401592715e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931517388e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, x);
-}
 
 /* sums[r][c] += sum over depth of pair a[r, p] . pair b[p, c]: ROWS rows, `columns` vectors, pairs of bf16. The second
  * two vectors of b lie `half` after the first two. */
@@ -90,37 +64,6 @@ INLINE __m512i pair_rows(__m512 even, __m512 odd) {
         0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-}
-
-INLINE void store_narrow(bf16 *out, __m512 value) {
-    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(value));
-}
-
-INLINE __m512 load_wide(const bf16 *x) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
-}
-
-typedef struct { const float *cosine, *sine; } Angles; /* NULL: nothing is turned */
-
-/* Stores vectors of the two halves of a head, turned: (a cos - b sin, b cos + a sin), backwards for direction -1. */
-INLINE void store_turned(bf16 *out, __m512 a, __m512 b, Angles angles, long place, long half, float direction) {
-    if (angles.cosine) {
-        __m512 cosine = _mm512_loadu_ps(angles.cosine + place);
-        __m512 sine = _mm512_mul_ps(_mm512_loadu_ps(angles.sine + place), _mm512_set1_ps(direction));
-        __m512 turned = _mm512_fmsub_ps(a, cosine, _mm512_mul_ps(b, sine));
-        b = _mm512_fmadd_ps(b, cosine, _mm512_mul_ps(a, sine));
-        a = turned;
-    }
-    store_narrow(out, a);
-    store_narrow(out + half, b);
-}
-
-/* Contiguous rows of one head, turned. */
-INLINE void copy_rows(const bf16 *x, long stride, long length, long width, Angles angles, bf16 *rows) {
-    for (long t = 0; t < length; t++)
-        for (long d = 0, half = width / 2; d < half; d += LANES)
-            store_turned(rows + t * width + d, load_wide(x + t * stride + d), load_wide(x + t * stride + half + d),
-                         angles, t * half + d, half, 1.0f);
 }
 
 /* Asks for rows that a later gather reads, while there is arithmetic to do. */

@@ -160,10 +160,9 @@ class _Kernel(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: Angles | None) -> Tensor:
         q, k, v, nothing = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)  # nothing: NULL in C
         out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
-        segments = _segments(layout)
-        inputs, rest = (q, k, v, out, logsumexp), (*(angles or (nothing, nothing)), *segments)
+        inputs, rest = (q, k, v, out, logsumexp), (*(angles or (nothing, nothing)), *_segments(layout))
         ctx.shape = (len(layout.lengths), q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
-        _call(*inputs, nothing, nothing, nothing, nothing, *rest, *ctx.shape)
+        _call("attention", *inputs, nothing, nothing, nothing, nothing, *rest, *ctx.shape)
         ctx.save_for_backward(*inputs, *rest)
         return out
 
@@ -172,15 +171,15 @@ class _Kernel(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a layer that runs again gives them once
         inputs, rest = saved[:5], saved[5:]
         dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
-        _call(*inputs, gradients[0].contiguous(), dq, dk, dv, *rest, *ctx.shape)
+        _call("attention", *inputs, gradients[0].contiguous(), dq, dk, dv, *rest, *ctx.shape)
         return dq, dk, dv, None, None, None
 
 
-def _segments(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Starts, lengths and parents for the kernel, most work first: then the threads end together."""
-    count = range(len(layout.lengths))
+def _segments(layout: Layout, given: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Starts, lengths and parents for the kernel, most work first: then the threads end together. The first `given`
+    segments come last, where a kernel that is told of fewer finds them as parents only."""
     work = [length * (length + 2 * layout.before(i)) for i, length in enumerate(layout.lengths)]
-    order = sorted(count, key=lambda i: -work[i])
+    order = sorted(range(len(work)), key=lambda i: (i < given, -work[i]))
     starts, lengths = (torch.tensor([x[i] for i in order]) for x in (layout.starts, layout.lengths))
     if not layout.parents:
         return starts, lengths, torch.empty(0)
@@ -188,18 +187,54 @@ def _segments(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     return starts, lengths, torch.tensor([place[layout.parents[i]] for i in order])
 
 
-def _call(*arguments: Tensor | int | float) -> None:
-    if kernels.call("attention", *arguments):
+def _call(name: str, *arguments: Tensor | int | float) -> None:
+    if kernels.call(name, *arguments):
         raise MachineError("no memory for the attention's scratch space", fix="lower pack_length")
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: Angles | None = None) -> Tensor:
-    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do (other dtypes and processors,
-    odd head sizes, soft caps) takes `documents`."""
+def has_kernel(q: Tensor, rule: Rule) -> bool:
+    """Can attention.c and rows.c do it? Not other dtypes and processors, odd head sizes, soft caps."""
     able = kernels.usable(q) and kernels.has_attention() and q.shape[-1] % 64 == 0
-    if able and not rule.softcap and rule.scale > 0:
+    return able and not rule.softcap and rule.scale > 0
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: Angles | None = None) -> Tensor:
+    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do takes `documents`."""
+    if has_kernel(q, rule):
         return _Kernel.apply(q, k, v, layout, rule, angles)
     return documents(*turned(q, k, angles), v, layout, rule)
+
+
+def kernel_after(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, Tensor], layout: Layout, rule: Rule) -> Tensor:
+    """Documents that all go on after tokens of which only keys and values [P, K, D] are `given`. No autograd."""
+    more, nothing = len(given[0]), q.new_empty(0)
+    count = len(layout.lengths)
+    starts = (0, *(more + start for start in layout.starts))
+    whole = Layout(starts, (more, *layout.lengths), (-1, *(0,) * count))
+    q, k, v = torch.cat((q.new_empty(more, *q.shape[1:]), q)), torch.cat((given[0], k)), torch.cat((given[1], v))
+    out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
+    shape = (count, q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
+    _call("attention", q, k, v, out, logsumexp, *(nothing,) * 6, *_segments(whole, given=1), *shape)
+    return out[more:]
+
+
+def kernel_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stores: tuple[Tensor, Tensor],
+    places_B: Tensor,
+    shared: int,
+    rule: Rule,
+    angles: Angles | None,
+) -> Tensor:
+    """One more token a row: k and v [B, K, D] are put at `places_B` into the stores [slots, K, capacity, D], and q
+    [B, N, D] meets all that is there of its row. What stands before `shared` is the same in all rows. No autograd."""
+    q, k, v, nothing = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)
+    out = torch.empty_like(q)
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], stores[0].shape[2], shared, rule.window or 0, rule.scale)
+    _call("attend_rows", q, k, v, *stores, out, *(angles or (nothing, nothing)), places_B, *sizes)
+    return out
 
 
 # ---------------------------------------------------------------- CUDA

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.model.attention import Rule, attend
+from tunesmith.model.attention import Angles, Rule, attend, choose, has_kernel, kernel_after, kernel_rows, turned
 from tunesmith.types import Layout
 
 BLOCK = 64  # the stores grow to a multiple of this many tokens
@@ -28,7 +28,7 @@ class RowCache:
         self.slots = slots
         self.lengths: list[int] = []
         self.shared = 0  # how many tokens every new row starts with
-        self._prefix: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # layer -> their keys, values [K, shared, D]
+        self._prefix: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # layer -> their keys, values [shared, K, D]
         self._stores: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [slots, K, capacity, D]
         self._first_new: int | None = None  # the first row of a prompt forward; None while rows are extended
         self._rows_B = self._places_B = torch.empty(0)
@@ -55,7 +55,7 @@ class RowCache:
         """Make the only row the beginning of every row to come."""
         (self.shared,) = self.lengths
         for layer, store in self._stores.items():
-            keys, values = (x[0, :, : self.shared].clone() for x in store)
+            keys, values = (x[0, :, : self.shared].transpose(0, 1).contiguous() for x in store)
             self._prefix[layer] = (keys, values)
         self.drop(0)
 
@@ -70,12 +70,26 @@ class RowCache:
                 x[row, :, :length] = x[len(self.lengths), :, :length]
 
     def attend(
-        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, backend: str
+        self,
+        layer: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        rule: Rule,
+        backend: str,
+        angles: Angles | None = None,
     ) -> Tensor:
-        """q [T, N, D], k and v [T, K, D] -> [T, N, D], and k and v are stored."""
-        keys, values = self._store(layer, k, v)
+        """q [T, N, D], k and v [T, K, D] -> [T, N, D], and k and v are stored. `angles`: q and k are still to be
+        turned."""
+        stores = self._store(layer, k, v)
+        fast = choose(backend, q) == "kernel" and has_kernel(q, rule)
+        if self._first_new is None and fast:
+            return kernel_rows(q, k, v, stores, self._places_B, self.shared, rule, angles)
+        q, k = turned(q, k, angles)
         if self._first_new is not None:
-            return self._attend_prompts(layer, q, k, v, layout, rule, backend)
+            return self._attend_prompts(layer, q, k, v, layout, rule, backend, fast)
+        keys, values = stores
         keys[self._rows_B, :, self._places_B] = k
         values[self._rows_B, :, self._places_B] = v
         first, mask = self._visible(rule.window, q.dtype)
@@ -83,19 +97,22 @@ class RowCache:
         return attend_rows(q, keys[held], values[held], mask, rule)
 
     def _attend_prompts(
-        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, backend: str
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, backend: str, fast: bool
     ) -> Tensor:
-        outputs: list[Tensor] = []
+        given, outputs = self._prefix.get(layer), list[Tensor]()
         for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True), self._first_new or 0):
             new = slice(start, start + length)
-            k_KLD, v_KLD = k[new].transpose(0, 1), v[new].transpose(0, 1)
-            if self.shared:
-                shared_k, shared_v = self._prefix[layer]
-                k_KLD, v_KLD = torch.cat((shared_k, k_KLD), dim=1), torch.cat((shared_v, v_KLD), dim=1)
-                outputs.append(attend_after(q[new], k_KLD, v_KLD, self._after(length, rule.window, q), rule))
-            for store, x in zip(self._stores[layer], (k_KLD, v_KLD), strict=True):
-                store[row, :, : x.shape[1]] = x
-        return torch.cat(outputs) if outputs else attend(q, k, v, layout, rule, backend)
+            for which, x in enumerate((k, v)):
+                store = self._stores[layer][which][row]
+                store[:, self.shared : self.shared + length] = x[new].transpose(0, 1)
+                if given:
+                    store[:, : self.shared] = given[which].transpose(0, 1)
+            if given and not fast:
+                keys, values = (x[row, :, : self.shared + length] for x in self._stores[layer])
+                outputs.append(attend_after(q[new], keys, values, self._after(length, rule.window, q), rule))
+        if not given:
+            return attend(q, k, v, layout, rule, backend)
+        return kernel_after(q, k, v, given, layout, rule) if fast else torch.cat(outputs)
 
     def _store(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's keys and values, with room for the longest row."""

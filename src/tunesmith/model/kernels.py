@@ -1,4 +1,4 @@
-"""The CPU's bf16 kernels: kernels.c, attention.c and lora.c compiled once per machine, and plain-torch references.
+"""The CPU's bf16 kernels: kernels.c, attention.c, rows.c and lora.c compiled once a machine, plain-torch references.
 
 In: tensors; out: tensors. A kernel is used when its tensors are contiguous bf16 on the CPU and a C compiler was found;
 anything else (fp32, fp64, CUDA, no compiler) takes the reference, which autograd differentiates. Left out: matrix
@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "lora.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "rows.c", "lora.c"))
+HEADER = Path(__file__).with_name("vectors.h")
 # Reassociation lets the compiler vectorise sums. -ffast-math itself would break NaN detection and flush denormals
 # in the whole process.
 FLAGS = (
@@ -74,7 +75,7 @@ def library() -> ctypes.CDLL | None:
         return None
     _share_torch_openmp()
     for threads in (True, False):
-        parts = (*(source.read_text() for source in SOURCES), *FLAGS, _processor(), compiler, str(threads))
+        parts = (*(source.read_text() for source in (*SOURCES, HEADER)), *FLAGS, _processor(), compiler, str(threads))
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
         target = cache_folder() / f"kernels-{key}.so"
         if not target.exists() and not _compile(compiler, target, threads):
@@ -88,7 +89,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def has_attention() -> bool:
-    """Does this processor have what attention.c needs?"""
+    """Does this processor have what attention.c and rows.c need?"""
     compiled = library()
     return compiled is not None and bool(compiled.attention_available())
 

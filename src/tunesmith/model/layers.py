@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.model import kernels
-from tunesmith.model.attention import Rule, attend, turned
+from tunesmith.model.attention import Rule, attend
 from tunesmith.model.cache import RowCache
-from tunesmith.model.lora import Group, project
+from tunesmith.model.lora import Group, prepared, project
 from tunesmith.model.new_rows import rows_of
 from tunesmith.types import Layout
 
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         if rows is None:
             out_TND = attend(q, k, v, layout, self.rule, backend, angles)
         else:
-            out_TND = rows.attend(self, *turned(q, k, angles), v, layout, self.rule, backend)
+            out_TND = rows.attend(self, q, k, v, layout, self.rule, backend, angles)
         if self.prunes and kept is not None:
             out_TND = out_TND.index_select(0, kept)
         (y_TH,) = project(out_TND.flatten(-2), [self.o_proj])
@@ -131,7 +131,7 @@ class Mlp(nn.Module):
         self.gelu, self.again = gelu, False
 
     def forward(self, x: Tensor) -> Tensor:
-        first, last = Group([self.gate_proj, self.up_proj], x.dtype), Group([self.down_proj], x.dtype)
+        first, last = prepared([self.gate_proj, self.up_proj], x.dtype), prepared([self.down_proj], x.dtype)
         return _GatedMlp.apply(x, first, last, self.gelu, self.again, *first.parameters, *last.parameters)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tunesmith.model import lora_kernels
 from tunesmith.model.dora import Gain, row_norms, row_squares
 from tunesmith.model.frozen import Frozen, Nf4, Plain
-from tunesmith.model.lora_kernels import Packed
+from tunesmith.model.lora_kernels import FEWEST_ROWS, Packed
 
 
 class QuantizedLinear(nn.Module):
@@ -198,11 +199,13 @@ class Group:
     `inner` also the output of each linear with a gain, before its bias.
     """
 
-    def __init__(self, modules: Sequence[Linear], dtype: torch.dtype) -> None:
+    def __init__(self, modules: Sequence[Linear], dtype: torch.dtype, fewest_rows: int = FEWEST_ROWS) -> None:
+        """`fewest_rows` of an input for which lora.c runs."""
         self.operands = [Operand(module, dtype) for module in modules]
         self.parameters = tuple(p for operand in self.operands for p in operand.parameters)
         self.masks: list[Tensor | None] = []
         self.packed: Packed | None = None
+        self.fewest_rows = fewest_rows
 
     def forward(self, x_NI: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
         """The outputs and `inner`. Once more, as in a backward that makes them anew, it drops the same."""
@@ -226,8 +229,10 @@ class Group:
 
     def _pack(self, x_NI: Tensor) -> Packed | None:
         adapters = [None if o.a is None or o.b is None else (o.a, o.b, o.scale) for o in self.operands]
-        masked = any(mask is not None for mask in self.masks)
-        return Packed(adapters) if any(adapters) and not masked and lora_kernels.usable(x_NI, adapters) else None
+        masked = any(mask is not None for mask in self.masks) or len(x_NI) < self.fewest_rows
+        if not any(adapters) or masked or not lora_kernels.usable(x_NI, adapters):
+            return None
+        return self.packed or Packed(adapters)
 
     def outputs_backward(
         self, gradients: Sequence[Tensor], inner: Sequence[Tensor | None]
@@ -299,5 +304,35 @@ class _Project(torch.autograd.Function):
 
 def project(x: Tensor, modules: Sequence[Linear]) -> tuple[Tensor, ...]:
     """x [..., I] through each linear -> [..., O] each: one node of the graph, whatever the number of linears."""
-    group = Group(modules, x.dtype)
+    group = prepared(modules, x.dtype)
     return _Project.apply(x, group, *group.parameters)
+
+
+_kept: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Group]] = WeakKeyDictionary()
+
+
+def prepared(modules: Sequence[Linear], dtype: torch.dtype) -> Group:
+    """While nothing trains, a group is kept for the next product: casting and packing A and B takes longer than the
+    products of a few rows. Made anew when a parameter has changed, by its place or version, as in `LoraLinear.gain`."""
+    first = modules[0]
+    if torch.is_grad_enabled() or first.training or not isinstance(first, LoraLinear):
+        _kept.pop(first, None)
+        return Group(modules, dtype)
+    key = (dtype, *(fact for module in modules for fact in _state(module)))
+    if first not in _kept or _kept[first][0] != key:
+        _kept[first] = key, Group(modules, dtype, fewest_rows=1)
+    return _kept[first][1]
+
+
+def _state(module: Linear) -> tuple[object, ...]:
+    """What a prepared linear depends on."""
+    frozen, scale = None, 0.0
+    tensors: list[Tensor | None] = [module.bias]
+    if isinstance(module, LoraLinear):
+        frozen, scale = module.frozen, module.scale
+        tensors += [module.lora_A, module.lora_B, module.lora_magnitude_vector]
+    elif isinstance(module, QuantizedLinear):
+        frozen = module.frozen
+    else:
+        tensors.append(module.weight)
+    return id(module), id(frozen), scale, *((x.data_ptr(), x._version) for x in tensors if x is not None)

@@ -32,7 +32,7 @@ def available() -> bool:
 
 def usable(x_NI: Tensor, adapters: Sequence[Adapter | None]) -> bool:
     widths = [x_NI.shape[1], *(len(adapter[1]) for adapter in adapters if adapter)]
-    fits = len(x_NI) >= FEWEST_ROWS and x_NI.is_contiguous() and not any(width % 2 for width in widths)
+    fits = x_NI.is_contiguous() and not any(width % 2 for width in widths)
     return fits and kernels.usable(x_NI) and available()
 
 

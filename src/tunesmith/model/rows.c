@@ -1,0 +1,154 @@
+/* One more token of each row of a generation: its key and value are stored, and its queries meet all that is stored.
+ * For CPUs with AVX512-BF16, forward only, with rotary embedding.
+ *
+ * One task is one row and one key/value head, with the query heads that share it. What bounds it is reading the stores,
+ * so the first `shared` tokens, which are the same in all rows, are read from row 0: they stay in the cache. Scores take
+ * bf16 pairs and sum in fp32; softmax (in powers of two) and the sum of the values are fp32.
+ *
+ * Shapes: q, out [rows, heads, width]; k, v [rows, kv_heads, width]; keys, values [slots, kv_heads, capacity, width];
+ * places [rows], where each row's new token goes; cosine, sine [rows, width / 2], or NULL where q and k are turned
+ * already. width and capacity are multiples of 64. scale > 0.
+ */
+#include "vectors.h"
+
+#include <string.h>
+
+#ifdef VECTORS
+
+enum { COLUMNS = 4, STRIP = COLUMNS * LANES, HEADS = 4 };
+
+typedef struct {
+    const bf16 *q, *k, *v;
+    bf16 *keys, *values, *out;
+    Angles angles;
+    const int64_t *places;
+    long rows, heads, kv_heads, width, capacity, shared, window;
+    float scale;
+} Step;
+
+/* The sum of each of 16 vectors, in their order. */
+INLINE __m512 sum_each(__m512 v[LANES]) {
+    __m512 pairs[8], fours[4], halves[2];
+    for (int i = 0; i < 8; i++)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        __m512d a = (__m512d)pairs[2 * i], b = (__m512d)pairs[2 * i + 1];
+        fours[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+}
+
+/* Raw scores of one query and LANES keys. */
+INLINE __m512 score(const bf16 *query, const bf16 *keys, long width) {
+    __m512 sums[LANES];
+    for (int i = 0; i < LANES; i++) sums[i] = _mm512_setzero_ps();
+    for (long d = 0; d < width; d += 2 * LANES) {
+        __m512bh part = (__m512bh)_mm512_loadu_si512(query + d);
+        for (int i = 0; i < LANES; i++)
+            sums[i] = _mm512_dpbf16_ps(sums[i], part, (__m512bh)_mm512_loadu_si512(keys + i * width + d));
+    }
+    return sum_each(sums);
+}
+
+/* Turns raw scores of keys begin..end, of which first..length are seen, to weights; returns what they have to be
+ * multiplied by. */
+static float weigh(float *scores, long begin, long first, long length, float scale) {
+    __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale * (float)M_LOG2E);
+    for (long key = begin; key < length; key += LANES) {
+        __mmask16 seen = (__mmask16)(0xffffu << (first > key ? first - key : 0));
+        if (length - key < LANES) seen &= (__mmask16)((1u << (length - key)) - 1);
+        __m512 value = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, _mm512_loadu_ps(scores + key), factor);
+        top = _mm512_max_ps(top, value);
+        _mm512_storeu_ps(scores + key, value);
+    }
+    __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (long key = begin; key < length; key += LANES) {
+        __m512 value = exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + key), highest));
+        total = _mm512_add_ps(total, value);
+        _mm512_storeu_ps(scores + key, value);
+    }
+    return 1.0f / _mm512_reduce_add_ps(total);
+}
+
+/* Where the stored rows of a row's head are: those before `shared` in `common`. */
+typedef struct { const bf16 *common, *own; } Stored;
+
+INLINE const bf16 *at(Stored stored, long key, long last, long shared, long width) {
+    return (last < shared ? stored.common : stored.own) + key * width;
+}
+
+/* The weighted sum of STRIP columns of the values, for several heads at once. */
+INLINE void add_values(const Step *s, Stored values, const float *weights, long stride, const float *factors, long first,
+                       long length, bf16 *out, const int heads) {
+    __m512 sums[HEADS][COLUMNS];
+    for (int h = 0; h < heads; h++)
+        for (int c = 0; c < COLUMNS; c++) sums[h][c] = _mm512_setzero_ps();
+    for (long key = first; key < length; key++) {
+        const bf16 *value = at(values, key, key, s->shared, s->width);
+        __m512 parts[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) parts[c] = load_wide(value + c * LANES);
+        for (int h = 0; h < heads; h++) {
+            __m512 weight = _mm512_set1_ps(weights[h * stride + key]);
+            for (int c = 0; c < COLUMNS; c++) sums[h][c] = _mm512_fmadd_ps(parts[c], weight, sums[h][c]);
+        }
+    }
+    for (int h = 0; h < heads; h++)
+        for (int c = 0; c < COLUMNS; c++)
+            store_narrow(out + h * s->width + c * LANES, _mm512_mul_ps(sums[h][c], _mm512_set1_ps(factors[h])));
+}
+
+static void step_task(const Step *s, long row, long kv_head, char *memory, long stride) {
+    long width = s->width, half = width / 2, group = s->heads / s->kv_heads, place = s->places[row];
+    long length = place + 1, first = s->window && length > s->window ? length - s->window : 0;
+    long begin = first / LANES * LANES, head = kv_head * s->capacity * width;
+    long own = row * s->kv_heads * s->capacity * width + head;
+    Angles angles = s->angles.cosine ? (Angles){s->angles.cosine + row * half, s->angles.sine + row * half} : s->angles;
+    float *scores = (float *)memory, *factors = scores + group * stride;
+    bf16 *queries = (bf16 *)(factors + round_up(group, LANES)), *out = s->out + (row * s->heads + kv_head * group) * width;
+    copy_rows(s->k + (row * s->kv_heads + kv_head) * width, width, 1, width, angles, s->keys + own + place * width);
+    memcpy(s->values + own + place * width, s->v + (row * s->kv_heads + kv_head) * width, (size_t)width * sizeof(bf16));
+    for (long g = 0; g < group; g++)
+        copy_rows(s->q + (row * s->heads + kv_head * group + g) * width, width, 1, width, angles, queries + g * width);
+    Stored keys = {s->keys + head, s->keys + own}, values = {s->values + head, s->values + own};
+    for (long key = begin; key < length; key += LANES)
+        for (long g = 0; g < group; g++)
+            _mm512_storeu_ps(scores + g * stride + key, score(queries + g * width, at(keys, key, key + LANES - 1, s->shared, width), width));
+    for (long g = 0; g < group; g++) factors[g] = weigh(scores + g * stride, begin, first, length, s->scale);
+    for (long g = 0; g < group; g += HEADS)
+        for (long d = 0; d < width; d += STRIP) {
+            Stored strip = {values.common + d, values.own + d};
+            const float *weights = scores + g * stride;
+            switch (least(group - g, HEADS)) { /* a number known to the compiler */
+                case 1: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 1); break;
+                case 2: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 2); break;
+                case 3: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 3); break;
+                default: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, HEADS);
+            }
+        }
+}
+
+/* Returns 0, or 1 when there was no memory for the scratch space. */
+int attend_rows(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values, bf16 *out, const float *cosine,
+                const float *sine, const int64_t *places, long rows, long heads, long kv_heads, long width,
+                long capacity, long shared, long window, float scale) {
+    Step step = {q, k, v, keys, values, out, {cosine, sine}, places, rows, heads, kv_heads, width, capacity, shared,
+                 window, scale};
+    long stride = capacity + LANES, group = heads / kv_heads; /* so that heads do not share cache sets */
+    int failed = 0;
+    #pragma omp parallel
+    {
+        char *memory = scratch((group * stride + round_up(group, LANES)) * (long)sizeof(float) + group * width * 2);
+        if (!memory) failed = 1;
+        #pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < rows * kv_heads; task++)
+            if (memory) step_task(&step, task / kv_heads, task % kv_heads, memory, stride);
+        free(memory);
+    }
+    return failed;
+}
+
+#endif
