@@ -19,10 +19,10 @@ PROMPTS, MOST_PROMPTS = 8, 64
 NEW_TOKENS = 32  # of an answer, one forward each
 STEP_FORWARDS = 3  # a step's forward and backward, in forwards
 # Tokens that would be computed in the time of one forward for the next ones, and passes over a prompt (to answer it, to
-# judge the answer, to read what was expected). Fitted to benchmarks/probe.py on two cores of a CPU: 8 prompts took 6.9
-# steps of the demo, 16 took 7.9, 32 took 10.7. Of a GPU it is a guess.
-DECODE_TOKENS = {"cpu": 500, "cuda": 512}
-PASSES = 3
+# judge the answer, to read what was expected, which is longer). Fitted to benchmarks/probe.py on two cores of a CPU: 8
+# prompts took 4.8 steps of the demo, 16 took 6.6, 32 took 10.4. Of a GPU it is a guess.
+DECODE_TOKENS = {"cpu": 250, "cuda": 512}
+PASSES = 4
 
 
 def guard_choices(wish: Guard, known: Known) -> dict[str, Choice]:

@@ -14,7 +14,7 @@ from tunesmith.types import ModelSpec
 
 PROCESS_BYTES = 560_000_000  # python, torch and transformers imported (480 MB), what the first products leave
 SIZE_BYTES, SIZES = 3_000_000, 100  # code that oneDNN makes for a pack of a new size, and keeps; then parts come back
-FRAGMENTS = 0.35  # of the activations: room in the heap that is free and of no use; measured, docs/plan.md
+FRAGMENTS = 0.2  # of the activations: room in the heap that is free and of no use; measured, docs/plan.md
 EVALUATION_BYTES = 60_000_000  # what is measured, held through the run, and what measuring leaves in the heap
 CHUNK_TARGETS = 128
 NORMED_OUTPUTS, NORMED_HEADS = ("gemma2", "gemma3"), ("qwen3", "gemma3")  # of attention and MLP; q and k
