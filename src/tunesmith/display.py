@@ -59,7 +59,9 @@ def plan_table(plan: Plan | StagedPlan) -> RenderableType:
     if plan.disk_bytes:
         lines[0] += f"; the run folder takes up to {size(plan.disk_bytes)}"
     if plan.seconds:
-        lines.append(f"about {' to '.join(map(duration, plan.seconds))} of training, {escape(plan.seconds_from)}")
+        whole = f" ({duration(plan.whole_seconds)} with proof and measures)" if plan.whole_seconds else ""
+        training = f"about {' to '.join(map(duration, plan.seconds))} of training{whole}"
+        lines.append(f"{training}, {escape(plan.seconds_from)}")
     if "peak" in plan.memory_bytes:
         lines += memory_lines(plan)
     lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]

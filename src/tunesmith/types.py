@@ -149,6 +149,7 @@ class Plan:
     phase_bytes: dict[str, int] = field(default_factory=dict[str, int])  # step | longest row | answers -> bytes
     saved_share: float = 0.0  # of the tokens, by sharing prefixes
     seconds: tuple[float, ...] = ()  # of training: one number, or the least and the most; empty where nothing is known
+    whole_seconds: float = 0.0  # of the run with its proof and measures; 0: not known
     seconds_from: str = ""
     fits_on: str = ""  # the smallest machine of the table that has room, if this one has not
 

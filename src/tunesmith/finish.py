@@ -1,0 +1,104 @@
+"""What a run does beside its steps, and how long that takes: when it will be finished.
+
+In: a plan, its facts, and what a step's token takes on this machine (calibration.py). Out: seconds from the start of
+`train` to its end. What is measured is known beforehand, item by item; it is counted in tokens of a forward. Left out:
+rows that the model writes for itself, rollbacks, and how much later a model that rambles ends its answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tunesmith.evaluate.retention import GeneralText
+from tunesmith.evaluate.tasks import Question, answer_length
+from tunesmith.facts import Facts
+from tunesmith.infer.engine import MOST_ROWS, common_start
+from tunesmith.measure import items_of
+from tunesmith.plan.guard import SHARE
+from tunesmith.plan.work import token_flops
+from tunesmith.probes import TEXT_CHARACTERS, TEXTS
+from tunesmith.scales import SCALES, TOKENS
+from tunesmith.types import Document, Plan
+
+# Fitted to runs on two cores of a CPU (docs/plan.md): tokens of a forward in whose time a step of answers writes one
+# token of no row, and passes over the first step's tokens that the proof makes.
+STEP_TOKENS, PROOF_PASSES = 60, 8
+LOAD_SECONDS = 3.0  # imports, weights, the first products
+
+
+def whole_seconds(plan: Plan, facts: Facts, *, training: float, token_seconds: float) -> float:
+    """`training`: of all steps. `token_seconds`: of a token computed in a step, forward and backward."""
+    rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
+    step = token_flops(plan.model, plan["method"], plan["activations"], rank)
+    forward = 2 * plan.model.block_parameters / step  # the share of a step's time
+    tokens = Beside(plan, facts).tokens()
+    probes = SHARE * training if plan["probe_steps"] else 0.0
+    return LOAD_SECONDS + training + probes + tokens * token_seconds * forward
+
+
+class Beside:
+    """The parts of a run that are no steps, in tokens of a forward through all layers."""
+
+    def __init__(self, plan: Plan, facts: Facts) -> None:
+        self.plan, self.text_tokens = plan, facts.renderer.text_tokens
+        self.items = items_of(plan, facts, allow_code=True)  # nothing of it is run
+        self.head = plan.model.head_parameters / max(1, plan.model.block_parameters)
+        held_out = {role: self._read(texts) for role, texts in self.items.held_out.items()}
+        self.general = self._read(self.items.texts)
+        self.eval_tokens = _length(self.items.eval_documents) + held_out.get("eval_data", 0.0)
+        self.test_tokens = _length(self.items.test_documents) + held_out.get("test_data", 0.0)
+
+    def _read(self, texts: Sequence[GeneralText]) -> float:
+        """Every token of a text has a target, and costs the head too."""
+        return sum(len(self.text_tokens(text.text)) for text in texts) * (1 + self.head)
+
+    def tokens(self) -> float:
+        looks = math.ceil(self.plan.steps / self.plan["eval_steps"]) if self.items.selecting else 0
+        return self.proof() + self.before() + looks * self.look() + self.after() + self.scales()
+
+    def proof(self) -> float:
+        per_step = self.plan.tokens_per_epoch / max(1, self.plan.rows_per_epoch) * self.plan["batch_size"]
+        return PROOF_PASSES * min(per_step, self.plan["pack_length"])
+
+    def before(self) -> float:
+        """The base often goes on to the end of its room."""
+        questions = (*self.items.questions, *self.items.eliciting)
+        return self._answers(questions, trained=False) + self.test_tokens + self.general
+
+    def after(self) -> float:
+        """The answers end as they were taught to. What was expected, and general text, stand beside the base: the head
+        multiplies twice."""
+        questions = (*self.items.questions, *self.items.eliciting)
+        beside = self.general * (1 + self.head) if self.items.texts else 0.0
+        return self._answers(questions, trained=True) + self.test_tokens + beside
+
+    def look(self) -> float:
+        short = TEXTS * TEXT_CHARACTERS / 4 if self.items.texts else 0.0
+        watched = self.general if self.items.watched else 0.0
+        return self._answers(self.items.selecting_questions, trained=True) + self.eval_tokens + short + watched
+
+    def scales(self) -> float:
+        if self.plan["method"] == "full" or not self.items.selecting:
+            return 0.0
+        return len(SCALES) * (min(TOKENS, self.eval_tokens) + min(TOKENS * (1 + self.head), self.general))
+
+    def _answers(self, questions: Sequence[Question], *, trained: bool) -> float:
+        """The prompts, what they share once, and as many steps as the longest answer has tokens, of the rows that are
+        written side by side."""
+        if not questions:
+            return 0.0
+        prompts = [question.prompt for question in questions]
+        shared = len(common_start(prompts)) if len(prompts) > 1 else 0
+        room = answer_length(questions)
+        steps = max(question.expected_tokens for question in questions) if trained else room
+        most, left = MOST_ROWS[self.plan.machine.device], len(questions)
+        written = 0.0
+        while left > 0:
+            written += steps * (STEP_TOKENS + min(most, left))
+            left -= most
+        return sum(map(len, prompts)) - shared * (len(prompts) - 1) + written
+
+
+def _length(documents: Sequence[Document]) -> float:
+    return float(sum(map(len, documents)))
