@@ -2,8 +2,8 @@
 
     python -m benchmarks.finish_time [demo full long texts ...]
 
-Each recipe is planned and trained in a process of its own: the demo as it is, all of the weights and more rows a step of
-the same data, documents that share nothing with a large rank, and continued pretraining on the demo's general texts.
+Each recipe is planned and trained in a process of its own: the demo as it is, all of the weights and more rows a step
+of the same data, documents that share nothing with a large rank, and continued pretraining on the general texts.
 Prints predicted and taken: of the steps, of the whole run from the call to its record, and the peak of memory.
 """
 
@@ -19,14 +19,16 @@ from typing import Any
 
 import tunesmith
 from tunesmith.demo import RECIPE
-from tunesmith.types import StepResult
+from tunesmith.types import Plan, StepResult
 
 DEMO = Path(tunesmith.__file__).parent / "demo"
 TEXTS = {"model": "smollm2-135m-instruct", "stage": "cpt", "data": str(DEMO / "general.jsonl")}
+ROWS = {"data": "train.jsonl", "eval_data": "eval.jsonl", "test_data": "test.jsonl", "schema": "schema.json"}
+CHAT = {"model": "smollm2-135m-instruct"} | {key: str(DEMO / name) for key, name in ROWS.items()}
 RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "demo": (RECIPE, {}),
-    "full": (RECIPE, {"method": "full", "batch_size": 8, "max_steps": 24}),
-    "long": (RECIPE, {"batch_size": 16, "share_prefixes": False, "max_steps": 12, "lora_r": 64}),
+    "full": (CHAT, {"method": "full", "batch_size": 8, "max_steps": 24}),
+    "long": (CHAT, {"batch_size": 16, "share_prefixes": False, "max_steps": 12, "lora_r": 64}),
     "texts": (TEXTS, {"method": "lora", "max_steps": 12, "batch_tokens": 4096}),
 }
 
@@ -35,6 +37,7 @@ def one(name: str) -> None:
     wish, changes = RECIPES[name]
     with TemporaryDirectory() as folder:
         plan = tunesmith.plan(wish, calibrate=True, output_dir=f"{folder}/run", **changes)
+        assert isinstance(plan, Plan)
         began = time.perf_counter()
         steps = [event for event in tunesmith.train(plan) if isinstance(event, StepResult)]
         whole = time.perf_counter() - began

@@ -17,7 +17,6 @@ import torch
 
 from tunesmith.errors import InputError, MachineError
 from tunesmith.facts import Facts
-from tunesmith.finish import whole_seconds
 from tunesmith.model.load import DTYPES
 from tunesmith.plan.work import run_flops, token_flops, tokens_computed
 from tunesmith.train.training import Settings, Training
@@ -48,16 +47,14 @@ class Calibration:
 def calibrated(plan: Plan, facts: Facts) -> Plan:
     """Raises MachineError for a model whose few layers do not fit, InputError when the plan is for another machine."""
     found, layers = calibrate(plan, facts), plan.model.num_layers
-    token = found.step_seconds(layers)
-    seconds = tokens_computed(plan) * token
+    seconds = tokens_computed(plan) * found.step_seconds(layers)
     share = run_flops(plan) / seconds / found.gemm_flops
     told = (
         f"measured: {found.steps} steps of {found.depths[0]} and {found.depths[1]} of {layers} layers. Products run at "
         f"{found.gemm_flops / 1e9:,.0f} GFLOP/s, the run at {share:.0%} of that; copies at "
         f"{found.bandwidth / 1e9:.0f} GB/s"
     )
-    whole = whole_seconds(plan, facts, training=seconds, token_seconds=token)
-    return dataclasses.replace(plan, seconds=(seconds,), whole_seconds=whole, seconds_from=told)
+    return dataclasses.replace(plan, seconds=(seconds,), seconds_from=told)
 
 
 def calibrate(plan: Plan, facts: Facts) -> Calibration:

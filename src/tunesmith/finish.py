@@ -1,12 +1,13 @@
 """What a run does beside its steps, and how long that takes: when it will be finished.
 
-In: a plan, its facts, and what a step's token takes on this machine (calibration.py). Out: seconds from the start of
+In: a plan whose training has a time (calibration.py), and its facts. Out: the plan with the seconds from the start of
 `train` to its end. What is measured is known beforehand, item by item; it is counted in tokens of a forward. Left out:
 rows that the model writes for itself, rollbacks, and how much later a model that rambles ends its answers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -16,25 +17,26 @@ from tunesmith.facts import Facts
 from tunesmith.infer.engine import MOST_ROWS, common_start
 from tunesmith.measure import items_of
 from tunesmith.plan.guard import SHARE
-from tunesmith.plan.work import token_flops
+from tunesmith.plan.work import token_flops, tokens_computed
 from tunesmith.probes import TEXT_CHARACTERS, TEXTS
 from tunesmith.scales import SCALES, TOKENS
 from tunesmith.types import Document, Plan
 
-# Fitted to runs on two cores of a CPU (docs/plan.md): tokens of a forward in whose time a step of answers writes one
-# token of no row, and passes over the first step's tokens that the proof makes.
-STEP_TOKENS, PROOF_PASSES = 60, 8
+# In tokens of a forward, fitted to runs on two cores of a CPU (docs/plan.md): what a step of answers takes beside its
+# rows, and what the proof takes, whose documents are few and cut.
+STEP_TOKENS, PROOF_TOKENS = 60, 6000
 LOAD_SECONDS = 3.0  # imports, weights, the first products
 
 
-def whole_seconds(plan: Plan, facts: Facts, *, training: float, token_seconds: float) -> float:
-    """`training`: of all steps. `token_seconds`: of a token computed in a step, forward and backward."""
+def with_finish(plan: Plan, facts: Facts) -> Plan:
+    """Raises InputError, as a run does, for items that cannot be measured."""
+    (training,) = plan.seconds
     rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
     step = token_flops(plan.model, plan["method"], plan["activations"], rank)
     forward = 2 * plan.model.block_parameters / step  # the share of a step's time
-    tokens = Beside(plan, facts).tokens()
-    probes = SHARE * training if plan["probe_steps"] else 0.0
-    return LOAD_SECONDS + training + probes + tokens * token_seconds * forward
+    beside = Beside(plan, facts).tokens() / tokens_computed(plan) * forward
+    probes = SHARE if plan["probe_steps"] else 0.0
+    return dataclasses.replace(plan, whole_seconds=LOAD_SECONDS + training * (1 + probes + beside))
 
 
 class Beside:
@@ -55,11 +57,7 @@ class Beside:
 
     def tokens(self) -> float:
         looks = math.ceil(self.plan.steps / self.plan["eval_steps"]) if self.items.selecting else 0
-        return self.proof() + self.before() + looks * self.look() + self.after() + self.scales()
-
-    def proof(self) -> float:
-        per_step = self.plan.tokens_per_epoch / max(1, self.plan.rows_per_epoch) * self.plan["batch_size"]
-        return PROOF_PASSES * min(per_step, self.plan["pack_length"])
+        return PROOF_TOKENS + self.before() + looks * self.look() + self.after() + self.scales()
 
     def before(self) -> float:
         """The base often goes on to the end of its room."""

@@ -160,8 +160,9 @@ def plan(
 def _calibrated(known: Facts) -> Plan:
     from tunesmith.calibration import calibrated
     from tunesmith.facts import make_plan
+    from tunesmith.finish import with_finish
 
-    return calibrated(make_plan(known), known)
+    return with_finish(calibrated(make_plan(known), known), known)
 
 
 def remember(record: RunRecord) -> None:
