@@ -23,11 +23,11 @@ def paired(first: Measured, second: Measured) -> tuple[list[Pair], list[str]]:
     others = {(one.task, one.metric): one for one in second.measurements}
     known = first.contents and second.contents
     pairs: list[Pair] = []
-    notes: list[str] = []
+    notes, alone = list[str](), list[str]()
     for one in first.measurements:
         name, other = f"{one.task} {one.metric}", others.pop((one.task, one.metric), None)
         if other is None:
-            notes.append(f"{name}: measured of the first only")
+            alone.append(name)
             continue
         ours, theirs = (_keys(m, side.contents if known else {}) for m, side in ((one, first), (other, second)))
         common = [key for key in ours if key in theirs]
@@ -38,7 +38,9 @@ def paired(first: Measured, second: Measured) -> tuple[list[Pair], list[str]]:
             notes.append(f"{name}: not compared, {problem}")
         else:
             pairs.append((mine, replace(its, ids=mine.ids, groups=mine.groups)))
-    notes += [f"{task} {metric}: measured of the second only" for task, metric in others]
+    for which, names in (("first", alone), ("second", [f"{task} {metric}" for task, metric in others])):
+        if names:
+            notes.append(f"measured of the {which} only: {', '.join(names)}")
     return pairs, notes
 
 
