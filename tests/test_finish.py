@@ -4,19 +4,26 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tiny_run import recipe
+import pytest
+
+from tiny_run import recipe, sums, write_rows
 from tunesmith import facts
 from tunesmith.finish import LOAD_SECONDS, Beside, with_finish
 from tunesmith.scales import SCALES
 
 
+def gathered(folder: Path, scratch: Path, **wish: Any) -> facts.Facts:
+    held_out = {role: str(write_rows(scratch / f"{role}.jsonl", sums(50, 6))) for role in ("eval_data", "test_data")}
+    return facts.gather(recipe(folder, scratch, **held_out | wish))
+
+
 def beside(folder: Path, scratch: Path, **wish: Any) -> Beside:
-    known = facts.gather(recipe(folder, scratch, **wish))
+    known = gathered(folder, scratch, **wish)
     return Beside(facts.make_plan(known), known)
 
 
 def whole(folder: Path, scratch: Path, **wish: Any) -> float:
-    known = facts.gather(recipe(folder, scratch, **wish))
+    known = gathered(folder, scratch, **wish)
     plan = dataclasses.replace(facts.make_plan(known), seconds=(100.0,))
     return with_finish(plan, known).whole_seconds
 
@@ -30,12 +37,13 @@ def test_a_run_takes_longer_than_its_steps(tiny_folder: Path, tmp_path: Path) ->
 def test_looks_and_probes_count(tiny_folder: Path, tmp_path: Path) -> None:
     few, many = (whole(tiny_folder, tmp_path, eval_steps=steps) for steps in (2, 1))
     assert many > few
-    probed, not_probed = (whole(tiny_folder, tmp_path, guard={"probe_steps": steps}) for steps in (1, 0))
-    assert probed - not_probed == 0.05 * 100
+    one, three = (beside(tiny_folder, tmp_path, guard={"probe_steps": steps}).probes() for steps in (3, 1))
+    assert three == pytest.approx(one * 4 / 2)  # and one before the first step
+    assert beside(tiny_folder, tmp_path).probes() == 0
 
 
 def test_the_base_writes_longer_answers_than_the_trained_model(tiny_folder: Path, tmp_path: Path) -> None:
     found = beside(tiny_folder, tmp_path)
     assert found.before() > found.after() > 0
     assert found.scales() == len(SCALES) * found.eval_tokens
-    assert beside(tiny_folder, tmp_path, method="full").scales() == 0
+    assert beside(tiny_folder, tmp_path, method="full", lora_r="auto").scales() == 0

@@ -16,7 +16,7 @@ from tunesmith.evaluate.tasks import Question, answer_length
 from tunesmith.facts import Facts
 from tunesmith.infer.engine import MOST_ROWS, common_start
 from tunesmith.measure import items_of
-from tunesmith.plan.guard import SHARE
+from tunesmith.plan.guard import probe_tokens
 from tunesmith.plan.work import token_flops, tokens_computed
 from tunesmith.probes import TEXT_CHARACTERS, TEXTS
 from tunesmith.scales import SCALES, TOKENS
@@ -35,8 +35,7 @@ def with_finish(plan: Plan, facts: Facts) -> Plan:
     step = token_flops(plan.model, plan["method"], plan["activations"], rank)
     forward = 2 * plan.model.block_parameters / step  # the share of a step's time
     beside = Beside(plan, facts).tokens() / tokens_computed(plan) * forward
-    probes = SHARE if plan["probe_steps"] else 0.0
-    return dataclasses.replace(plan, whole_seconds=LOAD_SECONDS + training * (1 + probes + beside))
+    return dataclasses.replace(plan, whole_seconds=LOAD_SECONDS + training * (1 + beside))
 
 
 class Beside:
@@ -57,7 +56,7 @@ class Beside:
 
     def tokens(self) -> float:
         looks = math.ceil(self.plan.steps / self.plan["eval_steps"]) if self.items.selecting else 0
-        return PROOF_TOKENS + self.before() + looks * self.look() + self.after() + self.scales()
+        return PROOF_TOKENS + self.before() + looks * self.look() + self.probes() + self.after() + self.scales()
 
     def before(self) -> float:
         """The base often goes on to the end of its room."""
@@ -75,6 +74,13 @@ class Beside:
         short = TEXTS * TEXT_CHARACTERS / 4 if self.items.texts else 0.0
         watched = self.general if self.items.watched else 0.0
         return self._answers(self.items.selecting_questions, trained=True) + self.eval_tokens + short + watched
+
+    def probes(self) -> float:
+        """One before the first step, too."""
+        plan, every = self.plan, self.plan["probe_steps"]
+        count = 1 + plan.steps // every if every else 0
+        each = probe_tokens(plan.machine.device, plan.data["data"], plan["max_length"], plan["probe_prompts"])
+        return count * each
 
     def scales(self) -> float:
         if self.plan["method"] == "full" or not self.items.selecting:

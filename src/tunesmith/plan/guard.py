@@ -11,7 +11,7 @@ from typing import Any
 
 from tunesmith.plan.rules import Known, rule
 from tunesmith.recipemappings import Guard
-from tunesmith.types import Choice
+from tunesmith.types import Choice, DataReport
 
 MARGIN = 0.02  # bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten
 SHARE = 0.05  # of the time of the steps, that probes may take
@@ -65,9 +65,12 @@ def prompts(known: Known, steps: int) -> int:
 
 def probe_cost(known: Known, count: int) -> float:
     """In tokens of a forward."""
-    prompt = min(known.data.length_percentiles.get("p50", 1), known["max_length"])
-    decode = max(DECODE_TOKENS[known.machine.device], count)
-    return PASSES * count * prompt + NEW_TOKENS * decode
+    return probe_tokens(known.machine.device, known.data, known["max_length"], count)
+
+
+def probe_tokens(device: str, data: DataReport, max_length: int, count: int) -> float:
+    prompt = min(data.length_percentiles.get("p50", 1), max_length)
+    return PASSES * count * prompt + NEW_TOKENS * max(DECODE_TOKENS[device], count)
 
 
 def step_tokens(known: Known) -> float:
