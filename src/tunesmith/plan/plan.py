@@ -214,7 +214,10 @@ def _held(known: Known, model: ModelSpec, pack_tokens: int, packs: int) -> dict[
 
 def _answer_tokens(known: Known) -> int:
     longest = known.data.length_percentiles.get("max", 1)
-    return answer_tokens(known.model, known.machine, questions=known.questions, longest=longest, dtype=known["dtype"])
+    share = known.data.supervised_tokens / max(1, known.data.tokens)
+    return answer_tokens(
+        known.model, known.machine, questions=known.questions, longest=longest, share=share, dtype=known["dtype"]
+    )
 
 
 def _phases(known: Known, model: ModelSpec, choices: Mapping[str, Choice]) -> dict[str, int]:

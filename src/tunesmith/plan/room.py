@@ -48,11 +48,11 @@ def corrected(parts: dict[str, int], factor: float) -> dict[str, int]:
     return parts | {"correction": more, "peak": parts["peak"] + more}
 
 
-def answer_tokens(spec: ModelSpec, machine: Machine, *, questions: int, longest: int, dtype: str) -> int:
-    """Held at once while answers are written: a question and room for its answer take half as much again as the longest
-    row."""
+def answer_tokens(spec: ModelSpec, machine: Machine, *, questions: int, longest: int, share: float, dtype: str) -> int:
+    """Held at once while answers are written. `share`: of a row's tokens that are its answer, which has room for half
+    as many more, and 16 (`evaluate.tasks.answer_length`)."""
     width = 2 if dtype == "bf16" else 4
-    wanted = min(ANSWERS[machine.device], questions) * int(1.5 * longest)
+    wanted = min(ANSWERS[machine.device], questions) * int((1 + share / 2) * longest + 16)
     return min(wanted, CACHE_BYTES[machine.device] // cache_bytes(spec, 1, width))
 
 
