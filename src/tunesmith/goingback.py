@@ -24,6 +24,7 @@ from tunesmith.workbench import Workbench
 
 LOWER = 0.5  # times the learning rate
 FAR = 6.0  # robust standard deviations over the median row's loss, and twice that
+WORST = 0.1  # of the worst row's distance from it: once rows are learnt, many stand out from next to nothing
 MOST_ROWS = 0.4  # of those looked at: more are no exception
 LOOKED_AT = 512  # documents at most
 SHOWN = 5
@@ -74,7 +75,8 @@ def outliers(documents: Sequence[Document], losses: Sequence[float]) -> tuple[st
     """Row ids; none when many stand out, or when there are too few to tell."""
     middle = median(losses) if losses else 0.0
     spread = robust_sd(losses) if losses else 0.0
-    far = [loss > middle + FAR * spread and loss > 2 * middle for loss in losses]
+    least = middle + max(FAR * spread, middle, WORST * (max(losses, default=0.0) - middle))
+    far = [loss > least for loss in losses]
     rows = tuple(dict.fromkeys(document.id for document, out in zip(documents, far, strict=True) if out))
     every = {document.id for document in documents}
     return rows if len(rows) <= MOST_ROWS * len(every) else ()

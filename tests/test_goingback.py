@@ -1,0 +1,29 @@
+"""Which rows are at fault: those whose loss stands out, and by as much as matters."""
+
+import numpy as np
+import pytest
+
+from tunesmith.goingback import outliers
+from tunesmith.types import Document
+
+LEARNT = [0.01, 0.02, 0.03, 0.02, 0.01, 0.02, 0.03, 0.02]
+
+
+def documents(count: int) -> list[Document]:
+    some = np.zeros(3, dtype=np.int32)
+    return [Document(f"rows.jsonl:{row}", some, some.astype(np.float32)) for row in range(1, count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "rows"),
+    [
+        ([*LEARNT, 4.5, 5.0], ("rows.jsonl:9", "rows.jsonl:10")),
+        ([*LEARNT, 0.3, 4.5], ("rows.jsonl:10",)),  # 15 times the median, and a fifteenth of what went wrong
+        ([*LEARNT, 0.04], ()),  # within the noise
+        ([*LEARNT[:2], 4.0, 4.5], ()),  # too many to be an exception
+        ([], ()),
+    ],
+    ids=["two", "one, and one that is hard", "none", "half", "no rows"],
+)
+def test_rows_that_stand_out(losses: list[float], rows: tuple[str, ...]) -> None:
+    assert outliers(documents(len(losses)), losses) == rows
