@@ -40,7 +40,7 @@ def rollback_to(bench: Workbench, training: Training, verdict: Verdict, at: int)
         return Rollback(**told, change=f"on with {ratio:.0%} of rehearsal", ratio=ratio)
     if not forgets and (rows := _at_fault(bench, training, at)):
         shown = ", ".join(rows[:SHOWN]) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
-        return Rollback(**told, change=f"on without {len(rows)} rows: {shown}", rows=rows)
+        return Rollback(**told, change=f"on without {len(rows)} row{'s' * (len(rows) > 1)}: {shown}", rows=rows)
     return Rollback(**told, change=f"on with {LOWER:g} times the learning rate", factor=LOWER)
 
 
