@@ -14,6 +14,7 @@ import dataclasses
 import json
 import time
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -54,14 +55,15 @@ def main() -> None:
     generator, total = torch.Generator().manual_seed(0), 0.0
     for parameter in trainable(bench.model.network).values():
         parameter.data += 0.002 * torch.randn(parameter.shape, generator=generator)
+    done: dict[str, Any] = {}
     works = {
         "before": lambda: measure(bench, items, step=0),
         "after": lambda: measure(bench, items, step=1, bases=SWITCHED),
-        "scales": lambda: scale_curve(bench, items, step=1),
+        "scales": lambda: scale_curve(bench, items, step=1, before=done["before"], after=done["after"]),
     }
     for name, work in works.items():
         started = time.perf_counter()
-        work()
+        done[name] = work()
         seconds = time.perf_counter() - started
         total += seconds
         print(json.dumps({"part": name, "seconds": round(seconds, 1)}), flush=True)

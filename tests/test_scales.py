@@ -67,6 +67,10 @@ def test_an_adapter_that_goes_on_has_moved_from_what_it_was(writer: Path, tmp_pa
     again = {"adapter_from": str(tmp_path / "first" / "run"), "learning_rate": 1e-6, "lora_r": "auto"}
     second = record_of(writer, tmp_path / "second", **again)
     assert values(second)["test", "kl"] < values(first)["test", "kl"] / 100
+    ends = [record.scales[0].general for record in (first, second)]
+    assert ends[0]
+    assert ends[1]
+    assert ends[1].value == pytest.approx(ends[0].value, rel=1e-5), "at 0 both are the base"
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

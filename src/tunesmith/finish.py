@@ -85,7 +85,8 @@ class Beside:
     def scales(self) -> float:
         if self.plan["method"] == "full" or not self.items.selecting:
             return 0.0
-        return len(SCALES) * (min(TOKENS, self.eval_tokens) + min(TOKENS * (1 + self.head), self.general))
+        general = min(TOKENS * (1 + self.head), self.general)
+        return len(SCALES) * min(TOKENS, self.eval_tokens) + (len(SCALES) - 2) * general  # the ends are known
 
     def _answers(self, questions: Sequence[Question], *, trained: bool) -> float:
         """The prompts, what they share once, and as many steps as the longest answer has tokens, of the rows that are

@@ -163,7 +163,7 @@ def _story(run: Run) -> Generator[Event]:
         with run.wish.at_once(), memory_errors():
             store = beginning.store_of(run.folder.path, run.start.identity, adapter)
             after = measure(bench, run.items, step=course.steps, bases=bases, store=store)
-            scales = scale_curve(bench, run.items, step=course.steps)
+            scales = scale_curve(bench, run.items, step=course.steps, before=before, after=after)
     except Interrupted:
         if course.training.step > course.saved:
             yield course.save()

@@ -3,7 +3,8 @@
     held-out loss on eval_data and bits per byte of general text, at 0 (the base), 0.25, 0.5, 0.75 and 1 (as trained)
 
 In: a Workbench after training. Out: a ScalePoint each, all on the same items: a part of them, drawn by chance, since a
-curve takes five times what a value takes. `test_data` is not read. Left out: which scale is offered (tradeoff.py); full
+curve takes five times what a value takes. Of general text the ends are known: what was measured before and after.
+`test_data` is not read. Left out: which scale is offered (tradeoff.py); full
 fine-tuning, which has no adapter to scale.
 """
 
@@ -13,11 +14,13 @@ import dataclasses
 from collections.abc import Sequence
 
 from tunesmith.data.schedule import order
-from tunesmith.evaluate.compare import score
+from tunesmith.evaluate.compare import Measured, Measurement, score
+from tunesmith.evaluate.metrics import BITS_PER_BYTE
+from tunesmith.evaluate.paired import only
 from tunesmith.evaluate.retention import chosen_texts
 from tunesmith.measure import Items, eval_measurement, general_measurement
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.types import Document, ScalePoint
+from tunesmith.types import GENERAL, Document, ScalePoint
 from tunesmith.watch import watched
 from tunesmith.workbench import Workbench
 
@@ -25,19 +28,31 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 4096  # of held-out rows, and of general text, read at each scale
 
 
-def scale_curve(bench: Workbench, items: Items, *, step: int) -> tuple[ScalePoint, ...]:
-    """Nothing without an adapter, or without `eval_data`."""
+def scale_curve(
+    bench: Workbench, items: Items, *, step: int, before: Measured, after: Measured
+) -> tuple[ScalePoint, ...]:
+    """Nothing without an adapter, or without `eval_data`. `before` is of the base, unless the adapter is one that went
+    on."""
     if bench.plan["method"] == "full" or not (items.eval_documents or "eval_data" in items.held_out):
         return ()
     bench.model.network.eval()
     items = few(bench, items)
+    ends = {1.0: after} if bench.facts.adapter else {0.0: before, 1.0: after}
     points: list[ScalePoint] = []
     for scale in watched(SCALES, len(SCALES), "scales of the adapter"):
         with adapter_scaled(bench.model.network, scale):
             gain = score(eval_measurement(bench, items), step=step)
-            general = score(general_measurement(bench, items.texts), step=step) if items.texts else None
-        points.append(ScalePoint(scale, gain, general))
+            general = _general(bench, items, ends.get(scale)) if items.texts else None
+        points.append(ScalePoint(scale, gain, score(general, step=step) if general else None))
     return tuple(points)
+
+
+def _general(bench: Workbench, items: Items, known: Measured | None) -> Measurement:
+    """`known`: what was measured of these texts, among others."""
+    if known is None:
+        return general_measurement(bench, items.texts)
+    whole = next(one for one in known.measurements if (one.task, one.metric) == (GENERAL, BITS_PER_BYTE))
+    return only(whole, [whole.ids.index(text.id) for text in items.texts])
 
 
 def few(bench: Workbench, items: Items) -> Items:

@@ -31,7 +31,7 @@ def paired(first: Measured, second: Measured) -> tuple[list[Pair], list[str]]:
             continue
         ours, theirs = (_keys(m, side.contents if known else {}) for m, side in ((one, first), (other, second)))
         common = [key for key in ours if key in theirs]
-        mine, its = (_only(m, [keys[key] for key in common]) for m, keys in ((one, ours), (other, theirs)))
+        mine, its = (only(m, [keys[key] for key in common]) for m, keys in ((one, ours), (other, theirs)))
         if len(common) < max(len(ours), len(theirs)):
             notes.append(f"{name}: {len(common)} items are common to {len(ours)} and {len(theirs)}, and compared")
         if problem := _problem(mine, its):
@@ -71,7 +71,7 @@ def _of_task(task: str, contents: Mapping[str, Mapping[str, str]]) -> Mapping[st
     return contents[max(of_test, key=len)] if of_test else {}
 
 
-def _only(measured: Measurement, places: Sequence[int]) -> Measurement:
+def only(measured: Measurement, places: Sequence[int]) -> Measurement:
     """The items at these places, in this order."""
     ids, values, weights, groups = (
         tuple(found[place] for place in places) if found else ()
