@@ -17,6 +17,7 @@ from tunesmith.facts import Facts
 from tunesmith.infer.engine import MOST_ROWS, common_start
 from tunesmith.measure import items_of
 from tunesmith.plan.guard import probe_tokens
+from tunesmith.plan.memory import lora_parameters
 from tunesmith.plan.work import token_flops, tokens_computed
 from tunesmith.probes import TEXT_CHARACTERS, TEXTS
 from tunesmith.scales import SCALES, TOKENS
@@ -33,7 +34,7 @@ def with_finish(plan: Plan, facts: Facts) -> Plan:
     (training,) = plan.seconds
     rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
     step = token_flops(plan.model, plan["method"], plan["activations"], rank)
-    forward = 2 * plan.model.block_parameters / step  # the share of a step's time
+    forward = 2 * (plan.model.block_parameters + lora_parameters(plan.model, rank)) / step  # the share of a step's time
     beside = Beside(plan, facts).tokens() / tokens_computed(plan) * forward
     return dataclasses.replace(plan, whole_seconds=LOAD_SECONDS + training * (1 + beside))
 
