@@ -11,7 +11,7 @@ import torch
 from tiny_run import recipe
 from tunesmith import calibration, facts
 from tunesmith.errors import InputError, MachineError
-from tunesmith.finish import with_finish
+from tunesmith.finish import Beside, with_finish
 from tunesmith.model.part import part_of
 from tunesmith.plan.work import tokens_computed
 from tunesmith.types import Document
@@ -36,7 +36,7 @@ def test_a_plan_gets_its_time_without_weights(method: str, quick: None, tiny_fol
     assert timed.seconds[0] > 0
     assert "of 1 and 2 of 2 layers" in timed.seconds_from
     assert dataclasses.replace(timed, seconds=plan.seconds, seconds_from=plan.seconds_from) == plan
-    assert with_finish(timed, known).whole_seconds > timed.seconds[0]
+    assert with_finish(timed, Beside(plan, known)).whole_seconds > timed.seconds[0]
 
 
 def test_a_step_is_its_layers_and_the_rest(quick: None, tiny_folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def beside(folder: Path, scratch: Path, **wish: Any) -> Beside:
 def whole(folder: Path, scratch: Path, **wish: Any) -> float:
     known = gathered(folder, scratch, **wish)
     plan = dataclasses.replace(facts.make_plan(known), seconds=(100.0,))
-    return with_finish(plan, known).whole_seconds
+    return with_finish(plan, Beside(plan, known)).whole_seconds
 
 
 def test_a_run_takes_longer_than_its_steps(tiny_folder: Path, tmp_path: Path) -> None:
@@ -34,12 +34,22 @@ def test_a_run_takes_longer_than_its_steps(tiny_folder: Path, tmp_path: Path) ->
     assert measured > alone > 100 + LOAD_SECONDS
 
 
+def test_a_metric_of_the_users_own_is_not_run(tiny_folder: Path, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    own = tmp_path / "mine.py"
+    own.write_text(f"open({str(told)!r}, 'w').close()\ndef score(answer, expected):\n    return 1.0\n")
+    assert beside(tiny_folder, tmp_path, metrics=[f"{own}:score"]).before() > 0
+    assert not told.exists()
+
+
 def test_looks_and_probes_count(tiny_folder: Path, tmp_path: Path) -> None:
     few, many = (whole(tiny_folder, tmp_path, eval_steps=steps) for steps in (2, 1))
     assert many > few
     one, three = (beside(tiny_folder, tmp_path, guard={"probe_steps": steps}).probes() for steps in (3, 1))
     assert three == pytest.approx(one * 4 / 2)  # and one before the first step
     assert beside(tiny_folder, tmp_path).probes() == 0
+    unguarded = {"collapse": "off", "forgetting": "off", "probe_steps": 1}
+    assert beside(tiny_folder, tmp_path, guard=unguarded).probes() == 0
 
 
 def test_the_base_writes_longer_answers_than_the_trained_model(tiny_folder: Path, tmp_path: Path) -> None:

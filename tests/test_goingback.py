@@ -1,5 +1,7 @@
 """Which rows are at fault: those whose loss stands out, and by as much as matters."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -18,12 +20,14 @@ def documents(count: int) -> list[Document]:
     ("losses", "rows"),
     [
         ([*LEARNT, 4.5, 5.0], ("rows.jsonl:9", "rows.jsonl:10")),
-        ([*LEARNT, 0.3, 4.5], ("rows.jsonl:10",)),  # 15 times the median, and a fifteenth of what went wrong
+        ([*LEARNT, *LEARNT, 0.12, 4.5, 5.0], ("rows.jsonl:18", "rows.jsonl:19")),  # 6 times the median, and little
+        ([*LEARNT, 1.2, 1.2, 13.0], ("rows.jsonl:9", "rows.jsonl:10", "rows.jsonl:11")),
+        ([*LEARNT, 1.2, math.inf], ("rows.jsonl:9", "rows.jsonl:10")),
         ([*LEARNT, 0.04], ()),  # within the noise
         ([*LEARNT[:2], 4.0, 4.5], ()),  # too many to be an exception
         ([], ()),
     ],
-    ids=["two", "one, and one that is hard", "none", "half", "no rows"],
+    ids=["two", "one, and one that is hard", "one far worse", "one of no number", "none", "half", "no rows"],
 )
 def test_rows_that_stand_out(losses: list[float], rows: tuple[str, ...]) -> None:
     assert outliers(documents(len(losses)), losses) == rows

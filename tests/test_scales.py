@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tiny_run import measured_files, recipe, save_model_folder, train, until_saved
-from tunesmith import cli, facts, run
+from tiny_run import measured_files, recipe, save_model_folder, train, until_saved, write_rows
+from tunesmith import cli, facts, run, scales
 from tunesmith.evaluate import cache
+from tunesmith.evaluate.compare import score
+from tunesmith.measure import general_measurement, items_of
+from tunesmith.model.adapters import adapter_scaled
+from tunesmith.reopened import reopen
 from tunesmith.scales import SCALES
 from tunesmith.tradeoff import bargain, commands, forgetting, gain_kept, offer, offered
 from tunesmith.types import GENERAL, RunRecord, ScalePoint, Score
@@ -44,6 +48,27 @@ def test_a_record_has_the_curve_from_the_base_to_the_whole_adapter(writer: Path,
     moved = values(record)
     assert moved["test", "kl"] > 0
     assert 0 < moved["test", "top1_agreement"] < 1
+
+
+def test_the_ends_of_the_curve_are_those_of_a_measure(
+    writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands there of general text was measured before and after, of more texts than the curve has."""
+    monkeypatch.setattr(scales, "TOKENS", 60)
+    files = measured_files(tmp_path)
+    texts = [{"text": f"another text, {n}", "domain": "ab"[n % 2]} for n in range(8)]
+    texts.append({"text": "x", "domain": "a"})  # one token: there is nothing to predict
+    files["retention_data"] = str(write_rows(tmp_path / "more.jsonl", texts))
+    train(recipe(writer, tmp_path, **files, num_train_epochs=4))
+    curve = tunesmith.read_record(tmp_path / "run").scales
+    bench = reopen(tmp_path / "run")
+    items = scales.few(bench, items_of(bench.plan, bench.facts))
+    assert 1 < len(items.texts) < len(items_of(bench.plan, bench.facts).texts)
+    for point in (curve[0], curve[-1]):
+        with adapter_scaled(bench.model.network, point.scale):
+            measured = score(general_measurement(bench, items.texts), step=0)
+        assert point.general
+        assert (point.general.value, point.general.n) == (pytest.approx(measured.value, rel=1e-5), measured.n)
 
 
 def test_without_eval_data_there_is_no_curve(writer: Path, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from tunesmith.infer.engine import MOST_ROWS, common_start
 from tunesmith.measure import items_of
 from tunesmith.plan.guard import probe_tokens
 from tunesmith.plan.memory import lora_parameters
-from tunesmith.plan.work import token_flops, tokens_computed
+from tunesmith.plan.work import run_flops, tokens_computed
 from tunesmith.probes import TEXT_CHARACTERS, TEXTS
+from tunesmith.recipevalues import own_metric
 from tunesmith.scales import SCALES, TOKENS
 from tunesmith.types import Document, Plan
 
@@ -29,22 +30,26 @@ STEP_TOKENS, PROOF_TOKENS = 60, 6000
 LOAD_SECONDS = 3.0  # imports, weights, the first products
 
 
-def with_finish(plan: Plan, facts: Facts) -> Plan:
-    """Raises InputError, as a run does, for items that cannot be measured."""
+def with_finish(plan: Plan, beside: Beside) -> Plan:
     (training,) = plan.seconds
     rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
-    step = token_flops(plan.model, plan["method"], plan["activations"], rank)
+    step = run_flops(plan) / tokens_computed(plan)
     forward = 2 * (plan.model.block_parameters + lora_parameters(plan.model, rank)) / step  # the share of a step's time
-    beside = Beside(plan, facts).tokens() / tokens_computed(plan) * forward
-    return dataclasses.replace(plan, whole_seconds=LOAD_SECONDS + training * (1 + beside))
+    more = beside.tokens() / tokens_computed(plan) * forward
+    return dataclasses.replace(plan, whole_seconds=LOAD_SECONDS + training * (1 + more))
 
 
 class Beside:
     """The parts of a run that are no steps, in tokens of a forward through all layers."""
 
     def __init__(self, plan: Plan, facts: Facts) -> None:
+        """Raises InputError, as a run does, for items that cannot be measured."""
         self.plan, self.text_tokens = plan, facts.renderer.text_tokens
-        self.items = items_of(plan, facts, allow_code=True)  # nothing of it is run
+        self.items, self.switched = (
+            items_of(_without_code(plan), facts),
+            facts.adapter is None and plan["method"] != "full",
+        )
+        self.known_ends = 1 if facts.adapter else 2
         self.head = plan.model.head_parameters / max(1, plan.model.block_parameters)
         held_out = {role: self._read(texts) for role, texts in self.items.held_out.items()}
         self.general = self._read(self.items.texts)
@@ -61,15 +66,17 @@ class Beside:
 
     def before(self) -> float:
         """The base often goes on to the end of its room."""
-        questions = (*self.items.questions, *self.items.eliciting)
-        return self._answers(questions, trained=False) + self.test_tokens + self.general
+        read = self.test_tokens + self.general
+        return self._answers(self._asked(), trained=False) + (read if self.switched else 2 * read)
 
     def after(self) -> float:
-        """The answers end as they were taught to. What was expected, and general text, stand beside the base: the head
-        multiplies twice."""
-        questions = (*self.items.questions, *self.items.eliciting)
-        beside = self.general * (1 + self.head) if self.items.texts else 0.0
-        return self._answers(questions, trained=True) + self.test_tokens + beside
+        """The answers end as they were taught to. What was expected, and general text, stand beside the base: read with
+        the adapter off, or kept before."""
+        read = self.test_tokens + self.general
+        return self._answers(self._asked(), trained=True) + (2 * read if self.switched else read)
+
+    def _asked(self) -> tuple[Question, ...]:
+        return (*self.items.questions, *self.items.eliciting)
 
     def look(self) -> float:
         short = TEXTS * TEXT_CHARACTERS / 4 if self.items.texts else 0.0
@@ -79,15 +86,16 @@ class Beside:
     def probes(self) -> float:
         """One before the first step, too."""
         plan, every = self.plan, self.plan["probe_steps"]
-        count = 1 + plan.steps // every if every else 0
+        guarded = {plan["guard_collapse"], plan["guard_forgetting"]} != {"off"}
+        count = 1 + plan.steps // every if every and guarded else 0
         each = probe_tokens(plan.machine.device, plan.data["data"], plan["max_length"], plan["probe_prompts"])
         return count * each
 
     def scales(self) -> float:
-        if self.plan["method"] == "full" or not self.items.selecting:
+        if self.plan["method"] == "full" or not self.eval_tokens:
             return 0.0
         general = min(TOKENS * (1 + self.head), self.general)
-        return len(SCALES) * min(TOKENS, self.eval_tokens) + (len(SCALES) - 2) * general  # the ends are known
+        return len(SCALES) * min(TOKENS, self.eval_tokens) + (len(SCALES) - self.known_ends) * general
 
     def _answers(self, questions: Sequence[Question], *, trained: bool) -> float:
         """The prompts, what they share once, and as many steps as the longest answer has tokens, of the rows that are
@@ -104,6 +112,14 @@ class Beside:
             written += steps * (STEP_TOKENS + min(most, left))
             left -= most
         return sum(map(len, prompts)) - shared * (len(prompts) - 1) + written
+
+
+def _without_code(plan: Plan) -> Plan:
+    """The user's own metrics are tried on the expected answers before a run: not by a plan, which runs no code."""
+    metrics = plan.choices["metrics"]
+    safe = tuple(metric for metric in metrics.value if own_metric(metric) is None)
+    value = safe if safe or not metrics.value else ("exact_match",)
+    return dataclasses.replace(plan, choices=plan.choices | {"metrics": dataclasses.replace(metrics, value=value)})
 
 
 def _length(documents: Sequence[Document]) -> float:

@@ -10,6 +10,7 @@ Else the learning rate is halved. Left out: when to go back, and to where (guard
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from itertools import islice
 from statistics import median
@@ -24,7 +25,7 @@ from tunesmith.workbench import Workbench
 
 LOWER = 0.5  # times the learning rate
 FAR = 6.0  # robust standard deviations over the median row's loss, and twice that
-WORST = 0.1  # of the worst row's distance from it: once rows are learnt, many stand out from next to nothing
+LEAST = 0.1  # of the median distance of rows that stand out: once rows are learnt, many do by next to nothing
 MOST_ROWS = 0.4  # of those looked at: more are no exception
 LOOKED_AT = 512  # documents at most
 SHOWN = 5
@@ -75,8 +76,10 @@ def outliers(documents: Sequence[Document], losses: Sequence[float]) -> tuple[st
     """Row ids; none when many stand out, or when there are too few to tell."""
     middle = median(losses) if losses else 0.0
     spread = robust_sd(losses) if losses else 0.0
-    least = middle + max(FAR * spread, middle, WORST * (max(losses, default=0.0) - middle))
-    far = [loss > least for loss in losses]
+    limit = middle + max(FAR * spread, middle)
+    out = [loss for loss in losses if limit < loss < math.inf]
+    limit = max(limit, middle + LEAST * (median(out) - middle)) if out else limit
+    far = [loss > limit for loss in losses]
     rows = tuple(dict.fromkeys(document.id for document, out in zip(documents, far, strict=True) if out))
     every = {document.id for document in documents}
     return rows if len(rows) <= MOST_ROWS * len(every) else ()

@@ -164,11 +164,13 @@ def general_texts(facts: Facts) -> tuple[GeneralText, ...]:
         return ()
     source = open_source(path)
     read = read_texts(source.row(i) for i in range(len(source)))
+    tokens = facts.renderer.text_tokens
     cut = [dataclasses.replace(one, text=one.text[:LONGEST_TEXT]) for one in read]
-    texts = chosen_texts(cut, facts.renderer.text_tokens, GENERAL_TOKENS)
-    for domain in dict.fromkeys(text.domain for text in texts):
-        long = [text for text in texts if text.domain == domain and len(facts.renderer.text_tokens(text.text)) > 1]
-        _refuse_single(len(long), f"retention_data: {path}", f"texts of the domain {domain!r}", empty=True)
+    chosen = chosen_texts(cut, tokens, GENERAL_TOKENS)
+    texts = tuple(one for one in chosen if len(tokens(one.text)) > 1)  # of one token nothing is predicted
+    for domain in dict.fromkeys(one.domain for one in cut):
+        count = sum(text.domain == domain for text in texts)
+        _refuse_single(count, f"retention_data: {path}", f"texts of the domain {domain!r}", empty=True)
     return texts
 
 

@@ -52,7 +52,8 @@ def _general(bench: Workbench, items: Items, known: Measured | None) -> Measurem
     if known is None:
         return general_measurement(bench, items.texts)
     whole = next(one for one in known.measurements if (one.task, one.metric) == (GENERAL, BITS_PER_BYTE))
-    return only(whole, [whole.ids.index(text.id) for text in items.texts])
+    places = {item: place for place, item in enumerate(whole.ids)}
+    return only(whole, [places[text.id] for text in items.texts])
 
 
 def few(bench: Workbench, items: Items) -> Items:

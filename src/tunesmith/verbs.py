@@ -160,9 +160,11 @@ def plan(
 def _calibrated(known: Facts) -> Plan:
     from tunesmith.calibration import calibrated
     from tunesmith.facts import make_plan
-    from tunesmith.finish import with_finish
+    from tunesmith.finish import Beside, with_finish
 
-    return with_finish(calibrated(make_plan(known), known), known)
+    plan = make_plan(known)
+    beside = Beside(plan, known)  # first: what cannot be measured is refused before anything is timed
+    return with_finish(calibrated(plan, known), beside)
 
 
 def remember(record: RunRecord) -> None:

@@ -86,6 +86,15 @@ def test_a_shared_beginning_stands_before_every_row(rule: Rule) -> None:
         extend(cache, layer, rows, [0, 1], rule)
 
 
+def test_stores_grow_to_what_the_longest_row_needs_and_no_further() -> None:
+    rows, layer, cache = Rows(1), nn.Module(), RowCache(1, longest=BLOCK + 2)
+    cache.admit([BLOCK])
+    cache.attend(layer, *packed([rows.part(0, 0, BLOCK)]), RULES["plain"], "reference")
+    for _ in range(3):  # and one that was not foreseen
+        extend(cache, layer, rows, [0], RULES["plain"])
+        assert cache._stores[layer][0].shape[2] == 2 * BLOCK
+
+
 # ---------------------------------------------------------------- rows.c, and attention.c after a shared beginning
 
 needs_kernel = pytest.mark.skipif(not kernels.has_attention(), reason="needs a C compiler and AVX512-BF16")

@@ -244,6 +244,28 @@ def test_prepared_products_are_kept_while_nothing_trains() -> None:
         assert prepared(layers, x.dtype) is not prepared(layers, x.dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_prepared_products_in_bf16_follow_too(rows: int) -> None:
+    """Through lora.c where there is one, with few rows too."""
+    layers = [adapted(linear(64, 48, seed=seed, dtype=torch.bfloat16)).eval() for seed in range(2)]
+    x = random(rows, 64).bfloat16()
+
+    def right() -> None:
+        with torch.no_grad():
+            for y, layer in zip(project(x, layers), layers, strict=True):
+                wide = F.linear(x.float(), layer.frozen.weight.float(), layer.bias.float())
+                wide += layer.scale * F.linear(F.linear(x.float(), layer.lora_A), layer.lora_B)
+                torch.testing.assert_close(y.float(), wide, rtol=0.02, atol=0.05)
+
+    right()
+    with torch.no_grad():
+        layers[0].lora_A.mul_(-3)
+        layers[1].lora_B.add_(1)
+    right()
+    layers[1].scale = -1.0
+    right()
+
+
 # ---------------------------------------------------------------- precision and scale
 
 

@@ -56,7 +56,7 @@ def generate(
     while left:
         try:
             with memory_errors():
-                batch = _Batch(model, slots, decode, end_ids, allowed)
+                batch = _Batch(model, slots, decode, end_ids, allowed, longest=longest_row(requests))
                 for row in _answered([_Row(i, requests[i]) for i in left], batch):
                     left.remove(row.index)
                     yield row.index, row.generation()
@@ -77,7 +77,7 @@ def stream(model: LanguageModel, request: Request, *, decode: Decode, end_ids: C
     """One answer, piece by piece; a piece comes once no later token can change it. Raises as `generate` does."""
     check_requests(model, [request])
     row, sent = _Row(0, request), 0
-    batch, waiting = _Batch(model, 1, decode, end_ids), deque([row])
+    batch, waiting = _Batch(model, 1, decode, end_ids, longest=longest_row([request])), deque([row])
     while not row.finished:
         with memory_errors():
             batch.step(waiting)
@@ -107,9 +107,13 @@ def check_requests(model: LanguageModel, requests: Sequence[Request]) -> None:
 
 def most_rows(model: LanguageModel, requests: Sequence[Request]) -> int:
     """As many rows as help, within the memory set aside for their keys and values."""
-    longest = max((len(request.tokens) + request.max_new_tokens for request in requests), default=1)
-    device = model.device.type
+    device, longest = model.device.type, longest_row(requests)
     return max(1, min(MOST_ROWS[device], CACHE_BYTES[device] // (longest * model.cache_bytes_per_token)))
+
+
+def longest_row(requests: Sequence[Request]) -> int:
+    """Tokens of a prompt and its answer."""
+    return max((len(request.tokens) + request.max_new_tokens for request in requests), default=1)
 
 
 def common_start(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -170,9 +174,11 @@ class _Batch:
         decode: Decode,
         end_ids: Collection[int],
         allowed: Allowed | None = None,
+        *,
+        longest: int,
     ) -> None:
         self.model, self.decode, self.end_ids, self.allowed = model, decode, frozenset(end_ids), allowed
-        self.cache = RowCache(slots)
+        self.cache = RowCache(slots, longest)
         self.rows: list[_Row] = []
 
     def share(self, prompts: Sequence[tuple[int, ...]]) -> None:

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.errors import InputError, MachineError
+from tunesmith.errors import InputError
 from tunesmith.model import kernels
+from tunesmith.model.memory import OutOfMemory
 from tunesmith.types import Layout
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _segments(layout: Layout, given: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def _call(name: str, *arguments: Tensor | int | float) -> None:
     if kernels.call(name, *arguments):
-        raise MachineError("no memory for the attention's scratch space", fix="lower pack_length")
+        raise OutOfMemory("no memory for the attention's scratch space", fix="lower pack_length, or free memory")
 
 
 def has_kernel(q: Tensor, rule: Rule) -> bool:

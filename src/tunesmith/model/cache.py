@@ -23,9 +23,10 @@ BLOCK = 64  # the stores grow to a multiple of this many tokens
 class RowCache:
     """`lengths[b]` tokens are stored of row b. `admit` or `advance` precede the forward that fills new places."""
 
-    def __init__(self, slots: int) -> None:
-        """Room for `slots` rows; the room for tokens grows."""
-        self.slots = slots
+    def __init__(self, slots: int, longest: int = 0) -> None:
+        """Room for `slots` rows; the room for tokens grows, to no more than the `longest` row will need where that is
+        known."""
+        self.slots, self.longest = slots, longest
         self.lengths: list[int] = []
         self.shared = 0  # how many tokens every new row starts with
         self._prefix: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # layer -> their keys, values [shared, K, D]
@@ -119,7 +120,8 @@ class RowCache:
         needed, stored = max(self.lengths), self._stores.get(layer)
         if stored is None or stored[0].shape[2] < needed:
             held = stored[0].shape[2] if stored else 0
-            capacity = -(-max(needed, held * 3 // 2) // BLOCK) * BLOCK
+            ahead = held * 3 // 2
+            capacity = -(-max(needed, min(ahead, self.longest or ahead)) // BLOCK) * BLOCK
             # Zeros, since what is masked must still be finite.
             grown = tuple(x.new_zeros(self.slots, x.shape[1], capacity, x.shape[2]) for x in (k, v))
             for new, old in zip(grown, stored or (), strict=False):

@@ -308,31 +308,35 @@ def project(x: Tensor, modules: Sequence[Linear]) -> tuple[Tensor, ...]:
     return _Project.apply(x, group, *group.parameters)
 
 
-_kept: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Group]] = WeakKeyDictionary()
+# Tensors too, so that nothing else can get their place in memory.
+_kept: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Group, list[Tensor]]] = WeakKeyDictionary()
 
 
 def prepared(modules: Sequence[Linear], dtype: torch.dtype) -> Group:
     """While nothing trains, a group is kept for the next product: casting and packing A and B takes longer than the
-    products of a few rows. Made anew when a parameter has changed, by its place or version, as in `LoraLinear.gain`."""
+    products of a few rows. Made anew when a parameter has changed, by its place or version: who changes one in
+    place unknown to autograd, as through `.data`, has to increment that."""
     first = modules[0]
     if torch.is_grad_enabled() or first.training or not isinstance(first, LoraLinear):
         _kept.pop(first, None)
         return Group(modules, dtype)
-    key = (dtype, *(fact for module in modules for fact in _state(module)))
+    tensors = [tensor for module in modules for tensor in _tensors(module)]
+    key = (dtype, *map(_scale, modules), *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
     if first not in _kept or _kept[first][0] != key:
-        _kept[first] = key, Group(modules, dtype, fewest_rows=1)
+        _kept[first] = key, Group(modules, dtype, fewest_rows=1), [tensor.detach() for tensor in tensors]
     return _kept[first][1]
 
 
-def _state(module: Linear) -> tuple[object, ...]:
-    """What a prepared linear depends on."""
-    frozen, scale = None, 0.0
-    tensors: list[Tensor | None] = [module.bias]
+def _scale(module: Linear) -> tuple[object, ...]:
+    frozen = module.frozen if isinstance(module, LoraLinear | QuantizedLinear) else None
+    return id(module), id(frozen), module.scale if isinstance(module, LoraLinear) else 0.0
+
+
+def _tensors(module: Linear) -> list[Tensor]:
+    """What a prepared linear depends on beside its frozen weight."""
+    found: list[Tensor | None] = [module.bias]
     if isinstance(module, LoraLinear):
-        frozen, scale = module.frozen, module.scale
-        tensors += [module.lora_A, module.lora_B, module.lora_magnitude_vector]
-    elif isinstance(module, QuantizedLinear):
-        frozen = module.frozen
-    else:
-        tensors.append(module.weight)
-    return id(module), id(frozen), scale, *((x.data_ptr(), x._version) for x in tensors if x is not None)
+        found += [module.lora_A, module.lora_B, module.lora_magnitude_vector]
+    elif not isinstance(module, QuantizedLinear):
+        found.append(module.weight)
+    return [tensor for tensor in found if tensor is not None]
