@@ -16,12 +16,13 @@ from tunesmith.evaluate.cache import ANSWERS, Store, state_of
 from tunesmith.evaluate.compare import Measured
 from tunesmith.evaluate.divergence import Kept, Switched, keep
 from tunesmith.evaluate.retention import pieces_of
+from tunesmith.facts import Facts
 from tunesmith.jsonfile import from_json, read_json
 from tunesmith.measure import Bases, Items, answers_of, measure, text_window
 from tunesmith.model.adapter_folder import AdapterFolder
 from tunesmith.model.provenance import hashes_of
 from tunesmith.runfolder import BEFORE, RunFolder
-from tunesmith.types import GENERAL, Document, Json
+from tunesmith.types import GENERAL, Document, Json, Plan
 from tunesmith.workbench import Workbench
 
 STATES = "base-states"
@@ -44,15 +45,15 @@ def store_of(path: Path, identity: Json, weights: AdapterFolder | Path | None) -
 
 def bases(folder: RunFolder, bench: Workbench, items: Items) -> Bases:
     """What the trained model will be compared with."""
-    if is_switched(bench):
+    if is_switched(bench.plan, bench.facts):
         return SWITCHED
     if not (folder.path / STATES).exists():
         _keep(folder, bench, items)
     return dict(zip(NAMES, Kept.read(folder.path / STATES, NAMES.values(), bench.model.device), strict=True))
 
 
-def is_switched(bench: Workbench) -> bool:
-    return bench.plan["method"] != "full" and bench.facts.adapter is None
+def is_switched(plan: Plan, facts: Facts) -> bool:
+    return plan["method"] != "full" and facts.adapter is None
 
 
 def forget(folder: RunFolder) -> None:

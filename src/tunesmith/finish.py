@@ -11,12 +11,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from tunesmith.beginning import is_switched
 from tunesmith.evaluate.retention import GeneralText
 from tunesmith.evaluate.tasks import Question, answer_length
 from tunesmith.facts import Facts
 from tunesmith.infer.engine import MOST_ROWS, common_start
 from tunesmith.measure import items_of
-from tunesmith.plan.guard import probe_tokens
+from tunesmith.plan.guard import guards, probe_tokens
 from tunesmith.plan.memory import lora_parameters
 from tunesmith.plan.work import run_flops, tokens_computed
 from tunesmith.probes import TEXT_CHARACTERS, TEXTS
@@ -45,11 +46,8 @@ class Beside:
     def __init__(self, plan: Plan, facts: Facts) -> None:
         """Raises InputError, as a run does, for items that cannot be measured."""
         self.plan, self.text_tokens = plan, facts.renderer.text_tokens
-        self.items, self.switched = (
-            items_of(_without_code(plan), facts),
-            facts.adapter is None and plan["method"] != "full",
-        )
-        self.known_ends = 1 if facts.adapter else 2
+        self.items, self.switched = items_of(_without_code(plan), facts), is_switched(plan, facts)
+        self.known_ends = 1 if facts.adapter else 2  # of the scales
         self.head = plan.model.head_parameters / max(1, plan.model.block_parameters)
         held_out = {role: self._read(texts) for role, texts in self.items.held_out.items()}
         self.general = self._read(self.items.texts)
@@ -86,8 +84,7 @@ class Beside:
     def probes(self) -> float:
         """One before the first step, too."""
         plan, every = self.plan, self.plan["probe_steps"]
-        guarded = {plan["guard_collapse"], plan["guard_forgetting"]} != {"off"}
-        count = 1 + plan.steps // every if every and guarded else 0
+        count = 1 + plan.steps // every if every and guards(plan) else 0
         each = probe_tokens(plan.machine.device, plan.data["data"], plan["max_length"], plan["probe_prompts"])
         return count * each
 

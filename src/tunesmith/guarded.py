@@ -21,6 +21,7 @@ from tunesmith.facts import Facts
 from tunesmith.goingback import rollback_to
 from tunesmith.measure import Items, eval_scores, general_bits
 from tunesmith.model.memory import memory_errors
+from tunesmith.plan.guard import OFF, guards
 from tunesmith.plan.rehearsal import next_ratio
 from tunesmith.probes import Probes, probe_set
 from tunesmith.resumption import Start
@@ -33,7 +34,6 @@ from tunesmith.types import PROBES, Event, Json, Plan, Sample, Saved, Score, Ste
 from tunesmith.workbench import Workbench
 
 MOST_ROLLBACKS = 3
-OFF = "off"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Course:
         self.run, self.bench, self.before, self.plan = run, bench, before, run.plan
         self.training = Training(bench.model, bench.documents_of, Settings.of(run.plan))
         self.saved = self.steps = 0
-        self.guarding = {self.plan["guard_collapse"], self.plan["guard_forgetting"]} != {OFF}
+        self.guarding = guards(self.plan)
         chosen = probe_set(self.plan, run.facts, run.items.texts) if self.guarding else None
         self.probes = Probes(bench, chosen) if chosen else None
         self.probing = bool(self.probes and self.plan["probe_steps"])

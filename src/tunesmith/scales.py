@@ -4,8 +4,7 @@
 
 In: a Workbench after training. Out: a ScalePoint each, all on the same items: a part of them, drawn by chance, since a
 curve takes five times what a value takes. Of general text the ends are known: what was measured before and after.
-`test_data` is not read. Left out: which scale is offered (tradeoff.py); full
-fine-tuning, which has no adapter to scale.
+`test_data` is not read. Left out: which scale is offered (tradeoff.py), and full fine-tuning, which has no adapter.
 """
 
 from __future__ import annotations

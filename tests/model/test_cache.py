@@ -111,10 +111,7 @@ def narrow_rows(heads: int, groups: int, size: int) -> Rows:
     return rows
 
 
-def close(out: torch.Tensor, expected: list[torch.Tensor], scale: float) -> None:
-    """A few roundings to bf16 of numbers of about 1; `scale` for what is turned in bf16 first."""
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.double(), torch.cat(expected), rtol=0.02, atol=0.01 * scale)
+NEAR = {"rtol": 0.02, "atol": 0.01}  # a few roundings to bf16 of numbers of about 1
 
 
 @needs_kernel
@@ -138,13 +135,16 @@ def test_the_kernels_equal_plain_attention(
     lengths = [30, 5, 70]
     cache.admit(lengths)
     parts = [(row, begin, begin + length) for row, length in enumerate(lengths)]
-    close(attended(parts), [rows.expected(*part, rule) for part in parts], 1)
+    expected = torch.cat([rows.expected(*part, rule) for part in parts])
+    torch.testing.assert_close(attended(parts).double(), expected, **NEAR)
     for order in ([0, 1, 2], [0, 1, 2], [2, 1]):  # row 0 leaves, and the last row moves into its place
         if len(order) < len(cache.lengths):
             cache.drop(0)
         places = cache.advance(torch.device("cpu")).tolist()
         parts = [(row, place, place + 1) for row, place in zip(order, places, strict=True)]
-        close(attended(parts), [rows.expected(*part, rule) for part in parts], 1)
+        out, expected = attended(parts), torch.cat([rows.expected(*part, rule) for part in parts])
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.double(), expected, **NEAR)
 
 
 @needs_kernel
@@ -164,7 +164,7 @@ def test_the_step_kernel_turns_what_it_reads() -> None:
         q, k, v = (x.bfloat16() for x in (q, k, v))
         one = caches[0].attend(layers[0], q, k, v, layout, rule, "kernel", angles)
         other = caches[1].attend(layers[1], *turned(q, k, angles), v, layout, rule, "kernel")
-        torch.testing.assert_close(one, other, rtol=0.02, atol=0.01)
+        torch.testing.assert_close(one, other, **NEAR)
     keys, others = caches[0]._stores[layers[0]][0], caches[1]._stores[layers[1]][0]
     torch.testing.assert_close(keys, others, rtol=0.01, atol=0.01)
 

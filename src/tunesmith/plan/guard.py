@@ -11,8 +11,9 @@ from typing import Any
 
 from tunesmith.plan.rules import Known, rule
 from tunesmith.recipemappings import Guard
-from tunesmith.types import Choice, DataReport
+from tunesmith.types import Choice, DataReport, Plan
 
+OFF = "off"
 MARGIN = 0.02  # bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten
 SHARE = 0.05  # of the time of the steps, that probes may take
 PROMPTS, MOST_PROMPTS = 8, 64
@@ -23,6 +24,11 @@ STEP_FORWARDS = 3  # a step's forward and backward, in forwards
 # prompts took 4.8 steps of the demo, 16 took 6.6, 32 took 10.4. Of a GPU it is a guess.
 DECODE_TOKENS = {"cpu": 250, "cuda": 512}
 PASSES = 4
+
+
+def guards(plan: Plan) -> bool:
+    """Is anything done or said about what is seen?"""
+    return {plan["guard_collapse"], plan["guard_forgetting"]} != {OFF}
 
 
 def guard_choices(wish: Guard, known: Known) -> dict[str, Choice]:
