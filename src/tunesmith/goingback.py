@@ -10,7 +10,6 @@ Else the learning rate is halved. Left out: when to go back, and to where (guard
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from itertools import islice
 from statistics import median
@@ -25,7 +24,7 @@ from tunesmith.workbench import Workbench
 
 LOWER = 0.5  # times the learning rate
 FAR = 6.0  # robust standard deviations over the median row's loss, and twice that
-LEAST = 0.1  # of the median distance of rows that stand out: once rows are learnt, many do by next to nothing
+LEAST = 0.5  # nats a token over it: once rows are learnt, the hardest have several times the median and are still right
 MOST_ROWS = 0.4  # of those looked at: more are no exception
 LOOKED_AT = 512  # documents at most
 SHOWN = 5
@@ -76,9 +75,7 @@ def outliers(documents: Sequence[Document], losses: Sequence[float]) -> tuple[st
     """Row ids; none when many stand out, or when there are too few to tell."""
     middle = median(losses) if losses else 0.0
     spread = robust_sd(losses) if losses else 0.0
-    limit = middle + max(FAR * spread, middle)
-    out = [loss for loss in losses if limit < loss < math.inf]
-    limit = max(limit, middle + LEAST * (median(out) - middle)) if out else limit
+    limit = middle + max(FAR * spread, middle, LEAST)
     far = [loss > limit for loss in losses]
     rows = tuple(dict.fromkeys(document.id for document, out in zip(documents, far, strict=True) if out))
     every = {document.id for document in documents}
