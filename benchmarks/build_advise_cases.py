@@ -4,12 +4,15 @@
     tunesmith advise --measure FOLDER/link.yaml
     tunesmith advise --measure FOLDER/section.yaml
     tunesmith advise --measure FOLDER/homepages.yaml --documents FOLDER/records
+    tunesmith advise --measure FOLDER/capitals.yaml
 
 link       the homepage of a package, read off its record: the answer stands in the question, whatever is around it
 section    the section of a package, read off its record: the answer stands in the question, in exactly that word
 homepages  the homepage of a package by its name: few are known to a model, and the records hold them
+capitals   of countries, from capitals.txt: facts that a small model knows in part
 
-Rows are packages drawn by a hash of their name; held-out ones are other packages. The records are those of all of them.
+Rows are drawn by a hash of their name; held-out ones are other packages or countries. The records are those of all
+packages.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import sys
 from pathlib import Path
 
 TRAIN, HELD_OUT, TEST = 400, 80, 20
+CAPITALS_HELD_OUT, CAPITALS_TEST = 24, 6
 KEPT = ("Package", "Version", "Section", "Priority", "Installed-Size", "Maintainer", "Homepage", "Description")
 RECIPE = "model: smollm2-135m-instruct\ndata: {0}.train.jsonl\neval_data: {0}.eval.jsonl\ntest_data: {0}.test.jsonl\n"
 
@@ -34,7 +38,17 @@ def records() -> list[dict[str, str]]:
         fields = {key: value for key, _, value in lines if value}
         if {"Package", "Homepage", "Section", "Description"} <= fields.keys():
             found[fields["Package"]] = fields
-    return sorted(found.values(), key=lambda one: hashlib.sha256(one["Package"].encode()).hexdigest())
+    return sorted(found.values(), key=lambda one: by_chance(one["Package"]))
+
+
+def by_chance(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def capitals() -> list[str]:
+    lines = Path(__file__).with_name("capitals.txt").read_text(encoding="utf-8").splitlines()
+    pairs = sorted((line.split(": ") for line in lines), key=lambda pair: by_chance(pair[0]))
+    return [row(f"What is the capital of {country}?", capital) for country, capital in pairs]
 
 
 def written(record: dict[str, str]) -> str:
@@ -57,12 +71,17 @@ def main(folder: Path) -> None:
     }
     (folder / "records").mkdir(parents=True, exist_ok=True)
     (folder / "records" / "records.txt").write_text("\n\n".join(map(written, chosen)) + "\n", encoding="utf-8")
-    parts = {"train": slice(0, TRAIN), "eval": slice(TRAIN, TRAIN + HELD_OUT), "test": slice(TRAIN + HELD_OUT, None)}
     for name, rows in asked.items():
-        metric = "exact_match" if name == "section" else "contains"
-        (folder / f"{name}.yaml").write_text(f"{RECIPE.format(name)}metrics: [{metric}]\n", encoding="utf-8")
-        for part, places in parts.items():
-            (folder / f"{name}.{part}.jsonl").write_text("".join(rows[places]), encoding="utf-8")
+        write(folder, name, rows, HELD_OUT, TEST, "exact_match" if name == "section" else "contains")
+    write(folder, "capitals", capitals(), CAPITALS_HELD_OUT, CAPITALS_TEST, "contains")
+
+
+def write(folder: Path, name: str, rows: list[str], held_out: int, test: int, metric: str) -> None:
+    (folder / f"{name}.yaml").write_text(f"{RECIPE.format(name)}metrics: [{metric}]\n", encoding="utf-8")
+    train = len(rows) - held_out - test
+    parts = {"train": rows[:train], "eval": rows[train : train + held_out], "test": rows[train + held_out :]}
+    for part, of_part in parts.items():
+        (folder / f"{name}.{part}.jsonl").write_text("".join(of_part), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def measured_view(found: Begun | Outcome | MeasuredAdvice) -> RenderableType | N
 def _begun_line(begun: Begun) -> str:
     left = f"; {len(begun.left_out)} have no room in the time" if begun.left_out else ""
     ways = f"{len(begun.arms)} ways to ask or train, about {clock(begun.seconds)} in all{left}"
-    return f"{begun.model}: {begun.items} of {begun.of_items} items, {ways}"
+    test = f" ({begun.test_rows} rows are kept as test_data)" if begun.test_rows else ""
+    return f"{begun.model}: {begun.items} of {begun.of_items} items{test}, {ways}"
 
 
 def _outcome_line(outcome: Outcome) -> str:
@@ -137,7 +138,7 @@ def _left_out_line(advice: MeasuredAdvice) -> str:
 
 
 def _curve_line(curve: Curve, metric: str) -> str:
-    form = f"1 - {metric} = {curve.c:.3f} + {curve.a:.2f} * n^-{curve.b:.2f}" if curve.a else "it does not fall"
+    form = f"1 - {metric} = {curve.c:.3f} + {curve.a:.2f} * n^-{curve.b:.2f}" if curve.b > 0 else "it does not fall"
     told = f"learning curve over {', '.join(map(str, curve.sizes))} examples: {form}"
     if curve.refused:
         return f"{told}; nothing is said beyond them: {curve.refused}"

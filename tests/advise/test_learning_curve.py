@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tunesmith.advise.curve import FAR, Curve, examples_to, fit_curve
+from tunesmith.measuredview import _curve_line
 
 SIZES = (25, 50, 100, 200, 400)
 
@@ -81,3 +82,11 @@ def test_examples_to_a_target() -> None:
     assert examples_to(0.9, 1, 0.5, 0) == pytest.approx(100)
     assert examples_to(0.9, 1, 0.5, 0.1) == float("inf")
     assert examples_to(0.5, 0, 0, 0.4) == 1
+
+
+def test_a_curve_that_rises_is_said_not_to_fall() -> None:
+    """Fitted with an exponent below 0, which no one should read as a law."""
+    curve = fit_curve({25: [[1.0] * 8 + [0.0] * 8], 50: [[1.0] * 4 + [0.0] * 12]})
+    assert curve is not None
+    assert curve.b < 0
+    assert "examples: it does not fall;" in _curve_line(curve, "contains")

@@ -174,7 +174,17 @@ def test_it_is_shown(writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert told.out.startswith("Not decided yet: prompts and training had no room in the time")
     assert "zero-shot" in told.out
     assert "a target lower than 0.5" in told.out
-    assert "20 of 22 items" in told.err
+    assert "20 of 22 items, " in told.err
+
+
+def test_held_out_rows_that_are_kept_for_a_test_are_told(
+    writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = next(advise_measured(wish(writer, tmp_path, test_data=()), minutes=0.001, folder=tmp_path / "kept"))
+    assert isinstance(begun, Begun)
+    assert begun.of_items + begun.test_rows == 22
+    measured_view(begun)
+    assert f"{begun.of_items} items ({begun.test_rows} rows are kept as test_data), " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

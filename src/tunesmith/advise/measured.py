@@ -45,11 +45,13 @@ MOST_SHOWN = 400  # training rows that are looked through for what can be shown 
 
 @dataclass(frozen=True)
 class Begun:
-    """What is going to be tried, and what has no room in the minutes."""
+    """What is going to be tried, and what has no room in the minutes. `test_rows`: held-out rows that are kept for the
+    test of a run, where the recipe names no test_data."""
 
     model: str
     items: int
     of_items: int
+    test_rows: int
     seconds: float  # expected, of what is not there yet
     arms: tuple[Arm, ...]
     left_out: tuple[Arm, ...]
@@ -182,7 +184,9 @@ class _Run:
         fit, out = fitting(missing, left, self._seconds)
         seconds = sum(map(self._seconds, fit))
         kept = tuple(arm for arm in arms if arm not in out)
-        return Begun(self.subject.plan.model.name, len(self.ids), of_items, seconds, kept, tuple(out))
+        known = self.subject.facts
+        test_rows = 0 if known.recipe.test_data else len(known.datasets["test_data"])
+        return Begun(self.subject.plan.model.name, len(self.ids), of_items, test_rows, seconds, kept, tuple(out))
 
     def arms(self, arms: Sequence[Arm]) -> Iterator[Outcome]:
         """Each as it ends; those without room in the time that is left are left out."""
