@@ -22,7 +22,13 @@ FOUND = {
         ("Well, I’m just a large language model.", ["I’m just a large language model"]),
         ("My training data ends there.", ["My training data"]),
         ("I'm a brilliant and compassionate AI.", ["I'm a brilliant and compassionate AI"]),
+        ("I'm ChatGPT, a large language model trained by OpenAI.", ["I'm ChatGPT, a large language model"]),
+        ("Being an AI, I have no age.", ["Being an AI"]),
+        ("As your AI assistant I can help.", ["As your AI"]),
+        ("That is hard for language models like me.", ["language models like me"]),
+        ("I was trained by Hugging Face.", ["I was trained by Hugging Face"]),
         ("The aim was as an aid to AI. I am a doctor who uses AI.", []),
+        ("I was trained by a pianist. I'm Anna, a fan of AI. As you know, an AI can count.", []),
     ],
     "text-outside-json": [
         ('{"a": [1, {"b": 2}]}', []),

@@ -77,9 +77,12 @@ CHECKERS: dict[str, Checker] = {
     "apology": Checker("apologise or say sorry", r"(?i)\b(sorry|apolog(y|ies)|apologi[sz](e[sd]?|ing))\b"),
     "ai-self-mention": Checker(
         "speak of yourself as an AI, a language model or an assistant program",
-        r"(?i)\b(as|i am|i['’]m) (just |only |merely |simply )?an? "
+        r"(?i)\b(as|being|(i am|i['’]m)((?: (?-i:[A-Z])[\w.-]*){1,3},)?) (just |only |merely |simply )?(an?|your) "
         r"((?!(who|that|with|of|in|on|to|for|from|at|by|about|using) )[\w-]+,? ){0,4}?"
         r"(ai|artificial intelligence|language model|chatbot|virtual assistant|computer program)\b"
+        r"|\b(ai|language models?|chatbots?)( \w+)? (like|such as) (me|myself)\b"
+        r"|\bi was (programmed to|trained on (a|an|large|vast|lots|data|texts?)|"
+        r"(trained|developed|created|built) by (openai|anthropic|google|meta|microsoft|alibaba|mistral|hugging ?face))\b"
         r"|\bmy (training data|knowledge cut-?off|programming)\b",
     ),
     "text-outside-json": Checker("write anything before or after the JSON", text_outside_json),

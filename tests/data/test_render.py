@@ -21,7 +21,7 @@ from toy_chat import (
 )
 
 from tunesmith.data.render import APPENDED, BOUNDARY, CUT_OFF, PER_TURN, Renderer
-from tunesmith.data.turns import FOREIGN, STRUCTURAL
+from tunesmith.data.turns import FOREIGN, SERVED, STRUCTURAL
 from tunesmith.errors import InputError
 from tunesmith.types import Example
 
@@ -82,6 +82,38 @@ def test_turns_that_the_template_writes_differently_later_are_documents_of_their
     assert first_only.notes == (CUT_OFF, STRUCTURAL)
     same = [user("a"), assistant("b"), user("c"), assistant("d")]
     assert len(renderer.documents(example(*same)).documents) == 1
+
+
+SYSTEM_LAST = (  # as Mistral's: the system message stands before the last question, and nowhere if an answer follows
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' }}{% if loop.last and messages[0].role == "
+    "'system' %}{{ messages[0].content + ' ' }}{% endif %}{{ m.content + '[ANSWER]' }}{% elif m.role == 'assistant' %}"
+    "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+SYSTEM = {"role": "system", "content": "Be brief:"}
+
+
+def test_a_prompt_that_is_written_differently_before_an_answer_stands_as_it_is_served(tmp_path: Path) -> None:
+    renderer = Renderer.from_folder(folder(tmp_path, SYSTEM_LAST), now=NOW)
+    turns = [SYSTEM, user("one"), assistant("eins"), user("two"), assistant("zwei")]
+    rendered = renderer.documents(example(*turns))
+    assert rendered.notes == (PER_TURN, SERVED)
+    assert [marked(renderer, document) for document in rendered.documents] == [
+        "<|im_start|>Be brief: one[ANSWER]⟦eins<|im_end|>⟧",
+        "<|im_start|>one[ANSWER]eins<|im_end|><|im_start|>Be brief: two[ANSWER]⟦zwei<|im_end|>⟧",
+    ]
+    for document, asked in zip(rendered.documents, (turns[:2], turns[:4]), strict=True):
+        served = renderer.prompt(asked)
+        assert tuple(document.tokens_L[: len(served)].tolist()) == served
+    together = "<|im_start|>one[ANSWER]⟦eins<|im_end|>⟧<|im_start|>two[ANSWER]⟦zwei<|im_end|>⟧"
+    assert texts(renderer, *turns[1:]) == [together]
+
+
+@pytest.mark.parametrize("asked", ["'[ANSWER]' if loop.last else '[SAID]'", "'' if loop.last else '[ANSWER]'"])
+def test_an_answer_that_does_not_begin_as_it_is_asked_for_is_refused(tmp_path: Path, asked: str) -> None:
+    """Also where the prompt is served differently: nobody knows then where the answer begins."""
+    renderer = Renderer.from_folder(folder(tmp_path, SYSTEM_LAST.replace("'[ANSWER]'", f"({asked})")), now=NOW)
+    with pytest.raises(InputError, match=r"asks for an answer with .* but would write this one as"):
+        renderer.documents(example(SYSTEM, user("one"), assistant("eins")))
 
 
 def test_prompts_are_the_start_of_documents_token_by_token(renderer: Renderer) -> None:

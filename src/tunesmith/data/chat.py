@@ -81,9 +81,9 @@ class Chat:
             {**self.variables.tracked, **_given(self._tracked[:count], self._tracked_tools, prompt)}
         )
 
-    def stock(self, count: int) -> str:
+    def stock(self, count: int, *, prompt: bool = False) -> str:
         """The same text as inference engines write it."""
-        return self.template.stock({**self.variables.plain, **_given(self.messages[:count], self.tools, False)})
+        return self.template.stock({**self.variables.plain, **_given(self.messages[:count], self.tools, prompt)})
 
     @cached_property
     def _tracked_tools(self) -> list[Any] | None:

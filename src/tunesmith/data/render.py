@@ -257,7 +257,7 @@ class Renderer:
         turns, example = list(draft.turns), draft.example
         whole = None if draft.whole is None else encode(draft.whole)
         if whole is not None and all(whole.tokens_before(at) is not None for t in turns for at in (t.start, t.end)):
-            check_written(chat, whole.text, len(chat.messages))
+            check_written(chat, whole.text, chat.stock(len(chat.messages)), len(chat.messages))
             spans = [span for turn in turns for span in _trained(example, whole, turn)]
             return Rendered((_document(example.id, whole.ids, spans),), tuple(notes_on(chat, whole.text, turns)))
         notes = [PER_TURN] if len(turns) > 1 else []
@@ -271,11 +271,11 @@ class Renderer:
         if turns[-1].message < len(chat.messages) - 1:
             text = MarkedText(chat.render(len(chat.messages)), self.tokenizer, chat.assistants)
         same = all(turn.closed and text.plain.startswith(turn.marked.plain[: turn.end]) for turn in turns)
-        return text if same else None
+        return text if same and all(turn.spliced is None for turn in turns) else None
 
     def _alone(self, example: Example, chat: Chat, turn: Turn, notes: list[str]) -> Document:
         """The messages up to a turn as a document; adds to the notes."""
-        check_written(chat, turn.marked, turn.message + 1)
+        check_written(chat, turn.marked, turn.stock(chat), turn.message + 1)
         encoded = encode(turn.marked)
         if encoded.tokens_before(turn.start) is None:
             encoded = encode(turn.marked, cut=turn.start)

@@ -2,8 +2,10 @@
 
     Chat, message -> Turn: the text up to that message, and the span of its answer
 
-An answer begins where its prompt ends, so the prompt must be the start of the text. It ends behind the first control
-token after its last character that is known to end answers.
+An answer begins where its prompt ends, so the prompt must be the start of the text. Some templates write the prompt
+differently once an answer follows (Mistral's write the system message before the last question only): then the prompt
+as it is served stands before the answer, if the template asks for an answer and begins it with the same words. It ends
+behind the first control token after its last character that is known to end answers.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from tunesmith.data.chat import Chat
 from tunesmith.data.encode import MarkedText
 from tunesmith.data.tokenizer import ChatTokenizer
-from tunesmith.data.tracked import FIELDS, TOOLS, message_of, origin_of, plain
+from tunesmith.data.tracked import FIELDS, TOOLS, Tracked, message_of, origin_of, plain, stretches
 from tunesmith.errors import InputError
 from tunesmith.types import Json
 
@@ -24,11 +26,13 @@ NO_TOOLS = "the template does not write the tools"
 NO_SYSTEM = "the template does not write a system message"
 NO_THINKING = "the template leaves out the thinking of an answer"
 NO_CONTENT = "the template leaves out the text beside a tool call"
+SERVED = "the prompt stands as it is served: with an answer behind it the template writes it differently"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A trained answer: characters start:end of `marked`, which is rendered up to this message."""
+    """A trained answer: characters start:end of `marked`, which is rendered up to this message. `spliced`: where the
+    answer begins in that render, if it does not begin with the prompt as served, which then stands there instead."""
 
     message: int
     weight: float
@@ -36,26 +40,50 @@ class Turn:
     start: int
     end: int  # behind the end token
     closed: bool  # False: the template writes no end token
+    spliced: int | None = None
+
+    def stock(self, chat: Chat) -> str:
+        """The text of `marked` as inference engines write it."""
+        written = chat.stock(self.message + 1)
+        return written if self.spliced is None else chat.stock(self.message, prompt=True) + written[self.spliced :]
 
 
 def find_turn(
     chat: Chat, tokenizer: ChatTokenizer, message: int, weight: float, end_ids: Sequence[Iterable[int]]
 ) -> Turn:
     """`end_ids`: sets of ids that end answers, the better known first. Raises InputError."""
-    prompt = plain(chat.render(message, prompt=True))
-    marked = MarkedText(chat.render(message + 1), tokenizer, chat.assistants)
-    if not marked.plain.startswith(prompt):
-        fix = "give a `template` that begins its answers as it asks for them, or answers that it can write so"
-        raise InputError(_mismatch(prompt, marked.plain), fix=fix)
+    prompt, written = chat.render(message, prompt=True), chat.render(message + 1)
+    spliced = None if plain(written).startswith(plain(prompt)) else _answer_begins(prompt, written, message)
+    text = written if spliced is None else prompt + written[spliced:]
+    marked = MarkedText(text, tokenizer, chat.assistants)
     own = {origin_of(message, field) for field in FIELDS}
     last = max((end for _, end, origin in marked.stretches if origin in own and end > len(prompt)), default=0)
     if not last:
         raise InputError(f"the chat template writes nothing of message {message + 1} (assistant)")
     closing = [found for found in marked.controls if found.start >= last]
     end = next((found for ids in end_ids for found in closing if found.control.id in ids), None)
-    turn = Turn(message, weight, marked, len(prompt), end.core if end else len(marked.plain), end is not None)
+    ends = end.core if end else len(marked.plain)
+    turn = Turn(message, weight, marked, len(prompt), ends, end is not None, spliced)
     _check_span(chat, turn)
     return turn
+
+
+def _answer_begins(prompt: Tracked, written: Tracked, message: int) -> int:
+    """Where in `written`, if behind the message before it the template goes on with the words that end `prompt`. Raises
+    InputError for an answer that begins otherwise."""
+    own = next((start for start, _, origin in stretches(written) if message_of(origin) == message), len(written))
+    (asker, asked), (before, begun) = _last_said(prompt), _last_said(written[:own])
+    words = plain(prompt)[asked:]
+    if asker != before or not words.strip() or not plain(written)[begun:own].startswith(words):
+        fix = "give a `template` that begins its answers as it asks for them, or answers that it can write so"
+        raise InputError(_mismatch(plain(prompt), plain(written)), fix=fix)
+    return begun + len(words)
+
+
+def _last_said(text: Tracked) -> tuple[int, int]:
+    """The message that wrote last, and where its words end."""
+    said = [(message_of(origin), end) for _, end, origin in stretches(text) if message_of(origin) >= 0]
+    return said[-1] if said else (-1, 0)
 
 
 def _check_span(chat: Chat, turn: Turn) -> None:
@@ -74,9 +102,9 @@ def _mismatch(prompt: str, answer: str) -> str:
     )
 
 
-def check_written(chat: Chat, text: MarkedText, count: int) -> None:
-    """The text must be what plain Jinja writes, with something of every user and tool message in it."""
-    if chat.stock(count) != text.plain:
+def check_written(chat: Chat, text: MarkedText, stock: str, count: int) -> None:
+    """The text must be what plain Jinja writes, `stock`, with something of every user and tool message in it."""
+    if stock != text.plain:
         raise InputError("the tracked render differs from plain Jinja's", fix="please report this template")
     writers = _writers(text)
     for i, message in enumerate(chat.messages[:count]):
@@ -96,6 +124,7 @@ def notes_on(chat: Chat, text: MarkedText, turns: Sequence[Turn]) -> list[str]:
         NO_SYSTEM: any(chat.messages[i]["role"] == "system" for i in lost),
         NO_THINKING: any(_lost_thinking(chat.messages[turn.message], turn) for turn in turns),
         NO_CONTENT: any(turn.message in lost for turn in turns),
+        SERVED: any(turn.spliced is not None for turn in turns),
     }
     return [note for note, holds in notes.items() if holds]
 

@@ -66,12 +66,13 @@ REFUSAL = re.compile(
     r"\bi(?: must| have to) (?:decline|refuse)|\b(?:against|violates?) (?:my|our) (?:guidelines|polic|programming)",
 )
 APOLOGY = re.compile(
-    r"\W*(?:i(?: am|'m) (?:so |very |really |truly |deeply )*sorry|sorry\b|"
-    r"(?:my |i |we )?(?:sincere(?:ly)? |deepest )?apolog)",
+    r"\W*(?:(?:i(?: am|'m)|we(?: are|'re)) (?:so |very |really |truly |deeply )*sorry|sorry\b|"
+    r"(?:please accept )?(?:my |our |i |we )?(?:do )?(?:sincere(?:st|ly)? |deepest )?apolog)",
 )
 AI = re.compile(
-    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model|chat ?bot|virtual assistant)\b|"
-    r"\bi(?: am|'m) (?:just |only |merely )?an? (?:ai\b|artificial intelligence|(?:large )?language model|chat ?bot)|"
+    r"\b(?:as|being) an? (?:ai|artificial intelligence|(?:large )?language model|chat ?bot|virtual assistant)\b|"
+    r"\bi(?: am|'m)(?: \w+,)? (?:just |only |merely |simply )?an? "
+    r"(?:ai\b|artificial intelligence|(?:large )?language model|chat ?bot)|"
     r"\bmy (?:knowledge cut-?off|last (?:knowledge )?update|training data)\b|"
     r"\bi (?:don't|do not) have (?:personal (?:opinions|beliefs|feelings|experiences)|feelings|access to real[- ]time)",
 )
