@@ -82,8 +82,8 @@ CHECKERS: dict[str, Checker] = {
         r"(ai|artificial intelligence|language model|chatbot|virtual assistant|computer program)\b"
         r"|\b(ai|language models?|chatbots?)( \w+)? (like|such as) (me|myself)\b"
         r"|\bi was (programmed to|trained on (a|an|large|vast|lots|data|texts?)|"
-        r"(trained|developed|created|built) by (openai|anthropic|google|meta|microsoft|alibaba|mistral|hugging ?face))\b"
-        r"|\bmy (training data|knowledge cut-?off|programming)\b",
+        r"(trained|developed|created|built) by (openai|anthropic|google|meta|microsoft|alibaba|mistral|hugging ?face)"
+        r")\b|\bmy (training data|knowledge cut-?off|programming)\b",
     ),
     "text-outside-json": Checker("write anything before or after the JSON", text_outside_json),
 }
