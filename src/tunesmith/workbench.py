@@ -18,12 +18,14 @@ import torch
 
 from tunesmith.data.corpus import Corpus, Stream
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.lengths import Prepared
 from tunesmith.data.mixture import Mixture
 from tunesmith.data.pack import fed_tokens
 from tunesmith.data.rehearsal import Rehearsal
 from tunesmith.data.render import Renderer
 from tunesmith.data.schedule import Changes, Schedule
 from tunesmith.data.tokenizer import LONG_TEXT
+from tunesmith.data.turns import FOREIGN
 from tunesmith.errors import InputError
 from tunesmith.facts import Facts
 from tunesmith.model.adapters import METHODS
@@ -42,8 +44,8 @@ from tunesmith.model.part import part_of
 from tunesmith.model.quantized import load_quantized
 from tunesmith.model.saved import beside_stock, load_adapter
 from tunesmith.model.targets import GROUPS
-from tunesmith.train.probe import Cut, Probe, checked_places, choose_alike, choose_documents
-from tunesmith.types import Choice, Document, Plan
+from tunesmith.train.probe import Cut, Probe, StockIds, checked_places, choose_alike, choose_documents
+from tunesmith.types import Choice, Document, Example, Plan
 
 PROBE_ROWS = 200  # of the training rows, from which the proof's documents are chosen
 STOCK_ID_ROWS = 20
@@ -192,24 +194,44 @@ def _probe(network: Network, facts: Facts, rows: Dataset, *, share: bool) -> Pro
         return _probe_of_texts(network, facts.corpus)
     whole: list[Document] = []
     cut: list[Document] = []  # without the end of an answer, or only what is bad in it: no witness if there are others
-    equal: list[tuple[str, bool]] = []
-    # The stock render writes today's date, ours the plan's: their ids may differ for that reason alone.
+    ids: list[StockIds] = []
     for index in range(min(PROBE_ROWS, len(rows))):
         example, prepared = rows.understand(index)
         (cut if prepared.truncated or example.banned else whole).extend(prepared.documents)
-        comparable = len(prepared.documents) == 1 and not prepared.notes and example.messages
-        if comparable and len(equal) < STOCK_ID_ROWS and not facts.renderer.dated:
-            wanted = facts.renderer.as_wanted(example.messages, example.tools)
-            template, told = _template_text(facts.recipe.template), facts.recipe.chat_template_kwargs
-            stock = stock_ids(facts.model.path, wanted, example.tools, template, told, facts.recipe.add_tokens)
-            ours = prepared.documents[0].tokens_L
-            equal.append((example.id, bool(np.array_equal(ours, stock[: len(ours)]))))
+        if len(ids) < STOCK_ID_ROWS and (found := _as_stock(facts, example, prepared)):
+            ids.append(found)
     documents = choose_documents(whole or cut, shortest_window(network))
     if not documents:
         raise InputError("no row trains anything", where=rows.path, fix="look at them with `tunesmith data show`")
     end_ids = frozenset(facts.renderer.end_ids)
     alike = choose_alike(whole or cut) if share else ()
-    return Probe(documents, _stock_logits(network, documents), end_ids, tuple(equal), alike)
+    return Probe(documents, _stock_logits(network, documents), end_ids, tuple(ids), alike)
+
+
+def _as_stock(facts: Facts, example: Example, prepared: Prepared) -> StockIds | None:
+    """Whether a row's ids are those of transformers: all, or, where the render notes that it writes the row otherwise,
+    those of the prompts. None for what transformers would not write alike: its templates write the date of today, ours
+    that of the plan."""
+    documents = [document.tokens_L for document in prepared.documents if document.side != "rejected"]
+    turns = [turn for turn, weight in enumerate(example.turn_weights) if weight > 0]
+    if not documents or not example.messages or FOREIGN in prepared.notes or len(documents) not in (1, len(turns)):
+        return None
+
+    def same(ours_L: np.ndarray, count: int, *, prompt: bool) -> bool:
+        wanted = facts.renderer.as_wanted(example.messages[:count], example.tools)
+        template, told = _template_text(facts.recipe.template), facts.recipe.chat_template_kwargs
+        added = facts.recipe.add_tokens
+        ids = stock_ids(facts.model.path, wanted, example.tools, template, told, added, prompt=prompt)
+        shorter = min(len(ours_L), len(ids)) if prompt else len(ours_L)  # a document may be cut
+        return bool(np.array_equal(ours_L[:shorter], ids[:shorter]))
+
+    whole = len(documents) == 1 and not prepared.notes
+    if whole:
+        equal = same(documents[0], len(example.messages), prompt=False)
+    else:
+        pairs = zip(documents * len(turns) if len(documents) == 1 else documents, turns, strict=True)
+        equal = all(same(ours_L, turn, prompt=True) for ours_L, turn in pairs)
+    return StockIds(example.id, equal, whole) if equal or not facts.renderer.dated else None
 
 
 def _probe_of_texts(network: Network, corpus: Corpus) -> Probe:

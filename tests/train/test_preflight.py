@@ -17,7 +17,15 @@ from tunesmith.model.load import LanguageModel, adopt, shortest_window, stock_lo
 from tunesmith.train import preflight
 from tunesmith.train import probe as probe_module
 from tunesmith.train.preflight import prove
-from tunesmith.train.probe import Probe, checked_places, choose_alike, choose_documents, forest_of, siblings
+from tunesmith.train.probe import (
+    Probe,
+    StockIds,
+    checked_places,
+    choose_alike,
+    choose_documents,
+    forest_of,
+    siblings,
+)
 from tunesmith.types import Batch, Document, Layout, Pack, Verdict
 
 ADAPTER = {
@@ -42,7 +50,7 @@ def ready(
     documents = choose_documents(candidates or tiny_documents((20, 9, 33, 14)), shortest_window(network))
     stock = tuple(stock_logits(network, d.tokens_L[: fed_tokens(d)].tolist(), checked_places(d)) for d in documents)
     METHODS[method](network, ADAPTER)
-    return adopt(network, dtype), Probe(documents, stock, frozenset({END}), (("rows:1", True),))
+    return adopt(network, dtype), Probe(documents, stock, frozenset({END}), (StockIds("rows:1", True),))
 
 
 # ---------------------------------------------------------------- all is well
@@ -220,10 +228,15 @@ def test_chained_rows_need_no_end_token() -> None:
 
 def test_ids_that_are_not_the_tokenizers() -> None:
     model, probe = ready()
-    probe = dataclasses.replace(probe, stock_ids_equal=(("rows:1", True), ("rows:8", False)))
+    probe = dataclasses.replace(probe, stock_ids=(StockIds("rows:1", True), StockIds("rows:8", False)))
     with pytest.raises(GateError, match="token ids differ") as caught:
         prove(model, probe)
     assert caught.value.where == "preflight: rows:8"
+    found = (StockIds("rows:1", True), StockIds("rows:2", True, whole=False))
+    told = "2 rows tokenised equally, leading BOS included; of 1 the prompts, as they are served"
+    assert told in [verdict.evidence for verdict in prove(model, dataclasses.replace(probe, stock_ids=found))]
+    nothing = prove(model, dataclasses.replace(probe, stock_ids=()))
+    assert [verdict.level for verdict in nothing if verdict.kind == "ids = stock"] == ["warn"]
 
 
 @pytest.mark.parametrize("first", [0.0, 1.0], ids=["nothing", "the first token"])

@@ -71,10 +71,19 @@ def stock_ids(
     template: str | None,
     variables: Json,
     added: tuple[str, ...] = (),
+    *,
+    prompt: bool = False,
 ) -> list[int]:
-    """Ids of a conversation from transformers' own tokenizer and chat template, with tokens `added` by it."""
+    """Ids of a conversation from transformers' own tokenizer and chat template, with tokens `added` by it. `prompt`:
+    with the start of an answer behind it."""
     encoded = _tokenizer(folder, added).apply_chat_template(
-        list(messages), tools=list(tools) or None, chat_template=template, tokenize=True, return_dict=True, **variables
+        list(messages),
+        tools=list(tools) or None,
+        chat_template=template,
+        add_generation_prompt=prompt,
+        tokenize=True,
+        return_dict=True,
+        **variables,
     )
     return list(encoded["input_ids"])
 

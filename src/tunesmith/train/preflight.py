@@ -305,14 +305,20 @@ def windows_cover(subject: Subject, probe: Probe) -> Verdict:
 def ids_equal_stock(subject: Subject, probe: Probe) -> Verdict:
     """Token ids, leading BOS included, are those of the stock tokenizer's chat template."""
     del subject
-    for row, equal in probe.stock_ids_equal:
+    for row, equal, _ in probe.stock_ids:
         if not equal:
             raise GateError(
                 "token ids differ from those of the stock tokenizer",
                 where=f"preflight: {row}",
-                fix="tokenizer.json and the tokenizer's class disagree; please report the model",
+                fix="tokenizer.json and the tokenizer's class disagree; if the file is right, which other servers read,"
+                ' write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json',
             )
-    return Verdict("ids = stock", "ok", f"{len(probe.stock_ids_equal)} rows tokenised equally, leading BOS included")
+    if not probe.stock_ids:
+        told = "not compared: the rows are plain texts, hold what looks like a control token, or an earlier date"
+        return Verdict("ids = stock", "warn", told)
+    prompts = sum(not found.whole for found in probe.stock_ids)
+    told = f"{len(probe.stock_ids)} rows tokenised equally, leading BOS included"
+    return Verdict("ids = stock", "ok", told + (f"; of {prompts} the prompts, as they are served" if prompts else ""))
 
 
 def something_trained(subject: Subject, probe: Probe) -> Verdict:

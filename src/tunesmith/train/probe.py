@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -32,15 +33,23 @@ class Cut:
     windows: tuple[Document, ...]
 
 
+class StockIds(NamedTuple):
+    """Whether a row has the ids that transformers gives it: all (`whole`), or those of its prompts as served."""
+
+    row: str
+    equal: bool
+    whole: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """A few real documents, what the stock model says to each (logits [P, V] at its `checked_places`), the ids of end
-    tokens and, for the rows whose stock ids are known, whether ours are the same. `texts`: of continued pretraining."""
+    tokens and what of rows' ids was compared. `texts`: of continued pretraining."""
 
     documents: tuple[Document, ...]
     stock_logits: tuple[Tensor, ...]
     end_ids: frozenset[int]
-    stock_ids_equal: tuple[tuple[str, bool], ...] = ()
+    stock_ids: tuple[StockIds, ...] = ()
     alike: tuple[Document, ...] = ()  # two or three that begin alike and go on apart; none where nothing is shared
     texts: tuple[Cut, ...] | None = None
 
