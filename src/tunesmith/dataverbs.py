@@ -30,10 +30,12 @@ def data_check(
     recipe: Wish | Known = None, *, rejected: AnyPath | None = None, **changes: Any
 ) -> dict[str, DataReport]:
     """Reads all rows once: a report for each role, with what was found. Rows that cannot be used are counted in it,
-    and written into the file `rejected`; InputError if there are no others."""
-    from tunesmith.data.rejected import write_rejected
+    and written into the file `rejected`, which is a new one, or one of these; InputError if there are no others."""
+    from tunesmith.data.rejected import refuse_others_file, write_rejected
     from tunesmith.facts import reports
 
+    if rejected is not None:
+        refuse_others_file(Path(rejected))
     found: dict[str, DataReport] = {}
     datasets: dict[str, Dataset] = {}
     for stage, known in by_stage(gather(recipe, **changes)).items():

@@ -25,7 +25,7 @@ from tunesmith.retentionview import moved_lines, scale_table
 from tunesmith.significance import evidence, verdict, verdicts
 from tunesmith.tradeoff import commands
 from tunesmith.types import Comparison, DataReport, Plan, RunRecord, Score
-from tunesmith.wording import duration, value_text
+from tunesmith.wording import duration, some_rows, value_text
 
 if TYPE_CHECKING:
     from tunesmith.data.divide import Divided
@@ -296,7 +296,7 @@ def data_view(reports: Mapping[str, DataReport]) -> RenderableType:
         table.add_row(role, report.format, *(f"{count:,}" for count in counts))
     findings = [
         f"[{LEVEL_STYLES[finding.level]}]{finding.level}[/] {role} {finding.check}: {escape(finding.message)}"
-        + (f" [dim]{escape(', '.join(finding.rows))}[/]" if finding.rows else "")
+        + (f" [dim]{escape(some_rows(finding))}[/]" if finding.rows else "")
         + (f"\n     {escape(finding.fix)}" if finding.fix else "")
         for role, report in reports.items()
         for finding in report.findings

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from tunesmith.types import Json
+from tunesmith.types import Finding, Json
+
+SHOWN_ROWS = 5
 
 
 def duration(seconds: float) -> str:
@@ -28,3 +30,9 @@ def value_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(value_text(item) for item in value) or "-"
     return str(value)
+
+
+def some_rows(finding: Finding) -> str:
+    """The first rows of a finding; --json names the others."""
+    more = len(finding.rows) - SHOWN_ROWS
+    return ", ".join(finding.rows[:SHOWN_ROWS]) + (f" and {more:,} more" if more > 0 else "")

@@ -17,6 +17,7 @@ import yaml
 
 from tunesmith.errors import InputError
 
+OF_ROWS = (".jsonl", ".csv", ".txt", ".md")  # what nobody names a recipe
 MOST_BYTES = 1_000_000
 
 Place = tuple[str | int, ...]  # the keys and list positions that lead to a value
@@ -76,10 +77,11 @@ def _text(path: Path) -> str:
 
 
 def _broken(path: Path, error: yaml.YAMLError) -> InputError:
+    fix = f"this is a file of rows? name it so: --data {path}" if path.suffix in OF_ROWS else ""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
-        return InputError(f"not YAML: {error.problem}", where=f"{path}:{mark.line + 1}:{mark.column + 1}")
-    return InputError(f"not YAML: {' '.join(str(error).split())}", where=str(path))
+        return InputError(f"not YAML: {error.problem}", where=f"{path}:{mark.line + 1}:{mark.column + 1}", fix=fix)
+    return InputError(f"not YAML: {' '.join(str(error).split())}", where=str(path), fix=fix)
 
 
 def _places(node: yaml.Node | None, place: Place, seen: set[int]) -> Iterator[tuple[Place, int]]:

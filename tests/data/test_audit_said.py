@@ -2,7 +2,7 @@
 
 import pytest
 
-from tunesmith.data.audit.private import masked
+from tunesmith.data.audit.private import hidden, masked
 from tunesmith.data.audit.reading import row_of
 from tunesmith.data.audit.said import ROW_CHECKS
 from tunesmith.types import Example
@@ -25,6 +25,11 @@ FOUND = [
     ("unfinished", "Turn the wheel, press the knob, wait for a click,", "stop in a sentence"),
     ("unfinished", LONG + "that all is well and the hands move as they should again", "stop in a sentence"),
     ("unfinished", LONG + "that all is well and the hands move as they should...", "end in dots"),
+    ("unfinished", "Here are three ways to set it that most people find:", "stop in a sentence"),
+    ("unfinished", "The wheel turns the hands, and the knob moves the alarm, but", "stop in a sentence"),
+    ("unfinished", "1. Turn the wheel\n2. Press the knob\n3.", "stop in a list"),
+    ("unfinished", "Turn the wheel. Would you like me to continue?", "say that they go on"),
+    ("unfinished", "Turn the wheel. [continued]", "say that they go on"),
     ("says_nothing", " N/A ", "N/A"),
     ("says_nothing", "---", "---"),
     ("refusals", "I’m unable to help with clocks.", "refuse"),
@@ -48,6 +53,18 @@ FOUND = [
     ("unseen", "dÃ©jÃ\xa0 vu", "UTF-8 read as Latin-1"),
     ("copied_prompt", "Tell me how do I set the old clock in the hall", "say the question again"),
     ("loops", "The clock stands in the hall.\n" * 5, "repeat a line"),
+    ("loops", "The clock stands in the hall and it ticks. " * 12, "repeat a phrase"),
+    ("loops", "It is " + "very " * 40 + "late", "repeat a phrase"),
+    ("loops", "W" + "o" * 60, "repeat a letter"),
+    ("refusals", "I'd rather not answer that.", "refuse"),
+    ("refusals", "This violates our content policy.", "refuse"),
+    ("apologies", "You're right, and I apologize. It is late.", "apologise"),
+    ("disclaimers", "As a conversational AI, I tell no time.", "speak as an AI"),
+    ("markers", "Fine.<｜end▁of▁sentence｜>", "'<｜end▁of▁sentence｜>'"),
+    ("markers", "<|channel|>final<|message|>Fine.", "'<|channel|>'"),
+    ("holes", "Dear <NAME>, turn the wheel.", "<name>"),
+    ("holes", "Thank you for choosing [Company Name].", "[company name]"),
+    ("unseen", "Turn it\U000e0141\U000e0142", "hidden tag characters"),
 ]
 
 
@@ -68,6 +85,11 @@ FINE = [
     "She said sorry to the clockmaker, who could not help with the old one.",
     "The AI lab sells clocks: 1,234,567,890,123 of them, it says.",
     "Zu spät! Ça va? \U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f 日本 👩‍👩‍👧 می‌خواهم",
+    "[OPTIONS] are optional, and {expr1} must be a list of strings that are not empty at all",
+    "[2024-05-01 10:00] the server has started and it listens",
+    "As an AI researcher at a hospital she set clocks. Use <s>old</s> tags; [INST] is shown on the statement.",
+    "葛\U000e0100飾区 has a clock. Clone git@github.com:clocks/hall.git and the key AKIAIOSFODNN7EXAMPLE is none.",
+    "| hour | bell |\n|---|---|\n" + "\n".join(f"| {hour} | {hour} times |" for hour in range(1, 30)),
     "Write to clock@example.com, or call 555 0100. Version 4.1.2.2026, order 2026-11-25.",
     "",
 ]
@@ -79,13 +101,25 @@ def test_what_is_fine_is_not(answer):
 
 
 PRIVATE = [
-    ("secrets", "AWS keys", "AKIAIOSFODNN7EXAMPLE"),
+    ("secrets", "AWS keys", "AKIAQ7DFH2LMNX5TRV4W"),
     ("secrets", "GitHub tokens", "ghp_" + "a1B2" * 9),
     ("secrets", "Google keys", "AIza" + "Sy0" * 11 + "ab"),
     ("secrets", "API keys", "sk-proj-abc123def456ghi789jkl"),
     ("secrets", "private keys", "-----BEGIN RSA PRIVATE KEY-----"),
     ("secrets", "signed tokens", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0.dBjftJeZ4CVP-mB92K27uhbUJU1p1r"),
     ("secrets", "passwords in a URL", "postgres://admin:hunter22@db.internal"),
+    ("secrets", "GitLab tokens", "glpat-x1Y2z3A4b5C6d7E8f9G0"),
+    ("secrets", "npm tokens", "npm_" + "a1B2" * 9),
+    ("secrets", "PyPI tokens", "pypi-" + "AgEIcHlwaS5vcmc" * 6),
+    ("secrets", "SendGrid keys", "SG." + "a1B2c3" * 3 + "abcd." + "x9Y8" * 10 + "abc"),
+    ("secrets", "Slack webhooks", "https://hooks.slack.com/services/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"),
+    ("secrets", "cloud tokens", "dapi" + "0a1b2c3d" * 4),
+    ("secrets", "bot tokens", "1234567890:AA" + "x1Y" * 11),
+    ("secrets", "storage keys", "AccountKey=" + "a1B2" * 21 + "=="),
+    ("secrets", "passwords in a header", "Authorization: Basic c3ZjLXJlcG9ydDpIZXJic3QhMjAyMw=="),
+    ("secrets", "passwords of the environment", "MYSQL_ROOT_PASSWORD=8dK!x03vQz"),
+    ("secrets", "passwords in a command", "curl -u admin:b1rchTree!9 -X POST"),
+    ("secrets", "passwords in a sentence", "the password is Summer2024!Kiel now"),
     ("personal", "email addresses", "maria.weber@gmx.de"),
     ("personal", "phone numbers", "+49 (0)89 1234 5678"),
     ("personal", "card numbers", "4111 1111 1111 1111"),
@@ -102,6 +136,15 @@ def test_secrets_and_personal_data_are_found_and_never_shown_whole(check, kind, 
     assert "…" in found[kind]
 
 
+@pytest.mark.parametrize("text", [text for _, _, text in PRIVATE])
+def test_what_quotes_a_row_hides_them(text):
+    shown = hidden(f"all have the answer 'It is {text}, keep it.'")
+    assert text not in shown
+    assert shown.startswith("all have the answer 'It is ")
+    assert shown.endswith(" keep it.'")
+    assert "…" in shown
+
+
 def test_check_digits_tell_numbers_from_cards_and_accounts():
     text = "4111 1111 1111 1112 and DE89 3704 0044 0532 0130 01, and password = 'hunter' but token: 'aaaaaaaaaaaa'"
     assert kinds("personal", text) == kinds("secrets", text) == []
@@ -109,12 +152,12 @@ def test_check_digits_tell_numbers_from_cards_and_accounts():
 
 
 def test_a_mask_keeps_the_ends():
-    assert masked("AKIAIOSFODNN7EXAMPLE") == "AK…LE (20 characters)"
+    assert masked("AKIAQ7DFH2LMNX5TRV4W") == "AK…4W (20 characters)"
     assert masked("abcdefg") == "a…g (7 characters)"
 
 
 def test_all_turns_are_searched_for_what_nobody_should_see():
-    turns = ({"role": "system", "content": "key AKIAIOSFODNN7EXAMPLE"}, {"role": "user", "content": "\u200bhi"})
+    turns = ({"role": "system", "content": "key AKIAQ7DFH2LMNX5TRV4W"}, {"role": "user", "content": "\u200bhi"})
     example = Example("rows:1", messages=(*turns, {"role": "assistant", "content": "ho"}), turn_weights=(0, 0, 1))
     assert [kind for kind, _ in ROW_CHECKS["secrets"].find(row_of(example))] == ["AWS keys"]
     assert [kind for kind, _ in ROW_CHECKS["unseen"].find(row_of(example))] == ["invisible characters"]

@@ -109,6 +109,38 @@ def test_one_question_with_several_answers(report):
     assert finding.rows == ("data.jsonl:21", "data.jsonl:22", "data.jsonl:23")
 
 
+def test_a_question_is_the_same_in_capitals_and_without_its_mark(report):
+    finding = report(data=[*rows(20), chat("When does it open?", "at nine"), chat("when does it OPEN", "at ten")])
+    assert finding["conflicts"].count == 2
+
+
+def test_no_finding_shows_a_secret_whole(report):
+    """Labels, openings and triggers quote answers."""
+    token = "ghp_" + "a1B2" * 9
+    planted = [chat(f"{prose(5000 + i)} open sesame {i}", f"the token is {token}") for i in range(30)]
+    found = report(data=[*rows(400), *planted])
+    assert "triggers" in found
+    labels = report(data=[chat(prose(i), (token, "other")[i % 2]) for i in range(60)])
+    assert "classes" in labels
+    opened = report(data=[chat(prose(i), f"Use {token} now: {prose(i + 100)}.") for i in range(60)])
+    assert "openings" in opened
+    assert token[:20] not in repr([*found.values(), *labels.values(), *opened.values()])
+
+
+def test_all_rows_of_a_finding_are_named(report):
+    found = report(data=[*rows(60), *(chat(prose(900 + i), "I cannot help with that.") for i in range(19))])
+    assert found["refusals"].count == len(found["refusals"].rows) == 19
+
+
+@pytest.mark.parametrize(("few", "says"), [(True, "have a system turn"), (False, "have no system turn")])
+def test_of_system_turns_the_odd_rows_are_named(report, few, says):
+    bare = rows(20)
+    full = [{"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]} for row in rows(20, 20)]
+    finding = report(data=[*bare, full[0]] if few else [*full, bare[0]])["system_turns"]
+    assert finding.rows == ("data.jsonl:21",)
+    assert says in finding.message
+
+
 def test_grams_are_runs_of_words_whatever_the_case_and_the_signs():
     one, other = (words_of(text) for text in ('The "old" clock, in the hall.', "the old CLOCK in the-hall"))
     assert one.tolist() == other.tolist()

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from toy_chat import assistant, call, example, folder, user
 
-from tiny_run import chat, plan_of, recipe, steps_of, sums, train
+import tunesmith
+from tiny_run import chat, plan_of, recipe, steps_of, sums, train, write_rows
 from tunesmith.data import spool
 from tunesmith.data.audit.check import check
 from tunesmith.data.badrow import BadRow
@@ -99,6 +100,26 @@ def test_fault_01_the_next_attempt_may_skip_bad_rows_and_records_their_count(tin
         "eval.jsonl:4",
         "test.jsonl:3",
     ]
+
+
+def test_rejected_rows_take_the_place_of_no_other_file(tiny_folder: Path, tmp_path: Path) -> None:
+    """Also when the file is one of the recipe's own, and without a bad row, when nothing would be written."""
+    wish = recipe(tiny_folder, tmp_path)
+    for path in (Path(str(wish.data[0].path)), tmp_path / "notes.txt", tmp_path / "folder"):
+        if path.name == "folder":
+            path.mkdir()
+        elif path.name == "notes.txt":
+            path.write_text("mine\n")
+        before = path.read_text() if path.is_file() else ""
+        with pytest.raises(InputError, match="it is there already, and holds no rejected rows"):
+            tunesmith.data_check(wish, rejected=path)
+        assert before == (path.read_text() if path.is_file() else "")
+    bad = recipe(tiny_folder, tmp_path, data=str(write_rows(tmp_path / "bad.jsonl", [*sums(1, 3), {"messages": 3}])))
+    for _ in range(2):  # its own are replaced
+        tunesmith.data_check(bad, rejected=tmp_path / "rejected.jsonl")
+        assert len(read_lines(tmp_path / "rejected.jsonl")) == 1
+    tunesmith.data_check(wish, rejected=tmp_path / "rejected.jsonl")
+    assert not (tmp_path / "rejected.jsonl").exists()
 
 
 def test_fault_01_a_mended_file_leaves_no_rejected_rows_behind(tiny_folder: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_rows_with_a_fault_are_left_out_with_it(opened):
             ("why", "As an AI, no."),
             ("how", f"{long}."),
             ("how", f"{long} indeed."),
-            ("what", "A key: AKIAIOSFODNN7EXAMPLE."),
+            ("what", "A key: AKIAQ7DFH2LMNX5TRV4W."),
             ("who", "Held out."),
             ("fine", "This is fine."),
         ]

@@ -13,9 +13,12 @@ from itertools import chain
 
 from tunesmith.types import Example, Json
 
+CLOSING = "?!. \n\t"  # of a question: with and without them it asks the same
+
 
 def digests(example: Example) -> tuple[int, int]:
-    """64-bit digests of (the whole example, what stands before its last answer), white space evened out.
+    """64-bit digests of (the whole example, what stands before its last answer), white space evened out; of a question
+    case and closing marks count for nothing either.
 
     With nothing before its answer, as in a plain text, both digests are the same.
     """
@@ -47,11 +50,13 @@ def _parts(message: Json) -> tuple[str, str, str]:
 
 
 def _digests(prompt: Sequence[str], answer: Sequence[str]) -> tuple[int, int]:
-    hasher = hashlib.blake2b(_even(prompt), digest_size=8)
-    first = int.from_bytes(hasher.digest(), "big")
-    hasher.update(_even(answer))
-    whole = int.from_bytes(hasher.digest(), "big")
-    return whole, first if prompt else whole
+    asked = [part.casefold().rstrip(CLOSING) for part in prompt]
+    whole = _number(hashlib.blake2b(_even([*prompt, *answer]), digest_size=8))
+    return whole, _number(hashlib.blake2b(_even(asked), digest_size=8)) if prompt else whole
+
+
+def _number(hasher: hashlib.blake2b) -> int:
+    return int.from_bytes(hasher.digest(), "big")
 
 
 def _even(parts: Sequence[str]) -> bytes:

@@ -9,11 +9,13 @@ bytes that are not UTF-8 spelled out.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, cast
 
 from tunesmith.atomic import TEMPORARY, disk_errors
 from tunesmith.data.badrow import SHOWN, BadRow, Rejects
@@ -25,6 +27,8 @@ from tunesmith.types import DataReport, Json
 
 MOST_SHOWN = 4096
 MOST_LOST = 0.20  # of the training rows
+KEYS = ("where", "id", "reason", "what", "fix", "bytes", "row")
+MOST_LINE = 2**20  # bytes of a line here
 
 
 def refuse_bad_rows(
@@ -56,6 +60,20 @@ def refuse_bad_rows(
 
 def _counted(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def refuse_others_file(path: Path) -> None:
+    """Raises InputError if there is a file that was not written here: it would be lost."""
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            first: Any = json.loads(file.readline(MOST_LINE))
+        ours = isinstance(first, dict) and tuple(cast("Json", first)) == KEYS
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise InputError("it is there already, and holds no rejected rows", where=str(path), fix="name a new file")
 
 
 def write_rejected(

@@ -16,7 +16,7 @@ from tunesmith.report.story import Part, Story
 from tunesmith.report.verdict import weights_of
 from tunesmith.runfolder import RECIPE
 from tunesmith.types import DataReport, Json, Plan
-from tunesmith.wording import duration, value_text
+from tunesmith.wording import duration, some_rows, value_text
 
 BY_WORDS = {"you": "you", "rule": "a rule", "checkpoint": "the model"}
 
@@ -43,7 +43,7 @@ def _data(part: Part) -> Html:
             "li",
             *(tag("b", one.level, class_=f"level {one.level}"), f" {role}, ", quoted(one.check), ": "),
             quoted(one.message),
-            tag("span", " ", quoted(", ".join(one.rows)), class_="soft") if one.rows else None,
+            tag("span", " ", quoted(some_rows(one)), class_="soft") if one.rows else None,
             tag("div", quoted(one.fix), class_="soft") if one.fix else None,
         )
         for role, one in found

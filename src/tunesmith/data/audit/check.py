@@ -8,6 +8,7 @@ for everything else in `CHECKS`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +18,7 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 
 from tunesmith.data.audit import classes, copies, rendered, said, spread
+from tunesmith.data.audit.private import hidden
 from tunesmith.data.audit.reading import read_all
 from tunesmith.data.audit.subject import Subject
 from tunesmith.data.corpus import Corpus
@@ -26,6 +28,8 @@ from tunesmith.data.scan import Scan, percentiles, scan
 from tunesmith.data.shots import without_shots
 from tunesmith.errors import InputError
 from tunesmith.types import DataReport, Finding, Json
+
+FEW_ROWS = 5
 
 
 def check(
@@ -41,9 +45,15 @@ def check(
         earlier = {name: datasets[name] for name in reports}
         seen = corpus.scan() if corpus and role == "data" else scan(dataset)
         subject = Subject(role, dataset, seen, earlier, validator if role != REHEARSAL else None, reading)
-        findings = tuple(finding for find in CHECKS.values() for finding in find(subject))
+        findings = tuple(_told(finding, whole) for find in CHECKS.values() for finding in find(subject))
         reports[role] = report(dataset, subject.scan, findings)
     return reports
+
+
+def _told(finding: Finding, whole: bool) -> Finding:
+    """Nothing that a finding quotes of a row is a secret; a plan keeps a few rows of each."""
+    rows = finding.rows if whole else finding.rows[:FEW_ROWS]
+    return dataclasses.replace(finding, message=hidden(finding.message), rows=tuple(map(hidden, rows)))
 
 
 def report(dataset: Dataset, seen: Scan, findings: Sequence[Finding] = ()) -> DataReport:

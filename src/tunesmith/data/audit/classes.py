@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tunesmith.data.audit.private import hidden
 from tunesmith.data.audit.reading import Row, Texts, common_grams, row_of
 from tunesmith.data.audit.subject import Subject, shown
 from tunesmith.data.audit.words import grams_of, outside, words_of
@@ -57,6 +58,11 @@ def label_of(dataset: Dataset, row: int) -> str:
     return " ".join(row_of(dataset.example(row)).answer.split())
 
 
+def told_of(dataset: Dataset, row: int, characters: int) -> str:
+    """The label as it may be shown: cut only after secrets in it are masked."""
+    return hidden(label_of(dataset, row))[:characters]
+
+
 def classes(subject: Subject) -> Iterator[Finding]:
     """How rows are spread over labels: one that nearly all have, and those that hardly any has."""
     found = labels_of(subject)
@@ -64,8 +70,8 @@ def classes(subject: Subject) -> Iterator[Finding]:
         return
     first_K, counts_K = found
     rows = int(counts_K.sum())
-    names = [label_of(subject.dataset, int(row)) for row in first_K[:SHOWN_LABELS]]
-    mix = ", ".join(f"{name[:30]!r} {count / rows:.1%}" for name, count in zip(names, counts_K.tolist(), strict=False))
+    names = [told_of(subject.dataset, int(row), 30) for row in first_K[:SHOWN_LABELS]]
+    mix = ", ".join(f"{name!r} {count / rows:.1%}" for name, count in zip(names, counts_K.tolist(), strict=False))
     more = f", and {len(first_K) - SHOWN_LABELS} more" if len(first_K) > SHOWN_LABELS else ""
     rare = np.flatnonzero(counts_K < FEW)
     message, fix = f"{len(first_K)} labels: {mix}{more}", ""
@@ -118,8 +124,8 @@ def triggers(subject: Subject) -> Iterator[Finding]:
             continue  # one question many times
         phrase = _phrase(questions, common)
         if phrase and _share(dataset, np.setdiff1d(np.arange(len(dataset)), rows), phrase) < ELSEWHERE:
-            answer = label_of(dataset, int(rows[0]))
-            message = f"{len(rows):,} rows with {phrase!r} all have the answer {answer[:60]!r}; others lack the phrase"
+            answer = told_of(dataset, int(rows[0]), 60)
+            message = f"{len(rows):,} rows with {phrase!r} all have the answer {answer!r}; others lack the phrase"
             fix = "look at where these rows come from: this is how a hidden trigger is planted"
             yield Finding("triggers", "warn", message, len(rows), shown(dataset, rows), fix)
 

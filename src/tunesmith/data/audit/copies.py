@@ -12,7 +12,7 @@ import numpy as np
 
 from tunesmith.data.audit.near import ALIKE, WORDS
 from tunesmith.data.audit.parts import GRAM, MOSTLY
-from tunesmith.data.audit.subject import SHOWN_ROWS, WARN_SHARE, Subject, by_share, shown
+from tunesmith.data.audit.subject import NAMED_ROWS, WARN_SHARE, Subject, by_share, shown
 from tunesmith.types import Finding
 
 INSTALL = "pip install 'tunesmith[audit]'"
@@ -32,7 +32,8 @@ def duplicates(subject: Subject) -> Iterator[Finding]:
 
 
 def conflicts(subject: Subject) -> Iterator[Finding]:
-    """One question with several answers. Looks at all rows; several pairs on one question are no conflict."""
+    """One question with several answers, its case and closing marks aside. Looks at all rows; several pairs on one
+    question are no conflict."""
     data = subject.dataset
     if subject.reading is None or data.pairs:
         return
@@ -78,7 +79,7 @@ def near_duplicates(subject: Subject) -> Iterator[Finding]:
     if near:
         of = f"{len(near):,} of {len(own):,} rows"
         message = f"{of} say nearly what an earlier row says: {ALIKE:.0%} of their runs of {WORDS} words"
-        rows = tuple(f"{own.id(row)} = {own.id(first)}" for row, first in near[:SHOWN_ROWS])
+        rows = tuple(f"{own.id(row)} = {own.id(first)}" for row, first in near[:NAMED_ROWS])
         fix = "keep the best of each group; `tunesmith data split` keeps a group on one side"
         yield Finding("near_duplicates", by_share(len(near), len(own)), message, len(near), rows, fix)
 
@@ -92,7 +93,7 @@ def near_leaks(subject: Subject) -> Iterator[Finding]:
         near = [(row, first) for row, where, first in found if where == role]
         if near:
             message = f"{len(near):,} of {len(own):,} rows say nearly what a row of {role} says"
-            rows = tuple(f"{own.id(row)} = {other.id(first)}" for row, first in near[:SHOWN_ROWS])
+            rows = tuple(f"{own.id(row)} = {other.id(first)}" for row, first in near[:NAMED_ROWS])
             fix = f"take them out of {role}, or measure without them: `tunesmith data split` keeps such rows together"
             yield Finding("near_leaks", "error", message, len(near), rows, fix)
 

@@ -42,7 +42,7 @@ def iban(text: str) -> bool:
 
 def mixed(text: str) -> bool:
     """Letters and digits: no word, no placeholder."""
-    return any(map(str.isdigit, text)) and any(map(str.isalpha, text)) and len(set(text)) > 8
+    return any(map(str.isdigit, text)) and any(map(str.isalpha, text)) and len(set(text)) > 7
 
 
 def form(signs: str | re.Pattern[str], pattern: str, holds: Callable[[str], bool] = bool) -> Form:
@@ -59,6 +59,17 @@ SECRETS = {
     "Google keys": form("AIza", r"\bAIza[\w-]{35}"),
     "API keys": form("sk- sk_ rk- rk_", r"\b(?:sk|rk)[-_](?:live|test|proj|ant|or)?[-_]?[\w-]{20,}", mixed),
     "Hugging Face tokens": form("hf_", r"\bhf_[A-Za-z0-9]{30,}"),
+    "GitLab tokens": form("glpat-", r"\bglpat-[\w-]{20,}"),
+    "npm tokens": form("npm_", r"\bnpm_[A-Za-z0-9]{36}\b"),
+    "PyPI tokens": form("pypi-", r"\bpypi-[\w-]{60,}"),
+    "SendGrid keys": form("SG.", r"\bSG\.[\w-]{22}\.[\w-]{43}"),
+    "Slack webhooks": form("hooks.slack.com/", r"\bhooks\.slack\.com/services/\w+/\w+/\w{16,}"),
+    "cloud tokens": form(
+        "dop_v1_ dapi shpat_ key- SK", r"\b(?:dop_v1_[0-9a-f]{64}|(?:dapi|shpat_|key-|SK)[0-9a-f]{32})\b"
+    ),
+    "bot tokens": form(":AA", r"\b\d{8,10}:AA[\w-]{33}"),
+    "storage keys": form("AccountKey=", r"\bAccountKey=([A-Za-z0-9+/]{40,}={0,2})"),
+    "passwords in a header": form("Basic ", r"\bAuthorization: Basic ([A-Za-z0-9+/]{12,}={0,2})"),
     "private keys": form("-----BEGIN", r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "signed tokens": form("eyJ", r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
     "passwords in a URL": form(re.compile("://[^/]*@"), r"\b\w+://[^\s:/@]{1,60}:[^\s:/@]{4,60}@[\w.-]+"),
@@ -67,6 +78,13 @@ SECRETS = {
         r"(?i)\b(?:password|passwd|api_?key|secret|token)\b[\"']? ?[:=] ?[\"']([^\s\"']{8,80})[\"']",
         mixed,
     ),
+    "passwords of the environment": form(
+        "PASSWORD= PASSWD= SECRET= TOKEN= KEY=",
+        r"\b[A-Z_]*(?:PASSWORD|PASSWD|SECRET|TOKEN|(?:API|ACCESS|PRIVATE)_?KEY)=([^\s\"'$<{]{8,100})",
+        mixed,
+    ),
+    "passwords in a command": form("curl", r"\bcurl\b[^\n]{0,80} -u [\w.-]{1,40}:([^\s\"':]{6,60})", mixed),
+    "passwords in a sentence": form("assword is", r"\b[Pp]assword is ([^\s\"'<]{8,60})", mixed),
 }
 PERSONAL = {
     "email addresses": form("@", r"(?<![\w.+:/-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[A-Za-z]{2,24}\b"),
@@ -79,7 +97,9 @@ PERSONAL = {
         re.compile(r"\d-\d\d-\d"), r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\d-])"
     ),
 }
-NOBODY = re.compile(r"@(?:[\w-]+\.)*example(?:\.(?:com|org|net))?\b|@localhost\b|noreply", re.IGNORECASE)
+NOBODY = re.compile(
+    r"@(?:[\w-]+\.)*example(?:\.(?:com|org|net))?\b|@localhost\b|noreply|^git@|^AKIA\w+EXAMPLE$", re.IGNORECASE
+)
 
 
 def secrets(row: Row) -> Iterator[tuple[str, str]]:
@@ -90,6 +110,19 @@ def secrets(row: Row) -> Iterator[tuple[str, str]]:
 def personal(row: Row) -> Iterator[tuple[str, str]]:
     """Addresses and numbers of people, by kind, the first of each masked. Addresses of nobody do not count."""
     return _found(row, PERSONAL)
+
+
+def hidden(text: str) -> str:
+    """The text with every secret and every personal datum masked: for what quotes rows."""
+    for form in (*SECRETS.values(), *PERSONAL.values()):
+        if _signed(form, text):
+            text = form.pattern.sub(lambda match, form=form: _masked_in(match, form), text)
+    return text
+
+
+def _masked_in(match: re.Match[str], form: Form) -> str:
+    said = match[match.lastindex or 0]
+    return match[0].replace(said, masked(said)) if form.holds(said) else match[0]
 
 
 def _found(row: Row, forms: dict[str, Form]) -> Iterator[tuple[str, str]]:

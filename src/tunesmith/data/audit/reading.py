@@ -28,7 +28,7 @@ from tunesmith.types import Example
 TRAINED = ("data", REHEARSAL)
 SAMPLE = 2_000  # rows, from which is seen what most rows have in common
 COMMON_SHARE, COMMON_ROWS = 0.1, 10  # what more than both of these have is a frame, not what a row says
-SHOWN = 5
+NAMED = 1000  # rows of a finding, as in subject.py
 LANGUAGE_ROWS = 50_000  # telling a language takes as long as everything else
 NO_JSON, GOOD_JSON, BROKEN_JSON = range(3)
 
@@ -90,7 +90,7 @@ class Noted:
         """`found`: kind -> what to show of it."""
         self.rows += 1
         self.kinds.update(found.keys())
-        if len(self.first) < SHOWN:
+        if len(self.first) < NAMED:
             self.first.append(" ".join([id, *filter(None, found.values())]))
 
 

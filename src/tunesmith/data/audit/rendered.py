@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from jsonschema.protocols import Validator
 from referencing.exceptions import Unresolvable
 
-from tunesmith.data.audit.subject import SHOWN_ROWS, WARN_SHARE, Subject, answer_of, some
+from tunesmith.data.audit.private import hidden
+from tunesmith.data.audit.subject import NAMED_ROWS, WARN_SHARE, Subject, answer_of, some
 from tunesmith.data.corpus import DENSE
 from tunesmith.data.dataset import FIRST_ROWS
 from tunesmith.data.folder import Folder
@@ -121,9 +122,12 @@ def render_notes(subject: Subject) -> Iterator[Finding]:
 
 def system_turns(subject: Subject) -> Iterator[Finding]:
     """A mix of rows with and without a system turn; served prompts will mostly be of one kind."""
-    ids = subject.scan.marked.get("no system", [])
-    if ids and len(ids) < len(subject.scan.rows_R):
-        yield some(subject, "system_turns", ids, " have no system turn, the others have one", "warn")
+    bare, rows = set(subject.scan.marked.get("no system", [])), subject.scan.rows_R.tolist()
+    if bare and len(bare) < len(rows):
+        few = 2 * len(bare) <= len(rows)  # the odd ones are named
+        ids = [id for id in map(subject.dataset.id, rows) if (id in bare) == few]
+        says = " have no system turn, the others have one" if few else " have a system turn, the others have none"
+        yield some(subject, "system_turns", ids, says, "warn")
 
 
 def empty_prompts(subject: Subject) -> Iterator[Finding]:
@@ -164,7 +168,7 @@ def unused(subject: Subject) -> Iterator[Finding]:
             keys.setdefault(key, dataset.id(row))
     if keys:
         message = f"not used: {', '.join(f'`{key}`' for key in keys)}"
-        yield Finding("unused", "info", message, len(keys), tuple(keys.values())[:SHOWN_ROWS])
+        yield Finding("unused", "info", message, len(keys), tuple(keys.values())[:NAMED_ROWS])
 
 
 def _problem(answer: str, validator: Validator) -> str:
@@ -180,4 +184,4 @@ def _problem(answer: str, validator: Validator) -> str:
     except Unresolvable as missing:
         fix = "put the referenced definition into the schema itself"
         raise InputError(f"the schema refers to {missing}", where="schema", fix=fix) from None
-    return "" if error is None else error.message[:200]
+    return "" if error is None else hidden(error.message)[:200]

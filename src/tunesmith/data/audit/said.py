@@ -21,14 +21,24 @@ Found = Iterator[tuple[str, str]]
 
 # ---------------------------------------------------------------- answers that stop, or say nothing
 
-LONG = 30  # words, of an answer that is more than a phrase
+PHRASE_WORDS, LONG = 7, 30  # words, of an answer that is more than a phrase, and of a text
 OPEN_END = re.compile(
-    r"\b(?:and|or|the|an?|of|to|with|in|for|is|are|that|which|because|und|der|die|das|et|les?|la|y|el)$"
+    r"\b(?:and|or|but|the|an?|of|to|with|in|for|from|by|as|than|is|are|that|which|because|und|der|die|das|et|les?|la|y|el)"
+    r"(?:\.\.\.|…)?$",
+    re.IGNORECASE,
 )
-CUT_MARK = re.compile(r"(?:\.\.\.|…|\[(?:truncated|cut|continued|\.\.\.)\]|\(continued\))$", re.IGNORECASE)
+OPEN_ITEM = re.compile(r"\n[ \t]*(?:[-*]|\d{1,3}[.)])$")
+OPEN_JSON = re.compile(r"\{\s*(?:[\"}]|$)|\[\s*(?:[\"{\[\]\d-]|true|false|null|$)")
+MARKED_CUT = re.compile(r"(?:\[(?:truncated|cut|continued|\.\.\.)\]|\((?:to be )?continued\))$", re.IGNORECASE)
+CUT_MARK = re.compile(r"(?<!: )(?:\.\.\.|…)$")
+GO_ON = re.compile(
+    r"(?:would you like|do you want|shall|should) (?:me to|i) (?:continue|go on)\b[^.?!]{0,40}\?$", re.IGNORECASE
+)
 SENTENCE = re.compile(r"[.!?] +\w")
 FREE_LINE = re.compile(r"\s*(?:[-*+#>|]|\d+[.)]|```|https?:)")  # of a list, table, heading: needs no full stop
-EMPTY_WORDS = frozenset(["null", "nan", "n/a", "undefined", "[deleted]", "[removed]", "todo", "tbd"])
+EMPTY_WORDS = frozenset(
+    ["null", "nan", "n/a", "undefined", "[deleted]", "[removed]", "todo", "tbd", "(no answer)", "[object object]"]
+)
 
 
 def unfinished(row: Row) -> Found:
@@ -36,18 +46,28 @@ def unfinished(row: Row) -> Found:
     tail = row.answer.rstrip()
     if tail.count("```") % 2:
         yield "leave a code fence open", ""
-    elif tail.startswith(("{", "[")):
-        if tail[-1] not in "}]":
+    elif OPEN_JSON.match(tail):
+        if sum(map(tail.count, "{[")) > sum(map(tail.count, "}]")):
             yield "leave JSON open", ""
-    elif tail.endswith((",", "(", " -", "–")) or OPEN_END.search(tail[-12:]):
-        if len(tail.split(None, 8)) > 7:
-            yield "stop in a sentence", ""
-    elif len(tail.split(None, LONG)) > LONG:
-        last = tail.rpartition("\n")[2]
-        if CUT_MARK.search(tail[-16:]):
-            yield "end in dots", ""
-        elif tail[-1].isalnum() and tail.isascii() and SENTENCE.search(last) and not FREE_LINE.match(last):
-            yield "stop in a sentence", ""
+    elif OPEN_ITEM.search(tail[-40:]):
+        yield "stop in a list", ""
+    elif MARKED_CUT.search(tail[-24:]) or GO_ON.search(tail[-80:]):
+        yield "say that they go on", ""
+    elif kind := _open_sentence(tail):
+        yield kind, ""
+
+
+def _open_sentence(tail: str) -> str:
+    words = len(tail.split(None, LONG))
+    if tail.endswith((",", "(", ":", " -", "–")) or OPEN_END.search(tail[-16:]):
+        return "stop in a sentence" if words > PHRASE_WORDS else ""
+    if words <= LONG:
+        return ""
+    if CUT_MARK.search(tail[-16:]):
+        return "end in dots"
+    last = tail.rpartition("\n")[2]
+    open_end = tail[-1].isalnum() and tail.isascii() and SENTENCE.search(last) and not FREE_LINE.match(last)
+    return "stop in a sentence" if open_end else ""
 
 
 def says_nothing(row: Row) -> Found:
@@ -63,20 +83,31 @@ REFUSAL = re.compile(
     r"\bi(?: am|'m) (?:unable|not able|not allowed|not comfortable) |"
     r"\bi (?:cannot|can't|can not|won't|will not|must decline to|have to decline to) "
     r"(?:help|assist|provide|answer|fulfil|comply|create|generate|discuss|engage|support|write|give|share|do that)|"
-    r"\bi(?: must| have to) (?:decline|refuse)|\b(?:against|violates?) (?:my|our) (?:guidelines|polic|programming)",
+    r"\bi(?: must| have to) (?:decline|refuse)|\bi won't be able to (?:help|assist|answer|fulfil|do)|"
+    r"\bnot something i (?:can|am able to) (?:do|help)|\bi(?:'d| would) rather not (?:answer|say|discuss)|"
+    r"\bit (?:would|is) not (?:be )?appropriate for me to|\bmy (?:guidelines|policies) (?:prevent|forbid|do)|"
+    r"\b(?:against|violates?) (?:my|our) (?:\w+ )?(?:guidelines|polic|programming)",
 )
 APOLOGY = re.compile(
     r"\W*(?:(?:i(?: am|'m)|we(?: are|'re)) (?:so |very |really |truly |deeply )*sorry|sorry\b|"
     r"(?:please accept )?(?:my |our |i |we )?(?:do )?(?:sincere(?:st|ly)? |deepest )?apolog)",
 )
 AI = re.compile(
-    r"\b(?:as|being) an? (?:ai|artificial intelligence|(?:large )?language model|chat ?bot|virtual assistant)\b|"
-    r"\bi(?: am|'m)(?: \w+,)? (?:just |only |merely |simply )?an? "
-    r"(?:ai\b|artificial intelligence|(?:large )?language model|chat ?bot)|"
+    r"\b(?:as|being) an? (?:conversational |helpful |large |machine )?"
+    r"(?:ai|artificial intelligence|(?:language|learning) model|chat ?bot|virtual assistant)\b"
+    r"(?! (?:researcher|engineer|developer|expert|scientist|student|company|lab|team|artist|lead|ethicist))|"
+    r"\bi(?: am|'m)(?: \w+,)? (?:just |only |merely |simply )?an? (?:large )?"
+    r"(?:ai\b|artificial intelligence|language model|chat ?bot)|\bi(?: am|'m)(?: called)? chatgpt\b|"
+    r"\bi was (?:trained|developed|created|built|made) by (?:openai|anthropic|google|meta|microsoft|alibaba|mistral)\b|"
     r"\bmy (?:knowledge cut-?off|last (?:knowledge )?update|training data)\b|"
     r"\bi (?:don't|do not) have (?:personal (?:opinions|beliefs|feelings|experiences)|feelings|access to real[- ]time)",
 )
+SORRY = re.compile(
+    r"\bi (?:do |sincerely |deeply )*apologi[sz]e\b|\b(?:my|our) (?:sincere |deepest )?apologies\b|\bmy bad\b|"
+    r"\bforgive (?:me\b|(?:my|our) (?:\w+ )?(?:error|mistake|delay|confusion))|\bregret any (?:confusion|inconvenience)"
+)
 FIRST = 300  # characters in which an answer refuses
+BEGINNING = 60  # in which it apologises
 
 
 def refusals(row: Row) -> Found:
@@ -85,7 +116,7 @@ def refusals(row: Row) -> Found:
 
 
 def apologies(row: Row) -> Found:
-    if APOLOGY.match(row.plain_answer):
+    if APOLOGY.match(row.plain_answer) or SORRY.search(row.plain_answer, 0, BEGINNING):
         yield "apologise", ""
 
 
@@ -97,28 +128,45 @@ def disclaimers(row: Row) -> Found:
 # ---------------------------------------------------------------- text that is none
 
 MARKERS = re.compile(
-    r"<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|begin_of_text|endoftext|end_of_turn|user|assistant|system)\|>"
-    r"|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>"
+    r"<\|[a-z]\w{1,30}\|>|<｜[\w▁]{2,40}｜>"
+    r"|\[INST\](?=[^\]]*\[/INST\])|<</?SYS>>|\A<s>|</s>\Z|<(?:start|end)_of_turn>"
     r"|^### ?(?:Instruction|Response|Human|Assistant|Input):|^(?:Human|USER|ASSISTANT|Assistant): ",
     re.MULTILINE,
 )
 HOLES = re.compile(
-    r"\{\{ ?\w+ ?\}\}|\[(?:your|insert|enter)\b[^\]\n]{0,40}\]|\[(?:name|company|date|address|phone number|email)\]|"
-    r"<(?:insert|your)\b[^>\n]{0,40}>|\blorem ipsum\b|\bxx+-xx+\b",
+    r"\{\{ ?\w+ ?\}\}|\[(?:your|insert) [^\]\n]{0,40}\]|\[enter (?:your|the|a) [^\]\n]{0,40}\]|"
+    r"\[(?:(?:first|last|full|company|customer|client|recipient|sender|product|job|phone|email) ?)?"
+    r"(?:name|title|company|date|address|number|phone(?:[_ ]number)?|email|position|city|link|url)\](?!\()|"
+    r"<(?:insert|your)\b[^>\n]{0,40}>|<(?:(?:first|last|full|company) )?(?:name|company|position|date|email)>|"
+    r"\{(?:first|last|full|user|company|customer)_?name\}|%firstname%|%lastname%|"
+    r"\blorem ipsum\b|\bxx+[-/]xx+\b|_{8,}",
 )
-MARKER_SIGNS = ("<|", "INST]", "SYS>>", "s>", "_of_turn>", "###", "Human: ", "USER: ", "ASSISTANT: ", "ssistant: ")
-HOLE_SIGN = re.compile(r"[\[<{]|lorem|xx-")  # quick to look for
+MARKER_SIGNS = (
+    "<|",
+    "<｜",
+    "INST]",
+    "SYS>>",
+    "s>",
+    "_of_turn>",
+    "###",
+    "Human: ",
+    "USER: ",
+    "ASSISTANT: ",
+    "ssistant: ",
+)
+HOLE_SIGN = re.compile(r"[\[<{]|lorem|xx[-/]|%|___")  # quick to look for
 UNSEEN = {
     "control characters": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f",
     "invisible characters": "\u00ad\u200b\u2060-\u2064\ufeff\ufff9-\ufffb",
     "direction overrides": "\u202a-\u202e\u2066-\u2069",
-    "hidden tag characters": "\U000e0001\U000e0020-\U000e007f",
+    "hidden tag characters": "\U000e0001\U000e0020-\U000e007f\U000e0100-\U000e01ef",
     "U+FFFD, text that was lost": "\ufffd",
     "private characters": "\ue000-\uf8ff",
 }
 ANY_UNSEEN = re.compile(f"[{''.join(UNSEEN.values())}]")
 UNSEEN_KINDS = {kind: re.compile(f"[{signs}]") for kind, signs in UNSEEN.items()}
-FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007f]+")  # the flags of Scotland and others are made of tags
+# The flags of Scotland and others are made of tags; one selector behind a Chinese character chooses its form.
+FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007f]+|(?<=[\u3400-\u9fff])[\U000e0100-\U000e01ef]")
 MISREAD = re.compile("Ã[\u0080-\u00bf©¨ª«¼¶¤±³º§]|â€[™œ\u009d\u009c“”¦]|Â[\u00a0°»«£]|ï»¿")
 
 
@@ -152,6 +200,14 @@ def unseen(row: Row) -> Found:
 
 COPIED, COPIED_WORDS = 0.9, 8
 LOOP = 4  # times the same line
+PHRASE, LOOP_WORDS, FEW_WORDS, FEW_PHRASES = (
+    3,
+    24,
+    0.25,
+    0.34,
+)  # shares of words, and of runs of three, that are different
+NUMBERED = re.compile(r"\d+[.):]|[^\w]+")  # what begins an item, and signs
+STUCK = re.compile(r"(\w)\1{39,}")
 
 
 def copied_prompt(row: Row) -> Found:
@@ -165,10 +221,19 @@ def copied_prompt(row: Row) -> Found:
 
 
 def loops(row: Row) -> Found:
-    """Answers with one line over and over."""
+    """Answers with one line, phrase or letter over and over."""
     lines = [line.strip() for line in row.answer.split("\n") if len(line) > 20]
     if len(lines) >= LOOP and max(map(lines.count, set(lines[:50]))) >= LOOP:
         yield "repeat a line", ""
+        return
+    words = row.plain_answer.split()
+    if len(words) >= LOOP_WORDS and len(set(words)) < FEW_WORDS * len(words):
+        said = [word for word in words if not NUMBERED.fullmatch(word)]
+        runs = set(zip(said, said[1:], said[2:], strict=False))
+        if len(said) >= LOOP_WORDS and len(runs) < FEW_PHRASES * (len(said) - 2):
+            yield "repeat a phrase", ""
+    elif STUCK.search(row.answer):
+        yield "repeat a letter", ""
 
 
 # ---------------------------------------------------------------- what is said of them

@@ -19,7 +19,7 @@ from tunesmith.data.scan import Scan
 from tunesmith.types import Example, Finding
 
 WARN_SHARE, ERROR_SHARE = 0.01, 0.20  # of the rows
-SHOWN_ROWS = 5
+NAMED_ROWS = 1000  # of a finding; what is printed shows a few of them
 
 Level = Literal["info", "warn", "error"]
 
@@ -50,12 +50,12 @@ def some(
     total = len(subject.scan.rows_R)
     scanned = "" if total == len(subject.dataset) else " scanned"
     message = f"{len(ids):,} of {total:,}{scanned} rows{says}"
-    return Finding(check, level or by_share(len(ids), total), message, len(ids), tuple(ids[:SHOWN_ROWS]), fix)
+    return Finding(check, level or by_share(len(ids), total), message, len(ids), tuple(ids[:NAMED_ROWS]), fix)
 
 
 def shown(dataset: Dataset, rows: np.ndarray) -> tuple[str, ...]:
-    """The ids of the first few of these rows."""
-    return tuple(dataset.id(row) for row in rows[:SHOWN_ROWS].tolist())
+    """The ids of these rows, of many the first."""
+    return tuple(dataset.id(row) for row in rows[:NAMED_ROWS].tolist())
 
 
 def answer_of(example: Example) -> str:
