@@ -295,3 +295,15 @@ def test_refusals_are_objects_too(
     assert where in error["where"]
     assert what in error["what"]
     assert err.startswith("error: ")
+
+
+def test_a_check_of_rows_ends_as_a_run_would(
+    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = str(write_rows(tmp_path / "t.jsonl", sums(1, 6)))
+    words = ("data", "check", "--model", str(tiny_folder), "--data", rows)
+    assert tunesmith(*words)[0] == 0
+    assert tunesmith(*words, "--max-length", "3")[0] == 2, "all rows would be dropped"
+    code, _, err = tunesmith("data", "check", rows)
+    assert code == 2
+    assert f"this is a file of rows? name it so: --data {rows}" in err

@@ -28,12 +28,14 @@ def data_check(
 ) -> None:
     """Read all data once and say what is wrong with it; exit code 2 if a run would stop at bad rows."""
     recipe = read_wish(wish)
+    from tunesmith.data.rejected import loses_most
     from tunesmith.display import data_view
 
     found = dataverbs.data_check(recipe, rejected=rejected)
     say({"data": found}, data_view(found), as_json=as_json)
     skip_bad = recipe.skip_bad if isinstance(recipe, Recipe) else all(one.skip_bad for one in recipe.recipes)
-    if any(report.rejected for report in found.values()) and not skip_bad:
+    trained = [report for role, report in found.items() if role.split()[-1] == "data"]
+    if (any(report.rejected for report in found.values()) or any(map(loses_most, trained))) and not skip_bad:
         sys.exit(2)
 
 

@@ -52,10 +52,15 @@ def refuse_bad_rows(
         fix = f"correct them{written}" + (", or leave them out with --skip-bad" if skippable else "")
         raise InputError(what, where="data", fix=fix)
     lost = sum(training.dropped.values())
-    if not skippable or (lost > MOST_LOST * training.rows and not skip_bad):
+    if not skippable or (loses_most(training) and not skip_bad):
         what = f"{lost:,} of {training.rows:,} rows would train nothing: {_counted(training.dropped)}"
         fix = "raise max_length" + (", or go on without them with --skip-bad" if skippable else "")
         raise InputError(what, where=f"data: {training.path}", fix=fix)
+
+
+def loses_most(report: DataReport) -> bool:
+    """So many rows train nothing that a run stops."""
+    return sum(report.dropped.values()) > MOST_LOST * report.rows
 
 
 def _counted(kinds: Mapping[str, int]) -> str:

@@ -22,6 +22,7 @@ from tunesmith.types import Finding
 
 EXPECTED_NOTES = (STRUCTURAL, PER_TURN, BOUNDARY)  # how a template works; nothing to repair in the data
 READABLE = {*CONTAINERS, ".gz", ".parquet"}
+SHOWN_KINDS = 3
 CUTS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # tokens, that people choose from
 
 
@@ -33,7 +34,8 @@ def rejected(subject: Subject) -> Iterator[Finding]:
     for found, scaled in found_in:
         for reason, problems in found.first.items():
             count = scaled(found.counts[reason])
-            what = problems[0].what if problems[0].what.startswith(reason) else f"{reason}: {problems[0].what}"
+            kinds = "; ".join(list(dict.fromkeys(problem.what for problem in problems))[:SHOWN_KINDS])
+            what = kinds if kinds.startswith(reason) else f"{reason}: {kinds}"
             message = f"{count:,} of {total:,} rows cannot be used: {what}"
             where = tuple(problem.where for problem in problems)
             yield Finding("rejected", level, message, count, where, problems[0].fix)
