@@ -62,7 +62,7 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"not a {kind.__name__}: {place}: {first['msg']}", where=where) from None
+        raise InputError(f"not a {kind.__name__}: {place + ': ' if place else ''}{first['msg']}", where=where) from None
 
 
 def read_json(path: Path) -> Any:

@@ -209,6 +209,13 @@ def test_fault_02_other_encodings_are_reported_with_their_offset(
     assert len(dataset) == 2
 
 
+def test_fault_02_a_file_in_utf_16_is_told_by_its_first_row(write: Write, words: Any) -> None:
+    wide = (GOOD + b"\n" + GOOD + b"\n").decode().encode("utf-16")
+    with pytest.raises(InputError) as caught:
+        opened(write(wide, "wide.jsonl"), words)
+    assert "iconv -f UTF-16 -t UTF-8" in caught.value.fix
+
+
 def test_fault_02_a_nul_in_a_text_is_reported_with_its_offset(write: Write, words: Any) -> None:
     (line,) = rejected(opened(write(with_line(b'{"text": 1}'), "a.jsonl"), words))
     assert line["reason"] == "missing key"

@@ -80,8 +80,9 @@ def test_a_file_that_has_changed_since_is_not_measured_with(opened):
 def test_a_broken_lock_is_no_permission(opened, write):
     data = opened([chat("x", "y")], "other.jsonl")
     write('{"file": "golden.jsonl"}', "golden.jsonl.lock.json")
-    with pytest.raises(InputError, match="not a Golden"):
+    with pytest.raises(InputError, match="a lock that cannot be read: not a Golden") as caught:
         refuse_golden({"data": data}, TRAINED)
+    assert "lock the file again" in caught.value.fix
 
 
 def test_rows_of_the_test_are_not_trained_on(opened):

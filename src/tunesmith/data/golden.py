@@ -128,7 +128,11 @@ def _locks(datasets: Mapping[str, Dataset]) -> Iterator[tuple[Path, Golden]]:
     folders = {part.source.path.parent for dataset in datasets.values() for part in dataset.parts}
     for folder in sorted(folders):
         for path in sorted(folder.glob(f"*{SUFFIX}")):
-            yield path, from_json(Golden, read_json(path), where=str(path))
+            try:
+                yield path, from_json(Golden, read_json(path), where=str(path))
+            except InputError as error:
+                fix = "put the lock back as it was, or remove it and lock the file again: tunesmith data lock"
+                raise InputError(f"a lock that cannot be read: {error.what}", where=error.where, fix=fix) from error
 
 
 def _refuse_rows(role: str, dataset: Dataset, locks: Iterable[Golden]) -> None:

@@ -131,7 +131,8 @@ def _decode_utf8(raw: bytes, spot: Spot) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         what = f"byte 0x{raw[error.start]:02x} at offset {spot.offset + error.start} is not UTF-8"
-        fix = "convert the file: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW (or from UTF-16)"
+        wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        fix = f"convert the file: iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8 FILE > NEW"
         raise BadRow("not UTF-8", what, where=_inside(raw, error.start, spot), fix=fix) from None
 
 
