@@ -128,3 +128,11 @@ def test_estimates_say_so(opened, monkeypatch):
     assert "5 of 20 rows" in findings(report, "sampled")[0][1]
     assert " of 5 scanned rows are dropped" in findings(report, "losses")[0][1]
     assert report.documents + report.dropped["longer than max_length"] == 20
+
+
+def test_rows_that_kto_marks_as_bad_are_told(opened):
+    rows = [chat(f"ask {i}", f"say {i}", label=i % 4 > 0) for i in range(8)]
+    (level, message), _ = findings(check({"data": opened(rows)})["data"], "unused")
+    assert level == "warn"
+    assert "2 of the first 20 rows have `label: false`" in message
+    assert "label: false" not in repr(check({"data": opened([chat("a", "b", label="false")] * 3)})["data"].findings)

@@ -34,6 +34,7 @@ def test_the_format_is_detected_with_its_reason(data, has_template, name, says):
     ("data", "fix"),
     [
         ({"id": "", "response": "", "query": ""}, r"columns: \{prompt: query, completion: response\}"),
+        ({"chosen_messages": 1, "rejected_messages": 2}, r"\{chosen: chosen_messages, rejected: rejected_messages\}"),
         ({"x": 1}, r"columns: \{prompt: QUESTION, completion: ANSWER\}"),
         ({}, r"columns: \{prompt: QUESTION, completion: ANSWER\}"),
     ],

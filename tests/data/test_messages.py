@@ -52,6 +52,25 @@ def test_text_parts_are_joined():
     assert turns(user(parts))[0][0]["content"] == "a\nb"
 
 
+def part(kind, value):
+    return {"type": kind, "value": value}
+
+
+def test_parts_as_llama_factory_writes_them_become_the_fields_of_a_message():
+    call = part("tool_call", '{"name": "f", "arguments": {"x": 1}}')
+    told = assistant([part("reasoning", "hm"), part("text", "I look."), call], loss_weight=1.0)
+    ((asked, _), (said, weight)) = turns(user([part("text", "how?")], loss_weight=0.0), told)
+    assert asked == user("how?")
+    assert weight == 1
+    assert said == {
+        "role": "assistant",
+        "content": "I look.",
+        "reasoning_content": "hm",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }
+    assert weights(user(), assistant(loss_weight=0.0), user(), assistant(loss_weight=0.5)) == [0, 0, 0, 0.5]
+
+
 def test_the_older_function_calls_are_read_as_tool_calls():
     function = {"name": "f", "arguments": '{"x":1}'}
     answer = {"role": "function", "name": "f", "content": "3"}
@@ -70,6 +89,8 @@ def test_an_empty_answer_is_fine_when_it_is_not_trained():
 @pytest.mark.parametrize(
     ("message", "says"),
     [
+        (assistant([part("reasoning", 3), part("text", "a")]), "a part has no `value`"),
+        (assistant([part("tool_call", "{")]), "not JSON"),
         (assistant(""), "messages[1]: the assistant's answer is empty"),
         (assistant(" \n\t"), "the assistant's answer is empty"),
         (assistant(None), "the content is null"),
@@ -82,7 +103,7 @@ def test_an_empty_answer_is_fine_when_it_is_not_trained():
         ({"content": ""}, "has no role"),
         ("hello", "is not an object"),
         (user([{"type": "image_url", "image_url": {}}]), "content[0] is 'image_url', not text"),
-        (user([{"type": "text"}]), "is 'text', not text"),
+        (user([{"type": "text"}]), "content[0] has no `text`"),
         (user(["a"]), "is 'str', not text"),
         (assistant(weight=-1), "`weight` is -1"),
         (assistant(weight=10**400), "`weight` is 1000"),

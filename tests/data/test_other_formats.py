@@ -95,9 +95,24 @@ PREFERENCES = {
     "lists": {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
     "single messages": {"prompt": [USER], "chosen": ANSWER, "rejected": WORSE},
     "sharegpt": {"prompt": [said("human", "2+2?")], "chosen": said("gpt", "4"), "rejected": said("gpt", "5")},
+    "sharegpt, LLaMA-Factory's": {
+        "conversations": [said("human", "2+2?")],
+        "chosen": said("gpt", "4"),
+        "rejected": said("gpt", "5"),
+    },
     "whole": {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
     "whole, prompt repeated": {"prompt": "2+2?", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
 }
+
+
+def test_rows_that_could_be_read_as_pairs_are_where_pairs_are_wanted():
+    both = row(messages=[USER], chosen=ANSWER, rejected=WORSE)
+    assert detect([both], True)[0] == "messages"
+    name, reason = detect([both], True, pairs=True)
+    assert (name, "not used" in reason) == ("preference", False), "its messages are what is answered"
+    assert [m["content"] for m in parse(both, name, True).messages] == ["2+2?", "4"]
+    whole = row(prompt="2+2?", messages=[USER, ANSWER], chosen=[USER, ANSWER], rejected=[USER, WORSE])
+    assert "`messages` is there too and not used" in detect([whole], True, pairs=True)[1]
 
 
 @pytest.mark.parametrize("kind", PREFERENCES)

@@ -36,13 +36,14 @@ class Format(NamedTuple):
 def detect(rows: Sequence[Row], has_template: bool, *, pairs: bool = False) -> tuple[str, str]:
     """(format, reason): the format that most of these first rows of a file have; with `pairs` both sides of preference
     rows are read. Raises InputError if none has one."""
-    fitting = Counter(names[0] for row in rows if (names := _fitting(row)))
+    fitting = Counter(names[0] for row in rows if (names := _fitting(row, pairs=pairs)))
     if not fitting:
         raise InputError(_unknown_keys(rows[0].data), where=rows[0].id, fix=_hint(rows[0].data))
     name, _ = max(fitting.items(), key=lambda item: (item[1], -list(FORMATS).index(item[0])))
-    first = next(row for row in rows if _fitting(row)[:1] == [name])
+    first = next(row for row in rows if _fitting(row, pairs=pairs)[:1] == [name])
     reason = f"the rows have {_quoted(FORMATS[name].keys)}"
-    if others := _fitting(first)[1:]:
+    others = [other for other in _fitting(first, pairs=pairs)[1:] if not _asks(name, other, first)]
+    if others:
         reason += f"; {_quoted(FORMATS[others[0]].keys)} is there too and not used"
     if name == "completion" and isinstance(first.data["prompt"], str):
         reason += "; " + (_AS_TURNS if has_template else _AS_TEXT)
@@ -116,8 +117,16 @@ _AS_TURNS = "each prompt becomes a user turn and each completion an assistant tu
 _AS_TEXT = "prompt and completion are joined as they are, since there is no chat template"
 
 
-def _fitting(row: Row) -> list[str]:
-    return [name for name, format in FORMATS.items() if all(key in row.data for key in format.keys)]
+def _fitting(row: Row, *, pairs: bool) -> list[str]:
+    """Formats of a row, the likeliest first: where `pairs` are wanted one with two sides."""
+    fitting = [name for name, format in FORMATS.items() if all(key in row.data for key in format.keys)]
+    return sorted(fitting, key=lambda name: name not in SIDES) if pairs else fitting
+
+
+def _asks(name: str, other: str, row: Row) -> bool:
+    """The keys of another format hold what the sides of a preference row answer."""
+    asked = next((key for key in ASKED if row.data.get(key) is not None), "")
+    return name == "preference" and FORMATS[other].keys == (asked,)
 
 
 def _quoted(keys: Sequence[str]) -> str:
@@ -131,6 +140,10 @@ def _unknown_keys(data: Json) -> str:
 
 
 def _hint(data: Json) -> str:
+    sides = {side: next((key for key in data if key.startswith(side)), "") for side in ("chosen", "rejected")}
+    if all(sides.values()):
+        pairs = ", ".join(f"{side}: {key}" for side, key in sides.items())
+        return f"say which key is what: `data: {{path: ..., columns: {{{pairs}}}}}`"
     asked = next((key for key in _PROMPTS if key in data), "QUESTION")
     answered = next((key for key in _ANSWERS if key in data), "ANSWER")
     return f"say which key is what: `data: {{path: ..., columns: {{prompt: {asked}, completion: {answered}}}}}`"
@@ -184,14 +197,15 @@ def read_completion(row: Row, has_template: bool) -> Example:
 
 
 def read_side(row: Row, has_template: bool, *, side: Side = "chosen") -> Example:
-    """One side of a preference row, its answer trained: what answers the `prompt`; of two whole conversations, what
-    follows the turns that they share."""
+    """One side of a preference row, its answer trained: what answers the `prompt`, or the `conversations` or `messages`
+    that stand there instead; of two whole conversations, what follows the turns that they share."""
     own, other = (row.data[key] for key in (side, "rejected" if side == "chosen" else "chosen"))
     if not _is_conversation(own):
-        if row.data.get("prompt") is None:
+        asked = next((key for key in ASKED if row.data.get(key) is not None), None)
+        if asked is None:
             fix = "add a `prompt` (or map a column to it), or write both sides as whole conversations"
             raise BadRow("missing key", f"nothing says what `{side}` answers", where=row.id, fix=fix)
-        return _answered(row, "prompt", side, has_template)
+        return _answered(row, asked, side, has_template)
     _need_template(row, has_template)
     shared = 0
     while shared < len(own) - 1 and _is_conversation(other) and own[: shared + 1] == other[: shared + 1]:
@@ -294,6 +308,7 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
+ASKED = ("prompt", "conversations", "messages")  # what the sides of a preference row answer
 _TOOLS = {"tools", "functions"}
 _CHOSEN_ONLY = "stage sft trains on the chosen answers, the rejected ones are not trained"
 
@@ -302,7 +317,7 @@ FORMATS = {
     "messages": Format(("messages",), frozenset({"messages", *_TOOLS}), read_messages),
     "completion": Format(("prompt", "completion"), frozenset({"prompt", "completion", *_TOOLS}), read_completion),
     "preference": Format(
-        ("chosen", "rejected"), frozenset({"prompt", "chosen", "rejected", *_TOOLS}), read_side, _CHOSEN_ONLY
+        ("chosen", "rejected"), frozenset({*ASKED, "chosen", "rejected", *_TOOLS}), read_side, _CHOSEN_ONLY
     ),
     "openai_preference": Format(
         ("input", "preferred_output", "non_preferred_output"),

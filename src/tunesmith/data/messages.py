@@ -2,7 +2,8 @@
 
     messages of a row -> list of (message, weight); weight 0 is not trained
 
-What changes: `train` and `weight` leave the message and become its weight; a list of text parts becomes one string;
+What changes: `train`, `weight` and `loss_weight` leave the message and become its weight; a list of text parts becomes
+one string, its `reasoning` and `tool_call` parts the fields of an OpenAI message;
 null beside tool calls becomes ""; the older `functions`, `function_call` and role `function` become `tools`,
 `tool_calls` and role `tool`; ShareGPT's `from` and `value` become `role` and `content`. Everything else stays as it is
 in the file, tool-call arguments byte for byte: a string stays that string, an object keeps its keys, their order and
@@ -41,8 +42,12 @@ def _read_turn(where: str, message: Any, place: str, trained: bool) -> tuple[Jso
         )
     if "from" in message and "role" not in message:
         message = _from_sharegpt(where, message, place)
+    if "loss_weight" in message and "weight" not in message:
+        message = {**message, "weight": message["loss_weight"]}
     role = _role(where, message, place)
-    turn = {key: value for key, value in message.items() if key not in ("train", "weight")}
+    if role == "assistant" and isinstance(message.get("content"), list):
+        message = _from_parts(where, message, place)
+    turn = {key: value for key, value in message.items() if key not in ("train", "weight", "loss_weight")}
     turn["role"] = "tool" if role == "function" else role
     calls = _calls(where, turn.pop("tool_calls", None), turn.pop("function_call", None), place)
     if calls:
@@ -68,6 +73,24 @@ def _from_sharegpt(where: str, message: Json, place: str) -> Json:
     calls = _json_text(where, value, place)
     calls = calls if isinstance(calls, list) else [calls]
     return {"role": "assistant", "content": "", "tool_calls": [_as_function(call) for call in calls], **turn}
+
+
+def _from_parts(where: str, message: Json, place: str) -> Json:
+    """An assistant message whose content has `reasoning` and `tool_call` parts, under OpenAI's names."""
+    kinds = {kind: [part for part in message["content"] if _kind(part) == kind] for kind in ("reasoning", "tool_call")}
+    said: dict[str, list[Any]] = {kind: [part.get("value") for part in parts] for kind, parts in kinds.items()}
+    if not all(isinstance(value, str) for values in said.values() for value in values):
+        raise BadRow("not text", f"{place}: a part has no `value`", where=where, fix="write it as text")
+    found = {**message, "content": [part for part in message["content"] if _kind(part) not in said]}
+    if said["reasoning"]:
+        found["reasoning_content"] = "".join(said["reasoning"])
+    if said["tool_call"]:
+        found["tool_calls"] = [_as_function(_json_text(where, text, place)) for text in said["tool_call"]]
+    return found
+
+
+def _kind(part: Any) -> Any:
+    return part.get("type") if isinstance(part, dict) else None
 
 
 def _as_function(value: Any) -> Any:
@@ -133,11 +156,13 @@ def _content(where: str, content: Any, place: str, *, missing_is_fine: bool) -> 
 
 
 def _text_part(where: str, part: Any, place: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+    text = part.get("text", part.get("value")) if _kind(part) == "text" else None
+    if isinstance(text, str):
+        return text
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    what = f"{place} has no `text`" if kind == "text" else f"{place} is {kind!r:.60}, not text"
     fix = "only text is trained, and nothing is fetched; drop the row or the part"
-    raise BadRow("not text", f"{place} is {kind!r:.60}, not text", where=where, fix=fix)
+    raise BadRow("not text", what, where=where, fix=fix)
 
 
 # ---------------------------------------------------------------- tools

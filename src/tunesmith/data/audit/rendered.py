@@ -165,9 +165,18 @@ def unused(subject: Subject) -> Iterator[Finding]:
     """Keys that nothing reads, so that nobody believes they do something. Looks at a few rows."""
     dataset = subject.dataset
     keys: dict[str, str] = {}
+    bad: list[str] = []
     for row in subject.scan.rows_R[:FIRST_ROWS].tolist():
-        for key in unused_keys(dataset.row(row), dataset.part(row).format):
+        read = dataset.row(row)
+        for key in unused_keys(read, dataset.part(row).format):
             keys.setdefault(key, dataset.id(row))
+            bad += [dataset.id(row)] * (key == "label" and read.data[key] is False)
+    if bad and dataset.trained:
+        message = (
+            f"{len(bad)} of the first {FIRST_ROWS} rows have `label: false`, as KTO marks bad answers: they are trained"
+        )
+        fix = 'drop them, or mark them `"negative": true` and say by `never:` what is bad'
+        yield Finding("unused", "warn", message, len(bad), tuple(bad), fix)
     if keys:
         message = f"not used: {', '.join(f'`{key}`' for key in keys)}"
         yield Finding("unused", "info", message, len(keys), tuple(keys.values())[:NAMED_ROWS])
