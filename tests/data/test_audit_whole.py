@@ -207,9 +207,10 @@ def test_languages_of_the_answers_and_rows_in_a_rare_one(report):
     assert languages.language("def f(x): return x") == -1
 
 
-def test_answers_that_mostly_begin_alike(report):
-    finding = report(data=[chat(prose(i), f"Certainly! Here is {prose(i + 500)}") for i in range(40)])["openings"]
-    assert finding.message == "40 of 40 answers begin with 'Certainly! Here is'"
+@pytest.mark.parametrize("opening", ["Here is the", "Certainly!", "Great question!", "Sure,"])
+def test_answers_that_mostly_begin_alike(report, opening):
+    finding = report(data=[chat(prose(i), f"{opening} {prose(i + 500)}") for i in range(40)])["openings"]
+    assert finding.message == f"40 of 40 answers begin with {opening!r}"
 
 
 def test_pairs_in_which_length_is_all_that_differs(report):

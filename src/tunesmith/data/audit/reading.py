@@ -29,6 +29,7 @@ TRAINED = ("data", REHEARSAL)
 SAMPLE = 2_000  # rows, from which is seen what most rows have in common
 COMMON_SHARE, COMMON_ROWS = 0.1, 10  # what more than both of these have is a frame, not what a row says
 NAMED = 1000  # rows of a finding, as in subject.py
+OPENING = 3  # words of an answer with which many may begin
 LANGUAGE_ROWS = 50_000  # telling a language takes as long as everything else
 NO_JSON, GOOD_JSON, BROKEN_JSON = range(3)
 
@@ -100,7 +101,7 @@ class Texts:
 
     noted: dict[str, Noted]  # check of single rows -> what it found
     answers_N: np.ndarray  # uint64, digest of the last answer, case and white space evened out
-    openings_N: np.ndarray  # uint64, digest of its first three words
+    openings_N: np.ndarray  # uint64, digest of its opening
     answer_chars_N: np.ndarray  # int64
     prompt_chars_N: np.ndarray  # int64
     other_chars_N: np.ndarray  # int64, of the rejected answer
@@ -125,7 +126,7 @@ class Texts:
     def note(self, at: int, row: Row) -> None:
         answer = " ".join(row.answer.split())
         self.answers_N[at] = digest(answer.lower())
-        self.openings_N[at] = digest(" ".join(answer.lower().split(" ", 3)[:3]))
+        self.openings_N[at] = digest(opening_of(answer).lower())
         self.answer_chars_N[at], self.prompt_chars_N[at] = len(answer), len(row.prompt)
         if row.example.rejected is not None:
             self.other_chars_N[at] = len(row_of(row.example.rejected).answer)
@@ -139,6 +140,13 @@ class Reading:
     roles: Mapping[str, Texts]
     alike: Alike | None  # None without datasketch
     parts: Mapping[str, Parts]  # of the held-out roles
+
+
+def opening_of(answer: str) -> str:
+    """Its first words: up to a sign, as in "Great question!", at most three."""
+    words = answer.split(None, OPENING)[:OPENING]
+    closed = next((number for number, word in enumerate(words, 1) if word[-1] in "!,.:;?"), OPENING)
+    return " ".join(words[:closed])
 
 
 def digest(text: str) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tunesmith.data.audit import languages as language_of
 from tunesmith.data.audit.copies import INSTALL
-from tunesmith.data.audit.reading import BROKEN_JSON, GOOD_JSON, NO_JSON, Texts
+from tunesmith.data.audit.reading import BROKEN_JSON, GOOD_JSON, NO_JSON, Texts, opening_of
 from tunesmith.data.audit.subject import Subject, answer_of, by_share, shown
 from tunesmith.types import Finding
 
@@ -122,7 +122,7 @@ def openings(subject: Subject) -> Iterator[Finding]:
     most = int(counts.argmax())
     if counts[most] >= ONE_OPENING * len(rows):
         same = rows[texts.openings_N[rows] == values[most]]
-        words = " ".join(answer_of(subject.dataset.example(int(same[0]))).split()[:3])
+        words = opening_of(answer_of(subject.dataset.example(int(same[0]))))
         message = f"{len(same):,} of {len(rows):,} answers begin with {words!r}"
         fix = "if that is no wanted form, reword some: the model will begin so whatever is asked"
         yield Finding("openings", "warn", message, len(same), shown(subject.dataset, same), fix)
