@@ -341,6 +341,7 @@ def num_train_epochs(lab: Lab) -> None:
 
 def max_steps(lab: Lab) -> None:
     assert [len(lab.steps(max_steps=steps, num_train_epochs=9)) for steps in (1, 4)] == [1, 4]
+    assert len(lab.steps(max_steps=8, num_train_epochs=1)) == 8, "it wins over fewer epochs, too"
 
 
 # ---------------------------------------------------------------- the optimizer

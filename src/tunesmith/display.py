@@ -39,6 +39,11 @@ UNMEASURED = "[yellow]no before and after[/]: the recipe names neither test_data
 MOST_STRATA = 20
 OFFER = ("what is offered, on test_data", "to have it")
 LEVEL_STYLES = {"info": "dim", "warn": "yellow", "error": "bold red"}
+MUCH = 0.1  # of what training changed
+LOST = (
+    "[yellow]warning[/] much of what training changed is lost in this format's rounding: --to peft keeps it, and "
+    "--to gguf --type f32"
+)
 
 
 def plan_table(plan: Plan | StagedPlan) -> RenderableType:
@@ -273,6 +278,7 @@ def export_view(made: Exported) -> RenderableType:
         f"{parity.same_answers} of {parity.prompts} greedy answers are the same",
         f"KL to the run {parity.mean_kl:.1e}, at most {parity.max_kl:.1e} at one place"
         + ("" if parity.trained_kl is None else f" (training moved it by {parity.trained_kl:.1e})"),
+        *([LOST] if parity.trained_kl and parity.mean_kl > MUCH * parity.trained_kl else []),
         f"likeliest token the same at {parity.top1_agreement:.1%} of {parity.places} places, logits differ by at most "
         f"{parity.max_logit_difference:.2g}",
         escape(made.path),

@@ -87,7 +87,10 @@ def test_control_text_missing_system_turns_and_empty_prompts(opened):
 
 def test_keys_that_nothing_reads_are_named(opened):
     report = check({"data": opened([chat("a", "b", id=1), chat("c", "d", weight=2)])})["data"]
-    assert findings(report) == [("info", "not used: `id`, `weight`")]
+    assert findings(report) == [
+        ("warn", "not used: `weight` of a row, which is trained all the same"),
+        ("info", "not used: `id`"),
+    ]
 
 
 SCHEMA = {"type": "object", "required": ["total"], "properties": {"total": {"type": "number"}}}

@@ -116,6 +116,14 @@ def test_an_answer_that_does_not_begin_as_it_is_asked_for_is_refused(tmp_path: P
         renderer.documents(example(SYSTEM, user("one"), assistant("eins")))
 
 
+def test_a_developer_is_the_system_where_a_template_knows_no_other(tmp_path: Path, renderer: Renderer) -> None:
+    turns = [{"role": "developer", "content": "Be brief."}, user("one"), assistant("eins")]
+    assert texts(renderer, *turns)[0].startswith("<|im_start|>system\nBe brief.")
+    knows = CHATML.replace("m.role", "('boss' if m.role == 'developer' else m.role)")
+    other = Renderer.from_folder(folder(tmp_path / "other", knows), now=NOW)
+    assert texts(other, *turns)[0].startswith("<|im_start|>boss\nBe brief.")
+
+
 def test_prompts_are_the_start_of_documents_token_by_token(renderer: Renderer) -> None:
     turns = [user("  a\n\n"), assistant("b"), user("c <think>"), assistant("<think>d")]
     document = renderer.documents(example(*turns)).documents[0]

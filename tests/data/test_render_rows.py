@@ -127,6 +127,7 @@ ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
         (CHATML, [{"role": "narrator", "content": "a"}, assistant("b")], "knows no role 'narrator'"),
         (CHATML, [user("a"), assistant("")], r"writes nothing of message 2 \(assistant\)"),
         (CHATML, [user("a"), assistant("b", tool_calls=[call()])], "does not write the tool calls"),
+        (CHATML, [user("a"), assistant("", tool_calls=[call()])], r"message 2 \(assistant, which calls tools\)"),
         (CHATML, [user("a"), {"role": "assistant"}], "line 1: .*content"),
         (CHATML, [{"role": "user", "content": 7}, assistant("b")], "line 1: TypeError"),
         (ONLY.replace("ROLES", "['user', 'assistant']") + "{% endfor %}" + ASK,

@@ -97,3 +97,17 @@ def test_pieces_never_cross_a_change_of_weight_and_lose_no_token():
 
 def test_a_space_that_the_tokenizer_eats_at_the_start_is_kept_inside():
     assert [piece.text for piece in pieces(of_bytes("a b"), EatsFirstSpace())] == ["a", " ", "b"]
+
+
+def test_what_is_not_to_be_learnt_is_told_from_what_is(words):
+    sides = ("chosen", "rejected", "banned", "")
+    documents = tuple(
+        Document("train.jsonl:1", np.array([0, 1], np.int32), np.array([0, 1], np.float32), side=side) for side in sides
+    )
+    headers = shown(Prepared("train.jsonl:1", documents), words)[::2]
+    assert [header.rpartition(" tokens, 1 ")[2] for header in headers] == [
+        "trained, the answer to prefer",
+        "trained, the answer to prefer it to",
+        "trained away from",
+        "trained",
+    ]

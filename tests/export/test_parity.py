@@ -10,11 +10,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_export import CHATML, job_of, save_model, save_run
 
 from tiny_run import chat, recipe, write_rows
-from tunesmith import facts, run
+from tunesmith import afterwards, facts, run
+from tunesmith.display import export_view
 from tunesmith.errors import GateError, TunesmithError
 from tunesmith.export.gguf import ADAPTER, model_file
 from tunesmith.export.parity import Answers, Job, Reread, compare, export_answers, live_answers, refuse_beyond
@@ -176,6 +178,20 @@ def test_what_is_said_when_all_is_wrong(finished: Path, live: Answers, tmp_path:
         "the export does not behave as the run: 4 of 4 prompts are rendered to other tokens; answers end in [1], they "
         f"were trained to end in {end}; the mean KL to the run is 2, above 0.0001; the KL at one place is 3, above 0.01"
     )
+    assert "please report this" in refusal.value.fix
+    with pytest.raises(GateError) as refusal:
+        refuse_beyond(form.tolerance, replace(parity, same_prompts=4), job, form.reread(job))
+    assert "small changes are lost where weights are rounded" in refusal.value.fix
+
+
+def test_an_export_that_loses_much_of_what_training_changed_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = afterwards.export(finished, "peft", out=tmp_path / "out")
+    for share, told in ((0.05, False), (0.5, True)):
+        lossy = replace(made.parity, mean_kl=share * 1e-3, trained_kl=1e-3)
+        Console(width=200).print(export_view(replace(made, parity=lossy)))
+        assert ("much of what training changed is lost" in capsys.readouterr().out) is told
 
 
 def test_parity_of_a_run_with_itself(finished: Path, live: Answers, tmp_path: Path) -> None:

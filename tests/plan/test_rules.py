@@ -73,7 +73,9 @@ def test_rank_stabilising_starts_above_64(rank: int, stabilised: bool, known: Ma
     assert rules.lora_alpha(known(lora_r=rank)).value == 32
 
 
-@pytest.mark.parametrize(("steps", "ratio"), [(10, 0.1), (100, 0.1), (200, 0.05), (333, 0.03), (10_000, 0.03)])
+@pytest.mark.parametrize(
+    ("steps", "ratio"), [(1, 0), (4, 0), (5, 0.1), (10, 0.1), (100, 0.1), (200, 0.05), (333, 0.03), (10_000, 0.03)]
+)
 def test_warm_up_is_ten_steps_within_bounds(steps: int, ratio: float, known: Make) -> None:
     assert rules.warmup_ratio(known(rows=steps, batch_size=1)).value == ratio
 

@@ -70,10 +70,16 @@ class Chat:
         habits: Habits,
     ) -> None:
         self.template, self.variables = template, variables
-        self.messages = [_as_wanted(message, habits) for message in messages]
+        self.messages = [_as_wanted(self._known(message), habits) for message in messages]
         self.tools = list(tools) or None
         self.assistants = frozenset(i for i, message in enumerate(self.messages) if message.get("role") == "assistant")
         self._tracked = [self._track(i, message) for i, message in enumerate(self.messages)]
+
+    def _known(self, message: Json) -> Json:
+        """OpenAI's newer name of the system role, where a template does not know it."""
+        if message.get("role") == "developer" and "developer" not in self.template.literals:
+            return {**message, "role": "system"}
+        return message
 
     def render(self, count: int, *, prompt: bool = False) -> Tracked:
         """The first `count` messages; with `prompt`, and the start of an answer after them."""

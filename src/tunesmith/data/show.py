@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from tunesmith.data.render import Renderer
 
 TRAINED, PLAIN, CONTROL, IDS = "bold green", "dim", " reverse", "cyan"
+SIDES = {
+    "chosen": "trained, the answer to prefer",
+    "rejected": "trained, the answer to prefer it to",
+    "banned": "trained away from",
+}
 MOST_TOKENS = 6  # of one character
 
 
@@ -43,8 +48,8 @@ def coloured(prepared: Prepared, renderer: Renderer, *, ids: bool = False) -> It
         yield Text.assemble((prepared.id, "bold"), f"  dropped: {prepared.dropped}")
     for number, document in enumerate(prepared.documents, 1):
         which = f"  document {number} of {len(prepared.documents)}" if len(prepared.documents) > 1 else ""
-        trained = int(np.count_nonzero(document.weights_L))
-        yield Text.assemble((prepared.id, "bold"), f"{which}  {len(document)} tokens, {trained} trained")
+        trained, side = int(np.count_nonzero(document.weights_L)), SIDES.get(document.side, "trained")
+        yield Text.assemble((prepared.id, "bold"), f"{which}  {len(document)} tokens, {trained} {side}")
         yield _tokens(document, renderer, ids)
     for note in prepared.notes:
         yield Text.assemble(("note: ", "yellow"), visible(note))

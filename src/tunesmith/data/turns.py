@@ -26,6 +26,7 @@ NO_TOOLS = "the template does not write the tools"
 NO_SYSTEM = "the template does not write a system message"
 NO_THINKING = "the template leaves out the thinking of an answer"
 NO_CONTENT = "the template leaves out the text beside a tool call"
+CALLS_FIX = "name a template that writes tool calls (`template:`), or leave such rows out"
 SERVED = "the prompt stands as it is served: with an answer behind it the template writes it differently"
 
 
@@ -59,13 +60,19 @@ def find_turn(
     own = {origin_of(message, field) for field in FIELDS}
     last = max((end for _, end, origin in marked.stretches if origin in own and end > len(prompt)), default=0)
     if not last:
-        raise InputError(f"the chat template writes nothing of message {message + 1} (assistant)")
+        raise _unwritten(chat, message)
     closing = [found for found in marked.controls if found.start >= last]
     end = next((found for ids in end_ids for found in closing if found.control.id in ids), None)
     ends = end.core if end else len(marked.plain)
     turn = Turn(message, weight, marked, len(prompt), ends, end is not None, spliced)
     _check_span(chat, turn)
     return turn
+
+
+def _unwritten(chat: Chat, message: int) -> InputError:
+    role, calls = chat.messages[message]["role"], bool(chat.messages[message].get("tool_calls"))
+    what = f"the chat template writes nothing of message {message + 1} ({role}{', which calls tools' if calls else ''})"
+    return InputError(what, fix=CALLS_FIX if calls else "")
 
 
 def _answer_begins(prompt: Tracked, written: Tracked, message: int) -> int:
@@ -91,7 +98,7 @@ def _check_span(chat: Chat, turn: Turn) -> None:
     if TOOLS in writers or {message_of(origin) for origin in writers} - {-1, turn.message}:
         raise InputError("the chat template writes another message inside an answer")
     if chat.messages[turn.message].get("tool_calls") and origin_of(turn.message, "tool_calls") not in writers:
-        raise InputError("the chat template does not write the tool calls of an answer")
+        raise InputError("the chat template does not write the tool calls of an answer", fix=CALLS_FIX)
 
 
 def _mismatch(prompt: str, answer: str) -> str:
@@ -110,7 +117,7 @@ def check_written(chat: Chat, text: MarkedText, stock: str, count: int) -> None:
     for i, message in enumerate(chat.messages[:count]):
         silent = _says_something(message) and origin_of(i, "content") not in writers
         if silent and message["role"] not in ("system", "assistant"):
-            raise InputError(f"the chat template writes nothing of message {i + 1} ({message['role']})")
+            raise _unwritten(chat, i)
 
 
 def notes_on(chat: Chat, text: MarkedText, turns: Sequence[Turn]) -> list[str]:

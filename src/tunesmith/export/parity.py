@@ -118,6 +118,11 @@ class Tolerance:
     max_kl: float
 
 
+ROUNDED = (
+    "small changes are lost where weights are rounded to 16 bits: keep the adapter apart (--to peft), or take "
+    "--to gguf --type f32; please report it if that differs, too"
+)
+
 # ---------------------------------------------------------------- witnesses
 
 
@@ -258,5 +263,7 @@ def refuse_beyond(tolerance: Tolerance, parity: Parity, job: Job, reread: Reread
     if found := [what for what, is_wrong in wrong.items() if is_wrong]:
         what = f"the export does not behave as the run: {'; '.join(found)}"
         other = job.base == "original" and job.run.narrow
-        advice = "use --base dequantized, the weights that were trained beside" if other else "please report this"
+        numbers_only = not any(list(wrong.values())[:2])
+        advice = ROUNDED if numbers_only else "please report this"
+        advice = "use --base dequantized, the weights that were trained beside" if other else advice
         raise GateError(what, where=str(job.run.path), fix=f"nothing was written; {advice}")

@@ -30,6 +30,7 @@ PAIR_KEYS = {"loss": "name", **{key: key for key in PairLoss.model_fields if key
 ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
 EXTRA = (("method", "qlora", "4-bit weights", "lora"), ("optim", "adamw_8bit", "8-bit moments", "adamw"))
 FITS = 1.15  # a prediction counts as fitting when this much of it is free
+BATCHES = ("batch_size", "batch_tokens")  # what a step holds: from then on the steps of a run are known
 
 
 def decide(
@@ -65,6 +66,8 @@ def decide(
         else:
             choices[key] = decide_by_rule(known) if wish == "auto" else Choice(wish, "you", "the recipe says so")
         decided[key] = choices[key].value
+        if key in BATCHES and (longer := known.longer()):
+            choices["num_train_epochs"], decided["num_train_epochs"] = longer, longer.value
     choices |= {key: choice for key, choice in fixed.items() if key not in RULES}
     choices |= never_choices(recipe.never, data["data"]) | guard_choices(recipe.guard, known)
     decided["forgetting_margin"] = choices["forgetting_margin"].value

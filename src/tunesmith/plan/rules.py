@@ -51,6 +51,15 @@ class Known:
         steps = math.ceil(rows / self["batch_size"])
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    def longer(self) -> Choice | None:
+        """So many epochs that max_steps are reached, where fewer were decided."""
+        if self.max_steps is None or self.steps >= self.max_steps:
+            return None
+        texts = self.stage == "cpt"
+        held, batch = (self.data.tokens, self["batch_tokens"]) if texts else (self.data.rows, self["batch_size"])
+        epochs = self.max_steps * batch / max(1, held)
+        return Choice(epochs, "you", f"max_steps: {self.max_steps:,} steps take so many")
+
     @property
     def saved(self) -> float:
         """The share of this run's tokens that sharing prefixes saves."""
@@ -217,8 +226,14 @@ def nll_coefficient(known: Known) -> Choice:
     return rule(0.2, "keeps the chosen answers from becoming less likely together with the rejected", "Llama 3 2024")
 
 
+SHORT_RUN = 5  # steps, of which none is for warming up
+
+
 def warmup_ratio(known: Known) -> Choice:
-    """10 steps or 3%, whichever is more; at most a tenth of the run."""
+    """10 steps or 3%, whichever is more; at most a tenth of the run. The first step of a warm-up has rate 0: of very
+    few steps that would be a large part, of one all."""
+    if known.steps < SHORT_RUN:
+        return rule(0.0, f"{known.steps} steps: the first one of a warm-up would train nothing")
     ratio = min(0.1, max(0.03, 10 / known.steps))
     return rule(round(ratio, 4), "10 steps or 3% of them, at most a tenth", "Tulu 3 .03, alignment handbook .1")
 

@@ -177,6 +177,12 @@ def unused(subject: Subject) -> Iterator[Finding]:
         )
         fix = 'drop them, or mark them `"negative": true` and say by `never:` what is bad'
         yield Finding("unused", "warn", message, len(bad), tuple(bad), fix)
+    if weighted := [key for key in ("train", "weight", "loss_weight") if key in keys]:
+        named = ", ".join(f"`{key}`" for key in weighted)
+        message = f"not used: {named} of a row, which is trained all the same"
+        fix = 'write it into a message: {"role": "assistant", "content": ..., "weight": 0}'
+        yield Finding("unused", "warn", message, len(weighted), (keys[weighted[0]],), fix)
+        keys = {key: id for key, id in keys.items() if key not in weighted}
     if keys:
         message = f"not used: {', '.join(f'`{key}`' for key in keys)}"
         yield Finding("unused", "info", message, len(keys), tuple(keys.values())[:NAMED_ROWS])
