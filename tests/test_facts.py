@@ -30,6 +30,22 @@ def roles(model: Path, folder: Path, **changed: Any) -> dict[str, list[str]]:
     return {role: ids(dataset) for role, dataset in found.datasets.items()}
 
 
+@pytest.mark.parametrize(
+    ("metrics", "says"), [(["exactmatch"], "there is no metric 'exactmatch'"), (["schema_valid"], "needs a schema")]
+)
+def test_a_metric_that_is_none_is_refused_without_rows_to_measure(
+    metrics: list[str], says: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=says):
+        facts.make_plan(facts.gather(recipe(tiny_folder, tmp_path, metrics=metrics)))
+
+
+def test_general_text_that_is_not_there_is_refused_by_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
+    wish = recipe(tiny_folder, tmp_path, retention_data=tmp_path / "general.jsonl")
+    with pytest.raises(InputError, match="there is no such file"):
+        facts.make_plan(facts.gather(wish))
+
+
 def test_each_role_is_its_own_file(tiny_folder: Path, tmp_path: Path) -> None:
     found = roles(tiny_folder, tmp_path, **measured_files(tmp_path))
     assert {role: rows[0] for role, rows in found.items()} == {

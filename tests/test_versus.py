@@ -212,6 +212,21 @@ def test_eval_measures_other_rows_and_other_models(runs: tuple[Path, Path], tiny
         tunesmith.examine(tiny_folder)
 
 
+def test_a_run_that_trained_all_weights_is_measured_again_and_asked(tiny_folder: Path, tmp_path: Path) -> None:
+    wish = {"method": "full", "lora_r": "auto", "metrics": ["chrf"], "learning_rate": 1e-3}
+    train(recipe(tiny_folder, tmp_path, **measured_files(tmp_path / "rows"), **wish))
+    path = tmp_path / "run"
+    first = {(one["task"], one["metric"]): one["difference"] for one in read_json(path / "record.json")["comparisons"]}
+    again = measures(tunesmith.examine(path))
+    assert again.keys() == first.keys()
+    assert again == pytest.approx(first, abs=1e-6)
+    assert any(abs(difference) > 1e-4 for difference in again.values())
+    assert len(list(tunesmith.chat(path, ["one?", "two?"]))) == 2
+    with pytest.raises(InputError, match="takes a run with an adapter") as caught:
+        tunesmith.recovery(path)
+    assert f"tunesmith eval {path}" in caught.value.fix
+
+
 def test_a_gate_lets_pass_what_is_not_worse_and_has_not_forgotten_much(runs: tuple[Path, Path]) -> None:
     comparisons = tunesmith.compare("base", runs[0]).comparisons
     by_name = {gate.name: gate for gate in gates(comparisons, 10.0)}

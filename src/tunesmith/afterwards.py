@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tunesmith import beginning, facts
 from tunesmith.atomic import new_folder
+from tunesmith.contenders import Exam, before_and_after
 from tunesmith.data.dataset import Dataset
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import compare_all
@@ -32,12 +33,16 @@ from tunesmith.export.targets import (
 from tunesmith.identity import identity_of
 from tunesmith.infer.engine import stream
 from tunesmith.measure import answered, general_texts, items_of, measure, recovery_measurements, untrained
-from tunesmith.reopened import before_training, reopen
+from tunesmith.reopened import before_training, left, reopen
+from tunesmith.runfolder import plan_in, trained_in
 from tunesmith.types import Comparison, Json, Request
+from tunesmith.versus import side_of
 
 
 def evaluate(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
-    """The before/after of a finished run, measured again."""
+    """The before/after of a finished run, measured again. A model that was trained in full is loaded beside its base."""
+    if plan_in(trained_in(path))["method"] == "full":
+        return before_and_after(side_of(str(path)), Exam(allow_code=allow_code))
     bench = reopen(path)
     items, step = items_of(bench.plan, bench.facts, allow_code=allow_code), bench.plan.steps
     identity = identity_of(bench.plan, bench.facts, bench.plan.recipe)
@@ -78,7 +83,7 @@ def recovery(path: Path) -> tuple[Comparison, ...]:
 
 def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
     """Answers of the trained model, one conversation; each answer comes whole."""
-    bench = reopen(path)
+    bench = left(path)
     bench.model.network.eval()
     messages: list[Json] = list(_system(bench.rows))
     for question in questions:

@@ -23,7 +23,7 @@ from tunesmith.model.provenance import check_provenance, hashes_of
 from tunesmith.model.saved import load_adapter
 from tunesmith.runfolder import ADAPTER, MODEL, failure_of, plan_in, require_run, trained_in
 from tunesmith.types import Plan
-from tunesmith.workbench import Workbench, model_at_start, set_up
+from tunesmith.workbench import Workbench, model_at_start, only_model, set_up
 
 
 def reopen(path: Path) -> Workbench:
@@ -33,12 +33,23 @@ def reopen(path: Path) -> Workbench:
     require_run(path)
     plan = plan_in(path)
     if plan["method"] == "full":
-        raise InputError("only runs with an adapter can be reopened", where=str(path), fix="load model/ as a model")
+        what = "this takes a run with an adapter, which can be taken off"
+        raise InputError(what, where=str(path), fix=f"measure it with: tunesmith eval {path}")
     known = known_again(plan, path)
     adapter = _whole(path, plan, known)
     bench = set_up(plan, known)
     load_adapter(bench.model.network, adapter / WEIGHTS)
     return bench
+
+
+def left(path: Path) -> Workbench:
+    """What a finished run has made of the model, an adapter on it or all of its weights, with the rows of the run.
+    Raises what `reopen` raises."""
+    path = trained_in(path)
+    require_run(path)
+    plan = plan_in(path)
+    known = known_again(plan, path)
+    return only_model(plan, known, model_left(path, plan, known))
 
 
 def known_again(plan: Plan, path: Path) -> Facts:

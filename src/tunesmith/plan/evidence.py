@@ -42,7 +42,7 @@ def confidence(key: str, choice: Choice, known: Known) -> Confidence:
         return "extrapolated"
     if key in COUNTED:
         return "measured here"
-    return "published" if choice.source else ""
+    return "published" if choice.source not in ("", "ours") else ""
 
 
 def _beyond(known: Known, choice: Choice) -> bool:

@@ -51,8 +51,9 @@ def _loss(part: Part, number: int, marks: Sequence[Mark]) -> list[Html]:
         mean = [_mean([y for _, y in values[max(0, i + 1 - SMOOTH) : i + 1]]) for i in range(len(values))]
         smooth = tuple(Point(x, y) for (x, _), y in zip(values, mean, strict=True))
         series.append(Series(f"mean of the last {SMOOTH} steps", smooth))
-    first, last = values[0][1], _mean([y for _, y in values[-SMOOTH:]])
-    told = f"From {first:.3f} in the first step to {last:.3f}, the mean of the last {min(SMOOTH, len(values))}."
+    few = min(SMOOTH, max(1, len(values) // 4))
+    first, last = values[0][1], _mean([y for _, y in values[-few:]])
+    told = f"From {first:.3f} in the first step to {last:.3f}, {f'the mean of the last {few}' if few > 1 else 'in the last'}."
     return [
         line_chart(f"loss-{number}", Axes("Training loss", told, "step", "nats per token", _span(part)), series, marks)
     ]
