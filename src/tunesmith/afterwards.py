@@ -40,7 +40,7 @@ from tunesmith.versus import side_of
 
 
 def evaluate(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
-    """The before/after of a finished run, measured again. A model that was trained in full is loaded beside its base."""
+    """The before/after of a finished run, measured again; of one that trained all weights, after its base is gone."""
     if plan_in(trained_in(path))["method"] == "full":
         return before_and_after(side_of(str(path)), Exam(allow_code=allow_code))
     bench = reopen(path)

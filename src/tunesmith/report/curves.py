@@ -53,7 +53,8 @@ def _loss(part: Part, number: int, marks: Sequence[Mark]) -> list[Html]:
         series.append(Series(f"mean of the last {SMOOTH} steps", smooth))
     few = min(SMOOTH, max(1, len(values) // 4))
     first, last = values[0][1], _mean([y for _, y in values[-few:]])
-    told = f"From {first:.3f} in the first step to {last:.3f}, {f'the mean of the last {few}' if few > 1 else 'in the last'}."
+    where = f"the mean of the last {few}" if few > 1 else "in the last"
+    told = f"From {first:.3f} in the first step to {last:.3f}, {where}."
     return [
         line_chart(f"loss-{number}", Axes("Training loss", told, "step", "nats per token", _span(part)), series, marks)
     ]
