@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import tunesmith
 from tiny_run import END, measured_files, recipe, sums, write_rows
 from tunesmith import facts
 from tunesmith.data.dataset import Dataset
@@ -37,13 +38,13 @@ def test_a_metric_that_is_none_is_refused_without_rows_to_measure(
     metrics: list[str], says: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=says):
-        facts.make_plan(facts.gather(recipe(tiny_folder, tmp_path, metrics=metrics)))
+        tunesmith.plan(recipe(tiny_folder, tmp_path, metrics=metrics))
 
 
 def test_general_text_that_is_not_there_is_refused_by_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
     wish = recipe(tiny_folder, tmp_path, retention_data=tmp_path / "general.jsonl")
     with pytest.raises(InputError, match="there is no such file"):
-        facts.make_plan(facts.gather(wish))
+        tunesmith.plan(wish)
 
 
 def test_each_role_is_its_own_file(tiny_folder: Path, tmp_path: Path) -> None:

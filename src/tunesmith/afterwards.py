@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tunesmith import beginning, facts
 from tunesmith.atomic import new_folder
-from tunesmith.contenders import Exam, before_and_after
 from tunesmith.data.dataset import Dataset
 from tunesmith.errors import InputError
 from tunesmith.evaluate.compare import compare_all
@@ -34,15 +33,11 @@ from tunesmith.identity import identity_of
 from tunesmith.infer.engine import stream
 from tunesmith.measure import answered, general_texts, items_of, measure, recovery_measurements, untrained
 from tunesmith.reopened import before_training, left, reopen
-from tunesmith.runfolder import plan_in, trained_in
 from tunesmith.types import Comparison, Json, Request
-from tunesmith.versus import side_of
 
 
 def evaluate(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
-    """The before/after of a finished run, measured again; of one that trained all weights, after its base is gone."""
-    if plan_in(trained_in(path))["method"] == "full":
-        return before_and_after(side_of(str(path)), Exam(allow_code=allow_code))
+    """The before/after of a finished run with an adapter, measured again."""
     bench = reopen(path)
     items, step = items_of(bench.plan, bench.facts, allow_code=allow_code), bench.plan.steps
     identity = identity_of(bench.plan, bench.facts, bench.plan.recipe)

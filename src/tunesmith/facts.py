@@ -22,7 +22,6 @@ from tunesmith.data.audit.check import check
 from tunesmith.data.contamination import refuse_overlap, refuse_trained
 from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.files import check_path
 from tunesmith.data.golden import refuse_golden
 from tunesmith.data.mixture import Mixture
 from tunesmith.data.never import Never
@@ -36,7 +35,6 @@ from tunesmith.data.shots import with_shots
 from tunesmith.data.show import coloured
 from tunesmith.data.split import split
 from tunesmith.errors import InputError
-from tunesmith.evaluate.metrics import given_to
 from tunesmith.experience import corrected
 from tunesmith.hardware import measure_machine
 from tunesmith.model.adapter_folder import AdapterFolder, read_adapter
@@ -54,7 +52,7 @@ from tunesmith.plan.tokens import added
 from tunesmith.plan.work import SHARES, seconds_on
 from tunesmith.recipe import Recipe, sources_of
 from tunesmith.recipefile import kept_recipe
-from tunesmith.recipevalues import DataSource, own_metric
+from tunesmith.recipevalues import DataSource
 from tunesmith.runfolder import OWN_ROWS, next_run_folder
 from tunesmith.types import Choice, DataReport, Document, Json, Machine, ModelSpec, Plan
 
@@ -237,17 +235,6 @@ def make_plan(facts: Facts, handed_on: Mapping[str, Choice] | None = None) -> Pl
     return planner(facts, handed_on)(facts.recipe, facts.machine)
 
 
-def _refuse_measures(facts: Facts) -> None:
-    """InputError for metrics that are none, whether there are rows to measure or not, and for general text that is not
-    there."""
-    recipe = facts.recipe
-    if recipe.retention_data is not None:
-        check_path(recipe.retention_data)
-    for metric in () if recipe.metrics == "auto" else recipe.metrics:
-        if not own_metric(metric):
-            given_to(metric, facts.schema)
-
-
 def _documents(facts: Facts) -> Iterator[Document]:
     corpus = facts.corpus
     if corpus is None:
@@ -258,7 +245,6 @@ def _documents(facts: Facts) -> Iterator[Document]:
 def planner(facts: Facts, handed_on: Mapping[str, Choice] | None = None) -> Callable[[Recipe, Machine], Plan]:
     """Plans for any machine, and for the recipe or one that differs in what rows and model do not depend on: the rows
     are read once for all. `handed_on`: what an earlier stage has decided."""
-    _refuse_measures(facts)
     layers = linear_paths(headers_of(facts.model.path))
     found = reports(facts)
     fixed = _fixed_of(facts, layers, found["data"])

@@ -147,8 +147,11 @@ def plan(
     written, and the model may be a config.json alone. `target`: for that GPU instead of this machine; `fit`: in this
     much memory. `calibrate`: how long it takes is measured, in about 10 seconds."""
     from tunesmith import facts
+    from tunesmith.evaluate.metrics import refuse_measures
 
     known = gather(recipe, weights=False, **changes)
+    for one in by_stage(known).values():
+        refuse_measures(one)
     if isinstance(known, facts.Facts) or calibrate:
         one = _elsewhere(single(known), target, fit)
         return _calibrated(one) if calibrate else facts.make_plan(one)
@@ -304,15 +307,17 @@ def examine(
     InputError for a row of `data` that cannot be used, and for metrics that the rows do not fit."""
     from tunesmith import afterwards, contenders, stages
     from tunesmith.evaluated import Evaluated, metrics_of
-    from tunesmith.runfolder import AFTER, is_staged
+    from tunesmith.runfolder import AFTER, is_staged, plan_in
     from tunesmith.versus import side_of
 
     side = side_of(str(target))
     exam = contenders.Exam(None if data is None else Path(data), metrics_of(metrics), allow_code)
     own = exam.data is None and not exam.metrics
     if own and side.file == AFTER and side.run is not None:
-        again = stages.evaluate if is_staged(side.run) else afterwards.evaluate
-        return Evaluated.of(again(side.run, allow_code=allow_code), side.run)
+        if is_staged(side.run):
+            return Evaluated.of(stages.evaluate(side.run, allow_code=allow_code), side.run)
+        if plan_in(side.run)["method"] != "full":  # which takes its base and what became of it one after the other
+            return Evaluated.of(afterwards.evaluate(side.run, allow_code=allow_code), side.run)
     if side.run is None and not contenders.is_adapter(Path(side.name)):
         return Evaluated(tuple(contenders.measured_by(side, side, exam).scores(step=0)))
     return Evaluated.of(contenders.before_and_after(side, exam), side.run)

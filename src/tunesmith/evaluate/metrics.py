@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.files import check_path
 from tunesmith.errors import InputError
 from tunesmith.evaluate.jsonmetrics import check_schema, field_f1, json_valid, schema_valid
 from tunesmith.evaluate.textmetrics import (
@@ -29,7 +30,11 @@ from tunesmith.evaluate.textmetrics import (
     rouge_l,
     token_f1,
 )
+from tunesmith.recipevalues import own_metric
 from tunesmith.types import Json
+
+if TYPE_CHECKING:
+    from tunesmith.facts import Facts
 
 WHERE = "metrics"
 
@@ -60,6 +65,17 @@ def given_to(metric: str, schema: Json | None) -> Any:
         return GIVEN[name](text) if text else None
     except ValueError as error:
         raise InputError(str(error), where=f"{WHERE}: {name}") from None
+
+
+def refuse_measures(facts: Facts) -> None:
+    """InputError for a metric of the recipe that is none, whether there are rows to measure or not, and for general
+    text that is not there."""
+    recipe = facts.recipe
+    if recipe.retention_data is not None:
+        check_path(recipe.retention_data)
+    for metric in () if recipe.metrics == "auto" else recipe.metrics:
+        if not own_metric(metric):
+            given_to(metric, facts.schema)
 
 
 def graded(metric: str, answer: str, expected: str, given: Any) -> float:
