@@ -26,7 +26,7 @@ from tunesmith.model.adapters import adapter_scaled, trainable
 from tunesmith.model.load import LanguageModel
 from tunesmith.recipe import Recipe
 from tunesmith.recipevalues import DataSource
-from tunesmith.reopened import known_again, model_left
+from tunesmith.reopened import model_left, of_run
 from tunesmith.runfolder import plan_in, trained_in
 from tunesmith.train.checkpoint import load_weights
 from tunesmith.types import Choice, Comparison, Plan
@@ -52,7 +52,7 @@ class Exam:
 def measured_by(side: Side, other: Side, exam: Exam) -> Measured:
     """A side that no file has measured, on the items of its own run, of the other side's, or of the exam."""
     if side.run is not None:
-        return _after(side, *_of_run(side.run), exam)
+        return _after(side, *of_run(side.run), exam)
     plan, known = _planned(_asked_of(side.name, other.run, exam))
     return _measured(*_under(plan, known, exam), model_at_start(plan, known), exam)
 
@@ -70,7 +70,7 @@ def before_and_after(side: Side, exam: Exam) -> tuple[Comparison, ...]:
         after = _measured(*asked, model, exam)
         with adapter_scaled(model.network, 0):
             return compare_all(_measured(*asked, model, exam), after, step=0)
-    plan, known = _of_run(side.run)
+    plan, known = of_run(side.run)
     start = facts.start_of(plan, known.model.path)
     begun = model_at_start(plan, dataclasses.replace(known, adapter=start))
     before = _measured(*_under(plan, known, exam), begun, exam)
@@ -88,12 +88,6 @@ def _after(side: Side, plan: Plan, known: Facts, exam: Exam) -> Measured:
     model = _model_of(side, plan, known)
     with adapter_scaled(model.network, side.scale):
         return _measured(*_under(plan, known, exam), model, exam)
-
-
-def _of_run(run: Path) -> tuple[Plan, Facts]:
-    path = trained_in(run)
-    plan = plan_in(path)
-    return plan, known_again(plan, path)
 
 
 def _model_of(side: Side, plan: Plan, known: Facts) -> LanguageModel:

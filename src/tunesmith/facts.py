@@ -179,8 +179,8 @@ def open_roles(recipe: Recipe, renderer: Renderer, own_rows: Path | None = None)
         roles["eval_data"], roles["test_data"] = split(roles["eval_data"], 0.5, recipe.seed + 1)
     for role in ("eval_data", "test_data"):
         if role in roles and len(roles[role]) < 2:
-            what, divided = "one row: a score on it has no interval", not (recipe.eval_data and recipe.test_data)
-            more = "; without test_data, half of the rows that are held out become it" if divided else ""
+            what = "one row: a score on it has no interval"
+            more = "" if recipe.test_data else "; without test_data, half of the rows that are held out become it"
             fix = f"give at least two rows, better a hundred{more}"
             raise InputError(what, where=f"{role}: {roles[role].path}", fix=fix)
     refuse_trained(roles["data"], {role: roles[role] for role in ("eval_data", "test_data") if role in roles})

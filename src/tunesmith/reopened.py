@@ -45,11 +45,16 @@ def reopen(path: Path) -> Workbench:
 def left(path: Path) -> Workbench:
     """What a finished run has made of the model, an adapter on it or all of its weights, with the rows of the run.
     Raises what `reopen` raises."""
-    path = trained_in(path)
+    plan, known = of_run(path)
+    return only_model(plan, known, model_left(trained_in(path), plan, known))
+
+
+def of_run(run: Path) -> tuple[Plan, Facts]:
+    """The plan of a finished run, of several stages that of the last one, and its facts."""
+    path = trained_in(run)
     require_run(path)
     plan = plan_in(path)
-    known = known_again(plan, path)
-    return only_model(plan, known, model_left(path, plan, known))
+    return plan, known_again(plan, path)
 
 
 def known_again(plan: Plan, path: Path) -> Facts:

@@ -125,8 +125,12 @@ def _fitting(row: Row, *, pairs: bool) -> list[str]:
 
 def _asks(name: str, other: str, row: Row) -> bool:
     """The keys of another format hold what the sides of a preference row answer."""
-    asked = next((key for key in ASKED if row.data.get(key) is not None), "")
-    return name == "preference" and FORMATS[other].keys == (asked,)
+    return name == "preference" and FORMATS[other].keys == (_asked_in(row),)
+
+
+def _asked_in(row: Row) -> str:
+    """Which key holds what the sides of a preference row answer; none if nothing does."""
+    return next((key for key in ASKED if row.data.get(key) is not None), "")
 
 
 def _quoted(keys: Sequence[str]) -> str:
@@ -201,8 +205,8 @@ def read_side(row: Row, has_template: bool, *, side: Side = "chosen") -> Example
     that stand there instead; of two whole conversations, what follows the turns that they share."""
     own, other = (row.data[key] for key in (side, "rejected" if side == "chosen" else "chosen"))
     if not _is_conversation(own):
-        asked = next((key for key in ASKED if row.data.get(key) is not None), None)
-        if asked is None:
+        asked = _asked_in(row)
+        if not asked:
             fix = "add a `prompt` (or map a column to it), or write both sides as whole conversations"
             raise BadRow("missing key", f"nothing says what `{side}` answers", where=row.id, fix=fix)
         return _answered(row, asked, side, has_template)

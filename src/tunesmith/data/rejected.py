@@ -27,8 +27,8 @@ from tunesmith.types import DataReport, Json
 
 MOST_SHOWN = 4096
 MOST_LOST = 0.20  # of the training rows
-KEYS = ("where", "id", "reason", "what", "fix", "bytes", "row")
-MOST_LINE = 2**20  # bytes of a line here
+KEYS = ("where", "id", "reason", "what", "fix", "bytes", "row")  # of a line
+MOST_LINE = 2**20  # bytes of one
 
 
 def refuse_bad_rows(
@@ -126,12 +126,7 @@ def _again(dataset: Dataset, rejects: Rejects) -> Iterator[Json]:
 def _line(part: Part, row: int, problem: BadRow) -> Json:
     raw, length = part.source.raw(row, MOST_SHOWN)
     name = part.source.id(row)
-    return {
-        "where": str(part.source.spot(row)) if problem.where == name else problem.where,
-        "id": name,
-        "reason": problem.reason,
-        "what": problem.what,
-        "fix": problem.fix,
-        "bytes": length,
-        "row": raw.decode("utf-8", errors="backslashreplace"),
-    }
+    where = str(part.source.spot(row)) if problem.where == name else problem.where
+    text = raw.decode("utf-8", errors="backslashreplace")
+    values = (where, name, problem.reason, problem.what, problem.fix, length, text)
+    return dict(zip(KEYS, values, strict=True))

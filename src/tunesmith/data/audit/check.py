@@ -28,8 +28,7 @@ from tunesmith.data.scan import Scan, percentiles, scan
 from tunesmith.data.shots import without_shots
 from tunesmith.errors import InputError
 from tunesmith.types import DataReport, Finding, Json
-
-FEW_ROWS = 5
+from tunesmith.wording import SHOWN_ROWS
 
 
 def check(
@@ -51,8 +50,8 @@ def check(
 
 
 def _told(finding: Finding, whole: bool) -> Finding:
-    """Nothing that a finding quotes of a row is a secret; a plan keeps a few rows of each."""
-    rows = finding.rows if whole else finding.rows[:FEW_ROWS]
+    """Nothing that a finding quotes of a row is a secret; a plan keeps the rows that are printed."""
+    rows = finding.rows if whole else finding.rows[:SHOWN_ROWS]
     return dataclasses.replace(finding, message=hidden(finding.message), rows=tuple(map(hidden, rows)))
 
 

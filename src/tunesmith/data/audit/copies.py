@@ -12,7 +12,8 @@ import numpy as np
 
 from tunesmith.data.audit.near import ALIKE, WORDS
 from tunesmith.data.audit.parts import GRAM, MOSTLY
-from tunesmith.data.audit.subject import NAMED_ROWS, WARN_SHARE, Subject, by_share, shown
+from tunesmith.data.audit.reading import NAMED_ROWS
+from tunesmith.data.audit.subject import WARN_SHARE, Subject, by_share, shown
 from tunesmith.types import Finding
 
 INSTALL = "pip install 'tunesmith[audit]'"

@@ -28,7 +28,7 @@ from tunesmith.types import Example
 TRAINED = ("data", REHEARSAL)
 SAMPLE = 2_000  # rows, from which is seen what most rows have in common
 COMMON_SHARE, COMMON_ROWS = 0.1, 10  # what more than both of these have is a frame, not what a row says
-NAMED = 1000  # rows of a finding, as in subject.py
+NAMED_ROWS = 1000  # of a finding; what is printed shows a few of them
 OPENING = 3  # words of an answer with which many may begin
 LANGUAGE_ROWS = 50_000  # telling a language takes as long as everything else
 NO_JSON, GOOD_JSON, BROKEN_JSON = range(3)
@@ -91,7 +91,7 @@ class Noted:
         """`found`: kind -> what to show of it."""
         self.rows += 1
         self.kinds.update(found.keys())
-        if len(self.first) < NAMED:
+        if len(self.first) < NAMED_ROWS:
             self.first.append(" ".join([id, *filter(None, found.values())]))
 
 

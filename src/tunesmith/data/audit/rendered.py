@@ -9,7 +9,8 @@ from jsonschema.protocols import Validator
 from referencing.exceptions import Unresolvable
 
 from tunesmith.data.audit.private import hidden
-from tunesmith.data.audit.subject import NAMED_ROWS, WARN_SHARE, Subject, answer_of, some
+from tunesmith.data.audit.reading import NAMED_ROWS
+from tunesmith.data.audit.subject import WARN_SHARE, Subject, answer_of, some
 from tunesmith.data.corpus import DENSE
 from tunesmith.data.dataset import FIRST_ROWS
 from tunesmith.data.folder import Folder

@@ -141,19 +141,7 @@ HOLES = re.compile(
     r"\{(?:first|last|full|user|company|customer)_?name\}|%firstname%|%lastname%|"
     r"\blorem ipsum\b|\bxx+[-/]xx+\b|_{8,}",
 )
-MARKER_SIGNS = (
-    "<|",
-    "<｜",
-    "INST]",
-    "SYS>>",
-    "s>",
-    "_of_turn>",
-    "###",
-    "Human: ",
-    "USER: ",
-    "ASSISTANT: ",
-    "ssistant: ",
-)
+MARKER_SIGNS = ("<|", "<｜", "INST]", "SYS>>", "s>", "_of_turn>", "###", "Human: ", "USER: ", "SISTANT: ", "sistant: ")
 HOLE_SIGN = re.compile(r"[\[<{]|lorem|xx[-/]|%|___")  # quick to look for
 UNSEEN = {
     "control characters": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f",
@@ -200,12 +188,8 @@ def unseen(row: Row) -> Found:
 
 COPIED, COPIED_WORDS = 0.9, 8
 LOOP = 4  # times the same line
-PHRASE, LOOP_WORDS, FEW_WORDS, FEW_PHRASES = (
-    3,
-    24,
-    0.25,
-    0.34,
-)  # shares of words, and of runs of three, that are different
+LOOP_WORDS = 24  # from which a share says something
+FEW_WORDS, FEW_PHRASES = 0.25, 0.34  # different ones of all words, and of all runs of three
 NUMBERED = re.compile(r"\d+[.):]|[^\w]+")  # what begins an item, and signs
 STUCK = re.compile(r"(\w)\1{39,}")
 

@@ -13,13 +13,12 @@ from typing import Literal
 import numpy as np
 from jsonschema.protocols import Validator
 
-from tunesmith.data.audit.reading import Reading
+from tunesmith.data.audit.reading import NAMED_ROWS, Reading
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.scan import Scan
 from tunesmith.types import Example, Finding
 
 WARN_SHARE, ERROR_SHARE = 0.01, 0.20  # of the rows
-NAMED_ROWS = 1000  # of a finding; what is printed shows a few of them
 
 Level = Literal["info", "warn", "error"]
 
