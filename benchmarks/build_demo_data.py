@@ -218,7 +218,7 @@ def notices(rows: list[Record]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("/"))
-    parser.add_argument("--out", type=Path, default=Path("src/tunesmith/demo"))
+    parser.add_argument("--out", type=Path, default=Path("src/tunesmith/recipe/demo"))
     options = parser.parse_args()
     packages = Path(__file__).with_name("demo_packages.txt").read_text("utf-8").split()
     splits = divide(records([read_source(options.root, package) for package in packages]))

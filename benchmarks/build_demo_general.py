@@ -82,7 +82,7 @@ def choose(passages: Iterator[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("/"))
-    parser.add_argument("--out", type=Path, default=Path("src/tunesmith/demo"))
+    parser.add_argument("--out", type=Path, default=Path("src/tunesmith/recipe/demo"))
     options = parser.parse_args()
     rows = [{"text": text, "domain": d} for d, read in DOMAINS.items() for text in choose(read(options.root))]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -94,7 +94,7 @@ def small_model(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from tunesmith.model.source import resolve
+    from tunesmith.model.hub.resolve import resolve
 
     base = resolve("smollm2-135m-instruct")
     shutil.copytree(base, folder, ignore=lambda _, names: [one for one in names if one.endswith(".safetensors")])
@@ -131,22 +131,23 @@ def told(events: Iterator[Any], name: str, begun: float) -> None:
 
 def child(model: Path, corpus: Path, output: Path) -> None:
     """One run to its end, then another one of the same facts, which whoever reads along ends; or goes on with it."""
-    from tunesmith import facts, run
-    from tunesmith.recipe import Recipe
+    from tunesmith.recipe.schema import Recipe
+    from tunesmith.session import inputs
+    from tunesmith.train import run
 
     begun = time.perf_counter()
     if (output / "killed" / "plan.json").exists():
         told(run.resume(output / "killed"), "resumed", begun)
         return
-    known = facts.gather(Recipe.model_validate(recipe(model, corpus, output / "straight")))
-    found = {"windows": len(known.corpus or ()), "tokens": facts.reports(known)["data"].tokens}
+    known = inputs.gather(Recipe.model_validate(recipe(model, corpus, output / "straight")))
+    found = {"windows": len(known.corpus or ()), "tokens": inputs.reports(known)["data"].tokens}
     found |= {"run": "read", "seconds": time.perf_counter() - begun, "processor": time.process_time(), "peak": peak()}
     print(json.dumps(found), flush=True)
-    told(run.train(facts.make_plan(known), known), "straight", begun)
+    told(run.train(inputs.make_plan(known), known), "straight", begun)
     again = dataclasses.replace(
         known, output_dir=output / "killed", recipe=known.recipe.model_copy(update={"output_dir": output / "killed"})
     )
-    told(run.train(facts.make_plan(again), again), "killed", begun)
+    told(run.train(inputs.make_plan(again), again), "killed", begun)
 
 
 def followed(command: list[str]) -> list[dict[str, Any]]:

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from tunesmith import facts, verbs
-from tunesmith.beginning import SWITCHED
-from tunesmith.evaluate.retention import chosen_texts
-from tunesmith.measure import Items, items_of, measure
+from tunesmith import api
+from tunesmith.evaluate.adapter_scaling import scale_curve
+from tunesmith.evaluate.general_text import chosen_texts
+from tunesmith.evaluate.measure import Items, items_of, measure
 from tunesmith.model.adapters import trainable
-from tunesmith.scales import scale_curve
-from tunesmith.workbench import Workbench, set_up
+from tunesmith.session import inputs
+from tunesmith.session.session import Workbench, set_up
+from tunesmith.train.base_reference import SWITCHED
 
 
 def cut(items: Items, bench: Workbench, count: int, tokens: int) -> Items:
@@ -44,9 +45,9 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        known = verbs.demo_facts(f"{folder}/run")
-        assert isinstance(known, facts.Facts)
-        plan = facts.make_plan(known)
+        known = api.demo_facts(f"{folder}/run")
+        assert isinstance(known, inputs.Facts)
+        plan = inputs.make_plan(known)
         bench = set_up(plan, known)
     items = items_of(plan, known)
     items = items if options.all else cut(items, bench, options.items, options.general)

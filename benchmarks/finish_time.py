@@ -18,8 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import tunesmith
-from tunesmith.demo import RECIPE
-from tunesmith.types import Plan, StepResult
+from tunesmith.core.events import StepResult
+from tunesmith.core.types import Plan
+from tunesmith.recipe.demo import RECIPE
 
 DEMO = Path(tunesmith.__file__).parent / "demo"
 TEXTS = {"model": "smollm2-135m-instruct", "stage": "cpt", "data": str(DEMO / "general.jsonl")}

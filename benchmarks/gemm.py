@@ -16,8 +16,8 @@ from statistics import median
 import torch
 from benchmarks.job import threads
 
-from tunesmith.model.spec import read_spec
-from tunesmith.types import Json, ModelSpec
+from tunesmith.core.types import Json, ModelSpec
+from tunesmith.model.hub.spec import read_spec
 
 M = 2048  # rows of the input: tokens of a pack
 

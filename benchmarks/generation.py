@@ -25,15 +25,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tunesmith import facts, verbs
-from tunesmith.demo import RECIPE
-from tunesmith.evaluate.tasks import questions_of
-from tunesmith.infer.engine import generate
-from tunesmith.measure import asking
+from tunesmith import api
+from tunesmith.core.types import Request
+from tunesmith.evaluate.generate_until import questions_of
+from tunesmith.evaluate.measure import asking
 from tunesmith.model.adapters import scale_adapter
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Request
-from tunesmith.workbench import model_at_start
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.generation.engine import generate
+from tunesmith.recipe.demo import RECIPE
+from tunesmith.session import inputs
+from tunesmith.session.session import model_at_start
 
 Answers = list[tuple[int, ...]]
 
@@ -92,9 +93,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--adapter", action="store_true")
     options = parser.parse_args()
-    known = verbs.gather(RECIPE, output_dir="runs/unused")
-    assert isinstance(known, facts.Facts)
-    renderer, plan = known.renderer, facts.make_plan(known)
+    known = api.gather(RECIPE, output_dir="runs/unused")
+    assert isinstance(known, inputs.Facts)
+    renderer, plan = known.renderer, inputs.make_plan(known)
     prompts = [one.prompt for one in questions_of(asking(known), renderer)][: options.prompts]
     lengths = sorted(map(len, prompts))
     print(json.dumps({"prompts": len(prompts), "shortest": lengths[0], "longest": lengths[-1], "new": options.new}))

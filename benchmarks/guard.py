@@ -24,16 +24,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tunesmith import facts
-from tunesmith.demo import RECIPE
-from tunesmith.measure import general_texts
-from tunesmith.model.load import LanguageModel
-from tunesmith.probes import Probes, probe_set
-from tunesmith.recipe import Recipe
-from tunesmith.train.guard import Guard
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import Batch, Document, Event, Json, StepResult, Verdict
-from tunesmith.workbench import set_up
+from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.types import Batch, Document, Json
+from tunesmith.evaluate.measure import general_texts
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.recipe.demo import RECIPE
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.session.session import set_up
+from tunesmith.train.guard.detectors import Guard
+from tunesmith.train.guard.probes import Probes, probe_set
+from tunesmith.train.loop import Settings, Training
 
 DEMO, TASKS = RECIPE.parent, Path(__file__).parents[1] / "recipes" / "tasks"
 BAD_STEPS = range(10, 13)  # of a corrupt block, and of a step that is no number
@@ -169,14 +170,14 @@ def followed(case: Case, seed: int, steps: int, every: int, keep: Callable[[Even
     """All that is said in a run of so many steps."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        known = facts.gather(recipe_of(case, folder, seed, steps, every))
-        rate = min(1.0, case.times * facts.make_plan(known)["learning_rate"])
-        known = facts.gather(recipe_of(case, folder, seed, steps, every, learning_rate=rate))
+        known = inputs.gather(recipe_of(case, folder, seed, steps, every))
+        rate = min(1.0, case.times * inputs.make_plan(known)["learning_rate"])
+        known = inputs.gather(recipe_of(case, folder, seed, steps, every, learning_rate=rate))
         return said_in(case, known, every, keep)
 
 
-def said_in(case: Case, known: facts.Facts, every: int, keep: Callable[[Event], None]) -> list[Verdict]:
-    plan = facts.make_plan(known)
+def said_in(case: Case, known: inputs.Facts, every: int, keep: Callable[[Event], None]) -> list[Verdict]:
+    plan = inputs.make_plan(known)
     bench = set_up(plan, known)
     chosen = probe_set(plan, known, general_texts(known))
     assert chosen is not None

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.hardware import core_count, peak_bytes
-from tunesmith.types import Document
+from tunesmith.core.hardware import core_count, peak_bytes
+from tunesmith.core.types import Document
 
 ROOT = Path(__file__).parents[1]
 WARM_UP_ROWS = 4  # rows trained before the clock counts: first-time costs of either side are left out

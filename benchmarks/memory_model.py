@@ -21,8 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 import tunesmith
-from tunesmith.model.source import resolve
-from tunesmith.types import Plan, StepResult
+from tunesmith.core.events import StepResult
+from tunesmith.core.types import Plan
+from tunesmith.model.hub.resolve import resolve
 
 BASE = "smollm2-135m-instruct"
 SIZES: dict[str, Any] = {"vocab_size": 49_152, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2}

@@ -27,17 +27,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import pack_step
-from tunesmith.hardware import peak_bytes
+from tunesmith.core.hardware import peak_bytes
+from tunesmith.core.types import Document
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
 from tunesmith.model.adapters import METHODS, trainable
-from tunesmith.model.load import adopt, load_network
-from tunesmith.model.quantized import load_quantized, quantized_weights
-from tunesmith.model.source import resolve
-from tunesmith.train.inbackward import InBackward
+from tunesmith.model.causal_lm import adopt, load_network
+from tunesmith.model.hub.resolve import resolve
+from tunesmith.model.quantization import load_quantized, quantized_weights
 from tunesmith.train.losses import answer_loss
-from tunesmith.train.optim import make_optimizer, moments, update
-from tunesmith.types import Document
+from tunesmith.train.optimizer import make_optimizer, moments, update
+from tunesmith.train.optimizer_in_backward import InBackward
 
 CASES = {
     "lora": {},

@@ -14,11 +14,12 @@ import torch
 from benchmarks.job import LORA, Clock, Job, Outcome, job_of, read_documents, say, threads
 from transformers import PreTrainedModel
 
+from tunesmith.core.events import StepResult
+from tunesmith.core.types import Document
 from tunesmith.model.adapters import add_lora
-from tunesmith.model.load import adopt, load_network
-from tunesmith.model.saved import load_adapter, save_adapter
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import Document, StepResult
+from tunesmith.model.causal_lm import adopt, load_network
+from tunesmith.model.save import load_adapter, save_adapter
+from tunesmith.train.loop import Settings, Training
 
 
 def load(model: str) -> PreTrainedModel:

@@ -19,9 +19,9 @@ from benchmarks.prepare import OUR_BATCH, Bench
 from benchmarks.rows import fitting, pairs
 from benchmarks.speed import GROUPED, OURS, PACK_LENGTH, Setting, middle, their_run, timed, tokens_per_second
 
-from tunesmith.data.pack import saved_share
-from tunesmith.data.render import Renderer
-from tunesmith.types import Document, Json
+from tunesmith.core.types import Document, Json
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.packing import saved_share
 
 SYSTEM = (
     "You are the documentation assistant of a Python team. You are given the source of one function or class whose "

@@ -11,10 +11,10 @@ from pathlib import Path
 from benchmarks.job import Job, call, write_documents
 from benchmarks.rows import fitting, write_rows
 
-from tunesmith.data.render import Renderer
-from tunesmith.model.source import resolve
-from tunesmith.model.spec import read_spec
-from tunesmith.types import Document, Json, ModelSpec
+from tunesmith.core.types import Document, Json, ModelSpec
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.model.hub.resolve import resolve
+from tunesmith.model.hub.spec import read_spec
 
 MODEL = "smollm2-135m-instruct"
 OUR_BATCH = 8  # rows an optimizer step

@@ -17,13 +17,14 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tunesmith import facts, verbs
-from tunesmith.demo import RECIPE
-from tunesmith.measure import general_texts
-from tunesmith.probes import Probes, probe_set
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import StepResult
-from tunesmith.workbench import set_up
+from tunesmith import api
+from tunesmith.core.events import StepResult
+from tunesmith.evaluate.measure import general_texts
+from tunesmith.recipe.demo import RECIPE
+from tunesmith.session import inputs
+from tunesmith.session.session import set_up
+from tunesmith.train.guard.probes import Probes, probe_set
+from tunesmith.train.loop import Settings, Training
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -39,9 +40,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
-        known = verbs.gather(given.recipe, output_dir=f"{folder}/run", guard={"probe_steps": 1})
-        assert isinstance(known, facts.Facts)
-        plan = facts.make_plan(known)
+        known = api.gather(given.recipe, output_dir=f"{folder}/run", guard={"probe_steps": 1})
+        assert isinstance(known, inputs.Facts)
+        plan = inputs.make_plan(known)
         bench = set_up(plan, known)
     texts, training = general_texts(known), Training(bench.model, bench.documents_of, Settings.of(plan))
     print("| prompts | probe, s | step, s | tokens of a step | steps a probe |\n|---|---|---|---|---|")

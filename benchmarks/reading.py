@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tunesmith.data.dataset import open_dataset
-from tunesmith.recipevalues import DataSource
+from tunesmith.recipe.fields import DataSource
 
 ROWS, FILES = 100_000, 20_000
 STEPS = ("answer the question about the weather in the old town", "größer", "日本", "\n\n", "12,345.6", '"quoted"')

@@ -18,9 +18,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tunesmith.data.formats import parse, parse_pair
-from tunesmith.data.render import Renderer
-from tunesmith.types import Document, Example, Json, Row
+from tunesmith.core.types import Document, Example, Json, Row
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.formats.row_formats import parse, parse_pair
 
 SYSTEM = "Write the docstring of this Python code. Answer with the text alone, without quotes."
 SKIP = {"test", "tests", "idle_test", "site-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}

@@ -23,9 +23,9 @@ from benchmarks.speed import losses, speed
 from benchmarks.start import rows_per_second, seconds_to_first_step
 from benchmarks.table import table
 
-from tunesmith.hardware import measure_machine
-from tunesmith.jsonfile import to_json
-from tunesmith.types import Json
+from tunesmith.core.hardware import measure_machine
+from tunesmith.core.json_io import to_json
+from tunesmith.core.types import Json
 
 PACKAGES = ("trl", "peft", "transformers", "torch", "accelerate", "datasets")
 IDLE_LOAD = 0.5  # a load average above it means that something else is running

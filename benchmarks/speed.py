@@ -17,9 +17,9 @@ from benchmarks.job import Job, Outcome, run_job, write_documents
 from benchmarks.prepare import Bench, note
 from benchmarks.rows import by_length
 
-from tunesmith.data.pack import saved_share
+from tunesmith.core.types import Document, Json, ModelSpec
+from tunesmith.data.packing import saved_share
 from tunesmith.plan.rules import LEAST_SAVED
-from tunesmith.types import Document, Json, ModelSpec
 
 OURS, THEIRS = "benchmarks.ours", "benchmarks.theirs"
 PACK_LENGTH = 4096  # what a plan chooses on a CPU

@@ -16,10 +16,10 @@ from statistics import median
 
 from benchmarks.rows import example
 
-from tunesmith.data.render import Renderer
-from tunesmith.data.scan import BATCH_ROWS
-from tunesmith.runfolder import EVENTS, read_events
-from tunesmith.types import Json
+from tunesmith.core.run_dir import EVENTS, read_events
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.length_stats import BATCH_ROWS
 
 RECIPE = "model: {model}\ndata: {rows}\nmax_steps: 100\nbatch_size: 8\noutput_dir: {run}\n"
 LONGEST_WAIT = 300  # seconds
@@ -34,7 +34,7 @@ def seconds_to_first_step(model: str, rows: Path, scratch: Path) -> Json:
     recipe.write_text(RECIPE.format(model=model, rows=rows, run=run), encoding="utf-8")
     started = time.time()
     with (scratch / "train.log").open("w+") as log:
-        command = [sys.executable, "-m", "tunesmith.cli", "train", str(recipe)]
+        command = [sys.executable, "-m", "tunesmith.cli.app", "train", str(recipe)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             step = _first_step(process, run, started + LONGEST_WAIT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import mean
 
-from tunesmith.types import Json
+from tunesmith.core.types import Json
 
 LAST_STEPS = 5  # whose mean loss is compared
 HEAD = ("", "tunesmith", "TRL {trl} + PEFT {peft}", "ratio", "goal")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from tunesmith.types import Document
+from tunesmith.core.types import Document
 
 IGNORED = -100  # the label of a token that is not trained
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tiny_run import save_model_folder
-from tunesmith import cli
+from tunesmith.cli import app
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 
@@ -44,7 +44,7 @@ def tunesmith(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
     def call(*words: str) -> Outcome:
         with pytest.raises(SystemExit) as ended:
-            cli.main(words)
+            app.main(words)
         return (ended.value.code or 0, *capsys.readouterr())  # pyright: ignore[reportReturnType]
 
     return call

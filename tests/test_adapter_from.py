@@ -25,14 +25,16 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import afterwards, facts, run
-from tunesmith.errors import GateError, InputError
-from tunesmith.jsonfile import read_json
-from tunesmith.model.provenance import read_provenance
-from tunesmith.recipe import Recipe
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.events import Score, Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.evaluate import finished_run
+from tunesmith.model.hub.provenance import read_provenance
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.session.session import set_up
+from tunesmith.train import run
 from tunesmith.train.preflight import prove
-from tunesmith.types import Score, Verdict
-from tunesmith.workbench import set_up
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 LEFT = {"lora_r": "auto"}  # the tiny recipe wishes for rank 2
@@ -132,8 +134,8 @@ def test_training_starts_from_the_adapters_weights(first: Recipe, tiny_folder: P
 
 def test_the_start_is_proven_with_the_adapter_on(first: Recipe, tiny_folder: Path, tmp_path: Path) -> None:
     wish = recipe(tiny_folder, tmp_path, data=new_rows(tmp_path), adapter_from=first.output_dir)
-    known = facts.gather(wish)
-    bench = set_up(facts.make_plan(known), known)
+    known = inputs.gather(wish)
+    bench = set_up(inputs.make_plan(known), known)
     assert "within 0.0" in next(v.evidence for v in prove(bench.model, bench.probe) if v.kind == "forward = stock")
     name, parameter = next((n, p) for n, p in bench.model.network.named_parameters() if "lora_B" in n)
     with torch.no_grad():
@@ -154,7 +156,7 @@ def test_before_is_the_model_that_training_starts_from(
     base = train(recipe(tiny_folder, tmp_path / "base", test_data=files["test_data"], dtype=dtype, max_steps=1))
     of_base = next(e for e in base if isinstance(e, Score) and (e.metric, e.step) == ("loss", 0))
     assert before.value < of_base.value - 0.3
-    again = {c.metric: c for c in afterwards.evaluate(Path(str(wish.output_dir)))}
+    again = {c.metric: c for c in finished_run.evaluate(Path(str(wish.output_dir)))}
     assert again["loss"].before.value == pytest.approx(before.value, rel=1e-6)
 
 
@@ -181,8 +183,8 @@ def their_step(network: PeftModel, documents: Any, plan: Any) -> dict[str, torch
 def test_one_step_from_pefts_adapter_is_pefts_step(tiny_folder: Path, tmp_path: Path, config: dict) -> None:
     network = peft_adapter(tiny_folder, tmp_path / "theirs", **config)
     wish = recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), batch_size=6, max_steps=1, **LEFT)
-    known = facts.gather(wish)
-    plan = facts.make_plan(known)
+    known = inputs.gather(wish)
+    plan = inputs.make_plan(known)
     expected = their_step(network, set_up(plan, known).documents_of(1), plan)
     events = list(run.train(plan, known))
     assert len(steps_of(events)) == 1
@@ -207,8 +209,8 @@ def test_a_continued_run_resumes_bitwise(first: Recipe, tiny_folder: Path, tmp_p
         for name in ("straight", "broken")
     ]
     train(wishes[0])
-    known = facts.gather(wishes[1])
-    until_saved(iter(run.train(facts.make_plan(known), known)), 2)
+    known = inputs.gather(wishes[1])
+    until_saved(iter(run.train(inputs.make_plan(known), known)), 2)
     list(run.resume(tmp_path / "broken" / "run"))
     assert adapter_bytes(wishes[0]) == adapter_bytes(wishes[1])
 
@@ -216,13 +218,13 @@ def test_a_continued_run_resumes_bitwise(first: Recipe, tiny_folder: Path, tmp_p
 def test_a_changed_start_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
     peft_adapter(tiny_folder, tmp_path / "theirs")
     wish = recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), save_steps=1, **LEFT)
-    known = facts.gather(wish)
-    plan = facts.make_plan(known)
+    known = inputs.gather(wish)
+    plan = inputs.make_plan(known)
     until_saved(iter(run.train(plan, known)), 1)
     file = tmp_path / "theirs" / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
     with pytest.raises(InputError, match="the adapter has changed since the plan"):
-        facts.regather(plan)
+        inputs.regather(plan)
     with pytest.raises(InputError, match="adapter_from"):
         list(run.resume(tmp_path / "run"))
 
@@ -231,9 +233,9 @@ def test_a_finished_run_answers_without_the_adapter_it_started_from(tiny_folder:
     peft_adapter(tiny_folder, tmp_path / "theirs")
     train(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
     shutil.rmtree(tmp_path / "theirs")
-    assert isinstance(next(afterwards.chat(tmp_path / "run", ["1 and 1"])), str)
+    assert isinstance(next(finished_run.chat(tmp_path / "run", ["1 and 1"])), str)
     with pytest.raises(InputError, match="no adapter here"):
-        afterwards.evaluate(tmp_path / "run")
+        finished_run.evaluate(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- what it belongs to
@@ -272,17 +274,17 @@ def test_an_adapter_folder_says_what_it_belongs_to(first: Recipe, tiny_folder: P
 def test_reopening_says_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
     wish = recipe(shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path)
     train(wish)
-    assert next(afterwards.chat(tmp_path / "run", ["1 and 1"])) is not None
+    assert next(finished_run.chat(tmp_path / "run", ["1 and 1"])) is not None
     config = tmp_path / "model" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": "<|start|>"}))
     with pytest.raises(InputError, match="names of special tokens: sha256"):
-        afterwards.reopen(tmp_path / "run")
+        finished_run.reopen(tmp_path / "run")
     template = tmp_path / "model" / "chat_template.jinja"
     template.write_text(template.read_text() + "{# more #}")
     save_model_folder(tmp_path / "model2", seed=3)
     shutil.copy(tmp_path / "model2" / "model.safetensors", tmp_path / "model" / "model.safetensors")
     with pytest.raises(InputError) as caught:
-        afterwards.reopen(tmp_path / "run")
+        finished_run.reopen(tmp_path / "run")
     lines = caught.value.what.splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == ["base weights model.safetensors", "chat template default"]
 
@@ -295,7 +297,7 @@ def test_golden_ids_tell_of_another_tokenization_by_the_same_files(first: Recipe
     content["golden"][1]["ids"][5] += 1
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"not as the run wrote it: tunesmith\.json"):
-        afterwards.reopen(tmp_path / "copy")
+        finished_run.reopen(tmp_path / "copy")
     with pytest.raises(InputError, match=r"golden prompt 2: \d+ tokens -> \d+, they differ from token 6 on"):
         plan_of(recipe(Path(wish.model), tmp_path / "new", adapter_from=tmp_path / "copy", data=new_rows(tmp_path)))
 

@@ -10,11 +10,12 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_run import adapter_bytes, plan_of, recipe, steps_of, train, until_saved, write_rows
-from tunesmith import run
-from tunesmith.errors import Interrupted
+from tunesmith.core.errors import Interrupted
+from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.types import Json
 from tunesmith.plan.rehearsal import next_ratio
-from tunesmith.recipe import Recipe
-from tunesmith.types import Event, Json, StepResult, Verdict
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train import run
 
 # What rows in ASCII unlearn.
 TEXTS: list[Json] = [{"text": f"{chr(0x3041 + n)}ぁい" + "うえお" * (1 + n % 4)} for n in range(20)]

@@ -21,12 +21,16 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import afterwards, facts, run, stages, verbs
-from tunesmith.data.batch import collate
-from tunesmith.errors import InputError
-from tunesmith.recipe import Recipe
-from tunesmith.recipefile import load_recipe
-from tunesmith.types import Json, Pack, Verdict
+from tunesmith import api
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Verdict
+from tunesmith.core.types import Json, Pack
+from tunesmith.data.collate import collate
+from tunesmith.evaluate import finished_run
+from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run, stages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 TOKENS = ["[sum]", "<n>"]
@@ -143,7 +147,7 @@ def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
     if base.config.vocab_size < len(AutoTokenizer.from_pretrained(adapter)):
         base.resize_token_embeddings(261)
     theirs: Any = PeftModel.from_pretrained(base, adapter).eval()
-    bench = afterwards.reopen(place(first))
+    bench = finished_run.reopen(place(first))
     document = bench.rows.documents(0)[0]
     tokens = document.tokens_L.tolist()
     batch = collate(Pack((document,)))
@@ -155,8 +159,8 @@ def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
 
 def test_a_resumed_run_has_the_same_bytes(first: Recipe, model: Path, tmp_path: Path) -> None:
     own = wish(model, tmp_path, save_steps=1)
-    known = facts.gather(own)
-    until_saved(run.train(facts.make_plan(known), known), 1)
+    known = inputs.gather(own)
+    until_saved(run.train(inputs.make_plan(known), known), 1)
     list(run.resume(place(own)))
     assert adapter_bytes(own) == adapter_bytes(first)
 
@@ -164,7 +168,7 @@ def test_a_resumed_run_has_the_same_bytes(first: Recipe, model: Path, tmp_path: 
 def test_before_is_the_base_with_the_tokens_as_they_started(first: Recipe) -> None:
     events = [json.loads(line) for line in (place(first) / "events.jsonl").read_text().splitlines()]
     before = {e["metric"]: e["value"] for e in events if e["type"] == "score" and e["step"] == 0}
-    again = {one.metric: one for one in afterwards.evaluate(place(first))}
+    again = {one.metric: one for one in finished_run.evaluate(place(first))}
     assert again["loss"].before.value == pytest.approx(before["loss"], rel=1e-6)
     assert again["loss"].after.value < again["loss"].before.value - 0.1
 
@@ -195,7 +199,7 @@ def test_other_methods_learn_them_too(tiny_folder: Path, tmp_path: Path, changed
     own = wish(tiny_folder, tmp_path, num_train_epochs=3, **changed)
     steps = steps_of(train(own))
     assert steps[-1].loss < steps[0].loss - 0.3
-    assert afterwards.export(place(own), "merged").parity.mean_kl < 1e-6
+    assert finished_run.export(place(own), "merged").parity.mean_kl < 1e-6
 
 
 def test_pairs_are_compared_with_the_base(tiny_folder: Path, tmp_path: Path) -> None:
@@ -224,11 +228,11 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
     sft: Json = {"data": str(rows), "batch_size": 2}
     both = {"model": str(tiny_folder), "add_tokens": TOKENS, "lora_r": 2, "dtype": "fp32", "learning_rate": 0.01}
     both |= {"output_dir": str(tmp_path / "run"), "num_train_epochs": 1}
-    made = verbs.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft}]})
+    made = api.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft}]})
     known = stages.gather(made)
     steps = steps_of(list(stages.train(stages.make_plan(known), known)))
     assert steps[-1].loss < steps[-3].loss
-    other = verbs.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft | {"add_tokens": ["<n>"]}}]})
+    other = api.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft | {"add_tokens": ["<n>"]}}]})
     with pytest.raises(InputError, match="the stage sft adds other tokens than the first one"):
         stages.make_plan(stages.gather(other))
 
@@ -238,8 +242,8 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> None:
     path = place(first)
-    assert afterwards.export(path, "peft", out=tmp_path / "peft").parity.mean_kl < 1e-9
-    merged = afterwards.export(path, "merged", out=tmp_path / "merged")
+    assert finished_run.export(path, "peft", out=tmp_path / "peft").parity.mean_kl < 1e-9
+    merged = finished_run.export(path, "merged", out=tmp_path / "merged")
     assert (merged.parity.mean_kl < 1e-9, merged.parity.same_prompts) == (True, 4)
     old, new = load_file(model / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     assert torch.equal(new["model.embed_tokens.weight"][:259], old["model.embed_tokens.weight"][:259])
@@ -249,4 +253,4 @@ def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> No
     plan = plan_of(recipe(tmp_path / "merged", tmp_path / "next", data=rows))
     assert plan.model.vocab_size == size, "a model for the next run"
     with pytest.raises(InputError, match="a GGUF adapter has no place for the rows of new tokens"):
-        afterwards.export(path, "gguf", kind="lora", out=tmp_path / "lora")
+        finished_run.export(path, "gguf", kind="lora", out=tmp_path / "lora")

@@ -15,10 +15,11 @@ import yaml
 
 import tunesmith
 from tiny_run import recipe, sums, train, write_rows
-from tunesmith import cli, dataverbs, verbs
-from tunesmith.errors import InputError, TunesmithError
-from tunesmith.jsonfile import json_bytes, to_json
-from tunesmith.recipe import Recipe
+from tunesmith import api, dataverbs
+from tunesmith.cli import app
+from tunesmith.core.errors import InputError, TunesmithError
+from tunesmith.core.json_io import json_bytes, to_json
+from tunesmith.recipe.schema import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -48,9 +49,9 @@ def test_names_stay_what_they_are_when_everything_is_imported() -> None:
 
 
 def test_every_verb_is_a_function_of_its_name() -> None:
-    for name in cli.VERBS:
+    for name in app.VERBS:
         function = {"eval": "evaluate", "report": "write_report"}.get(name, name.replace(" ", "_"))
-        homes = [home for home in (verbs, dataverbs) if hasattr(home, function)]
+        homes = [home for home in (api, dataverbs) if hasattr(home, function)]
         assert [getattr(home, function) for home in homes] == [getattr(tunesmith, function)]
         assert function in tunesmith.__all__
 
@@ -76,19 +77,19 @@ def test_a_plan_can_be_made_of(form: str, here: Path) -> None:
         "mapping": lambda: tunesmith.plan(values | {"lora_rank": 7}, lora_r=3),
         "recipe": lambda: tunesmith.plan(Recipe.model_validate(values), lora_r=3),
         "keywords": lambda: tunesmith.plan(**values, lora_r=3),
-        "facts": lambda: tunesmith.plan(verbs.gather(values, lora_r=3)),
+        "facts": lambda: tunesmith.plan(api.gather(values, lora_r=3)),
     }
     plan = forms[form]()
     assert (plan["lora_r"], plan.choices["lora_r"].by, plan.steps) == (3, "you", 2)
 
 
 def test_paths_and_tuples_are_values_too(here: Path) -> None:
-    found = verbs.read_recipe(
+    found = api.read_recipe(
         {"model": "tiny", "data": here / "a.jsonl"}, lora_target_modules=("q_proj",), output_dir=Path("out")
     )
     assert (found.data[0].path, found.lora_target_modules) == (here / "a.jsonl", ("q_proj",))
-    assert verbs.read_recipe(found) is found
-    assert verbs.read_recipe(found, seed=3).model_dump() == found.model_dump() | {"seed": 3}
+    assert api.read_recipe(found) is found
+    assert api.read_recipe(found, seed=3).model_dump() == found.model_dump() | {"seed": 3}
 
 
 @pytest.mark.parametrize(

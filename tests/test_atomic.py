@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.atomic import (
+from tunesmith.core.atomic import (
     damage,
     disk_errors,
     new_folder,
@@ -22,8 +22,8 @@ from tunesmith.atomic import (
     size,
     write_file,
 )
-from tunesmith.errors import MachineError
-from tunesmith.jsonfile import read_json
+from tunesmith.core.errors import MachineError
+from tunesmith.core.json_io import read_json
 
 SYSTEM_CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace")
 

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from tiny_run import recipe
-from tunesmith import calibration, facts
-from tunesmith.errors import InputError, MachineError
-from tunesmith.finish import Beside, with_finish
-from tunesmith.model.part import part_of
-from tunesmith.plan.work import tokens_computed
-from tunesmith.types import Document
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.types import Document
+from tunesmith.model.truncated import part_of
+from tunesmith.plan.flops import tokens_computed
+from tunesmith.session import inputs
+from tunesmith.train import calibrate
+from tunesmith.train.time_estimate import Beside, with_finish
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "SECONDS", 0.02)
-    monkeypatch.setattr(calibration, "LEAST_SECONDS", 0.001)
-    monkeypatch.setattr(calibration, "COPIED_BYTES", 2**16)
+    monkeypatch.setattr(calibrate, "SECONDS", 0.02)
+    monkeypatch.setattr(calibrate, "LEAST_SECONDS", 0.001)
+    monkeypatch.setattr(calibrate, "COPIED_BYTES", 2**16)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -30,9 +31,9 @@ def test_a_plan_gets_its_time_without_weights(method: str, quick: None, tiny_fol
     alone = tmp_path / "alone"
     shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
     wish = recipe(alone, tmp_path, method=method, lora_r="auto", lora_target_modules="auto")
-    known = facts.gather(wish, weights=False)
-    plan = facts.make_plan(known)
-    timed = calibration.calibrated(plan, known)
+    known = inputs.gather(wish, weights=False)
+    plan = inputs.make_plan(known)
+    timed = calibrate.calibrated(plan, known)
     assert timed.seconds[0] > 0
     assert "of 1 and 2 of 2 layers" in timed.seconds_from
     assert dataclasses.replace(timed, seconds=plan.seconds, seconds_from=plan.seconds_from) == plan
@@ -41,9 +42,9 @@ def test_a_plan_gets_its_time_without_weights(method: str, quick: None, tiny_fol
 
 def test_a_step_is_its_layers_and_the_rest(quick: None, tiny_folder: Path, tmp_path: Path) -> None:
     del quick
-    known = facts.gather(recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"]))
-    plan = facts.make_plan(known)
-    found = calibration.calibrate(plan, known)
+    known = inputs.gather(recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"]))
+    plan = inputs.make_plan(known)
+    found = calibrate.calibrate(plan, known)
     assert found.step_seconds(4) == pytest.approx(found.other_seconds + 4 * found.layer_seconds)
     assert found.gemm_flops > 1e6
     assert found.bandwidth > 1e6
@@ -54,27 +55,25 @@ def test_a_step_is_its_layers_and_the_rest(quick: None, tiny_folder: Path, tmp_p
 def test_large_steps_are_cut_and_pairs_stay_together(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = facts.make_plan(facts.gather(recipe(tiny_folder, tmp_path)))
-    monkeypatch.setattr(calibration, "MOST_FLOPS", 1)  # 256 tokens
+    plan = inputs.make_plan(inputs.gather(recipe(tiny_folder, tmp_path)))
+    monkeypatch.setattr(calibrate, "MOST_FLOPS", 1)  # 256 tokens
     some = torch.zeros(200, dtype=torch.int32).numpy()
     sides: list[Any] = ["chosen", "rejected"] * 3
     documents = [Document(str(i), some, some, side) for i, side in enumerate(sides)]
-    assert len(calibration._few(plan, 2)(documents)) == 2
-    assert len(calibration._few(plan, 2)([dataclasses.replace(one, side="") for one in documents])) == 2
-    monkeypatch.setattr(calibration, "MOST_FLOPS", 1e15)
-    assert len(calibration._few(plan, 2)(documents)) == 6
+    assert len(calibrate._few(plan, 2)(documents)) == 2
+    assert len(calibrate._few(plan, 2)([dataclasses.replace(one, side="") for one in documents])) == 2
+    monkeypatch.setattr(calibrate, "MOST_FLOPS", 1e15)
+    assert len(calibrate._few(plan, 2)(documents)) == 6
 
 
 def test_another_machine_cannot_be_measured_and_what_does_not_fit_neither(tiny_folder: Path, tmp_path: Path) -> None:
-    known = facts.gather(recipe(tiny_folder, tmp_path))
-    plan = facts.make_plan(known)
+    known = inputs.gather(recipe(tiny_folder, tmp_path))
+    plan = inputs.make_plan(known)
     with pytest.raises(InputError, match="processor at hand"):
-        calibration.calibrate(
-            dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device="cuda")), known
-        )
+        calibrate.calibrate(dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device="cuda")), known)
     small = dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, available_bytes=1000))
     with pytest.raises(MachineError, match="two layers and the embeddings"):
-        calibration.calibrate(small, known)
+        calibrate.calibrate(small, known)
 
 
 def test_made_up_weights_are_the_stock_shapes(tiny_folder: Path) -> None:

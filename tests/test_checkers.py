@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tunesmith.checkers import CHECKERS
-from tunesmith.data.never import spans
-from tunesmith.errors import InputError
-from tunesmith.recipefile import load_recipe
-from tunesmith.recipevalues import Constraint
+from tunesmith.core.errors import InputError
+from tunesmith.data.constraints import spans
+from tunesmith.recipe.checkers import CHECKERS
+from tunesmith.recipe.fields import Constraint
+from tunesmith.recipe.load import load_recipe
 
 FOUND = {
     "apology": [

@@ -13,15 +13,16 @@ import pytest
 from rich.console import Group
 
 from tiny_run import sums, write_rows
-from tunesmith import __version__, cli
-from tunesmith.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
-from tunesmith.recipefile import load_recipe
+from tunesmith import __version__
+from tunesmith.cli import app
+from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
+from tunesmith.recipe.load import load_recipe
 
 Outcome = tuple[int, str, str]
 
 
 def failing(error: BaseException) -> Callable[..., None]:
-    def verb(as_json: cli.AsJson = False) -> None:
+    def verb(as_json: app.AsJson = False) -> None:
         assert isinstance(as_json, bool)
         raise error
 
@@ -30,7 +31,7 @@ def failing(error: BaseException) -> Callable[..., None]:
 
 def test_every_verb_is_in_the_help_with_json(tunesmith: Callable[..., Outcome]) -> None:
     _, out, _ = tunesmith("--help")
-    for name in cli.VERBS:
+    for name in app.VERBS:
         assert name.split()[0] in out
         code, out_of_verb, _ = tunesmith(*name.split(), "--help")
         assert code == 0
@@ -85,18 +86,18 @@ def test_flags_override_the_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text("model: tiny\ndata: a.jsonl\nlearning_rate: 1\nlora_r: 1\n")
-    assert getattr(cli.read_wish(words), key) == value
+    assert getattr(app.read_wish(words), key) == value
 
 
 def test_two_recipes_are_one_too_many() -> None:
     with pytest.raises(InputError, match=r"two recipe files, a\.yaml and b\.yaml"):
-        cli.read_wish(["a.yaml", "b.yaml"])
+        app.read_wish(["a.yaml", "b.yaml"])
 
 
 @pytest.mark.parametrize("second", ["--data", "--data=b.jsonl", "--lora-r=3", "--lora_r"])
 def test_a_flag_that_stands_twice_does_not_lose_one_of_its_values(second: str) -> None:
     with pytest.raises(InputError, match=f"{second.partition('=')[0]} stands twice") as caught:
-        cli.read_wish(["--data", "a.jsonl", "--lora_r", "2", second, "4"])
+        app.read_wish(["--data", "a.jsonl", "--lora_r", "2", second, "4"])
     assert "[one, two]" in caught.value.fix
 
 
@@ -112,7 +113,7 @@ def test_a_typo_in_a_flag_is_refused_with_the_nearest_key(tunesmith: Callable[..
 def test_each_refusal_has_its_exit_code_and_json(
     error: type[TunesmithError], tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cli.VERBS, "fail", failing(error("no such thing", where="a.yaml:3", fix="make one")))
+    monkeypatch.setitem(app.VERBS, "fail", failing(error("no such thing", where="a.yaml:3", fix="make one")))
     text = "error: a.yaml:3: no such thing\n  fix: make one\n"
     assert tunesmith("fail") == (error.exit_code, "", text)
     code, out, err = tunesmith("fail", "--json")
@@ -130,13 +131,13 @@ def test_each_refusal_has_its_exit_code_and_json(
 
 
 def test_ctrl_c_exits_with_130(tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.VERBS, "fail", failing(KeyboardInterrupt()))
+    monkeypatch.setitem(app.VERBS, "fail", failing(KeyboardInterrupt()))
     assert tunesmith("fail")[0] == 130
 
 
 def test_a_bug_says_so_with_its_traceback() -> None:
     program = (
-        "from tunesmith import cli\n"
+        "from tunesmith.cli import app as cli\n"
         "def broken(as_json: cli.AsJson = False) -> None: raise ZeroDivisionError('seven')\n"
         "cli.VERBS['broken'] = broken\n"
         "cli.main(['broken'])\n"
@@ -182,10 +183,10 @@ def test_other_verbs_refuse_options_they_do_not_know(tunesmith: Callable[..., Ou
 def test_text_of_data_and_models_is_printed_as_it_is(
     tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def verb(as_json: cli.AsJson = False) -> None:
-        cli.say({"answer": "[red]x[/]"}, "[red]x[/] [/]", Group("[red]own[/]"), as_json=as_json)
+    def verb(as_json: app.AsJson = False) -> None:
+        app.say({"answer": "[red]x[/]"}, "[red]x[/] [/]", Group("[red]own[/]"), as_json=as_json)
 
-    monkeypatch.setitem(cli.VERBS, "echo", verb)
+    monkeypatch.setitem(app.VERBS, "echo", verb)
     assert tunesmith("echo") == (0, "[red]x[/] [/]\nown\n", "")
     assert json.loads(tunesmith("echo", "--json")[1]) == {"tunesmith": __version__, "answer": "[red]x[/]"}
 

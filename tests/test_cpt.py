@@ -10,11 +10,14 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_run import adapter_bytes, measured_files, plan_of, recipe, steps_of, sums, train, until_saved, write_rows
-from tunesmith import afterwards, facts, run
-from tunesmith.errors import InputError
-from tunesmith.recipe import Recipe
-from tunesmith.types import Event, Json, Score, Verdict
-from tunesmith.verbs import read_record
+from tunesmith.api import read_record
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Event, Score, Verdict
+from tunesmith.core.types import Json
+from tunesmith.evaluate import finished_run
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
 
 
 def texts(first: int, count: int) -> list[Json]:
@@ -67,7 +70,7 @@ def test_texts_are_measured_in_bits_per_byte_before_after_and_on_the_way(tiny_fo
     assert found["test"].high < 0, "the domain is learnt"
     looks = Counter(one.task for one in events if isinstance(one, Score) and 0 < one.step < len(steps_of(events)))
     assert looks["eval"] == looks["general text"] == (len(steps_of(events)) - 1) // 5
-    again = {one.task: one for one in afterwards.evaluate(tmp_path / "run")}
+    again = {one.task: one for one in finished_run.evaluate(tmp_path / "run")}
     assert again["test"].after.value == pytest.approx(found["test"].after.value)
 
 
@@ -140,10 +143,10 @@ def test_rows_that_are_no_texts_are_refused(tiny_folder: Path, tmp_path: Path) -
     tmp_path.joinpath("a").mkdir()
     chats = str(write_rows(tmp_path / "chats.jsonl", sums(1, 6)))
     with pytest.raises(InputError, match="stage: cpt trains plain text, and these are messages rows"):
-        facts.gather(wish(tiny_folder, tmp_path / "a", data=chats))
+        inputs.gather(wish(tiny_folder, tmp_path / "a", data=chats))
     both = str(write_rows(tmp_path / "both.jsonl", [row | {"body": "as a text"} for row in sums(1, 6)]))
     named = [{"path": both, "format": "text", "columns": {"text": "body"}}]
-    assert facts.gather(wish(tiny_folder, tmp_path / "b", data=named)).corpus is not None
+    assert inputs.gather(wish(tiny_folder, tmp_path / "b", data=named)).corpus is not None
 
 
 def test_a_step_holds_at_least_a_window(tiny_folder: Path, tmp_path: Path) -> None:

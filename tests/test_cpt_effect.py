@@ -6,9 +6,9 @@ from pydoc_data.topics import topics
 import pytest
 
 from tiny_run import train, write_rows
-from tunesmith.recipe import Recipe
-from tunesmith.types import Json
-from tunesmith.verbs import read_record
+from tunesmith.api import read_record
+from tunesmith.core.types import Json
+from tunesmith.recipe.schema import Recipe
 
 
 @pytest.mark.slow

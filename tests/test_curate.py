@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 import tunesmith
 from tiny_run import chat
 from tunesmith import InputError
-from tunesmith.atomic import damage
-from tunesmith.curate import last_answer, score
-from tunesmith.facts import Facts
-from tunesmith.model.load import adopt, load_network
-from tunesmith.types import Document
+from tunesmith.advise.curate import last_answer, score
+from tunesmith.core.atomic import damage
+from tunesmith.core.types import Document
+from tunesmith.model.causal_lm import adopt, load_network
+from tunesmith.session.inputs import Facts
 
 ROWS = [chat(f"ask {i} {chr(97 + i) * (i % 5 + 1)}", f"answer {i * i} {chr(110 - i)}") for i in range(12)]
 

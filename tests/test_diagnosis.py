@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tunesmith import diagnosis
-from tunesmith.diagnosis import diagnose
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
+from tunesmith.session import doctor
+from tunesmith.session.doctor import diagnose
 
 
 def test_a_healthy_machine(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_model_that_is_too_large_for_any_machine(tmp_path: Path) -> None:
     spec = diagnose(str(tiny_llama(tmp_path))).model
     machine = diagnose().machine
     giant = replace(spec, parameters=10**13)
-    fit = diagnosis._fit(machine, "full", diagnosis.METHODS["full"](giant))
+    fit = doctor._fit(machine, "full", doctor.METHODS["full"](giant))
     assert not fit.fits
     assert fit.needed_bytes > 16 * 10**13
 
@@ -71,5 +71,5 @@ def test_a_refused_model_says_why(tmp_path: Path) -> None:
 
 
 def test_floors_are_compared_as_numbers() -> None:
-    assert diagnosis._numbers("2.13.0+cpu") > diagnosis._numbers("2.6")
-    assert diagnosis._numbers("5.3.0rc1") == diagnosis._numbers("5.3")
+    assert doctor._numbers("2.13.0+cpu") > doctor._numbers("2.6")
+    assert doctor._numbers("5.3.0rc1") == doctor._numbers("5.3")

@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 import told_run as told
-from tunesmith.diagnosis import Check, Diagnosis, Fit
-from tunesmith.display import (
+from tunesmith.cli.views.tables import (
     baseline_table,
     choice_view,
     comparison_table,
@@ -25,20 +24,11 @@ from tunesmith.display import (
     record_view,
     value_text,
 )
-from tunesmith.errors import InputError
-from tunesmith.plan.compare import outlook
-from tunesmith.types import (
-    Choice,
-    Comparison,
-    DataReport,
-    Finding,
-    Machine,
-    ModelSpec,
-    Plan,
-    RunRecord,
-    Sample,
-    Score,
-)
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Sample, Score
+from tunesmith.core.types import Choice, Comparison, DataReport, Finding, Machine, ModelSpec, Plan, RunRecord
+from tunesmith.plan.method_comparison import outlook
+from tunesmith.session.doctor import Check, Diagnosis, Fit
 
 MACHINE = Machine("cpu", "a cpu", 2, 2**34, 2**33, 2**36, bf16_matmul=True, compiler=None)
 MODEL = ModelSpec(

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from tunesmith import cli
-from tunesmith.recipe import ALIASES, KEYS, recipe_schema
-from tunesmith.recipefile import load_recipe
-from tunesmith.recipemappings import Guard, PairLoss
-from tunesmith.recipevalues import Constraint, DataSource, Form, Mixture, Rehearsal
-from tunesmith.recipewords import expected
-from tunesmith.types import Json
+from tunesmith.cli import app
+from tunesmith.core.types import Json
+from tunesmith.recipe.explain import expected
+from tunesmith.recipe.fields import Constraint, DataSource, Form, Mixture, Rehearsal
+from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.mappings import Guard, PairLoss
+from tunesmith.recipe.schema import ALIASES, KEYS, recipe_schema
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -100,7 +100,7 @@ def test_the_recipes_of_the_pages_load(page: str, tmp_path: Path) -> None:
 
 
 def test_every_verb_has_a_page_with_its_options() -> None:
-    for name, verb in cli.VERBS.items():
+    for name, verb in app.VERBS.items():
         page = (DOCS / f"{PAGES.get(name, name)}.md").read_text()
         assert f"tunesmith {name}" in page, name
         positional = {"wish", "folder", "path", "as_json", "from_config", "target", "a", "b"}

@@ -12,12 +12,12 @@ import pytest
 
 import tunesmith
 from tiny_run import END, measured_files, recipe, sums, write_rows
-from tunesmith import facts
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.json_io import from_json, json_bytes
+from tunesmith.core.types import Plan
 from tunesmith.data.dataset import Dataset
-from tunesmith.errors import InputError, MachineError
-from tunesmith.jsonfile import from_json, json_bytes
-from tunesmith.plan.plan import refuse_without_room
-from tunesmith.types import Plan
+from tunesmith.plan.build import refuse_without_room
+from tunesmith.session import inputs
 
 MOMENT = datetime(2026, 2, 3, 4, 5, 6, 789)
 
@@ -27,7 +27,7 @@ def ids(dataset: Dataset) -> list[str]:
 
 
 def roles(model: Path, folder: Path, **changed: Any) -> dict[str, list[str]]:
-    found = facts.gather(recipe(model, folder, **changed))
+    found = inputs.gather(recipe(model, folder, **changed))
     return {role: ids(dataset) for role, dataset in found.datasets.items()}
 
 
@@ -82,30 +82,30 @@ def test_a_role_of_one_row_is_refused_by_name(role: str, tiny_folder: Path, tmp_
     lonely = str(write_rows(tmp_path / "one.jsonl", sums(500, 1)))
     files = measured_files(tmp_path) | {role: lonely}
     with pytest.raises(InputError, match=rf"{role}: .*one\.jsonl: one row: a score on it has no interval"):
-        facts.gather(recipe(tiny_folder, tmp_path, **files))
+        inputs.gather(recipe(tiny_folder, tmp_path, **files))
 
 
 def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> None:
-    known = facts.gather(recipe(tiny_folder, tmp_path, **measured_files(tmp_path), seed=5), now=MOMENT)
-    plan = from_json(Plan, json.loads(json_bytes(facts.make_plan(known))))
-    again = facts.regather(plan)
+    known = inputs.gather(recipe(tiny_folder, tmp_path, **measured_files(tmp_path), seed=5), now=MOMENT)
+    plan = from_json(Plan, json.loads(json_bytes(inputs.make_plan(known))))
+    again = inputs.regather(plan)
     assert (again.recipe, again.model, again.output_dir) == (known.recipe, known.model, known.output_dir)
     assert again.now == known.now == MOMENT.replace(microsecond=0)
     assert again.renderer.fingerprint == known.renderer.fingerprint
     assert {role: d.fingerprint for role, d in again.datasets.items()} == {
         role: d.fingerprint for role, d in known.datasets.items()
     }
-    assert facts.make_plan(again).choices.keys() == plan.choices.keys()
-    assert [facts.make_plan(again)[key] for key in plan.choices] == [
-        facts.make_plan(known)[key] for key in plan.choices
+    assert inputs.make_plan(again).choices.keys() == plan.choices.keys()
+    assert [inputs.make_plan(again)[key] for key in plan.choices] == [
+        inputs.make_plan(known)[key] for key in plan.choices
     ]
 
 
 def test_a_changed_file_is_named_with_what_it_was(tiny_folder: Path, tmp_path: Path) -> None:
-    plan = facts.make_plan(facts.gather(recipe(tiny_folder, tmp_path)))
+    plan = inputs.make_plan(inputs.gather(recipe(tiny_folder, tmp_path)))
     write_rows(tmp_path / "train.jsonl", sums(2, 6))
     with pytest.raises(InputError, match=rf"data: .*train\.jsonl: .*{plan.data['data'].fingerprint[:12]}"):
-        facts.regather(plan)
+        inputs.regather(plan)
 
 
 def test_the_folder_of_a_run_is_found_when_none_is_wished_for(
@@ -113,7 +113,7 @@ def test_the_folder_of_a_run_is_found_when_none_is_wished_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "run-1").mkdir(parents=True)
-    assert facts.gather(recipe(tiny_folder, tmp_path, output_dir="auto")).output_dir == Path("runs/run-2")
+    assert inputs.gather(recipe(tiny_folder, tmp_path, output_dir="auto")).output_dir == Path("runs/run-2")
 
 
 def test_a_template_of_ones_own_takes_the_place_of_the_models(tiny_folder: Path, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(tiny_folder: Path,
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     wish = recipe(tiny_folder, tmp_path, template=str(own))
-    known = facts.gather(wish)
+    known = inputs.gather(wish)
     (document,) = known.datasets["data"].documents(0)
     assert known.renderer.decode(document.tokens_L.tolist()).startswith("[user]1 and 1 please")
     assert document.tokens_L[-1] == END
@@ -131,12 +131,12 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(tiny_folder: Path,
 
 def test_no_template_means_plain_text(tiny_folder: Path, tmp_path: Path) -> None:
     text = str(write_rows(tmp_path / "text.jsonl", [{"text": "first"}]))
-    known = facts.gather(recipe(tiny_folder, tmp_path, template="none", data=text))
+    known = inputs.gather(recipe(tiny_folder, tmp_path, template="none", data=text))
     (document,) = known.datasets["data"].documents(0)
     assert not known.renderer.has_template
     assert known.renderer.decode(document.tokens_L.tolist()).startswith("first")
     with pytest.raises(InputError, match="template"):
-        facts.gather(recipe(tiny_folder, tmp_path, template="none"))
+        inputs.gather(recipe(tiny_folder, tmp_path, template="none"))
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "cannot read the file"), ("{", "not JSON")])
@@ -144,9 +144,9 @@ def test_a_broken_schema_is_named(content: str | None, message: str, tiny_folder
     path = tmp_path / "s.json"
     if content is not None:
         path.write_text(content)
-    known = facts.gather(recipe(tiny_folder, tmp_path, schema=str(path)))
+    known = inputs.gather(recipe(tiny_folder, tmp_path, schema=str(path)))
     with pytest.raises(InputError, match=rf"schema: .*s\.json: {message}"):
-        facts.make_plan(known)
+        inputs.make_plan(known)
 
 
 def test_a_plan_needs_no_weights_and_a_run_does(
@@ -155,8 +155,8 @@ def test_a_plan_needs_no_weights_and_a_run_does(
     alone = tmp_path / "alone"
     shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
     wish = recipe(alone, tmp_path)
-    made = facts.make_plan(facts.gather(wish, weights=False))
-    whole = facts.make_plan(facts.gather(recipe(tiny_folder, tmp_path)))
+    made = inputs.make_plan(inputs.gather(wish, weights=False))
+    whole = inputs.make_plan(inputs.gather(recipe(tiny_folder, tmp_path)))
     assert (made.memory_bytes, made.steps, made.tokens_per_epoch) == (
         whole.memory_bytes,
         whole.steps,
@@ -164,20 +164,20 @@ def test_a_plan_needs_no_weights_and_a_run_does(
     )
     assert any("holds no weights" in warning for warning in made.warnings)
     with pytest.raises(InputError, match=r"neither model\.safetensors"):
-        facts.gather(wish)
-    monkeypatch.setattr(facts, "STAND_IN", str(tiny_folder))
+        inputs.gather(wish)
+    monkeypatch.setattr(inputs, "STAND_IN", str(tiny_folder))
     (alone / "tokenizer.json").unlink()
-    counted = facts.make_plan(facts.gather(wish, weights=False))
+    counted = inputs.make_plan(inputs.gather(wish, weights=False))
     assert counted.tokens_per_epoch == whole.tokens_per_epoch
     assert any("counted by the tokenizer of" in warning for warning in counted.warnings)
 
 
 def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(tiny_folder: Path, tmp_path: Path) -> None:
-    known = facts.gather(recipe(tiny_folder, tmp_path))
+    known = inputs.gather(recipe(tiny_folder, tmp_path))
     small = dataclasses.replace(known.machine, available_bytes=10**6)
-    plan = facts.make_plan(dataclasses.replace(known, machine=small))
+    plan = inputs.make_plan(dataclasses.replace(known, machine=small))
     assert plan.fits_on == "l4 (24.0 GB)"
     with pytest.raises(MachineError) as refusal:
         refuse_without_room(plan)
     assert "l4 (24.0 GB) of the table would do" in refusal.value.fix
-    assert facts.make_plan(known).fits_on == ""
+    assert inputs.make_plan(known).fits_on == ""

@@ -7,24 +7,24 @@ from typing import Any
 import pytest
 
 from tiny_run import recipe, sums, write_rows
-from tunesmith import facts
-from tunesmith.finish import LOAD_SECONDS, Beside, with_finish
-from tunesmith.scales import SCALES
+from tunesmith.evaluate.adapter_scaling import SCALES
+from tunesmith.session import inputs
+from tunesmith.train.time_estimate import LOAD_SECONDS, Beside, with_finish
 
 
-def gathered(folder: Path, scratch: Path, **wish: Any) -> facts.Facts:
+def gathered(folder: Path, scratch: Path, **wish: Any) -> inputs.Facts:
     held_out = {role: str(write_rows(scratch / f"{role}.jsonl", sums(50, 6))) for role in ("eval_data", "test_data")}
-    return facts.gather(recipe(folder, scratch, **held_out | wish))
+    return inputs.gather(recipe(folder, scratch, **held_out | wish))
 
 
 def beside(folder: Path, scratch: Path, **wish: Any) -> Beside:
     known = gathered(folder, scratch, **wish)
-    return Beside(facts.make_plan(known), known)
+    return Beside(inputs.make_plan(known), known)
 
 
 def whole(folder: Path, scratch: Path, **wish: Any) -> float:
     known = gathered(folder, scratch, **wish)
-    plan = dataclasses.replace(facts.make_plan(known), seconds=(100.0,))
+    plan = dataclasses.replace(inputs.make_plan(known), seconds=(100.0,))
     return with_finish(plan, Beside(plan, known)).whole_seconds
 
 

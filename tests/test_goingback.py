@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tunesmith.goingback import outliers
-from tunesmith.types import Document
+from tunesmith.core.types import Document
+from tunesmith.train.guard.rollback import outliers
 
 LEARNT = [0.01, 0.02, 0.03, 0.02, 0.01, 0.02, 0.03, 0.02]
 

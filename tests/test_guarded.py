@@ -14,14 +14,16 @@ import pytest
 from safetensors.torch import load_file
 
 from tiny_run import adapter_bytes, chat, measured_files, plan_of, recipe, steps_of, sums, train, write_rows
-from tunesmith import facts, run
-from tunesmith.data.schedule import order
-from tunesmith.errors import GateError, InputError, Interrupted
-from tunesmith.jsonfile import from_json, read_json
-from tunesmith.probes import ROLES, probe_set
-from tunesmith.recipe import Recipe
-from tunesmith.runfolder import read_events, read_rollbacks
-from tunesmith.types import EXPECTED, PROBES, Event, RunRecord, Sample, Saved, Score, Verdict
+from tunesmith.core.errors import GateError, InputError, Interrupted
+from tunesmith.core.events import EXPECTED, PROBES, Event, Sample, Saved, Score, Verdict
+from tunesmith.core.json_io import from_json, read_json
+from tunesmith.core.run_dir import read_events, read_rollbacks
+from tunesmith.core.types import RunRecord
+from tunesmith.data.sampler import order
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
+from tunesmith.train.guard.probes import ROLES, probe_set
 
 NOISE = "\u00ff\u00fe\u00fd" * 20
 
@@ -99,9 +101,9 @@ def test_prompts_are_never_of_test_data_and_never_one_alone(tiny_folder: Path, t
     assert "test_data" not in ROLES
 
     def origin(**own: str) -> set[str]:
-        known = facts.gather(recipe(tiny_folder, tmp_path, **own))
-        texts = run.items_of(facts.make_plan(known), known).texts
-        found = probe_set(facts.make_plan(known), known, texts)
+        known = inputs.gather(recipe(tiny_folder, tmp_path, **own))
+        texts = run.items_of(inputs.make_plan(known), known).texts
+        found = probe_set(inputs.make_plan(known), known, texts)
         return {probe.question.id.partition(":")[0] for probe in found.probes} if found else set()
 
     assert origin(**files) == {"eval.jsonl"}

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunesmith import hardware
-from tunesmith.hardware import core_count, main_memory, measure_machine, peak_bytes, reset_peak
+from tunesmith.core import hardware
+from tunesmith.core.hardware import core_count, main_memory, measure_machine, peak_bytes, reset_peak
 
 
 def test_the_machine_is_measured(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from tunesmith.init import commented_recipe, write_recipe
-from tunesmith.jsonfile import read_json
-from tunesmith.recipe import KEYS, Recipe
-from tunesmith.recipefile import load_recipe
+from tunesmith.core.json_io import read_json
+from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.schema import KEYS, Recipe
+from tunesmith.recipe.template import commented_recipe, write_recipe
 
 
 def test_every_key_stands_in_it_with_its_default() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import cli
-from tunesmith.errors import InputError
-from tunesmith.init import write_translated
-from tunesmith.recipefile import load_recipe
+from tunesmith.cli import app
+from tunesmith.core.errors import InputError
+from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.template import write_translated
 
 CONFIG = """\
 base_model: org/base
@@ -94,7 +94,7 @@ def test_the_command_says_what_is_left_on_stderr_and_as_an_object(
 ) -> None:
     monkeypatch.setattr("sys.excepthook", None)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["init", "--from", str(config), "--model", "tiny", "--data", "mine.jsonl", "--json"])
+        app.main(["init", "--from", str(config), "--model", "tiny", "--data", "mine.jsonl", "--json"])
     out, err = capsys.readouterr()
     assert not ended.value.code
     assert err.startswith(f"{config} is a config of Axolotl: it has base_model, datasets, adapter, sequence_len\n")

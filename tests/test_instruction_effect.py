@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tiny_run import train
-from tunesmith.verbs import read_recipe, read_record
+from tunesmith.api import read_recipe, read_record
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "instruction.yaml"
 

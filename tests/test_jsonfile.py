@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import from_json, json_bytes, read_json, to_json
-from tunesmith.recipe import Recipe
-from tunesmith.types import Choice, DataReport, Finding, Machine, ModelSpec, Plan, StepResult
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import StepResult
+from tunesmith.core.json_io import from_json, json_bytes, read_json, to_json
+from tunesmith.core.types import Choice, DataReport, Finding, Machine, ModelSpec, Plan
+from tunesmith.recipe.schema import Recipe
 
 MACHINE = Machine("cpu", "a cpu", 2, 2**34, 2**33, 2**36, bf16_matmul=True, compiler="/usr/bin/cc", versions={"x": "1"})
 MODEL = ModelSpec("tiny", Path("/m"), "LlamaForCausalLM", "llama", 2, 64, 4, 2, 16, 128, 512, 2048, True, 10**5, "bf16")

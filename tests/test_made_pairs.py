@@ -8,12 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_run import adapter_bytes, chat, plan_of, recipe, steps_of, sums, talker, train, until_saved, write_rows
-from tunesmith import facts, run
-from tunesmith.errors import GateError, InputError
-from tunesmith.evaluate.madepairs import MADE
-from tunesmith.recipe import Recipe
-from tunesmith.types import Json, Verdict
-from tunesmith.verbs import read_record
+from tunesmith.api import read_record
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.events import Verdict
+from tunesmith.core.types import Json
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
+from tunesmith.train.synthetic_pairs import MADE
 
 PHRASE = {"match": "an AI", "name": "ai", "mode": "pair"}
 
@@ -70,7 +72,7 @@ def test_made_pairs_are_preference_rows_and_survive_a_kill(model: Path, tmp_path
     assert lines(tmp_path / "killed") == lines(tmp_path / "straight")
     assert adapter_bytes(killed) == adapter_bytes(straight)
     again = wish(model, tmp_path / "again", data=str(tmp_path / "straight" / "run" / MADE))
-    rows = facts.gather(again).datasets["data"]
+    rows = inputs.gather(again).datasets["data"]
     assert [[document.side for document in rows.documents(i)] for i in range(len(rows))] == [["chosen", "rejected"]] * 4
 
 

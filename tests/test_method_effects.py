@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tiny_run import train, write_rows
-from tunesmith.demo import RECIPE
-from tunesmith.recipe import Recipe
-from tunesmith.types import Comparison, Json
-from tunesmith.verbs import read_record
+from tunesmith.api import read_record
+from tunesmith.core.types import Comparison, Json
+from tunesmith.recipe.demo import RECIPE
+from tunesmith.recipe.schema import Recipe
 
 METHODS: dict[str, Json] = {
     "qlora": {"method": "qlora"},

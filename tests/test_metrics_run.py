@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tiny_run import plan_of, recipe, sums, until_saved, write_rows
-from tunesmith import afterwards, run
-from tunesmith.errors import InputError
-from tunesmith.types import Score
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Score
+from tunesmith.evaluate import finished_run
+from tunesmith.train import run
 
 OWN = "def score(answer, expected):\n    return len(answer) > 0\n"
 
@@ -37,7 +38,7 @@ def test_a_metric_of_likelihood_alone_answers_no_more_than_is_shown(tiny_folder:
     wish = recipe(tiny_folder, tmp_path, test_data=str(test), metrics=["bits_per_byte"], max_steps=1)
     scores = [event for event in run.train(plan_of(wish)) if isinstance(event, Score)]
     assert {score.metric for score in scores if not score.step} == {"loss", "bits_per_byte"}
-    (comparison, *_) = afterwards.evaluate(tmp_path / "run")
+    (comparison, *_) = finished_run.evaluate(tmp_path / "run")
     assert comparison.metric == "loss"
 
 
@@ -58,8 +59,8 @@ def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> N
     (tmp_path / "mine.py").write_text(OWN)
     list(run.resume(folder, allow_code=True))
     with refused:
-        afterwards.evaluate(folder)
-    assert "mine.py:score" in {one.metric for one in afterwards.evaluate(folder, allow_code=True)}
+        finished_run.evaluate(folder)
+    assert "mine.py:score" in {one.metric for one in finished_run.evaluate(folder, allow_code=True)}
 
 
 def test_own_code_that_fails_on_an_expected_answer_stops_before_anything_is_loaded(

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tiny_run import train
-from tunesmith.recipe import Recipe
-from tunesmith.verbs import read_record
+from tunesmith.api import read_record
+from tunesmith.recipe.schema import Recipe
 
 ROWS = Path(__file__).parents[1] / "recipes" / "never"
 

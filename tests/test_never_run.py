@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from tiny_run import adapter_bytes, chat, plan_of, recipe, steps_of, sums, talker, train, until_saved, write_rows
-from tunesmith import afterwards, cli, run
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import from_json
-from tunesmith.recipe import Recipe
-from tunesmith.types import Comparison, Json
-from tunesmith.verbs import read_record
+from tunesmith.api import read_record
+from tunesmith.cli import app
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import from_json
+from tunesmith.core.types import Comparison, Json
+from tunesmith.evaluate import finished_run
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train import run
 
 BAD = [chat("who?", "as an AI, fine"), {**chat("what?", "I am an AI"), "negative": True}]
 BAN = {"match": "an AI", "name": "ai", "mode": "ban"}
@@ -79,7 +81,7 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", str(tmp_path / "then" / "run"), "--baselines", "--json"])
+        app.main(["eval", str(tmp_path / "then" / "run"), "--baselines", "--json"])
     assert not ended.value.code
     printed = json.loads(capsys.readouterr().out)["baselines"]
     beside = {name: from_json(tuple[Comparison, ...], rows, where=name) for name, rows in printed.items()}
@@ -100,4 +102,4 @@ def test_baselines_are_of_constraints(tiny_folder: Path, tmp_path: Path) -> None
     }
     train(wish(tiny_folder, tmp_path, **files, never=[]))
     with pytest.raises(InputError, match="baselines are of what no answer may say"):
-        afterwards.baselines(tmp_path / "run")
+        finished_run.baselines(tmp_path / "run")

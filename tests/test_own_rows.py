@@ -20,16 +20,19 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import afterwards, facts, ownrows, run
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import read_json
-from tunesmith.ownrows import repeated, written
-from tunesmith.recipe import Recipe
-from tunesmith.recipefile import load_recipe, recipe_yaml
-from tunesmith.runfolder import is_free
-from tunesmith.types import Event, Json, Verdict
-from tunesmith.verbs import read_record
-from tunesmith.workbench import model_at_start
+from tunesmith.api import read_record
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Event, Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.core.run_dir import is_free
+from tunesmith.core.types import Json
+from tunesmith.evaluate import finished_run
+from tunesmith.recipe.load import load_recipe, recipe_yaml
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.session.session import model_at_start
+from tunesmith.train import run, self_rehearsal
+from tunesmith.train.self_rehearsal import repeated, written
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_a_run_goes_on_with_the_rows_that_it_has(
     broken = wish(writer, tmp_path)
     until_saved(run.train(plan_of(broken)), step=2)
     assert rows_of(tmp_path) == rows_of(straight[0]), "the same seed, the same rows"
-    monkeypatch.setattr(ownrows, "model_at_start", None)  # nothing is written a second time
+    monkeypatch.setattr(self_rehearsal, "model_at_start", None)  # nothing is written a second time
     list(run.resume(tmp_path / "run"))
     assert adapter_bytes(broken) == (straight[0] / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -98,7 +101,7 @@ def test_a_run_that_was_moved_still_finds_its_rows(straight: tuple[Path, list[Ev
     away = straight[0] / "run" / "rehearsal.jsonl"
     away.rename(away.with_suffix(".away"))
     try:
-        assert afterwards.reopen(moved).rehearsal is not None
+        assert finished_run.reopen(moved).rehearsal is not None
     finally:
         away.with_suffix(".away").rename(away)
 
@@ -122,8 +125,8 @@ def test_texts_are_written_where_texts_are_trained(values: Json, writer: Path, t
 def test_a_seed_decides_what_is_written(writer: Path, tmp_path: Path) -> None:
     found = []
     for seed in (0, 1):
-        known = facts.gather(wish(writer, tmp_path / str(seed), seed=seed))
-        plan = facts.make_plan(known)
+        known = inputs.gather(wish(writer, tmp_path / str(seed), seed=seed))
+        plan = inputs.make_plan(known)
         found.append(written(model_at_start(plan, known), plan, known)[0])
     assert not [row for row in found[0] if row in found[1]]
 
@@ -139,7 +142,7 @@ def test_a_loop_is_seen_in_its_tokens() -> None:
 
 def test_rows_are_kept_once_and_none_that_is_measured(writer: Path, tmp_path: Path) -> None:
     files = measured_files(tmp_path)
-    judge = ownrows._Judge(facts.gather(wish(writer, tmp_path, **files)))
+    judge = self_rehearsal._Judge(inputs.gather(wish(writer, tmp_path, **files)))
     fresh, measured = sums(300, 1)[0], sums(200, 1)[0]
     assert [judge.problem(row) for row in (fresh, fresh, measured)] == ["", "duplicate", "that are measured"]
     assert judge.problem({"text": "text number 2"}) == "that are measured"
@@ -148,7 +151,7 @@ def test_rows_are_kept_once_and_none_that_is_measured(writer: Path, tmp_path: Pa
 
 
 def test_a_model_that_ends_nothing_is_told(writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownrows, "QUESTION", 1)
+    monkeypatch.setattr(self_rehearsal, "QUESTION", 1)
     with pytest.raises(InputError, match=r"none of \d+ rows that the model wrote can be used: .*\d+ unfinished"):
         train(wish(writer, tmp_path))
     assert not (tmp_path / "run" / "plan.json").exists()

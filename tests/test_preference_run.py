@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from tiny_run import adapter_bytes, plan_of, recipe, steps_of, train, until_saved, write_rows
-from tunesmith import facts, run
+from tunesmith.api import read_record
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Score, Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.core.types import Json
 from tunesmith.data.dataset import ONE_SIDE
-from tunesmith.errors import InputError
 from tunesmith.evaluate.preference import REFERENCE
-from tunesmith.jsonfile import read_json
-from tunesmith.recipe import Recipe
-from tunesmith.types import Json, Score, Verdict
-from tunesmith.verbs import read_record
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
 
 
 def pair(number: int) -> Json:
@@ -31,7 +33,7 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
 
 
 def test_a_row_is_two_documents_with_one_prompt(tiny_folder: Path, tmp_path: Path) -> None:
-    rows = facts.gather(wish(tiny_folder, tmp_path)).datasets["data"]
+    rows = inputs.gather(wish(tiny_folder, tmp_path)).datasets["data"]
     for index in range(len(rows)):
         chosen, rejected = rows.documents(index)
         assert (chosen.side, rejected.side, chosen.id) == ("chosen", "rejected", rejected.id)
@@ -129,6 +131,6 @@ def test_rows_without_sides_are_no_preference(tiny_folder: Path, tmp_path: Path)
 def test_a_pair_with_one_long_side_is_left_out_whole(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [pair(n) | ({"rejected": "long " * 30} if n == 2 else {}) for n in range(1, 5)]
     data = str(write_rows(tmp_path / "long.jsonl", rows))
-    known = facts.gather(wish(tiny_folder, tmp_path, data=data, max_length=80))
+    known = inputs.gather(wish(tiny_folder, tmp_path, data=data, max_length=80))
     assert [len(known.datasets["data"].documents(i)) for i in range(4)] == [2, 0, 2, 2]
-    assert facts.reports(known)["data"].dropped == {ONE_SIDE: 1}
+    assert inputs.reports(known)["data"].dropped == {ONE_SIDE: 1}

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith import watch
-from tunesmith.progress import Progress, clock, line_of, measuring, one_line
-from tunesmith.types import Done, Sample, Saved, Score, StepResult, Verdict
-from tunesmith.watch import watched
+from tunesmith.cli.progress import Progress, clock, line_of, measuring, one_line
+from tunesmith.core import progress_log
+from tunesmith.core.events import Done, Sample, Saved, Score, StepResult, Verdict
+from tunesmith.core.progress_log import watched
 
 
 def step(number: int) -> StepResult:
@@ -77,7 +77,7 @@ def test_durations() -> None:
 
 
 def told(*, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(watch, "EVERY", 0.0)
+    monkeypatch.setattr(progress_log, "EVERY", 0.0)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     with measuring(console):
         assert list(watched("abc", 5, "answers", done=2)) == ["a", "b", "c"]
@@ -103,4 +103,4 @@ def test_what_is_short_is_not_told() -> None:
         list(watched("abc", 3, "answers"))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == ""
-    assert watch.LOG.handlers == [], "who listened is gone"
+    assert progress_log.LOG.handlers == [], "who listened is gone"

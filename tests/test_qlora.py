@@ -19,12 +19,14 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import afterwards, facts, run
-from tunesmith.errors import InputError
-from tunesmith.identity import identity_of
-from tunesmith.jsonfile import read_json
-from tunesmith.recipe import Recipe
-from tunesmith.types import Verdict
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.evaluate import finished_run
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.session.fingerprint import identity_of
+from tunesmith.train import run
 
 
 def qlora(model: Path, folder: Path, **changed: Any) -> Recipe:
@@ -41,9 +43,9 @@ def test_a_run_is_proven_trains_and_is_reopened(dtype: str, tiny_folder: Path, t
     steps = steps_of(events)
     assert len(steps) == 3
     assert steps[-1].loss < steps[0].loss
-    first, again = read_json(tmp_path / "run" / "record.json")["comparisons"], afterwards.evaluate(tmp_path / "run")
+    first, again = read_json(tmp_path / "run" / "record.json")["comparisons"], finished_run.evaluate(tmp_path / "run")
     assert [c["after"]["value"] for c in first] == [c.after.value for c in again]
-    assert len(list(afterwards.chat(tmp_path / "run", ["1 and 1"]))) == 1
+    assert len(list(finished_run.chat(tmp_path / "run", ["1 and 1"]))) == 1
 
 
 def test_the_base_is_another_than_that_of_lora(tiny_folder: Path, tmp_path: Path) -> None:
@@ -57,8 +59,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_
     straight = qlora(tiny_folder, tmp_path / "straight")
     train(straight)
     broken = qlora(tiny_folder, tmp_path / "broken", save_steps=1)
-    known = facts.gather(broken)
-    until_saved(run.train(facts.make_plan(known), known), 1)
+    known = inputs.gather(broken)
+    until_saved(run.train(inputs.make_plan(known), known), 1)
     assert steps_of(list(run.resume(tmp_path / "broken" / "run")))[0].step == 2
     assert adapter_bytes(broken) == adapter_bytes(straight)
 
@@ -71,11 +73,11 @@ def test_going_on_with_its_adapter(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_bitsandbytes_a_plan_names_the_extra(tiny_folder: Path, tmp_path: Path) -> None:
-    known = facts.gather(qlora(tiny_folder, tmp_path))
+    known = inputs.gather(qlora(tiny_folder, tmp_path))
     versions = {name: version for name, version in known.machine.versions.items() if name != "bitsandbytes"}
     known = dataclasses.replace(known, machine=dataclasses.replace(known.machine, versions=versions))
     with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
-        facts.make_plan(known)
+        inputs.make_plan(known)
     assert not (tmp_path / "run").exists()
 
 
@@ -85,12 +87,12 @@ def test_without_bitsandbytes_a_run_is_not_reopened(
     train(qlora(tiny_folder, tmp_path))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
-        afterwards.reopen(tmp_path / "run")
+        finished_run.reopen(tmp_path / "run")
 
 
 def test_another_bitsandbytes_is_another_run(tiny_folder: Path, tmp_path: Path) -> None:
     for wish, named in ((qlora(tiny_folder, tmp_path / "a"), True), (recipe(tiny_folder, tmp_path / "b"), False)):
-        known = facts.gather(wish)
+        known = inputs.gather(wish)
         assert ("bitsandbytes" in identity_of(plan_of(wish), known, {})["versions"]) == named
 
 

@@ -8,8 +8,8 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from tunesmith.recipe import ALIASES, KEYS, Recipe, recipe_schema
-from tunesmith.recipevalues import DataSource
+from tunesmith.recipe.fields import DataSource
+from tunesmith.recipe.schema import ALIASES, KEYS, Recipe, recipe_schema
 
 
 def recipe(**values: object) -> Recipe:

@@ -11,16 +11,17 @@ from pydantic import ValidationError
 from safetensors.torch import load
 
 from tiny_run import adapter_bytes, chat, measured_files, recipe, save_model_folder, steps_of, sums, train, write_rows
-from tunesmith import afterwards, facts
-from tunesmith.data.formats import FORMATS
-from tunesmith.errors import GateError, InputError
-from tunesmith.jsonfile import read_json
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.events import Event, Saved, Score, StepResult
+from tunesmith.core.json_io import read_json
+from tunesmith.data.formats.row_formats import FORMATS
+from tunesmith.evaluate import finished_run
 from tunesmith.model.attention import BACKENDS
-from tunesmith.model.folder import read_header
-from tunesmith.recipe import KEYS, Recipe
-from tunesmith.recipevalues import DataSource
-from tunesmith.train.optim import OPTIMIZERS, SCHEDULES
-from tunesmith.types import Event, Saved, Score, StepResult
+from tunesmith.model.hub.validate import read_header
+from tunesmith.recipe.fields import DataSource
+from tunesmith.recipe.schema import KEYS, Recipe
+from tunesmith.session import inputs
+from tunesmith.train.optimizer import OPTIMIZERS, SCHEDULES
 
 
 class Lab:
@@ -221,7 +222,7 @@ def never(lab: Lab) -> None:
     assert [len(plain), len(cut)] == [4, 3]
     kept, banned = (lab.adapter(data=rows, never=[{"match": "an AI", "mode": mode}]) for mode in ("filter", "ban"))
     assert kept != banned
-    plan = facts.make_plan(facts.gather(lab.last))
+    plan = inputs.make_plan(inputs.gather(lab.last))
     assert plan["never"] == ("an AI (ban)",)
     with pytest.raises(ValidationError, match="mode ban has no effect with stage: preference"):
         lab.events(data=choices(lab), stage="preference", never=[{"match": "a", "mode": "ban"}])
@@ -405,7 +406,7 @@ def lora_dropout(lab: Lab) -> None:
 
 def lora_target_modules(lab: Lab) -> None:
     lab.events(lora_target_modules=["q_proj", "layers.1.mlp.up_proj"])
-    assert set(afterwards.reopen(lab.output).model.network.state_dict()) & {"model.layers.0.self_attn.q_proj.lora_A"}
+    assert set(finished_run.reopen(lab.output).model.network.state_dict()) & {"model.layers.0.self_attn.q_proj.lora_A"}
     assert len(adapter_bytes(lab.last)) < len(lab.adapter())
     for wish, layers in (("attention", 8), ("mlp", 6), (r".*\.1\..*_proj", 7)):
         assert len(load(lab.adapter(lora_target_modules=wish))) == 2 * layers
@@ -438,7 +439,7 @@ def dtype(lab: Lab) -> None:
 def attention(lab: Lab) -> None:
     expected = losses(lab.steps(attention="reference"))
     assert losses(lab.steps(attention="mask")) == pytest.approx(expected, rel=1e-4)
-    assert afterwards.reopen(lab.output).model.backend == "mask"
+    assert finished_run.reopen(lab.output).model.backend == "mask"
     with pytest.raises(ValidationError, match="attention"):
         lab.events(attention="flash")
 
@@ -449,7 +450,7 @@ def activations(lab: Lab) -> None:
         assert lab.adapter(activations=policy, lora_dropout=0.5) == kept, "the same gradients, to the bit"
         planned[policy] = read_json(lab.output / "plan.json")["memory_bytes"]["activations"]
     assert planned["keep"] > planned["selective"] > planned["recompute"]
-    layers = afterwards.reopen(lab.output).model.decoder.layers
+    layers = finished_run.reopen(lab.output).model.decoder.layers
     assert [getattr(layer, "gradient_checkpointing", False) for layer in layers] == [True, False]
     lab.events(activations=True)
     assert read_json(lab.output / "plan.json")["choices"]["activations"]["value"] == "recompute"

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.errors import InputError
-from tunesmith.recipe import ALIASES, KEYS
-from tunesmith.recipefile import INSTEAD, LATER_KEYS, load_recipe, recipe_yaml
+from tunesmith.core.errors import InputError
+from tunesmith.recipe.load import INSTEAD, LATER_KEYS, load_recipe, recipe_yaml
+from tunesmith.recipe.schema import ALIASES, KEYS
 
 
 def write(folder: Path, text: str) -> Path:

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from tiny_run import chat, save_writer_folder, steps_of, sums, train, write_rows
-from tunesmith import stages
-from tunesmith.jsonfile import read_json
-from tunesmith.recipe import Recipe, Stages
-from tunesmith.types import Event, Json, Stage
-from tunesmith.verbs import read_recipe
+from tunesmith.api import read_recipe
+from tunesmith.core.events import Event, Stage
+from tunesmith.core.json_io import read_json
+from tunesmith.core.types import Json
+from tunesmith.recipe.schema import Recipe, Stages
+from tunesmith.train import stages
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 STAGES = FOLDER / "stages.yaml"

@@ -8,11 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_run import adapter_bytes, measured_files, plan_of, recipe, steps_of, train, until_saved, write_rows
-from tunesmith import facts, run
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import from_json, read_json
-from tunesmith.recipe import Recipe
-from tunesmith.types import Event, Json, RunRecord
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Event
+from tunesmith.core.json_io import from_json, read_json
+from tunesmith.core.types import Json, RunRecord
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
 
 TEXTS: list[Json] = [{"text": f"general text {n}, " + "and so on " * (n % 4)} for n in range(20)]
 
@@ -62,7 +64,7 @@ def test_resuming_with_another_rehearsal_file_is_refused(tiny_folder: Path, tmp_
 def test_what_is_measured_is_not_rehearsed(tiny_folder: Path, tmp_path: Path) -> None:
     files = measured_files(tmp_path)
     with pytest.raises(InputError, match=r"also in retention_data: texts.jsonl:1 is general.jsonl:3") as caught:
-        facts.gather(wish(tiny_folder, tmp_path, [{"text": "text number 2"}, *TEXTS], **files))
+        inputs.gather(wish(tiny_folder, tmp_path, [{"text": "text number 2"}, *TEXTS], **files))
     assert "take them out of the rehearsal file" in str(caught.value)
     with pytest.raises(ValidationError, match="rehearsal and retention_data name the same file"):
         wish(tiny_folder, tmp_path, **files, rehearsal={"data": files["retention_data"]})

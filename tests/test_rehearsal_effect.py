@@ -7,9 +7,9 @@ import pytest
 
 import tunesmith
 from tiny_run import train, write_rows
-from tunesmith.recipe import Recipe
-from tunesmith.types import Comparison, Json
-from tunesmith.verbs import read_record
+from tunesmith.api import read_record
+from tunesmith.core.types import Comparison, Json
+from tunesmith.recipe.schema import Recipe
 
 DEMO = Path(tunesmith.__file__).parent / "demo"
 

@@ -4,8 +4,9 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.retentionview import moved_lines, recovery_lines, scale_table
-from tunesmith.types import Comparison, ScalePoint, Score
+from tunesmith.cli.views.forgetting import moved_lines, recovery_lines, scale_table
+from tunesmith.core.events import Score
+from tunesmith.core.types import Comparison, ScalePoint
 
 
 def score(value: float, task: str = "general text", metric: str = "bits_per_byte") -> Score:

@@ -28,12 +28,16 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import __version__, afterwards, facts, run
-from tunesmith.atomic import damage
-from tunesmith.errors import GateError, InputError, Interrupted, MachineError
-from tunesmith.evaluate.compare import Measured, compare_all
-from tunesmith.jsonfile import from_json, read_json
-from tunesmith.types import Document, Done, Event, RunRecord, Saved, Score, StepResult, Verdict
+from tunesmith import __version__
+from tunesmith.core.atomic import damage
+from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
+from tunesmith.core.events import Done, Event, Saved, Score, StepResult, Verdict
+from tunesmith.core.json_io import from_json, read_json
+from tunesmith.core.types import Document, RunRecord
+from tunesmith.evaluate import finished_run
+from tunesmith.evaluate.results import Measured, compare_all
+from tunesmith.session import inputs
+from tunesmith.train import run
 
 TOKENS_L = np.frombuffer(b"<3 and 9> {sum}", np.uint8).astype(np.int32)
 DOCUMENT = Document("a:1", TOKENS_L, np.arange(len(TOKENS_L), dtype=np.float32))  # all but the first are targets
@@ -51,7 +55,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def our_logits(path: Path) -> torch.Tensor:
     """Of a finished run's model, through our own layers."""
-    model = afterwards.reopen(path).model
+    model = finished_run.reopen(path).model
     with torch.no_grad():
         return model.head.logits(model.hidden(one_batch([DOCUMENT])))
 
@@ -140,7 +144,7 @@ def test_the_adapter_says_how_it_is_served_and_what_it_belongs_to(finished: Path
 
 def test_evaluating_again_finds_what_the_record_says(finished: Path) -> None:
     record = from_json(RunRecord, read_json(finished / "record.json"))
-    again = afterwards.evaluate(finished)
+    again = finished_run.evaluate(finished)
     for then, now in zip(record.comparisons, again, strict=True):
         assert (then.task, then.metric) == (now.task, now.metric)
         assert now.before.value == pytest.approx(then.before.value, abs=1e-6)
@@ -156,12 +160,12 @@ def test_what_was_learned_by_heart_is_said_in_chat_and_scored(tiny_folder: Path,
     wish = recipe(tiny_folder, tmp_path, data=data, test_data=test, num_train_epochs=80, lora_r=8, metrics=["field_f1"])
     scores = [event for event in train(wish) if isinstance(event, Score) and event.metric == "field_f1"]
     assert [score.value for score in scores] == [0, 1]
-    assert next(afterwards.chat(tmp_path / "run", ["red"])) == '{"a": 1}'
-    assert next(afterwards.chat(tmp_path / "run", ["blue"])) == '{"b": 22}'
+    assert next(finished_run.chat(tmp_path / "run", ["red"])) == '{"a": 1}'
+    assert next(finished_run.chat(tmp_path / "run", ["blue"])) == '{"b": 22}'
 
 
 def test_a_chat_is_one_conversation(finished: Path) -> None:
-    chatting = afterwards.chat(finished, ["3 and 9", "and now something else" * 30])
+    chatting = finished_run.chat(finished, ["3 and 9", "and now something else" * 30])
     next(chatting)
     with pytest.raises(InputError, match="fills the context"):
         next(chatting)
@@ -245,7 +249,7 @@ def test_full_fine_tuning_saves_a_model_that_transformers_loads(tiny_folder: Pat
     tuned = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     assert not [name for name, p in stock.named_parameters() if torch.equal(p, tuned.get_parameter(name))]
     assert AutoTokenizer.from_pretrained(target).chat_template == TURNS
-    rows = facts.gather(wish).datasets["test_data"]
+    rows = inputs.gather(wish).datasets["test_data"]
     documents = [document for row in range(len(rows)) for document in rows.documents(row)]
     assert float(np.concatenate([stock_losses(tuned, d) for d in documents]).mean()) == pytest.approx(measured.value)
 
@@ -330,6 +334,6 @@ def test_reopening_needs_a_finished_adapter(tiny_folder: Path, tmp_path: Path) -
     wish = recipe(tiny_folder, tmp_path, save_steps=1)
     until_saved(run.train(plan_of(wish)), step=1)
     with pytest.raises(InputError, match="no adapter yet"):
-        afterwards.reopen(tmp_path / "run")
+        finished_run.reopen(tmp_path / "run")
     with pytest.raises(InputError, match="not a run folder"):
-        afterwards.evaluate(tmp_path / "nowhere")
+        finished_run.evaluate(tmp_path / "nowhere")

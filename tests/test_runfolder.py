@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.errors import InputError, MachineError
-from tunesmith.jsonfile import read_json
-from tunesmith.runfolder import EVENT_TYPES, FAILED, RunFolder, failure_of, next_run_folder, read_events
-from tunesmith.types import Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.events import Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.core.run_dir import EVENT_TYPES, FAILED, RunFolder, failure_of, next_run_folder, read_events
 
 HOLDS = """
 import sys, time

@@ -9,15 +9,18 @@ import pytest
 
 import tunesmith
 from tiny_run import measured_files, recipe, save_model_folder, train, until_saved, write_rows
-from tunesmith import cli, facts, run, scales
-from tunesmith.evaluate import cache
-from tunesmith.evaluate.compare import score
-from tunesmith.measure import general_measurement, items_of
+from tunesmith.cli import app
+from tunesmith.core.events import GENERAL, Score
+from tunesmith.core.types import RunRecord, ScalePoint
+from tunesmith.evaluate import adapter_scaling, answer_cache
+from tunesmith.evaluate.adapter_scaling import SCALES
+from tunesmith.evaluate.measure import general_measurement, items_of
+from tunesmith.evaluate.results import score
+from tunesmith.evaluate.scale_choice import bargain, commands, forgetting, gain_kept, offer, offered
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.reopened import reopen
-from tunesmith.scales import SCALES
-from tunesmith.tradeoff import bargain, commands, forgetting, gain_kept, offer, offered
-from tunesmith.types import GENERAL, RunRecord, ScalePoint, Score
+from tunesmith.session import inputs
+from tunesmith.session.reopen import reopen
+from tunesmith.train import run
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_the_ends_of_the_curve_are_those_of_a_measure(
     writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What stands there of general text was measured before and after, of more texts than the curve has."""
-    monkeypatch.setattr(scales, "TOKENS", 60)
+    monkeypatch.setattr(adapter_scaling, "TOKENS", 60)
     files = measured_files(tmp_path)
     texts = [{"text": f"another text, {n}", "domain": "ab"[n % 2]} for n in range(8)]
     texts.append({"text": "x", "domain": "a"})  # one token: there is nothing to predict
@@ -62,7 +65,7 @@ def test_the_ends_of_the_curve_are_those_of_a_measure(
     train(recipe(writer, tmp_path, **files, num_train_epochs=4))
     curve = tunesmith.read_record(tmp_path / "run").scales
     bench = reopen(tmp_path / "run")
-    items = scales.few(bench, items_of(bench.plan, bench.facts))
+    items = adapter_scaling.few(bench, items_of(bench.plan, bench.facts))
     assert 1 < len(items.texts) < len(items_of(bench.plan, bench.facts).texts)
     for point in (curve[0], curve[-1]):
         with adapter_scaled(bench.model.network, point.scale):
@@ -105,9 +108,9 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
     """Killed after a checkpoint: what was kept of the base is read again, and no answer before is generated twice."""
     changed: dict[str, Any] = {"method": method, "lora_r": "auto", "save_steps": 2, "metrics": ["exact_match"]}
     asked: list[list[tuple[int, ...]]] = []
-    generate = cache.generate
+    generate = answer_cache.generate
     monkeypatch.setattr(
-        cache,
+        answer_cache,
         "generate",
         lambda model, requests, **rest: (
             asked.append([one.tokens for one in requests]) or generate(model, requests, **rest)
@@ -117,8 +120,8 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
     tested = asked[0]  # other questions, of eval_data, are asked on the way
     assert asked.count(tested) == 2, "before and after"
     wish = recipe(writer, tmp_path / "killed", **measured_files(tmp_path / "killed"), **changed)
-    known = facts.gather(wish)
-    until_saved(iter(run.train(facts.make_plan(known), known)), 2)
+    known = inputs.gather(wish)
+    until_saved(iter(run.train(inputs.make_plan(known), known)), 2)
     asked.clear()
     list(run.resume(tmp_path / "killed" / "run"))
     assert asked.count(tested) == 1, "after only"
@@ -131,9 +134,9 @@ def test_eval_of_a_run_takes_its_answers_from_the_folder(
 ) -> None:
     record = record_of(writer, tmp_path, metrics=["exact_match"])
     asked: list[int] = []
-    generate = cache.generate
+    generate = answer_cache.generate
     monkeypatch.setattr(
-        cache,
+        answer_cache,
         "generate",
         lambda model, requests, **rest: asked.append(len(requests)) or generate(model, requests, **rest),
     )
@@ -148,7 +151,7 @@ def test_recovery_compares_each_domain_by_itself_and_after_others(
 ) -> None:
     record = record_of(writer, tmp_path, num_train_epochs=4, learning_rate=0.1)
     with pytest.raises(SystemExit):
-        cli.main(["eval", str(tmp_path / "run"), "--recovery", "--json"])
+        app.main(["eval", str(tmp_path / "run"), "--recovery", "--json"])
     found = json.loads(capsys.readouterr().out)["recovery"]
     kinds = [f"{GENERAL}: {name}" for domain in "ab" for name in (domain, f"{domain}, after 2 texts of it")]
     assert [one["task"] for one in found] == kinds
@@ -156,7 +159,7 @@ def test_recovery_compares_each_domain_by_itself_and_after_others(
     assert (found[0]["difference"] + found[2]["difference"]) / 2 == pytest.approx(whole.difference, rel=1e-4)
     assert found[1]["difference"] != pytest.approx(found[0]["difference"], rel=1e-3)
     with pytest.raises(SystemExit):
-        cli.main(["eval", str(tmp_path / "run"), "--recovery"])
+        app.main(["eval", str(tmp_path / "run"), "--recovery"])
     assert "recover" in capsys.readouterr().out
 
 

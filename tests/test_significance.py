@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tunesmith.evaluate.compare import Measurement, compare
-from tunesmith.evaluate.stats import bootstrap
-from tunesmith.significance import (
+from tunesmith.evaluate.intervals import bootstrap
+from tunesmith.evaluate.results import Measurement, compare
+from tunesmith.evaluate.significance import (
     evidence,
     holm,
     mcnemar,

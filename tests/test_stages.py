@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from tiny_run import chat, recipe, steps_of, sums, train, write_rows
-from tunesmith import afterwards, stages, verbs
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import read_json
-from tunesmith.plan.staged import StagedPlan
-from tunesmith.recipe import Stages
-from tunesmith.types import Event, Json, Saved, Stage, Verdict
+from tunesmith import api
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Event, Saved, Stage, Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.core.types import Json
+from tunesmith.evaluate import finished_run
+from tunesmith.plan.stages import StagedPlan
+from tunesmith.recipe.schema import Stages
+from tunesmith.train import stages
 
 WEIGHTS = Path("adapter", "adapter_model.safetensors")
 
@@ -46,7 +49,7 @@ def keys(model: Path, folder: Path) -> tuple[Json, Json, Json]:
 def wish(model: Path, folder: Path, **changed: Any) -> Stages:
     both, cpt, sft = keys(model, folder)
     given = {**both, "stage": [{"cpt": cpt}, {"sft": sft}], "output_dir": str(folder / "run"), **changed}
-    made = verbs.read_recipe(given)
+    made = api.read_recipe(given)
     assert isinstance(made, Stages)
     return made
 
@@ -93,11 +96,11 @@ def test_stages_are_the_runs_by_hand(straight: tuple[Path, list[Event]], tiny_fo
 
 def test_the_whole_is_measured_from_the_base(straight: tuple[Path, list[Event]]) -> None:
     folder, events = straight
-    record = verbs.read_record(folder)
-    assert record.steps == len(steps_of(events)) == verbs.read_plan(folder).steps
+    record = api.read_record(folder)
+    assert record.steps == len(steps_of(events)) == api.read_plan(folder).steps
     assert record.tokens == sum(step.tokens for step in steps_of(events))
     found = {(one.task, one.metric): one for one in record.comparisons}
-    first, second = (verbs.read_record(folder / "stages" / name).comparisons for name in ("1-cpt", "2-sft"))
+    first, second = (api.read_record(folder / "stages" / name).comparisons for name in ("1-cpt", "2-sft"))
     base = {(one.task, one.metric): one.before.value for one in first}
     end = {(one.task, one.metric): one.after.value for one in second}
     assert found["1-cpt test", "bits_per_byte"].before.value == pytest.approx(base["test", "bits_per_byte"])
@@ -116,21 +119,21 @@ def test_a_run_goes_on_in_any_stage(
     stage: int, saved: int | None, straight: tuple[Path, list[Event]], tiny_folder: Path, tmp_path: Path
 ) -> None:
     until(stages.train(planned(wish(tiny_folder, tmp_path))), stage, saved)
-    again = list(verbs.resume(tmp_path / "run"))
+    again = list(api.resume(tmp_path / "run"))
     begun = [event.step for event in again if isinstance(event, Stage)]
     assert begun == list(range(stage, 3))
     for place in ("1-cpt", "2-sft"):
         mine, theirs = (folder / "stages" / place / WEIGHTS for folder in (tmp_path / "run", straight[0]))
         assert mine.read_bytes() == theirs.read_bytes()
-    record, whole = (verbs.read_record(folder) for folder in (tmp_path / "run", straight[0]))
+    record, whole = (api.read_record(folder) for folder in (tmp_path / "run", straight[0]))
     assert record.comparisons == whole.comparisons
     with pytest.raises(InputError, match="this run is finished"):
-        list(verbs.resume(tmp_path / "run"))
+        list(api.resume(tmp_path / "run"))
 
 
 def test_the_plan_of_a_later_stage_is_known_before_the_first(straight: tuple[Path, list[Event]]) -> None:
     folder, _ = straight
-    before, after = stages.read_staged(folder).plans[1], verbs.read_plan(folder / "stages" / "2-sft")
+    before, after = stages.read_staged(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")
     assert before["between_stages"] == after["between_stages"] == "the adapter goes on"
     differ = {key for key in after.choices if key not in before.choices or before[key] != after[key]}
     assert differ == {"adapter_sha256", "adapter_from"}
@@ -138,8 +141,8 @@ def test_the_plan_of_a_later_stage_is_known_before_the_first(straight: tuple[Pat
 
 def test_what_comes_after_a_run_takes_the_last_stage(straight: tuple[Path, list[Event]], tmp_path: Path) -> None:
     folder = straight[0]
-    assert isinstance(next(afterwards.chat(folder, ["1 and 1"])), str)
-    assert afterwards.export(folder, "peft", out=tmp_path / "peft").path == str(tmp_path / "peft")
+    assert isinstance(next(finished_run.chat(folder, ["1 and 1"])), str)
+    assert finished_run.export(folder, "peft", out=tmp_path / "peft").path == str(tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
 
 
@@ -153,7 +156,7 @@ def test_rows_that_change_between_stages_are_noticed(tiny_folder: Path, tmp_path
     until(stages.train(planned(wish(tiny_folder, tmp_path))), 2, None)
     write_rows(tmp_path / "rows.jsonl", sums(20, 8))
     with pytest.raises(InputError, match=r"the file has changed since the plan.*"):
-        list(verbs.resume(tmp_path / "run"))
+        list(api.resume(tmp_path / "run"))
 
 
 def test_what_a_later_stage_cannot_do_is_said_before_the_first(tiny_folder: Path, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_preference_may_come_first(tiny_folder: Path, tmp_path: Path) -> None:
 def test_a_folder_that_was_moved_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
     until(stages.train(planned(wish(tiny_folder, tmp_path))), 1, 2)
     moved = Path(shutil.move(tmp_path / "run", tmp_path / "moved"))
-    list(verbs.resume(moved))
+    list(api.resume(moved))
     assert (moved / "stages" / "2-sft" / WEIGHTS).exists()
 
 
@@ -213,7 +216,7 @@ def test_what_no_adapter_can_go_on_from_is_merged(merged: Any, tiny_folder: Path
     base = tmp_path / "one" / "model"
     if kind == OTHER_RANK:
         base = tmp_path / "base"
-        afterwards.export(tmp_path / "one", "merged", out=base)
+        finished_run.export(tmp_path / "one", "merged", out=base)
         assert [v.evidence.split(":")[0] for v in events if isinstance(v, Verdict) and v.kind == "merged"] == [
             "stages/1-cpt/merged"
         ]
@@ -227,15 +230,15 @@ def test_the_plan_says_why_it_merges(merged: Any) -> None:
         OTHER_RANK: "lora_r is 2 here, and 3 in the adapter of 1-cpt: that one goes into the weights",
         ALL_WEIGHTS: "all weights of 1-cpt were trained: the model that it leaves is the base",
     }[kind]
-    for plan in (stages.read_staged(folder).plans[1], verbs.read_plan(folder / "stages" / "2-sft")):
+    for plan in (stages.read_staged(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")):
         assert plan["between_stages"] == "merged"
         assert plan.choices["between_stages"].why.startswith(why)
 
 
 def test_a_merged_run_is_measured_from_the_base(merged: Any) -> None:
     _, folder, _ = merged
-    found = {(one.task, one.metric): one for one in verbs.read_record(folder).comparisons}
-    first, second = (verbs.read_record(folder / "stages" / name).comparisons for name in ("1-cpt", "2-sft"))
+    found = {(one.task, one.metric): one for one in api.read_record(folder).comparisons}
+    first, second = (api.read_record(folder / "stages" / name).comparisons for name in ("1-cpt", "2-sft"))
     base = {(one.task, one.metric): one.before.value for one in first}
     end = {(one.task, one.metric): one.after.value for one in second}
     assert found["1-cpt test", "bits_per_byte"].before.value == pytest.approx(base["test", "bits_per_byte"], rel=1e-5)
@@ -244,7 +247,7 @@ def test_a_merged_run_is_measured_from_the_base(merged: Any) -> None:
     assert (general.before.value, general.after.value) == pytest.approx(
         (base["general text", "bits_per_byte"], end["general text", "bits_per_byte"]), rel=1e-4
     )
-    assert isinstance(next(afterwards.chat(folder, ["1 and 1"])), str)
+    assert isinstance(next(finished_run.chat(folder, ["1 and 1"])), str)
 
 
 @pytest.mark.parametrize(("stage", "saved"), [(2, None), (2, 2)])
@@ -253,7 +256,7 @@ def test_a_merged_run_goes_on_in_any_stage(
 ) -> None:
     kind, folder, _ = merged
     until(stages.train(planned(merging(tiny_folder, tmp_path, kind))), stage, saved)
-    list(verbs.resume(tmp_path / "run"))
+    list(api.resume(tmp_path / "run"))
     mine, theirs = (one / "stages" / "2-sft" / WEIGHTS for one in (tmp_path / "run", folder))
     assert mine.read_bytes() == theirs.read_bytes()
 
@@ -265,12 +268,12 @@ def test_a_third_stage_goes_on_from_a_merged_base(tiny_folder: Path, tmp_path: P
     first, last = {"cpt": cpt | {"method": "full", "max_steps": 1}}, {"sft": sft | {"method": "full", "max_steps": 1}}
     two = sft | {"lora_r": 2, "max_steps": 1}
     events = trained(wish(tiny_folder, tmp_path, lora_r="auto", stage=[first, {"sft": two}, {"sft": two}, last]))
-    plans = [verbs.read_plan(place) for place in sorted((tmp_path / "run" / "stages").iterdir())]
+    plans = [api.read_plan(place) for place in sorted((tmp_path / "run" / "stages").iterdir())]
     assert [plan["between_stages"] for plan in plans[1:]] == ["merged", "the adapter goes on", "merged"]
     assert [Path(plan.recipe["model"]).name for plan in plans[1:]] == ["model", "model", "merged"]
     assert len(steps_of(events)) == 4
     assert (tmp_path / "run" / "stages" / "4-sft" / "model" / "model.safetensors").exists()
-    assert verbs.read_record(tmp_path / "run").comparisons[0].task == "general text"
+    assert api.read_record(tmp_path / "run").comparisons[0].task == "general text"
 
 
 def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -280,7 +283,7 @@ def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path:
     with (tmp_path / "run" / "stages" / "1-cpt" / "merged" / "model.safetensors").open("ab") as file:
         file.write(b"!")
     with pytest.raises(InputError, match="not as it was written"):
-        list(verbs.resume(tmp_path / "run"))
+        list(api.resume(tmp_path / "run"))
 
 
 # ---------------------------------------------------------------- wrong wishes
@@ -303,16 +306,16 @@ def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path:
 def test_wrong_stages_are_named_with_their_line(lines: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"model: m\ndata: rows.jsonl\n{lines}\n")
     with pytest.raises(InputError, match=message) as caught:
-        verbs.read_recipe(tmp_path / "recipe.yaml")
+        api.read_recipe(tmp_path / "recipe.yaml")
     assert "problems" not in caught.value.what, "one problem, told once"
 
 
 def test_flags_win_over_the_keys_of_a_stage(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: m\nseed: 1\nstage: [{sft: {data: a, seed: 2}}, {sft: {data: b}}]\n")
-    made = verbs.read_recipe(tmp_path / "recipe.yaml")
+    made = api.read_recipe(tmp_path / "recipe.yaml")
     assert isinstance(made, Stages)
     assert [one.seed for one in made.recipes] == [2, 1]
     assert [one.data[0].path for one in made.recipes] == [tmp_path / "a", tmp_path / "b"]
-    told = verbs.read_recipe(tmp_path / "recipe.yaml", seed=3)
+    told = api.read_recipe(tmp_path / "recipe.yaml", seed=3)
     assert isinstance(told, Stages)
     assert [one.seed for one in told.recipes] == [3, 3]

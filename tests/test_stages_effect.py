@@ -7,10 +7,10 @@ import pytest
 
 import tunesmith
 from tiny_run import write_rows
-from tunesmith import stages
-from tunesmith.recipe import Stages
-from tunesmith.types import Json
-from tunesmith.verbs import read_recipe, read_record
+from tunesmith.api import read_recipe, read_record
+from tunesmith.core.types import Json
+from tunesmith.recipe.schema import Stages
+from tunesmith.train import stages
 
 DEMO = Path(tunesmith.__file__).parent / "demo"
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from tiny_run import chat, recipe, write_rows
-from tunesmith import facts, workbench
-from tunesmith.errors import GateError
+from tunesmith.core.errors import GateError
+from tunesmith.core.types import Json
+from tunesmith.session import inputs, session
+from tunesmith.session.session import set_up
 from tunesmith.train.preflight import prove
-from tunesmith.types import Json
-from tunesmith.workbench import set_up
 
 WRITTEN = "{{ '<|start|>' + m.role + '\\n' + m.content + '<|end|>\\n' }}"
 ASKED = "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
@@ -34,8 +34,8 @@ def compared(model: Path, folder: Path, template: str, rows: list[Json], **chang
     """Which rows were compared as a whole, and what the proof says of them."""
     (folder / "template.jinja").write_text(template)
     data = str(write_rows(folder / "rows.jsonl", rows))
-    known = facts.gather(recipe(model, folder, data=data, template=str(folder / "template.jinja"), **changed))
-    bench = set_up(facts.make_plan(known), known)
+    known = inputs.gather(recipe(model, folder, data=data, template=str(folder / "template.jinja"), **changed))
+    bench = set_up(inputs.make_plan(known), known)
     verdicts = {verdict.kind: verdict for verdict in prove(bench.model, bench.probe)}
     return [found.whole for found in bench.probe.stock_ids], verdicts["ids = stock"].evidence
 
@@ -69,8 +69,8 @@ def test_other_ids_are_refused(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, row: Json
 ) -> None:
     """As from a tokenizer class that builds another tokenizer than the file holds."""
-    stock = workbench.stock_ids
-    monkeypatch.setattr(workbench, "stock_ids", lambda *given, **more: [*stock(*given, **more)[:-1], 0])
+    stock = session.stock_ids
+    monkeypatch.setattr(session, "stock_ids", lambda *given, **more: [*stock(*given, **more)[:-1], 0])
     with pytest.raises(GateError, match="token ids differ from those of the stock tokenizer"):
         compared(tiny_folder, tmp_path, template, [row] * 3)
 

@@ -8,11 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_run import adapter_bytes, chat, plan_of, recipe, steps_of, sums, train, until_saved, write_rows
-from tunesmith import facts, run
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import from_json, read_json
-from tunesmith.recipe import Recipe
-from tunesmith.types import Json, RunRecord, Score
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Score
+from tunesmith.core.json_io import from_json, read_json
+from tunesmith.core.types import Json, RunRecord
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
 
 
 def echoes(first: int, count: int) -> list[Json]:
@@ -75,7 +77,7 @@ def test_a_held_out_task_that_shares_rows_with_training_is_refused(tiny_folder: 
     with pytest.raises(
         InputError, match=r"1 of 3 rows of the held-out task 'new' are also in data: new.jsonl:3 is a.j"
     ):
-        facts.gather(wish(tiny_folder, tmp_path, test_data=test))
+        inputs.gather(wish(tiny_folder, tmp_path, test_data=test))
 
 
 def test_a_task_of_one_row_is_refused_before_anything_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_held_out_rows_are_asked_as_their_task_is(tiny_folder: Path, tmp_path: P
         "save_steps": 2,
     }
     straight, broken = (wish(tiny_folder, tmp_path / name, **files) for name in ("straight", "broken"))
-    known = facts.gather(straight)
+    known = inputs.gather(straight)
     asked = [known.datasets["test_data"].example(row).messages for row in range(4)]
     assert {len(messages) for messages in asked} == {2, 4}
     train(straight)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import told_run as told
-from tunesmith import clirun, tracking
-from tunesmith.errors import InputError, MachineError
-from tunesmith.runfolder import RunFolder
-from tunesmith.tracking import Reader, Tracked, follow, send
+from tunesmith.cli import run as run_commands
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.run_dir import RunFolder
+from tunesmith.report import trackers
+from tunesmith.report.trackers import Reader, Tracked, follow, send
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the trackers' own imports
 
@@ -85,7 +86,7 @@ def test_what_is_new_is_read_once_and_whole(tmp_path: Path) -> None:
 def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = told.write_run(tmp_path / "run")
     (run / "tensorboard").write_text("in the way")
-    with clirun._tracked(run, "tensorboard"):
+    with run_commands._tracked(run, "tensorboard"):
         pass
     said = capsys.readouterr().err
     assert said.count("warning: tensorboard has not got everything: ") == 1
@@ -96,8 +97,8 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, capsys: pytest.Capt
 def test_a_run_that_breaks_is_not_hidden_by_its_tracker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
-    with pytest.raises(MachineError, match="the disk"), clirun._tracked(tmp_path, "tensorboard"):
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
+    with pytest.raises(MachineError, match="the disk"), run_commands._tracked(tmp_path, "tensorboard"):
         raise MachineError("the disk is full")
     assert "has not got everything: it is not installed" in capsys.readouterr().err
     with pytest.raises(MachineError, match="tensorboard: it is not installed"):
@@ -106,7 +107,7 @@ def test_a_run_that_breaks_is_not_hidden_by_its_tracker(
 
 def test_a_tracker_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = told.write_run(tmp_path / "run")
-    monkeypatch.setattr(tracking, "PATIENCE", 0.0)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.0)
     with Tracked(run, "tensorboard") as tracked:
         pass
     assert "still sending" in tracked.problem
@@ -116,7 +117,7 @@ def test_trackers_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = told.write_run(tmp_path / "run")
     with pytest.raises(InputError, match="use one of tensorboard, wandb"):
         Tracked(run, "mlflow")
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "wandb" else name)
     with Tracked(run, "wandb") as tracked:
         pass
     assert tracked.problem == "it is not installed: pip install 'tunesmith[wandb]'"

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import tunesmith
-import tunesmith.cli
 from tiny_run import measured_files, recipe, sums, train, write_rows
-from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import Measured, Measurement
-from tunesmith.evaluate.gate import gates
-from tunesmith.evaluate.paired import paired
-from tunesmith.jsonfile import from_json, read_json
-from tunesmith.versus import side_of
+from tunesmith.cli import app
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import from_json, read_json
+from tunesmith.evaluate.model_ref import side_of
+from tunesmith.evaluate.pairing import paired
+from tunesmith.evaluate.regression_gate import gates
+from tunesmith.evaluate.results import Measured, Measurement
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_name_of_nothing_is_said_with_what_is_near(
 ) -> None:
     assert at_work.is_dir()
     with pytest.raises(SystemExit) as ended:
-        tunesmith.cli.main([name if word == "NAME" else word for word in words])
+        app.main([name if word == "NAME" else word for word in words])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert f"error: {name}: there is no run folder, model folder or built-in model of that name\n" in said
@@ -248,7 +248,7 @@ def test_a_failing_gate_exits_with_4(runs: tuple[Path, Path], capsys: pytest.Cap
     copy = shutil.copytree(runs[1], runs[1].parent / "gated")
     (copy / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(SystemExit) as ended:
-        tunesmith.cli.main(["eval", str(copy), "--gate", "--json"])
+        app.main(["eval", str(copy), "--gate", "--json"])
     assert ended.value.code == 4
     out, err = capsys.readouterr()
     judged = {gate["name"]: gate["passed"] for gate in json.JSONDecoder().raw_decode(out)[0]["gates"]}

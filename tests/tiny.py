@@ -25,12 +25,12 @@ from transformers import (
     SmolLM3Config,
 )
 
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import pack_step
+from tunesmith.core.types import Batch, Document
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
 from tunesmith.model.adapters import METHODS, trainable
-from tunesmith.model.load import LanguageModel, adopt
+from tunesmith.model.causal_lm import LanguageModel, adopt
 from tunesmith.train.losses import answer_loss, weight_count
-from tunesmith.types import Batch, Document
 
 VOCABULARY = 97
 WINDOW = 8  # shorter than most of the documents, so that windows matter

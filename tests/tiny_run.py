@@ -12,9 +12,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from tunesmith import facts, run
-from tunesmith.recipe import Recipe
-from tunesmith.types import Event, Json, Plan, StepResult
+from tunesmith.core.events import Event, StepResult
+from tunesmith.core.types import Json, Plan
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
 
 TURNS = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
@@ -121,12 +123,12 @@ def measured_files(folder: Path) -> dict[str, str]:
 
 
 def plan_of(wish: Recipe) -> Plan:
-    return facts.make_plan(facts.gather(wish))
+    return inputs.make_plan(inputs.gather(wish))
 
 
 def train(wish: Recipe) -> list[Event]:
-    known = facts.gather(wish)
-    return list(run.train(facts.make_plan(known), known))
+    known = inputs.gather(wish)
+    return list(run.train(inputs.make_plan(known), known))
 
 
 def steps_of(events: Sequence[Event]) -> list[StepResult]:

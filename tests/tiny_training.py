@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from tiny import tiny_document
+from tunesmith.core.events import Event, StepResult
+from tunesmith.core.types import Document
 from tunesmith.model.adapters import trainable
-from tunesmith.model.load import LanguageModel
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import Document, Event, StepResult
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.train.loop import Settings, Training
 
 SETTINGS = Settings(
     steps=6,

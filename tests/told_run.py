@@ -5,26 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.plan.staged import StagedPlan
-from tunesmith.runfolder import OF_STAGES, STAGES, RunFolder
-from tunesmith.types import (
+from tunesmith.core.events import Event, Sample, Saved, Score, StepResult, Verdict
+from tunesmith.core.run_dir import OF_STAGES, STAGES, RunFolder
+from tunesmith.core.types import (
     Choice,
     Comparison,
     DataReport,
-    Event,
     Finding,
     Json,
     Machine,
     ModelSpec,
     Plan,
     RunRecord,
-    Sample,
-    Saved,
     ScalePoint,
-    Score,
-    StepResult,
-    Verdict,
 )
+from tunesmith.plan.stages import StagedPlan
 
 MACHINE = Machine("cpu", "a cpu", 2, 2**34, 2**33, 2**36, bf16_matmul=True, compiler=None, versions={"torch": "2.9"})
 MODEL = ModelSpec(

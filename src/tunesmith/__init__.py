@@ -13,46 +13,29 @@ docs/python.md shows each of them. Importing this loads no model library.
 
 from importlib import import_module
 
-from tunesmith.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
-from tunesmith.plan.staged import StagedPlan
-from tunesmith.recipe import Recipe, Stages
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import (
+from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
+from tunesmith.core.events import Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
+from tunesmith.core.types import (
     Choice,
     Comparison,
     DataReport,
-    Done,
-    Event,
     Finding,
     Machine,
     ModelSpec,
     Plan,
     RunRecord,
-    Sample,
-    Saved,
-    Score,
-    Stage,
-    StepResult,
-    Verdict,
+    __version__,
 )
-from tunesmith.version import __version__
+from tunesmith.plan.stages import StagedPlan
+from tunesmith.recipe.fields import DataSource
+from tunesmith.recipe.schema import Recipe, Stages
 
 # Importing a submodule for the first time binds its name here. These have the names of verbs: they come first.
-for _namesake in ("advise", "demo", "evaluate", "export", "init", "plan", "train"):
+for _namesake in ("advise", "evaluate", "export", "plan", "train"):
     import_module(f"tunesmith.{_namesake}")
 
 from tunesmith.advising import advise_measured  # noqa: E402
-from tunesmith.dataverbs import (  # noqa: E402
-    data_check,
-    data_curate,
-    data_lock,
-    data_prove,
-    data_review,
-    data_reviewed,
-    data_show,
-    data_split,
-)
-from tunesmith.verbs import (  # noqa: E402
+from tunesmith.api import (  # noqa: E402
     advise,
     baselines,
     chat,
@@ -73,6 +56,16 @@ from tunesmith.verbs import (  # noqa: E402
     train,
     tune_lr,
     write_report,
+)
+from tunesmith.dataverbs import (  # noqa: E402
+    data_check,
+    data_curate,
+    data_lock,
+    data_prove,
+    data_review,
+    data_reviewed,
+    data_show,
+    data_split,
 )
 
 __all__ = [

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import InputError
-from tunesmith.verbs import ONE_STAGE, AnyPath, Wish, gather
+from tunesmith.api import ONE_STAGE, AnyPath, Wish, gather
+from tunesmith.core.errors import InputError
 
 if TYPE_CHECKING:
-    from tunesmith.advise.asking import Outcome
-    from tunesmith.advise.measured import Begun, MeasuredAdvice
-    from tunesmith.verbs import Known
+    from tunesmith.advise.measured.experiment import Begun, MeasuredAdvice
+    from tunesmith.advise.measured.run_arm import Outcome
+    from tunesmith.api import Known
 
 
 def advise_measured(
@@ -28,10 +28,10 @@ def advise_measured(
     """Whether to fine-tune, measured on `eval_data`: prompts, retrieval over `documents`, a schema that is enforced and
     short trainings, as many as fit into the minutes. What begins, each `Outcome` as it ends, the `MeasuredAdvice` last;
     what is in `folder` already is not done again. `metric` decides, else the first that looks at what answers hold."""
-    from tunesmith.advise.measured import Wanted, advise_measured
-    from tunesmith.advise.passages import open_passages
-    from tunesmith.facts import make_plan
-    from tunesmith.plan.plan import refuse_without_room
+    from tunesmith.advise.measured.experiment import Wanted, advise_measured
+    from tunesmith.advise.measured.retrieval import open_passages
+    from tunesmith.plan.build import refuse_without_room
+    from tunesmith.session.inputs import make_plan
 
     passages = None if documents is None else open_passages(Path(documents))
     known = gather(recipe, **changes)

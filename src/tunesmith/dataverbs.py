@@ -9,21 +9,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import InputError
-from tunesmith.recipe import Recipe, Stages
-from tunesmith.types import DataReport, Plan
-from tunesmith.verbs import ONE_STAGE, AnyPath, Wish, by_stage, gather, read_recipe, single
+from tunesmith.api import ONE_STAGE, AnyPath, Wish, by_stage, gather, read_recipe, single
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import DataReport, Plan
+from tunesmith.recipe.schema import Recipe, Stages
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from tunesmith.curate import Curated
+    from tunesmith.advise.curate import Curated
+    from tunesmith.advise.data_ablation import Proof, Trained
+    from tunesmith.api import Known
+    from tunesmith.data.annotation import Reviewed
     from tunesmith.data.dataset import Dataset
-    from tunesmith.data.divide import Divided
-    from tunesmith.data.golden import Golden
-    from tunesmith.data.reviews import Reviewed
-    from tunesmith.tune.prove import Proof, Trained
-    from tunesmith.verbs import Known
+    from tunesmith.data.golden_set import Golden
+    from tunesmith.data.group_split import Divided
 
 
 def data_check(
@@ -31,8 +31,8 @@ def data_check(
 ) -> dict[str, DataReport]:
     """Reads all rows once: a report for each role, with what was found. Rows that cannot be used are counted in it,
     and written into the file `rejected`, which is a new one, or one of these; InputError if there are no others."""
-    from tunesmith.data.rejected import refuse_others_file, write_rejected
-    from tunesmith.facts import reports
+    from tunesmith.data.rejects import refuse_others_file, write_rejected
+    from tunesmith.session.inputs import reports
 
     if rejected is not None:
         refuse_others_file(Path(rejected))
@@ -49,7 +49,7 @@ def data_check(
 
 def data_show(recipe: Wish | Known = None, *, rows: int = 3, ids: bool = False, **changes: Any) -> list[Text]:
     """The first training rows as the model sees them, coloured by what is trained; `print` shows them plain."""
-    from tunesmith.facts import show_rows
+    from tunesmith.session.inputs import show_rows
 
     known = by_stage(gather(recipe, **changes)).values()
     return [text for one in known for text in show_rows(one, rows=rows, ids=ids)]
@@ -61,7 +61,7 @@ def data_curate(
     """Chooses `keep` rows of `data` by the scores of the base model, quality first, then diversity, into a new folder
     `to`, beside a random and the longest subset of the same size. Every other row keeps its reason; none is edited.
     `likeness`: by what rows are alike, the model's hidden states of their questions, or their words."""
-    from tunesmith.curate import curate
+    from tunesmith.advise.curate import curate
 
     return curate(single(gather(recipe, **changes)), keep, Path(to), likeness)
 
@@ -71,9 +71,9 @@ def data_prove(
 ) -> Iterator[Trained | Proof]:
     """Trains briefly on each file of a folder of `data_curate`, and on the whole, from the same start: each `Trained`
     as it ends, then the `Proof`, which is also written into the folder. InputError without held-out rows."""
-    from tunesmith.atomic import write_file
-    from tunesmith.jsonfile import json_bytes
-    from tunesmith.tune.prove import conclude, try_subsets
+    from tunesmith.advise.data_ablation import conclude, try_subsets
+    from tunesmith.core.atomic import write_file
+    from tunesmith.core.json_io import json_bytes
 
     known = single(gather(recipe, **changes))
     decided = refuse_unprovable(known)
@@ -88,9 +88,9 @@ def data_prove(
 
 def refuse_unprovable(recipe: Known) -> Plan:
     """The plan of the short trainings. Raises what `data_prove` would, before rows are scored."""
-    from tunesmith.facts import make_plan
-    from tunesmith.plan.plan import refuse_without_room
-    from tunesmith.tune.prove import held_out_items
+    from tunesmith.advise.data_ablation import held_out_items
+    from tunesmith.plan.build import refuse_without_room
+    from tunesmith.session.inputs import make_plan
 
     known = single(recipe)
     decided = make_plan(known)
@@ -109,8 +109,8 @@ def _of_one_stage(recipe: Wish, what: str, changes: Mapping[str, Any]) -> Recipe
 def data_lock(recipe: Wish = None, **changes: Any) -> Golden:
     """Locks the file of `data`, in which every row has a `review`: from now on no run trains on its rows, and none
     measures with it once it has changed."""
-    from tunesmith.data.golden import lock
-    from tunesmith.facts import open_pool
+    from tunesmith.data.golden_set import lock
+    from tunesmith.session.inputs import open_pool
 
     wish = _of_one_stage(recipe, "the file of one stage is locked", changes)
     return lock(open_pool(wish))
@@ -119,8 +119,8 @@ def data_lock(recipe: Wish = None, **changes: Any) -> Golden:
 def data_review(recipe: Wish = None, *, tool: str, to: AnyPath, **changes: Any) -> int:
     """Writes the rows of `data` into the file `to`, which Label Studio (`label-studio`) or Argilla (`argilla`) imports,
     to be judged by people; how many there are."""
-    from tunesmith.data.reviews import write_tasks
-    from tunesmith.facts import open_pool
+    from tunesmith.data.annotation import write_tasks
+    from tunesmith.session.inputs import open_pool
 
     wish = _of_one_stage(recipe, "the rows of one stage are reviewed", changes)
     return write_tasks(open_pool(wish), tool, Path(to))
@@ -129,7 +129,7 @@ def data_review(recipe: Wish = None, *, tool: str, to: AnyPath, **changes: Any) 
 def data_reviewed(path: AnyPath, *, to: AnyPath, date: str | None = None) -> Reviewed:
     """Reads what either tool exports as JSON into a file of reviewed rows, for `data_lock`. `date`: of the reviews of
     Argilla, whose files have none."""
-    from tunesmith.data.reviews import read_reviews
+    from tunesmith.data.annotation import read_reviews
 
     return read_reviews(Path(path), Path(to), date)
 
@@ -147,8 +147,8 @@ def data_split(
     """Divides the rows of `data` into train.jsonl, eval.jsonl and test.jsonl in a new folder `to`. Rows that say nearly
     the same, ask the same or share the value of the key `group` stay together; each label, or value of the key
     `stratify`, is divided by itself. The recipe's seed decides."""
-    from tunesmith.data.divide import divide
-    from tunesmith.facts import open_pool
+    from tunesmith.data.group_split import divide
+    from tunesmith.session.inputs import open_pool
 
     wish = _of_one_stage(recipe, "the rows of one stage are divided", changes)
     shares = {"eval_share": eval_share, "test_share": test_share}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tunesmith import verbs
-from tunesmith.adviceview import advice_view
-from tunesmith.commandline import PIPE_WIDTH, asked
+from tunesmith import api
+from tunesmith.cli.args import PIPE_WIDTH, asked
+from tunesmith.cli.views.advice import advice_view
 
 ROOT = Path(__file__).parents[2]
 SHOWN = re.findall(
@@ -30,5 +30,5 @@ def test_the_page_shows_what_is_printed(
 ) -> None:
     monkeypatch.chdir(ROOT / "recipes")
     path, facts = asked(shlex.split(words))
-    Console(width=PIPE_WIDTH).print(advice_view(verbs.advise(path, **facts)))
+    Console(width=PIPE_WIDTH).print(advice_view(api.advise(path, **facts)))
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == text.splitlines()

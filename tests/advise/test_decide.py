@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from tunesmith.advise.arms import Arm
-from tunesmith.advise.asking import Outcome
-from tunesmith.advise.decide import Decision, Graded, Row, deciding_metric, decision_of, table_of
-from tunesmith.evaluate.tasks import Question
+from tunesmith.advise.measured.arms import Arm
+from tunesmith.advise.measured.run_arm import Outcome
+from tunesmith.advise.measured.verdict import Decision, Graded, Row, deciding_metric, decision_of, table_of
+from tunesmith.evaluate.generate_until import Question
 
 ITEMS = 40
 

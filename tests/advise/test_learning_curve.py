@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tunesmith.advise.curve import FAR, Curve, examples_to, fit_curve
-from tunesmith.measuredview import _curve_line
+from tunesmith.advise.measured.learning_curve import FAR, Curve, examples_to, fit_curve
+from tunesmith.cli.views.measured_advice import _curve_line
 
 SIZES = (25, 50, 100, 200, 400)
 

@@ -12,17 +12,18 @@ import torch
 from rich.console import Console
 
 from tiny_run import chat, recipe, save_writer_folder, sums, write_rows
-from tunesmith import advise_measured, facts
-from tunesmith.advise.arms import Arm
-from tunesmith.advise.asking import Outcome, Subject, drawn, items_of, outcome_of, small_plan
-from tunesmith.advise.budget import fitting, items_that_fit, measure_speed, seconds_of
-from tunesmith.advise.knowledge import check_knowledge, no_facts
-from tunesmith.advise.measured import Begun, MeasuredAdvice
-from tunesmith.advise.passages import Passages, open_passages
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import to_json
-from tunesmith.measuredview import measured_view
-from tunesmith.recipe import Recipe
+from tunesmith import advise_measured
+from tunesmith.advise.measured.arms import Arm
+from tunesmith.advise.measured.experiment import Begun, MeasuredAdvice
+from tunesmith.advise.measured.knowledge_check import check_knowledge, no_facts
+from tunesmith.advise.measured.retrieval import Passages, open_passages
+from tunesmith.advise.measured.run_arm import Outcome, Subject, drawn, items_of, outcome_of, small_plan
+from tunesmith.advise.measured.time_budget import fitting, items_that_fit, measure_speed, seconds_of
+from tunesmith.cli.views.measured_advice import measured_view
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import to_json
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
 
 SCHEMA = {"type": "object", "properties": {"sum": {"enum": [1, 2]}}, "required": ["sum"], "additionalProperties": False}
 
@@ -50,8 +51,8 @@ TEXTS: dict[str, Any] = {"stage": "cpt", "batch_size": "auto", "metrics": "auto"
 
 
 def subject_of(model: Path, folder: Path, passages: Passages | None = None, **changed: Any) -> Subject:
-    known = facts.gather(wish(model, folder, **changed))
-    plan = facts.make_plan(known)
+    known = inputs.gather(wish(model, folder, **changed))
+    plan = inputs.make_plan(known)
     return Subject.of(plan, known, items_of(known), passages)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.advise.passages import LEAST, MOST, OVERLAP, Passages, open_passages, split
-from tunesmith.errors import InputError
+from tunesmith.advise.measured.retrieval import LEAST, MOST, OVERLAP, Passages, open_passages, split
+from tunesmith.core.errors import InputError
 
 
 def test_the_passage_with_the_rare_words_comes_first() -> None:

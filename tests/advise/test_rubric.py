@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 import pytest
 
-from tunesmith.advise import rubric
-from tunesmith.advise.advice import Advice, advise, decide
-from tunesmith.advise.reason import ANSWERS, TRAINING, Confidence
-from tunesmith.advise.rubric import RULES
-from tunesmith.advise.situation import NEEDS, QUESTIONS, Need, Situation
+from tunesmith.advise.rules import rubric
+from tunesmith.advise.rules.advice import Advice, advise, decide
+from tunesmith.advise.rules.questionnaire import NEEDS, QUESTIONS, Need, Situation
+from tunesmith.advise.rules.reason import ANSWERS, TRAINING, Confidence
+from tunesmith.advise.rules.rubric import RULES
 
 CD = "constrained decoding"
 

@@ -14,10 +14,10 @@ from rich.console import Console
 
 import tunesmith
 from tiny_run import sums, write_rows
-from tunesmith import cli
-from tunesmith.adviceview import advice_view
-from tunesmith.advise.situation import Situation, ask, read_situation
-from tunesmith.errors import InputError
+from tunesmith.advise.rules.questionnaire import Situation, ask, read_situation
+from tunesmith.cli import app
+from tunesmith.cli.views.advice import advice_view
+from tunesmith.core.errors import InputError
 
 
 def told(**facts: Any) -> Situation:
@@ -163,7 +163,7 @@ class Terminal(io.StringIO):
 
 def run(*words: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["advise", *words])
+        app.main(["advise", *words])
     return int(ended.value.code or 0)
 
 

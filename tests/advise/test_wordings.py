@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.advise.arms import FORMS, Arm, Given, arms_of
-from tunesmith.advise.prompts import answer_of, looked_up, prompted, question_of
-from tunesmith.data.render import Renderer
-from tunesmith.evaluate.tasks import questions_of
-from tunesmith.types import Example
+from tunesmith.advise.measured.arms import FORMS, Arm, Given, arms_of
+from tunesmith.advise.measured.prompting import answer_of, looked_up, prompted, question_of
+from tunesmith.core.types import Example
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.evaluate.generate_until import questions_of
 
 
 def asked(question: str, answer: str, system: str = "") -> Example:

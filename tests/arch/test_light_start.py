@@ -18,8 +18,8 @@ def loaded_by(program: str) -> set[str]:
 
 
 def verb(*words: str) -> str:
-    call = f"cli.main({list(words)})"
-    return f"from tunesmith import cli\ntry:\n    {call}\nexcept SystemExit as ended:\n    assert not ended.code"
+    call = f"app.main({list(words)})"
+    return f"from tunesmith.cli import app\ntry:\n    {call}\nexcept SystemExit as ended:\n    assert not ended.code"
 
 
 @pytest.mark.parametrize("words", [("--help",), ("--version",), ("train", "--help"), ("data", "show", "--help")])
@@ -34,7 +34,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 def test_verbs_without_a_model_load_no_torch() -> None:
     assert not loaded_by(verb("schema")) & {"torch", "transformers"}
     assert not loaded_by(verb("advise", "--need", "tone")) & {"torch", "transformers"}
-    assert not loaded_by("import tunesmith.recipefile, tunesmith.runfolder, tunesmith.jsonfile") & {
+    assert not loaded_by("import tunesmith.recipe.load, tunesmith.core.run_dir, tunesmith.core.json_io") & {
         "torch",
         "transformers",
     }

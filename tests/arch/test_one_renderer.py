@@ -23,15 +23,15 @@ ENVIRONMENTS = {
 OURS = {"Budgeted", "TrackedEnvironment", "StockEnvironment"}
 MAKING = {"from_string", "get_template", "select_template", "overlay", "apply_chat_template"}
 ALLOWED = {
-    ("data/budget.py", "ImmutableSandboxedEnvironment"),  # the base of our two
-    ("data/jinja.py", "Budgeted"),
-    ("data/sandbox.py", "Budgeted"),
-    ("data/template.py", "Budgeted"),  # a type
-    ("data/template.py", "Template"),
-    ("data/template.py", "TrackedEnvironment"),
-    ("data/template.py", "StockEnvironment"),
-    ("model/load.py", "apply_chat_template"),  # the second opinion: transformers' own render
-    ("model/readback.py", "apply_chat_template"),
+    ("data/chat_template/sandbox_limits.py", "ImmutableSandboxedEnvironment"),  # the base of our two
+    ("data/chat_template/jinja_env.py", "Budgeted"),
+    ("data/chat_template/tracked_env.py", "Budgeted"),
+    ("data/chat_template/template.py", "Budgeted"),  # a type
+    ("data/chat_template/template.py", "Template"),
+    ("data/chat_template/template.py", "TrackedEnvironment"),
+    ("data/chat_template/template.py", "StockEnvironment"),
+    ("model/causal_lm.py", "apply_chat_template"),  # the second opinion: transformers' own render
+    ("model/reference_load.py", "apply_chat_template"),
 }
 
 
@@ -63,7 +63,7 @@ def test_one_file_makes_environments() -> None:
         "from jinja2.sandbox import SandboxedEnvironment as Safe",
         "from jinja2.nativetypes import NativeEnvironment",
         "import jinja2.sandbox as js",
-        "from tunesmith.data.sandbox import TrackedEnvironment",
+        "from tunesmith.data.chat_template.tracked_env import TrackedEnvironment",
         "environment.from_string(source)",
         "tokenizer.apply_chat_template(messages)",
     ],
@@ -73,9 +73,9 @@ def test_a_second_one_would_be_noticed(line: str) -> None:
 
 
 def test_the_two_environments_are_sandboxed_and_paid_for() -> None:
-    from tunesmith.data.budget import Budgeted
-    from tunesmith.data.jinja import StockEnvironment
-    from tunesmith.data.sandbox import TrackedEnvironment
+    from tunesmith.data.chat_template.jinja_env import StockEnvironment
+    from tunesmith.data.chat_template.sandbox_limits import Budgeted
+    from tunesmith.data.chat_template.tracked_env import TrackedEnvironment
 
     assert issubclass(Budgeted, jinja2.sandbox.ImmutableSandboxedEnvironment)
     assert issubclass(TrackedEnvironment, Budgeted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunesmith.recipe import ALIASES, KEYS
+from tunesmith.recipe.schema import ALIASES, KEYS
 
 FROZEN = [
     *("model", "method", "adapter_from", "stage"),

@@ -48,7 +48,7 @@ def test_the_package_works_without_it(tmp_path: Path) -> None:
     (tmp_path / "run" / "plan.json").write_text("{}")
     program = (
         f"import importlib\nfor name in {modules!r}:\n    importlib.import_module(name)\n"
-        "from pathlib import Path\nimport tunesmith\nfrom tunesmith import clirun\n"
+        "from pathlib import Path\nimport tunesmith\nfrom tunesmith.cli import run as clirun\n"
         "clirun.write_page(Path('run'))\nprint(Path(tunesmith.__file__).parent, len(list(Path('run').iterdir())))"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunesmith.data.render import Draft
-from tunesmith.types import Document, Example
+from tunesmith.core.types import Document, Example
+from tunesmith.data.chat_template.renderer import Draft
 
 START, END = 0, 1
 

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from tunesmith.data import scan as scan_module
-from tunesmith.data.audit.check import check
+from tunesmith.core.errors import InputError
+from tunesmith.data import length_stats as scan_module
+from tunesmith.data.checks.run import check
 from tunesmith.data.dataset import open_dataset
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
+from tunesmith.recipe.fields import DataSource
 
 
 def chat(user, answer, *, system=None, **more):

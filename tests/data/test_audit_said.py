@@ -2,10 +2,10 @@
 
 import pytest
 
-from tunesmith.data.audit.private import hidden, masked
-from tunesmith.data.audit.reading import row_of
-from tunesmith.data.audit.said import ROW_CHECKS
-from tunesmith.types import Example
+from tunesmith.core.types import Example
+from tunesmith.data.checks.pii import hidden, masked
+from tunesmith.data.checks.row_checks import ROW_CHECKS
+from tunesmith.data.checks.text_stats import row_of
 
 
 def row(answer, prompt="How do I set the clock?"):

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from tunesmith.data.audit import languages, near, parts
-from tunesmith.data.audit.check import check
-from tunesmith.data.audit.words import all_grams, grams_of, outside, words_of
+from tunesmith.data.checks import language_id, minhash, ngram_overlap
+from tunesmith.data.checks.ngrams import all_grams, grams_of, outside, words_of
+from tunesmith.data.checks.run import check
 from tunesmith.data.dataset import open_dataset
-from tunesmith.recipevalues import DataSource
+from tunesmith.recipe.fields import DataSource
 
 WORDS = [f"{a}{b}{c}" for a in "bdfglmn" for b in "aeiou" for c in "krstv"]
 
@@ -83,8 +83,8 @@ def test_a_long_passage_in_common_is_told_and_less_than_thirteen_words_is_not(re
 def test_shares_of_passages_stay_right_when_only_some_are_kept(monkeypatch):
     texts = [[words_of(prose(i, 2000))] for i in range(4)]
     for most in (2**24, 1000):
-        monkeypatch.setattr(parts, "MOST", most)
-        passages = parts.Passages(texts, np.empty(0, np.uint64))
+        monkeypatch.setattr(ngram_overlap, "MOST", most)
+        passages = ngram_overlap.Passages(texts, np.empty(0, np.uint64))
         passages.meet([texts[1][0], texts[2][0][:1000]])
         share_N = passages.found(np.empty(0, np.uint64)).share_N
         assert share_N.tolist()[::3] == [0, 0]
@@ -153,21 +153,21 @@ def test_grams_are_runs_of_words_whatever_the_case_and_the_signs():
 
 def test_candidates_are_rows_that_share_a_band():
     bands_MB = np.array([[1, 10], [2, 20], [1, 30], [3, 20], [1, 40]], dtype=np.uint64)
-    assert near.candidates(bands_MB).tolist() == [[0, 2], [0, 4], [1, 3], [2, 4]]
-    assert near.candidates(bands_MB[:0]).tolist() == []
+    assert minhash.candidates(bands_MB).tolist() == [[0, 2], [0, 4], [1, 3], [2, 4]]
+    assert minhash.candidates(bands_MB[:0]).tolist() == []
 
 
 @pytest.mark.parametrize(("changed", "least", "most"), [(1, 0.95, 1.0), (12, 0.0, 0.0)])
 def test_bands_find_alike_rows_and_no_others(changed, least, most):
-    signer, found = near.Signer(), 0
+    signer, found = minhash.Signer(), 0
     for seed in range(40):
         text = prose(seed, 80).split()
         other = [*text]
         for place in range(0, changed * 5, 5):
             other[place] = "zzz"
-        grams = [all_grams([words_of(" ".join(one))], near.WORDS) for one in (text, other)]
+        grams = [all_grams([words_of(" ".join(one))], minhash.WORDS) for one in (text, other)]
         bands_MB = np.stack([signer.bands(one) for one in grams])
-        found += near.firsts_of(bands_MB, grams.__getitem__).tolist() == [0, 0]
+        found += minhash.firsts_of(bands_MB, grams.__getitem__).tolist() == [0, 0]
     assert least <= found / 40 <= most
 
 
@@ -204,7 +204,7 @@ def test_languages_of_the_answers_and_rows_in_a_rare_one(report):
     finding = report(data=mixed)["languages"]
     assert finding.message.startswith("of 61 answers with enough text: en 98.4%, de 1.6%; 1 rows")
     assert finding.rows == ("data.jsonl:61",)
-    assert languages.language("def f(x): return x") == -1
+    assert language_id.language("def f(x): return x") == -1
 
 
 @pytest.mark.parametrize("opening", ["Here is the", "Certainly!", "Great question!", "Sure,"])

@@ -14,17 +14,17 @@ from toy_chat import assistant, call, example, folder, user
 
 import tunesmith
 from tiny_run import chat, plan_of, recipe, steps_of, sums, train, write_rows
-from tunesmith.data import spool
-from tunesmith.data.audit.check import check
-from tunesmith.data.badrow import BadRow
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_json
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.checks.run import check
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.rejected import rejected_rows, write_rejected
-from tunesmith.data.render import Renderer
-from tunesmith.data.sources import open_source
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import read_json
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Json
+from tunesmith.data.readers import decompress
+from tunesmith.data.readers.invalid_row import BadRow
+from tunesmith.data.readers.sources import open_source
+from tunesmith.data.rejects import rejected_rows, write_rejected
+from tunesmith.recipe.fields import DataSource
 
 NOW = datetime(2026, 3, 4)
 GOOD = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
@@ -469,11 +469,11 @@ def test_fault_14_links_to_folders_and_pipes_in_a_folder_of_texts(tmp_path: Path
 
 
 def test_fault_14_a_gzip_bomb_is_refused_on_the_way(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "FREE_GROWTH", 2**20)
+    monkeypatch.setattr(decompress, "FREE_GROWTH", 2**20)
     path = write(gzip.compress(bytes(30 * 2**20)), "x.jsonl.gz")
     written: list[int] = []
-    stock = spool.Spool.write
-    monkeypatch.setattr(spool.Spool, "write", lambda self, raw: (written.append(len(raw)), stock(self, raw)))
+    stock = decompress.Spool.write
+    monkeypatch.setattr(decompress.Spool, "write", lambda self, raw: (written.append(len(raw)), stock(self, raw)))
     with pytest.raises(InputError, match="unpacks to more than 200 times its size"):
         open_source(path)
     assert sum(written) < 9 * 2**20

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import pack_step
-from tunesmith.types import Document, Pack
+from tunesmith.core.types import Document, Pack
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
 
 
 def document(tokens, weights, name="r"):

@@ -9,10 +9,10 @@ from tokenizers import AddedToken, Tokenizer
 from toy_chat import CHATML_TOKENS, folder, merging_line_ends, sentence_bpe
 from transformers import AutoTokenizer
 
-from tunesmith.data.encode import MarkedText, encode
-from tunesmith.data.tokenizer import ChatTokenizer
-from tunesmith.data.tracked import concat, literal, origin_of
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
+from tunesmith.data.chat_template.encode import MarkedText, encode
+from tunesmith.data.chat_template.tracked_str import concat, literal, origin_of
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
 WORDS = ["user", " the", "\n", "  ", "é", "e\u0301", "🤗", "12", " ", "<", "|>", "<b>", "</b>", "ß\t", "\u3000", "日本"]
 

@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from tunesmith.data import choose as choosing
-from tunesmith.data.choose import Scores, baselines, choose, farthest, faults
+from tunesmith.data import selection as choosing
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.neighbours import neighbours, word_vectors
-from tunesmith.recipevalues import DataSource
+from tunesmith.data.neighbors import neighbours, word_vectors
+from tunesmith.data.selection import Scores, baselines, choose, farthest, faults
+from tunesmith.recipe.fields import DataSource
 
 
 @pytest.fixture

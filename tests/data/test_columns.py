@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from tunesmith.data.columns import renamed
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Row
 from tunesmith.data.dataset import open_dataset
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Row
+from tunesmith.data.readers.columns import renamed
+from tunesmith.recipe.fields import DataSource
 
 
 def test_columns_are_read_under_our_names():

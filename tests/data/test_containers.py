@@ -13,10 +13,10 @@ from decimal import Decimal
 
 import pytest
 
-from tunesmith.data import spool
-from tunesmith.data.badrow import BadRow
-from tunesmith.data.sources import open_source
-from tunesmith.errors import InputError, MachineError
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.data.readers import decompress
+from tunesmith.data.readers.invalid_row import BadRow
+from tunesmith.data.readers.sources import open_source
 
 ROWS = [{"prompt": f'what is {n}?\n"yes", é', "completion": "1,5\t€ " * n} for n in range(5)]
 
@@ -158,7 +158,7 @@ def test_values_of_a_table_are_the_strings_that_stand_there(write):
 
 
 def test_what_packs_too_well_is_a_bomb(write, monkeypatch):
-    monkeypatch.setattr(spool, "FREE_GROWTH", 100_000)
+    monkeypatch.setattr(decompress, "FREE_GROWTH", 100_000)
     path = write(gzip.compress(b'{"text": "' + b"a" * 5_000_000 + b'"}'), "x.jsonl.gz")
     assert path.stat().st_size < 6000
     with pytest.raises(InputError, match="unpacks to more than 200 times its size"):
@@ -189,8 +189,8 @@ def test_a_packed_file_under_another_name_is_recognised(raw, write):
 
 
 def test_a_full_disk_is_the_machines_error_and_says_how_to_go_on(write, monkeypatch):
-    monkeypatch.setattr(spool, "ROOM_STEP", 10)
-    monkeypatch.setattr(spool, "ROOM_LEFT", 2**60)
+    monkeypatch.setattr(decompress, "ROOM_STEP", 10)
+    monkeypatch.setattr(decompress, "ROOM_LEFT", 2**60)
     with pytest.raises(MachineError, match=r"no room .* a copy of .*x\.jsonl\.gz\n  fix: .*TMPDIR"):
         open_source(write(CONTAINERS["x.jsonl.gz"], "x.jsonl.gz"))
 

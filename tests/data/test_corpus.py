@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_run import write_rows
-from tunesmith.data import tokenizer as tokenizer_module
-from tunesmith.data.audit.check import check
-from tunesmith.data.corpus import DENSE, Corpus, Stream, open_corpus
+from tunesmith.core.types import Document
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.checks.run import check
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.render import Renderer
-from tunesmith.data.separator import separator_of
-from tunesmith.data.tokenizer import pieces
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Document
+from tunesmith.data.pretraining import DENSE, Corpus, Stream, open_corpus
+from tunesmith.data.tokenizer import chat_tokenizer as tokenizer_module
+from tunesmith.data.tokenizer.chat_tokenizer import pieces
+from tunesmith.data.tokenizer.eos import separator_of
+from tunesmith.recipe.fields import DataSource
 
 NOW = datetime(2026, 1, 1)
 

@@ -3,12 +3,12 @@ import json
 import numpy as np
 import pytest
 
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Document, Example
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.digests import digests, shape
-from tunesmith.data.lengths import fit
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Document, Example
+from tunesmith.data.hashing import digests, shape
+from tunesmith.data.truncation import fit
+from tunesmith.recipe.fields import DataSource
 
 
 def lines(*rows):

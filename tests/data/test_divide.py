@@ -3,11 +3,11 @@ import random
 
 import pytest
 
-from tunesmith.atomic import damage
+from tunesmith.core.atomic import damage
+from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.divide import divide
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
+from tunesmith.data.group_split import divide
+from tunesmith.recipe.fields import DataSource
 
 WORDS = [f"{a}{b}{c}" for a in "bdfglmn" for b in "aeiou" for c in "krstv"]
 

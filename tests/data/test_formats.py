@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.formats import FORMATS, detect, parse, unused_keys
-from tunesmith.errors import InputError
-from tunesmith.types import Row
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Row
+from tunesmith.data.formats.row_formats import FORMATS, detect, parse, unused_keys
 
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 

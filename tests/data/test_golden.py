@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from tunesmith.data.contamination import refuse_tested
+from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.golden import lock, lock_of, refuse_golden
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
+from tunesmith.data.golden_set import lock, lock_of, refuse_golden
+from tunesmith.data.leakage import refuse_tested
+from tunesmith.recipe.fields import DataSource
 
 TRAINED = ("data", "rehearsal")
 

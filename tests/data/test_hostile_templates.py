@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data.chat import track
-from tunesmith.data.template import ChatTemplate
-from tunesmith.data.tracked import origin_of
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
+from tunesmith.data.chat_template.conversation import track
+from tunesmith.data.chat_template.template import ChatTemplate
+from tunesmith.data.chat_template.tracked_str import origin_of
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "yes"}]
@@ -38,10 +38,10 @@ def _little_memory() -> Iterator[None]:
 def _budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits work at any size; at a fiftieth they are tested in seconds."""
     if request.param != "real":
-        for name in ("budget.MAX_WORK", "limits.MAX_ITEMS", "tracked.MAX_ITEMS"):
-            monkeypatch.setattr(f"tunesmith.data.{name}", 20_000)
-        for name in ("budget.MAX_CHARS", "limits.MAX_CHARS", "tracked.MAX_CHARS"):
-            monkeypatch.setattr(f"tunesmith.data.{name}", 200_000)
+        for name in ("sandbox_limits.MAX_WORK", "sandbox_checks.MAX_ITEMS", "tracked_str.MAX_ITEMS"):
+            monkeypatch.setattr(f"tunesmith.data.chat_template.{name}", 20_000)
+        for name in ("sandbox_limits.MAX_CHARS", "sandbox_checks.MAX_CHARS", "tracked_str.MAX_CHARS"):
+            monkeypatch.setattr(f"tunesmith.data.chat_template.{name}", 200_000)
 
 
 def outcomes(source: str) -> list[str]:

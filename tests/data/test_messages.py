@@ -1,8 +1,8 @@
 import pytest
 
-from tunesmith.data.messages import read_tools, read_turns
-from tunesmith.errors import InputError
-from tunesmith.types import Row
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Row
+from tunesmith.data.formats.messages import read_tools, read_turns
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x":  1.0}'}}
 

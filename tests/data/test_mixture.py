@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.data.mixture import Mixture
-from tunesmith.data.schedule import Schedule
+from tunesmith.data.sampler import Schedule
 
 
 def mixture(sizes: list[int], places: list[int]) -> Mixture:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tunesmith.data import neighbours as near
-from tunesmith.data.neighbours import neighbours, unit, word_vectors
+from tunesmith.data import neighbors as near
+from tunesmith.data.neighbors import neighbours, unit, word_vectors
 
 
 def test_neighbours_are_those_of_a_plain_search_in_pieces_too(monkeypatch):

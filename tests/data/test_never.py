@@ -9,17 +9,17 @@ import pytest
 from toy_chat import assistant, example, folder, marked, user
 
 from tiny_run import chat, write_rows
-from tunesmith.data import never
-from tunesmith.data.audit.check import check
-from tunesmith.data.badrow import BadRow
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Example, Json
+from tunesmith.data import constraints
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.checks.run import check
+from tunesmith.data.constraints import Never, Violation
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.never import Never, Violation
-from tunesmith.data.rejected import write_rejected
-from tunesmith.data.render import Renderer
-from tunesmith.data.split import split
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import Constraint, DataSource
-from tunesmith.types import Example, Json
+from tunesmith.data.hash_split import split
+from tunesmith.data.readers.invalid_row import BadRow
+from tunesmith.data.rejects import write_rejected
+from tunesmith.recipe.fields import Constraint, DataSource
 
 
 def ban(match: str, mode: Any = "ban") -> Never:
@@ -56,7 +56,7 @@ def test_the_tokens_of_a_ban_are_those_that_hold_its_matches(renderer: Renderer,
     text = renderer.decode(trained)
     assert document.side == "banned"
     assert text.strip() in said
-    start, end = next((m.start(), m.end()) for m in never.regex.finditer(match, said))
+    start, end = next((m.start(), m.end()) for m in constraints.regex.finditer(match, said))
     assert said[start:end] in text
     assert not bad or text.strip() == bad.strip() or match == "sist"
     assert len(text) < len(said)
@@ -107,7 +107,7 @@ def test_a_negative_pair_is_refused() -> None:
 
 
 def test_a_pattern_that_backtracks_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(never, "SECONDS", 0.05)
+    monkeypatch.setattr(constraints, "SECONDS", 0.05)
     with pytest.raises(InputError, match=r"never: rule: the pattern takes over 0.05 seconds on rows:1"):
         ban("(a|aa)+$").judged(answer("a" * 100 + "!", id="rows:1"))
 

@@ -9,13 +9,13 @@ from tokenizers import AddedToken, Tokenizer
 from toy_chat import CHATML, CHATML_TOKENS, assistant, example, folder, sentence_bpe, texts, user
 from transformers import AutoTokenizer
 
-from tunesmith.data.new_tokens import new_tokens, refuse_other_tokens, refuse_unseen
-from tunesmith.data.render import Renderer
-from tunesmith.data.tokenizer import ChatTokenizer
-from tunesmith.data.tokenizer_file import with_tokens
-from tunesmith.data.turns import FOREIGN
-from tunesmith.errors import InputError
-from tunesmith.types import NewToken
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import NewToken
+from tunesmith.data.chat_template.assistant_spans import FOREIGN
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.tokenizer.added_tokens import new_tokens, refuse_other_tokens, refuse_unseen
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
+from tunesmith.data.tokenizer.tokenizer_json import with_tokens
 
 NOW = datetime(2026, 1, 2)
 TAGGED = CHATML.replace("m.content + ", "('[out]' if m.role == 'assistant' else '') + m.content + ")

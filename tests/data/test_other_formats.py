@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from tunesmith.data.badrow import BadRow
-from tunesmith.data.formats import detect, parse, read_openai_preference, read_side, unused_keys
-from tunesmith.errors import InputError
-from tunesmith.types import Row
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Row
+from tunesmith.data.formats.row_formats import detect, parse, read_openai_preference, read_side, unused_keys
+from tunesmith.data.readers.invalid_row import BadRow
 
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 WORSE = {"role": "assistant", "content": "5"}

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.pack import fed_tokens, pack_step
-from tunesmith.types import Document
+from tunesmith.core.types import Document
+from tunesmith.data.packing import fed_tokens, pack_step
 
 
 def document(length, name="r"):

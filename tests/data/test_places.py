@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data import places
-from tunesmith.data.places import find_elements, find_lines, find_records, find_whole
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
+from tunesmith.data.readers import row_index
+from tunesmith.data.readers.row_index import find_elements, find_lines, find_records, find_whole
 
 
 def cut(raw, found):
@@ -30,7 +30,7 @@ json_values = st.recursive(
 def test_elements_of_any_array_are_found_whatever_the_pieces(values, indent, ascii_only, piece):
     raw = b"\xef\xbb\xbf \n" + json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode() + b"\r\n"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "PIECE", piece)
+        patch.setattr(row_index, "PIECE", piece)
         if piece < 3:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         assert [json.loads(element) for element in elements(raw)] == values
@@ -87,7 +87,7 @@ def test_broken_records_are_places_and_the_next_ones_are_found():
 
 
 def test_what_an_open_quote_swallows_is_bounded(monkeypatch):
-    monkeypatch.setattr(places, "LONGEST_FIELD", 1000)
+    monkeypatch.setattr(row_index, "LONGEST_FIELD", 1000)
     usual = csv.field_size_limit(1000)
     raw = b'a\n"open\n' + b"x" * 600 + b"\n" + b"y" * 600 + b"\nlast\n"
     found = cut(raw, find_records(io.BytesIO(raw), ","))
@@ -96,7 +96,7 @@ def test_what_an_open_quote_swallows_is_bounded(monkeypatch):
 
 
 def test_a_line_that_is_too_long_for_csv_is_a_place(monkeypatch):
-    monkeypatch.setattr(places, "LONGEST_ROW", 100)
+    monkeypatch.setattr(row_index, "LONGEST_ROW", 100)
     raw = b'a\n1\n"2' + b"x" * 1000 + b'"\n3\n'
     assert [(place.line, place.end - place.start) for place in find_records(io.BytesIO(raw), ",")] == [
         (1, 2), (2, 2), (3, 1004), (4, 2),

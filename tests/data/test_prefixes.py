@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import computed_tokens, fed_tokens, pack_step, saved_share
-from tunesmith.data.prefixes import LEAST_SHARED, begin_alike, segments_of
-from tunesmith.types import Document, Pack
+from tunesmith.core.types import Document, Pack
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import computed_tokens, fed_tokens, pack_step, saved_share
+from tunesmith.data.prefix_sharing import LEAST_SHARED, begin_alike, segments_of
 
 # A few stretches, so that documents made of them often begin alike; a stretch may begin another one.
 STRETCHES = [list(range(3, 3 + n)) for n in (1, 15, 16, 17, 40)] + [[90 - i for i in range(n)] for n in (2, 20, 33)]

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from tiny_run import write_rows
-from tunesmith.data.audit.check import check
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.data.checks.run import check
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.shots import with_shots
-from tunesmith.data.split import split
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Json
+from tunesmith.data.formats.few_shot import with_shots
+from tunesmith.data.hash_split import split
+from tunesmith.recipe.fields import DataSource
 
 FORMS: list[Any] = ["Capital of {country}?", {"prompt": "{country}: its capital, please", "shots": 2}]
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from tiny_run import chat, sums, write_rows
-from tunesmith.data.contamination import refuse_overlap
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset, open_dataset
+from tunesmith.data.leakage import refuse_overlap
 from tunesmith.data.rehearsal import Rehearsal
-from tunesmith.data.render import Renderer
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Json
+from tunesmith.recipe.fields import DataSource
 
 NOW = datetime(2026, 1, 1)
 

@@ -20,10 +20,10 @@ from toy_chat import (
     user,
 )
 
-from tunesmith.data.render import APPENDED, BOUNDARY, CUT_OFF, PER_TURN, Renderer
-from tunesmith.data.turns import FOREIGN, SERVED, STRUCTURAL
-from tunesmith.errors import InputError
-from tunesmith.types import Example
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Example
+from tunesmith.data.chat_template.assistant_spans import FOREIGN, SERVED, STRUCTURAL
+from tunesmith.data.chat_template.renderer import APPENDED, BOUNDARY, CUT_OFF, PER_TURN, Renderer
 
 NOW = datetime(2026, 3, 4)
 FORGETFUL = (  # as Qwen3: thinking stays in the last turn only

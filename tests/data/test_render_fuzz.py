@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_chat import CHATML, folder
 
-from tunesmith.data.render import Renderer
-from tunesmith.types import Document, Example, Json
+from tunesmith.core.types import Document, Example, Json
+from tunesmith.data.chat_template.renderer import Renderer
 
 TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|", "<think>", "</think>", "<tool_call>", "</tool_call>")
 PIECES = [

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from real_tokenizers import NAMES, NO_SYSTEM, conversations, find, model_folder, stock
 
-from tunesmith.data.render import BOUNDARY, Renderer
-from tunesmith.data.turns import FOREIGN
-from tunesmith.types import Example, Json
+from tunesmith.core.types import Example, Json
+from tunesmith.data.chat_template.assistant_spans import FOREIGN
+from tunesmith.data.chat_template.renderer import BOUNDARY, Renderer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FULL = os.environ.get("TUNESMITH_TOKENIZERS", "")

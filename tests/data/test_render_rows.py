@@ -17,10 +17,17 @@ from toy_chat import (
     user,
 )
 
-from tunesmith.data.render import Renderer
-from tunesmith.data.turns import FOREIGN, NO_CONTENT, NO_SYSTEM, NO_THINKING, NO_TOOLS, STRUCTURAL
-from tunesmith.errors import InputError
-from tunesmith.types import Example, Json
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Example, Json
+from tunesmith.data.chat_template.assistant_spans import (
+    FOREIGN,
+    NO_CONTENT,
+    NO_SYSTEM,
+    NO_THINKING,
+    NO_TOOLS,
+    STRUCTURAL,
+)
+from tunesmith.data.chat_template.renderer import Renderer
 
 NOW = datetime(2026, 3, 4)
 

@@ -11,9 +11,9 @@ from jinja2.exceptions import TemplateError
 from toy_chat import folder
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.data.render import APPENDED, Renderer
-from tunesmith.errors import InputError
-from tunesmith.types import Document, Example, Json
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Document, Example, Json
+from tunesmith.data.chat_template.renderer import APPENDED, Renderer
 
 FOLDER = files("trl").joinpath("chat_templates")
 TEMPLATES = {path.name[:-6]: path.read_text() for path in FOLDER.iterdir() if path.name.endswith(".jinja")}

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from tunesmith.core.errors import InputError
+from tunesmith.data.annotation import read_reviews, write_tasks
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.golden import lock
-from tunesmith.data.reviews import read_reviews, write_tasks
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
+from tunesmith.data.golden_set import lock
+from tunesmith.recipe.fields import DataSource
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"ask {i} é"}, {"role": "assistant", "content": f"so {i}"}], "source": i}

@@ -8,14 +8,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from tunesmith.data.audit.check import check
-from tunesmith.data.batch import collate
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.checks.run import check
+from tunesmith.data.collate import collate
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.pack import pack_step
-from tunesmith.data.render import Renderer
-from tunesmith.data.schedule import Schedule, prefetch
-from tunesmith.data.show import coloured
-from tunesmith.recipevalues import DataSource
+from tunesmith.data.packing import pack_step
+from tunesmith.data.preview import coloured
+from tunesmith.data.sampler import Schedule, prefetch
+from tunesmith.recipe.fields import DataSource
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 from toy_chat import assistant, call, folder, user
 
-from tunesmith.data import scan as scan_module
-from tunesmith.data.audit.check import check
+from tunesmith.core.errors import InputError
+from tunesmith.data import length_stats as scan_module
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.checks.run import check
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.rejected import rejected_rows
-from tunesmith.data.render import Renderer
-from tunesmith.data.scan import first_documents, percentiles, scan
-from tunesmith.data.schedule import Schedule, order
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
+from tunesmith.data.length_stats import first_documents, percentiles, scan
+from tunesmith.data.rejects import rejected_rows
+from tunesmith.data.sampler import Schedule, order
+from tunesmith.recipe.fields import DataSource
 
 
 def open_texts(write, words, texts, **options):

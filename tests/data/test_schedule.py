@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.schedule import Schedule, order, prefetch
+from tunesmith.data.sampler import Schedule, order, prefetch
 
 
 def test_order_is_a_fixed_permutation_of_seed_and_epoch():

@@ -3,11 +3,11 @@ import json
 import numpy as np
 from rich.console import Console
 
+from tunesmith.core.types import Document
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.lengths import Prepared
-from tunesmith.data.show import coloured, pieces, visible
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Document
+from tunesmith.data.preview import coloured, pieces, visible
+from tunesmith.data.truncation import Prepared
+from tunesmith.recipe.fields import DataSource
 
 
 def shown(prepared, words, **options):

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data import places, sources
-from tunesmith.data.badrow import BadRow
-from tunesmith.data.sources import open_source
-from tunesmith.data.strict import Spot, decode_json
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
+from tunesmith.data.readers import row_index, sources
+from tunesmith.data.readers.decode import Spot, decode_json
+from tunesmith.data.readers.invalid_row import BadRow
+from tunesmith.data.readers.sources import open_source
 
 
 def rows_of(path):
@@ -103,7 +103,7 @@ def test_files_that_are_not_plain_data_are_refused_before_reading(write, tmp_pat
 
 def test_an_endless_line_is_refused_without_being_held_and_reading_goes_on(write, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST_ROW", 1000)
-    monkeypatch.setattr(places, "PIECE", 500)
+    monkeypatch.setattr(row_index, "PIECE", 500)
     path = write('{"a": 1}\n{"a": "' + "x" * 3_000_000 + '"}\n{"a": 3}')
     tracemalloc.start()
     source = open_source(path)

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.split import hash_split, split
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
+from tunesmith.data.hash_split import hash_split, split
+from tunesmith.recipe.fields import DataSource
 
 
 def texts(dataset):

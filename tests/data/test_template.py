@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data.chat import track
-from tunesmith.data.template import MAX_SOURCE, ChatTemplate, find_templates
-from tunesmith.data.tracked import TEMPLATE, TOOLS, VALUE, Tracked, origin_of, plain, stretches
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
+from tunesmith.data.chat_template.conversation import track
+from tunesmith.data.chat_template.template import MAX_SOURCE, ChatTemplate, find_templates
+from tunesmith.data.chat_template.tracked_str import TEMPLATE, TOOLS, VALUE, Tracked, origin_of, plain, stretches
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 MESSAGES: list[dict[str, Any]] = [

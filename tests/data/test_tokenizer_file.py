@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from toy_chat import bytes_bpe, folder
 
-from tunesmith.data import tokenizer_file
-from tunesmith.data.tokenizer import ChatTokenizer
-from tunesmith.data.tokenizer_file import ItsErrors, parse
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
+from tunesmith.data.tokenizer import tokenizer_json
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
+from tunesmith.data.tokenizer.tokenizer_json import ItsErrors, parse
 
 
 def changed(**parts: Any) -> bytes:
@@ -67,7 +67,7 @@ def test_a_hostile_tokenizer_is_refused_before_the_library_sees_it(content: byte
 
 
 def test_a_huge_file_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_file, "MAX_BYTES", 10)
+    monkeypatch.setattr(tokenizer_json, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="more than 10"):
         parse(bytes_bpe().encode())
 

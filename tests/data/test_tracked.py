@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.tracked import (
+from tunesmith.data.chat_template.tracked_str import (
     MAX_CHARS,
     TEMPLATE,
     TOOLS,

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.core.types import Document
 from tunesmith.data.windows import span, window, window_counts
-from tunesmith.types import Document
 
 
 def text(tokens: int) -> Document:

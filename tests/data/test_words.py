@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from tunesmith.data import words as module
-from tunesmith.data.words import Words
+from tunesmith.data.tokenizer import word_cache as module
+from tunesmith.data.tokenizer.word_cache import Words
 
 TEXT = (
     "the cat's 12 hats, isn't it?  a  b\n\n\tfor x in (1, 2):\n        return f(x)  "

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from tunesmith.data.render import Renderer
-from tunesmith.types import Document, Example, Json
+from tunesmith.core.types import Document, Example, Json
+from tunesmith.data.chat_template.renderer import Renderer
 
 SENTENCES = [
     "the user asks the assistant\nand the assistant answers the user\n\nsystem: you are a helpful assistant",

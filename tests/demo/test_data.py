@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 import yaml
 
-from tunesmith.demo import RECIPE
-from tunesmith.recipe import Recipe
-from tunesmith.types import Json
+from tunesmith.core.types import Json
+from tunesmith.recipe.demo import RECIPE
+from tunesmith.recipe.schema import Recipe
 
 FOLDER = RECIPE.parent
 SPLITS = ("train", "eval", "test")

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tunesmith.data.render import Renderer
-from tunesmith.model.load import LanguageModel, adopt
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.model.causal_lm import LanguageModel, adopt
 
 TURNS = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"

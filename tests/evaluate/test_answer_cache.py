@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from tunesmith.data.render import Renderer
-from tunesmith.evaluate import cache
-from tunesmith.evaluate.cache import Store, answers_cached, state_of
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Generation, Json, Request
+from tunesmith.core.types import Generation, Json, Request
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.evaluate import answer_cache
+from tunesmith.evaluate.answer_cache import Store, answers_cached, state_of
+from tunesmith.model.causal_lm import LanguageModel
 
 ASKED = [Request(tuple(range(5, 5 + n)), 6) for n in (4, 9, 2, 30)]
 IDENTITY: Json = {
@@ -35,8 +35,8 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: int = 1000) -> None:
         self.asked: list[Request] = []
-        self.most, self._generate = most, cache.generate
-        monkeypatch.setattr(cache, "generate", self)
+        self.most, self._generate = most, answer_cache.generate
+        monkeypatch.setattr(answer_cache, "generate", self)
 
     def __call__(self, model: LanguageModel, requests: list[Request], **settings: Any) -> Iterable[Any]:
         for count, found in enumerate(self._generate(model, requests, **settings)):
@@ -112,8 +112,8 @@ def test_no_answer_is_served_with_other_ends_or_weights(
 
 
 def test_every_part_of_what_weights_are_makes_another_state() -> None:
-    changed = [{**IDENTITY, key: "other"} for key in cache.MODEL]
-    changed += [{**IDENTITY, "plan": {**IDENTITY["plan"], key: "other"}} for key in cache.COMPUTED]
+    changed = [{**IDENTITY, key: "other"} for key in answer_cache.MODEL]
+    changed += [{**IDENTITY, "plan": {**IDENTITY["plan"], key: "other"}} for key in answer_cache.COMPUTED]
     states = [state_of(one, {}) for one in (IDENTITY, *changed)]
     states += [state_of(IDENTITY, {"adapter.safetensors": sha}) for sha in "ab"]
     assert len(set(states)) == len(states) == 1 + len(changed) + 2
@@ -142,7 +142,7 @@ def test_a_torn_or_damaged_line_serves_nothing_wrong(
     """The file loses its end, and a byte anywhere changes: what is read is what was written, or nothing."""
     file = tmp_path_factory.mktemp("torn") / "answers.jsonl"
     written = {f"{n:064x}": Generation(f'answer "{n}" é', (n, n + 1), "end", 3) for n in range(4)}
-    kept = cache._Appended(file)
+    kept = answer_cache._Appended(file)
     for key, answer in written.items():
         kept.add(key, answer)
     kept.close()
@@ -150,12 +150,12 @@ def test_a_torn_or_damaged_line_serves_nothing_wrong(
     if content:
         content[letter % len(content)] = byte
     file.write_bytes(content)
-    found = cache._read(file, written)
+    found = answer_cache._read(file, written)
     assert all(written[key] == answer for key, answer in found.items())
-    after = cache._Appended(file)
+    after = answer_cache._Appended(file)
     after.add("new", Generation("more", (1,), "end", 2))
     after.close()
-    assert cache._read(file, ["new"]), "what is added after a torn line can be read"
+    assert answer_cache._read(file, ["new"]), "what is added after a torn line can be read"
 
 
 def test_what_cannot_be_written_is_answered_all_the_same(

@@ -3,7 +3,7 @@
 import pytest
 
 from tunesmith.evaluate.by_task import by_task
-from tunesmith.evaluate.compare import Measurement, compare, score
+from tunesmith.evaluate.results import Measurement, compare, score
 
 TASKS = {"a:1": "dates", "b:1": "names", "a:2": "dates", "b:2": "names", "c:1": "new", "c:2": "new", "a:3": "dates"}
 WHOLE = Measurement("test", "loss", tuple(TASKS), (1.0, 10.0, 2.0, 30.0, 5.0, 7.0, 3.0), (1.0,) * 6 + (2.0,))

@@ -7,13 +7,13 @@ import math
 
 import pytest
 
-from tunesmith.data.formats import parse
-from tunesmith.data.render import Renderer
-from tunesmith.errors import InputError
-from tunesmith.evaluate.choices import choices_of, multiple_choice
-from tunesmith.evaluate.likelihood import held_out_loss, negative_log_likelihoods, per_byte
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Document, Example, Row
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Document, Example, Row
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.formats.row_formats import parse
+from tunesmith.evaluate.loglikelihood import held_out_loss, negative_log_likelihoods, per_byte
+from tunesmith.evaluate.multiple_choice import choices_of, multiple_choice
+from tunesmith.model.causal_lm import LanguageModel
 
 
 def asked(row: int, answer: str, *choices: str) -> Example:

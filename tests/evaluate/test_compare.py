@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import Measurement, compare, score, verdict_text
-from tunesmith.evaluate.stats import paired_rates, wilson
-from tunesmith.significance import verdict
+from tunesmith.core.errors import InputError
+from tunesmith.evaluate.intervals import paired_rates, wilson
+from tunesmith.evaluate.results import Measurement, compare, score, verdict_text
+from tunesmith.evaluate.significance import verdict
 
 
 def measured(values, **changed) -> Measurement:

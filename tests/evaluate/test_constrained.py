@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from tiny_run import plan_of, recipe, save_writer_folder
-from tunesmith.data.render import Renderer
-from tunesmith.errors import InputError, MachineError
-from tunesmith.evaluate.constrained import Grammar
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.types import Json, Request
+from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.facts import gather
-from tunesmith.infer import engine
-from tunesmith.infer.engine import generate
-from tunesmith.types import Json, Request
-from tunesmith.workbench import model_at_start
+from tunesmith.model.generation import engine
+from tunesmith.model.generation.engine import generate
+from tunesmith.model.generation.grammar import Grammar
+from tunesmith.session.inputs import gather
+from tunesmith.session.session import model_at_start
 
 SCHEMA: Json = {
     "type": "object",

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tiny import branching_documents, one_batch, tiny_documents, tiny_model
-from tunesmith.evaluate import divergence
-from tunesmith.evaluate.divergence import Base, Kept, Switched, keep, moved
-from tunesmith.evaluate.likelihood import negative_log_likelihoods
+from tunesmith.core.types import Document
+from tunesmith.evaluate import kl_divergence
+from tunesmith.evaluate.kl_divergence import Base, Kept, Switched, keep, moved
+from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
 from tunesmith.model.adapters import adapter_scaled, trainable
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Document
+from tunesmith.model.causal_lm import LanguageModel
 
 
 def whole_logits(model: LanguageModel, document: Document) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_divergence_is_that_of_whole_logits(family: str, pack_length: int) -> No
 def test_chunks_of_a_long_pack_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, documents = tiny_model("llama", torch.float64), tiny_documents()
     whole = dict(moved(model, documents, 1000, Switched()))
-    monkeypatch.setattr(divergence, "CHUNK_TARGETS", 3)
+    monkeypatch.setattr(kl_divergence, "CHUNK_TARGETS", 3)
     for place, one in moved(model, documents, 1000, Switched()):
         assert one == pytest.approx(whole[place], rel=1e-12)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import score
-from tunesmith.evaluate.likelihood import held_out_loss, negative_log_likelihoods
-from tunesmith.evaluate.retention import GeneralText, chosen_texts, read_texts, retention, windows
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Batch, Document, Layout, Row
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Batch, Document, Layout, Row
+from tunesmith.evaluate.general_text import GeneralText, chosen_texts, read_texts, retention, windows
+from tunesmith.evaluate.loglikelihood import held_out_loss, negative_log_likelihoods
+from tunesmith.evaluate.results import score
+from tunesmith.model.causal_lm import LanguageModel
 
 BITS = 1 / np.log(2)
 

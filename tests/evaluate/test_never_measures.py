@@ -2,15 +2,15 @@
 
 import pytest
 
-from tunesmith.data.never import Never
-from tunesmith.data.render import Renderer
-from tunesmith.evaluate.baselines import LONGEST_BAN, bad_strings, bans, rules, told
-from tunesmith.evaluate.likelihood import negative_log_likelihoods
-from tunesmith.evaluate.never import ELICITING, NEUTRAL, RIGHTFUL, bad_logp, violations
-from tunesmith.evaluate.tasks import Question, questions_of
-from tunesmith.model.load import LanguageModel
-from tunesmith.recipevalues import Constraint
-from tunesmith.types import Example, Json
+from tunesmith.core.types import Example, Json
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.constraints import Never
+from tunesmith.evaluate.constraint_baselines import LONGEST_BAN, bad_strings, bans, rules, told
+from tunesmith.evaluate.constraint_violations import ELICITING, NEUTRAL, RIGHTFUL, bad_logp, violations
+from tunesmith.evaluate.generate_until import Question, questions_of
+from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.recipe.fields import Constraint
 
 SORRY, ROBOT = Constraint.model_validate({"check": "apology"}), Constraint.model_validate({"match": "(?i)robot"})
 BOTH = (SORRY, ROBOT)

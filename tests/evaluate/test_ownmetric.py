@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.errors import InputError
-from tunesmith.evaluate import ownmetric
-from tunesmith.evaluate.ownmetric import refuse_code, scored, shown
-from tunesmith.recipevalues import own_metric
+from tunesmith.core.errors import InputError
+from tunesmith.evaluate import custom_metric
+from tunesmith.evaluate.custom_metric import refuse_code, scored, shown
+from tunesmith.recipe.fields import own_metric
 
 PAIRS = [("Paris", "Paris"), ("paris!", "Paris"), ("", "Rome"), ("Grüße \ud800 ", "x")]
 IDS = [f"test.jsonl:{n}" for n in range(1, 5)]
@@ -45,7 +45,7 @@ def test_each_pair_gets_what_the_function_says(tmp_path: Path) -> None:
 def test_what_goes_wrong_names_the_item(
     tmp_path: Path, body: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownmetric, "SECONDS", 0.3 if "sleep" in body else 10.0)
+    monkeypatch.setattr(custom_metric, "SECONDS", 0.3 if "sleep" in body else 10.0)
     metric = write(tmp_path, f"if not answer: {body}\n    return 1")
     with pytest.raises(InputError, match=f"mine.py:score {message}") as refusal:
         scored(metric, PAIRS, IDS)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tunesmith.evaluate.likelihood import negative_log_likelihoods
-from tunesmith.evaluate.recovery import after_shots
-from tunesmith.evaluate.retention import GeneralText, retention
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Document
+from tunesmith.core.types import Document
+from tunesmith.evaluate.general_text import GeneralText, retention
+from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
+from tunesmith.evaluate.relearning import after_shots
+from tunesmith.model.causal_lm import LanguageModel
 
 TEXTS = [GeneralText(f"g:{n}", text, "a") for n, text in enumerate(["one two", "three four five", "six", "seven 8"])]
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tunesmith.evaluate import stats
-from tunesmith.evaluate.stats import RESAMPLES, Z, bootstrap, paired_rates, wilson
+from tunesmith.evaluate import intervals
+from tunesmith.evaluate.intervals import RESAMPLES, Z, bootstrap, paired_rates, wilson
 
 
 def everything(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -77,7 +77,7 @@ def test_items_are_drawn_within_their_group() -> None:
 
 @pytest.mark.parametrize("n", [12, 40])
 def test_the_intervals_hold_the_truth_about_as_often_as_they_say(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "RESAMPLES", RESAMPLES // 10)
+    monkeypatch.setattr(intervals, "RESAMPLES", RESAMPLES // 10)
     random, trials = np.random.default_rng(0), 600
     values = random.beta(2.0, 0.7, (trials, n))
     truth = 2.0 / 2.7

@@ -2,11 +2,10 @@
 
 import pytest
 
-from tunesmith.data.render import Renderer
-from tunesmith.errors import InputError
-from tunesmith.evaluate.jsonmetrics import field_f1, json_valid, schema_valid
-from tunesmith.evaluate.metrics import METRICS
-from tunesmith.evaluate.tasks import (
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Example
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.evaluate.generate_until import (
     Question,
     answer_length,
     ask,
@@ -15,8 +14,9 @@ from tunesmith.evaluate.tasks import (
     questions_of,
     samples_of,
 )
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Example
+from tunesmith.evaluate.json_metrics import field_f1, json_valid, schema_valid
+from tunesmith.evaluate.metrics import METRICS
+from tunesmith.model.causal_lm import LanguageModel
 
 SCHEMA = {
     "type": "object",

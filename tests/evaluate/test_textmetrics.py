@@ -7,10 +7,10 @@ import math
 import pytest
 import regex
 
-from tunesmith.errors import InputError
-from tunesmith.evaluate import textmetrics
+from tunesmith.core.errors import InputError
+from tunesmith.evaluate import text_metrics
 from tunesmith.evaluate.metrics import given_to, graded
-from tunesmith.evaluate.textmetrics import (
+from tunesmith.evaluate.text_metrics import (
     chrf,
     contains,
     exact_match,
@@ -96,7 +96,7 @@ def test_a_pattern_matches_anywhere_unless_it_says_otherwise() -> None:
 
 
 def test_a_pattern_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textmetrics, "SECONDS", 0.05)
+    monkeypatch.setattr(text_metrics, "SECONDS", 0.05)
     with pytest.raises(InputError, match=r"takes over 0\.05 seconds") as refusal:
         regex_match("a" * 40 + "!", "", regex.compile("(a|aa)+$"))
     assert "metrics: regex" in refusal.value.where

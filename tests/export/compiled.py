@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.model.source import cache_folder
+from tunesmith.model.hub.resolve import cache_folder
 
 REQUIREMENT = "llama-cpp-python>=0.3.30,<0.4"
 LEFT_OUT = ("LLAVA_BUILD", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER")

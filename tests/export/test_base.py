@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_export import job_of, save_run
 
-from tunesmith import afterwards
-from tunesmith.data.batch import collate
-from tunesmith.errors import GateError, InputError
-from tunesmith.export.folders import write_merged_folder
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.types import Pack
+from tunesmith.data.collate import collate
+from tunesmith.evaluate import finished_run
+from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import live_logits, mean_kl
-from tunesmith.model.quantized import dequantized
-from tunesmith.types import Pack
+from tunesmith.model.quantization import dequantized
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -27,7 +27,7 @@ def narrow(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_live_model_is_the_one_that_was_trained(narrow: Path, tmp_path: Path) -> None:
     job = job_of(narrow, tmp_path)
-    bench = afterwards.reopen(narrow)
+    bench = finished_run.reopen(narrow)
     batches = [collate(Pack((witness.document,)), "cpu") for witness in job.witnesses]
     with torch.no_grad():
         trained = tuple(bench.model.head.logits(bench.model.hidden(batch)).float() for batch in batches)
@@ -38,7 +38,7 @@ def test_the_live_model_is_the_one_that_was_trained(narrow: Path, tmp_path: Path
 
 
 def test_auto_takes_the_nearer_one_and_says_how_far_both_are(narrow: Path, tmp_path: Path) -> None:
-    made = afterwards.export(narrow, "merged", out=tmp_path / "merged")
+    made = finished_run.export(narrow, "merged", out=tmp_path / "merged")
     assert made.base.base == "dequantized"
     assert made.base.mean_kl["dequantized"] < 0.1 * made.base.mean_kl["original"]
     assert made.parity.mean_kl == pytest.approx(made.base.mean_kl["dequantized"], rel=1e-3)
@@ -56,16 +56,16 @@ def test_the_merged_weights_are_those_of_the_base_and_the_adapter(base: str, nar
 
 def test_the_original_base_is_refused_where_it_is_too_far(narrow: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"(?s)mean KL.*--base dequantized"):
-        afterwards.export(narrow, "gguf", kind="f32", base="original", out=tmp_path / "gguf")
+        finished_run.export(narrow, "gguf", kind="f32", base="original", out=tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
-    assert afterwards.export(narrow, "gguf", kind="f32", out=tmp_path / "gguf").parity.mean_kl < 1e-9
+    assert finished_run.export(narrow, "gguf", kind="f32", out=tmp_path / "gguf").parity.mean_kl < 1e-9
 
 
 def test_the_adapter_alone_is_compared_beside_the_weights_that_it_was_trained_beside(
     narrow: Path, tmp_path: Path
 ) -> None:
     for target, kind in (("peft", None), ("gguf", "lora")):
-        made = afterwards.export(narrow, target, kind=kind, out=tmp_path / target)
+        made = finished_run.export(narrow, target, kind=kind, out=tmp_path / target)
         assert made.parity.mean_kl < 1e-9
         assert made.base.mean_kl == {}
 
@@ -82,10 +82,10 @@ def test_wishes_that_have_no_effect(
     target: str, kind: str | None, base: str, problem: str, narrow: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=problem):
-        afterwards.export(narrow, target, kind=kind, base=base, out=tmp_path / "x")
+        finished_run.export(narrow, target, kind=kind, base=base, out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_run_on_whole_weights_has_one_base(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="never in 4 bits"):
-        afterwards.export(finished, "merged", base="dequantized", out=tmp_path / "x")
+        finished_run.export(finished, "merged", base="dequantized", out=tmp_path / "x")

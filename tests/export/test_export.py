@@ -13,16 +13,17 @@ from tiny_export import CHATML, job_of, save_model, save_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tiny_run import chat, recipe, write_rows
-from tunesmith import afterwards, facts
-from tunesmith.atomic import damage, read_manifest, sha256_of
-from tunesmith.errors import GateError, InputError, MachineError
-from tunesmith.export.folders import write_merged_folder
+from tunesmith.core.atomic import damage, read_manifest, sha256_of
+from tunesmith.core.errors import GateError, InputError, MachineError
+from tunesmith.core.events import Verdict
+from tunesmith.core.run_dir import RunFolder
+from tunesmith.evaluate import finished_run
+from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import Job, Tolerance, live_answers
 from tunesmith.export.targets import TARGETS, Exported
-from tunesmith.model.gguf_file import read_gguf
-from tunesmith.model.load import load_network, stock_logits
-from tunesmith.runfolder import RunFolder
-from tunesmith.types import Verdict
+from tunesmith.model.causal_lm import load_network, stock_logits
+from tunesmith.model.gguf.reader import read_gguf
+from tunesmith.session import inputs
 
 END = "<|im_end|>"
 
@@ -34,7 +35,7 @@ def exports(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     found: dict[str, Exported] = {}
     for name in FILES:
         target, _, kind = name.partition("-")
-        found[name] = afterwards.export(finished, target, kind=kind or None, out=folder / name)
+        found[name] = finished_run.export(finished, target, kind=kind or None, out=folder / name)
     return found
 
 
@@ -105,11 +106,11 @@ def test_it_is_a_model_for_the_next_run(
     job = job_of(finished, tmp_path / "job")
     folder = Path(exports[name].path)
     model = next(folder.glob("*.gguf"), folder)
-    known = facts.gather(recipe(model, tmp_path, data=str(finished.parent / "test.jsonl")))
+    known = inputs.gather(recipe(model, tmp_path, data=str(finished.parent / "test.jsonl")))
     for witness in job.witnesses:
         assert known.renderer.prompt(witness.messages) == witness.rendered
     assert known.renderer.end_ids == job.run.renderer.end_ids
-    assert facts.make_plan(known)["method"] == "lora"
+    assert inputs.make_plan(known)["method"] == "lora"
     network = load_network(known.model.path, torch.float32)
     for witness, live in zip(job.witnesses, live_answers(job).logits, strict=True):
         logits = stock_logits(network, witness.document.tokens_L[:-1].tolist(), witness.places)
@@ -118,12 +119,12 @@ def test_it_is_a_model_for_the_next_run(
 
 def test_dora_is_in_the_weights_or_beside_them(tiny_llama: Path, tmp_path: Path) -> None:
     path = save_run(tmp_path, tiny_llama, use_dora=True)
-    merged, peft, gguf = (afterwards.export(path, *words) for words in (("merged",), ("peft",), ("gguf",)))
+    merged, peft, gguf = (finished_run.export(path, *words) for words in (("merged",), ("peft",), ("gguf",)))
     assert peft.parity.mean_kl < 1e-9 < merged.parity.mean_kl
     assert gguf.parity.trained_kl is not None
     assert gguf.parity.trained_kl > 100 * max(merged.parity.mean_kl, gguf.parity.mean_kl)
     with pytest.raises(InputError, match="no place for DoRA's magnitudes") as refusal:
-        afterwards.export(path, "gguf", kind="lora")
+        finished_run.export(path, "gguf", kind="lora")
     assert "merged" in refusal.value.fix
     assert not (path / "export" / "gguf-lora").exists()
 
@@ -145,21 +146,21 @@ def test_a_manifest_names_the_origin(exports: dict[str, Exported]) -> None:
 
 
 def test_by_default_it_goes_into_the_run_folder(own_run: Path) -> None:
-    assert Path(afterwards.export(own_run, "peft").path) == own_run / "export" / "peft"
-    assert Path(afterwards.export(own_run, "gguf", kind="lora").path) == own_run / "export" / "gguf-lora"
+    assert Path(finished_run.export(own_run, "peft").path) == own_run / "export" / "peft"
+    assert Path(finished_run.export(own_run, "gguf", kind="lora").path) == own_run / "export" / "gguf-lora"
     with pytest.raises(InputError, match="there is something already") as refusal:
-        afterwards.export(own_run, "peft")
+        finished_run.export(own_run, "peft")
     assert "--out" in refusal.value.fix
 
 
 def test_a_folder_with_content_is_not_touched_and_an_empty_one_is_taken(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    assert afterwards.export(finished, "peft", out=tmp_path / "mine").files
+    assert finished_run.export(finished, "peft", out=tmp_path / "mine").files
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     for place in (tmp_path / "other", tmp_path / "other" / "thesis.txt"):
         with pytest.raises(InputError, match="there is something already"):
-            afterwards.export(finished, "peft", out=place)
+            finished_run.export(finished, "peft", out=place)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
 
@@ -167,7 +168,7 @@ def test_nothing_is_left_when_the_gate_says_no(finished: Path, tmp_path: Path, m
     strict = dataclasses.replace(TARGETS["merged"][""], tolerance=Tolerance(mean_kl=0, max_kl=0))
     monkeypatch.setitem(TARGETS["merged"], "", strict)
     with pytest.raises(GateError, match="does not behave as the run"):
-        afterwards.export(finished, "merged", out=tmp_path / "deep" / "merged")
+        finished_run.export(finished, "merged", out=tmp_path / "deep" / "merged")
     assert list((tmp_path / "deep").iterdir()) == []
 
 
@@ -178,7 +179,7 @@ def test_an_export_that_cannot_be_read_back(finished: Path, tmp_path: Path, monk
 
     monkeypatch.setitem(TARGETS["merged"], "", dataclasses.replace(TARGETS["merged"][""], write=torn))
     with pytest.raises(GateError, match="cannot be read back: truncated"):
-        afterwards.export(finished, "merged", out=tmp_path / "merged")
+        finished_run.export(finished, "merged", out=tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,7 +187,7 @@ def test_no_room_on_the_disk_is_said_first(finished: Path, tmp_path: Path, monke
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(MachineError, match="no room on the disk") as refusal:
-        afterwards.export(finished, "merged", out=tmp_path / "merged")
+        finished_run.export(finished, "merged", out=tmp_path / "merged")
     assert "set --out to another disk" in refusal.value.fix
     assert list(tmp_path.iterdir()) == []
 
@@ -206,18 +207,18 @@ def test_no_room_on_the_disk_is_said_first(finished: Path, tmp_path: Path, monke
 )
 def test_unknown_words(finished: Path, target: str, kind: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        afterwards.export(finished, target, kind=kind)
+        finished_run.export(finished, target, kind=kind)
 
 
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run folder"):
-        afterwards.export(tmp_path / "nowhere", "peft")
+        finished_run.export(tmp_path / "nowhere", "peft")
 
 
 def test_an_unfinished_run(own_run: Path) -> None:
     (own_run / "record.json").unlink()
     with pytest.raises(InputError, match="not finished") as refusal:
-        afterwards.export(own_run, "peft")
+        finished_run.export(own_run, "peft")
     assert f"tunesmith resume {own_run}" in refusal.value.fix
 
 
@@ -225,7 +226,7 @@ def test_fault_27_a_failed_run(own_run: Path) -> None:
     with RunFolder.open(own_run) as folder:
         folder.append_event(Verdict("failed", "stop", "the loss is not finite", 3))
     with pytest.raises(GateError, match="this run failed, and is not exported: the loss is not finite"):
-        afterwards.export(own_run, "merged")
+        finished_run.export(own_run, "merged")
 
 
 def test_a_changed_adapter(own_run: Path) -> None:
@@ -234,7 +235,7 @@ def test_a_changed_adapter(own_run: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"adapter_model\.safetensors was changed"):
-        afterwards.export(own_run, "merged")
+        finished_run.export(own_run, "merged")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_a_changed_base(tmp_path: Path, file: str, message: str) -> None:
         stream.seek(-1 if file.endswith(".safetensors") else 0, os.SEEK_END)
         stream.write(b" ")  # the last byte of a weight, or one more of the template
     with pytest.raises(InputError, match=message):
-        afterwards.export(path, "merged")
+        finished_run.export(path, "merged")
 
 
 def test_data_that_are_gone(own_run: Path, tmp_path: Path) -> None:
@@ -258,14 +259,14 @@ def test_data_that_are_gone(own_run: Path, tmp_path: Path) -> None:
     plan["recipe"]["test_data"][0]["path"] = str(tmp_path / "gone.jsonl")
     (own_run / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(InputError, match=r"gone\.jsonl"):
-        afterwards.export(own_run, "merged")
+        finished_run.export(own_run, "merged")
     assert not (own_run / "export" / "merged").exists()
 
 
 def test_a_machine_without_memory(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.hardware.main_memory", lambda: (10**6, 10**4))
+    monkeypatch.setattr("tunesmith.core.hardware.main_memory", lambda: (10**6, 10**4))
     with pytest.raises(MachineError, match="the proof of the export needs about"):
-        afterwards.export(finished, "merged")
+        finished_run.export(finished, "merged")
 
 
 # ---------------------------------------------------------------- all weights trained
@@ -273,15 +274,15 @@ def test_a_machine_without_memory(finished: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_fully_trained_model(tiny_llama: Path, tmp_path: Path) -> None:
     path = save_run(tmp_path / "work", tiny_llama, method="full", lora_r="auto", learning_rate=1e-3)
-    merged = afterwards.export(path, "merged")
+    merged = finished_run.export(path, "merged")
     assert merged.parity.mean_kl < 1e-9
     assert merged.parity.trained_kl is None
     for name in ("model.safetensors", "config.json"):
         assert (Path(merged.path) / name).read_bytes()[-1000:] == (path / "model" / name).read_bytes()[-1000:]
-    assert afterwards.export(path, "gguf").parity.same_answers == 4
+    assert finished_run.export(path, "gguf").parity.same_answers == 4
     for target, kind in (("peft", None), ("gguf", "lora")):
         with pytest.raises(InputError, match="trained all weights: there is no adapter"):
-            afterwards.export(path, target, kind=kind)
+            finished_run.export(path, target, kind=kind)
 
 
 def test_the_run_is_as_it_was(finished: Path, exports: dict[str, Exported]) -> None:
@@ -302,8 +303,8 @@ def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
     }
     path = save_run(tmp_path / "run", save_model(tmp_path / "model", family), add_tokens=tokens, **data)
     for target, kind in (("gguf", "f32"), ("ollama", "f32"), ("merged", None)):
-        parity = afterwards.export(path, target, kind=kind, out=tmp_path / f"{target}").parity
+        parity = finished_run.export(path, target, kind=kind, out=tmp_path / f"{target}").parity
         assert (parity.same_prompts, parity.rendered_prompts) == (4, 4), target
         assert parity.mean_kl < (1e-2 if target == "merged" else 1e-6), target
     with pytest.raises(InputError, match="no place for the rows of new tokens"):
-        afterwards.export(path, "gguf", kind="lora", out=tmp_path / "lora")
+        finished_run.export(path, "gguf", kind="lora", out=tmp_path / "lora")

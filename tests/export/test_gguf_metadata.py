@@ -8,14 +8,14 @@ from tiny_export import CHATML, SYSTEM, job_of, save_model, save_tokenizer
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig
 
-from tunesmith.data.render import Renderer
-from tunesmith.errors import InputError
-from tunesmith.export.finished import Finished
-from tunesmith.export.gguf_metadata import PROBE, architecture, vocabulary
-from tunesmith.model.gguf_file import GgufFile
-from tunesmith.model.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, special_token
-from tunesmith.model.readback import config_of
-from tunesmith.model.spec import read_spec
+from tunesmith.core.errors import InputError
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.export.gguf.metadata import PROBE, architecture, vocabulary
+from tunesmith.export.source_run import Finished
+from tunesmith.model.gguf.reader import GgufFile
+from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer, special_token
+from tunesmith.model.hub.spec import read_spec
+from tunesmith.model.reference_load import config_of
 
 NOW = datetime(2026, 1, 2)
 

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_export import job_of, save_model, save_run
 
-from tunesmith.errors import GateError
-from tunesmith.export.gguf import ADAPTER, model_file, reread_gguf, write_gguf, write_lora
-from tunesmith.export.gguf_weights import read_adapter
+from tunesmith.core.errors import GateError
+from tunesmith.export.gguf.weights import read_adapter
+from tunesmith.export.gguf.write import ADAPTER, model_file, reread_gguf, write_gguf, write_lora
 from tunesmith.export.parity import Job
-from tunesmith.model.folder import read_headers
-from tunesmith.model.gguf import convert
-from tunesmith.model.gguf_file import read_gguf
+from tunesmith.model.gguf.convert import convert
+from tunesmith.model.gguf.reader import read_gguf
+from tunesmith.model.hub.validate import read_headers
 from tunesmith.model.merge import merged_tensors
-from tunesmith.model.readback import config_of
+from tunesmith.model.reference_load import config_of
 
 FAMILIES = ["llama", "llama-wide", "llama-bias", "qwen2", "qwen3"]
 

@@ -14,11 +14,11 @@ from compiled import llama_cpp_site
 from tiny_export import job_of, save_model, save_run
 
 from tiny_run import train
-from tunesmith import afterwards
-from tunesmith.demo import RECIPE
-from tunesmith.export.gguf import ADAPTER, model_file, write_gguf, write_lora
+from tunesmith.evaluate import finished_run
+from tunesmith.export.gguf.write import ADAPTER, model_file, write_gguf, write_lora
 from tunesmith.export.parity import NEW_TOKENS, Answers, Job, Parity, Reread, compare, live_answers
-from tunesmith.recipefile import load_recipe
+from tunesmith.recipe.demo import RECIPE
+from tunesmith.recipe.load import load_recipe
 
 pytestmark = pytest.mark.slow
 FLOAT32 = 0  # the number of a ggml type
@@ -133,7 +133,7 @@ def real_live(real_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Answe
 def test_smollm2_answers_there_as_here(
     llama_cpp: Any, kind: str, mean_kl: float, agreement: float, real_run: Path, real_live: Answers, tmp_path: Path
 ) -> None:
-    made = afterwards.export(real_run, "ollama", kind=kind, out=tmp_path / "ollama")
+    made = finished_run.export(real_run, "ollama", kind=kind, out=tmp_path / "ollama")
     assert made.parity.same_prompts == made.parity.prompts == 8
     job = job_of(real_run, tmp_path / "ollama", kind)
     with engine(llama_cpp, model_file(job)) as model:
@@ -147,7 +147,7 @@ def test_smollm2_answers_there_as_here(
 def test_the_adapter_of_smollm2_beside_its_base(
     llama_cpp: Any, real_run: Path, real_live: Answers, tmp_path: Path
 ) -> None:
-    afterwards.export(real_run, "gguf", kind="lora", out=tmp_path / "lora")
+    finished_run.export(real_run, "gguf", kind="lora", out=tmp_path / "lora")
     job = job_of(real_run, tmp_path / "base", "f16")
     job = replace(job, run=replace(job.run, loras={}))
     write_gguf(job)

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 
 import told_run as told
 from tiny_run import measured_files, recipe, train
-from tunesmith.atomic import damage
-from tunesmith.export.card import CARD, card, escaped, write_card
-from tunesmith.types import Choice, ModelSpec, Plan
+from tunesmith.core.atomic import damage
+from tunesmith.core.types import Choice, ModelSpec, Plan
+from tunesmith.train.model_card import CARD, card, escaped, write_card
 
 HOSTILE = "a|b\n# owned <script>alert(1)</script> [x](http://y) `code` **b** \u202e\x00"
 

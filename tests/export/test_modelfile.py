@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from tiny_export import CHATML, SYSTEM, save_tokenizer
 
-from tunesmith.data.render import Renderer
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.export.modelfile import FAMILIES, Served, choose, parsed, written
-from tunesmith.types import Json
 
 USER: Json = {"role": "user", "content": "1 and 2"}
 OWN: Json = {"role": "system", "content": 'Add them.\n  {{ .Role }} "quoted"?'}

@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from tiny_export import CHATML, job_of, save_model, save_run
 
 from tiny_run import chat, recipe, write_rows
-from tunesmith import afterwards, facts, run
-from tunesmith.display import export_view
-from tunesmith.errors import GateError, TunesmithError
-from tunesmith.export.gguf import ADAPTER, model_file
+from tunesmith.cli.views.tables import export_view
+from tunesmith.core.errors import GateError, TunesmithError
+from tunesmith.evaluate import finished_run
+from tunesmith.export.gguf.write import ADAPTER, model_file
 from tunesmith.export.parity import Answers, Job, Reread, compare, export_answers, live_answers, refuse_beyond
 from tunesmith.export.targets import TARGETS
-from tunesmith.model.gguf_file import read_gguf
+from tunesmith.model.gguf.reader import read_gguf
+from tunesmith.session import inputs
+from tunesmith.train import run
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def test_what_is_said_when_all_is_wrong(finished: Path, live: Answers, tmp_path:
 def test_an_export_that_loses_much_of_what_training_changed_says_so(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = afterwards.export(finished, "peft", out=tmp_path / "out")
+    made = finished_run.export(finished, "peft", out=tmp_path / "out")
     for share, told in ((0.05, False), (0.5, True)):
         lossy = replace(made.parity, mean_kl=share * 1e-3, trained_kl=1e-3)
         Console(width=200).print(export_view(replace(made, parity=lossy)))
@@ -241,8 +243,8 @@ def test_what_others_rightly_render_otherwise(template: str, question: str, tmp_
     data = str(write_rows(tmp_path / "rows.jsonl", rows))
     model = save_model(tmp_path / "model", template=template)
     wish = recipe(model, tmp_path, data=data, learning_rate=0.03)
-    known = facts.gather(wish, now=datetime(2020, 2, 2))
-    list(run.train(facts.make_plan(known), known))
+    known = inputs.gather(wish, now=datetime(2020, 2, 2))
+    list(run.train(inputs.make_plan(known), known))
     job = job_of(tmp_path / "run", tmp_path / "export")
     assert all(witness.rendered and witness.rendered != witness.prompt for witness in job.chats)
     TARGETS["merged"][""].write(job)

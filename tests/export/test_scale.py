@@ -15,20 +15,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tiny_run import chat, measured_files, write_rows
-from tunesmith import afterwards, cli
-from tunesmith.atomic import damage, read_manifest
-from tunesmith.data.batch import collate
-from tunesmith.errors import GateError, InputError
-from tunesmith.export.card import CARD
-from tunesmith.export.finished import open_finished
-from tunesmith.export.folders import _copy
+from tunesmith.cli import app
+from tunesmith.core.atomic import damage, read_manifest
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.types import Pack
+from tunesmith.data.collate import collate
+from tunesmith.evaluate import finished_run
+from tunesmith.export.hf import _copy
 from tunesmith.export.parity import Witness, witness_logits, witnesses_of
+from tunesmith.export.source_run import open_finished
 from tunesmith.export.targets import TARGETS
-from tunesmith.model.adapter_folder import read_adapter
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.gguf_file import read_gguf
-from tunesmith.reopened import reopen
-from tunesmith.types import Pack
+from tunesmith.model.gguf.reader import read_gguf
+from tunesmith.model.hub.adapter_config import read_adapter
+from tunesmith.session.reopen import reopen
+from tunesmith.train.model_card import CARD
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 
@@ -51,7 +52,7 @@ def logits_of_peft(run: Path, adapter: Path, witnesses: Sequence[Witness]) -> tu
 @pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
 def test_peft_says_what_our_evaluation_says(method: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path, tiny_llama, **method)
-    made = afterwards.export(run, "peft", scale=0.3)
+    made = finished_run.export(run, "peft", scale=0.3)
     witnesses = witnesses_of(open_finished(run))
     ours, whole = (our_logits(run, witnesses, scale) for scale in (0.3, 1))
     torch.testing.assert_close(logits_of_peft(run, Path(made.path), witnesses), ours, rtol=1e-4, atol=1e-4)
@@ -62,8 +63,8 @@ def test_peft_says_what_our_evaluation_says(method: dict[str, Any], tiny_llama: 
 
 @pytest.mark.parametrize(("target", "kind"), [("merged", None), ("gguf", "f32"), ("gguf", "lora"), ("ollama", "f16")])
 def test_every_target_is_the_run_at_that_scale(target: str, kind: str | None, finished: Path, tmp_path: Path) -> None:
-    whole = afterwards.export(finished, target, kind=kind, out=tmp_path / "whole")
-    half = afterwards.export(finished, target, kind=kind, scale=0.5, out=tmp_path / "half")
+    whole = finished_run.export(finished, target, kind=kind, out=tmp_path / "whole")
+    half = finished_run.export(finished, target, kind=kind, scale=0.5, out=tmp_path / "half")
     assert half.parity.mean_kl < (1e-2 if target == "merged" else 1e-4)
     assert half.parity.trained_kl is not None
     assert whole.parity.trained_kl is not None
@@ -84,12 +85,12 @@ def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
         "test_data": str(write_rows(tmp_path / "h.jsonl", rows[8:])),
     }
     run = save_run(tmp_path / "run", save_model(tmp_path / "model"), add_tokens=tokens, **data)
-    made = afterwards.export(run, "peft", scale=0.5)
+    made = finished_run.export(run, "peft", scale=0.5)
     assert made.parity.mean_kl < 1e-6
-    assert afterwards.export(run, "merged", scale=0.5).parity.mean_kl < 1e-2
+    assert finished_run.export(run, "merged", scale=0.5).parity.mean_kl < 1e-2
     began, half, end = (
         next(t for name, t in load_file(place / "adapter_model.safetensors").items() if "trainable_tokens" in name)
-        for place in (Path(afterwards.export(run, "peft", scale=1e-9).path), Path(made.path), run / "adapter")
+        for place in (Path(finished_run.export(run, "peft", scale=1e-9).path), Path(made.path), run / "adapter")
     )
     torch.testing.assert_close(half, (began + end) / 2)
     assert not torch.allclose(began, end)
@@ -97,7 +98,7 @@ def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
 
 def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path, tiny_llama, **measured_files(tmp_path / "files"))
-    made = Path(afterwards.export(run, "peft", scale=0.5).path)
+    made = Path(finished_run.export(run, "peft", scale=0.5).path)
     assert made == run / "export" / "peft@0.5"
     assert damage(made) == ""
     card = (made / CARD).read_text()
@@ -114,14 +115,14 @@ def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: 
     assert alphas[1] == alphas[0] / 2
     base = Path(json.loads((run / "plan.json").read_text())["model"]["path"])
     assert read_adapter(made, base).scale == read_adapter(run, base).scale / 2
-    other = Path(afterwards.export(run, "peft", scale=0.3).path) / CARD
+    other = Path(finished_run.export(run, "peft", scale=0.3).path) / CARD
     assert "At this scale nothing was measured in the run." in other.read_text()
 
 
 def test_the_gate_sees_another_scale(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TARGETS["peft"], "", dataclasses.replace(TARGETS["peft"][""], write=_copy))
     with pytest.raises(GateError, match="the export does not behave as the run"):
-        afterwards.export(finished, "peft", scale=0.5, out=tmp_path / "out")
+        finished_run.export(finished, "peft", scale=0.5, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -138,7 +139,7 @@ def test_the_gate_sees_another_scale(finished: Path, tmp_path: Path, monkeypatch
 )
 def test_what_is_no_scale(scale: str, said: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["export", str(finished), "--to", "peft", "--scale", scale])
+        app.main(["export", str(finished), "--to", "peft", "--scale", scale])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not (finished / "export").exists()
@@ -147,5 +148,5 @@ def test_what_is_no_scale(scale: str, said: str, finished: Path, capsys: pytest.
 def test_a_model_whose_weights_were_all_trained_has_no_adapter_to_scale(tiny_llama: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path, tiny_llama, method="full", lora_r="auto", learning_rate=1e-3)
     with pytest.raises(InputError, match="there is no adapter to scale") as refusal:
-        afterwards.export(run, "merged", scale=0.5)
+        finished_run.export(run, "merged", scale=0.5)
     assert refusal.value.fix == "leave --scale out"

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from tiny_run import chat, recipe, train, write_rows
-from tunesmith.export.finished import Finished, open_finished
 from tunesmith.export.parity import Job, witnesses_of
-from tunesmith.model.gguf_tokenizer import PRE_TOKENIZERS
+from tunesmith.export.source_run import Finished, open_finished
+from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS
 
 SYSTEM = "You are small."
 CHATML = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.hardware import find_compiler
+from tunesmith.core.hardware import find_compiler
 
 HERE = Path(__file__).parent
 Dying = Callable[..., dict[str, Any]]

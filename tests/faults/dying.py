@@ -31,10 +31,10 @@ import torch
 
 import tiny
 import tiny_run
-from tunesmith import run
-from tunesmith.errors import InputError, TunesmithError
-from tunesmith.runfolder import RunFolder
-from tunesmith.train.training import Settings, Training
+from tunesmith.core.errors import InputError, TunesmithError
+from tunesmith.core.run_dir import RunFolder
+from tunesmith.train import run
+from tunesmith.train.loop import Settings, Training
 
 MODES = ("off", "die", "tear", "full")  # as in faultyfiles.c
 SHIM = ctypes.CDLL(None)

@@ -21,8 +21,8 @@ import torch
 from dying import MODES, armed, child
 from tiny_export import save_model, save_run
 
-from tunesmith import afterwards
-from tunesmith.atomic import damage
+from tunesmith.core.atomic import damage
+from tunesmith.evaluate import finished_run
 
 
 def left(place: Path) -> str:
@@ -41,7 +41,7 @@ def try_all(finished: Path, name: str, folder: Path, mode: int, every: int) -> d
 
         def export(place: Path = place, call: int = call) -> str:
             armed(place.parent, call, mode)
-            return afterwards.export(finished, target, kind=kind or None, out=place).path
+            return finished_run.export(finished, target, kind=kind or None, out=place).path
 
         status, said = child(export)
         reason = next((words for words in ("no room on the disk",) if words in said), "" if status in (0, 9) else said)

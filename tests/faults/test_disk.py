@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from tiny_run import adapter_bytes, plan_of, recipe, steps_of, train
-from tunesmith import run
-from tunesmith.errors import MachineError
-from tunesmith.runfolder import EVENTS, read_events
-from tunesmith.types import Verdict
+from tunesmith.core.errors import MachineError
+from tunesmith.core.events import Verdict
+from tunesmith.core.run_dir import EVENTS, read_events
+from tunesmith.train import run
 
 
 @contextmanager

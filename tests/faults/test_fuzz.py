@@ -13,7 +13,7 @@ from test_recipe_fuzz import recipes_explored
 from test_rows_fuzz import files_explored, rows_explored
 from test_state_machine import sequences_explored
 
-from tunesmith.data.render import Renderer
+from tunesmith.data.chat_template.renderer import Renderer
 
 SECONDS = 240
 

@@ -22,12 +22,12 @@ from tiny_run import (
     until_saved,
     write_rows,
 )
-from tunesmith import run
-from tunesmith.data.schedule import Schedule
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import read_json
-from tunesmith.recipe import Recipe
-from tunesmith.types import Event, StepResult, Verdict
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.data.sampler import Schedule
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train import run
 
 # ---------------------------------------------------------------- a flipped byte
 

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from tiny import tiny_document, tiny_documents, tiny_model, worst_difference
 from tiny_run import measured_files, plan_of, recipe, steps_of, train
-from tunesmith import run
-from tunesmith.errors import MachineError
-from tunesmith.evaluate.likelihood import negative_log_likelihoods
-from tunesmith.infer.engine import generate, stream
-from tunesmith.jsonfile import read_json
+from tunesmith.core.errors import MachineError
+from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.core.types import Batch, Request
+from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
 from tunesmith.model.adapters import trainable
-from tunesmith.model.cache import RowCache
-from tunesmith.model.load import LanguageModel
-from tunesmith.model.memory import OutOfMemory, memory_errors
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import Batch, Event, Request, StepResult, Verdict
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.generation.engine import generate, stream
+from tunesmith.model.kv_cache import RowCache
+from tunesmith.model.oom import OutOfMemory, memory_errors
+from tunesmith.train import run
+from tunesmith.train.loop import Settings, Training
 
 SETTINGS = Settings(
     steps=4,

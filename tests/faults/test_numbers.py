@@ -14,15 +14,17 @@ from torch import Tensor
 
 from tiny import tiny_document, tiny_model
 from tiny_run import adapter_bytes, measured_files, recipe, steps_of, train
-from tunesmith import afterwards, run
-from tunesmith.atomic import damage
-from tunesmith.errors import GateError
-from tunesmith.jsonfile import read_json
-from tunesmith.model.load import LanguageModel
-from tunesmith.model.tensorfile import first_not_finite, write_tensors
-from tunesmith.runfolder import RunFolder, every_event, failure_of, read_events
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import Batch, Event, StepResult, Verdict
+from tunesmith.core.atomic import damage
+from tunesmith.core.errors import GateError
+from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.core.run_dir import RunFolder, every_event, failure_of, read_events
+from tunesmith.core.types import Batch
+from tunesmith.evaluate import finished_run
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.safetensors_io import first_not_finite, write_tensors
+from tunesmith.train import run
+from tunesmith.train.loop import Settings, Training
 
 SETTINGS = Settings(
     steps=6, pack_length=60, learning_rate=2e-3, warmup_steps=0, schedule="constant", weight_decay=0, max_grad_norm=1,
@@ -78,7 +80,7 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     assert damage(checkpoint) == ""
     assert first_not_finite(load_file(checkpoint / "state.safetensors")) == ""
 
-    for use in (afterwards.reopen, afterwards.evaluate, lambda path: next(afterwards.chat(path, ["hello"]))):
+    for use in (finished_run.reopen, finished_run.evaluate, lambda path: next(finished_run.chat(path, ["hello"]))):
         with pytest.raises(GateError, match="this run failed: 3 non-finite steps"):
             use(folder)
 
@@ -130,7 +132,7 @@ def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
     with pytest.raises(GateError):
         train(wish)
     with pytest.raises(GateError, match="this run failed: the model's logits"):
-        afterwards.reopen(tmp_path / "run")
+        finished_run.reopen(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- nothing of it is written

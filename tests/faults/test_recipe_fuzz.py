@@ -13,10 +13,10 @@ from chunks import explore
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.errors import InputError
-from tunesmith.jsonfile import json_bytes
-from tunesmith.recipe import ALIASES, KEYS, Recipe
-from tunesmith.recipefile import INSTEAD, LATER_KEYS, load_recipe
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import json_bytes
+from tunesmith.recipe.load import INSTEAD, LATER_KEYS, load_recipe
+from tunesmith.recipe.schema import ALIASES, KEYS, Recipe
 
 KNOWN = sorted({*KEYS.values(), *ALIASES, *INSTEAD, *LATER_KEYS})
 WORDS = (

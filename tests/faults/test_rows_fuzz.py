@@ -19,13 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_run import chat
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.formats import FORMATS
-from tunesmith.data.rejected import rejected_rows
-from tunesmith.data.render import Renderer
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Json
+from tunesmith.data.formats.row_formats import FORMATS
+from tunesmith.data.rejects import rejected_rows
+from tunesmith.recipe.fields import DataSource
 
 START, END = 256, 257  # control tokens of the tiny model
 PIECES = (

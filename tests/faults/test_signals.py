@@ -14,11 +14,13 @@ import pytest
 from torch import Tensor
 
 from tiny_run import adapter_bytes, measured_files, plan_of, recipe, save_model_folder, steps_of, train
-from tunesmith import beginning, guarded, run
-from tunesmith.errors import Interrupted
-from tunesmith.model.load import LanguageModel
-from tunesmith.recipe import Recipe
-from tunesmith.types import Batch, Event, Saved, Score
+from tunesmith.core.errors import Interrupted
+from tunesmith.core.events import Event, Saved, Score
+from tunesmith.core.types import Batch
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train import base_reference, run
+from tunesmith.train.guard import guarded_loop
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
     stage: str, tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wish, name = wished(tiny_folder, tmp_path), stage.partition(" ")[0]
-    place: Any = {"eval_scores": guarded, "measure": beginning}.get(stage, run)
+    place: Any = {"eval_scores": guarded_loop, "measure": base_reference}.get(stage, run)
 
     def signalled(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -135,7 +137,7 @@ def test_fault_23_the_command_says_how_to_go_on(number: signal.Signals, code: in
     wish = recipe(model, tmp_path, num_train_epochs=400, max_steps=400, save_steps=1000)
     flags = [f"--{key}={value}" for key, value in wish.model_dump(mode="json", exclude_unset=True).items()]
     flags = [flag for flag in flags if not flag.startswith("--data")] + [f"--data={tmp_path / 'train.jsonl'}"]
-    command = [sys.executable, "-m", "tunesmith.cli", "train", *flags]
+    command = [sys.executable, "-m", "tunesmith.cli.app", "train", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
         said = ""

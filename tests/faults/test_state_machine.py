@@ -25,11 +25,11 @@ from hypothesis.stateful import (
 )
 
 from tiny import tiny_document, tiny_model
-from tunesmith.atomic import disk_errors
-from tunesmith.errors import MachineError
-from tunesmith.runfolder import RunFolder
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import StepResult
+from tunesmith.core.atomic import disk_errors
+from tunesmith.core.errors import MachineError
+from tunesmith.core.events import StepResult
+from tunesmith.core.run_dir import RunFolder
+from tunesmith.train.loop import Settings, Training
 
 STEPS = 8
 SETTINGS = Settings(

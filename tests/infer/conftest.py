@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiny import VOCABULARY, tiny_model
-from tunesmith.model.load import LanguageModel
+from tunesmith.model.causal_lm import LanguageModel
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tunesmith.infer.engine import generate
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Request
+from tunesmith.core.types import Request
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.generation.engine import generate
 
 Spell = Callable[[Sequence[int]], str]
 

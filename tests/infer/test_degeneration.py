@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.infer.degeneration import compressed, distinct, foreign, is_json, repetition, same, scripts
+from tunesmith.evaluate.degeneration import compressed, distinct, foreign, is_json, repetition, same, scripts
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from tiny import CONFIGS, tiny_model, tiny_network
-from tunesmith.data.tokenizer import ChatTokenizer
-from tunesmith.errors import GateError, InputError
-from tunesmith.infer import engine
-from tunesmith.infer.engine import generate, stream
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.types import Generation, Request
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.load import LanguageModel, adopt, load_network
-from tunesmith.model.source import resolve
-from tunesmith.types import Generation, Request
+from tunesmith.model.causal_lm import LanguageModel, adopt, load_network
+from tunesmith.model.generation import engine
+from tunesmith.model.generation.engine import generate, stream
+from tunesmith.model.hub.resolve import resolve
 
 Spell = Callable[[Sequence[int]], str]
 Prompts = list[tuple[int, ...]]

@@ -2,8 +2,8 @@
 
 import torch
 
-from tunesmith.infer.sample import LIKELY, choose, draw, nucleus
-from tunesmith.types import Request
+from tunesmith.core.types import Request
+from tunesmith.model.generation.sampling import LIKELY, choose, draw, nucleus
 
 
 def column(value: float, rows: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tiny import branching_documents, one_batch, one_loss, step_gradients, tiny_documents, tiny_model
-from tunesmith.model.load import LanguageModel
+from tunesmith.model.causal_lm import LanguageModel
 
 POLICIES = ("selective", "recompute")
 BF16: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "kernel", "blocked": True}

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 from tiny import tiny_network
-from tunesmith.errors import InputError
-from tunesmith.model.adapter_folder import AdapterFolder, read_adapter
-from tunesmith.model.saved import load_adapter, read_adapter_tensors
+from tunesmith.core.errors import InputError
+from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
+from tunesmith.model.save import load_adapter, read_adapter_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 

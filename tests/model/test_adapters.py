@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny import LORA, one_batch, step_gradients, tiny_documents, tiny_model, tiny_network, worst_difference
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import (
     METHODS,
     adapter_scaled,
@@ -15,7 +15,7 @@ from tunesmith.model.adapters import (
     train_all,
     trainable,
 )
-from tunesmith.model.load import LanguageModel, adopt
+from tunesmith.model.causal_lm import LanguageModel, adopt
 from tunesmith.model.lora import LoraLinear, MasterLinear
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import InputError
-from tunesmith.model import kernels
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Layout
 from tunesmith.model.attention import BACKENDS, Rule, attend, choose, reference, stock_attention
-from tunesmith.types import Layout
+from tunesmith.model.kernels import ops
 
 Attention = Callable[[Tensor, Tensor, Tensor, Layout, Rule], Tensor]
 
@@ -174,7 +174,7 @@ def test_branches_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
 
 # ---------------------------------------------------------------- the C kernel
 
-needs_kernel = pytest.mark.skipif(not kernels.has_attention(), reason="needs a compiler and AVX512-BF16")
+needs_kernel = pytest.mark.skipif(not ops.has_attention(), reason="needs a compiler and AVX512-BF16")
 
 
 @needs_kernel
@@ -265,7 +265,7 @@ def test_kernel_turns_as_the_rotation_alone_does() -> None:
     layout, rule = layout_of((70, 131)), RULES["window of a block"]
     q, k, v, _ = random_inputs(layout.tokens, (4, 2, 128), torch.bfloat16)
     angles = torch.rand(layout.tokens, 64).cos(), torch.rand(layout.tokens, 64).sin()
-    alone = attend(kernels.rotate(q, *angles), kernels.rotate(k, *angles), v, layout, rule, "kernel")
+    alone = attend(ops.rotate(q, *angles), ops.rotate(k, *angles), v, layout, rule, "kernel")
     assert relative_error(attend(q, k, v, layout, rule, "kernel", angles), alone.double()) < 1e-4
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.model import kernels
+from tunesmith.core.types import Layout
 from tunesmith.model.attention import Rule, reference, turned
-from tunesmith.model.cache import BLOCK, RowCache
-from tunesmith.types import Layout
+from tunesmith.model.kernels import ops
+from tunesmith.model.kv_cache import BLOCK, RowCache
 
 HEADS, GROUPS, SIZE = 6, 2, 8
 RULES = {
@@ -97,7 +97,7 @@ def test_stores_grow_to_what_the_longest_row_needs_and_no_further() -> None:
 
 # ---------------------------------------------------------------- rows.c, and attention.c after a shared beginning
 
-needs_kernel = pytest.mark.skipif(not kernels.has_attention(), reason="needs a C compiler and AVX512-BF16")
+needs_kernel = pytest.mark.skipif(not ops.has_attention(), reason="needs a C compiler and AVX512-BF16")
 SHARED = 21
 
 

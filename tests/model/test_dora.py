@@ -10,15 +10,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tiny import LORA, one_batch, step_gradients, tiny_document, tiny_documents, tiny_model, tiny_network
-from tunesmith.model import kernels
 from tunesmith.model.adapters import add_lora, lora_layers, trainable
+from tunesmith.model.causal_lm import adopt
 from tunesmith.model.dora import Gain
-from tunesmith.model.frozen import Blocked, blocks_here
+from tunesmith.model.frozen_weight import Blocked, blocks_here
+from tunesmith.model.kernels import ops
 from tunesmith.model.layers import Mlp
-from tunesmith.model.load import adopt
 from tunesmith.model.lora import LoraLinear, QuantizedLinear, project
-from tunesmith.model.saved import load_adapter, save_adapter
-from tunesmith.train.optim import make_optimizer, update
+from tunesmith.model.save import load_adapter, save_adapter
+from tunesmith.train.optimizer import make_optimizer, update
 
 FP64 = torch.float64
 
@@ -217,7 +217,7 @@ def test_weights_in_4_bits_are_taken_as_they_are() -> None:
     assert_equal(layer(x), by_hand(layer, x), [x, *leaves_of(layer)])
 
 
-@pytest.mark.skipif(not kernels.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="needs a C compiler")
+@pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="needs a C compiler")
 @pytest.mark.parametrize(("rows", "width"), [(1, 3), (7, 33), (65, 576)])
 def test_the_kernels_equal_their_reference(rows: int, width: int) -> None:
     y, dy, gain_O = (
@@ -226,8 +226,8 @@ def test_the_kernels_equal_their_reference(rows: int, width: int) -> None:
         random(width, seed=7).float(),
     )
     expected = (y.double() * gain_O.double()).bfloat16()
-    assert torch.equal(kernels.scale_columns(y.clone(), gain_O), expected)
-    dx, sums = kernels.scale_columns_backward(dy, y, gain_O)
+    assert torch.equal(ops.scale_columns(y.clone(), gain_O), expected)
+    dx, sums = ops.scale_columns_backward(dy, y, gain_O)
     assert torch.equal(dx, (dy.double() * gain_O.double()).bfloat16())
     sizes = (dy.double() * y.double()).abs().sum(0)
     assert ((sums.double() - (dy.double() * y.double()).sum(0)).abs() <= 2**-18 * sizes).all()

@@ -22,12 +22,12 @@ from tiny import (
     tiny_network,
     worst_difference,
 )
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import pack_step
+from tunesmith.core.types import Document
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
+from tunesmith.model.causal_lm import LanguageModel, adopt, stock_logits
 from tunesmith.model.layers import FAMILIES, Norm
-from tunesmith.model.load import LanguageModel, adopt, stock_logits
 from tunesmith.train.losses import weight_count
-from tunesmith.types import Document
 
 ALL_IN_ONE, ONE_EACH = 10**6, 1
 METHODS = ("lora", "full")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.errors import InputError
-from tunesmith.model.files import check_files
-from tunesmith.model.folder import check_folder
+from tunesmith.core.errors import InputError
+from tunesmith.model.hub.files import check_files
+from tunesmith.model.hub.validate import check_folder
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "model.safetensors", "README.md"])

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tiny_gguf import CONFIG
 
-from tunesmith.errors import InputError
-from tunesmith.model.folder import check_folder, read_header, read_headers
+from tunesmith.core.errors import InputError
+from tunesmith.model.hub.validate import check_folder, read_header, read_headers
 
 
 class Evil:

@@ -3,7 +3,7 @@ import torch
 
 from tiny import step_gradients, tiny_documents, tiny_model, worst_difference
 from tunesmith.model.adapters import lora_layers
-from tunesmith.model.frozen import Blocked, Plain, blocks_here
+from tunesmith.model.frozen_weight import Blocked, Plain, blocks_here
 
 needs_blocks = pytest.mark.skipif(not blocks_here(), reason="no bf16 products in oneDNN here")
 

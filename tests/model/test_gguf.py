@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tunesmith.errors import InputError
-from tunesmith.model.folder import check_folder
-from tunesmith.model.gguf import bytes_needed, convert
+from tunesmith.core.errors import InputError
+from tunesmith.model.gguf.convert import bytes_needed, convert
+from tunesmith.model.hub.validate import check_folder
 
 
 def converted(source: Path) -> Path:
@@ -53,7 +53,7 @@ def test_logits_equal_those_of_transformers_own_gguf_loader(make_gguf, architect
 
 
 def test_bfloat16_rounds_as_torch_does(make_gguf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.model.gguf.CHUNK", 1)  # one head or row at a time gives the same file
+    monkeypatch.setattr("tunesmith.model.gguf.convert.CHUNK", 1)  # one head or row at a time gives the same file
     source = make_gguf(quantise="Q4_1")
     folder = converted(source)
     stock = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)

@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from tunesmith.errors import InputError
-from tunesmith.model.gguf_file import read_gguf, read_tensor
+from tunesmith.core.errors import InputError
+from tunesmith.model.gguf.reader import read_gguf, read_tensor
 
 
 @pytest.mark.parametrize("quantise", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])

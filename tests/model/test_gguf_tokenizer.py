@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tunesmith.errors import InputError
-from tunesmith.model.gguf_file import GgufFile, read_gguf
-from tunesmith.model.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, write_tokenizer
-from tunesmith.model.source import resolve
+from tunesmith.core.errors import InputError
+from tunesmith.model.gguf.reader import GgufFile, read_gguf
+from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer, write_tokenizer
+from tunesmith.model.hub.resolve import resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CUTS = json.loads((GOLDEN / "tokenizer_cuts.json").read_text())

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from tunesmith.model import head as head_module
-from tunesmith.model.head import Head, supervised_loss, target_losses
+from tunesmith.model import lm_head as head_module
+from tunesmith.model.lm_head import Head, supervised_loss, target_losses
 
 TARGETS, HIDDEN, VOCABULARY = 20, 12, 31
 SHAPES = {"plain": (1.0, 0.0), "scaled": (0.3, 0.0), "capped": (1.0, 4.0), "both": (0.3, 2.0)}

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tunesmith.model.heap import CAPACITY, KEPT_PRODUCTS, keep_little
+from tunesmith.model.malloc import CAPACITY, KEPT_PRODUCTS, keep_little
 
 
 def test_few_products_are_kept_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:

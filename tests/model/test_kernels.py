@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.model import kernels
+from tunesmith.model.kernels import ops
 
-needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="needs a C compiler")
+needs_kernels = pytest.mark.skipif(ops.library() is None, reason="needs a C compiler")
 ONE_ROUNDING = 2.0**-8  # of a result in bf16, with something to spare for the fp32 behind it
 NAN, INF = float("nan"), float("inf")
 
@@ -43,8 +43,8 @@ def assert_rounded(ours: Tensor, exact: Tensor, cancels: float = 0.0) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 48), (2, 3, 576), (4, 1025)], ids=str)
 def test_rms_norm(shape: tuple[int, ...]) -> None:
     x, dy, weight = random(*shape), random(*shape, seed=1), random(shape[-1], seed=2).float()
-    ours = differentiated(lambda x, w: kernels.rms_norm(x, w, 1e-5), [x, weight], dy)
-    exact = differentiated(lambda x, w: kernels.rms_norm(x, w, 1e-5), [x.double(), weight.double()], dy.double())
+    ours = differentiated(lambda x, w: ops.rms_norm(x, w, 1e-5), [x, weight], dy)
+    exact = differentiated(lambda x, w: ops.rms_norm(x, w, 1e-5), [x.double(), weight.double()], dy.double())
     assert [y.dtype for y in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
     for one, other in zip(ours, exact, strict=True):
         assert_rounded(one, other, cancels=10 * float(exact[1].abs().max()))
@@ -53,8 +53,8 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 @needs_kernels
 def test_rms_norm_of_a_transposed_input() -> None:
     x, weight = random(6, 4), torch.ones(6)
-    ours = differentiated(lambda x: kernels.rms_norm(x.t(), weight, 1e-5), [x], random(4, 6, seed=1))
-    exact = differentiated(lambda x: kernels.rms_norm(x.t(), weight, 1e-5), [x.double()], random(4, 6, seed=1).double())
+    ours = differentiated(lambda x: ops.rms_norm(x.t(), weight, 1e-5), [x], random(4, 6, seed=1))
+    exact = differentiated(lambda x: ops.rms_norm(x.t(), weight, 1e-5), [x.double()], random(4, 6, seed=1).double())
     for one, other in zip(ours, exact, strict=True):
         assert_rounded(one, other, cancels=10)
 
@@ -64,9 +64,9 @@ def test_rms_norm_of_a_transposed_input() -> None:
 def test_rotate(shape: tuple[int, int, int]) -> None:
     angles = torch.randn(shape[0], shape[2] // 2, generator=torch.Generator().manual_seed(5)) * 3
     x, dy = random(*shape), random(*shape, seed=1)
-    ours = differentiated(lambda x: kernels.rotate(x, angles.cos(), angles.sin()), [x], dy)
+    ours = differentiated(lambda x: ops.rotate(x, angles.cos(), angles.sin()), [x], dy)
     wide = angles.cos().double(), angles.sin().double()
-    exact = differentiated(lambda x: kernels.rotate(x, *wide), [x.double()], dy.double())
+    exact = differentiated(lambda x: ops.rotate(x, *wide), [x.double()], dy.double())
     for one, other in zip(ours, exact, strict=True):
         assert_rounded(one, other, cancels=10)
     turned, length = ours[0].double(), x.double().norm(dim=-1)
@@ -79,9 +79,9 @@ def test_rotate(shape: tuple[int, int, int]) -> None:
 def test_gated(count: int, gelu: bool) -> None:
     gate, up, dy = random(count, spread=4), random(count, seed=1), random(count, seed=2)
     gate[: min(count, 4)] = torch.tensor([0.0, -60.0, 60.0, -1e4])[: min(count, 4)]
-    exact = kernels.gated_backward(gate.double(), up.double(), dy.double(), gelu)
-    ours = kernels.gated_backward(gate, up, dy, gelu)
-    for one, other in zip((kernels.gated(gate, up, gelu), *ours), (exact[2], *exact), strict=True):
+    exact = ops.gated_backward(gate.double(), up.double(), dy.double(), gelu)
+    ours = ops.gated_backward(gate, up, dy, gelu)
+    for one, other in zip((ops.gated(gate, up, gelu), *ours), (exact[2], *exact), strict=True):
         assert_rounded(one, other, cancels=100)
 
 
@@ -91,8 +91,8 @@ def test_gated(count: int, gelu: bool) -> None:
 def test_cross_entropy(rows: int, vocabulary: int, scale: float, cap: float) -> None:
     logits, targets = random(rows, vocabulary, spread=5), torch.arange(rows) % vocabulary
     weights = torch.linspace(0, 1.5, rows)
-    exact_losses, exact = kernels.cross_entropy(logits.double(), targets, weights.double(), scale, cap)
-    losses, gradient = kernels.cross_entropy(logits.clone(), targets, weights, scale, cap)
+    exact_losses, exact = ops.cross_entropy(logits.double(), targets, weights.double(), scale, cap)
+    losses, gradient = ops.cross_entropy(logits.clone(), targets, weights, scale, cap)
     torch.testing.assert_close(losses.double(), exact_losses, rtol=1e-5, atol=1e-5)
     assert_rounded(gradient, exact, cancels=10)
     assert not gradient[0].any()  # weight 0
@@ -102,8 +102,8 @@ def test_cross_entropy(rows: int, vocabulary: int, scale: float, cap: float) -> 
 def test_cross_entropy_of_extreme_logits() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [-300.0, 1.0, 2.0], [3e38, -3e38, 0.0]]).bfloat16()
     targets, weights = torch.tensor([0, 2, 1]), torch.ones(3)
-    exact_losses, exact = kernels.cross_entropy(logits.double(), targets, weights.double(), 1.0, 0.0)
-    losses, gradient = kernels.cross_entropy(logits.clone(), targets, weights, 1.0, 0.0)
+    exact_losses, exact = ops.cross_entropy(logits.double(), targets, weights.double(), 1.0, 0.0)
+    losses, gradient = ops.cross_entropy(logits.clone(), targets, weights, 1.0, 0.0)
     torch.testing.assert_close(losses[:2].double(), exact_losses[:2], rtol=1e-5, atol=1e-5)
     assert losses[2] > 1e38
     assert_rounded(gradient, exact)
@@ -115,9 +115,9 @@ def test_a_target_outside_the_vocabulary_is_an_error(dtype: torch.dtype, target:
     """The kernel writes at the target: one that does not exist would be someone else's memory."""
     logits, targets = torch.zeros(2, 5, dtype=dtype), torch.tensor([0, target])
     with pytest.raises((IndexError, RuntimeError)):
-        kernels.cross_entropy(logits, targets, torch.ones(2), 1.0, 0.0)
+        ops.cross_entropy(logits, targets, torch.ones(2), 1.0, 0.0)
     with pytest.raises((IndexError, RuntimeError)):
-        kernels.divergence(logits, logits, targets, 1.0, 0.0)
+        ops.divergence(logits, logits, targets, 1.0, 0.0)
 
 
 @needs_kernels
@@ -128,8 +128,8 @@ def test_divergence(rows: int, vocabulary: int, scale: float, cap: float, spread
     """Also of logits that have hardly moved, where the KL is far smaller than what it is the difference of."""
     base, targets = random(rows, vocabulary, spread=5), torch.arange(rows) % vocabulary
     tuned = (base.float() + random(rows, vocabulary, seed=1, spread=spread).float()).bfloat16()
-    exact = kernels.divergence(base.double(), tuned.double(), targets, scale, cap)
-    ours = kernels.divergence(base, tuned, targets, scale, cap)
+    exact = ops.divergence(base.double(), tuned.double(), targets, scale, cap)
+    ours = ops.divergence(base, tuned, targets, scale, cap)
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-4, atol=3e-6)
     assert ours[2].tolist() == exact[2].tolist()
@@ -142,10 +142,10 @@ def test_divergence_hides_no_nan(poison: float) -> None:
     tuned = base.clone()
     tuned[1, 50] = poison
     for one, other in ((base, tuned), (tuned, base)):
-        losses, kl, _ = kernels.divergence(one, other, targets, 1.0, 0.0)
+        losses, kl, _ = ops.divergence(one, other, targets, 1.0, 0.0)
         assert not torch.isfinite(kl[1])
         assert torch.isfinite(kl[[0, 2]]).all()
-    assert not torch.isfinite(kernels.divergence(base, tuned, targets, 1.0, 0.0)[0][1]), losses
+    assert not torch.isfinite(ops.divergence(base, tuned, targets, 1.0, 0.0)[0][1]), losses
 
 
 # ---------------------------------------------------------------- what is not a number stays none
@@ -156,13 +156,13 @@ def test_divergence_hides_no_nan(poison: float) -> None:
 def test_rms_norm_hides_no_nan(poison: float) -> None:
     x, dy, weight = random(3, 48), random(3, 48, seed=1), torch.ones(48)
     x[1, 20] = poison
-    y, dx = differentiated(lambda x: kernels.rms_norm(x, weight, 1e-5), [x], dy)
+    y, dx = differentiated(lambda x: ops.rms_norm(x, weight, 1e-5), [x], dy)
     assert not torch.isfinite(y[1, 20])
     assert not torch.isfinite(dx[1]).all()
     assert torch.isfinite(y[[0, 2]]).all()
     assert torch.isfinite(dx[[0, 2]]).all()
     dy[2, 5] = poison
-    _, dx = differentiated(lambda x: kernels.rms_norm(x, weight, 1e-5), [random(3, 48)], dy)
+    _, dx = differentiated(lambda x: ops.rms_norm(x, weight, 1e-5), [random(3, 48)], dy)
     assert not torch.isfinite(dx[2]).any()
 
 
@@ -176,7 +176,7 @@ def test_gated_hides_no_nan(poison: float, gelu: bool) -> None:
         inputs[which][places] = poison
         gate, up, dy = inputs
         ours, exact = (
-            (kernels.gated(*pair, gelu), *kernels.gated_backward(*pair, dy.to(pair[0].dtype), gelu))
+            (ops.gated(*pair, gelu), *ops.gated_backward(*pair, dy.to(pair[0].dtype), gelu))
             for pair in ((gate, up), (gate.double(), up.double()))
         )
         for one, other in zip(ours, exact, strict=True):
@@ -193,7 +193,7 @@ def test_gated_hides_no_nan(poison: float, gelu: bool) -> None:
 def test_cross_entropy_hides_no_nan(poison: float, cap: float) -> None:
     logits = random(3, 97)
     logits[1, 60] = poison
-    losses, gradient = kernels.cross_entropy(logits, torch.tensor([1, 2, 3]), torch.ones(3), 1.0, cap)
+    losses, gradient = ops.cross_entropy(logits, torch.tensor([1, 2, 3]), torch.ones(3), 1.0, cap)
     assert torch.isfinite(losses[[0, 2]]).all()
     assert torch.isfinite(gradient[[0, 2]]).all()
     if poison != poison or not cap:  # a cap makes a finite logit of an infinite one
@@ -205,7 +205,7 @@ def test_cross_entropy_hides_no_nan(poison: float, cap: float) -> None:
 def test_rotate_hides_no_nan() -> None:
     x, angles = random(2, 1, 8), torch.rand(2, 4)
     x[0, 0, 1] = NAN
-    y = kernels.rotate(x, angles.cos(), angles.sin())
+    y = ops.rotate(x, angles.cos(), angles.sin())
     assert y.isnan().nonzero().tolist() == [[0, 0, 1], [0, 0, 5]]
 
 
@@ -233,7 +233,7 @@ def test_without_a_compiler_the_reference_is_used(tmp_path: Path) -> None:
 def test_a_compiler_that_fails_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    assert kernels.library.__wrapped__() is None
+    assert ops.library.__wrapped__() is None
     assert not any((tmp_path / "kernels").iterdir())
 
 
@@ -242,9 +242,9 @@ def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Threads here; to the folder they are the same as processes."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     with ThreadPoolExecutor(2) as pool:
-        libraries = list(pool.map(lambda _: kernels.library.__wrapped__(), range(2)))
+        libraries = list(pool.map(lambda _: ops.library.__wrapped__(), range(2)))
     assert None not in libraries
     (compiled,) = (tmp_path / "kernels").iterdir()
     before = compiled.stat().st_mtime_ns
-    assert kernels.library.__wrapped__() is not None
+    assert ops.library.__wrapped__() is not None
     assert compiled.stat().st_mtime_ns == before, "compiled again"

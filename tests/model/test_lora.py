@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from tiny import one_batch, step_gradients, tiny_documents, tiny_model, tiny_network, worst_difference
-from tunesmith.data.pack import fed_tokens
+from tunesmith.data.packing import fed_tokens
 from tunesmith.model.adapters import lora_layers, trainable
 from tunesmith.model.layers import Mlp
 from tunesmith.model.lora import Group, LoraLinear, MasterLinear, Operand, prepared, project
 from tunesmith.train.losses import weight_count
-from tunesmith.train.optim import make_optimizer, update
+from tunesmith.train.optimizer import make_optimizer, update
 
 FP64 = torch.float64
 

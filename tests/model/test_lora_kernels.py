@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tiny import step_gradients, tiny_document, tiny_model, worst_difference
-from tunesmith.model import kernels, lora_kernels
-from tunesmith.model.lora_kernels import LANES, Adapter, Factor, Packed
+from tunesmith.model.kernels import lora, ops
+from tunesmith.model.kernels.lora import LANES, Adapter, Factor, Packed
 
-pytestmark = pytest.mark.skipif(not lora_kernels.available(), reason="needs a C compiler and AVX512-BF16")
+pytestmark = pytest.mark.skipif(not lora.available(), reason="needs a C compiler and AVX512-BF16")
 ROUNDING = 2.0**-8  # of a bf16 result
 SUM = 2.0**-17  # of an fp32 sum, relative to the sizes of what it adds up
 SHAPES = [
@@ -157,8 +157,8 @@ def test_nothing_is_written_outside(shape: tuple[int, int, int]) -> None:
     z, around_z = guarded(factor.blocks, rows, LANES)
     factor.add(y, z, 1.0)
     sums, around_sums = guarded(2, factor.blocks * LANES, factor.padded, dtype=torch.float32)
-    kernels.call("lora_inner", y, factor.down, z, rows, width, factor.blocks, 2)
-    kernels.call("lora_gradient", y, z.clone(), factor.down, z, sums, rows, width, factor.blocks, 2, 1.0)
+    ops.call("lora_inner", y, factor.down, z, rows, width, factor.blocks, 2)
+    ops.call("lora_gradient", y, z.clone(), factor.down, z, sums, rows, width, factor.blocks, 2, 1.0)
     for whole in (down, up, around_y, around_z, around_sums):
         assert (whole[:128] == 7).all()
         assert (whole[-128:] == 7).all()

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tunesmith.errors import GateError, InputError
-from tunesmith.model.folder import check_folder, read_headers
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.model.hub.validate import check_folder, read_headers
 from tunesmith.model.merge import merged_tensors, read_loras, write_merged, write_weights
 
 PATH = "model.layers.0.mlp.up_proj"

@@ -10,8 +10,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tiny import CONFIGS, one_batch, tiny_documents, tiny_model, tiny_network
+from tunesmith.model.causal_lm import adopt
 from tunesmith.model.layers import Attention, LastLayer, Mlp, Norm, half_angles, replace_layers, stand_in
-from tunesmith.model.load import adopt
 
 
 @pytest.mark.parametrize("stock_type", [LlamaRMSNorm, Gemma2RMSNorm])

@@ -15,18 +15,18 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from tiny import LORA, VOCABULARY, one_batch, step_gradients, tiny_documents, tiny_network, worst_difference
-from tunesmith.errors import InputError
-from tunesmith.model.adapter_folder import read_adapter
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Batch, Document, NewToken
 from tunesmith.model.adapters import METHODS, adapter_scaled, trainable
-from tunesmith.model.folder import read_headers
-from tunesmith.model.head import each_loss
-from tunesmith.model.load import LanguageModel, adopt, load_network
+from tunesmith.model.causal_lm import LanguageModel, adopt, load_network
+from tunesmith.model.hub.adapter_config import read_adapter
+from tunesmith.model.hub.validate import read_headers
+from tunesmith.model.lm_head import each_loss
 from tunesmith.model.merge import merged_headers, merged_tensors, read_loras, read_rows, write_merged
-from tunesmith.model.new_rows import matrices, new_rows, start_rows
-from tunesmith.model.saved import load_adapter, save_adapter, save_config, save_model
+from tunesmith.model.new_embeddings import matrices, new_rows, start_rows
+from tunesmith.model.save import load_adapter, save_adapter, save_config, save_model
 from tunesmith.train.losses import weight_count
-from tunesmith.train.optim import make_optimizer, update
-from tunesmith.types import Batch, Document, NewToken
+from tunesmith.train.optimizer import make_optimizer, update
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 FAMILIES = ["llama", "llama-tied", "qwen3", "gemma3", "granite", "cohere"]  # gemma3 scales what it looks up

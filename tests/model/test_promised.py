@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunesmith.errors import InputError
-from tunesmith.model.source import resolve
-from tunesmith.model.spec import KNOWN, headers_of, read_spec
-from tunesmith.model.targets import linear_paths
+from tunesmith.core.errors import InputError
+from tunesmith.model.hub.resolve import resolve
+from tunesmith.model.hub.spec import KNOWN, headers_of, read_spec
+from tunesmith.model.target_modules import linear_paths
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],

@@ -11,12 +11,12 @@ from torch import nn
 
 from tiny import LORA, one_batch, one_loss, step_gradients, tiny_documents, tiny_network, worst_difference
 from tiny_run import save_model_folder
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import METHODS, linears, replace, trainable
-from tunesmith.model.frozen import Nf4, bitsandbytes
-from tunesmith.model.load import LanguageModel, adopt, load_network, stock_logits
+from tunesmith.model.causal_lm import LanguageModel, adopt, load_network, stock_logits
+from tunesmith.model.frozen_weight import Nf4, bitsandbytes
 from tunesmith.model.lora import QuantizedLinear
-from tunesmith.model.quantized import dequantized, load_quantized, quantized_weights
+from tunesmith.model.quantization import dequantized, load_quantized, quantized_weights
 
 TOKENS, PLACES = list(range(3, 40)), [0, 7, 36]
 

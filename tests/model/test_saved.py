@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tiny import LORA, one_batch, tiny_document, tiny_model, tiny_network
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import add_lora, lora_layers
-from tunesmith.model.load import LanguageModel, adopt
-from tunesmith.model.saved import load_adapter, save_adapter, save_model, save_serving_files
+from tunesmith.model.causal_lm import LanguageModel, adopt
+from tunesmith.model.save import load_adapter, save_adapter, save_model, save_serving_files
 
 DOCUMENT = tiny_document(31, first_target=1)
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's

@@ -22,12 +22,12 @@ from tiny import (
     tiny_model,
     worst_difference,
 )
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import computed_tokens, pack_step
-from tunesmith.model.head import target_losses
-from tunesmith.model.load import LanguageModel
+from tunesmith.core.types import Batch
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import computed_tokens, pack_step
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.lm_head import target_losses
 from tunesmith.train.losses import merged, weight_count
-from tunesmith.types import Batch
 
 ALL_IN_ONE, ONE_EACH = 10**6, 1
 

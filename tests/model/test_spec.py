@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunesmith.errors import InputError
-from tunesmith.model.spec import read_spec
+from tunesmith.core.errors import InputError
+from tunesmith.model.hub.spec import read_spec
 
 SIZES = {
     "hidden_size": 32,

@@ -8,10 +8,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from tiny import tiny_network
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import linears
-from tunesmith.model.folder import read_headers
-from tunesmith.model.targets import linear_paths, select
+from tunesmith.model.hub.validate import read_headers
+from tunesmith.model.target_modules import linear_paths, select
 
 PATHS = list(linears(tiny_network()))
 QUERIES = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tunesmith.core.types import DataReport, Machine, ModelSpec
 from tunesmith.plan.rules import Known
-from tunesmith.types import DataReport, Machine, ModelSpec
 
 GB = 10**9
 CPU = Machine("cpu", "a processor", 2, 16 * GB, 12 * GB, 100 * GB, bf16_matmul=True, compiler="/usr/bin/cc")

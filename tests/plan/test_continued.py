@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tunesmith.data.separator import NAMES
-from tunesmith.plan import continued
-from tunesmith.plan.continued import CPT_RULES, PEAKS
+from tunesmith.data.tokenizer.eos import NAMES
+from tunesmith.plan import rules_cpt
 from tunesmith.plan.rules import RULES, Known
+from tunesmith.plan.rules_cpt import CPT_RULES, PEAKS
 
 Make = Callable[..., Known]
 M = 10**6
@@ -23,18 +23,18 @@ def texts(known: Make) -> Make:
 
 
 def test_the_learning_rate_is_a_tenth_of_the_peak_with_its_source(texts: Make) -> None:
-    found = continued.learning_rate(texts(tokens=20 * M))
+    found = rules_cpt.learning_rate(texts(tokens=20 * M))
     assert (found.value, found.source[:19]) == (3e-4, "SmolLM2 paper, 135M")
     assert "a tenth of 0.003, the peak of its pretraining" in found.why
     assert "a 30th to a 60th" not in found.why
-    assert "a 30th to a 60th" in continued.learning_rate(texts(tokens=M)).why
-    assert continued.learning_rate(texts(hidden_size=8192, num_layers=80, vocab_size=32000)).value == 1.5e-5
+    assert "a 30th to a 60th" in rules_cpt.learning_rate(texts(tokens=M)).why
+    assert rules_cpt.learning_rate(texts(hidden_size=8192, num_layers=80, vocab_size=32000)).value == 1.5e-5
     assert all(1e-4 <= peak <= 3e-3 and source for peak, source in PEAKS.values())
 
 
 def test_much_text_is_re_warmed_to_the_peak_and_re_decayed(texts: Make) -> None:
-    assert continued.learning_rate(texts(tokens=10**10 - 1)).value == 3e-4
-    found = continued.learning_rate(texts(tokens=10**10))
+    assert rules_cpt.learning_rate(texts(tokens=10**10 - 1)).value == 3e-4
+    found = rules_cpt.learning_rate(texts(tokens=10**10))
     assert (found.value, found.why[:45]) == (3e-3, "10,000,000,000 tokens: re-warmed to the whole")
     wanted = texts(tokens=M, batch_tokens=4096, num_train_epochs=1)
     schedule, warm = (CPT_RULES[key](wanted) for key in ("lr_scheduler_type", "warmup_ratio"))
@@ -43,14 +43,14 @@ def test_much_text_is_re_warmed_to_the_peak_and_re_decayed(texts: Make) -> None:
 
 @pytest.mark.parametrize(("parameters", "rate"), [(10**8, 3e-4), (5 * 10**8, 1e-4), (5 * 10**9, 2e-5)])
 def test_an_unknown_peak_is_said(parameters: int, rate: float, texts: Make) -> None:
-    found = continued.learning_rate(texts(hidden_size=999, parameters=parameters))
+    found = rules_cpt.learning_rate(texts(hidden_size=999, parameters=parameters))
     assert found.value == rate
     assert "not known" in found.why
 
 
 @pytest.mark.parametrize(("tokens", "epochs"), [(M - 1, 3), (M, 2), (10 * M - 1, 2), (10 * M, 1)])
 def test_passes_follow_the_tokens(tokens: int, epochs: int, texts: Make) -> None:
-    assert continued.num_train_epochs(texts(tokens=tokens)).value == epochs
+    assert rules_cpt.num_train_epochs(texts(tokens=tokens)).value == epochs
 
 
 @pytest.mark.parametrize(
@@ -58,23 +58,23 @@ def test_passes_follow_the_tokens(tokens: int, epochs: int, texts: Make) -> None
     [(4 * M, 2048, 32768), (3 * M, 2048, 16384), (10_000, 2048, 4096), (10_000, 512, 1024), (M, 60_000, 60_000)],
 )
 def test_steps_shrink_until_there_are_a_hundred(tokens: int, window: int, size: int, texts: Make) -> None:
-    assert continued.batch_tokens(texts(tokens=tokens, max_length=window)).value == size
+    assert rules_cpt.batch_tokens(texts(tokens=tokens, max_length=window)).value == size
 
 
 def test_packs_are_of_8k_where_memory_allows(texts: Make) -> None:
     lengths = {
-        continued.pack_length(texts(device=device, available_bytes=free)).value: (device, free)
+        rules_cpt.pack_length(texts(device=device, available_bytes=free)).value: (device, free)
         for device, free in (("cpu", 10**12), ("cuda", 10**9), ("cuda", 10**11))
     }
     assert lengths == {4096: ("cuda", 10**9), 8192: ("cuda", 10**11)}
-    assert continued.pack_length(texts(max_length=9000)).value == 9000
-    assert continued.max_length(texts(context_length=512)).value == 512
+    assert rules_cpt.pack_length(texts(max_length=9000)).value == 9000
+    assert rules_cpt.max_length(texts(context_length=512)).value == 512
 
 
 def test_all_weights_are_trained_on_much_text_where_they_fit(texts: Make) -> None:
-    assert continued.method(texts(tokens=10 * M)).value == "full"
-    assert continued.method(texts(tokens=10 * M - 1)).value == "lora"
-    assert continued.method(texts(tokens=10 * M, available_bytes=3 * 10**9)).value == "lora"
+    assert rules_cpt.method(texts(tokens=10 * M)).value == "full"
+    assert rules_cpt.method(texts(tokens=10 * M - 1)).value == "lora"
+    assert rules_cpt.method(texts(tokens=10 * M, available_bytes=3 * 10**9)).value == "lora"
 
 
 def test_steps_are_counted_in_tokens(texts: Make) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from tiny_run import measured_files, plan_of, recipe, sums, write_rows
-from tunesmith import run
+from tunesmith.core.events import Saved
+from tunesmith.core.run_dir import RunFolder
 from tunesmith.plan.disk import disk_needed, most_checkpoints
 from tunesmith.plan.rules import Known
-from tunesmith.runfolder import RunFolder
-from tunesmith.types import Saved
+from tunesmith.train import run
 
 
 def test_checkpoints_of_all_trained_weights_and_of_the_base_what_no_switch_brings_back(

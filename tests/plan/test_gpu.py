@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tunesmith.plan.gpu import Stack, cache_bytes, gpu_memory, saved_elements
+from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import peak_memory
+from tunesmith.plan.memory_gpu import Stack, cache_bytes, gpu_memory, saved_elements
 from tunesmith.plan.rules import Known
-from tunesmith.types import ModelSpec
 
 GIB = 2**30
 LLAMA_8B = {

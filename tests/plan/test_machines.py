@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tunesmith.errors import InputError
-from tunesmith.plan.machines import TARGETS, machine_for, machines, read_size, target_of
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Machine
+from tunesmith.plan.hardware_presets import TARGETS, machine_for, machines, read_size, target_of
 from tunesmith.plan.rules import Known
-from tunesmith.types import Machine
 
 
 @pytest.fixture

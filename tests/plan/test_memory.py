@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from tunesmith.plan.gpu import cache_bytes
+from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import lora_parameters, peak_memory
-from tunesmith.plan.room import needed
+from tunesmith.plan.memory_budget import needed
+from tunesmith.plan.memory_gpu import cache_bytes
 from tunesmith.plan.rules import Known
-from tunesmith.types import ModelSpec
 
 SETTINGS: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 16, "pack_tokens": 2048}
 

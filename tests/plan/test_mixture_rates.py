@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.core.types import DataReport
 from tunesmith.plan.mixture import epoch_of, mixture_choice, rows_per_epoch
-from tunesmith.recipevalues import Mixture
-from tunesmith.types import DataReport
+from tunesmith.recipe.fields import Mixture
 
 ROWS = {"small": 10, "middle": 90, "large": 900}
 REPORT = DataReport(

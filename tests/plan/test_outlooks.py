@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from tunesmith.jsonfile import from_json, to_json
-from tunesmith.plan.compare import Outlook, compare
-from tunesmith.plan.evidence import with_evidence
-from tunesmith.plan.machines import TARGETS, equipped, machine_for
-from tunesmith.plan.plan import decide
+from tunesmith.core.json_io import from_json, to_json
+from tunesmith.core.types import Choice, Plan
+from tunesmith.plan.build import decide
+from tunesmith.plan.confidence import with_evidence
+from tunesmith.plan.flops import run_flops, seconds_on, token_flops, tokens_computed
+from tunesmith.plan.hardware_presets import TARGETS, equipped, machine_for
+from tunesmith.plan.method_comparison import Outlook, compare
 from tunesmith.plan.rules import Known, rule
-from tunesmith.plan.work import run_flops, seconds_on, token_flops, tokens_computed
-from tunesmith.recipe import Recipe
-from tunesmith.types import Choice, Plan
+from tunesmith.recipe.schema import Recipe
 
 LARGE = {"hidden_size": 4096, "parameters": 8 * 10**9}
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tunesmith.errors import InputError, MachineError
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.types import Finding, Plan
+from tunesmith.plan.build import ADAPTER_KEYS, PAIR_KEYS, decide, refuse_without_room
 from tunesmith.plan.memory import EVALUATION_BYTES
-from tunesmith.plan.plan import ADAPTER_KEYS, PAIR_KEYS, decide, refuse_without_room
 from tunesmith.plan.rules import RULES, Known
-from tunesmith.recipe import Recipe
-from tunesmith.types import Finding, Plan
+from tunesmith.recipe.schema import Recipe
 
 Planner = Callable[..., Plan]
 

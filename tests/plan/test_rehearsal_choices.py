@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith.plan.rehearsal import rehearsal_choices
 from tunesmith.plan.rules import Known
-from tunesmith.recipevalues import Rehearsal
+from tunesmith.recipe.fields import Rehearsal
 
 LENGTHS = {"max_length": 700, "pack_length": 4096}
 

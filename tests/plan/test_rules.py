@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from tunesmith.data.schedule import Schedule
+from tunesmith.core.types import Choice
+from tunesmith.data.sampler import Schedule
 from tunesmith.plan import rules
 from tunesmith.plan.rules import RULES, Known
-from tunesmith.types import Choice
 
 Make = Callable[..., Known]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tunesmith.report.markup import Html, join, plain, quoted, shown, table, tag
+from tunesmith.report.html import Html, join, plain, quoted, shown, table, tag
 
 
 def test_what_is_not_html_is_escaped() -> None:

@@ -13,8 +13,8 @@ import pytest
 from test_report_page import hostile_run
 
 import told_run as told
+from tunesmith.core.events import Sample
 from tunesmith.report.page import write_report
-from tunesmith.types import Sample
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")

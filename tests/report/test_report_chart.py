@@ -6,7 +6,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tunesmith.report.chart import MOST_POINTS, Axes, Frame, Mark, Point, Series, line_chart, strip, thinned, ticks
+from tunesmith.report.svg_charts import (
+    MOST_POINTS,
+    Axes,
+    Frame,
+    Mark,
+    Point,
+    Series,
+    line_chart,
+    strip,
+    thinned,
+    ticks,
+)
 
 AXES = Axes("Loss & <more>", "It falls.", "step", "nats")
 

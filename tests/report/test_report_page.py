@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 import told_run as told
-from tunesmith import verbs
-from tunesmith.errors import InputError
+from tunesmith import api
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import GENERAL, Sample, Score, Verdict
+from tunesmith.core.types import Comparison
 from tunesmith.report.page import page, write_report
+from tunesmith.report.run_data import read_story
 from tunesmith.report.samples import shown_of
-from tunesmith.report.story import read_story
-from tunesmith.report.verdict import verdict_of
-from tunesmith.types import GENERAL, Comparison, Sample, Score, Verdict
+from tunesmith.report.summary import verdict_of
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202egnp.exe\x00\ud800&amp;"
 
@@ -255,8 +256,8 @@ def test_nothing_is_loaded_and_only_ours_may_run(tmp_path: Path) -> None:
 
 def test_it_is_written_whole_beside_the_run_or_elsewhere(tmp_path: Path) -> None:
     run = told.write_run(tmp_path / "run", record=told.record_of())
-    assert verbs.write_report(run) == run / "report.html"
-    assert verbs.write_report(str(run), tmp_path / "other.html").read_text() == (run / "report.html").read_text()
+    assert api.write_report(run) == run / "report.html"
+    assert api.write_report(str(run), tmp_path / "other.html").read_text() == (run / "report.html").read_text()
     with pytest.raises(InputError, match="not a run folder"):
         write_report(tmp_path)
     with pytest.raises(InputError, match="choose another --out"):

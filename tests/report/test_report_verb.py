@@ -9,7 +9,7 @@ import pytest
 
 import told_run as told
 from tiny_run import sums, write_rows
-from tunesmith import clirun
+from tunesmith.cli import run as run_commands
 
 Outcome = tuple[int, str, str]
 
@@ -39,7 +39,7 @@ def test_a_run_leaves_its_page(tmp_path: Path, tiny_folder: Path, tunesmith: Cal
 def test_a_run_without_a_page_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = told.write_run(tmp_path / "run", record=told.record_of())
     (run / "report.html").mkdir()
-    clirun.write_page(run)
+    run_commands.write_page(run)
     assert "warning: no report" in capsys.readouterr().err
-    clirun.write_page(tmp_path)
+    run_commands.write_page(tmp_path)
     assert capsys.readouterr().err == ""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.report.diff import LONGEST, WORDS, marked
+from tunesmith.report.word_diff import LONGEST, WORDS, marked
 
 TEXTS = st.text(st.sampled_from("ab ,\n\u202e日"), max_size=40)
 

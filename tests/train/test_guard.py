@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from tunesmith.train.guard import BOUNDS, DETECTORS, Guard, worst
-from tunesmith.types import EXPECTED, PROBES, Score, StepResult, Verdict
+from tunesmith.core.events import EXPECTED, PROBES, Score, StepResult, Verdict
+from tunesmith.train.guard.detectors import BOUNDS, DETECTORS, Guard, worst
 
 LEVELS = {"collapse": "rollback", "forgetting": "stop", "watch": "warn"}
 HEALTHY = {

@@ -11,10 +11,10 @@ import torch
 
 from tiny import tiny_model
 from tiny_training import SETTINGS, documents_of, same, steps, straight_and_resumed, weights
-from tunesmith.errors import GateError, MachineError
-from tunesmith.model.load import LanguageModel
-from tunesmith.train.training import Training
-from tunesmith.types import StepResult, Verdict
+from tunesmith.core.errors import GateError, MachineError
+from tunesmith.core.events import StepResult, Verdict
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.train.loop import Training
 
 UNCLIPPED = dataclasses.replace(SETTINGS, max_grad_norm=0.0, pack_length=10**6)
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from tunesmith.errors import Interrupted
-from tunesmith.train.interrupts import StopWish
+from tunesmith.core.errors import Interrupted
+from tunesmith.train.signals import StopWish
 
 
 def send(number: signal.Signals) -> None:

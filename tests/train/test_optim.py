@@ -15,9 +15,9 @@ from transformers import (
 from transformers.trainer_pt_utils import get_parameter_names
 
 from tiny import tiny_model
-from tunesmith.errors import InputError
+from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import trainable
-from tunesmith.train.optim import OPTIMIZERS, clip, make_optimizer, moments, rate_at, update
+from tunesmith.train.optimizer import OPTIMIZERS, clip, make_optimizer, moments, rate_at, update
 
 
 def parameters(*values: list[float], dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:

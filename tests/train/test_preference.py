@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny import VOCABULARY, one_batch, tiny_document, tiny_model, worst_difference
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import pack_step, units
-from tunesmith.errors import MachineError
+from tunesmith.core.errors import MachineError
+from tunesmith.core.events import StepResult
+from tunesmith.core.types import Document
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step, units
 from tunesmith.model.adapters import adapter_scaled, trainable
-from tunesmith.model.head import each_loss
-from tunesmith.model.load import LanguageModel
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.lm_head import each_loss
+from tunesmith.train.loop import Settings, Training
 from tunesmith.train.losses import LOSSES, Counts, Objective, step_terms
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import Document, StepResult
 
 OBJECTIVES = {
     "dpo": Objective("dpo", beta=0.3, nll=0.2),

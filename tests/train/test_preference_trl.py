@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_run import save_model_folder
+from tunesmith.core.types import Document
 from tunesmith.model.adapters import METHODS, trainable
-from tunesmith.model.load import adopt, load_network
+from tunesmith.model.causal_lm import adopt, load_network
 from tunesmith.train.losses import Objective, Pairs, orpo, simpo
-from tunesmith.types import Document
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

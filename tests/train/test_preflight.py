@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from tiny import CONFIGS, END, WINDOW, after, branching_documents, tiny_document, tiny_documents, tiny_network
-from tunesmith.data.pack import fed_tokens
-from tunesmith.errors import GateError
+from tunesmith.core.errors import GateError
+from tunesmith.core.events import Verdict
+from tunesmith.core.types import Batch, Document, Layout, Pack
+from tunesmith.data.packing import fed_tokens
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.attention import BACKENDS, Rule, reference
-from tunesmith.model.load import LanguageModel, adopt, shortest_window, stock_logits
-from tunesmith.train import preflight
-from tunesmith.train import probe as probe_module
-from tunesmith.train.preflight import prove
-from tunesmith.train.probe import (
+from tunesmith.model.causal_lm import LanguageModel, adopt, shortest_window, stock_logits
+from tunesmith.session import preflight_probe as probe_module
+from tunesmith.session.preflight_probe import (
     Probe,
     StockIds,
     checked_places,
@@ -26,7 +26,8 @@ from tunesmith.train.probe import (
     forest_of,
     siblings,
 )
-from tunesmith.types import Batch, Document, Layout, Pack, Verdict
+from tunesmith.train import preflight
+from tunesmith.train.preflight import prove
 
 ADAPTER = {
     "lora_r": 4,

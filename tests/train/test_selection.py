@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tunesmith.train.selection import Look, best_of, exhausted
-from tunesmith.types import Score
+from tunesmith.core.events import Score
+from tunesmith.train.best_checkpoint import Look, best_of, exhausted
 
 
 def scored(task: str, metric: str, value: float, n: int = 10) -> Score:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from tiny import END, LORA, after, one_batch, tiny_document, tiny_model, tiny_network
 from tiny_training import LENGTHS, SETTINGS, documents_of, same, steps, straight_and_resumed, weights
-from tunesmith.errors import GateError
+from tunesmith.core.errors import GateError
+from tunesmith.core.events import Done, Event, Rollback, StepResult, Verdict
+from tunesmith.core.types import Document
 from tunesmith.model.adapters import METHODS, trainable
-from tunesmith.model.head import target_losses
-from tunesmith.model.load import LanguageModel, adopt
-from tunesmith.train.optim import moments, rate_at
-from tunesmith.train.training import BAD_STEPS, Training
-from tunesmith.types import Document, Done, Event, Rollback, StepResult, Verdict
+from tunesmith.model.causal_lm import LanguageModel, adopt
+from tunesmith.model.lm_head import target_losses
+from tunesmith.train.loop import BAD_STEPS, Training
+from tunesmith.train.optimizer import moments, rate_at
 
 
 def trained(

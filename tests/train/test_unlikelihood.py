@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from tiny import one_batch, tiny_document, tiny_documents, tiny_model, worst_difference
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import pack_step
-from tunesmith.evaluate.likelihood import negative_log_likelihoods
+from tunesmith.core.types import Document
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
+from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
 from tunesmith.model.adapters import trainable
-from tunesmith.model.load import LanguageModel
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.train.loop import Settings, Training
 from tunesmith.train.losses import Counts, Objective, step_terms, unlikelihood
-from tunesmith.train.training import Settings, Training
-from tunesmith.types import Document
 
 OBJECTIVE = Objective(ban=0.7)
 

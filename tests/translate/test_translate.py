@@ -13,9 +13,9 @@ from configs import AXOLOTL, LLAMAFACTORY, TRL, write_config, write_datasets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.errors import InputError
-from tunesmith.translate.draft import Left
-from tunesmith.translate.translate import TOOLS, Translation, translate
+from tunesmith.core.errors import InputError
+from tunesmith.recipe.importers.convert import TOOLS, Translation, translate
+from tunesmith.recipe.importers.draft import Left
 
 
 @pytest.fixture(autouse=True)

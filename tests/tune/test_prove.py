@@ -9,24 +9,24 @@ import pytest
 
 import tunesmith
 from tiny_run import measured_files, recipe, sums, write_rows
-from tunesmith import facts
-from tunesmith.curateview import conclusion
-from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import Measurement
-from tunesmith.jsonfile import from_json, read_json, to_json
-from tunesmith.tune.prove import Proof, Trained, conclude
-from tunesmith.types import Plan
+from tunesmith.advise.data_ablation import Proof, Trained, conclude
+from tunesmith.cli.views.curate import conclusion
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import from_json, read_json, to_json
+from tunesmith.core.types import Plan
+from tunesmith.evaluate.results import Measurement
+from tunesmith.session import inputs
 
 
-def gathered(tiny_folder: Path, tmp_path: Path, **changed: Any) -> facts.Facts:
+def gathered(tiny_folder: Path, tmp_path: Path, **changed: Any) -> inputs.Facts:
     rows = write_rows(tmp_path / "many.jsonl", sums(1, 30))
     files = measured_files(tmp_path / "held out")
     values = {"data": str(rows), "batch_size": 2, "eval_data": files["eval_data"], "test_data": files["test_data"]}
-    return facts.gather(recipe(tiny_folder, tmp_path, **(values | changed)))
+    return inputs.gather(recipe(tiny_folder, tmp_path, **(values | changed)))
 
 
 @pytest.fixture
-def known(tiny_folder: Path, tmp_path: Path) -> facts.Facts:
+def known(tiny_folder: Path, tmp_path: Path) -> inputs.Facts:
     return gathered(tiny_folder, tmp_path)
 
 
@@ -46,10 +46,12 @@ def chosen(folder: Path) -> Path:
 
 
 def test_every_subset_starts_from_the_same_weights_and_is_trained_on_its_rows(
-    known: facts.Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    known: inputs.Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = chosen(tmp_path / "golden")
-    monkeypatch.setattr("tunesmith.tune.prove.read_manifest", lambda _: {"source": known.datasets["data"].fingerprint})
+    monkeypatch.setattr(
+        "tunesmith.advise.data_ablation.read_manifest", lambda _: {"source": known.datasets["data"].fingerprint}
+    )
     *trained, proof = tunesmith.data_prove(known, folder=folder, steps=5, seeds=2)
     assert isinstance(proof, Proof)
     assert [(one.name, one.seed, one.rows) for one in trained if isinstance(one, Trained)] == [
@@ -75,7 +77,7 @@ def test_it_needs_held_out_rows_and_the_rows_that_were_chosen_from(
         next(tunesmith.data_prove(without, folder=tmp_path))
     assert "--eval-split" in refusal.value.fix
     known = gathered(tiny_folder, tmp_path)
-    monkeypatch.setattr("tunesmith.tune.prove.read_manifest", lambda _: {"source": "of other rows"})
+    monkeypatch.setattr("tunesmith.advise.data_ablation.read_manifest", lambda _: {"source": "of other rows"})
     with pytest.raises(InputError, match="made of other rows"):
         next(tunesmith.data_prove(known, folder=chosen(tmp_path / "golden")))
 
@@ -86,8 +88,8 @@ def run(name: str, seed: int, *values: float) -> Trained:
 
 
 @pytest.fixture
-def plan(known: facts.Facts) -> Plan:
-    return facts.make_plan(known)
+def plan(known: inputs.Facts) -> Plan:
+    return inputs.make_plan(known)
 
 
 def test_what_wins_what_loses_and_what_cannot_be_told_are_said(plan: Plan) -> None:

@@ -10,22 +10,23 @@ from xml.etree import ElementTree
 import pytest
 
 from tiny_run import measured_files, recipe, steps_of, sums, train, write_rows
-from tunesmith import facts
-from tunesmith.errors import InputError
-from tunesmith.evaluate.compare import Measurement
-from tunesmith.jsonfile import from_json, to_json
-from tunesmith.tune.curve import bar, svg
-from tunesmith.tune.rates import RateTest, Trial, conclude, symptom, try_rates
-from tunesmith.types import Plan, StepResult
+from tunesmith.advise.lr_finder import RateTest, Trial, conclude, symptom, try_rates
+from tunesmith.advise.lr_plot import bar, svg
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import StepResult
+from tunesmith.core.json_io import from_json, to_json
+from tunesmith.core.types import Plan
+from tunesmith.evaluate.results import Measurement
+from tunesmith.session import inputs
 
 
-def wish(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan, facts.Facts]:
+def wish(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan, inputs.Facts]:
     rows = write_rows(tmp_path / "many.jsonl", sums(1, 40))
     files = measured_files(tmp_path / "held out")
     held_out = {role: files[role] for role in ("eval_data", "test_data")}
     values = {"data": str(rows), "num_train_epochs": 3, "learning_rate": 0.01, **held_out}
-    known = facts.gather(recipe(tiny_folder, tmp_path, **(values | changed)))
-    return facts.make_plan(known), known
+    known = inputs.gather(recipe(tiny_folder, tmp_path, **(values | changed)))
+    return inputs.make_plan(known), known
 
 
 def test_every_rate_starts_from_the_same_weights(tiny_folder: Path, tmp_path: Path) -> None:

@@ -20,22 +20,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tunesmith.data.badrow import BadRow, Reason, Rejects
-from tunesmith.data.columns import check_columns, renamed
-from tunesmith.data.digests import digests, shape
-from tunesmith.data.folder import Folder
-from tunesmith.data.formats import SIDES, detect, note_on, parse, parse_pair
-from tunesmith.data.lengths import Overlong, Prepared, fit, weighted
-from tunesmith.data.never import Never, Tally, Violation
-from tunesmith.data.places import LONGEST_ROW
-from tunesmith.data.prompts import Asking, asking_of
-from tunesmith.data.sources import Source, open_source
-from tunesmith.errors import InputError
-from tunesmith.recipevalues import DataSource
-from tunesmith.types import Document, Example, Row
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Document, Example, Row
+from tunesmith.data.constraints import Never, Tally, Violation
+from tunesmith.data.formats.prompt_templates import Asking, asking_of
+from tunesmith.data.formats.row_formats import SIDES, detect, note_on, parse, parse_pair
+from tunesmith.data.hashing import digests, shape
+from tunesmith.data.readers.columns import check_columns, renamed
+from tunesmith.data.readers.invalid_row import BadRow, Reason, Rejects
+from tunesmith.data.readers.row_index import LONGEST_ROW
+from tunesmith.data.readers.sources import Source, open_source
+from tunesmith.data.readers.text_folder import Folder
+from tunesmith.data.truncation import Overlong, Prepared, fit, weighted
+from tunesmith.recipe.fields import DataSource
 
 if TYPE_CHECKING:
-    from tunesmith.data.render import Draft, Renderer
+    from tunesmith.data.chat_template.renderer import Draft, Renderer
 
 FIRST_ROWS = 20  # enough to see a format
 SHOWN_ERRORS = 5

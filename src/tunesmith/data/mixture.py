@@ -15,9 +15,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.schedule import order
-from tunesmith.errors import InputError
+from tunesmith.data.sampler import order
 
 PASSES = 2**40  # a task's first pass, times its number from 1: its orders are none of the epochs', nor another task's
 

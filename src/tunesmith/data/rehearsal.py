@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tunesmith.core.types import Document
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.schedule import Changes, Passes, spans
+from tunesmith.data.sampler import Changes, Passes, spans
 from tunesmith.data.windows import window, window_counts
-from tunesmith.types import Document
 
 NAME = "rehearsal"  # role of the rows, task of their documents
 PASSES = 2**32  # added to the number of a pass, so that its order is none of the data's epochs

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.types import Document
+from tunesmith.core.types import Document
 
 
 def window_counts(tokens_N: Any, targets: int) -> Any:

@@ -1,0 +1,1 @@
+"""Measuring a model: items, metrics, intervals, comparisons."""

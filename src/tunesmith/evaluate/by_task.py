@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from tunesmith.evaluate.compare import Measurement
+from tunesmith.evaluate.results import Measurement
 
 
 def by_task(whole: Measurement, tasks: Mapping[str, str], trained: Collection[str]) -> Iterator[Measurement]:

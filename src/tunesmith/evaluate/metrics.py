@@ -14,10 +14,11 @@ import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.data.files import check_path
-from tunesmith.errors import InputError
-from tunesmith.evaluate.jsonmetrics import check_schema, field_f1, json_valid, schema_valid
-from tunesmith.evaluate.textmetrics import (
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.data.readers.local_file import check_path
+from tunesmith.evaluate.json_metrics import check_schema, field_f1, json_valid, schema_valid
+from tunesmith.evaluate.text_metrics import (
     as_pattern,
     as_text,
     as_tolerance,
@@ -30,11 +31,10 @@ from tunesmith.evaluate.textmetrics import (
     rouge_l,
     token_f1,
 )
-from tunesmith.recipevalues import own_metric
-from tunesmith.types import Json
+from tunesmith.recipe.fields import own_metric
 
 if TYPE_CHECKING:
-    from tunesmith.facts import Facts
+    from tunesmith.session.inputs import Facts
 
 WHERE = "metrics"
 

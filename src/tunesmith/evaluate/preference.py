@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from tunesmith.data.schedule import Schedule
-from tunesmith.evaluate.compare import Measurement
-from tunesmith.evaluate.likelihood import negative_log_likelihoods
-from tunesmith.jsonfile import read_json
-from tunesmith.model.load import LanguageModel
-from tunesmith.runfolder import RunFolder
+from tunesmith.core.events import Verdict
+from tunesmith.core.json_io import read_json
+from tunesmith.core.run_dir import RunFolder
+from tunesmith.core.types import Comparison, Document
+from tunesmith.data.sampler import Schedule
+from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
+from tunesmith.evaluate.results import Measurement
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.session.session import Workbench
 from tunesmith.train.losses import REFERENCED
-from tunesmith.types import Comparison, Document, Verdict
-from tunesmith.workbench import Workbench
 
 REFERENCE = "reference.json"  # row -> log-probabilities of its documents before training
 ROWS_AT_ONCE = 64

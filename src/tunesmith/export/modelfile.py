@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tunesmith.data.render import Renderer
-from tunesmith.errors import InputError
-from tunesmith.types import Json
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.renderer import Renderer
 
 BEGIN, END = "{{ range .Messages }}", "{{ end }}"
 FIELD = re.compile(r"\{\{ \.(Role|Content) \}\}")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tunesmith.errors import InputError
-from tunesmith.export.gguf import model_file, reread_gguf, write_gguf
+from tunesmith.core.errors import InputError
+from tunesmith.export.gguf.write import model_file, reread_gguf, write_gguf
 from tunesmith.export.modelfile import INSTEAD, choose, parsed, tokens_of, written
 from tunesmith.export.parity import Job, Reread
 

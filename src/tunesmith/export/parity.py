@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.batch import collate
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.types import Document, Json, Pack, Request
+from tunesmith.data.chat_template.assistant_spans import FOREIGN
+from tunesmith.data.collate import collate
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.pack import fed_tokens
-from tunesmith.data.turns import FOREIGN
-from tunesmith.errors import GateError, InputError
-from tunesmith.export.finished import Finished
-from tunesmith.infer.engine import generate
+from tunesmith.data.packing import fed_tokens
+from tunesmith.export.source_run import Finished
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.load import LanguageModel, Network, adopt, stock_logits
-from tunesmith.model.readback import stock_prompts
-from tunesmith.types import Document, Json, Pack, Request
+from tunesmith.model.causal_lm import LanguageModel, Network, adopt, stock_logits
+from tunesmith.model.generation.engine import generate
+from tunesmith.model.reference_load import stock_prompts
 
 PROMPTS, ROWS_READ = 16, 64
 PLACES = 32  # of each row, where logits are compared

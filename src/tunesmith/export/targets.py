@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from tunesmith.atomic import read_manifest, size
-from tunesmith.errors import GateError, InputError, MachineError
-from tunesmith.export.base import BaseChoice
-from tunesmith.export.finished import Finished
-from tunesmith.export.folders import reread_merged, reread_peft, write_merged_folder, write_peft
-from tunesmith.export.gguf import reread_gguf, reread_lora, write_gguf, write_lora
+from tunesmith.core.atomic import read_manifest, size
+from tunesmith.core.errors import GateError, InputError, MachineError
+from tunesmith.core.hardware import measure_machine
+from tunesmith.core.types import Json, __version__
+from tunesmith.evaluate.scale_choice import LARGEST
+from tunesmith.export.gguf.write import reread_gguf, reread_lora, write_gguf, write_lora
+from tunesmith.export.hf import reread_merged, reread_peft, write_merged_folder, write_peft
+from tunesmith.export.merge_base import BaseChoice
 from tunesmith.export.ollama import reread_ollama, write_ollama
 from tunesmith.export.parity import (
     Job,
@@ -28,10 +30,7 @@ from tunesmith.export.parity import (
     live_answers,
     refuse_beyond,
 )
-from tunesmith.hardware import measure_machine
-from tunesmith.tradeoff import LARGEST
-from tunesmith.types import Json
-from tunesmith.version import __version__
+from tunesmith.export.source_run import Finished
 
 
 @dataclass(frozen=True)

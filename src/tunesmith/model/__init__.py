@@ -1,0 +1,1 @@
+"""The model: layers, adapters, attention, generation and its files."""

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tunesmith.model.adapter_folder import scale_of
+from tunesmith.model.hub.adapter_config import scale_of
 from tunesmith.model.lora import LoraLinear, MasterLinear, QuantizedLinear
-from tunesmith.model.new_rows import NewRows, train_rows
-from tunesmith.model.targets import select
+from tunesmith.model.new_embeddings import NewRows, train_rows
+from tunesmith.model.target_modules import select
 
 
 def linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:

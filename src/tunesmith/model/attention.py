@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.errors import InputError
-from tunesmith.model import kernels
-from tunesmith.model.memory import OutOfMemory
-from tunesmith.types import Layout
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Layout
+from tunesmith.model.kernels import ops
+from tunesmith.model.oom import OutOfMemory
 
 if TYPE_CHECKING:
-    from tunesmith.model.cache import RowCache
+    from tunesmith.model.kv_cache import RowCache
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def attend(
 
 
 def turned(q: Tensor, k: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    return (q, k) if angles is None else (kernels.rotate(q, *angles), kernels.rotate(k, *angles))
+    return (q, k) if angles is None else (ops.rotate(q, *angles), ops.rotate(k, *angles))
 
 
 def choose(backend: str, q: Tensor) -> str:
@@ -189,13 +189,13 @@ def _segments(layout: Layout, given: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _call(name: str, *arguments: Tensor | int | float) -> None:
-    if kernels.call(name, *arguments):
+    if ops.call(name, *arguments):
         raise OutOfMemory("no memory for the attention's scratch space", fix="lower pack_length, or free memory")
 
 
 def has_kernel(q: Tensor, rule: Rule) -> bool:
     """Can attention.c and rows.c do it? Not other dtypes and processors, odd head sizes, soft caps."""
-    able = kernels.usable(q) and kernels.has_attention() and q.shape[-1] % 64 == 0
+    able = ops.usable(q) and ops.has_attention() and q.shape[-1] % 64 == 0
     return able and not rule.softcap and rule.scale > 0
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunesmith.model import kernels
-from tunesmith.model.frozen import Frozen
+from tunesmith.model.frozen_weight import Frozen
+from tunesmith.model.kernels import ops
 
 
 def row_squares(weight_OI: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ class Gain:
 
     def forward(self, v_NO: Tensor) -> Tensor:
         """g * v; may be v itself, changed in place."""
-        return kernels.scale_columns(v_NO, self.gain_O)
+        return ops.scale_columns(v_NO, self.gain_O)
 
     def backward(self, du_NO: Tensor, u_NO: Tensor) -> tuple[Tensor, Tensor]:
         """dv and dm, from u = g * v: dm = sum of du * v / norm = sum of du * u / m."""
-        dv_NO, sums_O = kernels.scale_columns_backward(du_NO, u_NO, self.gain_O)
+        dv_NO, sums_O = ops.scale_columns_backward(du_NO, u_NO, self.gain_O)
         return dv_NO, sums_O * self.inverse_O

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.model import kernels
+from tunesmith.core.types import Layout
 from tunesmith.model.attention import Rule, attend
-from tunesmith.model.cache import RowCache
+from tunesmith.model.kernels import ops
+from tunesmith.model.kv_cache import RowCache
 from tunesmith.model.lora import Group, prepared, project
-from tunesmith.model.new_rows import rows_of
-from tunesmith.types import Layout
+from tunesmith.model.new_embeddings import rows_of
 
 
 class Norm(nn.Module):
@@ -34,9 +34,9 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.offset:
-            return kernels.rms_norm(x, self.weight, self.eps)
+            return ops.rms_norm(x, self.weight, self.eps)
         wide = torch.promote_types(self.weight.dtype, torch.float32)  # the sum would be rounded in bf16
-        return kernels.rms_norm(x, self.weight.to(wide) + self.offset, self.eps)
+        return ops.rms_norm(x, self.weight.to(wide) + self.offset, self.eps)
 
 
 class Attention(nn.Module):
@@ -98,7 +98,7 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         x_NH = x.reshape(-1, x.shape[-1])
         (gate, up), inner = first.forward(x_NH)
-        (y,), inner_last = last.forward(kernels.gated(gate, up, gelu))
+        (y,), inner_last = last.forward(ops.gated(gate, up, gelu))
         ctx.first, ctx.last, ctx.gelu, ctx.shape, ctx.of_last = first, last, gelu, x.shape, len(inner_last)
         ctx.again = again
         ctx.save_for_backward(x_NH, *inner_last, *(() if again else (gate, up, *inner)))
@@ -117,7 +117,7 @@ class _GatedMlp(torch.autograd.Function):
         dy = [gradients[0].reshape(len(x_NH), -1)]
         dy, dz, outer = last.outputs_backward(dy, inner_last)
         dproduct = last.input_gradient(dy, dz)
-        *dboth, product_NF = kernels.gated_backward(gate, up, dproduct, ctx.gelu)
+        *dboth, product_NF = ops.gated_backward(gate, up, dproduct, ctx.gelu)
         of_last = last.parameter_gradients(product_NF, dy, dz, outer)
         dboth, dz, outer = first.outputs_backward(dboth, inner)
         dx = first.input_gradient(dboth, dz).view(ctx.shape) if ctx.needs_input_grad[0] else None

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.model import lora_kernels
 from tunesmith.model.dora import Gain, row_norms, row_squares
-from tunesmith.model.frozen import Frozen, Nf4, Plain
-from tunesmith.model.lora_kernels import FEWEST_ROWS, Packed
+from tunesmith.model.frozen_weight import Frozen, Nf4, Plain
+from tunesmith.model.kernels import lora
+from tunesmith.model.kernels.lora import FEWEST_ROWS, Packed
 
 
 class QuantizedLinear(nn.Module):
@@ -230,7 +230,7 @@ class Group:
     def _pack(self, x_NI: Tensor) -> Packed | None:
         adapters = [None if o.a is None or o.b is None else (o.a, o.b, o.scale) for o in self.operands]
         masked = any(mask is not None for mask in self.masks) or len(x_NI) < self.fewest_rows
-        if not any(adapters) or masked or not lora_kernels.usable(x_NI, adapters):
+        if not any(adapters) or masked or not lora.usable(x_NI, adapters):
             return None
         return self.packed or Packed(adapters)
 

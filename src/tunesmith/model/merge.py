@@ -17,12 +17,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tunesmith.errors import GateError
-from tunesmith.model.adapter_folder import read_adapter
-from tunesmith.model.folder import TensorHeader, read_headers
-from tunesmith.model.load import Network
-from tunesmith.model.quantized import dequantized
-from tunesmith.model.saved import Lora, Rows, loras_of, read_adapter_tensors, rows_in
+from tunesmith.core.errors import GateError
+from tunesmith.model.causal_lm import Network
+from tunesmith.model.hub.adapter_config import read_adapter
+from tunesmith.model.hub.validate import TensorHeader, read_headers
+from tunesmith.model.quantization import dequantized
+from tunesmith.model.save import Lora, Rows, loras_of, read_adapter_tensors, rows_in
 
 Change = Lora | Rows  # what an adapter makes of one matrix
 Changes = Mapping[str, Change]

@@ -1,0 +1,1 @@
+"""The plan: every value with who decided it and why. No torch."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Unpack
 
+from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import Size, moment_bytes, trained_parameters
-from tunesmith.types import ModelSpec
 
 NEWEST = 2  # as runfolder.py keeps them
 GENERAL_TOKENS = 100_000  # of general text are measured, where there are so many; 6.2 of the rules

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tunesmith.core.types import Choice, DataReport, Plan
 from tunesmith.plan.rules import Known, rule
-from tunesmith.recipemappings import Guard
-from tunesmith.types import Choice, DataReport, Plan
+from tunesmith.recipe.mappings import Guard
 
 OFF = "off"
 MARGIN = 0.02  # bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten

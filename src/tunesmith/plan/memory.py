@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal, NotRequired, TypedDict, Unpack
 
-from tunesmith.types import ModelSpec
+from tunesmith.core.types import ModelSpec
 
 PROCESS_BYTES = 560_000_000  # python, torch and transformers imported (480 MB), what the first products leave
 SIZE_BYTES, SIZES = 3_000_000, 100  # code that oneDNN makes for a pack of a new size, and keeps; then parts come back

@@ -10,8 +10,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from tunesmith.recipevalues import Mixture
-from tunesmith.types import Choice, DataReport
+from tunesmith.core.types import Choice, DataReport
+from tunesmith.recipe.fields import Mixture
 
 SOURCE = "Raffel 2020 (T5), 3.5.2; FLAN 2021: limit 3,000"
 

@@ -6,9 +6,9 @@ of an adaptive one. Pure.
 
 from __future__ import annotations
 
+from tunesmith.core.types import Choice, DataReport
 from tunesmith.plan.rules import Known, rule
-from tunesmith.recipevalues import Rehearsal
-from tunesmith.types import Choice, DataReport
+from tunesmith.recipe.fields import Rehearsal
 
 SOURCE = "Ibrahim 2024, table 2; Bethune 2025"
 FAR_INSIDE = 0.25  # of the margin

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.core.types import Choice, DataReport, Machine, ModelSpec
 from tunesmith.plan.memory import lora_parameters
-from tunesmith.types import Choice, DataReport, Machine, ModelSpec
 
 LEAST_SAVED = 0.05  # of the tokens, for which sharing prefixes is worth its segments
 SavedShare = Callable[[int, int], float]  # of the tokens of a step, from batch_size and pack_length

@@ -9,17 +9,17 @@ import base64
 import hashlib
 from pathlib import Path
 
-from tunesmith.atomic import write_file
-from tunesmith.errors import InputError
-from tunesmith.report.curves import curves_section
-from tunesmith.report.facts import again_section, cost_section, data_section, plan_section, provenance_section
-from tunesmith.report.markup import Html, plain, quoted, tag
+from tunesmith.core.atomic import write_file
+from tunesmith.core.errors import InputError
+from tunesmith.core.run_dir import require_run
+from tunesmith.core.types import __version__
+from tunesmith.report.details import again_section, cost_section, data_section, plan_section, provenance_section
+from tunesmith.report.html import Html, plain, quoted, tag
 from tunesmith.report.results import results_section, scales_section
+from tunesmith.report.run_data import Story, read_story
 from tunesmith.report.samples import samples_section
-from tunesmith.report.story import Story, read_story
-from tunesmith.report.verdict import verdict_of, verdict_section
-from tunesmith.runfolder import require_run
-from tunesmith.version import __version__
+from tunesmith.report.summary import verdict_of, verdict_section
+from tunesmith.report.training_curves import curves_section
 
 REPORT = "report.html"
 HERE = Path(__file__).parent

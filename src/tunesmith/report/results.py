@@ -5,12 +5,13 @@ In: a Story. Out: sections, or None where there is nothing to show.
 
 from __future__ import annotations
 
-from tunesmith.report.chart import Axes, Point, Series, line_chart, strip
-from tunesmith.report.markup import Content, Html, quoted, section, table, tag
-from tunesmith.report.story import Story
-from tunesmith.report.verdict import UNITS, Claim, claims_of, signed
-from tunesmith.tradeoff import commands, offer
-from tunesmith.types import ScalePoint, Score
+from tunesmith.core.events import Score
+from tunesmith.core.types import ScalePoint
+from tunesmith.evaluate.scale_choice import commands, offer
+from tunesmith.report.html import Content, Html, quoted, section, table, tag
+from tunesmith.report.run_data import Story
+from tunesmith.report.summary import UNITS, Claim, claims_of, signed
+from tunesmith.report.svg_charts import Axes, Point, Series, line_chart, strip
 
 MOVES = {"kl": "KL divergence, nats per token", "top1_agreement": "top-1 agreement"}
 

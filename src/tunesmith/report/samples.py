@@ -12,10 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from tunesmith.report.diff import marked
-from tunesmith.report.markup import Html, quoted, section, tag
-from tunesmith.report.story import Story, grades_of
-from tunesmith.types import Sample
+from tunesmith.core.events import Sample
+from tunesmith.report.html import Html, quoted, section, tag
+from tunesmith.report.run_data import Story, grades_of
+from tunesmith.report.word_diff import marked
 
 State = Literal["better", "worse", "mixed", "same"]
 Grades = dict[str, tuple[float, float, bool]]

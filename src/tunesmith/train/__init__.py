@@ -1,0 +1,1 @@
+"""The run: read run.py first."""

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tunesmith.errors import InputError
-from tunesmith.model.tensorfile import write_tensors
-from tunesmith.train.optim import MOMENTS, moments, put_back
+from tunesmith.core.errors import InputError
+from tunesmith.model.safetensors_io import write_tensors
+from tunesmith.train.optimizer import MOMENTS, moments, put_back
 
 STATE, POSITION = "state.safetensors", "position.json"
 

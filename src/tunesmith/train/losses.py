@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.core.types import Batch, Document
 from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.head import Head, each_loss, supervised_loss, target_losses
-from tunesmith.model.load import LanguageModel
-from tunesmith.types import Batch, Document
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.lm_head import Head, each_loss, supervised_loss, target_losses
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.data.batch import collate
-from tunesmith.data.pack import fed_tokens, pack_step
-from tunesmith.errors import GateError
-from tunesmith.model.head import target_losses
-from tunesmith.model.load import LanguageModel
-from tunesmith.model.quantized import quantized_weights
-from tunesmith.train.probe import (
+from tunesmith.core.errors import GateError
+from tunesmith.core.events import Verdict
+from tunesmith.core.types import Batch, Document, Layout
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import fed_tokens, pack_step
+from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.lm_head import target_losses
+from tunesmith.model.quantization import quantized_weights
+from tunesmith.session.preflight_probe import (
     PACKED_DOCUMENTS,
     Cut,
     Probe,
@@ -35,7 +37,6 @@ from tunesmith.train.probe import (
     one_pack,
     siblings,
 )
-from tunesmith.types import Batch, Document, Layout, Verdict
 
 # Relative root-mean-square difference of centred logits that two correct computations may show.
 LOGIT_TOLERANCE = {torch.bfloat16: 0.06, torch.float32: 1e-3, torch.float64: 1e-5}

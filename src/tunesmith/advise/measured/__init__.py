@@ -1,0 +1,1 @@
+"""Advice by measurement on the user's rows."""

@@ -1,0 +1,1 @@
+"""Advice by rules over stated facts."""

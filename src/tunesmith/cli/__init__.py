@@ -1,0 +1,1 @@
+"""The command line: words to recipes, results to text."""

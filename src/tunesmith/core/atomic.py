@@ -1,0 +1,204 @@
+"""Files and folders that appear whole or not at all, also when the process is killed or the disk fills up.
+
+    write_file(path, bytes)                       temporary file, fsync, replace, fsync of the folder
+    with new_folder(path, facts={}) as folder:    the same for a folder, sealed with a manifest of sizes and sha256
+    damage(path) -> ""                            what is wrong with a sealed folder, the manifest itself included
+
+Everything is written beside its target, so that the last step is a rename within one file system. What the operating
+system refuses becomes a MachineError that says how much room is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, ENOSPC
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.json_io import json_bytes
+from tunesmith.core.types import Json
+
+MANIFEST, SEAL = "manifest.json", "sha256"
+TEMPORARY, TRASH = ".tmp-", ".trash-"  # a name that starts so is left over from a killed process
+
+
+def write_file(path: Path, content: bytes) -> None:
+    temporary = path.parent / _passing(TEMPORARY, path.name)
+    with disk_errors(path, len(content)):
+        try:
+            _write_synced(temporary, content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path, *, facts: Json, needed_bytes: int = 0, key: str = "output_dir") -> Generator[Path]:
+    """Fill the yielded folder; on leaving it is sealed with a manifest (`facts` and its files) and takes its name.
+
+    A folder that has the name already is replaced. On any error the new one vanishes and the old one stays.
+    `needed_bytes`, if known, is checked against the free room first. `key`: how the user chose the place.
+    """
+    temporary = path.parent / _passing(TEMPORARY, path.name)
+    with disk_errors(path, needed_bytes, key):
+        make_folder(path.parent)
+        require_room(path.parent, needed_bytes, key)
+        try:
+            temporary.mkdir()
+            yield temporary
+            _seal(temporary, facts)
+            _take_name(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def damage(folder: Path, *, hashes: bool = True) -> str:
+    """What is wrong with a sealed folder, empty if nothing is. Without `hashes` only sizes are compared."""
+    try:
+        files = read_manifest(folder)["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (InputError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is missing or broken"
+    for name, (size, sha256) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if hashes and sha256_of(file) != sha256:
+            return f"{name} was changed: its sha256 is not the one it was written with"
+    return ""
+
+
+def read_manifest(folder: Path) -> Json:
+    """The facts and files that a folder was sealed with. Raises InputError unless every byte of it is as written."""
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        sealed = {key: value for key, value in json.loads(content).items() if key != SEAL}
+        if _manifest_bytes(sealed) == content:
+            return sealed
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass  # said below
+    raise InputError("missing or broken", where=str(folder / MANIFEST))
+
+
+def make_folder(path: Path) -> None:
+    """The folder and those above it, where they are missing; each new name is forced to the disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync(place.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Renamed first, so that no half-removed folder keeps its name."""
+    trash = folder.parent / _passing(TRASH, folder.name)
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What killed processes left. Only for the one process that may write in `folder`."""
+    for left in folder.glob(".t*"):
+        if left.name.startswith((TEMPORARY, TRASH)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or the entries of a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- room
+
+
+def require_room(folder: Path, needed_bytes: int, key: str = "output_dir") -> None:
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise _no_room(folder, needed_bytes, free, key)
+
+
+@contextmanager
+def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> Generator[None]:
+    """Turns what the operating system refuses into a MachineError."""
+    try:
+        yield
+    except OSError as error:
+        nearest = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
+        if error.errno in (ENOSPC, EDQUOT, EFBIG):
+            raise _no_room(path, needed_bytes, shutil.disk_usage(nearest).free, key) from error
+        fix = f"choose another {key}, or give yourself the right to write there"
+        raise MachineError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
+
+
+def _no_room(path: Path, needed_bytes: int, free: int, key: str) -> MachineError:
+    need = f"{size(needed_bytes)} ({needed_bytes} bytes)" if needed_bytes else "more"
+    what = f"no room on the disk: {need} needed, {size(free)} ({free} bytes) free"
+    return MachineError(what, where=str(path), fix=f"free some room, or set {key} to another disk")
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.9 GB."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _passing(prefix: str, name: str) -> str:
+    return f"{prefix}{name}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _seal(folder: Path, facts: Json) -> None:
+    inside = sorted(folder.rglob("*"))
+    files: dict[str, Any] = {}
+    for path in inside:
+        sync(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    _write_synced(folder / MANIFEST, _manifest_bytes({**facts, "files": files}))
+    sync(folder)
+
+
+def _manifest_bytes(sealed: Json) -> bytes:
+    """With a hash over the rest, so that a changed manifest shows like a changed file."""
+    return json_bytes({**sealed, SEAL: hashlib.sha256(json_bytes(sealed)).hexdigest()}, indent=2)
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    if path.exists():
+        old = path.parent / _passing(TRASH, path.name)
+        os.rename(path, old)
+        os.rename(temporary, path)
+        sync(path.parent)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, path)
+        sync(path.parent)

@@ -1,0 +1,28 @@
+"""How far something long has come, for whoever wants to know: a line of Python's own logging, now and then.
+
+    for answer in watched(answers, 80, "answers"): ...        logs "answers 12 of 80" at level INFO, on `LOG`
+
+Nothing is shown unless someone listens, as the command line does (progress.py). Left out: the steps of a training,
+which are events.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+LOG = logging.getLogger("tunesmith.core.progress_log")
+EVERY = 5.0  # seconds between two lines: what is shorter is not told
+T = TypeVar("T")
+
+
+def watched(items: Iterable[T], total: int, what: str, *, done: int = 0) -> Iterator[T]:
+    """The same items, told as they come; `done` of `total` are there already."""
+    told = time.monotonic()
+    for count, item in enumerate(items, start=done + 1):
+        yield item
+        if (now := time.monotonic()) - told >= EVERY:
+            told = now
+            LOG.info("%s: %d of %d", what, count, total)

@@ -1,0 +1,1 @@
+"""Chat templates: messages to tokens, with a mask that comes from the render itself."""

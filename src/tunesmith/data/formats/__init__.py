@@ -1,0 +1,1 @@
+"""Rows of any supported format to examples."""

@@ -1,0 +1,1 @@
+"""Files of any supported type to rows."""

@@ -1,0 +1,62 @@
+"""What costs no training: telling the base model in its prompt what it may not say, and banning tokens as it answers.
+
+    bad strings -> rules in words -> Examples that are told them; -> token sequences for the sampler
+
+Both are as good as they can easily be: the rules quote what was really said, and the sampler knows the strings of the
+held-out rows and of the base's own bad answers. Left out: asking and grading (measure.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from tunesmith.core.types import Example
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.evaluate.constraint_violations import matched
+from tunesmith.recipe.fields import Constraint
+
+QUOTED = 3  # strings a rule
+LONGEST_BAN = 4  # tokens: enough to know what is begun, and a longer one is hardly ever said again to the letter
+MOST_BANS = 1000  # strings a constraint, the commonest
+
+
+def bad_strings(constraints: Sequence[Constraint], said: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(row, answer) -> what each constraint matches in the answers, the commonest first."""
+    counts = {constraint.name: Counter[str]() for constraint in constraints}
+    for row, answer in said:
+        for constraint in constraints:
+            counts[constraint.name].update(matched(constraint, answer, row))
+    return {name: [text for text, _ in count.most_common(MOST_BANS)] for name, count in counts.items()}
+
+
+def rules(constraints: Sequence[Constraint], bad: Mapping[str, Sequence[str]]) -> str:
+    """The constraints as a system message has them. A pattern is told by what it matches."""
+    lines = [f"- Never {_in_words(one, bad[one.name])}." for one in constraints]
+    return "\n".join(["Rules for every answer:", *lines])
+
+
+def _in_words(constraint: Constraint, bad: Sequence[str]) -> str:
+    if constraint.check or constraint.text or not bad:
+        return constraint.told
+    return "write " + " or ".join(f'"{text}"' for text in bad[:QUOTED])
+
+
+def told(example: Example, rules: str) -> Example:
+    """The example under the rules: at the end of its system message, or in one of their own; before a plain prompt."""
+    if not example.messages:
+        return dataclasses.replace(example, prompt=f"{rules}\n\n{example.prompt}")
+    first, *rest = example.messages
+    if first["role"] == "system":
+        messages = ({**first, "content": f"{first['content']}\n\n{rules}"}, *rest)
+        return dataclasses.replace(example, messages=messages)
+    messages = ({"role": "system", "content": rules}, *example.messages)
+    return dataclasses.replace(example, messages=messages, turn_weights=(0.0, *example.turn_weights))
+
+
+def bans(bad: Mapping[str, Sequence[str]], renderer: Renderer) -> tuple[tuple[int, ...], ...]:
+    """How the bad strings begin, in tokens, at the start of a text and after a space."""
+    written = [text for texts in bad.values() for text in texts]
+    spelled = [renderer.text_tokens(before + text)[:LONGEST_BAN] for text in written for before in ("", " ")]
+    return tuple(dict.fromkeys(tuple(tokens) for tokens in spelled))

@@ -1,0 +1,1 @@
+"""Generating answers: batches, sampling, grammars."""

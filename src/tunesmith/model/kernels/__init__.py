@@ -1,0 +1,1 @@
+"""Operations in C, with torch as the reference."""

@@ -1,0 +1,58 @@
+"""What transformers makes of exported files: the second opinion that an export is measured by.
+
+In: folders and GGUF files that we wrote. Out: stock networks, and the ids of stock chat templates. GGUF weights come
+through transformers' own reader, which knows nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tunesmith.core.types import Json
+from tunesmith.model.causal_lm import Network
+from tunesmith.model.hub.check_weights import its_errors
+
+
+def stock_prompts(
+    folder: Path, prompts: Sequence[tuple[Sequence[Json], Sequence[Json]]], variables: Json
+) -> list[tuple[int, ...]]:
+    """Ids of each (messages, tools) with the start of an answer after it, by the folder's tokenizer and template, which
+    is told `variables`."""
+    with its_errors(folder):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    found: list[tuple[int, ...]] = []
+    for messages, tools in prompts:
+        encoded = tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **variables,
+        )
+        found.append(tuple(encoded["input_ids"]))
+    return found
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """config.json with every default of its model type filled in."""
+    with its_errors(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
+
+
+def load_gguf(file: Path, settings: Path, device: str = "cpu") -> Network:
+    """The network of a GGUF file in fp32: weights as transformers' own reader finds them. Sizes are those of the folder
+    `settings`, from `gguf.write_settings`: transformers reads neither the head size of Qwen3 nor Llama 3's rope."""
+    with its_errors(file), redirect_stderr(StringIO()):  # its progress bar has no switch
+        config = AutoConfig.from_pretrained(settings, trust_remote_code=False, local_files_only=True)
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, local_files_only=True
+        )
+    return network.to(device).eval().requires_grad_(False)

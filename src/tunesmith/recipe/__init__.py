@@ -1,0 +1,1 @@
+"""The recipe: what the user asked for, read, checked and explained. No torch."""

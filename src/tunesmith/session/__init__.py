@@ -1,0 +1,1 @@
+"""A recipe resolved: its inputs read and its model loaded."""

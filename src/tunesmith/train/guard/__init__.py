@@ -1,0 +1,1 @@
+"""The guard: probes, detectors, rollback, and the loop that they watch."""
