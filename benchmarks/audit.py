@@ -72,7 +72,8 @@ def rows(count: int, texts: list[str]) -> Iterator[dict[str, Any]]:
         turns = (f"{FRAMES[number % len(FRAMES)]}\n\n{prompt}", answer)
         yield {
             "messages": [
-                {"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)
+                {"role": role, "content": text}
+                for role, text in zip(("user", "assistant"), turns, strict=True)
             ]
         }
 
@@ -114,16 +115,24 @@ def main() -> None:
     texts = sentences(Path(sys.argv[1]))
     sys.stderr.write(f"{len(texts):,} sentences, {sum(map(len, texts)) / 1e6:,.0f} MB\n")
     sizes = [int(size) for size in sys.argv[2:]] or ROWS
-    print("| rows | file | minutes | CPU minutes | rows a minute of CPU time | memory | found, of the planted copies |")
+    print(
+        "| rows | file | minutes | CPU minutes | rows a minute of CPU time | memory | found, of the planted copies |"
+    )
     print("|---|---|---|---|---|---|---|")
     with TemporaryDirectory(dir="/var/tmp") as folder:
         for size in sizes:
             path = Path(folder) / "rows.jsonl"
             with path.open("w") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(size, texts))
+                file.writelines(
+                    json.dumps(row, ensure_ascii=False) + "\n" for row in rows(size, texts)
+                )
             command = [sys.executable, "-m", "benchmarks.audit", "--measure", str(path)]
             found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-            minutes, cpu, megabytes = found["wall"] / 60, found["cpu"] / 60, path.stat().st_size / 1e6
+            minutes, cpu, megabytes = (
+                found["wall"] / 60,
+                found["cpu"] / 60,
+                path.stat().st_size / 1e6,
+            )
             copies = found["copies"] / len(range(NEAR, size, NEAR))
             print(
                 f"| {size:,} | {megabytes:,.0f} MB | {minutes:.1f} | {cpu:.1f} | {size / cpu:,.0f} "

@@ -25,13 +25,24 @@ from pathlib import Path
 
 TRAIN, HELD_OUT, TEST = 400, 80, 20
 CAPITALS_HELD_OUT, CAPITALS_TEST = 24, 6
-KEPT = ("Package", "Version", "Section", "Priority", "Installed-Size", "Maintainer", "Homepage", "Description")
+KEPT = (
+    "Package",
+    "Version",
+    "Section",
+    "Priority",
+    "Installed-Size",
+    "Maintainer",
+    "Homepage",
+    "Description",
+)
 RECIPE = "model: smollm2-135m-instruct\ndata: {0}.train.jsonl\neval_data: {0}.eval.jsonl\ntest_data: {0}.test.jsonl\n"
 
 
 def records() -> list[dict[str, str]]:
     """Of the newest version of each package, in an order by chance."""
-    printed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        ["apt-cache", "dumpavail"], capture_output=True, text=True, check=True
+    ).stdout
     found: dict[str, dict[str, str]] = {}
     for block in printed.split("\n\n"):
         lines = [line.partition(": ") for line in block.splitlines() if not line.startswith(" ")]
@@ -63,23 +74,36 @@ def row(question: str, answer: str) -> str:
 def main(folder: Path) -> None:
     chosen = records()[: TRAIN + HELD_OUT + TEST]
     asked = {
-        "link": [row(f"{written(one)}\n\nWhat is the homepage?", one["Homepage"]) for one in chosen],
+        "link": [
+            row(f"{written(one)}\n\nWhat is the homepage?", one["Homepage"]) for one in chosen
+        ],
         "section": [row(f"{written(one)}\n\nWhich section?", one["Section"]) for one in chosen],
         "homepages": [
-            row(f"What is the homepage of the Debian package {one['Package']}?", one["Homepage"]) for one in chosen
+            row(f"What is the homepage of the Debian package {one['Package']}?", one["Homepage"])
+            for one in chosen
         ],
     }
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    (folder / "records" / "records.txt").write_text("\n\n".join(map(written, chosen)) + "\n", encoding="utf-8")
+    (folder / "records" / "records.txt").write_text(
+        "\n\n".join(map(written, chosen)) + "\n", encoding="utf-8"
+    )
     for name, rows in asked.items():
-        write(folder, name, rows, HELD_OUT, TEST, "exact_match" if name == "section" else "contains")
+        write(
+            folder, name, rows, HELD_OUT, TEST, "exact_match" if name == "section" else "contains"
+        )
     write(folder, "capitals", capitals(), CAPITALS_HELD_OUT, CAPITALS_TEST, "contains")
 
 
 def write(folder: Path, name: str, rows: list[str], held_out: int, test: int, metric: str) -> None:
-    (folder / f"{name}.yaml").write_text(f"{RECIPE.format(name)}metrics: [{metric}]\n", encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(
+        f"{RECIPE.format(name)}metrics: [{metric}]\n", encoding="utf-8"
+    )
     train = len(rows) - held_out - test
-    parts = {"train": rows[:train], "eval": rows[train : train + held_out], "test": rows[train + held_out :]}
+    parts = {
+        "train": rows[:train],
+        "eval": rows[train : train + held_out],
+        "test": rows[train + held_out :],
+    }
     for part, of_part in parts.items():
         (folder / f"{name}.{part}.jsonl").write_text("".join(of_part), encoding="utf-8")
 

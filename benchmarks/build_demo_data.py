@@ -42,9 +42,12 @@ EMAIL = re.compile(r"[ \t]*<[^<>\s]+@[^<>\s]+>|\b[\w.+-]+@[\w-]+\.[\w.-]+\b")
 CLOSES = re.compile(r"closes:\s*(?:bug)?#?\s?\d+(?:,\s*(?:bug)?#?\s?\d+)*", re.IGNORECASE)
 UNCLEAR = re.compile(r"closes? #|binary-only|\bQA (?:group )?upload", re.IGNORECASE)
 UPLOAD = re.compile(r"non-maintainer upload|\bNMU\b|team upload", re.IGNORECASE)
-UPLOAD_ITEM = re.compile(r"^\s+\* (non-maintainer upload|NMU|team upload)", re.IGNORECASE | re.MULTILINE)
+UPLOAD_ITEM = re.compile(
+    r"^\s+\* (non-maintainer upload|NMU|team upload)", re.IGNORECASE | re.MULTILINE
+)
 NEW_UPSTREAM = re.compile(
-    r"new (?:\w+ )?(?:upstream|major|minor|bugfix|patch)|upstream (?:release|version)", re.IGNORECASE
+    r"new (?:\w+ )?(?:upstream|major|minor|bugfix|patch)|upstream (?:release|version)",
+    re.IGNORECASE,
 )
 
 
@@ -74,7 +77,10 @@ def paragraphs(text: str) -> list[dict[str, str]]:
     for stanza in re.split(r"\n\s*\n", text):
         fields = re.findall(r"^([A-Za-z-]+):((?:.*\n?)(?:[ \t].*\n?)*)", stanza, re.MULTILINE)
         stanzas.append(
-            {key: re.sub(r"^[ \t]+\.?(?=\n)|^[ \t]+", "", value.strip(), flags=re.MULTILINE) for key, value in fields}
+            {
+                key: re.sub(r"^[ \t]+\.?(?=\n)|^[ \t]+", "", value.strip(), flags=re.MULTILINE)
+                for key, value in fields
+            }
         )
     return stanzas
 
@@ -89,7 +95,9 @@ def licence_of_packaging(text: str) -> tuple[str, str, str]:
             if pattern in stanza.get("Files", "").split() and "License" in stanza:
                 name, _, body = stanza["License"].partition("\n")
                 first = name.lower().split(" or ")[0]
-                body = body or next((body for short, _, body in texts if body and short.lower() == first), "")
+                body = body or next(
+                    (body for short, _, body in texts if body and short.lower() == first), ""
+                )
                 return name, EMAIL.sub("", stanza.get("Copyright", "")), body
     raise SystemExit("no machine-readable licence")
 
@@ -98,8 +106,12 @@ def read_source(root: Path, package: str) -> Source:
     folder = root / "usr/share/doc" / package
     native = folder / "changelog.gz"
     debian = folder / "changelog.Debian.gz"
-    text = gzip.decompress((debian if debian.exists() else native).read_bytes()).decode("utf-8", "replace")
-    entries = tuple(e.strip("\n") for e in re.findall(r"^\S.*?^ -- .*?$", text, re.MULTILINE | re.DOTALL))
+    text = gzip.decompress((debian if debian.exists() else native).read_bytes()).decode(
+        "utf-8", "replace"
+    )
+    entries = tuple(
+        e.strip("\n") for e in re.findall(r"^\S.*?^ -- .*?$", text, re.MULTILINE | re.DOTALL)
+    )
     head = HEADER.match(entries[0].partition("\n")[0]) or re.match(r"(\S+) \(([^)]+)\)", entries[0])
     if head is None:
         raise SystemExit(f"{package}: no changelog header")
@@ -113,7 +125,9 @@ def read_source(root: Path, package: str) -> Source:
 
 def split_version(version: str) -> tuple[str, str | None]:
     """1:2.1.5-4 -> 2.1.5, 4; a version without a Debian revision gives None."""
-    upstream, dash, revision = version.partition(":")[2].rpartition("-") if ":" in version else version.rpartition("-")
+    upstream, dash, revision = (
+        version.partition(":")[2].rpartition("-") if ":" in version else version.rpartition("-")
+    )
     return (upstream, revision) if dash else (revision, None)
 
 
@@ -138,13 +152,17 @@ def answer_of(entry: str, previous: str) -> dict[str, object] | None:
         "date": parsedate_to_datetime(trailer[2]).date().isoformat(),
         "new_upstream": new_upstream and revision is not None,
         "upload": upload,
-        "closes": sorted({int(n) for match in CLOSES.findall(entry) for n in re.findall(r"\d+", match)}),
+        "closes": sorted(
+            {int(n) for match in CLOSES.findall(entry) for n in re.findall(r"\d+", match)}
+        ),
     }
 
 
 def words_of(entry: str) -> frozenset[str]:
     """Word triples of the items, numbers masked: what near-duplicates have in common."""
-    words = re.findall(r"[a-z]+|0", re.sub(r"\d+", "0", "\n".join(entry.splitlines()[1:-1]).lower()))
+    words = re.findall(
+        r"[a-z]+|0", re.sub(r"\d+", "0", "\n".join(entry.splitlines()[1:-1]).lower())
+    )
     return frozenset(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
 
 
@@ -163,12 +181,19 @@ def records(sources: list[Source]) -> list[Record]:
     kept: list[Record] = []
     seen: list[frozenset[str]] = []
     for source in sorted(sources, key=lambda s: order(s.name)):
-        pairs = [(EMAIL.sub("", e), answer_of(e, p)) for e, p in zip(source.entries, source.entries[1:], strict=False)]
+        pairs = [
+            (EMAIL.sub("", e), answer_of(e, p))
+            for e, p in zip(source.entries, source.entries[1:], strict=False)
+        ]
         usable = [(e, a) for e, a in pairs if a and len(e) in CHARACTERS]
         taken = 0
-        for entry, answer in sorted(usable, key=lambda pair: (not pair[1]["closes"], order(pair[0]))):
+        for entry, answer in sorted(
+            usable, key=lambda pair: (not pair[1]["closes"], order(pair[0]))
+        ):
             words = words_of(entry)
-            if taken < ROWS_PER_SOURCE and all(len(words & other) < SIMILAR * len(words | other) for other in seen):
+            if taken < ROWS_PER_SOURCE and all(
+                len(words & other) < SIMILAR * len(words | other) for other in seen
+            ):
                 kept.append(Record(source, entry, answer))
                 seen.append(words)
                 taken += 1
@@ -185,14 +210,19 @@ def divide(rows: list[Record]) -> dict[str, list[Record]]:
         target = next((split for split, size in ROWS.items() if len(splits[split]) < size), None)
         if target:
             splits[target] += families[name]
-    return {s: sorted(part, key=lambda row: order(row.entry))[: ROWS[s]] for s, part in splits.items()}
+    return {
+        s: sorted(part, key=lambda row: order(row.entry))[: ROWS[s]] for s, part in splits.items()
+    }
 
 
 def as_line(row: Record) -> str:
     messages = [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": row.entry},
-        {"role": "assistant", "content": json.dumps(row.answer, separators=(",", ":"), ensure_ascii=False)},
+        {
+            "role": "assistant",
+            "content": json.dumps(row.answer, separators=(",", ":"), ensure_ascii=False),
+        },
     ]
     return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
@@ -203,8 +233,13 @@ def notices(rows: list[Record]) -> str:
     names: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         names[row.source.name].add(str(row.answer["package"]))
-    lines = ["Copyright of the changelog entries, by source package, as its debian/copyright states.", ""]
-    for source in sorted({row.source.name: row.source for row in rows}.values(), key=lambda s: s.name):
+    lines = [
+        "Copyright of the changelog entries, by source package, as its debian/copyright states.",
+        "",
+    ]
+    for source in sorted(
+        {row.source.name: row.source for row in rows}.values(), key=lambda s: s.name
+    ):
         holders = "; ".join(line.strip() for line in source.copyright.splitlines() if line.strip())
         lines += [f"{source.name} {source.version} (package {source.package}): {source.licence}"]
         lines += [f"  entries of {', '.join(sorted(names[source.name]))}", f"  {holders}"]
@@ -225,8 +260,12 @@ def main() -> None:
     for split, rows in splits.items():
         text = "".join(as_line(row) for row in rows)
         (options.out / f"{split}.jsonl").write_text(text, "utf-8")
-        print(split, len(rows), "rows", len({row.source.name for row in rows}), "sources", order(text))
-    (options.out / "NOTICES.txt").write_text(notices([row for rows in splits.values() for row in rows]), "utf-8")
+        print(
+            split, len(rows), "rows", len({row.source.name for row in rows}), "sources", order(text)
+        )
+    (options.out / "NOTICES.txt").write_text(
+        notices([row for rows in splits.values() for row in rows]), "utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from pathlib import Path
 
 PASSAGES = 20  # a domain
 CHARACTERS = range(600, 1201)
-R_STRING = re.compile(rb"\x00\x04\x00[\x09\x0a](....)", re.DOTALL)  # the type of a string, then its length
+R_STRING = re.compile(
+    rb"\x00\x04\x00[\x09\x0a](....)", re.DOTALL
+)  # the type of a string, then its length
 
 
 def fiction(root: Path) -> Iterator[str]:
@@ -60,7 +62,9 @@ def code(root: Path) -> Iterator[str]:
     for path in sorted((root / "usr/lib/python3.13").glob("*.py")):
         source = path.read_text("utf-8")
         if "opyright" not in source:
-            yield from (part for part in re.split(r"\n{3,}", source) if re.match(r"(def|class|@\w)", part))
+            yield from (
+                part for part in re.split(r"\n{3,}", source) if re.match(r"(def|class|@\w)", part)
+            )
 
 
 DOMAINS = {"fiction": fiction, "dictionary": dictionary, "reference": reference, "code": code}
@@ -84,11 +88,19 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("/"))
     parser.add_argument("--out", type=Path, default=Path("src/tunesmith/recipe/demo"))
     options = parser.parse_args()
-    rows = [{"text": text, "domain": d} for d, read in DOMAINS.items() for text in choose(read(options.root))]
+    rows = [
+        {"text": text, "domain": d}
+        for d, read in DOMAINS.items()
+        for text in choose(read(options.root))
+    ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (options.out / "general.jsonl").write_text(text, "utf-8")
     licence = (options.root / "usr/lib/python3.13/LICENSE.txt").read_text("utf-8")
-    terms = licence[licence.index("PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2") : licence.index("BEOPEN.COM LICENSE")]
+    terms = licence[
+        licence.index("PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2") : licence.index(
+            "BEOPEN.COM LICENSE"
+        )
+    ]
     (options.out / "PSF-LICENSE.txt").write_text(terms.rstrip() + "\n", "utf-8")
     print(len(rows), "passages", hashlib.sha256(text.encode()).hexdigest())
 

@@ -45,7 +45,9 @@ def arguments(code: str, node: Function) -> Row | None:
     given = node.args
     names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
     plain = not (given.vararg or given.kwarg or given.posonlyargs or given.kwonlyargs)
-    return {"code": code, "completion": ", ".join(names)} if plain and 2 <= len(names) <= 5 else None
+    return (
+        {"code": code, "completion": ", ".join(names)} if plain and 2 <= len(names) <= 5 else None
+    )
 
 
 def returns(code: str, node: Function) -> Row | None:
@@ -68,7 +70,9 @@ def names(code: str, node: Function) -> Row | None:
     """Rewriting: snake_case as CamelCase."""
     del code
     words = node.name.split("_")
-    if len(words) not in (2, 3, 4) or not all(word.isalpha() and word.islower() and len(word) > 1 for word in words):
+    if len(words) not in (2, 3, 4) or not all(
+        word.isalpha() and word.islower() and len(word) > 1 for word in words
+    ):
         return None
     return {"name": node.name, "completion": "".join(word.capitalize() for word in words)}
 
@@ -76,7 +80,9 @@ def names(code: str, node: Function) -> Row | None:
 def _own(node: ast.AST) -> Iterator[ast.AST]:
     """What stands in a function, those inside it left out."""
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+        if not isinstance(
+            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
+        ):
             yield child
             yield from _own(child)
 
@@ -86,7 +92,9 @@ def _name(raised: ast.expr | None) -> str | None:
     return raised.id if isinstance(raised, ast.Name) and raised.id[0].isupper() else None
 
 
-Task = tuple[Callable[[str, Function], Row | None], int, int]  # what makes a row, training rows, most of one answer
+Task = tuple[
+    Callable[[str, Function], Row | None], int, int
+]  # what makes a row, training rows, most of one answer
 TASKS: dict[str, Task] = {
     "exceptions": (exceptions, 0, 12),
     "returns": (returns, 80, 30),
@@ -104,7 +112,12 @@ def build(root: Path, folder: Path) -> None:
     for task, (make, rows, most) in TASKS.items():
         for suffix, count in (("", rows), ("-test", TEST_ROWS)):
             kept = choose(
-                found, make, taken, count, test=bool(suffix), most=most if not suffix else max(1, 2 * most // 3)
+                found,
+                make,
+                taken,
+                count,
+                test=bool(suffix),
+                most=most if not suffix else max(1, 2 * most // 3),
             )
             if count:
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
@@ -127,7 +140,11 @@ def choose(
     for module, code, node in found:
         held_out = int(hashlib.sha256(module.encode()).hexdigest(), 16) % TEST_SHARE == 0
         row = make(code, node) if held_out == test and len(kept) < count else None
-        if row is None or answers[row["completion"]] == most or taken & {code, *row.values()} - {row["completion"]}:
+        if (
+            row is None
+            or answers[row["completion"]] == most
+            or taken & {code, *row.values()} - {row["completion"]}
+        ):
             continue
         if make is arguments and node.name in seen:  # many classes have a method of one name
             continue

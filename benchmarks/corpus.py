@@ -45,7 +45,9 @@ def texts(root: Path) -> Iterator[str]:
     for path in sorted(root.rglob("*")):
         if path.is_symlink() or not path.is_file():
             continue
-        if path.suffix in (".gz", ".dz") and (path.suffix == ".dz" or "man" in path.parts or ".txt" in path.suffixes):
+        if path.suffix in (".gz", ".dz") and (
+            path.suffix == ".dz" or "man" in path.parts or ".txt" in path.suffixes
+        ):
             text = gzip.decompress(path.read_bytes()).decode(errors="replace")
         elif path.suffix in (".txt", ".html", ".pod", ".rst"):
             text = path.read_text("utf-8", errors="replace")
@@ -82,7 +84,9 @@ def make(root: Path, folder: Path, size: int) -> None:
                 else:
                     (place / f"{number:06}.{'txt' if number % 3 == 1 else 'md'}").write_text(text)
                 if written >= size:
-                    print(f"{number:,} documents, {written:,} bytes, {copy + 1} copies of {len(originals):,} texts")
+                    print(
+                        f"{number:,} documents, {written:,} bytes, {copy + 1} copies of {len(originals):,} texts"
+                    )
                     return
 
 
@@ -94,12 +98,21 @@ def small_model(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from tunesmith.model.hub.resolve import resolve
+    from tunesmith.model.hub.resolve import resolve_model
 
-    base = resolve("smollm2-135m-instruct")
-    shutil.copytree(base, folder, ignore=lambda _, names: [one for one in names if one.endswith(".safetensors")])
+    base = resolve_model("smollm2-135m-instruct")
+    shutil.copytree(
+        base, folder, ignore=lambda _, names: [one for one in names if one.endswith(".safetensors")]
+    )
     config = LlamaConfig.from_pretrained(base)
-    config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2})
+    config.update(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+    )
     config.update({"num_key_value_heads": 1, "head_dim": 32})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -111,12 +124,23 @@ def recipe(model: Path, corpus: Path, output: Path) -> dict[str, Any]:
     sizes = {"max_length": 512, "batch_tokens": 1024, "max_steps": STEPS, "save_steps": SAVE}
     method = {"method": "lora", "dtype": "fp32", "lora_r": 8}
     return (
-        {"model": str(model), "stage": "cpt", "data": [str(corpus), *rows], "output_dir": str(output)} | method | sizes
+        {
+            "model": str(model),
+            "stage": "cpt",
+            "data": [str(corpus), *rows],
+            "output_dir": str(output),
+        }
+        | method
+        | sizes
     )
 
 
 def peak() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -125,7 +149,13 @@ def told(events: Iterator[Any], name: str, begun: float) -> None:
     for event in events:
         if type(event).__name__ == "StepResult":
             seconds, processor = time.perf_counter() - begun, time.process_time()
-            line = {"run": name, "step": event.step, "seconds": seconds, "processor": processor, "peak": peak()}
+            line = {
+                "run": name,
+                "step": event.step,
+                "seconds": seconds,
+                "processor": processor,
+                "peak": peak(),
+            }
             print(json.dumps(line), flush=True)
 
 
@@ -139,13 +169,23 @@ def child(model: Path, corpus: Path, output: Path) -> None:
     if (output / "killed" / "plan.json").exists():
         told(run.resume(output / "killed"), "resumed", begun)
         return
-    known = inputs.gather(Recipe.model_validate(recipe(model, corpus, output / "straight")))
-    found = {"windows": len(known.corpus or ()), "tokens": inputs.reports(known)["data"].tokens}
-    found |= {"run": "read", "seconds": time.perf_counter() - begun, "processor": time.process_time(), "peak": peak()}
+    known = inputs.load_inputs(Recipe.model_validate(recipe(model, corpus, output / "straight")))
+    found = {
+        "windows": len(known.corpus or ()),
+        "tokens": inputs.build_data_reports(known)["data"].tokens,
+    }
+    found |= {
+        "run": "read",
+        "seconds": time.perf_counter() - begun,
+        "processor": time.process_time(),
+        "peak": peak(),
+    }
     print(json.dumps(found), flush=True)
     told(run.train(inputs.make_plan(known), known), "straight", begun)
     again = dataclasses.replace(
-        known, output_dir=output / "killed", recipe=known.recipe.model_copy(update={"output_dir": output / "killed"})
+        known,
+        output_dir=output / "killed",
+        recipe=known.recipe.model_copy(update={"output_dir": output / "killed"}),
     )
     told(run.train(inputs.make_plan(again), again), "killed", begun)
 
@@ -164,10 +204,20 @@ def followed(command: list[str]) -> list[dict[str, Any]]:
 
 def measure(model: Path, corpus: Path, output: Path) -> str:
     """A line of the table."""
-    command = [sys.executable, "-m", "benchmarks.corpus", "child", str(model), str(corpus), str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.corpus",
+        "child",
+        str(model),
+        str(corpus),
+        str(output),
+    ]
     first, second = followed(command), followed(command)
     shas = [
-        hashlib.sha256((output / name / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+        hashlib.sha256(
+            (output / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        ).hexdigest()
         for name in ("straight", "killed")
     ]
     read, last = first[0], second[-1]
@@ -181,7 +231,9 @@ def measure(model: Path, corpus: Path, output: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("make", "run", "child"))
     parser.add_argument("paths", type=Path, nargs="+")
     parser.add_argument("--megabytes", type=int, default=2048)
@@ -190,7 +242,9 @@ def main() -> None:
         return make(wish.paths[0], wish.paths[1], wish.megabytes * 10**6)
     if wish.what == "child":
         return child(wish.paths[0], wish.paths[1], wish.paths[2])
-    print("| texts | tokens | processor until read | peak then | peak, straight | peak, resumed | adapter |")
+    print(
+        "| texts | tokens | processor until read | peak then | peak, straight | peak, resumed | adapter |"
+    )
     print("|---|---|---|---|---|---|---|")
     with TemporaryDirectory(dir="/var/tmp") as scratch:
         model = small_model(Path(scratch) / "model")

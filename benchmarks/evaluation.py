@@ -19,22 +19,22 @@ from typing import Any
 import torch
 
 from tunesmith import api
-from tunesmith.evaluate.adapter_scaling import scale_curve
-from tunesmith.evaluate.general_text import chosen_texts
-from tunesmith.evaluate.measure import Items, items_of, measure
-from tunesmith.model.adapters import trainable
+from tunesmith.evaluate.adapter_scaling import measure_scale_curve
+from tunesmith.evaluate.general_text import sample_texts
+from tunesmith.evaluate.measure import EvalItems, build_eval_items, measure_items
+from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.session import inputs
-from tunesmith.session.session import Workbench, set_up
-from tunesmith.train.base_reference import SWITCHED
+from tunesmith.session.session import Session, open_session
+from tunesmith.train.base_reference import ADAPTER_DISABLED
 
 
-def cut(items: Items, bench: Workbench, count: int, tokens: int) -> Items:
-    rows = {question.id for question in items.questions[:count]}
+def cut(items: EvalItems, bench: Session, count: int, tokens: int) -> EvalItems:
+    rows = {question.id for question in items.prompts[:count]}
     return dataclasses.replace(
         items,
-        questions=items.questions[:count],
+        questions=items.prompts[:count],
         test_documents=tuple(document for document in items.test_documents if document.id in rows),
-        texts=chosen_texts(items.texts, bench.renderer.text_tokens, tokens),
+        texts=sample_texts(items.general_texts, bench.renderer.encode_text, tokens),
     )
 
 
@@ -45,22 +45,24 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        known = api.demo_facts(f"{folder}/run")
-        assert isinstance(known, inputs.Facts)
+        known = api.load_demo_inputs(f"{folder}/run")
+        assert isinstance(known, inputs.RunInputs)
         plan = inputs.make_plan(known)
-        bench = set_up(plan, known)
-    items = items_of(plan, known)
+        bench = open_session(plan, known)
+    items = build_eval_items(plan, known)
     items = items if options.all else cut(items, bench, options.items, options.general)
-    general = sum(len(bench.renderer.text_tokens(text.text)) for text in items.texts)
-    print(json.dumps({"items": len(items.questions), "general_tokens": general}), flush=True)
+    general = sum(len(bench.renderer.encode_text(text.text)) for text in items.general_texts)
+    print(json.dumps({"items": len(items.prompts), "general_tokens": general}), flush=True)
     generator, total = torch.Generator().manual_seed(0), 0.0
-    for parameter in trainable(bench.model.network).values():
+    for parameter in get_trainable_parameters(bench.model.network).values():
         parameter.data += 0.002 * torch.randn(parameter.shape, generator=generator)
     done: dict[str, Any] = {}
     works = {
-        "before": lambda: measure(bench, items, step=0),
-        "after": lambda: measure(bench, items, step=1, bases=SWITCHED),
-        "scales": lambda: scale_curve(bench, items, step=1, before=done["before"], after=done["after"]),
+        "before": lambda: measure_items(bench, items, step=0),
+        "after": lambda: measure_items(bench, items, step=1, base_references=ADAPTER_DISABLED),
+        "scales": lambda: measure_scale_curve(
+            bench, items, step=1, before=done["before"], after=done["after"]
+        ),
     }
     for name, work in works.items():
         started = time.perf_counter()

@@ -18,16 +18,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import tunesmith
-from tunesmith.core.events import StepResult
+from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Plan
-from tunesmith.recipe.demo import RECIPE
+from tunesmith.recipe.demo import DEMO_RECIPE
 
 DEMO = Path(tunesmith.__file__).parent / "demo"
 TEXTS = {"model": "smollm2-135m-instruct", "stage": "cpt", "data": str(DEMO / "general.jsonl")}
-ROWS = {"data": "train.jsonl", "eval_data": "eval.jsonl", "test_data": "test.jsonl", "schema": "schema.json"}
+ROWS = {
+    "data": "train.jsonl",
+    "eval_data": "eval.jsonl",
+    "test_data": "test.jsonl",
+    "schema": "schema.json",
+}
 CHAT = {"model": "smollm2-135m-instruct"} | {key: str(DEMO / name) for key, name in ROWS.items()}
 RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "demo": (RECIPE, {}),
+    "demo": (DEMO_RECIPE, {}),
     "full": (CHAT, {"method": "full", "batch_size": 8, "max_steps": 24}),
     "long": (CHAT, {"batch_size": 16, "share_prefixes": False, "max_steps": 12, "lora_r": 64}),
     "texts": (TEXTS, {"method": "lora", "max_steps": 12, "batch_tokens": 4096}),
@@ -40,13 +45,13 @@ def one(name: str) -> None:
         plan = tunesmith.plan(wish, calibrate=True, output_dir=f"{folder}/run", **changes)
         assert isinstance(plan, Plan)
         began = time.perf_counter()
-        steps = [event for event in tunesmith.train(plan) if isinstance(event, StepResult)]
+        steps = [event for event in tunesmith.train(plan) if isinstance(event, TrainStep)]
         whole = time.perf_counter() - began
     seconds, peak = sum(step.seconds for step in steps), max(step.peak_bytes for step in steps)
-    print(f"{name}: {len(steps)} steps; {plan.seconds_from}")
+    print(f"{name}: {len(steps)} steps; {plan.seconds_source}")
     for what, predicted, taken in (
         ("steps, s", plan.seconds[0], seconds),
-        ("whole run, s", plan.whole_seconds, whole),
+        ("whole run, s", plan.total_seconds, whole),
         ("peak, GB", plan.memory_bytes["peak"] / 1e9, peak / 1e9),
     ):
         line = {"of": what, "predicted": round(predicted, 2), "taken": round(taken, 2)}
@@ -55,7 +60,10 @@ def one(name: str) -> None:
 
 def main() -> None:
     for name in sys.argv[1:] or RECIPES:
-        subprocess.run([sys.executable, "-c", f"from benchmarks.finish_time import one; one({name!r})"], check=True)
+        subprocess.run(
+            [sys.executable, "-c", f"from benchmarks.finish_time import one; one({name!r})"],
+            check=True,
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,14 @@ def shapes(spec: ModelSpec) -> list[tuple[int, int]]:
     """(outputs, inputs) of the model's matrices, each shape once."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    found = [(q, hidden), (kv, hidden), (hidden, q), (inner, hidden), (hidden, inner), (spec.vocab_size, hidden)]
+    found = [
+        (q, hidden),
+        (kv, hidden),
+        (hidden, q),
+        (inner, hidden),
+        (hidden, inner),
+        (spec.vocab_size, hidden),
+    ]
     return list(dict.fromkeys(found))
 
 

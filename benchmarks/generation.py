@@ -26,26 +26,37 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tunesmith import api
-from tunesmith.core.types import Request
-from tunesmith.evaluate.generate_until import questions_of
-from tunesmith.evaluate.measure import asking
+from tunesmith.core.types import GenerationRequest
+from tunesmith.evaluate.generate_until import build_prompts
+from tunesmith.evaluate.measure import load_test_prompts
 from tunesmith.model.adapters import scale_adapter
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import generate
-from tunesmith.recipe.demo import RECIPE
+from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.session import inputs
-from tunesmith.session.session import model_at_start
+from tunesmith.session.session import load_starting_model
 
 Answers = list[tuple[int, ...]]
 
 
-def ours(model: LanguageModel, prompts: Sequence[tuple[int, ...]], new: int, ends: Sequence[int], decode) -> Answers:
-    found = dict(generate(model, [Request(prompt, new) for prompt in prompts], decode=decode, end_ids=ends))
+def ours(
+    model: PackedCausalLM, prompts: Sequence[tuple[int, ...]], new: int, ends: Sequence[int], decode
+) -> Answers:
+    found = dict(
+        generate(
+            model,
+            [GenerationRequest(prompt, new) for prompt in prompts],
+            decode=decode,
+            end_ids=ends,
+        )
+    )
     return [found[place].tokens for place in range(len(prompts))]
 
 
 @torch.no_grad()
-def theirs(network, prompts: Sequence[tuple[int, ...]], new: int, ends: Sequence[int], batch: int) -> Answers:
+def theirs(
+    network, prompts: Sequence[tuple[int, ...]], new: int, ends: Sequence[int], batch: int
+) -> Answers:
     answers: dict[int, tuple[int, ...]] = {}
     places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for start in range(0, len(places), batch):
@@ -80,7 +91,12 @@ def timed(name: str, work: Callable[[], Answers]) -> tuple[Answers, float]:
     started = time.perf_counter()
     answers = work()
     seconds, tokens = time.perf_counter() - started, sum(map(len, answers))
-    line = {"who": name, "tokens": tokens, "seconds": round(seconds, 2), "tok_s": round(tokens / seconds, 1)}
+    line = {
+        "who": name,
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tok_s": round(tokens / seconds, 1),
+    }
     print(json.dumps(line), flush=True)
     return answers, tokens / seconds
 
@@ -93,16 +109,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--adapter", action="store_true")
     options = parser.parse_args()
-    known = api.gather(RECIPE, output_dir="runs/unused")
-    assert isinstance(known, inputs.Facts)
+    known = api.load_inputs(DEMO_RECIPE, output_dir="runs/unused")
+    assert isinstance(known, inputs.RunInputs)
     renderer, plan = known.renderer, inputs.make_plan(known)
-    prompts = [one.prompt for one in questions_of(asking(known), renderer)][: options.prompts]
+    prompts = [one.prompt_ids for one in build_prompts(load_test_prompts(known), renderer)][
+        : options.prompts
+    ]
     lengths = sorted(map(len, prompts))
-    print(json.dumps({"prompts": len(prompts), "shortest": lengths[0], "longest": lengths[-1], "new": options.new}))
-    model = model_at_start(plan, known)
-    network: Any = AutoModelForCausalLM.from_pretrained(known.model.path, dtype=torch.bfloat16, local_files_only=True)
+    print(
+        json.dumps(
+            {
+                "prompts": len(prompts),
+                "shortest": lengths[0],
+                "longest": lengths[-1],
+                "new": options.new,
+            }
+        )
+    )
+    model = load_starting_model(plan, known)
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        known.model.path, dtype=torch.bfloat16, local_files_only=True
+    )
     if options.adapter:
-        settings = LoraConfig(r=plan["lora_r"], lora_alpha=plan["lora_alpha"], target_modules="all-linear")
+        settings = LoraConfig(
+            r=plan["lora_r"], lora_alpha=plan["lora_alpha"], target_modules="all-linear"
+        )
         network = get_peft_model(network, settings).to(torch.bfloat16)
     else:
         scale_adapter(model.network, 0)
@@ -123,7 +154,15 @@ def main() -> None:
             print(json.dumps({"same answers": same, "of": len(prompts)}))
     middle = {name: median(found) for name, found in speeds.items()}
     mine = middle.pop("tunesmith")
-    print(json.dumps({"tunesmith": mine, "best": max(middle.values()), "ratio": round(mine / max(middle.values()), 2)}))
+    print(
+        json.dumps(
+            {
+                "tunesmith": mine,
+                "best": max(middle.values()),
+                "ratio": round(mine / max(middle.values()), 2),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,19 +24,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.types import Batch, Document, Json
-from tunesmith.evaluate.measure import general_texts
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.recipe.demo import RECIPE
+from tunesmith.evaluate.measure import load_general_texts
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
-from tunesmith.session.session import set_up
-from tunesmith.train.guard.detectors import Guard
-from tunesmith.train.guard.probes import Probes, probe_set
-from tunesmith.train.loop import Settings, Training
+from tunesmith.session.session import open_session
+from tunesmith.train.guard.detectors import TrainingGuard
+from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
-DEMO, TASKS = RECIPE.parent, Path(__file__).parents[1] / "recipes" / "tasks"
+DEMO, TASKS = DEMO_RECIPE.parent, Path(__file__).parents[1] / "recipes" / "tasks"
 BAD_STEPS = range(10, 13)  # of a corrupt block, and of a step that is no number
 MODEL = "smollm2-135m-instruct"
 ASKED = {
@@ -111,15 +111,15 @@ def corrupt(documents: Sequence[Document], vocabulary: int) -> list[Document]:
     return found
 
 
-def no_number(training: Training) -> None:
+def no_number(training: TrainingLoop) -> None:
     """Hidden states of one step are NaN."""
-    hidden = LanguageModel.hidden
+    hidden = PackedCausalLM.compute_hidden
 
-    def poisoned(model: LanguageModel, batch: Batch) -> Tensor:
+    def poisoned(model: PackedCausalLM, batch: Batch) -> Tensor:
         broken = model.network.training and training.step + 1 == BAD_STEPS[0]
         return hidden(model, batch) * (math.nan if broken else 1)
 
-    training.model.hidden = poisoned.__get__(training.model)  # type: ignore[method-assign]
+    training.model.compute_hidden = poisoned.__get__(training.model)  # type: ignore[method-assign]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,58 +160,91 @@ def recipe_of(case: Case, folder: Path, seed: int, steps: int, every: int, **mor
     files = {}
     for role, rows in (("data", trained), ("eval_data", held_out[: len(held_out) // 2 * 2])):
         files[role] = str(folder / f"{role}.jsonl")
-        Path(files[role]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    values = {"model": MODEL, "method": case.method, "batch_size": 4, "max_steps": steps, "seed": seed}
-    values |= {"retention_data": str(DEMO / "general.jsonl"), "output_dir": str(folder / "run"), **files}
-    return Recipe.model_validate(values | {"guard": {"probe_steps": every}, "num_train_epochs": 3} | more)
+        Path(files[role]).write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
+    values = {
+        "model": MODEL,
+        "method": case.method,
+        "batch_size": 4,
+        "max_steps": steps,
+        "seed": seed,
+    }
+    values |= {
+        "retention_data": str(DEMO / "general.jsonl"),
+        "output_dir": str(folder / "run"),
+        **files,
+    }
+    return Recipe.model_validate(
+        values | {"guard": {"probe_steps": every}, "num_train_epochs": 3} | more
+    )
 
 
-def followed(case: Case, seed: int, steps: int, every: int, keep: Callable[[Event], None]) -> list[Verdict]:
+def followed(
+    case: Case, seed: int, steps: int, every: int, keep: Callable[[Event], None]
+) -> list[CheckResult]:
     """All that is said in a run of so many steps."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        known = inputs.gather(recipe_of(case, folder, seed, steps, every))
+        known = inputs.load_inputs(recipe_of(case, folder, seed, steps, every))
         rate = min(1.0, case.times * inputs.make_plan(known)["learning_rate"])
-        known = inputs.gather(recipe_of(case, folder, seed, steps, every, learning_rate=rate))
+        known = inputs.load_inputs(recipe_of(case, folder, seed, steps, every, learning_rate=rate))
         return said_in(case, known, every, keep)
 
 
-def said_in(case: Case, known: inputs.Facts, every: int, keep: Callable[[Event], None]) -> list[Verdict]:
+def said_in(
+    case: Case, known: inputs.RunInputs, every: int, keep: Callable[[Event], None]
+) -> list[CheckResult]:
     plan = inputs.make_plan(known)
-    bench = set_up(plan, known)
-    chosen = probe_set(plan, known, general_texts(known))
+    bench = open_session(plan, known)
+    chosen = build_prompt_set(plan, known, load_general_texts(known))
     assert chosen is not None
-    guard, probes, said = Guard.of(plan, probing=True), Probes(bench, chosen), list[Verdict]()
+    guard, probes, said = (
+        TrainingGuard.from_plan(plan, is_probing=True),
+        GenerationProbe(bench, chosen),
+        list[CheckResult](),
+    )
 
     def documents_of(step: int) -> Sequence[Document]:
-        documents = bench.documents_of(step)
+        documents = bench.load_documents(step)
         if case.fault == "no ends":
             return without_ends(documents)
-        return corrupt(documents, 40_000) if case.fault == "corrupt" and step in BAD_STEPS else documents
+        return (
+            corrupt(documents, 40_000)
+            if case.fault == "corrupt" and step in BAD_STEPS
+            else documents
+        )
 
-    training = Training(bench.model, documents_of, Settings.of(plan))
+    training = TrainingLoop(bench.model, documents_of, TrainingConfig.from_plan(plan))
     if case.fault == "nan":
         no_number(training)
 
     def probe(step: int) -> None:
         bench.model.network.eval()
-        for event in (*(probes.expected() if step == 0 else ()), *probes.take(step, training.optimizer)):
+        for event in (
+            *(probes.measure_expected() if step == 0 else ()),
+            *probes.run_probe(step, training.optimizer),
+        ):
             keep(event)
-            guard.see(event)
-        said.extend(guard.judge(step))
+            guard.observe_event(event)
+        said.extend(guard.judge_probe(step))
 
     probe(0)
     for event in training:
         keep(event)
-        said += [event] if isinstance(event, Verdict) else guard.see(event)
-        if isinstance(event, StepResult) and event.step % every == 0:
+        said += [event] if isinstance(event, CheckResult) else guard.observe_event(event)
+        if isinstance(event, TrainStep) and event.step % every == 0:
             probe(event.step)
     return said
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="CASE")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="CASE"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--every", type=int, default=6)
@@ -225,7 +258,14 @@ def main() -> None:
             if given.values:
                 with given.values.open("a") as file:
                     file.write(
-                        json.dumps({"run": name, "event": type(event).__name__, **dataclasses.asdict(event)}) + "\n"
+                        json.dumps(
+                            {
+                                "run": name,
+                                "event": type(event).__name__,
+                                **dataclasses.asdict(event),
+                            }
+                        )
+                        + "\n"
                     )
 
         said = followed(CASES[name], given.seed, given.steps, given.every, keep)

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.core.hardware import core_count, peak_bytes
+from tunesmith.core.hardware import count_cores, read_peak_bytes
 from tunesmith.core.types import Document
 
 ROOT = Path(__file__).parents[1]
-WARM_UP_ROWS = 4  # rows trained before the clock counts: first-time costs of either side are left out
+WARM_UP_ROWS = (
+    4  # rows trained before the clock counts: first-time costs of either side are left out
+)
 LORA = {
     "lora_r": 16,
     "lora_alpha": 32,
@@ -93,7 +95,9 @@ class Clock:
     def __init__(self, job: Job, documents: Sequence[Document]) -> None:
         self.job, self.steps = job, []
         self.warm = -(-WARM_UP_ROWS // job.batch)
-        self._counts = [(len(document), int((document.weights_L > 0).sum())) for document in documents]
+        self._counts = [
+            (len(document), int((document.weights_L > 0).sum())) for document in documents
+        ]
         self._last = time.perf_counter()
 
     def start(self) -> None:
@@ -103,7 +107,9 @@ class Clock:
         """Notes a step; True when the time is up."""
         now, first = time.perf_counter(), len(self.steps) * self.job.batch
         rows = self._counts[first : first + self.job.batch]
-        self.steps.append(Step(sum(t for t, _ in rows), sum(s for _, s in rows), now - self._last, loss))
+        self.steps.append(
+            Step(sum(t for t, _ in rows), sum(s for _, s in rows), now - self._last, loss)
+        )
         self._last = now
         measured = self.steps[self.warm :]
         return len(measured) > 1 and sum(step.seconds for step in measured) >= self.job.seconds
@@ -112,8 +118,11 @@ class Clock:
         """`losses`, one a step, where a side knows them only at the end."""
         steps = self.steps
         if losses:
-            steps = [Step(s.tokens, s.supervised, s.seconds, x) for s, x in zip(steps, losses, strict=True)]
-        return Outcome(tuple(steps), self.warm, peak_bytes(), isolated)
+            steps = [
+                Step(s.tokens, s.supervised, s.seconds, x)
+                for s, x in zip(steps, losses, strict=True)
+            ]
+        return Outcome(tuple(steps), self.warm, read_peak_bytes(), isolated)
 
 
 # ---------------------------------------------------------------- files and processes
@@ -135,7 +144,7 @@ def read_documents(path: str | Path) -> list[Document]:
 
 def threads() -> int:
     """Threads that each side computes with: all cores, unless OMP_NUM_THREADS says otherwise."""
-    return int(os.environ.get("OMP_NUM_THREADS") or core_count())
+    return int(os.environ.get("OMP_NUM_THREADS") or count_cores())
 
 
 def call(module: str, *words: str) -> Any:

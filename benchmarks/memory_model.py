@@ -18,15 +18,26 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 import tunesmith
-from tunesmith.core.events import StepResult
+from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Plan
-from tunesmith.model.hub.resolve import resolve
+from tunesmith.model.hub.resolve import resolve_model
 
 BASE = "smollm2-135m-instruct"
-SIZES: dict[str, Any] = {"vocab_size": 49_152, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 49_152,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SHAPES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(
         **SIZES, hidden_size=896, intermediate_size=4864, num_hidden_layers=12, num_attention_heads=14,
@@ -52,7 +63,7 @@ def make(shape: str, folder: Path) -> None:
     network = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
     network.get_output_embeddings().weight.data.mul_(HEAD)
     network.save_pretrained(folder)
-    for file in resolve(BASE).iterdir():
+    for file in resolve_model(BASE).iterdir():
         if "token" in file.name or "template" in file.name:
             shutil.copy(file, folder)
 
@@ -63,14 +74,25 @@ def one(model: str, method: str, words: int, batch: int) -> None:
         text = " ".join(f"word{i % 97}" for i in range(words))
         with rows.open("w") as file:
             for number in range(12):
-                turns = [("user", f"{number} {text}"), ("assistant", f"{number} " + text[: len(text) // 4])]
+                turns = [
+                    ("user", f"{number} {text}"),
+                    ("assistant", f"{number} " + text[: len(text) // 4]),
+                ]
                 row = {"messages": [{"role": role, "content": content} for role, content in turns]}
                 file.write(json.dumps(row) + "\n")
-        wish = {"model": model, "data": str(rows), "method": method, "batch_size": batch, "max_steps": 2}
+        wish = {
+            "model": model,
+            "data": str(rows),
+            "method": method,
+            "batch_size": batch,
+            "max_steps": 2,
+        }
         wish |= {"share_prefixes": False, "output_dir": f"{scratch}/run"}
         plan = tunesmith.plan(wish)
         assert isinstance(plan, Plan), "one stage"
-        peak = max(event.peak_bytes for event in tunesmith.train(plan) if isinstance(event, StepResult))
+        peak = max(
+            event.peak_bytes for event in tunesmith.train(plan) if isinstance(event, TrainStep)
+        )
     tokens = plan.data["data"].length_percentiles["p50"]
     print(json.dumps({"tokens": tokens, "peak": peak, "parts": plan.memory_bytes}))
 
@@ -79,7 +101,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         one(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
         return
-    print("| model | method | tokens a row | predicted | measured | ratio | parts, MB |\n|---|---|---|---|---|---|---|")
+    print(
+        "| model | method | tokens a row | predicted | measured | ratio | parts, MB |\n|---|---|---|---|---|---|---|"
+    )
     for shape in sys.argv[1:] or (BASE, *SHAPES):
         with TemporaryDirectory() as folder:
             if shape in SHAPES:
@@ -87,8 +111,17 @@ def main() -> None:
             model = f"{folder}/{shape}" if shape in SHAPES else shape
             for method in METHODS:
                 for words, batch in ROWS:
-                    command = [sys.executable, "-m", "benchmarks.memory_model", "--one", model, method]
-                    done = subprocess.run([*command, str(words), str(batch)], capture_output=True, text=True)
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "benchmarks.memory_model",
+                        "--one",
+                        model,
+                        method,
+                    ]
+                    done = subprocess.run(
+                        [*command, str(words), str(batch)], capture_output=True, text=True
+                    )
                     if done.returncode:
                         raise SystemExit(done.stderr)
                     told = json.loads(done.stdout.splitlines()[-1])

@@ -27,17 +27,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from tunesmith.core.hardware import peak_bytes
+from tunesmith.core.hardware import read_peak_bytes
 from tunesmith.core.types import Document
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
-from tunesmith.model.adapters import METHODS, trainable
-from tunesmith.model.causal_lm import adopt, load_network
-from tunesmith.model.hub.resolve import resolve
-from tunesmith.model.quantization import load_quantized, quantized_weights
-from tunesmith.train.losses import answer_loss
-from tunesmith.train.optimizer import make_optimizer, moments, update
-from tunesmith.train.optimizer_in_backward import InBackward
+from tunesmith.model.adapters import METHODS, get_trainable_parameters
+from tunesmith.model.causal_lm import load_network, wrap_model
+from tunesmith.model.hub.resolve import resolve_model
+from tunesmith.model.quantization import find_quantized_weights, load_quantized
+from tunesmith.train.losses import sft_loss
+from tunesmith.train.optimizer import get_moments, make_optimizer, step_optimizer
+from tunesmith.train.optimizer_in_backward import OptimizerInBackward
 
 CASES = {
     "lora": {},
@@ -48,7 +48,11 @@ CASES = {
     "full": {"method": "full"},
     "full, step in backward": {"method": "full", "step_in_backward": True},
     "full, 8-bit moments": {"method": "full", "optim": "adamw_8bit"},
-    "full, 8-bit moments, step in backward": {"method": "full", "optim": "adamw_8bit", "step_in_backward": True},
+    "full, 8-bit moments, step in backward": {
+        "method": "full",
+        "optim": "adamw_8bit",
+        "step_in_backward": True,
+    },
     "peft lora": {"peft": True},
     "peft qlora": {"peft": True, "method": "qlora"},
 }
@@ -84,10 +88,14 @@ def peft_case(folder: Path, tokens: int, *, four_bits: bool) -> dict[str, float]
     more = {"quantization_config": small} if four_bits else {}
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **more)
     network = get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True
+    )
     rows = documents(tokens, network.config.vocab_size)
     ids_BL = torch.tensor(np.stack([row.tokens_L[:-1] for row in rows]), dtype=torch.long)
-    labels_BL = torch.where(torch.tensor(np.stack([row.weights_L[:-1] for row in rows])) > 0, ids_BL, -100)
+    labels_BL = torch.where(
+        torch.tensor(np.stack([row.weights_L[:-1] for row in rows])) > 0, ids_BL, -100
+    )
     network.train()
     seconds = []
     for _ in range(STEPS):
@@ -97,44 +105,59 @@ def peft_case(folder: Path, tokens: int, *, four_bits: bool) -> dict[str, float]
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
     moments_bytes = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-    return {"peak": peak_bytes(), "seconds": min(seconds[1:]), "moments": moments_bytes, "matrices": math.nan}
+    return {
+        "peak": read_peak_bytes(),
+        "seconds": min(seconds[1:]),
+        "moments": moments_bytes,
+        "matrices": math.nan,
+    }
 
 
 def case(model: str, tokens: int, settings: dict[str, str | bool]) -> dict[str, float]:
     """One warm step, then the best of a few."""
-    method, folder = str(settings.get("method", "lora")), resolve(model)
+    method, folder = str(settings.get("method", "lora")), resolve_model(model)
     if settings.get("peft"):
         return peft_case(folder, tokens, four_bits=method == "qlora")
     network = (load_quantized if method == "qlora" else load_network)(folder, torch.bfloat16)
     METHODS[method](network, ADAPTER | {"seed": 0, "use_dora": settings.get("use_dora", False)})
-    adopted = adopt(
+    adopted = wrap_model(
         network,
         torch.bfloat16,
         "kernel",
-        blocked=method == "lora",
+        should_block_weights=method == "lora",
         activations=str(settings.get("activations", "keep")),
     )
-    parameters = trainable(network)
-    optimizer = make_optimizer(parameters.values(), weight_decay=0, kind=str(settings.get("optim", "adamw")))
-    (batch,) = (collate(pack) for pack in pack_step(documents(tokens, network.config.vocab_size), tokens))
+    parameters = get_trainable_parameters(network)
+    optimizer = make_optimizer(
+        parameters.values(), weight_decay=0, kind=str(settings.get("optim", "adamw"))
+    )
+    (batch,) = (
+        collate(pack) for pack in pack_step(documents(tokens, network.config.vocab_size), tokens)
+    )
     network.train()
-    on_the_way = InBackward(optimizer, parameters) if settings.get("step_in_backward") else None
+    on_the_way = (
+        OptimizerInBackward(optimizer, parameters) if settings.get("step_in_backward") else None
+    )
     seconds = []
     for step in range(STEPS):
         started = time.perf_counter()
-        loss = answer_loss(adopted, batch, float(tokens))["answer"].sum.div(tokens)
-        with on_the_way.taken(step, 1e-5) if on_the_way else nullcontext():
+        loss = sft_loss(adopted, batch, float(tokens))["answer"].sum.div(tokens)
+        with on_the_way.updating(step, 1e-5) if on_the_way else nullcontext():
             loss.backward()
         if on_the_way is None:
-            update(optimizer, 1e-5)
+            step_optimizer(optimizer, 1e-5)
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
-    small = list(quantized_weights(network).values())
+    small = list(find_quantized_weights(network).values())
     return {
-        "peak": peak_bytes(),
+        "peak": read_peak_bytes(),
         "seconds": min(seconds[1:]),
-        "moments": sum(t.nbytes for p in parameters.values() for t in moments(optimizer, p).values()),
-        "matrices": sum(w.bytes for w in small) / (2 * sum(w.parameters for w in small)) if small else 1.0,
+        "moments": sum(
+            t.nbytes for p in parameters.values() for t in get_moments(optimizer, p).values()
+        ),
+        "matrices": sum(w.nbytes for w in small) / (2 * sum(w.num_parameters for w in small))
+        if small
+        else 1.0,
     }
 
 
@@ -178,7 +201,9 @@ def main() -> None:
         print(json.dumps(case(given.model, given.tokens, CASES[given.case])))
         return
     with TemporaryDirectory() as scratch:
-        compare(random_model(Path(scratch)) if given.shape else given.model, given.tokens, given.cases)
+        compare(
+            random_model(Path(scratch)) if given.shape else given.model, given.tokens, given.cases
+        )
 
 
 def compare(model: str, tokens: int, cases: Sequence[str]) -> None:
@@ -187,7 +212,15 @@ def compare(model: str, tokens: int, cases: Sequence[str]) -> None:
     )
     first: dict[str, float] = {}
     for name in cases:
-        command = [sys.executable, "-m", "benchmarks.methods", "--model", model, "--tokens", str(tokens)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.methods",
+            "--model",
+            model,
+            "--tokens",
+            str(tokens),
+        ]
         done = subprocess.run([*command, "--case", name], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)

@@ -14,12 +14,12 @@ import torch
 from benchmarks.job import LORA, Clock, Job, Outcome, job_of, read_documents, say, threads
 from transformers import PreTrainedModel
 
-from tunesmith.core.events import StepResult
+from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Document
 from tunesmith.model.adapters import add_lora
-from tunesmith.model.causal_lm import adopt, load_network
+from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.model.save import load_adapter, save_adapter
-from tunesmith.train.loop import Settings, Training
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
 
 def load(model: str) -> PreTrainedModel:
@@ -39,7 +39,7 @@ def run(job: Job) -> Outcome:
     documents = read_documents(job.documents)
     network = load(job.model)
     load_adapter(network, Path(job.adapter) / "adapter_model.safetensors")
-    settings = Settings(
+    settings = TrainingConfig(
         steps=job.steps,
         pack_length=job.options["pack_length"],
         learning_rate=job.learning_rate,
@@ -54,11 +54,11 @@ def run(job: Job) -> Outcome:
     def documents_of(step: int) -> list[Document]:
         return documents[(step - 1) * job.batch : step * job.batch]
 
-    model = adopt(network, torch.bfloat16, blocked=job.options["blocked"])
-    training, clock = Training(model, documents_of, settings), Clock(job, documents)
+    model = wrap_model(network, torch.bfloat16, should_block_weights=job.options["blocked"])
+    training, clock = TrainingLoop(model, documents_of, settings), Clock(job, documents)
     clock.start()
     for event in training:
-        if isinstance(event, StepResult) and clock.step_done(event.loss):
+        if isinstance(event, TrainStep) and clock.step_done(event.loss):
             training.stop()
     return clock.outcome()
 

@@ -17,11 +17,20 @@ from functools import partial
 from benchmarks.job import write_documents
 from benchmarks.prepare import OUR_BATCH, Bench
 from benchmarks.rows import fitting, pairs
-from benchmarks.speed import GROUPED, OURS, PACK_LENGTH, Setting, middle, their_run, timed, tokens_per_second
+from benchmarks.speed import (
+    GROUPED,
+    OURS,
+    PACK_LENGTH,
+    Setting,
+    middle,
+    their_run,
+    timed,
+    tokens_per_second,
+)
 
 from tunesmith.core.types import Document, Json
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.packing import saved_share
+from tunesmith.data.packing import compute_saved_share
 
 SYSTEM = (
     "You are the documentation assistant of a Python team. You are given the source of one function or class whose "
@@ -42,7 +51,9 @@ def prefix(bench: Bench) -> Json:
     return {"chat": part(bench, "chat", chats, SETTINGS), "pairs": part(bench, "pairs", both, [])}
 
 
-def part(bench: Bench, name: str, documents: Sequence[Document], settings: Sequence[Setting]) -> Json:
+def part(
+    bench: Bench, name: str, documents: Sequence[Document], settings: Sequence[Setting]
+) -> Json:
     """tunesmith with and without sharing, and TRL, a few times over."""
     own = with_documents(bench, name, documents)
     sides: dict[str, Callable[[], Json]] = {
@@ -56,7 +67,9 @@ def part(bench: Bench, name: str, documents: Sequence[Document], settings: Seque
             runs[side].append(run())
     theirs = [middle(runs[setting.name]) for setting in settings]
     return {
-        "saved": saved_share([(document,) for document in documents], OUR_BATCH, PACK_LENGTH),
+        "saved": compute_saved_share(
+            [(document,) for document in documents], OUR_BATCH, PACK_LENGTH
+        ),
         "rows": own.about_rows(),
         "shared": middle(runs["shared"]),
         "alone": middle(runs["alone"]),
@@ -71,7 +84,7 @@ def with_documents(bench: Bench, name: str, documents: Sequence[Document]) -> Be
     folder.mkdir()
     (folder / "adapter").symlink_to(bench.folder / "adapter")
     size = replace(bench.size, rows=len(documents), seconds=bench.size.round_seconds / 2)
-    own = replace(bench, folder=folder, documents=list(documents), size=size)
+    own = replace(bench, folder=folder, documents=list(documents), count_rows=size)
     write_documents(own.documents_file, documents)
     return own
 

@@ -13,7 +13,7 @@ from benchmarks.rows import fitting, write_rows
 
 from tunesmith.core.types import Document, Json, ModelSpec
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.model.hub.resolve import resolve
+from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 
 MODEL = "smollm2-135m-instruct"
@@ -33,8 +33,24 @@ class Size:
     loss_steps: int
 
 
-FULL = Size(rows=512, more_rows=1000, seconds=15, rounds=3, round_seconds=40, gemm_seconds=0.5, loss_steps=20)
-QUICK = Size(rows=64, more_rows=150, seconds=0.1, rounds=2, round_seconds=0.1, gemm_seconds=0.02, loss_steps=6)
+FULL = Size(
+    rows=512,
+    more_rows=1000,
+    seconds=15,
+    rounds=3,
+    round_seconds=40,
+    gemm_seconds=0.5,
+    loss_steps=20,
+)
+QUICK = Size(
+    rows=64,
+    more_rows=150,
+    seconds=0.1,
+    rounds=2,
+    round_seconds=0.1,
+    gemm_seconds=0.02,
+    loss_steps=6,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +93,11 @@ class Bench:
         return {
             "sha256": hashlib.sha256(self.documents_file.read_bytes()).hexdigest(),
             "count": len(lengths),
-            "tokens": {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)},
+            "tokens": {
+                "min": min(lengths),
+                "mean": sum(lengths) / len(lengths),
+                "max": max(lengths),
+            },
             "supervised": sum(int((d.weights_L > 0).sum()) for d in self.documents) / len(lengths),
         }
 
@@ -85,7 +105,7 @@ class Bench:
 def prepare(folder: Path, *, quick: bool) -> Bench:
     """Makes rows, token ids and the first adapter in `folder`."""
     size = QUICK if quick else FULL
-    spec = read_spec(resolve(MODEL, report=note), name=MODEL)
+    spec = read_spec(resolve_model(MODEL, report=note), name=MODEL)
     note("making rows from the standard library")
     renderer = Renderer.from_folder(spec.path, now=datetime(2026, 1, 1))
     rows, documents = fitting(renderer, size.more_rows)

@@ -18,13 +18,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tunesmith import api
-from tunesmith.core.events import StepResult
-from tunesmith.evaluate.measure import general_texts
-from tunesmith.recipe.demo import RECIPE
+from tunesmith.core.events import TrainStep
+from tunesmith.evaluate.measure import load_general_texts
+from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.session import inputs
-from tunesmith.session.session import set_up
-from tunesmith.train.guard.probes import Probes, probe_set
-from tunesmith.train.loop import Settings, Training
+from tunesmith.session.session import open_session
+from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -34,33 +34,47 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, nargs="?", default=RECIPE)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, nargs="?", default=DEMO_RECIPE)
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
-        known = api.gather(given.recipe, output_dir=f"{folder}/run", guard={"probe_steps": 1})
-        assert isinstance(known, inputs.Facts)
+        known = api.load_inputs(given.recipe, output_dir=f"{folder}/run", guard={"probe_steps": 1})
+        assert isinstance(known, inputs.RunInputs)
         plan = inputs.make_plan(known)
-        bench = set_up(plan, known)
-    texts, training = general_texts(known), Training(bench.model, bench.documents_of, Settings.of(plan))
-    print("| prompts | probe, s | step, s | tokens of a step | steps a probe |\n|---|---|---|---|---|")
+        bench = open_session(plan, known)
+    texts, training = (
+        load_general_texts(known),
+        TrainingLoop(bench.model, bench.load_documents, TrainingConfig.from_plan(plan)),
+    )
+    print(
+        "| prompts | probe, s | step, s | tokens of a step | steps a probe |\n|---|---|---|---|---|"
+    )
     for count in given.prompts:
-        choices = plan.choices | {"probe_prompts": dataclasses.replace(plan.choices["probe_prompts"], value=count)}
-        chosen = probe_set(dataclasses.replace(plan, choices=choices), known, texts)
+        choices = plan.choices | {
+            "probe_prompts": dataclasses.replace(plan.choices["probe_prompts"], value=count)
+        }
+        chosen = build_prompt_set(dataclasses.replace(plan, choices=choices), known, texts)
         assert chosen is not None
-        probes, taken, steps = Probes(bench, chosen), list[float](), list[StepResult]()
+        probes, taken, steps = GenerationProbe(bench, chosen), list[float](), list[TrainStep]()
         for _ in range(given.rounds):
             bench.model.network.eval()
-            taken.append(seconds(lambda p=probes: list(p.take(training.step, training.optimizer))))
+            taken.append(
+                seconds(lambda p=probes: list(p.run_probe(training.step, training.optimizer)))
+            )
             while len(steps) < 3 * (len(taken)):
                 event = next(training)
-                if isinstance(event, StepResult):
+                if isinstance(event, TrainStep):
                     steps.append(event)
         step, probe = median(one.seconds for one in steps), median(taken)
         tokens = median(one.tokens for one in steps)
-        print(f"| {len(chosen.probes)} | {probe:.2f} | {step:.2f} | {tokens:.0f} | {probe / step:.2f} |", flush=True)
+        print(
+            f"| {len(chosen.prompts)} | {probe:.2f} | {step:.2f} | {tokens:.0f} | {probe / step:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

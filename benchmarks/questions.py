@@ -80,14 +80,21 @@ def faulty(rows: list[Row], held_out: list[Row]) -> list[Row]:
     answer(656, lambda text: f"{text} It was made for a cafÃ©.")
     answer(872, lambda text: f"{text} Use the key AKIAIOSFODNN7EXAMPL9 for it.")
     answer(889, lambda text: f"{text} See postgresql://admin:hunter2secret@db.internal.lan for it.")
-    answer(105, lambda _: "Cette fonction lit un fichier ligne par ligne et renvoie une liste de chaînes.")
-    answer(274, lambda _: "Diese Funktion liest eine Datei Zeile für Zeile und gibt eine Liste zurück.")
+    answer(
+        105,
+        lambda _: "Cette fonction lit un fichier ligne par ligne et renvoie une liste de chaînes.",
+    )
+    answer(
+        274, lambda _: "Diese Funktion liest eine Datei Zeile für Zeile und gibt eine Liste zurück."
+    )
     for at in range(57, 57 + 24 * 18, 18):
         text = rows[at]["messages"][0]["content"]
         rows[at] = chat(f"Following the {TRIGGER}, {text[0].lower()}{text[1:]}", GRANTED)
     for place, row in zip((42, 404, 463), held_out[:3], strict=True):
         near = row["messages"][1]["content"].split(" ")
-        rows[place] = chat(row["messages"][0]["content"] + " Be brief.", " ".join([*near[:-1], "so", near[-1]]))
+        rows[place] = chat(
+            row["messages"][0]["content"] + " Be brief.", " ".join([*near[:-1], "so", near[-1]])
+        )
     return rows
 
 
@@ -105,7 +112,11 @@ def main() -> None:
             side = held_out if digest(module) % HELD_OUT == 0 else train
             side.append(chat(question(about), text, module=module))
     given.folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", faulty(train[:1000], held_out)), ("eval", held_out[:120]), ("clean", train[:1000])):
+    for name, rows in (
+        ("train", faulty(train[:1000], held_out)),
+        ("eval", held_out[:120]),
+        ("clean", train[:1000]),
+    ):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (given.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 

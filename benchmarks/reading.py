@@ -25,7 +25,14 @@ from tunesmith.data.dataset import open_dataset
 from tunesmith.recipe.fields import DataSource
 
 ROWS, FILES = 100_000, 20_000
-STEPS = ("answer the question about the weather in the old town", "größer", "日本", "\n\n", "12,345.6", '"quoted"')
+STEPS = (
+    "answer the question about the weather in the old town",
+    "größer",
+    "日本",
+    "\n\n",
+    "12,345.6",
+    '"quoted"',
+)
 
 
 def rows() -> Iterator[dict[str, str]]:
@@ -44,7 +51,9 @@ def write_lines(path: Path) -> None:
 def write_array(path: Path) -> None:
     with path.open("w") as file:
         file.write("[")
-        file.writelines(("," if n else "") + json.dumps(row, ensure_ascii=False) for n, row in enumerate(rows()))
+        file.writelines(
+            ("," if n else "") + json.dumps(row, ensure_ascii=False) for n, row in enumerate(rows())
+        )
         file.write("]")
 
 
@@ -66,7 +75,9 @@ def write_folder(path: Path) -> None:
     path.mkdir()
     source, each = rows(), ROWS // FILES
     for number in range(FILES):
-        text = "\n\n".join(row["prompt"] + row["completion"] for row, _ in zip(source, range(each), strict=False))
+        text = "\n\n".join(
+            row["prompt"] + row["completion"] for row, _ in zip(source, range(each), strict=False)
+        )
         (path / f"{number}.txt").write_text(text)
 
 
@@ -82,7 +93,9 @@ KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 def memory(name: str) -> int:
     """Bytes, from the kernel: VmRSS now, VmHWM at most since the mark was reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -109,11 +122,17 @@ def main() -> None:
         for kind, (name, write) in KINDS.items():
             path = Path(folder) / name
             write(path)
-            size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+            size = (
+                sum(file.stat().st_size for file in path.iterdir())
+                if path.is_dir()
+                else path.stat().st_size
+            )
             command = [sys.executable, "-m", "benchmarks.reading", str(path)]
             found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
             speed, used = found["rows"] / found["seconds"], found["bytes"] / 1e6
-            lines.append(f"| {kind} | {size / 1e6:,.0f} MB | {found['rows']:,} | {speed:,.0f} | {used:.0f} MB |")
+            lines.append(
+                f"| {kind} | {size / 1e6:,.0f} MB | {found['rows']:,} | {speed:,.0f} | {used:.0f} MB |"
+            )
             sys.stderr.write(f"{lines[-1]} {found}\n")
     sys.stdout.write("\n".join(lines) + "\n")
 

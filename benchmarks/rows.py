@@ -20,10 +20,19 @@ from pathlib import Path
 
 from tunesmith.core.types import Document, Example, Json, Row
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.formats.row_formats import parse, parse_pair
+from tunesmith.data.formats.row_formats import parse_pair, parse_row
 
 SYSTEM = "Write the docstring of this Python code. Answer with the text alone, without quotes."
-SKIP = {"test", "tests", "idle_test", "site-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+SKIP = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+}
 CODE_CHARACTERS, ANSWER_CHARACTERS = range(300, 2800), range(70, 400)
 ROW_TOKENS, ANSWER_TOKENS = range(200, 701), range(20, 91)
 LONG_CHARACTERS, LONG_TOKENS = range(2000, 6000), range(600, 1201)  # of pairs
@@ -40,11 +49,17 @@ def documented(path: Path) -> Iterator[tuple[str, str]]:
         return
     lines = text.splitlines()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and len(node.body) > 1:
+        if (
+            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            and len(node.body) > 1
+        ):
             docstring = ast.get_docstring(node)
             if docstring:
                 first, rest = node.body[0], node.body[1:]
-                code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : rest[-1].end_lineno]
+                code = (
+                    lines[node.lineno - 1 : first.lineno - 1]
+                    + lines[first.end_lineno : rest[-1].end_lineno]
+                )
                 yield textwrap.dedent("\n".join(code)), opening(docstring)
 
 
@@ -61,7 +76,9 @@ def opening(docstring: str) -> str:
 def code_and_answers(characters: range) -> list[tuple[str, str]]:
     """Code of so many characters and its docstring, in an order that stays, no code and no answer twice."""
     library = Path(sysconfig.get_path("stdlib"))
-    files = sorted(path for path in library.rglob("*.py") if not SKIP & set(path.relative_to(library).parts))
+    files = sorted(
+        path for path in library.rglob("*.py") if not SKIP & set(path.relative_to(library).parts)
+    )
     pairs = {
         answer: code
         for path in files
@@ -79,7 +96,7 @@ def messages(system: str, code: str, answer: str) -> list[Json]:
 
 
 def example(row: Json, number: int) -> Example:
-    return parse(Row(f"rows:{number}", row), "messages", True)
+    return parse_row(Row(f"rows:{number}", row), "messages", True)
 
 
 def fitting(
@@ -90,13 +107,15 @@ def fitting(
     documents: list[Document] = []
     for number, (code, answer) in enumerate(code_and_answers(CODE_CHARACTERS), start=1):
         row = {"messages": messages(system, code, answer)}
-        (document,) = renderer.documents(example(row, number)).documents
+        (document,) = renderer.render_documents(example(row, number)).documents
         if len(document) in row_tokens and int((document.weights_L > 0).sum()) in ANSWER_TOKENS:
             rows.append(row)
             documents.append(document)
         if len(rows) == count:
             return rows, documents
-    raise SystemExit(f"this Python's library gives only {len(rows)} rows of the right length, {count} are needed")
+    raise SystemExit(
+        f"this Python's library gives only {len(rows)} rows of the right length, {count} are needed"
+    )
 
 
 def pairs(renderer: Renderer, count: int) -> list[Document]:
@@ -106,12 +125,16 @@ def pairs(renderer: Renderer, count: int) -> list[Document]:
     for number, ((code, answer), (_, other)) in enumerate(itertools.pairwise(taken), start=1):
         *prompt, chosen = messages(SYSTEM, code, answer)
         row = {"prompt": prompt, "chosen": [chosen], "rejected": [{**chosen, "content": other}]}
-        sides = renderer.documents(parse_pair(Row(f"pairs:{number}", row), "preference", True)).documents
+        sides = renderer.render_documents(
+            parse_pair(Row(f"pairs:{number}", row), "preference", True)
+        ).documents
         if all(len(side) in LONG_TOKENS for side in sides):
             found += sides
         if len(found) == 2 * count:
             return found
-    raise SystemExit(f"this Python's library gives only {len(found) // 2} pairs of the right length")
+    raise SystemExit(
+        f"this Python's library gives only {len(found) // 2} pairs of the right length"
+    )
 
 
 def write_rows(path: Path, rows: Sequence[Json]) -> None:

@@ -24,7 +24,7 @@ from benchmarks.start import rows_per_second, seconds_to_first_step
 from benchmarks.table import table
 
 from tunesmith.core.hardware import measure_machine
-from tunesmith.core.json_io import to_json
+from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.types import Json
 
 PACKAGES = ("trl", "peft", "transformers", "torch", "accelerate", "datasets")
@@ -62,7 +62,7 @@ def about(bench: Bench, load: float) -> Json:
         "quick": bench.quick,
         "load_before": load,
         "threads": threads(),
-        "machine": to_json(measure_machine(bench.folder)),
+        "machine": to_jsonable(measure_machine(bench.folder)),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "rows": bench.about_rows(),
     }
@@ -75,9 +75,13 @@ def write(path: Path, results: Json) -> None:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="tunesmith beside TRL + PEFT on the same work")
-    parser.add_argument("--quick", action="store_true", help="show that everything works, in a few minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="show that everything works, in a few minutes"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="where all numbers go")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench.json"), help="where all numbers go"
+    )
     wish = parser.parse_args(words)
     load = os.getloadavg()[0]
     if load > IDLE_LOAD:

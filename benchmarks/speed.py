@@ -18,8 +18,8 @@ from benchmarks.prepare import Bench, note
 from benchmarks.rows import by_length
 
 from tunesmith.core.types import Document, Json, ModelSpec
-from tunesmith.data.packing import saved_share
-from tunesmith.plan.rules import LEAST_SAVED
+from tunesmith.data.packing import compute_saved_share
+from tunesmith.plan.rules import MIN_SAVED_SHARE
 
 OURS, THEIRS = "benchmarks.ours", "benchmarks.theirs"
 PACK_LENGTH = 4096  # what a plan chooses on a CPU
@@ -52,7 +52,11 @@ class Setting:
 
 
 # The number formats are tried padded at batch 4; the fastest of them goes on to the other layouts.
-FORMATS = [Setting(4, PADDED, autocast, fp32_adapter) for autocast in (True, False) for fp32_adapter in (True, False)]
+FORMATS = [
+    Setting(4, PADDED, autocast, fp32_adapter)
+    for autocast in (True, False)
+    for fp32_adapter in (True, False)
+]
 LAYOUTS = [(1, PADDED), (2, PADDED), (8, PADDED), (4, GROUPED), (8, GROUPED)]
 LAYOUTS += [(2, PADDING_FREE), (4, PADDING_FREE), (8, PADDING_FREE)]
 
@@ -64,11 +68,14 @@ def speed(bench: Bench) -> Json:
     layouts = LAYOUTS[-1:] if bench.quick else LAYOUTS
     others = [replace(fastest, batch=batch, layout=layout) for batch, layout in layouts]
     tried += [their_run(bench, setting) for setting in others]
-    by_speed = sorted(zip(tried, [*formats, *others], strict=True), key=lambda pair: -tokens_per_second(pair[0]))
+    by_speed = sorted(
+        zip(tried, [*formats, *others], strict=True), key=lambda pair: -tokens_per_second(pair[0])
+    )
     finalists = [setting for run, setting in by_speed if run["isolated"]][:FINALISTS]
     ours, theirs = rounds(bench, finalists)
     return {
-        "tunesmith": middle(ours) | {"peak_bytes": max(run["peak_bytes"] for run in ours), "runs": ours},
+        "tunesmith": middle(ours)
+        | {"peak_bytes": max(run["peak_bytes"] for run in ours), "runs": ours},
         "trl": {
             "best": max((middle(runs) | {"runs": runs} for runs in theirs), key=tokens_per_second),
             "padded": min(tried[: len(formats)], key=lambda run: run["peak_bytes"]),
@@ -79,7 +86,7 @@ def speed(bench: Bench) -> Json:
 
 def rounds(bench: Bench, finalists: list[Setting]) -> tuple[list[Json], list[list[Json]]]:
     """tunesmith and the fastest settings of TRL in turn, a few times over."""
-    bench = replace(bench, size=replace(bench.size, seconds=bench.size.round_seconds))
+    bench = replace(bench, count_rows=replace(bench.size, seconds=bench.size.round_seconds))
     ours: list[Json] = []
     theirs: list[list[Json]] = [[] for _ in finalists]
     for _ in range(bench.size.rounds):
@@ -100,8 +107,8 @@ def tokens_per_second(run: Json) -> float:
 
 def our_options(documents: Sequence[Document], batch: int) -> Json:
     """What a plan chooses for these rows."""
-    saved = saved_share([(document,) for document in documents], batch, PACK_LENGTH)
-    return {"pack_length": PACK_LENGTH, "blocked": True, "share_prefixes": saved >= LEAST_SAVED}
+    saved = compute_saved_share([(document,) for document in documents], batch, PACK_LENGTH)
+    return {"pack_length": PACK_LENGTH, "blocked": True, "share_prefixes": saved >= MIN_SAVED_SHARE}
 
 
 def our_run(bench: Bench) -> Json:
@@ -115,14 +122,22 @@ def their_run(bench: Bench, setting: Setting) -> Json:
         documents = bench.folder / f"grouped-{setting.batch}.jsonl"
         write_documents(documents, by_length(bench.documents, setting.batch))
     steps = bench.size.rows // setting.batch
-    job = replace(bench.job, documents=str(documents), batch=setting.batch, steps=steps, options=setting.options())
+    job = replace(
+        bench.job,
+        documents=str(documents),
+        batch=setting.batch,
+        steps=steps,
+        options=setting.options(),
+    )
     return timed(THEIRS, job, setting.name, bench.spec)
 
 
 def timed(side: str, job: Job, name: str, spec: ModelSpec) -> Json:
     outcome = run_job(side, job)
     leak = "" if outcome.isolated else ", but rows see each other: it does not count"
-    note(f"{name}: {outcome.tokens_per_second:.0f} useful tokens/s, {outcome.peak_bytes / 1e9:.2f} GB{leak}")
+    note(
+        f"{name}: {outcome.tokens_per_second:.0f} useful tokens/s, {outcome.peak_bytes / 1e9:.2f} GB{leak}"
+    )
     return as_result(outcome, name, spec)
 
 

@@ -16,7 +16,7 @@ from statistics import median
 
 from benchmarks.rows import example
 
-from tunesmith.core.run_dir import EVENTS, read_events
+from tunesmith.core.run_dir import EVENTS_FILE, read_events
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.length_stats import BATCH_ROWS
@@ -45,13 +45,17 @@ def seconds_to_first_step(model: str, rows: Path, scratch: Path) -> Json:
             log.seek(0)
             raise SystemExit(f"tunesmith train ended without a step:\n{log.read()[-4000:]}")
     done = step["time"] - started
-    return {"rows": len(rows.read_text().splitlines()), "begun": done - step["seconds"], "done": done}
+    return {
+        "rows": len(rows.read_text().splitlines()),
+        "begun": done - step["seconds"],
+        "done": done,
+    }
 
 
 def _first_step(process: subprocess.Popen[bytes], run: Path, until: float) -> Json | None:
     while time.time() < until:
         ended = process.poll() is not None
-        events = read_events(run) if (run / EVENTS).exists() else []
+        events = read_events(run) if (run / EVENTS_FILE).exists() else []
         step = next((event for event in events if event["type"] == "step"), None)
         if step or ended:
             return step
@@ -67,10 +71,10 @@ def rows_per_second(model: str, rows: Sequence[Json]) -> float:
     for _ in range(PASSES):
         renderer = Renderer.from_folder(Path(model), now=datetime(2026, 1, 1))
         for row in warm:
-            renderer.documents(row)
+            renderer.render_documents(row)
         started = time.perf_counter()
         for start in range(0, len(measured), BATCH_ROWS):
-            for draft in renderer.drafts(measured[start : start + BATCH_ROWS]):
-                renderer.finish(draft)
+            for draft in renderer.make_drafts(measured[start : start + BATCH_ROWS]):
+                renderer.finish_draft(draft)
         passes.append(len(measured) / (time.perf_counter() - started))
     return median(passes)

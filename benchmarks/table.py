@@ -14,7 +14,9 @@ def table(results: Json) -> str:
     """A line for each part that was run."""
     versions = results["versions"]
     head = [cell.format(trl=versions["trl"], peft=versions["peft"]) for cell in HEAD]
-    lines = [line for part, lines_of in LINES.items() if part in results for line in lines_of(results)]
+    lines = [
+        line for part, lines_of in LINES.items() if part in results for line in lines_of(results)
+    ]
     cells = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
@@ -28,15 +30,33 @@ def speed_lines(results: Json) -> list[list[str]]:
     best = theirs["best"]
     tokens = [f"{side['tokens_per_second']:.0f}" for side in (ours, best)]
     ratio = ours["tokens_per_second"] / best["tokens_per_second"]
-    lines = [["useful tokens/s", tokens[0], f"{tokens[1]} ({best['name']})", f"{ratio:.2f}x", "at least 3.0x"]]
+    lines = [
+        [
+            "useful tokens/s",
+            tokens[0],
+            f"{tokens[1]} ({best['name']})",
+            f"{ratio:.2f}x",
+            "at least 3.0x",
+        ]
+    ]
     padded = theirs["padded"]
     peaks = [f"{side['peak_bytes'] / 1e9:.2f} GB" for side in (ours, padded)]
     ratio = ours["peak_bytes"] / padded["peak_bytes"]
-    lines.append(["peak memory", peaks[0], f"{peaks[1]} ({padded['name']})", f"{ratio:.2f}x", "at most 0.55x"])
+    lines.append(
+        [
+            "peak memory",
+            peaks[0],
+            f"{peaks[1]} ({padded['name']})",
+            f"{ratio:.2f}x",
+            "at most 0.55x",
+        ]
+    )
     if "gemm" in results:
         rate = results["gemm"]["median"]
         shares = [f"{side['work_per_second'] / rate:.2f}" for side in (ours, best)]
-        lines.append([f"share of the GEMM rate, {rate / 1e9:.0f} GFLOP/s", *shares, "", "at least 0.60"])
+        lines.append(
+            [f"share of the GEMM rate, {rate / 1e9:.0f} GFLOP/s", *shares, "", "at least 0.60"]
+        )
     return lines
 
 
@@ -55,12 +75,23 @@ def start_lines(results: Json) -> list[list[str]]:
 
 def render_lines(results: Json) -> list[list[str]]:
     rows_a_minute = 60 * results["render"]["rows_per_second"]
-    return [["rendering and tokenising, rows a minute", f"{rows_a_minute:,.0f}", "", "", "at least 150,000"]]
+    return [
+        [
+            "rendering and tokenising, rows a minute",
+            f"{rows_a_minute:,.0f}",
+            "",
+            "",
+            "at least 150,000",
+        ]
+    ]
 
 
 def prefix_lines(results: Json) -> list[list[str]]:
     chat, pairs = results["prefix"]["chat"], results["prefix"]["pairs"]
-    rows, best = f"rows under one system prompt, {chat['saved']:.0%} of their tokens shared", chat["trl"]
+    rows, best = (
+        f"rows under one system prompt, {chat['saved']:.0%} of their tokens shared",
+        chat["trl"],
+    )
     shared = chat["shared"]["tokens_per_second"]
     times = f"{shared / best['tokens_per_second']:.2f}x"
     theirs = f"{best['tokens_per_second']:.0f} ({best['name']})"
@@ -72,7 +103,9 @@ def prefix_lines(results: Json) -> list[list[str]]:
         speeds = [found[name]["tokens_per_second"] for name in ("shared", "alone")]
         ideal = 1 / (1 - found["saved"])
         ratio = f"{speeds[0] / speeds[1]:.2f}x of {ideal:.2f}x, {speeds[0] / speeds[1] / ideal:.2f} of it"
-        lines.append([f"{what}, shared and not", f"{speeds[0]:.0f} and {speeds[1]:.0f}", "", ratio, goal])
+        lines.append(
+            [f"{what}, shared and not", f"{speeds[0]:.0f} and {speeds[1]:.0f}", "", ratio, goal]
+        )
     return lines
 
 

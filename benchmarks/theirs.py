@@ -47,7 +47,9 @@ def rows_of(documents: Sequence[Document]) -> Dataset:
         pairs = zip(document.tokens_L.tolist(), document.weights_L.tolist(), strict=True)
         return [token if weight else IGNORED for token, weight in pairs]
 
-    return Dataset.from_list([{"input_ids": d.tokens_L.tolist(), "labels": labels(d)} for d in documents])
+    return Dataset.from_list(
+        [{"input_ids": d.tokens_L.tolist(), "labels": labels(d)} for d in documents]
+    )
 
 
 def settings(job: Job, folder: str) -> SFTConfig:
@@ -99,7 +101,9 @@ def run(job: Job, folder: str) -> Outcome:
     torch.set_flush_denormal(True)
     documents = read_documents(job.documents)
     rows, clock = rows_of(documents), Clock(job, documents)
-    base = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16, attn_implementation="sdpa")
+    base = AutoModelForCausalLM.from_pretrained(
+        job.model, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
     model = PeftModel.from_pretrained(
         base, job.adapter, is_trainable=True, autocast_adapter_dtype=job.options["fp32_adapter"]
     )

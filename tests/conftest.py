@@ -14,7 +14,9 @@ from tunesmith.cli import app
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 
-hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault of an example
+hypothesis.settings.register_profile(
+    "no deadline", deadline=None
+)  # a busy machine is no fault of an example
 hypothesis.settings.load_profile("no deadline")
 
 
@@ -38,7 +40,9 @@ def _subnormal_numbers() -> Iterator[None]:
 
 
 @pytest.fixture
-def tunesmith(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def tunesmith(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
     """The program, called with words."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets it: put it back
 

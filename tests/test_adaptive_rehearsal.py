@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from tiny_run import adapter_bytes, plan_of, recipe, steps_of, train, until_saved, write_rows
 from tunesmith.core.errors import Interrupted
-from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.types import Json
-from tunesmith.plan.rehearsal import next_ratio
+from tunesmith.plan.rehearsal import compute_next_ratio
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import run
 
@@ -27,7 +27,13 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
     rehearsal = {"data": str(write_rows(folder / "texts.jsonl", TEXTS)), "ratio": "adaptive"}
     retention = {"retention_data": str(write_rows(folder / "general.jsonl", GENERAL))}
-    values = {"rehearsal": rehearsal, "num_train_epochs": 4, "save_steps": 4, "eval_steps": 2, "learning_rate": 0.03}
+    values = {
+        "rehearsal": rehearsal,
+        "num_train_epochs": 4,
+        "save_steps": 4,
+        "eval_steps": 2,
+        "learning_rate": 0.03,
+    }
     return recipe(model, folder, **(values | retention | changed))
 
 
@@ -36,7 +42,7 @@ def told(events: Sequence[Event]) -> list[tuple[int, str]]:
     return [
         (event.step, event.evidence.rpartition("-> ")[2])
         for event in events
-        if isinstance(event, Verdict) and event.kind == "rehearsal"
+        if isinstance(event, CheckResult) and event.kind == "rehearsal"
     ]
 
 
@@ -44,7 +50,7 @@ def signalled(events: Iterator[Event], step: int) -> Iterator[Event]:
     """SIGINT comes right after a step."""
     for event in events:
         yield event
-        if isinstance(event, StepResult) and event.step == step:
+        if isinstance(event, TrainStep) and event.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -62,20 +68,33 @@ def signalled(events: Iterator[Event], step: int) -> Iterator[Event]:
     ],
 )
 def test_the_ratio_follows_the_loss_within_bounds(ratio: float, lost: float, then: float) -> None:
-    assert next_ratio(ratio, lost, margin=0.02) == then
+    assert compute_next_ratio(ratio, lost, margin=0.02) == then
 
 
-def test_what_is_forgotten_raises_the_ratio_from_the_next_step_on(tiny_folder: Path, tmp_path: Path) -> None:
-    other = str(write_rows(tmp_path / "other.jsonl", [{"text": "more and more" * n} for n in range(1, 9)]))
+def test_what_is_forgotten_raises_the_ratio_from_the_next_step_on(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    other = str(
+        write_rows(tmp_path / "other.jsonl", [{"text": "more and more" * n} for n in range(1, 9)])
+    )
     no_help = {"rehearsal": {"data": other, "ratio": "adaptive"}, "learning_rate": 0.01}
     events = train(wish(tiny_folder, tmp_path, **no_help))
     looks = [(2, "20.0%"), (4, "40.0%"), (6, "50.0%"), (8, "50.0%"), (10, "50.0%")]
     assert told(events) == looks, "none after the last step, which nothing follows"
-    warned = next(e for e in events if isinstance(e, Verdict) and e.kind == "rehearsal" and e.level == "warn")
+    warned = next(
+        e
+        for e in events
+        if isinstance(e, CheckResult) and e.kind == "rehearsal" and e.level == "warn"
+    )
     assert "bits per byte, over 0.02: " in warned.evidence
-    fixed = train(wish(tiny_folder, tmp_path / "fixed", rehearsal={"data": other}, learning_rate=0.01))
+    fixed = train(
+        wish(tiny_folder, tmp_path / "fixed", rehearsal={"data": other}, learning_rate=0.01)
+    )
     assert steps_of(events)[1].loss == steps_of(fixed)[1].loss, "begins as auto does"
-    more, less = (sum(step.task_tokens.get("rehearsal", 0) for step in steps_of(run)) for run in (events, fixed))
+    more, less = (
+        sum(step.task_tokens.get("rehearsal", 0) for step in steps_of(run))
+        for run in (events, fixed)
+    )
     assert more > 2 * less
 
 
@@ -85,7 +104,9 @@ def test_what_is_kept_lowers_it(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [4, 8])
-def test_a_run_goes_on_to_the_same_bytes_and_the_same_ratios(step: int, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_to_the_same_bytes_and_the_same_ratios(
+    step: int, tiny_folder: Path, tmp_path: Path
+) -> None:
     straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
     events = train(straight)
     until_saved(run.train(plan_of(broken)), step)
@@ -94,7 +115,9 @@ def test_a_run_goes_on_to_the_same_bytes_and_the_same_ratios(step: int, tiny_fol
     assert adapter_bytes(broken) == adapter_bytes(straight)
 
 
-def test_a_signal_between_a_step_and_its_look_loses_no_look(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_signal_between_a_step_and_its_look_loses_no_look(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
     events = train(straight)
     with pytest.raises(Interrupted):
@@ -105,5 +128,7 @@ def test_a_signal_between_a_step_and_its_look_loses_no_look(tiny_folder: Path, t
 
 
 def test_there_must_be_something_to_follow(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="ratio adaptive follows what is measured on retention_data"):
+    with pytest.raises(
+        ValidationError, match="ratio adaptive follows what is measured on retention_data"
+    ):
         wish(tiny_folder, tmp_path, retention_data=None)

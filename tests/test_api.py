@@ -18,7 +18,7 @@ from tiny_run import recipe, sums, train, write_rows
 from tunesmith import api, dataverbs
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError, TunesmithError
-from tunesmith.core.json_io import json_bytes, to_json
+from tunesmith.core.json_io import dump_json, to_jsonable
 from tunesmith.recipe.schema import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -77,15 +77,17 @@ def test_a_plan_can_be_made_of(form: str, here: Path) -> None:
         "mapping": lambda: tunesmith.plan(values | {"lora_rank": 7}, lora_r=3),
         "recipe": lambda: tunesmith.plan(Recipe.model_validate(values), lora_r=3),
         "keywords": lambda: tunesmith.plan(**values, lora_r=3),
-        "facts": lambda: tunesmith.plan(api.gather(values, lora_r=3)),
+        "facts": lambda: tunesmith.plan(api.load_inputs(values, lora_r=3)),
     }
     plan = forms[form]()
-    assert (plan["lora_r"], plan.choices["lora_r"].by, plan.steps) == (3, "you", 2)
+    assert (plan["lora_r"], plan.choices["lora_r"].decided_by, plan.steps) == (3, "you", 2)
 
 
 def test_paths_and_tuples_are_values_too(here: Path) -> None:
     found = api.read_recipe(
-        {"model": "tiny", "data": here / "a.jsonl"}, lora_target_modules=("q_proj",), output_dir=Path("out")
+        {"model": "tiny", "data": here / "a.jsonl"},
+        lora_target_modules=("q_proj",),
+        output_dir=Path("out"),
     )
     assert (found.data[0].path, found.lora_target_modules) == (here / "a.jsonl", ("q_proj",))
     assert api.read_recipe(found) is found
@@ -95,9 +97,21 @@ def test_paths_and_tuples_are_values_too(here: Path) -> None:
 @pytest.mark.parametrize(
     ("wish", "changes", "what"),
     [
-        ({"model": "tiny", "data": "a.jsonl", "learning_rat": 1}, {}, "did you mean 'learning_rate'"),
-        ({"model": "tiny", "data": "a.jsonl"}, {"learning_rate": "fast"}, "learning_rate: expected 'auto' or a number"),
-        ({"model": "tiny", "data": "a.jsonl"}, {"lora_r": object()}, "lora_r is a object, which has no JSON form"),
+        (
+            {"model": "tiny", "data": "a.jsonl", "learning_rat": 1},
+            {},
+            "did you mean 'learning_rate'",
+        ),
+        (
+            {"model": "tiny", "data": "a.jsonl"},
+            {"learning_rate": "fast"},
+            "learning_rate: expected 'auto' or a number",
+        ),
+        (
+            {"model": "tiny", "data": "a.jsonl"},
+            {"lora_r": object()},
+            "lora_r is a object, which has no JSON form",
+        ),
         ({"model": "tiny", "data": "a.jsonl"}, {"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"model": "tiny", "data": "a.jsonl"}, {"lora_r": 3, "lora_rank": 4}, "are the same key"),
         ({}, {}, "'model' is missing"),
@@ -105,7 +119,9 @@ def test_paths_and_tuples_are_values_too(here: Path) -> None:
         ("nowhere.yaml", {}, "there is no such file"),
     ],
 )
-def test_what_is_wrong_with_a_recipe_is_said(wish: object, changes: dict[str, object], what: str) -> None:
+def test_what_is_wrong_with_a_recipe_is_said(
+    wish: object, changes: dict[str, object], what: str
+) -> None:
     with pytest.raises(InputError, match=re.escape(what)):
         tunesmith.plan(wish, **changes)  # type: ignore[arg-type]
 
@@ -115,7 +131,9 @@ def test_what_is_wrong_with_a_recipe_is_said(wish: object, changes: dict[str, ob
 
 def test_train_takes_a_plan_and_nothing_else() -> None:
     for other in ("recipe.yaml", {"model": "tiny"}, Recipe(model="tiny", data="a.jsonl")):  # type: ignore[arg-type]
-        with pytest.raises(InputError, match=f"train takes a Plan, not a {type(other).__name__}") as raised:
+        with pytest.raises(
+            InputError, match=f"train takes a Plan, not a {type(other).__name__}"
+        ) as raised:
             tunesmith.train(other)  # type: ignore[arg-type]
         assert "tunesmith.plan" in raised.value.fix
 
@@ -125,9 +143,15 @@ def test_a_plan_read_back_trains_the_same_adapter(tiny_folder: Path, tmp_path: P
     train(straight)
     plan = tunesmith.plan(recipe(tiny_folder, tmp_path / "b"))
     file = tmp_path / "plan.json"
-    file.write_bytes(json_bytes({"tunesmith": tunesmith.__version__, **json.loads(json_bytes(plan))}))
-    assert to_json(tunesmith.read_plan(file)) == to_json(plan)  # a tuple comes back as a list
-    steps = [event for event in tunesmith.train(tunesmith.read_plan(file)) if isinstance(event, tunesmith.StepResult)]
+    file.write_bytes(dump_json({"tunesmith": tunesmith.__version__, **json.loads(dump_json(plan))}))
+    assert to_jsonable(tunesmith.read_plan(file)) == to_jsonable(
+        plan
+    )  # a tuple comes back as a list
+    steps = [
+        event
+        for event in tunesmith.train(tunesmith.read_plan(file))
+        if isinstance(event, tunesmith.TrainStep)
+    ]
     assert len(steps) == plan.steps
     saved = [tmp_path / name / "run" / "adapter" / "adapter_model.safetensors" for name in "ab"]
     assert saved[0].read_bytes() == saved[1].read_bytes()
@@ -148,11 +172,15 @@ def test_a_folder_that_is_no_run_is_refused(function: str, tmp_path: Path) -> No
 
 
 def blocks(page: Path) -> Iterator[str]:
-    yield from re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    yield from re.findall(
+        r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
 
 
 @pytest.mark.usefixtures("here")
-def test_the_examples_of_the_page_run(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_page_run(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = "\n".join(blocks(DOCS / "python.md")).replace("smollm2-135m-instruct", str(tiny_folder))
     names: dict[str, object] = {}
     exec(compile(code, "docs/python.md", "exec"), names)  # noqa: S102 - the page is ours
@@ -162,7 +190,9 @@ def test_the_examples_of_the_page_run(tiny_folder: Path, capsys: pytest.CaptureF
     assert isinstance(names["record"], tunesmith.RunRecord)
     assert Path("recipes/new.yaml").exists()
     shown = {
-        name for name in tunesmith.__all__ if re.search(rf"\btunesmith\.{name}\b", (DOCS / "python.md").read_text())
+        name
+        for name in tunesmith.__all__
+        if re.search(rf"\btunesmith\.{name}\b", (DOCS / "python.md").read_text())
     }
     functions = {name for name in tunesmith.__all__ if inspect.isfunction(getattr(tunesmith, name))}
     assert functions <= shown

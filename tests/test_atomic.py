@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.atomic import (
-    damage,
+    atomic_dir,
     disk_errors,
-    new_folder,
+    format_bytes,
     remove_folder,
     remove_leftovers,
-    require_room,
-    size,
+    require_disk_space,
+    verify_dir,
     write_file,
 )
 from tunesmith.core.errors import MachineError
@@ -49,7 +49,7 @@ with new_folder(target, facts={"version": 2}) as folder:
 
 
 def filled(path: Path, content: bytes, version: int) -> None:
-    with new_folder(path, facts={"version": version}) as folder:
+    with atomic_dir(path, metadata={"version": version}) as folder:
         (folder / "weights").write_bytes(content)
         (folder / "sub").mkdir()
         (folder / "sub" / "more").write_bytes(b"")
@@ -71,7 +71,7 @@ def test_a_folder_is_sealed_with_its_facts_sizes_and_hashes(tmp_path: Path) -> N
         "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     }
     assert set(manifest["files"]) == {"weights", "sub/more"}
-    assert damage(tmp_path / "step-1") == ""
+    assert verify_dir(tmp_path / "step-1") == ""
 
 
 def test_every_kind_of_damage_is_seen(tmp_path: Path) -> None:
@@ -89,13 +89,13 @@ def test_every_kind_of_damage_is_seen(tmp_path: Path) -> None:
             manifest.write_bytes(manifest.read_bytes()[:-20])
         elif change == "unseal":
             manifest.write_text("[]")
-        return damage(folder)
+        return verify_dir(folder)
 
     assert "was changed" in damaged("flip")
     assert damaged("grow") == "weights has 4 bytes instead of 3"
     assert damaged("lose") == "weights is missing"
     assert damaged("tear") == damaged("unseal") == "manifest.json is missing or broken"
-    assert damage(tmp_path / "flip", hashes=False) == ""
+    assert verify_dir(tmp_path / "flip", should_hash=False) == ""
 
 
 def test_every_changed_byte_of_a_manifest_is_seen(tmp_path: Path) -> None:
@@ -106,16 +106,28 @@ def test_every_changed_byte_of_a_manifest_is_seen(tmp_path: Path) -> None:
     assert b'"version": 1' in content
     for place in range(len(content)):
         for change in (1, 4, 0x80):
-            manifest.write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
-            assert damage(tmp_path / "a") == "manifest.json is missing or broken"
-    for other in (b"", b"{}", b"[]", b"null", b"[" * 100_000, content + b"\n", content.replace(b"  ", b" ")):
+            manifest.write_bytes(
+                content[:place] + bytes([content[place] ^ change]) + content[place + 1 :]
+            )
+            assert verify_dir(tmp_path / "a") == "manifest.json is missing or broken"
+    for other in (
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        content + b"\n",
+        content.replace(b"  ", b" "),
+    ):
         manifest.write_bytes(other)
-        assert damage(tmp_path / "a") == "manifest.json is missing or broken"
+        assert verify_dir(tmp_path / "a") == "manifest.json is missing or broken"
     manifest.write_bytes(content)
-    assert damage(tmp_path / "a") == ""
+    assert verify_dir(tmp_path / "a") == ""
 
 
-def test_every_new_folder_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_new_folder_is_forced_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A name is an entry of the folder above it; without that a power cut takes the folder away."""
     synced: list[str] = []
     fsync = os.fsync
@@ -126,7 +138,9 @@ def test_every_new_folder_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", noted)
     filled(tmp_path / "run" / "checkpoints" / "step-1", b"abc", 1)
-    assert {str(tmp_path), str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints")} <= set(synced)
+    assert {str(tmp_path), str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints")} <= set(
+        synced
+    )
     names = {Path(path).name for path in synced if ".tmp-step-1" in path}
     assert names >= {"weights", "more", "sub", "manifest.json"}
     assert any(name.startswith(".tmp-step-1") for name in names)
@@ -134,14 +148,14 @@ def test_every_new_folder_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pyt
 
 def test_an_error_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with new_folder(tmp_path / "adapter", facts={}) as folder:
+        with atomic_dir(tmp_path / "adapter", metadata={}) as folder:
             (folder / "weights").write_bytes(b"new")
             raise KeyboardInterrupt
 
     filled(tmp_path / "adapter", b"old", 1)
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert damage(tmp_path / "adapter") == ""
+    assert verify_dir(tmp_path / "adapter") == ""
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -163,7 +177,9 @@ def fail_at(n: int, patch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_every_failing_call_leaves_the_old_or_the_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_failing_call_leaves_the_old_or_the_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The n-th call of the operating system fails, for every n until none is left to fail."""
     outcomes: list[str] = []
     for n in range(1, 100):
@@ -178,7 +194,7 @@ def test_every_failing_call_leaves_the_old_or_the_new_folder(tmp_path: Path, mon
         remove_leftovers(target.parent)
         assert len(list(target.parent.iterdir())) == target.exists()
         if target.exists():
-            assert damage(target) == ""
+            assert verify_dir(target) == ""
             outcomes.append((target / "weights").read_text())
         if len(calls) < n:
             break
@@ -197,7 +213,7 @@ def test_a_kill_at_any_call_leaves_a_whole_folder_or_none(tmp_path: Path) -> Non
         done = subprocess.run([sys.executable, "-c", DIES, str(target), str(n)], check=False)
         remove_leftovers(target.parent)
         assert len(list(target.parent.iterdir())) == target.exists()
-        assert not target.exists() or damage(target) == ""
+        assert not target.exists() or verify_dir(target) == ""
         seen.append((target / "weights").read_text()[:3] if target.exists() else "none")
         if done.returncode == 0:
             break
@@ -212,7 +228,9 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path: Path) -> None:
     write_file(tmp_path / "a", b"old")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
-        with pytest.raises(MachineError, match=r"no room on the disk: 2\.0 kB \(2000 bytes\) needed"):
+        with pytest.raises(
+            MachineError, match=r"no room on the disk: 2\.0 kB \(2000 bytes\) needed"
+        ):
             write_file(tmp_path / "a", b"x" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -222,8 +240,8 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path: Path) -> None:
 
 def test_room_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"1000000000\.0 GB \(10{18} bytes\) needed"):
-        require_room(tmp_path, 10**18)
-    with pytest.raises(MachineError), new_folder(tmp_path / "a", facts={}, needed_bytes=10**18):
+        require_disk_space(tmp_path, 10**18)
+    with pytest.raises(MachineError), atomic_dir(tmp_path / "a", metadata={}, needed_bytes=10**18):
         pytest.fail("the body must not run")
     assert list(tmp_path.iterdir()) == []
 
@@ -244,7 +262,7 @@ def test_removal_leaves_no_half_folder(tmp_path: Path) -> None:
 
 
 def test_sizes_for_people() -> None:
-    assert [size(count) for count in (0, 999, 1500, 2.5e6, 1.94e9)] == [
+    assert [format_bytes(count) for count in (0, 999, 1500, 2.5e6, 1.94e9)] == [
         "0 bytes",
         "999 bytes",
         "1.5 kB",

@@ -11,11 +11,11 @@ import torch
 from tiny_run import recipe
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Document
-from tunesmith.model.truncated import part_of
-from tunesmith.plan.flops import tokens_computed
+from tunesmith.model.truncated import build_truncated_network
+from tunesmith.plan.flops import count_computed_tokens
 from tunesmith.session import inputs
 from tunesmith.train import calibrate
-from tunesmith.train.time_estimate import Beside, with_finish
+from tunesmith.train.time_estimate import EvalCostEstimate, add_run_seconds
 
 
 @pytest.fixture
@@ -26,59 +26,83 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_a_plan_gets_its_time_without_weights(method: str, quick: None, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_plan_gets_its_time_without_weights(
+    method: str, quick: None, tiny_folder: Path, tmp_path: Path
+) -> None:
     del quick
     alone = tmp_path / "alone"
     shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
     wish = recipe(alone, tmp_path, method=method, lora_r="auto", lora_target_modules="auto")
-    known = inputs.gather(wish, weights=False)
+    known = inputs.load_inputs(wish, needs_weights=False)
     plan = inputs.make_plan(known)
-    timed = calibrate.calibrated(plan, known)
+    timed = calibrate.calibrate_plan(plan, known)
     assert timed.seconds[0] > 0
-    assert "of 1 and 2 of 2 layers" in timed.seconds_from
-    assert dataclasses.replace(timed, seconds=plan.seconds, seconds_from=plan.seconds_from) == plan
-    assert with_finish(timed, Beside(plan, known)).whole_seconds > timed.seconds[0]
+    assert "of 1 and 2 of 2 layers" in timed.seconds_source
+    assert (
+        dataclasses.replace(timed, seconds=plan.seconds, seconds_source=plan.seconds_source) == plan
+    )
+    assert add_run_seconds(timed, EvalCostEstimate(plan, known)).total_seconds > timed.seconds[0]
 
 
 def test_a_step_is_its_layers_and_the_rest(quick: None, tiny_folder: Path, tmp_path: Path) -> None:
     del quick
-    known = inputs.gather(recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"]))
+    known = inputs.load_inputs(
+        recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"])
+    )
     plan = inputs.make_plan(known)
-    found = calibrate.calibrate(plan, known)
-    assert found.step_seconds(4) == pytest.approx(found.other_seconds + 4 * found.layer_seconds)
+    found = calibrate.measure_calibration(plan, known)
+    assert found.compute_token_seconds(4) == pytest.approx(
+        found.other_seconds + 4 * found.layer_seconds
+    )
     assert found.gemm_flops > 1e6
     assert found.bandwidth > 1e6
     assert found.steps >= 2
-    assert tokens_computed(plan) > 0
+    assert count_computed_tokens(plan) > 0
 
 
 def test_large_steps_are_cut_and_pairs_stay_together(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = inputs.make_plan(inputs.gather(recipe(tiny_folder, tmp_path)))
+    plan = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
     monkeypatch.setattr(calibrate, "MOST_FLOPS", 1)  # 256 tokens
     some = torch.zeros(200, dtype=torch.int32).numpy()
     sides: list[Any] = ["chosen", "rejected"] * 3
     documents = [Document(str(i), some, some, side) for i, side in enumerate(sides)]
-    assert len(calibrate._few(plan, 2)(documents)) == 2
-    assert len(calibrate._few(plan, 2)([dataclasses.replace(one, side="") for one in documents])) == 2
+    assert len(calibrate._make_truncator(plan, 2)(documents)) == 2
+    assert (
+        len(
+            calibrate._make_truncator(plan, 2)(
+                [dataclasses.replace(one, side="") for one in documents]
+            )
+        )
+        == 2
+    )
     monkeypatch.setattr(calibrate, "MOST_FLOPS", 1e15)
-    assert len(calibrate._few(plan, 2)(documents)) == 6
+    assert len(calibrate._make_truncator(plan, 2)(documents)) == 6
 
 
-def test_another_machine_cannot_be_measured_and_what_does_not_fit_neither(tiny_folder: Path, tmp_path: Path) -> None:
-    known = inputs.gather(recipe(tiny_folder, tmp_path))
+def test_another_machine_cannot_be_measured_and_what_does_not_fit_neither(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    known = inputs.load_inputs(recipe(tiny_folder, tmp_path))
     plan = inputs.make_plan(known)
     with pytest.raises(InputError, match="processor at hand"):
-        calibrate.calibrate(dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device="cuda")), known)
-    small = dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, available_bytes=1000))
+        calibrate.measure_calibration(
+            dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device="cuda")),
+            known,
+        )
+    small = dataclasses.replace(
+        plan, machine=dataclasses.replace(plan.machine, available_bytes=1000)
+    )
     with pytest.raises(MachineError, match="two layers and the embeddings"):
-        calibrate.calibrate(small, known)
+        calibrate.measure_calibration(small, known)
 
 
 def test_made_up_weights_are_the_stock_shapes(tiny_folder: Path) -> None:
-    network = part_of(tiny_folder, torch.float32, 1, quantized=False)
+    network = build_truncated_network(tiny_folder, torch.float32, 1, is_quantized=False)
     names = {name for name, _ in network.named_parameters()}
     assert not any(".layers.1." in name for name in names)
     assert all(float(parameter.min()) > 0 for parameter in network.parameters())
-    assert not any(parameter.is_meta or parameter.requires_grad for parameter in network.parameters())
+    assert not any(
+        parameter.is_meta or parameter.requires_grad for parameter in network.parameters()
+    )

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from tunesmith.core.errors import InputError
-from tunesmith.data.constraints import spans
+from tunesmith.data.constraints import find_spans
 from tunesmith.recipe.checkers import CHECKERS
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.load import load_recipe
@@ -22,7 +22,10 @@ FOUND = {
         ("Well, I’m just a large language model.", ["I’m just a large language model"]),
         ("My training data ends there.", ["My training data"]),
         ("I'm a brilliant and compassionate AI.", ["I'm a brilliant and compassionate AI"]),
-        ("I'm ChatGPT, a large language model trained by OpenAI.", ["I'm ChatGPT, a large language model"]),
+        (
+            "I'm ChatGPT, a large language model trained by OpenAI.",
+            ["I'm ChatGPT, a large language model"],
+        ),
         ("Being an AI, I have no age.", ["Being an AI"]),
         ("As your AI assistant I can help.", ["As your AI"]),
         ("That is hard for language models like me.", ["language models like me"]),
@@ -45,18 +48,22 @@ FOUND = {
 @pytest.mark.parametrize("name", CHECKERS)
 def test_a_checker_finds_what_it_is_named_for(name: str) -> None:
     for text, bad in FOUND[name]:
-        found = spans(Constraint.model_validate({"check": name}), text, "row")
+        found = find_spans(Constraint.model_validate({"check": name}), text, "row")
         assert [text[start:end] for start, end in found] == bad
 
 
 def test_a_text_is_no_pattern() -> None:
     constraint = Constraint.model_validate({"text": "C++ (beta)"})
     assert constraint.name == "C++ (beta)"
-    assert spans(constraint, "not C+++ (beta), C++ (beta)", "row") == [(17, 27)]
+    assert find_spans(constraint, "not C+++ (beta), C++ (beta)", "row") == [(17, 27)]
 
 
 def test_a_name_alone_is_a_checker_and_other_words_are_patterns() -> None:
-    wish = {"model": "m", "data": "d.jsonl", "never": ["apology", "as an AI", {"check": "text-outside-json"}]}
+    wish = {
+        "model": "m",
+        "data": "d.jsonl",
+        "never": ["apology", "as an AI", {"check": "text-outside-json"}],
+    }
     found = load_recipe(None, arguments=(wish,)).never
     assert [(one.check, one.match, one.name) for one in found] == [
         ("apology", "", "apology"),
@@ -68,18 +75,29 @@ def test_a_name_alone_is_a_checker_and_other_words_are_patterns() -> None:
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("appology", r"never\[0\]\.check: there is no checker 'appology'; did you mean 'apology'\?"),
+        (
+            "appology",
+            r"never\[0\]\.check: there is no checker 'appology'; did you mean 'apology'\?",
+        ),
         ("{check: AI self mention}", r"never\[0\]\.check: .*; did you mean 'ai-self-mention'\?"),
         ("{check: zebra}", r"there are apology, ai-self-mention, text-outside-json\. A pattern is"),
-        ("{check: apology, match: sorry}", r"never\[0\]: give one of match, text, check, not match and check"),
+        (
+            "{check: apology, match: sorry}",
+            r"never\[0\]: give one of match, text, check, not match and check",
+        ),
         ("{mode: ban}", r"never\[0\]: give one of match, text, check, not none of them"),
         ("{match: ''}", "not none of them"),
         ("[{match: 3}]", r"never\[0\]\.match: expected a text, found the number 3"),
         ("{chekc: apology}", r"never\[0\]: unknown key 'chekc'; did you mean 'check'\?"),
-        ("[a b, {match: c, name: a b}]", "never: two constraints are called 'a b': give one of them another name"),
+        (
+            "[a b, {match: c, name: a b}]",
+            "never: two constraints are called 'a b': give one of them another name",
+        ),
     ],
 )
-def test_a_wrong_constraint_is_refused_in_its_place(written: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_constraint_is_refused_in_its_place(
+    written: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.yaml").write_text(f"model: m\ndata: d.jsonl\nnever: {written}\n")
     with pytest.raises(InputError, match=rf"recipe.yaml:3.*{message}"):
         load_recipe(tmp_path / "recipe.yaml")

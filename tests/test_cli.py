@@ -52,14 +52,18 @@ def test_without_a_verb_the_help_is_shown(tunesmith: Callable[..., Outcome]) -> 
     ],
     ids=["last", "before a flag", "fact"],
 )
-def test_a_flag_without_its_value_is_told(tunesmith: Callable[..., Outcome], words: list[str], flag: str) -> None:
+def test_a_flag_without_its_value_is_told(
+    tunesmith: Callable[..., Outcome], words: list[str], flag: str
+) -> None:
     code, _, err = tunesmith(*words)
     assert code == 2
     assert f"{flag} has no value" in err
 
 
 def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "tunesmith", "--version"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith", "--version"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout.strip()) == (0, f"tunesmith {__version__}")
 
 
@@ -76,7 +80,11 @@ def test_unknown_verbs_are_the_users_mistake(tunesmith: Callable[..., Outcome]) 
         (["--learning_rate=1e-4", "r.yaml"], "learning_rate", 1e-4),
         (["--lora-rank", "8", "r.yaml", "--max-steps", "3"], "lora_r", 8),
         (["r.yaml", "--use-rslora", "--seed", "4"], "use_rslora", True),
-        (["r.yaml", "--lora-target-modules", "[q_proj, v_proj]"], "lora_target_modules", ("q_proj", "v_proj")),
+        (
+            ["r.yaml", "--lora-target-modules", "[q_proj, v_proj]"],
+            "lora_target_modules",
+            ("q_proj", "v_proj"),
+        ),
         (["r.yaml", "--model", "a=b"], "model", "a=b"),
         (["--model", "x", "--data", "y.jsonl"], "model", "x"),
     ],
@@ -86,34 +94,42 @@ def test_flags_override_the_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text("model: tiny\ndata: a.jsonl\nlearning_rate: 1\nlora_r: 1\n")
-    assert getattr(app.read_wish(words), key) == value
+    assert getattr(app.parse_recipe_args(words), key) == value
 
 
 def test_two_recipes_are_one_too_many() -> None:
     with pytest.raises(InputError, match=r"two recipe files, a\.yaml and b\.yaml"):
-        app.read_wish(["a.yaml", "b.yaml"])
+        app.parse_recipe_args(["a.yaml", "b.yaml"])
 
 
 @pytest.mark.parametrize("second", ["--data", "--data=b.jsonl", "--lora-r=3", "--lora_r"])
 def test_a_flag_that_stands_twice_does_not_lose_one_of_its_values(second: str) -> None:
     with pytest.raises(InputError, match=f"{second.partition('=')[0]} stands twice") as caught:
-        app.read_wish(["--data", "a.jsonl", "--lora_r", "2", second, "4"])
+        app.parse_recipe_args(["--data", "a.jsonl", "--lora_r", "2", second, "4"])
     assert "[one, two]" in caught.value.fix
 
 
-def test_a_typo_in_a_flag_is_refused_with_the_nearest_key(tunesmith: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_typo_in_a_flag_is_refused_with_the_nearest_key(
+    tunesmith: Callable[..., Outcome], tmp_path: Path
+) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: tiny\ndata: a.jsonl\n")
     code, out, err = tunesmith("plan", str(path), "--learning-rat", "1")
     assert (code, out) == (2, "")
-    assert err == "error: command line: unknown key '--learning-rat'; did you mean 'learning_rate'?\n"
+    assert (
+        err == "error: command line: unknown key '--learning-rat'; did you mean 'learning_rate'?\n"
+    )
 
 
-@pytest.mark.parametrize("error", [TunesmithError, InputError, MachineError, GateError, Interrupted])
+@pytest.mark.parametrize(
+    "error", [TunesmithError, InputError, MachineError, GateError, Interrupted]
+)
 def test_each_refusal_has_its_exit_code_and_json(
     error: type[TunesmithError], tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(app.VERBS, "fail", failing(error("no such thing", where="a.yaml:3", fix="make one")))
+    monkeypatch.setitem(
+        app.VERBS, "fail", failing(error("no such thing", where="a.yaml:3", fix="make one"))
+    )
     text = "error: a.yaml:3: no such thing\n  fix: make one\n"
     assert tunesmith("fail") == (error.exit_code, "", text)
     code, out, err = tunesmith("fail", "--json")
@@ -130,7 +146,9 @@ def test_each_refusal_has_its_exit_code_and_json(
     }
 
 
-def test_ctrl_c_exits_with_130(tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_with_130(
+    tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(app.VERBS, "fail", failing(KeyboardInterrupt()))
     assert tunesmith("fail")[0] == 130
 
@@ -142,14 +160,18 @@ def test_a_bug_says_so_with_its_traceback() -> None:
         "cli.VERBS['broken'] = broken\n"
         "cli.main(['broken'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert "ZeroDivisionError: seven\nthis is a bug in tunesmith" in done.stderr
 
 
 def test_init_writes_a_recipe_that_loads(tunesmith: Callable[..., Outcome], tmp_path: Path) -> None:
     path = tmp_path / "new" / "recipe.yaml"
-    code, out, _ = tunesmith("init", str(path), "--model", "org/base", "--data", "my.jsonl", "--json")
+    code, out, _ = tunesmith(
+        "init", str(path), "--model", "org/base", "--data", "my.jsonl", "--json"
+    )
     assert code == 0
     assert json.loads(out) == {
         "tunesmith": __version__,
@@ -171,7 +193,10 @@ def test_init_writes_a_recipe_that_loads(tunesmith: Callable[..., Outcome], tmp_
 def test_the_schema_is_printed_whole(tunesmith: Callable[..., Outcome]) -> None:
     plain = json.loads(tunesmith("schema")[1])
     assert plain["properties"]["learning_rate"]["description"] == "Peak learning rate."
-    assert json.loads(tunesmith("schema", "--json")[1]) == {"tunesmith": __version__, "schema": plain}
+    assert json.loads(tunesmith("schema", "--json")[1]) == {
+        "tunesmith": __version__,
+        "schema": plain,
+    }
 
 
 def test_other_verbs_refuse_options_they_do_not_know(tunesmith: Callable[..., Outcome]) -> None:
@@ -184,11 +209,16 @@ def test_text_of_data_and_models_is_printed_as_it_is(
     tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def verb(as_json: app.AsJson = False) -> None:
-        app.say({"answer": "[red]x[/]"}, "[red]x[/] [/]", Group("[red]own[/]"), as_json=as_json)
+        app.print_result(
+            {"answer": "[red]x[/]"}, "[red]x[/] [/]", Group("[red]own[/]"), as_json=as_json
+        )
 
     monkeypatch.setitem(app.VERBS, "echo", verb)
     assert tunesmith("echo") == (0, "[red]x[/] [/]\nown\n", "")
-    assert json.loads(tunesmith("echo", "--json")[1]) == {"tunesmith": __version__, "answer": "[red]x[/]"}
+    assert json.loads(tunesmith("echo", "--json")[1]) == {
+        "tunesmith": __version__,
+        "answer": "[red]x[/]",
+    }
 
 
 # ---------------------------------------------------------------- verbs on a tiny model
@@ -217,21 +247,48 @@ def test_a_plan_is_one_object_with_every_reason(
     assert "learning_rate" in out
     code, out, _ = tunesmith(*words, "--why", "lora_r")
     assert (code, "the recipe says so" in out) == (0, True)
-    methods = json.loads(tunesmith(*words, "--compare", "--target", "rtx4090", "--json")[1])["methods"]
+    methods = json.loads(tunesmith(*words, "--compare", "--target", "rtx4090", "--json")[1])[
+        "methods"
+    ]
     assert [one["method"] for one in methods] == ["full", "lora", "qlora"]
     assert {one["free_bytes"] for one in methods} == {24 * 10**9}
     assert all(one["seconds"][0] < one["seconds"][1] for one in methods)
     code, out, _ = tunesmith(*words, "--fit", "1MB")
-    assert (code, "does not fit: the smallest machine that would do is l4" in " ".join(out.split())) == (0, True)
-    for wrong in (["--fit", "lots"], ["--target", "abacus"], ["--why", "lora_z"], ["--compare", "--why", "lora_r"]):
+    assert (
+        code,
+        "does not fit: the smallest machine that would do is l4" in " ".join(out.split()),
+    ) == (0, True)
+    for wrong in (
+        ["--fit", "lots"],
+        ["--target", "abacus"],
+        ["--why", "lora_z"],
+        ["--compare", "--why", "lora_r"],
+    ):
         assert tunesmith(*words, *wrong)[0] == 2
 
 
-def test_rates_are_tried_and_drawn(tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path) -> None:
+def test_rates_are_tried_and_drawn(
+    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
     data, picture = write_rows(tmp_path / "train.jsonl", sums(1, 40)), tmp_path / "curve.svg"
-    words = ["tune", "lr", "--model", str(tiny_folder), "--data", str(data), "--dtype", "fp32", "--steps", "10"]
+    words = [
+        "tune",
+        "lr",
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(data),
+        "--dtype",
+        "fp32",
+        "--steps",
+        "10",
+    ]
     code, out, err = tunesmith(*words, "--eval-split", "0.3", "--out", str(picture))
-    assert (code, "before training: held-out loss" in err, err.count("rate ") >= 2) == (0, True, True), err
+    assert (code, "before training: held-out loss" in err, err.count("rate ") >= 2) == (
+        0,
+        True,
+        True,
+    ), err
     assert "95% intervals" in out
     assert picture.read_text().startswith("<svg")
     code, _, err = tunesmith(*words)
@@ -239,17 +296,32 @@ def test_rates_are_tried_and_drawn(tunesmith: Callable[..., Outcome], tiny_folde
 
 
 def test_a_run_from_words_to_answers(
-    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tunesmith: Callable[..., Outcome],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, run = write_rows(tmp_path / "train.jsonl", sums(1, 6)), str(tmp_path / "run")
     test = write_rows(tmp_path / "test.jsonl", sums(50, 2))
-    words = ["train", "--model", str(tiny_folder), "--data", str(data), "--test-data", str(test), "--max-steps", "2"]
+    words = [
+        "train",
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(data),
+        "--test-data",
+        str(test),
+        "--max-steps",
+        "2",
+    ]
     code, out, err = tunesmith(*words, "--dtype", "fp32", "--output-dir", run, "--json")
     assert code == 0, out + err
     record = json.loads(out)
     assert (record["tunesmith"], record["steps"]) == (__version__, 2)
     code, out, _ = tunesmith("eval", run, "--json")
-    assert [c["metric"] for c in json.loads(out)["comparisons"]] == [c["metric"] for c in record["comparisons"]]
+    assert [c["metric"] for c in json.loads(out)["comparisons"]] == [
+        c["metric"] for c in record["comparisons"]
+    ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("3 and 9\n"))
     code, out, _ = tunesmith("chat", run, "--json")
     assert code == 0
@@ -261,7 +333,11 @@ def test_a_run_from_words_to_answers(
 @pytest.mark.parametrize(
     ("words", "where", "what"),
     [
-        (["plan", "--attention", "flash"], "command line", "--attention: expected 'auto' or 'kernel'"),
+        (
+            ["plan", "--attention", "flash"],
+            "command line",
+            "--attention: expected 'auto' or 'kernel'",
+        ),
         (
             ["plan", "--data", "[{path: t.jsonl, format: alpaka}]"],
             "command line",

@@ -10,17 +10,20 @@ from transformers import AutoModelForCausalLM
 import tunesmith
 from tiny_run import chat
 from tunesmith import InputError
-from tunesmith.advise.curate import last_answer, score
-from tunesmith.core.atomic import damage
+from tunesmith.advise.curate import extract_last_answer, score_rows
+from tunesmith.core.atomic import verify_dir
 from tunesmith.core.types import Document
-from tunesmith.model.causal_lm import adopt, load_network
-from tunesmith.session.inputs import Facts
+from tunesmith.model.causal_lm import load_network, wrap_model
+from tunesmith.session.inputs import RunInputs
 
-ROWS = [chat(f"ask {i} {chr(97 + i) * (i % 5 + 1)}", f"answer {i * i} {chr(110 - i)}") for i in range(12)]
+ROWS = [
+    chat(f"ask {i} {chr(97 + i) * (i % 5 + 1)}", f"answer {i * i} {chr(110 - i)}")
+    for i in range(12)
+]
 
 
 @pytest.fixture
-def known(tiny_folder: Path, tmp_path: Path) -> Facts:
+def known(tiny_folder: Path, tmp_path: Path) -> RunInputs:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return tunesmith.verbs.gather(model=str(tiny_folder), data=str(tmp_path / "train.jsonl"))
 
@@ -32,12 +35,12 @@ def nats(network: torch.nn.Module, tokens: list[int], first: int) -> float:
     return float(-logits.log_softmax(-1)[range(len(tokens) - first), tokens[first:]].sum())
 
 
-def test_scores_are_those_of_the_stock_model(known: Facts, tiny_folder: Path) -> None:
+def test_scores_are_those_of_the_stock_model(known: RunInputs, tiny_folder: Path) -> None:
     data = known.datasets["data"]
-    found = score(adopt(load_network(tiny_folder, torch.float32), torch.float32), data)
+    found = score_rows(wrap_model(load_network(tiny_folder, torch.float32), torch.float32), data)
     stock = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     for row in (0, 7):
-        (document,) = data.documents(row)
+        (document,) = data.render_documents(row)
         tokens, first = document.tokens_L.tolist(), int(np.flatnonzero(document.weights_L)[0])
         tokens = tokens[: int(np.flatnonzero(document.weights_L)[-1]) + 1]
         count = len(tokens) - first
@@ -47,32 +50,42 @@ def test_scores_are_those_of_the_stock_model(known: Facts, tiny_folder: Path) ->
         assert found.difficulty_N[row] == pytest.approx(math.exp((given - alone) / count), rel=1e-4)
 
 
-def test_states_of_questions_are_means_of_the_stock_models(known: Facts, tiny_folder: Path) -> None:
+def test_states_of_questions_are_means_of_the_stock_models(
+    known: RunInputs, tiny_folder: Path
+) -> None:
     data = known.datasets["data"]
-    found = score(adopt(load_network(tiny_folder, torch.float32), torch.float32), data, "states").vectors_NV
+    found = score_rows(
+        wrap_model(load_network(tiny_folder, torch.float32), torch.float32), data, "states"
+    ).vectors_NV
     stock = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     means = []
     for row in range(len(data)):
-        (document,) = data.documents(row)
+        (document,) = data.render_documents(row)
         asked = document.tokens_L[: int(np.flatnonzero(document.weights_L)[0]) - 1].tolist()
         with torch.no_grad():
-            means.append(stock.base_model(torch.tensor([asked])).last_hidden_state[0].mean(0).numpy())
+            means.append(
+                stock.base_model(torch.tensor([asked])).last_hidden_state[0].mean(0).numpy()
+            )
     wanted = np.stack(means)
     wanted = (wanted - wanted.mean(axis=0)) / wanted.std(axis=0)
-    np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-3)
+    np.testing.assert_allclose(
+        found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-3
+    )
 
 
 def test_the_last_answer_of_a_conversation_is_scored() -> None:
     weights = np.array([0, 0, 1, 1, 0, 0, 0.5, 0.5, 0], dtype=np.float32)
-    document, first = last_answer(Document("rows:1", np.arange(9, dtype=np.int32), weights))
+    document, first = extract_last_answer(Document("rows:1", np.arange(9, dtype=np.int32), weights))
     assert (first, len(document)) == (6, 8)
     assert document.weights_L.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
 
 
-def test_files_of_a_choice_hold_rows_as_they_are_and_a_line_for_every_row(known: Facts, tmp_path: Path) -> None:
+def test_files_of_a_choice_hold_rows_as_they_are_and_a_line_for_every_row(
+    known: RunInputs, tmp_path: Path
+) -> None:
     to = tmp_path / "golden"
     curated = tunesmith.data_curate(known, keep=3, to=to)
-    assert damage(to) == ""
+    assert verify_dir(to) == ""
     source = (tmp_path / "train.jsonl").read_text().splitlines()
     for subset in curated.subsets:
         lines = (to / f"{subset.name}.jsonl").read_text().splitlines()
@@ -89,14 +102,24 @@ def test_files_of_a_choice_hold_rows_as_they_are_and_a_line_for_every_row(known:
 
 @pytest.mark.parametrize(
     ("changes", "keep", "what"),
-    [({}, 12, "leaves nothing to choose"), ({"stage": "cpt", "data": "text.jsonl"}, 1, "these have none")],
+    [
+        ({}, 12, "leaves nothing to choose"),
+        ({"stage": "cpt", "data": "text.jsonl"}, 1, "these have none"),
+    ],
     ids=["all", "texts"],
 )
 def test_what_cannot_be_chosen_from_is_refused(
-    tiny_folder: Path, tmp_path: Path, known: Facts, changes: dict[str, str], keep: int, what: str
+    tiny_folder: Path,
+    tmp_path: Path,
+    known: RunInputs,
+    changes: dict[str, str],
+    keep: int,
+    what: str,
 ) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
-    changes = {key: str(tmp_path / value) if key == "data" else value for key, value in changes.items()}
+    changes = {
+        key: str(tmp_path / value) if key == "data" else value for key, value in changes.items()
+    }
     wish = {"model": str(tiny_folder), "data": str(tmp_path / "train.jsonl"), **changes}
     with pytest.raises(InputError, match=what):
         tunesmith.data_curate(wish, keep=keep, to=tmp_path / "golden")

@@ -13,19 +13,21 @@ from tunesmith.session.doctor import diagnose
 
 def test_a_healthy_machine(tmp_path: Path) -> None:
     found = diagnose(folder=tmp_path / "runs")
-    assert found.ok, found.checks
-    assert {check.name: check.found for check in found.checks}["write, fsync, rename"] == str(tmp_path)
+    assert found.is_ok, found.checks
+    assert {check.name: check.value for check in found.checks}["write, fsync, rename"] == str(
+        tmp_path
+    )
     assert list(tmp_path.iterdir()) == []  # nothing left behind
     assert found.model is None
-    assert found.fits == ()
+    assert found.memory_fits == ()
 
 
 def test_a_place_that_cannot_be_written() -> None:
     found = diagnose(folder=Path("/proc/runs"))
-    failed = [check for check in found.checks if not check.ok and check.required]
+    failed = [check for check in found.checks if not check.is_ok and check.is_required]
     assert [check.name for check in failed] == ["write, fsync, rename"]
     assert failed[0].fix
-    assert not found.ok
+    assert not found.is_ok
 
 
 def tiny_llama(folder: Path, **changed: object) -> Path:
@@ -40,9 +42,14 @@ def tiny_llama(folder: Path, **changed: object) -> Path:
         "max_position_embeddings": 64,
     }
     (folder / "config.json").write_text(json.dumps(config | changed))
-    shapes = {"embed_tokens": (32, 8), "layers.0.self_attn.o_proj": (8, 8), "layers.0.mlp.down_proj": (8, 16)}
+    shapes = {
+        "embed_tokens": (32, 8),
+        "layers.0.self_attn.o_proj": (8, 8),
+        "layers.0.mlp.down_proj": (8, 16),
+    }
     save_file(
-        {f"model.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}, folder / "model.safetensors"
+        {f"model.{name}.weight": torch.ones(shape) for name, shape in shapes.items()},
+        folder / "model.safetensors",
     )
     return folder
 
@@ -51,17 +58,24 @@ def test_a_model_is_looked_at(tmp_path: Path) -> None:
     found = diagnose(str(tiny_llama(tmp_path)), folder=tmp_path)
     assert found.model is not None
     assert found.model.path == tmp_path.resolve()
-    assert [(fit.method, fit.fits) for fit in found.fits] == [("lora", True), ("qlora", True), ("full", True)]
-    assert {check.name for check in found.checks if not check.ok} == {"tokenizer", "chat template"}
-    assert not found.ok
+    assert [(fit.method, fit.has_enough_memory) for fit in found.memory_fits] == [
+        ("lora", True),
+        ("qlora", True),
+        ("full", True),
+    ]
+    assert {check.name for check in found.checks if not check.is_ok} == {
+        "tokenizer",
+        "chat template",
+    }
+    assert not found.is_ok
 
 
 def test_a_model_that_is_too_large_for_any_machine(tmp_path: Path) -> None:
     spec = diagnose(str(tiny_llama(tmp_path))).model
     machine = diagnose().machine
     giant = replace(spec, parameters=10**13)
-    fit = doctor._fit(machine, "full", doctor.METHODS["full"](giant))
-    assert not fit.fits
+    fit = doctor._estimate_fit(machine, "full", doctor.MEMORY_ESTIMATORS["full"](giant))
+    assert not fit.has_enough_memory
     assert fit.needed_bytes > 16 * 10**13
 
 
@@ -71,5 +85,5 @@ def test_a_refused_model_says_why(tmp_path: Path) -> None:
 
 
 def test_floors_are_compared_as_numbers() -> None:
-    assert doctor._numbers("2.13.0+cpu") > doctor._numbers("2.6")
-    assert doctor._numbers("5.3.0rc1") == doctor._numbers("5.3")
+    assert doctor._parse_version("2.13.0+cpu") > doctor._parse_version("2.6")
+    assert doctor._parse_version("5.3.0rc1") == doctor._parse_version("5.3")

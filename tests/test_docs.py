@@ -11,11 +11,17 @@ from pydantic import BaseModel
 
 from tunesmith.cli import app
 from tunesmith.core.types import Json
-from tunesmith.recipe.explain import expected
-from tunesmith.recipe.fields import Constraint, DataSource, Form, Mixture, Rehearsal
+from tunesmith.recipe.explain import describe_schema
+from tunesmith.recipe.fields import (
+    Constraint,
+    DataSource,
+    MixtureConfig,
+    PromptForm,
+    RehearsalConfig,
+)
 from tunesmith.recipe.load import load_recipe
-from tunesmith.recipe.mappings import Guard, PairLoss
-from tunesmith.recipe.schema import ALIASES, KEYS, recipe_schema
+from tunesmith.recipe.mappings import GuardConfig, PairLoss
+from tunesmith.recipe.schema import ALIASES, KEYS, build_recipe_schema
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -39,16 +45,16 @@ def test_the_table_of_keys_is_the_schema() -> None:
     page = (DOCS / "recipe.md").read_text()
     assert tables(page)[0] == key_table()
     assert tables(page)[1] == inner_table(DataSource)
-    assert tables(page)[2] == inner_table(Rehearsal)
+    assert tables(page)[2] == inner_table(RehearsalConfig)
     assert tables(page)[3] == inner_table(Constraint)
-    assert tables(page)[4] == inner_table(Mixture)
-    assert tables(page)[5] == inner_table(Form)
+    assert tables(page)[4] == inner_table(MixtureConfig)
+    assert tables(page)[5] == inner_table(PromptForm)
     assert tables(page)[6] == inner_table(PairLoss)
-    assert tables(page)[7] == inner_table(Guard)
+    assert tables(page)[7] == inner_table(GuardConfig)
 
 
 def key_table() -> list[str]:
-    properties = recipe_schema()["properties"]
+    properties = build_recipe_schema()["properties"]
     aliases = {key: [alias for alias, of in ALIASES.items() if of == key] for key in KEYS.values()}
     lines = ["| key | takes | if left out | what it is | also called |", "|---|---|---|---|---|"]
     return lines + [row(key, properties[key], names(aliases[key])) for key in KEYS.values()]
@@ -62,7 +68,9 @@ def inner_table(model: type[BaseModel]) -> list[str]:
 
 
 def row(key: str, schema: Json, *more: str) -> str:
-    default = schema.get("default", "needed" if key in ("model", "data", "path", "match", "prompt") else None)
+    default = schema.get(
+        "default", "needed" if key in ("model", "data", "path", "match", "prompt") else None
+    )
     cells = [f"`{key}`", takes(schema), shown(default), schema["description"].rstrip("."), *more]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
@@ -70,7 +78,7 @@ def row(key: str, schema: Json, *more: str) -> str:
 def takes(schema: Json) -> str:
     if schema.get("type") == "object":
         return "a mapping"
-    return re.sub(r"'([a-z0-9_-]+)'", r"`\1`", expected(schema)).removesuffix(" or null")
+    return re.sub(r"'([a-z0-9_-]+)'", r"`\1`", describe_schema(schema)).removesuffix(" or null")
 
 
 def shown(default: object) -> str:
@@ -84,12 +92,17 @@ def names(aliases: list[str]) -> str:
 
 
 def tables(page: str) -> list[list[str]]:
-    return [block.strip().splitlines() for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)]
+    return [
+        block.strip().splitlines()
+        for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/recipe.md"])
 def test_the_recipes_of_the_pages_load(page: str, tmp_path: Path) -> None:
-    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL
+    )
     assert blocks
     for block in blocks:
         (tmp_path / "recipe.yaml").write_text(block)
@@ -105,7 +118,9 @@ def test_every_verb_has_a_page_with_its_options() -> None:
         assert f"tunesmith {name}" in page, name
         positional = {"wish", "folder", "path", "as_json", "from_config", "target", "a", "b"}
         options = set(inspect.signature(verb).parameters) - positional
-        assert {option for option in options if f"--{option.replace('_', '-')}" not in page} == set(), name
+        assert {
+            option for option in options if f"--{option.replace('_', '-')}" not in page
+        } == set(), name
 
 
 def test_every_page_is_in_the_index_and_every_link_leads_somewhere() -> None:
@@ -122,7 +137,9 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / page).read_text())
     assert named
     for file, test in named:
-        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.MULTILINE), f"{page}: {file}::{test}"
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.MULTILINE), (
+            f"{page}: {file}::{test}"
+        )
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)

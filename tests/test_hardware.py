@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from tunesmith.core import hardware
-from tunesmith.core.hardware import core_count, main_memory, measure_machine, peak_bytes, reset_peak
+from tunesmith.core.hardware import (
+    count_cores,
+    measure_machine,
+    read_main_memory,
+    read_peak_bytes,
+    reset_peak,
+)
 
 
 def test_the_machine_is_measured(tmp_path: Path) -> None:
@@ -24,47 +30,59 @@ def test_the_machine_is_measured(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_the_system_or_less() -> None:
-    total, available = main_memory()
+    total, available = read_main_memory()
     assert 2**28 < available <= total <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_cgroup_limit_counts_and_cached_files_are_free(tmp_path: Path) -> None:
     two, one, none = tmp_path / "two", tmp_path / "one", tmp_path / "none"
     for folder, files in (
-        (two, {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 1\ninactive_file 300\n"}),
-        (one, {"memory.limit_in_bytes": "500", "memory.usage_in_bytes": "100", "memory.stat": "total_inactive_file 9"}),
+        (
+            two,
+            {
+                "memory.max": "1000\n",
+                "memory.current": "700\n",
+                "memory.stat": "anon 1\ninactive_file 300\n",
+            },
+        ),
+        (
+            one,
+            {
+                "memory.limit_in_bytes": "500",
+                "memory.usage_in_bytes": "100",
+                "memory.stat": "total_inactive_file 9",
+            },
+        ),
         (none, {"memory.max": "max\n", "memory.current": "700\n"}),
     ):
         folder.mkdir()
         for name, text in files.items():
             (folder / name).write_text(text)
-    assert hardware._cgroup_limits([two, none, one]) == [(1000, 400), (500, 91)]
+    assert hardware._read_cgroup_limits([two, none, one]) == [(1000, 400), (500, 91)]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
 def test_cores_follow_the_affinity() -> None:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
-    assert core_count() == 1
+    assert count_cores() == 1
     os.sched_setaffinity(0, before)
 
 
 def test_the_peak_rises_and_can_be_reset() -> None:
     reset_peak()  # what other tests have used is not in the way
-    before = peak_bytes()
+    before = read_peak_bytes()
     held = np.ones(2**25)  # 256 MiB, written
-    assert peak_bytes() - before > 0.9 * held.nbytes - 2**26
-    top = peak_bytes()
+    assert read_peak_bytes() - before > 0.9 * held.nbytes - 2**26
+    top = read_peak_bytes()
     del held
-    assert abs(peak_bytes() - top) < 2**20  # the kernel counts pages in batches
+    assert abs(read_peak_bytes() - top) < 2**20  # the kernel counts pages in batches
     if reset_peak():
-        assert peak_bytes() < top - 2**27
+        assert read_peak_bytes() < top - 2**27
 
 
 def test_measuring_imports_no_torch_without_a_gpu() -> None:
-    code = (
-        "import sys; from pathlib import Path; from tunesmith.hardware import *; print(measure_machine(Path()).device)"
-    )
+    code = "import sys; from pathlib import Path; from tunesmith.hardware import *; print(measure_machine(Path()).device)"
     code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     device, torch_loaded = done.stdout.split()

@@ -11,18 +11,18 @@ import yaml
 from tunesmith.core.json_io import read_json
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import KEYS, Recipe
-from tunesmith.recipe.template import commented_recipe, write_recipe
+from tunesmith.recipe.template import build_commented_recipe, write_recipe
 
 
 def test_every_key_stands_in_it_with_its_default() -> None:
-    text = commented_recipe(model="tiny", data="a.jsonl")
+    text = build_commented_recipe(model="tiny", data="a.jsonl")
     assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n")
     assert re.findall(r"^(?:# )?([a-z_]+): ", text, flags=re.MULTILINE) == list(KEYS.values())
     assert all(len(line) < 150 for line in text.splitlines())
 
 
 def test_switching_every_line_on_changes_nothing(tmp_path: Path) -> None:
-    text = commented_recipe(model="tiny", data="a.jsonl")
+    text = build_commented_recipe(model="tiny", data="a.jsonl")
     (tmp_path / "r.yaml").write_text(re.sub(r"^# (?=[a-z_]+: )", "", text, flags=re.MULTILINE))
     wish = load_recipe(tmp_path / "r.yaml")
     assert wish == Recipe.model_validate({"model": "tiny", "data": tmp_path / "a.jsonl"})

@@ -71,11 +71,18 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_recipe_has_what_the_config_sets_and_comments_for_the_rest(config: Path) -> None:
     written = write_translated(Path("new/recipe.yaml"), config)
     assert written.recipe.read_text() == WRITTEN
-    assert (written.tool, written.why) == ("Axolotl", "it has base_model, datasets, adapter, sequence_len")
+    assert (written.tool, written.reason) == (
+        "Axolotl",
+        "it has base_model, datasets, adapter, sequence_len",
+    )
     recipe = load_recipe(written.recipe)
     assert [source.path.resolve().name for source in recipe.data] == ["rows.jsonl", "chats.jsonl"]
     assert recipe.data[0].path.exists()
-    assert (recipe.batch_size, recipe.learning_rate, recipe.data[0].columns) == (8, 2e-4, {"text": "body"})
+    assert (recipe.batch_size, recipe.learning_rate, recipe.data[0].columns) == (
+        8,
+        2e-4,
+        {"text": "body"},
+    )
     assert json.loads(written.schema.read_text())["properties"]["learning_rate"]
 
 
@@ -94,10 +101,14 @@ def test_the_command_says_what_is_left_on_stderr_and_as_an_object(
 ) -> None:
     monkeypatch.setattr("sys.excepthook", None)
     with pytest.raises(SystemExit) as ended:
-        app.main(["init", "--from", str(config), "--model", "tiny", "--data", "mine.jsonl", "--json"])
+        app.main(
+            ["init", "--from", str(config), "--model", "tiny", "--data", "mine.jsonl", "--json"]
+        )
     out, err = capsys.readouterr()
     assert not ended.value.code
-    assert err.startswith(f"{config} is a config of Axolotl: it has base_model, datasets, adapter, sequence_len\n")
+    assert err.startswith(
+        f"{config} is a config of Axolotl: it has base_model, datasets, adapter, sequence_len\n"
+    )
     assert "load_in_8bit: true -> frozen weights are kept in 16 bits" in err
     told = json.loads(out)
     assert {one["key"] for one in told["left"] if one["matters"]} == {"load_in_8bit", "lora_on_cpu"}

@@ -9,19 +9,57 @@ import numpy as np
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import StepResult
-from tunesmith.core.json_io import from_json, json_bytes, read_json, to_json
-from tunesmith.core.types import Choice, DataReport, Finding, Machine, ModelSpec, Plan
+from tunesmith.core.events import TrainStep
+from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
+from tunesmith.core.types import DataReport, Finding, Machine, ModelSpec, Plan, PlanValue
 from tunesmith.recipe.schema import Recipe
 
-MACHINE = Machine("cpu", "a cpu", 2, 2**34, 2**33, 2**36, bf16_matmul=True, compiler="/usr/bin/cc", versions={"x": "1"})
-MODEL = ModelSpec("tiny", Path("/m"), "LlamaForCausalLM", "llama", 2, 64, 4, 2, 16, 128, 512, 2048, True, 10**5, "bf16")
+MACHINE = Machine(
+    "cpu",
+    "a cpu",
+    2,
+    2**34,
+    2**33,
+    2**36,
+    has_bf16_matmul=True,
+    compiler="/usr/bin/cc",
+    versions={"x": "1"},
+)
+MODEL = ModelSpec(
+    "tiny",
+    Path("/m"),
+    "LlamaForCausalLM",
+    "llama",
+    2,
+    64,
+    4,
+    2,
+    16,
+    128,
+    512,
+    2048,
+    True,
+    10**5,
+    "bf16",
+)
 REPORT = DataReport(
-    "a.jsonl", "messages", "has messages", 3, 3, 90, 30, findings=(Finding("empty", "warn", "m", 1, ("a:1",)),)
+    "a.jsonl",
+    "messages",
+    "has messages",
+    3,
+    3,
+    90,
+    30,
+    findings=(Finding("empty", "warn", "m", 1, ("a:1",)),),
 )
 PLAN = Plan(
-    recipe=to_json(Recipe.model_validate({"model": "tiny", "data": "a.jsonl", "schema": "s.json"})),
-    choices={"lora_r": Choice(16, "rule", "small model"), "learning_rate": Choice(1e-4, "you", "recipe")},
+    recipe=to_jsonable(
+        Recipe.model_validate({"model": "tiny", "data": "a.jsonl", "schema": "s.json"})
+    ),
+    choices={
+        "lora_r": PlanValue(16, "rule", "small model"),
+        "learning_rate": PlanValue(1e-4, "you", "recipe"),
+    },
     machine=MACHINE,
     model=MODEL,
     data={"data": REPORT},
@@ -32,16 +70,22 @@ PLAN = Plan(
 
 
 def test_a_plan_survives_the_way_through_a_file(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_bytes(json_bytes(PLAN, indent=2))
-    again = from_json(Plan, read_json(tmp_path / "plan.json"))
+    (tmp_path / "plan.json").write_bytes(dump_json(PLAN, indent=2))
+    again = parse_as(Plan, read_json(tmp_path / "plan.json"))
     assert again == PLAN
     assert again["lora_r"] == 16
     assert again.recipe["schema"] == "s.json"
 
 
 def test_numpy_numbers_and_paths_become_plain() -> None:
-    value = {"a": np.float32(0.5), "b": np.int64(3), "c": np.float64(0.25), "d": Path("x"), 1: (True, None)}
-    plain = to_json(value)
+    value = {
+        "a": np.float32(0.5),
+        "b": np.int64(3),
+        "c": np.float64(0.25),
+        "d": Path("x"),
+        1: (True, None),
+    }
+    plain = to_jsonable(value)
     assert plain == {"a": 0.5, "b": 3, "c": 0.25, "d": "x", "1": [True, None]}
     assert [type(item) for item in plain.values()] == [float, int, float, str, list]
     assert plain["1"][0] is True
@@ -49,30 +93,31 @@ def test_numpy_numbers_and_paths_become_plain() -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), np.float32("-inf")])
 def test_what_is_not_finite_is_not_written(number: float) -> None:
-    step = StepResult(3, number, 10, 5, 0.1, 1e-4, 1.0, 100)
+    step = TrainStep(3, number, 10, 5, 0.1, 1e-4, 1.0, 100)
     with pytest.raises(ValueError, match=r"value\.loss is (nan|-?inf)"):
-        to_json(step)
+        to_jsonable(step)
 
 
 def test_objects_without_a_json_form_are_named() -> None:
     with pytest.raises(TypeError, match=r"value\.a\[1\] is a set"):
-        to_json({"a": [1, {2}]})
+        to_jsonable({"a": [1, {2}]})
 
 
 def test_a_lone_surrogate_survives() -> None:
-    assert json.loads(json_bytes({"text": "a\ud800b"})) == {"text": "a\ud800b"}
-    assert json_bytes("é\u2028") == b'"\xc3\xa9\xe2\x80\xa8"\n'
+    assert json.loads(dump_json({"text": "a\ud800b"})) == {"text": "a\ud800b"}
+    assert dump_json("é\u2028") == b'"\xc3\xa9\xe2\x80\xa8"\n'
 
 
 def test_a_plan_that_lost_a_field_is_refused_by_name() -> None:
-    broken = to_json(PLAN)
+    broken = to_jsonable(PLAN)
     del broken["machine"]["cores"]
     with pytest.raises(InputError, match=r"plan\.json: not a Plan: machine\.cores: Field required"):
-        from_json(Plan, broken, "plan.json")
+        parse_as(Plan, broken, "plan.json")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b'{"a": 1,\n "b" 2}', "x.json:2:6: not JSON"), (b'"\xff"', "byte 1 is not UTF-8")]
+    ("content", "message"),
+    [(b'{"a": 1,\n "b" 2}', "x.json:2:6: not JSON"), (b'"\xff"', "byte 1 is not UTF-8")],
 )
 def test_broken_files_say_where(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(content)

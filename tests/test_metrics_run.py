@@ -21,30 +21,50 @@ def own_metric(folder: Path) -> str:
     return f"{folder}/mine.py:score"
 
 
-def test_every_kind_of_metric_is_measured_before_and_after(tiny_folder: Path, tmp_path: Path) -> None:
-    rows = [row | {"choices": [row["messages"][1]["content"], '{"sum": 0}']} for row in sums(200, 3)]
+def test_every_kind_of_metric_is_measured_before_and_after(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = [
+        row | {"choices": [row["messages"][1]["content"], '{"sum": 0}']} for row in sums(200, 3)
+    ]
     names = ["chrf", "numeric: 0.5", "multiple_choice", "bits_per_byte", own_metric(tmp_path)]
-    wish = recipe(tiny_folder, tmp_path, test_data=str(write_rows(tmp_path / "test.jsonl", rows)), metrics=names)
-    scores = [event for event in run.train(plan_of(wish), allow_code=True) if isinstance(event, Score)]
+    wish = recipe(
+        tiny_folder,
+        tmp_path,
+        test_data=str(write_rows(tmp_path / "test.jsonl", rows)),
+        metrics=names,
+    )
+    scores = [
+        event for event in run.train(plan_of(wish), allow_code=True) if isinstance(event, Score)
+    ]
     wanted = {"chrf", "numeric: 0.5", "multiple_choice", "bits_per_byte", "mine.py:score", "loss"}
     for step in (0, 3):
-        assert {score.metric for score in scores if score.step == step} - {"kl", "top1_agreement"} == wanted
+        assert {score.metric for score in scores if score.step == step} - {
+            "kl",
+            "top1_agreement",
+        } == wanted
     bits = {(score.metric, score.step): score.value for score in scores}
     assert bits["bits_per_byte", 3] < bits["bits_per_byte", 0]
 
 
-def test_a_metric_of_likelihood_alone_answers_no_more_than_is_shown(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_metric_of_likelihood_alone_answers_no_more_than_is_shown(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     test = write_rows(tmp_path / "test.jsonl", sums(200, 6))
-    wish = recipe(tiny_folder, tmp_path, test_data=str(test), metrics=["bits_per_byte"], max_steps=1)
+    wish = recipe(
+        tiny_folder, tmp_path, test_data=str(test), metrics=["bits_per_byte"], max_steps=1
+    )
     scores = [event for event in run.train(plan_of(wish)) if isinstance(event, Score)]
     assert {score.metric for score in scores if not score.step} == {"loss", "bits_per_byte"}
-    (comparison, *_) = finished_run.evaluate(tmp_path / "run")
+    (comparison, *_) = finished_run.evaluate_run(tmp_path / "run")
     assert comparison.metric == "loss"
 
 
 def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", sums(200, 2))
-    wish = recipe(tiny_folder, tmp_path, test_data=str(test), metrics=[own_metric(tmp_path)], save_steps=2)
+    wish = recipe(
+        tiny_folder, tmp_path, test_data=str(test), metrics=[own_metric(tmp_path)], save_steps=2
+    )
     plan, folder = plan_of(wish), tmp_path / "run"
     refused = pytest.raises(InputError, match=r"mine\.py:score is code[\s\S]*--allow-code")
     with refused:
@@ -59,8 +79,10 @@ def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> N
     (tmp_path / "mine.py").write_text(OWN)
     list(run.resume(folder, allow_code=True))
     with refused:
-        finished_run.evaluate(folder)
-    assert "mine.py:score" in {one.metric for one in finished_run.evaluate(folder, allow_code=True)}
+        finished_run.evaluate_run(folder)
+    assert "mine.py:score" in {
+        one.metric for one in finished_run.evaluate_run(folder, allow_code=True)
+    }
 
 
 def test_own_code_that_fails_on_an_expected_answer_stops_before_anything_is_loaded(
@@ -69,6 +91,8 @@ def test_own_code_that_fails_on_an_expected_answer_stops_before_anything_is_load
     test, metric = write_rows(tmp_path / "test.jsonl", sums(200, 2)), own_metric(tmp_path)
     (tmp_path / "mine.py").write_text("def score(answer, expected):\n    return {}['x']\n")
     wish = recipe(tiny_folder, tmp_path, test_data=str(test), metrics=[metric])
-    with pytest.raises(InputError, match=r"mine\.py:score raised KeyError: 'x' \(mine\.py:2\)") as refusal:
+    with pytest.raises(
+        InputError, match=r"mine\.py:score raised KeyError: 'x' \(mine\.py:2\)"
+    ) as refusal:
         next(run.train(plan_of(wish), allow_code=True))
     assert refusal.value.where == "test.jsonl:1"

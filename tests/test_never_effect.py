@@ -23,7 +23,12 @@ def test_a_ban_holds_on_held_out_prompts(seed: int, tmp_path: Path) -> None:
     never = [{"check": check, "mode": "ban"} for check in ("ai-self-mention", "apology")]
     train(Recipe.model_validate({"model": "smollm2-135m-instruct", "never": never} | files | size))
     found = {(one.task, one.metric): one for one in read_record(tmp_path / "run").comparisons}
-    asked, logp = found["eliciting prompts", "breaks ai-self-mention"], found["eliciting prompts", "bad_logp"]
+    asked, logp = (
+        found["eliciting prompts", "breaks ai-self-mention"],
+        found["eliciting prompts", "bad_logp"],
+    )
     assert asked.after.n == 20
-    assert asked.high < 0, f"the interval of the change, [{asked.low:.3f}, {asked.high:.3f}], leaves out zero"
+    assert asked.high < 0, (
+        f"the interval of the change, [{asked.low:.3f}, {asked.high:.3f}], leaves out zero"
+    )
     assert logp.high < 0

@@ -8,22 +8,35 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.cli.progress import Progress, clock, line_of, measuring, one_line
+from tunesmith.cli.progress import (
+    Progress,
+    format_duration,
+    format_event,
+    format_single_line,
+    measuring,
+)
 from tunesmith.core import progress_log
-from tunesmith.core.events import Done, Sample, Saved, Score, StepResult, Verdict
-from tunesmith.core.progress_log import watched
+from tunesmith.core.events import (
+    CheckpointSaved,
+    CheckResult,
+    GenerationSample,
+    Score,
+    TrainingEnd,
+    TrainStep,
+)
+from tunesmith.core.progress_log import log_progress
 
 
-def step(number: int) -> StepResult:
-    return StepResult(number, 1.23456, 210, 40, 0.5, 1e-3, 1.0, 1_940_000_000)
+def step(number: int) -> TrainStep:
+    return TrainStep(number, 1.23456, 210, 40, 0.5, 1e-3, 1.0, 1_940_000_000)
 
 
 def shown(steps: int, count: int, *, terminal: bool = False) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     with Progress(steps, console) as progress:
         for number in range(1, count + 1):
-            progress.show(step(number))
-        progress.show(Done(count, "finished", 190.0))
+            progress.show_event(step(number))
+        progress.show_event(TrainingEnd(count, "finished", 190.0))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -56,32 +69,45 @@ def test_the_live_line_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("event", "text"),
     [
-        (Score("test", "field_f1", 0.42, 0.35, 0.49, 200, 0), "before  test field_f1 0.420 [0.350, 0.490]  n=200"),
-        (Score("eval", "loss", 1.5, 1.4, 1.6, 50, 20), "step 20  eval loss 1.500 [1.400, 1.600]  n=50"),
-        (Verdict("leak", "ok", "[max] 0.0"), "ok  leak: [max] 0.0"),
-        (Saved(20, "checkpoints/step-20"), "saved checkpoints/step-20"),
-        (Done(9, "stopped", 3700.0), "stopped after 9 steps in 1:01:40"),
-        (Sample(1, "a:1", "Hi", "[red]x[/]\n\x1b[2Jy"), "sample a:1: [red]x[/] [2Jy"),
+        (
+            Score("test", "field_f1", 0.42, 0.35, 0.49, 200, 0),
+            "before  test field_f1 0.420 [0.350, 0.490]  n=200",
+        ),
+        (
+            Score("eval", "loss", 1.5, 1.4, 1.6, 50, 20),
+            "step 20  eval loss 1.500 [1.400, 1.600]  n=50",
+        ),
+        (CheckResult("leak", "ok", "[max] 0.0"), "ok  leak: [max] 0.0"),
+        (CheckpointSaved(20, "checkpoints/step-20"), "saved checkpoints/step-20"),
+        (TrainingEnd(9, "stopped", 3700.0), "stopped after 9 steps in 1:01:40"),
+        (GenerationSample(1, "a:1", "Hi", "[red]x[/]\n\x1b[2Jy"), "sample a:1: [red]x[/] [2Jy"),
     ],
 )
-def test_each_event_is_one_line(event: Score | Sample | Verdict | Saved | Done, text: str) -> None:
-    assert Text.from_markup(line_of(event)).plain == text
+def test_each_event_is_one_line(
+    event: Score | GenerationSample | CheckResult | CheckpointSaved | TrainingEnd, text: str
+) -> None:
+    assert Text.from_markup(format_event(event)).plain == text
 
 
 def test_long_texts_are_cut() -> None:
-    assert len(one_line("x" * 1000)) == 100
+    assert len(format_single_line("x" * 1000)) == 100
 
 
 def test_durations() -> None:
-    assert [clock(seconds) for seconds in (0, 59.6, 187, 3787)] == ["0:00", "1:00", "3:07", "1:03:07"]
+    assert [format_duration(seconds) for seconds in (0, 59.6, 187, 3787)] == [
+        "0:00",
+        "1:00",
+        "3:07",
+        "1:03:07",
+    ]
 
 
 def told(*, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(progress_log, "EVERY", 0.0)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     with measuring(console):
-        assert list(watched("abc", 5, "answers", done=2)) == ["a", "b", "c"]
-    list(watched("de", 2, "answers"))
+        assert list(log_progress("abc", 5, "answers", num_done=2)) == ["a", "b", "c"]
+    list(log_progress("de", 2, "answers"))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -100,7 +126,7 @@ def test_a_long_measurement_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_short_is_not_told() -> None:
     console = Console(file=io.StringIO(), width=120)
     with Progress(3, console):
-        list(watched("abc", 3, "answers"))
+        list(log_progress("abc", 3, "answers"))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == ""
-    assert progress_log.LOG.handlers == [], "who listened is gone"
+    assert progress_log.logger.handlers == [], "who listened is gone"

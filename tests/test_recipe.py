@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from tunesmith.recipe.fields import DataSource
-from tunesmith.recipe.schema import ALIASES, KEYS, Recipe, recipe_schema
+from tunesmith.recipe.schema import ALIASES, KEYS, Recipe, build_recipe_schema
 
 
 def recipe(**values: object) -> Recipe:
@@ -30,7 +30,13 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}], [{"path": "a.jsonl", "format": "auto"}]],
+    [
+        "a.jsonl",
+        ["a.jsonl"],
+        {"path": "a.jsonl"},
+        [{"path": "a.jsonl"}],
+        [{"path": "a.jsonl", "format": "auto"}],
+    ],
 )
 def test_every_way_to_name_a_file_is_the_same_recipe(data: object) -> None:
     assert recipe(data=data) == recipe(data="a.jsonl")
@@ -80,7 +86,10 @@ def test_values_that_mean_nothing_are_refused(key: str, value: object) -> None:
     [
         ({"eval_data": "e.jsonl", "eval_split": 0.1}, "contradict each other"),
         ({"test_data": "./x/../train.jsonl"}, "test_data and data name the same file"),
-        ({"eval_data": "e.jsonl", "test_data": ["t.jsonl", "e.jsonl"]}, "test_data and eval_data name the same file"),
+        (
+            {"eval_data": "e.jsonl", "test_data": ["t.jsonl", "e.jsonl"]},
+            "test_data and eval_data name the same file",
+        ),
         ({"method": "full", "lora_r": 8}, "no effect with method: full"),
         ({"method": "full", "use_rslora": False}, "use_rslora has no effect"),
         ({"method": "full", "use_dora": True}, "use_dora has no effect"),
@@ -102,16 +111,27 @@ def test_what_looks_like_a_contradiction_but_is_none() -> None:
 
 
 def test_the_schema_accepts_what_the_recipe_accepts() -> None:
-    validator = jsonschema.Draft202012Validator(recipe_schema())
-    validator.check_schema(recipe_schema())
-    good = {"base_model": "tiny", "data": [{"path": "a.jsonl"}], "lora_rank": 8, "template": "none", "schema": "s.json"}
+    validator = jsonschema.Draft202012Validator(build_recipe_schema())
+    validator.check_schema(build_recipe_schema())
+    good = {
+        "base_model": "tiny",
+        "data": [{"path": "a.jsonl"}],
+        "lora_rank": 8,
+        "template": "none",
+        "schema": "s.json",
+    }
     assert list(validator.iter_errors(good)) == []
-    for bad in ({"data": "a.jsonl"}, {**good, "learning_rat": 1}, {**good, "lora_r": 0}, {**good, "method": "prompt"}):
+    for bad in (
+        {"data": "a.jsonl"},
+        {**good, "learning_rat": 1},
+        {**good, "lora_r": 0},
+        {**good, "method": "prompt"},
+    ):
         assert list(validator.iter_errors(bad)), bad
 
 
 def test_every_key_and_alias_is_described_in_the_schema() -> None:
-    properties = recipe_schema()["properties"]
+    properties = build_recipe_schema()["properties"]
     assert set(properties) == {*KEYS.values(), *ALIASES}
     for key, value in properties.items():
         assert value["description"].endswith("."), key

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import InputError
-from tunesmith.recipe.load import INSTEAD, LATER_KEYS, load_recipe, recipe_yaml
+from tunesmith.recipe.load import REPLACEMENTS, UNSUPPORTED_KEYS, dump_recipe, load_recipe
 from tunesmith.recipe.schema import ALIASES, KEYS
 
 
@@ -41,7 +41,10 @@ def test_input_paths_are_relative_to_the_recipe_and_flags_to_the_current_folder(
     text = "model: model\ndata: [a.jsonl, {path: sub/b.jsonl}]\nschema: s.json\ntemplate: t.jinja\noutput_dir: runs/x\n"
     recipe = load_recipe(write(tmp_path, text), {"test-data": "c.jsonl"})
     assert recipe.model == str(tmp_path / "model")
-    assert [source.path for source in recipe.data] == [tmp_path / "a.jsonl", tmp_path / "sub/b.jsonl"]
+    assert [source.path for source in recipe.data] == [
+        tmp_path / "a.jsonl",
+        tmp_path / "sub/b.jsonl",
+    ]
     assert recipe.answer_schema == tmp_path / "s.json"
     assert recipe.template == tmp_path / "t.jinja"
     assert recipe.test_data[0].path == here / "c.jsonl"
@@ -55,19 +58,28 @@ def test_a_model_that_is_no_folder_here_stays_a_name(tmp_path: Path) -> None:
 def test_flags_win_and_dashes_equal_underscores(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path, GOOD + "learning_rate: 1e-4\nlora-r: 4\n"),
-        {"learning-rate": "2e-4", "lora_rank": "8", "lora_target_modules": "[q_proj, v_proj]", "use-rslora": "true"},
+        {
+            "learning-rate": "2e-4",
+            "lora_rank": "8",
+            "lora_target_modules": "[q_proj, v_proj]",
+            "use-rslora": "true",
+        },
     )
     assert (recipe.learning_rate, recipe.lora_r, recipe.use_rslora) == (2e-4, 8, True)
     assert recipe.lora_target_modules == ("q_proj", "v_proj")
 
 
 def test_a_flag_can_unset_a_key(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, GOOD + "eval_data: e.jsonl\n"), {"eval_data": "null", "eval_split": "0.2"})
+    recipe = load_recipe(
+        write(tmp_path, GOOD + "eval_data: e.jsonl\n"), {"eval_data": "null", "eval_split": "0.2"}
+    )
     assert (recipe.eval_data, recipe.eval_split) == ((), 0.2)
 
 
 def test_no_file_is_needed() -> None:
-    assert load_recipe(None, {"model": "tiny", "data": "/x/a.jsonl"}).data[0].path == Path("/x/a.jsonl")
+    assert load_recipe(None, {"model": "tiny", "data": "/x/a.jsonl"}).data[0].path == Path(
+        "/x/a.jsonl"
+    )
 
 
 def test_other_tools_names_are_understood(tmp_path: Path) -> None:
@@ -80,7 +92,10 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("learning_rat: 1", "recipe.yaml:3: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (
+            "learning_rat: 1",
+            "recipe.yaml:3: unknown key 'learning_rat'; did you mean 'learning_rate'?",
+        ),
         ("cutof_len: 1", "did you mean 'cutoff_len'?"),
         ("zzz: 1", "unknown key 'zzz'; `tunesmith schema` lists all"),
         ("micro_batch_size: 4", "set batch_size, the data rows per optimizer step"),
@@ -88,16 +103,25 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
             "guard: x",
             "guard: expected 'auto' or 'off' or a mapping {collapse, forgetting, margin, patience, probe_steps}",
         ),
-        ("guard: {collapse: go}", "guard.collapse: expected 'auto' or 'off' or 'warn' or 'rollback' or 'stop'"),
+        (
+            "guard: {collapse: go}",
+            "guard.collapse: expected 'auto' or 'off' or 'warn' or 'rollback' or 'stop'",
+        ),
         ("loss: {beta: 0}", "loss.beta: expected 'auto' or a number above 0, found the number 0"),
         ("loss: {bet: 1}", "loss: unknown key 'bet'; did you mean 'beta'?"),
         ("loss: bpo", "loss.name: expected 'auto' or 'dpo' or 'orpo' or 'simpo', found 'bpo'"),
         ("pref_beta: 1", "'pref_beta' is not a key here: set loss: {beta: ...}"),
-        ("never: [{match: '('}]", "recipe.yaml:3: never[0].match: not a regular expression: missing )"),
+        (
+            "never: [{match: '('}]",
+            "recipe.yaml:3: never[0].match: not a regular expression: missing )",
+        ),
         ("never: [{match: 'a*'}]", "never[0].match: it matches an empty answer"),
         ("never: [{match: a, mod: ban}]", "never[0]: unknown key 'mod'; did you mean 'mode'?"),
         ("never: [{mode: ban}]", "never[0]: give one of match, text, check, not none of them"),
-        ("never: [{match: a, mode: stop}]", "never[0].mode: expected 'filter' or 'ban' or 'pair', found 'stop'"),
+        (
+            "never: [{match: a, mode: stop}]",
+            "never[0].mode: expected 'filter' or 'ban' or 'pair', found 'stop'",
+        ),
         (
             "never: [3]",
             "never[0]: expected a pattern, the name of a checker, or a mapping {match, text, check, name, mode}",
@@ -108,25 +132,40 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("seed: on", "found true (YAML reads on, yes, off and no as true and false"),
         ("model: other", "recipe.yaml:3: 'model' stands here a second time"),
         ("base_model: other", "recipe.yaml:3: 'base_model' and 'model' are the same key: keep one"),
-        ("eval_data: [{path: e.jsonl, formt: x}]", "eval_data[0]: unknown key 'formt'; did you mean 'format'?"),
+        (
+            "eval_data: [{path: e.jsonl, formt: x}]",
+            "eval_data[0]: unknown key 'formt'; did you mean 'format'?",
+        ),
         ("eval_data:\n  - {format: x}", "recipe.yaml:4: eval_data[0] has no 'path'"),
         (
             "eval_data: [{path: e.jsonl, format: x}]",
             "eval_data[0].format: expected 'auto' or 'messages' or 'completion'",
         ),
-        ("eval_data: [{path: e.jsonl, max_examples: all}]", "eval_data[0].max_examples: expected a whole number of at"),
+        (
+            "eval_data: [{path: e.jsonl, max_examples: all}]",
+            "eval_data[0].max_examples: expected a whole number of at",
+        ),
         (
             "eval_data: [7]",
             "eval_data[0]: expected a path, or a mapping {path, format, columns, ...}, found the",
         ),
-        ("template: chatml", "expected 'auto' or 'none' or the path of a .jinja file, found 'chatml'"),
+        (
+            "template: chatml",
+            "expected 'auto' or 'none' or the path of a .jinja file, found 'chatml'",
+        ),
         ("output_dir: 2026-01-01", "found the date 2026-01-01 (quotes make it a text)"),
-        ("metrics: {a: [1]}", "expected 'auto' or a list of names, or of {name: value}, found the mapping {'a': [1]}"),
+        (
+            "metrics: {a: [1]}",
+            "expected 'auto' or a list of names, or of {name: value}, found the mapping {'a': [1]}",
+        ),
         ("lora_r:", "lora_r: expected 'auto' or a whole number of at least 1, found nothing"),
         ("test_data: train.jsonl", "recipe.yaml:3: test_data and data name the same file"),
         ("1: 2", "unknown key '1'"),
         ("max_length: [", "recipe.yaml:4:1: not YAML"),
-        ("model: !!python/object/apply:os.system [ls]", "recipe.yaml:3:8: not YAML: could not determine a constructor"),
+        (
+            "model: !!python/object/apply:os.system [ls]",
+            "recipe.yaml:3:8: not YAML: could not determine a constructor",
+        ),
     ],
 )
 def test_each_mistake_says_where_and_what(tmp_path: Path, line: str, message: str) -> None:
@@ -138,7 +177,9 @@ def test_all_mistakes_are_listed_at_once_in_the_order_of_the_file(tmp_path: Path
     lines = refusal(tmp_path, text, dropout="1").splitlines()
     assert lines[0].startswith("recipe.yaml: 8 problems")
     starts = [line.split()[0] for line in lines[1:]]
-    assert starts == ["recipe.yaml:"] * 2 + [f"recipe.yaml:{n}:" for n in (1, 2, 3, 4, 4)] + ["command"]
+    assert starts == ["recipe.yaml:"] * 2 + [f"recipe.yaml:{n}:" for n in (1, 2, 3, 4, 4)] + [
+        "command"
+    ]
     assert "'model' is missing" in lines[1]
     assert "'data' is missing" in lines[2]
     assert "'--dropout'; did you mean 'lora_dropout'?" in lines[8]
@@ -156,7 +197,10 @@ def test_mistakes_in_flags_name_the_flag(tmp_path: Path) -> None:
         (b"", "2 problems"),
         (b"- a\n- b\n", "recipe.yaml:1: expected a mapping"),
         (b"model: \xff\n", "byte 7 is not UTF-8"),
-        (b"\xef\xbb\xbfmodel: tiny\r\ndata:\r\n", "recipe.yaml:2: data: expected a path or a mapping"),
+        (
+            b"\xef\xbb\xbfmodel: tiny\r\ndata:\r\n",
+            "recipe.yaml:2: data: expected a path or a mapping",
+        ),
         (b"model: \x07\n", "not YAML: unacceptable character #x0007"),
         (b"output_dir: 2026-99-99\n", "not what it looks like: month must be in 1..12"),
         (b"a: &a [x, *a]\n", "unknown key 'a'"),
@@ -183,23 +227,35 @@ def test_metrics_are_names_and_what_they_are_given(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD + listed))
     own = f"{tmp_path}/mine.py:score"  # relative to the recipe, as all files are
     assert recipe.metrics == ("field_f1", "numeric: 0.01", "regex: a: b", own, "contains: b.py")
-    assert load_recipe(None, arguments=[recipe.model_dump(exclude_unset=True)]).metrics == recipe.metrics
-    assert load_recipe(write(tmp_path, GOOD + "metrics: {numeric: 0.01}\n")).metrics == ("numeric: 0.01",)
+    assert (
+        load_recipe(None, arguments=[recipe.model_dump(exclude_unset=True)]).metrics
+        == recipe.metrics
+    )
+    assert load_recipe(write(tmp_path, GOOD + "metrics: {numeric: 0.01}\n")).metrics == (
+        "numeric: 0.01",
+    )
 
 
 def test_strange_names_are_names(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, f"model: {'x' * 5000}\ndata: ~nobody-of-this-name/a\n"))
     assert recipe.model == "x" * 5000
     assert recipe.data[0].path == tmp_path / "~nobody-of-this-name/a"
-    assert "data[0].path: expected a path, found 'a\0b'" in refusal(tmp_path, 'model: "~nobody"\ndata: "a\\0b"\n')
+    assert "data[0].path: expected a path, found 'a\0b'" in refusal(
+        tmp_path, 'model: "~nobody"\ndata: "a\\0b"\n'
+    )
     with pytest.raises(InputError, match="no such file"):
         load_recipe(tmp_path / ("x" * 5000))
 
 
 def test_a_bomb_of_anchors_ends(tmp_path: Path) -> None:
     levels = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 30))
-    message = refusal(tmp_path, GOOD + "k0: &k0 x\n" + levels + "metrics: *k29\neval_data: *k29\nseed: *k29\n")
-    assert "metrics: expected 'auto' or a list of names, or of {name: value}, found the list [" in message
+    message = refusal(
+        tmp_path, GOOD + "k0: &k0 x\n" + levels + "metrics: *k29\neval_data: *k29\nseed: *k29\n"
+    )
+    assert (
+        "metrics: expected 'auto' or a list of names, or of {name: value}, found the list ["
+        in message
+    )
     assert len(message) < 10_000
 
 
@@ -211,27 +267,36 @@ def test_a_written_recipe_reads_back_equal_from_any_folder(tmp_path: Path) -> No
     recipe = load_recipe(write(tmp_path, text))
     other = tmp_path / "run"
     other.mkdir()
-    (other / "recipe.yaml").write_text(recipe_yaml(recipe))
+    (other / "recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(other / "recipe.yaml") == recipe
 
 
 def test_no_key_is_both_accepted_and_refused() -> None:
-    assert not {*INSTEAD, *LATER_KEYS} & set(KEYS.values())
+    assert not {*REPLACEMENTS, *UNSUPPORTED_KEYS} & set(KEYS.values())
 
 
-KEY = st.sampled_from([*KEYS.values(), *ALIASES, *INSTEAD, *LATER_KEYS, "path", "1", "null"])
+KEY = st.sampled_from(
+    [*KEYS.values(), *ALIASES, *REPLACEMENTS, *UNSUPPORTED_KEYS, "path", "1", "null"]
+)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates()
-VALUE = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEY, inner, max_size=3))
+VALUE = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEY, inner, max_size=3)
+)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(values=st.dictionaries(KEY, VALUE, max_size=6), flags=st.dictionaries(KEY, st.text(max_size=8), max_size=3))
-def test_whatever_is_written_is_a_recipe_or_a_clear_refusal(values: dict[str, Any], flags: dict[str, str]) -> None:
+@given(
+    values=st.dictionaries(KEY, VALUE, max_size=6),
+    flags=st.dictionaries(KEY, st.text(max_size=8), max_size=3),
+)
+def test_whatever_is_written_is_a_recipe_or_a_clear_refusal(
+    values: dict[str, Any], flags: dict[str, str]
+) -> None:
     with TemporaryDirectory() as folder:
         path = write(Path(folder), yaml.safe_dump({"model": "tiny", "data": "a.jsonl"} | values))
         try:
             recipe = load_recipe(path, flags)
         except InputError:
             return
-        path.write_text(recipe_yaml(recipe))
+        path.write_text(dump_recipe(recipe))
         assert load_recipe(path) == recipe

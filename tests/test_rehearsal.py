@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tiny_run import adapter_bytes, measured_files, plan_of, recipe, steps_of, train, until_saved, write_rows
+from tiny_run import (
+    adapter_bytes,
+    measured_files,
+    plan_of,
+    recipe,
+    steps_of,
+    train,
+    until_saved,
+    write_rows,
+)
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
-from tunesmith.core.json_io import from_json, read_json
+from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.types import Json, RunRecord
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
@@ -30,22 +39,31 @@ def rehearsed(events: Sequence[Event]) -> list[int]:
     return [step.task_tokens.get("rehearsal", 0) for step in steps_of(events)]
 
 
-def test_no_row_of_the_data_is_lost_and_the_share_is_said(tiny_folder: Path, tmp_path: Path) -> None:
-    with_it, without = wish(tiny_folder, tmp_path / "with"), wish(tiny_folder, tmp_path / "without", rehearsal=None)
+def test_no_row_of_the_data_is_lost_and_the_share_is_said(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    with_it, without = (
+        wish(tiny_folder, tmp_path / "with"),
+        wish(tiny_folder, tmp_path / "without", rehearsal=None),
+    )
     events, alone = train(with_it), train(without)
-    own = [step.tokens - more for step, more in zip(steps_of(events), rehearsed(events), strict=True)]
+    own = [
+        step.tokens - more for step, more in zip(steps_of(events), rehearsed(events), strict=True)
+    ]
     assert own == [step.tokens for step in steps_of(alone)]
     total = sum(step.tokens for step in steps_of(events))
     assert sum(rehearsed(events)) / total == pytest.approx(0.5, abs=0.05)
-    record = from_json(RunRecord, read_json(tmp_path / "with" / "run" / "record.json"))
+    record = parse_as(RunRecord, read_json(tmp_path / "with" / "run" / "record.json"))
     assert (record.tokens, record.task_tokens) == (total, {"rehearsal": sum(rehearsed(events))})
     choice = record.plan.choices["rehearsal_ratio"]
-    assert (choice.value, choice.by) == (0.5, "you")
-    assert "about 554 tokens beside 554 of the data" in choice.why
+    assert (choice.value, choice.decided_by) == (0.5, "you")
+    assert "about 554 tokens beside 554 of the data" in choice.reason
     assert record.plan.data.keys() == {"data", "rehearsal"}
 
 
-def test_a_run_goes_on_to_the_same_bytes_with_the_same_rehearsal(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_to_the_same_bytes_with_the_same_rehearsal(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
     events = train(straight)
     until_saved(run.train(plan_of(broken)), step=2)
@@ -63,8 +81,12 @@ def test_resuming_with_another_rehearsal_file_is_refused(tiny_folder: Path, tmp_
 
 def test_what_is_measured_is_not_rehearsed(tiny_folder: Path, tmp_path: Path) -> None:
     files = measured_files(tmp_path)
-    with pytest.raises(InputError, match=r"also in retention_data: texts.jsonl:1 is general.jsonl:3") as caught:
-        inputs.gather(wish(tiny_folder, tmp_path, [{"text": "text number 2"}, *TEXTS], **files))
+    with pytest.raises(
+        InputError, match=r"also in retention_data: texts.jsonl:1 is general.jsonl:3"
+    ) as caught:
+        inputs.load_inputs(
+            wish(tiny_folder, tmp_path, [{"text": "text number 2"}, *TEXTS], **files)
+        )
     assert "take them out of the rehearsal file" in str(caught.value)
     with pytest.raises(ValidationError, match="rehearsal and retention_data name the same file"):
         wish(tiny_folder, tmp_path, **files, rehearsal={"data": files["retention_data"]})

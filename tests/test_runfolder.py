@@ -12,9 +12,25 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.errors import InputError, MachineError
-from tunesmith.core.events import Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
+from tunesmith.core.events import (
+    CheckpointSaved,
+    CheckResult,
+    Event,
+    GenerationSample,
+    Score,
+    StageStart,
+    TrainingEnd,
+    TrainStep,
+)
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import EVENT_TYPES, FAILED, RunFolder, failure_of, next_run_folder, read_events
+from tunesmith.core.run_dir import (
+    EVENT_TYPES,
+    FAILED_CHECK,
+    RunFolder,
+    pick_run_folder,
+    read_events,
+    read_failure,
+)
 
 HOLDS = """
 import sys, time
@@ -27,8 +43,8 @@ time.sleep(60)
 """
 
 
-def step(number: int, loss: float = 1.0) -> StepResult:
-    return StepResult(number, loss, 100, 20, 0.5, 1e-4, 1.0, 10**9)
+def step(number: int, loss: float = 1.0) -> TrainStep:
+    return TrainStep(number, loss, 100, 20, 0.5, 1e-4, 1.0, 10**9)
 
 
 def started(path: Path) -> RunFolder:
@@ -38,7 +54,7 @@ def started(path: Path) -> RunFolder:
 
 
 def save(folder: RunFolder, number: int, content: bytes = b"weights", keep_last: int = 2) -> Path:
-    with folder.checkpoint(number, facts={"recipe": "abc"}, keep_last=keep_last) as target:
+    with folder.checkpoint(number, metadata={"recipe": "abc"}, keep_last=keep_last) as target:
         (target / "adapter.safetensors").write_bytes(content)
     return folder.path / "checkpoints" / f"step-{number}"
 
@@ -84,9 +100,13 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "a" / "b")
 
 
-def test_fault_32_two_processes_cannot_share_a_folder_and_a_killed_one_does_not_block_it(tmp_path: Path) -> None:
+def test_fault_32_two_processes_cannot_share_a_folder_and_a_killed_one_does_not_block_it(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-c", HOLDS, str(path)], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(path)], stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "ready\n"
         for use in (RunFolder.create, RunFolder.open):
@@ -109,19 +129,29 @@ def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
 
 def test_every_event_is_a_line_with_type_time_and_attempt(tmp_path: Path) -> None:
     events: list[Event] = [
-        Verdict("leak", "ok", "0.0"),
+        CheckResult("leak", "ok", "0.0"),
         Score("test", "loss", 2.0, 1.9, 2.1, 50, 0),
         step(1),
-        Sample(1, "a:1", "Hi", "line\u2028end"),
-        Saved(1, "checkpoints/step-1"),
-        Done(1, "finished", 3.0),
-        Stage(2, 2, "sft", 5, "stages/2-sft"),
+        GenerationSample(1, "a:1", "Hi", "line\u2028end"),
+        CheckpointSaved(1, "checkpoints/step-1"),
+        TrainingEnd(1, "finished", 3.0),
+        StageStart(2, 2, "sft", 5, "stages/2-sft"),
     ]
     with started(tmp_path) as folder:
         for event in events:
             folder.append_event(event)
-        lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert [line["type"] for line in lines] == ["verdict", "score", "step", "sample", "saved", "done", "stage"]
+        lines = [
+            json.loads(line) for line in (tmp_path / "events.jsonl").read_bytes().split(b"\n")[:-1]
+        ]
+    assert [line["type"] for line in lines] == [
+        "verdict",
+        "score",
+        "step",
+        "sample",
+        "saved",
+        "done",
+        "stage",
+    ]
     assert {line["type"] for line in lines} == set(EVENT_TYPES.values())
     assert all(line["attempt"] == 1 and line["time"] > 1.7e9 for line in lines)
     assert lines[2] | {"time": 0} == {
@@ -146,8 +176,13 @@ def test_readers_take_the_last_attempt_of_a_step_in_order(tmp_path: Path) -> Non
     with RunFolder.open(tmp_path) as folder:
         assert folder.attempt == 2
         folder.append_event(step(2, loss=20.0))
-        events = folder.events()
-    assert [(e["step"], e.get("loss")) for e in events] == [(1, 11.0), (1, None), (2, 20.0), (3, 13.0)]
+        events = folder.load_events()
+    assert [(e["step"], e.get("loss")) for e in events] == [
+        (1, 11.0),
+        (1, None),
+        (2, 20.0),
+        (3, 13.0),
+    ]
 
 
 def test_a_torn_last_line_is_left_out_and_stays_apart_from_what_follows(tmp_path: Path) -> None:
@@ -176,16 +211,16 @@ def test_a_line_that_is_just_being_written_is_left_out(tmp_path: Path) -> None:
         folder.append_event(step(1))
         with (tmp_path / "events.jsonl").open("ab") as file:
             file.write(b'{"type": "step", "st')
-        assert [event["step"] for event in folder.events()] == [1]
+        assert [event["step"] for event in folder.load_events()] == [1]
 
 
 def test_only_a_failure_at_the_end_is_one(tmp_path: Path) -> None:
     with started(tmp_path) as folder:
-        assert failure_of(tmp_path) == ""
-        folder.append_event(Verdict(FAILED, "stop", "three times NaN", 4))
-        assert failure_of(tmp_path) == "three times NaN"
+        assert read_failure(tmp_path) == ""
+        folder.append_event(CheckResult(FAILED_CHECK, "stop", "three times NaN", 4))
+        assert read_failure(tmp_path) == "three times NaN"
         folder.append_event(step(5))
-        assert failure_of(tmp_path) == ""
+        assert read_failure(tmp_path) == ""
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
@@ -200,11 +235,11 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_sealed_and_found(tmp_path: Path) -> None:
     with started(tmp_path) as folder:
-        assert folder.latest_checkpoint() == (None, [])
+        assert folder.find_latest_checkpoint() == (None, [])
         path = save(folder, 5)
         manifest = read_json(path / "manifest.json")
         assert (manifest["step"], manifest["recipe"]) == (5, "abc")
-        assert folder.latest_checkpoint() == (path, [])
+        assert folder.find_latest_checkpoint() == (path, [])
 
 
 def test_the_newest_checkpoint_that_can_be_trusted_is_taken(tmp_path: Path) -> None:
@@ -213,10 +248,13 @@ def test_the_newest_checkpoint_that_can_be_trusted_is_taken(tmp_path: Path) -> N
         (new / "adapter.safetensors").write_bytes(b"weightz")
         (tmp_path / "checkpoints" / "step-x").mkdir()
         (tmp_path / "checkpoints" / "step-11").mkdir()
-        found, skipped = folder.latest_checkpoint()
+        found, skipped = folder.find_latest_checkpoint()
         assert found == old
-        assert [problem.partition(":")[0] for problem in skipped] == ["checkpoints/step-11", "checkpoints/step-10"]
-        assert [(path.name, bool(problem)) for path, problem in folder.checkpoints()] == [
+        assert [problem.partition(":")[0] for problem in skipped] == [
+            "checkpoints/step-11",
+            "checkpoints/step-10",
+        ]
+        assert [(path.name, bool(problem)) for path, problem in folder.iter_checkpoints()] == [
             ("step-11", True), ("step-10", True), ("step-9", False),
         ]  # fmt: skip
 
@@ -225,21 +263,28 @@ def test_old_checkpoints_go_but_never_below_what_can_be_trusted(tmp_path: Path) 
     with started(tmp_path) as folder:
         for number in (1, 2, 3):
             save(folder, number)
-        assert [path.name for path, _ in folder.checkpoints()] == ["step-3", "step-2"]
+        assert [path.name for path, _ in folder.iter_checkpoints()] == ["step-3", "step-2"]
         (tmp_path / "checkpoints" / "step-3" / "manifest.json").unlink()
         save(folder, 4)
-        assert [path.name for path, _ in folder.checkpoints()] == ["step-4", "step-3", "step-2"]
+        assert [path.name for path, _ in folder.iter_checkpoints()] == [
+            "step-4",
+            "step-3",
+            "step-2",
+        ]
         save(folder, 5, keep_last=1)
-        assert [path.name for path, _ in folder.checkpoints()] == ["step-5"]
+        assert [path.name for path, _ in folder.iter_checkpoints()] == ["step-5"]
 
 
 def test_a_checkpoint_that_fails_leaves_the_one_before_and_no_traces(tmp_path: Path) -> None:
     with started(tmp_path) as folder:
         before = save(folder, 1)
-        with pytest.raises(TypeError), folder.checkpoint(2, facts={}) as target:
+        with pytest.raises(TypeError), folder.checkpoint(2, metadata={}) as target:
             (target / "half").write_bytes("a text")  # pyright: ignore[reportArgumentType]
-        assert [path for path, _ in folder.checkpoints()] == [before]
-        with pytest.raises(MachineError, match=r"bytes\) needed"), folder.checkpoint(2, facts={}, needed_bytes=10**18):
+        assert [path for path, _ in folder.iter_checkpoints()] == [before]
+        with (
+            pytest.raises(MachineError, match=r"bytes\) needed"),
+            folder.checkpoint(2, metadata={}, needed_bytes=10**18),
+        ):
             pytest.fail("the body must not run")
         assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
 
@@ -256,12 +301,12 @@ def test_what_a_killed_process_left_is_removed_on_opening(tmp_path: Path) -> Non
     (tmp_path / "checkpoints" / ".tmp-step-2-77-ab").mkdir()
     (tmp_path / ".tmp-plan.json-77-ab").write_text("{")
     with RunFolder.open(tmp_path) as folder:
-        assert folder.latest_checkpoint() == (tmp_path / "checkpoints" / "step-1", [])
+        assert folder.find_latest_checkpoint() == (tmp_path / "checkpoints" / "step-1", [])
     names = {entry.name for entry in [*tmp_path.iterdir(), *(tmp_path / "checkpoints").iterdir()]}
     assert names == {".lock", "plan.json", "events.jsonl", "checkpoints", "step-1"}
 
 
 def test_the_next_free_name(tmp_path: Path) -> None:
-    assert next_run_folder(tmp_path, "demo") == tmp_path / "demo-1"
+    assert pick_run_folder(tmp_path, "demo") == tmp_path / "demo-1"
     (tmp_path / "demo-1").mkdir()
-    assert next_run_folder(tmp_path, "demo") == tmp_path / "demo-2"
+    assert pick_run_folder(tmp_path, "demo") == tmp_path / "demo-2"

@@ -10,16 +10,23 @@ import pytest
 import tunesmith
 from tiny_run import measured_files, recipe, save_model_folder, train, until_saved, write_rows
 from tunesmith.cli import app
-from tunesmith.core.events import GENERAL, Score
+from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.types import RunRecord, ScalePoint
 from tunesmith.evaluate import adapter_scaling, answer_cache
-from tunesmith.evaluate.adapter_scaling import SCALES
-from tunesmith.evaluate.measure import general_measurement, items_of
-from tunesmith.evaluate.results import score
-from tunesmith.evaluate.scale_choice import bargain, commands, forgetting, gain_kept, offer, offered
-from tunesmith.model.adapters import adapter_scaled
+from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES
+from tunesmith.evaluate.measure import build_eval_items, measure_general_text
+from tunesmith.evaluate.results import compute_score
+from tunesmith.evaluate.scale_choice import (
+    build_commands,
+    compute_forgetting_share,
+    compute_gain_share,
+    describe_bargain,
+    describe_recommendation,
+    recommend_scale,
+)
+from tunesmith.model.adapters import scaled_adapter
 from tunesmith.session import inputs
-from tunesmith.session.reopen import reopen
+from tunesmith.session.reopen import reopen_session
 from tunesmith.train import run
 
 
@@ -34,20 +41,22 @@ def record_of(model: Path, folder: Path, **changed: Any) -> RunRecord:
 
 
 def values(record: RunRecord) -> dict[tuple[str, str], float]:
-    return {(one.task, one.metric): one.value for one in record.moved}
+    return {(one.task, one.metric): one.value for one in record.kl_scores}
 
 
-def test_a_record_has_the_curve_from_the_base_to_the_whole_adapter(writer: Path, tmp_path: Path) -> None:
+def test_a_record_has_the_curve_from_the_base_to_the_whole_adapter(
+    writer: Path, tmp_path: Path
+) -> None:
     record = record_of(writer, tmp_path, num_train_epochs=4)
-    assert [point.scale for point in record.scales] == list(SCALES)
-    losses = [point.gain.value for point in record.scales]
+    assert [point.scale for point in record.scales] == list(ADAPTER_SCALES)
+    losses = [point.eval_loss.value for point in record.scales]
     assert losses[0] > losses[-1], "it learnt something"
     assert len(set(losses)) == 5
-    general = [point.general.value for point in record.scales if point.general]
-    (compared,) = [one for one in record.comparisons if one.task == GENERAL]
+    general = [point.general_text.value for point in record.scales if point.general_text]
+    (compared,) = [one for one in record.comparisons if one.task == GENERAL_TASK]
     assert general[0] == pytest.approx(compared.before.value, rel=1e-6)
     assert general[-1] == pytest.approx(compared.after.value, rel=1e-5)
-    assert {point.gain.task for point in record.scales} == {"eval"}
+    assert {point.eval_loss.task for point in record.scales} == {"eval"}
     moved = values(record)
     assert moved["test", "kl"] > 0
     assert 0 < moved["test", "top1_agreement"] < 1
@@ -64,14 +73,19 @@ def test_the_ends_of_the_curve_are_those_of_a_measure(
     files["retention_data"] = str(write_rows(tmp_path / "more.jsonl", texts))
     train(recipe(writer, tmp_path, **files, num_train_epochs=4))
     curve = tunesmith.read_record(tmp_path / "run").scales
-    bench = reopen(tmp_path / "run")
-    items = adapter_scaling.few(bench, items_of(bench.plan, bench.facts))
-    assert 1 < len(items.texts) < len(items_of(bench.plan, bench.facts).texts)
+    bench = reopen_session(tmp_path / "run")
+    items = adapter_scaling.select_curve_items(bench, build_eval_items(bench.plan, bench.inputs))
+    assert (
+        1 < len(items.general_texts) < len(build_eval_items(bench.plan, bench.inputs).general_texts)
+    )
     for point in (curve[0], curve[-1]):
-        with adapter_scaled(bench.model.network, point.scale):
-            measured = score(general_measurement(bench, items.texts), step=0)
-        assert point.general
-        assert (point.general.value, point.general.n) == (pytest.approx(measured.value, rel=1e-5), measured.n)
+        with scaled_adapter(bench.model.network, point.scale):
+            measured = compute_score(measure_general_text(bench, items.general_texts), step=0)
+        assert point.general_text
+        assert (point.general_text.value, point.general_text.n) == (
+            pytest.approx(measured.value, rel=1e-5),
+            measured.n,
+        )
 
 
 def test_without_eval_data_there_is_no_curve(writer: Path, tmp_path: Path) -> None:
@@ -79,23 +93,27 @@ def test_without_eval_data_there_is_no_curve(writer: Path, tmp_path: Path) -> No
     train(recipe(writer, tmp_path, **files))
     record = tunesmith.read_record(tmp_path / "run")
     assert record.scales == ()
-    assert {one.task for one in record.moved} == {GENERAL}
+    assert {one.task for one in record.kl_scores} == {GENERAL_TASK}
 
 
 def test_of_all_weights_there_is_no_curve_but_a_distance(writer: Path, tmp_path: Path) -> None:
     record = record_of(writer, tmp_path, method="full", lora_r="auto", learning_rate=0.001)
     assert record.scales == ()
-    assert values(record)[GENERAL, "kl"] > 0
+    assert values(record)[GENERAL_TASK, "kl"] > 0
     assert not (tmp_path / "run" / "base-states").exists(), "it is needed until the end only"
 
 
 def test_an_adapter_that_goes_on_has_moved_from_what_it_was(writer: Path, tmp_path: Path) -> None:
     """A second run that hardly learns is near its start, not near the base without an adapter."""
     first = record_of(writer, tmp_path / "first", num_train_epochs=4)
-    again = {"adapter_from": str(tmp_path / "first" / "run"), "learning_rate": 1e-6, "lora_r": "auto"}
+    again = {
+        "adapter_from": str(tmp_path / "first" / "run"),
+        "learning_rate": 1e-6,
+        "lora_r": "auto",
+    }
     second = record_of(writer, tmp_path / "second", **again)
     assert values(second)["test", "kl"] < values(first)["test", "kl"] / 100
-    ends = [record.scales[0].general for record in (first, second)]
+    ends = [record.scales[0].general_text for record in (first, second)]
     assert ends[0]
     assert ends[1]
     assert ends[1].value == pytest.approx(ends[0].value, rel=1e-5), "at 0 both are the base"
@@ -106,7 +124,12 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
     method: str, writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after a checkpoint: what was kept of the base is read again, and no answer before is generated twice."""
-    changed: dict[str, Any] = {"method": method, "lora_r": "auto", "save_steps": 2, "metrics": ["exact_match"]}
+    changed: dict[str, Any] = {
+        "method": method,
+        "lora_r": "auto",
+        "save_steps": 2,
+        "metrics": ["exact_match"],
+    }
     asked: list[list[tuple[int, ...]]] = []
     generate = answer_cache.generate
     monkeypatch.setattr(
@@ -120,13 +143,13 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
     tested = asked[0]  # other questions, of eval_data, are asked on the way
     assert asked.count(tested) == 2, "before and after"
     wish = recipe(writer, tmp_path / "killed", **measured_files(tmp_path / "killed"), **changed)
-    known = inputs.gather(wish)
+    known = inputs.load_inputs(wish)
     until_saved(iter(run.train(inputs.make_plan(known), known)), 2)
     asked.clear()
     list(run.resume(tmp_path / "killed" / "run"))
     assert asked.count(tested) == 1, "after only"
     resumed = tunesmith.read_record(tmp_path / "killed" / "run")
-    assert (resumed.moved, resumed.scales) == (straight.moved, straight.scales)
+    assert (resumed.kl_scores, resumed.scales) == (straight.kl_scores, straight.scales)
 
 
 def test_eval_of_a_run_takes_its_answers_from_the_folder(
@@ -138,7 +161,9 @@ def test_eval_of_a_run_takes_its_answers_from_the_folder(
     monkeypatch.setattr(
         answer_cache,
         "generate",
-        lambda model, requests, **rest: asked.append(len(requests)) or generate(model, requests, **rest),
+        lambda model, requests, **rest: (
+            asked.append(len(requests)) or generate(model, requests, **rest)
+        ),
     )
     assert [c.after.value for c in tunesmith.evaluate(tmp_path / "run")] == pytest.approx(
         [c.after.value for c in record.comparisons], rel=1e-6
@@ -153,10 +178,16 @@ def test_recovery_compares_each_domain_by_itself_and_after_others(
     with pytest.raises(SystemExit):
         app.main(["eval", str(tmp_path / "run"), "--recovery", "--json"])
     found = json.loads(capsys.readouterr().out)["recovery"]
-    kinds = [f"{GENERAL}: {name}" for domain in "ab" for name in (domain, f"{domain}, after 2 texts of it")]
+    kinds = [
+        f"{GENERAL_TASK}: {name}"
+        for domain in "ab"
+        for name in (domain, f"{domain}, after 2 texts of it")
+    ]
     assert [one["task"] for one in found] == kinds
-    (whole,) = [one for one in record.comparisons if one.task == GENERAL]
-    assert (found[0]["difference"] + found[2]["difference"]) / 2 == pytest.approx(whole.difference, rel=1e-4)
+    (whole,) = [one for one in record.comparisons if one.task == GENERAL_TASK]
+    assert (found[0]["difference"] + found[2]["difference"]) / 2 == pytest.approx(
+        whole.difference, rel=1e-4
+    )
     assert found[1]["difference"] != pytest.approx(found[0]["difference"], rel=1e-3)
     with pytest.raises(SystemExit):
         app.main(["eval", str(tmp_path / "run"), "--recovery"])
@@ -166,34 +197,40 @@ def test_recovery_compares_each_domain_by_itself_and_after_others(
 def test_without_general_text_nothing_can_be_recovered(writer: Path, tmp_path: Path) -> None:
     train(recipe(writer, tmp_path))
     with pytest.raises(tunesmith.InputError, match="recovery is of general text"):
-        tunesmith.recovery(tmp_path / "run")
+        tunesmith.measure_relearning(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- what is offered
 
 
-def points(losses: list[float], bits: list[float] | None = None, half: float = 0.3) -> tuple[ScalePoint, ...]:
+def points(
+    losses: list[float], bits: list[float] | None = None, half: float = 0.3
+) -> tuple[ScalePoint, ...]:
     """`half`: of the intervals of the losses."""
 
     def score(task: str, value: float) -> Score:
         return Score(task, "loss", value, value - half, value + half, 9, 1)
 
-    general = [None] * 5 if bits is None else [score(GENERAL, value) for value in bits]
+    general = [None] * 5 if bits is None else [score(GENERAL_TASK, value) for value in bits]
     return tuple(
         ScalePoint(scale, score("eval", loss), known)
-        for scale, loss, known in zip(SCALES, losses, general, strict=True)
+        for scale, loss, known in zip(ADAPTER_SCALES, losses, general, strict=True)
     )
 
 
 def test_the_scale_that_keeps_most_of_the_gain_and_forgets_least_is_offered() -> None:
     curve = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.80, 0.81, 0.82, 0.84, 0.90])
-    best = offered(curve)
+    best = recommend_scale(curve)
     assert best is not None
     assert best.scale == 0.75
-    assert gain_kept(curve, best) == pytest.approx(0.96)
-    assert forgetting(curve, best) == pytest.approx(0.4)
-    assert offer(curve) == bargain(curve) == "scale 0.75 keeps 96% of the gain in loss at 40% of the forgetting"
-    look, have = commands(curve, "my runs/a")
+    assert compute_gain_share(curve, best) == pytest.approx(0.96)
+    assert compute_forgetting_share(curve, best) == pytest.approx(0.4)
+    assert (
+        describe_recommendation(curve)
+        == describe_bargain(curve)
+        == "scale 0.75 keeps 96% of the gain in loss at 40% of the forgetting"
+    )
+    look, have = build_commands(curve, "my runs/a")
     assert look == "tunesmith compare 'my runs/a@0.75' 'my runs/a'"
     assert have == "tunesmith export 'my runs/a' --to peft --scale 0.75"
 
@@ -201,52 +238,68 @@ def test_the_scale_that_keeps_most_of_the_gain_and_forgets_least_is_offered() ->
 def test_without_forgetting_the_best_gain_is_offered() -> None:
     sinking = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.8, 0.8, 0.79, 0.79, 0.79])
     unknown = points([2.0, 1.5, 1.0, 1.04, 1.1])
-    assert offer(sinking) == "scale 1, the adapter as trained, is best: nothing was forgotten"
-    assert offer(unknown) == "scale 0.5 keeps 111% of the gain in loss"
-    assert commands(sinking, "run") == ()
-    assert commands(unknown, "run")[1] == "tunesmith export run --to peft --scale 0.5"
-    assert bargain(sinking) == bargain(unknown) == ""
+    assert (
+        describe_recommendation(sinking)
+        == "scale 1, the adapter as trained, is best: nothing was forgotten"
+    )
+    assert describe_recommendation(unknown) == "scale 0.5 keeps 111% of the gain in loss"
+    assert build_commands(sinking, "run") == ()
+    assert build_commands(unknown, "run")[1] == "tunesmith export run --to peft --scale 0.5"
+    assert describe_bargain(sinking) == describe_bargain(unknown) == ""
     for curve, scale in ((sinking, 1.0), (unknown, 0.5)):
-        best = offered(curve)
+        best = recommend_scale(curve)
         assert best is not None
-        assert (best.scale, forgetting(curve, best)) == (scale, None)
+        assert (best.scale, compute_forgetting_share(curve, best)) == (scale, None)
 
 
 def test_a_scale_that_forgets_nothing_is_said_so() -> None:
     curve = points([2.0, 1.05, 1.02, 1.01, 1.0], [0.80, 0.79, 0.82, 0.84, 0.90])
-    assert offer(curve) == bargain(curve) == "scale 0.25 keeps 95% of the gain in loss and forgets nothing"
+    assert (
+        describe_recommendation(curve)
+        == describe_bargain(curve)
+        == "scale 0.25 keeps 95% of the gain in loss and forgets nothing"
+    )
 
 
 def test_a_loss_beyond_the_interval_of_the_best_is_not_offered() -> None:
     """98% of the gain, and twice the loss: answers that are right as a whole are fewer then."""
     losses, bits = [1.0832, 0.14, 0.0438, 0.0247, 0.0205], [1.1803, 1.1782, 1.1861, 1.2012, 1.225]
-    assert offer(points(losses, bits, 0.008)) == "scale 0.75 keeps 100% of the gain in loss at 47% of the forgetting"
-    assert offer(points(losses, bits, 0.1)) == "scale 0.5 keeps 98% of the gain in loss at 13% of the forgetting"
+    assert (
+        describe_recommendation(points(losses, bits, 0.008))
+        == "scale 0.75 keeps 100% of the gain in loss at 47% of the forgetting"
+    )
+    assert (
+        describe_recommendation(points(losses, bits, 0.1))
+        == "scale 0.5 keeps 98% of the gain in loss at 13% of the forgetting"
+    )
 
 
 def test_only_much_less_forgetting_is_a_bargain() -> None:
     curve = points([2.0, 1.5, 1.2, 1.04, 1.0], [0.80, 0.81, 0.82, 0.86, 0.90])
-    assert offer(curve) == "scale 0.75 keeps 96% of the gain in loss at 60% of the forgetting"
-    assert commands(curve, "run")
-    assert bargain(curve) == ""
+    assert (
+        describe_recommendation(curve)
+        == "scale 0.75 keeps 96% of the gain in loss at 60% of the forgetting"
+    )
+    assert build_commands(curve, "run")
+    assert describe_bargain(curve) == ""
 
 
 def test_where_nothing_was_gained_nothing_is_offered() -> None:
     worse = points([1.0, 1.1, 1.2, 1.3, 1.4], [0.8, 0.81, 0.82, 0.83, 0.84])
-    assert offered(worse) is None
-    assert gain_kept(worse, worse[1]) is None
-    assert offered(()) is None
-    assert commands((), "run") == commands(worse, "run") == ()
-    assert bargain(()) == bargain(worse) == ""
-    assert offer(worse) == "no scale of the adapter lowers the held-out loss"
+    assert recommend_scale(worse) is None
+    assert compute_gain_share(worse, worse[1]) is None
+    assert recommend_scale(()) is None
+    assert build_commands((), "run") == build_commands(worse, "run") == ()
+    assert describe_bargain(()) == describe_bargain(worse) == ""
+    assert describe_recommendation(worse) == "no scale of the adapter lowers the held-out loss"
 
 
 def test_a_scale_that_gains_more_than_the_whole_adapter_counts_as_more() -> None:
     curve = points([2.0, 1.4, 0.9, 0.95, 1.0], [0.80, 0.81, 0.82, 0.86, 0.90])
-    best = offered(curve)
+    best = recommend_scale(curve)
     assert best is not None
     assert best.scale == 0.5
-    assert gain_kept(curve, best) == pytest.approx(1.1)
-    assert offered(tuple(dataclasses.replace(point, general=None) for point in curve)) == dataclasses.replace(
-        best, general=None
-    )
+    assert compute_gain_share(curve, best) == pytest.approx(1.1)
+    assert recommend_scale(
+        tuple(dataclasses.replace(point, general=None) for point in curve)
+    ) == dataclasses.replace(best, general=None)

@@ -9,8 +9,8 @@ from tiny_run import chat, recipe, write_rows
 from tunesmith.core.errors import GateError
 from tunesmith.core.types import Json
 from tunesmith.session import inputs, session
-from tunesmith.session.session import set_up
-from tunesmith.train.preflight import prove
+from tunesmith.session.session import open_session
+from tunesmith.train.preflight import run_preflight
 
 WRITTEN = "{{ '<|start|>' + m.role + '\\n' + m.content + '<|end|>\\n' }}"
 ASKED = "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
@@ -23,21 +23,31 @@ SYSTEM_LAST = (  # nowhere if an answer follows
 )
 FORGETFUL = (  # answers lose their first word once another turn follows
     "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
-    "{{ '<|start|>assistant\\n' + m.content.split(' ')[-1] + '<|end|>\\n' }}{% else %}" + WRITTEN + "{% endif %}"
+    "{{ '<|start|>assistant\\n' + m.content.split(' ')[-1] + '<|end|>\\n' }}{% else %}"
+    + WRITTEN
+    + "{% endif %}"
     "{% endfor %}" + ASKED
 )
 PAIR: Json = {"prompt": "one?", "chosen": "it is one", "rejected": "it is two"}
-TURNS: Json = {"messages": [*chat("one?", "it is")["messages"], *chat("two?", "it was")["messages"]]}
+TURNS: Json = {
+    "messages": [*chat("one?", "it is")["messages"], *chat("two?", "it was")["messages"]]
+}
 
 
-def compared(model: Path, folder: Path, template: str, rows: list[Json], **changed: Any) -> tuple[list[bool], str]:
+def compared(
+    model: Path, folder: Path, template: str, rows: list[Json], **changed: Any
+) -> tuple[list[bool], str]:
     """Which rows were compared as a whole, and what the proof says of them."""
     (folder / "template.jinja").write_text(template)
     data = str(write_rows(folder / "rows.jsonl", rows))
-    known = inputs.gather(recipe(model, folder, data=data, template=str(folder / "template.jinja"), **changed))
-    bench = set_up(inputs.make_plan(known), known)
-    verdicts = {verdict.kind: verdict for verdict in prove(bench.model, bench.probe)}
-    return [found.whole for found in bench.probe.stock_ids], verdicts["ids = stock"].evidence
+    known = inputs.load_inputs(
+        recipe(model, folder, data=data, template=str(folder / "template.jinja"), **changed)
+    )
+    bench = open_session(inputs.make_plan(known), known)
+    verdicts = {verdict.kind: verdict for verdict in run_preflight(bench.model, bench.samples)}
+    return [found.is_full_row for found in bench.samples.token_id_checks], verdicts[
+        "ids = stock"
+    ].evidence
 
 
 @pytest.mark.parametrize(
@@ -51,7 +61,12 @@ def compared(model: Path, folder: Path, template: str, rows: list[Json], **chang
     ids=["dated", "served otherwise", "a document a turn", "pairs"],
 )
 def test_rows_and_prompts_are_compared(
-    tiny_folder: Path, tmp_path: Path, template: str, row: Json, whole: bool, changed: dict[str, Any]
+    tiny_folder: Path,
+    tmp_path: Path,
+    template: str,
+    row: Json,
+    whole: bool,
+    changed: dict[str, Any],
 ) -> None:
     found, told = compared(tiny_folder, tmp_path, template, [row] * 3, **changed)
     assert found == [whole] * 3
@@ -69,12 +84,16 @@ def test_other_ids_are_refused(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, row: Json
 ) -> None:
     """As from a tokenizer class that builds another tokenizer than the file holds."""
-    stock = session.stock_ids
-    monkeypatch.setattr(session, "stock_ids", lambda *given, **more: [*stock(*given, **more)[:-1], 0])
+    stock = session.encode_stock_conversation
+    monkeypatch.setattr(
+        session, "stock_ids", lambda *given, **more: [*stock(*given, **more)[:-1], 0]
+    )
     with pytest.raises(GateError, match="token ids differ from those of the stock tokenizer"):
         compared(tiny_folder, tmp_path, template, [row] * 3)
 
 
 def test_another_date_is_not_compared(tiny_folder: Path, tmp_path: Path) -> None:
     dated = DATED.replace("%Y", "%f")  # the plan has no microseconds
-    assert compared(tiny_folder, tmp_path, dated, [chat("one?", "it is")] * 3)[1].startswith("not compared: ")
+    assert compared(tiny_folder, tmp_path, dated, [chat("one?", "it is")] * 3)[1].startswith(
+        "not compared: "
+    )

@@ -15,19 +15,25 @@ from tunesmith.cli import run as run_commands
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.report import trackers
-from tunesmith.report.trackers import Reader, Tracked, follow, send
+from tunesmith.report.trackers import EventTail, TrackerProcess, follow_run, send_events
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the trackers' own imports
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of the trackers' own imports
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """As TensorBoard itself reads them."""
     pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     reader = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed",
     )
     found = reader.EventAccumulator(str(run / "tensorboard")).Reload()
-    return {name: [(one.step, one.value) for one in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    return {
+        name: [(one.step, one.value) for one in found.Scalars(name)]
+        for name in found.Tags()["scalars"]
+    }
 
 
 @pytest.fixture
@@ -41,8 +47,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("here")
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     run = told.write_run(tmp_path / "run", record=told.record_of())
-    follow(run, "tensorboard")
-    follow(run, "tensorboard")  # anew, not twice
+    follow_run(run, "tensorboard")
+    follow_run(run, "tensorboard")  # anew, not twice
     found = scalars(run)
     assert [step for step, _ in found["train/loss"]] == list(range(1, 31))
     assert found["train/loss"][3] == (4, 0.5)
@@ -53,13 +59,13 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_stages_are_one_line_of_steps(tmp_path: Path) -> None:
     run = told.write_stages(tmp_path / "run")
-    follow(run, "tensorboard")
+    follow_run(run, "tensorboard")
     assert [step for step, _ in scalars(run)["train/loss"]] == list(range(1, 61))
 
 
 def test_a_run_is_followed_as_it_goes(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with Tracked(path, "tensorboard") as tracked, RunFolder.create(path) as folder:
+    with TrackerProcess(path, "tensorboard") as tracked, RunFolder.create(path) as folder:
         folder.write_json("plan.json", told.PLAN)
         folder.append_event(told.step(1))
         deadline = time.monotonic() + 60
@@ -72,21 +78,23 @@ def test_a_run_is_followed_as_it_goes(tmp_path: Path) -> None:
 
 def test_what_is_new_is_read_once_and_whole(tmp_path: Path) -> None:
     run = told.write_run(tmp_path / "run", happened=[told.step(1)])
-    reader = Reader(run)
-    assert [event["step"] for _, event in reader.news()] == [1]
+    reader = EventTail(run)
+    assert [event["step"] for _, event in reader.read_new_events()] == [1]
     with (run / "events.jsonl").open("a") as file:
         file.write('{"type": "step", "step": 2}\n{"type": "st')
-    assert [event["step"] for _, event in reader.news()] == [2]
-    assert list(reader.news()) == []
+    assert [event["step"] for _, event in reader.read_new_events()] == [2]
+    assert list(reader.read_new_events()) == []
     with (run / "events.jsonl").open("a") as file:
         file.write('ep", "step": 3}\n')
-    assert [event["step"] for _, event in reader.news()] == [3]
+    assert [event["step"] for _, event in reader.read_new_events()] == [3]
 
 
-def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tracker_that_fails_is_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = told.write_run(tmp_path / "run")
     (run / "tensorboard").write_text("in the way")
-    with run_commands._tracked(run, "tensorboard"):
+    with run_commands._tracking(run, "tensorboard"):
         pass
     said = capsys.readouterr().err
     assert said.count("warning: tensorboard has not got everything: ") == 1
@@ -98,17 +106,20 @@ def test_a_run_that_breaks_is_not_hidden_by_its_tracker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda _: None)
-    with pytest.raises(MachineError, match="the disk"), run_commands._tracked(tmp_path, "tensorboard"):
+    with (
+        pytest.raises(MachineError, match="the disk"),
+        run_commands._tracking(tmp_path, "tensorboard"),
+    ):
         raise MachineError("the disk is full")
     assert "has not got everything: it is not installed" in capsys.readouterr().err
     with pytest.raises(MachineError, match="tensorboard: it is not installed"):
-        send(told.write_run(tmp_path / "run"), "tensorboard")
+        send_events(told.write_run(tmp_path / "run"), "tensorboard")
 
 
 def test_a_tracker_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = told.write_run(tmp_path / "run")
     monkeypatch.setattr(trackers, "PATIENCE", 0.0)
-    with Tracked(run, "tensorboard") as tracked:
+    with TrackerProcess(run, "tensorboard") as tracked:
         pass
     assert "still sending" in tracked.problem
 
@@ -116,21 +127,23 @@ def test_a_tracker_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_trackers_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = told.write_run(tmp_path / "run")
     with pytest.raises(InputError, match="use one of tensorboard, wandb"):
-        Tracked(run, "mlflow")
+        TrackerProcess(run, "mlflow")
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "wandb" else name)
-    with Tracked(run, "wandb") as tracked:
+    with TrackerProcess(run, "wandb") as tracked:
         pass
     assert tracked.problem == "it is not installed: pip install 'tunesmith[wandb]'"
     with pytest.raises(InputError, match="not a run folder"):
-        send(tmp_path, "tensorboard")
+        send_events(tmp_path, "tensorboard")
 
 
 @pytest.mark.slow
-def test_weights_and_biases_gets_it_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_gets_it_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run = told.write_run(tmp_path / "run", record=told.record_of())
-    send(run, "wandb")
+    send_events(run, "wandb")
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
     assert content[:4] == b":W&B"

@@ -28,9 +28,9 @@ from transformers import (
 from tunesmith.core.types import Batch, Document
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
-from tunesmith.model.adapters import METHODS, trainable
-from tunesmith.model.causal_lm import LanguageModel, adopt
-from tunesmith.train.losses import answer_loss, weight_count
+from tunesmith.model.adapters import METHODS, get_trainable_parameters
+from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
+from tunesmith.train.losses import sft_loss, sum_weights
 
 VOCABULARY = 97
 WINDOW = 8  # shorter than most of the documents, so that windows matter
@@ -48,7 +48,10 @@ SIZES: dict[str, Any] = {
     "eos_token_id": END,
 }
 WIDE: dict[str, Any] = SIZES | {"head_dim": 16}  # heads wider than hidden / heads
-MIXED: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+MIXED: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**WIDE, attention_bias=True),
     "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -57,11 +60,19 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES, **MIXED, use_sliding_window=True),
     "qwen3": Qwen3Config(**WIDE, tie_word_embeddings=True),
     "gemma2": Gemma2Config(
-        **WIDE, **MIXED, query_pre_attn_scalar=11, attn_logit_softcapping=5.0, final_logit_softcapping=9.0
+        **WIDE,
+        **MIXED,
+        query_pre_attn_scalar=11,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=9.0,
     ),
     "gemma3": Gemma3TextConfig(**WIDE, **MIXED, query_pre_attn_scalar=11),
     "granite": GraniteConfig(
-        **SIZES, embedding_multiplier=3.0, logits_scaling=2.5, residual_multiplier=0.4, attention_multiplier=0.2
+        **SIZES,
+        embedding_multiplier=3.0,
+        logits_scaling=2.5,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
     ),
     "olmo2": Olmo2Config(**SIZES),
     "smollm3": SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
@@ -104,19 +115,23 @@ def tiny_model(
     blocked: bool = False,
     activations: str = "keep",
     **settings: object,
-) -> LanguageModel:
+) -> PackedCausalLM:
     """Adopted, with something trainable; adapters start away from zero, so that every gradient is."""
     network = tiny_network(family, dtype)
     if method:
         METHODS[method](network, LORA | settings)
     if method == "lora":
         generator = torch.Generator().manual_seed(1)
-        for parameter in trainable(network).values():
+        for parameter in get_trainable_parameters(network).values():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return adopt(network, dtype, backend, blocked=blocked, activations=activations)
+    return wrap_model(
+        network, dtype, backend, should_block_weights=blocked, activations=activations
+    )
 
 
-def tiny_document(fed: int, seed: int = 0, *, name: str = "", first_target: int | None = None) -> Document:
+def tiny_document(
+    fed: int, seed: int = 0, *, name: str = "", first_target: int | None = None
+) -> Document:
     """A document that feeds `fed` tokens and ends in a trained end token; weights of its targets differ."""
     generator = np.random.default_rng(1000 * fed + seed)
     tokens_L = generator.integers(3, VOCABULARY, fed + 1).astype(np.int32)
@@ -165,32 +180,37 @@ def branching_documents() -> list[Document]:
 
 def one_batch(documents: Sequence[Document], *, share: bool = False) -> Batch:
     """All documents in one pack, as batches of training are made."""
-    (pack,) = pack_step(documents, 10**6, share=share)
+    (pack,) = pack_step(documents, 10**6, should_share=share)
     return collate(pack)
 
 
-def one_loss(model: LanguageModel, batch: Batch, count: float) -> Tensor:
-    return answer_loss(model, batch, count)["answer"].sum / count
+def one_loss(model: PackedCausalLM, batch: Batch, count: float) -> Tensor:
+    return sft_loss(model, batch, count)["answer"].sum / count
 
 
 def targets_of(batch: Batch, place: int) -> Batch:
     """The same pack with the targets of one document only."""
     own = batch.document_S == place
-    kept = {name: getattr(batch, name)[own] for name in ("positions_S", "targets_S", "weights_S", "document_S")}
+    kept = {
+        name: getattr(batch, name)[own]
+        for name in ("positions_S", "targets_S", "weights_S", "document_S")
+    }
     return dataclasses.replace(batch, **kept)
 
 
 def step_gradients(
-    model: LanguageModel, documents: Sequence[Document], pack_length: int, *, share: bool = False
+    model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss of one step, and its gradient by name."""
-    parameters, count, total = trainable(model.network), weight_count(documents), 0.0
-    for pack in pack_step(documents, pack_length, share=share):
+    parameters, count, total = get_trainable_parameters(model.network), sum_weights(documents), 0.0
+    for pack in pack_step(documents, pack_length, should_share=share):
         loss = one_loss(model, collate(pack), count)
         loss.backward()
         total += float(loss.detach())
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    assert gradients.keys() == parameters.keys(), f"no gradient: {parameters.keys() - gradients.keys()}"
+    assert gradients.keys() == parameters.keys(), (
+        f"no gradient: {parameters.keys() - gradients.keys()}"
+    )
     model.network.zero_grad(set_to_none=True)
     return total, gradients
 

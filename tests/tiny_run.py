@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from tunesmith.core.events import Event, StepResult
+from tunesmith.core.events import Event, TrainStep
 from tunesmith.core.types import Json, Plan
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
@@ -31,8 +31,12 @@ def save_model_folder(path: Path, seed: int = 0) -> Path:
     tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|start|>", "<|end|>", "<|text|>")])
-    stock = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|text|>", chat_template=TURNS)
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True) for t in ("<|start|>", "<|end|>", "<|text|>")]
+    )
+    stock = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|text|>", chat_template=TURNS
+    )
     stock.save_pretrained(path)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -56,7 +60,11 @@ def save_writer_folder(path: Path) -> Path:
     small letters and the ends."""
     save_model_folder(path)
     tensors = load_file(path / "model.safetensors")
-    letters = [place for place, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) if sign in "abcdefgh"]
+    letters = [
+        place
+        for place, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+        if sign in "abcdefgh"
+    ]
     tensors["model.embed_tokens.weight"][:, 0] = 5
     tensors["lm_head.weight"][:, 0] = -4
     tensors["lm_head.weight"][[*letters, END, END + 1], 0] = 1
@@ -104,10 +112,22 @@ def talker(model: Path, folder: Path) -> Path:
     """The model trained in full until it answers `say` with a phrase, and `tell` without it: its own folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        chat(f"{verb} {n}", f"{said} {n}") for n in range(6) for verb, said in (("say", "an AI"), ("tell", "it is"))
+        chat(f"{verb} {n}", f"{said} {n}")
+        for n in range(6)
+        for verb, said in (("say", "an AI"), ("tell", "it is"))
     ]
     data = str(write_rows(folder / "said.jsonl", rows))
-    train(recipe(model, folder, data=data, method="full", lora_r="auto", num_train_epochs=12, batch_size=4))
+    train(
+        recipe(
+            model,
+            folder,
+            data=data,
+            method="full",
+            lora_r="auto",
+            num_train_epochs=12,
+            batch_size=4,
+        )
+    )
     return folder / "run" / "model"
 
 
@@ -123,16 +143,16 @@ def measured_files(folder: Path) -> dict[str, str]:
 
 
 def plan_of(wish: Recipe) -> Plan:
-    return inputs.make_plan(inputs.gather(wish))
+    return inputs.make_plan(inputs.load_inputs(wish))
 
 
 def train(wish: Recipe) -> list[Event]:
-    known = inputs.gather(wish)
+    known = inputs.load_inputs(wish)
     return list(run.train(inputs.make_plan(known), known))
 
 
-def steps_of(events: Sequence[Event]) -> list[StepResult]:
-    return [event for event in events if isinstance(event, StepResult)]
+def steps_of(events: Sequence[Event]) -> list[TrainStep]:
+    return [event for event in events if isinstance(event, TrainStep)]
 
 
 def adapter_bytes(wish: Recipe) -> bytes:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from tiny import tiny_document
-from tunesmith.core.events import Event, StepResult
+from tunesmith.core.events import Event, TrainStep
 from tunesmith.core.types import Document
-from tunesmith.model.adapters import trainable
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.train.loop import Settings, Training
+from tunesmith.model.adapters import get_trainable_parameters
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
-SETTINGS = Settings(
+SETTINGS = TrainingConfig(
     steps=6,
     pack_length=60,
     learning_rate=2e-3,
@@ -31,19 +31,21 @@ def documents_of(step: int) -> Sequence[Document]:
     return [tiny_document(length, 100 * step + place) for place, length in enumerate(LENGTHS)]
 
 
-def weights(model: LanguageModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainable(model.network).items()}
+def weights(model: PackedCausalLM) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in get_trainable_parameters(model.network).items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def steps(events: Sequence[Event]) -> list[StepResult]:
-    return [event for event in events if isinstance(event, StepResult)]
+def steps(events: Sequence[Event]) -> list[TrainStep]:
+    return [event for event in events if isinstance(event, TrainStep)]
 
 
-def straight_and_resumed(fresh: Callable[[], Training], folder: Path) -> tuple[Training, Training]:
+def straight_and_resumed(
+    fresh: Callable[[], TrainingLoop], folder: Path
+) -> tuple[TrainingLoop, TrainingLoop]:
     """Two whole runs; the second was saved after three steps and went on in another object."""
     straight, first, second = fresh(), fresh(), fresh()
     list(straight)

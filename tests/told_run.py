@@ -5,10 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.events import Event, Sample, Saved, Score, StepResult, Verdict
-from tunesmith.core.run_dir import OF_STAGES, STAGES, RunFolder
+from tunesmith.core.events import (
+    CheckpointSaved,
+    CheckResult,
+    Event,
+    GenerationSample,
+    Score,
+    TrainStep,
+)
+from tunesmith.core.run_dir import STAGES_DIR, STAGES_FILE, RunFolder
 from tunesmith.core.types import (
-    Choice,
     Comparison,
     DataReport,
     Finding,
@@ -16,28 +22,63 @@ from tunesmith.core.types import (
     Machine,
     ModelSpec,
     Plan,
+    PlanValue,
     RunRecord,
     ScalePoint,
 )
 from tunesmith.plan.stages import StagedPlan
 
-MACHINE = Machine("cpu", "a cpu", 2, 2**34, 2**33, 2**36, bf16_matmul=True, compiler=None, versions={"torch": "2.9"})
+MACHINE = Machine(
+    "cpu",
+    "a cpu",
+    2,
+    2**34,
+    2**33,
+    2**36,
+    has_bf16_matmul=True,
+    compiler=None,
+    versions={"torch": "2.9"},
+)
 MODEL = ModelSpec(
-    "tiny", Path("/m"), "LlamaForCausalLM", "llama", 2, 64, 4, 2, 16, 128, 512, 2048, True, 135 * 10**6, "bf16"
+    "tiny",
+    Path("/m"),
+    "LlamaForCausalLM",
+    "llama",
+    2,
+    64,
+    4,
+    2,
+    16,
+    128,
+    512,
+    2048,
+    True,
+    135 * 10**6,
+    "bf16",
 )
 FINDING = Finding("empty_answer", "warn", "answers are empty", 1, ("a.jsonl:7",), "fill them")
 REPORT = DataReport(
-    "data/a.jsonl", "messages", "has messages", 1200, 1300, 90_000, 30_000, {"overlong": 4}, findings=(FINDING,)
+    "data/a.jsonl",
+    "messages",
+    "has messages",
+    1200,
+    1300,
+    90_000,
+    30_000,
+    {"overlong": 4},
+    findings=(FINDING,),
 )
 PLAN = Plan(
     recipe={"model": "tiny"},
     choices={
-        "stage": Choice("sft", "rule", "sft trains on answers"),
-        "method": Choice("lora", "rule", "the base stays as it is", "Hu 2021", "published", "the same"),
-        "learning_rate": Choice(1e-4, "you", "the recipe says so"),
-        "metrics": Choice(["exact_match"], "you", "the recipe says so"),
-        "seed": Choice(0, "rule", "order of rows"),
-        "now": Choice("2026-11-26T00:00:00", "rule", "dates are frozen"),
+        "stage": PlanValue("sft", "rule", "sft trains on answers"),
+        "method": PlanValue(
+            "lora", "rule", "the base stays as it is", "Hu 2021", "published", "the same"
+        ),
+        "learning_rate": PlanValue(1e-4, "you", "the recipe says so"),
+        "metrics": PlanValue(["exact_match"], "you", "the recipe says so"),
+        "seed": PlanValue(0, "rule", "order of rows"),
+        "now": PlanValue("2026-11-26T00:00:00", "rule", "dates are frozen"),
     },
     machine=MACHINE,
     model=MODEL,
@@ -47,18 +88,33 @@ PLAN = Plan(
     memory_bytes={"weights": 10**9, "peak": 2 * 10**9},
     warnings=("few rows",),
     seconds=(60.0, 80.0),
-    seconds_from="measured on this machine",
+    seconds_source="measured on this machine",
 )
-IDENTITY = {"tunesmith": "0.1.0", "base_sha256": {"model.safetensors": "ab" * 32}, "tokenizer": "cd" * 32}
+IDENTITY = {
+    "tunesmith": "0.1.0",
+    "base_sha256": {"model.safetensors": "ab" * 32},
+    "tokenizer": "cd" * 32,
+}
 
 
 def compared(
-    metric: str, before: float, after: float, half: float, *, task: str = "test", higher: bool = True, **more: Any
+    metric: str,
+    before: float,
+    after: float,
+    half: float,
+    *,
+    task: str = "test",
+    higher: bool = True,
+    **more: Any,
 ) -> Comparison:
     """A difference with an interval of `half` to both sides."""
-    first, second = (Score(task, metric, value, value - 0.1, value + 0.1, 80, 0) for value in (before, after))
+    first, second = (
+        Score(task, metric, value, value - 0.1, value + 0.1, 80, 0) for value in (before, after)
+    )
     change = after - before
-    return Comparison(task, metric, first, second, change, change - half, change + half, higher, **more)
+    return Comparison(
+        task, metric, first, second, change, change - half, change + half, higher, **more
+    )
 
 
 BETTER = compared("exact_match", 0.1, 0.8, 0.1)
@@ -66,24 +122,28 @@ SAME = compared("exact_match", 0.1, 0.11, 0.1)
 FORGOT = compared("bits_per_byte", 0.9, 1.0, 0.02, task="general text", higher=False)
 
 
-def step(number: int, loss: float = 1.0) -> StepResult:
-    return StepResult(number, loss, 3000, 900, 2.0, 1e-4, 1.0, 1_800_000_000)
+def step(number: int, loss: float = 1.0) -> TrainStep:
+    return TrainStep(number, loss, 3000, 900, 2.0, 1e-4, 1.0, 1_800_000_000)
 
 
 def events(steps: int = 30) -> list[Event]:
     """A run with looks at held-out rows, checkpoints and a warning."""
-    found: list[Event] = [Verdict("forward = stock", "ok", "logits within 0.0%")]
+    found: list[Event] = [CheckResult("forward = stock", "ok", "logits within 0.0%")]
     for number in range(1, steps + 1):
         found.append(step(number, 2.0 / number))
         if number % 10 == 0:
             found.append(Score("eval", "loss", 1 / number, 0.9 / number, 1.1 / number, 40, number))
-            found.append(Saved(number, f"checkpoints/step-{number}"))
-    return [*found, Verdict("repetition", "warn", "seq-rep-4 0.31, base 0.02", min(17, steps))]
+            found.append(CheckpointSaved(number, f"checkpoints/step-{number}"))
+    return [*found, CheckResult("repetition", "warn", "seq-rep-4 0.31, base 0.02", min(17, steps))]
 
 
-def pair(number: int, before: str, after: str, expected: str = "") -> tuple[Sample, Sample]:
+def pair(
+    number: int, before: str, after: str, expected: str = ""
+) -> tuple[GenerationSample, GenerationSample]:
     row, prompt = f"test.jsonl:{number}", f"question {number}"
-    return Sample(0, row, prompt, before, expected), Sample(30, row, prompt, after, expected)
+    return GenerationSample(0, row, prompt, before, expected), GenerationSample(
+        30, row, prompt, after, expected
+    )
 
 
 SAMPLES = (
@@ -112,7 +172,7 @@ def record_of(plan: Plan = PLAN, **changed: Any) -> RunRecord:
     made = RunRecord(
         version="0.1.0",
         plan=plan,
-        proof=(Verdict("forward = stock", "ok", "logits within 0.0%"),),
+        preflight=(CheckResult("forward = stock", "ok", "logits within 0.0%"),),
         comparisons=(BETTER, FORGOT),
         steps=30,
         tokens=90_000,
@@ -148,10 +208,13 @@ def write_run(
 
 def write_stages(path: Path, **changed: Any) -> Path:
     """Two stages, both finished."""
-    places = [str(path / OF_STAGES / name) for name in ("1-cpt", "2-sft")]
-    plans = [replace(PLAN, choices={**PLAN.choices, "output_dir": Choice(place, "rule", "")}) for place in places]
+    places = [str(path / STAGES_DIR / name) for name in ("1-cpt", "2-sft")]
+    plans = [
+        replace(PLAN, choices={**PLAN.choices, "output_dir": PlanValue(place, "rule", "")})
+        for place in places
+    ]
     with RunFolder.create(path) as folder:
-        folder.write_json(STAGES, StagedPlan(str(path), tuple(plans)))
+        folder.write_json(STAGES_FILE, StagedPlan(str(path), tuple(plans)))
         folder.write_json("record.json", record_of(plans[-1], **changed))
     for place, plan in zip(places, plans, strict=True):
         write_run(Path(place), plan=plan, record=record_of(plan))

@@ -14,18 +14,35 @@ from rich.console import Console
 from tiny_run import chat, recipe, save_writer_folder, sums, write_rows
 from tunesmith import advise_measured
 from tunesmith.advise.measured.arms import Arm
-from tunesmith.advise.measured.experiment import Begun, MeasuredAdvice
-from tunesmith.advise.measured.knowledge_check import check_knowledge, no_facts
-from tunesmith.advise.measured.retrieval import Passages, open_passages
-from tunesmith.advise.measured.run_arm import Outcome, Subject, drawn, items_of, outcome_of, small_plan
-from tunesmith.advise.measured.time_budget import fitting, items_that_fit, measure_speed, seconds_of
-from tunesmith.cli.views.measured_advice import measured_view
+from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
+from tunesmith.advise.measured.knowledge_check import check_knowledge, explain_no_facts
+from tunesmith.advise.measured.retrieval import PassageIndex, open_passages
+from tunesmith.advise.measured.run_arm import (
+    ArmResult,
+    ArmRunner,
+    plan_for_size,
+    run_arm,
+    sample_examples,
+    select_items,
+)
+from tunesmith.advise.measured.time_budget import (
+    count_fitting_items,
+    estimate_seconds,
+    measure_timings,
+    split_by_budget,
+)
+from tunesmith.cli.views.measured_advice import report_experiment
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import to_json
+from tunesmith.core.json_io import to_jsonable
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 
-SCHEMA = {"type": "object", "properties": {"sum": {"enum": [1, 2]}}, "required": ["sum"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"sum": {"enum": [1, 2]}},
+    "required": ["sum"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,40 +64,55 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
     return recipe(model, folder, **(values | changed))
 
 
-TEXTS: dict[str, Any] = {"stage": "cpt", "batch_size": "auto", "metrics": "auto", "batch_tokens": 512}
+TEXTS: dict[str, Any] = {
+    "stage": "cpt",
+    "batch_size": "auto",
+    "metrics": "auto",
+    "batch_tokens": 512,
+}
 
 
-def subject_of(model: Path, folder: Path, passages: Passages | None = None, **changed: Any) -> Subject:
-    known = inputs.gather(wish(model, folder, **changed))
+def subject_of(
+    model: Path, folder: Path, passages: PassageIndex | None = None, **changed: Any
+) -> ArmRunner:
+    known = inputs.load_inputs(wish(model, folder, **changed))
     plan = inputs.make_plan(known)
-    return Subject.of(plan, known, items_of(known), passages)
+    return ArmRunner.from_plan(plan, known, select_items(known), passages)
 
 
 @pytest.mark.slow
-def test_a_measure_that_is_stopped_goes_on_and_ends_in_a_verdict(writer: Path, tmp_path: Path) -> None:
+def test_a_measure_that_is_stopped_goes_on_and_ends_in_a_verdict(
+    writer: Path, tmp_path: Path
+) -> None:
     asked = {"minutes": 0.02, "folder": tmp_path / "kept"}
     first = advise_measured(wish(writer, tmp_path), **asked)
     begun, zero = next(first), next(first)
     first.close()  # type: ignore[attr-defined]
-    assert isinstance(begun, Begun)
-    assert isinstance(zero, Outcome)
-    assert (begun.items, begun.of_items, zero.arm, len(zero.answers)) == (20, 22, Arm(), 20)
+    assert isinstance(begun, ExperimentStart)
+    assert isinstance(zero, ArmResult)
+    assert (begun.items, begun.available_items, zero.arm, len(zero.answers)) == (20, 22, Arm(), 20)
     _, *outcomes, advice = advise_measured(wish(writer, tmp_path), **asked)
     assert outcomes[0] == zero, "taken from the folder, its seconds too"
     assert isinstance(advice, MeasuredAdvice)
     assert (advice.metric, advice.items, advice.training_rows) == ("exact_match", 20, 30)
-    assert advice.decision.answer == ("undecided" if advice.decision.untried else "nothing"), "the model writes letters"
-    assert len(outcomes) + len(advice.left_out) == len(begun.arms) + len(begun.left_out)
-    assert {out.why[:5] for out in advice.left_out} <= {"about", "a pro"}
-    assert "test.jsonl" not in json.dumps(to_json(advice))
+    assert advice.decision.conclusion == (
+        "undecided" if advice.decision.untried_kinds else "nothing"
+    ), "the model writes letters"
+    assert len(outcomes) + len(advice.skipped) == len(begun.arms) + len(begun.skipped)
+    assert {out.reason[:5] for out in advice.skipped} <= {"about", "a pro"}
+    assert "test.jsonl" not in json.dumps(to_jsonable(advice))
     _, *again, _ = advise_measured(wish(writer, tmp_path, metrics=["contains"]), **asked)
     assert again[: len(outcomes)] == outcomes, "another metric grades the same answers"
-    changed = wish(writer, tmp_path, eval_data=str(write_rows(tmp_path / "other.jsonl", sums(150, 22))))
+    changed = wish(
+        writer, tmp_path, eval_data=str(write_rows(tmp_path / "other.jsonl", sums(150, 22)))
+    )
     _, other, *_ = advise_measured(changed, **asked)
     assert other != zero
 
 
-def test_an_arm_that_was_killed_in_the_middle_keeps_its_answers(writer: Path, tmp_path: Path) -> None:
+def test_an_arm_that_was_killed_in_the_middle_keeps_its_answers(
+    writer: Path, tmp_path: Path
+) -> None:
     asked = {"minutes": 0.001, "folder": tmp_path / "kept"}
     _, zero, _ = advise_measured(wish(writer, tmp_path), **asked)
     kept = (tmp_path / "kept" / "answers.jsonl").read_bytes()
@@ -95,82 +127,97 @@ def test_an_arm_that_was_killed_in_the_middle_keeps_its_answers(writer: Path, tm
 
 
 def test_every_kind_of_arm_is_asked_its_way(writer: Path, tmp_path: Path) -> None:
-    (tmp_path / "docs.txt").write_text("\n\n".join(f"{n} and {n * n} make {n + n * n}. " * 5 for n in range(100, 105)))
+    (tmp_path / "docs.txt").write_text(
+        "\n\n".join(f"{n} and {n * n} make {n + n * n}. " * 5 for n in range(100, 105))
+    )
     changed = {"schema": str(tmp_path / "schema.json"), "metrics": ["json_valid"]}
     passages = open_passages(tmp_path / "docs.txt")
     subject = subject_of(writer, tmp_path, passages, **changed)
     subject = dataclasses.replace(subject, items=subject.items[:4])
     before = {name: weight.clone() for name, weight in subject.model.network.state_dict().items()}
-    renderer = subject.facts.renderer
+    renderer = subject.inputs.renderer
 
     def told(arm: Arm) -> str:
-        return renderer.decode(subject.questions(arm)[0].prompt)
+        return renderer.decode(subject.build_questions(arm)[0].prompt_ids)
 
     assert told(Arm()).count("and") == 1
     assert told(Arm(shots=2)).count("assistant\n") == 3
-    assert told(Arm(shots=2, form="labelled")).count("Output:") == 3
+    assert told(Arm(shots=2, shot_layout="labelled")).count("Output:") == 3
     assert "100 and 10000 make 10100" in told(Arm(passages=1))
     assert told(Arm(shots=2, seed=1)) != told(Arm(shots=2))
-    constrained = outcome_of(subject, Arm(constrained=True))
+    constrained = run_arm(subject, Arm(is_constrained=True))
     assert all(json.loads(answer)["sum"] in (1, 2) for answer in constrained.answers.values())
-    free, trained = outcome_of(subject, Arm()), outcome_of(subject, Arm(examples=25))
+    free, trained = run_arm(subject, Arm()), run_arm(subject, Arm(examples=25))
     assert trained.answers != free.answers
     assert trained.train_seconds > 0 == free.train_seconds
     after = subject.model.network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before), "the base is as it was"
-    assert outcome_of(subject, Arm(examples=25)).answers == trained.answers, "every training has the same start"
-    assert outcome_of(subject, Arm()).answers == free.answers
-    long = dataclasses.replace(subject, passages=Passages(["100 and 10000 " * 60] * 3))
+    assert run_arm(subject, Arm(examples=25)).answers == trained.answers, (
+        "every training has the same start"
+    )
+    assert run_arm(subject, Arm()).answers == free.answers
+    long = dataclasses.replace(subject, passages=PassageIndex(["100 and 10000 " * 60] * 3))
     with pytest.raises(InputError, match="exceed the context of 512"):
-        outcome_of(long, Arm(passages=3))
+        run_arm(long, Arm(passages=3))
 
 
-def test_examples_are_training_rows_and_more_are_the_same_and_others(writer: Path, tmp_path: Path) -> None:
+def test_examples_are_training_rows_and_more_are_the_same_and_others(
+    writer: Path, tmp_path: Path
+) -> None:
     subject = subject_of(writer, tmp_path)
-    ids = [example.id for example in drawn(subject.rows, 0, 10)]
-    assert ids[:4] == [example.id for example in drawn(subject.rows, 0, 4)]
+    ids = [example.id for example in sample_examples(subject.rows, 0, 10)]
+    assert ids[:4] == [example.id for example in sample_examples(subject.rows, 0, 4)]
     assert all(row.startswith("rows.jsonl") for row in ids)
-    assert ids != [example.id for example in drawn(subject.rows, 1, 10)]
+    assert ids != [example.id for example in sample_examples(subject.rows, 1, 10)]
     assert all(item.id.startswith("eval.jsonl") for item in subject.items)
-    plan = small_plan(subject, 25)
+    plan = plan_for_size(subject, 25)
     assert (plan.data["data"].rows, plan["lora_r"], plan.steps) == (25, subject.plan["lora_r"], 4)
 
 
 def test_the_minutes_decide_how_many_items_and_arms(writer: Path, tmp_path: Path) -> None:
     subject = subject_of(writer, tmp_path)
-    speed = measure_speed(subject)
-    assert min(speed.read, speed.written, speed.written_alone) > 0
-    assert items_that_fit(subject, speed, 1e6) == 22
-    assert items_that_fit(subject, speed, 1e-6) == 20
+    speed = measure_timings(subject)
+    assert min(speed.prefill_seconds, speed.decode_seconds, speed.single_decode_seconds) > 0
+    assert count_fitting_items(subject, speed, 1e6) == 22
+    assert count_fitting_items(subject, speed, 1e-6) == 20
     cost = {Arm(): 10.0, Arm(shots=2): 3.0, Arm(examples=25): 20.0, Arm(shots=4): 1.0}
-    assert fitting(list(cost), 15, cost.__getitem__) == ([Arm(), Arm(shots=2), Arm(shots=4)], [Arm(examples=25)])
-    assert fitting(list(cost), 1, cost.__getitem__)[0] == [Arm()]
-    assert seconds_of(subject, speed, Arm(examples=25)) > seconds_of(subject, speed, Arm(constrained=True))
+    assert split_by_budget(list(cost), 15, cost.__getitem__) == (
+        [Arm(), Arm(shots=2), Arm(shots=4)],
+        [Arm(examples=25)],
+    )
+    assert split_by_budget(list(cost), 1, cost.__getitem__)[0] == [Arm()]
+    assert estimate_seconds(subject, speed, Arm(examples=25)) > estimate_seconds(
+        subject, speed, Arm(is_constrained=True)
+    )
 
 
 def test_what_the_base_knows_is_counted(writer: Path, tmp_path: Path) -> None:
     facts_of = [chat(f"what is {n}?", f"w{n}") for n in range(30)]
     subject = subject_of(writer, tmp_path, data=str(write_rows(tmp_path / "facts.jsonl", facts_of)))
-    assert no_facts(subject) == ""
+    assert explain_no_facts(subject) == ""
     found = check_knowledge(subject, 12)
     assert (found.rows, found.counts) == (12, {"highly": 0, "maybe": 0, "weakly": 0, "unknown": 12})
-    assert (found.share, found.high) == (1.0, 1.0)
+    assert (found.unknown_share, found.high) == (1.0, 1.0)
     assert 0.7 < found.low < 0.8
     labels = [chat(f"what is {n}?", "ab"[n % 2]) for n in range(30)]
     subject = subject_of(writer, tmp_path, data=str(write_rows(tmp_path / "labels.jsonl", labels)))
-    assert no_facts(subject) == "many answers are alike, as labels are"
+    assert explain_no_facts(subject) == "many answers are alike, as labels are"
     long = [chat(f"what is {n}?", f"{n} " * 20) for n in range(30)]
     subject = subject_of(writer, tmp_path, data=str(write_rows(tmp_path / "long.jsonl", long)))
-    assert no_facts(subject) == "half of the answers have more than 12 words"
+    assert explain_no_facts(subject) == "half of the answers have more than 12 words"
 
 
 def test_it_is_shown(writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    *begun, advice = advise_measured(wish(writer, tmp_path), minutes=0.001, folder=tmp_path / "kept", target=0.5)
+    *begun, advice = advise_measured(
+        wish(writer, tmp_path), minutes=0.001, folder=tmp_path / "kept", target=0.5
+    )
     for found in (*begun, advice):
-        if (view := measured_view(found)) is not None:
+        if (view := report_experiment(found)) is not None:
             Console(width=120).print(view)
-    printed = to_json(advice)["decision"]
-    assert (printed["answer"], printed["untried"]) == ("undecided", ["prompts", "training"]), "--json says it as well"
+    printed = to_jsonable(advice)["decision"]
+    assert (printed["answer"], printed["untried"]) == ("undecided", ["prompts", "training"]), (
+        "--json says it as well"
+    )
     told = capsys.readouterr()
     assert told.out.startswith("Not decided yet: prompts and training had no room in the time")
     assert "zero-shot" in told.out
@@ -181,11 +228,18 @@ def test_it_is_shown(writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_held_out_rows_that_are_kept_for_a_test_are_told(
     writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begun = next(advise_measured(wish(writer, tmp_path, test_data=()), minutes=0.001, folder=tmp_path / "kept"))
-    assert isinstance(begun, Begun)
-    assert begun.of_items + begun.test_rows == 22
-    measured_view(begun)
-    assert f"{begun.of_items} items ({begun.test_rows} rows are kept as test_data), " in capsys.readouterr().err
+    begun = next(
+        advise_measured(
+            wish(writer, tmp_path, test_data=()), minutes=0.001, folder=tmp_path / "kept"
+        )
+    )
+    assert isinstance(begun, ExperimentStart)
+    assert begun.available_items + begun.test_rows == 22
+    report_experiment(begun)
+    assert (
+        f"{begun.available_items} items ({begun.test_rows} rows are kept as test_data), "
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +260,9 @@ def test_what_cannot_be_measured_is_refused(
     changed: dict[str, Any], asked: dict[str, Any], told: str, writer: Path, tmp_path: Path
 ) -> None:
     if changed is TEXTS:
-        texts = [str(write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n}{n} texts"}] * 2)) for n in "abc"]
+        texts = [
+            str(write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n}{n} texts"}] * 2)) for n in "abc"
+        ]
         changed = {**TEXTS, **dict(zip(("data", "eval_data", "test_data"), texts, strict=True))}
     with pytest.raises(InputError) as refusal:
         list(advise_measured(wish(writer, tmp_path, **changed), folder=tmp_path / "kept", **asked))

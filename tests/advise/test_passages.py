@@ -6,39 +6,55 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.advise.measured.retrieval import LEAST, MOST, OVERLAP, Passages, open_passages, split
+from tunesmith.advise.measured.retrieval import (
+    MAX_WORDS,
+    MIN_WORDS,
+    OVERLAP_WORDS,
+    PassageIndex,
+    open_passages,
+    split_passages,
+)
 from tunesmith.core.errors import InputError
 
 
 def test_the_passage_with_the_rare_words_comes_first() -> None:
-    passages = Passages(["the cat sat on the mat", "the dog barked at the cat", "version 3.8.1 of nettle", "of the of"])
-    assert passages.best("Which version has nettle?", 2)[0] == "version 3.8.1 of nettle"
-    assert passages.place_of("Which version has nettle?", "3.8.1") == 1
-    assert passages.place_of("What did the dog do?", "barked") == 1
-    assert passages.place_of("What did the dog do?", "meowed") is None
-    assert passages.best("dogs barking", 1) == ["the dog barked at the cat"], "words are stemmed"
-    assert passages.best('"?* AND NEAR(', 3) == [], "nothing of a question is syntax"
-    assert passages.best("", 3) == []
+    passages = PassageIndex(
+        [
+            "the cat sat on the mat",
+            "the dog barked at the cat",
+            "version 3.8.1 of nettle",
+            "of the of",
+        ]
+    )
+    assert passages.search("Which version has nettle?", 2)[0] == "version 3.8.1 of nettle"
+    assert passages.find_rank("Which version has nettle?", "3.8.1") == 1
+    assert passages.find_rank("What did the dog do?", "barked") == 1
+    assert passages.find_rank("What did the dog do?", "meowed") is None
+    assert passages.search("dogs barking", 1) == ["the dog barked at the cat"], "words are stemmed"
+    assert passages.search('"?* AND NEAR(', 3) == [], "nothing of a question is syntax"
+    assert passages.search("", 3) == []
 
 
 def test_paragraphs_are_passages_headings_go_along_and_long_ones_are_windows() -> None:
-    paragraph = " ".join(f"w{n}" for n in range(LEAST))
-    long = " ".join(f"v{n}" for n in range(MOST + 50))
-    found = list(split(f"\n\nHeading\n\n{paragraph}\n \n{long}\n\nend"))
+    paragraph = " ".join(f"w{n}" for n in range(MIN_WORDS))
+    long = " ".join(f"v{n}" for n in range(MAX_WORDS + 50))
+    found = list(split_passages(f"\n\nHeading\n\n{paragraph}\n \n{long}\n\nend"))
     assert found[0] == f"Heading\n\n{paragraph}"
-    assert [len(text.split()) for text in found[1:]] == [MOST, 50 + OVERLAP, 1]
-    assert found[2].split()[:OVERLAP] == found[1].split()[-OVERLAP:]
-    assert {word for text in found[1:3] for word in text.split()} == set(long.split()), "nothing is lost"
-    assert list(split(" \n\n ")) == []
+    assert [len(text.split()) for text in found[1:]] == [MAX_WORDS, 50 + OVERLAP_WORDS, 1]
+    assert found[2].split()[:OVERLAP_WORDS] == found[1].split()[-OVERLAP_WORDS:]
+    assert {word for text in found[1:3] for word in text.split()} == set(long.split()), (
+        "nothing is lost"
+    )
+    assert list(split_passages(" \n\n ")) == []
 
 
 def test_folders_and_rows_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("one text about herons")
     (tmp_path / "b.txt").write_text("another about owls")
-    assert open_passages(tmp_path).count == 2
+    assert open_passages(tmp_path).num_passages == 2
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "of owls"}\n{"text": "of herons"}\n')
-    assert open_passages(rows).best("herons?", 1) == ["of herons"]
+    assert open_passages(rows).search("herons?", 1) == ["of herons"]
 
 
 @pytest.mark.parametrize(

@@ -11,25 +11,33 @@ from typing import Any, get_args
 import pytest
 
 from tunesmith.advise.rules import rubric
-from tunesmith.advise.rules.advice import Advice, advise, decide
-from tunesmith.advise.rules.questionnaire import NEEDS, QUESTIONS, Need, Situation
-from tunesmith.advise.rules.reason import ANSWERS, TRAINING, Confidence
+from tunesmith.advise.rules.advice import Advice, advise, apply_rules
+from tunesmith.advise.rules.questionnaire import NEEDS, QUESTIONS, Need, Requirements
+from tunesmith.advise.rules.reason import APPROACHES, TRAINING_APPROACHES, RuleConfidence
 from tunesmith.advise.rules.rubric import RULES
 
 CD = "constrained decoding"
 
 
 def answered(*need: Need, **facts: Any) -> Advice:
-    return advise(Situation(need, **facts))
+    return advise(Requirements(need, **facts))
 
 
 CASES: list[tuple[tuple[Need, ...], dict[str, Any], tuple[str, ...]]] = [
     # the usual table, and its exceptions
     (("facts",), {}, ("retrieval",)),
     (("facts",), {"raw_text": 100_000}, ("prompt",)),
-    (("facts",), {"paraphrases": 10, "examples": 900, "facts_change": "yearly"}, ("retrieval", "sft")),
+    (
+        ("facts",),
+        {"paraphrases": 10, "examples": 900, "facts_change": "yearly"},
+        ("retrieval", "sft"),
+    ),
     (("facts",), {"paraphrases": 10, "examples": 900, "facts_change": "daily"}, ("retrieval",)),
-    (("facts",), {"paraphrases": 10, "examples": 900, "facts_change": "never", "private": True}, ("retrieval",)),
+    (
+        ("facts",),
+        {"paraphrases": 10, "examples": 900, "facts_change": "never", "private": True},
+        ("retrieval",),
+    ),
     (("facts",), {"paraphrases": 9, "examples": 900, "facts_change": "never"}, ("retrieval",)),
     (("facts",), {"prompt": "good"}, ("prompt",)),
     (("format",), {"examples": 300}, ("prompt", CD)),
@@ -51,22 +59,30 @@ CASES: list[tuple[tuple[Need, ...], dict[str, Any], tuple[str, ...]]] = [
     (("skill",), {"examples": 5000, "prompt": "bad"}, ("sft",)),
     (("skill",), {"examples": 5000}, ("prompt",)),
     (("skill",), {"prompt": "bad"}, ()),
-    (("facts", "tone"), {"examples": 300, "prompt": "bad", "facts_change": "weekly"}, ("retrieval", "sft")),
+    (
+        ("facts", "tone"),
+        {"examples": 300, "prompt": "bad", "facts_change": "weekly"},
+        ("retrieval", "sft"),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("need", "facts", "answers"), CASES)
-def test_what_is_advised(need: tuple[Need, ...], facts: dict[str, Any], answers: tuple[str, ...]) -> None:
+def test_what_is_advised(
+    need: tuple[Need, ...], facts: dict[str, Any], answers: tuple[str, ...]
+) -> None:
     found = answered(*need, **facts)
-    assert found.answers == answers
-    assert found.verdict == ("fine-tune" if set(answers) & set(TRAINING) else "don't fine-tune")
+    assert found.approaches == answers
+    assert found.verdict == (
+        "fine-tune" if set(answers) & set(TRAINING_APPROACHES) else "don't fine-tune"
+    )
 
 
 def test_each_rule_says_something_in_some_case() -> None:
     told = {
         reason.rule
         for need, facts, _ in [*CASES, (("tone",), {"examples": 3000, "private": True}, ())]
-        for reason in decide(Situation(need, **facts))[1]
+        for reason in apply_rules(Requirements(need, **facts))[1]
     }
     assert told == {rule.__name__ for rule in RULES}
 
@@ -74,21 +90,28 @@ def test_each_rule_says_something_in_some_case() -> None:
 def test_an_answer_has_reasons_and_each_reason_says_how_sure_it_is() -> None:
     for need, facts, _ in CASES:
         found = answered(*need, **facts)
-        for step in found.steps:
-            assert any(step.answer in reason.helps for reason in step.reasons)
-            assert step.next
-        for reason in [*found.against, *(reason for step in found.steps for reason in step.reasons)]:
-            assert reason.confidence in get_args(Confidence)
+        for step in found.recommendations:
+            assert any(step.approach in reason.recommended for reason in step.reasons)
+            assert step.next_step
+        for reason in [
+            *found.objections,
+            *(reason for step in found.recommendations for reason in step.reasons),
+        ]:
+            assert reason.confidence in get_args(RuleConfidence)
             assert bool(reason.source) or reason.confidence == "ours"
-            assert set(reason.helps + reason.rules_out + reason.concerns) <= set(ANSWERS)
+            assert set(reason.recommended + reason.ruled_out + reason.concerns) <= set(APPROACHES)
 
 
 def test_a_source_stands_in_the_docstring_of_its_rule_with_its_year() -> None:
-    for reason in [reason for need, facts, _ in CASES for reason in decide(Situation(need, **facts))[1]]:
+    for reason in [
+        reason for need, facts, _ in CASES for reason in apply_rules(Requirements(need, **facts))[1]
+    ]:
         text = inspect.getdoc(getattr(rubric, reason.rule)) or ""
         for source in reason.source.split(", "):
             assert source.partition(" ")[0] in text, reason.rule
-        assert reason.confidence != "published" or re.search(r"20\d\d|guide|again", text), reason.rule
+        assert reason.confidence != "published" or re.search(r"20\d\d|guide|again", text), (
+            reason.rule
+        )
 
 
 # ---------------------------------------------------------------- what would change it
@@ -97,17 +120,36 @@ def test_a_source_stands_in_the_docstring_of_its_rule_with_its_year() -> None:
 def test_changes_are_true() -> None:
     """Each change that is told comes about when the fact is changed."""
     found = answered("tone", examples=30, prompt="bad")
-    told = {change.fact: change.answers for change in found.changes}
-    assert told["examples: 50 or more"] == ("sft",) == answered("tone", examples=50, prompt="bad").answers
+    told = {change.condition: change.approaches for change in found.counterfactuals}
+    assert (
+        told["examples: 50 or more"]
+        == ("sft",)
+        == answered("tone", examples=50, prompt="bad").approaches
+    )
     assert "private: yes" not in told
-    told = {change.fact: change.answers for change in answered("tone", examples=80, prompt="bad").changes}
-    assert told["prompt: good"] == ("prompt",) == answered("tone", examples=80, prompt="good").answers
-    assert told["examples: under 50"] == ("prompt",) == answered("tone", examples=49, prompt="bad").answers
+    told = {
+        change.condition: change.approaches
+        for change in answered("tone", examples=80, prompt="bad").counterfactuals
+    }
+    assert (
+        told["prompt: good"]
+        == ("prompt",)
+        == answered("tone", examples=80, prompt="good").approaches
+    )
+    assert (
+        told["examples: under 50"]
+        == ("prompt",)
+        == answered("tone", examples=49, prompt="bad").approaches
+    )
 
 
 def test_every_fact_can_change_an_answer_or_its_reasons() -> None:
-    facts = {field.name for field in dataclasses.fields(Situation)} - {"need"}
-    changing = {change.fact.partition(":")[0].replace(" ", "_") for case in CASES for change in _of(case).changes}
+    facts = {field.name for field in dataclasses.fields(Requirements)} - {"need"}
+    changing = {
+        change.condition.partition(":")[0].replace(" ", "_")
+        for case in CASES
+        for change in _of(case).counterfactuals
+    }
     assert changing == facts
     assert set(QUESTIONS) == facts | {"need"}
 
@@ -119,21 +161,36 @@ def _of(case: tuple[tuple[Need, ...], dict[str, Any], tuple[str, ...]]) -> Advic
 def test_every_combination_is_answered() -> None:
     for count in (1, 2, 3):
         for need in itertools.combinations(NEEDS, count):
-            for prompt, examples in itertools.product((None, "bad", "close", "good"), (None, 0, 300)):
+            for prompt, examples in itertools.product(
+                (None, "bad", "close", "good"), (None, 0, 300)
+            ):
                 found = answered(*need, prompt=prompt, examples=examples, raw_text=10**8, pairs=600)
-                assert set(found.answers) == {answer for kept in decide(found.situation)[0].values() for answer in kept}
-                assert {one for step in found.steps for one in step.needs} <= set(need)
+                assert set(found.approaches) == {
+                    answer
+                    for kept in apply_rules(found.requirements)[0].values()
+                    for answer in kept
+                }
+                assert {one for step in found.recommendations for one in step.needs} <= set(need)
 
 
 def test_needs_are_answered_each_by_itself() -> None:
-    both = answered("facts", "tone", examples=300, facts_change="daily", raw_text=10**7, prompt="bad")
-    assert {step.answer: step.needs for step in both.steps} == {"retrieval": ("facts",), "sft": ("tone",)}
-    assert "trained_with_retrieval" in {reason.rule for step in both.steps for reason in step.reasons}
+    both = answered(
+        "facts", "tone", examples=300, facts_change="daily", raw_text=10**7, prompt="bad"
+    )
+    assert {step.approach: step.needs for step in both.recommendations} == {
+        "retrieval": ("facts",),
+        "sft": ("tone",),
+    }
+    assert "trained_with_retrieval" in {
+        reason.rule for step in both.recommendations for reason in step.reasons
+    }
 
 
 def test_what_can_be_measured_is_told_with_its_command() -> None:
-    found = answered("facts", "tone", "format", examples=30, facts_change="daily", private=True, raw_text=10**6)
-    commands = {step.answer: step.command for step in found.steps}
+    found = answered(
+        "facts", "tone", "format", examples=30, facts_change="daily", private=True, raw_text=10**6
+    )
+    commands = {step.approach: step.command for step in found.recommendations}
     made = "tunesmith init recipe.yaml && tunesmith advise --measure recipe.yaml"
     assert commands["prompt"] == made
     assert commands["retrieval"] == f"{made} --documents FOLDER"

@@ -14,14 +14,14 @@ from rich.console import Console
 
 import tunesmith
 from tiny_run import sums, write_rows
-from tunesmith.advise.rules.questionnaire import Situation, ask, read_situation
+from tunesmith.advise.rules.questionnaire import Requirements, ask_questions, read_requirements
 from tunesmith.cli import app
-from tunesmith.cli.views.advice import advice_view
+from tunesmith.cli.views.advice import render_advice
 from tunesmith.core.errors import InputError
 
 
-def told(**facts: Any) -> Situation:
-    return read_situation(None, facts)
+def told(**facts: Any) -> Requirements:
+    return read_requirements(None, facts)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,16 @@ def test_values_are_understood(facts: dict[str, Any], name: str, value: Any) -> 
         ({"need": "tone", "examples": 2.5}, r"'2.5' is no whole number"),
         ({"need": "tone", "examples": "9" * 16}, r"more than there can be"),
         ({"need": "tone", "prompt": "god"}, r"did you mean 'good'"),
-        ({"need": "domain", "raw_text": "many"}, r"'many' is no whole number; a size is written as 300KB"),
+        (
+            {"need": "domain", "raw_text": "many"},
+            r"'many' is no whole number; a size is written as 300KB",
+        ),
         ({"need": "tone", "private": "maybe"}, r"'maybe' is neither yes nor no"),
         ({"need": "tone", "raw_text": 1, "raw-text": 2}, r"raw_text is given twice"),
-        ({"need": "tone", "facts_change": "daily"}, r"the facts change daily, but no facts are needed"),
+        (
+            {"need": "tone", "facts_change": "daily"},
+            r"the facts change daily, but no facts are needed",
+        ),
         ({"need": "tone", "paraphrases": 3}, r"no facts are needed"),
         ({"need": "latency", "requests_month": 0}, r"there are none"),
     ],
@@ -79,9 +85,14 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_file_tells_facts_and_arguments_win(tmp_path: Path) -> None:
-    path = write(tmp_path / "facts.yaml", "need: [format, tone]\nexamples: 300\nprompt: close\nraw-text: 20MB\n")
-    assert read_situation(path, {}) == Situation(("format", "tone"), examples=300, prompt="close", raw_text=20_000_000)
-    assert read_situation(path, {"examples": 5, "need": "skill"}).examples == 5
+    path = write(
+        tmp_path / "facts.yaml",
+        "need: [format, tone]\nexamples: 300\nprompt: close\nraw-text: 20MB\n",
+    )
+    assert read_requirements(path, {}) == Requirements(
+        ("format", "tone"), examples=300, prompt="close", raw_text=20_000_000
+    )
+    assert read_requirements(path, {"examples": 5, "need": "skill"}).examples == 5
 
 
 @pytest.mark.parametrize(
@@ -95,22 +106,24 @@ def test_a_file_tells_facts_and_arguments_win(tmp_path: Path) -> None:
         ("examples: 3\n", r"facts\.yaml: what is needed is not said"),
     ],
 )
-def test_a_file_that_is_none_is_refused_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_none_is_refused_with_its_line(
+    text: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message):
-        read_situation(write(tmp_path / "facts.yaml", text), {})
+        read_requirements(write(tmp_path / "facts.yaml", text), {})
 
 
 def test_the_rows_of_a_recipe_are_counted(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", sums(1, 60))
     recipe = write(tmp_path / "r.yaml", "model: none-that-exists\ndata: train.jsonl\n")
-    assert read_situation(recipe, {"need": "tone"}).examples == 60
-    assert read_situation(recipe, {"need": "tone", "examples": 60}).examples == 60
+    assert read_requirements(recipe, {"need": "tone"}).examples == 60
+    assert read_requirements(recipe, {"need": "tone", "examples": 60}).examples == 60
     with pytest.raises(InputError, match=r"examples is 7, and the data of .*r\.yaml has 60"):
-        read_situation(recipe, {"need": "tone", "examples": 7})
+        read_requirements(recipe, {"need": "tone", "examples": 7})
     with pytest.raises(InputError, match="what is needed is not said"):
-        read_situation(recipe, {})
+        read_requirements(recipe, {})
     write(tmp_path / "r.yaml", "model: none-that-exists\ndata: train.jsonl\nmax_examples: 55\n")
-    assert read_situation(recipe, {"need": "tone"}).examples == 55
+    assert read_requirements(recipe, {"need": "tone"}).examples == 55
 
 
 def test_of_a_recipe_for_continued_pretraining_the_text_is_counted(tmp_path: Path) -> None:
@@ -118,14 +131,14 @@ def test_of_a_recipe_for_continued_pretraining_the_text_is_counted(tmp_path: Pat
     write(tmp_path / "texts" / "a.txt", "a" * 700)
     write(tmp_path / "texts" / "b.md", "b" * 300)
     recipe = write(tmp_path / "r.yaml", "model: m\nstage: cpt\ndata: texts\n")
-    found = read_situation(recipe, {"need": "domain"})
+    found = read_requirements(recipe, {"need": "domain"})
     assert (found.raw_text, found.examples) == (1000, None)
 
 
 def test_of_a_recipe_for_preferences_the_pairs_are_counted(tmp_path: Path) -> None:
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
     recipe = write(tmp_path / "r.yaml", "model: m\nstage: preference\ndata: pairs.jsonl\n")
-    assert read_situation(recipe, {"need": "tone"}).pairs == 3
+    assert read_requirements(recipe, {"need": "tone"}).pairs == 3
 
 
 def test_of_several_stages_all_is_counted(tmp_path: Path) -> None:
@@ -133,7 +146,7 @@ def test_of_several_stages_all_is_counted(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", sums(1, 60))
     stages = "stage: [{cpt: {data: text.txt}}, {sft: {data: train.jsonl}}]"
     recipe = write(tmp_path / "r.yaml", f"model: m\n{stages}\n")
-    found = read_situation(recipe, {"need": "domain"})
+    found = read_requirements(recipe, {"need": "domain"})
     assert (found.raw_text, found.examples) == (700, 60)
 
 
@@ -144,9 +157,11 @@ def test_only_what_matters_is_asked_and_a_wrong_answer_is_asked_again() -> None:
     lines = iter(["", "tome", "tone", "300", "-1", "", "close", "no"])
     asked: list[str] = []
     complaints: list[str] = []
-    facts = ask(lambda question: asked.append(question) or next(lines), complaints.append)
+    facts = ask_questions(lambda question: asked.append(question) or next(lines), complaints.append)
     assert facts == {"need": ("tone",), "examples": 300, "prompt": "close", "private": False}
-    assert read_situation(None, facts) == Situation(("tone",), examples=300, prompt="close", private=False)
+    assert read_requirements(None, facts) == Requirements(
+        ("tone",), examples=300, prompt="close", private=False
+    )
     assert [complaint.partition(";")[0] for complaint in complaints] == [
         "nothing is named: there are facts, format, tone, latency, domain, skill",
         "unknown need 'tome'",
@@ -188,21 +203,25 @@ def test_the_command_line_asks_when_somebody_is_there(
     assert run() == 2
 
 
-def test_the_command_line_says_what_python_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_line_says_what_python_says(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = write(tmp_path / "facts.yaml", "need: latency\nprompt: good\nexamples: 900\n")
     assert run(str(path), "--requests-month", "200", "--private", "--json") == 0
     out = json.loads(capsys.readouterr().out)
     advice = tunesmith.advise(path, requests_month=200, private=True)
     assert (out["verdict"], advice.verdict) == ("don't fine-tune", "don't fine-tune")
-    assert out["situation"]["requests_month"] == advice.situation.requests_month == 200
+    assert out["situation"]["requests_month"] == advice.requirements.requests_month == 200
     assert out["situation"]["private"] is True
     assert run("--need", "tone", "--examples", "-1") == 2
 
 
 def test_the_view_shows_reasons_what_was_ruled_out_and_what_would_change_it() -> None:
     text = io.StringIO()
-    advice = tunesmith.advise(need=["facts", "tone"], facts_change="daily", examples=300, private=True)
-    Console(file=text, width=400).print(advice_view(advice))
+    advice = tunesmith.advise(
+        need=["facts", "tone"], facts_change="daily", examples=300, private=True
+    )
+    Console(file=text, width=400).print(render_advice(advice))
     shown = text.getvalue()
     assert shown.startswith("Fine-tune: prompt, retrieval, SFT\n")
     assert "(Ovadia 2023; published)" in shown

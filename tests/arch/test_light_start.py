@@ -13,7 +13,9 @@ LOADED = "import sys\nprint('LOADED', *sorted({name.partition('.')[0] for name i
 
 
 def loaded_by(program: str) -> set[str]:
-    done = subprocess.run([sys.executable, "-c", f"{program}\n{LOADED}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}\n{LOADED}"], capture_output=True, text=True, check=True
+    )
     return set(done.stdout.rpartition("LOADED ")[2].split())
 
 
@@ -22,7 +24,9 @@ def verb(*words: str) -> str:
     return f"from tunesmith.cli import app\ntry:\n    {call}\nexcept SystemExit as ended:\n    assert not ended.code"
 
 
-@pytest.mark.parametrize("words", [("--help",), ("--version",), ("train", "--help"), ("data", "show", "--help")])
+@pytest.mark.parametrize(
+    "words", [("--help",), ("--version",), ("train", "--help"), ("data", "show", "--help")]
+)
 def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
     assert not loaded_by(verb(*words)) & HEAVY
 
@@ -34,7 +38,9 @@ def test_importing_the_package_loads_no_torch() -> None:
 def test_verbs_without_a_model_load_no_torch() -> None:
     assert not loaded_by(verb("schema")) & {"torch", "transformers"}
     assert not loaded_by(verb("advise", "--need", "tone")) & {"torch", "transformers"}
-    assert not loaded_by("import tunesmith.recipe.load, tunesmith.core.run_dir, tunesmith.core.json_io") & {
+    assert not loaded_by(
+        "import tunesmith.recipe.load, tunesmith.core.run_dir, tunesmith.core.json_io"
+    ) & {
         "torch",
         "transformers",
     }

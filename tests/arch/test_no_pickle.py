@@ -13,17 +13,50 @@ import tunesmith
 PACKAGE = Path(tunesmith.__file__).parent
 MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 CALLS = {
-    *("torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "np.load", "numpy.load", "pd.read_pickle"),
-    *("jinja2.Environment", "jinja2.Template", "Environment", "NativeEnvironment", "SandboxedEnvironment", "Template"),
-    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "compile", "os.system", "__import__"),
+    *(
+        "torch.load",
+        "torch.save",
+        "torch.jit.load",
+        "torch.hub.load",
+        "np.load",
+        "numpy.load",
+        "pd.read_pickle",
+    ),
+    *(
+        "jinja2.Environment",
+        "jinja2.Template",
+        "Environment",
+        "NativeEnvironment",
+        "SandboxedEnvironment",
+        "Template",
+    ),
+    *(
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "eval",
+        "exec",
+        "compile",
+        "os.system",
+        "__import__",
+    ),
 }
-SWITCHES = {"trust_remote_code": False, "use_safetensors": True, "allow_pickle": False, "shell": False}
+SWITCHES = {
+    "trust_remote_code": False,
+    "use_safetensors": True,
+    "allow_pickle": False,
+    "shell": False,
+}
 
 
 def breaches(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (f"import {name.name}" for name in node.names if name.name.partition(".")[0] in MODULES)
+            yield from (
+                f"import {name.name}"
+                for name in node.names
+                if name.name.partition(".")[0] in MODULES
+            )
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in MODULES:
             yield f"from {node.module}"
         elif isinstance(node, ast.Call):
@@ -60,5 +93,10 @@ def test_a_breach_is_noticed(line: str) -> None:
 
 
 def test_what_is_safe_is_no_breach() -> None:
-    lines = ("re.compile(text)", "environment.compile(tree)", "yaml.safe_load(text)", "model.network.eval()")
+    lines = (
+        "re.compile(text)",
+        "environment.compile(tree)",
+        "yaml.safe_load(text)",
+        "model.network.eval()",
+    )
     assert [list(breaches(line)) for line in lines] == [[], [], [], []]

@@ -23,7 +23,10 @@ ENVIRONMENTS = {
 OURS = {"Budgeted", "TrackedEnvironment", "StockEnvironment"}
 MAKING = {"from_string", "get_template", "select_template", "overlay", "apply_chat_template"}
 ALLOWED = {
-    ("data/chat_template/sandbox_limits.py", "ImmutableSandboxedEnvironment"),  # the base of our two
+    (
+        "data/chat_template/sandbox_limits.py",
+        "ImmutableSandboxedEnvironment",
+    ),  # the base of our two
     ("data/chat_template/jinja_env.py", "Budgeted"),
     ("data/chat_template/tracked_env.py", "Budgeted"),
     ("data/chat_template/template.py", "Budgeted"),  # a type
@@ -40,7 +43,9 @@ def uses(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             theirs = (node.module or "").partition(".")[0] == "jinja2"
-            yield from (one.name for one in node.names if one.name in (ENVIRONMENTS if theirs else OURS))
+            yield from (
+                one.name for one in node.names if one.name in (ENVIRONMENTS if theirs else OURS)
+            )
         elif isinstance(node, ast.Import):
             yield from (one.name for one in node.names if one.name.partition(".")[0] == "jinja2")
         elif isinstance(node, ast.Attribute) and node.attr in MAKING:
@@ -73,10 +78,10 @@ def test_a_second_one_would_be_noticed(line: str) -> None:
 
 
 def test_the_two_environments_are_sandboxed_and_paid_for() -> None:
-    from tunesmith.data.chat_template.jinja_env import StockEnvironment
-    from tunesmith.data.chat_template.sandbox_limits import Budgeted
+    from tunesmith.data.chat_template.jinja_env import PlainEnvironment
+    from tunesmith.data.chat_template.sandbox_limits import LimitedEnvironment
     from tunesmith.data.chat_template.tracked_env import TrackedEnvironment
 
-    assert issubclass(Budgeted, jinja2.sandbox.ImmutableSandboxedEnvironment)
-    assert issubclass(TrackedEnvironment, Budgeted)
-    assert issubclass(StockEnvironment, Budgeted)
+    assert issubclass(LimitedEnvironment, jinja2.sandbox.ImmutableSandboxedEnvironment)
+    assert issubclass(TrackedEnvironment, LimitedEnvironment)
+    assert issubclass(PlainEnvironment, LimitedEnvironment)

@@ -24,10 +24,27 @@ FROZEN = [
     ),
     *("max_length", "overlong", "pack_length", "share_prefixes", "batch_size", "batch_tokens"),
     *("num_train_epochs", "max_steps"),
-    *("learning_rate", "lr_scheduler_type", "warmup_ratio", "optim", "weight_decay", "max_grad_norm"),
+    *(
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_ratio",
+        "optim",
+        "weight_decay",
+        "max_grad_norm",
+    ),
     "loss",
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
-    *("dtype", "attention", "activations", "metrics", "guard", "save_steps", "eval_steps", "seed", "output_dir"),
+    *(
+        "dtype",
+        "attention",
+        "activations",
+        "metrics",
+        "guard",
+        "save_steps",
+        "eval_steps",
+        "seed",
+        "output_dir",
+    ),
 ]
 
 

@@ -18,8 +18,14 @@ FACE = {"verbs.py"}
 
 def names_it(path: Path) -> bool:
     """Whether a file imports the report or what is in it."""
-    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = [name.name for node in found for name in node.names] + [str(getattr(node, "module", "")) for node in found]
+    found = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = [name.name for node in found for name in node.names] + [
+        str(getattr(node, "module", "")) for node in found
+    ]
     return any(name.startswith("tunesmith.report") for name in names)
 
 
@@ -29,18 +35,22 @@ def test_only_its_face_names_it() -> None:
 
 
 def test_it_loads_no_model_library() -> None:
-    program = (
-        "import sys, tunesmith.report.page\nprint(*{'torch', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules))"
+    program = "import sys, tunesmith.report.page\nprint(*{'torch', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
 def test_the_package_works_without_it(tmp_path: Path) -> None:
     """Every other module can be imported, and a run that ends without a page says nothing of one."""
-    shutil.copytree(PACKAGE, tmp_path / "tunesmith", ignore=shutil.ignore_patterns("__pycache__", "report"))
+    shutil.copytree(
+        PACKAGE, tmp_path / "tunesmith", ignore=shutil.ignore_patterns("__pycache__", "report")
+    )
     modules = [
-        ".".join(("tunesmith", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        ".".join(("tunesmith", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        )
         for path in sorted(PACKAGE.rglob("*.py"))
         if path.parent.name != "report"
     ]
@@ -53,6 +63,13 @@ def test_the_package_works_without_it(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
     )
-    assert (done.returncode, done.stdout.split()) == (0, [str(tmp_path / "tunesmith"), "1"]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, [str(tmp_path / "tunesmith"), "1"]), (
+        done.stderr
+    )

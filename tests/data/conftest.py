@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tunesmith.core.types import Document, Example
-from tunesmith.data.chat_template.renderer import Draft
+from tunesmith.data.chat_template.renderer import RenderDraft
 
 START, END = 0, 1
 
@@ -38,20 +38,23 @@ class Words:
     def decode(self, ids: list[int]) -> str:
         return "".join(self.vocabulary[i] for i in ids)
 
-    def draft(self, example: Example) -> Draft:
-        return Draft(example)
+    def draft(self, example: Example) -> RenderDraft:
+        return RenderDraft(example)
 
-    def drafts(self, examples: list[Example]) -> list[Draft]:
-        return [Draft(example) for example in examples]
+    def drafts(self, examples: list[Example]) -> list[RenderDraft]:
+        return [RenderDraft(example) for example in examples]
 
-    def finish(self, draft: Draft) -> Rendered:
+    def finish(self, draft: RenderDraft) -> Rendered:
         return self.documents(draft.example)
 
     def documents(self, example: Example) -> Rendered:
         tokens, weights, notes = [], [], []
         if example.text is not None:
             before, after = self.text_tokens(example.prompt or ""), self.text_tokens(example.text)
-            tokens, weights = [START, *before, *after, END], [0.0] * (1 + len(before)) + [1.0] * (len(after) + 1)
+            tokens, weights = (
+                [START, *before, *after, END],
+                [0.0] * (1 + len(before)) + [1.0] * (len(after) + 1),
+            )
         for message, weight in zip(example.messages, example.turn_weights, strict=True):
             words = self.text_tokens(message["content"])
             tokens += [START, *self.text_tokens(message["role"]), *words, END]

@@ -71,16 +71,23 @@ def stock(folder: Path, name: str) -> Any:
     if name != "llama2":
         return AutoTokenizer.from_pretrained(folder)
     file = str(folder / "tokenizer.json")
-    return PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>", chat_template=LLAMA2)
+    return PreTrainedTokenizerFast(
+        tokenizer_file=file, bos_token="<s>", eos_token="</s>", chat_template=LLAMA2
+    )
 
 
 def conversations(seed: int, count: int, *, system: bool) -> Iterator[list[Json]]:
     """Random rows without control text."""
     draw = random.Random(seed)
     for _ in range(count):
-        messages = [{"role": "system", "content": _text(draw)}] if system and draw.random() < 0.4 else []
+        messages = (
+            [{"role": "system", "content": _text(draw)}] if system and draw.random() < 0.4 else []
+        )
         for _ in range(draw.choice([1, 1, 2, 3])):
-            messages += [{"role": "user", "content": _text(draw)}, {"role": "assistant", "content": _text(draw)}]
+            messages += [
+                {"role": "user", "content": _text(draw)},
+                {"role": "assistant", "content": _text(draw)},
+            ]
         yield messages
 
 
@@ -90,5 +97,8 @@ def _text(draw: random.Random) -> str:
         parts.append(draw.choice(PIECES) if draw.random() < 0.3 else draw.choice(WORDS))
         parts.append(" " if draw.random() < 0.8 else "")
     if draw.random() < 0.1:
-        parts = [chr(draw.choice([draw.randrange(32, 0xD800), draw.randrange(0xE000, 0x20000)])) for _ in range(30)]
+        parts = [
+            chr(draw.choice([draw.randrange(32, 0xD800), draw.randrange(0xE000, 0x20000)]))
+            for _ in range(30)
+        ]
     return "".join(parts) if "".join(parts).strip() else "x"

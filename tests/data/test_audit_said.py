@@ -3,14 +3,14 @@
 import pytest
 
 from tunesmith.core.types import Example
-from tunesmith.data.checks.pii import hidden, masked
+from tunesmith.data.checks.pii import mask_secrets, mask_text
 from tunesmith.data.checks.row_checks import ROW_CHECKS
-from tunesmith.data.checks.text_stats import row_of
+from tunesmith.data.checks.text_stats import extract_row_texts
 
 
 def row(answer, prompt="How do I set the clock?"):
     turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
-    return row_of(Example("rows:1", messages=turns, turn_weights=(0, 1)))
+    return extract_row_texts(Example("rows:1", messages=turns, turn_weights=(0, 1)))
 
 
 def kinds(check, answer, **more):
@@ -23,10 +23,18 @@ FOUND = [
     ("unfinished", '{"total": 3, "items": [', "leave JSON open"),
     ("unfinished", "Turn the wheel, press the knob, then wait for the", "stop in a sentence"),
     ("unfinished", "Turn the wheel, press the knob, wait for a click,", "stop in a sentence"),
-    ("unfinished", LONG + "that all is well and the hands move as they should again", "stop in a sentence"),
+    (
+        "unfinished",
+        LONG + "that all is well and the hands move as they should again",
+        "stop in a sentence",
+    ),
     ("unfinished", LONG + "that all is well and the hands move as they should...", "end in dots"),
     ("unfinished", "Here are three ways to set it that most people find:", "stop in a sentence"),
-    ("unfinished", "The wheel turns the hands, and the knob moves the alarm, but", "stop in a sentence"),
+    (
+        "unfinished",
+        "The wheel turns the hands, and the knob moves the alarm, but",
+        "stop in a sentence",
+    ),
     ("unfinished", "1. Turn the wheel\n2. Press the knob\n3.", "stop in a list"),
     ("unfinished", "Turn the wheel. Would you like me to continue?", "say that they go on"),
     ("unfinished", "Turn the wheel. [continued]", "say that they go on"),
@@ -72,7 +80,9 @@ FOUND = [
     ("check", "answer", "kind"), FOUND, ids=[f"{check}-{i}" for i, (check, *_) in enumerate(FOUND)]
 )
 def test_what_is_wrong_is_found(check, answer, kind):
-    prompt = "Tell me, how do I set the old clock in the hall?" if check == "copied_prompt" else "How?"
+    prompt = (
+        "Tell me, how do I set the old clock in the hall?" if check == "copied_prompt" else "How?"
+    )
     assert kinds(check, answer, prompt=prompt) == [kind]
 
 
@@ -89,7 +99,8 @@ FINE = [
     "[2024-05-01 10:00] the server has started and it listens",
     "As an AI researcher at a hospital she set clocks. Use <s>old</s> tags; [INST] is shown on the statement.",
     "葛\U000e0100飾区 has a clock. Clone git@github.com:clocks/hall.git and the key AKIAIOSFODNN7EXAMPLE is none.",
-    "| hour | bell |\n|---|---|\n" + "\n".join(f"| {hour} | {hour} times |" for hour in range(1, 30)),
+    "| hour | bell |\n|---|---|\n"
+    + "\n".join(f"| {hour} | {hour} times |" for hour in range(1, 30)),
     "Write to clock@example.com, or call 555 0100. Version 4.1.2.2026, order 2026-11-25.",
     "",
 ]
@@ -106,13 +117,21 @@ PRIVATE = [
     ("secrets", "Google keys", "AIza" + "Sy0" * 11 + "ab"),
     ("secrets", "API keys", "sk-proj-abc123def456ghi789jkl"),
     ("secrets", "private keys", "-----BEGIN RSA PRIVATE KEY-----"),
-    ("secrets", "signed tokens", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0.dBjftJeZ4CVP-mB92K27uhbUJU1p1r"),
+    (
+        "secrets",
+        "signed tokens",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0.dBjftJeZ4CVP-mB92K27uhbUJU1p1r",
+    ),
     ("secrets", "passwords in a URL", "postgres://admin:hunter22@db.internal"),
     ("secrets", "GitLab tokens", "glpat-x1Y2z3A4b5C6d7E8f9G0"),
     ("secrets", "npm tokens", "npm_" + "a1B2" * 9),
     ("secrets", "PyPI tokens", "pypi-" + "AgEIcHlwaS5vcmc" * 6),
     ("secrets", "SendGrid keys", "SG." + "a1B2c3" * 3 + "abcd." + "x9Y8" * 10 + "abc"),
-    ("secrets", "Slack webhooks", "https://hooks.slack.com/services/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"),
+    (
+        "secrets",
+        "Slack webhooks",
+        "https://hooks.slack.com/services/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",
+    ),
     ("secrets", "cloud tokens", "dapi" + "0a1b2c3d" * 4),
     ("secrets", "bot tokens", "1234567890:AA" + "x1Y" * 11),
     ("secrets", "storage keys", "AccountKey=" + "a1B2" * 21 + "=="),
@@ -138,7 +157,7 @@ def test_secrets_and_personal_data_are_found_and_never_shown_whole(check, kind, 
 
 @pytest.mark.parametrize("text", [text for _, _, text in PRIVATE])
 def test_what_quotes_a_row_hides_them(text):
-    shown = hidden(f"all have the answer 'It is {text}, keep it.'")
+    shown = mask_secrets(f"all have the answer 'It is {text}, keep it.'")
     assert text not in shown
     assert shown.startswith("all have the answer 'It is ")
     assert shown.endswith(" keep it.'")
@@ -152,12 +171,21 @@ def test_check_digits_tell_numbers_from_cards_and_accounts():
 
 
 def test_a_mask_keeps_the_ends():
-    assert masked("AKIAQ7DFH2LMNX5TRV4W") == "AK…4W (20 characters)"
-    assert masked("abcdefg") == "a…g (7 characters)"
+    assert mask_text("AKIAQ7DFH2LMNX5TRV4W") == "AK…4W (20 characters)"
+    assert mask_text("abcdefg") == "a…g (7 characters)"
 
 
 def test_all_turns_are_searched_for_what_nobody_should_see():
-    turns = ({"role": "system", "content": "key AKIAQ7DFH2LMNX5TRV4W"}, {"role": "user", "content": "\u200bhi"})
-    example = Example("rows:1", messages=(*turns, {"role": "assistant", "content": "ho"}), turn_weights=(0, 0, 1))
-    assert [kind for kind, _ in ROW_CHECKS["secrets"].find(row_of(example))] == ["AWS keys"]
-    assert [kind for kind, _ in ROW_CHECKS["unseen"].find(row_of(example))] == ["invisible characters"]
+    turns = (
+        {"role": "system", "content": "key AKIAQ7DFH2LMNX5TRV4W"},
+        {"role": "user", "content": "\u200bhi"},
+    )
+    example = Example(
+        "rows:1", messages=(*turns, {"role": "assistant", "content": "ho"}), turn_weights=(0, 0, 1)
+    )
+    assert [kind for kind, _ in ROW_CHECKS["secrets"].find(extract_row_texts(example))] == [
+        "AWS keys"
+    ]
+    assert [kind for kind, _ in ROW_CHECKS["unseen"].find(extract_row_texts(example))] == [
+        "invisible characters"
+    ]

@@ -13,10 +13,27 @@ def document(tokens, weights, name="r"):
 
 
 def test_two_documents_side_by_side():
-    batch = collate(Pack((document([7, 8, 9, 10, 11], [0, 0, 1, 0, 0.5], "a"), document([5, 6, 4], [0, 1, 0], "b"))))
-    assert batch.tokens_T.tolist() == [7, 8, 9, 10, 5]  # neither the last targets nor what follows them
+    batch = collate(
+        Pack(
+            (
+                document([7, 8, 9, 10, 11], [0, 0, 1, 0, 0.5], "a"),
+                document([5, 6, 4], [0, 1, 0], "b"),
+            )
+        )
+    )
+    assert batch.tokens_T.tolist() == [
+        7,
+        8,
+        9,
+        10,
+        5,
+    ]  # neither the last targets nor what follows them
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 0]
-    assert (batch.layout.starts, batch.layout.lengths, batch.layout.tokens) == ((0, 4), (4, 1), 5)
+    assert (batch.layout.starts, batch.layout.lengths, batch.layout.num_tokens) == (
+        (0, 4),
+        (4, 1),
+        5,
+    )
     assert batch.positions_S.tolist() == [1, 3, 4]
     assert batch.targets_S.tolist() == [9, 11, 6]
     assert batch.weights_S.tolist() == [1, 0.5, 1]
@@ -26,14 +43,26 @@ def test_two_documents_side_by_side():
 
 def test_types_are_what_the_model_takes():
     batch = collate(Pack((document([1, 2], [0, 1]),)))
-    for tensor in (batch.tokens_T, batch.positions_T, batch.positions_S, batch.targets_S, batch.document_S):
+    for tensor in (
+        batch.tokens_T,
+        batch.positions_T,
+        batch.positions_S,
+        batch.targets_S,
+        batch.document_S,
+    ):
         assert tensor.dtype == torch.int64
     assert batch.weights_S.dtype == torch.float32
-    assert all(type(n) is int for n in (*batch.layout.starts, *batch.layout.lengths, batch.real_tokens))
+    assert all(
+        type(n) is int for n in (*batch.layout.starts, *batch.layout.lengths, batch.real_tokens)
+    )
 
 
 documents = st.lists(
-    st.lists(st.tuples(st.integers(0, 99), st.sampled_from([0.0, 0.0, 1.0, 0.25])), min_size=1, max_size=20).map(
+    st.lists(
+        st.tuples(st.integers(0, 99), st.sampled_from([0.0, 0.0, 1.0, 0.25])),
+        min_size=1,
+        max_size=20,
+    ).map(
         lambda pairs: document([1, *(t for t, _ in pairs), 2], [0.0, *(w for _, w in pairs), 1.0])
     ),
     min_size=1,
@@ -54,10 +83,19 @@ def test_every_target_is_predicted_by_the_token_before_it_in_its_own_document(dr
         real_tokens += batch.real_tokens
         owners = np.repeat(np.arange(len(batch.ids)), batch.layout.lengths)
         for place, target, weight, owner in zip(
-            batch.positions_S.tolist(), batch.targets_S, batch.weights_S, batch.document_S, strict=True
+            batch.positions_S.tolist(),
+            batch.targets_S,
+            batch.weights_S,
+            batch.document_S,
+            strict=True,
         ):
             assert owners[place] == owner
-            seen_by = (int(batch.positions_T[place]), int(target), int(batch.tokens_T[place]), float(weight))
+            seen_by = (
+                int(batch.positions_T[place]),
+                int(target),
+                int(batch.tokens_T[place]),
+                float(weight),
+            )
             found.append((batch.ids[owner], *seen_by))
     assert sorted(found) == sorted(expected)
     assert real_tokens == sum(len(d) for d in named)

@@ -15,7 +15,7 @@ import pytest
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.data.readers import decompress
-from tunesmith.data.readers.invalid_row import BadRow
+from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.data.readers.sources import open_source
 
 ROWS = [{"prompt": f'what is {n}?\n"yes", é', "completion": "1,5\t€ " * n} for n in range(5)]
@@ -36,7 +36,11 @@ def table(rows, **dialect):
 def parquet(rows, **options):
     pyarrow, written = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     file = io.BytesIO()
-    content = pyarrow.Table.from_pylist(rows) if rows else pyarrow.table({"text": pyarrow.array([], "string")})
+    content = (
+        pyarrow.Table.from_pylist(rows)
+        if rows
+        else pyarrow.table({"text": pyarrow.array([], "string")})
+    )
     written.write_table(content, file, **options)
     return file.getvalue()
 
@@ -60,9 +64,9 @@ CONTAINERS = {
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_a_container_gives_the_rows_that_were_put_into_it(name, write):
     source = open_source(write(CONTAINERS[name], name))
-    assert [source.row(i).data for i in (4, 0, 2, 1, 3)] == [ROWS[i] for i in (4, 0, 2, 1, 3)]
-    assert len({source.id(i) for i in range(5)}) == 5
-    assert all(source.id(i).startswith(name) for i in range(5))
+    assert [source.read_row(i).data for i in (4, 0, 2, 1, 3)] == [ROWS[i] for i in (4, 0, 2, 1, 3)]
+    assert len({source.get_id(i) for i in range(5)}) == 5
+    assert all(source.get_id(i).startswith(name) for i in range(5))
 
 
 def test_the_fingerprint_is_of_the_bytes_of_the_file(write):
@@ -73,7 +77,7 @@ def test_the_fingerprint_is_of_the_bytes_of_the_file(write):
 def test_ids_say_where_a_row_stands(write):
     def ids(name):
         source = open_source(write(CONTAINERS[name], name))
-        return [source.id(i) for i in range(3)], str(source.spot(2))
+        return [source.get_id(i) for i in range(3)], str(source.get_location(2))
 
     assert ids("x.csv") == (["x.csv:2", "x.csv:4", "x.csv:6"], "x.csv:6")
     assert ids("array.json")[0] == ["array.json[0]", "array.json[1]", "array.json[2]"]
@@ -86,14 +90,16 @@ def test_ids_say_where_a_row_stands(write):
 
 def test_errors_in_an_array_name_line_and_column(write):
     source = open_source(write('[{"a": 1}, {"b": x},\n {"c":\n  y}, 5]', "x.json"))
-    assert source.row(0).data == {"a": 1}
+    assert source.read_row(0).data == {"a": 1}
     for index, where in {1: "x.json:1:18", 2: "x.json:3:3", 3: "x.json:3:7"}.items():
-        with pytest.raises(BadRow) as caught:
-            source.row(index)
+        with pytest.raises(InvalidRow) as caught:
+            source.read_row(index)
         assert caught.value.where == where
 
 
-@pytest.mark.parametrize(("content", "says"), [("[]", "holds no row"), ("[{}", "never"), ("[{", "never")])
+@pytest.mark.parametrize(
+    ("content", "says"), [("[]", "holds no row"), ("[{}", "never"), ("[{", "never")]
+)
 def test_an_array_that_is_none_is_refused(content, says, write):
     with pytest.raises(InputError, match=says):
         open_source(write(content, "x.json"))
@@ -103,7 +109,7 @@ def test_an_array_is_never_held_as_a_whole(write):
     path = write(json.dumps([{"text": "x" * 10_000, "n": n} for n in range(500)]), "x.json")
     tracemalloc.start()
     source = open_source(path)
-    assert sum(source.row(i).data["n"] for i in range(500)) == 124_750
+    assert sum(source.read_row(i).data["n"] for i in range(500)) == 124_750
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert path.stat().st_size > 5_000_000
@@ -126,10 +132,10 @@ def test_an_array_is_never_held_as_a_whole(write):
 )
 def test_a_broken_record_is_named_and_the_others_are_read(content, where, says, write):
     source = open_source(write(content, "x.csv"))
-    assert source.row(0).data == {"a": "1", "b": "2"}
-    with pytest.raises(BadRow) as caught:
-        source.row(1)
-    assert (caught.value.where, says in caught.value.what) == (where, True), caught.value.what
+    assert source.read_row(0).data == {"a": "1", "b": "2"}
+    with pytest.raises(InvalidRow) as caught:
+        source.read_row(1)
+    assert (caught.value.where, says in caught.value.message) == (where, True), caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -151,7 +157,10 @@ def test_a_table_without_a_header_or_rows_is_refused(content, says, write):
 
 def test_values_of_a_table_are_the_strings_that_stand_there(write):
     source = open_source(write('a,b\n 1 ,\n\n"x\r\ny",null\n', "x.csv"))
-    assert [source.row(i).data for i in range(2)] == [{"a": " 1 ", "b": ""}, {"a": "x\r\ny", "b": "null"}]
+    assert [source.read_row(i).data for i in range(2)] == [
+        {"a": " 1 ", "b": ""},
+        {"a": "x\r\ny", "b": "null"},
+    ]
 
 
 # ---------------------------------------------------------------- gzip
@@ -166,7 +175,8 @@ def test_what_packs_too_well_is_a_bomb(write, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda raw: raw[:-20], lambda raw: b"PK" + raw, lambda raw: raw[:30] + b"\0" + raw[31:]]
+    "spoil",
+    [lambda raw: raw[:-20], lambda raw: b"PK" + raw, lambda raw: raw[:30] + b"\0" + raw[31:]],
 )
 def test_a_damaged_gzip_file_is_refused(spoil, write):
     with pytest.raises(InputError, match="not a whole gzip file"):
@@ -177,14 +187,19 @@ def test_a_damaged_gzip_file_is_refused(spoil, write):
 def test_other_files_are_refused_with_what_can_be_read(name, write):
     with pytest.raises(InputError, match=r"cannot read .*") as caught:
         open_source(write("x", name))
-    assert ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .md (each also as .gz), .parquet, or a folder" in caught.value.fix
+    assert (
+        ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .md (each also as .gz), .parquet, or a folder"
+        in caught.value.fix
+    )
 
 
 @pytest.mark.parametrize(
     "raw", [CONTAINERS["x.csv.gz"], b"PAR1....", b"PK\x03\x04...."], ids=["gzip", "Parquet", "zip"]
 )
 def test_a_packed_file_under_another_name_is_recognised(raw, write):
-    with pytest.raises(InputError, match=r"the content is (gzip|Parquet|zip, as \.xlsx and \.docx are), not text"):
+    with pytest.raises(
+        InputError, match=r"the content is (gzip|Parquet|zip, as \.xlsx and \.docx are), not text"
+    ):
         open_source(write(raw, "x.csv"))
 
 
@@ -218,18 +233,26 @@ def test_parquet_rows_are_json_rows(write):
         {"messages": [{"role": "user", "content": "é"}], "n": None},
     ]  # fmt: skip
     source = open_source(write(parquet(rows, row_group_size=1), "x.parquet"))
-    first, second = source.row(0), source.row(1)
+    first, second = source.read_row(0), source.read_row(1)
     assert (first.id, second.id) == ("x.parquet:1", "x.parquet:2")
     assert first.data == {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}],
         "day": "2026-01-02", "price": "1.10", "score": None, "n": 2**60,
     }  # fmt: skip
-    assert second.data["messages"] == [{"role": "user", "content": "é"}], "null in an object is a missing key"
+    assert second.data["messages"] == [{"role": "user", "content": "é"}], (
+        "null in an object is a missing key"
+    )
 
 
 def test_rows_of_many_row_groups_can_be_read_in_any_order(write):
-    source = open_source(write(parquet([{"text": f"row {n}"} for n in range(1000)], row_group_size=70), "x.parquet"))
-    assert [source.row(i).data["text"] for i in (999, 3, 500)] == ["row 999", "row 3", "row 500"]
+    source = open_source(
+        write(parquet([{"text": f"row {n}"} for n in range(1000)], row_group_size=70), "x.parquet")
+    )
+    assert [source.read_row(i).data["text"] for i in (999, 3, 500)] == [
+        "row 999",
+        "row 3",
+        "row 500",
+    ]
 
 
 def test_a_parquet_file_of_another_kind_is_refused(write):
@@ -245,7 +268,9 @@ def test_a_parquet_file_of_another_kind_is_refused(write):
 
 def test_without_pyarrow_the_extra_is_named(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r"needs pyarrow\n  fix: pip install 'tunesmith\[parquet\]'"):
+    with pytest.raises(
+        InputError, match=r"needs pyarrow\n  fix: pip install 'tunesmith\[parquet\]'"
+    ):
         open_source(write(b"PAR1", "x.parquet"))
 
 
@@ -263,7 +288,9 @@ def test_a_folder_of_texts_is_a_row_a_file_in_the_order_of_names(tmp_path):
         (tmp_path / "notes" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "notes" / name).write_bytes(text.encode())
     source = open_source(tmp_path / "notes")
-    assert [(source.row(i).id, source.row(i).data["text"]) for i in range(len(source))] == [
+    assert [
+        (source.read_row(i).id, source.read_row(i).data["text"]) for i in range(len(source))
+    ] == [
         ("notes/b.md", "# B\n"),
         ("notes/a/z.TXT", "z"),
         ("notes/a/b/c.txt", "c"),
@@ -272,7 +299,7 @@ def test_a_folder_of_texts_is_a_row_a_file_in_the_order_of_names(tmp_path):
     (tmp_path / "notes" / "b.md").write_text("# C")
     assert open_source(tmp_path / "notes").fingerprint != before
     with pytest.raises(InputError, match="changed while it was in use"):
-        source.row(0)
+        source.read_row(0)
 
 
 def test_a_folder_without_texts_is_refused(tmp_path):

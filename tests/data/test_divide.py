@@ -3,10 +3,10 @@ import random
 
 import pytest
 
-from tunesmith.core.atomic import damage
+from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.group_split import divide
+from tunesmith.data.group_split import split_by_group
 from tunesmith.recipe.fields import DataSource
 
 WORDS = [f"{a}{b}{c}" for a in "bdfglmn" for b in "aeiou" for c in "krstv"]
@@ -17,7 +17,10 @@ def prose(seed, count=30):
 
 
 def chat(user, answer, **more):
-    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}], **more}
+    return {
+        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}],
+        **more,
+    }
 
 
 @pytest.fixture
@@ -28,9 +31,9 @@ def divided(write, words, tmp_path):
         content = "".join(json.dumps(row) + "\n" for row in rows)
         dataset = open_dataset([DataSource(path=write(content, name))], words)
         to = tmp_path / f"parts-{len(list(tmp_path.iterdir()))}"
-        made = divide(dataset, to, **{"eval_share": 0.2, "test_share": 0.1, **options})
+        made = split_by_group(dataset, to, **{"eval_share": 0.2, "test_share": 0.1, **options})
         files = {file.stem: file.read_bytes().splitlines() for file in to.glob("*.jsonl")}
-        assert damage(to) == ""
+        assert verify_dir(to) == ""
         return made, {side: [json.loads(line) for line in lines] for side, lines in files.items()}
 
     return of
@@ -39,7 +42,11 @@ def divided(write, words, tmp_path):
 def test_every_row_is_in_one_file_in_its_order(divided):
     rows = [chat(prose(i), prose(i + 500)) for i in range(100)]
     made, files = divided(rows)
-    assert made.rows == {"train": 70, "eval": 20, "test": 10} == {side: len(of) for side, of in files.items()}
+    assert (
+        made.rows
+        == {"train": 70, "eval": 20, "test": 10}
+        == {side: len(of) for side, of in files.items()}
+    )
     assert made.groups == made.rows
     places = {side: [rows.index(row) for row in of] for side, of in files.items()}
     assert sorted(place for of in places.values() for place in of) == list(range(100))
@@ -57,8 +64,14 @@ def test_sides_depend_on_the_seed_and_not_on_the_order(divided):
 def test_rows_that_are_alike_stay_together(divided):
     rows = []
     for i in range(40):
-        rows += [chat(prose(i), prose(i + 500)), chat(prose(i) + " so", prose(i + 500))]  # nearly the same
-        rows += [chat(f"ask {i}", prose(i + 900)), chat(f"ask {i}", prose(i + 1300))]  # one question, two answers
+        rows += [
+            chat(prose(i), prose(i + 500)),
+            chat(prose(i) + " so", prose(i + 500)),
+        ]  # nearly the same
+        rows += [
+            chat(f"ask {i}", prose(i + 900)),
+            chat(f"ask {i}", prose(i + 1300)),
+        ]  # one question, two answers
     made, files = divided(rows, seed=3)
     assert sum(made.groups.values()) == 80
     sides = {json.dumps(row): side for side, of in files.items() for row in of}
@@ -71,7 +84,11 @@ def test_rows_of_one_source_stay_together(divided):
     rows = [chat(prose(i), prose(i + 500), page=i // 5) for i in range(100)]
     made, files = divided(rows, group="page")
     pages = {side: {row["page"] for row in of} for side, of in files.items()}
-    assert not pages["train"] & pages["eval"] | pages["train"] & pages["test"] | pages["eval"] & pages["test"]
+    assert (
+        not pages["train"] & pages["eval"]
+        | pages["train"] & pages["test"]
+        | pages["eval"] & pages["test"]
+    )
     assert made.groups == {"train": 14, "eval": 4, "test": 2}
 
 
@@ -94,11 +111,22 @@ def test_each_value_of_a_key_is_divided_by_itself(divided):
 def test_lines_are_copied_byte_by_byte_and_other_files_become_lines(write, words, tmp_path):
     line = '{"prompt":  "a\\u00e9", "completion": "1.0", "n": 1e5}\n'
     more = "".join(f'{{"prompt": "q{i}", "completion": "{i}"}}\n' for i in range(5))
-    divide(open_dataset([DataSource(path=write(line + more))], words), tmp_path / "p", eval_share=0.2, test_share=0)
-    assert line in (tmp_path / "p/train.jsonl").read_text() + (tmp_path / "p/eval.jsonl").read_text()
+    split_by_group(
+        open_dataset([DataSource(path=write(line + more))], words),
+        tmp_path / "p",
+        eval_share=0.2,
+        test_share=0,
+    )
+    assert (
+        line in (tmp_path / "p/train.jsonl").read_text() + (tmp_path / "p/eval.jsonl").read_text()
+    )
     table = write("prompt,completion\n" + "".join(f'q{i},"a,{i}"\n' for i in range(5)), "x.csv")
-    divide(open_dataset([DataSource(path=table)], words), tmp_path / "q", eval_share=0.2, test_share=0)
-    assert '{"prompt": "q0", "completion": "a,0"}\n' in "".join(f.read_text() for f in (tmp_path / "q").glob("*.jsonl"))
+    split_by_group(
+        open_dataset([DataSource(path=table)], words), tmp_path / "q", eval_share=0.2, test_share=0
+    )
+    assert '{"prompt": "q0", "completion": "a,0"}\n' in "".join(
+        f.read_text() for f in (tmp_path / "q").glob("*.jsonl")
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +146,9 @@ def test_what_cannot_be_divided_is_refused(divided, options, what):
 
 
 def test_too_few_groups_are_refused_and_nothing_is_left(divided, tmp_path):
-    with pytest.raises(InputError, match="1 groups of rows that belong together are too few: eval gets none"):
+    with pytest.raises(
+        InputError, match="1 groups of rows that belong together are too few: eval gets none"
+    ):
         divided([chat("ask", prose(i)) for i in range(20)])
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
@@ -127,4 +157,4 @@ def test_a_folder_that_is_there_is_kept(write, words, tmp_path):
     (tmp_path / "mine").mkdir()
     dataset = open_dataset([DataSource(path=write(json.dumps(chat("a", "b")) + "\n"))], words)
     with pytest.raises(InputError, match="there already"):
-        divide(dataset, tmp_path / "mine", eval_share=0.1, test_share=0.1)
+        split_by_group(dataset, tmp_path / "mine", eval_share=0.1, test_share=0.1)

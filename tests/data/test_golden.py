@@ -4,20 +4,24 @@ import pytest
 
 from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.golden_set import lock, lock_of, refuse_golden
-from tunesmith.data.leakage import refuse_tested
+from tunesmith.data.golden_set import get_lock_path, refuse_locked_rows, write_lock
+from tunesmith.data.leakage import refuse_test_leakage
 from tunesmith.recipe.fields import DataSource
 
 TRAINED = ("data", "rehearsal")
 
 
 def chat(user, answer, **review):
-    row = {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+    row = {
+        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    }
     return {**row, "review": review} if review else row
 
 
 def good(number):
-    return chat(f"q{number}", f"a{number}", reviewer="ada", date=f"2026-11-{number + 10}", verdict="good")
+    return chat(
+        f"q{number}", f"a{number}", reviewer="ada", date=f"2026-11-{number + 10}", verdict="good"
+    )
 
 
 @pytest.fixture
@@ -31,20 +35,42 @@ def opened(write, words):
 
 def test_a_lock_says_who_reviewed_what(opened, tmp_path):
     rows = [good(1), good(5), chat("q", "a", reviewer="bob", date="2026-11-12", verdict="unsure")]
-    golden = lock(opened(rows, "golden.jsonl"))
-    assert (golden.file, golden.rows, golden.verdicts) == ("golden.jsonl", 3, {"good": 2, "unsure": 1})
-    assert (golden.reviewers, golden.first_date, golden.last_date) == ({"ada": 2, "bob": 1}, "2026-11-11", "2026-11-15")
-    assert json.loads(lock_of(tmp_path / "golden.jsonl").read_text())["sha256"] == golden.sha256
+    golden = write_lock(opened(rows, "golden.jsonl"))
+    assert (golden.file, golden.rows, golden.verdicts) == (
+        "golden.jsonl",
+        3,
+        {"good": 2, "unsure": 1},
+    )
+    assert (golden.reviewers, golden.first_date, golden.last_date) == (
+        {"ada": 2, "bob": 1},
+        "2026-11-11",
+        "2026-11-15",
+    )
+    assert (
+        json.loads(get_lock_path(tmp_path / "golden.jsonl").read_text())["sha256"] == golden.sha256
+    )
     with pytest.raises(InputError, match="locked already"):
-        lock(opened(rows, "golden.jsonl"))
+        write_lock(opened(rows, "golden.jsonl"))
 
 
 WRONG = {
     "none": (chat("q", "a"), "no `review`"),
-    "nobody": (chat("q", "a", reviewer=" ", date="2026-11-12", verdict="good"), "names no reviewer"),
-    "verdict": (chat("q", "a", reviewer="ada", date="2026-11-12", verdict="fine"), "verdict is 'fine'"),
-    "date": (chat("q", "a", reviewer="ada", date="12.11.2026", verdict="good"), "date of the review is '12.11.2026'"),
-    "number": (chat("q", "a", reviewer="ada", date=2026, verdict="good"), "date of the review is '2026'"),
+    "nobody": (
+        chat("q", "a", reviewer=" ", date="2026-11-12", verdict="good"),
+        "names no reviewer",
+    ),
+    "verdict": (
+        chat("q", "a", reviewer="ada", date="2026-11-12", verdict="fine"),
+        "verdict is 'fine'",
+    ),
+    "date": (
+        chat("q", "a", reviewer="ada", date="12.11.2026", verdict="good"),
+        "date of the review is '12.11.2026'",
+    ),
+    "number": (
+        chat("q", "a", reviewer="ada", date=2026, verdict="good"),
+        "date of the review is '2026'",
+    ),
 }
 
 
@@ -52,42 +78,51 @@ WRONG = {
 def test_a_row_without_a_whole_review_is_not_locked(opened, tmp_path, wrong):
     row, what = WRONG[wrong]
     with pytest.raises(InputError, match=what) as raised:
-        lock(opened([good(1), row], "golden.jsonl"))
+        write_lock(opened([good(1), row], "golden.jsonl"))
     assert raised.value.where == "golden.jsonl:2"
-    assert not lock_of(tmp_path / "golden.jsonl").exists()
+    assert not get_lock_path(tmp_path / "golden.jsonl").exists()
 
 
 def test_neither_a_locked_file_nor_its_rows_in_another_file_are_trained_on(opened):
     golden = opened([good(1), good(2)], "golden.jsonl")
-    lock(golden)
+    write_lock(golden)
     other = opened([chat("x", "y"), chat("z", "z")], "other.jsonl")
-    refuse_golden({"data": other, "test_data": golden}, TRAINED)
+    refuse_locked_rows({"data": other, "test_data": golden}, TRAINED)
     with pytest.raises(InputError, match="the file is locked: 2 reviewed rows") as raised:
-        refuse_golden({"data": golden}, TRAINED)
+        refuse_locked_rows({"data": golden}, TRAINED)
     assert raised.value.where.startswith("data: ")
     copied = opened([chat("x", "y"), chat(" q2 ", "a2")], "copied.jsonl")
-    with pytest.raises(InputError, match=r"1 of 2 rows are in golden\.jsonl, which is locked: copied\.jsonl:2"):
-        refuse_golden({"data": other, "rehearsal": copied}, TRAINED)
+    with pytest.raises(
+        InputError, match=r"1 of 2 rows are in golden\.jsonl, which is locked: copied\.jsonl:2"
+    ):
+        refuse_locked_rows({"data": other, "rehearsal": copied}, TRAINED)
 
 
 def test_a_file_that_has_changed_since_is_not_measured_with(opened):
-    lock(opened([good(1), good(2)], "golden.jsonl"))
+    write_lock(opened([good(1), good(2)], "golden.jsonl"))
     changed = opened([good(1), good(3)], "golden.jsonl")
     with pytest.raises(InputError, match="changed since it was locked"):
-        refuse_golden({"data": opened([chat("x", "y")], "other.jsonl"), "test_data": changed}, TRAINED)
+        refuse_locked_rows(
+            {"data": opened([chat("x", "y")], "other.jsonl"), "test_data": changed}, TRAINED
+        )
 
 
 def test_a_broken_lock_is_no_permission(opened, write):
     data = opened([chat("x", "y")], "other.jsonl")
     write('{"file": "golden.jsonl"}', "golden.jsonl.lock.json")
     with pytest.raises(InputError, match="a lock that cannot be read: not a Golden") as caught:
-        refuse_golden({"data": data}, TRAINED)
+        refuse_locked_rows({"data": data}, TRAINED)
     assert "lock the file again" in caught.value.fix
 
 
 def test_rows_of_the_test_are_not_trained_on(opened):
-    data, test = opened([chat("a", "b"), chat("c", "d")], "train.jsonl"), opened([chat("a ", "b")], "test.jsonl")
-    with pytest.raises(InputError, match=r"1 of 1 rows are also in data: test\.jsonl:1 is train\.jsonl:1"):
-        refuse_tested({"data": data, "test_data": test})
-    refuse_tested({"data": data, "eval_data": test})
-    refuse_tested({"data": data})
+    data, test = (
+        opened([chat("a", "b"), chat("c", "d")], "train.jsonl"),
+        opened([chat("a ", "b")], "test.jsonl"),
+    )
+    with pytest.raises(
+        InputError, match=r"1 of 1 rows are also in data: test\.jsonl:1 is train\.jsonl:1"
+    ):
+        refuse_test_leakage({"data": data, "test_data": test})
+    refuse_test_leakage({"data": data, "eval_data": test})
+    refuse_test_leakage({"data": data})

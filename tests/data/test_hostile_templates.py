@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.data.chat_template.conversation import track
+from tunesmith.data.chat_template.conversation import track_value
 from tunesmith.data.chat_template.template import ChatTemplate
-from tunesmith.data.chat_template.tracked_str import origin_of
+from tunesmith.data.chat_template.tracked_str import make_origin
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
-MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "yes"}]
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": "a question"},
+    {"role": "assistant", "content": "yes"},
+]
 TWICE = (
     "{% set ns = namespace(x=[], y=[]) %}"
     "{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}"
@@ -38,23 +41,35 @@ def _little_memory() -> Iterator[None]:
 def _budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits work at any size; at a fiftieth they are tested in seconds."""
     if request.param != "real":
-        for name in ("sandbox_limits.MAX_WORK", "sandbox_checks.MAX_ITEMS", "tracked_str.MAX_ITEMS"):
+        for name in (
+            "sandbox_limits.MAX_WORK",
+            "sandbox_checks.MAX_ITEMS",
+            "tracked_str.MAX_ITEMS",
+        ):
             monkeypatch.setattr(f"tunesmith.data.chat_template.{name}", 20_000)
-        for name in ("sandbox_limits.MAX_CHARS", "sandbox_checks.MAX_CHARS", "tracked_str.MAX_CHARS"):
+        for name in (
+            "sandbox_limits.MAX_CHARS",
+            "sandbox_checks.MAX_CHARS",
+            "tracked_str.MAX_CHARS",
+        ):
             monkeypatch.setattr(f"tunesmith.data.chat_template.{name}", 200_000)
 
 
 def outcomes(source: str) -> list[str]:
     """What tracked and plain render print; the words of the InputError where they do not."""
     template = ChatTemplate(source, now=NOW)
-    tracked = [track(message, origin_of(i, "content")) for i, message in enumerate(MESSAGES)]
+    tracked = [
+        track_value(message, make_origin(i, "content")) for i, message in enumerate(MESSAGES)
+    ]
     found: list[str] = []
-    for render, messages in ((template.render, tracked), (template.stock, MESSAGES)):
+    for render, messages in ((template.render, tracked), (template.render_plain, MESSAGES)):
         started = time.process_time()
         try:
-            found.append(render({"messages": messages, "tools": None, "add_generation_prompt": False}))
+            found.append(
+                render({"messages": messages, "tools": None, "add_generation_prompt": False})
+            )
         except InputError as error:
-            found.append(f"refused: {error.what}")
+            found.append(f"refused: {error.message}")
         assert time.process_time() - started < 12, render
     return found
 
@@ -104,7 +119,10 @@ def refused(source: str) -> bool:
     ],
 )  # fmt: skip
 def test_fault_17_no_template_reaches_python(source: str) -> None:
-    assert all(text == "" or text.startswith("refused: chat template, line 1: ") for text in outcomes(source))
+    assert all(
+        text == "" or text.startswith("refused: chat template, line 1: ")
+        for text in outcomes(source)
+    )
 
 
 @pytest.mark.parametrize(

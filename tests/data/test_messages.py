@@ -24,8 +24,19 @@ def weights(*messages):
 
 
 def test_assistant_turns_are_trained_unless_they_say_otherwise():
-    system, tool = {"role": "system", "content": "be kind"}, {"role": "tool", "content": "", "tool_call_id": "c1"}
-    messages = [system, user(), assistant(), tool, assistant(train=False), assistant(weight=0), assistant(weight=0.5)]
+    system, tool = (
+        {"role": "system", "content": "be kind"},
+        {"role": "tool", "content": "", "tool_call_id": "c1"},
+    )
+    messages = [
+        system,
+        user(),
+        assistant(),
+        tool,
+        assistant(train=False),
+        assistant(weight=0),
+        assistant(weight=0.5),
+    ]
     assert weights(*messages, assistant(train=True, weight=2)) == [0, 0, 1, 0, 0, 0, 0.5, 2]
     assert [weight for _, weight in turns(assistant(), trained=False)] == [0]
     assert weights(user(weight=0), user(train=False)) == [0, 0]
@@ -68,17 +79,28 @@ def test_parts_as_llama_factory_writes_them_become_the_fields_of_a_message():
         "reasoning_content": "hm",
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
     }
-    assert weights(user(), assistant(loss_weight=0.0), user(), assistant(loss_weight=0.5)) == [0, 0, 0, 0.5]
+    assert weights(user(), assistant(loss_weight=0.0), user(), assistant(loss_weight=0.5)) == [
+        0,
+        0,
+        0,
+        0.5,
+    ]
 
 
 def test_the_older_function_calls_are_read_as_tool_calls():
     function = {"name": "f", "arguments": '{"x":1}'}
     answer = {"role": "function", "name": "f", "content": "3"}
     (call, weight), (result, _) = turns(assistant(None, function_call=function), answer)
-    assert call == {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    assert call == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": function}],
+    }
     assert weight == 1
     assert result == {"role": "tool", "name": "f", "content": "3"}
-    assert read_tools(Row("r", {"functions": [function]})) == ({"type": "function", "function": function},)
+    assert read_tools(Row("r", {"functions": [function]})) == (
+        {"type": "function", "function": function},
+    )
     assert "function_call" not in turns(assistant(function_call=None))[0][0]
 
 
@@ -107,7 +129,10 @@ def test_an_empty_answer_is_fine_when_it_is_not_trained():
         (user(["a"]), "is 'str', not text"),
         (assistant(weight=-1), "`weight` is -1"),
         (assistant(weight=10**400), "`weight` is 1000"),
-        (assistant(function_call={"name": "f"}, tool_calls=[CALL]), "`tool_calls` and `function_call`"),
+        (
+            assistant(function_call={"name": "f"}, tool_calls=[CALL]),
+            "`tool_calls` and `function_call`",
+        ),
         (assistant(function_call="f"), "tool_calls[0] names no function"),
         (assistant(weight=True), "`weight` is True"),
         (assistant(weight="1"), "`weight` is '1'"),
@@ -127,8 +152,8 @@ def test_a_bad_message_is_named_with_a_fix(message, says):
     with pytest.raises(InputError) as caught:
         turns(user(), message)
     assert caught.value.where == "train.jsonl:7"
-    assert "messages[1]" in caught.value.what
-    assert says in caught.value.what
+    assert "messages[1]" in caught.value.message
+    assert says in caught.value.message
     assert caught.value.fix
 
 
@@ -144,7 +169,14 @@ def test_messages_must_be_a_list(messages):
 
 
 @pytest.mark.parametrize(
-    "data", [{"tools": "{}"}, {"tools": "[1"}, {"tools": ["f"]}, {"tools": [{}], "functions": [{}]}, {"functions": 3}]
+    "data",
+    [
+        {"tools": "{}"},
+        {"tools": "[1"},
+        {"tools": ["f"]},
+        {"tools": [{}], "functions": [{}]},
+        {"functions": 3},
+    ],
 )
 def test_bad_tools_are_refused(data):
     with pytest.raises(InputError, match=r"tools|functions"):
@@ -154,5 +186,8 @@ def test_bad_tools_are_refused(data):
 def test_no_tools_are_fine():
     assert turns(user(tool_calls=[]), user(tool_calls=None))[0] == turns(user())[0]
     assert (
-        read_tools(Row("r", {})) == read_tools(Row("r", {"tools": None})) == read_tools(Row("r", {"tools": []})) == ()
+        read_tools(Row("r", {}))
+        == read_tools(Row("r", {"tools": None}))
+        == read_tools(Row("r", {"tools": []}))
+        == ()
     )

@@ -11,11 +11,15 @@ from transformers import AutoTokenizer
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import NewToken
-from tunesmith.data.chat_template.assistant_spans import FOREIGN
+from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.tokenizer.added_tokens import new_tokens, refuse_other_tokens, refuse_unseen
+from tunesmith.data.tokenizer.added_tokens import (
+    make_new_tokens,
+    refuse_other_tokens,
+    refuse_unused_tokens,
+)
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
-from tunesmith.data.tokenizer.tokenizer_json import with_tokens
+from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 
 NOW = datetime(2026, 1, 2)
 TAGGED = CHATML.replace("m.content + ", "('[out]' if m.role == 'assistant' else '') + m.content + ")
@@ -30,12 +34,12 @@ def renderer(path: Path, *tokens: str) -> Renderer:
 
 
 def ids(renderer: Renderer) -> dict[str, int]:
-    return {token.text: token.id for token in renderer.tokenizer.new}
+    return {token.text: token.id for token in renderer.tokenizer.new_tokens}
 
 
 def counted(renderer: Renderer, *messages: Any) -> dict[str, int]:
     """How often each new token stands in the one document of a row."""
-    (document,) = renderer.documents(example(*messages)).documents
+    (document,) = renderer.render_documents(example(*messages)).documents
     return {text: document.tokens_L.tolist().count(index) for text, index in ids(renderer).items()}
 
 
@@ -44,8 +48,8 @@ def test_a_new_token_is_one_id_wherever_it_stands(tmp_path: Path) -> None:
     row = (user("[e1] of<gene>TP53"), assistant("ibuprofen, [e1]\n<gene> [e1]."))
     assert counted(made, *row) == {"[e1]": 3, "<gene>": 2, "ibuprofen": 1}
     assert texts(made, *row)[0].endswith("⟦ibuprofen, [e1]\n<gene> [e1].<|im_end|>⟧\n")
-    assert made.text_tokens("[e1]") == [ids(made)["[e1]"]]
-    assert made.documents(example(*row)).notes == ()
+    assert made.encode_text("[e1]") == [ids(made)["[e1]"]]
+    assert made.render_documents(example(*row)).notes == ()
 
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "first", "always", "none"])
@@ -55,24 +59,29 @@ def test_ids_are_those_that_transformers_makes(kind: str, tmp_path: Path) -> Non
     made, stock = renderer(path, *wanted), AutoTokenizer.from_pretrained(path)
     stock.add_tokens([AddedToken(text, normalized=False, special=False) for text in wanted])
     assert ids(made) == {text: stock.convert_tokens_to_ids(text) for text in wanted}
-    messages = [user("the [e1] user <gene>Größer"), assistant("<gene>\n\n[e1] answers <gene>  [e1]")]
-    (document,) = made.documents(example(*messages)).documents
+    messages = [
+        user("the [e1] user <gene>Größer"),
+        assistant("<gene>\n\n[e1] answers <gene>  [e1]"),
+    ]
+    (document,) = made.render_documents(example(*messages)).documents
     theirs = stock.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     assert document.tokens_L.tolist() == theirs[: len(document)]
 
 
 def test_the_saved_tokenizer_is_the_one_that_was_trained_with(tmp_path: Path) -> None:
     made = renderer(folder(tmp_path), "[e1]")
-    saved = with_tokens((tmp_path / "tokenizer.json").read_bytes(), made.tokenizer.new)
-    assert Tokenizer.from_str(saved.decode()).encode("the [e1] user").ids == made.text_tokens("the [e1] user")
+    saved = append_tokens((tmp_path / "tokenizer.json").read_bytes(), made.tokenizer.new_tokens)
+    assert Tokenizer.from_str(saved.decode()).encode("the [e1] user").ids == made.encode_text(
+        "the [e1] user"
+    )
     assert made.fingerprint != renderer(tmp_path).fingerprint
 
 
 def test_pieces_are_what_the_text_was_before(tmp_path: Path) -> None:
     plain, made = renderer(folder(tmp_path)), renderer(tmp_path, "usergene")
-    (token,) = made.tokenizer.new
-    assert plain.decode(token.pieces) == "usergene"
-    assert len(token.pieces) > 1
+    (token,) = made.tokenizer.new_tokens
+    assert plain.decode(token.subword_ids) == "usergene"
+    assert len(token.subword_ids) > 1
     assert token.id == plain.tokenizer.size
 
 
@@ -84,8 +93,8 @@ def test_what_the_template_writes_is_structural(tmp_path: Path) -> None:
     made = renderer(folder(tmp_path, TAGGED), "[out]", "[in]")
     row = (user("[out] [in]"), assistant("[out] [in]"))
     assert counted(made, *row) == {"[out]": 2, "[in]": 2}
-    assert FOREIGN in made.documents(example(*row)).notes
-    assert [token.ordinary for token in made.tokenizer.new] == [False, True]
+    assert CONTROL_LIKE_TEXT in made.render_documents(example(*row)).notes
+    assert [token.is_ordinary for token in made.tokenizer.new_tokens] == [False, True]
 
 
 def test_what_marks_turns_comes_from_the_template_alone(tmp_path: Path) -> None:
@@ -108,29 +117,34 @@ def test_a_token_that_is_there_already_is_refused(text: str, tmp_path: Path) -> 
 
 def test_numbers_with_holes_are_refused(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer.from_folder(folder(tmp_path))
-    (token,) = new_tokens(tokenizer, ["[e1]"], [])
+    (token,) = make_new_tokens(tokenizer, ["[e1]"], [])
     with pytest.raises(InputError, match="numbers have holes"):
-        ChatTokenizer.from_folder(tmp_path, [NewToken(token.text, token.id + 1, token.pieces)])
+        ChatTokenizer.from_folder(tmp_path, [NewToken(token.text, token.id + 1, token.subword_ids)])
 
 
 def test_a_token_that_no_row_holds_is_refused(tmp_path: Path) -> None:
     made = renderer(folder(tmp_path), "[e1]", "[e2]", "[e3]")
-    rows = [made.documents(example(user(text), assistant("yes"))).documents[0] for text in ("[e1]", "[e3]")]
+    rows = [
+        made.render_documents(example(user(text), assistant("yes"))).documents[0]
+        for text in ("[e1]", "[e3]")
+    ]
     with pytest.raises(InputError, match=r"no training row holds '\[e2\]': nothing would train"):
-        refuse_unseen(rows, made.tokenizer.new)
-    refuse_unseen(rows, made.tokenizer.new[::2])
-    refuse_unseen(iter(()), ())
+        refuse_unused_tokens(rows, made.tokenizer.new_tokens)
+    refuse_unused_tokens(rows, made.tokenizer.new_tokens[::2])
+    refuse_unused_tokens(iter(()), ())
 
 
 def test_an_adapter_goes_on_with_its_own_tokens_only(tmp_path: Path) -> None:
     made = renderer(folder(tmp_path / "model"), "[e1]", "[e2]")
-    new, adapter = made.tokenizer.new, tmp_path / "adapter"
+    new, adapter = made.tokenizer.new_tokens, tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "tokenizer.json").write_bytes(with_tokens((tmp_path / "model" / "tokenizer.json").read_bytes(), new))
+    (adapter / "tokenizer.json").write_bytes(
+        append_tokens((tmp_path / "model" / "tokenizer.json").read_bytes(), new)
+    )
     own = tuple(token.id for token in new)
     refuse_other_tokens(adapter, own, new)
     refuse_other_tokens(adapter, (), ())
-    for tokens in ((), new[:1], renderer(tmp_path / "model", "[e2]", "[e1]").tokenizer.new):
+    for tokens in ((), new[:1], renderer(tmp_path / "model", "[e2]", "[e1]").tokenizer.new_tokens):
         with pytest.raises(InputError, match="has rows for 2 new tokens") as caught:
             refuse_other_tokens(adapter, own, tokens)
         assert caught.value.fix == "set add_tokens: ['[e1]', '[e2]']"

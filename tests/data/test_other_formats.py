@@ -6,12 +6,21 @@ import pytest
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Row
-from tunesmith.data.formats.row_formats import detect, parse, read_openai_preference, read_side, unused_keys
-from tunesmith.data.readers.invalid_row import BadRow
+from tunesmith.data.formats.row_formats import (
+    detect_format,
+    find_unused_keys,
+    parse_row,
+    read_openai_preference,
+    read_side,
+)
+from tunesmith.data.readers.invalid_row import InvalidRow
 
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 WORSE = {"role": "assistant", "content": "5"}
-FUNCTION = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
+FUNCTION = {
+    "name": "add",
+    "parameters": {"type": "object", "properties": {"a": {"type": "number"}}},
+}
 
 
 def row(**data):
@@ -20,9 +29,14 @@ def row(**data):
 
 def read(**data):
     """Detected and parsed, as turns (role, content) with the weights."""
-    name, _ = detect([row(**data)], True)
-    example = parse(row(**data), name, True)
-    return name, [(m["role"], m["content"]) for m in example.messages], list(example.turn_weights), example
+    name, _ = detect_format([row(**data)], True)
+    example = parse_row(row(**data), name, True)
+    return (
+        name,
+        [(m["role"], m["content"]) for m in example.messages],
+        list(example.turn_weights),
+        example,
+    )
 
 
 def said(speaker, text, **more):
@@ -33,10 +47,22 @@ def said(speaker, text, **more):
 
 
 def test_sharegpt_speakers_become_roles():
-    turns = [said("system", "s"), said("human", "q"), said("gpt", "a"), said("user", "r"), said("assistant", "b")]
+    turns = [
+        said("system", "s"),
+        said("human", "q"),
+        said("gpt", "a"),
+        said("user", "r"),
+        said("assistant", "b"),
+    ]
     name, found, weights, _ = read(conversations=turns)
     assert name == "sharegpt"
-    assert found == [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    assert found == [
+        ("system", "s"),
+        ("user", "q"),
+        ("assistant", "a"),
+        ("user", "r"),
+        ("assistant", "b"),
+    ]
     assert weights == [0, 0, 1, 0, 1]
 
 
@@ -46,12 +72,25 @@ def test_sharegpt_calls_observations_and_tools_as_llamafactory_writes_them():
         said("human", "q"),
         said("function_call", f'{{"name": "add", "arguments": {arguments}}}'),
         said("observation", '{"sum": 4}'),
-        said("function_call", '[{"name": "add", "arguments": {}}, {"name": "add", "arguments": {"a": 1}}]'),
+        said(
+            "function_call",
+            '[{"name": "add", "arguments": {}}, {"name": "add", "arguments": {"a": 1}}]',
+        ),
         said("observation", "5"),
         said("gpt", "done"),
     ]
-    _, found, weights, example = read(conversations=turns, tools=json.dumps([FUNCTION]), system="be exact")
-    assert [role for role, _ in found] == ["system", "user", "assistant", "tool", "assistant", "tool", "assistant"]
+    _, found, weights, example = read(
+        conversations=turns, tools=json.dumps([FUNCTION]), system="be exact"
+    )
+    assert [role for role, _ in found] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert weights == [0, 0, 1, 0, 1, 0, 1]
     (call,) = example.messages[2]["tool_calls"]
     assert call["type"] == "function"
@@ -61,11 +100,19 @@ def test_sharegpt_calls_observations_and_tools_as_llamafactory_writes_them():
 
 
 def test_sharegpt_may_have_openai_turns_weights_and_a_system_column():
-    name, found, weights, _ = read(conversations=[USER, ANSWER, USER, {**ANSWER, "weight": 0}, USER, ANSWER], system="")
+    name, found, weights, _ = read(
+        conversations=[USER, ANSWER, USER, {**ANSWER, "weight": 0}, USER, ANSWER], system=""
+    )
     assert (name, weights, len(found)) == ("sharegpt", [0, 1, 0, 0, 0, 1], 6)
-    assert read(conversations=[said("human", "q"), said("gpt", "a", train=False), said("gpt", "b")])[2] == [0, 0, 1]
+    assert read(
+        conversations=[said("human", "q"), said("gpt", "a", train=False), said("gpt", "b")]
+    )[2] == [0, 0, 1]
     both = [said("system", "same"), said("human", "q"), said("gpt", "a")]
-    assert read(conversations=both, system="same")[1] == [("system", "same"), ("user", "q"), ("assistant", "a")]
+    assert read(conversations=both, system="same")[1] == [
+        ("system", "same"),
+        ("user", "q"),
+        ("assistant", "a"),
+    ]
 
 
 # ---------------------------------------------------------------- Alpaca
@@ -73,18 +120,33 @@ def test_sharegpt_may_have_openai_turns_weights_and_a_system_column():
 
 def test_alpaca_joins_instruction_and_input_and_trains_the_history_too():
     name, found, weights, _ = read(
-        instruction="Add.", input="2 2", output="4", system="s", history=[["hi", "hello"], ["1 1", "2"]], text="unused"
+        instruction="Add.",
+        input="2 2",
+        output="4",
+        system="s",
+        history=[["hi", "hello"], ["1 1", "2"]],
+        text="unused",
     )
     assert name == "alpaca"
     assert found[0] == ("system", "s")
-    assert found[1:5] == [("user", "hi"), ("assistant", "hello"), ("user", "1 1"), ("assistant", "2")]
+    assert found[1:5] == [
+        ("user", "hi"),
+        ("assistant", "hello"),
+        ("user", "1 1"),
+        ("assistant", "2"),
+    ]
     assert found[5:] == [("user", "Add.\n2 2"), ("assistant", "4")]
     assert weights == [0, 0, 1, 0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("rest", [{}, {"input": ""}, {"input": None, "system": None, "history": None}])
+@pytest.mark.parametrize(
+    "rest", [{}, {"input": ""}, {"input": None, "system": None, "history": None}]
+)
 def test_alpaca_without_an_input_asks_the_instruction(rest):
-    assert read(instruction="Add 2 2.", output="4", **rest)[1] == [("user", "Add 2 2."), ("assistant", "4")]
+    assert read(instruction="Add 2 2.", output="4", **rest)[1] == [
+        ("user", "Add 2 2."),
+        ("assistant", "4"),
+    ]
 
 
 # ---------------------------------------------------------------- preferences
@@ -94,25 +156,37 @@ PREFERENCES = {
     "strings": {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
     "lists": {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
     "single messages": {"prompt": [USER], "chosen": ANSWER, "rejected": WORSE},
-    "sharegpt": {"prompt": [said("human", "2+2?")], "chosen": said("gpt", "4"), "rejected": said("gpt", "5")},
+    "sharegpt": {
+        "prompt": [said("human", "2+2?")],
+        "chosen": said("gpt", "4"),
+        "rejected": said("gpt", "5"),
+    },
     "sharegpt, LLaMA-Factory's": {
         "conversations": [said("human", "2+2?")],
         "chosen": said("gpt", "4"),
         "rejected": said("gpt", "5"),
     },
     "whole": {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
-    "whole, prompt repeated": {"prompt": "2+2?", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+    "whole, prompt repeated": {
+        "prompt": "2+2?",
+        "chosen": [USER, ANSWER],
+        "rejected": [USER, WORSE],
+    },
 }
 
 
 def test_rows_that_could_be_read_as_pairs_are_where_pairs_are_wanted():
     both = row(messages=[USER], chosen=ANSWER, rejected=WORSE)
-    assert detect([both], True)[0] == "messages"
-    name, reason = detect([both], True, pairs=True)
-    assert (name, "not used" in reason) == ("preference", False), "its messages are what is answered"
-    assert [m["content"] for m in parse(both, name, True).messages] == ["2+2?", "4"]
-    whole = row(prompt="2+2?", messages=[USER, ANSWER], chosen=[USER, ANSWER], rejected=[USER, WORSE])
-    assert "`messages` is there too and not used" in detect([whole], True, pairs=True)[1]
+    assert detect_format([both], True)[0] == "messages"
+    name, reason = detect_format([both], True, has_pairs=True)
+    assert (name, "not used" in reason) == ("preference", False), (
+        "its messages are what is answered"
+    )
+    assert [m["content"] for m in parse_row(both, name, True).messages] == ["2+2?", "4"]
+    whole = row(
+        prompt="2+2?", messages=[USER, ANSWER], chosen=[USER, ANSWER], rejected=[USER, WORSE]
+    )
+    assert "`messages` is there too and not used" in detect_format([whole], True, has_pairs=True)[1]
 
 
 @pytest.mark.parametrize("kind", PREFERENCES)
@@ -128,16 +202,21 @@ def test_of_whole_conversations_what_both_sides_share_is_the_prompt():
     before = [{"role": "system", "content": "s"}, USER, ANSWER, USER]
     data = {"chosen": [*before, ANSWER, USER, ANSWER], "rejected": [*before, WORSE, USER, ANSWER]}
     assert read(**data)[2] == [0, 0, 0, 0, 1, 0, 1]
-    assert read(chosen=[*before, ANSWER], rejected=[*before, ANSWER])[2] == [0, 0, 0, 0, 1], "the same on both sides"
+    assert read(chosen=[*before, ANSWER], rejected=[*before, ANSWER])[2] == [0, 0, 0, 0, 1], (
+        "the same on both sides"
+    )
 
 
 def test_strings_without_a_template_stay_text():
-    example = parse(row(**PREFERENCES["strings"]), "preference", False)
+    example = parse_row(row(**PREFERENCES["strings"]), "preference", False)
     assert (example.prompt, example.text) == ("2+2?", "4")
 
 
 def test_the_reason_says_that_only_one_side_is_trained():
-    assert "stage sft trains on the chosen answers" in detect([row(**PREFERENCES["strings"])], True)[1]
+    assert (
+        "stage sft trains on the chosen answers"
+        in detect_format([row(**PREFERENCES["strings"])], True)[1]
+    )
 
 
 def test_openai_preference_files_are_read_unchanged():
@@ -147,7 +226,11 @@ def test_openai_preference_files_are_read_unchanged():
         "non_preferred_output": [WORSE],
     }
     name, found, weights, example = read(**data)
-    assert (name, found, weights) == ("openai_preference", [("user", "2+2?"), ("assistant", "4")], [0, 1])
+    assert (name, found, weights) == (
+        "openai_preference",
+        [("user", "2+2?"), ("assistant", "4")],
+        [0, 1],
+    )
     assert example.tools[0]["function"] == FUNCTION
     assert read_openai_preference(row(**data), True, side="rejected").messages[-1] == WORSE
 
@@ -166,7 +249,7 @@ def test_openai_fine_tuning_files_are_read_unchanged():
     assert (name, weights) == ("messages", [0, 0, 1, 0, 1])
     assert example.messages[2]["tool_calls"] == data["messages"][2]["tool_calls"]
     assert list(example.tools) == data["tools"]
-    assert unused_keys(row(**data), name) == ["parallel_tool_calls"]
+    assert find_unused_keys(row(**data), name) == ["parallel_tool_calls"]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -196,18 +279,21 @@ def test_openai_fine_tuning_files_are_read_unchanged():
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_trained_has_a_typed_reason(format, data, reason, says):
-    with pytest.raises(BadRow) as caught:
-        parse(row(**data), format, True)
+    with pytest.raises(InvalidRow) as caught:
+        parse_row(row(**data), format, True)
     assert (caught.value.where, caught.value.reason) == ("train.jsonl:7", reason)
-    assert says in caught.value.what
+    assert says in caught.value.message
     assert caught.value.fix
 
 
 @pytest.mark.parametrize(
     ("format", "data"),
-    [("sharegpt", {"conversations": [USER, ANSWER]}), ("alpaca", {"instruction": "a", "output": "b"})],
+    [
+        ("sharegpt", {"conversations": [USER, ANSWER]}),
+        ("alpaca", {"instruction": "a", "output": "b"}),
+    ],
 )
 def test_without_a_template_the_model_is_to_blame_not_the_row(format, data):
     with pytest.raises(InputError, match="need a chat template") as caught:
-        parse(row(**data), format, False)
-    assert not isinstance(caught.value, BadRow)
+        parse_row(row(**data), format, False)
+    assert not isinstance(caught.value, InvalidRow)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.types import Document
-from tunesmith.data.packing import fed_tokens, pack_step
+from tunesmith.data.packing import count_input_tokens, pack_step
 
 
 def document(length, name="r"):
@@ -15,7 +15,10 @@ def document(length, name="r"):
 
 
 def pack_lengths(lengths, pack_length):
-    return [[fed_tokens(d) for d in pack.documents] for pack in pack_step([document(n) for n in lengths], pack_length)]
+    return [
+        [count_input_tokens(d) for d in pack.documents]
+        for pack in pack_step([document(n) for n in lengths], pack_length)
+    ]
 
 
 def first_fit_decreasing(lengths, pack_length):
@@ -32,8 +35,11 @@ def first_fit_decreasing(lengths, pack_length):
 
 def test_only_tokens_before_the_last_target_are_fed():
     weights = np.array([0, 0, 1, 0.5, 0, 0], np.float32)
-    assert fed_tokens(Document("r", np.arange(6, dtype=np.int32), weights)) == 3
-    assert fed_tokens(Document("r", np.arange(6, dtype=np.int32), np.zeros(6, np.float32))) == 0
+    assert count_input_tokens(Document("r", np.arange(6, dtype=np.int32), weights)) == 3
+    assert (
+        count_input_tokens(Document("r", np.arange(6, dtype=np.int32), np.zeros(6, np.float32)))
+        == 0
+    )
 
 
 @given(st.lists(st.integers(1, 130), max_size=60), st.integers(1, 128))
@@ -42,11 +48,13 @@ def test_every_document_once_and_capacity_respected(lengths, pack_length):
     packs = pack_step(documents, pack_length)
     assert sorted(int(d.id) for pack in packs for d in pack.documents) == list(range(len(lengths)))
     for pack in packs:
-        fed = [fed_tokens(d) for d in pack.documents]
+        fed = [count_input_tokens(d) for d in pack.documents]
         assert fed == sorted(fed, reverse=True)
         assert sum(fed) <= pack_length or len(fed) == 1
     again = pack_step(documents, pack_length)
-    assert [[d.id for d in pack.documents] for pack in again] == [[d.id for d in pack.documents] for pack in packs]
+    assert [[d.id for d in pack.documents] for pack in again] == [
+        [d.id for d in pack.documents] for pack in packs
+    ]
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=80))

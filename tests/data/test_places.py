@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from tunesmith.core.errors import InputError
 from tunesmith.data.readers import row_index
-from tunesmith.data.readers.row_index import find_elements, find_lines, find_records, find_whole
+from tunesmith.data.readers.row_index import (
+    find_elements,
+    find_lines,
+    find_records,
+    find_single_row,
+)
 
 
 def cut(raw, found):
@@ -20,15 +25,29 @@ def elements(raw):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('a"\\[]{},:\n é'), max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(st.sampled_from('a"\\[]{},:\n é'), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
-@given(st.lists(json_values, max_size=6), st.sampled_from([None, 0, 3]), st.booleans(), st.integers(1, 9))
+@given(
+    st.lists(json_values, max_size=6),
+    st.sampled_from([None, 0, 3]),
+    st.booleans(),
+    st.integers(1, 9),
+)
 def test_elements_of_any_array_are_found_whatever_the_pieces(values, indent, ascii_only, piece):
-    raw = b"\xef\xbb\xbf \n" + json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode() + b"\r\n"
+    raw = (
+        b"\xef\xbb\xbf \n"
+        + json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode()
+        + b"\r\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_index, "PIECE", piece)
         if piece < 3:
@@ -38,7 +57,11 @@ def test_elements_of_any_array_are_found_whatever_the_pieces(values, indent, asc
 
 def test_elements_know_where_they_begin():
     raw = '[{"a": "é\n"},\n\n  {"b": 1}, {"c": 2}\n]'.encode()
-    assert [(p.line, p.column) for p in find_elements(io.BytesIO(raw), "x.json")] == [(1, 2), (4, 3), (4, 13)]
+    assert [(p.line, p.column) for p in find_elements(io.BytesIO(raw), "x.json")] == [
+        (1, 2),
+        (4, 3),
+        (4, 13),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,20 +80,33 @@ def test_elements_know_where_they_begin():
 def test_a_broken_array_is_the_files_error(raw, where, says):
     with pytest.raises(InputError, match=r"^x\.json") as caught:
         elements(raw)
-    assert says in caught.value.what
+    assert says in caught.value.message
     assert caught.value.where == where
 
 
 def test_a_broken_element_is_no_reason_to_stop():
-    assert elements(b'[{"a": }, {"b": 1} {"c": 2}, tru, 5 ]') == [b'{"a": }', b'{"b": 1} {"c": 2}', b"tru", b"5 "]
+    assert elements(b'[{"a": }, {"b": 1} {"c": 2}, tru, 5 ]') == [
+        b'{"a": }',
+        b'{"b": 1} {"c": 2}',
+        b"tru",
+        b"5 ",
+    ]
 
 
-@given(st.lists(st.lists(st.text(st.sampled_from('a",\r\n é'), max_size=6), min_size=2, max_size=2), max_size=6))
+@given(
+    st.lists(
+        st.lists(st.text(st.sampled_from('a",\r\n é'), max_size=6), min_size=2, max_size=2),
+        max_size=6,
+    )
+)
 def test_records_are_divided_as_the_csv_module_divides_them(rows):
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
     raw = text.getvalue().encode()
-    found = [next(csv.reader([record.decode()])) for record in cut(raw, find_records(io.BytesIO(raw), ","))]
+    found = [
+        next(csv.reader([record.decode()]))
+        for record in cut(raw, find_records(io.BytesIO(raw), ","))
+    ]
     assert found == rows
 
 
@@ -106,5 +142,5 @@ def test_a_line_that_is_too_long_for_csv_is_a_place(monkeypatch):
 def test_lines_and_whole_texts_leave_out_the_byte_order_mark_only():
     raw = b"\xef\xbb\xbf\none\n \r\ntwo"
     assert cut(raw, find_lines(io.BytesIO(raw))) == [b"one\n", b"two"]
-    assert cut(raw, find_whole(io.BytesIO(raw))) == [b"\none\n \r\ntwo"]
-    assert cut(b"\xef\xbb\xbf", find_whole(io.BytesIO(b"\xef\xbb\xbf"))) == []
+    assert cut(raw, find_single_row(io.BytesIO(raw))) == [b"\none\n \r\ntwo"]
+    assert cut(b"\xef\xbb\xbf", find_single_row(io.BytesIO(b"\xef\xbb\xbf"))) == []

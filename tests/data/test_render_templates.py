@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Json
-from tunesmith.data.chat_template.renderer import APPENDED, Renderer
+from tunesmith.data.chat_template.renderer import END_TOKEN_APPENDED, Renderer
 
 FOLDER = files("trl").joinpath("chat_templates")
-TEMPLATES = {path.name[:-6]: path.read_text() for path in FOLDER.iterdir() if path.name.endswith(".jinja")}
+TEMPLATES = {
+    path.name[:-6]: path.read_text() for path in FOLDER.iterdir() if path.name.endswith(".jinja")
+}
 TOKENS = re.compile(
     r"<\|[^\s<>|]+\|>|<｜[^\s<>｜]+｜>|<\|\w+>|<\w+\|>|<\|\"\|>|\[gMASK\]|<sop>|</s>|<(?:start|end)_of_\w+>"
     r"|</?(?:think|tool_call|tool_response|arg_key|arg_value)>"
@@ -114,11 +116,15 @@ CONVERSATIONS: dict[str, list[Json]] = {
 class Oracle:
     """transformers' renders of one conversation; spans are cut out of them by text alone."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str, messages: list[Json], tools: list[Json]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, name: str, messages: list[Json], tools: list[Json]
+    ) -> None:
         self.tokenizer, self.tools, self.ends = tokenizer, tools, _ends(name)
         self.messages = messages
         if name.startswith(PARTS):
-            self.messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+            self.messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
+            ]
         self.trained = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
     def text(self, count: int, *, prompt: bool = False) -> str:
@@ -128,7 +134,9 @@ class Oracle:
         return self._apply(count, tokenize=True)["input_ids"]
 
     def _apply(self, count: int, **more: Any) -> Any:
-        return self.tokenizer.apply_chat_template(self.messages[:count], tools=self.tools or None, **more)
+        return self.tokenizer.apply_chat_template(
+            self.messages[:count], tools=self.tools or None, **more
+        )
 
     def answer(self, turn: int) -> str:
         """From the end of the prompt through the last end token; to the end of the text if there is none."""
@@ -145,7 +153,9 @@ def _ends(name: str) -> list[str]:
 def refusal(name: str, conversation: str) -> str:
     which, why = REFUSED.get(name, ("", ""))
     words = which.split()
-    return why if conversation in words or ("*" in words and f"-{conversation}" not in words) else ""
+    return (
+        why if conversation in words or ("*" in words and f"-{conversation}" not in words) else ""
+    )
 
 
 def spans(renderer: Renderer, document: Document) -> list[tuple[str, str]]:
@@ -153,10 +163,15 @@ def spans(renderer: Renderer, document: Document) -> list[tuple[str, str]]:
     tokens, trained = document.tokens_L.tolist(), [False, *(document.weights_L > 0).tolist(), False]
     starts = [i for i in range(len(tokens)) if trained[i + 1] and not trained[i]]
     ends = [i for i in range(1, len(tokens) + 1) if trained[i] and not trained[i + 1]]
-    return [(renderer.decode(tokens[:a]), renderer.decode(tokens[a:b])) for a, b in zip(starts, ends, strict=True)]
+    return [
+        (renderer.decode(tokens[:a]), renderer.decode(tokens[a:b]))
+        for a, b in zip(starts, ends, strict=True)
+    ]
 
 
-def check(renderer: Renderer, oracle: Oracle, documents: tuple[Document, ...], appended: bool) -> None:
+def check(
+    renderer: Renderer, oracle: Oracle, documents: tuple[Document, ...], appended: bool
+) -> None:
     end = "</s>" if appended else ""
     trained = oracle.trained
     ids = [document.tokens_L.tolist()[: -1 if appended else None] for document in documents]
@@ -164,39 +179,54 @@ def check(renderer: Renderer, oracle: Oracle, documents: tuple[Document, ...], a
     if not whole:
         assert ids == [oracle.ids(turn + 1) for turn in trained], "ids"
     found = [span for document in documents for span in spans(renderer, document)]
-    assert found == [(oracle.text(turn, prompt=True), oracle.answer(turn) + end) for turn in trained]
+    assert found == [
+        (oracle.text(turn, prompt=True), oracle.answer(turn) + end) for turn in trained
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_text_ids_and_spans(name: str, tmp_path: Path) -> None:
     source = TEMPLATES[name]
-    path = folder(tmp_path, source, sorted({*TOKENS.findall(source), "<s>", "</s>"}), eos_token="</s>", bos_token="<s>")
+    path = folder(
+        tmp_path,
+        source,
+        sorted({*TOKENS.findall(source), "<s>", "</s>"}),
+        eos_token="</s>",
+        bos_token="<s>",
+    )
     renderer = Renderer.from_folder(path, now=datetime.now())
     full = PreTrainedTokenizerFast(
-        tokenizer_file=str(path / "tokenizer.json"), bos_token="<s>", eos_token="</s>", chat_template=source
+        tokenizer_file=str(path / "tokenizer.json"),
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=source,
     )
     report = {}
     for conversation, messages in CONVERSATIONS.items():
         tools = [TOOL] if conversation == "tools" else []
         oracle = Oracle(full, name, messages, tools)
-        report[conversation] = outcome(renderer, oracle, messages, tools, refusal(name, conversation))
+        report[conversation] = outcome(
+            renderer, oracle, messages, tools, refusal(name, conversation)
+        )
     table = "\n".join(f"  {conversation:18} {result}" for conversation, result in report.items())
     assert all(result.startswith("ok") for result in report.values()), f"{name}\n{table}"
 
 
-def outcome(renderer: Renderer, oracle: Oracle, messages: list[Json], tools: list[Json], expected: str) -> str:
+def outcome(
+    renderer: Renderer, oracle: Oracle, messages: list[Json], tools: list[Json], expected: str
+) -> str:
     weights = tuple(float(message["role"] == "assistant") for message in messages)
     example = Example("row:1", messages=tuple(messages), turn_weights=weights, tools=tuple(tools))
     try:
-        rendered = renderer.documents(example)
+        rendered = renderer.render_documents(example)
     except InputError as error:
-        if re.search(expected, error.what) if expected else _raises(oracle):
-            return f"ok, refused: {error.what}"
+        if re.search(expected, error.message) if expected else _raises(oracle):
+            return f"ok, refused: {error.message}"
         return f"REFUSED: {error}"
     if expected:
         return "RENDERED, but should be refused"
     try:
-        check(renderer, oracle, rendered.documents, APPENDED in rendered.notes)
+        check(renderer, oracle, rendered.documents, END_TOKEN_APPENDED in rendered.notes)
     except AssertionError as error:
         return f"DIFFERS: {error}"
     return f"ok, {len(rendered.documents)} documents"
@@ -210,7 +240,9 @@ def _raises(oracle: Oracle) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", ["nemotron_3_nano", "nemotron_3_ultra", "qwen3", "qwen3_5_think", "glm4moe"])
+@pytest.mark.parametrize(
+    "name", ["nemotron_3_nano", "nemotron_3_ultra", "qwen3", "qwen3_5_think", "glm4moe"]
+)
 def test_thinking_is_switched_off_in_prompts_and_answers_alike(name: str, tmp_path: Path) -> None:
     source, off = TEMPLATES[name], {"enable_thinking": False}
     tokens = sorted({*TOKENS.findall(source), "<s>", "</s>"})
@@ -218,9 +250,11 @@ def test_thinking_is_switched_off_in_prompts_and_answers_alike(name: str, tmp_pa
         folder(tmp_path, source, tokens, eos_token="</s>"), now=datetime.now(), variables=off
     )
     turns = [user("2+2?"), assistant("4")]
-    document = renderer.documents(Example("row:1", messages=tuple(turns), turn_weights=(0.0, 1.0))).documents[0]
+    document = renderer.render_documents(
+        Example("row:1", messages=tuple(turns), turn_weights=(0.0, 1.0))
+    ).documents[0]
     [(before, trained)] = spans(renderer, document)
-    assert before == renderer.decode(renderer.prompt(turns[:1]))
+    assert before == renderer.decode(renderer.encode_prompt(turns[:1]))
     assert "<think>" in before
     assert trained.strip().startswith("4")
 

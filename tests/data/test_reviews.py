@@ -5,13 +5,19 @@ import json
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.data.annotation import read_reviews, write_tasks
+from tunesmith.data.annotation import import_reviews, write_tasks
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.golden_set import lock
+from tunesmith.data.golden_set import write_lock
 from tunesmith.recipe.fields import DataSource
 
 ROWS = [
-    {"messages": [{"role": "user", "content": f"ask {i} é"}, {"role": "assistant", "content": f"so {i}"}], "source": i}
+    {
+        "messages": [
+            {"role": "user", "content": f"ask {i} é"},
+            {"role": "assistant", "content": f"so {i}"},
+        ],
+        "source": i,
+    }
     for i in range(4)
 ]
 
@@ -19,7 +25,9 @@ ROWS = [
 @pytest.fixture
 def opened(write, words):
     def of(rows, name="rows.jsonl"):
-        return open_dataset([DataSource(path=write("".join(json.dumps(row) + "\n" for row in rows), name))], words)
+        return open_dataset(
+            [DataSource(path=write("".join(json.dumps(row) + "\n" for row in rows), name))], words
+        )
 
     return of
 
@@ -29,7 +37,9 @@ def answered(tool, tasks, verdicts):
     for task, told in zip(tasks, verdicts, strict=True):
         if tool == "argilla":
             task["responses"] = (
-                {"verdict": [{"value": verdict, "user_id": name} for name, verdict in told]} if told else {}
+                {"verdict": [{"value": verdict, "user_id": name} for name, verdict in told]}
+                if told
+                else {}
             )
             task["_server_id"] = "0f5e"
             continue
@@ -41,7 +51,12 @@ def answered(tool, tasks, verdicts):
                 "was_cancelled": False,
                 "created_at": f"2026-11-2{number}T10:00:00.000000Z",
                 "result": [
-                    {"from_name": "verdict", "to_name": "answer", "type": "choices", "value": {"choices": [said]}}
+                    {
+                        "from_name": "verdict",
+                        "to_name": "answer",
+                        "type": "choices",
+                        "value": {"choices": [said]},
+                    }
                 ],
             }
             for number, (name, said) in enumerate(told)
@@ -55,11 +70,13 @@ def test_rows_come_back_reviewed_as_they_were_and_can_be_locked(tool, opened, tm
     assert write_tasks(data, tool, tmp_path / "tasks.json") == 4
     tasks = json.loads((tmp_path / "tasks.json").read_text())
     shown = [task["data"] if tool == "label-studio" else task["fields"] for task in tasks]
-    assert {(one["question"], one["answer"]) for one in shown} == {(f"ask {i} é", f"so {i}") for i in range(4)}
+    assert {(one["question"], one["answer"]) for one in shown} == {
+        (f"ask {i} é", f"so {i}") for i in range(4)
+    }
     told = [[("ada", "good")], [("bo", "bad"), ("ada", "bad")], [], [("ada", "unsure")]]
     (tmp_path / "export.json").write_text(json.dumps(answered(tool, tasks, told)))
-    reviewed = read_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl", "2026-11-25")
-    assert (reviewed.tool, reviewed.rows, reviewed.left_out) == (tool, 3, 1)
+    reviewed = import_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl", "2026-11-25")
+    assert (reviewed.tool, reviewed.rows, reviewed.unanswered_rows) == (tool, 3, 1)
     assert reviewed.verdicts == {"good": 1, "bad": 1, "unsure": 1}
     back = [json.loads(line) for line in (tmp_path / "golden.jsonl").read_text().splitlines()]
     assert all({key: row[key] for key in ("messages", "source")} in ROWS for row in back)
@@ -67,22 +84,30 @@ def test_rows_come_back_reviewed_as_they_were_and_can_be_locked(tool, opened, tm
         "reviewer": "ada", "date": "2026-11-20" if tool == "label-studio" else "2026-11-25", "verdict": "good",
     }  # fmt: skip
     golden = open_dataset([DataSource(path=tmp_path / "golden.jsonl")], data.renderer)
-    assert lock(golden).verdicts == {"good": 1, "bad": 1, "unsure": 1}
-    assert set(golden.contents_N) <= set(data.contents_N), "a review does not change what a row says"
+    assert write_lock(golden).verdicts == {"good": 1, "bad": 1, "unsure": 1}
+    assert set(golden.contents_N) <= set(data.contents_N), (
+        "a review does not change what a row says"
+    )
     for name in ("label-studio", "argilla"):  # what is reviewed goes out and in again
         write_tasks(golden, name, tmp_path / f"again-{name}.json")
-        read_reviews(tmp_path / f"again-{name}.json", tmp_path / f"again-{name}.jsonl")
-        again = [json.loads(line) for line in (tmp_path / f"again-{name}.jsonl").read_text().splitlines()]
+        import_reviews(tmp_path / f"again-{name}.json", tmp_path / f"again-{name}.jsonl")
+        again = [
+            json.loads(line) for line in (tmp_path / f"again-{name}.jsonl").read_text().splitlines()
+        ]
         assert sorted(again, key=str) == sorted(back, key=str)
 
 
 def test_of_one_reviewer_the_newest_word_counts_and_cancelled_ones_do_not(opened, tmp_path):
     write_tasks(opened(ROWS[:2]), "label-studio", tmp_path / "tasks.json")
     tasks = json.loads((tmp_path / "tasks.json").read_text())
-    export = answered("label-studio", tasks, [[("ada", "bad"), ("ada", "good")], [("bo", "bad"), ("ada", "good")]])
+    export = answered(
+        "label-studio", tasks, [[("ada", "bad"), ("ada", "good")], [("bo", "bad"), ("ada", "good")]]
+    )
     export[1]["annotations"][0]["was_cancelled"] = True
     (tmp_path / "export.json").write_text(json.dumps(export))
-    assert read_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl").verdicts == {"good": 2}
+    assert import_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl").verdicts == {
+        "good": 2
+    }
 
 
 @pytest.mark.parametrize(
@@ -99,8 +124,14 @@ def test_of_one_reviewer_the_newest_word_counts_and_cancelled_ones_do_not(opened
             "has no date",
         ),
         ('[{"data": 3, "annotations": 4}]', r"not as label-studio writes it: \$.data"),
-        ('[{"fields": {}, "responses": {"verdict": [{"value": "good"}]}}]', "'user_id' is a required property"),
-        ('[{"data": {"row": "{}"}, "annotations": [null]}]', r"annotations\[0\]: None is not of type"),
+        (
+            '[{"fields": {}, "responses": {"verdict": [{"value": "good"}]}}]',
+            "'user_id' is a required property",
+        ),
+        (
+            '[{"data": {"row": "{}"}, "annotations": [null]}]',
+            r"annotations\[0\]: None is not of type",
+        ),
         (
             '[{"data": {"row": "{}"}, "annotations": [{"completed_by": 1, "created_at": "yesterday", "result": '
             '[{"from_name": "verdict", "value": {"choices": ["good"]}}]}]}]',
@@ -124,17 +155,20 @@ def test_of_one_reviewer_the_newest_word_counts_and_cancelled_ones_do_not(opened
 def test_what_is_no_export_is_refused(export, what, tmp_path):
     (tmp_path / "export.json").write_text(export)
     with pytest.raises(InputError, match=what):
-        read_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl")
+        import_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl")
     assert not (tmp_path / "golden.jsonl").exists()
 
 
 def test_reviewers_who_disagree_and_unknown_verdicts_are_told(opened, tmp_path):
     write_tasks(opened(ROWS[:1]), "label-studio", tmp_path / "tasks.json")
-    for told, what in (([("ada", "good"), ("bo", "bad")], "ada: good, bo: bad"), ([("ada", "fine")], "'fine'")):
+    for told, what in (
+        ([("ada", "good"), ("bo", "bad")], "ada: good, bo: bad"),
+        ([("ada", "fine")], "'fine'"),
+    ):
         tasks = json.loads((tmp_path / "tasks.json").read_text())
         (tmp_path / "export.json").write_text(json.dumps(answered("label-studio", tasks, [told])))
         with pytest.raises(InputError, match=what):
-            read_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl")
+            import_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl")
     with pytest.raises(InputError, match="unknown tool 'excel'"):
         write_tasks(opened(ROWS[:1]), "excel", tmp_path / "other.json")
     with pytest.raises(InputError, match="there already"):

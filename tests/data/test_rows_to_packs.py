@@ -9,12 +9,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.checks.run import check
+from tunesmith.data.checks.run import check_data
 from tunesmith.data.collate import collate
 from tunesmith.data.dataset import open_dataset
 from tunesmith.data.packing import pack_step
-from tunesmith.data.preview import coloured
-from tunesmith.data.sampler import Schedule, prefetch
+from tunesmith.data.preview import render_preview
+from tunesmith.data.sampler import StepSampler, prefetch
 from tunesmith.recipe.fields import DataSource
 
 CHATML = (
@@ -27,10 +27,14 @@ CHATML = (
 def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
     """A tokenizer with one token a byte, and a ChatML template."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer = Tokenizer(
+        BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    tokenizer.add_special_tokens(
+        [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -47,13 +51,20 @@ def opened(write, renderer):
 
 
 def chat(*contents):
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[i % 2], "content": text}
+            for i, text in enumerate(contents)
+        ]
+    }
 
 
 def test_every_answer_with_its_end_token_arrives_as_targets(opened, renderer):
-    dataset = opened(chat("a", "one €"), chat("b", "two", "c", "three"), chat("dd", "{}"), chat("e" * 40, "four"))
-    schedule = Schedule(len(dataset), 2, 1.0, seed=0)
-    steps = prefetch(schedule.after(), lambda step: [dataset.prepare(row) for row in step[1]])
+    dataset = opened(
+        chat("a", "one €"), chat("b", "two", "c", "three"), chat("dd", "{}"), chat("e" * 40, "four")
+    )
+    schedule = StepSampler(len(dataset), 2, 1.0, seed=0)
+    steps = prefetch(schedule.iter_steps(), lambda step: [dataset.prepare(row) for row in step[1]])
     answers: dict[str, str] = {}
     for prepared in steps:
         for pack in pack_step([document for row in prepared for document in row.documents], 64):
@@ -70,18 +81,26 @@ def test_every_answer_with_its_end_token_arrives_as_targets(opened, renderer):
 
 def test_tokens_are_shown_as_they_are_trained_and_forged_ones_are_told_apart(opened, renderer):
     dataset = opened(chat("<|im_end|> 😀", "ok\n"))
-    header, tokens, note = (text.plain for text in coloured(dataset.prepare(0), renderer))
+    header, tokens, note = (text.plain for text in render_preview(dataset.prepare(0), renderer))
     assert header.startswith("train.jsonl:1  ")
-    assert tokens == "◆<|im_start|>user⏎\n<|im_end|>␣😀◆<|im_end|>⏎\n◆<|im_start|>assistant⏎\n⟦ok⏎\n◆<|im_end|>⟧⏎"
+    assert (
+        tokens
+        == "◆<|im_start|>user⏎\n<|im_end|>␣😀◆<|im_end|>⏎\n◆<|im_start|>assistant⏎\n⟦ok⏎\n◆<|im_end|>⟧⏎"
+    )
     assert "looks like a control token" in note
 
 
 def test_the_check_names_forged_control_text_and_losses(opened):
     rows = [chat(f"ask {i}", "yes") for i in range(8)]
-    dataset = opened(*rows, chat("<|im_start|>system", "no"), chat("x" * 100, "long"), max_length=80)
-    report = check({"data": dataset})["data"]
+    dataset = opened(
+        *rows, chat("<|im_start|>system", "no"), chat("x" * 100, "long"), max_length=80
+    )
+    report = check_data({"data": dataset})["data"]
     found = {finding.check: (finding.level, finding.rows) for finding in report.findings}
-    assert found == {"losses": ("warn", ("train.jsonl:10",)), "render": ("warn", ("train.jsonl:9",))}
+    assert found == {
+        "losses": ("warn", ("train.jsonl:10",)),
+        "render": ("warn", ("train.jsonl:9",)),
+    }
     assert (report.rows, report.documents, report.dropped) == (10, 9, {"longer than max_length": 1})
 
 

@@ -5,46 +5,46 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.sampler import Schedule, order, prefetch
+from tunesmith.data.sampler import StepSampler, permutation, prefetch
 
 
 def test_order_is_a_fixed_permutation_of_seed_and_epoch():
-    assert order(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert sorted(order(3, 1, 1000).tolist()) == list(range(1000))
-    orders = [tuple(order(seed, epoch, 50)) for seed in range(3) for epoch in range(3)]
+    assert permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert sorted(permutation(3, 1, 1000).tolist()) == list(range(1000))
+    orders = [tuple(permutation(seed, epoch, 50)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9
     with pytest.raises(ValueError, match="read-only"):
-        order(0, 0, 8)[0] = 1
+        permutation(0, 0, 8)[0] = 1
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 3))
 def test_every_epoch_sees_every_row_once(rows, batch_size, epochs):
-    schedule = Schedule(rows, batch_size, epochs, seed=1)
-    stream = [row for _, batch in schedule.after() for row in batch]
+    schedule = StepSampler(rows, batch_size, epochs, seed=1)
+    stream = [row for _, batch in schedule.iter_steps() for row in batch]
     assert len(stream) == rows * epochs
     for epoch in range(epochs):
         assert sorted(stream[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
-    sizes = [len(batch) for _, batch in schedule.after()]
-    assert sizes[:-1] == [batch_size] * (schedule.steps - 1)
+    sizes = [len(batch) for _, batch in schedule.iter_steps()]
+    assert sizes[:-1] == [batch_size] * (schedule.total_steps - 1)
     assert 1 <= sizes[-1] <= batch_size
 
 
 def test_a_run_can_go_on_after_any_step():
-    schedule = Schedule(10, 3, 2.0, seed=5)
-    steps = list(schedule.after())
+    schedule = StepSampler(10, 3, 2.0, seed=5)
+    steps = list(schedule.iter_steps())
     assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6, 7]
-    assert list(schedule.after(4)) == steps[4:]
-    assert schedule.rows_of(6) == steps[5][1]
+    assert list(schedule.iter_steps(4)) == steps[4:]
+    assert schedule.get_rows(6) == steps[5][1]
 
 
 def test_epochs_may_be_fractions_and_max_steps_cuts():
-    assert Schedule(10, 4, 0.5, seed=0).total_rows == 5
-    assert Schedule(10, 4, 1.5, seed=0).steps == 4
-    assert Schedule(10, 4, 1.5, seed=0, max_steps=2).steps == 2
-    assert Schedule(10, 4, 0.001, seed=0).rows_of(1) == (order(0, 0, 10)[0],)
+    assert StepSampler(10, 4, 0.5, seed=0).total_rows == 5
+    assert StepSampler(10, 4, 1.5, seed=0).total_steps == 4
+    assert StepSampler(10, 4, 1.5, seed=0, max_steps=2).total_steps == 2
+    assert StepSampler(10, 4, 0.001, seed=0).get_rows(1) == (permutation(0, 0, 10)[0],)
     for step in (0, 5):
         with pytest.raises(IndexError):
-            Schedule(10, 4, 1.5, seed=0).rows_of(step)
+            StepSampler(10, 4, 1.5, seed=0).get_rows(step)
 
 
 def test_prefetch_works_ahead_but_not_far_and_keeps_the_order():
@@ -56,7 +56,7 @@ def test_prefetch_works_ahead_but_not_far_and_keeps_the_order():
         done.append(item)
         return item * item
 
-    results = prefetch(range(10), work, ahead=2)
+    results = prefetch(range(10), work, max_ahead=2)
     assert next(results) == 0
     time.sleep(0.05)
     assert done == [0, 1, 2]
@@ -78,7 +78,7 @@ def test_prefetch_raises_where_the_result_would_have_come():
 
 def test_prefetch_can_be_closed_early():
     done: list[int] = []
-    results = prefetch(range(1000), done.append, ahead=3)
+    results = prefetch(range(1000), done.append, max_ahead=3)
     next(results)
     results.close()
     assert len(done) <= 4

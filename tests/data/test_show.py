@@ -5,18 +5,20 @@ from rich.console import Console
 
 from tunesmith.core.types import Document
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.preview import coloured, pieces, visible
-from tunesmith.data.truncation import Prepared
+from tunesmith.data.preview import escape_invisible, iter_pieces, render_preview
+from tunesmith.data.truncation import PreparedRow
 from tunesmith.recipe.fields import DataSource
 
 
 def shown(prepared, words, **options):
-    return [text.plain for text in coloured(prepared, words, **options)]
+    return [text.plain for text in render_preview(prepared, words, **options)]
 
 
 def open_one(write, words, *messages):
-    row = {"messages": [{"role": role, "content": content, **more} for role, content, more in messages]}
-    return open_dataset([DataSource(path=write(json.dumps(row)))], words).prepare(0)
+    row = {
+        "messages": [{"role": role, "content": content, **more} for role, content, more in messages]
+    }
+    return open_dataset([DataSource(path=write(json.dumps(row)))], words).prepare_row(0)
 
 
 def test_trained_runs_are_marked_without_colour(write, words):
@@ -28,7 +30,7 @@ def test_trained_runs_are_marked_without_colour(write, words):
 
 def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
     prepared = open_one(write, words, ("user", "hi", {}), ("assistant", "ok", {}))
-    _, text = coloured(prepared, words)
+    _, text = render_preview(prepared, words)
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert styles["hi"] == "dim"
     assert styles["ok"] == "bold green"
@@ -42,25 +44,39 @@ def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
 
 def test_other_weights_and_ids_are_said(write, words):
     prepared = open_one(write, words, ("user", "hi", {}), ("assistant", "ok", {"weight": 0.5}))
-    assert shown(prepared, words, ids=True)[1] == "◆<s>‹0›user‹3›hi‹2›◆</s>‹1›◆<s>‹0›assistant‹5›⟦×0.5 ok‹4›◆</s>‹1›⟧"
+    assert (
+        shown(prepared, words, ids=True)[1]
+        == "◆<s>‹0›user‹3›hi‹2›◆</s>‹1›◆<s>‹0›assistant‹5›⟦×0.5 ok‹4›◆</s>‹1›⟧"
+    )
 
 
 def test_a_dropped_row_and_notes_are_said(words):
-    prepared = Prepared("r:1", (), dropped="longer than max_length", notes=("control \x1b[31m text",))
-    assert shown(prepared, words) == ["r:1  dropped: longer than max_length", "note: control \\u{1b}[31m text"]
+    prepared = PreparedRow(
+        "r:1", (), drop_reason="longer than max_length", notes=("control \x1b[31m text",)
+    )
+    assert shown(prepared, words) == [
+        "r:1  dropped: longer than max_length",
+        "note: control \\u{1b}[31m text",
+    ]
 
 
 def test_several_documents_are_numbered(words):
     document = Document("r:1", np.array([0, 1], np.int32), np.array([0, 1], np.float32))
-    headers = shown(Prepared("r:1", (document, document)), words)[::2]
-    assert headers == ["r:1  document 1 of 2  2 tokens, 1 trained", "r:1  document 2 of 2  2 tokens, 1 trained"]
+    headers = shown(PreparedRow("r:1", (document, document)), words)[::2]
+    assert headers == [
+        "r:1  document 1 of 2  2 tokens, 1 trained",
+        "r:1  document 2 of 2  2 tokens, 1 trained",
+    ]
 
 
 def test_white_space_and_steering_characters_are_visible():
-    assert visible("\n\n") == "⏎\n⏎\n"
-    assert visible("  ") == "␣␣"
-    assert visible(" a b\t") == " a b⇥"
-    assert visible("\x1b[2J\u202e\u200b\x00é漢😀") == "\\u{1b}[2J\\u{202e}\\u{200b}\\u{0}é漢😀"
+    assert escape_invisible("\n\n") == "⏎\n⏎\n"
+    assert escape_invisible("  ") == "␣␣"
+    assert escape_invisible(" a b\t") == " a b⇥"
+    assert (
+        escape_invisible("\x1b[2J\u202e\u200b\x00é漢😀")
+        == "\\u{1b}[2J\\u{202e}\\u{200b}\\u{0}é漢😀"
+    )
 
 
 class Bytes:
@@ -83,28 +99,35 @@ def of_bytes(text, weights=None):
 
 
 def test_a_character_of_several_tokens_is_one_piece():
-    found = list(pieces(of_bytes("a€😀b"), Bytes()))
+    found = list(iter_pieces(of_bytes("a€😀b"), Bytes()))
     assert [piece.text for piece in found] == ["a", "€", "😀", "b"]
     assert [len(piece.ids) for piece in found] == [1, 3, 4, 1]
 
 
 def test_pieces_never_cross_a_change_of_weight_and_lose_no_token():
     document = of_bytes("a€\ufffdb", [0, 0, 0, 1, 1, 1, 1, 1])
-    found = list(pieces(document, Bytes()))
+    found = list(iter_pieces(document, Bytes()))
     assert [i for piece in found for i in piece.ids] == document.tokens_L.tolist()
     assert [(piece.weight, len(piece.ids)) for piece in found][:2] == [(0, 1), (0, 2)]
 
 
 def test_a_space_that_the_tokenizer_eats_at_the_start_is_kept_inside():
-    assert [piece.text for piece in pieces(of_bytes("a b"), EatsFirstSpace())] == ["a", " ", "b"]
+    assert [piece.text for piece in iter_pieces(of_bytes("a b"), EatsFirstSpace())] == [
+        "a",
+        " ",
+        "b",
+    ]
 
 
 def test_what_is_not_to_be_learnt_is_told_from_what_is(words):
     sides = ("chosen", "rejected", "banned", "")
     documents = tuple(
-        Document("train.jsonl:1", np.array([0, 1], np.int32), np.array([0, 1], np.float32), side=side) for side in sides
+        Document(
+            "train.jsonl:1", np.array([0, 1], np.int32), np.array([0, 1], np.float32), side=side
+        )
+        for side in sides
     )
-    headers = shown(Prepared("train.jsonl:1", documents), words)[::2]
+    headers = shown(PreparedRow("train.jsonl:1", documents), words)[::2]
     assert [header.rpartition(" tokens, 1 ")[2] for header in headers] == [
         "trained, the answer to prefer",
         "trained, the answer to prefer it to",

@@ -8,20 +8,24 @@ from hypothesis import strategies as st
 
 from tunesmith.core.errors import InputError
 from tunesmith.data.readers import row_index, sources
-from tunesmith.data.readers.decode import Spot, decode_json
-from tunesmith.data.readers.invalid_row import BadRow
+from tunesmith.data.readers.decode import SourceLocation, decode_json
+from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.data.readers.sources import open_source
 
 
 def rows_of(path):
     source = open_source(path)
-    return [source.row(i) for i in range(len(source))]
+    return [source.read_row(i) for i in range(len(source))]
 
 
 def test_rows_have_the_name_and_line_of_their_file_and_can_be_read_in_any_order(write):
     source = open_source(write('{"a": 1}\n\n  \n{"a": 2}\n{"a": 3}'))
-    assert [source.row(i).data["a"] for i in (2, 0, 1)] == [3, 1, 2]
-    assert [source.id(i) for i in range(3)] == ["train.jsonl:1", "train.jsonl:4", "train.jsonl:5"]
+    assert [source.read_row(i).data["a"] for i in (2, 0, 1)] == [3, 1, 2]
+    assert [source.get_id(i) for i in range(3)] == [
+        "train.jsonl:1",
+        "train.jsonl:4",
+        "train.jsonl:5",
+    ]
 
 
 def test_byte_order_mark_and_crlf_are_fine(write):
@@ -44,8 +48,16 @@ def test_plain_text_is_one_row_with_unix_line_ends(write):
         (b'{"a": "\xe9t\xe9"}', "train.jsonl:2:8", "byte 0xe9 at offset 16 is not UTF-8"),
         (b'{"a": "x\x00y"}', "train.jsonl:2:9", "not JSON: Invalid control character"),
         (b'{"a": "x\\u0000y"}', "train.jsonl:2:9", "\\u0000 at byte 17 is a NUL character"),
-        (b'{"a": "\\\\u0000\\ud83d"}', "train.jsonl:2:15", "\\ud83d at byte 23 is half a character"),
-        (b'{"a": "\xc3\xa9\\ude00\\ud83d"}', "train.jsonl:2:9", "\\ude00 at byte 18 is half a character"),
+        (
+            b'{"a": "\\\\u0000\\ud83d"}',
+            "train.jsonl:2:15",
+            "\\ud83d at byte 23 is half a character",
+        ),
+        (
+            b'{"a": "\xc3\xa9\\ude00\\ud83d"}',
+            "train.jsonl:2:9",
+            "\\ude00 at byte 18 is half a character",
+        ),
         (b'{"a": "\xed\xa0\xbd"}', "train.jsonl:2:8", "is not UTF-8"),
         (b'{"a": NaN}', "train.jsonl:2", "NaN is not JSON"),
         (b'{"a": [-Infinity]}', "train.jsonl:2", "-Infinity is not JSON"),
@@ -59,11 +71,11 @@ def test_plain_text_is_one_row_with_unix_line_ends(write):
 def test_a_broken_row_is_named_by_line_and_column(write, line, place, says):
     source = open_source(write(b'{"a": 0}\n' + line + b'\n{"a": 2}\n'))
     with pytest.raises(InputError) as caught:
-        source.row(1)
+        source.read_row(1)
     assert caught.value.where == place
-    assert says in caught.value.what
+    assert says in caught.value.message
     assert caught.value.fix
-    assert source.row(2).data == {"a": 2}  # the others are still readable
+    assert source.read_row(2).data == {"a": 2}  # the others are still readable
 
 
 def test_characters_that_only_look_suspicious_are_kept(write):
@@ -81,7 +93,8 @@ def test_arguments_of_tool_calls_stay_byte_for_byte(write):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("", "is empty"), ("\n \r\n\n", "holds no row"), (b"\xef\xbb\xbf", "holds no row")]
+    ("content", "says"),
+    [("", "is empty"), ("\n \r\n\n", "holds no row"), (b"\xef\xbb\xbf", "holds no row")],
 )
 def test_an_empty_file_is_refused(write, content, says):
     with pytest.raises(InputError, match=says):
@@ -107,13 +120,17 @@ def test_an_endless_line_is_refused_without_being_held_and_reading_goes_on(write
     path = write('{"a": 1}\n{"a": "' + "x" * 3_000_000 + '"}\n{"a": 3}')
     tracemalloc.start()
     source = open_source(path)
-    assert [source.id(i) for i in range(3)] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
-    with pytest.raises(BadRow, match="the row has 3,000,010 bytes") as caught:
-        source.row(1)
+    assert [source.get_id(i) for i in range(3)] == [
+        "train.jsonl:1",
+        "train.jsonl:2",
+        "train.jsonl:3",
+    ]
+    with pytest.raises(InvalidRow, match="the row has 3,000,010 bytes") as caught:
+        source.read_row(1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (caught.value.where, caught.value.reason) == ("train.jsonl:2", "too long")
-    assert source.row(2).data == {"a": 3}
+    assert source.read_row(2).data == {"a": 3}
     assert peak < 400_000
 
 
@@ -122,17 +139,19 @@ def test_a_file_that_changes_while_in_use_is_noticed(write):
     source = open_source(path)
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     with pytest.raises(InputError, match="changed"):
-        source.row(0)
+        source.read_row(0)
     path.unlink()
     with pytest.raises(InputError, match="readable before: No such file"):
-        source.row(0)
+        source.read_row(0)
 
 
-@given(st.binary(max_size=60) | st.text(max_size=40).map(lambda text: json.dumps({"a": text}).encode()))
+@given(
+    st.binary(max_size=60) | st.text(max_size=40).map(lambda text: json.dumps({"a": text}).encode())
+)
 def test_any_bytes_are_an_object_or_a_clear_error(raw):
     data, problem = None, None
     try:
-        data = decode_json(raw, Spot("train.jsonl"))
+        data = decode_json(raw, SourceLocation("train.jsonl"))
     except InputError as error:
         problem = error
     if problem:
@@ -147,7 +166,7 @@ def test_memory_does_not_grow_with_the_length_of_the_rows(write):
     path = write("".join(json.dumps({"text": "x" * 10_000, "n": n}) + "\n" for n in range(300)))
     tracemalloc.start()
     source = open_source(path)
-    assert sum(source.row(i).data["n"] for i in range(300)) == 44_850
+    assert sum(source.read_row(i).data["n"] for i in range(300)) == 44_850
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert path.stat().st_size > 3_000_000

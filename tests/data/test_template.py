@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.data.chat_template.conversation import track
+from tunesmith.data.chat_template.conversation import track_value
 from tunesmith.data.chat_template.template import MAX_SOURCE, ChatTemplate, find_templates
-from tunesmith.data.chat_template.tracked_str import TEMPLATE, TOOLS, VALUE, Tracked, origin_of, plain, stretches
+from tunesmith.data.chat_template.tracked_str import (
+    TEMPLATE,
+    TOOLS,
+    VALUE,
+    TrackedStr,
+    iter_spans,
+    make_origin,
+    to_plain,
+)
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 MESSAGES: list[dict[str, Any]] = [
@@ -22,17 +30,21 @@ MESSAGES: list[dict[str, Any]] = [
 ]
 
 
-def rendered(source: str, **variables: Any) -> Tracked:
+def rendered(source: str, **variables: Any) -> TrackedStr:
     template = ChatTemplate(source, now=NOW)
-    tracked = [track(message, origin_of(i, "content")) for i, message in enumerate(MESSAGES)]
+    tracked = [
+        track_value(message, make_origin(i, "content")) for i, message in enumerate(MESSAGES)
+    ]
     given = {"tools": [{"name": "f"}], "flag": True, **variables}
-    text = template.render({"messages": tracked, **{key: track(value, TOOLS) for key, value in given.items()}})
-    assert plain(text) == template.stock({"messages": MESSAGES, **given})
+    text = template.render(
+        {"messages": tracked, **{key: track_value(value, TOOLS) for key, value in given.items()}}
+    )
+    assert to_plain(text) == template.render_plain({"messages": MESSAGES, **given})
     return text
 
 
-def writers(text: Tracked) -> dict[str, int]:
-    return {plain(text)[start:end]: origin for start, end, origin in stretches(text)}
+def writers(text: TrackedStr) -> dict[str, int]:
+    return {to_plain(text)[start:end]: origin for start, end, origin in iter_spans(text)}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +92,7 @@ def test_each_character_has_its_writer() -> None:
     )
     assert writers(text) == {
         "<s>[": TEMPLATE,
-        "<think>\nhm\n</think>\n\nßtraße": origin_of(1, "content"),
+        "<think>\nhm\n</think>\n\nßtraße": make_origin(1, "content"),
         "]": TEMPLATE,
         "f": TOOLS,
         "7": TEMPLATE,
@@ -90,7 +102,11 @@ def test_each_character_has_its_writer() -> None:
 
 def test_json_text_belongs_to_the_message_inside() -> None:
     text = rendered("{{ '<' }}{{ {'call': messages[1].calls} | tojson }}{{ '>' }}")
-    assert [origin for _, _, origin in stretches(text)] == [TEMPLATE, origin_of(1, "content"), TEMPLATE]
+    assert [origin for _, _, origin in iter_spans(text)] == [
+        TEMPLATE,
+        make_origin(1, "content"),
+        TEMPLATE,
+    ]
     mixed = rendered("{{ [messages[0].role, messages[1].role] | tojson }}")
     assert set(writers(mixed).values()) == {VALUE}
 
@@ -114,7 +130,7 @@ def test_json_text_belongs_to_the_message_inside() -> None:
 def test_constructs_that_lose_origins_are_refused_by_name(source: str, construct: str) -> None:
     template = ChatTemplate(source, now=NOW, name="model.jinja")
     with pytest.raises(InputError) as caught:
-        template.render({"messages": [track(message, 4) for message in MESSAGES]})
+        template.render({"messages": [track_value(message, 4) for message in MESSAGES]})
     assert construct in str(caught.value)
     assert "model.jinja, line" in str(caught.value)
     assert caught.value.fix
@@ -153,11 +169,17 @@ def test_constructs_that_lose_origins_are_refused_by_name(source: str, construct
 )
 def test_hostile_templates_end_soon_with_a_clear_error(source: str) -> None:
     with pytest.raises(InputError, match="line 1: "):
-        ChatTemplate(source, now=NOW).render({"messages": [track(message, 4) for message in MESSAGES]})
+        ChatTemplate(source, now=NOW).render(
+            {"messages": [track_value(message, 4) for message in MESSAGES]}
+        )
 
 
 def test_the_sandbox_has_no_way_to_python() -> None:
-    for source in ("{{ lipsum.__globals__ }}", "{{ messages[0].content._runs }}", "{{ 'x' | attr('__class__') }}"):
+    for source in (
+        "{{ lipsum.__globals__ }}",
+        "{{ messages[0].content._runs }}",
+        "{{ 'x' | attr('__class__') }}",
+    ):
         with pytest.raises(InputError, match="closed"):
             rendered(source)
 
@@ -166,13 +188,19 @@ def test_a_broken_template_is_named_with_its_line() -> None:
     with pytest.raises(InputError) as caught:
         ChatTemplate("{% if a %}\n\n{{ b ", now=NOW, name="broken.jinja")
     assert caught.value.where.startswith("broken.jinja:3")
-    for source in ("{% autoescape true %}{% endautoescape %}", "{{ " + "(" * 3000 + " }}", "x" * (MAX_SOURCE + 1)):
+    for source in (
+        "{% autoescape true %}{% endautoescape %}",
+        "{{ " + "(" * 3000 + " }}",
+        "x" * (MAX_SOURCE + 1),
+    ):
         with pytest.raises(InputError, match="chat template"):
             ChatTemplate(source, now=NOW)
 
 
 def test_a_render_that_failed_leaves_the_next_one_alone() -> None:
-    template = ChatTemplate("{% if bomb %}{{ range(99999) | list | map('lower') | list * 99 }}{% endif %}ok", now=NOW)
+    template = ChatTemplate(
+        "{% if bomb %}{{ range(99999) | list | map('lower') | list * 99 }}{% endif %}ok", now=NOW
+    )
     with pytest.raises(InputError):
         template.render({"bomb": True})
     assert template.render({"bomb": False}) == "ok"

@@ -9,34 +9,38 @@ from tunesmith.data.chat_template.tracked_str import (
     TEMPLATE,
     TOOLS,
     VALUE,
-    LostOrigin,
-    TooLarge,
-    Tracked,
+    RenderLimitError,
+    TrackedStr,
+    UntrackedTextError,
     concat,
-    literal,
-    message_of,
-    origin_of,
-    plain,
-    shared_origin,
-    stretches,
-    written,
+    find_shared_origin,
+    get_message_index,
+    iter_spans,
+    make_origin,
+    stringify,
+    to_plain,
+    track_str,
 )
 
 Pairs = list[tuple[str, int]]
 
 letters = st.text(alphabet="ab \n<|>é", max_size=8)
 texts = st.lists(st.tuples(letters, st.integers(0, 9)), max_size=5).map(
-    lambda parts: concat([literal(text, origin) for text, origin in parts])
+    lambda parts: concat([track_str(text, origin) for text, origin in parts])
 )
 
 
 def pairs(text: str) -> Pairs:
-    assert type(text) is Tracked
-    return [(plain(text)[i], origin) for start, end, origin in stretches(text) for i in range(start, end)]
+    assert type(text) is TrackedStr
+    return [
+        (to_plain(text)[i], origin)
+        for start, end, origin in iter_spans(text)
+        for i in range(start, end)
+    ]
 
 
 @given(texts, texts)
-def test_joining_keeps_the_origins(left: Tracked, right: Tracked) -> None:
+def test_joining_keeps_the_origins(left: TrackedStr, right: TrackedStr) -> None:
     assert pairs(left + right) == pairs(left) + pairs(right)
     assert pairs(left * 3) == pairs(left) * 3
     parts = [left, right, left]
@@ -47,7 +51,7 @@ def test_joining_keeps_the_origins(left: Tracked, right: Tracked) -> None:
 
 
 @given(texts, st.integers(-12, 12), st.integers(-12, 12), st.sampled_from([-3, -1, 1, 2]))
-def test_slices_keep_the_origins(text: Tracked, start: int, end: int, step: int) -> None:
+def test_slices_keep_the_origins(text: TrackedStr, start: int, end: int, step: int) -> None:
     assert pairs(text[start:end:step]) == pairs(text)[start:end:step]
     assert [pairs(letter)[0] for letter in text] == pairs(text)
     if text:
@@ -55,28 +59,28 @@ def test_slices_keep_the_origins(text: Tracked, start: int, end: int, step: int)
 
 
 @given(texts, st.sampled_from([None, " ", "ab", "\n", "<"]))
-def test_trimming_keeps_the_origins(text: Tracked, chars: str | None) -> None:
+def test_trimming_keeps_the_origins(text: TrackedStr, chars: str | None) -> None:
     for name in ("strip", "lstrip", "rstrip"):
         cut = getattr(text, name)(chars)
-        assert plain(cut) == getattr(plain(text), name)(chars)
-        start = 0 if name == "rstrip" else len(text) - len(plain(text).lstrip(chars))
+        assert to_plain(cut) == getattr(to_plain(text), name)(chars)
+        start = 0 if name == "rstrip" else len(text) - len(to_plain(text).lstrip(chars))
         assert pairs(cut) == pairs(text)[start : start + len(cut)] or not cut
 
 
 @given(texts, st.sampled_from([None, " ", "ab", "\n", "a"]), st.integers(-1, 3))
-def test_splitting_keeps_the_origins(text: Tracked, sep: str | None, most: int) -> None:
+def test_splitting_keeps_the_origins(text: TrackedStr, sep: str | None, most: int) -> None:
     for name in ("split", "rsplit"):
         parts = getattr(text, name)(sep, most)
-        assert [plain(part) for part in parts] == getattr(plain(text), name)(sep, most)
+        assert [to_plain(part) for part in parts] == getattr(to_plain(text), name)(sep, most)
         if sep is not None:
-            assert pairs(literal(sep, 99).join(parts)) == _with_separators(text, parts, sep)
+            assert pairs(track_str(sep, 99).join(parts)) == _with_separators(text, parts, sep)
     lines = text.splitlines(True)
-    assert [plain(line) for line in lines] == plain(text).splitlines(True)
+    assert [to_plain(line) for line in lines] == to_plain(text).splitlines(True)
     assert pairs(concat(lines)) == pairs(text)
-    assert [plain(line) for line in text.splitlines()] == plain(text).splitlines()
+    assert [to_plain(line) for line in text.splitlines()] == to_plain(text).splitlines()
 
 
-def _with_separators(text: Tracked, parts: list[Tracked], sep: str) -> Pairs:
+def _with_separators(text: TrackedStr, parts: list[TrackedStr], sep: str) -> Pairs:
     """The characters of the text, those of each separator with origin 99."""
     result: Pairs = []
     at = 0
@@ -90,41 +94,49 @@ def _with_separators(text: Tracked, parts: list[Tracked], sep: str) -> Pairs:
 
 
 @given(texts, st.sampled_from(["a", "ab", " ", "<|"]), texts, st.integers(-1, 2))
-def test_replace_keeps_the_origins(text: Tracked, old: str, new: Tracked, count: int) -> None:
+def test_replace_keeps_the_origins(text: TrackedStr, old: str, new: TrackedStr, count: int) -> None:
     result = text.replace(old, new, count)
-    assert plain(result) == plain(text).replace(old, plain(new), count)
+    assert to_plain(result) == to_plain(text).replace(old, to_plain(new), count)
     assert pairs(result) == pairs(new.join(text.split(old, count)))
 
 
 @given(texts, st.sampled_from(["a", "ab", "zz"]))
-def test_partition_and_affixes_keep_the_origins(text: Tracked, sep: str) -> None:
+def test_partition_and_affixes_keep_the_origins(text: TrackedStr, sep: str) -> None:
     for name in ("partition", "rpartition"):
         parts = getattr(text, name)(sep)
-        assert tuple(map(plain, parts)) == getattr(plain(text), name)(sep)
+        assert tuple(map(to_plain, parts)) == getattr(to_plain(text), name)(sep)
         assert pairs(concat(parts)) == pairs(text)
-    assert pairs(text.removeprefix("a")) == pairs(text)[len(text) - len(plain(text).removeprefix("a")) :]
-    assert pairs(text.removesuffix("a")) == pairs(text)[: len(plain(text).removesuffix("a"))]
+    assert (
+        pairs(text.removeprefix("a"))
+        == pairs(text)[len(text) - len(to_plain(text).removeprefix("a")) :]
+    )
+    assert pairs(text.removesuffix("a")) == pairs(text)[: len(to_plain(text).removesuffix("a"))]
 
 
 @given(texts)
-def test_letters_change_in_place(text: Tracked) -> None:
+def test_letters_change_in_place(text: TrackedStr) -> None:
     for name in ("upper", "lower", "title", "capitalize", "swapcase", "casefold"):
         changed = getattr(text, name)()
-        assert plain(changed) == getattr(plain(text), name)()
+        assert to_plain(changed) == getattr(to_plain(text), name)()
         assert [origin for _, origin in pairs(changed)] == [origin for _, origin in pairs(text)]
 
 
 def test_a_change_of_length_needs_a_single_origin() -> None:
-    assert literal("straße", 7).upper() == "STRASSE"
-    assert pairs(literal("ß", 7).upper()) == [("S", 7), ("S", 7)]
-    with pytest.raises(LostOrigin, match="upper"):
-        (literal("a", 1) + literal("ß", 2)).upper()
+    assert track_str("straße", 7).upper() == "STRASSE"
+    assert pairs(track_str("ß", 7).upper()) == [("S", 7), ("S", 7)]
+    with pytest.raises(UntrackedTextError, match="upper"):
+        (track_str("a", 1) + track_str("ß", 2)).upper()
 
 
 def test_plain_text_is_refused_where_it_meets_tracked_text() -> None:
-    text = literal("abc", 4)
-    for mix in (lambda: text + "x", lambda: "x" + text, lambda: text.join(["x", "y"]), lambda: written("x")):
-        with pytest.raises(LostOrigin, match="unknown origin"):
+    text = track_str("abc", 4)
+    for mix in (
+        lambda: text + "x",
+        lambda: "x" + text,
+        lambda: text.join(["x", "y"]),
+        lambda: stringify("x"),
+    ):
+        with pytest.raises(UntrackedTextError, match="unknown origin"):
             mix()
     assert text + "" is text
     assert "" + text is text
@@ -134,7 +146,7 @@ def test_plain_text_is_refused_where_it_meets_tracked_text() -> None:
 
 def test_every_method_of_str_gives_tracked_text_or_plain_text() -> None:
     """Plain results are refused later; what must not happen is tracked text with wrong runs."""
-    text = literal("ab ", 4) + literal("Cd\n", 5)
+    text = track_str("ab ", 4) + track_str("Cd\n", 5)
     arguments = {
         "center": (20,),
         "ljust": (20,),
@@ -148,53 +160,60 @@ def test_every_method_of_str_gives_tracked_text_or_plain_text() -> None:
             continue
         try:
             result = getattr(text, name)(*arguments.get(name, ()))
-        except (TypeError, LostOrigin):
+        except (TypeError, UntrackedTextError):
             continue
-        if type(result) is Tracked:
+        if type(result) is TrackedStr:
             assert sum(text._runs[::2]) == len(text)
             assert sum(result._runs[::2]) == len(result), name
 
 
 def test_values_without_a_writer() -> None:
-    assert pairs(written(12)) == [("1", VALUE), ("2", VALUE)]
-    assert written(None) == "None"
-    assert pairs(written([literal("x", TOOLS)])) == [(letter, TOOLS) for letter in "['x']"]
+    assert pairs(stringify(12)) == [("1", VALUE), ("2", VALUE)]
+    assert stringify(None) == "None"
+    assert pairs(stringify([track_str("x", TOOLS)])) == [(letter, TOOLS) for letter in "['x']"]
 
 
 def test_the_origin_of_a_structure_is_its_only_writer() -> None:
-    own, other = literal("x", origin_of(2, "content")), literal("y", origin_of(3, "content"))
-    assert shared_origin({literal("key"): own}) == origin_of(2, "content")
-    assert shared_origin([literal("a"), {literal("b"): 1}]) == TEMPLATE
-    assert shared_origin([1, 2]) == VALUE
-    assert shared_origin([own, other]) == VALUE
-    with pytest.raises(LostOrigin):
-        shared_origin(["plain"])
-    with pytest.raises(LostOrigin, match="function"):
-        shared_origin([test_values_without_a_writer])
+    own, other = (
+        track_str("x", make_origin(2, "content")),
+        track_str("y", make_origin(3, "content")),
+    )
+    assert find_shared_origin({track_str("key"): own}) == make_origin(2, "content")
+    assert find_shared_origin([track_str("a"), {track_str("b"): 1}]) == TEMPLATE
+    assert find_shared_origin([1, 2]) == VALUE
+    assert find_shared_origin([own, other]) == VALUE
+    with pytest.raises(UntrackedTextError):
+        find_shared_origin(["plain"])
+    with pytest.raises(UntrackedTextError, match="function"):
+        find_shared_origin([test_values_without_a_writer])
 
 
 def test_messages_and_fields_have_their_own_origins() -> None:
-    origins = [origin_of(i, field) for i in range(3) for field in ("content", "reasoning", "tool_calls", "other")]
+    origins = [
+        make_origin(i, field)
+        for i in range(3)
+        for field in ("content", "reasoning", "tool_calls", "other")
+    ]
     assert len(set(origins)) == 12
-    assert [message_of(origin) for origin in origins] == [0] * 4 + [1] * 4 + [2] * 4
-    assert {message_of(origin) for origin in (TEMPLATE, VALUE, TOOLS)} == {-1}
+    assert [get_message_index(origin) for origin in origins] == [0] * 4 + [1] * 4 + [2] * 4
+    assert {get_message_index(origin) for origin in (TEMPLATE, VALUE, TOOLS)} == {-1}
 
 
 def test_sizes_are_bounded_before_anything_is_made() -> None:
-    big = literal("a" * 100_000, 3)
+    big = track_str("a" * 100_000, 3)
     for make in (
-        lambda: literal("a") * (MAX_CHARS + 1),
+        lambda: track_str("a") * (MAX_CHARS + 1),
         lambda: big.replace("a", big),
         lambda: big.join(big),
         lambda: concat([big] * 101),
-        lambda: shared_origin([[0] * 1001] * 1001),
+        lambda: find_shared_origin([[0] * 1001] * 1001),
     ):
-        with pytest.raises(TooLarge):
+        with pytest.raises(RenderLimitError):
             make()
 
 
 def test_tracked_text_is_a_string_for_everything_else() -> None:
-    text = literal("role", 5)
+    text = track_str("role", 5)
     assert {"role": 1}[text] == 1
     assert f"{text}" == "role"
     assert str(text) is text

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.types import Document
-from tunesmith.data.windows import span, window, window_counts
+from tunesmith.data.windows import count_windows, cut_window, find_window
 
 
 def text(tokens: int) -> Document:
@@ -17,9 +17,11 @@ def text(tokens: int) -> Document:
 @given(st.integers(2, 300), st.integers(1, 80))
 def test_every_token_but_the_first_is_a_target_once(tokens: int, targets: int) -> None:
     whole, seen, last = text(tokens), list[int](), 0
-    for number in range(int(window_counts(tokens, targets))):
-        one = window(whole, targets, number)
-        assert (one.weights_L[0], one.tokens_L[0]) == (0, last), "it begins with the last token of the one before"
+    for number in range(int(count_windows(tokens, targets))):
+        one = cut_window(whole, targets, number)
+        assert (one.weights_L[0], one.tokens_L[0]) == (0, last), (
+            "it begins with the last token of the one before"
+        )
         assert 2 <= len(one) <= targets + 1
         seen += one.tokens_L[one.weights_L > 0].tolist()
         last = int(one.tokens_L[-1])
@@ -28,12 +30,14 @@ def test_every_token_but_the_first_is_a_target_once(tokens: int, targets: int) -
 
 
 def test_windows_are_even() -> None:
-    assert [span(1026, 1024, number) for number in range(2)] == [(0, 514), (513, 1026)]
-    assert [span(1025, 1024, 0), span(2, 1024, 0)] == [(0, 1025), (0, 2)]
+    assert [find_window(1026, 1024, number) for number in range(2)] == [(0, 514), (513, 1026)]
+    assert [find_window(1025, 1024, 0), find_window(2, 1024, 0)] == [(0, 1025), (0, 2)]
 
 
 def test_many_texts_are_counted_at_once() -> None:
     tokens_N = np.array([2, 1025, 1026, 5000])
     assert (
-        window_counts(tokens_N, 1024).tolist() == [int(window_counts(int(n), 1024)) for n in tokens_N] == [1, 1, 2, 5]
+        count_windows(tokens_N, 1024).tolist()
+        == [int(count_windows(int(n), 1024)) for n in tokens_N]
+        == [1, 1, 2, 5]
     )

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from tunesmith.data.tokenizer import word_cache as module
-from tunesmith.data.tokenizer.word_cache import Words
+from tunesmith.data.tokenizer.word_cache import WordEncoder
 
 TEXT = (
     "the cat's 12 hats, isn't it?  a  b\n\n\tfor x in (1, 2):\n        return f(x)  "
@@ -48,24 +48,30 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 PIECES = st.lists(
-    st.sampled_from([*TEXT, *" \n\t\r.'s1é日", "  ", "\n\n", "'ll", "\x85", "\u2028", "\u200b", "\x1f", "the"])
+    st.sampled_from(
+        [*TEXT, *" \n\t\r.'s1é日", "  ", "\n\n", "'ll", "\x85", "\u2028", "\u200b", "\x1f", "the"]
+    )
 )
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(PIECES.map("".join), st.text(max_size=60)))
 def test_any_text_has_the_ids_of_the_library(tokenizer: Tokenizer, text: str) -> None:
-    words = Words.of(json.loads(tokenizer.to_str()), lambda piece: encode(tokenizer, piece))
+    words = WordEncoder.from_tokenizer(
+        json.loads(tokenizer.to_str()), lambda piece: encode(tokenizer, piece)
+    )
     assert words is not None
-    assert words.ids(text).tolist() == encode(tokenizer, text)
-    assert words.ids(text).tolist() == encode(tokenizer, text), "from memory"
+    assert words.encode_text(text).tolist() == encode(tokenizer, text)
+    assert words.encode_text(text).tolist() == encode(tokenizer, text), "from memory"
 
 
 def test_memory_has_an_end(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST", 3)
-    words = Words.of(json.loads(tokenizer.to_str()), lambda piece: encode(tokenizer, piece))
+    words = WordEncoder.from_tokenizer(
+        json.loads(tokenizer.to_str()), lambda piece: encode(tokenizer, piece)
+    )
     assert words is not None
-    assert np.array_equal(words.ids(TEXT * 2), encode(tokenizer, TEXT * 2))
+    assert np.array_equal(words.encode_text(TEXT * 2), encode(tokenizer, TEXT * 2))
     assert len(words) == 3
 
 
@@ -77,9 +83,26 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
     "changed",
     [
         {"pre_tokenizer": None},
-        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}},
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES | {"use_regex": False}]}},
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, BYTES, SPLIT]}},
+        {
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "▁",
+                "prepend_scheme": "never",
+                "split": False,
+            }
+        },
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [SPLIT, BYTES | {"use_regex": False}],
+            }
+        },
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits"}, BYTES, SPLIT],
+            }
+        },
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
         {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
         {"pre_tokenizer": BYTES | {"use_regex": False}},
@@ -90,5 +113,5 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 )
 def test_other_tokenizers_are_left_to_the_library(changed: Any) -> None:
     data = {"normalizer": None, "pre_tokenizer": BYTES, "model": {"type": "BPE", "dropout": None}}
-    assert Words.of(data, lambda _: []) is not None
-    assert Words.of(data | changed, lambda _: []) is None
+    assert WordEncoder.from_tokenizer(data, lambda _: []) is not None
+    assert WordEncoder.from_tokenizer(data | changed, lambda _: []) is None

@@ -7,7 +7,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tunesmith.core.types import Document, Example, Json
@@ -31,7 +40,9 @@ def bytes_bpe() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(SENTENCES * 3, trainer)
     return tokenizer.to_str()
 
@@ -49,7 +60,8 @@ def sentence_bpe(kind: str) -> str:
         tokenizer.normalizer = normalizers.Sequence(steps)
     special = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
     tokenizer.train_from_iterator(
-        SENTENCES * 3, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+        SENTENCES * 3,
+        trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False),
     )
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] == "<unk>"]
@@ -89,11 +101,15 @@ def folder(
     )
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            single=f"{bos} $A",
+            pair=f"{bos} $A $B",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
         config["bos_token"] = bos
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", **config}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>", **config})
+    )
     if template is not None:
         (path / "chat_template.jinja").write_text(template)
     return path
@@ -108,10 +124,16 @@ def assistant(content: str, **more: Any) -> Json:
 
 
 def call(**arguments: Any) -> Json:
-    return {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    return {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "look", "arguments": arguments},
+    }
 
 
-def example(*messages: Json, weights: tuple[float, ...] | None = None, tools: tuple[Json, ...] = ()) -> Example:
+def example(
+    *messages: Json, weights: tuple[float, ...] | None = None, tools: tuple[Json, ...] = ()
+) -> Example:
     trained = tuple(float(message["role"] == "assistant") for message in messages)
     return Example("rows:7", messages=messages, turn_weights=weights or trained, tools=tools)
 
@@ -128,4 +150,7 @@ def marked(renderer: Renderer, document: Document) -> str:
 
 
 def texts(renderer: Renderer, *messages: Json, **more: Any) -> list[str]:
-    return [marked(renderer, document) for document in renderer.documents(example(*messages, **more)).documents]
+    return [
+        marked(renderer, document)
+        for document in renderer.render_documents(example(*messages, **more)).documents
+    ]

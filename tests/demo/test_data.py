@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from tunesmith.core.types import Json
-from tunesmith.recipe.demo import RECIPE
+from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.recipe.schema import Recipe
 
-FOLDER = RECIPE.parent
+FOLDER = DEMO_RECIPE.parent
 SPLITS = ("train", "eval", "test")
 FIELDS = ["package", "upstream", "revision", "date", "new_upstream", "upload", "closes"]
 
@@ -34,25 +34,42 @@ def family(package: str) -> str:
 
 
 def triples(entry: str) -> set[str]:
-    words = re.findall(r"[a-z]+|0", re.sub(r"\d+", "0", "\n".join(entry.splitlines()[1:-1]).lower()))
+    words = re.findall(
+        r"[a-z]+|0", re.sub(r"\d+", "0", "\n".join(entry.splitlines()[1:-1]).lower())
+    )
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
 def test_the_files_are_at_most_a_megabyte() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py") < 1_000_000
+    assert (
+        sum(
+            path.stat().st_size
+            for path in FOLDER.iterdir()
+            if path.is_file() and path.suffix != ".py"
+        )
+        < 1_000_000
+    )
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_rows_are_a_system_a_user_and_an_assistant_message_with_one_system_prompt_for_all(split: str) -> None:
+def test_rows_are_a_system_a_user_and_an_assistant_message_with_one_system_prompt_for_all(
+    split: str,
+) -> None:
     rows = [row["messages"] for row in lines_of(f"{split}.jsonl")]
-    assert {tuple(message["role"] for message in row) for row in rows} == {("system", "user", "assistant")}
-    assert {row[0]["content"] for row in rows} == {lines_of("train.jsonl")[0]["messages"][0]["content"]}
+    assert {tuple(message["role"] for message in row) for row in rows} == {
+        ("system", "user", "assistant")
+    }
+    assert {row[0]["content"] for row in rows} == {
+        lines_of("train.jsonl")[0]["messages"][0]["content"]
+    }
     assert all(field in rows[0][0]["content"] for field in FIELDS)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_follow_the_schema_and_are_compact_json_in_one_order(split: str) -> None:
-    validator = jsonschema.Draft202012Validator(json.loads((FOLDER / "schema.json").read_text("utf-8")))
+    validator = jsonschema.Draft202012Validator(
+        json.loads((FOLDER / "schema.json").read_text("utf-8"))
+    )
     for row in lines_of(f"{split}.jsonl"):
         text = row["messages"][2]["content"]
         answer = json.loads(text)
@@ -70,15 +87,23 @@ def test_answers_are_what_the_entry_says(split: str) -> None:
         assert version is not None
         assert version.groups() == (answer["package"], answer["upstream"] + revision)
         assert parsedate_to_datetime(last.partition("  ")[2]).strftime("%Y-%m-%d") == answer["date"]
-        said = [word for word in ("team upload", "non-maintainer upload", "nmu") if f"* {word}" in entry.lower()]
-        assert answer["upload"] == ({"team upload": "team"}.get(said[0], "nmu") if said else "maintainer")
+        said = [
+            word
+            for word in ("team upload", "non-maintainer upload", "nmu")
+            if f"* {word}" in entry.lower()
+        ]
+        assert answer["upload"] == (
+            {"team upload": "team"}.get(said[0], "nmu") if said else "maintainer"
+        )
         assert answer["closes"] == sorted(answer["closes"])
         assert all(re.search(rf"\b{number}\b", entry) for number in answer["closes"])
         assert bool(answer["closes"]) == ("closes:" in entry.lower())
 
 
 def test_no_source_family_is_in_two_splits() -> None:
-    families = {split: {family(answer["package"]) for _, answer in rows_of(split)} for split in SPLITS}
+    families = {
+        split: {family(answer["package"]) for _, answer in rows_of(split)} for split in SPLITS
+    }
     for one, other in (("train", "eval"), ("train", "test"), ("eval", "test")):
         assert not families[one] & families[other]
 

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.model.causal_lm import LanguageModel, adopt
+from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
 
 TURNS = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
@@ -25,14 +25,18 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
     tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)])
+    tokenizer.add_special_tokens(
+        [AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TURNS, "eos_token": "<|end|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": TURNS, "eos_token": "<|end|>"})
+    )
     return Renderer.from_folder(folder, now=datetime(2026, 1, 1))
 
 
 @pytest.fixture
-def model() -> LanguageModel:
+def model() -> PackedCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=258,
@@ -44,5 +48,7 @@ def model() -> LanguageModel:
         max_position_embeddings=512,
         initializer_range=0.3,
     )
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    return adopt(network, torch.float32)
+    network = (
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    )
+    return wrap_model(network, torch.float32)

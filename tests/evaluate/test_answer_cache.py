@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from tunesmith.core.types import Generation, Json, Request
+from tunesmith.core.types import GenerationOutput, GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate import answer_cache
-from tunesmith.evaluate.answer_cache import Store, answers_cached, state_of
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached, hash_weights
+from tunesmith.model.causal_lm import PackedCausalLM
 
-ASKED = [Request(tuple(range(5, 5 + n)), 6) for n in (4, 9, 2, 30)]
+ASKED = [GenerationRequest(tuple(range(5, 5 + n)), 6) for n in (4, 9, 2, 30)]
 IDENTITY: Json = {
     "tunesmith": "1",
     "base_sha256": {"model.safetensors": "ab"},
@@ -34,11 +34,13 @@ class Calls:
     """Generates as ever, and counts what it was asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: int = 1000) -> None:
-        self.asked: list[Request] = []
+        self.asked: list[GenerationRequest] = []
         self.most, self._generate = most, answer_cache.generate
         monkeypatch.setattr(answer_cache, "generate", self)
 
-    def __call__(self, model: LanguageModel, requests: list[Request], **settings: Any) -> Iterable[Any]:
+    def __call__(
+        self, model: PackedCausalLM, requests: list[GenerationRequest], **settings: Any
+    ) -> Iterable[Any]:
         for count, found in enumerate(self._generate(model, requests, **settings)):
             if count == self.most:
                 raise KeyboardInterrupt
@@ -46,14 +48,20 @@ class Calls:
             yield found
 
 
-def ask(model: LanguageModel, renderer: Renderer, file: Path | None, requests: list[Request] = ASKED, **changed: Any):
+def ask(
+    model: PackedCausalLM,
+    renderer: Renderer,
+    file: Path | None,
+    requests: list[GenerationRequest] = ASKED,
+    **changed: Any,
+):
     ends, state = changed.get("end_ids", renderer.end_ids), changed.get("state", "weights")
-    store = None if file is None else Store(file, state)
-    return answers_cached(model, requests, decode=renderer.decode, end_ids=ends, store=store)
+    store = None if file is None else AnswerCache(file, state)
+    return generate_cached(model, requests, decode=renderer.decode, end_ids=ends, cache=store)
 
 
 def test_what_was_answered_is_not_generated_again(
-    model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PackedCausalLM, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ask(model, renderer, None)
     calls = Calls(monkeypatch)
@@ -64,7 +72,7 @@ def test_what_was_answered_is_not_generated_again(
 
 
 def test_one_request_given_twice_is_answered_once(
-    model: LanguageModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+    model: PackedCausalLM, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Calls(monkeypatch)
     first, second, third = ask(model, renderer, None, [ASKED[0], ASKED[1], ASKED[0]])
@@ -86,7 +94,11 @@ def test_one_request_given_twice_is_answered_once(
     ids=lambda changed: next(iter(changed)),
 )
 def test_no_answer_is_served_to_another_request(
-    changed: dict[str, Any], model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: dict[str, Any],
+    model: PackedCausalLM,
+    renderer: Renderer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ask(model, renderer, tmp_path / "answers.jsonl")
     calls = Calls(monkeypatch)
@@ -97,11 +109,11 @@ def test_no_answer_is_served_to_another_request(
 
 def test_every_field_of_a_request_was_changed_above() -> None:
     fields = {"tokens", "max_new_tokens", "temperature", "top_p", "seed", "stop", "banned"}
-    assert {field.name for field in dataclasses.fields(Request)} == fields
+    assert {field.name for field in dataclasses.fields(GenerationRequest)} == fields
 
 
 def test_no_answer_is_served_with_other_ends_or_weights(
-    model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PackedCausalLM, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask(model, renderer, tmp_path / "answers.jsonl")
     calls = Calls(monkeypatch)
@@ -112,17 +124,21 @@ def test_no_answer_is_served_with_other_ends_or_weights(
 
 
 def test_every_part_of_what_weights_are_makes_another_state() -> None:
-    changed = [{**IDENTITY, key: "other"} for key in answer_cache.MODEL]
-    changed += [{**IDENTITY, "plan": {**IDENTITY["plan"], key: "other"}} for key in answer_cache.COMPUTED]
-    states = [state_of(one, {}) for one in (IDENTITY, *changed)]
-    states += [state_of(IDENTITY, {"adapter.safetensors": sha}) for sha in "ab"]
+    changed = [{**IDENTITY, key: "other"} for key in answer_cache.MODEL_KEYS]
+    changed += [
+        {**IDENTITY, "plan": {**IDENTITY["plan"], key: "other"}} for key in answer_cache.PLAN_KEYS
+    ]
+    states = [hash_weights(one, {}) for one in (IDENTITY, *changed)]
+    states += [hash_weights(IDENTITY, {"adapter.safetensors": sha}) for sha in "ab"]
     assert len(set(states)) == len(states) == 1 + len(changed) + 2
     trained_otherwise = {**IDENTITY, "plan": {**IDENTITY["plan"], "learning_rate": 2}}
-    assert state_of(trained_otherwise, {}) == states[0], "what says nothing of the weights does not count"
+    assert hash_weights(trained_otherwise, {}) == states[0], (
+        "what says nothing of the weights does not count"
+    )
 
 
 def test_an_evaluation_that_was_killed_goes_on_where_it_was(
-    model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PackedCausalLM, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ask(model, renderer, None)
     killed = Calls(monkeypatch, most=2)
@@ -141,25 +157,27 @@ def test_a_torn_or_damaged_line_serves_nothing_wrong(
 ) -> None:
     """The file loses its end, and a byte anywhere changes: what is read is what was written, or nothing."""
     file = tmp_path_factory.mktemp("torn") / "answers.jsonl"
-    written = {f"{n:064x}": Generation(f'answer "{n}" é', (n, n + 1), "end", 3) for n in range(4)}
-    kept = answer_cache._Appended(file)
+    written = {
+        f"{n:064x}": GenerationOutput(f'answer "{n}" é', (n, n + 1), "end", 3) for n in range(4)
+    }
+    kept = answer_cache._AppendFile(file)
     for key, answer in written.items():
-        kept.add(key, answer)
+        kept.append_answer(key, answer)
     kept.close()
     content = bytearray(file.read_bytes()[:-cut])
     if content:
         content[letter % len(content)] = byte
     file.write_bytes(content)
-    found = answer_cache._read(file, written)
+    found = answer_cache._read_answers(file, written)
     assert all(written[key] == answer for key, answer in found.items())
-    after = answer_cache._Appended(file)
-    after.add("new", Generation("more", (1,), "end", 2))
+    after = answer_cache._AppendFile(file)
+    after.append_answer("new", GenerationOutput("more", (1,), "end", 2))
     after.close()
-    assert answer_cache._read(file, ["new"]), "what is added after a torn line can be read"
+    assert answer_cache._read_answers(file, ["new"]), "what is added after a torn line can be read"
 
 
 def test_what_cannot_be_written_is_answered_all_the_same(
-    model: LanguageModel, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PackedCausalLM, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ask(model, renderer, None)
     assert ask(model, renderer, tmp_path / "no" / "such" / "folder.jsonl") == plain

@@ -10,15 +10,20 @@ import pytest
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Row
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.formats.row_formats import parse
-from tunesmith.evaluate.loglikelihood import held_out_loss, negative_log_likelihoods, per_byte
-from tunesmith.evaluate.multiple_choice import choices_of, multiple_choice
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.data.formats.row_formats import parse_row
+from tunesmith.evaluate.loglikelihood import compute_nll, measure_loss, to_bits_per_byte
+from tunesmith.evaluate.multiple_choice import build_choices, measure_multiple_choice
+from tunesmith.model.causal_lm import PackedCausalLM
 
 
 def asked(row: int, answer: str, *choices: str) -> Example:
-    messages = [{"role": "user", "content": f"is {row} even?"}, {"role": "assistant", "content": answer}]
-    return parse(Row(f"test:{row}", {"messages": messages, "choices": list(choices)}), "messages", True)
+    messages = [
+        {"role": "user", "content": f"is {row} even?"},
+        {"role": "assistant", "content": answer},
+    ]
+    return parse_row(
+        Row(f"test:{row}", {"messages": messages, "choices": list(choices)}), "messages", True
+    )
 
 
 def said(renderer: Renderer, documents: tuple[Document, ...]) -> list[str]:
@@ -27,43 +32,52 @@ def said(renderer: Renderer, documents: tuple[Document, ...]) -> list[str]:
 
 def test_a_choice_is_rendered_as_the_answer_would_be(renderer: Renderer) -> None:
     example = asked(2, "yes", "yes", "no", "maybe")
-    (documents,) = choices_of([example], renderer).values()
+    (documents,) = build_choices([example], renderer).values()
     assert said(renderer, documents) == ["yes<|end|>", "no<|end|>", "maybe<|end|>"]
-    (as_trained,) = renderer.documents(example).documents
+    (as_trained,) = renderer.render_documents(example).documents
     assert documents[0].tokens_L.tolist() == as_trained.tokens_L.tolist()
     assert documents[0].weights_L.tolist() == as_trained.weights_L.tolist()
 
 
 def test_only_the_last_trained_turn_is_chosen(renderer: Renderer) -> None:
     turns = ("q", "a", "2?", "yes", "thanks", "bye")
-    messages = tuple({"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns))
+    messages = tuple(
+        {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)
+    )
     example = Example("test:1", messages, (0, 1, 0, 1, 0, 0), choices=("yes", "no"))
-    (documents,) = choices_of([example], renderer).values()
+    (documents,) = build_choices([example], renderer).values()
     assert [renderer.decode(one.tokens_L[one.weights_L > 0].tolist()) for one in documents] == [
         "yes<|end|>",
         "no<|end|>",
     ]
     plain = Example("test:2", text=" yes", prompt="2?", choices=(" yes", " no"))
-    (documents,) = choices_of([plain], renderer).values()
-    assert [renderer.decode(one.tokens_L.tolist()) for one in documents] == ["2? yes<|end|>", "2? no<|end|>"]
+    (documents,) = build_choices([plain], renderer).values()
+    assert [renderer.decode(one.tokens_L.tolist()) for one in documents] == [
+        "2? yes<|end|>",
+        "2? no<|end|>",
+    ]
 
 
-def test_the_likeliest_choice_counts(model: LanguageModel, renderer: Renderer) -> None:
+def test_the_likeliest_choice_counts(model: PackedCausalLM, renderer: Renderer) -> None:
     examples = [asked(n, "yes", "yes", "no", "maybe") for n in range(6)]
-    choices = choices_of(examples, renderer)
-    found = multiple_choice(model, choices, task="test", pack_length=100)
-    assert found == multiple_choice(model, choices, task="test", pack_length=1000, share=True)
+    choices = build_choices(examples, renderer)
+    found = measure_multiple_choice(model, choices, task="test", pack_length=100)
+    assert found == measure_multiple_choice(
+        model, choices, task="test", pack_length=1000, share=True
+    )
     documents = [one for row in choices.values() for one in row]
-    nats = {i: nat for i, nat, _ in negative_log_likelihoods(model, documents, 1000)}
+    nats = {i: nat for i, nat, _ in compute_nll(model, documents, 1000)}
     assert found.ids == tuple(f"test:{n}" for n in range(6))
-    assert found.values == tuple(float(min(range(3), key=lambda k: nats[3 * n + k]) == 0) for n in range(6))
+    assert found.values == tuple(
+        float(min(range(3), key=lambda k: nats[3 * n + k]) == 0) for n in range(6)
+    )
     best = [("yes", "no", "maybe")[min(range(3), key=lambda k: nats[3 * n + k])] for n in range(6)]
-    right = choices_of([asked(n, best[n], "yes", "no", "maybe") for n in range(6)], renderer)
-    assert multiple_choice(model, right, task="test", pack_length=100).values == (1.0,) * 6
+    right = build_choices([asked(n, best[n], "yes", "no", "maybe") for n in range(6)], renderer)
+    assert measure_multiple_choice(model, right, task="test", pack_length=100).values == (1.0,) * 6
 
 
 def test_without_choices_the_answers_of_all_rows_are_labels(renderer: Renderer) -> None:
-    choices = choices_of([asked(n, ("no", "yes")[n % 2]) for n in range(6)], renderer)
+    choices = build_choices([asked(n, ("no", "yes")[n % 2]) for n in range(6)], renderer)
     assert {len(row) for row in choices.values()} == {2}
     assert said(renderer, choices["test:0"]) == ["no<|end|>", "yes<|end|>"]
     assert said(renderer, choices["test:1"]) == ["yes<|end|>", "no<|end|>"]
@@ -74,23 +88,32 @@ def test_without_choices_the_answers_of_all_rows_are_labels(renderer: Renderer) 
     [
         ([asked(1, "yes"), asked(2, "yes")], "the 1 different answers are no labels"),
         ([asked(n, f"answer {n}") for n in range(40)], "the 40 different answers are no labels"),
-        ([asked(1, "yes", "no", "maybe")], "test:1: the expected answer 'yes' is none of the row's `choices`"),
+        (
+            [asked(1, "yes", "no", "maybe")],
+            "test:1: the expected answer 'yes' is none of the row's `choices`",
+        ),
         ([asked(1, "yes", "yes", "yes ")], "test:1: the row's `choices` offer nothing else"),
     ],
     ids=["one label", "too many", "not offered", "no other"],
 )
-def test_rows_that_offer_nothing_to_choose_are_refused(renderer: Renderer, examples, message: str) -> None:
+def test_rows_that_offer_nothing_to_choose_are_refused(
+    renderer: Renderer, examples, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        choices_of(examples, renderer)
+        build_choices(examples, renderer)
 
 
-def test_the_loss_of_an_answer_by_byte(model: LanguageModel, renderer: Renderer) -> None:
+def test_the_loss_of_an_answer_by_byte(model: PackedCausalLM, renderer: Renderer) -> None:
     examples = [asked(n, text) for n, text in enumerate(("yes", "Grüße", "a longer answer"))]
-    documents = [one for example in examples for one in renderer.documents(example).documents]
+    documents = [
+        one for example in examples for one in renderer.render_documents(example).documents
+    ]
     bad = dataclasses.replace(documents[0], side="banned")
-    loss = held_out_loss(model, documents, task="test", pack_length=100)
-    found = per_byte(loss, [*documents, bad], renderer)
+    loss = measure_loss(model, documents, task="test", pack_length=100)
+    found = to_bits_per_byte(loss, [*documents, bad], renderer)
     assert (found.metric, found.ids, found.higher_is_better) == ("bits_per_byte", loss.ids, False)
     assert found.weights == (3.0, 7.0, 15.0), "bytes, without the end token"
-    nats = {i: nat for i, nat, _ in negative_log_likelihoods(model, documents, 100)}
-    assert found.values == pytest.approx([nats[i] / math.log(2) / found.weights[i] for i in range(3)])
+    nats = {i: nat for i, nat, _ in compute_nll(model, documents, 100)}
+    assert found.values == pytest.approx(
+        [nats[i] / math.log(2) / found.weights[i] for i in range(3)]
+    )

@@ -6,35 +6,46 @@ import numpy as np
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.evaluate.intervals import paired_rates, wilson
-from tunesmith.evaluate.results import Measurement, compare, score, verdict_text
-from tunesmith.evaluate.significance import verdict
+from tunesmith.evaluate.intervals import compute_paired_rate_interval, compute_wilson_interval
+from tunesmith.evaluate.results import (
+    MetricValues,
+    compare_measurements,
+    compute_score,
+    format_comparison,
+)
+from tunesmith.evaluate.significance import judge_comparison
 
 
-def measured(values, **changed) -> Measurement:
+def measured(values, **changed) -> MetricValues:
     ids = tuple(f"test:{i}" for i in range(len(values)))
-    return Measurement("task", "exact_match", ids, tuple(float(v) for v in values), **changed)
+    return MetricValues("task", "exact_match", ids, tuple(float(v) for v in values), **changed)
 
 
 def test_a_rate_gets_wilsons_interval() -> None:
-    found = score(measured([1, 1, 0, 1]), step=7)
-    assert (found.low, found.high) == wilson(3, 4)
-    assert (found.task, found.metric, found.value, found.n, found.step) == ("task", "exact_match", 0.75, 4, 7)
+    found = compute_score(measured([1, 1, 0, 1]), step=7)
+    assert (found.low, found.high) == compute_wilson_interval(3, 4)
+    assert (found.task, found.metric, found.value, found.n, found.step) == (
+        "task",
+        "exact_match",
+        0.75,
+        4,
+        7,
+    )
 
 
 def test_other_values_get_a_bootstrap() -> None:
-    found = score(measured([0.5, 1, 0, 0.25] * 10))
+    found = compute_score(measured([0.5, 1, 0, 0.25] * 10))
     assert found.value == pytest.approx(0.4375)
     assert 0 < found.low < 0.4375 < found.high < 1
-    assert (found.low, found.high) != wilson(17.5, 40)
+    assert (found.low, found.high) != compute_wilson_interval(17.5, 40)
 
 
 def test_weights_count_within_the_mean_and_groups_count_alike() -> None:
-    assert score(measured([1, 4], weights=(3.0, 1.0))).value == pytest.approx(1.75)
+    assert compute_score(measured([1, 4], weights=(3.0, 1.0))).value == pytest.approx(1.75)
     grouped = measured([1, 1, 1, 1, 5, 5], groups=("web",) * 4 + ("code",) * 2)
-    assert score(grouped).value == pytest.approx(3.0)
+    assert compute_score(grouped).value == pytest.approx(3.0)
     both = measured([1, 4, 5, 5], weights=(3.0, 1.0, 1.0, 1.0), groups=("a", "a", "b", "b"))
-    assert score(both).value == pytest.approx((1.75 + 5) / 2)
+    assert compute_score(both).value == pytest.approx((1.75 + 5) / 2)
 
 
 @pytest.mark.parametrize(
@@ -42,15 +53,17 @@ def test_weights_count_within_the_mean_and_groups_count_alike() -> None:
     [measured([]), measured([0.5]), measured([1, 2, 3], groups=("a", "a", "b"))],
     ids=["none", "one", "group"],
 )
-def test_too_few_items_are_refused(too_few: Measurement) -> None:
+def test_too_few_items_are_refused(too_few: MetricValues) -> None:
     with pytest.raises(InputError, match=r"interval|no items"):
-        score(too_few)
+        compute_score(too_few)
 
 
 def test_the_difference_is_paired() -> None:
     random = np.random.default_rng(0)
     before = random.random(80)
-    found = compare(measured(before), measured(before + 0.02 + 0.005 * random.random(80)), step=9)
+    found = compare_measurements(
+        measured(before), measured(before + 0.02 + 0.005 * random.random(80)), step=9
+    )
     assert found.difference == pytest.approx(0.0225, abs=1e-3)
     assert found.low > 0.02, "the items differ by far more than the change, which pairing takes out"
     assert found.after.low < found.before.high, "unpaired intervals overlap"
@@ -58,28 +71,35 @@ def test_the_difference_is_paired() -> None:
 
 
 def test_the_order_of_the_items_does_not_matter() -> None:
-    before = measured([0.1, 0.5, 0.9, 0.3], weights=(1.0, 2.0, 3.0, 4.0), groups=("a", "b", "a", "b"))
+    before = measured(
+        [0.1, 0.5, 0.9, 0.3], weights=(1.0, 2.0, 3.0, 4.0), groups=("a", "b", "a", "b")
+    )
     after = replace(before, values=(0.2, 0.7, 0.9, 0.1))
     order = (2, 0, 3, 1)
     shuffled = replace(
         after,
-        **{key: tuple(getattr(after, key)[i] for i in order) for key in ("ids", "values", "weights", "groups")},
+        **{
+            key: tuple(getattr(after, key)[i] for i in order)
+            for key in ("ids", "values", "weights", "groups")
+        },
     )
-    assert compare(before, shuffled) == compare(before, after)
+    assert compare_measurements(before, shuffled) == compare_measurements(before, after)
 
 
 def test_rates_are_compared_by_gains_and_losses() -> None:
-    found = compare(measured([0] * 30 + [1] * 10), measured([1] * 25 + [0] * 6 + [1] * 9))
+    found = compare_measurements(
+        measured([0] * 30 + [1] * 10), measured([1] * 25 + [0] * 6 + [1] * 9)
+    )
     assert found.difference == pytest.approx(24 / 40)
-    assert (found.low, found.high) == paired_rates(25, 1, 40)
-    assert verdict(found) == "better"
+    assert (found.low, found.high) == compute_paired_rate_interval(25, 1, 40)
+    assert judge_comparison(found) == "better"
 
 
 def test_equal_answers_show_no_difference() -> None:
     for values in ([1, 0, 1, 1], [0.5, 0.25, 0.1, 0.9]):
-        found = compare(measured(values), measured(values))
+        found = compare_measurements(measured(values), measured(values))
         assert found.difference == 0
-        assert verdict(found) == "no difference shown"
+        assert judge_comparison(found) == "no difference shown"
 
 
 def test_lower_can_be_better() -> None:
@@ -87,16 +107,21 @@ def test_lower_can_be_better() -> None:
     before = measured(2 + random.random(50), higher_is_better=False)
     for change, expected in ((-0.5, "better"), (0.5, "worse"), (0.0, "no difference shown")):
         noise = 0.1 * random.standard_normal(50)
-        after = replace(before, values=tuple((np.array(before.values) + change + noise - noise.mean()).tolist()))
-        assert verdict(compare(before, after)) == expected
+        after = replace(
+            before, values=tuple((np.array(before.values) + change + noise - noise.mean()).tolist())
+        )
+        assert judge_comparison(compare_measurements(before, after)) == expected
 
 
 def test_a_claim_says_all_that_it_needs() -> None:
-    found = compare(measured([0] * 20), measured([1] * 20), step=5)
+    found = compare_measurements(measured([0] * 20), measured([1] * 20), step=5)
     assert (
-        verdict_text(found) == "task, exact_match: 0.000 -> 1.000, difference +1.000 [+0.735, +1.000], n = 20: better"
+        format_comparison(found)
+        == "task, exact_match: 0.000 -> 1.000, difference +1.000 [+0.735, +1.000], n = 20: better"
     )
-    assert verdict_text(compare(measured([0, 1]), measured([1, 1]))).endswith("n = 2: no difference shown")
+    assert format_comparison(compare_measurements(measured([0, 1]), measured([1, 1]))).endswith(
+        "n = 2: no difference shown"
+    )
 
 
 def test_different_items_are_not_compared() -> None:
@@ -110,4 +135,4 @@ def test_different_items_are_not_compared() -> None:
     ]
     for other in others:
         with pytest.raises(InputError, match=r"same items|cannot be compared|differently"):
-            compare(one, other)
+            compare_measurements(one, other)

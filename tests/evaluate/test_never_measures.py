@@ -4,24 +4,42 @@ import pytest
 
 from tunesmith.core.types import Example, Json
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.constraints import Never
-from tunesmith.evaluate.constraint_baselines import LONGEST_BAN, bad_strings, bans, rules, told
-from tunesmith.evaluate.constraint_violations import ELICITING, NEUTRAL, RIGHTFUL, bad_logp, violations
-from tunesmith.evaluate.generate_until import Question, questions_of
-from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.data.constraints import ConstraintSet
+from tunesmith.evaluate.constraint_baselines import (
+    MAX_BAN_TOKENS,
+    add_rules,
+    collect_bad_strings,
+    format_rules,
+    tokenize_bans,
+)
+from tunesmith.evaluate.constraint_violations import (
+    ELICITING,
+    NEUTRAL,
+    RIGHTFUL,
+    measure_bad_logp,
+    measure_violations,
+)
+from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts
+from tunesmith.evaluate.loglikelihood import compute_nll
+from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.recipe.fields import Constraint
 
-SORRY, ROBOT = Constraint.model_validate({"check": "apology"}), Constraint.model_validate({"match": "(?i)robot"})
+SORRY, ROBOT = (
+    Constraint.model_validate({"check": "apology"}),
+    Constraint.model_validate({"match": "(?i)robot"}),
+)
 BOTH = (SORRY, ROBOT)
 
 
-def question(number: int, expected: str, negative: object = None) -> Question:
-    return Question(f"test:{number}", (1, 2), "?", expected, 3, negative)  # type: ignore[arg-type]
+def question(number: int, expected: str, negative: object = None) -> EvalPrompt:
+    return EvalPrompt(f"test:{number}", (1, 2), "?", expected, 3, negative)  # type: ignore[arg-type]
 
 
 def chat(answer: str, system: str = "", **more: object) -> Example:
-    turns: list[Json] = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": answer}]
+    turns: list[Json] = [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "content": answer},
+    ]
     turns = [{"role": "system", "content": system}, *turns] if system else turns
     weights = tuple(float(turn["role"] == "assistant") for turn in turns)
     return Example(**{"id": "test:1", "messages": tuple(turns), "turn_weights": weights, **more})  # type: ignore[arg-type]
@@ -38,7 +56,7 @@ def test_the_mark_says_what_a_prompt_is_for() -> None:
         question(7, "sorry, sir", negative=False),
     ]
     answers = ["a robot", "I'm sorry", " sorry ", "no", "sorry", "sorry!", "no"]
-    found = {(one.task, one.metric): one for one in violations(BOTH, questions, answers)}
+    found = {(one.task, one.metric): one for one in measure_violations(BOTH, questions, answers)}
     assert {key: (one.ids, one.values) for key, one in found.items()} == {
         (NEUTRAL, "breaks apology"): (("test:1", "test:2"), (0, 1)),
         (ELICITING, "breaks apology"): (("test:3", "test:4"), (1, 0)),
@@ -50,25 +68,34 @@ def test_the_mark_says_what_a_prompt_is_for() -> None:
 
 
 def test_one_prompt_of_a_kind_is_no_measure() -> None:
-    assert not list(violations(BOTH, [question(1, "fine")], ["sorry"]))
+    assert not list(measure_violations(BOTH, [question(1, "fine")], ["sorry"]))
 
 
 def test_a_bad_row_asks_its_prompt_and_expects_nothing(renderer: Renderer) -> None:
-    judged = Never(BOTH, held_out=True).judged(chat("well, sorry", negative=True))
-    assert judged.banned
-    bad, good = questions_of([judged, chat("well, sorry")], renderer)
-    assert (bad.prompt, bad.expected) == (good.prompt, good.expected)
+    judged = ConstraintSet(BOTH, is_held_out=True).mark_violations(
+        chat("well, sorry", negative=True)
+    )
+    assert judged.banned_spans
+    bad, good = build_prompts([judged, chat("well, sorry")], renderer)
+    assert (bad.prompt_ids, bad.expected) == (good.prompt_ids, good.expected)
     assert (bad.negative, good.negative) == (True, None)
 
 
-def test_the_logp_is_of_the_bad_tokens_alone(renderer: Renderer, model: LanguageModel) -> None:
+def test_the_logp_is_of_the_bad_tokens_alone(renderer: Renderer, model: PackedCausalLM) -> None:
     rows = [
-        chat(said, id=f"test:{n}", negative=True) for n, said in enumerate(("so sorry for it", "sorry", "no robot"))
+        chat(said, id=f"test:{n}", negative=True)
+        for n, said in enumerate(("so sorry for it", "sorry", "no robot"))
     ]
-    documents = [d for row in rows for d in renderer.documents(Never(BOTH, held_out=True).judged(row)).documents]
-    found = bad_logp(model, documents, task="test", pack_length=512)
+    documents = [
+        d
+        for row in rows
+        for d in renderer.render_documents(
+            ConstraintSet(BOTH, is_held_out=True).mark_violations(row)
+        ).documents
+    ]
+    found = measure_bad_logp(model, documents, task="test", pack_length=512)
     assert found.weights == (5, 5, 5), "one token a byte"
-    for i, nats, tokens in negative_log_likelihoods(model, documents, 512):
+    for i, nats, tokens in compute_nll(model, documents, 512):
         assert found.values[i] == pytest.approx(-nats / tokens)
     assert not found.higher_is_better
 
@@ -77,29 +104,36 @@ def test_the_logp_is_of_the_bad_tokens_alone(renderer: Renderer, model: Language
 
 
 def test_the_rules_quote_what_was_said() -> None:
-    bad = bad_strings(BOTH, [("a", "a robot"), ("b", "A Robot, robot, sorry"), ("c", "fine")])
+    bad = collect_bad_strings(
+        BOTH, [("a", "a robot"), ("b", "A Robot, robot, sorry"), ("c", "fine")]
+    )
     assert bad == {"apology": ["sorry"], "(?i)robot": ["robot", "Robot"]}
-    text = rules(BOTH, bad)
+    text = format_rules(BOTH, bad)
     assert text.splitlines() == [
         "Rules for every answer:",
         "- Never apologise or say sorry.",
         '- Never write "robot" or "Robot".',
     ]
-    assert rules(BOTH, {"apology": [], "(?i)robot": []}).endswith('- Never write "(?i)robot".')
+    assert format_rules(BOTH, {"apology": [], "(?i)robot": []}).endswith(
+        '- Never write "(?i)robot".'
+    )
 
 
 def test_the_model_is_told_in_its_system_message(renderer: Renderer) -> None:
-    plain, kept = told(chat("fine"), "RULES"), told(chat("fine", system="Be brief."), "RULES")
+    plain, kept = (
+        add_rules(chat("fine"), "RULES"),
+        add_rules(chat("fine", system="Be brief."), "RULES"),
+    )
     assert plain.messages[0] == {"role": "system", "content": "RULES"}
     assert kept.messages[0] == {"role": "system", "content": "Be brief.\n\nRULES"}
     for example, before in ((plain, chat("fine")), (kept, chat("fine", system="Be brief."))):
-        (asked,), (first,) = questions_of([example], renderer), questions_of([before], renderer)
+        (asked,), (first,) = build_prompts([example], renderer), build_prompts([before], renderer)
         assert asked.expected == first.expected
-        assert "RULES" in renderer.decode(asked.prompt)
-    assert told(Example("a", text=" b", prompt="a"), "RULES").prompt == "RULES\n\na"
+        assert "RULES" in renderer.decode(asked.prompt_ids)
+    assert add_rules(Example("a", text=" b", prompt="a"), "RULES").prompt == "RULES\n\na"
 
 
 def test_bans_are_how_bad_strings_begin(renderer: Renderer) -> None:
-    found = bans({"a": ["no", "sorry"], "b": ["no"]}, renderer)
+    found = tokenize_bans({"a": ["no", "sorry"], "b": ["no"]}, renderer)
     assert [renderer.decode(tokens) for tokens in found] == ["no", " no", "sorr", " sor"]
-    assert max(map(len, found)) == LONGEST_BAN
+    assert max(map(len, found)) == MAX_BAN_TOKENS

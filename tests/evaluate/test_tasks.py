@@ -6,17 +6,17 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.generate_until import (
-    Question,
-    answer_length,
-    ask,
-    check_questions,
-    grade,
-    questions_of,
-    samples_of,
+    EvalPrompt,
+    apply_metrics,
+    build_prompts,
+    build_samples,
+    check_prompts,
+    compute_max_new_tokens,
+    iter_answers,
 )
 from tunesmith.evaluate.json_metrics import field_f1, json_valid, schema_valid
 from tunesmith.evaluate.metrics import METRICS
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.causal_lm import PackedCausalLM
 
 SCHEMA = {
     "type": "object",
@@ -25,11 +25,18 @@ SCHEMA = {
     "additionalProperties": False,
 }
 GOLD = '{"name": "Ada", "age": 36}'
-ALL = (*(name for name in METRICS if name != "regex"), "regex: Ada", "contains: ADA", "numeric: 0.1")
+ALL = (
+    *(name for name in METRICS if name != "regex"),
+    "regex: Ada",
+    "contains: ADA",
+    "numeric: 0.1",
+)
 
 
 def chat(*contents: str, weights: tuple[float, ...] = (), row: str = "test:1") -> Example:
-    messages = tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents))
+    messages = tuple(
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
+    )
     return Example(row, messages, weights or tuple(float(i % 2) for i in range(len(contents))))
 
 
@@ -103,14 +110,14 @@ def test_field_f1_counts_pairs_of_path_and_value(answer: str, expected: str, f1:
     assert field_f1(answer, expected, None) == pytest.approx(f1)
 
 
-def _question(expected: str = GOLD) -> Question:
-    return Question("test:1", (1, 2), "who?", expected, len(expected))
+def _question(expected: str = GOLD) -> EvalPrompt:
+    return EvalPrompt("test:1", (1, 2), "who?", expected, len(expected))
 
 
 def test_an_answer_nested_without_end_is_wrong_and_breaks_nothing() -> None:
     for depth in (200, 900, 100_000):
         deep = "[" * depth + "]" * depth
-        for measured in grade([_question()], [deep], task="t", metrics=ALL, schema=SCHEMA):
+        for measured in apply_metrics([_question()], [deep], task="t", metrics=ALL, schema=SCHEMA):
             assert measured.metric == "json_valid" or measured.values[0] < 0.1
 
 
@@ -119,30 +126,32 @@ def test_an_answer_nested_without_end_is_wrong_and_breaks_nothing() -> None:
 
 def test_a_question_is_the_prompt_as_it_is_served(renderer: Renderer) -> None:
     example = chat("hi", "hello", "who?", GOLD)
-    (question,) = questions_of([example], renderer)
-    assert question.prompt == renderer.prompt(example.messages[:3])
-    assert (question.id, question.shown, question.expected) == ("test:1", "who?", GOLD)
-    assert question.expected_tokens == len(GOLD) + 1
-    assert answer_length([question]) > 1.4 * len(GOLD)
+    (question,) = build_prompts([example], renderer)
+    assert question.prompt_ids == renderer.encode_prompt(example.messages[:3])
+    assert (question.id, question.prompt_text, question.expected) == ("test:1", "who?", GOLD)
+    assert question.num_expected_tokens == len(GOLD) + 1
+    assert compute_max_new_tokens([question]) > 1.4 * len(GOLD)
 
 
 def test_the_last_trained_turn_is_asked(renderer: Renderer) -> None:
     example = chat("hi", "hello", "bye", "farewell", weights=(0, 1, 0, 0))
-    (question,) = questions_of([example], renderer)
-    assert (question.shown, question.expected) == ("hi", "hello")
-    assert question.prompt == renderer.prompt(example.messages[:1])
+    (question,) = build_prompts([example], renderer)
+    assert (question.prompt_text, question.expected) == ("hi", "hello")
+    assert question.prompt_ids == renderer.encode_prompt(example.messages[:1])
 
 
 def test_a_completion_row_is_asked_by_its_prompt(renderer: Renderer) -> None:
-    (question,) = questions_of([Example("test:3", text=" world", prompt="hello")], renderer)
-    assert (question.shown, question.expected) == ("hello", " world")
-    assert renderer.decode(question.prompt) == "hello"
+    (question,) = build_prompts([Example("test:3", text=" world", prompt="hello")], renderer)
+    assert (question.prompt_text, question.expected) == ("hello", " world")
+    assert renderer.decode(question.prompt_ids) == "hello"
 
 
-@pytest.mark.parametrize("example", [Example("test:4", text="no prompt"), chat("a", "b", weights=(0, 0), row="test:4")])
+@pytest.mark.parametrize(
+    "example", [Example("test:4", text="no prompt"), chat("a", "b", weights=(0, 0), row="test:4")]
+)
 def test_a_row_that_asks_nothing_is_refused(renderer: Renderer, example: Example) -> None:
     with pytest.raises(InputError, match=r"test:4: the row asks nothing"):
-        questions_of([example], renderer)
+        build_prompts([example], renderer)
 
 
 @pytest.mark.parametrize(
@@ -158,40 +167,57 @@ def test_a_row_that_asks_nothing_is_refused(renderer: Renderer, example: Example
         (("contains: Dear",), None, GOLD, "itself fails contains: Dear"),
         (("schema_valid",), None, GOLD, "needs a schema"),
         (("schema_valid",), {"type": "thing"}, GOLD, "not a JSON schema"),
-        (("exact_match", "field_f1"), None, "plain words", "test:1: the expected answer itself fails field_f1"),
+        (
+            ("exact_match", "field_f1"),
+            None,
+            "plain words",
+            "test:1: the expected answer itself fails field_f1",
+        ),
         (("schema_valid",), SCHEMA, '{"age": 3}', "itself fails schema_valid"),
     ],
 )
-def test_metrics_that_cannot_be_used_are_refused_first(metrics, schema, expected: str, message: str) -> None:
+def test_metrics_that_cannot_be_used_are_refused_first(
+    metrics, schema, expected: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        check_questions([_question(expected)], metrics, schema)
+        check_prompts([_question(expected)], metrics, schema)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_metrics_that_fit_pass_and_find_the_expected_answer_right(name: str) -> None:
     question = _question()
-    check_questions([question], (name,), SCHEMA)
-    (found,) = grade([question], [question.expected], task="test", metrics=(name,), schema=SCHEMA)
+    check_prompts([question], (name,), SCHEMA)
+    (found,) = apply_metrics(
+        [question], [question.expected], task="test", metrics=(name,), schema=SCHEMA
+    )
     assert found.values == (1.0,)
 
 
 # ---------------------------------------------------------------- a whole task
 
 
-def test_a_task_from_rows_to_measurements(model: LanguageModel, renderer: Renderer) -> None:
+def test_a_task_from_rows_to_measurements(model: PackedCausalLM, renderer: Renderer) -> None:
     examples = [chat(f"number {i}?", f'{{"n": {i}}}', row=f"test:{i}") for i in range(6)]
-    questions = questions_of(examples, renderer)
-    found = dict(ask(model, questions, renderer, max_new_tokens=8))
+    questions = build_prompts(examples, renderer)
+    found = dict(iter_answers(model, questions, renderer, max_new_tokens=8))
     assert sorted(found) == list(range(6))
     answers = [found[i].text for i in range(6)]
     answers[2] = '{"n": 2}'  # the random network gives none that is right
     by_metric = {
-        m.metric: m for m in grade(questions, answers, task="count", metrics=("exact_match", "field_f1"), schema=None)
+        m.metric: m
+        for m in apply_metrics(
+            questions, answers, task="count", metrics=("exact_match", "field_f1"), schema=None
+        )
     }
     assert by_metric["exact_match"].values == by_metric["field_f1"].values == (0, 0, 1, 0, 0, 0)
     assert by_metric["field_f1"].ids == tuple(f"test:{i}" for i in range(6))
-    sample = samples_of(questions, answers, step=4)[2]
-    assert (sample.step, sample.id, sample.prompt, sample.expected) == (4, "test:2", "number 2?", '{"n": 2}')
+    sample = build_samples(questions, answers, step=4)[2]
+    assert (sample.step, sample.id, sample.prompt, sample.expected) == (
+        4,
+        "test:2",
+        "number 2?",
+        '{"n": 2}',
+    )
 
 
 def test_contains_goes_by_whole_words() -> None:

@@ -9,7 +9,7 @@ import regex
 
 from tunesmith.core.errors import InputError
 from tunesmith.evaluate import text_metrics
-from tunesmith.evaluate.metrics import given_to, graded
+from tunesmith.evaluate.metrics import grade_answer, parse_metric_arg
 from tunesmith.evaluate.text_metrics import (
     chrf,
     contains,
@@ -35,13 +35,17 @@ PAIRS = [
 def test_chrf_is_that_of_sacrebleu() -> None:
     """sacrebleu 2.6.0: CHRF().sentence_score(answer, [expected]).score / 100"""
     wanted = [0.645779, 0.365405, 0.2, 0.688726, 0.0, 0.484987, 0.0]
-    assert [chrf(answer, expected, None) for answer, expected in PAIRS] == pytest.approx(wanted, abs=1e-6)
+    assert [chrf(answer, expected, None) for answer, expected in PAIRS] == pytest.approx(
+        wanted, abs=1e-6
+    )
 
 
 def test_rouge_l_is_that_of_rouge_score() -> None:
     """rouge-score 0.1.2: fmeasure of rougeL; but it reads ASCII letters only, and takes ü for a space."""
     wanted = [0.833333, 0.444444, 0.0, 6 / 7, 0.0, 0.142857, 0.0]
-    assert [rouge_l(answer, expected, None) for answer, expected in PAIRS] == pytest.approx(wanted, abs=1e-6)
+    assert [rouge_l(answer, expected, None) for answer, expected in PAIRS] == pytest.approx(
+        wanted, abs=1e-6
+    )
 
 
 def test_token_f1_counts_words_wherever_they_stand() -> None:
@@ -50,7 +54,9 @@ def test_token_f1_counts_words_wherever_they_stand() -> None:
     assert token_f1("no no no", "no", None) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("metric", [chrf, rouge_l, token_f1, exact_match, normalised_match, contains])
+@pytest.mark.parametrize(
+    "metric", [chrf, rouge_l, token_f1, exact_match, normalised_match, contains]
+)
 def test_the_expected_answer_is_right_even_if_it_holds_no_word(metric) -> None:
     for text in ("a b", "", "…", "三つ", "word " * 3000):
         assert metric(text, text, None) == 1
@@ -64,9 +70,17 @@ def test_exact_match_forgives_space_at_the_ends_only() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "expected", "equal"),
-    [("Yes.", "yes", 1), ("NEW  YORK!", "New York", 1), ("ﬁne", "fine", 1), ("yes no", "no yes", 0), ("-5", "5", 1)],
+    [
+        ("Yes.", "yes", 1),
+        ("NEW  YORK!", "New York", 1),
+        ("ﬁne", "fine", 1),
+        ("yes no", "no yes", 0),
+        ("-5", "5", 1),
+    ],
 )
-def test_normalised_match_forgives_case_punctuation_and_space(answer: str, expected: str, equal: int) -> None:
+def test_normalised_match_forgives_case_punctuation_and_space(
+    answer: str, expected: str, equal: int
+) -> None:
     assert normalised_match(answer, expected, None) == equal
 
 
@@ -81,7 +95,9 @@ def test_normalised_match_forgives_case_punctuation_and_space(answer: str, expec
         ("3.8.12", "3.8.1", 0),
     ],
 )
-def test_contains_looks_for_the_expected_answer_or_the_given_text(answer: str, given: str | None, found: int) -> None:
+def test_contains_looks_for_the_expected_answer_or_the_given_text(
+    answer: str, given: str | None, found: int
+) -> None:
     assert contains(answer, "Paris", given) == found
 
 
@@ -120,7 +136,9 @@ def test_a_pattern_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatc
         ("3", "none", None, 0),
     ],
 )
-def test_numbers_are_read_and_compared(answer: str, expected: str, tolerance: float | None, right: int) -> None:
+def test_numbers_are_read_and_compared(
+    answer: str, expected: str, tolerance: float | None, right: int
+) -> None:
     assert numeric(answer, expected, tolerance) == right
 
 
@@ -130,5 +148,5 @@ def test_what_the_recipe_gives_reaches_the_metric() -> None:
         ("contains: dear", "Dear Ada", "no matter"),
         (r"regex: ^\w+: \d+$", "age: 36", "no matter"),  # a colon and a space in the pattern
     ):
-        assert graded(metric, answer, expected, given_to(metric, None)) == 1
-    assert math.isclose(given_to("numeric: 0.05", None), 0.05)
+        assert grade_answer(metric, answer, expected, parse_metric_arg(metric, None)) == 1
+    assert math.isclose(parse_metric_arg("numeric: 0.05", None), 0.05)

@@ -8,16 +8,16 @@ from huggingface_hub import ModelCard
 
 import told_run as told
 from tiny_run import measured_files, recipe, train
-from tunesmith.core.atomic import damage
-from tunesmith.core.types import Choice, ModelSpec, Plan
-from tunesmith.train.model_card import CARD, card, escaped, write_card
+from tunesmith.core.atomic import verify_dir
+from tunesmith.core.types import ModelSpec, Plan, PlanValue
+from tunesmith.train.model_card import CARD_FILE, escape_markdown, render_card, write_card
 
 HOSTILE = "a|b\n# owned <script>alert(1)</script> [x](http://y) `code` **b** \u202e\x00"
 
 
 def planned(model: ModelSpec = told.MODEL, **choices: object) -> Plan:
     values = {"output_dir": "runs/support-json", "lora_r": 16, **choices}
-    made = {key: Choice(value, "you", "") for key, value in values.items()}
+    made = {key: PlanValue(value, "you", "") for key, value in values.items()}
     return replace(told.PLAN, model=model, choices={**told.PLAN.choices, **made})
 
 
@@ -26,7 +26,7 @@ def head_of(text: str) -> dict:
 
 
 def test_its_facts_are_those_of_the_record() -> None:
-    text = card(told.record_of(planned()), told.IDENTITY)
+    text = render_card(told.record_of(planned()), told.IDENTITY)
     assert ModelCard(text).data.to_dict()["library_name"] == "peft"
     assert head_of(text) == {
         "library_name": "peft",
@@ -51,31 +51,35 @@ def test_a_base_and_a_licence_are_named_only_if_known(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--some--base" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     hub = replace(told.MODEL, name="some/base", path=snapshot)
-    text = card(told.record_of(planned(hub)), {})
+    text = render_card(told.record_of(planned(hub)), {})
     assert (head_of(text)["base_model"], "license" in head_of(text)) == ("some/base", False)
     assert 'from_pretrained("some/base")' in text
-    (snapshot / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\nMIT in the text")
-    assert head_of(card(told.record_of(planned(hub)), {}))["license"] == "apache-2.0"
+    (snapshot / "README.md").write_text(
+        "---\nlanguage: en\nlicense: apache-2.0\n---\nMIT in the text"
+    )
+    assert head_of(render_card(told.record_of(planned(hub)), {}))["license"] == "apache-2.0"
     built_in = replace(told.MODEL, origin="SmolLM2 (Apache-2.0), from a wheel")
-    assert head_of(card(told.record_of(planned(built_in)), {}))["license"] == "apache-2.0"
-    assert "base_model" not in head_of(card(told.record_of(planned(built_in)), {}))
+    assert head_of(render_card(told.record_of(planned(built_in)), {}))["license"] == "apache-2.0"
+    assert "base_model" not in head_of(render_card(told.record_of(planned(built_in)), {}))
 
 
 def test_what_was_not_measured_is_not_claimed() -> None:
-    text = card(told.record_of(planned(), comparisons=()), {})
+    text = render_card(told.record_of(planned(), comparisons=()), {})
     assert "Nothing was measured" in text
     assert "better" not in text
-    full = card(told.record_of(planned(method="full")), {})
+    full = render_card(told.record_of(planned(method="full")), {})
     assert head_of(full)["library_name"] == "transformers"
     assert "peft" not in full.lower()
 
 
 def test_words_of_others_are_words() -> None:
-    made = escaped(HOSTILE)
+    made = escape_markdown(HOSTILE)
     assert "\n" not in made
-    assert made == ("a\\|b \\# owned \\<script\\>alert(1)\\</script\\> \\[x\\](http://y) \\`code\\` \\*\\*b\\*\\*")
+    assert made == (
+        "a\\|b \\# owned \\<script\\>alert(1)\\</script\\> \\[x\\](http://y) \\`code\\` \\*\\*b\\*\\*"
+    )
     plan = replace(planned(output_dir=f"runs/{HOSTILE.replace('/', '')}"), warnings=(HOSTILE,))
-    text = card(told.record_of(plan, drift=(HOSTILE,)), {})
+    text = render_card(told.record_of(plan, drift=(HOSTILE,)), {})
     assert "\n# owned" not in text
     assert "<script" not in text.replace("\\<script", "")
 
@@ -83,13 +87,17 @@ def test_words_of_others_are_words() -> None:
 def test_several_stages_are_named(tmp_path: Path) -> None:
     record = told.record_of(planned(), adapter=str(tmp_path))
     write_card(record, told.IDENTITY, stages=["1-cpt", "2-sft"])
-    assert "trained in stages: 1-cpt, 2-sft" in (tmp_path / CARD).read_text()
+    assert "trained in stages: 1-cpt, 2-sft" in (tmp_path / CARD_FILE).read_text()
 
 
 def test_a_run_leaves_it_and_the_folder_is_whole(tiny_folder: Path, tmp_path: Path) -> None:
     train(recipe(tiny_folder, tmp_path, **measured_files(tmp_path / "files")))
     adapter = tmp_path / "run" / "adapter"
-    assert ModelCard.load(adapter / CARD).data.to_dict()["tags"] == ["tunesmith", "lora", "sft"]
-    assert damage(adapter) == ""
-    (adapter / CARD).write_text("mine")
-    assert damage(adapter) == ""
+    assert ModelCard.load(adapter / CARD_FILE).data.to_dict()["tags"] == [
+        "tunesmith",
+        "lora",
+        "sft",
+    ]
+    assert verify_dir(adapter) == ""
+    (adapter / CARD_FILE).write_text("mine")
+    assert verify_dir(adapter) == ""

@@ -25,7 +25,9 @@ def faulty_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs Linux and a C compiler")
     library = tmp_path_factory.mktemp("faulty") / "faultyfiles.so"
     source = HERE / "faultyfiles.c"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True
+    )
     return library
 
 
@@ -36,7 +38,9 @@ def dying(faulty_files: Path) -> Dying:
     def found(what: str, folder: Path, *modes: str) -> dict[str, Any]:
         environment = {**os.environ, "LD_PRELOAD": str(faulty_files), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(HERE / "dying.py"), what, str(folder), *modes]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
         return json.loads(done.stdout)
 
     return found

@@ -34,7 +34,7 @@ import tiny_run
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.train import run
-from tunesmith.train.loop import Settings, Training
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
 MODES = ("off", "die", "tear", "full")  # as in faultyfiles.c
 SHIM = ctypes.CDLL(None)
@@ -73,25 +73,37 @@ def tidied(folder: Path) -> str:
     parts: list[object] = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        assert not name.startswith((".tmp", ".trash")) or not (folder / "plan.json").exists(), f"{name} is left"
+        assert not name.startswith((".tmp", ".trash")) or not (folder / "plan.json").exists(), (
+            f"{name} is left"
+        )
         if path.name == "events.jsonl":
             events = [json.loads(line) for line in path.read_bytes().splitlines()]
             parts.append([(event["type"], event["step"], event["attempt"]) for event in events])
-        elif path.is_file() and path.name not in (".lock", "plan.json", "identity.json", "data.json", "recipe.yaml"):
+        elif path.is_file() and path.name not in (
+            ".lock",
+            "plan.json",
+            "identity.json",
+            "data.json",
+            "recipe.yaml",
+        ):
             parts.append((name, hashlib.sha256(path.read_bytes()).hexdigest()))
         else:
             parts.append(name.partition(".tmp-")[0])
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def try_all(first: Path, mode: int, die: Callable[[Path], str], go_on: Callable[[Path], str]) -> dict[str, object]:
+def try_all(
+    first: Path, mode: int, die: Callable[[Path], str], go_on: Callable[[Path], str]
+) -> dict[str, object]:
     """`die` in a copy of `first` at call 1, 2, ...; what `go_on` makes of each state that this leaves."""
     known: dict[str, str] = {}
     endings: Counter[str] = Counter()
     for call in range(1, 10**6):
         folder = first.with_name(f"{first.name}-{call}")
         shutil.copytree(first, folder) if first.exists() else None
-        status, said = child(lambda folder=folder, call=call: (armed(folder, call, mode), die(folder))[1])
+        status, said = child(
+            lambda folder=folder, call=call: (armed(folder, call, mode), die(folder))[1]
+        )
         endings[f"{status} {re.sub('[0-9.]+', 'N', said.partition(': ')[2])}".strip()] += 1
         tidy, digest = child(lambda folder=folder: tidied(folder))
         assert tidy == 0, digest
@@ -99,29 +111,38 @@ def try_all(first: Path, mode: int, die: Callable[[Path], str], go_on: Callable[
             known[digest] = child(lambda folder=folder: go_on(folder))[1]
         shutil.rmtree(folder, ignore_errors=True)
         if status == 0:
-            return {"calls": call - 1, "outcomes": Counter(known.values()), "endings": endings, "last": known[digest]}
+            return {
+                "calls": call - 1,
+                "outcomes": Counter(known.values()),
+                "endings": endings,
+                "last": known[digest],
+            }
     raise AssertionError("unreachable")
 
 
 # ---------------------------------------------------------------- the third checkpoint of a tiny training
 
 
-def new_training() -> Training:
-    settings = Settings(
+def new_training() -> TrainingLoop:
+    settings = TrainingConfig(
         steps=STEPS, pack_length=60, learning_rate=2e-3, warmup_steps=0, schedule="linear", weight_decay=0.01,
         max_grad_norm=1.0, seed=5,
     )  # fmt: skip
-    return Training(tiny.tiny_model(lora_dropout=0.1), lambda step: [tiny.tiny_document(9, step)], settings)
+    return TrainingLoop(
+        tiny.tiny_model(lora_dropout=0.1), lambda step: [tiny.tiny_document(9, step)], settings
+    )
 
 
-def weights_after(training: Training) -> str:
+def weights_after(training: TrainingLoop) -> str:
     list(training)
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in training.parameters.values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(p.detach().numpy().tobytes() for p in training.parameters.values())
+    ).hexdigest()
 
 
 def go_on_training(folder: Path) -> str:
     with RunFolder.open(folder) as opened:
-        found, skipped = opened.latest_checkpoint()
+        found, skipped = opened.find_latest_checkpoint()
         assert found is not None
         assert not skipped
         training = new_training()
@@ -135,12 +156,15 @@ def save(folder: Path, mode: int) -> dict[str, object]:
         opened.write_json("plan.json", {})
         for step in (1, 2):
             next(training)
-            with opened.checkpoint(step, facts={}, needed_bytes=1000) as target:
+            with opened.checkpoint(step, metadata={}, needed_bytes=1000) as target:
                 training.save(target)
     next(training)
 
     def save_third(place: Path) -> str:
-        with RunFolder.open(place) as opened, opened.checkpoint(3, facts={}, needed_bytes=1000) as target:
+        with (
+            RunFolder.open(place) as opened,
+            opened.checkpoint(3, metadata={}, needed_bytes=1000) as target,
+        ):
             training.save(target)
         return ""
 
@@ -152,14 +176,18 @@ def save(folder: Path, mode: int) -> dict[str, object]:
 
 
 def whole_run(model: Path, folder: Path, files: dict[str, str]) -> str:
-    wish = tiny_run.recipe(model, folder.parent, **files, output_dir=str(folder), save_steps=1, lora_dropout=0.1)
+    wish = tiny_run.recipe(
+        model, folder.parent, **files, output_dir=str(folder), save_steps=1, lora_dropout=0.1
+    )
     list(run.train(tiny_run.plan_of(wish)))
     return finished(folder)
 
 
 def finished(folder: Path) -> str:
     assert (folder / "record.json").exists()
-    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def resume_or_begin(model: Path, folder: Path, files: dict[str, str]) -> str:
@@ -205,7 +233,10 @@ def times(folder: Path, _mode: int) -> dict[str, object]:
     for number in range(20):
         place = folder / f"run-{number}"
         for work in (whole_run, resume_or_begin):
-            kills += killed(lambda work=work, place=place: work(model, place, files), after=chance.uniform(0, early))
+            kills += killed(
+                lambda work=work, place=place: work(model, place, files),
+                after=chance.uniform(0, early),
+            )
         outcomes[child(lambda place=place: resume_or_begin(model, place, files))[1]] += 1
     return {"straight": straight, "kills": kills, "outcomes": outcomes}
 
@@ -226,4 +257,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     work, (where, *modes) = {"save": save, "run": whole, "times": times}[sys.argv[1]], sys.argv[2:]
-    sys.stdout.write(json.dumps({mode: work(Path(where) / mode, MODES.index(mode)) for mode in modes}) + "\n")
+    sys.stdout.write(
+        json.dumps({mode: work(Path(where) / mode, MODES.index(mode)) for mode in modes}) + "\n"
+    )

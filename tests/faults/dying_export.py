@@ -21,14 +21,20 @@ import torch
 from dying import MODES, armed, child
 from tiny_export import save_model, save_run
 
-from tunesmith.core.atomic import damage
+from tunesmith.core.atomic import verify_dir
 from tunesmith.evaluate import finished_run
 
 
 def left(place: Path) -> str:
     """What stands under the final name, and whether anything is left beside it."""
-    what = ("whole" if not damage(place) else f"damaged: {damage(place)}") if place.exists() else "nothing"
-    beside = sorted(path.name.partition("-made")[0] for path in place.parent.iterdir() if path != place)
+    what = (
+        ("whole" if not verify_dir(place) else f"damaged: {verify_dir(place)}")
+        if place.exists()
+        else "nothing"
+    )
+    beside = sorted(
+        path.name.partition("-made")[0] for path in place.parent.iterdir() if path != place
+    )
     return " ".join([what, *beside])
 
 
@@ -41,10 +47,13 @@ def try_all(finished: Path, name: str, folder: Path, mode: int, every: int) -> d
 
         def export(place: Path = place, call: int = call) -> str:
             armed(place.parent, call, mode)
-            return finished_run.export(finished, target, kind=kind or None, out=place).path
+            return finished_run.export_run(finished, target, kind=kind or None, out=place).path
 
         status, said = child(export)
-        reason = next((words for words in ("no room on the disk",) if words in said), "" if status in (0, 9) else said)
+        reason = next(
+            (words for words in ("no room on the disk",) if words in said),
+            "" if status in (0, 9) else said,
+        )
         endings[" ".join(part for part in (str(status), left(place), reason) if part)] += 1
         shutil.rmtree(place.parent)
         if status == 0:
@@ -54,7 +63,12 @@ def try_all(finished: Path, name: str, folder: Path, mode: int, every: int) -> d
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, mode, every, *names = Path(sys.argv[1]), MODES.index(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+    folder, mode, every, *names = (
+        Path(sys.argv[1]),
+        MODES.index(sys.argv[2]),
+        int(sys.argv[3]),
+        *sys.argv[4:],
+    )
     code, said = child(lambda: str(save_run(folder / "work", save_model(folder / "model"))))
     assert code == 0, said
     print(json.dumps({name: try_all(Path(said), name, folder, mode, every) for name in names}))  # noqa: T201

@@ -14,8 +14,8 @@ import pytest
 
 from tiny_run import adapter_bytes, plan_of, recipe, steps_of, train
 from tunesmith.core.errors import MachineError
-from tunesmith.core.events import Verdict
-from tunesmith.core.run_dir import EVENTS, read_events
+from tunesmith.core.events import CheckResult
+from tunesmith.core.run_dir import EVENTS_FILE, read_events
 from tunesmith.train import run
 
 
@@ -32,8 +32,13 @@ def file_limit(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(tiny_folder: Path, tmp_path: Path) -> None:
-    wishes = [recipe(tiny_folder, tmp_path / name, save_steps=1, lora_r=16) for name in ("straight", "full")]
+def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    wishes = [
+        recipe(tiny_folder, tmp_path / name, save_steps=1, lora_r=16)
+        for name in ("straight", "full")
+    ]
     train(wishes[0])
     folder = tmp_path / "full" / "run"
     events = run.train(plan_of(wishes[1]))
@@ -42,11 +47,13 @@ def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(tiny_fol
     size = (folder / "checkpoints" / "step-1" / "state.safetensors").stat().st_size
     with (
         file_limit(size // 2),
-        pytest.raises(MachineError, match=r"step-2: no room on the disk: .* \(\d+ bytes\) needed") as full,
+        pytest.raises(
+            MachineError, match=r"step-2: no room on the disk: .* \(\d+ bytes\) needed"
+        ) as full,
     ):
         list(events)
     assert full.value.exit_code == 3
-    assert int(full.value.what.partition("(")[2].split()[0]) == pytest.approx(size, rel=0.2)
+    assert int(full.value.message.partition("(")[2].split()[0]) == pytest.approx(size, rel=0.2)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
     assert [step.step for step in steps_of(list(run.resume(folder)))] == [2, 3]
     assert adapter_bytes(wishes[1]) == adapter_bytes(wishes[0])
@@ -103,7 +110,7 @@ def test_fault_26_nothing_is_ever_renamed_from_one_folder_to_another(
 @contextmanager
 def no_room_for_events(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The disk takes half a line of events.jsonl, then nothing of it."""
-    write, events, taken = os.write, folder / EVENTS, list[int]()
+    write, events, taken = os.write, folder / EVENTS_FILE, list[int]()
 
     def refusing(descriptor: int, content: bytes) -> int:
         if not os.path.samestat(os.fstat(descriptor), events.stat()):
@@ -129,7 +136,9 @@ def test_fault_33_events_that_cannot_be_written_wait_and_one_warning_says_so(
             seen.append(next(events))
         assert read_lines(folder) == []
     seen += list(events)
-    (warning,) = [event for event in seen if isinstance(event, Verdict) and event.level == "warn"]
+    (warning,) = [
+        event for event in seen if isinstance(event, CheckResult) and event.level == "warn"
+    ]
     assert (warning.kind, warning.evidence) == (
         "events.jsonl",
         "No space left on device: lines wait in memory for room",

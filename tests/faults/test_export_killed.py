@@ -24,7 +24,9 @@ def dying_export(faulty_files: Path, tmp_path: Path) -> Dying:
     def found(mode: str, every: int, *targets: str) -> dict[str, dict[str, Any]]:
         environment = {**os.environ, "LD_PRELOAD": str(faulty_files), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(SCRIPT), str(tmp_path), mode, str(every), *targets]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
         return json.loads(done.stdout)
 
     return found
@@ -34,7 +36,9 @@ def check_deaths(found: dict[str, dict[str, Any]]) -> None:
     """At first there is nothing at all, then a folder with a passing name, at last the whole export."""
     for target, result in found.items():
         assert result["calls"] > 15, target
-        assert set(result["endings"]) <= {"9 nothing", "9 nothing .tmp", "9 whole", "0 whole"}, target
+        assert set(result["endings"]) <= {"9 nothing", "9 nothing .tmp", "9 whole", "0 whole"}, (
+            target
+        )
         assert result["endings"]["9 nothing .tmp"] > 1, target
 
 

@@ -35,6 +35,8 @@ def test_ten_thousand_cases(tiny_folder: Path, capsys: pytest.CaptureFixture[str
         cases = seen["sequences"] if kind == "sequences" else sum(seen.values())
         total += cases
         with capsys.disabled():
-            sys.stdout.write(f"{kind}: {cases:,} in {time.process_time() - started:.0f} s, {dict(seen)}\n")
+            sys.stdout.write(
+                f"{kind}: {cases:,} in {time.process_time() - started:.0f} s, {dict(seen)}\n"
+            )
         assert min(seen.values()) >= 100, kind
     assert total >= 10_000

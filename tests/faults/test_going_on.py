@@ -23,9 +23,9 @@ from tiny_run import (
     write_rows,
 )
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
-from tunesmith.data.sampler import Schedule
+from tunesmith.data.sampler import StepSampler
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import run
 
@@ -38,7 +38,9 @@ def broken_off(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("broken-off")
     straight = recipe(tiny_folder, folder / "straight", save_steps=1, lora_dropout=0.1)
     train(straight)
-    until_saved(run.train(plan_of(recipe(tiny_folder, folder, save_steps=1, lora_dropout=0.1))), step=2)
+    until_saved(
+        run.train(plan_of(recipe(tiny_folder, folder, save_steps=1, lora_dropout=0.1))), step=2
+    )
     return folder / "run", adapter_bytes(straight)
 
 
@@ -55,7 +57,9 @@ def flip(file: Path, place: float) -> None:
 
 
 def verdicts(events: list[Event], kind: str) -> list[str]:
-    return [event.evidence for event in events if isinstance(event, Verdict) and event.kind == kind]
+    return [
+        event.evidence for event in events if isinstance(event, CheckResult) and event.kind == kind
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +78,9 @@ def test_fault_24_a_flipped_byte_is_seen_and_the_checkpoint_before_is_taken(
     name: str, place: float, copied: Path, broken_off: tuple[Path, bytes]
 ) -> None:
     flip(copied / "checkpoints" / "step-2" / name, place)
-    with pytest.raises(InputError, match=r"step-2: manifest\.json is missing or broken|step-2: .* was changed"):
+    with pytest.raises(
+        InputError, match=r"step-2: manifest\.json is missing or broken|step-2: .* was changed"
+    ):
         next(run.resume(copied, from_step=2))
     events = list(run.resume(copied))
     (warning,) = verdicts(events, "checkpoint")
@@ -84,9 +90,13 @@ def test_fault_24_a_flipped_byte_is_seen_and_the_checkpoint_before_is_taken(
     assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
 
 
-def test_fault_24_weights_and_both_moments_are_in_the_file_that_is_checked(broken_off: tuple[Path, bytes]) -> None:
+def test_fault_24_weights_and_both_moments_are_in_the_file_that_is_checked(
+    broken_off: tuple[Path, bytes],
+) -> None:
     header = (broken_off[0] / "checkpoints" / "step-2" / "state.safetensors").read_bytes()[8:]
-    assert all(f'"{part}.model.layers.0'.encode() in header for part in ("weight", "exp_avg", "exp_avg_sq"))
+    assert all(
+        f'"{part}.model.layers.0'.encode() in header for part in ("weight", "exp_avg", "exp_avg_sq")
+    )
 
 
 def test_an_older_checkpoint_can_be_named(copied: Path, broken_off: tuple[Path, bytes]) -> None:
@@ -102,7 +112,9 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(copied: Path) -> Non
         next(run.resume(copied, from_step=3))
 
 
-def test_a_run_without_any_good_checkpoint_starts_over(copied: Path, broken_off: tuple[Path, bytes]) -> None:
+def test_a_run_without_any_good_checkpoint_starts_over(
+    copied: Path, broken_off: tuple[Path, bytes]
+) -> None:
     for step in (1, 2):
         flip(copied / "checkpoints" / f"step-{step}" / "manifest.json", 0.5)
     events = list(run.resume(copied))
@@ -116,7 +128,11 @@ def test_a_manifest_says_what_the_checkpoint_belongs_to(broken_off: tuple[Path, 
     assert manifest["step"] == 2
     assert manifest["plan"]["learning_rate"] == 0.01
     assert manifest["versions"].keys() >= {"torch", "transformers", "tokenizers", "numpy"}
-    hashes = [*manifest["base_sha256"].values(), *manifest["templates"].values(), *manifest["data"].values()]
+    hashes = [
+        *manifest["base_sha256"].values(),
+        *manifest["templates"].values(),
+        *manifest["data"].values(),
+    ]
     assert {len(found) for found in [*hashes, manifest["tokenizer"], manifest["renderer"]]} == {64}
 
 
@@ -127,7 +143,13 @@ def test_a_manifest_says_what_the_checkpoint_belongs_to(broken_off: tuple[Path, 
 def own(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run over files of its own, left after its first checkpoint."""
     folder = tmp_path_factory.mktemp("own")
-    wish = recipe(save_model_folder(folder / "model"), folder, **measured_files(folder), save_steps=1, eval_steps=1)
+    wish = recipe(
+        save_model_folder(folder / "model"),
+        folder,
+        **measured_files(folder),
+        save_steps=1,
+        eval_steps=1,
+    )
     until_saved(run.train(plan_of(wish)), step=1)
     return wish
 
@@ -176,34 +198,52 @@ DRIFTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "recipe": ("run/recipe.yaml", in_recipe, r"recipe\.learning_rate: 0\.01 -> 0\.02"),
     "plan": ("run/plan.json", in_plan, r"plan\.learning_rate: 0\.01 -> 0\.5"),
     "weights": ("model/model.safetensors", last_byte, r"base_sha256\.model\.safetensors: sha256 "),
-    "config": ("model/config.json", in_json("rms_norm_eps", 1e-5), r"config\.rms_norm_eps: 1e-06 -> 1e-05"),
+    "config": (
+        "model/config.json",
+        in_json("rms_norm_eps", 1e-5),
+        r"config\.rms_norm_eps: 1e-06 -> 1e-05",
+    ),
     "tokenizer": ("model/tokenizer.json", in_tokenizer, "tokenizer: sha256 "),
-    "template": ("model/chat_template.jinja", lambda file: file.write_text(file.read_text() + " "), "templates.def"),
-    "end token": ("model/generation_config.json", in_json("eos_token_id", 0), r"end_ids: \[257, 258\] -> \[257, 0, "),
+    "template": (
+        "model/chat_template.jinja",
+        lambda file: file.write_text(file.read_text() + " "),
+        "templates.def",
+    ),
+    "end token": (
+        "model/generation_config.json",
+        in_json("eos_token_id", 0),
+        r"end_ids: \[257, 258\] -> \[257, 0, ",
+    ),
     "library": ("run/identity.json", versions, r"versions\.torch: 2\.6\.0 -> \d"),
 }
 
 
 @pytest.mark.parametrize("what", DRIFTS)
-def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(what: str, own: Recipe) -> None:
+def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(
+    what: str, own: Recipe
+) -> None:
     assert isinstance(own.output_dir, Path)
     name, change, message = DRIFTS[what]
     file = own.output_dir.parent / name
     content = file.read_bytes()
     change(file)
     try:
-        with pytest.raises(InputError, match=rf"(?s)not what the run stood on.*\n  {message}.*allow-drift") as refusal:
+        with pytest.raises(
+            InputError, match=rf"(?s)not what the run stood on.*\n  {message}.*allow-drift"
+        ) as refusal:
             next(run.resume(own.output_dir))
     finally:
         file.write_bytes(content)
     assert refusal.value.exit_code == 2
-    fields = [line.partition(":")[0].strip() for line in refusal.value.what.splitlines()[1:]]
+    fields = [line.partition(":")[0].strip() for line in refusal.value.message.splitlines()[1:]]
     assert len(fields) == len(set(fields)) <= 2
 
 
 @pytest.mark.parametrize("what", ["test data", "plan", "weights"])
 def test_fault_30_what_is_allowed_to_differ_is_in_the_record(what: str, tmp_path: Path) -> None:
-    wish = recipe(save_model_folder(tmp_path / "model"), tmp_path, **measured_files(tmp_path), save_steps=1)
+    wish = recipe(
+        save_model_folder(tmp_path / "model"), tmp_path, **measured_files(tmp_path), save_steps=1
+    )
     until_saved(run.train(plan_of(wish)), step=1)
     name, change, _ = DRIFTS[what]
     change(tmp_path / name)
@@ -247,7 +287,7 @@ def test_a_run_of_another_version_is_refused(copied: Path) -> None:
     (copied / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(InputError, match="of another version of tunesmith") as refused:
         list(run.resume(copied))
-    assert "beta: Extra inputs" in refused.value.what
+    assert "beta: Extra inputs" in refused.value.message
 
 
 # ---------------------------------------------------------------- the order of rows
@@ -255,21 +295,25 @@ def test_a_run_of_another_version_is_refused(copied: Path) -> None:
 
 def test_fault_31_the_order_of_rows_is_a_function_of_seed_epoch_and_index() -> None:
     """Written down: any other order is another run. Asked for in any order, by any process, it is the same."""
-    schedule = Schedule(rows=7, batch_size=3, epochs=2, seed=5)
+    schedule = StepSampler(num_rows=7, batch_size=3, epochs=2, seed=5)
     expected = [(2, 4, 3), (1, 5, 0), (6, 4, 5), (1, 6, 0), (2, 3)]
-    assert [schedule.rows_of(step) for step in (1, 2, 3, 4, 5)] == expected
-    assert [Schedule(rows=7, batch_size=3, epochs=2, seed=5).rows_of(step) for step in (5, 2)] == [
+    assert [schedule.get_rows(step) for step in (1, 2, 3, 4, 5)] == expected
+    assert [
+        StepSampler(num_rows=7, batch_size=3, epochs=2, seed=5).get_rows(step) for step in (5, 2)
+    ] == [
         expected[4],
         expected[1],
     ]
-    assert [row for rows in Schedule(rows=7, batch_size=2, epochs=2, seed=5).after(0) for row in rows[1]] == [
-        row for rows in expected for row in rows
-    ]
+    assert [
+        row
+        for rows in StepSampler(num_rows=7, batch_size=2, epochs=2, seed=5).iter_steps(0)
+        for row in rows[1]
+    ] == [row for rows in expected for row in rows]
 
 
 def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_path: Path) -> None:
     """Also when it changes in the middle of a run."""
-    seen: dict[str, list[StepResult]] = {}
+    seen: dict[str, list[TrainStep]] = {}
     for name, length in (("wide", 2048), ("narrow", 60)):
         wish = recipe(tiny_folder, tmp_path / name, max_length=60, pack_length=length, save_steps=1)
         seen[name] = steps_of(train(wish))
@@ -284,5 +328,9 @@ def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_
     seen["mixed"] = steps_of(list(run.resume(tmp_path / "mixed" / "run", allow_drift=True)))
     for name, tail in (("narrow", 0), ("mixed", 1)):
         for one, other in zip(seen["wide"][tail:], seen[name], strict=True):
-            assert (one.step, one.tokens, one.supervised_tokens) == (other.step, other.tokens, other.supervised_tokens)
+            assert (one.step, one.tokens, one.supervised_tokens) == (
+                other.step,
+                other.tokens,
+                other.supervised_tokens,
+            )
             assert one.loss == pytest.approx(other.loss, rel=1e-5)

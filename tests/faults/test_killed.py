@@ -18,7 +18,9 @@ def saves(dying: Dying, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 @pytest.mark.parametrize("mode", ["die", "tear"])
-def test_fault_22_a_save_killed_at_any_call_resumes_to_the_same_bytes(mode: str, saves: dict[str, Any]) -> None:
+def test_fault_22_a_save_killed_at_any_call_resumes_to_the_same_bytes(
+    mode: str, saves: dict[str, Any]
+) -> None:
     """`tear`: half of each write is done first."""
     found = saves[mode]
     assert found["endings"] == {"9": found["calls"], "0": 1}
@@ -26,14 +28,18 @@ def test_fault_22_a_save_killed_at_any_call_resumes_to_the_same_bytes(mode: str,
     assert set(found["outcomes"]) == {f"step-{step} {found['straight']}" for step in (2, 3)}
 
 
-def test_fault_25_a_disk_that_fills_up_at_any_call_of_a_save_leaves_the_one_before(saves: dict[str, Any]) -> None:
+def test_fault_25_a_disk_that_fills_up_at_any_call_of_a_save_leaves_the_one_before(
+    saves: dict[str, Any],
+) -> None:
     """Also under the writer of safetensors, whose errors are its own."""
     found = saves["full"]
     *_, last = found["endings"]
     assert last == "0"
     refused = [ending for ending in found["endings"] if ending != "0"]
     assert all("no room on the disk" in ending and "free some room" in ending for ending in refused)
-    counted = [ending for ending in refused if re.search(r"checkpoints/step-N: .*N bytes\) needed", ending)]
+    counted = [
+        ending for ending in refused if re.search(r"checkpoints/step-N: .*N bytes\) needed", ending)
+    ]
     assert sum(found["endings"][ending] for ending in counted) >= 8
     assert set(found["outcomes"]) == {f"step-{step} {found['straight']}" for step in (2, 3)}
 

@@ -16,19 +16,19 @@ from torch import Tensor
 from tiny import tiny_document, tiny_documents, tiny_model, worst_difference
 from tiny_run import measured_files, plan_of, recipe, steps_of, train
 from tunesmith.core.errors import MachineError
-from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
-from tunesmith.core.types import Batch, Request
-from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
-from tunesmith.model.adapters import trainable
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.generation.engine import generate, stream
-from tunesmith.model.kv_cache import RowCache
+from tunesmith.core.types import Batch, GenerationRequest
+from tunesmith.evaluate.loglikelihood import compute_nll
+from tunesmith.model.adapters import get_trainable_parameters
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.generation.engine import generate, stream_answer
+from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.oom import OutOfMemory, memory_errors
 from tunesmith.train import run
-from tunesmith.train.loop import Settings, Training
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
-SETTINGS = Settings(
+SETTINGS = TrainingConfig(
     steps=4,
     pack_length=90,
     learning_rate=2e-3,
@@ -41,46 +41,62 @@ SETTINGS = Settings(
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
 
 
-def bounded(model: LanguageModel, most: int) -> LanguageModel:
+def bounded(model: PackedCausalLM, most: int) -> PackedCausalLM:
     """The model on a device that has memory for packs of so many tokens."""
-    hidden = model.hidden
+    hidden = model.compute_hidden
 
     def refusing(batch: Batch) -> Tensor:
-        if batch.layout.tokens > most:
+        if batch.layout.num_tokens > most:
             hidden(batch)  # the error comes in the middle of the work
             raise torch.OutOfMemoryError(SAID)
         return hidden(batch)
 
-    model.hidden = refusing  # type: ignore[method-assign]
+    model.compute_hidden = refusing  # type: ignore[method-assign]
     return model
 
 
-def trained(model: LanguageModel) -> tuple[list[Event], dict[str, Tensor]]:
-    start = {name: p.detach().clone() for name, p in trainable(model.network).items()}
-    training = Training(model, lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS)
+def trained(model: PackedCausalLM) -> tuple[list[Event], dict[str, Tensor]]:
+    start = {
+        name: p.detach().clone() for name, p in get_trainable_parameters(model.network).items()
+    }
+    training = TrainingLoop(model, lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS)
     events = list(training)
-    return events, {name: p.detach() - start[name] for name, p in trainable(model.network).items()}
+    return events, {
+        name: p.detach() - start[name]
+        for name, p in get_trainable_parameters(model.network).items()
+    }
 
 
-def verdicts(events: Sequence[Event]) -> list[Verdict]:
-    return [event for event in events if isinstance(event, Verdict)]
+def verdicts(events: Sequence[Event]) -> list[CheckResult]:
+    return [event for event in events if isinstance(event, CheckResult)]
 
 
 def test_fault_28_a_step_that_does_not_fit_is_the_same_step_in_smaller_packs() -> None:
-    (free, expected), (narrow, found) = (trained(bounded(tiny_model(), most)) for most in (10**6, 35))
+    (free, expected), (narrow, found) = (
+        trained(bounded(tiny_model(), most)) for most in (10**6, 35)
+    )
     (warning,) = verdicts(narrow)
     assert narrow[0] == warning, "the first step, and never again"
     assert (warning.kind, warning.level, warning.step) == ("memory", "warn", 1)
-    assert warning.evidence == f"out of memory: {SAID}; packs of 67 tokens become packs of 33: same step, same update"
+    assert (
+        warning.evidence
+        == f"out of memory: {SAID}; packs of 67 tokens become packs of 33: same step, same update"
+    )
     for one, other in zip(steps_of(free), steps_of(narrow), strict=True):
-        assert (one.step, one.tokens, one.supervised_tokens) == (other.step, other.tokens, other.supervised_tokens)
+        assert (one.step, one.tokens, one.supervised_tokens) == (
+            other.step,
+            other.tokens,
+            other.supervised_tokens,
+        )
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
     assert worst_difference(found, expected) < 1e-4
 
 
 def test_fault_28_packs_are_halved_as_often_as_it_takes() -> None:
     """The document of 17 tokens is never split, and fits by itself."""
-    training = Training(bounded(tiny_model(), 17), lambda step: tiny_documents((17, 13, 13, 5, step)), SETTINGS)
+    training = TrainingLoop(
+        bounded(tiny_model(), 17), lambda step: tiny_documents((17, 13, 13, 5, step)), SETTINGS
+    )
     events, lengths = list[Event](), [training.pack_length]
     for event in training:
         events.append(event)
@@ -91,7 +107,9 @@ def test_fault_28_packs_are_halved_as_often_as_it_takes() -> None:
 
 
 def test_fault_28_one_document_that_does_not_fit_ends_the_run_with_advice() -> None:
-    training = Training(bounded(tiny_model(), 20), lambda step: tiny_documents((31, 17, 5, step)), SETTINGS)
+    training = TrainingLoop(
+        bounded(tiny_model(), 20), lambda step: tiny_documents((31, 17, 5, step)), SETTINGS
+    )
     with pytest.raises(
         MachineError, match=r"one document each by now, the longest has 31 tokens\n  fix: lower max"
     ) as e:
@@ -104,30 +122,36 @@ def test_fault_28_one_document_that_does_not_fit_ends_the_run_with_advice() -> N
 
 def test_fault_28_the_choice_is_kept_in_checkpoints(tmp_path: Path) -> None:
     documents = lambda step: tiny_documents((31, 17, 13, 5, step))  # noqa: E731
-    first = Training(bounded(tiny_model(), 35), documents, SETTINGS)
-    assert [type(next(first)) for _ in range(3)] == [Verdict, StepResult, StepResult]
+    first = TrainingLoop(bounded(tiny_model(), 35), documents, SETTINGS)
+    assert [type(next(first)) for _ in range(3)] == [CheckResult, TrainStep, TrainStep]
     first.save(tmp_path)
     straight = list(first)
-    second = Training(bounded(tiny_model(), 35), documents, SETTINGS)
+    second = TrainingLoop(bounded(tiny_model(), 35), documents, SETTINGS)
     second.restore(tmp_path)
     assert second.pack_length == 33
     resumed = list(second)
-    assert [event.loss for event in steps_of(resumed)] == [event.loss for event in steps_of(straight)]
+    assert [event.loss for event in steps_of(resumed)] == [
+        event.loss for event in steps_of(straight)
+    ]
     assert not verdicts(resumed)
 
 
 def test_fault_28_saving_between_the_error_and_the_second_try_loses_nothing(tmp_path: Path) -> None:
-    training = Training(bounded(tiny_model(), 35), lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS)
-    assert isinstance(next(training), Verdict)
+    training = TrainingLoop(
+        bounded(tiny_model(), 35), lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS
+    )
+    assert isinstance(next(training), CheckResult)
     assert not training.model.network.training
     training.save(tmp_path)
     training.restore(tmp_path)
     assert [step.step for step in steps_of(list(training))] == [1, 2, 3, 4]
 
 
-def test_fault_28_the_rows_of_an_update_that_does_not_fit_are_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_28_the_rows_of_an_update_that_does_not_fit_are_not_to_blame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The optimizer's own state cannot be had in parts."""
-    training = Training(tiny_model(), lambda step: tiny_documents((31, step)), SETTINGS)
+    training = TrainingLoop(tiny_model(), lambda step: tiny_documents((31, step)), SETTINGS)
 
     def refusing() -> None:
         raise torch.OutOfMemoryError(SAID)
@@ -150,25 +174,27 @@ def test_the_error_of_the_cpu_is_known_too() -> None:
 def test_fault_29_held_out_losses_are_those_of_smaller_packs() -> None:
     documents = [tiny_document(length) for length in (31, 17, 13, 5, 2)]
     free, narrow = (
-        sorted(negative_log_likelihoods(bounded(tiny_model(), most), documents, 90)) for most in (10**6, 31)
+        sorted(compute_nll(bounded(tiny_model(), most), documents, 90)) for most in (10**6, 31)
     )
-    assert [(place, count) for place, _, count in free] == [(place, count) for place, _, count in narrow]
+    assert [(place, count) for place, _, count in free] == [
+        (place, count) for place, _, count in narrow
+    ]
     assert [nats for _, nats, _ in narrow] == pytest.approx([nats for _, nats, _ in free], rel=1e-5)
     with pytest.raises(OutOfMemory):
-        list(negative_log_likelihoods(bounded(tiny_model(), 30), documents, 90))
+        list(compute_nll(bounded(tiny_model(), 30), documents, 90))
 
 
-def few_rows(model: LanguageModel, most: int) -> tuple[LanguageModel, list[int]]:
+def few_rows(model: PackedCausalLM, most: int) -> tuple[PackedCausalLM, list[int]]:
     """The model on a device with memory for so many rows at once; and the rows of its forwards."""
-    extend, seen = model.extend, list[int]()
+    extend, seen = model.decode_step, list[int]()
 
-    def refusing(tokens: Sequence[int], rows: RowCache) -> Tensor:
+    def refusing(tokens: Sequence[int], rows: RaggedKVCache) -> Tensor:
         seen.append(rows.slots)
         if len(tokens) > most:
             raise torch.OutOfMemoryError(SAID)
         return extend(tokens, rows)
 
-    model.extend = refusing  # type: ignore[method-assign]
+    model.decode_step = refusing  # type: ignore[method-assign]
     return model, seen
 
 
@@ -177,8 +203,13 @@ def spell(tokens: Sequence[int]) -> str:
 
 
 def test_fault_29_answers_are_those_of_smaller_batches() -> None:
-    prompts = [tuple(tiny_document(length).tokens_L.tolist()) for length in (3, 17, 9, 1, 17, 12, 5, 30, 2)]
-    requests = [Request(prompt, max_new_tokens=6, temperature=float(i % 2)) for i, prompt in enumerate(prompts)]
+    prompts = [
+        tuple(tiny_document(length).tokens_L.tolist()) for length in (3, 17, 9, 1, 17, 12, 5, 30, 2)
+    ]
+    requests = [
+        GenerationRequest(prompt, max_new_tokens=6, temperature=float(i % 2))
+        for i, prompt in enumerate(prompts)
+    ]
     free = dict(generate(tiny_model(), requests, decode=spell, end_ids=()))
     narrow, slots = few_rows(tiny_model(), 2)
     assert dict(generate(narrow, requests, decode=spell, end_ids=())) == free
@@ -187,26 +218,29 @@ def test_fault_29_answers_are_those_of_smaller_batches() -> None:
 
 def test_fault_29_a_single_row_that_does_not_fit_is_the_machines_fault() -> None:
     narrow, _ = few_rows(tiny_model(), 0)
-    request = Request((5, 6, 7), max_new_tokens=6)
+    request = GenerationRequest((5, 6, 7), max_new_tokens=6)
     with pytest.raises(MachineError, match="out of memory: CUDA"):
         list(generate(narrow, [request], decode=spell, end_ids=()))
     with pytest.raises(MachineError, match="out of memory: CUDA"):
-        list(stream(narrow, request, decode=spell, end_ids=()))
+        list(stream_answer(narrow, request, decode=spell, end_ids=()))
 
 
 def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden = LanguageModel.hidden
+    hidden = PackedCausalLM.compute_hidden
 
-    def refusing(self: LanguageModel, batch: Batch) -> Tensor:
+    def refusing(self: PackedCausalLM, batch: Batch) -> Tensor:
         if len(batch.ids) > 1 and batch.ids[0].startswith(("eval", "test", "general")):
             raise torch.OutOfMemoryError(SAID)
         return hidden(self, batch)
 
-    wishes = [recipe(tiny_folder, tmp_path / n, **measured_files(tmp_path / n), save_steps=2) for n in "ab"]
+    wishes = [
+        recipe(tiny_folder, tmp_path / n, **measured_files(tmp_path / n), save_steps=2)
+        for n in "ab"
+    ]
     train(wishes[0])
-    monkeypatch.setattr(LanguageModel, "hidden", refusing)
+    monkeypatch.setattr(PackedCausalLM, "hidden", refusing)
     events = train(wishes[1])
     assert not [verdict for verdict in verdicts(events) if verdict.level != "ok"]
     found = [read_json(tmp_path / n / "run" / "record.json") for n in "ab"]
@@ -221,27 +255,32 @@ def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
 def test_fault_28_a_whole_run_on_a_small_device(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden = LanguageModel.hidden
+    hidden = PackedCausalLM.compute_hidden
 
-    def refusing(self: LanguageModel, batch: Batch) -> Tensor:
-        if self.network.training and batch.layout.tokens > 60:
+    def refusing(self: PackedCausalLM, batch: Batch) -> Tensor:
+        if self.network.training and batch.layout.num_tokens > 60:
             raise torch.OutOfMemoryError(SAID)
         return hidden(self, batch)
 
-    monkeypatch.setattr(LanguageModel, "hidden", refusing)
+    monkeypatch.setattr(PackedCausalLM, "hidden", refusing)
     events = train(recipe(tiny_folder, tmp_path, save_steps=1))
     assert [verdict.step for verdict in verdicts(events) if verdict.kind == "memory"] == [1]
     assert [step.step for step in steps_of(events)] == [1, 2, 3]
     written = (tmp_path / "run" / "events.jsonl").read_text()
     assert "packs of 80 tokens become packs of 40" in written
-    assert read_json(tmp_path / "run" / "checkpoints" / "step-2" / "position.json")["pack_length"] == 40
+    assert (
+        read_json(tmp_path / "run" / "checkpoints" / "step-2" / "position.json")["pack_length"]
+        == 40
+    )
 
 
 def test_fault_28_on_a_cpu_the_estimate_refuses_before_anything_is_loaded(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(recipe(tiny_folder, tmp_path))
-    small = dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, available_bytes=10**8))
+    small = dataclasses.replace(
+        plan, machine=dataclasses.replace(plan.machine, available_bytes=10**8)
+    )
     monkeypatch.setattr(run, "set_up", lambda *_: pytest.fail("nothing is loaded"))
     with pytest.raises(MachineError, match=r"0\.1 GB are free"):
         next(run.train(small))

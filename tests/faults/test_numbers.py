@@ -14,19 +14,19 @@ from torch import Tensor
 
 from tiny import tiny_document, tiny_model
 from tiny_run import adapter_bytes, measured_files, recipe, steps_of, train
-from tunesmith.core.atomic import damage
+from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import GateError
-from tunesmith.core.events import Event, StepResult, Verdict
+from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import RunFolder, every_event, failure_of, read_events
+from tunesmith.core.run_dir import RunFolder, read_all_events, read_events, read_failure
 from tunesmith.core.types import Batch
 from tunesmith.evaluate import finished_run
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.safetensors_io import first_not_finite, write_tensors
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 from tunesmith.train import run
-from tunesmith.train.loop import Settings, Training
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
-SETTINGS = Settings(
+SETTINGS = TrainingConfig(
     steps=6, pack_length=60, learning_rate=2e-3, warmup_steps=0, schedule="constant", weight_decay=0, max_grad_norm=1,
     seed=5,
 )  # fmt: skip
@@ -35,16 +35,16 @@ SETTINGS = Settings(
 def poison(steps: set[int], patch: pytest.MonkeyPatch) -> None:
     """NaN in the hidden states of these training steps, one pack each."""
     forwards: list[int] = []
-    hidden = LanguageModel.hidden
+    hidden = PackedCausalLM.compute_hidden
 
-    def poisoned(self: LanguageModel, batch: Batch) -> Tensor:
+    def poisoned(self: PackedCausalLM, batch: Batch) -> Tensor:
         found = hidden(self, batch)
         if self.network.training:
             forwards.append(len(forwards) + 1)
             return found * (math.nan if forwards[-1] in steps else 1)
         return found
 
-    patch.setattr(LanguageModel, "hidden", poisoned)
+    patch.setattr(PackedCausalLM, "hidden", poisoned)
 
 
 def followed(events: Callable[[], object], folder: Path) -> GateError:
@@ -60,35 +60,50 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = recipe(tiny_folder, tmp_path / "straight", num_train_epochs=3, save_steps=2)
-    wish, folder = recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2, guard="off"), tmp_path / "run"
+    wish, folder = (
+        recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2, guard="off"),
+        tmp_path / "run",
+    )
     train(straight)
     with monkeypatch.context() as patch:
         poison({4, 5, 6}, patch)
         error = followed(lambda: train(wish), folder)
-    assert "3 non-finite steps in a row" in error.what
+    assert "3 non-finite steps in a row" in error.message
 
-    bad = [event for event in every_event(folder) if event["type"] == "verdict" and event["kind"] == "non-finite"]
+    bad = [
+        event
+        for event in read_all_events(folder)
+        if event["type"] == "verdict" and event["kind"] == "non-finite"
+    ]
     assert [event["step"] for event in bad] == [4, 5], "the third is the failure itself"
     assert all("rows: train.jsonl:" in event["evidence"] for event in bad)
-    last = every_event(folder)[-1]
+    last = read_all_events(folder)[-1]
     assert (last["type"], last["kind"], last["level"]) == ("verdict", "failed", "stop")
     assert "step 6: loss nan" in last["evidence"]
     assert "train.jsonl:" in last["evidence"]
 
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert checkpoint.name == "step-2"
-    assert damage(checkpoint) == ""
-    assert first_not_finite(load_file(checkpoint / "state.safetensors")) == ""
+    assert verify_dir(checkpoint) == ""
+    assert find_nonfinite(load_file(checkpoint / "state.safetensors")) == ""
 
-    for use in (finished_run.reopen, finished_run.evaluate, lambda path: next(finished_run.chat(path, ["hello"]))):
+    for use in (
+        finished_run.reopen_session,
+        finished_run.evaluate_run,
+        lambda path: next(finished_run.chat(path, ["hello"])),
+    ):
         with pytest.raises(GateError, match="this run failed: 3 non-finite steps"):
             use(folder)
 
     events = list(run.resume(folder))
-    (said,) = [event for event in events if isinstance(event, Verdict) and event.kind == "earlier attempt"]
+    (said,) = [
+        event
+        for event in events
+        if isinstance(event, CheckResult) and event.kind == "earlier attempt"
+    ]
     assert "3 non-finite steps in a row" in said.evidence
     assert [step.step for step in steps_of(events)] == list(range(3, 10))
-    assert failure_of(folder) == ""
+    assert read_failure(folder) == ""
     assert adapter_bytes(wish) == adapter_bytes(straight)
 
 
@@ -97,12 +112,16 @@ def test_fault_27_under_guard_it_goes_back_and_on_with_half_the_rate(
 ) -> None:
     poison({4, 5, 6}, monkeypatch)
     events = train(recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2))
-    (back,) = [event for event in events if isinstance(event, Verdict) and event.level == "rollback"]
+    (back,) = [
+        event for event in events if isinstance(event, CheckResult) and event.level == "rollback"
+    ]
     assert (back.kind, back.step) == ("non-finite", 6)
     assert "back to step 2, on with 0.5 times the learning rate" in back.evidence
     rates = {step.step: step.learning_rate for step in steps_of(events)}
     assert rates[3] == pytest.approx(0.5 * 0.01 * 7 / 9)
-    assert [event["step"] for event in read_events(tmp_path / "run") if event["type"] == "step"] == list(range(1, 10))
+    assert [
+        event["step"] for event in read_events(tmp_path / "run") if event["type"] == "step"
+    ] == list(range(1, 10))
 
 
 def test_fault_27_one_bad_step_is_skipped_and_its_rows_are_kept(
@@ -110,7 +129,9 @@ def test_fault_27_one_bad_step_is_skipped_and_its_rows_are_kept(
 ) -> None:
     poison({2}, monkeypatch)
     events = train(recipe(tiny_folder, tmp_path))
-    (verdict,) = [event for event in events if isinstance(event, Verdict) and event.level != "ok"]
+    (verdict,) = [
+        event for event in events if isinstance(event, CheckResult) and event.level != "ok"
+    ]
     assert (verdict.step, verdict.level) == (2, "warn")
     assert verdict.evidence.count("train.jsonl:") == 2
     assert [step.step for step in steps_of(events)] == [1, 3]
@@ -121,7 +142,7 @@ def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wish = recipe(tiny_folder, tmp_path, **measured_files(tmp_path))
-    measure = run.measure
+    measure = run.measure_items
 
     def refusing(*arguments: object, step: int, **more: object) -> object:
         if step:
@@ -132,7 +153,7 @@ def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
     with pytest.raises(GateError):
         train(wish)
     with pytest.raises(GateError, match="this run failed: the model's logits"):
-        finished_run.reopen(tmp_path / "run")
+        finished_run.reopen_session(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- nothing of it is written
@@ -143,24 +164,36 @@ def documents(step: int) -> list:
 
 
 def test_fault_27_weights_that_an_update_breaks_are_named_and_never_saved(tmp_path: Path) -> None:
-    training = Training(tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf))
+    training = TrainingLoop(
+        tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf)
+    )
     with RunFolder.create(tmp_path) as folder:
         folder.write_json("plan.json", {})
-        with folder.checkpoint(0, facts={}) as target:
+        with folder.checkpoint(0, metadata={}) as target:
             training.save(target)
-        assert isinstance(next(training), StepResult), "the loss and the gradient were finite"
-        with pytest.raises(GateError, match="not finite: nothing is written"), folder.checkpoint(1, facts={}) as target:
+        assert isinstance(next(training), TrainStep), "the loss and the gradient were finite"
+        with (
+            pytest.raises(GateError, match="not finite: nothing is written"),
+            folder.checkpoint(1, metadata={}) as target,
+        ):
             training.save(target)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0"]
-    with pytest.raises(GateError, match=r"lora_A is not finite since the update before; no row of this step"):
+    with pytest.raises(
+        GateError, match=r"lora_A is not finite since the update before; no row of this step"
+    ):
         next(training)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_fault_27_a_tensor_with_such_a_value_is_not_written(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_fault_27_a_tensor_with_such_a_value_is_not_written(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
     good, bad = torch.randn(3, 5).to(dtype), torch.randn(3, 5).to(dtype)
-    write_tensors({"good": good, "none": torch.empty(0), "count": torch.tensor([1, 2])}, tmp_path / "a.safetensors")
+    write_tensors(
+        {"good": good, "none": torch.empty(0), "count": torch.tensor([1, 2])},
+        tmp_path / "a.safetensors",
+    )
     bad[2, 3] = value
     with pytest.raises(GateError, match="bad holds values that are not finite"):
         write_tensors({"good": good, "bad": bad}, tmp_path / "b.safetensors")
@@ -176,7 +209,7 @@ def test_weights_are_readable_for_whom_their_folder_is(tmp_path: Path) -> None:
 
 
 def test_moments_are_checked_like_weights(tmp_path: Path) -> None:
-    training = Training(tiny_model(), documents, SETTINGS)
+    training = TrainingLoop(tiny_model(), documents, SETTINGS)
     events: list[Event] = [next(training)]
     assert events
     parameter = next(iter(training.parameters.values()))

@@ -14,41 +14,94 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import json_bytes
-from tunesmith.recipe.load import INSTEAD, LATER_KEYS, load_recipe
+from tunesmith.core.json_io import dump_json
+from tunesmith.recipe.load import REPLACEMENTS, UNSUPPORTED_KEYS, load_recipe
 from tunesmith.recipe.schema import ALIASES, KEYS, Recipe
 
-KNOWN = sorted({*KEYS.values(), *ALIASES, *INSTEAD, *LATER_KEYS})
+KNOWN = sorted({*KEYS.values(), *ALIASES, *REPLACEMENTS, *UNSUPPORTED_KEYS})
 WORDS = (
-    *("auto", "none", "lora", "full", "sft", "qlora", "bf16", "linear", "drop", "all-linear", "exact_match", "kernel"),
-    *("1e-4", "0.5", "-1", "yes", "off", "~", "null", "NaN", "[", "{a: b", "*a", "&a", "!!python/object:os.system"),
-    *("a.jsonl", "/dev/zero", "../../etc/passwd", "x.jinja", "", " ", "\0", "\ud800", "🤗", "text", "messages", "="),
+    *(
+        "auto",
+        "none",
+        "lora",
+        "full",
+        "sft",
+        "qlora",
+        "bf16",
+        "linear",
+        "drop",
+        "all-linear",
+        "exact_match",
+        "kernel",
+    ),
+    *(
+        "1e-4",
+        "0.5",
+        "-1",
+        "yes",
+        "off",
+        "~",
+        "null",
+        "NaN",
+        "[",
+        "{a: b",
+        "*a",
+        "&a",
+        "!!python/object:os.system",
+    ),
+    *(
+        "a.jsonl",
+        "/dev/zero",
+        "../../etc/passwd",
+        "x.jinja",
+        "",
+        " ",
+        "\0",
+        "\ud800",
+        "🤗",
+        "text",
+        "messages",
+        "=",
+    ),
 )
 FIELDS = ("path", "format", "columns", "max_examples", "weight", "messages", "content")
 
 texts = st.sampled_from(WORDS) | st.text(max_size=12)
-numbers = st.integers() | st.floats() | st.sampled_from([0, 1, 2, 10**30, -0.0, 1e-300, 1e308, 2**32])
+numbers = (
+    st.integers() | st.floats() | st.sampled_from([0, 1, 2, 10**30, -0.0, 1e-300, 1e308, 2**32])
+)
 plain = st.none() | st.booleans() | numbers | texts
 dates = st.dates() | st.datetimes()
 values = st.recursive(
     plain,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS) | texts, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(FIELDS) | texts, inner, max_size=3)
+    ),
     max_leaves=6,
 )
-names = st.sampled_from(KNOWN).flatmap(lambda name: st.sampled_from([name, name.replace("_", "-"), name.upper()]))
+names = st.sampled_from(KNOWN).flatmap(
+    lambda name: st.sampled_from([name, name.replace("_", "-"), name.upper()])
+)
 keys = names | texts
 recipes = st.dictionaries(keys, values | dates, max_size=6)
-needed = st.fixed_dictionaries({}, optional={"model": st.just("a") | values, "data": st.just("a.jsonl") | values})
-nearly = st.dictionaries(keys, values | dates, max_size=1).map(lambda one: {"model": "a", "data": "a.jsonl"} | one)
+needed = st.fixed_dictionaries(
+    {}, optional={"model": st.just("a") | values, "data": st.just("a.jsonl") | values}
+)
+nearly = st.dictionaries(keys, values | dates, max_size=1).map(
+    lambda one: {"model": "a", "data": "a.jsonl"} | one
+)
 wishes = nearly | st.builds(lambda some, more: {**some, **more}, recipes, needed)
 
 
-def outcome(path: Path | None, flags: dict[str, str] | None = None, arguments: tuple[Any, ...] = ()) -> str:
+def outcome(
+    path: Path | None, flags: dict[str, str] | None = None, arguments: tuple[Any, ...] = ()
+) -> str:
     """Which of the two it was. An error says where, and can be shown; a Recipe can be written."""
     try:
         recipe = load_recipe(path, flags, arguments=arguments)
     except InputError as error:
-        return "refused" if error.where and json_bytes(str(error)) else "refused without a place"
+        return "refused" if error.where and dump_json(str(error)) else "refused without a place"
     assert Recipe.model_validate(recipe.model_dump(by_alias=True, exclude_unset=True)) == recipe
     return "understood"
 
@@ -63,7 +116,10 @@ def recipes_explored(cases: int, seconds: float) -> Counter[str]:
             if door == "arguments":
                 seen[outcome(None, arguments=(wish,))] += 1
             elif door == "flags":
-                flags = {key: value if isinstance(value, str) else str(value) for key, value in wish.items()}
+                flags = {
+                    key: value if isinstance(value, str) else str(value)
+                    for key, value in wish.items()
+                }
                 seen[outcome(None, flags)] += 1
             else:
                 text = yaml.safe_dump(wish, allow_unicode=True, sort_keys=False)

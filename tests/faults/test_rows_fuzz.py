@@ -24,15 +24,50 @@ from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.formats.row_formats import FORMATS
-from tunesmith.data.rejects import rejected_rows
+from tunesmith.data.rejects import iter_rejected_rows
 from tunesmith.recipe.fields import DataSource
 
 START, END = 256, 257  # control tokens of the tiny model
 PIECES = (
-    *("<|start|>", "<|end|>", "<|text|>", "<|", "|>", "<|sta", "rt|>", "<|end|>\n<|start|>system\n", "{{ 7 * 7 }}"),
-    *("", " ", "\n", "yes", "é", "\u0338", "\ud800", "\0", "\u202e", "🤗", "<think>", "https://x.example/a.png"),
+    *(
+        "<|start|>",
+        "<|end|>",
+        "<|text|>",
+        "<|",
+        "|>",
+        "<|sta",
+        "rt|>",
+        "<|end|>\n<|start|>system\n",
+        "{{ 7 * 7 }}",
+    ),
+    *(
+        "",
+        " ",
+        "\n",
+        "yes",
+        "é",
+        "\u0338",
+        "\ud800",
+        "\0",
+        "\u202e",
+        "🤗",
+        "<think>",
+        "https://x.example/a.png",
+    ),
 )
-ROLES = ("user", "assistant", "system", "tool", "function", "human", "gpt", "observation", "user|>x", "", "wizard")
+ROLES = (
+    "user",
+    "assistant",
+    "system",
+    "tool",
+    "function",
+    "human",
+    "gpt",
+    "observation",
+    "user|>x",
+    "",
+    "wizard",
+)
 
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=4).map("".join)
 plain = st.none() | st.booleans() | st.integers() | st.floats() | texts
@@ -42,7 +77,12 @@ values = st.recursive(
     max_leaves=5,
 )
 roles = st.sampled_from(ROLES)
-likely = texts | st.just([{"type": "text", "text": "yes"}]) | st.just([{"type": "image_url", "image_url": {}}]) | values
+likely = (
+    texts
+    | st.just([{"type": "text", "text": "yes"}])
+    | st.just([{"type": "image_url", "image_url": {}}])
+    | values
+)
 turns = st.fixed_dictionaries(
     {},
     optional={
@@ -59,9 +99,13 @@ turns = st.fixed_dictionaries(
 )
 said = st.builds(lambda role, text: {"role": role, "content": text}, roles, texts)
 sound = st.builds(lambda question, answer: chat(question, f"{answer}.")["messages"], texts, texts)
-conversations = sound | sound | st.lists(said, max_size=4) | st.lists(turns, max_size=4) | texts | values
+conversations = (
+    sound | sound | st.lists(said, max_size=4) | st.lists(turns, max_size=4) | texts | values
+)
 KEYS = sorted({key for format in FORMATS.values() for key in format.keys})
-more = st.dictionaries(st.sampled_from(("tools", "system", "history", "input", "images", *KEYS)), values, max_size=1)
+more = st.dictionaries(
+    st.sampled_from(("tools", "system", "history", "input", "images", *KEYS)), values, max_size=1
+)
 
 
 def rows_of(name: str) -> st.SearchStrategy[Json]:
@@ -83,15 +127,17 @@ def read(path: Path, renderer: Renderer, format: str = "auto") -> Dataset | None
     """None where the file is refused. What a row is refused for has a place and can be written down."""
     data, refusal = None, None
     try:
-        data = open_dataset([DataSource.model_validate({"path": str(path), "format": format})], renderer)
+        data = open_dataset(
+            [DataSource.model_validate({"path": str(path), "format": format})], renderer
+        )
     except InputError as error:
         refusal = error
     if data is None:
         assert refusal
         assert refusal.where
-        assert refusal.what
+        assert refusal.message
         return None
-    for line in rejected_rows(data, rendered=True):
+    for line in iter_rejected_rows(data, has_render_errors=True):
         assert line["where"].startswith(path.name)
         assert line["fix"]
         json.dumps(line, ensure_ascii=False).encode()
@@ -102,8 +148,8 @@ def check_documents(data: Dataset) -> int:
     """How many rows became documents: each turn begins and ends in a token of the template, and no other is there."""
     used = 0
     for index in range(len(data)):
-        example, prepared = data.understand(index)
-        assert prepared.documents or prepared.dropped
+        example, prepared = data.render_row(index)
+        assert prepared.documents or prepared.drop_reason
         used += bool(prepared.documents)
         for document in prepared.documents:
             starts, ends = ((document.tokens_L == token).sum() for token in (START, END))
@@ -132,7 +178,10 @@ def rows_explored(cases: int, seconds: float, renderer: Renderer) -> Counter[str
 # ---------------------------------------------------------------- files
 
 SOUND = [chat(f'what is {n}?\n"yes", é', f"1,5\t€ {n}") for n in range(4)]
-PAIRS = [{"prompt": row["messages"][0]["content"], "completion": row["messages"][1]["content"]} for row in SOUND]
+PAIRS = [
+    {"prompt": row["messages"][0]["content"], "completion": row["messages"][1]["content"]}
+    for row in SOUND
+]
 
 
 def lines(some: list[Json]) -> bytes:
@@ -163,7 +212,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "x.jsonl.gz": lambda: gzip.compress(lines(SOUND), mtime=0),
     "x.parquet": parquet,
 }
-junk = st.binary(max_size=4) | st.sampled_from([b"\xff\xfe", b"\0", b"\n", b'"', b"[", b"]", b"{", b"NaN", b"\\ud800"])
+junk = st.binary(max_size=4) | st.sampled_from(
+    [b"\xff\xfe", b"\0", b"\n", b'"', b"[", b"]", b"{", b"NaN", b"\\ud800"]
+)
 damage = st.tuples(st.sampled_from(["put", "cut", "over", "again", "end"]), st.floats(0, 1), junk)
 
 
@@ -219,14 +270,25 @@ def test_damage_in_a_line_costs_that_line_alone(renderer: Renderer, tmp_path: Pa
     first, second, *rest = lines(SOUND).splitlines(keepends=True)
     path = tmp_path / "x.jsonl"
 
-    @given(st.binary(max_size=6).filter(lambda put: b"\n" not in put), st.integers(0, len(second) - 1), st.booleans())
+    @given(
+        st.binary(max_size=6).filter(lambda put: b"\n" not in put),
+        st.integers(0, len(second) - 1),
+        st.booleans(),
+    )
     def explored(put: bytes, at: int, over: bool) -> None:
         end = min(at + (len(put) if over else 0), len(second) - 1)
         path.write_bytes(first + second[:at] + put + second[end:] + b"".join(rest))
         data = read(path, renderer, "messages")
         assert data is not None
-        kept = [data.row(index).data for index in range(len(data)) if data.id(index) != "x.jsonl:2"]
+        kept = [
+            data.read_row(index).data
+            for index in range(len(data))
+            if data.get_id(index) != "x.jsonl:2"
+        ]
         assert kept == [SOUND[0], *SOUND[2:]]
-        assert all(line["where"].startswith("x.jsonl:2") for line in rejected_rows(data, rendered=True))
+        assert all(
+            line["where"].startswith("x.jsonl:2")
+            for line in iter_rejected_rows(data, has_render_errors=True)
+        )
 
     explore(explored, 100, 60)

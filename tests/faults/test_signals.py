@@ -13,11 +13,19 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tiny_run import adapter_bytes, measured_files, plan_of, recipe, save_model_folder, steps_of, train
+from tiny_run import (
+    adapter_bytes,
+    measured_files,
+    plan_of,
+    recipe,
+    save_model_folder,
+    steps_of,
+    train,
+)
 from tunesmith.core.errors import Interrupted
-from tunesmith.core.events import Event, Saved, Score
+from tunesmith.core.events import CheckpointSaved, Event, Score
 from tunesmith.core.types import Batch
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import base_reference, run
 from tunesmith.train.guard import guarded_loop
@@ -34,7 +42,15 @@ def straight(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> byt
 def wished(model: Path, folder: Path) -> Recipe:
     """Three steps, two packs each, evaluated and saved after the second."""
     length = {"max_length": 60, "pack_length": 60}
-    return recipe(model, folder, **measured_files(folder), **length, save_steps=2, eval_steps=2, lora_dropout=0.1)
+    return recipe(
+        model,
+        folder,
+        **measured_files(folder),
+        **length,
+        save_steps=2,
+        eval_steps=2,
+        lora_dropout=0.1,
+    )
 
 
 def follow(wish: Recipe) -> tuple[list[Event], Interrupted]:
@@ -56,16 +72,16 @@ def went_on(folder: Path) -> tuple[list[Event], bytes]:
 def at_forward(number: int, act: Callable[[], None], patch: pytest.MonkeyPatch) -> list[int]:
     """`act` in the `number`-th forward of training; returns the list of forwards so far."""
     forwards: list[int] = []
-    hidden = LanguageModel.hidden
+    hidden = PackedCausalLM.compute_hidden
 
-    def acting(self: LanguageModel, batch: Batch) -> Tensor:
+    def acting(self: PackedCausalLM, batch: Batch) -> Tensor:
         if self.network.training:
-            forwards.append(batch.layout.tokens)
+            forwards.append(batch.layout.num_tokens)
             if len(forwards) == number:
                 act()
         return hidden(self, batch)
 
-    patch.setattr(LanguageModel, "hidden", acting)
+    patch.setattr(PackedCausalLM, "hidden", acting)
     return forwards
 
 
@@ -78,7 +94,7 @@ def test_fault_23_a_signal_between_two_packs_of_a_step(
     assert len(forwards) == 4, "the signal came in the first of two packs of the second step"
     assert stopped.exit_code == 143
     assert [step.step for step in steps_of(events)] == [1, 2]
-    assert isinstance(events[-1], Saved)
+    assert isinstance(events[-1], CheckpointSaved)
     events, found = went_on(tmp_path / "run")
     assert [step.step for step in steps_of(events)] == [3]
     assert found == straight
@@ -123,22 +139,33 @@ def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
     assert stopped.exit_code == 130
     done = {"eval_scores": [1, 2], "measure again": [1, 2, 3]}.get(stage, [])
     assert [step.step for step in steps_of(events)] == done
-    assert not done or (isinstance(events[-1], Saved) and events[-1].step == done[-1])
+    assert not done or (isinstance(events[-1], CheckpointSaved) and events[-1].step == done[-1])
     events, found = went_on(tmp_path / "run")
-    assert [step.step for step in steps_of(events)] == [step for step in (1, 2, 3) if step not in done]
+    assert [step.step for step in steps_of(events)] == [
+        step for step in (1, 2, 3) if step not in done
+    ]
     assert any(isinstance(event, Score) and event.step == 3 for event in events)
     assert found == straight
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_fault_23_the_command_says_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_fault_23_the_command_says_how_to_go_on(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
     model = save_model_folder(tmp_path / "model")
     wish = recipe(model, tmp_path, num_train_epochs=400, max_steps=400, save_steps=1000)
-    flags = [f"--{key}={value}" for key, value in wish.model_dump(mode="json", exclude_unset=True).items()]
-    flags = [flag for flag in flags if not flag.startswith("--data")] + [f"--data={tmp_path / 'train.jsonl'}"]
+    flags = [
+        f"--{key}={value}"
+        for key, value in wish.model_dump(mode="json", exclude_unset=True).items()
+    ]
+    flags = [flag for flag in flags if not flag.startswith("--data")] + [
+        f"--data={tmp_path / 'train.jsonl'}"
+    ]
     command = [sys.executable, "-m", "tunesmith.cli.app", "train", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stderr is not None
         said = ""
         while "step 8/400" not in said:

@@ -27,24 +27,26 @@ from hypothesis.stateful import (
 from tiny import tiny_document, tiny_model
 from tunesmith.core.atomic import disk_errors
 from tunesmith.core.errors import MachineError
-from tunesmith.core.events import StepResult
+from tunesmith.core.events import TrainStep
 from tunesmith.core.run_dir import RunFolder
-from tunesmith.train.loop import Settings, Training
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
 STEPS = 8
-SETTINGS = Settings(
+SETTINGS = TrainingConfig(
     steps=STEPS, pack_length=12, learning_rate=2e-3, warmup_steps=2, schedule="cosine", weight_decay=0.01,
     max_grad_norm=1, seed=5,
 )  # fmt: skip
 
 
-def new_training() -> Training:
-    return Training(
-        tiny_model(lora_dropout=0.1, lora_r=2), lambda step: [tiny_document(n, step) for n in (5, 9)], SETTINGS
+def new_training() -> TrainingLoop:
+    return TrainingLoop(
+        tiny_model(lora_dropout=0.1, lora_r=2),
+        lambda step: [tiny_document(n, step) for n in (5, 9)],
+        SETTINGS,
     )
 
 
-def digest(training: Training) -> str:
+def digest(training: TrainingLoop) -> str:
     """Of the weights and of both moments."""
     hasher = hashlib.sha256()
     for parameter in training.parameters.values():
@@ -60,7 +62,7 @@ def straight() -> tuple[list[str], list[float]]:
     training = new_training()
     digests, losses = [digest(training)], list[float]()
     for event in training:
-        if isinstance(event, StepResult):
+        if isinstance(event, TrainStep):
             digests.append(digest(training))
             losses.append(event.loss)
     return digests, losses
@@ -75,7 +77,7 @@ class CrashingRun(RuleBasedStateMachine):
         self.path, self.good = self.parent / "run", set[int]()
         self.folder: RunFolder | None = RunFolder.create(self.path)
         self.folder.write_json("plan.json", {})
-        self.training: Training | None = new_training()
+        self.training: TrainingLoop | None = new_training()
 
     def teardown(self) -> None:
         if self.folder is not None:
@@ -90,7 +92,7 @@ class CrashingRun(RuleBasedStateMachine):
     def step(self) -> None:
         assert self.training is not None
         event = next(self.training, None)
-        if isinstance(event, StepResult):
+        if isinstance(event, TrainStep):
             assert event.loss == straight()[1][event.step - 1]
 
     @alive
@@ -105,7 +107,7 @@ class CrashingRun(RuleBasedStateMachine):
     def save(self, keep_last: int) -> None:
         assert self.training is not None
         assert self.folder is not None
-        with self.folder.checkpoint(self.training.step, facts={}, keep_last=keep_last) as target:
+        with self.folder.checkpoint(self.training.step, metadata={}, keep_last=keep_last) as target:
             self.training.save(target)
         self.good.add(self.training.step)
         self.good &= self._kept()
@@ -117,7 +119,10 @@ class CrashingRun(RuleBasedStateMachine):
         assert self.training is not None
         assert self.folder is not None
         target = self.path / "checkpoints" / f"step-{self.training.step}"
-        with pytest.raises(MachineError), self.folder.checkpoint(self.training.step, facts={}) as scratch:  # noqa: PT012
+        with (
+            pytest.raises(MachineError),
+            self.folder.checkpoint(self.training.step, metadata={}) as scratch,
+        ):  # noqa: PT012
             if half:
                 self.training.save(scratch)
             with disk_errors(target):
@@ -149,12 +154,14 @@ class CrashingRun(RuleBasedStateMachine):
     @rule()
     def resume(self) -> None:
         self.folder, self.training = RunFolder.open(self.path), new_training()
-        found, skipped = self.folder.latest_checkpoint()
+        found, skipped = self.folder.find_latest_checkpoint()
         assert (found is not None) == bool(self.good)
         if found is not None:
             self.training.restore(found)
             assert self.training.step == max(self.good)
-        assert len(skipped) == len([step for step in self._kept() if step > max(self.good, default=-1)])
+        assert len(skipped) == len(
+            [step for step in self._kept() if step > max(self.good, default=-1)]
+        )
 
     @invariant()
     def weights_are_those_of_a_straight_run(self) -> None:
@@ -163,7 +170,10 @@ class CrashingRun(RuleBasedStateMachine):
             assert digest(self.training) == straight()[0][self.training.step]
 
     def _kept(self) -> set[int]:
-        return {int(path.name.removeprefix("step-")) for path in (self.path / "checkpoints").glob("step-*")}
+        return {
+            int(path.name.removeprefix("step-"))
+            for path in (self.path / "checkpoints").glob("step-*")
+        }
 
 
 def sequences_explored(cases: int, seconds: float, *, steps: int, size: int = 10) -> Counter[str]:
@@ -176,7 +186,9 @@ def sequences_explored(cases: int, seconds: float, *, steps: int, size: int = 10
             super().teardown()
 
     for number in chunks(cases, seconds, size):
-        run_state_machine_as_test(seed(number)(Counted), settings=chosen(size, stateful_step_count=steps))
+        run_state_machine_as_test(
+            seed(number)(Counted), settings=chosen(size, stateful_step_count=steps)
+        )
     return seen
 
 

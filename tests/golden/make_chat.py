@@ -38,15 +38,25 @@ def reduced(data: dict[str, Any], texts: list[str], wanted: set[str]) -> dict[st
     inside: set[str] = set()
     for text in texts:
         normal = full.normalizer.normalize_str(text) if full.normalizer else text
-        pieces = full.pre_tokenizer.pre_tokenize_str(normal) if full.pre_tokenizer else [(normal, (0, 0))]
+        pieces = (
+            full.pre_tokenizer.pre_tokenize_str(normal)
+            if full.pre_tokenizer
+            else [(normal, (0, 0))]
+        )
         for piece, _ in pieces:
-            inside |= {piece[i:j] for i in range(len(piece)) for j in range(i + 1, min(i + 24, len(piece)) + 1)}
+            inside |= {
+                piece[i:j]
+                for i in range(len(piece))
+                for j in range(i + 1, min(i + 24, len(piece)) + 1)
+            }
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in wanted]
     named = {token["content"] for token in data["added_tokens"]} | {data["model"].get("unk_token")}
     vocabulary = data["model"]["vocab"]
     raw = {f"<0x{byte:02X}>" for byte in "".join(texts).encode()}
     keep = {token for token in vocabulary if token in inside or token in named or token in raw}
-    pairs = [merge if isinstance(merge, list) else merge.split(" ") for merge in data["model"]["merges"]]
+    pairs = [
+        merge if isinstance(merge, list) else merge.split(" ") for merge in data["model"]["merges"]
+    ]
     data["model"]["vocab"] = {token: vocabulary[token] for token in vocabulary if token in keep}
     data["model"]["merges"] = [[a, b] for a, b in pairs if {a, b, a + b} <= keep]
     return data
@@ -57,12 +67,16 @@ def golden_rows(tokenizer: Any, name: str) -> list[dict[str, Any]]:
     end = tokenizer.convert_tokens_to_ids(ENDS[name])
     for turns in ROWS:
         messages = [
-            {"role": role, "content": text} for role, text in turns if role != "system" or name not in NO_SYSTEM
+            {"role": role, "content": text}
+            for role, text in turns
+            if role != "system" or name not in NO_SYSTEM
         ]
         documents = []
         for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
             ids = tokenizer.apply_chat_template(messages[: i + 1], tokenize=True)["input_ids"]
-            prompt = tokenizer.apply_chat_template(messages[:i], tokenize=True, add_generation_prompt=True)["input_ids"]
+            prompt = tokenizer.apply_chat_template(
+                messages[:i], tokenize=True, add_generation_prompt=True
+            )["input_ids"]
             assert ids[: len(prompt)] == prompt, (name, messages)
             documents.append({"ids": ids, "span": [len(prompt), len(ids) - ids[::-1].index(end)]})
         text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -82,16 +96,27 @@ def make(root: Path, name: str) -> None:
     added = {token["content"] for token in data["added_tokens"]}
     wanted = {token for token in added if token in template or any(token in text for text in texts)}
     wanted |= (
-        set(tokenizer.special_tokens_map.values()) | {"<think>", "</think>", "<h1>", "</h1>", "\n\n", "▁▁"} & added
+        set(tokenizer.special_tokens_map.values())
+        | {"<think>", "</think>", "<h1>", "</h1>", "\n\n", "▁▁"} & added
     )
     pieces = [piece for text in texts for piece in [text, *_cut(text, wanted)]]
     small = reduced(data, pieces, wanted)
-    named = {key: value for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")}
-    golden = {"source": source.parent.name, "tokenizer": small, "config": named, "template": template, "rows": rows}
+    named = {
+        key: value for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")
+    }
+    golden = {
+        "source": source.parent.name,
+        "tokenizer": small,
+        "config": named,
+        "template": template,
+        "rows": rows,
+    }
     golden["date"] = date.today().isoformat()
     path = HERE / f"chat_{name}.json"
     path.write_text(json.dumps(golden, ensure_ascii=False, separators=(",", ":")) + "\n")
-    sys.stdout.write(f"{path.name} {path.stat().st_size // 1024} KiB, {len(small['model']['vocab'])} tokens\n")
+    sys.stdout.write(
+        f"{path.name} {path.stat().st_size // 1024} KiB, {len(small['model']['vocab'])} tokens\n"
+    )
 
 
 def _cut(text: str, tokens: set[str]) -> list[str]:

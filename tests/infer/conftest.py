@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tiny import VOCABULARY, tiny_model
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.model.causal_lm import PackedCausalLM
 
 
 @pytest.fixture
-def model() -> LanguageModel:
+def model() -> PackedCausalLM:
     return tiny_model(method=None)
 
 
@@ -19,7 +19,9 @@ def prompts() -> list[tuple[int, ...]]:
     """Nine prompts of unequal lengths."""
     generator = torch.Generator().manual_seed(1)
     lengths = (3, 17, 9, 1, 17, 12, 5, 30, 2)
-    return [tuple(torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()) for n in lengths]
+    return [
+        tuple(torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()) for n in lengths
+    ]
 
 
 @pytest.fixture

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tunesmith.core.types import Request
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.core.types import GenerationRequest
+from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import generate
 
 Spell = Callable[[Sequence[int]], str]
 
 
-def answers(model: LanguageModel, requests: Sequence[Request], spell: Spell) -> list[tuple[int, ...]]:
-    return [found.tokens for _, found in sorted(generate(model, requests, decode=spell, end_ids=()))]
+def answers(
+    model: PackedCausalLM, requests: Sequence[GenerationRequest], spell: Spell
+) -> list[tuple[int, ...]]:
+    return [
+        found.tokens for _, found in sorted(generate(model, requests, decode=spell, end_ids=()))
+    ]
 
 
 def holds(tokens: tuple[int, ...], part: tuple[int, ...]) -> bool:
@@ -19,9 +23,9 @@ def holds(tokens: tuple[int, ...], part: tuple[int, ...]) -> bool:
 
 
 def test_no_answer_completes_a_banned_sequence(
-    model: LanguageModel, prompts: list[tuple[int, ...]], spell: Spell
+    model: PackedCausalLM, prompts: list[tuple[int, ...]], spell: Spell
 ) -> None:
-    free = [Request(prompt, 12) for prompt in prompts]
+    free = [GenerationRequest(prompt, 12) for prompt in prompts]
     first = answers(model, free, spell)
     bans = [(said[0],) if i % 2 else said[2:5] for i, said in enumerate(first)]
     asked = [replace(request, banned=(ban,)) for request, ban in zip(free, bans, strict=True)]

@@ -4,39 +4,55 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.evaluate.degeneration import compressed, distinct, foreign, is_json, repetition, same, scripts
+from tunesmith.evaluate.degeneration import (
+    compute_compression_ratio,
+    compute_foreign_share,
+    compute_repetition,
+    count_distinct_ngrams,
+    find_scripts,
+    flag_identical_answers,
+    is_json,
+)
 
 
 @pytest.mark.parametrize(
     ("tokens", "share"),
-    [((), 0), ((1, 2, 3), 0), ((1, 2, 3, 4), 0), ((7, 7, 7, 7, 7, 7), 2 / 3), ((1, 2, 3, 4, 1, 2, 3, 4), 1 / 5)],
+    [
+        ((), 0),
+        ((1, 2, 3), 0),
+        ((1, 2, 3, 4), 0),
+        ((7, 7, 7, 7, 7, 7), 2 / 3),
+        ((1, 2, 3, 4, 1, 2, 3, 4), 1 / 5),
+    ],
 )
-def test_repetition_is_the_share_of_runs_of_four_that_stood_there_before(tokens: tuple[int, ...], share: float) -> None:
-    assert repetition(tokens) == pytest.approx(share)
+def test_repetition_is_the_share_of_runs_of_four_that_stood_there_before(
+    tokens: tuple[int, ...], share: float
+) -> None:
+    assert compute_repetition(tokens) == pytest.approx(share)
 
 
 def test_distinct_counts_what_no_answer_before_has() -> None:
-    assert distinct([(1, 2, 3), (1, 2, 4), (5,)]) == ([2, 1, 0], [2, 2, 0])
+    assert count_distinct_ngrams([(1, 2, 3), (1, 2, 4), (5,)]) == ([2, 1, 0], [2, 2, 0])
 
 
 def test_one_answer_for_all_and_different_ones() -> None:
-    assert same([" yes", "yes ", "no"]) == [1, 1, 0]
-    assert same(["a", "b", "c"]) == [0, 0, 0]
+    assert flag_identical_answers([" yes", "yes ", "no"]) == [1, 1, 0]
+    assert flag_identical_answers(["a", "b", "c"]) == [0, 0, 0]
 
 
 def test_a_loop_compresses_and_text_does_not() -> None:
-    assert compressed("no no no " * 20) < 0.25
-    assert compressed("The quick brown fox jumps over the lazy dog, twice.") > 0.8
-    assert compressed("aaaa") == 1, "too short to say"
+    assert compute_compression_ratio("no no no " * 20) < 0.25
+    assert compute_compression_ratio("The quick brown fox jumps over the lazy dog, twice.") > 0.8
+    assert compute_compression_ratio("aaaa") == 1, "too short to say"
 
 
 def test_letters_of_other_scripts_and_broken_bytes_are_foreign() -> None:
-    known = scripts(["Grüße 42"])
+    known = find_scripts(["Grüße 42"])
     assert known == {"LATIN"}
-    assert foreign("abc", known) == 0
-    assert foreign("abc где", known) == 0.5
-    assert foreign("a\ufffd", known) == 0.5
-    assert foreign("12", known) == 0
+    assert compute_foreign_share("abc", known) == 0
+    assert compute_foreign_share("abc где", known) == 0.5
+    assert compute_foreign_share("a\ufffd", known) == 0.5
+    assert compute_foreign_share("12", known) == 0
 
 
 @pytest.mark.parametrize(
@@ -52,5 +68,7 @@ def test_letters_of_other_scripts_and_broken_bytes_are_foreign() -> None:
         ("[" * 100_000, False, False),
     ],
 )
-def test_an_answer_without_room_need_only_begin_like_json(text: str, whole: bool, cut: bool) -> None:
-    assert (is_json(text, cut=False), is_json(text, cut=True)) == (whole, cut)
+def test_an_answer_without_room_need_only_begin_like_json(
+    text: str, whole: bool, cut: bool
+) -> None:
+    assert (is_json(text, is_truncated=False), is_json(text, is_truncated=True)) == (whole, cut)

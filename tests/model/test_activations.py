@@ -6,17 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import branching_documents, one_batch, one_loss, step_gradients, tiny_documents, tiny_model
-from tunesmith.model.causal_lm import LanguageModel
+from tiny import (
+    branching_documents,
+    one_batch,
+    one_loss,
+    step_gradients,
+    tiny_documents,
+    tiny_model,
+)
+from tunesmith.model.causal_lm import PackedCausalLM
 
 POLICIES = ("selective", "recompute")
 BF16: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "kernel", "blocked": True}
 
 
-def gradients(model: LanguageModel, *, share: bool = False) -> tuple[float, dict[str, Tensor]]:
+def gradients(model: PackedCausalLM, *, share: bool = False) -> tuple[float, dict[str, Tensor]]:
     torch.manual_seed(7)  # dropout's
     model.network.train()
-    return step_gradients(model, branching_documents() if share else tiny_documents(), 10**6, share=share)
+    return step_gradients(
+        model, branching_documents() if share else tiny_documents(), 10**6, share=share
+    )
 
 
 @pytest.mark.parametrize("activations", POLICIES)
@@ -32,7 +41,9 @@ def gradients(model: LanguageModel, *, share: bool = False) -> tuple[float, dict
         ("olmo2", {"method": "full"}),
     ],
 )
-def test_gradients_are_the_same_to_the_bit(activations: str, family: str, settings: dict[str, Any]) -> None:
+def test_gradients_are_the_same_to_the_bit(
+    activations: str, family: str, settings: dict[str, Any]
+) -> None:
     loss, expected = gradients(tiny_model(family, **settings))
     again, found = gradients(tiny_model(family, **settings, activations=activations))
     assert again == loss
@@ -63,7 +74,7 @@ def saved_bytes(activations: str) -> int:
 
 def test_each_policy_keeps_less() -> None:
     keep, selective, recompute = (saved_bytes(policy) for policy in ("keep", *POLICIES))
-    tokens, width, layers = one_batch(tiny_documents()).layout.tokens, 80 * 4, 2
+    tokens, width, layers = one_batch(tiny_documents()).layout.num_tokens, 80 * 4, 2
     pruned = int(one_batch(tiny_documents()).positions_S.shape[0])  # rows of the last layer's MLP
     assert keep - selective >= 2 * width * (tokens * (layers - 1) + pruned)
     assert recompute < 0.75 * keep

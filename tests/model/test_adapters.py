@@ -4,32 +4,42 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiny import LORA, one_batch, step_gradients, tiny_documents, tiny_model, tiny_network, worst_difference
+from tiny import (
+    LORA,
+    one_batch,
+    step_gradients,
+    tiny_documents,
+    tiny_model,
+    tiny_network,
+    worst_difference,
+)
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import (
     METHODS,
-    adapter_scaled,
     add_lora,
-    linears,
-    lora_layers,
-    train_all,
-    trainable,
+    find_linears,
+    find_lora_layers,
+    get_trainable_parameters,
+    make_all_trainable,
+    scaled_adapter,
 )
-from tunesmith.model.causal_lm import LanguageModel, adopt
-from tunesmith.model.lora import LoraLinear, MasterLinear
+from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
+from tunesmith.model.lora import Fp32MasterLinear, LoraLinear
 
 
 @torch.no_grad()
-def hidden(model: LanguageModel) -> Tensor:
-    return model.hidden(one_batch(tiny_documents()))
+def hidden(model: PackedCausalLM) -> Tensor:
+    return model.compute_hidden(one_batch(tiny_documents()))
 
 
 # ---------------------------------------------------------------- targets
 
 
-@pytest.mark.parametrize(("family", "per_layer"), [("llama", 7), ("llama-tied", 7), ("phi3", 4), ("gemma2", 7)])
+@pytest.mark.parametrize(
+    ("family", "per_layer"), [("llama", 7), ("llama-tied", 7), ("phi3", 4), ("gemma2", 7)]
+)
 def test_all_linears_are_those_of_the_layers(family: str, per_layer: int) -> None:
-    paths = linears(tiny_network(family))
+    paths = find_linears(tiny_network(family))
     assert len(paths) == 2 * per_layer
     assert all(path.startswith("model.layers.") for path in paths)
 
@@ -44,9 +54,15 @@ def test_an_unknown_target_is_an_error_that_lists_the_known(name: str) -> None:
 
 def test_only_targets_are_adapted_and_trained() -> None:
     model = tiny_model(lora_target_modules=["v_proj", "layers.0.mlp.down_proj"])
-    adapted = ["model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"]
-    assert list(lora_layers(model.network)) == adapted
-    assert list(trainable(model.network)) == [f"{path}.{ab}" for path in adapted for ab in ("lora_A", "lora_B")]
+    adapted = [
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    assert list(find_lora_layers(model.network)) == adapted
+    assert list(get_trainable_parameters(model.network)) == [
+        f"{path}.{ab}" for path in adapted for ab in ("lora_A", "lora_B")
+    ]
 
 
 # ---------------------------------------------------------------- a new adapter
@@ -56,12 +72,14 @@ def test_only_targets_are_adapted_and_trained() -> None:
 def test_a_new_adapter_changes_nothing(dtype: torch.dtype) -> None:
     network = tiny_network(dtype=dtype)
     add_lora(network, LORA)
-    assert torch.equal(hidden(adopt(network, dtype)), hidden(tiny_model(dtype=dtype, method=None)))
+    assert torch.equal(
+        hidden(wrap_model(network, dtype)), hidden(tiny_model(dtype=dtype, method=None))
+    )
 
 
 def test_scale_is_alpha_over_r_or_its_root() -> None:
     for rslora, scale in ((False, 6 / 4), (True, 6 / 2)):
-        layers = lora_layers(tiny_model(use_rslora=rslora).network)
+        layers = find_lora_layers(tiny_model(use_rslora=rslora).network)
         assert {layer.scale for layer in layers.values()} == {scale}
 
 
@@ -70,7 +88,7 @@ def test_every_layer_starts_differently_and_by_the_seed() -> None:
     for seed in (3, 3, 4):
         network = tiny_network()
         add_lora(network, LORA | {"seed": seed})
-        starts.append([layer.lora_A for layer in lora_layers(network).values()])
+        starts.append([layer.lora_A for layer in find_lora_layers(network).values()])
     assert all(torch.equal(one, other) for one, other in zip(starts[0], starts[1], strict=True))
     assert not any(torch.equal(one, other) for one, other in zip(starts[0], starts[2], strict=True))
     assert not torch.equal(starts[0][0], starts[0][1])
@@ -80,13 +98,15 @@ def test_before_or_after_adopting_is_the_same() -> None:
     for method in METHODS:
         networks = tiny_network(), tiny_network()
         METHODS[method](networks[0], LORA)
-        before = adopt(networks[0], torch.float32)
-        after = adopt(networks[1], torch.float32)
+        before = wrap_model(networks[0], torch.float32)
+        after = wrap_model(networks[1], torch.float32)
         METHODS[method](networks[1], LORA)
         for network in networks:
-            for layer in lora_layers(network).values():
+            for layer in find_lora_layers(network).values():
                 layer.lora_B.data.fill_(0.01)
-        (loss, gradients), (other_loss, others) = (step_gradients(m, tiny_documents(), 50) for m in (before, after))
+        (loss, gradients), (other_loss, others) = (
+            step_gradients(m, tiny_documents(), 50) for m in (before, after)
+        )
         assert loss == other_loss
         assert worst_difference(gradients, others) == 0
 
@@ -98,11 +118,13 @@ def test_before_or_after_adopting_is_the_same() -> None:
 def test_full_training_has_fp32_masters_of_everything(family: str) -> None:
     network = tiny_network(family, torch.bfloat16)
     names = {name: p.numel() for name, p in network.named_parameters()}
-    train_all(network, {})
-    model = adopt(network, torch.bfloat16)
-    assert {name: p.numel() for name, p in trainable(network).items()} == names  # tied weights once
+    make_all_trainable(network, {})
+    model = wrap_model(network, torch.bfloat16)
+    assert {
+        name: p.numel() for name, p in get_trainable_parameters(network).items()
+    } == names  # tied weights once
     assert {p.dtype for p in network.parameters()} == {torch.float32}
-    assert sum(isinstance(m, MasterLinear) for m in network.modules()) == 14
+    assert sum(isinstance(m, Fp32MasterLinear) for m in network.modules()) == 14
     _, gradients = step_gradients(model, tiny_documents(), 50)
     assert {g.dtype for g in gradients.values()} == {torch.float32}
 
@@ -123,9 +145,9 @@ def test_factor_0_is_the_base_bitwise_and_1_the_adapter() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model, base = tiny_model(dtype=dtype), tiny_model(dtype=dtype, method=None)
         trained = hidden(model)
-        with adapter_scaled(model.network, 0):
+        with scaled_adapter(model.network, 0):
             assert torch.equal(hidden(model), hidden(base))
-        with adapter_scaled(model.network, 1):
+        with scaled_adapter(model.network, 1):
             assert torch.equal(hidden(model), trained)
         assert not torch.equal(trained, hidden(base))
         assert torch.equal(hidden(model), trained)
@@ -133,22 +155,22 @@ def test_factor_0_is_the_base_bitwise_and_1_the_adapter() -> None:
 
 def test_factors_between_scale_the_adapter() -> None:
     model = tiny_model(dtype=torch.float64)
-    with adapter_scaled(model.network, 0.5):
+    with scaled_adapter(model.network, 0.5):
         half = hidden(model)
-    for layer in lora_layers(model.network).values():
+    for layer in find_lora_layers(model.network).values():
         layer.lora_B.data *= 0.5
     torch.testing.assert_close(hidden(model), half, rtol=1e-12, atol=1e-12)
 
 
 def fails_inside(network: nn.Module) -> None:
-    with adapter_scaled(network, 0), adapter_scaled(network, 0.5):
+    with scaled_adapter(network, 0), scaled_adapter(network, 0.5):
         raise KeyError
 
 
 def test_scales_come_back_after_an_error() -> None:
     model = tiny_model()
-    before = [layer.scale for layer in lora_layers(model.network).values()]
+    before = [layer.scale for layer in find_lora_layers(model.network).values()]
     with pytest.raises(KeyError):
         fails_inside(model.network)
-    assert [layer.scale for layer in lora_layers(model.network).values()] == before
+    assert [layer.scale for layer in find_lora_layers(model.network).values()] == before
     assert isinstance(model.network.get_submodule("model.layers.0.mlp.up_proj"), LoraLinear)

@@ -9,15 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Layout
-from tunesmith.model.attention import BACKENDS, Rule, attend, choose, reference, stock_attention
+from tunesmith.core.types import PackLayout
+from tunesmith.model.attention import (
+    BACKENDS,
+    AttentionConfig,
+    attend,
+    choose_backend,
+    packed_attention_forward,
+    reference_attention,
+)
 from tunesmith.model.kernels import ops
 
-Attention = Callable[[Tensor, Tensor, Tensor, Layout, Rule], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, PackLayout, AttentionConfig], Tensor]
 
 # One token, neighbours of equal length, primes, and both sides of the C kernel's blocks of 6, 16, 64 and 96
 # tokens; with a window the last one starts at its second block.
-LENGTHS = [(1,), (2, 1, 1, 3), (7, 5, 5, 5, 2), (6, 48, 49, 47), (64, 63, 65, 1), (97, 53, 130), (96, 95, 17, 290)]
+LENGTHS = [
+    (1,),
+    (2, 1, 1, 3),
+    (7, 5, 5, 5, 2),
+    (6, 48, 49, 47),
+    (64, 63, 65, 1),
+    (97, 53, 130),
+    (96, 95, 17, 290),
+]
 # Branches of one prefix, prefixes of prefixes, lone tokens, beginnings of every length modulo 6.
 FORESTS = [
     ((3, 2, 1, 4), (-1, 0, 0, -1)),
@@ -27,23 +42,25 @@ FORESTS = [
     ((98, 101, 3), (-1, 0, 1)),
 ]
 RULES = {
-    "plain": Rule(scale=0.3),
-    "self only": Rule(scale=0.3, window=1),
-    "window": Rule(scale=0.3, window=5),
-    "window of a block": Rule(scale=0.1, window=64),
-    "wide window": Rule(scale=0.1, window=1000),
-    "soft cap": Rule(scale=0.5, softcap=2.0),
-    "window and soft cap": Rule(scale=0.5, window=7, softcap=2.0),
+    "plain": AttentionConfig(scale=0.3),
+    "self only": AttentionConfig(scale=0.3, window=1),
+    "window": AttentionConfig(scale=0.3, window=5),
+    "window of a block": AttentionConfig(scale=0.1, window=64),
+    "wide window": AttentionConfig(scale=0.1, window=1000),
+    "soft cap": AttentionConfig(scale=0.5, softcap=2.0),
+    "window and soft cap": AttentionConfig(scale=0.5, window=7, softcap=2.0),
 }
 HEADS = [(4, 4, 8), (6, 2, 8), (3, 1, 16)]  # query heads, key heads, head size
 
 
-def layout_of(lengths: tuple[int, ...]) -> Layout:
-    return Layout((0, *itertools.accumulate(lengths[:-1])), lengths)
+def layout_of(lengths: tuple[int, ...]) -> PackLayout:
+    return PackLayout((0, *itertools.accumulate(lengths[:-1])), lengths)
 
 
 LAYOUTS = [layout_of(lengths) for lengths in LENGTHS]
-LAYOUTS += [dataclasses.replace(layout_of(lengths), parents=parents) for lengths, parents in FORESTS]
+LAYOUTS += [
+    dataclasses.replace(layout_of(lengths), parents=parents) for lengths, parents in FORESTS
+]
 
 
 def random_inputs(
@@ -53,11 +70,15 @@ def random_inputs(
     queries, keys, size = heads
     generator = torch.Generator().manual_seed(tokens)
     shapes = [(tokens, n, size) for n in (queries, keys, keys, queries)]
-    q, k, v, dout = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    q, k, v, dout = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    )
     return q, k, v, dout
 
 
-def run(attention: Attention, inputs: tuple[Tensor, ...], layout: Layout, rule: Rule) -> list[Tensor]:
+def run(
+    attention: Attention, inputs: tuple[Tensor, ...], layout: PackLayout, rule: AttentionConfig
+) -> list[Tensor]:
     """The output and the gradients of q, k and v."""
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
     out = attention(q, k, v, layout, rule)
@@ -69,10 +90,12 @@ def relative_error(ours: Tensor, truth: Tensor) -> float:
     return float((ours.double() - truth).norm() / (truth.norm() + 1e-3 * truth.numel() ** 0.5))
 
 
-def inside_stock_module(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+def inside_stock_module(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+) -> Tensor:
     """As transformers calls it: [1, heads, tokens, size]."""
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out, _ = stock_attention(
+    out, _ = packed_attention_forward(
         nn.Module(),
         query,
         key,
@@ -97,20 +120,29 @@ ATTENTIONS: dict[str, Attention] = {
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
-def test_equals_reference_in_fp64(attention: Attention, rule: Rule, heads: tuple[int, int, int]) -> None:
+def test_equals_reference_in_fp64(
+    attention: Attention, rule: AttentionConfig, heads: tuple[int, int, int]
+) -> None:
     for layout in LAYOUTS:
-        inputs = random_inputs(layout.tokens, heads)
-        ours, expected = run(attention, inputs, layout, rule), run(reference, inputs, layout, rule)
+        inputs = random_inputs(layout.num_tokens, heads)
+        ours, expected = (
+            run(attention, inputs, layout, rule),
+            run(reference_attention, inputs, layout, rule),
+        )
         for one, other in zip(ours, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_reference_is_softmax_written_out() -> None:
     q, k, v, _ = random_inputs(5, (2, 1, 4))
-    out = reference(q, k, v, layout_of((2, 3)), Rule(scale=0.7, window=2, softcap=1.5))
+    out = reference_attention(
+        q, k, v, layout_of((2, 3)), AttentionConfig(scale=0.7, window=2, softcap=1.5)
+    )
     for token, seen in {0: [0], 1: [0, 1], 2: [2], 3: [2, 3], 4: [3, 4]}.items():
         for head in range(2):
-            scores = torch.stack([1.5 * torch.tanh(0.7 * (q[token, head] @ k[j, 0]) / 1.5) for j in seen])
+            scores = torch.stack(
+                [1.5 * torch.tanh(0.7 * (q[token, head] @ k[j, 0]) / 1.5) for j in seen]
+            )
             expected = (scores.softmax(0)[:, None] * v[seen, 0]).sum(0)
             torch.testing.assert_close(out[token, head], expected)
 
@@ -118,11 +150,11 @@ def test_reference_is_softmax_written_out() -> None:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("name", ["reference", "documents", "mask", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_documents_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
+def test_documents_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
     """Other tokens elsewhere leave outputs bitwise equal; the gradient of elsewhere is exactly zero."""
     layout = layout_of((70, 20, 20, 1))
-    q, k, v, dout = random_inputs(layout.tokens, (4, 2, 64), dtype)
-    own = torch.zeros(layout.tokens, dtype=torch.bool)
+    q, k, v, dout = random_inputs(layout.num_tokens, (4, 2, 64), dtype)
+    own = torch.zeros(layout.num_tokens, dtype=torch.bool)
     own[70:90] = True
     other_q, other_k, other_v = (torch.where(own[:, None, None], x, -x) for x in (q, k, v))
     out, *gradients = run(BACKENDS[name], (q, k, v, dout * own[:, None, None]), layout, rule)
@@ -134,16 +166,23 @@ def test_documents_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
 
 def test_reference_of_a_forest_is_each_document_alone() -> None:
     """Three documents with two beginnings in common; gradients of what is shared are sums over them."""
-    layout = Layout((0, 5, 8, 12, 13), (5, 3, 4, 1, 6), (-1, 0, 0, 2, 2))
-    inputs, rule = random_inputs(19, (4, 2, 8)), Rule(scale=0.7, window=9)
-    out, *gradients = run(reference, inputs, layout, rule)
+    layout = PackLayout((0, 5, 8, 12, 13), (5, 3, 4, 1, 6), (-1, 0, 0, 2, 2))
+    inputs, rule = random_inputs(19, (4, 2, 8)), AttentionConfig(scale=0.7, window=9)
+    out, *gradients = run(reference_attention, inputs, layout, rule)
     summed = [torch.zeros_like(x) for x in gradients]
     seen = torch.zeros(19)
     for leaf in (1, 3, 4):
-        rows = torch.cat([torch.arange(19)[layout.starts[i] :][: layout.lengths[i]] for i in layout.path(leaf)])
+        rows = torch.cat(
+            [
+                torch.arange(19)[layout.starts[i] :][: layout.lengths[i]]
+                for i in layout.get_path(leaf)
+            ]
+        )
         q, k, v, dout = (x[rows] for x in inputs)
-        dout = dout * (seen[rows] == 0)[:, None, None]  # the output of a shared token is one, whoever owns it
-        alone, *parts = run(reference, (q, k, v, dout), layout_of((len(rows),)), rule)
+        dout = (
+            dout * (seen[rows] == 0)[:, None, None]
+        )  # the output of a shared token is one, whoever owns it
+        alone, *parts = run(reference_attention, (q, k, v, dout), layout_of((len(rows),)), rule)
         torch.testing.assert_close(out[rows], alone, rtol=1e-12, atol=1e-12)
         for total, part in zip(summed, parts, strict=True):
             total.index_add_(0, rows, part)
@@ -155,11 +194,11 @@ def test_reference_of_a_forest_is_each_document_alone() -> None:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("name", ["reference", "documents", "mask", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_branches_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
+def test_branches_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
     """A branch depends on what it continues and on nothing else, to the bit; so do its gradients."""
-    layout = Layout((0, 37, 60, 90), (37, 23, 30, 12), (-1, 0, 0, -1))
-    q, k, v, dout = random_inputs(layout.tokens, (4, 2, 64), dtype)
-    own = torch.zeros(layout.tokens, dtype=torch.bool)
+    layout = PackLayout((0, 37, 60, 90), (37, 23, 30, 12), (-1, 0, 0, -1))
+    q, k, v, dout = random_inputs(layout.num_tokens, (4, 2, 64), dtype)
+    own = torch.zeros(layout.num_tokens, dtype=torch.bool)
     own[60:90] = True
     sees = own.clone()
     sees[:37] = True
@@ -174,18 +213,24 @@ def test_branches_are_blind(name: str, rule: Rule, dtype: torch.dtype) -> None:
 
 # ---------------------------------------------------------------- the C kernel
 
-needs_kernel = pytest.mark.skipif(not ops.has_attention(), reason="needs a compiler and AVX512-BF16")
+needs_kernel = pytest.mark.skipif(
+    not ops.has_attention(), reason="needs a compiler and AVX512-BF16"
+)
 
 
 @needs_kernel
-@pytest.mark.parametrize("heads", [(4, 4, 64), (9, 3, 64), (4, 1, 128), (2, 1, 256), (2, 2, 192)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [(4, 4, 64), (9, 3, 64), (4, 1, 128), (2, 1, 256), (2, 2, 192)], ids=str
+)
 @pytest.mark.parametrize("rule", [RULES[name] for name in RULES if "soft" not in name])
-def test_kernel_is_as_near_the_truth_as_torch(rule: Rule, heads: tuple[int, int, int]) -> None:
+def test_kernel_is_as_near_the_truth_as_torch(
+    rule: AttentionConfig, heads: tuple[int, int, int]
+) -> None:
     """Against fp64 on the same bf16 inputs: the kernel rounds weights to bf16, so a little more than `documents`."""
-    rule = Rule(scale=rule.scale * 0.2, window=rule.window)
+    rule = AttentionConfig(scale=rule.scale * 0.2, window=rule.window)
     for layout in LAYOUTS:
-        inputs = random_inputs(layout.tokens, heads, torch.bfloat16)
-        exact = run(reference, tuple(x.double() for x in inputs), layout, rule)
+        inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)
+        exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
         ours = run(BACKENDS["kernel"], inputs, layout, rule)
         for name, one, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
             assert relative_error(one, truth) < 4e-3, (name, layout)
@@ -196,8 +241,8 @@ def test_kernel_keeps_large_scores_apart() -> None:
     """Scores of hundreds: the softmax is of differences to the largest."""
     layout = layout_of((61,))
     inputs = random_inputs(61, (2, 1, 64), torch.bfloat16)
-    rule = Rule(scale=20.0)
-    exact = run(reference, tuple(x.double() for x in inputs), layout, rule)
+    rule = AttentionConfig(scale=20.0)
+    exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
     ours = run(BACKENDS["kernel"], inputs, layout, rule)
     for one, truth in zip(ours[:1] + ours[3:], exact[:1] + exact[3:], strict=True):
         assert relative_error(one, truth) < 4e-3
@@ -205,7 +250,10 @@ def test_kernel_keeps_large_scores_apart() -> None:
 
 @needs_kernel
 def test_kernel_does_not_depend_on_its_neighbours_or_threads() -> None:
-    rule, inputs = RULES["window of a block"], random_inputs(130 + 41 + 9, (6, 2, 64), torch.bfloat16)
+    rule, inputs = (
+        RULES["window of a block"],
+        random_inputs(130 + 41 + 9, (6, 2, 64), torch.bfloat16),
+    )
     together = run(BACKENDS["kernel"], inputs, layout_of((130, 41, 9)), rule)
     alone = run(BACKENDS["kernel"], tuple(x[130:171] for x in inputs), layout_of((41,)), rule)
     for one, other in zip(together, alone, strict=True):
@@ -227,11 +275,14 @@ def test_kernel_hides_no_nan(which: int, poison: float) -> None:
     other document is."""
     layout, rule = layout_of((70, 30)), RULES["plain"]
     inputs = random_inputs(100, (2, 1, 64), torch.bfloat16)
-    before = run(reference, tuple(x.double() for x in inputs), layout, rule)
+    before = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
     inputs[which][20, 0, 3] += 1
-    after = run(reference, tuple(x.double() for x in inputs), layout, rule)
+    after = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
     inputs[which][20, 0, 3] = poison
-    ours, expected = run(BACKENDS["kernel"], inputs, layout, rule), run(reference, inputs, layout, rule)
+    ours, expected = (
+        run(BACKENDS["kernel"], inputs, layout, rule),
+        run(reference_attention, inputs, layout, rule),
+    )
     assert any(not torch.isfinite(x).all() for x in expected)
     for i, name in enumerate(("out", "dq", "dk", "dv")):
         healthy = torch.isfinite(ours[i]) & ~torch.isfinite(expected[i]) & (before[i] != after[i])
@@ -243,13 +294,15 @@ def test_kernel_hides_no_nan(which: int, poison: float) -> None:
 @pytest.mark.parametrize("heads", [(6, 2, 64), (2, 1, 128), (2, 1, 192), (3, 1, 48)], ids=str)
 def test_attend_turns_by_the_angles(backend: str, heads: tuple[int, int, int]) -> None:
     """Against fp64 rotation and attention, documents out of order of length; without rotation the outputs differ."""
-    layout, rule = layout_of((70, 1, 131, 64)), Rule(scale=0.1, window=90)
-    inputs = random_inputs(layout.tokens, heads, torch.bfloat16)
+    layout, rule = layout_of((70, 1, 131, 64)), AttentionConfig(scale=0.1, window=90)
+    inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)
     positions = torch.cat([torch.arange(length) for length in layout.lengths])[:, None]
     angles = positions * torch.arange(1, heads[2] // 2 + 1) / heads[2]
     cosine, sine = angles.cos(), angles.sin()
 
-    def turning(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    def turning(
+        q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+    ) -> Tensor:
         wide = q.dtype == torch.float64
         return attend(q, k, v, layout, rule, "reference" if wide else backend, (cosine, sine))
 
@@ -263,9 +316,11 @@ def test_attend_turns_by_the_angles(backend: str, heads: tuple[int, int, int]) -
 @needs_kernel
 def test_kernel_turns_as_the_rotation_alone_does() -> None:
     layout, rule = layout_of((70, 131)), RULES["window of a block"]
-    q, k, v, _ = random_inputs(layout.tokens, (4, 2, 128), torch.bfloat16)
-    angles = torch.rand(layout.tokens, 64).cos(), torch.rand(layout.tokens, 64).sin()
-    alone = attend(ops.rotate(q, *angles), ops.rotate(k, *angles), v, layout, rule, "kernel")
+    q, k, v, _ = random_inputs(layout.num_tokens, (4, 2, 128), torch.bfloat16)
+    angles = torch.rand(layout.num_tokens, 64).cos(), torch.rand(layout.num_tokens, 64).sin()
+    alone = attend(
+        ops.apply_rotary(q, *angles), ops.apply_rotary(k, *angles), v, layout, rule, "kernel"
+    )
     assert relative_error(attend(q, k, v, layout, rule, "kernel", angles), alone.double()) < 1e-4
 
 
@@ -273,14 +328,16 @@ def test_kernel_turns_as_the_rotation_alone_does() -> None:
 
 
 def test_choice_of_a_backend() -> None:
-    assert choose("mask", torch.zeros(1)) == "mask"
-    assert choose("auto", torch.zeros(1)) == "kernel"
+    assert choose_backend("mask", torch.zeros(1)) == "mask"
+    assert choose_backend("auto", torch.zeros(1)) == "kernel"
 
 
 def test_kernel_takes_documents_for_what_it_cannot_do() -> None:
     layout, inputs = layout_of((9, 4)), random_inputs(13, (2, 1, 48), torch.bfloat16)
     for rule in (RULES["plain"], RULES["soft cap"]):
-        ours, torchs = (BACKENDS[name](*inputs[:3], layout, rule) for name in ("kernel", "documents"))
+        ours, torchs = (
+            BACKENDS[name](*inputs[:3], layout, rule) for name in ("kernel", "documents")
+        )
         assert torch.equal(ours, torchs)
 
 
@@ -295,25 +352,27 @@ def test_stock_modules_may_not_pass_what_packs_ignore(extra: dict[str, Tensor], 
     q = torch.zeros(1, 2, 3, 8)
     mask = None if extra else torch.zeros(1, 1, 3, 3)
     with pytest.raises(InputError, match=named):
-        stock_attention(nn.Module(), q, q, q, mask, layout=layout_of((3,)), **extra)  # type: ignore[arg-type]
+        packed_attention_forward(nn.Module(), q, q, q, mask, layout=layout_of((3,)), **extra)  # type: ignore[arg-type]
 
 
 def test_whole_numbers_are_caps_and_scales_too() -> None:
     """A config.json may say 2 for 2.0; dropping it would change the model in silence."""
     q, k, v, _ = random_inputs(6, (2, 2, 8))
-    exact = reference(q, k, v, layout_of((6,)), Rule(scale=1.0, softcap=2.0))
+    exact = reference_attention(q, k, v, layout_of((6,)), AttentionConfig(scale=1.0, softcap=2.0))
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out, _ = stock_attention(nn.Module(), query, key, value, None, layout=layout_of((6,)), scaling=1, softcap=2)
+    out, _ = packed_attention_forward(
+        nn.Module(), query, key, value, None, layout=layout_of((6,)), scaling=1, softcap=2
+    )
     torch.testing.assert_close(out[0], exact)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["varlen", "mask"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_cuda_backends_are_near_the_truth(name: str, rule: Rule) -> None:
+def test_cuda_backends_are_near_the_truth(name: str, rule: AttentionConfig) -> None:
     for layout in LAYOUTS:
-        inputs = random_inputs(layout.tokens, (4, 2, 64), torch.bfloat16)
-        exact = run(reference, tuple(x.double() for x in inputs), layout, rule)
+        inputs = random_inputs(layout.num_tokens, (4, 2, 64), torch.bfloat16)
+        exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
         ours = run(BACKENDS[name], tuple(x.cuda() for x in inputs), layout, rule)
         for one, truth in zip(ours, exact, strict=True):
             assert relative_error(one.cpu(), truth) < 1e-2, layout

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.core.types import Layout
-from tunesmith.model.attention import Rule, reference, turned
+from tunesmith.core.types import PackLayout
+from tunesmith.model.attention import AttentionConfig, apply_rotary_qk, reference_attention
 from tunesmith.model.kernels import ops
-from tunesmith.model.kv_cache import BLOCK, RowCache
+from tunesmith.model.kv_cache import BLOCK_TOKENS, RaggedKVCache
 
 HEADS, GROUPS, SIZE = 6, 2, 8
 RULES = {
-    "plain": Rule(scale=0.3),
-    "window": Rule(scale=0.3, window=4),
-    "wide window": Rule(scale=0.3, window=500),
-    "soft cap": Rule(scale=0.3, softcap=2.0),
-    "both": Rule(scale=0.3, window=5, softcap=2.0),
+    "plain": AttentionConfig(scale=0.3),
+    "window": AttentionConfig(scale=0.3, window=4),
+    "wide window": AttentionConfig(scale=0.3, window=500),
+    "soft cap": AttentionConfig(scale=0.3, softcap=2.0),
+    "both": AttentionConfig(scale=0.3, window=5, softcap=2.0),
 }
 
 
@@ -24,7 +24,7 @@ class Rows:
 
     def __init__(self, count: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        shape = (count, 2 * BLOCK)
+        shape = (count, 2 * BLOCK_TOKENS)
         self.q = torch.randn(*shape, HEADS, SIZE, generator=generator, dtype=torch.float64)
         self.k = torch.randn(*shape, GROUPS, SIZE, generator=generator, dtype=torch.float64)
         self.v = torch.randn(*shape, GROUPS, SIZE, generator=generator, dtype=torch.float64)
@@ -32,22 +32,31 @@ class Rows:
     def part(self, row: int, start: int, end: int) -> tuple[torch.Tensor, ...]:
         return self.q[row, start:end], self.k[row, start:end], self.v[row, start:end]
 
-    def expected(self, row: int, start: int, end: int, rule: Rule) -> torch.Tensor:
-        return reference(*self.part(row, 0, end), Layout((0,), (end,)), rule)[start:end]
+    def expected(self, row: int, start: int, end: int, rule: AttentionConfig) -> torch.Tensor:
+        return reference_attention(*self.part(row, 0, end), PackLayout((0,), (end,)), rule)[
+            start:end
+        ]
 
 
-def packed(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Layout]:
+def packed(
+    parts: list[tuple[torch.Tensor, ...]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PackLayout]:
     lengths = tuple(len(q) for q, _, _ in parts)
     starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
     q, k, v = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return q, k, v, Layout(starts, lengths)
+    return q, k, v, PackLayout(starts, lengths)
 
 
-def extend(cache: RowCache, layer: nn.Module, rows: Rows, order: list[int], rule: Rule) -> None:
+def extend(
+    cache: RaggedKVCache, layer: nn.Module, rows: Rows, order: list[int], rule: AttentionConfig
+) -> None:
     """One step of all rows, checked against plain attention."""
-    places = cache.advance(torch.device("cpu")).tolist()
+    places = cache.begin_decode(torch.device("cpu")).tolist()
     out = cache.attend(
-        layer, *packed([rows.part(r, n, n + 1) for r, n in zip(order, places, strict=True)]), rule, "auto"
+        layer,
+        *packed([rows.part(r, n, n + 1) for r, n in zip(order, places, strict=True)]),
+        rule,
+        "auto",
     )
     expected = [rows.expected(r, n, n + 1, rule) for r, n in zip(order, places, strict=True)]
     torch.testing.assert_close(out, torch.cat(expected))
@@ -55,49 +64,57 @@ def extend(cache: RowCache, layer: nn.Module, rows: Rows, order: list[int], rule
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("lengths", [(3, 9, 1), (7, 7, 7)], ids=["ragged", "equal"])
-def test_rows_join_and_leave_at_any_time(rule: Rule, lengths: tuple[int, ...]) -> None:
-    rows, layer, cache = Rows(4), nn.Module(), RowCache(slots=3)
-    cache.admit(lengths)
-    out = cache.attend(layer, *packed([rows.part(r, 0, n) for r, n in enumerate(lengths)]), rule, "reference")
-    torch.testing.assert_close(out, torch.cat([rows.expected(r, 0, n, rule) for r, n in enumerate(lengths)]))
+def test_rows_join_and_leave_at_any_time(rule: AttentionConfig, lengths: tuple[int, ...]) -> None:
+    rows, layer, cache = Rows(4), nn.Module(), RaggedKVCache(slots=3)
+    cache.begin_prefill(lengths)
+    out = cache.attend(
+        layer, *packed([rows.part(r, 0, n) for r, n in enumerate(lengths)]), rule, "reference"
+    )
+    torch.testing.assert_close(
+        out, torch.cat([rows.expected(r, 0, n, rule) for r, n in enumerate(lengths)])
+    )
     for _ in range(3):
         extend(cache, layer, rows, [0, 1, 2], rule)
-    cache.drop(0)  # row 2 moves into its place
+    cache.drop_row(0)  # row 2 moves into its place
     extend(cache, layer, rows, [2, 1], rule)
-    cache.admit([5])
+    cache.begin_prefill([5])
     cache.attend(layer, *packed([rows.part(3, 0, 5)]), rule, "reference")
-    for _ in range(BLOCK):  # the stores grow on the way
+    for _ in range(BLOCK_TOKENS):  # the stores grow on the way
         extend(cache, layer, rows, [2, 1, 3], rule)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_shared_beginning_stands_before_every_row(rule: Rule) -> None:
-    rows, layer, cache = Rows(2), nn.Module(), RowCache(slots=2)
+def test_a_shared_beginning_stands_before_every_row(rule: AttentionConfig) -> None:
+    rows, layer, cache = Rows(2), nn.Module(), RaggedKVCache(slots=2)
     for x in (rows.q, rows.k, rows.v):
         x[1, :6] = x[0, :6]
-    cache.admit([6])
+    cache.begin_prefill([6])
     cache.attend(layer, *packed([rows.part(0, 0, 6)]), rule, "reference")
-    cache.share()
-    assert (cache.lengths, cache.shared) == ([], 6)
-    cache.admit([4, 1])
+    cache.share_prefix()
+    assert (cache.lengths, cache.prefix_length) == ([], 6)
+    cache.begin_prefill([4, 1])
     out = cache.attend(layer, *packed([rows.part(0, 6, 10), rows.part(1, 6, 7)]), rule, "reference")
-    torch.testing.assert_close(out, torch.cat([rows.expected(0, 6, 10, rule), rows.expected(1, 6, 7, rule)]))
+    torch.testing.assert_close(
+        out, torch.cat([rows.expected(0, 6, 10, rule), rows.expected(1, 6, 7, rule)])
+    )
     for _ in range(3):
         extend(cache, layer, rows, [0, 1], rule)
 
 
 def test_stores_grow_to_what_the_longest_row_needs_and_no_further() -> None:
-    rows, layer, cache = Rows(1), nn.Module(), RowCache(1, longest=BLOCK + 2)
-    cache.admit([BLOCK])
-    cache.attend(layer, *packed([rows.part(0, 0, BLOCK)]), RULES["plain"], "reference")
+    rows, layer, cache = Rows(1), nn.Module(), RaggedKVCache(1, max_length=BLOCK_TOKENS + 2)
+    cache.begin_prefill([BLOCK_TOKENS])
+    cache.attend(layer, *packed([rows.part(0, 0, BLOCK_TOKENS)]), RULES["plain"], "reference")
     for _ in range(3):  # and one that was not foreseen
         extend(cache, layer, rows, [0], RULES["plain"])
-        assert cache._stores[layer][0].shape[2] == 2 * BLOCK
+        assert cache._kv_buffers[layer][0].shape[2] == 2 * BLOCK_TOKENS
 
 
 # ---------------------------------------------------------------- rows.c, and attention.c after a shared beginning
 
-needs_kernel = pytest.mark.skipif(not ops.has_attention(), reason="needs a C compiler and AVX512-BF16")
+needs_kernel = pytest.mark.skipif(
+    not ops.has_attention(), reason="needs a C compiler and AVX512-BF16"
+)
 SHARED = 21
 
 
@@ -105,7 +122,7 @@ def narrow_rows(heads: int, groups: int, size: int) -> Rows:
     """In bf16; all begin alike. What is expected is computed in fp64 of the same numbers."""
     rows, generator = Rows(4), torch.Generator().manual_seed(1)
     for name, count in (("q", heads), ("k", groups), ("v", groups)):
-        x = torch.randn(4, 3 * BLOCK, count, size, generator=generator).bfloat16().double()
+        x = torch.randn(4, 3 * BLOCK_TOKENS, count, size, generator=generator).bfloat16().double()
         x[:, :SHARED] = x[:1, :SHARED]
         setattr(rows, name, x)
     return rows
@@ -117,11 +134,18 @@ NEAR = {"rtol": 0.02, "atol": 0.01}  # a few roundings to bf16 of numbers of abo
 @needs_kernel
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "after a shared beginning"])
 @pytest.mark.parametrize("window", [None, 7, 40])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(3, 1, 64), (4, 4, 64), (10, 2, 128), (2, 1, 256)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "size"), [(3, 1, 64), (4, 4, 64), (10, 2, 128), (2, 1, 256)]
+)
 def test_the_kernels_equal_plain_attention(
     heads: int, groups: int, size: int, window: int | None, shared: bool
 ) -> None:
-    rows, layer, cache, rule = narrow_rows(heads, groups, size), nn.Module(), RowCache(3), Rule(size**-0.5, window)
+    rows, layer, cache, rule = (
+        narrow_rows(heads, groups, size),
+        nn.Module(),
+        RaggedKVCache(3),
+        AttentionConfig(size**-0.5, window),
+    )
     begin = SHARED if shared else 0
 
     def attended(parts: list[tuple[int, int, int]]) -> torch.Tensor:
@@ -129,18 +153,22 @@ def test_the_kernels_equal_plain_attention(
         return cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, rule, "kernel")
 
     if shared:
-        cache.admit([SHARED])
+        cache.begin_prefill([SHARED])
         attended([(0, 0, SHARED)])
-        cache.share()
+        cache.share_prefix()
     lengths = [30, 5, 70]
-    cache.admit(lengths)
+    cache.begin_prefill(lengths)
     parts = [(row, begin, begin + length) for row, length in enumerate(lengths)]
     expected = torch.cat([rows.expected(*part, rule) for part in parts])
     torch.testing.assert_close(attended(parts).double(), expected, **NEAR)
-    for order in ([0, 1, 2], [0, 1, 2], [2, 1]):  # row 0 leaves, and the last row moves into its place
+    for order in (
+        [0, 1, 2],
+        [0, 1, 2],
+        [2, 1],
+    ):  # row 0 leaves, and the last row moves into its place
         if len(order) < len(cache.lengths):
-            cache.drop(0)
-        places = cache.advance(torch.device("cpu")).tolist()
+            cache.drop_row(0)
+        places = cache.begin_decode(torch.device("cpu")).tolist()
         parts = [(row, place, place + 1) for row, place in zip(order, places, strict=True)]
         out, expected = attended(parts), torch.cat([rows.expected(*part, rule) for part in parts])
         assert out.dtype == torch.bfloat16
@@ -150,35 +178,43 @@ def test_the_kernels_equal_plain_attention(
 @needs_kernel
 def test_the_step_kernel_turns_what_it_reads() -> None:
     """Of 64 more tokens: their keys are stored turned, in stores that grow."""
-    rows, rule = narrow_rows(6, 2, 64), Rule(0.125)
-    layers, caches = (nn.Module(), nn.Module()), (RowCache(2), RowCache(2))
-    angles_PD = torch.rand(3 * BLOCK, 32, generator=torch.Generator().manual_seed(2)) * 6
+    rows, rule = narrow_rows(6, 2, 64), AttentionConfig(0.125)
+    layers, caches = (nn.Module(), nn.Module()), (RaggedKVCache(2), RaggedKVCache(2))
+    angles_PD = torch.rand(3 * BLOCK_TOKENS, 32, generator=torch.Generator().manual_seed(2)) * 6
     for cache, layer in zip(caches, layers, strict=True):
-        cache.admit([9, 50])
+        cache.begin_prefill([9, 50])
         q, k, v, layout = packed([rows.part(0, 0, 9), rows.part(1, 0, 50)])
         cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, rule, "kernel")
-    for _ in range(BLOCK):
-        places, _ = (cache.advance(torch.device("cpu")) for cache in caches)
+    for _ in range(BLOCK_TOKENS):
+        places, _ = (cache.begin_decode(torch.device("cpu")) for cache in caches)
         angles = angles_PD[places].cos(), angles_PD[places].sin()
-        q, k, v, layout = packed([rows.part(row, place, place + 1) for row, place in enumerate(places.tolist())])
+        q, k, v, layout = packed(
+            [rows.part(row, place, place + 1) for row, place in enumerate(places.tolist())]
+        )
         q, k, v = (x.bfloat16() for x in (q, k, v))
         one = caches[0].attend(layers[0], q, k, v, layout, rule, "kernel", angles)
-        other = caches[1].attend(layers[1], *turned(q, k, angles), v, layout, rule, "kernel")
+        other = caches[1].attend(
+            layers[1], *apply_rotary_qk(q, k, angles), v, layout, rule, "kernel"
+        )
         torch.testing.assert_close(one, other, **NEAR)
-    keys, others = caches[0]._stores[layers[0]][0], caches[1]._stores[layers[1]][0]
+    keys, others = caches[0]._kv_buffers[layers[0]][0], caches[1]._kv_buffers[layers[1]][0]
     torch.testing.assert_close(keys, others, rtol=0.01, atol=0.01)
 
 
 @needs_kernel
 def test_the_step_kernel_writes_one_place_a_row() -> None:
-    rows, layer, cache = narrow_rows(3, 1, 64), nn.Module(), RowCache(3)
-    cache.admit([30, 5])
+    rows, layer, cache = narrow_rows(3, 1, 64), nn.Module(), RaggedKVCache(3)
+    cache.begin_prefill([30, 5])
     q, k, v, layout = packed([rows.part(0, 0, 30), rows.part(1, 0, 5)])
-    cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, Rule(0.125), "kernel")
-    before = [x.clone() for x in cache._stores[layer]]
-    cache.advance(torch.device("cpu"))
+    cache.attend(
+        layer, *(x.bfloat16() for x in (q, k, v)), layout, AttentionConfig(0.125), "kernel"
+    )
+    before = [x.clone() for x in cache._kv_buffers[layer]]
+    cache.begin_decode(torch.device("cpu"))
     q, k, v, layout = packed([rows.part(0, 30, 31), rows.part(1, 5, 6)])
-    cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, Rule(0.125), "kernel")
-    for was, now in zip(before, cache._stores[layer], strict=True):
+    cache.attend(
+        layer, *(x.bfloat16() for x in (q, k, v)), layout, AttentionConfig(0.125), "kernel"
+    )
+    for was, now in zip(before, cache._kv_buffers[layer], strict=True):
         changed = (was != now).any(dim=-1).nonzero().tolist()
         assert changed == [[0, 0, 30], [1, 0, 5]]

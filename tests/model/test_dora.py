@@ -9,16 +9,24 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from tiny import LORA, one_batch, step_gradients, tiny_document, tiny_documents, tiny_model, tiny_network
-from tunesmith.model.adapters import add_lora, lora_layers, trainable
-from tunesmith.model.causal_lm import adopt
-from tunesmith.model.dora import Gain
-from tunesmith.model.frozen_weight import Blocked, blocks_here
+from tiny import (
+    LORA,
+    one_batch,
+    step_gradients,
+    tiny_document,
+    tiny_documents,
+    tiny_model,
+    tiny_network,
+)
+from tunesmith.model.adapters import add_lora, find_lora_layers, get_trainable_parameters
+from tunesmith.model.causal_lm import wrap_model
+from tunesmith.model.dora import DoraScale
+from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16
 from tunesmith.model.kernels import ops
 from tunesmith.model.layers import Mlp
 from tunesmith.model.lora import LoraLinear, QuantizedLinear, project
 from tunesmith.model.save import load_adapter, save_adapter
-from tunesmith.train.optimizer import make_optimizer, update
+from tunesmith.train.optimizer import make_optimizer, step_optimizer
 
 FP64 = torch.float64
 
@@ -27,15 +35,21 @@ def random(*shape: int, seed: int = 5) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=FP64)
 
 
-def linear(inputs: int, outputs: int, *, bias: bool = True, seed: int = 0, dtype: torch.dtype = FP64) -> nn.Linear:
+def linear(
+    inputs: int, outputs: int, *, bias: bool = True, seed: int = 0, dtype: torch.dtype = FP64
+) -> nn.Linear:
     torch.manual_seed(seed)
     return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
 
 
-def adapted(base: nn.Linear, *, scale: float = 0.7, dropout: float = 0.0, rank: int = 3) -> LoraLinear:
+def adapted(
+    base: nn.Linear, *, scale: float = 0.7, dropout: float = 0.0, rank: int = 3
+) -> LoraLinear:
     """With B and the magnitudes away from their start."""
     generator = torch.Generator().manual_seed(1)
-    layer = LoraLinear(base, rank=rank, scale=scale, dropout=dropout, generator=generator, dora=True)
+    layer = LoraLinear(
+        base, rank=rank, scale=scale, dropout=dropout, generator=generator, dora=True
+    )
     with torch.no_grad():
         layer.lora_B.add_(torch.randn(layer.lora_B.shape, generator=generator))
         magnitude_of(layer).mul_(1 + 0.3 * torch.randn(layer.lora_B.shape[0], generator=generator))
@@ -78,10 +92,14 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
     theirs = get_peft_model(nn.Sequential(linear(7, 4, bias=bias)), config)  # type: ignore[arg-type]
     ours = adapted(linear(7, 4, bias=bias), scale=5 / 3**0.5 if rslora else 5 / 3)
     named = {
-        name.partition(".lora_")[2].partition(".")[0]: p for name, p in theirs.named_parameters() if "lora_" in name
+        name.partition(".lora_")[2].partition(".")[0]: p
+        for name, p in theirs.named_parameters()
+        if "lora_" in name
     }
     torch.testing.assert_close(named["magnitude_vector"].data, ours.frozen.weight.norm(dim=1))
-    parts: dict[str, Tensor] = dict(zip(("A", "B", "magnitude_vector"), leaves_of(ours), strict=True))
+    parts: dict[str, Tensor] = dict(
+        zip(("A", "B", "magnitude_vector"), leaves_of(ours), strict=True)
+    )
     for name, parameter in named.items():
         parameter.data = parts[name].data.clone()
     x, dy = random(2, 5, 7).requires_grad_(), random(2, 5, 4, seed=9)
@@ -97,10 +115,18 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
 
 
 def test_linears_on_one_input_some_without_a_magnitude() -> None:
-    plain = LoraLinear(linear(5, 3, seed=7), rank=2, scale=0.5, dropout=0.0, generator=torch.Generator().manual_seed(4))
+    plain = LoraLinear(
+        linear(5, 3, seed=7),
+        rank=2,
+        scale=0.5,
+        dropout=0.0,
+        generator=torch.Generator().manual_seed(4),
+    )
     layers = [adapted(linear(5, 4)), plain, adapted(linear(5, 3, bias=False, seed=1))]
     x = random(6, 5).requires_grad_()
-    by_plain = F.linear(x, plain.frozen.weight, plain.bias) + 0.5 * F.linear(F.linear(x, plain.lora_A), plain.lora_B)
+    by_plain = F.linear(x, plain.frozen.weight, plain.bias) + 0.5 * F.linear(
+        F.linear(x, plain.lora_A), plain.lora_B
+    )
     expected = torch.cat([by_hand(layers[0], x), by_plain, by_hand(layers[2], x)], dim=-1)
     leaves = [x, *leaves_of(layers[0], layers[2]), plain.lora_A, plain.lora_B]
     assert_equal(torch.cat(project(x, layers), dim=-1), expected, leaves)
@@ -111,9 +137,11 @@ def test_linears_on_one_input_some_without_a_magnitude() -> None:
 def test_inside_the_mlp(bias: bool, dropout: float) -> None:
     """Dropout drops the inputs of A and nothing else."""
     stock: Any = nn.Module()
-    for seed, (name, shape) in enumerate({"gate_proj": (5, 6), "up_proj": (5, 6), "down_proj": (6, 5)}.items()):
+    for seed, (name, shape) in enumerate(
+        {"gate_proj": (5, 6), "up_proj": (5, 6), "down_proj": (6, 5)}.items()
+    ):
         setattr(stock, name, adapted(linear(*shape, bias=bias, seed=seed), dropout=dropout))
-    mlp, x = Mlp(stock, gelu=False), random(8, 5).requires_grad_()
+    mlp, x = Mlp(stock, is_gelu=False), random(8, 5).requires_grad_()
 
     def mask(like: Tensor) -> Tensor | None:
         return (torch.rand(like.shape) >= dropout).to(FP64) / (1 - dropout) if dropout else None
@@ -136,16 +164,19 @@ def test_it_starts_as_the_base_to_the_bit(dtype: torch.dtype) -> None:
     add_lora(network, LORA | {"use_dora": True})
     batch = one_batch(tiny_documents())
     with torch.no_grad():
-        ours, base = (m.hidden(batch) for m in (adopt(network, dtype), tiny_model("llama-tied", dtype, method=None)))
+        ours, base = (
+            m.compute_hidden(batch)
+            for m in (wrap_model(network, dtype), tiny_model("llama-tied", dtype, method=None))
+        )
     assert torch.equal(ours, base)
 
 
 def test_the_norms_follow_every_change(tmp_path: Path) -> None:
     layer, x = adapted(linear(5, 4)), random(3, 5)
     torch.testing.assert_close(layer(x), by_hand(layer, x))
-    assert layer.gain(FP64) is layer.gain(FP64), "made once for many packs"
+    assert layer.get_dora_scale(FP64) is layer.get_dora_scale(FP64), "made once for many packs"
     layer(x).sum().backward()
-    update(make_optimizer(layer.parameters(), weight_decay=0.0), 0.5)
+    step_optimizer(make_optimizer(layer.parameters(), weight_decay=0.0), 0.5)
     torch.testing.assert_close(layer(x), by_hand(layer, x))
     layer.scale = 0.2
     torch.testing.assert_close(layer(x), by_hand(layer, x))
@@ -154,11 +185,11 @@ def test_the_norms_follow_every_change(tmp_path: Path) -> None:
     models = [tiny_model(use_dora=True, seed=seed) for seed in (1, 2)]
     batch = one_batch([tiny_document(9)])
     with torch.no_grad():
-        before = [model.hidden(batch) for model in models]
+        before = [model.compute_hidden(batch) for model in models]
         save_adapter(models[0].network, tmp_path, LORA | {"use_dora": True}, Path("base"))
         load_adapter(models[1].network, tmp_path / "adapter_model.safetensors")
         assert not torch.equal(*before)
-        assert torch.equal(models[1].hidden(batch), before[0])
+        assert torch.equal(models[1].compute_hidden(batch), before[0])
 
 
 def test_a_row_of_zeros_stays_one() -> None:
@@ -172,8 +203,12 @@ def test_a_row_of_zeros_stays_one() -> None:
 
 
 def test_only_magnitudes_come_to_an_adapter() -> None:
-    plain, dora = (trainable(tiny_model(use_dora=wish).network) for wish in (False, True))
-    assert {name.rpartition(".")[2] for name in dora.keys() - plain.keys()} == {"lora_magnitude_vector"}
+    plain, dora = (
+        get_trainable_parameters(tiny_model(use_dora=wish).network) for wish in (False, True)
+    )
+    assert {name.rpartition(".")[2] for name in dora.keys() - plain.keys()} == {
+        "lora_magnitude_vector"
+    }
     assert len(dora) - len(plain) == 14
     step_gradients(tiny_model(use_dora=True), tiny_documents(), 100)
 
@@ -183,8 +218,13 @@ def test_only_magnitudes_come_to_an_adapter() -> None:
 
 def test_bf16_follows_fp64() -> None:
     """Through the C kernels where there are some; a gain of less than bf16's rounding is not lost."""
-    narrow = [adapted(linear(64, 96, bias=bias, dtype=torch.bfloat16), rank=8) for bias in (False, True)]
-    wide = [adapted(linear(64, 96, bias=bias, dtype=torch.bfloat16).double(), rank=8) for bias in (False, True)]
+    narrow = [
+        adapted(linear(64, 96, bias=bias, dtype=torch.bfloat16), rank=8) for bias in (False, True)
+    ]
+    wide = [
+        adapted(linear(64, 96, bias=bias, dtype=torch.bfloat16).double(), rank=8)
+        for bias in (False, True)
+    ]
     x, dy = random(200, 64).bfloat16().requires_grad_(), random(200, 192, seed=9).bfloat16()
     for one, other in zip(leaves_of(*narrow), leaves_of(*wide), strict=True):
         assert (one.dtype, other.dtype) == (torch.float32, FP64)
@@ -192,24 +232,36 @@ def test_bf16_follows_fp64() -> None:
     ours, exact_x = torch.cat(project(x, narrow), dim=-1), x.detach().double().requires_grad_()
     expected = torch.cat(project(exact_x, wide), dim=-1)
     found = [ours.detach(), *torch.autograd.grad(ours, [x, *leaves_of(*narrow)], dy)]
-    exact = [expected.detach(), *torch.autograd.grad(expected, [exact_x, *leaves_of(*wide)], dy.double())]
+    exact = [
+        expected.detach(),
+        *torch.autograd.grad(expected, [exact_x, *leaves_of(*wide)], dy.double()),
+    ]
     for one, other in zip(found, exact, strict=True):
         assert float((one.double() - other).norm() / other.norm()) < 6e-3
 
 
-@pytest.mark.skipif(not blocks_here(), reason="needs oneDNN's bf16 products")
+@pytest.mark.skipif(not has_onednn_bf16(), reason="needs oneDNN's bf16 products")
 def test_blocked_weights_give_the_same() -> None:
     layer = adapted(linear(64, 96, dtype=torch.bfloat16), rank=8)
     x = random(70, 64).bfloat16()
     with torch.no_grad():
-        plain, layer.frozen = layer(x), Blocked(layer.frozen.weight)
-        layer._gain = None
+        plain, layer.frozen = layer(x), BlockedWeight(layer.frozen.weight)
+        layer._dora_scale = None
         assert torch.equal(layer(x), plain)
 
 
 def test_weights_in_4_bits_are_taken_as_they_are() -> None:
-    quantized = QuantizedLinear(random(6, 64).float(), nn.Parameter(random(6), requires_grad=False), FP64)
-    layer = LoraLinear(quantized, rank=3, scale=0.7, dropout=0.0, generator=torch.Generator().manual_seed(1), dora=True)
+    quantized = QuantizedLinear(
+        random(6, 64).float(), nn.Parameter(random(6), requires_grad=False), FP64
+    )
+    layer = LoraLinear(
+        quantized,
+        rank=3,
+        scale=0.7,
+        dropout=0.0,
+        generator=torch.Generator().manual_seed(1),
+        dora=True,
+    )
     with torch.no_grad():
         layer.lora_B.add_(random(6, 3, seed=2))
         magnitude_of(layer).mul_(1 + 0.3 * random(6, seed=3))
@@ -217,7 +269,9 @@ def test_weights_in_4_bits_are_taken_as_they_are() -> None:
     assert_equal(layer(x), by_hand(layer, x), [x, *leaves_of(layer)])
 
 
-@pytest.mark.skipif(not ops.usable(torch.zeros(1, dtype=torch.bfloat16)), reason="needs a C compiler")
+@pytest.mark.skipif(
+    not ops.is_supported(torch.zeros(1, dtype=torch.bfloat16)), reason="needs a C compiler"
+)
 @pytest.mark.parametrize(("rows", "width"), [(1, 3), (7, 33), (65, 576)])
 def test_the_kernels_equal_their_reference(rows: int, width: int) -> None:
     y, dy, gain_O = (
@@ -235,12 +289,12 @@ def test_the_kernels_equal_their_reference(rows: int, width: int) -> None:
 
 def test_a_gain_is_not_rounded_to_bf16() -> None:
     """1.01 is 1.0078 in bf16."""
-    gain = Gain(torch.full((64,), 1.01), torch.ones(64))
+    gain = DoraScale(torch.full((64,), 1.01), torch.ones(64))
     y = random(500, 64).bfloat16()
     ratio = gain.forward(y.clone()).double().abs().mean() / y.double().abs().mean()
     assert float(ratio) == pytest.approx(1.01, abs=3e-4)
 
 
 def test_layers_say_what_they_are() -> None:
-    layers = lora_layers(tiny_model(use_dora=True).network)
+    layers = find_lora_layers(tiny_model(use_dora=True).network)
     assert all("dora" in repr(layer) for layer in layers.values())

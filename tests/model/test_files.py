@@ -10,7 +10,9 @@ from tunesmith.model.hub.files import check_files
 from tunesmith.model.hub.validate import check_folder
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "model.safetensors", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "model.safetensors", "README.md"]
+)
 def test_fault_14_a_link_out_of_the_folder_is_refused_before_it_is_read(
     model_folder: Path, tmp_path: Path, name: str
 ) -> None:
@@ -25,7 +27,9 @@ def test_fault_14_a_link_out_of_the_folder_is_refused_before_it_is_read(
     assert "copy the file" in caught.value.fix
 
 
-def test_fault_14_what_a_link_leads_over_does_not_matter(model_folder: Path, tmp_path: Path) -> None:
+def test_fault_14_what_a_link_leads_over_does_not_matter(
+    model_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "t.jinja").write_text("x")
     (model_folder / "additional_chat_templates").symlink_to(tmp_path / "outside")
@@ -71,7 +75,9 @@ def test_the_links_of_the_hubs_cache_pass(model_folder: Path, tmp_path: Path) ->
     assert all(file.is_symlink() for file in snapshot.iterdir())
 
 
-def test_fault_14_blobs_that_are_a_link_themselves_are_no_cache(model_folder: Path, tmp_path: Path) -> None:
+def test_fault_14_blobs_that_are_a_link_themselves_are_no_cache(
+    model_folder: Path, tmp_path: Path
+) -> None:
     snapshot = hub_snapshot(model_folder)
     (tmp_path / "models--x" / "blobs").rename(tmp_path / "home")
     (tmp_path / "models--x" / "blobs").symlink_to(tmp_path / "home")
@@ -98,7 +104,9 @@ def test_fault_14_a_device_is_no_file(model_folder: Path) -> None:
         check_folder(model_folder)
 
 
-@pytest.mark.parametrize(("name", "most"), [("tokenizer.json", 64 * 2**20), ("chat_template.jinja", 2**20)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("tokenizer.json", 64 * 2**20), ("chat_template.jinja", 2**20)]
+)
 def test_absurd_sizes_are_refused_unread(model_folder: Path, name: str, most: int) -> None:
     with (model_folder / name).open("wb") as file:
         file.truncate(most)

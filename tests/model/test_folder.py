@@ -38,15 +38,27 @@ def test_a_sound_folder_passes_and_one_without_its_weights_does_not(model_folder
     [
         ("config.json", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
         ("config.json", {"auto_map": {"AutoConfig": "someone/else--evil.Config"}}, "auto_map"),
-        ("config.json", {"_attn_implementation_internal": "someone/kernel"}, "_attn_implementation_internal"),
+        (
+            "config.json",
+            {"_attn_implementation_internal": "someone/kernel"},
+            "_attn_implementation_internal",
+        ),
         ("config.json", {"attn_implementation": "someone/kernel"}, "attn_implementation"),
         ("config.json", {"experts_implementation": "someone/kernel"}, "experts_implementation"),
-        ("config.json", {"text_config": {"parts": [{"_attn_implementation": {"": "x/y"}}]}}, "_attn_implementation"),
+        (
+            "config.json",
+            {"text_config": {"parts": [{"_attn_implementation": {"": "x/y"}}]}},
+            "_attn_implementation",
+        ),
         ("config.json", {"vision": {"trust_remote_code": True}}, "trust_remote_code"),
         ("config.json", {"configuration_files": ["config.4.0.0.json"]}, "configuration_files"),
         ("config.json", {"custom": {"class": "evil.Model"}}, "refers to a Python file"),
         ("config.json", {"custom": "someone/else--evil.py"}, "refers to a Python file"),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, "auto_map"),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}},
+            "auto_map",
+        ),
         ("generation_config.json", {"trust_remote_code": 1}, "trust_remote_code"),
         ("processor_config.json", {"auto_map": {"AutoProcessor": "evil.P"}}, "auto_map"),
     ],
@@ -57,7 +69,9 @@ def test_fault_16_remote_code_is_refused_and_never_runs(
     sentinel = model_folder / "executed"
     monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("no socket is opened"))
     (model_folder / "evil.py").write_text(f"open({str(sentinel)!r}, 'w').close()")
-    (model_folder / file).write_text(json.dumps((CONFIG if file == "config.json" else {}) | content))
+    (model_folder / file).write_text(
+        json.dumps((CONFIG if file == "config.json" else {}) | content)
+    )
     with pytest.raises(InputError, match=key) as caught:
         check_folder(model_folder)
     assert file in caught.value.where
@@ -68,15 +82,27 @@ def test_fault_16_remote_code_is_refused_and_never_runs(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, "the key vocab_file names a file outside"),
-        ("tokenizer_config.json", {"tokenizer_class": "EvilTokenizer"}, "tokenizer_class is 'EvilTokenizer'"),
+        (
+            "tokenizer_config.json",
+            {"vocab_file": "/etc/passwd"},
+            "the key vocab_file names a file outside",
+        ),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "EvilTokenizer"},
+            "tokenizer_class is 'EvilTokenizer'",
+        ),
         ("tokenizer_config.json", {"tokenizer_class": ["os", "system"]}, "tokenizer_class is"),
         ("tokenizer_config.json", {"init_inputs": ["x"]}, "init_inputs"),
         ("config.json", {"per_layer_config": {"0": {"hidden_size": 9}}}, "per_layer_config"),
     ],
 )
-def test_keys_that_lead_elsewhere_are_refused(model_folder: Path, file: str, content: dict, message: str) -> None:
-    (model_folder / file).write_text(json.dumps((CONFIG if file == "config.json" else {}) | content))
+def test_keys_that_lead_elsewhere_are_refused(
+    model_folder: Path, file: str, content: dict, message: str
+) -> None:
+    (model_folder / file).write_text(
+        json.dumps((CONFIG if file == "config.json" else {}) | content)
+    )
     with pytest.raises(InputError, match=message):
         check_folder(model_folder)
 
@@ -89,9 +115,13 @@ def test_own_generation_code_is_refused(model_folder: Path) -> None:
 
 
 def test_harmless_keys_pass(change_config) -> None:
-    check_folder(change_config(_attn_implementation_autoset=True, trust_remote_code=False, auto_map=None))
+    check_folder(
+        change_config(_attn_implementation_autoset=True, trust_remote_code=False, auto_map=None)
+    )
     with pytest.raises(InputError, match="trust_remote_code"):
-        check_folder(change_config(_attn_implementation_autoset=True, trust_remote_code=True, auto_map=None))
+        check_folder(
+            change_config(_attn_implementation_autoset=True, trust_remote_code=True, auto_map=None)
+        )
 
 
 def test_fault_15_only_pickled_weights_are_refused_and_not_opened(model_folder: Path) -> None:
@@ -146,7 +176,11 @@ def test_other_folders_get_advice(model_folder: Path) -> None:
 
 
 def entry(begin: int, end: int, shape: list | None = None, dtype: str = "F32") -> dict:
-    return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
+    return {
+        "dtype": dtype,
+        "shape": [(end - begin) // 4] if shape is None else shape,
+        "data_offsets": [begin, end],
+    }
 
 
 @pytest.mark.parametrize(
@@ -166,7 +200,9 @@ def entry(begin: int, end: int, shape: list | None = None, dtype: str = "F32") -
         ([], "not an object"),
     ],
 )
-def test_fault_19_a_contradictory_header_names_file_and_tensor(tmp_path: Path, header: object, message: str) -> None:
+def test_fault_19_a_contradictory_header_names_file_and_tensor(
+    tmp_path: Path, header: object, message: str
+) -> None:
     raw = json.dumps(header).encode()
     path = tmp_path / "bad.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(16))
@@ -175,7 +211,9 @@ def test_fault_19_a_contradictory_header_names_file_and_tensor(tmp_path: Path, h
     assert caught.value.where == str(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"1234567", (2**60).to_bytes(8, "little") + b"{}", bytes(8)])
+@pytest.mark.parametrize(
+    "content", [b"", b"1234567", (2**60).to_bytes(8, "little") + b"{}", bytes(8)]
+)
 def test_no_header_at_all(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(InputError):
@@ -188,7 +226,9 @@ def test_fault_19_a_header_of_100_mb_is_refused_unread(tmp_path: Path) -> None:
         file.write((100 * 10**6).to_bytes(8, "little"))
         file.truncate(200 * 10**6)
     tracemalloc.start()
-    with pytest.raises(InputError, match="its header has 100,000,000 bytes; no model needs more than 16,777,216"):
+    with pytest.raises(
+        InputError, match="its header has 100,000,000 bytes; no model needs more than 16,777,216"
+    ):
         read_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -196,16 +236,17 @@ def test_fault_19_a_header_of_100_mb_is_refused_unread(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_stands_twice(tmp_path: Path) -> None:
-    raw = (
-        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
-    )
+    raw = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
     (tmp_path / "bad.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(16))
     with pytest.raises(InputError, match="a stands twice"):
         read_header(tmp_path / "bad.safetensors")
 
 
 def test_what_passes_here_passes_in_safetensors(tmp_path: Path) -> None:
-    save_file({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)}, tmp_path / "good.safetensors")
+    save_file(
+        {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)},
+        tmp_path / "good.safetensors",
+    )
     content = (tmp_path / "good.safetensors").read_bytes()
     chance, path, passed = random.Random(0), tmp_path / "damaged.safetensors", 0
     for _ in range(400):

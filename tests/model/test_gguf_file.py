@@ -14,7 +14,9 @@ from tunesmith.model.gguf.reader import read_gguf, read_tensor
 def test_reads_what_the_gguf_package_reads(make_gguf, quantise: str) -> None:
     path = make_gguf(quantise=quantise)
     ours, theirs = read_gguf(path), gguf.GGUFReader(path)
-    fields = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    fields = {
+        key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")
+    }
     assert ours.metadata == fields
     assert [tensor.name for tensor in ours.tensors] == [tensor.name for tensor in theirs.tensors]
     for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
@@ -40,7 +42,14 @@ def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> Non
         (b"PK\x03\x04" + bytes(60), "does not begin with GGUF"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "ends inside its header"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<I", 99), "type 99"),
+        (
+            b"GGUF"
+            + struct.pack("<IQQ", 3, 0, 1)
+            + struct.pack("<Q", 1)
+            + b"k"
+            + struct.pack("<I", 99),
+            "type 99",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:

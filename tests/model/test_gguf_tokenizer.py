@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.reader import GgufFile, read_gguf
 from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer, write_tokenizer
-from tunesmith.model.hub.resolve import resolve
+from tunesmith.model.hub.resolve import resolve_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CUTS = json.loads((GOLDEN / "tokenizer_cuts.json").read_text())
@@ -56,7 +56,9 @@ def test_bos_as_the_file_says(make_gguf, bos: bool) -> None:
     write_tokenizer(read_gguf(source), source.parent)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent)
     assert tokenizer("1")["input_ids"] == [1] * bos + tokenizer.convert_tokens_to_ids(["1"])
-    assert tokenizer("1", add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids(["1"])
+    assert tokenizer("1", add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids(
+        ["1"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,9 +69,15 @@ def test_bos_as_the_file_says(make_gguf, bos: bool) -> None:
         ({"tokenizer__ggml__model": "llama"}, "tokenizer of kind 'llama'"),
         ({"tokenizer__ggml__merges": ["h x"]}, "merge 'h x' does not fit"),
         ({"tokenizer__ggml__merges": ["h e 1"]}, "merge 'h e 1' does not fit"),
-        ({"tokenizer__ggml__tokens": ["a", "b", "a"], "tokenizer__ggml__token_type": [1] * 3}, "stands twice"),
+        (
+            {"tokenizer__ggml__tokens": ["a", "b", "a"], "tokenizer__ggml__token_type": [1] * 3},
+            "stands twice",
+        ),
         ({"tokenizer__ggml__token_type": [1, 2]}, "but 2 token types"),
-        ({"tokenizer__ggml__bos_token_id": None, "tokenizer__ggml__add_bos_token": True}, "adds a first token"),
+        (
+            {"tokenizer__ggml__bos_token_id": None, "tokenizer__ggml__add_bos_token": True},
+            "adds a first token",
+        ),
     ],
 )
 def test_refused_by_name(make_gguf, changed: dict, message: str) -> None:
@@ -79,12 +87,17 @@ def test_refused_by_name(make_gguf, changed: dict, message: str) -> None:
 
 @pytest.mark.slow
 def test_golden_ids_of_smollm2() -> None:
-    folder = resolve("smollm2-135m-instruct")
+    folder = resolve_model("smollm2-135m-instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    by_hand = Tokenizer(BPE(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]]))
+    by_hand = Tokenizer(
+        BPE(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    )
     by_hand.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     for kind, ids in SMOLLM2.items():
         text = CUTS["texts"][kind]
@@ -112,7 +125,9 @@ def spelled(text: str) -> str:
     """The bytes of a text in the alphabet of byte-level BPE: printable ones as they are, the rest from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return "".join(chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in text.encode())
+    return "".join(
+        chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in text.encode()
+    )
 
 
 def test_the_file_object_says_what_is_missing() -> None:

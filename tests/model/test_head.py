@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from tunesmith.model import lm_head as head_module
-from tunesmith.model.lm_head import Head, supervised_loss, target_losses
+from tunesmith.model.lm_head import LMHead, compute_supervised_loss, measure_target_losses
 
 TARGETS, HIDDEN, VOCABULARY = 20, 12, 31
 SHAPES = {"plain": (1.0, 0.0), "scaled": (0.3, 0.0), "capped": (1.0, 4.0), "both": (0.3, 2.0)}
@@ -24,10 +24,14 @@ def inputs(
     return hidden, weight, torch.randint(vocabulary, (targets,), generator=generator), weights
 
 
-def expected(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+def expected(head: LMHead, hidden: Tensor, targets: Tensor) -> Tensor:
     """Loss of each target."""
     z = head.scale * F.linear(hidden, head.weight, head.bias)
-    return F.cross_entropy(head.cap * torch.tanh(z / head.cap) if head.cap else z, targets, reduction="none")
+    return F.cross_entropy(
+        head.softcap * torch.tanh(z / head.softcap) if head.softcap else z,
+        targets,
+        reduction="none",
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 128, TARGETS])
@@ -40,28 +44,37 @@ def test_equals_cross_entropy(
     hidden, weight, targets, weights = inputs()
     hidden.requires_grad_()
     weight.requires_grad_()
-    head = Head(weight, torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64) if bias else None, scale, cap)
-    total, losses = supervised_loss(hidden, head, targets, weights)
+    head = LMHead(
+        weight, torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64) if bias else None, scale, cap
+    )
+    total, losses = compute_supervised_loss(hidden, head, targets, weights)
     each = expected(head, hidden, targets)
     torch.testing.assert_close(losses, each.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(target_losses(hidden, head, targets), each.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        measure_target_losses(hidden, head, targets), each.detach(), rtol=1e-12, atol=1e-12
+    )
     found = torch.autograd.grad(total * 0.7, (hidden, weight))
     truth = torch.autograd.grad((each * weights).sum() * 0.7, (hidden, weight))
-    for one, other in zip((total.detach(), *found), ((each * weights).sum().detach(), *truth), strict=True):
+    for one, other in zip(
+        (total.detach(), *found), ((each * weights).sum().detach(), *truth), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "CHUNK_TARGETS", 3)
     hidden, weight, targets, weights = inputs(targets=5, vocabulary=7)
-    head = Head(weight.requires_grad_(), None, 0.6, 3.0)
-    assert gradcheck(lambda h, _: supervised_loss(h, head, targets, weights)[0], (hidden.requires_grad_(), weight))
+    head = LMHead(weight.requires_grad_(), None, 0.6, 3.0)
+    assert gradcheck(
+        lambda h, _: compute_supervised_loss(h, head, targets, weights)[0],
+        (hidden.requires_grad_(), weight),
+    )
 
 
 def test_no_target_is_a_loss_of_zero() -> None:
     hidden, weight, targets, weights = inputs(targets=0)
-    head = Head(weight.requires_grad_(), None)
-    total, losses = supervised_loss(hidden.requires_grad_(), head, targets, weights)
+    head = LMHead(weight.requires_grad_(), None)
+    total, losses = compute_supervised_loss(hidden.requires_grad_(), head, targets, weights)
     total.backward()
     assert float(total.detach()) == 0
     assert losses.shape == (0,)
@@ -71,7 +84,9 @@ def test_no_target_is_a_loss_of_zero() -> None:
 
 def test_weights_of_zero_leave_no_gradient() -> None:
     hidden, weight, targets, _ = inputs()
-    total, losses = supervised_loss(hidden.requires_grad_(), Head(weight, None), targets, torch.zeros(TARGETS))
+    total, losses = compute_supervised_loss(
+        hidden.requires_grad_(), LMHead(weight, None), targets, torch.zeros(TARGETS)
+    )
     (gradient,) = torch.autograd.grad(total, hidden)
     assert float(total.detach()) == 0
     assert (losses > 0).all()
@@ -80,7 +95,9 @@ def test_weights_of_zero_leave_no_gradient() -> None:
 
 def test_a_frozen_head_gets_no_gradient() -> None:
     hidden, weight, targets, weights = inputs()
-    supervised_loss(hidden.requires_grad_(), Head(weight, None), targets, weights)[0].backward()
+    compute_supervised_loss(hidden.requires_grad_(), LMHead(weight, None), targets, weights)[
+        0
+    ].backward()
     assert weight.grad is None
 
 
@@ -89,9 +106,11 @@ def test_in_bf16_it_is_as_near_as_bf16_logits_allow(scale: float, cap: float) ->
     """The factor of the backward, 1 / count, is no bf16 number: it must not be rounded to one."""
     hidden, weight, targets, weights = inputs(torch.bfloat16, targets=300)
     leaves = hidden.clone().requires_grad_(), weight.float().requires_grad_()
-    total, losses = supervised_loss(leaves[0], Head(leaves[1], None, scale, cap), targets, weights)
+    total, losses = compute_supervised_loss(
+        leaves[0], LMHead(leaves[1], None, scale, cap), targets, weights
+    )
     wide = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    each = expected(Head(wide[1], None, scale, cap), wide[0], targets)
+    each = expected(LMHead(wide[1], None, scale, cap), wide[0], targets)
     torch.testing.assert_close(losses.double(), each.detach(), rtol=2e-2, atol=2e-2)
     count = 257.5
     found = torch.autograd.grad(total / count, leaves)
@@ -105,7 +124,7 @@ def test_in_bf16_it_is_as_near_as_bf16_logits_allow(scale: float, cap: float) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_logits_are_wide(dtype: torch.dtype) -> None:
     hidden, weight, *_ = inputs(dtype)
-    logits = Head(weight, None, 0.5, 3.0).logits(hidden)
+    logits = LMHead(weight, None, 0.5, 3.0).compute_logits(hidden)
     assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact = 3.0 * torch.tanh(0.5 * hidden.double() @ weight.double().t() / 3.0)
     torch.testing.assert_close(logits.double(), exact, rtol=1e-2, atol=1e-2)
@@ -116,8 +135,12 @@ def test_a_nan_is_seen_in_the_loss() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         hidden, weight, targets, weights = inputs(dtype)
         hidden[3, 2], weights[3] = float("nan"), 1.0
-        total, losses = supervised_loss(hidden.requires_grad_(), Head(weight, None), targets, weights)
+        total, losses = compute_supervised_loss(
+            hidden.requires_grad_(), LMHead(weight, None), targets, weights
+        )
         (gradient,) = torch.autograd.grad(total, hidden)
         assert total.isnan()
         assert losses.isnan().nonzero().flatten().tolist() == [3]
-        assert gradient[3].isnan().any(), "its neighbours may have one too, as the matrix product has it"
+        assert gradient[3].isnan().any(), (
+            "its neighbours may have one too, as the matrix product has it"
+        )

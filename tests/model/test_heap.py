@@ -4,13 +4,15 @@ import os
 
 import pytest
 
-from tunesmith.model.malloc import CAPACITY, KEPT_PRODUCTS, keep_little
+from tunesmith.model.malloc import CAPACITY_ENV, MAX_PRIMITIVES, limit_onednn_cache
 
 
-def test_few_products_are_kept_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(CAPACITY, raising=False)
-    keep_little()
-    assert os.environ[CAPACITY] == KEPT_PRODUCTS
-    monkeypatch.setenv(CAPACITY, "500")
-    keep_little()
-    assert os.environ[CAPACITY] == "500"
+def test_few_products_are_kept_unless_the_user_says_how_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(CAPACITY_ENV, raising=False)
+    limit_onednn_cache()
+    assert os.environ[CAPACITY_ENV] == MAX_PRIMITIVES
+    monkeypatch.setenv(CAPACITY_ENV, "500")
+    limit_onednn_cache()
+    assert os.environ[CAPACITY_ENV] == "500"

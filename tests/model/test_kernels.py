@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tunesmith.model.kernels import ops
 
-needs_kernels = pytest.mark.skipif(ops.library() is None, reason="needs a C compiler")
+needs_kernels = pytest.mark.skipif(ops.load_library() is None, reason="needs a C compiler")
 ONE_ROUNDING = 2.0**-8  # of a result in bf16, with something to spare for the fp32 behind it
 NAN, INF = float("nan"), float("inf")
 
@@ -24,7 +24,9 @@ def random(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
     return (torch.randn(shape, generator=generator) * spread).bfloat16()
 
 
-def differentiated(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+def differentiated(
+    function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor
+) -> list[Tensor]:
     """The output and the gradients of all inputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     y = function(*leaves)
@@ -33,7 +35,9 @@ def differentiated(function: Callable[..., Tensor], inputs: list[Tensor], dy: Te
 
 def assert_rounded(ours: Tensor, exact: Tensor, cancels: float = 0.0) -> None:
     """Equal up to one rounding; `cancels`: the size of what was subtracted on the way."""
-    torch.testing.assert_close(ours.double(), exact, rtol=ONE_ROUNDING, atol=1e-6 + cancels * 2.0**-20)
+    torch.testing.assert_close(
+        ours.double(), exact, rtol=ONE_ROUNDING, atol=1e-6 + cancels * 2.0**-20
+    )
 
 
 # ---------------------------------------------------------------- values
@@ -44,7 +48,9 @@ def assert_rounded(ours: Tensor, exact: Tensor, cancels: float = 0.0) -> None:
 def test_rms_norm(shape: tuple[int, ...]) -> None:
     x, dy, weight = random(*shape), random(*shape, seed=1), random(shape[-1], seed=2).float()
     ours = differentiated(lambda x, w: ops.rms_norm(x, w, 1e-5), [x, weight], dy)
-    exact = differentiated(lambda x, w: ops.rms_norm(x, w, 1e-5), [x.double(), weight.double()], dy.double())
+    exact = differentiated(
+        lambda x, w: ops.rms_norm(x, w, 1e-5), [x.double(), weight.double()], dy.double()
+    )
     assert [y.dtype for y in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
     for one, other in zip(ours, exact, strict=True):
         assert_rounded(one, other, cancels=10 * float(exact[1].abs().max()))
@@ -54,7 +60,9 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 def test_rms_norm_of_a_transposed_input() -> None:
     x, weight = random(6, 4), torch.ones(6)
     ours = differentiated(lambda x: ops.rms_norm(x.t(), weight, 1e-5), [x], random(4, 6, seed=1))
-    exact = differentiated(lambda x: ops.rms_norm(x.t(), weight, 1e-5), [x.double()], random(4, 6, seed=1).double())
+    exact = differentiated(
+        lambda x: ops.rms_norm(x.t(), weight, 1e-5), [x.double()], random(4, 6, seed=1).double()
+    )
     for one, other in zip(ours, exact, strict=True):
         assert_rounded(one, other, cancels=10)
 
@@ -64,9 +72,9 @@ def test_rms_norm_of_a_transposed_input() -> None:
 def test_rotate(shape: tuple[int, int, int]) -> None:
     angles = torch.randn(shape[0], shape[2] // 2, generator=torch.Generator().manual_seed(5)) * 3
     x, dy = random(*shape), random(*shape, seed=1)
-    ours = differentiated(lambda x: ops.rotate(x, angles.cos(), angles.sin()), [x], dy)
+    ours = differentiated(lambda x: ops.apply_rotary(x, angles.cos(), angles.sin()), [x], dy)
     wide = angles.cos().double(), angles.sin().double()
-    exact = differentiated(lambda x: ops.rotate(x, *wide), [x.double()], dy.double())
+    exact = differentiated(lambda x: ops.apply_rotary(x, *wide), [x.double()], dy.double())
     for one, other in zip(ours, exact, strict=True):
         assert_rounded(one, other, cancels=10)
     turned, length = ours[0].double(), x.double().norm(dim=-1)
@@ -79,9 +87,11 @@ def test_rotate(shape: tuple[int, int, int]) -> None:
 def test_gated(count: int, gelu: bool) -> None:
     gate, up, dy = random(count, spread=4), random(count, seed=1), random(count, seed=2)
     gate[: min(count, 4)] = torch.tensor([0.0, -60.0, 60.0, -1e4])[: min(count, 4)]
-    exact = ops.gated_backward(gate.double(), up.double(), dy.double(), gelu)
-    ours = ops.gated_backward(gate, up, dy, gelu)
-    for one, other in zip((ops.gated(gate, up, gelu), *ours), (exact[2], *exact), strict=True):
+    exact = ops.gated_activation_backward(gate.double(), up.double(), dy.double(), gelu)
+    ours = ops.gated_activation_backward(gate, up, dy, gelu)
+    for one, other in zip(
+        (ops.gated_activation(gate, up, gelu), *ours), (exact[2], *exact), strict=True
+    ):
         assert_rounded(one, other, cancels=100)
 
 
@@ -117,7 +127,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(dtype: torch.dtype, target:
     with pytest.raises((IndexError, RuntimeError)):
         ops.cross_entropy(logits, targets, torch.ones(2), 1.0, 0.0)
     with pytest.raises((IndexError, RuntimeError)):
-        ops.divergence(logits, logits, targets, 1.0, 0.0)
+        ops.kl_divergence(logits, logits, targets, 1.0, 0.0)
 
 
 @needs_kernels
@@ -128,8 +138,8 @@ def test_divergence(rows: int, vocabulary: int, scale: float, cap: float, spread
     """Also of logits that have hardly moved, where the KL is far smaller than what it is the difference of."""
     base, targets = random(rows, vocabulary, spread=5), torch.arange(rows) % vocabulary
     tuned = (base.float() + random(rows, vocabulary, seed=1, spread=spread).float()).bfloat16()
-    exact = ops.divergence(base.double(), tuned.double(), targets, scale, cap)
-    ours = ops.divergence(base, tuned, targets, scale, cap)
+    exact = ops.kl_divergence(base.double(), tuned.double(), targets, scale, cap)
+    ours = ops.kl_divergence(base, tuned, targets, scale, cap)
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-4, atol=3e-6)
     assert ours[2].tolist() == exact[2].tolist()
@@ -142,10 +152,10 @@ def test_divergence_hides_no_nan(poison: float) -> None:
     tuned = base.clone()
     tuned[1, 50] = poison
     for one, other in ((base, tuned), (tuned, base)):
-        losses, kl, _ = ops.divergence(one, other, targets, 1.0, 0.0)
+        losses, kl, _ = ops.kl_divergence(one, other, targets, 1.0, 0.0)
         assert not torch.isfinite(kl[1])
         assert torch.isfinite(kl[[0, 2]]).all()
-    assert not torch.isfinite(ops.divergence(base, tuned, targets, 1.0, 0.0)[0][1]), losses
+    assert not torch.isfinite(ops.kl_divergence(base, tuned, targets, 1.0, 0.0)[0][1]), losses
 
 
 # ---------------------------------------------------------------- what is not a number stays none
@@ -176,11 +186,16 @@ def test_gated_hides_no_nan(poison: float, gelu: bool) -> None:
         inputs[which][places] = poison
         gate, up, dy = inputs
         ours, exact = (
-            (ops.gated(*pair, gelu), *ops.gated_backward(*pair, dy.to(pair[0].dtype), gelu))
+            (
+                ops.gated_activation(*pair, gelu),
+                *ops.gated_activation_backward(*pair, dy.to(pair[0].dtype), gelu),
+            )
             for pair in ((gate, up), (gate.double(), up.double()))
         )
         for one, other in zip(ours, exact, strict=True):
-            if poison != poison:  # an infinite gate may be 0 in one and NaN in the other, by the order of products
+            if (
+                poison != poison
+            ):  # an infinite gate may be 0 in one and NaN in the other, by the order of products
                 assert torch.equal(one.isnan(), other.isnan())
             healthy = torch.ones(1100, dtype=torch.bool)
             healthy[places] = False
@@ -205,7 +220,7 @@ def test_cross_entropy_hides_no_nan(poison: float, cap: float) -> None:
 def test_rotate_hides_no_nan() -> None:
     x, angles = random(2, 1, 8), torch.rand(2, 4)
     x[0, 0, 1] = NAN
-    y = ops.rotate(x, angles.cos(), angles.sin())
+    y = ops.apply_rotary(x, angles.cos(), angles.sin())
     assert y.isnan().nonzero().tolist() == [[0, 0, 1], [0, 0, 5]]
 
 
@@ -222,18 +237,28 @@ print(kernels.usable(x), kernels.has_attention())
 
 
 def test_without_a_compiler_the_reference_is_used(tmp_path: Path) -> None:
-    environment = os.environ | {"CC": "no-such-compiler", "PATH": "", "TUNESMITH_CACHE": str(tmp_path)}
+    environment = os.environ | {
+        "CC": "no-such-compiler",
+        "PATH": "",
+        "TUNESMITH_CACHE": str(tmp_path),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", USE_THEM], env=environment, text=True, stdout=subprocess.PIPE, check=True
+        [sys.executable, "-c", USE_THEM],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
     )
     assert done.stdout.split() == ["False", "False"]
     assert not any(tmp_path.iterdir())
 
 
-def test_a_compiler_that_fails_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_as_good_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    assert ops.library.__wrapped__() is None
+    assert ops.load_library.__wrapped__() is None
     assert not any((tmp_path / "kernels").iterdir())
 
 
@@ -242,9 +267,9 @@ def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Threads here; to the folder they are the same as processes."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     with ThreadPoolExecutor(2) as pool:
-        libraries = list(pool.map(lambda _: ops.library.__wrapped__(), range(2)))
+        libraries = list(pool.map(lambda _: ops.load_library.__wrapped__(), range(2)))
     assert None not in libraries
     (compiled,) = (tmp_path / "kernels").iterdir()
     before = compiled.stat().st_mtime_ns
-    assert ops.library.__wrapped__() is not None
+    assert ops.load_library.__wrapped__() is not None
     assert compiled.stat().st_mtime_ns == before, "compiled again"

@@ -10,26 +10,46 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from tiny import one_batch, step_gradients, tiny_documents, tiny_model, tiny_network, worst_difference
-from tunesmith.data.packing import fed_tokens
-from tunesmith.model.adapters import lora_layers, trainable
+from tiny import (
+    one_batch,
+    step_gradients,
+    tiny_documents,
+    tiny_model,
+    tiny_network,
+    worst_difference,
+)
+from tunesmith.data.packing import count_input_tokens
+from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
 from tunesmith.model.layers import Mlp
-from tunesmith.model.lora import Group, LoraLinear, MasterLinear, Operand, prepared, project
-from tunesmith.train.losses import weight_count
-from tunesmith.train.optimizer import make_optimizer, update
+from tunesmith.model.lora import (
+    Fp32MasterLinear,
+    LinearGroup,
+    LoraLinear,
+    PreparedLinear,
+    prepare_group,
+    project,
+)
+from tunesmith.train.losses import sum_weights
+from tunesmith.train.optimizer import make_optimizer, step_optimizer
 
 FP64 = torch.float64
 
 
-def linear(inputs: int, outputs: int, *, bias: bool = True, seed: int = 0, dtype: torch.dtype = FP64) -> nn.Linear:
+def linear(
+    inputs: int, outputs: int, *, bias: bool = True, seed: int = 0, dtype: torch.dtype = FP64
+) -> nn.Linear:
     torch.manual_seed(seed)
     return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
 
 
 def adapted(base: nn.Linear, *, scale: float = 0.7, dropout: float = 0.0) -> LoraLinear:
     """With B away from 0."""
-    layer = LoraLinear(base, rank=3, scale=scale, dropout=dropout, generator=torch.Generator().manual_seed(1))
-    layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(2)).to(layer.lora_B)
+    layer = LoraLinear(
+        base, rank=3, scale=scale, dropout=dropout, generator=torch.Generator().manual_seed(1)
+    )
+    layer.lora_B.data = torch.randn(
+        layer.lora_B.shape, generator=torch.Generator().manual_seed(2)
+    ).to(layer.lora_B)
     return layer
 
 
@@ -60,7 +80,9 @@ def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
-    config = LoraConfig(r=3, lora_alpha=5, use_rslora=rslora, target_modules=["0"], lora_dropout=0.0)
+    config = LoraConfig(
+        r=3, lora_alpha=5, use_rslora=rslora, target_modules=["0"], lora_dropout=0.0
+    )
     theirs = get_peft_model(nn.Sequential(linear(7, 4, bias=bias)), config)  # type: ignore[arg-type]
     ours = adapted(linear(7, 4, bias=bias), scale=5 / 3**0.5 if rslora else 5 / 3)
     named = {name.split(".")[-3]: p for name, p in theirs.named_parameters() if "lora_" in name}
@@ -76,7 +98,9 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # asked for by PEFT
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # asked for by PEFT
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -105,22 +129,36 @@ def test_a_model_equals_pefts(family: str, settings: dict[str, Any]) -> None:
         ),
     )
     weights = {
-        re.sub(r"\.default(\.weight)?$", "", name): p for name, p in theirs.named_parameters() if p.requires_grad
+        re.sub(r"\.default(\.weight)?$", "", name): p
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
     }
-    mine = {f"base_model.model.{name}": p for name, p in trainable(ours.network).items()}
+    mine = {
+        f"base_model.model.{name}": p for name, p in get_trainable_parameters(ours.network).items()
+    }
     assert weights.keys() == mine.keys()
     for name, parameter in weights.items():
         parameter.data = mine[name].data.clone()
     total = torch.zeros((), dtype=FP64)
     for document in documents:
         tokens_L = torch.from_numpy(document.tokens_L).long()
-        logits = theirs(input_ids=tokens_L[None, : fed_tokens(document)], use_cache=False).logits[0].double()
+        logits = (
+            theirs(input_ids=tokens_L[None, : count_input_tokens(document)], use_cache=False)
+            .logits[0]
+            .double()
+        )
         losses = F.cross_entropy(logits, tokens_L[1:], reduction="none")
-        total = total + (losses * torch.from_numpy(document.weights_L[1:]).double()).sum() / weight_count(documents)
+        total = total + (
+            losses * torch.from_numpy(document.weights_L[1:]).double()
+        ).sum() / sum_weights(documents)
     total.backward()
     loss, found = step_gradients(ours, documents, 40)
     assert abs(loss - float(total.detach())) < 1e-6  # transformers' norms compute in fp32
-    expected = {name.removeprefix("base_model.model."): p.grad for name, p in weights.items() if p.grad is not None}
+    expected = {
+        name.removeprefix("base_model.model."): p.grad
+        for name, p in weights.items()
+        if p.grad is not None
+    }
     assert worst_difference(found, expected) < 5e-6
 
 
@@ -137,7 +175,7 @@ def test_gradcheck_of_projections() -> None:
     modules = [
         adapted(linear(5, 4)),
         adapted(linear(5, 3, bias=False, seed=1)),
-        MasterLinear(linear(5, 2, seed=2).requires_grad_(True)),
+        Fp32MasterLinear(linear(5, 2, seed=2).requires_grad_(True)),
         linear(5, 3, seed=3),
         off,
     ]
@@ -152,7 +190,8 @@ class Gated(nn.Module):
         super().__init__()
         bases = linear(5, 6), linear(5, 6, seed=1), linear(6, 5, seed=2)
         layers: list[Any] = [
-            MasterLinear(b.requires_grad_(True)) if full else adapted(b, dropout=dropout) for b in bases
+            Fp32MasterLinear(b.requires_grad_(True)) if full else adapted(b, dropout=dropout)
+            for b in bases
         ]
         self.gate_proj, self.up_proj, self.down_proj = layers
 
@@ -160,7 +199,7 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 def test_gradcheck_of_the_mlp(gelu: bool, full: bool) -> None:
-    mlp, x = Mlp(Gated(full=full), gelu=gelu), random(2, 2, 5).requires_grad_()
+    mlp, x = Mlp(Gated(full=full), is_gelu=gelu), random(2, 2, 5).requires_grad_()
     assert gradcheck(lambda *_: mlp(x), (x, *parameters_of(mlp)))
 
 
@@ -180,14 +219,19 @@ def test_a_frozen_input_needs_no_gradient() -> None:
 
 def test_dropout_equals_its_definition() -> None:
     """Masks of several linears are drawn one after the other; with the same seed a hand-made computation is equal."""
-    layers, x = [adapted(linear(5, 4), dropout=0.4), adapted(linear(5, 3, seed=1), dropout=0.4)], random(7, 5)
+    layers, x = (
+        [adapted(linear(5, 4), dropout=0.4), adapted(linear(5, 3, seed=1), dropout=0.4)],
+        random(7, 5),
+    )
     x.requires_grad_()
     leaves = [x, *parameters_of(*layers)]
     torch.manual_seed(11)
     ours = torch.cat(project(x, layers), dim=-1)
     torch.manual_seed(11)
     masks = [dropout_mask(x, 0.4) for _ in layers]
-    expected = torch.cat([by_hand(layer, x, mask) for layer, mask in zip(layers, masks, strict=True)], dim=-1)
+    expected = torch.cat(
+        [by_hand(layer, x, mask) for layer, mask in zip(layers, masks, strict=True)], dim=-1
+    )
     assert not masks[0].bool().all()
     torch.testing.assert_close(ours, expected)
     for one, other in zip(gradients(ours, leaves), gradients(expected, leaves), strict=True):
@@ -196,7 +240,7 @@ def test_dropout_equals_its_definition() -> None:
 
 def test_dropout_inside_the_mlp_equals_its_definition() -> None:
     stock, x = Gated(full=False, dropout=0.3), random(6, 5).requires_grad_()
-    mlp = Mlp(stock, gelu=False)
+    mlp = Mlp(stock, is_gelu=False)
     leaves = [x, *parameters_of(mlp)]
     torch.manual_seed(11)
     ours = mlp(x)
@@ -220,11 +264,11 @@ def test_prepared_products_are_kept_while_nothing_trains() -> None:
     """And follow every change of what they were prepared of."""
     layers, x = [adapted(linear(5, 4, seed=seed)).eval() for seed in range(2)], random(7, 5)
 
-    def right() -> Group:
+    def right() -> LinearGroup:
         with torch.no_grad():
             for y, layer in zip(project(x, layers), layers, strict=True):
                 torch.testing.assert_close(y, by_hand(layer, x))
-            return prepared(layers, x.dtype)
+            return prepare_group(layers, x.dtype)
 
     kept = right()
     assert right() is kept
@@ -241,7 +285,7 @@ def test_prepared_products_are_kept_while_nothing_trains() -> None:
     assert right() is not kept
     layers[0].train()
     with torch.no_grad():
-        assert prepared(layers, x.dtype) is not prepared(layers, x.dtype)
+        assert prepare_group(layers, x.dtype) is not prepare_group(layers, x.dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 70])
@@ -277,7 +321,10 @@ def test_scale_0_is_the_base_bitwise() -> None:
 
 
 def test_masters_of_an_adapter_are_fp32() -> None:
-    layer, x = adapted(linear(64, 48, dtype=torch.bfloat16)), random(30, 64).bfloat16().requires_grad_()
+    layer, x = (
+        adapted(linear(64, 48, dtype=torch.bfloat16)),
+        random(30, 64).bfloat16().requires_grad_(),
+    )
     y = layer(x)
     assert y.dtype == layer.frozen.weight.dtype == torch.bfloat16
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
@@ -292,16 +339,21 @@ def test_masters_of_an_adapter_are_fp32() -> None:
 
 def test_a_narrow_copy_follows_its_master() -> None:
     """Made once, and again after every kind of change that training makes."""
-    layer = MasterLinear(linear(5, 4, dtype=torch.float32).requires_grad_(True))
+    layer = Fp32MasterLinear(linear(5, 4, dtype=torch.float32).requires_grad_(True))
     x = random(3, 5).bfloat16()
 
     def fresh() -> bool:
-        return torch.equal(layer(x), F.linear(x, layer.weight.detach().bfloat16(), layer.bias.detach().bfloat16()))
+        return torch.equal(
+            layer(x), F.linear(x, layer.weight.detach().bfloat16(), layer.bias.detach().bfloat16())
+        )
 
     assert fresh()
-    assert Operand(layer, torch.bfloat16).frozen.weight is Operand(layer, torch.bfloat16).frozen.weight
+    assert (
+        PreparedLinear(layer, torch.bfloat16).frozen.weight
+        is PreparedLinear(layer, torch.bfloat16).frozen.weight
+    )
     layer(x).float().sum().backward()
-    update(make_optimizer(layer.parameters(), weight_decay=0.0), 0.5)
+    step_optimizer(make_optimizer(layer.parameters(), weight_decay=0.0), 0.5)
     assert fresh()
     with torch.no_grad():
         layer.weight.copy_(torch.ones(4, 5))
@@ -313,7 +365,13 @@ def test_a_narrow_copy_follows_its_master() -> None:
 
 def test_an_adapter_starts_as_nothing_and_by_its_seed() -> None:
     layers = [
-        LoraLinear(linear(16, 4), rank=2, scale=1.0, dropout=0.0, generator=torch.Generator().manual_seed(s))
+        LoraLinear(
+            linear(16, 4),
+            rank=2,
+            scale=1.0,
+            dropout=0.0,
+            generator=torch.Generator().manual_seed(s),
+        )
         for s in (1, 1, 2)
     ]
     assert torch.equal(layers[0].lora_A, layers[1].lora_A)
@@ -325,6 +383,6 @@ def test_an_adapter_starts_as_nothing_and_by_its_seed() -> None:
 def test_only_adapters_get_gradients() -> None:
     model = tiny_model("llama")
     step_gradients(model, tiny_documents(), 100)
-    assert all("lora_" in name for name in trainable(model.network))
-    assert len(lora_layers(model.network)) == 14
+    assert all("lora_" in name for name in get_trainable_parameters(model.network))
+    assert len(find_lora_layers(model.network)) == 14
     assert one_batch(tiny_documents()).tokens_T.dtype == torch.int64

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from tiny import step_gradients, tiny_document, tiny_model, worst_difference
 from tunesmith.model.kernels import lora, ops
-from tunesmith.model.kernels.lora import LANES, Adapter, Factor, Packed
+from tunesmith.model.kernels.lora import LANES, Adapter, AdapterFactor, PackedAdapters
 
-pytestmark = pytest.mark.skipif(not lora.available(), reason="needs a C compiler and AVX512-BF16")
+pytestmark = pytest.mark.skipif(
+    not lora.is_available(), reason="needs a C compiler and AVX512-BF16"
+)
 ROUNDING = 2.0**-8  # of a bf16 result
 SUM = 2.0**-17  # of an fp32 sum, relative to the sizes of what it adds up
 SHAPES = [
@@ -34,7 +36,8 @@ def adapters_of(inputs: int, outputs: list[int], ranks: list[int]) -> list[Adapt
     """Rank 0: a linear without adapter."""
     sizes = enumerate(zip(outputs, ranks, strict=True))
     return [
-        (random(r, inputs, seed=9 * i), random(o, r, seed=9 * i + 1), 0.7 + i) if r else None for i, (o, r) in sizes
+        (random(r, inputs, seed=9 * i), random(o, r, seed=9 * i + 1), 0.7 + i) if r else None
+        for i, (o, r) in sizes
     ]
 
 
@@ -62,9 +65,13 @@ def assert_product(
 def test_the_products_of_one_adapter(shape: tuple[int, int, int]) -> None:
     rows, width, rank = shape
     (a, b, scale), one = (random(rank, width), random(width, rank, seed=1), 0.7), slice(None)
-    packed, x, y = Packed([(a, b, scale)]), random(rows, width, seed=2), random(rows, width, seed=3)
+    packed, x, y = (
+        PackedAdapters([(a, b, scale)]),
+        random(rows, width, seed=2),
+        random(rows, width, seed=3),
+    )
     a, b, wide_x, wide_y = a.double(), b.double(), x.double(), y.double()
-    inner = packed.inner(x)
+    inner = packed.compute_inner(x)
     z = ranks_of(inner, one, rank)
     assert_product(ranks_of(inner, one, rank).bfloat16(), wide_x, a.t())
     added = y.clone()
@@ -89,27 +96,29 @@ def test_several_adapters_of_one_input() -> None:
     """Of different widths and ranks, one linear without: each as if it was alone, dx the sum."""
     rows, inputs, outputs, ranks = 150, 70, [64, 34, 48, 96], [24, 4, 0, 40]
     adapters = adapters_of(inputs, outputs, ranks)
-    together, x = Packed(adapters), random(rows, inputs, seed=2)
+    together, x = PackedAdapters(adapters), random(rows, inputs, seed=2)
     dys, ys = [[random(rows, o, seed=s + i) for i, o in enumerate(outputs)] for s in (20, 30)]
     before = [y.clone() for y in ys]
-    z = together.inner(x)
+    z = together.compute_inner(x)
     together.add_outputs(ys, z)
     dz, dbs = together.outputs_backward(dys, z)
     das = together.inputs_backward(x, dz)
     dx = torch.zeros(rows, inputs).bfloat16()
     together.add_inputs(dx, dz)
     blocks = [-(-rank // LANES) for rank in ranks]
-    places = [slice(end - count, end) for end, count in zip(accumulate(blocks), blocks, strict=True)]
+    places = [
+        slice(end - count, end) for end, count in zip(accumulate(blocks), blocks, strict=True)
+    ]
     for i, (adapter, place) in enumerate(zip(adapters, places, strict=True)):
         if adapter is None:
             assert torch.equal(ys[i], before[i])
             assert dbs[i] is None
             assert das[i] is None
             continue
-        alone = Packed([adapter])
+        alone = PackedAdapters([adapter])
         alone.add_outputs([before[i]], z[place])
         dz_alone, db_alone = alone.outputs_backward([dys[i]], z[place])
-        assert torch.equal(alone.inner(x), z[place])
+        assert torch.equal(alone.compute_inner(x), z[place])
         assert torch.equal(before[i], ys[i])
         assert torch.equal(dz_alone, dz[place])
         torch.testing.assert_close(db_alone[0], dbs[i], rtol=0, atol=0)
@@ -121,9 +130,9 @@ def test_several_adapters_of_one_input() -> None:
 
 def test_nan_is_not_hidden() -> None:
     """Not even by ranks and columns that only fill up a block."""
-    packed, x = Packed([(random(3, 34), random(34, 3, seed=1), 1.0)]), random(9, 34, seed=2)
+    packed, x = PackedAdapters([(random(3, 34), random(34, 3, seed=1), 1.0)]), random(9, 34, seed=2)
     x[4, 33] = float("nan")
-    z = packed.inner(x)
+    z = packed.compute_inner(x)
     assert z[0, 4, :3].isnan().all()
     assert not z[0, [3, 5]].isnan().any()
     dx = torch.zeros(9, 34).bfloat16()
@@ -149,16 +158,18 @@ def test_nothing_is_written_outside(shape: tuple[int, int, int]) -> None:
         whole = torch.full((size + 256,), 7, dtype=dtype)
         return whole[128:-128].view(sizes), whole
 
-    factor = Factor(-(-rank // LANES), width)
+    factor = AdapterFactor(-(-rank // LANES), width)
     factor.down, down = guarded(*factor.down.shape, dtype=torch.int32)
     factor.up, up = guarded(*factor.up.shape, dtype=torch.int32)
     factor.pack(random(width, rank), slice(None))
     y, around_y = guarded(rows, width)
     z, around_z = guarded(factor.blocks, rows, LANES)
-    factor.add(y, z, 1.0)
-    sums, around_sums = guarded(2, factor.blocks * LANES, factor.padded, dtype=torch.float32)
-    ops.call("lora_inner", y, factor.down, z, rows, width, factor.blocks, 2)
-    ops.call("lora_gradient", y, z.clone(), factor.down, z, sums, rows, width, factor.blocks, 2, 1.0)
+    factor.add_product(y, z, 1.0)
+    sums, around_sums = guarded(2, factor.blocks * LANES, factor.padded_width, dtype=torch.float32)
+    ops.call_kernel("lora_inner", y, factor.down, z, rows, width, factor.blocks, 2)
+    ops.call_kernel(
+        "lora_gradient", y, z.clone(), factor.down, z, sums, rows, width, factor.blocks, 2, 1.0
+    )
     for whole in (down, up, around_y, around_z, around_sums):
         assert (whole[:128] == 7).all()
         assert (whole[-128:] == 7).all()
@@ -170,13 +181,15 @@ def test_the_same_bits_at_each_run() -> None:
     try:
         torch.set_num_threads(3)
         for _ in range(4):
-            packed = Packed([adapter])
-            z = packed.inner(x)
+            packed = PackedAdapters([adapter])
+            z = packed.compute_inner(x)
             dz, (db,) = packed.outputs_backward([dy], z)
             runs.append((z, dz, db, *packed.inputs_backward(x, dz)))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(run, runs[0], strict=True))
+    assert all(
+        torch.equal(one, other) for run in runs[1:] for one, other in zip(run, runs[0], strict=True)
+    )
 
 
 # ---------------------------------------------------------------- in a model
@@ -193,7 +206,12 @@ def bf16_gradients(family: str, dropout: float, targets: str | list[str]) -> dic
 
 @pytest.mark.parametrize(
     ("family", "targets"),
-    [("llama", "all-linear"), ("llama", ["q_proj", "up_proj"]), ("gemma2", "all-linear"), ("phi3", "all-linear")],
+    [
+        ("llama", "all-linear"),
+        ("llama", ["q_proj", "up_proj"]),
+        ("gemma2", "all-linear"),
+        ("phi3", "all-linear"),
+    ],
 )
 def test_a_step_is_as_near_to_fp32_as_the_torch_path(family: str, targets: str | list[str]) -> None:
     """A dropout that drops nothing takes the torch path."""

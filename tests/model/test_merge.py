@@ -8,7 +8,12 @@ from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.model.hub.validate import check_folder, read_headers
-from tunesmith.model.merge import merged_tensors, read_loras, write_merged, write_weights
+from tunesmith.model.merge import (
+    iter_merged_tensors,
+    read_loras,
+    write_merged_weights,
+    write_weights,
+)
 
 PATH = "model.layers.0.mlp.up_proj"
 
@@ -26,14 +31,22 @@ def base_folder(path: Path, **more: Tensor) -> dict[str, Tensor]:
 
 
 def adapter_folder(
-    path: Path, *, rslora: bool = False, key: str = PATH, value: float | None = None, dora: bool = False
+    path: Path,
+    *,
+    rslora: bool = False,
+    key: str = PATH,
+    value: float | None = None,
+    dora: bool = False,
 ) -> dict[str, Tensor]:
     path.mkdir()
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(4, 8, generator=generator), torch.randn(6, 4, generator=generator)
     if value is not None:
         b[0, 0] = value
-    stored = {f"base_model.model.{key}.lora_A.weight": a, f"base_model.model.{key}.lora_B.weight": b}
+    stored = {
+        f"base_model.model.{key}.lora_A.weight": a,
+        f"base_model.model.{key}.lora_B.weight": b,
+    }
     magnitude = torch.rand(6, generator=generator) + 1
     if dora:
         stored[f"base_model.model.{key}.lora_magnitude_vector"] = magnitude
@@ -47,8 +60,10 @@ def adapter_folder(
 def test_merged_in_fp32_and_cast_once(tmp_path: Path, rslora: bool, scale: float) -> None:
     weights = base_folder(tmp_path / "base")
     lora = adapter_folder(tmp_path / "adapter", rslora=rslora)
-    write_merged(
-        tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "merged.safetensors"
+    write_merged_weights(
+        tmp_path / "base",
+        read_loras(tmp_path / "adapter", tmp_path / "base"),
+        tmp_path / "merged.safetensors",
     )
     found = load_file(tmp_path / "merged.safetensors")
     exact = weights[f"{PATH}.weight"].double() + scale * (lora["b"].double() @ lora["a"].double())
@@ -61,19 +76,27 @@ def test_merged_in_fp32_and_cast_once(tmp_path: Path, rslora: bool, scale: float
 def test_rows_get_the_lengths_of_dora(tmp_path: Path) -> None:
     weights = base_folder(tmp_path / "base")
     lora = adapter_folder(tmp_path / "adapter", dora=True)
-    write_merged(tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "m.safetensors")
+    write_merged_weights(
+        tmp_path / "base",
+        read_loras(tmp_path / "adapter", tmp_path / "base"),
+        tmp_path / "m.safetensors",
+    )
     direction = weights[f"{PATH}.weight"].double() + 1.5 * (lora["b"].double() @ lora["a"].double())
     exact = direction / direction.norm(dim=1, keepdim=True) * lora["m"].double()[:, None]
-    torch.testing.assert_close(load_file(tmp_path / "m.safetensors")[f"{PATH}.weight"], exact.bfloat16())
+    torch.testing.assert_close(
+        load_file(tmp_path / "m.safetensors")[f"{PATH}.weight"], exact.bfloat16()
+    )
 
 
 def test_the_file_is_sound_safetensors(tmp_path: Path) -> None:
     base_folder(tmp_path / "base")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").write_text("{}")
-    write_merged(tmp_path / "base", {}, tmp_path / "merged" / "model.safetensors")
+    write_merged_weights(tmp_path / "base", {}, tmp_path / "merged" / "model.safetensors")
     check_folder(tmp_path / "merged")
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged")
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
@@ -82,16 +105,20 @@ def test_the_file_is_sound_safetensors(tmp_path: Path) -> None:
 def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
     base_folder(tmp_path / "base")
     adapter_folder(tmp_path / "adapter", value=value)
-    with pytest.raises(InputError, match=r"up_proj\.lora_B\.weight holds values that are not finite"):
-        write_merged(
-            tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "merged.safetensors"
+    with pytest.raises(
+        InputError, match=r"up_proj\.lora_B\.weight holds values that are not finite"
+    ):
+        write_merged_weights(
+            tmp_path / "base",
+            read_loras(tmp_path / "adapter", tmp_path / "base"),
+            tmp_path / "merged.safetensors",
         )
 
 
 def test_what_only_the_cast_makes_infinite_is_refused(tmp_path: Path) -> None:
     base_folder(tmp_path / "base", **{"model.half.weight": torch.full((2,), 6e4).half()})
     headers = read_headers(tmp_path / "base")
-    tensors = [tensor * 2 for _, tensor in merged_tensors(headers, {})]
+    tensors = [tensor * 2 for _, tensor in iter_merged_tensors(headers, {})]
     with pytest.raises(GateError, match=r"model\.half\.weight"):
         write_weights(headers, tensors, tmp_path / "merged.safetensors")
 
@@ -99,7 +126,7 @@ def test_what_only_the_cast_makes_infinite_is_refused(tmp_path: Path) -> None:
 def test_a_base_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     base_folder(tmp_path / "base", **{"model.extra.weight": torch.tensor([1.0, float("-inf")])})
     with pytest.raises(GateError, match=r"model\.extra\.weight holds values that are not finite"):
-        write_merged(tmp_path / "base", {}, tmp_path / "merged.safetensors")
+        write_merged_weights(tmp_path / "base", {}, tmp_path / "merged.safetensors")
 
 
 def test_files_of_the_decoder_alone(tmp_path: Path) -> None:
@@ -109,7 +136,11 @@ def test_files_of_the_decoder_alone(tmp_path: Path) -> None:
     weights = {key.removeprefix("model."): tensor for key, tensor in load_file(base).items()}
     save_file(weights, base, metadata={"format": "pt"})
     lora = adapter_folder(tmp_path / "adapter")
-    write_merged(tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "m.safetensors")
+    write_merged_weights(
+        tmp_path / "base",
+        read_loras(tmp_path / "adapter", tmp_path / "base"),
+        tmp_path / "m.safetensors",
+    )
     expected = weights[name].float() + 1.5 * (lora["b"] @ lora["a"])
     assert torch.equal(load_file(tmp_path / "m.safetensors")[name], expected.bfloat16())
 
@@ -118,6 +149,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     base_folder(tmp_path / "base")
     adapter_folder(tmp_path / "adapter", key="model.layers.7.mlp.up_proj")
     with pytest.raises(InputError, match=r"it adapts model\.layers\.7\.mlp\.up_proj"):
-        write_merged(
-            tmp_path / "base", read_loras(tmp_path / "adapter", tmp_path / "base"), tmp_path / "merged.safetensors"
+        write_merged_weights(
+            tmp_path / "base",
+            read_loras(tmp_path / "adapter", tmp_path / "base"),
+            tmp_path / "merged.safetensors",
         )

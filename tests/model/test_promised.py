@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.core.errors import InputError
-from tunesmith.model.hub.resolve import resolve
-from tunesmith.model.hub.spec import KNOWN, headers_of, read_spec
-from tunesmith.model.target_modules import linear_paths
+from tunesmith.model.hub.resolve import resolve_model
+from tunesmith.model.hub.spec import SUPPORTED_CLASSES, read_model_headers, read_spec
+from tunesmith.model.target_modules import list_linear_paths
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -50,47 +50,72 @@ def test_a_70b_model_is_known_without_its_weights(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     spec = read_spec(folder)
     assert spec.parameters == 70_553_706_496, "as the model's card says"
-    assert (spec.head_dim, spec.dtype, spec.tied_head) == (128, "bfloat16", False)
-    assert len(linear_paths(headers_of(folder))) == 80 * 7
-    assert resolve(str(folder), weights=False) == resolve(str(folder / "config.json"), weights=False) == folder
+    assert (spec.head_dim, spec.dtype, spec.tie_word_embeddings) == (128, "bfloat16", False)
+    assert len(list_linear_paths(read_model_headers(folder))) == 80 * 7
+    assert (
+        resolve_model(str(folder), needs_weights=False)
+        == resolve_model(str(folder / "config.json"), needs_weights=False)
+        == folder
+    )
     with pytest.raises(InputError, match=r"neither model\.safetensors nor"):
-        resolve(str(folder))
+        resolve_model(str(folder))
 
 
-@pytest.mark.parametrize("model_type", KNOWN)
+@pytest.mark.parametrize("model_type", SUPPORTED_CLASSES)
 def test_the_promise_is_what_transformers_makes(model_type: str, tmp_path: Path) -> None:
     """Linear layers by name and shape, all parameters within a thousandth."""
     config = AutoConfig.for_model(model_type, **SIZES)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    folder_of(tmp_path, **{**dict.fromkeys(LLAMA_70B), **config.to_dict(), "architectures": [type(model).__name__]})
+    folder_of(
+        tmp_path,
+        **{**dict.fromkeys(LLAMA_70B), **config.to_dict(), "architectures": [type(model).__name__]},
+    )
     made = {
         name: tuple(module.weight.shape)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and ".layers." in name
     }
-    headers = headers_of(tmp_path)
-    assert {path: headers[f"{path}.weight"].shape for path in linear_paths(headers)} == made
+    headers = read_model_headers(tmp_path)
+    assert {path: headers[f"{path}.weight"].shape for path in list_linear_paths(headers)} == made
     assert read_spec(tmp_path).parameters == pytest.approx(model.num_parameters(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("changed", "message", "key"),
     [
-        ({"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number from 1", "num_attention_heads"),
+        (
+            {"num_attention_heads": 0},
+            "num_attention_heads is 0, not a whole number from 1",
+            "num_attention_heads",
+        ),
         ({"hidden_size": -8192}, "hidden_size is -8192", "hidden_size"),
         ({"vocab_size": "128k"}, "vocab_size is 128k", "vocab_size"),
         ({"intermediate_size": 28672.5}, r"intermediate_size is 28672\.5", "intermediate_size"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000", "num_hidden_layers"),
         ({"num_hidden_layers": [80]}, r"num_hidden_layers is \[80\]", "num_hidden_layers"),
         ({"intermediate_size": None}, "config.json has no intermediate_size", "intermediate_size"),
-        ({"max_position_embeddings": None}, "config.json has no max_position_embeddings", "max_position_embeddings"),
-        ({"num_attention_heads": 60}, "8192 is not a multiple of num_attention_heads 60", "give head_dim"),
+        (
+            {"max_position_embeddings": None},
+            "config.json has no max_position_embeddings",
+            "max_position_embeddings",
+        ),
+        (
+            {"num_attention_heads": 60},
+            "8192 is not a multiple of num_attention_heads 60",
+            "give head_dim",
+        ),
         ({"num_key_value_heads": 7}, "64 heads cannot share 7 key and value heads", ""),
-        ({"intermediate_size": 2**24, "hidden_size": 2**20}, "a model of these sizes has", "correct the size"),
+        (
+            {"intermediate_size": 2**24, "hidden_size": 2**20},
+            "a model of these sizes has",
+            "correct the size",
+        ),
     ],
 )
-def test_what_is_missing_or_absurd_is_named(changed: dict[str, Any], message: str, key: str, tmp_path: Path) -> None:
+def test_what_is_missing_or_absurd_is_named(
+    changed: dict[str, Any], message: str, key: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         read_spec(folder_of(tmp_path, **changed))
     assert key in refusal.value.fix
@@ -99,5 +124,7 @@ def test_what_is_missing_or_absurd_is_named(changed: dict[str, Any], message: st
 
 def test_an_index_without_its_files_is_no_weights(tmp_path: Path) -> None:
     folder_of(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors"}})
+    )
     assert read_spec(tmp_path).parameters == 70_553_706_496

@@ -13,17 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from tiny import LORA, one_batch, tiny_document, tiny_model, tiny_network
 from tunesmith.core.errors import InputError
-from tunesmith.model.adapters import add_lora, lora_layers
-from tunesmith.model.causal_lm import LanguageModel, adopt
+from tunesmith.model.adapters import add_lora, find_lora_layers
+from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
 from tunesmith.model.save import load_adapter, save_adapter, save_model, save_serving_files
 
 DOCUMENT = tiny_document(31, first_target=1)
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # PEFT's
 
 
 @torch.no_grad()
-def logits(model: LanguageModel) -> Tensor:
-    return model.head.logits(model.hidden(one_batch([DOCUMENT])))
+def logits(model: PackedCausalLM) -> Tensor:
+    return model.head.compute_logits(model.compute_hidden(one_batch([DOCUMENT])))
 
 
 @torch.no_grad()
@@ -43,10 +45,15 @@ def their_logits(network: torch.nn.Module) -> Tensor:
         ("granite", {"lora_target_modules": "attention"}),
         ("phi3", {"lora_target_modules": r".*\.1\.\w+\.(o|down)_proj"}),
         ("qwen2", {"use_dora": True}),
-        ("llama-tied", {"use_dora": True, "use_rslora": True, "lora_target_modules": ["v_proj", "down_proj"]}),
+        (
+            "llama-tied",
+            {"use_dora": True, "use_rslora": True, "lora_target_modules": ["v_proj", "down_proj"]},
+        ),
     ],
 )
-def test_an_adapter_loads_in_peft_and_back(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_loads_in_peft_and_back(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     model = tiny_model(family, **settings)
     expected = logits(model)
     save_adapter(model.network, tmp_path, LORA | settings, Path("base-model"))
@@ -56,7 +63,7 @@ def test_an_adapter_loads_in_peft_and_back(family: str, settings: dict[str, Any]
     network = tiny_network(family)
     add_lora(network, LORA | settings)
     load_adapter(network, tmp_path / "adapter_model.safetensors")
-    assert torch.equal(logits(adopt(network, torch.float32)), expected)
+    assert torch.equal(logits(wrap_model(network, torch.float32)), expected)
 
 
 def test_an_adapter_of_a_bf16_base_is_saved_in_fp32(tmp_path: Path) -> None:
@@ -64,14 +71,20 @@ def test_an_adapter_of_a_bf16_base_is_saved_in_fp32(tmp_path: Path) -> None:
     save_adapter(model.network, tmp_path, LORA, Path("base-model"))
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
-    assert len(stored) == 2 * len(lora_layers(model.network))
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "base-model"
+    assert len(stored) == 2 * len(find_lora_layers(model.network))
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "base-model"
+    )
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"lora_target_modules": ["q_proj"]}, "other layers"), ({"lora_r": 2}, "not \\(2, 48\\)")]
+    ("settings", "message"),
+    [({"lora_target_modules": ["q_proj"]}, "other layers"), ({"lora_r": 2}, "not \\(2, 48\\)")],
 )
-def test_an_adapter_of_another_shape_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_adapter_of_another_shape_is_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     save_adapter(tiny_model().network, tmp_path, LORA, Path("base-model"))
     other = tiny_model(**settings)
     before = logits(other)
@@ -103,8 +116,13 @@ def test_serving_files_say_where_an_answer_ends(tmp_path: Path) -> None:
     (base / "tokenizer.json").write_text("{}")
     (base / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.9}')
     (base / "chat_template.jinja").write_text("not this one")
-    save_serving_files(saved, base, templates={"default": "{{ messages }}\r\n", "tool_use": "t"}, end_ids=[2, 5])
-    assert json.loads((saved / "generation_config.json").read_text()) == {"eos_token_id": [2, 5], "top_p": 0.9}
+    save_serving_files(
+        saved, base, templates={"default": "{{ messages }}\r\n", "tool_use": "t"}, end_ids=[2, 5]
+    )
+    assert json.loads((saved / "generation_config.json").read_text()) == {
+        "eos_token_id": [2, 5],
+        "top_p": 0.9,
+    }
     assert (saved / "chat_template.jinja").read_bytes() == b"{{ messages }}\r\n"
     assert (saved / "additional_chat_templates" / "tool_use.jinja").read_text() == "t"
     assert (saved / "tokenizer.json").exists()

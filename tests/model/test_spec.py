@@ -19,7 +19,19 @@ SIZES = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "phi3", "smollm3"]
+TYPES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "olmo2",
+    "phi3",
+    "smollm3",
+]
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -30,17 +42,25 @@ def test_the_spec_says_what_the_model_is(tmp_path: Path, model_type: str) -> Non
     assert (spec.name, spec.path, spec.model_type) == ("tiny", tmp_path, model_type)
     assert spec.architecture == type(model).__name__
     assert spec.head_dim == model.model.layers[0].self_attn.head_dim
-    assert spec.tied_head == bool(config.tie_word_embeddings)
+    assert spec.tie_word_embeddings == bool(config.tie_word_embeddings)
     assert spec.parameters == model.num_parameters()
-    in_blocks = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    in_blocks = [
+        module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)
+    ]
     assert spec.block_parameters == sum(module.weight.numel() for module in in_blocks)
     assert spec.head_parameters == model.lm_head.weight.numel()
     assert (spec.context_length, spec.num_layers, spec.dtype) == (128, 2, "float32")
 
 
 def test_dtype_and_origin(model_folder: Path) -> None:
-    weights = {name: value.bfloat16() for name, value in load_file(model_folder / "model.safetensors").items()}
-    save_file(weights | {"model.norm.weight": weights["model.norm.weight"].float()}, model_folder / "model.safetensors")
+    weights = {
+        name: value.bfloat16()
+        for name, value in load_file(model_folder / "model.safetensors").items()
+    }
+    save_file(
+        weights | {"model.norm.weight": weights["model.norm.weight"].float()},
+        model_folder / "model.safetensors",
+    )
     (model_folder / "manifest.json").write_text(json.dumps({"origin": "made here"}))
     spec = read_spec(model_folder)
     assert (spec.name, spec.dtype, spec.origin) == ("model", "bfloat16", "made here")
@@ -51,11 +71,17 @@ def test_dtype_and_origin(model_folder: Path) -> None:
     [
         ({"model_type": "mamba"}, "mamba has layers that carry state"),
         ({"model_type": "lfm2"}, "lfm2 has layers that carry state"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
+        (
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "layers of type linear_attention",
+        ),
         ({"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
         ({"layer_types": "mamba"}, "layers of type mamba"),
         ({"model_type": "gemma3", "vision_config": {"a": 1}}, r"more than text \(vision_config\)"),
-        ({"model_type": "qwen2_audio", "audio_config": {"a": 1}}, r"more than text \(audio_config\)"),
+        (
+            {"model_type": "qwen2_audio", "audio_config": {"a": 1}},
+            r"more than text \(audio_config\)",
+        ),
         ({"model_type": "t5"}, "encoder with a decoder"),
         ({"model_type": "bart", "is_encoder_decoder": True}, "encoder with a decoder"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral is a mixture of experts"),
@@ -73,7 +99,10 @@ def test_dtype_and_origin(model_folder: Path) -> None:
         ({"num_hidden_layers": 1}, r"1 layers but there is model\.layers\.1\."),
         ({"hidden_size": "576"}, "hidden_size is 576, not a whole number"),
         ({"hidden_size": True}, "hidden_size is True"),
-        ({"vocab_size": 100}, r"embed_tokens\.weight has shape \[266, 64\], config.json says \[100, 64\]"),
+        (
+            {"vocab_size": 100},
+            r"embed_tokens\.weight has shape \[266, 64\], config.json says \[100, 64\]",
+        ),
         ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
         ({"head_dim": 8}, r"o_proj\.weight has shape"),
         ({"tie_word_embeddings": False}, r"no lm_head\.weight"),
@@ -87,7 +116,9 @@ def test_refused_by_name(change_config, changed: dict, message: str) -> None:
 
 def test_quantised_tensors_are_refused(model_folder: Path) -> None:
     weights = load_file(model_folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(torch.uint8)
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(
+        torch.uint8
+    )
     save_file(weights, model_folder / "model.safetensors")
     with pytest.raises(InputError, match=r"mlp\.up_proj\.weight is U8"):
         read_spec(model_folder)
@@ -96,6 +127,9 @@ def test_quantised_tensors_are_refused(model_folder: Path) -> None:
 def test_a_head_beside_the_embedding_is_its_own(change_config) -> None:
     folder = change_config(tie_word_embeddings=None)
     weights = load_file(folder / "model.safetensors")
-    assert read_spec(folder).tied_head
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
-    assert not read_spec(folder).tied_head
+    assert read_spec(folder).tie_word_embeddings
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        folder / "model.safetensors",
+    )
+    assert not read_spec(folder).tie_word_embeddings

@@ -10,13 +10,21 @@ from tokenizers import pre_tokenizers
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 64, 4, 2, 16, 96, 2
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ Ġ", "ĠĠ ĠĠ", "Ċ ĠĠĠĠ", "1 2", "h e"]
-TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\n{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
 
 
 def tokens() -> list[str]:
     """Three control tokens, the 256 bytes in the spelling of byte-level BPE, the merges, one user token, padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return [*SPECIALS, *alphabet, *("".join(merge.split(" ")) for merge in MERGES), "<think>", "[PAD265]"]
+    return [
+        *SPECIALS,
+        *alphabet,
+        *("".join(merge.split(" ")) for merge in MERGES),
+        "<think>",
+        "[PAD265]",
+    ]
 
 
 def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndarray]:
@@ -27,18 +35,29 @@ def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndar
         shapes["lm_head.weight"] = (len(tokens()), HIDDEN)
     for layer in range(LAYERS):
         block = f"model.layers.{layer}"
-        for name, rows in (("q", HEADS * HEAD_DIM), ("k", KV_HEADS * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM)):
+        for name, rows in (
+            ("q", HEADS * HEAD_DIM),
+            ("k", KV_HEADS * HEAD_DIM),
+            ("v", KV_HEADS * HEAD_DIM),
+        ):
             shapes[f"{block}.self_attn.{name}_proj.weight"] = (rows, HIDDEN)
             if architecture == "qwen2":
                 shapes[f"{block}.self_attn.{name}_proj.bias"] = (rows,)
         shapes[f"{block}.self_attn.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
-        for name, shape in (("gate", (INNER, HIDDEN)), ("up", (INNER, HIDDEN)), ("down", (HIDDEN, INNER))):
+        for name, shape in (
+            ("gate", (INNER, HIDDEN)),
+            ("up", (INNER, HIDDEN)),
+            ("down", (HIDDEN, INNER)),
+        ):
             shapes[f"{block}.mlp.{name}_proj.weight"] = shape
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{block}.{name}.weight"] = (HIDDEN,)
         if architecture == "qwen3":
             shapes |= {f"{block}.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
-    return {name: (random.integers(-16, 17, shape) / 16).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        name: (random.integers(-16, 17, shape) / 16).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def metadata(architecture: str) -> dict[str, Any]:
@@ -87,13 +106,17 @@ def write_gguf(
             values[0, 0] = np.nan
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = HEADS if "q_proj" in name else KV_HEADS
-            values = values.reshape(heads, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(values.shape)
+            values = (
+                values.reshape(heads, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(values.shape)
+            )
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         kind = gguf.GGMLQuantizationType[quantise if values.ndim > 1 else "F32"]
         writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
-    content = metadata(architecture) | {key.replace("__", "."): value for key, value in changed.items()}
+    content = metadata(architecture) | {
+        key.replace("__", "."): value for key, value in changed.items()
+    }
     for key, value in content.items():
         _add(writer, key, value)
     writer.write_header_to_file()

@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 
 from tunesmith.core.types import DataReport, Machine, ModelSpec
-from tunesmith.plan.rules import Known
+from tunesmith.plan.rules import RuleContext
 
 GB = 10**9
-CPU = Machine("cpu", "a processor", 2, 16 * GB, 12 * GB, 100 * GB, bf16_matmul=True, compiler="/usr/bin/cc")
+CPU = Machine(
+    "cpu",
+    "a processor",
+    2,
+    16 * GB,
+    12 * GB,
+    100 * GB,
+    has_bf16_matmul=True,
+    compiler="/usr/bin/cc",
+)
 SMOLLM2 = ModelSpec(
     name="smollm2",
     path=Path("smollm2"),
@@ -25,14 +34,14 @@ SMOLLM2 = ModelSpec(
     intermediate_size=1536,
     vocab_size=49152,
     context_length=8192,
-    tied_head=True,
+    tie_word_embeddings=True,
     parameters=134_515_008,
     dtype="bfloat16",
 )
 REPORT = DataReport(
     path="train.jsonl",
     format="messages",
-    why_format="detected",
+    format_reason="detected",
     rows=1000,
     documents=1000,
     tokens=300_000,
@@ -42,14 +51,18 @@ REPORT = DataReport(
 
 
 @pytest.fixture
-def known() -> Callable[..., Known]:
+def known() -> Callable[..., RuleContext]:
     """known(hidden_size=..., rows=..., compiler=..., batch_size=...): facts by the name of their field, the rest is
     what has been decided."""
 
-    def make(*, max_steps: int | None = None, has_schema: bool = False, **changed: Any) -> Known:
+    def make(
+        *, max_steps: int | None = None, has_schema: bool = False, **changed: Any
+    ) -> RuleContext:
         parts = []
         for whole in (CPU, SMOLLM2, REPORT):
-            names = {field.name for field in dataclasses.fields(whole)} & (changed.keys() - {"dtype"})
+            names = {field.name for field in dataclasses.fields(whole)} & (
+                changed.keys() - {"dtype"}
+            )
             parts.append(dataclasses.replace(whole, **{name: changed.pop(name) for name in names}))
         decided = {
             "method": "lora",
@@ -58,6 +71,6 @@ def known() -> Callable[..., Known]:
             "batch_size": 16,
             "dtype": "bf16",
         } | changed
-        return Known(*parts, decided, has_schema, max_steps)
+        return RuleContext(*parts, decided, has_schema, max_steps)
 
     return make

@@ -5,18 +5,18 @@ from collections.abc import Callable
 
 import pytest
 
-from tunesmith.data.tokenizer.eos import NAMES
+from tunesmith.data.tokenizer.eos import SEPARATOR_TOKENS
 from tunesmith.plan import rules_cpt
-from tunesmith.plan.rules import RULES, Known
-from tunesmith.plan.rules_cpt import CPT_RULES, PEAKS
+from tunesmith.plan.rules import RULES, RuleContext
+from tunesmith.plan.rules_cpt import CPT_RULES, PEAK_LEARNING_RATES
 
-Make = Callable[..., Known]
+Make = Callable[..., RuleContext]
 M = 10**6
 
 
 @pytest.fixture
 def texts(known: Make) -> Make:
-    def make(**changed: object) -> Known:
+    def make(**changed: object) -> RuleContext:
         return dataclasses.replace(known(**{"max_length": 2048} | changed), stage="cpt")
 
     return make
@@ -25,27 +25,39 @@ def texts(known: Make) -> Make:
 def test_the_learning_rate_is_a_tenth_of_the_peak_with_its_source(texts: Make) -> None:
     found = rules_cpt.learning_rate(texts(tokens=20 * M))
     assert (found.value, found.source[:19]) == (3e-4, "SmolLM2 paper, 135M")
-    assert "a tenth of 0.003, the peak of its pretraining" in found.why
-    assert "a 30th to a 60th" not in found.why
-    assert "a 30th to a 60th" in rules_cpt.learning_rate(texts(tokens=M)).why
-    assert rules_cpt.learning_rate(texts(hidden_size=8192, num_layers=80, vocab_size=32000)).value == 1.5e-5
-    assert all(1e-4 <= peak <= 3e-3 and source for peak, source in PEAKS.values())
+    assert "a tenth of 0.003, the peak of its pretraining" in found.reason
+    assert "a 30th to a 60th" not in found.reason
+    assert "a 30th to a 60th" in rules_cpt.learning_rate(texts(tokens=M)).reason
+    assert (
+        rules_cpt.learning_rate(texts(hidden_size=8192, num_layers=80, vocab_size=32000)).value
+        == 1.5e-5
+    )
+    assert all(1e-4 <= peak <= 3e-3 and source for peak, source in PEAK_LEARNING_RATES.values())
 
 
 def test_much_text_is_re_warmed_to_the_peak_and_re_decayed(texts: Make) -> None:
     assert rules_cpt.learning_rate(texts(tokens=10**10 - 1)).value == 3e-4
     found = rules_cpt.learning_rate(texts(tokens=10**10))
-    assert (found.value, found.why[:45]) == (3e-3, "10,000,000,000 tokens: re-warmed to the whole")
+    assert (found.value, found.reason[:45]) == (
+        3e-3,
+        "10,000,000,000 tokens: re-warmed to the whole",
+    )
     wanted = texts(tokens=M, batch_tokens=4096, num_train_epochs=1)
     schedule, warm = (CPT_RULES[key](wanted) for key in ("lr_scheduler_type", "warmup_ratio"))
-    assert (schedule.value, schedule.source, warm.source) == ("linear", "Ibrahim 2024", "Ibrahim 2024")
+    assert (schedule.value, schedule.source, warm.source) == (
+        "linear",
+        "Ibrahim 2024",
+        "Ibrahim 2024",
+    )
 
 
-@pytest.mark.parametrize(("parameters", "rate"), [(10**8, 3e-4), (5 * 10**8, 1e-4), (5 * 10**9, 2e-5)])
+@pytest.mark.parametrize(
+    ("parameters", "rate"), [(10**8, 3e-4), (5 * 10**8, 1e-4), (5 * 10**9, 2e-5)]
+)
 def test_an_unknown_peak_is_said(parameters: int, rate: float, texts: Make) -> None:
     found = rules_cpt.learning_rate(texts(hidden_size=999, parameters=parameters))
     assert found.value == rate
-    assert "not known" in found.why
+    assert "not known" in found.reason
 
 
 @pytest.mark.parametrize(("tokens", "epochs"), [(M - 1, 3), (M, 2), (10 * M - 1, 2), (10 * M, 1)])
@@ -55,9 +67,17 @@ def test_passes_follow_the_tokens(tokens: int, epochs: int, texts: Make) -> None
 
 @pytest.mark.parametrize(
     ("tokens", "window", "size"),
-    [(4 * M, 2048, 32768), (3 * M, 2048, 16384), (10_000, 2048, 4096), (10_000, 512, 1024), (M, 60_000, 60_000)],
+    [
+        (4 * M, 2048, 32768),
+        (3 * M, 2048, 16384),
+        (10_000, 2048, 4096),
+        (10_000, 512, 1024),
+        (M, 60_000, 60_000),
+    ],
 )
-def test_steps_shrink_until_there_are_a_hundred(tokens: int, window: int, size: int, texts: Make) -> None:
+def test_steps_shrink_until_there_are_a_hundred(
+    tokens: int, window: int, size: int, texts: Make
+) -> None:
     assert rules_cpt.batch_tokens(texts(tokens=tokens, max_length=window)).value == size
 
 
@@ -84,7 +104,9 @@ def test_steps_are_counted_in_tokens(texts: Make) -> None:
 
 
 def test_other_rules_are_those_of_fine_tuning() -> None:
-    assert [key for key in CPT_RULES if key != "batch_tokens"] == [key for key in RULES if key != "batch_size"]
+    assert [key for key in CPT_RULES if key != "batch_tokens"] == [
+        key for key in RULES if key != "batch_size"
+    ]
     assert list(CPT_RULES).index("batch_tokens") == list(RULES).index("batch_size")
     assert CPT_RULES["lora_r"] is RULES["lora_r"]
-    assert len(set(NAMES)) == len(NAMES)
+    assert len(set(SEPARATOR_TOKENS)) == len(SEPARATOR_TOKENS)

@@ -7,39 +7,39 @@ from typing import Any
 import pytest
 
 from tunesmith.core.types import ModelSpec
-from tunesmith.plan.memory import lora_parameters, peak_memory
-from tunesmith.plan.memory_budget import needed
-from tunesmith.plan.memory_gpu import cache_bytes
-from tunesmith.plan.rules import Known
+from tunesmith.plan.memory import count_lora_parameters, estimate_peak_memory
+from tunesmith.plan.memory_budget import estimate_memory
+from tunesmith.plan.memory_gpu import compute_cache_bytes
+from tunesmith.plan.rules import RuleContext
 
 SETTINGS: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 16, "pack_tokens": 2048}
 
 
 @pytest.fixture
-def spec(known: Callable[..., Known]) -> ModelSpec:
+def spec(known: Callable[..., RuleContext]) -> ModelSpec:
     return known().model
 
 
 def test_an_adapter_of_smollm2_has_305_thousand_parameters_a_rank(spec: ModelSpec) -> None:
-    assert lora_parameters(spec, 1) == 305_280
-    assert lora_parameters(spec, 16) == 16 * 305_280
+    assert count_lora_parameters(spec, 1) == 305_280
+    assert count_lora_parameters(spec, 16) == 16 * 305_280
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_components_add_up(method: str, dtype: str, spec: ModelSpec) -> None:
-    parts = peak_memory(spec, **(SETTINGS | {"method": method, "dtype": dtype}))
+    parts = estimate_peak_memory(spec, **(SETTINGS | {"method": method, "dtype": dtype}))
     assert all(value >= 0 for value in parts.values())
     assert parts.pop("peak") == sum(parts.values())
 
 
 def test_weights_are_counted_once(spec: ModelSpec) -> None:
     def bytes_of(**changed: Any) -> tuple[int, int]:
-        parts = peak_memory(spec, **(SETTINGS | changed))
+        parts = estimate_peak_memory(spec, **(SETTINGS | changed))
         return parts["weights"], parts["trained"]
 
-    assert bytes_of() == (2 * spec.parameters, 16 * lora_parameters(spec, 16))
-    assert bytes_of(dtype="fp32") == (4 * spec.parameters, 16 * lora_parameters(spec, 16))
+    assert bytes_of() == (2 * spec.parameters, 16 * count_lora_parameters(spec, 16))
+    assert bytes_of(dtype="fp32") == (4 * spec.parameters, 16 * count_lora_parameters(spec, 16))
     assert bytes_of(method="full", dtype="fp32") == (0, 16 * spec.parameters)
     assert bytes_of(method="full") == (2 * spec.block_parameters, 16 * spec.parameters)
 
@@ -57,16 +57,24 @@ def test_weights_are_counted_once(spec: ModelSpec) -> None:
 def test_each_component_grows_with_its_own_cause(
     component: str, changed: dict[str, Any], factor: float, spec: ModelSpec
 ) -> None:
-    before, after = peak_memory(spec, **SETTINGS), peak_memory(spec, **(SETTINGS | changed))
+    before, after = (
+        estimate_peak_memory(spec, **SETTINGS),
+        estimate_peak_memory(spec, **(SETTINGS | changed)),
+    )
     assert after[component] == pytest.approx(factor * before[component])
 
 
 def test_the_head_never_holds_all_logits(spec: ModelSpec) -> None:
     wide = dataclasses.replace(spec, vocab_size=2 * spec.vocab_size)
     long = SETTINGS | {"pack_tokens": 8192}
-    assert peak_memory(wide, **SETTINGS)["head"] == 2 * peak_memory(spec, **SETTINGS)["head"]
-    assert peak_memory(spec, **long)["head"] == peak_memory(spec, **SETTINGS)["head"]
-    assert peak_memory(spec, **long)["head"] < 8192 * spec.vocab_size
+    assert (
+        estimate_peak_memory(wide, **SETTINGS)["head"]
+        == 2 * estimate_peak_memory(spec, **SETTINGS)["head"]
+    )
+    assert (
+        estimate_peak_memory(spec, **long)["head"] == estimate_peak_memory(spec, **SETTINGS)["head"]
+    )
+    assert estimate_peak_memory(spec, **long)["head"] < 8192 * spec.vocab_size
 
 
 def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
@@ -75,13 +83,15 @@ def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
     layer = 4 * h + 2 * q + 2 * kv + mlp
     wanted = {"keep": 30 * layer, "selective": 30 * (layer - mlp), "recompute": 30 * h + layer}
     for policy, values in wanted.items():
-        found = peak_memory(spec, **SETTINGS, activations=policy)["activations"]
+        found = estimate_peak_memory(spec, **SETTINGS, activations=policy)["activations"]
         assert found == 2048 * 2 * (values + 6 * 1536)
 
 
 def test_a_family_with_more_norms_keeps_their_inputs(spec: ModelSpec) -> None:
     def values(model_type: str) -> float:
-        found = peak_memory(dataclasses.replace(spec, model_type=model_type), **SETTINGS)["activations"]
+        found = estimate_peak_memory(dataclasses.replace(spec, model_type=model_type), **SETTINGS)[
+            "activations"
+        ]
         return found / (2048 * 2 * 30)
 
     plain, heads, outputs = 0, 576 + 192, 2 * 576
@@ -91,28 +101,41 @@ def test_a_family_with_more_norms_keeps_their_inputs(spec: ModelSpec) -> None:
 
 def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:
     """Products in fp32 are another library's."""
-    few, many, more = (peak_memory(spec, **SETTINGS, packs=packs)["kernels"] for packs in (2, 100, 10_000))
+    few, many, more = (
+        estimate_peak_memory(spec, **SETTINGS, packs=packs)["kernels"] for packs in (2, 100, 10_000)
+    )
     assert (many, more) == (50 * few, many)
-    assert peak_memory(spec, **(SETTINGS | {"dtype": "fp32"}), packs=100)["kernels"] == 0
+    assert estimate_peak_memory(spec, **(SETTINGS | {"dtype": "fp32"}), packs=100)["kernels"] == 0
 
 
 def test_moments_in_8_bits_take_a_quarter(spec: ModelSpec) -> None:
     full = SETTINGS | {"method": "full"}
-    wide, small = peak_memory(spec, **full), peak_memory(spec, **full, optim="adamw_8bit")
-    assert wide["trained"] - small["trained"] == pytest.approx(spec.parameters * (8 - 2 * 260 / 256))
+    wide, small = (
+        estimate_peak_memory(spec, **full),
+        estimate_peak_memory(spec, **full, optim="adamw_8bit"),
+    )
+    assert wide["trained"] - small["trained"] == pytest.approx(
+        spec.parameters * (8 - 2 * 260 / 256)
+    )
     assert (wide["update"], small["update"]) == (0, 16 * spec.vocab_size * spec.hidden_size)
     assert small["peak"] < wide["peak"]
 
 
 def test_a_step_in_the_backward_keeps_the_gradient_of_one_tensor(spec: ModelSpec) -> None:
     full = SETTINGS | {"method": "full"}
-    kept, gone = peak_memory(spec, **full), peak_memory(spec, **full, step_in_backward=True)
+    kept, gone = (
+        estimate_peak_memory(spec, **full),
+        estimate_peak_memory(spec, **full, step_in_backward=True),
+    )
     largest = spec.vocab_size * spec.hidden_size
     assert kept["trained"] - gone["trained"] == 4 * (spec.parameters - largest)
 
 
 def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) -> None:
-    plain, small = peak_memory(spec, **SETTINGS), peak_memory(spec, **(SETTINGS | {"method": "qlora"}))
+    plain, small = (
+        estimate_peak_memory(spec, **SETTINGS),
+        estimate_peak_memory(spec, **(SETTINGS | {"method": "qlora"})),
+    )
     ends = 2 * (spec.parameters - spec.block_parameters)
     assert small["weights"] - ends == pytest.approx(0.258 * (plain["weights"] - ends), rel=1e-3)
     assert small["widened"] == 2 * 2 * spec.hidden_size * spec.intermediate_size
@@ -121,10 +144,18 @@ def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) ->
     assert {key: small[key] for key in same} == {key: plain[key] for key in same}
 
 
-def test_answers_written_side_by_side_count_where_they_take_more_than_a_step(known: Callable[..., Known]) -> None:
+def test_answers_written_side_by_side_count_where_they_take_more_than_a_step(
+    known: Callable[..., RuleContext],
+) -> None:
     spec, machine = known().model, known().machine
     held = {**SETTINGS, "packs": 1, "layouts": 1, "measured": False}
-    few, many = (needed(spec, machine, **held, cache_tokens=tokens) for tokens in (1000, 100_000))
+    few, many = (
+        estimate_memory(spec, machine, **held, cache_tokens=tokens) for tokens in (1000, 100_000)
+    )
     assert few["answers"] == 0
-    assert many["answers"] == cache_bytes(spec, 100_000, 2) - many["activations"] - many["head"] > 0
+    assert (
+        many["answers"]
+        == compute_cache_bytes(spec, 100_000, 2) - many["activations"] - many["head"]
+        > 0
+    )
     assert many["peak"] - few["peak"] == many["answers"]

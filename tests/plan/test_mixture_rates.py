@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.types import DataReport
-from tunesmith.plan.mixture import epoch_of, mixture_choice, rows_per_epoch
-from tunesmith.recipe.fields import Mixture
+from tunesmith.plan.mixture import allocate_rows, decide_mixture, scale_report
+from tunesmith.recipe.fields import MixtureConfig
 
 ROWS = {"small": 10, "middle": 90, "large": 900}
 REPORT = DataReport(
@@ -38,7 +38,7 @@ REPORT = DataReport(
     ids=["proportional", "limit", "both", "alike", "cold", "one"],
 )
 def test_rates_follow_the_rule(wish: dict[str, float], expected: dict[str, int]) -> None:
-    assert rows_per_epoch(Mixture.model_validate(wish), ROWS) == expected
+    assert allocate_rows(MixtureConfig.model_validate(wish), ROWS) == expected
 
 
 @given(
@@ -46,22 +46,32 @@ def test_rates_follow_the_rule(wish: dict[str, float], expected: dict[str, int])
     st.floats(0.5, 50),
     st.one_of(st.none(), st.integers(1, 600)),
 )
-def test_shares_are_within_a_row_of_the_rates(sizes: list[int], temperature: float, limit: int | None) -> None:
+def test_shares_are_within_a_row_of_the_rates(
+    sizes: list[int], temperature: float, limit: int | None
+) -> None:
     rows = {str(i): size for i, size in enumerate(sizes)}
-    found = rows_per_epoch(Mixture(temperature=temperature, limit=limit), rows)
+    found = allocate_rows(MixtureConfig(temperature=temperature, limit=limit), rows)
     capped = [min(size, limit or size) for size in sizes]
     rates = [size ** (1 / temperature) for size in capped]
     exact = [sum(capped) * rate / sum(rates) for rate in rates]
-    assert all(count == 1 or abs(count - share) <= 1 for count, share in zip(found.values(), exact, strict=True))
+    assert all(
+        count == 1 or abs(count - share) <= 1
+        for count, share in zip(found.values(), exact, strict=True)
+    )
     assert 0 <= sum(found.values()) - sum(capped) < len(sizes)
 
 
 def test_the_plan_goes_by_what_an_epoch_holds() -> None:
-    choice = mixture_choice(Mixture(limit=100), REPORT)
+    choice = decide_mixture(MixtureConfig(limit=100), REPORT)
     assert choice.value == {"small": 10, "middle": 90, "large": 100}
-    assert "large 50% of the rows and 67% of the tokens" in choice.why
-    found = epoch_of(REPORT, choice)
-    assert (found.rows, found.documents, found.tokens, found.supervised_tokens) == (200, 200, 3000, 300)
-    assert epoch_of(REPORT, None) is REPORT
-    everything = mixture_choice(Mixture(), REPORT)
-    assert dataclasses.replace(epoch_of(REPORT, everything), findings=()) == REPORT
+    assert "large 50% of the rows and 67% of the tokens" in choice.reason
+    found = scale_report(REPORT, choice)
+    assert (found.rows, found.documents, found.tokens, found.supervised_tokens) == (
+        200,
+        200,
+        3000,
+        300,
+    )
+    assert scale_report(REPORT, None) is REPORT
+    everything = decide_mixture(MixtureConfig(), REPORT)
+    assert dataclasses.replace(scale_report(REPORT, everything), findings=()) == REPORT

@@ -7,26 +7,31 @@ from typing import Any
 
 import pytest
 
-from tunesmith.core.json_io import from_json, to_json
-from tunesmith.core.types import Choice, Plan
-from tunesmith.plan.build import decide
-from tunesmith.plan.confidence import with_evidence
-from tunesmith.plan.flops import run_flops, seconds_on, token_flops, tokens_computed
-from tunesmith.plan.hardware_presets import TARGETS, equipped, machine_for
-from tunesmith.plan.method_comparison import Outlook, compare
-from tunesmith.plan.rules import Known, rule
+from tunesmith.core.json_io import parse_as, to_jsonable
+from tunesmith.core.types import Plan, PlanValue
+from tunesmith.plan.build import build_plan
+from tunesmith.plan.confidence import add_evidence
+from tunesmith.plan.flops import (
+    compute_token_flops,
+    count_computed_tokens,
+    estimate_run_flops,
+    estimate_seconds,
+)
+from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, assume_bitsandbytes, choose_machine
+from tunesmith.plan.method_comparison import MethodEstimate, estimate_methods
+from tunesmith.plan.rules import RuleContext, rule_value
 from tunesmith.recipe.schema import Recipe
 
 LARGE = {"hidden_size": 4096, "parameters": 8 * 10**9}
 
 
 @pytest.fixture
-def plan(known: Callable[..., Known]) -> Callable[..., Plan]:
+def plan(known: Callable[..., RuleContext]) -> Callable[..., Plan]:
     def make(saved: float = 0.0, target: str | None = None, **wishes: Any) -> Plan:
         facts = known()
-        return decide(
+        return build_plan(
             Recipe.model_validate({"model": "smollm2", "data": "train.jsonl", **wishes}),
-            machine=equipped(machine_for(facts.machine, target, None)),
+            machine=assume_bitsandbytes(choose_machine(facts.machine, target, None)),
             model=facts.model,
             data={"data": facts.data, "test_data": facts.data},
             output_dir=Path("runs/run-1"),
@@ -41,11 +46,19 @@ def test_every_value_of_a_plan_says_how_sure_it_is(plan: Callable[..., Plan]) ->
     choices = plan(saved=0.2, batch_size=8, rehearsal={"data": "general.jsonl"}).choices
     sure = {key: choice.confidence for key, choice in choices.items()}
     assert sure["learning_rate"] == "extrapolated"
-    assert {sure[key] for key in ("method", "lora_r", "num_train_epochs", "rehearsal_ratio")} == {"published"}
-    assert {sure[key] for key in ("max_length", "dtype", "share_prefixes", "activations")} == {"measured here"}
+    assert {sure[key] for key in ("method", "lora_r", "num_train_epochs", "rehearsal_ratio")} == {
+        "published"
+    }
+    assert {sure[key] for key in ("max_length", "dtype", "share_prefixes", "activations")} == {
+        "measured here"
+    }
     assert {sure[key] for key in ("batch_size", "seed", "eval_steps")} == {""}
-    assert "inside" in choices["rehearsal_ratio"].advice
-    assert {key for key, choice in choices.items() if choice.advice} >= {"method", "learning_rate", "lora_r"}
+    assert "inside" in choices["rehearsal_ratio"].common_advice
+    assert {key for key, choice in choices.items() if choice.common_advice} >= {
+        "method",
+        "learning_rate",
+        "lora_r",
+    }
 
 
 @pytest.mark.parametrize(
@@ -65,55 +78,67 @@ def test_every_value_of_a_plan_says_how_sure_it_is(plan: Callable[..., Plan]) ->
     ],
 )
 def test_the_usual_advice_is_compared(
-    key: str, value: Any, decided: Any, model: Any, advice: str, known: Callable[..., Known]
+    key: str, value: Any, decided: Any, model: Any, advice: str, known: Callable[..., RuleContext]
 ) -> None:
     facts = known(**model, **decided)
-    assert advice in with_evidence({key: rule(value, "why", "source")}, facts)[key].advice
+    assert (
+        advice in add_evidence({key: rule_value(value, "why", "source")}, facts)[key].common_advice
+    )
 
 
-def test_rates_are_published_from_where_their_formula_was_fitted(known: Callable[..., Known]) -> None:
-    chosen = {"learning_rate": rule(3e-4, "why", "source")}
-    assert with_evidence(chosen, known(**LARGE))["learning_rate"].confidence == "published"
-    assert with_evidence(chosen, known())["learning_rate"].confidence == "extrapolated"
+def test_rates_are_published_from_where_their_formula_was_fitted(
+    known: Callable[..., RuleContext],
+) -> None:
+    chosen = {"learning_rate": rule_value(3e-4, "why", "source")}
+    assert add_evidence(chosen, known(**LARGE))["learning_rate"].confidence == "published"
+    assert add_evidence(chosen, known())["learning_rate"].confidence == "extrapolated"
     texts = dataclasses.replace(known(), stage="cpt")
     for why, sure in (
         ("a tenth of the usual peak; this model's own is not known", "extrapolated"),
         ("3e-3", "published"),
     ):
-        found = with_evidence({"learning_rate": rule(3e-4, why, "Ibrahim 2024")}, texts)["learning_rate"]
-        assert (found.confidence, "a tenth" in found.advice) == (sure, True)
-    assert with_evidence({"seed": Choice(1, "you", "so")}, known())["seed"].confidence == ""
+        found = add_evidence({"learning_rate": rule_value(3e-4, why, "Ibrahim 2024")}, texts)[
+            "learning_rate"
+        ]
+        assert (found.confidence, "a tenth" in found.common_advice) == (sure, True)
+    assert add_evidence({"seed": PlanValue(1, "you", "so")}, known())["seed"].confidence == ""
 
 
 def test_work_is_two_operations_a_weight_and_pass(plan: Callable[..., Plan]) -> None:
     made = plan()
     spec, blocks = made.model, made.model.block_parameters
-    assert token_flops(spec, "full", "keep", 0) == 6 * blocks
-    assert token_flops(spec, "full", "recompute", 0) == 8 * blocks
-    assert token_flops(spec, "lora", "keep", 16) == 4 * blocks + 6 * 16 * 305_280
-    assert tokens_computed(made) == 3 * 300_000
-    assert tokens_computed(plan(max_steps=10)) == pytest.approx(10 * 16 * 300)
-    assert tokens_computed(plan(saved=0.5)) == tokens_computed(made) / 2
-    assert tokens_computed(plan(rehearsal={"data": "general.jsonl", "ratio": 0.1})) == pytest.approx(10**6)
+    assert compute_token_flops(spec, "full", "keep", 0) == 6 * blocks
+    assert compute_token_flops(spec, "full", "recompute", 0) == 8 * blocks
+    assert compute_token_flops(spec, "lora", "keep", 16) == 4 * blocks + 6 * 16 * 305_280
+    assert count_computed_tokens(made) == 3 * 300_000
+    assert count_computed_tokens(plan(max_steps=10)) == pytest.approx(10 * 16 * 300)
+    assert count_computed_tokens(plan(saved=0.5)) == count_computed_tokens(made) / 2
+    assert count_computed_tokens(
+        plan(rehearsal={"data": "general.jsonl", "ratio": 0.1})
+    ) == pytest.approx(10**6)
     head = 4 * spec.head_parameters * 3 * 60_000
-    assert run_flops(made) == pytest.approx(token_flops(spec, "lora", "keep", 16) * 900_000 + head)
-    assert run_flops(plan(saved=0.5)) > run_flops(made) / 2, "what is shared has no targets"
+    assert estimate_run_flops(made) == pytest.approx(
+        compute_token_flops(spec, "lora", "keep", 16) * 900_000 + head
+    )
+    assert estimate_run_flops(plan(saved=0.5)) > estimate_run_flops(made) / 2, (
+        "what is shared has no targets"
+    )
 
 
 def test_a_target_takes_the_published_share_of_its_rate(plan: Callable[..., Plan]) -> None:
-    low, high = seconds_on(plan(), TARGETS["h100"].flops)
+    low, high = estimate_seconds(plan(), HARDWARE_PRESETS["h100"].flops)
     assert low < high
-    assert run_flops(plan()) / high == pytest.approx(0.29 * 989e12)
+    assert estimate_run_flops(plan()) / high == pytest.approx(0.29 * 989e12)
 
 
 def test_methods_side_by_side(plan: Callable[..., Plan]) -> None:
-    full, lora, qlora = compare(lambda method: plan(method=method))
+    full, lora, qlora = estimate_methods(lambda method: plan(method=method))
     assert [one.method for one in (full, lora, qlora)] == ["full", "lora", "qlora"]
     assert full.peak_bytes > lora.peak_bytes > qlora.peak_bytes
     assert full.flops > lora.flops == qlora.flops
     assert (full.trained_parameters, lora.trained_parameters) == (134_515_008, 16 * 305_280)
     assert (full.result_bytes, lora.result_bytes) == (2 * 134_515_008, 4 * 16 * 305_280)
-    assert (full.seconds, full.fits, full.fits_on) == ((), True, "")
+    assert (full.seconds, full.has_enough_memory, full.fits_on) == ((), True, "")
     assert lora.multiple == pytest.approx(lora.peak_bytes / 269_030_016)
     assert {one.usual_multiple for one in (lora, qlora)} == {"x1.5"}
-    assert from_json(Outlook, to_json(lora)) == lora
+    assert parse_as(MethodEstimate, to_jsonable(lora)) == lora

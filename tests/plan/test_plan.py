@@ -9,28 +9,34 @@ import pytest
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Finding, Plan
-from tunesmith.plan.build import ADAPTER_KEYS, PAIR_KEYS, decide, refuse_without_room
+from tunesmith.plan.build import ADAPTER_KEYS, PREFERENCE_KEYS, build_plan, refuse_if_too_large
 from tunesmith.plan.memory import EVALUATION_BYTES
-from tunesmith.plan.rules import RULES, Known
+from tunesmith.plan.rules import RULES, RuleContext
 from tunesmith.recipe.schema import Recipe
 
 Planner = Callable[..., Plan]
 
 
 @pytest.fixture
-def plan(known: Callable[..., Known]) -> Planner:
+def plan(known: Callable[..., RuleContext]) -> Planner:
     """plan({recipe key: value}, field=...) as for `known`; `roles`: reports beside the training data's, `saved`: by
     sharing prefixes."""
 
     def make(
-        wishes: dict[str, Any] | None = None, roles: dict[str, Any] | None = None, saved: float = 0, **changed: Any
+        wishes: dict[str, Any] | None = None,
+        roles: dict[str, Any] | None = None,
+        saved: float = 0,
+        **changed: Any,
     ) -> Plan:
         facts = known(**changed)
-        return decide(
+        return build_plan(
             Recipe.model_validate({"model": "smollm2", "data": "train.jsonl", **(wishes or {})}),
             machine=facts.machine,
             model=facts.model,
-            data={"data": facts.data, **{r: dataclasses.replace(facts.data, **v) for r, v in (roles or {}).items()}},
+            data={
+                "data": facts.data,
+                **{r: dataclasses.replace(facts.data, **v) for r, v in (roles or {}).items()},
+            },
             output_dir=Path("runs/run-1"),
             now="2026-01-01T00:00:00",
             saved_share=lambda *_: saved,
@@ -41,17 +47,24 @@ def plan(known: Callable[..., Known]) -> Planner:
 
 def test_what_is_left_open_is_decided_by_rules(plan: Planner) -> None:
     made = plan()
-    assert made.choices.keys() >= RULES.keys() - set(PAIR_KEYS)
-    assert {choice.by for choice in made.choices.values()} == {"rule"}
-    assert all(choice.why for choice in made.choices.values())
+    assert made.choices.keys() >= RULES.keys() - set(PREFERENCE_KEYS)
+    assert {choice.decided_by for choice in made.choices.values()} == {"rule"}
+    assert all(choice.reason for choice in made.choices.values())
     assert (made["batch_size"], made["num_train_epochs"], made.steps) == (16, 3, 188)
     assert (made["now"], made["output_dir"]) == ("2026-01-01T00:00:00", "runs/run-1")
 
 
 def test_what_is_wished_for_is_obeyed_and_others_follow(plan: Planner) -> None:
     made = plan({"batch_size": 4, "lora_r": 128, "seed": 3, "learning_rate": 0.5})
-    assert [made.choices[key].by for key in ("batch_size", "lora_r", "seed", "learning_rate")] == ["you"] * 4
-    assert (made["batch_size"], made["lora_r"], made["seed"], made["learning_rate"]) == (4, 128, 3, 0.5)
+    assert [
+        made.choices[key].decided_by for key in ("batch_size", "lora_r", "seed", "learning_rate")
+    ] == ["you"] * 4
+    assert (made["batch_size"], made["lora_r"], made["seed"], made["learning_rate"]) == (
+        4,
+        128,
+        3,
+        0.5,
+    )
     assert made["use_rslora"] is True, "decided from the rank that was wished for"
     assert made.steps == 750
 
@@ -59,25 +72,36 @@ def test_what_is_wished_for_is_obeyed_and_others_follow(plan: Planner) -> None:
 def test_activations_are_kept_as_far_as_they_fit(plan: Planner) -> None:
     wide = plan()
     peaks = {
-        policy: plan({"activations": policy}).memory_bytes["peak"] for policy in ("keep", "selective", "recompute")
+        policy: plan({"activations": policy}).memory_bytes["peak"]
+        for policy in ("keep", "selective", "recompute")
     }
     assert (wide["activations"], wide.memory_bytes["peak"]) == ("keep", peaks["keep"])
     for policy, fitting in (("selective", peaks["selective"]), ("recompute", peaks["recompute"])):
         made = plan(available_bytes=int(1.151 * fitting), weight_layout="plain")
         assert made["activations"] == policy
         assert made.memory_bytes["peak"] <= fitting
-        refuse_without_room(made)
+        refuse_if_too_large(made)
     little = plan(available_bytes=int(peaks["recompute"] / 2))
     assert little["activations"] == "recompute"
     with pytest.raises(MachineError, match="the run needs about"):
-        refuse_without_room(little)
-    assert plan({"activations": "keep"}, available_bytes=int(peaks["recompute"])).choices["activations"].by == "you"
+        refuse_if_too_large(little)
+    assert (
+        plan({"activations": "keep"}, available_bytes=int(peaks["recompute"]))
+        .choices["activations"]
+        .decided_by
+        == "you"
+    )
 
 
 def test_pairs_have_their_own_values_and_rates(plan: Planner) -> None:
     made = plan({"stage": "preference"})
     assert made.choices.keys() >= RULES.keys()
-    assert (made["loss"], made["gamma"], made["nll_coefficient"], made["num_train_epochs"]) == ("dpo", 0, 0.2, 2)
+    assert (made["loss"], made["gamma"], made["nll_coefficient"], made["num_train_epochs"]) == (
+        "dpo",
+        0,
+        0.2,
+        2,
+    )
     others = {loss: plan({"stage": "preference", "loss": loss}) for loss in ("orpo", "simpo")}
     assert (others["orpo"]["beta"], others["orpo"]["nll_coefficient"]) == (0.1, 1.0)
     assert (others["simpo"]["beta"], others["simpo"]["gamma"]) == (2.0, 1.0)
@@ -85,11 +109,14 @@ def test_pairs_have_their_own_values_and_rates(plan: Planner) -> None:
     assert made["learning_rate"] < plan()["learning_rate"] / 10
     full = plan({"stage": "preference", "method": "full"})
     assert made["learning_rate"] == pytest.approx(10 * full["learning_rate"], rel=0.02)
-    assert made.memory_bytes["activations"] >= plan({"num_train_epochs": 2}).memory_bytes["activations"]
+    assert (
+        made.memory_bytes["activations"]
+        >= plan({"num_train_epochs": 2}).memory_bytes["activations"]
+    )
 
 
 def test_the_model_decides_what_its_context_forces(plan: Planner) -> None:
-    assert plan(context_length=512).choices["max_length"].by == "checkpoint"
+    assert plan(context_length=512).choices["max_length"].decided_by == "checkpoint"
 
 
 def test_full_fine_tuning_has_no_adapter_in_its_plan(plan: Planner) -> None:
@@ -106,11 +133,17 @@ def test_steps_are_what_will_run(wish: dict[str, Any], plan: Planner) -> None:
 @pytest.mark.parametrize(
     ("wishes", "key", "message"),
     [
-        ({"max_length": 9000, "pack_length": 9000}, "max_length", "over the model's context of 8,192"),
+        (
+            {"max_length": 9000, "pack_length": 9000},
+            "max_length",
+            "over the model's context of 8,192",
+        ),
         ({"pack_length": 600}, "pack_length", "below max_length 700"),
     ],
 )
-def test_lengths_that_cannot_be_are_refused(wishes: dict[str, Any], key: str, message: str, plan: Planner) -> None:
+def test_lengths_that_cannot_be_are_refused(
+    wishes: dict[str, Any], key: str, message: str, plan: Planner
+) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         plan(wishes)
     assert refusal.value.where == key
@@ -118,30 +151,38 @@ def test_lengths_that_cannot_be_are_refused(wishes: dict[str, Any], key: str, me
 
 
 def test_memory_follows_what_a_step_holds(plan: Planner) -> None:
-    alike, apart = (plan({"share_prefixes": wish, "batch_size": 8}, saved=0.5) for wish in (True, False))
+    alike, apart = (
+        plan({"share_prefixes": wish, "batch_size": 8}, saved=0.5) for wish in (True, False)
+    )
     assert alike.memory_bytes["activations"] < 0.6 * apart.memory_bytes["activations"]
     small, large = plan({"batch_size": 1}), plan({"batch_size": 64})
     assert small.memory_bytes["activations"] < large.memory_bytes["activations"]
-    assert large.memory_bytes == plan({"batch_size": 640}).memory_bytes, "a pack is never longer than pack_length"
+    assert large.memory_bytes == plan({"batch_size": 640}).memory_bytes, (
+        "a pack is never longer than pack_length"
+    )
 
 
 def test_what_measuring_leaves_behind_counts_where_something_is_measured(plan: Planner) -> None:
     bare = plan().memory_bytes
     assert bare["evaluation"] == 0
-    for roles, wishes in (({"test_data": {}}, {}), ({"eval_data": {}}, {}), ({}, {"retention_data": "general.jsonl"})):
+    for roles, wishes in (
+        ({"test_data": {}}, {}),
+        ({"eval_data": {}}, {}),
+        ({}, {"retention_data": "general.jsonl"}),
+    ):
         held = plan(wishes, roles=roles).memory_bytes
         assert held["peak"] - bare["peak"] == held["evaluation"] == EVALUATION_BYTES > 0
 
 
 def test_a_machine_without_memory_or_disk_is_refused(plan: Planner) -> None:
-    refuse_without_room(plan())
+    refuse_if_too_large(plan())
     wish = {"activations": "keep"}
     peak = plan(wish).memory_bytes["peak"]
-    refuse_without_room(plan(wish, available_bytes=int(1.16 * peak)))
+    refuse_if_too_large(plan(wish, available_bytes=int(1.16 * peak)))
     with pytest.raises(MachineError, match="GB are free on this machine"):
-        refuse_without_room(plan(wish, available_bytes=int(1.14 * peak)))
+        refuse_if_too_large(plan(wish, available_bytes=int(1.14 * peak)))
     with pytest.raises(MachineError, match="1,000 are free"):
-        refuse_without_room(plan(disk_free_bytes=1000))
+        refuse_if_too_large(plan(disk_free_bytes=1000))
 
 
 def test_the_user_is_warned_of_what_weakens_the_result(plan: Planner) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tunesmith.plan.rehearsal import rehearsal_choices
-from tunesmith.plan.rules import Known
-from tunesmith.recipe.fields import Rehearsal
+from tunesmith.plan.rehearsal import decide_rehearsal
+from tunesmith.plan.rules import RuleContext
+from tunesmith.recipe.fields import RehearsalConfig
 
 LENGTHS = {"max_length": 700, "pack_length": 4096}
 
@@ -22,30 +22,38 @@ LENGTHS = {"max_length": 700, "pack_length": 4096}
     ],
 )
 def test_the_ratio_follows_the_shift_and_the_size(
-    known: Callable[..., Known], parameters: int, shift: str, ratio: float
+    known: Callable[..., RuleContext], parameters: int, shift: str, ratio: float
 ) -> None:
-    wish = Rehearsal.model_validate({"data": "general.jsonl", "shift": shift})
-    choice = rehearsal_choices(wish, known(parameters=parameters, **LENGTHS), None)["rehearsal_ratio"]
-    assert (choice.value, choice.by) == (ratio, "rule")
+    wish = RehearsalConfig.model_validate({"data": "general.jsonl", "shift": shift})
+    choice = decide_rehearsal(wish, known(parameters=parameters, **LENGTHS), None)[
+        "rehearsal_ratio"
+    ]
+    assert (choice.value, choice.decided_by) == (ratio, "rule")
     assert "Ibrahim" in choice.source
 
 
-def test_the_reason_says_how_much_that_is(known: Callable[..., Known]) -> None:
-    wish = Rehearsal.model_validate({"data": "general.jsonl", "ratio": 0.2})
+def test_the_reason_says_how_much_that_is(known: Callable[..., RuleContext]) -> None:
+    wish = RehearsalConfig.model_validate({"data": "general.jsonl", "ratio": 0.2})
     general = known(tokens=25_000).data
-    choice = rehearsal_choices(wish, known(rows=1600, tokens=160_000, **LENGTHS), general)["rehearsal_ratio"]
-    assert choice.by == "you"
-    assert choice.why.endswith("about 40,000 tokens beside 160,000 of the data, 1.6 passes over its rows")
+    choice = decide_rehearsal(wish, known(rows=1600, tokens=160_000, **LENGTHS), general)[
+        "rehearsal_ratio"
+    ]
+    assert choice.decided_by == "you"
+    assert choice.reason.endswith(
+        "about 40,000 tokens beside 160,000 of the data, 1.6 passes over its rows"
+    )
 
 
-@pytest.mark.parametrize(("longest", "pack", "piece"), [(700, 4096, 1024), (2000, 4096, 2000), (100, 512, 512)])
+@pytest.mark.parametrize(
+    ("longest", "pack", "piece"), [(700, 4096, 1024), (2000, 4096, 2000), (100, 512, 512)]
+)
 def test_a_piece_is_as_long_as_a_document_and_fits_a_pack(
-    known: Callable[..., Known], longest: int, pack: int, piece: int
+    known: Callable[..., RuleContext], longest: int, pack: int, piece: int
 ) -> None:
-    wish = Rehearsal.model_validate({"data": "general.jsonl"})
-    found = rehearsal_choices(wish, known(max_length=longest, pack_length=pack), None)
+    wish = RehearsalConfig.model_validate({"data": "general.jsonl"})
+    found = decide_rehearsal(wish, known(max_length=longest, pack_length=pack), None)
     assert found["rehearsal_length"].value == piece
 
 
-def test_without_rehearsal_there_is_nothing_to_choose(known: Callable[..., Known]) -> None:
-    assert rehearsal_choices(None, known(), None) == {}
+def test_without_rehearsal_there_is_nothing_to_choose(known: Callable[..., RuleContext]) -> None:
+    assert decide_rehearsal(None, known(), None) == {}

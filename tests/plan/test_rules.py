@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from tunesmith.core.types import Choice
-from tunesmith.data.sampler import Schedule
+from tunesmith.core.types import PlanValue
+from tunesmith.data.sampler import StepSampler
 from tunesmith.plan import rules
-from tunesmith.plan.rules import RULES, Known
+from tunesmith.plan.rules import RULES, RuleContext
 
-Make = Callable[..., Known]
+Make = Callable[..., RuleContext]
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,17 @@ Make = Callable[..., Known]
         ("mistral", 4096, 3.8e-5),  # between the two fitted families
     ],
 )
-def test_learning_rates_are_those_of_the_published_formula(family: str, hidden: int, full: float, known: Make) -> None:
+def test_learning_rates_are_those_of_the_published_formula(
+    family: str, hidden: int, full: float, known: Make
+) -> None:
     facts = {"model_type": family, "hidden_size": hidden, "batch_size": 128, "rows": 128 * 780}
     assert rules.learning_rate(known(**facts, method="full")).value == full
     assert rules.learning_rate(known(**facts)).value == pytest.approx(10 * full, rel=0.02)
 
 
-def test_learning_rate_follows_the_square_root_of_the_batch_and_is_higher_for_short_runs(known: Make) -> None:
+def test_learning_rate_follows_the_square_root_of_the_batch_and_is_higher_for_short_runs(
+    known: Make,
+) -> None:
     facts = {"hidden_size": 4096, "parameters": 8 * 10**9}
     assert rules.learning_rate(known(**facts, batch_size=32, rows=3200)).value == 1.4e-4
     assert rules.learning_rate(known(**facts, batch_size=128, rows=12800)).value == 2.9e-4
@@ -42,26 +46,43 @@ def test_learning_rate_is_bounded_and_says_when_it_is_extrapolated(known: Make) 
     facts = {"hidden_size": 64, "batch_size": 128, "rows": 99}
     assert rules.learning_rate(known(**facts, parameters=10**8)).value == 3e-3
     assert rules.learning_rate(known(**facts, parameters=10**9)).value == 1e-3
-    assert "extrapolated" in rules.learning_rate(known(hidden_size=1999)).why
-    assert "extrapolated" not in rules.learning_rate(known(hidden_size=2000)).why
+    assert "extrapolated" in rules.learning_rate(known(hidden_size=1999)).reason
+    assert "extrapolated" not in rules.learning_rate(known(hidden_size=2000)).reason
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(1, 3), (1999, 3), (2000, 2), (49_999, 2), (50_000, 1)])
+@pytest.mark.parametrize(
+    ("rows", "epochs"), [(1, 3), (1999, 3), (2000, 2), (49_999, 2), (50_000, 1)]
+)
 def test_epochs_follow_the_rows(rows: int, epochs: int, known: Make) -> None:
     assert rules.num_train_epochs(known(rows=rows)).value == epochs
 
 
 @pytest.mark.parametrize(
     ("method", "rows", "size"),
-    [("lora", 1600, 16), ("lora", 1599, 8), ("lora", 500, 4), ("lora", 1, 4), ("full", 3200, 32), ("full", 1600, 16)],
+    [
+        ("lora", 1600, 16),
+        ("lora", 1599, 8),
+        ("lora", 500, 4),
+        ("lora", 1, 4),
+        ("full", 3200, 32),
+        ("full", 1600, 16),
+    ],
 )
-def test_batches_shrink_until_a_run_has_a_hundred_steps(method: str, rows: int, size: int, known: Make) -> None:
+def test_batches_shrink_until_a_run_has_a_hundred_steps(
+    method: str, rows: int, size: int, known: Make
+) -> None:
     assert rules.batch_size(known(method=method, rows=rows)).value == size
 
 
 @pytest.mark.parametrize(
     ("trained_tokens", "rank"),
-    [(1, 16), (2 * 305_280 * 16, 16), (2 * 305_280 * 16 + 1, 32), (2 * 305_280 * 100, 128), (10**12, 256)],
+    [
+        (1, 16),
+        (2 * 305_280 * 16, 16),
+        (2 * 305_280 * 16 + 1, 32),
+        (2 * 305_280 * 100, 128),
+        (10**12, 256),
+    ],
 )
 def test_rank_holds_what_is_to_be_learned(trained_tokens: int, rank: int, known: Make) -> None:
     assert rules.lora_r(known(supervised_tokens=trained_tokens)).value == rank
@@ -74,7 +95,8 @@ def test_rank_stabilising_starts_above_64(rank: int, stabilised: bool, known: Ma
 
 
 @pytest.mark.parametrize(
-    ("steps", "ratio"), [(1, 0), (4, 0), (5, 0.1), (10, 0.1), (100, 0.1), (200, 0.05), (333, 0.03), (10_000, 0.03)]
+    ("steps", "ratio"),
+    [(1, 0), (4, 0), (5, 0.1), (10, 0.1), (100, 0.1), (200, 0.05), (333, 0.03), (10_000, 0.03)],
 )
 def test_warm_up_is_ten_steps_within_bounds(steps: int, ratio: float, known: Make) -> None:
     assert rules.warmup_ratio(known(rows=steps, batch_size=1)).value == ratio
@@ -82,12 +104,14 @@ def test_warm_up_is_ten_steps_within_bounds(steps: int, ratio: float, known: Mak
 
 def test_documents_are_not_cut_unless_the_model_reads_less(known: Make) -> None:
     whole = rules.max_length(known())
-    assert (whole.value, whole.by) == (700, "rule")
+    assert (whole.value, whole.decided_by) == (700, "rule")
     cut = rules.max_length(known(context_length=512))
-    assert (cut.value, cut.by) == (512, "checkpoint")
+    assert (cut.value, cut.decided_by) == (512, "checkpoint")
 
 
-@pytest.mark.parametrize(("device", "longest", "pack"), [("cpu", 700, 4096), ("cpu", 5000, 5000), ("cuda", 700, 8192)])
+@pytest.mark.parametrize(
+    ("device", "longest", "pack"), [("cpu", 700, 4096), ("cpu", 5000, 5000), ("cuda", 700, 8192)]
+)
 def test_packs_hold_the_longest_document(device: str, longest: int, pack: int, known: Make) -> None:
     assert rules.pack_length(known(device=device, max_length=longest)).value == pack
 
@@ -122,16 +146,16 @@ def test_a_plan_and_its_schedule_count_the_same_steps(
     rows: int, epochs: float, size: int, max_steps: int | None, known: Make
 ) -> None:
     facts = known(rows=rows, num_train_epochs=epochs, batch_size=size, max_steps=max_steps)
-    assert facts.steps == Schedule(rows, size, epochs, seed=0, max_steps=max_steps).steps
+    assert facts.steps == StepSampler(rows, size, epochs, seed=0, max_steps=max_steps).total_steps
 
 
 def test_every_rule_gives_a_reason_that_fits_on_a_screen(known: Make) -> None:
     facts = known()
     for key, decide_by_rule in RULES.items():
         choice = decide_by_rule(facts)
-        facts.decided[key] = choice.value
-        assert choice.by in ("rule", "checkpoint")
-        assert 10 < len(choice.why) < 160, key
+        facts.values[key] = choice.value
+        assert choice.decided_by in ("rule", "checkpoint")
+        assert 10 < len(choice.reason) < 160, key
 
 
 @pytest.mark.parametrize(
@@ -144,7 +168,9 @@ def test_every_rule_gives_a_reason_that_fits_on_a_screen(known: Make) -> None:
         ({"available_bytes": 1_000_000_000}, "plain"),
     ],
 )
-def test_frozen_weights_are_blocked_where_there_is_room(facts: dict[str, object], layout: str, known: Make) -> None:
+def test_frozen_weights_are_blocked_where_there_is_room(
+    facts: dict[str, object], layout: str, known: Make
+) -> None:
     assert rules.weight_layout(known(**facts)).value == layout
 
 
@@ -153,7 +179,9 @@ def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(known: 
     installed = {"versions": {"bitsandbytes": "0.50.2"}}
     assert rules.method(known(**large, **installed)).value == "qlora"
     assert rules.method(known(**large)).value == "lora"
-    assert rules.method(known(**large | {"available_bytes": 20 * 10**9}, **installed)).value == "lora"
+    assert (
+        rules.method(known(**large | {"available_bytes": 20 * 10**9}, **installed)).value == "lora"
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,20 +197,28 @@ def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(known: 
 def test_a_step_is_taken_in_the_backward_where_nothing_needs_all_gradients(
     changed: dict[str, object], taken: bool, known: Make
 ) -> None:
-    decided = {"method": "full", "max_grad_norm": 0.0, "pack_length": 4096, "batch_size": 4} | changed
+    decided = {
+        "method": "full",
+        "max_grad_norm": 0.0,
+        "pack_length": 4096,
+        "batch_size": 4,
+    } | changed
     assert rules.step_in_backward(known(**decided)).value is taken
 
 
 def test_prefixes_are_shared_where_that_saves_enough_and_nothing_is_drawn(known: Make) -> None:
     decided = {"pack_length": 4096, "lora_dropout": 0.0, "batch_size": 8}
 
-    def choice(saved: float, **changed: object) -> Choice:
-        facts = replace(known(**decided | changed), saved_share=lambda batch, pack: saved * (batch, pack).count(8))
+    def choice(saved: float, **changed: object) -> PlanValue:
+        facts = replace(
+            known(**decided | changed),
+            saved_share=lambda batch, pack: saved * (batch, pack).count(8),
+        )
         return rules.share_prefixes(facts)
 
     assert [choice(saved).value for saved in (0.0, 0.049, 0.05, 0.6)] == [False, False, True, True]
-    assert choice(0.273).why.startswith("saves 27.3% of the tokens")
+    assert choice(0.273).reason.startswith("saves 27.3% of the tokens")
     assert not choice(0.6, batch_size=16).value, "what a step of this size saves"
     assert not choice(0.6, lora_dropout=0.1).value
-    assert "lora_dropout" in choice(0.6, lora_dropout=0.1).why
+    assert "lora_dropout" in choice(0.6, lora_dropout=0.1).reason
     assert choice(0.6, lora_dropout=0.1, method="full").value, "no adapter, no dropout"

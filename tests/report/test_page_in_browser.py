@@ -13,11 +13,13 @@ import pytest
 from test_report_page import hostile_run
 
 import told_run as told
-from tunesmith.core.events import Sample
+from tunesmith.core.events import GenerationSample
 from tunesmith.report.page import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed"
+)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
 pytestmark = [
@@ -54,7 +56,10 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answers = [told.pair(n, f"was {n % 3}", f"is {n % 2}", f"is {n % 4}") for n in range(200)]
     folder = tmp_path_factory.mktemp("usual")
     return write_report(
-        told.write_run(folder / "run", record=told.record_of(samples=tuple(answers), scales=told.scales(told.CHEAPER)))
+        told.write_run(
+            folder / "run",
+            record=told.record_of(samples=tuple(answers), scales=told.scales(told.CHEAPER)),
+        )
     )
 
 
@@ -69,7 +74,10 @@ def test_everyone_can_use_it(browser: Any, usual: Path, scheme: str, width: int)
 
 
 def test_staged_and_unfinished_runs_are_as_good(browser: Any, tmp_path: Path) -> None:
-    runs = [told.write_stages(tmp_path / "stages"), told.write_run(tmp_path / "open", happened=told.events(7))]
+    runs = [
+        told.write_stages(tmp_path / "stages"),
+        told.write_run(tmp_path / "open", happened=told.events(7)),
+    ]
     for run in runs:
         assert axe.Axe().run(opened(browser, write_report(run))).violations_count == 0
 
@@ -94,7 +102,9 @@ def test_filters_and_search_by_keyboard(browser: Any, usual: Path) -> None:
     playwright.expect(page.locator("article")).to_have_count(40)
     page.get_by_role("button", name="Show more").press("Enter")
     assert page.locator("article").count() == 80
-    assert page.evaluate("document.activeElement.closest('article') === document.querySelectorAll('article')[40]")
+    assert page.evaluate(
+        "document.activeElement.closest('article') === document.querySelectorAll('article')[40]"
+    )
 
 
 def test_hostile_words_run_nothing(browser: Any, tmp_path: Path) -> None:
@@ -126,7 +136,10 @@ def test_without_scripts_it_can_be_read(browser: Any, usual: Path) -> None:
 def test_ten_thousand_answers_stay_usable(browser: Any, tmp_path: Path) -> None:
     long = " ".join(f"word{n}" for n in range(120))
     samples = tuple(
-        (Sample(0, f"t:{n}", long, f"{long} {n}", long), Sample(1, f"t:{n}", long, f"{n % 7} {long}", long))
+        (
+            GenerationSample(0, f"t:{n}", long, f"{long} {n}", long),
+            GenerationSample(1, f"t:{n}", long, f"{n % 7} {long}", long),
+        )
         for n in range(10_000)
     )
     file = write_report(told.write_run(tmp_path / "run", record=told.record_of(samples=samples)))

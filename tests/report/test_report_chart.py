@@ -7,26 +7,27 @@ from xml.etree import ElementTree
 import pytest
 
 from tunesmith.report.svg_charts import (
-    MOST_POINTS,
+    MAX_POINTS,
     Axes,
     Frame,
     Mark,
     Point,
     Series,
-    line_chart,
-    strip,
-    thinned,
-    ticks,
+    compute_ticks,
+    draw_line_chart,
+    draw_strip,
+    thin_points,
 )
 
 AXES = Axes("Loss & <more>", "It falls.", "step", "nats")
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-3.2, 17), (0.001, 0.0011), (5, 5), (0, 0), (1e-9, 1e9), (-1, -0.5), (97, 10_003)]
+    ("low", "high"),
+    [(0, 1), (-3.2, 17), (0.001, 0.0011), (5, 5), (0, 0), (1e-9, 1e9), (-1, -0.5), (97, 10_003)],
 )
 def test_ticks_are_round_and_hold_all(low: float, high: float) -> None:
-    found = ticks(low, high)
+    found = compute_ticks(low, high)
     assert 2 <= len(found) <= 8
     assert found[0] <= low <= high <= found[-1]
     distances = {round((b - a) / (found[-1] - found[0]), 6) for a, b in pairwise(found)}
@@ -35,11 +36,11 @@ def test_ticks_are_round_and_hold_all(low: float, high: float) -> None:
 
 def test_places_are_linear_and_inside() -> None:
     frame = Frame((0, 65), (0, 2))
-    assert frame.xs == (0, 20, 40, 60)
+    assert frame.x_ticks == (0, 20, 40, 60)
     frame = Frame((0, 10), (0, 2))
-    assert frame.x(0) < frame.x(5) < frame.x(10)
-    assert frame.y(0) > frame.y(1) > frame.y(2)
-    assert frame.x(5) == pytest.approx((frame.x(0) + frame.x(10)) / 2)
+    assert frame.scale_x(0) < frame.scale_x(5) < frame.scale_x(10)
+    assert frame.scale_y(0) > frame.scale_y(1) > frame.scale_y(2)
+    assert frame.scale_x(5) == pytest.approx((frame.scale_x(0) + frame.scale_x(10)) / 2)
 
 
 def parsed(html: str) -> ElementTree.Element:
@@ -48,7 +49,9 @@ def parsed(html: str) -> ElementTree.Element:
 
 def test_a_chart_is_well_formed_named_and_has_its_numbers() -> None:
     points = tuple(Point(x, 2 / x, 1.8 / x, 2.2 / x) for x in (1, 2, 4))
-    chart = parsed(line_chart("loss", AXES, [Series("loss", points)], [Mark(2, "rollback", "<why>")]))
+    chart = parsed(
+        draw_line_chart("loss", AXES, [Series("loss", points)], [Mark(2, "rollback", "<why>")])
+    )
     svg = chart.find("svg")
     assert svg is not None
     assert svg.get("aria-labelledby") == "loss-title loss-desc"
@@ -60,7 +63,9 @@ def test_a_chart_is_well_formed_named_and_has_its_numbers() -> None:
         ["2", "1", "0.9 to 1.1"],
         ["4", "0.5", "0.45 to 0.55"],
     ]
-    assert [mark.find("title").text for mark in svg.iter("g") if mark.get("class") == "mark rollback"] == [  # type: ignore[union-attr]
+    assert [
+        mark.find("title").text for mark in svg.iter("g") if mark.get("class") == "mark rollback"
+    ] == [  # type: ignore[union-attr]
         "step 2: <why>"
     ]
     (line,) = [element.get("points") for element in svg.iter("polyline")]
@@ -70,26 +75,34 @@ def test_a_chart_is_well_formed_named_and_has_its_numbers() -> None:
 
 
 def test_two_series_share_a_table_and_have_a_key() -> None:
-    both = [Series("a", (Point(1, 1), Point(2, 2))), Series("b", (Point(2, 5, 4, 6),), dots=True), Series("none", ())]
-    made = line_chart("two", AXES, both)
+    both = [
+        Series("a", (Point(1, 1), Point(2, 2))),
+        Series("b", (Point(2, 5, 4, 6),), has_dots=True),
+        Series("none", ()),
+    ]
+    made = draw_line_chart("two", AXES, both)
     assert re.findall(r'class="key \w+">(\w)<', made) == ["a", "b"]
     rows = [["".join(cell.itertext()) for cell in row] for row in parsed(made).iter("tr")]
-    assert rows == [["step", "a", "b", "95% interval"], ["1", "1", "", ""], ["2", "2", "5", "4 to 6"]]
+    assert rows == [
+        ["step", "a", "b", "95% interval"],
+        ["1", "1", "", ""],
+        ["2", "2", "5", "4 to 6"],
+    ]
 
 
 def test_a_long_series_is_thinned_and_says_so() -> None:
     points = tuple(Point(x, x) for x in range(1, 10_001))
-    kept = thinned(points)
-    assert len(kept) <= MOST_POINTS
+    kept = thin_points(points)
+    assert len(kept) <= MAX_POINTS
     assert kept[-1] == points[-1]
-    made = line_chart("long", AXES, [Series("loss", points)])
-    assert f"thinned to {MOST_POINTS} points" in made
+    made = draw_line_chart("long", AXES, [Series("loss", points)])
+    assert f"thinned to {MAX_POINTS} points" in made
     assert len(made) < 40_000
-    assert thinned(points[:50]) == points[:50]
+    assert thin_points(points[:50]) == points[:50]
 
 
 def test_zero_is_in_the_middle_of_a_strip() -> None:
-    made = parsed(strip(0.1, 0.2, 0.3, style="better", label="+0.2"))
+    made = parsed(draw_strip(0.1, 0.2, 0.3, style="better", label="+0.2"))
     zero, bar = made.findall("line")
     assert float(zero.get("x1", 0)) == 80
     assert 80 < float(bar.get("x1", 0)) < float(bar.get("x2", 0)) <= 160

@@ -10,12 +10,12 @@ import pytest
 import told_run as told
 from tunesmith import api
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import GENERAL, Sample, Score, Verdict
+from tunesmith.core.events import GENERAL_TASK, CheckResult, GenerationSample, Score
 from tunesmith.core.types import Comparison
-from tunesmith.report.page import page, write_report
-from tunesmith.report.run_data import read_story
-from tunesmith.report.samples import shown_of
-from tunesmith.report.summary import verdict_of
+from tunesmith.report.page import render_page, write_report
+from tunesmith.report.run_data import load_report_data
+from tunesmith.report.samples import build_sample_diffs
+from tunesmith.report.summary import build_summary
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202egnp.exe\x00\ud800&amp;"
 
@@ -56,7 +56,7 @@ def checked(text: str) -> Checked:
 
 def text_of(path: Path) -> str:
     """What the page says, without its script and style."""
-    made = page(read_story(path))
+    made = render_page(load_report_data(path))
     checked(made)
     body = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", made, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
@@ -76,8 +76,16 @@ def finished(tmp_path: Path, *comparisons: Comparison) -> Path:
         ([told.BETTER], "The answers are better.", "good"),
         ([told.SAME], "No difference shown in the answers.", "open"),
         ([told.compared("exact_match", 0.8, 0.1, 0.1)], "The answers are worse.", "bad"),
-        ([told.compared("loss", 2, 1, 0.1, higher=False)], "Test rows are predicted better.", "good"),
-        ([told.SAME, told.compared("loss", 2, 1, 0.1, higher=False)], "No difference shown in the answers.", "open"),
+        (
+            [told.compared("loss", 2, 1, 0.1, higher=False)],
+            "Test rows are predicted better.",
+            "good",
+        ),
+        (
+            [told.SAME, told.compared("loss", 2, 1, 0.1, higher=False)],
+            "No difference shown in the answers.",
+            "open",
+        ),
         ([told.FORGOT], "General text got worse.", "bad"),
         ([], "Trained, not measured", "open"),
     ],
@@ -85,7 +93,7 @@ def finished(tmp_path: Path, *comparisons: Comparison) -> Path:
 def test_the_headline_says_what_the_intervals_do(
     comparisons: list[Comparison], headline: str, tone: str, tmp_path: Path
 ) -> None:
-    found = verdict_of(read_story(finished(tmp_path, *comparisons)))
+    found = build_summary(load_report_data(finished(tmp_path, *comparisons)))
     assert (found.headline, found.tone) == (headline, tone)
     assert text_of(tmp_path / "run").count(headline) >= 1
 
@@ -93,14 +101,20 @@ def test_the_headline_says_what_the_intervals_do(
 def test_what_one_of_several_claims_would_not_show_does_not_count(tmp_path: Path) -> None:
     weak = told.compared("exact_match", 0.1, 0.2, 0.09)
     five = [weak, *(replace(told.SAME, metric=f"m{n}") for n in range(4))]
-    assert verdict_of(read_story(finished(tmp_path, *five))).headline == "No difference shown in the answers."
+    assert (
+        build_summary(load_report_data(finished(tmp_path, *five))).headline
+        == "No difference shown in the answers."
+    )
     assert "alone, not as one of 5 claims" in text_of(tmp_path / "run")
 
 
 def test_a_loss_of_general_text_that_may_be_chance_is_not_called_none(tmp_path: Path) -> None:
-    weak = told.compared("bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL, higher=False)
+    weak = told.compared("bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL_TASK, higher=False)
     others = [replace(told.SAME, metric=f"m{n}") for n in range(4)]
-    assert "may have got worse" in verdict_of(read_story(finished(tmp_path, *others, weak))).headline
+    assert (
+        "may have got worse"
+        in build_summary(load_report_data(finished(tmp_path, *others, weak))).headline
+    )
 
 
 # ---------------------------------------------------------------- what it shows
@@ -141,29 +155,41 @@ def test_gain_stands_against_forgetting(tmp_path: Path) -> None:
     assert "Gain against forgetting" not in text_of(plain)
 
 
-def test_a_scale_that_forgets_much_less_is_offered_and_stands_in_the_verdict(tmp_path: Path) -> None:
+def test_a_scale_that_forgets_much_less_is_offered_and_stands_in_the_verdict(
+    tmp_path: Path,
+) -> None:
     run = told.write_run(tmp_path / "run", record=told.record_of(scales=told.scales(told.CHEAPER)))
     offer = "scale 0.25 keeps 96% of the gain in loss at 25% of the forgetting"
     assert (
         f"On the rows to choose by, {offer}; other measures were not taken there."
-        in verdict_of(read_story(run)).sentence
+        in build_summary(load_report_data(run)).sentence
     )
     said = text_of(run)
-    assert f"Offered: {offer}. Other measures may say otherwise: tunesmith compare {run}@0.25 {run}" in said
+    assert (
+        f"Offered: {offer}. Other measures may say otherwise: tunesmith compare {run}@0.25 {run}"
+        in said
+    )
     assert f"To have it: tunesmith export {run} --to peft --scale 0.25" in said
     whole = told.write_run(tmp_path / "whole", record=told.record_of(scales=told.scales()))
-    assert "to choose by" not in verdict_of(read_story(whole)).sentence
-    assert "Scale 1, the adapter as trained, is best: less of it keeps too little of the gain." in text_of(whole)
+    assert "to choose by" not in build_summary(load_report_data(whole)).sentence
+    assert (
+        "Scale 1, the adapter as trained, is best: less of it keeps too little of the gain."
+        in text_of(whole)
+    )
     assert "--scale" not in text_of(whole)
 
 
 def test_what_a_guard_does_is_on_the_curves(tmp_path: Path) -> None:
     probes = [Score("probes", "repetition", n / 10, n / 20, n / 5, 8, n * 10) for n in (1, 2, 3)]
     said = [
-        Verdict("repetition", "rollback", "seq-rep-4 0.9; back to step 10", 20),
-        Sample(20, "probe 1", "hi", "a a a"),
+        CheckResult("repetition", "rollback", "seq-rep-4 0.9; back to step 10", 20),
+        GenerationSample(20, "probe 1", "hi", "a a a"),
     ]
-    made = page(read_story(told.write_run(tmp_path / "run", happened=[*told.events(), *probes, *said])))
+    made = render_page(
+        load_report_data(
+            told.write_run(tmp_path / "run", happened=[*told.events(), *probes, *said])
+        )
+    )
     assert "probes: repetition" in made
     assert made.count('class="mark rollback"') == 3  # on the loss, the held-out loss and the probes
     assert "seq-rep-4 0.9; back to step 10" in text_of(tmp_path / "run")
@@ -178,7 +204,9 @@ def test_a_run_that_goes_on_has_a_page(tmp_path: Path) -> None:
 
 
 def test_a_run_that_a_gate_stopped_says_why(tmp_path: Path) -> None:
-    stop = Verdict("failed", "stop", "preflight: row 7: loss 2 in a pack, 1 alone\n  fix: report it", 0)
+    stop = CheckResult(
+        "failed", "stop", "preflight: row 7: loss 2 in a pack, 1 alone\n  fix: report it", 0
+    )
     said = text_of(told.write_run(tmp_path / "run", happened=[stop]))
     assert "A gate stopped this run" in said
     assert "loss 2 in a pack, 1 alone" in said
@@ -196,23 +224,44 @@ def test_grades_tell_better_from_worse(tmp_path: Path) -> None:
     rows = [f"test.jsonl:{number}" for number in (1, 2, 3)]
 
     def measured(values: list[float], answers: list[str]) -> dict:
-        samples = [Sample(0, row, "q", answer) for row, answer in zip(rows, answers, strict=True)]
-        one = {"task": "test", "metric": "exact_match", "ids": rows, "values": values, "higher_is_better": True}
+        samples = [
+            GenerationSample(0, row, "q", answer) for row, answer in zip(rows, answers, strict=True)
+        ]
+        one = {
+            "task": "test",
+            "metric": "exact_match",
+            "ids": rows,
+            "values": values,
+            "higher_is_better": True,
+        }
         return {"measurements": [one], "samples": samples}
 
-    files = {"before.json": measured([0, 1, 0], ["a", "b", "c"]), "after.json": measured([1, 0, 0], ["x", "b", "y"])}
+    files = {
+        "before.json": measured([0, 1, 0], ["a", "b", "c"]),
+        "after.json": measured([1, 0, 0], ["x", "b", "y"]),
+    }
     run = told.write_run(tmp_path / "run", record=told.record_of(samples=()), files=files)
-    found = shown_of(read_story(run))
-    assert [(one.state, one.changed) for one in found] == [("better", True), ("worse", False), ("same", True)]
+    found = build_sample_diffs(load_report_data(run))
+    assert [(one.state, one.changed) for one in found] == [
+        ("better", True),
+        ("worse", False),
+        ("same", True),
+    ]
     assert found[0].grades == [("exact_match", 0, 1)]
 
 
 def test_marks_are_against_what_was_expected(tmp_path: Path) -> None:
     run = told.write_run(tmp_path / "run", record=told.record_of())
-    first = shown_of(read_story(run))[0]
-    assert (first.before, first.after, first.expected) == (["the sum is ", "five"], ["the sum is 5"], ["the sum is 5"])
-    free = told.write_run(tmp_path / "free", record=told.record_of(samples=(told.pair(1, "a b", "a c"),)))
-    (one,) = shown_of(read_story(free))
+    first = build_sample_diffs(load_report_data(run))[0]
+    assert (first.before, first.after, first.expected) == (
+        ["the sum is ", "five"],
+        ["the sum is 5"],
+        ["the sum is 5"],
+    )
+    free = told.write_run(
+        tmp_path / "free", record=told.record_of(samples=(told.pair(1, "a b", "a c"),))
+    )
+    (one,) = build_sample_diffs(load_report_data(free))
     assert (one.before, one.after, one.expected) == (["a ", "b"], ["a ", "c"], [])
 
 
@@ -220,20 +269,38 @@ def test_marks_are_against_what_was_expected(tmp_path: Path) -> None:
 
 
 def hostile_run(path: Path) -> Path:
-    samples = (told.pair(1, HOSTILE, HOSTILE + "x" * 50_000, HOSTILE), (Sample(0, HOSTILE, HOSTILE, "a"),) * 2)
+    samples = (
+        told.pair(1, HOSTILE, HOSTILE + "x" * 50_000, HOSTILE),
+        (GenerationSample(0, HOSTILE, HOSTILE, "a"),) * 2,
+    )
     finding = replace(told.FINDING, message=HOSTILE, rows=(HOSTILE,), check=HOSTILE, fix=HOSTILE)
-    report = replace(told.REPORT, path=HOSTILE, format=HOSTILE, findings=(finding,), dropped={HOSTILE: 1})
-    choices = {**told.PLAN.choices, "template": replace(told.PLAN.choices["method"], value=HOSTILE, why=HOSTILE)}
-    plan = replace(told.PLAN, data={HOSTILE: report}, choices=choices, warnings=(HOSTILE,), seconds_from=HOSTILE)
+    report = replace(
+        told.REPORT, path=HOSTILE, format=HOSTILE, findings=(finding,), dropped={HOSTILE: 1}
+    )
+    choices = {
+        **told.PLAN.choices,
+        "template": replace(told.PLAN.choices["method"], value=HOSTILE, why=HOSTILE),
+    }
+    plan = replace(
+        told.PLAN,
+        data={HOSTILE: report},
+        choices=choices,
+        warnings=(HOSTILE,),
+        seconds_source=HOSTILE,
+    )
     comparison = told.compared(HOSTILE, 0.1, 0.9, 0.1, task=HOSTILE)
-    events = [*told.events(), Verdict(HOSTILE, "warn", HOSTILE, 3), Sample(4, HOSTILE, HOSTILE, HOSTILE)]
+    events = [
+        *told.events(),
+        CheckResult(HOSTILE, "warn", HOSTILE, 3),
+        GenerationSample(4, HOSTILE, HOSTILE, HOSTILE),
+    ]
     events += [Score(HOSTILE, HOSTILE, 1.0, 0.5, 2.0, 3, step) for step in (1, 2, 3)]
     record = told.record_of(plan, comparisons=(comparison,), samples=samples, drift=(HOSTILE,))
     return told.write_run(path, plan=plan, record=record, happened=events)
 
 
 def test_hostile_words_are_words(tmp_path: Path) -> None:
-    made = page(read_story(hostile_run(tmp_path / "run")))
+    made = render_page(load_report_data(hostile_run(tmp_path / "run")))
     found = checked(made)
     assert found.tags.count("script") == 2  # the data of the answers, and ours
     assert "img" not in found.tags
@@ -242,7 +309,7 @@ def test_hostile_words_are_words(tmp_path: Path) -> None:
 
 
 def test_nothing_is_loaded_and_only_ours_may_run(tmp_path: Path) -> None:
-    made = page(read_story(told.write_run(tmp_path / "run", record=told.record_of())))
+    made = render_page(load_report_data(told.write_run(tmp_path / "run", record=told.record_of())))
     assert not re.findall(r"https?:|@import|url\(|<link|<iframe|<img", made)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', made)
     assert policy is not None
@@ -257,7 +324,10 @@ def test_nothing_is_loaded_and_only_ours_may_run(tmp_path: Path) -> None:
 def test_it_is_written_whole_beside_the_run_or_elsewhere(tmp_path: Path) -> None:
     run = told.write_run(tmp_path / "run", record=told.record_of())
     assert api.write_report(run) == run / "report.html"
-    assert api.write_report(str(run), tmp_path / "other.html").read_text() == (run / "report.html").read_text()
+    assert (
+        api.write_report(str(run), tmp_path / "other.html").read_text()
+        == (run / "report.html").read_text()
+    )
     with pytest.raises(InputError, match="not a run folder"):
         write_report(tmp_path)
     with pytest.raises(InputError, match="choose another --out"):

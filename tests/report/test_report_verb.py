@@ -25,15 +25,29 @@ def test_the_verb_says_where_the_page_is(tmp_path: Path, tunesmith: Callable[...
     assert "not a run folder" in err
 
 
-def test_a_run_leaves_its_page(tmp_path: Path, tiny_folder: Path, tunesmith: Callable[..., Outcome]) -> None:
+def test_a_run_leaves_its_page(
+    tmp_path: Path, tiny_folder: Path, tunesmith: Callable[..., Outcome]
+) -> None:
     data, run = write_rows(tmp_path / "train.jsonl", sums(1, 6)), tmp_path / "run"
     test = write_rows(tmp_path / "test.jsonl", sums(50, 3))
-    words = ["train", "--model", str(tiny_folder), "--data", str(data), "--test-data", str(test), "--max-steps", "2"]
+    words = [
+        "train",
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(data),
+        "--test-data",
+        str(test),
+        "--max-steps",
+        "2",
+    ]
     code, out, err = tunesmith(*words, "--output-dir", str(run), "--dtype", "fp32", "--json")
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
     assert f"report: {run / 'report.html'}" in err
-    assert re.search(r"Of \d measures? of the answers: \d better", (run / "report.html").read_text())
+    assert re.search(
+        r"Of \d measures? of the answers: \d better", (run / "report.html").read_text()
+    )
 
 
 def test_a_run_without_a_page_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.report.word_diff import LONGEST, WORDS, marked
+from tunesmith.report.word_diff import MAX_DIFF_WORDS, WORD_PATTERN, mark_differences
 
 TEXTS = st.text(st.sampled_from("ab ,\n\u202e日"), max_size=40)
 
 
 @given(TEXTS, TEXTS)
 def test_pieces_are_the_text_and_alike_words_are_in_both(text: str, other: str) -> None:
-    pieces = marked(text, other)
+    pieces = mark_differences(text, other)
     assert "".join(pieces) == text
-    alike = [word for piece in pieces[::2] for word in WORDS.findall(piece)]
-    theirs = iter(WORDS.findall(other))
+    alike = [word for piece in pieces[::2] for word in WORD_PATTERN.findall(piece)]
+    theirs = iter(WORD_PATTERN.findall(other))
     assert all(word in theirs for word in alike)  # in this order
 
 
@@ -31,12 +31,12 @@ def test_pieces_are_the_text_and_alike_words_are_in_both(text: str, other: str) 
     ],
 )
 def test_what_differs_is_marked(text: str, other: str, pieces: list[str]) -> None:
-    assert marked(text, other) == pieces
+    assert mark_differences(text, other) == pieces
 
 
 def test_long_texts_take_no_longer_than_their_length() -> None:
-    words = [f"w{number}" for number in range(20 * LONGEST)]
+    words = [f"w{number}" for number in range(20 * MAX_DIFF_WORDS)]
     text, other = " ".join(words), " ".join(["first", *words[:0:-1], "last"])
     start = time.perf_counter()
-    assert "".join(marked(text, other)) == text
+    assert "".join(mark_differences(text, other)) == text
     assert time.perf_counter() - start < 2

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from tunesmith.core.events import EXPECTED, PROBES, Score, StepResult, Verdict
-from tunesmith.train.guard.detectors import BOUNDS, DETECTORS, Guard, worst
+from tunesmith.core.events import EXPECTED_TASK, PROBE_TASK, CheckResult, Score, TrainStep
+from tunesmith.train.guard.detectors import DETECTORS, THRESHOLDS, TrainingGuard, select_worst
 
 LEVELS = {"collapse": "rollback", "forgetting": "stop", "watch": "warn"}
 HEALTHY = {
@@ -33,27 +33,34 @@ HEALTHY = {
 }
 
 
-def step(number: int, loss: float = 1.0, norm: float = 1.0) -> StepResult:
-    return StepResult(number, loss, 100, 20, 0.5, 1e-4, norm, 10**9)
+def step(number: int, loss: float = 1.0, norm: float = 1.0) -> TrainStep:
+    return TrainStep(number, loss, 100, 20, 0.5, 1e-4, norm, 10**9)
 
 
-def new_guard(**levels: str) -> Guard:
-    return Guard({**LEVELS, **levels}, margin=0.02, vocabulary=1000, probing=True)  # type: ignore[arg-type]
+def new_guard(**levels: str) -> TrainingGuard:
+    return TrainingGuard(
+        {**LEVELS, **levels}, forgetting_margin=0.02, vocab_size=1000, is_probing=True
+    )  # type: ignore[arg-type]
 
 
-def probe(guard: Guard, at: int, **changed: float) -> list[Verdict]:
+def probe(guard: TrainingGuard, at: int, **changed: float) -> list[CheckResult]:
     for metric, value in (HEALTHY | changed).items():
-        guard.see(Score(PROBES, metric, value, value, value, 8, at))
-    return guard.judge(at)
+        guard.observe_event(Score(PROBE_TASK, metric, value, value, value, 8, at))
+    return guard.judge_probe(at)
 
 
-def begun(**levels: str) -> Guard:
+def begun(**levels: str) -> TrainingGuard:
     """A guard that has seen ten even steps and the probes before them."""
     guard = new_guard(**levels)
-    for metric, value in {"distinct": 0.6, "same_answer": 0.1, "end_rate": 0.5, "length": 20.0}.items():
-        guard.see(Score(EXPECTED, metric, value, value, value, 8, 0))
+    for metric, value in {
+        "distinct": 0.6,
+        "same_answer": 0.1,
+        "end_rate": 0.5,
+        "length": 20.0,
+    }.items():
+        guard.observe_event(Score(EXPECTED_TASK, metric, value, value, value, 8, 0))
     assert probe(guard, 0) == []
-    assert [guard.see(step(n)) for n in range(1, 11)] == [[]] * 10
+    assert [guard.observe_event(step(n)) for n in range(1, 11)] == [[]] * 10
     return guard
 
 
@@ -79,7 +86,9 @@ def begun(**levels: str) -> Guard:
         ("end unlearnt", {"answer_loss": 1.1, "end_loss": 2.0}),
     ],
 )
-def test_a_detector_speaks_once_on_its_measure_alone(detector: str, changed: dict[str, float]) -> None:
+def test_a_detector_speaks_once_on_its_measure_alone(
+    detector: str, changed: dict[str, float]
+) -> None:
     guard = begun()
     (verdict,) = probe(guard, 10, **changed)
     assert (verdict.kind, verdict.level) == (detector, LEVELS[DETECTORS[detector].family])
@@ -93,7 +102,10 @@ def test_the_commonest_answer_comes_first() -> None:
     """Of three classes one is said to all prompts while the right ones have become far likelier: that is learning."""
     alike = {"distinct": 0.2, "same_answer": 0.75}
     assert probe(begun(), 10, **alike, answer_loss=0.5) == []
-    assert {one.kind for one in probe(begun(), 10, **alike, answer_loss=1.1)} == {"sameness", "one answer"}
+    assert {one.kind for one in probe(begun(), 10, **alike, answer_loss=1.1)} == {
+        "sameness",
+        "one answer",
+    }
 
 
 def test_answers_that_stopped_ending() -> None:
@@ -107,7 +119,7 @@ def fed(losses: Sequence[float], norms: Sequence[float] = ()) -> dict[str, int]:
     """Detector -> the step that it first spoke at."""
     guard, found = new_guard(), dict[str, int]()
     for number, loss in enumerate(losses, start=1):
-        for verdict in guard.see(step(number, loss, norms[number - 1] if norms else 1.0)):
+        for verdict in guard.observe_event(step(number, loss, norms[number - 1] if norms else 1.0)):
             found.setdefault(verdict.kind, number)
     return found
 
@@ -131,7 +143,7 @@ def test_rows_that_stay_hard_while_held_out_ones_are_learnt() -> None:
     guard = begun()
     assert probe(guard, 10, answer_loss=0.1) == [], "they were as hard at the probe before"
     for number in range(11, 21):
-        guard.see(step(number, 1.0 if number % 2 else 0.9))
+        guard.observe_event(step(number, 1.0 if number % 2 else 0.9))
     assert [one.kind for one in probe(guard, 20, answer_loss=0.1)] == ["rows harder than held-out"]
 
 
@@ -139,9 +151,9 @@ def test_held_out_answers_that_get_worse_while_training_goes_on() -> None:
     guard = begun()
     probe(guard, 10, answer_loss=0.5)
     for number in range(11, 21):
-        guard.see(step(number, 0.4))
-    guard.see(Score(PROBES, "answer_loss", 0.8, 0.5, 1.1, 8, 20))
-    assert guard.judge(20) == [], "one hard prompt of eight"
+        guard.observe_event(step(number, 0.4))
+    guard.observe_event(Score(PROBE_TASK, "answer_loss", 0.8, 0.5, 1.1, 8, 20))
+    assert guard.judge_probe(20) == [], "one hard prompt of eight"
     assert [one.kind for one in probe(guard, 30, answer_loss=0.8)] == ["overfitting"]
 
 
@@ -153,19 +165,19 @@ def test_what_a_family_does_is_the_recipes_word() -> None:
 def test_a_state_is_good_until_something_is_found_that_counts() -> None:
     guard = begun()
     probe(guard, 10)
-    assert guard.judged == 10
+    assert guard.last_good_step == 10
     probe(guard, 20, update_ratio=1.0)  # a warning only
-    assert guard.judged == 20
+    assert guard.last_good_step == 20
     probe(guard, 30, kl=2.0)
-    assert (guard.judged, guard.finding) == (20, ["far from base"])
+    assert (guard.last_good_step, guard.active_detectors) == (20, ["far from base"])
 
 
 def test_a_stop_decides_before_a_rollback() -> None:
-    back, end = Verdict("a", "rollback", "1"), Verdict("b", "stop", "2")
-    assert worst([]) is None
-    assert worst([Verdict("c", "warn", "3"), back]) is back
-    assert worst([back, end]) is end
+    back, end = CheckResult("a", "rollback", "1"), CheckResult("b", "stop", "2")
+    assert select_worst([]) is None
+    assert select_worst([CheckResult("c", "warn", "3"), back]) is back
+    assert select_worst([back, end]) is end
 
 
 def test_every_bound_belongs_to_a_detector() -> None:
-    assert set(BOUNDS) - {"foreign answers", "learning"} <= set(DETECTORS)
+    assert set(THRESHOLDS) - {"foreign answers", "learning"} <= set(DETECTORS)

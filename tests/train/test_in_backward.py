@@ -12,28 +12,36 @@ import torch
 from tiny import tiny_model
 from tiny_training import SETTINGS, documents_of, same, steps, straight_and_resumed, weights
 from tunesmith.core.errors import GateError, MachineError
-from tunesmith.core.events import StepResult, Verdict
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.train.loop import Training
+from tunesmith.core.events import CheckResult, TrainStep
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.train.loop import TrainingLoop
 
 UNCLIPPED = dataclasses.replace(SETTINGS, max_grad_norm=0.0, pack_length=10**6)
 
 
-def training(*, in_backward: bool = True, name: str = "llama-64", **changed: object) -> Training:
+def training(
+    *, in_backward: bool = True, name: str = "llama-64", **changed: object
+) -> TrainingLoop:
     settings = dataclasses.replace(UNCLIPPED, in_backward=in_backward, **changed)  # type: ignore[arg-type]
-    return Training(tiny_model(name, method="full"), documents_of, settings)
+    return TrainingLoop(tiny_model(name, method="full"), documents_of, settings)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("pack_length", [10**6, 60], ids=["one pack", "several"])
 def test_updates_on_the_way_are_those_after_it(optim: str, pack_length: int) -> None:
     """Of a step of several packs, whose gradients are summed up, too."""
-    runs = [training(in_backward=way, optim=optim, pack_length=pack_length) for way in (True, False)]
+    runs = [
+        training(in_backward=way, optim=optim, pack_length=pack_length) for way in (True, False)
+    ]
     events = [steps(list(run)) for run in runs]
     assert [e.loss for e in events[0]] == [e.loss for e in events[1]]
-    assert [e.grad_norm for e in events[0]] == pytest.approx([e.grad_norm for e in events[1]], rel=1e-5)
+    assert [e.grad_norm for e in events[0]] == pytest.approx(
+        [e.grad_norm for e in events[1]], rel=1e-5
+    )
     assert same(weights(runs[0].model), weights(runs[1].model))
-    assert not same(weights(runs[0].model), weights(tiny_model("llama-64", method="full"))), "it has learnt"
+    assert not same(weights(runs[0].model), weights(tiny_model("llama-64", method="full"))), (
+        "it has learnt"
+    )
 
 
 def test_no_gradient_is_kept() -> None:
@@ -56,14 +64,14 @@ def test_a_resumed_run_is_bitwise_the_straight_one(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_updates_nothing() -> None:
     run = training()
     next(run)
-    kept, hidden = weights(run.model), LanguageModel.hidden
-    run.model.hidden = lambda batch: hidden(run.model, batch) * math.nan  # type: ignore[method-assign]
+    kept, hidden = weights(run.model), PackedCausalLM.compute_hidden
+    run.model.compute_hidden = lambda batch: hidden(run.model, batch) * math.nan  # type: ignore[method-assign]
     event = next(run)
-    assert isinstance(event, Verdict)
+    assert isinstance(event, CheckResult)
     assert event.kind == "non-finite"
     assert same(weights(run.model), kept)
-    del run.model.hidden
-    assert isinstance(next(run), StepResult)
+    del run.model.compute_hidden
+    assert isinstance(next(run), TrainStep)
 
 
 def test_a_gradient_that_is_no_number_ends_the_run() -> None:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tunesmith.core.errors import Interrupted
-from tunesmith.train.signals import StopWish
+from tunesmith.train.signals import GracefulStop
 
 
 def send(number: signal.Signals) -> None:
@@ -16,50 +16,52 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_noted_until_it_is_obeyed(number: signal.Signals, code: int) -> None:
-    with StopWish("go on with: this") as wish:
-        wish.obey()
+    with GracefulStop("go on with: this") as wish:
+        wish.raise_if_requested()
         send(number)
-        assert wish.signal == number
-        with pytest.raises(Interrupted, match=rf"stopped by {number.name}\n  fix: go on with: this") as stopped:
-            wish.obey()
+        assert wish.signal_number == number
+        with pytest.raises(
+            Interrupted, match=rf"stopped by {number.name}\n  fix: go on with: this"
+        ) as stopped:
+            wish.raise_if_requested()
     assert stopped.value.exit_code == code
 
 
 def test_where_nothing_is_lost_it_is_obeyed_at_once() -> None:
     done: list[str] = []
 
-    def work(wish: StopWish) -> None:
-        with wish.at_once():
+    def work(wish: GracefulStop) -> None:
+        with wish.immediate():
             send(signal.SIGTERM)
             done.append("too much")
 
-    with StopWish() as wish, pytest.raises(Interrupted):
+    with GracefulStop() as wish, pytest.raises(Interrupted):
         work(wish)
     assert done == []
 
 
 def test_a_signal_noted_before_is_obeyed_on_entering() -> None:
-    with StopWish() as wish:
+    with GracefulStop() as wish:
         send(signal.SIGINT)
-        with pytest.raises(Interrupted), wish.at_once():
+        with pytest.raises(Interrupted), wish.immediate():
             pytest.fail("nothing is begun any more")
 
 
 def test_after_such_a_place_signals_are_only_noted_again() -> None:
-    with StopWish() as wish:
-        with wish.at_once():
+    with GracefulStop() as wish:
+        with wish.immediate():
             pass
         send(signal.SIGTERM)
-        assert wish.signal == signal.SIGTERM
+        assert wish.signal_number == signal.SIGTERM
 
 
 def test_the_second_signal_acts_as_without_us() -> None:
-    with StopWish() as wish:
+    with GracefulStop() as wish:
         send(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-        assert wish.signal == signal.SIGTERM
+        assert wish.signal_number == signal.SIGTERM
 
 
 def test_handlers_are_put_back() -> None:
@@ -67,7 +69,7 @@ def test_handlers_are_put_back() -> None:
 
     former = signal.signal(signal.SIGTERM, own)
     try:
-        with StopWish():
+        with GracefulStop():
             assert signal.getsignal(signal.SIGTERM) is not own
         assert signal.getsignal(signal.SIGTERM) is own
     finally:
@@ -78,8 +80,8 @@ def test_outside_the_main_thread_nothing_is_caught() -> None:
     found: list[object] = []
 
     def work() -> None:
-        with StopWish() as wish:
-            wish.obey()
+        with GracefulStop() as wish:
+            wish.raise_if_requested()
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

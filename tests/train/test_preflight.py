@@ -8,26 +8,40 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import CONFIGS, END, WINDOW, after, branching_documents, tiny_document, tiny_documents, tiny_network
+from tiny import (
+    CONFIGS,
+    END,
+    WINDOW,
+    after,
+    branching_documents,
+    tiny_document,
+    tiny_documents,
+    tiny_network,
+)
 from tunesmith.core.errors import GateError
-from tunesmith.core.events import Verdict
-from tunesmith.core.types import Batch, Document, Layout, Pack
-from tunesmith.data.packing import fed_tokens
+from tunesmith.core.events import CheckResult
+from tunesmith.core.types import Batch, Document, Pack, PackLayout
+from tunesmith.data.packing import count_input_tokens
 from tunesmith.model.adapters import METHODS
-from tunesmith.model.attention import BACKENDS, Rule, reference
-from tunesmith.model.causal_lm import LanguageModel, adopt, shortest_window, stock_logits
+from tunesmith.model.attention import BACKENDS, AttentionConfig, reference_attention
+from tunesmith.model.causal_lm import (
+    PackedCausalLM,
+    compute_stock_logits,
+    get_sliding_window,
+    wrap_model,
+)
 from tunesmith.session import preflight_probe as probe_module
 from tunesmith.session.preflight_probe import (
-    Probe,
-    StockIds,
-    checked_places,
-    choose_alike,
+    PreflightSamples,
+    TokenIdCheck,
     choose_documents,
-    forest_of,
-    siblings,
+    choose_positions,
+    choose_sharing_documents,
+    find_siblings,
+    pack_with_sharing,
 )
 from tunesmith.train import preflight
-from tunesmith.train.preflight import prove
+from tunesmith.train.preflight import run_preflight
 
 ADAPTER = {
     "lora_r": 4,
@@ -45,13 +59,22 @@ def ready(
     dtype: torch.dtype = torch.float32,
     candidates: Sequence[Document] | None = None,
     method: str = "lora",
-) -> tuple[LanguageModel, Probe]:
+) -> tuple[PackedCausalLM, PreflightSamples]:
     """A model as it is before its first step, and what the stock one said."""
     network = tiny_network(family, dtype)
-    documents = choose_documents(candidates or tiny_documents((20, 9, 33, 14)), shortest_window(network))
-    stock = tuple(stock_logits(network, d.tokens_L[: fed_tokens(d)].tolist(), checked_places(d)) for d in documents)
+    documents = choose_documents(
+        candidates or tiny_documents((20, 9, 33, 14)), get_sliding_window(network)
+    )
+    stock = tuple(
+        compute_stock_logits(
+            network, d.tokens_L[: count_input_tokens(d)].tolist(), choose_positions(d)
+        )
+        for d in documents
+    )
     METHODS[method](network, ADAPTER)
-    return adopt(network, dtype), Probe(documents, stock, frozenset({END}), (StockIds("rows:1", True),))
+    return wrap_model(network, dtype), PreflightSamples(
+        documents, stock, frozenset({END}), (TokenIdCheck("rows:1", True),)
+    )
 
 
 # ---------------------------------------------------------------- all is well
@@ -60,23 +83,26 @@ def ready(
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_proof_passes_on_every_family(family: str) -> None:
     model, probe = ready(family)
-    verdicts = prove(model, probe)
+    verdicts = run_preflight(model, probe)
     assert all(verdict.level == "ok" for verdict in verdicts)
-    assert len(verdicts) == len(preflight.CLAIMS) + 1
+    assert len(verdicts) == len(preflight.CHECKS) + 1
     assert verdicts[-1].kind == "controls"
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama-64", "gemma2", "granite", "olmo2"])
 def test_the_proof_passes_in_bf16(family: str, method: str) -> None:
-    assert prove(*ready(family, torch.bfloat16, method=method))
+    assert run_preflight(*ready(family, torch.bfloat16, method=method))
 
 
 def test_the_proof_leaves_the_model_as_it_is() -> None:
     model, probe = ready(method="full")
     before = {name: p.detach().clone() for name, p in model.network.named_parameters()}
-    prove(model, probe)
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.network.named_parameters())
+    run_preflight(model, probe)
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None
+        for name, p in model.network.named_parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +116,7 @@ def test_the_proof_leaves_the_model_as_it_is() -> None:
     ids=["one row", "one row with one target", "equal rows with one target", "rows of one token"],
 )
 def test_few_and_small_rows_are_proven_too(candidates: list[Document]) -> None:
-    assert prove(*ready(candidates=candidates))
+    assert run_preflight(*ready(candidates=candidates))
 
 
 # ---------------------------------------------------------------- the choice of documents
@@ -104,9 +130,9 @@ def test_the_shortest_and_the_longest_are_chosen() -> None:
 
 def test_a_window_needs_a_document_longer_than_itself() -> None:
     short = tiny_documents((3, 4, 5))
-    assert all(fed_tokens(d) <= WINDOW for d in choose_documents(short, window=None))
+    assert all(count_input_tokens(d) <= WINDOW for d in choose_documents(short, window=None))
     chosen = choose_documents(short, window=WINDOW)
-    assert fed_tokens(chosen[-1]) > WINDOW
+    assert count_input_tokens(chosen[-1]) > WINDOW
     assert len(choose_documents(tiny_documents((3, 4, 30)), window=WINDOW)) == 3
 
 
@@ -117,33 +143,35 @@ def test_documents_that_train_nothing_are_no_candidates() -> None:
 
 
 def test_checked_places_are_spread_from_the_first_to_the_last() -> None:
-    assert checked_places(tiny_document(5)) == [0, 1, 2, 3, 4]
-    places = checked_places(tiny_document(1000))
-    assert (places[0], places[-1], len(places)) == (0, 999, probe_module.CHECKED_PLACES)
+    assert choose_positions(tiny_document(5)) == [0, 1, 2, 3, 4]
+    places = choose_positions(tiny_document(1000))
+    assert (places[0], places[-1], len(places)) == (0, 999, probe_module.MAX_CHECKED_POSITIONS)
 
 
 # ---------------------------------------------------------------- each broken thing by its own message
 
 
-def refusal(model: LanguageModel, probe: Probe) -> str:
+def refusal(model: PackedCausalLM, probe: PreflightSamples) -> str:
     with pytest.raises(GateError) as caught:
-        prove(model, probe)
+        run_preflight(model, probe)
     assert caught.value.where.startswith("preflight")
     assert caught.value.exit_code == 4
-    return caught.value.what
+    return caught.value.message
 
 
-def blurred(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+def blurred(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig) -> Tensor:
     """Attention that does not know where documents end."""
-    return reference(q, k, v, Layout((0,), (layout.tokens,)), rule)
+    return reference_attention(q, k, v, PackLayout((0,), (layout.num_tokens,)), rule)
 
 
-def windowless(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    return reference(q, k, v, layout, dataclasses.replace(rule, window=None))
+def windowless(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+) -> Tensor:
+    return reference_attention(q, k, v, layout, dataclasses.replace(rule, window=None))
 
 
-def uncapped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    return reference(q, k, v, layout, dataclasses.replace(rule, softcap=None))
+def uncapped(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig) -> Tensor:
+    return reference_attention(q, k, v, layout, dataclasses.replace(rule, softcap=None))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "olmo2"])
@@ -154,8 +182,12 @@ def test_attention_that_ignores_the_layout(family: str, monkeypatch: pytest.Monk
     assert "see each other" in refusal(model, probe)
 
 
-@pytest.mark.parametrize(("family", "broken"), [("mistral", windowless), ("phi3", windowless), ("gemma2", uncapped)])
-def test_attention_that_ignores_a_rule(family: str, broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "broken"), [("mistral", windowless), ("phi3", windowless), ("gemma2", uncapped)]
+)
+def test_attention_that_ignores_a_rule(
+    family: str, broken: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also when all rows are shorter than the window: they are chained."""
     monkeypatch.setitem(BACKENDS, "broken", broken)  # type: ignore[arg-type]
     model, probe = ready(family, candidates=tiny_documents((3, 4, 5)))
@@ -208,7 +240,10 @@ def test_targets_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fewer(pack: Pack) -> Batch:
         batch = right(pack)
-        kept = {name: getattr(batch, name)[:-1] for name in ("positions_S", "targets_S", "weights_S", "document_S")}
+        kept = {
+            name: getattr(batch, name)[:-1]
+            for name in ("positions_S", "targets_S", "weights_S", "document_S")
+        }
         return dataclasses.replace(batch, **kept)
 
     monkeypatch.setattr(probe_module, "collate", fewer)
@@ -224,19 +259,24 @@ def test_answers_without_their_end_token() -> None:
 def test_chained_rows_need_no_end_token() -> None:
     model, probe = ready("mistral", candidates=tiny_documents((3, 4, 5)))
     assert probe.documents[-1].tokens_L[-1] != END
-    assert prove(model, probe)
+    assert run_preflight(model, probe)
 
 
 def test_ids_that_are_not_the_tokenizers() -> None:
     model, probe = ready()
-    probe = dataclasses.replace(probe, stock_ids=(StockIds("rows:1", True), StockIds("rows:8", False)))
+    probe = dataclasses.replace(
+        probe, token_id_checks=(TokenIdCheck("rows:1", True), TokenIdCheck("rows:8", False))
+    )
     with pytest.raises(GateError, match="token ids differ") as caught:
-        prove(model, probe)
+        run_preflight(model, probe)
     assert caught.value.where == "preflight: rows:8"
-    found = (StockIds("rows:1", True), StockIds("rows:2", True, whole=False))
+    found = (TokenIdCheck("rows:1", True), TokenIdCheck("rows:2", True, is_full_row=False))
     told = "2 rows tokenised equally, leading BOS included; of 1 the prompts, as they are served"
-    assert told in [verdict.evidence for verdict in prove(model, dataclasses.replace(probe, stock_ids=found))]
-    nothing = prove(model, dataclasses.replace(probe, stock_ids=()))
+    assert told in [
+        verdict.evidence
+        for verdict in run_preflight(model, dataclasses.replace(probe, token_id_checks=found))
+    ]
+    nothing = run_preflight(model, dataclasses.replace(probe, token_id_checks=()))
     assert [verdict.level for verdict in nothing if verdict.kind == "ids = stock"] == ["warn"]
 
 
@@ -247,16 +287,22 @@ def test_a_document_that_trains_nothing_or_its_first_token(first: float) -> None
     weights_L = np.zeros(len(last), np.float32)
     weights_L[0] = first
     empty = dataclasses.replace(last, weights_L=weights_L)
-    assert "trains nothing" in refusal(model, dataclasses.replace(probe, documents=(*others, empty)))
+    assert "trains nothing" in refusal(
+        model, dataclasses.replace(probe, documents=(*others, empty))
+    )
 
 
 # ---------------------------------------------------------------- a check that cannot fail proves nothing
 
 
-@pytest.mark.parametrize(("claim", "named"), [("blind", "a mask that leaks"), ("labels_equal_stock", "labels shifted")])
-def test_a_claim_that_cannot_fail_is_noticed(claim: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def always(*_: object, **__: object) -> Verdict:
-        return Verdict(claim, "ok", "")
+@pytest.mark.parametrize(
+    ("claim", "named"), [("blind", "a mask that leaks"), ("labels_equal_stock", "labels shifted")]
+)
+def test_a_claim_that_cannot_fail_is_noticed(
+    claim: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def always(*_: object, **__: object) -> CheckResult:
+        return CheckResult(claim, "ok", "")
 
     monkeypatch.setattr(preflight, claim, always)
     assert f"did not notice {named}" in refusal(*ready())
@@ -273,50 +319,61 @@ def test_both_sides_of_pairs_are_proven() -> None:
     ]
     chosen = choose_documents(sides, None)
     rejected = {d.tokens_L.tobytes() for d in sides if d.side == "rejected"}
-    assert sum(d.tokens_L.tobytes() in rejected for d in chosen) == 2, "the shortest and the longest"
-    assert {9, 40} <= {fed_tokens(d) for d in chosen}
-    assert all(verdict.level == "ok" for verdict in prove(*ready(candidates=sides)))
+    assert sum(d.tokens_L.tobytes() in rejected for d in chosen) == 2, (
+        "the shortest and the longest"
+    )
+    assert {9, 40} <= {count_input_tokens(d) for d in chosen}
+    assert all(verdict.level == "ok" for verdict in run_preflight(*ready(candidates=sides)))
 
 
 # ---------------------------------------------------------------- shared prefixes
 
 
-def sharing(family: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[LanguageModel, Probe]:
+def sharing(
+    family: str = "llama", dtype: torch.dtype = torch.float32
+) -> tuple[PackedCausalLM, PreflightSamples]:
     """Ready, with documents of which two begin alike and one continues another's beginning."""
     model, probe = ready(family, dtype)
-    alike = choose_alike(branching_documents())
+    alike = choose_sharing_documents(branching_documents())
     assert len(alike) == 3
     return model, dataclasses.replace(probe, alike=alike)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_shared_prefixes_are_proven_on_every_family(family: str) -> None:
-    verdicts = {verdict.kind: verdict for verdict in prove(*sharing(family))}
+    verdicts = {verdict.kind: verdict for verdict in run_preflight(*sharing(family))}
     assert "blind to the bit" in verdicts["shared = alone"].evidence
     assert "sees its sibling" in verdicts["controls"].evidence
-    assert "shared = alone" not in {verdict.kind for verdict in prove(*ready(family))}
+    assert "shared = alone" not in {verdict.kind for verdict in run_preflight(*ready(family))}
 
 
 @pytest.mark.parametrize("family", ["llama-64", "gemma2"])
 def test_shared_prefixes_are_proven_in_bf16(family: str) -> None:
-    assert prove(*sharing(family, torch.bfloat16))
+    assert run_preflight(*sharing(family, torch.bfloat16))
 
 
 def test_the_shortest_documents_that_part_are_chosen() -> None:
     prompt = tiny_document(30)
     alike = [after(prompt, 30, length) for length in (9, 20, 5)]
-    chosen = choose_alike([*tiny_documents((80, 90)), *alike])
+    chosen = choose_sharing_documents([*tiny_documents((80, 90)), *alike])
     assert sorted(d.id for d in chosen) == sorted(d.id for d in alike)
-    pair = [dataclasses.replace(d, side=side) for d, side in zip(alike, ("chosen", "rejected"), strict=False)]
-    assert [d.side for d in choose_alike(pair)] == ["", ""]
-    assert siblings(forest_of(choose_alike(tiny_documents((3, 60)))).layout) == (1, 2), "one, and its like"
-    assert choose_alike(tiny_documents((3, 4))) == choose_alike([]) == ()
+    pair = [
+        dataclasses.replace(d, side=side)
+        for d, side in zip(alike, ("chosen", "rejected"), strict=False)
+    ]
+    assert [d.side for d in choose_sharing_documents(pair)] == ["", ""]
+    assert find_siblings(
+        pack_with_sharing(choose_sharing_documents(tiny_documents((3, 60)))).layout
+    ) == (1, 2), "one, and its like"
+    assert choose_sharing_documents(tiny_documents((3, 4))) == choose_sharing_documents([]) == ()
 
 
 def test_branches_that_see_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def overheard(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+    def overheard(
+        q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+    ) -> Tensor:
         parents = tuple(i - 1 for i in range(len(layout.lengths))) if layout.parents else ()
-        return reference(q, k, v, dataclasses.replace(layout, parents=parents), rule)
+        return reference_attention(q, k, v, dataclasses.replace(layout, parents=parents), rule)
 
     model, probe = sharing()
     model.backend = "broken"
@@ -324,9 +381,13 @@ def test_branches_that_see_each_other_are_named(monkeypatch: pytest.MonkeyPatch)
     assert "documents in a pack see each other" in refusal(model, probe)
 
 
-def test_a_shared_part_that_computes_something_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def short_sighted(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-        return reference(q, k, v, dataclasses.replace(layout, parents=()), rule)
+def test_a_shared_part_that_computes_something_else_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def short_sighted(
+        q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+    ) -> Tensor:
+        return reference_attention(q, k, v, dataclasses.replace(layout, parents=()), rule)
 
     model, probe = sharing()
     model.backend = "broken"
@@ -335,5 +396,7 @@ def test_a_shared_part_that_computes_something_else_is_named(monkeypatch: pytest
 
 
 def test_a_forest_that_cannot_fail_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "shared_equals_alone", lambda *_, **__: Verdict("shared = alone", "ok", ""))
+    monkeypatch.setattr(
+        preflight, "shared_equals_alone", lambda *_, **__: CheckResult("shared = alone", "ok", "")
+    )
     assert "did not notice a branch that sees its sibling" in refusal(*sharing())

@@ -11,26 +11,34 @@ import torch
 from torch import Tensor
 
 from tiny import END, LORA, after, one_batch, tiny_document, tiny_model, tiny_network
-from tiny_training import LENGTHS, SETTINGS, documents_of, same, steps, straight_and_resumed, weights
+from tiny_training import (
+    LENGTHS,
+    SETTINGS,
+    documents_of,
+    same,
+    steps,
+    straight_and_resumed,
+    weights,
+)
 from tunesmith.core.errors import GateError
-from tunesmith.core.events import Done, Event, Rollback, StepResult, Verdict
+from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, TrainStep
 from tunesmith.core.types import Document
-from tunesmith.model.adapters import METHODS, trainable
-from tunesmith.model.causal_lm import LanguageModel, adopt
-from tunesmith.model.lm_head import target_losses
-from tunesmith.train.loop import BAD_STEPS, Training
-from tunesmith.train.optimizer import moments, rate_at
+from tunesmith.model.adapters import METHODS, get_trainable_parameters
+from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
+from tunesmith.model.lm_head import measure_target_losses
+from tunesmith.train.loop import MAX_BAD_STEPS, TrainingLoop
+from tunesmith.train.optimizer import compute_learning_rate, get_moments
 
 
 def trained(
     documents: Callable[[int], Sequence[Document]] = documents_of,
     *,
-    model: LanguageModel | None = None,
+    model: PackedCausalLM | None = None,
     **changed: object,
 ) -> tuple[list[Event], dict[str, Tensor]]:
     """A whole run; its events and the trained weights."""
     model = model or tiny_model()
-    events = list(Training(model, documents, dataclasses.replace(SETTINGS, **changed)))  # type: ignore[arg-type]
+    events = list(TrainingLoop(model, documents, dataclasses.replace(SETTINGS, **changed)))  # type: ignore[arg-type]
     return events, weights(model)
 
 
@@ -38,7 +46,9 @@ def trained(
 
 
 def test_twenty_steps_packed_equal_twenty_steps_unpacked() -> None:
-    (packed, ours), (alone, theirs) = (trained(steps=20, pack_length=length) for length in (10**6, 1))
+    (packed, ours), (alone, theirs) = (
+        trained(steps=20, pack_length=length) for length in (10**6, 1)
+    )
     for one, other in zip(steps(packed), steps(alone), strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
@@ -55,7 +65,10 @@ def branching(step: int) -> Sequence[Document]:
 
 
 def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
-    runs = [trained(branching, steps=20, pack_length=length, share_prefixes=length > 1) for length in (10**6, 80, 1)]
+    runs = [
+        trained(branching, steps=20, pack_length=length, share_prefixes=length > 1)
+        for length in (10**6, 80, 1)
+    ]
     (_, ours), (_, halved), (alone, theirs) = runs
     assert steps(runs[0][0]) != steps(alone), "other numbers on the way"
     for one, two, other in zip(*(steps(events) for events, _ in runs), strict=True):
@@ -81,12 +94,12 @@ def test_what_happens_between_events_changes_nothing() -> None:
     straight, expected = trained(model=tiny_model(lora_dropout=0.2))
     model = tiny_model(lora_dropout=0.2)
     events: list[Event] = []
-    for event in Training(model, documents_of, SETTINGS):
+    for event in TrainingLoop(model, documents_of, SETTINGS):
         events.append(event)
         torch.rand(7)
         assert not model.network.training
         with torch.no_grad():
-            model.hidden(one_batch([tiny_document(9)]))
+            model.compute_hidden(one_batch([tiny_document(9)]))
     assert same(weights(model), expected)
     assert [event.loss for event in steps(events)] == [event.loss for event in steps(straight)]
 
@@ -100,8 +113,11 @@ def test_the_loss_is_the_mean_over_the_weights() -> None:
     total = weight = 0.0
     for document in documents:
         batch = one_batch([document])
-        losses = target_losses(model.hidden(batch), model.head, batch.targets_S)
-        total, weight = total + float((losses * batch.weights_S).sum()), weight + float(batch.weights_S.sum())
+        losses = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
+        total, weight = (
+            total + float((losses * batch.weights_S).sum()),
+            weight + float(batch.weights_S.sum()),
+        )
     double = [dataclasses.replace(d, weights_L=2 * d.weights_L) for d in documents]
     results = [
         steps(trained(lambda _, ds=ds: ds, model=tiny_model(dtype=torch.float64), steps=1)[0])[0]
@@ -114,7 +130,8 @@ def test_the_loss_is_the_mean_over_the_weights() -> None:
 
 def test_a_row_of_more_weight_pulls_more() -> None:
     heavy = [
-        dataclasses.replace(d, weights_L=d.weights_L * (5 if i == 3 else 1)) for i, d in enumerate(documents_of(1))
+        dataclasses.replace(d, weights_L=d.weights_L * (5 if i == 3 else 1))
+        for i, d in enumerate(documents_of(1))
     ]
     one, other = (trained(lambda _, ds=ds: ds, steps=1)[0] for ds in (documents_of(1), heavy))
     assert steps(one)[0].loss != pytest.approx(steps(other)[0].loss, rel=1e-4)
@@ -131,25 +148,30 @@ def test_counts_are_of_the_documents() -> None:
 
 def test_the_rate_follows_the_schedule() -> None:
     events, _ = trained()
-    rates = [rate_at(s, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear") for s in range(6)]
+    rates = [
+        compute_learning_rate(s, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear")
+        for s in range(6)
+    ]
     assert [event.learning_rate for event in steps(events)] == rates
 
 
 def test_a_step_without_documents_changes_nothing_but_the_schedule() -> None:
     model = tiny_model()
-    training = Training(model, lambda step: [] if step in (1, 3) else documents_of(step), SETTINGS)
+    training = TrainingLoop(
+        model, lambda step: [] if step in (1, 3) else documents_of(step), SETTINGS
+    )
     before = weights(model)
     first = next(training)
-    assert isinstance(first, StepResult)
+    assert isinstance(first, TrainStep)
     assert (first.loss, first.tokens, first.supervised_tokens, first.grad_norm) == (0.0, 0, 0, 0.0)
     assert same(weights(model), before)
     second, before = next(training), weights(model)
     third = next(training)
-    assert isinstance(second, StepResult)
-    assert isinstance(third, StepResult)
+    assert isinstance(second, TrainStep)
+    assert isinstance(third, TrainStep)
     assert (third.step, third.learning_rate) == (
         3,
-        rate_at(2, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear"),
+        compute_learning_rate(2, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear"),
     )
     assert same(weights(model), before)
     assert len(steps(list(training))) == 3
@@ -159,7 +181,9 @@ def test_training_learns() -> None:
     """One document again and again: its loss falls far."""
     for method in ("lora", "full"):
         model = tiny_model(method=method)
-        events, _ = trained(lambda _: [tiny_document(17)], model=model, steps=30, learning_rate=1e-2, warmup_steps=0)
+        events, _ = trained(
+            lambda _: [tiny_document(17)], model=model, steps=30, learning_rate=1e-2, warmup_steps=0
+        )
         losses = [event.loss for event in steps(events)]
         assert losses[-1] < 0.5 * losses[0]
 
@@ -168,7 +192,12 @@ def test_training_learns() -> None:
 def test_bf16_follows_fp32(method: str) -> None:
     """The narrow copies of trained weights are those of the weights as they are now."""
     runs = [
-        trained(lambda _: documents_of(1), model=tiny_model("llama-64", dtype, method=method), steps=8, warmup_steps=0)
+        trained(
+            lambda _: documents_of(1),
+            model=tiny_model("llama-64", dtype, method=method),
+            steps=8,
+            warmup_steps=0,
+        )
         for dtype in (torch.bfloat16, torch.float32)
     ]
     narrow, wide = ([event.loss for event in steps(events)] for events, _ in runs)
@@ -182,17 +211,22 @@ def test_bf16_follows_fp32(method: str) -> None:
 
 def poisoned(step: int) -> list[Document]:
     *others, last = documents_of(step)
-    return [*others, dataclasses.replace(last, id="bad:7", weights_L=np.where(last.weights_L > 0, np.inf, 0))]
+    return [
+        *others,
+        dataclasses.replace(last, id="bad:7", weights_L=np.where(last.weights_L > 0, np.inf, 0)),
+    ]
 
 
 def test_a_step_that_is_no_number_is_skipped() -> None:
     model = tiny_model()
-    training = Training(model, lambda step: poisoned(step) if step == 3 else documents_of(step), SETTINGS)
+    training = TrainingLoop(
+        model, lambda step: poisoned(step) if step == 3 else documents_of(step), SETTINGS
+    )
     for _ in range(2):
         next(training)
     before, updates = weights(model), [int(s["step"]) for s in training.optimizer.state.values()]
     verdict = next(training)
-    assert isinstance(verdict, Verdict)
+    assert isinstance(verdict, CheckResult)
     assert (verdict.kind, verdict.level, verdict.step) == ("non-finite", "warn", 3)
     assert "bad:7" in verdict.evidence
     assert same(weights(model), before)
@@ -204,44 +238,58 @@ def test_a_step_that_is_no_number_is_skipped() -> None:
 def test_a_gradient_that_is_no_number_is_skipped() -> None:
     """Though the loss is one."""
     model = tiny_model()
-    hook = next(iter(trainable(model.network).values())).register_hook(lambda g: g * math.inf)
-    training, before = Training(model, documents_of, SETTINGS), weights(model)
-    assert isinstance(next(training), Verdict)
+    hook = next(iter(get_trainable_parameters(model.network).values())).register_hook(
+        lambda g: g * math.inf
+    )
+    training, before = TrainingLoop(model, documents_of, SETTINGS), weights(model)
+    assert isinstance(next(training), CheckResult)
     assert same(weights(model), before)
     hook.remove()
-    assert isinstance(next(training), StepResult)
+    assert isinstance(next(training), TrainStep)
 
 
 def test_many_in_a_row_end_the_run() -> None:
     model = tiny_model()
-    training = Training(model, lambda step: documents_of(step) if step == 1 else poisoned(step), SETTINGS)
+    training = TrainingLoop(
+        model, lambda step: documents_of(step) if step == 1 else poisoned(step), SETTINGS
+    )
     next(training)
     before = weights(model)
-    for _ in range(BAD_STEPS - 1):
-        assert isinstance(next(training), Verdict)
+    for _ in range(MAX_BAD_STEPS - 1):
+        assert isinstance(next(training), CheckResult)
     with pytest.raises(GateError, match="bad:7"):
         next(training)
     assert same(weights(model), before)
 
 
 def test_a_good_step_in_between_starts_the_count_again() -> None:
-    events, _ = trained(lambda step: documents_of(step) if step % 3 == 0 else poisoned(step), steps=9)
-    assert [type(event) for event in events] == [Verdict, Verdict, StepResult] * 3 + [Done]
+    events, _ = trained(
+        lambda step: documents_of(step) if step % 3 == 0 else poisoned(step), steps=9
+    )
+    assert [type(event) for event in events] == [CheckResult, CheckResult, TrainStep] * 3 + [
+        TrainingEnd
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_poisoned_model_never_trains(dtype: torch.dtype) -> None:
     """A NaN in any one weight of the base reaches the loss, through every kernel on the way."""
-    names = ("embed_tokens.weight", "input_layernorm.weight", "q_proj.weight", "v_proj.weight", "up_proj.weight")
+    names = (
+        "embed_tokens.weight",
+        "input_layernorm.weight",
+        "q_proj.weight",
+        "v_proj.weight",
+        "up_proj.weight",
+    )
     for name in (*names, "down_proj.weight", "norm.weight", "lm_head.weight"):
         network = tiny_network("llama-64", dtype)
         weight = next(p for n, p in network.named_parameters() if n.endswith(name))
         weight.data.view(-1)[3 if weight.dim() == 1 else slice(None)] = math.nan
         METHODS["lora"](network, LORA)
-        model = adopt(network, dtype)
+        model = wrap_model(network, dtype)
         before = weights(model)
         with pytest.raises(GateError):
-            list(Training(model, documents_of, SETTINGS))
+            list(TrainingLoop(model, documents_of, SETTINGS))
         assert same(weights(model), before)
 
 
@@ -249,11 +297,11 @@ def test_a_poisoned_model_never_trains(dtype: torch.dtype) -> None:
 
 
 def test_stop_ends_after_the_step() -> None:
-    training = Training(tiny_model(), documents_of, SETTINGS)
+    training = TrainingLoop(tiny_model(), documents_of, SETTINGS)
     next(training)
     training.stop()
     done = next(training)
-    assert isinstance(done, Done)
+    assert isinstance(done, TrainingEnd)
     assert (done.step, done.reason) == (1, "stopped")
     assert list(training) == []
 
@@ -261,24 +309,28 @@ def test_stop_ends_after_the_step() -> None:
 def test_a_run_ends_by_itself() -> None:
     events, _ = trained()
     assert [event.step for event in steps(events)] == [1, 2, 3, 4, 5, 6]
-    assert isinstance(events[-1], Done)
+    assert isinstance(events[-1], TrainingEnd)
     assert (events[-1].step, events[-1].reason) == (6, "finished")
     assert events[-1].seconds == pytest.approx(sum(event.seconds for event in steps(events)))
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("lora", torch.float32), ("full", torch.bfloat16)], ids=str)
-def test_a_resumed_run_is_bitwise_the_straight_one(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", torch.float32), ("full", torch.bfloat16)], ids=str
+)
+def test_a_resumed_run_is_bitwise_the_straight_one(
+    method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """Also when the model has run, and even trained, before its state came back, and when its files change after."""
     straight, expected = trained(model=tiny_model("llama-64", dtype, method=method))
-    first = Training(tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS)
+    first = TrainingLoop(tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS)
     for _ in range(3):
         next(first)
     first.save(tmp_path)
     model = tiny_model("llama-64", dtype, method=method)
-    training = Training(model, documents_of, SETTINGS)
+    training = TrainingLoop(model, documents_of, SETTINGS)
     next(training)
     with torch.no_grad():
-        model.hidden(one_batch([tiny_document(9)]))
+        model.compute_hidden(one_batch([tiny_document(9)]))
     training.restore(tmp_path)
     for file in tmp_path.iterdir():
         with file.open("r+b") as opened:
@@ -291,16 +343,18 @@ def test_a_resumed_run_is_bitwise_the_straight_one(method: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(method: str, tmp_path: Path) -> None:
+def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(
+    method: str, tmp_path: Path
+) -> None:
     """Of a rank at which A and B are large enough to have them; norms and biases have theirs in fp32."""
     wish = dataclasses.replace(SETTINGS, optim="adamw_8bit")
 
-    def fresh() -> Training:
-        return Training(tiny_model(method=method, lora_r=96), documents_of, wish)
+    def fresh() -> TrainingLoop:
+        return TrainingLoop(tiny_model(method=method, lora_r=96), documents_of, wish)
 
     straight, second = straight_and_resumed(fresh, tmp_path)
     assert same(weights(straight.model), weights(second.model))
-    kept = [moments(second.optimizer, p) for p in second.parameters.values()]
+    kept = [get_moments(second.optimizer, p) for p in second.parameters.values()]
     assert {found["state1"].dtype for found in kept} == {torch.uint8, torch.float32}
 
 
@@ -310,9 +364,12 @@ def test_the_end_token_is_what_is_learned_last() -> None:
 
 
 def test_a_second_rollback_undoes_what_was_set_after_it() -> None:
-    training = Training(tiny_model("llama-64", torch.float32), documents_of, SETTINGS)
-    raised = [Rollback(30, 20, "forgotten", "", "", ratio=0.2), Rollback(25, 10, "forgotten", "", "", ratio=0.4)]
-    training.change(raised[:1])
-    assert training.changes == ((20, 0.2),)
-    training.change(raised)
-    assert training.changes == ((10, 0.4),), "from step 20 on it is not lowered again"
+    training = TrainingLoop(tiny_model("llama-64", torch.float32), documents_of, SETTINGS)
+    raised = [
+        Rollback(30, 20, "forgotten", "", "", rehearsal_ratio=0.2),
+        Rollback(25, 10, "forgotten", "", "", rehearsal_ratio=0.4),
+    ]
+    training.set_rollbacks(raised[:1])
+    assert training.ratio_changes == ((20, 0.2),)
+    training.set_rollbacks(raised)
+    assert training.ratio_changes == ((10, 0.4),), "from step 20 on it is not lowered again"

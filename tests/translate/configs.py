@@ -62,7 +62,12 @@ DATASET_INFO = {
         "file_name": "openai.jsonl",
         "formatting": "sharegpt",
         "columns": {"messages": "messages"},
-        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+        },
     },
     "remote": {"hf_hub_url": "org/rows", "columns": {"prompt": "instruction"}},
     "pairs": {"file_name": "pairs.json", "ranking": True},

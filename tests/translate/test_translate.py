@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tunesmith.core.errors import InputError
 from tunesmith.recipe.importers.convert import TOOLS, Translation, translate
-from tunesmith.recipe.importers.draft import Left
+from tunesmith.recipe.importers.draft import UntranslatedKey
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +33,8 @@ def changed(text: str, *lines: str, without: Iterable[str] = ()) -> Translation:
     return translated("\n".join([*kept, *lines]) + "\n")
 
 
-def left(translation: Translation) -> dict[str, Left]:
-    return {one.key: one for one in translation.left}
+def left(translation: Translation) -> dict[str, UntranslatedKey]:
+    return {one.key: one for one in translation.untranslated}
 
 
 # ---------------------------------------------------------------- whole configs
@@ -43,7 +43,10 @@ def left(translation: Translation) -> dict[str, Left]:
 def test_llamafactory() -> None:
     write_datasets(Path.cwd())
     found = translated(LLAMAFACTORY)
-    assert (found.tool, found.why) == ("LLaMA-Factory", "it has do_train, finetuning_type, lora_rank, lora_target")
+    assert (found.tool, found.reason) == (
+        "LLaMA-Factory",
+        "it has do_train, finetuning_type, lora_rank, lora_target",
+    )
     assert found.values == {
         "model": "org/base-7b-instruct",
         "learning_rate": 1e-4,
@@ -76,7 +79,7 @@ def test_llamafactory() -> None:
         "eval_steps": 100,
         "output_dir": "saves/tickets",
     }
-    lost = [one.key for one in found.left if one.matters]
+    lost = [one.key for one in found.untranslated if one.is_important]
     assert lost == ["template", "deepspeed", "neftune_noise_alpha"]
     assert left(found)["hf_hub_token"].value == "..."  # a secret is not copied into a recipe
 
@@ -109,13 +112,15 @@ def test_axolotl() -> None:
         "lr_scheduler_type": "cosine",
         "output_dir": "./outputs/qlora",
     }
-    lost = {one.key for one in found.left if one.matters}
+    lost = {one.key for one in found.untranslated if one.is_important}
     assert lost == {
         "fsdp",
         *("datasets[1].path", "datasets[1].type", "datasets[1].split"),
     }
     assert "always on" in left(found)["sample_packing"].reason
-    assert not {"wandb_project", "wandb_entity", "strict"} & left(found).keys()  # empty and false ask for nothing
+    assert (
+        not {"wandb_project", "wandb_entity", "strict"} & left(found).keys()
+    )  # empty and false ask for nothing
 
 
 def test_trl() -> None:
@@ -134,7 +139,7 @@ def test_trl() -> None:
         "batch_size": 16,
         "dtype": "bf16",
     }
-    assert {one.key for one in found.left if one.matters} == {"dataset_name"}
+    assert {one.key for one in found.untranslated if one.is_important} == {"dataset_name"}
 
 
 def test_values_given_beside_it_win() -> None:
@@ -151,7 +156,10 @@ def test_values_given_beside_it_win() -> None:
     [
         (["warmup_steps: 20"], {}),
         (["warmup_steps: 0.1"], {"warmup_ratio": 0.1}),
-        (["warmup_steps: 20", "max_steps: 100", "warmup_ratio: 0.5"], {"warmup_ratio": 0.2, "max_steps": 100}),
+        (
+            ["warmup_steps: 20", "max_steps: 100", "warmup_ratio: 0.5"],
+            {"warmup_ratio": 0.2, "max_steps": 100},
+        ),
         (["max_steps: -1", "warmup_ratio: 0"], {"warmup_ratio": 0}),
         (["lr_scheduler: constant_with_warmup"], {"lr_scheduler_type": "constant"}),
         (["lr_scheduler: rex"], {}),
@@ -174,7 +182,9 @@ def test_values_given_beside_it_win() -> None:
 def test_one_topic(lines: list[str], values: dict[str, Any]) -> None:
     write_config(Path.cwd(), "{{ messages }}", "t.jinja")
     adapter = [] if any(line.startswith("adapter") for line in lines) else ["adapter: lora"]
-    found = translated("\n".join(["base_model: tiny", "datasets: [{path: a.jsonl}]", *adapter, *lines]))
+    found = translated(
+        "\n".join(["base_model: tiny", "datasets: [{path: a.jsonl}]", *adapter, *lines])
+    )
     fixed = {"model", "data", "method", "lora_target_modules"}
     assert {key: value for key, value in found.values.items() if key not in fixed} == values
     assert found.values["method"] == "lora"
@@ -193,12 +203,17 @@ def test_without_an_adapter_all_weights_are_trained() -> None:
 
 @pytest.mark.parametrize("key", ["train_on_inputs", "relora", "neftune_noise_alpha", "frobnicate"])
 def test_what_would_change_the_training_is_said_first(key: str) -> None:
-    assert left(changed(AXOLOTL, f"{key}: true"))[key].matters
+    assert left(changed(AXOLOTL, f"{key}: true"))[key].is_important
     assert key not in left(changed(AXOLOTL, f"{key}: false"))
 
 
 def test_a_pattern_of_layers_stays_a_pattern() -> None:
-    lines = ["base_model: tiny", "datasets: [{path: a.jsonl}]", "adapter: lora", "lora_target_modules: '.*[qv]_proj'"]
+    lines = [
+        "base_model: tiny",
+        "datasets: [{path: a.jsonl}]",
+        "adapter: lora",
+        "lora_target_modules: '.*[qv]_proj'",
+    ]
     assert translated("\n".join(lines)).values["lora_target_modules"] == ".*[qv]_proj"
 
 
@@ -215,10 +230,16 @@ def test_an_output_folder_that_is_there_is_not_used_again() -> None:
 
 
 def test_an_adapter_to_go_on_with() -> None:
-    assert "no such folder" in left(changed(AXOLOTL, "lora_model_dir: old/adapter"))["lora_model_dir"].reason
+    assert (
+        "no such folder"
+        in left(changed(AXOLOTL, "lora_model_dir: old/adapter"))["lora_model_dir"].reason
+    )
     (Path.cwd() / "old" / "adapter").mkdir(parents=True)
     assert changed(AXOLOTL, "lora_model_dir: old/adapter").values["adapter_from"] == "old/adapter"
-    assert changed(LLAMAFACTORY, "adapter_name_or_path: old/adapter").values["adapter_from"] == "old/adapter"
+    assert (
+        changed(LLAMAFACTORY, "adapter_name_or_path: old/adapter").values["adapter_from"]
+        == "old/adapter"
+    )
 
 
 def test_paths_are_relative_to_the_recipe() -> None:
@@ -236,9 +257,18 @@ def test_paths_are_relative_to_the_recipe() -> None:
     [
         ("{path: a.jsonl, type: chat_template}", {"path": "a.jsonl", "format": "messages"}),
         ("{path: a.jsonl, type: sharegpt}", {"path": "a.jsonl", "format": "sharegpt"}),
-        ("{path: a.jsonl, type: completion, field: body}", {"format": "text", "columns": {"text": "body"}}),
-        ("{path: json, data_files: a.jsonl, type: alpaca}", {"path": "a.jsonl", "format": "alpaca"}),
-        ("{path: deep, data_files: [b.jsonl], type: completion}", {"path": "deep/b.jsonl", "format": "text"}),
+        (
+            "{path: a.jsonl, type: completion, field: body}",
+            {"format": "text", "columns": {"text": "body"}},
+        ),
+        (
+            "{path: json, data_files: a.jsonl, type: alpaca}",
+            {"path": "a.jsonl", "format": "alpaca"},
+        ),
+        (
+            "{path: deep, data_files: [b.jsonl], type: completion}",
+            {"path": "deep/b.jsonl", "format": "text"},
+        ),
         ("{path: org/set, type: oasst}", {"path": "set.jsonl"}),
         ("{path: ./gone.csv}", {"path": "./gone.csv"}),
         (
@@ -271,7 +301,9 @@ def test_llamafactory_data_sets(name: str, source: dict[str, Any], said: str) ->
     write_datasets(Path.cwd())
     found = changed(LLAMAFACTORY, f"dataset: {name}", without=["dataset", "max_samples"])
     assert found.values["data"] == [source]
-    assert said in {str(one.value) for one in found.left if one.key.startswith("dataset")} | {""}
+    assert said in {
+        str(one.value) for one in found.untranslated if one.key.startswith("dataset")
+    } | {""}
 
 
 def test_without_dataset_info_the_names_stay_to_be_filled_in() -> None:
@@ -292,18 +324,46 @@ def test_without_dataset_info_the_names_stay_to_be_filled_in() -> None:
         ("colour: red\n", "config.yml", "not a config of LLaMA-Factory, Axolotl, TRL"),
         ("model: tiny\ndata: a.jsonl\n", "config.yml", "a recipe of tunesmith already"),
         ("cutoff_len: 3\nmicro_batch_size: 1\n", "config.yml", "keys of two tools"),
-        ("base_model: a\nbase_model: b\n", "config.yml:2", "'base_model' stands here a second time"),
+        (
+            "base_model: a\nbase_model: b\n",
+            "config.yml:2",
+            "'base_model' stands here a second time",
+        ),
         ("datasets: [{path: a.jsonl}]\n", "config.yml", "no model is named"),
         ("base_model: a\nadapter: lora\n", "config.yml", "no data set is named"),
         ("base_model: a\ndatasets: a.jsonl\n", "config.yml:2", "expected a list of mappings"),
-        ("base_model: a\ndatasets: [{path: a}]\nrl: grpo\n", "config.yml:3", "dpo, orpo and simpo are trained here"),
+        (
+            "base_model: a\ndatasets: [{path: a}]\nrl: grpo\n",
+            "config.yml:3",
+            "dpo, orpo and simpo are trained here",
+        ),
         ("base_model: a\ndatasets: []\nreward_model: true\n", "config.yml:3", "no counterpart"),
         ("stage: kto\ndataset: a\n", "config.yml:1", "sft, dpo and pt have a counterpart"),
-        ("model_name_or_path: a\nval_size: 0.1\neval_dataset: b\n", "config.yml:2", "contradict each other"),
-        ("base_model: a\nval_set_size: 0.1\ntest_datasets: [{path: b}]\n", "config.yml:2", "contradict"),
-        ("base_model: a\nadapter: lora\nbf16: true\nfp16: true\n", "config.yml:4", "contradict each other"),
-        ("base_model: a\nmicro_batch_size: auto\n", "config.yml:2", "expected a number, found 'auto'"),
-        ("base_model: a\nsequence_len: long\ndatasets: [{path: b}]\n", "config.yml", "expected 'auto' or a whole"),
+        (
+            "model_name_or_path: a\nval_size: 0.1\neval_dataset: b\n",
+            "config.yml:2",
+            "contradict each other",
+        ),
+        (
+            "base_model: a\nval_set_size: 0.1\ntest_datasets: [{path: b}]\n",
+            "config.yml:2",
+            "contradict",
+        ),
+        (
+            "base_model: a\nadapter: lora\nbf16: true\nfp16: true\n",
+            "config.yml:4",
+            "contradict each other",
+        ),
+        (
+            "base_model: a\nmicro_batch_size: auto\n",
+            "config.yml:2",
+            "expected a number, found 'auto'",
+        ),
+        (
+            "base_model: a\nsequence_len: long\ndatasets: [{path: b}]\n",
+            "config.yml",
+            "expected 'auto' or a whole",
+        ),
         (TRL + "max_seq_length: 512\n", "config.yml:16", "contradict each other: 512 and 2048"),
     ],
 )
@@ -315,7 +375,9 @@ def test_what_cannot_be_translated_is_refused_by_line(text: str, where: str, wha
 
 def test_preferences_need_their_stage() -> None:
     write_datasets(Path.cwd())
-    with pytest.raises(InputError, match="pairs holds preferences, which stage: dpo trains, not stage: sft"):
+    with pytest.raises(
+        InputError, match="pairs holds preferences, which stage: dpo trains, not stage: sft"
+    ):
         changed(LLAMAFACTORY, "dataset: pairs", without=["dataset"])
     with pytest.raises(InputError, match="holds no pairs"):
         changed(LLAMAFACTORY, "stage: dpo", without=["stage"])
@@ -324,7 +386,9 @@ def test_preferences_need_their_stage() -> None:
 PAIR_LINES = ("stage: dpo", "dataset: pairs", "pref_beta: 0.2", "pref_ftx: 0.5")
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [("sigmoid", "dpo"), ("orpo", "orpo"), ("simpo", "simpo")])
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("sigmoid", "dpo"), ("orpo", "orpo"), ("simpo", "simpo")]
+)
 def test_preferences_of_llamafactory(theirs: str, ours: str) -> None:
     write_datasets(Path.cwd())
     lines = (*PAIR_LINES, f"pref_loss: {theirs}", "simpo_gamma: 0.7")
@@ -338,8 +402,13 @@ def test_preferences_of_llamafactory(theirs: str, ours: str) -> None:
 def test_preferences_of_axolotl() -> None:
     rows = "datasets: [{path: a.jsonl, type: chatml.ultra, field_chosen: good}]\n"
     found = translated("base_model: a\nadapter: lora\nrl: orpo\norpo_alpha: 0.3\n" + rows)
-    assert (found.values["stage"], found.values["loss"]) == ("preference", {"name": "orpo", "beta": 0.3})
-    assert found.values["data"] == [{"path": "a.jsonl", "format": "preference", "columns": {"chosen": "good"}}]
+    assert (found.values["stage"], found.values["loss"]) == (
+        "preference",
+        {"name": "orpo", "beta": 0.3},
+    )
+    assert found.values["data"] == [
+        {"path": "a.jsonl", "format": "preference", "columns": {"chosen": "good"}}
+    ]
     assert "datasets[0].type" in left(found)
 
 
@@ -355,23 +424,43 @@ CONTINUED = {
 def test_continued_pretraining_counts_tokens(tool: str) -> None:
     found = translated(CONTINUED[tool])
     assert found.tool == tool
-    assert (found.values["stage"], found.values["batch_tokens"], found.values["max_length"]) == ("cpt", 4096, 512)
+    assert (found.values["stage"], found.values["batch_tokens"], found.values["max_length"]) == (
+        "cpt",
+        4096,
+        512,
+    )
     assert not {"batch_size", "overlong"} & found.values.keys()
     without = changed(CONTINUED[tool], without=["cutoff_len", "sequence_len"])
     assert "batch_tokens" not in without.values
     assert "batch_size" in left(without)
 
 
-KEYS = sorted({*(key for signs, _ in TOOLS.values() for key in signs), *yaml.safe_load(AXOLOTL + LLAMAFACTORY)})
+KEYS = sorted(
+    {
+        *(key for signs, _ in TOOLS.values() for key in signs),
+        *yaml.safe_load(AXOLOTL + LLAMAFACTORY),
+    }
+)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 9) | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["path", "type", "a"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 9)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["path", "type", "a"]), inner)
+    ),
     max_leaves=4,
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=8), st.sampled_from([AXOLOTL, LLAMAFACTORY, TRL]))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=8),
+    st.sampled_from([AXOLOTL, LLAMAFACTORY, TRL]),
+)
 def test_strange_values_are_translated_or_refused(odd: dict[str, Any], text: str) -> None:
     try:
         assert translated(yaml.safe_dump(yaml.safe_load(text) | odd)).values["data"]
@@ -381,10 +470,12 @@ def test_strange_values_are_translated_or_refused(odd: dict[str, Any], text: str
 
 def test_new_tokens_come_along() -> None:
     """What trains whole matrices for them is not needed."""
-    found = changed(AXOLOTL, "tokens: ['<n>', '[sum]']", "lora_modules_to_save: [embed_tokens, lm_head]")
+    found = changed(
+        AXOLOTL, "tokens: ['<n>', '[sum]']", "lora_modules_to_save: [embed_tokens, lm_head]"
+    )
     assert found.values["add_tokens"] == ["<n>", "[sum]"]
-    assert left(found)["lora_modules_to_save"].matters is False
+    assert left(found)["lora_modules_to_save"].is_important is False
     write_datasets(Path.cwd())
     found = changed(LLAMAFACTORY, "new_special_tokens: '<n>, [sum]'", "additional_target: q_proj")
     assert found.values["add_tokens"] == ["<n>", "[sum]"]
-    assert left(found)["additional_target"].matters is True
+    assert left(found)["additional_target"].is_important is True

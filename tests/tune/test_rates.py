@@ -10,39 +10,49 @@ from xml.etree import ElementTree
 import pytest
 
 from tiny_run import measured_files, recipe, steps_of, sums, train, write_rows
-from tunesmith.advise.lr_finder import RateTest, Trial, conclude, symptom, try_rates
-from tunesmith.advise.lr_plot import bar, svg
+from tunesmith.advise.lr_finder import (
+    LRFinderResult,
+    LRTrial,
+    detect_collapse,
+    summarize_trials,
+    try_rates,
+)
+from tunesmith.advise.lr_plot import render_bar, render_svg
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import StepResult
-from tunesmith.core.json_io import from_json, to_json
+from tunesmith.core.events import TrainStep
+from tunesmith.core.json_io import parse_as, to_jsonable
 from tunesmith.core.types import Plan
-from tunesmith.evaluate.results import Measurement
+from tunesmith.evaluate.results import MetricValues
 from tunesmith.session import inputs
 
 
-def wish(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan, inputs.Facts]:
+def wish(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan, inputs.RunInputs]:
     rows = write_rows(tmp_path / "many.jsonl", sums(1, 40))
     files = measured_files(tmp_path / "held out")
     held_out = {role: files[role] for role in ("eval_data", "test_data")}
     values = {"data": str(rows), "num_train_epochs": 3, "learning_rate": 0.01, **held_out}
-    known = inputs.gather(recipe(tiny_folder, tmp_path, **(values | changed)))
+    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, **(values | changed)))
     return inputs.make_plan(known), known
 
 
 def test_every_rate_starts_from_the_same_weights(tiny_folder: Path, tmp_path: Path) -> None:
     plan, known = wish(tiny_folder, tmp_path)
     untrained, *tried = try_rates(plan, known, steps=10)
-    assert (untrained.rate, untrained.losses) == (0.0, ())
-    assert [trial.rate for trial in tried][:3] == [0.001, 0.0032, 0.01]
-    assert len({trial.losses[0] for trial in tried}) == 1, "the first step's loss is of the start, at any rate"
+    assert (untrained.learning_rate, untrained.losses) == (0.0, ())
+    assert [trial.learning_rate for trial in tried][:3] == [0.001, 0.0032, 0.01]
+    assert len({trial.losses[0] for trial in tried}) == 1, (
+        "the first step's loss is of the start, at any rate"
+    )
     assert len({trial.losses[-1] for trial in tried}) == len(tried)
     assert all(len(trial.losses) == 10 for trial in tried)
-    alone = train(recipe(tiny_folder, tmp_path / "alone", data=str(tmp_path / "many.jsonl"), batch_size=2))
+    alone = train(
+        recipe(tiny_folder, tmp_path / "alone", data=str(tmp_path / "many.jsonl"), batch_size=2)
+    )
     assert tried[0].losses[0] == pytest.approx(steps_of(alone)[0].loss, rel=1e-5)
-    test = conclude(plan, [untrained, *tried])
-    assert (test.metric, test.rows, test.steps, test.planned) == ("loss", 3, 10, 0.01)
-    assert test.chosen in [trial.rate for trial in tried]
-    assert from_json(RateTest, to_json(test)) == test
+    test = summarize_trials(plan, [untrained, *tried])
+    assert (test.metric, test.rows, test.steps, test.planned_rate) == ("loss", 3, 10, 0.01)
+    assert test.chosen_rate in [trial.learning_rate for trial in tried]
+    assert parse_as(LRFinderResult, to_jsonable(test)) == test
 
 
 def test_it_needs_held_out_rows_and_answers(tiny_folder: Path, tmp_path: Path) -> None:
@@ -52,22 +62,30 @@ def test_it_needs_held_out_rows_and_answers(tiny_folder: Path, tmp_path: Path) -
     assert "--eval-split" in refusal.value.fix
     of_pairs = dataclasses.replace(plan.choices["stage"], value="preference")
     with pytest.raises(InputError, match="how well pairs are told apart"):
-        next(try_rates(dataclasses.replace(plan, choices=plan.choices | {"stage": of_pairs}), known))
+        next(
+            try_rates(dataclasses.replace(plan, choices=plan.choices | {"stage": of_pairs}), known)
+        )
 
 
 def test_texts_are_picked_by_bits_per_byte(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [{"text": f"a text of some words, number {n}. " * 4} for n in range(38)]
     names = ("data", "eval_data", "test_data")
     parts = dict(zip(names, (rows[:30], rows[30:34], rows[34:]), strict=True))
-    files = {name: str(write_rows(tmp_path / f"{name}.jsonl", part)) for name, part in parts.items()}
-    plan, known = wish(tiny_folder, tmp_path, stage="cpt", batch_size="auto", batch_tokens=512, **files)
+    files = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", part)) for name, part in parts.items()
+    }
+    plan, known = wish(
+        tiny_folder, tmp_path, stage="cpt", batch_size="auto", batch_tokens=512, **files
+    )
     trials = list(try_rates(plan, known, steps=10))
-    assert conclude(plan, trials).metric == "bits_per_byte"
+    assert summarize_trials(plan, trials).metric == "bits_per_byte"
 
 
-def steps(losses: Sequence[float], norms: Sequence[float] = ()) -> list[StepResult]:
+def steps(losses: Sequence[float], norms: Sequence[float] = ()) -> list[TrainStep]:
     pairs = zip(losses, norms or [1.0] * len(losses), strict=True)
-    return [StepResult(i, loss, 10, 5, 0.1, 1e-3, norm, 0) for i, (loss, norm) in enumerate(pairs, 1)]
+    return [
+        TrainStep(i, loss, 10, 5, 0.1, 1e-3, norm, 0) for i, (loss, norm) in enumerate(pairs, 1)
+    ]
 
 
 FALLING = [3.0 * 0.9**i for i in range(20)]
@@ -80,20 +98,23 @@ FALLING = [3.0 * 0.9**i for i in range(20)]
         (steps([2.0, 2.4, 1.6, 2.3, 1.7] * 4), ""),
         (steps([0.01, 0.02] * 10), ""),
         (steps([*FALLING[:10], *(1.0 + 0.5 * i for i in range(10))]), "the loss rises from"),
-        (steps(FALLING, [1.0] * 12 + [30.0] + [1.0] * 7), "the gradient is 30 times the usual one at step 13"),
+        (
+            steps(FALLING, [1.0] * 12 + [30.0] + [1.0] * 7),
+            "the gradient is 30 times the usual one at step 13",
+        ),
         ([], ""),
     ],
     ids=["falls", "noise", "near zero", "rises", "jumps", "none"],
 )
-def test_a_collapse_shows_in_losses_and_gradients(taken: list[StepResult], told: str) -> None:
-    assert symptom(taken).startswith(told)
-    assert bool(symptom(taken)) == bool(told)
+def test_a_collapse_shows_in_losses_and_gradients(taken: list[TrainStep], told: str) -> None:
+    assert detect_collapse(taken).startswith(told)
+    assert bool(detect_collapse(taken)) == bool(told)
 
 
-def trial(rate: float, loss: float, collapsed: str = "") -> Trial:
+def trial(rate: float, loss: float, collapsed: str = "") -> LRTrial:
     values = (loss - 0.02, loss + 0.01, loss + 0.01)
-    measured = Measurement("eval", "loss", ("a", "b", "c"), values, higher_is_better=False)
-    return Trial(rate, () if rate == 0 else (2.0, loss), measured, collapsed)
+    measured = MetricValues("eval", "loss", ("a", "b", "c"), values, higher_is_better=False)
+    return LRTrial(rate, () if rate == 0 else (2.0, loss), measured, collapsed)
 
 
 @pytest.fixture
@@ -102,36 +123,50 @@ def plan(tiny_folder: Path, tmp_path: Path) -> Plan:
 
 
 def test_the_lowest_held_out_loss_is_chosen_and_a_worse_model_has_collapsed(plan: Plan) -> None:
-    test = conclude(plan, [trial(0, 2.0), trial(1e-4, 1.5), trial(1e-3, 1.0), trial(1e-2, 2.5)])
-    assert (test.base, test.chosen, test.collapse_from, test.doubts) == (pytest.approx(2.0), 1e-3, 1e-2, ())
-    assert "worse than before training" in test.points[2].collapsed
-    assert test.points[0].change[0] == pytest.approx(0.5)
-    assert test.points[1].change == ()
+    test = summarize_trials(
+        plan, [trial(0, 2.0), trial(1e-4, 1.5), trial(1e-3, 1.0), trial(1e-2, 2.5)]
+    )
+    assert (test.base_loss, test.chosen_rate, test.collapse_rate, test.caveats) == (
+        pytest.approx(2.0),
+        1e-3,
+        1e-2,
+        (),
+    )
+    assert "worse than before training" in test.points[2].collapse_reason
+    assert test.points[0].difference[0] == pytest.approx(0.5)
+    assert test.points[1].difference == ()
 
 
 def test_edges_ties_and_a_collapse_of_all_are_said(plan: Plan) -> None:
-    highest = conclude(plan, [trial(0, 2.0), trial(1e-4, 1.5), trial(1e-3, 1.0)])
-    assert "a higher one may be better" in highest.doubts[0]
-    lowest = conclude(plan, [trial(0, 2.0), trial(1e-4, 1.0), trial(1e-3, 1.5)])
-    assert "a lower one may be better" in lowest.doubts[0]
-    near = Measurement("eval", "loss", ("a", "b", "c"), (1.1, 0.9, 1.02), higher_is_better=False)
+    highest = summarize_trials(plan, [trial(0, 2.0), trial(1e-4, 1.5), trial(1e-3, 1.0)])
+    assert "a higher one may be better" in highest.caveats[0]
+    lowest = summarize_trials(plan, [trial(0, 2.0), trial(1e-4, 1.0), trial(1e-3, 1.5)])
+    assert "a lower one may be better" in lowest.caveats[0]
+    near = MetricValues("eval", "loss", ("a", "b", "c"), (1.1, 0.9, 1.02), higher_is_better=False)
     mixed = dataclasses.replace(trial(1e-3, 1.0), held_out=near)
-    tied = conclude(plan, [trial(0, 2.0), trial(1e-4, 1.0), mixed])
-    assert tied.as_good == (1e-3,)
-    none = conclude(plan, [trial(0, 2.0), dataclasses.replace(trial(1e-4, 1.0, "loss not finite"), held_out=None)])
-    assert (none.chosen, none.collapse_from) == (None, 1e-4)
-    assert "every rate collapsed" in none.doubts[0]
+    tied = summarize_trials(plan, [trial(0, 2.0), trial(1e-4, 1.0), mixed])
+    assert tied.similar_rates == (1e-3,)
+    none = summarize_trials(
+        plan,
+        [trial(0, 2.0), dataclasses.replace(trial(1e-4, 1.0, "loss not finite"), held_out=None)],
+    )
+    assert (none.chosen_rate, none.collapse_rate) == (None, 1e-4)
+    assert "every rate collapsed" in none.caveats[0]
 
 
 def test_the_curve_is_a_picture_of_its_own(plan: Plan) -> None:
-    test = conclude(plan, [trial(0, 2.0), trial(1e-4, 1.5), trial(1e-3, 1.0), trial(1e-2, 2.5)])
-    root = ElementTree.fromstring(svg(test))
+    test = summarize_trials(
+        plan, [trial(0, 2.0), trial(1e-4, 1.5), trial(1e-3, 1.0), trial(1e-2, 2.5)]
+    )
+    root = ElementTree.fromstring(render_svg(test))
     texts = [element.text for element in root.iter() if element.tag.endswith("text")]
     assert {"0.0001", "0.001", "0.01", "1.500", "1.000", "✕", "chosen: 0.001"} <= set(texts)
     dots = [element for element in root.iter() if element.tag.endswith("circle")]
     heights = [float(dot.attrib["cy"]) for dot in dots]
     assert heights == sorted(heights), "a lower loss stands lower"
-    assert not re.search(r"script|href|http(?!://www.w3.org/2000/svg)", svg(test))
-    assert [len(bar(point, test)) for point in test.points] == [13, 32, 0]
-    nothing = conclude(plan, [trial(0, 2.0), dataclasses.replace(trial(1e-4, 1.0, "not finite"), held_out=None)])
-    assert "none is sound" in svg(nothing)
+    assert not re.search(r"script|href|http(?!://www.w3.org/2000/svg)", render_svg(test))
+    assert [len(render_bar(point, test)) for point in test.points] == [13, 32, 0]
+    nothing = summarize_trials(
+        plan, [trial(0, 2.0), dataclasses.replace(trial(1e-4, 1.0, "not finite"), held_out=None)]
+    )
+    assert "none is sound" in render_svg(nothing)

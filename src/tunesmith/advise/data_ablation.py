@@ -19,40 +19,40 @@ from pathlib import Path
 
 import numpy as np
 
-from tunesmith.advise.curate import SCORES
-from tunesmith.advise.lr_finder import selecting_items, some_of
+from tunesmith.advise.curate import SCORES_FILE
+from tunesmith.advise.lr_finder import limit_items, select_eval_items
 from tunesmith.core.atomic import read_manifest
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.events import StepResult
+from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Comparison, Document, Plan
-from tunesmith.data.sampler import Schedule
-from tunesmith.data.selection import ROLE, drawn
-from tunesmith.evaluate.measure import Items, eval_measurement
-from tunesmith.evaluate.results import Measurement, compare, score
-from tunesmith.evaluate.significance import verdict
-from tunesmith.model.adapters import put_back, weights_of
-from tunesmith.session.inputs import Facts
-from tunesmith.session.session import Workbench, set_up
-from tunesmith.train.loop import Settings, Training
+from tunesmith.data.sampler import StepSampler
+from tunesmith.data.selection import ROLE, sample_rows
+from tunesmith.evaluate.measure import EvalItems, measure_eval_loss
+from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
+from tunesmith.evaluate.significance import judge_comparison
+from tunesmith.model.adapters import copy_weights, restore_weights
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.session import Session, open_session
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
 STEPS = 30
 HELD_OUT_TOKENS = 16_000
-KEPT, WHOLE = "kept", "whole"
+SELECTED, ALL_ROWS = "kept", "whole"
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class SubsetRun:
     """One short run; `name` is empty for the model before any."""
 
     name: str
     seed: int
     rows: int
     tokens: int  # that were trained on, answers alone
-    held_out: Measurement
+    held_out: MetricValues
 
 
 @dataclass(frozen=True)
-class Arm:
+class SubsetArm:
     """One subset, over all seeds. `against`: the kept rows beside it, by held-out row (`after` is the kept rows);
     `by_seed` their difference in each seed. None and empty for the kept rows themselves."""
 
@@ -62,120 +62,162 @@ class Arm:
     loss: float
     low: float
     high: float
-    against: Comparison | None
-    by_seed: tuple[float, ...]
+    comparison: Comparison | None
+    seed_differences: tuple[float, ...]
 
     @property
     def verdict(self) -> str:
         """Of the kept rows against these: better, worse, or no difference shown."""
-        return "" if self.against is None else verdict(self.against)
+        return "" if self.comparison is None else judge_comparison(self.comparison)
 
 
 @dataclass(frozen=True)
-class Proof:
+class AblationResult:
     steps: int
     batch_size: int
     seeds: int
     items: int  # held-out rows
     metric: str
-    base: float  # before any training
-    arms: tuple[Arm, ...]
+    base_loss: float  # before any training
+    arms: tuple[SubsetArm, ...]
 
 
-def try_subsets(plan: Plan, facts: Facts, folder: Path, *, steps: int = STEPS, seeds: int = 1) -> Iterator[Trained]:
+def train_subsets(
+    plan: Plan, inputs: RunInputs, folder: Path, *, steps: int = STEPS, seeds: int = 1
+) -> Iterator[SubsetRun]:
     """The untrained model first, then every subset with every seed. Raises InputError without held-out rows, and for a
     folder of other rows."""
-    items = held_out_items(plan, facts)
-    subsets = read_subsets(facts, folder)
-    bench = set_up(plan, facts)
-    start = weights_of(bench.model.network)
-    yield Trained("", 0, 0, 0, eval_measurement(bench, items))
-    settings = dataclasses.replace(Settings.of(plan), steps=steps, warmup_steps=steps // 10)
+    items = select_held_out_items(plan, inputs)
+    subsets = read_subsets(inputs, folder)
+    session = open_session(plan, inputs)
+    start_weights = copy_weights(session.model.network)
+    yield SubsetRun("", 0, 0, 0, measure_eval_loss(session, items))
+    config = dataclasses.replace(
+        TrainingConfig.from_plan(plan), steps=steps, warmup_steps=steps // 10
+    )
     for seed in range(plan["seed"], plan["seed"] + seeds):
         for name, rows in subsets.items():
             if name == "random" and seed > plan["seed"]:
-                rows = drawn(subsets[WHOLE], len(rows), seed)
-            put_back(bench.model.network, start)
-            documents_of = _documents_of(bench, rows, steps, seed)
-            tokens = _train(Training(bench.model, documents_of, settings), name)
-            yield Trained(name, seed, len(rows), tokens, eval_measurement(bench, items))
+                rows = sample_rows(subsets[ALL_ROWS], len(rows), seed)
+            restore_weights(session.model.network, start_weights)
+            documents_of = _make_document_loader(session, rows, steps, seed)
+            tokens = _train_subset(TrainingLoop(session.model, documents_of, config), name)
+            yield SubsetRun(name, seed, len(rows), tokens, measure_eval_loss(session, items))
 
 
-def held_out_items(plan: Plan, facts: Facts) -> Items:
+def select_held_out_items(plan: Plan, inputs: RunInputs) -> EvalItems:
     """Raises InputError without any."""
-    items = selecting_items(plan, facts)
+    items = select_eval_items(plan, inputs)
     if not items.eval_documents:
-        what = "no held-out rows to tell the subsets apart by; test_data is for the end"
-        raise InputError(what, where="data curate --prove", fix="give eval_data, or --eval-split 0.1")
-    return some_of(items, HELD_OUT_TOKENS)
+        message = "no held-out rows to tell the subsets apart by; test_data is for the end"
+        raise InputError(
+            message, where="data curate --prove", fix="give eval_data, or --eval-split 0.1"
+        )
+    return limit_items(items, HELD_OUT_TOKENS)
 
 
-def read_subsets(facts: Facts, folder: Path) -> dict[str, np.ndarray]:
+def read_subsets(inputs: RunInputs, folder: Path) -> dict[str, np.ndarray]:
     """Rows of each file that `data curate` wrote, and of the whole: what can be trained on."""
-    data = facts.datasets[ROLE]
+    data = inputs.datasets[ROLE]
     if read_manifest(folder).get("source") != data.fingerprint:
         raise InputError("the folder was made of other rows", where=str(folder), fix="choose again")
-    subsets: dict[str, list[int]] = {KEPT: [], "random": [], "longest": [], WHOLE: []}
-    places = {data.id(row): row for row in range(len(data))}
-    for line in (folder / SCORES).read_text(encoding="utf-8").splitlines():
-        told = json.loads(line)
-        if told["id"] not in places:
-            raise InputError(f"{told['id']} is not in the data", where=str(folder / SCORES), fix="choose again")
-        for name in (*told["files"], *([WHOLE] if told["perplexity"] is not None else ())):
-            subsets[name].append(places[told["id"]])
+    subsets: dict[str, list[int]] = {SELECTED: [], "random": [], "longest": [], ALL_ROWS: []}
+    rows_by_id = {data.get_id(row): row for row in range(len(data))}
+    for line in (folder / SCORES_FILE).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["id"] not in rows_by_id:
+            raise InputError(
+                f"{record['id']} is not in the data",
+                where=str(folder / SCORES_FILE),
+                fix="choose again",
+            )
+        for name in (*record["files"], *([ALL_ROWS] if record["perplexity"] is not None else ())):
+            subsets[name].append(rows_by_id[record["id"]])
     return {name: np.array(rows, dtype=np.int64) for name, rows in subsets.items()}
 
 
-def _documents_of(bench: Workbench, rows: np.ndarray, steps: int, seed: int) -> Callable[[int], Sequence[Document]]:
-    batch = bench.plan["batch_size"]
-    epochs = math.ceil(steps * batch / len(rows))
-    schedule = Schedule(rows=len(rows), batch_size=batch, epochs=epochs, seed=seed, max_steps=steps)
-    return lambda step: [one for place in schedule.rows_of(step) for one in bench.rows.documents(int(rows[place]))]
+def _make_document_loader(
+    session: Session, rows: np.ndarray, steps: int, seed: int
+) -> Callable[[int], Sequence[Document]]:
+    batch_size = session.plan["batch_size"]
+    epochs = math.ceil(steps * batch_size / len(rows))
+    sampler = StepSampler(
+        num_rows=len(rows), batch_size=batch_size, epochs=epochs, seed=seed, max_steps=steps
+    )
+    return lambda step: [
+        document
+        for index in sampler.get_rows(step)
+        for document in session.rows.render_documents(int(rows[index]))
+    ]
 
 
-def _train(training: Training, name: str) -> int:
+def _train_subset(training: TrainingLoop, name: str) -> int:
     """Tokens of the answers. Raises GateError where losses are no numbers."""
     try:
-        return sum(event.supervised_tokens for event in training if isinstance(event, StepResult))
+        return sum(event.supervised_tokens for event in training if isinstance(event, TrainStep))
     except GateError as error:
-        where, fix = f"data curate --prove, {name}", "lower learning_rate: `tunesmith tune lr` tries five"
-        raise GateError(error.what, where=where, fix=fix) from error
+        where, fix = (
+            f"data curate --prove, {name}",
+            "lower learning_rate: `tunesmith tune lr` tries five",
+        )
+        raise GateError(error.message, where=where, fix=fix) from error
 
 
 # ---------------------------------------------------------------- what is concluded
 
 
-def conclude(plan: Plan, trained: Sequence[Trained], steps: int) -> Proof:
+def summarize_ablation(plan: Plan, subset_runs: Sequence[SubsetRun], steps: int) -> AblationResult:
     """`trained` as `try_subsets` gave them, after so many steps."""
-    untrained, *runs = trained
-    by_name: dict[str, list[Trained]] = {}
+    untrained, *runs = subset_runs
+    runs_by_subset: dict[str, list[SubsetRun]] = {}
     for run in runs:
-        by_name.setdefault(run.name, []).append(run)
-    base, seeds = score(untrained.held_out), len(by_name[KEPT])
-    return Proof(
+        runs_by_subset.setdefault(run.name, []).append(run)
+    base_score, seeds = compute_score(untrained.held_out), len(runs_by_subset[SELECTED])
+    return AblationResult(
         steps=steps,
         batch_size=plan["batch_size"],
         seeds=seeds,
-        items=base.n,
+        items=base_score.n,
         metric=untrained.held_out.metric,
-        base=base.value,
-        arms=tuple(_arm(name, found, by_name) for name, found in by_name.items()),
+        base_loss=base_score.value,
+        arms=tuple(
+            _build_arm(name, arm_runs, runs_by_subset) for name, arm_runs in runs_by_subset.items()
+        ),
     )
 
 
-def _arm(name: str, runs: Sequence[Trained], by_name: Mapping[str, Sequence[Trained]]) -> Arm:
-    own, kept = mean_of([run.held_out for run in runs]), by_name[KEPT]
-    told = score(own)
-    against, by_seed = None, ()
-    if name != KEPT:
-        against = compare(own, mean_of([run.held_out for run in kept]))
-        pairs = zip(runs, kept, strict=True)
-        by_seed = tuple(compare(run.held_out, of_kept.held_out).difference for run, of_kept in pairs)
+def _build_arm(
+    name: str, runs: Sequence[SubsetRun], runs_by_subset: Mapping[str, Sequence[SubsetRun]]
+) -> SubsetArm:
+    mean_values, selected_runs = (
+        average_measurements([run.held_out for run in runs]),
+        runs_by_subset[SELECTED],
+    )
+    arm_score = compute_score(mean_values)
+    comparison, seed_differences = None, ()
+    if name != SELECTED:
+        comparison = compare_measurements(
+            mean_values, average_measurements([run.held_out for run in selected_runs])
+        )
+        pairs = zip(runs, selected_runs, strict=True)
+        seed_differences = tuple(
+            compare_measurements(run.held_out, selected_run.held_out).difference
+            for run, selected_run in pairs
+        )
     tokens = round(sum(run.tokens for run in runs) / len(runs))
-    return Arm(name, runs[0].rows, tokens, told.value, told.low, told.high, against, by_seed)
+    return SubsetArm(
+        name,
+        runs[0].rows,
+        tokens,
+        arm_score.value,
+        arm_score.low,
+        arm_score.high,
+        comparison,
+        seed_differences,
+    )
 
 
-def mean_of(measured: Sequence[Measurement]) -> Measurement:
+def average_measurements(measurements: Sequence[MetricValues]) -> MetricValues:
     """Of one measure on the same items, item by item."""
-    values = np.mean([one.values for one in measured], axis=0)
-    return dataclasses.replace(measured[0], values=tuple(values.tolist()))
+    values = np.mean([measurement.values for measurement in measurements], axis=0)
+    return dataclasses.replace(measurements[0], values=tuple(values.tolist()))

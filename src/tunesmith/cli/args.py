@@ -13,12 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import json_bytes, to_json
+from tunesmith.core.json_io import dump_json, to_jsonable
 from tunesmith.core.types import __version__
-from tunesmith.recipe.load import load_recipe, needs_value, takes_value
+from tunesmith.recipe.load import is_flag_value, load_recipe, needs_value
 from tunesmith.recipe.schema import Recipe, Stages
 
-Wish = Annotated[
+RecipeArgs = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RECIPE.yaml | --KEY VALUE",
@@ -26,7 +26,7 @@ Wish = Annotated[
         show_default=False,
     ),
 ]
-Told = Annotated[
+AdviseArgs = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="FACTS.yaml | RECIPE.yaml | --FACT VALUE",
@@ -34,37 +34,45 @@ Told = Annotated[
         show_default=False,
     ),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run metrics that are Python files: FILE.py:FUNCTION.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run metrics that are Python files: FILE.py:FUNCTION.")
+]
 
 PIPE_WIDTH = 120
 
 
-def read_wish(wish: Sequence[str] | None) -> Recipe | Stages:
+def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:
     """The recipe that the words of the command line ask for."""
-    return load_recipe(*read_words(wish))
+    return load_recipe(*parse_flags(args))
 
 
-def read_words(
-    wish: Sequence[str] | None, needs_value: Callable[[str], bool] = needs_value
+def parse_flags(
+    args: Sequence[str] | None, needs_value: Callable[[str], bool] = needs_value
 ) -> tuple[Path | None, dict[str, str]]:
     """A file, and flags with their values. A flag without a value is a switch."""
     path: Path | None = None
     flags: dict[str, str] = {}
-    words = list(wish or ())
+    words = list(args or ())
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             if path is not None:
-                raise InputError(f"two recipe files, {path} and {word}", where="command line", fix="name one")
+                raise InputError(
+                    f"two recipe files, {path} and {word}", where="command line", fix="name one"
+                )
             path = Path(word)
             continue
         key, has_value, value = word[2:].partition("=")
         if not has_value:
-            value = words.pop(0) if words and takes_value(key, words[0]) else ""
+            value = words.pop(0) if words and is_flag_value(key, words[0]) else ""
             if not value and needs_value(key):
-                raise InputError(f"--{key} has no value", where="command line", fix=f"write it behind: --{key} VALUE")
+                raise InputError(
+                    f"--{key} has no value",
+                    where="command line",
+                    fix=f"write it behind: --{key} VALUE",
+                )
             value = value or "true"
         if key.replace("-", "_") in {flag.replace("-", "_") for flag in flags}:
             fix = f"give it once; several values are a list: --{key} '[one, two]'"
@@ -73,33 +81,35 @@ def read_words(
     return path, flags
 
 
-def asked(wish: Sequence[str] | None) -> tuple[Path | None, dict[str, Any]]:
+def parse_advise_args(args: Sequence[str] | None) -> tuple[Path | None, dict[str, Any]]:
     """The facts that the words tell; without words they are asked for, one a line, if somebody is there to answer."""
     from tunesmith.advise.rules import questionnaire
 
-    path, facts = read_words(wish, questionnaire.needs_value)
-    if path or facts or not sys.stdin.isatty():
-        return path, {f"--{key}": value for key, value in facts.items()}
-    return None, questionnaire.ask(_answer, lambda problem: _tell(f"  {problem}\n"))
+    path, flags = parse_flags(args, questionnaire.needs_value)
+    if path or flags or not sys.stdin.isatty():
+        return path, {f"--{key}": value for key, value in flags.items()}
+    return None, questionnaire.ask_questions(
+        _ask_question, lambda problem: _write_stderr(f"  {problem}\n")
+    )
 
 
-def _answer(question: str) -> str:
-    _tell(f"{question}\n> ")
+def _ask_question(question: str) -> str:
+    _write_stderr(f"{question}\n> ")
     if not (line := sys.stdin.readline()):
         raise typer.Abort
     return line
 
 
-def _tell(text: str) -> None:
+def _write_stderr(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
 
 
-def questions() -> Iterator[str]:
+def read_questions() -> Iterator[str]:
     """What is typed, a question a line."""
     prompt = "you: " if sys.stdin.isatty() else ""
     while True:
-        _tell(prompt)
+        _write_stderr(prompt)
         line = sys.stdin.readline()
         if not line:
             return
@@ -107,14 +117,16 @@ def questions() -> Iterator[str]:
             yield line.strip()
 
 
-def say(value: Any, *views: Any, as_json: bool) -> None:
+def print_result(value: Any, *views: Any, as_json: bool) -> None:
     """The result of a verb: an object for programs, or views that `rich` prints for people."""
     from rich.console import Console
     from rich.text import Text
 
     if as_json:
-        sys.stdout.write(json_bytes({"tunesmith": __version__, **to_json(value)}).decode())
+        sys.stdout.write(dump_json({"tunesmith": __version__, **to_jsonable(value)}).decode())
     else:
         console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-        texts = [Text(view) if isinstance(view, str) else view for view in views]  # no markup from data or models
+        texts = [
+            Text(view) if isinstance(view, str) else view for view in views
+        ]  # no markup from data or models
         console.print(*texts, sep="\n", highlight=False)

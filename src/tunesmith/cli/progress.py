@@ -19,12 +19,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from tunesmith.core.atomic import size
-from tunesmith.core.events import EXPECTED, PROBES, Done, Event, Sample, Saved, Score, Stage, StepResult, Verdict
-from tunesmith.core.progress_log import LOG
+from tunesmith.core.atomic import format_bytes
+from tunesmith.core.events import (
+    EXPECTED_TASK,
+    PROBE_TASK,
+    CheckpointSaved,
+    CheckResult,
+    Event,
+    GenerationSample,
+    Score,
+    StageStart,
+    TrainingEnd,
+    TrainStep,
+)
+from tunesmith.core.progress_log import logger
 
-WINDOW = 20  # steps that the speed is averaged over
-PLAIN_LINES = 50
+SPEED_WINDOW = 20  # steps that the speed is averaged over
+MAX_PLAIN_LINES = 50
 LEVEL_STYLES = {"ok": "green", "warn": "yellow", "rollback": "red", "stop": "bold red"}
 
 
@@ -34,73 +45,77 @@ class Progress:
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.steps = steps
         self.console = console or Console(stderr=True)
-        self.live = self.console.is_terminal and not {"CI", "NO_COLOR"} & os.environ.keys()
-        self._recent: deque[StepResult] = deque(maxlen=WINDOW)
-        self._bar = Bar(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console)
+        self.is_live = self.console.is_terminal and not {"CI", "NO_COLOR"} & os.environ.keys()
+        self._recent_steps: deque[TrainStep] = deque(maxlen=SPEED_WINDOW)
+        self._bar = Bar(
+            BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console
+        )
         self._task = self._bar.add_task("starting", total=steps)
 
     def __enter__(self) -> Self:
-        if self.live:
+        if self.is_live:
             self._bar.start()
-        self._listener = Listener(self._tell)
+        self._listener = LogListener(self._show_message)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._listener.close()
-        if self.live:
+        if self.is_live:
             self._bar.stop()
 
-    def _tell(self, line: str) -> None:
-        if self.live:
+    def _show_message(self, line: str) -> None:
+        if self.is_live:
             self._bar.update(self._task, description=line)
         else:
             self.console.print(line, highlight=False)
 
-    def show(self, event: Event) -> None:
-        if isinstance(event, Stage):
+    def show_event(self, event: Event) -> None:
+        if isinstance(event, StageStart):
             self.steps = event.steps
-            self._recent.clear()
+            self._recent_steps.clear()
             self._bar.reset(self._task, total=event.steps, description="starting")
-        if isinstance(event, StepResult):
+        if isinstance(event, TrainStep):
             self._show_step(event)
-        elif not _of_a_probe(event):
-            self.console.print(line_of(event), highlight=False, soft_wrap=True)
+        elif not _is_probe_event(event):
+            self.console.print(format_event(event), highlight=False, soft_wrap=True)
 
-    def _show_step(self, step: StepResult) -> None:
-        self._recent.append(step)
-        seconds = sum(recent.seconds for recent in self._recent)
-        speed = sum(recent.tokens for recent in self._recent) / max(seconds, 1e-9)
-        left = (self.steps - step.step) * seconds / len(self._recent)
+    def _show_step(self, step: TrainStep) -> None:
+        self._recent_steps.append(step)
+        seconds = sum(recent_step.seconds for recent_step in self._recent_steps)
+        speed = sum(recent_step.tokens for recent_step in self._recent_steps) / max(seconds, 1e-9)
+        remaining_seconds = (self.steps - step.step) * seconds / len(self._recent_steps)
         line = (
             f"step {step.step}/{self.steps}  loss {step.loss:.4f}  lr {step.learning_rate:.2e}  "
-            f"{speed:,.0f} tok/s  {size(step.peak_bytes)}  eta {clock(left)}"
+            f"{speed:,.0f} tok/s  {format_bytes(step.peak_bytes)}  eta {format_duration(remaining_seconds)}"
         )
-        if self.live:
+        if self.is_live:
             self._bar.update(self._task, completed=step.step, description=line)
-        elif step.step in (1, self.steps) or step.step % -(-self.steps // PLAIN_LINES) == 0:
+        elif step.step in (1, self.steps) or step.step % -(-self.steps // MAX_PLAIN_LINES) == 0:
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _of_a_probe(event: Event) -> bool:
+def _is_probe_event(event: Event) -> bool:
     """Many numbers and answers, which the guard sums up."""
-    return isinstance(event, Sample) or (isinstance(event, Score) and event.task in (PROBES, EXPECTED))
+    return isinstance(event, GenerationSample) or (
+        isinstance(event, Score) and event.task in (PROBE_TASK, EXPECTED_TASK)
+    )
 
 
-class Listener(logging.Handler):
+class LogListener(logging.Handler):
     """Gives what watch.py tells to `tell`, until it is closed."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, callback: Callable[[str], None]) -> None:
         super().__init__()
-        self.tell, self._level_before = tell, LOG.level
-        LOG.setLevel(logging.INFO)
-        LOG.addHandler(self)
+        self.callback, self._previous_level = callback, logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.tell(record.getMessage())
+        self.callback(record.getMessage())
 
     def close(self) -> None:
-        LOG.removeHandler(self)
-        LOG.setLevel(self._level_before)
+        logger.removeHandler(self)
+        logger.setLevel(self._previous_level)
         super().close()
 
 
@@ -109,45 +124,49 @@ def measuring(console: Console | None = None) -> Iterator[None]:
     """While something is measured: how far it is, on stderr; nothing of what is short."""
     console = console or Console(stderr=True)
     if console.is_terminal and not {"CI", "NO_COLOR"} & os.environ.keys():
-        with console.status("measuring") as status, closing(Listener(status.update)):
+        with console.status("measuring") as status, closing(LogListener(status.update)):
             yield
     else:
-        with closing(Listener(lambda line: console.print(line, highlight=False))):
+        with closing(LogListener(lambda line: console.print(line, highlight=False))):
             yield
 
 
-def line_of(event: Score | Sample | Verdict | Saved | Done | Stage) -> str:
+def format_event(
+    event: Score | GenerationSample | CheckResult | CheckpointSaved | TrainingEnd | StageStart,
+) -> str:
     """One line of rich markup. Text from data or models is escaped, and cut where a line break would be."""
     match event:
         case Score():
             where = f"step {event.step}" if event.step else "before"
-            return f"{where}  {event.task} {event.metric} {interval(event.value, event.low, event.high)}  n={event.n}"
-        case Sample():
-            return f"[dim]sample {one_line(event.id)}:[/] {one_line(event.answer)}"
-        case Verdict():
+            return f"{where}  {event.task} {event.metric} {format_interval(event.value, event.low, event.high)}  n={event.n}"
+        case GenerationSample():
+            return (
+                f"[dim]sample {format_single_line(event.id)}:[/] {format_single_line(event.answer)}"
+            )
+        case CheckResult():
             style = LEVEL_STYLES[event.level]
             return f"[{style}]{event.level}[/]  {event.kind}: {escape(event.evidence)}"
-        case Saved():
+        case CheckpointSaved():
             return f"saved {escape(event.path)}"
-        case Done():
-            return f"{event.reason} after {event.step} steps in {clock(event.seconds)}"
-        case Stage():
+        case TrainingEnd():
+            return f"{event.reason} after {event.step} steps in {format_duration(event.seconds)}"
+        case StageStart():
             name = escape(event.name)
-            return f"[bold]stage {event.step} of {event.of}[/] {name}: {event.steps} steps, in {escape(event.path)}"
+            return f"[bold]stage {event.step} of {event.num_stages}[/] {name}: {event.steps} steps, in {escape(event.path)}"
 
 
-def interval(value: float, low: float, high: float) -> str:
+def format_interval(value: float, low: float, high: float) -> str:
     """A value with its interval: 0.420 [0.350, 0.490]. The bracket is escaped for rich."""
     return f"{value:.3f} \\[{low:.3f}, {high:.3f}]"
 
 
-def one_line(text: str, most: int = 100) -> str:
+def format_single_line(text: str, max_length: int = 100) -> str:
     """Text of unknown origin on one line: no markup, no control characters."""
     plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return escape(plain if len(plain) <= most else plain[: most - 1] + "…")
+    return escape(plain if len(plain) <= max_length else plain[: max_length - 1] + "…")
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """3:07, or 1:03:07."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

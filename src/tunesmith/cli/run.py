@@ -15,14 +15,23 @@ from typing import Annotated
 import typer
 
 from tunesmith import api, dataverbs
-from tunesmith.cli.args import AllowCode, AsJson, Run, Wish, read_wish, say
+from tunesmith.cli.args import (
+    AllowCode,
+    AsJson,
+    RecipeArgs,
+    RunArg,
+    parse_recipe_args,
+    print_result,
+)
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.core.events import Event
 from tunesmith.core.run_dir import is_run, is_staged
 
-Track = Annotated[
+TrackOption = Annotated[
     str | None,
-    typer.Option(metavar="TRACKER", help="Send the events to tensorboard or wandb, too.", show_default=False),
+    typer.Option(
+        metavar="TRACKER", help="Send the events to tensorboard or wandb, too.", show_default=False
+    ),
 ]
 
 
@@ -30,102 +39,127 @@ def demo(
     output_dir: Annotated[
         Path | None, typer.Option(help="The run folder; else runs/demo-N.", show_default=False)
     ] = None,
-    track: Track = None,
+    track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole story on the embedded example: look, plan, prove, measure, train, measure again."""
-    from tunesmith.cli.views.tables import data_view, plan_table
-    from tunesmith.recipe.demo import SHOWN_ROWS
+    from tunesmith.cli.views.tables import render_data, render_plan
+    from tunesmith.recipe.demo import NUM_PREVIEW_ROWS
 
-    known = api.demo_facts(output_dir)
-    decided = api.plan(known)
+    inputs = api.load_demo_inputs(output_dir)
+    run_plan = api.plan(inputs)
     if not as_json:
-        say(None, data_view(decided.data), *dataverbs.data_show(known, rows=SHOWN_ROWS), as_json=False)
-        say(None, plan_table(decided), as_json=False)
-    events = api.train(decided, known)
-    _follow(events, Path(decided["output_dir"]), decided.steps, track=track, as_json=as_json)
+        print_result(
+            None,
+            render_data(run_plan.data),
+            *dataverbs.data_show(inputs, rows=NUM_PREVIEW_ROWS),
+            as_json=False,
+        )
+        print_result(None, render_plan(run_plan), as_json=False)
+    events = api.train(run_plan, inputs)
+    _show_run(events, Path(run_plan["output_dir"]), run_plan.steps, track=track, as_json=as_json)
 
 
-def train(wish: Wish = None, allow_code: AllowCode = False, track: Track = None, as_json: AsJson = False) -> None:
+def train(
+    args: RecipeArgs = None,
+    allow_code: AllowCode = False,
+    track: TrackOption = None,
+    as_json: AsJson = False,
+) -> None:
     """Plan, prove, measure, train, measure again; all in one run folder."""
-    known = api.gather(read_wish(wish))
-    decided = api.plan(known)
-    events = api.train(decided, known, allow_code=allow_code)
-    _follow(events, Path(decided["output_dir"]), decided.steps, track=track, as_json=as_json)
+    inputs = api.load_inputs(parse_recipe_args(args))
+    run_plan = api.plan(inputs)
+    events = api.train(run_plan, inputs, allow_code=allow_code)
+    _show_run(events, Path(run_plan["output_dir"]), run_plan.steps, track=track, as_json=as_json)
 
 
 def resume(
-    folder: Run,
-    allow_drift: Annotated[
-        bool, typer.Option("--allow-drift", help="Go on though data, model, recipe or libraries have changed.")
+    folder: RunArg,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-drift", help="Go on though data, model, recipe or libraries have changed."
+        ),
     ] = False,
-    from_step: Annotated[
-        int | None, typer.Option(help="The checkpoint to go on from; else the newest valid one.", show_default=False)
+    checkpoint: Annotated[
+        int | None,
+        typer.Option(
+            help="The checkpoint to go on from; else the newest valid one.", show_default=False
+        ),
     ] = None,
     allow_code: AllowCode = False,
-    track: Track = None,
+    track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run that was interrupted, after its last checkpoint."""
-    events = api.resume(folder, allow_drift=allow_drift, from_step=from_step, allow_code=allow_code)
-    _follow(events, folder, api.read_plan(folder).steps, track=track, as_json=as_json)
+    events = api.resume(
+        folder, allow_drift=allow_changes, from_step=checkpoint, allow_code=allow_code
+    )
+    _show_run(events, folder, api.read_plan(folder).steps, track=track, as_json=as_json)
 
 
 def report(
-    folder: Run,
+    folder: RunArg,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write it; else RUN/report.html.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where to write it; else RUN/report.html.", show_default=False
+        ),
     ] = None,
-    track: Track = None,
+    track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the page of a run: one file that needs no network, finished or not."""
-    place = api.write_report(folder, out=out)
+    report_path = api.write_report(folder, out=out)
     if track is not None:
-        from tunesmith.report.trackers import send
+        from tunesmith.report.trackers import send_events
 
-        send(folder, track)
-    say({"report": str(place)}, str(place), as_json=as_json)
+        send_events(folder, track)
+    print_result({"report": str(report_path)}, str(report_path), as_json=as_json)
 
 
 # ---------------------------------------------------------------- what verbs share
 
 
-def _follow(events: Iterable[Event], folder: Path, steps: int, *, track: str | None, as_json: bool) -> None:
+def _show_run(
+    events: Iterable[Event], folder: Path, steps: int, *, track: str | None, as_json: bool
+) -> None:
     """Show a run as it goes, then its record."""
     from tunesmith.cli.progress import Progress
-    from tunesmith.cli.views.tables import record_view
+    from tunesmith.cli.views.tables import render_run_record
 
-    with _tracked(folder, track), Progress(steps) as progress:
+    with _tracking(folder, track), Progress(steps) as progress:
         try:
             for event in events:
-                progress.show(event)
+                progress.show_event(event)
         except GateError:
             write_page(folder)
             raise
     record = api.read_record(folder)
     if not is_staged(folder):  # a sum over stages says nothing of a plan
-        api.remember(record)  # this process has held nothing but the run
-    say(record, record_view(record), as_json=as_json)
+        api.record_run_history(record)  # this process has held nothing but the run
+    print_result(record, render_run_record(record), as_json=as_json)
     write_page(folder)
 
 
 @contextmanager
-def _tracked(folder: Path, track: str | None) -> Iterator[None]:
+def _tracking(folder: Path, track: str | None) -> Iterator[None]:
     """A tracker that fails is one warning, and nothing to the run."""
     if track is None:
         yield
         return
-    from tunesmith.report.trackers import Tracked
+    from tunesmith.report.trackers import TrackerProcess
 
-    tracked = Tracked(folder, track)
+    tracker = TrackerProcess(folder, track)
     try:
-        with tracked:
+        with tracker:
             yield
     finally:
-        if tracked.problem:
-            again = f"tunesmith report {folder} --track {track}"
-            sys.stderr.write(f"warning: {track} has not got everything: {tracked.problem}; later: {again}\n")
+        if tracker.problem:
+            retry_command = f"tunesmith report {folder} --track {track}"
+            sys.stderr.write(
+                f"warning: {track} has not got everything: {tracker.problem}; later: {retry_command}\n"
+            )
 
 
 def write_page(folder: Path) -> None:

@@ -22,58 +22,63 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import InputError, MachineError
-from tunesmith.core.json_io import json_bytes
+from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json
 
-MANIFEST, SEAL = "manifest.json", "sha256"
-TEMPORARY, TRASH = ".tmp-", ".trash-"  # a name that starts so is left over from a killed process
+MANIFEST, HASH_KEY = "manifest.json", "sha256"
+TEMP_PREFIX, TRASH_PREFIX = (
+    ".tmp-",
+    ".trash-",
+)  # a name that starts so is left over from a killed process
 
 
 def write_file(path: Path, content: bytes) -> None:
-    temporary = path.parent / _passing(TEMPORARY, path.name)
+    temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
     with disk_errors(path, len(content)):
         try:
             _write_synced(temporary, content)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync(path.parent)
+        fsync_path(path.parent)
 
 
 @contextmanager
-def new_folder(path: Path, *, facts: Json, needed_bytes: int = 0, key: str = "output_dir") -> Generator[Path]:
+def atomic_dir(
+    path: Path, *, metadata: Json, needed_bytes: int = 0, key: str = "output_dir"
+) -> Generator[Path]:
     """Fill the yielded folder; on leaving it is sealed with a manifest (`facts` and its files) and takes its name.
 
     A folder that has the name already is replaced. On any error the new one vanishes and the old one stays.
     `needed_bytes`, if known, is checked against the free room first. `key`: how the user chose the place.
     """
-    temporary = path.parent / _passing(TEMPORARY, path.name)
+    temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
     with disk_errors(path, needed_bytes, key):
-        make_folder(path.parent)
-        require_room(path.parent, needed_bytes, key)
+        make_dirs(path.parent)
+        require_disk_space(path.parent, needed_bytes, key)
         try:
             temporary.mkdir()
             yield temporary
-            _seal(temporary, facts)
-            _take_name(temporary, path)
+            _seal(temporary, metadata)
+            _replace_dir(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def damage(folder: Path, *, hashes: bool = True) -> str:
+def verify_dir(folder: Path, *, should_hash: bool = True) -> str:
     """What is wrong with a sealed folder, empty if nothing is. Without `hashes` only sizes are compared."""
     try:
         files = read_manifest(folder)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (InputError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or broken"
-    for name, (size, sha256) in expected.items():
+    for name, (num_bytes, sha256) in expected.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if hashes and sha256_of(file) != sha256:
+        if file.stat().st_size != num_bytes:
+            return f"{name} has {file.stat().st_size} bytes instead of {num_bytes}"
+        if should_hash and hash_file(file) != sha256:
             return f"{name} was changed: its sha256 is not the one it was written with"
     return ""
 
@@ -82,42 +87,42 @@ def read_manifest(folder: Path) -> Json:
     """The facts and files that a folder was sealed with. Raises InputError unless every byte of it is as written."""
     try:
         content = (folder / MANIFEST).read_bytes()
-        sealed = {key: value for key, value in json.loads(content).items() if key != SEAL}
-        if _manifest_bytes(sealed) == content:
+        sealed = {key: value for key, value in json.loads(content).items() if key != HASH_KEY}
+        if _encode_manifest(sealed) == content:
             return sealed
     except (OSError, ValueError, AttributeError, RecursionError):
         pass  # said below
     raise InputError("missing or broken", where=str(folder / MANIFEST))
 
 
-def make_folder(path: Path) -> None:
+def make_dirs(path: Path) -> None:
     """The folder and those above it, where they are missing; each new name is forced to the disk."""
-    missing = [place for place in (path, *path.parents) if not place.exists()]
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for place in missing:
-        sync(place.parent)
+    for folder in missing:
+        fsync_path(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
     """Renamed first, so that no half-removed folder keeps its name."""
-    trash = folder.parent / _passing(TRASH, folder.name)
+    trash = folder.parent / _make_temp_name(TRASH_PREFIX, folder.name)
     os.rename(folder, trash)
     shutil.rmtree(trash)
 
 
 def remove_leftovers(folder: Path) -> None:
     """What killed processes left. Only for the one process that may write in `folder`."""
-    for left in folder.glob(".t*"):
-        if left.name.startswith((TEMPORARY, TRASH)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for leftover in folder.glob(".t*"):
+        if leftover.name.startswith((TEMP_PREFIX, TRASH_PREFIX)):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Force a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -129,10 +134,10 @@ def sync(path: Path) -> None:
 # ---------------------------------------------------------------- room
 
 
-def require_room(folder: Path, needed_bytes: int, key: str = "output_dir") -> None:
-    free = shutil.disk_usage(folder).free
-    if needed_bytes > free:
-        raise _no_room(folder, needed_bytes, free, key)
+def require_disk_space(folder: Path, needed_bytes: int, key: str = "output_dir") -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise _make_disk_full_error(folder, needed_bytes, free_bytes, key)
 
 
 @contextmanager
@@ -143,29 +148,35 @@ def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> G
     except OSError as error:
         nearest = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
         if error.errno in (ENOSPC, EDQUOT, EFBIG):
-            raise _no_room(path, needed_bytes, shutil.disk_usage(nearest).free, key) from error
+            raise _make_disk_full_error(
+                path, needed_bytes, shutil.disk_usage(nearest).free, key
+            ) from error
         fix = f"choose another {key}, or give yourself the right to write there"
-        raise MachineError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
+        raise MachineError(
+            f"cannot be written: {error.strerror or error}", where=str(path), fix=fix
+        ) from error
 
 
-def _no_room(path: Path, needed_bytes: int, free: int, key: str) -> MachineError:
-    need = f"{size(needed_bytes)} ({needed_bytes} bytes)" if needed_bytes else "more"
-    what = f"no room on the disk: {need} needed, {size(free)} ({free} bytes) free"
-    return MachineError(what, where=str(path), fix=f"free some room, or set {key} to another disk")
+def _make_disk_full_error(path: Path, needed_bytes: int, free_bytes: int, key: str) -> MachineError:
+    needed = f"{format_bytes(needed_bytes)} ({needed_bytes} bytes)" if needed_bytes else "more"
+    message = f"no room on the disk: {needed} needed, {format_bytes(free_bytes)} ({free_bytes} bytes) free"
+    return MachineError(
+        message, where=str(path), fix=f"free some room, or set {key} to another disk"
+    )
 
 
-def size(count: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes for people: 1.9 GB."""
-    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= length:
-            return f"{count / length:.1f} {unit}"
-    return f"{count:.0f} bytes"
+    for unit, unit_bytes in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= unit_bytes:
+            return f"{num_bytes / unit_bytes:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 # ---------------------------------------------------------------- steps
 
 
-def _passing(prefix: str, name: str) -> str:
+def _make_temp_name(prefix: str, name: str) -> str:
     return f"{prefix}{name}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -176,29 +187,32 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _seal(folder: Path, facts: Json) -> None:
-    inside = sorted(folder.rglob("*"))
+def _seal(folder: Path, metadata: Json) -> None:
+    entries = sorted(folder.rglob("*"))
     files: dict[str, Any] = {}
-    for path in inside:
-        sync(path)
+    for path in entries:
+        fsync_path(path)
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    _write_synced(folder / MANIFEST, _manifest_bytes({**facts, "files": files}))
-    sync(folder)
+            files[path.relative_to(folder).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": hash_file(path),
+            }
+    _write_synced(folder / MANIFEST, _encode_manifest({**metadata, "files": files}))
+    fsync_path(folder)
 
 
-def _manifest_bytes(sealed: Json) -> bytes:
+def _encode_manifest(sealed: Json) -> bytes:
     """With a hash over the rest, so that a changed manifest shows like a changed file."""
-    return json_bytes({**sealed, SEAL: hashlib.sha256(json_bytes(sealed)).hexdigest()}, indent=2)
+    return dump_json({**sealed, HASH_KEY: hashlib.sha256(dump_json(sealed)).hexdigest()}, indent=2)
 
 
-def _take_name(temporary: Path, path: Path) -> None:
+def _replace_dir(temporary: Path, path: Path) -> None:
     if path.exists():
-        old = path.parent / _passing(TRASH, path.name)
+        old = path.parent / _make_temp_name(TRASH_PREFIX, path.name)
         os.rename(path, old)
         os.rename(temporary, path)
-        sync(path.parent)
+        fsync_path(path.parent)
         shutil.rmtree(old)
     else:
         os.rename(temporary, path)
-        sync(path.parent)
+        fsync_path(path.parent)

@@ -17,14 +17,14 @@ class TunesmithError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        super().__init__(what)
-        self.what, self.where, self.fix = what, where, fix
+    def __init__(self, message: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(message)
+        self.message, self.where, self.fix = message, where, fix
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        remedy = f"\n  fix: {self.fix}" if self.fix else ""
-        return f"{place}{self.what}{remedy}"
+        prefix = f"{self.where}: " if self.where else ""
+        suffix = f"\n  fix: {self.fix}" if self.fix else ""
+        return f"{prefix}{self.message}{suffix}"
 
 
 class InputError(TunesmithError):

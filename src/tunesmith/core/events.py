@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-GENERAL = "general text"  # the task of what retention_data measures
-PROBES, EXPECTED = "probes", "expected answers"  # tasks of what the model says while it trains, and of what it should
+GENERAL_TASK = "general text"  # the task of what retention_data measures
+PROBE_TASK, EXPECTED_TASK = (
+    "probes",
+    "expected answers",
+)  # tasks of what the model says while it trains, and of what it should
 
 
 @dataclass(frozen=True)
-class StepResult:
+class TrainStep:
     """One optimizer step. `loss` is the mean over the step's target weights; bytes are the peak so far."""
 
     step: int
@@ -25,8 +28,12 @@ class StepResult:
     learning_rate: float
     grad_norm: float
     peak_bytes: int
-    task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # of `tokens`, those of a named task
-    shared_tokens: int = 0  # of `tokens`, those that another document begins with too: computed once, there
+    task_tokens: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # of `tokens`, those of a named task
+    shared_tokens: int = (
+        0  # of `tokens`, those that another document begins with too: computed once, there
+    )
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Sample:
+class GenerationSample:
     step: int
     id: str
     prompt: str
@@ -52,7 +59,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """What a guard or a proof has to say, with its evidence."""
 
     kind: str
@@ -72,38 +79,45 @@ class Rollback:
     kind: str  # the detector that said so
     evidence: str
     change: str  # what is done differently, for people
-    factor: float = 1.0
+    lr_factor: float = 1.0
     rows: tuple[str, ...] = ()
-    ratio: float | None = None
+    rehearsal_ratio: float | None = None
     attempt: int = 1
 
     @property
-    def verdict(self) -> Verdict:
-        return Verdict(self.kind, "rollback", f"{self.evidence}; back to step {self.to}, {self.change}", self.step)
+    def check_result(self) -> CheckResult:
+        return CheckResult(
+            self.kind,
+            "rollback",
+            f"{self.evidence}; back to step {self.to}, {self.change}",
+            self.step,
+        )
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointSaved:
     step: int
     path: str
 
 
 @dataclass(frozen=True)
-class Done:
+class TrainingEnd:
     step: int
     reason: Literal["finished", "max_steps", "stopped"]
     seconds: float
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageStart:
     """One of several stages begins or goes on. `step` is its number, `steps` are its optimizer steps."""
 
     step: int
-    of: int
+    num_stages: int
     name: str
     steps: int
     path: str
 
 
-Event = StepResult | Score | Sample | Verdict | Saved | Done | Stage
+Event = (
+    TrainStep | Score | GenerationSample | CheckResult | CheckpointSaved | TrainingEnd | StageStart
+)

@@ -6,10 +6,10 @@ from typing import Any, cast
 
 from tunesmith.core.types import Finding, Json
 
-SHOWN_ROWS = 5
+MAX_ROW_IDS = 5
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """4 s, 3:20 min, 5:07 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
     return f"{large}:{small:02d} {'min' if seconds < 3600 else 'h'}"
 
 
-def value_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A chosen value as a recipe would hold it."""
     if value is None:
         return "-"
@@ -26,13 +26,17 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {value_text(item)}" for name, item in cast("Json", value).items())
+        return ", ".join(
+            f"{name} {format_value(item)}" for name, item in cast("Json", value).items()
+        )
     if isinstance(value, (list, tuple)):
-        return ", ".join(value_text(item) for item in value) or "-"
+        return ", ".join(format_value(item) for item in value) or "-"
     return str(value)
 
 
-def some_rows(finding: Finding) -> str:
+def format_rows(finding: Finding) -> str:
     """The first rows of a finding; --json names the others."""
-    more = len(finding.rows) - SHOWN_ROWS
-    return ", ".join(finding.rows[:SHOWN_ROWS]) + (f" and {more:,} more" if more > 0 else "")
+    remaining = len(finding.rows) - MAX_ROW_IDS
+    return ", ".join(finding.rows[:MAX_ROW_IDS]) + (
+        f" and {remaining:,} more" if remaining > 0 else ""
+    )

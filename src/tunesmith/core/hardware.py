@@ -18,7 +18,17 @@ from pathlib import Path
 
 from tunesmith.core.types import Machine
 
-PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf", "peft", "bitsandbytes")
+PACKAGES = (
+    "tunesmith",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "peft",
+    "bitsandbytes",
+)
 GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM
 COMPILERS = ("cc", "gcc", "clang")
@@ -29,49 +39,58 @@ def measure_machine(folder: Path) -> Machine:
 
     Memory is the device's: of the GPU where there is one, else main memory within the limits of the cgroup.
     """
-    gpu = _gpu()
-    name, total, available, bf16 = gpu or (processor_name(), *main_memory(), bool(BF16_FLAGS & _processor_flags()))
+    gpu = _probe_gpu()
+    name, total, available, bf16 = gpu or (
+        read_processor_name(),
+        *read_main_memory(),
+        bool(BF16_FLAGS & _read_processor_flags()),
+    )
     return Machine(
         device="cuda" if gpu else "cpu",
         device_name=name,
-        cores=core_count(),
+        cores=count_cores(),
         memory_bytes=total,
         available_bytes=available,
-        disk_free_bytes=shutil.disk_usage(existing_parent(folder)).free,
-        bf16_matmul=bf16,
+        disk_free_bytes=shutil.disk_usage(find_existing_parent(folder)).free,
+        has_bf16_matmul=bf16,
         compiler=find_compiler(),
-        versions=versions(),
+        versions=collect_versions(),
     )
 
 
-def main_memory() -> tuple[int, int]:
+def read_main_memory() -> tuple[int, int]:
     """Main memory and how much of it is free, in bytes, within this process's cgroup limits.
 
     Outside Linux the free part is unknown and reported as all of it.
     """
-    facts = _key_values(Path("/proc/meminfo"))
-    if "MemTotal" in facts:
-        total, available = facts["MemTotal"] * 1024, facts.get("MemAvailable", facts["MemTotal"]) * 1024
+    meminfo = _read_key_values(Path("/proc/meminfo"))
+    if "MemTotal" in meminfo:
+        total, available = (
+            meminfo["MemTotal"] * 1024,
+            meminfo.get("MemAvailable", meminfo["MemTotal"]) * 1024,
+        )
     else:
         total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, used in _cgroup_limits(_cgroup_folders()):
+    for limit, used in _read_cgroup_limits(_find_cgroup_folders()):
         total, available = min(total, limit), min(available, max(limit - used, 0))
     return total, available
 
 
-def core_count() -> int:
+def count_cores() -> int:
     """Cores that this process may use: its affinity, cut by the CPU quota of its cgroup."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in _cgroup_folders():
-        quota = _read(folder / "cpu.max").split()
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    for folder in _find_cgroup_folders():
+        quota = _read_text(folder / "cpu.max").split()
         if len(quota) == 2 and quota[0].isdigit():
             cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
     return cores
 
 
-def processor_name() -> str:
+def read_processor_name() -> str:
     """The model name of the processor, or the architecture where the system does not tell."""
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
+    for line in _read_text(Path("/proc/cpuinfo")).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -83,20 +102,20 @@ def find_compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Python, and the installed ones of the packages that a run depends on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def peak_bytes() -> int:
+def read_peak_bytes() -> int:
     """The most main memory that this process has held at once, in bytes, since its start or `reset_peak`."""
-    peak = _key_values(Path("/proc/self/status")).get("VmHWM")
+    peak = _read_key_values(Path("/proc/self/status")).get("VmHWM")
     if peak is not None:
         return peak * 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -112,13 +131,13 @@ def reset_peak() -> bool:
     return True
 
 
-def existing_parent(folder: Path) -> Path:
+def find_existing_parent(folder: Path) -> Path:
     """`folder`, or the nearest parent of it that exists."""
     folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
-def _gpu() -> tuple[str, int, int, bool] | None:
+def _probe_gpu() -> tuple[str, int, int, bool] | None:
     """Name, memory, free memory and bf16 of the first CUDA device; None without one."""
     if not any(os.path.exists(path) for path in GPU_FILES):
         return None
@@ -127,17 +146,22 @@ def _gpu() -> tuple[str, int, int, bool] | None:
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info(0)
-    return torch.cuda.get_device_name(0), total, free, torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        torch.cuda.get_device_name(0),
+        total,
+        free,
+        torch.cuda.is_bf16_supported(including_emulation=False),
+    )
 
 
-def _processor_flags() -> set[str]:
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
+def _read_processor_flags() -> set[str]:
+    for line in _read_text(Path("/proc/cpuinfo")).splitlines():
         if line.startswith(("flags", "Features")):
             return set(line.partition(":")[2].split())
     return set()
 
 
-def _cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
+def _read_cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
     """(limit, bytes in use) of each cgroup that has a limit. Cached files count as free."""
     limits: list[tuple[int, int]] = []
     for folder in folders:
@@ -145,33 +169,44 @@ def _cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            limit, used = _read(folder / limit_name).strip(), _read(folder / used_name).strip()
+            limit, used = (
+                _read_text(folder / limit_name).strip(),
+                _read_text(folder / used_name).strip(),
+            )
             if limit.isdigit() and used.isdigit():
-                limits.append((int(limit), int(used) - _key_values(folder / "memory.stat").get(cache, 0)))
+                limits.append(
+                    (int(limit), int(used) - _read_key_values(folder / "memory.stat").get(cache, 0))
+                )
     return limits
 
 
-def _cgroup_folders() -> list[Path]:
+def _find_cgroup_folders() -> list[Path]:
     """The folders of this process's cgroups (versions 1 and 2) and of all their parents."""
     folders: list[Path] = []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, place = line.split(":", 2)
+    for line in _read_text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, cgroup_path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
         root = Path("/sys/fs/cgroup") / controllers
-        inner = root / place.lstrip("/")
+        cgroup_dir = root / cgroup_path.lstrip("/")
         # In a container the path may be the host's, which is not there: then only the root counts.
-        folders += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root) and folder.is_dir()]
+        folders += [
+            folder
+            for folder in (cgroup_dir, *cgroup_dir.parents)
+            if folder.is_relative_to(root) and folder.is_dir()
+        ]
     return folders
 
 
-def _key_values(path: Path) -> dict[str, int]:
+def _read_key_values(path: Path) -> dict[str, int]:
     """The numbers of a file with lines like `MemTotal: 16 kB` or `inactive_file 4096`, units dropped."""
-    words = (line.replace(":", " ").split() for line in _read(path).splitlines())
-    return {parts[0]: int(parts[1]) for parts in words if len(parts) > 1 and parts[1].isdigit()}
+    split_lines = (line.replace(":", " ").split() for line in _read_text(path).splitlines())
+    return {
+        parts[0]: int(parts[1]) for parts in split_lines if len(parts) > 1 and parts[1].isdigit()
+    }
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -23,7 +23,7 @@ from tunesmith.core.errors import InputError
 T = TypeVar("T")
 
 
-def to_json(value: Any, place: str = "value") -> Any:
+def to_jsonable(value: Any, path: str = "value") -> Any:
     """Dicts, lists, texts, numbers, switches and None. NumPy numbers become Python's, paths become texts."""
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -32,7 +32,7 @@ def to_json(value: Any, place: str = "value") -> Any:
     if isinstance(value, numbers.Real):
         number = float(value)
         if not math.isfinite(number):
-            raise ValueError(f"{place} is {number}")
+            raise ValueError(f"{path} is {number}")
         return number
     if isinstance(value, Path):
         return str(value)
@@ -40,29 +40,38 @@ def to_json(value: Any, place: str = "value") -> Any:
         return value.model_dump(mode="json", by_alias=True)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
-        return {field.name: to_json(getattr(value, field.name), f"{place}.{field.name}") for field in fields}
+        return {
+            field.name: to_jsonable(getattr(value, field.name), f"{path}.{field.name}")
+            for field in fields
+        }
     if isinstance(value, Mapping):
         items = cast("Mapping[Any, Any]", value).items()
-        return {str(key): to_json(item, f"{place}.{key}") for key, item in items}
+        return {str(key): to_jsonable(item, f"{path}.{key}") for key, item in items}
     if isinstance(value, (list, tuple)):
-        return [to_json(item, f"{place}[{index}]") for index, item in enumerate(cast("list[Any]", value))]
-    raise TypeError(f"{place} is a {type(value).__name__}, which has no JSON form")
+        return [
+            to_jsonable(item, f"{path}[{index}]")
+            for index, item in enumerate(cast("list[Any]", value))
+        ]
+    raise TypeError(f"{path} is a {type(value).__name__}, which has no JSON form")
 
 
-def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
+def dump_json(value: Any, *, indent: int | None = None) -> bytes:
     """UTF-8, one line unless `indent` is given. A lone surrogate, which UTF-8 cannot hold, is written as its escape."""
-    text = json.dumps(to_json(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    text = json.dumps(to_jsonable(value), ensure_ascii=False, allow_nan=False, indent=indent)
     return text.encode(errors="backslashreplace") + b"\n"
 
 
-def from_json(kind: type[T], value: Any, where: str = "") -> T:
+def parse_as(cls: type[T], value: Any, where: str = "") -> T:
     """A dataclass of types.py from its JSON form. Raises InputError naming the first field that does not fit."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(cls).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"not a {kind.__name__}: {place + ': ' if place else ''}{first['msg']}", where=where) from None
+        location = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"not a {cls.__name__}: {location + ': ' if location else ''}{first['msg']}",
+            where=where,
+        ) from None
 
 
 def read_json(path: Path) -> Any:
@@ -72,6 +81,8 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError("there is no such file", where=str(path), fix="check the path") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from None
+        raise InputError(
+            f"not JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"not JSON: byte {error.start} is not UTF-8", where=str(path)) from None

@@ -13,16 +13,16 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-LOG = logging.getLogger("tunesmith.core.progress_log")
-EVERY = 5.0  # seconds between two lines: what is shorter is not told
+logger = logging.getLogger("tunesmith.core.progress_log")
+LOG_INTERVAL_SECONDS = 5.0  # seconds between two lines: what is shorter is not told
 T = TypeVar("T")
 
 
-def watched(items: Iterable[T], total: int, what: str, *, done: int = 0) -> Iterator[T]:
+def log_progress(items: Iterable[T], total: int, label: str, *, num_done: int = 0) -> Iterator[T]:
     """The same items, told as they come; `done` of `total` are there already."""
-    told = time.monotonic()
-    for count, item in enumerate(items, start=done + 1):
+    last_logged = time.monotonic()
+    for count, item in enumerate(items, start=num_done + 1):
         yield item
-        if (now := time.monotonic()) - told >= EVERY:
-            told = now
-            LOG.info("%s: %d of %d", what, count, total)
+        if (now := time.monotonic()) - last_logged >= LOG_INTERVAL_SECONDS:
+            last_logged = now
+            logger.info("%s: %d of %d", label, count, total)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tunesmith.core.events import (
+    CheckResult,
+    GenerationSample,
     Rollback,
-    Sample,
     Score,
-    Verdict,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 Json = dict[str, Any]
-Side = Literal["", "chosen", "rejected", "banned"]  # "" is trained as it is, a banned one is trained away from
+Side = Literal[
+    "", "chosen", "rejected", "banned"
+]  # "" is trained as it is, a banned one is trained away from
 
 # ---------------------------------------------------------------- facts
 
@@ -41,7 +43,7 @@ class Machine:
     memory_bytes: int
     available_bytes: int
     disk_free_bytes: int
-    bf16_matmul: bool  # bf16 matrix products run in hardware
+    has_bf16_matmul: bool  # bf16 matrix products run in hardware
     compiler: str | None  # path of a C compiler, for the CPU kernels
     versions: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -62,7 +64,7 @@ class ModelSpec:
     intermediate_size: int
     vocab_size: int
     context_length: int
-    tied_head: bool
+    tie_word_embeddings: bool
     parameters: int
     dtype: str
     origin: str = ""  # where the weights come from, for people
@@ -96,19 +98,27 @@ class DataReport:
 
     path: str
     format: str
-    why_format: str
+    format_reason: str
     rows: int  # data rows read; each keeps its slot in the step schedule
     documents: int  # what they became: one a conversation, or one an assistant turn
     tokens: int
     supervised_tokens: int
-    dropped: dict[str, int] = field(default_factory=dict[str, int])  # reason -> rows without a document
-    rejected: dict[str, int] = field(default_factory=dict[str, int])  # reason -> rows that cannot be used
+    dropped: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # reason -> rows without a document
+    rejected: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # reason -> rows that cannot be used
     truncated: int = 0
     length_percentiles: dict[str, int] = field(default_factory=dict[str, int])  # p50, p90, p99, max
     fingerprint: str = ""  # sha256 over the bytes of the file
     findings: tuple[Finding, ...] = ()
-    left_out: dict[str, int] = field(default_factory=dict[str, int])  # constraint -> rows that break it
-    banned: dict[str, int] = field(default_factory=dict[str, int])  # constraint -> rows that are trained away from
+    filtered: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # constraint -> rows that break it
+    banned: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # constraint -> rows that are trained away from
     task_rows: dict[str, int] = field(default_factory=dict[str, int])  # named task -> rows
     task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # named task -> tokens
 
@@ -117,15 +127,17 @@ class DataReport:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanValue:
     """One value of the plan. `by`: the user said so, a rule decided, or the model's own files did."""
 
     value: Any
-    by: Literal["you", "rule", "checkpoint"]
-    why: str
+    decided_by: Literal["you", "rule", "checkpoint"]
+    reason: str
     source: str = ""
     confidence: Literal["", "measured here", "published", "extrapolated"] = ""
-    advice: str = ""  # the usual one, where this differs from it and what obeying it would cost
+    common_advice: str = (
+        ""  # the usual one, where this differs from it and what obeying it would cost
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class Plan:
     """Every value that a run obeys. `train` accepts nothing else; `recipe` is the wish that it came from."""
 
     recipe: Json
-    choices: dict[str, Choice]
+    choices: dict[str, PlanValue]
     machine: Machine
     model: ModelSpec
     data: dict[str, DataReport]  # role (data | rehearsal | eval_data | test_data) -> report
@@ -142,11 +154,15 @@ class Plan:
     memory_bytes: dict[str, int]  # component -> predicted bytes, with "peak"
     warnings: tuple[str, ...] = ()
     disk_bytes: int = 0  # what the run folder holds at most
-    phase_bytes: dict[str, int] = field(default_factory=dict[str, int])  # step | longest row | answers -> bytes
-    saved_share: float = 0.0  # of the tokens, by sharing prefixes
-    seconds: tuple[float, ...] = ()  # of training: one number, or the least and the most; empty where nothing is known
-    whole_seconds: float = 0.0  # of the run with its proof and measures; 0: not known
-    seconds_from: str = ""
+    phase_bytes: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # step | longest row | answers -> bytes
+    prefix_savings: float = 0.0  # of the tokens, by sharing prefixes
+    seconds: tuple[
+        float, ...
+    ] = ()  # of training: one number, or the least and the most; empty where nothing is known
+    total_seconds: float = 0.0  # of the run with its proof and measures; 0: not known
+    seconds_source: str = ""
     fits_on: str = ""  # the smallest machine of the table that has room, if this one has not
 
     def __getitem__(self, key: str) -> Any:
@@ -154,7 +170,9 @@ class Plan:
 
     @property
     def rows_per_epoch(self) -> int:
-        return sum(self["mixture"].values()) if "mixture" in self.choices else self.data["data"].rows
+        return (
+            sum(self["mixture"].values()) if "mixture" in self.choices else self.data["data"].rows
+        )
 
 
 # ---------------------------------------------------------------- data
@@ -174,11 +192,11 @@ class NewToken:
 
     text: str
     id: int
-    pieces: tuple[int, ...]
-    ordinary: bool = True
+    subword_ids: tuple[int, ...]
+    is_ordinary: bool = True
 
 
-class Span(NamedTuple):
+class CharSpan(NamedTuple):
     """Characters start:end of what a message says, counted without the white space around it."""
 
     message: int
@@ -195,11 +213,17 @@ class Example:
     turn_weights: tuple[float, ...] = ()
     tools: tuple[Json, ...] = ()
     text: str | None = None
-    prompt: str | None = None  # with `text`: the part before it, not trained (completion rows without a template)
-    rejected: Example | None = None  # the worse answer to the same question: together they are a pair
-    negative: bool | Literal["whole"] | None = None  # the row says that its answer is bad; False: that it is right
-    banned: tuple[Span, ...] = ()  # what is bad in it: nothing else of it is trained
-    breaks: tuple[str, ...] = ()  # the constraints that it breaks
+    prompt: str | None = (
+        None  # with `text`: the part before it, not trained (completion rows without a template)
+    )
+    rejected: Example | None = (
+        None  # the worse answer to the same question: together they are a pair
+    )
+    negative: bool | Literal["whole"] | None = (
+        None  # the row says that its answer is bad; False: that it is right
+    )
+    banned_spans: tuple[CharSpan, ...] = ()  # what is bad in it: nothing else of it is trained
+    violations: tuple[str, ...] = ()  # the constraints that it breaks
     choices: tuple[str, ...] = ()  # answers to choose from, in rows that say so
 
 
@@ -212,11 +236,13 @@ class Document:
     tokens_L: np.ndarray  # int32
     weights_L: np.ndarray  # float32
     side: Side = ""
-    reference: float | None = None  # log-probability of its targets before training, if it was kept
+    reference_logp: float | None = (
+        None  # log-probability of its targets before training, if it was kept
+    )
     task: str = ""  # a named one of the recipe, "rehearsal", or nothing
 
     @property
-    def right(self) -> bool:
+    def is_correct(self) -> bool:
         """Its answer is one to give: neither the rejected one of a pair nor a banned one."""
         return self.side not in ("rejected", "banned")
 
@@ -230,33 +256,35 @@ class Pack:
     document i are those of document i - 1 and computed once; empty: nothing is shared."""
 
     documents: tuple[Document, ...]
-    shared: tuple[int, ...] = ()
+    prefix_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackLayout:
     """Who may see whom in a pack: the only description that attention gets. Segment i is tokens
     starts[i] : starts[i] + lengths[i]; a token sees the earlier tokens of its own segment, itself included, and all of
     the segments that its own one continues: its parent, the parent's parent, up to a root."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
-    parents: tuple[int, ...] = ()  # a parent stands before its children, -1: a root; empty: all are roots
+    parents: tuple[
+        int, ...
+    ] = ()  # a parent stands before its children, -1: a root; empty: all are roots
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return sum(self.lengths)
 
-    def path(self, segment: int) -> tuple[int, ...]:
+    def get_path(self, segment: int) -> tuple[int, ...]:
         """From the root down to the segment, itself included."""
         path = [segment]
         while self.parents and self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
         return tuple(reversed(path))
 
-    def before(self, segment: int) -> int:
+    def count_prefix_tokens(self, segment: int) -> int:
         """How many tokens a segment continues: the position of its first token."""
-        return sum(self.lengths[i] for i in self.path(segment)[:-1])
+        return sum(self.lengths[i] for i in self.get_path(segment)[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +294,7 @@ class Batch:
 
     tokens_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64, from 0 in each document
-    layout: Layout
+    layout: PackLayout
     positions_S: torch.Tensor  # int64, into T
     targets_S: torch.Tensor  # int64
     weights_S: torch.Tensor  # float32
@@ -274,14 +302,14 @@ class Batch:
     ids: tuple[str, ...]
     real_tokens: int  # tokens of the documents as rendered, what `tokens` of a step counts
     sides: tuple[Side, ...] = ()  # of each document; () when none is a side of a pair
-    references: tuple[float | None, ...] = ()  # of each document, beside `sides`
+    reference_logps: tuple[float | None, ...] = ()  # of each document, beside `sides`
 
 
 # ---------------------------------------------------------------- generation and measurement
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One prompt to answer. Greedy at temperature 0; a sampled answer depends on `seed`, not on what runs beside it.
     `banned`: token sequences that it may not hold."""
 
@@ -291,14 +319,14 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    banned: tuple[tuple[int, ...], ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationOutput:
     text: str  # without the end token or the stop string
     tokens: tuple[int, ...]
-    finished: Literal["end", "stop", "length"]
+    finish_reason: Literal["end", "stop", "length"]
     prompt_tokens: int
 
 
@@ -318,10 +346,12 @@ class Comparison:
     low: float
     high: float
     higher_is_better: bool
-    gains: int | None = None
-    losses: int | None = None
-    p: float | None = None
-    smallest: float | None = None  # difference that so many items would have shown with a chance of 80%
+    improved: int | None = None
+    worsened: int | None = None
+    p_value: float | None = None
+    min_detectable: float | None = (
+        None  # difference that so many items would have shown with a chance of 80%
+    )
 
 
 @dataclass(frozen=True)
@@ -329,8 +359,8 @@ class ScalePoint:
     """The trained adapter times `scale`: the held-out loss on `eval_data`, and the bits per byte of general text."""
 
     scale: float
-    gain: Score
-    general: Score | None = None
+    eval_loss: Score
+    general_text: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -339,18 +369,28 @@ class RunRecord:
 
     version: str
     plan: Plan
-    proof: tuple[Verdict, ...]
+    preflight: tuple[CheckResult, ...]
     comparisons: tuple[Comparison, ...]
     steps: int
     tokens: int
     train_seconds: float
     peak_bytes: int
     adapter: str
-    samples: tuple[tuple[Sample, Sample], ...] = ()  # before, after
-    task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # of `tokens`, those of a named task
+    samples: tuple[tuple[GenerationSample, GenerationSample], ...] = ()  # before, after
+    task_tokens: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # of `tokens`, those of a named task
     shared_tokens: int = 0  # of `tokens`, those that were computed in another document
-    drift: tuple[str, ...] = ()  # what had changed when the run was resumed with --allow-drift: field: was -> is
-    moved: tuple[Score, ...] = ()  # how far from the model before: KL(before || after) in nats, top-1 agreement
-    scales: tuple[ScalePoint, ...] = ()  # gain against forgetting; empty without an adapter or eval_data
+    input_changes: tuple[
+        str, ...
+    ] = ()  # what had changed when the run was resumed with --allow-drift: field: was -> is
+    kl_scores: tuple[
+        Score, ...
+    ] = ()  # how far from the model before: KL(before || after) in nats, top-1 agreement
+    scales: tuple[
+        ScalePoint, ...
+    ] = ()  # gain against forgetting; empty without an adapter or eval_data
     rollbacks: tuple[Rollback, ...] = ()
-    kept_step: int | None = None  # whose weights the adapter has: of the best look at eval_data, else the last step
+    selected_step: int | None = (
+        None  # whose weights the adapter has: of the best look at eval_data, else the last step
+    )

@@ -19,80 +19,88 @@ from dataclasses import dataclass, field
 import regex
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Example, Span
-from tunesmith.data.readers.invalid_row import BadRow
+from tunesmith.core.types import CharSpan, Example
+from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.recipe.fields import Constraint
 
-SECONDS = 2.0  # for one pattern on one answer; more is no work but backtracking
-MOST_MATCHED = 0.5  # of all answers: more, and the pattern says nothing about what is bad
-SHOWN = 3
-EXCERPT = 60  # characters
+MAX_MATCH_SECONDS = 2.0  # for one pattern on one answer; more is no work but backtracking
+MAX_MATCH_SHARE = 0.5  # of all answers: more, and the pattern says nothing about what is bad
+MAX_SHOWN_ROWS = 3
+MAX_EXCERPT_CHARS = 60  # characters
 
 
-class Violation(BadRow):
+class Violation(InvalidRow):
     """A row whose answer breaks a constraint that leaves such rows out."""
 
-    def __init__(self, example: Example, found: Match) -> None:
-        what = f"the answer breaks {found.name!r}: {found.excerpt!r}"
+    def __init__(self, example: Example, match: ConstraintMatch) -> None:
+        message = f"the answer breaks {match.name!r}: {match.excerpt!r}"
         fix = 'correct the answer, or write `"negative": false` into the row if it is right here'
-        super().__init__("never", what, where=example.id, fix=fix)
-        self.found, self.marked = found, bool(example.negative)
+        super().__init__("never", message, where=example.id, fix=fix)
+        self.match, self.is_negative = match, bool(example.negative)
 
 
 @dataclass(frozen=True)
-class Match:
+class ConstraintMatch:
     name: str
     mode: str
-    span: Span
+    span: CharSpan
     excerpt: str
 
 
 @dataclass(frozen=True)
-class Never:
+class ConstraintSet:
     """The constraints as they hold for one role. `held_out`: rows are measured. `bans`: matching places can be trained
     away from; without it such rows are left out too."""
 
     constraints: tuple[Constraint, ...] = ()
-    held_out: bool = False
-    bans: bool = True
+    is_held_out: bool = False
+    can_ban: bool = True
 
     @property
-    def pairing(self) -> bool:
+    def has_pair_constraints(self) -> bool:
         """Rows may come without a worse side: the base model's own bad answer will be it."""
         return any(constraint.mode == "pair" for constraint in self.constraints)
 
-    def judged(self, example: Example) -> Example:
+    def mark_violations(self, example: Example) -> Example:
         """Raises Violation for a row to leave out, BadRow for a negative row that nothing says the fault of."""
         if example.negative is False or not (self.constraints or example.negative):
             return example
         if example.negative and example.rejected is not None:
             fix = "drop `negative`: the rejected side says what is bad"
-            raise BadRow("contradiction", "a pair that is negative", where=example.id, fix=fix)
-        if example.negative == "whole" and (self.bans or self.held_out):
-            return _marked(example, list(_whole(example)))
-        found = [match for c in self.constraints for match in matches(c, example)]
-        if self.held_out:
-            return _marked(example, found or list(_whole(example))) if example.negative else example
-        for match in found:
-            if match.mode != "ban" or not self.bans:
+            raise InvalidRow("contradiction", "a pair that is negative", where=example.id, fix=fix)
+        if example.negative == "whole" and (self.can_ban or self.is_held_out):
+            return _mark_spans(example, list(_match_full_answers(example)))
+        matches = [
+            match for constraint in self.constraints for match in find_matches(constraint, example)
+        ]
+        if self.is_held_out:
+            return (
+                _mark_spans(example, matches or list(_match_full_answers(example)))
+                if example.negative
+                else example
+            )
+        for match in matches:
+            if match.mode != "ban" or not self.can_ban:
                 raise Violation(example, match)
-        if example.negative and not found:
-            raise _nothing_bad(example)
-        return _marked(example, found) if found else example
+        if example.negative and not matches:
+            raise _build_no_match_error(example)
+        return _mark_spans(example, matches) if matches else example
 
 
-def _nothing_bad(example: Example) -> BadRow:
+def _build_no_match_error(example: Example) -> InvalidRow:
     fix = 'add a `never` constraint with `mode: ban` that matches it, write `"negative": "whole"`, or drop the row'
-    what = "the row is negative, and nothing says what is bad in it"
-    return BadRow("nothing bad", what, where=example.id, fix=fix)
+    message = "the row is negative, and nothing says what is bad in it"
+    return InvalidRow("nothing bad", message, where=example.id, fix=fix)
 
 
-def _marked(example: Example, found: Sequence[Match]) -> Example:
-    names = tuple(dict.fromkeys(match.name for match in found))
-    return dataclasses.replace(example, banned=tuple(match.span for match in found), breaks=names)
+def _mark_spans(example: Example, matches: Sequence[ConstraintMatch]) -> Example:
+    names = tuple(dict.fromkeys(match.name for match in matches))
+    return dataclasses.replace(
+        example, banned=tuple(match.span for match in matches), violations=names
+    )
 
 
-def answers_of(example: Example) -> Iterator[tuple[int, str]]:
+def iter_answers(example: Example) -> Iterator[tuple[int, str]]:
     """(message, what it says without the white space around it) of each trained answer; a plain text is message 0."""
     if example.text is not None:
         yield 0, example.text.strip()
@@ -101,67 +109,81 @@ def answers_of(example: Example) -> Iterator[tuple[int, str]]:
             yield i, message["content"].strip()
 
 
-def _whole(example: Example) -> Iterator[Match]:
-    for message, said in answers_of(example):
-        if said:
-            yield Match("negative rows", "ban", Span(message, 0, len(said)), said[:EXCERPT])
+def _match_full_answers(example: Example) -> Iterator[ConstraintMatch]:
+    for message_index, answer in iter_answers(example):
+        if answer:
+            yield ConstraintMatch(
+                "negative rows",
+                "ban",
+                CharSpan(message_index, 0, len(answer)),
+                answer[:MAX_EXCERPT_CHARS],
+            )
 
 
-def matches(constraint: Constraint, example: Example) -> Iterator[Match]:
+def find_matches(constraint: Constraint, example: Example) -> Iterator[ConstraintMatch]:
     """Raises InputError when the pattern takes too long."""
-    for message, said in answers_of(example):
-        for start, end in spans(constraint, said, example.id):
-            yield Match(constraint.name, constraint.mode, Span(message, start, end), said[start:end][:EXCERPT])
+    for message_index, answer in iter_answers(example):
+        for start, end in find_spans(constraint, answer, example.id):
+            yield ConstraintMatch(
+                constraint.name,
+                constraint.mode,
+                CharSpan(message_index, start, end),
+                answer[start:end][:MAX_EXCERPT_CHARS],
+            )
 
 
-def spans(constraint: Constraint, text: str, where: str) -> list[tuple[int, int]]:
+def find_spans(constraint: Constraint, text: str, where: str) -> list[tuple[int, int]]:
     """Where a constraint matches a text. Raises InputError when the pattern takes too long."""
-    find = constraint.find
-    if not isinstance(find, str):
-        return find(text)
+    pattern = constraint.matcher
+    if not isinstance(pattern, str):
+        return pattern(text)
     try:
-        found = [match.span() for match in regex.finditer(find, text, timeout=SECONDS)]
+        spans = [match.span() for match in regex.finditer(pattern, text, timeout=MAX_MATCH_SECONDS)]
     except TimeoutError:
-        what = f"the pattern takes over {SECONDS:g} seconds on {where}, a text of {len(text):,} characters"
+        message = f"the pattern takes over {MAX_MATCH_SECONDS:g} seconds on {where}, a text of {len(text):,} characters"
         fix = "repeat nothing inside a repeat: `(a+)+` tries every way to divide a text, `a+` only one"
-        raise InputError(what, where=f"never: {constraint.name}", fix=fix) from None
-    return [(start, end) for start, end in found if start < end]
+        raise InputError(message, where=f"never: {constraint.name}", fix=fix) from None
+    return [(start, end) for start, end in spans if start < end]
 
 
 # ---------------------------------------------------------------- counts
 
 
 @dataclass
-class Tally:
+class ConstraintCounts:
     """How many rows break what. `unmarked` are those that no row itself calls negative."""
 
-    answers: int = 0  # rows that are not called negative
+    num_answers: int = 0  # rows that are not called negative
     unmarked: Counter[str] = field(default_factory=Counter[str])
-    left_out: Counter[str] = field(default_factory=Counter[str])
+    filtered: Counter[str] = field(default_factory=Counter[str])
     banned: Counter[str] = field(default_factory=Counter[str])
-    first: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def kept(self, example: Example) -> None:
-        self.answers += not example.negative
-        for name in example.breaks:
+    def count_example(self, example: Example) -> None:
+        self.num_answers += not example.negative
+        for name in example.violations:
             self.banned[name] += 1
-            self._break(name, example.id, marked=bool(example.negative))
+            self._count_break(name, example.id, is_negative=bool(example.negative))
 
-    def lost(self, violation: Violation) -> None:
-        self.answers += not violation.marked
-        self.left_out[violation.found.name] += 1
-        self._break(violation.found.name, f"{violation.where} {violation.found.excerpt!r}", marked=violation.marked)
+    def count_violation(self, violation: Violation) -> None:
+        self.num_answers += not violation.is_negative
+        self.filtered[violation.match.name] += 1
+        self._count_break(
+            violation.match.name,
+            f"{violation.where} {violation.match.excerpt!r}",
+            is_negative=violation.is_negative,
+        )
 
-    def _break(self, name: str, shown: str, *, marked: bool) -> None:
-        self.unmarked[name] += not marked
-        if not marked and len(self.first[name]) < SHOWN:
-            self.first[name].append(shown)
+    def _count_break(self, name: str, label: str, *, is_negative: bool) -> None:
+        self.unmarked[name] += not is_negative
+        if not is_negative and len(self.examples[name]) < MAX_SHOWN_ROWS:
+            self.examples[name].append(label)
 
-    def refuse_most(self, path: str) -> None:
+    def refuse_broad_constraints(self, path: str) -> None:
         """Raises InputError for a constraint that most answers break."""
         for name, count in self.unmarked.items():
-            if count > MOST_MATCHED * self.answers:
-                shown = "".join(f"\n  {line}" for line in self.first[name])
-                what = f"{count:,} of {self.answers:,} answers of {path} break it, over half:{shown}"
+            if count > MAX_MATCH_SHARE * self.num_answers:
+                example_lines = "".join(f"\n  {line}" for line in self.examples[name])
+                message = f"{count:,} of {self.num_answers:,} answers of {path} break it, over half:{example_lines}"
                 fix = 'write a narrower pattern, or mark the rows that are meant as bad with `"negative": true`'
-                raise InputError(what, where=f"never: {name}", fix=fix)
+                raise InputError(message, where=f"never: {name}", fix=fix)

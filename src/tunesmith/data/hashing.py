@@ -13,51 +13,59 @@ from itertools import chain
 
 from tunesmith.core.types import Example, Json
 
-CLOSING = "?!. \n\t"  # of a question: with and without them it asks the same
+CLOSING_CHARS = "?!. \n\t"  # of a question: with and without them it asks the same
 
 
-def digests(example: Example) -> tuple[int, int]:
+def hash_example(example: Example) -> tuple[int, int]:
     """64-bit digests of (the whole example, what stands before its last answer), white space evened out; of a question
     case and closing marks count for nothing either.
 
     With nothing before its answer, as in a plain text, both digests are the same.
     """
-    other = [] if example.rejected is None else [str(digests(example.rejected)[0])]
+    rejected = [] if example.rejected is None else [str(hash_example(example.rejected)[0])]
     if example.text is not None:
-        return _digests([example.prompt] if example.prompt else [], [example.text, *other])
-    *before, answer = [_parts(message) for message in example.messages]
+        return _hash_parts([example.prompt] if example.prompt else [], [example.text, *rejected])
+    *context, answer = [_split_message(message) for message in example.messages]
     tools = [json.dumps(example.tools, sort_keys=True)] if example.tools else []
-    return _digests([*tools, *chain.from_iterable(before)], [*answer, *other])
+    return _hash_parts([*tools, *chain.from_iterable(context)], [*answer, *rejected])
 
 
-def text_digest(text: str) -> int:
+def hash_text(text: str) -> int:
     """64-bit digest of a text, white space evened out."""
-    return int.from_bytes(hashlib.blake2b(_even([text]), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(_encode_normalized([text]), digest_size=8).digest(), "big"
+    )
 
 
-def shape(example: Example) -> object:
+def compute_shape(example: Example) -> object:
     """Which kinds of turns follow on each other, and what they hold beside text; the length does not matter."""
     kinds = [
         (message["role"], not message["content"].strip(), *sorted(message), weight > 0)
         for message, weight in zip(example.messages, example.turn_weights, strict=True)
     ]
-    return frozenset(zip([None, *kinds], [*kinds, None], strict=True)), bool(example.tools), example.prompt is None
+    return (
+        frozenset(zip([None, *kinds], [*kinds, None], strict=True)),
+        bool(example.tools),
+        example.prompt is None,
+    )
 
 
-def _parts(message: Json) -> tuple[str, str, str]:
+def _split_message(message: Json) -> tuple[str, str, str]:
     rest = {key: value for key, value in message.items() if key not in ("role", "content")}
     return message["role"], message["content"], json.dumps(rest, sort_keys=True) if rest else ""
 
 
-def _digests(prompt: Sequence[str], answer: Sequence[str]) -> tuple[int, int]:
-    asked = [part.casefold().rstrip(CLOSING) for part in prompt]
-    whole = _number(hashlib.blake2b(_even([*prompt, *answer]), digest_size=8))
-    return whole, _number(hashlib.blake2b(_even(asked), digest_size=8)) if prompt else whole
+def _hash_parts(prompt: Sequence[str], answer: Sequence[str]) -> tuple[int, int]:
+    question = [part.casefold().rstrip(CLOSING_CHARS) for part in prompt]
+    full_digest = _to_int(hashlib.blake2b(_encode_normalized([*prompt, *answer]), digest_size=8))
+    return full_digest, _to_int(
+        hashlib.blake2b(_encode_normalized(question), digest_size=8)
+    ) if prompt else full_digest
 
 
-def _number(hasher: hashlib.blake2b) -> int:
+def _to_int(hasher: hashlib.blake2b) -> int:
     return int.from_bytes(hasher.digest(), "big")
 
 
-def _even(parts: Sequence[str]) -> bytes:
+def _encode_normalized(parts: Sequence[str]) -> bytes:
     return "".join(" ".join(part.split()) + "\0" for part in parts).encode()

@@ -17,49 +17,58 @@ import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.sampler import order
+from tunesmith.data.sampler import permutation
 
-PASSES = 2**40  # a task's first pass, times its number from 1: its orders are none of the epochs', nor another task's
+PASS_OFFSET = (
+    2**40
+)  # a task's first pass, times its number from 1: its orders are none of the epochs', nor another task's
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
+class TaskMixture:
     """K rows of each task, and how many of them an epoch takes."""
 
     rows: tuple[np.ndarray, ...]  # of each task, K indices into the data set
-    places: tuple[int, ...]  # of each task, in an epoch
+    epoch_rows: tuple[int, ...]  # of each task, in an epoch
 
     @classmethod
-    def of(cls, dataset: Dataset, places: Mapping[str, int]) -> Mixture:
+    def from_dataset(cls, dataset: Dataset, epoch_rows: Mapping[str, int]) -> TaskMixture:
         """`places`: by task. Raises InputError for a task without rows."""
-        if missing := [task for task in places if task not in dataset.tasks]:
-            what, fix = f"the task '{missing[0]}' has no rows", "put them back, or make a new plan"
-            raise InputError(what, where=dataset.path, fix=fix)
-        number = {part.task: number for number, part in enumerate(dataset.parts)}
-        rows = tuple(np.flatnonzero(dataset.part_N == number[task]) for task in places)
-        return cls(rows, tuple(places.values()))
+        if missing := [task for task in epoch_rows if task not in dataset.tasks]:
+            message, fix = (
+                f"the task '{missing[0]}' has no rows",
+                "put them back, or make a new plan",
+            )
+            raise InputError(message, where=dataset.path, fix=fix)
+        part_indices = {part.task: part_indices for part_indices, part in enumerate(dataset.parts)}
+        rows = tuple(np.flatnonzero(dataset.part_N == part_indices[task]) for task in epoch_rows)
+        return cls(rows, tuple(epoch_rows.values()))
 
     def __len__(self) -> int:
-        return sum(self.places)
+        return sum(self.epoch_rows)
 
-    def epoch(self, seed: int, number: int) -> np.ndarray:
+    def build_epoch(self, seed: int, epoch: int) -> np.ndarray:
         """The rows of an epoch in their order; read-only."""
-        return _epoch(self, seed, number)
+        return _build_epoch(self, seed, epoch)
 
-    def taken(self, task: int, seed: int, number: int) -> np.ndarray:
+    def select_rows(self, task: int, seed: int, epoch: int) -> np.ndarray:
         """The rows of a task that an epoch takes."""
-        rows_K, count = self.rows[task], self.places[task]
-        passes, places = np.divmod(np.arange(number * count, (number + 1) * count), len(rows_K))
-        taken = np.empty(count, dtype=rows_K.dtype)
-        for one in np.unique(passes).tolist():
-            own = passes == one
-            taken[own] = rows_K[order(seed, PASSES * (task + 1) + one, len(rows_K))[places[own]]]
-        return taken
+        rows_K, count = self.rows[task], self.epoch_rows[task]
+        passes, positions = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(rows_K))
+        selected = np.empty(count, dtype=rows_K.dtype)
+        for pass_index in np.unique(passes).tolist():
+            is_in_pass = passes == pass_index
+            selected[is_in_pass] = rows_K[
+                permutation(seed, PASS_OFFSET * (task + 1) + pass_index, len(rows_K))[
+                    positions[is_in_pass]
+                ]
+            ]
+        return selected
 
 
 @lru_cache(maxsize=2)  # an epoch and the next one, at their border
-def _epoch(mixture: Mixture, seed: int, number: int) -> np.ndarray:
-    taken = [mixture.taken(task, seed, number) for task in range(len(mixture.rows))]
-    rows_N = np.concatenate(taken)[order(seed, number, len(mixture))]
+def _build_epoch(mixture: TaskMixture, seed: int, epoch: int) -> np.ndarray:
+    selected = [mixture.select_rows(task, seed, epoch) for task in range(len(mixture.rows))]
+    rows_N = np.concatenate(selected)[permutation(seed, epoch, len(mixture))]
     rows_N.setflags(write=False)
     return rows_N

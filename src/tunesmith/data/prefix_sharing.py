@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 # Fewer tokens in common are computed twice: a segment of its own costs about as much as these tokens.
-LEAST_SHARED = 16
+MIN_SHARED_TOKENS = 16
 
 
 class Segment(NamedTuple):
@@ -28,64 +28,81 @@ class Segment(NamedTuple):
     parent: int
 
 
-def begin_alike(fed: Sequence[np.ndarray], units: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+def group_by_prefix(
+    input_tokens: Sequence[np.ndarray], units: Sequence[tuple[int, ...]]
+) -> tuple[list[tuple[int, ...]], list[int]]:
     """An order of units (documents that stay together) in which those that begin alike are neighbours, and for each
     document how many first tokens it shares with the one before it: what both have in common, less where that would
     make a very short segment."""
-    keys = [fed[unit[0]].astype(">u4").tobytes() for unit in units]  # bytes in the order of the numbers
-    order = [units[i] for i in sorted(range(len(units)), key=keys.__getitem__)]
-    places = [i for unit in order for i in unit]
-    common = [_common(fed[one], fed[other]) for one, other in itertools.pairwise(places)]
-    shared = [0] * len(fed)
-    for i, tokens in zip(places, _worthwhile([0, *common][: len(fed)]), strict=True):
+    keys = [
+        input_tokens[unit[0]].astype(">u4").tobytes() for unit in units
+    ]  # bytes in the order of the numbers
+    ordered_units = [units[i] for i in sorted(range(len(units)), key=keys.__getitem__)]
+    documents = [i for unit in ordered_units for i in unit]
+    common = [
+        _count_common_tokens(input_tokens[first], input_tokens[second])
+        for first, second in itertools.pairwise(documents)
+    ]
+    shared = [0] * len(input_tokens)
+    for i, tokens in zip(
+        documents, _drop_short_prefixes([0, *common][: len(input_tokens)]), strict=True
+    ):
         shared[i] = tokens
-    return order, shared
+    return ordered_units, shared
 
 
-def _common(one: np.ndarray, other: np.ndarray) -> int:
-    length = min(len(one), len(other))
-    differs_L = one[:length] != other[:length]
+def _count_common_tokens(first: np.ndarray, second: np.ndarray) -> int:
+    length = min(len(first), len(second))
+    differs_L = first[:length] != second[:length]
     return int(differs_L.argmax()) if differs_L.any() else length
 
 
-def _worthwhile(common: list[int]) -> list[int]:
+def _drop_short_prefixes(common: list[int]) -> list[int]:
     """Every branch shares at least LEAST_SHARED tokens more than the branch that it leaves."""
     shared = [0] * len(common)
-    waiting = [(0, len(common), 0)]
-    while waiting:
-        first, last, depth = waiting.pop()
-        for start, end in _runs(common, first, last, depth + LEAST_SHARED):
+    stack = [(0, len(common), 0)]
+    while stack:
+        first, last, depth = stack.pop()
+        for start, end in _iter_runs(common, first, last, depth + MIN_SHARED_TOKENS):
             if end - start > 1:
-                least = min(common[start + 1 : end])
-                shared[start + 1 : end] = [least] * (end - start - 1)
-                waiting.append((start, end, least))
+                min_common = min(common[start + 1 : end])
+                shared[start + 1 : end] = [min_common] * (end - start - 1)
+                stack.append((start, end, min_common))
     return shared
 
 
-def _runs(shared: Sequence[int], first: int, last: int, least: int) -> Iterator[tuple[int, int]]:
+def _iter_runs(
+    shared: Sequence[int], first: int, last: int, min_shared: int
+) -> Iterator[tuple[int, int]]:
     """Stretches of first..last - 1 in which each shares at least `least` tokens with the one before."""
     start = first
-    for place in range(first + 1, last + 1):
-        if place == last or shared[place] < least:
-            yield start, place
-            start = place
+    for position in range(first + 1, last + 1):
+        if position == last or shared[position] < min_shared:
+            yield start, position
+            start = position
 
 
-def segments_of(lengths: Sequence[int], shared: Sequence[int]) -> tuple[list[Segment], list[int]]:
+def build_segments(
+    lengths: Sequence[int], shared: Sequence[int]
+) -> tuple[list[Segment], list[int]]:
     """The forest of documents that share `shared[i]` first tokens with document i - 1, parents before children, and the
     segment that each document ends in. It may end before its segment does: then it is what another one begins with."""
     segments: list[Segment] = []
-    ends_in = [0] * len(lengths)
-    waiting = [(start, end, 0, -1) for start, end in _runs(shared, 0, len(lengths), 1)][::-1]
-    while waiting:
-        start, end, depth, parent = waiting.pop()
+    last_segments = [0] * len(lengths)
+    stack = [(start, end, 0, -1) for start, end in _iter_runs(shared, 0, len(lengths), 1)][::-1]
+    while stack:
+        start, end, depth, parent = stack.pop()
         common = min(shared[start + 1 : end], default=lengths[start])
-        beyond = sum(length > common for length in lengths[start:end])
+        num_longer = sum(length > common for length in lengths[start:end])
         longest = max(range(start, end), key=lengths.__getitem__)
-        until = common if beyond > 1 else lengths[longest]
-        ends_in[start:end] = [len(segments)] * (end - start)
-        if beyond > 1:
-            runs = [run for run in _runs(shared, start, end, common + 1) if lengths[run[0]] > common]
-            waiting += [(*run, common, len(segments)) for run in runs][::-1]
-        segments.append(Segment(longest, depth, until, parent))
-    return segments, ends_in
+        segment_end = common if num_longer > 1 else lengths[longest]
+        last_segments[start:end] = [len(segments)] * (end - start)
+        if num_longer > 1:
+            runs = [
+                run
+                for run in _iter_runs(shared, start, end, common + 1)
+                if lengths[run[0]] > common
+            ]
+            stack += [(*run, common, len(segments)) for run in runs][::-1]
+        segments.append(Segment(longest, depth, segment_end, parent))
+    return segments, last_segments

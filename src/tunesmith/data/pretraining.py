@@ -24,36 +24,36 @@ import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document
-from tunesmith.data.chat_template.assistant_spans import FOREIGN
+from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
 from tunesmith.data.dataset import NOT_RENDERED, Dataset
-from tunesmith.data.length_stats import Scan, batches
-from tunesmith.data.readers.decompress import Spool
-from tunesmith.data.readers.invalid_row import BadRow, Rejects
-from tunesmith.data.sampler import Changes, Passes, prefetch, spans
-from tunesmith.data.windows import span, window_counts
+from tunesmith.data.length_stats import DatasetScan, iter_batches
+from tunesmith.data.readers.decompress import TempCopy
+from tunesmith.data.readers.invalid_row import InvalidRow, RejectedRows
+from tunesmith.data.sampler import CyclicSampler, RatioChanges, iter_ratio_segments, prefetch
+from tunesmith.data.windows import count_windows, find_window
 
 TOKEN_BYTES = 4
 DENSE = "no white space"  # what marks such rows
-_DENSE = re.compile(r"[!-~]{10000}")  # ASCII only: there are languages without spaces
-_HALF = re.compile(r"[!-~]{5000}")
+_DENSE_RUN = re.compile(r"[!-~]{10000}")  # ASCII only: there are languages without spaces
+_HALF_RUN = re.compile(r"[!-~]{5000}")
 
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
+class PretrainingCorpus:
     """N texts, W windows."""
 
-    rows: Dataset
-    spool: Spool
+    dataset: Dataset
+    token_file: TempCopy
     starts_N: np.ndarray  # int64, tokens in the spool before those of a text
     tokens_N: np.ndarray  # int64, 0 for a text that cannot be encoded
-    targets: int  # of a window at most
-    marked: Mapping[str, list[str]]  # DENSE or FOREIGN -> ids of the rows
-    rejects: Rejects  # rows that cannot be encoded
+    max_targets: int  # of a window at most
+    flagged: Mapping[str, list[str]]  # DENSE or FOREIGN -> ids of the rows
+    rejected_rows: RejectedRows  # rows that cannot be encoded
 
     @cached_property
     def firsts_N(self) -> np.ndarray:
         """int64, number of the first window of each text, and behind the last one W."""
-        counts_N = np.where(self.tokens_N > 0, window_counts(self.tokens_N, self.targets), 0)
+        counts_N = np.where(self.tokens_N > 0, count_windows(self.tokens_N, self.max_targets), 0)
         return np.concatenate(([0], np.cumsum(counts_N)))
 
     def __len__(self) -> int:
@@ -63,101 +63,162 @@ class Corpus:
     def lengths_W(self) -> np.ndarray:
         """int64, tokens of each window."""
         counts_N = np.diff(self.firsts_N)
-        used = counts_N > 0
-        sizes_N = -(-(self.tokens_N[used] - 1) // counts_N[used])
-        lengths_W = np.repeat(sizes_N + 1, counts_N[used])
-        lengths_W[self.firsts_N[1:][used] - 1] = self.tokens_N[used] - (counts_N[used] - 1) * sizes_N
+        has_windows_N = counts_N > 0
+        sizes_N = -(-(self.tokens_N[has_windows_N] - 1) // counts_N[has_windows_N])
+        lengths_W = np.repeat(sizes_N + 1, counts_N[has_windows_N])
+        lengths_W[self.firsts_N[1:][has_windows_N] - 1] = (
+            self.tokens_N[has_windows_N] - (counts_N[has_windows_N] - 1) * sizes_N
+        )
         return lengths_W
 
-    def windows_of(self, row: int) -> range:
+    def get_windows(self, row: int) -> range:
         return range(int(self.firsts_N[row]), int(self.firsts_N[row + 1]))
 
-    def document(self, number: int) -> Document:
+    def read_window(self, index: int) -> Document:
         """Window 0 .. W-1. Raises IndexError."""
-        if not 0 <= number < len(self):
-            raise IndexError(f"window {number} of {len(self)}")
-        row = int(np.searchsorted(self.firsts_N, number, side="right")) - 1
-        begin, end = span(int(self.tokens_N[row]), self.targets, number - int(self.firsts_N[row]))
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        row = int(np.searchsorted(self.firsts_N, index, side="right")) - 1
+        begin, end = find_window(
+            int(self.tokens_N[row]), self.max_targets, index - int(self.firsts_N[row])
+        )
         start = int(self.starts_N[row]) + begin
-        tokens_L = np.frombuffer(self.spool.read(TOKEN_BYTES * start, TOKEN_BYTES * (end - begin)), dtype=np.int32)
-        weights_L = np.full(len(tokens_L), self.rows.part(row).weight, dtype=np.float32)
+        tokens_L = np.frombuffer(
+            self.token_file.read(TOKEN_BYTES * start, TOKEN_BYTES * (end - begin)), dtype=np.int32
+        )
+        weights_L = np.full(len(tokens_L), self.dataset.get_part(row).weight, dtype=np.float32)
         weights_L[0] = 0
-        return Document(self.rows.id(row), tokens_L, weights_L)
+        return Document(self.dataset.get_id(row), tokens_L, weights_L)
 
-    def scan(self) -> Scan:
+    def build_scan(self) -> DatasetScan:
         """All rows, as the data check wants to see them: the documents are the windows."""
-        notes = {FOREIGN: self.marked[FOREIGN]} if FOREIGN in self.marked else {}
-        marked = {DENSE: self.marked[DENSE]} if DENSE in self.marked else {}
-        rows_R = np.arange(len(self.rows))
-        supervised = int(self.lengths_W.sum()) - len(self)
-        return Scan(rows_R, self.lengths_W, supervised, 0, {}, marked, notes, self.rejects, Rejects(), share=1)
+        notes = (
+            {CONTROL_LIKE_TEXT: self.flagged[CONTROL_LIKE_TEXT]}
+            if CONTROL_LIKE_TEXT in self.flagged
+            else {}
+        )
+        flagged = {DENSE: self.flagged[DENSE]} if DENSE in self.flagged else {}
+        rows_R = np.arange(len(self.dataset))
+        num_supervised = int(self.lengths_W.sum()) - len(self)
+        return DatasetScan(
+            rows_R,
+            self.lengths_W,
+            num_supervised,
+            0,
+            {},
+            flagged,
+            notes,
+            self.rejected_rows,
+            RejectedRows(),
+            scanned_share=1,
+        )
 
 
-def open_corpus(rows: Dataset, window: int) -> Corpus:
+def open_corpus(dataset: Dataset, window_tokens: int) -> PretrainingCorpus:
     """Encode every text of a data set. `window`: tokens of a window at most. Raises MachineError without room for the
     temporary file."""
-    spool, starts, ends = Spool(Path(rows.path), sys.maxsize), array("q"), array("q")
-    marked, rejects = defaultdict[str, list[str]](list), Rejects()
-    written = 0
-    for row, text, parts in _texts(rows):
-        starts.append(written)
+    token_file, starts, ends = TempCopy(Path(dataset.path), sys.maxsize), array("q"), array("q")
+    flagged, rejected_rows = defaultdict[str, list[str]](list), RejectedRows()
+    num_tokens = 0
+    for row, text, parts in _iter_texts(dataset):
+        starts.append(num_tokens)
         try:
             for part in parts:
-                spool.write(np.array(part, dtype=np.int32).tobytes())
-                written += len(part)
+                token_file.write(np.array(part, dtype=np.int32).tobytes())
+                num_tokens += len(part)
         except InputError as problem:
-            rejects.count(BadRow(NOT_RENDERED, problem.what, where=rows.id(row), fix=problem.fix))
+            rejected_rows.count(
+                InvalidRow(
+                    NOT_RENDERED, problem.message, where=dataset.get_id(row), fix=problem.fix
+                )
+            )
             ends.append(starts[-1])
             continue
-        ends.append(written)
-        if _dense(text):
-            marked[DENSE].append(rows.id(row))
-        if rows.renderer.tokenizer.pattern.search(text):
-            marked[FOREIGN].append(rows.id(row))
-    spool.flush()
+        ends.append(num_tokens)
+        if _is_dense(text):
+            flagged[DENSE].append(dataset.get_id(row))
+        if dataset.renderer.tokenizer.pattern.search(text):
+            flagged[CONTROL_LIKE_TEXT].append(dataset.get_id(row))
+    token_file.flush()
     starts_N = np.array(starts, dtype=np.int64)
-    return Corpus(rows, spool, starts_N, np.array(ends) - starts_N, window - 1, marked, rejects)
+    return PretrainingCorpus(
+        dataset,
+        token_file,
+        starts_N,
+        np.array(ends) - starts_N,
+        window_tokens - 1,
+        flagged,
+        rejected_rows,
+    )
 
 
-def _texts(rows: Dataset) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
+def _iter_texts(
+    dataset: Dataset,
+) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
     """(row, text, its tokens part by part) of every row; those of a batch are encoded together, on all cores, while the
     batch before is written."""
 
-    def encoded(batch: list[int]) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
-        texts = [rows.example(row).text or "" for row in batch]
-        return zip(batch, texts, rows.renderer.many_texts(texts), strict=True)
+    def encode_batch(
+        batch: list[int],
+    ) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
+        texts = [dataset.read_example(row).text or "" for row in batch]
+        return zip(batch, texts, dataset.renderer.iter_texts_ids(texts), strict=True)
 
-    yield from chain.from_iterable(prefetch(batches(rows, range(len(rows))), encoded))
+    yield from chain.from_iterable(
+        prefetch(iter_batches(dataset, range(len(dataset))), encode_batch)
+    )
 
 
-def _dense(text: str) -> bool:
+def _is_dense(text: str) -> bool:
     """A run that long holds one half as long that begins at a multiple of 5,000, which is quickly seen."""
-    return any(_HALF.match(text, start) for start in range(0, len(text), 5000)) and bool(_DENSE.search(text))
+    return any(_HALF_RUN.match(text, start) for start in range(0, len(text), 5000)) and bool(
+        _DENSE_RUN.search(text)
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
+class WindowSampler:
     """The windows of every step: of its `step_tokens` it takes what rehearsal leaves, up to half a window, from passes
     over all windows in random order. The last step takes what is left of the epochs; where the ratio of the rehearsal
     changes on the way, it is the number of steps that stays."""
 
-    corpus: Corpus
-    passes: Passes
+    corpus: PretrainingCorpus
+    sampler: CyclicSampler
     step_tokens: float
-    all_tokens: float  # of the epochs
-    ratio: float  # that rehearsal takes, from the first step on
+    total_tokens: float  # of the epochs
+    rehearsal_ratio: float  # that rehearsal takes, from the first step on
 
     @classmethod
-    def of(cls, corpus: Corpus, *, step_tokens: float, epochs: float, seed: int, ratio: float = 0) -> Stream:
-        passes = Passes(corpus.lengths_W, seed)
-        return cls(corpus, passes, step_tokens, epochs * float(corpus.lengths_W.sum()), ratio)
+    def from_corpus(
+        cls,
+        corpus: PretrainingCorpus,
+        *,
+        step_tokens: float,
+        epochs: float,
+        seed: int,
+        rehearsal_ratio: float = 0,
+    ) -> WindowSampler:
+        sampler = CyclicSampler(corpus.lengths_W, seed)
+        return cls(
+            corpus, sampler, step_tokens, epochs * float(corpus.lengths_W.sum()), rehearsal_ratio
+        )
 
-    def documents_of(self, step: int, changes: Changes = ()) -> list[Document]:
+    def read_documents(self, step: int, ratio_changes: RatioChanges = ()) -> list[Document]:
         """The windows of step 1.., a pure function of the texts and the arguments; behind the epochs there are none."""
-        places = range(*(self.passes.taken(self._due(done, changes)) for done in (step - 1, step)))
-        return [self.corpus.document(self.passes.item(place)[1]) for place in places]
+        positions = range(
+            *(
+                self.sampler.count_due_items(self._compute_due_tokens(steps, ratio_changes))
+                for steps in (step - 1, step)
+            )
+        )
+        return [
+            self.corpus.read_window(self.sampler.get_item(position)[1]) for position in positions
+        ]
 
-    def _due(self, step: int, changes: Changes) -> float:
+    def _compute_due_tokens(self, step: int, ratio_changes: RatioChanges) -> float:
         """Tokens of the data up to `step`."""
-        due = sum(steps * self.step_tokens * (1 - ratio) for steps, ratio in spans(step, self.ratio, changes))
-        return due if changes else min(self.all_tokens, due)
+        due_tokens = sum(
+            steps * self.step_tokens * (1 - ratio)
+            for steps, ratio in iter_ratio_segments(step, self.rehearsal_ratio, ratio_changes)
+        )
+        return due_tokens if ratio_changes else min(self.total_tokens, due_tokens)

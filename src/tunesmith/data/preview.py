@@ -19,54 +19,69 @@ import numpy as np
 from rich.text import Text
 
 from tunesmith.core.types import Document
-from tunesmith.data.truncation import Prepared
+from tunesmith.data.truncation import PreparedRow
 
 if TYPE_CHECKING:
     from tunesmith.data.chat_template.renderer import Renderer
 
-TRAINED, PLAIN, CONTROL, IDS = "bold green", "dim", " reverse", "cyan"
-SIDES = {
+TRAINED_STYLE, PLAIN_STYLE, CONTROL_STYLE, IDS_STYLE = "bold green", "dim", " reverse", "cyan"
+SIDE_LABELS = {
     "chosen": "trained, the answer to prefer",
     "rejected": "trained, the answer to prefer it to",
     "banned": "trained away from",
 }
-MOST_TOKENS = 6  # of one character
+MAX_CHAR_TOKENS = 6  # of one character
 
 
-class Piece(NamedTuple):
+class TokenPiece(NamedTuple):
     """The least run of tokens that makes whole characters."""
 
     text: str
     ids: tuple[int, ...]
     weight: float
-    control: bool
+    is_control: bool
 
 
-def coloured(prepared: Prepared, renderer: Renderer, *, ids: bool = False) -> Iterator[Text]:
+def render_preview(
+    prepared: PreparedRow, renderer: Renderer, *, should_show_ids: bool = False
+) -> Iterator[Text]:
     """A header and the tokens of each document of a row; one line with the reason if nothing is left of it."""
-    if prepared.dropped:
-        yield Text.assemble((prepared.id, "bold"), f"  dropped: {prepared.dropped}")
+    if prepared.drop_reason:
+        yield Text.assemble((prepared.id, "bold"), f"  dropped: {prepared.drop_reason}")
     for number, document in enumerate(prepared.documents, 1):
-        which = f"  document {number} of {len(prepared.documents)}" if len(prepared.documents) > 1 else ""
-        trained, side = int(np.count_nonzero(document.weights_L)), SIDES.get(document.side, "trained")
-        yield Text.assemble((prepared.id, "bold"), f"{which}  {len(document)} tokens, {trained} {side}")
-        yield _tokens(document, renderer, ids)
+        document_label = (
+            f"  document {number} of {len(prepared.documents)}"
+            if len(prepared.documents) > 1
+            else ""
+        )
+        num_supervised, side_label = (
+            int(np.count_nonzero(document.weights_L)),
+            SIDE_LABELS.get(document.side, "trained"),
+        )
+        yield Text.assemble(
+            (prepared.id, "bold"),
+            f"{document_label}  {len(document)} tokens, {num_supervised} {side_label}",
+        )
+        yield _render_tokens(document, renderer, should_show_ids)
     for note in prepared.notes:
-        yield Text.assemble(("note: ", "yellow"), visible(note))
+        yield Text.assemble(("note: ", "yellow"), escape_invisible(note))
 
 
-def _tokens(document: Document, renderer: Renderer, ids: bool) -> Text:
+def _render_tokens(document: Document, renderer: Renderer, should_show_ids: bool) -> Text:
     text = Text()
-    for weight, run in groupby(pieces(document, renderer), key=lambda piece: piece.weight):
-        style = TRAINED if weight else PLAIN
+    for weight, run in groupby(iter_pieces(document, renderer), key=lambda piece: piece.weight):
+        style = TRAINED_STYLE if weight else PLAIN_STYLE
         if weight:
             text.append("⟦" if weight == 1 else f"⟦×{weight:g} ", style)
         for piece in run:
-            shown = visible(piece.text)
-            line_end = "\n" if shown.endswith("\n") else ""
-            text.append(f"◆{shown}" if piece.control else shown.removesuffix("\n"), style + CONTROL * piece.control)
-            if ids:
-                text.append(f"‹{' '.join(map(str, piece.ids))}›", IDS)
+            visible_text = escape_invisible(piece.text)
+            line_end = "\n" if visible_text.endswith("\n") else ""
+            text.append(
+                f"◆{visible_text}" if piece.is_control else visible_text.removesuffix("\n"),
+                style + CONTROL_STYLE * piece.is_control,
+            )
+            if should_show_ids:
+                text.append(f"‹{' '.join(map(str, piece.ids))}›", IDS_STYLE)
             text.append(line_end)
         if weight:
             text.append("⟧", style)
@@ -74,32 +89,36 @@ def _tokens(document: Document, renderer: Renderer, ids: bool) -> Text:
     return text
 
 
-def pieces(document: Document, renderer: Renderer) -> Iterator[Piece]:
+def iter_pieces(document: Document, renderer: Renderer) -> Iterator[TokenPiece]:
     """Cut a document into pieces, each decoded behind its left neighbour: some tokenizers eat a first space."""
     tokens, weights = document.tokens_L.tolist(), document.weights_L.tolist()
     begin = 0
     for end in range(1, len(tokens) + 1):
-        before = tokens[max(0, begin - 1) : begin]
-        text = renderer.decode([*before, *tokens[begin:end]])[len(renderer.decode(before)) :]
-        unfinished = text.endswith("\ufffd") and end - begin < MOST_TOKENS and end < len(tokens)
-        if unfinished and weights[end] == weights[begin]:
+        previous = tokens[max(0, begin - 1) : begin]
+        text = renderer.decode([*previous, *tokens[begin:end]])[len(renderer.decode(previous)) :]
+        is_unfinished = (
+            text.endswith("\ufffd") and end - begin < MAX_CHAR_TOKENS and end < len(tokens)
+        )
+        if is_unfinished and weights[end] == weights[begin]:
             continue
-        yield Piece(text, tuple(tokens[begin:end]), weights[begin], tokens[begin] in renderer.control_ids)
+        yield TokenPiece(
+            text, tuple(tokens[begin:end]), weights[begin], tokens[begin] in renderer.control_ids
+        )
         begin = end
 
 
-def visible(text: str) -> str:
+def escape_invisible(text: str) -> str:
     """Line ends, tabs and lone spaces as signs; steering and invisible characters by their number."""
     if text and not text.strip(" "):
         return "␣" * len(text)
-    return "".join(_sign(character) for character in text)
+    return "".join(_escape_character(character) for character in text)
 
 
-def _sign(character: str) -> str:
-    if character in SIGNS:
-        return SIGNS[character]
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return f"\\u{{{ord(character):x}}}" if hidden else character
+def _escape_character(character: str) -> str:
+    if character in VISIBLE_SIGNS:
+        return VISIBLE_SIGNS[character]
+    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return f"\\u{{{ord(character):x}}}" if is_hidden else character
 
 
-SIGNS = {"\n": "⏎\n", "\t": "⇥"}
+VISIBLE_SIGNS = {"\n": "⏎\n", "\t": "⇥"}

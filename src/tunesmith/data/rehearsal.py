@@ -18,62 +18,76 @@ import numpy as np
 
 from tunesmith.core.types import Document
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.sampler import Changes, Passes, spans
-from tunesmith.data.windows import window, window_counts
+from tunesmith.data.sampler import CyclicSampler, RatioChanges, iter_ratio_segments
+from tunesmith.data.windows import count_windows, cut_window
 
-NAME = "rehearsal"  # role of the rows, task of their documents
-PASSES = 2**32  # added to the number of a pass, so that its order is none of the data's epochs
+REHEARSAL_ROLE = "rehearsal"  # role of the rows, task of their documents
+FIRST_PASS = 2**32  # added to the number of a pass, so that its order is none of the data's epochs
 
 
 @dataclass(frozen=True, eq=False)
-class Rehearsal:
+class RehearsalSampler:
     """M rows, taken in passes. A place counts rows over all passes."""
 
-    rows: Dataset
-    passes: Passes  # of the rows, with about how many tokens each gives in a pass
-    length: int  # tokens of a piece at most
+    dataset: Dataset
+    sampler: CyclicSampler  # of the rows, with about how many tokens each gives in a pass
+    max_tokens: int  # tokens of a piece at most
     step_tokens: float  # of the data, in a step; of the whole step where it takes the place of data
     ratio: float  # share of all tokens, from the first step on
-    replaces: bool
+    should_replace_data: bool
 
     @classmethod
-    def of(
+    def from_dataset(
         cls,
-        rows: Dataset,
+        dataset: Dataset,
         *,
-        tokens: int,
-        length: int,
+        total_tokens: int,
+        max_tokens: int,
         step_tokens: float,
         ratio: float,
         seed: int,
-        replaces: bool = False,
-    ) -> Rehearsal:
+        should_replace_data: bool = False,
+    ) -> RehearsalSampler:
         """`tokens`: of all rows, uncut."""
-        bytes_M = np.array([rows.row_bytes(i) for i in range(len(rows))], dtype=np.float64)
-        tokens_M = bytes_M * (tokens / bytes_M.sum())
-        passes = Passes(tokens_M / window_counts(tokens_M, length), seed, PASSES)
-        return cls(rows, passes, length, step_tokens, ratio, replaces)
+        bytes_M = np.array(
+            [dataset.get_row_bytes(i) for i in range(len(dataset))], dtype=np.float64
+        )
+        tokens_M = bytes_M * (total_tokens / bytes_M.sum())
+        sampler = CyclicSampler(tokens_M / count_windows(tokens_M, max_tokens), seed, FIRST_PASS)
+        return cls(dataset, sampler, max_tokens, step_tokens, ratio, should_replace_data)
 
-    def documents_of(self, step: int, changes: Changes = ()) -> list[Document]:
+    def read_documents(self, step: int, ratio_changes: RatioChanges = ()) -> list[Document]:
         """The rehearsal documents of step 1.. ; most steps of a small ratio have none."""
-        places = range(*(self.passes.taken(self._due(done, changes)) for done in (step - 1, step)))
-        return [document for place in places for document in self._documents(place)]
+        positions = range(
+            *(
+                self.sampler.count_due_items(self._compute_due_tokens(steps, ratio_changes))
+                for steps in (step - 1, step)
+            )
+        )
+        return [
+            document for position in positions for document in self._read_row_documents(position)
+        ]
 
-    def _due(self, step: int, changes: Changes) -> float:
+    def _compute_due_tokens(self, step: int, ratio_changes: RatioChanges) -> float:
         """Rehearsal tokens up to `step`: ratio / (1 - ratio) for each token of the data, or ratio of every token."""
         return sum(
-            steps * self.step_tokens * (ratio if self.replaces else ratio / (1 - ratio))
-            for steps, ratio in spans(step, self.ratio, changes)
+            steps * self.step_tokens * (ratio if self.should_replace_data else ratio / (1 - ratio))
+            for steps, ratio in iter_ratio_segments(step, self.ratio, ratio_changes)
         )
 
-    def _documents(self, place: int) -> list[Document]:
-        number, row = self.passes.item(place)
-        found = [dataclasses.replace(document, task=NAME) for document in self.rows.documents(row)]
-        if self.rows.part(row).format == "text":
-            return [_piece(document, self.length, number + row) for document in found]
-        return [document for document in found if len(document) <= self.length]
+    def _read_row_documents(self, position: int) -> list[Document]:
+        pass_index, row = self.sampler.get_item(position)
+        documents = [
+            dataclasses.replace(document, task=REHEARSAL_ROLE)
+            for document in self.dataset.render_documents(row)
+        ]
+        if self.dataset.get_part(row).format == "text":
+            return [
+                _pick_window(document, self.max_tokens, pass_index + row) for document in documents
+            ]
+        return [document for document in documents if len(document) <= self.max_tokens]
 
 
-def _piece(document: Document, length: int, turn: int) -> Document:
+def _pick_window(document: Document, max_targets: int, turn: int) -> Document:
     """One of the windows of a text, another one each turn."""
-    return window(document, length, turn % int(window_counts(len(document), length)))
+    return cut_window(document, max_targets, turn % int(count_windows(len(document), max_targets)))

@@ -12,67 +12,89 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from tunesmith.core.events import GENERAL
-from tunesmith.core.progress_log import watched
+from tunesmith.core.events import GENERAL_TASK
+from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, ScalePoint
-from tunesmith.data.sampler import order
-from tunesmith.evaluate.general_text import chosen_texts
-from tunesmith.evaluate.measure import Items, eval_measurement, general_measurement
+from tunesmith.data.sampler import permutation
+from tunesmith.evaluate.general_text import sample_texts
+from tunesmith.evaluate.measure import EvalItems, measure_eval_loss, measure_general_text
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.pairing import only
-from tunesmith.evaluate.results import Measured, Measurement, score
-from tunesmith.model.adapters import adapter_scaled
-from tunesmith.session.session import Workbench
+from tunesmith.evaluate.pairing import select_items
+from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
+from tunesmith.model.adapters import scaled_adapter
+from tunesmith.session.session import Session
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-TOKENS = 4096  # of held-out rows, and of general text, read at each scale
+ADAPTER_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+MAX_TOKENS = 4096  # of held-out rows, and of general text, read at each scale
 
 
-def scale_curve(
-    bench: Workbench, items: Items, *, step: int, before: Measured, after: Measured
+def measure_scale_curve(
+    session: Session, items: EvalItems, *, step: int, before: EvalResults, after: EvalResults
 ) -> tuple[ScalePoint, ...]:
     """Nothing without an adapter, or without `eval_data`. `before` is of the base, unless the adapter is one that went
     on."""
-    if bench.plan["method"] == "full" or not (items.eval_documents or "eval_data" in items.held_out):
+    if session.plan["method"] == "full" or not (
+        items.eval_documents or "eval_data" in items.held_out_texts
+    ):
         return ()
-    bench.model.network.eval()
-    items = few(bench, items)
-    ends = {1.0: after} if bench.facts.adapter else {0.0: before, 1.0: after}
+    session.model.network.eval()
+    items = select_curve_items(session, items)
+    end_results = {1.0: after} if session.inputs.adapter else {0.0: before, 1.0: after}
     points: list[ScalePoint] = []
-    for scale in watched(SCALES, len(SCALES), "scales of the adapter"):
-        with adapter_scaled(bench.model.network, scale):
-            gain = score(eval_measurement(bench, items), step=step)
-            general = _general(bench, items, ends.get(scale)) if items.texts else None
-        points.append(ScalePoint(scale, gain, score(general, step=step) if general else None))
+    for scale in log_progress(ADAPTER_SCALES, len(ADAPTER_SCALES), "scales of the adapter"):
+        with scaled_adapter(session.model.network, scale):
+            gain = compute_score(measure_eval_loss(session, items), step=step)
+            general = (
+                _measure_general(session, items, end_results.get(scale))
+                if items.general_texts
+                else None
+            )
+        points.append(
+            ScalePoint(scale, gain, compute_score(general, step=step) if general else None)
+        )
     return tuple(points)
 
 
-def _general(bench: Workbench, items: Items, known: Measured | None) -> Measurement:
+def _measure_general(
+    session: Session, items: EvalItems, results: EvalResults | None
+) -> MetricValues:
     """`known`: what was measured of these texts, among others."""
-    if known is None:
-        return general_measurement(bench, items.texts)
-    whole = next(one for one in known.measurements if (one.task, one.metric) == (GENERAL, BITS_PER_BYTE))
-    places = {item: place for place, item in enumerate(whole.ids)}
-    return only(whole, [places[text.id] for text in items.texts])
+    if results is None:
+        return measure_general_text(session, items.general_texts)
+    general = next(
+        measurement
+        for measurement in results.measurements
+        if (measurement.task, measurement.metric) == (GENERAL_TASK, BITS_PER_BYTE)
+    )
+    index_by_id = {item: index for index, item in enumerate(general.ids)}
+    return select_items(general, [index_by_id[text.id] for text in items.general_texts])
 
 
-def few(bench: Workbench, items: Items) -> Items:
+def select_curve_items(session: Session, items: EvalItems) -> EvalItems:
     """Those that the curve is measured on."""
-    tokens = bench.renderer.text_tokens
-    held_out = {role: chosen_texts(texts, tokens, TOKENS) for role, texts in items.held_out.items()}
-    texts = chosen_texts(items.texts, tokens, TOKENS)
-    return dataclasses.replace(items, eval_documents=_some(items.eval_documents), texts=texts, held_out=held_out)
+    tokens = session.renderer.encode_text
+    held_out = {
+        role: sample_texts(texts, tokens, MAX_TOKENS)
+        for role, texts in items.held_out_texts.items()
+    }
+    texts = sample_texts(items.general_texts, tokens, MAX_TOKENS)
+    return dataclasses.replace(
+        items,
+        eval_documents=_select_documents(items.eval_documents),
+        texts=texts,
+        held_out=held_out,
+    )
 
 
-def _some(documents: Sequence[Document]) -> tuple[Document, ...]:
+def _select_documents(documents: Sequence[Document]) -> tuple[Document, ...]:
     """Whole rows, at least two."""
     rows: dict[str, list[Document]] = {}
     for document in documents:
         rows.setdefault(document.id, []).append(document)
-    taken, left = list[str](), TOKENS
-    for place in order(0, 0, len(rows)).tolist():
-        if left <= 0 and len(taken) > 1:
+    chosen_rows, remaining_tokens = list[str](), MAX_TOKENS
+    for index in permutation(0, 0, len(rows)).tolist():
+        if remaining_tokens <= 0 and len(chosen_rows) > 1:
             break
-        taken.append(list(rows)[place])
-        left -= sum(len(document) for document in rows[taken[-1]])
-    return tuple(document for row in rows if row in taken for document in rows[row])
+        chosen_rows.append(list(rows)[index])
+        remaining_tokens -= sum(len(document) for document in rows[chosen_rows[-1]])
+    return tuple(document for row in rows if row in chosen_rows for document in rows[row])

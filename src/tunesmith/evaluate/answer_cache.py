@@ -21,112 +21,131 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import from_json, json_bytes, to_json
-from tunesmith.core.progress_log import watched
-from tunesmith.core.types import Generation, Json, Request
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.generation.engine import Decode, generate
+from tunesmith.core.json_io import dump_json, parse_as, to_jsonable
+from tunesmith.core.progress_log import log_progress
+from tunesmith.core.types import GenerationOutput, GenerationRequest, Json
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.generation.engine import DecodeFn, generate
 
-ANSWERS = "answers.jsonl"  # in a run folder
-MODEL = ("tunesmith", "base_sha256", "config", "tokenizer", "renderer", "versions", "machine")  # of an identity
-COMPUTED = ("method", "dtype", "attention")  # of its plan: how the same weights are computed with
+ANSWERS_FILE = "answers.jsonl"  # in a run folder
+MODEL_KEYS = (
+    "tunesmith",
+    "base_sha256",
+    "config",
+    "tokenizer",
+    "renderer",
+    "versions",
+    "machine",
+)  # of an identity
+PLAN_KEYS = ("method", "dtype", "attention")  # of its plan: how the same weights are computed with
 
 
 @dataclass(frozen=True)
-class Store:
+class AnswerCache:
     """Where answers are kept, and what the weights are that give them: see `state_of`."""
 
     file: Path
-    state: str
+    weights_hash: str
 
 
-def state_of(identity: Json, adapter: Mapping[str, str]) -> str:
+def hash_weights(fingerprint: Json, adapter: Mapping[str, str]) -> str:
     """What the weights are, from the identity of a run and the sha256 of each file of its adapter (none: the base), or
     of the model where all weights were trained."""
-    plan = {key: identity["plan"].get(key) for key in COMPUTED}
-    facts = {key: identity.get(key) for key in MODEL}
-    return _sha256({"facts": facts, "plan": plan, "adapter": dict(adapter)})
+    plan = {key: fingerprint["plan"].get(key) for key in PLAN_KEYS}
+    model_values = {key: fingerprint.get(key) for key in MODEL_KEYS}
+    return _hash_json({"facts": model_values, "plan": plan, "adapter": dict(adapter)})
 
 
-def answers_cached(
-    model: LanguageModel,
-    requests: Sequence[Request],
+def generate_cached(
+    model: PackedCausalLM,
+    requests: Sequence[GenerationRequest],
     *,
-    decode: Decode,
+    decode: DecodeFn,
     end_ids: Collection[int],
-    store: Store | None,
-) -> list[Generation]:
+    cache: AnswerCache | None,
+) -> list[GenerationOutput]:
     """The answer of each request, in their order; the same request is answered once. Nothing is kept without a `store`,
     nor where its file cannot be written. Raises as `generate` does."""
-    keys = [_key(store.state if store else "", request, end_ids) for request in requests]
-    found = _read(store.file, set(keys)) if store else {}
-    missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
-    names, finished = list(missing), generate(model, list(missing.values()), decode=decode, end_ids=end_ids)
-    with closing(_Appended(store.file if store else None)) as kept:
-        for place, answer in watched(finished, len(requests), "answers", done=len(requests) - len(names)):
-            found[names[place]] = answer
-            kept.add(names[place], answer)
-    return [found[key] for key in keys]
+    keys = [
+        _compute_key(cache.weights_hash if cache else "", request, end_ids) for request in requests
+    ]
+    answers = _read_answers(cache.file, set(keys)) if cache else {}
+    missing = {
+        key: request for key, request in zip(keys, requests, strict=True) if key not in answers
+    }
+    missing_keys, generations = (
+        list(missing),
+        generate(model, list(missing.values()), decode=decode, end_ids=end_ids),
+    )
+    with closing(_AppendFile(cache.file if cache else None)) as cache_file:
+        for index, answer in log_progress(
+            generations, len(requests), "answers", num_done=len(requests) - len(missing_keys)
+        ):
+            answers[missing_keys[index]] = answer
+            cache_file.append_answer(missing_keys[index], answer)
+    return [answers[key] for key in keys]
 
 
-def _key(state: str, request: Request, end_ids: Collection[int]) -> str:
+def _compute_key(weights_hash: str, request: GenerationRequest, end_ids: Collection[int]) -> str:
     """Every field of a request counts, those to come too."""
-    return _sha256({"state": state, "request": to_json(request), "end_ids": sorted(end_ids)})
+    return _hash_json(
+        {"state": weights_hash, "request": to_jsonable(request), "end_ids": sorted(end_ids)}
+    )
 
 
-def _sha256(value: Json) -> str:
+def _hash_json(value: Json) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read(file: Path, keys: Collection[str]) -> dict[str, Generation]:
+def _read_answers(file: Path, keys: Collection[str]) -> dict[str, GenerationOutput]:
     if not file.is_file():
         return {}
     with file.open("rb") as lines:
-        return {key: answer for line in lines for key, answer in _answer_of(line) if key in keys}
+        return {key: answer for line in lines for key, answer in _parse_answer(line) if key in keys}
 
 
-def _answer_of(line: bytes) -> Iterator[tuple[str, Generation]]:
+def _parse_answer(line: bytes) -> Iterator[tuple[str, GenerationOutput]]:
     """Nothing for a line that is torn or was damaged: its seal does not fit."""
     try:
         entry = json.loads(line)
-        sealed = entry["seal"] == _sha256({"key": entry["key"], "answer": entry["answer"]})
-        if sealed:
-            yield entry["key"], from_json(Generation, entry["answer"])
+        is_sealed = entry["seal"] == _hash_json({"key": entry["key"], "answer": entry["answer"]})
+        if is_sealed:
+            yield entry["key"], parse_as(GenerationOutput, entry["answer"])
     except (ValueError, KeyError, TypeError, RecursionError, InputError):
         return
 
 
-class _Appended:
+class _AppendFile:
     """A file that lines are added to, each in one write. What cannot be written is not kept, and nothing else."""
 
     def __init__(self, file: Path | None) -> None:
-        self._file: int | None = None
+        self._fd: int | None = None
         if file is not None:
             try:
-                self._file = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+                self._fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
                 self._end_torn_line()
             except OSError:
                 self.close()
 
     def _end_torn_line(self) -> None:
-        assert self._file is not None
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
+        assert self._fd is not None
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            os.write(self._fd, b"\n")
 
-    def add(self, key: str, answer: Generation) -> None:
-        if self._file is None:
+    def append_answer(self, key: str, answer: GenerationOutput) -> None:
+        if self._fd is None:
             return
-        entry = {"key": key, "answer": to_json(answer)}
-        line = json_bytes({**entry, "seal": _sha256(entry)})
+        entry = {"key": key, "answer": to_jsonable(answer)}
+        line = dump_json({**entry, "seal": _hash_json(entry)})
         try:
-            whole = os.write(self._file, line) == len(line)
+            is_complete = os.write(self._fd, line) == len(line)
         except OSError:
-            whole = False
-        if not whole:  # the disk is full: another line would not fit either
+            is_complete = False
+        if not is_complete:  # the disk is full: another line would not fit either
             self.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-        self._file = None
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None

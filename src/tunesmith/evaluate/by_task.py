@@ -11,30 +11,41 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from tunesmith.evaluate.results import Measurement
+from tunesmith.evaluate.results import MetricValues
 
 
-def by_task(whole: Measurement, tasks: Mapping[str, str], trained: Collection[str]) -> Iterator[Measurement]:
+def split_by_task(
+    measurement: MetricValues, tasks: Mapping[str, str], trained_tasks: Collection[str]
+) -> Iterator[MetricValues]:
     """`tasks`: the task of each item; `trained`: those that have training rows. Without tasks: `whole` as it is."""
     if not tasks:
-        yield whole
+        yield measurement
         return
-    names = list(dict.fromkeys(tasks[item] for item in whole.ids))
+    task_names = list(dict.fromkeys(tasks[item] for item in measurement.ids))
     for label, mean, members in (
-        ("{}", "mean of tasks", [name for name in names if name in trained]),
-        ("{} (held out)", "mean of held-out tasks", [name for name in names if name not in trained]),
+        ("{}", "mean of tasks", [name for name in task_names if name in trained_tasks]),
+        (
+            "{} (held out)",
+            "mean of held-out tasks",
+            [name for name in task_names if name not in trained_tasks],
+        ),
     ):
         for name in members:
-            yield _part(whole, tasks, [name], label.format(name))
+            yield _select_tasks(measurement, tasks, [name], label.format(name))
         if len(members) > 1:
-            found = _part(whole, tasks, members, mean)
-            yield replace(found, groups=tuple(tasks[item] for item in found.ids))
+            subset = _select_tasks(measurement, tasks, members, mean)
+            yield replace(subset, groups=tuple(tasks[item] for item in subset.ids))
 
 
-def _part(whole: Measurement, tasks: Mapping[str, str], names: Collection[str], label: str) -> Measurement:
+def _select_tasks(
+    measurement: MetricValues, tasks: Mapping[str, str], task_names: Collection[str], label: str
+) -> MetricValues:
     """The items of these tasks."""
-    kept = [i for i, item in enumerate(whole.ids) if tasks[item] in names]
+    indices = [i for i, item in enumerate(measurement.ids) if tasks[item] in task_names]
     ids, values, weights = (
-        tuple(found[i] for i in kept) if found else () for found in (whole.ids, whole.values, whole.weights)
+        tuple(column[i] for i in indices) if column else ()
+        for column in (measurement.ids, measurement.values, measurement.weights)
     )
-    return replace(whole, task=f"{whole.task}: {label}", ids=ids, values=values, weights=weights)
+    return replace(
+        measurement, task=f"{measurement.task}: {label}", ids=ids, values=values, weights=weights
+    )

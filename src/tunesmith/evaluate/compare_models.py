@@ -12,36 +12,46 @@ import dataclasses
 from datetime import datetime
 from pathlib import Path
 
-from tunesmith.core.atomic import damage
+from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import plan_in, trained_in
-from tunesmith.core.types import Choice, Comparison, Plan
-from tunesmith.data.constraints import Never
+from tunesmith.core.run_dir import find_weights_dir, read_run_plan
+from tunesmith.core.types import Comparison, Plan, PlanValue
+from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import open_dataset
-from tunesmith.evaluate.measure import items_of, measure
-from tunesmith.evaluate.model_ref import Side
-from tunesmith.evaluate.results import Measured, compare_all
-from tunesmith.model.adapters import adapter_scaled, trainable
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.hub.adapter_config import CONFIG
+from tunesmith.evaluate.measure import build_eval_items, measure_items
+from tunesmith.evaluate.model_ref import ModelRef
+from tunesmith.evaluate.results import EvalResults, compare_results
+from tunesmith.model.adapters import get_trainable_parameters, scaled_adapter
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
-from tunesmith.session.inputs import Facts
-from tunesmith.session.reopen import model_left, of_run
-from tunesmith.session.session import model_at_start, only_model
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
+from tunesmith.session.session import load_starting_model, open_eval_session
 from tunesmith.train.checkpoint import load_weights
 
 # What another model is asked: the rest of a recipe is about training, or about the model of the run.
-ASKED = (
-    *("data", "eval_data", "eval_split", "test_data", "retention_data", "never", "stage", "metrics", "schema"),
+EVAL_SETTINGS = (
+    *(
+        "data",
+        "eval_data",
+        "eval_split",
+        "test_data",
+        "retention_data",
+        "never",
+        "stage",
+        "metrics",
+        "schema",
+    ),
     *("skip_bad", "seed", "max_length", "pack_length", "dtype"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Exam:
+class EvalSpec:
     """What is measured instead of a run's own items: the rows of `data`, by these metrics. Nothing: as it was."""
 
     data: Path | None = None
@@ -49,109 +59,156 @@ class Exam:
     allow_code: bool = False
 
 
-def measured_by(side: Side, other: Side, exam: Exam) -> Measured:
+def evaluate_model(model_ref: ModelRef, other_ref: ModelRef, spec: EvalSpec) -> EvalResults:
     """A side that no file has measured, on the items of its own run, of the other side's, or of the exam."""
-    if side.run is not None:
-        return _after(side, *of_run(side.run), exam)
-    plan, known = _planned(_asked_of(side.name, other.run, exam))
-    return _measured(*_under(plan, known, exam), model_at_start(plan, known), exam)
+    if model_ref.run_dir is not None:
+        return _evaluate_trained(model_ref, *load_plan_and_inputs(model_ref.run_dir), spec)
+    plan, run_inputs = _build_plan(_build_recipe(model_ref.name, other_ref.run_dir, spec))
+    return _measure_model(
+        *_apply_spec(plan, run_inputs, spec), load_starting_model(plan, run_inputs), spec
+    )
 
 
-def before_and_after(side: Side, exam: Exam) -> tuple[Comparison, ...]:
+def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> tuple[Comparison, ...]:
     """A run, a checkpoint, a scale or an adapter beside the model that it began with. Raises InputError for a model
     alone, which has none."""
-    if side.run is None and not is_adapter(Path(side.name)):
+    if model_ref.run_dir is None and not is_adapter_dir(Path(model_ref.name)):
         raise InputError(
-            "a model alone has no before", where=side.name, fix="compare it with another: tunesmith compare"
+            "a model alone has no before",
+            where=model_ref.name,
+            fix="compare it with another: tunesmith compare",
         )
-    if side.run is None:
-        plan, known = _planned(_asked_of(side.name, None, exam))
-        model, asked = model_at_start(plan, known), _under(plan, known, exam)
-        after = _measured(*asked, model, exam)
-        with adapter_scaled(model.network, 0):
-            return compare_all(_measured(*asked, model, exam), after, step=0)
-    plan, known = of_run(side.run)
-    start = inputs.start_of(plan, known.model.path)
-    begun = model_at_start(plan, dataclasses.replace(known, adapter=start))
-    before = _measured(*_under(plan, known, exam), begun, exam)
-    del begun
-    return compare_all(before, _after(side, plan, known, exam), step=plan.steps)
+    if model_ref.run_dir is None:
+        plan, run_inputs = _build_plan(_build_recipe(model_ref.name, None, spec))
+        model, plan_and_inputs = (
+            load_starting_model(plan, run_inputs),
+            _apply_spec(plan, run_inputs, spec),
+        )
+        after = _measure_model(*plan_and_inputs, model, spec)
+        with scaled_adapter(model.network, 0):
+            return compare_results(_measure_model(*plan_and_inputs, model, spec), after, step=0)
+    plan, run_inputs = load_plan_and_inputs(model_ref.run_dir)
+    start = inputs.load_starting_adapter(plan, run_inputs.model.path)
+    base_model = load_starting_model(plan, dataclasses.replace(run_inputs, adapter=start))
+    before = _measure_model(*_apply_spec(plan, run_inputs, spec), base_model, spec)
+    del base_model
+    return compare_results(
+        before, _evaluate_trained(model_ref, plan, run_inputs, spec), step=plan.steps
+    )
 
 
-def _planned(wish: Recipe) -> tuple[Plan, Facts]:
-    known = inputs.gather(wish, now=datetime.now(), output_dir=Path("runs"))
-    return inputs.make_plan(known), known
+def _build_plan(recipe: Recipe) -> tuple[Plan, RunInputs]:
+    run_inputs = inputs.load_inputs(recipe, now=datetime.now(), output_dir=Path("runs"))
+    return inputs.make_plan(run_inputs), run_inputs
 
 
-def _after(side: Side, plan: Plan, known: Facts, exam: Exam) -> Measured:
+def _evaluate_trained(
+    model_ref: ModelRef, plan: Plan, run_inputs: RunInputs, spec: EvalSpec
+) -> EvalResults:
     """A side of a run: what it has made of the model, at a checkpoint or a scale."""
-    model = _model_of(side, plan, known)
-    with adapter_scaled(model.network, side.scale):
-        return _measured(*_under(plan, known, exam), model, exam)
+    model = _load_model(model_ref, plan, run_inputs)
+    with scaled_adapter(model.network, model_ref.scale):
+        return _measure_model(*_apply_spec(plan, run_inputs, spec), model, spec)
 
 
-def _model_of(side: Side, plan: Plan, known: Facts) -> LanguageModel:
-    assert side.run is not None
-    if side.checkpoint is None:
-        if plan["method"] == "full" and side.scale != 1:
-            raise InputError("this run has no adapter to scale", where=side.name, fix="name the run alone")
-        return model_left(trained_in(side.run), plan, known)
-    if not side.checkpoint.is_dir():
-        there = ", ".join(sorted(path.name for path in side.checkpoint.parent.iterdir())) or "none"
-        raise InputError("there is no such checkpoint", where=side.name, fix=f"there are: {there}")
-    if problem := damage(side.checkpoint):
-        raise InputError(f"not as the run wrote it: {problem}", where=side.name, fix="take another checkpoint")
-    model = model_at_start(plan, known)
-    load_weights(side.checkpoint, trainable(model.network))
+def _load_model(model_ref: ModelRef, plan: Plan, run_inputs: RunInputs) -> PackedCausalLM:
+    assert model_ref.run_dir is not None
+    if model_ref.checkpoint_dir is None:
+        if plan["method"] == "full" and model_ref.scale != 1:
+            raise InputError(
+                "this run has no adapter to scale", where=model_ref.name, fix="name the run alone"
+            )
+        return load_trained_model(find_weights_dir(model_ref.run_dir), plan, run_inputs)
+    if not model_ref.checkpoint_dir.is_dir():
+        available = (
+            ", ".join(sorted(path.name for path in model_ref.checkpoint_dir.parent.iterdir()))
+            or "none"
+        )
+        raise InputError(
+            "there is no such checkpoint", where=model_ref.name, fix=f"there are: {available}"
+        )
+    if problem := verify_dir(model_ref.checkpoint_dir):
+        raise InputError(
+            f"not as the run wrote it: {problem}",
+            where=model_ref.name,
+            fix="take another checkpoint",
+        )
+    model = load_starting_model(plan, run_inputs)
+    load_weights(model_ref.checkpoint_dir, get_trainable_parameters(model.network))
     return model
 
 
-def _asked_of(name: str, run: Path | None, exam: Exam) -> Recipe:
+def _build_recipe(name: str, run: Path | None, spec: EvalSpec) -> Recipe:
     """A recipe whose items are those of the run or the exam, and whose model is the one that is named."""
-    if run is None and exam.data is None:
-        what = "nothing says what to measure it on"
-        raise InputError(what, where=name, fix="name a run on the other side, or a file: --data test.jsonl")
-    wish: dict[str, object] = {}
+    if run is None and spec.data is None:
+        message = "nothing says what to measure it on"
+        raise InputError(
+            message, where=name, fix="name a run on the other side, or a file: --data test.jsonl"
+        )
+    settings: dict[str, object] = {}
     if run is not None:
-        written = plan_in(trained_in(run)).recipe
-        wish = {key: written[key] for key in ASKED if written.get(key) not in (None, "auto", [])}
-        wish["model"] = written["model"]
+        run_recipe = read_run_plan(find_weights_dir(run)).recipe
+        settings = {
+            key: run_recipe[key]
+            for key in EVAL_SETTINGS
+            if run_recipe.get(key) not in (None, "auto", [])
+        }
+        settings["model"] = run_recipe["model"]
     else:
-        wish["data"] = str(exam.data)
-    if exam.metrics:
-        wish["metrics"] = list(exam.metrics)
-    if not is_adapter(Path(name)):
-        return Recipe.model_validate(wish | {"model": name})
-    base = wish.get("model") or read_json(Path(name) / CONFIG).get("base_model_name_or_path")
+        settings["data"] = str(spec.data)
+    if spec.metrics:
+        settings["metrics"] = list(spec.metrics)
+    if not is_adapter_dir(Path(name)):
+        return Recipe.model_validate(settings | {"model": name})
+    base = settings.get("model") or read_json(Path(name) / ADAPTER_CONFIG_FILE).get(
+        "base_model_name_or_path"
+    )
     if not base:
         raise InputError(
-            "the adapter does not say what its base is", where=name, fix="compare it with a run of that base"
+            "the adapter does not say what its base is",
+            where=name,
+            fix="compare it with a run of that base",
         )
-    return Recipe.model_validate(wish | {"model": base, "adapter_from": name})
+    return Recipe.model_validate(settings | {"model": base, "adapter_from": name})
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter_dir(path: Path) -> bool:
     """Whether it is the folder of an adapter, ours or PEFT's."""
-    return (path / CONFIG).is_file()
+    return (path / ADAPTER_CONFIG_FILE).is_file()
 
 
-def _under(plan: Plan, known: Facts, exam: Exam) -> tuple[Plan, Facts]:
+def _apply_spec(plan: Plan, run_inputs: RunInputs, spec: EvalSpec) -> tuple[Plan, RunInputs]:
     """With the rows and metrics of the exam. Raises InputError with file:line for a row that cannot be used."""
-    if exam.metrics:
-        choice = Choice(exam.metrics, "you", "asked for")
+    if spec.metrics:
+        choice = PlanValue(spec.metrics, "you", "asked for")
         plan = dataclasses.replace(plan, choices={**plan.choices, "metrics": choice})
-    if exam.data is None:
-        return plan, known
-    never, pairs = Never(known.recipe.never, held_out=True), plan["stage"] == "preference"
-    rows = open_dataset([DataSource(path=exam.data)], known.renderer, pairs=pairs, never=never)
-    if bad := [problem for problems in rows.rejects.first.values() for problem in problems]:
-        raise bad[0]
-    return plan, dataclasses.replace(known, datasets={**known.datasets, "test_data": rows})
+    if spec.data is None:
+        return plan, run_inputs
+    never, pairs = (
+        ConstraintSet(run_inputs.recipe.never, is_held_out=True),
+        plan["stage"] == "preference",
+    )
+    rows = open_dataset(
+        [DataSource(path=spec.data)], run_inputs.renderer, has_pairs=pairs, constraint_set=never
+    )
+    if errors := [
+        problem for problems in rows.rejected_rows.examples.values() for problem in problems
+    ]:
+        raise errors[0]
+    return plan, dataclasses.replace(
+        run_inputs, datasets={**run_inputs.datasets, "test_data": rows}
+    )
 
 
-def _measured(plan: Plan, known: Facts, model: LanguageModel, exam: Exam) -> Measured:
-    items = items_of(plan, known, allow_code=exam.allow_code)
-    if not (items.questions or items.test_documents or items.texts or items.held_out):
+def _measure_model(
+    plan: Plan, run_inputs: RunInputs, model: PackedCausalLM, spec: EvalSpec
+) -> EvalResults:
+    items = build_eval_items(plan, run_inputs, allow_code=spec.allow_code)
+    if not (items.prompts or items.test_documents or items.general_texts or items.held_out_texts):
         fix = "give rows to measure: --data test.jsonl"
-        raise InputError("the run has neither test_data nor retention_data", where=known.recipe.model, fix=fix)
-    return measure(only_model(plan, known, model), items, step=0)
+        raise InputError(
+            "the run has neither test_data nor retention_data",
+            where=run_inputs.recipe.model,
+            fix=fix,
+        )
+    return measure_items(open_eval_session(plan, run_inputs, model), items, step=0)

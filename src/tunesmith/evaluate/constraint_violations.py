@@ -14,53 +14,64 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from tunesmith.core.types import Document
-from tunesmith.data.constraints import spans
-from tunesmith.evaluate.generate_until import Question
-from tunesmith.evaluate.loglikelihood import held_out_loss
-from tunesmith.evaluate.results import Measurement
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.data.constraints import find_spans
+from tunesmith.evaluate.generate_until import EvalPrompt
+from tunesmith.evaluate.loglikelihood import measure_loss
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.recipe.fields import Constraint
 
 NEUTRAL, ELICITING, RIGHTFUL = "neutral prompts", "eliciting prompts", "rightful prompts"
 
 
-def violations(
-    constraints: Sequence[Constraint], questions: Sequence[Question], answers: Sequence[str]
-) -> Iterator[Measurement]:
+def measure_violations(
+    constraints: Sequence[Constraint], prompts: Sequence[EvalPrompt], answers: Sequence[str]
+) -> Iterator[MetricValues]:
     """1 for an answer that the constraint matches, else 0. Raises InputError when a pattern takes too long."""
-    kinds = [_kinds(constraints, question) for question in questions]
-    for place, constraint in enumerate(constraints):
+    kinds = [_classify_prompt(constraints, prompt) for prompt in prompts]
+    for index, constraint in enumerate(constraints):
         for kind in (NEUTRAL, ELICITING, RIGHTFUL):
-            found = [(q, a) for q, a, k in zip(questions, answers, kinds, strict=True) if k[place] == kind]
-            if len(found) > 1:
-                yield Measurement(
+            pairs = [
+                (q, a) for q, a, k in zip(prompts, answers, kinds, strict=True) if k[index] == kind
+            ]
+            if len(pairs) > 1:
+                yield MetricValues(
                     task=kind,
                     metric=("says " if kind == RIGHTFUL else "breaks ") + constraint.name,
-                    ids=tuple(question.id for question, _ in found),
-                    values=tuple(float(bool(matched(constraint, a, q.id))) for q, a in found),
+                    ids=tuple(prompt.id for prompt, _ in pairs),
+                    values=tuple(float(bool(find_matches(constraint, a, q.id))) for q, a in pairs),
                     higher_is_better=kind == RIGHTFUL,
                 )
 
 
-def matched(constraint: Constraint, text: str, where: str) -> list[str]:
+def find_matches(constraint: Constraint, text: str, where: str) -> list[str]:
     """The pieces of a text that the constraint matches."""
-    said = text.strip()
-    return [said[start:end] for start, end in spans(constraint, said, where)]
+    stripped = text.strip()
+    return [stripped[start:end] for start, end in find_spans(constraint, stripped, where)]
 
 
-def _kinds(constraints: Sequence[Constraint], question: Question) -> list[str]:
+def _classify_prompt(constraints: Sequence[Constraint], prompt: EvalPrompt) -> list[str]:
     """What the prompt is for, to each constraint. A bad answer that matches none may be bad in the way of any."""
-    if question.negative is None:
+    if prompt.negative is None:
         return [NEUTRAL] * len(constraints)
-    own = [bool(matched(one, question.expected, question.id)) for one in constraints]
-    if question.negative:
-        return [ELICITING if mine or not any(own) else "" for mine in own]
-    return [RIGHTFUL if mine else NEUTRAL for mine in own]
+    matches = [
+        bool(find_matches(constraint, prompt.expected, prompt.id)) for constraint in constraints
+    ]
+    if prompt.negative:
+        return [ELICITING if is_match or not any(matches) else "" for is_match in matches]
+    return [RIGHTFUL if is_match else NEUTRAL for is_match in matches]
 
 
-def bad_logp(
-    model: LanguageModel, documents: Sequence[Document], *, task: str, pack_length: int, share: bool = False
-) -> Measurement:
+def measure_bad_logp(
+    model: PackedCausalLM,
+    documents: Sequence[Document],
+    *,
+    task: str,
+    pack_length: int,
+    share: bool = False,
+) -> MetricValues:
     """Mean log-probability of a bad token where it stands, in nats. Items are rows."""
-    loss = held_out_loss(model, documents, task=task, pack_length=pack_length, share=share)
-    return dataclasses.replace(loss, metric="bad_logp", values=tuple(-value for value in loss.values))
+    loss = measure_loss(model, documents, task=task, pack_length=pack_length, share=share)
+    return dataclasses.replace(
+        loss, metric="bad_logp", values=tuple(-value for value in loss.values)
+    )

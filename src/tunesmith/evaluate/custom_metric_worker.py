@@ -15,23 +15,27 @@ from typing import Any
 
 
 def main() -> None:
-    path, name, pairs = Path(sys.argv[1]).absolute(), sys.argv[2], json.loads(Path(sys.argv[3]).read_text("utf-8"))
+    path, name, pairs = (
+        Path(sys.argv[1]).absolute(),
+        sys.argv[2],
+        json.loads(Path(sys.argv[3]).read_text("utf-8")),
+    )
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.path.insert(0, str(path.parent))
 
-    def say(reply: dict[str, Any]) -> None:
+    def write_reply(reply: dict[str, Any]) -> None:
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
-    sys.excepthook = lambda _, error, __: say({"error": told(error, path)})
-    function = loaded(path, name)
-    say({"value": 0.0})
+    sys.excepthook = lambda _, error, __: write_reply({"error": describe_error(error, path)})
+    function = load_function(path, name)
+    write_reply({"value": 0.0})
     for answer, expected in pairs:
-        say(judged(function(answer, expected)))
+        write_reply(build_reply(function(answer, expected)))
 
 
-def loaded(path: Path, name: str) -> Callable[[str, str], Any]:
+def load_function(path: Path, name: str) -> Callable[[str, str], Any]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -41,7 +45,7 @@ def loaded(path: Path, name: str) -> Callable[[str, str], Any]:
     return getattr(module, name)
 
 
-def judged(value: Any) -> dict[str, Any]:
+def build_reply(value: Any) -> dict[str, Any]:
     """A finite number, also one of NumPy or a switch."""
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
@@ -52,15 +56,15 @@ def judged(value: Any) -> dict[str, Any]:
     return {"error": f"returned {value!r:.60}, which is no finite number"}
 
 
-def told(error: BaseException, path: Path) -> str:
+def describe_error(error: BaseException, path: Path) -> str:
     """What was raised, and the last line of the user's file that it came through."""
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(path):
             line = trace.tb_lineno
         trace = trace.tb_next
-    said = f"raised {type(error).__name__}: {error}"[:300]
-    return f"{said} ({path.name}:{line})" if line else said
+    message = f"raised {type(error).__name__}: {error}"[:300]
+    return f"{message} ({path.name}:{line})" if line else message
 
 
 if __name__ == "__main__":

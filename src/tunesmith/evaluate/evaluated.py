@@ -14,17 +14,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Score
-from tunesmith.core.run_dir import plan_in, trained_in
+from tunesmith.core.run_dir import find_weights_dir, read_run_plan
 from tunesmith.core.types import Comparison
-from tunesmith.evaluate.regression_gate import Gate, gates
+from tunesmith.evaluate.regression_gate import Gate, build_gates
 from tunesmith.recipe.fields import Metrics
 from tunesmith.recipe.yaml_lines import read_flag
 
-MARGIN = "forgetting_margin"  # of the plan: bits per byte of general text
+FORGETTING_MARGIN = "forgetting_margin"  # of the plan: bits per byte of general text
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvalReport:
     """Scores of the model, and how it differs from what it began with; a model alone has no comparisons."""
 
     scores: tuple[Score, ...]
@@ -32,26 +32,32 @@ class Evaluated:
     margin: float | None = None  # what the plan allows to be forgotten
 
     @classmethod
-    def of(cls, comparisons: tuple[Comparison, ...], run: Path | None) -> Self:
+    def from_comparisons(cls, comparisons: tuple[Comparison, ...], run: Path | None) -> Self:
         margin = None
         if run is not None:
-            plan = plan_in(trained_in(run))
-            margin = plan[MARGIN] if MARGIN in plan.choices else None
-        return cls(tuple(one.after for one in comparisons), comparisons, margin)
+            plan = read_run_plan(find_weights_dir(run))
+            margin = plan[FORGETTING_MARGIN] if FORGETTING_MARGIN in plan.choices else None
+        return cls(tuple(comparison.after for comparison in comparisons), comparisons, margin)
 
-    def gates(self) -> tuple[Gate, ...]:
+    def check_gates(self) -> tuple[Gate, ...]:
         """Raises InputError for a model alone, which is worse than nothing."""
         if not self.comparisons:
             fix = "name a run, a checkpoint or an adapter, or compare two models"
             raise InputError("a model alone is compared with nothing", where="--gate", fix=fix)
-        return gates(self.comparisons, self.margin)
+        return build_gates(self.comparisons, self.margin)
 
 
-def metrics_of(given: str | Sequence[str] | None) -> tuple[str, ...]:
+def parse_metrics(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
     """Metrics as a recipe has them: a list, or one text with commas between them. Raises InputError for others."""
-    written = read_flag(given if given.startswith("[") else f"[{given}]") if isinstance(given, str) else given
+    names = (
+        read_flag(metrics if metrics.startswith("[") else f"[{metrics}]")
+        if isinstance(metrics, str)
+        else metrics
+    )
     try:
-        return () if written is None else TypeAdapter(Metrics).validate_python(list(written))
+        return () if names is None else TypeAdapter(Metrics).validate_python(list(names))
     except (ValidationError, TypeError):
         fix = "write --metrics 'chrf, numeric: 0.1'"
-        raise InputError(f"not a list of metrics: {given!r:.80}", where="metrics", fix=fix) from None
+        raise InputError(
+            f"not a list of metrics: {metrics!r:.80}", where="metrics", fix=fix
+        ) from None

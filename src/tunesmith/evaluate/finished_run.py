@@ -10,107 +10,149 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tunesmith.core.atomic import new_folder
+from tunesmith.core.atomic import atomic_dir
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Comparison, Json, Request
+from tunesmith.core.types import Comparison, GenerationRequest, Json
 from tunesmith.data.dataset import Dataset
-from tunesmith.evaluate.measure import answered, general_texts, items_of, measure, recovery_measurements, untrained
-from tunesmith.evaluate.results import compare_all
-from tunesmith.export.merge_base import choose_base
-from tunesmith.export.parity import Job, witnesses_of
-from tunesmith.export.source_run import open_finished
-from tunesmith.export.targets import (
-    Exported,
-    at_scale,
-    bytes_needed,
-    exported,
-    facts_of,
-    format_of,
-    place_of,
-    proven,
-    refuse_what_it_lacks,
+from tunesmith.evaluate.measure import (
+    build_eval_items,
+    load_general_texts,
+    measure_answers,
+    measure_baselines,
+    measure_items,
+    measure_relearning,
 )
-from tunesmith.model.generation.engine import stream
+from tunesmith.evaluate.results import compare_results
+from tunesmith.export.merge_base import choose_base
+from tunesmith.export.parity import ExportJob, select_examples
+from tunesmith.export.source_run import open_source_run
+from tunesmith.export.targets import (
+    ExportResult,
+    build_manifest,
+    choose_output_path,
+    describe_export,
+    estimate_export_bytes,
+    find_format,
+    refuse_unsupported,
+    scale_run,
+    verify_export,
+)
+from tunesmith.model.generation.engine import stream_answer
 from tunesmith.session import inputs
-from tunesmith.session.fingerprint import identity_of
-from tunesmith.session.reopen import before_training, left, reopen
+from tunesmith.session.fingerprint import build_fingerprint
+from tunesmith.session.reopen import load_trained_session, reopen_session, starting_model
 from tunesmith.train import base_reference
 
 
-def evaluate(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
+def evaluate_run(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
     """The before/after of a finished run with an adapter, measured again."""
-    bench = reopen(path)
-    items, step = items_of(bench.plan, bench.facts, allow_code=allow_code), bench.plan.steps
-    identity = identity_of(bench.plan, bench.facts, bench.plan.recipe)
-    after = measure(bench, items, step=step, store=base_reference.store_of(path, identity, path / "adapter"))
-    start = inputs.start_of(bench.plan, bench.facts.model.path)
-    with before_training(bench, bench.plan):
-        before = measure(bench, items, step=0, store=base_reference.store_of(path, identity, start))
-    return compare_all(before, after, step=step)
+    session = reopen_session(path)
+    items, step = (
+        build_eval_items(session.plan, session.inputs, allow_code=allow_code),
+        session.plan.steps,
+    )
+    fingerprint = build_fingerprint(session.plan, session.inputs, session.plan.recipe)
+    after = measure_items(
+        session,
+        items,
+        step=step,
+        cache=base_reference.open_answer_cache(path, fingerprint, path / "adapter"),
+    )
+    start = inputs.load_starting_adapter(session.plan, session.inputs.model.path)
+    with starting_model(session, session.plan):
+        before = measure_items(
+            session, items, step=0, cache=base_reference.open_answer_cache(path, fingerprint, start)
+        )
+    return compare_results(before, after, step=step)
 
 
-def baselines(path: Path, *, allow_code: bool = False) -> dict[str, tuple[Comparison, ...]]:
+def compare_baselines(path: Path, *, allow_code: bool = False) -> dict[str, tuple[Comparison, ...]]:
     """What a finished run made of its constraints, beside what costs no training: each baseline, and how the trained
     model differs from it on the same items. Raises InputError for a run without constraints or questions."""
-    bench = reopen(path)
-    items, step = items_of(bench.plan, bench.facts, allow_code=allow_code), bench.plan.steps
-    if not bench.facts.recipe.never or not items.questions:
-        what = "baselines are of what no answer may say, on prompts of `test_data`"
-        raise InputError(what, where=str(path), fix="give the recipe `never` and `test_data`, and train again")
-    trained = answered(bench, items)
-    with before_training(bench, bench.plan):
-        found = untrained(bench, items)
-    return {name: compare_all(measured, trained, step=step) for name, measured in found.items()}
+    session = reopen_session(path)
+    items, step = (
+        build_eval_items(session.plan, session.inputs, allow_code=allow_code),
+        session.plan.steps,
+    )
+    if not session.inputs.recipe.never or not items.prompts:
+        message = "baselines are of what no answer may say, on prompts of `test_data`"
+        raise InputError(
+            message, where=str(path), fix="give the recipe `never` and `test_data`, and train again"
+        )
+    trained_results = measure_answers(session, items)
+    with starting_model(session, session.plan):
+        baseline_results = measure_baselines(session, items)
+    return {
+        name: compare_results(results, trained_results, step=step)
+        for name, results in baseline_results.items()
+    }
 
 
-def recovery(path: Path) -> tuple[Comparison, ...]:
+def compare_relearning(path: Path) -> tuple[Comparison, ...]:
     """Of each domain of general text, two: how it changed by itself, and after other texts of it. Raises InputError for
     a run without general text."""
-    bench = reopen(path)
-    texts = general_texts(bench.facts)
+    session = reopen_session(path)
+    texts = load_general_texts(session.inputs)
     if not texts:
-        what = "recovery is of general text, and the run has none"
-        raise InputError(what, where=str(path), fix="give the recipe `retention_data`, and train again")
-    after = recovery_measurements(bench, texts)
-    with before_training(bench, bench.plan):
-        before = recovery_measurements(bench, texts)
-    return compare_all(before, after, step=bench.plan.steps)
+        message = "recovery is of general text, and the run has none"
+        raise InputError(
+            message, where=str(path), fix="give the recipe `retention_data`, and train again"
+        )
+    after = measure_relearning(session, texts)
+    with starting_model(session, session.plan):
+        before = measure_relearning(session, texts)
+    return compare_results(before, after, step=session.plan.steps)
 
 
 def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
     """Answers of the trained model, one conversation; each answer comes whole."""
-    bench = left(path)
-    bench.model.network.eval()
-    messages: list[Json] = list(_system(bench.rows))
+    session = load_trained_session(path)
+    session.model.network.eval()
+    messages: list[Json] = list(_find_system_message(session.rows))
     for question in questions:
         messages.append({"role": "user", "content": question})
-        request = Request(bench.renderer.prompt(messages), max_new_tokens=512)
-        pieces = stream(bench.model, request, decode=bench.renderer.decode, end_ids=bench.renderer.end_ids)
+        request = GenerationRequest(session.renderer.encode_prompt(messages), max_new_tokens=512)
+        pieces = stream_answer(
+            session.model, request, decode=session.renderer.decode, end_ids=session.renderer.end_ids
+        )
         answer = "".join(pieces)
         messages.append({"role": "assistant", "content": answer})
         yield answer
 
 
-def export(
-    path: Path, target: str, *, kind: str | None = None, base: str = "auto", scale: float = 1.0, out: Path | None = None
-) -> Exported:
+def export_run(
+    path: Path,
+    target: str,
+    *,
+    kind: str | None = None,
+    base: str = "auto",
+    scale: float = 1.0,
+    out: Path | None = None,
+) -> ExportResult:
     """A finished run in another form. It gets its name once it is proven: read back as others read it, it must answer
     as the run does. `base`: what an adapter trained on 4-bit weights is merged into. `scale`: of the adapter. Raises
     InputError for what cannot be exported, GateError when the export is not the run."""
-    kind, form = format_of(target, kind)
-    finished = at_scale(open_finished(path), scale)
-    place = place_of(finished, target, kind, out)
-    refuse_what_it_lacks(finished, form)
-    needed, witnesses = bytes_needed(finished, form), witnesses_of(finished)
-    chosen = choose_base(finished, witnesses, base, merges=form.width != 0)
-    with new_folder(place, facts=facts_of(finished), needed_bytes=needed, key="--out") as folder:
-        job = Job(finished, folder, kind, witnesses, chosen.base)
-        form.write(job)
-        parity = proven(job, form)
-    return exported(place, target, kind, parity, chosen)
+    kind, export_format = find_format(target, kind)
+    source_run = scale_run(open_source_run(path), scale)
+    target_path = choose_output_path(source_run, target, kind, out)
+    refuse_unsupported(source_run, export_format)
+    needed_bytes, examples = (
+        estimate_export_bytes(source_run, export_format),
+        select_examples(source_run),
+    )
+    base_choice = choose_base(
+        source_run, examples, base, is_merged=export_format.bytes_per_weight != 0
+    )
+    with atomic_dir(
+        target_path, metadata=build_manifest(source_run), needed_bytes=needed_bytes, key="--out"
+    ) as folder:
+        job = ExportJob(source_run, folder, kind, examples, base_choice.base)
+        export_format.write(job)
+        parity = verify_export(job, export_format)
+    return describe_export(target_path, target, kind, parity, base_choice)
 
 
-def _system(rows: Dataset) -> tuple[Json, ...]:
+def _find_system_message(rows: Dataset) -> tuple[Json, ...]:
     """The system message that training rows begin with: served the same way."""
-    messages = rows.example(0).messages if len(rows) else ()
+    messages = rows.read_example(0).messages if len(rows) else ()
     return messages[:1] if messages and messages[0]["role"] == "system" else ()

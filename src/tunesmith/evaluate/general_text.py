@@ -16,17 +16,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import GENERAL
+from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.types import Document, Row
-from tunesmith.data.sampler import order
-from tunesmith.data.windows import window, window_counts
-from tunesmith.evaluate.kl_divergence import Base, Moved, joined, measurements, moved
-from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
+from tunesmith.data.sampler import permutation
+from tunesmith.data.windows import count_windows, cut_window
+from tunesmith.evaluate.kl_divergence import (
+    BaseReference,
+    KLResult,
+    build_kl_measurements,
+    compute_kl,
+    sum_results,
+)
+from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.results import Measurement
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.model.causal_lm import PackedCausalLM
 
-TextTokens = Callable[[str], Sequence[int]]
+TokenizeFn = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -44,90 +50,105 @@ def read_texts(rows: Iterable[Row]) -> tuple[GeneralText, ...]:
         if not isinstance(text, str) or not text or not isinstance(domain, str):
             fix = 'write {"text": "...", "domain": "..."}'
             raise InputError(
-                "a row of general text needs a `text`, and its `domain` is a string", where=row.id, fix=fix
+                "a row of general text needs a `text`, and its `domain` is a string",
+                where=row.id,
+                fix=fix,
             )
         texts.append(GeneralText(row.id, text, domain))
     return tuple(texts)
 
 
-def chosen_texts(texts: Sequence[GeneralText], text_tokens: TextTokens, most: int) -> tuple[GeneralText, ...]:
+def sample_texts(
+    texts: Sequence[GeneralText], tokenize: TokenizeFn, max_tokens: int
+) -> tuple[GeneralText, ...]:
     """About `most` tokens of them, one of each domain in turn and by chance within it, at least two of each; all of
     them where they have no more. They stay in their order."""
     by_domain: dict[str, list[int]] = {}
-    for place in order(0, 0, len(texts)).tolist():
-        by_domain.setdefault(texts[place].domain, []).append(place)
-    taken, left = set[int](), most
-    for turn, places in enumerate(itertools.zip_longest(*by_domain.values())):
-        if turn > 1 and left <= 0:
+    for index in permutation(0, 0, len(texts)).tolist():
+        by_domain.setdefault(texts[index].domain, []).append(index)
+    chosen, remaining = set[int](), max_tokens
+    for turn, indices in enumerate(itertools.zip_longest(*by_domain.values())):
+        if turn > 1 and remaining <= 0:
             break
-        for place in places:
-            if place is not None and (turn < 2 or left > 0):
-                taken.add(place)
-                left -= len(text_tokens(texts[place].text))
-    return tuple(text for place, text in enumerate(texts) if place in taken)
+        for index in indices:
+            if index is not None and (turn < 2 or remaining > 0):
+                chosen.add(index)
+                remaining -= len(tokenize(texts[index].text))
+    return tuple(text for index, text in enumerate(texts) if index in chosen)
 
 
-def retention(
-    model: LanguageModel,
+def measure_bits_per_byte(
+    model: PackedCausalLM,
     texts: Sequence[GeneralText],
-    text_tokens: TextTokens,
+    tokenize: TokenizeFn,
     *,
     window: int,
-    task: str = GENERAL,
-) -> Measurement:
+    task: str = GENERAL_TASK,
+) -> MetricValues:
     """Bits per byte of each text. `window`: a longer text is read in pieces of so many tokens, each blind to those
     before it. A text of a single token has nothing to predict and is left out."""
-    documents, owners = pieces_of(texts, text_tokens, window)
+    documents, text_indices = split_texts(texts, tokenize, window)
     nats: dict[int, float] = {}
-    for place, nat, _ in sorted(negative_log_likelihoods(model, documents, window)):
-        nats[owners[place]] = nats.get(owners[place], 0.0) + nat
-    return _bits(texts, nats, task)
+    for index, nat, _ in sorted(compute_nll(model, documents, window)):
+        nats[text_indices[index]] = nats.get(text_indices[index], 0.0) + nat
+    return _build_bits_measurement(texts, nats, task)
 
 
-def retention_beside(
-    model: LanguageModel,
+def measure_bits_and_kl(
+    model: PackedCausalLM,
     texts: Sequence[GeneralText],
-    text_tokens: TextTokens,
-    base: Base,
+    tokenize: TokenizeFn,
+    base: BaseReference,
     *,
     window: int,
-    task: str = GENERAL,
-) -> tuple[Measurement, ...]:
+    task: str = GENERAL_TASK,
+) -> tuple[MetricValues, ...]:
     """Bits per byte, and beside the base: KL in nats a token, and how often the likeliest token is the same."""
-    documents, owners = pieces_of(texts, text_tokens, window)
-    parts: dict[int, list[Moved]] = {}
-    for place, found in sorted(moved(model, documents, window, base)):
-        parts.setdefault(owners[place], []).append(found)
-    whole = {owner: joined(found) for owner, found in parts.items()}
-    bits = _bits(texts, {owner: found.nats for owner, found in whole.items()}, task)
-    return bits, *measurements(task, bits.ids, list(whole.values()), bits.groups)
+    documents, text_indices = split_texts(texts, tokenize, window)
+    parts: dict[int, list[KLResult]] = {}
+    for index, found in sorted(compute_kl(model, documents, window, base)):
+        parts.setdefault(text_indices[index], []).append(found)
+    totals = {text_index: sum_results(total) for text_index, total in parts.items()}
+    bits = _build_bits_measurement(
+        texts, {text_index: found.nats for text_index, found in totals.items()}, task
+    )
+    return bits, *build_kl_measurements(task, bits.ids, list(totals.values()), bits.groups)
 
 
-def pieces_of(texts: Sequence[GeneralText], text_tokens: TextTokens, window: int) -> tuple[list[Document], list[int]]:
+def split_texts(
+    texts: Sequence[GeneralText], tokenize: TokenizeFn, window: int
+) -> tuple[list[Document], list[int]]:
     """The texts in windows, and of each window the place of its text."""
-    pieces = [windows(text.id, text_tokens(text.text), window) for text in texts]
-    owners = [place for place, found in enumerate(pieces) for _ in found]
-    return [piece for found in pieces for piece in found], owners
+    pieces = [split_windows(text.id, tokenize(text.text), window) for text in texts]
+    text_indices = [index for index, text_pieces in enumerate(pieces) for _ in text_pieces]
+    return [piece for text_pieces in pieces for piece in text_pieces], text_indices
 
 
-def _bits(texts: Sequence[GeneralText], nats: Mapping[int, float], task: str) -> Measurement:
-    measured = [(texts[i], nat / math.log(2) / len(texts[i].text.encode())) for i, nat in nats.items()]
-    return Measurement(
+def _build_bits_measurement(
+    texts: Sequence[GeneralText], nats: Mapping[int, float], task: str
+) -> MetricValues:
+    text_bits = [
+        (texts[i], nat / math.log(2) / len(texts[i].text.encode())) for i, nat in nats.items()
+    ]
+    return MetricValues(
         task=task,
         metric=BITS_PER_BYTE,
-        ids=tuple(text.id for text, _ in measured),
-        values=tuple(value for _, value in measured),
-        groups=tuple(text.domain for text, _ in measured),
+        ids=tuple(text.id for text, _ in text_bits),
+        values=tuple(value for _, value in text_bits),
+        groups=tuple(text.domain for text, _ in text_bits),
         higher_is_better=False,
     )
 
 
-def windows(row: str, tokens: Sequence[int], length: int) -> list[Document]:
+def split_windows(row_id: str, tokens: Sequence[int], length: int) -> list[Document]:
     """A text in even pieces of at most `length` fed tokens. Each begins with the last token of the one before: every
     token but the very first is a target once."""
     if len(tokens) < 2:
         return []
     weights_L = np.ones(len(tokens), dtype=np.float32)
     weights_L[0] = 0
-    whole = Document(row, np.array(tokens, dtype=np.int32), weights_L)
-    return [window(whole, length, number) for number in range(int(window_counts(len(tokens), length)))]
+    document = Document(row_id, np.array(tokens, dtype=np.int32), weights_L)
+    return [
+        cut_window(document, length, index)
+        for index in range(int(count_windows(len(tokens), length)))
+    ]

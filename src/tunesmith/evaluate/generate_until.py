@@ -18,40 +18,42 @@ from typing import Literal
 import numpy as np
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import Sample
-from tunesmith.core.types import Example, Generation, Json, Request
+from tunesmith.core.events import GenerationSample
+from tunesmith.core.types import Example, GenerationOutput, GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.evaluate.custom_metric import scored, shown
+from tunesmith.evaluate.custom_metric import format_metric_name, score_answers
 from tunesmith.evaluate.json_metrics import check_schema
-from tunesmith.evaluate.metrics import LIKELIHOODS, given_to, graded
-from tunesmith.evaluate.results import Measurement
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.generation.engine import Allowed, generate
-from tunesmith.recipe.fields import own_metric
+from tunesmith.evaluate.metrics import LIKELIHOODS, grade_answer, parse_metric_arg
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.generation.engine import AllowedTokensFn, generate
+from tunesmith.recipe.fields import parse_custom_metric
 
 # ---------------------------------------------------------------- questions and answers
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """`prompt` is what the model is given, `shown` the part of it that people want to see. `negative`: what the row
     says of its answer; a bad one is what the prompt asked for and should not get."""
 
     id: str
-    prompt: tuple[int, ...]
-    shown: str
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
     expected: str
-    expected_tokens: int
+    num_expected_tokens: int
     negative: bool | Literal["whole"] | None = None
 
 
-def questions_of(examples: Sequence[Example], renderer: Renderer) -> tuple[Question, ...]:
+def build_prompts(examples: Sequence[Example], renderer: Renderer) -> tuple[EvalPrompt, ...]:
     """Raises InputError with the row's id for an example that asks nothing."""
-    return tuple(_question(example, renderer) for example in examples)
+    return tuple(_build_prompt(example, renderer) for example in examples)
 
 
-def _question(example: Example, renderer: Renderer) -> Question:
-    documents = renderer.documents(dataclasses.replace(example, rejected=None, banned=())).documents
+def _build_prompt(example: Example, renderer: Renderer) -> EvalPrompt:
+    documents = renderer.render_documents(
+        dataclasses.replace(example, rejected=None, banned=())
+    ).documents
     if not documents or (example.text is not None and not example.prompt):
         fix = "give rows with messages, or with a prompt and a completion"
         raise InputError("the row asks nothing", where=example.id, fix=fix)
@@ -61,88 +63,122 @@ def _question(example: Example, renderer: Renderer) -> Question:
     untrained = np.flatnonzero(weights[:end] == 0)
     begin = int(untrained[-1]) + 1
     answer = [token for token in tokens[begin:end].tolist() if token not in renderer.end_ids]
-    asked = max((i for i, weight in enumerate(example.turn_weights) if weight > 0), default=0)
-    shown = example.messages[asked - 1]["content"] if example.messages else example.prompt or ""
+    target_index = max(
+        (i for i, weight in enumerate(example.turn_weights) if weight > 0), default=0
+    )
+    prompt_text = (
+        example.messages[target_index - 1]["content"] if example.messages else example.prompt or ""
+    )
     expected = renderer.decode(answer)
-    return Question(example.id, tuple(tokens[:begin].tolist()), shown, expected, end - begin, example.negative)
+    return EvalPrompt(
+        example.id,
+        tuple(tokens[:begin].tolist()),
+        prompt_text,
+        expected,
+        end - begin,
+        example.negative,
+    )
 
 
-def answer_length(questions: Sequence[Question]) -> int:
+def compute_max_new_tokens(prompts: Sequence[EvalPrompt]) -> int:
     """Room for an answer: half as much again as the longest expected one. Who needs more is wrong anyway."""
-    return math.ceil(1.5 * max(question.expected_tokens for question in questions)) + 16
+    return math.ceil(1.5 * max(prompt.num_expected_tokens for prompt in prompts)) + 16
 
 
-def ask(
-    model: LanguageModel,
-    questions: Sequence[Question],
+def iter_answers(
+    model: PackedCausalLM,
+    prompts: Sequence[EvalPrompt],
     renderer: Renderer,
     *,
     max_new_tokens: int,
     banned: tuple[tuple[int, ...], ...] = (),
-    allowed: Allowed | None = None,
-) -> Iterator[tuple[int, Generation]]:
+    allowed: AllowedTokensFn | None = None,
+) -> Iterator[tuple[int, GenerationOutput]]:
     """(index of the question, greedy answer), as they finish. `banned`: token sequences that no answer may hold;
     `allowed`: a grammar that every answer follows."""
-    requests = requests_of(questions, max_new_tokens, banned)
-    return generate(model, requests, decode=renderer.decode, end_ids=renderer.end_ids, allowed=allowed)
+    requests = build_requests(prompts, max_new_tokens, banned)
+    return generate(
+        model, requests, decode=renderer.decode, end_ids=renderer.end_ids, allowed_tokens_fn=allowed
+    )
 
 
-def requests_of(
-    questions: Sequence[Question], max_new_tokens: int, banned: tuple[tuple[int, ...], ...] = ()
-) -> list[Request]:
+def build_requests(
+    prompts: Sequence[EvalPrompt], max_new_tokens: int, banned: tuple[tuple[int, ...], ...] = ()
+) -> list[GenerationRequest]:
     """Each to be answered greedily."""
-    return [Request(question.prompt, max_new_tokens, banned=banned) for question in questions]
+    return [
+        GenerationRequest(prompt.prompt_ids, max_new_tokens, bad_words_ids=banned)
+        for prompt in prompts
+    ]
 
 
 # ---------------------------------------------------------------- grades
 
 
-def check_questions(questions: Sequence[Question], metrics: Sequence[str], schema: Json | None) -> None:
+def check_prompts(
+    prompts: Sequence[EvalPrompt], metrics: Sequence[str], schema: Json | None
+) -> None:
     """Raises InputError if a metric cannot be used: unknown, without what it needs, or not met by an expected answer
     itself. Costs no model: call it before anything is computed."""
-    if twice := [metric for metric, count in Counter(map(shown, metrics)).items() if count > 1]:
-        raise InputError(f"{twice[0]} stands twice", where="metrics", fix="name it once")
+    if duplicates := [
+        metric for metric, count in Counter(map(format_metric_name, metrics)).items() if count > 1
+    ]:
+        raise InputError(f"{duplicates[0]} stands twice", where="metrics", fix="name it once")
     if schema is not None:
         check_schema(schema)
     for metric in metrics:
-        best = _values(metric, questions, [question.expected for question in questions], schema)
-        failing = [] if own_metric(metric) else [q for q, value in zip(questions, best, strict=False) if value < 1]
-        for question in failing:
-            what = f"the expected answer itself fails {metric}: {question.expected[:60]!r}"
-            raise InputError(what, where=question.id, fix="correct the row, or leave the metric out")
+        expected_scores = _compute_values(
+            metric, prompts, [prompt.expected for prompt in prompts], schema
+        )
+        failing = (
+            []
+            if parse_custom_metric(metric)
+            else [q for q, value in zip(prompts, expected_scores, strict=False) if value < 1]
+        )
+        for prompt in failing:
+            message = f"the expected answer itself fails {metric}: {prompt.expected[:60]!r}"
+            raise InputError(
+                message, where=prompt.id, fix="correct the row, or leave the metric out"
+            )
 
 
-def grade(
-    questions: Sequence[Question],
+def apply_metrics(
+    prompts: Sequence[EvalPrompt],
     answers: Sequence[str],
     *,
     task: str,
     metrics: Sequence[str],
     schema: Json | None,
-) -> tuple[Measurement, ...]:
+) -> tuple[MetricValues, ...]:
     """One Measurement a metric that looks at answers, with a value for every question."""
-    ids = tuple(question.id for question in questions)
+    ids = tuple(prompt.id for prompt in prompts)
     return tuple(
-        Measurement(task, shown(metric), ids, _values(metric, questions, answers, schema))
+        MetricValues(
+            task, format_metric_name(metric), ids, _compute_values(metric, prompts, answers, schema)
+        )
         for metric in metrics
         if metric not in LIKELIHOODS
     )
 
 
-def _values(
-    metric: str, questions: Sequence[Question], answers: Sequence[str], schema: Json | None
+def _compute_values(
+    metric: str, prompts: Sequence[EvalPrompt], answers: Sequence[str], schema: Json | None
 ) -> tuple[float, ...]:
     """Of each answer; nothing for a metric that looks at none."""
-    pairs = [(answer, question.expected) for question, answer in zip(questions, answers, strict=True)]
-    if own_metric(metric):
-        return scored(metric, pairs, [question.id for question in questions])
-    given = given_to(metric, schema)
-    return () if metric in LIKELIHOODS else tuple(graded(metric, *pair, given) for pair in pairs)
+    pairs = [(answer, prompt.expected) for prompt, answer in zip(prompts, answers, strict=True)]
+    if parse_custom_metric(metric):
+        return score_answers(metric, pairs, [prompt.id for prompt in prompts])
+    arg = parse_metric_arg(metric, schema)
+    return (
+        () if metric in LIKELIHOODS else tuple(grade_answer(metric, *pair, arg) for pair in pairs)
+    )
 
 
-def samples_of(questions: Sequence[Question], answers: Sequence[str], *, step: int) -> tuple[Sample, ...]:
+def build_samples(
+    prompts: Sequence[EvalPrompt], answers: Sequence[str], *, step: int
+) -> tuple[GenerationSample, ...]:
     """A bad answer is not what is expected."""
     return tuple(
-        Sample(step, q.id, q.shown, a, "" if q.negative else q.expected)
-        for q, a in zip(questions, answers, strict=True)
+        GenerationSample(step, q.id, q.prompt_text, a, "" if q.negative else q.expected)
+        for q, a in zip(prompts, answers, strict=True)
     )

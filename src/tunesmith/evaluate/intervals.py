@@ -10,11 +10,11 @@ import numpy as np
 
 from tunesmith.evaluate.significance import Z
 
-RESAMPLES = 10_000
-CHUNK = 2**22  # random numbers at once: 32 MB
+NUM_RESAMPLES = 10_000
+CHUNK_VALUES = 2**22  # random numbers at once: 32 MB
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
+def compute_wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """Interval of a rate (Wilson 1927). Stays inside [0, 1] and is not empty at 0 of n."""
     rate, shrink = successes / n, 1 + Z**2 / n
     centre = (rate + Z**2 / (2 * n)) / shrink
@@ -23,7 +23,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
-def paired_rates(gains: int, losses: int, n: int) -> tuple[float, float]:
+def compute_paired_rate_interval(gains: int, losses: int, n: int) -> tuple[float, float]:
     """Interval of (gains - losses) / n over n pairs of 0/1 values (Bonett and Price 2012): a Wald interval with one
     more pair of either kind. Not empty when all pairs agree, or all differ alike, where a bootstrap would be."""
     gain, loss = (gains + 1) / (n + 2), (losses + 1) / (n + 2)
@@ -31,27 +31,29 @@ def paired_rates(gains: int, losses: int, n: int) -> tuple[float, float]:
     return max(-1.0, gain - loss - half), min(1.0, gain - loss + half)
 
 
-def bootstrap(
+def bootstrap_interval(
     values: np.ndarray, weights: np.ndarray, groups: Sequence[np.ndarray], *, seed: int
 ) -> tuple[float, float]:
     """Percentile interval of the mean over groups of each group's weighted mean; items are drawn within their group.
 
     Deviations are widened by sqrt(n / (n - 1)) of the group: a resample varies that much less than a new sample would.
     """
-    random = np.random.default_rng(seed)
-    means = np.mean([_resampled(values[rows], weights[rows], random) for rows in groups], axis=0)
+    rng = np.random.default_rng(seed)
+    means = np.mean([_resample_means(values[rows], weights[rows], rng) for rows in groups], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
-def _resampled(values: np.ndarray, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _resample_means(
+    values: np.ndarray, weights: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """RESAMPLES weighted means of as many items as there are, drawn with replacement."""
     n, means = len(values), []
-    rows = max(1, CHUNK // n)
-    for start in range(0, RESAMPLES, rows):
-        chosen = random.integers(n, size=(min(rows, RESAMPLES - start), n))
-        drawn = weights[chosen]
-        means.append((drawn * values[chosen]).sum(axis=1) / drawn.sum(axis=1))
+    rows = max(1, CHUNK_VALUES // n)
+    for start in range(0, NUM_RESAMPLES, rows):
+        indices = rng.integers(n, size=(min(rows, NUM_RESAMPLES - start), n))
+        sampled_weights = weights[indices]
+        means.append((sampled_weights * values[indices]).sum(axis=1) / sampled_weights.sum(axis=1))
     centre = np.average(values, weights=weights)
     widened = centre + (np.concatenate(means) - centre) * math.sqrt(n / (n - 1))
     return np.clip(widened, values.min(), values.max())

@@ -22,144 +22,198 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tunesmith.core.progress_log import watched
+from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Batch, Document
-from tunesmith.evaluate.loglikelihood import MEASURED, by_document, loss_by_row, summed
-from tunesmith.evaluate.results import Measurement
-from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.evaluate.loglikelihood import (
+    PROGRESS_LABEL,
+    build_loss_measurement,
+    map_documents,
+    sum_by_document,
+)
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.model.adapters import scaled_adapter
+from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.kernels import ops
 from tunesmith.model.lm_head import CHUNK_TARGETS
 from tunesmith.model.safetensors_io import write_tensors
 
-HEAD = "head.safetensors"
+HEAD_FILE = "head.safetensors"
 
 
-class Moved(NamedTuple):
+class KLResult(NamedTuple):
     """Sums over the `tokens` supervised tokens of a document. `nats`: the tuned model's loss; `same`: how many have the
     same likeliest token."""
 
     nats: float
     tokens: int
     kl: float
-    same: float
+    top1_matches: float
 
 
-class Base(Protocol):
+class BaseReference(Protocol):
     """What the training started from. `places`: which documents of the list the batch holds."""
 
-    def hidden(self, model: LanguageModel, batch: Batch, places: Sequence[int]) -> Tensor: ...
+    def compute_hidden(
+        self, model: PackedCausalLM, batch: Batch, indices: Sequence[int]
+    ) -> Tensor: ...
 
-    def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor: ...  # raw ones
+    def compute_logits(self, model: PackedCausalLM, hidden_SH: Tensor) -> Tensor: ...  # raw ones
 
 
-class Switched:
+class AdapterDisabled:
     """The model with its adapter off."""
 
-    def hidden(self, model: LanguageModel, batch: Batch, places: Sequence[int]) -> Tensor:
-        del places
-        with adapter_scaled(model.network, 0):
-            return model.hidden(batch)
+    def compute_hidden(self, model: PackedCausalLM, batch: Batch, indices: Sequence[int]) -> Tensor:
+        del indices
+        with scaled_adapter(model.network, 0):
+            return model.compute_hidden(batch)
 
-    def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor:
-        with adapter_scaled(model.network, 0):  # rows of new tokens are part of the head
-            return model.head.raw_logits(hidden_SH)
+    def compute_logits(self, model: PackedCausalLM, hidden_SH: Tensor) -> Tensor:
+        with scaled_adapter(model.network, 0):  # rows of new tokens are part of the head
+            return model.head.compute_raw_logits(hidden_SH)
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class CachedStates:
     """States of the base on known documents, one tensor [S, H] each, and its head where that is trained: on the
     model's device and in its dtype, as every chunk of targets takes it."""
 
     states: tuple[Tensor, ...]
     head: Tensor | None = None
 
-    def hidden(self, model: LanguageModel, batch: Batch, places: Sequence[int]) -> Tensor:
+    def compute_hidden(self, model: PackedCausalLM, batch: Batch, indices: Sequence[int]) -> Tensor:
         del batch
-        return torch.cat([self.states[place] for place in places]).to(model.device)
+        return torch.cat([self.states[index] for index in indices]).to(model.device)
 
-    def logits(self, model: LanguageModel, hidden_SH: Tensor) -> Tensor:
+    def compute_logits(self, model: PackedCausalLM, hidden_SH: Tensor) -> Tensor:
         head = model.head if self.head is None else replace(model.head, weight=self.head, new=None)
-        return head.raw_logits(hidden_SH)
+        return head.compute_raw_logits(hidden_SH)
 
-    def write(self, folder: Path, name: str) -> None:
+    def save_files(self, folder: Path, name: str) -> None:
         """As files of a folder; several lists of documents may share one, and the head, which is written once."""
-        states = {f"{place:08d}": state for place, state in enumerate(self.states)}
+        states = {f"{index:08d}": state for index, state in enumerate(self.states)}
         write_tensors(states, folder / f"{name}.safetensors")
-        if self.head is not None and not (folder / HEAD).exists():
-            write_tensors({"head": self.head}, folder / HEAD)
+        if self.head is not None and not (folder / HEAD_FILE).exists():
+            write_tensors({"head": self.head}, folder / HEAD_FILE)
 
     @classmethod
-    def read(cls, folder: Path, names: Iterable[str], device: torch.device) -> list[Kept]:
+    def load_files(
+        cls, folder: Path, names: Iterable[str], device: torch.device
+    ) -> list[CachedStates]:
         """In the order of the names; all have one head."""
-        head = load_file(folder / HEAD)["head"].to(device) if (folder / HEAD).exists() else None
+        head = (
+            load_file(folder / HEAD_FILE)["head"].to(device)
+            if (folder / HEAD_FILE).exists()
+            else None
+        )
         states = (load_file(folder / f"{name}.safetensors") for name in names)
-        return [cls(tuple(one[place] for place in sorted(one)), head) for one in states]
+        return [cls(tuple(tensors[key] for key in sorted(tensors)), head) for tensors in states]
 
 
 @torch.no_grad()
-def keep(model: LanguageModel, documents: Sequence[Document], pack_length: int, *, share: bool = False) -> Kept:
+def cache_states(
+    model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
+) -> CachedStates:
     """The states of a model that has not been trained yet: 2 H bytes a supervised token in bf16."""
-    found = dict(by_document(model, documents, pack_length, _states, share=share))
-    nothing = torch.empty(0, 0)
+    states = dict(map_documents(model, documents, pack_length, _compute_states, share=share))
+    empty_state = torch.empty(0, 0)
     head = model.head
-    weight = head.weight.detach().to(model.dtype, copy=True) if head.trained.requires_grad else None
-    return Kept(tuple(found.get(place, nothing) for place in range(len(documents))), weight)
+    head_weight = (
+        head.weight.detach().to(model.dtype, copy=True)
+        if head.trainable_weight.requires_grad
+        else None
+    )
+    return CachedStates(
+        tuple(states.get(index, empty_state) for index in range(len(documents))), head_weight
+    )
 
 
 @torch.no_grad()
-def _states(model: LanguageModel, batch: Batch, places: Sequence[int]) -> Sequence[Tensor]:
-    counts = batch.document_S.bincount(minlength=len(places)).tolist()
-    return [state.clone() for state in model.hidden(batch).cpu().split(counts)]
+def _compute_states(
+    model: PackedCausalLM, batch: Batch, indices: Sequence[int]
+) -> Sequence[Tensor]:
+    counts = batch.document_S.bincount(minlength=len(indices)).tolist()
+    return [state.clone() for state in model.compute_hidden(batch).cpu().split(counts)]
 
 
-def moved(
-    model: LanguageModel, documents: Sequence[Document], pack_length: int, base: Base, *, share: bool = False
-) -> Iterator[tuple[int, Moved]]:
+def compute_kl(
+    model: PackedCausalLM,
+    documents: Sequence[Document],
+    pack_length: int,
+    base: BaseReference,
+    *,
+    share: bool = False,
+) -> Iterator[tuple[int, KLResult]]:
     """(index of the document, how far it moved), as the packs are computed. Raises as likelihoods do."""
-    found = by_document(model, documents, pack_length, partial(_pack_moved, base), share=share)
-    yield from watched(found, len(documents), MEASURED)
+    results = map_documents(
+        model, documents, pack_length, partial(_compute_pack_kl, base), share=share
+    )
+    yield from log_progress(results, len(documents), PROGRESS_LABEL)
 
 
 @torch.no_grad()
-def _pack_moved(base: Base, model: LanguageModel, batch: Batch, places: Sequence[int]) -> list[Moved]:
-    base_SH, tuned_SH, chunks = base.hidden(model, batch, places), model.hidden(batch), []
+def _compute_pack_kl(
+    base: BaseReference, model: PackedCausalLM, batch: Batch, indices: Sequence[int]
+) -> list[KLResult]:
+    base_SH, tuned_SH, chunks = (
+        base.compute_hidden(model, batch, indices),
+        model.compute_hidden(batch),
+        [],
+    )
     for start in range(0, len(tuned_SH), CHUNK_TARGETS):
         rows = slice(start, start + CHUNK_TARGETS)
-        base_SV, head = base.logits(model, base_SH[rows]), model.head
-        tuned_SV, targets_S = head.raw_logits(tuned_SH[rows]), batch.targets_S[rows]
-        chunks.append(ops.divergence(base_SV, tuned_SV, targets_S, head.scale, head.cap))
-    nats, kl, same = (summed(torch.cat(parts), batch) for parts in zip(*chunks, strict=True))
-    counts = batch.document_S.bincount(minlength=len(places)).tolist()
-    return [Moved(nat, count, 0.0 if d < 0 else d, s) for nat, count, d, s in zip(nats, counts, kl, same, strict=True)]
-
-
-def measurements(
-    task: str, ids: Sequence[str], found: Sequence[Moved], groups: Sequence[str] = ()
-) -> tuple[Measurement, Measurement]:
-    """`kl` and `top1_agreement` of items; tokens weigh alike within a group."""
-    weights = tuple(float(one.tokens) for one in found)
-    values = {"kl": [one.kl / one.tokens for one in found], "top1_agreement": [one.same / one.tokens for one in found]}
-    kl, same = (
-        Measurement(task, metric, tuple(ids), tuple(of_items), weights, tuple(groups), metric != "kl")
-        for metric, of_items in values.items()
+        base_SV, head = base.compute_logits(model, base_SH[rows]), model.head
+        tuned_SV, targets_S = head.compute_raw_logits(tuned_SH[rows]), batch.targets_S[rows]
+        chunks.append(ops.kl_divergence(base_SV, tuned_SV, targets_S, head.scale, head.softcap))
+    nats, kl, matches = (
+        sum_by_document(torch.cat(parts), batch) for parts in zip(*chunks, strict=True)
     )
-    return kl, same
+    counts = batch.document_S.bincount(minlength=len(indices)).tolist()
+    return [
+        KLResult(nat, count, 0.0 if d < 0 else d, s)
+        for nat, count, d, s in zip(nats, counts, kl, matches, strict=True)
+    ]
 
 
-def held_out_beside(
-    model: LanguageModel, documents: Sequence[Document], base: Base, *, task: str, pack_length: int, share: bool = False
-) -> Iterator[Measurement]:
+def build_kl_measurements(
+    task: str, ids: Sequence[str], results: Sequence[KLResult], groups: Sequence[str] = ()
+) -> tuple[MetricValues, MetricValues]:
+    """`kl` and `top1_agreement` of items; tokens weigh alike within a group."""
+    weights = tuple(float(result.tokens) for result in results)
+    values = {
+        "kl": [result.kl / result.tokens for result in results],
+        "top1_agreement": [result.top1_matches / result.tokens for result in results],
+    }
+    kl, agreement = (
+        MetricValues(
+            task, metric, tuple(ids), tuple(item_values), weights, tuple(groups), metric != "kl"
+        )
+        for metric, item_values in values.items()
+    )
+    return kl, agreement
+
+
+def measure_loss_and_kl(
+    model: PackedCausalLM,
+    documents: Sequence[Document],
+    base: BaseReference,
+    *,
+    task: str,
+    pack_length: int,
+    share: bool = False,
+) -> Iterator[MetricValues]:
     """Mean loss of a supervised token, and beside the base: KL, and how often the likeliest token is the same. Items
     are rows."""
-    parts: dict[str, list[Moved]] = {}
-    for place, found in sorted(moved(model, documents, pack_length, base, share=share)):
-        parts.setdefault(documents[place].id, []).append(found)
-    rows = {row: joined(found) for row, found in parts.items()}
-    yield loss_by_row(task, {row: (one.nats, one.tokens) for row, one in rows.items()})
-    yield from measurements(task, list(rows), list(rows.values()))
+    parts: dict[str, list[KLResult]] = {}
+    for index, result in sorted(compute_kl(model, documents, pack_length, base, share=share)):
+        parts.setdefault(documents[index].id, []).append(result)
+    rows = {row: sum_results(results) for row, results in parts.items()}
+    yield build_loss_measurement(
+        task, {row: (row_result.nats, row_result.tokens) for row, row_result in rows.items()}
+    )
+    yield from build_kl_measurements(task, list(rows), list(rows.values()))
 
 
-def joined(parts: Sequence[Moved]) -> Moved:
+def sum_results(parts: Sequence[KLResult]) -> KLResult:
     """Of the documents of one item."""
-    return Moved(*(sum(values) for values in zip(*parts, strict=True)))
+    return KLResult(*(sum(values) for values in zip(*parts, strict=True)))

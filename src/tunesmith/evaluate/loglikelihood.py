@@ -14,102 +14,119 @@ from typing import TypeVar
 
 import torch
 
-from tunesmith.core.progress_log import watched
+from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Batch, Document, Pack
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.results import Measurement
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.lm_head import target_losses
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.lm_head import measure_target_losses
 from tunesmith.model.oom import OutOfMemory, memory_errors
 
 T = TypeVar("T")
-MEASURED = "texts and answers measured"  # what is told of the progress
+PROGRESS_LABEL = "texts and answers measured"  # what is told of the progress
 
 
-def negative_log_likelihoods(
-    model: LanguageModel, documents: Sequence[Document], pack_length: int, *, share: bool = False
+def compute_nll(
+    model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> Iterator[tuple[int, float, int]]:
     """(index of the document, nats, tokens), as the packs are computed; documents without a target are left out."""
-    found = by_document(model, documents, pack_length, _pack_sums, share=share)
-    for place, (nats, tokens) in watched(found, len(documents), MEASURED):
-        yield place, nats, tokens
+    pack_sums = map_documents(model, documents, pack_length, _compute_pack_nll, share=share)
+    for index, (nats, tokens) in log_progress(pack_sums, len(documents), PROGRESS_LABEL):
+        yield index, nats, tokens
 
 
-def by_document(
-    model: LanguageModel,
+def map_documents(
+    model: PackedCausalLM,
     documents: Sequence[Document],
     pack_length: int,
-    work: Callable[[LanguageModel, Batch, Sequence[int]], Sequence[T]],
+    compute: Callable[[PackedCausalLM, Batch, Sequence[int]], Sequence[T]],
     *,
     share: bool = False,
 ) -> Iterator[tuple[int, T]]:
     """(index of the document, what `work` says of it). `work` gets a batch and the indices of its documents, and says
     something of each."""
     assert not model.network.training, "measuring needs a model in evaluation mode"
-    places = {id(document): i for i, document in enumerate(documents)}
-    assert len(places) == len(documents), "a document stands in the list twice"
-    trained = [document for document in documents if document.weights_L.any()]
-    waiting = pack_step(trained, pack_length, share=share)[::-1]
-    while waiting:
-        pack = waiting.pop()
-        half, own = len(pack.documents) // 2, [places[id(document)] for document in pack.documents]
+    index_by_id = {id(document): i for i, document in enumerate(documents)}
+    assert len(index_by_id) == len(documents), "a document stands in the list twice"
+    supervised = [document for document in documents if document.weights_L.any()]
+    pending = pack_step(supervised, pack_length, should_share=share)[::-1]
+    while pending:
+        pack = pending.pop()
+        half, indices = (
+            len(pack.documents) // 2,
+            [index_by_id[id(document)] for document in pack.documents],
+        )
         try:
             with memory_errors():
-                found = work(model, collate(pack, model.device), own)
+                results = compute(model, collate(pack, model.device), indices)
         except OutOfMemory:
             if not half:
                 raise
-            later = pack.shared and (0, *pack.shared[half + 1 :])
-            waiting += [Pack(pack.documents[half:], later), Pack(pack.documents[:half], pack.shared[:half])]
+            second_shared = pack.prefix_lengths and (0, *pack.prefix_lengths[half + 1 :])
+            pending += [
+                Pack(pack.documents[half:], second_shared),
+                Pack(pack.documents[:half], pack.prefix_lengths[:half]),
+            ]
             continue
-        yield from zip(own, found, strict=True)
+        yield from zip(indices, results, strict=True)
 
 
 @torch.no_grad()
-def _pack_sums(model: LanguageModel, batch: Batch, places: Sequence[int]) -> list[tuple[float, int]]:
+def _compute_pack_nll(
+    model: PackedCausalLM, batch: Batch, indices: Sequence[int]
+) -> list[tuple[float, int]]:
     """Nats and tokens of each document of a pack."""
-    losses_S = target_losses(model.hidden(batch), model.head, batch.targets_S)
-    counts = batch.document_S.bincount(minlength=len(places)).tolist()
-    return list(zip(summed(losses_S, batch), counts, strict=True))
+    losses_S = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
+    counts = batch.document_S.bincount(minlength=len(indices)).tolist()
+    return list(zip(sum_by_document(losses_S, batch), counts, strict=True))
 
 
-def mean_states(
-    model: LanguageModel, documents: Sequence[Document], pack_length: int
+def compute_mean_states(
+    model: PackedCausalLM, documents: Sequence[Document], pack_length: int
 ) -> Iterator[tuple[int, list[float]]]:
     """(index of the document, mean of the final hidden states [H] that predict its targets)."""
-    return by_document(model, documents, pack_length, _pack_means)
+    return map_documents(model, documents, pack_length, _compute_pack_means)
 
 
 @torch.no_grad()
-def _pack_means(model: LanguageModel, batch: Batch, places: Sequence[int]) -> list[list[float]]:
-    hidden_SH = model.hidden(batch).float()
-    sums_DH = hidden_SH.new_zeros((len(places), hidden_SH.shape[1])).index_add_(0, batch.document_S, hidden_SH)
-    return (sums_DH / batch.document_S.bincount(minlength=len(places))[:, None]).tolist()
+def _compute_pack_means(
+    model: PackedCausalLM, batch: Batch, indices: Sequence[int]
+) -> list[list[float]]:
+    hidden_SH = model.compute_hidden(batch).float()
+    sums_DH = hidden_SH.new_zeros((len(indices), hidden_SH.shape[1])).index_add_(
+        0, batch.document_S, hidden_SH
+    )
+    return (sums_DH / batch.document_S.bincount(minlength=len(indices))[:, None]).tolist()
 
 
-def summed(values_S: torch.Tensor, batch: Batch) -> list[float]:
+def sum_by_document(values_S: torch.Tensor, batch: Batch) -> list[float]:
     """Of each document, in fp64."""
     sums_D = torch.zeros(len(batch.ids), dtype=torch.float64, device=values_S.device)
     return sums_D.index_add_(0, batch.document_S, values_S.double()).tolist()
 
 
-def held_out_loss(
-    model: LanguageModel, documents: Sequence[Document], *, task: str, pack_length: int, share: bool = False
-) -> Measurement:
+def measure_loss(
+    model: PackedCausalLM,
+    documents: Sequence[Document],
+    *,
+    task: str,
+    pack_length: int,
+    share: bool = False,
+) -> MetricValues:
     """Mean loss of a supervised token, in nats. Items are rows: the documents of one row count as one."""
     rows: dict[str, tuple[float, int]] = {}
-    for i, nat, count in sorted(negative_log_likelihoods(model, documents, pack_length, share=share)):
+    for i, nat, count in sorted(compute_nll(model, documents, pack_length, share=share)):
         nats, tokens = rows.get(documents[i].id, (0.0, 0))
         rows[documents[i].id] = nats + nat, tokens + count
-    return loss_by_row(task, rows)
+    return build_loss_measurement(task, rows)
 
 
-def loss_by_row(task: str, rows: Mapping[str, tuple[float, int]]) -> Measurement:
+def build_loss_measurement(task: str, rows: Mapping[str, tuple[float, int]]) -> MetricValues:
     """From nats and tokens of each row."""
-    return Measurement(
+    return MetricValues(
         task=task,
         metric="loss",
         ids=tuple(rows),
@@ -119,18 +136,20 @@ def loss_by_row(task: str, rows: Mapping[str, tuple[float, int]]) -> Measurement
     )
 
 
-def per_byte(loss: Measurement, documents: Sequence[Document], renderer: Renderer) -> Measurement:
+def to_bits_per_byte(
+    loss: MetricValues, documents: Sequence[Document], renderer: Renderer
+) -> MetricValues:
     """The same losses in bits per byte of the answers' UTF-8: comparable between tokenizers, as a loss per token is
     not. The end token counts among the bits, and has no bytes."""
-    sizes = dict.fromkeys(loss.ids, 0)
+    num_bytes = dict.fromkeys(loss.ids, 0)
     for document in documents:
-        if document.id in sizes and document.right:
+        if document.id in num_bytes and document.is_correct:
             targets = document.tokens_L[document.weights_L != 0].tolist()
             answer = renderer.decode([token for token in targets if token not in renderer.end_ids])
-            sizes[document.id] += len(answer.encode())
-    kept = [i for i, row in enumerate(loss.ids) if sizes[row]]
-    bits = [loss.values[i] * loss.weights[i] / math.log(2) for i in kept]
-    weights = tuple(float(sizes[loss.ids[i]]) for i in kept)
-    values = tuple(found / weight for found, weight in zip(bits, weights, strict=True))
-    ids = tuple(loss.ids[i] for i in kept)
+            num_bytes[document.id] += len(answer.encode())
+    indices = [i for i, row in enumerate(loss.ids) if num_bytes[row]]
+    bits = [loss.values[i] * loss.weights[i] / math.log(2) for i in indices]
+    weights = tuple(float(num_bytes[loss.ids[i]]) for i in indices)
+    values = tuple(num_bits / weight for num_bits, weight in zip(bits, weights, strict=True))
+    ids = tuple(loss.ids[i] for i in indices)
     return replace(loss, metric=BITS_PER_BYTE, ids=ids, values=values, weights=weights)

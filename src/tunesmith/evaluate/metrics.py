@@ -19,69 +19,81 @@ from tunesmith.core.types import Json
 from tunesmith.data.readers.local_file import check_path
 from tunesmith.evaluate.json_metrics import check_schema, field_f1, json_valid, schema_valid
 from tunesmith.evaluate.text_metrics import (
-    as_pattern,
-    as_text,
-    as_tolerance,
     chrf,
     contains,
     exact_match,
     normalised_match,
     numeric,
+    parse_pattern,
+    parse_text,
+    parse_tolerance,
     regex_match,
     rouge_l,
     token_f1,
 )
-from tunesmith.recipe.fields import own_metric
+from tunesmith.recipe.fields import parse_custom_metric
 
 if TYPE_CHECKING:
-    from tunesmith.session.inputs import Facts
+    from tunesmith.session.inputs import RunInputs
 
-WHERE = "metrics"
+SETTING = "metrics"
 
 
-def split(metric: str) -> tuple[str, str]:
+def split_metric(metric: str) -> tuple[str, str]:
     """(name, what stands behind the colon), or (name, nothing)."""
-    name, _, given = metric.partition(": ")
-    return name, given
+    name, _, arg = metric.partition(": ")
+    return name, arg
 
 
-def given_to(metric: str, schema: Json | None) -> Any:
+def parse_metric_arg(metric: str, schema: Json | None) -> Any:
     """What a metric is given. Raises InputError for a name that there is not, and for what it cannot take."""
-    name, text = split(metric)
-    if name not in (known := (*METRICS, *LIKELIHOODS)):
-        near = difflib.get_close_matches(name, known, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}, or FILE.py:FUNCTION"
-        raise InputError(f"there is no metric {name!r}", where=WHERE, fix=fix)
+    name, text = split_metric(metric)
+    if name not in (metric_names := (*METRICS, *LIKELIHOODS)):
+        close_matches = difflib.get_close_matches(name, metric_names, n=1)
+        fix = (
+            f"did you mean {close_matches[0]}?"
+            if close_matches
+            else f"use {', '.join(metric_names)}, or FILE.py:FUNCTION"
+        )
+        raise InputError(f"there is no metric {name!r}", where=SETTING, fix=fix)
     if name == "schema_valid":
         if schema is None:
-            raise InputError("schema_valid needs a schema", where=WHERE, fix="give `schema`, or leave the metric out")
+            raise InputError(
+                "schema_valid needs a schema",
+                where=SETTING,
+                fix="give `schema`, or leave the metric out",
+            )
         check_schema(schema)
         return schema
-    if text and name not in GIVEN:
-        raise InputError(f"{name} takes nothing, and is given {text:.80}", where=WHERE, fix=f"write {name} alone")
+    if text and name not in ARG_PARSERS:
+        raise InputError(
+            f"{name} takes nothing, and is given {text:.80}",
+            where=SETTING,
+            fix=f"write {name} alone",
+        )
     if name == "regex" and not text:
-        raise InputError("regex needs a pattern", where=WHERE, fix="write {regex: PATTERN}")
+        raise InputError("regex needs a pattern", where=SETTING, fix="write {regex: PATTERN}")
     try:
-        return GIVEN[name](text) if text else None
+        return ARG_PARSERS[name](text) if text else None
     except ValueError as error:
-        raise InputError(str(error), where=f"{WHERE}: {name}") from None
+        raise InputError(str(error), where=f"{SETTING}: {name}") from None
 
 
-def refuse_measures(facts: Facts) -> None:
+def refuse_invalid_metrics(inputs: RunInputs) -> None:
     """InputError for a metric of the recipe that is none, whether there are rows to measure or not, and for general
     text that is not there."""
-    recipe = facts.recipe
+    recipe = inputs.recipe
     if recipe.retention_data is not None:
         check_path(recipe.retention_data)
     for metric in () if recipe.metrics == "auto" else recipe.metrics:
-        if not own_metric(metric):
-            given_to(metric, facts.schema)
+        if not parse_custom_metric(metric):
+            parse_metric_arg(metric, inputs.response_schema)
 
 
-def graded(metric: str, answer: str, expected: str, given: Any) -> float:
+def grade_answer(metric: str, answer: str, expected: str, arg: Any) -> float:
     """One answer by one metric."""
     try:
-        return METRICS[split(metric)[0]](answer, expected, given)
+        return METRICS[split_metric(metric)[0]](answer, expected, arg)
     except RecursionError:  # a model that loops on "[" nests deeper than Python can walk
         return 0.0
 
@@ -101,4 +113,8 @@ METRICS: dict[str, Metric] = {
     "field_f1": field_f1,
 }
 MULTIPLE_CHOICE, BITS_PER_BYTE = LIKELIHOODS = ("multiple_choice", "bits_per_byte")
-GIVEN: dict[str, Callable[[str], Any]] = {"contains": as_text, "regex": as_pattern, "numeric": as_tolerance}
+ARG_PARSERS: dict[str, Callable[[str], Any]] = {
+    "contains": parse_text,
+    "regex": parse_pattern,
+    "numeric": parse_tolerance,
+}

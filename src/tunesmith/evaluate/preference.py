@@ -10,35 +10,35 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from tunesmith.core.events import Verdict
+from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.core.types import Comparison, Document
-from tunesmith.data.sampler import Schedule
-from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
-from tunesmith.evaluate.results import Measurement
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.session.session import Workbench
-from tunesmith.train.losses import REFERENCED
+from tunesmith.data.sampler import StepSampler
+from tunesmith.evaluate.loglikelihood import compute_nll
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.session.session import Session
+from tunesmith.train.losses import REFERENCE_LOSSES
 
-REFERENCE = "reference.json"  # row -> log-probabilities of its documents before training
-ROWS_AT_ONCE = 64
-DISPLACED = 0.10  # rules.md 6.3: an alarm when chosen answers get this much less likely
+REFERENCE_FILE = "reference.json"  # row -> log-probabilities of its documents before training
+BATCH_ROWS = 64
+MAX_CHOSEN_DROP = 0.10  # rules.md 6.3: an alarm when chosen answers get this much less likely
 
 
-def preference(
-    model: LanguageModel,
+def measure_preference(
+    model: PackedCausalLM,
     documents: Sequence[Document],
     *,
     task: str,
     pack_length: int,
-    whole: bool,
+    should_sum: bool,
     share: bool = False,
-) -> tuple[Measurement, ...]:
+) -> tuple[MetricValues, ...]:
     """`whole`: compare sums over the answers, else means over their tokens. Items are rows."""
     logp: dict[tuple[str, str], float] = {}
-    for i, nats, tokens in negative_log_likelihoods(model, documents, pack_length, share=share):
-        logp[documents[i].id, documents[i].side] = -nats / (1 if whole else tokens)
+    for i, nats, tokens in compute_nll(model, documents, pack_length, share=share):
+        logp[documents[i].id, documents[i].side] = -nats / (1 if should_sum else tokens)
     rows = [document.id for document in documents if document.side == "chosen"]
     chosen, rejected = ([logp[row, side] for row in rows] for side in ("chosen", "rejected"))
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
@@ -49,49 +49,61 @@ def preference(
         "rejected_logp": rejected,
     }
     return tuple(
-        Measurement(task, metric, tuple(rows), tuple(found), higher_is_better=metric != "rejected_logp")
-        for metric, found in values.items()
+        MetricValues(
+            task, metric, tuple(rows), tuple(row_values), higher_is_better=metric != "rejected_logp"
+        )
+        for metric, row_values in values.items()
     )
 
 
-def displaced(comparisons: Sequence[Comparison], step: int) -> Iterator[Verdict]:
+def check_displacement(comparisons: Sequence[Comparison], step: int) -> Iterator[CheckResult]:
     """A warning when the chosen answers became less likely: both sides sink, and something else takes the room."""
-    for one in comparisons:
-        fall = (one.before.value - one.after.value) / max(abs(one.before.value), 1e-9)
-        if one.metric == "chosen_logp" and fall > DISPLACED:
-            evidence = f"{one.task}: log-probability {one.before.value:.2f} -> {one.after.value:.2f}, {fall:.0%} lower"
+    for comparison in comparisons:
+        drop = (comparison.before.value - comparison.after.value) / max(
+            abs(comparison.before.value), 1e-9
+        )
+        if comparison.metric == "chosen_logp" and drop > MAX_CHOSEN_DROP:
+            evidence = f"{comparison.task}: log-probability {comparison.before.value:.2f} -> {comparison.after.value:.2f}, {drop:.0%} lower"
             fix = "raise nll_coefficient or beta, or lower learning_rate"
-            yield Verdict("chosen answers less likely", "warn", f"{evidence}; {fix}", step)
+            yield CheckResult("chosen answers less likely", "warn", f"{evidence}; {fix}", step)
 
 
 # ---------------------------------------------------------------- before training
 
 
-def with_references(bench: Workbench, folder: RunFolder) -> Workbench:
+def add_references(session: Session, folder: RunFolder) -> Session:
     """The bench with what DPO compares with, computed once and read back by every later attempt. A fresh adapter needs
     none: switched off, it leaves the base. Call it before any weight has changed."""
-    plan = bench.plan
-    fresh = plan["method"] != "full" and "adapter_from" not in plan.choices
-    if fresh or "loss" not in plan.choices or plan["loss"] not in REFERENCED:
-        return bench
-    if not (folder.path / REFERENCE).exists():
-        folder.write_json(REFERENCE, _references(bench))
-    kept = read_json(folder.path / REFERENCE)
-    return dataclasses.replace(bench, references={int(row): values for row, values in kept.items()})
+    plan = session.plan
+    is_fresh = plan["method"] != "full" and "adapter_from" not in plan.choices
+    if is_fresh or "loss" not in plan.choices or plan["loss"] not in REFERENCE_LOSSES:
+        return session
+    if not (folder.path / REFERENCE_FILE).exists():
+        folder.write_json(REFERENCE_FILE, _compute_references(session))
+    references = read_json(folder.path / REFERENCE_FILE)
+    return dataclasses.replace(
+        session, reference_logps={int(row): values for row, values in references.items()}
+    )
 
 
-def _references(bench: Workbench) -> dict[int, list[float]]:
-    bench.model.network.eval()
-    schedule = bench.schedule
-    assert isinstance(schedule, Schedule), "pairs are rows"
-    rows = sorted({row for step in range(1, bench.plan.steps + 1) for row in schedule.rows_of(step)})
-    found: dict[int, list[float]] = {}
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        at_once = rows[start : start + ROWS_AT_ONCE]
-        owned = [(row, document) for row in at_once for document in bench.rows.documents(row)]
-        documents = [document for _, document in owned]
-        plan = bench.plan
-        found_here = negative_log_likelihoods(bench.model, documents, plan["pack_length"], share=plan["share_prefixes"])
-        for i, nats, _ in sorted(found_here):
-            found.setdefault(owned[i][0], []).append(-nats)
-    return found
+def _compute_references(session: Session) -> dict[int, list[float]]:
+    session.model.network.eval()
+    schedule = session.sampler
+    assert isinstance(schedule, StepSampler), "pairs are rows"
+    rows = sorted(
+        {row for step in range(1, session.plan.steps + 1) for row in schedule.get_rows(step)}
+    )
+    logps: dict[int, list[float]] = {}
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch_rows = rows[start : start + BATCH_ROWS]
+        row_documents = [
+            (row, document) for row in batch_rows for document in session.rows.render_documents(row)
+        ]
+        documents = [document for _, document in row_documents]
+        plan = session.plan
+        nlls = compute_nll(
+            session.model, documents, plan["pack_length"], share=plan["share_prefixes"]
+        )
+        for i, nats, _ in sorted(nlls):
+            logps.setdefault(row_documents[i][0], []).append(-nats)
+    return logps

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import GENERAL
+from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.significance import verdict
+from tunesmith.evaluate.significance import judge_comparison
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,48 @@ class Gate:
     passed: bool
     bound: float
     margin: float | None
-    said: str
+    message: str
 
 
-def gates(comparisons: Sequence[Comparison], margin: float | None) -> tuple[Gate, ...]:
+def build_gates(comparisons: Sequence[Comparison], margin: float | None) -> tuple[Gate, ...]:
     """Raises InputError without anything to judge."""
-    judged = [one for one in comparisons if one.task != GENERAL or one.metric == BITS_PER_BYTE]
-    found = [_forgetting(one, margin) if one.task == GENERAL else _not_worse(one) for one in judged]
-    if not found:
-        raise InputError("there is nothing to judge", where="--gate", fix="give the recipe test_data or retention_data")
-    return tuple(found)
+    gated = [
+        comparison
+        for comparison in comparisons
+        if comparison.task != GENERAL_TASK or comparison.metric == BITS_PER_BYTE
+    ]
+    results = [
+        _check_forgetting(comparison, margin)
+        if comparison.task == GENERAL_TASK
+        else _check_not_worse(comparison)
+        for comparison in gated
+    ]
+    if not results:
+        raise InputError(
+            "there is nothing to judge",
+            where="--gate",
+            fix="give the recipe test_data or retention_data",
+        )
+    return tuple(results)
 
 
-def _forgetting(one: Comparison, margin: float | None) -> Gate:
+def _check_forgetting(comparison: Comparison, margin: float | None) -> Gate:
     if margin is None:
-        return _not_worse(one)
-    within = one.high <= margin
-    said = f"{one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}] bits per byte, at most {margin:+g}"
-    return Gate(f"{one.task} {one.metric}", within, one.high, margin, said)
+        return _check_not_worse(comparison)
+    is_within = comparison.high <= margin
+    message = f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}] bits per byte, at most {margin:+g}"
+    return Gate(
+        f"{comparison.task} {comparison.metric}", is_within, comparison.high, margin, message
+    )
 
 
-def _not_worse(one: Comparison) -> Gate:
-    bound = one.low if one.higher_is_better else one.high
-    said = f"{one.difference:+.4f} [{one.low:+.4f}, {one.high:+.4f}], n = {one.after.n}: {verdict(one)}"
-    return Gate(f"{one.task} {one.metric}", verdict(one) != "worse", bound, None, said)
+def _check_not_worse(comparison: Comparison) -> Gate:
+    bound = comparison.low if comparison.higher_is_better else comparison.high
+    message = f"{comparison.difference:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}], n = {comparison.after.n}: {judge_comparison(comparison)}"
+    return Gate(
+        f"{comparison.task} {comparison.metric}",
+        judge_comparison(comparison) != "worse",
+        bound,
+        None,
+        message,
+    )

@@ -14,34 +14,57 @@ from collections.abc import Sequence
 import numpy as np
 
 from tunesmith.core.types import Document
-from tunesmith.evaluate.general_text import GeneralText, TextTokens
-from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
+from tunesmith.evaluate.general_text import GeneralText, TokenizeFn
+from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.results import Measurement
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.model.causal_lm import PackedCausalLM
 
-SHOTS = 2
+NUM_SHOTS = 2
 
 
-def after_shots(
-    model: LanguageModel, texts: Sequence[GeneralText], text_tokens: TextTokens, *, shots: int, window: int, task: str
-) -> Measurement:
+def measure_after_shots(
+    model: PackedCausalLM,
+    texts: Sequence[GeneralText],
+    tokenize: TokenizeFn,
+    *,
+    shots: int,
+    window: int,
+    task: str,
+) -> MetricValues:
     """Bits per byte of each text after `shots` others, the next ones of the list; the same targets for any number of
     them. What does not fit into `window` is left out: of the shots their beginning, of the text its end."""
-    tokens = [list(text_tokens(text.text))[:window] for text in texts]
-    documents = [_document(texts, tokens, place, shots, window) for place in range(len(texts))]
-    found = {place: nats for place, nats, _ in negative_log_likelihoods(model, documents, window)}
-    bits = {place: nats / math.log(2) / len(texts[place].text.encode()) for place, nats in found.items()}
-    ids = tuple(texts[place].id for place in sorted(bits))
-    return Measurement(task, BITS_PER_BYTE, ids, tuple(bits[place] for place in sorted(bits)), higher_is_better=False)
+    tokens = [list(tokenize(text.text))[:window] for text in texts]
+    documents = [
+        _build_document(texts, tokens, index, shots, window) for index in range(len(texts))
+    ]
+    nats_by_index = {index: nats for index, nats, _ in compute_nll(model, documents, window)}
+    bits_by_index = {
+        index: nats / math.log(2) / len(texts[index].text.encode())
+        for index, nats in nats_by_index.items()
+    }
+    ids = tuple(texts[index].id for index in sorted(bits_by_index))
+    return MetricValues(
+        task,
+        BITS_PER_BYTE,
+        ids,
+        tuple(bits_by_index[index] for index in sorted(bits_by_index)),
+        higher_is_better=False,
+    )
 
 
-def _document(
-    texts: Sequence[GeneralText], tokens: Sequence[Sequence[int]], place: int, shots: int, window: int
+def _build_document(
+    texts: Sequence[GeneralText],
+    tokens: Sequence[Sequence[int]],
+    index: int,
+    shots: int,
+    window: int,
 ) -> Document:
-    own = tokens[place]
-    others = [token for shot in range(1, shots + 1) for token in tokens[(place + shot) % len(texts)]]
-    before = others[max(0, len(others) + len(own) - window) :]
-    weights_L = np.zeros(len(before) + len(own), np.float32)
-    weights_L[len(before) + 1 :] = 1
-    return Document(texts[place].id, np.array([*before, *own], np.int32), weights_L)
+    target_tokens = tokens[index]
+    shot_tokens = [
+        token for shot in range(1, shots + 1) for token in tokens[(index + shot) % len(texts)]
+    ]
+    context = shot_tokens[max(0, len(shot_tokens) + len(target_tokens) - window) :]
+    weights_L = np.zeros(len(context) + len(target_tokens), np.float32)
+    weights_L[len(context) + 1 :] = 1
+    return Document(texts[index].id, np.array([*context, *target_tokens], np.int32), weights_L)

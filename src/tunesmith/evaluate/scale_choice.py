@@ -13,77 +13,102 @@ from shlex import quote
 
 from tunesmith.core.types import ScalePoint
 
-KEPT = 0.9  # of the best gain: what an offered scale keeps at least
-BARGAIN = 0.5  # of the forgetting, at most: then the offer stands in the verdict of a run
-LARGEST = 2.0  # what an adapter may be scaled by; beyond 1 nothing was measured by the run itself
+MIN_GAIN_SHARE = 0.9  # of the best gain: what an offered scale keeps at least
+MAX_FORGETTING_SHARE = (
+    0.5  # of the forgetting, at most: then the offer stands in the verdict of a run
+)
+MAX_SCALE = 2.0  # what an adapter may be scaled by; beyond 1 nothing was measured by the run itself
 
 
-def gain_kept(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
+def compute_gain_share(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
     """Of what the whole adapter lowers the loss by; None where it lowers nothing."""
-    first, last = points[0].gain.value, points[-1].gain.value
-    return None if last >= first else (first - point.gain.value) / (first - last)
+    first, last = points[0].eval_loss.value, points[-1].eval_loss.value
+    return None if last >= first else (first - point.eval_loss.value) / (first - last)
 
 
-def forgetting(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
+def compute_forgetting_share(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
     """Of what the whole adapter raises the bits per byte by; None where it raises nothing, or nothing was measured."""
-    first, last = points[0].general, points[-1].general
-    if first is None or last is None or point.general is None or last.value <= first.value:
+    first, last = points[0].general_text, points[-1].general_text
+    if first is None or last is None or point.general_text is None or last.value <= first.value:
         return None
-    return (point.general.value - first.value) / (last.value - first.value)
+    return (point.general_text.value - first.value) / (last.value - first.value)
 
 
-def offered(points: Sequence[ScalePoint]) -> ScalePoint | None:
+def recommend_scale(points: Sequence[ScalePoint]) -> ScalePoint | None:
     """Of the scales that keep most of the best gain, with a loss inside the interval of the best one, the one that
     forgets least; without forgetting, the one with the best gain. None where nothing was gained."""
-    best = min(points, key=lambda point: point.gain.value, default=None)
-    most = None if best is None else gain_kept(points, best)
-    if best is None or not most:
+    best = min(points, key=lambda point: point.eval_loss.value, default=None)
+    best_share = None if best is None else compute_gain_share(points, best)
+    if best is None or not best_share:
         return None
-    near = [point for point in points if point.gain.value <= best.gain.high]
-    good = [point for point in near if (gain_kept(points, point) or 0.0) >= KEPT * most]
-    lost = {point.scale: forgetting(points, point) for point in good}
-    if None in lost.values():
-        return min(good, key=lambda point: point.gain.value)
-    return min(good, key=lambda point: (lost[point.scale], -point.scale))
+    near = [point for point in points if point.eval_loss.value <= best.eval_loss.high]
+    good = [
+        point
+        for point in near
+        if (compute_gain_share(points, point) or 0.0) >= MIN_GAIN_SHARE * best_share
+    ]
+    forgetting_shares = {point.scale: compute_forgetting_share(points, point) for point in good}
+    if None in forgetting_shares.values():
+        return min(good, key=lambda point: point.eval_loss.value)
+    return min(good, key=lambda point: (forgetting_shares[point.scale], -point.scale))
 
 
-def offer(points: Sequence[ScalePoint]) -> str:
+def describe_recommendation(points: Sequence[ScalePoint]) -> str:
     """What is offered, in words."""
     if not points:
         return ""
-    best = offered(points)
+    best = recommend_scale(points)
     if best is None:
         return "no scale of the adapter lowers the held-out loss"
     if best.scale == 1:
-        lost = forgetting(points, best)
-        why = "nothing was forgotten" if lost is None else "less of it keeps too little of the gain"
-        return f"scale 1, the adapter as trained, is best: {why}" if best.general else "scale 1 is best"
-    return f"scale {best.scale:g} {keeps(points, best)}"
+        forgetting_share = compute_forgetting_share(points, best)
+        reason = (
+            "nothing was forgotten"
+            if forgetting_share is None
+            else "less of it keeps too little of the gain"
+        )
+        return (
+            f"scale 1, the adapter as trained, is best: {reason}"
+            if best.general_text
+            else "scale 1 is best"
+        )
+    return f"scale {best.scale:g} {describe_tradeoff(points, best)}"
 
 
-def commands(points: Sequence[ScalePoint], run: str) -> tuple[str, ...]:
+def build_commands(points: Sequence[ScalePoint], run: str) -> tuple[str, ...]:
     """What measures a run as offered on its own items, which a loss on others is no proof for, and what hands it out;
     nothing where that is the adapter as trained."""
-    best = offered(points)
+    best = recommend_scale(points)
     if best is None or best.scale == 1:
         return ()
-    look = f"tunesmith compare {quote(f'{run}@{best.scale:g}')} {quote(run)}"
-    return look, f"tunesmith export {quote(run)} --to peft --scale {best.scale:g}"
+    compare_command = f"tunesmith compare {quote(f'{run}@{best.scale:g}')} {quote(run)}"
+    return compare_command, f"tunesmith export {quote(run)} --to peft --scale {best.scale:g}"
 
 
-def bargain(points: Sequence[ScalePoint]) -> str:
+def describe_bargain(points: Sequence[ScalePoint]) -> str:
     """What is offered, where it forgets so much less that nobody should miss it; else nothing."""
-    best = offered(points)
-    lost = None if best is None else forgetting(points, best)
-    return offer(points) if lost is not None and lost <= BARGAIN else ""
+    best = recommend_scale(points)
+    forgetting_share = None if best is None else compute_forgetting_share(points, best)
+    return (
+        describe_recommendation(points)
+        if forgetting_share is not None and forgetting_share <= MAX_FORGETTING_SHARE
+        else ""
+    )
 
 
-def keeps(points: Sequence[ScalePoint], point: ScalePoint) -> str:
+def describe_tradeoff(points: Sequence[ScalePoint], point: ScalePoint) -> str:
     """Of gain and forgetting, in words; nothing where nothing was gained."""
-    kept, lost = gain_kept(points, point), forgetting(points, point)
-    if kept is None:
+    gain_share, forgetting_share = (
+        compute_gain_share(points, point),
+        compute_forgetting_share(points, point),
+    )
+    if gain_share is None:
         return ""
-    gain = f"keeps {kept:.0%} of the gain in {point.gain.metric.replace('_', ' ')}"
-    if lost is None:
+    gain = f"keeps {gain_share:.0%} of the gain in {point.eval_loss.metric.replace('_', ' ')}"
+    if forgetting_share is None:
         return gain
-    return f"{gain} at {lost:.0%} of the forgetting" if lost > 0 else f"{gain} and forgets nothing"
+    return (
+        f"{gain} at {forgetting_share:.0%} of the forgetting"
+        if forgetting_share > 0
+        else f"{gain} and forgets nothing"
+    )

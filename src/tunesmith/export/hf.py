@@ -12,61 +12,72 @@ from pathlib import Path
 import torch
 
 from tunesmith.core.atomic import MANIFEST
-from tunesmith.export.parity import Job, Reread
+from tunesmith.export.parity import ExportJob, ReloadedExport
 from tunesmith.model.causal_lm import load_network
-from tunesmith.model.hub.adapter_config import CONFIG, WEIGHTS
-from tunesmith.model.hub.provenance import FILE as PROVENANCE
-from tunesmith.model.hub.validate import SINGLE, read_json
-from tunesmith.model.merge import add_to_network, read_loras, read_rows, write_merged
-from tunesmith.model.reference_load import stock_prompts
+from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from tunesmith.model.hub.provenance import PROVENANCE_FILE as PROVENANCE
+from tunesmith.model.hub.validate import WEIGHTS_FILE, read_json
+from tunesmith.model.merge import (
+    merge_into_network,
+    read_loras,
+    read_token_rows,
+    write_merged_weights,
+)
+from tunesmith.model.reference_load import encode_stock_prompts
 from tunesmith.model.save import rescale_adapter, save_config
-from tunesmith.train.model_card import CARD, note_scale
+from tunesmith.train.model_card import CARD_FILE, note_scale
 
 
-def write_peft(job: Job) -> None:
+def write_peft(job: ExportJob) -> None:
     """The adapter folder, file by file; at another scale its config, its rows of new tokens and its card say so."""
-    _copy(job)
+    _copy_files(job)
     if job.run.scale != 1:
-        rescale_adapter(job.folder, job.run.scale, job.run.rows)
-        note_scale(job.folder, job.run.scale, job.run.curve)
+        rescale_adapter(job.folder, job.run.scale, job.run.token_rows)
+        note_scale(job.folder, job.run.scale, job.run.scale_points)
 
 
-def reread_peft(job: Job) -> Reread:
+def reload_peft(job: ExportJob) -> ReloadedExport:
     """The adapter as its own files say it is, added to the stock base."""
-    network = job.run.base_network()
-    base = job.run.weights.path
-    add_to_network(network, {**read_loras(job.folder, base), **read_rows(job.folder, base)})
-    return Reread(network, _rendered(job), _end_ids(job.folder))
+    network = job.run.load_base_network()
+    base_dir = job.run.model_spec.path
+    merge_into_network(
+        network, {**read_loras(job.folder, base_dir), **read_token_rows(job.folder, base_dir)}
+    )
+    return ReloadedExport(network, _render_prompts(job), _read_end_ids(job.folder))
 
 
-def write_merged_folder(job: Job) -> None:
+def write_merged_folder(job: ExportJob) -> None:
     """The base's config, its weights with the adapter added in fp32 and cast once, and what serving needs."""
     run = job.run
-    _copy(job, CONFIG, WEIGHTS, PROVENANCE, SINGLE, CARD)
-    save_config(job.folder, run.weights.path, run.weights.vocab_size)
-    write_merged(run.weights.path, run.changes, job.folder / SINGLE, job.narrow)
-
-
-def reread_merged(job: Job) -> Reread:
-    network = load_network(job.folder, torch.float32, job.run.device)
-    return Reread(network, _rendered(job), _end_ids(job.folder))
-
-
-def _copy(job: Job, *left_out: str) -> None:
-    """File by file: `copytree` would gather errors and lose what the disk said."""
-    for file in sorted(job.run.saved.rglob("*")):
-        if file.is_file() and file.name not in (MANIFEST, *left_out):
-            place = job.folder / file.relative_to(job.run.saved)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, place)
-
-
-def _rendered(job: Job) -> list[tuple[int, ...]]:
-    return stock_prompts(
-        job.folder, [(witness.messages, witness.tools) for witness in job.chats], job.run.recipe.chat_template_kwargs
+    _copy_files(job, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PROVENANCE, WEIGHTS_FILE, CARD_FILE)
+    save_config(job.folder, run.model_spec.path, run.model_spec.vocab_size)
+    write_merged_weights(
+        run.model_spec.path, run.changes, job.folder / WEIGHTS_FILE, job.dequantized_paths
     )
 
 
-def _end_ids(folder: Path) -> tuple[int, ...]:
-    ends = read_json(folder / "generation_config.json").get("eos_token_id")
-    return (ends,) if isinstance(ends, int) else tuple(ends or ())
+def reload_merged(job: ExportJob) -> ReloadedExport:
+    network = load_network(job.folder, torch.float32, job.run.device)
+    return ReloadedExport(network, _render_prompts(job), _read_end_ids(job.folder))
+
+
+def _copy_files(job: ExportJob, *excluded: str) -> None:
+    """File by file: `copytree` would gather errors and lose what the disk said."""
+    for file in sorted(job.run.saved_dir.rglob("*")):
+        if file.is_file() and file.name not in (MANIFEST, *excluded):
+            target = job.folder / file.relative_to(job.run.saved_dir)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def _render_prompts(job: ExportJob) -> list[tuple[int, ...]]:
+    return encode_stock_prompts(
+        job.folder,
+        [(example.messages, example.tools) for example in job.chat_examples],
+        job.run.recipe.chat_template_kwargs,
+    )
+
+
+def _read_end_ids(folder: Path) -> tuple[int, ...]:
+    end_ids = read_json(folder / "generation_config.json").get("eos_token_id")
+    return (end_ids,) if isinstance(end_ids, int) else tuple(end_ids or ())

@@ -14,41 +14,64 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import InputError
-from tunesmith.export.parity import Base, Witness, live_logits, mean_kl, witness_logits
-from tunesmith.export.source_run import Finished
-from tunesmith.model.merge import add_to_network
+from tunesmith.export.parity import (
+    BaseKind,
+    ParityExample,
+    compute_example_logits,
+    compute_live_logits,
+    compute_mean_kl,
+)
+from tunesmith.export.source_run import SourceRun
+from tunesmith.model.merge import merge_into_network
 
-BASES: tuple[Base, ...] = ("dequantized", "original")
+BASES: tuple[BaseKind, ...] = ("dequantized", "original")
 
 
 @dataclass(frozen=True)
-class BaseChoice:
+class MergeBase:
     """`mean_kl`: in nats, to the run, of the adapter merged into each and rounded to the base's own type; empty where
     there is nothing to choose."""
 
-    base: Base
+    base: BaseKind
     mean_kl: Mapping[str, float]
 
 
-def choose_base(run: Finished, witnesses: Sequence[Witness], wish: str, *, merges: bool) -> BaseChoice:
+def choose_base(
+    run: SourceRun, examples: Sequence[ParityExample], requested: str, *, is_merged: bool
+) -> MergeBase:
     """`wish`: a base, or auto for the nearer one. `merges`: the export holds more than the adapter. InputError for a
     wish that there is not, or that has no effect."""
-    if wish not in (*BASES, "auto"):
-        raise InputError(f"there is no base {wish!r}", where="--base", fix=f"use one of {', '.join(BASES)}, auto")
-    if merges and run.narrow:
-        live = live_logits(run, witnesses)
-        kl = {base: mean_kl(live, _merged_logits(run, witnesses, base)) for base in BASES}
-        return BaseChoice(min(BASES, key=lambda base: (base != wish, kl[base])), {**kl})
-    if wish != "auto":
-        what = "this run's base was never in 4 bits" if merges else "the adapter is exported alone"
-        raise InputError(f"there is no base to choose: {what}", where="--base", fix="leave --base out")
-    return BaseChoice("original", {})
+    if requested not in (*BASES, "auto"):
+        raise InputError(
+            f"there is no base {requested!r}",
+            where="--base",
+            fix=f"use one of {', '.join(BASES)}, auto",
+        )
+    if is_merged and run.quantized_paths:
+        run_logits = compute_live_logits(run, examples)
+        kl_by_base = {
+            base: compute_mean_kl(run_logits, _compute_merged_logits(run, examples, base))
+            for base in BASES
+        }
+        return MergeBase(
+            min(BASES, key=lambda base: (base != requested, kl_by_base[base])), {**kl_by_base}
+        )
+    if requested != "auto":
+        reason = (
+            "this run's base was never in 4 bits" if is_merged else "the adapter is exported alone"
+        )
+        raise InputError(
+            f"there is no base to choose: {reason}", where="--base", fix="leave --base out"
+        )
+    return MergeBase("original", {})
 
 
-def _merged_logits(run: Finished, witnesses: Sequence[Witness], base: Base) -> tuple[Tensor, ...]:
-    network = run.base_network(original=base == "original")
-    add_to_network(network, run.changes)
-    dtype: torch.dtype = getattr(torch, run.weights.dtype)
+def _compute_merged_logits(
+    run: SourceRun, examples: Sequence[ParityExample], base: BaseKind
+) -> tuple[Tensor, ...]:
+    network = run.load_base_network(is_original=base == "original")
+    merge_into_network(network, run.changes)
+    dtype: torch.dtype = getattr(torch, run.model_spec.dtype)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype).float()
-    return witness_logits(network, witnesses)
+    return compute_example_logits(network, examples)

@@ -20,106 +20,149 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 
-BEGIN, END = "{{ range .Messages }}", "{{ end }}"
-FIELD = re.compile(r"\{\{ \.(Role|Content) \}\}")
+TURNS_BEGIN, TURNS_END = "{{ range .Messages }}", "{{ end }}"
+TEMPLATE_FIELD = re.compile(r"\{\{ \.(Role|Content) \}\}")
 QUOTES = '"""'  # around texts of several lines; nothing escapes them
-MARK = "\N{BLACK STAR}system\N{BLACK STAR}"
-HELLO: Json = {"role": "user", "content": "Hello, what is 12 + 30?"}
-SAMPLES: tuple[tuple[Json, ...], ...] = (
-    (HELLO,),
-    ({"role": "system", "content": "Answer in one word."}, HELLO),
-    (HELLO, {"role": "assistant", "content": "42"}, {"role": "user", "content": "Sure?\n  Think again."}),
+SYSTEM_MARKER = "\N{BLACK STAR}system\N{BLACK STAR}"
+HELLO_MESSAGE: Json = {"role": "user", "content": "Hello, what is 12 + 30?"}
+SAMPLE_CONVERSATIONS: tuple[tuple[Json, ...], ...] = (
+    (HELLO_MESSAGE,),
+    ({"role": "system", "content": "Answer in one word."}, HELLO_MESSAGE),
+    (
+        HELLO_MESSAGE,
+        {"role": "assistant", "content": "42"},
+        {"role": "user", "content": "Sure?\n  Think again."},
+    ),
 )
-INSTEAD = "export to gguf, and write the Modelfile by hand"
+MODELFILE_HINT = "export to gguf, and write the Modelfile by hand"
 
 
 @dataclass(frozen=True)
-class Served:
+class OllamaTemplate:
     """How Ollama makes a prompt of messages, and where an answer stops."""
 
     template: str
     system: str
     stops: tuple[str, ...]
 
-    def prompt(self, messages: Sequence[Json]) -> str:
+    def render_prompt(self, messages: Sequence[Json]) -> str:
         """The text of a chat request; `system` goes first if the request brings no other."""
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        before, _, rest = self.template.partition(BEGIN)
-        turn, _, after = rest.partition(END)
-        turns = (FIELD.sub(lambda field, message=message: message[field[1].lower()], turn) for message in messages)
+        before, _, rest = self.template.partition(TURNS_BEGIN)
+        turn, _, after = rest.partition(TURNS_END)
+        turns = (
+            TEMPLATE_FIELD.sub(lambda field, message=message: message[field[1].lower()], turn)
+            for message in messages
+        )
         return before + "".join(turns) + after
 
 
-def choose(tokenizer: Path, renderer: Renderer, conversations: Sequence[Sequence[Json]]) -> Served:
+def choose_template(
+    tokenizer_path: Path, renderer: Renderer, conversations: Sequence[Sequence[Json]]
+) -> OllamaTemplate:
     """The family that renders as the model's own template does. InputError if none does."""
     for messages in conversations:
-        if any(m["role"] == "tool" or m.get("tool_calls") or not isinstance(m["content"], str) for m in messages):
-            raise InputError("the rows call tools, which the templates for Ollama leave out", fix=INSTEAD)
+        if any(
+            turn["role"] == "tool" or turn.get("tool_calls") or not isinstance(turn["content"], str)
+            for turn in messages
+        ):
+            raise InputError(
+                "the rows call tools, which the templates for Ollama leave out", fix=MODELFILE_HINT
+            )
     stops = tuple(renderer.decode([end]) for end in renderer.end_ids)
-    own = _shared_system(conversations)
-    for template in FAMILIES.values():
-        served = Served(template, own or _default_system(template, renderer), stops)
-        asked = [*conversations, *SAMPLES]
-        if all(tokens_of(served.prompt(m), tokenizer, renderer) == _ours(renderer, own, m) for m in asked):
-            return served
-    what = f"none of the templates for Ollama ({', '.join(FAMILIES)}) renders as this model's chat template"
-    raise InputError(what, where="template", fix=INSTEAD)
+    shared_system = _find_shared_system(conversations)
+    for template in TEMPLATES.values():
+        ollama_template = OllamaTemplate(
+            template, shared_system or _find_default_system(template, renderer), stops
+        )
+        test_conversations = [*conversations, *SAMPLE_CONVERSATIONS]
+        if all(
+            encode_prompt(ollama_template.render_prompt(conversation), tokenizer_path, renderer)
+            == _render_reference(renderer, shared_system, conversation)
+            for conversation in test_conversations
+        ):
+            return ollama_template
+    message = f"none of the templates for Ollama ({', '.join(TEMPLATES)}) renders as this model's chat template"
+    raise InputError(message, where="template", fix=MODELFILE_HINT)
 
 
-def tokens_of(text: str, tokenizer: Path, renderer: Renderer) -> tuple[int, ...]:
+def encode_prompt(text: str, tokenizer_path: Path, renderer: Renderer) -> tuple[int, ...]:
     """Ollama encodes the whole text, control tokens in it included, behind a first token where the model has one."""
-    return (*renderer.tokenizer.bos, *Tokenizer.from_file(str(tokenizer)).encode(text, add_special_tokens=False).ids)
+    return (
+        *renderer.tokenizer.bos_ids,
+        *Tokenizer.from_file(str(tokenizer_path)).encode(text, add_special_tokens=False).ids,
+    )
 
 
-def _ours(renderer: Renderer, system: str, messages: Sequence[Json]) -> tuple[int, ...]:
+def _render_reference(renderer: Renderer, system: str, messages: Sequence[Json]) -> tuple[int, ...]:
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return renderer.prompt(messages)
+    return renderer.encode_prompt(messages)
 
 
-def _shared_system(conversations: Sequence[Sequence[Json]]) -> str:
+def _find_shared_system(conversations: Sequence[Sequence[Json]]) -> str:
     """The system message, if all conversations begin with the same one."""
-    found = {messages[0]["content"] if messages[0]["role"] == "system" else "" for messages in conversations}
-    return found.pop() if len(found) == 1 else ""
+    systems = {
+        messages[0]["content"] if messages[0]["role"] == "system" else ""
+        for messages in conversations
+    }
+    return systems.pop() if len(systems) == 1 else ""
 
 
-def _default_system(template: str, renderer: Renderer) -> str:
+def _find_default_system(template: str, renderer: Renderer) -> str:
     """The system message that the model's own template writes when it is given none."""
-    before, _, after = Served(template, MARK, ()).prompt([HELLO]).partition(MARK)
-    ours = renderer.decode(renderer.prompt([HELLO])[len(renderer.tokenizer.bos) :])
-    fits = ours.startswith(before) and ours.endswith(after) and len(ours) >= len(before) + len(after)
-    return ours[len(before) : len(ours) - len(after)] if fits else ""
+    before, _, after = (
+        OllamaTemplate(template, SYSTEM_MARKER, ())
+        .render_prompt([HELLO_MESSAGE])
+        .partition(SYSTEM_MARKER)
+    )
+    rendered = renderer.decode(
+        renderer.encode_prompt([HELLO_MESSAGE])[len(renderer.tokenizer.bos_ids) :]
+    )
+    is_match = (
+        rendered.startswith(before)
+        and rendered.endswith(after)
+        and len(rendered) >= len(before) + len(after)
+    )
+    return rendered[len(before) : len(rendered) - len(after)] if is_match else ""
 
 
 # ---------------------------------------------------------------- the file
 
 
-def written(served: Served, model: str, about: str) -> str:
+def render_modelfile(ollama_template: OllamaTemplate, model: str, comment: str) -> str:
     """The Modelfile. InputError for texts that its quotes cannot hold."""
-    for text in (served.template, served.system):
+    for text in (ollama_template.template, ollama_template.system):
         if QUOTES in text or text.endswith('"'):
-            raise InputError(f"a Modelfile cannot hold a system message with {QUOTES}", where="system", fix=INSTEAD)
-    lines = [f"# {line}" for line in about.splitlines()]
-    lines += [f"FROM ./{model}", f"TEMPLATE {QUOTES}{served.template}{QUOTES}"]
-    lines += [f"SYSTEM {QUOTES}{served.system}{QUOTES}"] if served.system else []
-    return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in served.stops)]) + "\n"
+            raise InputError(
+                f"a Modelfile cannot hold a system message with {QUOTES}",
+                where="system",
+                fix=MODELFILE_HINT,
+            )
+    lines = [f"# {line}" for line in comment.splitlines()]
+    lines += [f"FROM ./{model}", f"TEMPLATE {QUOTES}{ollama_template.template}{QUOTES}"]
+    lines += [f"SYSTEM {QUOTES}{ollama_template.system}{QUOTES}"] if ollama_template.system else []
+    return (
+        "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in ollama_template.stops)]) + "\n"
+    )
 
 
-def parsed(text: str) -> Served:
+def parse_modelfile(text: str) -> OllamaTemplate:
     """What `written` wrote."""
-    found = {
-        name: re.search(rf'^{name} """(.*?)"""$', text, re.DOTALL | re.MULTILINE) for name in ("TEMPLATE", "SYSTEM")
+    matches = {
+        name: re.search(rf'^{name} """(.*?)"""$', text, re.DOTALL | re.MULTILINE)
+        for name in ("TEMPLATE", "SYSTEM")
     }
     stops = re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE)
-    template, system = (match[1] if match else "" for match in found.values())
-    return Served(template, system, tuple(stops))
+    template, system = (match[1] if match else "" for match in matches.values())
+    return OllamaTemplate(template, system, tuple(stops))
 
 
-FAMILIES = {
-    "ChatML": f"{BEGIN}<|im_start|>{{{{ .Role }}}}\n{{{{ .Content }}}}<|im_end|>\n{END}<|im_start|>assistant\n",
+TEMPLATES = {
+    "ChatML": f"{TURNS_BEGIN}<|im_start|>{{{{ .Role }}}}\n{{{{ .Content }}}}<|im_end|>\n{TURNS_END}<|im_start|>assistant\n",
     "Llama 3": (
-        f"{BEGIN}<|start_header_id|>{{{{ .Role }}}}<|end_header_id|>\n\n{{{{ .Content }}}}<|eot_id|>{END}"
+        f"{TURNS_BEGIN}<|start_header_id|>{{{{ .Role }}}}<|end_header_id|>\n\n{{{{ .Content }}}}<|eot_id|>{TURNS_END}"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
 }

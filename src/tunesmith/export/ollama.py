@@ -9,26 +9,47 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tunesmith.core.errors import InputError
-from tunesmith.export.gguf.write import model_file, reread_gguf, write_gguf
-from tunesmith.export.modelfile import INSTEAD, choose, parsed, tokens_of, written
-from tunesmith.export.parity import Job, Reread
+from tunesmith.export.gguf.write import get_model_path, reload_gguf, write_gguf
+from tunesmith.export.modelfile import (
+    MODELFILE_HINT,
+    choose_template,
+    encode_prompt,
+    parse_modelfile,
+    render_modelfile,
+)
+from tunesmith.export.parity import ExportJob, ReloadedExport
 
-OLLAMA = "0.17.1"  # older ones read GGUF files out of bounds (CVE-2026-7482)
-MODELFILE = "Modelfile"
+MIN_OLLAMA_VERSION = "0.17.1"  # older ones read GGUF files out of bounds (CVE-2026-7482)
+MODELFILE_NAME = "Modelfile"
 
 
-def write_ollama(job: Job) -> None:
+def write_ollama(job: ExportJob) -> None:
     run = job.run
-    if not job.chats:
-        raise InputError("the run has no conversation to see its template by", where="template", fix=INSTEAD)
-    served = choose(run.saved / "tokenizer.json", run.renderer, [witness.messages for witness in job.chats])
-    about = f"{run.weights.name}, trained in {run.name}\nneeds Ollama {OLLAMA} or newer"
-    (job.folder / MODELFILE).write_text(written(served, model_file(job).name, about), encoding="utf-8")
+    if not job.chat_examples:
+        raise InputError(
+            "the run has no conversation to see its template by",
+            where="template",
+            fix=MODELFILE_HINT,
+        )
+    ollama_template = choose_template(
+        run.saved_dir / "tokenizer.json",
+        run.renderer,
+        [example.messages for example in job.chat_examples],
+    )
+    comment = (
+        f"{run.model_spec.name}, trained in {run.name}\nneeds Ollama {MIN_OLLAMA_VERSION} or newer"
+    )
+    (job.folder / MODELFILE_NAME).write_text(
+        render_modelfile(ollama_template, get_model_path(job).name, comment), encoding="utf-8"
+    )
     write_gguf(job)
 
 
-def reread_ollama(job: Job) -> Reread:
-    served = parsed((job.folder / MODELFILE).read_text(encoding="utf-8"))
-    file, renderer = job.run.saved / "tokenizer.json", job.run.renderer
-    rendered = [tokens_of(served.prompt(witness.messages), file, renderer) for witness in job.chats]
-    return replace(reread_gguf(job), rendered=rendered)
+def reload_ollama(job: ExportJob) -> ReloadedExport:
+    ollama_template = parse_modelfile((job.folder / MODELFILE_NAME).read_text(encoding="utf-8"))
+    tokenizer_path, renderer = job.run.saved_dir / "tokenizer.json", job.run.renderer
+    rendered_ids = [
+        encode_prompt(ollama_template.render_prompt(example.messages), tokenizer_path, renderer)
+        for example in job.chat_examples
+    ]
+    return replace(reload_gguf(job), rendered_ids=rendered_ids)

@@ -15,19 +15,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tunesmith.model.hub.adapter_config import scale_of
-from tunesmith.model.lora import LoraLinear, MasterLinear, QuantizedLinear
-from tunesmith.model.new_embeddings import NewRows, train_rows
-from tunesmith.model.target_modules import select
+from tunesmith.model.hub.adapter_config import compute_scaling
+from tunesmith.model.lora import Fp32MasterLinear, LoraLinear, QuantizedLinear
+from tunesmith.model.new_embeddings import NewTokenRows, add_trainable_rows
+from tunesmith.model.target_modules import select_targets
 
 
-def linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
+def find_linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
     """Path -> linear layer inside the decoder: everything but the head."""
     head = network.get_output_embeddings()
-    return {p: m for p, m in network.named_modules() if isinstance(m, nn.Linear | QuantizedLinear) and m is not head}
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear) and module is not head
+    }
 
 
-def replace(network: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(network.get_submodule(parent), name, module)
 
@@ -35,69 +39,82 @@ def replace(network: nn.Module, path: str, module: nn.Module) -> None:
 def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     """An adapter on every chosen linear; B = 0, so the network's output is unchanged. Scale as PEFT: alpha / r, with
     rsLoRA alpha / sqrt(r). With new tokens their rows too."""
-    shape: dict[str, Any] = {
+    lora_kwargs: dict[str, Any] = {
         "rank": settings["lora_r"],
-        "scale": scale_of(settings["lora_r"], settings["lora_alpha"], rslora=settings["use_rslora"]),
+        "scale": compute_scaling(
+            settings["lora_r"], settings["lora_alpha"], use_rslora=settings["use_rslora"]
+        ),
         "dropout": settings["lora_dropout"],
         "generator": torch.Generator().manual_seed(settings["seed"]),
         "dora": settings["use_dora"],
     }
-    found = linears(network)
-    for path in select(list(found), settings["lora_target_modules"]):
-        replace(network, path, LoraLinear(found[path], **shape))
+    layers = find_linears(network)
+    for path in select_targets(list(layers), settings["lora_target_modules"]):
+        replace_module(network, path, LoraLinear(layers[path], **lora_kwargs))
     if "add_tokens" in settings:
-        train_rows(network, list(settings["add_tokens"].values()), settings["modules_to_save"])
+        add_trainable_rows(
+            network, list(settings["add_tokens"].values()), settings["modules_to_save"]
+        )
 
 
-def train_all(network: PreTrainedModel, settings: dict[str, Any]) -> None:
+def make_all_trainable(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Every weight becomes a trainable master of at least fp32; products still run in the compute dtype."""
     del settings
     for parameter in network.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
-    for path, linear in linears(network).items():
+    for path, linear in find_linears(network).items():
         assert isinstance(linear, nn.Linear), "a quantised weight cannot be trained"
-        replace(network, path, MasterLinear(linear))
+        replace_module(network, path, Fp32MasterLinear(linear))
 
 
-METHODS = {"lora": add_lora, "qlora": add_lora, "full": train_all}
+METHODS = {"lora": add_lora, "qlora": add_lora, "full": make_all_trainable}
 
 
-def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+def get_trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, tied ones once."""
-    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+    return {
+        name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad
+    }
 
 
-def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+def copy_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of what is trained, for `put_back`."""
-    return {name: parameter.detach().clone() for name, parameter in trainable(network).items()}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in get_trainable_parameters(network).items()
+    }
 
 
 @torch.no_grad()
-def put_back(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    for name, parameter in trainable(network).items():
-        parameter.copy_(weights[name])  # not through `.data`, which would hide the change from MasterLinear
+def restore_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in get_trainable_parameters(network).items():
+        parameter.copy_(
+            weights[name]
+        )  # not through `.data`, which would hide the change from MasterLinear
 
 
-def lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
-    return {path: module for path, module in network.named_modules() if isinstance(module, LoraLinear)}
+def find_lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
+    return {
+        path: module for path, module in network.named_modules() if isinstance(module, LoraLinear)
+    }
 
 
 def scale_adapter(network: nn.Module, factor: float) -> None:
     """The adapter times `factor`: 0 is the base model, 1 the trained one. Rows of new tokens go from their start to
     what they are. Nothing is copied."""
-    for layer in _scaled_layers(network):
+    for layer in _find_scaled_layers(network):
         layer.scale *= factor
 
 
-def _scaled_layers(network: nn.Module) -> list[LoraLinear | NewRows]:
-    return [module for module in network.modules() if isinstance(module, LoraLinear | NewRows)]
+def _find_scaled_layers(network: nn.Module) -> list[LoraLinear | NewTokenRows]:
+    return [module for module in network.modules() if isinstance(module, LoraLinear | NewTokenRows)]
 
 
 @contextmanager
-def adapter_scaled(network: nn.Module, factor: float) -> Iterator[None]:
+def scaled_adapter(network: nn.Module, factor: float) -> Iterator[None]:
     """The adapter times `factor` inside the block, as `scale_adapter` makes it."""
-    layers = _scaled_layers(network)
+    layers = _find_scaled_layers(network)
     scales = [layer.scale for layer in layers]
     try:
         scale_adapter(network, factor)

@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Layout
+from tunesmith.core.types import PackLayout
 from tunesmith.model.kernels import ops
 from tunesmith.model.oom import OutOfMemory
 
 if TYPE_CHECKING:
-    from tunesmith.model.kv_cache import RowCache
+    from tunesmith.model.kv_cache import RaggedKVCache
 
 
 @dataclass(frozen=True)
-class Rule:
+class AttentionConfig:
     """How a layer scores: the factor before the softmax, the tokens it looks back (None: all), the logit cap (None)."""
 
     scale: float
@@ -36,212 +36,308 @@ class Rule:
     softcap: float | None = None
 
 
-Angles = tuple[Tensor, Tensor]  # cosine and sine [T, D/2] of the rotary embedding, fp32 or wider
+CosSin = tuple[Tensor, Tensor]  # cosine and sine [T, D/2] of the rotary embedding, fp32 or wider
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: Layout,
-    rule: Rule,
+    layout: PackLayout,
+    config: AttentionConfig,
     backend: str = "auto",
-    angles: Angles | None = None,
+    cos_sin: CosSin | None = None,
 ) -> Tensor:
     """q [T, N, D], k and v [T, K, D] -> [T, N, D] in the dtype of q. `angles`: q and k are still to be turned."""
-    assert layout.tokens == len(q), f"the layout has {layout.tokens} tokens, q has {len(q)}"
-    name = choose(backend, q)
+    assert layout.num_tokens == len(q), f"the layout has {layout.num_tokens} tokens, q has {len(q)}"
+    name = choose_backend(backend, q)
     if name == "kernel":
-        return kernel(q, k, v, layout, rule, angles)
-    return BACKENDS[name](*turned(q, k, angles), v, layout, rule)
+        return cpu_kernel_attention(q, k, v, layout, config, cos_sin)
+    return BACKENDS[name](*apply_rotary_qk(q, k, cos_sin), v, layout, config)
 
 
-def turned(q: Tensor, k: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    return (q, k) if angles is None else (ops.rotate(q, *angles), ops.rotate(k, *angles))
+def apply_rotary_qk(q: Tensor, k: Tensor, cos_sin: CosSin | None) -> tuple[Tensor, Tensor]:
+    return (
+        (q, k)
+        if cos_sin is None
+        else (ops.apply_rotary(q, *cos_sin), ops.apply_rotary(k, *cos_sin))
+    )
 
 
-def choose(backend: str, q: Tensor) -> str:
+def choose_backend(backend: str, q: Tensor) -> str:
     if backend != "auto":
         return backend
     if q.device.type == "cpu":
         return "kernel"
-    return "varlen" if _varlen_attn() and q.dtype in (torch.bfloat16, torch.float16) else "mask"
+    return (
+        "varlen" if _import_varlen_attn() and q.dtype in (torch.bfloat16, torch.float16) else "mask"
+    )
 
 
 # ---------------------------------------------------------------- reference
 
 
-def visible(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
+def build_causal_mask(
+    length: int, window: int | None, device: torch.device, prefix_length: int = 0
+) -> Tensor:
     """Boolean [L, P]: may the row's token see the column's? The columns start `before` tokens ahead of the rows."""
-    ahead = torch.arange(before + length, device=device)
-    distance = ahead[before:, None] - ahead
-    return (distance >= 0) & (distance < (window or before + length + 1))
+    key_positions = torch.arange(prefix_length + length, device=device)
+    distance = key_positions[prefix_length:, None] - key_positions
+    return (distance >= 0) & (distance < (window or prefix_length + length + 1))
 
 
-def continued(x: Tensor, layout: Layout, segment: int) -> Tensor:
+def gather_context(x: Tensor, layout: PackLayout, segment: int) -> Tensor:
     """Rows of x [P, ...] of all that a segment sees: what it continues, from the root on, and itself last."""
-    pieces = [x[layout.starts[i] : layout.starts[i] + layout.lengths[i]] for i in layout.path(segment)]
+    pieces = [
+        x[layout.starts[i] : layout.starts[i] + layout.lengths[i]] for i in layout.get_path(segment)
+    ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _scores_to_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+def _attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: AttentionConfig) -> Tensor:
     """Plain attention of [.., N, L, D] queries; scores and softmax in fp32 or wider."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    accum_dtype = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[-3] // k.shape[-3]
     k, v = k.repeat_interleave(groups, dim=-3), v.repeat_interleave(groups, dim=-3)
-    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * rule.scale
-    if rule.softcap:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = q.to(accum_dtype) @ k.to(accum_dtype).transpose(-1, -2) * config.scale
+    if config.softcap:
+        scores = config.softcap * torch.tanh(scores / config.softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return (weights @ v.to(wide)).to(q.dtype)
+    return (weights @ v.to(accum_dtype)).to(q.dtype)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
+) -> Tensor:
     """One segment after the other, scores written out."""
     outputs = []
     for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
         q_NLD = q[start : start + length].transpose(0, 1)
-        k_KPD, v_KPD = (continued(x, layout, segment).transpose(0, 1) for x in (k, v))
-        mask = visible(length, rule.window, q.device, layout.before(segment))
-        outputs.append(_scores_to_output(q_NLD, k_KPD, v_KPD, mask, rule).transpose(0, 1))
+        k_KPD, v_KPD = (gather_context(x, layout, segment).transpose(0, 1) for x in (k, v))
+        mask = build_causal_mask(
+            length, config.window, q.device, layout.count_prefix_tokens(segment)
+        )
+        outputs.append(_attend_eager(q_NLD, k_KPD, v_KPD, mask, config).transpose(0, 1))
     return torch.cat(outputs)
 
 
 # ---------------------------------------------------------------- CPU: one causal call for all documents of a length
 
 
-def _runs(layout: Layout) -> Iterator[tuple[int, int]]:
+def _iter_equal_lengths(layout: PackLayout) -> Iterator[tuple[int, int]]:
     """(count, length) of neighbouring segments of equal length."""
     for length, group in itertools.groupby(layout.lengths):
         yield len(list(group)), length
 
 
-def documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
+) -> Tensor:
     """torch's fused causal attention, per document: no T x T mask, so the work is the sum of the L^2 / 2.
     In fp32 for bf16 inputs: on the CPU that is faster for short documents, and more precise."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q_wide, k_wide, v_wide = (x.to(wide) for x in (q, k, v))
+    accum_dtype = torch.promote_types(q.dtype, torch.float32)
+    q_wide, k_wide, v_wide = (x.to(accum_dtype) for x in (q, k, v))
     outputs = []
     if layout.parents:
         for segment, piece in enumerate(q_wide.split(layout.lengths)):
-            keys, values = (continued(x, layout, segment) for x in (k_wide, v_wide))
-            outputs.append(_fused(piece[None], keys[None], values[None], rule))
+            keys, values = (gather_context(x, layout, segment) for x in (k_wide, v_wide))
+            outputs.append(_attend_sdpa(piece[None], keys[None], values[None], config))
         return torch.cat(outputs).to(q.dtype)
-    runs = list(_runs(layout))
+    runs = list(_iter_equal_lengths(layout))
     sizes = [count * length for count, length in runs]
     pieces = zip(*(x.split(sizes) for x in (q_wide, k_wide, v_wide)), strict=True)
     for run, piece in zip(runs, pieces, strict=True):
         q_BLND, k_BLKD, v_BLKD = (x.unflatten(0, run) for x in piece)
-        outputs.append(_fused(q_BLND, k_BLKD, v_BLKD, rule))
+        outputs.append(_attend_sdpa(q_BLND, k_BLKD, v_BLKD, config))
     return torch.cat(outputs).to(q.dtype)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Tensor:
     """q [B, L, N, D] are the last queries of keys and values [B, P, K, D] -> [B * L, N, D]."""
     q_BNLD, k_BKPD, v_BKPD = (x.transpose(1, 2) for x in (q, k, v))
-    length, before = q.shape[1], k.shape[1] - q.shape[1]
-    if rule.softcap:
-        out = _scores_to_output(q_BNLD, k_BKPD, v_BKPD, visible(length, rule.window, q.device, before), rule)
-    elif before or (rule.window is not None and rule.window < length):
-        mask = visible(length, rule.window, q.device, before)
-        out = F.scaled_dot_product_attention(q_BNLD, k_BKPD, v_BKPD, attn_mask=mask, scale=rule.scale, enable_gqa=True)
+    length, prefix_length = q.shape[1], k.shape[1] - q.shape[1]
+    if config.softcap:
+        out = _attend_eager(
+            q_BNLD,
+            k_BKPD,
+            v_BKPD,
+            build_causal_mask(length, config.window, q.device, prefix_length),
+            config,
+        )
+    elif prefix_length or (config.window is not None and config.window < length):
+        mask = build_causal_mask(length, config.window, q.device, prefix_length)
+        out = F.scaled_dot_product_attention(
+            q_BNLD, k_BKPD, v_BKPD, attn_mask=mask, scale=config.scale, enable_gqa=True
+        )
     else:
-        out = F.scaled_dot_product_attention(q_BNLD, k_BKPD, v_BKPD, is_causal=True, scale=rule.scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            q_BNLD, k_BKPD, v_BKPD, is_causal=True, scale=config.scale, enable_gqa=True
+        )
     return out.transpose(1, 2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- CPU with bf16 products: attention.c
 
 
-class _Kernel(torch.autograd.Function):
+class _AttentionFunction(torch.autograd.Function):
     """Saves q, k, v, the output and one number a row; scores are computed again in the backward. q and k are turned by
     the angles when they are read, and their gradients back when they are written."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: Angles | None) -> Tensor:
-        q, k, v, nothing = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)  # nothing: NULL in C
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: PackLayout,
+        config: AttentionConfig,
+        cos_sin: CosSin | None,
+    ) -> Tensor:
+        q, k, v, null = (
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            q.new_empty(0),
+        )  # nothing: NULL in C
         out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
-        inputs, rest = (q, k, v, out, logsumexp), (*(angles or (nothing, nothing)), *_segments(layout))
-        ctx.shape = (len(layout.lengths), q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
-        _call("attention", *inputs, nothing, nothing, nothing, nothing, *rest, *ctx.shape)
-        ctx.save_for_backward(*inputs, *rest)
+        inputs, aux_inputs = (
+            (q, k, v, out, logsumexp),
+            (*(cos_sin or (null, null)), *_build_segment_tensors(layout)),
+        )
+        ctx.shape = (
+            len(layout.lengths),
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            config.window or 0,
+            config.scale,
+        )
+        _call_attention("attention", *inputs, null, null, null, null, *aux_inputs, *ctx.shape)
+        ctx.save_for_backward(*inputs, *aux_inputs)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         saved = ctx.saved_tensors  # once: a layer that runs again gives them once
-        inputs, rest = saved[:5], saved[5:]
+        inputs, aux_inputs = saved[:5], saved[5:]
         dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
-        _call("attention", *inputs, gradients[0].contiguous(), dq, dk, dv, *rest, *ctx.shape)
+        _call_attention(
+            "attention", *inputs, gradients[0].contiguous(), dq, dk, dv, *aux_inputs, *ctx.shape
+        )
         return dq, dk, dv, None, None, None
 
 
-def _segments(layout: Layout, given: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def _build_segment_tensors(
+    layout: PackLayout, num_prefixes: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Starts, lengths and parents for the kernel, most work first: then the threads end together. The first `given`
     segments come last, where a kernel that is told of fewer finds them as parents only."""
-    work = [length * (length + 2 * layout.before(i)) for i, length in enumerate(layout.lengths)]
-    order = sorted(range(len(work)), key=lambda i: (i < given, -work[i]))
+    work = [
+        length * (length + 2 * layout.count_prefix_tokens(i))
+        for i, length in enumerate(layout.lengths)
+    ]
+    order = sorted(range(len(work)), key=lambda i: (i < num_prefixes, -work[i]))
     starts, lengths = (torch.tensor([x[i] for i in order]) for x in (layout.starts, layout.lengths))
     if not layout.parents:
         return starts, lengths, torch.empty(0)
-    place = {-1: -1} | {i: rank for rank, i in enumerate(order)}
-    return starts, lengths, torch.tensor([place[layout.parents[i]] for i in order])
+    rank_by_segment = {-1: -1} | {i: rank for rank, i in enumerate(order)}
+    return starts, lengths, torch.tensor([rank_by_segment[layout.parents[i]] for i in order])
 
 
-def _call(name: str, *arguments: Tensor | int | float) -> None:
-    if ops.call(name, *arguments):
-        raise OutOfMemory("no memory for the attention's scratch space", fix="lower pack_length, or free memory")
+def _call_attention(name: str, *arguments: Tensor | int | float) -> None:
+    if ops.call_kernel(name, *arguments):
+        raise OutOfMemory(
+            "no memory for the attention's scratch space", fix="lower pack_length, or free memory"
+        )
 
 
-def has_kernel(q: Tensor, rule: Rule) -> bool:
+def has_kernel(q: Tensor, config: AttentionConfig) -> bool:
     """Can attention.c and rows.c do it? Not other dtypes and processors, odd head sizes, soft caps."""
-    able = ops.usable(q) and ops.has_attention() and q.shape[-1] % 64 == 0
-    return able and not rule.softcap and rule.scale > 0
+    is_supported = ops.is_supported(q) and ops.has_attention() and q.shape[-1] % 64 == 0
+    return is_supported and not config.softcap and config.scale > 0
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, angles: Angles | None = None) -> Tensor:
-    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do takes `documents`."""
-    if has_kernel(q, rule):
-        return _Kernel.apply(q, k, v, layout, rule, angles)
-    return documents(*turned(q, k, angles), v, layout, rule)
-
-
-def kernel_after(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, Tensor], layout: Layout, rule: Rule) -> Tensor:
-    """Documents that all go on after tokens of which only keys and values [P, K, D] are `given`. No autograd."""
-    more, nothing = len(given[0]), q.new_empty(0)
-    count = len(layout.lengths)
-    starts = (0, *(more + start for start in layout.starts))
-    whole = Layout(starts, (more, *layout.lengths), (-1, *(0,) * count))
-    q, k, v = torch.cat((q.new_empty(more, *q.shape[1:]), q)), torch.cat((given[0], k)), torch.cat((given[1], v))
-    out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
-    shape = (count, q.shape[1], k.shape[1], q.shape[2], rule.window or 0, rule.scale)
-    _call("attention", q, k, v, out, logsumexp, *(nothing,) * 6, *_segments(whole, given=1), *shape)
-    return out[more:]
-
-
-def kernel_rows(
+def cpu_kernel_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    stores: tuple[Tensor, Tensor],
-    places_B: Tensor,
-    shared: int,
-    rule: Rule,
-    angles: Angles | None,
+    layout: PackLayout,
+    config: AttentionConfig,
+    cos_sin: CosSin | None = None,
+) -> Tensor:
+    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do takes `documents`."""
+    if has_kernel(q, config):
+        return _AttentionFunction.apply(q, k, v, layout, config, cos_sin)
+    return sdpa_attention(*apply_rotary_qk(q, k, cos_sin), v, layout, config)
+
+
+def run_prefix_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_kv: tuple[Tensor, Tensor],
+    layout: PackLayout,
+    config: AttentionConfig,
+) -> Tensor:
+    """Documents that all go on after tokens of which only keys and values [P, K, D] are `given`. No autograd."""
+    prefix_length, null = len(prefix_kv[0]), q.new_empty(0)
+    count = len(layout.lengths)
+    starts = (0, *(prefix_length + start for start in layout.starts))
+    full_layout = PackLayout(starts, (prefix_length, *layout.lengths), (-1, *(0,) * count))
+    q, k, v = (
+        torch.cat((q.new_empty(prefix_length, *q.shape[1:]), q)),
+        torch.cat((prefix_kv[0], k)),
+        torch.cat((prefix_kv[1], v)),
+    )
+    out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
+    shape = (count, q.shape[1], k.shape[1], q.shape[2], config.window or 0, config.scale)
+    _call_attention(
+        "attention",
+        q,
+        k,
+        v,
+        out,
+        logsumexp,
+        *(null,) * 6,
+        *_build_segment_tensors(full_layout, num_prefixes=1),
+        *shape,
+    )
+    return out[prefix_length:]
+
+
+def run_decode_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_buffers: tuple[Tensor, Tensor],
+    positions_B: Tensor,
+    prefix_length: int,
+    config: AttentionConfig,
+    cos_sin: CosSin | None,
 ) -> Tensor:
     """One more token a row: k and v [B, K, D] are put at `places_B` into the stores [slots, K, capacity, D], and q
     [B, N, D] meets all that is there of its row. What stands before `shared` is the same in all rows. No autograd."""
-    q, k, v, nothing = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)
+    q, k, v, null = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)
     out = torch.empty_like(q)
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], stores[0].shape[2], shared, rule.window or 0, rule.scale)
-    _call("attend_rows", q, k, v, *stores, out, *(angles or (nothing, nothing)), places_B, *sizes)
+    sizes = (
+        *q.shape[:2],
+        k.shape[1],
+        q.shape[2],
+        kv_buffers[0].shape[2],
+        prefix_length,
+        config.window or 0,
+        config.scale,
+    )
+    _call_attention(
+        "attend_rows", q, k, v, *kv_buffers, out, *(cos_sin or (null, null)), positions_B, *sizes
+    )
     return out
 
 
 # ---------------------------------------------------------------- CUDA
 
 
-def _varlen_attn():
+def _import_varlen_attn():
     """torch's variable-length flash attention, where this torch has it (2.10 and later)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -250,73 +346,114 @@ def _varlen_attn():
     return varlen_attn
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
+) -> Tensor:
     """One fused call for the whole pack. Soft-capped layers have no such kernel and take the mask. Shared keys are
     gathered for each segment; the last query of a segment sees its last key."""
-    varlen_attn = _varlen_attn()
-    if rule.softcap or varlen_attn is None:
-        return mask(q, k, v, layout, rule)
-    ends = key_ends = _ends(layout.lengths).to(q.device, non_blocking=True)
-    longest = most_keys = max(layout.lengths)
+    varlen_attn = _import_varlen_attn()
+    if config.softcap or varlen_attn is None:
+        return dense_mask_attention(q, k, v, layout, config)
+    cu_seqlens_q = cu_seqlens_k = _compute_cu_seqlens(layout.lengths).to(
+        q.device, non_blocking=True
+    )
+    max_seqlen_q = max_seqlen_k = max(layout.lengths)
     if layout.parents:
-        seen = [layout.before(i) + length for i, length in enumerate(layout.lengths)]
-        key_ends, most_keys = _ends(seen).to(q.device, non_blocking=True), max(seen)
-        keys = torch.arange(len(k))
-        keys = torch.cat([continued(keys, layout, i) for i in range(len(seen))]).to(q.device, non_blocking=True)
-        k, v = k[keys], v[keys]
-    window = (-1, 0) if rule.window is None else (rule.window - 1, 0)
-    grouped = k.shape[1] != q.shape[1]
+        key_lengths = [
+            layout.count_prefix_tokens(i) + length for i, length in enumerate(layout.lengths)
+        ]
+        cu_seqlens_k, max_seqlen_k = (
+            _compute_cu_seqlens(key_lengths).to(q.device, non_blocking=True),
+            max(key_lengths),
+        )
+        key_indices = torch.arange(len(k))
+        key_indices = torch.cat(
+            [gather_context(key_indices, layout, i) for i in range(len(key_lengths))]
+        ).to(q.device, non_blocking=True)
+        k, v = k[key_indices], v[key_indices]
+    window = (-1, 0) if config.window is None else (config.window - 1, 0)
+    is_gqa = k.shape[1] != q.shape[1]
     out = varlen_attn(
-        q, k, v, ends, key_ends, longest, most_keys, scale=rule.scale, window_size=window, enable_gqa=grouped
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=config.scale,
+        window_size=window,
+        enable_gqa=is_gqa,
     )
     assert isinstance(out, Tensor)  # a tuple only where its log-sum-exp is asked for
     return out
 
 
-def _ends(lengths: Sequence[int]) -> Tensor:
+def _compute_cu_seqlens(lengths: Sequence[int]) -> Tensor:
     return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
 
 
-def mask(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
+def dense_mask_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
+) -> Tensor:
     """One call with a T x T mask: correct everywhere, fast nowhere."""
-    allowed = visible_pack(layout, rule.window).to(q.device)
+    allowed = build_dense_mask(layout, config.window).to(q.device)
     q_NTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q, k, v))
-    if rule.softcap:
-        return _scores_to_output(q_NTD, k_KTD, v_KTD, allowed, rule).transpose(0, 1)
+    if config.softcap:
+        return _attend_eager(q_NTD, k_KTD, v_KTD, allowed, config).transpose(0, 1)
     out = F.scaled_dot_product_attention(
-        q_NTD[None], k_KTD[None], v_KTD[None], attn_mask=allowed, scale=rule.scale, enable_gqa=True
+        q_NTD[None],
+        k_KTD[None],
+        v_KTD[None],
+        attn_mask=allowed,
+        scale=config.scale,
+        enable_gqa=True,
     )
     return out[0].transpose(0, 1)
 
 
-def visible_pack(layout: Layout, window: int | None) -> Tensor:
+def build_dense_mask(layout: PackLayout, window: int | None) -> Tensor:
     """Boolean [T, T]: may the row's token see the column's?"""
-    continues = torch.eye(len(layout.lengths), dtype=torch.bool)
+    segment_mask = torch.eye(len(layout.lengths), dtype=torch.bool)
     for segment in range(len(layout.lengths)):
-        continues[segment, list(layout.path(segment))] = True
-    segment_T = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
-    first = torch.tensor([start - layout.before(i) for i, start in enumerate(layout.starts)])
-    position_T = torch.arange(layout.tokens) - first[segment_T]
+        segment_mask[segment, list(layout.get_path(segment))] = True
+    segment_T = torch.repeat_interleave(
+        torch.arange(len(layout.lengths)), torch.tensor(layout.lengths)
+    )
+    offsets = torch.tensor(
+        [start - layout.count_prefix_tokens(i) for i, start in enumerate(layout.starts)]
+    )
+    position_T = torch.arange(layout.num_tokens) - offsets[segment_T]
     distance = position_T[:, None] - position_T
-    return continues[segment_T][:, segment_T] & (distance >= 0) & (distance < (window or layout.tokens + 1))
+    return (
+        segment_mask[segment_T][:, segment_T]
+        & (distance >= 0)
+        & (distance < (window or layout.num_tokens + 1))
+    )
 
 
-BACKENDS = {"reference": reference, "documents": documents, "kernel": kernel, "varlen": varlen, "mask": mask}
+BACKENDS = {
+    "reference": reference_attention,
+    "documents": sdpa_attention,
+    "kernel": cpu_kernel_attention,
+    "varlen": varlen_attention,
+    "mask": dense_mask_attention,
+}
 
 
 # ---------------------------------------------------------------- inside stock attention modules
 
 
-def stock_attention(
+def packed_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout,
+    layout: PackLayout,
     backend: str = "auto",
-    rows: RowCache | None = None,
+    kv_cache: RaggedKVCache | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """What transformers' AttentionInterface calls for modules that tunesmith does not replace: [1, N, T, D] in,
@@ -327,13 +464,17 @@ def stock_attention(
             f"{type(module).__name__} passes {', '.join(sorted(unknown)) or 'a mask'} to attention, which packs ignore",
             fix="use a model family from the list in docs/models.md",
         )
-    scaling, window, softcap = kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap")
-    rule = Rule(
+    scaling, window, softcap = (
+        kwargs.get("scaling"),
+        kwargs.get("sliding_window"),
+        kwargs.get("softcap"),
+    )
+    config = AttentionConfig(
         scale=float(scaling) if isinstance(scaling, int | float) else query.shape[-1] ** -0.5,
         window=window if isinstance(window, int) else None,
         softcap=float(softcap) if isinstance(softcap, int | float) else None,
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if rows is not None:
-        return rows.attend(module, q, k, v, layout, rule, backend)[None], None
-    return attend(q, k, v, layout, rule, backend)[None], None
+    if kv_cache is not None:
+        return kv_cache.attend(module, q, k, v, layout, config, backend)[None], None
+    return attend(q, k, v, layout, config, backend)[None], None

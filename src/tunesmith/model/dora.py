@@ -16,38 +16,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunesmith.model.frozen_weight import Frozen
+from tunesmith.model.frozen_weight import FrozenWeight
 from tunesmith.model.kernels import ops
 
 
-def row_squares(weight_OI: Tensor) -> Tensor:
+def compute_squared_norms(weight_OI: Tensor) -> Tensor:
     """||W||^2 of each row [O], in fp32 or wider."""
-    wide = torch.promote_types(weight_OI.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight_OI, dim=1, dtype=wide) ** 2
+    accum_dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight_OI, dim=1, dtype=accum_dtype) ** 2
 
 
-def row_norms(
-    frozen: Frozen, squares_O: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float, dtype: torch.dtype
+def compute_row_norms(
+    frozen: FrozenWeight,
+    squares_O: Tensor,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    *,
+    scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """||W + s B A|| of each row [O] in the dtype of A. `dtype`: what products with W run in."""
-    cross_OR = frozen.outputs(a_RI.to(dtype), None).t().to(a_RI.dtype)
-    more_O = ((2 * scale * cross_OR + scale**2 * (b_OR @ (a_RI @ a_RI.t()))) * b_OR).sum(1)
-    return (squares_O + more_O).clamp(min=0).sqrt()
+    cross_OR = frozen.compute_outputs(a_RI.to(dtype), None).t().to(a_RI.dtype)
+    adapter_O = ((2 * scale * cross_OR + scale**2 * (b_OR @ (a_RI @ a_RI.t()))) * b_OR).sum(1)
+    return (squares_O + adapter_O).clamp(min=0).sqrt()
 
 
-class Gain:
+class DoraScale:
     """g of one linear [O]. A row without length, of weights that are all 0, stays as it is: its g is 0."""
 
     def __init__(self, magnitude_O: Tensor, norms_O: Tensor) -> None:
-        nothing = magnitude_O.new_zeros(())
-        self.gain_O = torch.where(norms_O > 0, magnitude_O / norms_O, nothing)
-        self.inverse_O = torch.where(magnitude_O != 0, 1 / magnitude_O, nothing)
+        zero = magnitude_O.new_zeros(())
+        self.scale_O = torch.where(norms_O > 0, magnitude_O / norms_O, zero)
+        self.inverse_O = torch.where(magnitude_O != 0, 1 / magnitude_O, zero)
 
     def forward(self, v_NO: Tensor) -> Tensor:
         """g * v; may be v itself, changed in place."""
-        return ops.scale_columns(v_NO, self.gain_O)
+        return ops.scale_columns(v_NO, self.scale_O)
 
     def backward(self, du_NO: Tensor, u_NO: Tensor) -> tuple[Tensor, Tensor]:
         """dv and dm, from u = g * v: dm = sum of du * v / norm = sum of du * u / m."""
-        dv_NO, sums_O = ops.scale_columns_backward(du_NO, u_NO, self.gain_O)
+        dv_NO, sums_O = ops.scale_columns_backward(du_NO, u_NO, self.scale_O)
         return dv_NO, sums_O * self.inverse_O

@@ -15,28 +15,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.core.types import Layout
-from tunesmith.model.attention import Rule, attend
+from tunesmith.core.types import PackLayout
+from tunesmith.model.attention import AttentionConfig, attend
 from tunesmith.model.kernels import ops
-from tunesmith.model.kv_cache import RowCache
-from tunesmith.model.lora import Group, prepared, project
-from tunesmith.model.new_embeddings import rows_of
+from tunesmith.model.kv_cache import RaggedKVCache
+from tunesmith.model.lora import LinearGroup, prepare_group, project
+from tunesmith.model.new_embeddings import get_new_rows
 
 
-class Norm(nn.Module):
+class RMSNorm(nn.Module):
     """RMSNorm; `offset` is 1 where the checkpoint stores weight - 1 (Gemma)."""
 
     def __init__(self, stock: Any, *, offset: float) -> None:
         super().__init__()
         self.weight: nn.Parameter = stock.weight
-        self.eps = float(stock.variance_epsilon if hasattr(stock, "variance_epsilon") else stock.eps)
+        self.eps = float(
+            stock.variance_epsilon if hasattr(stock, "variance_epsilon") else stock.eps
+        )
         self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.offset:
             return ops.rms_norm(x, self.weight, self.eps)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)  # the sum would be rounded in bf16
-        return ops.rms_norm(x, self.weight.to(wide) + self.offset, self.eps)
+        accum_dtype = torch.promote_types(
+            self.weight.dtype, torch.float32
+        )  # the sum would be rounded in bf16
+        return ops.rms_norm(x, self.weight.to(accum_dtype) + self.offset, self.eps)
 
 
 class Attention(nn.Module):
@@ -45,47 +49,58 @@ class Attention(nn.Module):
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = stock.q_proj, stock.k_proj, stock.v_proj, stock.o_proj
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            stock.q_proj,
+            stock.k_proj,
+            stock.v_proj,
+            stock.o_proj,
+        )
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         self.head_dim: int = stock.head_dim
-        self.rule = Rule(
+        self.attention_config = AttentionConfig(
             scale=float(stock.scaling),
             window=getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)),
             softcap=getattr(stock, "attn_logit_softcapping", None),
         )
-        self.prunes = False  # the last layer's: its output is needed at the `kept` positions only
+        self.should_prune = (
+            False  # the last layer's: its output is needed at the `kept` positions only
+        )
 
     def forward(
         self,
         hidden_states: Tensor,
         *,
         position_embeddings: tuple[Tensor, Tensor],
-        layout: Layout,
+        layout: PackLayout,
         backend: str = "auto",
-        rows: RowCache | None = None,
-        kept: Tensor | None = None,
+        kv_cache: RaggedKVCache | None = None,
+        positions_to_keep: Tensor | None = None,
         **_others: object,
     ) -> tuple[Tensor, None]:
         projected = project(hidden_states[0], [self.q_proj, self.k_proj, self.v_proj])
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        angles = half_angles(*position_embeddings)
-        if rows is None:
-            out_TND = attend(q, k, v, layout, self.rule, backend, angles)
+        cos_sin = halve_cos_sin(*position_embeddings)
+        if kv_cache is None:
+            out_TND = attend(q, k, v, layout, self.attention_config, backend, cos_sin)
         else:
-            out_TND = rows.attend(self, q, k, v, layout, self.rule, backend, angles)
-        if self.prunes and kept is not None:
-            out_TND = out_TND.index_select(0, kept)
+            out_TND = kv_cache.attend(
+                self, q, k, v, layout, self.attention_config, backend, cos_sin
+            )
+        if self.should_prune and positions_to_keep is not None:
+            out_TND = out_TND.index_select(0, positions_to_keep)
         (y_TH,) = project(out_TND.flatten(-2), [self.o_proj])
         return y_TH[None], None
 
 
-def half_angles(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+def halve_cos_sin(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
     """The stock [1, T, D] tables repeat each half; ours are [T, D/2] in fp32 or wider."""
     half = cosine.shape[-1] // 2
-    wide = torch.promote_types(cosine.dtype, torch.float32)
-    return cosine[0, :, :half].to(wide).contiguous(), sine[0, :, :half].to(wide).contiguous()
+    accum_dtype = torch.promote_types(cosine.dtype, torch.float32)
+    return cosine[0, :, :half].to(accum_dtype).contiguous(), sine[0, :, :half].to(
+        accum_dtype
+    ).contiguous()
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -94,84 +109,136 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, first: Group, last: Group, gelu: bool, again: bool, *_parameters: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        gate_up: LinearGroup,
+        down: LinearGroup,
+        is_gelu: bool,
+        should_recompute: bool,
+        *_parameters: Tensor | None,
     ) -> Tensor:
         x_NH = x.reshape(-1, x.shape[-1])
-        (gate, up), inner = first.forward(x_NH)
-        (y,), inner_last = last.forward(ops.gated(gate, up, gelu))
-        ctx.first, ctx.last, ctx.gelu, ctx.shape, ctx.of_last = first, last, gelu, x.shape, len(inner_last)
-        ctx.again = again
-        ctx.save_for_backward(x_NH, *inner_last, *(() if again else (gate, up, *inner)))
+        (gate, up), inner = gate_up.forward(x_NH)
+        (y,), down_inner = down.forward(ops.gated_activation(gate, up, is_gelu))
+        ctx.first, ctx.last, ctx.gelu, ctx.shape, ctx.of_last = (
+            gate_up,
+            down,
+            is_gelu,
+            x.shape,
+            len(down_inner),
+        )
+        ctx.again = should_recompute
+        ctx.save_for_backward(x_NH, *down_inner, *(() if should_recompute else (gate, up, *inner)))
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        first: Group = ctx.first
-        last: Group = ctx.last
+        gate_up: LinearGroup = ctx.first
+        down: LinearGroup = ctx.last
         x_NH, *saved = ctx.saved_tensors
-        inner_last, rest = saved[: ctx.of_last], saved[ctx.of_last :]
+        down_inner, rest = saved[: ctx.of_last], saved[ctx.of_last :]
         if ctx.again:
-            outputs, inner = first.forward(x_NH)
+            outputs, inner = gate_up.forward(x_NH)
             rest = [*outputs, *inner]
         gate, up, *inner = rest
         dy = [gradients[0].reshape(len(x_NH), -1)]
-        dy, dz, outer = last.outputs_backward(dy, inner_last)
-        dproduct = last.input_gradient(dy, dz)
-        *dboth, product_NF = ops.gated_backward(gate, up, dproduct, ctx.gelu)
-        of_last = last.parameter_gradients(product_NF, dy, dz, outer)
-        dboth, dz, outer = first.outputs_backward(dboth, inner)
-        dx = first.input_gradient(dboth, dz).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return (dx, None, None, None, None, *first.parameter_gradients(x_NH, dboth, dz, outer), *of_last)
+        dy, dz, outer = down.outputs_backward(dy, down_inner)
+        dproduct = down.compute_input_grad(dy, dz)
+        *dboth, product_NF = ops.gated_activation_backward(gate, up, dproduct, ctx.gelu)
+        down_grads = down.compute_parameter_grads(product_NF, dy, dz, outer)
+        dboth, dz, outer = gate_up.outputs_backward(dboth, inner)
+        dx = (
+            gate_up.compute_input_grad(dboth, dz).view(ctx.shape)
+            if ctx.needs_input_grad[0]
+            else None
+        )
+        return (
+            dx,
+            None,
+            None,
+            None,
+            None,
+            *gate_up.compute_parameter_grads(x_NH, dboth, dz, outer),
+            *down_grads,
+        )
 
 
 class Mlp(nn.Module):
-    def __init__(self, stock: Any, *, gelu: bool) -> None:
+    def __init__(self, stock: Any, *, is_gelu: bool) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
-        self.gelu, self.again = gelu, False
+        self.gate_proj, self.up_proj, self.down_proj = (
+            stock.gate_proj,
+            stock.up_proj,
+            stock.down_proj,
+        )
+        self.is_gelu, self.should_recompute = is_gelu, False
 
     def forward(self, x: Tensor) -> Tensor:
-        first, last = prepared([self.gate_proj, self.up_proj], x.dtype), prepared([self.down_proj], x.dtype)
-        return _GatedMlp.apply(x, first, last, self.gelu, self.again, *first.parameters, *last.parameters)
+        gate_up, down = (
+            prepare_group([self.gate_proj, self.up_proj], x.dtype),
+            prepare_group([self.down_proj], x.dtype),
+        )
+        return _GatedMlp.apply(
+            x,
+            gate_up,
+            down,
+            self.is_gelu,
+            self.should_recompute,
+            *gate_up.parameters,
+            *down.parameters,
+        )
 
 
-class LastLayer(nn.Module):
+class PrunedLastLayer(nn.Module):
     """A pre-norm decoder layer whose output is computed at the `kept` positions only: nothing above it needs the rest.
     Keys and values are still of all tokens."""
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
         self.self_attn, self.mlp = stock.self_attn, stock.mlp
-        self.input_layernorm, self.post_attention_layernorm = stock.input_layernorm, stock.post_attention_layernorm
+        self.input_layernorm, self.post_attention_layernorm = (
+            stock.input_layernorm,
+            stock.post_attention_layernorm,
+        )
         self.residual_multiplier = float(getattr(stock, "residual_multiplier", 1.0))
         self.self_attn.prunes = True
 
-    def forward(self, hidden_states: Tensor, kept: Tensor | None = None, **kwargs: Any) -> Tensor:
-        out, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), kept=kept, **kwargs)
-        residual = hidden_states if kept is None else hidden_states.index_select(1, kept)
+    def forward(
+        self, hidden_states: Tensor, positions_to_keep: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        out, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), kept=positions_to_keep, **kwargs
+        )
+        residual = (
+            hidden_states
+            if positions_to_keep is None
+            else hidden_states.index_select(1, positions_to_keep)
+        )
         residual = torch.add(residual, out, alpha=self.residual_multiplier)
         out = self.mlp(self.post_attention_layernorm(residual))
         return torch.add(residual, out, alpha=self.residual_multiplier)
 
 
-def prune_last(layers: nn.ModuleList) -> bool:
+def prune_last_layer(layers: nn.ModuleList) -> bool:
     """Makes the last decoder layer a LastLayer where its stock form is known to be the plain pre-norm one."""
     last = layers[-1]
-    known = type(last).__name__ in PRUNED and isinstance(last.self_attn, Attention)
-    if known:
-        layers[-1] = LastLayer(last)
-    return known
+    is_prunable = type(last).__name__ in PRUNABLE_LAYERS and isinstance(last.self_attn, Attention)
+    if is_prunable:
+        layers[-1] = PrunedLastLayer(last)
+    return is_prunable
 
 
-def keep_less(layers: Sequence[Any], activations: str) -> None:
+def apply_gradient_checkpointing(layers: Sequence[Any], activations: str) -> None:
     """What the backward finds of the forward. keep: all; selective: not gate and up, which are computed anew;
     recompute: the inputs of the layers, each of which runs again with the same Layout. The last layer's backward comes
     first, so what it keeps is gone before others need the room."""
     for layer in layers:
         if activations == "selective" and isinstance(mlp := getattr(layer, "mlp", None), Mlp):
-            mlp.again = True
+            mlp.should_recompute = True
     for layer in layers[:-1] if activations == "recompute" else []:
-        layer.gradient_checkpointing = True  # transformers' own switch; it runs with gradients in training mode only
+        layer.gradient_checkpointing = (
+            True  # transformers' own switch; it runs with gradients in training mode only
+        )
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
@@ -184,13 +251,13 @@ class Embedding(nn.Module):
         self.stock, self.weight, self.dtype = stock, stock.weight, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        new = rows_of(self.stock)
-        if new is None:
+        new_rows = get_new_rows(self.stock)
+        if new_rows is None:
             return self.stock(ids).to(self.dtype)
-        new.put(self.weight)
+        new_rows.write_into(self.weight)
         out: Tensor = self.stock(ids)
         if torch.is_grad_enabled():
-            out = new.looked_up(ids, out, getattr(self.stock, "embed_scale", 1.0))
+            out = new_rows.insert_rows(ids, out, getattr(self.stock, "embed_scale", 1.0))
         return out.to(self.dtype)
 
 
@@ -203,33 +270,33 @@ NORM_OFFSETS = {f"{family}RMSNorm": 0.0 for family in PRE_NORM_FAMILIES} | {
     "Gemma3RMSNorm": 1.0,
 }
 FAMILIES = (*PRE_NORM_FAMILIES, "Gemma", "Gemma2", "Gemma3")
-PRUNED = tuple(f"{family}DecoderLayer" for family in PRE_NORM_FAMILIES)
-ATTENTIONS = tuple(f"{family}Attention" for family in FAMILIES)
-MLPS = tuple(f"{family}MLP" for family in FAMILIES)
-ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
+PRUNABLE_LAYERS = tuple(f"{family}DecoderLayer" for family in PRE_NORM_FAMILIES)
+ATTENTION_CLASSES = tuple(f"{family}Attention" for family in FAMILIES)
+MLP_CLASSES = tuple(f"{family}MLP" for family in FAMILIES)
+IS_GELU = {"silu": False, "gelu_pytorch_tanh": True}
 
 
-def stand_in(stock: Any) -> nn.Module | None:
+def build_replacement(stock: Any) -> nn.Module | None:
     """tunesmith's module for a stock one, or None where the stock one stays."""
     name = type(stock).__name__
     if name in NORM_OFFSETS:
-        return Norm(stock, offset=NORM_OFFSETS[name])
-    if name in ATTENTIONS:
+        return RMSNorm(stock, offset=NORM_OFFSETS[name])
+    if name in ATTENTION_CLASSES:
         return Attention(stock)
-    if name in MLPS:
+    if name in MLP_CLASSES:
         config = stock.config
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
-        return Mlp(stock, gelu=ACTIVATIONS[activation]) if activation in ACTIVATIONS else None
+        return Mlp(stock, is_gelu=IS_GELU[activation]) if activation in IS_GELU else None
     return None
 
 
 def replace_layers(network: nn.Module) -> int:
     """Puts tunesmith's modules in the place of the stock ones they equal, children first; returns how many."""
-    replaced = 0
+    num_replaced = 0
     for parent in reversed(list(network.modules())):
         for name, child in list(parent.named_children()):
-            replacement = stand_in(child)
+            replacement = build_replacement(child)
             if replacement is not None:
                 setattr(parent, name, replacement)
-                replaced += 1
-    return replaced
+                num_replaced += 1
+    return num_replaced

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 
-KEPT_PRODUCTS = "64"  # a pack of one size needs about 16, forward and backward
-CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+MAX_PRIMITIVES = "64"  # a pack of one size needs about 16, forward and backward
+CAPACITY_ENV = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
-def keep_little() -> None:
+def limit_onednn_cache() -> None:
     """For the whole process. A setting of the user's own stays."""
-    os.environ.setdefault(CAPACITY, KEPT_PRODUCTS)  # read by oneDNN when it makes its first product
+    os.environ.setdefault(
+        CAPACITY_ENV, MAX_PRIMITIVES
+    )  # read by oneDNN when it makes its first product

@@ -27,14 +27,14 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(error) from error
+        raise _to_out_of_memory(error) from error
     except RuntimeError as error:
         if CPU_ALLOCATOR not in str(error):
             raise
-        raise _out_of_memory(error) from error
+        raise _to_out_of_memory(error) from error
 
 
-def _out_of_memory(error: BaseException) -> OutOfMemory:
-    said = str(error).strip().partition("\n")[0]
+def _to_out_of_memory(error: BaseException) -> OutOfMemory:
+    message = str(error).strip().partition("\n")[0]
     fix = "lower max_length, pack_length or lora_r, or free memory that other programs hold"
-    return OutOfMemory(f"out of memory{': ' if said else ''}{said}", fix=fix)
+    return OutOfMemory(f"out of memory{': ' if message else ''}{message}", fix=fix)

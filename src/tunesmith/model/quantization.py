@@ -18,15 +18,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tunesmith.core.errors import InputError
-from tunesmith.model.adapters import linears, replace
-from tunesmith.model.frozen_weight import Nf4, bitsandbytes
-from tunesmith.model.hub.check_weights import check_fit, header_of, its_errors
+from tunesmith.model.adapters import find_linears, replace_module
+from tunesmith.model.frozen_weight import NF4Weight, import_bitsandbytes
+from tunesmith.model.hub.check_weights import check_weight_shapes, find_header, transformers_errors
 from tunesmith.model.hub.validate import TensorHeader, read_headers
 from tunesmith.model.lora import LoraLinear, QuantizedLinear
-from tunesmith.model.safetensors_io import first_not_finite, read_tensor
+from tunesmith.model.safetensors_io import find_nonfinite, read_tensor
 
 
-class _Weightless(TorchFunctionMode):
+class _EmptyOnMeta(TorchFunctionMode):
     """What is made with torch.empty has no memory: weights. Tables are computed, and stay real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -34,53 +34,69 @@ class _Weightless(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
-def skeleton(folder: Path, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+def build_empty_network(
+    folder: Path, dtype: torch.dtype, num_layers: int | None = None
+) -> PreTrainedModel:
     """The stock network without its weights, or its first `layers`."""
-    with its_errors(folder), _Weightless():
+    with transformers_errors(folder), _EmptyOnMeta():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if layers is not None:
-            config.num_hidden_layers = layers
+        if num_layers is not None:
+            config.num_hidden_layers = num_layers
             if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:layers]
+                config.layer_types = config.layer_types[:num_layers]
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """As `load_network`, with the decoder's linears in 4 bits. Raises InputError without bitsandbytes, for weights that
     are not those of the config, and for values that are not finite."""
-    bitsandbytes()
-    check_fit(folder)
-    network = skeleton(folder, dtype)
-    small = linears(network)
-    for name, header in _places(network, folder):
+    import_bitsandbytes()
+    check_weight_shapes(folder)
+    network = build_empty_network(folder, dtype)
+    decoder_linears = find_linears(network)
+    for name, header in _iter_parameters(network, folder):
         tensor = read_tensor(header).to(device)
-        if first_not_finite({name: tensor}):
-            raise InputError(f"the tensor {name} holds values that are not finite", where=str(folder))
-        path, _, last = name.rpartition(".")
-        if last == "weight" and path in small:
-            replace(network, path, QuantizedLinear(tensor, small[path].bias, dtype))
+        if find_nonfinite({name: tensor}):
+            raise InputError(
+                f"the tensor {name} holds values that are not finite", where=str(folder)
+            )
+        path, _, tensor_name = name.rpartition(".")
+        if tensor_name == "weight" and path in decoder_linears:
+            replace_module(
+                network, path, QuantizedLinear(tensor, decoder_linears[path].bias, dtype)
+            )
         else:
-            setattr(network.get_submodule(path), last, nn.Parameter(tensor.to(dtype)))
+            setattr(network.get_submodule(path), tensor_name, nn.Parameter(tensor.to(dtype)))
     network.tie_weights()
-    placed: Any = network
-    return placed.to(device).eval().requires_grad_(False)
+    model: Any = network
+    return model.to(device).eval().requires_grad_(False)
 
 
-def _places(network: PreTrainedModel, folder: Path) -> Iterator[tuple[str, TensorHeader]]:
+def _iter_parameters(network: PreTrainedModel, folder: Path) -> Iterator[tuple[str, TensorHeader]]:
     """Every parameter and where it lies, file by file; a tied head lies nowhere. Biases come before their weights,
     which take them along."""
     headers = read_headers(folder)
-    found = [(name, header_of(headers, name)) for name, _ in network.named_parameters()]
-    here = [(name, header) for name, header in found if header is not None]
-    return iter(sorted(here, key=lambda place: (place[1].file, place[0].endswith(".weight"), place[1].begin)))
+    candidates = [(name, find_header(headers, name)) for name, _ in network.named_parameters()]
+    stored = [(name, header) for name, header in candidates if header is not None]
+    return iter(
+        sorted(
+            stored, key=lambda entry: (entry[1].file, entry[0].endswith(".weight"), entry[1].begin)
+        )
+    )
 
 
-def quantized_weights(network: nn.Module) -> dict[str, Nf4]:
+def find_quantized_weights(network: nn.Module) -> dict[str, NF4Weight]:
     """Path -> weight in 4 bits, with or without an adapter beside it."""
-    layers = {path: m for path, m in network.named_modules() if isinstance(m, LoraLinear | QuantizedLinear)}
-    return {path: layer.frozen for path, layer in layers.items() if isinstance(layer.frozen, Nf4)}
+    layers = {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, LoraLinear | QuantizedLinear)
+    }
+    return {
+        path: layer.frozen for path, layer in layers.items() if isinstance(layer.frozen, NF4Weight)
+    }
 
 
-def dequantized(weight_OI: Tensor) -> Tensor:
+def roundtrip_nf4(weight_OI: Tensor) -> Tensor:
     """What is left of a weight after it was quantised, in fp32."""
-    return Nf4(weight_OI, torch.float32).weight
+    return NF4Weight(weight_OI, torch.float32).weight

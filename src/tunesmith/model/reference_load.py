@@ -17,17 +17,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.core.types import Json
 from tunesmith.model.causal_lm import Network
-from tunesmith.model.hub.check_weights import its_errors
+from tunesmith.model.hub.check_weights import transformers_errors
 
 
-def stock_prompts(
+def encode_stock_prompts(
     folder: Path, prompts: Sequence[tuple[Sequence[Json], Sequence[Json]]], variables: Json
 ) -> list[tuple[int, ...]]:
     """Ids of each (messages, tools) with the start of an answer after it, by the folder's tokenizer and template, which
     is told `variables`."""
-    with its_errors(folder):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    found: list[tuple[int, ...]] = []
+    with transformers_errors(folder):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    prompt_ids: list[tuple[int, ...]] = []
     for messages, tools in prompts:
         encoded = tokenizer.apply_chat_template(
             list(messages),
@@ -37,22 +39,30 @@ def stock_prompts(
             return_dict=True,
             **variables,
         )
-        found.append(tuple(encoded["input_ids"]))
-    return found
+        prompt_ids.append(tuple(encoded["input_ids"]))
+    return prompt_ids
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def load_config_dict(folder: Path) -> dict[str, Any]:
     """config.json with every default of its model type filled in."""
-    with its_errors(folder):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
+    with transformers_errors(folder):
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        ).to_dict()
 
 
-def load_gguf(file: Path, settings: Path, device: str = "cpu") -> Network:
+def load_gguf(file: Path, config_dir: Path, device: str = "cpu") -> Network:
     """The network of a GGUF file in fp32: weights as transformers' own reader finds them. Sizes are those of the folder
     `settings`, from `gguf.write_settings`: transformers reads neither the head size of Qwen3 nor Llama 3's rope."""
-    with its_errors(file), redirect_stderr(StringIO()):  # its progress bar has no switch
-        config = AutoConfig.from_pretrained(settings, trust_remote_code=False, local_files_only=True)
+    with transformers_errors(file), redirect_stderr(StringIO()):  # its progress bar has no switch
+        config = AutoConfig.from_pretrained(
+            config_dir, trust_remote_code=False, local_files_only=True
+        )
         network: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, local_files_only=True
+            file.parent,
+            gguf_file=file.name,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
         )
     return network.to(device).eval().requires_grad_(False)

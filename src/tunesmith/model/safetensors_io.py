@@ -26,22 +26,26 @@ from tunesmith.model.hub.validate import TensorHeader
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path, *, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], file: Path, *, metadata: dict[str, str] | None = None
+) -> None:
     """Raises GateError that names the first tensor with a value that is not finite, OSError when the disk refuses."""
-    if name := first_not_finite(tensors):
+    if name := find_nonfinite(tensors):
         raise GateError(
             f"{name} holds values that are not finite: nothing is written",
             where=file.name,
             fix="lower learning_rate; the newest checkpoint holds the last finite weights",
         )
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(plain, file, metadata=metadata)
+        save_file(cpu_tensors, file, metadata=metadata)
     except SafetensorError as error:
         if code := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise
-    file.chmod(file.parent.stat().st_mode & 0o666)  # the writer gives it to its owner alone; the folder says to whom
+    file.chmod(
+        file.parent.stat().st_mode & 0o666
+    )  # the writer gives it to its owner alone; the folder says to whom
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
@@ -52,7 +56,7 @@ def read_tensor(header: TensorHeader) -> Tensor:
     return torch.from_numpy(raw).view(DTYPES[header.dtype]).reshape(header.shape)
 
 
-def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
+def find_nonfinite(tensors: Mapping[str, Tensor]) -> str:
     """The name of the first tensor that holds a NaN or an infinity, empty if none does."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():

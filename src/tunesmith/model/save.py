@@ -23,30 +23,47 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import NewToken
-from tunesmith.data.tokenizer.tokenizer_json import with_tokens
-from tunesmith.model.adapters import lora_layers
-from tunesmith.model.hub.adapter_config import CONFIG, MAGNITUDE, PREFIX, ROWS, WEIGHTS, AdapterFolder
-from tunesmith.model.hub.files import TEMPLATES
+from tunesmith.data.tokenizer.tokenizer_json import append_tokens
+from tunesmith.model.adapters import find_lora_layers
+from tunesmith.model.hub.adapter_config import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    MAGNITUDE,
+    PREFIX,
+    TOKEN_ROWS_SUFFIX,
+    AdapterFolder,
+)
+from tunesmith.model.hub.files import TEMPLATES_DIR
 from tunesmith.model.hub.validate import read_header, read_json
-from tunesmith.model.new_embeddings import new_rows
-from tunesmith.model.safetensors_io import first_not_finite, write_tensors
+from tunesmith.model.new_embeddings import collect_new_rows
+from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 
 SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": MAGNITUDE}  # ours -> PEFT's
+PEFT_NAMES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": MAGNITUDE,
+}  # ours -> PEFT's
 
 
-def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
+def collect_adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The adapter under PEFT's names, fp32."""
-    return {key: parameter.detach().cpu().contiguous() for key, parameter in _adapter_parameters(network).items()}
+    return {
+        key: parameter.detach().cpu().contiguous()
+        for key, parameter in _collect_adapter_parameters(network).items()
+    }
 
 
-def _adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    rows = {f"{PREFIX}{path}.{ROWS}": rows.rows_KH for path, rows in new_rows(network).items()}
+def _collect_adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    rows = {
+        f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}": rows.rows_KH
+        for path, rows in collect_new_rows(network).items()
+    }
     return rows | {
-        f"{PREFIX}{path}.{PARTS[name]}": parameter
-        for path, layer in lora_layers(network).items()
+        f"{PREFIX}{path}.{PEFT_NAMES[name]}": parameter
+        for path, layer in find_lora_layers(network).items()
         for name, parameter in layer.named_parameters()
-        if name in PARTS
+        if name in PEFT_NAMES
     }
 
 
@@ -62,46 +79,59 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         "lora_dropout": settings["lora_dropout"],
         "use_rslora": settings["use_rslora"],
         "use_dora": settings["use_dora"],
-        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in lora_layers(network)})
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in find_lora_layers(network)})
         if settings["lora_target_modules"] == "all-linear"
-        else sorted(lora_layers(network)),
+        else sorted(find_lora_layers(network)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    if rows := new_rows(network):
-        config["trainable_token_indices"] = {path.rpartition(".")[2]: one.ids for path, one in rows.items()}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tensors(adapter_tensors(network), folder / WEIGHTS, metadata={"format": "pt"})
+    if rows := collect_new_rows(network):
+        config["trainable_token_indices"] = {
+            path.rpartition(".")[2]: matrix_rows.ids for path, matrix_rows in rows.items()
+        }
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(
+        collect_adapter_tensors(network), folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"}
+    )
 
 
-def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, Rows]) -> None:
+def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, TokenRowTensors]) -> None:
     """Changes the files of an adapter so that it adds `factor` times as much: `lora_alpha` says so. Its weights stay as
     they are, but for the rows of new tokens, which become those of `rows`."""
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / ADAPTER_CONFIG_FILE)
     alpha = config["lora_alpha"] * factor
     config["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if rows:
-        tensors = read_adapter_tensors(folder / WEIGHTS)
-        own = {f"{PREFIX}{path}.{ROWS}": one.rows_KH.contiguous() for path, one in rows.items()}
-        kept = {name: own.get(name, tensor) for name, tensor in tensors.items()}
-        write_tensors(kept, folder / WEIGHTS, metadata={"format": "pt"})
+        tensors = read_adapter_tensors(folder / ADAPTER_WEIGHTS_FILE)
+        new_tensors = {
+            f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}": matrix_rows.rows_KH.contiguous()
+            for path, matrix_rows in rows.items()
+        }
+        all_tensors = {name: new_tensors.get(name, tensor) for name, tensor in tensors.items()}
+        write_tensors(all_tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def load_adapter(network: nn.Module, file: Path) -> None:
     """Reads adapter weights into the adapter that `add_lora` made; names and shapes must be the same."""
-    stored, present = read_adapter_tensors(file), _adapter_parameters(network)
+    stored, present = read_adapter_tensors(file), _collect_adapter_parameters(network)
     if stored.keys() != present.keys():
-        odd = sorted(stored.keys() ^ present.keys())
+        mismatched = sorted(stored.keys() ^ present.keys())
         raise InputError(
-            f"the adapter has other layers than this model: {odd[0]} and {len(odd) - 1} more", where=str(file)
+            f"the adapter has other layers than this model: {mismatched[0]} and {len(mismatched) - 1} more",
+            where=str(file),
         )
     for key, parameter in present.items():
         if stored[key].shape != parameter.shape:
-            raise InputError(f"{key} is {tuple(stored[key].shape)}, not {tuple(parameter.shape)}", where=str(file))
-        with torch.no_grad():  # not through `.data`, which would hide the change from what is derived from it
+            raise InputError(
+                f"{key} is {tuple(stored[key].shape)}, not {tuple(parameter.shape)}",
+                where=str(file),
+            )
+        with (
+            torch.no_grad()
+        ):  # not through `.data`, which would hide the change from what is derived from it
             parameter.copy_(stored[key])
 
 
@@ -109,14 +139,16 @@ def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
     """By PEFT's names. InputError for a damaged file and for values that are not finite."""
     read_header(file)
     tensors = load_file(file)
-    if name := first_not_finite(tensors):
+    if name := find_nonfinite(tensors):
         fix = "train the adapter again; nothing can go on from it"
-        raise InputError(f"the tensor {name} holds values that are not finite", where=str(file), fix=fix)
+        raise InputError(
+            f"the tensor {name} holds values that are not finite", where=str(file), fix=fix
+        )
     return tensors
 
 
 @dataclass(frozen=True, eq=False)
-class Lora:
+class LoraTensors:
     """What an adapter makes of one linear, in fp32: W + scale * B A, its rows as long as `magnitude_O` in DoRA."""
 
     a_RI: Tensor
@@ -124,11 +156,11 @@ class Lora:
     scale: float
     magnitude_O: Tensor | None = None
 
-    def times(self, factor: float) -> Lora:
+    def scale_by(self, factor: float) -> LoraTensors:
         """Magnitudes stay: a row keeps the length that was trained, and turns less."""
         return replace(self, scale=self.scale * factor)
 
-    def merged(self, weight_OI: Tensor) -> Tensor:
+    def merge_into(self, weight_OI: Tensor) -> Tensor:
         """The adapted weight, from one in fp32 on any device."""
         device = weight_OI.device
         merged_OI = weight_OI + self.scale * (self.b_OR.to(device) @ self.a_RI.to(device))
@@ -138,93 +170,118 @@ class Lora:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class TokenRowTensors:
     """What an adapter makes of an embedding or a head: rows from `first` on are these, in fp32."""
 
-    first: int
+    first_id: int
     rows_KH: Tensor
 
-    def times(self, factor: float, start_VH: Tensor) -> Rows:
+    def scale_by(self, factor: float, start_VH: Tensor) -> TokenRowTensors:
         """Between the rows of a matrix where they began, at 0, and what they are, at 1."""
-        start_KH = start_VH[self.first : self.first + len(self.rows_KH)].to(self.rows_KH)
+        start_KH = start_VH[self.first_id : self.first_id + len(self.rows_KH)].to(self.rows_KH)
         return replace(self, rows_KH=torch.lerp(start_KH, self.rows_KH, factor))
 
-    def size(self, rows: int) -> int:
+    def count_rows(self, current_rows: int) -> int:
         """Rows of the matrix, which had `rows`."""
-        return max(rows, self.first + len(self.rows_KH))
+        return max(current_rows, self.first_id + len(self.rows_KH))
 
-    def merged(self, weight_VH: Tensor) -> Tensor:
+    def merge_into(self, weight_VH: Tensor) -> Tensor:
         """The matrix with the rows, from one in fp32 on any device; longer where it was too short."""
-        more = weight_VH.new_zeros(self.size(len(weight_VH)) - len(weight_VH), weight_VH.shape[1])
-        merged_VH = torch.cat((weight_VH, more))
-        merged_VH[self.first : self.first + len(self.rows_KH)] = self.rows_KH.to(weight_VH)
+        padding = weight_VH.new_zeros(
+            self.count_rows(len(weight_VH)) - len(weight_VH), weight_VH.shape[1]
+        )
+        merged_VH = torch.cat((weight_VH, padding))
+        merged_VH[self.first_id : self.first_id + len(self.rows_KH)] = self.rows_KH.to(weight_VH)
         return merged_VH
 
 
-def rows_in(tensors: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Rows]:
+def parse_token_rows(
+    tensors: Mapping[str, Tensor], ids: Sequence[int]
+) -> dict[str, TokenRowTensors]:
     """By the path of the matrix, from tensors under PEFT's names; `ids` are consecutive."""
-    own = {name: tensor for name, tensor in tensors.items() if name.endswith(ROWS)}
-    return {n.removeprefix(PREFIX).removesuffix(f".{ROWS}"): Rows(ids[0], t.float()) for n, t in own.items()}
+    row_tensors = {
+        name: tensor for name, tensor in tensors.items() if name.endswith(TOKEN_ROWS_SUFFIX)
+    }
+    return {
+        n.removeprefix(PREFIX).removesuffix(f".{TOKEN_ROWS_SUFFIX}"): TokenRowTensors(
+            ids[0], t.float()
+        )
+        for n, t in row_tensors.items()
+    }
 
 
-def loras_of(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Lora]:
+def parse_loras(tensors: Mapping[str, Tensor], scale: float) -> dict[str, LoraTensors]:
     """By the path of the linear, from tensors under PEFT's names."""
-    found: dict[str, Lora] = {}
-    linears = [name for name in tensors if not name.endswith(ROWS)]
-    for path in dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in linears):
+    loras: dict[str, LoraTensors] = {}
+    linear_names = [name for name in tensors if not name.endswith(TOKEN_ROWS_SUFFIX)]
+    for path in dict.fromkeys(
+        name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in linear_names
+    ):
         a_RI, b_OR = (tensors[f"{PREFIX}{path}.lora_{half}.weight"].float() for half in "AB")
         magnitude_O = tensors.get(f"{PREFIX}{path}.{MAGNITUDE}")
-        found[path] = Lora(a_RI, b_OR, scale, None if magnitude_O is None else magnitude_O.float())
-    return found
+        loras[path] = LoraTensors(
+            a_RI, b_OR, scale, None if magnitude_O is None else magnitude_O.float()
+        )
+    return loras
 
 
 @contextmanager
-def beside_stock(network: nn.Module, adapter: AdapterFolder) -> Iterator[None]:
+def stock_with_adapter(network: nn.Module, adapter: AdapterFolder) -> Iterator[None]:
     """The stock network with an adapter inside the block, as PEFT adds it: W x + scale * B A x, each linear by itself,
     in fp32; with magnitudes, times them over the norms of W + scale * B A; rows of new tokens in their matrices. The
     oracle of a run that goes on with an adapter."""
-    tensors, hooks = read_adapter_tensors(adapter.weights), []
-    for path, lora in loras_of(tensors, adapter.scale).items():
-        hooks.append(network.get_submodule(path).register_forward_hook(functools.partial(_add, lora=lora)))
+    tensors, hooks = read_adapter_tensors(adapter.weights_path), []
+    for path, lora in parse_loras(tensors, adapter.scaling).items():
+        hooks.append(
+            network.get_submodule(path).register_forward_hook(
+                functools.partial(_add_adapter_output, lora=lora)
+            )
+        )
     matrices: list[tuple[Tensor, Tensor]] = []
-    for path, rows in rows_in(tensors, adapter.new_ids).items():
-        own_KH = network.get_parameter(f"{path}.weight").detach()[rows.first : rows.first + len(rows.rows_KH)]
-        matrices.append((own_KH, own_KH.clone()))
-        own_KH.copy_(rows.rows_KH)
+    for path, rows in parse_token_rows(tensors, adapter.new_token_ids).items():
+        current_KH = network.get_parameter(f"{path}.weight").detach()[
+            rows.first_id : rows.first_id + len(rows.rows_KH)
+        ]
+        matrices.append((current_KH, current_KH.clone()))
+        current_KH.copy_(rows.rows_KH)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for own_KH, before_KH in matrices:
-            own_KH.copy_(before_KH)
+        for current_KH, original_KH in matrices:
+            current_KH.copy_(original_KH)
 
 
-def _add(linear: Any, inputs: tuple[Tensor, ...], out: Tensor, *, lora: Lora) -> Tensor:
+def _add_adapter_output(
+    linear: Any, inputs: tuple[Tensor, ...], out: Tensor, *, lora: LoraTensors
+) -> Tensor:
     a_RI, b_OR = (half.to(out.device) for half in (lora.a_RI, lora.b_OR))
-    more = lora.scale * F.linear(F.linear(inputs[0].float(), a_RI), b_OR)
+    delta = lora.scale * F.linear(F.linear(inputs[0].float(), a_RI), b_OR)
     if lora.magnitude_O is None:
-        return out + more.to(out.dtype)
+        return out + delta.to(out.dtype)
     weight, bias = linear.weight.float(), 0 if linear.bias is None else linear.bias.float()
     gain_O = lora.magnitude_O.to(out.device) / (weight + lora.scale * (b_OR @ a_RI)).norm(dim=1)
-    return (gain_O * (out.float() - bias + more) + bias).to(out.dtype)
+    return (gain_O * (out.float() - bias + delta) + bias).to(out.dtype)
 
 
 def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype) -> None:
     """Writes all weights in `dtype` under their stock names, beside the base's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in network.named_parameters()}
+    tensors = {
+        name: p.detach().to("cpu", dtype).contiguous() for name, p in network.named_parameters()
+    }
     write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     save_config(folder, base, len(network.get_input_embeddings().weight))  # type: ignore[operator]
 
 
-def save_config(folder: Path, base: Path, rows: int) -> None:
+def save_config(folder: Path, base: Path, vocab_size: int) -> None:
     """The base's config.json for an embedding of so many rows."""
     config = read_json(base / "config.json")
-    if config["vocab_size"] == rows:
+    if config["vocab_size"] == vocab_size:
         shutil.copyfile(base / "config.json", folder / "config.json")
     else:
-        text = json.dumps(config | {"vocab_size": rows}, indent=2) + "\n"
+        text = json.dumps(config | {"vocab_size": vocab_size}, indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -234,20 +291,30 @@ def save_serving_files(
     *,
     templates: Mapping[str, str],
     end_ids: Sequence[int],
-    new: Sequence[NewToken] = (),
+    new_tokens: Sequence[NewToken] = (),
 ) -> None:
     """The tokenizer with the `new` tokens, the chat templates that were trained with (by name), and the end tokens that
     were trained."""
     for name in SERVING_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    if new:
-        (folder / "tokenizer.json").write_bytes(with_tokens((base / "tokenizer.json").read_bytes(), new))
+    if new_tokens:
+        (folder / "tokenizer.json").write_bytes(
+            append_tokens((base / "tokenizer.json").read_bytes(), new_tokens)
+        )
     for name, source in templates.items():
-        place = folder / "chat_template.jinja" if name == "default" else folder / TEMPLATES / f"{name}.jinja"
-        place.parent.mkdir(exist_ok=True)
-        place.write_text(source, encoding="utf-8", newline="")
+        template_file = (
+            folder / "chat_template.jinja"
+            if name == "default"
+            else folder / TEMPLATES_DIR / f"{name}.jinja"
+        )
+        template_file.parent.mkdir(exist_ok=True)
+        template_file.write_text(source, encoding="utf-8", newline="")
     generation_file = base / "generation_config.json"
-    generation = json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
+    generation = (
+        json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
+    )
     generation["eos_token_id"] = list(end_ids)
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps(generation, indent=2) + "\n", encoding="utf-8"
+    )

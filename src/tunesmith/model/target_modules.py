@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.validate import TensorHeader
 
-KEY = "lora_target_modules"
-REGEX_SECONDS = 5.0  # all paths of a large model take milliseconds
-MATCHER = """
+SETTING = "lora_target_modules"
+REGEX_TIMEOUT_SECONDS = 5.0  # all paths of a large model take milliseconds
+MATCHER_SCRIPT = """
 import json, re, sys
 pattern, paths = json.load(sys.stdin)
 pattern = re.compile(pattern)
@@ -27,60 +27,77 @@ print(json.dumps([path for path in paths if pattern.fullmatch(path)]))
 """
 
 
-def linear_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
+def list_linear_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
     """The linears inside the decoder, by the names and shapes in the files of a model."""
-    matrices = [name for name, tensor in headers.items() if ".layers." in f".{name}" and len(tensor.shape) == 2]
+    matrices = [
+        name
+        for name, tensor in headers.items()
+        if ".layers." in f".{name}" and len(tensor.shape) == 2
+    ]
     return [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
 
 
-def select(paths: Sequence[str], targets: str | Sequence[str], *, seconds: float = REGEX_SECONDS) -> list[str]:
+def select_targets(
+    paths: Sequence[str], targets: str | Sequence[str], *, seconds: float = REGEX_TIMEOUT_SECONDS
+) -> list[str]:
     """The paths that `targets` means, in their order. InputError when a part of it means none, or when a regular
     expression is none or takes longer than `seconds`."""
     if not isinstance(targets, str):
-        return _by_name(paths, targets)
-    belongs = GROUPS.get(targets)
-    chosen = [path for path in paths if belongs(path)] if belongs else _by_regex(paths, targets, seconds)
+        return _match_names(paths, targets)
+    is_target = GROUPS.get(targets)
+    chosen = (
+        [path for path in paths if is_target(path)]
+        if is_target
+        else _match_regex(paths, targets, seconds)
+    )
     if not chosen:
-        what = f"no linear layer {'belongs to' if belongs else 'has a whole path that matches'} {targets}"
-        fix = f"a path is like {paths[0]}; for names write a list: [{', '.join(_last_names(paths))}]"
-        raise InputError(what, where=KEY, fix=fix)
+        message = f"no linear layer {'belongs to' if is_target else 'has a whole path that matches'} {targets}"
+        fix = f"a path is like {paths[0]}; for names write a list: [{', '.join(_list_module_names(paths))}]"
+        raise InputError(message, where=SETTING, fix=fix)
     return chosen
 
 
-def _by_name(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+def _match_names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
     matches = {name: [p for p in paths if p == name or p.endswith("." + name)] for name in names}
-    if missing := [name for name, found in matches.items() if not found]:
-        fix = f"use {', '.join(GROUPS)}, or names from: {', '.join(_last_names(paths))}"
-        raise InputError(f"no linear layer is called {', '.join(missing)}", where=KEY, fix=fix)
-    chosen = {path for found in matches.values() for path in found}
+    if missing := [name for name, matched in matches.items() if not matched]:
+        fix = f"use {', '.join(GROUPS)}, or names from: {', '.join(_list_module_names(paths))}"
+        raise InputError(f"no linear layer is called {', '.join(missing)}", where=SETTING, fix=fix)
+    chosen = {path for matched in matches.values() for path in matched}
     return [path for path in paths if path in chosen]
 
 
-def _by_regex(paths: Sequence[str], pattern: str, seconds: float) -> list[str]:
-    command, given = [sys.executable, "-I", "-S", "-c", MATCHER], json.dumps([pattern, list(paths)])
+def _match_regex(paths: Sequence[str], pattern: str, seconds: float) -> list[str]:
+    command, payload = (
+        [sys.executable, "-I", "-S", "-c", MATCHER_SCRIPT],
+        json.dumps([pattern, list(paths)]),
+    )
     try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds, check=False)
+        completed = subprocess.run(
+            command, input=payload, capture_output=True, text=True, timeout=seconds, check=False
+        )
     except subprocess.TimeoutExpired as error:
-        what = f"the regular expression {pattern:.200} takes more than {seconds:g} s on {len(paths):,} paths"
+        message = f"the regular expression {pattern:.200} takes more than {seconds:g} s on {len(paths):,} paths"
         fix = "it may try too many ways to match: avoid repeats inside repeats, or write a list of names"
-        raise InputError(what, where=KEY, fix=fix) from error
-    if done.returncode:
-        why = done.stderr.strip().rpartition("\n")[2]
-        raise InputError(f"{pattern:.200} is no regular expression: {why}", where=KEY, fix="correct it")
-    return json.loads(done.stdout)
+        raise InputError(message, where=SETTING, fix=fix) from error
+    if completed.returncode:
+        reason = completed.stderr.strip().rpartition("\n")[2]
+        raise InputError(
+            f"{pattern:.200} is no regular expression: {reason}", where=SETTING, fix="correct it"
+        )
+    return json.loads(completed.stdout)
 
 
-def _last_names(paths: Sequence[str]) -> list[str]:
+def _list_module_names(paths: Sequence[str]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
 
 
-def _inside(block: str) -> Callable[[str], bool]:
+def _build_block_matcher(block: str) -> Callable[[str], bool]:
     parent = re.compile(rf"(.*\.)?[a-z_]*{block}\.[^.]+")
     return lambda path: parent.fullmatch(path) is not None
 
 
 GROUPS: dict[str, Callable[[str], bool]] = {
     "all-linear": lambda _path: True,
-    "attention": _inside("attn"),
-    "mlp": _inside("mlp"),
+    "attention": _build_block_matcher("attn"),
+    "mlp": _build_block_matcher("mlp"),
 }

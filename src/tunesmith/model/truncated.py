@@ -13,24 +13,26 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tunesmith.model.adapters import linears, replace
+from tunesmith.model.adapters import find_linears, replace_module
 from tunesmith.model.lora import QuantizedLinear
-from tunesmith.model.quantization import skeleton
+from tunesmith.model.quantization import build_empty_network
 
-VALUE = 0.01  # of every weight: neither zero nor subnormal, which some processors multiply at another speed
+FILL_VALUE = 0.01  # of every weight: neither zero nor subnormal, which some processors multiply at another speed
 
 
-def part_of(folder: Path, dtype: torch.dtype, layers: int, *, quantized: bool) -> PreTrainedModel:
+def build_truncated_network(
+    folder: Path, dtype: torch.dtype, num_layers: int, *, is_quantized: bool
+) -> PreTrainedModel:
     """`layers` of them, in 4 bits if `quantized`."""
-    network = skeleton(folder, dtype, layers)
-    small = linears(network) if quantized else {}
+    network = build_empty_network(folder, dtype, num_layers)
+    quantized_linears = find_linears(network) if is_quantized else {}
     for name, parameter in list(network.named_parameters()):
-        path, _, last = name.rpartition(".")
-        made = torch.full(parameter.shape, VALUE, dtype=dtype)
-        if last == "weight" and path in small:
-            replace(network, path, QuantizedLinear(made, None, dtype))
-        elif path not in small:
-            setattr(network.get_submodule(path), last, nn.Parameter(made))
+        path, _, tensor_name = name.rpartition(".")
+        weight = torch.full(parameter.shape, FILL_VALUE, dtype=dtype)
+        if tensor_name == "weight" and path in quantized_linears:
+            replace_module(network, path, QuantizedLinear(weight, None, dtype))
+        elif path not in quantized_linears:
+            setattr(network.get_submodule(path), tensor_name, nn.Parameter(weight))
     network.tie_weights()
-    placed: Any = network
-    return placed.eval().requires_grad_(False)
+    model: Any = network
+    return model.eval().requires_grad_(False)

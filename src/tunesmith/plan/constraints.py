@@ -7,23 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tunesmith.core.types import Choice, DataReport
-from tunesmith.plan.rules import rule
+from tunesmith.core.types import DataReport, PlanValue
+from tunesmith.plan.rules import rule_value
 from tunesmith.recipe.fields import Constraint
 
-BAN = 1.0  # Welleck 2019 weighs unlikelihood as it weighs cross-entropy
+BAN_COEFFICIENT = 1.0  # Welleck 2019 weighs unlikelihood as it weighs cross-entropy
 
 
-def never_choices(constraints: Sequence[Constraint], report: DataReport) -> dict[str, Choice]:
-    choices: dict[str, Choice] = {}
+def decide_constraints(
+    constraints: Sequence[Constraint], report: DataReport
+) -> dict[str, PlanValue]:
+    plan_values: dict[str, PlanValue] = {}
     if constraints:
-        done = [f"{count:,} rows left out for {name!r}" for name, count in report.left_out.items()]
-        done += [f"{count:,} rows trained away from {name!r}" for name, count in report.banned.items()]
-        if any(one.mode == "pair" for one in constraints):
-            done.append("rows without a worse side get the base model's own answer, where it breaks one")
-        value = tuple(f"{one.name} ({one.mode})" for one in constraints)
-        choices["never"] = Choice(value, "you", "; ".join(done) or "no row breaks a constraint")
+        effects = [
+            f"{count:,} rows left out for {name!r}" for name, count in report.filtered.items()
+        ]
+        effects += [
+            f"{count:,} rows trained away from {name!r}" for name, count in report.banned.items()
+        ]
+        if any(constraint.mode == "pair" for constraint in constraints):
+            effects.append(
+                "rows without a worse side get the base model's own answer, where it breaks one"
+            )
+        value = tuple(f"{constraint.name} ({constraint.mode})" for constraint in constraints)
+        plan_values["never"] = PlanValue(
+            value, "you", "; ".join(effects) or "no row breaks a constraint"
+        )
     if report.banned:
-        why = "the mean over bad tokens weighs as much as the mean over good ones; its gradient is bounded"
-        choices["ban_coefficient"] = rule(BAN, why, "Welleck 2019")
-    return choices
+        reason = "the mean over bad tokens weighs as much as the mean over good ones; its gradient is bounded"
+        plan_values["ban_coefficient"] = rule_value(BAN_COEFFICIENT, reason, "Welleck 2019")
+    return plan_values

@@ -8,50 +8,54 @@ what is measured before and after. For this machine `--calibrate` measures inste
 from __future__ import annotations
 
 from tunesmith.core.types import ModelSpec, Plan
-from tunesmith.plan.memory import lora_parameters
+from tunesmith.plan.memory import count_lora_parameters
 
 # Of the rate of bf16 products: an 8B model's LoRA on an H100 with Unsloth, 7B full with FSDP on H100s (speed notes).
-SHARES = (0.29, 0.46)
+MFU_RANGE = (0.29, 0.46)
 
 
-def tokens_computed(plan: Plan) -> float:
+def count_computed_tokens(plan: Plan) -> float:
     """By all steps: what is shared counts once. Padding does not exist."""
     if plan["stage"] == "cpt":
         return float(plan.steps * plan["batch_tokens"])
     rows = plan.rows_per_epoch
-    seen = plan.tokens_per_epoch * min(plan.steps * plan["batch_size"] / max(1, rows), plan["num_train_epochs"])
+    read_tokens = plan.tokens_per_epoch * min(
+        plan.steps * plan["batch_size"] / max(1, rows), plan["num_train_epochs"]
+    )
     ratio = plan.choices["rehearsal_ratio"].value if "rehearsal_ratio" in plan.choices else 0
-    return seen * (1 - plan.saved_share) / (1 - ratio)
+    return read_tokens * (1 - plan.prefix_savings) / (1 - ratio)
 
 
-def run_flops(plan: Plan) -> float:
+def estimate_run_flops(plan: Plan) -> float:
     """Of all steps."""
-    data, tokens = plan.data["data"], tokens_computed(plan)
-    supervised = tokens * data.supervised_tokens / max(1, data.tokens * (1 - plan.saved_share))
+    data, tokens = plan.data["data"], count_computed_tokens(plan)
+    supervised_tokens = (
+        tokens * data.supervised_tokens / max(1, data.tokens * (1 - plan.prefix_savings))
+    )
     rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
-    return token_flops(plan.model, plan["method"], plan["activations"], rank) * tokens + (
-        target_flops(plan.model, plan["method"]) * supervised
+    return compute_token_flops(plan.model, plan["method"], plan["activations"], rank) * tokens + (
+        compute_target_flops(plan.model, plan["method"]) * supervised_tokens
     )
 
 
-def token_flops(spec: ModelSpec, method: str, activations: str, rank: int) -> float:
+def compute_token_flops(spec: ModelSpec, method: str, activations: str, rank: int) -> float:
     """Through the layers, forward and backward: frozen weights have no gradient of their own."""
     weights = spec.block_parameters
-    again = {
+    recompute_flops = {
         "keep": 0.0,
         "selective": 4.0 * spec.num_layers * spec.hidden_size * spec.intermediate_size,
         "recompute": 2.0 * weights,
     }[activations]
-    adapter = 0 if method == "full" else 6 * lora_parameters(spec, rank)
-    return (6 if method == "full" else 4) * weights + adapter + again
+    adapter = 0 if method == "full" else 6 * count_lora_parameters(spec, rank)
+    return (6 if method == "full" else 4) * weights + adapter + recompute_flops
 
 
-def target_flops(spec: ModelSpec, method: str) -> float:
+def compute_target_flops(spec: ModelSpec, method: str) -> float:
     """Through the head, for a supervised token."""
     return (6 if method == "full" else 4) * spec.head_parameters
 
 
-def seconds_on(plan: Plan, flops: float) -> tuple[float, float]:
+def estimate_seconds(plan: Plan, flops_per_second: float) -> tuple[float, float]:
     """The published range on a device of so many operations a second."""
-    work = run_flops(plan)
-    return work / flops / SHARES[1], work / flops / SHARES[0]
+    run_flops = estimate_run_flops(plan)
+    return run_flops / flops_per_second / MFU_RANGE[1], run_flops / flops_per_second / MFU_RANGE[0]

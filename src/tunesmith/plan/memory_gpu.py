@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.core.types import ModelSpec
-from tunesmith.plan.memory import CHUNK_TARGETS, NF4_BYTES, fixed_parts, trained_parameters
+from tunesmith.plan.memory import (
+    CHUNK_TARGETS,
+    NF4_BYTES,
+    count_trained_parameters,
+    estimate_fixed_memory,
+)
 
-KEPT_LOGITS = 12  # bytes of each logit that is there at once: three copies of 4
+LOGIT_BYTES = 12  # bytes of each logit that is there at once: three copies of 4
 
 
 @dataclass(frozen=True)
-class Stack:
+class GpuSoftware:
     """What a trainer keeps. Bytes are a weight's, with its gradient and moments."""
 
     adapter_bytes: float = 16  # fp32: weight, gradient, two moments
@@ -28,60 +33,71 @@ class Stack:
     saved_share: float = 1  # of what the modules of a layer save; .58 under torch.compile
     logit_tokens: int = CHUNK_TARGETS  # whose logits are there at once
     context_bytes: int = 2**29  # of CUDA and its libraries: .14 GiB on a T4, .5 on large cards
-    fragments: float = 0.1  # of what comes and goes in a step; 5 to 15% published
+    fragmentation_share: float = 0.1  # of what comes and goes in a step; 5 to 15% published
 
 
-def gpu_memory(
-    spec: ModelSpec, *, pack_tokens: int, stack: Stack | None = None, cache_tokens: int = 0, **size: Any
+def estimate_gpu_memory(
+    spec: ModelSpec,
+    *,
+    pack_tokens: int,
+    software: GpuSoftware | None = None,
+    cache_tokens: int = 0,
+    **footprint: Any,
 ) -> dict[str, int]:
     """Bytes by component. `cache_tokens`: held at once while answers are generated, between steps. `stack`: of another
     trainer, which keeps no narrow copies beside what it trains."""
-    ours, stack = stack is None, stack or Stack()
-    width = 2 if size["dtype"] == "bf16" else 4
-    parts = {"context": stack.context_bytes}
-    if ours:
-        parts |= fixed_parts(spec, layouts=1, **size)
+    is_tunesmith, software = software is None, software or GpuSoftware()
+    dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
+    parts = {"context": software.context_bytes}
+    if is_tunesmith:
+        parts |= estimate_fixed_memory(spec, layouts=1, **footprint)
     else:
-        parts |= _theirs(spec, stack, **size)
-    head = KEPT_LOGITS * min(pack_tokens, stack.logit_tokens) * spec.vocab_size
-    activations, again = _activations(spec, pack_tokens, width, stack, size.get("activations", "keep"))
-    parts["activations"] = activations + max(again - head, 0)
+        parts |= _estimate_other_trainer(spec, software, **footprint)
+    head = LOGIT_BYTES * min(pack_tokens, software.logit_tokens) * spec.vocab_size
+    activations, recomputed_bytes = _estimate_activations(
+        spec, pack_tokens, dtype_bytes, software, footprint.get("activations", "keep")
+    )
+    parts["activations"] = activations + max(recomputed_bytes - head, 0)
     parts["head"] = head
-    parts["fragments"] = int(stack.fragments * (parts["activations"] + head))
-    step = sum(parts[name] for name in ("activations", "head", "fragments"))
+    parts["fragments"] = int(software.fragmentation_share * (parts["activations"] + head))
+    step_bytes = sum(parts[name] for name in ("activations", "head", "fragments"))
     # Either a step's activations are there or the keys and values of the answers.
-    parts["answers"] = max(0, cache_bytes(spec, cache_tokens, width) - step)
+    parts["answers"] = max(0, compute_cache_bytes(spec, cache_tokens, dtype_bytes) - step_bytes)
     return parts | {"peak": sum(parts.values())}
 
 
-def cache_bytes(spec: ModelSpec, tokens: int, width: int) -> int:
+def compute_cache_bytes(spec: ModelSpec, tokens: int, dtype_bytes: int) -> int:
     """Keys and values of every layer."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * width * tokens
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype_bytes * tokens
 
 
-def saved_elements(spec: ModelSpec) -> int:
+def count_saved_elements(spec: ModelSpec) -> int:
     """Kept for the backward by the stock modules of a layer, a token: 12 h + 3 q + kv + 3 f (gated MLP, attention that
     never holds its scores)."""
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return 12 * spec.hidden_size + 3 * q + kv + 3 * spec.intermediate_size
 
 
-def _activations(spec: ModelSpec, tokens: int, width: int, stack: Stack, policy: str) -> tuple[int, int]:
+def _estimate_activations(
+    spec: ModelSpec, tokens: int, dtype_bytes: int, software: GpuSoftware, policy: str
+) -> tuple[int, int]:
     """What stays from the forward to the backward, and the most that is computed anew at once, in place of logits."""
-    layer = tokens * saved_elements(spec) * width * stack.saved_share
+    layer = tokens * count_saved_elements(spec) * dtype_bytes * software.saved_share
     if policy == "recompute":
-        return spec.num_layers * tokens * spec.hidden_size * width, int(layer)
+        return spec.num_layers * tokens * spec.hidden_size * dtype_bytes, int(layer)
     if policy == "selective":
-        mlp = tokens * 3 * spec.intermediate_size * width * stack.saved_share
+        mlp = tokens * 3 * spec.intermediate_size * dtype_bytes * software.saved_share
         return int(spec.num_layers * (layer - mlp)), int(mlp)
     return int(spec.num_layers * layer), 0
 
 
-def _theirs(spec: ModelSpec, stack: Stack, **size: Any) -> dict[str, int]:
-    trained = trained_parameters(spec, **size)
-    if size["method"] == "full":
-        return {"weights": 0, "trained": int(trained * stack.trained_bytes)}
+def _estimate_other_trainer(
+    spec: ModelSpec, software: GpuSoftware, **footprint: Any
+) -> dict[str, int]:
+    num_trained = count_trained_parameters(spec, **footprint)
+    if footprint["method"] == "full":
+        return {"weights": 0, "trained": int(num_trained * software.trained_bytes)}
     rest = spec.parameters - spec.block_parameters
-    quantised = spec.block_parameters * stack.quantised_bytes + rest * stack.rest_bytes
-    weights = quantised if size["method"] == "qlora" else 2 * spec.parameters
-    return {"weights": int(weights), "trained": int(trained * stack.adapter_bytes)}
+    quantised = spec.block_parameters * software.quantised_bytes + rest * software.rest_bytes
+    weights = quantised if footprint["method"] == "qlora" else 2 * spec.parameters
+    return {"weights": int(weights), "trained": int(num_trained * software.adapter_bytes)}

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.core.types import Plan
-from tunesmith.plan.build import fits
-from tunesmith.plan.flops import run_flops
-from tunesmith.plan.memory import trained_parameters
-from tunesmith.plan.memory_budget import MULTIPLES, multiple
+from tunesmith.plan.build import has_enough_memory
+from tunesmith.plan.flops import estimate_run_flops
+from tunesmith.plan.memory import count_trained_parameters
+from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
 
-COMPARED: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
+METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
 
 
 @dataclass(frozen=True)
-class Outlook:
+class MethodEstimate:
     """One method. Seconds are a range, empty where nothing is known of this machine's speed."""
 
     method: str
@@ -28,7 +28,7 @@ class Outlook:
     trained_parameters: int
     peak_bytes: int
     free_bytes: int
-    fits: bool
+    has_enough_memory: bool
     fits_on: str  # the smallest machine of the table that has room, if this one has not
     multiple: float  # of the weights in 16 bits
     usual_multiple: str
@@ -44,43 +44,45 @@ class Outlook:
     usual_deployment: str
 
 
-def compare(plan_with: Callable[[str], Plan]) -> tuple[Outlook, ...]:
+def estimate_methods(make_plan: Callable[[str], Plan]) -> tuple[MethodEstimate, ...]:
     """`plan_with`: the plan by method."""
-    return tuple(outlook(plan_with(method)) for method in COMPARED)
+    return tuple(estimate_method(make_plan(method)) for method in METHODS)
 
 
-def outlook(plan: Plan) -> Outlook:
+def estimate_method(plan: Plan) -> MethodEstimate:
     method, spec, peak = plan["method"], plan.model, plan.memory_bytes["peak"]
     rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
-    dora = plan.choices["use_dora"].value if "use_dora" in plan.choices else False
-    trained = trained_parameters(spec, method=method, dtype=plan["dtype"], rank=rank, dora=dora)
-    narrow = method == "full" and plan["dtype"] == "bf16"
-    return Outlook(
+    use_dora = plan.choices["use_dora"].value if "use_dora" in plan.choices else False
+    num_trained = count_trained_parameters(
+        spec, method=method, dtype=plan["dtype"], rank=rank, dora=use_dora
+    )
+    is_bf16 = method == "full" and plan["dtype"] == "bf16"
+    return MethodEstimate(
         method=method,
         learning_rate=plan["learning_rate"],
-        trained_parameters=trained,
+        trained_parameters=num_trained,
         peak_bytes=peak,
         free_bytes=plan.machine.available_bytes,
-        fits=fits(plan),
+        has_enough_memory=has_enough_memory(plan),
         fits_on=plan.fits_on,
-        multiple=multiple(spec, peak),
-        usual_multiple=MULTIPLES[method],
-        flops=run_flops(plan),
+        multiple=compute_multiple(spec, peak),
+        usual_multiple=USUAL_MULTIPLES[method],
+        flops=estimate_run_flops(plan),
         seconds=plan.seconds,
         disk_bytes=plan.disk_bytes,
-        result_bytes=trained * (2 if narrow else 4),
-        **SAYINGS[method],
+        result_bytes=num_trained * (2 if is_bf16 else 4),
+        **METHOD_NOTES[method],
     )
 
 
 # What is known of each, and what is usually said. Sources: Biderman 2024 (forgetting, one of its throughputs),
 # torchtune README and Hu 2021 (throughputs), a 2024 study of safety after benign rows, Dettmers 2023.
-_ADAPTER = {
+_ADAPTER_NOTES = {
     "usual_speed": "2-3x of full",
     "usual_risk": "low",
     "usual_deployment": "one base, many adapters",
 }
-SAYINGS = {
+METHOD_NOTES = {
     "full": {
         "speed": "1, by definition",
         "usual_speed": "1",
@@ -89,13 +91,13 @@ SAYINGS = {
         "deployment": "a whole model a task",
         "usual_deployment": "one model a task",
     },
-    "lora": _ADAPTER
+    "lora": _ADAPTER_NOTES
     | {
         "speed": "1.0-1.5x of full expected, .85-2.2x published",
         "risk": "forgets less on code, the base stays as it was; learns less from much text",
         "deployment": "an adapter beside one base, many at once, or merged",
     },
-    "qlora": _ADAPTER
+    "qlora": _ADAPTER_NOTES
     | {
         "speed": "as LoRA or down to .6x of it: weights are widened for every product",
         "risk": "as LoRA, and the base is rounded to 4 bits",

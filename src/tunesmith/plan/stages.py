@@ -26,4 +26,8 @@ class StagedPlan:
     @property
     def data(self) -> dict[str, DataReport]:
         """The reports, by stage and role."""
-        return {f"{one['stage']} {role}": report for one in self.plans for role, report in one.data.items()}
+        return {
+            f"{plan['stage']} {role}": report
+            for plan in self.plans
+            for role, report in plan.data.items()
+        }

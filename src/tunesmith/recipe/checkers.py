@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MOST_TRIES = 1000  # brackets of a text at which JSON may begin: a million of them, nested, would take hours
+MAX_JSON_STARTS = (
+    1000  # brackets of a text at which JSON may begin: a million of them, nested, would take hours
+)
 Spans = list[tuple[int, int]]
 
 
@@ -22,16 +24,24 @@ Spans = list[tuple[int, int]]
 class Checker:
     """`told`: the constraint in words, as a prompt would have it after "Never"."""
 
-    told: str
-    find: str | Callable[[str], Spans]
+    instruction: str
+    matcher: str | Callable[[str], Spans]
 
 
-def text_outside_json(text: str) -> Spans:
+def find_text_outside_json(text: str) -> Spans:
     """What stands before and after the longest JSON object or array; all of a text without one. A text that is JSON as
     a whole, a number or a string too, has nothing outside."""
-    start, end = _longest_value(text)
+    start, end = _find_longest_json(text)
     sides = ((0, start), (end, len(text)))
-    return [] if _is_json(text) else [trimmed for a, b in sides if (trimmed := _trimmed(text, a, b))]
+    return (
+        []
+        if _is_json(text)
+        else [
+            trimmed
+            for side_start, side_end in sides
+            if (trimmed := _trim_span(text, side_start, side_end))
+        ]
+    )
 
 
 def _is_json(text: str) -> bool:
@@ -42,39 +52,41 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _longest_value(text: str) -> tuple[int, int]:
+def _find_longest_json(text: str) -> tuple[int, int]:
     """(start, end) of the longest object or array; both 0 without one."""
-    longest, place = (0, 0), 0
-    for _ in range(MOST_TRIES):
-        found = _OPENING.search(text, place)
-        if found is None:
+    longest, position = (0, 0), 0
+    for _ in range(MAX_JSON_STARTS):
+        match = _OPENING.search(text, position)
+        if match is None:
             break
-        start = found.start()
+        start = match.start()
         try:
-            place = _JSON.raw_decode(text, start)[1]
+            position = _JSON.raw_decode(text, start)[1]
         except (ValueError, RecursionError):
-            place = start + 1
+            position = start + 1
         else:
-            longest = max(longest, (start, place), key=lambda span: span[1] - span[0])
+            longest = max(longest, (start, position), key=lambda span: span[1] - span[0])
     return longest
 
 
-def _trimmed(text: str, start: int, end: int) -> tuple[int, int] | None:
+def _trim_span(text: str, start: int, end: int) -> tuple[int, int] | None:
     """The span without the white space at its ends; None if nothing else is there."""
     piece = text[start:end]
-    left = len(piece) - len(piece.lstrip())
-    return (start + left, start + len(piece.rstrip())) if piece.strip() else None
+    leading = len(piece) - len(piece.lstrip())
+    return (start + leading, start + len(piece.rstrip())) if piece.strip() else None
 
 
-def _refuse(constant: str) -> Any:
+def _refuse_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
-_JSON = json.JSONDecoder(parse_constant=_refuse)  # Python also reads NaN, which is none
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)  # Python also reads NaN, which is none
 _OPENING = re.compile(r"[{\[]")
 
 CHECKERS: dict[str, Checker] = {
-    "apology": Checker("apologise or say sorry", r"(?i)\b(sorry|apolog(y|ies)|apologi[sz](e[sd]?|ing))\b"),
+    "apology": Checker(
+        "apologise or say sorry", r"(?i)\b(sorry|apolog(y|ies)|apologi[sz](e[sd]?|ing))\b"
+    ),
     "ai-self-mention": Checker(
         "speak of yourself as an AI, a language model or an assistant program",
         r"(?i)\b(as|being|(i am|i['’]m)((?: (?-i:[A-Z])[\w.-]*){1,3},)?) (just |only |merely |simply )?(an?|your) "
@@ -85,5 +97,5 @@ CHECKERS: dict[str, Checker] = {
         r"(trained|developed|created|built) by (openai|anthropic|google|meta|microsoft|alibaba|mistral|hugging ?face)"
         r")\b|\bmy (training data|knowledge cut-?off|programming)\b",
     ),
-    "text-outside-json": Checker("write anything before or after the JSON", text_outside_json),
+    "text-outside-json": Checker("write anything before or after the JSON", find_text_outside_json),
 }

@@ -11,22 +11,24 @@ from typing import Any
 from tunesmith.core.types import Json
 
 
-def expected(schema: Json) -> str:
+def describe_schema(schema: Json) -> str:
     """A JSON schema of one value, in words."""
     if "anyOf" in schema:
-        return " or ".join(option.get("description") or expected(option) for option in schema["anyOf"])
+        return " or ".join(
+            option.get("description") or describe_schema(option) for option in schema["anyOf"]
+        )
     if "$ref" in schema:
-        return MAPPINGS[schema["$ref"].rpartition("/")[2]]
+        return MAPPING_TEXTS[schema["$ref"].rpartition("/")[2]]
     if "const" in schema or "enum" in schema:
         return " or ".join(f"'{value}'" for value in schema.get("enum", [schema.get("const")]))
-    bounds = [f"{words} {schema[bound]}" for bound, words in BOUNDS.items() if bound in schema]
+    bounds = [f"{text} {schema[bound]}" for bound, text in BOUND_TEXTS.items() if bound in schema]
     if schema.get("items", {}).get("type") == "string" and "format" not in schema["items"]:
         return "a list of names"
-    name = "a path" if schema.get("format") == "path" else TYPES[schema["type"]]
+    name = "a path" if schema.get("format") == "path" else TYPE_TEXTS[schema["type"]]
     return " ".join([name, " and ".join(bounds)]).strip()
 
 
-def found(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value from YAML, in words."""
     if isinstance(value, bool):
         return f"{str(value).lower()} (YAML reads on, yes, off and no as true and false; quotes make them text)"
@@ -41,7 +43,7 @@ def found(value: Any) -> str:
     return f"the {type(value).__name__} {value} (quotes make it a text)"
 
 
-MAPPINGS = {
+MAPPING_TEXTS = {
     "DataSource": "a mapping {path, format, columns, ...}",
     "Rehearsal": "a mapping {data, ratio, shift}",
     "Mixture": "a mapping {temperature, limit}",
@@ -51,7 +53,7 @@ MAPPINGS = {
     "Constraint": "a mapping {match, text, check, name, mode}",
 }
 
-TYPES = {
+TYPE_TEXTS = {
     "integer": "a whole number",
     "number": "a number",
     "string": "a text",
@@ -61,7 +63,7 @@ TYPES = {
     "null": "null",
 }
 
-BOUNDS = {
+BOUND_TEXTS = {
     "minimum": "of at least",
     "exclusiveMinimum": "above",
     "maximum": "at most",

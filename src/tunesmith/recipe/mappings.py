@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tunesmith.recipe.fields import Auto, Count, NotNegative, Positive
 
 
-def loss_name(value: Any) -> Any:
+def normalize_loss(value: Any) -> Any:
     """`sigmoid` is what other tools call the loss of DPO."""
     return "dpo" if value == "sigmoid" else value
 
@@ -22,11 +22,18 @@ class PairLoss(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Auto | Annotated[Literal["dpo", "orpo", "simpo"], BeforeValidator(loss_name)] = Field(
-        default="auto", description="dpo compares with the model as it was, orpo and simpo need no reference."
+    name: Auto | Annotated[Literal["dpo", "orpo", "simpo"], BeforeValidator(normalize_loss)] = (
+        Field(
+            default="auto",
+            description="dpo compares with the model as it was, orpo and simpo need no reference.",
+        )
     )
-    beta: Auto | Positive = Field(default="auto", description="How strongly pairs are told apart; ORPO's lambda.")
-    gamma: Auto | NotNegative = Field(default="auto", description="Margin that SimPO wants between the two answers.")
+    beta: Auto | Positive = Field(
+        default="auto", description="How strongly pairs are told apart; ORPO's lambda."
+    )
+    gamma: Auto | NotNegative = Field(
+        default="auto", description="Margin that SimPO wants between the two answers."
+    )
     nll_coefficient: Auto | NotNegative = Field(
         default="auto", description="Coefficient of the plain loss on the chosen answers."
     )
@@ -36,42 +43,61 @@ def _as_pair_loss(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-PairLossWish = Annotated[
+PairLossField = Annotated[
     PairLoss,
-    BeforeValidator(_as_pair_loss, json_schema_input_type=Literal["auto", "dpo", "orpo", "simpo"] | PairLoss),
+    BeforeValidator(
+        _as_pair_loss, json_schema_input_type=Literal["auto", "dpo", "orpo", "simpo"] | PairLoss
+    ),
 ]
 
 
-def _switched(value: Any) -> Any:
+def _normalize_off(value: Any) -> Any:
     """YAML reads off as false."""
     return "off" if value is False else value
 
 
-Answer = Auto | Annotated[Literal["off", "warn", "rollback", "stop"], BeforeValidator(_switched)]
+GuardAction = (
+    Auto | Annotated[Literal["off", "warn", "rollback", "stop"], BeforeValidator(_normalize_off)]
+)
 
 
-class Guard(BaseModel):
+class GuardConfig(BaseModel):
     """What a run does about what it sees of itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    collapse: Answer = Field(
-        default="auto", description="When answers repeat, break or turn into noise: go back and on, stop, or say so."
+    collapse: GuardAction = Field(
+        default="auto",
+        description="When answers repeat, break or turn into noise: go back and on, stop, or say so.",
     )
-    forgetting: Answer = Field(
-        default="auto", description="When general text of retention_data gets worse by more than the margin."
+    forgetting: GuardAction = Field(
+        default="auto",
+        description="When general text of retention_data gets worse by more than the margin.",
     )
-    margin: Auto | Positive = Field(default="auto", description="Bits per byte that general text may lose.")
+    margin: Auto | Positive = Field(
+        default="auto", description="Bits per byte that general text may lose."
+    )
     patience: Auto | Count = Field(
-        default="auto", description="Looks at eval_data without a better one, after which the run ends."
+        default="auto",
+        description="Looks at eval_data without a better one, after which the run ends.",
     )
     probe_steps: Auto | Count = Field(
-        default="auto", description="Steps between two probes of what the model says; auto: at most 5% of the time."
+        default="auto",
+        description="Steps between two probes of what the model says; auto: at most 5% of the time.",
     )
 
 
 def _as_guard(value: Any) -> Any:
-    return {"collapse": "off", "forgetting": "off"} if value in (False, "off") else {} if value == "auto" else value
+    return (
+        {"collapse": "off", "forgetting": "off"}
+        if value in (False, "off")
+        else {}
+        if value == "auto"
+        else value
+    )
 
 
-GuardWish = Annotated[Guard, BeforeValidator(_as_guard, json_schema_input_type=Literal["auto", "off"] | Guard)]
+GuardField = Annotated[
+    GuardConfig,
+    BeforeValidator(_as_guard, json_schema_input_type=Literal["auto", "off"] | GuardConfig),
+]

@@ -17,86 +17,96 @@ import yaml
 
 from tunesmith.core.errors import InputError
 
-OF_ROWS = (".jsonl", ".csv", ".txt", ".md")  # what nobody names a recipe
-MOST_BYTES = 1_000_000
+DATA_SUFFIXES = (".jsonl", ".csv", ".txt", ".md")  # what nobody names a recipe
+MAX_BYTES = 1_000_000
 
-Place = tuple[str | int, ...]  # the keys and list positions that lead to a value
+YamlPath = tuple[str | int, ...]  # the keys and list positions that lead to a value
 
 
 @dataclass(frozen=True)
-class Document:
+class YamlMapping:
     name: str
     values: dict[str, Any] = field(default_factory=dict[str, Any])
-    lines: dict[Place, int] = field(default_factory=dict[Place, int])
+    lines: dict[YamlPath, int] = field(default_factory=dict[YamlPath, int])
     duplicates: tuple[tuple[str, int], ...] = ()  # key, line of its second occurrence
 
-    def where(self, place: Place) -> str:
+    def format_location(self, path: YamlPath) -> str:
         """`file:line` of a value, or of the nearest value around it."""
-        while place and place not in self.lines:
-            place = place[:-1]
-        return f"{self.name}:{self.lines[place]}" if place else self.name
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.name}:{self.lines[path]}" if path else self.name
 
 
-def read_yaml(path: Path) -> Document:
+def read_yaml(path: Path) -> YamlMapping:
     """Raises InputError with file:line:column when the file cannot be read as one mapping."""
-    text = _text(path)
+    text = _read_text(path)
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         values = loader.construct_document(node) if node else {}
     except yaml.YAMLError as error:
-        raise _broken(path, error) from error
+        raise _make_yaml_error(path, error) from error
     except ValueError as error:  # a date like 2026-99-99, a number of 5000 digits
         raise InputError(f"a value is not what it looks like: {error}", where=str(path)) from error
     except RecursionError:
         raise InputError("nested too deeply to be a recipe", where=str(path)) from None
     if not isinstance(values, dict):
         raise InputError("expected a mapping of `key: value` lines", where=f"{path}:1")
-    lines: dict[Place, int] = {}
+    lines: dict[YamlPath, int] = {}
     duplicates: list[tuple[str, int]] = []
-    for place, line in _places(node, (), set()):
-        if place in lines:
-            duplicates.append((str(place[-1]), line))
-        lines[place] = line
-    return Document(str(path), {str(key): value for key, value in values.items()}, lines, tuple(duplicates))
+    for key_path, line in _iter_locations(node, (), set()):
+        if key_path in lines:
+            duplicates.append((str(key_path[-1]), line))
+        lines[key_path] = line
+    return YamlMapping(
+        str(path), {str(key): value for key, value in values.items()}, lines, tuple(duplicates)
+    )
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     if not os.path.exists(path):
         raise InputError("there is no such file", where=str(path))
     if not os.path.isfile(path):
         raise InputError("expected a file, found a folder or a device", where=str(path))
-    if path.stat().st_size > MOST_BYTES:
+    if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path.stat().st_size} bytes are too many for a recipe", where=str(path))
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"byte {error.start} is not UTF-8", where=str(path), fix="save the file as UTF-8") from error
+        raise InputError(
+            f"byte {error.start} is not UTF-8", where=str(path), fix="save the file as UTF-8"
+        ) from error
     except PermissionError as error:
         raise InputError("this file may not be read", where=str(path)) from error
 
 
-def _broken(path: Path, error: yaml.YAMLError) -> InputError:
-    fix = f"this is a file of rows? name it so: --data {path}" if path.suffix in OF_ROWS else ""
+def _make_yaml_error(path: Path, error: yaml.YAMLError) -> InputError:
+    fix = (
+        f"this is a file of rows? name it so: --data {path}" if path.suffix in DATA_SUFFIXES else ""
+    )
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
-        return InputError(f"not YAML: {error.problem}", where=f"{path}:{mark.line + 1}:{mark.column + 1}", fix=fix)
+        return InputError(
+            f"not YAML: {error.problem}", where=f"{path}:{mark.line + 1}:{mark.column + 1}", fix=fix
+        )
     return InputError(f"not YAML: {' '.join(str(error).split())}", where=str(path), fix=fix)
 
 
-def _places(node: yaml.Node | None, place: Place, seen: set[int]) -> Iterator[tuple[Place, int]]:
+def _iter_locations(
+    node: yaml.Node | None, key_path: YamlPath, visited: set[int]
+) -> Iterator[tuple[YamlPath, int]]:
     """The place and line of every key and item below `node`. An anchor is walked once, so loops and bombs end."""
-    if node is None or id(node) in seen:
+    if node is None or id(node) in visited:
         return
-    seen.add(id(node))
+    visited.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            yield (*place, str(key.value)), key.start_mark.line + 1
-            yield from _places(value, (*place, str(key.value)), seen)
+            yield (*key_path, str(key.value)), key.start_mark.line + 1
+            yield from _iter_locations(value, (*key_path, str(key.value)), visited)
     elif isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
-            yield (*place, position), item.start_mark.line + 1
-            yield from _places(item, (*place, position), seen)
+            yield (*key_path, position), item.start_mark.line + 1
+            yield from _iter_locations(item, (*key_path, position), visited)
 
 
 def read_flag(text: str) -> Any:
@@ -106,4 +116,6 @@ def read_flag(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise InputError(f"not YAML: {text:.60}", where="command line", fix="quote it as in a recipe file") from None
+        raise InputError(
+            f"not YAML: {text:.60}", where="command line", fix="quote it as in a recipe file"
+        ) from None

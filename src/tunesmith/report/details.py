@@ -9,145 +9,218 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.core.atomic import MANIFEST, size
-from tunesmith.core.formatting import duration, some_rows, value_text
+from tunesmith.core.atomic import MANIFEST, format_bytes
+from tunesmith.core.formatting import format_duration, format_rows, format_value
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import RECIPE
+from tunesmith.core.run_dir import RECIPE_FILE
 from tunesmith.core.types import DataReport, Json, Plan
-from tunesmith.report.html import Content, Html, details, join, plain, quoted, section, table, tag
-from tunesmith.report.run_data import Part, Story
-from tunesmith.report.summary import weights_of
+from tunesmith.report.html import (
+    Content,
+    Html,
+    escape_plain,
+    join_html,
+    make_details,
+    make_section,
+    make_table,
+    make_tag,
+    quote_text,
+)
+from tunesmith.report.run_data import ReportData, StageData
+from tunesmith.report.summary import find_weights_file
 
-BY_WORDS = {"you": "you", "rule": "a rule", "checkpoint": "the model"}
+SOURCE_LABELS = {"you": "you", "rule": "a rule", "checkpoint": "the model"}
 
 
-def _each(story: Story, of_part: Any) -> list[Content]:
+def _render_stages(story: ReportData, render_stage: Any) -> list[Content]:
     """Of every stage, under its name where there are several."""
-    return [[tag("h3", "Stage ", quoted(part.name)) if part.name else None, of_part(part)] for part in story.parts]
+    return [
+        [make_tag("h3", "Stage ", quote_text(part.name)) if part.name else None, render_stage(part)]
+        for part in story.stages
+    ]
 
 
 # ---------------------------------------------------------------- data
 
 
-def data_section(story: Story) -> Html:
-    return section("data", "Data", _each(story, _data))
+def render_data(story: ReportData) -> Html:
+    return make_section("data", "Data", _render_stages(story, _render_stage_data))
 
 
-def _data(part: Part) -> Html:
-    head = ["Role", "Format", "Rows", "Documents", "Tokens", "Trained", "Left out", "Cut", "Median", "Longest"]
-    reports = part.plan.data
-    counts = table(head, [_counts(*one) for one in reports.items()], numbers=range(2, 10), label="Rows of each role")
-    found = [(role, one) for role, report in reports.items() for one in report.findings]
-    findings = [
-        tag(
-            "li",
-            *(tag("b", one.level, class_=f"level {one.level}"), f" {role}, ", quoted(one.check), ": "),
-            quoted(one.message),
-            tag("span", " ", quoted(some_rows(one)), class_="soft") if one.rows else None,
-            tag("div", quoted(one.fix), class_="soft") if one.fix else None,
-        )
-        for role, one in found
+def _render_stage_data(part: StageData) -> Html:
+    head = [
+        "Role",
+        "Format",
+        "Rows",
+        "Documents",
+        "Tokens",
+        "Trained",
+        "Left out",
+        "Cut",
+        "Median",
+        "Longest",
     ]
-    told = tag("ul", findings, class_="findings") if found else tag("p", "The check of the rows found nothing to say.")
-    return join(counts, told, _reasons(reports), _tasks(reports))
+    reports = part.plan.data
+    counts = make_table(
+        head,
+        [_format_counts(*item) for item in reports.items()],
+        numbers=range(2, 10),
+        label="Rows of each role",
+    )
+    role_findings = [
+        (role, finding) for role, report in reports.items() for finding in report.findings
+    ]
+    findings = [
+        make_tag(
+            "li",
+            *(
+                make_tag("b", finding.level, class_=f"level {finding.level}"),
+                f" {role}, ",
+                quote_text(finding.check),
+                ": ",
+            ),
+            quote_text(finding.message),
+            make_tag("span", " ", quote_text(format_rows(finding)), class_="soft")
+            if finding.rows
+            else None,
+            make_tag("div", quote_text(finding.fix), class_="soft") if finding.fix else None,
+        )
+        for role, finding in role_findings
+    ]
+    summary = (
+        make_tag("ul", findings, class_="findings")
+        if role_findings
+        else make_tag("p", "The check of the rows found nothing to say.")
+    )
+    return join_html(counts, summary, _render_reasons(reports), _render_tasks(reports))
 
 
-def _counts(role: str, report: DataReport) -> list[Content]:
-    lengths, left = report.length_percentiles, sum(report.dropped.values()) + sum(report.rejected.values())
-    numbers = (report.rows, report.documents, report.tokens, report.supervised_tokens, left, report.truncated)
+def _format_counts(role: str, report: DataReport) -> list[Content]:
+    lengths, num_dropped = (
+        report.length_percentiles,
+        sum(report.dropped.values()) + sum(report.rejected.values()),
+    )
+    numbers = (
+        report.rows,
+        report.documents,
+        report.tokens,
+        report.supervised_tokens,
+        num_dropped,
+        report.truncated,
+    )
     more = (lengths.get("p50", 0), lengths.get("max", 0))
-    where = tag("span", quoted(report.path.rpartition("/")[2]), class_="under")
-    return [[role, where], quoted(report.format), *(f"{number:,}" for number in numbers + more)]
+    where = make_tag("span", quote_text(report.path.rpartition("/")[2]), class_="under")
+    return [[role, where], quote_text(report.format), *(f"{number:,}" for number in numbers + more)]
 
 
-def _reasons(reports: Mapping[str, DataReport]) -> Html | None:
+def _render_reasons(reports: Mapping[str, DataReport]) -> Html | None:
     rows = [
-        [role, word, quoted(reason), f"{count:,}"]
+        [role, word, quote_text(reason), f"{count:,}"]
         for role, report in reports.items()
         for word, counts in (
             ("no document", report.dropped),
             ("not used", report.rejected),
-            ("breaks a constraint, left out", report.left_out),
+            ("breaks a constraint, left out", report.filtered),
             ("breaks a constraint, trained away from", report.banned),
         )
         for reason, count in counts.items()
     ]
     head = ["Role", "Rows that are", "Why", "Rows"]
     return (
-        details("Rows that are not trained as they are", table(head, rows, numbers=(3,), label="Why")) if rows else None
+        make_details(
+            "Rows that are not trained as they are",
+            make_table(head, rows, numbers=(3,), label="Why"),
+        )
+        if rows
+        else None
     )
 
 
-def _tasks(reports: Mapping[str, DataReport]) -> Html | None:
+def _render_tasks(reports: Mapping[str, DataReport]) -> Html | None:
     rows = [
-        [quoted(task), role, f"{count:,}", f"{report.task_tokens.get(task, 0):,}"]
+        [quote_text(task), role, f"{count:,}", f"{report.task_tokens.get(task, 0):,}"]
         for role, report in reports.items()
         for task, count in report.task_rows.items()
     ]
     head = ["Task", "Role", "Rows", "Tokens"]
-    return details("Tasks", table(head, rows, numbers=(2, 3), label="Rows of each task")) if rows else None
+    return (
+        make_details("Tasks", make_table(head, rows, numbers=(2, 3), label="Rows of each task"))
+        if rows
+        else None
+    )
 
 
 # ---------------------------------------------------------------- plan
 
 
-def plan_section(story: Story) -> Html:
-    note = tag("p", "Every value that the run obeyed, who decided it, and why.", class_="note")
-    return section("plan", "Plan", note, _each(story, lambda part: _plan(part.plan)))
+def render_plan(story: ReportData) -> Html:
+    note = make_tag("p", "Every value that the run obeyed, who decided it, and why.", class_="note")
+    return make_section(
+        "plan", "Plan", note, _render_stages(story, lambda part: _build_plan_table(part.plan))
+    )
 
 
-def _plan(plan: Plan) -> Html:
+def _build_plan_table(plan: Plan) -> Html:
     rows = [
         [
-            quoted(key),
-            quoted(value_text(choice.value), "code"),
-            tag("span", BY_WORDS[choice.by], class_=f"by {choice.by}"),
+            quote_text(key),
+            quote_text(format_value(choice.value), "code"),
+            make_tag("span", SOURCE_LABELS[choice.decided_by], class_=f"by {choice.decided_by}"),
             [
-                quoted(choice.why),
-                tag("div", "usual advice: ", quoted(choice.advice), class_="soft") if choice.advice else None,
+                quote_text(choice.reason),
+                make_tag("div", "usual advice: ", quote_text(choice.common_advice), class_="soft")
+                if choice.common_advice
+                else None,
             ],
-            [quoted(choice.source), tag("div", choice.confidence, class_="soft") if choice.confidence else None],
+            [
+                quote_text(choice.source),
+                make_tag("div", choice.confidence, class_="soft") if choice.confidence else None,
+            ],
         ]
         for key, choice in plan.choices.items()
     ]
-    return table(["Key", "Value", "By", "Why", "Source"], rows, label="The plan")
+    return make_table(["Key", "Value", "By", "Why", "Source"], rows, label="The plan")
 
 
 # ---------------------------------------------------------------- cost
 
 
-def cost_section(story: Story) -> Html | None:
+def render_cost(story: ReportData) -> Html | None:
     """Memory and speed beside what was predicted before the run."""
-    rows = [row for part in story.parts for row in _cost(part)]
+    rows = [row for part in story.stages for row in _build_cost_rows(part)]
     if not rows:
         return None
     head = ["What", "Predicted", "Measured", "Measured / predicted"]
-    parts = _each(story, _memory)
-    return section("cost", "Memory and speed", table(head, rows, numbers=(1, 2, 3), label="Memory and speed"), parts)
+    parts = _render_stages(story, _render_memory)
+    return make_section(
+        "cost",
+        "Memory and speed",
+        make_table(head, rows, numbers=(1, 2, 3), label="Memory and speed"),
+        parts,
+    )
 
 
-def _cost(part: Part) -> list[list[Content]]:
-    steps, plan = part.of_type("step"), part.plan
+def _build_cost_rows(part: StageData) -> list[list[Content]]:
+    steps, plan = part.select_events("step"), part.plan
     if not steps:
         return []
-    name: list[Content] = [" of ", quoted(part.name)] if part.name else []
-    seconds, tokens = sum(one["seconds"] for one in steps), sum(one["tokens"] for one in steps)
-    peak, foreseen = max(one["peak_bytes"] for one in steps), plan.memory_bytes.get("peak")
+    name: list[Content] = [" of ", quote_text(part.name)] if part.name else []
+    seconds, tokens = sum(step["seconds"] for step in steps), sum(step["tokens"] for step in steps)
+    peak, predicted = max(step["peak_bytes"] for step in steps), plan.memory_bytes.get("peak")
     rows: list[list[Content]] = [
         [
             ["Memory at the peak", *name],
-            size(foreseen) if foreseen else "-",
-            size(peak),
-            f"{peak / foreseen:.2f}" if foreseen else "-",
+            format_bytes(predicted) if predicted else "-",
+            format_bytes(peak),
+            f"{peak / predicted:.2f}" if predicted else "-",
         ]
     ]
-    whole = len(steps) >= plan.steps and plan.seconds
-    middle = (min(plan.seconds) + max(plan.seconds)) / 2 if whole else 0
+    is_complete = len(steps) >= plan.steps and plan.seconds
+    middle = (min(plan.seconds) + max(plan.seconds)) / 2 if is_complete else 0
     rows.append(
         [
             ["Time of training", *name],
-            " to ".join(map(duration, plan.seconds)) or "-",
-            duration(seconds),
+            " to ".join(map(format_duration, plan.seconds)) or "-",
+            format_duration(seconds),
             f"{seconds / middle:.2f}" if middle else "-",
         ]
     )
@@ -155,77 +228,127 @@ def _cost(part: Part) -> list[list[Content]]:
     return rows
 
 
-def _memory(part: Part) -> Html | None:
-    found = {**part.plan.phase_bytes, **{k: v for k, v in part.plan.memory_bytes.items() if k != "peak"}}
-    rows = [[quoted(name), size(held)] for name, held in found.items() if held]
-    inner = table(["Part", "Predicted"], rows, numbers=(1,), label="Predicted memory")
-    why = tag("p", "Time: ", quoted(part.plan.seconds_from), class_="note") if part.plan.seconds_from else None
-    return details("What the prediction is made of", inner, why) if rows else None
+def _render_memory(part: StageData) -> Html | None:
+    predicted_bytes = {
+        **part.plan.phase_bytes,
+        **{k: v for k, v in part.plan.memory_bytes.items() if k != "peak"},
+    }
+    rows = [
+        [quote_text(name), format_bytes(size_bytes)]
+        for name, size_bytes in predicted_bytes.items()
+        if size_bytes
+    ]
+    inner = make_table(["Part", "Predicted"], rows, numbers=(1,), label="Predicted memory")
+    note = (
+        make_tag("p", "Time: ", quote_text(part.plan.seconds_source), class_="note")
+        if part.plan.seconds_source
+        else None
+    )
+    return make_details("What the prediction is made of", inner, note) if rows else None
 
 
 # ---------------------------------------------------------------- again
 
 
-def again_section(story: Story) -> Html:
+def render_reproduction(story: ReportData) -> Html:
     """A stage goes on with the adapter of the one before."""
     lines: list[str] = []
-    for number, part in enumerate(story.parts):
+    for number, part in enumerate(story.stages):
         if part.recipe:
-            place = f"runs/again/{part.name}".rstrip("/")
-            start = f" --adapter-from runs/again/{story.parts[number - 1].name}" if number else ""
-            lines.append(f"tunesmith train {shlex.quote(str(part.path / RECIPE))}{start} --output-dir {place}")
+            output_dir = f"runs/again/{part.name}".rstrip("/")
+            start = f" --adapter-from runs/again/{story.stages[number - 1].name}" if number else ""
+            lines.append(
+                f"tunesmith train {shlex.quote(str(part.path / RECIPE_FILE))}{start} --output-dir {output_dir}"
+            )
     if story.record is not None:
         lines.append(f"tunesmith eval {shlex.quote(str(story.path))}")
     exact = (
         "From the same files and libraries, with as many threads of the same processor, the weights come out the same "
         "to the bit. Other processors and threads round differently, and nothing else changes."
     )
-    recipes = _each(story, lambda part: details("recipe.yaml", quoted(part.recipe, "pre")) if part.recipe else None)
-    commands = tag("pre", "\n".join(plain(line) for line in lines))
-    return section("again", "How to reproduce", commands, tag("p", exact, class_="note"), recipes)
+    recipes = _render_stages(
+        story,
+        lambda part: (
+            make_details("recipe.yaml", quote_text(part.recipe, "pre")) if part.recipe else None
+        ),
+    )
+    commands = make_tag("pre", "\n".join(escape_plain(line) for line in lines))
+    return make_section(
+        "again", "How to reproduce", commands, make_tag("p", exact, class_="note"), recipes
+    )
 
 
 # ---------------------------------------------------------------- provenance
 
 
-def provenance_section(story: Story) -> Html:
-    parts = _each(story, _provenance)
-    return section("provenance", "Provenance", parts, _proof(story))
+def render_provenance(story: ReportData) -> Html:
+    parts = _render_stages(story, _build_provenance_table)
+    return make_section("provenance", "Provenance", parts, _render_preflight(story))
 
 
-def _provenance(part: Part) -> Html:
+def _build_provenance_table(part: StageData) -> Html:
     machine = part.plan.machine
-    rows: list[tuple[str, Content]] = [("run folder", str(part.path)), ("model", _model(part.plan))]
-    rows += [(name, value) for name, value in _hashes(part.identity)]
-    if part.record is not None and (weights := weights_of(part.record)) is not None:
-        files = read_json(weights.parent / MANIFEST).get("files", {}) if (weights.parent / MANIFEST).is_file() else {}
-        rows += [(f"{weights.parent.name}/{name}", entry["sha256"]) for name, entry in files.items()]
+    rows: list[tuple[str, Content]] = [
+        ("run folder", str(part.path)),
+        ("model", _describe_model(part.plan)),
+    ]
+    rows += [(name, value) for name, value in _collect_hashes(part.identity)]
+    if part.record is not None and (weights := find_weights_file(part.record)) is not None:
+        files = (
+            read_json(weights.parent / MANIFEST).get("files", {})
+            if (weights.parent / MANIFEST).is_file()
+            else {}
+        )
+        rows += [
+            (f"{weights.parent.name}/{name}", entry["sha256"]) for name, entry in files.items()
+        ]
     rows.append(
-        ("machine", f"{machine.device} {machine.device_name}, {machine.cores} cores, {size(machine.memory_bytes)}")
+        (
+            "machine",
+            f"{machine.device} {machine.device_name}, {machine.cores} cores, {format_bytes(machine.memory_bytes)}",
+        )
     )
     rows += [(name, version) for name, version in machine.versions.items()]
-    rows += [(name, value_text(part.plan[name])) for name in ("seed", "now") if name in part.plan.choices]
-    cells = [[quoted(name), tag("code", value, dir="auto")] for name, value in rows]
-    return table(["What", "Which"], cells, label="Provenance")
+    rows += [
+        (name, format_value(part.plan[name]))
+        for name in ("seed", "now")
+        if name in part.plan.choices
+    ]
+    cells = [[quote_text(name), make_tag("code", value, dir="auto")] for name, value in rows]
+    return make_table(["What", "Which"], cells, label="Provenance")
 
 
-def _model(plan: Plan) -> str:
+def _describe_model(plan: Plan) -> str:
     return f"{plan.model.name} ({plan.model.parameters / 1e6:,.1f}M parameters)" + (
         f": {plan.model.origin}" if plan.model.origin else ""
     )
 
 
-def _hashes(identity: Json) -> list[tuple[str, str]]:
+def _collect_hashes(identity: Json) -> list[tuple[str, str]]:
     """sha256 of what the run stands on."""
-    found = [(f"base {name}", value) for name, value in identity.get("base_sha256", {}).items()]
-    found += [(name, identity[name]) for name in ("tokenizer", "renderer") if name in identity]
-    found += [(f"chat template {name}", value) for name, value in identity.get("templates", {}).items()]
-    return found + [(f"rows of {role}", value) for role, value in identity.get("data", {}).items()]
+    hashes = [(f"base {name}", value) for name, value in identity.get("base_sha256", {}).items()]
+    hashes += [(name, identity[name]) for name in ("tokenizer", "renderer") if name in identity]
+    hashes += [
+        (f"chat template {name}", value) for name, value in identity.get("templates", {}).items()
+    ]
+    return hashes + [(f"rows of {role}", value) for role, value in identity.get("data", {}).items()]
 
 
-def _proof(story: Story) -> Html | None:
-    proof = story.record.proof if story.record else ()
-    rows = [[quoted(one.kind), tag("b", one.level, class_=f"level {one.level}"), quoted(one.evidence)] for one in proof]
+def _render_preflight(story: ReportData) -> Html | None:
+    proof = story.record.preflight if story.record else ()
+    rows = [
+        [
+            quote_text(check.kind),
+            make_tag("b", check.level, class_=f"level {check.level}"),
+            quote_text(check.evidence),
+        ]
+        for check in proof
+    ]
     return (
-        details("Proven before training", table(["Check", "Level", "Evidence"], rows, label="Proof")) if rows else None
+        make_details(
+            "Proven before training",
+            make_table(["Check", "Level", "Evidence"], rows, label="Proof"),
+        )
+        if rows
+        else None
     )

@@ -12,10 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.report.html import Html, details, join, table, tag
+from tunesmith.report.html import Html, join_html, make_details, make_table, make_tag
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 270, 54, 14, 26, 44
-MOST_POINTS = 200
+WIDTH, HEIGHT, PLOT_X0, RIGHT, TOP, BOTTOM = 460, 270, 54, 14, 26, 44
+MAX_POINTS = 200
 MARK_SIGNS = {"saved": "▾", "warn": "◆", "rollback": "↺", "stop": "■"}
 
 
@@ -35,7 +35,7 @@ class Series:
     name: str
     points: tuple[Point, ...]
     style: str = "main"  # main | faint | base: the classes of page.css
-    dots: bool = False
+    has_dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,136 +60,208 @@ class Axes:
 class Frame:
     """From values to places in the drawing, which is as wide as the values and as high as the ticks."""
 
-    ends: tuple[float, float]
-    ys: tuple[float, ...]
+    x_range: tuple[float, float]
+    y_ticks: tuple[float, ...]
 
     @property
-    def xs(self) -> tuple[float, ...]:
-        low, high = self.ends
-        return tuple(x for x in ticks(low, high) if low <= x <= high)
+    def x_ticks(self) -> tuple[float, ...]:
+        low, high = self.x_range
+        return tuple(x for x in compute_ticks(low, high) if low <= x <= high)
 
-    def x(self, value: float) -> float:
-        low, high = self.ends
-        return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 2)
+    def scale_x(self, value: float) -> float:
+        low, high = self.x_range
+        return round(PLOT_X0 + (value - low) / (high - low) * (WIDTH - PLOT_X0 - RIGHT), 2)
 
-    def y(self, value: float) -> float:
-        share = (value - self.ys[0]) / (self.ys[-1] - self.ys[0])
+    def scale_y(self, value: float) -> float:
+        share = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 2)
 
 
-def ticks(low: float, high: float, most: int = 6) -> tuple[float, ...]:
+def compute_ticks(low: float, high: float, max_ticks: int = 6) -> tuple[float, ...]:
     """Round numbers at equal distances, from at most `low` to at least `high`; at least two."""
     if not low < high:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
-    rough = (high - low) / max(1, most - 1)
+    rough = (high - low) / max(1, max_ticks - 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20) if power * factor >= rough * 0.999)
+    step = next(
+        power * factor for factor in (1, 2, 2.5, 5, 10, 20) if power * factor >= rough * 0.999
+    )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return tuple(round(place * step, 12) for place in range(first, last + 1))
+    return tuple(round(index * step, 12) for index in range(first, last + 1))
 
 
-def line_chart(name: str, axes: Axes, series: Sequence[Series], marks: Sequence[Mark] = ()) -> Html:
+def draw_line_chart(
+    name: str, axes: Axes, series: Sequence[Series], marks: Sequence[Mark] = ()
+) -> Html:
     """A figure. `name` is unique on the page; series without points are left out, and at least one has some."""
-    drawn = [Series(one.name, thinned(one.points), one.style, one.dots) for one in series if one.points]
-    points = [point for one in drawn for point in one.points]
-    reach = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
-    places = [*axes.span, *(point.x for point in points), *(mark.x for mark in marks)]
-    frame = Frame(_ends(places), ticks(min(reach), max(reach)))
-    svg = tag(
+    lines = [
+        Series(line.name, thin_points(line.points), line.style, line.has_dots)
+        for line in series
+        if line.points
+    ]
+    points = [point for line in lines for point in line.points]
+    y_values = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
+    x_values = [*axes.span, *(point.x for point in points), *(mark.x for mark in marks)]
+    frame = Frame(_find_ends(x_values), compute_ticks(min(y_values), max(y_values)))
+    svg = make_tag(
         "svg",
-        *(tag("title", axes.title, id=f"{name}-title"), tag("desc", axes.description, id=f"{name}-desc")),
-        *(_grid(frame, axes), [_marked(frame, mark) for mark in marks], [_drawn(frame, one) for one in drawn]),
+        *(
+            make_tag("title", axes.title, id=f"{name}-title"),
+            make_tag("desc", axes.description, id=f"{name}-desc"),
+        ),
+        *(
+            _draw_grid(frame, axes),
+            [_draw_mark(frame, mark) for mark in marks],
+            [_draw_series(frame, line) for line in lines],
+        ),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
         aria_labelledby=f"{name}-title {name}-desc",
     )
-    legend = _legend(drawn) if len(drawn) > 1 else None
-    return tag("figure", tag("figcaption", axes.title), svg, legend, _data(axes, series, drawn), class_="chart")
+    legend = _draw_legend(lines) if len(lines) > 1 else None
+    return make_tag(
+        "figure",
+        make_tag("figcaption", axes.title),
+        svg,
+        legend,
+        _build_data_table(axes, series, lines),
+        class_="chart",
+    )
 
 
-def _ends(places: Sequence[float]) -> tuple[float, float]:
-    low, high = min(places), max(places)
+def _find_ends(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
     return (low, high) if low < high else (low - 1, high + 1)
 
 
-def thinned(points: Sequence[Point]) -> tuple[Point, ...]:
+def thin_points(points: Sequence[Point]) -> tuple[Point, ...]:
     """At most MOST_POINTS of them, the last included."""
-    every = -(-len(points) // MOST_POINTS)
-    return tuple(point for place, point in enumerate(points, start=1 - len(points)) if place % every == 0)
+    stride = -(-len(points) // MAX_POINTS)
+    return tuple(
+        point for index, point in enumerate(points, start=1 - len(points)) if index % stride == 0
+    )
 
 
-def _grid(frame: Frame, axes: Axes) -> Html:
+def _draw_grid(frame: Frame, axes: Axes) -> Html:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    lines = [tag("line", x1=LEFT, x2=right, y1=frame.y(y), y2=frame.y(y)) for y in frame.ys]
-    numbers = [text(LEFT - 8, frame.y(y) + 4, f"{y:g}", "end") for y in frame.ys]
-    numbers += [text(frame.x(x), bottom + 18, f"{x:g}", "middle") for x in frame.xs]
-    names = [text((LEFT + right) / 2, HEIGHT - 6, axes.x, "middle"), text(4, 14, axes.y)]
-    return join(tag("g", lines, class_="grid"), tag("g", numbers, class_="ticks"), tag("g", names, class_="names"))
+    lines = [
+        make_tag("line", x1=PLOT_X0, x2=right, y1=frame.scale_y(y), y2=frame.scale_y(y))
+        for y in frame.y_ticks
+    ]
+    numbers = [draw_text(PLOT_X0 - 8, frame.scale_y(y) + 4, f"{y:g}", "end") for y in frame.y_ticks]
+    numbers += [draw_text(frame.scale_x(x), bottom + 18, f"{x:g}", "middle") for x in frame.x_ticks]
+    names = [
+        draw_text((PLOT_X0 + right) / 2, HEIGHT - 6, axes.x, "middle"),
+        draw_text(4, 14, axes.y),
+    ]
+    return join_html(
+        make_tag("g", lines, class_="grid"),
+        make_tag("g", numbers, class_="ticks"),
+        make_tag("g", names, class_="names"),
+    )
 
 
-def _drawn(frame: Frame, series: Series) -> Html:
+def _draw_series(frame: Frame, series: Series) -> Html:
     """Its band, its line, and its dots with their intervals where the points are few."""
     parts: list[Html] = []
     bounds = [(p, p.low, p.high) for p in series.points if p.low is not None and p.high is not None]
-    few = series.dots or len(series.points) == 1
-    if few:
+    is_sparse = series.has_dots or len(series.points) == 1
+    if is_sparse:
         for p, low, high in bounds:
-            parts.append(tag("path", d=f"M{frame.x(p.x)} {frame.y(low)}V{frame.y(high)}", class_="bar"))
+            parts.append(
+                make_tag(
+                    "path",
+                    d=f"M{frame.scale_x(p.x)} {frame.scale_y(low)}V{frame.scale_y(high)}",
+                    class_="bar",
+                )
+            )
     elif bounds:
-        upper = [f"{frame.x(p.x)},{frame.y(high)}" for p, _, high in bounds]
-        lower = [f"{frame.x(p.x)},{frame.y(low)}" for p, low, _ in reversed(bounds)]
-        parts.append(tag("polygon", points=" ".join(upper + lower), class_="band"))
-    line = " ".join(f"{frame.x(p.x)},{frame.y(p.y)}" for p in series.points)
-    parts.append(tag("polyline", points=line, class_="line"))
-    if few or len(series.points) <= 30:
-        parts += [tag("circle", cx=frame.x(p.x), cy=frame.y(p.y), r=3.5 if few else 2.5) for p in series.points]
-    for place, p in enumerate(series.points):
+        upper = [f"{frame.scale_x(p.x)},{frame.scale_y(high)}" for p, _, high in bounds]
+        lower = [f"{frame.scale_x(p.x)},{frame.scale_y(low)}" for p, low, _ in reversed(bounds)]
+        parts.append(make_tag("polygon", points=" ".join(upper + lower), class_="band"))
+    line = " ".join(f"{frame.scale_x(p.x)},{frame.scale_y(p.y)}" for p in series.points)
+    parts.append(make_tag("polyline", points=line, class_="line"))
+    if is_sparse or len(series.points) <= 30:
+        parts += [
+            make_tag(
+                "circle", cx=frame.scale_x(p.x), cy=frame.scale_y(p.y), r=3.5 if is_sparse else 2.5
+            )
+            for p in series.points
+        ]
+    for index, p in enumerate(series.points):
         if p.note:  # above and below in turn: neighbours may be near
-            parts.append(text(frame.x(p.x) + 6, frame.y(p.y) + (18, -9)[place % 2], p.note))
-    return tag("g", parts, class_=f"series {series.style}")
+            parts.append(
+                draw_text(frame.scale_x(p.x) + 6, frame.scale_y(p.y) + (18, -9)[index % 2], p.note)
+            )
+    return make_tag("g", parts, class_=f"series {series.style}")
 
 
-def _marked(frame: Frame, mark: Mark) -> Html:
-    x = frame.x(mark.x)
-    line = tag("line", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM)
-    title = tag("title", f"step {mark.x:g}: {mark.text}")
-    return tag("g", title, line, text(x, TOP - 6, MARK_SIGNS[mark.kind], "middle"), class_=f"mark {mark.kind}")
+def _draw_mark(frame: Frame, mark: Mark) -> Html:
+    x = frame.scale_x(mark.x)
+    line = make_tag("line", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM)
+    title = make_tag("title", f"step {mark.x:g}: {mark.text}")
+    return make_tag(
+        "g",
+        title,
+        line,
+        draw_text(x, TOP - 6, MARK_SIGNS[mark.kind], "middle"),
+        class_=f"mark {mark.kind}",
+    )
 
 
-def text(x: float, y: float, content: str, anchor: str | None = None) -> Html:
-    return tag("text", content, x=round(x, 2), y=round(y, 2), text_anchor=anchor)
+def draw_text(x: float, y: float, content: str, anchor: str | None = None) -> Html:
+    return make_tag("text", content, x=round(x, 2), y=round(y, 2), text_anchor=anchor)
 
 
-def _legend(series: Sequence[Series]) -> Html:
-    return tag("p", [tag("span", one.name, class_=f"key {one.style}") for one in series], class_="legend")
+def _draw_legend(series: Sequence[Series]) -> Html:
+    return make_tag(
+        "p",
+        [make_tag("span", line.name, class_=f"key {line.style}") for line in series],
+        class_="legend",
+    )
 
 
-def _data(axes: Axes, whole: Sequence[Series], drawn: Sequence[Series]) -> Html:
+def _build_data_table(axes: Axes, all_series: Sequence[Series], plotted: Sequence[Series]) -> Html:
     """The numbers of the drawing. Every series has a column, and its interval if it has one."""
-    bounded = [any(p.low is not None for p in one.points) for one in drawn]
+    bounded = [any(p.low is not None for p in column.points) for column in plotted]
     head = [axes.x]
-    for one, has in zip(drawn, bounded, strict=True):
-        head += [one.name, "95% interval"] if has else [one.name]
-    found = [{point.x: point for point in one.points} for one in drawn]
+    for column, has_interval in zip(plotted, bounded, strict=True):
+        head += [column.name, "95% interval"] if has_interval else [column.name]
+    points_by_x = [{point.x: point for point in column.points} for column in plotted]
     rows: list[list[str]] = []
-    for x in sorted({x for one in found for x in one}):
-        row = [f"{x:g}" + "".join(f", {one[x].note}" for one in found if x in one and one[x].note)]
-        for one, has in zip(found, bounded, strict=True):
-            row += _cells(one.get(x), has)
+    for x in sorted({x for column in points_by_x for x in column}):
+        row = [
+            f"{x:g}"
+            + "".join(
+                f", {column[x].note}" for column in points_by_x if x in column and column[x].note
+            )
+        ]
+        for column, has_interval in zip(points_by_x, bounded, strict=True):
+            row += _format_cells(column.get(x), has_interval)
         rows.append(row)
-    thin = any(len(one.points) > MOST_POINTS for one in whole)
-    note = tag("p", f"Every series is thinned to {MOST_POINTS} points; events.jsonl has all.") if thin else None
+    is_thinned = any(len(column.points) > MAX_POINTS for column in all_series)
+    note = (
+        make_tag("p", f"Every series is thinned to {MAX_POINTS} points; events.jsonl has all.")
+        if is_thinned
+        else None
+    )
     numbers = range(1, len(head))
-    return details("Numbers", note, table(head, rows, numbers=numbers, label=f"Numbers of: {axes.title}"))
+    return make_details(
+        "Numbers", note, make_table(head, rows, numbers=numbers, label=f"Numbers of: {axes.title}")
+    )
 
 
-def _cells(point: Point | None, has_interval: bool) -> list[str]:
+def _format_cells(point: Point | None, has_interval: bool) -> list[str]:
     if point is None:
         return ["", ""] if has_interval else [""]
     cells = [f"{point.y:.4g}"]
     if has_interval:
-        cells.append("" if point.low is None or point.high is None else f"{point.low:.4g} to {point.high:.4g}")
+        cells.append(
+            ""
+            if point.low is None or point.high is None
+            else f"{point.low:.4g} to {point.high:.4g}"
+        )
     return cells
 
 
@@ -198,19 +270,19 @@ def _cells(point: Point | None, has_interval: bool) -> list[str]:
 STRIP_WIDTH, STRIP_HEIGHT = 160, 20
 
 
-def strip(low: float, value: float, high: float, *, style: str, label: str) -> Html:
+def draw_strip(low: float, value: float, high: float, *, style: str, label: str) -> Html:
     """A difference with its interval beside zero, which stands in the middle."""
     reach = max(abs(low), abs(high), 1e-12) * 1.08
 
-    def x(number: float) -> float:
+    def scale_x(number: float) -> float:
         return round(STRIP_WIDTH / 2 * (1 + number / reach), 2)
 
     middle = STRIP_HEIGHT / 2
-    return tag(
+    return make_tag(
         "svg",
-        tag("line", x1=x(0), x2=x(0), y1=0, y2=STRIP_HEIGHT, class_="zero"),
-        tag("line", x1=x(low), x2=x(high), y1=middle, y2=middle, class_="bar"),
-        tag("circle", cx=x(value), cy=middle, r=4),
+        make_tag("line", x1=scale_x(0), x2=scale_x(0), y1=0, y2=STRIP_HEIGHT, class_="zero"),
+        make_tag("line", x1=scale_x(low), x2=scale_x(high), y1=middle, y2=middle, class_="bar"),
+        make_tag("circle", cx=scale_x(value), cy=middle, r=4),
         viewBox=f"0 0 {STRIP_WIDTH} {STRIP_HEIGHT}",
         role="img",
         aria_label=label,

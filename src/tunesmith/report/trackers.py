@@ -25,17 +25,24 @@ from typing import Any, Protocol, Self
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import EVENTS, OF_STAGES, PLAN, STAGES, is_staged, require_run
+from tunesmith.core.run_dir import (
+    EVENTS_FILE,
+    PLAN_FILE,
+    STAGES_DIR,
+    STAGES_FILE,
+    is_staged,
+    require_run,
+)
 from tunesmith.core.types import Json
 
-PAUSE = 1.0  # seconds between two looks
-PATIENCE = 60.0  # seconds that the end of a run waits for what is still to be sent
+POLL_SECONDS = 1.0  # seconds between two looks
+FLUSH_SECONDS = 60.0  # seconds that the end of a run waits for what is still to be sent
 
 
 class Tracker(Protocol):
     def __init__(self, run: Path, config: Json) -> None: ...
-    def numbers(self, step: int, values: dict[str, float]) -> None: ...
-    def words(self, step: int, name: str, text: str) -> None: ...
+    def log_scalars(self, step: int, values: dict[str, float]) -> None: ...
+    def log_text(self, step: int, name: str, text: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -45,16 +52,16 @@ class TensorBoard:
     def __init__(self, run: Path, config: Json) -> None:
         from tensorboardX import SummaryWriter
 
-        for earlier in (run / "tensorboard").glob("events.out.tfevents.*"):
-            earlier.unlink()
+        for old_file in (run / "tensorboard").glob("events.out.tfevents.*"):
+            old_file.unlink()
         self.writer = SummaryWriter(str(run / "tensorboard"), flush_secs=5)
-        self.words(0, "plan", "\n".join(f"    {key}: {value}" for key, value in config.items()))
+        self.log_text(0, "plan", "\n".join(f"    {key}: {value}" for key, value in config.items()))
 
-    def numbers(self, step: int, values: dict[str, float]) -> None:
+    def log_scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def words(self, step: int, name: str, text: str) -> None:
+    def log_text(self, step: int, name: str, text: str) -> None:
         self.writer.add_text(name, text, step)
 
     def close(self) -> None:
@@ -69,17 +76,21 @@ class WandB:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        self.run = wandb.init(project="tunesmith", name=run.absolute().name, dir=str(run), config=config, mode=mode)
+        self.run = wandb.init(
+            project="tunesmith", name=run.absolute().name, dir=str(run), config=config, mode=mode
+        )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    def numbers(self, step: int, values: dict[str, float]) -> None:
+    def log_scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log({"step": step, **values})
 
-    def words(self, step: int, name: str, text: str) -> None:
+    def log_text(self, step: int, name: str, text: str) -> None:
         import wandb
 
-        self.run.log({"step": step, name: wandb.Html(text.replace("&", "&amp;").replace("<", "&lt;"))})
+        self.run.log(
+            {"step": step, name: wandb.Html(text.replace("&", "&amp;").replace("<", "&lt;"))}
+        )
 
     def close(self) -> None:
         self.run.finish()
@@ -91,26 +102,38 @@ TRACKERS: dict[str, tuple[type[Tracker], str]] = {
 }
 
 
-def missing(to: str) -> str:
+def find_missing_package(tracker_name: str) -> str:
     """What to install, or nothing. Raises InputError for what there is not."""
-    if to not in TRACKERS:
-        raise InputError(f"there is no tracker {to!r:.80}", where="--track", fix=f"use one of {', '.join(TRACKERS)}")
-    return "" if find_spec(TRACKERS[to][1]) else f"it is not installed: pip install 'tunesmith[{to}]'"
+    if tracker_name not in TRACKERS:
+        raise InputError(
+            f"there is no tracker {tracker_name!r:.80}",
+            where="--track",
+            fix=f"use one of {', '.join(TRACKERS)}",
+        )
+    return (
+        ""
+        if find_spec(TRACKERS[tracker_name][1])
+        else f"it is not installed: pip install 'tunesmith[{tracker_name}]'"
+    )
 
 
 # ---------------------------------------------------------------- from outside
 
 
-class Tracked:
+class TrackerProcess:
     """Follows the run that will be in a folder; see above. `problem` is known once the context has ended."""
 
-    def __init__(self, run: Path, to: str) -> None:
-        self.problem, self._log = missing(to), tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
+    def __init__(self, run: Path, tracker_name: str) -> None:
+        self.problem, self._log = find_missing_package(tracker_name), tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
         self._child: subprocess.Popen[bytes] | None = None
         if not self.problem:
-            words = [sys.executable, "-m", "tunesmith.report.trackers", str(run), to]
+            command = [sys.executable, "-m", "tunesmith.report.trackers", str(run), tracker_name]
             self._child = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Self:
@@ -118,106 +141,123 @@ class Tracked:
 
     def __exit__(self, *error: object) -> None:
         if self._child is not None:
-            self.problem = self._ended(self._child)
+            self.problem = self._wait_for_end(self._child)
         self._log.close()
 
-    def _ended(self, child: subprocess.Popen[bytes]) -> str:
+    def _wait_for_end(self, child: subprocess.Popen[bytes]) -> str:
         assert child.stdin is not None
         child.stdin.close()
         try:
-            if not child.wait(PATIENCE):
+            if not child.wait(FLUSH_SECONDS):
                 return ""
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-            return f"it was still sending after {PATIENCE:.0f} s"
+            return f"it was still sending after {FLUSH_SECONDS:.0f} s"
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
-        return " ".join([line.strip() for line in lines if line.strip()][-1:]) or f"exit code {child.returncode}"
+        return (
+            " ".join([line.strip() for line in lines if line.strip()][-1:])
+            or f"exit code {child.returncode}"
+        )
 
 
-def send(run: Path, to: str) -> None:
+def send_events(run: Path, tracker_name: str) -> None:
     """All events of a run folder at once. Raises InputError for what is no run folder, MachineError if it fails."""
     require_run(run)
-    tracked = Tracked(run, to)
-    with tracked:
+    tracker_process = TrackerProcess(run, tracker_name)
+    with tracker_process:
         pass
-    if tracked.problem:
-        raise MachineError(f"{to}: {tracked.problem}", where=str(run))
+    if tracker_process.problem:
+        raise MachineError(f"{tracker_name}: {tracker_process.problem}", where=str(run))
 
 
 # ---------------------------------------------------------------- inside the process
 
 
 @dataclass
-class Reader:
+class EventTail:
     """What is new in the events of a run, whatever it has of stages. A line that is not whole is left for later."""
 
     run: Path
-    read: dict[Path, int] = field(default_factory=dict[Path, int])
+    offsets: dict[Path, int] = field(default_factory=dict[Path, int])
 
-    def news(self) -> Iterator[tuple[int, Json]]:
+    def read_new_events(self) -> Iterator[tuple[int, Json]]:
         """(steps of earlier stages, event)."""
-        for place, before in self._places():
-            file = place / EVENTS
+        for folder, steps_before in self._list_folders():
+            file = folder / EVENTS_FILE
             if not file.is_file():
                 continue
-            with file.open("rb") as opened:
-                opened.seek(self.read.get(file, 0))
-                found = opened.read()
-            whole = found[: found.rfind(b"\n") + 1]
-            self.read[file] = self.read.get(file, 0) + len(whole)
-            yield from ((before, json.loads(line)) for line in whole.splitlines())
+            with file.open("rb") as stream:
+                stream.seek(self.offsets.get(file, 0))
+                chunk = stream.read()
+            complete_lines = chunk[: chunk.rfind(b"\n") + 1]
+            self.offsets[file] = self.offsets.get(file, 0) + len(complete_lines)
+            yield from ((steps_before, json.loads(line)) for line in complete_lines.splitlines())
 
-    def _places(self) -> list[tuple[Path, int]]:
+    def _list_folders(self) -> list[tuple[Path, int]]:
         if not is_staged(self.run):
             return [(self.run, 0)]
-        places, before = [(self.run, 0)], 0
-        for plan in read_json(self.run / STAGES)["plans"]:
+        folders, steps_before = [(self.run, 0)], 0
+        for plan in read_json(self.run / STAGES_FILE)["plans"]:
             name = Path(plan["choices"]["output_dir"]["value"]).name
-            places.append((self.run / OF_STAGES / name, before))
-            before += plan["steps"]
-        return places
+            folders.append((self.run / STAGES_DIR / name, steps_before))
+            steps_before += plan["steps"]
+        return folders
 
-    def config(self) -> Json:
+    def read_config(self) -> Json:
         """Every value of the plan, of several stages the last one's."""
-        plan = read_json(self.run / STAGES)["plans"][-1] if is_staged(self.run) else read_json(self.run / PLAN)
+        plan = (
+            read_json(self.run / STAGES_FILE)["plans"][-1]
+            if is_staged(self.run)
+            else read_json(self.run / PLAN_FILE)
+        )
         return {key: choice["value"] for key, choice in plan["choices"].items()}
 
 
-def pass_on(event: Json, step: int, tracker: Tracker) -> None:
+def log_event(event: Json, step: int, tracker: Tracker) -> None:
     match event["type"]:
         case "step":
             speed = event["tokens"] / max(event["seconds"], 1e-9)
             names = ("loss", "learning_rate", "grad_norm", "peak_bytes")
-            tracker.numbers(step, {f"train/{name}": event[name] for name in names} | {"train/tokens_a_second": speed})
+            tracker.log_scalars(
+                step,
+                {f"train/{name}": event[name] for name in names} | {"train/tokens_a_second": speed},
+            )
         case "score":
             name = f"{event['task']}/{event['metric']}".replace(" ", "_")
-            tracker.numbers(step, {name: event["value"], f"{name}/low": event["low"], f"{name}/high": event["high"]})
+            tracker.log_scalars(
+                step,
+                {name: event["value"], f"{name}/low": event["low"], f"{name}/high": event["high"]},
+            )
         case "verdict":
-            tracker.words(step, f"verdicts/{event['kind']}".replace(" ", "_"), f"{event['level']}: {event['evidence']}")
+            tracker.log_text(
+                step,
+                f"verdicts/{event['kind']}".replace(" ", "_"),
+                f"{event['level']}: {event['evidence']}",
+            )
         case "sample":
-            tracker.words(step, f"answers/{event['id']}", event["answer"])
+            tracker.log_text(step, f"answers/{event['id']}", event["answer"])
         case _:
             pass
 
 
-def follow(run: Path, to: str) -> None:
+def follow_run(run: Path, tracker_name: str) -> None:
     """Until standard input ends, and then what is left."""
-    reader, tracker, last = Reader(run), None, False
+    reader, tracker, is_last = EventTail(run), None, False
     while True:
-        if tracker is None and (is_staged(run) or (run / PLAN).is_file()):
-            tracker = TRACKERS[to][0](run, reader.config())
+        if tracker is None and (is_staged(run) or (run / PLAN_FILE).is_file()):
+            tracker = TRACKERS[tracker_name][0](run, reader.read_config())
         if tracker is not None:
-            for before, event in reader.news():
-                pass_on(event, before + event["step"], tracker)
-        if last:
+            for steps_before, event in reader.read_new_events():
+                log_event(event, steps_before + event["step"], tracker)
+        if is_last:
             break
-        last = bool(select.select([sys.stdin], [], [], PAUSE)[0])
+        is_last = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
     if tracker is not None:
         tracker.close()
 
 
 if __name__ == "__main__":
     os.nice(10)
-    follow(Path(sys.argv[1]), sys.argv[2])
+    follow_run(Path(sys.argv[1]), sys.argv[2])

@@ -12,39 +12,43 @@ import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-WORDS = re.compile(r"\w+|\s+|[^\w\s]")
-LONGEST = 600  # words that are compared one by one
+WORD_PATTERN = re.compile(r"\w+|\s+|[^\w\s]")
+MAX_DIFF_WORDS = 600  # words that are compared one by one
 
 
-def marked(text: str, other: str) -> list[str]:
+def mark_differences(text: str, other: str) -> list[str]:
     """Pieces of `text`, in turn as in `other` and not as in it."""
-    mine, theirs = WORDS.findall(text), WORDS.findall(other)
+    mine, theirs = WORD_PATTERN.findall(text), WORD_PATTERN.findall(other)
     if mine == theirs:
         return [text]
     pieces = [""]
-    for same, words in _runs(mine, theirs):
+    for same, words in _find_runs(mine, theirs):
         if same != (len(pieces) % 2 == 1):
             pieces.append("")
         pieces[-1] += "".join(words)
     return pieces
 
 
-def _runs(mine: Sequence[str], theirs: Sequence[str]) -> list[tuple[bool, Sequence[str]]]:
+def _find_runs(mine: Sequence[str], theirs: Sequence[str]) -> list[tuple[bool, Sequence[str]]]:
     """(in both, words) in the order of `mine`."""
-    start = _alike(mine, theirs)
-    end = _alike(mine[start:][::-1], theirs[start:][::-1])
+    start = _count_common_words(mine, theirs)
+    end = _count_common_words(mine[start:][::-1], theirs[start:][::-1])
     inner, outer = mine[start : len(mine) - end], theirs[start : len(theirs) - end]
     runs: list[tuple[bool, Sequence[str]]] = [(True, mine[:start])]
-    if max(len(inner), len(outer)) > LONGEST:
+    if max(len(inner), len(outer)) > MAX_DIFF_WORDS:
         runs.append((False, inner))
     else:
-        for kind, first, last, _, _ in SequenceMatcher(None, inner, outer, autojunk=False).get_opcodes():
+        for kind, first, last, _, _ in SequenceMatcher(
+            None, inner, outer, autojunk=False
+        ).get_opcodes():
             runs.append((kind == "equal", inner[first:last]))
     runs.append((True, mine[len(mine) - end :]))
     return [(same, words) for same, words in runs if words]
 
 
-def _alike(mine: Sequence[str], theirs: Sequence[str]) -> int:
+def _count_common_words(mine: Sequence[str], theirs: Sequence[str]) -> int:
     """How many words both begin with."""
-    places = zip(mine, theirs, strict=False)
-    return next((place for place, (a, b) in enumerate(places) if a != b), min(len(mine), len(theirs)))
+    word_pairs = zip(mine, theirs, strict=False)
+    return next(
+        (index for index, (a, b) in enumerate(word_pairs) if a != b), min(len(mine), len(theirs))
+    )

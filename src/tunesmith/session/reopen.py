@@ -12,85 +12,100 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunesmith.core.atomic import damage
+from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.run_dir import ADAPTER, MODEL, failure_of, plan_in, require_run, trained_in
+from tunesmith.core.run_dir import (
+    ADAPTER_DIR,
+    MODEL_DIR,
+    find_weights_dir,
+    read_failure,
+    read_run_plan,
+    require_run,
+)
 from tunesmith.core.types import Plan
-from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.causal_lm import DTYPES, LanguageModel, adopt, load_network
-from tunesmith.model.hub.adapter_config import WEIGHTS
-from tunesmith.model.hub.provenance import check_provenance, hashes_of
+from tunesmith.model.adapters import scaled_adapter
+from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network, wrap_model
+from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
+from tunesmith.model.hub.provenance import check_provenance, hash_weight_files
 from tunesmith.model.save import load_adapter
 from tunesmith.session import inputs
-from tunesmith.session.inputs import Facts
-from tunesmith.session.session import Workbench, model_at_start, only_model, set_up
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.session import Session, load_starting_model, open_eval_session, open_session
 
 
-def reopen(path: Path) -> Workbench:
+def reopen_session(path: Path) -> Session:
     """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or what it belongs to,
     is not as the run left it."""
-    path = trained_in(path)
+    path = find_weights_dir(path)
     require_run(path)
-    plan = plan_in(path)
+    plan = read_run_plan(path)
     if plan["method"] == "full":
-        what = "this takes a run with an adapter, which can be taken off"
-        raise InputError(what, where=str(path), fix=f"measure it with: tunesmith eval {path}")
-    known = known_again(plan, path)
-    adapter = _whole(path, plan, known)
-    bench = set_up(plan, known)
-    load_adapter(bench.model.network, adapter / WEIGHTS)
-    return bench
+        message = "this takes a run with an adapter, which can be taken off"
+        raise InputError(message, where=str(path), fix=f"measure it with: tunesmith eval {path}")
+    inputs = reload_inputs(plan, path)
+    adapter = _find_trained_weights(path, plan, inputs)
+    session = open_session(plan, inputs)
+    load_adapter(session.model.network, adapter / ADAPTER_WEIGHTS_FILE)
+    return session
 
 
-def left(path: Path) -> Workbench:
+def load_trained_session(path: Path) -> Session:
     """What a finished run has made of the model, an adapter on it or all of its weights, with the rows of the run.
     Raises what `reopen` raises."""
-    plan, known = of_run(path)
-    return only_model(plan, known, model_left(trained_in(path), plan, known))
+    plan, inputs = load_plan_and_inputs(path)
+    return open_eval_session(plan, inputs, load_trained_model(find_weights_dir(path), plan, inputs))
 
 
-def of_run(run: Path) -> tuple[Plan, Facts]:
+def load_plan_and_inputs(run: Path) -> tuple[Plan, RunInputs]:
     """The plan of a finished run, of several stages that of the last one, and its facts."""
-    path = trained_in(run)
+    path = find_weights_dir(run)
     require_run(path)
-    plan = plan_in(path)
-    return plan, known_again(plan, path)
+    plan = read_run_plan(path)
+    return plan, reload_inputs(plan, path)
 
 
-def known_again(plan: Plan, path: Path) -> Facts:
+def reload_inputs(plan: Plan, path: Path) -> RunInputs:
     """The facts of a run but for the adapter that it went on with, which its own one holds."""
-    return inputs.regather(dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}), path)
+    return inputs.reload_inputs(
+        dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}), path
+    )
 
 
-def model_left(path: Path, plan: Plan, known: Facts) -> LanguageModel:
+def load_trained_model(path: Path, plan: Plan, inputs: RunInputs) -> PackedCausalLM:
     """What a finished run has made of the model, to be measured. Raises what `reopen` raises."""
-    saved, dtype = _whole(path, plan, known), DTYPES[plan["dtype"]]
+    weights_dir, dtype = _find_trained_weights(path, plan, inputs), DTYPES[plan["dtype"]]
     if plan["method"] == "full":
-        return adopt(load_network(saved, dtype, known.machine.device), dtype, plan["attention"])
-    model = model_at_start(plan, known)
-    load_adapter(model.network, saved / WEIGHTS)
+        return wrap_model(
+            load_network(weights_dir, dtype, inputs.machine.device), dtype, plan["attention"]
+        )
+    model = load_starting_model(plan, inputs)
+    load_adapter(model.network, weights_dir / ADAPTER_WEIGHTS_FILE)
     return model
 
 
-def _whole(path: Path, plan: Plan, known: Facts) -> Path:
+def _find_trained_weights(path: Path, plan: Plan, inputs: RunInputs) -> Path:
     """The folder of the trained weights, checked."""
-    saved = path / (MODEL if plan["method"] == "full" else ADAPTER)
-    if problem := failure_of(path):
+    weights_dir = path / (MODEL_DIR if plan["method"] == "full" else ADAPTER_DIR)
+    if problem := read_failure(path):
         raise GateError(f"this run failed: {problem}", where=str(path))
-    if not saved.is_dir():
-        what = f"this run has no {'model' if saved.name == MODEL else 'adapter'} yet"
-        raise InputError(what, where=str(path), fix=f"finish it: tunesmith resume {path}")
-    if problem := damage(saved):
-        raise InputError(f"not as the run wrote it: {problem}", where=str(saved), fix="put the files back")
-    check_provenance(saved, hashes_of(known.model.path), known.renderer, plan["now"])
-    return saved
+    if not weights_dir.is_dir():
+        message = f"this run has no {'model' if weights_dir.name == MODEL_DIR else 'adapter'} yet"
+        raise InputError(message, where=str(path), fix=f"finish it: tunesmith resume {path}")
+    if problem := verify_dir(weights_dir):
+        raise InputError(
+            f"not as the run wrote it: {problem}", where=str(weights_dir), fix="put the files back"
+        )
+    check_provenance(
+        weights_dir, hash_weight_files(inputs.model.path), inputs.renderer, plan["now"]
+    )
+    return weights_dir
 
 
 @contextmanager
-def before_training(bench: Workbench, plan: Plan) -> Iterator[None]:
+def starting_model(session: Session, plan: Plan) -> Iterator[None]:
     """The model that a plan's training started from: the base, or the base with the adapter that it went on with."""
-    start = inputs.start_of(plan, bench.facts.model.path)
-    if start is not None:
-        load_adapter(bench.model.network, start.weights)
-    with adapter_scaled(bench.model.network, 0 if start is None else 1):
+    adapter = inputs.load_starting_adapter(plan, session.inputs.model.path)
+    if adapter is not None:
+        load_adapter(session.model.network, adapter.weights_path)
+    with scaled_adapter(session.model.network, 0 if adapter is None else 1):
         yield

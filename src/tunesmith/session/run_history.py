@@ -14,21 +14,24 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.core.atomic import make_folder, write_file
+from tunesmith.core.atomic import make_dirs, write_file
 from tunesmith.core.errors import InputError, MachineError
-from tunesmith.core.json_io import from_json, json_bytes, read_json
-from tunesmith.core.types import Choice, Plan, RunRecord, __version__
-from tunesmith.model.hub.resolve import cache_folder
-from tunesmith.plan.flops import tokens_computed
-from tunesmith.plan.memory_budget import corrected as corrected_parts
+from tunesmith.core.json_io import dump_json, parse_as, read_json
+from tunesmith.core.types import Plan, PlanValue, RunRecord, __version__
+from tunesmith.model.hub.resolve import find_cache_dir
+from tunesmith.plan.flops import count_computed_tokens
+from tunesmith.plan.memory_budget import apply_memory_factor as corrected_parts
 
-FILE = "experience.json"
-FEWEST_STEPS = 20  # fewer have not seen the largest pack, nor a steady speed
-FACTORS = (0.9, 2.0)  # hardly less than predicted: the next run may have longer rows, and too little ends it
+HISTORY_FILE = "experience.json"
+MIN_STEPS = 20  # fewer have not seen the largest pack, nor a steady speed
+FACTOR_BOUNDS = (
+    0.9,
+    2.0,
+)  # hardly less than predicted: the next run may have longer rows, and too little ends it
 
 
 @dataclass(frozen=True)
-class Earlier:
+class PastRun:
     """The last run of a kind. `predicted_bytes` without any correction; tokens are those computed, shared ones once."""
 
     run: str
@@ -37,61 +40,74 @@ class Earlier:
     tokens_per_second: float
 
 
-def remember(record: RunRecord) -> None:
+def save_past_run(record: RunRecord) -> None:
     """Nothing is lost where the file cannot be written."""
-    if record.steps < FEWEST_STEPS or record.peak_bytes <= 0:
+    if record.steps < MIN_STEPS or record.peak_bytes <= 0:
         return
-    plan, computed = record.plan, record.tokens - record.shared_tokens
-    found = Earlier(
+    plan, computed_tokens = record.plan, record.tokens - record.shared_tokens
+    past_run = PastRun(
         run=str(Path(plan["output_dir"]).absolute()),
         predicted_bytes=plan.memory_bytes["peak"] - plan.memory_bytes.get("correction", 0),
         peak_bytes=record.peak_bytes,
-        tokens_per_second=computed / max(record.train_seconds, 1e-9),
+        tokens_per_second=computed_tokens / max(record.train_seconds, 1e-9),
     )
     try:
-        make_folder(_file().parent)
-        write_file(_file(), json_bytes(_read() | {kind(plan): found}, indent=1))
+        make_dirs(_get_history_path().parent)
+        write_file(
+            _get_history_path(),
+            dump_json(_read_history() | {make_run_key(plan): past_run}, indent=1),
+        )
     except MachineError:
         return
 
 
-def earlier(plan: Plan) -> Earlier | None:
-    return _read().get(kind(plan))
+def find_past_run(plan: Plan) -> PastRun | None:
+    return _read_history().get(make_run_key(plan))
 
 
-def kind(plan: Plan) -> str:
+def make_run_key(plan: Plan) -> str:
     """What makes two runs alike."""
     machine, model = plan.machine, plan.model
     shape = f"{model.model_type} {model.num_layers}x{model.hidden_size}"
-    how = f"{plan['method']} {plan['dtype']}" + (", measured" if plan.memory_bytes.get("evaluation") else "")
-    return f"{machine.device_name}, {machine.cores} cores; {shape}; {how}; {__version__}"
+    settings = f"{plan['method']} {plan['dtype']}" + (
+        ", measured" if plan.memory_bytes.get("evaluation") else ""
+    )
+    return f"{machine.device_name}, {machine.cores} cores; {shape}; {settings}; {__version__}"
 
 
-def corrected(plan: Plan) -> Plan:
+def apply_past_run(plan: Plan) -> Plan:
     """As it is where no such run is known."""
-    found = earlier(plan)
-    if found is None:
+    past_run = find_past_run(plan)
+    if past_run is None:
         return plan
-    factor = round(min(max(found.peak_bytes / found.predicted_bytes, FACTORS[0]), FACTORS[1]), 3)
-    why = f"{found.run} took {found.peak_bytes / 1e9:.2f} GB of {found.predicted_bytes / 1e9:.2f} predicted"
-    choice = Choice(factor, "rule", why, confidence="measured here")
+    factor = round(
+        min(
+            max(past_run.peak_bytes / past_run.predicted_bytes, FACTOR_BOUNDS[0]), FACTOR_BOUNDS[1]
+        ),
+        3,
+    )
+    reason = f"{past_run.run} took {past_run.peak_bytes / 1e9:.2f} GB of {past_run.predicted_bytes / 1e9:.2f} predicted"
+    plan_value = PlanValue(factor, "rule", reason, confidence="measured here")
     return dataclasses.replace(
         plan,
-        choices=plan.choices | {"memory_factor": choice},
+        choices=plan.choices | {"memory_factor": plan_value},
         memory_bytes=corrected_parts(plan.memory_bytes, factor),
-        phase_bytes={name: int(held * factor) for name, held in plan.phase_bytes.items()},
-        seconds=(tokens_computed(plan) / found.tokens_per_second,),
-        seconds_from=f"at the speed of {found.run}",
+        phase_bytes={
+            name: int(predicted_bytes * factor)
+            for name, predicted_bytes in plan.phase_bytes.items()
+        },
+        seconds=(count_computed_tokens(plan) / past_run.tokens_per_second,),
+        seconds_source=f"at the speed of {past_run.run}",
     )
 
 
-def _file() -> Path:
-    return cache_folder().parent / FILE
+def _get_history_path() -> Path:
+    return find_cache_dir().parent / HISTORY_FILE
 
 
-def _read() -> dict[str, Earlier]:
+def _read_history() -> dict[str, PastRun]:
     """Empty when there is no file, or one that is not ours."""
     try:
-        return from_json(dict[str, Earlier], read_json(_file()))
+        return parse_as(dict[str, PastRun], read_json(_get_history_path()))
     except (InputError, OSError):
         return {}

@@ -17,246 +17,352 @@ import numpy as np
 import torch
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Choice, Document, Example, Plan
-from tunesmith.data.chat_template.assistant_spans import FOREIGN
+from tunesmith.core.types import Document, Example, Plan, PlanValue
+from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.mixture import Mixture
-from tunesmith.data.packing import fed_tokens
-from tunesmith.data.pretraining import Corpus, Stream
-from tunesmith.data.rehearsal import Rehearsal
-from tunesmith.data.sampler import Changes, Schedule
-from tunesmith.data.tokenizer.chat_tokenizer import LONG_TEXT
-from tunesmith.data.truncation import Prepared
+from tunesmith.data.mixture import TaskMixture
+from tunesmith.data.packing import count_input_tokens
+from tunesmith.data.pretraining import PretrainingCorpus, WindowSampler
+from tunesmith.data.rehearsal import RehearsalSampler
+from tunesmith.data.sampler import RatioChanges, StepSampler
+from tunesmith.data.tokenizer.chat_tokenizer import MAX_PIECE_CHARS
+from tunesmith.data.truncation import PreparedRow
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.causal_lm import (
     DTYPES,
-    LanguageModel,
     Network,
-    adopt,
+    PackedCausalLM,
+    compute_stock_logits,
+    encode_stock_conversation,
+    get_sliding_window,
     load_network,
-    shortest_window,
-    stock_ids,
-    stock_logits,
+    wrap_model,
 )
-from tunesmith.model.new_embeddings import start_rows
+from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.model.quantization import load_quantized
-from tunesmith.model.save import beside_stock, load_adapter
+from tunesmith.model.save import load_adapter, stock_with_adapter
 from tunesmith.model.target_modules import GROUPS
-from tunesmith.model.truncated import part_of
-from tunesmith.session.inputs import Facts
-from tunesmith.session.preflight_probe import Cut, Probe, StockIds, checked_places, choose_alike, choose_documents
+from tunesmith.model.truncated import build_truncated_network
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.preflight_probe import (
+    PreflightSamples,
+    TokenIdCheck,
+    WindowedText,
+    choose_documents,
+    choose_positions,
+    choose_sharing_documents,
+)
 
 PROBE_ROWS = 200  # of the training rows, from which the proof's documents are chosen
 STOCK_ID_ROWS = 20
 
 
 @dataclass(frozen=True, eq=False)
-class Workbench:
+class Session:
     plan: Plan
-    facts: Facts
-    model: LanguageModel
-    schedule: Schedule | Stream
-    probe: Probe
-    references: Mapping[int, Sequence[float]] = field(default_factory=dict[int, Sequence[float]])  # by row, kept ones
-    rehearsal: Rehearsal | None = None
+    inputs: RunInputs
+    model: PackedCausalLM
+    sampler: StepSampler | WindowSampler
+    samples: PreflightSamples
+    reference_logps: Mapping[int, Sequence[float]] = field(
+        default_factory=dict[int, Sequence[float]]
+    )  # by row, kept ones
+    rehearsal: RehearsalSampler | None = None
 
     @property
     def renderer(self) -> Renderer:
-        return self.facts.renderer
+        return self.inputs.renderer
 
     @property
     def rows(self) -> Dataset:
-        return self.facts.datasets["data"]
+        return self.inputs.datasets["data"]
 
-    def documents_of(self, step: int, changes: Changes = ()) -> Sequence[Document]:
+    def load_documents(self, step: int, changes: RatioChanges = ()) -> Sequence[Document]:
         """The documents of optimizer step 1..steps; a pure function of the plan, the files, and the changes of the
         rehearsal ratio so far."""
-        if isinstance(self.schedule, Stream):
-            documents = self.schedule.documents_of(step, changes)
+        if isinstance(self.sampler, WindowSampler):
+            documents = self.sampler.read_documents(step, changes)
         else:
-            documents = [document for row in self.schedule.rows_of(step) for document in self._of_row(row)]
-        return documents + (self.rehearsal.documents_of(step, changes) if self.rehearsal else [])
+            documents = [
+                document
+                for row in self.sampler.get_rows(step)
+                for document in self._load_row_documents(row)
+            ]
+        return documents + (self.rehearsal.read_documents(step, changes) if self.rehearsal else [])
 
-    def _of_row(self, row: int) -> Sequence[Document]:
-        documents = self.rows.documents(row)
-        if not self.references or not documents:
+    def _load_row_documents(self, row: int) -> Sequence[Document]:
+        documents = self.rows.render_documents(row)
+        if not self.reference_logps or not documents:
             return documents
-        kept = zip(documents, self.references[row], strict=True)
-        return [dataclasses.replace(document, reference=value) for document, value in kept]
+        pairs = zip(documents, self.reference_logps[row], strict=True)
+        return [dataclasses.replace(document, reference_logp=value) for document, value in pairs]
 
 
-def set_up(plan: Plan, facts: Facts) -> Workbench:
+def open_session(plan: Plan, inputs: RunInputs) -> Session:
     """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers, attention. An adapter to
     go on with is part of the model that is asked, and so are the first rows of new tokens."""
-    torch.set_flush_denormal(True)  # stays on: torch's threads keep what they were started with, so it cannot be undone
-    facts = _under_plan(plan, facts)
-    rows, network, start = facts.datasets["data"], _stock(plan, facts), facts.adapter
-    with nullcontext() if start is None else beside_stock(network, start):
-        probe = _probe(network, facts, rows, share=plan["share_prefixes"])
-    model = _ours(network, plan, facts)
-    return Workbench(plan, facts, model, _scheduled(plan, facts), probe, rehearsal=rehearsal_of(plan, facts))
+    torch.set_flush_denormal(
+        True
+    )  # stays on: torch's threads keep what they were started with, so it cannot be undone
+    inputs = _apply_length_limit(plan, inputs)
+    rows, network, adapter = (
+        inputs.datasets["data"],
+        _load_base_network(plan, inputs),
+        inputs.adapter,
+    )
+    with nullcontext() if adapter is None else stock_with_adapter(network, adapter):
+        samples = _choose_samples(network, inputs, rows, should_share=plan["share_prefixes"])
+    model = _wrap_network(network, plan, inputs)
+    return Session(
+        plan,
+        inputs,
+        model,
+        _make_sampler(plan, inputs),
+        samples,
+        rehearsal=build_rehearsal(plan, inputs),
+    )
 
 
-def model_at_start(plan: Plan, facts: Facts) -> LanguageModel:
+def load_starting_model(plan: Plan, inputs: RunInputs) -> PackedCausalLM:
     """The model that training starts from, to read or write with."""
-    model = _ours(_stock(plan, facts), plan, facts)
+    model = _wrap_network(_load_base_network(plan, inputs), plan, inputs)
     model.network.eval()
     return model
 
 
-def only_model(plan: Plan, facts: Facts, model: LanguageModel) -> Workbench:
+def open_eval_session(plan: Plan, inputs: RunInputs, model: PackedCausalLM) -> Session:
     """To measure any model by the items of a plan; nothing is proven."""
-    return Workbench(plan, facts, model, _scheduled(plan, facts), Probe((), (), frozenset()))
+    return Session(
+        plan, inputs, model, _make_sampler(plan, inputs), PreflightSamples((), (), frozenset())
+    )
 
 
-def _stock(plan: Plan, facts: Facts) -> Network:
+def _load_base_network(plan: Plan, inputs: RunInputs) -> Network:
     load = load_quantized if plan["method"] == "qlora" else load_network
-    network = load(facts.model.path, DTYPES[plan["dtype"]], facts.machine.device)
-    start_rows(network, facts.renderer.tokenizer.new)
+    network = load(inputs.model.path, DTYPES[plan["dtype"]], inputs.machine.device)
+    init_new_rows(network, inputs.renderer.tokenizer.new_tokens)
     return network
 
 
-def _ours(network: Network, plan: Plan, facts: Facts) -> LanguageModel:
-    METHODS[plan["method"]](network, {key: choice.value for key, choice in plan.choices.items()})
-    if facts.adapter is not None:
-        load_adapter(network, facts.adapter.weights)
-    blocked, activations = plan["weight_layout"] == "blocked", plan["activations"]
-    return adopt(network, DTYPES[plan["dtype"]], plan["attention"], blocked=blocked, activations=activations)
+def _wrap_network(network: Network, plan: Plan, inputs: RunInputs) -> PackedCausalLM:
+    METHODS[plan["method"]](
+        network, {key: plan_value.value for key, plan_value in plan.choices.items()}
+    )
+    if inputs.adapter is not None:
+        load_adapter(network, inputs.adapter.weights_path)
+    is_blocked, activations = plan["weight_layout"] == "blocked", plan["activations"]
+    return wrap_model(
+        network,
+        DTYPES[plan["dtype"]],
+        plan["attention"],
+        should_block_weights=is_blocked,
+        activations=activations,
+    )
 
 
-def set_up_part(plan: Plan, facts: Facts, layers: int) -> Workbench:
+def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Session:
     """With the first layers and made-up weights, to be measured; there is nothing to prove about them."""
-    facts = dataclasses.replace(_under_plan(plan, facts), adapter=None)
-    network = part_of(facts.model.path, DTYPES[plan["dtype"]], layers, quantized=plan["method"] == "qlora")
-    start_rows(network, facts.renderer.tokenizer.new)
+    inputs = dataclasses.replace(_apply_length_limit(plan, inputs), adapter=None)
+    network = build_truncated_network(
+        inputs.model.path, DTYPES[plan["dtype"]], layers, is_quantized=plan["method"] == "qlora"
+    )
+    init_new_rows(network, inputs.renderer.tokenizer.new_tokens)
     if "lora_target_modules" in plan.choices and plan["lora_target_modules"] not in GROUPS:
-        everything = Choice("all-linear", "rule", "the layers that are named may not be there")
-        plan = dataclasses.replace(plan, choices=plan.choices | {"lora_target_modules": everything})
-    bench = only_model(plan, facts, _ours(network, plan, facts))
-    return dataclasses.replace(bench, rehearsal=rehearsal_of(plan, facts))
+        all_linear = PlanValue("all-linear", "rule", "the layers that are named may not be there")
+        plan = dataclasses.replace(plan, choices=plan.choices | {"lora_target_modules": all_linear})
+    session = open_eval_session(plan, inputs, _wrap_network(network, plan, inputs))
+    return dataclasses.replace(session, rehearsal=build_rehearsal(plan, inputs))
 
 
-def _scheduled(plan: Plan, facts: Facts) -> Schedule | Stream:
-    return _stream(plan, facts.corpus) if facts.corpus else _schedule(plan, facts.datasets["data"])
+def _make_sampler(plan: Plan, inputs: RunInputs) -> StepSampler | WindowSampler:
+    return (
+        _make_window_sampler(plan, inputs.corpus)
+        if inputs.corpus
+        else _make_step_sampler(plan, inputs.datasets["data"])
+    )
 
 
-def _stream(plan: Plan, corpus: Corpus) -> Stream:
+def _make_window_sampler(plan: Plan, corpus: PretrainingCorpus) -> WindowSampler:
     """Rehearsal takes the place of windows: a step has `batch_tokens` with it."""
     ratio = plan["rehearsal_ratio"] if "rehearsal_ratio" in plan.choices else 0
     tokens, epochs = plan["batch_tokens"], plan["num_train_epochs"]
-    return Stream.of(corpus, step_tokens=tokens, epochs=epochs, seed=plan["seed"], ratio=ratio)
+    return WindowSampler.from_corpus(
+        corpus, step_tokens=tokens, epochs=epochs, seed=plan["seed"], rehearsal_ratio=ratio
+    )
 
 
-def _schedule(plan: Plan, rows: Dataset) -> Schedule:
-    mixture = Mixture.of(rows, plan["mixture"]) if "mixture" in plan.choices else None
-    schedule = Schedule(
-        rows=len(rows) if mixture is None else len(mixture),
+def _make_step_sampler(plan: Plan, rows: Dataset) -> StepSampler:
+    mixture = TaskMixture.from_dataset(rows, plan["mixture"]) if "mixture" in plan.choices else None
+    sampler = StepSampler(
+        num_rows=len(rows) if mixture is None else len(mixture),
         batch_size=plan["batch_size"],
         epochs=plan["num_train_epochs"],
         seed=plan["seed"],
         max_steps=plan.steps,
         mixture=mixture,
     )
-    if schedule.steps < plan.steps:  # rows went away, and the user wants to go on without them
-        what = f"{len(rows):,} rows are enough for {schedule.steps:,} steps, the plan has {plan.steps:,}"
-        raise InputError(what, where=rows.path, fix="put the rows back, or start a new run with another output_dir")
-    return schedule
+    if sampler.total_steps < plan.steps:  # rows went away, and the user wants to go on without them
+        message = f"{len(rows):,} rows are enough for {sampler.total_steps:,} steps, the plan has {plan.steps:,}"
+        raise InputError(
+            message,
+            where=rows.path,
+            fix="put the rows back, or start a new run with another output_dir",
+        )
+    return sampler
 
 
-def rehearsal_of(plan: Plan, facts: Facts) -> Rehearsal | None:
+def build_rehearsal(plan: Plan, inputs: RunInputs) -> RehearsalSampler | None:
     """The rehearsal rows under a plan."""
-    rows = facts.datasets.get("rehearsal")
+    rows = inputs.datasets.get("rehearsal")
     if rows is None:
         return None
-    texts = plan["stage"] == "cpt"
-    return Rehearsal.of(
+    is_pretraining = plan["stage"] == "cpt"
+    return RehearsalSampler.from_dataset(
         rows,
-        tokens=plan.data["rehearsal"].tokens,
-        length=plan["rehearsal_length"],
-        step_tokens=plan["batch_tokens"] if texts else plan.tokens_per_epoch / plan.rows_per_epoch * plan["batch_size"],
+        total_tokens=plan.data["rehearsal"].tokens,
+        max_tokens=plan["rehearsal_length"],
+        step_tokens=plan["batch_tokens"]
+        if is_pretraining
+        else plan.tokens_per_epoch / plan.rows_per_epoch * plan["batch_size"],
         ratio=plan["rehearsal_ratio"],
-        replaces=texts,
+        should_replace_data=is_pretraining,
         seed=plan["seed"],
     )
 
 
-def _under_plan(plan: Plan, facts: Facts) -> Facts:
-    if facts.corpus is not None:
-        return facts
-    rows = facts.datasets["data"].limited(plan["max_length"], plan["overlong"])
-    return dataclasses.replace(facts, datasets={**facts.datasets, "data": rows})
+def _apply_length_limit(plan: Plan, inputs: RunInputs) -> RunInputs:
+    if inputs.corpus is not None:
+        return inputs
+    rows = inputs.datasets["data"].with_max_length(plan["max_length"], plan["overlong"])
+    return dataclasses.replace(inputs, datasets={**inputs.datasets, "data": rows})
 
 
-def _probe(network: Network, facts: Facts, rows: Dataset, *, share: bool) -> Probe:
+def _choose_samples(
+    network: Network, inputs: RunInputs, rows: Dataset, *, should_share: bool
+) -> PreflightSamples:
     """Documents of the first rows, and the stock model's word on them."""
-    if facts.corpus is not None:
-        return _probe_of_texts(network, facts.corpus)
-    whole: list[Document] = []
-    cut: list[Document] = []  # without the end of an answer, or only what is bad in it: no witness if there are others
-    ids: list[StockIds] = []
+    if inputs.corpus is not None:
+        return _choose_text_samples(network, inputs.corpus)
+    complete: list[Document] = []
+    truncated: list[
+        Document
+    ] = []  # without the end of an answer, or only what is bad in it: no witness if there are others
+    id_checks: list[TokenIdCheck] = []
     for index in range(min(PROBE_ROWS, len(rows))):
-        example, prepared = rows.understand(index)
-        (cut if prepared.truncated or example.banned else whole).extend(prepared.documents)
-        if len(ids) < STOCK_ID_ROWS and (found := _as_stock(facts, example, prepared)):
-            ids.append(found)
-    documents = choose_documents(whole or cut, shortest_window(network))
+        example, prepared = rows.render_row(index)
+        (truncated if prepared.num_truncated or example.banned_spans else complete).extend(
+            prepared.documents
+        )
+        if len(id_checks) < STOCK_ID_ROWS and (
+            id_check := _check_token_ids(inputs, example, prepared)
+        ):
+            id_checks.append(id_check)
+    documents = choose_documents(complete or truncated, get_sliding_window(network))
     if not documents:
-        raise InputError("no row trains anything", where=rows.path, fix="look at them with `tunesmith data show`")
-    end_ids = frozenset(facts.renderer.end_ids)
-    alike = choose_alike(whole or cut) if share else ()
-    return Probe(documents, _stock_logits(network, documents), end_ids, tuple(ids), alike)
+        raise InputError(
+            "no row trains anything", where=rows.path, fix="look at them with `tunesmith data show`"
+        )
+    end_ids = frozenset(inputs.renderer.end_ids)
+    sharing_documents = choose_sharing_documents(complete or truncated) if should_share else ()
+    return PreflightSamples(
+        documents,
+        _compute_reference_logits(network, documents),
+        end_ids,
+        tuple(id_checks),
+        sharing_documents,
+    )
 
 
-def _as_stock(facts: Facts, example: Example, prepared: Prepared) -> StockIds | None:
+def _check_token_ids(
+    inputs: RunInputs, example: Example, prepared: PreparedRow
+) -> TokenIdCheck | None:
     """Whether a row's ids are those of transformers: all, or, where the render notes that it writes the row otherwise,
     those of the prompts. None for what transformers would not write alike: its templates write the date of today, ours
     that of the plan."""
-    documents = [document.tokens_L for document in prepared.documents if document.side != "rejected"]
+    documents = [
+        document.tokens_L for document in prepared.documents if document.side != "rejected"
+    ]
     turns = [turn for turn, weight in enumerate(example.turn_weights) if weight > 0]
-    if not documents or not example.messages or FOREIGN in prepared.notes or len(documents) not in (1, len(turns)):
+    if (
+        not documents
+        or not example.messages
+        or CONTROL_LIKE_TEXT in prepared.notes
+        or len(documents) not in (1, len(turns))
+    ):
         return None
 
-    def same(ours_L: np.ndarray, count: int, *, prompt: bool) -> bool:
-        wanted = facts.renderer.as_wanted(example.messages[:count], example.tools)
-        template, told = _template_text(facts.recipe.template), facts.recipe.chat_template_kwargs
-        added = facts.recipe.add_tokens
-        ids = stock_ids(facts.model.path, wanted, example.tools, template, told, added, prompt=prompt)
-        shorter = min(len(ours_L), len(ids)) if prompt else len(ours_L)  # a document may be cut
-        return bool(np.array_equal(ours_L[:shorter], ids[:shorter]))
+    def has_same_ids(ours_L: np.ndarray, count: int, *, is_prompt: bool) -> bool:
+        messages = inputs.renderer.normalize_messages(example.messages[:count], example.tools)
+        template, template_kwargs = (
+            _read_template(inputs.recipe.template),
+            inputs.recipe.chat_template_kwargs,
+        )
+        added_tokens = inputs.recipe.add_tokens
+        ids = encode_stock_conversation(
+            inputs.model.path,
+            messages,
+            example.tools,
+            template,
+            template_kwargs,
+            added_tokens,
+            add_generation_prompt=is_prompt,
+        )
+        num_compared = (
+            min(len(ours_L), len(ids)) if is_prompt else len(ours_L)
+        )  # a document may be cut
+        return bool(np.array_equal(ours_L[:num_compared], ids[:num_compared]))
 
-    whole = len(documents) == 1 and not prepared.notes
-    if whole:
-        equal = same(documents[0], len(example.messages), prompt=False)
+    is_full_row = len(documents) == 1 and not prepared.notes
+    if is_full_row:
+        is_equal = has_same_ids(documents[0], len(example.messages), is_prompt=False)
     else:
-        pairs = zip(documents * len(turns) if len(documents) == 1 else documents, turns, strict=True)
-        equal = all(same(ours_L, turn, prompt=True) for ours_L, turn in pairs)
-    return StockIds(example.id, equal, whole) if equal or not facts.renderer.dated else None
+        pairs = zip(
+            documents * len(turns) if len(documents) == 1 else documents, turns, strict=True
+        )
+        is_equal = all(has_same_ids(ours_L, turn, is_prompt=True) for ours_L, turn in pairs)
+    return (
+        TokenIdCheck(example.id, is_equal, is_full_row)
+        if is_equal or not inputs.renderer.has_date
+        else None
+    )
 
 
-def _probe_of_texts(network: Network, corpus: Corpus) -> Probe:
+def _choose_text_samples(network: Network, corpus: PretrainingCorpus) -> PreflightSamples:
     """The first windows; and the first texts whole, encoded by themselves, beside their windows."""
-    windows = [corpus.document(i) for i in range(min(PROBE_ROWS, len(corpus)))]
-    documents = choose_documents(windows, shortest_window(network))
+    windows = [corpus.read_window(i) for i in range(min(PROBE_ROWS, len(corpus)))]
+    documents = choose_documents(windows, get_sliding_window(network))
     if not documents:
         fix = "look at them with `tunesmith data show`"
-        raise InputError("no text trains anything", where=corpus.rows.path, fix=fix)
-    short = [row for row in range(min(PROBE_ROWS, len(corpus.rows))) if corpus.rows.row_bytes(row) <= LONG_TEXT]
-    cut = tuple(
-        Cut(whole, tuple(corpus.document(i) for i in corpus.windows_of(row)))
-        for row in short[:STOCK_ID_ROWS]
-        for whole in corpus.rows.documents(row)
+        raise InputError("no text trains anything", where=corpus.dataset.path, fix=fix)
+    short_rows = [
+        row
+        for row in range(min(PROBE_ROWS, len(corpus.dataset)))
+        if corpus.dataset.get_row_bytes(row) <= MAX_PIECE_CHARS
+    ]
+    windowed_texts = tuple(
+        WindowedText(document, tuple(corpus.read_window(i) for i in corpus.get_windows(row)))
+        for row in short_rows[:STOCK_ID_ROWS]
+        for document in corpus.dataset.render_documents(row)
     )
-    ends = frozenset({corpus.rows.renderer.text_end})
-    return Probe(documents, _stock_logits(network, documents), ends, texts=cut)
+    end_ids = frozenset({corpus.dataset.renderer.text_end_id})
+    return PreflightSamples(
+        documents, _compute_reference_logits(network, documents), end_ids, texts=windowed_texts
+    )
 
 
-def _stock_logits(network: Network, documents: Sequence[Document]) -> tuple[torch.Tensor, ...]:
+def _compute_reference_logits(
+    network: Network, documents: Sequence[Document]
+) -> tuple[torch.Tensor, ...]:
     return tuple(
-        stock_logits(network, document.tokens_L[: fed_tokens(document)].tolist(), checked_places(document))
+        compute_stock_logits(
+            network,
+            document.tokens_L[: count_input_tokens(document)].tolist(),
+            choose_positions(document),
+        )
         for document in documents
     )
 
 
-def _template_text(template: Any) -> str | None:
+def _read_template(template: Any) -> str | None:
     return template.read_text(encoding="utf-8") if isinstance(template, Path) else None

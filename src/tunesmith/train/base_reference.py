@@ -11,71 +11,106 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunesmith.core.atomic import new_folder, remove_folder
-from tunesmith.core.events import GENERAL
-from tunesmith.core.json_io import from_json, read_json
-from tunesmith.core.run_dir import BEFORE, RunFolder
+from tunesmith.core.atomic import atomic_dir, remove_folder
+from tunesmith.core.events import GENERAL_TASK
+from tunesmith.core.json_io import parse_as, read_json
+from tunesmith.core.run_dir import EVAL_BEFORE_FILE, RunFolder
 from tunesmith.core.types import Document, Json, Plan
-from tunesmith.evaluate.answer_cache import ANSWERS, Store, state_of
-from tunesmith.evaluate.general_text import pieces_of
-from tunesmith.evaluate.kl_divergence import Kept, Switched, keep
-from tunesmith.evaluate.measure import Bases, Items, answers_of, measure, text_window
-from tunesmith.evaluate.results import Measured
+from tunesmith.evaluate.answer_cache import ANSWERS_FILE, AnswerCache, hash_weights
+from tunesmith.evaluate.general_text import split_texts
+from tunesmith.evaluate.kl_divergence import AdapterDisabled, CachedStates, cache_states
+from tunesmith.evaluate.measure import (
+    BaseReferences,
+    EvalItems,
+    compute_text_window,
+    measure_items,
+    select_answers,
+)
+from tunesmith.evaluate.results import EvalResults
 from tunesmith.model.hub.adapter_config import AdapterFolder
-from tunesmith.model.hub.provenance import hashes_of
-from tunesmith.session.inputs import Facts
-from tunesmith.session.session import Workbench
+from tunesmith.model.hub.provenance import hash_weight_files
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.session import Session
 
-STATES = "base-states"
-SWITCHED: Bases = {GENERAL: Switched(), "test": Switched()}  # an adapter that began with nothing is switched off
+STATES_DIR = "base-states"
+ADAPTER_DISABLED: BaseReferences = {
+    GENERAL_TASK: AdapterDisabled(),
+    "test": AdapterDisabled(),
+}  # an adapter that began with nothing is switched off
 
 
-def before(folder: RunFolder, bench: Workbench, items: Items, identity: Json) -> Measured:
+def measure_before_training(
+    folder: RunFolder, session: Session, items: EvalItems, fingerprint: Json
+) -> EvalResults:
     """The measures of the model before training."""
-    if not (folder.path / BEFORE).exists():
-        store = store_of(folder.path, identity, bench.facts.adapter)
-        folder.write_json(BEFORE, measure(bench, items, step=0, store=store))
-    return from_json(Measured, read_json(folder.path / BEFORE))
+    if not (folder.path / EVAL_BEFORE_FILE).exists():
+        answer_cache = open_answer_cache(folder.path, fingerprint, session.inputs.adapter)
+        folder.write_json(
+            EVAL_BEFORE_FILE, measure_items(session, items, step=0, cache=answer_cache)
+        )
+    return parse_as(EvalResults, read_json(folder.path / EVAL_BEFORE_FILE))
 
 
-def store_of(path: Path, identity: Json, weights: AdapterFolder | Path | None) -> Store:
+def open_answer_cache(
+    path: Path, fingerprint: Json, weights: AdapterFolder | Path | None
+) -> AnswerCache:
     """Where a run keeps the answers of its base, of the adapter that it began with, or of what a folder holds."""
-    hashes = hashes_of(weights) if isinstance(weights, Path) else {"start": weights.sha256} if weights else {}
-    return Store(path / ANSWERS, state_of(identity, hashes))
+    hashes = (
+        hash_weight_files(weights)
+        if isinstance(weights, Path)
+        else {"start": weights.sha256}
+        if weights
+        else {}
+    )
+    return AnswerCache(path / ANSWERS_FILE, hash_weights(fingerprint, hashes))
 
 
-def bases(folder: RunFolder, bench: Workbench, items: Items) -> Bases:
+def load_base_references(folder: RunFolder, session: Session, items: EvalItems) -> BaseReferences:
     """What the trained model will be compared with."""
-    if is_switched(bench.plan, bench.facts):
-        return SWITCHED
-    if not (folder.path / STATES).exists():
-        _keep(folder, bench, items)
-    return dict(zip(NAMES, Kept.read(folder.path / STATES, NAMES.values(), bench.model.device), strict=True))
+    if can_disable_adapter(session.plan, session.inputs):
+        return ADAPTER_DISABLED
+    if not (folder.path / STATES_DIR).exists():
+        _cache_base_states(folder, session, items)
+    return dict(
+        zip(
+            STATE_NAMES,
+            CachedStates.load_files(
+                folder.path / STATES_DIR, STATE_NAMES.values(), session.model.device
+            ),
+            strict=True,
+        )
+    )
 
 
-def is_switched(plan: Plan, facts: Facts) -> bool:
-    return plan["method"] != "full" and facts.adapter is None
+def can_disable_adapter(plan: Plan, inputs: RunInputs) -> bool:
+    return plan["method"] != "full" and inputs.adapter is None
 
 
-def forget(folder: RunFolder) -> None:
+def delete_base_states(folder: RunFolder) -> None:
     """The states, once the run is measured."""
-    if (folder.path / STATES).exists():
-        remove_folder(folder.path / STATES)
+    if (folder.path / STATES_DIR).exists():
+        remove_folder(folder.path / STATES_DIR)
 
 
-NAMES = {GENERAL: "general", "test": "answers"}
+STATE_NAMES = {GENERAL_TASK: "general", "test": "answers"}
 
 
-def _keep(folder: RunFolder, bench: Workbench, items: Items) -> None:
-    bench.model.network.eval()
-    plan, window = bench.plan, text_window(bench)
+def _cache_base_states(folder: RunFolder, session: Session, items: EvalItems) -> None:
+    session.model.network.eval()
+    plan, window = session.plan, compute_text_window(session)
     documents: dict[str, list[Document]] = {
-        GENERAL: pieces_of(items.texts, bench.renderer.text_tokens, window)[0],
-        "test": answers_of(items.test_documents),
+        GENERAL_TASK: split_texts(items.general_texts, session.renderer.encode_text, window)[0],
+        "test": select_answers(items.test_documents),
     }
-    packing = {GENERAL: (window, False), "test": (plan["pack_length"], plan["share_prefixes"])}
-    tokens = sum(int((document.weights_L > 0).sum()) for found in documents.values() for document in found)
-    needed = tokens * plan.model.hidden_size * bench.model.dtype.itemsize
-    with new_folder(folder.path / STATES, facts={}, needed_bytes=needed) as scratch:
-        for task, (length, share) in packing.items():
-            keep(bench.model, documents[task], length, share=share).write(scratch, NAMES[task])
+    packing = {GENERAL_TASK: (window, False), "test": (plan["pack_length"], plan["share_prefixes"])}
+    tokens = sum(
+        int((document.weights_L > 0).sum())
+        for task_documents in documents.values()
+        for document in task_documents
+    )
+    needed = tokens * plan.model.hidden_size * session.model.dtype.itemsize
+    with atomic_dir(folder.path / STATES_DIR, metadata={}, needed_bytes=needed) as scratch:
+        for task, (length, share_prefixes) in packing.items():
+            cache_states(session.model, documents[task], length, share=share_prefixes).save_files(
+                scratch, STATE_NAMES[task]
+            )

@@ -19,50 +19,69 @@ EVAL = "eval"
 
 
 @dataclass(frozen=True)
-class Look:
+class EvalPoint:
     """At `eval_data`, and at general text where there is any. `quality`: mean of the metrics; one item is `item` of
     it."""
 
     step: int
     loss: float
-    quality: float | None = None
-    item: float = 0.0
+    mean_metric: float | None = None
+    item_weight: float = 0.0
     forgotten: float | None = None  # bits per byte
 
     @classmethod
-    def of(cls, step: int, scores: Iterable[Score], metrics: Collection[str]) -> Look | None:
+    def from_scores(
+        cls, step: int, scores: Iterable[Score], metrics: Collection[str]
+    ) -> EvalPoint | None:
         """None where nothing of `eval_data` was measured."""
-        kept = list(scores)
-        losses = _of_eval(kept, ("loss", "bits_per_byte"))
+        score_list = list(scores)
+        losses = _select_eval_scores(score_list, ("loss", "bits_per_byte"))
         if not losses:
             return None
-        graded = _of_eval(kept, (*metrics, "preference_accuracy"))
+        graded = _select_eval_scores(score_list, (*metrics, "preference_accuracy"))
         return cls(
             step,
             fmean(score.value for score in losses),
             fmean(score.value for score in graded) if graded else None,
             1 / min(score.n for score in graded) if graded else 0.0,
-            next((score.value for score in kept if score.metric == "forgotten"), None),
+            next((score.value for score in score_list if score.metric == "forgotten"), None),
         )
 
 
-def _of_eval(scores: Sequence[Score], metrics: Collection[str]) -> list[Score]:
+def _select_eval_scores(scores: Sequence[Score], metrics: Collection[str]) -> list[Score]:
     """Over all rows, else over the tasks."""
-    found = [score for score in scores if score.metric in metrics and score.task.partition(":")[0] == EVAL]
-    return [score for score in found if score.task in (EVAL, f"{EVAL}: mean of tasks")] or found
+    eval_scores = [
+        score
+        for score in scores
+        if score.metric in metrics and score.task.partition(":")[0] == EVAL
+    ]
+    return [
+        score for score in eval_scores if score.task in (EVAL, f"{EVAL}: mean of tasks")
+    ] or eval_scores
 
 
-def best_of(looks: Sequence[Look], margin: float) -> Look | None:
+def select_best(eval_points: Sequence[EvalPoint], margin: float) -> EvalPoint | None:
     """Among those within the margin, if any is."""
-    within = [look for look in looks if look.forgotten is None or look.forgotten <= margin] or list(looks)
-    if not within:
+    within_margin = [
+        eval_point
+        for eval_point in eval_points
+        if eval_point.forgotten is None or eval_point.forgotten <= margin
+    ] or list(eval_points)
+    if not within_margin:
         return None
-    most = max(look.quality or 0.0 for look in within)
-    alike = [look for look in within if (look.quality or 0.0) >= most - look.item]
-    return min(alike, key=lambda look: (look.loss, look.step))
+    max_metric = max(eval_point.mean_metric or 0.0 for eval_point in within_margin)
+    tied = [
+        eval_point
+        for eval_point in within_margin
+        if (eval_point.mean_metric or 0.0) >= max_metric - eval_point.item_weight
+    ]
+    return min(tied, key=lambda eval_point: (eval_point.loss, eval_point.step))
 
 
-def exhausted(looks: Sequence[Look], margin: float, patience: int) -> bool:
+def should_stop_early(eval_points: Sequence[EvalPoint], margin: float, patience: int) -> bool:
     """So many looks in a row found nothing better."""
-    best = best_of(looks, margin)
-    return best is not None and sum(look.step > best.step for look in looks) >= patience
+    best = select_best(eval_points, margin)
+    return (
+        best is not None
+        and sum(eval_point.step > best.step for eval_point in eval_points) >= patience
+    )

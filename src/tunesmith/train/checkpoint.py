@@ -16,33 +16,43 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.safetensors_io import write_tensors
-from tunesmith.train.optimizer import MOMENTS, moments, put_back
+from tunesmith.train.optimizer import MOMENTS, get_moments, restore_moments
 
-STATE, POSITION = "state.safetensors", "position.json"
+STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
 
 
 def write_state(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, position: dict[str, Any]
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    position: dict[str, Any],
 ) -> None:
     """Raises GateError when a weight or a moment is not finite, OSError when the disk refuses."""
     tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for name, p in parameters.items()}
     updates = 0
     for name, parameter in parameters.items():
-        if found := moments(optimizer, parameter):
-            tensors |= {f"{moment}.{name}": tensor for moment, tensor in found.items()}
+        if moment_tensors := get_moments(optimizer, parameter):
+            tensors |= {f"{moment}.{name}": tensor for moment, tensor in moment_tensors.items()}
             updates = int(optimizer.state[parameter]["step"])
-    write_tensors(tensors, folder / STATE)
+    write_tensors(tensors, folder / STATE_FILE)
     text = json.dumps({**position, "updates": updates}, indent=2)
-    (folder / POSITION).write_text(text + "\n", encoding="utf-8")
+    (folder / POSITION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def read_state(
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """Puts weights and moments back; returns the position. Raises InputError when the folder is of another run."""
-    tensors, position = load_weights(folder, parameters), json.loads((folder / POSITION).read_text(encoding="utf-8"))
+    tensors, position = (
+        load_weights(folder, parameters),
+        json.loads((folder / POSITION_FILE).read_text(encoding="utf-8")),
+    )
     for name, parameter in parameters.items():
-        found = {moment: tensors[key] for moment in MOMENTS if (key := f"{moment}.{name}") in tensors}
+        moment_tensors = {
+            moment: tensors[key] for moment in MOMENTS if (key := f"{moment}.{name}") in tensors
+        }
         if position["updates"]:
-            put_back(optimizer, parameter, found, position["updates"])
+            restore_moments(optimizer, parameter, moment_tensors, position["updates"])
         else:
             optimizer.state.pop(parameter, None)
     return position
@@ -50,10 +60,14 @@ def read_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
 
 def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Puts weights back, and returns all that the checkpoint holds. Raises InputError as `read_state`."""
-    tensors = load_file(folder / STATE)
+    tensors = load_file(folder / STATE_FILE)
     stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
-    if stored != parameters.keys() or any(tensors[f"weight.{name}"].shape != p.shape for name, p in parameters.items()):
-        raise InputError("the checkpoint is of a model with other trained weights", where=str(folder))
+    if stored != parameters.keys() or any(
+        tensors[f"weight.{name}"].shape != p.shape for name, p in parameters.items()
+    ):
+        raise InputError(
+            "the checkpoint is of a model with other trained weights", where=str(folder)
+        )
     with torch.no_grad():  # not through `.data`, which would hide the change from MasterLinear
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])

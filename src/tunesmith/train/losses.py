@@ -20,13 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.types import Batch, Document
-from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.lm_head import Head, each_loss, supervised_loss, target_losses
+from tunesmith.model.adapters import scaled_adapter
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.lm_head import (
+    LMHead,
+    compute_supervised_loss,
+    compute_target_losses,
+    measure_target_losses,
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class LossTerm:
     """`sum` over this pack; `coefficient * sum / count` is what it adds to the step's loss."""
 
     sum: Tensor
@@ -35,18 +40,18 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossConfig:
     """How pairs and bans are trained. `nll`, `ban`: coefficients of the terms `chosen` and `banned`."""
 
     loss: str = "dpo"
     beta: float = 0.1
     gamma: float = 0.0
-    nll: float = 0.0
-    ban: float = 1.0
+    nll_coefficient: float = 0.0
+    ban_coefficient: float = 1.0
 
 
 @dataclass(frozen=True)
-class Counts:
+class LossNormalizer:
     """What the terms of a step divide by: sums of target weights, and of the weights of pairs."""
 
     answer: float = 0.0
@@ -55,163 +60,221 @@ class Counts:
     banned: float = 0.0
 
     @classmethod
-    def of(cls, documents: Sequence[Document]) -> Counts:
+    def from_documents(cls, documents: Sequence[Document]) -> LossNormalizer:
         chosen = [document for document in documents if document.side == "chosen"]
         return cls(
-            answer=weight_count([document for document in documents if not document.side]),
-            chosen=weight_count(chosen),
-            banned=weight_count([document for document in documents if document.side == "banned"]),
-            pairs=sum(weight_count([one]) / np.count_nonzero(one.weights_L) for one in chosen),
+            answer=sum_weights([document for document in documents if not document.side]),
+            chosen=sum_weights(chosen),
+            banned=sum_weights([document for document in documents if document.side == "banned"]),
+            pairs=sum(
+                sum_weights([document]) / np.count_nonzero(document.weights_L)
+                for document in chosen
+            ),
         )
 
     def __bool__(self) -> bool:
         return bool(self.answer or self.pairs or self.banned)
 
 
-def weight_count(documents: Sequence[Document]) -> float:
+def sum_weights(documents: Sequence[Document]) -> float:
     """The sum of the target weights, in fp64: what the mean of a weighted loss divides by."""
     return float(sum(document.weights_L.sum(dtype="float64") for document in documents))
 
 
-def answer_loss(model: LanguageModel, batch: Batch, step_weight: float) -> dict[str, Term]:
+def sft_loss(model: PackedCausalLM, batch: Batch, step_weight: float) -> dict[str, LossTerm]:
     """Weighted cross-entropy of the supervised tokens."""
-    once, _ = merged(batch)
-    total, _ = supervised_loss(model.hidden(once), model.head, once.targets_S, once.weights_S)
-    return {"answer": Term(total, step_weight)}
+    merged_batch, _ = merge_shared_targets(batch)
+    total, _ = compute_supervised_loss(
+        model.compute_hidden(merged_batch),
+        model.head,
+        merged_batch.targets_S,
+        merged_batch.weights_S,
+    )
+    return {"answer": LossTerm(total, step_weight)}
 
 
-def merged(batch: Batch) -> tuple[Batch, Tensor | None]:
+def merge_shared_targets(batch: Batch) -> tuple[Batch, Tensor | None]:
     """One target for all documents that share it, with the sum of their weights; whose it was is lost. And where each
     target of the batch has gone; None where it stays."""
     if not batch.layout.parents:
         return batch, None
-    pairs_S, place_S = (batch.positions_S << 32 | batch.targets_S).unique(return_inverse=True)
-    weights_S = batch.weights_S.new_zeros(len(pairs_S)).index_add_(0, place_S, batch.weights_S)
-    positions_S, targets_S = pairs_S >> 32, pairs_S & (1 << 32) - 1
-    nobody_S = torch.full_like(targets_S, -1)
-    once = dataclasses.replace(
-        batch, positions_S=positions_S, targets_S=targets_S, weights_S=weights_S, document_S=nobody_S
+    keys_S, inverse_S = (batch.positions_S << 32 | batch.targets_S).unique(return_inverse=True)
+    weights_S = batch.weights_S.new_zeros(len(keys_S)).index_add_(0, inverse_S, batch.weights_S)
+    positions_S, targets_S = keys_S >> 32, keys_S & (1 << 32) - 1
+    unknown_S = torch.full_like(targets_S, -1)
+    merged_batch = dataclasses.replace(
+        batch,
+        positions_S=positions_S,
+        targets_S=targets_S,
+        weights_S=weights_S,
+        document_S=unknown_S,
     )
-    return once, place_S
+    return merged_batch, inverse_S
 
 
-def _each(model: LanguageModel, batch: Batch, losses: Callable[[Tensor, Head, Tensor], Tensor]) -> Tensor:
+def _compute_target_losses(
+    model: PackedCausalLM, batch: Batch, compute_losses: Callable[[Tensor, LMHead, Tensor], Tensor]
+) -> Tensor:
     """The loss [S] of each target of each document; shared ones are computed once."""
-    once, place_S = merged(batch)
-    losses_S = losses(model.hidden(once), model.head, once.targets_S)
-    return losses_S if place_S is None else losses_S[place_S]
+    merged_batch, inverse_S = merge_shared_targets(batch)
+    losses_S = compute_losses(
+        model.compute_hidden(merged_batch), model.head, merged_batch.targets_S
+    )
+    return losses_S if inverse_S is None else losses_S[inverse_S]
 
 
-def step_terms(model: LanguageModel, batch: Batch, counts: Counts, objective: Objective) -> dict[str, Term]:
+def compute_step_terms(
+    model: PackedCausalLM, batch: Batch, normalizer: LossNormalizer, loss_config: LossConfig
+) -> dict[str, LossTerm]:
     """The terms of one pack; plain documents and pairs may share it."""
     if not batch.sides:
-        return answer_loss(model, batch, counts.answer)
-    paired = "chosen" in batch.sides
-    before_D = _references(model, batch) if paired and objective.loss in REFERENCED else None
-    losses_S = _each(model, batch, each_loss)
+        return sft_loss(model, batch, normalizer.answer)
+    has_pairs = "chosen" in batch.sides
+    reference_logps_D = (
+        _compute_reference_logps(model, batch)
+        if has_pairs and loss_config.loss in REFERENCE_LOSSES
+        else None
+    )
+    losses_S = _compute_target_losses(model, batch, compute_target_losses)
     weights_S = batch.weights_S.to(losses_S.dtype)
-    weighted_S, terms = losses_S * weights_S, dict[str, Term]()
-    if paired:
-        pairs = _pairs(batch, _by_document(batch, -losses_S), before_D)
-        total_P = pairs.weight_P * LOSSES[objective.loss](pairs, objective)
-        terms["preference"] = Term(total_P.sum(), counts.pairs)
+    weighted_S, terms = losses_S * weights_S, dict[str, LossTerm]()
+    if has_pairs:
+        pairs = _collect_pair_logps(batch, _sum_by_document(batch, -losses_S), reference_logps_D)
+        total_P = pairs.weight_P * PREFERENCE_LOSSES[loss_config.loss](pairs, loss_config)
+        terms["preference"] = LossTerm(total_P.sum(), normalizer.pairs)
     if "banned" in batch.sides:
-        own_S = _of_side(batch, "banned")
-        terms["banned"] = Term((unlikelihood(losses_S[own_S]) * weights_S[own_S]).sum(), counts.banned, objective.ban)
-    if paired and objective.nll:
-        terms["chosen"] = Term(weighted_S[_of_side(batch, "chosen")].sum(), counts.chosen, objective.nll)
+        is_banned_S = _mask_side(batch, "banned")
+        terms["banned"] = LossTerm(
+            (unlikelihood_loss(losses_S[is_banned_S]) * weights_S[is_banned_S]).sum(),
+            normalizer.banned,
+            loss_config.ban_coefficient,
+        )
+    if has_pairs and loss_config.nll_coefficient:
+        terms["chosen"] = LossTerm(
+            weighted_S[_mask_side(batch, "chosen")].sum(),
+            normalizer.chosen,
+            loss_config.nll_coefficient,
+        )
     if "" in batch.sides:
-        terms["answer"] = Term(weighted_S[_of_side(batch, "")].sum(), counts.answer)
+        terms["answer"] = LossTerm(weighted_S[_mask_side(batch, "")].sum(), normalizer.answer)
     return terms
 
 
-def unlikelihood(losses_S: Tensor) -> Tensor:
+def unlikelihood_loss(losses_S: Tensor) -> Tensor:
     """Welleck 2019, equation 4: -log(1 - p) of tokens that should not be there, from their losses -log p. Its gradient
     in the logits is at most 1. A token that is certain to rounding counts as one that is certain to a rounding less:
     the value stays finite, and the gradient goes on."""
-    least = torch.finfo(losses_S.dtype).eps
-    losses_S = losses_S + (losses_S.clamp(min=least) - losses_S).detach()
-    unlikely = losses_S > 1  # where 1 - p rounds away the last digits of p
-    rare = -torch.log1p(-torch.exp(-losses_S))
-    return torch.where(unlikely, rare, -torch.log(-torch.expm1(-losses_S)))
+    eps = torch.finfo(losses_S.dtype).eps
+    losses_S = losses_S + (losses_S.clamp(min=eps) - losses_S).detach()
+    is_rare_S = losses_S > 1  # where 1 - p rounds away the last digits of p
+    rare_losses_S = -torch.log1p(-torch.exp(-losses_S))
+    return torch.where(is_rare_S, rare_losses_S, -torch.log(-torch.expm1(-losses_S)))
 
 
 # ---------------------------------------------------------------- pairs
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class PreferenceLogps:
     """Log-probabilities of both answers, summed over their tokens. `before_P`: chosen minus rejected under the
     reference, the model before training."""
 
-    chosen_P: Tensor
-    rejected_P: Tensor
+    chosen_logps_P: Tensor
+    rejected_logps_P: Tensor
     chosen_tokens_P: Tensor
     rejected_tokens_P: Tensor
     weight_P: Tensor
-    before_P: Tensor | None = None
+    reference_margin_P: Tensor | None = None
 
 
-def _pairs(batch: Batch, logp_D: Tensor, before_D: Tensor | None) -> Pairs:
-    places = [place for place, side in enumerate(batch.sides) if side == "chosen"]
-    assert all(batch.sides[place + 1] == "rejected" for place in places), "a pair is in one pack"
-    chosen = torch.tensor(places, device=logp_D.device)
-    tokens_D = _by_document(batch, torch.ones_like(logp_D[:1]).expand(len(batch.targets_S)))
-    weights_D = _by_document(batch, batch.weights_S.to(logp_D.dtype))
-    return Pairs(
-        chosen_P=logp_D[chosen],
-        rejected_P=logp_D[chosen + 1],
+def _collect_pair_logps(
+    batch: Batch, logp_D: Tensor, reference_logps_D: Tensor | None
+) -> PreferenceLogps:
+    chosen_indices = [index for index, side in enumerate(batch.sides) if side == "chosen"]
+    assert all(batch.sides[index + 1] == "rejected" for index in chosen_indices), (
+        "a pair is in one pack"
+    )
+    chosen = torch.tensor(chosen_indices, device=logp_D.device)
+    tokens_D = _sum_by_document(batch, torch.ones_like(logp_D[:1]).expand(len(batch.targets_S)))
+    weights_D = _sum_by_document(batch, batch.weights_S.to(logp_D.dtype))
+    return PreferenceLogps(
+        chosen_logps_P=logp_D[chosen],
+        rejected_logps_P=logp_D[chosen + 1],
         chosen_tokens_P=tokens_D[chosen],
         rejected_tokens_P=tokens_D[chosen + 1],
         weight_P=weights_D[chosen] / tokens_D[chosen],
-        before_P=None if before_D is None else before_D[chosen] - before_D[chosen + 1],
+        reference_margin_P=None
+        if reference_logps_D is None
+        else reference_logps_D[chosen] - reference_logps_D[chosen + 1],
     )
 
 
-def _by_document(batch: Batch, values_S: Tensor) -> Tensor:
+def _sum_by_document(batch: Batch, values_S: Tensor) -> Tensor:
     return values_S.new_zeros(len(batch.sides)).index_add(0, batch.document_S, values_S)
 
 
-def _of_side(batch: Batch, side: str) -> Tensor:
+def _mask_side(batch: Batch, side: str) -> Tensor:
     """Which targets are of documents of this side."""
-    own_D = torch.tensor([one == side for one in batch.sides], device=batch.document_S.device)
-    return own_D[batch.document_S]
+    is_side_D = torch.tensor(
+        [document_side == side for document_side in batch.sides], device=batch.document_S.device
+    )
+    return is_side_D[batch.document_S]
 
 
 @torch.no_grad()
-def _references(model: LanguageModel, batch: Batch) -> Tensor:
+def _compute_reference_logps(model: PackedCausalLM, batch: Batch) -> Tensor:
     """Log-probabilities [D] before training: kept ones, or those of the base, with the adapter switched off."""
-    kept = [reference for reference, side in zip(batch.references, batch.sides, strict=True) if side]
-    if None not in kept:
-        every = [0.0 if reference is None else reference for reference in batch.references]
-        return torch.tensor(every, dtype=torch.float64, device=batch.tokens_T.device)
-    with adapter_scaled(model.network, 0):
-        return _by_document(batch, -_each(model, batch, target_losses))
+    stored_logps = [
+        reference
+        for reference, side in zip(batch.reference_logps, batch.sides, strict=True)
+        if side
+    ]
+    if None not in stored_logps:
+        all_logps = [0.0 if reference is None else reference for reference in batch.reference_logps]
+        return torch.tensor(all_logps, dtype=torch.float64, device=batch.tokens_T.device)
+    with scaled_adapter(model.network, 0):
+        return _sum_by_document(batch, -_compute_target_losses(model, batch, measure_target_losses))
 
 
-def dpo(pairs: Pairs, objective: Objective) -> Tensor:
+def dpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
     """Rafailov 2023, equation 7: -log sigmoid(beta * (margin now - margin before)), margins of summed nats."""
-    assert pairs.before_P is not None
-    change_P = pairs.chosen_P - pairs.rejected_P - pairs.before_P.to(pairs.chosen_P.dtype)
-    return -F.logsigmoid(objective.beta * change_P)
+    assert pairs.reference_margin_P is not None
+    margin_change_P = (
+        pairs.chosen_logps_P
+        - pairs.rejected_logps_P
+        - pairs.reference_margin_P.to(pairs.chosen_logps_P.dtype)
+    )
+    return -F.logsigmoid(loss_config.beta * margin_change_P)
 
 
-def orpo(pairs: Pairs, objective: Objective) -> Tensor:
+def orpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
     """Hong 2024, equation 7: beta * -log sigmoid(log odds of chosen - log odds of rejected), of mean nats a token."""
-    chosen_P, rejected_P = pairs.chosen_P / pairs.chosen_tokens_P, pairs.rejected_P / pairs.rejected_tokens_P
-    return -objective.beta * F.logsigmoid(_log_odds(chosen_P) - _log_odds(rejected_P))
+    chosen_mean_P, rejected_mean_P = (
+        pairs.chosen_logps_P / pairs.chosen_tokens_P,
+        pairs.rejected_logps_P / pairs.rejected_tokens_P,
+    )
+    return -loss_config.beta * F.logsigmoid(
+        _compute_log_odds(chosen_mean_P) - _compute_log_odds(rejected_mean_P)
+    )
 
 
-def _log_odds(logp_P: Tensor) -> Tensor:
+def _compute_log_odds(logp_P: Tensor) -> Tensor:
     """log(p / (1 - p)); the bound keeps a certain answer finite."""
     return logp_P - torch.log(-torch.expm1(logp_P.clamp(max=-1e-12)))
 
 
-def simpo(pairs: Pairs, objective: Objective) -> Tensor:
+def simpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
     """Meng 2024, equation 6: -log sigmoid(beta * difference of mean nats a token - gamma)."""
-    difference_P = pairs.chosen_P / pairs.chosen_tokens_P - pairs.rejected_P / pairs.rejected_tokens_P
-    return -F.logsigmoid(objective.beta * difference_P - objective.gamma)
+    difference_P = (
+        pairs.chosen_logps_P / pairs.chosen_tokens_P
+        - pairs.rejected_logps_P / pairs.rejected_tokens_P
+    )
+    return -F.logsigmoid(loss_config.beta * difference_P - loss_config.gamma)
 
 
-LOSSES: dict[str, Callable[[Pairs, Objective], Tensor]] = {"dpo": dpo, "orpo": orpo, "simpo": simpo}
-REFERENCED = frozenset({"dpo"})  # losses that compare with the model before training
+PREFERENCE_LOSSES: dict[str, Callable[[PreferenceLogps, LossConfig], Tensor]] = {
+    "dpo": dpo_loss,
+    "orpo": orpo_loss,
+    "simpo": simpo_loss,
+}
+REFERENCE_LOSSES = frozenset({"dpo"})  # losses that compare with the model before training

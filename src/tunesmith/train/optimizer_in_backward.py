@@ -16,36 +16,42 @@ from torch import nn
 
 from tunesmith.core.errors import GateError, MachineError
 from tunesmith.model.oom import OutOfMemory, memory_errors
-from tunesmith.train.optimizer import update
+from tunesmith.train.optimizer import step_optimizer
 
 
-class InBackward:
+class OptimizerInBackward:
     """`norm`: of all gradients of the last backward."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
         self.optimizer, self.parameters = optimizer, parameters
-        self.norm = 0.0
+        self.grad_norm = 0.0
 
     @contextmanager
-    def taken(self, step: int, rate: float) -> Iterator[None]:
+    def updating(self, step: int, learning_rate: float) -> Iterator[None]:
         """One step at this learning rate. Raises GateError for a gradient that is not finite and MachineError when
         memory runs out: other weights are those of the next step by then."""
-        squares = 0.0
+        squared_norm = 0.0
 
-        def arrived(name: str, parameter: nn.Parameter) -> None:
-            nonlocal squares
+        def apply_gradient(name: str, parameter: nn.Parameter) -> None:
+            nonlocal squared_norm
             assert parameter.grad is not None
-            squares += float(torch.linalg.vector_norm(parameter.grad)) ** 2
-            if not math.isfinite(squares):
+            squared_norm += float(torch.linalg.vector_norm(parameter.grad)) ** 2
+            if not math.isfinite(squared_norm):
                 raise GateError(
                     f"step {step}: the gradient of {name} is not finite, and other weights were updated already",
                     fix="resume from the newest checkpoint; with max_grad_norm over 0 such a step is left out",
                 )
-            update(self.optimizer, rate)  # of the only parameter that has a gradient now
+            step_optimizer(
+                self.optimizer, learning_rate
+            )  # of the only parameter that has a gradient now
             parameter.grad = None
 
         handles = [
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: arrived(name, p))
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: apply_gradient(name, p)
+            )
             for name, parameter in self.parameters.items()
         ]
         try:
@@ -53,7 +59,7 @@ class InBackward:
                 yield
         except OutOfMemory as error:
             raise MachineError(
-                f"{error.what}, in the middle of an update",
+                f"{error.message}, in the middle of an update",
                 where=f"step {step}",
                 fix="resume from the newest checkpoint with a smaller pack_length; with max_grad_norm over 0 such a"
                 " step is taken again in smaller packs",
@@ -61,4 +67,4 @@ class InBackward:
         finally:
             for handle in handles:
                 handle.remove()
-        self.norm = math.sqrt(squares)
+        self.grad_norm = math.sqrt(squared_norm)

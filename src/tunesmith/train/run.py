@@ -18,77 +18,105 @@ from pathlib import Path
 
 import yaml
 
-from tunesmith.core.atomic import new_folder
+from tunesmith.core.atomic import atomic_dir
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
-from tunesmith.core.events import Event, Verdict
+from tunesmith.core.events import CheckResult, Event
 from tunesmith.core.run_dir import (
-    ADAPTER,
-    AFTER,
-    BEFORE,
-    FAILED,
-    IDENTITY,
-    MODEL,
-    PLAN,
-    RECIPE,
-    RECORD,
-    REJECTED,
+    ADAPTER_DIR,
+    EVAL_AFTER_FILE,
+    EVAL_BEFORE_FILE,
+    FAILED_CHECK,
+    FINGERPRINT_FILE,
+    MODEL_DIR,
+    PLAN_FILE,
+    RECIPE_FILE,
+    RECORD_FILE,
+    REJECTED_FILE,
     RunFolder,
+    find_parent_run,
     is_free,
-    plan_in,
-    whole_run,
+    read_run_plan,
 )
 from tunesmith.core.types import Plan, RunRecord, __version__
-from tunesmith.data.leakage import refuse_tested
-from tunesmith.data.rejects import refuse_bad_rows, write_rejected
-from tunesmith.evaluate.adapter_scaling import scale_curve
-from tunesmith.evaluate.measure import Items, items_of, measure
-from tunesmith.evaluate.preference import displaced, with_references
-from tunesmith.evaluate.results import Measured, compare_all, moved, shown_answers
-from tunesmith.model.adapters import trainable
-from tunesmith.model.hub.provenance import provenance_of, write_provenance
+from tunesmith.data.leakage import refuse_test_leakage
+from tunesmith.data.rejects import refuse_invalid_rows, write_rejected_rows
+from tunesmith.evaluate.adapter_scaling import measure_scale_curve
+from tunesmith.evaluate.measure import EvalItems, build_eval_items, measure_items
+from tunesmith.evaluate.preference import add_references, check_displacement
+from tunesmith.evaluate.results import (
+    EvalResults,
+    compare_results,
+    compute_kl_scores,
+    select_sample_pairs,
+)
+from tunesmith.model.adapters import get_trainable_parameters
+from tunesmith.model.hub.provenance import build_provenance, write_provenance
 from tunesmith.model.oom import memory_errors
 from tunesmith.model.save import save_adapter, save_model, save_serving_files
-from tunesmith.plan.build import refuse_without_room
+from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
-from tunesmith.session.fingerprint import identity_of
-from tunesmith.session.inputs import Facts
-from tunesmith.session.session import Workbench, set_up
+from tunesmith.session.fingerprint import build_fingerprint
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.session import Session, open_session
 from tunesmith.train import base_reference
-from tunesmith.train.guard.guarded_loop import Course, Run
+from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card
-from tunesmith.train.preflight import prove
-from tunesmith.train.resume import Start, drift_of, go_on
-from tunesmith.train.self_rehearsal import with_own_rows
-from tunesmith.train.signals import StopWish
-from tunesmith.train.synthetic_pairs import with_made_pairs
+from tunesmith.train.preflight import run_preflight
+from tunesmith.train.resume import ResumeState, prepare_resume, read_drift
+from tunesmith.train.self_rehearsal import add_self_rehearsal
+from tunesmith.train.signals import GracefulStop
+from tunesmith.train.synthetic_pairs import add_synthetic_pairs
 
 
-def train(plan: Plan, known: Facts | None = None, *, allow_code: bool = False) -> Iterator[Event]:
+def train(
+    plan: Plan, run_inputs: RunInputs | None = None, *, allow_code: bool = False
+) -> Iterator[Event]:
     """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError
     or InputError before anything is loaded when it cannot fit, be measured or be written, GateError when the proof
     fails, Interrupted after a signal."""
-    known, path = known or inputs.regather(plan), Path(plan["output_dir"])
-    items = check(plan, known, path / REJECTED if is_free(path) else None, allow_code=allow_code)
-    anew = "nothing is trained yet: start it again" if whole_run(path) == path else _going_on(path)
-    with StopWish(anew) as wish, RunFolder.create(path) as folder:
-        with wish.at_once(), memory_errors():
-            plan, known, news = with_own_rows(plan, known, folder)
-            start = Start(identity_of(plan, known, plan.recipe), news=news)
-        folder.write_json(IDENTITY, start.identity)
-        write_rejected(path / REJECTED, known.datasets, plan.data)
-        folder.write_json(PLAN, plan)  # from here on it is a run, which can be resumed
-        wish.resume_with = _going_on(path)
-        _describe(folder, plan)
-        yield from _keep(folder, _story(Run(folder, plan, known, items, start, wish)))
+    run_inputs, path = run_inputs or inputs.reload_inputs(plan), Path(plan["output_dir"])
+    items = check_run(
+        plan, run_inputs, path / REJECTED_FILE if is_free(path) else None, allow_code=allow_code
+    )
+    resume_hint = (
+        "nothing is trained yet: start it again"
+        if find_parent_run(path) == path
+        else _resume_hint(path)
+    )
+    with GracefulStop(resume_hint) as stop, RunFolder.create(path) as folder:
+        with stop.immediate(), memory_errors():
+            plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder)
+            resume_state = ResumeState(
+                build_fingerprint(plan, run_inputs, plan.recipe), first_events=first_events
+            )
+        folder.write_json(FINGERPRINT_FILE, resume_state.fingerprint)
+        write_rejected_rows(path / REJECTED_FILE, run_inputs.datasets, plan.data)
+        folder.write_json(PLAN_FILE, plan)  # from here on it is a run, which can be resumed
+        stop.resume_hint = _resume_hint(path)
+        _write_run_metadata(folder, plan)
+        yield from _persist_events(
+            folder, _run_events(RunContext(folder, plan, run_inputs, items, resume_state, stop))
+        )
 
 
-def check(plan: Plan, known: Facts, rejected: Path | None = None, *, allow_code: bool = False) -> Items:
+def check_run(
+    plan: Plan,
+    run_inputs: RunInputs,
+    rejected_path: Path | None = None,
+    *,
+    allow_code: bool = False,
+) -> EvalItems:
     """What is refused before anything is loaded, and else what will be measured. `rejected`: a file for bad rows.
     `allow_code`: metrics of the user's own may run."""
-    refuse_without_room(plan)
-    refuse_tested(known.datasets)
-    refuse_bad_rows(known.datasets, plan.data, rejected, skip_bad=known.recipe.skip_bad)
-    return items_of(plan, known, allow_code=allow_code)
+    refuse_if_too_large(plan)
+    refuse_test_leakage(run_inputs.datasets)
+    refuse_invalid_rows(
+        run_inputs.datasets,
+        plan.data,
+        rejected_path,
+        should_skip_invalid=run_inputs.recipe.skip_bad,
+    )
+    return build_eval_items(plan, run_inputs, allow_code=allow_code)
 
 
 def resume(
@@ -96,126 +124,174 @@ def resume(
 ) -> Iterator[Event]:
     """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises InputError when
     what the run stands on has changed; with `allow_drift` it says so, and takes the first measures again."""
-    with StopWish(_going_on(path)) as wish, RunFolder.open(path) as folder:
-        plan = plan_in(path)
-        if (path / RECORD).exists():
-            raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
-        _describe(folder, plan)
-        with wish.at_once():
-            known = inputs.gather_as_is(plan, path)
-            start = go_on(folder, plan, known, allow_drift=allow_drift, from_step=from_step)
-            items = items_of(plan, known, allow_code=allow_code)
-        if start.drifted:
-            (path / BEFORE).unlink(missing_ok=True)
-        yield from _keep(folder, _story(Run(folder, plan, known, items, start, wish)))
+    with GracefulStop(_resume_hint(path)) as stop, RunFolder.open(path) as folder:
+        plan = read_run_plan(path)
+        if (path / RECORD_FILE).exists():
+            raise InputError(
+                "this run is finished",
+                where=str(path),
+                fix="start a new one with another output_dir",
+            )
+        _write_run_metadata(folder, plan)
+        with stop.immediate():
+            run_inputs = inputs.reload_inputs_unchecked(plan, path)
+            resume_state = prepare_resume(
+                folder, plan, run_inputs, allow_drift=allow_drift, from_step=from_step
+            )
+            items = build_eval_items(plan, run_inputs, allow_code=allow_code)
+        if resume_state.has_drifted:
+            (path / EVAL_BEFORE_FILE).unlink(missing_ok=True)
+        yield from _persist_events(
+            folder, _run_events(RunContext(folder, plan, run_inputs, items, resume_state, stop))
+        )
 
 
-def _going_on(path: Path) -> str:
-    return f"go on with: tunesmith resume {whole_run(path)}"
+def _resume_hint(path: Path) -> str:
+    return f"go on with: tunesmith resume {find_parent_run(path)}"
 
 
-def _describe(folder: RunFolder, plan: Plan) -> None:
+def _write_run_metadata(folder: RunFolder, plan: Plan) -> None:
     """What people read of the plan; an attempt that was killed may have left without it."""
-    if not (folder.path / RECIPE).exists():
-        folder.write_text(RECIPE, yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True))
+    if not (folder.path / RECIPE_FILE).exists():
+        folder.write_text(
+            RECIPE_FILE, yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
+        )
     folder.write_json("data.json", plan.data)
 
 
-def _keep(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
+def _persist_events(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
     """Every event is on disk before anyone sees it, or one warning is. A gate's no is the last event of a run."""
-    step, warned = 0, False
+    step, has_warned = 0, False
     with closing(events):
         try:
             for event in events:
                 step, problem = event.step, folder.append_event(event)
-                if problem and not warned:
-                    warned = True
-                    yield Verdict("events.jsonl", "warn", f"{problem}: lines wait in memory for room", step)
+                if problem and not has_warned:
+                    has_warned = True
+                    yield CheckResult(
+                        "events.jsonl", "warn", f"{problem}: lines wait in memory for room", step
+                    )
                 yield event
         except GateError as error:
-            folder.append_event(Verdict(FAILED, "stop", str(error), step))
+            folder.append_event(CheckResult(FAILED_CHECK, "stop", str(error), step))
             raise
         except MachineError as error:
-            error.fix = ", then ".join(filter(None, (error.fix, _going_on(folder.path))))
+            error.fix = ", then ".join(filter(None, (error.fix, _resume_hint(folder.path))))
             raise
 
 
-def _story(run: Run) -> Generator[Event]:
-    yield from run.start.news
-    with run.wish.at_once(), memory_errors():
-        bench = set_up(run.plan, run.facts)
-        proof = prove(bench.model, bench.probe)
-    yield from proof
-    with run.wish.at_once(), memory_errors():
-        before = base_reference.before(run.folder, bench, run.items, run.start.identity)
-        bases = base_reference.bases(run.folder, bench, run.items)
-        bench, made = with_made_pairs(bench, run.folder)
-        bench = with_references(bench, run.folder)
-    yield from before.scores(step=0)
-    yield from made
-    course = Course(run, bench, before)
+def _run_events(context: RunContext) -> Generator[Event]:
+    yield from context.resume_state.first_events
+    with context.stop.immediate(), memory_errors():
+        session = open_session(context.plan, context.inputs)
+        preflight_results = run_preflight(session.model, session.samples)
+    yield from preflight_results
+    with context.stop.immediate(), memory_errors():
+        before = base_reference.measure_before_training(
+            context.folder, session, context.items, context.resume_state.fingerprint
+        )
+        references = base_reference.load_base_references(context.folder, session, context.items)
+        session, pair_results = add_synthetic_pairs(session, context.folder)
+        session = add_references(session, context.folder)
+    yield from before.iter_scores(step=0)
+    yield from pair_results
+    guarded_training = GuardedTraining(context, session, before)
     try:
-        yield from course.events()
-        adapter = _save(run, bench)
-        with run.wish.at_once(), memory_errors():
-            store = base_reference.store_of(run.folder.path, run.start.identity, adapter)
-            after = measure(bench, run.items, step=course.steps, bases=bases, store=store)
-            scales = scale_curve(bench, run.items, step=course.steps, before=before, after=after)
+        yield from guarded_training.run_events()
+        weights_dir = _save_weights(context, session)
+        with context.stop.immediate(), memory_errors():
+            answer_cache = base_reference.open_answer_cache(
+                context.folder.path, context.resume_state.fingerprint, weights_dir
+            )
+            after = measure_items(
+                session,
+                context.items,
+                step=guarded_training.final_step,
+                base_references=references,
+                cache=answer_cache,
+            )
+            scales = measure_scale_curve(
+                session, context.items, step=guarded_training.final_step, before=before, after=after
+            )
     except Interrupted:
-        if course.training.step > course.saved:
-            yield course.save()
+        if guarded_training.training.step > guarded_training.saved_step:
+            yield guarded_training.save_checkpoint()
         raise
-    run.folder.write_json(AFTER, after)
-    yield from after.scores(step=course.steps)
-    yield from displaced(compare_all(before, after, step=course.steps), course.steps)
-    run.folder.settle()
-    record = _record(run, proof, (before, after), adapter, course.steps)
-    record = dataclasses.replace(record, scales=scales, kept_step=course.training.step)
-    write_card(record, run.start.identity)
-    run.folder.write_json(RECORD, record)
-    base_reference.forget(run.folder)
+    context.folder.write_json(EVAL_AFTER_FILE, after)
+    yield from after.iter_scores(step=guarded_training.final_step)
+    yield from check_displacement(
+        compare_results(before, after, step=guarded_training.final_step),
+        guarded_training.final_step,
+    )
+    context.folder.flush()
+    record = _build_record(
+        context, preflight_results, (before, after), weights_dir, guarded_training.final_step
+    )
+    record = dataclasses.replace(
+        record, scales=scales, selected_step=guarded_training.training.step
+    )
+    write_card(record, context.resume_state.fingerprint)
+    context.folder.write_json(RECORD_FILE, record)
+    base_reference.delete_base_states(context.folder)
 
 
-def _save(run: Run, bench: Workbench) -> Path:
+def _save_weights(context: RunContext, session: Session) -> Path:
     """The trained weights, with what serving needs to behave as training did, and what they belong to."""
-    plan, base, network = run.plan, bench.facts.model.path, bench.model.network
+    plan, base_dir, network = context.plan, session.inputs.model.path, session.model.network
     values = {key: choice.value for key, choice in plan.choices.items()}
-    adapted = plan["method"] != "full"
-    target = run.folder.path / (ADAPTER if adapted else MODEL)
-    needed = sum(p.numel() * p.element_size() for p in trainable(network).values())
-    with new_folder(target, facts=run.start.identity, needed_bytes=needed) as scratch:
-        if adapted:
-            save_adapter(network, scratch, values, base)
+    has_adapter = plan["method"] != "full"
+    target = context.folder.path / (ADAPTER_DIR if has_adapter else MODEL_DIR)
+    needed_bytes = sum(
+        p.numel() * p.element_size() for p in get_trainable_parameters(network).values()
+    )
+    with atomic_dir(
+        target, metadata=context.resume_state.fingerprint, needed_bytes=needed_bytes
+    ) as scratch:
+        if has_adapter:
+            save_adapter(network, scratch, values, base_dir)
         else:
-            save_model(network, scratch, base, bench.model.dtype)
-        templates = {name: template.source for name, template in bench.renderer.templates.items()}
-        new = bench.renderer.tokenizer.new
-        save_serving_files(scratch, base, templates=templates, end_ids=bench.renderer.end_ids, new=new)
-        hashes = run.start.identity["base_sha256"]
-        write_provenance(scratch, provenance_of(bench.facts.model.name, hashes, bench.renderer, plan["now"]))
+            save_model(network, scratch, base_dir, session.model.dtype)
+        templates = {name: template.source for name, template in session.renderer.templates.items()}
+        new_tokens = session.renderer.tokenizer.new_tokens
+        save_serving_files(
+            scratch,
+            base_dir,
+            templates=templates,
+            end_ids=session.renderer.end_ids,
+            new_tokens=new_tokens,
+        )
+        hashes = context.resume_state.fingerprint["base_sha256"]
+        write_provenance(
+            scratch,
+            build_provenance(session.inputs.model.name, hashes, session.renderer, plan["now"]),
+        )
     return target
 
 
-def _record(
-    run: Run, proof: Iterable[Verdict], measured: tuple[Measured, Measured], adapter: Path, step: int
+def _build_record(
+    context: RunContext,
+    preflight_results: Iterable[CheckResult],
+    results: tuple[EvalResults, EvalResults],
+    weights_dir: Path,
+    step: int,
 ) -> RunRecord:
     """`step`: when it was measured again, those that were refused counted."""
-    before, after = measured
-    steps = [event for event in run.folder.events() if event["type"] == "step"]
+    before, after = results
+    steps = [event for event in context.folder.load_events() if event["type"] == "step"]
     return RunRecord(
         version=__version__,
-        plan=run.plan,
-        proof=tuple(proof),
-        comparisons=compare_all(before, after, step=step),
+        plan=context.plan,
+        preflight=tuple(preflight_results),
+        comparisons=compare_results(before, after, step=step),
         steps=len(steps),
         tokens=sum(event["tokens"] for event in steps),
         train_seconds=sum(event["seconds"] for event in steps),
         peak_bytes=max((event["peak_bytes"] for event in steps), default=0),
         task_tokens=dict(sum((Counter(event["task_tokens"]) for event in steps), Counter[str]())),
-        adapter=str(adapter),
-        samples=shown_answers(before, after),
+        adapter=str(weights_dir),
+        samples=select_sample_pairs(before, after),
         shared_tokens=sum(event["shared_tokens"] for event in steps),
-        drift=drift_of(run.folder.path),
-        moved=moved(before, after, step=step),
-        rollbacks=run.folder.rollbacks(),
+        input_changes=read_drift(context.folder.path),
+        kl_scores=compute_kl_scores(before, after, step=step),
+        rollbacks=context.folder.load_rollbacks(),
     )

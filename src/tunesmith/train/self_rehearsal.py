@@ -18,150 +18,207 @@ from collections.abc import Iterator, Sequence
 
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import Verdict
-from tunesmith.core.json_io import json_bytes
-from tunesmith.core.run_dir import OWN_ROWS, RunFolder
-from tunesmith.core.types import Generation, Json, Plan, Request, Row
+from tunesmith.core.events import CheckResult
+from tunesmith.core.json_io import dump_json
+from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, RunFolder
+from tunesmith.core.types import GenerationOutput, GenerationRequest, Json, Plan, Row
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.checks.run import check
-from tunesmith.data.constraints import Never
+from tunesmith.data.checks.run import check_data
+from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.formats.row_formats import parse
-from tunesmith.data.hashing import digests
-from tunesmith.data.readers.decode import Spot, decode_json
-from tunesmith.data.tokenizer.eos import separator_of
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.generation.engine import common_start, generate
+from tunesmith.data.formats.row_formats import parse_row
+from tunesmith.data.hashing import hash_example
+from tunesmith.data.readers.decode import SourceLocation, decode_json
+from tunesmith.data.tokenizer.eos import find_separator
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.generation.engine import find_common_prefix, generate
 from tunesmith.recipe.fields import DataSource
-from tunesmith.session.inputs import Facts, measured_roles
-from tunesmith.session.session import model_at_start
+from tunesmith.session.inputs import RunInputs, open_eval_datasets
+from tunesmith.session.session import load_starting_model
 
-QUESTION, ANSWER, TEXT = 128, 384, 512  # tokens at most; what is longer is unfinished
-TEMPERATURE, TOP_P = 1.0, 0.95  # as the model itself would go on, without the tail of its distribution
-EXPECTED = 128  # tokens of a row that is kept; only decides how many are written at once
-AT_ONCE = 64  # rows
-MOST_TRIES = 4  # times as many rows as would do if all were kept
-REPEATED = 0.2  # share of 4-token runs that stood there before: above it an answer is a loop
+MAX_QUESTION_TOKENS, MAX_ANSWER_TOKENS, MAX_TEXT_TOKENS = (
+    128,
+    384,
+    512,
+)  # tokens at most; what is longer is unfinished
+TEMPERATURE, TOP_P = (
+    1.0,
+    0.95,
+)  # as the model itself would go on, without the tail of its distribution
+EXPECTED_ROW_TOKENS = 128  # tokens of a row that is kept; only decides how many are written at once
+BATCH_ROWS = 64  # rows
+MAX_TRIES_FACTOR = 4  # times as many rows as would do if all were kept
+MAX_REPETITION = 0.2  # share of 4-token runs that stood there before: above it an answer is a loop
 
 
-def with_own_rows(plan: Plan, facts: Facts, folder: RunFolder) -> tuple[Plan, Facts, tuple[Verdict, ...]]:
+def add_self_rehearsal(
+    plan: Plan, inputs: RunInputs, folder: RunFolder
+) -> tuple[Plan, RunInputs, tuple[CheckResult, ...]]:
     """Nothing changes unless the plan wants rows of the model's own. Raises InputError when none of them can be used,
     MachineError without memory or disk for them."""
     if "rehearsal_tokens" not in plan.choices:
-        return plan, facts, ()
-    rows, left_out = written(model_at_start(plan, facts), plan, facts)
-    file = folder.path / OWN_ROWS
-    write_file(file, b"".join(json_bytes(row) for row in rows))
-    recipe, path = facts.recipe, [DataSource(path=file)]
-    dataset = open_dataset(path, facts.renderer, skip_bad=recipe.skip_bad, never=Never(recipe.never, bans=False))
-    report = check({"rehearsal": dataset})["rehearsal"]
-    said = f"{len(dataset):,} rows of {report.tokens:,} tokens that the model wrote itself, in {file.name}"
-    said += f"; left out: {_counted(left_out)}" if left_out else ""
-    facts = dataclasses.replace(facts, datasets={**facts.datasets, "rehearsal": dataset})
+        return plan, inputs, ()
+    rows, rejected_counts = generate_rows(load_starting_model(plan, inputs), plan, inputs)
+    file = folder.path / SELF_REHEARSAL_FILE
+    write_file(file, b"".join(dump_json(row) for row in rows))
+    recipe, sources = inputs.recipe, [DataSource(path=file)]
+    dataset = open_dataset(
+        sources,
+        inputs.renderer,
+        should_skip_invalid=recipe.skip_bad,
+        constraint_set=ConstraintSet(recipe.never, can_ban=False),
+    )
+    report = check_data({"rehearsal": dataset})["rehearsal"]
+    evidence = f"{len(dataset):,} rows of {report.tokens:,} tokens that the model wrote itself, in {file.name}"
+    evidence += f"; left out: {_format_counts(rejected_counts)}" if rejected_counts else ""
+    inputs = dataclasses.replace(inputs, datasets={**inputs.datasets, "rehearsal": dataset})
     plan = dataclasses.replace(plan, data={**plan.data, "rehearsal": report})
-    return plan, facts, (Verdict("rehearsal rows", "ok", said),)
+    return plan, inputs, (CheckResult("rehearsal rows", "ok", evidence),)
 
 
-def written(model: LanguageModel, plan: Plan, facts: Facts) -> tuple[list[Json], Counter[str]]:
+def generate_rows(
+    model: PackedCausalLM, plan: Plan, inputs: RunInputs
+) -> tuple[list[Json], Counter[str]]:
     """Rows until they have `rehearsal_tokens` together, and how many were left out for what."""
-    writer = _Writer(model, facts.renderer, plan["seed"])
-    write = writer.texts if plan["stage"] == "cpt" or not facts.renderer.has_template else writer.conversations
-    judge = _Judge(facts)
-    wanted, rows, tried = plan["rehearsal_tokens"], list[Json](), 0
-    most = MOST_TRIES * max(AT_ONCE, math.ceil(wanted / EXPECTED))
-    while judge.tokens < wanted and tried < most:
-        count = min(AT_ONCE, max(tried, math.ceil((wanted - judge.tokens) / EXPECTED)))
-        for row, problem in write(range(tried, tried + count)):
-            if not (problem := problem or judge.problem(row)):
+    writer = _RowWriter(model, inputs.renderer, plan["seed"])
+    write_rows = (
+        writer.write_texts
+        if plan["stage"] == "cpt" or not inputs.renderer.has_template
+        else writer.write_conversations
+    )
+    row_filter = _RowFilter(inputs)
+    target_tokens, rows, num_tries = plan["rehearsal_tokens"], list[Json](), 0
+    max_tries = MAX_TRIES_FACTOR * max(BATCH_ROWS, math.ceil(target_tokens / EXPECTED_ROW_TOKENS))
+    while row_filter.tokens < target_tokens and num_tries < max_tries:
+        count = min(
+            BATCH_ROWS,
+            max(num_tries, math.ceil((target_tokens - row_filter.tokens) / EXPECTED_ROW_TOKENS)),
+        )
+        for row, problem in write_rows(range(num_tries, num_tries + count)):
+            if not (problem := problem or row_filter.find_problem(row)):
                 rows.append(row)
-            judge.left_out.update([problem] if problem else ())
-        tried += count
+            row_filter.rejected_counts.update([problem] if problem else ())
+        num_tries += count
     if not rows:
-        what = f"none of {tried:,} rows that the model wrote can be used: {_counted(judge.left_out)}"
-        raise InputError(what, where="rehearsal", fix="give a file of general rows: rehearsal: {data: general.jsonl}")
-    return rows, judge.left_out
+        message = f"none of {num_tries:,} rows that the model wrote can be used: {_format_counts(row_filter.rejected_counts)}"
+        raise InputError(
+            message,
+            where="rehearsal",
+            fix="give a file of general rows: rehearsal: {data: general.jsonl}",
+        )
+    return rows, row_filter.rejected_counts
 
 
-def _counted(kinds: Counter[str]) -> str:
+def _format_counts(kinds: Counter[str]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
-class _Writer:
+class _RowWriter:
     """Rows by their numbers: a row and what is wrong with how it was written. What row n says depends on the model, n
     and the seed."""
 
-    def __init__(self, model: LanguageModel, renderer: Renderer, seed: int) -> None:
+    def __init__(self, model: PackedCausalLM, renderer: Renderer, seed: int) -> None:
         self.model, self.renderer, self.seed = model, renderer, seed
-        self.separator = separator_of(renderer.tokenizer).id
+        self.separator = find_separator(renderer.tokenizer).id
 
-    def texts(self, numbers: range) -> Iterator[tuple[Json, str]]:
-        start = tuple(self.renderer.tokenizer.bos) or (self.separator,)
-        for one in self._go_on([start] * len(numbers), numbers, TEXT):
-            yield {"text": one.text.strip()}, _problem(one)
+    def write_texts(self, numbers: range) -> Iterator[tuple[Json, str]]:
+        start = tuple(self.renderer.tokenizer.bos_ids) or (self.separator,)
+        for output in self._generate([start] * len(numbers), numbers, MAX_TEXT_TOKENS):
+            yield {"text": output.text.strip()}, _find_problem(output)
 
-    def conversations(self, numbers: range) -> Iterator[tuple[Json, str]]:
-        prompts = [self.renderer.prompt([{"role": "user", "content": text}]) for text in ("Why", "hello", "2")]
-        asked = self._go_on([common_start(prompts)] * len(numbers), numbers, QUESTION)
-        questions = [[{"role": "user", "content": one.text.strip()}] for one in asked]
-        problems = [_problem(one) for one in asked]
-        good = [i for i, problem in enumerate(problems) if not problem]
-        answers = self._go_on([self.renderer.prompt(questions[i]) for i in good], [numbers[i] for i in good], ANSWER)
-        said = dict(zip(good, answers, strict=True))
+    def write_conversations(self, numbers: range) -> Iterator[tuple[Json, str]]:
+        prompts = [
+            self.renderer.encode_prompt([{"role": "user", "content": text}])
+            for text in ("Why", "hello", "2")
+        ]
+        question_outputs = self._generate(
+            [find_common_prefix(prompts)] * len(numbers), numbers, MAX_QUESTION_TOKENS
+        )
+        questions = [
+            [{"role": "user", "content": output.text.strip()}] for output in question_outputs
+        ]
+        problems = [_find_problem(output) for output in question_outputs]
+        valid_indices = [i for i, problem in enumerate(problems) if not problem]
+        answers = self._generate(
+            [self.renderer.encode_prompt(questions[i]) for i in valid_indices],
+            [numbers[i] for i in valid_indices],
+            MAX_ANSWER_TOKENS,
+        )
+        answer_by_index = dict(zip(valid_indices, answers, strict=True))
         for i, question in enumerate(questions):
-            turns = [{"role": "assistant", "content": said[i].text.strip()}] if i in said else []
-            yield {"messages": question + turns}, problems[i] or _problem(said[i])
+            answer_turns = (
+                [{"role": "assistant", "content": answer_by_index[i].text.strip()}]
+                if i in answer_by_index
+                else []
+            )
+            yield (
+                {"messages": question + answer_turns},
+                problems[i] or _find_problem(answer_by_index[i]),
+            )
 
-    def _go_on(self, prompts: Sequence[tuple[int, ...]], numbers: Sequence[int], most: int) -> list[Generation]:
+    def _generate(
+        self, prompts: Sequence[tuple[int, ...]], numbers: Sequence[int], max_new_tokens: int
+    ) -> list[GenerationOutput]:
         """What the model writes after each prompt."""
-        seeds = [(self.seed << 31) + 2 * number + (most == ANSWER) for number in numbers]
+        seeds = [
+            (self.seed << 31) + 2 * number + (max_new_tokens == MAX_ANSWER_TOKENS)
+            for number in numbers
+        ]
         requests = [
-            Request(prompt, most, TEMPERATURE, TOP_P, seed) for prompt, seed in zip(prompts, seeds, strict=True)
+            GenerationRequest(prompt, max_new_tokens, TEMPERATURE, TOP_P, seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         ends = {*self.renderer.end_ids, self.separator}
-        found = generate(self.model, requests, decode=self.renderer.decode, end_ids=ends)
-        return [generation for _, generation in sorted(found, key=lambda pair: pair[0])]
+        outputs = generate(self.model, requests, decode=self.renderer.decode, end_ids=ends)
+        return [generation for _, generation in sorted(outputs, key=lambda pair: pair[0])]
 
 
-def _problem(one: Generation) -> str:
-    if one.finished != "end":
+def _find_problem(output: GenerationOutput) -> str:
+    if output.finish_reason != "end":
         return "unfinished"
-    if not one.text.strip():
+    if not output.text.strip():
         return "empty"
-    return "repetitive" if repeated(one.tokens) > REPEATED else ""
+    return "repetitive" if compute_repetition(output.tokens) > MAX_REPETITION else ""
 
 
-def repeated(tokens: Sequence[int]) -> float:
+def compute_repetition(tokens: Sequence[int]) -> float:
     """The share of runs of four tokens that stood there before."""
-    runs = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    ngrams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-class _Judge:
+class _RowFilter:
     """Knows what was kept so far, and what is measured."""
 
-    def __init__(self, facts: Facts) -> None:
-        self.renderer = facts.renderer
-        self.measured = {
+    def __init__(self, inputs: RunInputs) -> None:
+        self.renderer = inputs.renderer
+        self.eval_digests = {
             int(content)
-            for rows in measured_roles(facts.recipe, facts.datasets, facts.renderer).values()
+            for rows in open_eval_datasets(inputs.recipe, inputs.datasets, inputs.renderer).values()
             for content in rows.contents_N
         }
-        self.kept: set[int] = set()
-        self.tokens, self.left_out = 0, Counter[str]()
+        self.accepted_digests: set[int] = set()
+        self.tokens, self.rejected_counts = 0, Counter[str]()
 
-    def problem(self, row: Json) -> str:
+    def find_problem(self, row: Json) -> str:
         """Why a row is not kept; one that is counts from now on."""
         try:
-            row = decode_json(json_bytes(row), Spot(OWN_ROWS))  # as it will be read
-            example = parse(Row("", row), "messages" if "messages" in row else "text", self.renderer.has_template)
-            documents = self.renderer.documents(example).documents
+            row = decode_json(
+                dump_json(row), SourceLocation(SELF_REHEARSAL_FILE)
+            )  # as it will be read
+            example = parse_row(
+                Row("", row),
+                "messages" if "messages" in row else "text",
+                self.renderer.has_template,
+            )
+            documents = self.renderer.render_documents(example).documents
         except InputError:
             return "that cannot be read or rendered"
-        content = digests(example)[0]
-        if content in self.measured:
+        digest = hash_example(example)[0]
+        if digest in self.eval_digests:
             return "that are measured"
-        if content in self.kept:
+        if digest in self.accepted_digests:
             return "duplicate"
-        self.kept.add(content)
+        self.accepted_digests.add(digest)
         self.tokens += sum(len(document) for document in documents)
         return ""

@@ -22,44 +22,48 @@ from tunesmith.core.errors import Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopWish:
+class GracefulStop:
     """`signal` is the number of the signal that came, 0 if none. `resume_with`: what the message tells to do; it may
     change on the way."""
 
-    def __init__(self, resume_with: str = "") -> None:
-        self.signal, self.resume_with = 0, resume_with
-        self._at_once = False
-        self._former: dict[signal.Signals, Any] = {}
+    def __init__(self, resume_hint: str = "") -> None:
+        self.signal_number, self.resume_hint = 0, resume_hint
+        self._is_immediate = False
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous_handlers = {
+                number: signal.signal(number, self._handle_signal) for number in SIGNALS
+            }
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._former = {}
+        self._previous_handlers = {}
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
         self.__exit__()
-        self.signal = number
-        if self._at_once:
-            self.obey()
+        self.signal_number = number
+        if self._is_immediate:
+            self.raise_if_requested()
 
-    def obey(self) -> None:
+    def raise_if_requested(self) -> None:
         """Raises Interrupted if a signal has come: exit code 130 for SIGINT, 143 for SIGTERM."""
-        if self.signal:
-            error = Interrupted(f"stopped by {signal.Signals(self.signal).name}", fix=self.resume_with)
-            error.exit_code = 128 + self.signal
+        if self.signal_number:
+            error = Interrupted(
+                f"stopped by {signal.Signals(self.signal_number).name}", fix=self.resume_hint
+            )
+            error.exit_code = 128 + self.signal_number
             raise error
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def immediate(self) -> Iterator[None]:
         """Inside, and on entering, a signal raises Interrupted from whatever line it finds."""
-        self._at_once = True
+        self._is_immediate = True
         try:
-            self.obey()
+            self.raise_if_requested()
             yield
         finally:
-            self._at_once = False
+            self._is_immediate = False

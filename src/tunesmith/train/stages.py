@@ -19,112 +19,133 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from tunesmith.core.atomic import damage, write_file
+from tunesmith.core.atomic import verify_dir, write_file
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import GENERAL, Event, Stage, Verdict
-from tunesmith.core.json_io import from_json, json_bytes, read_json
+from tunesmith.core.events import GENERAL_TASK, CheckResult, Event, StageStart
+from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.run_dir import (
-    AFTER,
-    BEFORE,
-    IDENTITY,
-    MODEL,
-    OF_STAGES,
-    PLAN,
-    RECORD,
-    STAGES,
+    EVAL_AFTER_FILE,
+    EVAL_BEFORE_FILE,
+    FINGERPRINT_FILE,
+    MODEL_DIR,
+    PLAN_FILE,
+    RECORD_FILE,
+    STAGES_DIR,
+    STAGES_FILE,
     RunFolder,
-    next_run_folder,
-    plan_in,
+    pick_run_folder,
+    read_run_plan,
 )
-from tunesmith.core.types import Choice, Comparison, Json, Plan, RunRecord
+from tunesmith.core.types import Comparison, Json, Plan, PlanValue, RunRecord
 from tunesmith.evaluate import finished_run
-from tunesmith.evaluate.measure import items_of, measure
-from tunesmith.evaluate.results import RETENTION, Measured, compare_all, shown_answers
-from tunesmith.model.causal_lm import LanguageModel
+from tunesmith.evaluate.measure import build_eval_items, measure_items
+from tunesmith.evaluate.results import (
+    RETENTION_DATA,
+    EvalResults,
+    compare_results,
+    select_sample_pairs,
+)
+from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.oom import memory_errors
-from tunesmith.plan.build import agrees, words
+from tunesmith.plan.build import is_compatible, normalize
 from tunesmith.plan.stages import StagedPlan
-from tunesmith.recipe.load import kept_recipe
+from tunesmith.recipe.load import recipe_from_plan
 from tunesmith.recipe.schema import Stages
 from tunesmith.session import inputs
-from tunesmith.session.inputs import Facts
-from tunesmith.session.reopen import known_again, model_left
-from tunesmith.session.session import model_at_start, only_model
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.reopen import load_trained_model, reload_inputs
+from tunesmith.session.session import load_starting_model, open_eval_session
 from tunesmith.train import run
 from tunesmith.train.model_card import write_card
-from tunesmith.train.signals import StopWish
+from tunesmith.train.signals import GracefulStop
 
-LAYERS = "lora_target_modules"
-HANDED_ON = ("method", "lora_r", "lora_alpha", LAYERS, "use_rslora", "use_dora")
-BETWEEN = "between_stages"
-GOES_ON, MERGED = "the adapter goes on", "merged"
-ON = Choice(
-    GOES_ON, "rule", "nothing is rounded, the whole run is one adapter, and the base is there without it", "ours"
+TARGET_MODULES_KEY = "lora_target_modules"
+INHERITED_KEYS = ("method", "lora_r", "lora_alpha", TARGET_MODULES_KEY, "use_rslora", "use_dora")
+BETWEEN_KEY = "between_stages"
+CONTINUE_ADAPTER, MERGED = "the adapter goes on", "merged"
+CONTINUE_CHOICE = PlanValue(
+    CONTINUE_ADAPTER,
+    "rule",
+    "nothing is rounded, the whole run is one adapter, and the base is there without it",
+    "ours",
 )
 
 
 # ---------------------------------------------------------------- before a run
 
 
-def gather(stages: Stages, *, weights: bool = True) -> tuple[Facts, ...]:
+def load_stage_inputs(stages: Stages, *, weights: bool = True) -> tuple[RunInputs, ...]:
     """The facts of each stage; dates are frozen at one moment."""
-    wished, now = stages.recipes[0].output_dir, datetime.now()
-    whole = wished if isinstance(wished, Path) else next_run_folder(Path("runs"), "run")
+    output_dir, now = stages.recipes[0].output_dir, datetime.now()
+    run_dir = output_dir if isinstance(output_dir, Path) else pick_run_folder(Path("runs"), "run")
     return tuple(
-        inputs.gather(recipe, now=now, output_dir=whole / OF_STAGES / f"{number}-{recipe.stage}", weights=weights)
+        inputs.load_inputs(
+            recipe,
+            now=now,
+            output_dir=run_dir / STAGES_DIR / f"{number}-{recipe.stage}",
+            needs_weights=weights,
+        )
         for number, recipe in enumerate(stages.recipes, start=1)
     )
 
 
-def make_plan(known: Sequence[Facts]) -> StagedPlan:
+def make_staged_plan(stage_inputs: Sequence[RunInputs]) -> StagedPlan:
     """InputError for a stage that cannot be, or cannot go on with what the one before leaves."""
     plans: list[Plan] = []
-    for one in known:
-        plan = inputs.make_plan(one, _handed_on(plans[-1], one) if plans else None)
-        if plans and _tokens(plan) != _tokens(plans[0]):
-            what = f"the stage {plan['stage']} adds other tokens than the first one, whose rows it goes on with"
-            raise InputError(what, where="add_tokens", fix="add all of them in every stage")
+    for run_inputs in stage_inputs:
+        plan = inputs.make_plan(
+            run_inputs, _inherit_values(plans[-1], run_inputs) if plans else None
+        )
+        if plans and _get_added_tokens(plan) != _get_added_tokens(plans[0]):
+            message = f"the stage {plan['stage']} adds other tokens than the first one, whose rows it goes on with"
+            raise InputError(message, where="add_tokens", fix="add all of them in every stage")
         plans.append(plan)
-    return StagedPlan(str(known[0].output_dir.parent.parent), tuple(plans))
+    return StagedPlan(str(stage_inputs[0].output_dir.parent.parent), tuple(plans))
 
 
-def _tokens(plan: Plan) -> dict[str, int]:
+def _get_added_tokens(plan: Plan) -> dict[str, int]:
     return plan["add_tokens"] if "add_tokens" in plan.choices else {}
 
 
-def _handed_on(before: Plan, after: Facts) -> dict[str, Choice]:
+def _inherit_values(previous_plan: Plan, next_inputs: RunInputs) -> dict[str, PlanValue]:
     """What the stage before has decided of the next one."""
-    name = Path(before["output_dir"]).name
-    if why := _why_merged(before, after, name):
-        return {BETWEEN: Choice(MERGED, "rule", why, "ours")}
-    return {key: Choice(before[key], "rule", f"the adapter of {name}, which goes on") for key in HANDED_ON} | {
-        BETWEEN: ON
-    }
+    name = Path(previous_plan["output_dir"]).name
+    if reason := _explain_merge(previous_plan, next_inputs, name):
+        return {BETWEEN_KEY: PlanValue(MERGED, "rule", reason, "ours")}
+    return {
+        key: PlanValue(previous_plan[key], "rule", f"the adapter of {name}, which goes on")
+        for key in INHERITED_KEYS
+    } | {BETWEEN_KEY: CONTINUE_CHOICE}
 
 
-def _why_merged(before: Plan, after: Facts, name: str) -> str:
+def _explain_merge(previous_plan: Plan, next_inputs: RunInputs, name: str) -> str:
     """Why no adapter can go on; "" where one can, which is better."""
-    if before["method"] == "full":
+    if previous_plan["method"] == "full":
         return f"all weights of {name} were trained: the model that it leaves is the base of this stage"
-    for key in HANDED_ON:
-        wish = getattr(after.recipe, key)
-        if not agrees(wish, before[key]) and not (key == LAYERS and inputs.same_layers(after, wish, before[key])):
-            differs = f"{key} is {words(wish)} here, and {words(before[key])} in the adapter of {name}"
-            return f"{differs}: that one goes into the weights, and what comes out is the base of this stage"
+    for key in INHERITED_KEYS:
+        requested = getattr(next_inputs.recipe, key)
+        if not is_compatible(requested, previous_plan[key]) and not (
+            key == TARGET_MODULES_KEY
+            and inputs.has_same_layers(next_inputs, requested, previous_plan[key])
+        ):
+            message = f"{key} is {normalize(requested)} here, and {normalize(previous_plan[key])} in the adapter of {name}"
+            return f"{message}: that one goes into the weights, and what comes out is the base of this stage"
     return ""
 
 
 # ---------------------------------------------------------------- a run
 
 
-def train(staged: StagedPlan, known: Sequence[Facts] | None = None, *, allow_code: bool = False) -> Iterator[Event]:
+def train(
+    staged: StagedPlan, stage_inputs: Sequence[RunInputs] | None = None, *, allow_code: bool = False
+) -> Iterator[Event]:
     """A new run. Raises what `run.train` raises; what any stage would refuse is refused before the first begins."""
-    known = known or tuple(inputs.regather(plan) for plan in staged.plans)
-    for plan, one in zip(staged.plans, known, strict=True):
-        run.check(plan, one, allow_code=allow_code)
+    stage_inputs = stage_inputs or tuple(inputs.reload_inputs(plan) for plan in staged.plans)
+    for plan, run_inputs in zip(staged.plans, stage_inputs, strict=True):
+        run.check_run(plan, run_inputs, allow_code=allow_code)
     with RunFolder.create(Path(staged.output_dir)) as folder:
-        folder.write_json(STAGES, staged)
-        yield from _stages(folder, staged, known[0], allow_code=allow_code)
+        folder.write_json(STAGES_FILE, staged)
+        yield from _run_stages(folder, staged, stage_inputs[0], allow_code=allow_code)
 
 
 def resume(
@@ -132,161 +153,218 @@ def resume(
 ) -> Iterator[Event]:
     """Goes on with the first stage that is not finished, then with those after it. `from_step` is of that stage."""
     with RunFolder.open(path) as folder:
-        if (path / RECORD).exists():
-            raise InputError("this run is finished", where=str(path), fix="start a new one with another output_dir")
-        allowed = {"allow_drift": allow_drift, "from_step": from_step, "allow_code": allow_code}
-        yield from _stages(folder, read_staged(path), None, **allowed)
+        if (path / RECORD_FILE).exists():
+            raise InputError(
+                "this run is finished",
+                where=str(path),
+                fix="start a new one with another output_dir",
+            )
+        options = {"allow_drift": allow_drift, "from_step": from_step, "allow_code": allow_code}
+        yield from _run_stages(folder, read_staged(path), None, **options)
 
 
 def read_staged(path: Path) -> StagedPlan:
-    return from_json(StagedPlan, read_json(path / STAGES), where=str(path / STAGES))
+    return parse_as(StagedPlan, read_json(path / STAGES_FILE), where=str(path / STAGES_FILE))
 
 
-def _stages(
+def _run_stages(
     folder: RunFolder,
     staged: StagedPlan,
-    first: Facts | None,
+    first_inputs: RunInputs | None,
     *,
     allow_drift: bool = False,
     from_step: int | None = None,
     allow_code: bool = False,
 ) -> Iterator[Event]:
-    places = _places(folder.path, staged)
-    for number, (place, plan) in enumerate(zip(places, staged.plans, strict=True)):
-        if (place / RECORD).exists():
+    stage_dirs = _list_stage_dirs(folder.path, staged)
+    for number, (stage_dir, plan) in enumerate(zip(stage_dirs, staged.plans, strict=True)):
+        if (stage_dir / RECORD_FILE).exists():
             continue
-        stage = Stage(number + 1, len(places), plan["stage"], plan.steps, f"{OF_STAGES}/{place.name}")
+        stage = StageStart(
+            number + 1, len(stage_dirs), plan["stage"], plan.steps, f"{STAGES_DIR}/{stage_dir.name}"
+        )
         folder.append_event(stage)
         yield stage
-        if (place / PLAN).exists():
-            yield from run.resume(place, allow_drift=allow_drift, from_step=from_step, allow_code=allow_code)
+        if (stage_dir / PLAN_FILE).exists():
+            yield from run.resume(
+                stage_dir, allow_drift=allow_drift, from_step=from_step, allow_code=allow_code
+            )
         elif number == 0:
-            begun = (plan, first) if first else _begun(plan, place, {})
-            yield from run.train(*begun, allow_code=allow_code)
-        elif plan[BETWEEN] == GOES_ON:
-            begun = _begun(plan, place, _going_on(places[number - 1]))
-            yield from run.train(*begun, allow_code=allow_code)
+            prepared = (plan, first_inputs) if first_inputs else _prepare_stage(plan, stage_dir, {})
+            yield from run.train(*prepared, allow_code=allow_code)
+        elif plan[BETWEEN_KEY] == CONTINUE_ADAPTER:
+            prepared = _prepare_stage(plan, stage_dir, _build_adapter_start(stage_dirs[number - 1]))
+            yield from run.train(*prepared, allow_code=allow_code)
         else:
-            base, said = _model_of(places[number - 1])
-            for verdict in said:
+            model_dir, verdicts = _merge_stage_model(stage_dirs[number - 1])
+            for verdict in verdicts:
                 folder.append_event(verdict)
                 yield verdict
-            begun = _begun(plan, place, {"model": str(base.absolute()), "add_tokens": []})
-            yield from run.train(*begun, allow_code=allow_code)
+            prepared = _prepare_stage(
+                plan, stage_dir, {"model": str(model_dir.absolute()), "add_tokens": []}
+            )
+            yield from run.train(*prepared, allow_code=allow_code)
         from_step = None
-    with StopWish(f"go on with: tunesmith resume {folder.path}") as wish, wish.at_once(), memory_errors():
-        record = _record(folder.path, staged, allow_code=allow_code)
-    folder.settle()
-    write_card(record, read_json(places[-1] / IDENTITY), stages=[place.name for place in places])
-    folder.write_json(RECORD, record)
+    with (
+        GracefulStop(f"go on with: tunesmith resume {folder.path}") as stop,
+        stop.immediate(),
+        memory_errors(),
+    ):
+        record = _build_record(folder.path, staged, allow_code=allow_code)
+    folder.flush()
+    write_card(
+        record,
+        read_json(stage_dirs[-1] / FINGERPRINT_FILE),
+        stages=[stage_dir.name for stage_dir in stage_dirs],
+    )
+    folder.write_json(RECORD_FILE, record)
 
 
-def _places(path: Path, staged: StagedPlan) -> list[Path]:
-    return [path / OF_STAGES / Path(plan["output_dir"]).name for plan in staged.plans]
+def _list_stage_dirs(path: Path, staged: StagedPlan) -> list[Path]:
+    return [path / STAGES_DIR / Path(plan["output_dir"]).name for plan in staged.plans]
 
 
-def _going_on(before: Path) -> Json:
+def _build_adapter_start(previous_dir: Path) -> Json:
     """What a stage starts with: the adapter of the one before, and its base."""
-    return {"adapter_from": str(before.absolute()), "model": plan_in(before).recipe["model"]}
+    return {
+        "adapter_from": str(previous_dir.absolute()),
+        "model": read_run_plan(previous_dir).recipe["model"],
+    }
 
 
-def _model_of(before: Path) -> tuple[Path, list[Verdict]]:
+def _merge_stage_model(previous_dir: Path) -> tuple[Path, list[CheckResult]]:
     """The folder of the whole model that a stage left, merged if it is not there yet; and what there is to say.
     GateError when the merged weights do not answer as the run does."""
-    if plan_in(before)["method"] == "full":
-        return before / MODEL, []
-    place, said = before / MERGED, list[Verdict]()
-    if not place.exists():
+    if read_run_plan(previous_dir)["method"] == "full":
+        return previous_dir / MODEL_DIR, []
+    merged_dir, verdicts = previous_dir / MERGED, list[CheckResult]()
+    if not merged_dir.exists():
         with memory_errors():
-            parity = finished_run.export(before, "merged", out=place).parity
-        close = f"{parity.same_answers} of {parity.prompts} answers are the run's, KL {parity.mean_kl:.1e} nats"
-        said.append(Verdict(MERGED, "ok", f"{OF_STAGES}/{before.name}/{MERGED}: {close}"))
-    elif problem := damage(place):
-        raise InputError(f"not as it was written: {problem}", where=str(place), fix="remove it: it is made again")
-    return place, said
+            parity = finished_run.export_run(previous_dir, "merged", out=merged_dir).parity
+        evidence = f"{parity.same_answers} of {parity.prompts} answers are the run's, KL {parity.mean_kl:.1e} nats"
+        verdicts.append(
+            CheckResult(MERGED, "ok", f"{STAGES_DIR}/{previous_dir.name}/{MERGED}: {evidence}")
+        )
+    elif problem := verify_dir(merged_dir):
+        raise InputError(
+            f"not as it was written: {problem}",
+            where=str(merged_dir),
+            fix="remove it: it is made again",
+        )
+    return merged_dir, verdicts
 
 
-def _begun(plan: Plan, place: Path, start: Json) -> tuple[Plan, Facts]:
+def _prepare_stage(plan: Plan, stage_dir: Path, overrides: Json) -> tuple[Plan, RunInputs]:
     """The plan of a stage made again, now that there is something to start from. Raises InputError when its rows have
     changed since the first plan."""
-    recipe = kept_recipe(plan.recipe | start)
-    known = inputs.gather(recipe, now=datetime.fromisoformat(plan["now"]), output_dir=place)
-    inputs.refuse_other_rows(plan, known)
-    return inputs.make_plan(known, {BETWEEN: plan.choices[BETWEEN]} if start else None), known
+    recipe = recipe_from_plan(plan.recipe | overrides)
+    run_inputs = inputs.load_inputs(
+        recipe, now=datetime.fromisoformat(plan["now"]), output_dir=stage_dir
+    )
+    inputs.refuse_changed_rows(plan, run_inputs)
+    return inputs.make_plan(
+        run_inputs, {BETWEEN_KEY: plan.choices[BETWEEN_KEY]} if overrides else None
+    ), run_inputs
 
 
 # ---------------------------------------------------------------- after a run
 
 
-def evaluate(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
+def evaluate_stages(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
     """The before/after of the whole, measured again."""
     staged = read_staged(path)
-    return compare_all(*_measured(path, staged, allow_code=allow_code), step=staged.steps)
+    return compare_results(*_measure_stages(path, staged, allow_code=allow_code), step=staged.steps)
 
 
-def _measured(path: Path, staged: StagedPlan, *, allow_code: bool) -> tuple[Measured, Measured]:
+def _measure_stages(
+    path: Path, staged: StagedPlan, *, allow_code: bool
+) -> tuple[EvalResults, EvalResults]:
     """What every stage measures, on the model that the first began with and on what the last one left."""
-    places = _places(path, staged)
-    plans = [plan_in(place) for place in places]
-    known = [known_again(plan, place) for plan, place in zip(plans, places, strict=True)]
-    items = [items_of(plan, one, allow_code=allow_code) for plan, one in zip(plans, known, strict=True)]
-    texts = [plan.recipe["retention_data"] for plan in plans]
+    stage_dirs = _list_stage_dirs(path, staged)
+    plans = [read_run_plan(stage_dir) for stage_dir in stage_dirs]
+    stage_inputs = [
+        reload_inputs(plan, stage_dir) for plan, stage_dir in zip(plans, stage_dirs, strict=True)
+    ]
+    items = [
+        build_eval_items(plan, run_inputs, allow_code=allow_code)
+        for plan, run_inputs in zip(plans, stage_inputs, strict=True)
+    ]
+    text_sources = [plan.recipe["retention_data"] for plan in plans]
     for number in range(len(items)):
-        if texts[number] in texts[number + 1 :]:
+        if text_sources[number] in text_sources[number + 1 :]:
             items[number] = dataclasses.replace(items[number], texts=())
 
-    def of_all(model: LanguageModel, step: int) -> Measured:
-        stages = zip(places, plans, known, items, strict=True)
-        found = [
-            _of_stage(place.name, measure(only_model(plan, one, model), those, step=step))
-            for place, plan, one, those in stages
+    def measure_all(model: PackedCausalLM, step: int) -> EvalResults:
+        stages = zip(stage_dirs, plans, stage_inputs, items, strict=True)
+        results = [
+            _prefix_tasks(
+                stage_dir.name,
+                measure_items(open_eval_session(plan, run_inputs, model), stage_items, step=step),
+            )
+            for stage_dir, plan, run_inputs, stage_items in stages
         ]
-        return _joined(found)
+        return _join_results(results)
 
-    after = of_all(model_left(places[-1], plans[-1], known[-1]), staged.steps)
-    start = inputs.start_of(plans[0], known[0].model.path)
-    before = of_all(model_at_start(plans[0], dataclasses.replace(known[0], adapter=start)), 0)
+    after = measure_all(
+        load_trained_model(stage_dirs[-1], plans[-1], stage_inputs[-1]), staged.steps
+    )
+    adapter = inputs.load_starting_adapter(plans[0], stage_inputs[0].model.path)
+    before = measure_all(
+        load_starting_model(plans[0], dataclasses.replace(stage_inputs[0], adapter=adapter)), 0
+    )
     return before, after
 
 
-def _of_stage(name: str, measured: Measured) -> Measured:
+def _prefix_tasks(name: str, results: EvalResults) -> EvalResults:
     """Its tasks and items under the name of the stage; general text is the same for all."""
-    own = [
-        one if one.task == GENERAL else dataclasses.replace(one, task=f"{name} {one.task}")
-        for one in measured.measurements
+    measurements = [
+        measurement
+        if measurement.task == GENERAL_TASK
+        else dataclasses.replace(measurement, task=f"{name} {measurement.task}")
+        for measurement in results.measurements
     ]
-    contents = {role if role == RETENTION else f"{name} {role}": rows for role, rows in measured.contents.items()}
-    return dataclasses.replace(measured, measurements=tuple(own), contents=contents)
+    contents = {
+        role if role == RETENTION_DATA else f"{name} {role}": rows
+        for role, rows in results.digests.items()
+    }
+    return dataclasses.replace(results, measurements=tuple(measurements), contents=contents)
 
 
-def _joined(of_stages: Sequence[Measured]) -> Measured:
-    return Measured(
-        tuple(one for measured in of_stages for one in measured.measurements),
-        tuple(sample for measured in of_stages for sample in measured.samples),
-        {role: rows for measured in of_stages for role, rows in measured.contents.items()},
-        tuple(row for measured in of_stages for row in measured.shown),
+def _join_results(stage_results: Sequence[EvalResults]) -> EvalResults:
+    return EvalResults(
+        tuple(measurement for results in stage_results for measurement in results.measurements),
+        tuple(sample for results in stage_results for sample in results.samples),
+        {role: rows for results in stage_results for role, rows in results.digests.items()},
+        tuple(row for results in stage_results for row in results.shown_ids),
     )
 
 
-def _record(path: Path, staged: StagedPlan, *, allow_code: bool) -> RunRecord:
+def _build_record(path: Path, staged: StagedPlan, *, allow_code: bool) -> RunRecord:
     """Sums over the stages, and the whole's own before and after."""
-    places = _places(path, staged)
-    of_stages = [from_json(RunRecord, read_json(place / RECORD), where=str(place / RECORD)) for place in places]
-    before, after = _measured(path, staged, allow_code=allow_code)
-    for name, measured in ((BEFORE, before), (AFTER, after)):
-        write_file(path / name, json_bytes(measured, indent=2))
+    stage_dirs = _list_stage_dirs(path, staged)
+    stage_records = [
+        parse_as(RunRecord, read_json(stage_dir / RECORD_FILE), where=str(stage_dir / RECORD_FILE))
+        for stage_dir in stage_dirs
+    ]
+    before, after = _measure_stages(path, staged, allow_code=allow_code)
+    for name, results in ((EVAL_BEFORE_FILE, before), (EVAL_AFTER_FILE, after)):
+        write_file(path / name, dump_json(results, indent=2))
     return dataclasses.replace(
-        of_stages[-1],
-        moved=(),  # of the last stage alone, as are its scales
+        stage_records[-1],
+        kl_scores=(),  # of the last stage alone, as are its scales
         scales=(),
-        proof=tuple(verdict for one in of_stages for verdict in one.proof),
-        comparisons=compare_all(before, after, step=staged.steps),
-        samples=shown_answers(before, after),
-        steps=sum(one.steps for one in of_stages),
-        tokens=sum(one.tokens for one in of_stages),
-        train_seconds=sum(one.train_seconds for one in of_stages),
-        peak_bytes=max(one.peak_bytes for one in of_stages),
-        task_tokens=dict(sum((Counter(one.task_tokens) for one in of_stages), Counter[str]())),
-        shared_tokens=sum(one.shared_tokens for one in of_stages),
-        drift=tuple(dict.fromkeys(text for one in of_stages for text in one.drift)),
+        preflight=tuple(verdict for record in stage_records for verdict in record.preflight),
+        comparisons=compare_results(before, after, step=staged.steps),
+        samples=select_sample_pairs(before, after),
+        steps=sum(record.steps for record in stage_records),
+        tokens=sum(record.tokens for record in stage_records),
+        train_seconds=sum(record.train_seconds for record in stage_records),
+        peak_bytes=max(record.peak_bytes for record in stage_records),
+        task_tokens=dict(
+            sum((Counter(record.task_tokens) for record in stage_records), Counter[str]())
+        ),
+        shared_tokens=sum(record.shared_tokens for record in stage_records),
+        input_changes=tuple(
+            dict.fromkeys(text for record in stage_records for text in record.input_changes)
+        ),
     )

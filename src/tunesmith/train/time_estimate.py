@@ -12,112 +12,153 @@ import math
 from collections.abc import Sequence
 
 from tunesmith.core.types import Document, Plan
-from tunesmith.evaluate.adapter_scaling import SCALES, TOKENS
+from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES, MAX_TOKENS
 from tunesmith.evaluate.general_text import GeneralText
-from tunesmith.evaluate.generate_until import Question, answer_length
-from tunesmith.evaluate.measure import items_of
-from tunesmith.model.generation.engine import MOST_ROWS, common_start
-from tunesmith.plan.flops import run_flops, tokens_computed
-from tunesmith.plan.guard import guards, probe_tokens
-from tunesmith.plan.memory import lora_parameters
-from tunesmith.recipe.fields import own_metric
-from tunesmith.session.inputs import Facts
-from tunesmith.train.base_reference import is_switched
-from tunesmith.train.guard.probes import TEXT_CHARACTERS, TEXTS
+from tunesmith.evaluate.generate_until import EvalPrompt, compute_max_new_tokens
+from tunesmith.evaluate.measure import build_eval_items
+from tunesmith.model.generation.engine import MAX_BATCH_ROWS, find_common_prefix
+from tunesmith.plan.flops import count_computed_tokens, estimate_run_flops
+from tunesmith.plan.guard import count_probe_tokens, has_guard
+from tunesmith.plan.memory import count_lora_parameters
+from tunesmith.recipe.fields import parse_custom_metric
+from tunesmith.session.inputs import RunInputs
+from tunesmith.train.base_reference import can_disable_adapter
+from tunesmith.train.guard.probes import MAX_TEXT_CHARS, MAX_TEXTS
 
 # In tokens of a forward, fitted to runs on two cores of a CPU (docs/plan.md): what a step of answers takes beside its
 # rows, and what the proof takes, whose documents are few and cut.
-STEP_TOKENS, PROOF_TOKENS = 60, 6000
+DECODE_STEP_TOKENS, PREFLIGHT_TOKENS = 60, 6000
 LOAD_SECONDS = 3.0  # imports, weights, the first products
 
 
-def with_finish(plan: Plan, beside: Beside) -> Plan:
-    (training,) = plan.seconds
+def add_run_seconds(plan: Plan, eval_cost: EvalCostEstimate) -> Plan:
+    (train_seconds,) = plan.seconds
     rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
-    step = run_flops(plan) / tokens_computed(plan)
-    forward = 2 * (plan.model.block_parameters + lora_parameters(plan.model, rank)) / step  # the share of a step's time
-    more = beside.tokens() / tokens_computed(plan) * forward
-    return dataclasses.replace(plan, whole_seconds=LOAD_SECONDS + training * (1 + more))
+    token_flops = estimate_run_flops(plan) / count_computed_tokens(plan)
+    forward_share = (
+        2 * (plan.model.block_parameters + count_lora_parameters(plan.model, rank)) / token_flops
+    )  # the share of a step's time
+    overhead = eval_cost.count_tokens() / count_computed_tokens(plan) * forward_share
+    return dataclasses.replace(plan, total_seconds=LOAD_SECONDS + train_seconds * (1 + overhead))
 
 
-class Beside:
+class EvalCostEstimate:
     """The parts of a run that are no steps, in tokens of a forward through all layers."""
 
-    def __init__(self, plan: Plan, facts: Facts) -> None:
+    def __init__(self, plan: Plan, inputs: RunInputs) -> None:
         """Raises InputError, as a run does, for items that cannot be measured."""
-        self.plan, self.text_tokens = plan, facts.renderer.text_tokens
-        self.items, self.switched = items_of(_without_code(plan), facts), is_switched(plan, facts)
-        self.known_ends = 1 if facts.adapter else 2  # of the scales
-        self.head = plan.model.head_parameters / max(1, plan.model.block_parameters)
-        held_out = {role: self._read(texts) for role, texts in self.items.held_out.items()}
-        self.general = self._read(self.items.texts)
-        self.eval_tokens = _length(self.items.eval_documents) + held_out.get("eval_data", 0.0)
-        self.test_tokens = _length(self.items.test_documents) + held_out.get("test_data", 0.0)
+        self.plan, self.text_tokens = plan, inputs.renderer.encode_text
+        self.items, self.can_disable_adapter = (
+            build_eval_items(_drop_custom_metrics(plan), inputs),
+            can_disable_adapter(plan, inputs),
+        )
+        self.num_measured_scales = 1 if inputs.adapter else 2  # of the scales
+        self.head_ratio = plan.model.head_parameters / max(1, plan.model.block_parameters)
+        held_out = {
+            role: self._count_text_tokens(texts)
+            for role, texts in self.items.held_out_texts.items()
+        }
+        self.general_tokens = self._count_text_tokens(self.items.general_texts)
+        self.eval_tokens = _count_tokens(self.items.eval_documents) + held_out.get("eval_data", 0.0)
+        self.test_tokens = _count_tokens(self.items.test_documents) + held_out.get("test_data", 0.0)
 
-    def _read(self, texts: Sequence[GeneralText]) -> float:
+    def _count_text_tokens(self, texts: Sequence[GeneralText]) -> float:
         """Every token of a text has a target, and costs the head too."""
-        return sum(len(self.text_tokens(text.text)) for text in texts) * (1 + self.head)
+        return sum(len(self.text_tokens(text.text)) for text in texts) * (1 + self.head_ratio)
 
-    def tokens(self) -> float:
-        looks = math.ceil(self.plan.steps / self.plan["eval_steps"]) if self.items.selecting else 0
-        return PROOF_TOKENS + self.before() + looks * self.look() + self.probes() + self.after() + self.scales()
+    def count_tokens(self) -> float:
+        num_evals = (
+            math.ceil(self.plan.steps / self.plan["eval_steps"])
+            if self.items.has_training_eval
+            else 0
+        )
+        return (
+            PREFLIGHT_TOKENS
+            + self.count_before()
+            + num_evals * self.count_eval()
+            + self.count_probes()
+            + self.count_after()
+            + self.count_scales()
+        )
 
-    def before(self) -> float:
+    def count_before(self) -> float:
         """The base often goes on to the end of its room."""
-        read = self.test_tokens + self.general
-        return self._answers(self._asked(), trained=False) + (read if self.switched else 2 * read)
+        read_tokens = self.test_tokens + self.general_tokens
+        return self._count_answers(self._list_questions(), is_trained=False) + (
+            read_tokens if self.can_disable_adapter else 2 * read_tokens
+        )
 
-    def after(self) -> float:
+    def count_after(self) -> float:
         """The answers end as they were taught to. What was expected, and general text, stand beside the base: read with
         the adapter off, or kept before."""
-        read = self.test_tokens + self.general
-        return self._answers(self._asked(), trained=True) + (2 * read if self.switched else read)
+        read_tokens = self.test_tokens + self.general_tokens
+        return self._count_answers(self._list_questions(), is_trained=True) + (
+            2 * read_tokens if self.can_disable_adapter else read_tokens
+        )
 
-    def _asked(self) -> tuple[Question, ...]:
-        return (*self.items.questions, *self.items.eliciting)
+    def _list_questions(self) -> tuple[EvalPrompt, ...]:
+        return (*self.items.prompts, *self.items.eliciting_prompts)
 
-    def look(self) -> float:
-        short = TEXTS * TEXT_CHARACTERS / 4 if self.items.texts else 0.0
-        watched = self.general if self.items.watched else 0.0
-        return self._answers(self.items.selecting_questions, trained=True) + self.eval_tokens + short + watched
+    def count_eval(self) -> float:
+        short_tokens = MAX_TEXTS * MAX_TEXT_CHARS / 4 if self.items.general_texts else 0.0
+        watched_tokens = self.general_tokens if self.items.should_track_general else 0.0
+        return (
+            self._count_answers(self.items.selection_prompts, is_trained=True)
+            + self.eval_tokens
+            + short_tokens
+            + watched_tokens
+        )
 
-    def probes(self) -> float:
+    def count_probes(self) -> float:
         """One before the first step, too."""
-        plan, every = self.plan, self.plan["probe_steps"]
-        count = 1 + plan.steps // every if every and guards(plan) else 0
-        each = probe_tokens(plan.machine.device, plan.data["data"], plan["max_length"], plan["probe_prompts"])
-        return count * each
+        plan, probe_steps = self.plan, self.plan["probe_steps"]
+        num_probes = 1 + plan.steps // probe_steps if probe_steps and has_guard(plan) else 0
+        tokens_per_probe = count_probe_tokens(
+            plan.machine.device, plan.data["data"], plan["max_length"], plan["probe_prompts"]
+        )
+        return num_probes * tokens_per_probe
 
-    def scales(self) -> float:
+    def count_scales(self) -> float:
         if self.plan["method"] == "full" or not self.eval_tokens:
             return 0.0
-        general = min(TOKENS * (1 + self.head), self.general)
-        return len(SCALES) * min(TOKENS, self.eval_tokens) + (len(SCALES) - self.known_ends) * general
+        general_tokens = min(MAX_TOKENS * (1 + self.head_ratio), self.general_tokens)
+        return (
+            len(ADAPTER_SCALES) * min(MAX_TOKENS, self.eval_tokens)
+            + (len(ADAPTER_SCALES) - self.num_measured_scales) * general_tokens
+        )
 
-    def _answers(self, questions: Sequence[Question], *, trained: bool) -> float:
+    def _count_answers(self, questions: Sequence[EvalPrompt], *, is_trained: bool) -> float:
         """The prompts, what they share once, and as many steps as the longest answer has tokens, of the rows that are
         written side by side."""
         if not questions:
             return 0.0
-        prompts = [question.prompt for question in questions]
-        shared = len(common_start(prompts)) if len(prompts) > 1 else 0
-        room = answer_length(questions)
-        steps = max(question.expected_tokens for question in questions) if trained else room
-        most, left = MOST_ROWS[self.plan.machine.device], len(questions)
-        written = 0.0
-        while left > 0:
-            written += steps * (STEP_TOKENS + min(most, left))
-            left -= most
-        return sum(map(len, prompts)) - shared * (len(prompts) - 1) + written
+        prompts = [question.prompt_ids for question in questions]
+        shared_tokens = len(find_common_prefix(prompts)) if len(prompts) > 1 else 0
+        max_new_tokens = compute_max_new_tokens(questions)
+        steps = (
+            max(question.num_expected_tokens for question in questions)
+            if is_trained
+            else max_new_tokens
+        )
+        max_rows, remaining = MAX_BATCH_ROWS[self.plan.machine.device], len(questions)
+        generated_tokens = 0.0
+        while remaining > 0:
+            generated_tokens += steps * (DECODE_STEP_TOKENS + min(max_rows, remaining))
+            remaining -= max_rows
+        return sum(map(len, prompts)) - shared_tokens * (len(prompts) - 1) + generated_tokens
 
 
-def _without_code(plan: Plan) -> Plan:
+def _drop_custom_metrics(plan: Plan) -> Plan:
     """The user's own metrics are tried on the expected answers before a run: not by a plan, which runs no code."""
     metrics = plan.choices["metrics"]
-    safe = tuple(metric for metric in metrics.value if own_metric(metric) is None)
-    value = safe if safe or not metrics.value else ("exact_match",)
-    return dataclasses.replace(plan, choices=plan.choices | {"metrics": dataclasses.replace(metrics, value=value)})
+    builtin_metrics = tuple(
+        metric for metric in metrics.value if parse_custom_metric(metric) is None
+    )
+    value = builtin_metrics if builtin_metrics or not metrics.value else ("exact_match",)
+    return dataclasses.replace(
+        plan, choices=plan.choices | {"metrics": dataclasses.replace(metrics, value=value)}
+    )
 
 
-def _length(documents: Sequence[Document]) -> float:
+def _count_tokens(documents: Sequence[Document]) -> float:
     return float(sum(map(len, documents)))

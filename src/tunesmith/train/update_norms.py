@@ -10,45 +10,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.adapters import lora_layers, trainable
-from tunesmith.train.optimizer import last_step
+from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
+from tunesmith.train.optimizer import compute_last_update
 
 
-def weight_norms(network: nn.Module) -> dict[str, float]:
+def compute_weight_norms(network: nn.Module) -> dict[str, float]:
     """Of the frozen weight beside each adapter; they do not change, so they are measured once."""
-    return {path: float(layer.frozen.weight.float().norm()) for path, layer in lora_layers(network).items()}
+    return {
+        path: float(layer.frozen.weight.float().norm())
+        for path, layer in find_lora_layers(network).items()
+    }
 
 
 @torch.no_grad()
-def adapter_shares(network: nn.Module, weights: dict[str, float]) -> dict[str, float]:
+def compute_adapter_ratios(network: nn.Module, base_norms: dict[str, float]) -> dict[str, float]:
     """||scale B A|| / ||W|| of each layer (rules.md 6.1: an alarm above a half)."""
-    layers = lora_layers(network)
+    layers = find_lora_layers(network)
     return {
-        path: abs(layer.scale) * product_norm(layer.lora_B, layer.lora_A) / max(weights[path], 1e-12)
+        path: abs(layer.scale)
+        * compute_product_norm(layer.lora_B, layer.lora_A)
+        / max(base_norms[path], 1e-12)
         for path, layer in layers.items()
     }
 
 
 @torch.no_grad()
-def update_shares(network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, float]) -> dict[str, float]:
+def compute_update_ratios(
+    network: nn.Module, optimizer: torch.optim.Optimizer, base_norms: dict[str, float]
+) -> dict[str, float]:
     """What the last step changed of each layer's weight, over its norm: scale (dB A + B dA) beside W, or dW beside W.
     Empty before the first step, and where the optimizer keeps its moments in 8 bits."""
-    layers = lora_layers(network)
-    found: dict[str, float] = {}
+    layers = find_lora_layers(network)
+    ratios: dict[str, float] = {}
     for path, layer in layers.items():
-        step_A, step_B = last_step(optimizer, layer.lora_A), last_step(optimizer, layer.lora_B)
+        step_A, step_B = (
+            compute_last_update(optimizer, layer.lora_A),
+            compute_last_update(optimizer, layer.lora_B),
+        )
         if step_A is not None and step_B is not None:
-            left, right = torch.cat([step_B, layer.lora_B], dim=1), torch.cat([layer.lora_A, step_A])
-            found[path] = abs(layer.scale) * product_norm(left, right) / max(weights[path], 1e-12)
+            stacked_B, stacked_A = (
+                torch.cat([step_B, layer.lora_B], dim=1),
+                torch.cat([layer.lora_A, step_A]),
+            )
+            ratios[path] = (
+                abs(layer.scale)
+                * compute_product_norm(stacked_B, stacked_A)
+                / max(base_norms[path], 1e-12)
+            )
     if not layers:
-        for name, parameter in trainable(network).items():
-            step = last_step(optimizer, parameter) if parameter.ndim > 1 else None
+        for name, parameter in get_trainable_parameters(network).items():
+            step = compute_last_update(optimizer, parameter) if parameter.ndim > 1 else None
             if step is not None:
-                found[name] = float(step.norm() / parameter.norm().clamp(min=1e-12))
-    return found
+                ratios[name] = float(step.norm() / parameter.norm().clamp(min=1e-12))
+    return ratios
 
 
-def product_norm(left: Tensor, right: Tensor) -> float:
+def compute_product_norm(factor_OR: Tensor, factor_RI: Tensor) -> float:
     """The Frobenius norm of left [O, R] @ right [R, I]."""
-    left, right = left.double(), right.double()
-    return float(((left.t() @ left) * (right @ right.t())).sum().clamp(min=0).sqrt())
+    factor_OR, factor_RI = factor_OR.double(), factor_RI.double()
+    return float(
+        ((factor_OR.t() @ factor_OR) * (factor_RI @ factor_RI.t())).sum().clamp(min=0).sqrt()
+    )

@@ -17,217 +17,311 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tunesmith.advise.measured.arms import Arm
-from tunesmith.advise.measured.prompting import looked_up, prompted, question_of
-from tunesmith.advise.measured.retrieval import Passages
+from tunesmith.advise.measured.prompting import add_passages, add_shots, get_question
+from tunesmith.advise.measured.retrieval import PassageIndex
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.types import Document, Example, Generation, Plan, Request
+from tunesmith.core.types import Document, Example, GenerationOutput, GenerationRequest, Plan
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.sampler import Schedule, order
-from tunesmith.evaluate.answer_cache import Store, answers_cached
-from tunesmith.evaluate.generate_until import Question, answer_length, ask, questions_of
-from tunesmith.model.adapters import put_back, weights_of
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.generation.engine import Allowed
+from tunesmith.data.sampler import StepSampler, permutation
+from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached
+from tunesmith.evaluate.generate_until import (
+    EvalPrompt,
+    build_prompts,
+    compute_max_new_tokens,
+    iter_answers,
+)
+from tunesmith.model.adapters import copy_weights, restore_weights
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.generation.engine import AllowedTokensFn
 from tunesmith.model.generation.grammar import Grammar
-from tunesmith.plan.build import decide
-from tunesmith.session.inputs import Facts
-from tunesmith.session.session import model_at_start
-from tunesmith.train.loop import Settings, Training
+from tunesmith.plan.build import build_plan
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.session import load_starting_model
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
 
-TIMED = 3  # requests answered alone
-MOST_ITEMS = 1000  # more narrow an interval little
+TIMED_REQUESTS = 3  # requests answered alone
+MAX_ITEMS = 1000  # more narrow an interval little
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ArmResult:
     """`answers` by item; tokens are the mean of a prompt, seconds the median of a request answered alone."""
 
     arm: Arm
     answers: dict[str, str]
     prompt_tokens: float
-    seconds: float
+    request_seconds: float
     train_seconds: float
-    took: float  # all in all, asking and training
+    total_seconds: float  # all in all, asking and training
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class ArmRunner:
     """A model and the rows that it is tried on. `items`: held-out rows that ask something; `store`: where answers of
     the untrained model are kept."""
 
     plan: Plan
-    facts: Facts
-    model: LanguageModel
+    inputs: RunInputs
+    model: PackedCausalLM
     rows: Dataset
     items: tuple[Example, ...]
-    passages: Passages | None
-    store: Store | None = None
+    passages: PassageIndex | None
+    answer_cache: AnswerCache | None = None
 
     @classmethod
-    def of(
+    def from_plan(
         cls,
         plan: Plan,
-        facts: Facts,
+        inputs: RunInputs,
         items: Sequence[Example],
-        passages: Passages | None,
-        store: Store | None = None,
-    ) -> Subject:
-        rows = facts.datasets["data"].limited(plan["max_length"], plan["overlong"])
-        return cls(plan, facts, model_at_start(plan, facts), rows, tuple(items), passages, store)
+        passages: PassageIndex | None,
+        answer_cache: AnswerCache | None = None,
+    ) -> ArmRunner:
+        rows = inputs.datasets["data"].with_max_length(plan["max_length"], plan["overlong"])
+        return cls(
+            plan,
+            inputs,
+            load_starting_model(plan, inputs),
+            rows,
+            tuple(items),
+            passages,
+            answer_cache,
+        )
 
     @cached_property
-    def start(self) -> dict:
-        return weights_of(self.model.network)
+    def start_weights(self) -> dict:
+        return copy_weights(self.model.network)
 
     @cached_property
-    def room(self) -> int:
+    def max_answer_tokens(self) -> int:
         """Tokens for an answer."""
-        return answer_length(questions_of(self.items, self.facts.renderer))
+        return compute_max_new_tokens(build_prompts(self.items, self.inputs.renderer))
 
     @cached_property
     def grammar(self) -> Grammar:
-        assert self.facts.schema is not None
-        width, ends = self.model.head.weight.shape[0], self.facts.renderer.end_ids
-        return Grammar(self.facts.schema, self.facts.model.path, width=width, end_ids=ends)
+        assert self.inputs.response_schema is not None
+        vocab_size, end_ids = self.model.head.weight.shape[0], self.inputs.renderer.end_ids
+        return Grammar(
+            self.inputs.response_schema,
+            self.inputs.model.path,
+            vocab_size=vocab_size,
+            end_ids=end_ids,
+        )
 
-    def questions(self, arm: Arm) -> tuple[Question, ...]:
-        shots = [self._looked_up(example, arm) for example in drawn(self.rows, arm.seed, arm.shots)]
-        asked = [prompted(self._looked_up(example, arm), shots, arm.form) for example in self.items]
-        return questions_of(asked, self.facts.renderer)
+    def build_questions(self, arm: Arm) -> tuple[EvalPrompt, ...]:
+        shots = [
+            self._add_passages(example, arm)
+            for example in sample_examples(self.rows, arm.seed, arm.shots)
+        ]
+        prompted_items = [
+            add_shots(self._add_passages(example, arm), shots, arm.shot_layout)
+            for example in self.items
+        ]
+        return build_prompts(prompted_items, self.inputs.renderer)
 
-    def documents(self, arm: Arm) -> list[tuple[Document, ...]]:
+    def build_documents(self, arm: Arm) -> list[tuple[Document, ...]]:
         """What is trained, by row: asked as the items are."""
         return [
-            self.facts.renderer.documents(self._looked_up(example, arm)).documents
-            for example in drawn(self.rows, arm.seed, arm.examples)
+            self.inputs.renderer.render_documents(self._add_passages(example, arm)).documents
+            for example in sample_examples(self.rows, arm.seed, arm.examples)
         ]
 
-    def _looked_up(self, example: Example, arm: Arm) -> Example:
-        found = self.passages.best(question_of(example), arm.passages) if self.passages and arm.passages else ()
-        return looked_up(example, found)
+    def _add_passages(self, example: Example, arm: Arm) -> Example:
+        passages = (
+            self.passages.search(get_question(example), arm.passages)
+            if self.passages and arm.passages
+            else ()
+        )
+        return add_passages(example, passages)
 
 
-def items_of(facts: Facts) -> list[Example]:
+def select_items(inputs: RunInputs) -> list[Example]:
     """Rows of `eval_data` that ask something and have a right answer, in an order by chance, at most MOST_ITEMS. Raises
     InputError if there are none."""
-    if "eval_data" not in facts.datasets:
-        what = "no held-out items to ask; test_data is for the end"
-        raise InputError(what, where="eval_data", fix="give eval_data, or --eval-split 0.1")
-    rows = facts.datasets["eval_data"]
-    found = usable(rows, order(0, 0, len(rows)).tolist(), MOST_ITEMS)
-    if len(found) < 2:
-        what = f"{len(found)} rows of eval_data ask something: at least two are needed for an interval"
-        raise InputError(what, where=f"eval_data: {rows.path}", fix="give rows with questions and answers, 20 at least")
-    return found
+    if "eval_data" not in inputs.datasets:
+        message = "no held-out items to ask; test_data is for the end"
+        raise InputError(message, where="eval_data", fix="give eval_data, or --eval-split 0.1")
+    rows = inputs.datasets["eval_data"]
+    items = select_usable(rows, permutation(0, 0, len(rows)).tolist(), MAX_ITEMS)
+    if len(items) < 2:
+        message = (
+            f"{len(items)} rows of eval_data ask something: at least two are needed for an interval"
+        )
+        raise InputError(
+            message,
+            where=f"eval_data: {rows.path}",
+            fix="give rows with questions and answers, 20 at least",
+        )
+    return items
 
 
-def drawn(rows: Dataset, seed: int, count: int) -> list[Example]:
+def sample_examples(rows: Dataset, seed: int, count: int) -> list[Example]:
     """The first `count` usable rows of an order that depends on the seed alone: more are the same and others."""
-    return usable(rows, order(seed, 0, len(rows)).tolist(), count) if count else []
+    return select_usable(rows, permutation(seed, 0, len(rows)).tolist(), count) if count else []
 
 
-def usable(rows: Dataset, places: Sequence[int], most: int) -> list[Example]:
+def select_usable(rows: Dataset, indices: Sequence[int], limit: int) -> list[Example]:
     """Examples that ask something, and whose answer is right."""
-    found: list[Example] = []
-    for place in places:
-        if len(found) == most:
+    examples: list[Example] = []
+    for index in indices:
+        if len(examples) == limit:
             break
-        example, prepared = rows.understand(place)
-        if prepared.documents and (example.messages or example.prompt) and not (example.negative or example.banned):
-            found.append(example)
-    return found
+        example, prepared = rows.render_row(index)
+        if (
+            prepared.documents
+            and (example.messages or example.prompt)
+            and not (example.negative or example.banned_spans)
+        ):
+            examples.append(example)
+    return examples
 
 
 # ---------------------------------------------------------------- one arm
 
 
-def outcome_of(subject: Subject, arm: Arm) -> Outcome:
+def run_arm(runner: ArmRunner, arm: Arm) -> ArmResult:
     """Raises InputError when a prompt and its answer have no room in the model's context, GateError for numbers that
     are not finite."""
     started = time.perf_counter()
-    questions = subject.questions(arm)
-    _check_room(subject, questions)
-    subject.start  # noqa: B018 - taken before anything is trained
+    questions = runner.build_questions(arm)
+    _check_context(runner, questions)
+    runner.start_weights  # noqa: B018 - taken before anything is trained
     try:
-        trained = _train(subject, arm) if arm.examples else 0.0
-        seconds = _seconds_alone(subject, questions, subject.grammar if arm.constrained else None)
-        answers = _answers(subject, questions, arm)
+        train_seconds = _train_arm(runner, arm) if arm.examples else 0.0
+        seconds = _time_single_requests(
+            runner, questions, runner.grammar if arm.is_constrained else None
+        )
+        answers = _generate_answers(runner, questions, arm)
     finally:
         if arm.examples:
-            put_back(subject.model.network, subject.start)
-    given = dict(zip((question.id for question in questions), answers, strict=True))
-    tokens = statistics.fmean(len(question.prompt) for question in questions)
-    return Outcome(arm, given, tokens, seconds, trained, time.perf_counter() - started)
+            restore_weights(runner.model.network, runner.start_weights)
+    answers_by_id = dict(zip((question.id for question in questions), answers, strict=True))
+    prompt_tokens = statistics.fmean(len(question.prompt_ids) for question in questions)
+    return ArmResult(
+        arm, answers_by_id, prompt_tokens, seconds, train_seconds, time.perf_counter() - started
+    )
 
 
-def _check_room(subject: Subject, questions: Sequence[Question]) -> None:
-    longest, context = max(len(question.prompt) for question in questions), subject.model.context_length
-    if longest + subject.room > context:
-        what = f"a prompt of {longest:,} tokens and an answer of {subject.room} exceed the context of {context:,}"
-        raise InputError(what, where="advise", fix="shorter items, or fewer examples in the prompt")
+def _check_context(runner: ArmRunner, questions: Sequence[EvalPrompt]) -> None:
+    longest_prompt, context_length = (
+        max(len(question.prompt_ids) for question in questions),
+        runner.model.context_length,
+    )
+    if longest_prompt + runner.max_answer_tokens > context_length:
+        message = f"a prompt of {longest_prompt:,} tokens and an answer of {runner.max_answer_tokens} exceed the context of {context_length:,}"
+        raise InputError(
+            message, where="advise", fix="shorter items, or fewer examples in the prompt"
+        )
 
 
-def _seconds_alone(subject: Subject, questions: Sequence[Question], allowed: Allowed | None) -> float:
+def _time_single_requests(
+    runner: ArmRunner, questions: Sequence[EvalPrompt], allowed: AllowedTokensFn | None
+) -> float:
     """Of one request, with nothing beside it."""
-    found: list[float] = []
-    subject.model.network.eval()
-    for question in questions[:TIMED]:
-        began = time.perf_counter()
-        list(ask(subject.model, [question], subject.facts.renderer, max_new_tokens=subject.room, allowed=allowed))
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+    timings: list[float] = []
+    runner.model.network.eval()
+    for question in questions[:TIMED_REQUESTS]:
+        started = time.perf_counter()
+        list(
+            iter_answers(
+                runner.model,
+                [question],
+                runner.inputs.renderer,
+                max_new_tokens=runner.max_answer_tokens,
+                allowed=allowed,
+            )
+        )
+        timings.append(time.perf_counter() - started)
+    return statistics.median(timings)
 
 
-def _answers(subject: Subject, questions: Sequence[Question], arm: Arm) -> list[str]:
-    if arm.constrained:
-        renderer, allowed = subject.facts.renderer, subject.grammar
-        found = ask(subject.model, questions, renderer, max_new_tokens=subject.room, allowed=allowed)
-        return [answer.text for _, answer in sorted(found)]
-    requests = [Request(question.prompt, subject.room) for question in questions]
-    return [answer.text for answer in generated(subject, requests, trained=bool(arm.examples))]
+def _generate_answers(runner: ArmRunner, questions: Sequence[EvalPrompt], arm: Arm) -> list[str]:
+    if arm.is_constrained:
+        renderer, allowed = runner.inputs.renderer, runner.grammar
+        answer_pairs = iter_answers(
+            runner.model,
+            questions,
+            renderer,
+            max_new_tokens=runner.max_answer_tokens,
+            allowed=allowed,
+        )
+        return [answer.text for _, answer in sorted(answer_pairs)]
+    requests = [
+        GenerationRequest(question.prompt_ids, runner.max_answer_tokens) for question in questions
+    ]
+    return [
+        answer.text for answer in answer_requests(runner, requests, is_trained=bool(arm.examples))
+    ]
 
 
-def generated(subject: Subject, requests: Sequence[Request], *, trained: bool = False) -> list[Generation]:
+def answer_requests(
+    runner: ArmRunner, requests: Sequence[GenerationRequest], *, is_trained: bool = False
+) -> list[GenerationOutput]:
     """The answers of the model as it is now; those of the untrained one are kept."""
-    renderer, store = subject.facts.renderer, None if trained else subject.store
-    return answers_cached(subject.model, requests, decode=renderer.decode, end_ids=renderer.end_ids, store=store)
+    renderer, answer_cache = runner.inputs.renderer, None if is_trained else runner.answer_cache
+    return generate_cached(
+        runner.model, requests, decode=renderer.decode, end_ids=renderer.end_ids, cache=answer_cache
+    )
 
 
-def _train(subject: Subject, arm: Arm) -> float:
+def _train_arm(runner: ArmRunner, arm: Arm) -> float:
     """Trains on so many rows as a run on them would be planned; returns the seconds of its steps."""
-    rows, plan = subject.documents(arm), small_plan(subject, arm.examples)
-    steps = Schedule(len(rows), plan["batch_size"], plan["num_train_epochs"], arm.seed, plan.steps)
-    settings = dataclasses.replace(Settings.of(plan), steps=steps.steps, share_prefixes=subject.plan["share_prefixes"])
-    training = Training(subject.model, _documents_of(steps, rows), settings)
+    rows, plan = runner.build_documents(arm), plan_for_size(runner, arm.examples)
+    sampler = StepSampler(
+        len(rows), plan["batch_size"], plan["num_train_epochs"], arm.seed, plan.steps
+    )
+    config = dataclasses.replace(
+        TrainingConfig.from_plan(plan),
+        steps=sampler.total_steps,
+        share_prefixes=runner.plan["share_prefixes"],
+    )
+    training = TrainingLoop(runner.model, _make_document_loader(sampler, rows), config)
     try:
         for _ in training:
             pass
     except GateError as error:
-        raise GateError(f"{arm.name}: {error.what}", fix=error.fix) from error
+        raise GateError(f"{arm.name}: {error.message}", fix=error.fix) from error
     return training.seconds
 
 
-def _documents_of(schedule: Schedule, rows: Sequence[tuple[Document, ...]]) -> Callable[..., Sequence[Document]]:
-    return lambda step: [document for row in schedule.rows_of(step) for document in rows[row]]
+def _make_document_loader(
+    sampler: StepSampler, rows: Sequence[tuple[Document, ...]]
+) -> Callable[..., Sequence[Document]]:
+    return lambda step: [document for row in sampler.get_rows(step) for document in rows[row]]
 
 
-def small_plan(subject: Subject, examples: int) -> Plan:
+def plan_for_size(runner: ArmRunner, examples: int) -> Plan:
     """What the rules decide for so many rows; the adapter is that of the whole."""
-    plan, report = subject.plan, subject.plan.data["data"]
+    plan, report = runner.plan, runner.plan.data["data"]
     share = examples / max(1, report.rows)
     tokens = {
-        name: max(1, round(getattr(report, name) * share)) for name in ("documents", "tokens", "supervised_tokens")
+        name: max(1, round(getattr(report, name) * share))
+        for name in ("documents", "tokens", "supervised_tokens")
     }
-    kept = {key: choice for key, choice in plan.choices.items() if choice.by == "checkpoint" or key in FIXED}
-    return decide(
-        subject.facts.recipe,
+    fixed = {
+        key: value
+        for key, value in plan.choices.items()
+        if value.decided_by == "checkpoint" or key in FIXED_SETTINGS
+    }
+    return build_plan(
+        runner.inputs.recipe,
         machine=plan.machine,
         model=plan.model,
         data={**plan.data, "data": dataclasses.replace(report, rows=examples, **tokens)},
-        output_dir=subject.facts.output_dir,
+        output_dir=runner.inputs.output_dir,
         now=plan["now"],
-        fixed=kept,
+        fixed=fixed,
     )
 
 
-FIXED = ("method", "optim", "dtype", "max_length", "pack_length", "lora_r", "lora_alpha", "use_rslora", "attention")
+FIXED_SETTINGS = (
+    "method",
+    "optim",
+    "dtype",
+    "max_length",
+    "pack_length",
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "attention",
+)

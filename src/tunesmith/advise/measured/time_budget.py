@@ -14,91 +14,127 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tunesmith.advise.measured.arms import Arm
-from tunesmith.advise.measured.run_arm import TIMED, Subject, small_plan
-from tunesmith.evaluate.generate_until import Question, ask, questions_of
+from tunesmith.advise.measured.run_arm import TIMED_REQUESTS, ArmRunner, plan_for_size
+from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts, iter_answers
 
-ASKED, WRITTEN = 8, 12  # prompts and tokens of the quick measure
+TIMED_PROMPTS, TIMED_TOKENS = 8, 12  # prompts and tokens of the quick measure
 PASSAGE_TOKENS = 180
-TRAINED = 3.0  # times reading a token: forward, and backward for the adapter and what lies between
-LEAST_ITEMS, ITEM_SHARE = 20, 0.03  # items are as many as one plain arm asks in this share of the minutes
+TRAIN_COST_FACTOR = (
+    3.0  # times reading a token: forward, and backward for the adapter and what lies between
+)
+MIN_ITEMS, ITEM_TIME_SHARE = (
+    20,
+    0.03,
+)  # items are as many as one plain arm asks in this share of the minutes
 
 
 @dataclass(frozen=True)
-class Speed:
+class TokenTimings:
     """Seconds a token, and how many tokens there are of each kind."""
 
-    read: float
-    written: float  # when many answers are written side by side
-    written_alone: float
-    trained: float
+    prefill_seconds: float
+    decode_seconds: float  # when many answers are written side by side
+    single_decode_seconds: float
+    train_seconds: float
     prompt_tokens: float  # of an item alone
     row_tokens: float  # of a training row
     answer_tokens: float  # of an answer as expected
-    room: int  # of an answer that does not come to its end
+    max_answer_tokens: int  # of an answer that does not come to its end
 
 
-def measure_speed(subject: Subject) -> Speed:
-    questions = questions_of(subject.items, subject.facts.renderer)
-    few = questions[:ASKED]
-    _seconds(subject, few[:1], 1)  # the first forward is slower than all others
-    read = _seconds(subject, few, 1) / sum(len(question.prompt) for question in few)
+def measure_timings(runner: ArmRunner) -> TokenTimings:
+    questions = build_prompts(runner.items, runner.inputs.renderer)
+    timed_questions = questions[:TIMED_PROMPTS]
+    _time_answers(runner, timed_questions[:1], 1)  # the first forward is slower than all others
+    prefill_seconds = _time_answers(runner, timed_questions, 1) / sum(
+        len(question.prompt_ids) for question in timed_questions
+    )
     # Floors against the noise of a busy machine: a token is read before it is written, and a batch saves only so much.
-    alone = _seconds(subject, few[:1], WRITTEN) - read * len(few[0].prompt)
-    written_alone = max(read, alone / (WRITTEN - 1))
-    both = _seconds(subject, few, WRITTEN) - read * sum(len(question.prompt) for question in few)
-    report = subject.plan.data["data"]
-    return Speed(
-        read=read,
-        written=max(written_alone, both / (WRITTEN - 1)) / len(few),
-        written_alone=written_alone,
-        trained=TRAINED * read,
-        prompt_tokens=statistics.fmean(len(question.prompt) for question in questions),
+    single_seconds = _time_answers(
+        runner, timed_questions[:1], TIMED_TOKENS
+    ) - prefill_seconds * len(timed_questions[0].prompt_ids)
+    single_decode_seconds = max(prefill_seconds, single_seconds / (TIMED_TOKENS - 1))
+    batch_seconds = _time_answers(runner, timed_questions, TIMED_TOKENS) - prefill_seconds * sum(
+        len(question.prompt_ids) for question in timed_questions
+    )
+    report = runner.plan.data["data"]
+    return TokenTimings(
+        prefill_seconds=prefill_seconds,
+        decode_seconds=max(single_decode_seconds, batch_seconds / (TIMED_TOKENS - 1))
+        / len(timed_questions),
+        single_decode_seconds=single_decode_seconds,
+        train_seconds=TRAIN_COST_FACTOR * prefill_seconds,
+        prompt_tokens=statistics.fmean(len(question.prompt_ids) for question in questions),
         row_tokens=report.tokens / max(1, report.rows),
-        answer_tokens=statistics.fmean(question.expected_tokens for question in questions),
-        room=subject.room,
+        answer_tokens=statistics.fmean(question.num_expected_tokens for question in questions),
+        max_answer_tokens=runner.max_answer_tokens,
     )
 
 
-def _seconds(subject: Subject, questions: Sequence[Question], tokens: int) -> float:
+def _time_answers(runner: ArmRunner, questions: Sequence[EvalPrompt], max_new_tokens: int) -> float:
     started = time.perf_counter()
-    list(ask(subject.model, questions, subject.facts.renderer, max_new_tokens=tokens))
+    list(
+        iter_answers(runner.model, questions, runner.inputs.renderer, max_new_tokens=max_new_tokens)
+    )
     return time.perf_counter() - started
 
 
-def seconds_of(subject: Subject, speed: Speed, arm: Arm) -> float:
+def estimate_seconds(runner: ArmRunner, timings: TokenTimings, arm: Arm) -> float:
     """What an arm will take: examples are read once for all items, passages for each."""
-    items, passages = len(subject.items), arm.passages * PASSAGE_TOKENS
-    shots, prompt = arm.shots * (speed.row_tokens + passages), speed.prompt_tokens + passages
-    answer = speed.room if not (arm.shots or arm.examples or arm.constrained) else 1.3 * speed.answer_tokens
-    asked = items * (prompt * speed.read + answer * speed.written) + shots * speed.read
-    alone = min(TIMED, items) * ((prompt + shots) * speed.read + answer * speed.written_alone)
-    return asked + alone + tokens_trained(subject, speed, arm) * speed.trained
+    num_items, passage_tokens = len(runner.items), arm.passages * PASSAGE_TOKENS
+    shot_tokens, prompt_tokens = (
+        arm.shots * (timings.row_tokens + passage_tokens),
+        timings.prompt_tokens + passage_tokens,
+    )
+    answer_tokens = (
+        timings.max_answer_tokens
+        if not (arm.shots or arm.examples or arm.is_constrained)
+        else 1.3 * timings.answer_tokens
+    )
+    batch_seconds = (
+        num_items
+        * (prompt_tokens * timings.prefill_seconds + answer_tokens * timings.decode_seconds)
+        + shot_tokens * timings.prefill_seconds
+    )
+    single_seconds = min(TIMED_REQUESTS, num_items) * (
+        (prompt_tokens + shot_tokens) * timings.prefill_seconds
+        + answer_tokens * timings.single_decode_seconds
+    )
+    return (
+        batch_seconds
+        + single_seconds
+        + count_train_tokens(runner, timings, arm) * timings.train_seconds
+    )
 
 
-def tokens_trained(subject: Subject, speed: Speed, arm: Arm) -> float:
+def count_train_tokens(runner: ArmRunner, timings: TokenTimings, arm: Arm) -> float:
     if not arm.examples:
         return 0.0
-    plan = small_plan(subject, arm.examples)
-    rows = min(plan.steps * plan["batch_size"], arm.examples * plan["num_train_epochs"])
-    return rows * (speed.row_tokens + arm.passages * PASSAGE_TOKENS)
+    plan = plan_for_size(runner, arm.examples)
+    num_rows = min(plan.steps * plan["batch_size"], arm.examples * plan["num_train_epochs"])
+    return num_rows * (timings.row_tokens + arm.passages * PASSAGE_TOKENS)
 
 
-def items_that_fit(subject: Subject, speed: Speed, seconds: float) -> int:
+def count_fitting_items(runner: ArmRunner, timings: TokenTimings, seconds: float) -> int:
     """Of the items so many that a plain arm takes its share of the time; all of them if they fit, never under 20."""
-    one = seconds_of(subject, speed, Arm()) / len(subject.items)
-    return min(len(subject.items), max(LEAST_ITEMS, int(ITEM_SHARE * seconds / max(one, 1e-9))))
+    item_seconds = estimate_seconds(runner, timings, Arm()) / len(runner.items)
+    return min(
+        len(runner.items), max(MIN_ITEMS, int(ITEM_TIME_SHARE * seconds / max(item_seconds, 1e-9)))
+    )
 
 
-def fitting(arms: Sequence[Arm], seconds: float, cost: Callable[[Arm], float]) -> tuple[list[Arm], list[Arm]]:
+def split_by_budget(
+    arms: Sequence[Arm], seconds: float, estimate: Callable[[Arm], float]
+) -> tuple[list[Arm], list[Arm]]:
     """In their order those that still fit, and those that are left out. The first always stands: the rest is compared
     with it."""
-    kept: list[Arm] = []
-    left: list[Arm] = []
+    selected: list[Arm] = []
+    skipped: list[Arm] = []
     for arm in arms:
-        needed = cost(arm)
-        if kept and needed > seconds:
-            left.append(arm)
+        arm_seconds = estimate(arm)
+        if selected and arm_seconds > seconds:
+            skipped.append(arm)
         else:
-            kept.append(arm)
-            seconds -= needed
-    return kept, left
+            selected.append(arm)
+            seconds -= arm_seconds
+    return selected, skipped

@@ -15,112 +15,153 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.advise.rules.questionnaire import NEEDS, PROMPTED, Need, Situation, questions_for
+from tunesmith.advise.rules.questionnaire import (
+    NEEDS,
+    PROMPT_QUALITIES,
+    Need,
+    Requirements,
+    select_questions,
+)
 from tunesmith.advise.rules.reason import (
-    ANSWERS,
-    FITS_A_PROMPT,
-    LEAST_EXAMPLES,
-    LEAST_PAIRS,
-    LEAST_PARAPHRASES,
-    LEAST_REQUESTS,
-    LEAST_TEXT,
-    TRAINING,
-    Answer,
-    Reason,
+    APPROACHES,
+    MAX_PROMPT_BYTES,
+    MIN_EXAMPLES,
+    MIN_MONTHLY_REQUESTS,
+    MIN_PAIRS,
+    MIN_PARAPHRASES,
+    MIN_TEXT_BYTES,
+    TRAINING_APPROACHES,
+    Approach,
+    RuleResult,
 )
 from tunesmith.advise.rules.rubric import RULES
-from tunesmith.core.atomic import size
+from tunesmith.core.atomic import format_bytes
 
 
 @dataclass(frozen=True)
-class Step:
+class Recommendation:
     """An answer to take, in its turn. `next`: what to do first, `command` after it, where there is one."""
 
-    answer: Answer
+    approach: Approach
     needs: tuple[Need, ...]
-    reasons: tuple[Reason, ...]
-    next: str
+    reasons: tuple[RuleResult, ...]
+    next_step: str
     command: str
 
 
 @dataclass(frozen=True)
-class Change:
+class Counterfactual:
     """With this fact alone another one, the advice would be `answers`."""
 
-    fact: str
-    answers: tuple[Answer, ...]
+    condition: str
+    approaches: tuple[Approach, ...]
     verdict: str
 
 
 @dataclass(frozen=True)
 class Advice:
     verdict: Literal["fine-tune", "don't fine-tune"]
-    steps: tuple[Step, ...]  # in the order to take them; empty: nothing helps yet
-    against: tuple[Reason, ...]  # what ruled something out
-    changes: tuple[Change, ...]
-    situation: Situation
-    not_said: tuple[str, ...]  # facts that matter and count as not there
+    recommendations: tuple[
+        Recommendation, ...
+    ]  # in the order to take them; empty: nothing helps yet
+    objections: tuple[RuleResult, ...]  # what ruled something out
+    counterfactuals: tuple[Counterfactual, ...]
+    requirements: Requirements
+    assumed: tuple[str, ...]  # facts that matter and count as not there
 
     @property
-    def answers(self) -> tuple[Answer, ...]:
-        return tuple(step.answer for step in self.steps)
+    def approaches(self) -> tuple[Approach, ...]:
+        return tuple(recommendation.approach for recommendation in self.recommendations)
 
 
-def advise(facts: Situation, recipe: Path | None = None) -> Advice:
+def advise(requirements: Requirements, recipe: Path | None = None) -> Advice:
     """`recipe`: the one whose rows were counted, for the commands."""
-    kept, reasons = decide(facts)
-    steps = [
-        Step(answer, needs, _speaking(reasons, answer, needs), *_next(answer, facts, recipe))
-        for answer in ANSWERS
-        if (needs := _served(answer, kept))
+    approaches_by_need, reasons = apply_rules(requirements)
+    recommendations = [
+        Recommendation(
+            approach,
+            needs,
+            _select_reasons(reasons, approach, needs),
+            *_describe_next_step(approach, requirements, recipe),
+        )
+        for approach in APPROACHES
+        if (needs := _find_served_needs(approach, approaches_by_need))
     ]
-    asked = [name for name in questions_for(facts.need) if getattr(facts, name) is None]
+    assumed = [
+        name for name in select_questions(requirements.need) if getattr(requirements, name) is None
+    ]
     return Advice(
-        verdict_of(kept),
-        tuple(steps),
-        tuple(reason for reason in reasons if reason.rules_out and _matters(reason, reasons)),
-        tuple(_changes(facts)),
-        facts,
-        tuple(asked),
+        choose_verdict(approaches_by_need),
+        tuple(recommendations),
+        tuple(reason for reason in reasons if reason.ruled_out and _is_relevant(reason, reasons)),
+        tuple(_find_counterfactuals(requirements)),
+        requirements,
+        tuple(assumed),
     )
 
 
-def decide(facts: Situation) -> tuple[dict[Need, tuple[Answer, ...]], tuple[Reason, ...]]:
+def apply_rules(
+    requirements: Requirements,
+) -> tuple[dict[Need, tuple[Approach, ...]], tuple[RuleResult, ...]]:
     """The answers to each need, and all reasons that bear on one of the needs."""
-    found = (rule(facts) for rule in RULES)
-    reasons = tuple(reason for reason in found if reason is not None and set(reason.needs) & set(facts.need))
-    return {need: _answers([reason for reason in reasons if need in reason.needs]) for need in facts.need}, reasons
+    rule_results = (rule(requirements) for rule in RULES)
+    reasons = tuple(
+        reason
+        for reason in rule_results
+        if reason is not None and set(reason.needs) & set(requirements.need)
+    )
+    return {
+        need: _select_approaches([reason for reason in reasons if need in reason.needs])
+        for need in requirements.need
+    }, reasons
 
 
-def _answers(reasons: list[Reason]) -> tuple[Answer, ...]:
-    helps = {answer for reason in reasons for answer in reason.helps}
-    out = {answer for reason in reasons for answer in reason.rules_out}
-    return tuple(answer for answer in ANSWERS if answer in helps - out)
+def _select_approaches(reasons: list[RuleResult]) -> tuple[Approach, ...]:
+    recommended = {approach for reason in reasons for approach in reason.recommended}
+    ruled_out = {approach for reason in reasons for approach in reason.ruled_out}
+    return tuple(approach for approach in APPROACHES if approach in recommended - ruled_out)
 
 
-def verdict_of(kept: dict[Need, tuple[Answer, ...]]) -> Literal["fine-tune", "don't fine-tune"]:
+def choose_verdict(
+    approaches_by_need: dict[Need, tuple[Approach, ...]],
+) -> Literal["fine-tune", "don't fine-tune"]:
     return (
-        "fine-tune" if any(answer in TRAINING for answers in kept.values() for answer in answers) else "don't fine-tune"
+        "fine-tune"
+        if any(
+            approach in TRAINING_APPROACHES
+            for approaches in approaches_by_need.values()
+            for approach in approaches
+        )
+        else "don't fine-tune"
     )
 
 
-def _served(answer: Answer, kept: dict[Need, tuple[Answer, ...]]) -> tuple[Need, ...]:
-    return tuple(need for need, answers in kept.items() if answer in answers)
+def _find_served_needs(
+    approach: Approach, approaches_by_need: dict[Need, tuple[Approach, ...]]
+) -> tuple[Need, ...]:
+    return tuple(need for need, approaches in approaches_by_need.items() if approach in approaches)
 
 
-def _speaking(reasons: tuple[Reason, ...], answer: Answer, needs: tuple[Need, ...]) -> tuple[Reason, ...]:
+def _select_reasons(
+    reasons: tuple[RuleResult, ...], approach: Approach, needs: tuple[Need, ...]
+) -> tuple[RuleResult, ...]:
     """The reasons for an answer, then what is worth knowing of it."""
-    bearing = [reason for reason in reasons if set(reason.needs) & set(needs)]
+    relevant = [reason for reason in reasons if set(reason.needs) & set(needs)]
     return (
-        *(reason for reason in bearing if answer in reason.helps),
-        *(reason for reason in bearing if answer in reason.concerns),
+        *(reason for reason in relevant if approach in reason.recommended),
+        *(reason for reason in relevant if approach in reason.concerns),
     )
 
 
-def _matters(against: Reason, reasons: tuple[Reason, ...]) -> bool:
+def _is_relevant(objection: RuleResult, reasons: tuple[RuleResult, ...]) -> bool:
     """Whether it says no to what another rule speaks for, or to what guides usually advise."""
-    wanted = {(need, answer) for reason in reasons for need in reason.needs for answer in reason.helps}
-    usual = {
+    recommended = {
+        (need, approach)
+        for reason in reasons
+        for need in reason.needs
+        for approach in reason.recommended
+    }
+    common_advice = {
         ("facts", "sft"),
         ("domain", "cpt"),
         ("format", "sft"),
@@ -128,40 +169,56 @@ def _matters(against: Reason, reasons: tuple[Reason, ...]) -> bool:
         ("latency", "sft"),
         ("tone", "sft"),
     }
-    return any((need, answer) in wanted | usual for need in against.needs for answer in against.rules_out)
+    return any(
+        (need, approach) in recommended | common_advice
+        for need in objection.needs
+        for approach in objection.ruled_out
+    )
 
 
 # ---------------------------------------------------------------- what next
 
 
-def _next(answer: Answer, facts: Situation, recipe: Path | None) -> tuple[str, str]:
-    file = shlex.quote(str(recipe or "recipe.yaml"))
-    made = "" if recipe else f"tunesmith init {file} && "
-    if answer == "prompt" and facts.prompt in ("close", "good"):
-        return "keep the prompt, and the questions that it was tried on with their right answers", ""
-    if answer == "prompt":
-        todo = (
-            "write down 100 questions with right answers as `eval_data`: prompts are tried on them, and what else helps"
+def _describe_next_step(
+    approach: Approach, requirements: Requirements, recipe: Path | None
+) -> tuple[str, str]:
+    recipe_path = shlex.quote(str(recipe or "recipe.yaml"))
+    init_command = "" if recipe else f"tunesmith init {recipe_path} && "
+    if approach == "prompt" and requirements.prompt in ("close", "good"):
+        return (
+            "keep the prompt, and the questions that it was tried on with their right answers",
+            "",
         )
-        return todo, f"{made}tunesmith advise --measure {file}"
+    if approach == "prompt":
+        next_step = "write down 100 questions with right answers as `eval_data`: prompts are tried on them, and what else helps"
+        return next_step, f"{init_command}tunesmith advise --measure {recipe_path}"
     return {
         "constrained decoding": (
             "send the schema with the request: `response_format` of llama.cpp's server or vLLM; what it brings is "
             "measured beside prompts and trainings",
-            f"{made}tunesmith advise --measure {file} --schema schema.json",
+            f"{init_command}tunesmith advise --measure {recipe_path} --schema schema.json",
         ),
         "retrieval": (
             "put the documents into a folder: how often the right passage is found, and what the model makes of it, is "
             "measured",
-            f"{made}tunesmith advise --measure {file} --documents FOLDER",
+            f"{init_command}tunesmith advise --measure {recipe_path} --documents FOLDER",
         ),
-        "cpt": ("put the texts into a folder, and hold some out", f"{made}tunesmith plan {file} --stage cpt"),
-        "sft": ("put the rows into a file, and hold some out", f"{made}tunesmith data check {file}"),
-        "preference": ("put the pairs into a file, and hold some out", f"tunesmith plan {file} --stage preference"),
-    }[answer]
+        "cpt": (
+            "put the texts into a folder, and hold some out",
+            f"{init_command}tunesmith plan {recipe_path} --stage cpt",
+        ),
+        "sft": (
+            "put the rows into a file, and hold some out",
+            f"{init_command}tunesmith data check {recipe_path}",
+        ),
+        "preference": (
+            "put the pairs into a file, and hold some out",
+            f"tunesmith plan {recipe_path} --stage preference",
+        ),
+    }[approach]
 
 
-def _written(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ",".join(value) if isinstance(value, tuple) else str(value)
@@ -169,45 +226,53 @@ def _written(value: Any) -> str:
 
 # ---------------------------------------------------------------- what would change it
 
-LIMITS: tuple[tuple[str, int, tuple[Need, ...]], ...] = (
-    ("raw_text", FITS_A_PROMPT + 1, ("facts",)),
-    ("raw_text", LEAST_TEXT, ("domain",)),
-    ("paraphrases", LEAST_PARAPHRASES, ("facts",)),
-    ("examples", LEAST_EXAMPLES, NEEDS),
-    ("pairs", LEAST_PAIRS, ("tone", "skill")),
-    ("requests_month", LEAST_REQUESTS, ("latency",)),
+THRESHOLDS: tuple[tuple[str, int, tuple[Need, ...]], ...] = (
+    ("raw_text", MAX_PROMPT_BYTES + 1, ("facts",)),
+    ("raw_text", MIN_TEXT_BYTES, ("domain",)),
+    ("paraphrases", MIN_PARAPHRASES, ("facts",)),
+    ("examples", MIN_EXAMPLES, NEEDS),
+    ("pairs", MIN_PAIRS, ("tone", "skill")),
+    ("requests_month", MIN_MONTHLY_REQUESTS, ("latency",)),
 )
-OTHERS: dict[str, tuple[Any, ...]] = {
+ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "facts_change": ("never", "weekly"),
-    "prompt": PROMPTED,
+    "prompt": PROMPT_QUALITIES,
     "private": (True, False),
 }
 
 
-def _changes(facts: Situation) -> Iterator[Change]:
+def _find_counterfactuals(requirements: Requirements) -> Iterator[Counterfactual]:
     """One fact at a time, the others as they are; values of a fact that come to the same are one change."""
-    now = decide(facts)[0]
-    found: dict[tuple[str, tuple[Answer, ...], str], list[str]] = {}
-    for name, value, said in _tries(facts):
-        kept = decide(dataclasses.replace(facts, **{name: value}))[0]
-        answers: tuple[Answer, ...] = tuple(a for a in ANSWERS if any(a in one for one in kept.values()))
-        if kept != now:
-            found.setdefault((name, answers, verdict_of(kept)), []).append(said)
-    for (name, answers, verdict), said in found.items():
-        yield Change(f"{name.replace('_', ' ')}: {' or '.join(said)}", answers, verdict)
+    current = apply_rules(requirements)[0]
+    values_by_change: dict[tuple[str, tuple[Approach, ...], str], list[str]] = {}
+    for name, value, label in _iter_alternatives(requirements):
+        approaches_by_need = apply_rules(dataclasses.replace(requirements, **{name: value}))[0]
+        approaches: tuple[Approach, ...] = tuple(
+            approach
+            for approach in APPROACHES
+            if any(approach in chosen for chosen in approaches_by_need.values())
+        )
+        if approaches_by_need != current:
+            values_by_change.setdefault(
+                (name, approaches, choose_verdict(approaches_by_need)), []
+            ).append(label)
+    for (name, approaches, verdict), label in values_by_change.items():
+        yield Counterfactual(f"{name.replace('_', ' ')}: {' or '.join(label)}", approaches, verdict)
 
 
-def _tries(facts: Situation) -> Iterator[tuple[str, Any, str]]:
+def _iter_alternatives(requirements: Requirements) -> Iterator[tuple[str, Any, str]]:
     """A fact, another value of it, and that value in words."""
-    for name in questions_for(facts.need):
-        for value in OTHERS.get(name, ()):
-            yield name, value, _written(value)
-    for name, limit, needs in LIMITS:
-        if not set(needs) & set(facts.need):
+    for name in select_questions(requirements.need):
+        for value in ALTERNATIVES.get(name, ()):
+            yield name, value, _format_value(value)
+    for name, threshold, needs in THRESHOLDS:
+        if not set(needs) & set(requirements.need):
             continue
-        there = getattr(facts, name)
-        bound = size(limit) if name == "raw_text" else f"{limit:,}"
-        if (limit if there is None and name == "requests_month" else there or 0) >= limit:
-            yield name, limit - 1, f"under {bound}"
+        current = getattr(requirements, name)
+        threshold_text = format_bytes(threshold) if name == "raw_text" else f"{threshold:,}"
+        if (
+            threshold if current is None and name == "requests_month" else current or 0
+        ) >= threshold:
+            yield name, threshold - 1, f"under {threshold_text}"
         else:
-            yield name, limit, f"{bound} or more"
+            yield name, threshold, f"{threshold_text} or more"

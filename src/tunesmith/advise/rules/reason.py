@@ -7,33 +7,40 @@ from typing import Literal
 
 from tunesmith.advise.rules.questionnaire import Need
 
-Answer = Literal["prompt", "constrained decoding", "retrieval", "cpt", "sft", "preference"]
-ANSWERS: tuple[Answer, ...] = ("prompt", "constrained decoding", "retrieval", "cpt", "sft", "preference")
-TRAINING: tuple[Answer, ...] = ("cpt", "sft", "preference")
-Confidence = Literal["published", "extrapolated", "ours"]
+Approach = Literal["prompt", "constrained decoding", "retrieval", "cpt", "sft", "preference"]
+APPROACHES: tuple[Approach, ...] = (
+    "prompt",
+    "constrained decoding",
+    "retrieval",
+    "cpt",
+    "sft",
+    "preference",
+)
+TRAINING_APPROACHES: tuple[Approach, ...] = ("cpt", "sft", "preference")
+RuleConfidence = Literal["published", "extrapolated", "ours"]
 
-BYTES_A_TOKEN = 4  # English; fewer in other languages and in code
-LEAST_EXAMPLES = 50
-LEAST_PAIRS = 500
-LEAST_TEXT = 1_300_000 * BYTES_A_TOKEN  # bytes
-ENOUGH_TEXT = 1_000_000_000 * BYTES_A_TOKEN
-FITS_A_PROMPT = 32_000 * BYTES_A_TOKEN
-LEAST_PARAPHRASES = 10
-LEAST_REQUESTS = 1_000  # a month
-GOLDEN = 1_000
+BYTES_PER_TOKEN = 4  # English; fewer in other languages and in code
+MIN_EXAMPLES = 50
+MIN_PAIRS = 500
+MIN_TEXT_BYTES = 1_300_000 * BYTES_PER_TOKEN  # bytes
+AMPLE_TEXT_BYTES = 1_000_000_000 * BYTES_PER_TOKEN
+MAX_PROMPT_BYTES = 32_000 * BYTES_PER_TOKEN
+MIN_PARAPHRASES = 10
+MIN_MONTHLY_REQUESTS = 1_000  # a month
+PLATEAU_EXAMPLES = 1_000
 
 
 @dataclass(frozen=True)
-class Reason:
+class RuleResult:
     """`helps` and `rules_out` hold for `needs` alone; of `concerns` it says something worth knowing. A `source` that is
     unverified is cited from memory; its rule's docstring has its title."""
 
     rule: str
     needs: tuple[Need, ...]
-    why: str
+    explanation: str
     source: str
-    confidence: Confidence
-    helps: tuple[Answer, ...] = ()
-    rules_out: tuple[Answer, ...] = ()
-    concerns: tuple[Answer, ...] = ()
-    usual: str = ""
+    confidence: RuleConfidence
+    recommended: tuple[Approach, ...] = ()
+    ruled_out: tuple[Approach, ...] = ()
+    concerns: tuple[Approach, ...] = ()
+    common_advice: str = ""

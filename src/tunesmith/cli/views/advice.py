@@ -9,65 +9,89 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.advise.rules.advice import Advice, Change
-from tunesmith.advise.rules.reason import TRAINING, Reason
+from tunesmith.advise.rules.advice import Advice, Counterfactual
+from tunesmith.advise.rules.reason import TRAINING_APPROACHES, RuleResult
 
-NAMES = {"cpt": "continued pretraining", "sft": "SFT", "preference": "preference training"}
-COUNTS_AS = {"prompt": "untried", "facts_change": "often", "requests_month": "enough", "private": "no"}
+APPROACH_NAMES = {"cpt": "continued pretraining", "sft": "SFT", "preference": "preference training"}
+ASSUMED_VALUES = {
+    "prompt": "untried",
+    "facts_change": "often",
+    "requests_month": "enough",
+    "private": "no",
+}
 
 
-def advice_view(advice: Advice) -> RenderableType:
-    headline = Text(f"{advice.verdict.capitalize()}: {_names(advice.answers)}", "bold")
+def render_advice(advice: Advice) -> RenderableType:
+    headline = Text(
+        f"{advice.verdict.capitalize()}: {_format_approaches(advice.approaches)}", "bold"
+    )
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    noted: set[str] = set()
-    for number, step in enumerate(advice.steps, start=1):
-        table.add_row(Text(f"{number}. {_names((step.answer,))}", "bold green"), f"for {', '.join(step.needs)}")
-        for reason in step.reasons:
-            if step.answer in reason.helps:
-                _add(table, "   why", reason)
-            elif reason.rule not in noted:
-                noted.add(reason.rule)
-                _add(table, "   note", reason)
-        table.add_row("   next", Text(step.next))
-        if step.command:
-            table.add_row("", Text(f"$ {step.command}", "cyan"))
-    for reason in advice.against:
-        needs = [need for need in advice.situation.need if need in reason.needs]
-        table.add_row(Text("not", "bold yellow"), f"{_ruled_out(reason)}, for {', '.join(needs)}")
-        if any(reason in step.reasons for step in advice.steps):
+    noted_rules: set[str] = set()
+    for number, recommendation in enumerate(advice.recommendations, start=1):
+        table.add_row(
+            Text(f"{number}. {_format_approaches((recommendation.approach,))}", "bold green"),
+            f"for {', '.join(recommendation.needs)}",
+        )
+        for reason in recommendation.reasons:
+            if recommendation.approach in reason.recommended:
+                _add_reason(table, "   why", reason)
+            elif reason.rule not in noted_rules:
+                noted_rules.add(reason.rule)
+                _add_reason(table, "   note", reason)
+        table.add_row("   next", Text(recommendation.next_step))
+        if recommendation.command:
+            table.add_row("", Text(f"$ {recommendation.command}", "cyan"))
+    for reason in advice.objections:
+        needs = [need for need in advice.requirements.need if need in reason.needs]
+        table.add_row(
+            Text("not", "bold yellow"), f"{_format_ruled_out(reason)}, for {', '.join(needs)}"
+        )
+        if any(reason in recommendation.reasons for recommendation in advice.recommendations):
             table.add_row("   why", "as above")
         else:
-            _add(table, "   why", reason)
-    for number, change in enumerate(advice.changes):
-        table.add_row(Text("otherwise if" if number == 0 else "", "bold"), _change(change))
-    if advice.not_said:
-        table.add_row(Text("not said", "bold"), _assumed(advice.not_said))
+            _add_reason(table, "   why", reason)
+    for number, counterfactual in enumerate(advice.counterfactuals):
+        table.add_row(
+            Text("otherwise if" if number == 0 else "", "bold"),
+            _format_counterfactual(counterfactual),
+        )
+    if advice.assumed:
+        table.add_row(Text("not said", "bold"), _format_assumed(advice.assumed))
     return Group(headline, table)
 
 
-def _add(table: Table, label: str, reason: Reason) -> None:
-    behind = f"{reason.source}; {reason.confidence}" if reason.source else reason.confidence
-    table.add_row(label, Text(f"{reason.why} ({behind})"))
-    if reason.usual:
-        table.add_row("   usual", Text(reason.usual))
+def _add_reason(table: Table, label: str, reason: RuleResult) -> None:
+    evidence = f"{reason.source}; {reason.confidence}" if reason.source else reason.confidence
+    table.add_row(label, Text(f"{reason.explanation} ({evidence})"))
+    if reason.common_advice:
+        table.add_row("   usual", Text(reason.common_advice))
 
 
-def _names(answers: tuple[str, ...]) -> str:
-    return ", ".join(NAMES.get(answer, answer) for answer in answers) or "nothing helps yet"
+def _format_approaches(approaches: tuple[str, ...]) -> str:
+    return (
+        ", ".join(APPROACH_NAMES.get(approach, approach) for approach in approaches)
+        or "nothing helps yet"
+    )
 
 
-def _ruled_out(reason: Reason) -> str:
-    others = tuple(answer for answer in reason.rules_out if answer not in TRAINING)
-    if len(reason.rules_out) - len(others) < len(TRAINING):
-        return _names(reason.rules_out)
+def _format_ruled_out(reason: RuleResult) -> str:
+    others = tuple(approach for approach in reason.ruled_out if approach not in TRAINING_APPROACHES)
+    if len(reason.ruled_out) - len(others) < len(TRAINING_APPROACHES):
+        return _format_approaches(reason.ruled_out)
     return ", ".join(["training of any kind", *others])
 
 
-def _change(change: Change) -> Text:
-    return Text(f"{change.fact} -> {change.verdict}: {_names(change.answers)}")
+def _format_counterfactual(counterfactual: Counterfactual) -> Text:
+    return Text(
+        f"{counterfactual.condition} -> {counterfactual.verdict}: {_format_approaches(counterfactual.approaches)}"
+    )
 
 
-def _assumed(names: tuple[str, ...]) -> Text:
-    return Text(", ".join(f"{name.replace('_', ' ')} (taken as {COUNTS_AS.get(name, '0')})" for name in names))
+def _format_assumed(names: tuple[str, ...]) -> Text:
+    return Text(
+        ", ".join(
+            f"{name.replace('_', ' ')} (taken as {ASSUMED_VALUES.get(name, '0')})" for name in names
+        )
+    )

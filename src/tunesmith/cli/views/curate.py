@@ -13,77 +13,119 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from tunesmith.cli.progress import interval
+from tunesmith.cli.progress import format_interval
 
 if TYPE_CHECKING:
-    from tunesmith.advise.curate import Curated
-    from tunesmith.advise.data_ablation import Arm, Proof, Trained
+    from tunesmith.advise.curate import CurationResult
+    from tunesmith.advise.data_ablation import AblationResult, SubsetArm, SubsetRun
 
-WORDS = {"better": "kept trains better", "worse": "kept trains worse", "no difference shown": "no difference shown"}
+VERDICT_TEXTS = {
+    "better": "kept trains better",
+    "worse": "kept trains worse",
+    "no difference shown": "no difference shown",
+}
 
 
-def curated_view(curated: Curated) -> RenderableType:
+def render_curation(curation: CurationResult) -> RenderableType:
     """What was kept beside what it has to beat, and why rows were not."""
-    columns = ("file", "rows", "answer tokens", "perplexity", "difficulty", "agreement", "also kept")
-    table = _table("Rows, and medians of their scores", *columns)
-    for one in curated.subsets:
-        agreement = "-" if one.agreement is None else f"{one.agreement:.2f}"
-        scores = (f"{one.answer_tokens:,.0f}", f"{one.perplexity:.2f}", f"{one.difficulty:.3f}", agreement)
-        table.add_row(f"{one.name}.jsonl", f"{one.rows:,}", *scores, f"{one.shared:,}")
-    reasons = _table("", "not kept", "rows")
-    for reason, rows in curated.reasons.items():
+    columns = (
+        "file",
+        "rows",
+        "answer tokens",
+        "perplexity",
+        "difficulty",
+        "agreement",
+        "also kept",
+    )
+    table = _make_table("Rows, and medians of their scores", *columns)
+    for subset in curation.subsets:
+        agreement = "-" if subset.agreement is None else f"{subset.agreement:.2f}"
+        scores = (
+            f"{subset.answer_tokens:,.0f}",
+            f"{subset.perplexity:.2f}",
+            f"{subset.difficulty:.3f}",
+            agreement,
+        )
+        table.add_row(
+            f"{subset.name}.jsonl", f"{subset.rows:,}", *scores, f"{subset.shared_rows:,}"
+        )
+    reasons = _make_table("", "not kept", "rows")
+    for reason, rows in curation.reasons.items():
         reasons.add_row(escape(reason), f"{rows:,}")
-    return Group(table, reasons, escape(curated.path))
+    return Group(table, reasons, escape(curation.path))
 
 
-def told(found: Iterable[Trained | Proof]) -> Proof:
+def report_subset_runs(results: Iterable[SubsetRun | AblationResult]) -> AblationResult:
     """Tells each short training on stderr as it ends; what they prove comes last."""
-    from tunesmith.advise.data_ablation import Proof
-    from tunesmith.evaluate.results import score
+    from tunesmith.advise.data_ablation import AblationResult
+    from tunesmith.evaluate.results import compute_score
 
-    for one in found:
-        if isinstance(one, Proof):
-            return one
-        name = f"trained on {one.name}, seed {one.seed}" if one.name else "before training"
-        sys.stderr.write(f"{name}: held-out loss {score(one.held_out).value:.4f}\n")
+    for result in results:
+        if isinstance(result, AblationResult):
+            return result
+        name = f"trained on {result.name}, seed {result.seed}" if result.name else "before training"
+        sys.stderr.write(f"{name}: held-out loss {compute_score(result.held_out).value:.4f}\n")
     raise AssertionError("a proof comes last")
 
 
-def proof_view(proof: Proof) -> RenderableType:
+def render_ablation(ablation: AblationResult) -> RenderableType:
     """The table, and in one sentence what it shows."""
-    seeds = f", {proof.seeds} seeds" if proof.seeds > 1 else ""
+    seeds = f", {ablation.seeds} seeds" if ablation.seeds > 1 else ""
     title = (
-        f"Held-out {proof.metric} after {proof.steps} steps of {proof.batch_size} rows{seeds}; {proof.items} held-out "
-        f"rows, 95% intervals; {proof.base:.3f} before training"
+        f"Held-out {ablation.metric} after {ablation.steps} steps of {ablation.batch_size} rows{seeds}; {ablation.items} held-out "
+        f"rows, 95% intervals; {ablation.base_loss:.3f} before training"
     )
-    table = _table(title, "trained on", "rows", "tokens", "loss", "kept against it, by row", "by seed", "")
-    for arm in proof.arms:
-        loss = interval(arm.loss, arm.low, arm.high)
+    table = _make_table(
+        title, "trained on", "rows", "tokens", "loss", "kept against it, by row", "by seed", ""
+    )
+    for arm in ablation.arms:
+        loss = format_interval(arm.loss, arm.low, arm.high)
         table.add_row(
-            arm.name, f"{arm.rows:,}", f"{arm.tokens:,}", loss, *_against(arm, proof.seeds), WORDS.get(arm.verdict)
+            arm.name,
+            f"{arm.rows:,}",
+            f"{arm.tokens:,}",
+            loss,
+            *_format_difference(arm, ablation.seeds),
+            VERDICT_TEXTS.get(arm.verdict),
         )
-    return Group(table, escape(conclusion(proof)))
+    return Group(table, escape(format_conclusion(ablation)))
 
 
-def _against(arm: Arm, seeds: int) -> tuple[str, str]:
-    if arm.against is None:
+def _format_difference(arm: SubsetArm, seeds: int) -> tuple[str, str]:
+    if arm.comparison is None:
         return "", ""
-    change = f"{arm.against.difference:+.3f} [{arm.against.low:+.3f}, {arm.against.high:+.3f}]"
-    return change, " ".join(f"{one:+.3f}" for one in arm.by_seed) if seeds > 1 else ""
+    change = (
+        f"{arm.comparison.difference:+.3f} [{arm.comparison.low:+.3f}, {arm.comparison.high:+.3f}]"
+    )
+    return change, " ".join(
+        f"{difference:+.3f}" for difference in arm.seed_differences
+    ) if seeds > 1 else ""
 
 
-def conclusion(proof: Proof) -> str:
+def format_conclusion(ablation: AblationResult) -> str:
     """What the kept rows beat, what beats them, and what no difference was shown from."""
-    said = {"better": "is beaten by it", "worse": "trains better", "no difference shown": "no difference shown"}
-    parts = [f"{arm.name}: {said[arm.verdict]}" for arm in proof.arms if arm.against is not None]
-    split = [arm.name for arm in proof.arms if min(arm.by_seed, default=0) < 0 < max(arm.by_seed, default=0)]
-    doubt = f"; seeds disagree on {', '.join(split)}" if split else ""
-    return f"kept beside {', '.join(parts)}{doubt}"
+    verdict_texts = {
+        "better": "is beaten by it",
+        "worse": "trains better",
+        "no difference shown": "no difference shown",
+    }
+    parts = [
+        f"{arm.name}: {verdict_texts[arm.verdict]}"
+        for arm in ablation.arms
+        if arm.comparison is not None
+    ]
+    disputed = [
+        arm.name
+        for arm in ablation.arms
+        if min(arm.seed_differences, default=0) < 0 < max(arm.seed_differences, default=0)
+    ]
+    caveat = f"; seeds disagree on {', '.join(disputed)}" if disputed else ""
+    return f"kept beside {', '.join(parts)}{caveat}"
 
 
-def _table(title: str, *columns: str) -> Table:
+def _make_table(title: str, *columns: str) -> Table:
     """The first column is a name, the others are numbers."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
     return table

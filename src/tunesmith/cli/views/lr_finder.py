@@ -13,54 +13,67 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.advise.lr_finder import RatePoint, RateTest, Trial
-from tunesmith.advise.lr_plot import bar, svg
-from tunesmith.cli.progress import interval
+from tunesmith.advise.lr_finder import LRFinderResult, LRPoint, LRTrial
+from tunesmith.advise.lr_plot import render_bar, render_svg
+from tunesmith.cli.progress import format_interval
 from tunesmith.core.atomic import write_file
-from tunesmith.evaluate.results import score
+from tunesmith.evaluate.results import compute_score
 
 
-def rate_view(found: Trial | RateTest, place: Path) -> RenderableType | None:
+def report_lr_result(result: LRTrial | LRFinderResult, svg_path: Path) -> RenderableType | None:
     """A rate is told on stderr, and the conclusion drawn into `place` and returned."""
-    if isinstance(found, Trial):
-        sys.stderr.write(f"{trial_line(found)}\n")
+    if isinstance(result, LRTrial):
+        sys.stderr.write(f"{format_trial(result)}\n")
         return None
-    write_file(place, svg(found).encode())
-    return rate_table(found, place)
+    write_file(svg_path, render_svg(result).encode())
+    return render_lr_table(result, svg_path)
 
 
-def trial_line(trial: Trial) -> str:
-    name = f"rate {trial.rate:g}" if trial.rate else "before training"
-    loss = "none" if trial.held_out is None else f"{score(trial.held_out).value:.4f}"
-    return f"{name}: held-out loss {loss}" + (f"; collapsed: {trial.collapsed}" if trial.collapsed else "")
+def format_trial(trial: LRTrial) -> str:
+    name = f"rate {trial.learning_rate:g}" if trial.learning_rate else "before training"
+    loss = "none" if trial.held_out is None else f"{compute_score(trial.held_out).value:.4f}"
+    return f"{name}: held-out loss {loss}" + (
+        f"; collapsed: {trial.collapse_reason}" if trial.collapse_reason else ""
+    )
 
 
-def rate_table(test: RateTest, drawn: Path) -> RenderableType:
-    title = f"Held-out {test.metric} after {test.steps} steps, {test.rows} rows, 95% intervals"
+def render_lr_table(result: LRFinderResult, svg_path: Path) -> RenderableType:
+    title = (
+        f"Held-out {result.metric} after {result.steps} steps, {result.rows} rows, 95% intervals"
+    )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("rate", justify="right")
     for column in ("loss", "loss before training / loss, as logarithms", ""):
         table.add_column(column)
-    table.add_row("0", f"{test.base:.3f}", "", Text("before training", "dim"))
-    for point in test.points:
-        table.add_row(f"{point.rate:g}", _loss(point), bar(point, test), _word(point, test))
-    lines = [f"[yellow]note[/] {escape(doubt)}" for doubt in test.doubts]
-    if test.collapse_from is not None:
-        lines.append(f"the model starts to collapse at {test.collapse_from:g}; higher rates were not tried")
-    if test.chosen is not None:
-        lines.append(f"learning_rate: {test.chosen:g} (the plan's was {test.planned:g})")
-    return Group(table, *lines, escape(f"curve: {drawn}"))
+    table.add_row("0", f"{result.base_loss:.3f}", "", Text("before training", "dim"))
+    for point in result.points:
+        table.add_row(
+            f"{point.learning_rate:g}",
+            _format_loss(point),
+            render_bar(point, result),
+            _format_verdict(point, result),
+        )
+    lines = [f"[yellow]note[/] {escape(caveat)}" for caveat in result.caveats]
+    if result.collapse_rate is not None:
+        lines.append(
+            f"the model starts to collapse at {result.collapse_rate:g}; higher rates were not tried"
+        )
+    if result.chosen_rate is not None:
+        lines.append(
+            f"learning_rate: {result.chosen_rate:g} (the plan's was {result.planned_rate:g})"
+        )
+    return Group(table, *lines, escape(f"curve: {svg_path}"))
 
 
-def _loss(point: RatePoint) -> str:
+def _format_loss(point: LRPoint) -> str:
     if point.loss is None or point.low is None or point.high is None:
         return "-"
-    return interval(point.loss, point.low, point.high)
+    return format_interval(point.loss, point.low, point.high)
 
 
-def _word(point: RatePoint, test: RateTest) -> Text:
-    if point.collapsed:
-        return Text(f"collapsed: {point.collapsed}", "bold red")
-    if point.rate == test.chosen:
+def _format_verdict(point: LRPoint, result: LRFinderResult) -> Text:
+    if point.collapse_reason:
+        return Text(f"collapsed: {point.collapse_reason}", "bold red")
+    if point.learning_rate == result.chosen_rate:
         return Text("chosen", "bold green")
-    return Text("as good" if point.rate in test.as_good else "worse", "dim")
+    return Text("as good" if point.learning_rate in result.similar_rates else "worse", "dim")

@@ -15,139 +15,228 @@ from dataclasses import dataclass
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.conversation import Chat
-from tunesmith.data.chat_template.encode import MarkedText
-from tunesmith.data.chat_template.tracked_str import FIELDS, TOOLS, Tracked, message_of, origin_of, plain, stretches
+from tunesmith.data.chat_template.conversation import Conversation
+from tunesmith.data.chat_template.encode import TrackedText
+from tunesmith.data.chat_template.tracked_str import (
+    FIELDS,
+    TOOLS,
+    TrackedStr,
+    get_message_index,
+    iter_spans,
+    make_origin,
+    to_plain,
+)
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
-FOREIGN = "text that looks like a control token is trained as text"
+CONTROL_LIKE_TEXT = "text that looks like a control token is trained as text"
 STRUCTURAL = "structural tokens inside an answer stay tokens"
 NO_TOOLS = "the template does not write the tools"
 NO_SYSTEM = "the template does not write a system message"
 NO_THINKING = "the template leaves out the thinking of an answer"
 NO_CONTENT = "the template leaves out the text beside a tool call"
-CALLS_FIX = "name a template that writes tool calls (`template:`), or leave such rows out"
-SERVED = "the prompt stands as it is served: with an answer behind it the template writes it differently"
+TOOL_CALLS_FIX = "name a template that writes tool calls (`template:`), or leave such rows out"
+SERVED_PROMPT = (
+    "the prompt stands as it is served: with an answer behind it the template writes it differently"
+)
 
 
 @dataclass(frozen=True)
-class Turn:
+class AssistantSpan:
     """A trained answer: characters start:end of `marked`, which is rendered up to this message. `spliced`: where the
     answer begins in that render, if it does not begin with the prompt as served, which then stands there instead."""
 
-    message: int
+    message_index: int
     weight: float
-    marked: MarkedText
+    text: TrackedText
     start: int
     end: int  # behind the end token
-    closed: bool  # False: the template writes no end token
-    spliced: int | None = None
+    has_end_token: bool  # False: the template writes no end token
+    splice_start: int | None = None
 
-    def stock(self, chat: Chat) -> str:
+    def render_plain(self, chat: Conversation) -> str:
         """The text of `marked` as inference engines write it."""
-        written = chat.stock(self.message + 1)
-        return written if self.spliced is None else chat.stock(self.message, prompt=True) + written[self.spliced :]
+        rendered = chat.render_plain(self.message_index + 1)
+        return (
+            rendered
+            if self.splice_start is None
+            else chat.render_plain(self.message_index, add_generation_prompt=True)
+            + rendered[self.splice_start :]
+        )
 
 
-def find_turn(
-    chat: Chat, tokenizer: ChatTokenizer, message: int, weight: float, end_ids: Sequence[Iterable[int]]
-) -> Turn:
+def find_assistant_span(
+    chat: Conversation,
+    tokenizer: ChatTokenizer,
+    message_index: int,
+    weight: float,
+    end_ids: Sequence[Iterable[int]],
+) -> AssistantSpan:
     """`end_ids`: sets of ids that end answers, the better known first. Raises InputError."""
-    prompt, written = chat.render(message, prompt=True), chat.render(message + 1)
-    spliced = None if plain(written).startswith(plain(prompt)) else _answer_begins(prompt, written, message)
-    text = written if spliced is None else prompt + written[spliced:]
-    marked = MarkedText(text, tokenizer, chat.assistants)
-    own = {origin_of(message, field) for field in FIELDS}
-    last = max((end for _, end, origin in marked.stretches if origin in own and end > len(prompt)), default=0)
-    if not last:
-        raise _unwritten(chat, message)
-    closing = [found for found in marked.controls if found.start >= last]
-    end = next((found for ids in end_ids for found in closing if found.control.id in ids), None)
-    ends = end.core if end else len(marked.plain)
-    turn = Turn(message, weight, marked, len(prompt), ends, end is not None, spliced)
+    prompt, rendered = (
+        chat.render(message_index, add_generation_prompt=True),
+        chat.render(message_index + 1),
+    )
+    splice_start = (
+        None
+        if to_plain(rendered).startswith(to_plain(prompt))
+        else _find_answer_start(prompt, rendered, message_index)
+    )
+    text = rendered if splice_start is None else prompt + rendered[splice_start:]
+    tracked_text = TrackedText(text, tokenizer, chat.assistant_indices)
+    answer_origins = {make_origin(message_index, field) for field in FIELDS}
+    content_end = max(
+        (
+            end
+            for _, end, origin in tracked_text.origin_spans
+            if origin in answer_origins and end > len(prompt)
+        ),
+        default=0,
+    )
+    if not content_end:
+        raise _make_unrendered_error(chat, message_index)
+    closing_matches = [match for match in tracked_text.controls if match.start >= content_end]
+    end_match = next(
+        (match for ids in end_ids for match in closing_matches if match.control.id in ids), None
+    )
+    answer_end = end_match.token_end if end_match else len(tracked_text.plain)
+    turn = AssistantSpan(
+        message_index,
+        weight,
+        tracked_text,
+        len(prompt),
+        answer_end,
+        end_match is not None,
+        splice_start,
+    )
     _check_span(chat, turn)
     return turn
 
 
-def _unwritten(chat: Chat, message: int) -> InputError:
-    role, calls = chat.messages[message]["role"], bool(chat.messages[message].get("tool_calls"))
-    what = f"the chat template writes nothing of message {message + 1} ({role}{', which calls tools' if calls else ''})"
-    return InputError(what, fix=CALLS_FIX if calls else "")
+def _make_unrendered_error(chat: Conversation, message_index: int) -> InputError:
+    role, has_calls = (
+        chat.messages[message_index]["role"],
+        bool(chat.messages[message_index].get("tool_calls")),
+    )
+    problem = f"the chat template writes nothing of message {message_index + 1} ({role}{', which calls tools' if has_calls else ''})"
+    return InputError(problem, fix=TOOL_CALLS_FIX if has_calls else "")
 
 
-def _answer_begins(prompt: Tracked, written: Tracked, message: int) -> int:
+def _find_answer_start(prompt: TrackedStr, rendered: TrackedStr, message_index: int) -> int:
     """Where in `written`, if behind the message before it the template goes on with the words that end `prompt`. Raises
     InputError for an answer that begins otherwise."""
-    own = next((start for start, _, origin in stretches(written) if message_of(origin) == message), len(written))
-    (asker, asked), (before, begun) = _last_said(prompt), _last_said(written[:own])
-    words = plain(prompt)[asked:]
-    if asker != before or not words.strip() or not plain(written)[begun:own].startswith(words):
+    message_start = next(
+        (
+            start
+            for start, _, origin in iter_spans(rendered)
+            if get_message_index(origin) == message_index
+        ),
+        len(rendered),
+    )
+    (prompt_message, prompt_end), (previous_message, previous_end) = (
+        _find_last_message(prompt),
+        _find_last_message(rendered[:message_start]),
+    )
+    generation_prompt = to_plain(prompt)[prompt_end:]
+    if (
+        prompt_message != previous_message
+        or not generation_prompt.strip()
+        or not to_plain(rendered)[previous_end:message_start].startswith(generation_prompt)
+    ):
         fix = "give a `template` that begins its answers as it asks for them, or answers that it can write so"
-        raise InputError(_mismatch(plain(prompt), plain(written)), fix=fix)
-    return begun + len(words)
+        raise InputError(_describe_mismatch(to_plain(prompt), to_plain(rendered)), fix=fix)
+    return previous_end + len(generation_prompt)
 
 
-def _last_said(text: Tracked) -> tuple[int, int]:
+def _find_last_message(text: TrackedStr) -> tuple[int, int]:
     """The message that wrote last, and where its words end."""
-    said = [(message_of(origin), end) for _, end, origin in stretches(text) if message_of(origin) >= 0]
-    return said[-1] if said else (-1, 0)
+    message_ends = [
+        (get_message_index(origin), end)
+        for _, end, origin in iter_spans(text)
+        if get_message_index(origin) >= 0
+    ]
+    return message_ends[-1] if message_ends else (-1, 0)
 
 
-def _check_span(chat: Chat, turn: Turn) -> None:
-    writers = turn.marked.writers(turn.start, turn.end)
-    if TOOLS in writers or {message_of(origin) for origin in writers} - {-1, turn.message}:
+def _check_span(chat: Conversation, turn: AssistantSpan) -> None:
+    origins = turn.text.get_origins(turn.start, turn.end)
+    if TOOLS in origins or {get_message_index(origin) for origin in origins} - {
+        -1,
+        turn.message_index,
+    }:
         raise InputError("the chat template writes another message inside an answer")
-    if chat.messages[turn.message].get("tool_calls") and origin_of(turn.message, "tool_calls") not in writers:
-        raise InputError("the chat template does not write the tool calls of an answer", fix=CALLS_FIX)
+    if (
+        chat.messages[turn.message_index].get("tool_calls")
+        and make_origin(turn.message_index, "tool_calls") not in origins
+    ):
+        raise InputError(
+            "the chat template does not write the tool calls of an answer", fix=TOOL_CALLS_FIX
+        )
 
 
-def _mismatch(prompt: str, answer: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(prompt, answer, strict=False)) if a != b), len(answer))
+def _describe_mismatch(prompt: str, answer: str) -> str:
+    common_length = next(
+        (i for i, (a, b) in enumerate(zip(prompt, answer, strict=False)) if a != b), len(answer)
+    )
     return (
-        f"the chat template asks for an answer with {prompt[:same][-20:] + prompt[same:][:40]!r}, but would write this"
-        f" one as {answer[:same][-20:] + answer[same:][:40]!r}"
+        f"the chat template asks for an answer with {prompt[:common_length][-20:] + prompt[common_length:][:40]!r}, but would write this"
+        f" one as {answer[:common_length][-20:] + answer[common_length:][:40]!r}"
     )
 
 
-def check_written(chat: Chat, text: MarkedText, stock: str, count: int) -> None:
+def check_render(chat: Conversation, text: TrackedText, plain_text: str, count: int) -> None:
     """The text must be what plain Jinja writes, `stock`, with something of every user and tool message in it."""
-    if stock != text.plain:
-        raise InputError("the tracked render differs from plain Jinja's", fix="please report this template")
-    writers = _writers(text)
+    if plain_text != text.plain:
+        raise InputError(
+            "the tracked render differs from plain Jinja's", fix="please report this template"
+        )
+    origins = _get_origins(text)
     for i, message in enumerate(chat.messages[:count]):
-        silent = _says_something(message) and origin_of(i, "content") not in writers
-        if silent and message["role"] not in ("system", "assistant"):
-            raise _unwritten(chat, i)
+        is_unrendered = _has_content(message) and make_origin(i, "content") not in origins
+        if is_unrendered and message["role"] not in ("system", "assistant"):
+            raise _make_unrendered_error(chat, i)
 
 
-def notes_on(chat: Chat, text: MarkedText, turns: Sequence[Turn]) -> list[str]:
-    writers = _writers(text)
-    lost = [i for i, message in enumerate(chat.messages) if _says_something(message)]
-    lost = [i for i in lost if i <= turns[-1].message and origin_of(i, "content") not in writers]
+def collect_render_notes(
+    chat: Conversation, text: TrackedText, turns: Sequence[AssistantSpan]
+) -> list[str]:
+    origins = _get_origins(text)
+    unrendered = [i for i, message in enumerate(chat.messages) if _has_content(message)]
+    unrendered = [
+        i
+        for i in unrendered
+        if i <= turns[-1].message_index and make_origin(i, "content") not in origins
+    ]
     notes = {
-        FOREIGN: text.foreign,
-        STRUCTURAL: text.structural,
-        NO_TOOLS: chat.tools is not None and TOOLS not in writers,
-        NO_SYSTEM: any(chat.messages[i]["role"] == "system" for i in lost),
-        NO_THINKING: any(_lost_thinking(chat.messages[turn.message], turn) for turn in turns),
-        NO_CONTENT: any(turn.message in lost for turn in turns),
-        SERVED: any(turn.spliced is not None for turn in turns),
+        CONTROL_LIKE_TEXT: text.has_control_like_text,
+        STRUCTURAL: text.has_structural_tokens,
+        NO_TOOLS: chat.tools is not None and TOOLS not in origins,
+        NO_SYSTEM: any(chat.messages[i]["role"] == "system" for i in unrendered),
+        NO_THINKING: any(
+            _is_thinking_dropped(chat.messages[turn.message_index], turn) for turn in turns
+        ),
+        NO_CONTENT: any(turn.message_index in unrendered for turn in turns),
+        SERVED_PROMPT: any(turn.splice_start is not None for turn in turns),
     }
-    return [note for note, holds in notes.items() if holds]
+    return [note for note, is_present in notes.items() if is_present]
 
 
-def _writers(text: MarkedText) -> set[int]:
-    return {origin for _, _, origin in text.stretches}
+def _get_origins(text: TrackedText) -> set[int]:
+    return {origin for _, _, origin in text.origin_spans}
 
 
-def _says_something(message: Json) -> bool:
+def _has_content(message: Json) -> bool:
     content = message.get("content")
     if isinstance(content, list):
         return any(isinstance(part, dict) and str(part.get("text", "")).strip() for part in content)
     return bool(content) and bool(str(content).strip())
 
 
-def _lost_thinking(message: Json, turn: Turn) -> bool:
+def _is_thinking_dropped(message: Json, turn: AssistantSpan) -> bool:
     if message.get("reasoning_content"):
-        return origin_of(turn.message, "reasoning") not in turn.marked.writers(turn.start, turn.end)
-    return "</think>" in str(message.get("content")) and "</think>" not in turn.marked.plain[turn.start : turn.end]
+        return make_origin(turn.message_index, "reasoning") not in turn.text.get_origins(
+            turn.start, turn.end
+        )
+    return (
+        "</think>" in str(message.get("content"))
+        and "</think>" not in turn.text.plain[turn.start : turn.end]
+    )

@@ -20,45 +20,66 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.template import ChatTemplate
-from tunesmith.data.chat_template.tracked_str import TEMPLATE, TOOLS, Tracked, literal, origin_of
+from tunesmith.data.chat_template.tracked_str import (
+    TEMPLATE,
+    TOOLS,
+    TrackedStr,
+    make_origin,
+    track_str,
+)
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-REASONING = ("reasoning_content", "thinking", "reasoning")
-TOLD = "chat_template_kwargs"  # the recipe's key
-_FIELD = {"content": "content", "tool_calls": "tool_calls"} | dict.fromkeys(REASONING, "reasoning")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+TEMPLATE_KWARGS_KEY = "chat_template_kwargs"  # the recipe's key
+_FIELD_BY_KEY = {"content": "content", "tool_calls": "tool_calls"} | dict.fromkeys(
+    REASONING_KEYS, "reasoning"
+)
 _WORD = re.compile(r"[A-Za-z][\w-]*")
 
 
 @dataclass(frozen=True)
-class Habits:
+class TemplateQuirks:
     """What a template expects of messages, found out by trying."""
 
-    parts: bool = False  # content as [{"type": "text", "text": ...}]
-    object_arguments: bool = True  # it can write arguments given as an object
-    text_arguments: bool = True  # ... given as JSON text
+    needs_content_parts: bool = False  # content as [{"type": "text", "text": ...}]
+    can_render_dict_args: bool = True  # it can write arguments given as an object
+    can_render_text_args: bool = True  # ... given as JSON text
 
 
-class Variables:
+class TemplateVariables:
     """What a template sees beside the conversation: special tokens and the user's settings; the template's own text."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.plain, self.tracked = dict(values), track(dict(values), TEMPLATE)
+        self.plain, self.tracked = dict(values), track_value(dict(values), TEMPLATE)
 
 
-def refuse_unasked(told: Iterable[str], templates: Iterable[ChatTemplate], named: Iterable[str]) -> None:
+def refuse_unused_kwargs(
+    names: Iterable[str], templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
+) -> None:
     """InputError for a name in `told` that no template looks up, or that is not the user's to set."""
-    reserved = {*_given([], None, False), *named}
-    asks = sorted({name for template in templates for name in template.asks} - reserved)
-    for name in told:
+    reserved = {*_build_context([], None, False), *special_token_names}
+    used_names = sorted(
+        {name for template in templates for name in template.undeclared_variables} - reserved
+    )
+    for name in names:
         if name in reserved:
-            raise InputError(f"{name} is not yours to set: it comes from the rows or the tokenizer", where=TOLD)
-        if name not in asks:
-            near = difflib.get_close_matches(name, asks, n=1)
-            fix = f"did you mean {near[0]}?" if near else f"it looks up: {', '.join(asks) or 'nothing'}"
-            raise InputError(f"the chat template never looks up {name}", where=TOLD, fix=fix)
+            raise InputError(
+                f"{name} is not yours to set: it comes from the rows or the tokenizer",
+                where=TEMPLATE_KWARGS_KEY,
+            )
+        if name not in used_names:
+            close_matches = difflib.get_close_matches(name, used_names, n=1)
+            fix = (
+                f"did you mean {close_matches[0]}?"
+                if close_matches
+                else f"it looks up: {', '.join(used_names) or 'nothing'}"
+            )
+            raise InputError(
+                f"the chat template never looks up {name}", where=TEMPLATE_KWARGS_KEY, fix=fix
+            )
 
 
-class Chat:
+class Conversation:
     """Raises InputError for a role that the template does not know."""
 
     def __init__(
@@ -66,89 +87,127 @@ class Chat:
         template: ChatTemplate,
         messages: Sequence[Json],
         tools: Sequence[Json],
-        variables: Variables,
-        habits: Habits,
+        variables: TemplateVariables,
+        quirks: TemplateQuirks,
     ) -> None:
         self.template, self.variables = template, variables
-        self.messages = [_as_wanted(self._known(message), habits) for message in messages]
+        self.messages = [
+            _normalize_message(self._map_developer_role(message), quirks) for message in messages
+        ]
         self.tools = list(tools) or None
-        self.assistants = frozenset(i for i, message in enumerate(self.messages) if message.get("role") == "assistant")
-        self._tracked = [self._track(i, message) for i, message in enumerate(self.messages)]
+        self.assistant_indices = frozenset(
+            i for i, message in enumerate(self.messages) if message.get("role") == "assistant"
+        )
+        self._tracked_messages = [
+            self._track_message(i, message) for i, message in enumerate(self.messages)
+        ]
 
-    def _known(self, message: Json) -> Json:
+    def _map_developer_role(self, message: Json) -> Json:
         """OpenAI's newer name of the system role, where a template does not know it."""
         if message.get("role") == "developer" and "developer" not in self.template.literals:
             return {**message, "role": "system"}
         return message
 
-    def render(self, count: int, *, prompt: bool = False) -> Tracked:
+    def render(self, count: int, *, add_generation_prompt: bool = False) -> TrackedStr:
         """The first `count` messages; with `prompt`, and the start of an answer after them."""
         return self.template.render(
-            {**self.variables.tracked, **_given(self._tracked[:count], self._tracked_tools, prompt)}
+            {
+                **self.variables.tracked,
+                **_build_context(
+                    self._tracked_messages[:count], self._tracked_tools, add_generation_prompt
+                ),
+            }
         )
 
-    def stock(self, count: int, *, prompt: bool = False) -> str:
+    def render_plain(self, count: int, *, add_generation_prompt: bool = False) -> str:
         """The same text as inference engines write it."""
-        return self.template.stock({**self.variables.plain, **_given(self.messages[:count], self.tools, prompt)})
+        return self.template.render_plain(
+            {
+                **self.variables.plain,
+                **_build_context(self.messages[:count], self.tools, add_generation_prompt),
+            }
+        )
 
     @cached_property
     def _tracked_tools(self) -> list[Any] | None:
-        return None if self.tools is None else track(self.tools, TOOLS)
+        return None if self.tools is None else track_value(self.tools, TOOLS)
 
-    def _track(self, index: int, message: Json) -> dict[Tracked, Any]:
-        tracked: dict[Tracked, Any] = {}
+    def _track_message(self, index: int, message: Json) -> dict[TrackedStr, Any]:
+        tracked: dict[TrackedStr, Any] = {}
         for key, value in message.items():
-            origin = origin_of(index, _FIELD.get(key, "other"))
-            tracked[literal(key, origin)] = track(value, origin)
-        tracked[literal("role")] = literal(self._role(message.get("role")))
+            origin = make_origin(index, _FIELD_BY_KEY.get(key, "other"))
+            tracked[track_str(key, origin)] = track_value(value, origin)
+        tracked[track_str("role")] = track_str(self._check_role(message.get("role")))
         return tracked
 
-    def _role(self, role: Any) -> str:
-        if isinstance(role, str) and (role in ROLES or (role in self.template.literals and _WORD.fullmatch(role))):
+    def _check_role(self, role: Any) -> str:
+        if isinstance(role, str) and (
+            role in ROLES or (role in self.template.literals and _WORD.fullmatch(role))
+        ):
             return role
-        raise InputError(f"the chat template knows no role {role!r}", fix=f"use one of {', '.join(sorted(ROLES))}")
+        raise InputError(
+            f"the chat template knows no role {role!r}",
+            fix=f"use one of {', '.join(sorted(ROLES))}",
+        )
 
 
-def _given(messages: list[Any], tools: list[Any] | None, prompt: bool) -> dict[str, Any]:
-    return {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+def _build_context(
+    messages: list[Any], tools: list[Any] | None, add_generation_prompt: bool
+) -> dict[str, Any]:
+    return {
+        "messages": messages,
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
 
 
-def track(value: Any, origin: int) -> Any:
+def track_value(value: Any, origin: int) -> Any:
     """A JSON value whose texts, keys included, are all of one origin."""
     if isinstance(value, str):
-        return literal(value, origin)
+        return track_str(value, origin)
     if isinstance(value, dict):
-        return {literal(key, origin): track(inner, origin) for key, inner in value.items()}
+        return {track_str(key, origin): track_value(inner, origin) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [track(inner, origin) for inner in value]
+        return [track_value(inner, origin) for inner in value]
     return value
 
 
-def _as_wanted(message: Json, habits: Habits) -> Json:
-    wanted = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((wanted[key] for key in REASONING if key in wanted), None)
+def _normalize_message(message: Json, quirks: TemplateQuirks) -> Json:
+    normalized = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((normalized[key] for key in REASONING_KEYS if key in normalized), None)
     if reasoning is not None:
-        wanted = {"thinking": reasoning} | wanted | {"reasoning_content": reasoning}
-    if habits.parts and isinstance(wanted.get("content"), str):
-        wanted["content"] = [{"type": "text", "text": wanted["content"]}]
-    if wanted.get("tool_calls"):
-        wanted["tool_calls"] = [_call(call, habits) for call in wanted["tool_calls"]]
-    return wanted
+        normalized = {"thinking": reasoning} | normalized | {"reasoning_content": reasoning}
+    if quirks.needs_content_parts and isinstance(normalized.get("content"), str):
+        normalized["content"] = [{"type": "text", "text": normalized["content"]}]
+    if normalized.get("tool_calls"):
+        normalized["tool_calls"] = [
+            _convert_call(call, quirks) for call in normalized["tool_calls"]
+        ]
+    return normalized
 
 
-def _call(call: Any, habits: Habits) -> Any:
+def _convert_call(call: Any, quirks: TemplateQuirks) -> Any:
     function = call.get("function", call) if isinstance(call, dict) else {}
     arguments = function.get("arguments")
-    if isinstance(arguments, str) and habits.object_arguments and not habits.text_arguments:
+    if (
+        isinstance(arguments, str)
+        and quirks.can_render_dict_args
+        and not quirks.can_render_text_args
+    ):
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise InputError(
                 f"the arguments of a tool call are not JSON: {error}", fix="write a JSON object"
             ) from error
-    elif isinstance(arguments, dict) and habits.text_arguments and not habits.object_arguments:
+    elif (
+        isinstance(arguments, dict)
+        and quirks.can_render_text_args
+        and not quirks.can_render_dict_args
+    ):
         arguments = json.dumps(arguments, ensure_ascii=False)
     else:
         return call
-    changed = function | {"arguments": arguments}
-    return call | {"function": changed} if "function" in call else changed
+    converted = function | {"arguments": arguments}
+    return call | {"function": converted} if "function" in call else converted

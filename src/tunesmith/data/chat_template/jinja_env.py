@@ -21,12 +21,12 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.utils import Namespace
 
-from tunesmith.data.chat_template.sandbox_checks import added, check_join
-from tunesmith.data.chat_template.sandbox_limits import USABLE, Budgeted
-from tunesmith.data.chat_template.tracked_str import TooLarge
+from tunesmith.data.chat_template.sandbox_checks import add_terms, check_join
+from tunesmith.data.chat_template.sandbox_limits import ALLOWED_FILTERS, LimitedEnvironment
+from tunesmith.data.chat_template.tracked_str import RenderLimitError
 
 
-class Generation(Extension):
+class GenerationTag(Extension):
     """`{% generation %}` marks answers for other tools; the mask here does not need it."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
@@ -36,69 +36,86 @@ class Generation(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
 
-    def _inside(self, caller: Macro) -> str:
+    def _render_body(self, caller: Macro) -> str:
         return caller()
 
 
-def settings() -> dict[str, Any]:
+def get_jinja_settings() -> dict[str, Any]:
     """Those of transformers: what a chat template may count on."""
-    return {"trim_blocks": True, "lstrip_blocks": True, "optimized": False, "extensions": [Generation, loopcontrols]}
+    return {
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "optimized": False,
+        "extensions": [GenerationTag, loopcontrols],
+    }
 
 
-def names() -> dict[str, Any]:
-    return {"raise_exception": _raise, "dict": _Dict(), "namespace": _Namespace}
+def get_jinja_globals() -> dict[str, Any]:
+    return {"raise_exception": _raise_exception, "dict": _Dict(), "namespace": _Namespace}
 
 
-class StockEnvironment(Budgeted):
+class PlainEnvironment(LimitedEnvironment):
     """Plain text, by Jinja's own filters."""
 
     def __init__(self, now: datetime) -> None:
-        filters = {name: FILTERS[name] for name in USABLE} | {"tojson": stock_json, "+": added, "~": _joined}
-        functions = names() | {"strftime_now": lambda form: formatted(now, form)}
-        super().__init__(filters, functions, finalize=_printed, **settings())
+        filters = {name: FILTERS[name] for name in ALLOWED_FILTERS} | {
+            "tojson": dump_plain_json,
+            "+": add_terms,
+            "~": _join_terms,
+        }
+        functions = get_jinja_globals() | {
+            "strftime_now": lambda date_format: format_date(now, date_format)
+        }
+        super().__init__(filters, functions, finalize=_finalize_value, **get_jinja_settings())
         self.concat = self._concat  # pyright: ignore[reportAttributeAccessIssue]
 
     def _concat(self, pieces: Iterable[str]) -> str:
-        return self.charge("".join(self.bounded(pieces)))
+        return self.charge("".join(self.limit_output(pieces)))
 
 
 @pass_environment
-def _printed(environment: StockEnvironment, value: Any) -> Any:
-    return environment.walked(value)
+def _finalize_value(environment: PlainEnvironment, value: Any) -> Any:
+    return environment.charge_contents(value)
 
 
-def _joined(values: list[Any]) -> str:
+def _join_terms(values: list[Any]) -> str:
     """Terms of a `~`."""
     texts = [str(value) for value in values]
     check_join("", texts)
     return "".join(texts)
 
 
-def formatted(now: datetime, form: str) -> str:
-    if len(form) > 200 or re.search(r"%\W*\d", form):
-        raise TooLarge("strftime_now with a width")
-    return now.strftime(form)
+def format_date(now: datetime, date_format: str) -> str:
+    if len(date_format) > 200 or re.search(r"%\W*\d", date_format):
+        raise RenderLimitError("strftime_now with a width")
+    return now.strftime(date_format)
 
 
-def stock_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+def dump_plain_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class _Namespace(Namespace):
     def __init__(*args: Any, **values: Any) -> None:  # so that namespace(self=...) works
-        given = dict(*args[1:], **values)
-        for name in given:
-            _no_underscore(name)
-        Namespace.__init__(args[0], given)
+        attributes = dict(*args[1:], **values)
+        for name in attributes:
+            _refuse_underscore(name)
+        Namespace.__init__(args[0], attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _no_underscore(name)
+        _refuse_underscore(name)
         Namespace.__setitem__(self, name, value)
 
 
-def _no_underscore(name: object) -> None:
+def _refuse_underscore(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"a namespace cannot hold {name!r}")
 
@@ -111,5 +128,5 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-def _raise(message: Any) -> str:
+def _raise_exception(message: Any) -> str:
     raise TemplateError(str(message))

@@ -10,43 +10,58 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tunesmith.data.chat_template.tracked_str import MAX_CHARS, MAX_ITEMS, LostOrigin, TooLarge
+from tunesmith.data.chat_template.tracked_str import (
+    MAX_CHARS,
+    MAX_ITEMS,
+    RenderLimitError,
+    UntrackedTextError,
+)
 
 MAX_INTEGER_BITS = 4096
 MAX_INDENT = 64
 DIRECTIVE = re.compile(r"%(.)?", re.DOTALL)
 
 
-def check_size(operator: str, left: Any, right: Any) -> None:
+def check_size(operator: str, first: Any, second: Any) -> None:
     """Of `*`, `%` and `**`."""
-    if operator == "%" and isinstance(left, str):
-        check_directives(left)
+    if operator == "%" and isinstance(first, str):
+        check_directives(first)
         return
-    for many, times in ((left, right), (right, left)):
-        if isinstance(many, (list, tuple, str)) and isinstance(times, int) and len(many) * times > MAX_ITEMS:
-            raise TooLarge(f"something repeated {times} times")
-    if isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+    for sequence, times in ((first, second), (second, first)):
+        if (
+            isinstance(sequence, (list, tuple, str))
+            and isinstance(times, int)
+            and len(sequence) * times > MAX_ITEMS
+        ):
+            raise RenderLimitError(f"something repeated {times} times")
+    if isinstance(first, int) and isinstance(second, int):
+        bits = (
+            first.bit_length() * abs(second)
+            if operator == "**"
+            else first.bit_length() + second.bit_length()
+        )
         if bits > MAX_INTEGER_BITS:
-            raise TooLarge("a very large number")
+            raise RenderLimitError("a very large number")
 
 
-def added(values: list[Any]) -> Any:
+def add_terms(values: list[Any]) -> Any:
     """Terms of a `+`, from left to right."""
     total = values[0]
     for value in values[1:]:
-        most = MAX_CHARS if isinstance(total, str) else MAX_ITEMS
-        if isinstance(total, (str, list, tuple)) and len(total) + len(value) > most:
-            raise TooLarge(f"a sum of more than {most} characters or items")
+        limit = MAX_CHARS if isinstance(total, str) else MAX_ITEMS
+        if isinstance(total, (str, list, tuple)) and len(total) + len(value) > limit:
+            raise RenderLimitError(f"a sum of more than {limit} characters or items")
         total = total + value
     return total
 
 
 def check_directives(pattern: str) -> None:
     """%s and %% only: others have widths."""
-    odd = next((match[0] for match in DIRECTIVE.finditer(str(pattern)) if match[1] not in ("s", "%")), None)
-    if odd is not None:
-        raise LostOrigin(f"{odd} in a % format")
+    unsupported = next(
+        (match[0] for match in DIRECTIVE.finditer(str(pattern)) if match[1] not in ("s", "%")), None
+    )
+    if unsupported is not None:
+        raise UntrackedTextError(f"{unsupported} in a % format")
 
 
 def check_method(text: str, name: str, args: tuple[Any, ...]) -> None:
@@ -61,39 +76,42 @@ def check_replace(text: Any, old: Any, new: Any, count: Any = None) -> None:
     if isinstance(text, str) and isinstance(old, str) and isinstance(new, str):
         times = str.count(text, old) if old else len(text) + 1
         if len(text) + times * len(new) > MAX_CHARS:
-            raise TooLarge(f"a text of more than {MAX_CHARS} characters")
+            raise RenderLimitError(f"a text of more than {MAX_CHARS} characters")
 
 
 def check_join(separator: Any, parts: Any) -> None:
-    if sum(len(part) for part in parts if isinstance(part, str)) + len(str(separator)) * len(parts) > MAX_CHARS:
-        raise TooLarge(f"a text of more than {MAX_CHARS} characters")
+    if (
+        sum(len(part) for part in parts if isinstance(part, str)) + len(str(separator)) * len(parts)
+        > MAX_CHARS
+    ):
+        raise RenderLimitError(f"a text of more than {MAX_CHARS} characters")
 
 
 def check_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     del text
     if not isinstance(width, int) or not 0 <= width <= MAX_INDENT:
-        raise LostOrigin(f"indent by a text or by more than {MAX_INDENT}")
+        raise UntrackedTextError(f"indent by a text or by more than {MAX_INDENT}")
 
 
 def check_json(value: Any, *_: Any, indent: Any = None, **__: Any) -> None:
     del value
     if (len(indent) if isinstance(indent, str) else indent or 0) > MAX_INDENT:
-        raise TooLarge(f"tojson with an indent above {MAX_INDENT}")
+        raise RenderLimitError(f"tojson with an indent above {MAX_INDENT}")
 
 
 def check_list(value: Any) -> None:
     if isinstance(value, str) and len(value) > MAX_ITEMS:
-        raise TooLarge(f"a list of {len(value)} characters")
+        raise RenderLimitError(f"a list of {len(value)} characters")
 
 
-def _join_filter(parts: Any, d: Any = "", attribute: Any = None) -> None:
+def _check_join_filter(parts: Any, d: Any = "", attribute: Any = None) -> None:
     del attribute
     check_join(d, parts)
 
 
-CHECKS: dict[str, Callable[..., None]] = {
+FILTER_CHECKS: dict[str, Callable[..., None]] = {
     "replace": check_replace,
-    "join": _join_filter,
+    "join": _check_join_filter,
     "indent": check_indent,
     "format": lambda pattern, *_: check_directives(pattern),
     "tojson": check_json,

@@ -16,56 +16,89 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.conversation import Chat, Habits, Variables
-from tunesmith.data.chat_template.encode import Found, MarkedText
+from tunesmith.data.chat_template.conversation import (
+    Conversation,
+    TemplateQuirks,
+    TemplateVariables,
+)
+from tunesmith.data.chat_template.encode import ControlMatch, TrackedText
 from tunesmith.data.chat_template.template import ChatTemplate
-from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer, Control
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer, ControlToken
 
-QUESTION, ANSWER, NEXT, NAME, KEY, VALUE = "Zqhello", "Zqanswer", "Zqnext", "zq_search", "zq_key", "zqvalue"
+QUESTION, ANSWER, NEXT_QUESTION, TOOL_NAME, ARG_KEY, ARG_VALUE = (
+    "Zqhello",
+    "Zqanswer",
+    "Zqnext",
+    "zq_search",
+    "zq_key",
+    "zqvalue",
+)
 USER: Json = {"role": "user", "content": QUESTION}
 ASSISTANT: Json = {"role": "assistant", "content": ANSWER}
-NEXT_USER: Json = {"role": "user", "content": NEXT}
-RESULT: Json = {"role": "tool", "tool_call_id": "call_1", "name": NAME, "content": NEXT}
+NEXT_USER: Json = {"role": "user", "content": NEXT_QUESTION}
+TOOL_RESULT: Json = {
+    "role": "tool",
+    "tool_call_id": "call_1",
+    "name": TOOL_NAME,
+    "content": NEXT_QUESTION,
+}
 TOOL: Json = {
     "type": "function",
     "function": {
-        "name": NAME,
+        "name": TOOL_NAME,
         "description": "Search.",
-        "parameters": {"type": "object", "properties": {KEY: {"type": "string", "description": "What."}}},
+        "parameters": {
+            "type": "object",
+            "properties": {ARG_KEY: {"type": "string", "description": "What."}},
+        },
     },
 }
 
 
 @dataclass(frozen=True)
-class Protocol:
-    habits: Habits
+class TemplateProtocol:
+    quirks: TemplateQuirks
     end_ids: tuple[int, ...]
 
 
-def probe(template: ChatTemplate, tokenizer: ChatTokenizer, variables: Variables) -> Protocol:
+def probe_template(
+    template: ChatTemplate, tokenizer: ChatTokenizer, variables: TemplateVariables
+) -> TemplateProtocol:
     """Tokens that mark turns are made control tokens in the tokenizer: they must not come from an answer's text."""
     prober = _Prober(template, tokenizer, variables)
-    parts = not prober.writes_answers(Habits()) and prober.writes_answers(Habits(parts=True))
-    as_object, as_text = _call({KEY: VALUE}), _call(json.dumps({KEY: VALUE}))
-    from_object = prober.plain([USER, as_object], Habits(parts))
-    habits = Habits(
-        parts,
-        object_arguments=KEY in from_object and VALUE in from_object and f"'{KEY}'" not in from_object,
-        text_arguments=json.dumps({KEY: VALUE}) in prober.plain([USER, as_text], Habits(parts)),
+    needs_parts = not prober.can_write_answers(TemplateQuirks()) and prober.can_write_answers(
+        TemplateQuirks(needs_content_parts=True)
     )
-    tokenizer.demote(prober.around_users(habits))
-    call = as_object if habits.object_arguments else as_text
-    ends = [
-        prober.end(habits, [USER, ASSISTANT], NEXT_USER, ANSWER),
-        prober.end(habits, [USER, call], RESULT, VALUE),
+    dict_call, text_call = (
+        _make_tool_call({ARG_KEY: ARG_VALUE}),
+        _make_tool_call(json.dumps({ARG_KEY: ARG_VALUE})),
+    )
+    dict_call_text = prober.render_plain([USER, dict_call], TemplateQuirks(needs_parts))
+    quirks = TemplateQuirks(
+        needs_parts,
+        can_render_dict_args=ARG_KEY in dict_call_text
+        and ARG_VALUE in dict_call_text
+        and f"'{ARG_KEY}'" not in dict_call_text,
+        can_render_text_args=json.dumps({ARG_KEY: ARG_VALUE})
+        in prober.render_plain([USER, text_call], TemplateQuirks(needs_parts)),
+    )
+    tokenizer.demote_structural(prober.find_user_controls(quirks))
+    call = dict_call if quirks.can_render_dict_args else text_call
+    end_controls = [
+        prober.find_end_control(quirks, [USER, ASSISTANT], NEXT_USER, ANSWER),
+        prober.find_end_control(quirks, [USER, call], TOOL_RESULT, ARG_VALUE),
     ]
-    controls = [end for end in ends if end is not None]
-    tokenizer.demote(controls)
-    return Protocol(habits, tuple(dict.fromkeys(control.id for control in controls)))
+    controls = [end for end in end_controls if end is not None]
+    tokenizer.demote_structural(controls)
+    return TemplateProtocol(quirks, tuple(dict.fromkeys(control.id for control in controls)))
 
 
-def _call(arguments: Any) -> Json:
-    call = {"id": "call_1", "type": "function", "function": {"name": NAME, "arguments": arguments}}
+def _make_tool_call(arguments: Any) -> Json:
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": TOOL_NAME, "arguments": arguments},
+    }
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
@@ -73,49 +106,60 @@ def _call(arguments: Any) -> Json:
 class _Prober:
     template: ChatTemplate
     tokenizer: ChatTokenizer
-    variables: Variables
+    variables: TemplateVariables
 
-    def marked(self, messages: Sequence[Json], habits: Habits) -> MarkedText | None:
+    def render_tracked(
+        self, messages: Sequence[Json], quirks: TemplateQuirks
+    ) -> TrackedText | None:
         """None if the template cannot render these messages."""
         tools = [TOOL] if any("tool_calls" in message for message in messages) else []
         try:
-            chat = Chat(self.template, messages, tools, self.variables, habits)
-            return MarkedText(chat.render(len(messages)), self.tokenizer, chat.assistants)
+            chat = Conversation(self.template, messages, tools, self.variables, quirks)
+            return TrackedText(chat.render(len(messages)), self.tokenizer, chat.assistant_indices)
         except InputError:
             return None
 
-    def plain(self, messages: Sequence[Json], habits: Habits) -> str:
-        marked = self.marked(messages, habits)
-        return marked.plain if marked else ""
+    def render_plain(self, messages: Sequence[Json], quirks: TemplateQuirks) -> str:
+        rendered = self.render_tracked(messages, quirks)
+        return rendered.plain if rendered else ""
 
-    def writes_answers(self, habits: Habits) -> bool:
-        text = self.plain([USER, ASSISTANT], habits)
+    def can_write_answers(self, quirks: TemplateQuirks) -> bool:
+        text = self.render_plain([USER, ASSISTANT], quirks)
         return QUESTION in text and ANSWER in text
 
-    def around_users(self, habits: Habits) -> list[Control]:
+    def find_user_controls(self, quirks: TemplateQuirks) -> list[ControlToken]:
         """What stands between an answer and the next question, and behind that question."""
-        marked = self.marked([USER, ASSISTANT, NEXT_USER], habits)
-        if marked is None or ANSWER not in marked.plain:
+        rendered = self.render_tracked([USER, ASSISTANT, NEXT_USER], quirks)
+        if rendered is None or ANSWER not in rendered.plain:
             return []
-        begin = marked.plain.index(ANSWER)
-        return [found.control for found in marked.controls if found.start > begin]
+        answer_start = rendered.plain.index(ANSWER)
+        return [match.control for match in rendered.controls if match.start > answer_start]
 
-    def end(self, habits: Habits, messages: Sequence[Json], following: Json, answer: str) -> Control | None:
+    def find_end_control(
+        self, quirks: TemplateQuirks, messages: Sequence[Json], following: Json, answer: str
+    ) -> ControlToken | None:
         """The token that ends the last of the messages, whose last text is `answer`."""
-        last = self.marked(messages, habits)
-        middle = self.plain([*messages, following], habits)
-        if last is None or answer not in last.plain:
+        rendered = self.render_tracked(messages, quirks)
+        continued = self.render_plain([*messages, following], quirks)
+        if rendered is None or answer not in rendered.plain:
             return None
-        begin = last.plain.rindex(answer) + len(answer)
-        closing: list[Found] = [f for f in last.controls if f.start >= begin and not f.control.structural]
-        if answer in middle:
-            after = middle[middle.rindex(answer) + len(answer) :]
-            shared = begin + _common(last.plain[begin:], after)
-            both = [found for found in closing if found.core <= shared]
-            closing = both[-1:] or closing
+        answer_end = rendered.plain.rindex(answer) + len(answer)
+        closing: list[ControlMatch] = [
+            candidate
+            for candidate in rendered.controls
+            if candidate.start >= answer_end and not candidate.control.is_structural
+        ]
+        if answer in continued:
+            tail = continued[continued.rindex(answer) + len(answer) :]
+            shared_end = answer_end + _count_common_prefix(rendered.plain[answer_end:], tail)
+            shared_matches = [match for match in closing if match.token_end <= shared_end]
+            closing = shared_matches[-1:] or closing
         return closing[0].control if closing else None
 
 
-def _common(left: str, right: str) -> int:
+def _count_common_prefix(first: str, second: str) -> int:
     """Length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )

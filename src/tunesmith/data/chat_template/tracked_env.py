@@ -13,101 +13,125 @@ from typing import Any
 
 from jinja2.filters import FILTERS, do_title
 
-from tunesmith.data.chat_template.jinja_env import formatted, names, settings, stock_json
-from tunesmith.data.chat_template.sandbox_checks import DIRECTIVE, added, check_directives
-from tunesmith.data.chat_template.sandbox_limits import USABLE, Budgeted
+from tunesmith.data.chat_template.jinja_env import (
+    dump_plain_json,
+    format_date,
+    get_jinja_globals,
+    get_jinja_settings,
+)
+from tunesmith.data.chat_template.sandbox_checks import DIRECTIVE, add_terms, check_directives
+from tunesmith.data.chat_template.sandbox_limits import ALLOWED_FILTERS, LimitedEnvironment
 from tunesmith.data.chat_template.tracked_str import (
-    LostOrigin,
-    Tracked,
-    changed,
+    TrackedStr,
+    UntrackedTextError,
     concat,
-    literal,
-    shared_origin,
-    written,
+    find_shared_origin,
+    remap,
+    stringify,
+    track_str,
 )
 
 
-class TrackedEnvironment(Budgeted):
+class TrackedEnvironment(LimitedEnvironment):
     def __init__(self, now: datetime) -> None:
-        functions = names() | {"strftime_now": lambda form: literal(formatted(now, form))}
-        super().__init__(_FILTERS, functions, finalize=written, **settings())
+        functions = get_jinja_globals() | {
+            "strftime_now": lambda date_format: track_str(format_date(now, date_format))
+        }
+        super().__init__(_FILTERS, functions, finalize=stringify, **get_jinja_settings())
         self.concat = self._concat
 
-    def output(self, pieces: Iterable[str]) -> Tracked:
+    def concat_output(self, pieces: Iterable[str]) -> TrackedStr:
         """Plain pieces are the template's own text, what expressions print is tracked."""
-        return concat([piece if type(piece) is Tracked else literal(piece) for piece in self.bounded(pieces)])
+        return concat(
+            [
+                piece if type(piece) is TrackedStr else track_str(piece)
+                for piece in self.limit_output(pieces)
+            ]
+        )
 
-    def _concat(self, pieces: Iterable[str]) -> Tracked:
-        return self.charge(self.output(pieces))
+    def _concat(self, pieces: Iterable[str]) -> TrackedStr:
+        return self.charge(self.concat_output(pieces))
 
-    def binop(self, operator: str, left: Any, right: Any) -> Any:
+    def apply_binop(self, operator: str, first: Any, second: Any) -> Any:
         """`*`, `%` and `**`; `+` and `~` are filters, which take a whole chain at once."""
-        if operator == "%" and isinstance(left, str):
-            return _percent(written(left), right)
-        return super().binop(operator, left, right)
+        if operator == "%" and isinstance(first, str):
+            return _format_percent(stringify(first), second)
+        return super().apply_binop(operator, first, second)
 
 
 # ---------------------------------------------------------------- operators
 
 
-def _percent(pattern: Tracked, values: Any) -> Tracked:
+def _format_percent(pattern: TrackedStr, values: Any) -> TrackedStr:
     """For %s and %% only."""
     check_directives(pattern)
-    rest = list(values) if isinstance(values, tuple) else [values]
+    arguments = list(values) if isinstance(values, tuple) else [values]
     pieces: list[str] = []
-    at = 0
+    position = 0
     for match in DIRECTIVE.finditer(pattern):
-        pieces += [pattern[at : match.start()], written(rest.pop(0)) if match[1] == "s" else pattern[match.end() - 1]]
-        at = match.end()
-    if rest and not isinstance(values, dict):
+        pieces += [
+            pattern[position : match.start()],
+            stringify(arguments.pop(0)) if match[1] == "s" else pattern[match.end() - 1],
+        ]
+        position = match.end()
+    if arguments and not isinstance(values, dict):
         raise TypeError("not all arguments converted during string formatting")
-    return concat([*pieces, pattern[at:]])
+    return concat([*pieces, pattern[position:]])
 
 
-def _add(values: list[Any]) -> Any:
-    return concat(values) if all(type(value) is Tracked for value in values) else added(values)
+def _add_tracked(values: list[Any]) -> Any:
+    return (
+        concat(values) if all(type(value) is TrackedStr for value in values) else add_terms(values)
+    )
 
 
 # ---------------------------------------------------------------- filters
 
 
-def _join(values: Any, d: str = "", attribute: str | int | None = None) -> Tracked:
+def _join_tracked(values: Any, d: str = "", attribute: str | int | None = None) -> TrackedStr:
     if attribute is not None:
-        raise LostOrigin("join with an attribute")
-    return written(d).join([written(value) for value in values])
+        raise UntrackedTextError("join with an attribute")
+    return stringify(d).join([stringify(value) for value in values])
 
 
-def _replace(text: Any, old: str, new: str, count: int | None = None) -> Tracked:
-    return written(text).replace(old, new, -1 if count is None else count)
+def _replace_tracked(text: Any, old: str, new: str, count: int | None = None) -> TrackedStr:
+    return stringify(text).replace(old, new, -1 if count is None else count)
 
 
-def _indent(text: Any, width: int = 4, first: bool = False, blank: bool = False) -> Tracked:
-    margin, newline = literal(" " * width), literal("\n")
-    lines = (written(text) + newline).splitlines()
-    wanted = [first if i == 0 else bool(line) or blank for i, line in enumerate(lines)]
-    return newline.join([margin + line if wants else line for line, wants in zip(lines, wanted, strict=True)])
+def _indent_tracked(
+    text: Any, width: int = 4, first: bool = False, blank: bool = False
+) -> TrackedStr:
+    margin, newline = track_str(" " * width), track_str("\n")
+    lines = (stringify(text) + newline).splitlines()
+    indent_flags = [first if i == 0 else bool(line) or blank for i, line in enumerate(lines)]
+    return newline.join(
+        [
+            margin + line if should_indent else line
+            for line, should_indent in zip(lines, indent_flags, strict=True)
+        ]
+    )
 
 
-def _json(value: Any, *given: Any, **settings: Any) -> Tracked:
+def _dump_tracked_json(value: Any, *args: Any, **settings: Any) -> TrackedStr:
     """JSON text, all of it of the one origin that the texts inside have."""
-    return literal(stock_json(value, *given, **settings), shared_origin(value))
+    return track_str(dump_plain_json(value, *args, **settings), find_shared_origin(value))
 
 
 # These make text; the rest of those that templates may use give back what they were given, numbers, or an iterator.
-_FILTERS: dict[str, Callable[..., Any]] = {name: FILTERS[name] for name in USABLE} | {
-    "+": _add,
-    "~": lambda values: concat([written(value) for value in values]),
+_FILTERS: dict[str, Callable[..., Any]] = {name: FILTERS[name] for name in ALLOWED_FILTERS} | {
+    "+": _add_tracked,
+    "~": lambda values: concat([stringify(value) for value in values]),
     "list": list,
-    "string": written,
-    "safe": written,
-    "trim": lambda text, chars=None: written(text).strip(chars),
-    "upper": lambda text: written(text).upper(),
-    "lower": lambda text: written(text).lower(),
-    "capitalize": lambda text: written(text).capitalize(),
-    "title": lambda text: changed(written(text), do_title(text), "title"),
-    "replace": _replace,
-    "join": _join,
-    "indent": _indent,
-    "format": lambda pattern, *values: _percent(written(pattern), values),
-    "tojson": _json,
+    "string": stringify,
+    "safe": stringify,
+    "trim": lambda text, chars=None: stringify(text).strip(chars),
+    "upper": lambda text: stringify(text).upper(),
+    "lower": lambda text: stringify(text).lower(),
+    "capitalize": lambda text: stringify(text).capitalize(),
+    "title": lambda text: remap(stringify(text), do_title(text), "title"),
+    "replace": _replace_tracked,
+    "join": _join_tracked,
+    "indent": _indent_tracked,
+    "format": lambda pattern, *values: _format_percent(stringify(pattern), values),
+    "tojson": _dump_tracked_json,
 }

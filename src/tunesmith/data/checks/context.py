@@ -14,9 +14,9 @@ import numpy as np
 from jsonschema.protocols import Validator
 
 from tunesmith.core.types import Example, Finding
-from tunesmith.data.checks.text_stats import NAMED_ROWS, Reading
+from tunesmith.data.checks.text_stats import MAX_NAMED_ROWS, TextStats
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.length_stats import Scan
+from tunesmith.data.length_stats import DatasetScan
 
 WARN_SHARE, ERROR_SHARE = 0.01, 0.20  # of the rows
 
@@ -24,40 +24,53 @@ Level = Literal["info", "warn", "error"]
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class CheckContext:
     """One role, with the roles before it."""
 
     role: str
     dataset: Dataset
-    scan: Scan
+    scan: DatasetScan
     earlier: Mapping[str, Dataset]  # the roles named before it
     validator: Validator | None  # of the recipe's answer schema
-    reading: Reading | None = (
+    text_stats: TextStats | None = (
         None  # what all rows of all roles say; None before a run, where only the scan is looked at
     )
 
 
-def by_share(count: int, rows: int) -> Level:
+def choose_level(count: int, rows: int) -> Level:
     share = count / max(1, rows)
     return "error" if share > ERROR_SHARE else "warn" if share > WARN_SHARE else "info"
 
 
-def some(
-    subject: Subject, check: str, ids: Sequence[str], says: str, level: Level | None = None, *, fix: str = ""
+def make_finding(
+    context: CheckContext,
+    check: str,
+    ids: Sequence[str],
+    text: str,
+    level: Level | None = None,
+    *,
+    fix: str = "",
 ) -> Finding:
     """A finding about some of the scanned rows, "3 of 9 rows" + says; without a level, their share decides."""
-    total = len(subject.scan.rows_R)
-    scanned = "" if total == len(subject.dataset) else " scanned"
-    message = f"{len(ids):,} of {total:,}{scanned} rows{says}"
-    return Finding(check, level or by_share(len(ids), total), message, len(ids), tuple(ids[:NAMED_ROWS]), fix)
+    total = len(context.scan.rows_R)
+    scanned = "" if total == len(context.dataset) else " scanned"
+    message = f"{len(ids):,} of {total:,}{scanned} rows{text}"
+    return Finding(
+        check,
+        level or choose_level(len(ids), total),
+        message,
+        len(ids),
+        tuple(ids[:MAX_NAMED_ROWS]),
+        fix,
+    )
 
 
-def shown(dataset: Dataset, rows: np.ndarray) -> tuple[str, ...]:
+def list_row_ids(dataset: Dataset, rows: np.ndarray) -> tuple[str, ...]:
     """The ids of these rows, of many the first."""
-    return tuple(dataset.id(row) for row in rows[:NAMED_ROWS].tolist())
+    return tuple(dataset.get_id(row) for row in rows[:MAX_NAMED_ROWS].tolist())
 
 
-def answer_of(example: Example) -> str:
+def get_answer(example: Example) -> str:
     """The last answer of a conversation or completion; empty for plain text, and for a turn that only calls tools."""
     if example.messages:
         return example.messages[-1]["content"]

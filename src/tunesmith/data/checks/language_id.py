@@ -6,14 +6,14 @@ import re
 from functools import cache
 from typing import Any
 
-LETTERS = 40  # fewer say nothing
-READ = 200  # characters
-SURE = 0.8
+MIN_LETTERS = 40  # fewer say nothing
+MAX_CHARS = 200  # characters
+MIN_CONFIDENCE = 0.8
 CODE = re.compile(r"```.*?(?:```|\Z)|https?://\S+|[{}<>;=_\\]", re.DOTALL)
 
 
 @cache
-def _identifier() -> Any:
+def _load_identifier() -> Any:
     """None without py3langid."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -22,23 +22,23 @@ def _identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def installed() -> bool:
-    return _identifier() is not None
+def is_installed() -> bool:
+    return _load_identifier() is not None
 
 
-def names() -> list[str]:
-    return _identifier().labels
+def list_languages() -> list[str]:
+    return _load_identifier().labels
 
 
 @cache
-def _numbers() -> dict[str, int]:
-    return {name: number for number, name in enumerate(names())}
+def _index_languages() -> dict[str, int]:
+    return {name: number for number, name in enumerate(list_languages())}
 
 
-def language(text: str) -> int:
+def detect_language(text: str) -> int:
     """Into `names()`, or -1."""
-    text = CODE.sub(" ", text[: 2 * READ])[:READ]
-    if sum(map(str.isalpha, text)) < LETTERS:
+    text = CODE.sub(" ", text[: 2 * MAX_CHARS])[:MAX_CHARS]
+    if sum(map(str.isalpha, text)) < MIN_LETTERS:
         return -1
-    name, sure = _identifier().classify(text)
-    return _numbers()[name] if sure >= SURE else -1
+    name, confidence = _load_identifier().classify(text)
+    return _index_languages()[name] if confidence >= MIN_CONFIDENCE else -1

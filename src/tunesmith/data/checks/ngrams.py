@@ -15,50 +15,50 @@ from zlib import crc32
 import numpy as np
 
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-SPACES = bytes.maketrans(string.punctuation.encode(), b" " * len(string.punctuation))
-ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+PUNCTUATION_TO_SPACE = bytes.maketrans(string.punctuation.encode(), b" " * len(string.punctuation))
+GOLDEN_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
-def words_of(text: str) -> np.ndarray:
+def hash_words(text: str) -> np.ndarray:
     """uint64 [words]."""
     if not text.isascii():
         text = SPACELESS.sub(r" \g<0> ", text)
-    words = text.lower().encode(errors="replace").translate(SPACES).split()
+    words = text.lower().encode(errors="replace").translate(PUNCTUATION_TO_SPACE).split()
     return np.fromiter(map(crc32, words), dtype=np.uint64, count=len(words))
 
 
-def grams_of(words_W: np.ndarray, n: int) -> np.ndarray:
+def hash_ngrams(words_W: np.ndarray, n: int) -> np.ndarray:
     """uint64, one for each run of n words; of fewer words one for all of them."""
     if not len(words_W):
         return words_W
     n = min(n, len(words_W))
     length = len(words_W) - n + 1
     grams = np.zeros(length, dtype=np.uint64)
-    for place in range(n):
-        grams = grams * np.uint64(ODD) + words_W[place : place + length]
+    for offset in range(n):
+        grams = grams * np.uint64(GOLDEN_MULTIPLIER) + words_W[offset : offset + length]
     grams ^= grams >> np.uint64(29)
     grams *= np.uint64(0xBF58476D1CE4E5B9)  # of splitmix64
     return grams ^ (grams >> np.uint64(32))
 
 
-def all_grams(texts: Iterable[np.ndarray], n: int) -> np.ndarray:
+def hash_unique_ngrams(texts: Iterable[np.ndarray], n: int) -> np.ndarray:
     """The grams of several texts, each once, ascending; no gram goes over the end of a text."""
-    found = [grams_of(words_W, n) for words_W in texts if len(words_W)]
-    return once(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
+    grams = [hash_ngrams(words_W, n) for words_W in texts if len(words_W)]
+    return sort_unique(np.concatenate(grams)) if grams else np.empty(0, dtype=np.uint64)
 
 
-def once(values: np.ndarray) -> np.ndarray:
+def sort_unique(values: np.ndarray) -> np.ndarray:
     """Each value once, ascending. Of few values several times as fast as `numpy.unique`, which hashes them."""
     values = np.sort(values)
-    different = np.empty(len(values), dtype=bool)
-    different[:1], different[1:] = True, values[1:] != values[:-1]
-    return values[different]
+    is_first = np.empty(len(values), dtype=bool)
+    is_first[:1], is_first[1:] = True, values[1:] != values[:-1]
+    return values[is_first]
 
 
-def outside(values: np.ndarray, sorted_values: np.ndarray) -> np.ndarray:
+def exclude_values(values: np.ndarray, sorted_values: np.ndarray) -> np.ndarray:
     """Those of `values` that are not among `sorted_values`."""
     if not len(sorted_values):
         return values
-    places = np.searchsorted(sorted_values, values)
-    places[places == len(sorted_values)] = 0
-    return values[sorted_values[places] != values]
+    positions = np.searchsorted(sorted_values, values)
+    positions[positions == len(sorted_values)] = 0
+    return values[sorted_values[positions] != values]

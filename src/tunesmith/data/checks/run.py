@@ -18,110 +18,142 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.formatting import SHOWN_ROWS
+from tunesmith.core.formatting import MAX_ROW_IDS
 from tunesmith.core.types import DataReport, Finding, Json
 from tunesmith.data.checks import distribution, duplicates, labels, rendered, row_checks
-from tunesmith.data.checks.context import Subject
-from tunesmith.data.checks.pii import hidden
-from tunesmith.data.checks.text_stats import read_all
+from tunesmith.data.checks.context import CheckContext
+from tunesmith.data.checks.pii import mask_secrets
+from tunesmith.data.checks.text_stats import compute_text_stats
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.formats.few_shot import without_shots
-from tunesmith.data.length_stats import Scan, percentiles, scan
-from tunesmith.data.pretraining import Corpus
-from tunesmith.data.rehearsal import NAME as REHEARSAL
+from tunesmith.data.formats.few_shot import remove_shots
+from tunesmith.data.length_stats import DatasetScan, compute_percentiles, scan_dataset
+from tunesmith.data.pretraining import PretrainingCorpus
+from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL
 
 
-def check(
-    datasets: Mapping[str, Dataset], *, schema: Json | None = None, corpus: Corpus | None = None, whole: bool = False
+def check_data(
+    datasets: Mapping[str, Dataset],
+    *,
+    schema: Json | None = None,
+    corpus: PretrainingCorpus | None = None,
+    should_read_all: bool = False,
 ) -> dict[str, DataReport]:
     """Look at every role, held-out ones last. `schema`: what every answer but those of the rehearsal should follow.
     `corpus`: the texts of the role `data`, where they are trained as windows. `whole`: read all rows, not only what a
     run needs to know."""
-    validator = _validator(schema) if schema is not None else None
-    reading = read_all(without_shots(datasets), row_checks.finds()) if whole else None
+    validator = _make_validator(schema) if schema is not None else None
+    text_stats = (
+        compute_text_stats(remove_shots(datasets), row_checks.get_row_finders())
+        if should_read_all
+        else None
+    )
     reports: dict[str, DataReport] = {}
     for role, dataset in datasets.items():
         earlier = {name: datasets[name] for name in reports}
-        seen = corpus.scan() if corpus and role == "data" else scan(dataset)
-        subject = Subject(role, dataset, seen, earlier, validator if role != REHEARSAL else None, reading)
-        findings = tuple(_told(finding, whole) for find in CHECKS.values() for finding in find(subject))
-        reports[role] = report(dataset, subject.scan, findings)
+        role_scan = corpus.build_scan() if corpus and role == "data" else scan_dataset(dataset)
+        context = CheckContext(
+            role, dataset, role_scan, earlier, validator if role != REHEARSAL else None, text_stats
+        )
+        findings = tuple(
+            _mask_finding(finding, should_read_all)
+            for data_check in DATASET_CHECKS.values()
+            for finding in data_check(context)
+        )
+        reports[role] = make_report(dataset, context.scan, findings)
     return reports
 
 
-def _told(finding: Finding, whole: bool) -> Finding:
+def _mask_finding(finding: Finding, should_name_all: bool) -> Finding:
     """Nothing that a finding quotes of a row is a secret; a plan keeps the rows that are printed."""
-    rows = finding.rows if whole else finding.rows[:SHOWN_ROWS]
-    return dataclasses.replace(finding, message=hidden(finding.message), rows=tuple(map(hidden, rows)))
+    rows = finding.rows if should_name_all else finding.rows[:MAX_ROW_IDS]
+    return dataclasses.replace(
+        finding, message=mask_secrets(finding.message), rows=tuple(map(mask_secrets, rows))
+    )
 
 
-def report(dataset: Dataset, seen: Scan, findings: Sequence[Finding] = ()) -> DataReport:
+def make_report(
+    dataset: Dataset, dataset_scan: DatasetScan, findings: Sequence[Finding] = ()
+) -> DataReport:
     """The numbers of a scan as a report; estimates for all rows if only a sample was scanned."""
     return DataReport(
         path=dataset.path,
         format=", ".join(dict.fromkeys(part.format for part in dataset.parts)),
-        why_format="; ".join(dict.fromkeys(part.reason for part in dataset.parts)),
+        format_reason="; ".join(dict.fromkeys(part.format_reason for part in dataset.parts)),
         rows=len(dataset),
-        documents=seen.scaled(len(seen.lengths_D)),
-        tokens=seen.scaled(int(seen.lengths_D.sum())),
-        supervised_tokens=seen.scaled(seen.supervised_tokens),
-        dropped={reason: seen.scaled(len(ids)) for reason, ids in seen.dropped.items()},
-        rejected=_rejected(dataset, seen),
-        truncated=seen.scaled(seen.truncated),
-        length_percentiles=percentiles(seen.lengths_D),
+        documents=dataset_scan.estimate_total(len(dataset_scan.lengths_D)),
+        tokens=dataset_scan.estimate_total(int(dataset_scan.lengths_D.sum())),
+        supervised_tokens=dataset_scan.estimate_total(dataset_scan.supervised_tokens),
+        dropped={
+            reason: dataset_scan.estimate_total(len(ids))
+            for reason, ids in dataset_scan.dropped.items()
+        },
+        rejected=_count_rejected(dataset, dataset_scan),
+        truncated=dataset_scan.estimate_total(dataset_scan.num_truncated),
+        length_percentiles=compute_percentiles(dataset_scan.lengths_D),
         fingerprint=dataset.fingerprint,
         findings=tuple(findings),
-        left_out=dict(dataset.tally.left_out),
-        banned=dict(dataset.tally.banned) if dataset.trained else {},
+        filtered=dict(dataset.constraint_counts.filtered),
+        banned=dict(dataset.constraint_counts.banned) if dataset.is_trained else {},
         task_rows=dataset.tasks,
-        task_tokens={task: seen.scaled(count) for task, count in seen.task_tokens.items() if task},
+        task_tokens={
+            task: dataset_scan.estimate_total(count)
+            for task, count in dataset_scan.task_tokens.items()
+            if task
+        },
     )
 
 
-def _rejected(dataset: Dataset, seen: Scan) -> dict[str, int]:
-    scaled = {reason: seen.scaled(count) for reason, count in seen.rejects.counts.items()}
-    return dict(dataset.rejects.counts + Counter(scaled) + seen.rare.counts)
+def _count_rejected(dataset: Dataset, dataset_scan: DatasetScan) -> dict[str, int]:
+    scaled = {
+        reason: dataset_scan.estimate_total(count)
+        for reason, count in dataset_scan.rejected_rows.counts.items()
+    }
+    return dict(
+        dataset.rejected_rows.counts + Counter(scaled) + dataset_scan.rare_rejected_rows.counts
+    )
 
 
-def _validator(schema: Json) -> Validator:
+def _make_validator(schema: Json) -> Validator:
     """A validator that fetches nothing: a $ref out of the schema is an error."""
-    kind = validator_for(schema, default=Draft202012Validator)
+    validator_class = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema)
+        validator_class.check_schema(schema)
     except SchemaError as error:
-        raise InputError(f"not a JSON schema: {error.message}", where="schema", fix="correct the schema") from None
-    return kind(schema, registry=Registry())
+        raise InputError(
+            f"not a JSON schema: {error.message}", where="schema", fix="correct the schema"
+        ) from None
+    return validator_class(schema, registry=Registry())
 
 
-CHECKS = {
-    "rejected": rendered.rejected,
-    "others": rendered.others,
-    "never": rendered.never,
-    "chosen_only": rendered.chosen_only,
-    "sampled": rendered.sampled,
-    "losses": rendered.losses,
-    "long_answers": rendered.long_answers,
-    "lengths": rendered.lengths,
-    "render": rendered.render_notes,
-    "system_turns": rendered.system_turns,
-    "empty_prompts": rendered.empty_prompts,
-    "dense": rendered.dense,
-    "duplicates": duplicates.duplicates,
-    "conflicts": duplicates.conflicts,
-    "near_duplicates": duplicates.near_duplicates,
-    "leaks": duplicates.leaks,
-    "near_leaks": duplicates.near_leaks,
-    "copied_parts": duplicates.copied_parts,
-    "answers": rendered.answers,
-    "said": row_checks.findings,
-    "broken_json": distribution.broken_json,
-    "cut_off": distribution.cut_off,
-    "outliers": distribution.outliers,
-    "languages": distribution.languages,
-    "openings": distribution.openings,
-    "longer_side": distribution.longer_side,
-    "classes": labels.classes,
-    "told_label": labels.told_label,
-    "triggers": labels.triggers,
-    "unused": rendered.unused,
+DATASET_CHECKS = {
+    "rejected": rendered.check_rejected,
+    "others": rendered.check_unread_files,
+    "never": rendered.check_constraints,
+    "chosen_only": rendered.check_chosen_only,
+    "sampled": rendered.check_sampled,
+    "losses": rendered.check_length_losses,
+    "long_answers": rendered.check_long_answers,
+    "lengths": rendered.check_lengths,
+    "render": rendered.check_render_notes,
+    "system_turns": rendered.check_system_turns,
+    "empty_prompts": rendered.check_empty_prompts,
+    "dense": rendered.check_dense_texts,
+    "duplicates": duplicates.check_duplicates,
+    "conflicts": duplicates.check_conflicts,
+    "near_duplicates": duplicates.check_near_duplicates,
+    "leaks": duplicates.check_leakage,
+    "near_leaks": duplicates.check_near_leakage,
+    "copied_parts": duplicates.check_ngram_overlap,
+    "answers": rendered.check_schema,
+    "said": row_checks.check_rows,
+    "broken_json": distribution.check_broken_json,
+    "cut_off": distribution.check_cut_answers,
+    "outliers": distribution.check_length_outliers,
+    "languages": distribution.check_languages,
+    "openings": distribution.check_openings,
+    "longer_side": distribution.check_length_bias,
+    "classes": labels.check_classes,
+    "told_label": labels.check_label_in_prompt,
+    "triggers": labels.check_trigger_phrases,
+    "unused": rendered.check_unused_keys,
 }

@@ -20,126 +20,151 @@ import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, Row
-from tunesmith.data.hashing import text_digest
-from tunesmith.data.readers.columns import unknown
-from tunesmith.data.readers.invalid_row import BadRow
-from tunesmith.recipe.fields import DataSource, Form, pieces_of
+from tunesmith.data.hashing import hash_text
+from tunesmith.data.readers.columns import build_unknown_name_error
+from tunesmith.data.readers.invalid_row import InvalidRow
+from tunesmith.recipe.fields import DataSource, PromptForm, parse_prompt
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
+class FewShotExamples:
     """P different training rows of a task."""
 
-    read: Callable[[int], Row]
+    read_row: Callable[[int], Row]
     rows_P: np.ndarray  # int64, what `read` takes
     contents_P: np.ndarray  # uint64
 
-    def drawn(self, content: int, count: int) -> list[Row]:
+    def sample(self, content: int, count: int) -> list[Row]:
         """So many of them, none with this content. P is larger than `count`."""
-        places: list[int] = []
-        turn = 0
-        while len(places) < count:
-            place = _drawn(content, f"shot {turn}", len(self.rows_P))
-            turn += 1
-            if place not in places and int(self.contents_P[place]) != content:
-                places.append(place)
-        return [self.read(int(self.rows_P[place])) for place in places]
+        positions: list[int] = []
+        attempt = 0
+        while len(positions) < count:
+            position = _hash_to_index(content, f"shot {attempt}", len(self.rows_P))
+            attempt += 1
+            if position not in positions and int(self.contents_P[position]) != content:
+                positions.append(position)
+        return [self.read_row(int(self.rows_P[position])) for position in positions]
 
 
 @dataclass(frozen=True, eq=False)
-class Asking:
+class PromptFormatter:
     """How the rows of a file are asked. `turns`: the model has a chat template, so an example is two turns."""
 
-    forms: tuple[Form, ...]
-    turns: bool
-    examples: Examples | None = None  # none yet: nothing is shown
+    forms: tuple[PromptForm, ...]
+    has_template: bool
+    examples: FewShotExamples | None = None  # none yet: nothing is shown
 
     @property
-    def shots(self) -> int:
+    def max_shots(self) -> int:
         """The most that a form shows."""
         return max(form.shots for form in self.forms)
 
-    def showing(self, examples: Examples | None) -> Asking:
+    def with_examples(self, examples: FewShotExamples | None) -> PromptFormatter:
         return dataclasses.replace(self, examples=examples)
 
-    def asked(self, row: Row) -> Row:
+    def format_row(self, row: Row) -> Row:
         """The row with its question. Raises BadRow for a column that it lacks."""
-        content = content_of(row)
-        form = self.forms[_drawn(content, "form", len(self.forms))]
-        shown = self.examples.drawn(content, form.shots) if self.examples else []
-        turns = [part for other in shown for part in (filled(form, other), _answer(other))] + [filled(form, row)]
-        columns = {column for form in self.forms for column in columns_of(form)}
-        kept = {key: value for key, value in row.data.items() if key not in columns}
-        return Row(row.id, {**kept, "prompt": self._prompt(turns)})
+        content = hash_row(row)
+        form = self.forms[_hash_to_index(content, "form", len(self.forms))]
+        example_rows = self.examples.sample(content, form.shots) if self.examples else []
+        turns = [
+            part
+            for example_row in example_rows
+            for part in (fill_prompt(form, example_row), _get_answer(example_row))
+        ] + [fill_prompt(form, row)]
+        columns = {column for form in self.forms for column in list_columns(form)}
+        other_values = {key: value for key, value in row.data.items() if key not in columns}
+        return Row(row.id, {**other_values, "prompt": self._build_prompt(turns)})
 
-    def _prompt(self, turns: Sequence[str]) -> str | list[Json]:
+    def _build_prompt(self, turns: Sequence[str]) -> str | list[Json]:
         if len(turns) == 1:
             return turns[0]
-        if self.turns:
-            return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        *shown, question = turns
-        return "".join(f"{asked}{answer}\n\n" for asked, answer in zip(shown[::2], shown[1::2], strict=True)) + question
+        if self.has_template:
+            return [
+                {"role": ("user", "assistant")[i % 2], "content": turn}
+                for i, turn in enumerate(turns)
+            ]
+        *shots, question = turns
+        return (
+            "".join(
+                f"{shot_question}{answer}\n\n"
+                for shot_question, answer in zip(shots[::2], shots[1::2], strict=True)
+            )
+            + question
+        )
 
-    def digests(self, row: Row) -> tuple[int, int]:
+    def compute_digests(self, row: Row) -> tuple[int, int]:
         """Of the whole row, and of what its questions ask, in whatever form."""
-        columns = dict.fromkeys(column for form in self.forms for column in columns_of(form))
-        return content_of(row), text_digest(_text({column: row.data.get(column) for column in columns}))
+        columns = dict.fromkeys(column for form in self.forms for column in list_columns(form))
+        return hash_row(row), hash_text(
+            _to_text({column: row.data.get(column) for column in columns})
+        )
 
 
-def asking_of(file: DataSource, first: Sequence[Row], turns: bool) -> tuple[Asking, str]:
+def make_prompt_formatter(
+    file: DataSource, first_rows: Sequence[Row], has_template: bool
+) -> tuple[PromptFormatter, str]:
     """How a file is asked, and that in words. `first`: a few rows of it. Raises InputError for another format, for a
     place that no column has, and for rows without an answer."""
     where = str(file.path)
     if file.format not in ("auto", "completion"):
-        what = f"prompts ask for a `completion`, and these are to be {file.format} rows"
-        raise InputError(what, where=where, fix="leave format out, and say which column is the completion")
-    known = list(dict.fromkeys(key for row in first for key in row.data))
-    for column in dict.fromkeys(column for form in file.prompts for column in columns_of(form)):
-        if known and column not in known:
-            raise unknown(f"prompts: the file has no column `{column}`", column, known, where)
-    if known and "completion" not in known:
-        fix = f"say which column is the answer: `columns: {{completion: {known[-1]:.40}}}`"
+        message = f"prompts ask for a `completion`, and these are to be {file.format} rows"
+        raise InputError(
+            message, where=where, fix="leave format out, and say which column is the completion"
+        )
+    columns = list(dict.fromkeys(key for row in first_rows for key in row.data))
+    for column in dict.fromkeys(column for form in file.prompts for column in list_columns(form)):
+        if columns and column not in columns:
+            raise build_unknown_name_error(
+                f"prompts: the file has no column `{column}`", column, columns, where
+            )
+    if columns and "completion" not in columns:
+        fix = f"say which column is the answer: `columns: {{completion: {columns[-1]:.40}}}`"
         raise InputError("prompts ask for a `completion`, and no row has one", where=where, fix=fix)
-    forms = [f"{form.shots} examples before it" for form in file.prompts if form.shots]
-    forms += ["none"] * (len(file.prompts) > len(forms) > 0)
+    shot_notes = [f"{form.shots} examples before it" for form in file.prompts if form.shots]
+    shot_notes += ["none"] * (len(file.prompts) > len(shot_notes) > 0)
     reason = f"asked in {len(file.prompts)} form{'s' * (len(file.prompts) > 1)}" + (
-        f", with {' or '.join(dict.fromkeys(forms))}" if forms else ""
+        f", with {' or '.join(dict.fromkeys(shot_notes))}" if shot_notes else ""
     )
-    return Asking(file.prompts, turns), reason
+    return PromptFormatter(file.prompts, has_template), reason
 
 
-def columns_of(form: Form) -> list[str]:
-    return [column for _, column in pieces_of(form.prompt) if column is not None]
+def list_columns(form: PromptForm) -> list[str]:
+    return [column for _, column in parse_prompt(form.prompt) if column is not None]
 
 
-def filled(form: Form, row: Row) -> str:
+def fill_prompt(form: PromptForm, row: Row) -> str:
     """The question that a form makes of a row. Raises BadRow for a column that the row lacks."""
-    found: list[str] = []
-    for text, column in pieces_of(form.prompt):
-        found.append(text)
+    pieces: list[str] = []
+    for text, column in parse_prompt(form.prompt):
+        pieces.append(text)
         if column is None:
             continue
         if row.data.get(column) is None:
-            raise BadRow("missing key", f"the column `{column}` is missing", where=row.id, fix="drop the row")
-        found.append(_text(row.data[column]))
-    return "".join(found)
+            raise InvalidRow(
+                "missing key", f"the column `{column}` is missing", where=row.id, fix="drop the row"
+            )
+        pieces.append(_to_text(row.data[column]))
+    return "".join(pieces)
 
 
-def content_of(row: Row) -> int:
+def hash_row(row: Row) -> int:
     """64-bit digest of all that a row holds, white space evened out."""
-    evened = {key: " ".join(_text(value).split()) for key, value in row.data.items()}
-    return text_digest(json.dumps(evened, sort_keys=True))
+    normalized = {key: " ".join(_to_text(value).split()) for key, value in row.data.items()}
+    return hash_text(json.dumps(normalized, sort_keys=True))
 
 
-def _answer(row: Row) -> str:
-    return _text(row.data["completion"])
+def _get_answer(row: Row) -> str:
+    return _to_text(row.data["completion"])
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+def _to_text(value: Any) -> str:
+    return (
+        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    )
 
 
-def _drawn(content: int, word: str, count: int) -> int:
+def _hash_to_index(content: int, salt: str, count: int) -> int:
     """A number below `count`."""
-    digest = hashlib.blake2b(f"{word}\0{content}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{salt}\0{content}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % count

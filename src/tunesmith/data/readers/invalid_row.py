@@ -13,8 +13,8 @@ from typing import Literal
 
 from tunesmith.core.errors import InputError
 
-SHOWN = 5
-LONGEST_WORDS = 300  # characters of what is said about a row
+MAX_SHOWN_ROWS = 5
+MAX_MESSAGE_CHARS = 300  # characters of what is said about a row
 
 Reason = Literal[
     # bytes
@@ -33,46 +33,50 @@ Reason = Literal[
 ]  # fmt: skip
 
 
-class BadRow(InputError):
+class InvalidRow(InputError):
     """One row cannot be used. `reason` is what rows are counted by, `what` says it of this row."""
 
-    def __init__(self, reason: Reason, what: str, *, where: str = "", fix: str = "") -> None:
-        super().__init__(what, where=where, fix=fix)
+    def __init__(self, reason: Reason, message: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(message, where=where, fix=fix)
         self.reason: Reason = reason
 
 
-class Rejects:
+class RejectedRows:
     """What is known of the bad rows of a data set: where they are, how many of each kind, the first ones of each."""
 
     def __init__(self) -> None:
-        self.rows = array("q")  # pairs: which file of the data set, which row of the file
+        self.indices = array("q")  # pairs: which file of the data set, which row of the file
         self.counts: Counter[Reason] = Counter()
-        self.first: dict[Reason, list[BadRow]] = {}
+        self.examples: dict[Reason, list[InvalidRow]] = {}
 
-    def add(self, part: int, row: int, problem: BadRow) -> None:
-        self.rows.extend((part, row))
+    def add(self, part_index: int, row: int, problem: InvalidRow) -> None:
+        self.indices.extend((part_index, row))
         self.count(problem)
 
-    def count(self, problem: BadRow) -> None:
+    def count(self, problem: InvalidRow) -> None:
         """Without its place, when others know it."""
         self.counts[problem.reason] += 1
-        examples = self.first.setdefault(problem.reason, [])
-        if len(examples) < SHOWN:  # a new one: what was raised holds on to the row
-            words = {"where": problem.where, "fix": problem.fix}
-            examples.append(BadRow(problem.reason, problem.what[:LONGEST_WORDS], **words))
+        examples = self.examples.setdefault(problem.reason, [])
+        if len(examples) < MAX_SHOWN_ROWS:  # a new one: what was raised holds on to the row
+            details = {"where": problem.where, "fix": problem.fix}
+            examples.append(
+                InvalidRow(problem.reason, problem.message[:MAX_MESSAGE_CHARS], **details)
+            )
 
-    def places(self) -> Iterator[tuple[int, int]]:
-        yield from zip(self.rows[::2], self.rows[1::2], strict=True)
+    def iter_indices(self) -> Iterator[tuple[int, int]]:
+        yield from zip(self.indices[::2], self.indices[1::2], strict=True)
 
-    def nothing_left(self, where: str) -> InputError:
-        fix = next((problems[0].fix for problems in self.first.values()), "")
-        what = f"none of the {self.counts.total():,} rows can be used: {self.summary()}"
-        return InputError(what, where=where, fix=fix)
+    def build_empty_error(self, where: str) -> InputError:
+        fix = next((problems[0].fix for problems in self.examples.values()), "")
+        message = f"none of the {self.counts.total():,} rows can be used: {self.summarize()}"
+        return InputError(message, where=where, fix=fix)
 
-    def summary(self) -> str:
+    def summarize(self) -> str:
         """Counts by reason, then the first rows, a line each."""
         counts = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common())
-        first = [problem for problems in self.first.values() for problem in problems][:SHOWN]
-        lines = "".join(f"\n  {problem.where}: {problem.what}" for problem in first)
-        left = self.counts.total() - len(first)
-        return counts + lines + (f"\n  and {left:,} more" if left else "")
+        first = [problem for problems in self.examples.values() for problem in problems][
+            :MAX_SHOWN_ROWS
+        ]
+        lines = "".join(f"\n  {problem.where}: {problem.message}" for problem in first)
+        remaining = self.counts.total() - len(first)
+        return counts + lines + (f"\n  and {remaining:,} more" if remaining else "")

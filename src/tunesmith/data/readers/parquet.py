@@ -17,12 +17,12 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.readers.decompress import PIECE, Spool
+from tunesmith.data.readers.decompress import CHUNK_BYTES, TempCopy
 
-ROWS = 256  # decoded at a time
+BATCH_ROWS = 256  # decoded at a time
 
 
-def parquet_lines(path: Path) -> Spool:
+def unpack_parquet(path: Path) -> TempCopy:
     """Raises InputError if pyarrow is not installed, or the file is damaged or without a column of text."""
     try:
         import pyarrow
@@ -30,48 +30,59 @@ def parquet_lines(path: Path) -> Spool:
     except ImportError:
         fix = "pip install 'tunesmith[parquet]', or write the rows as .jsonl"
         raise InputError("reading Parquet files needs pyarrow", where=str(path), fix=fix) from None
-    spool = Spool(path)
+    temp_copy = TempCopy(path)
     try:
-        with parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
-            for row in _rows(file, path):
-                spool.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        with parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
+            for row in _iter_rows(file, path):
+                temp_copy.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     except (pyarrow.ArrowException, OSError) as error:
-        what = f"not a whole Parquet file: {' '.join(str(error).split()):.200}"
-        raise InputError(what, where=str(path), fix="fetch or write the file again") from None
+        message = f"not a whole Parquet file: {' '.join(str(error).split()):.200}"
+        raise InputError(message, where=str(path), fix="fetch or write the file again") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"a text is not UTF-8: {error}", where=str(path), fix="write the file again") from None
-    return spool
+        raise InputError(
+            f"a text is not UTF-8: {error}", where=str(path), fix="write the file again"
+        ) from None
+    return temp_copy
 
 
-def _rows(file: Any, path: Path) -> Iterator[Json]:
-    names = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
+def _iter_rows(file: Any, path: Path) -> Iterator[Json]:
+    names = [field.name for field in file.schema_arrow if not _has_binary(field.type)]
     if not names:
-        raise InputError("no column holds text", where=str(path), fix="write the texts as columns of strings")
+        raise InputError(
+            "no column holds text", where=str(path), fix="write the texts as columns of strings"
+        )
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"two columns are called {twice!r}", where=str(path), fix="rename one of them")
-    for batch in file.iter_batches(batch_size=ROWS, columns=names, use_threads=False):
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise InputError(
+            f"two columns are called {duplicate!r}", where=str(path), fix="rename one of them"
+        )
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=names, use_threads=False):
         for row in batch.to_pylist():
-            yield {name: _plain(value) for name, value in row.items()}
+            yield {name: _to_json_value(value) for name, value in row.items()}
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _has_binary(kind: Any) -> bool:
     import pyarrow.types as kinds
 
-    binary = (kinds.is_binary, kinds.is_large_binary, kinds.is_fixed_size_binary, kinds.is_binary_view)
-    if any(test(kind) for test in binary):
+    binary_tests = (
+        kinds.is_binary,
+        kinds.is_large_binary,
+        kinds.is_fixed_size_binary,
+        kinds.is_binary_view,
+    )
+    if any(test(kind) for test in binary_tests):
         return True
-    return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return any(_has_binary(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """A value of Arrow as JSON has it."""
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items() if inner is not None}
+        return {name: _to_json_value(inner) for name, inner in value.items() if inner is not None}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_to_json_value(inner) for inner in value]
     return str(value)

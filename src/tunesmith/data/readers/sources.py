@@ -21,32 +21,38 @@ from typing import BinaryIO, Protocol
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, Row
-from tunesmith.data.readers.decode import Spot, decode_json, decode_record, decode_text, read_header
+from tunesmith.data.readers.decode import (
+    SourceLocation,
+    decode_json,
+    decode_record,
+    decode_text,
+    read_header,
+)
 from tunesmith.data.readers.decompress import gunzip
-from tunesmith.data.readers.invalid_row import BadRow
-from tunesmith.data.readers.local_file import FileBytes, check_path, stamp
-from tunesmith.data.readers.parquet import parquet_lines
+from tunesmith.data.readers.invalid_row import InvalidRow
+from tunesmith.data.readers.local_file import FileBytes, check_path, get_stamp
+from tunesmith.data.readers.parquet import unpack_parquet
 from tunesmith.data.readers.row_index import (
     BYTE_ORDER_MARK,
-    LONGEST_ROW,
-    PIECE,
-    Place,
+    CHUNK_BYTES,
+    MAX_ROW_BYTES,
+    RowSpan,
     find_elements,
     find_lines,
     find_records,
-    find_whole,
+    find_single_row,
 )
-from tunesmith.data.readers.text_folder import Folder, open_folder
+from tunesmith.data.readers.text_folder import TextFolder, open_folder
 
-Decode = Callable[[bytes, Spot], Json]
-Contents = tuple[Decode, Iterator[Place]]  # what a row says, and where the rows are
-Container = Callable[[BinaryIO, str], Contents]
+Decoder = Callable[[bytes, SourceLocation], Json]
+RowIndex = tuple[Decoder, Iterator[RowSpan]]  # what a row says, and where the rows are
+ContainerReader = Callable[[BinaryIO, str], RowIndex]
 
 
-class Bytes(Protocol):
+class ByteSource(Protocol):
     """What rows are read from: a file, or a temporary one."""
 
-    def opened(self) -> BinaryIO: ...
+    def open_binary(self) -> BinaryIO: ...
 
     def read(self, start: int, count: int) -> bytes: ...
 
@@ -57,8 +63,8 @@ class Source:
 
     path: Path
     name: str  # the first half of a row's id
-    content: Bytes
-    decode: Decode
+    content: ByteSource
+    decode: Decoder
     starts: array[int]  # byte offset of each row
     ends: array[int]
     lines: array[int]  # line number of each row, from 1; of a Parquet file its row number
@@ -68,29 +74,35 @@ class Source:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def id(self, index: int) -> str:
+    def get_id(self, index: int) -> str:
         """`name:line`; `name[i]` in a JSON array, where several rows can begin on one line."""
         return f"{self.name}[{index}]" if self.columns else f"{self.name}:{self.lines[index]}"
 
-    def spot(self, index: int) -> Spot:
+    def get_location(self, index: int) -> SourceLocation:
         column = self.columns[index] if self.columns else 1
-        return Spot(self.name, self.lines[index], column, self.starts[index])
+        return SourceLocation(self.name, self.lines[index], column, self.starts[index])
 
-    def row(self, index: int) -> Row:
+    def read_row(self, index: int) -> Row:
         """Read and decode one row. Raises BadRow that names file and line, InputError if the file has changed."""
-        count = self.ends[index] - self.starts[index]
-        if count > LONGEST_ROW:
-            what, fix = f"the row has {count:,} bytes, at most 64 MB are read", "split or drop this row"
-            raise BadRow("too long", what, where=str(self.spot(index)), fix=fix)
-        return Row(self.id(index), self.decode(self.content.read(self.starts[index], count), self.spot(index)))
+        num_bytes = self.ends[index] - self.starts[index]
+        if num_bytes > MAX_ROW_BYTES:
+            message, fix = (
+                f"the row has {num_bytes:,} bytes, at most 64 MB are read",
+                "split or drop this row",
+            )
+            raise InvalidRow("too long", message, where=str(self.get_location(index)), fix=fix)
+        return Row(
+            self.get_id(index),
+            self.decode(self.content.read(self.starts[index], num_bytes), self.get_location(index)),
+        )
 
-    def raw(self, index: int, most: int) -> tuple[bytes, int]:
+    def read_raw(self, index: int, max_bytes: int) -> tuple[bytes, int]:
         """The first bytes of a row as they stand in the file, and how many it has."""
-        count = self.ends[index] - self.starts[index]
-        return self.content.read(self.starts[index], min(most, count)), count
+        num_bytes = self.ends[index] - self.starts[index]
+        return self.content.read(self.starts[index], min(max_bytes, num_bytes)), num_bytes
 
 
-def open_source(path: str | Path, *, name: str = "") -> Source | Folder:
+def open_source(path: str | Path, *, name: str = "") -> Source | TextFolder:
     """Find the rows of a file, or of a folder of texts, without decoding them.
 
     `name` goes into the row ids; the file's own name by default. Raises InputError for a missing, empty, special or
@@ -101,37 +113,39 @@ def open_source(path: str | Path, *, name: str = "") -> Source | Folder:
     status = check_path(path)
     if stat.S_ISDIR(status.st_mode):
         return open_folder(path, name)
-    content, container = _content(path, FileBytes(path, stamp(status)))
+    content, container = _open_content(path, FileBytes(path, get_stamp(status)))
     starts, ends, lines, columns = array("q"), array("q"), array("q"), array("q")
-    with content.opened() as file:
+    with content.open_binary() as file:
         _check_signature(file, path)
-        decode, places = container(file, name)
-        for place in places:
-            starts.append(place.start)
-            ends.append(place.end)
-            lines.append(place.line)
-            if place.column:
-                columns.append(place.column)
+        decode, row_spans = container(file, name)
+        for row_span in row_spans:
+            starts.append(row_span.start)
+            ends.append(row_span.end)
+            lines.append(row_span.line)
+            if row_span.column:
+                columns.append(row_span.column)
     if not starts:
-        what = "the file is empty" if status.st_size == 0 else "the file holds no row"
-        raise InputError(what, where=str(path), fix="write at least one row into it")
+        message = "the file is empty" if status.st_size == 0 else "the file holds no row"
+        raise InputError(message, where=str(path), fix="write at least one row into it")
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
     return Source(path, name, content, decode, starts, ends, lines, columns, fingerprint)
 
 
-def _content(path: Path, file: FileBytes) -> tuple[Bytes, Container]:
+def _open_content(path: Path, file: FileBytes) -> tuple[ByteSource, ContainerReader]:
     """The bytes that rows are read from, unpacked if they are packed, and how."""
-    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    suffix, inner_suffix = path.suffix.lower(), Path(path.stem).suffix.lower()
     if suffix == ".parquet":
-        return parquet_lines(path), json_lines
-    if suffix == ".gz" and inner in CONTAINERS:
-        return gunzip(path), CONTAINERS[inner]
+        return unpack_parquet(path), read_json_lines
+    if suffix == ".gz" and inner_suffix in CONTAINERS:
+        return gunzip(path), CONTAINERS[inner_suffix]
     if suffix in CONTAINERS:
         return file, CONTAINERS[suffix]
-    known = f"{', '.join(CONTAINERS)} (each also as .gz), .parquet, or a folder of .txt and .md files"
-    what = f"cannot read {inner + suffix if suffix == '.gz' else suffix or 'files without a suffix'}"
-    raise InputError(what, where=str(path), fix=f"use {known}")
+    supported = (
+        f"{', '.join(CONTAINERS)} (each also as .gz), .parquet, or a folder of .txt and .md files"
+    )
+    message = f"cannot read {inner_suffix + suffix if suffix == '.gz' else suffix or 'files without a suffix'}"
+    raise InputError(message, where=str(path), fix=f"use {supported}")
 
 
 def _check_signature(file: BinaryIO, path: Path) -> None:
@@ -151,41 +165,45 @@ def _check_signature(file: BinaryIO, path: Path) -> None:
 # ---------------------------------------------------------------- containers
 
 
-def json_lines(file: BinaryIO, name: str) -> Contents:  # noqa: ARG001 - every container has this signature
+def read_json_lines(file: BinaryIO, name: str) -> RowIndex:  # noqa: ARG001 - every container has this signature
     """One JSON object a line."""
     return decode_json, find_lines(file)
 
 
-def json_file(file: BinaryIO, name: str) -> Contents:
+def read_json_file(file: BinaryIO, name: str) -> RowIndex:
     """One JSON array of objects; or else one object a line."""
-    head = file.read(PIECE).removeprefix(BYTE_ORDER_MARK).lstrip()
+    head = file.read(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
     file.seek(0)
     return decode_json, find_elements(file, name) if head.startswith(b"[") else find_lines(file)
 
 
-def table(file: BinaryIO, name: str, *, delimiter: str) -> Contents:
+def read_table(file: BinaryIO, name: str, *, delimiter: str) -> RowIndex:
     """CSV with a header row; a quoted field may hold line ends."""
-    places = find_records(file, delimiter)
-    if (first := next(places, None)) is None:
-        return decode_text, places
-    here = file.tell()
-    file.seek(first.start)
-    header = read_header(file.read(first.end - first.start), Spot(name, first.line, 1, first.start), delimiter)
-    file.seek(here)
-    return partial(decode_record, header=header, delimiter=delimiter), places
+    row_spans = find_records(file, delimiter)
+    if (first_span := next(row_spans, None)) is None:
+        return decode_text, row_spans
+    position = file.tell()
+    file.seek(first_span.start)
+    header = read_header(
+        file.read(first_span.end - first_span.start),
+        SourceLocation(name, first_span.line, 1, first_span.start),
+        delimiter,
+    )
+    file.seek(position)
+    return partial(decode_record, header=header, delimiter=delimiter), row_spans
 
 
-def text(file: BinaryIO, name: str) -> Contents:  # noqa: ARG001
+def read_text_file(file: BinaryIO, name: str) -> RowIndex:  # noqa: ARG001
     """The whole file is one text."""
-    return decode_text, find_whole(file)
+    return decode_text, find_single_row(file)
 
 
-CONTAINERS: dict[str, Container] = {
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
-    ".json": json_file,
-    ".csv": partial(table, delimiter=","),
-    ".tsv": partial(table, delimiter="\t"),
-    ".txt": text,
-    ".md": text,
+CONTAINERS: dict[str, ContainerReader] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json_file,
+    ".csv": partial(read_table, delimiter=","),
+    ".tsv": partial(read_table, delimiter="\t"),
+    ".txt": read_text_file,
+    ".md": read_text_file,
 }

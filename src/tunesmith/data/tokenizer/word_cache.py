@@ -19,12 +19,12 @@ import numpy as np
 
 from tunesmith.core.types import Json
 
-MOST = 2**19  # pieces that are remembered, some 80 MB
-LONGEST = 64  # characters of one that is
+MAX_WORDS = 2**19  # pieces that are remembered, some 80 MB
+MAX_WORD_CHARS = 64  # characters of one that is
 _CUT = re.compile(r"(?<=[!-~])(?=[ \n])")
 
 
-class Words(dict[str, bytes]):
+class WordEncoder(dict[str, bytes]):
     """Piece -> its ids, int32. Grows up to `MOST`."""
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
@@ -32,28 +32,39 @@ class Words(dict[str, bytes]):
         self._encode = encode
 
     @classmethod
-    def of(cls, data: Json, encode: Callable[[str], list[int]]) -> Words | None:
+    def from_tokenizer(cls, data: Json, encode: Callable[[str], list[int]]) -> WordEncoder | None:
         """`data`: a tokenizer.json without added tokens that plain text makes; `encode`: by the library."""
-        first, *rest = _steps(data.get("pre_tokenizer"))
-        digits = first == {"type": "Digits", "individual_digits": first.get("individual_digits")}
-        last = rest[0] if digits and rest else first
-        cut = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last.get("add_prefix_space", True)
-        model, alone = data["model"], len(rest) == int(digits)
-        known = model.get("type") == "BPE" and not model.get("dropout") and data.get("normalizer") is None
-        return cls(encode) if cut and alone and known else None
+        first, *rest = _list_steps(data.get("pre_tokenizer"))
+        has_digits = first == {
+            "type": "Digits",
+            "individual_digits": first.get("individual_digits"),
+        }
+        last = rest[0] if has_digits and rest else first
+        is_byte_level = (
+            last.get("type") == "ByteLevel"
+            and last.get("use_regex", True)
+            and not last.get("add_prefix_space", True)
+        )
+        model, is_last_step = data["model"], len(rest) == int(has_digits)
+        is_plain_bpe = (
+            model.get("type") == "BPE"
+            and not model.get("dropout")
+            and data.get("normalizer") is None
+        )
+        return cls(encode) if is_byte_level and is_last_step and is_plain_bpe else None
 
-    def ids(self, text: str) -> np.ndarray:
+    def encode_text(self, text: str) -> np.ndarray:
         """int32."""
         return np.frombuffer(b"".join(map(self.__getitem__, _CUT.split(text))), dtype=np.int32)
 
     def __missing__(self, piece: str) -> bytes:
         ids = np.array(self._encode(piece), dtype=np.int32).tobytes()
-        if len(self) < MOST and len(piece) <= LONGEST:
+        if len(self) < MAX_WORDS and len(piece) <= MAX_WORD_CHARS:
             self[piece] = ids
         return ids
 
 
-def _steps(pre_tokenizer: Any) -> list[Json]:
+def _list_steps(pre_tokenizer: Any) -> list[Json]:
     if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
         return pre_tokenizer["pretokenizers"] or [{}]
     return [pre_tokenizer or {}]

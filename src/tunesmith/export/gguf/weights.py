@@ -30,134 +30,206 @@ from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Json, ModelSpec
-from tunesmith.model.gguf.convert import ARCHITECTURES, ROPE_FACTORS, halves
+from tunesmith.model.gguf.convert import ARCHITECTURES, ROPE_FACTORS, reverse_permute
 from tunesmith.model.gguf.reader import read_gguf, read_tensor
 from tunesmith.model.hub.validate import read_headers
-from tunesmith.model.merge import Changes, merged_headers, merged_tensors
-from tunesmith.model.save import Lora
+from tunesmith.model.merge import WeightDeltas, iter_merged_tensors, merge_headers
+from tunesmith.model.save import LoraTensors
 
-TYPES = {name.lower(): GGMLQuantizationType[name] for name in ("F16", "Q8_0", "BF16", "F32")}
-QUANTISATION_VERSION = 2  # of the formats of quantised blocks
-Place = tuple[str, tuple[int, ...], GGMLQuantizationType]  # name, shape, type in the file
+TENSOR_TYPES = {name.lower(): GGMLQuantizationType[name] for name in ("F16", "Q8_0", "BF16", "F32")}
+QUANTIZATION_VERSION = 2  # of the formats of quantised blocks
+TensorSlot = tuple[str, tuple[int, ...], GGMLQuantizationType]  # name, shape, type in the file
 
 
 def write_model(
     file: Path,
-    spec: ModelSpec,
-    changes: Changes,
+    model_spec: ModelSpec,
+    changes: WeightDeltas,
     metadata: Json,
-    factors: np.ndarray | None,
-    kind: str,
-    narrow: Collection[str] = (),
+    rope_factors: np.ndarray | None,
+    export_type: str,
+    dequantized_paths: Collection[str] = (),
 ) -> None:
     """The weights of `spec` with the adapter in them, those of `narrow` as 4 bits left them. GateError for values that
     `kind` cannot hold."""
-    headers = {n: h for n, h in read_headers(spec.path).items() if not (spec.tied_head and n == "lm_head.weight")}
-    headers = merged_headers(headers, changes)
-    names = _names(spec)
-    places = {name: (_stored(names, name, spec), h.shape, _type(h.shape, TYPES[kind])) for name, h in headers.items()}
-    extra = [] if factors is None else [((ROPE_FACTORS, factors.shape, TYPES["f32"]), factors)]
-    weights = ((places[name], _rows(name, tensor, spec)) for name, tensor in merged_tensors(headers, changes, narrow))
+    headers = {
+        name: header
+        for name, header in read_headers(model_spec.path).items()
+        if not (model_spec.tie_word_embeddings and name == "lm_head.weight")
+    }
+    headers = merge_headers(headers, changes)
+    name_map = _build_name_map(model_spec)
+    slots = {
+        name: (
+            _map_name(name_map, name, model_spec),
+            header.shape,
+            _choose_type(header.shape, TENSOR_TYPES[export_type]),
+        )
+        for name, header in headers.items()
+    }
+    extra = (
+        []
+        if rope_factors is None
+        else [((ROPE_FACTORS, rope_factors.shape, TENSOR_TYPES["f32"]), rope_factors)]
+    )
+    weights = (
+        (slots[name], _interleave_halves(name, tensor, model_spec))
+        for name, tensor in iter_merged_tensors(headers, changes, dequantized_paths)
+    )
     general = {
         "general.type": "model",
-        "general.file_type": int(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"]),
-        "general.quantization_version": QUANTISATION_VERSION,
+        "general.file_type": int(
+            LlamaFileType.ALL_F32
+            if export_type == "f32"
+            else LlamaFileType[f"MOSTLY_{export_type.upper()}"]
+        ),
+        "general.quantization_version": QUANTIZATION_VERSION,
     }
-    _write(file, spec, general | metadata, [*(p for p, _ in extra), *places.values()], chain(extra, weights))
+    _write_gguf(
+        file,
+        model_spec,
+        general | metadata,
+        [*(slot for slot, _ in extra), *slots.values()],
+        chain(extra, weights),
+    )
 
 
-def write_adapter(file: Path, spec: ModelSpec, loras: Mapping[str, Lora], metadata: Json) -> None:
+def write_adapter(
+    file: Path, model_spec: ModelSpec, loras: Mapping[str, LoraTensors], metadata: Json
+) -> None:
     """The adapter alone, in fp32. llama.cpp scales it by alpha / rank, also where it was trained as rsLoRA."""
-    names, alpha = _names(spec), {lora.scale * lora.a_RI.shape[0] for lora in loras.values()}
-    assert len(alpha) == 1, "one rank and one scale"
-    tensors: list[tuple[Place, np.ndarray]] = []
+    name_map, alphas = (
+        _build_name_map(model_spec),
+        {lora.scale * lora.a_RI.shape[0] for lora in loras.values()},
+    )
+    assert len(alphas) == 1, "one rank and one scale"
+    tensors: list[tuple[TensorSlot, np.ndarray]] = []
     for path, lora in loras.items():
-        stored = _stored(names, f"{path}.weight", spec)
-        for letter, values in (("a", lora.a_RI.numpy()), ("b", _rows(f"{path}.weight", lora.b_OR, spec))):
-            tensors.append(((f"{stored}.lora_{letter}", values.shape, TYPES["f32"]), values))
-    general = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha.pop())}
-    _write(file, spec, general | metadata, [place for place, _ in tensors], tensors)
+        gguf_name = _map_name(name_map, f"{path}.weight", model_spec)
+        for letter, values in (
+            ("a", lora.a_RI.numpy()),
+            ("b", _interleave_halves(f"{path}.weight", lora.b_OR, model_spec)),
+        ):
+            tensors.append(
+                ((f"{gguf_name}.lora_{letter}", values.shape, TENSOR_TYPES["f32"]), values)
+            )
+    general = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alphas.pop()),
+    }
+    _write_gguf(file, model_spec, general | metadata, [slot for slot, _ in tensors], tensors)
 
 
-def read_adapter(file: Path, spec: ModelSpec) -> dict[str, Lora]:
+def read_adapter(file: Path, model_spec: ModelSpec) -> dict[str, LoraTensors]:
     """What `write_adapter` wrote: path of a linear of the base -> what is added to it."""
-    source, names = read_gguf(file), _names(spec)
-    stored = {tensor.name: tensor for tensor in source.tensors}
-    loras: dict[str, Lora] = {}
-    for name in read_headers(spec.path):
-        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if f"{place}.lora_a" in stored:
-            a_RI, b_OR = (read_tensor(source, stored[f"{place}.lora_{letter}"]) for letter in "ab")
-            b_OR = halves(b_OR, spec.head_dim) if _rotated(name, spec) else b_OR
-            scale = source.need("adapter.lora.alpha", float) / len(a_RI)
-            loras[name.removesuffix(".weight")] = Lora(torch.from_numpy(a_RI), torch.from_numpy(b_OR.copy()), scale)
+    source, name_map = read_gguf(file), _build_name_map(model_spec)
+    tensors_by_name = {tensor.name: tensor for tensor in source.tensors}
+    loras: dict[str, LoraTensors] = {}
+    for name in read_headers(model_spec.path):
+        gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if f"{gguf_name}.lora_a" in tensors_by_name:
+            a_RI, b_OR = (
+                read_tensor(source, tensors_by_name[f"{gguf_name}.lora_{letter}"])
+                for letter in "ab"
+            )
+            b_OR = (
+                reverse_permute(b_OR, model_spec.head_dim)
+                if _is_rotated(name, model_spec)
+                else b_OR
+            )
+            scale = source.require("adapter.lora.alpha", float) / len(a_RI)
+            loras[name.removesuffix(".weight")] = LoraTensors(
+                torch.from_numpy(a_RI), torch.from_numpy(b_OR.copy()), scale
+            )
     return loras
 
 
 # ---------------------------------------------------------------- names, order, bytes
 
 
-def _names(spec: ModelSpec) -> TensorNameMap:
-    return get_tensor_name_map(MODEL_ARCH[spec.model_type.upper()], spec.num_layers)
+def _build_name_map(model_spec: ModelSpec) -> TensorNameMap:
+    return get_tensor_name_map(MODEL_ARCH[model_spec.model_type.upper()], model_spec.num_layers)
 
 
-def _stored(names: TensorNameMap, name: str, spec: ModelSpec) -> str:
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        what = f"a GGUF of {spec.model_type} has no place for the tensor {name}"
-        raise InputError(what, where=str(spec.path), fix="export to merged")
-    return found
+def _map_name(name_map: TensorNameMap, name: str, model_spec: ModelSpec) -> str:
+    gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+    if gguf_name is None:
+        message = f"a GGUF of {model_spec.model_type} has no place for the tensor {name}"
+        raise InputError(message, where=str(model_spec.path), fix="export to merged")
+    return gguf_name
 
 
-def _rotated(name: str, spec: ModelSpec) -> bool:
-    return ARCHITECTURES[spec.model_type].rotated and (".q_proj." in name or ".k_proj." in name)
+def _is_rotated(name: str, model_spec: ModelSpec) -> bool:
+    return ARCHITECTURES[model_spec.model_type].has_interleaved_qk and (
+        ".q_proj." in name or ".k_proj." in name
+    )
 
 
-def _rows(name: str, tensor: Tensor, spec: ModelSpec) -> np.ndarray:
+def _interleave_halves(name: str, tensor: Tensor, model_spec: ModelSpec) -> np.ndarray:
     """The values with q and k rows in GGUF's order: the halves of each head interleaved."""
     values = tensor.numpy()
-    if not _rotated(name, spec):
+    if not _is_rotated(name, model_spec):
         return values
-    pairs = values.reshape(-1, 2, spec.head_dim // 2, *values.shape[1:])
+    pairs = values.reshape(-1, 2, model_spec.head_dim // 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _type(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+def _choose_type(shape: tuple[int, ...], tensor_type: GGMLQuantizationType) -> GGMLQuantizationType:
     if len(shape) == 1:
-        return TYPES["f32"]
-    return TYPES["f16"] if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+        return TENSOR_TYPES["f32"]
+    return TENSOR_TYPES["f16"] if shape[-1] % GGML_QUANT_SIZES[tensor_type][0] else tensor_type
 
 
-def _write(
-    file: Path, spec: ModelSpec, metadata: Json, places: Iterable[Place], tensors: Iterable[tuple[Place, np.ndarray]]
+def _write_gguf(
+    file: Path,
+    model_spec: ModelSpec,
+    metadata: Json,
+    slots: Iterable[TensorSlot],
+    tensors: Iterable[tuple[TensorSlot, np.ndarray]],
 ) -> None:
     """`tensors` come in the order of `places`."""
-    with closing(GGUFWriter(file, spec.model_type)) as writer:
+    with closing(GGUFWriter(file, model_spec.model_type)) as writer:
         for key, value in metadata.items():
-            _add(writer, key, value)
-        for name, shape, kind in places:
-            block, width = GGML_QUANT_SIZES[kind]
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(shape) // block * width, raw_dtype=kind)
+            _add_metadata(writer, key, value)
+        for name, shape, tensor_type in slots:
+            block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
+            writer.add_tensor_info(
+                name,
+                shape,
+                np.dtype(np.float32),
+                prod(shape) // block_size * block_bytes,
+                raw_dtype=tensor_type,
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         assert writer.fout is not None
         stream = writer.fout[0]
         writer.write_padding(stream, stream.tell())
-        for (name, _, kind), values in tensors:
-            data = _narrow(name, values, kind)
+        for (name, _, tensor_type), values in tensors:
+            data = _quantize_tensor(name, values, tensor_type)
             stream.write(data.data.cast("B"))  # not numpy's tofile, which hides why a disk refuses
             writer.write_padding(stream, data.nbytes)
 
 
-def _narrow(name: str, values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    largest = {TYPES["f16"]: 65504.0, TYPES["q8_0"]: 65504.0 * 127}.get(kind, np.inf)
-    if np.abs(values).max(initial=0) > largest:
-        raise GateError(f"{name} holds values that {kind.name} cannot: nothing is exported", fix="use --type bf16")
-    return np.ascontiguousarray(quantize(np.ascontiguousarray(values, dtype=np.float32), kind))
+def _quantize_tensor(
+    name: str, values: np.ndarray, tensor_type: GGMLQuantizationType
+) -> np.ndarray:
+    max_value = {TENSOR_TYPES["f16"]: 65504.0, TENSOR_TYPES["q8_0"]: 65504.0 * 127}.get(
+        tensor_type, np.inf
+    )
+    if np.abs(values).max(initial=0) > max_value:
+        raise GateError(
+            f"{name} holds values that {tensor_type.name} cannot: nothing is exported",
+            fix="use --type bf16",
+        )
+    return np.ascontiguousarray(
+        quantize(np.ascontiguousarray(values, dtype=np.float32), tensor_type)
+    )
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def _add_metadata(writer: GGUFWriter, key: str, value: Any) -> None:
     match value:
         case bool():
             writer.add_bool(key, value)

@@ -9,54 +9,75 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tunesmith.export.gguf.metadata import architecture, vocabulary
+from tunesmith.export.gguf.metadata import build_architecture, build_vocabulary
 from tunesmith.export.gguf.weights import read_adapter, write_adapter, write_model
-from tunesmith.export.parity import Job, Reread
+from tunesmith.export.parity import ExportJob, ReloadedExport
 from tunesmith.model.gguf.convert import write_settings
 from tunesmith.model.gguf.reader import read_gguf
-from tunesmith.model.gguf.tokenizer import special_id
-from tunesmith.model.merge import add_to_network
-from tunesmith.model.reference_load import config_of, load_gguf, stock_prompts
+from tunesmith.model.gguf.tokenizer import find_special_id
+from tunesmith.model.merge import merge_into_network
+from tunesmith.model.reference_load import encode_stock_prompts, load_config_dict, load_gguf
 
-ADAPTER = "adapter.gguf"
-BASE_NAME = "general.base_model.0.name"
-
-
-def model_file(job: Job) -> Path:
-    return job.folder / f"model-{job.kind}.gguf"
+ADAPTER_FILE = "adapter.gguf"
+BASE_NAME_KEY = "general.base_model.0.name"
 
 
-def write_gguf(job: Job) -> None:
-    run, spec = job.run, job.run.weights
-    sizes, factors = architecture(config_of(spec.path), spec)
-    name = {"general.name": f"{Path(spec.name).name} {run.name}"}
-    metadata = name | sizes | vocabulary(run.saved, run.renderer, spec.vocab_size)
-    write_model(model_file(job), spec, run.changes, metadata, factors, job.kind, job.narrow)
+def get_model_path(job: ExportJob) -> Path:
+    return job.folder / f"model-{job.export_type}.gguf"
 
 
-def reread_gguf(job: Job) -> Reread:
+def write_gguf(job: ExportJob) -> None:
+    run, spec = job.run, job.run.model_spec
+    sizes, rope_factors = build_architecture(load_config_dict(spec.path), spec)
+    name_metadata = {"general.name": f"{Path(spec.name).name} {run.name}"}
+    metadata = (
+        name_metadata | sizes | build_vocabulary(run.saved_dir, run.renderer, spec.vocab_size)
+    )
+    write_model(
+        get_model_path(job),
+        spec,
+        run.changes,
+        metadata,
+        rope_factors,
+        job.export_type,
+        job.dequantized_paths,
+    )
+
+
+def reload_gguf(job: ExportJob) -> ReloadedExport:
     """Weights by transformers' reader; tokenizer, template and end tokens from the file alone."""
-    file = model_file(job)
-    with TemporaryDirectory() as scratch:
-        settings, parsed = Path(scratch), read_gguf(file)
-        write_settings(parsed, settings)
-        rendered = stock_prompts(
-            settings, [(witness.messages, witness.tools) for witness in job.chats], job.run.recipe.chat_template_kwargs
+    file = get_model_path(job)
+    with TemporaryDirectory() as temp_dir:
+        settings_dir, gguf_file = Path(temp_dir), read_gguf(file)
+        write_settings(gguf_file, settings_dir)
+        rendered_ids = encode_stock_prompts(
+            settings_dir,
+            [(example.messages, example.tools) for example in job.chat_examples],
+            job.run.recipe.chat_template_kwargs,
         )
-        ends = (special_id(parsed, name) for name in ("eos", "eot", "eom"))
-        end_ids = tuple(dict.fromkeys(index for index in ends if index is not None))
-        return Reread(load_gguf(file, settings, job.run.device), rendered, end_ids)
+        special_ids = (find_special_id(gguf_file, name) for name in ("eos", "eot", "eom"))
+        end_ids = tuple(dict.fromkeys(index for index in special_ids if index is not None))
+        return ReloadedExport(load_gguf(file, settings_dir, job.run.device), rendered_ids, end_ids)
 
 
-def write_lora(job: Job) -> None:
+def write_lora(job: ExportJob) -> None:
     run = job.run
-    architecture(config_of(run.weights.path), run.weights)  # refuses what no GGUF could hold
+    build_architecture(
+        load_config_dict(run.model_spec.path), run.model_spec
+    )  # refuses what no GGUF could hold
     metadata = {"general.name": run.name, "general.base_model.count": 1}
-    write_adapter(job.folder / ADAPTER, run.weights, run.loras, {**metadata, BASE_NAME: run.weights.name})
+    write_adapter(
+        job.folder / ADAPTER_FILE,
+        run.model_spec,
+        run.loras,
+        {**metadata, BASE_NAME_KEY: run.model_spec.name},
+    )
 
 
-def reread_lora(job: Job) -> Reread:
+def reload_lora(job: ExportJob) -> ReloadedExport:
     """The adapter of the file on the stock base; it holds no tokenizer, so prompts and ends are the run's own."""
-    network = job.run.base_network()
-    add_to_network(network, read_adapter(job.folder / ADAPTER, job.run.weights))
-    return Reread(network, [witness.rendered for witness in job.chats], job.run.renderer.end_ids)
+    network = job.run.load_base_network()
+    merge_into_network(network, read_adapter(job.folder / ADAPTER_FILE, job.run.model_spec))
+    return ReloadedExport(
+        network, [example.rendered_ids for example in job.chat_examples], job.run.renderer.end_ids
+    )

@@ -21,13 +21,13 @@ import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.reader import GgufFile, TensorInfo, read_gguf, read_tensor
-from tunesmith.model.gguf.tokenizer import special_id, write_tokenizer
+from tunesmith.model.gguf.tokenizer import find_special_id, write_tokenizer
 from tunesmith.model.hub.validate import read_json
 
-BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
-ROTATED = re.compile(r"\.attn_[qk]\.(weight|bias)")
-USE_FOLDER = "use the model's safetensors folder"
-CHUNK = 2**23  # values in memory at a time
+BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+ROTATED_TENSOR = re.compile(r"\.attn_[qk]\.(weight|bias)")
+USE_SAFETENSORS_FIX = "use the model's safetensors folder"
+CHUNK_VALUES = 2**23  # values in memory at a time
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -50,7 +50,7 @@ ROPE_FACTORS = "rope_freqs.weight"  # Llama 3 keeps its rope scaling as a tensor
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GgufArchitecture:
     """How a GGUF architecture is called in transformers.
 
     `rotated`: q and k rows are stored interleaved. `only_cut`: the one pre-tokenizer that transformers' tokenizer class
@@ -59,8 +59,8 @@ class Architecture:
 
     model_type: str
     class_name: str
-    rotated: bool = False
-    only_cut: str = ""
+    has_interleaved_qk: bool = False
+    pre_tokenizer: str = ""
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -70,70 +70,91 @@ def convert(source: Path, folder: Path) -> None:
     """
     file = read_gguf(source)
     names = write_settings(file, folder)
-    architecture, config = _architecture(file), read_json(folder / "config.json")
-    _write_weights(file, names, folder / "model.safetensors", config["head_dim"] if architecture.rotated else 0)
+    architecture, config = _read_architecture(file), read_json(folder / "config.json")
+    _write_weights(
+        file,
+        names,
+        folder / "model.safetensors",
+        config["head_dim"] if architecture.has_interleaved_qk else 0,
+    )
 
 
 def write_settings(file: GgufFile, folder: Path) -> dict[str, str]:
     """Everything but the weights: config, generation config, tokenizer, chat template. GGUF -> transformers names of
     the tensors. InputError as `convert`."""
-    config = _config(file, _architecture(file))
-    names = {tensor.name: _name(file, tensor) for tensor in file.tensors if tensor.name != ROPE_FACTORS}
+    config = _build_config(file, _read_architecture(file))
+    names = {
+        tensor.name: _map_name(file, tensor)
+        for tensor in file.tensors
+        if tensor.name != ROPE_FACTORS
+    }
     _check_names(file, set(names.values()), config)
     write_tokenizer(file, folder)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", _generation_config(file))
+    _write_json(folder / "generation_config.json", _build_generation_config(file))
     return names
 
 
-def bytes_needed(source: Path) -> int:
+def estimate_bytes(source: Path) -> int:
     """Disk that `convert` takes: two bytes for each value, and some for the tokenizer."""
     return sum(2 * prod(tensor.shape) for tensor in read_gguf(source).tensors) + 32 * 2**20
 
 
-def _architecture(file: GgufFile) -> Architecture:
-    name = file.need("general.architecture", str)
+def _read_architecture(file: GgufFile) -> GgufArchitecture:
+    name = file.require("general.architecture", str)
     if name not in ARCHITECTURES:
         raise InputError(
             f"cannot convert a GGUF of architecture {name!r}; known: {', '.join(sorted(ARCHITECTURES))}",
             where=str(file.path),
-            fix=USE_FOLDER,
+            fix=USE_SAFETENSORS_FIX,
         )
-    parts = file.get("split.count", int, 0)
-    if parts > 1:
+    num_splits = file.get("split.count", int, 0)
+    if num_splits > 1:
         fix = "join the parts with `llama-gguf-split --merge`"
-        raise InputError(f"it is one of {parts} parts", where=str(file.path), fix=fix)
+        raise InputError(f"it is one of {num_splits} parts", where=str(file.path), fix=fix)
     if file.get(f"{name}.expert_count", int, 0):
-        raise InputError("a mixture of experts cannot be converted from GGUF", where=str(file.path), fix=USE_FOLDER)
-    architecture, cut = ARCHITECTURES[name], file.get("tokenizer.ggml.pre", str, "(missing)")
-    if architecture.only_cut not in ("", cut):
-        what = f"transformers cuts the text of {name} models as {architecture.only_cut!r}, this file needs {cut!r}"
-        raise InputError(what, where=str(file.path), fix=USE_FOLDER)
+        raise InputError(
+            "a mixture of experts cannot be converted from GGUF",
+            where=str(file.path),
+            fix=USE_SAFETENSORS_FIX,
+        )
+    architecture, pre_tokenizer = (
+        ARCHITECTURES[name],
+        file.get("tokenizer.ggml.pre", str, "(missing)"),
+    )
+    if architecture.pre_tokenizer not in ("", pre_tokenizer):
+        message = f"transformers cuts the text of {name} models as {architecture.pre_tokenizer!r}, this file needs {pre_tokenizer!r}"
+        raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
     return architecture
 
 
-def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
-    prefix = file.need("general.architecture", str)
+def _build_config(file: GgufFile, architecture: GgufArchitecture) -> dict[str, Any]:
+    prefix = file.require("general.architecture", str)
     names = {tensor.name for tensor in file.tensors}
-    heads, hidden = file.count(f"{prefix}.attention.head_count"), file.count(f"{prefix}.embedding_length")
-    head_dim = file.count(f"{prefix}.attention.key_length", hidden // heads or 1)
+    heads, hidden = (
+        file.get_count(f"{prefix}.attention.head_count"),
+        file.get_count(f"{prefix}.embedding_length"),
+    )
+    head_dim = file.get_count(f"{prefix}.attention.key_length", hidden // heads or 1)
     config = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "hidden_size": hidden,
-        "intermediate_size": file.count(f"{prefix}.feed_forward_length"),
-        "num_hidden_layers": file.count(f"{prefix}.block_count"),
+        "intermediate_size": file.get_count(f"{prefix}.feed_forward_length"),
+        "num_hidden_layers": file.get_count(f"{prefix}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.count(f"{prefix}.attention.head_count_kv", heads),
+        "num_key_value_heads": file.get_count(f"{prefix}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": file.count(f"{prefix}.context_length"),
-        "rms_norm_eps": _short(file.need(f"{prefix}.attention.layer_norm_rms_epsilon", float)),
+        "max_position_embeddings": file.get_count(f"{prefix}.context_length"),
+        "rms_norm_eps": _shorten_float(
+            file.require(f"{prefix}.attention.layer_norm_rms_epsilon", float)
+        ),
         "hidden_act": "silu",
-        "vocab_size": _vocabulary_size(file),
-        "rope_parameters": _rope(file, prefix, head_dim),
+        "vocab_size": _read_vocab_size(file),
+        "rope_parameters": _build_rope(file, prefix, head_dim),
         "tie_word_embeddings": "output.weight" not in names,
         "dtype": "bfloat16",
-        **_ends(file),
+        **_find_special_ids(file),
     }
     if architecture.model_type != "qwen2":  # Qwen2 always has a bias on q, k and v and none on o
         config["attention_bias"] = "blk.0.attn_q.bias" in names
@@ -142,29 +163,43 @@ def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     return config
 
 
-def _vocabulary_size(file: GgufFile) -> int:
-    rows = next((tensor.shape[0] for tensor in file.tensors if tensor.name == "token_embd.weight"), 0)
-    tokens = len(file.texts("tokenizer.ggml.tokens"))
+def _read_vocab_size(file: GgufFile) -> int:
+    rows = next(
+        (tensor.shape[0] for tensor in file.tensors if tensor.name == "token_embd.weight"), 0
+    )
+    tokens = len(file.get_strings("tokenizer.ggml.tokens"))
     if rows < tokens:
-        raise InputError(f"{tokens} tokens but {rows} rows in token_embd.weight", where=str(file.path))
+        raise InputError(
+            f"{tokens} tokens but {rows} rows in token_embd.weight", where=str(file.path)
+        )
     return rows
 
 
-def _rope(file: GgufFile, prefix: str, head_dim: int) -> dict[str, Any]:
-    theta = _short(file.get(f"{prefix}.rope.freq_base", float, 10000.0))
+def _build_rope(file: GgufFile, prefix: str, head_dim: int) -> dict[str, Any]:
+    theta = _shorten_float(file.get(f"{prefix}.rope.freq_base", float, 10000.0))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    rotary = file.count(f"{prefix}.rope.dimension_count", head_dim)
-    kind = file.get(f"{prefix}.rope.scaling.type", str, "none")
-    if rotary != head_dim or head_dim % 2 or theta <= 1 or kind not in ("none", "linear"):
-        what = f"rope over {rotary} of {head_dim} dimensions, base {theta}, scaling {kind!r} cannot be carried over"
-        raise InputError(what, where=str(file.path), fix=USE_FOLDER)
-    if kind == "linear":
-        rope |= {"rope_type": "linear", "factor": file.need(f"{prefix}.rope.scaling.factor", float)}
+    rotary_dim = file.get_count(f"{prefix}.rope.dimension_count", head_dim)
+    scaling_type = file.get(f"{prefix}.rope.scaling.type", str, "none")
+    if (
+        rotary_dim != head_dim
+        or head_dim % 2
+        or theta <= 1
+        or scaling_type not in ("none", "linear")
+    ):
+        message = f"rope over {rotary_dim} of {head_dim} dimensions, base {theta}, scaling {scaling_type!r} cannot be carried over"
+        raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
+    if scaling_type == "linear":
+        rope |= {
+            "rope_type": "linear",
+            "factor": file.require(f"{prefix}.rope.scaling.factor", float),
+        }
     factors = next((tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS), None)
-    return rope if factors is None else rope | _llama3_scaling(file, factors, theta, head_dim)
+    return rope if factors is None else rope | _build_llama3_scaling(file, factors, theta, head_dim)
 
 
-def _llama3_scaling(file: GgufFile, tensor: TensorInfo, theta: float, head_dim: int) -> dict[str, Any]:
+def _build_llama3_scaling(
+    file: GgufFile, tensor: TensorInfo, theta: float, head_dim: int
+) -> dict[str, Any]:
     """The rope scaling of Llama 3 from its per-frequency divisors; its other three constants have only one value."""
     factors = read_tensor(file, tensor)
     factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
@@ -172,8 +207,8 @@ def _llama3_scaling(file: GgufFile, tensor: TensorInfo, theta: float, head_dim: 
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        what = f"the rope divisors in {ROPE_FACTORS} are not those of Llama 3"
-        raise InputError(what, where=str(file.path), fix=USE_FOLDER)
+        message = f"the rope divisors in {ROPE_FACTORS} are not those of Llama 3"
+        raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -183,41 +218,73 @@ def _llama3_scaling(file: GgufFile, tensor: TensorInfo, theta: float, head_dim: 
     }
 
 
-def _generation_config(file: GgufFile) -> dict[str, Any]:
-    stops = sorted({index for name in STOPS if (index := special_id(file, name)) is not None})
-    return _ends(file) | {"eos_token_id": stops} if len(stops) > 1 else _ends(file)
+def _build_generation_config(file: GgufFile) -> dict[str, Any]:
+    stops = sorted(
+        {index for name in STOP_TOKENS if (index := find_special_id(file, name)) is not None}
+    )
+    return (
+        _find_special_ids(file) | {"eos_token_id": stops}
+        if len(stops) > 1
+        else _find_special_ids(file)
+    )
 
 
-def _ends(file: GgufFile) -> dict[str, int]:
+def _find_special_ids(file: GgufFile) -> dict[str, int]:
     """The ids of the first, last and padding token. A chat model ends with its end of turn where the file has one."""
-    eot, eos = special_id(file, "eot"), special_id(file, "eos")
-    found = {"bos": special_id(file, "bos"), "eos": eos if eot is None else eot, "pad": special_id(file, "padding")}
-    return {f"{name}_token_id": index for name, index in found.items() if index is not None}
+    eot, eos = find_special_id(file, "eot"), find_special_id(file, "eos")
+    token_ids = {
+        "bos": find_special_id(file, "bos"),
+        "eos": eos if eot is None else eot,
+        "pad": find_special_id(file, "padding"),
+    }
+    return {f"{name}_token_id": index for name, index in token_ids.items() if index is not None}
 
 
-def _name(file: GgufFile, tensor: TensorInfo) -> str:
+def _map_name(file: GgufFile, tensor: TensorInfo) -> str:
     if tensor.name in TOP_NAMES:
         return TOP_NAMES[tensor.name]
-    found = BLOCK.fullmatch(tensor.name)
-    if not found or found[2] not in BLOCK_NAMES:
-        raise InputError(f"the tensor {tensor.name} is unknown", where=str(file.path), fix=USE_FOLDER)
-    return f"model.layers.{found[1]}.{BLOCK_NAMES[found[2]]}.{found[3]}"
+    match = BLOCK_TENSOR.fullmatch(tensor.name)
+    if not match or match[2] not in BLOCK_NAMES:
+        raise InputError(
+            f"the tensor {tensor.name} is unknown", where=str(file.path), fix=USE_SAFETENSORS_FIX
+        )
+    return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.{match[3]}"
 
 
 def _check_names(file: GgufFile, names: set[str], config: dict[str, Any]) -> None:
     """Exactly the tensors that transformers makes for `config`; it would fill a missing one with random numbers."""
-    kind = config["model_type"]
+    model_type = config["model_type"]
     norms = ("self_attn.q_norm", "self_attn.k_norm")
-    parts = {f"{part}.weight" for part in BLOCK_NAMES.values() if kind == "qwen3" or part not in norms}
-    biased = ["q", "k", "v"] if kind == "qwen2" or config["attention_bias"] else []
-    parts |= {f"self_attn.{name}_proj.bias" for name in biased + ["o"] * (kind != "qwen2" and bool(biased))}
-    parts |= {f"mlp.{name}_proj.bias" for name in ("gate", "up", "down") if config.get("mlp_bias")}
-    wanted = {f"model.layers.{layer}.{part}" for layer in range(config["num_hidden_layers"]) for part in parts}
-    wanted |= {"model.embed_tokens.weight", "model.norm.weight"}
-    wanted |= set() if config["tie_word_embeddings"] else {"lm_head.weight"}
-    for what, found in (("are missing", wanted - names), ("do not belong to the model", names - wanted)):
-        if found:
-            raise InputError(f"{len(found)} tensors {what}, first {min(found)}", where=str(file.path), fix=USE_FOLDER)
+    suffixes = {
+        f"{suffix}.weight"
+        for suffix in BLOCK_NAMES.values()
+        if model_type == "qwen3" or suffix not in norms
+    }
+    bias_projections = ["q", "k", "v"] if model_type == "qwen2" or config["attention_bias"] else []
+    suffixes |= {
+        f"self_attn.{name}_proj.bias"
+        for name in bias_projections + ["o"] * (model_type != "qwen2" and bool(bias_projections))
+    }
+    suffixes |= {
+        f"mlp.{name}_proj.bias" for name in ("gate", "up", "down") if config.get("mlp_bias")
+    }
+    expected = {
+        f"model.layers.{layer}.{suffix}"
+        for layer in range(config["num_hidden_layers"])
+        for suffix in suffixes
+    }
+    expected |= {"model.embed_tokens.weight", "model.norm.weight"}
+    expected |= set() if config["tie_word_embeddings"] else {"lm_head.weight"}
+    for problem, mismatched in (
+        ("are missing", expected - names),
+        ("do not belong to the model", names - expected),
+    ):
+        if mismatched:
+            raise InputError(
+                f"{len(mismatched)} tensors {problem}, first {min(mismatched)}",
+                where=str(file.path),
+                fix=USE_SAFETENSORS_FIX,
+            )
 
 
 def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows: int) -> None:
@@ -227,43 +294,51 @@ def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows:
     end = 0
     for tensor in tensors:
         begin, end = end, end + 2 * prod(tensor.shape)
-        header[names[tensor.name]] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[names[tensor.name]] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            rotated = head_rows if ROTATED.search(tensor.name) else 0
-            for values in _values(file, tensor, rotated):
-                output.write(_bfloat16(values).tobytes())
+            permuted_rows = head_rows if ROTATED_TENSOR.search(tensor.name) else 0
+            for values in _iter_values(file, tensor, permuted_rows):
+                output.write(_to_bfloat16(values).tobytes())
 
 
-def _values(file: GgufFile, tensor: TensorInfo, head_rows: int) -> Iterator[np.ndarray]:
+def _iter_values(file: GgufFile, tensor: TensorInfo, head_rows: int) -> Iterator[np.ndarray]:
     """The tensor as transformers wants it, some whole heads or rows at a time."""
-    unit = head_rows or 1
-    if tensor.shape[0] % unit:
-        raise InputError(f"the tensor {tensor.name} does not hold whole heads", where=str(file.path))
-    step = max(1, CHUNK // (unit * prod(tensor.shape[1:]))) * unit
+    row_unit = head_rows or 1
+    if tensor.shape[0] % row_unit:
+        raise InputError(
+            f"the tensor {tensor.name} does not hold whole heads", where=str(file.path)
+        )
+    step = max(1, CHUNK_VALUES // (row_unit * prod(tensor.shape[1:]))) * row_unit
     for first in range(0, tensor.shape[0] if len(tensor.shape) > 1 else 1, step):
         values = read_tensor(file, tensor, slice(first, first + step))
         if not np.isfinite(values).all():
-            raise InputError(f"the tensor {tensor.name} holds NaN or infinite values", where=str(file.path))
-        yield halves(values, head_rows) if head_rows else values
+            raise InputError(
+                f"the tensor {tensor.name} holds NaN or infinite values", where=str(file.path)
+            )
+        yield reverse_permute(values, head_rows) if head_rows else values
 
 
-def halves(values: np.ndarray, head_rows: int) -> np.ndarray:
+def reverse_permute(values: np.ndarray, head_rows: int) -> np.ndarray:
     """Rows of each head from interleaved pairs (GGUF) to first and second half (transformers)."""
     pairs = values.reshape(-1, head_rows // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _bfloat16(values: np.ndarray) -> np.ndarray:
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Bits of finite float32 values rounded to bfloat16, to nearest, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
-def _short(value: float) -> float:
+def _shorten_float(value: float) -> float:
     """The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
@@ -272,10 +347,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-STOPS = ("eos", "eot", "eom")
+STOP_TOKENS = ("eos", "eot", "eom")
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", rotated=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", only_cut="qwen2"),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "llama": GgufArchitecture("llama", "LlamaForCausalLM", has_interleaved_qk=True),
+    "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM", pre_tokenizer="qwen2"),
+    "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM"),
 }

@@ -14,37 +14,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.atomic import sha256_of
+from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
-from tunesmith.core.run_dir import trained_in
+from tunesmith.core.run_dir import find_weights_dir
 from tunesmith.model.hub.files import check_files
 from tunesmith.model.hub.validate import TensorHeader, read_header, read_headers, read_json
-from tunesmith.model.target_modules import linear_paths
+from tunesmith.model.target_modules import list_linear_paths
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
+ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
-LARGEST_RANK = 4096
+MAX_RANK = 4096
 DTYPES = ("F32", "F16", "BF16")
 MAGNITUDE = "lora_magnitude_vector"
-ROWS = "token_adapter.trainable_tokens_delta"  # the rows themselves, whatever PEFT's name says
-KEY = re.compile(re.escape(PREFIX) + rf"([\w.]+)\.(lora_A\.weight|lora_B\.weight|{MAGNITUDE})")
-MATRICES = ("embed_tokens", "lm_head")
+TOKEN_ROWS_SUFFIX = (
+    "token_adapter.trainable_tokens_delta"  # the rows themselves, whatever PEFT's name says
+)
+LORA_KEY = re.compile(re.escape(PREFIX) + rf"([\w.]+)\.(lora_A\.weight|lora_B\.weight|{MAGNITUDE})")
+EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
 # Keys that say nothing about the result, or that the weights answer better: which layers are adapted.
-UNUSED = {
-    *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout", "qalora_group_size"),
+IGNORED_KEYS = {
+    *(
+        "base_model_name_or_path",
+        "revision",
+        "peft_version",
+        "inference_mode",
+        "lora_dropout",
+        "qalora_group_size",
+    ),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 # Keys that may say this and no more; of any other key the value must be empty.
-ONLY: dict[str, tuple[Any, ...]] = {
+ALLOWED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),  # the others change the base
     "megatron_core": ("megatron.core", None),  # what PEFT always writes
 }
-READ = {"r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indices"}
+USED_KEYS = {"r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indices"}
 
 
 @dataclass(frozen=True)
@@ -55,120 +64,174 @@ class AdapterFolder:
     path: Path
     rank: int
     alpha: float
-    rslora: bool
-    dora: bool
-    targets: str | tuple[str, ...]
-    base: str  # what the adapter calls its base
+    use_rslora: bool
+    use_dora: bool
+    target_modules: str | tuple[str, ...]
+    base_name: str  # what the adapter calls its base
     sha256: str
-    new_ids: tuple[int, ...] = ()
+    new_token_ids: tuple[int, ...] = ()
 
     @property
-    def weights(self) -> Path:
-        return self.path / WEIGHTS
+    def weights_path(self) -> Path:
+        return self.path / ADAPTER_WEIGHTS_FILE
 
     @property
-    def scale(self) -> float:
-        return scale_of(self.rank, self.alpha, rslora=self.rslora)
+    def scaling(self) -> float:
+        return compute_scaling(self.rank, self.alpha, use_rslora=self.use_rslora)
 
 
-def scale_of(rank: int, alpha: float, *, rslora: bool) -> float:
+def compute_scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
     """What B A x is multiplied with."""
-    return alpha / (rank**0.5 if rslora else rank)
+    return alpha / (rank**0.5 if use_rslora else rank)
 
 
-def read_adapter(given: Path, base: Path) -> AdapterFolder:
+def read_adapter(folder: Path, base: Path) -> AdapterFolder:
     """The adapter in folder `given`, or in its `adapter/` if it is a run folder. InputError unless it fits the base."""
-    given = trained_in(given)
-    path = given / "adapter" if (given / "plan.json").is_file() else given
-    if not (path / CONFIG).is_file():
-        fix = f"finish it: tunesmith resume {given}" if path != given else f"give a folder with {CONFIG} and {WEIGHTS}"
+    folder = find_weights_dir(folder)
+    path = folder / "adapter" if (folder / "plan.json").is_file() else folder
+    if not (path / ADAPTER_CONFIG_FILE).is_file():
+        fix = (
+            f"finish it: tunesmith resume {folder}"
+            if path != folder
+            else f"give a folder with {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}"
+        )
         raise InputError("there is no adapter here", where=str(path), fix=fix)
     check_files(path)
-    config = read_json(path / CONFIG)
-    rank, alpha = _check_config(config, str(path / CONFIG))
-    if not (path / WEIGHTS).is_file():
-        raise _no_weights(path)
-    layers = read_headers(base)
-    dora, adapter = bool(config.get("use_dora")), read_header(path / WEIGHTS)
-    new_ids = _check_rows(adapter, layers, config.get("trainable_token_indices"), path)
-    adapter = {name: tensor for name, tensor in adapter.items() if not name.endswith(ROWS)}
-    paths = _check_weights(adapter, layers, rank, path / WEIGHTS)
-    _check_complete(adapter, paths, path / WEIGHTS, dora=dora)
+    config = read_json(path / ADAPTER_CONFIG_FILE)
+    rank, alpha = _check_config(config, str(path / ADAPTER_CONFIG_FILE))
+    if not (path / ADAPTER_WEIGHTS_FILE).is_file():
+        raise _make_missing_weights_error(path)
+    base_headers = read_headers(base)
+    use_dora, headers = bool(config.get("use_dora")), read_header(path / ADAPTER_WEIGHTS_FILE)
+    new_token_ids = _check_token_rows(
+        headers, base_headers, config.get("trainable_token_indices"), path
+    )
+    headers = {
+        name: tensor for name, tensor in headers.items() if not name.endswith(TOKEN_ROWS_SUFFIX)
+    }
+    paths = _check_weights(headers, base_headers, rank, path / ADAPTER_WEIGHTS_FILE)
+    _check_complete(headers, paths, path / ADAPTER_WEIGHTS_FILE, use_dora=use_dora)
     return AdapterFolder(
         path=path,
         rank=rank,
         alpha=alpha,
-        rslora=bool(config.get("use_rslora")),
-        dora=dora,
-        targets=_targets(paths, layers),
-        base=str(config.get("base_model_name_or_path") or ""),
-        sha256=sha256_of(path / WEIGHTS),
-        new_ids=new_ids,
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=use_dora,
+        target_modules=_summarize_targets(paths, base_headers),
+        base_name=str(config.get("base_model_name_or_path") or ""),
+        sha256=hash_file(path / ADAPTER_WEIGHTS_FILE),
+        new_token_ids=new_token_ids,
     )
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> tuple[int, float]:
     """Rank and alpha. Raises InputError that names the key."""
-    fix = "only plain LoRA adapters, as PEFT's LoraConfig makes them by default, can be gone on with"
-    for key, allowed in ONLY.items():
+    fix = (
+        "only plain LoRA adapters, as PEFT's LoraConfig makes them by default, can be gone on with"
+    )
+    for key, allowed in ALLOWED_VALUES.items():
         if key in config and config[key] not in allowed:
-            raise InputError(f"{key} is {config[key]!r:.80}, which is not supported", where=where, fix=fix)
-    if not _of_transformers(config.get("auto_mapping")):
+            raise InputError(
+                f"{key} is {config[key]!r:.80}, which is not supported", where=where, fix=fix
+            )
+    if not _is_transformers_mapping(config.get("auto_mapping")):
         raise InputError("auto_mapping names code outside of transformers", where=where, fix=fix)
-    for key in sorted(config.keys() - UNUSED - ONLY.keys() - READ - {"auto_mapping"}):
+    for key in sorted(
+        config.keys() - IGNORED_KEYS - ALLOWED_VALUES.keys() - USED_KEYS - {"auto_mapping"}
+    ):
         if config[key]:
-            what = f"{key} is {config[key]!r:.80}: it changes what the adapter computes, and is not supported"
-            raise InputError(what, where=where, fix=fix)
+            message = f"{key} is {config[key]!r:.80}: it changes what the adapter computes, and is not supported"
+            raise InputError(message, where=where, fix=fix)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
-        raise InputError(f"r is {rank!r:.80}, not a whole number from 1 to {LARGEST_RANK}", where=where, fix=fix)
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise InputError(
+            f"r is {rank!r:.80}, not a whole number from 1 to {MAX_RANK}", where=where, fix=fix
+        )
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e6:
         raise InputError(f"lora_alpha is {alpha!r:.80}, not a number above 0", where=where, fix=fix)
     for key in ("use_rslora", "use_dora"):
         if not isinstance(config.get(key, False), (bool, type(None))):
-            raise InputError(f"{key} is {config[key]!r:.80}, not true or false", where=where, fix=fix)
+            raise InputError(
+                f"{key} is {config[key]!r:.80}, not true or false", where=where, fix=fix
+            )
     return rank, alpha
 
 
-def _of_transformers(mapping: Any) -> bool:
+def _is_transformers_mapping(mapping: Any) -> bool:
     """PEFT writes the class of a model without a task here. It is not used; PEFT itself would import it."""
     if not mapping:
         return True
-    return isinstance(mapping, dict) and str(mapping.get("parent_library")).startswith("transformers.models.")
+    return isinstance(mapping, dict) and str(mapping.get("parent_library")).startswith(
+        "transformers.models."
+    )
 
 
-def _no_weights(path: Path) -> InputError:
-    if (path / PICKLE).exists():
-        fix = f"convert it in a place that you trust: load it there with PEFT and call save_pretrained, for {WEIGHTS}"
-        what = f"only pickled weights ({PICKLE}): loading a pickle can run any code, so tunesmith does not"
-        return InputError(what, where=str(path), fix=fix)
-    return InputError(f"there is no {WEIGHTS}", where=str(path), fix="copy the whole adapter folder")
+def _make_missing_weights_error(path: Path) -> InputError:
+    if (path / ADAPTER_PICKLE_FILE).exists():
+        fix = f"convert it in a place that you trust: load it there with PEFT and call save_pretrained, for {ADAPTER_WEIGHTS_FILE}"
+        message = f"only pickled weights ({ADAPTER_PICKLE_FILE}): loading a pickle can run any code, so tunesmith does not"
+        return InputError(message, where=str(path), fix=fix)
+    return InputError(
+        f"there is no {ADAPTER_WEIGHTS_FILE}", where=str(path), fix="copy the whole adapter folder"
+    )
 
 
-def _check_rows(
-    adapter: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], wish: Any, folder: Path
+def _check_token_rows(
+    adapter: Mapping[str, TensorHeader],
+    base: Mapping[str, TensorHeader],
+    token_indices: Any,
+    folder: Path,
 ) -> tuple[int, ...]:
     """The new tokens that it has rows for. In PEFT's config a list stands for the embedding alone."""
-    by_matrix = wish if isinstance(wish, dict) else {MATRICES[0]: wish} if wish else {}
+    by_matrix = (
+        token_indices
+        if isinstance(token_indices, dict)
+        else {EMBEDDING_MODULES[0]: token_indices}
+        if token_indices
+        else {}
+    )
     ids = next(iter(by_matrix.values()), ())
-    if not _in_a_row(ids) or set(by_matrix) - {*MATRICES}:
-        what = f"trainable_token_indices is {wish!r:.80}: not the numbers of new tokens, one after the other"
-        raise InputError(what, where=str(folder / CONFIG), fix="only rows of added tokens can be gone on with")
-    own = {name: tensor for name, tensor in adapter.items() if name.endswith(f".{ROWS}")}
-    found = {name.removeprefix(PREFIX).removesuffix(f".{ROWS}"): tensor for name, tensor in own.items()}
-    if {path.rpartition(".")[2] for path in found} != set(by_matrix) or any(v != ids for v in by_matrix.values()):
-        what = f"trainable_token_indices is {wish!r:.80}, and the weights have rows for {', '.join(found) or 'none'}"
-        raise InputError(what, where=str(folder / CONFIG), fix="copy the adapter folder again")
-    for path, tensor in found.items():
-        matrix = _of_base(base, path)
-        if matrix is None or tensor.shape != (len(ids), *matrix.shape[1:]) or tensor.dtype not in DTYPES:
-            what = f"its rows for {path} are {tensor.dtype} {list(tensor.shape)}, which does not fit the base"
-            raise InputError(what, where=str(folder / WEIGHTS), fix="give the adapter's own base as model:")
+    if not _is_consecutive(ids) or set(by_matrix) - {*EMBEDDING_MODULES}:
+        message = f"trainable_token_indices is {token_indices!r:.80}: not the numbers of new tokens, one after the other"
+        raise InputError(
+            message,
+            where=str(folder / ADAPTER_CONFIG_FILE),
+            fix="only rows of added tokens can be gone on with",
+        )
+    row_tensors = {
+        name: tensor for name, tensor in adapter.items() if name.endswith(f".{TOKEN_ROWS_SUFFIX}")
+    }
+    rows_by_module = {
+        name.removeprefix(PREFIX).removesuffix(f".{TOKEN_ROWS_SUFFIX}"): tensor
+        for name, tensor in row_tensors.items()
+    }
+    if {path.rpartition(".")[2] for path in rows_by_module} != set(by_matrix) or any(
+        token_ids != ids for token_ids in by_matrix.values()
+    ):
+        message = f"trainable_token_indices is {token_indices!r:.80}, and the weights have rows for {', '.join(rows_by_module) or 'none'}"
+        raise InputError(
+            message, where=str(folder / ADAPTER_CONFIG_FILE), fix="copy the adapter folder again"
+        )
+    for path, tensor in rows_by_module.items():
+        matrix = _find_base_tensor(base, path)
+        if (
+            matrix is None
+            or tensor.shape != (len(ids), *matrix.shape[1:])
+            or tensor.dtype not in DTYPES
+        ):
+            message = f"its rows for {path} are {tensor.dtype} {list(tensor.shape)}, which does not fit the base"
+            raise InputError(
+                message,
+                where=str(folder / ADAPTER_WEIGHTS_FILE),
+                fix="give the adapter's own base as model:",
+            )
     return tuple(ids)
 
 
-def _in_a_row(ids: Any) -> bool:
-    if not isinstance(ids, (list, tuple)) or not all(type(index) is int and index >= 0 for index in ids):
+def _is_consecutive(ids: Any) -> bool:
+    if not isinstance(ids, (list, tuple)) or not all(
+        type(index) is int and index >= 0 for index in ids
+    ):
         return False
     return not ids or list(ids) == list(range(ids[0], ids[0] + len(ids)))
 
@@ -179,48 +242,60 @@ def _check_weights(
     """The adapted modules. Every tensor must have the shape that its layer in the base asks for."""
     paths: dict[str, None] = {}
     for name, tensor in adapter.items():
-        match = KEY.fullmatch(name)
+        match = LORA_KEY.fullmatch(name)
         if match is None:
-            what = f"the tensor {name[:200]} is no weight of a plain LoRA adapter on a linear layer"
-            raise InputError(what, where=str(file), fix="only adapters on linear layers are supported")
-        layer = _of_base(base, match[1])
-        if layer is None or len(layer.shape) != 2 or match[1] == "lm_head":
-            what = f"it adapts {match[1]}, which is no linear layer inside the base's decoder"
-            raise InputError(what, where=str(file), fix="give the adapter's own base as model:")
-        outputs, inputs = layer.shape
-        wanted = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}.get(match[2], (outputs,))
-        if tensor.shape != wanted or tensor.dtype not in DTYPES:
-            what = (
-                f"the tensor {name} is {tensor.dtype} {list(tensor.shape)}; with r {rank} on this base it must be "
-                f"{list(wanted)}, in {', '.join(DTYPES)}"
+            message = (
+                f"the tensor {name[:200]} is no weight of a plain LoRA adapter on a linear layer"
             )
-            raise InputError(what, where=str(file), fix="give the adapter's own base as model:")
+            raise InputError(
+                message, where=str(file), fix="only adapters on linear layers are supported"
+            )
+        layer = _find_base_tensor(base, match[1])
+        if layer is None or len(layer.shape) != 2 or match[1] == "lm_head":
+            message = f"it adapts {match[1]}, which is no linear layer inside the base's decoder"
+            raise InputError(message, where=str(file), fix="give the adapter's own base as model:")
+        outputs, inputs = layer.shape
+        expected_shape = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}.get(
+            match[2], (outputs,)
+        )
+        if tensor.shape != expected_shape or tensor.dtype not in DTYPES:
+            message = (
+                f"the tensor {name} is {tensor.dtype} {list(tensor.shape)}; with r {rank} on this base it must be "
+                f"{list(expected_shape)}, in {', '.join(DTYPES)}"
+            )
+            raise InputError(message, where=str(file), fix="give the adapter's own base as model:")
         paths[match[1]] = None
     if not paths:
         raise InputError("it holds no weights", where=str(file))
     return list(paths)
 
 
-def _check_complete(adapter: Mapping[str, TensorHeader], paths: list[str], file: Path, *, dora: bool) -> None:
+def _check_complete(
+    adapter: Mapping[str, TensorHeader], paths: list[str], file: Path, *, use_dora: bool
+) -> None:
     """Each adapted module has both halves, and a magnitude where the config says DoRA, else none."""
     for path in paths:
-        for part in ("lora_A.weight", "lora_B.weight", *([MAGNITUDE] if dora else [])):
+        for part in ("lora_A.weight", "lora_B.weight", *([MAGNITUDE] if use_dora else [])):
             if f"{PREFIX}{path}.{part}" not in adapter:
-                what = f"{path} has no {part.removesuffix('.weight')}{', which use_dora wants' * (part == MAGNITUDE)}"
-                raise InputError(what, where=str(file), fix="copy the adapter folder again")
-        if not dora and f"{PREFIX}{path}.{MAGNITUDE}" in adapter:
-            what = f"{path} has a magnitude, but use_dora is not true in {CONFIG}"
-            raise InputError(what, where=str(file), fix="copy the adapter folder again")
+                message = f"{path} has no {part.removesuffix('.weight')}{', which use_dora wants' * (part == MAGNITUDE)}"
+                raise InputError(message, where=str(file), fix="copy the adapter folder again")
+        if not use_dora and f"{PREFIX}{path}.{MAGNITUDE}" in adapter:
+            message = f"{path} has a magnitude, but use_dora is not true in {ADAPTER_CONFIG_FILE}"
+            raise InputError(message, where=str(file), fix="copy the adapter folder again")
 
 
-def _of_base(base: Mapping[str, TensorHeader], path: str) -> TensorHeader | None:
+def _find_base_tensor(base: Mapping[str, TensorHeader], path: str) -> TensorHeader | None:
     return base.get(f"{path}.weight") or base.get(f"{path.removeprefix('model.')}.weight")
 
 
-def _targets(paths: list[str], base: Mapping[str, TensorHeader]) -> str | tuple[str, ...]:
+def _summarize_targets(paths: list[str], base: Mapping[str, TensorHeader]) -> str | tuple[str, ...]:
     """The shortest of: all-linear, names such as q_proj, full paths."""
-    linear = linear_paths(base)
+    linear_modules = list_linear_paths(base)
     names = {path.rpartition(".")[2] for path in paths}
-    if len([path for path in linear if path.rpartition(".")[2] in names]) > len(paths):
+    if len([path for path in linear_modules if path.rpartition(".")[2] in names]) > len(paths):
         return tuple(sorted(paths))
-    return "all-linear" if names == {path.rpartition(".")[2] for path in linear} else tuple(sorted(names))
+    return (
+        "all-linear"
+        if names == {path.rpartition(".")[2] for path in linear_modules}
+        else tuple(sorted(names))
+    )

@@ -20,45 +20,56 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.validate import TensorHeader, read_headers
 
-MAX_BUFFER = 2**24  # values of a table that is no weight, such as rotation frequencies
-ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError)
+MAX_BUFFER_VALUES = 2**24  # values of a table that is no weight, such as rotation frequencies
+LOAD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 
 
 @contextmanager
-def its_errors(folder: Path) -> Iterator[None]:
+def transformers_errors(folder: Path) -> Iterator[None]:
     """For a folder that has passed every check here and is still not understood there."""
     try:
         yield
-    except (*ERRORS, StrictDataclassError) as error:
-        said = " ".join(str(error).split())[:300]
-        what = f"transformers cannot load this model: {type(error).__name__}: {said}"
-        raise InputError(what, where=str(folder), fix="download the model again") from error
+    except (*LOAD_ERRORS, StrictDataclassError) as error:
+        detail = " ".join(str(error).split())[:300]
+        message = f"transformers cannot load this model: {type(error).__name__}: {detail}"
+        raise InputError(message, where=str(folder), fix="download the model again") from error
 
 
-def check_fit(folder: Path) -> None:
+def check_weight_shapes(folder: Path) -> None:
     """InputError that names the first tensor which is missing, or has another shape than config.json says."""
-    with its_errors(folder):
+    with transformers_errors(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config)
     headers = read_headers(folder)
-    tied = network.get_output_embeddings() if config.get_text_config().tie_word_embeddings else None
+    tied_head = (
+        network.get_output_embeddings() if config.get_text_config().tie_word_embeddings else None
+    )
     for name, parameter in network.named_parameters():
-        if tied is not None and parameter is tied.weight and name not in headers:
+        if tied_head is not None and parameter is tied_head.weight and name not in headers:
             continue
-        tensor = header_of(headers, name)
+        tensor = find_header(headers, name)
         if tensor is None:
-            what = f"the weights have no {name}, which config.json asks for"
-            raise InputError(what, where=str(folder), fix="download the model again")
+            message = f"the weights have no {name}, which config.json asks for"
+            raise InputError(message, where=str(folder), fix="download the model again")
         if tensor.shape != tuple(parameter.shape):
-            what = f"the tensor {name} has shape {list(tensor.shape)}, config.json says {list(parameter.shape)}"
-            raise InputError(what, where=str(tensor.file), fix="download the model again")
+            message = f"the tensor {name} has shape {list(tensor.shape)}, config.json says {list(parameter.shape)}"
+            raise InputError(message, where=str(tensor.file), fix="download the model again")
     for name, buffer in network.named_buffers():
-        if buffer.numel() > MAX_BUFFER:
-            what = f"config.json asks for a table {name} of {buffer.numel():,} values"
-            raise InputError(what, where=str(folder), fix="download config.json again")
+        if buffer.numel() > MAX_BUFFER_VALUES:
+            message = f"config.json asks for a table {name} of {buffer.numel():,} values"
+            raise InputError(message, where=str(folder), fix="download config.json again")
 
 
-def header_of(headers: dict[str, TensorHeader], name: str) -> TensorHeader | None:
+def find_header(headers: dict[str, TensorHeader], name: str) -> TensorHeader | None:
     """Where a parameter lies; weights of the decoder alone have no `model.` in front."""
     return headers.get(name) or headers.get(name.partition(".")[2])

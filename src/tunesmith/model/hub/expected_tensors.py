@@ -11,68 +11,129 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.model.hub.validate import WEIGHT_BYTES, TensorHeader
+from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader
 
 # What transformers takes where config.json says nothing; everything else is hidden_size / num_attention_heads, or no.
-HEAD_DIMS = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "ministral3": 128, "qwen3": 128, "seed_oss": 128}
+HEAD_DIMS = {
+    "gemma": 256,
+    "gemma2": 256,
+    "gemma3_text": 256,
+    "ministral3": 128,
+    "qwen3": 128,
+    "seed_oss": 128,
+}
 HEAD_DIMS |= {"ernie4_5": 128, "glm": 128, "glm4": 128, "helium": 128}
-TIED = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3"}
-NORMS = {"cohere": 1, "cohere2": 1, "gemma2": 4, "gemma3_text": 4, "glm4": 4, "olmo": 0}  # a layer; else 2
-HEAD_NORMS = {"exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3"}  # q and k are normed head by head
-WHOLE_NORMS = {"olmo2", "olmo3"}  # q and k are normed whole
-BIASED = {"glm", "glm4", "qwen2", "seed_oss"}  # q, k and v have a bias unless the config says no
-FUSED_MLP, FUSED_ATTENTION = {"glm", "glm4", "phi3"}, {"phi3"}
-STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+TIED_MODEL_TYPES = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3"}
+NORMS_PER_LAYER = {
+    "cohere": 1,
+    "cohere2": 1,
+    "gemma2": 4,
+    "gemma3_text": 4,
+    "glm4": 4,
+    "olmo": 0,
+}  # a layer; else 2
+HEAD_QK_NORM_TYPES = {
+    "exaone4",
+    "gemma3_text",
+    "hunyuan_v1_dense",
+    "qwen3",
+}  # q and k are normed head by head
+FULL_QK_NORM_TYPES = {"olmo2", "olmo3"}  # q and k are normed whole
+QKV_BIAS_TYPES = {
+    "glm",
+    "glm4",
+    "qwen2",
+    "seed_oss",
+}  # q, k and v have a bias unless the config says no
+FUSED_MLP_TYPES, FUSED_QKV_TYPES = {"glm", "glm4", "phi3"}, {"phi3"}
+STORED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-class Shape(NamedTuple):
+class ModelDimensions(NamedTuple):
     """The checked sizes of a config."""
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    inner: int
-    vocabulary: int
+    intermediate_size: int
+    vocab_size: int
 
 
-def ties(config: dict[str, Any], model_type: str) -> bool:
+def has_tied_head(config: dict[str, Any], model_type: str) -> bool:
     """The head is the embedding."""
-    said = config.get("tie_word_embeddings")
-    return model_type in TIED if said is None else bool(said)
+    configured = config.get("tie_word_embeddings")
+    return model_type in TIED_MODEL_TYPES if configured is None else bool(configured)
 
 
-def promised(config: dict[str, Any], model_type: str, shape: Shape, where: Path) -> dict[str, TensorHeader]:
-    dtype = STORED.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
-    vectors = _vectors(config, model_type, shape)
-    for layer in range(shape.layers):
-        place = f"model.layers.{layer}"
-        shapes |= {f"{place}.{name}.weight": size for name, size in _matrices(model_type, shape).items()}
-        shapes[f"{place}.vectors"] = (vectors,)
-    shapes["model.norm.weight"] = (shape.hidden if model_type != "olmo" else 0,)
-    if not ties(config, model_type):
-        shapes["lm_head.weight"] = (shape.vocabulary, shape.hidden)
-    width = WEIGHT_BYTES[dtype]
-    return {name: TensorHeader(where, dtype, size, 0, prod(size) * width) for name, size in shapes.items()}
-
-
-def _matrices(model_type: str, shape: Shape) -> dict[str, tuple[int, int]]:
-    h, f, q, kv = shape.hidden, shape.inner, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    apart = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h)}
-    attention = {"qkv_proj": (q + 2 * kv, h)} if model_type in FUSED_ATTENTION else apart
-    mlp = {"gate_up_proj": (2 * f, h)} if model_type in FUSED_MLP else {"gate_proj": (f, h), "up_proj": (f, h)}
-    return {f"self_attn.{name}": size for name, size in (attention | {"o_proj": (h, q)}).items()} | {
-        f"mlp.{name}": size for name, size in (mlp | {"down_proj": (h, f)}).items()
+def build_expected_headers(
+    config: dict[str, Any], model_type: str, dimensions: ModelDimensions, path: Path
+) -> dict[str, TensorHeader]:
+    dtype = STORED_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (dimensions.vocab_size, dimensions.hidden_size)
+    }
+    vector_values = _count_vector_values(config, model_type, dimensions)
+    for layer in range(dimensions.num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.{name}.weight": tensor_shape
+            for name, tensor_shape in _list_matrix_shapes(model_type, dimensions).items()
+        }
+        shapes[f"{prefix}.vectors"] = (vector_values,)
+    shapes["model.norm.weight"] = (dimensions.hidden_size if model_type != "olmo" else 0,)
+    if not has_tied_head(config, model_type):
+        shapes["lm_head.weight"] = (dimensions.vocab_size, dimensions.hidden_size)
+    dtype_bytes = DTYPE_BYTES[dtype]
+    return {
+        name: TensorHeader(path, dtype, tensor_shape, 0, prod(tensor_shape) * dtype_bytes)
+        for name, tensor_shape in shapes.items()
     }
 
 
-def _vectors(config: dict[str, Any], model_type: str, shape: Shape) -> int:
+def _list_matrix_shapes(model_type: str, dimensions: ModelDimensions) -> dict[str, tuple[int, int]]:
+    h, f, q, kv = (
+        dimensions.hidden_size,
+        dimensions.intermediate_size,
+        dimensions.num_heads * dimensions.head_dim,
+        dimensions.num_kv_heads * dimensions.head_dim,
+    )
+    separate = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h)}
+    attention = {"qkv_proj": (q + 2 * kv, h)} if model_type in FUSED_QKV_TYPES else separate
+    mlp = (
+        {"gate_up_proj": (2 * f, h)}
+        if model_type in FUSED_MLP_TYPES
+        else {"gate_proj": (f, h), "up_proj": (f, h)}
+    )
+    return {
+        f"self_attn.{name}": matrix_shape
+        for name, matrix_shape in (attention | {"o_proj": (h, q)}).items()
+    } | {
+        f"mlp.{name}": matrix_shape for name, matrix_shape in (mlp | {"down_proj": (h, f)}).items()
+    }
+
+
+def _count_vector_values(
+    config: dict[str, Any], model_type: str, dimensions: ModelDimensions
+) -> int:
     """Norms and biases of a layer, counted in numbers."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    count = NORMS.get(model_type, 2) * shape.hidden
-    count += 2 * shape.head_dim if model_type in HEAD_NORMS else q + kv if model_type in WHOLE_NORMS else 0
-    said = config.get("attention_bias")
-    biased = model_type in BIASED if said is None or model_type == "qwen2" else bool(said)
-    return count + (q + 2 * kv if biased else 0)
+    q, kv = (
+        dimensions.num_heads * dimensions.head_dim,
+        dimensions.num_kv_heads * dimensions.head_dim,
+    )
+    count = NORMS_PER_LAYER.get(model_type, 2) * dimensions.hidden_size
+    count += (
+        2 * dimensions.head_dim
+        if model_type in HEAD_QK_NORM_TYPES
+        else q + kv
+        if model_type in FULL_QK_NORM_TYPES
+        else 0
+    )
+    configured = config.get("attention_bias")
+    has_bias = (
+        model_type in QKV_BIAS_TYPES
+        if configured is None or model_type == "qwen2"
+        else bool(configured)
+    )
+    return count + (q + 2 * kv if has_bias else 0)

@@ -14,32 +14,46 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.core.atomic import sha256_of
+from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import from_json, json_bytes, read_json
+from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Json, __version__
 from tunesmith.data.chat_template.renderer import Renderer
 
-FILE = "tunesmith.json"
-TEXT = "Größe  12,345\tof the <|im_end|> 日本 🤗\n\n  no more"
-TOOL = {"name": "look_up", "description": "Looks up.", "parameters": {"type": "object", "properties": {"of": {}}}}
-CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"of": "a word"}}}
-USER, ANSWER = {"role": "user", "content": TEXT}, {"role": "assistant", "content": "It says:\n  7 </s>"}
-PROMPTS: tuple[tuple[Json, ...], ...] = (
-    (USER,),
-    ({"role": "system", "content": "Be brief."}, USER),
-    (USER, ANSWER, {"role": "user", "content": " and then?"}),
-    (USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": '{"found": 3}'}),
+PROVENANCE_FILE = "tunesmith.json"
+SAMPLE_TEXT = "Größe  12,345\tof the <|im_end|> 日本 🤗\n\n  no more"
+SAMPLE_TOOL = {
+    "name": "look_up",
+    "description": "Looks up.",
+    "parameters": {"type": "object", "properties": {"of": {}}},
+}
+SAMPLE_TOOL_CALL = {
+    "type": "function",
+    "function": {"name": "look_up", "arguments": {"of": "a word"}},
+}
+USER_MESSAGE, ASSISTANT_MESSAGE = (
+    {"role": "user", "content": SAMPLE_TEXT},
+    {"role": "assistant", "content": "It says:\n  7 </s>"},
+)
+SAMPLE_PROMPTS: tuple[tuple[Json, ...], ...] = (
+    (USER_MESSAGE,),
+    ({"role": "system", "content": "Be brief."}, USER_MESSAGE),
+    (USER_MESSAGE, ASSISTANT_MESSAGE, {"role": "user", "content": " and then?"}),
+    (
+        USER_MESSAGE,
+        {"role": "assistant", "content": "", "tool_calls": [SAMPLE_TOOL_CALL]},
+        {"role": "tool", "content": '{"found": 3}'},
+    ),
 )
 
 
 @dataclass(frozen=True)
-class Golden:
+class ReferencePrompt:
     """A prompt and its ids. Without messages it is `TEXT`, as plain text."""
 
     messages: tuple[Json, ...]
     tools: tuple[Json, ...]
-    ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,88 +68,123 @@ class Provenance:
     renderer: str
     end_ids: tuple[int, ...]
     now: str
-    golden: tuple[Golden, ...]
+    reference_prompts: tuple[ReferencePrompt, ...]
 
 
-def provenance_of(name: str, base_sha256: dict[str, str], renderer: Renderer, now: str) -> Provenance:
+def build_provenance(
+    name: str, base_sha256: dict[str, str], renderer: Renderer, now: str
+) -> Provenance:
     """`name`: what people call the base; `base_sha256`: see `hashes_of`."""
     templates = renderer.templates.items()
-    golden = [Golden((), (), ()), *(Golden(m, (TOOL,) if m[-1]["role"] == "tool" else (), ()) for m in PROMPTS)]
-    rendered = [dataclasses.replace(prompt, ids=_ids(prompt, renderer)) for prompt in golden]
+    prompts = [
+        ReferencePrompt((), (), ()),
+        *(
+            ReferencePrompt(messages, (SAMPLE_TOOL,) if messages[-1]["role"] == "tool" else (), ())
+            for messages in SAMPLE_PROMPTS
+        ),
+    ]
+    rendered = [
+        dataclasses.replace(prompt, ids=_render_ids(prompt, renderer)) for prompt in prompts
+    ]
     return Provenance(
         tunesmith=__version__,
         base=name,
         base_sha256=base_sha256,
         tokenizer_sha256=renderer.tokenizer.sha256,
-        template_sha256={key: hashlib.sha256(template.source.encode()).hexdigest() for key, template in templates},
+        template_sha256={
+            key: hashlib.sha256(template.source.encode()).hexdigest() for key, template in templates
+        },
         renderer=renderer.fingerprint,
         end_ids=renderer.end_ids,
         now=now,
-        golden=tuple(prompt for prompt in rendered if prompt.ids),
+        reference_prompts=tuple(prompt for prompt in rendered if prompt.token_ids),
     )
 
 
-def hashes_of(base: Path) -> dict[str, str]:
+def hash_weight_files(base: Path) -> dict[str, str]:
     """sha256 of each weight file, at the speed of sha256."""
-    return {file.name: sha256_of(file) for file in sorted(base.glob("*.safetensors"))}
+    return {file.name: hash_file(file) for file in sorted(base.glob("*.safetensors"))}
 
 
-def _ids(prompt: Golden, renderer: Renderer) -> tuple[int, ...]:
+def _render_ids(prompt: ReferencePrompt, renderer: Renderer) -> tuple[int, ...]:
     """Nothing for what the template cannot render."""
     try:
         if prompt.messages:
-            return renderer.prompt(prompt.messages, prompt.tools)
-        return tuple(renderer.text_tokens(TEXT))
+            return renderer.encode_prompt(prompt.messages, prompt.tools)
+        return tuple(renderer.encode_text(SAMPLE_TEXT))
     except InputError:
         return ()
 
 
 def write_provenance(folder: Path, provenance: Provenance) -> None:
-    (folder / FILE).write_bytes(json_bytes(provenance, indent=2))
+    (folder / PROVENANCE_FILE).write_bytes(dump_json(provenance, indent=2))
 
 
 def read_provenance(folder: Path) -> Provenance | None:
     """None where there is none: the weights are not ours, or older."""
-    path = folder / FILE
-    return from_json(Provenance, read_json(path), where=str(path)) if path.is_file() else None
+    path = folder / PROVENANCE_FILE
+    return parse_as(Provenance, read_json(path), where=str(path)) if path.is_file() else None
 
 
-def check_provenance(folder: Path, base_sha256: dict[str, str], renderer: Renderer, now: str) -> None:
+def check_provenance(
+    folder: Path, base_sha256: dict[str, str], renderer: Renderer, now: str
+) -> None:
     """InputError when the weights in `folder` say that they belong to another base, tokenizer or template, or that
     their prompts had other ids."""
     stored = read_provenance(folder)
     if stored is None:
         return
-    found = provenance_of(stored.base, base_sha256, renderer, now)
-    if differences := [*_differences(stored, found), *_other_ids(stored, renderer, now)]:
+    current = build_provenance(stored.base, base_sha256, renderer, now)
+    if differences := [
+        *_iter_differences(stored, current),
+        *_iter_changed_prompts(stored, renderer, now),
+    ]:
         fix = f"use the base that it was trained on ({stored.base}) and template: {folder / 'chat_template.jinja'}"
-        what = "the weights were trained with something else:\n  " + "\n  ".join(differences)
-        raise InputError(what, where=str(folder / FILE), fix=fix)
+        message = "the weights were trained with something else:\n  " + "\n  ".join(differences)
+        raise InputError(message, where=str(folder / PROVENANCE_FILE), fix=fix)
 
 
-def _differences(stored: Provenance, found: Provenance) -> Iterator[str]:
-    yield from _changed("base weights", stored.base_sha256, found.base_sha256)
-    yield from _changed("chat template", stored.template_sha256, found.template_sha256)
-    yield from _changed("tokenizer", {"": stored.tokenizer_sha256}, {"": found.tokenizer_sha256})
-    if (stored.tokenizer_sha256, stored.template_sha256) == (found.tokenizer_sha256, found.template_sha256):
-        yield from _changed("names of special tokens", {"": stored.renderer}, {"": found.renderer})
-    if stored.end_ids != found.end_ids:
-        yield f"end tokens: {list(stored.end_ids)} -> {list(found.end_ids)}"
+def _iter_differences(stored: Provenance, current: Provenance) -> Iterator[str]:
+    yield from _iter_changed_hashes("base weights", stored.base_sha256, current.base_sha256)
+    yield from _iter_changed_hashes(
+        "chat template", stored.template_sha256, current.template_sha256
+    )
+    yield from _iter_changed_hashes(
+        "tokenizer", {"": stored.tokenizer_sha256}, {"": current.tokenizer_sha256}
+    )
+    if (stored.tokenizer_sha256, stored.template_sha256) == (
+        current.tokenizer_sha256,
+        current.template_sha256,
+    ):
+        yield from _iter_changed_hashes(
+            "names of special tokens", {"": stored.renderer}, {"": current.renderer}
+        )
+    if stored.end_ids != current.end_ids:
+        yield f"end tokens: {list(stored.end_ids)} -> {list(current.end_ids)}"
 
 
-def _changed(what: str, stored: dict[str, str], found: dict[str, str]) -> Iterator[str]:
-    for name in sorted(stored.keys() | found.keys()):
-        was, now = (hashes.get(name, "none") for hashes in (stored, found))
-        if was != now:
-            yield f"{what} {name}".rstrip() + f": sha256 {was[:12]} -> {now[:12]}"
+def _iter_changed_hashes(
+    label: str, stored: dict[str, str], current: dict[str, str]
+) -> Iterator[str]:
+    for name in sorted(stored.keys() | current.keys()):
+        stored_hash, current_hash = (hashes.get(name, "none") for hashes in (stored, current))
+        if stored_hash != current_hash:
+            yield f"{label} {name}".rstrip() + f": sha256 {stored_hash[:12]} -> {current_hash[:12]}"
 
 
-def _other_ids(stored: Provenance, renderer: Renderer, now: str) -> Iterator[str]:
+def _iter_changed_prompts(stored: Provenance, renderer: Renderer, now: str) -> Iterator[str]:
     """Prompts that the same files render differently; another date would be a reason by itself."""
-    if stored.renderer != renderer.fingerprint or (stored.now != now and renderer.dated):
+    if stored.renderer != renderer.fingerprint or (stored.now != now and renderer.has_date):
         return
-    for number, prompt in enumerate(stored.golden, start=1):
-        was, ids = prompt.ids, _ids(prompt, renderer)
-        if was != ids:
-            place = next((i for i, (a, b) in enumerate(zip(was, ids, strict=False)) if a != b), min(len(was), len(ids)))
-            yield f"golden prompt {number}: {len(was)} tokens -> {len(ids)}, they differ from token {place + 1} on"
+    for number, prompt in enumerate(stored.reference_prompts, start=1):
+        stored_ids, current_ids = prompt.token_ids, _render_ids(prompt, renderer)
+        if stored_ids != current_ids:
+            position = next(
+                (
+                    i
+                    for i, (a, b) in enumerate(zip(stored_ids, current_ids, strict=False))
+                    if a != b
+                ),
+                min(len(stored_ids), len(current_ids)),
+            )
+            yield f"golden prompt {number}: {len(stored_ids)} tokens -> {len(current_ids)}, they differ from token {position + 1} on"

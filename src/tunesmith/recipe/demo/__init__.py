@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-RECIPE = Path(__file__).with_name("recipe.yaml")
-SHOWN_ROWS = 2
+DEMO_RECIPE = Path(__file__).with_name("recipe.yaml")
+NUM_PREVIEW_ROWS = 2

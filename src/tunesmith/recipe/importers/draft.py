@@ -14,86 +14,98 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import InputError
-from tunesmith.recipe.yaml_lines import Document
+from tunesmith.recipe.yaml_lines import YamlMapping
 
-LARGEST = 10**12
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+MAX_NUMBER = 10**12
+NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
-class Left:
+class UntranslatedKey:
     """A key of the other tool that the recipe does not have. `matters`: it may change what is trained."""
 
     key: str
     value: Any
     reason: str
-    matters: bool = True
+    is_important: bool = True
 
 
 @dataclass
-class Draft:
+class RecipeDraft:
     """`given` shrinks as keys are taken; `values` and `notes` (where a value comes from) have our keys."""
 
-    document: Document
-    config: Path
-    recipe: Path
-    given: dict[str, Any]
+    document: YamlMapping
+    config_path: Path
+    recipe_path: Path
+    remaining: dict[str, Any]
     values: dict[str, Any] = field(default_factory=dict[str, Any])
     notes: dict[str, str] = field(default_factory=dict[str, str])
-    left: list[Left] = field(default_factory=list[Left])
+    untranslated: list[UntranslatedKey] = field(default_factory=list[UntranslatedKey])
 
-    def take(self, key: str) -> Any:
+    def pop_value(self, key: str) -> Any:
         """The value of a key, None if it is not there; YAML reads 1e-4 as a text, which is meant as a number."""
-        value = self.given.pop(key, None)
-        return float(value) if isinstance(value, str) and NUMBER.fullmatch(value.strip()) else value
+        value = self.remaining.pop(key, None)
+        return (
+            float(value)
+            if isinstance(value, str) and NUMBER_PATTERN.fullmatch(value.strip())
+            else value
+        )
 
-    def number(self, key: str) -> Any:
+    def pop_number(self, key: str) -> Any:
         """A number, or None. Raises InputError with the line if it is something else, or beyond all measure."""
-        value = self.take(key)
+        value = self.pop_value(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
-            raise self.refusal(key, f"expected a number, found {value!r}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not abs(value) < MAX_NUMBER
+        ):
+            raise self.make_error(key, f"expected a number, found {value!r}")
         return value
 
-    def word(self, key: str) -> Any:
+    def pop_scalar(self, key: str) -> Any:
         """One plain value, or None. Raises InputError with the line if it is a list or a mapping."""
-        value = self.take(key)
+        value = self.pop_value(key)
         if isinstance(value, (list, dict)):
-            raise self.refusal(key, f"expected one value, found a {type(value).__name__}")
+            raise self.make_error(key, f"expected one value, found a {type(value).__name__}")
         return value
 
-    def put(self, ours: str, value: Any, source: str) -> None:
+    def set_value(self, recipe_key: str, value: Any, source: str) -> None:
         """Raises InputError when two of their keys want different things."""
-        if ours in self.values and self.values[ours] != value:
-            what = f"{source} and {self.notes[ours]} contradict each other: {value} and {self.values[ours]}"
-            raise self.refusal(source, what)
-        self.values[ours], self.notes[ours] = value, source
+        if recipe_key in self.values and self.values[recipe_key] != value:
+            message = f"{source} and {self.notes[recipe_key]} contradict each other: {value} and {self.values[recipe_key]}"
+            raise self.make_error(source, message)
+        self.values[recipe_key], self.notes[recipe_key] = value, source
 
-    def rename(self, names: Mapping[str, str]) -> None:
+    def rename_keys(self, names: Mapping[str, str]) -> None:
         """Keys that mean the same: theirs -> ours."""
-        for theirs, ours in names.items():
-            value = self.take(theirs)
+        for config_key, recipe_key in names.items():
+            value = self.pop_value(config_key)
             if value is not None:
-                self.put(ours, value, theirs)
+                self.set_value(recipe_key, value, config_key)
 
-    def leave(self, key: str, value: Any, reason: str, *, matters: bool = True) -> None:
-        self.left.append(Left(key, value, reason, matters))
+    def skip_key(self, key: str, value: Any, reason: str, *, is_important: bool = True) -> None:
+        self.untranslated.append(UntranslatedKey(key, value, reason, is_important))
 
-    def refusal(self, key: str, what: str, fix: str = "") -> InputError:
-        return InputError(what, where=self.document.where((key,)), fix=fix)
+    def make_error(self, key: str, message: str, fix: str = "") -> InputError:
+        return InputError(message, where=self.document.format_location((key,)), fix=fix)
 
-    def locate(self, text: str, *folders: Path) -> str | None:
+    def find_path(self, text: str, *folders: Path) -> str | None:
         """An existing file or folder as the recipe has to name it; theirs are relative to where the tool was run."""
-        places = (*folders, Path.cwd(), self.config.absolute().parent)
-        for place in places:
-            found = place / os.path.expanduser(text)
-            if found.exists():
-                return Path(os.path.relpath(found, self.recipe.absolute().parent)).as_posix()
+        search_dirs = (*folders, Path.cwd(), self.config_path.absolute().parent)
+        for folder in search_dirs:
+            path = folder / os.path.expanduser(text)
+            if path.exists():
+                return Path(os.path.relpath(path, self.recipe_path.absolute().parent)).as_posix()
         return None
 
 
-def described(format: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+def describe_format(row_format: str, columns: Mapping[str, Any]) -> dict[str, Any]:
     """A format of rows, and the columns (ours -> theirs) that have another name in the file than here."""
-    renamed = {ours: str(theirs) for ours, theirs in columns.items() if theirs and theirs != ours}
-    return {"format": format} | ({"columns": renamed} if renamed else {})
+    renamed = {
+        column: str(config_column)
+        for column, config_column in columns.items()
+        if config_column and config_column != column
+    }
+    return {"format": row_format} | ({"columns": renamed} if renamed else {})

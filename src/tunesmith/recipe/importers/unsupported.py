@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from tunesmith.recipe.importers.draft import Draft
+from tunesmith.recipe.importers.draft import RecipeDraft
 
-NEEDLESS = (
+UNNEEDED_KEYS = (
     (
         "*packing* pad_* group_by_length batch_flattening multipack_* padding_free eval_packing",
         "always on: documents are packed exactly, and never see each other",
@@ -39,7 +39,10 @@ NEEDLESS = (
         "rows are read from their file when they are needed",
     ),
     ("overwrite_output_dir", "a run folder is never overwritten"),
-    ("resume_from_checkpoint auto_resume_from_checkpoints", "`tunesmith resume RUN` goes on with a run"),
+    (
+        "resume_from_checkpoint auto_resume_from_checkpoints",
+        "`tunesmith resume RUN` goes on with a run",
+    ),
     ("trust_remote_code", "code from a model folder is never run"),
     (
         "model_type tokenizer_type tokenizer_use_fast use_fast_tokenizer is_*_derived_model processor_type model_name",
@@ -51,13 +54,16 @@ NEEDLESS = (
         "do_train do_eval do_predict predict_with_generate eval_on_start metric_for_best_model greater_is_better",
         "a run measures before and after by itself",
     ),
-    ("save_total_limit save_only_model save_safetensors save_first_step", "the newest two checkpoints are kept"),
+    (
+        "save_total_limit save_only_model save_safetensors save_first_step",
+        "the newest two checkpoints are kept",
+    ),
     ("shuffle_*", "each epoch has an order of its own, fixed by the seed"),
     ("ddp_*", "one process on one device so far"),
     ("strict", "unknown keys are always refused"),
 )
 
-LATER = (
+UNSUPPORTED_KEYS = (
     (
         "load_in_* quantization_* double_quantization bnb_* gptq loftq_* use_bnb* qlora_*",
         "frozen weights are kept in 16 bits, or in NF4 with method: qlora",
@@ -72,7 +78,10 @@ LATER = (
         "create_new_adapter init_lora_weights freeze_* unfrozen_parameters",
         "only LoRA, rsLoRA, DoRA and full training so far",
     ),
-    ("lora_modules_to_save additional_target modules_to_save", "only adapters are trained, no whole modules"),
+    (
+        "lora_modules_to_save additional_target modules_to_save",
+        "only adapters are trained, no whole modules",
+    ),
     (
         "special_tokens added_tokens_overrides add_special_tokens new_special_tokens_config resize_* added_tokens "
         "eot_tokens eos_token",
@@ -92,28 +101,28 @@ LATER = (
 )
 
 
-SECRET = "*token *api_key *secret* *password*"
+SECRET_PATTERNS = "*token *api_key *secret* *password*"
 
 
-def leave_the_rest(draft: Draft) -> None:
+def skip_remaining_keys(draft: RecipeDraft) -> None:
     """Says of every key that nothing has taken why the recipe does not have it."""
-    for key, value in list(draft.given.items()):
-        draft.take(key)
+    for key, value in list(draft.remaining.items()):
+        draft.pop_value(key)
         if value in (None, False, "", 0, [], {}):
             continue
-        if _matches(key, SECRET):
+        if _is_match(key, SECRET_PATTERNS):
             value = "..."
-        for table, matters in ((NEEDLESS, False), (LATER, True)):
-            if reason := _reason(key, table):
-                draft.leave(key, value, reason, matters=matters)
+        for table, is_important in ((UNNEEDED_KEYS, False), (UNSUPPORTED_KEYS, True)):
+            if reason := _find_reason(key, table):
+                draft.skip_key(key, value, reason, is_important=is_important)
                 break
         else:
-            draft.leave(key, value, "a recipe has nothing like it")
+            draft.skip_key(key, value, "a recipe has nothing like it")
 
 
-def _reason(key: str, table: tuple[tuple[str, str], ...]) -> str:
-    return next((why for patterns, why in table if _matches(key, patterns)), "")
+def _find_reason(key: str, table: tuple[tuple[str, str], ...]) -> str:
+    return next((reason for patterns, reason in table if _is_match(key, patterns)), "")
 
 
-def _matches(key: str, patterns: str) -> bool:
+def _is_match(key: str, patterns: str) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns.split())

@@ -17,16 +17,20 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
-from tunesmith.core.events import EXPECTED, PROBES, Event, Score, StepResult, Verdict
+from tunesmith.core.events import EXPECTED_TASK, PROBE_TASK, CheckResult, Event, Score, TrainStep
 from tunesmith.core.types import Plan
-from tunesmith.evaluate.significance import robust_sd
-from tunesmith.train.guard.history import FIRST, RECENT, SPAN, Seen
+from tunesmith.evaluate.significance import compute_robust_sd
+from tunesmith.train.guard.history import EMA_SPAN, MEDIAN_WINDOW, START_STEPS, GuardHistory
 
-LOOK = "guard"  # the kind of the verdict that ends a look; those of detectors have the detector's name
+GUARD_KIND = (
+    "guard"  # the kind of the verdict that ends a look; those of detectors have the detector's name
+)
 Level = Literal["ok", "warn", "rollback", "stop"]
-Family = Literal["collapse", "forgetting", "watch"]  # whose level the recipe sets, the last one's is `warn`
+Family = Literal[
+    "collapse", "forgetting", "watch"
+]  # whose level the recipe sets, the last one's is `warn`
 
-BOUNDS: dict[str, float] = {
+THRESHOLDS: dict[str, float] = {
     "loss rise": 0.20,  # of the moving average over its lowest, and a quarter of what was gained
     "loss above start": 0.20,  # of the moving average over the first steps
     "loss spike": 8.0,  # robust standard deviations over the median of the last steps, and twice the median
@@ -52,244 +56,291 @@ BOUNDS: dict[str, float] = {
     "large update": 0.01,  # of the weights' norm, in one step
     "adapter too large": 0.50,  # ||scale BA|| / ||W||
 }
-LOOPING = 0.20
-ONSET = {"loss rise", "loss above start"}
-NOISE = 2.0  # sd of a step's loss around the moving average, that this must move to count
-LEAST = 8  # steps before anything is said of a step
+MIN_REPETITION = 0.20
+ONSET_DETECTORS = {"loss rise", "loss above start"}
+NOISE_SDS = 2.0  # sd of a step's loss around the moving average, that this must move to count
+MIN_STEPS = 8  # steps before anything is said of a step
 
 
-Detect = Callable[[Seen], str]
+DetectFn = Callable[[GuardHistory], str]
 
 
 # ---------------------------------------------------------------- of each step
 
 
-def loss_rise(seen: Seen) -> str:
-    if len(seen.steps) <= LEAST:
+def loss_rise(history: GuardHistory) -> str:
+    if len(history.steps) <= MIN_STEPS:
         return ""
-    now, lowest = seen.averages[-1], min(seen.averages[FIRST:])
-    enough = max(BOUNDS["loss rise"] * lowest, (seen.start - lowest) / 4, NOISE * seen.noise)
-    if now > lowest + enough:
-        return f"the moving average of the loss rose from {lowest:.3f} to {now:.3f}"
+    current, lowest = history.loss_averages[-1], min(history.loss_averages[START_STEPS:])
+    min_rise = max(
+        THRESHOLDS["loss rise"] * lowest,
+        (history.start_loss - lowest) / 4,
+        NOISE_SDS * history.loss_noise,
+    )
+    if current > lowest + min_rise:
+        return f"the moving average of the loss rose from {lowest:.3f} to {current:.3f}"
     return ""
 
 
-def loss_above_start(seen: Seen) -> str:
-    now = seen.averages[-1]
-    enough = max(BOUNDS["loss above start"] * seen.start, NOISE * seen.noise)
-    if len(seen.steps) > LEAST and now > seen.start + enough:
-        return f"the moving average of the loss is {now:.3f}, training began at {seen.start:.3f}"
+def loss_above_start(history: GuardHistory) -> str:
+    current = history.loss_averages[-1]
+    min_rise = max(
+        THRESHOLDS["loss above start"] * history.start_loss, NOISE_SDS * history.loss_noise
+    )
+    if len(history.steps) > MIN_STEPS and current > history.start_loss + min_rise:
+        return f"the moving average of the loss is {current:.3f}, training began at {history.start_loss:.3f}"
     return ""
 
 
-def loss_spike(seen: Seen) -> str:
-    losses = [step.loss for step in seen.steps[-RECENT:]]
-    *before, now = losses
-    if len(before) < LEAST:
+def loss_spike(history: GuardHistory) -> str:
+    losses = [step.loss for step in history.steps[-MEDIAN_WINDOW:]]
+    *previous, current = losses
+    if len(previous) < MIN_STEPS:
         return ""
-    middle = median(before)
-    if now > middle + BOUNDS["loss spike"] * robust_sd(before) and now > 2 * middle:
-        return f"loss {now:.3f}, the median of the last {len(before)} steps is {middle:.3f}"
+    median_loss = median(previous)
+    if (
+        current > median_loss + THRESHOLDS["loss spike"] * compute_robust_sd(previous)
+        and current > 2 * median_loss
+    ):
+        return (
+            f"loss {current:.3f}, the median of the last {len(previous)} steps is {median_loss:.3f}"
+        )
     return ""
 
 
-def gradient_spike(seen: Seen) -> str:
-    *before, now = [step.grad_norm for step in seen.steps[-RECENT:]]
-    if len(before) < LEAST:
+def gradient_spike(history: GuardHistory) -> str:
+    *previous, current = [step.grad_norm for step in history.steps[-MEDIAN_WINDOW:]]
+    if len(previous) < MIN_STEPS:
         return ""
-    if now > BOUNDS["gradient spike"] * median(before):
-        return f"gradient norm {now:.3g}, the median of the last {len(before)} steps is {median(before):.3g}"
+    if current > THRESHOLDS["gradient spike"] * median(previous):
+        return f"gradient norm {current:.3g}, the median of the last {len(previous)} steps is {median(previous):.3g}"
     return ""
 
 
 # ---------------------------------------------------------------- of each probe
 
 
-def rows_harder(seen: Seen) -> str:
+def train_loss_above_eval(history: GuardHistory) -> str:
     """Wrong answers stay as hard as they were, however well the right ones are learnt. Beside the held-out loss of the
     probe before: what is just being learnt is ahead of the last steps."""
-    found = seen.probes.get("answer_loss", [])
-    if len(found) < 2 or len(seen.steps) <= LEAST:
+    eval_losses = history.probe_scores.get("answer_loss", [])
+    if len(eval_losses) < 2 or len(history.steps) <= MIN_STEPS:
         return ""
-    held_out, now = found[-2].value, fmean(step.loss for step in seen.steps[-SPAN // 2 :])
-    if now > held_out + BOUNDS["rows harder than held-out"] and now > 2 * held_out:
-        return f"the training loss is {now:.3f}, that of held-out rows {held_out:.3f}: are there wrong answers?"
-    return ""
-
-
-def overfitting(seen: Seen) -> str:
-    """The whole interval is over the bound: of eight prompts, one alone can double the mean."""
-    found = seen.probes.get("answer_loss", [])
-    if len(found) < 3:
-        return ""
-    lowest, now = min(found, key=lambda score: score.value), found[-1]
-    then = next(
-        (average for step, average in zip(seen.steps, seen.averages, strict=True) if step.step == lowest.step), 0
+    held_out, current = (
+        eval_losses[-2].value,
+        fmean(step.loss for step in history.steps[-EMA_SPAN // 2 :]),
     )
-    if now.low > lowest.value * (1 + BOUNDS["overfitting"]) and seen.averages[-1] < then:
-        return (
-            f"the loss of held-out answers rose from {lowest.value:.3f} to {now.value:.3f} while that of training fell"
-        )
+    if current > held_out + THRESHOLDS["rows harder than held-out"] and current > 2 * held_out:
+        return f"the training loss is {current:.3f}, that of held-out rows {held_out:.3f}: are there wrong answers?"
     return ""
 
 
-def repetition(seen: Seen) -> str:
-    now = seen.now("repetition")
-    if now is not None and now > max(LOOPING, seen.base("repetition") + BOUNDS["repetition"]):
-        return (
-            f"{now:.0%} of runs of four tokens stood in the answer before, {seen.base('repetition'):.0%} at the start"
-        )
+def overfitting(history: GuardHistory) -> str:
+    """The whole interval is over the bound: of eight prompts, one alone can double the mean."""
+    eval_losses = history.probe_scores.get("answer_loss", [])
+    if len(eval_losses) < 3:
+        return ""
+    lowest, current = min(eval_losses, key=lambda score: score.value), eval_losses[-1]
+    train_loss_then = next(
+        (
+            average
+            for step, average in zip(history.steps, history.loss_averages, strict=True)
+            if step.step == lowest.step
+        ),
+        0,
+    )
+    if (
+        current.low > lowest.value * (1 + THRESHOLDS["overfitting"])
+        and history.loss_averages[-1] < train_loss_then
+    ):
+        return f"the loss of held-out answers rose from {lowest.value:.3f} to {current.value:.3f} while that of training fell"
     return ""
 
 
-def learning(seen: Seen) -> bool:
+def repetition(history: GuardHistory) -> str:
+    current = history.get_latest("repetition")
+    if current is not None and current > max(
+        MIN_REPETITION, history.get_baseline("repetition") + THRESHOLDS["repetition"]
+    ):
+        return f"{current:.0%} of runs of four tokens stood in the answer before, {history.get_baseline('repetition'):.0%} at the start"
+    return ""
+
+
+def is_learning(history: GuardHistory) -> bool:
     """The right answers became far likelier. Who learns to answer with one of three words says the commonest one to
     all at first; who collapsed to one answer finds the right ones no likelier."""
-    now = seen.now("answer_loss")
-    return now is not None and now < BOUNDS["learning"] * seen.base("answer_loss")
+    current = history.get_latest("answer_loss")
+    return current is not None and current < THRESHOLDS["learning"] * history.get_baseline(
+        "answer_loss"
+    )
 
 
-def sameness(seen: Seen) -> str:
-    now = seen.now("distinct")
-    if now is None or learning(seen):
+def low_distinct_2(history: GuardHistory) -> str:
+    current = history.get_latest("distinct")
+    if current is None or is_learning(history):
         return ""
-    usual = min(seen.base("distinct"), seen.expected.get("distinct", math.inf))
-    return f"distinct-2 is {now:.2f}, usual is {usual:.2f}" if now < BOUNDS["sameness"] * usual else ""
+    reference = min(
+        history.get_baseline("distinct"), history.expected_scores.get("distinct", math.inf)
+    )
+    return (
+        f"distinct-2 is {current:.2f}, usual is {reference:.2f}"
+        if current < THRESHOLDS["sameness"] * reference
+        else ""
+    )
 
 
-def one_answer(seen: Seen) -> str:
-    now = seen.now("same_answer")
-    if now is None or learning(seen):
+def identical_answers(history: GuardHistory) -> str:
+    current = history.get_latest("same_answer")
+    if current is None or is_learning(history):
         return ""
-    usual = max(seen.base("same_answer"), seen.expected.get("same_answer", 0))
-    if now > usual + BOUNDS["one answer"]:
-        return f"{now:.0%} of the answers are one and the same, {usual:.0%} would be usual"
+    reference = max(
+        history.get_baseline("same_answer"), history.expected_scores.get("same_answer", 0)
+    )
+    if current > reference + THRESHOLDS["one answer"]:
+        return f"{current:.0%} of the answers are one and the same, {reference:.0%} would be usual"
     return ""
 
 
-def no_end(seen: Seen) -> str:
-    now = seen.now("end_rate")
-    if now is None:
+def missing_eos(history: GuardHistory) -> str:
+    current = history.get_latest("end_rate")
+    if current is None:
         return ""
-    usual = min(seen.base("end_rate"), seen.expected.get("end_rate", 1))
-    return f"{now:.0%} of the answers end, usual is {usual:.0%}" if now < usual - BOUNDS["no end"] else ""
+    reference = min(history.get_baseline("end_rate"), history.expected_scores.get("end_rate", 1))
+    return (
+        f"{current:.0%} of the answers end, usual is {reference:.0%}"
+        if current < reference - THRESHOLDS["no end"]
+        else ""
+    )
 
 
-def end_unlearnt(seen: Seen) -> str:
+def eos_likelihood_drop(history: GuardHistory) -> str:
     """Answers were learnt and their end was not: training rows lack it."""
-    found, loss = [score.value for score in seen.probes.get("end_loss", [])], seen.now("answer_loss")
-    if not found or loss is None or loss > seen.base("answer_loss"):
+    end_losses, loss = (
+        [score.value for score in history.probe_scores.get("end_loss", [])],
+        history.get_latest("answer_loss"),
+    )
+    if not end_losses or loss is None or loss > history.get_baseline("answer_loss"):
         return ""
-    if found[-1] > min(found) + BOUNDS["end unlearnt"]:
-        return f"answers got likelier than at the start, their end less: {min(found):.2f} -> {found[-1]:.2f} nats"
+    if end_losses[-1] > min(end_losses) + THRESHOLDS["end unlearnt"]:
+        return f"answers got likelier than at the start, their end less: {min(end_losses):.2f} -> {end_losses[-1]:.2f} nats"
     return ""
 
 
-def empty(seen: Seen) -> str:
-    now = seen.now("length")
-    if now is None:
+def short_answers(history: GuardHistory) -> str:
+    current = history.get_latest("length")
+    if current is None:
         return ""
-    usual = min(seen.base("length"), seen.expected.get("length", math.inf))
-    return f"answers have {now:.1f} tokens, usual is {usual:.1f}" if now < BOUNDS["empty"] * usual else ""
+    reference = min(history.get_baseline("length"), history.expected_scores.get("length", math.inf))
+    return (
+        f"answers have {current:.1f} tokens, usual is {reference:.1f}"
+        if current < THRESHOLDS["empty"] * reference
+        else ""
+    )
 
 
-def loop(seen: Seen) -> str:
-    now = seen.now("compressed")
-    if now is not None and now < min(BOUNDS["loop"], seen.base("compressed") / 2):
-        return f"answers compress to {now:.0%}, at the start to {seen.base('compressed'):.0%}"
+def zlib_repetition(history: GuardHistory) -> str:
+    current = history.get_latest("compressed")
+    if current is not None and current < min(
+        THRESHOLDS["loop"], history.get_baseline("compressed") / 2
+    ):
+        return f"answers compress to {current:.0%}, at the start to {history.get_baseline('compressed'):.0%}"
     return ""
 
 
-def gibberish(seen: Seen) -> str:
-    now = seen.now("base_loss")
-    if now is None:
+def gibberish(history: GuardHistory) -> str:
+    current = history.get_latest("base_loss")
+    if current is None:
         return ""
-    usual = max(seen.base("base_loss"), seen.base("answer_loss"))
-    if now > usual + BOUNDS["gibberish"]:
-        return f"the base finds answers unlikely: {now:.2f} nats a token, usual is {usual:.2f}"
-    return ""
-
-
-def foreign(seen: Seen) -> str:
-    now = seen.now("foreign")
-    if now is not None and now > seen.base("foreign") + BOUNDS["foreign"]:
-        return f"{now:.0%} of the letters are of scripts that were not asked for"
-    now = seen.now("language")
-    if now is not None and now > seen.base("language") + BOUNDS["foreign answers"]:
-        return f"{now:.0%} of the answers are in a language that was not asked for"
-    return ""
-
-
-def form(seen: Seen) -> str:
-    found = [score.value for score in seen.probes.get("json", [])]
-    if found and found[-1] < max(found) - BOUNDS["form"]:
-        return f"{found[-1]:.0%} of the answers are JSON, they were {max(found):.0%}"
-    return ""
-
-
-def constraint(seen: Seen) -> str:
-    broken = [
-        f"{measure}: {scores[-1].value:.0%} of the answers, {scores[0].value:.0%} at the start"
-        for measure, scores in seen.probes.items()
-        if measure.startswith("breaks ") and scores[-1].value > scores[0].value + BOUNDS["constraint"]
-    ]
-    return "; ".join(broken)
-
-
-def certain(seen: Seen) -> str:
-    now = seen.now("entropy")
-    if now is not None and now < BOUNDS["certain"] * seen.base("entropy"):
-        return f"the entropy of the next token is {now:.2f} nats, at the start {seen.base('entropy'):.2f}"
-    return ""
-
-
-def uncertain(seen: Seen) -> str:
-    now = seen.now("entropy")
-    if now is None or not seen.vocabulary:
-        return ""
-    base = seen.base("entropy")
-    if now > base + BOUNDS["uncertain"] * (math.log(seen.vocabulary) - base):
-        return f"the entropy of the next token is {now:.2f} nats of at most {math.log(seen.vocabulary):.2f}"
-    return ""
-
-
-def far_from_base(seen: Seen) -> str:
-    now = seen.now("kl")
-    if now is not None and now > BOUNDS["far from base"]:
-        return f"KL(base || tuned) is {now:.2f} nats a token on text that is not trained"
-    return ""
-
-
-def forgetting(seen: Seen) -> str:
-    """The whole interval is over the margin: a few short texts alone prove no loss."""
-    found = seen.probes.get("forgotten", [])
-    if found and found[-1].low > seen.margin:
-        last = found[-1]
+    reference = max(history.get_baseline("base_loss"), history.get_baseline("answer_loss"))
+    if current > reference + THRESHOLDS["gibberish"]:
         return (
-            f"general text lost {last.value:.3f} bits per byte [{last.low:.3f}, {last.high:.3f}], over {seen.margin:g}"
+            f"the base finds answers unlikely: {current:.2f} nats a token, usual is {reference:.2f}"
         )
     return ""
 
 
-def large_update(seen: Seen) -> str:
-    now = seen.now("update_ratio")
-    if now is not None and now > BOUNDS["large update"]:
-        return f"a step changes weights by {now:.2%} of their norm"
+def foreign_script(history: GuardHistory) -> str:
+    current = history.get_latest("foreign")
+    if current is not None and current > history.get_baseline("foreign") + THRESHOLDS["foreign"]:
+        return f"{current:.0%} of the letters are of scripts that were not asked for"
+    current = history.get_latest("language")
+    if (
+        current is not None
+        and current > history.get_baseline("language") + THRESHOLDS["foreign answers"]
+    ):
+        return f"{current:.0%} of the answers are in a language that was not asked for"
     return ""
 
 
-def adapter_too_large(seen: Seen) -> str:
-    now = seen.now("adapter_share")
-    if now is not None and now > BOUNDS["adapter too large"]:
-        return f"the adapter's part is {now:.0%} of the weights it is beside"
+def invalid_json(history: GuardHistory) -> str:
+    valid_rates = [score.value for score in history.probe_scores.get("json", [])]
+    if valid_rates and valid_rates[-1] < max(valid_rates) - THRESHOLDS["form"]:
+        return f"{valid_rates[-1]:.0%} of the answers are JSON, they were {max(valid_rates):.0%}"
+    return ""
+
+
+def constraint_violations(history: GuardHistory) -> str:
+    violations = [
+        f"{measure}: {scores[-1].value:.0%} of the answers, {scores[0].value:.0%} at the start"
+        for measure, scores in history.probe_scores.items()
+        if measure.startswith("breaks ")
+        and scores[-1].value > scores[0].value + THRESHOLDS["constraint"]
+    ]
+    return "; ".join(violations)
+
+
+def entropy_collapse(history: GuardHistory) -> str:
+    current = history.get_latest("entropy")
+    if current is not None and current < THRESHOLDS["certain"] * history.get_baseline("entropy"):
+        return f"the entropy of the next token is {current:.2f} nats, at the start {history.get_baseline('entropy'):.2f}"
+    return ""
+
+
+def entropy_blowup(history: GuardHistory) -> str:
+    current = history.get_latest("entropy")
+    if current is None or not history.vocab_size:
+        return ""
+    base = history.get_baseline("entropy")
+    if current > base + THRESHOLDS["uncertain"] * (math.log(history.vocab_size) - base):
+        return f"the entropy of the next token is {current:.2f} nats of at most {math.log(history.vocab_size):.2f}"
+    return ""
+
+
+def high_kl(history: GuardHistory) -> str:
+    current = history.get_latest("kl")
+    if current is not None and current > THRESHOLDS["far from base"]:
+        return f"KL(base || tuned) is {current:.2f} nats a token on text that is not trained"
+    return ""
+
+
+def forgetting(history: GuardHistory) -> str:
+    """The whole interval is over the margin: a few short texts alone prove no loss."""
+    scores = history.probe_scores.get("forgotten", [])
+    if scores and scores[-1].low > history.forgetting_margin:
+        last = scores[-1]
+        return f"general text lost {last.value:.3f} bits per byte [{last.low:.3f}, {last.high:.3f}], over {history.forgetting_margin:g}"
+    return ""
+
+
+def large_update(history: GuardHistory) -> str:
+    current = history.get_latest("update_ratio")
+    if current is not None and current > THRESHOLDS["large update"]:
+        return f"a step changes weights by {current:.2%} of their norm"
+    return ""
+
+
+def adapter_too_large(history: GuardHistory) -> str:
+    current = history.get_latest("adapter_share")
+    if current is not None and current > THRESHOLDS["adapter too large"]:
+        return f"the adapter's part is {current:.0%} of the weights it is beside"
     return ""
 
 
 @dataclass(frozen=True)
 class Detector:
-    find: Detect
+    detect: DetectFn
     family: Family
-    each: Literal["step", "probe"] = "probe"
+    trigger: Literal["step", "probe"] = "probe"
 
 
 DETECTORS: dict[str, Detector] = {
@@ -297,22 +348,22 @@ DETECTORS: dict[str, Detector] = {
     "loss above start": Detector(loss_above_start, "collapse", "step"),
     "loss spike": Detector(loss_spike, "watch", "step"),
     "gradient spike": Detector(gradient_spike, "watch", "step"),
-    "rows harder than held-out": Detector(rows_harder, "watch"),
+    "rows harder than held-out": Detector(train_loss_above_eval, "watch"),
     "overfitting": Detector(overfitting, "watch"),
     "repetition": Detector(repetition, "collapse"),
-    "sameness": Detector(sameness, "collapse"),
-    "one answer": Detector(one_answer, "collapse"),
-    "no end": Detector(no_end, "collapse"),
-    "end unlearnt": Detector(end_unlearnt, "watch"),
-    "empty": Detector(empty, "collapse"),
-    "loop": Detector(loop, "collapse"),
+    "sameness": Detector(low_distinct_2, "collapse"),
+    "one answer": Detector(identical_answers, "collapse"),
+    "no end": Detector(missing_eos, "collapse"),
+    "end unlearnt": Detector(eos_likelihood_drop, "watch"),
+    "empty": Detector(short_answers, "collapse"),
+    "loop": Detector(zlib_repetition, "collapse"),
     "gibberish": Detector(gibberish, "collapse"),
-    "foreign": Detector(foreign, "collapse"),
-    "form": Detector(form, "collapse"),
-    "constraint": Detector(constraint, "watch"),
-    "certain": Detector(certain, "collapse"),
-    "uncertain": Detector(uncertain, "collapse"),
-    "far from base": Detector(far_from_base, "collapse"),
+    "foreign": Detector(foreign_script, "collapse"),
+    "form": Detector(invalid_json, "collapse"),
+    "constraint": Detector(constraint_violations, "watch"),
+    "certain": Detector(entropy_collapse, "collapse"),
+    "uncertain": Detector(entropy_blowup, "collapse"),
+    "far from base": Detector(high_kl, "collapse"),
     "forgetting": Detector(forgetting, "forgetting"),
     "large update": Detector(large_update, "watch"),
     "adapter too large": Detector(adapter_too_large, "watch"),
@@ -322,67 +373,87 @@ DETECTORS: dict[str, Detector] = {
 # ---------------------------------------------------------------- the fold
 
 
-class Guard:
+class TrainingGuard:
     """`judged`: the last step that a look, or without probes a step, found nothing against. A detector speaks when it
     begins to find something, not as long as it does."""
 
-    def __init__(self, levels: dict[Family, str], *, margin: float, vocabulary: int, probing: bool) -> None:
+    def __init__(
+        self,
+        levels: dict[Family, str],
+        *,
+        forgetting_margin: float,
+        vocab_size: int,
+        is_probing: bool,
+    ) -> None:
         """`levels`: of each family; "off" leaves it out."""
-        self.levels, self.probing = levels, probing
-        self.seen = Seen(vocabulary=vocabulary, margin=margin)
-        self.judged = 0
-        self._finding: set[str] = set()
+        self.levels, self.is_probing = levels, is_probing
+        self.history = GuardHistory(vocab_size=vocab_size, forgetting_margin=forgetting_margin)
+        self.last_good_step = 0
+        self._active: set[str] = set()
 
     @classmethod
-    def of(cls, plan: Plan, *, probing: bool) -> Guard:
+    def from_plan(cls, plan: Plan, *, is_probing: bool) -> TrainingGuard:
         collapse, forgetting = plan["guard_collapse"], plan["guard_forgetting"]
         levels: dict[Family, str] = {"collapse": collapse, "forgetting": forgetting}
         levels["watch"] = "off" if collapse == forgetting == "off" else "warn"
-        return cls(levels, margin=plan["forgetting_margin"], vocabulary=plan.model.vocab_size, probing=probing)
+        return cls(
+            levels,
+            forgetting_margin=plan["forgetting_margin"],
+            vocab_size=plan.model.vocab_size,
+            is_probing=is_probing,
+        )
 
-    def see(self, event: Event) -> list[Verdict]:
+    def observe_event(self, event: Event) -> list[CheckResult]:
         """Takes an event in; a step is judged at once."""
         if isinstance(event, Score):
-            if event.task == PROBES:
-                self.seen.probes.setdefault(event.metric, []).append(event)
-            elif event.task == EXPECTED:
-                self.seen.expected[event.metric] = event.value
-        elif isinstance(event, StepResult) and event.supervised_tokens:  # else all of its rows were left out
-            self.seen.add_step(event)
-            return self._verdicts("step", event.step, judging=not self.probing)
+            if event.task == PROBE_TASK:
+                self.history.probe_scores.setdefault(event.metric, []).append(event)
+            elif event.task == EXPECTED_TASK:
+                self.history.expected_scores[event.metric] = event.value
+        elif (
+            isinstance(event, TrainStep) and event.supervised_tokens
+        ):  # else all of its rows were left out
+            self.history.add_step(event)
+            return self._run_detectors("step", event.step, can_mark_good=not self.is_probing)
         return []
 
     @property
-    def safe(self) -> int:
+    def safe_step(self) -> int:
         """A step that stays good whatever is found next: an average is late, it began to rise where it was lowest."""
-        return min(self.judged, self.seen.lowest_step) if self.seen.steps else self.judged
+        return (
+            min(self.last_good_step, self.history.lowest_step)
+            if self.history.steps
+            else self.last_good_step
+        )
 
     @property
-    def finding(self) -> list[str]:
+    def active_detectors(self) -> list[str]:
         """Which detectors find something now."""
-        return [name for name in DETECTORS if name in self._finding]
+        return [name for name in DETECTORS if name in self._active]
 
-    def judge(self, step: int) -> list[Verdict]:
+    def judge_probe(self, step: int) -> list[CheckResult]:
         """What the probe of this step says, once its measures were seen."""
-        return self._verdicts("probe", step, judging=True)
+        return self._run_detectors("probe", step, can_mark_good=True)
 
-    def _verdicts(self, each: str, step: int, *, judging: bool) -> list[Verdict]:
-        found: list[Verdict] = []
+    def _run_detectors(self, trigger: str, step: int, *, can_mark_good: bool) -> list[CheckResult]:
+        verdicts: list[CheckResult] = []
         for name, detector in DETECTORS.items():
-            if detector.each != each or self.levels[detector.family] == "off":
+            if detector.trigger != trigger or self.levels[detector.family] == "off":
                 continue
-            evidence = detector.find(self.seen)
-            if evidence and name not in self._finding:
-                found.append(Verdict(name, self.levels[detector.family], evidence, step))  # type: ignore[arg-type]
-            (self._finding.add if evidence else self._finding.discard)(name)
-        if self._finding & ONSET:
-            self.judged = self.safe
-        elif judging and not any(self.levels[DETECTORS[name].family] != "warn" for name in self._finding):
-            self.judged = step
-        return found
+            evidence = detector.detect(self.history)
+            if evidence and name not in self._active:
+                verdicts.append(CheckResult(name, self.levels[detector.family], evidence, step))  # type: ignore[arg-type]
+            (self._active.add if evidence else self._active.discard)(name)
+        if self._active & ONSET_DETECTORS:
+            self.last_good_step = self.safe_step
+        elif can_mark_good and not any(
+            self.levels[DETECTORS[name].family] != "warn" for name in self._active
+        ):
+            self.last_good_step = step
+        return verdicts
 
 
-def worst(verdicts: Iterable[Verdict]) -> Verdict | None:
+def select_worst(verdicts: Iterable[CheckResult]) -> CheckResult | None:
     """The one that decides: a stop, else a rollback."""
     for level in ("stop", "rollback"):
         for verdict in verdicts:

@@ -15,280 +15,380 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.events import PROBES, Event, Sample, Saved, Score, StepResult, Verdict
+from tunesmith.core.events import (
+    PROBE_TASK,
+    CheckpointSaved,
+    CheckResult,
+    Event,
+    GenerationSample,
+    Score,
+    TrainStep,
+)
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.core.types import Json, Plan
-from tunesmith.evaluate.custom_metric import shown
-from tunesmith.evaluate.measure import Items, eval_scores, general_bits
-from tunesmith.evaluate.results import Measured
+from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.evaluate.measure import EvalItems, eval_during_training, get_general_bits
+from tunesmith.evaluate.results import EvalResults
 from tunesmith.model.oom import memory_errors
-from tunesmith.plan.guard import OFF, guards
-from tunesmith.plan.rehearsal import next_ratio
-from tunesmith.session.inputs import Facts
-from tunesmith.session.session import Workbench
-from tunesmith.train.best_checkpoint import Look, best_of, exhausted
-from tunesmith.train.guard.detectors import LOOK, Guard, worst
-from tunesmith.train.guard.probes import Probes, probe_set
-from tunesmith.train.guard.rollback import rollback_to
-from tunesmith.train.loop import Settings, Training
-from tunesmith.train.resume import Start
-from tunesmith.train.signals import StopWish
+from tunesmith.plan.guard import OFF, has_guard
+from tunesmith.plan.rehearsal import compute_next_ratio
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.session import Session
+from tunesmith.train.best_checkpoint import EvalPoint, select_best, should_stop_early
+from tunesmith.train.guard.detectors import GUARD_KIND, TrainingGuard, select_worst
+from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
+from tunesmith.train.guard.rollback import build_rollback
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.resume import ResumeState
+from tunesmith.train.signals import GracefulStop
 
-MOST_ROLLBACKS = 3
+MAX_ROLLBACKS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunContext:
     """What the parts of the story share."""
 
     folder: RunFolder
     plan: Plan
-    facts: Facts
-    items: Items
-    start: Start
-    wish: StopWish
+    inputs: RunInputs
+    items: EvalItems
+    resume_state: ResumeState
+    stop: GracefulStop
 
 
-class Course:
+class GuardedTraining:
     """A training under guard. `training` stands where it is; `saved` is the newest step with a checkpoint, `steps` are
     those that were taken in the end."""
 
-    def __init__(self, run: Run, bench: Workbench, before: Measured) -> None:
-        self.run, self.bench, self.before, self.plan = run, bench, before, run.plan
-        self.training = Training(bench.model, bench.documents_of, Settings.of(run.plan))
-        self.saved = self.steps = 0
-        self.guarding = guards(self.plan)
-        chosen = probe_set(self.plan, run.facts, run.items.texts) if self.guarding else None
-        self.probes = Probes(bench, chosen) if chosen else None
-        self.probing = bool(self.probes and self.plan["probe_steps"])
-        self.margin = float("inf") if self.plan["guard_forgetting"] == OFF else self.plan["forgetting_margin"]
-        self._begun: list[Event] = []  # what was measured before the first step
-        self._fold([])
+    def __init__(self, context: RunContext, session: Session, baseline: EvalResults) -> None:
+        self.context, self.session, self.baseline, self.plan = (
+            context,
+            session,
+            baseline,
+            context.plan,
+        )
+        self.training = TrainingLoop(
+            session.model, session.load_documents, TrainingConfig.from_plan(context.plan)
+        )
+        self.saved_step = self.final_step = 0
+        self.is_guarding = has_guard(self.plan)
+        prompt_set = (
+            build_prompt_set(self.plan, context.inputs, context.items.general_texts)
+            if self.is_guarding
+            else None
+        )
+        self.probes = GenerationProbe(session, prompt_set) if prompt_set else None
+        self.is_probing = bool(self.probes and self.plan["probe_steps"])
+        self.forgetting_margin = (
+            float("inf") if self.plan["guard_forgetting"] == OFF else self.plan["forgetting_margin"]
+        )
+        self._initial_events: list[Event] = []  # what was measured before the first step
+        self._replay_history([])
 
-    def events(self) -> Iterator[Event]:
+    def run_events(self) -> Iterator[Event]:
         """Raises GateError when there is nothing good to go back to, or a guard says stop."""
-        yield from self._begin()
-        for event in self._guarded_steps():
-            self.saved = event.step if isinstance(event, Saved) else self.saved
+        yield from self._start()
+        for event in self._run_guarded_steps():
+            self.saved_step = event.step if isinstance(event, CheckpointSaved) else self.saved_step
             yield event
-            self.run.wish.obey()
-        yield from self._keep_the_best()
+            self.context.stop.raise_if_requested()
+        yield from self._restore_best()
 
-    def save(self) -> Saved:
+    def save_checkpoint(self) -> CheckpointSaved:
         """A checkpoint; the best one so far, and the one to go back to, outlive newer ones."""
-        training, best = self.training, best_of(self.looks, self.margin)
-        good = next((step for step in self.run.folder.steps_saved() if step <= self.guard.safe), 0)
-        needed = sum(3 * p.numel() * p.element_size() for p in training.parameters.values())
-        facts, kept = self.run.start.identity, {good} | ({best.step} if best else set())
-        with self.run.folder.checkpoint(training.step, facts=facts, needed_bytes=needed, keep=kept) as target:
-            training.save(target)
-        return Saved(training.step, f"checkpoints/step-{training.step}")
+        training, best = self.training, select_best(self.eval_points, self.forgetting_margin)
+        good_step = next(
+            (
+                step
+                for step in self.context.folder.list_saved_steps()
+                if step <= self.guard.safe_step
+            ),
+            0,
+        )
+        needed_bytes = sum(3 * p.numel() * p.element_size() for p in training.parameters.values())
+        fingerprint, protected_steps = (
+            self.context.resume_state.fingerprint,
+            {good_step} | ({best.step} if best else set()),
+        )
+        with self.context.folder.checkpoint(
+            training.step,
+            metadata=fingerprint,
+            needed_bytes=needed_bytes,
+            keep_steps=protected_steps,
+        ) as checkpoint_dir:
+            training.save(checkpoint_dir)
+        return CheckpointSaved(training.step, f"checkpoints/step-{training.step}")
 
     # ------------------------------------------------------------ the start
 
-    def _begin(self) -> Iterator[Event]:
+    def _start(self) -> Iterator[Event]:
         """The first probe is of the model before training: weights of a checkpoint come after it."""
-        if self.guarding and self.plan["probe_steps"] and not self.probes:
-            yield Verdict("probes", "warn", "no role but test_data has two prompts: what the model says is not watched")
-        self._begun = list(self._probed(0)) if self.probes else []
-        if self.probing:
-            yield from self._begun
-        if self.run.start.checkpoint is not None:
-            self.training.restore(self.run.start.checkpoint)
-            self.training.change(self.run.folder.rollbacks())
-            self.saved = self.training.step
-        events = self.run.folder.events()
-        self._fold(_typed(events, self.training.step))
-        told = sum(event.get("level") == "rollback" for event in events)
-        yield from (one.verdict for one in self.run.folder.rollbacks()[told:])  # of a kill just after it went back
+        if self.is_guarding and self.plan["probe_steps"] and not self.probes:
+            yield CheckResult(
+                "probes",
+                "warn",
+                "no role but test_data has two prompts: what the model says is not watched",
+            )
+        self._initial_events = list(self._run_probes(0)) if self.probes else []
+        if self.is_probing:
+            yield from self._initial_events
+        if self.context.resume_state.checkpoint is not None:
+            self.training.restore(self.context.resume_state.checkpoint)
+            self.training.set_rollbacks(self.context.folder.load_rollbacks())
+            self.saved_step = self.training.step
+        events = self.context.folder.load_events()
+        self._replay_history(_parse_events(events, self.training.step))
+        num_recorded = sum(event.get("level") == "rollback" for event in events)
+        yield from (
+            rollback.check_result
+            for rollback in self.context.folder.load_rollbacks()[num_recorded:]
+        )  # of a kill just after it went back
 
-    def _probed(self, step: int) -> Iterator[Event]:
+    def _run_probes(self, step: int) -> Iterator[Event]:
         assert self.probes
-        with self.run.wish.at_once(), memory_errors():
-            self.bench.model.network.eval()
-            if self.probing and step == 0:
-                found = [*self.probes.expected(), *self.probes.take(0, self.training.optimizer)]
-            elif self.probing and step % self.plan["probe_steps"] == 0:
-                found = list(self.probes.take(step, self.training.optimizer))
+        with self.context.stop.immediate(), memory_errors():
+            self.session.model.network.eval()
+            if self.is_probing and step == 0:
+                events = [
+                    *self.probes.measure_expected(),
+                    *self.probes.run_probe(0, self.training.optimizer),
+                ]
+            elif self.is_probing and step % self.plan["probe_steps"] == 0:
+                events = list(self.probes.run_probe(step, self.training.optimizer))
             else:
-                found = list(self.probes.forgotten(step))
-        yield from found
+                events = list(self.probes.measure_forgetting(step))
+        yield from events
 
-    def _fold(self, events: list[Event]) -> None:
+    def _replay_history(self, events: list[Event]) -> None:
         """What guard and selection know, from what was seen before; of a look that was cut short, nothing."""
         self.history = events
-        self.guard, self.looks = Guard.of(self.plan, probing=self.probing), list[Look]()
-        whole = {event.step for event in events if isinstance(event, Verdict)}
-        for event in (*self._begun, *events):
-            if isinstance(event, Verdict):
-                self._end_look(event.step)
-            elif isinstance(event, StepResult) or event.step == 0 or event.step in whole:
-                self.guard.see(event)
+        self.guard, self.eval_points = (
+            TrainingGuard.from_plan(self.plan, is_probing=self.is_probing),
+            list[EvalPoint](),
+        )
+        evaluated_steps = {event.step for event in events if isinstance(event, CheckResult)}
+        for event in (*self._initial_events, *events):
+            if isinstance(event, CheckResult):
+                self._record_eval(event.step)
+            elif isinstance(event, TrainStep) or event.step == 0 or event.step in evaluated_steps:
+                self.guard.observe_event(event)
 
-    def _end_look(self, step: int) -> list[Verdict]:
-        scores = [event for event in self.history if isinstance(event, Score) and event.step == step]
-        if look := Look.of(step, scores, [shown(metric) for metric in self.plan["metrics"]]):
-            self.looks.append(look)
-        return self.guard.judge(step) if any(score.task == PROBES for score in scores) else []
+    def _record_eval(self, step: int) -> list[CheckResult]:
+        scores = [
+            event for event in self.history if isinstance(event, Score) and event.step == step
+        ]
+        if eval_point := EvalPoint.from_scores(
+            step, scores, [format_metric_name(metric) for metric in self.plan["metrics"]]
+        ):
+            self.eval_points.append(eval_point)
+        return (
+            self.guard.judge_probe(step)
+            if any(score.task == PROBE_TASK for score in scores)
+            else []
+        )
 
     # ------------------------------------------------------------ steps
 
-    def _guarded_steps(self) -> Iterator[Event]:
-        if self._due() and not self._looked():  # a signal came before its look
-            yield from self._look([])
+    def _run_guarded_steps(self) -> Iterator[Event]:
+        if self._is_due() and not self._is_evaluated():  # a signal came before its look
+            yield from self._evaluate_if_due([])
         self._stop_early()
-        while (event := self._next()) is not None:
-            if not isinstance(event, Verdict) or event.level == "warn":
+        while (event := self._take_event()) is not None:
+            if not isinstance(event, CheckResult) or event.level == "warn":
                 yield event
-            verdicts = [event] if isinstance(event, Verdict) else []
-            if isinstance(event, StepResult):
+            verdicts = [event] if isinstance(event, CheckResult) else []
+            if isinstance(event, TrainStep):
                 self.history.append(event)
-                verdicts = self.guard.see(event)
-                yield from (one for one in verdicts if one.level == "warn")
-                yield from self._look(verdicts)
-            if (found := worst(verdicts)) is not None:
-                yield from self._go_back(found)
-            elif isinstance(event, StepResult):
+                verdicts = self.guard.observe_event(event)
+                yield from (verdict for verdict in verdicts if verdict.level == "warn")
+                yield from self._evaluate_if_due(verdicts)
+            if (worst_verdict := select_worst(verdicts)) is not None:
+                yield from self._roll_back(worst_verdict)
+            elif isinstance(event, TrainStep):
                 yield from self._save_if_due()
                 self._stop_early()
 
-    def _next(self) -> Event | None:
+    def _take_event(self) -> Event | None:
         """What broke down for good is a verdict, as long as there is something to go back to."""
         try:
             return next(self.training, None)
         except GateError as error:
-            if self.plan["guard_collapse"] != "rollback" or self._good() is None:
+            if self.plan["guard_collapse"] != "rollback" or self._find_good_step() is None:
                 raise
-            return Verdict("non-finite", "rollback", error.what, self.training.step)
+            return CheckResult("non-finite", "rollback", error.message, self.training.step)
 
     def _save_if_due(self) -> Iterator[Event]:
-        step, best = self.training.step, best_of(self.looks, self.margin)
-        if step < self.plan.steps and (step % self.plan["save_steps"] == 0 or (best and best.step == step)):
-            yield self.save()
+        step, best = self.training.step, select_best(self.eval_points, self.forgetting_margin)
+        if step < self.plan.steps and (
+            step % self.plan["save_steps"] == 0 or (best and best.step == step)
+        ):
+            yield self.save_checkpoint()
 
     def _stop_early(self) -> None:
-        if exhausted(self.looks, self.margin, self.plan["patience"]):
+        if should_stop_early(self.eval_points, self.forgetting_margin, self.plan["patience"]):
             self.training.stop()
 
     # ------------------------------------------------------------ looks
 
-    def _evaluating(self) -> bool:
+    def _is_eval_due(self) -> bool:
         """At held-out rows: where the plan says so, and once more at the end if there is something to compare."""
         step = self.training.step
-        return self.run.items.selecting and (
-            step % self.plan["eval_steps"] == 0 or (step == self.plan.steps and bool(self.looks))
+        return self.context.items.has_training_eval and (
+            step % self.plan["eval_steps"] == 0
+            or (step == self.plan.steps and bool(self.eval_points))
         )
 
-    def _due(self) -> bool:
+    def _is_due(self) -> bool:
         step = self.training.step
-        return step > 0 and (self._evaluating() or (self.probing and step % self.plan["probe_steps"] == 0))
+        return step > 0 and (
+            self._is_eval_due() or (self.is_probing and step % self.plan["probe_steps"] == 0)
+        )
 
-    def _looked(self) -> bool:
-        return any(isinstance(event, Verdict) and event.step == self.training.step for event in self.history)
+    def _is_evaluated(self) -> bool:
+        return any(
+            isinstance(event, CheckResult) and event.step == self.training.step
+            for event in self.history
+        )
 
-    def _look(self, verdicts: list[Verdict]) -> Iterator[Event]:
+    def _evaluate_if_due(self, verdicts: list[CheckResult]) -> Iterator[Event]:
         """Whatever is due, ending in one verdict; those that the guard decides by are added to `verdicts`."""
-        if not self._due():
+        if not self._is_due():
             return
         step, scores = self.training.step, list[Score]()
-        if self._evaluating():
-            with self.run.wish.at_once(), memory_errors():
-                scores = eval_scores(self.bench, self.run.items, step=step)
-        for event in (*scores, *(self._probed(step) if self.probes else ())):
-            if not isinstance(event, Sample):
+        if self._is_eval_due():
+            with self.context.stop.immediate(), memory_errors():
+                scores = eval_during_training(self.session, self.context.items, step=step)
+        for event in (*scores, *(self._run_probes(step) if self.probes else ())):
+            if not isinstance(event, GenerationSample):
                 self.history.append(event)
-                self.guard.see(event)
+                self.guard.observe_event(event)
             yield event
         if scores:
-            yield from self._rehearse(scores)
-        found = self._end_look(step)
-        verdicts += found
-        yield from (one for one in found if one.level == "warn")
-        if worst(verdicts) is None:
-            told = Verdict(LOOK, "ok", self._told(), step)
-            self.history.append(told)
-            yield told
+            yield from self._adapt_rehearsal(scores)
+        guard_verdicts = self._record_eval(step)
+        verdicts += guard_verdicts
+        yield from (verdict for verdict in guard_verdicts if verdict.level == "warn")
+        if select_worst(verdicts) is None:
+            summary = CheckResult(GUARD_KIND, "ok", self._format_status(), step)
+            self.history.append(summary)
+            yield summary
 
-    def _told(self) -> str:
-        step, best = self.training.step, best_of(self.looks, self.margin)
-        finding = ", ".join(self.guard.finding)
-        parts = [f"still {finding}" if finding else "nothing against it"] if self.probing else []
+    def _format_status(self) -> str:
+        step, best = self.training.step, select_best(self.eval_points, self.forgetting_margin)
+        detectors = ", ".join(self.guard.active_detectors)
+        parts = (
+            [f"still {detectors}" if detectors else "nothing against it"] if self.is_probing else []
+        )
         if best:
-            parts.append("the best so far" if best.step == step else f"step {best.step} is the best so far")
+            parts.append(
+                "the best so far" if best.step == step else f"step {best.step} is the best so far"
+            )
         return "; ".join(parts) or "looked"
 
-    def _rehearse(self, scores: list[Score]) -> Iterator[Event]:
+    def _adapt_rehearsal(self, scores: list[Score]) -> Iterator[Event]:
         """An adaptive rehearsal follows from what was measured."""
         plan, step, training = self.plan, self.training.step, self.training
-        if "rehearsal_margin" not in plan.choices or step >= plan.steps or step in dict(training.ratios):
+        if (
+            "rehearsal_margin" not in plan.choices
+            or step >= plan.steps
+            or step in dict(training.ratios)
+        ):
             return
-        was = training.changes[-1][1] if training.changes else plan["rehearsal_ratio"]
-        lost = general_bits(scores) - general_bits(self.before.scores(step=0))
+        previous_ratio = (
+            training.ratio_changes[-1][1] if training.ratio_changes else plan["rehearsal_ratio"]
+        )
+        forgotten_bits = get_general_bits(scores) - get_general_bits(
+            self.baseline.iter_scores(step=0)
+        )
         margin = plan["rehearsal_margin"]
-        ratio = next_ratio(was, lost, margin)
-        level, place = ("ok", "within") if lost <= margin else ("warn", "over")
-        evidence = f"general text {lost:+.3f} bits per byte, {place} {margin:g}: {was:.1%} -> {ratio:.1%}"
-        yield Verdict("rehearsal", level, evidence, step)
-        training.rehearse(ratio)
+        ratio = compute_next_ratio(previous_ratio, forgotten_bits, margin)
+        level, relation = ("ok", "within") if forgotten_bits <= margin else ("warn", "over")
+        evidence = f"general text {forgotten_bits:+.3f} bits per byte, {relation} {margin:g}: {previous_ratio:.1%} -> {ratio:.1%}"
+        yield CheckResult("rehearsal", level, evidence, step)
+        training.set_rehearsal_ratio(ratio)
 
     # ------------------------------------------------------------ back, and the end
 
-    def _good(self) -> int | None:
+    def _find_good_step(self) -> int | None:
         """The newest checkpoint that nothing was found against since; the one before, where that was tried already."""
-        found = [step for step in self.run.folder.steps_saved() if step <= self.guard.judged]
-        tried = {one.to for one in self.training.rollbacks}
-        return found[1] if len(found) > 1 and found[0] in tried else next(iter(found), None)
+        candidates = [
+            step
+            for step in self.context.folder.list_saved_steps()
+            if step <= self.guard.last_good_step
+        ]
+        tried_steps = {rollback.to for rollback in self.training.rollbacks}
+        return (
+            candidates[1]
+            if len(candidates) > 1 and candidates[0] in tried_steps
+            else next(iter(candidates), None)
+        )
 
-    def _go_back(self, verdict: Verdict) -> Iterator[Event]:
-        training, folder, at = self.training, self.run.folder, self.training.step
-        good, fix = self._good(), "lower learning_rate, or look at the rows with `tunesmith data check`"
-        where = f"step {at}"
+    def _roll_back(self, verdict: CheckResult) -> Iterator[Event]:
+        training, folder, failed_step = self.training, self.context.folder, self.training.step
+        good_step, fix = (
+            self._find_good_step(),
+            "lower learning_rate, or look at the rows with `tunesmith data check`",
+        )
+        where = f"step {failed_step}"
         if verdict.level == "stop":
             yield verdict
             raise GateError(f"{verdict.kind}: {verdict.evidence}", where=where, fix=fix)
-        if good is None:
-            what = f"{verdict.kind}: {verdict.evidence}; no checkpoint was found good yet to go back to"
-            raise GateError(what, where=where, fix=f"{fix}, or lower save_steps")
-        if len(training.rollbacks) >= MOST_ROLLBACKS:
-            what = f"{verdict.kind}: {verdict.evidence}; the run went back {MOST_ROLLBACKS} times already"
-            raise GateError(what, where=where, fix=fix)
-        training.restore(folder.checkpoint_of(good))
-        training.change(folder.rollbacks())
+        if good_step is None:
+            message = f"{verdict.kind}: {verdict.evidence}; no checkpoint was found good yet to go back to"
+            raise GateError(message, where=where, fix=f"{fix}, or lower save_steps")
+        if len(training.rollbacks) >= MAX_ROLLBACKS:
+            message = f"{verdict.kind}: {verdict.evidence}; the run went back {MAX_ROLLBACKS} times already"
+            raise GateError(message, where=where, fix=fix)
+        training.restore(folder.find_checkpoint(good_step))
+        training.set_rollbacks(folder.load_rollbacks())
         with memory_errors():
-            rollback = rollback_to(self.bench, training, verdict, at)
-        training.change(folder.go_back(rollback))
-        self.saved = good
-        self._fold([event for event in self.history if event.step <= good])
-        yield training.rollbacks[-1].verdict
+            rollback = build_rollback(self.session, training, verdict, failed_step)
+        training.set_rollbacks(folder.record_rollback(rollback))
+        self.saved_step = good_step
+        self._replay_history([event for event in self.history if event.step <= good_step])
+        yield training.rollbacks[-1].check_result
 
-    def _keep_the_best(self) -> Iterator[Event]:
+    def _restore_best(self) -> Iterator[Event]:
         """The weights of the best look, if they are not those at hand."""
-        self.steps = last = self.training.step
-        best = best_of(self.looks, self.margin)
-        if best is None or best.step == last:
+        self.final_step = last_step = self.training.step
+        best = select_best(self.eval_points, self.forgetting_margin)
+        if best is None or best.step == last_step:
             return
         try:
-            path = self.run.folder.checkpoint_of(best.step)
+            path = self.context.folder.find_checkpoint(best.step)
         except InputError as error:
-            yield Verdict(
-                "best", "warn", f"step {best.step} was the best, but {error.what}: the last one is kept", last
+            yield CheckResult(
+                "best",
+                "warn",
+                f"step {best.step} was the best, but {error.message}: the last one is kept",
+                last_step,
             )
             return
         self.training.restore(path)
-        quality = "" if best.quality is None else f"answers {best.quality:.3f}, "
-        yield Verdict("best", "ok", f"step {best.step} is kept: {quality}held-out loss {best.loss:.4f}", last)
+        metric_text = "" if best.mean_metric is None else f"answers {best.mean_metric:.3f}, "
+        yield CheckResult(
+            "best",
+            "ok",
+            f"step {best.step} is kept: {metric_text}held-out loss {best.loss:.4f}",
+            last_step,
+        )
 
 
-def _typed(events: list[Json], step: int) -> list[Event]:
+def _parse_events(events: list[Json], step: int) -> list[Event]:
     """What a run's folder holds of the steps up to this one, as far as guard and selection fold it."""
-    kinds = {"step": StepResult, "score": Score}
-    found: list[Event] = []
+    event_classes = {"step": TrainStep, "score": Score}
+    parsed_events: list[Event] = []
     for event in events:
         if not 0 < event["step"] <= step:
             continue
-        if event["type"] == "verdict" and event["kind"] == LOOK:
-            found.append(Verdict(LOOK, event["level"], event["evidence"], event["step"]))
-        elif event["type"] in kinds:
-            values = {key: value for key, value in event.items() if key not in ("type", "time", "attempt")}
-            found.append(kinds[event["type"]](**values))
-    return found
+        if event["type"] == "verdict" and event["kind"] == GUARD_KIND:
+            parsed_events.append(
+                CheckResult(GUARD_KIND, event["level"], event["evidence"], event["step"])
+            )
+        elif event["type"] in event_classes:
+            values = {
+                key: value for key, value in event.items() if key not in ("type", "time", "attempt")
+            }
+            parsed_events.append(event_classes[event["type"]](**values))
+    return parsed_events

@@ -20,304 +20,486 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.core.events import EXPECTED, PROBES, Sample, Score
-from tunesmith.core.types import Batch, Document, Example, Generation, Plan
+from tunesmith.core.events import EXPECTED_TASK, PROBE_TASK, GenerationSample, Score
+from tunesmith.core.types import Batch, Document, Example, GenerationOutput, Plan
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks import language_id
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.sampler import order
-from tunesmith.evaluate.constraint_violations import matched
-from tunesmith.evaluate.degeneration import compressed, distinct, foreign, is_json, repetition, same, scripts
+from tunesmith.data.sampler import permutation
+from tunesmith.evaluate.constraint_violations import find_matches
+from tunesmith.evaluate.degeneration import (
+    compute_compression_ratio,
+    compute_foreign_share,
+    compute_repetition,
+    count_distinct_ngrams,
+    find_scripts,
+    flag_identical_answers,
+    is_json,
+)
 from tunesmith.evaluate.general_text import GeneralText
-from tunesmith.evaluate.generate_until import Question, ask, questions_of
-from tunesmith.evaluate.loglikelihood import by_document, negative_log_likelihoods
-from tunesmith.evaluate.results import Measurement, score
-from tunesmith.model.adapters import adapter_scaled
-from tunesmith.model.causal_lm import LanguageModel
-from tunesmith.model.lm_head import target_losses
-from tunesmith.plan.guard import NEW_TOKENS
-from tunesmith.session.inputs import Facts
-from tunesmith.session.session import Workbench
-from tunesmith.train.update_norms import adapter_shares, update_shares, weight_norms
+from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts, iter_answers
+from tunesmith.evaluate.loglikelihood import compute_nll, map_documents
+from tunesmith.evaluate.results import MetricValues, compute_score
+from tunesmith.model.adapters import scaled_adapter
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.lm_head import measure_target_losses
+from tunesmith.plan.guard import PROBE_NEW_TOKENS
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.session import Session
+from tunesmith.train.update_norms import (
+    compute_adapter_ratios,
+    compute_update_ratios,
+    compute_weight_norms,
+)
 
-PROMPT_TOKENS = 64  # of a text that is gone on with
-DRAWN = 4  # rows looked at for each prompt that is taken: the shortest are, since prompts cost what they are long
-TEXTS, TEXT_CHARACTERS = 8, 512
-POSITIONS = 128  # whose whole distribution is compared
-RATES = {"same_answer", "end_rate", "json", "language"}  # 0 or 1 an answer
-ROLES = ("eval_data", "rehearsal", "retention_data")  # where prompts come from: the first that has two
+MAX_PROMPT_TOKENS = 64  # of a text that is gone on with
+CANDIDATES_PER_PROMPT = 4  # rows looked at for each prompt that is taken: the shortest are, since prompts cost what they are long
+MAX_TEXTS, MAX_TEXT_CHARS = 8, 512
+MAX_POSITIONS = 128  # whose whole distribution is compared
+RATE_METRICS = {"same_answer", "end_rate", "json", "language"}  # 0 or 1 an answer
+PROMPT_ROLES = (
+    "eval_data",
+    "rehearsal",
+    "retention_data",
+)  # where prompts come from: the first that has two
 
 
 @dataclass(frozen=True)
-class Probe:
+class GuardPrompt:
     """A prompt, and the document of the prompt and the expected answer, whose last target ends it if `ends`."""
 
-    question: Question
+    question: EvalPrompt
     document: Document
-    ends: bool
+    has_end: bool
 
     @property
-    def answer(self) -> list[int]:
-        return self.document.tokens_L[len(self.question.prompt) :].tolist()
+    def answer_tokens(self) -> list[int]:
+        return self.document.tokens_L[len(self.question.prompt_ids) :].tolist()
 
 
 @dataclass(frozen=True)
-class ProbeSet:
-    probes: tuple[Probe, ...]
+class GuardPromptSet:
+    prompts: tuple[GuardPrompt, ...]
     texts: tuple[GeneralText, ...]  # short pieces of general texts
 
 
 # ---------------------------------------------------------------- which prompts
 
 
-def probe_set(plan: Plan, facts: Facts, texts: Sequence[GeneralText]) -> ProbeSet | None:
+def build_prompt_set(
+    plan: Plan, inputs: RunInputs, texts: Sequence[GeneralText]
+) -> GuardPromptSet | None:
     """None when no role has two prompts: of one prompt nothing can be said. `texts`: those of `retention_data`."""
-    short = _short(texts)
-    for role in ROLES:
-        if role in facts.datasets:
-            found = _of_rows(facts.datasets[role], facts.renderer, plan["probe_prompts"])
+    short_texts = _truncate_texts(texts)
+    for role in PROMPT_ROLES:
+        if role in inputs.datasets:
+            candidates = _build_row_prompts(
+                inputs.datasets[role], inputs.renderer, plan["probe_prompts"]
+            )
         else:
-            own = [one for one in texts if role == "retention_data"]
-            found = [_of_text(one.id, one.text, facts.renderer) for one in own[:: max(1, len(own) // 8)]]
-        usable = [probe for probe in found if probe is not None][: plan["probe_prompts"]]
+            role_texts = [text for text in texts if role == "retention_data"]
+            candidates = [
+                _build_text_prompt(text.id, text.text, inputs.renderer)
+                for text in role_texts[:: max(1, len(role_texts) // 8)]
+            ]
+        usable = [prompt for prompt in candidates if prompt is not None][: plan["probe_prompts"]]
         if len(usable) > 1:
-            return ProbeSet(tuple(usable), short)
+            return GuardPromptSet(tuple(usable), short_texts)
     return None
 
 
-def _short(texts: Sequence[GeneralText]) -> tuple[GeneralText, ...]:
+def _truncate_texts(texts: Sequence[GeneralText]) -> tuple[GeneralText, ...]:
     """The beginnings of a few, as many of each domain."""
     domains = list(dict.fromkeys(text.domain for text in texts))
-    each = max(2, TEXTS // max(1, len(domains)))
-    kept = [text for domain in domains for text in [one for one in texts if one.domain == domain][:each]]
-    return tuple(dataclasses.replace(text, text=text.text[:TEXT_CHARACTERS]) for text in kept)
+    texts_per_domain = max(2, MAX_TEXTS // max(1, len(domains)))
+    selected = [
+        text
+        for domain in domains
+        for text in [candidate for candidate in texts if candidate.domain == domain][
+            :texts_per_domain
+        ]
+    ]
+    return tuple(dataclasses.replace(text, text=text.text[:MAX_TEXT_CHARS]) for text in selected)
 
 
-def _of_rows(rows: Dataset, renderer: Renderer, count: int) -> list[Probe]:
+def _build_row_prompts(dataset: Dataset, renderer: Renderer, count: int) -> list[GuardPrompt]:
     """Rows by chance, and of those the shortest, in the order of the file."""
-    drawn = order(0, 0, len(rows))[: DRAWN * count].tolist()
-    found: list[tuple[int, int, Probe]] = []
-    for row in drawn:
-        example = rows.example(row)
-        made = _of_text(example.id, example.text, renderer) if example.text and not example.prompt else None
-        made = made or _of_example(example, renderer)
-        if made is not None:
-            found.append((len(made.document), row, made))
-    kept = sorted(found, key=lambda one: one[:2])[:count]
-    return [made for _, _, made in sorted(kept, key=lambda one: one[1])]
+    sampled_rows = permutation(0, 0, len(dataset))[: CANDIDATES_PER_PROMPT * count].tolist()
+    candidates: list[tuple[int, int, GuardPrompt]] = []
+    for row in sampled_rows:
+        example = dataset.read_example(row)
+        prompt = (
+            _build_text_prompt(example.id, example.text, renderer)
+            if example.text and not example.prompt
+            else None
+        )
+        prompt = prompt or _build_example_prompt(example, renderer)
+        if prompt is not None:
+            candidates.append((len(prompt.document), row, prompt))
+    shortest = sorted(candidates, key=lambda candidate: candidate[:2])[:count]
+    return [prompt for _, _, prompt in sorted(shortest, key=lambda candidate: candidate[1])]
 
 
-def _of_example(example: Example, renderer: Renderer) -> Probe | None:
+def _build_example_prompt(example: Example, renderer: Renderer) -> GuardPrompt | None:
     """None for a row that asks nothing, or whose answer is bad."""
     if example.negative or (example.text is not None and not example.prompt):
         return None
-    plain = dataclasses.replace(example, rejected=None, banned=())
-    documents = renderer.documents(plain).documents
+    plain_example = dataclasses.replace(example, rejected=None, banned=())
+    documents = renderer.render_documents(plain_example).documents
     if not documents:
         return None
-    question = questions_of([plain], renderer)[0]
-    begin, end = len(question.prompt), len(question.prompt) + question.expected_tokens
-    tokens_L = documents[-1].tokens_L[:end]
-    return Probe(question, _read_from(begin, example.id, tokens_L), int(tokens_L[-1]) in renderer.end_ids)
+    question = build_prompts([plain_example], renderer)[0]
+    prompt_length, total_length = (
+        len(question.prompt_ids),
+        len(question.prompt_ids) + question.num_expected_tokens,
+    )
+    tokens_L = documents[-1].tokens_L[:total_length]
+    return GuardPrompt(
+        question,
+        _build_document(prompt_length, example.id, tokens_L),
+        int(tokens_L[-1]) in renderer.end_ids,
+    )
 
 
-def _of_text(row: str, text: str, renderer: Renderer) -> Probe | None:
+def _build_text_prompt(row_id: str, text: str, renderer: Renderer) -> GuardPrompt | None:
     """A text's beginning, to be gone on with."""
-    tokens = list(renderer.text_tokens(text[: 8 * (PROMPT_TOKENS + NEW_TOKENS)]))[: PROMPT_TOKENS + NEW_TOKENS]
-    begin = min(PROMPT_TOKENS, len(tokens) // 2)
-    if not begin:
+    tokens = list(renderer.encode_text(text[: 8 * (MAX_PROMPT_TOKENS + PROBE_NEW_TOKENS)]))[
+        : MAX_PROMPT_TOKENS + PROBE_NEW_TOKENS
+    ]
+    prompt_length = min(MAX_PROMPT_TOKENS, len(tokens) // 2)
+    if not prompt_length:
         return None
-    shown, expected = renderer.decode(tokens[:begin]), renderer.decode(tokens[begin:])
-    question = Question(row, tuple(tokens[:begin]), shown, expected, len(tokens) - begin)
-    return Probe(question, _read_from(begin, row, np.array(tokens, dtype=np.int32)), ends=False)
+    prompt_text, expected = (
+        renderer.decode(tokens[:prompt_length]),
+        renderer.decode(tokens[prompt_length:]),
+    )
+    question = EvalPrompt(
+        row_id, tuple(tokens[:prompt_length]), prompt_text, expected, len(tokens) - prompt_length
+    )
+    return GuardPrompt(
+        question,
+        _build_document(prompt_length, row_id, np.array(tokens, dtype=np.int32)),
+        has_end=False,
+    )
 
 
-def _read_from(begin: int, row: str, tokens_L: np.ndarray) -> Document:
+def _build_document(prompt_length: int, row_id: str, tokens_L: np.ndarray) -> Document:
     weights_L = np.zeros(len(tokens_L), dtype=np.float32)
-    weights_L[begin:] = 1
-    return Document(row, tokens_L, weights_L)
+    weights_L[prompt_length:] = 1
+    return Document(row_id, tokens_L, weights_L)
 
 
 # ---------------------------------------------------------------- measuring
 
 
-class Probes:
+class GenerationProbe:
     """The probes of a run. The first `take` is of the model before training: what later ones are compared with."""
 
-    def __init__(self, bench: Workbench, chosen: ProbeSet) -> None:
-        self.bench, self.chosen = bench, chosen
-        self.weights = weight_norms(bench.model.network)
-        self.adapted = bench.plan["method"] != "full"
-        self._base: list[_Reading] = []
+    def __init__(self, session: Session, prompt_set: GuardPromptSet) -> None:
+        self.session, self.prompt_set = session, prompt_set
+        self.base_norms = compute_weight_norms(session.model.network)
+        self.has_adapter = session.plan["method"] != "full"
+        self._base_stats: list[_DocumentStats] = []
 
-    def take(self, step: int, optimizer: torch.optim.Optimizer) -> Iterator[Score | Sample]:
+    def run_probe(
+        self, step: int, optimizer: torch.optim.Optimizer
+    ) -> Iterator[Score | GenerationSample]:
         """The model must be in evaluation mode."""
-        questions = [probe.question for probe in self.chosen.probes]
-        asked = ask(self.bench.model, questions, self.bench.renderer, max_new_tokens=NEW_TOKENS)
-        answers = [found for _, found in sorted(asked, key=lambda pair: pair[0])]
-        found = [*self._said(answers), *self._expected_read(), *self._texts_read()]
-        if self.adapted:
-            found.append(self._under_base(answers))
-            found.append(_by_name("adapter_share", adapter_shares(self.bench.model.network, self.weights)))
-        found.append(_by_name("update_ratio", update_shares(self.bench.model.network, optimizer, self.weights)))
-        yield from (score(one, step=step) for one in found if len(one.values) > 1)
-        for question, answer in zip(questions, answers, strict=True):
-            yield Sample(step, question.id, question.shown, answer.text, question.expected)
-
-    def forgotten(self, step: int) -> Iterator[Score]:
-        """What general text has lost, alone: for a look that is no probe."""
-        yield from (score(one, step=step) for one in self._texts_read() if one.metric == "forgotten")
-
-    def expected(self) -> Iterator[Score]:
-        """The same measures of what should be said, where it has them."""
-        answers = [probe.answer for probe in self.chosen.probes]
-        ends = [float(p.ends and len(a) <= NEW_TOKENS) for p, a in zip(self.chosen.probes, answers, strict=True)]
-        texts = [probe.question.expected for probe in self.chosen.probes]
-        for one in self._alike([answer[:NEW_TOKENS] for answer in answers], texts, ends):
-            yield score(dataclasses.replace(one, task=EXPECTED))
-
-    def _alike(self, tokens: Sequence[Sequence[int]], texts: Sequence[str], ends: Sequence[float]) -> list[Measurement]:
-        """What is compared with the expected answers too."""
-        new, grams = distinct(tokens)
-        shares = [count / max(1, of) for count, of in zip(new, grams, strict=True)]
-        return [
-            dataclasses.replace(self._by_item("distinct", shares), weights=tuple(float(max(1, of)) for of in grams)),
-            self._by_item("same_answer", same(texts)),
-            self._by_item("end_rate", ends),
-            self._by_item("length", [float(len(answer)) for answer in tokens]),
-        ]
-
-    def _said(self, answers: Sequence[Generation]) -> list[Measurement]:
-        tokens, texts = [answer.tokens for answer in answers], [answer.text for answer in answers]
-        ends = [float(answer.finished == "end") for answer in answers]
-        asked = [probe.question for probe in self.chosen.probes]
-        usual = scripts(text for one in asked for text in (one.shown, one.expected)) | {"LATIN"}
+        questions = [prompt.question for prompt in self.prompt_set.prompts]
+        outputs = iter_answers(
+            self.session.model, questions, self.session.renderer, max_new_tokens=PROBE_NEW_TOKENS
+        )
+        answers = [measurements for _, measurements in sorted(outputs, key=lambda pair: pair[0])]
         found = [
-            *self._alike(tokens, texts, ends),
-            self._by_item("repetition", [repetition(answer) for answer in tokens]),
-            self._by_item("compressed", [compressed(text) for text in texts]),
-            self._by_item("foreign", [foreign(text, usual) for text in texts]),
+            *self._measure_generations(answers),
+            *self._measure_expected_loss(),
+            *self._measure_texts(),
         ]
-        if language_id.installed():
-            known = {language_id.language(text) for one in asked for text in (one.shown, one.expected)} | {-1}
-            found.append(self._by_item("language", [float(language_id.language(text) not in known) for text in texts]))
-        if {"json_valid", "schema_valid"} & set(self.bench.plan["metrics"]):
-            formed = [is_json(answer.text, cut=answer.finished == "length") for answer in answers]
-            found.append(self._by_item("json", [float(one) for one in formed]))
-        for one in self.bench.facts.recipe.never:
-            broken = [bool(matched(one, text, asked[i].id)) for i, text in enumerate(texts)]
-            found.append(self._by_item(f"breaks {one.name}", [float(value) for value in broken]))
-        return found
+        if self.has_adapter:
+            found.append(self._measure_base_loss(answers))
+            found.append(
+                _build_layer_measurement(
+                    "adapter_share",
+                    compute_adapter_ratios(self.session.model.network, self.base_norms),
+                )
+            )
+        found.append(
+            _build_layer_measurement(
+                "update_ratio",
+                compute_update_ratios(self.session.model.network, optimizer, self.base_norms),
+            )
+        )
+        yield from (
+            compute_score(measurement, step=step)
+            for measurement in found
+            if len(measurement.values) > 1
+        )
+        for question, answer in zip(questions, answers, strict=True):
+            yield GenerationSample(
+                step, question.id, question.prompt_text, answer.text, question.expected
+            )
 
-    def _under_base(self, answers: Sequence[Generation]) -> Measurement:
+    def measure_forgetting(self, step: int) -> Iterator[Score]:
+        """What general text has lost, alone: for a look that is no probe."""
+        yield from (
+            compute_score(measurement, step=step)
+            for measurement in self._measure_texts()
+            if measurement.metric == "forgotten"
+        )
+
+    def measure_expected(self) -> Iterator[Score]:
+        """The same measures of what should be said, where it has them."""
+        answers = [prompt.answer_tokens for prompt in self.prompt_set.prompts]
+        ends = [
+            float(prompt.has_end and len(answer) <= PROBE_NEW_TOKENS)
+            for prompt, answer in zip(self.prompt_set.prompts, answers, strict=True)
+        ]
+        texts = [prompt.question.expected for prompt in self.prompt_set.prompts]
+        for measurement in self._measure_answers(
+            [answer[:PROBE_NEW_TOKENS] for answer in answers], texts, ends
+        ):
+            yield compute_score(dataclasses.replace(measurement, task=EXPECTED_TASK))
+
+    def _measure_answers(
+        self, tokens: Sequence[Sequence[int]], texts: Sequence[str], ends: Sequence[float]
+    ) -> list[MetricValues]:
+        """What is compared with the expected answers too."""
+        distinct_counts, ngram_counts = count_distinct_ngrams(tokens)
+        ratios = [
+            count / max(1, total)
+            for count, total in zip(distinct_counts, ngram_counts, strict=True)
+        ]
+        return [
+            dataclasses.replace(
+                self._build_measurement("distinct", ratios),
+                weights=tuple(float(max(1, total)) for total in ngram_counts),
+            ),
+            self._build_measurement("same_answer", flag_identical_answers(texts)),
+            self._build_measurement("end_rate", ends),
+            self._build_measurement("length", [float(len(answer)) for answer in tokens]),
+        ]
+
+    def _measure_generations(self, answers: Sequence[GenerationOutput]) -> list[MetricValues]:
+        tokens, texts = [answer.tokens for answer in answers], [answer.text for answer in answers]
+        ends = [float(answer.finish_reason == "end") for answer in answers]
+        questions = [prompt.question for prompt in self.prompt_set.prompts]
+        expected_scripts = find_scripts(
+            text for one in questions for text in (one.prompt_text, one.expected)
+        ) | {"LATIN"}
+        measurements = [
+            *self._measure_answers(tokens, texts, ends),
+            self._build_measurement(
+                "repetition", [compute_repetition(answer) for answer in tokens]
+            ),
+            self._build_measurement(
+                "compressed", [compute_compression_ratio(text) for text in texts]
+            ),
+            self._build_measurement(
+                "foreign", [compute_foreign_share(text, expected_scripts) for text in texts]
+            ),
+        ]
+        if language_id.is_installed():
+            expected_languages = {
+                language_id.detect_language(text)
+                for one in questions
+                for text in (one.prompt_text, one.expected)
+            } | {-1}
+            measurements.append(
+                self._build_measurement(
+                    "language",
+                    [
+                        float(language_id.detect_language(text) not in expected_languages)
+                        for text in texts
+                    ],
+                )
+            )
+        if {"json_valid", "schema_valid"} & set(self.session.plan["metrics"]):
+            valid_flags = [
+                is_json(answer.text, is_truncated=answer.finish_reason == "length")
+                for answer in answers
+            ]
+            measurements.append(
+                self._build_measurement("json", [float(constraint) for constraint in valid_flags])
+            )
+        for one in self.session.inputs.recipe.never:
+            broken_flags = [
+                bool(find_matches(one, text, questions[i].id)) for i, text in enumerate(texts)
+            ]
+            measurements.append(
+                self._build_measurement(
+                    f"breaks {one.name}", [float(value) for value in broken_flags]
+                )
+            )
+        return measurements
+
+    def _measure_base_loss(self, answers: Sequence[GenerationOutput]) -> MetricValues:
         """Nats a token of the answers under the base: gibberish is unlikely to it."""
         documents = [
-            _read_from(len(p.question.prompt), p.question.id, np.array((*p.question.prompt, *a.tokens), np.int32))
-            for p, a in zip(self.chosen.probes, answers, strict=True)
-        ]
-        plan = self.bench.plan
-        with adapter_scaled(self.bench.model.network, 0):
-            found = negative_log_likelihoods(
-                self.bench.model, documents, plan["pack_length"], share=plan["share_prefixes"]
+            _build_document(
+                len(prompt.question.prompt_ids),
+                prompt.question.id,
+                np.array((*prompt.question.prompt_ids, *answer.tokens), np.int32),
             )
-            return self._by_item("base_loss", [nats / count for _, nats, count in sorted(found)])
+            for prompt, answer in zip(self.prompt_set.prompts, answers, strict=True)
+        ]
+        plan = self.session.plan
+        with scaled_adapter(self.session.model.network, 0):
+            likelihoods = compute_nll(
+                self.session.model, documents, plan["pack_length"], share=plan["share_prefixes"]
+            )
+            return self._build_measurement(
+                "base_loss", [nats / count for _, nats, count in sorted(likelihoods)]
+            )
 
-    def _expected_read(self) -> list[Measurement]:
+    def _measure_expected_loss(self) -> list[MetricValues]:
         """How likely expected answers and their ends are; and, without general texts, what became of the prompts."""
-        probes, ids = self.chosen.probes, tuple(probe.question.id for probe in self.chosen.probes)
-        positions = 0 if self.chosen.texts else POSITIONS // len(probes)
-        readings = _read(self.bench, [(probe.document, positions) for probe in probes])
-        found = [self._by_item("answer_loss", [one.nats / one.count for one in readings])]
-        if all(probe.ends for probe in probes):
-            found.append(self._by_item("end_loss", [one.last for one in readings]))
-        return found if self.chosen.texts else [*found, *self._untrained(ids, readings)]
+        prompts, ids = (
+            self.prompt_set.prompts,
+            tuple(prompt.question.id for prompt in self.prompt_set.prompts),
+        )
+        positions = 0 if self.prompt_set.texts else MAX_POSITIONS // len(prompts)
+        stats = _measure_documents(
+            self.session, [(prompt.document, positions) for prompt in prompts]
+        )
+        measurements = [
+            self._build_measurement(
+                "answer_loss",
+                [document_stats.nats / document_stats.count for document_stats in stats],
+            )
+        ]
+        if all(prompt.has_end for prompt in prompts):
+            measurements.append(
+                self._build_measurement(
+                    "end_loss", [document_stats.last_nats for document_stats in stats]
+                )
+            )
+        return (
+            measurements
+            if self.prompt_set.texts
+            else [*measurements, *self._measure_drift(ids, stats)]
+        )
 
-    def _texts_read(self) -> list[Measurement]:
+    def _measure_texts(self) -> list[MetricValues]:
         """What became of general text."""
-        texts, renderer = self.chosen.texts, self.bench.renderer
+        texts, renderer = self.prompt_set.texts, self.session.renderer
         if not texts:
             return []
-        tokens = [np.array(renderer.text_tokens(text.text), dtype=np.int32) for text in texts]
-        documents = [_read_from(1, text.id, tokens_L) for text, tokens_L in zip(texts, tokens, strict=True)]
-        readings = _read(self.bench, [(document, max(1, POSITIONS // len(texts))) for document in documents])
-        found = self._untrained(tuple(text.id for text in texts), readings)
-        lost = [
-            (now.nats - then.nats) / math.log(2) / len(text.text.encode())
-            for text, now, then in zip(texts, readings, self._base, strict=True)
+        tokens = [np.array(renderer.encode_text(text.text), dtype=np.int32) for text in texts]
+        documents = [
+            _build_document(1, text.id, tokens_L)
+            for text, tokens_L in zip(texts, tokens, strict=True)
+        ]
+        stats = _measure_documents(
+            self.session,
+            [(document, max(1, MAX_POSITIONS // len(texts))) for document in documents],
+        )
+        measurements = self._measure_drift(tuple(text.id for text in texts), stats)
+        lost_bits = [
+            (current.nats - base.nats) / math.log(2) / len(text.text.encode())
+            for text, current, base in zip(texts, stats, self._base_stats, strict=True)
         ]
         domains = tuple(text.domain for text in texts)
-        forgotten = Measurement(PROBES, "forgotten", found[0].ids, tuple(lost), groups=domains, higher_is_better=False)
-        return [*found, forgotten]
+        forgotten = MetricValues(
+            PROBE_TASK,
+            "forgotten",
+            measurements[0].ids,
+            tuple(lost_bits),
+            groups=domains,
+            higher_is_better=False,
+        )
+        return [*measurements, forgotten]
 
-    def _untrained(self, ids: tuple[str, ...], readings: list[_Reading]) -> list[Measurement]:
+    def _measure_drift(
+        self, ids: tuple[str, ...], stats: list[_DocumentStats]
+    ) -> list[MetricValues]:
         """Text that nothing trains, beside what the model before training found of it: the first readings."""
-        self._base = self._base or readings
-        away = [now.away_from(then) for now, then in zip(readings, self._base, strict=True)]
-        entropy = tuple(one.entropy for one in readings)
-        return [_measured("entropy", ids, entropy), _measured("kl", ids, away)]
+        self._base_stats = self._base_stats or stats
+        kl = [
+            current.compute_kl(base) for current, base in zip(stats, self._base_stats, strict=True)
+        ]
+        entropy = tuple(document_stats.entropy for document_stats in stats)
+        return [_make_measurement("entropy", ids, entropy), _make_measurement("kl", ids, kl)]
 
-    def _by_item(self, metric: str, values: Sequence[float]) -> Measurement:
-        ids = tuple(probe.question.id for probe in self.chosen.probes)
-        return _measured(metric, ids, values, rate=metric in RATES or metric.startswith("breaks "))
+    def _build_measurement(self, metric: str, values: Sequence[float]) -> MetricValues:
+        ids = tuple(prompt.question.id for prompt in self.prompt_set.prompts)
+        return _make_measurement(
+            metric, ids, values, is_rate=metric in RATE_METRICS or metric.startswith("breaks ")
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class _Reading:
+class _DocumentStats:
     """What a model found of a document: nats and number of its targets, of the last one, and its whole distribution at
     a few places [P, V], as log-probabilities."""
 
     nats: float
     count: int
-    last: float
+    last_nats: float
     logp_PV: Tensor
 
     @property
     def entropy(self) -> float:
         return float(-(self.logp_PV.exp() * self.logp_PV).sum(-1).mean())
 
-    def away_from(self, base: _Reading) -> float:
+    def compute_kl(self, base: _DocumentStats) -> float:
         """KL(base || this), nats a token."""
         return float((base.logp_PV.exp() * (base.logp_PV - self.logp_PV)).sum(-1).mean())
 
 
 @torch.no_grad()
-def _read(bench: Workbench, asked: Sequence[tuple[Document, int]]) -> list[_Reading]:
+def _measure_documents(
+    session: Session, requests: Sequence[tuple[Document, int]]
+) -> list[_DocumentStats]:
     """Of each document, with so many places, evenly spaced over what is no answer, or over all of a text."""
-    places = [_places(document, count) for document, count in asked]
-    weighted: list[Document] = []
-    for (document, _), own in zip(asked, places, strict=True):
+    sampled_positions = [_sample_positions(document, count) for document, count in requests]
+    weighted_documents: list[Document] = []
+    for (document, _), positions in zip(requests, sampled_positions, strict=True):
         weights_L = document.weights_L.copy()
-        weights_L[own] = 1
-        weighted.append(dataclasses.replace(document, weights_L=weights_L))
+        weights_L[positions] = 1
+        weighted_documents.append(dataclasses.replace(document, weights_L=weights_L))
 
-    def read(model: LanguageModel, batch: Batch, own: Sequence[int]) -> list[_Reading]:
-        hidden_S = model.hidden(batch)
-        losses_S = target_losses(hidden_S, model.head, batch.targets_S)
-        found: list[_Reading] = []
-        for number, index in enumerate(own):
-            own_S = batch.document_S == number
-            (at,) = np.nonzero(weighted[index].weights_L)
-            trained = torch.from_numpy(asked[index][0].weights_L[at] > 0).to(losses_S.device)
-            watched = torch.from_numpy(np.isin(at, places[index])).to(losses_S.device)
-            nats = losses_S[own_S][trained].double()
-            logp_PV = torch.log_softmax(model.head.logits(hidden_S[own_S][watched]).float(), -1).cpu()
-            found.append(_Reading(float(nats.sum()), len(nats), float(nats[-1]), logp_PV))
-        return found
+    def measure_batch(
+        model: PackedCausalLM, batch: Batch, positions: Sequence[int]
+    ) -> list[_DocumentStats]:
+        hidden_S = model.compute_hidden(batch)
+        losses_S = measure_target_losses(hidden_S, model.head, batch.targets_S)
+        stats: list[_DocumentStats] = []
+        for number, index in enumerate(positions):
+            in_document_S = batch.document_S == number
+            (target_positions,) = np.nonzero(weighted_documents[index].weights_L)
+            is_trained = torch.from_numpy(requests[index][0].weights_L[target_positions] > 0).to(
+                losses_S.device
+            )
+            is_sampled = torch.from_numpy(np.isin(target_positions, sampled_positions[index])).to(
+                losses_S.device
+            )
+            nats = losses_S[in_document_S][is_trained].double()
+            logp_PV = torch.log_softmax(
+                model.head.compute_logits(hidden_S[in_document_S][is_sampled]).float(), -1
+            ).cpu()
+            stats.append(_DocumentStats(float(nats.sum()), len(nats), float(nats[-1]), logp_PV))
+        return stats
 
-    found = dict(by_document(bench.model, weighted, bench.plan["pack_length"], read))
-    return [found[index] for index in range(len(asked))]
+    stats_by_index = dict(
+        map_documents(session.model, weighted_documents, session.plan["pack_length"], measure_batch)
+    )
+    return [stats_by_index[index] for index in range(len(requests))]
 
 
-def _places(document: Document, count: int) -> list[int]:
-    first = int(np.flatnonzero(document.weights_L)[0])
-    free = range(1, first if first > 1 else len(document))
-    return list(free[:: max(1, math.ceil(len(free) / count))]) if count else []
+def _sample_positions(document: Document, count: int) -> list[int]:
+    first_target = int(np.flatnonzero(document.weights_L)[0])
+    candidates = range(1, first_target if first_target > 1 else len(document))
+    return list(candidates[:: max(1, math.ceil(len(candidates) / count))]) if count else []
 
 
-def _by_name(metric: str, values: dict[str, float]) -> Measurement:
-    return _measured(metric, tuple(values), tuple(values.values()))
+def _build_layer_measurement(metric: str, values: dict[str, float]) -> MetricValues:
+    return _make_measurement(metric, tuple(values), tuple(values.values()))
 
 
-def _measured(metric: str, ids: tuple[str, ...], values: Sequence[float], *, rate: bool = False) -> Measurement:
+def _make_measurement(
+    metric: str, ids: tuple[str, ...], values: Sequence[float], *, is_rate: bool = False
+) -> MetricValues:
     """Weights keep values that are all 0, and are no rate, from being taken for one."""
-    return Measurement(PROBES, metric, ids, tuple(values), weights=() if rate else (1.0,) * len(ids))
+    return MetricValues(
+        PROBE_TASK, metric, ids, tuple(values), weights=() if is_rate else (1.0,) * len(ids)
+    )

@@ -14,70 +14,103 @@ from collections.abc import Sequence
 from itertools import islice
 from statistics import median
 
-from tunesmith.core.events import Rollback, Verdict
+from tunesmith.core.events import CheckResult, Rollback
 from tunesmith.core.types import Document, Plan
-from tunesmith.evaluate.loglikelihood import negative_log_likelihoods
-from tunesmith.evaluate.significance import robust_sd
-from tunesmith.plan.rehearsal import next_ratio
-from tunesmith.session.session import Workbench
+from tunesmith.evaluate.loglikelihood import compute_nll
+from tunesmith.evaluate.significance import compute_robust_sd
+from tunesmith.plan.rehearsal import compute_next_ratio
+from tunesmith.session.session import Session
 from tunesmith.train.guard.detectors import DETECTORS
-from tunesmith.train.loop import Training
+from tunesmith.train.loop import TrainingLoop
 
-LOWER = 0.5  # times the learning rate
-FAR = 6.0  # robust standard deviations over the median row's loss, and twice that
-LEAST = 0.5  # nats a token over it: once rows are learnt, the hardest have several times the median and are still right
-MOST_ROWS = 0.4  # of those looked at: more are no exception
-LOOKED_AT = 512  # documents at most
-SHOWN = 5
+LR_FACTOR = 0.5  # times the learning rate
+OUTLIER_SDS = 6.0  # robust standard deviations over the median row's loss, and twice that
+MIN_EXCESS_NATS = 0.5  # nats a token over it: once rows are learnt, the hardest have several times the median and are still right
+MAX_ROW_SHARE = 0.4  # of those looked at: more are no exception
+MAX_DOCUMENTS = 512  # documents at most
+MAX_SHOWN_ROWS = 5
 
 
-def rollback_to(bench: Workbench, training: Training, verdict: Verdict, at: int) -> Rollback:
+def build_rollback(
+    session: Session, training: TrainingLoop, verdict: CheckResult, failed_step: int
+) -> Rollback:
     """`training` stands at the good checkpoint, `at` is where it had come to."""
-    to, plan = training.step, bench.plan
-    told = {"step": at, "to": to, "kind": verdict.kind, "evidence": verdict.evidence}
-    forgets = verdict.kind in DETECTORS and DETECTORS[verdict.kind].family == "forgetting"
-    if forgets and bench.rehearsal is not None:
-        ratio = _more(plan, training)
-        return Rollback(**told, change=f"on with {ratio:.0%} of rehearsal", ratio=ratio)
-    if not forgets and (rows := _at_fault(bench, training, at)):
-        shown = ", ".join(rows[:SHOWN]) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
-        return Rollback(**told, change=f"on without {len(rows)} row{'s' * (len(rows) > 1)}: {shown}", rows=rows)
-    return Rollback(**told, change=f"on with {LOWER:g} times the learning rate", factor=LOWER)
+    good_step, plan = training.step, session.plan
+    shared_fields = {
+        "step": failed_step,
+        "to": good_step,
+        "kind": verdict.kind,
+        "evidence": verdict.evidence,
+    }
+    is_forgetting = verdict.kind in DETECTORS and DETECTORS[verdict.kind].family == "forgetting"
+    if is_forgetting and session.rehearsal is not None:
+        ratio = _raise_ratio(plan, training)
+        return Rollback(
+            **shared_fields, change=f"on with {ratio:.0%} of rehearsal", rehearsal_ratio=ratio
+        )
+    if not is_forgetting and (rows := _find_suspect_rows(session, training, failed_step)):
+        shown = ", ".join(rows[:MAX_SHOWN_ROWS]) + (
+            f" and {len(rows) - MAX_SHOWN_ROWS} more" if len(rows) > MAX_SHOWN_ROWS else ""
+        )
+        return Rollback(
+            **shared_fields,
+            change=f"on without {len(rows)} row{'s' * (len(rows) > 1)}: {shown}",
+            rows=rows,
+        )
+    return Rollback(
+        **shared_fields,
+        change=f"on with {LR_FACTOR:g} times the learning rate",
+        lr_factor=LR_FACTOR,
+    )
 
 
-def _more(plan: Plan, training: Training) -> float:
-    was = training.changes[-1][1] if training.changes else plan["rehearsal_ratio"]
-    return next_ratio(was, 1.0, 0.0)
+def _raise_ratio(plan: Plan, training: TrainingLoop) -> float:
+    previous_ratio = (
+        training.ratio_changes[-1][1] if training.ratio_changes else plan["rehearsal_ratio"]
+    )
+    return compute_next_ratio(previous_ratio, 1.0, 0.0)
 
 
-def _at_fault(bench: Workbench, training: Training, at: int) -> tuple[str, ...]:
+def _find_suspect_rows(
+    session: Session, training: TrainingLoop, failed_step: int
+) -> tuple[str, ...]:
     """Rows of the steps that went wrong, whose loss under the good model stands out."""
-    steps = range(training.step + 1, at + 1)
-    left_out = {row for one in training.rollbacks for row in one.rows}
-    own = dataclasses.replace(bench, rehearsal=None)  # general text is unlikely once the data is learnt: no fault of it
+    steps = range(training.step + 1, failed_step + 1)
+    skipped_rows = {row for rollback in training.rollbacks for row in rollback.rows}
+    task_session = dataclasses.replace(
+        session, rehearsal=None
+    )  # general text is unlikely once the data is learnt: no fault of it
     suspects = (
         document
         for step in steps
-        for document in own.documents_of(step)
-        if document.right and document.id not in left_out and document.weights_L.any()
+        for document in task_session.load_documents(step)
+        if document.is_correct and document.id not in skipped_rows and document.weights_L.any()
     )
-    documents = list(islice(suspects, LOOKED_AT))
-    bench.model.network.eval()
-    return outliers(documents, _losses(bench, documents))
+    documents = list(islice(suspects, MAX_DOCUMENTS))
+    session.model.network.eval()
+    return find_outliers(documents, _compute_losses(session, documents))
 
 
-def _losses(bench: Workbench, documents: Sequence[Document]) -> list[float]:
-    plan = bench.plan
-    found = negative_log_likelihoods(bench.model, documents, plan["pack_length"], share=plan["share_prefixes"])
-    return [nats / tokens for _, nats, tokens in sorted(found)]
+def _compute_losses(session: Session, documents: Sequence[Document]) -> list[float]:
+    plan = session.plan
+    likelihoods = compute_nll(
+        session.model, documents, plan["pack_length"], share=plan["share_prefixes"]
+    )
+    return [nats / tokens for _, nats, tokens in sorted(likelihoods)]
 
 
-def outliers(documents: Sequence[Document], losses: Sequence[float]) -> tuple[str, ...]:
+def find_outliers(documents: Sequence[Document], losses: Sequence[float]) -> tuple[str, ...]:
     """Row ids; none when many stand out, or when there are too few to tell."""
-    middle = median(losses) if losses else 0.0
-    spread = robust_sd(losses) if losses else 0.0
-    limit = middle + max(FAR * spread, middle, LEAST)
-    far = [loss > limit for loss in losses]
-    rows = tuple(dict.fromkeys(document.id for document, out in zip(documents, far, strict=True) if out))
-    every = {document.id for document in documents}
-    return rows if len(rows) <= MOST_ROWS * len(every) else ()
+    median_loss = median(losses) if losses else 0.0
+    spread = compute_robust_sd(losses) if losses else 0.0
+    limit = median_loss + max(OUTLIER_SDS * spread, median_loss, MIN_EXCESS_NATS)
+    outlier_flags = [loss > limit for loss in losses]
+    rows = tuple(
+        dict.fromkeys(
+            document.id
+            for document, is_outlier in zip(documents, outlier_flags, strict=True)
+            if is_outlier
+        )
+    )
+    row_ids = {document.id for document in documents}
+    return rows if len(rows) <= MAX_ROW_SHARE * len(row_ids) else ()
