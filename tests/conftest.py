@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from tiny_run import save_model_folder
+from tiny_runs import save_model_folder
 from tunesmith.cli import app
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr

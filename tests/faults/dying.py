@@ -25,12 +25,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
 
-import tiny
-import tiny_run
+import tiny_models
+import tiny_runs
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.train import run
@@ -129,7 +129,9 @@ def new_training() -> TrainingLoop:
         max_grad_norm=1.0, seed=5,
     )  # fmt: skip
     return TrainingLoop(
-        tiny.tiny_model(lora_dropout=0.1), lambda step: [tiny.tiny_document(9, step)], settings
+        tiny_models.tiny_model(lora_dropout=0.1),
+        lambda step: [tiny_models.tiny_document(9, step)],
+        settings,
     )
 
 
@@ -176,10 +178,10 @@ def save(folder: Path, mode: int) -> dict[str, object]:
 
 
 def whole_run(model: Path, folder: Path, files: dict[str, str]) -> str:
-    wish = tiny_run.recipe(
+    wish = tiny_runs.recipe(
         model, folder.parent, **files, output_dir=str(folder), save_steps=1, lora_dropout=0.1
     )
-    list(run.train(tiny_run.plan_of(wish)))
+    list(run.train(tiny_runs.plan_of(wish)))
     return finished(folder)
 
 
@@ -205,7 +207,7 @@ def resume_or_begin(model: Path, folder: Path, files: dict[str, str]) -> str:
 
 def whole(folder: Path, mode: int) -> dict[str, object]:
     folder.mkdir()
-    model, files = tiny_run.save_model_folder(folder / "model"), tiny_run.measured_files(folder)
+    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.measured_files(folder)
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
     found = try_all(
         folder / "run",
@@ -221,7 +223,7 @@ def whole(folder: Path, mode: int) -> dict[str, object]:
 
 def times(folder: Path, _mode: int) -> dict[str, object]:
     folder.mkdir()
-    model, files = tiny_run.save_model_folder(folder / "model"), tiny_run.measured_files(folder)
+    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.measured_files(folder)
     began = time.perf_counter()
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
     early, chance, kills = (

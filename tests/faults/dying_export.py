@@ -14,13 +14,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
 from dying import MODES, armed, child
-from tiny_export import save_model, save_run
 
+from tiny_export import save_model, save_run
 from tunesmith.core.atomic import verify_dir
 from tunesmith.evaluate import finished_run
 

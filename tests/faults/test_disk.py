@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_run import adapter_bytes, plan_of, recipe, steps_of, train
+from tiny_runs import adapter_bytes, plan_of, recipe, steps_of, train
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.run_dir import EVENTS_FILE, read_events
@@ -65,7 +65,7 @@ def test_fault_25_the_plan_warns_before_a_disk_is_full(
     plan = plan_of(recipe(tiny_folder, tmp_path))
     assert plan.disk_bytes > 0
     object.__setattr__(plan.machine, "disk_free_bytes", plan.disk_bytes - 1)
-    monkeypatch.setattr(run, "set_up", lambda *_: pytest.fail("nothing is loaded"))
+    monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))
     with pytest.raises(MachineError, match="the run folder needs up to"):
         next(run.train(plan))
 
@@ -77,7 +77,7 @@ def test_fault_26_an_output_that_cannot_be_written_is_refused_before_anything_is
     """Systems that take no files, a link to a disk that is gone, and a file where a folder should be."""
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted" / "disk")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(run, "set_up", lambda *_: pytest.fail("nothing is loaded"))
+    monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))
     with pytest.raises(MachineError, match=r"cannot be written: |bytes, 0 are free") as refused:
         list(run.train(plan_of(recipe(tiny_folder, tmp_path, output_dir=str(tmp_path / place)))))
     assert "output_dir" in refused.value.fix

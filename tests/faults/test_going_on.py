@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiny_run import (
+from tiny_runs import (
     adapter_bytes,
     measured_files,
     plan_of,

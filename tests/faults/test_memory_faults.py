@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import tiny_document, tiny_documents, tiny_model, worst_difference
-from tiny_run import measured_files, plan_of, recipe, steps_of, train
+from tiny_models import tiny_document, tiny_documents, tiny_model, worst_difference
+from tiny_runs import measured_files, plan_of, recipe, steps_of, train
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
@@ -240,7 +240,7 @@ def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
         for n in "ab"
     ]
     train(wishes[0])
-    monkeypatch.setattr(PackedCausalLM, "hidden", refusing)
+    monkeypatch.setattr(PackedCausalLM, "compute_hidden", refusing)
     events = train(wishes[1])
     assert not [verdict for verdict in verdicts(events) if verdict.level != "ok"]
     found = [read_json(tmp_path / n / "run" / "record.json") for n in "ab"]
@@ -262,7 +262,7 @@ def test_fault_28_a_whole_run_on_a_small_device(
             raise torch.OutOfMemoryError(SAID)
         return hidden(self, batch)
 
-    monkeypatch.setattr(PackedCausalLM, "hidden", refusing)
+    monkeypatch.setattr(PackedCausalLM, "compute_hidden", refusing)
     events = train(recipe(tiny_folder, tmp_path, save_steps=1))
     assert [verdict.step for verdict in verdicts(events) if verdict.kind == "memory"] == [1]
     assert [step.step for step in steps_of(events)] == [1, 2, 3]
@@ -281,7 +281,7 @@ def test_fault_28_on_a_cpu_the_estimate_refuses_before_anything_is_loaded(
     small = dataclasses.replace(
         plan, machine=dataclasses.replace(plan.machine, available_bytes=10**8)
     )
-    monkeypatch.setattr(run, "set_up", lambda *_: pytest.fail("nothing is loaded"))
+    monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))
     with pytest.raises(MachineError, match=r"0\.1 GB are free"):
         next(run.train(small))
     assert not (tmp_path / "run").exists()

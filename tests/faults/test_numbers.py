@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tiny import tiny_document, tiny_model
-from tiny_run import adapter_bytes, measured_files, recipe, steps_of, train
+from tiny_models import tiny_document, tiny_model
+from tiny_runs import adapter_bytes, measured_files, recipe, steps_of, train
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult, Event, TrainStep
@@ -44,7 +44,7 @@ def poison(steps: set[int], patch: pytest.MonkeyPatch) -> None:
             return found * (math.nan if forwards[-1] in steps else 1)
         return found
 
-    patch.setattr(PackedCausalLM, "hidden", poisoned)
+    patch.setattr(PackedCausalLM, "compute_hidden", poisoned)
 
 
 def followed(events: Callable[[], object], folder: Path) -> GateError:
@@ -149,7 +149,7 @@ def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
             raise GateError("the model's logits are not finite")
         return measure(*arguments, step=step, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run, "measure", refusing)
+    monkeypatch.setattr(run, "measure_items", refusing)
     with pytest.raises(GateError):
         train(wish)
     with pytest.raises(GateError, match="this run failed: the model's logits"):

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from chunks import explore
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunks import explore
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
 from tunesmith.recipe.load import REPLACEMENTS, UNSUPPORTED_KEYS, load_recipe

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chunks import explore
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiny_run import chat
+from chunks import explore
+from tiny_runs import chat
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tiny_run import (
+from tiny_runs import (
     adapter_bytes,
     measured_files,
     plan_of,
@@ -81,7 +81,7 @@ def at_forward(number: int, act: Callable[[], None], patch: pytest.MonkeyPatch) 
                 act()
         return hidden(self, batch)
 
-    patch.setattr(PackedCausalLM, "hidden", acting)
+    patch.setattr(PackedCausalLM, "compute_hidden", acting)
     return forwards
 
 

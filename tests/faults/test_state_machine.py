@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chunks import chosen, chunks
 from hypothesis import seed
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,7 +23,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tiny import tiny_document, tiny_model
+from chunks import chosen, chunks
+from tiny_models import tiny_document, tiny_model
 from tunesmith.core.atomic import disk_errors
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import TrainStep
@@ -122,7 +122,7 @@ class CrashingRun(RuleBasedStateMachine):
         with (
             pytest.raises(MachineError),
             self.folder.checkpoint(self.training.step, metadata={}) as scratch,
-        ):  # noqa: PT012
+        ):
             if half:
                 self.training.save(scratch)
             with disk_errors(target):

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from real_tokenizers import NAMES, NO_SYSTEM, find, model_folder, stock
 
 HERE = Path(__file__).parent

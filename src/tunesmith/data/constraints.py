@@ -96,7 +96,7 @@ def _build_no_match_error(example: Example) -> InvalidRow:
 def _mark_spans(example: Example, matches: Sequence[ConstraintMatch]) -> Example:
     names = tuple(dict.fromkeys(match.name for match in matches))
     return dataclasses.replace(
-        example, banned=tuple(match.span for match in matches), violations=names
+        example, banned_spans=tuple(match.span for match in matches), violations=names
     )
 
 

@@ -212,7 +212,7 @@ class Dataset:
         max_length = None if self.synthetic and index in self.synthetic else self.max_length
         prepared = apply_max_length(example.id, documents, max_length, self.overlong)
         if 0 < len(prepared.documents) < len(documents) and example.rejected is not None:
-            prepared = dataclasses.replace(prepared, documents=(), dropped=PAIR_TOO_LONG)
+            prepared = dataclasses.replace(prepared, documents=(), drop_reason=PAIR_TOO_LONG)
         return example, dataclasses.replace(prepared, notes=tuple(rendered.notes))
 
     def prepare_row(self, index: int) -> PreparedRow:

@@ -81,8 +81,8 @@ def select_curve_items(session: Session, items: EvalItems) -> EvalItems:
     return dataclasses.replace(
         items,
         eval_documents=_select_documents(items.eval_documents),
-        texts=texts,
-        held_out=held_out,
+        general_texts=texts,
+        held_out_texts=held_out,
     )
 
 

@@ -86,7 +86,11 @@ class CachedStates:
         return torch.cat([self.states[index] for index in indices]).to(model.device)
 
     def compute_logits(self, model: PackedCausalLM, hidden_SH: Tensor) -> Tensor:
-        head = model.head if self.head is None else replace(model.head, weight=self.head, new=None)
+        head = (
+            model.head
+            if self.head is None
+            else replace(model.head, weight=self.head, new_rows=None)
+        )
         return head.compute_raw_logits(hidden_SH)
 
     def save_files(self, folder: Path, name: str) -> None:

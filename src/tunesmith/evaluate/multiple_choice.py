@@ -70,7 +70,7 @@ def _get_answer(example: Example) -> str:
 
 def _replace_answer(example: Example, choice: str) -> Example:
     """The example up to its answer, which is the choice and alone is a target."""
-    plain = dataclasses.replace(example, rejected=None, banned=())
+    plain = dataclasses.replace(example, rejected=None, banned_spans=())
     if not example.messages:
         return dataclasses.replace(plain, text=choice)
     index = _find_answer_index(example)

@@ -225,8 +225,8 @@ class PackedCausalLM:
             use_cache=False,
             layout=layout,
             backend=self.backend,
-            rows=kv_cache,
-            kept=positions_to_keep,
+            kv_cache=kv_cache,
+            positions_to_keep=positions_to_keep,
         )
         hidden = out.last_hidden_state[0]
         return (

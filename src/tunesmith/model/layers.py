@@ -201,13 +201,15 @@ class PrunedLastLayer(nn.Module):
             stock.post_attention_layernorm,
         )
         self.residual_multiplier = float(getattr(stock, "residual_multiplier", 1.0))
-        self.self_attn.prunes = True
+        self.self_attn.should_prune = True
 
     def forward(
         self, hidden_states: Tensor, positions_to_keep: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         out, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), kept=positions_to_keep, **kwargs
+            hidden_states=self.input_layernorm(hidden_states),
+            positions_to_keep=positions_to_keep,
+            **kwargs,
         )
         residual = (
             hidden_states

@@ -132,7 +132,9 @@ class _TargetLosses(torch.autograd.Function):
             for rows, _, dlogits in _iter_loss_chunks(
                 hidden, cast_weight, ctx.head, targets, dlosses_S.contiguous()
             ):
-                dweight += (dlogits[:, ctx.head.span].t() @ hidden[rows]).to(dweight.dtype)
+                dweight += (dlogits[:, ctx.head.trainable_slice].t() @ hidden[rows]).to(
+                    dweight.dtype
+                )
         return dhidden * dlosses_S[:, None].to(dhidden.dtype), dweight, None, None
 
 

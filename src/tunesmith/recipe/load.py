@@ -430,7 +430,7 @@ def _describe_error(
         field = str(location[1])
         if len(location) == 2:
             return _describe_mapping_error(setting.raw_key, MAPPING_MODELS[key], field, detail)
-        setting, location = replace(setting, written=f"{setting.raw_key}.{field}"), location[1:]
+        setting, location = replace(setting, raw_key=f"{setting.raw_key}.{field}"), location[1:]
     if key == "never" and detail["type"] == "value_error":
         name = setting.raw_key + "".join(
             f"[{part}]" if isinstance(part, int) else f".{part}" for part in location[1:]

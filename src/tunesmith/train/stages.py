@@ -292,7 +292,7 @@ def _measure_stages(
     text_sources = [plan.recipe["retention_data"] for plan in plans]
     for number in range(len(items)):
         if text_sources[number] in text_sources[number + 1 :]:
-            items[number] = dataclasses.replace(items[number], texts=())
+            items[number] = dataclasses.replace(items[number], general_texts=())
 
     def measure_all(model: PackedCausalLM, step: int) -> EvalResults:
         stages = zip(stage_dirs, plans, stage_inputs, items, strict=True)
@@ -327,7 +327,7 @@ def _prefix_tasks(name: str, results: EvalResults) -> EvalResults:
         role if role == RETENTION_DATA else f"{name} {role}": rows
         for role, rows in results.digests.items()
     }
-    return dataclasses.replace(results, measurements=tuple(measurements), contents=contents)
+    return dataclasses.replace(results, measurements=tuple(measurements), digests=contents)
 
 
 def _join_results(stage_results: Sequence[EvalResults]) -> EvalResults:

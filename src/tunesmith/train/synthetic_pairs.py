@@ -66,7 +66,10 @@ def add_synthetic_pairs(
         raise GateError(
             f"{evidence}; there is nothing to prefer the good answers to", where="never", fix=fix
         )
-    datasets = {**session.inputs.datasets, "data": dataclasses.replace(dataset, made=pair_by_row)}
+    datasets = {
+        **session.inputs.datasets,
+        "data": dataclasses.replace(dataset, synthetic=pair_by_row),
+    }
     inputs = dataclasses.replace(session.inputs, datasets=datasets)
     return dataclasses.replace(session, inputs=inputs), (
         CheckResult("made pairs", "ok" if pair_by_row else "warn", evidence),

@@ -277,7 +277,7 @@ class _Experiment:
         if arm.examples:
             tokens = self.time_ratio * count_train_tokens(self.runner, self.timings, arm)
             self.timings = dataclasses.replace(
-                self.timings, trained=result.train_seconds / max(tokens, 1e-9)
+                self.timings, train_seconds=result.train_seconds / max(tokens, 1e-9)
             )
         else:
             self.time_ratio *= (

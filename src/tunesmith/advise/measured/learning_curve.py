@@ -125,12 +125,12 @@ def _add_needed_examples(curve: LearningCurve, fits_R3: np.ndarray) -> LearningC
     max_examples = MAX_EXTRAPOLATION * curve.sizes[-1]
     if len(curve.sizes) < MIN_SIZES:
         return replace(
-            curve, refused=f"{len(curve.sizes)} sizes were trained: a curve takes {MIN_SIZES}"
+            curve, refusal=f"{len(curve.sizes)} sizes were trained: a curve takes {MIN_SIZES}"
         )
     if curve.b_low <= 0:
         return replace(
             curve,
-            refused=f"it may not fall: b is {curve.b:.2f} [{curve.b_low:.2f}, {curve.b_high:.2f}]",
+            refusal=f"it may not fall: b is {curve.b:.2f} [{curve.b_low:.2f}, {curve.b_high:.2f}]",
         )
     if curve.target is None:
         return curve
@@ -143,7 +143,7 @@ def _add_needed_examples(curve: LearningCurve, fits_R3: np.ndarray) -> LearningC
         )
         return replace(
             curve,
-            refused=f"the target takes {amount} examples by the curve; nothing is said beyond {max_examples:,}",
+            refusal=f"the target takes {amount} examples by the curve; nothing is said beyond {max_examples:,}",
         )
     low, high = np.quantile(
         [solve_examples(curve.target, *fit) for fit in fits_R3], [0.025, 0.975], method="nearest"

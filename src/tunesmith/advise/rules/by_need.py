@@ -28,7 +28,7 @@ def recommend_retrieval(requirements: Requirements) -> RuleResult | None:
     if not requirements.raw_text:
         explanation += ". It needs the documents, and none are named: write them down first"
     return RuleResult(
-        "facts_looked_up",
+        "recommend_retrieval",
         ("facts",),
         explanation,
         "Ovadia 2023",
@@ -43,7 +43,7 @@ def recommend_facts_in_prompt(requirements: Requirements) -> RuleResult | None:
         return None
     explanation = f"about {(requirements.raw_text or 0) // BYTES_PER_TOKEN:,} tokens: all of it fits into the prompt of most models"
     return RuleResult(
-        "facts_fit_the_prompt",
+        "recommend_facts_in_prompt",
         ("facts",),
         explanation,
         "",
@@ -55,13 +55,13 @@ def recommend_facts_in_prompt(requirements: Requirements) -> RuleResult | None:
 
 def reject_training_facts(requirements: Requirements) -> RuleResult | None:
     """Gekhman 2024 (2405.05904): trained on facts it did not know, a model falls from 37.5 (early stop) to 25.8 right
-    answers at convergence. Not where each fact is said in many ways (`facts_said_many_ways`)."""
+    answers at convergence. Not where each fact is said in many ways (`recommend_paraphrased_facts`)."""
     if _has_many_paraphrases(requirements):
         return None
     explanation = "from few wordings facts are learned late and badly, and learning them teaches to make things up: "
     explanation += "right answers fell from 37.5%, had training stopped early, to 25.8%"
     return RuleResult(
-        "facts_in_weights",
+        "reject_training_facts",
         ("facts",),
         explanation,
         "Gekhman 2024",
@@ -81,7 +81,7 @@ def recommend_paraphrased_facts(requirements: Requirements) -> RuleResult | None
     )
     common_advice = "facts belong into an index only"
     return RuleResult(
-        "facts_said_many_ways",
+        "recommend_paraphrased_facts",
         ("facts",),
         explanation,
         "Ovadia 2023, Yang 2024",
@@ -110,7 +110,12 @@ def reject_training_changing_facts(requirements: Requirements) -> RuleResult | N
         f"{frequency_text}: an index is updated in seconds, weights by training and measuring again"
     )
     return RuleResult(
-        "facts_change", ("facts",), explanation, "", "ours", ruled_out=TRAINING_APPROACHES
+        "reject_training_changing_facts",
+        ("facts",),
+        explanation,
+        "",
+        "ours",
+        ruled_out=TRAINING_APPROACHES,
     )
 
 
@@ -122,7 +127,7 @@ def reject_training_private_facts(requirements: Requirements) -> RuleResult | No
         return None
     explanation = "who may use a model can pull its training text out word for word; an index can look at who asks"
     return RuleResult(
-        "private_facts",
+        "reject_training_private_facts",
         ("facts",),
         explanation,
         "Carlini 2021, unverified",
@@ -140,7 +145,7 @@ def recommend_constrained_decoding(_: Requirements) -> RuleResult | None:
     explanation = "a grammar or JSON schema in the server makes every finished answer valid, without training; not its content"
     common_advice = "fine-tuning, for JSON without elaborate prompts"
     return RuleResult(
-        "format_constrained",
+        "recommend_constrained_decoding",
         ("format",),
         explanation,
         "Willard & Louf 2023, Dong 2024",
@@ -157,7 +162,12 @@ def recommend_sft_for_format(requirements: Requirements) -> RuleResult | None:
     explanation = "prompts were not enough, and a grammar does not put the right values into the fields. A 135M model went from "
     explanation += "0 to 96% schema-valid answers on 235 rows"
     return RuleResult(
-        "format_trained", ("format",), explanation, "tunesmith demo", "ours", recommended=("sft",)
+        "recommend_sft_for_format",
+        ("format",),
+        explanation,
+        "tunesmith demo",
+        "ours",
+        recommended=("sft",),
     )
 
 
@@ -166,7 +176,7 @@ def recommend_sft_for_tone(_: Requirements) -> RuleResult | None:
     after about 1,000."""
     explanation = "with 100 examples more than 90% of answers had the tone, prompted 23 to 46%; little more came after 1,000"
     return RuleResult(
-        "tone_trained",
+        "recommend_sft_for_tone",
         ("tone",),
         explanation,
         "Marquardt & Brule 2025",
@@ -183,7 +193,7 @@ def suggest_thousand_rows(requirements: Requirements) -> RuleResult | None:
     explanation = f"for format and tone a thousand good rows may do as well as all {requirements.examples:,}: 2,000 filtered rows "
     explanation += "scored 3.83 of 6, unfiltered 3.33, and 32,000 no more. Keep a random thousand beside any choice: few beat it"
     return RuleResult(
-        "thousand_will_do",
+        "suggest_thousand_rows",
         ("format", "tone"),
         explanation,
         "Zhou 2023, Xia 2024",
@@ -205,7 +215,12 @@ def recommend_prompt_distillation(requirements: Requirements) -> RuleResult | No
     explanation += "see what a server that caches the common prefix leaves of the cost"
     source = "Snell 2022, Hsieh 2023, unverified"
     return RuleResult(
-        "shorter_prompt", ("latency",), explanation, source, "published", recommended=("sft",)
+        "recommend_prompt_distillation",
+        ("latency",),
+        explanation,
+        source,
+        "published",
+        recommended=("sft",),
     )
 
 
@@ -215,7 +230,7 @@ def reject_premature_distillation(requirements: Requirements) -> RuleResult | No
         return None
     explanation = "no prompt is known that answers well: there is nothing yet to make cheaper"
     return RuleResult(
-        "nothing_to_shorten",
+        "reject_premature_distillation",
         ("latency",),
         explanation,
         "",
@@ -231,7 +246,7 @@ def reject_few_requests(requirements: Requirements) -> RuleResult | None:
         return None
     explanation = f"{requirements.requests_month:,} requests a month: what they could save does not pay for a model of your own"
     return RuleResult(
-        "too_few_requests",
+        "reject_few_requests",
         ("latency",),
         explanation,
         "",
@@ -256,7 +271,12 @@ def recommend_continued_pretraining(requirements: Requirements) -> RuleResult | 
     )
     source = "Gururangan 2020, unverified"
     return RuleResult(
-        "domain_pretrained", ("domain",), explanation, source, confidence, recommended=("cpt",)
+        "recommend_continued_pretraining",
+        ("domain",),
+        explanation,
+        source,
+        confidence,
+        recommended=("cpt",),
     )
 
 
@@ -273,7 +293,7 @@ def reject_small_corpus(requirements: Requirements) -> RuleResult | None:
     recommended: tuple[Approach, ...] = ("retrieval",) if requirements.raw_text else ()
     common_advice = "continued pretraining for private domain language"
     return RuleResult(
-        "domain_too_small",
+        "reject_small_corpus",
         ("domain",),
         explanation,
         "Yang 2024",
@@ -298,7 +318,7 @@ def recommend_sft_after_cpt(requirements: Requirements) -> RuleResult | None:
     explanation += "comes after it"
     source = "Cheng 2023, unverified"
     return RuleResult(
-        "tasks_after_the_language",
+        "recommend_sft_after_cpt",
         ("domain",),
         explanation,
         source,
@@ -322,7 +342,7 @@ def recommend_sft_for_skill(requirements: Requirements) -> RuleResult | None:
     )
     common_advice = "1,000 perfect examples against 1,000,000 noisy ones; true of tone and format"
     return RuleResult(
-        "skill_trained",
+        "recommend_sft_for_skill",
         ("skill",),
         explanation,
         "Raghavendra 2024, Dong 2023",

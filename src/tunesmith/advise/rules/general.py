@@ -9,13 +9,13 @@ from tunesmith.advise.rules.reason import MIN_EXAMPLES, MIN_PAIRS, TRAINING_APPR
 
 
 def recommend_good_prompt(requirements: Requirements) -> RuleResult | None:
-    """A prompt that does well leaves nothing to gain; costs are another need (`shorter_prompt`)."""
+    """A prompt that does well leaves nothing to gain; costs are another need (`recommend_prompt_distillation`)."""
     if requirements.prompt != "good":
         return None
     explanation = "the prompt does well: anything else could add little but its cost, and a model to look after"
     needs: tuple[Need, ...] = tuple(need for need in NEEDS if need != "latency")
     return RuleResult(
-        "prompt_is_enough",
+        "recommend_good_prompt",
         needs,
         explanation,
         "",
@@ -31,7 +31,7 @@ def reject_needless_retrieval(requirements: Requirements) -> RuleResult | None:
         return None
     explanation = "the prompt does well without looking anything up"
     return RuleResult(
-        "prompt_has_the_facts",
+        "reject_needless_retrieval",
         ("facts", "domain"),
         explanation,
         "",
@@ -49,7 +49,7 @@ def recommend_trying_prompts(requirements: Requirements) -> RuleResult | None:
         "the format of a prompt alone moves accuracy by 7.5 points in the median, by up to 76"
     )
     return RuleResult(
-        "try_a_prompt",
+        "recommend_trying_prompts",
         ("format", "tone", "skill"),
         explanation,
         "Sclar 2023",
@@ -60,12 +60,12 @@ def recommend_trying_prompts(requirements: Requirements) -> RuleResult | None:
 
 def reject_untested_training(requirements: Requirements) -> RuleResult | None:
     """Mosbach 2023 (2305.16938): at one model size, fine-tuning and examples in the prompt generalise alike, both with
-    a large spread. Tone is left out: there training is known to win (`tone_trained`)."""
+    a large spread. Tone is left out: there training is known to win (`recommend_sft_for_tone`)."""
     if requirements.prompt not in (None, "untried"):
         return None
     explanation = "it may not be needed: at one model size, examples in the prompt and fine-tuning generalise alike"
     return RuleResult(
-        "untried_prompt",
+        "reject_untested_training",
         ("format", "skill"),
         explanation,
         "Mosbach 2023",
@@ -80,7 +80,7 @@ def recommend_few_shot(requirements: Requirements) -> RuleResult | None:
         return None
     explanation = f"{requirements.examples} examples fit into the prompt: all of them, or the ones most like the question"
     return RuleResult(
-        "few_examples_go_in_the_prompt",
+        "recommend_few_shot",
         ("format", "tone", "skill"),
         explanation,
         "",
@@ -108,7 +108,7 @@ def reject_few_examples(requirements: Requirements) -> RuleResult | None:
     )  # those have a rule of their own
     source = "OpenAI's fine-tuning guide, unverified"
     return RuleResult(
-        "too_few_examples", needs, explanation, source, "published", ruled_out=("sft",)
+        "reject_few_examples", needs, explanation, source, "published", ruled_out=("sft",)
     )
 
 
@@ -120,7 +120,7 @@ def recommend_preference_training(requirements: Requirements) -> RuleResult | No
     explanation = f"{requirements.pairs:,} pairs say what not to do, which small models cannot be told: asked to avoid a thing, a 7B "
     explanation += "model named it in 36% of answers instead of 33%. Comes after SFT, or on a model that follows instructions"
     return RuleResult(
-        "pairs_rank_answers",
+        "recommend_preference_training",
         ("tone", "skill"),
         explanation,
         "Rafailov 2023, Castricato 2024",
@@ -135,7 +135,7 @@ def reject_few_pairs(requirements: Requirements) -> RuleResult | None:
         return None
     explanation = f"{requirements.pairs} pairs; published runs have thousands. The better answers alone are rows for SFT"
     return RuleResult(
-        "too_few_pairs", ("tone", "skill"), explanation, "", "ours", ruled_out=("preference",)
+        "reject_few_pairs", ("tone", "skill"), explanation, "", "ours", ruled_out=("preference",)
     )
 
 
@@ -150,7 +150,7 @@ def suggest_raft_training(requirements: Requirements) -> RuleResult | None:
     explanation = "if both are done, train with the retrieved documents in the prompt, wrong ones among them: a model tuned "
     explanation += "without them got worse at reading them (61.1 to 42.6)"
     return RuleResult(
-        "trained_with_retrieval",
+        "suggest_raft_training",
         NEEDS,
         explanation,
         "Zhang 2024 (RAFT)",
@@ -165,7 +165,7 @@ def warn_small_model_prompting(requirements: Requirements) -> RuleResult | None:
         return None
     explanation = "if it has to be a small model of your own: those follow prompts badly, and fine-tuning works on them"
     return RuleResult(
-        "small_models_are_prompted_badly",
+        "warn_small_model_prompting",
         ("format", "tone", "skill"),
         explanation,
         "Mosbach 2023",
@@ -183,7 +183,12 @@ def warn_training_data_extraction(requirements: Requirements) -> RuleResult | No
     )
     source = "Carlini 2021, unverified"
     return RuleResult(
-        "private_rows", NEEDS, explanation, source, "published", concerns=TRAINING_APPROACHES
+        "warn_training_data_extraction",
+        NEEDS,
+        explanation,
+        source,
+        "published",
+        concerns=TRAINING_APPROACHES,
     )
 
 
@@ -191,4 +196,6 @@ def warn_safety_loss(_: Requirements) -> RuleResult | None:
     """Qi 2023 (2310.03693): harmless rows raised a chat model's harmful answers from .3% to 16.1%, with LoRA 25.2%."""
     explanation = "harmless rows raised the harmful answers of a chat model from 0.3% to 16%, with LoRA to 25%: ask it such "
     explanation += "questions before and after"
-    return RuleResult("safety", NEEDS, explanation, "Qi 2023", "published", concerns=("sft",))
+    return RuleResult(
+        "warn_safety_loss", NEEDS, explanation, "Qi 2023", "published", concerns=("sft",)
+    )

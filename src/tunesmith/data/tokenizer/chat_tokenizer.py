@@ -185,7 +185,7 @@ class ChatTokenizer:
             name for control in controls for name in (control.text, _get_partner(control.text))
         ]:
             if text in self.controls:
-                self.controls[text] = replace(self.controls[text], structural=False)
+                self.controls[text] = replace(self.controls[text], is_structural=False)
 
     @property
     def size(self) -> int:

@@ -84,7 +84,7 @@ def build_provenance(
         ),
     ]
     rendered = [
-        dataclasses.replace(prompt, ids=_render_ids(prompt, renderer)) for prompt in prompts
+        dataclasses.replace(prompt, token_ids=_render_ids(prompt, renderer)) for prompt in prompts
     ]
     return Provenance(
         tunesmith=__version__,

@@ -144,7 +144,7 @@ def _build_example_prompt(example: Example, renderer: Renderer) -> GuardPrompt |
     """None for a row that asks nothing, or whose answer is bad."""
     if example.negative or (example.text is not None and not example.prompt):
         return None
-    plain_example = dataclasses.replace(example, rejected=None, banned=())
+    plain_example = dataclasses.replace(example, rejected=None, banned_spans=())
     documents = renderer.render_documents(plain_example).documents
     if not documents:
         return None

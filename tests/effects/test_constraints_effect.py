@@ -1,0 +1,34 @@
+"""SmolLM2 speaks of itself as an AI where it is asked about itself; banned with the rows of the recipe, it does not."""
+
+from pathlib import Path
+
+import pytest
+
+from tiny_runs import train
+from tunesmith.api import read_record
+from tunesmith.recipe.schema import Recipe
+
+ROWS = Path(__file__).parents[2] / "recipes" / "never"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_ban_holds_on_held_out_prompts(seed: int, tmp_path: Path) -> None:
+    files = {
+        "data": str(ROWS / "train.jsonl"),
+        "test_data": str(ROWS / "test.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+    }
+    size = {"batch_size": 8, "max_steps": 18, "learning_rate": 5e-4, "seed": seed}
+    never = [{"check": check, "mode": "ban"} for check in ("ai-self-mention", "apology")]
+    train(Recipe.model_validate({"model": "smollm2-135m-instruct", "never": never} | files | size))
+    found = {(one.task, one.metric): one for one in read_record(tmp_path / "run").comparisons}
+    asked, logp = (
+        found["eliciting prompts", "breaks ai-self-mention"],
+        found["eliciting prompts", "bad_logp"],
+    )
+    assert asked.after.n == 20
+    assert asked.high < 0, (
+        f"the interval of the change, [{asked.low:.3f}, {asked.high:.3f}], leaves out zero"
+    )
+    assert logp.high < 0

@@ -1,0 +1,35 @@
+"""Continued pretraining of SmolLM2 on the Python reference, as Python ships it: held-out topics get likelier."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from tiny_runs import train, write_rows
+from tunesmith.api import read_record
+from tunesmith.core.types import Json
+from tunesmith.recipe.schema import Recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bits_per_byte_of_the_domain_fall(seed: int, tmp_path: Path) -> None:
+    once = dict.fromkeys(
+        text[:3000] for text in topics.values() if len(text) > 500
+    )  # some topics have two names
+    texts: list[Json] = [{"text": text} for text in once]
+    test = write_rows(tmp_path / "test.jsonl", texts[::7][:10])
+    data = write_rows(tmp_path / "data.jsonl", [text for n, text in enumerate(texts) if n % 7])
+    values = {
+        "stage": "cpt",
+        "data": str(data),
+        "test_data": str(test),
+        "output_dir": str(tmp_path / "run"),
+    }
+    size = {"max_length": 512, "batch_tokens": 2048, "max_steps": 6, "seed": seed}
+    train(Recipe.model_validate({"model": "smollm2-135m-instruct"} | values | size))
+    (found,) = read_record(tmp_path / "run").comparisons
+    assert (found.task, found.metric, found.after.n) == ("test", "bits_per_byte", 10)
+    assert found.high < 0, (
+        f"the interval of the change, [{found.low:.3f}, {found.high:.3f}], leaves out zero"
+    )

@@ -1,0 +1,110 @@
+"""What each method does to SmolLM2 in a few steps on the embedded example: held-out answers get likelier."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import train, write_rows
+from tunesmith.api import read_record
+from tunesmith.core.types import Comparison, Json
+from tunesmith.recipe.demo import DEMO_RECIPE
+from tunesmith.recipe.schema import Recipe
+
+METHODS: dict[str, Json] = {
+    "qlora": {"method": "qlora"},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "lora_r": 64, "lora_alpha": 64},
+    "full": {"method": "full", "optim": "adamw_8bit", "learning_rate": 3e-5},
+}
+SIZE = {"model": "smollm2-135m-instruct", "batch_size": 4, "max_steps": 8, "warmup_ratio": 0.1}
+
+
+def rows_of(role: str, count: int) -> list[Json]:
+    lines = DEMO_RECIPE.with_name(f"{role}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+def compared(
+    folder: Path, train_rows: list[Json], test_rows: list[Json], **wish: Any
+) -> dict[str, Comparison]:
+    files = {
+        "data": str(write_rows(folder / "train.jsonl", train_rows)),
+        "test_data": str(write_rows(folder / "test.jsonl", test_rows)),
+        "output_dir": str(folder / "run"),
+    }
+    train(Recipe.model_validate(SIZE | files | wish))
+    return {one.metric: one for one in read_record(folder / "run").comparisons}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_held_out_answers_get_likelier(method: str, seed: int, tmp_path: Path) -> None:
+    wish = METHODS[method] | {"seed": seed}
+    loss = compared(tmp_path, rows_of("train", 32), rows_of("test", 12), **wish)["loss"]
+    assert loss.after.n == 12
+    assert loss.high < 0, (
+        f"the interval of the change, [{loss.low:.3f}, {loss.high:.3f}], leaves out zero"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_new_tokens_are_learnt(seed: int, tmp_path: Path) -> None:
+    """They stand around every answer. The base model has never seen them; held-out answers begin with one after it."""
+    train_rows, test_rows = (
+        [marked(row) for row in rows_of(*some)] for some in (("train", 32), ("test", 12))
+    )
+    wish = {
+        "add_tokens": ["[record]", "[/record]"],
+        "metrics": [{"regex": r"^\[record\]"}],
+        "max_steps": 16,
+    }
+    found = compared(tmp_path, train_rows, test_rows, seed=seed, **wish)
+    loss, begun = (
+        found["loss"],
+        next(one for name, one in found.items() if name.startswith("regex")),
+    )
+    assert loss.after.n == begun.after.n == 12
+    assert loss.high < 0, (
+        f"the interval of the change, [{loss.low:.3f}, {loss.high:.3f}], leaves out zero"
+    )
+    assert begun.low > 0, (
+        f"the interval of the change, [{begun.low:.3f}, {begun.high:.3f}], leaves out zero"
+    )
+
+
+def marked(row: Json) -> Json:
+    *asked, answer = row["messages"]
+    return {"messages": [*asked, {**answer, "content": f"[record]{answer['content']}[/record]"}]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_preferred_answers_are_told_apart(seed: int, tmp_path: Path) -> None:
+    """Of two forms of the same answer the one that the model does not expect is preferred."""
+    wish = {"stage": "preference", "learning_rate": 1e-4, "seed": seed}
+    margin = compared(tmp_path, pairs("train", 32), pairs("test", 12), **wish)["margin"]
+    assert margin.after.n == 12
+    assert margin.low > 0, (
+        f"the interval of the change, [{margin.low:.3f}, {margin.high:.3f}], leaves out zero"
+    )
+
+
+def pairs(role: str, count: int) -> list[Json]:
+    rows = [row["messages"] for row in rows_of(role, count)]
+    return [
+        {
+            "prompt": row[:-1],
+            "chosen": [{**row[-1], "content": plain(row[-1]["content"])}],
+            "rejected": row[-1:],
+        }
+        for row in rows
+    ]
+
+
+def plain(answer: str) -> str:
+    """One line for each field, without JSON's marks."""
+    return "\n".join(f"{key}: {value}" for key, value in json.loads(answer).items())

@@ -1,0 +1,45 @@
+"""Two stages on SmolLM2: what continued pretraining taught is still there after fine-tuning, measured from the base."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+import tunesmith
+from tiny_runs import write_rows
+from tunesmith.api import read_recipe, read_record
+from tunesmith.core.types import Json
+from tunesmith.recipe.schema import Stages
+from tunesmith.train import stages
+
+DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_domain_is_still_likelier_after_both(seed: int, tmp_path: Path) -> None:
+    texts: list[Json] = [{"text": text[:2000]} for text in topics.values() if len(text) > 500]
+    test = str(write_rows(tmp_path / "test.jsonl", texts[::9][:8]))
+    data = str(write_rows(tmp_path / "data.jsonl", [text for n, text in enumerate(texts) if n % 9]))
+    cpt = {"data": data, "test_data": test, "max_length": 512, "batch_tokens": 2048, "max_steps": 5}
+    sft = {
+        "data": str(DEMO / "train.jsonl"),
+        "batch_size": 2,
+        "max_steps": 3,
+        "learning_rate": 3e-4,
+    }
+    whole = {
+        "model": "smollm2-135m-instruct",
+        "output_dir": str(tmp_path / "run"),
+        "lora_r": 16,
+        "seed": seed,
+    }
+    made = read_recipe({**whole, "stage": [{"cpt": cpt}, {"sft": sft}]})
+    assert isinstance(made, Stages)
+    known = stages.load_stage_inputs(made)
+    list(stages.train(stages.make_staged_plan(known), known))
+    (found,) = read_record(tmp_path / "run").comparisons
+    assert (found.task, found.metric, found.after.n) == ("1-cpt test", "bits_per_byte", 8)
+    assert found.high < 0, (
+        f"the interval of the change, [{found.low:.3f}, {found.high:.3f}], leaves out zero"
+    )

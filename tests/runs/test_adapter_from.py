@@ -1,0 +1,429 @@
+"""Going on with an adapter: where it starts, what it proves, one step as PEFT takes it, and what it belongs to."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from tiny_runs import (
+    adapter_bytes,
+    chat,
+    measured_files,
+    plan_of,
+    recipe,
+    save_model_folder,
+    steps_of,
+    sums,
+    train,
+    until_saved,
+    write_rows,
+)
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.events import CheckResult, Score
+from tunesmith.core.json_io import read_json
+from tunesmith.evaluate import finished_run
+from tunesmith.model.hub.provenance import read_provenance
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.session.session import open_session
+from tunesmith.train import run
+from tunesmith.train.preflight import run_preflight
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # PEFT's
+LEFT = {"lora_r": "auto"}  # the tiny recipe wishes for rank 2
+
+
+def peft_adapter(model: Path, folder: Path, **config: Any) -> PeftModel:
+    """An adapter far from zero, as PEFT saves it; returned as PEFT computes it."""
+    settings = {
+        "r": 4,
+        "lora_alpha": 6,
+        "task_type": "CAUSAL_LM",
+        "target_modules": ["q_proj", "down_proj"],
+    } | config
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = get_peft_model(base, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    network.save_pretrained(folder)
+    return network
+
+
+@pytest.fixture(scope="module")
+def first(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A finished run; its recipe."""
+    wish = recipe(tiny_folder, tmp_path_factory.mktemp("first"))
+    train(wish)
+    return wish
+
+
+def new_rows(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(write_rows(folder / "new.jsonl", sums(50, 4)))
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
+    peft_adapter(tiny_folder, tmp_path / "theirs", use_rslora=True)
+    plan = plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
+    taken = {
+        key: (choice.value, choice.decided_by)
+        for key, choice in plan.choices.items()
+        if choice.decided_by == "checkpoint"
+    }
+    assert taken.pop("adapter_sha256")
+    assert taken == {
+        "method": ("lora", "checkpoint"),
+        "lora_r": (4, "checkpoint"),
+        "lora_alpha": (6, "checkpoint"),
+        "lora_target_modules": (("down_proj", "q_proj"), "checkpoint"),
+        "use_rslora": (True, "checkpoint"),
+        "use_dora": (False, "checkpoint"),
+    }
+    assert plan["adapter_from"] == str(tmp_path / "theirs")
+    assert "there is no hash by which to know" in plan.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"lora_r": 2}, "lora_r is 2 in the recipe, but 4 in the adapter"),
+        ({"lora_alpha": 32}, "lora_alpha is 32 in the recipe, but 6 in the adapter"),
+        (
+            {"lora_target_modules": ["q_proj"]},
+            "is q_proj in the recipe, but down_proj, q_proj in the adapter",
+        ),
+        (
+            {"lora_target_modules": "all-linear"},
+            "is all-linear in the recipe, but down_proj, q_proj in the adapter",
+        ),
+        ({"use_rslora": True}, "use_rslora is True in the recipe, but False in the adapter"),
+        ({"use_dora": True}, "use_dora is True in the recipe, but False in the adapter"),
+    ],
+)
+def test_a_contradiction_names_both_values(
+    tiny_folder: Path, tmp_path: Path, wish: Any, message: str
+) -> None:
+    peft_adapter(tiny_folder, tmp_path / "theirs")
+    with pytest.raises(InputError, match=message) as caught:
+        plan_of(
+            recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **(LEFT | wish))
+        )
+    assert caught.value.where == next(iter(wish))
+
+
+def test_the_same_wish_is_no_contradiction(tiny_folder: Path, tmp_path: Path) -> None:
+    peft_adapter(tiny_folder, tmp_path / "theirs")
+    same = {
+        "lora_r": 4,
+        "lora_alpha": 6.0,
+        "lora_target_modules": ["q_proj", "down_proj"],
+        "use_rslora": False,
+    }
+    for targets in (["q_proj", "down_proj"], r".*\.(q|down)_proj"):
+        wish = same | {"lora_target_modules": targets}
+        assert (
+            plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **wish))[
+                "lora_alpha"
+            ]
+            == 6
+        )
+
+
+def test_full_training_goes_on_with_no_adapter(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter_from has no effect with method: full"):
+        recipe(tiny_folder, tmp_path, adapter_from="somewhere", method="full", **LEFT)
+
+
+# ---------------------------------------------------------------- the start
+
+
+def test_training_starts_from_the_adapters_weights(
+    first: Recipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The first loss is that of the trained model, not of the base; dropping the adapter's weights would show."""
+    rows = new_rows(tmp_path)
+    fresh = steps_of(train(recipe(tiny_folder, tmp_path / "fresh", data=rows)))
+    wish = recipe(
+        tiny_folder,
+        tmp_path / "more",
+        data=rows,
+        adapter_from=first.output_dir,
+        learning_rate=1e-12,
+    )
+    more = steps_of(train(wish))
+    assert more[0].loss < fresh[0].loss - 0.3
+    start, end = (
+        load_file(Path(str(r.output_dir)) / "adapter" / "adapter_model.safetensors")
+        for r in (first, wish)
+    )
+    assert start.keys() == end.keys()
+    assert all(torch.allclose(start[name], end[name], atol=1e-10) for name in start)
+
+
+def test_the_start_is_proven_with_the_adapter_on(
+    first: Recipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    wish = recipe(tiny_folder, tmp_path, data=new_rows(tmp_path), adapter_from=first.output_dir)
+    known = inputs.load_inputs(wish)
+    bench = open_session(inputs.make_plan(known), known)
+    assert "within 0.0" in next(
+        v.evidence for v in run_preflight(bench.model, bench.samples) if v.kind == "forward = stock"
+    )
+    name, parameter = next(
+        (n, p) for n, p in bench.model.network.named_parameters() if "lora_B" in n
+    )
+    with torch.no_grad():
+        parameter *= 1.5  # an adapter that was not loaded as it is
+    with pytest.raises(GateError, match="differs from the stock model's"):
+        run_preflight(bench.model, bench.samples)
+    assert name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_before_is_the_model_that_training_starts_from(
+    first: Recipe, tiny_folder: Path, tmp_path: Path, dtype: str
+) -> None:
+    files = measured_files(tmp_path)
+    wish = recipe(
+        tiny_folder,
+        tmp_path,
+        adapter_from=first.output_dir,
+        test_data=files["test_data"],
+        dtype=dtype,
+    )
+    events = train(wish)
+    before = next(e for e in events if isinstance(e, Score) and (e.metric, e.step) == ("loss", 0))
+    base = train(
+        recipe(
+            tiny_folder, tmp_path / "base", test_data=files["test_data"], dtype=dtype, max_steps=1
+        )
+    )
+    of_base = next(e for e in base if isinstance(e, Score) and (e.metric, e.step) == ("loss", 0))
+    assert before.value < of_base.value - 0.3
+    again = {c.metric: c for c in finished_run.evaluate_run(Path(str(wish.output_dir)))}
+    assert again["loss"].before.value == pytest.approx(before.value, rel=1e-6)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def their_step(network: PeftModel, documents: Any, plan: Any) -> dict[str, torch.Tensor]:
+    """One step of PEFT and torch's AdamW on whole documents, each computed alone; the loss is the mean over targets."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=plan["learning_rate"], weight_decay=plan["weight_decay"]
+    )
+    count = sum(float(document.weights_L.sum()) for document in documents)
+    for document in documents:
+        tokens = torch.from_numpy(document.tokens_L).long()
+        logits = network(input_ids=tokens[None, :-1]).logits[0]
+        losses = cross_entropy(logits, tokens[1:], reduction="none")
+        ((losses * torch.from_numpy(document.weights_L[1:])).sum() / count).backward()
+    torch.nn.utils.clip_grad_norm_(trained, plan["max_grad_norm"])
+    optimizer.step()
+    named = {
+        n.replace(".default", ""): p.detach()
+        for n, p in network.named_parameters()
+        if p.requires_grad
+    }
+    return {
+        n.replace("magnitude_vector.weight", "magnitude_vector"): p for n, p in named.items()
+    }  # as PEFT saves it
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"use_rslora": True, "target_modules": "all-linear"}, {"use_dora": True}]
+)
+def test_one_step_from_pefts_adapter_is_pefts_step(
+    tiny_folder: Path, tmp_path: Path, config: dict
+) -> None:
+    network = peft_adapter(tiny_folder, tmp_path / "theirs", **config)
+    wish = recipe(
+        tiny_folder,
+        tmp_path,
+        adapter_from=str(tmp_path / "theirs"),
+        batch_size=6,
+        max_steps=1,
+        **LEFT,
+    )
+    known = inputs.load_inputs(wish)
+    plan = inputs.make_plan(known)
+    expected = their_step(network, open_session(plan, known).load_documents(1), plan)
+    events = list(run.train(plan, known))
+    assert len(steps_of(events)) == 1
+    start = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        assert not torch.equal(tensor, start[name])
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
+        tmp_path / "run" / "adapter",
+    )
+    tokens = torch.arange(30)[None]
+    network.eval()
+    torch.testing.assert_close(theirs(tokens).logits, network(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_continued_run_resumes_bitwise(first: Recipe, tiny_folder: Path, tmp_path: Path) -> None:
+    rows = new_rows(tmp_path)
+    wishes = [
+        recipe(
+            tiny_folder,
+            tmp_path / name,
+            data=rows,
+            adapter_from=first.output_dir,
+            save_steps=1,
+            num_train_epochs=2,
+        )
+        for name in ("straight", "broken")
+    ]
+    train(wishes[0])
+    known = inputs.load_inputs(wishes[1])
+    until_saved(iter(run.train(inputs.make_plan(known), known)), 2)
+    list(run.resume(tmp_path / "broken" / "run"))
+    assert adapter_bytes(wishes[0]) == adapter_bytes(wishes[1])
+
+
+def test_a_changed_start_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
+    peft_adapter(tiny_folder, tmp_path / "theirs")
+    wish = recipe(
+        tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), save_steps=1, **LEFT
+    )
+    known = inputs.load_inputs(wish)
+    plan = inputs.make_plan(known)
+    until_saved(iter(run.train(plan, known)), 1)
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(InputError, match="the adapter has changed since the plan"):
+        inputs.reload_inputs(plan)
+    with pytest.raises(InputError, match="adapter_from"):
+        list(run.resume(tmp_path / "run"))
+
+
+def test_a_finished_run_answers_without_the_adapter_it_started_from(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    peft_adapter(tiny_folder, tmp_path / "theirs")
+    train(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
+    shutil.rmtree(tmp_path / "theirs")
+    assert isinstance(next(finished_run.chat(tmp_path / "run", ["1 and 1"])), str)
+    with pytest.raises(InputError, match="no adapter here"):
+        finished_run.evaluate_run(tmp_path / "run")
+
+
+# ---------------------------------------------------------------- what it belongs to
+
+
+def test_fault_20_an_adapter_of_another_base_is_refused(first: Recipe, tmp_path: Path) -> None:
+    other = save_model_folder(tmp_path / "other", seed=5)
+    with pytest.raises(
+        InputError, match=r"base weights model\.safetensors: sha256 \w{12} -> \w{12}"
+    ) as caught:
+        plan_of(recipe(other, tmp_path, adapter_from=first.output_dir))
+    assert caught.value.where.endswith("tunesmith.json")
+
+
+def test_an_adapter_of_another_template_says_how_to_go_on(
+    first: Recipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text((tiny_folder / "chat_template.jinja").read_text() + "{# another #}")
+    with pytest.raises(InputError, match="chat template default: sha256") as caught:
+        plan_of(
+            recipe(tiny_folder, tmp_path, adapter_from=first.output_dir, template=str(template))
+        )
+    given = str(caught.value.fix).rpartition("template: ")[2]
+    assert (
+        plan_of(recipe(tiny_folder, tmp_path, adapter_from=first.output_dir, template=given)).steps
+        == 3
+    )
+
+
+def test_an_adapter_folder_says_what_it_belongs_to(first: Recipe, tiny_folder: Path) -> None:
+    folder = Path(str(first.output_dir)) / "adapter"
+    found = read_provenance(folder)
+    assert found is not None
+    assert (found.base, list(found.base_sha256)) == (str(tiny_folder), ["model.safetensors"])
+    assert found.end_ids == (257, 258)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [257, 258]
+    assert (folder / "chat_template.jinja").read_text() == (
+        tiny_folder / "chat_template.jinja"
+    ).read_text()
+    assert len(found.reference_prompts) == 5, (
+        "plain text, a question, one with a system message, a conversation, a tool call"
+    )
+    assert found.now == read_json(folder.parent / "plan.json")["choices"]["now"]["value"]
+    whole = (folder / "tunesmith.json").read_text()
+    assert "please" not in whole, "no row of the data"
+
+
+def test_reopening_says_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
+    wish = recipe(shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path)
+    train(wish)
+    assert next(finished_run.chat(tmp_path / "run", ["1 and 1"])) is not None
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": "<|start|>"}))
+    with pytest.raises(InputError, match="names of special tokens: sha256"):
+        finished_run.reopen_session(tmp_path / "run")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# more #}")
+    save_model_folder(tmp_path / "model2", seed=3)
+    shutil.copy(tmp_path / "model2" / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        finished_run.reopen_session(tmp_path / "run")
+    lines = caught.value.message.splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "base weights model.safetensors",
+        "chat template default",
+    ]
+
+
+def test_golden_ids_tell_of_another_tokenization_by_the_same_files(
+    first: Recipe, tmp_path: Path
+) -> None:
+    wish = first.model_copy(update={"output_dir": tmp_path / "copy"})
+    shutil.copytree(Path(str(first.output_dir)), tmp_path / "copy")
+    file = tmp_path / "copy" / "adapter" / "tunesmith.json"
+    content = read_json(file)
+    content["golden"][1]["ids"][5] += 1
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"not as the run wrote it: tunesmith\.json"):
+        finished_run.reopen_session(tmp_path / "copy")
+    with pytest.raises(
+        InputError, match=r"golden prompt 2: \d+ tokens -> \d+, they differ from token 6 on"
+    ):
+        plan_of(
+            recipe(
+                Path(wish.model),
+                tmp_path / "new",
+                adapter_from=tmp_path / "copy",
+                data=new_rows(tmp_path),
+            )
+        )
+
+
+def test_a_verdict_or_two_for_the_record(first: Recipe, tiny_folder: Path, tmp_path: Path) -> None:
+    row = [chat("a question", "an answer")]
+    rows = str(write_rows(tmp_path / "one.jsonl", row * 2))
+    events = train(recipe(tiny_folder, tmp_path / "n", data=rows, adapter_from=first.output_dir))
+    assert [v.kind for v in events if isinstance(v, CheckResult)][1] == "forward = stock"
+    record = read_json(tmp_path / "n" / "run" / "record.json")
+    assert record["plan"]["choices"]["adapter_from"]["value"] == str(
+        Path(str(first.output_dir)) / "adapter"
+    )

@@ -1,0 +1,317 @@
+"""A run that adds tokens: what the plan says, the same bytes after a resume, going on, and every export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tiny_runs import (
+    adapter_bytes,
+    chat,
+    plan_of,
+    recipe,
+    save_model_folder,
+    steps_of,
+    train,
+    until_saved,
+    write_rows,
+)
+from tunesmith import api
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import CheckResult
+from tunesmith.core.types import Json, Pack
+from tunesmith.data.collate import collate
+from tunesmith.evaluate import finished_run
+from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run, stages
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # PEFT's
+TOKENS = ["[sum]", "<n>"]
+IDS = {"[sum]": 259, "<n>": 260}
+
+
+def marked(first: int, count: int) -> list[Json]:
+    return [chat(f"<n>{n}<n>{n + 1}", f"[sum]{2 * n + 1}<n>") for n in range(first, first + count)]
+
+
+def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = str(write_rows(folder / "marked.jsonl", marked(1, 6)))
+    test = str(write_rows(folder / "test.jsonl", marked(30, 4)))
+    return recipe(
+        model, folder, **({"data": data, "test_data": test, "add_tokens": TOKENS} | changed)
+    )
+
+
+def place(wish: Recipe) -> Path:
+    return Path(str(wish.output_dir))
+
+
+@pytest.fixture(scope="module")
+def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its head is tied, and its embedding has five rows without a token."""
+    folder = save_model_folder(tmp_path_factory.mktemp("tied"))
+    config = json.loads((folder / "config.json").read_text()) | {
+        "tie_word_embeddings": True,
+        "vocab_size": 264,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["untied, grown", "tied, spare"])
+def model(request: pytest.FixtureRequest, tiny_folder: Path, tied_folder: Path) -> Path:
+    return tied_folder if request.param == "tied, spare" else tiny_folder
+
+
+@pytest.fixture(scope="module")
+def first(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A finished run; its recipe."""
+    own = wish(model, tmp_path_factory.mktemp("first"))
+    train(own)
+    return own
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_the_plan_says_what_is_trained_and_why(
+    tiny_folder: Path, tied_folder: Path, tmp_path: Path
+) -> None:
+    plan = plan_of(wish(tiny_folder, tmp_path / "a"))
+    assert plan["add_tokens"] == IDS
+    assert "3 for <n>); the embedding grows by 2 rows" in plan.choices["add_tokens"].reason
+    assert plan["modules_to_save"] == ("embed_tokens", "lm_head")
+    assert plan["new_rows_times"] == pytest.approx(
+        min(10, max(1, 0.01 / plan["learning_rate"])), rel=1e-3
+    )
+    assert "128 values; all other rows stay" in plan.choices["modules_to_save"].reason
+    tied = plan_of(wish(tied_folder, tmp_path / "b"))
+    assert tied["modules_to_save"] == ("embed_tokens",)
+    assert "has spare rows for them" in tied.choices["add_tokens"].reason
+    full = plan_of(wish(tiny_folder, tmp_path / "c", method="full", lora_r="auto"))
+    assert full["add_tokens"] == IDS
+    assert "modules_to_save" not in full.choices
+    without = plan_of(wish(tiny_folder, tmp_path / "d", add_tokens=[]))
+    assert plan.memory_bytes["trained"] - without.memory_bytes["trained"] == 128 * 16
+    assert not {"add_tokens", "modules_to_save"} & without.choices.keys()
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("['<n>', '<n>']", "add_tokens: '<n>' stands twice"),
+        ("['']", "a token has 1 to 200 characters, '' has 0"),
+        ("<n>,", "'' has 0"),
+        ("['New York']", "'New York' holds white space"),
+        ("[7]", "expected a text or a list of names"),
+    ],
+)
+def test_texts_that_are_no_tokens_are_refused_with_the_reason(written: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_recipe(None, {"model": "m", "data": "d.jsonl", "add_tokens": written})
+    with pytest.raises(
+        InputError, match="modules_to_save' is not a key here: leave it out: with add_tokens"
+    ):
+        load_recipe(
+            None, {"model": "m", "data": "d.jsonl", "add_tokens": "<n>", "modules_to_save": "[]"}
+        )
+
+
+def test_a_token_that_stands_in_no_row_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no training row holds '\[never\]'"):
+        plan_of(wish(tiny_folder, tmp_path, add_tokens=[*TOKENS, "[never]"]))
+
+
+def test_a_tokenizer_that_is_larger_than_its_model_is_refused(tmp_path: Path) -> None:
+    folder = save_model_folder(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[one]", "[two]"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        InputError, match="the tokenizer numbers 261 tokens, and the embedding has 259 rows"
+    ):
+        plan_of(wish(folder, tmp_path / "r"))
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_what_a_run_leaves(first: Recipe, model: Path) -> None:
+    adapter = place(first) / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    assert {text: tokenizer.convert_tokens_to_ids(text) for text in TOKENS} == IDS
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tied = json.loads((model / "config.json").read_text())["tie_word_embeddings"]
+    assert config["trainable_token_indices"] == {
+        name: [259, 260] for name in ("embed_tokens", "lm_head")[: 2 - tied]
+    }
+
+
+def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
+    """By the files alone: the base as its users load it, longer where the adapter's tokenizer is."""
+    adapter = place(first) / "adapter"
+    base: Any = AutoModelForCausalLM.from_pretrained(model)
+    if base.config.vocab_size < len(AutoTokenizer.from_pretrained(adapter)):
+        base.resize_token_embeddings(261)
+    theirs: Any = PeftModel.from_pretrained(base, adapter).eval()
+    bench = finished_run.reopen_session(place(first))
+    document = bench.rows.render_documents(0)[0]
+    tokens = document.tokens_L.tolist()
+    batch = collate(Pack((document,)))
+    with torch.no_grad():
+        ours = bench.model.head.compute_logits(bench.model.compute_hidden(batch))
+        expected = theirs(input_ids=torch.tensor([tokens])).logits[0, batch.positions_S]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resumed_run_has_the_same_bytes(first: Recipe, model: Path, tmp_path: Path) -> None:
+    own = wish(model, tmp_path, save_steps=1)
+    known = inputs.load_inputs(own)
+    until_saved(run.train(inputs.make_plan(known), known), 1)
+    list(run.resume(place(own)))
+    assert adapter_bytes(own) == adapter_bytes(first)
+
+
+def test_before_is_the_base_with_the_tokens_as_they_started(first: Recipe) -> None:
+    events = [json.loads(line) for line in (place(first) / "events.jsonl").read_text().splitlines()]
+    before = {e["metric"]: e["value"] for e in events if e["type"] == "score" and e["step"] == 0}
+    again = {one.metric: one for one in finished_run.evaluate_run(place(first))}
+    assert again["loss"].before.value == pytest.approx(before["loss"], rel=1e-6)
+    assert again["loss"].after.value < again["loss"].before.value - 0.1
+
+
+def test_going_on_needs_the_same_tokens(first: Recipe, model: Path, tmp_path: Path) -> None:
+    start = {"adapter_from": str(place(first)), "lora_r": "auto"}
+    own = wish(model, tmp_path / "on", **start, learning_rate=1e-12)
+    events = train(own)
+    assert "within 0.0" in next(
+        e.evidence for e in events if isinstance(e, CheckResult) and e.kind == "forward = stock"
+    )
+    trained, more = (
+        load_file(place(one) / "adapter" / "adapter_model.safetensors") for one in (first, own)
+    )
+    assert trained.keys() == more.keys()
+    assert all(torch.allclose(trained[name], more[name], atol=1e-10) for name in trained)
+    with pytest.raises(
+        InputError, match=r"has rows for 2 new tokens.*\n?.*add_tokens: \['\[sum\]', '<n>'\]"
+    ):
+        plan_of(wish(model, tmp_path / "a", **start, add_tokens=[]))
+    with pytest.raises(InputError, match="has rows for 2 new tokens"):
+        plan_of(wish(model, tmp_path / "b", **start, add_tokens=TOKENS[::-1]))
+
+
+def test_an_adapter_without_the_tokens_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    plain = recipe(tiny_folder, tmp_path / "plain")
+    train(plain)
+    with pytest.raises(InputError, match="was trained without new tokens: it has no rows for them"):
+        plan_of(wish(tiny_folder, tmp_path / "more", adapter_from=str(place(plain)), lora_r="auto"))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"method": "full", "lora_r": "auto"}, {"method": "qlora", "use_dora": True}]
+)
+def test_other_methods_learn_them_too(tiny_folder: Path, tmp_path: Path, changed: Any) -> None:
+    own = wish(tiny_folder, tmp_path, num_train_epochs=3, **changed)
+    steps = steps_of(train(own))
+    assert steps[-1].loss < steps[0].loss - 0.3
+    assert finished_run.export_run(place(own), "merged").parity.mean_kl < 1e-6
+
+
+def test_pairs_are_compared_with_the_base(tiny_folder: Path, tmp_path: Path) -> None:
+    """DPO's reference has the rows as they started: the first loss is that of no change."""
+    rows = [{"prompt": f"<n>{n}", "chosen": f"[sum]{n}", "rejected": f"no {n}"} for n in range(6)]
+    data = str(write_rows(tmp_path / "pairs.jsonl", rows))
+    own = wish(
+        tiny_folder,
+        tmp_path,
+        stage="preference",
+        loss={"nll_coefficient": 0},
+        data=data,
+        test_data=[],
+    )
+    steps = steps_of(train(own))
+    assert steps[0].loss == pytest.approx(0.6931, abs=1e-4)
+    assert steps[-1].loss < steps[0].loss
+
+
+def test_texts_have_them_too(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(
+        tmp_path / "t.jsonl", [{"text": f"see <n>{n} [sum] and more"} for n in range(8)]
+    )
+    texts = {
+        "stage": "cpt",
+        "batch_size": "auto",
+        "batch_tokens": 64,
+        "max_length": 32,
+        "test_data": [],
+    }
+    own = wish(tiny_folder, tmp_path, data=str(rows), **texts)
+    steps = steps_of(train(own))
+    assert steps[-1].loss < steps[0].loss
+
+
+def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
+    """What texts have taught stays where no answer holds it; a stage with other tokens is refused before the first."""
+    texts = write_rows(
+        tmp_path / "texts.jsonl", [{"text": f"see <n>{n} [sum] and more"} for n in range(8)]
+    )
+    rows = write_rows(tmp_path / "rows.jsonl", [chat(f"<n>{n}", f"{n}<n>") for n in range(6)])
+    cpt = {"data": str(texts), "max_length": 32, "batch_tokens": 64}
+    sft: Json = {"data": str(rows), "batch_size": 2}
+    both = {
+        "model": str(tiny_folder),
+        "add_tokens": TOKENS,
+        "lora_r": 2,
+        "dtype": "fp32",
+        "learning_rate": 0.01,
+    }
+    both |= {"output_dir": str(tmp_path / "run"), "num_train_epochs": 1}
+    made = api.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft}]})
+    known = stages.load_stage_inputs(made)
+    steps = steps_of(list(stages.train(stages.make_staged_plan(known), known)))
+    assert steps[-1].loss < steps[-3].loss
+    other = api.read_recipe(
+        {**both, "stage": [{"cpt": cpt}, {"sft": sft | {"add_tokens": ["<n>"]}}]}
+    )
+    with pytest.raises(InputError, match="the stage sft adds other tokens than the first one"):
+        stages.make_staged_plan(stages.load_stage_inputs(other))
+
+
+# ---------------------------------------------------------------- exports
+
+
+def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> None:
+    path = place(first)
+    assert finished_run.export_run(path, "peft", out=tmp_path / "peft").parity.mean_kl < 1e-9
+    merged = finished_run.export_run(path, "merged", out=tmp_path / "merged")
+    assert (merged.parity.mean_kl < 1e-9, merged.parity.same_prompts) == (True, 4)
+    old, new = (
+        load_file(model / "model.safetensors"),
+        load_file(tmp_path / "merged" / "model.safetensors"),
+    )
+    assert torch.equal(
+        new["model.embed_tokens.weight"][:259], old["model.embed_tokens.weight"][:259]
+    )
+    size = json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"]
+    assert (
+        size
+        == len(new["model.embed_tokens.weight"])
+        == max(261, len(old["model.embed_tokens.weight"]))
+    )
+    rows = str(write_rows(tmp_path / "next.jsonl", marked(1, 6)))
+    plan = plan_of(recipe(tmp_path / "merged", tmp_path / "next", data=rows))
+    assert plan.model.vocab_size == size, "a model for the next run"
+    with pytest.raises(InputError, match="a GGUF adapter has no place for the rows of new tokens"):
+        finished_run.export_run(path, "gguf", kind="lora", out=tmp_path / "lora")

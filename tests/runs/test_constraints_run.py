@@ -1,0 +1,144 @@
+"""Constraints in a run: bans are trained and resumed, filters leave rows out without stopping anything."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import (
+    adapter_bytes,
+    chat,
+    plan_of,
+    recipe,
+    steps_of,
+    sums,
+    talker,
+    train,
+    until_saved,
+    write_rows,
+)
+from tunesmith.api import read_record
+from tunesmith.cli import app
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import parse_as
+from tunesmith.core.types import Comparison, Json
+from tunesmith.evaluate import finished_run
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train import run
+
+BAD = [chat("who?", "as an AI, fine"), {**chat("what?", "I am an AI"), "negative": True}]
+BAN = {"match": "an AI", "name": "ai", "mode": "ban"}
+
+
+def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = str(write_rows(folder / "rows.jsonl", [*sums(1, 6), *BAD]))
+    return recipe(model, folder, **{"data": data, "never": [BAN], "save_steps": 2, **changed})
+
+
+def test_a_ban_is_planned_trained_and_resumed_to_the_same_bytes(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
+    plan = plan_of(straight)
+    assert (plan["ban_coefficient"], plan.data["data"].banned) == (1.0, {"ai": 2})
+    assert plan.choices["never"].reason == "2 rows trained away from 'ai'"
+    steps = steps_of(train(straight))
+    plain = steps_of(
+        train(wish(tiny_folder, tmp_path / "plain", never=[{**BAN, "mode": "filter"}]))
+    )
+    banned = sum(step.supervised_tokens for step in steps) - sum(
+        step.supervised_tokens for step in plain
+    )
+    assert banned == 2 * len("an AI"), "one token a byte"
+    until_saved(run.train(plan_of(broken)), step=2)
+    list(run.resume(tmp_path / "broken" / "run"))
+    assert adapter_bytes(broken) == adapter_bytes(straight)
+
+
+def test_left_out_rows_stop_nothing_and_are_written_down(tiny_folder: Path, tmp_path: Path) -> None:
+    train(wish(tiny_folder, tmp_path, never=["as an AI", "I am"]))
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
+    ]
+    assert [(line["where"], line["reason"]) for line in lines] == [
+        ("rows.jsonl:7", "never"),
+        ("rows.jsonl:8", "never"),
+    ]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["data"]["data"]["left_out"] == {"as an AI": 1, "I am": 1}
+
+
+def test_a_negative_row_is_never_trained_as_it_is(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="1 of 8 rows cannot be used: 1 nothing bad"):
+        train(wish(tiny_folder, tmp_path, never=[]))
+
+
+# ---------------------------------------------------------------- measured
+
+
+def marked(first: int, count: int, answer: str, negative: Any) -> list[Json]:
+    return [
+        {**chat(f"say {n}", f"{answer} {n}"), "negative": negative}
+        for n in range(first, first + count)
+    ]
+
+
+def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that answers with the phrase stops when it is banned; rightful prompts are asked too."""
+    model = talker(tiny_folder, tmp_path / "talker")
+    test = [*sums(200, 3), *marked(20, 3, "an AI", True), *marked(30, 2, "an AI", False)]
+    bad = write_rows(tmp_path / "bad.jsonl", [*sums(1, 6), *marked(0, 5, "an AI", True)])
+    files = {"data": str(bad), "test_data": str(write_rows(tmp_path / "test.jsonl", test))}
+    train(wish(model, tmp_path / "then", **files, num_train_epochs=4, save_steps=1000))
+    record = read_record(tmp_path / "then" / "run")
+    found = {(one.task, one.metric): one for one in record.comparisons}
+    eliciting, logp = (
+        found["eliciting prompts", "breaks ai"],
+        found["eliciting prompts", "bad_logp"],
+    )
+    assert (eliciting.before.value, eliciting.after.value, eliciting.after.n) == (1, 0, 3)
+    assert logp.high < 0
+    assert (
+        found["neutral prompts", "breaks ai"].after.n,
+        found["rightful prompts", "says ai"].after.n,
+    ) == (3, 2)
+    assert found["test", "exact_match"].after.n == 5, "bad answers are not graded"
+    assert record.samples[-1][0].answer.startswith("an AI")
+    assert record.samples[-1][0].expected == ""
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        app.main(["eval", str(tmp_path / "then" / "run"), "--baselines", "--json"])
+    assert not ended.value.code
+    printed = json.loads(capsys.readouterr().out)["baselines"]
+    beside = {
+        name: parse_as(tuple[Comparison, ...], rows, where=name) for name, rows in printed.items()
+    }
+    assert list(beside) == ["base", "told", "banned"]
+    for rows in beside.values():
+        after = {(one.task, one.metric): one.after for one in rows}
+        assert after == {key: found[key].after for key in after}
+        assert ("eliciting prompts", "breaks ai") in after
+    kept = {
+        name: {(one.task, one.metric): one.before.value for one in rows}
+        for name, rows in beside.items()
+    }
+    assert kept["base"]["eliciting prompts", "breaks ai"] == 1
+    assert kept["banned"]["eliciting prompts", "breaks ai"] == 0
+    assert kept["banned"]["rightful prompts", "says ai"] == 0, (
+        "a ban at decoding knows no exception"
+    )
+
+
+def test_baselines_are_of_constraints(tiny_folder: Path, tmp_path: Path) -> None:
+    files = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", sums(n, 3)))
+        for n, name in ((1, "data"), (9, "test_data"))
+    }
+    train(wish(tiny_folder, tmp_path, **files, never=[]))
+    with pytest.raises(InputError, match="baselines are of what no answer may say"):
+        finished_run.compare_baselines(tmp_path / "run")

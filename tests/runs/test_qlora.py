@@ -1,0 +1,125 @@
+"""Runs on 4-bit weights, from the recipe to the reopened run."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import (
+    adapter_bytes,
+    chat,
+    measured_files,
+    plan_of,
+    recipe,
+    steps_of,
+    sums,
+    train,
+    until_saved,
+    write_rows,
+)
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import CheckResult
+from tunesmith.core.json_io import read_json
+from tunesmith.evaluate import finished_run
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.session.fingerprint import build_fingerprint
+from tunesmith.train import run
+
+
+def qlora(model: Path, folder: Path, **changed: Any) -> Recipe:
+    return recipe(model, folder, method="qlora", **changed)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_is_proven_trains_and_is_reopened(
+    dtype: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    wish = qlora(tiny_folder, tmp_path, dtype=dtype, **measured_files(tmp_path / "held-out"))
+    events = train(wish)
+    said = {event.kind: event.evidence for event in events if isinstance(event, CheckResult)}
+    assert said["4-bit weights"].startswith("14 matrices in ")
+    assert said["forward = stock"].startswith(
+        "logits within 0.00%" if dtype == "fp32" else "logits within "
+    )
+    steps = steps_of(events)
+    assert len(steps) == 3
+    assert steps[-1].loss < steps[0].loss
+    first, again = (
+        read_json(tmp_path / "run" / "record.json")["comparisons"],
+        finished_run.evaluate_run(tmp_path / "run"),
+    )
+    assert [c["after"]["value"] for c in first] == [c.after.value for c in again]
+    assert len(list(finished_run.chat(tmp_path / "run", ["1 and 1"]))) == 1
+
+
+def test_the_base_is_another_than_that_of_lora(tiny_folder: Path, tmp_path: Path) -> None:
+    wishes = [
+        qlora(tiny_folder, tmp_path / "a"),
+        recipe(tiny_folder, tmp_path / "b", method="lora"),
+    ]
+    small, plain = (steps_of(train(wish))[0].loss for wish in wishes)
+    assert small != plain
+    assert small == pytest.approx(plain, rel=0.1)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
+    straight = qlora(tiny_folder, tmp_path / "straight")
+    train(straight)
+    broken = qlora(tiny_folder, tmp_path / "broken", save_steps=1)
+    known = inputs.load_inputs(broken)
+    until_saved(run.train(inputs.make_plan(known), known), 1)
+    assert steps_of(list(run.resume(tmp_path / "broken" / "run")))[0].step == 2
+    assert adapter_bytes(broken) == adapter_bytes(straight)
+
+
+def test_going_on_with_its_adapter(tiny_folder: Path, tmp_path: Path) -> None:
+    first = steps_of(train(qlora(tiny_folder, tmp_path / "a", learning_rate=0.1)))
+    wish = qlora(
+        tiny_folder, tmp_path / "b", lora_r="auto", adapter_from=str(tmp_path / "a" / "run")
+    )
+    events = train(wish)
+    assert steps_of(events)[0].loss < 0.95 * first[0].loss
+
+
+def test_without_bitsandbytes_a_plan_names_the_extra(tiny_folder: Path, tmp_path: Path) -> None:
+    known = inputs.load_inputs(qlora(tiny_folder, tmp_path))
+    versions = {
+        name: version for name, version in known.machine.versions.items() if name != "bitsandbytes"
+    }
+    known = dataclasses.replace(
+        known, machine=dataclasses.replace(known.machine, versions=versions)
+    )
+    with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
+        inputs.make_plan(known)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_bitsandbytes_a_run_is_not_reopened(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(qlora(tiny_folder, tmp_path))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
+        finished_run.reopen_session(tmp_path / "run")
+
+
+def test_another_bitsandbytes_is_another_run(tiny_folder: Path, tmp_path: Path) -> None:
+    for wish, named in (
+        (qlora(tiny_folder, tmp_path / "a"), True),
+        (recipe(tiny_folder, tmp_path / "b"), False),
+    ):
+        known = inputs.load_inputs(wish)
+        assert ("bitsandbytes" in build_fingerprint(plan_of(wish), known, {})["versions"]) == named
+
+
+def test_a_machine_without_bf16_is_told_what_it_costs(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), *sums(1, 3)])
+    said = plan_of(qlora(tiny_folder, tmp_path, data=str(rows), dtype="fp32")).warnings
+    assert any("widened to fp32" in warning for warning in said)
+    assert not any(
+        "widened" in warning
+        for warning in plan_of(qlora(tiny_folder, tmp_path, dtype="bf16")).warnings
+    )

@@ -1,0 +1,99 @@
+"""What the proof compares with transformers: rows, and prompts where rows are written otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import chat, recipe, write_rows
+from tunesmith.core.errors import GateError
+from tunesmith.core.types import Json
+from tunesmith.session import inputs, session
+from tunesmith.session.session import open_session
+from tunesmith.train.preflight import run_preflight
+
+WRITTEN = "{{ '<|start|>' + m.role + '\\n' + m.content + '<|end|>\\n' }}"
+ASKED = "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
+PLAIN = "{% for m in messages %}" + WRITTEN + "{% endfor %}" + ASKED
+DATED = "{{ strftime_now('%Y') }}" + PLAIN
+SYSTEM_LAST = (  # nowhere if an answer follows
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|start|>' }}{% if loop.last and messages[0].role == "
+    "'system' %}{{ messages[0].content }}{% endif %}{{ m.content + '>' }}{% elif m.role == 'assistant' %}"
+    "{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
+)
+FORGETFUL = (  # answers lose their first word once another turn follows
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
+    "{{ '<|start|>assistant\\n' + m.content.split(' ')[-1] + '<|end|>\\n' }}{% else %}"
+    + WRITTEN
+    + "{% endif %}"
+    "{% endfor %}" + ASKED
+)
+PAIR: Json = {"prompt": "one?", "chosen": "it is one", "rejected": "it is two"}
+TURNS: Json = {
+    "messages": [*chat("one?", "it is")["messages"], *chat("two?", "it was")["messages"]]
+}
+
+
+def compared(
+    model: Path, folder: Path, template: str, rows: list[Json], **changed: Any
+) -> tuple[list[bool], str]:
+    """Which rows were compared as a whole, and what the proof says of them."""
+    (folder / "template.jinja").write_text(template)
+    data = str(write_rows(folder / "rows.jsonl", rows))
+    known = inputs.load_inputs(
+        recipe(model, folder, data=data, template=str(folder / "template.jinja"), **changed)
+    )
+    bench = open_session(inputs.make_plan(known), known)
+    verdicts = {verdict.kind: verdict for verdict in run_preflight(bench.model, bench.samples)}
+    return [found.is_full_row for found in bench.samples.token_id_checks], verdicts[
+        "ids = stock"
+    ].evidence
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "whole", "changed"),
+    [
+        (DATED, chat("one?", "it is"), True, {}),
+        (SYSTEM_LAST, chat("one?", "it is", "Be brief."), False, {}),
+        (FORGETFUL, TURNS, False, {}),
+        (DATED, PAIR, True, {"stage": "preference"}),
+    ],
+    ids=["dated", "served otherwise", "a document a turn", "pairs"],
+)
+def test_rows_and_prompts_are_compared(
+    tiny_folder: Path,
+    tmp_path: Path,
+    template: str,
+    row: Json,
+    whole: bool,
+    changed: dict[str, Any],
+) -> None:
+    found, told = compared(tiny_folder, tmp_path, template, [row] * 3, **changed)
+    assert found == [whole] * 3
+    assert told.endswith("included" if whole else "of 3 the prompts, as they are served")
+
+
+def test_what_looks_like_a_control_token_is_not_compared(tiny_folder: Path, tmp_path: Path) -> None:
+    found, told = compared(tiny_folder, tmp_path, DATED, [chat("one <|end|>?", "it is")] * 3)
+    assert found == []
+    assert told.startswith("not compared: ")
+
+
+@pytest.mark.parametrize(("template", "row"), [(PLAIN, chat("one?", "it is")), (FORGETFUL, TURNS)])
+def test_other_ids_are_refused(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, row: Json
+) -> None:
+    """As from a tokenizer class that builds another tokenizer than the file holds."""
+    stock = session.encode_stock_conversation
+    monkeypatch.setattr(
+        session, "encode_stock_conversation", lambda *given, **more: [*stock(*given, **more)[:-1], 0]
+    )
+    with pytest.raises(GateError, match="token ids differ from those of the stock tokenizer"):
+        compared(tiny_folder, tmp_path, template, [row] * 3)
+
+
+def test_another_date_is_not_compared(tiny_folder: Path, tmp_path: Path) -> None:
+    dated = DATED.replace("%Y", "%f")  # the plan has no microseconds
+    assert compared(tiny_folder, tmp_path, dated, [chat("one?", "it is")] * 3)[1].startswith(
+        "not compared: "
+    )

@@ -1,0 +1,386 @@
+"""The command line: words in, exit codes and streams out. The verbs' own work is tested where it is done."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Group
+
+from tiny_runs import sums, write_rows
+from tunesmith import __version__
+from tunesmith.cli import app
+from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
+from tunesmith.recipe.load import load_recipe
+
+Outcome = tuple[int, str, str]
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def verb(as_json: app.AsJson = False) -> None:
+        assert isinstance(as_json, bool)
+        raise error
+
+    return verb
+
+
+def test_every_verb_is_in_the_help_with_json(tunesmith: Callable[..., Outcome]) -> None:
+    _, out, _ = tunesmith("--help")
+    for name in app.VERBS:
+        assert name.split()[0] in out
+        code, out_of_verb, _ = tunesmith(*name.split(), "--help")
+        assert code == 0
+        assert "--json" in out_of_verb
+
+
+def test_without_a_verb_the_help_is_shown(tunesmith: Callable[..., Outcome]) -> None:
+    assert tunesmith() == tunesmith("--help")
+    assert tunesmith("--version") == (0, f"tunesmith {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["plan", "--model", "x", "--max-steps"], "--max-steps"),
+        (["plan", "--learning-rate", "--seed", "3"], "--learning-rate"),
+        (["advise", "--examples", "--private"], "--examples"),
+    ],
+    ids=["last", "before a flag", "fact"],
+)
+def test_a_flag_without_its_value_is_told(
+    tunesmith: Callable[..., Outcome], words: list[str], flag: str
+) -> None:
+    code, _, err = tunesmith(*words)
+    assert code == 2
+    assert f"{flag} has no value" in err
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, f"tunesmith {__version__}")
+
+
+def test_unknown_verbs_are_the_users_mistake(tunesmith: Callable[..., Outcome]) -> None:
+    code, out, err = tunesmith("tran")
+    assert (code, out) == (2, "")
+    assert "No such command 'tran'" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["r.yaml", "--learning-rate", "1e-4"], "learning_rate", 1e-4),
+        (["--learning_rate=1e-4", "r.yaml"], "learning_rate", 1e-4),
+        (["--lora-rank", "8", "r.yaml", "--max-steps", "3"], "lora_r", 8),
+        (["r.yaml", "--use-rslora", "--seed", "4"], "use_rslora", True),
+        (
+            ["r.yaml", "--lora-target-modules", "[q_proj, v_proj]"],
+            "lora_target_modules",
+            ("q_proj", "v_proj"),
+        ),
+        (["r.yaml", "--model", "a=b"], "model", "a=b"),
+        (["--model", "x", "--data", "y.jsonl"], "model", "x"),
+    ],
+)
+def test_flags_override_the_file(
+    words: list[str], key: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("model: tiny\ndata: a.jsonl\nlearning_rate: 1\nlora_r: 1\n")
+    assert getattr(app.parse_recipe_args(words), key) == value
+
+
+def test_two_recipes_are_one_too_many() -> None:
+    with pytest.raises(InputError, match=r"two recipe files, a\.yaml and b\.yaml"):
+        app.parse_recipe_args(["a.yaml", "b.yaml"])
+
+
+@pytest.mark.parametrize("second", ["--data", "--data=b.jsonl", "--lora-r=3", "--lora_r"])
+def test_a_flag_that_stands_twice_does_not_lose_one_of_its_values(second: str) -> None:
+    with pytest.raises(InputError, match=f"{second.partition('=')[0]} stands twice") as caught:
+        app.parse_recipe_args(["--data", "a.jsonl", "--lora_r", "2", second, "4"])
+    assert "[one, two]" in caught.value.fix
+
+
+def test_a_typo_in_a_flag_is_refused_with_the_nearest_key(
+    tunesmith: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: tiny\ndata: a.jsonl\n")
+    code, out, err = tunesmith("plan", str(path), "--learning-rat", "1")
+    assert (code, out) == (2, "")
+    assert (
+        err == "error: command line: unknown key '--learning-rat'; did you mean 'learning_rate'?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [TunesmithError, InputError, MachineError, GateError, Interrupted]
+)
+def test_each_refusal_has_its_exit_code_and_json(
+    error: type[TunesmithError], tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        app.VERBS, "fail", failing(error("no such thing", where="a.yaml:3", fix="make one"))
+    )
+    text = "error: a.yaml:3: no such thing\n  fix: make one\n"
+    assert tunesmith("fail") == (error.exit_code, "", text)
+    code, out, err = tunesmith("fail", "--json")
+    assert (code, err) == (error.exit_code, text)
+    assert json.loads(out) == {
+        "tunesmith": __version__,
+        "error": {
+            "kind": error.__name__,
+            "what": "no such thing",
+            "where": "a.yaml:3",
+            "fix": "make one",
+            "exit_code": error.exit_code,
+        },
+    }
+
+
+def test_ctrl_c_exits_with_130(
+    tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(app.VERBS, "fail", failing(KeyboardInterrupt()))
+    assert tunesmith("fail")[0] == 130
+
+
+def test_a_bug_says_so_with_its_traceback() -> None:
+    program = (
+        "from tunesmith.cli import app as cli\n"
+        "def broken(as_json: cli.AsJson = False) -> None: raise ZeroDivisionError('seven')\n"
+        "cli.VERBS['broken'] = broken\n"
+        "cli.main(['broken'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ZeroDivisionError: seven\nthis is a bug in tunesmith" in done.stderr
+
+
+def test_init_writes_a_recipe_that_loads(tunesmith: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "new" / "recipe.yaml"
+    code, out, _ = tunesmith(
+        "init", str(path), "--model", "org/base", "--data", "my.jsonl", "--json"
+    )
+    assert code == 0
+    assert json.loads(out) == {
+        "tunesmith": __version__,
+        "recipe": str(path),
+        "schema": str(path.parent / "recipe.schema.json"),
+        "tool": "",
+        "why": "",
+        "left": [],
+    }
+    recipe = load_recipe(path)
+    assert (recipe.model, recipe.data[0].path) == ("org/base", path.parent / "my.jsonl")
+    before = path.read_text()
+    code, _, err = tunesmith("init", str(path))
+    assert code == 2
+    assert "there is a file with this name already" in err
+    assert path.read_text() == before
+
+
+def test_the_schema_is_printed_whole(tunesmith: Callable[..., Outcome]) -> None:
+    plain = json.loads(tunesmith("schema")[1])
+    assert plain["properties"]["learning_rate"]["description"] == "Peak learning rate."
+    assert json.loads(tunesmith("schema", "--json")[1]) == {
+        "tunesmith": __version__,
+        "schema": plain,
+    }
+
+
+def test_other_verbs_refuse_options_they_do_not_know(tunesmith: Callable[..., Outcome]) -> None:
+    code, out, err = tunesmith("schema", "--frobnicate")
+    assert (code, out) == (2, "")
+    assert "--frobnicate" in err
+
+
+def test_text_of_data_and_models_is_printed_as_it_is(
+    tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verb(as_json: app.AsJson = False) -> None:
+        app.print_result(
+            {"answer": "[red]x[/]"}, "[red]x[/] [/]", Group("[red]own[/]"), as_json=as_json
+        )
+
+    monkeypatch.setitem(app.VERBS, "echo", verb)
+    assert tunesmith("echo") == (0, "[red]x[/] [/]\nown\n", "")
+    assert json.loads(tunesmith("echo", "--json")[1]) == {
+        "tunesmith": __version__,
+        "answer": "[red]x[/]",
+    }
+
+
+# ---------------------------------------------------------------- verbs on a tiny model
+
+
+def test_a_plan_is_one_object_with_every_reason(
+    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "train.jsonl", sums(1, 6))
+    words = ("plan", "--model", str(tiny_folder), "--data", str(data), "--lora-rank", "3")
+    code, out, _ = tunesmith(*words, "--json")
+    plan = json.loads(out)
+    assert (code, plan["tunesmith"], plan["steps"]) == (0, __version__, 5)
+    assert plan["choices"]["lora_r"] == {
+        "value": 3,
+        "by": "you",
+        "why": "the recipe says so",
+        "source": "",
+        "confidence": "",
+        "advice": plan["choices"]["lora_r"]["advice"],
+    }
+    assert plan["choices"]["learning_rate"]["source"]
+    assert plan["memory_bytes"]["peak"] > 0
+    code, out, _ = tunesmith(*words)
+    assert code == 0
+    assert "learning_rate" in out
+    code, out, _ = tunesmith(*words, "--why", "lora_r")
+    assert (code, "the recipe says so" in out) == (0, True)
+    methods = json.loads(tunesmith(*words, "--compare", "--target", "rtx4090", "--json")[1])[
+        "methods"
+    ]
+    assert [one["method"] for one in methods] == ["full", "lora", "qlora"]
+    assert {one["free_bytes"] for one in methods} == {24 * 10**9}
+    assert all(one["seconds"][0] < one["seconds"][1] for one in methods)
+    code, out, _ = tunesmith(*words, "--fit", "1MB")
+    assert (
+        code,
+        "does not fit: the smallest machine that would do is l4" in " ".join(out.split()),
+    ) == (0, True)
+    for wrong in (
+        ["--fit", "lots"],
+        ["--target", "abacus"],
+        ["--why", "lora_z"],
+        ["--compare", "--why", "lora_r"],
+    ):
+        assert tunesmith(*words, *wrong)[0] == 2
+
+
+def test_rates_are_tried_and_drawn(
+    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    data, picture = write_rows(tmp_path / "train.jsonl", sums(1, 40)), tmp_path / "curve.svg"
+    words = [
+        "tune",
+        "lr",
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(data),
+        "--dtype",
+        "fp32",
+        "--steps",
+        "10",
+    ]
+    code, out, err = tunesmith(*words, "--eval-split", "0.3", "--out", str(picture))
+    assert (code, "before training: held-out loss" in err, err.count("rate ") >= 2) == (
+        0,
+        True,
+        True,
+    ), err
+    assert "95% intervals" in out
+    assert picture.read_text().startswith("<svg")
+    code, _, err = tunesmith(*words)
+    assert (code, "no held-out rows to pick by" in err) == (2, True)
+
+
+def test_a_run_from_words_to_answers(
+    tunesmith: Callable[..., Outcome],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, run = write_rows(tmp_path / "train.jsonl", sums(1, 6)), str(tmp_path / "run")
+    test = write_rows(tmp_path / "test.jsonl", sums(50, 2))
+    words = [
+        "train",
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(data),
+        "--test-data",
+        str(test),
+        "--max-steps",
+        "2",
+    ]
+    code, out, err = tunesmith(*words, "--dtype", "fp32", "--output-dir", run, "--json")
+    assert code == 0, out + err
+    record = json.loads(out)
+    assert (record["tunesmith"], record["steps"]) == (__version__, 2)
+    code, out, _ = tunesmith("eval", run, "--json")
+    assert [c["metric"] for c in json.loads(out)["comparisons"]] == [
+        c["metric"] for c in record["comparisons"]
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("3 and 9\n"))
+    code, out, _ = tunesmith("chat", run, "--json")
+    assert code == 0
+    assert json.loads(out).keys() == {"tunesmith", "answer"}
+    code, out, _ = tunesmith("resume", run, "--json")
+    assert (code, json.loads(out)["error"]["what"]) == (2, "this run is finished")
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "what"),
+    [
+        (
+            ["plan", "--attention", "flash"],
+            "command line",
+            "--attention: expected 'auto' or 'kernel'",
+        ),
+        (
+            ["plan", "--data", "[{path: t.jsonl, format: alpaka}]"],
+            "command line",
+            "--data[0].format: expected 'auto'",
+        ),
+        (["data", "check", "--eval-data", "one.jsonl"], "eval_data: ", "one row"),
+        (["plan", "--data", "none.jsonl"], "none.jsonl", "no such file"),
+        (["plan", "--model", "smolm2-135m-instruct"], "model", "there is no model"),
+        (["resume", "nowhere"], "nowhere", "not a run folder"),
+        (["chat", "nowhere"], "nowhere", "not a run folder"),
+    ],
+)
+def test_refusals_are_objects_too(
+    words: list[str],
+    where: str,
+    what: str,
+    tunesmith: Callable[..., Outcome],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "t.jsonl", sums(1, 6))
+    write_rows(tmp_path / "one.jsonl", sums(50, 1))
+    given = {"--model": str(tiny_folder), "--data": "t.jsonl", "--test-data": "t2.jsonl"}
+    write_rows(tmp_path / "t2.jsonl", sums(70, 2))
+    if words[0] in ("plan", "data"):
+        words = [*words, *(word for pair in given.items() if pair[0] not in words for word in pair)]
+    code, out, err = tunesmith(*words, "--json")
+    error = json.loads(out)["error"]
+    assert (code, error["exit_code"]) == (2, 2)
+    assert where in error["where"]
+    assert what in error["what"]
+    assert err.startswith("error: ")
+
+
+def test_a_check_of_rows_ends_as_a_run_would(
+    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = str(write_rows(tmp_path / "t.jsonl", sums(1, 6)))
+    words = ("data", "check", "--model", str(tiny_folder), "--data", rows)
+    assert tunesmith(*words)[0] == 0
+    assert tunesmith(*words, "--max-length", "3")[0] == 2, "all rows would be dropped"
+    code, _, err = tunesmith("data", "check", rows)
+    assert code == 2
+    assert f"this is a file of rows? name it so: --data {rows}" in err

@@ -1,0 +1,146 @@
+import csv
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.core.errors import InputError
+from tunesmith.data.readers import row_index
+from tunesmith.data.readers.row_index import (
+    find_elements,
+    find_lines,
+    find_records,
+    find_single_row,
+)
+
+
+def cut(raw, found):
+    return [raw[place.start : place.end] for place in found]
+
+
+def elements(raw):
+    return cut(raw, find_elements(io.BytesIO(raw), "x.json"))
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(st.sampled_from('a"\\[]{},:\n é'), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(json_values, max_size=6),
+    st.sampled_from([None, 0, 3]),
+    st.booleans(),
+    st.integers(1, 9),
+)
+def test_elements_of_any_array_are_found_whatever_the_pieces(values, indent, ascii_only, piece):
+    raw = (
+        b"\xef\xbb\xbf \n"
+        + json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode()
+        + b"\r\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_index, "CHUNK_BYTES", piece)
+        if piece < 3:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        assert [json.loads(element) for element in elements(raw)] == values
+
+
+def test_elements_know_where_they_begin():
+    raw = '[{"a": "é\n"},\n\n  {"b": 1}, {"c": 2}\n]'.encode()
+    assert [(p.line, p.column) for p in find_elements(io.BytesIO(raw), "x.json")] == [
+        (1, 2),
+        (4, 3),
+        (4, 13),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("raw", "where", "says"),
+    [
+        (b'{"a": []}', "x.json:1:1", "does not begin with ["),
+        (b'[{"a": 1},\n {"b": "x}]', "x.json:2:2", "the value that begins here never ends"),
+        (b"[{}, {", "x.json:1:6", "never ends"),
+        (b"[{},]", "x.json:1:5", "a value is missing before ]"),
+        (b"[,{}]", "x.json:1:2", "a value is missing before ,"),
+        (b"[{},", "x.json:1:4", "a value is missing before the end of the file"),
+        (b"[1}", "x.json:1:3", "this } closes nothing"),
+        (b"[{}]\n[{}]", "x.json:2:1", "there is more behind the end of the array"),
+    ],
+)
+def test_a_broken_array_is_the_files_error(raw, where, says):
+    with pytest.raises(InputError, match=r"^x\.json") as caught:
+        elements(raw)
+    assert says in caught.value.message
+    assert caught.value.where == where
+
+
+def test_a_broken_element_is_no_reason_to_stop():
+    assert elements(b'[{"a": }, {"b": 1} {"c": 2}, tru, 5 ]') == [
+        b'{"a": }',
+        b'{"b": 1} {"c": 2}',
+        b"tru",
+        b"5 ",
+    ]
+
+
+@given(
+    st.lists(
+        st.lists(st.text(st.sampled_from('a",\r\n é'), max_size=6), min_size=2, max_size=2),
+        max_size=6,
+    )
+)
+def test_records_are_divided_as_the_csv_module_divides_them(rows):
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    raw = text.getvalue().encode()
+    found = [
+        next(csv.reader([record.decode()]))
+        for record in cut(raw, find_records(io.BytesIO(raw), ","))
+    ]
+    assert found == rows
+
+
+def test_broken_records_are_places_and_the_next_ones_are_found():
+    raw = b'a,b\n1,"x"y\n2,"one\ntwo"\n\n3,ok\n4,"never ends\n5,in it\n'
+    assert cut(raw, find_records(io.BytesIO(raw), ",")) == [
+        b"a,b\n",
+        b'1,"x"y\n',
+        b'2,"one\ntwo"\n',
+        b"3,ok\n",
+        b'4,"never ends\n5,in it\n',
+    ]
+    assert [place.line for place in find_records(io.BytesIO(raw), ",")] == [1, 2, 3, 6, 7]
+
+
+def test_what_an_open_quote_swallows_is_bounded(monkeypatch):
+    monkeypatch.setattr(row_index, "MAX_FIELD_CHARS", 1000)
+    usual = csv.field_size_limit(1000)
+    raw = b'a\n"open\n' + b"x" * 600 + b"\n" + b"y" * 600 + b"\nlast\n"
+    found = cut(raw, find_records(io.BytesIO(raw), ","))
+    csv.field_size_limit(usual)
+    assert [len(record) for record in found] == [2, 6 + 601 + 601, 5]
+
+
+def test_a_line_that_is_too_long_for_csv_is_a_place(monkeypatch):
+    monkeypatch.setattr(row_index, "MAX_ROW_BYTES", 100)
+    raw = b'a\n1\n"2' + b"x" * 1000 + b'"\n3\n'
+    assert [(place.line, place.end - place.start) for place in find_records(io.BytesIO(raw), ",")] == [
+        (1, 2), (2, 2), (3, 1004), (4, 2),
+    ]  # fmt: skip
+
+
+def test_lines_and_whole_texts_leave_out_the_byte_order_mark_only():
+    raw = b"\xef\xbb\xbf\none\n \r\ntwo"
+    assert cut(raw, find_lines(io.BytesIO(raw))) == [b"one\n", b"two"]
+    assert cut(raw, find_single_row(io.BytesIO(raw))) == [b"\none\n \r\ntwo"]
+    assert cut(b"\xef\xbb\xbf", find_single_row(io.BytesIO(b"\xef\xbb\xbf"))) == []

@@ -1,0 +1,133 @@
+"""The tokenizer.json of a stranger: what would blow text up, match everywhere or make Rust panic is refused."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toy_chat import bytes_bpe, folder
+from tunesmith.core.errors import InputError
+from tunesmith.data.tokenizer import tokenizer_json
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
+from tunesmith.data.tokenizer.tokenizer_json import TokenizerErrors, parse_tokenizer
+
+
+def changed(**parts: Any) -> bytes:
+    return json.dumps(json.loads(bytes_bpe()) | parts).encode()
+
+
+def model(**parts: Any) -> bytes:
+    return changed(model=json.loads(bytes_bpe())["model"] | parts)
+
+
+def replaces(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def charsmap(longest: int) -> str:
+    return base64.b64encode(
+        (4).to_bytes(4, "little") + b"trie" + b"a\0" + b"x" * longest + b"\0"
+    ).decode()
+
+
+def token(**parts: Any) -> list[dict[str, Any]]:
+    return [{"id": 400, "content": "<a>", "special": True, **parts}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[]", "no added_tokens or no model"),
+        (changed(model={"type": "Magic"}), "unknown model 'Magic'"),
+        (
+            changed(normalizer=replaces("a", "a" * 10**6)),
+            "normalizer has 1 steps that write up to 1,000,000 letters",
+        ),
+        (
+            changed(normalizer={"type": "Sequence", "normalizers": [replaces("a", "aa")] * 30}),
+            "normalizer has 31 steps",
+        ),
+        (changed(normalizer={"type": "Prepend", "prepend": "a" * 100}), "normalizer has 1 steps"),
+        (
+            changed(normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap(9999)}),
+            "up to 9,999 letters",
+        ),
+        (
+            changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "?"}),
+            "precompiled_charsmap is damaged",
+        ),
+        (
+            changed(pre_tokenizer={"type": "Metaspace", "replacement": "a" * 99}),
+            "pre_tokenizer has",
+        ),
+        (
+            changed(decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}] * 300}),
+            "decoder has 301 steps",
+        ),
+        (model(dropout=0.1), "at random"),
+        (model(continuing_subword_prefix="#" * 99), "absurd prefix"),
+        (model(max_input_chars_per_word=10**9), "length of words"),
+        (changed(added_tokens=token(content="")), "no sound text and number"),
+        (changed(added_tokens=token(content="x" * 2000)), "no sound text and number"),
+        (changed(added_tokens=token(id="400")), "no sound text and number"),
+        (changed(added_tokens=["<a>"]), "no sound text and number"),
+        (changed(added_tokens=token(special="yes")), "a flag that is neither true nor false"),
+    ],
+)
+def test_a_hostile_tokenizer_is_refused_before_the_library_sees_it(
+    content: bytes, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_tokenizer(content)
+
+
+def test_a_huge_file_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_json, "MAX_BYTES_BY_SUFFIX", 10)
+    with pytest.raises(InputError, match="more than 10"):
+        parse_tokenizer(bytes_bpe().encode())
+
+
+def test_sound_ones_pass_without_their_truncation_and_padding() -> None:
+    """Truncation would cut rows in silence."""
+    parsed = parse_tokenizer(
+        changed(truncation={"max_length": 8}, padding={"length": 8}, normalizer=replaces(" ", "▁"))
+    )
+    assert parsed["truncation"] is None
+    assert parsed["padding"] is None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(a"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+        {"pre_tokenizer": {"type": "Magic"}},
+        {"decoder": {"type": "ByteLevel", "add_prefix_space": "perhaps"}},
+        {"added_tokens": token(id=-1)},
+    ],
+)
+def test_what_the_library_cannot_use_is_a_clear_error(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    path = folder(tmp_path)
+    (path / "tokenizer.json").write_bytes(changed(**parts))
+    with pytest.raises(InputError, match="tokenizer"):
+        ChatTokenizer.from_folder(path)
+
+
+def test_a_panic_of_rust_is_a_clear_error_and_an_interrupt_is_none() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(InputError, match="cannot use this tokenizer: no more"), TokenizerErrors():
+        raise panic("no more")
+    with pytest.raises(KeyboardInterrupt), TokenizerErrors():
+        raise KeyboardInterrupt

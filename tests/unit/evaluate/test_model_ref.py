@@ -1,0 +1,305 @@
+"""Two models side by side: runs by their files alone, answers of a file, and what must be loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+from tiny_runs import measured_files, recipe, sums, train, write_rows
+from tunesmith.cli import app
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import parse_as, read_json
+from tunesmith.evaluate.model_ref import parse_model_ref
+from tunesmith.evaluate.pairing import pair_measurements
+from tunesmith.evaluate.regression_gate import build_gates
+from tunesmith.evaluate.results import EvalResults, MetricValues
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two finished runs on the same held-out rows, the second with another seed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("two")
+    files = measured_files(folder / "rows")
+    for name, seed in (("one", 0), ("two", 1)):
+        wish = {"metrics": ["chrf", "json_valid"], "save_steps": 2, "seed": seed}
+        train(recipe(tiny_folder, folder / name, **files, **wish))
+    return folder / "one" / "run", folder / "two" / "run"
+
+
+def measures(compared: tunesmith.Comparison | object) -> dict[tuple[str, str], float]:
+    return {(one.task, one.metric): one.difference for one in compared.comparisons}  # type: ignore[attr-defined]
+
+
+def test_finished_runs_are_compared_by_their_files_in_a_moment(runs: tuple[Path, Path]) -> None:
+    program = (
+        f"import sys, time, tunesmith\nbegan = time.perf_counter()\nfound = tunesmith.compare({str(runs[0])!r}, "
+        f"{str(runs[1])!r})\nprint(len(found.comparisons), time.perf_counter() - began, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    count, _, torch = done.stdout.split()
+    assert (int(count) >= 4, torch) == (True, "False")
+
+
+def test_the_change_is_that_of_the_items(runs: tuple[Path, Path]) -> None:
+    found = tunesmith.compare(*runs)
+    assert found.notes == ()
+    first, second = (parse_as(EvalResults, read_json(run / "after.json")) for run in runs)
+    for one, other in zip(first.measurements, second.measurements, strict=True):
+        if not (one.weights or one.groups):
+            change = sum(other.values) / len(other.values) - sum(one.values) / len(one.values)
+            assert measures(found)[one.task, one.metric] == pytest.approx(change)
+    own = read_json(runs[0] / "record.json")["comparisons"]
+    assert {(c["task"], c["metric"]): c["difference"] for c in own}.items() <= measures(
+        tunesmith.compare("base", runs[0])
+    ).items()
+    assert measures(tunesmith.compare(f"{runs[0]}@0", f"{runs[0]}@1")) == measures(
+        tunesmith.compare("base", runs[0])
+    )
+
+
+def test_sides_that_no_file_holds_are_measured(
+    runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = runs[0]
+    base = measures(tunesmith.compare("base", run))
+    again = measures(tunesmith.compare(tiny_folder, run))
+    assert again == pytest.approx({name: base[name] for name in again}, abs=1e-6), (
+        "the base by its folder"
+    )
+    assert measures(tunesmith.compare("base", run / "adapter")) == base
+    alone = shutil.copytree(run / "adapter", tmp_path / "alone")
+    adapter = measures(tunesmith.compare(f"{run}@0", alone))
+    assert adapter == pytest.approx({name: base[name] for name in adapter}, abs=1e-5)
+    half = measures(tunesmith.compare("base", f"{run}@0.5"))["test", "loss"]
+    early = measures(tunesmith.compare("base", run / "checkpoints" / "step-2"))["test", "loss"]
+    assert base["test", "loss"] < half < 0
+    assert base["test", "loss"] < early < 0
+
+
+def test_answers_of_a_file_are_graded_on_the_items_of_the_run(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    after = parse_as(EvalResults, read_json(runs[0] / "after.json"))
+    given = [{"id": sample.id, "answer": sample.expected} for sample in after.samples[:2]]
+    found = tunesmith.compare(write_rows(tmp_path / "answers.jsonl", given), runs[0])
+    assert {c.metric: (c.before.value, c.after.n) for c in found.comparisons} == {
+        "chrf": (1.0, 2),
+        "json_valid": (1.0, 2),
+    }
+    assert "test chrf: 2 items are common to 2 and 3, and compared" in found.notes
+    (alone,) = [note for note in found.notes if note.startswith("measured of the second only: ")]
+    assert "test loss" in alone
+    for row, message in (
+        (
+            {"id": "test.jsonl:9", "answer": ""},
+            r"answers\.jsonl:3: the run has asked nothing with the id",
+        ),
+        ({"id": given[0]["id"], "answer": "x"}, r"answers\.jsonl:3: the id .* stands twice"),
+        ({"id": given[0]["id"]}, r"answers\.jsonl:3: the row needs an `id` and an `answer`"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tunesmith.compare(write_rows(tmp_path / "answers.jsonl", [*given, row]), runs[0])
+
+
+def test_runs_that_cannot_be_compared_say_why(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = shutil.copytree(runs[0], tmp_path / "run")
+    for damage, message in (
+        (
+            lambda: (broken / "after.json").write_text('{"measurements": [{"task": 1}]}'),
+            r"after\.json: not a Measured",
+        ),
+        (lambda: (broken / "after.json").write_text("{"), r"after\.json:1:\d+: not JSON"),
+        (
+            (broken / "after.json").unlink,
+            "there is no after.json: the run was made by another version, or",
+        ),
+        ((broken / "record.json").unlink, "this run is not finished[\\s\\S]*tunesmith resume"),
+    ):
+        damage()
+        with pytest.raises(InputError, match=message):
+            tunesmith.compare(broken, runs[1])
+    for a, b, message in (
+        ("base", "base", "base is compared with a run"),
+        (f"{runs[0]}@x", runs[0], "x is no scale"),
+        (runs[0] / "checkpoints" / "step-9", runs[0], "no such checkpoint[\\s\\S]*step-2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tunesmith.compare(a, b)
+
+
+@pytest.fixture
+def at_work(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where a run is at runs/demo-1."""
+    shutil.copytree(runs[0], tmp_path / "runs" / "demo-1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("runs/demo-2", "did you mean runs/demo-1?"),
+        ("rusn/demo-1", "did you mean runs/demo-1?"),
+        ("demo-1", "did you mean runs/demo-1?"),
+        ("runs/demo@0.5", "did you mean runs/demo-1?"),
+        ("runs/demo-1/checkpoint/step-2", "did you mean runs/demo-1/checkpoints/step-2?"),
+        ("./nothing/here", "built in: smollm2-135m-instruct"),
+        ("/nowhere/at/all", "built in: smollm2-135m-instruct"),
+        ("runs/else", "built in: smollm2-135m-instruct"),
+        ("smollm2-135m", "did you mean smollm2-135m-instruct?"),
+    ],
+)
+@pytest.mark.parametrize(
+    "words", [("eval", "NAME"), ("compare", "NAME", "base"), ("compare", "runs/demo-1", "NAME")]
+)
+def test_a_name_of_nothing_is_said_with_what_is_near(
+    words: tuple[str, ...], name: str, meant: str, at_work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert at_work.is_dir()
+    with pytest.raises(SystemExit) as ended:
+        app.main([name if word == "NAME" else word for word in words])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        f"error: {name}: there is no run folder, model folder or built-in model of that name\n"
+        in said
+    )
+    assert f"fix: {meant}" in said
+
+
+def test_an_id_on_the_hub_is_left_to_the_hub(at_work: Path) -> None:
+    """Also where folders are called alike, unless they are runs."""
+    (at_work / "owner" / "model-3.1").mkdir(parents=True)
+    for name in ("owner/model-3.2", "somebody/model"):
+        assert parse_model_ref(name).run_dir is None
+    with pytest.raises(InputError, match="nothing can have this name: File name too long"):
+        parse_model_ref("x" * 300)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def measured(ids: str, contents: str = "", **changed) -> EvalResults:
+    values = tuple(float(ord(item)) for item in ids)
+    one = MetricValues("test", "chrf", tuple(ids), values, **changed)
+    said = {"test_data": dict(zip(ids, contents, strict=True))} if contents else {}
+    return EvalResults((one,), digests=said)
+
+
+def test_items_are_known_by_what_they_say_not_by_their_line() -> None:
+    ((one, other),), notes = pair_measurements(measured("abcd", "wxyz"), measured("abc", "xzw"))
+    assert (one.ids, one.values) == (("a", "b", "d"), (97.0, 98.0, 100.0))
+    assert other.values == (99.0, 97.0, 98.0)
+    assert notes == ["test chrf: 3 items are common to 4 and 3, and compared"]
+    ((_, same),), _ = pair_measurements(measured("abc", "xxy"), measured("abc", "yxx"))
+    assert same.values == (98.0, 99.0, 97.0), "rows that say the same are taken in turn"
+
+
+def test_what_cannot_be_paired_is_said() -> None:
+    pairs, notes = pair_measurements(measured("abc", "uvw"), measured("abc", "xyz"))
+    assert pairs == []
+    assert notes[1] == "test chrf: not compared, fewer than two items are common"
+    _, notes = pair_measurements(
+        measured("ab", weights=(1.0, 2.0)), measured("ab", weights=(1.0, 3.0))
+    )
+    assert notes == [
+        "test chrf: not compared, the items weigh differently: other tokens. bits_per_byte can be compared"
+    ]
+
+
+# ---------------------------------------------------------------- eval and gates
+
+
+def test_eval_measures_other_rows_and_other_models(
+    runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "more.jsonl", sums(300, 4))
+    found = tunesmith.evaluate(runs[0], data=rows, metrics="numeric: 0.5, token_f1")
+    assert {(c.metric, c.after.n) for c in found if c.task == "test"} == {
+        *(("numeric: 0.5", 4), ("token_f1", 4), ("loss", 4)),
+    }
+    scores = tunesmith.evaluate_full(tiny_folder, data=rows, metrics=["chrf"]).scores
+    assert {score.metric for score in scores} == {"chrf", "loss"}
+    alone = shutil.copytree(
+        runs[0] / "adapter", tmp_path / "alone"
+    )  # in bf16: no run says otherwise
+    (_, loss) = tunesmith.evaluate(alone, data=rows, metrics=["chrf"])
+    base = next(score for score in scores if score.metric == "loss")
+    assert (loss.before.value, loss.before.low) == pytest.approx((base.value, base.low), rel=1e-5)
+    assert loss.difference == pytest.approx(
+        next(c.difference for c in found if c.metric == "loss"), abs=0.02
+    )
+    bad = write_rows(
+        tmp_path / "bad.jsonl", [*sums(1, 2), {"messages": [{"role": "user", "content": "x"}]}]
+    )
+    with pytest.raises(InputError, match=r"bad\.jsonl:3: the last turn is `user`"):
+        tunesmith.evaluate(runs[0], data=bad)
+    with pytest.raises(InputError, match="nothing says what to measure it on"):
+        tunesmith.evaluate_full(tiny_folder)
+
+
+def test_a_run_that_trained_all_weights_is_measured_again_and_asked(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    wish = {"method": "full", "lora_r": "auto", "metrics": ["chrf"], "learning_rate": 1e-3}
+    train(recipe(tiny_folder, tmp_path, **measured_files(tmp_path / "rows"), **wish))
+    path = tmp_path / "run"
+    first = {
+        (one["task"], one["metric"]): one["difference"]
+        for one in read_json(path / "record.json")["comparisons"]
+    }
+    again = measures(tunesmith.evaluate_full(path))
+    assert again.keys() == first.keys()
+    assert again == pytest.approx(first, abs=1e-6)
+    assert any(abs(difference) > 1e-4 for difference in again.values())
+    assert len(list(tunesmith.chat(path, ["one?", "two?"]))) == 2
+    with pytest.raises(InputError, match="takes a run with an adapter") as caught:
+        tunesmith.measure_relearning(path)
+    assert f"tunesmith eval {path}" in caught.value.fix
+
+
+def test_a_gate_lets_pass_what_is_not_worse_and_has_not_forgotten_much(
+    runs: tuple[Path, Path],
+) -> None:
+    comparisons = tunesmith.compare("base", runs[0]).comparisons
+    by_name = {gate.name: gate for gate in build_gates(comparisons, 10.0)}
+    assert by_name["test loss"].passed
+    assert by_name["general text bits_per_byte"].passed
+    strict = {gate.name: gate for gate in build_gates(comparisons, -10.0)}
+    forgot = strict["general text bits_per_byte"]
+    assert (forgot.passed, forgot.margin) == (False, -10.0)
+    assert forgot.bound == next(c.high for c in comparisons if c.task == "general text")
+    backwards = {
+        gate.name: gate
+        for gate in build_gates(tunesmith.compare(runs[0], "base").comparisons, 10.0)
+    }
+    assert not backwards["test loss"].passed
+    with pytest.raises(InputError, match="nothing to judge"):
+        build_gates((), 0.02)
+
+
+def test_a_failing_gate_exits_with_4(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = read_json(runs[1] / "plan.json")
+    plan["choices"]["forgetting_margin"]["value"] = -5.0
+    copy = shutil.copytree(runs[1], runs[1].parent / "gated")
+    (copy / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(SystemExit) as ended:
+        app.main(["eval", str(copy), "--gate", "--json"])
+    assert ended.value.code == 4
+    out, err = capsys.readouterr()
+    judged = {
+        gate["name"]: gate["passed"] for gate in json.JSONDecoder().raw_decode(out)[0]["gates"]
+    }
+    assert judged["general text bits_per_byte"] is False
+    assert judged["test loss"] is True
+    assert "not passed: general text bits_per_byte" in err

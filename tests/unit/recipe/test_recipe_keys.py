@@ -1,0 +1,640 @@
+"""Every key of the recipe does something: changing it changes what a run does. A key without a case here fails."""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+from safetensors.torch import load
+
+from tiny_runs import (
+    adapter_bytes,
+    chat,
+    measured_files,
+    recipe,
+    save_model_folder,
+    steps_of,
+    sums,
+    train,
+    write_rows,
+)
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.events import CheckpointSaved, Event, Score, TrainStep
+from tunesmith.core.json_io import read_json
+from tunesmith.data.formats.row_formats import FORMATS
+from tunesmith.evaluate import finished_run
+from tunesmith.model.attention import BACKENDS
+from tunesmith.model.hub.validate import read_header
+from tunesmith.recipe.fields import DataSource
+from tunesmith.recipe.schema import KEYS, Recipe
+from tunesmith.session import inputs
+from tunesmith.train.optimizer import OPTIMIZERS, SCHEDULES
+
+
+class Lab:
+    """Runs the tiny recipe with some keys changed, each in a folder of its own; `last` is the latest recipe."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model, self.folder, self.runs = model, folder, 0
+        self.last: Recipe
+
+    def events(self, **changed: Any) -> list[Event]:
+        self.runs += 1
+        self.last = recipe(self.model, self.folder / str(self.runs), **changed)
+        return train(self.last)
+
+    def steps(self, **changed: Any) -> list[TrainStep]:
+        return steps_of(self.events(**changed))
+
+    def adapter(self, **changed: Any) -> bytes:
+        self.events(**changed)
+        return adapter_bytes(self.last)
+
+    def scores(self, **changed: Any) -> dict[tuple[str, str], Score]:
+        """By task and metric, the last of each."""
+        found = [event for event in self.events(**changed) if isinstance(event, Score)]
+        return {(score.task, score.metric): score for score in found}
+
+    def rows(self, values: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+        return str(write_rows(self.folder / name, values))
+
+    @property
+    def output(self) -> Path:
+        assert isinstance(self.last.output_dir, Path)
+        return self.last.output_dir
+
+
+@pytest.fixture
+def lab(tiny_folder: Path, tmp_path: Path) -> Lab:
+    return Lab(tiny_folder, tmp_path)
+
+
+def rates(steps: list[TrainStep]) -> list[float]:
+    return [step.learning_rate for step in steps]
+
+
+def losses(steps: list[TrainStep]) -> list[float]:
+    return [step.loss for step in steps]
+
+
+def changes_the_adapter(lab: Lab, key: str, value: Any, **both: Any) -> None:
+    assert lab.adapter(**both) != lab.adapter(**both, **{key: value})
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def model(lab: Lab) -> None:
+    first = lab.steps()
+    lab.model = save_model_folder(lab.folder / "other", seed=1)
+    assert lab.steps()[0].loss != first[0].loss
+
+
+def method(lab: Lab) -> None:
+    lab.events()
+    assert (lab.output / "adapter").exists()
+    lab.events(method="full", lora_r="auto")
+    assert (lab.output / "model").exists()
+    assert not (lab.output / "adapter").exists()
+    changes_the_adapter(lab, "method", "qlora", learning_rate=0.1)
+
+
+def adapter_from(lab: Lab) -> None:
+    first = lab.steps(learning_rate=0.1)
+    again = lab.steps(adapter_from=str(lab.output))
+    assert again[0].loss < 0.9 * first[0].loss, "starts from what was learnt"
+
+
+def stage(lab: Lab) -> None:
+    both = lab.steps(stage="preference", data=choices(lab))
+    chosen = lab.steps(stage="sft", data=choices(lab))
+    assert both[0].supervised_tokens > chosen[0].supervised_tokens, "the rejected answers count too"
+    texts = {
+        "data": lab.rows([{"text": "one"}, {"text": "three"}]),
+        "max_length": 8,
+        "batch_size": "auto",
+    }
+    for name in ("cpt", "pt"):
+        (step,) = lab.steps(**texts, stage=name, batch_tokens=20)
+        assert step.supervised_tokens == len("onethree"), (
+            "with an end of the text each, and without the first"
+        )
+    with pytest.raises(ValidationError, match="stage"):
+        lab.events(stage="rlhf")
+
+
+def choices(lab: Lab) -> str:
+    """Preference rows: a right sum, and a wrong one."""
+    rows = [
+        {"prompt": f"{n} and {n}", "chosen": f"{2 * n}", "rejected": f"no {n}"} for n in range(1, 7)
+    ]
+    return lab.rows(rows, "pairs.jsonl")
+
+
+def loss(lab: Lab) -> None:
+    pairs = {"stage": "preference", "data": choices(lab)}
+    found = {
+        name: lab.steps(**pairs, loss=name)[0].loss for name in ("auto", "dpo", "orpo", "simpo")
+    }
+    assert found["auto"] == found["dpo"]
+    assert len(set(found.values())) == 3
+    with pytest.raises(ValidationError, match="loss has no effect without stage: preference"):
+        lab.events(loss="dpo")
+    one, four = (
+        lab.steps(**pairs, loss={"name": "simpo", "beta": beta})[0].loss for beta in (0.5, 4)
+    )
+    assert one != four
+    low, high = (
+        lab.steps(**pairs, loss={"name": "simpo", "gamma": gamma})[0].loss for gamma in (0, 3)
+    )
+    assert low < high, "a margin is harder to reach"
+    with pytest.raises(ValidationError, match="gamma has no effect with orpo"):
+        lab.events(**pairs, loss={"name": "orpo", "gamma": 1})
+    none, some, more = (
+        lab.steps(**pairs, loss={"nll_coefficient": value})[0].loss for value in (0, 1, 2)
+    )
+    assert none == pytest.approx(0.6931, abs=1e-4), "a fresh adapter: log 2 and nothing else"
+    assert more - some == pytest.approx(some - none, rel=1e-4)
+
+
+# ---------------------------------------------------------------- on what
+
+
+def data(lab: Lab) -> None:
+    files = [lab.rows(sums(1, 2), "a.jsonl"), lab.rows(sums(7, 3), "b.jsonl")]
+    plain = lab.steps(data=files, batch_size=5)
+    limited = lab.steps(data=[files[0], {"path": files[1], "max_examples": 1}], batch_size=5)
+    assert [
+        plain[0].supervised_tokens > limited[0].supervised_tokens,
+        len(plain),
+        len(limited),
+    ] == [True, 1, 1]
+    row = [{"messages": chat("a", "b")["messages"], "text": "plain"}]
+    as_text = lab.steps(data=[{"path": lab.rows(row), "format": "text"}], batch_size=1)
+    as_chat = lab.steps(data=[{"path": lab.rows(row), "format": "messages"}], batch_size=1)
+    assert as_text[0].tokens != as_chat[0].tokens
+    with pytest.raises(ValidationError, match="format"):
+        lab.events(data=[{"path": files[0], "format": "parquet"}])
+    pairs = lab.rows([{"q": "one", "a": "two", "b": "three"}], "pairs.jsonl")
+    mapped = [
+        lab.steps(data=[{"path": pairs, "columns": {"prompt": "q", "completion": key}}])[0]
+        for key in "ab"
+    ]
+    assert [step.supervised_tokens for step in mapped] == [len("two") + 1, len("three") + 1]
+    facts_file = lab.rows([{"n": n, "completion": str(n)} for n in range(4)], "facts.jsonl")
+    asked = {"path": facts_file, "name": "numbers"}
+    short, long = (
+        lab.steps(data=[asked | {"prompts": p}], batch_size=4)[0] for p in ("{n}", "the number {n}")
+    )
+    assert long.tokens - short.tokens == 4 * len("the number ")
+    assert short.task_tokens == {"numbers": short.tokens}
+    weights = [
+        lab.steps(data=[files[0], {"path": files[1], "weight": w}], batch_size=5)[0].loss
+        for w in (1, 100)
+    ]
+    alone = lab.steps(data=files[1], batch_size=5)[0].loss
+    assert abs(weights[1] - alone) < 0.1 * abs(weights[0] - alone)
+
+
+def eval_data(lab: Lab) -> None:
+    assert ("eval", "loss") not in lab.scores()
+    files = measured_files(lab.folder)
+    assert (
+        lab.scores(eval_data=files["eval_data"], test_data=files["test_data"])["eval", "loss"].n
+        == 3
+    )
+
+
+def eval_split(lab: Lab) -> None:
+    rows = lab.rows(sums(1, 40))
+    assert len(lab.steps(data=rows, batch_size=1)) == 40
+    events = lab.events(data=rows, batch_size=1, eval_split=0.5)
+    held_out = {event.task: event.n for event in events if isinstance(event, Score)}
+    assert min(held_out.values()) >= 2
+    assert len(steps_of(events)) + held_out["eval"] + held_out["test"] == 40
+
+
+def test_data(lab: Lab) -> None:
+    assert ("test", "loss") not in lab.scores()
+    assert lab.scores(test_data=lab.rows(sums(90, 4)))["test", "exact_match"].n == 4
+
+
+def retention_data(lab: Lab) -> None:
+    assert ("general text", "bits_per_byte") not in lab.scores()
+    texts = lab.rows([{"text": "some text"}, {"text": "and more"}])
+    assert lab.scores(retention_data=texts)["general text", "bits_per_byte"].n == 2
+
+
+def rehearsal(lab: Lab) -> None:
+    texts = lab.rows([{"text": f"some text {n}"} for n in range(30)], "texts.jsonl")
+    chats = lab.rows(sums(50, 30), "chats.jsonl")
+
+    def shares(**wish: Any) -> list[float]:
+        steps = lab.steps(rehearsal=wish, batch_size=6, num_train_epochs=5)
+        return [
+            sum(step.task_tokens.get("rehearsal", 0) for step in steps)
+            / sum(step.tokens for step in steps)
+        ]
+
+    assert not any(step.task_tokens for step in lab.steps())
+    found = [
+        shares(data=texts, **wish)[0]
+        for wish in ({}, {"ratio": 0.5}, {"shift": "language"}, {"shift": "style"})
+    ]
+    assert found == pytest.approx([0.1, 0.5, 0.25, 0.01], abs=0.02)
+    as_texts, as_chats = (
+        lab.adapter(rehearsal={"data": file, "ratio": 0.5}) for file in (texts, chats)
+    )
+    assert as_texts != as_chats
+
+
+def mixture(lab: Lab) -> None:
+    files = [lab.rows(sums(1, 8), "a.jsonl"), lab.rows(sums(20, 2), "b.jsonl")]
+
+    def taken(**wish: Any) -> Counter[str]:
+        steps = lab.steps(data=files, mixture=wish, batch_size=1)
+        return Counter(task for step in steps for task in step.task_tokens)
+
+    assert taken() == {"a": 8, "b": 2}
+    assert taken(limit=4) == {"a": 4, "b": 2}
+    assert taken(temperature=1000) == {"a": 5, "b": 5}
+    with pytest.raises(ValidationError, match="mixture has no effect with stage: cpt"):
+        lab.events(stage="cpt", batch_size="auto", mixture={})
+
+
+def never(lab: Lab) -> None:
+    rows = lab.rows(
+        [*sums(1, 6), chat("more", "as an AI I cannot"), chat("less", "I am an AI too")]
+    )
+    plain, cut = (lab.steps(data=rows, never=found) for found in ([], [{"match": "an AI"}]))
+    assert [len(plain), len(cut)] == [4, 3]
+    kept, banned = (
+        lab.adapter(data=rows, never=[{"match": "an AI", "mode": mode}])
+        for mode in ("filter", "ban")
+    )
+    assert kept != banned
+    plan = inputs.make_plan(inputs.load_inputs(lab.last))
+    assert plan["never"] == ("an AI (ban)",)
+    with pytest.raises(ValidationError, match="mode ban has no effect with stage: preference"):
+        lab.events(data=choices(lab), stage="preference", never=[{"match": "a", "mode": "ban"}])
+
+
+def max_examples(lab: Lab) -> None:
+    assert [len(lab.steps(max_examples=count)) for count in (None, 2)] == [3, 1]
+
+
+def skip_bad(lab: Lab) -> None:
+    rows = lab.rows([*sums(1, 6), chat("question", " ")])
+    with pytest.raises(InputError, match="1 of 7 rows cannot be used: 1 empty answer"):
+        lab.events(data=rows)
+    assert len(lab.steps(data=rows, skip_bad=True)) == 3
+
+
+def template(lab: Lab) -> None:
+    own = lab.folder / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    stock, changed = lab.steps(batch_size=6), lab.steps(batch_size=6, template=str(own))
+    assert stock[0].tokens == changed[0].tokens + 6 * 4, "four line ends a row"
+    assert (lab.output / "adapter" / "chat_template.jinja").read_text() == own.read_text()
+    text = lab.rows([{"text": "one"}, {"text": "three"}])
+    assert lab.steps(data=text, template="none")[0].tokens == len("onethree") + 2
+
+
+def chat_template_kwargs(lab: Lab) -> None:
+    own = lab.folder / "own.jinja"
+    own.write_text(
+        "{% if tone is defined %}{{ tone }}{% endif %}"
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    plain, told = (
+        lab.steps(template=str(own), batch_size=6, chat_template_kwargs=wish)
+        for wish in ({}, {"tone": "calm"})
+    )
+    assert told[0].tokens == plain[0].tokens + 6 * len("calm")
+    with pytest.raises(InputError, match="never looks up ton\n  fix: did you mean tone"):
+        lab.steps(template=str(own), chat_template_kwargs={"ton": "calm"})
+    with pytest.raises(InputError, match="messages is not yours to set"):
+        lab.steps(template=str(own), chat_template_kwargs={"messages": []})
+
+
+def add_tokens(lab: Lab) -> None:
+    rows = lab.rows([chat(f"<n>{n}", f"<sum>{n}") for n in range(6)])
+    plain, added = lab.steps(data=rows), lab.steps(data=rows, add_tokens="<n>,<sum>")
+    assert plain[0].tokens - added[0].tokens == 2 * (len("<n>") + len("<sum>") - 2), (
+        "of two rows, one id each"
+    )
+    names = read_header(lab.output / "adapter" / "adapter_model.safetensors")
+    assert sum("trainable_tokens" in name for name in names) == 2, "embedding and head"
+    with pytest.raises(InputError, match="is one token already"):
+        lab.events(add_tokens=["a"])
+
+
+def schema(lab: Lab) -> None:
+    path = lab.folder / "schema.json"
+    path.write_text('{"type": "object", "required": ["sum"]}')
+    test = lab.rows(sums(90, 3))
+    assert ("test", "schema_valid") not in lab.scores(test_data=test)
+    assert ("test", "schema_valid") in lab.scores(test_data=test, schema=str(path))
+
+
+# ---------------------------------------------------------------- lengths and steps
+
+
+def max_length(lab: Lab) -> None:
+    whole, short = lab.steps(), lab.steps(max_length=45, skip_bad=True)
+    assert sum(step.tokens for step in whole) > sum(step.tokens for step in short) > 0
+
+
+def overlong(lab: Lab) -> None:
+    rows = lab.rows([chat("question", "long answer " * 9), chat("question", "answer")])
+    short = {"data": rows, "max_length": 60, "skip_bad": True}
+    dropped, cut = (lab.steps(**short, overlong=policy)[0] for policy in ("drop", "truncate"))
+    assert dropped.tokens < 60 < cut.tokens
+    with pytest.raises(InputError, match="max_length is 60"):
+        lab.events(data=rows, max_length=60, overlong="refuse")
+
+
+def pack_length(lab: Lab) -> None:
+    bench = {
+        length: lab.steps(batch_size=6, pack_length=length, num_train_epochs=2)
+        for length in (60, 512)
+    }
+    assert bench[60][0].loss == pytest.approx(bench[512][0].loss, rel=1e-6)
+    assert bench[60][1].loss == pytest.approx(bench[512][1].loss, rel=1e-4)
+    predicted = [
+        read_json(lab.folder / str(n) / "run" / "plan.json")["memory_bytes"]["activations"]
+        for n in (1, 2)
+    ]
+    assert predicted[0] < predicted[1], "less is computed side by side"
+
+
+def share_prefixes(lab: Lab) -> None:
+    rows = lab.rows([chat(f"{n} and {n}", f"{2 * n}", "Add the two numbers.") for n in range(1, 7)])
+    plain, shared, auto = (
+        lab.steps(data=rows, share_prefixes=wish) for wish in (False, True, "auto")
+    )
+    assert losses(shared) == pytest.approx(losses(plain), rel=1e-4)
+    assert not any(step.shared_tokens for step in plain)
+    assert all(step.shared_tokens > len("Add the two numbers.") for step in shared)
+    assert losses(auto) == losses(shared)
+    with pytest.raises(ValidationError, match="share_prefixes contradicts lora_dropout"):
+        lab.events(share_prefixes=True, lora_dropout=0.1)
+
+
+def batch_size(lab: Lab) -> None:
+    assert [len(lab.steps(batch_size=size)) for size in (1, 4)] == [6, 2]
+
+
+def batch_tokens(lab: Lab) -> None:
+    texts = {
+        "data": lab.rows([{"text": f"text number {n}"} for n in range(10, 30)]),
+        "batch_size": "auto",
+    }
+    found = [
+        lab.steps(**texts, stage="cpt", max_length=20, batch_tokens=count) for count in (100, 150)
+    ]
+    assert [len(steps) for steps in found] == [3, 2]
+    assert found[0][0].tokens < found[1][0].tokens
+    with pytest.raises(ValidationError, match="batch_tokens has no effect without stage: cpt"):
+        lab.events(batch_tokens=100)
+
+
+def num_train_epochs(lab: Lab) -> None:
+    assert [len(lab.steps(num_train_epochs=epochs)) for epochs in (0.4, 2)] == [1, 6]
+
+
+def max_steps(lab: Lab) -> None:
+    assert [len(lab.steps(max_steps=steps, num_train_epochs=9)) for steps in (1, 4)] == [1, 4]
+    assert len(lab.steps(max_steps=8, num_train_epochs=1)) == 8, "it wins over fewer epochs, too"
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+def learning_rate(lab: Lab) -> None:
+    assert rates(lab.steps(learning_rate=0.003))[0] == 0.003
+    assert rates(lab.steps(learning_rate=0.006))[0] == 0.006
+
+
+def lr_scheduler_type(lab: Lab) -> None:
+    found = {name: rates(lab.steps(lr_scheduler_type=name)) for name in SCHEDULES}
+    assert found["constant"] == [0.01, 0.01, 0.01]
+    assert found["linear"] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
+    assert found["cosine"] == pytest.approx([0.01, 0.0075, 0.0025])
+
+
+def warmup_ratio(lab: Lab) -> None:
+    assert rates(lab.steps(warmup_ratio=0.6, lr_scheduler_type="constant")) == [0, 0.005, 0.01]
+
+
+def optim(lab: Lab) -> None:
+    files = {}
+    for kind in ("adamw", "adamw_8bit"):
+        lab.events(optim=kind, lora_r=128, save_steps=2)
+        files[kind] = {
+            name.partition(".")[0]
+            for name in read_header(next(lab.output.rglob("state.safetensors")))
+        }
+    assert files["adamw"] == {"weight", "exp_avg", "exp_avg_sq"}
+    assert files["adamw_8bit"] == {"weight", "state1", "state2", "absmax1", "absmax2"}
+    with pytest.raises(ValidationError, match="optim"):
+        lab.events(optim="sgd")
+
+
+def weight_decay(lab: Lab) -> None:
+    changes_the_adapter(lab, "weight_decay", 0.5)
+
+
+def max_grad_norm(lab: Lab) -> None:
+    changes_the_adapter(lab, "max_grad_norm", 1e-8)
+    whole = {"method": "full", "lora_r": "auto"}
+    for norm in (0, 1):
+        lab.events(**whole, max_grad_norm=norm)
+        assert read_json(lab.output / "plan.json")["choices"]["step_in_backward"]["value"] is (
+            norm == 0
+        )
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+def lora_r(lab: Lab) -> None:
+    sizes = [len(lab.adapter(lora_r=rank)) for rank in (2, 4)]
+    assert sizes[0] < sizes[1]
+    assert read_json(lab.output / "adapter" / "adapter_config.json")["r"] == 4
+
+
+def lora_alpha(lab: Lab) -> None:
+    changes_the_adapter(lab, "lora_alpha", 4)
+
+
+def lora_dropout(lab: Lab) -> None:
+    changes_the_adapter(lab, "lora_dropout", 0.5)
+
+
+def lora_target_modules(lab: Lab) -> None:
+    lab.events(lora_target_modules=["q_proj", "layers.1.mlp.up_proj"])
+    assert set(finished_run.reopen_session(lab.output).model.network.state_dict()) & {
+        "model.layers.0.self_attn.q_proj.lora_A"
+    }
+    assert len(adapter_bytes(lab.last)) < len(lab.adapter())
+    for wish, layers in (("attention", 8), ("mlp", 6), (r".*\.1\..*_proj", 7)):
+        assert len(load(lab.adapter(lora_target_modules=wish))) == 2 * layers
+    with pytest.raises(InputError, match="no linear layer is called q_prj"):
+        lab.events(lora_target_modules=["q_prj"])
+    assert not lab.output.exists(), "refused before the run has a folder"
+
+
+def use_rslora(lab: Lab) -> None:
+    changes_the_adapter(lab, "use_rslora", True)
+    assert read_json(lab.output / "adapter" / "adapter_config.json")["use_rslora"] is True
+
+
+def use_dora(lab: Lab) -> None:
+    changes_the_adapter(lab, "use_dora", True)
+    assert read_json(lab.output / "adapter" / "adapter_config.json")["use_dora"] is True
+    magnitudes = [
+        name for name in load(adapter_bytes(lab.last)) if name.endswith("lora_magnitude_vector")
+    ]
+    assert len(magnitudes) == 14
+
+
+# ---------------------------------------------------------------- how it is computed and measured
+
+
+def dtype(lab: Lab) -> None:
+    single, half = (lab.steps(dtype=name) for name in ("fp32", "bf16"))
+    assert single[0].loss != half[0].loss
+    assert single[0].loss == pytest.approx(half[0].loss, rel=0.02)
+
+
+def attention(lab: Lab) -> None:
+    expected = losses(lab.steps(attention="reference"))
+    assert losses(lab.steps(attention="mask")) == pytest.approx(expected, rel=1e-4)
+    assert finished_run.reopen_session(lab.output).model.backend == "mask"
+    with pytest.raises(ValidationError, match="attention"):
+        lab.events(attention="flash")
+
+
+def activations(lab: Lab) -> None:
+    kept, planned = lab.adapter(activations="keep", lora_dropout=0.5), {}
+    for policy in ("keep", "selective", "recompute"):
+        assert lab.adapter(activations=policy, lora_dropout=0.5) == kept, (
+            "the same gradients, to the bit"
+        )
+        planned[policy] = read_json(lab.output / "plan.json")["memory_bytes"]["activations"]
+    assert planned["keep"] > planned["selective"] > planned["recompute"]
+    layers = finished_run.reopen_session(lab.output).model.decoder.layers
+    assert [getattr(layer, "gradient_checkpointing", False) for layer in layers] == [True, False]
+    lab.events(activations=True)
+    assert read_json(lab.output / "plan.json")["choices"]["activations"]["value"] == "recompute"
+
+
+def metrics(lab: Lab) -> None:
+    test = lab.rows(sums(90, 3))
+    always = {"loss", "kl", "top1_agreement"}
+    assert {metric for _, metric in lab.scores(test_data=test)} == {"exact_match", *always}
+    assert {metric for _, metric in lab.scores(test_data=test, metrics=["field_f1"])} == {
+        "field_f1",
+        *always,
+    }
+
+
+def guard(lab: Lab) -> None:
+    files = measured_files(lab.folder)
+
+    def probed(**wish: Any) -> set[int]:
+        events = lab.events(**files, learning_rate=0.5, guard=wish)
+        return {event.step for event in events if getattr(event, "metric", "") == "repetition"}
+
+    assert probed(collapse="warn", probe_steps=2) == {0, 2}
+    assert probed(collapse="warn", probe_steps=1) == {0, 1, 2, 3}
+    assert probed(collapse="off", forgetting="off", probe_steps=1) == set()
+    with pytest.raises(GateError, match="no checkpoint was found good"):
+        lab.events(
+            **files, learning_rate=0.5, save_steps=9, guard={"probe_steps": 1, "forgetting": "off"}
+        )
+    steps = lab.events(
+        **files,
+        eval_steps=1,
+        learning_rate=1.0,
+        warmup_ratio=0.3,
+        guard={"collapse": "off", "patience": 1},
+    )
+    assert len([event for event in steps if isinstance(event, TrainStep)]) < 3
+
+
+def save_steps(lab: Lab) -> None:
+    def saved(every: int) -> list[int]:
+        return [
+            event.step
+            for event in lab.events(save_steps=every)
+            if isinstance(event, CheckpointSaved)
+        ]
+
+    assert (saved(1), saved(2), saved(9)) == ([1, 2], [2], [])
+
+
+def eval_steps(lab: Lab) -> None:
+    files = measured_files(lab.folder)
+
+    def looked(every: int) -> list[int]:
+        events = lab.events(**files, eval_steps=every)
+        return [
+            event.step
+            for event in events
+            if getattr(event, "task", "") == "eval" and event.metric == "loss"
+        ]
+
+    assert (looked(1), looked(2), looked(9)) == ([1, 2, 3], [2, 3], [])
+
+
+def seed(lab: Lab) -> None:
+    first, same, other = (lab.steps(seed=number) for number in (1, 1, 2))
+    assert losses(first) == losses(same)
+    assert [step.tokens for step in first] != [step.tokens for step in other], (
+        "another order of rows"
+    )
+    whole = [
+        lab.adapter(seed=number, batch_size=6, max_steps=1, warmup_ratio=0.5) for number in (1, 2)
+    ]
+    assert whole[0] != whole[1], "no update yet: another start of the adapter"
+
+
+def output_dir(lab: Lab) -> None:
+    lab.events(output_dir=str(lab.folder / "here" / "it is"))
+    assert (lab.folder / "here" / "it is" / "record.json").exists()
+
+
+# ---------------------------------------------------------------- all of them
+
+CASES: dict[str, Callable[[Lab], None]] = {
+    name: case
+    for name, case in list(globals().items())
+    if inspect.isfunction(case) and list(inspect.signature(case).parameters) == ["lab"]
+}
+
+
+@pytest.mark.parametrize("key", list(KEYS.values()))
+def test_changing_a_key_changes_what_a_run_does(key: str, lab: Lab) -> None:
+    assert key in CASES, f"{key} needs a case here: a run in which it makes a difference"
+    CASES[key](lab)
+
+
+def test_names_of_the_recipe_are_those_of_the_code() -> None:
+    assert set(get_args(DataSource.model_fields["format"].annotation)) == {"auto", *FORMATS}
+    wanted = {
+        name
+        for part in get_args(Recipe.model_fields["attention"].annotation)
+        for name in get_args(part)
+    }
+    assert wanted == {"auto", *BACKENDS}
+    named, _ = get_args(get_args(Recipe.model_fields["optim"].annotation)[1])
+    assert set(get_args(named)) == set(OPTIMIZERS)

@@ -1,0 +1,214 @@
+"""The facts of a plan: who is trained on, who is held out, what the renderer is, and that they can be found again."""
+
+import dataclasses
+import json
+import shutil
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tiny_runs import END, measured_files, recipe, sums, write_rows
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.json_io import dump_json, parse_as
+from tunesmith.core.types import Plan
+from tunesmith.data.dataset import Dataset
+from tunesmith.plan.build import refuse_if_too_large
+from tunesmith.session import inputs
+
+MOMENT = datetime(2026, 2, 3, 4, 5, 6, 789)
+
+
+def ids(dataset: Dataset) -> list[str]:
+    return [dataset.get_id(index) for index in range(len(dataset))]
+
+
+def roles(model: Path, folder: Path, **changed: Any) -> dict[str, list[str]]:
+    found = inputs.load_inputs(recipe(model, folder, **changed))
+    return {role: ids(dataset) for role, dataset in found.datasets.items()}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says"),
+    [(["exactmatch"], "there is no metric 'exactmatch'"), (["schema_valid"], "needs a schema")],
+)
+def test_a_metric_that_is_none_is_refused_without_rows_to_measure(
+    metrics: list[str], says: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=says):
+        tunesmith.plan(recipe(tiny_folder, tmp_path, metrics=metrics))
+
+
+def test_general_text_that_is_not_there_is_refused_by_the_plan(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    wish = recipe(tiny_folder, tmp_path, retention_data=tmp_path / "general.jsonl")
+    with pytest.raises(InputError, match="there is no such file"):
+        tunesmith.plan(wish)
+
+
+def test_each_role_is_its_own_file(tiny_folder: Path, tmp_path: Path) -> None:
+    found = roles(tiny_folder, tmp_path, **measured_files(tmp_path))
+    assert {role: rows[0] for role, rows in found.items()} == {
+        "data": "train.jsonl:1",
+        "eval_data": "eval.jsonl:1",
+        "test_data": "test.jsonl:1",
+    }
+
+
+def test_without_test_data_half_of_the_held_out_rows_is_kept_for_the_end(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    held_out = str(write_rows(tmp_path / "e.jsonl", sums(500, 40)))
+    found = roles(tiny_folder, tmp_path, eval_data=held_out)
+    assert 12 <= len(found["test_data"]) <= 28
+    assert sorted(found["eval_data"] + found["test_data"]) == sorted(
+        f"e.jsonl:{n}" for n in range(1, 41)
+    )
+    assert found["data"] == [f"train.jsonl:{n}" for n in range(1, 7)]
+
+
+def test_a_share_of_the_data_is_held_out_and_halved_and_the_seed_chooses(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    data = str(write_rows(tmp_path / "all.jsonl", sums(500, 60)))
+    first = roles(tiny_folder, tmp_path, data=data, eval_split=0.5)
+    assert sorted(chain(*first.values())) == sorted(f"all.jsonl:{n}" for n in range(1, 61))
+    assert all(len(rows) >= 6 for rows in first.values())
+    assert roles(tiny_folder, tmp_path, data=data, eval_split=0.5) == first
+    assert roles(tiny_folder, tmp_path, data=data, eval_split=0.5, seed=1) != first
+
+
+def test_without_held_out_rows_there_is_only_training_data(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    assert roles(tiny_folder, tmp_path).keys() == {"data"}
+
+
+@pytest.mark.parametrize("role", ["eval_data", "test_data"])
+def test_a_role_of_one_row_is_refused_by_name(role: str, tiny_folder: Path, tmp_path: Path) -> None:
+    lonely = str(write_rows(tmp_path / "one.jsonl", sums(500, 1)))
+    files = measured_files(tmp_path) | {role: lonely}
+    with pytest.raises(
+        InputError, match=rf"{role}: .*one\.jsonl: one row: a score on it has no interval"
+    ):
+        inputs.load_inputs(recipe(tiny_folder, tmp_path, **files))
+
+
+def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> None:
+    known = inputs.load_inputs(
+        recipe(tiny_folder, tmp_path, **measured_files(tmp_path), seed=5), now=MOMENT
+    )
+    plan = parse_as(Plan, json.loads(dump_json(inputs.make_plan(known))))
+    again = inputs.reload_inputs(plan)
+    assert (again.recipe, again.model, again.output_dir) == (
+        known.recipe,
+        known.model,
+        known.output_dir,
+    )
+    assert again.now == known.now == MOMENT.replace(microsecond=0)
+    assert again.renderer.fingerprint == known.renderer.fingerprint
+    assert {role: d.fingerprint for role, d in again.datasets.items()} == {
+        role: d.fingerprint for role, d in known.datasets.items()
+    }
+    assert inputs.make_plan(again).choices.keys() == plan.choices.keys()
+    assert [inputs.make_plan(again)[key] for key in plan.choices] == [
+        inputs.make_plan(known)[key] for key in plan.choices
+    ]
+
+
+def test_a_changed_file_is_named_with_what_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+    plan = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
+    write_rows(tmp_path / "train.jsonl", sums(2, 6))
+    with pytest.raises(
+        InputError, match=rf"data: .*train\.jsonl: .*{plan.data['data'].fingerprint[:12]}"
+    ):
+        inputs.reload_inputs(plan)
+
+
+def test_the_folder_of_a_run_is_found_when_none_is_wished_for(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "run-1").mkdir(parents=True)
+    assert inputs.load_inputs(recipe(tiny_folder, tmp_path, output_dir="auto")).output_dir == Path(
+        "runs/run-2"
+    )
+
+
+def test_a_template_of_ones_own_takes_the_place_of_the_models(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    wish = recipe(tiny_folder, tmp_path, template=str(own))
+    known = inputs.load_inputs(wish)
+    (document,) = known.datasets["data"].render_documents(0)
+    assert known.renderer.decode(document.tokens_L.tolist()).startswith("[user]1 and 1 please")
+    assert document.tokens_L[-1] == END
+
+
+def test_no_template_means_plain_text(tiny_folder: Path, tmp_path: Path) -> None:
+    text = str(write_rows(tmp_path / "text.jsonl", [{"text": "first"}]))
+    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, template="none", data=text))
+    (document,) = known.datasets["data"].render_documents(0)
+    assert not known.renderer.has_template
+    assert known.renderer.decode(document.tokens_L.tolist()).startswith("first")
+    with pytest.raises(InputError, match="template"):
+        inputs.load_inputs(recipe(tiny_folder, tmp_path, template="none"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot read the file"), ("{", "not JSON")]
+)
+def test_a_broken_schema_is_named(
+    content: str | None, message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.json"
+    if content is not None:
+        path.write_text(content)
+    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, schema=str(path)))
+    with pytest.raises(InputError, match=rf"schema: .*s\.json: {message}"):
+        inputs.make_plan(known)
+
+
+def test_a_plan_needs_no_weights_and_a_run_does(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
+    wish = recipe(alone, tmp_path)
+    made = inputs.make_plan(inputs.load_inputs(wish, needs_weights=False))
+    whole = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
+    assert (made.memory_bytes, made.steps, made.tokens_per_epoch) == (
+        whole.memory_bytes,
+        whole.steps,
+        whole.tokens_per_epoch,
+    )
+    assert any("holds no weights" in warning for warning in made.warnings)
+    with pytest.raises(InputError, match=r"neither model\.safetensors"):
+        inputs.load_inputs(wish)
+    monkeypatch.setattr(inputs, "FALLBACK_TOKENIZER", str(tiny_folder))
+    (alone / "tokenizer.json").unlink()
+    counted = inputs.make_plan(inputs.load_inputs(wish, needs_weights=False))
+    assert counted.tokens_per_epoch == whole.tokens_per_epoch
+    assert any("counted by the tokenizer of" in warning for warning in counted.warnings)
+
+
+def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    known = inputs.load_inputs(recipe(tiny_folder, tmp_path))
+    small = dataclasses.replace(known.machine, available_bytes=10**6)
+    plan = inputs.make_plan(dataclasses.replace(known, machine=small))
+    assert plan.fits_on == "l4 (24.0 GB)"
+    with pytest.raises(MachineError) as refusal:
+        refuse_if_too_large(plan)
+    assert "l4 (24.0 GB) of the table would do" in refusal.value.fix
+    assert inputs.make_plan(known).fits_on == ""

@@ -1,0 +1,198 @@
+"""`import tunesmith`: the verbs are functions that stay what they are, and give the objects that --json prints."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tunesmith
+from tiny_runs import recipe, sums, train, write_rows
+from tunesmith import api, dataverbs
+from tunesmith.cli import app
+from tunesmith.core.errors import InputError, TunesmithError
+from tunesmith.core.json_io import dump_json, to_jsonable
+from tunesmith.recipe.schema import Recipe
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> Path:
+    """A folder as a user has it: rows, and a recipe of two steps on the tiny model."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "train.jsonl", sums(1, 6))
+    write_rows(tmp_path / "test.jsonl", sums(50, 2))
+    values = {"model": str(tiny_folder), "data": "train.jsonl", "test_data": "test.jsonl"}
+    values |= {"max_steps": 2, "batch_size": 2, "dtype": "fp32"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_names_stay_what_they_are_when_everything_is_imported() -> None:
+    before = {name: getattr(tunesmith, name) for name in tunesmith.__all__}
+    for module in pkgutil.walk_packages(tunesmith.__path__, "tunesmith."):
+        importlib.import_module(module.name)
+    assert {name: getattr(tunesmith, name) for name in tunesmith.__all__} == before
+    assert not {name for name, thing in before.items() if inspect.ismodule(thing)}
+    assert importlib.import_module("tunesmith.plan.rules").RULES
+
+
+def test_every_verb_is_a_function_of_its_name() -> None:
+    for name in app.VERBS:
+        function = {"eval": "evaluate", "report": "write_report"}.get(name, name.replace(" ", "_"))
+        homes = [home for home in (api, dataverbs) if hasattr(home, function)]
+        assert [getattr(home, function) for home in homes] == [getattr(tunesmith, function)]
+        assert function in tunesmith.__all__
+
+
+def test_what_is_public_says_what_it_is() -> None:
+    for name in tunesmith.__all__:
+        thing = getattr(tunesmith, name)
+        if inspect.isfunction(thing):
+            assert thing.__doc__, name
+            assert set(inspect.signature(thing).parameters) <= {*thing.__annotations__}, name
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("form", ["path", "text", "mapping", "recipe", "keywords", "facts"])
+def test_a_plan_can_be_made_of(form: str, here: Path) -> None:
+    path = here / "recipe.yaml"
+    values = yaml.safe_load(path.read_text())
+    forms = {
+        "path": lambda: tunesmith.plan(path, lora_r=3),
+        "text": lambda: tunesmith.plan("recipe.yaml", lora_rank=3),
+        "mapping": lambda: tunesmith.plan(values | {"lora_rank": 7}, lora_r=3),
+        "recipe": lambda: tunesmith.plan(Recipe.model_validate(values), lora_r=3),
+        "keywords": lambda: tunesmith.plan(**values, lora_r=3),
+        "facts": lambda: tunesmith.plan(api.load_inputs(values, lora_r=3)),
+    }
+    plan = forms[form]()
+    assert (plan["lora_r"], plan.choices["lora_r"].decided_by, plan.steps) == (3, "you", 2)
+
+
+def test_paths_and_tuples_are_values_too(here: Path) -> None:
+    found = api.read_recipe(
+        {"model": "tiny", "data": here / "a.jsonl"},
+        lora_target_modules=("q_proj",),
+        output_dir=Path("out"),
+    )
+    assert (found.data[0].path, found.lora_target_modules) == (here / "a.jsonl", ("q_proj",))
+    assert api.read_recipe(found) is found
+    assert api.read_recipe(found, seed=3).model_dump() == found.model_dump() | {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("wish", "changes", "what"),
+    [
+        (
+            {"model": "tiny", "data": "a.jsonl", "learning_rat": 1},
+            {},
+            "did you mean 'learning_rate'",
+        ),
+        (
+            {"model": "tiny", "data": "a.jsonl"},
+            {"learning_rate": "fast"},
+            "learning_rate: expected 'auto' or a number",
+        ),
+        (
+            {"model": "tiny", "data": "a.jsonl"},
+            {"lora_r": object()},
+            "lora_r is a object, which has no JSON form",
+        ),
+        ({"model": "tiny", "data": "a.jsonl"}, {"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"model": "tiny", "data": "a.jsonl"}, {"lora_r": 3, "lora_rank": 4}, "are the same key"),
+        ({}, {}, "'model' is missing"),
+        (["recipe.yaml"], {}, "a recipe is a path, a mapping or a Recipe, not a list"),
+        ("nowhere.yaml", {}, "there is no such file"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_said(
+    wish: object, changes: dict[str, object], what: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(what)):
+        tunesmith.plan(wish, **changes)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_train_takes_a_plan_and_nothing_else() -> None:
+    for other in ("recipe.yaml", {"model": "tiny"}, Recipe(model="tiny", data="a.jsonl")):  # type: ignore[arg-type]
+        with pytest.raises(
+            InputError, match=f"train takes a Plan, not a {type(other).__name__}"
+        ) as raised:
+            tunesmith.train(other)  # type: ignore[arg-type]
+        assert "tunesmith.plan" in raised.value.fix
+
+
+def test_a_plan_read_back_trains_the_same_adapter(tiny_folder: Path, tmp_path: Path) -> None:
+    straight = recipe(tiny_folder, tmp_path / "a")
+    train(straight)
+    plan = tunesmith.plan(recipe(tiny_folder, tmp_path / "b"))
+    file = tmp_path / "plan.json"
+    file.write_bytes(dump_json({"tunesmith": tunesmith.__version__, **json.loads(dump_json(plan))}))
+    assert to_jsonable(tunesmith.read_plan(file)) == to_jsonable(
+        plan
+    )  # a tuple comes back as a list
+    steps = [
+        event
+        for event in tunesmith.train(tunesmith.read_plan(file))
+        if isinstance(event, tunesmith.TrainStep)
+    ]
+    assert len(steps) == plan.steps
+    saved = [tmp_path / name / "run" / "adapter" / "adapter_model.safetensors" for name in "ab"]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    record = tunesmith.read_record(tmp_path / "b" / "run")
+    assert record.plan == tunesmith.read_plan(tmp_path / "b" / "run")
+    assert record.steps == plan.steps
+
+
+@pytest.mark.parametrize("function", ["read_plan", "read_record", "resume", "evaluate", "chat"])
+def test_a_folder_that_is_no_run_is_refused(function: str, tmp_path: Path) -> None:
+    more = ["hello"] if function == "chat" else []
+    with pytest.raises(TunesmithError) as raised:
+        list(getattr(tunesmith, function)(str(tmp_path), *more))
+    assert str(tmp_path) in raised.value.where
+
+
+# ---------------------------------------------------------------- docs/python.md
+
+
+def blocks(page: Path) -> Iterator[str]:
+    yield from re.findall(
+        r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_the_examples_of_the_page_run(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "\n".join(blocks(DOCS / "python.md")).replace("smollm2-135m-instruct", str(tiny_folder))
+    names: dict[str, object] = {}
+    exec(compile(code, "docs/python.md", "exec"), names)  # noqa: S102 - the page is ours
+    out = capsys.readouterr().out
+    assert "did you mean 'learning_rate'" in out
+    assert "ok controls" in out  # the proof, printed as verdicts
+    assert isinstance(names["record"], tunesmith.RunRecord)
+    assert Path("recipes/new.yaml").exists()
+    shown = {
+        name
+        for name in tunesmith.__all__
+        if re.search(rf"\btunesmith\.{name}\b", (DOCS / "python.md").read_text())
+    }
+    functions = {name for name in tunesmith.__all__ if inspect.isfunction(getattr(tunesmith, name))}
+    assert functions <= shown

@@ -1,0 +1,433 @@
+"""A run under guard: what it sees, how it goes back and on, which checkpoint it keeps; and that it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tiny_runs import (
+    adapter_bytes,
+    chat,
+    measured_files,
+    plan_of,
+    recipe,
+    steps_of,
+    sums,
+    train,
+    write_rows,
+)
+from tunesmith.core.errors import GateError, InputError, Interrupted
+from tunesmith.core.events import (
+    EXPECTED_TASK,
+    PROBE_TASK,
+    CheckpointSaved,
+    CheckResult,
+    Event,
+    GenerationSample,
+    Score,
+)
+from tunesmith.core.json_io import parse_as, read_json
+from tunesmith.core.run_dir import read_events, read_rollbacks
+from tunesmith.core.types import RunRecord
+from tunesmith.data.sampler import permutation
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
+from tunesmith.train.guard.probes import PROMPT_ROLES, build_prompt_set
+
+NOISE = "\u00ff\u00fe\u00fd" * 20
+
+
+@pytest.fixture(scope="module")
+def learnt(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, trained until its answers have a form that can be lost."""
+    folder = tmp_path_factory.mktemp("learnt")
+    data = str(write_rows(folder / "rows.jsonl", sums(1, 24)))
+    train(recipe(tiny_folder, folder, data=data, method="full", lora_r="auto", num_train_epochs=16, batch_size=6,
+                 learning_rate=5e-3))  # fmt: skip
+    return folder / "run" / "model"
+
+
+def spoilt(model: Path, folder: Path, **changed: Any) -> Recipe:
+    """Twelve steps; both rows of step 8 are answered with noise. Checkpoints after every step."""
+    folder.mkdir(parents=True)
+    rows = sums(1, 24)
+    for place in permutation(0, 0, 24)[14:16].tolist():
+        rows[place] = chat(rows[place]["messages"][0]["content"], NOISE)
+    data = str(write_rows(folder / "rows.jsonl", rows))
+    values = {"learning_rate": 0.02, "warmup_ratio": 0.5, "save_steps": 1} | changed
+    return recipe(model, folder, data=data, **values)
+
+
+def folder_of(wish: Recipe) -> Path:
+    assert isinstance(wish.output_dir, Path)
+    return wish.output_dir
+
+
+# ---------------------------------------------------------------- what is seen
+
+
+def test_probes_say_what_the_model_says_and_change_nothing(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = measured_files(tmp_path)
+    never = [{"match": "zebra", "mode": "ban"}]
+    shared: dict[str, Any] = {
+        **files,
+        "never": never,
+        "metrics": ["json_valid"],
+        "lora_dropout": 0.1,
+    }
+    watched, alone = (
+        recipe(tiny_folder, tmp_path / name, **shared, guard=guard)
+        for name, guard in (("watched", {"collapse": "warn", "probe_steps": 1}), ("alone", "off"))
+    )
+    events = train(watched)
+    train(alone)
+    assert adapter_bytes(watched) == adapter_bytes(alone), "guard on = guard off"
+    scores = [event for event in events if isinstance(event, Score)]
+    measures = {score.metric for score in scores if score.task == PROBE_TASK and score.step == 0}
+    assert measures >= {
+        *(
+            "repetition",
+            "distinct",
+            "same_answer",
+            "end_rate",
+            "length",
+            "compressed",
+            "foreign",
+            "json",
+        ),
+        *(
+            "breaks zebra",
+            "base_loss",
+            "answer_loss",
+            "end_loss",
+            "entropy",
+            "kl",
+            "forgotten",
+            "adapter_share",
+        ),
+    }
+    assert {score.step for score in scores if score.metric == "repetition"} == {0, 1, 2, 3}
+    assert {score.metric for score in scores if score.task == EXPECTED_TASK} == {
+        *("distinct", "same_answer", "end_rate", "length"),
+    }
+    by_step = {(s.metric, s.step): s.value for s in scores if s.task == PROBE_TASK}
+    assert by_step["kl", 0] == by_step["forgotten", 0] == by_step["adapter_share", 0] == 0
+    assert by_step["kl", 3] > 0
+    assert by_step["adapter_share", 3] > 0
+    assert by_step["update_ratio", 3] > 0
+    assert {
+        event.id.partition(":")[0] for event in events if isinstance(event, GenerationSample)
+    } == {"eval.jsonl"}
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_has_no_base_to_read_answers_with(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = measured_files(tmp_path)
+    wish = recipe(tiny_folder, tmp_path, **files, method="full", lora_r="auto", learning_rate=1e-4,
+                  guard={"probe_steps": 1, "collapse": "warn"})  # fmt: skip
+    measures = {
+        event.metric
+        for event in train(wish)
+        if isinstance(event, Score) and event.task == PROBE_TASK
+    }
+    assert not measures & {"base_loss", "adapter_share"}
+    assert measures >= {"repetition", "kl", "update_ratio"}
+
+
+def test_prompts_are_never_of_test_data_and_never_one_alone(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = measured_files(tmp_path)
+    assert "test_data" not in PROMPT_ROLES
+
+    def origin(**own: str) -> set[str]:
+        known = inputs.load_inputs(recipe(tiny_folder, tmp_path, **own))
+        texts = run.build_eval_items(inputs.make_plan(known), known).general_texts
+        found = build_prompt_set(inputs.make_plan(known), known, texts)
+        return {probe.question.id.partition(":")[0] for probe in found.prompts} if found else set()
+
+    assert origin(**files) == {"eval.jsonl"}
+    assert origin(retention_data=files["retention_data"]) == {"general.jsonl"}
+    assert origin(test_data=files["test_data"]) == set()
+    texts = [{"text": f"{n} and {n}"} for n in range(2)]
+    one = str(write_rows(tmp_path / "one.jsonl", texts))
+    assert origin(eval_data=one, test_data=files["test_data"]) == {"one.jsonl"}, (
+        "texts are gone on with"
+    )
+
+
+def test_without_prompts_it_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    events = train(recipe(tiny_folder, tmp_path, guard={"probe_steps": 1}))
+    (told,) = [
+        event for event in events if isinstance(event, CheckResult) and event.kind == "probes"
+    ]
+    assert told.level == "warn"
+    assert "two prompts" in told.evidence
+
+
+# ---------------------------------------------------------------- back and on
+
+
+@pytest.fixture(scope="module")
+def gone_back(learnt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[Event]]:
+    wish = spoilt(learnt, tmp_path_factory.mktemp("back") / "whole")
+    return wish, train(wish)
+
+
+def test_it_goes_back_and_on_without_the_rows_at_fault(
+    gone_back: tuple[Recipe, list[Event]],
+) -> None:
+    wish, events = gone_back
+    record = parse_as(RunRecord, read_json(folder_of(wish) / "record.json"))
+    (rollback,) = record.rollbacks
+    assert (rollback.kind, rollback.step, rollback.to) == ("loss rise", 9, 6)
+    assert set(rollback.rows) == {
+        f"rows.jsonl:{place + 1}" for place in permutation(0, 0, 24)[14:16].tolist()
+    }
+    assert rollback.lr_factor == 1
+    assert [
+        event.level
+        for event in events
+        if isinstance(event, CheckResult) and event.kind == "loss rise"
+    ] == ["rollback"]
+    kept = [event for event in read_events(folder_of(wish)) if event["type"] == "step"]
+    assert [event["step"] for event in kept] == list(range(1, 13)), (
+        "one line a step, the one that counts"
+    )
+    assert [event["supervised_tokens"] for event in kept][7] == 0, "the slot is there, and empty"
+    assert record.steps == 12
+    assert max(event["loss"] for event in kept) < 1
+    assert any(event.get("level") == "rollback" for event in read_events(folder_of(wish)))
+
+
+def follow(wish: Recipe, until: Callable[[Event], bool]) -> None:
+    """Leaves a run where a killed process would have left it."""
+    events = run.train(plan_of(wish))
+    for event in events:
+        if until(event):
+            break
+    events.close()  # type: ignore[attr-defined]
+
+
+def is_rollback(event: Event) -> bool:
+    return isinstance(event, CheckResult) and event.level == "rollback"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "before it",
+        "at once",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("a step later", "a checkpoint later")),
+    ],
+)
+def test_killed_around_a_rollback_it_ends_with_the_same_bytes(
+    after: str, gone_back: tuple[Recipe, list[Event]], learnt: Path, tmp_path: Path
+) -> None:
+    seen: list[Event] = []
+    wanted = {"before it": 0, "at once": 1, "a step later": 2, "a checkpoint later": 3}[after]
+
+    def here(event: Event) -> bool:
+        seen.append(event)
+        if wanted == 0:
+            return getattr(event, "path", "") == "checkpoints/step-8"
+        since = [i for i, one in enumerate(seen) if is_rollback(one)]
+        return bool(since) and len(seen) - since[0] == wanted
+
+    wish = spoilt(learnt, tmp_path / "killed")
+    follow(wish, here)
+    went_on = list(run.resume(folder_of(wish)))
+    assert adapter_bytes(wish) == adapter_bytes(gone_back[0])
+    assert len(read_rollbacks(folder_of(wish))) == 1
+    assert sum(map(is_rollback, went_on)) == (1 if after == "before it" else 0)
+    kept = [event["step"] for event in read_events(folder_of(wish)) if event["type"] == "step"]
+    assert kept == list(range(1, 13))
+
+
+def test_resumed_without_the_checkpoint_that_it_went_back_to(learnt: Path, tmp_path: Path) -> None:
+    wish = spoilt(learnt, tmp_path / "lost")
+    follow(wish, is_rollback)
+    path = folder_of(wish)
+    (rollback,) = read_rollbacks(path)
+    shutil.rmtree(path / "checkpoints" / f"step-{rollback.to}")
+    with pytest.raises(
+        InputError, match=r"went back from step \d+ to checkpoints/step-\d+, which is gone"
+    ):
+        list(run.resume(path))
+
+
+def test_without_anything_good_to_go_back_to_it_stops(learnt: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="no checkpoint was found good yet") as stop:
+        train(spoilt(learnt, tmp_path / "none", save_steps=9))
+    assert stop.value.exit_code == 4
+
+
+@pytest.mark.slow
+def test_stop_and_warn_and_off_are_obeyed(learnt: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="loss rise"):
+        train(spoilt(learnt, tmp_path / "stop", guard={"collapse": "stop"}))
+    told = [
+        e
+        for e in train(spoilt(learnt, tmp_path / "warn", guard={"collapse": "warn"}))
+        if isinstance(e, CheckResult)
+    ]
+    assert {(one.kind, one.level) for one in told if one.step} >= {("loss rise", "warn")}
+    events = train(spoilt(learnt, tmp_path / "off", guard="off"))
+    assert [event for event in events if isinstance(event, CheckResult) and event.step] == []
+
+
+@pytest.mark.slow
+def test_it_goes_back_three_times_and_no_more(learnt: Path, tmp_path: Path) -> None:
+    """Far too high a rate: each time with half of what it was."""
+    files = measured_files(tmp_path)
+    wish = recipe(learnt, tmp_path, **files, data=str(write_rows(tmp_path / "rows.jsonl", sums(1, 24))), save_steps=1,
+                  learning_rate=1.0, warmup_ratio=0.5, guard={"probe_steps": 1, "forgetting": "off"})  # fmt: skip
+    events = run.train(plan_of(wish))
+    seen: list[Event] = []
+    with pytest.raises(GateError, match="went back 3 times already"):
+        seen.extend(iter(lambda: next(events), None))
+    found = read_rollbacks(folder_of(wish))
+    assert [one.lr_factor for one in found] == [0.5] * 3
+    assert not (folder_of(wish) / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_what_forgets_is_rehearsed_more(learnt: Path, tmp_path: Path) -> None:
+    """It knows answers like those of its own rows, and is trained to say something else."""
+    known = [{"text": json.dumps({"sum": n * n + n})} for n in range(30, 38)]
+    files = {"retention_data": str(write_rows(tmp_path / "known.jsonl", known))}
+    other = str(
+        write_rows(tmp_path / "other.jsonl", [{"text": f"other words, {n}"} for n in range(8)])
+    )
+    data = str(
+        write_rows(tmp_path / "rows.jsonl", [chat(f"{n} and", "zz top " * 3) for n in range(12)])
+    )
+
+    def forgetting(name: str, **guard: Any) -> Recipe:
+        rehearsal, wish = (
+            {"data": other, "ratio": 0.1},
+            {"collapse": "off", "probe_steps": 1, **guard},
+        )
+        rates = {"learning_rate": 0.1, "warmup_ratio": 0.5}
+        return recipe(
+            learnt,
+            tmp_path / name,
+            **files,
+            data=data,
+            save_steps=1,
+            rehearsal=rehearsal,
+            guard=wish,
+            **rates,
+        )
+
+    assert not any(
+        getattr(event, "kind", "") == "forgetting"
+        for event in train(forgetting("much", margin=100))
+    )
+    with pytest.raises(GateError, match="forgetting: general text"):
+        train(forgetting("stop", forgetting="stop"))
+    with pytest.raises(GateError, match="3 times already"):
+        train(forgetting("back", forgetting="rollback"))
+    assert [one.rehearsal_ratio for one in read_rollbacks(tmp_path / "back" / "run")] == [
+        0.2,
+        0.4,
+        0.5,
+    ]
+
+
+# ---------------------------------------------------------------- the best
+
+
+def test_the_best_checkpoint_is_kept_and_not_the_last_one(learnt: Path, tmp_path: Path) -> None:
+    files = measured_files(tmp_path)
+    wish = recipe(
+        learnt, tmp_path, **files, eval_steps=1, save_steps=9, learning_rate=1.0, guard="off"
+    )
+    events = train(wish)
+    losses = {
+        e.step: e.value
+        for e in events
+        if isinstance(e, Score) and (e.task, e.metric) == ("eval", "loss")
+    }
+    best = min(losses, key=losses.__getitem__)
+    assert best < 3, "the rate is far too high"
+    record = parse_as(RunRecord, read_json(folder_of(wish) / "record.json"))
+    assert (record.selected_step, record.steps) == (best, 3)
+    saved = load_file(folder_of(wish) / "checkpoints" / f"step-{best}" / "state.safetensors")
+    trained = load_file(folder_of(wish) / "adapter" / "adapter_model.safetensors")
+    weights = {
+        key.removeprefix("weight."): value
+        for key, value in saved.items()
+        if key.startswith("weight.")
+    }
+    assert sorted(value.sum().item() for value in weights.values()) == sorted(
+        v.sum().item() for v in trained.values()
+    )
+    assert any(isinstance(event, CheckResult) and event.kind == "best" for event in events)
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_that_gets_no_better_also_when_it_is_resumed(
+    learnt: Path, tmp_path: Path
+) -> None:
+    files = measured_files(tmp_path)
+
+    def patient(name: str) -> Recipe:
+        return recipe(learnt, tmp_path / name, **files, num_train_epochs=3, eval_steps=1, save_steps=1,
+                      learning_rate=1.0, warmup_ratio=0.1,
+                      guard={"collapse": "off", "forgetting": "off", "patience": 2})  # fmt: skip
+
+    whole, killed = patient("whole"), patient("killed")
+    steps = steps_of(train(whole))
+    assert len(steps) < 9
+    follow(killed, lambda event: isinstance(event, CheckpointSaved) and event.step == len(steps))
+    assert steps_of(list(run.resume(folder_of(killed)))) == []
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+
+
+def test_a_signal_before_a_look_leaves_the_look_to_the_next_attempt(
+    learnt: Path, tmp_path: Path
+) -> None:
+    files = measured_files(tmp_path)
+
+    def often(name: str) -> Recipe:
+        return recipe(learnt, tmp_path / name, **files, eval_steps=1, learning_rate=1e-3,
+                      guard={"probe_steps": 1, "collapse": "warn"})  # fmt: skip
+
+    whole, stopped = often("whole"), often("stopped")
+    train(whole)
+
+    def stop_at(step: int) -> None:
+        for event in run.train(plan_of(stopped)):
+            if event.step == step and not isinstance(event, CheckpointSaved):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        stop_at(2)
+    events = list(run.resume(folder_of(stopped)))
+    assert {
+        event.step for event in events if isinstance(event, Score) and event.metric == "repetition"
+    } == {0, 2, 3}
+    assert adapter_bytes(stopped) == adapter_bytes(whole)
+
+    def counted(wish: Recipe) -> list[tuple[str, int]]:
+        return sorted(
+            (e["type"], e["step"])
+            for e in read_events(folder_of(wish))
+            if e["type"] in ("score", "step")
+        )
+
+    assert counted(stopped) == counted(whole)

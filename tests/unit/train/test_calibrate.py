@@ -1,0 +1,108 @@
+"""Time measured on a few made-up layers: steps of the plan, without weights, of every method."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_runs import recipe
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.types import Document
+from tunesmith.model.truncated import build_truncated_network
+from tunesmith.plan.flops import count_computed_tokens
+from tunesmith.session import inputs
+from tunesmith.train import calibrate
+from tunesmith.train.time_estimate import EvalCostEstimate, add_run_seconds
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "SECONDS_PER_DEPTH", 0.02)
+    monkeypatch.setattr(calibrate, "MIN_SECONDS", 0.001)
+    monkeypatch.setattr(calibrate, "COPY_BYTES", 2**16)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_plan_gets_its_time_without_weights(
+    method: str, quick: None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    del quick
+    alone = tmp_path / "alone"
+    shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
+    wish = recipe(alone, tmp_path, method=method, lora_r="auto", lora_target_modules="auto")
+    known = inputs.load_inputs(wish, needs_weights=False)
+    plan = inputs.make_plan(known)
+    timed = calibrate.calibrate_plan(plan, known)
+    assert timed.seconds[0] > 0
+    assert "of 1 and 2 of 2 layers" in timed.seconds_source
+    assert (
+        dataclasses.replace(timed, seconds=plan.seconds, seconds_source=plan.seconds_source) == plan
+    )
+    assert add_run_seconds(timed, EvalCostEstimate(plan, known)).total_seconds > timed.seconds[0]
+
+
+def test_a_step_is_its_layers_and_the_rest(quick: None, tiny_folder: Path, tmp_path: Path) -> None:
+    del quick
+    known = inputs.load_inputs(
+        recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"])
+    )
+    plan = inputs.make_plan(known)
+    found = calibrate.measure_calibration(plan, known)
+    assert found.compute_token_seconds(4) == pytest.approx(
+        found.other_seconds + 4 * found.layer_seconds
+    )
+    assert found.gemm_flops > 1e6
+    assert found.bandwidth > 1e6
+    assert found.steps >= 2
+    assert count_computed_tokens(plan) > 0
+
+
+def test_large_steps_are_cut_and_pairs_stay_together(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
+    monkeypatch.setattr(calibrate, "MAX_STEP_FLOPS", 1)  # 256 tokens
+    some = torch.zeros(200, dtype=torch.int32).numpy()
+    sides: list[Any] = ["chosen", "rejected"] * 3
+    documents = [Document(str(i), some, some, side) for i, side in enumerate(sides)]
+    assert len(calibrate._make_truncator(plan, 2)(documents)) == 2
+    assert (
+        len(
+            calibrate._make_truncator(plan, 2)(
+                [dataclasses.replace(one, side="") for one in documents]
+            )
+        )
+        == 2
+    )
+    monkeypatch.setattr(calibrate, "MAX_STEP_FLOPS", 1e15)
+    assert len(calibrate._make_truncator(plan, 2)(documents)) == 6
+
+
+def test_another_machine_cannot_be_measured_and_what_does_not_fit_neither(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    known = inputs.load_inputs(recipe(tiny_folder, tmp_path))
+    plan = inputs.make_plan(known)
+    with pytest.raises(InputError, match="processor at hand"):
+        calibrate.measure_calibration(
+            dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device="cuda")),
+            known,
+        )
+    small = dataclasses.replace(
+        plan, machine=dataclasses.replace(plan.machine, available_bytes=1000)
+    )
+    with pytest.raises(MachineError, match="two layers and the embeddings"):
+        calibrate.measure_calibration(small, known)
+
+
+def test_made_up_weights_are_the_stock_shapes(tiny_folder: Path) -> None:
+    network = build_truncated_network(tiny_folder, torch.float32, 1, is_quantized=False)
+    names = {name for name, _ in network.named_parameters()}
+    assert not any(".layers.1." in name for name in names)
+    assert all(float(parameter.min()) > 0 for parameter in network.parameters())
+    assert not any(
+        parameter.is_meta or parameter.requires_grad for parameter in network.parameters()
+    )

@@ -1,0 +1,375 @@
+"""The loop: packing changes nothing, bad steps never reach the weights, and the same run gives the same bytes."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tiny_loop import (
+    LENGTHS,
+    SETTINGS,
+    documents_of,
+    same,
+    steps,
+    straight_and_resumed,
+    weights,
+)
+from tiny_models import END, LORA, after, one_batch, tiny_document, tiny_model, tiny_network
+from tunesmith.core.errors import GateError
+from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, TrainStep
+from tunesmith.core.types import Document
+from tunesmith.model.adapters import METHODS, get_trainable_parameters
+from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
+from tunesmith.model.lm_head import measure_target_losses
+from tunesmith.train.loop import MAX_BAD_STEPS, TrainingLoop
+from tunesmith.train.optimizer import compute_learning_rate, get_moments
+
+
+def trained(
+    documents: Callable[[int], Sequence[Document]] = documents_of,
+    *,
+    model: PackedCausalLM | None = None,
+    **changed: object,
+) -> tuple[list[Event], dict[str, Tensor]]:
+    """A whole run; its events and the trained weights."""
+    model = model or tiny_model()
+    events = list(TrainingLoop(model, documents, dataclasses.replace(SETTINGS, **changed)))  # type: ignore[arg-type]
+    return events, weights(model)
+
+
+# ---------------------------------------------------------------- packing is speed, not trajectory
+
+
+def test_twenty_steps_packed_equal_twenty_steps_unpacked() -> None:
+    (packed, ours), (alone, theirs) = (
+        trained(steps=20, pack_length=length) for length in (10**6, 1)
+    )
+    for one, other in zip(steps(packed), steps(alone), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+    for name in ours:
+        assert float((ours[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
+    assert steps(packed)[-1].loss != pytest.approx(steps(packed)[0].loss, rel=1e-3)
+
+
+def branching(step: int) -> Sequence[Document]:
+    """Other documents at every step, which begin alike."""
+    prompt, other = tiny_document(24, step), tiny_document(40, 100 + step)
+    tails = ((prompt, 24, 9), (prompt, 20, 5), (other, 31, 12), (other, 40, 1), (other, 30, 17))
+    return [after(*tail, place) for place, tail in enumerate(tails)]
+
+
+def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
+    runs = [
+        trained(branching, steps=20, pack_length=length, share_prefixes=length > 1)
+        for length in (10**6, 80, 1)
+    ]
+    (_, ours), (_, halved), (alone, theirs) = runs
+    assert steps(runs[0][0]) != steps(alone), "other numbers on the way"
+    for one, two, other in zip(*(steps(events) for events, _ in runs), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert two.loss == pytest.approx(other.loss, rel=1e-5)
+        assert (one.tokens, one.supervised_tokens) == (other.tokens, other.supervised_tokens)
+    for name in ours:
+        assert float((ours[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
+        assert float((halved[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
+
+
+def test_two_runs_are_bitwise_equal_and_seeds_matter() -> None:
+    """With dropout, whose masks come from seed, step and pack."""
+    runs = [trained(model=tiny_model(lora_dropout=0.2), seed=seed) for seed in (5, 5, 6)]
+    losses = [[event.loss for event in steps(events)] for events, _ in runs]
+    assert losses[0] == losses[1]
+    assert same(runs[0][1], runs[1][1])
+    assert losses[0] != losses[2]
+
+
+def test_what_happens_between_events_changes_nothing() -> None:
+    """Someone draws random numbers and runs the model between two steps: same bytes."""
+    straight, expected = trained(model=tiny_model(lora_dropout=0.2))
+    model = tiny_model(lora_dropout=0.2)
+    events: list[Event] = []
+    for event in TrainingLoop(model, documents_of, SETTINGS):
+        events.append(event)
+        torch.rand(7)
+        assert not model.network.training
+        with torch.no_grad():
+            model.compute_hidden(one_batch([tiny_document(9)]))
+    assert same(weights(model), expected)
+    assert [event.loss for event in steps(events)] == [event.loss for event in steps(straight)]
+
+
+# ---------------------------------------------------------------- what a step is
+
+
+def test_the_loss_is_the_mean_over_the_weights() -> None:
+    """By hand, document by document; twice the weights are the same step."""
+    model, documents = tiny_model(dtype=torch.float64), documents_of(1)
+    total = weight = 0.0
+    for document in documents:
+        batch = one_batch([document])
+        losses = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
+        total, weight = (
+            total + float((losses * batch.weights_S).sum()),
+            weight + float(batch.weights_S.sum()),
+        )
+    double = [dataclasses.replace(d, weights_L=2 * d.weights_L) for d in documents]
+    results = [
+        steps(trained(lambda _, ds=ds: ds, model=tiny_model(dtype=torch.float64), steps=1)[0])[0]
+        for ds in (documents, double)
+    ]
+    assert results[0].loss == pytest.approx(total / weight, rel=1e-12)
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-12)
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-12)
+
+
+def test_a_row_of_more_weight_pulls_more() -> None:
+    heavy = [
+        dataclasses.replace(d, weights_L=d.weights_L * (5 if i == 3 else 1))
+        for i, d in enumerate(documents_of(1))
+    ]
+    one, other = (trained(lambda _, ds=ds: ds, steps=1)[0] for ds in (documents_of(1), heavy))
+    assert steps(one)[0].loss != pytest.approx(steps(other)[0].loss, rel=1e-4)
+
+
+def test_counts_are_of_the_documents() -> None:
+    documents = documents_of(1)
+    result = steps(trained(lambda _: documents, steps=1)[0])[0]
+    assert result.tokens == sum(len(d) for d in documents) == sum(LENGTHS) + len(LENGTHS)
+    assert result.supervised_tokens == sum(np.count_nonzero(d.weights_L) for d in documents)
+    assert result.seconds > 0
+    assert result.peak_bytes > 0
+
+
+def test_the_rate_follows_the_schedule() -> None:
+    events, _ = trained()
+    rates = [
+        compute_learning_rate(s, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear")
+        for s in range(6)
+    ]
+    assert [event.learning_rate for event in steps(events)] == rates
+
+
+def test_a_step_without_documents_changes_nothing_but_the_schedule() -> None:
+    model = tiny_model()
+    training = TrainingLoop(
+        model, lambda step: [] if step in (1, 3) else documents_of(step), SETTINGS
+    )
+    before = weights(model)
+    first = next(training)
+    assert isinstance(first, TrainStep)
+    assert (first.loss, first.tokens, first.supervised_tokens, first.grad_norm) == (0.0, 0, 0, 0.0)
+    assert same(weights(model), before)
+    second, before = next(training), weights(model)
+    third = next(training)
+    assert isinstance(second, TrainStep)
+    assert isinstance(third, TrainStep)
+    assert (third.step, third.learning_rate) == (
+        3,
+        compute_learning_rate(2, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear"),
+    )
+    assert same(weights(model), before)
+    assert len(steps(list(training))) == 3
+
+
+def test_training_learns() -> None:
+    """One document again and again: its loss falls far."""
+    for method in ("lora", "full"):
+        model = tiny_model(method=method)
+        events, _ = trained(
+            lambda _: [tiny_document(17)], model=model, steps=30, learning_rate=1e-2, warmup_steps=0
+        )
+        losses = [event.loss for event in steps(events)]
+        assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bf16_follows_fp32(method: str) -> None:
+    """The narrow copies of trained weights are those of the weights as they are now."""
+    runs = [
+        trained(
+            lambda _: documents_of(1),
+            model=tiny_model("llama-64", dtype, method=method),
+            steps=8,
+            warmup_steps=0,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    narrow, wide = ([event.loss for event in steps(events)] for events, _ in runs)
+    assert wide[-1] < 0.97 * wide[0]
+    assert narrow[-1] - narrow[0] == pytest.approx(wide[-1] - wide[0], rel=0.15)
+    assert {w.dtype for w in runs[0][1].values()} == {torch.float32}
+
+
+# ---------------------------------------------------------------- what is no number
+
+
+def poisoned(step: int) -> list[Document]:
+    *others, last = documents_of(step)
+    return [
+        *others,
+        dataclasses.replace(last, id="bad:7", weights_L=np.where(last.weights_L > 0, np.inf, 0)),
+    ]
+
+
+def test_a_step_that_is_no_number_is_skipped() -> None:
+    model = tiny_model()
+    training = TrainingLoop(
+        model, lambda step: poisoned(step) if step == 3 else documents_of(step), SETTINGS
+    )
+    for _ in range(2):
+        next(training)
+    before, updates = weights(model), [int(s["step"]) for s in training.optimizer.state.values()]
+    verdict = next(training)
+    assert isinstance(verdict, CheckResult)
+    assert (verdict.kind, verdict.level, verdict.step) == ("non-finite", "warn", 3)
+    assert "bad:7" in verdict.evidence
+    assert same(weights(model), before)
+    assert [int(s["step"]) for s in training.optimizer.state.values()] == updates
+    assert [event.step for event in steps(list(training))] == [4, 5, 6]
+    assert all(torch.isfinite(w).all() for w in weights(model).values())
+
+
+def test_a_gradient_that_is_no_number_is_skipped() -> None:
+    """Though the loss is one."""
+    model = tiny_model()
+    hook = next(iter(get_trainable_parameters(model.network).values())).register_hook(
+        lambda g: g * math.inf
+    )
+    training, before = TrainingLoop(model, documents_of, SETTINGS), weights(model)
+    assert isinstance(next(training), CheckResult)
+    assert same(weights(model), before)
+    hook.remove()
+    assert isinstance(next(training), TrainStep)
+
+
+def test_many_in_a_row_end_the_run() -> None:
+    model = tiny_model()
+    training = TrainingLoop(
+        model, lambda step: documents_of(step) if step == 1 else poisoned(step), SETTINGS
+    )
+    next(training)
+    before = weights(model)
+    for _ in range(MAX_BAD_STEPS - 1):
+        assert isinstance(next(training), CheckResult)
+    with pytest.raises(GateError, match="bad:7"):
+        next(training)
+    assert same(weights(model), before)
+
+
+def test_a_good_step_in_between_starts_the_count_again() -> None:
+    events, _ = trained(
+        lambda step: documents_of(step) if step % 3 == 0 else poisoned(step), steps=9
+    )
+    assert [type(event) for event in events] == [CheckResult, CheckResult, TrainStep] * 3 + [
+        TrainingEnd
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_poisoned_model_never_trains(dtype: torch.dtype) -> None:
+    """A NaN in any one weight of the base reaches the loss, through every kernel on the way."""
+    names = (
+        "embed_tokens.weight",
+        "input_layernorm.weight",
+        "q_proj.weight",
+        "v_proj.weight",
+        "up_proj.weight",
+    )
+    for name in (*names, "down_proj.weight", "norm.weight", "lm_head.weight"):
+        network = tiny_network("llama-64", dtype)
+        weight = next(p for n, p in network.named_parameters() if n.endswith(name))
+        weight.data.view(-1)[3 if weight.dim() == 1 else slice(None)] = math.nan
+        METHODS["lora"](network, LORA)
+        model = wrap_model(network, dtype)
+        before = weights(model)
+        with pytest.raises(GateError):
+            list(TrainingLoop(model, documents_of, SETTINGS))
+        assert same(weights(model), before)
+
+
+# ---------------------------------------------------------------- stopping, and going on
+
+
+def test_stop_ends_after_the_step() -> None:
+    training = TrainingLoop(tiny_model(), documents_of, SETTINGS)
+    next(training)
+    training.stop()
+    done = next(training)
+    assert isinstance(done, TrainingEnd)
+    assert (done.step, done.reason) == (1, "stopped")
+    assert list(training) == []
+
+
+def test_a_run_ends_by_itself() -> None:
+    events, _ = trained()
+    assert [event.step for event in steps(events)] == [1, 2, 3, 4, 5, 6]
+    assert isinstance(events[-1], TrainingEnd)
+    assert (events[-1].step, events[-1].reason) == (6, "finished")
+    assert events[-1].seconds == pytest.approx(sum(event.seconds for event in steps(events)))
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", torch.float32), ("full", torch.bfloat16)], ids=str
+)
+def test_a_resumed_run_is_bitwise_the_straight_one(
+    method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Also when the model has run, and even trained, before its state came back, and when its files change after."""
+    straight, expected = trained(model=tiny_model("llama-64", dtype, method=method))
+    first = TrainingLoop(tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS)
+    for _ in range(3):
+        next(first)
+    first.save(tmp_path)
+    model = tiny_model("llama-64", dtype, method=method)
+    training = TrainingLoop(model, documents_of, SETTINGS)
+    next(training)
+    with torch.no_grad():
+        model.compute_hidden(one_batch([tiny_document(9)]))
+    training.restore(tmp_path)
+    for file in tmp_path.iterdir():
+        with file.open("r+b") as opened:
+            opened.write(bytes(file.stat().st_size))
+    resumed = steps(list(training))
+    assert [(e.step, e.loss, e.grad_norm) for e in resumed] == [
+        (e.step, e.loss, e.grad_norm) for e in steps(straight)[3:]
+    ]
+    assert same(weights(model), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(
+    method: str, tmp_path: Path
+) -> None:
+    """Of a rank at which A and B are large enough to have them; norms and biases have theirs in fp32."""
+    wish = dataclasses.replace(SETTINGS, optim="adamw_8bit")
+
+    def fresh() -> TrainingLoop:
+        return TrainingLoop(tiny_model(method=method, lora_r=96), documents_of, wish)
+
+    straight, second = straight_and_resumed(fresh, tmp_path)
+    assert same(weights(straight.model), weights(second.model))
+    kept = [get_moments(second.optimizer, p) for p in second.parameters.values()]
+    assert {found["state1"].dtype for found in kept} == {torch.uint8, torch.float32}
+
+
+def test_the_end_token_is_what_is_learned_last() -> None:
+    """The tests' documents are like real ones: each ends in a trained end token."""
+    assert all(d.tokens_L[-1] == END and d.weights_L[-1] == 1 for d in documents_of(1))
+
+
+def test_a_second_rollback_undoes_what_was_set_after_it() -> None:
+    training = TrainingLoop(tiny_model("llama-64", torch.float32), documents_of, SETTINGS)
+    raised = [
+        Rollback(30, 20, "forgotten", "", "", rehearsal_ratio=0.2),
+        Rollback(25, 10, "forgotten", "", "", rehearsal_ratio=0.4),
+    ]
+    training.set_rollbacks(raised[:1])
+    assert training.ratio_changes == ((20, 0.2),)
+    training.set_rollbacks(raised)
+    assert training.ratio_changes == ((10, 0.4),), "from step 20 on it is not lowered again"

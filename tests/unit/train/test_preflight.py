@@ -1,0 +1,402 @@
+"""The proof passes where all is well, on every family, and names each broken thing."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tiny_models import (
+    CONFIGS,
+    END,
+    WINDOW,
+    after,
+    branching_documents,
+    tiny_document,
+    tiny_documents,
+    tiny_network,
+)
+from tunesmith.core.errors import GateError
+from tunesmith.core.events import CheckResult
+from tunesmith.core.types import Batch, Document, Pack, PackLayout
+from tunesmith.data.packing import count_input_tokens
+from tunesmith.model.adapters import METHODS
+from tunesmith.model.attention import BACKENDS, AttentionConfig, reference_attention
+from tunesmith.model.causal_lm import (
+    PackedCausalLM,
+    compute_stock_logits,
+    get_sliding_window,
+    wrap_model,
+)
+from tunesmith.session import preflight_probe as probe_module
+from tunesmith.session.preflight_probe import (
+    PreflightSamples,
+    TokenIdCheck,
+    choose_documents,
+    choose_positions,
+    choose_sharing_documents,
+    find_siblings,
+    pack_with_sharing,
+)
+from tunesmith.train import preflight
+from tunesmith.train.preflight import run_preflight
+
+ADAPTER = {
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_target_modules": "all-linear",
+    "seed": 0,
+}
+
+
+def ready(
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    candidates: Sequence[Document] | None = None,
+    method: str = "lora",
+) -> tuple[PackedCausalLM, PreflightSamples]:
+    """A model as it is before its first step, and what the stock one said."""
+    network = tiny_network(family, dtype)
+    documents = choose_documents(
+        candidates or tiny_documents((20, 9, 33, 14)), get_sliding_window(network)
+    )
+    stock = tuple(
+        compute_stock_logits(
+            network, d.tokens_L[: count_input_tokens(d)].tolist(), choose_positions(d)
+        )
+        for d in documents
+    )
+    METHODS[method](network, ADAPTER)
+    return wrap_model(network, dtype), PreflightSamples(
+        documents, stock, frozenset({END}), (TokenIdCheck("rows:1", True),)
+    )
+
+
+# ---------------------------------------------------------------- all is well
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_proof_passes_on_every_family(family: str) -> None:
+    model, probe = ready(family)
+    verdicts = run_preflight(model, probe)
+    assert all(verdict.level == "ok" for verdict in verdicts)
+    assert len(verdicts) == len(preflight.CHECKS) + 1
+    assert verdicts[-1].kind == "controls"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama-64", "gemma2", "granite", "olmo2"])
+def test_the_proof_passes_in_bf16(family: str, method: str) -> None:
+    assert run_preflight(*ready(family, torch.bfloat16, method=method))
+
+
+def test_the_proof_leaves_the_model_as_it_is() -> None:
+    model, probe = ready(method="full")
+    before = {name: p.detach().clone() for name, p in model.network.named_parameters()}
+    run_preflight(model, probe)
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None
+        for name, p in model.network.named_parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        [tiny_document(12)],
+        [tiny_document(12, first_target=12)],
+        [tiny_document(3, first_target=3), tiny_document(3, first_target=3)],
+        [tiny_document(1, seed) for seed in range(5)],
+    ],
+    ids=["one row", "one row with one target", "equal rows with one target", "rows of one token"],
+)
+def test_few_and_small_rows_are_proven_too(candidates: list[Document]) -> None:
+    assert run_preflight(*ready(candidates=candidates))
+
+
+# ---------------------------------------------------------------- the choice of documents
+
+
+def test_the_shortest_and_the_longest_are_chosen() -> None:
+    chosen = choose_documents(tiny_documents(range(3, 40)), window=None)
+    assert (len(chosen[0]), len(chosen[-1]), len(chosen)) == (4, 40, 4)
+    assert [len(d) for d in chosen] == sorted(len(d) for d in chosen)
+
+
+def test_a_window_needs_a_document_longer_than_itself() -> None:
+    short = tiny_documents((3, 4, 5))
+    assert all(count_input_tokens(d) <= WINDOW for d in choose_documents(short, window=None))
+    chosen = choose_documents(short, window=WINDOW)
+    assert count_input_tokens(chosen[-1]) > WINDOW
+    assert len(choose_documents(tiny_documents((3, 4, 30)), window=WINDOW)) == 3
+
+
+def test_documents_that_train_nothing_are_no_candidates() -> None:
+    nothing = dataclasses.replace(tiny_document(6), weights_L=np.zeros(7, np.float32))
+    assert choose_documents([nothing], window=None) == ()
+    assert nothing not in choose_documents([nothing, *tiny_documents((4, 5))], window=None)
+
+
+def test_checked_places_are_spread_from_the_first_to_the_last() -> None:
+    assert choose_positions(tiny_document(5)) == [0, 1, 2, 3, 4]
+    places = choose_positions(tiny_document(1000))
+    assert (places[0], places[-1], len(places)) == (0, 999, probe_module.MAX_CHECKED_POSITIONS)
+
+
+# ---------------------------------------------------------------- each broken thing by its own message
+
+
+def refusal(model: PackedCausalLM, probe: PreflightSamples) -> str:
+    with pytest.raises(GateError) as caught:
+        run_preflight(model, probe)
+    assert caught.value.where.startswith("preflight")
+    assert caught.value.exit_code == 4
+    return caught.value.message
+
+
+def blurred(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig) -> Tensor:
+    """Attention that does not know where documents end."""
+    return reference_attention(q, k, v, PackLayout((0,), (layout.num_tokens,)), rule)
+
+
+def windowless(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+) -> Tensor:
+    return reference_attention(q, k, v, layout, dataclasses.replace(rule, window=None))
+
+
+def uncapped(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig) -> Tensor:
+    return reference_attention(q, k, v, layout, dataclasses.replace(rule, softcap=None))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "olmo2"])
+def test_attention_that_ignores_the_layout(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "broken", blurred)
+    model, probe = ready(family)
+    model.backend = "broken"
+    assert "see each other" in refusal(model, probe)
+
+
+@pytest.mark.parametrize(
+    ("family", "broken"), [("mistral", windowless), ("phi3", windowless), ("gemma2", uncapped)]
+)
+def test_attention_that_ignores_a_rule(
+    family: str, broken: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when all rows are shorter than the window: they are chained."""
+    monkeypatch.setitem(BACKENDS, "broken", broken)  # type: ignore[arg-type]
+    model, probe = ready(family, candidates=tiny_documents((3, 4, 5)))
+    model.backend = "broken"
+    assert "differs from the stock model's" in refusal(model, probe)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("granite", "logits_scaling", 1.0),
+        ("cohere", "logit_scale", 1.0),
+        ("gemma2", "final_logit_softcapping", None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_wrong_head(family: str, key: str, value: float | None, dtype: torch.dtype) -> None:
+    model, probe = ready(family, dtype)
+    setattr(model.network.config, key, value)
+    assert "differs from the stock model's" in refusal(model, probe)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_a_model_that_is_no_number(bad: float) -> None:
+    model, probe = ready()
+    model.network.get_parameter("model.norm.weight").data[0] = bad
+    assert "differs from the stock model's" in refusal(model, probe)
+
+
+def test_an_adapter_that_is_not_nothing_yet() -> None:
+    model, probe = ready()
+    model.network.get_parameter("model.layers.0.mlp.up_proj.lora_B").data += 0.3
+    assert "differs from the stock model's" in refusal(model, probe)
+
+
+def test_labels_that_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what lays out packs for training itself, so that a pack and a document alone agree about them."""
+    right = probe_module.collate
+
+    def early(pack: Pack) -> Batch:
+        batch = right(pack)
+        return dataclasses.replace(batch, targets_S=batch.tokens_T[batch.positions_S])
+
+    monkeypatch.setattr(probe_module, "collate", early)
+    assert "labels" in refusal(*ready())
+
+
+def test_targets_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = probe_module.collate
+
+    def fewer(pack: Pack) -> Batch:
+        batch = right(pack)
+        kept = {
+            name: getattr(batch, name)[:-1]
+            for name in ("positions_S", "targets_S", "weights_S", "document_S")
+        }
+        return dataclasses.replace(batch, **kept)
+
+    monkeypatch.setattr(probe_module, "collate", fewer)
+    assert "labels" in refusal(*ready())
+
+
+def test_answers_without_their_end_token() -> None:
+    model, probe = ready()
+    what = refusal(model, dataclasses.replace(probe, end_ids=frozenset({END + 1})))
+    assert f"last trained token is {END}, no end token" in what
+
+
+def test_chained_rows_need_no_end_token() -> None:
+    model, probe = ready("mistral", candidates=tiny_documents((3, 4, 5)))
+    assert probe.documents[-1].tokens_L[-1] != END
+    assert run_preflight(model, probe)
+
+
+def test_ids_that_are_not_the_tokenizers() -> None:
+    model, probe = ready()
+    probe = dataclasses.replace(
+        probe, token_id_checks=(TokenIdCheck("rows:1", True), TokenIdCheck("rows:8", False))
+    )
+    with pytest.raises(GateError, match="token ids differ") as caught:
+        run_preflight(model, probe)
+    assert caught.value.where == "preflight: rows:8"
+    found = (TokenIdCheck("rows:1", True), TokenIdCheck("rows:2", True, is_full_row=False))
+    told = "2 rows tokenised equally, leading BOS included; of 1 the prompts, as they are served"
+    assert told in [
+        verdict.evidence
+        for verdict in run_preflight(model, dataclasses.replace(probe, token_id_checks=found))
+    ]
+    nothing = run_preflight(model, dataclasses.replace(probe, token_id_checks=()))
+    assert [verdict.level for verdict in nothing if verdict.kind == "ids = stock"] == ["warn"]
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0], ids=["nothing", "the first token"])
+def test_a_document_that_trains_nothing_or_its_first_token(first: float) -> None:
+    model, probe = ready()
+    *others, last = probe.documents
+    weights_L = np.zeros(len(last), np.float32)
+    weights_L[0] = first
+    empty = dataclasses.replace(last, weights_L=weights_L)
+    assert "trains nothing" in refusal(
+        model, dataclasses.replace(probe, documents=(*others, empty))
+    )
+
+
+# ---------------------------------------------------------------- a check that cannot fail proves nothing
+
+
+@pytest.mark.parametrize(
+    ("claim", "named"), [("blind", "a mask that leaks"), ("labels_equal_stock", "labels shifted")]
+)
+def test_a_claim_that_cannot_fail_is_noticed(
+    claim: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def always(*_: object, **__: object) -> CheckResult:
+        return CheckResult(claim, "ok", "")
+
+    monkeypatch.setattr(preflight, claim, always)
+    assert f"did not notice {named}" in refusal(*ready())
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_both_sides_of_pairs_are_proven() -> None:
+    sides = [
+        dataclasses.replace(tiny_document(length, number), side=side)
+        for number, lengths in enumerate(((20, 9), (33, 14), (12, 40)))
+        for side, length in zip(("chosen", "rejected"), lengths, strict=True)
+    ]
+    chosen = choose_documents(sides, None)
+    rejected = {d.tokens_L.tobytes() for d in sides if d.side == "rejected"}
+    assert sum(d.tokens_L.tobytes() in rejected for d in chosen) == 2, (
+        "the shortest and the longest"
+    )
+    assert {9, 40} <= {count_input_tokens(d) for d in chosen}
+    assert all(verdict.level == "ok" for verdict in run_preflight(*ready(candidates=sides)))
+
+
+# ---------------------------------------------------------------- shared prefixes
+
+
+def sharing(
+    family: str = "llama", dtype: torch.dtype = torch.float32
+) -> tuple[PackedCausalLM, PreflightSamples]:
+    """Ready, with documents of which two begin alike and one continues another's beginning."""
+    model, probe = ready(family, dtype)
+    alike = choose_sharing_documents(branching_documents())
+    assert len(alike) == 3
+    return model, dataclasses.replace(probe, alike=alike)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_shared_prefixes_are_proven_on_every_family(family: str) -> None:
+    verdicts = {verdict.kind: verdict for verdict in run_preflight(*sharing(family))}
+    assert "blind to the bit" in verdicts["shared = alone"].evidence
+    assert "sees its sibling" in verdicts["controls"].evidence
+    assert "shared = alone" not in {verdict.kind for verdict in run_preflight(*ready(family))}
+
+
+@pytest.mark.parametrize("family", ["llama-64", "gemma2"])
+def test_shared_prefixes_are_proven_in_bf16(family: str) -> None:
+    assert run_preflight(*sharing(family, torch.bfloat16))
+
+
+def test_the_shortest_documents_that_part_are_chosen() -> None:
+    prompt = tiny_document(30)
+    alike = [after(prompt, 30, length) for length in (9, 20, 5)]
+    chosen = choose_sharing_documents([*tiny_documents((80, 90)), *alike])
+    assert sorted(d.id for d in chosen) == sorted(d.id for d in alike)
+    pair = [
+        dataclasses.replace(d, side=side)
+        for d, side in zip(alike, ("chosen", "rejected"), strict=False)
+    ]
+    assert [d.side for d in choose_sharing_documents(pair)] == ["", ""]
+    assert find_siblings(
+        pack_with_sharing(choose_sharing_documents(tiny_documents((3, 60)))).layout
+    ) == (1, 2), "one, and its like"
+    assert choose_sharing_documents(tiny_documents((3, 4))) == choose_sharing_documents([]) == ()
+
+
+def test_branches_that_see_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overheard(
+        q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+    ) -> Tensor:
+        parents = tuple(i - 1 for i in range(len(layout.lengths))) if layout.parents else ()
+        return reference_attention(q, k, v, dataclasses.replace(layout, parents=parents), rule)
+
+    model, probe = sharing()
+    model.backend = "broken"
+    monkeypatch.setitem(BACKENDS, "broken", overheard)
+    assert "documents in a pack see each other" in refusal(model, probe)
+
+
+def test_a_shared_part_that_computes_something_else_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def short_sighted(
+        q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+    ) -> Tensor:
+        return reference_attention(q, k, v, dataclasses.replace(layout, parents=()), rule)
+
+    model, probe = sharing()
+    model.backend = "broken"
+    monkeypatch.setitem(BACKENDS, "broken", short_sighted)
+    assert "in a shared pack" in refusal(model, probe)
+
+
+def test_a_forest_that_cannot_fail_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        preflight, "check_prefix_sharing", lambda *_, **__: CheckResult("shared = alone", "ok", "")
+    )
+    assert "did not notice a branch that sees its sibling" in refusal(*sharing())

@@ -1,0 +1,125 @@
+"""Bans: the term is the published formula, its gradient is bounded and exact, no split of a step changes it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny_models import one_batch, tiny_document, tiny_documents, tiny_model, worst_difference
+from tunesmith.core.types import Document
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
+from tunesmith.evaluate.loglikelihood import compute_nll
+from tunesmith.model.adapters import get_trainable_parameters
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms, unlikelihood_loss
+
+OBJECTIVE = LossConfig(ban_coefficient=0.7)
+
+
+def documents() -> list[Document]:
+    """Plain ones, and some with bad places only."""
+    bad = [tiny_document(n, 5, first_target=n // 2) for n in (9, 14, 30)]
+    return [*tiny_documents(), *(dataclasses.replace(document, side="banned") for document in bad)]
+
+
+def step(
+    model: PackedCausalLM, documents: list[Document], pack_length: int = 10**6
+) -> tuple[float, dict[str, Tensor]]:
+    counts, total = LossNormalizer.from_documents(documents), 0.0
+    for pack in pack_step(documents, pack_length):
+        terms = compute_step_terms(model, collate(pack), counts, OBJECTIVE)
+        loss = torch.stack(
+            [term.coefficient * term.sum / term.count for term in terms.values()]
+        ).sum()
+        loss.backward()
+        total += float(loss.detach())
+    gradients = {
+        name: p.grad
+        for name, p in get_trainable_parameters(model.network).items()
+        if p.grad is not None
+    }
+    model.network.zero_grad(set_to_none=True)
+    return total, gradients
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_loss_and_gradients_are_the_formula(method: str) -> None:
+    model = tiny_model("llama-tied", torch.float64, method=method)
+    ours, gradients = step(model, documents())
+    sums, weights = {"": torch.zeros(()), "banned": torch.zeros(())}, {"": 0.0, "banned": 0.0}
+    for document in documents():
+        batch = one_batch([dataclasses.replace(document, side="")])
+        logits = model.head.compute_logits(model.compute_hidden(batch))
+        p_S = torch.softmax(logits, -1).gather(1, batch.targets_S[:, None])[:, 0]
+        losses_S = -torch.log(1 - p_S) if document.side else -torch.log(p_S)
+        sums[document.side] = sums[document.side] + (losses_S * batch.weights_S).sum()
+        weights[document.side] += float(batch.weights_S.sum())
+    expected = (
+        sums[""] / weights[""] + OBJECTIVE.ban_coefficient * sums["banned"] / weights["banned"]
+    )
+    expected.backward()
+    theirs = {
+        name: p.grad
+        for name, p in get_trainable_parameters(model.network).items()
+        if p.grad is not None
+    }
+    assert ours == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert worst_difference(gradients, theirs) < 1e-10
+
+
+def test_no_split_of_a_step_changes_it() -> None:
+    model = tiny_model("llama", torch.float64)
+    (whole, one), (parts, many) = step(model, documents()), step(model, documents(), 31)
+    assert parts == pytest.approx(whole, rel=1e-12)
+    assert worst_difference(many, one) < 1e-10
+
+
+def test_a_step_of_bad_answers_alone_is_trained_without_cross_entropy() -> None:
+    bad = [document for document in documents() if document.side]
+    counts = LossNormalizer.from_documents(bad)
+    assert bool(counts)
+    assert (counts.answer, counts.banned) == (0, sum(float(d.weights_L.sum()) for d in bad))
+    (pack,) = pack_step(bad, 10**6)
+    assert compute_step_terms(tiny_model(), collate(pack), counts, OBJECTIVE).keys() == {"banned"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_is_exact_and_bounded_from_certain_to_impossible(dtype: torch.dtype) -> None:
+    """In the logit of the token it is p: at most 1, for a certain token too."""
+    margins = torch.tensor([-80, -20, -3, 0, 1, 3, 10, 14, 30, 200], dtype=dtype)
+    logits = torch.stack([margins, torch.zeros_like(margins)], -1).requires_grad_()
+    values = unlikelihood_loss(-torch.log_softmax(logits, -1)[:, 0])
+    values.sum().backward()
+    wide = margins.double()
+    assert logits.grad is not None
+    exact = torch.sigmoid(wide)[:7]
+    assert torch.allclose(
+        logits.grad[:7, 0].double(), exact, rtol=2e-3 if dtype == torch.float32 else 1e-9, atol=0
+    )
+    assert torch.allclose(
+        values[:7].double(), torch.nn.functional.softplus(wide)[:7], rtol=1e-3, atol=1e-30
+    )
+    assert values.isfinite().all()
+    assert logits.grad.isfinite().all()
+    assert logits.grad.abs().max() <= 2
+
+
+def test_training_makes_bad_tokens_unlikely_and_keeps_the_good_ones() -> None:
+    model, data = tiny_model("llama"), documents()
+    data = [dataclasses.replace(d, weights_L=(d.weights_L > 0).astype("float32")) for d in data]
+
+    def nats(side: str) -> float:
+        model.network.eval()
+        own = [d for d in data if d.side == side]
+        return sum(nat for _, nat, _ in compute_nll(model, own, 10**6))
+
+    before = {side: nats(side) for side in ("", "banned")}
+    settings = TrainingConfig(
+        20, 10**6, 0.02, 1, "constant", 0.0, 1.0, 0, loss_config=LossConfig(ban_coefficient=1.0)
+    )
+    list(TrainingLoop(model, lambda _: data, settings))
+    assert nats("") < before[""]
+    assert nats("banned") > before["banned"]
