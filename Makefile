@@ -24,7 +24,7 @@ check: $(BIN)/pytest  ## style, types, layers
 	$(BIN)/lint-imports
 
 bench: $(BIN)/pytest  ## tunesmith beside TRL + PEFT on the same work
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.vs_trl.run
 
 format: $(BIN)/pytest
 	$(BIN)/ruff check --fix

@@ -8,7 +8,7 @@
     record = tunesmith.read_record(plan["output_dir"])
 
 The verbs of the command line are functions of the same names here, and give the objects that --json prints;
-docs/python.md shows each of them. Importing this loads no model library.
+docs/reference/python.md shows each of them. Importing this loads no model library.
 """
 
 from importlib import import_module

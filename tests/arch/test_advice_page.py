@@ -1,4 +1,4 @@
-"""docs/advise.md shows what the program prints."""
+"""docs/guides/advise.md shows what the program prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tunesmith.cli.views.advice import render_advice
 ROOT = Path(__file__).parents[2]
 SHOWN = re.findall(
     r"^```\n\$ tunesmith advise (.+)\n((?:.*\n)+?)```$",
-    (ROOT / "docs/advise.md").read_text(),
+    (ROOT / "docs/guides/advise.md").read_text(),
     re.MULTILINE,
 )
 OUTPUTS = [

@@ -98,7 +98,7 @@ def tables(page: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipe.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/recipe.md"])
 def test_the_recipes_of_the_pages_load(page: str, tmp_path: Path) -> None:
     blocks = re.findall(
         r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL

@@ -8,7 +8,7 @@ from tiny_runs import train
 from tunesmith.api import read_record
 from tunesmith.recipe.schema import Recipe
 
-ROWS = Path(__file__).parents[2] / "recipes" / "never"
+ROWS = Path(__file__).parents[2] / "recipes" / "data" / "constraints"
 
 
 @pytest.mark.slow

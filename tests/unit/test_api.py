@@ -168,7 +168,7 @@ def test_a_folder_that_is_no_run_is_refused(function: str, tmp_path: Path) -> No
     assert str(tmp_path) in raised.value.where
 
 
-# ---------------------------------------------------------------- docs/python.md
+# ---------------------------------------------------------------- docs/reference/python.md
 
 
 def blocks(page: Path) -> Iterator[str]:
@@ -183,7 +183,7 @@ def test_the_examples_of_the_page_run(
 ) -> None:
     code = "\n".join(blocks(DOCS / "python.md")).replace("smollm2-135m-instruct", str(tiny_folder))
     names: dict[str, object] = {}
-    exec(compile(code, "docs/python.md", "exec"), names)  # noqa: S102 - the page is ours
+    exec(compile(code, "docs/reference/python.md", "exec"), names)  # noqa: S102 - the page is ours
     out = capsys.readouterr().out
     assert "did you mean 'learning_rate'" in out
     assert "ok controls" in out  # the proof, printed as verdicts

@@ -4,7 +4,7 @@
 
 The row itself travels along as text and comes back as it was; nothing that was changed in the tool but the verdict is
 taken. Formats: the tasks of Label Studio's JSON (label-studio-sdk 2.1), and what `records.to_json` of Argilla 2.8
-writes: it has no dates, and users are ids. Left out: their servers, and the form that asks (docs/data.md).
+writes: it has no dates, and users are ids. Left out: their servers, and the form that asks (docs/guides/data.md).
 """
 
 from __future__ import annotations

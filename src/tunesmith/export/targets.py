@@ -1,7 +1,7 @@
 """What a run can be exported to, and how near to the run each has to be.
 
 In: the words of the user. Out: a `Format` with its two halves, and where the result goes. A new target is two
-functions and a line in TARGETS. The tolerances were chosen from what was measured (docs/export.md).
+functions and a line in TARGETS. The tolerances were chosen from what was measured (docs/guides/export.md).
 """
 
 from __future__ import annotations

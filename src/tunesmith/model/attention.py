@@ -462,7 +462,7 @@ def packed_attention_forward(
     if unknown or attention_mask is not None:
         raise InputError(
             f"{type(module).__name__} passes {', '.join(sorted(unknown)) or 'a mask'} to attention, which packs ignore",
-            fix="use a model family from the list in docs/models.md",
+            fix="use a model family from the list in docs/reference/models.md",
         )
     scaling, window, softcap = (
         kwargs.get("scaling"),

@@ -2,7 +2,7 @@
 
 `Plain` keeps the weight as it is stored. `Blocked` keeps it twice, in the layouts that oneDNN's bf16 products read,
 which they would otherwise make anew in every product: 10-15% faster for a thousand rows, about twice for eight, and to
-the bit the same (benchmarks/gemm.py). The second copy is made by the first backward. `Nf4` keeps it in 4 bits and
+the bit the same (benchmarks/vs_trl/gemm.py). The second copy is made by the first backward. `Nf4` keeps it in 4 bits and
 widens it for each product.
 Legend: N rows, I inputs, O outputs.
 """

@@ -22,7 +22,7 @@ MIN_PROMPTS, MAX_PROMPTS = 8, 64
 PROBE_NEW_TOKENS = 32  # of an answer, one forward each
 FORWARDS_PER_STEP = 3  # a step's forward and backward, in forwards
 # Tokens that would be computed in the time of one forward for the next ones, and passes over a prompt (to answer it, to
-# judge the answer, to read what was expected, which is longer). Fitted to benchmarks/probe.py on two cores of a CPU: 8
+# judge the answer, to read what was expected, which is longer). Fitted to benchmarks/train/guard_probe.py on two cores of a CPU: 8
 # prompts took 4.8 steps of the demo, 16 took 6.6, 32 took 10.4. Of a GPU it is a guess.
 DECODE_COST_TOKENS = {"cpu": 250, "cuda": 512}
 PROMPT_PASSES = 4

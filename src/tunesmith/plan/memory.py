@@ -19,9 +19,7 @@ KERNEL_BYTES, MAX_KERNEL_SIZES = (
     3_000_000,
     100,
 )  # code that oneDNN makes for a pack of a new size, and keeps; then parts come back
-FRAGMENTATION_SHARE = (
-    0.2  # of the activations: room in the heap that is free and of no use; measured, docs/plan.md
-)
+FRAGMENTATION_SHARE = 0.2  # of the activations: room in the heap that is free and of no use; measured, docs/guides/plan.md
 EVALUATION_BYTES = (
     60_000_000  # what is measured, held through the run, and what measuring leaves in the heap
 )

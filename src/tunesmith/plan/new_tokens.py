@@ -55,7 +55,7 @@ def decide_rate_factor(context: RuleContext) -> PlanValue:
     a pretraining, 1e-3 to 1e-2."""
     factor = max(1.0, min(NEW_ROWS_FACTOR, MAX_NEW_ROWS_RATE / context["learning_rate"]))
     reason = f"new rows learn at {factor * context['learning_rate']:.2g}: they start from nothing, the adapter beside a model"
-    return rule_value(round(factor, 3), reason, "measured: docs/methods.md")
+    return rule_value(round(factor, 3), reason, "measured: docs/results/methods.md")
 
 
 def count_trained_rows(plan_values: Mapping[str, PlanValue]) -> int:

@@ -208,7 +208,7 @@ class Recipe(BaseModel):
     )
     metrics: Auto | Metrics = Field(
         default="auto",
-        description="Scores of the before/after; auto picks by the answers. docs/eval.md lists them.",
+        description="Scores of the before/after; auto picks by the answers. docs/guides/evaluate.md lists them.",
     )
     guard: GuardField = Field(
         default=GuardConfig(),

@@ -8,7 +8,7 @@
     RUN/record.json         of the whole: before is the model that the first stage began with, after is the last one;
                             before.json and after.json hold the measures item by item
 
-What a stage is and how it goes on is run.py's business. Why so: docs/why-stages.md.
+What a stage is and how it goes on is run.py's business. Why so: docs/design/stages.md.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.train.base_reference import can_disable_adapter
 from tunesmith.train.guard.probes import MAX_TEXT_CHARS, MAX_TEXTS
 
-# In tokens of a forward, fitted to runs on two cores of a CPU (docs/plan.md): what a step of answers takes beside its
+# In tokens of a forward, fitted to runs on two cores of a CPU (docs/guides/plan.md): what a step of answers takes beside its
 # rows, and what the proof takes, whose documents are few and cut.
 DECODE_STEP_TOKENS, PREFLIGHT_TOKENS = 60, 6000
 LOAD_SECONDS = 3.0  # imports, weights, the first products

@@ -44,8 +44,9 @@ def equal_weights() -> list[Document]:
 @pytest.mark.parametrize("nll", [0.0, 0.2])
 def test_dpo_is_that_of_its_trainer(nll: float, tmp_path: Path) -> None:
     """Full fine-tuning away from the reference, weights in fp64: loss and the gradient of every weight."""
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+
+    from datasets import Dataset
 
     documents, folder = equal_weights(), save_model_folder(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder, pad_token="<|text|>")

@@ -4,7 +4,7 @@
     guard.judge(step) -> verdicts       what the measures of a probe say, beside those of step 0 on the same prompts
 
 A detector is a pure function of what was seen so far: (Seen) -> evidence, or nothing. A new one is a function and a
-line in DETECTORS. Every bound stands in BOUNDS and in docs/guard.md. The same events give
+line in DETECTORS. Every bound stands in BOUNDS and in docs/guides/guard.md. The same events give
 the same verdicts, so a resumed run folds what its folder holds. Left out: taking the measures (probes.py), going back
 and what is done differently then (guarded.py).
 """

@@ -1,0 +1,167 @@
+"""Builds the task files of recipes/instruction.yaml from the Python standard library.
+
+In: the files of the Debian 13 package libpython3.13-stdlib, installed or unpacked under --root. Out: recipes/data/tasks/, a
+training and a test file a task, rows of columns and a `completion` that the syntax tree gives. Modules are divided by
+hash, so that train and test share none, and each function stands in one task only. Run once by a developer; the same
+package gives the same bytes. Left out: ORIGIN.md, written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+LENGTH = range(50, 261)  # characters of a function
+TEST_SHARE = 4  # one of so many modules
+TEST_ROWS = 40
+
+Function = ast.FunctionDef
+Row = dict[str, str]
+
+
+def functions(root: Path) -> Iterator[tuple[str, str, Function]]:
+    """(module, code, tree) of short functions and methods; modules with a copyright of their own are left out."""
+    library = root / "usr/lib/python3.13"
+    for path in sorted(library.rglob("*.py")):
+        source = path.read_text("utf-8", errors="replace")
+        if "opyright" in source or {"test", "idlelib", "lib2to3", "pydoc_data"} & set(path.parts):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, Function) and not node.decorator_list:
+                lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+                code = textwrap.dedent("\n".join(lines))
+                if len(code) in LENGTH:
+                    yield str(path.relative_to(library)), code, node
+
+
+def arguments(code: str, node: Function) -> Row | None:
+    """Extraction: the names of the parameters."""
+    given = node.args
+    names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    plain = not (given.vararg or given.kwarg or given.posonlyargs or given.kwonlyargs)
+    return (
+        {"code": code, "completion": ", ".join(names)} if plain and 2 <= len(names) <= 5 else None
+    )
+
+
+def returns(code: str, node: Function) -> Row | None:
+    """Classification: what a call gives."""
+    own = list(_own(node))
+    yields = any(isinstance(one, ast.Yield | ast.YieldFrom) for one in own)
+    value = any(isinstance(one, ast.Return) and one.value is not None for one in own)
+    if yields and value:
+        return None
+    return {"code": code, "completion": "generator" if yields else "value" if value else "nothing"}
+
+
+def exceptions(code: str, node: Function) -> Row | None:
+    """Extraction: the one exception that is raised by name."""
+    raised = [_name(one.exc) for one in _own(node) if isinstance(one, ast.Raise)]
+    return {"code": code, "completion": raised[0]} if len(set(raised)) == 1 and raised[0] else None
+
+
+def names(code: str, node: Function) -> Row | None:
+    """Rewriting: snake_case as CamelCase."""
+    del code
+    words = node.name.split("_")
+    if len(words) not in (2, 3, 4) or not all(
+        word.isalpha() and word.islower() and len(word) > 1 for word in words
+    ):
+        return None
+    return {"name": node.name, "completion": "".join(word.capitalize() for word in words)}
+
+
+def _own(node: ast.AST) -> Iterator[ast.AST]:
+    """What stands in a function, those inside it left out."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(
+            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
+        ):
+            yield child
+            yield from _own(child)
+
+
+def _name(raised: ast.expr | None) -> str | None:
+    raised = raised.func if isinstance(raised, ast.Call) else raised
+    return raised.id if isinstance(raised, ast.Name) and raised.id[0].isupper() else None
+
+
+Task = tuple[
+    Callable[[str, Function], Row | None], int, int
+]  # what makes a row, training rows, most of one answer
+TASKS: dict[str, Task] = {
+    "exceptions": (exceptions, 0, 12),
+    "returns": (returns, 80, 30),
+    "arguments": (arguments, 150, 12),
+    "names": (names, 300, 1),
+}
+
+
+def build(root: Path, folder: Path) -> None:
+    def shuffled(item: tuple[str, str, Function]) -> str:
+        return hashlib.sha256(item[1].encode()).hexdigest()
+
+    found = sorted(functions(root), key=shuffled)
+    taken: set[str] = set()
+    for task, (make, rows, most) in TASKS.items():
+        for suffix, count in (("", rows), ("-test", TEST_ROWS)):
+            kept = choose(
+                found,
+                make,
+                taken,
+                count,
+                test=bool(suffix),
+                most=most if not suffix else max(1, 2 * most // 3),
+            )
+            if count:
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+                (folder / f"{task}{suffix}.jsonl").write_text(text, encoding="utf-8")
+
+
+def choose(
+    found: list[tuple[str, str, Function]],
+    make: Callable[[str, Function], Row | None],
+    taken: set[str],
+    count: int,
+    *,
+    test: bool,
+    most: int,
+) -> list[Row]:
+    """The first `count` rows whose function and columns are in no task yet, at most `most` with one answer."""
+    kept: list[Row] = []
+    answers: Counter[str] = Counter()
+    seen: set[str] = set()
+    for module, code, node in found:
+        held_out = int(hashlib.sha256(module.encode()).hexdigest(), 16) % TEST_SHARE == 0
+        row = make(code, node) if held_out == test and len(kept) < count else None
+        if (
+            row is None
+            or answers[row["completion"]] == most
+            or taken & {code, *row.values()} - {row["completion"]}
+        ):
+            continue
+        if make is arguments and node.name in seen:  # many classes have a method of one name
+            continue
+        answers[row["completion"]] += 1
+        taken |= {code, *row.values()} - {row["completion"]}
+        seen.add(node.name)
+        kept.append(row)
+    if len(kept) < count:
+        raise SystemExit(f"{make.__name__}: {len(kept)} rows of {count}")
+    return kept
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("/"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[2] / "recipes/data/tasks"
+    )
+    given = parser.parse_args()
+    build(given.root, given.out)

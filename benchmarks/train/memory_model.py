@@ -1,0 +1,139 @@
+"""The memory that a plan predicts beside the peak of the run: the built-in model, and random weights of other shapes.
+
+    python -m benchmarks.train.memory_model [SHAPE ...]
+
+Each run is two steps in a process of its own, on one file of rows of one length, with nothing measured before; the
+tokenizer is the built-in model's. What earlier runs took is not asked. Prints predicted and measured peak, their ratio,
+and the predicted parts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+import tunesmith
+from tunesmith.core.events import TrainStep
+from tunesmith.core.types import Plan
+from tunesmith.model.hub.resolve import resolve_model
+
+BASE = "smollm2-135m-instruct"
+SIZES: dict[str, Any] = {
+    "vocab_size": 49_152,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SHAPES: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config(
+        **SIZES, hidden_size=896, intermediate_size=4864, num_hidden_layers=12, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "llama": LlamaConfig(
+        **SIZES, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, hidden_size=640, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256,
+    ),
+}  # fmt: skip
+METHODS = ("lora", "qlora", "full")
+ROWS = ((100, 3), (700, 1))  # words of a row beside its frame, and rows of a step: one pack of each
+HEAD = 20  # times the usual start
+
+
+def make(shape: str, folder: Path) -> None:
+    """A model folder with random weights; those of the head are large, else the proof could not tell tokens apart."""
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+    network.get_output_embeddings().weight.data.mul_(HEAD)
+    network.save_pretrained(folder)
+    for file in resolve_model(BASE).iterdir():
+        if "token" in file.name or "template" in file.name:
+            shutil.copy(file, folder)
+
+
+def one(model: str, method: str, words: int, batch: int) -> None:
+    with TemporaryDirectory() as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        text = " ".join(f"word{i % 97}" for i in range(words))
+        with rows.open("w") as file:
+            for number in range(12):
+                turns = [
+                    ("user", f"{number} {text}"),
+                    ("assistant", f"{number} " + text[: len(text) // 4]),
+                ]
+                row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+                file.write(json.dumps(row) + "\n")
+        wish = {
+            "model": model,
+            "data": str(rows),
+            "method": method,
+            "batch_size": batch,
+            "max_steps": 2,
+        }
+        wish |= {"share_prefixes": False, "output_dir": f"{scratch}/run"}
+        plan = tunesmith.plan(wish)
+        assert isinstance(plan, Plan), "one stage"
+        peak = max(
+            event.peak_bytes for event in tunesmith.train(plan) if isinstance(event, TrainStep)
+        )
+    tokens = plan.data["data"].length_percentiles["p50"]
+    print(json.dumps({"tokens": tokens, "peak": peak, "parts": plan.memory_bytes}))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
+        return
+    print(
+        "| model | method | tokens a row | predicted | measured | ratio | parts, MB |\n|---|---|---|---|---|---|---|"
+    )
+    for shape in sys.argv[1:] or (BASE, *SHAPES):
+        with TemporaryDirectory() as folder:
+            if shape in SHAPES:
+                make(shape, Path(folder) / shape)
+            model = f"{folder}/{shape}" if shape in SHAPES else shape
+            for method in METHODS:
+                for words, batch in ROWS:
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "benchmarks.train.memory_model",
+                        "--one",
+                        model,
+                        method,
+                    ]
+                    done = subprocess.run(
+                        [*command, str(words), str(batch)], capture_output=True, text=True
+                    )
+                    if done.returncode:
+                        raise SystemExit(done.stderr)
+                    told = json.loads(done.stdout.splitlines()[-1])
+                    parts, peak = told["parts"], told["peak"]
+                    predicted = parts.pop("peak") - parts.pop("correction", 0)
+                    shown = ", ".join(f"{k} {v / 1e6:.0f}" for k, v in parts.items() if v)
+                    print(
+                        f"| {shape} | {method} | {told['tokens']} | {predicted / 1e9:.2f} GB | {peak / 1e9:.2f} GB "
+                        f"| {predicted / peak:.2f} | {shown} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The rate at which this machine multiplies matrices of the shapes that a model has: what training could reach at best.
+
+python -m benchmarks.vs_trl.gemm MODEL_FOLDER SECONDS      seconds for each product
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from benchmarks.vs_trl.job import threads
+
+from tunesmith.core.types import Json, ModelSpec
+from tunesmith.model.hub.spec import read_spec
+
+M = 2048  # rows of the input: tokens of a pack
+
+
+def shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the model's matrices, each shape once."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    found = [
+        (q, hidden),
+        (kv, hidden),
+        (hidden, q),
+        (inner, hidden),
+        (hidden, inner),
+        (spec.vocab_size, hidden),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def best_seconds(product: Callable[[], object], seconds: float) -> float:
+    product()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        started = time.perf_counter()
+        product()
+        now = time.perf_counter()
+        best = min(best, now - started)
+        if now >= end:
+            return best
+
+
+def rates(spec: ModelSpec, seconds: float) -> dict[str, float]:
+    """FLOP/s in bf16 of the forward and of the input gradient of every shape, the best of the repetitions."""
+    found: dict[str, float] = {}
+    for outputs, inputs in shapes(spec):
+        weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(M, inputs).bfloat16()
+        dy = torch.randn(M, outputs).bfloat16()
+        products = {
+            "forward": partial(torch.nn.functional.linear, x, weight),
+            "input gradient": partial(torch.matmul, dy, weight),
+        }
+        for name, product in products.items():
+            work = 2 * M * outputs * inputs
+            found[f"{inputs} -> {outputs}, {name}"] = work / best_seconds(product, seconds)
+    return found
+
+
+def measure(model: str, seconds: float) -> Json:
+    torch.set_num_threads(threads())
+    found = rates(read_spec(Path(model)), seconds)
+    return {"median": median(found.values()), "rates": found, "m": M}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], float(sys.argv[2]))))

@@ -1,0 +1,95 @@
+"""What documents begin with alike, computed once: beside the same run without it, and beside TRL.
+
+    chat rows, one system prompt of 100 to 120 tokens   tunesmith with and without, and TRL's fastest settings, in turn
+    DPO, two short answers to one long prompt           tunesmith with and without, in turn
+
+The ideal is the number of tokens before over that after. Left out: the settings of TRL that are slower than these on
+rows of such lengths (speed.py tries all of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+
+from benchmarks.data.rows import fitting, pairs
+from benchmarks.vs_trl.job import write_documents
+from benchmarks.vs_trl.prepare import OUR_BATCH, Bench
+from benchmarks.vs_trl.speed import (
+    GROUPED,
+    OURS,
+    PACK_LENGTH,
+    Setting,
+    middle,
+    their_run,
+    timed,
+    tokens_per_second,
+)
+
+from tunesmith.core.types import Document, Json
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.packing import compute_saved_share
+
+SYSTEM = (
+    "You are the documentation assistant of a Python team. You are given the source of one function or class whose "
+    "docstring was taken out, and you write it again. Say what it does, what it takes, what it returns and what it "
+    "raises, as far as the code shows it; never guess at what cannot be read there. Use the present tense and plain "
+    "words, and keep the names of parameters as they are written. One to three sentences, no examples, no markdown, "
+    "no quotes. Answer with the text alone."
+)
+ROW_TOKENS = range(220, 501)  # about 330 on average
+SETTINGS = [Setting(1), Setting(8, GROUPED)]  # TRL's two fastest on rows of these lengths
+
+
+def prefix(bench: Bench) -> Json:
+    renderer = Renderer.from_folder(bench.spec.path, now=datetime(2026, 1, 1))
+    rows = bench.size.rows // 4
+    _, chats = fitting(renderer, rows, system=SYSTEM, row_tokens=ROW_TOKENS)
+    both = pairs(renderer, rows // 2)
+    return {"chat": part(bench, "chat", chats, SETTINGS), "pairs": part(bench, "pairs", both, [])}
+
+
+def part(
+    bench: Bench, name: str, documents: Sequence[Document], settings: Sequence[Setting]
+) -> Json:
+    """tunesmith with and without sharing, and TRL, a few times over."""
+    own = with_documents(bench, name, documents)
+    sides: dict[str, Callable[[], Json]] = {
+        "shared": partial(our_run, own, share=True),
+        "alone": partial(our_run, own, share=False),
+    }
+    sides |= {setting.name: partial(their_run, own, setting) for setting in settings}
+    runs: dict[str, list[Json]] = {side: [] for side in sides}
+    for _ in range(bench.size.rounds):
+        for side, run in sides.items():
+            runs[side].append(run())
+    theirs = [middle(runs[setting.name]) for setting in settings]
+    return {
+        "saved": compute_saved_share(
+            [(document,) for document in documents], OUR_BATCH, PACK_LENGTH
+        ),
+        "rows": own.about_rows(),
+        "shared": middle(runs["shared"]),
+        "alone": middle(runs["alone"]),
+        "trl": max(theirs, key=tokens_per_second, default=None),
+        "runs": runs,
+    }
+
+
+def with_documents(bench: Bench, name: str, documents: Sequence[Document]) -> Bench:
+    """The same with other rows, in a folder of their own."""
+    folder = bench.folder / name
+    folder.mkdir()
+    (folder / "adapter").symlink_to(bench.folder / "adapter")
+    size = replace(bench.size, rows=len(documents), seconds=bench.size.round_seconds / 2)
+    own = replace(bench, folder=folder, documents=list(documents), count_rows=size)
+    write_documents(own.documents_file, documents)
+    return own
+
+
+def our_run(bench: Bench, *, share: bool) -> Json:
+    options = {"pack_length": PACK_LENGTH, "blocked": True, "share_prefixes": share}
+    name = "tunesmith, shared prefixes" if share else "tunesmith, nothing shared"
+    return timed(OURS, replace(bench.job, options=options), name, bench.spec)

@@ -1,0 +1,80 @@
+"""How long a user waits before the first step, and how fast rows become tokens.
+
+`seconds_to_first_step` runs the command line as a user does, the model in the cache, and ends it after its first step;
+`rows_per_second` renders and tokenises rows as a plan's look at the data does, none of them twice.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+
+from benchmarks.data.rows import example
+
+from tunesmith.core.run_dir import EVENTS_FILE, read_events
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.length_stats import BATCH_ROWS
+
+RECIPE = "model: {model}\ndata: {rows}\nmax_steps: 100\nbatch_size: 8\noutput_dir: {run}\n"
+LONGEST_WAIT = 300  # seconds
+WARM_UP_ROWS = 100
+PASSES = 3
+
+
+def seconds_to_first_step(model: str, rows: Path, scratch: Path) -> Json:
+    """Seconds from the start of the process until the first step begins and until it is done. No held-out rows: there
+    is no measurement before training."""
+    recipe, run = scratch / "recipe.yaml", scratch / "run"
+    recipe.write_text(RECIPE.format(model=model, rows=rows, run=run), encoding="utf-8")
+    started = time.time()
+    with (scratch / "train.log").open("w+") as log:
+        command = [sys.executable, "-m", "tunesmith.cli.app", "train", str(recipe)]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            step = _first_step(process, run, started + LONGEST_WAIT)
+        finally:
+            process.terminate()
+            process.wait()
+        if step is None:
+            log.seek(0)
+            raise SystemExit(f"tunesmith train ended without a step:\n{log.read()[-4000:]}")
+    done = step["time"] - started
+    return {
+        "rows": len(rows.read_text().splitlines()),
+        "begun": done - step["seconds"],
+        "done": done,
+    }
+
+
+def _first_step(process: subprocess.Popen[bytes], run: Path, until: float) -> Json | None:
+    while time.time() < until:
+        ended = process.poll() is not None
+        events = read_events(run) if (run / EVENTS_FILE).exists() else []
+        step = next((event for event in events if event["type"] == "step"), None)
+        if step or ended:
+            return step
+        time.sleep(0.1)
+    return None
+
+
+def rows_per_second(model: str, rows: Sequence[Json]) -> float:
+    """The median of a few passes, each with a new renderer, so that no cache has seen the rows."""
+    examples = [example(row, number) for number, row in enumerate(rows)]
+    warm, measured = examples[:WARM_UP_ROWS], examples[WARM_UP_ROWS:]
+    passes: list[float] = []
+    for _ in range(PASSES):
+        renderer = Renderer.from_folder(Path(model), now=datetime(2026, 1, 1))
+        for row in warm:
+            renderer.render_documents(row)
+        started = time.perf_counter()
+        for start in range(0, len(measured), BATCH_ROWS):
+            for draft in renderer.make_drafts(measured[start : start + BATCH_ROWS]):
+                renderer.finish_draft(draft)
+        passes.append(len(measured) / (time.perf_counter() - started))
+    return median(passes)
