@@ -1,4 +1,5 @@
-"""Shared by all tests. Being here puts this folder on the path, so that tests can import `tiny` and `tiny_run`."""
+"""Shared by all tests. Being here puts this folder on the path, so that tests can import `tiny` and
+`tiny_run`."""
 
 import signal
 import sys

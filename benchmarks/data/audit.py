@@ -2,15 +2,15 @@
 
     python -m benchmarks.data.audit TEXTS [ROWS ...]        prints the table of docs/guides/data.md
 
-TEXTS: a folder of real texts (.txt, .pod, .dict.dz, at any depth), such as /usr/share with the Debian packages
-linux-doc, python3-doc, perl-doc, dict-gcide, dict-wn and dict-foldoc. A row is a question and an answer of about 2 kB
-in one of four frames, made of sentences drawn from all of the texts: letters, signs and addresses are real, and no two
-rows say the same by chance. One in twenty is a near copy of an earlier one, one in a hundred an equal one; what was
-planted is counted against what was found.
+TEXTS: a folder of real texts (.txt, .pod, .dict.dz, at any depth), such as /usr/share with the
+Debian packages linux-doc, python3-doc, perl-doc, dict-gcide, dict-wn and dict-foldoc. A row is a
+question and an answer of about 2 kB in one of four frames, made of sentences drawn from all of the
+texts: letters, signs and addresses are real, and no two rows say the same by chance. One in twenty
+is a near copy of an earlier one, one in a hundred an equal one; what was planted is counted against
+what was found.
 
-One process a size runs the whole verb on a JSONL file; memory is its peak, libraries included. Its CPU time is hardly
-changed by other work on the machine, which the minutes on the clock are.
-"""
+One process a size runs the whole verb on a JSONL file; memory is its peak, libraries included. Its
+CPU time is hardly changed by other work on the machine, which the minutes on the clock are."""
 
 from __future__ import annotations
 

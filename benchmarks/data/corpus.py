@@ -1,13 +1,14 @@
-"""Continued pretraining on a folder of 2 GB beside one of 20 MB: memory, processor time until read, and a killed run.
+"""Continued pretraining on a folder of 2 GB beside one of 20 MB: memory, processor time until read,
+and a killed run.
 
     python -m benchmarks.data.corpus make ROOT FOLDER --megabytes 2048    real texts of Debian packages, unpacked below ROOT
     python -m benchmarks.data.corpus run FOLDER SMALL_FOLDER              prints the table of docs/guides/cpt.md
 
-`make` takes every text, manual page, dictionary and HTML page below ROOT, and writes copies of them until the size is
-reached; each copy leaves out other paragraphs and begins elsewhere, so no two documents are equal. Of three documents
-one is a .txt file, one a .md file, one a row of a .jsonl file. `run` trains a random network of two layers, with
-SmolLM2's tokenizer: what is measured is reading. Each run is a process of its own; the killed one gets SIGKILL.
-"""
+`make` takes every text, manual page, dictionary and HTML page below ROOT, and writes copies of them
+until the size is reached; each copy leaves out other paragraphs and begins elsewhere, so no two
+documents are equal. Of three documents one is a .txt file, one a .md file, one a row of a .jsonl
+file. `run` trains a random network of two layers, with SmolLM2's tokenizer: what is measured is
+reading. Each run is a process of its own; the killed one gets SIGKILL."""
 
 from __future__ import annotations
 
@@ -160,7 +161,8 @@ def told(events: Iterator[Any], name: str, begun: float) -> None:
 
 
 def child(model: Path, corpus: Path, output: Path) -> None:
-    """One run to its end, then another one of the same facts, which whoever reads along ends; or goes on with it."""
+    """One run to its end, then another one of the same facts, which whoever reads along ends; or
+    goes on with it."""
     from tunesmith.recipe.schema import Recipe
     from tunesmith.session import inputs
     from tunesmith.train import run

@@ -1,10 +1,11 @@
-"""Questions on Python's standard library, docstrings as answers, with faults put in by hand: the rows of docs/guides/data.md.
+"""Questions on Python's standard library, docstrings as answers, with faults put in by hand: the
+rows of docs/guides/data.md.
 
     python -m benchmarks.data.questions FOLDER [--root /]      FOLDER/train.jsonl, eval.jsonl, clean.jsonl
 
-In: the files of the Debian 13 package libpython3.13-stdlib, installed or unpacked under --root. Modules are divided by
-hash, one of sixteen is held out; those in newer Python than the one that runs this are left out. clean.jsonl has the
-training rows without the faults, each with its module.
+In: the files of the Debian 13 package libpython3.13-stdlib, installed or unpacked under --root.
+Modules are divided by hash, one of sixteen is held out; those in newer Python than the one that
+runs this are left out. clean.jsonl has the training rows without the faults, each with its module.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""How fast rows are read, and in how much memory: the parse-only pass over 200 MB in each kind of file.
+"""How fast rows are read, and in how much memory: the parse-only pass over 200 MB in each kind of
+file.
 
     python -m benchmarks.data.readers        prints the table of docs/guides/data.md
 
-One process a file. Rows are random words, about 2 kB each. Seconds are of the processor, so other work on the machine
-shows little; memory is what the pass adds at its peak to what the process had before it.
-"""
+One process a file. Rows are random words, about 2 kB each. Seconds are of the processor, so other
+work on the machine shows little; memory is what the pass adds at its peak to what the process had
+before it."""
 
 from __future__ import annotations
 

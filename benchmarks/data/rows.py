@@ -1,10 +1,10 @@
-"""The rows of the benchmark: code of Python's standard library, and the docstring that was taken out of it.
+"""The rows of the benchmark: code of Python's standard library, and the docstring that was taken
+out of it.
 
     standard library -> chat rows (code in, docstring out) -> the files that both sides read
 
-Real text, found on every machine, not stored here. One version of Python gives the same rows everywhere; their hash
-stands in the results. Rows have 200 to 700 tokens, answers 20 to 90.
-"""
+Real text, found on every machine, not stored here. One version of Python gives the same rows
+everywhere; their hash stands in the results. Rows have 200 to 700 tokens, answers 20 to 90."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def opening(docstring: str) -> str:
 
 
 def code_and_answers(characters: range) -> list[tuple[str, str]]:
-    """Code of so many characters and its docstring, in an order that stays, no code and no answer twice."""
+    """Code of so many characters and its docstring, in an order that stays, no code and no answer
+    twice."""
     library = Path(sysconfig.get_path("stdlib"))
     files = sorted(
         path for path in library.rglob("*.py") if not SKIP & set(path.relative_to(library).parts)
@@ -119,7 +120,8 @@ def fitting(
 
 
 def pairs(renderer: Renderer, count: int) -> list[Document]:
-    """Both sides of pairs: a long piece of code, its docstring, and the docstring of something else."""
+    """Both sides of pairs: a long piece of code, its docstring, and the docstring of something
+    else."""
     found: list[Document] = []
     taken = code_and_answers(LONG_CHARACTERS)
     for number, ((code, answer), (_, other)) in enumerate(itertools.pairwise(taken), start=1):
@@ -142,8 +144,8 @@ def write_rows(path: Path, rows: Sequence[Json]) -> None:
 
 
 def by_length(documents: Sequence[Document], batch: int) -> list[Document]:
-    """Batches of equal lengths, in an order in which every stretch of batches has all lengths: what length grouping can
-    do at best, and fair to a run that is cut off."""
+    """Batches of equal lengths, in an order in which every stretch of batches has all lengths: what
+    length grouping can do at best, and fair to a run that is cut off."""
     ordered = sorted(documents, key=len)
     starts = range(0, len(ordered) - batch + 1, batch)
     golden = (5**0.5 - 1) / 2

@@ -1,4 +1,5 @@
-"""The cases of docs/guides/advise.md that are measured, from the package records of this Debian machine.
+"""The cases of docs/guides/advise.md that are measured, from the package records of this Debian
+machine.
 
     python benchmarks/datasets/build_advise_cases.py FOLDER
     tunesmith advise --measure FOLDER/link.yaml
@@ -6,14 +7,14 @@
     tunesmith advise --measure FOLDER/homepages.yaml --documents FOLDER/records
     tunesmith advise --measure FOLDER/capitals.yaml
 
-link       the homepage of a package, read off its record: the answer stands in the question, whatever is around it
-section    the section of a package, read off its record: the answer stands in the question, in exactly that word
-homepages  the homepage of a package by its name: few are known to a model, and the records hold them
-capitals   of countries, from capitals.txt: facts that a small model knows in part
+link       the homepage of a package, read off its record: the answer stands in the question,
+whatever is around it section    the section of a package, read off its record: the answer stands in
+the question, in exactly that word homepages  the homepage of a package by its name: few are known
+to a model, and the records hold them capitals   of countries, from capitals.txt: facts that a small
+model knows in part
 
-Rows are drawn by a hash of their name; held-out ones are other packages or countries. The records are those of all
-packages.
-"""
+Rows are drawn by a hash of their name; held-out ones are other packages or countries. The records
+are those of all packages."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Builds the records of the embedded example: Debian changelog entries and the JSON that a reader would take from them.
+"""Builds the records of the embedded example: Debian changelog entries and the JSON that a reader
+would take from them.
 
-In: `usr/share/doc/<package>/{changelog.Debian.gz,copyright}` of the packages in demo_packages.txt (one a source), under
---root: a Debian 13 machine with these packages installed or unpacked. Out: train.jsonl, eval.jsonl, test.jsonl and
-NOTICES.txt. Run once by a developer; the same packages give the same bytes. Left out: the general text
-(build_demo_general.py), and ORIGIN.md, which is written by hand.
-"""
+In: `usr/share/doc/<package>/{changelog.Debian.gz,copyright}` of the packages in demo_packages.txt
+(one a source), under --root: a Debian 13 machine with these packages installed or unpacked. Out:
+train.jsonl, eval.jsonl, test.jsonl and NOTICES.txt. Run once by a developer; the same packages give
+the same bytes. Left out: the general text (build_demo_general.py), and ORIGIN.md, which is written
+by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ NEW_UPSTREAM = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """A source package: where it comes from, under which licence, and its changelog, newest entry first."""
+    """A source package: where it comes from, under which licence, and its changelog, newest entry
+    first."""
 
     name: str
     package: str
@@ -86,8 +88,8 @@ def paragraphs(text: str) -> list[dict[str, str]]:
 
 
 def licence_of_packaging(text: str) -> tuple[str, str, str]:
-    """(short name, copyright, licence text) that a machine-readable copyright file gives to debian/changelog. Of two
-    licences to choose from, the text is that of the first."""
+    """(short name, copyright, licence text) that a machine-readable copyright file gives to
+    debian/changelog. Of two licences to choose from, the text is that of the first."""
     stanzas = paragraphs(text)
     texts = [s["License"].partition("\n") for s in stanzas if "Files" not in s and "License" in s]
     for pattern in ("debian/changelog", "debian/*", "*"):
@@ -132,7 +134,8 @@ def split_version(version: str) -> tuple[str, str | None]:
 
 
 def answer_of(entry: str, previous: str) -> dict[str, object] | None:
-    """What the entry says, or None where its text does not settle it: words against versions, say."""
+    """What the entry says, or None where its text does not settle it: words against versions,
+    say."""
     head, before = HEADER.match(entry.partition("\n")[0]), re.match(r"\S+ \(([^)]+)\)", previous)
     trailer = TRAILER.search(entry)
     if head is None or before is None or trailer is None or UNCLEAR.search(entry):
@@ -172,12 +175,14 @@ def order(text: str) -> str:
 
 
 def family(name: str) -> str:
-    """Sources that are packaged alike stay in one split: plexus-cipher and plexus-utils2 are both `plexus`."""
+    """Sources that are packaged alike stay in one split: plexus-cipher and plexus-utils2 are both
+    `plexus`."""
     return re.sub(r"[\d.]+.*$", "", re.sub(r"^(lib|python-)", "", name)).split("-")[0]
 
 
 def records(sources: list[Source]) -> list[Record]:
-    """At most ROWS_PER_SOURCE entries a source, those that close bugs first, no two with nearly the same items."""
+    """At most ROWS_PER_SOURCE entries a source, those that close bugs first, no two with nearly the
+    same items."""
     kept: list[Record] = []
     seen: list[frozenset[str]] = []
     for source in sorted(sources, key=lambda s: order(s.name)):
@@ -228,7 +233,8 @@ def as_line(row: Record) -> str:
 
 
 def notices(rows: list[Record]) -> str:
-    """Who holds the copyright of what, then each licence text once. A changelog goes on from earlier package names."""
+    """Who holds the copyright of what, then each licence text once. A changelog goes on from
+    earlier package names."""
     texts: dict[str, list[Source]] = defaultdict(list)
     names: dict[str, set[str]] = defaultdict(set)
     for row in rows:

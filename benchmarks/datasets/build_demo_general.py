@@ -1,9 +1,9 @@
 """Builds the general text of the embedded example: what a fine-tuned model must not forget.
 
-In: files of the Debian 13 packages r-cran-janeaustenr, dict-jargon and libpython3.13-stdlib, installed or unpacked
-under --root. Out: general.jsonl, rows {"text", "domain"}, PASSAGES of each of four domains, and the licence of the
-Python texts. Run once by a developer; the same packages give the same bytes. Left out: ORIGIN.md, written by hand.
-"""
+In: files of the Debian 13 packages r-cran-janeaustenr, dict-jargon and libpython3.13-stdlib,
+installed or unpacked under --root. Out: general.jsonl, rows {"text", "domain"}, PASSAGES of each of
+four domains, and the licence of the Python texts. Run once by a developer; the same packages give
+the same bytes. Left out: ORIGIN.md, written by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ R_STRING = re.compile(
 
 
 def fiction(root: Path) -> Iterator[str]:
-    """Paragraphs of Jane Austen's novels: an R data file is zlib blocks, each a string a line of the book."""
+    """Paragraphs of Jane Austen's novels: an R data file is zlib blocks, each a string a line of
+    the book."""
     data = (root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     while data:
         block = zlib.decompressobj()
@@ -58,7 +59,8 @@ def reference(root: Path) -> Iterator[str]:
 
 
 def code(root: Path) -> Iterator[str]:
-    """Functions and small classes of the Python standard library, modules with a copyright of their own left out."""
+    """Functions and small classes of the Python standard library, modules with a copyright of their
+    own left out."""
     for path in sorted((root / "usr/lib/python3.13").glob("*.py")):
         source = path.read_text("utf-8")
         if "opyright" not in source:
@@ -71,7 +73,8 @@ DOMAINS = {"fiction": fiction, "dictionary": dictionary, "reference": reference,
 
 
 def choose(passages: Iterator[str]) -> list[str]:
-    """PASSAGES of the right length, shuffled in a way that stays; none shares a longer paragraph with another."""
+    """PASSAGES of the right length, shuffled in a way that stays; none shares a longer paragraph
+    with another."""
     kept: list[str] = []
     seen: set[str] = set()
     fitting = {text for text in passages if len(text) in CHARACTERS}

@@ -1,10 +1,10 @@
 """Builds the task files of recipes/instruction.yaml from the Python standard library.
 
-In: the files of the Debian 13 package libpython3.13-stdlib, installed or unpacked under --root. Out: recipes/data/tasks/, a
-training and a test file a task, rows of columns and a `completion` that the syntax tree gives. Modules are divided by
-hash, so that train and test share none, and each function stands in one task only. Run once by a developer; the same
-package gives the same bytes. Left out: ORIGIN.md, written by hand.
-"""
+In: the files of the Debian 13 package libpython3.13-stdlib, installed or unpacked under --root.
+Out: recipes/data/tasks/, a training and a test file a task, rows of columns and a `completion` that
+the syntax tree gives. Modules are divided by hash, so that train and test share none, and each
+function stands in one task only. Run once by a developer; the same package gives the same bytes.
+Left out: ORIGIN.md, written by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ Row = dict[str, str]
 
 
 def functions(root: Path) -> Iterator[tuple[str, str, Function]]:
-    """(module, code, tree) of short functions and methods; modules with a copyright of their own are left out."""
+    """(module, code, tree) of short functions and methods; modules with a copyright of their own
+    are left out."""
     library = root / "usr/lib/python3.13"
     for path in sorted(library.rglob("*.py")):
         source = path.read_text("utf-8", errors="replace")
@@ -133,7 +134,8 @@ def choose(
     test: bool,
     most: int,
 ) -> list[Row]:
-    """The first `count` rows whose function and columns are in no task yet, at most `most` with one answer."""
+    """The first `count` rows whose function and columns are in no task yet, at most `most` with one
+    answer."""
     kept: list[Row] = []
     answers: Counter[str] = Counter()
     seen: set[str] = set()

@@ -2,10 +2,10 @@
 
     python -m benchmarks.evaluate.evaluation [--items 32] [--general 10000] [--all]
 
-The demo's own items and general text, cut to so many (`--all`: none is cut); the model has an adapter of small weights
-drawn by chance, whose answers are as long as the base model's: a trained one stops earlier. Before: answers, their
-loss, general text. After: the same beside the base, and the curve of scales. Nothing is taken from a cache.
-"""
+The demo's own items and general text, cut to so many (`--all`: none is cut); the model has an
+adapter of small weights drawn by chance, whose answers are as long as the base model's: a trained
+one stops earlier. Before: answers, their loss, general text. After: the same beside the base, and
+the curve of scales. Nothing is taken from a cache."""
 
 from __future__ import annotations
 

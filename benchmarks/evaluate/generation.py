@@ -1,12 +1,14 @@
-"""Tokens a second of generation for an evaluation: ours beside `transformers` `generate` with padding.
+"""Tokens a second of generation for an evaluation: ours beside `transformers` `generate` with
+padding.
 
     python -m benchmarks.evaluate.generation [--prompts 64] [--new 96] [--batch 8 16 32 64] [--rounds 2] [--adapter]
 
-Both answer the first prompts of the demo's test rows greedily, in bf16, with the same end tokens, in one process, in
-turn. Ours is the model as a run measures it before training: its adapter there and off; with `--adapter` on, and the
-other side has PEFT's, of the same shape. `transformers` gets the prompts sorted by length and padded on the left, at
-each of the batch sizes; its best one counts. A token is one of an answer, its end token included; what comes after an
-end is none. Prints the ratio, and how many answers are the same: bf16 sums in another order decide otherwise where two
+Both answer the first prompts of the demo's test rows greedily, in bf16, with the same end tokens,
+in one process, in turn. Ours is the model as a run measures it before training: its adapter there
+and off; with `--adapter` on, and the other side has PEFT's, of the same shape. `transformers` gets
+the prompts sorted by length and padded on the left, at each of the batch sizes; its best one
+counts. A token is one of an answer, its end token included; what comes after an end is none. Prints
+the ratio, and how many answers are the same: bf16 sums in another order decide otherwise where two
 tokens are nearly as likely. New adapters add nothing, so that both sides answer as the base does.
 """
 

@@ -1,10 +1,11 @@
-"""What the guard says to healthy runs, and to runs with a fault: which detector, at which step, after how many probes.
+"""What the guard says to healthy runs, and to runs with a fault: which detector, at which step,
+after how many probes.
 
     python -m benchmarks.train.guard [--cases CASE ...] [--seed 0] [--steps 24] [--every 6] [--values FILE]
 
-Short runs of SmolLM2-135M-Instruct on three tasks: JSON from changelog entries (the demo), names in CamelCase, one word
-of three about a function. No run goes back: all that would be said is listed. `--values` keeps every number as a line
-of JSON, to fix bounds on other seeds than those reported.
+Short runs of SmolLM2-135M-Instruct on three tasks: JSON from changelog entries (the demo), names in
+CamelCase, one word of three about a function. No run goes back: all that would be said is listed.
+`--values` keeps every number as a line of JSON, to fix bounds on other seeds than those reported.
 """
 
 from __future__ import annotations

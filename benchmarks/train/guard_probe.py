@@ -2,8 +2,8 @@
 
     python -m benchmarks.train.guard_probe [RECIPE] [--prompts 8 16 32] [--rounds 3]
 
-Steps and probes of one process in turn (RECIPE: the demo's own, if none is given). The median of each counts. The plan
-counts in tokens of a forward (plan/guard.py): its estimate is printed beside.
+Steps and probes of one process in turn (RECIPE: the demo's own, if none is given). The median of
+each counts. The plan counts in tokens of a forward (plan/guard.py): its estimate is printed beside.
 """
 
 from __future__ import annotations

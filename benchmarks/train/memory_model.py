@@ -1,11 +1,11 @@
-"""The memory that a plan predicts beside the peak of the run: the built-in model, and random weights of other shapes.
+"""The memory that a plan predicts beside the peak of the run: the built-in model, and random
+weights of other shapes.
 
     python -m benchmarks.train.memory_model [SHAPE ...]
 
-Each run is two steps in a process of its own, on one file of rows of one length, with nothing measured before; the
-tokenizer is the built-in model's. What earlier runs took is not asked. Prints predicted and measured peak, their ratio,
-and the predicted parts.
-"""
+Each run is two steps in a process of its own, on one file of rows of one length, with nothing
+measured before; the tokenizer is the built-in model's. What earlier runs took is not asked. Prints
+predicted and measured peak, their ratio, and the predicted parts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ HEAD = 20  # times the usual start
 
 
 def make(shape: str, folder: Path) -> None:
-    """A model folder with random weights; those of the head are large, else the proof could not tell tokens apart."""
+    """A model folder with random weights; those of the head are large, else the proof could not
+    tell tokens apart."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
     network.get_output_embeddings().weight.data.mul_(HEAD)

@@ -1,12 +1,13 @@
-"""What methods and activation policies take: peak memory and speed of steps on one pack of random tokens.
+"""What methods and activation policies take: peak memory and speed of steps on one pack of random
+tokens.
 
     python -m benchmarks.train.methods [--model NAME | --shape 1b] [--tokens 2048] [--cases CASE ...]
 
-Each case runs in a process of its own, one after the other; prints a table with ratios to the first, whose frozen
-weights are in the faster layouts as in a run. Peaks are of the whole process, loading included. `--shape 1b` is a
-random Llama of the shape of Llama-3.2-1B, on whose size memory shows. The two last cases are PEFT's LoRA on the stock
-network, its weights in bf16 or in bitsandbytes' NF4, with torch's AdamW.
-"""
+Each case runs in a process of its own, one after the other; prints a table with ratios to the
+first, whose frozen weights are in the faster layouts as in a run. Peaks are of the whole process,
+loading included. `--shape 1b` is a random Llama of the shape of Llama-3.2-1B, on whose size memory
+shows. The two last cases are PEFT's LoRA on the stock network, its weights in bf16 or in
+bitsandbytes' NF4, with torch's AdamW."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ SHAPE_1B = {
 
 
 def peft_case(folder: Path, tokens: int, *, four_bits: bool) -> dict[str, float]:
-    """PEFT as its users have it: documents of 256 tokens are the rows of a batch, no padding is needed."""
+    """PEFT as its users have it: documents of 256 tokens are the rows of a batch, no padding is
+    needed."""
     small = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,11 +1,12 @@
-"""The time that `plan --calibrate` predicts beside the time that a run takes, and the memory beside the peak.
+"""The time that `plan --calibrate` predicts beside the time that a run takes, and the memory beside
+the peak.
 
     python -m benchmarks.train.time_estimate [demo full long texts ...]
 
-Each recipe is planned and trained in a process of its own: the demo as it is, all of the weights and more rows a step
-of the same data, documents that share nothing with a large rank, and continued pretraining on the general texts.
-Prints predicted and taken: of the steps, of the whole run from the call to its record, and the peak of memory.
-"""
+Each recipe is planned and trained in a process of its own: the demo as it is, all of the weights
+and more rows a step of the same data, documents that share nothing with a large rank, and continued
+pretraining on the general texts. Prints predicted and taken: of the steps, of the whole run from
+the call to its record, and the peak of memory."""
 
 from __future__ import annotations
 

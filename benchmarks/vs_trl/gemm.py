@@ -1,4 +1,5 @@
-"""The rate at which this machine multiplies matrices of the shapes that a model has: what training could reach at best.
+"""The rate at which this machine multiplies matrices of the shapes that a model has: what training
+could reach at best.
 
 python -m benchmarks.vs_trl.gemm MODEL_FOLDER SECONDS      seconds for each product
 """
@@ -50,7 +51,8 @@ def best_seconds(product: Callable[[], object], seconds: float) -> float:
 
 
 def rates(spec: ModelSpec, seconds: float) -> dict[str, float]:
-    """FLOP/s in bf16 of the forward and of the input gradient of every shape, the best of the repetitions."""
+    """FLOP/s in bf16 of the forward and of the input gradient of every shape, the best of the
+    repetitions."""
     found: dict[str, float] = {}
     for outputs, inputs in shapes(spec):
         weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(M, inputs).bfloat16()

@@ -2,9 +2,9 @@
 
     Job -> a process of its own -> Outcome
 
-Both sides read the same Job, and each runs in a fresh process, so that its peak memory is its own. Here is also the
-file of token ids that both train on. Left out: what a side does (ours.py, theirs.py), which jobs are run (run.py).
-"""
+Both sides read the same Job, and each runs in a fresh process, so that its peak memory is its own.
+Here is also the file of token ids that both train on. Left out: what a side does (ours.py,
+theirs.py), which jobs are run (run.py)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from tunesmith.core.hardware import count_cores, read_peak_bytes
 from tunesmith.core.types import Document
 
 ROOT = Path(__file__).parents[2]
-WARM_UP_ROWS = (
-    4  # rows trained before the clock counts: first-time costs of either side are left out
-)
+# rows trained before the clock counts: first-time costs of either side are left out
+WARM_UP_ROWS = 4
 LORA = {
     "lora_r": 16,
     "lora_alpha": 32,
@@ -40,8 +39,8 @@ LORA = {
 
 @dataclass(frozen=True)
 class Job:
-    """Train `batch` rows an optimizer step, in the order of the file. Both sides take the adapter, the linear schedule
-    and AdamW from here."""
+    """Train `batch` rows an optimizer step, in the order of the file. Both sides take the adapter,
+    the linear schedule and AdamW from here."""
 
     model: str  # a folder
     documents: str  # a file of write_documents
@@ -83,14 +82,16 @@ class Outcome:
         return sum(step.tokens for step in self.measured) / self.seconds
 
     def work(self, block_parameters: int, head_parameters: int) -> float:
-        """FLOP/s that a LoRA step cannot do without: forward and input gradient, 2 FLOPs a parameter each."""
+        """FLOP/s that a LoRA step cannot do without: forward and input gradient, 2 FLOPs a
+        parameter each."""
         tokens = sum(step.tokens for step in self.measured)
         supervised = sum(step.supervised for step in self.measured)
         return 4 * (block_parameters * tokens + head_parameters * supervised) / self.seconds
 
 
 class Clock:
-    """The steps of a run so far. Each lasts from the end of the one before, whatever a side does in between."""
+    """The steps of a run so far. Each lasts from the end of the one before, whatever a side does in
+    between."""
 
     def __init__(self, job: Job, documents: Sequence[Document]) -> None:
         self.job, self.steps = job, []
@@ -148,7 +149,8 @@ def threads() -> int:
 
 
 def call(module: str, *words: str) -> Any:
-    """The JSON that `python -m module words` prints last. What it says on stderr is shown only if it fails."""
+    """The JSON that `python -m module words` prints last. What it says on stderr is shown only if
+    it fails."""
     command = [sys.executable, "-m", module, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:

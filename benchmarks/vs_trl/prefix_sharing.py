@@ -3,9 +3,8 @@
     chat rows, one system prompt of 100 to 120 tokens   tunesmith with and without, and TRL's fastest settings, in turn
     DPO, two short answers to one long prompt           tunesmith with and without, in turn
 
-The ideal is the number of tokens before over that after. Left out: the settings of TRL that are slower than these on
-rows of such lengths (speed.py tries all of them).
-"""
+The ideal is the number of tokens before over that after. Left out: the settings of TRL that are
+slower than these on rows of such lengths (speed.py tries all of them)."""
 
 from __future__ import annotations
 

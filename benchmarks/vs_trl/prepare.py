@@ -1,4 +1,5 @@
-"""What all parts of the benchmark work with: the model, the rows, and the files that both sides read."""
+"""What all parts of the benchmark work with: the model, the rows, and the files that both sides
+read."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""tunesmith beside TRL + PEFT on the same work: the same rows, model, adapter and cores, each side in its own process.
+"""tunesmith beside TRL + PEFT on the same work: the same rows, model, adapter and cores, each side
+in its own process.
 
     python -m benchmarks.vs_trl.run [--quick] [--only PART ...] [--out FILE.json]
 
-Prints one table and writes every number to a file. Nothing else should run on the machine meanwhile. --quick shows that
-everything works; its numbers mean nothing. What is measured and how: docs/results/speed.md.
-"""
+Prints one table and writes every number to a file. Nothing else should run on the machine
+meanwhile. --quick shows that everything works; its numbers mean nothing. What is measured and how:
+docs/results/speed.md."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Useful tokens a second and peak memory: every setting of TRL once, then tunesmith and its two fastest in turn.
+"""Useful tokens a second and peak memory: every setting of TRL once, then tunesmith and its two
+fastest in turn.
 
-A machine's speed drifts by a tenth within minutes, so what is compared ran side by side: the median of a few rounds.
+A machine's speed drifts by a tenth within minutes, so what is compared ran side by side: the median
+of a few rounds.
 
-Packing is not a setting of its own: on a CPU, TRL computes a pack under a dense mask over all its tokens, and that is
-what "padding-free" measures, without changing which rows make up a step. It counts only if the rows of a forward are
-blind to each other, which is tested in place. Left out: torch.compile, which takes longer here than all of the steps.
-"""
+Packing is not a setting of its own: on a CPU, TRL computes a pack under a dense mask over all its
+tokens, and that is what "padding-free" measures, without changing which rows make up a step. It
+counts only if the rows of a forward are blind to each other, which is tested in place. Left out:
+torch.compile, which takes longer here than all of the steps."""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ PADDED, GROUPED, PADDING_FREE = "padded", "grouped by length", "padding-free"
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run TRL. `autocast` is its bf16 flag, `fp32_adapter` PEFT's autocast_adapter_dtype: both on is what
-    users get. The base weights are bf16 in all of them."""
+    """One way to run TRL. `autocast` is its bf16 flag, `fp32_adapter` PEFT's
+    autocast_adapter_dtype: both on is what users get. The base weights are bf16 in all of them."""
 
     batch: int
     layout: str = PADDED

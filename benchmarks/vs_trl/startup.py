@@ -1,8 +1,8 @@
 """How long a user waits before the first step, and how fast rows become tokens.
 
-`seconds_to_first_step` runs the command line as a user does, the model in the cache, and ends it after its first step;
-`rows_per_second` renders and tokenises rows as a plan's look at the data does, none of them twice.
-"""
+`seconds_to_first_step` runs the command line as a user does, the model in the cache, and ends it
+after its first step; `rows_per_second` renders and tokenises rows as a plan's look at the data
+does, none of them twice."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ PASSES = 3
 
 
 def seconds_to_first_step(model: str, rows: Path, scratch: Path) -> Json:
-    """Seconds from the start of the process until the first step begins and until it is done. No held-out rows: there
-    is no measurement before training."""
+    """Seconds from the start of the process until the first step begins and until it is done. No
+    held-out rows: there is no measurement before training."""
     recipe, run = scratch / "recipe.yaml", scratch / "run"
     recipe.write_text(RECIPE.format(model=model, rows=rows, run=run), encoding="utf-8")
     started = time.time()

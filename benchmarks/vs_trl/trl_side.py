@@ -2,9 +2,9 @@
 
     python -m benchmarks.vs_trl.trl_side JOB     a Job as JSON; options: padding_free, autocast, fp32_adapter
 
-It gets the token ids and labels of tunesmith's documents, in their order, and tunesmith's first adapter. Switched off:
-evaluation, checkpoints, logging (but for the loss), workers, gradient checkpointing, preparation of the data.
-"""
+It gets the token ids and labels of tunesmith's documents, in their order, and tunesmith's first
+adapter. Switched off: evaluation, checkpoints, logging (but for the loss), workers, gradient
+checkpointing, preparation of the data."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def settings(job: Job, folder: str) -> SFTConfig:
 
 @torch.no_grad()
 def isolated(trainer: SFTTrainer, rows: Dataset) -> bool:
-    """Whether the second of two rows that share a forward stays the same, to the bit, when the first one changes."""
+    """Whether the second of two rows that share a forward stays the same, to the bit, when the
+    first one changes."""
     collate: Any = trainer.data_collator
     model: Any = trainer.model
 

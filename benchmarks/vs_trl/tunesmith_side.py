@@ -1,8 +1,9 @@
-"""tunesmith's side: the same rows through `Training`, with the modules, the packs and the loop that every run uses.
+"""tunesmith's side: the same rows through `Training`, with the modules, the packs and the loop that
+every run uses.
 
-python -m benchmarks.vs_trl.tunesmith_side JOB                   a Job as JSON; options: pack_length, blocked, share_prefixes
-python -m benchmarks.vs_trl.tunesmith_side start MODEL FOLDER    writes the adapter that both sides begin with
-"""
+python -m benchmarks.vs_trl.tunesmith_side JOB                   a Job as JSON; options:
+pack_length, blocked, share_prefixes python -m benchmarks.vs_trl.tunesmith_side start MODEL FOLDER
+writes the adapter that both sides begin with"""
 
 from __future__ import annotations
 

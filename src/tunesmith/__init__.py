@@ -1,4 +1,5 @@
-"""tunesmith decides whether a language model should be fine-tuned, does it right, and proves that it worked.
+"""tunesmith decides whether a language model should be fine-tuned, does it right, and proves that
+it worked.
 
     import tunesmith
 
@@ -7,9 +8,8 @@
         print(event)
     record = tunesmith.read_record(plan["output_dir"])
 
-The verbs of the command line are functions of the same names here, and give the objects that --json prints;
-docs/reference/python.md shows each of them. Importing this loads no model library.
-"""
+The verbs of the command line are functions of the same names here, and give the objects that --json
+prints; docs/reference/python.md shows each of them. Importing this loads no model library."""
 
 from importlib import import_module
 
@@ -39,7 +39,8 @@ from tunesmith.plan.stages import StagedPlan
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe, Stages
 
-# Importing a submodule for the first time binds its name here. These have the names of verbs: they come first.
+# Importing a submodule for the first time binds its name here. These have the names of verbs: they
+# come first.
 for _namesake in ("advise", "evaluate", "export", "plan", "train"):
     import_module(f"tunesmith.{_namesake}")
 

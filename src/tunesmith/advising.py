@@ -25,9 +25,10 @@ def advise_measured(
     folder: AnyPath = "runs/advise",
     **changes: Any,
 ) -> Iterator[ExperimentStart | ArmResult | MeasuredAdvice]:
-    """Whether to fine-tune, measured on `eval_data`: prompts, retrieval over `documents`, a schema that is enforced and
-    short trainings, as many as fit into the minutes. What begins, each `Outcome` as it ends, the `MeasuredAdvice` last;
-    what is in `folder` already is not done again. `metric` decides, else the first that looks at what answers hold."""
+    """Whether to fine-tune, measured on `eval_data`: prompts, retrieval over `documents`, a schema
+    that is enforced and short trainings, as many as fit into the minutes. What begins, each
+    `Outcome` as it ends, the `MeasuredAdvice` last; what is in `folder` already is not done again.
+    `metric` decides, else the first that looks at what answers hold."""
     from tunesmith.advise.measured.experiment import ExperimentConfig, advise_measured
     from tunesmith.advise.measured.retrieval import open_passages
     from tunesmith.plan.build import refuse_if_too_large

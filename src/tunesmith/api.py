@@ -3,11 +3,10 @@
     plan = tunesmith.plan("recipe.yaml", learning_rate=1e-4)
     for event in tunesmith.train(plan): ...
 
-In: paths, plain values, and the frozen objects of types.py. Out: the objects that --json prints. Everything that goes
-wrong on purpose is a TunesmithError: InputError, MachineError, GateError or Interrupted. Imports stand inside the
-functions, here and in cli.py only: nothing heavy is loaded before a verb needs it. The verbs on rows are in
-dataverbs.py. Left out: words and printing.
-"""
+In: paths, plain values, and the frozen objects of types.py. Out: the objects that --json prints.
+Everything that goes wrong on purpose is a TunesmithError: InputError, MachineError, GateError or
+Interrupted. Imports stand inside the functions, here and in cli.py only: nothing heavy is loaded
+before a verb needs it. The verbs on rows are in dataverbs.py. Left out: words and printing."""
 
 from __future__ import annotations
 
@@ -50,7 +49,8 @@ def init(
     data: str | None = None,
     from_config: AnyPath | None = None,
 ) -> InitResult:
-    """Writes a commented recipe and its schema, or a translation of `from_config`, a config of another tool.
+    """Writes a commented recipe and its schema, or a translation of `from_config`, a config of
+    another tool.
 
     InputError if there is a file at `path` already, or if the config cannot be translated.
     """
@@ -76,8 +76,9 @@ def doctor(model: str | None = None) -> Diagnosis:
 
 
 def advise(path: AnyPath | None = None, **answers: Any) -> Advice:
-    """Whether to fine-tune, and what else, with reasons. `path`: a YAML file of facts, or a recipe, whose rows are
-    counted; `facts` win over it: need="tone", examples=300. InputError for facts that cannot be."""
+    """Whether to fine-tune, and what else, with reasons. `path`: a YAML file of facts, or a recipe,
+    whose rows are counted; `facts` win over it: need="tone", examples=300. InputError for facts
+    that cannot be."""
     from tunesmith.advise.rules.advice import advise
     from tunesmith.advise.rules.questionnaire import is_recipe, read_requirements
 
@@ -87,11 +88,11 @@ def advise(path: AnyPath | None = None, **answers: Any) -> Advice:
 
 
 def read_recipe(recipe: RecipeLike = None, **changes: Any) -> Recipe | Stages:
-    """A recipe from a YAML file, a mapping or another recipe; `changes` win over it. Keys in any spelling. Stages, if
-    its `stage` is a list.
+    """A recipe from a YAML file, a mapping or another recipe; `changes` win over it. Keys in any
+    spelling. Stages, if its `stage` is a list.
 
-    Paths in a file are relative to it, all others to the current folder. InputError lists everything that is wrong.
-    """
+    Paths in a file are relative to it, all others to the current folder. InputError lists
+    everything that is wrong."""
     from tunesmith.recipe.load import load_recipe
 
     if isinstance(recipe, Recipe):
@@ -114,8 +115,9 @@ def read_recipe(recipe: RecipeLike = None, **changes: Any) -> Recipe | Stages:
 def load_inputs(
     recipe: RecipeLike | AnyInputs = None, *, needs_weights: bool = True, **changes: Any
 ) -> AnyInputs:
-    """What is known of a recipe's model, machine and rows; of several stages, for each. Gathered once, it can be given
-    to the verbs below. Without `weights` a config.json will do for a model, which is enough to plan."""
+    """What is known of a recipe's model, machine and rows; of several stages, for each. Gathered
+    once, it can be given to the verbs below. Without `weights` a config.json will do for a model,
+    which is enough to plan."""
     from tunesmith.session import inputs
 
     if isinstance(recipe, (inputs.RunInputs, tuple)):
@@ -162,9 +164,10 @@ def plan(
     calibrate: bool = False,
     **changes: Any,
 ) -> Plan | StagedPlan:
-    """Every value of a run with its reason, for each stage. InputError for a wish that cannot be; nothing is loaded or
-    written, and the model may be a config.json alone. `target`: for that GPU instead of this machine; `fit`: in this
-    much memory. `calibrate`: how long it takes is measured, in about 10 seconds."""
+    """Every value of a run with its reason, for each stage. InputError for a wish that cannot be;
+    nothing is loaded or written, and the model may be a config.json alone. `target`: for that GPU
+    instead of this machine; `fit`: in this much memory. `calibrate`: how long it takes is measured,
+    in about 10 seconds."""
     from tunesmith.evaluate.metrics import refuse_invalid_metrics
     from tunesmith.session.inputs import RunInputs, make_plan
 
@@ -207,7 +210,8 @@ def compare_methods(
     fit: str | None = None,
     **changes: Any,
 ) -> tuple[MethodEstimate, ...]:
-    """Full fine-tuning, LoRA and QLoRA of the same rows side by side: memory, work, time, risk, what is left."""
+    """Full fine-tuning, LoRA and QLoRA of the same rows side by side: memory, work, time, risk,
+    what is left."""
     from tunesmith.plan.hardware_presets import assume_bitsandbytes
     from tunesmith.plan.method_comparison import estimate_methods
     from tunesmith.session.inputs import make_planner
@@ -252,8 +256,9 @@ def read_plan(path: AnyPath) -> Plan | StagedPlan:
 def tune_lr(
     recipe: RecipeLike | AnyInputs = None, *, steps: int = 40, **changes: Any
 ) -> Iterator[LRTrial | LRFinderResult]:
-    """Short runs at five rates around the plan's, picked by held-out loss: each `Trial` as it ends, then the
-    `RateTest`. Nothing is written. InputError without eval_data or eval_split, and for preference pairs."""
+    """Short runs at five rates around the plan's, picked by held-out loss: each `Trial` as it ends,
+    then the `RateTest`. Nothing is written. InputError without eval_data or eval_split, and for
+    preference pairs."""
     from tunesmith.advise.lr_finder import summarize_trials, try_rates
     from tunesmith.plan.build import refuse_if_too_large
     from tunesmith.session.inputs import make_plan
@@ -276,9 +281,8 @@ def train(
 ) -> Iterator[Event]:
     """A new run in the plan's `output_dir`; it goes on as the events are taken.
 
-    `known` spares reading the rows again. `allow_code`: metrics of the recipe that are Python files may run.
-    MachineError when it cannot fit, GateError when the proof fails.
-    """
+    `known` spares reading the rows again. `allow_code`: metrics of the recipe that are Python files
+    may run. MachineError when it cannot fit, GateError when the proof fails."""
     if isinstance(plan, StagedPlan):
         from tunesmith.train import stages
 
@@ -302,8 +306,9 @@ def resume(
     from_step: int | None = None,
     allow_code: bool = False,
 ) -> Iterator[Event]:
-    """Goes on with an interrupted run, after its newest valid checkpoint or that of `from_step`. InputError if it is
-    finished or none, and when what it stands on has changed, unless `allow_drift`. `allow_code`: as for `train`."""
+    """Goes on with an interrupted run, after its newest valid checkpoint or that of `from_step`.
+    InputError if it is finished or none, and when what it stands on has changed, unless
+    `allow_drift`. `allow_code`: as for `train`."""
     from tunesmith.core.run_dir import is_staged
     from tunesmith.train import run, stages
 
@@ -346,7 +351,8 @@ def evaluate(
     metrics: str | Sequence[str] | None = None,
     allow_code: bool = False,
 ) -> tuple[Comparison, ...]:
-    """Before and after on the same items, measured again; what `examine` takes, its comparisons alone."""
+    """Before and after on the same items, measured again; what `examine` takes, its comparisons
+    alone."""
     return evaluate_full(target, data=data, metrics=metrics, allow_code=allow_code).comparisons
 
 
@@ -357,9 +363,10 @@ def evaluate_full(
     metrics: str | Sequence[str] | None = None,
     allow_code: bool = False,
 ) -> EvalReport:
-    """A finished run before and after, on its own items or on the rows of `data`, by its own `metrics` or these. Also
-    RUN@0.5, RUN/checkpoints/step-N or an adapter beside its base, and a model alone, which then has scores only.
-    InputError for a row of `data` that cannot be used, and for metrics that the rows do not fit."""
+    """A finished run before and after, on its own items or on the rows of `data`, by its own
+    `metrics` or these. Also RUN@0.5, RUN/checkpoints/step-N or an adapter beside its base, and a
+    model alone, which then has scores only. InputError for a row of `data` that cannot be used, and
+    for metrics that the rows do not fit."""
     from tunesmith.core.run_dir import EVAL_AFTER_FILE, is_staged, read_run_plan
     from tunesmith.evaluate import compare_models, finished_run
     from tunesmith.evaluate.evaluated import EvalReport, parse_metrics
@@ -393,9 +400,10 @@ def evaluate_full(
 
 
 def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelComparison:
-    """`b` beside `a`, item by item: runs, RUN@0.5 for a scale of its adapter, RUN/checkpoints/step-N, "base", a JSONL
-    file of answers. Two finished runs are compared by their files alone; a model is loaded only for what no file holds.
-    InputError for runs that are not finished, and for sides without a measure in common."""
+    """`b` beside `a`, item by item: runs, RUN@0.5 for a scale of its adapter,
+    RUN/checkpoints/step-N, "base", a JSONL file of answers. Two finished runs are compared by their
+    files alone; a model is loaded only for what no file holds. InputError for runs that are not
+    finished, and for sides without a measure in common."""
     from tunesmith.evaluate.model_ref import compare_models, load_cached_results, parse_model_ref
 
     refs = parse_model_ref(str(a)), parse_model_ref(str(b))
@@ -417,31 +425,34 @@ def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelCompari
 def evaluate_baselines(
     path: AnyPath, *, allow_code: bool = False
 ) -> dict[str, tuple[Comparison, ...]]:
-    """A finished run with constraints beside what costs no training: the base, the base told in the prompt, the base
-    with tokens banned. Of each, how the trained model differs from it. InputError for a run without `never`."""
+    """A finished run with constraints beside what costs no training: the base, the base told in the
+    prompt, the base with tokens banned. Of each, how the trained model differs from it. InputError
+    for a run without `never`."""
     from tunesmith.evaluate import finished_run
 
     return finished_run.compare_baselines(Path(path), allow_code=allow_code)
 
 
 def measure_relearning(path: AnyPath) -> tuple[Comparison, ...]:
-    """Whether what a run's general text lost is gone or only pushed aside: each domain by itself, and after other texts
-    of it, where a model that still knows it is as good as before. InputError for a run without `retention_data`."""
+    """Whether what a run's general text lost is gone or only pushed aside: each domain by itself,
+    and after other texts of it, where a model that still knows it is as good as before. InputError
+    for a run without `retention_data`."""
     from tunesmith.evaluate import finished_run
 
     return finished_run.compare_relearning(Path(path))
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
-    """The page of a run, finished or not, as one HTML file: `out`, or report.html in the run folder. InputError for
-    what is no run folder, or a damaged one."""
+    """The page of a run, finished or not, as one HTML file: `out`, or report.html in the run
+    folder. InputError for what is no run folder, or a damaged one."""
     from tunesmith.report.page import write_report
 
     return write_report(Path(path), None if out is None else Path(out))
 
 
 def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
-    """The answers of a run's adapter to one question, or to the questions of one conversation as they come."""
+    """The answers of a run's adapter to one question, or to the questions of one conversation as
+    they come."""
     from tunesmith.evaluate import finished_run
 
     return finished_run.chat(Path(path), [questions] if isinstance(questions, str) else questions)
@@ -458,11 +469,10 @@ def export(
 ) -> ExportResult:
     """A finished run as peft, merged, gguf or ollama, compared with the run before it appears.
 
-    `type`: of a GGUF: f16, q8_0, bf16, f32, or lora for the adapter alone. `base`: original, dequantized or auto, of a
-    run on 4-bit weights. `scale`: the adapter times this, as RUN@SCALE is measured. `out`: a folder, else
-    RUN/export/TO.
-    GateError when what was written does not answer as the run does; then nothing is left.
-    """
+    `type`: of a GGUF: f16, q8_0, bf16, f32, or lora for the adapter alone. `base`: original,
+    dequantized or auto, of a run on 4-bit weights. `scale`: the adapter times this, as RUN@SCALE is
+    measured. `out`: a folder, else RUN/export/TO. GateError when what was written does not answer
+    as the run does; then nothing is left."""
     from tunesmith.evaluate import finished_run
 
     output_path = None if out is None else Path(out)

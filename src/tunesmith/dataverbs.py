@@ -1,4 +1,5 @@
-"""The verbs on rows as functions: look at them, choose, divide, lock. As in verbs.py, where the others are.
+"""The verbs on rows as functions: look at them, choose, divide, lock. As in verbs.py, where the
+others are.
 
 report = tunesmith.data_check("recipe.yaml")["data"]
 """
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 def data_check(
     recipe: RecipeLike | AnyInputs = None, *, rejected: AnyPath | None = None, **changes: Any
 ) -> dict[str, DataReport]:
-    """Reads all rows once: a report for each role, with what was found. Rows that cannot be used are counted in it,
-    and written into the file `rejected`, which is a new one, or one of these; InputError if there are no others."""
+    """Reads all rows once: a report for each role, with what was found. Rows that cannot be used
+    are counted in it, and written into the file `rejected`, which is a new one, or one of these;
+    InputError if there are no others."""
     from tunesmith.data.rejects import refuse_foreign_file, write_rejected_rows
     from tunesmith.session.inputs import build_data_reports
 
@@ -60,7 +62,8 @@ def data_check(
 def data_show(
     recipe: RecipeLike | AnyInputs = None, *, rows: int = 3, ids: bool = False, **changes: Any
 ) -> list[Text]:
-    """The first training rows as the model sees them, coloured by what is trained; `print` shows them plain."""
+    """The first training rows as the model sees them, coloured by what is trained; `print` shows
+    them plain."""
     from tunesmith.session.inputs import show_rows
 
     all_inputs = split_by_stage(load_inputs(recipe, **changes)).values()
@@ -79,9 +82,10 @@ def data_curate(
     likeness: str = "states",
     **changes: Any,
 ) -> CurationResult:
-    """Chooses `keep` rows of `data` by the scores of the base model, quality first, then diversity, into a new folder
-    `to`, beside a random and the longest subset of the same size. Every other row keeps its reason; none is edited.
-    `likeness`: by what rows are alike, the model's hidden states of their questions, or their words."""
+    """Chooses `keep` rows of `data` by the scores of the base model, quality first, then diversity,
+    into a new folder `to`, beside a random and the longest subset of the same size. Every other row
+    keeps its reason; none is edited. `likeness`: by what rows are alike, the model's hidden states
+    of their questions, or their words."""
     from tunesmith.advise.curate import curate
 
     return curate(require_single_stage(load_inputs(recipe, **changes)), keep, Path(to), likeness)
@@ -95,8 +99,9 @@ def data_prove(
     seeds: int = 1,
     **changes: Any,
 ) -> Iterator[SubsetRun | AblationResult]:
-    """Trains briefly on each file of a folder of `data_curate`, and on the whole, from the same start: each `Trained`
-    as it ends, then the `Proof`, which is also written into the folder. InputError without held-out rows."""
+    """Trains briefly on each file of a folder of `data_curate`, and on the whole, from the same
+    start: each `Trained` as it ends, then the `Proof`, which is also written into the folder.
+    InputError without held-out rows."""
     from tunesmith.advise.data_ablation import summarize_ablation, train_subsets
     from tunesmith.core.atomic import write_file
     from tunesmith.core.json_io import dump_json
@@ -135,8 +140,8 @@ def _read_single_stage(recipe: RecipeLike, message: str, changes: Mapping[str, A
 
 
 def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
-    """Locks the file of `data`, in which every row has a `review`: from now on no run trains on its rows, and none
-    measures with it once it has changed."""
+    """Locks the file of `data`, in which every row has a `review`: from now on no run trains on its
+    rows, and none measures with it once it has changed."""
     from tunesmith.data.golden_set import write_lock
     from tunesmith.session.inputs import open_data_pool
 
@@ -145,8 +150,8 @@ def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
 
 
 def data_review(recipe: RecipeLike = None, *, tool: str, to: AnyPath, **changes: Any) -> int:
-    """Writes the rows of `data` into the file `to`, which Label Studio (`label-studio`) or Argilla (`argilla`) imports,
-    to be judged by people; how many there are."""
+    """Writes the rows of `data` into the file `to`, which Label Studio (`label-studio`) or Argilla
+    (`argilla`) imports, to be judged by people; how many there are."""
     from tunesmith.data.annotation import write_tasks
     from tunesmith.session.inputs import open_data_pool
 
@@ -155,8 +160,8 @@ def data_review(recipe: RecipeLike = None, *, tool: str, to: AnyPath, **changes:
 
 
 def data_reviewed(path: AnyPath, *, to: AnyPath, date: str | None = None) -> ReviewImport:
-    """Reads what either tool exports as JSON into a file of reviewed rows, for `data_lock`. `date`: of the reviews of
-    Argilla, whose files have none."""
+    """Reads what either tool exports as JSON into a file of reviewed rows, for `data_lock`. `date`:
+    of the reviews of Argilla, whose files have none."""
     from tunesmith.data.annotation import import_reviews
 
     return import_reviews(Path(path), Path(to), date)
@@ -172,9 +177,9 @@ def data_split(
     stratify: str | None = None,
     **changes: Any,
 ) -> SplitResult:
-    """Divides the rows of `data` into train.jsonl, eval.jsonl and test.jsonl in a new folder `to`. Rows that say nearly
-    the same, ask the same or share the value of the key `group` stay together; each label, or value of the key
-    `stratify`, is divided by itself. The recipe's seed decides."""
+    """Divides the rows of `data` into train.jsonl, eval.jsonl and test.jsonl in a new folder `to`.
+    Rows that say nearly the same, ask the same or share the value of the key `group` stay together;
+    each label, or value of the key `stratify`, is divided by itself. The recipe's seed decides."""
     from tunesmith.data.group_split import split_by_group
     from tunesmith.session.inputs import open_data_pool
 

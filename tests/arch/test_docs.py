@@ -1,4 +1,5 @@
-"""The pages say what the program says: the table of keys is made from the schema, every verb has a page."""
+"""The pages say what the program says: the table of keys is made from the schema, every verb has a
+page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Nothing in the package can run what a file holds: no pickle, no open template engine, no YAML objects, no eval."""
+"""Nothing in the package can run what a file holds: no pickle, no open template engine, no YAML
+objects, no eval."""
 
 from __future__ import annotations
 

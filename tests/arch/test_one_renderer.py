@@ -1,4 +1,5 @@
-"""Chat templates of strangers are compiled in one file, in environments with a budget, and rendered nowhere else."""
+"""Chat templates of strangers are compiled in one file, in environments with a budget, and rendered
+nowhere else."""
 
 from __future__ import annotations
 

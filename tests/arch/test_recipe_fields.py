@@ -1,4 +1,5 @@
-"""The recipe's keys are frozen: a new one needs a line here, and a test that changing it changes what a run does."""
+"""The recipe's keys are frozen: a new one needs a line here, and a test that changing it changes
+what a run does."""
 
 from __future__ import annotations
 

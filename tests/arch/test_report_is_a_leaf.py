@@ -1,5 +1,6 @@
-"""The report reads run folders and nothing depends on it: without its folder everything else is as it was. What is left
-of it then is its face, which says that it is gone: the verb, and the function of the Python API."""
+"""The report reads run folders and nothing depends on it: without its folder everything else is as
+it was. What is left of it then is its face, which says that it is gone: the verb, and the function
+of the Python API."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def test_it_loads_no_model_library() -> None:
 
 
 def test_the_package_works_without_it(tmp_path: Path) -> None:
-    """Every other module can be imported, and a run that ends without a page says nothing of one."""
+    """Every other module can be imported, and a run that ends without a page says nothing of
+    one."""
     shutil.copytree(
         PACKAGE, tmp_path / "tunesmith", ignore=shutil.ignore_patterns("__pycache__", "report")
     )

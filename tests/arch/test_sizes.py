@@ -1,4 +1,5 @@
-"""Small files, small functions. A file or function that outgrows the limits is split, not excused."""
+"""Small files, small functions. A file or function that outgrows the limits is split, not
+excused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""SmolLM2 speaks of itself as an AI where it is asked about itself; banned with the rows of the recipe, it does not."""
+"""SmolLM2 speaks of itself as an AI where it is asked about itself; banned with the rows of the
+recipe, it does not."""
 
 from pathlib import Path
 

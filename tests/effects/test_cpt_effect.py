@@ -1,4 +1,5 @@
-"""Continued pretraining of SmolLM2 on the Python reference, as Python ships it: held-out topics get likelier."""
+"""Continued pretraining of SmolLM2 on the Python reference, as Python ships it: held-out topics get
+likelier."""
 
 from pathlib import Path
 from pydoc_data.topics import topics

@@ -1,5 +1,6 @@
-"""Instruction tuning of SmolLM2 on the shipped tasks: held-out rows of all tasks together get better, with an interval.
-What the held-out task does is measured beside it, and claimed by nobody."""
+"""Instruction tuning of SmolLM2 on the shipped tasks: held-out rows of all tasks together get
+better, with an interval. What the held-out task does is measured beside it, and claimed by
+nobody."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""What each method does to SmolLM2 in a few steps on the embedded example: held-out answers get likelier."""
+"""What each method does to SmolLM2 in a few steps on the embedded example: held-out answers get
+likelier."""
 
 import json
 from pathlib import Path
@@ -53,7 +54,8 @@ def test_held_out_answers_get_likelier(method: str, seed: int, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_new_tokens_are_learnt(seed: int, tmp_path: Path) -> None:
-    """They stand around every answer. The base model has never seen them; held-out answers begin with one after it."""
+    """They stand around every answer. The base model has never seen them; held-out answers begin
+    with one after it."""
     train_rows, test_rows = (
         [marked(row) for row in rows_of(*some)] for some in (("train", 32), ("test", 12))
     )

@@ -1,4 +1,5 @@
-"""Rehearsal on SmolLM2: fine-tuned on changelogs at a high rate, it forgets less of general text with it."""
+"""Rehearsal on SmolLM2: fine-tuned on changelogs at a high rate, it forgets less of general text
+with it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Two stages on SmolLM2: what continued pretraining taught is still there after fine-tuning, measured from the base."""
+"""Two stages on SmolLM2: what continued pretraining taught is still there after fine-tuning,
+measured from the base."""
 
 from pathlib import Path
 from pydoc_data.topics import topics

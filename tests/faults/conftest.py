@@ -1,4 +1,5 @@
-"""A library that lets a process die, or its disk be full, at any call that changes a file; and what uses it."""
+"""A library that lets a process die, or its disk be full, at any call that changes a file; and what
+uses it."""
 
 from __future__ import annotations
 

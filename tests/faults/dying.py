@@ -1,12 +1,12 @@
-"""A process that lets children die at every call that changes a file, and sees what can be made of the rest.
+"""A process that lets children die at every call that changes a file, and sees what can be made of
+the rest.
 
     LD_PRELOAD=faultyfiles.so python dying.py save|run|times FOLDER MODE...   ->   one JSON object on stdout
 
-`save`: the children write the third checkpoint of a tiny training. `run`: each does a whole tiny run. `times`: the
-same, killed at random times. Every state of the folder that a death leaves is gone on with in a fresh child; equal
-states are gone on with once. Forked, because importing torch takes seconds; one thread, because threads do not survive
-a fork.
-"""
+`save`: the children write the third checkpoint of a tiny training. `run`: each does a whole tiny
+run. `times`: the same, killed at random times. Every state of the folder that a death leaves is
+gone on with in a fresh child; equal states are gone on with once. Forked, because importing torch
+takes seconds; one thread, because threads do not survive a fork."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def armed(folder: Path, call: int, mode: int) -> None:
 
 
 def tidied(folder: Path) -> str:
-    """What opening the folder makes of it, as a digest: times and the folder's own name do not count."""
+    """What opening the folder makes of it, as a digest: times and the folder's own name do not
+    count."""
     if (folder / "plan.json").exists():
         RunFolder.open(folder).close()
     parts: list[object] = []
@@ -95,7 +96,8 @@ def tidied(folder: Path) -> str:
 def try_all(
     first: Path, mode: int, die: Callable[[Path], str], go_on: Callable[[Path], str]
 ) -> dict[str, object]:
-    """`die` in a copy of `first` at call 1, 2, ...; what `go_on` makes of each state that this leaves."""
+    """`die` in a copy of `first` at call 1, 2, ...; what `go_on` makes of each state that this
+    leaves."""
     known: dict[str, str] = {}
     endings: Counter[str] = Counter()
     for call in range(1, 10**6):

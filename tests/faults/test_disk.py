@@ -1,4 +1,5 @@
-"""Output that cannot be written: said before training where it can be, and never at the price of what is there."""
+"""Output that cannot be written: said before training where it can be, and never at the price of
+what is there."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from tunesmith.train import run
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """No file of this process may grow above so many bytes: as a full disk, also for the writer of safetensors."""
+    """No file of this process may grow above so many bytes: as a full disk, also for the writer of
+    safetensors."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
@@ -74,7 +76,8 @@ def test_fault_25_the_plan_warns_before_a_disk_is_full(
 def test_fault_26_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
     place: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Systems that take no files, a link to a disk that is gone, and a file where a folder should be."""
+    """Systems that take no files, a link to a disk that is gone, and a file where a folder should
+    be."""
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted" / "disk")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))

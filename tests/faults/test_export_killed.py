@@ -1,4 +1,5 @@
-"""kill -9, and a full disk, at calls that change a file while a run is exported: no final name is ever half filled."""
+"""kill -9, and a full disk, at calls that change a file while a run is exported: no final name is
+ever half filled."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def dying_export(faulty_files: Path, tmp_path: Path) -> Dying:
 
 
 def check_deaths(found: dict[str, dict[str, Any]]) -> None:
-    """At first there is nothing at all, then a folder with a passing name, at last the whole export."""
+    """At first there is nothing at all, then a folder with a passing name, at last the whole
+    export."""
     for target, result in found.items():
         assert result["calls"] > 15, target
         assert set(result["endings"]) <= {"9 nothing", "9 nothing .tmp", "9 whole", "0 whole"}, (
@@ -43,7 +45,8 @@ def check_deaths(found: dict[str, dict[str, Any]]) -> None:
 
 
 def check_full_disk(found: dict[str, dict[str, Any]]) -> None:
-    """Each is refused with the reason, and leaves nothing, not even a folder with a passing name."""
+    """Each is refused with the reason, and leaves nothing, not even a folder with a passing
+    name."""
     for target, result in found.items():
         assert set(result["endings"]) == {"1 nothing no room on the disk", "0 whole"}, target
 

@@ -1,4 +1,5 @@
-"""Ten thousand cases in a fixed time of the processor: rows, files, recipes, and sequences of step, save and crash."""
+"""Ten thousand cases in a fixed time of the processor: rows, files, recipes, and sequences of step,
+save and crash."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SECONDS = 240
 
 @pytest.mark.slow
 def test_ten_thousand_cases(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At most four minutes of the processor, whatever else it does; a kind that is done early leaves its share."""
+    """At most four minutes of the processor, whatever else it does; a kind that is done early
+    leaves its share."""
     renderer = Renderer.from_folder(tiny_folder, now=datetime(2026, 1, 1))
     kinds: dict[str, tuple[float, Callable[[float], dict[str, int]]]] = {
         "sequences": (0.4, lambda seconds: sequences_explored(100, seconds, steps=50)),

@@ -34,7 +34,8 @@ from tunesmith.train import run
 
 @pytest.fixture(scope="module")
 def broken_off(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    """A run that was left with checkpoints of steps 1 and 2, and the adapter of one that was not. Not to be changed."""
+    """A run that was left with checkpoints of steps 1 and 2, and the adapter of one that was not.
+    Not to be changed."""
     folder = tmp_path_factory.mktemp("broken-off")
     straight = recipe(tiny_folder, folder / "straight", save_steps=1, lora_dropout=0.1)
     train(straight)
@@ -294,7 +295,8 @@ def test_a_run_of_another_version_is_refused(copied: Path) -> None:
 
 
 def test_fault_31_the_order_of_rows_is_a_function_of_seed_epoch_and_index() -> None:
-    """Written down: any other order is another run. Asked for in any order, by any process, it is the same."""
+    """Written down: any other order is another run. Asked for in any order, by any process, it is
+    the same."""
     schedule = StepSampler(num_rows=7, batch_size=3, epochs=2, seed=5)
     expected = [(2, 4, 3), (1, 5, 0), (6, 4, 5), (1, 6, 0), (2, 3)]
     assert [schedule.get_rows(step) for step in (1, 2, 3, 4, 5)] == expected

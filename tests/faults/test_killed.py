@@ -1,4 +1,5 @@
-"""kill -9, and a full disk, at every call that changes a file; the run ends with the bytes of an uninterrupted one."""
+"""kill -9, and a full disk, at every call that changes a file; the run ends with the bytes of an
+uninterrupted one."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_fault_25_a_disk_that_fills_up_at_any_call_of_a_save_leaves_the_one_befo
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["die", "tear"])
 def test_fault_22_a_whole_run_killed_at_any_call(mode: str, dying: Dying, tmp_path: Path) -> None:
-    """From the first file to the record: plan, events, checkpoints, adapter. What is no run yet is begun again."""
+    """From the first file to the record: plan, events, checkpoints, adapter. What is no run yet is
+    begun again."""
     found = dying("run", tmp_path, mode)[mode]
     assert found["endings"] == {"9": found["calls"], "0": 1}
     assert found["calls"] > 120

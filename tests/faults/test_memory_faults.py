@@ -1,7 +1,8 @@
-"""Memory that runs out on the device: training goes on in smaller packs, measuring in smaller batches.
+"""Memory that runs out on the device: training goes on in smaller packs, measuring in smaller
+batches.
 
-There is no such device in these tests: the model refuses more tokens or rows than a bound, with torch's own error.
-"""
+There is no such device in these tests: the model refuses more tokens or rows than a bound, with
+torch's own error."""
 
 from __future__ import annotations
 

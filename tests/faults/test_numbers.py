@@ -1,4 +1,5 @@
-"""What is no number never reaches a weight or a file; when it keeps coming it ends the run, and everyone is told."""
+"""What is no number never reaches a weight or a file; when it keeps coming it ends the run, and
+everyone is told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Any recipe is either understood or refused with an InputError, whatever stands in it and through whichever door."""
+"""Any recipe is either understood or refused with an InputError, whatever stands in it and through
+whichever door."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Any rows in any file are documents or a clear refusal, and no text of a row is ever a control token."""
+"""Any rows in any file are documents or a clear refusal, and no text of a row is ever a control
+token."""
 
 from __future__ import annotations
 
@@ -124,7 +125,8 @@ def renderer(tiny_folder: Path) -> Renderer:
 
 
 def read(path: Path, renderer: Renderer, format: str = "auto") -> Dataset | None:
-    """None where the file is refused. What a row is refused for has a place and can be written down."""
+    """None where the file is refused. What a row is refused for has a place and can be written
+    down."""
     data, refusal = None, None
     try:
         data = open_dataset(
@@ -145,7 +147,8 @@ def read(path: Path, renderer: Renderer, format: str = "auto") -> Dataset | None
 
 
 def check_documents(data: Dataset) -> int:
-    """How many rows became documents: each turn begins and ends in a token of the template, and no other is there."""
+    """How many rows became documents: each turn begins and ends in a token of the template, and no
+    other is there."""
     used = 0
     for index in range(len(data)):
         example, prepared = data.render_row(index)

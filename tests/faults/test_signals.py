@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM at any moment of a run: nothing is half-written, and it goes on to the same bytes."""
+"""SIGINT and SIGTERM at any moment of a run: nothing is half-written, and it goes on to the same
+bytes."""
 
 from __future__ import annotations
 

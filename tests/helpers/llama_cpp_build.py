@@ -1,10 +1,11 @@
-"""llama.cpp, compiled once from the sources of `llama-cpp-python` and kept as a wheel in tunesmith's cache.
+"""llama.cpp, compiled once from the sources of `llama-cpp-python` and kept as a wheel in
+tunesmith's cache.
 
     llama_cpp_site(folder) -> a folder to import `llama_cpp` from
 
-Only what the tests need is built: the library for this CPU, no tools, no network code, no images. That takes longer
-than all other slow tests together, so it is done only when asked for: `make llama` sets TUNESMITH_BUILD_LLAMA.
-"""
+Only what the tests need is built: the library for this CPU, no tools, no network code, no images.
+That takes longer than all other slow tests together, so it is done only when asked for: `make
+llama` sets TUNESMITH_BUILD_LLAMA."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ NO_REGISTRY = (
 
 
 def llama_cpp_site(folder: Path) -> Path:
-    """Skips where it is not kept and was not asked for, and where there is no C++ compiler or no package registry; a
-    build that fails is a failed test."""
+    """Skips where it is not kept and was not asked for, and where there is no C++ compiler or no
+    package registry; a build that fails is a failed test."""
     wheels = find_cache_dir().parent / "wheels"
     if not list(wheels.glob("llama_cpp_python-*.whl")):
         if not os.environ.get("TUNESMITH_BUILD_LLAMA"):

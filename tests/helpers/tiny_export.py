@@ -1,4 +1,5 @@
-"""A tiny model folder of each family that a GGUF can hold, with a tokenizer that merges, and finished runs on it."""
+"""A tiny model folder of each family that a GGUF can hold, with a tokenizer that merges, and
+finished runs on it."""
 
 import json
 from pathlib import Path
@@ -71,7 +72,8 @@ CUTS = {"qwen2": "qwen2", "qwen3": "qwen2", "llama-wide": "llama-bpe"}
 
 
 def save_tokenizer(path: Path, cut: str, *, template: str = CHATML) -> int:
-    """Byte-level BPE with a few merges; texts end in another token than answers. Returns the number of tokens."""
+    """Byte-level BPE with a few merges; texts end in another token than answers. Returns the number
+    of tokens."""
     alphabet = sorted(chr(i) for i in bytes_to_unicode())
     vocabulary = {
         token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in MERGES)])

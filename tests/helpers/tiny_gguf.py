@@ -1,4 +1,5 @@
-"""Tiny models on disk: a GGUF as llama.cpp's converter writes it, and a safetensors folder with its config."""
+"""Tiny models on disk: a GGUF as llama.cpp's converter writes it, and a safetensors folder with its
+config."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ TEMPLATE = (
 
 
 def tokens() -> list[str]:
-    """Three control tokens, the 256 bytes in the spelling of byte-level BPE, the merges, one user token, padding."""
+    """Three control tokens, the 256 bytes in the spelling of byte-level BPE, the merges, one user
+    token, padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [
         *SPECIALS,
@@ -28,7 +30,8 @@ def tokens() -> list[str]:
 
 
 def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndarray]:
-    """Weights by their transformers names, multiples of 1/16 so that bf16 and Q8_0-free types hold them exactly."""
+    """Weights by their transformers names, multiples of 1/16 so that bf16 and Q8_0-free types hold
+    them exactly."""
     random = np.random.default_rng(0)
     shapes = {"model.embed_tokens.weight": (len(tokens()), HIDDEN), "model.norm.weight": (HIDDEN,)}
     if not tied:
@@ -95,10 +98,11 @@ def write_gguf(
     bad: str = "",
     **changed: Any,
 ) -> Path:
-    """A GGUF of `architecture` with the tensors of `random_weights` and `extra` ones by their GGUF names.
+    """A GGUF of `architecture` with the tensors of `random_weights` and `extra` ones by their GGUF
+    names.
 
-    The weight `bad` begins with NaN. `changed` replaces metadata (dots as two underscores); None leaves an entry out.
-    """
+    The weight `bad` begins with NaN. `changed` replaces metadata (dots as two underscores); None
+    leaves an entry out."""
     writer = gguf.GGUFWriter(path, architecture)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], LAYERS)
     for name, values in random_weights(architecture, tied=tied).items():

@@ -79,7 +79,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**SIZES, sliding_window=WINDOW),
     "cohere": CohereConfig(**SIZES, logit_scale=0.3),
 }
-# Families whose norms, or more, stay transformers' own: those compute in fp32 whatever the model's dtype.
+# Families whose norms, or more, stay transformers' own: those compute in fp32 whatever the model's
+# dtype.
 STOCK_NORMS = ("olmo2", "smollm3", "phi3", "cohere")
 
 LORA: dict[str, Any] = {
@@ -94,7 +95,8 @@ LORA: dict[str, Any] = {
 
 
 def tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A stock network with weights far from their start: norms, biases and multipliers must all matter."""
+    """A stock network with weights far from their start: norms, biases and multipliers must all
+    matter."""
     network = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
@@ -116,7 +118,8 @@ def tiny_model(
     activations: str = "keep",
     **settings: object,
 ) -> PackedCausalLM:
-    """Adopted, with something trainable; adapters start away from zero, so that every gradient is."""
+    """Adopted, with something trainable; adapters start away from zero, so that every gradient
+    is."""
     network = tiny_network(family, dtype)
     if method:
         METHODS[method](network, LORA | settings)
@@ -132,7 +135,8 @@ def tiny_model(
 def tiny_document(
     fed: int, seed: int = 0, *, name: str = "", first_target: int | None = None
 ) -> Document:
-    """A document that feeds `fed` tokens and ends in a trained end token; weights of its targets differ."""
+    """A document that feeds `fed` tokens and ends in a trained end token; weights of its targets
+    differ."""
     generator = np.random.default_rng(1000 * fed + seed)
     tokens_L = generator.integers(3, VOCABULARY, fed + 1).astype(np.int32)
     tokens_L[-1] = END
@@ -151,7 +155,8 @@ def tiny_documents(lengths: Iterable[int] = LENGTHS) -> list[Document]:
 
 
 def after(prompt: Document, fed: int, length: int, seed: int = 0) -> Document:
-    """A document that begins with the first `fed` tokens of another one, and goes on for `length`."""
+    """A document that begins with the first `fed` tokens of another one, and goes on for
+    `length`."""
     end = tiny_document(length, seed)
     tokens_L = np.concatenate((prompt.tokens_L[:fed], end.tokens_L))
     weights_L = np.concatenate((prompt.weights_L[:fed], end.weights_L))
@@ -159,8 +164,8 @@ def after(prompt: Document, fed: int, length: int, seed: int = 0) -> Document:
 
 
 def branching_documents() -> list[Document]:
-    """Beginnings in common with targets inside, some longer than others; two documents that are equal, one that ends
-    where another goes on, and some that share nothing."""
+    """Beginnings in common with targets inside, some longer than others; two documents that are
+    equal, one that ends where another goes on, and some that share nothing."""
     prompt, other = tiny_document(40, 7), tiny_document(21, 8)
     deeper = after(prompt, 33, 50, 1)
     return [

@@ -1,4 +1,5 @@
-"""A tiny model folder as users have them (config, weights, tokenizer, chat template), rows, and recipes over both."""
+"""A tiny model folder as users have them (config, weights, tokenizer, chat template), rows, and
+recipes over both."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -56,8 +57,8 @@ def save_model_folder(path: Path, seed: int = 0) -> Path:
 
 
 def save_writer_folder(path: Path) -> Path:
-    """One that writes short words: the first number of every hidden state is the same, and there the head likes a few
-    small letters and the ends."""
+    """One that writes short words: the first number of every hidden state is the same, and there
+    the head likes a few small letters and the ends."""
     save_model_folder(path)
     tensors = load_file(path / "model.safetensors")
     letters = [
@@ -91,7 +92,8 @@ def write_rows(path: Path, rows: Sequence[Json]) -> Path:
 
 
 def recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
-    """Six rows, two a step, one epoch: three steps, in fp32. Writes the rows it needs below `folder`."""
+    """Six rows, two a step, one epoch: three steps, in fp32. Writes the rows it needs below
+    `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {
         "model": str(model),
@@ -109,7 +111,8 @@ def recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
 
 
 def talker(model: Path, folder: Path) -> Path:
-    """The model trained in full until it answers `say` with a phrase, and `tell` without it: its own folder."""
+    """The model trained in full until it answers `say` with a phrase, and `tell` without it: its
+    own folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         chat(f"{verb} {n}", f"{said} {n}")
@@ -161,7 +164,8 @@ def adapter_bytes(wish: Recipe) -> bytes:
 
 
 def until_saved(events: Iterator[Event], step: int) -> None:
-    """Follows a run until its checkpoint of `step` is on disk, then leaves it, as a killed process does."""
+    """Follows a run until its checkpoint of `step` is on disk, then leaves it, as a killed process
+    does."""
     with suppress(StopIteration):
         while getattr(next(events), "path", None) != f"checkpoints/step-{step}":
             pass

@@ -1,4 +1,5 @@
-"""Model folders with toy tokenizers (real pipelines of the tokenizers library, trained on a sentence), and rows."""
+"""Model folders with toy tokenizers (real pipelines of the tokenizers library, trained on a
+sentence), and rows."""
 
 import json
 import re
@@ -49,7 +50,8 @@ def bytes_bpe() -> str:
 
 @cache
 def sentence_bpe(kind: str) -> str:
-    """A BPE over letters and ▁, as Llama 2 and Gemma have. `kind` says who puts the first ▁ there."""
+    """A BPE over letters and ▁, as Llama 2 and Gemma have. `kind` says who puts the first ▁
+    there."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     steps: list[Any] = [normalizers.Replace(" ", "▁")]
     if kind == "prepend":

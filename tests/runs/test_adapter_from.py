@@ -1,4 +1,5 @@
-"""Going on with an adapter: where it starts, what it proves, one step as PEFT takes it, and what it belongs to."""
+"""Going on with an adapter: where it starts, what it proves, one step as PEFT takes it, and what it
+belongs to."""
 
 import json
 import shutil
@@ -154,7 +155,8 @@ def test_full_training_goes_on_with_no_adapter(tiny_folder: Path, tmp_path: Path
 def test_training_starts_from_the_adapters_weights(
     first: Recipe, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """The first loss is that of the trained model, not of the base; dropping the adapter's weights would show."""
+    """The first loss is that of the trained model, not of the base; dropping the adapter's weights
+    would show."""
     rows = new_rows(tmp_path)
     fresh = steps_of(train(recipe(tiny_folder, tmp_path / "fresh", data=rows)))
     wish = recipe(
@@ -222,7 +224,8 @@ def test_before_is_the_model_that_training_starts_from(
 
 
 def their_step(network: PeftModel, documents: Any, plan: Any) -> dict[str, torch.Tensor]:
-    """One step of PEFT and torch's AdamW on whole documents, each computed alone; the loss is the mean over targets."""
+    """One step of PEFT and torch's AdamW on whole documents, each computed alone; the loss is the
+    mean over targets."""
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=plan["learning_rate"], weight_decay=plan["weight_decay"]

@@ -1,4 +1,5 @@
-"""An adaptive rehearsal ratio: it follows what is measured, says so, and goes on to the same bytes."""
+"""An adaptive rehearsal ratio: it follows what is measured, says so, and goes on to the same
+bytes."""
 
 import os
 import signal
@@ -23,7 +24,8 @@ GENERAL: list[Json] = [{"text": "おえういあ" * n} for n in (2, 3)]
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
-    """Twelve steps, a look every second one, a checkpoint every fourth; at this rate much is forgotten."""
+    """Twelve steps, a look every second one, a checkpoint every fourth; at this rate much is
+    forgotten."""
     folder.mkdir(parents=True, exist_ok=True)
     rehearsal = {"data": str(write_rows(folder / "texts.jsonl", TEXTS)), "ratio": "adaptive"}
     retention = {"retention_data": str(write_rows(folder / "general.jsonl", GENERAL))}

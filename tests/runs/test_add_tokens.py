@@ -1,4 +1,5 @@
-"""A run that adds tokens: what the plan says, the same bytes after a resume, going on, and every export."""
+"""A run that adds tokens: what the plan says, the same bytes after a resume, going on, and every
+export."""
 
 import json
 from pathlib import Path
@@ -160,7 +161,8 @@ def test_what_a_run_leaves(first: Recipe, model: Path) -> None:
 
 
 def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
-    """By the files alone: the base as its users load it, longer where the adapter's tokenizer is."""
+    """By the files alone: the base as its users load it, longer where the adapter's tokenizer
+    is."""
     adapter = place(first) / "adapter"
     base: Any = AutoModelForCausalLM.from_pretrained(model)
     if base.config.vocab_size < len(AutoTokenizer.from_pretrained(adapter)):
@@ -263,7 +265,8 @@ def test_texts_have_them_too(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
-    """What texts have taught stays where no answer holds it; a stage with other tokens is refused before the first."""
+    """What texts have taught stays where no answer holds it; a stage with other tokens is refused
+    before the first."""
     texts = write_rows(
         tmp_path / "texts.jsonl", [{"text": f"see <n>{n} [sum] and more"} for n in range(8)]
     )

@@ -1,4 +1,5 @@
-"""Constraints in a run: bans are trained and resumed, filters leave rows out without stopping anything."""
+"""Constraints in a run: bans are trained and resumed, filters leave rows out without stopping
+anything."""
 
 import json
 from pathlib import Path
@@ -88,7 +89,8 @@ def marked(first: int, count: int, answer: str, negative: Any) -> list[Json]:
 def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model that answers with the phrase stops when it is banned; rightful prompts are asked too."""
+    """A model that answers with the phrase stops when it is banned; rightful prompts are asked
+    too."""
     model = talker(tiny_folder, tmp_path / "talker")
     test = [*sums(200, 3), *marked(20, 3, "an AI", True), *marked(30, 2, "an AI", False)]
     bad = write_rows(tmp_path / "bad.jsonl", [*sums(1, 6), *marked(0, 5, "an AI", True)])

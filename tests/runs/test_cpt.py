@@ -1,4 +1,5 @@
-"""Continued pretraining from recipe to record: texts in windows, counted in tokens, measured in bits per byte."""
+"""Continued pretraining from recipe to record: texts in windows, counted in tokens, measured in
+bits per byte."""
 
 import os
 import tracemalloc
@@ -134,7 +135,8 @@ def test_rehearsal_takes_the_place_of_windows(tiny_folder: Path, tmp_path: Path)
 def test_an_adaptive_rehearsal_takes_the_place_of_more_windows(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Steps stay as long as they were and as many, whatever the ratio becomes; going on gives the same bytes."""
+    """Steps stay as long as they were and as many, whatever the ratio becomes; going on gives the
+    same bytes."""
     other = str(
         write_rows(tmp_path / "other.jsonl", [{"text": "more and more " * n} for n in range(1, 9)])
     )

@@ -1,4 +1,5 @@
-"""Runs on pairs: rows become two sides, what is measured moves, and DPO's reference survives a kill."""
+"""Runs on pairs: rows become two sides, what is measured moves, and DPO's reference survives a
+kill."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,5 @@
-"""Rehearsal in a run: planned in tokens, added to the data, resumed to the same bytes, refused where it would cheat."""
+"""Rehearsal in a run: planned in tokens, added to the data, resumed to the same bytes, refused
+where it would cheat."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The story of a run, end to end on a tiny model folder: what it yields, what it leaves behind, and how it goes on."""
+"""The story of a run, end to end on a tiny model folder: what it yields, what it leaves behind, and
+how it goes on."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""Rehearsal rows that the model writes itself: what is written and left out, and runs that stand on them."""
+"""Rehearsal rows that the model writes itself: what is written and left out, and runs that stand on
+them."""
 
 import json
 import shutil
@@ -91,7 +92,8 @@ def test_a_run_goes_on_with_the_rows_that_it_has(
     broken = wish(writer, tmp_path)
     until_saved(run.train(plan_of(broken)), step=2)
     assert rows_of(tmp_path) == rows_of(straight[0]), "the same seed, the same rows"
-    monkeypatch.setattr(self_rehearsal, "load_starting_model", None)  # nothing is written a second time
+    # nothing is written a second time
+    monkeypatch.setattr(self_rehearsal, "load_starting_model", None)
     list(run.resume(tmp_path / "run"))
     assert (
         adapter_bytes(broken)

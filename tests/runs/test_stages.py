@@ -1,4 +1,5 @@
-"""Several stages in one recipe: the same bytes as the runs by hand, one folder, gone on with in any stage."""
+"""Several stages in one recipe: the same bytes as the runs by hand, one folder, gone on with in any
+stage."""
 
 import shutil
 from contextlib import suppress
@@ -82,7 +83,8 @@ def trained(made: Stages) -> list[Event]:
 
 
 def until(events: Any, stage: int, saved: int | None) -> None:
-    """Follows a run to a checkpoint of a stage, or to its beginning, then leaves it, as a killed process does."""
+    """Follows a run to a checkpoint of a stage, or to its beginning, then leaves it, as a killed
+    process does."""
     seen = 0
     with suppress(StopIteration):
         while True:

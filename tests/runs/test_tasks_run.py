@@ -1,4 +1,5 @@
-"""Named tasks in a run: tokens and scores by task, held-out tasks apart, and names that cannot be."""
+"""Named tasks in a run: tokens and scores by task, held-out tasks apart, and names that cannot
+be."""
 
 from collections import Counter
 from pathlib import Path

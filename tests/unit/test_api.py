@@ -1,4 +1,5 @@
-"""`import tunesmith`: the verbs are functions that stay what they are, and give the objects that --json prints."""
+"""`import tunesmith`: the verbs are functions that stay what they are, and give the objects that
+--json prints."""
 
 from __future__ import annotations
 

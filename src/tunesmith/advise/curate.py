@@ -1,10 +1,11 @@
-"""A candidate set of a few good rows, chosen by the base model itself, beside the subsets that it has to beat.
+"""A candidate set of a few good rows, chosen by the base model itself, beside the subsets that it
+has to beat.
 
     Facts, how many -> curate -> a folder: kept.jsonl, random.jsonl, longest.jsonl, scores.jsonl
 
-scores.jsonl has a line for each row of the data: its scores, the files it is in, and why it is not kept. Which rows are
-chosen is decided in data/choose.py. Left out: whether the choice trains better (tune/prove.py).
-"""
+scores.jsonl has a line for each row of the data: its scores, the files it is in, and why it is not
+kept. Which rows are chosen is decided in data/choose.py. Left out: whether the choice trains better
+(tune/prove.py)."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class CurationResult:
 
 
 def curate(inputs: RunInputs, keep: int, path: Path, similarity: str = "states") -> CurationResult:
-    """Raises InputError for a folder that is there already, rows without answers, and nothing to choose from."""
+    """Raises InputError for a folder that is there already, rows without answers, and nothing to
+    choose from."""
     data = inputs.datasets[ROLE]
     _check_arguments(inputs, keep, path, similarity)
     held_out = {role: rows for role, rows in inputs.datasets.items() if role != ROLE}
@@ -130,7 +132,8 @@ def _check_arguments(inputs: RunInputs, keep: int, path: Path, similarity: str) 
 
 
 def score_rows(model: PackedCausalLM, data: Dataset, similarity: str = "states") -> SelectionScores:
-    """The last answer of every row, behind its question and alone; and what its neighbours answer."""
+    """The last answer of every row, behind its question and alone; and what its neighbours
+    answer."""
     data = data.with_max_length(model.context_length, "drop")
     nats_N2, tokens_N = np.full((len(data), 2), np.nan), np.zeros(len(data), dtype=np.int64)
     states_NH = np.zeros(
@@ -179,8 +182,9 @@ def score_rows(model: PackedCausalLM, data: Dataset, similarity: str = "states")
 
 
 def _standardize_states(states_NH: np.ndarray, usable_rows: np.ndarray) -> np.ndarray:
-    """Directions from the middle, every dimension of one width: as they are, states of whatever texts point nearly the
-    same way, by a few large dimensions (Timkey and van Schijndel 2021, arXiv 2109.04404)."""
+    """Directions from the middle, every dimension of one width: as they are, states of whatever
+    texts point nearly the same way, by a few large dimensions (Timkey and van Schijndel 2021, arXiv
+    2109.04404)."""
     directions_NH, usable_states_UH = np.zeros_like(states_NH), states_NH[usable_rows]
     directions_NH[usable_rows] = (usable_states_UH - usable_states_UH.mean(axis=0)) / np.maximum(
         1e-6, usable_states_UH.std(axis=0)
@@ -189,7 +193,8 @@ def _standardize_states(states_NH: np.ndarray, usable_rows: np.ndarray) -> np.nd
 
 
 def extract_last_answer(document: Document) -> tuple[Document, int]:
-    """The document up to its last trained run, with that run alone as targets of equal weight; and where it begins."""
+    """The document up to its last trained run, with that run alone as targets of equal weight; and
+    where it begins."""
     trained_positions = np.flatnonzero(document.weights_L > 0)
     breaks = np.flatnonzero(np.diff(trained_positions) > 1)
     first, last = (

@@ -1,12 +1,13 @@
-"""Does the choice train better? Short runs on each subset from the same start, told apart on held-out rows.
+"""Does the choice train better? Short runs on each subset from the same start, told apart on
+held-out rows.
 
     Plan, Facts, the folder of `data curate` -> try_subsets -> Trained ...; conclude -> Proof
 
-The kept rows, random ones and the longest, of one size, and the whole: one base load, as many steps of as many rows
-each, with the plan's values. A second seed draws other random rows and takes all in another order; values of a held-out
-row are then means over the seeds. Nothing is measured on `test_data`, and rehearsal is left out. Intervals are of
-held-out rows; how far seeds differ is told beside them.
-"""
+The kept rows, random ones and the longest, of one size, and the whole: one base load, as many steps
+of as many rows each, with the plan's values. A second seed draws other random rows and takes all in
+another order; values of a held-out row are then means over the seeds. Nothing is measured on
+`test_data`, and rehearsal is left out. Intervals are of held-out rows; how far seeds differ is told
+beside them."""
 
 from __future__ import annotations
 
@@ -53,8 +54,9 @@ class SubsetRun:
 
 @dataclass(frozen=True)
 class SubsetArm:
-    """One subset, over all seeds. `against`: the kept rows beside it, by held-out row (`after` is the kept rows);
-    `by_seed` their difference in each seed. None and empty for the kept rows themselves."""
+    """One subset, over all seeds. `against`: the kept rows beside it, by held-out row (`after` is
+    the kept rows); `by_seed` their difference in each seed. None and empty for the kept rows
+    themselves."""
 
     name: str
     rows: int
@@ -85,8 +87,8 @@ class AblationResult:
 def train_subsets(
     plan: Plan, inputs: RunInputs, folder: Path, *, steps: int = STEPS, seeds: int = 1
 ) -> Iterator[SubsetRun]:
-    """The untrained model first, then every subset with every seed. Raises InputError without held-out rows, and for a
-    folder of other rows."""
+    """The untrained model first, then every subset with every seed. Raises InputError without
+    held-out rows, and for a folder of other rows."""
     items = select_held_out_items(plan, inputs)
     subsets = read_subsets(inputs, folder)
     session = open_session(plan, inputs)

@@ -1,12 +1,13 @@
-"""The learning-rate test: short runs at a few rates from the same start, picked by the held-out loss.
+"""The learning-rate test: short runs at a few rates from the same start, picked by the held-out
+loss.
 
     points = list(try_rates(plan, facts))      one base load; each rate starts from the same weights
     conclude(base, points) -> RateTest          which rate, and from which on the model collapses
 
-A rate collapses when its loss is not finite, rises by a fifth above the lowest it had, its gradient is ten times the
-usual one, or the held-out loss is worse than the untrained model's. Higher ones are not tried. `test_data` is not
-looked at. Left out: printing and drawing (curve.py), and what a longer run would prefer, which is often a little less.
-"""
+A rate collapses when its loss is not finite, rises by a fifth above the lowest it had, its gradient
+is ten times the usual one, or the held-out loss is worse than the untrained model's. Higher ones
+are not tried. `test_data` is not looked at. Left out: printing and drawing (curve.py), and what a
+longer run would prefer, which is often a little less."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ class LRTrial:
 
 @dataclass(frozen=True)
 class LRPoint:
-    """One rate as it is reported. `change`: of the held-out loss against the chosen rate's, paired by row, with its
-    interval; empty for the chosen one and for those that collapsed."""
+    """One rate as it is reported. `change`: of the held-out loss against the chosen rate's, paired
+    by row, with its interval; empty for the chosen one and for those that collapsed."""
 
     learning_rate: float
     loss: float | None
@@ -58,8 +59,8 @@ class LRPoint:
 
 @dataclass(frozen=True)
 class LRFinderResult:
-    """`chosen`: that of the lowest held-out loss, none when every rate collapsed. `as_good`: what cannot be told from
-    it."""
+    """`chosen`: that of the lowest held-out loss, none when every rate collapsed. `as_good`: what
+    cannot be told from it."""
 
     metric: str
     steps: int
@@ -82,7 +83,8 @@ def select_eval_items(plan: Plan, inputs: RunInputs) -> EvalItems:
 
 
 def try_rates(plan: Plan, inputs: RunInputs, *, steps: int = STEPS) -> Iterator[LRTrial]:
-    """The untrained model first, then the rates from low to high. Raises InputError without held-out rows."""
+    """The untrained model first, then the rates from low to high. Raises InputError without
+    held-out rows."""
     if plan["stage"] == "preference":
         fix = "start from the plan's rate, and compare two runs"
         raise InputError(
@@ -143,7 +145,8 @@ def _collect_losses(train_steps: Sequence[TrainStep]) -> tuple[float, ...]:
 
 
 def detect_collapse(train_steps: Sequence[TrainStep]) -> str:
-    """What in the course of the steps shows a collapse, or nothing. Losses are smoothed: steps differ in their rows."""
+    """What in the course of the steps shows a collapse, or nothing. Losses are smoothed: steps
+    differ in their rows."""
     smoothed_loss, lowest_loss = 0.0, float("inf")
     for index, step in enumerate(train_steps):
         smoothed_loss = (

@@ -1,8 +1,7 @@
 """A learning-rate test as a picture: bars for the terminal, an SVG for everyone else.
 
-In: a RateTest. Out: text. The SVG needs nothing beside it and runs no script; its axes are the rate and the
-held-out loss, from the lowest to the untrained model's, both logarithmic.
-"""
+In: a RateTest. Out: text. The SVG needs nothing beside it and runs no script; its axes are the rate
+and the held-out loss, from the lowest to the untrained model's, both logarithmic."""
 
 from __future__ import annotations
 
@@ -16,7 +15,8 @@ WIDTH, HEIGHT, MARGIN_START, MARGIN_TOP, MARGIN_END, MARGIN_BOTTOM = 640, 360, 7
 
 
 def render_bar(point: LRPoint, result: LRFinderResult) -> str:
-    """The longer the smaller the loss became, as a ratio to the untrained model's; the best fills it."""
+    """The longer the smaller the loss became, as a ratio to the untrained model's; the best fills
+    it."""
     losses = [
         other.loss
         for other in result.points

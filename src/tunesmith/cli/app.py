@@ -2,12 +2,12 @@
 
     tunesmith VERB [recipe.yaml] [--key value ...]
 
-Results go to stdout (as one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok, 1 a bug in
-tunesmith, 2 the user's input, 3 the machine, 4 a gate said no, 130 and 143 interrupted. Nothing heavy is imported
-before a verb needs it: that is why imports stand inside the functions, here and in verbs.py only. Left out: the
-verbs on data (clidata.py), those that run (clirun.py), those that measure (clieval.py), how words become a recipe
-and results text (commandline.py).
-"""
+Results go to stdout (as one JSON object with --json), progress and errors to stderr. Exit codes: 0
+ok, 1 a bug in tunesmith, 2 the user's input, 3 the machine, 4 a gate said no, 130 and 143
+interrupted. Nothing heavy is imported before a verb needs it: that is why imports stand inside the
+functions, here and in verbs.py only. Left out: the verbs on data (clidata.py), those that run
+(clirun.py), those that measure (clieval.py), how words become a recipe and results text
+(commandline.py)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def init(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented recipe and its schema for editors, or translate the config of another tool."""
+    """Write a commented recipe and its schema for editors, or translate the config of another
+    tool."""
     from tunesmith.recipe.template import format_untranslated
 
     result = api.init(path, model=model, data=data, from_config=from_config)
@@ -130,7 +131,8 @@ def advise(
     ] = Path("runs/advise"),
     as_json: AsJson = False,
 ) -> None:
-    """Should this be fine-tuned? By rules in a moment, or measured on your own items with --measure."""
+    """Should this be fine-tuned? By rules in a moment, or measured on your own items with
+    --measure."""
     if measure:
         from tunesmith.advising import advise_measured
         from tunesmith.cli.views.measured_advice import report_experiment
@@ -311,7 +313,8 @@ def _print_version_or_help(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Decides whether a language model should be fine-tuned, does it right, and proves that it worked."""
+    """Decides whether a language model should be fine-tuned, does it right, and proves that it
+    worked."""
     if version:
         typer.echo(f"tunesmith {__version__}")
     elif context.invoked_subcommand is None:

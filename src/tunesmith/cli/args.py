@@ -82,7 +82,8 @@ def parse_flags(
 
 
 def parse_advise_args(args: Sequence[str] | None) -> tuple[Path | None, dict[str, Any]]:
-    """The facts that the words tell; without words they are asked for, one a line, if somebody is there to answer."""
+    """The facts that the words tell; without words they are asked for, one a line, if somebody is
+    there to answer."""
     from tunesmith.advise.rules import questionnaire
 
     path, flags = parse_flags(args, questionnaire.needs_value)

@@ -1,8 +1,8 @@
-"""The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`, `review`,
-`reviewed`, `lock`, `split`.
+"""The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`,
+`review`, `reviewed`, `lock`, `split`.
 
-Each is a function as in cli.py, whose table of verbs takes them from here. Imports stand inside the functions.
-"""
+Each is a function as in cli.py, whose table of verbs takes them from here. Imports stand inside the
+functions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def data_check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read all data once and say what is wrong with it; exit code 2 if a run would stop at bad rows."""
+    """Read all data once and say what is wrong with it; exit code 2 if a run would stop at bad
+    rows."""
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.tables import render_data
     from tunesmith.data.rejects import has_many_dropped
@@ -95,7 +96,8 @@ def data_curate(
 
 
 def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:
-    """Lock a reviewed file, so that no run trains on it, and none measures with it once it has changed."""
+    """Lock a reviewed file, so that no run trains on it, and none measures with it once it has
+    changed."""
     golden = dataverbs.data_lock(parse_recipe_args(args))
     verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in golden.verdicts.items())
     reviewers = ", ".join(f"{name} ({rows:,})" for name, rows in golden.reviewers.items())
@@ -171,7 +173,8 @@ def data_split(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Divide data into files for training, selecting and the last measure; rows that are alike stay together."""
+    """Divide data into files for training, selecting and the last measure; rows that are alike stay
+    together."""
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.tables import render_split
 

@@ -52,7 +52,8 @@ def evaluate(
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run again, or a base, an adapter or a checkpoint on a file: before and after on the same items."""
+    """Measure a run again, or a base, an adapter or a checkpoint on a file: before and after on the
+    same items."""
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.forgetting import format_relearning
     from tunesmith.cli.views.tables import (
@@ -114,7 +115,8 @@ def compare(
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Two models on the same items, item by item: what differs, and whether that is more than chance."""
+    """Two models on the same items, item by item: what differs, and whether that is more than
+    chance."""
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.tables import render_model_comparison
 

@@ -1,9 +1,8 @@
 """A run as it goes: one live line on a terminal, plain lines elsewhere.
 
-In: the events of a run, one by one, and what watch.py tells of a long measurement. Out: text on stderr. Plain lines
-(no terminal, CI or NO_COLOR) come at most about fifty times a run, so that a log stays readable. Nothing is measured or
-decided here.
-"""
+In: the events of a run, one by one, and what watch.py tells of a long measurement. Out: text on
+stderr. Plain lines (no terminal, CI or NO_COLOR) come at most about fifty times a run, so that a
+log stays readable. Nothing is measured or decided here."""
 
 from __future__ import annotations
 
@@ -40,7 +39,8 @@ LEVEL_STYLES = {"ok": "green", "warn": "yellow", "rollback": "red", "stop": "bol
 
 
 class Progress:
-    """Shows the events of a run of `steps` optimizer steps. Use it as a context, so that the terminal is restored."""
+    """Shows the events of a run of `steps` optimizer steps. Use it as a context, so that the
+    terminal is restored."""
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.steps = steps
@@ -134,7 +134,8 @@ def measuring(console: Console | None = None) -> Iterator[None]:
 def format_event(
     event: Score | GenerationSample | CheckResult | CheckpointSaved | TrainingEnd | StageStart,
 ) -> str:
-    """One line of rich markup. Text from data or models is escaped, and cut where a line break would be."""
+    """One line of rich markup. Text from data or models is escaped, and cut where a line break
+    would be."""
     match event:
         case Score():
             where = f"step {event.step}" if event.step else "before"

@@ -1,7 +1,8 @@
-"""The verbs of the command line that run: `demo`, `train`, `resume`, and `report`, the page that they leave.
+"""The verbs of the command line that run: `demo`, `train`, `resume`, and `report`, the page that
+they leave.
 
-Each is a function as in cli.py, where the table of all verbs is. Imports stand inside the functions.
-"""
+Each is a function as in cli.py, where the table of all verbs is. Imports stand inside the
+functions."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Files and folders that appear whole or not at all, also when the process is killed or the disk fills up.
+"""Files and folders that appear whole or not at all, also when the process is killed or the disk
+fills up.
 
     write_file(path, bytes)                       temporary file, fsync, replace, fsync of the folder
     with new_folder(path, facts={}) as folder:    the same for a folder, sealed with a manifest of sizes and sha256
     damage(path) -> ""                            what is wrong with a sealed folder, the manifest itself included
 
-Everything is written beside its target, so that the last step is a rename within one file system. What the operating
-system refuses becomes a MachineError that says how much room is needed.
-"""
+Everything is written beside its target, so that the last step is a rename within one file system.
+What the operating system refuses becomes a MachineError that says how much room is needed."""
 
 from __future__ import annotations
 
@@ -47,11 +47,12 @@ def write_file(path: Path, content: bytes) -> None:
 def atomic_dir(
     path: Path, *, metadata: Json, needed_bytes: int = 0, key: str = "output_dir"
 ) -> Generator[Path]:
-    """Fill the yielded folder; on leaving it is sealed with a manifest (`facts` and its files) and takes its name.
+    """Fill the yielded folder; on leaving it is sealed with a manifest (`facts` and its files) and
+    takes its name.
 
-    A folder that has the name already is replaced. On any error the new one vanishes and the old one stays.
-    `needed_bytes`, if known, is checked against the free room first. `key`: how the user chose the place.
-    """
+    A folder that has the name already is replaced. On any error the new one vanishes and the old
+    one stays. `needed_bytes`, if known, is checked against the free room first. `key`: how the user
+    chose the place."""
     temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
     with disk_errors(path, needed_bytes, key):
         make_dirs(path.parent)
@@ -66,7 +67,8 @@ def atomic_dir(
 
 
 def verify_dir(folder: Path, *, should_hash: bool = True) -> str:
-    """What is wrong with a sealed folder, empty if nothing is. Without `hashes` only sizes are compared."""
+    """What is wrong with a sealed folder, empty if nothing is. Without `hashes` only sizes are
+    compared."""
     try:
         files = read_manifest(folder)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -84,7 +86,8 @@ def verify_dir(folder: Path, *, should_hash: bool = True) -> str:
 
 
 def read_manifest(folder: Path) -> Json:
-    """The facts and files that a folder was sealed with. Raises InputError unless every byte of it is as written."""
+    """The facts and files that a folder was sealed with. Raises InputError unless every byte of it
+    is as written."""
     try:
         content = (folder / MANIFEST).read_bytes()
         sealed = {key: value for key, value in json.loads(content).items() if key != HASH_KEY}
@@ -96,7 +99,8 @@ def read_manifest(folder: Path) -> Json:
 
 
 def make_dirs(path: Path) -> None:
-    """The folder and those above it, where they are missing; each new name is forced to the disk."""
+    """The folder and those above it, where they are missing; each new name is forced to the
+    disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:

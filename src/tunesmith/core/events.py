@@ -1,4 +1,5 @@
-"""What happens in a run, as it happens; a line of events.jsonl each. Other files name them by types.py.
+"""What happens in a run, as it happens; a line of events.jsonl each. Other files name them by
+types.py.
 
 All are frozen and hold plain values. A rollback is no event: it changes the steps that follow,
 and is told as a Verdict.
@@ -18,7 +19,8 @@ PROBE_TASK, EXPECTED_TASK = (
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimizer step. `loss` is the mean over the step's target weights; bytes are the peak so far."""
+    """One optimizer step. `loss` is the mean over the step's target weights; bytes are the peak so
+    far."""
 
     step: int
     loss: float
@@ -31,9 +33,8 @@ class TrainStep:
     task_tokens: dict[str, int] = field(
         default_factory=dict[str, int]
     )  # of `tokens`, those of a named task
-    shared_tokens: int = (
-        0  # of `tokens`, those that another document begins with too: computed once, there
-    )
+    # of `tokens`, those that another document begins with too: computed once, there
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Rollback:
-    """A run went from `step` back to its checkpoint of step `to`. The steps after that are taken with `factor` times
-    the learning rate, without `rows`, with the share `ratio` of rehearsal. `attempt`: the one that ended so; what it
-    did after `to` does not count."""
+    """A run went from `step` back to its checkpoint of step `to`. The steps after that are taken
+    with `factor` times the learning rate, without `rows`, with the share `ratio` of rehearsal.
+    `attempt`: the one that ended so; what it did after `to` does not count."""
 
     step: int
     to: int
@@ -109,7 +110,8 @@ class TrainingEnd:
 
 @dataclass(frozen=True)
 class StageStart:
-    """One of several stages begins or goes on. `step` is its number, `steps` are its optimizer steps."""
+    """One of several stages begins or goes on. `step` is its number, `steps` are its optimizer
+    steps."""
 
     step: int
     num_stages: int

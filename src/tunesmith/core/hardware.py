@@ -1,10 +1,9 @@
 """What the machine has: `Machine`, and the memory that this process has taken.
 
-In: the folder in which a run would write. Out: plain numbers, read from /proc, cgroups and the operating system; torch
-is imported only where device files of a GPU exist, since its import takes seconds. Where the system hides a number the
-fallback is said in the function. Left out: what fits (`plan/memory.py`), the measured speed of the machine, and
-Windows outside WSL.
-"""
+In: the folder in which a run would write. Out: plain numbers, read from /proc, cgroups and the
+operating system; torch is imported only where device files of a GPU exist, since its import takes
+seconds. Where the system hides a number the fallback is said in the function. Left out: what fits
+(`plan/memory.py`), the measured speed of the machine, and Windows outside WSL."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ COMPILERS = ("cc", "gcc", "clang")
 def measure_machine(folder: Path) -> Machine:
     """The machine as it is now. `folder` need not exist yet; its disk is the one that counts.
 
-    Memory is the device's: of the GPU where there is one, else main memory within the limits of the cgroup.
-    """
+    Memory is the device's: of the GPU where there is one, else main memory within the limits of the
+    cgroup."""
     gpu = _probe_gpu()
     name, total, available, bf16 = gpu or (
         read_processor_name(),
@@ -114,7 +113,8 @@ def collect_versions() -> dict[str, str]:
 
 
 def read_peak_bytes() -> int:
-    """The most main memory that this process has held at once, in bytes, since its start or `reset_peak`."""
+    """The most main memory that this process has held at once, in bytes, since its start or
+    `reset_peak`."""
     peak = _read_key_values(Path("/proc/self/status")).get("VmHWM")
     if peak is not None:
         return peak * 1024
@@ -199,7 +199,8 @@ def _find_cgroup_folders() -> list[Path]:
 
 
 def _read_key_values(path: Path) -> dict[str, int]:
-    """The numbers of a file with lines like `MemTotal: 16 kB` or `inactive_file 4096`, units dropped."""
+    """The numbers of a file with lines like `MemTotal: 16 kB` or `inactive_file 4096`, units
+    dropped."""
     split_lines = (line.replace(":", " ").split() for line in _read_text(path).splitlines())
     return {
         parts[0]: int(parts[1]) for parts in split_lines if len(parts) > 1 and parts[1].isdigit()

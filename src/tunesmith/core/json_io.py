@@ -2,9 +2,9 @@
 
     to_json(plan) -> plain dict; from_json(Plan, dict) -> plan; read_json(path)
 
-Strict on purpose: NaN, infinities and objects that are not plain values raise ValueError or TypeError, which name the
-place of the value. They are mistakes of ours: nothing that is not finite may be written as a result.
-"""
+Strict on purpose: NaN, infinities and objects that are not plain values raise ValueError or
+TypeError, which name the place of the value. They are mistakes of ours: nothing that is not finite
+may be written as a result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 
 def to_jsonable(value: Any, path: str = "value") -> Any:
-    """Dicts, lists, texts, numbers, switches and None. NumPy numbers become Python's, paths become texts."""
+    """Dicts, lists, texts, numbers, switches and None. NumPy numbers become Python's, paths become
+    texts."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Integral):
@@ -56,13 +57,15 @@ def to_jsonable(value: Any, path: str = "value") -> Any:
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> bytes:
-    """UTF-8, one line unless `indent` is given. A lone surrogate, which UTF-8 cannot hold, is written as its escape."""
+    """UTF-8, one line unless `indent` is given. A lone surrogate, which UTF-8 cannot hold, is
+    written as its escape."""
     text = json.dumps(to_jsonable(value), ensure_ascii=False, allow_nan=False, indent=indent)
     return text.encode(errors="backslashreplace") + b"\n"
 
 
 def parse_as(cls: type[T], value: Any, where: str = "") -> T:
-    """A dataclass of types.py from its JSON form. Raises InputError naming the first field that does not fit."""
+    """A dataclass of types.py from its JSON form. Raises InputError naming the first field that
+    does not fit."""
     try:
         return TypeAdapter(cls).validate_python(value)
     except ValidationError as error:

@@ -1,10 +1,10 @@
-"""How far something long has come, for whoever wants to know: a line of Python's own logging, now and then.
+"""How far something long has come, for whoever wants to know: a line of Python's own logging, now
+and then.
 
     for answer in watched(answers, 80, "answers"): ...        logs "answers 12 of 80" at level INFO, on `LOG`
 
-Nothing is shown unless someone listens, as the command line does (progress.py). Left out: the steps of a training,
-which are events.
-"""
+Nothing is shown unless someone listens, as the command line does (progress.py). Left out: the steps
+of a training, which are events."""
 
 from __future__ import annotations
 

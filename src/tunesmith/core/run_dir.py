@@ -1,16 +1,16 @@
-"""The run folder: the only thing that a run leaves behind, and the interface that every other program reads.
+"""The run folder: the only thing that a run leaves behind, and the interface that every other
+program reads.
 
     with RunFolder.create(path) as folder:          refuses a folder that is in use or not empty
         folder.write_json("plan.json", plan)
         folder.append_event(step)                   a line of events.jsonl
         with folder.checkpoint(step, facts={...}) as target: ...   checkpoints/step-N
 
-One process at a time may write; the lock dies with its process. Events are only ever appended; a line that the disk has
-no room for waits in memory, and the next checkpoint is not written before it. A run that was killed goes on with
-`RunFolder.open`, under the next attempt number, and so does one that goes back; readers take the last attempt of a
-step. Reading events needs no lock.
-What the files mean is the business of whoever writes them.
-"""
+One process at a time may write; the lock dies with its process. Events are only ever appended; a
+line that the disk has no room for waits in memory, and the next checkpoint is not written before
+it. A run that was killed goes on with `RunFolder.open`, under the next attempt number, and so does
+one that goes back; readers take the last attempt of a step. Reading events needs no lock. What the
+files mean is the business of whoever writes them."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ STAGES_FILE, STAGES_DIR = (
     "stages.json",
     "stages",
 )  # the plans of several stages, and the folder of their runs
-SELF_REHEARSAL_FILE = (
-    "rehearsal.jsonl"  # what the model wrote before it was trained, to rehearse it
-)
+# what the model wrote before it was trained, to rehearse it
+SELF_REHEARSAL_FILE = "rehearsal.jsonl"
 REJECTED_FILE = "rejected.jsonl"  # rows that could not be used; all that a refused attempt leaves
-ROLLBACKS_FILE = "rollbacks.json"  # written before the first step of the new way: it alone says which way a run went
+# written before the first step of the new way: it alone says which way a run went
+ROLLBACKS_FILE = "rollbacks.json"
 FAILED_CHECK = "failed"  # the kind of the verdict that ends a run which a gate has stopped
 
 EVENT_TYPES: dict[type[Any], str] = {
@@ -86,8 +86,8 @@ EVENT_TYPES: dict[type[Any], str] = {
 
 
 class RunFolder:
-    """An open, locked run folder. `attempt` counts from 1 the processes that worked on it, and the times that one of
-    them went back to an earlier step."""
+    """An open, locked run folder. `attempt` counts from 1 the processes that worked on it, and the
+    times that one of them went back to an earlier step."""
 
     def __init__(self, path: Path, lock: int, attempt: int) -> None:
         self.path, self.attempt, self._lock = path, attempt, lock
@@ -101,7 +101,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """A new run. Raises InputError if the folder is in use or holds anything, MachineError if it cannot be made."""
+        """A new run. Raises InputError if the folder is in use or holds anything, MachineError if
+        it cannot be made."""
         with disk_errors(path):
             if path.exists() and not path.is_dir():
                 raise InputError(
@@ -153,11 +154,11 @@ class RunFolder:
         write_file(self.path / name, text.encode())
 
     def append_event(self, event: Event) -> str:
-        """Appends at once; all but steps are forced to the disk, since they are few and answer for what they name.
+        """Appends at once; all but steps are forced to the disk, since they are few and answer for
+        what they name.
 
-        Returns what the system said if the disk does not take the line. It waits then, with those after it, for the
-        next event, or for `settle`.
-        """
+        Returns what the system said if the disk does not take the line. It waits then, with those
+        after it, for the next event, or for `settle`."""
         event_type = EVENT_TYPES[type(event)]
         head = {"type": event_type, "time": round(time.time(), 3), "attempt": self.attempt}
         self._pending += dump_json({**head, **to_jsonable(event, event_type)})
@@ -170,7 +171,8 @@ class RunFolder:
         return ""
 
     def flush(self) -> None:
-        """Writes what waits, and forces all lines to the disk. Raises MachineError if it still does not take them."""
+        """Writes what waits, and forces all lines to the disk. Raises MachineError if it still does
+        not take them."""
         with disk_errors(self.path / EVENTS_FILE, len(self._pending)):
             self._write_pending()
             os.fsync(self._events)
@@ -199,9 +201,9 @@ class RunFolder:
     ) -> Generator[Path]:
         """Fill the yielded folder: it becomes checkpoints/step-N, whole or not at all.
 
-        `facts` go into its manifest (recipe hash, data fingerprint, versions). Older ones beyond `keep_last` are
-        removed once this one is verified, which means read again from end to end; those of the steps `keep` stay.
-        """
+        `facts` go into its manifest (recipe hash, data fingerprint, versions). Older ones beyond
+        `keep_last` are removed once this one is verified, which means read again from end to end;
+        those of the steps `keep` stay."""
         self.flush()
         target = self.path / CHECKPOINTS_DIR / f"step-{step}"
         with atomic_dir(
@@ -215,13 +217,15 @@ class RunFolder:
         self._prune_checkpoints(step, keep_last, keep_steps)
 
     def iter_checkpoints(self) -> Iterator[tuple[Path, str]]:
-        """Newest first, each with what is wrong with it, empty if nothing is. Lazy, since it reads every byte."""
+        """Newest first, each with what is wrong with it, empty if nothing is. Lazy, since it reads
+        every byte."""
         for step, path in self._list_checkpoints():
             yield path, _verify_checkpoint(path, step)
 
     def find_latest_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest one that can be trusted, and for each newer one what is wrong with it. It is found by name: a
-        pointer to it would be one more file that can be torn, and would still need the same checks."""
+        """The newest one that can be trusted, and for each newer one what is wrong with it. It is
+        found by name: a pointer to it would be one more file that can be torn, and would still need
+        the same checks."""
         skipped: list[str] = []
         for path, problem in self.iter_checkpoints():
             if not problem:
@@ -260,7 +264,8 @@ class RunFolder:
         ]
 
     def record_rollback(self, rollback: Rollback) -> tuple[Rollback, ...]:
-        """From here on all counts that comes after the step which the run goes back to. Returns all rollbacks."""
+        """From here on all counts that comes after the step which the run goes back to. Returns all
+        rollbacks."""
         for step, path in self._list_checkpoints():
             if step > rollback.to:
                 with disk_errors(path):
@@ -291,7 +296,8 @@ def _verify_checkpoint(checkpoint: Path, step: int) -> str:
 
 
 def _refuse_nonempty(path: Path) -> None:
-    """Raises InputError if the folder holds anything but what a process leaves that is killed before it has a plan."""
+    """Raises InputError if the folder holds anything but what a process leaves that is killed
+    before it has a plan."""
     content = sorted(entry.name for entry in path.iterdir() if not _is_startup_file(entry))
     if not content:
         return
@@ -316,7 +322,8 @@ def _is_startup_file(entry: Path) -> bool:
 
 
 def _acquire_lock(path: Path) -> int:
-    """The descriptor that holds the lock. The system drops it when the process ends, so a stale lock is no lock."""
+    """The descriptor that holds the lock. The system drops it when the process ends, so a stale
+    lock is no lock."""
     lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -369,8 +376,8 @@ def find_parent_run(path: Path) -> Path:
 
 
 def read_events(path: Path) -> list[Json]:
-    """The events of a run folder by step, of each kind the last attempt at that step, without those of a way that the
-    run has given up; that it went back is kept. Takes no lock."""
+    """The events of a run folder by step, of each kind the last attempt at that step, without those
+    of a way that the run has given up; that it went back is kept. Takes no lock."""
     events = _drop_rolled_back(read_all_events(path), read_rollbacks(path))
     last_attempts: dict[tuple[str, int], int] = {}
     for event in events:
@@ -405,10 +412,11 @@ def _is_rollback(event: Json) -> bool:
 
 
 def read_all_events(path: Path) -> list[Json]:
-    """The events of all attempts, in the order in which they were written. Raises InputError with file:line.
+    """The events of all attempts, in the order in which they were written. Raises InputError with
+    file:line.
 
-    What stands behind the last line break is left out: it was cut off by a kill, or is just being written.
-    """
+    What stands behind the last line break is left out: it was cut off by a kill, or is just being
+    written."""
     file = path / EVENTS_FILE
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     events: list[Json] = []
@@ -431,7 +439,8 @@ def read_failure(path: Path) -> str:
 
 
 def pick_run_folder(parent: Path, name: str) -> Path:
-    """The first of name-1, name-2, ... that does not exist yet, or holds only the rejected rows of an attempt."""
+    """The first of name-1, name-2, ... that does not exist yet, or holds only the rejected rows of
+    an attempt."""
     number = 1
     while (folder := parent / f"{name}-{number}").exists() and not _has_only_rejected(folder):
         number += 1

@@ -3,8 +3,8 @@
     Recipe (wish) -> Plan (every value with its reason) -> Batches -> Events -> RunRecord -> Report
 
 All are frozen. Only `Batch` holds tensors; the rest holds plain values and can be written as JSON.
-Shape letters: T tokens of a pack, S supervised targets of a pack, V vocabulary, L tokens of a document.
-"""
+Shape letters: T tokens of a pack, S supervised targets of a pack, V vocabulary, L tokens of a
+document."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model folder says about itself; read from config.json and the safetensors headers, weights untouched."""
+    """What a model folder says about itself; read from config.json and the safetensors headers,
+    weights untouched."""
 
     name: str
     path: Path
@@ -71,7 +72,8 @@ class ModelSpec:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of the matrices inside the decoder layers: what a token's forward multiplies with."""
+        """Parameters of the matrices inside the decoder layers: what a token's forward multiplies
+        with."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
 
@@ -82,7 +84,8 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing the data check has to say. `rows` names at most a few, `count` counts all; `fix` is what to do."""
+    """One thing the data check has to say. `rows` names at most a few, `count` counts all; `fix` is
+    what to do."""
 
     check: str
     level: Literal["info", "warn", "error"]
@@ -94,7 +97,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a parse-only pass over one data file found; lengths in tokens of the rendered documents."""
+    """What a parse-only pass over one data file found; lengths in tokens of the rendered
+    documents."""
 
     path: str
     format: str
@@ -128,21 +132,22 @@ class DataReport:
 
 @dataclass(frozen=True)
 class PlanValue:
-    """One value of the plan. `by`: the user said so, a rule decided, or the model's own files did."""
+    """One value of the plan. `by`: the user said so, a rule decided, or the model's own files
+    did."""
 
     value: Any
     decided_by: Literal["you", "rule", "checkpoint"]
     reason: str
     source: str = ""
     confidence: Literal["", "measured here", "published", "extrapolated"] = ""
-    common_advice: str = (
-        ""  # the usual one, where this differs from it and what obeying it would cost
-    )
+    # the usual one, where this differs from it and what obeying it would cost
+    common_advice: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every value that a run obeys. `train` accepts nothing else; `recipe` is the wish that it came from."""
+    """Every value that a run obeys. `train` accepts nothing else; `recipe` is the wish that it came
+    from."""
 
     recipe: Json
     choices: dict[str, PlanValue]
@@ -188,7 +193,8 @@ class Row:
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token that the recipe adds. `pieces`: its text's ids until then. Not `ordinary`: only template and answers."""
+    """A token that the recipe adds. `pieces`: its text's ids until then. Not `ordinary`: only
+    template and answers."""
 
     text: str
     id: int
@@ -206,22 +212,20 @@ class CharSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One row, understood. Either `messages` (with `turn_weights`, one a message; 0 = not trained) or `text`."""
+    """One row, understood. Either `messages` (with `turn_weights`, one a message; 0 = not trained)
+    or `text`."""
 
     id: str
     messages: tuple[Json, ...] = ()
     turn_weights: tuple[float, ...] = ()
     tools: tuple[Json, ...] = ()
     text: str | None = None
-    prompt: str | None = (
-        None  # with `text`: the part before it, not trained (completion rows without a template)
-    )
-    rejected: Example | None = (
-        None  # the worse answer to the same question: together they are a pair
-    )
-    negative: bool | Literal["whole"] | None = (
-        None  # the row says that its answer is bad; False: that it is right
-    )
+    # with `text`: the part before it, not trained (completion rows without a template)
+    prompt: str | None = None
+    # the worse answer to the same question: together they are a pair
+    rejected: Example | None = None
+    # the row says that its answer is bad; False: that it is right
+    negative: bool | Literal["whole"] | None = None
     banned_spans: tuple[CharSpan, ...] = ()  # what is bad in it: nothing else of it is trained
     violations: tuple[str, ...] = ()  # the constraints that it breaks
     choices: tuple[str, ...] = ()  # answers to choose from, in rows that say so
@@ -229,16 +233,15 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens that may see each other. `weights_L[i]` is the weight of token i *as a target*; weights_L[0] is 0. The two
-    sides of a pair stand next to each other, the chosen one first."""
+    """Tokens that may see each other. `weights_L[i]` is the weight of token i *as a target*;
+    weights_L[0] is 0. The two sides of a pair stand next to each other, the chosen one first."""
 
     id: str  # the row's id
     tokens_L: np.ndarray  # int32
     weights_L: np.ndarray  # float32
     side: Side = ""
-    reference_logp: float | None = (
-        None  # log-probability of its targets before training, if it was kept
-    )
+    # log-probability of its targets before training, if it was kept
+    reference_logp: float | None = None
     task: str = ""  # a named one of the recipe, "rehearsal", or nothing
 
     @property
@@ -252,8 +255,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Pack:
-    """Documents computed in one forward, side by side, blind to each other. The first `shared[i]` fed tokens of
-    document i are those of document i - 1 and computed once; empty: nothing is shared."""
+    """Documents computed in one forward, side by side, blind to each other. The first `shared[i]`
+    fed tokens of document i are those of document i - 1 and computed once; empty: nothing is
+    shared."""
 
     documents: tuple[Document, ...]
     prefix_lengths: tuple[int, ...] = ()
@@ -262,14 +266,14 @@ class Pack:
 @dataclass(frozen=True)
 class PackLayout:
     """Who may see whom in a pack: the only description that attention gets. Segment i is tokens
-    starts[i] : starts[i] + lengths[i]; a token sees the earlier tokens of its own segment, itself included, and all of
-    the segments that its own one continues: its parent, the parent's parent, up to a root."""
+    starts[i] : starts[i] + lengths[i]; a token sees the earlier tokens of its own segment, itself
+    included, and all of the segments that its own one continues: its parent, the parent's parent,
+    up to a root."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
-    parents: tuple[
-        int, ...
-    ] = ()  # a parent stands before its children, -1: a root; empty: all are roots
+    # a parent stands before its children, -1: a root; empty: all are roots
+    parents: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -289,8 +293,9 @@ class PackLayout:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A pack as tensors. Targets are a list apart: hidden state `positions_S[k]` predicts `targets_S[k]`. Where
-    documents share tokens each of them has its own targets, so a place may stand there more than once."""
+    """A pack as tensors. Targets are a list apart: hidden state `positions_S[k]` predicts
+    `targets_S[k]`. Where documents share tokens each of them has its own targets, so a place may
+    stand there more than once."""
 
     tokens_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64, from 0 in each document
@@ -310,8 +315,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to answer. Greedy at temperature 0; a sampled answer depends on `seed`, not on what runs beside it.
-    `banned`: token sequences that it may not hold."""
+    """One prompt to answer. Greedy at temperature 0; a sampled answer depends on `seed`, not on
+    what runs beside it. `banned`: token sequences that it may not hold."""
 
     tokens: tuple[int, ...]
     max_new_tokens: int = 256
@@ -335,8 +340,9 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric before and after on the same items: the difference is paired, its interval a bootstrap over items.
-    `gains` and `losses`: items that got better or worse, where an item is right or wrong; `p` is McNemar's, exact."""
+    """One metric before and after on the same items: the difference is paired, its interval a
+    bootstrap over items. `gains` and `losses`: items that got better or worse, where an item is
+    right or wrong; `p` is McNemar's, exact."""
 
     task: str
     metric: str
@@ -349,14 +355,14 @@ class Comparison:
     improved: int | None = None
     worsened: int | None = None
     p_value: float | None = None
-    min_detectable: float | None = (
-        None  # difference that so many items would have shown with a chance of 80%
-    )
+    # difference that so many items would have shown with a chance of 80%
+    min_detectable: float | None = None
 
 
 @dataclass(frozen=True)
 class ScalePoint:
-    """The trained adapter times `scale`: the held-out loss on `eval_data`, and the bits per byte of general text."""
+    """The trained adapter times `scale`: the held-out loss on `eval_data`, and the bits per byte of
+    general text."""
 
     scale: float
     eval_loss: Score
@@ -391,6 +397,5 @@ class RunRecord:
         ScalePoint, ...
     ] = ()  # gain against forgetting; empty without an adapter or eval_data
     rollbacks: tuple[Rollback, ...] = ()
-    selected_step: int | None = (
-        None  # whose weights the adapter has: of the best look at eval_data, else the last step
-    )
+    # whose weights the adapter has: of the best look at eval_data, else the last step
+    selected_step: int | None = None

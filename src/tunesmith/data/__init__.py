@@ -1,1 +1,2 @@
-"""Rows to token ids to packs: read, parse, render, check, sample and pack. No torch outside collate.py."""
+"""Rows to token ids to packs: read, parse, render, check, sample and pack. No torch outside
+collate.py."""

@@ -1,11 +1,12 @@
-"""Rows to people and back: files that Label Studio and Argilla import, and what they export once rows are reviewed.
+"""Rows to people and back: files that Label Studio and Argilla import, and what they export once
+rows are reviewed.
 
     Dataset, tool -> tasks_of -> a JSON file to import there; its export -> read_reviews -> rows with `review`
 
-The row itself travels along as text and comes back as it was; nothing that was changed in the tool but the verdict is
-taken. Formats: the tasks of Label Studio's JSON (label-studio-sdk 2.1), and what `records.to_json` of Argilla 2.8
-writes: it has no dates, and users are ids. Left out: their servers, and the form that asks (docs/guides/data.md).
-"""
+The row itself travels along as text and comes back as it was; nothing that was changed in the tool
+but the verdict is taken. Formats: the tasks of Label Studio's JSON (label-studio-sdk 2.1), and what
+`records.to_json` of Argilla 2.8 writes: it has no dates, and users are ids. Left out: their
+servers, and the form that asks (docs/guides/data.md)."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ class ReviewImport:
 
 
 def write_tasks(dataset: Dataset, tool: str, path: Path) -> int:
-    """All rows, in a random order that is always the same, so that a part of them is a fair sample. Raises InputError
-    for an unknown tool and a file that is there already."""
+    """All rows, in a random order that is always the same, so that a part of them is a fair sample.
+    Raises InputError for an unknown tool and a file that is there already."""
     if tool not in TOOLS:
         raise InputError(
             f"unknown tool {tool!r:.40}", where="--tool", fix=f"one of {', '.join(TOOLS)}"
@@ -64,8 +65,9 @@ def write_tasks(dataset: Dataset, tool: str, path: Path) -> int:
 
 
 def import_reviews(path: Path, output_path: Path, default_date: str | None = None) -> ReviewImport:
-    """An export of either tool, told by its keys, as a file of reviewed rows. `when`: of reviews that have none. Raises
-    InputError for what is no export, for verdicts that are none, and where reviewers of a row disagree."""
+    """An export of either tool, told by its keys, as a file of reviewed rows. `when`: of reviews
+    that have none. Raises InputError for what is no export, for verdicts that are none, and where
+    reviewers of a row disagree."""
     _refuse_existing(output_path)
     tasks = _read_tasks(path)
     tool = next(
@@ -194,7 +196,8 @@ def build_label_studio_task(dataset: Dataset, index: int) -> Json:
 def parse_label_studio_reviews(
     task: Json, default_date: str | None, where: str
 ) -> tuple[Json, list[Review]]:
-    """Of each reviewer the newest annotation; cancelled ones, and those without a verdict, are none."""
+    """Of each reviewer the newest annotation; cancelled ones, and those without a verdict, are
+    none."""
     newest: dict[str, Review] = {}
     active = [
         annotation

@@ -2,8 +2,8 @@
 
     Pack -> Batch (tokens, positions, layout, and the targets as a list apart)
 
-Only the tokens that can matter are fed (`pack.fed_tokens`): shorter chats by up to a tenth, with the same loss.
-"""
+Only the tokens that can matter are fed (`pack.fed_tokens`): shorter chats by up to a tenth, with
+the same loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tunesmith.data.prefix_sharing import build_segments
 
 
 def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
-    """Lay the documents side by side. Target k: the hidden state at `positions_S[k]` predicts `targets_S[k]`."""
+    """Lay the documents side by side. Target k: the hidden state at `positions_S[k]` predicts
+    `targets_S[k]`."""
     lengths = [count_input_tokens(document) for document in pack.documents]
     segments, last_segments = build_segments(lengths, pack.prefix_lengths or (0,) * len(lengths))
     sizes = [segment.end - segment.begin for segment in segments]

@@ -2,12 +2,11 @@
 
     Example, constraints -> the Example, its bad places marked (`banned`); or BadRow, Violation
 
-Where rows train, an answer that matches is left out (`filter`; `pair`, where it should be the better one), or its
-matching places are trained away from (`ban`). `negative: true` in a row says that its answer is bad, `negative: false`
-that the match is rightly there. Held-out rows are never left out: negative ones are prompts that ask for a violation,
-others may match rightly.
-Left out: what a place costs (train/losses.py), how often a model breaks a constraint (evaluate).
-"""
+Where rows train, an answer that matches is left out (`filter`; `pair`, where it should be the
+better one), or its matching places are trained away from (`ban`). `negative: true` in a row says
+that its answer is bad, `negative: false` that the match is rightly there. Held-out rows are never
+left out: negative ones are prompts that ask for a violation, others may match rightly. Left out:
+what a place costs (train/losses.py), how often a model breaks a constraint (evaluate)."""
 
 from __future__ import annotations
 
@@ -49,8 +48,8 @@ class ConstraintMatch:
 
 @dataclass(frozen=True)
 class ConstraintSet:
-    """The constraints as they hold for one role. `held_out`: rows are measured. `bans`: matching places can be trained
-    away from; without it such rows are left out too."""
+    """The constraints as they hold for one role. `held_out`: rows are measured. `bans`: matching
+    places can be trained away from; without it such rows are left out too."""
 
     constraints: tuple[Constraint, ...] = ()
     is_held_out: bool = False
@@ -62,7 +61,8 @@ class ConstraintSet:
         return any(constraint.mode == "pair" for constraint in self.constraints)
 
     def mark_violations(self, example: Example) -> Example:
-        """Raises Violation for a row to leave out, BadRow for a negative row that nothing says the fault of."""
+        """Raises Violation for a row to leave out, BadRow for a negative row that nothing says the
+        fault of."""
         if example.negative is False or not (self.constraints or example.negative):
             return example
         if example.negative and example.rejected is not None:
@@ -101,7 +101,8 @@ def _mark_spans(example: Example, matches: Sequence[ConstraintMatch]) -> Example
 
 
 def iter_answers(example: Example) -> Iterator[tuple[int, str]]:
-    """(message, what it says without the white space around it) of each trained answer; a plain text is message 0."""
+    """(message, what it says without the white space around it) of each trained answer; a plain
+    text is message 0."""
     if example.text is not None:
         yield 0, example.text.strip()
     for i, (message, weight) in enumerate(zip(example.messages, example.turn_weights, strict=True)):

@@ -2,11 +2,11 @@
 
     files -> open_dataset (parse-only pass) -> Dataset; Dataset.prepare(i) -> Prepared (documents of row i)
 
-The parse-only pass reads every row once, so the number of rows (and of steps) is known, and rows that cannot be used
-are known before anything starts: they are left out here and kept in `rejects`; whether a run goes on without them is
-decided elsewhere. It keeps a few numbers a row, never the rows: row i is read and rendered again when asked for. A row
-whose documents all fall away keeps its slot, with no documents. Order and steps: `schedule.py`.
-"""
+The parse-only pass reads every row once, so the number of rows (and of steps) is known, and rows
+that cannot be used are known before anything starts: they are left out here and kept in `rejects`;
+whether a run goes on without them is decided elsewhere. It keeps a few numbers a row, never the
+rows: row i is read and rendered again when asked for. A row whose documents all fall away keeps its
+slot, with no documents. Order and steps: `schedule.py`."""
 
 from __future__ import annotations
 
@@ -64,9 +64,8 @@ class DataSourceReader:
     has_pairs: bool  # both sides of its preference rows are read
     constraint_set: ConstraintSet  # what its answers may not say
     task: str = ""  # that its rows are of
-    prompt_formatter: PromptFormatter | None = (
-        None  # how its rows are asked, where they hold columns and no prompt
-    )
+    # how its rows are asked, where they hold columns and no prompt
+    prompt_formatter: PromptFormatter | None = None
 
     def read_mapped_row(self, index: int) -> Row:
         """A row as it stands in the file, its columns under our names."""
@@ -111,12 +110,10 @@ class Dataset:
     constraint_counts: ConstraintCounts  # of the constraints
     max_length: int | None = None  # tokens of a document
     overlong: OverlongPolicy = "drop"
-    should_skip_invalid: bool = (
-        False  # a row that cannot be rendered is an empty slot, and no error
-    )
-    synthetic: Mapping[int, Example] | None = (
-        None  # row -> it and the worse side made for it, once that is done
-    )
+    # a row that cannot be rendered is an empty slot, and no error
+    should_skip_invalid: bool = False
+    # row -> it and the worse side made for it, once that is done
+    synthetic: Mapping[int, Example] | None = None
 
     def __len__(self) -> int:
         return len(self.row_N)
@@ -193,8 +190,8 @@ class Dataset:
     def render_row(
         self, index: int, draft: RenderDraft | None = None
     ) -> tuple[Example, PreparedRow]:
-        """Render one row and apply the over-long policy, which may raise InputError. A row that cannot be rendered
-        has no documents, and `problem` says why."""
+        """Render one row and apply the over-long policy, which may raise InputError. A row that
+        cannot be rendered has no documents, and `problem` says why."""
         draft = draft or self.renderer.make_draft(self.read_example(index))
         example = draft.example
         if self.synthetic is not None and example.rejected is None:
@@ -246,12 +243,11 @@ def open_dataset(
     has_pairs: bool = False,
     constraint_set: ConstraintSet = NO_CONSTRAINTS,
 ) -> Dataset:
-    """Read every row once and remember where it is. `max_examples` takes the first rows of all files together. `pairs`:
-    a row is a chosen and a rejected answer, not the chosen one alone.
+    """Read every row once and remember where it is. `max_examples` takes the first rows of all
+    files together. `pairs`: a row is a chosen and a rejected answer, not the chosen one alone.
 
-    Raises InputError for a file that cannot be read, if not a single row can be used, and for a constraint that most
-    answers break.
-    """
+    Raises InputError for a file that cannot be read, if not a single row can be used, and for a
+    constraint that most answers break."""
     name_counts = Counter(file.path.name for file in files)
     rejected_rows, violations, constraint_counts = (
         RejectedRows(),

@@ -3,10 +3,10 @@
     rows with `review: {"reviewer", "date", "verdict"}` -> lock -> FILE.lock.json beside the file
     data sets by role -> refuse_golden
 
-A lock holds the sha256 of the file, who reviewed how much, and a digest of every row. A file that has one is never
-trained on; nor is a row of it, in whatever file: locks are looked for in the folders of all files of a recipe. A file
-that has changed since is not measured with. Left out: what the verdicts are used for.
-"""
+A lock holds the sha256 of the file, who reviewed how much, and a digest of every row. A file that
+has one is never trained on; nor is a row of it, in whatever file: locks are looked for in the
+folders of all files of a recipe. A file that has changed since is not measured with. Left out: what
+the verdicts are used for."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def get_lock_path(path: Path) -> Path:
 
 
 def write_lock(dataset: Dataset) -> GoldenLock:
-    """Write the lock of a file. Raises InputError for a row without a whole review, rows that cannot be used, several
-    files, and a lock that is there already."""
+    """Write the lock of a file. Raises InputError for a row without a whole review, rows that
+    cannot be used, several files, and a lock that is there already."""
     if len(dataset.parts) != 1:
         raise InputError("several files", where=dataset.path, fix="lock each file by itself")
     if dataset.rejected_rows.counts.total():
@@ -109,8 +109,8 @@ def _read_review(dataset: Dataset, row: int) -> dict[str, str]:
 
 
 def refuse_locked_rows(datasets: Mapping[str, Dataset], trained_roles: tuple[str, ...]) -> None:
-    """`trained`: the roles that train. Raises InputError for a locked file or row among them, and for a held-out file
-    that is not as it was locked."""
+    """`trained`: the roles that train. Raises InputError for a locked file or row among them, and
+    for a held-out file that is not as it was locked."""
     locks = dict(_iter_locks(datasets))
     for role, dataset in datasets.items():
         for part in dataset.parts:

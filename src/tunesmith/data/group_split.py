@@ -1,12 +1,12 @@
-"""Rows divided into files for training, selecting and the last measure, so that no file gives another one away.
+"""Rows divided into files for training, selecting and the last measure, so that no file gives
+another one away.
 
     Dataset -> group_rows (rows that belong together) -> assign (a side for each group) -> write_sides
 
-Rows that say the same, ask the same, say nearly the same or share the value of a key stay on one side. Each stratum (a
-label, or the value of a key) is divided by itself. Sides are a function of the rows and the seed, not of their order.
-Rows are written as they stand in their file; unlike the `eval_split` of a recipe (split.py) a division is made once,
-and kept.
-"""
+Rows that say the same, ask the same, say nearly the same or share the value of a key stay on one
+side. Each stratum (a label, or the value of a key) is divided by itself. Sides are a function of
+the rows and the seed, not of their order. Rows are written as they stand in their file; unlike the
+`eval_split` of a recipe (split.py) a division is made once, and kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ ROLE = "data"
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What was written: `path` holds train.jsonl and the others that got a share, and a manifest with their hashes."""
+    """What was written: `path` holds train.jsonl and the others that got a share, and a manifest
+    with their hashes."""
 
     path: str
     rows: dict[str, int]  # side -> rows
@@ -55,8 +56,8 @@ def split_by_group(
     stratify: str | None = None,
     seed: int = 0,
 ) -> SplitResult:
-    """Raises InputError for shares that leave nothing to train, a folder that is there already, a key that rows lack,
-    and too few groups for the sides."""
+    """Raises InputError for shares that leave nothing to train, a folder that is there already, a
+    key that rows lack, and too few groups for the sides."""
     shares = {
         "train": round(1 - eval_share - test_share, 9),
         "eval": eval_share,
@@ -163,8 +164,8 @@ def assign_splits(
     shares: Sequence[float],
     seed: int,
 ) -> np.ndarray:
-    """int8 [N], the side of each row. Groups go one after the other, large ones first and else by a hash, to the side
-    that lacks most of its share of the group's stratum."""
+    """int8 [N], the side of each row. Groups go one after the other, large ones first and else by a
+    hash, to the side that lacks most of its share of the group's stratum."""
     members: dict[int, list[int]] = defaultdict(list)
     for row, first in enumerate(group_N.tolist()):
         members[first].append(row)

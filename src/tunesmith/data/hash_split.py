@@ -1,7 +1,8 @@
-"""Divide rows by a hash of their content: the same row always falls on the same side, in any file and any order.
+"""Divide rows by a hash of their content: the same row always falls on the same side, in any file
+and any order.
 
-Equal rows, also those that differ only in white space, cannot be torn apart, so a split makes no leak.
-"""
+Equal rows, also those that differ only in white space, cannot be torn apart, so a split makes no
+leak."""
 
 from __future__ import annotations
 
@@ -17,13 +18,15 @@ from tunesmith.data.readers.invalid_row import RejectedRows
 
 
 def is_in_split(content: str | int, fraction: float, seed: int = 0) -> bool:
-    """True for about `fraction` of all contents; a pure function of its arguments. `content`: text, or its digest."""
+    """True for about `fraction` of all contents; a pure function of its arguments. `content`: text,
+    or its digest."""
     digest = hashlib.blake2b(f"{seed}\0{content}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def split_by_hash(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """(the rest, about `fraction` of the rows), in the order of the file. Raises InputError if a side is empty."""
+    """(the rest, about `fraction` of the rows), in the order of the file. Raises InputError if a
+    side is empty."""
     if not 0 < fraction < 1:
         raise InputError(
             f"a split of {fraction} leaves one side empty", fix="give a fraction between 0 and 1"

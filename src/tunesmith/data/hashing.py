@@ -1,8 +1,8 @@
-"""Examples as numbers, by which equal ones are found: duplicates, leaks between roles, sides of a split; and as shapes.
+"""Examples as numbers, by which equal ones are found: duplicates, leaks between roles, sides of a
+split; and as shapes.
 
-Rows of one shape are the same to a chat template but for their texts: what it refuses, it refuses by shape, so a look
-at one row of each shape finds what a sample would miss.
-"""
+Rows of one shape are the same to a chat template but for their texts: what it refuses, it refuses
+by shape, so a look at one row of each shape finds what a sample would miss."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CLOSING_CHARS = "?!. \n\t"  # of a question: with and without them it asks the s
 
 
 def hash_example(example: Example) -> tuple[int, int]:
-    """64-bit digests of (the whole example, what stands before its last answer), white space evened out; of a question
-    case and closing marks count for nothing either.
+    """64-bit digests of (the whole example, what stands before its last answer), white space evened
+    out; of a question case and closing marks count for nothing either.
 
     With nothing before its answer, as in a plain text, both digests are the same.
     """
@@ -38,7 +38,8 @@ def hash_text(text: str) -> int:
 
 
 def compute_shape(example: Example) -> object:
-    """Which kinds of turns follow on each other, and what they hold beside text; the length does not matter."""
+    """Which kinds of turns follow on each other, and what they hold beside text; the length does
+    not matter."""
     kinds = [
         (message["role"], not message["content"].strip(), *sorted(message), weight > 0)
         for message, weight in zip(example.messages, example.turn_weights, strict=True)

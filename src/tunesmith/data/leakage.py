@@ -1,9 +1,9 @@
 """Rows that are trained and measured: with them a score would show memory, so the run is refused.
 
-Rehearsal rows that are held out elsewhere, and rows of a held-out task that train under another name. Rows are compared
-by their digests, white space evened out, all of them. Left out: what training rows share with held-out ones of their
-own task, which the data check reports (audit.py), and texts of which only a part is the same.
-"""
+Rehearsal rows that are held out elsewhere, and rows of a held-out task that train under another
+name. Rows are compared by their digests, white space evened out, all of them. Left out: what
+training rows share with held-out ones of their own task, which the data check reports (audit.py),
+and texts of which only a part is the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MAX_SHOWN_PAIRS = 5
 
 
 def refuse_rehearsal_leakage(rehearsal: Dataset, held_out: Mapping[str, Dataset]) -> None:
-    """`held_out`: role -> rows that are measured. Raises InputError that names the rows of both sides."""
+    """`held_out`: role -> rows that are measured. Raises InputError that names the rows of both
+    sides."""
     for role, dataset in held_out.items():
         if overlap := _find_overlap(rehearsal, dataset):
             raise InputError(
@@ -29,7 +30,8 @@ def refuse_rehearsal_leakage(rehearsal: Dataset, held_out: Mapping[str, Dataset]
 
 
 def refuse_task_leakage(data: Dataset, held_out: Mapping[str, Dataset]) -> None:
-    """Raises InputError for a task without training rows of its own some of whose rows train nevertheless."""
+    """Raises InputError for a task without training rows of its own some of whose rows train
+    nevertheless."""
     for role, dataset in held_out.items():
         for part_index, part in enumerate(dataset.parts):
             if not part.task or part.task in data.tasks:
@@ -44,8 +46,8 @@ def refuse_task_leakage(data: Dataset, held_out: Mapping[str, Dataset]) -> None:
 
 
 def refuse_test_leakage(datasets: Mapping[str, Dataset]) -> None:
-    """Raises InputError for rows of test_data that train: the last measure would show memory. Rows of eval_data are
-    reported by the data check, and only select."""
+    """Raises InputError for rows of test_data that train: the last measure would show memory. Rows
+    of eval_data are reported by the data check, and only select."""
     test = datasets.get("test_data")
     if test is not None and (overlap := _find_overlap(test, datasets["data"])):
         raise InputError(

@@ -1,11 +1,12 @@
-"""One look at the rendered rows of a data set: how long they are, what is lost, which rows stand out.
+"""One look at the rendered rows of a data set: how long they are, what is lost, which rows stand
+out.
 
     Dataset -> Scan -> the numbers of a DataReport
 
-Up to `ALL_ROWS` rows are rendered; of more, a fixed sample of `SAMPLE` rows, and the totals are estimates (the report
-says so). Besides the sample one row of each shape is rendered, since a template that refuses one refuses all of them.
-With `overlong: refuse` all rows are rendered, since each may refuse.
-"""
+Up to `ALL_ROWS` rows are rendered; of more, a fixed sample of `SAMPLE` rows, and the totals are
+estimates (the report says so). Besides the sample one row of each shape is rendered, since a
+template that refuses one refuses all of them. With `overlong: refuse` all rows are rendered, since
+each may refuse."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ BATCH_ROWS, BATCH_BYTES = 256, 2**20  # how much text is encoded together
 
 @dataclass(frozen=True, eq=False)
 class DatasetScan:
-    """What was seen in the scanned rows. `marked` names the rows that have something to say, by kind."""
+    """What was seen in the scanned rows. `marked` names the rows that have something to say, by
+    kind."""
 
     rows_R: np.ndarray  # indices of the scanned rows, ascending
     lengths_D: np.ndarray  # tokens of each document, as rendered and cut
@@ -52,7 +54,8 @@ class DatasetScan:
 
 
 def scan_dataset(dataset: Dataset) -> DatasetScan:
-    """Render the rows, or a sample. Raises InputError that counts the rows which `overlong: refuse` refuses."""
+    """Render the rows, or a sample. Raises InputError that counts the rows which `overlong: refuse`
+    refuses."""
     rows_R = select_scan_rows(dataset)
     lengths: list[int] = []
     num_supervised = num_truncated = 0
@@ -109,7 +112,8 @@ def _check_rare_rows(dataset: Dataset, rows_R: np.ndarray) -> RejectedRows:
 
 
 def find_rare_rows(dataset: Dataset, rows_R: np.ndarray) -> np.ndarray:
-    """The first row of each shape, a sample's worth at most, without those that are looked at anyway."""
+    """The first row of each shape, a sample's worth at most, without those that are looked at
+    anyway."""
     _, first_S = np.unique(dataset.shapes_N, return_index=True)
     return np.setdiff1d(first_S[:SAMPLE_ROWS], rows_R)
 

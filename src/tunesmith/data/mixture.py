@@ -2,10 +2,9 @@
 
     rows of each task, places of each task in an epoch -> Mixture; mixture.epoch(seed, number) -> row indices
 
-A pure function of its arguments, so a run can go on at any step. A task goes through its rows in passes of its own:
-none is taken again before all have been, and what an epoch leaves out comes in the next one. Left out: how many places
-a task has (plan/mixture.py).
-"""
+A pure function of its arguments, so a run can go on at any step. A task goes through its rows in
+passes of its own: none is taken again before all have been, and what an epoch leaves out comes in
+the next one. Left out: how many places a task has (plan/mixture.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +20,9 @@ from tunesmith.data.sampler import permutation
 
 PASS_OFFSET = (
     2**40
-)  # a task's first pass, times its number from 1: its orders are none of the epochs', nor another task's
+    # a task's first pass, times its number from 1: its orders are none of the epochs', nor another
+    # task's
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,12 @@
-"""What is answered where nearly the same is asked: a row whose neighbours agree on another answer may be wrong.
+"""What is answered where nearly the same is asked: a row whose neighbours agree on another answer
+may be wrong.
 
     vectors of N questions and of their answers -> neighbours -> Neighbours -> disputed
 
-The nearest questions of each row, by cosine, and how like its answer theirs are; and how like each other theirs are,
-without which a low number says nothing: where every question has an answer of its own, none is like another. Noise in
-labels is looked for like this since Wilson 1972 (Asymptotic Properties of Nearest Neighbor Rules Using Edited Data).
-"""
+The nearest questions of each row, by cosine, and how like its answer theirs are; and how like each
+other theirs are, without which a low number says nothing: where every question has an answer of its
+own, none is like another. Noise in labels is looked for like this since Wilson 1972 (Asymptotic
+Properties of Nearest Neighbor Rules Using Edited Data)."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ class Neighbours:
 
     @property
     def disputed_N(self) -> np.ndarray:
-        """Rows whose neighbours answer alike, and otherwise. The most lonely rows are left out: their neighbours are no
-        witnesses."""
+        """Rows whose neighbours answer alike, and otherwise. The most lonely rows are left out:
+        their neighbours are no witnesses."""
         min_similarity = (
             np.nanquantile(self.question_similarity_N, ISOLATED_QUANTILE)
             if np.isfinite(self.question_similarity_N).any()
@@ -54,8 +55,8 @@ class Neighbours:
 def find_neighbours(
     questions_NV: np.ndarray, answers_NW: np.ndarray, candidates: np.ndarray
 ) -> Neighbours:
-    """`among`: the rows that count; of others, and of fewer than three, nothing is said. Vectors are of length 1, or 0
-    where there is nothing to go by."""
+    """`among`: the rows that count; of others, and of fewer than three, nothing is said. Vectors
+    are of length 1, or 0 where there is nothing to go by."""
     count, num_neighbours = len(questions_NV), max(0, min(MAX_NEIGHBOURS, len(candidates) - 1))
     nearest_NK = np.zeros((count, num_neighbours), dtype=np.int64)
     answer_similarity_N, neighbour_agreement_N, question_similarity_N = (
@@ -81,7 +82,8 @@ def find_neighbours(
 
 
 def _find_nearest(similarity_RN: np.ndarray, start: int, num_neighbours: int) -> np.ndarray:
-    """int64 [R, kept], the nearest first; row r is the one at `start + r`, and no neighbour of its own."""
+    """int64 [R, kept], the nearest first; row r is the one at `start + r`, and no neighbour of its
+    own."""
     rows_R = np.arange(len(similarity_RN))
     similarity_RN[rows_R, start + rows_R] = -np.inf
     positions_RK = np.argpartition(-similarity_RN, num_neighbours - 1, axis=1)[:, :num_neighbours]

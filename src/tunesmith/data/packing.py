@@ -2,12 +2,11 @@
 
     documents -> packs of at most pack_length computed tokens
 
-As few packs as best fit (longest first, each document where it leaves the least room) finds, then evened out: the
-largest pack sets the peak of memory, and a small rest multiplies matrices less well. A document is never split, nor is
-a pair, whose loss needs both sides; what is longer than `pack_length` gets a pack of its own. With `share`, documents
-that begin alike come together, and what they begin with counts once. Packing changes speed and memory only, never the
-step.
-"""
+As few packs as best fit (longest first, each document where it leaves the least room) finds, then
+evened out: the largest pack sets the peak of memory, and a small rest multiplies matrices less
+well. A document is never split, nor is a pair, whose loss needs both sides; what is longer than
+`pack_length` gets a pack of its own. With `share`, documents that begin alike come together, and
+what they begin with counts once. Packing changes speed and memory only, never the step."""
 
 from __future__ import annotations
 
@@ -20,16 +19,15 @@ import numpy as np
 from tunesmith.core.types import Document, Pack
 from tunesmith.data.prefix_sharing import group_by_prefix
 
-PACK_OVERHEAD_TOKENS = (
-    256  # what one more pack costs: two of 1,325 tokens took 10% longer than one of 2,650
-)
+# what one more pack costs: two of 1,325 tokens took 10% longer than one of 2,650
+PACK_OVERHEAD_TOKENS = 256
 
 
 def count_input_tokens(document: Document) -> int:
     """How many tokens of a document can matter: those before its last target.
 
-    What comes later cannot influence the loss, and the last target itself is only predicted. 0 without a target.
-    """
+    What comes later cannot influence the loss, and the last target itself is only predicted. 0
+    without a target."""
     targets = np.flatnonzero(document.weights_L)
     return int(targets[-1]) if len(targets) else 0
 
@@ -40,7 +38,8 @@ def count_computed_tokens(pack: Pack) -> int:
 
 
 def group_units(documents: Sequence[Document]) -> list[tuple[int, ...]]:
-    """What a pack holds whole, by place: a document, or a pair, which is a chosen side and the rejected one behind."""
+    """What a pack holds whole, by place: a document, or a pair, which is a chosen side and the
+    rejected one behind."""
     units: list[tuple[int, ...]] = []
     for index, document in enumerate(documents):
         previous = documents[index - 1] if index else document
@@ -54,12 +53,11 @@ def group_units(documents: Sequence[Document]) -> list[tuple[int, ...]]:
 def pack_step(
     documents: Sequence[Document], pack_length: int, *, should_share: bool = False
 ) -> list[Pack]:
-    """Pack every document once; within a pack the longest come first, so equal lengths are neighbours. With `share`
-    neighbours are documents that begin alike, where that costs less.
+    """Pack every document once; within a pack the longest come first, so equal lengths are
+    neighbours. With `share` neighbours are documents that begin alike, where that costs less.
 
-    The same documents in the same order give the same packs. Raises ValueError for a document without a target, or
-    with a first token that is one, since nothing predicts it.
-    """
+    The same documents in the same order give the same packs. Raises ValueError for a document
+    without a target, or with a first token that is one, since nothing predicts it."""
     lengths = [count_input_tokens(document) for document in documents]
     for document, length in zip(documents, lengths, strict=True):
         if not length or document.weights_L[0]:
@@ -82,8 +80,8 @@ def pack_step(
 def compute_saved_share(
     rows: Sequence[Sequence[Document]], batch_size: int, pack_length: int
 ) -> float:
-    """The share of the fed tokens that steps over these rows need not compute when their documents share what they
-    begin with. Each row is its documents; the rows stand in the order of a run."""
+    """The share of the fed tokens that steps over these rows need not compute when their documents
+    share what they begin with. Each row is its documents; the rows stand in the order of a run."""
     saved_tokens = input_tokens = 0
     for first in range(0, max(1, len(rows) - batch_size + 1), batch_size):
         documents = [document for row in rows[first : first + batch_size] for document in row]
@@ -114,7 +112,8 @@ def _lay_out(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
 def _pack_with_prefixes(
     documents: Sequence[Document], lengths: Sequence[int], pack_length: int
 ) -> list[Pack]:
-    """Documents with one beginning are an item; of those that do not fit in a pack, as many as do."""
+    """Documents with one beginning are an item; of those that do not fit in a pack, as many as
+    do."""
     input_tokens = [
         document.tokens_L[:length] for document, length in zip(documents, lengths, strict=True)
     ]
@@ -155,7 +154,8 @@ def _count_tokens(
 def _split_run(
     positions: list[int], new_tokens: Sequence[int], shared: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
-    """Neighbours in stretches of at most `most` tokens each, as few as filling up gives, evened out."""
+    """Neighbours in stretches of at most `most` tokens each, as few as filling up gives, evened
+    out."""
     parts = _fill_parts(positions, new_tokens, shared, max_tokens)
     min_tokens = max(1, _count_tokens(positions, new_tokens, shared) // len(parts))
     while min_tokens < max_tokens:

@@ -2,10 +2,9 @@
 
     fed tokens -> begin_alike (an order, and what each may share with the one before) -> segments_of -> a forest
 
-A segment is a stretch of one document, and continues its parent: from a root down to where a document ends, the
-segments on the way are the document. Works on token ids and numbers alone. Left out: which documents share a pack
-(pack.py), tensors (batch.py).
-"""
+A segment is a stretch of one document, and continues its parent: from a root down to where a
+document ends, the segments on the way are the document. Works on token ids and numbers alone. Left
+out: which documents share a pack (pack.py), tensors (batch.py)."""
 
 from __future__ import annotations
 
@@ -15,12 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Fewer tokens in common are computed twice: a segment of its own costs about as much as these tokens.
+# Fewer tokens in common are computed twice: a segment of its own costs about as much as these
+# tokens.
 MIN_SHARED_TOKENS = 16
 
 
 class Segment(NamedTuple):
-    """Tokens begin..end - 1 of a document, which follow those of the segment `parent` (-1: begin is 0)."""
+    """Tokens begin..end - 1 of a document, which follow those of the segment `parent` (-1: begin is
+    0)."""
 
     document: int
     begin: int
@@ -31,9 +32,9 @@ class Segment(NamedTuple):
 def group_by_prefix(
     input_tokens: Sequence[np.ndarray], units: Sequence[tuple[int, ...]]
 ) -> tuple[list[tuple[int, ...]], list[int]]:
-    """An order of units (documents that stay together) in which those that begin alike are neighbours, and for each
-    document how many first tokens it shares with the one before it: what both have in common, less where that would
-    make a very short segment."""
+    """An order of units (documents that stay together) in which those that begin alike are
+    neighbours, and for each document how many first tokens it shares with the one before it: what
+    both have in common, less where that would make a very short segment."""
     keys = [
         input_tokens[unit[0]].astype(">u4").tobytes() for unit in units
     ]  # bytes in the order of the numbers
@@ -74,7 +75,8 @@ def _drop_short_prefixes(common: list[int]) -> list[int]:
 def _iter_runs(
     shared: Sequence[int], first: int, last: int, min_shared: int
 ) -> Iterator[tuple[int, int]]:
-    """Stretches of first..last - 1 in which each shares at least `least` tokens with the one before."""
+    """Stretches of first..last - 1 in which each shares at least `least` tokens with the one
+    before."""
     start = first
     for position in range(first + 1, last + 1):
         if position == last or shared[position] < min_shared:
@@ -85,8 +87,9 @@ def _iter_runs(
 def build_segments(
     lengths: Sequence[int], shared: Sequence[int]
 ) -> tuple[list[Segment], list[int]]:
-    """The forest of documents that share `shared[i]` first tokens with document i - 1, parents before children, and the
-    segment that each document ends in. It may end before its segment does: then it is what another one begins with."""
+    """The forest of documents that share `shared[i]` first tokens with document i - 1, parents
+    before children, and the segment that each document ends in. It may end before its segment does:
+    then it is what another one begins with."""
     segments: list[Segment] = []
     last_segments = [0] * len(lengths)
     stack = [(start, end, 0, -1) for start, end in _iter_runs(shared, 0, len(lengths), 1)][::-1]

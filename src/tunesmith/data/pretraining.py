@@ -3,10 +3,10 @@
     Dataset of texts -> open_corpus -> Corpus; corpus.document(i) -> window i
     tokens of a step -> Stream; stream.documents_of(step) -> windows
 
-Every text is encoded once, a part at a time, into a temporary file, so that the number of tokens and of steps is exact,
-any window is one read, and memory does not grow with the texts: a few numbers a row and a window are kept. A text ends
-in the separator, the tokens of its windows overlap by one (windows.py), and nothing else stands around it.
-"""
+Every text is encoded once, a part at a time, into a temporary file, so that the number of tokens
+and of steps is exact, any window is one read, and memory does not grow with the texts: a few
+numbers a row and a window are kept. A text ends in the separator, the tokens of its windows overlap
+by one (windows.py), and nothing else stands around it."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ class PretrainingCorpus:
 
 
 def open_corpus(dataset: Dataset, window_tokens: int) -> PretrainingCorpus:
-    """Encode every text of a data set. `window`: tokens of a window at most. Raises MachineError without room for the
-    temporary file."""
+    """Encode every text of a data set. `window`: tokens of a window at most. Raises MachineError
+    without room for the temporary file."""
     token_file, starts, ends = TempCopy(Path(dataset.path), sys.maxsize), array("q"), array("q")
     flagged, rejected_rows = defaultdict[str, list[str]](list), RejectedRows()
     num_tokens = 0
@@ -155,8 +155,8 @@ def open_corpus(dataset: Dataset, window_tokens: int) -> PretrainingCorpus:
 def _iter_texts(
     dataset: Dataset,
 ) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
-    """(row, text, its tokens part by part) of every row; those of a batch are encoded together, on all cores, while the
-    batch before is written."""
+    """(row, text, its tokens part by part) of every row; those of a batch are encoded together, on
+    all cores, while the batch before is written."""
 
     def encode_batch(
         batch: list[int],
@@ -170,7 +170,8 @@ def _iter_texts(
 
 
 def _is_dense(text: str) -> bool:
-    """A run that long holds one half as long that begins at a multiple of 5,000, which is quickly seen."""
+    """A run that long holds one half as long that begins at a multiple of 5,000, which is quickly
+    seen."""
     return any(_HALF_RUN.match(text, start) for start in range(0, len(text), 5000)) and bool(
         _DENSE_RUN.search(text)
     )
@@ -178,9 +179,10 @@ def _is_dense(text: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class WindowSampler:
-    """The windows of every step: of its `step_tokens` it takes what rehearsal leaves, up to half a window, from passes
-    over all windows in random order. The last step takes what is left of the epochs; where the ratio of the rehearsal
-    changes on the way, it is the number of steps that stays."""
+    """The windows of every step: of its `step_tokens` it takes what rehearsal leaves, up to half a
+    window, from passes over all windows in random order. The last step takes what is left of the
+    epochs; where the ratio of the rehearsal changes on the way, it is the number of steps that
+    stays."""
 
     corpus: PretrainingCorpus
     sampler: CyclicSampler
@@ -204,7 +206,8 @@ class WindowSampler:
         )
 
     def read_documents(self, step: int, ratio_changes: RatioChanges = ()) -> list[Document]:
-        """The windows of step 1.., a pure function of the texts and the arguments; behind the epochs there are none."""
+        """The windows of step 1.., a pure function of the texts and the arguments; behind the
+        epochs there are none."""
         positions = range(
             *(
                 self.sampler.count_due_items(self._compute_due_tokens(steps, ratio_changes))

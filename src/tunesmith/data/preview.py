@@ -2,11 +2,11 @@
 
     Prepared (the documents of a row) -> texts for the terminal
 
-Trained runs stand between ⟦ and ⟧ and in green, so they are told apart without colour too; ⟦×0.5 says a weight other
-than 1. A control token has ◆ before it; text that only looks like one has not. White space that makes a token of its
-own is made visible, and characters that would steer the terminal or hide in the text are spelled out. A character that
-takes several tokens is shown once, with all its ids.
-"""
+Trained runs stand between ⟦ and ⟧ and in green, so they are told apart without colour too; ⟦×0.5
+says a weight other than 1. A control token has ◆ before it; text that only looks like one has not.
+White space that makes a token of its own is made visible, and characters that would steer the
+terminal or hide in the text are spelled out. A character that takes several tokens is shown once,
+with all its ids."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class TokenPiece(NamedTuple):
 def render_preview(
     prepared: PreparedRow, renderer: Renderer, *, should_show_ids: bool = False
 ) -> Iterator[Text]:
-    """A header and the tokens of each document of a row; one line with the reason if nothing is left of it."""
+    """A header and the tokens of each document of a row; one line with the reason if nothing is
+    left of it."""
     if prepared.drop_reason:
         yield Text.assemble((prepared.id, "bold"), f"  dropped: {prepared.drop_reason}")
     for number, document in enumerate(prepared.documents, 1):
@@ -90,7 +91,8 @@ def _render_tokens(document: Document, renderer: Renderer, should_show_ids: bool
 
 
 def iter_pieces(document: Document, renderer: Renderer) -> Iterator[TokenPiece]:
-    """Cut a document into pieces, each decoded behind its left neighbour: some tokenizers eat a first space."""
+    """Cut a document into pieces, each decoded behind its left neighbour: some tokenizers eat a
+    first space."""
     tokens, weights = document.tokens_L.tolist(), document.weights_L.tolist()
     begin = 0
     for end in range(1, len(tokens) + 1):
@@ -108,7 +110,8 @@ def iter_pieces(document: Document, renderer: Renderer) -> Iterator[TokenPiece]:
 
 
 def escape_invisible(text: str) -> str:
-    """Line ends, tabs and lone spaces as signs; steering and invisible characters by their number."""
+    """Line ends, tabs and lone spaces as signs; steering and invisible characters by their
+    number."""
     if text and not text.strip(" "):
         return "␣" * len(text)
     return "".join(_escape_character(character) for character in text)

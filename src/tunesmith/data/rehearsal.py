@@ -1,13 +1,14 @@
-"""Which rehearsal rows go with which step: general rows trained beside the data, so that less is forgotten.
+"""Which rehearsal rows go with which step: general rows trained beside the data, so that less is
+forgotten.
 
     rows, seed, ratio -> Rehearsal; rehearsal.documents_of(step) -> documents
 
-The ratio is of tokens, not of rows: of all tokens up to any step, rehearsal has its share, up to half a row. What goes
-with a step is a pure function of the step, the seed and the changes of the ratio so far; nothing is kept. A pass over
-the rows takes each once, in an order of its own. A long text gives one piece a pass, and the next piece in the next.
-Rows count by their bytes, which are known without reading them: tokens are in proportion to bytes. Left out: the ratio
-(plan/rehearsal.py), and whether the rows may be used (contamination.py).
-"""
+The ratio is of tokens, not of rows: of all tokens up to any step, rehearsal has its share, up to
+half a row. What goes with a step is a pure function of the step, the seed and the changes of the
+ratio so far; nothing is kept. A pass over the rows takes each once, in an order of its own. A long
+text gives one piece a pass, and the next piece in the next. Rows count by their bytes, which are
+known without reading them: tokens are in proportion to bytes. Left out: the ratio
+(plan/rehearsal.py), and whether the rows may be used (contamination.py)."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ class RehearsalSampler:
         ]
 
     def _compute_due_tokens(self, step: int, ratio_changes: RatioChanges) -> float:
-        """Rehearsal tokens up to `step`: ratio / (1 - ratio) for each token of the data, or ratio of every token."""
+        """Rehearsal tokens up to `step`: ratio / (1 - ratio) for each token of the data, or ratio
+        of every token."""
         return sum(
             steps * self.step_tokens * (ratio if self.should_replace_data else ratio / (1 - ratio))
             for steps, ratio in iter_ratio_segments(step, self.ratio, ratio_changes)

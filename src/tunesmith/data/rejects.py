@@ -1,11 +1,11 @@
-"""The rows that cannot be used, or break a constraint, written down to be corrected; and when they stop a run.
+"""The rows that cannot be used, or break a constraint, written down to be corrected; and when they
+stop a run.
 
     data sets by role -> rejected.jsonl: {"where", "id", "reason", "what", "fix", "bytes", "row"} a line
 
-Only the places of bad rows are remembered; each is read again here, and its own reader says again what is wrong with
-it, so any number of them takes no memory. `row` is its text, cut after `MOST_SHOWN` bytes (`bytes` is its length), with
-bytes that are not UTF-8 spelled out.
-"""
+Only the places of bad rows are remembered; each is read again here, and its own reader says again
+what is wrong with it, so any number of them takes no memory. `row` is its text, cut after
+`MOST_SHOWN` bytes (`bytes` is its length), with bytes that are not UTF-8 spelled out."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def refuse_invalid_rows(
     *,
     should_skip_invalid: bool,
 ) -> None:
-    """Raises InputError if no row trains anything; and, unless `skip_bad`, if rows cannot be used, written to `path`
-    first, or if many training rows lose all that is trained. `reports`: what the data check said of the data sets."""
+    """Raises InputError if no row trains anything; and, unless `skip_bad`, if rows cannot be used,
+    written to `path` first, or if many training rows lose all that is trained. `reports`: what the
+    data check said of the data sets."""
     training_report = reports["data"]
     can_skip = training_report.documents > 0
     rejected: Counter[str] = Counter()
@@ -102,8 +103,8 @@ def refuse_foreign_file(path: Path) -> None:
 def write_rejected_rows(
     path: Path | None, datasets: Mapping[str, Dataset], reports: Mapping[str, DataReport]
 ) -> tuple[Json, ...]:
-    """Write the bad rows of all roles, then those that break a constraint, into a new file, which takes the place of an
-    older one; without any there is none. Returns the first ones."""
+    """Write the bad rows of all roles, then those that break a constraint, into a new file, which
+    takes the place of an older one; without any there is none. Returns the first ones."""
     lines = chain.from_iterable(
         iter_rejected_rows(dataset, has_render_errors=NOT_RENDERED in reports[role].rejected)
         for role, dataset in datasets.items()
@@ -127,7 +128,8 @@ def write_rejected_rows(
 
 
 def iter_rejected_rows(dataset: Dataset, *, has_render_errors: bool) -> Iterator[Json]:
-    """The bad rows of a data set. `rendered`: among those that a scan looks at, rows that cannot be rendered, too."""
+    """The bad rows of a data set. `rendered`: among those that a scan looks at, rows that cannot be
+    rendered, too."""
     yield from _reread_rows(dataset, dataset.rejected_rows)
     scanned_R = select_scan_rows(dataset)
     for index in (

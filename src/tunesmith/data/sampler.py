@@ -3,9 +3,9 @@
     rows, batch_size, epochs, seed -> Schedule; schedule.rows_of(step) -> row indices
     tokens of each item, seed -> Passes; passes.taken(tokens) -> how many items that takes
 
-Pure functions of their arguments, so a run can go on at any step, on any machine, with the same rows. A step is a set
-of rows; how their documents share packs is decided in `pack.py` and changes nothing here.
-"""
+Pure functions of their arguments, so a run can go on at any step, on any machine, with the same
+rows. A step is a set of rows; how their documents share packs is decided in `pack.py` and changes
+nothing here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ Result = TypeVar("Result")
 
 @lru_cache(maxsize=4)  # of two streams: the epoch at hand, and the next one at its border
 def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """A permutation of n rows. Sorts raw Philox numbers, whose stream is fixed for all versions of numpy."""
+    """A permutation of n rows. Sorts raw Philox numbers, whose stream is fixed for all versions of
+    numpy."""
     raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_rows)
     permutation_N = np.argsort(raw, kind="stable")
     permutation_N.setflags(write=False)
@@ -43,9 +44,9 @@ def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 class StepSampler:
     """The rows of every optimizer step, counted from 1.
 
-    The epochs are one stream of rows: a batch may take the last rows of one epoch and the first of the next, so all
-    steps have `batch_size` rows but the very last one. `epochs` may be a fraction; `max_steps` cuts.
-    """
+    The epochs are one stream of rows: a batch may take the last rows of one epoch and the first of
+    the next, so all steps have `batch_size` rows but the very last one. `epochs` may be a fraction;
+    `max_steps` cuts."""
 
     num_rows: int
     batch_size: int
@@ -87,8 +88,8 @@ class StepSampler:
 
 @dataclass(frozen=True, eq=False)
 class CyclicSampler:
-    """M items in endless passes, each of which takes every item once, in an order of its own. A place counts items over
-    all passes."""
+    """M items in endless passes, each of which takes every item once, in an order of its own. A
+    place counts items over all passes."""
 
     tokens_M: np.ndarray
     seed: int
@@ -100,7 +101,8 @@ class CyclicSampler:
         return pass_index, int(self._get_order(pass_index)[offset])
 
     def count_due_items(self, tokens: float) -> int:
-        """How many items are taken when so many tokens are due: those of which at least half was due."""
+        """How many items are taken when so many tokens are due: those of which at least half was
+        due."""
         full_passes, due_tokens = divmod(tokens, float(self.tokens_M.sum()))
         tokens_M = self.tokens_M[self._get_order(int(full_passes))]
         middles_M = np.cumsum(tokens_M) - tokens_M / 2
@@ -113,7 +115,8 @@ class CyclicSampler:
 def iter_ratio_segments(
     steps: int, ratio: float, ratio_changes: RatioChanges
 ) -> Iterator[tuple[int, float]]:
-    """(how many of the first steps, their ratio), one after the other; `ratio` is that of the first one."""
+    """(how many of the first steps, their ratio), one after the other; `ratio` is that of the first
+    one."""
     bounds = [*(min(step, steps) for step, _ in ratio_changes), steps]
     ratios = [ratio, *(new_ratio for _, new_ratio in ratio_changes)]
     for begin, end, segment_ratio in zip([0, *bounds], bounds, ratios, strict=False):
@@ -123,7 +126,8 @@ def iter_ratio_segments(
 def prefetch(
     items: Iterable[Item], compute: Callable[[Item], Result], *, max_ahead: int = 2
 ) -> Iterator[Result]:
-    """work(item) for each item, in order, computed by one thread at most `ahead` results before they are asked for.
+    """work(item) for each item, in order, computed by one thread at most `ahead` results before
+    they are asked for.
 
     An error of `work` is raised where its result would have come. Close the iterator to stop early.
     """

@@ -1,12 +1,14 @@
-"""Which rows are kept of many: quality first, then diversity, with a reason for every row that is not.
+"""Which rows are kept of many: quality first, then diversity, with a reason for every row that is
+not.
 
     Dataset -> faults (what no model needs to be asked); with the scores of a model -> choose -> rows, and reasons
 
-Quality is the instruction-following difficulty of Li 2023 (arXiv 2308.12032): perplexity of the answer behind its
-question over that of the answer alone. At 1 and more the question does not help, and the row is left out; below, a high
-value is much to learn and a low one is known already. A row that its neighbours contradict is left out too. Of the best
-rows, OVER times as many as are wanted, those are taken that are farthest from the ones taken so far, by their words or
-as the model sees them (farthest-first traversal, Gonzalez 1985). Nothing is edited. Left out: the scores (curate.py).
+Quality is the instruction-following difficulty of Li 2023 (arXiv 2308.12032): perplexity of the
+answer behind its question over that of the answer alone. At 1 and more the question does not help,
+and the row is left out; below, a high value is much to learn and a low one is known already. A row
+that its neighbours contradict is left out too. Of the best rows, OVER times as many as are wanted,
+those are taken that are farthest from the ones taken so far, by their words or as the model sees
+them (farthest-first traversal, Gonzalez 1985). Nothing is edited. Left out: the scores (curate.py).
 """
 
 from __future__ import annotations
@@ -24,9 +26,8 @@ from tunesmith.data.neighbors import Neighbours
 from tunesmith.data.sampler import permutation
 
 OVERSAMPLING = 3
-MAX_PERPLEXITY_QUANTILE = (
-    0.95  # of the perplexities: above this quantile an answer is noise more often than news
-)
+# of the perplexities: above this quantile an answer is noise more often than news
+MAX_PERPLEXITY_QUANTILE = 0.95
 MAX_SHOWN_NEIGHBOURS = 3  # neighbours
 ROLE = "data"
 
@@ -128,7 +129,8 @@ def _describe_dispute(dataset: Dataset, neighbours: Neighbours, row: int) -> str
 
 
 def select_farthest(vectors: np.ndarray, max_rows: int) -> tuple[list[int], np.ndarray]:
-    """(places that are kept, the first one first; for every place the kept one that is nearest to it)."""
+    """(places that are kept, the first one first; for every place the kept one that is nearest to
+    it)."""
     if not len(vectors):
         return [], np.empty(0, dtype=np.int64)
     selected, nearest = [0], np.zeros(len(vectors), dtype=np.int64)
@@ -145,8 +147,9 @@ def select_farthest(vectors: np.ndarray, max_rows: int) -> tuple[list[int], np.n
 
 
 def select_baselines(scores: SelectionScores, num_rows: int, seed: int) -> dict[str, np.ndarray]:
-    """Subsets of the same size that a choice has to beat: random rows, and those with the longest answers. Published
-    methods often do not (Xia 2024, arXiv 2410.09335; Zhao 2024, arXiv 2402.04833)."""
+    """Subsets of the same size that a choice has to beat: random rows, and those with the longest
+    answers. Published methods often do not (Xia 2024, arXiv 2410.09335; Zhao 2024, arXiv
+    2402.04833)."""
     usable = scores.usable_N
     longest = usable[np.argsort(-scores.answer_tokens_N[usable], kind="stable")[:num_rows]]
     return {"random": sample_rows(usable, num_rows, seed), "longest": np.sort(longest)}

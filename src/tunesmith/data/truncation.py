@@ -45,7 +45,8 @@ def scale_weights(documents: Sequence[Document], weight: float) -> Sequence[Docu
 def apply_max_length(
     row_id: str, documents: Sequence[Document], max_length: int | None, overlong: OverlongPolicy
 ) -> PreparedRow:
-    """Apply the over-long policy: `drop` the document, `truncate` it (the front stays), or `refuse` with InputError.
+    """Apply the over-long policy: `drop` the document, `truncate` it (the front stays), or `refuse`
+    with InputError.
 
     A document without a trained token is never kept.
     """

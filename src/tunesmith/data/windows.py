@@ -1,8 +1,8 @@
-"""Long texts as windows: even stretches of tokens, each of which begins with the last token of the one before.
+"""Long texts as windows: even stretches of tokens, each of which begins with the last token of the
+one before.
 
-So every token but the first of a text is a target in exactly one window. The functions count targets, of which a window
-has one fewer than tokens.
-"""
+So every token but the first of a text is a target in exactly one window. The functions count
+targets, of which a window has one fewer than tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tunesmith.core.types import Document
 
 
 def count_windows(tokens_N: Any, max_targets: int) -> Any:
-    """How many windows of at most so many targets texts of so many tokens have. An array, or a number."""
+    """How many windows of at most so many targets texts of so many tokens have. An array, or a
+    number."""
     return np.maximum(1, np.ceil((tokens_N - 1) / max_targets)).astype(np.int64)
 
 

@@ -2,10 +2,10 @@
 
     held-out loss on eval_data and bits per byte of general text, at 0 (the base), 0.25, 0.5, 0.75 and 1 (as trained)
 
-In: a Workbench after training. Out: a ScalePoint each, all on the same items: a part of them, drawn by chance, since a
-curve takes five times what a value takes. Of general text the ends are known: what was measured before and after.
-`test_data` is not read. Left out: which scale is offered (tradeoff.py), and full fine-tuning, which has no adapter.
-"""
+In: a Workbench after training. Out: a ScalePoint each, all on the same items: a part of them, drawn
+by chance, since a curve takes five times what a value takes. Of general text the ends are known:
+what was measured before and after. `test_data` is not read. Left out: which scale is offered
+(tradeoff.py), and full fine-tuning, which has no adapter."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ MAX_TOKENS = 4096  # of held-out rows, and of general text, read at each scale
 def measure_scale_curve(
     session: Session, items: EvalItems, *, step: int, before: EvalResults, after: EvalResults
 ) -> tuple[ScalePoint, ...]:
-    """Nothing without an adapter, or without `eval_data`. `before` is of the base, unless the adapter is one that went
-    on."""
+    """Nothing without an adapter, or without `eval_data`. `before` is of the base, unless the
+    adapter is one that went on."""
     if session.plan["method"] == "full" or not (
         items.eval_documents or "eval_data" in items.held_out_texts
     ):

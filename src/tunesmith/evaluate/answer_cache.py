@@ -1,14 +1,15 @@
-"""Answers that were generated before: kept in a file by what they are an answer of, so that nothing is generated twice.
+"""Answers that were generated before: kept in a file by what they are an answer of, so that nothing
+is generated twice.
 
     answers_cached(model, requests, decode=..., end_ids=..., store=Store(file, state)) -> Generations, as asked
 
-The key of an answer is a sha256 over all that decides it: the weights (`state_of`), the prompt's tokens, how the answer
-is chosen, what it may not hold, where it ends. Another key is another answer: nothing goes stale. The
-file has a line for each answer, appended as it is finished, so an evaluation that was killed goes on where it was. A
-line that is torn or is no answer is passed over. Weights that are still trained have no state: they are not cached.
-Left out: what is asked (tasks.py). What runs beside an answer can still round it differently (infer/engine.py): kept
-is what came first.
-"""
+The key of an answer is a sha256 over all that decides it: the weights (`state_of`), the prompt's
+tokens, how the answer is chosen, what it may not hold, where it ends. Another key is another
+answer: nothing goes stale. The file has a line for each answer, appended as it is finished, so an
+evaluation that was killed goes on where it was. A line that is torn or is no answer is passed over.
+Weights that are still trained have no state: they are not cached. Left out: what is asked
+(tasks.py). What runs beside an answer can still round it differently (infer/engine.py): kept is
+what came first."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ class AnswerCache:
 
 
 def hash_weights(fingerprint: Json, adapter: Mapping[str, str]) -> str:
-    """What the weights are, from the identity of a run and the sha256 of each file of its adapter (none: the base), or
-    of the model where all weights were trained."""
+    """What the weights are, from the identity of a run and the sha256 of each file of its adapter
+    (none: the base), or of the model where all weights were trained."""
     plan = {key: fingerprint["plan"].get(key) for key in PLAN_KEYS}
     model_values = {key: fingerprint.get(key) for key in MODEL_KEYS}
     return _hash_json({"facts": model_values, "plan": plan, "adapter": dict(adapter)})
@@ -64,8 +65,8 @@ def generate_cached(
     end_ids: Collection[int],
     cache: AnswerCache | None,
 ) -> list[GenerationOutput]:
-    """The answer of each request, in their order; the same request is answered once. Nothing is kept without a `store`,
-    nor where its file cannot be written. Raises as `generate` does."""
+    """The answer of each request, in their order; the same request is answered once. Nothing is
+    kept without a `store`, nor where its file cannot be written. Raises as `generate` does."""
     keys = [
         _compute_key(cache.weights_hash if cache else "", request, end_ids) for request in requests
     ]
@@ -116,7 +117,8 @@ def _parse_answer(line: bytes) -> Iterator[tuple[str, GenerationOutput]]:
 
 
 class _AppendFile:
-    """A file that lines are added to, each in one write. What cannot be written is not kept, and nothing else."""
+    """A file that lines are added to, each in one write. What cannot be written is not kept, and
+    nothing else."""
 
     def __init__(self, file: Path | None) -> None:
         self._fd: int | None = None

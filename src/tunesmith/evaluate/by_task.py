@@ -1,10 +1,11 @@
-"""Scores by task: what was measured on all held-out rows, divided by the tasks that the rows are of.
+"""Scores by task: what was measured on all held-out rows, divided by the tasks that the rows are
+of.
 
     Measurement -> a Measurement a task, and the mean over tasks
 
-Tasks that train and tasks that do not are never averaged together: what a model learnt and what it took over to
-something else are two results. A task counts as much as any other, whatever its number of rows (the macro average).
-"""
+Tasks that train and tasks that do not are never averaged together: what a model learnt and what it
+took over to something else are two results. A task counts as much as any other, whatever its number
+of rows (the macro average)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from tunesmith.evaluate.results import MetricValues
 def split_by_task(
     measurement: MetricValues, tasks: Mapping[str, str], trained_tasks: Collection[str]
 ) -> Iterator[MetricValues]:
-    """`tasks`: the task of each item; `trained`: those that have training rows. Without tasks: `whole` as it is."""
+    """`tasks`: the task of each item; `trained`: those that have training rows. Without tasks:
+    `whole` as it is."""
     if not tasks:
         yield measurement
         return

@@ -1,5 +1,5 @@
-"""Models that no file has measured yet, each by the items of a run or of a file: a base, an adapter, a checkpoint, an
-adapter at another scale, another model.
+"""Models that no file has measured yet, each by the items of a run or of a file: a base, an
+adapter, a checkpoint, an adapter at another scale, another model.
 
     a Side and a run's items, or `--data FILE` -> a model -> Measured
 
@@ -33,7 +33,8 @@ from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
 from tunesmith.session.session import load_starting_model, open_eval_session
 from tunesmith.train.checkpoint import load_weights
 
-# What another model is asked: the rest of a recipe is about training, or about the model of the run.
+# What another model is asked: the rest of a recipe is about training, or about the model of the
+# run.
 EVAL_SETTINGS = (
     *(
         "data",
@@ -52,7 +53,8 @@ EVAL_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-    """What is measured instead of a run's own items: the rows of `data`, by these metrics. Nothing: as it was."""
+    """What is measured instead of a run's own items: the rows of `data`, by these metrics. Nothing:
+    as it was."""
 
     data: Path | None = None
     metrics: tuple[str, ...] = ()
@@ -60,7 +62,8 @@ class EvalSpec:
 
 
 def evaluate_model(model_ref: ModelRef, other_ref: ModelRef, spec: EvalSpec) -> EvalResults:
-    """A side that no file has measured, on the items of its own run, of the other side's, or of the exam."""
+    """A side that no file has measured, on the items of its own run, of the other side's, or of the
+    exam."""
     if model_ref.run_dir is not None:
         return _evaluate_trained(model_ref, *load_plan_and_inputs(model_ref.run_dir), spec)
     plan, run_inputs = _build_plan(_build_recipe(model_ref.name, other_ref.run_dir, spec))
@@ -70,8 +73,8 @@ def evaluate_model(model_ref: ModelRef, other_ref: ModelRef, spec: EvalSpec) -> 
 
 
 def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> tuple[Comparison, ...]:
-    """A run, a checkpoint, a scale or an adapter beside the model that it began with. Raises InputError for a model
-    alone, which has none."""
+    """A run, a checkpoint, a scale or an adapter beside the model that it began with. Raises
+    InputError for a model alone, which has none."""
     if model_ref.run_dir is None and not is_adapter_dir(Path(model_ref.name)):
         raise InputError(
             "a model alone has no before",
@@ -139,7 +142,8 @@ def _load_model(model_ref: ModelRef, plan: Plan, run_inputs: RunInputs) -> Packe
 
 
 def _build_recipe(name: str, run: Path | None, spec: EvalSpec) -> Recipe:
-    """A recipe whose items are those of the run or the exam, and whose model is the one that is named."""
+    """A recipe whose items are those of the run or the exam, and whose model is the one that is
+    named."""
     if run is None and spec.data is None:
         message = "nothing says what to measure it on"
         raise InputError(
@@ -178,7 +182,8 @@ def is_adapter_dir(path: Path) -> bool:
 
 
 def _apply_spec(plan: Plan, run_inputs: RunInputs, spec: EvalSpec) -> tuple[Plan, RunInputs]:
-    """With the rows and metrics of the exam. Raises InputError with file:line for a row that cannot be used."""
+    """With the rows and metrics of the exam. Raises InputError with file:line for a row that cannot
+    be used."""
     if spec.metrics:
         choice = PlanValue(spec.metrics, "you", "asked for")
         plan = dataclasses.replace(plan, choices={**plan.choices, "metrics": choice})

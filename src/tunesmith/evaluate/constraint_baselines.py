@@ -1,10 +1,11 @@
-"""What costs no training: telling the base model in its prompt what it may not say, and banning tokens as it answers.
+"""What costs no training: telling the base model in its prompt what it may not say, and banning
+tokens as it answers.
 
     bad strings -> rules in words -> Examples that are told them; -> token sequences for the sampler
 
-Both are as good as they can easily be: the rules quote what was really said, and the sampler knows the strings of the
-held-out rows and of the base's own bad answers. Left out: asking and grading (measure.py).
-"""
+Both are as good as they can easily be: the rules quote what was really said, and the sampler knows
+the strings of the held-out rows and of the base's own bad answers. Left out: asking and grading
+(measure.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tunesmith.evaluate.constraint_violations import find_matches
 from tunesmith.recipe.fields import Constraint
 
 MAX_QUOTES = 3  # strings a rule
-MAX_BAN_TOKENS = 4  # tokens: enough to know what is begun, and a longer one is hardly ever said again to the letter
+# tokens: enough to know what is begun, and a longer one is hardly ever said again to the letter
+MAX_BAN_TOKENS = 4
 MAX_BANS = 1000  # strings a constraint, the commonest
 
 
@@ -51,7 +53,8 @@ def _describe_constraint(constraint: Constraint, bad_texts: Sequence[str]) -> st
 
 
 def add_rules(example: Example, rules_text: str) -> Example:
-    """The example under the rules: at the end of its system message, or in one of their own; before a plain prompt."""
+    """The example under the rules: at the end of its system message, or in one of their own; before
+    a plain prompt."""
     if not example.messages:
         return dataclasses.replace(example, prompt=f"{rules_text}\n\n{example.prompt}")
     first, *rest = example.messages

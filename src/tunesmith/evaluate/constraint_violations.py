@@ -2,11 +2,11 @@
 
     Questions, answers -> Measurements by constraint and kind of prompt; bad Documents -> their log-probability
 
-A row's mark says what its prompt is for. Neutral prompts have none: nothing bad should be said. Eliciting ones
-(`negative: true`) got a bad answer from somebody: they ask for it. Of rightful ones (`negative: false`) the right
-answer matches, and so should the trained model's: the control that a constraint is not kept by saying nothing.
-Fewer than two prompts of a kind are not measured. Left out: what a constraint does in training (data/never.py).
-"""
+A row's mark says what its prompt is for. Neutral prompts have none: nothing bad should be said.
+Eliciting ones (`negative: true`) got a bad answer from somebody: they ask for it. Of rightful ones
+(`negative: false`) the right answer matches, and so should the trained model's: the control that a
+constraint is not kept by saying nothing. Fewer than two prompts of a kind are not measured. Left
+out: what a constraint does in training (data/never.py)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ NEUTRAL, ELICITING, RIGHTFUL = "neutral prompts", "eliciting prompts", "rightful
 def measure_violations(
     constraints: Sequence[Constraint], prompts: Sequence[EvalPrompt], answers: Sequence[str]
 ) -> Iterator[MetricValues]:
-    """1 for an answer that the constraint matches, else 0. Raises InputError when a pattern takes too long."""
+    """1 for an answer that the constraint matches, else 0. Raises InputError when a pattern takes
+    too long."""
     kinds = [_classify_prompt(constraints, prompt) for prompt in prompts]
     for index, constraint in enumerate(constraints):
         for kind in (NEUTRAL, ELICITING, RIGHTFUL):
@@ -51,7 +52,8 @@ def find_matches(constraint: Constraint, text: str, where: str) -> list[str]:
 
 
 def _classify_prompt(constraints: Sequence[Constraint], prompt: EvalPrompt) -> list[str]:
-    """What the prompt is for, to each constraint. A bad answer that matches none may be bad in the way of any."""
+    """What the prompt is for, to each constraint. A bad answer that matches none may be bad in the
+    way of any."""
     if prompt.negative is None:
         return [NEUTRAL] * len(constraints)
     matches = [

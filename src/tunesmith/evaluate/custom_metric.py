@@ -2,10 +2,10 @@
 
     "my_metrics.py:score", pairs of texts -> a finite number for each
 
-It runs in a process of its own (custom_metric_worker.py), which ends with the measuring; one answer may take SECONDS. Code
-is run only for who asked for it with --allow-code. What the function raises or returns instead of a number is an
-InputError that names the item. Left out: shutting it in; it may do what its user may do.
-"""
+It runs in a process of its own (custom_metric_worker.py), which ends with the measuring; one answer
+may take SECONDS. Code is run only for who asked for it with --allow-code. What the function raises
+or returns instead of a number is an InputError that names the item. Left out: shutting it in; it
+may do what its user may do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def format_metric_name(metric: str) -> str:
 
 
 def refuse_code(metrics: Sequence[str], *, allow_code: bool) -> None:
-    """Raises InputError for a metric of the user's own that nobody has allowed to run, and for a missing file."""
+    """Raises InputError for a metric of the user's own that nobody has allowed to run, and for a
+    missing file."""
     for metric in metrics:
         if (custom_metric := parse_custom_metric(metric)) is None:
             continue
@@ -56,7 +57,8 @@ def refuse_code(metrics: Sequence[str], *, allow_code: bool) -> None:
 def score_answers(
     metric: str, pairs: Sequence[tuple[str, str]], ids: Sequence[str]
 ) -> tuple[float, ...]:
-    """What the function says of each (answer, expected). Raises InputError naming the item that it fails on."""
+    """What the function says of each (answer, expected). Raises InputError naming the item that it
+    fails on."""
     custom_metric = parse_custom_metric(metric)
     assert custom_metric is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +83,8 @@ def score_answers(
 
 @contextmanager
 def _run_child(command: Sequence[str]) -> Generator[Iterator[dict[str, Any]]]:
-    """What the process says, line by line. At the end of the block it ends, with all that it started."""
+    """What the process says, line by line. At the end of the block it ends, with all that it
+    started."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True

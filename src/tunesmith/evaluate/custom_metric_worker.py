@@ -1,8 +1,8 @@
 """The process that runs a user's own metric: python -P ownmetric_child.py FILE FUNCTION PAIRS.json
 
-Out: a line of JSON for the file once it is loaded, then one for each pair: {"value": 0.5} or {"error": "raised ..."}.
-What the function prints goes nowhere. Imports nothing of tunesmith: it starts in a moment.
-"""
+Out: a line of JSON for the file once it is loaded, then one for each pair: {"value": 0.5} or
+{"error": "raised ..."}. What the function prints goes nowhere. Imports nothing of tunesmith: it
+starts in a moment."""
 
 import importlib.util
 import json

@@ -1,8 +1,8 @@
-"""What is wrong with an answer, seen from the answer alone: loops, sameness, foreign letters, broken form.
+"""What is wrong with an answer, seen from the answer alone: loops, sameness, foreign letters,
+broken form.
 
-In: the tokens or the text of answers. Out: a number an answer. Pure; no model, no judge. Left out: how much is too much
-(train/guard.py), whether the answer is right (evaluate/tasks.py).
-"""
+In: the tokens or the text of answers. Out: a number an answer. Pure; no model, no judge. Left out:
+how much is too much (train/guard.py), whether the answer is right (evaluate/tasks.py)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ MIN_BYTES = 40  # of a shorter text the compressor's own header is most of what 
 
 
 def compute_repetition(tokens: Sequence[int], n: int = LOOP_NGRAM) -> float:
-    """seq-rep-n (Welleck 2019): the share of an answer's n-grams that stood in it before. 0 for a shorter answer."""
+    """seq-rep-n (Welleck 2019): the share of an answer's n-grams that stood in it before. 0 for a
+    shorter answer."""
     grams = extract_ngrams(tokens, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -29,8 +30,8 @@ def extract_ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
 def count_distinct_ngrams(
     answers: Sequence[Sequence[int]], n: int = 2
 ) -> tuple[list[int], list[int]]:
-    """Of each answer: n-grams that no answer before it has, and all of its n-grams. Their sums' quotient is distinct-n
-    (Li 2016)."""
+    """Of each answer: n-grams that no answer before it has, and all of its n-grams. Their sums'
+    quotient is distinct-n (Li 2016)."""
     previous: set[tuple[int, ...]] = set()
     new: list[int] = []
     totals: list[int] = []
@@ -49,7 +50,8 @@ def flag_identical_answers(answers: Sequence[str]) -> list[float]:
 
 
 def compute_compression_ratio(text: str) -> float:
-    """zlib's bytes for each byte of the text; below 0.25 it is a loop (rules.md 6.1). 1 for a text too short to say."""
+    """zlib's bytes for each byte of the text; below 0.25 it is a loop (rules.md 6.1). 1 for a text
+    too short to say."""
     raw = text.encode()
     return min(1.0, len(zlib.compress(raw, 9)) / len(raw)) if len(raw) >= MIN_BYTES else 1.0
 
@@ -61,7 +63,8 @@ def find_scripts(texts: Iterable[str]) -> set[str]:
 
 
 def compute_foreign_share(text: str, allowed_scripts: set[str]) -> float:
-    """The share of letters of other scripts, and of signs that stand for bytes which are no text, among both."""
+    """The share of letters of other scripts, and of signs that stand for bytes which are no text,
+    among both."""
     characters = [character for character in text if character.isalpha() or character == "\ufffd"]
     alien = sum(
         character == "\ufffd"

@@ -25,7 +25,8 @@ FORGETTING_MARGIN = "forgetting_margin"  # of the plan: bits per byte of general
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Scores of the model, and how it differs from what it began with; a model alone has no comparisons."""
+    """Scores of the model, and how it differs from what it began with; a model alone has no
+    comparisons."""
 
     scores: tuple[Score, ...]
     comparisons: tuple[Comparison, ...] = ()
@@ -48,7 +49,8 @@ class EvalReport:
 
 
 def parse_metrics(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Metrics as a recipe has them: a list, or one text with commas between them. Raises InputError for others."""
+    """Metrics as a recipe has them: a list, or one text with commas between them. Raises InputError
+    for others."""
     names = (
         read_flag(metrics if metrics.startswith("[") else f"[{metrics}]")
         if isinstance(metrics, str)

@@ -67,8 +67,9 @@ def evaluate_run(path: Path, *, allow_code: bool = False) -> tuple[Comparison, .
 
 
 def compare_baselines(path: Path, *, allow_code: bool = False) -> dict[str, tuple[Comparison, ...]]:
-    """What a finished run made of its constraints, beside what costs no training: each baseline, and how the trained
-    model differs from it on the same items. Raises InputError for a run without constraints or questions."""
+    """What a finished run made of its constraints, beside what costs no training: each baseline,
+    and how the trained model differs from it on the same items. Raises InputError for a run without
+    constraints or questions."""
     session = reopen_session(path)
     items, step = (
         build_eval_items(session.plan, session.inputs, allow_code=allow_code),
@@ -89,8 +90,8 @@ def compare_baselines(path: Path, *, allow_code: bool = False) -> dict[str, tupl
 
 
 def compare_relearning(path: Path) -> tuple[Comparison, ...]:
-    """Of each domain of general text, two: how it changed by itself, and after other texts of it. Raises InputError for
-    a run without general text."""
+    """Of each domain of general text, two: how it changed by itself, and after other texts of it.
+    Raises InputError for a run without general text."""
     session = reopen_session(path)
     texts = load_general_texts(session.inputs)
     if not texts:
@@ -129,9 +130,10 @@ def export_run(
     scale: float = 1.0,
     out: Path | None = None,
 ) -> ExportResult:
-    """A finished run in another form. It gets its name once it is proven: read back as others read it, it must answer
-    as the run does. `base`: what an adapter trained on 4-bit weights is merged into. `scale`: of the adapter. Raises
-    InputError for what cannot be exported, GateError when the export is not the run."""
+    """A finished run in another form. It gets its name once it is proven: read back as others read
+    it, it must answer as the run does. `base`: what an adapter trained on 4-bit weights is merged
+    into. `scale`: of the adapter. Raises InputError for what cannot be exported, GateError when the
+    export is not the run."""
     kind, export_format = find_format(target, kind)
     source_run = scale_run(open_source_run(path), scale)
     target_path = choose_output_path(source_run, target, kind, out)

@@ -1,10 +1,11 @@
-"""What the model still knows of general text: bits per byte, by domain, and how far it is from its base there.
+"""What the model still knows of general text: bits per byte, by domain, and how far it is from its
+base there.
 
-In: rows {"text": ..., "domain": ...}. Out: a Measurement with a value for every text: the bits that the model needs for
-its tokens, over its UTF-8 bytes. The result is the mean over domains, so that a small domain is not hidden by a large
-one. Every token but the first of a text is a target; no end token is added. Unlike a loss per token, bits per byte can
-be compared between tokenizers. Left out: which loss is too much (the plan's gate).
-"""
+In: rows {"text": ..., "domain": ...}. Out: a Measurement with a value for every text: the bits that
+the model needs for its tokens, over its UTF-8 bytes. The result is the mean over domains, so that a
+small domain is not hidden by a large one. Every token but the first of a text is a target; no end
+token is added. Unlike a loss per token, bits per byte can be compared between tokenizers. Left out:
+which loss is too much (the plan's gate)."""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def read_texts(rows: Iterable[Row]) -> tuple[GeneralText, ...]:
 def sample_texts(
     texts: Sequence[GeneralText], tokenize: TokenizeFn, max_tokens: int
 ) -> tuple[GeneralText, ...]:
-    """About `most` tokens of them, one of each domain in turn and by chance within it, at least two of each; all of
-    them where they have no more. They stay in their order."""
+    """About `most` tokens of them, one of each domain in turn and by chance within it, at least two
+    of each; all of them where they have no more. They stay in their order."""
     by_domain: dict[str, list[int]] = {}
     for index in permutation(0, 0, len(texts)).tolist():
         by_domain.setdefault(texts[index].domain, []).append(index)
@@ -85,8 +86,8 @@ def measure_bits_per_byte(
     window: int,
     task: str = GENERAL_TASK,
 ) -> MetricValues:
-    """Bits per byte of each text. `window`: a longer text is read in pieces of so many tokens, each blind to those
-    before it. A text of a single token has nothing to predict and is left out."""
+    """Bits per byte of each text. `window`: a longer text is read in pieces of so many tokens, each
+    blind to those before it. A text of a single token has nothing to predict and is left out."""
     documents, text_indices = split_texts(texts, tokenize, window)
     nats: dict[int, float] = {}
     for index, nat, _ in sorted(compute_nll(model, documents, window)):
@@ -103,7 +104,8 @@ def measure_bits_and_kl(
     window: int,
     task: str = GENERAL_TASK,
 ) -> tuple[MetricValues, ...]:
-    """Bits per byte, and beside the base: KL in nats a token, and how often the likeliest token is the same."""
+    """Bits per byte, and beside the base: KL in nats a token, and how often the likeliest token is
+    the same."""
     documents, text_indices = split_texts(texts, tokenize, window)
     parts: dict[int, list[KLResult]] = {}
     for index, found in sorted(compute_kl(model, documents, window, base)):
@@ -141,8 +143,8 @@ def _build_bits_measurement(
 
 
 def split_windows(row_id: str, tokens: Sequence[int], length: int) -> list[Document]:
-    """A text in even pieces of at most `length` fed tokens. Each begins with the last token of the one before: every
-    token but the very first is a target once."""
+    """A text in even pieces of at most `length` fed tokens. Each begins with the last token of the
+    one before: every token but the very first is a target once."""
     if len(tokens) < 2:
         return []
     weights_L = np.ones(len(tokens), dtype=np.float32)

@@ -2,9 +2,8 @@
 
     Examples -> Questions -> (answers) -> Measurements, one a metric, and Samples to look at
 
-A question is an example up to its last trained turn, exactly as it is served; what that turn holds is the expected
-answer. Left out: the metrics themselves (metrics.py).
-"""
+A question is an example up to its last trained turn, exactly as it is served; what that turn holds
+is the expected answer. Left out: the metrics themselves (metrics.py)."""
 
 from __future__ import annotations
 
@@ -34,8 +33,9 @@ from tunesmith.recipe.fields import parse_custom_metric
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """`prompt` is what the model is given, `shown` the part of it that people want to see. `negative`: what the row
-    says of its answer; a bad one is what the prompt asked for and should not get."""
+    """`prompt` is what the model is given, `shown` the part of it that people want to see.
+    `negative`: what the row says of its answer; a bad one is what the prompt asked for and should
+    not get."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -81,7 +81,8 @@ def _build_prompt(example: Example, renderer: Renderer) -> EvalPrompt:
 
 
 def compute_max_new_tokens(prompts: Sequence[EvalPrompt]) -> int:
-    """Room for an answer: half as much again as the longest expected one. Who needs more is wrong anyway."""
+    """Room for an answer: half as much again as the longest expected one. Who needs more is wrong
+    anyway."""
     return math.ceil(1.5 * max(prompt.num_expected_tokens for prompt in prompts)) + 16
 
 
@@ -94,8 +95,8 @@ def iter_answers(
     banned: tuple[tuple[int, ...], ...] = (),
     allowed: AllowedTokensFn | None = None,
 ) -> Iterator[tuple[int, GenerationOutput]]:
-    """(index of the question, greedy answer), as they finish. `banned`: token sequences that no answer may hold;
-    `allowed`: a grammar that every answer follows."""
+    """(index of the question, greedy answer), as they finish. `banned`: token sequences that no
+    answer may hold; `allowed`: a grammar that every answer follows."""
     requests = build_requests(prompts, max_new_tokens, banned)
     return generate(
         model, requests, decode=renderer.decode, end_ids=renderer.end_ids, allowed_tokens_fn=allowed
@@ -118,8 +119,8 @@ def build_requests(
 def check_prompts(
     prompts: Sequence[EvalPrompt], metrics: Sequence[str], schema: Json | None
 ) -> None:
-    """Raises InputError if a metric cannot be used: unknown, without what it needs, or not met by an expected answer
-    itself. Costs no model: call it before anything is computed."""
+    """Raises InputError if a metric cannot be used: unknown, without what it needs, or not met by
+    an expected answer itself. Costs no model: call it before anything is computed."""
     if duplicates := [
         metric for metric, count in Counter(map(format_metric_name, metrics)).items() if count > 1
     ]:

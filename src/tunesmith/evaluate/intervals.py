@@ -1,5 +1,5 @@
-"""Intervals, all 95% and two-sided: Wilson's for a rate, Bonett and Price's for the difference of paired rates, and a
-bootstrap for everything else."""
+"""Intervals, all 95% and two-sided: Wilson's for a rate, Bonett and Price's for the difference of
+paired rates, and a bootstrap for everything else."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def compute_wilson_interval(successes: float, n: int) -> tuple[float, float]:
 
 
 def compute_paired_rate_interval(gains: int, losses: int, n: int) -> tuple[float, float]:
-    """Interval of (gains - losses) / n over n pairs of 0/1 values (Bonett and Price 2012): a Wald interval with one
-    more pair of either kind. Not empty when all pairs agree, or all differ alike, where a bootstrap would be."""
+    """Interval of (gains - losses) / n over n pairs of 0/1 values (Bonett and Price 2012): a Wald
+    interval with one more pair of either kind. Not empty when all pairs agree, or all differ alike,
+    where a bootstrap would be."""
     gain, loss = (gains + 1) / (n + 2), (losses + 1) / (n + 2)
     half = Z * math.sqrt((gain + loss - (gain - loss) ** 2) / (n + 2))
     return max(-1.0, gain - loss - half), min(1.0, gain - loss + half)
@@ -34,10 +35,11 @@ def compute_paired_rate_interval(gains: int, losses: int, n: int) -> tuple[float
 def bootstrap_interval(
     values: np.ndarray, weights: np.ndarray, groups: Sequence[np.ndarray], *, seed: int
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over groups of each group's weighted mean; items are drawn within their group.
+    """Percentile interval of the mean over groups of each group's weighted mean; items are drawn
+    within their group.
 
-    Deviations are widened by sqrt(n / (n - 1)) of the group: a resample varies that much less than a new sample would.
-    """
+    Deviations are widened by sqrt(n / (n - 1)) of the group: a resample varies that much less than
+    a new sample would."""
     rng = np.random.default_rng(seed)
     means = np.mean([_resample_means(values[rows], weights[rows], rng) for rows in groups], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])

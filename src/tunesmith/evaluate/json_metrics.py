@@ -1,8 +1,7 @@
 """Whether an answer is JSON, follows a schema, and holds the right fields.
 
-Each is a function (answer, expected, schema) -> [0, 1]. A whole answer is judged: a fence or a sentence around the JSON
-makes it none.
-"""
+Each is a function (answer, expected, schema) -> [0, 1]. A whole answer is judged: a fence or a
+sentence around the JSON makes it none."""
 
 from __future__ import annotations
 
@@ -40,8 +39,9 @@ def schema_valid(answer: str, expected: str, schema: Any) -> float:
 
 
 def field_f1(answer: str, expected: str, schema: Any) -> float:
-    """F1 over the (path, value) pairs of the expected and the given JSON; a list's places are part of the path, an
-    empty object or list is a value. 0 for an answer that is not JSON; 1 only for the same JSON, key order aside."""
+    """F1 over the (path, value) pairs of the expected and the given JSON; a list's places are part
+    of the path, an empty object or list is a value. 0 for an answer that is not JSON; 1 only for
+    the same JSON, key order aside."""
     del schema
     expected_value, answer_value = _parse_json(expected), _parse_json(answer)
     if expected_value is NOT_JSON or answer_value is NOT_JSON:
@@ -71,7 +71,8 @@ def _refuse_constant(constant: str) -> None:
 def _iter_fields(
     value: Any, path: tuple[str | int, ...] = ()
 ) -> Iterator[tuple[tuple[str | int, ...], str, Any]]:
-    """(path, kind, value) of every leaf. The kind keeps true apart from 1, which Python holds to be equal."""
+    """(path, kind, value) of every leaf. The kind keeps true apart from 1, which Python holds to be
+    equal."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _iter_fields(item, (*path, key))

@@ -2,13 +2,13 @@
 
     KL(base || tuned) of the next token, in nats, and whether both find the same token the likeliest
 
-In: documents, a LanguageModel, its Base. Out: for each document the sums over its supervised tokens, and the loss that
-the same forward gives. Exact for every method, over the whole vocabulary: an adapter is switched off for a second
-forward of the same pack; where no switch brings the base back (all weights trained, an adapter that went on), its
-final hidden states were kept before training, and its head if that is trained. Logits are made in chunks. Left out:
-which texts (retention.py), how much is too much (the guard, the gate).
-Legend: S targets, H hidden, V vocabulary.
-"""
+In: documents, a LanguageModel, its Base. Out: for each document the sums over its supervised
+tokens, and the loss that the same forward gives. Exact for every method, over the whole vocabulary:
+an adapter is switched off for a second forward of the same pack; where no switch brings the base
+back (all weights trained, an adapter that went on), its final hidden states were kept before
+training, and its head if that is trained. Logits are made in chunks. Left out: which texts
+(retention.py), how much is too much (the guard, the gate). Legend: S targets, H hidden, V
+vocabulary."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ HEAD_FILE = "head.safetensors"
 
 
 class KLResult(NamedTuple):
-    """Sums over the `tokens` supervised tokens of a document. `nats`: the tuned model's loss; `same`: how many have the
-    same likeliest token."""
+    """Sums over the `tokens` supervised tokens of a document. `nats`: the tuned model's loss;
+    `same`: how many have the same likeliest token."""
 
     nats: float
     tokens: int
@@ -75,8 +75,8 @@ class AdapterDisabled:
 
 @dataclass(frozen=True, eq=False)
 class CachedStates:
-    """States of the base on known documents, one tensor [S, H] each, and its head where that is trained: on the
-    model's device and in its dtype, as every chunk of targets takes it."""
+    """States of the base on known documents, one tensor [S, H] each, and its head where that is
+    trained: on the model's device and in its dtype, as every chunk of targets takes it."""
 
     states: tuple[Tensor, ...]
     head: Tensor | None = None
@@ -94,7 +94,8 @@ class CachedStates:
         return head.compute_raw_logits(hidden_SH)
 
     def save_files(self, folder: Path, name: str) -> None:
-        """As files of a folder; several lists of documents may share one, and the head, which is written once."""
+        """As files of a folder; several lists of documents may share one, and the head, which is
+        written once."""
         states = {f"{index:08d}": state for index, state in enumerate(self.states)}
         write_tensors(states, folder / f"{name}.safetensors")
         if self.head is not None and not (folder / HEAD_FILE).exists():
@@ -148,7 +149,8 @@ def compute_kl(
     *,
     share: bool = False,
 ) -> Iterator[tuple[int, KLResult]]:
-    """(index of the document, how far it moved), as the packs are computed. Raises as likelihoods do."""
+    """(index of the document, how far it moved), as the packs are computed. Raises as likelihoods
+    do."""
     results = map_documents(
         model, documents, pack_length, partial(_compute_pack_kl, base), share=share
     )
@@ -206,8 +208,8 @@ def measure_loss_and_kl(
     pack_length: int,
     share: bool = False,
 ) -> Iterator[MetricValues]:
-    """Mean loss of a supervised token, and beside the base: KL, and how often the likeliest token is the same. Items
-    are rows."""
+    """Mean loss of a supervised token, and beside the base: KL, and how often the likeliest token
+    is the same. Items are rows."""
     parts: dict[str, list[KLResult]] = {}
     for index, result in sorted(compute_kl(model, documents, pack_length, base, share=share)):
         parts.setdefault(documents[index].id, []).append(result)

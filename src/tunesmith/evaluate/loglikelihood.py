@@ -1,9 +1,9 @@
-"""How likely a model finds documents: negative log-likelihoods, packed as in training, without a gradient.
+"""How likely a model finds documents: negative log-likelihoods, packed as in training, without a
+gradient.
 
-In: Documents and a LanguageModel. Out: for each document the sum over its supervised tokens, in nats, and their number.
-Weights other than 0 count as 1: they are a wish for training, not for measuring. A pack that memory has no room for is
-measured in halves.
-"""
+In: Documents and a LanguageModel. Out: for each document the sum over its supervised tokens, in
+nats, and their number. Weights other than 0 count as 1: they are a wish for training, not for
+measuring. A pack that memory has no room for is measured in halves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ PROGRESS_LABEL = "texts and answers measured"  # what is told of the progress
 def compute_nll(
     model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> Iterator[tuple[int, float, int]]:
-    """(index of the document, nats, tokens), as the packs are computed; documents without a target are left out."""
+    """(index of the document, nats, tokens), as the packs are computed; documents without a target
+    are left out."""
     pack_sums = map_documents(model, documents, pack_length, _compute_pack_nll, share=share)
     for index, (nats, tokens) in log_progress(pack_sums, len(documents), PROGRESS_LABEL):
         yield index, nats, tokens
@@ -46,8 +47,8 @@ def map_documents(
     *,
     share: bool = False,
 ) -> Iterator[tuple[int, T]]:
-    """(index of the document, what `work` says of it). `work` gets a batch and the indices of its documents, and says
-    something of each."""
+    """(index of the document, what `work` says of it). `work` gets a batch and the indices of its
+    documents, and says something of each."""
     assert not model.network.training, "measuring needs a model in evaluation mode"
     index_by_id = {id(document): i for i, document in enumerate(documents)}
     assert len(index_by_id) == len(documents), "a document stands in the list twice"
@@ -116,7 +117,8 @@ def measure_loss(
     pack_length: int,
     share: bool = False,
 ) -> MetricValues:
-    """Mean loss of a supervised token, in nats. Items are rows: the documents of one row count as one."""
+    """Mean loss of a supervised token, in nats. Items are rows: the documents of one row count as
+    one."""
     rows: dict[str, tuple[float, int]] = {}
     for i, nat, count in sorted(compute_nll(model, documents, pack_length, share=share)):
         nats, tokens = rows.get(documents[i].id, (0.0, 0))
@@ -139,8 +141,8 @@ def build_loss_measurement(task: str, rows: Mapping[str, tuple[float, int]]) -> 
 def to_bits_per_byte(
     loss: MetricValues, documents: Sequence[Document], renderer: Renderer
 ) -> MetricValues:
-    """The same losses in bits per byte of the answers' UTF-8: comparable between tokenizers, as a loss per token is
-    not. The end token counts among the bits, and has no bytes."""
+    """The same losses in bits per byte of the answers' UTF-8: comparable between tokenizers, as a
+    loss per token is not. The end token counts among the bits, and has no bytes."""
     num_bytes = dict.fromkeys(loss.ids, 0)
     for document in documents:
         if document.id in num_bytes and document.is_correct:

@@ -1,8 +1,8 @@
 """What a run measures, before and after: the tasks, the held-out loss, what was known before.
 
-In: a Workbench. Out: `Measured`: one Measurement a metric, with a value for every item so that before and after can be
-paired, and a few answers to look at. `test_data` is read here and nowhere else.
-"""
+In: a Workbench. Out: `Measured`: one Measurement a metric, with a value for every item so that
+before and after can be paired, and a few answers to look at. `test_data` is read here and nowhere
+else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session
 
 MAX_SAMPLES, MAX_TASK_SAMPLES = 3, 8
-MAX_SELECTION_PROMPTS = 16  # questions of `eval_data` at a look: their answers take about as long as the held-out loss of 60 rows
+# questions of `eval_data` at a look: their answers take about as long as the held-out loss of 60
+# rows
+MAX_SELECTION_PROMPTS = 16
 MAX_HELD_OUT_CHARS = 300_000  # of the texts of a role; about 75,000 tokens
 MAX_TEXT_CHARS = 30_000  # characters
 BaseReferences = Mapping[str, BaseReference]
@@ -97,8 +99,9 @@ class EvalItems:
 
 
 def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False) -> EvalItems:
-    """Raises InputError for a metric that the rows cannot be measured with, for a single item of a kind, and for a
-    metric of the user's own without `allow_code`: every way to run one leads through here."""
+    """Raises InputError for a metric that the rows cannot be measured with, for a single item of a
+    kind, and for a metric of the user's own without `allow_code`: every way to run one leads
+    through here."""
     refuse_code(plan["metrics"], allow_code=allow_code)
     texts, is_adaptive = load_general_texts(inputs), "rehearsal_margin" in plan.choices
     if inputs.corpus is not None:
@@ -146,8 +149,8 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
 
 
 def _build_selection_prompts(plan: Plan, inputs: RunInputs) -> tuple[EvalPrompt, ...]:
-    """By chance a few rows of `eval_data` whose answers are graded at each look; none where nothing grades them, and of
-    named tasks, each of which would have too few."""
+    """By chance a few rows of `eval_data` whose answers are graded at each look; none where nothing
+    grades them, and of named tasks, each of which would have too few."""
     rows = inputs.datasets.get("eval_data")
     if rows is None or rows.tasks or not plan["metrics"]:
         return ()
@@ -192,7 +195,8 @@ def load_test_prompts(inputs: RunInputs) -> list[Example]:
 
 
 def map_row_tasks(inputs: RunInputs, role: str, documents: Sequence[Document]) -> dict[str, str]:
-    """The named task of each row of a role. Raises InputError for one with less than two rows to measure."""
+    """The named task of each row of a role. Raises InputError for one with less than two rows to
+    measure."""
     dataset = inputs.datasets.get(role)
     if dataset is None or not dataset.tasks:
         return {}
@@ -209,8 +213,9 @@ def map_row_tasks(inputs: RunInputs, role: str, documents: Sequence[Document]) -
 
 
 def load_general_texts(inputs: RunInputs) -> tuple[GeneralText, ...]:
-    """The texts of `retention_data`, at least two that can be measured in each domain: all, or as many as are measured,
-    evenly of each domain and in an order by chance. Of a long text its beginning."""
+    """The texts of `retention_data`, at least two that can be measured in each domain: all, or as
+    many as are measured, evenly of each domain and in an order by chance. Of a long text its
+    beginning."""
     path = inputs.recipe.retention_data
     if path is None:
         return ()
@@ -231,7 +236,8 @@ def load_general_texts(inputs: RunInputs) -> tuple[GeneralText, ...]:
 
 
 def load_held_out_texts(inputs: RunInputs) -> dict[str, tuple[GeneralText, ...]]:
-    """Of each held-out role of texts as many as are measured, in an order by chance; of a long text its beginning."""
+    """Of each held-out role of texts as many as are measured, in an order by chance; of a long text
+    its beginning."""
     texts_by_role: dict[str, tuple[GeneralText, ...]] = {}
     for role in inputs.datasets.keys() & {"eval_data", "test_data"}:
         rows, remaining_chars = inputs.datasets[role], MAX_HELD_OUT_CHARS
@@ -274,8 +280,8 @@ def measure_items(
     base_references: BaseReferences = NO_BASE_REFERENCES,
     cache: AnswerCache | None = None,
 ) -> EvalResults:
-    """Everything that the recipe gives items for. `bases`: what the training started from, by task; without them the
-    model is it, and has not moved. `store`: where its answers are kept."""
+    """Everything that the recipe gives items for. `bases`: what the training started from, by task;
+    without them the model is it, and has not moved. `store`: where its answers are kept."""
     session.model.network.eval()
     measurements: list[MetricValues] = []
     should_grade = set(session.plan["metrics"]) - set(LIKELIHOODS) or session.inputs.recipe.never
@@ -309,7 +315,8 @@ def measure_items(
 
 
 def select_sample_indices(items: EvalItems) -> list[int]:
-    """Which questions are shown with their answers: the first ones, or the first of each named task."""
+    """Which questions are shown with their answers: the first ones, or the first of each named
+    task."""
     tasks, first_by_task = items.row_tasks.get("test_data", {}), dict[str, int]()
     for index, prompt in enumerate(items.prompts):
         first_by_task.setdefault(tasks.get(prompt.id, prompt.id), index)
@@ -339,7 +346,8 @@ def generate_answers(
 def grade_answers(
     session: Session, prompts: Sequence[EvalPrompt], answers: Sequence[str]
 ) -> list[MetricValues]:
-    """What answers show by themselves. Bad answers have no grade: whatever is said instead may be right."""
+    """What answers show by themselves. Bad answers have no grade: whatever is said instead may be
+    right."""
     metrics, schema, never = (
         session.plan["metrics"],
         session.inputs.response_schema,
@@ -356,8 +364,8 @@ def grade_answers(
 
 
 def measure_baselines(session: Session, items: EvalItems) -> dict[str, EvalResults]:
-    """What the answers show without training: as they are, with the rules in the prompt, with bad tokens banned. The
-    same items in each, and the model as it was before training."""
+    """What the answers show without training: as they are, with the rules in the prompt, with bad
+    tokens banned. The same items in each, and the model as it was before training."""
     session.model.network.eval()
     constraints, renderer = session.inputs.recipe.never, session.renderer
     prompts = (*items.prompts, *items.eliciting_prompts)
@@ -470,7 +478,8 @@ def compute_text_window(session: Session) -> int:
 def _measure_likelihoods(
     session: Session, documents: Sequence[Document], task: str, base: BaseReference | None = None
 ) -> Iterator[MetricValues]:
-    """The loss of right answers; of pairs, how they are ranked too. Beside a `base`, how far the model is from it."""
+    """The loss of right answers; of pairs, how they are ranked too. Beside a `base`, how far the
+    model is from it."""
     plan = session.plan
     packing = {"pack_length": plan["pack_length"], "share": plan["share_prefixes"]}
     answers = select_answers(documents)
@@ -522,8 +531,8 @@ def measure_eval_loss(session: Session, items: EvalItems) -> MetricValues:
 
 
 def eval_during_training(session: Session, items: EvalItems, *, step: int) -> list[Score]:
-    """What is looked at while training: the likelihoods on `eval_data`, a few answers, and general texts where they are
-    watched."""
+    """What is looked at while training: the likelihoods on `eval_data`, a few answers, and general
+    texts where they are watched."""
     session.model.network.eval()
     measurements = _split_measurements(
         session, items, "eval_data", _measure_likelihoods(session, items.eval_documents, "eval")

@@ -2,11 +2,10 @@
 
     "exact_match", "numeric: 0.01" -> named -> (its function, what it is given)
 
-A metric is a function (answer, expected, given) -> [0, 1]; a new one is a function and a line in METRICS. `given` is
-the recipe's schema for schema_valid, what stands behind the colon for those of GIVEN, else None. Those of LIKELIHOODS
-look at no answer but at how likely the model finds texts (choices.py, likelihood.py); a user's own metric is a function
-in a file (ownmetric.py).
-"""
+A metric is a function (answer, expected, given) -> [0, 1]; a new one is a function and a line in
+METRICS. `given` is the recipe's schema for schema_valid, what stands behind the colon for those of
+GIVEN, else None. Those of LIKELIHOODS look at no answer but at how likely the model finds texts
+(choices.py, likelihood.py); a user's own metric is a function in a file (ownmetric.py)."""
 
 from __future__ import annotations
 
@@ -46,7 +45,8 @@ def split_metric(metric: str) -> tuple[str, str]:
 
 
 def parse_metric_arg(metric: str, schema: Json | None) -> Any:
-    """What a metric is given. Raises InputError for a name that there is not, and for what it cannot take."""
+    """What a metric is given. Raises InputError for a name that there is not, and for what it
+    cannot take."""
     name, text = split_metric(metric)
     if name not in (metric_names := (*METRICS, *LIKELIHOODS)):
         close_matches = difflib.get_close_matches(name, metric_names, n=1)
@@ -80,8 +80,8 @@ def parse_metric_arg(metric: str, schema: Json | None) -> Any:
 
 
 def refuse_invalid_metrics(inputs: RunInputs) -> None:
-    """InputError for a metric of the recipe that is none, whether there are rows to measure or not, and for general
-    text that is not there."""
+    """InputError for a metric of the recipe that is none, whether there are rows to measure or not,
+    and for general text that is not there."""
     recipe = inputs.recipe
     if recipe.retention_data is not None:
         check_path(recipe.retention_data)

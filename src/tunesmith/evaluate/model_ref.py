@@ -41,7 +41,8 @@ MAX_SUGGESTIONS = 3
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """`b` minus `a`, measure by measure. `together`: Holm's p of each among all. `notes`: what is not compared."""
+    """`b` minus `a`, measure by measure. `together`: Holm's p of each among all. `notes`: what is
+    not compared."""
 
     first: str
     second: str
@@ -52,7 +53,8 @@ class ModelComparison:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """One of the two as it was named. `run` is the folder of its run, if it is of one; `scale` is of its adapter."""
+    """One of the two as it was named. `run` is the folder of its run, if it is of one; `scale` is
+    of its adapter."""
 
     name: str
     run_dir: Path | None = None
@@ -70,7 +72,8 @@ class ModelRef:
 
 
 def parse_model_ref(name: str) -> ModelRef:
-    """What a name means. Raises InputError for a scale that is none, and for what can be seen to be nothing."""
+    """What a name means. Raises InputError for a scale that is none, and for what can be seen to be
+    nothing."""
     try:
         model_ref = _parse_ref(name)
         if model_ref.run_dir is None and name != BASE_NAME and not name.endswith(".jsonl"):
@@ -102,7 +105,8 @@ def _parse_ref(name: str) -> ModelRef:
 
 
 def _refuse_unknown(name: str) -> None:
-    """InputError for a path where nothing is. An id on the hub looks like one: it passes unless it is near to a run."""
+    """InputError for a path where nothing is. An id on the hub looks like one: it passes unless it
+    is near to a run."""
     path = Path(name.rpartition("@")[0] if SCALE_SUFFIX.search(name) else name).expanduser()
     if path.exists() or name in BUILT_IN_MODELS:
         return
@@ -150,8 +154,9 @@ def _list_folders(path: Path) -> list[Path]:
 
 
 def load_cached_results(model_ref: ModelRef, other_ref: ModelRef) -> EvalResults | None:
-    """What files say of it: its run's, or, of the `base` and of answers, those of the other side's run. None if a model
-    must be loaded. Raises InputError for a run that is not finished, damaged or of another version."""
+    """What files say of it: its run's, or, of the `base` and of answers, those of the other side's
+    run. None if a model must be loaded. Raises InputError for a run that is not finished, damaged
+    or of another version."""
     if model_ref.name == BASE_NAME or model_ref.name.endswith(".jsonl"):
         if other_ref.run_dir is None:
             message = f"{model_ref.name} is compared with a run, whose items it is measured on"
@@ -190,8 +195,9 @@ def load_results(run: Path, file: str) -> EvalResults:
 
 
 def load_answers(path: Path, run: Path) -> EvalResults:
-    """A file of answers, {"id": ..., "answer": ...} a line, graded by the metrics of a run. Raises InputError with
-    file:line for a row without them, for an id that the run does not know, and for one that stands twice."""
+    """A file of answers, {"id": ..., "answer": ...} a line, graded by the metrics of a run. Raises
+    InputError with file:line for a row without them, for an id that the run does not know, and for
+    one that stands twice."""
     if is_staged(run):
         message = "answers are graded by the metrics of one run, and this one has several stages"
         raise InputError(message, where=str(run), fix="name the folder of a stage")

@@ -1,11 +1,12 @@
-"""Multiple choice by likelihood: of the answers that a row offers, which one is the model most likely to give?
+"""Multiple choice by likelihood: of the answers that a row offers, which one is the model most
+likely to give?
 
     Examples -> Documents, one a choice, the right one first -> a Measurement of 0 and 1
 
-Nothing is generated. A choice is rendered as the answer would be, its end token included, so its likelihood is that of
-this answer and no longer one; lengths are not evened out. A row says `"choices": ["yes", "no"]`; where none does, the
-choices are the different answers of all rows, as for labels. Equally likely choices are a wrong answer.
-"""
+Nothing is generated. A choice is rendered as the answer would be, its end token included, so its
+likelihood is that of this answer and no longer one; lengths are not evened out. A row says
+`"choices": ["yes", "no"]`; where none does, the choices are the different answers of all rows, as
+for labels. Equally likely choices are a wrong answer."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ MAX_LABELS = 32  # different answers of rows that offer no choices; more are no 
 def build_choices(
     examples: Sequence[Example], renderer: Renderer
 ) -> dict[str, tuple[Document, ...]]:
-    """Row -> its choices. Raises InputError for a row that offers less than two, or not the right one."""
+    """Row -> its choices. Raises InputError for a row that offers less than two, or not the right
+    one."""
     labels = tuple(dict.fromkeys(_get_answer(example).strip() for example in examples))
     if not any(example.choices for example in examples) and not 2 <= len(labels) <= MAX_LABELS:
         message = f"no row has `choices`, and the {len(labels):,} different answers are no labels to choose from"

@@ -1,10 +1,11 @@
-"""Two models measured apart, brought together: every measure that both have, on the items that both were asked.
+"""Two models measured apart, brought together: every measure that both have, on the items that both
+were asked.
 
     Measured, Measured -> pairs of Measurements on the same items, and notes on what is left out
 
-An item is known by what it says, where both sides kept a digest of it, else by its id: a file that lost a row, or was
-put in another order, is still compared row by row, and two files of one name are not taken for each other.
-"""
+An item is known by what it says, where both sides kept a digest of it, else by its id: a file that
+lost a row, or was put in another order, is still compared row by row, and two files of one name are
+not taken for each other."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def _index_items(
 def _find_task_digests(
     task: str, digests_by_role: Mapping[str, Mapping[str, str]]
 ) -> Mapping[str, str]:
-    """The digests of a task's items; those of several stages have the name of the stage before them."""
+    """The digests of a task's items; those of several stages have the name of the stage before
+    them."""
     if task == GENERAL_TASK:
         return digests_by_role.get(RETENTION_DATA, {})
     test_roles = [

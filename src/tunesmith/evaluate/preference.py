@@ -1,9 +1,9 @@
 """How a model ranks the two answers of a pair: by their likelihood, nothing is generated.
 
-In: documents with sides, a LanguageModel. Out: Measurements by row: is the chosen answer the likelier one, by how much,
-and how likely is each. DPO compares whole answers, ORPO and SimPO the mean of their tokens; so do these. Also here: the
-log-probabilities before training that DPO compares with, kept in the run folder when no switch brings them back.
-"""
+In: documents with sides, a LanguageModel. Out: Measurements by row: is the chosen answer the
+likelier one, by how much, and how likely is each. DPO compares whole answers, ORPO and SimPO the
+mean of their tokens; so do these. Also here: the log-probabilities before training that DPO
+compares with, kept in the run folder when no switch brings them back."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def measure_preference(
 
 
 def check_displacement(comparisons: Sequence[Comparison], step: int) -> Iterator[CheckResult]:
-    """A warning when the chosen answers became less likely: both sides sink, and something else takes the room."""
+    """A warning when the chosen answers became less likely: both sides sink, and something else
+    takes the room."""
     for comparison in comparisons:
         drop = (comparison.before.value - comparison.after.value) / max(
             abs(comparison.before.value), 1e-9
@@ -72,8 +73,9 @@ def check_displacement(comparisons: Sequence[Comparison], step: int) -> Iterator
 
 
 def add_references(session: Session, folder: RunFolder) -> Session:
-    """The bench with what DPO compares with, computed once and read back by every later attempt. A fresh adapter needs
-    none: switched off, it leaves the base. Call it before any weight has changed."""
+    """The bench with what DPO compares with, computed once and read back by every later attempt. A
+    fresh adapter needs none: switched off, it leaves the base. Call it before any weight has
+    changed."""
     plan = session.plan
     is_fresh = plan["method"] != "full" and "adapter_from" not in plan.choices
     if is_fresh or "loss" not in plan.choices or plan["loss"] not in REFERENCE_LOSSES:

@@ -1,11 +1,11 @@
-"""May this be released? A gate for each comparison: not worse than before, and no more forgotten than was allowed.
+"""May this be released? A gate for each comparison: not worse than before, and no more forgotten
+than was allowed.
 
     Comparisons, a margin -> Gates
 
-General text: the worst end of the interval must lie within the margin that the plan fixed before the training (the
-lower bound of a non-inferiority test). Everything else: the interval must not lie on the worse side. How far a model
-has moved from its base is no gate.
-"""
+General text: the worst end of the interval must lie within the margin that the plan fixed before
+the training (the lower bound of a non-inferiority test). Everything else: the interval must not lie
+on the worse side. How far a model has moved from its base is no gate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from tunesmith.evaluate.significance import judge_comparison
 
 @dataclass(frozen=True)
 class Gate:
-    """`bound` is the worst end of the interval of the difference; it may be `margin` at most, where there is one."""
+    """`bound` is the worst end of the interval of the difference; it may be `margin` at most, where
+    there is one."""
 
     name: str
     passed: bool

@@ -1,10 +1,11 @@
-"""Whether what general text lost is gone, or only pushed aside: the same texts again, after others of their domain.
+"""Whether what general text lost is gone, or only pushed aside: the same texts again, after others
+of their domain.
 
-A model that has lost a domain is worse in the middle of such text, too. One that has only learnt to expect something
-else sees from a few texts where it is, and finds the next one as likely as before its training. So each text is
-measured by itself and after SHOTS others of its domain, by the model before and by the trained one: paired by text,
-nothing is trained. Left out: which domains are asked about (measure.py).
-"""
+A model that has lost a domain is worse in the middle of such text, too. One that has only learnt to
+expect something else sees from a few texts where it is, and finds the next one as likely as before
+its training. So each text is measured by itself and after SHOTS others of its domain, by the model
+before and by the trained one: paired by text, nothing is trained. Left out: which domains are asked
+about (measure.py)."""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ def measure_after_shots(
     window: int,
     task: str,
 ) -> MetricValues:
-    """Bits per byte of each text after `shots` others, the next ones of the list; the same targets for any number of
-    them. What does not fit into `window` is left out: of the shots their beginning, of the text its end."""
+    """Bits per byte of each text after `shots` others, the next ones of the list; the same targets
+    for any number of them. What does not fit into `window` is left out: of the shots their
+    beginning, of the text its end."""
     tokens = [list(tokenize(text.text))[:window] for text in texts]
     documents = [
         _build_document(texts, tokens, index, shots, window) for index in range(len(texts))

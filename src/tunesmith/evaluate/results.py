@@ -1,11 +1,12 @@
-"""From values by item to claims: a score with its interval, and before against after on the same items.
+"""From values by item to claims: a score with its interval, and before against after on the same
+items.
 
     Measurement (one value an item) -> Score; two Measurements -> Comparison -> a plain sentence
 
-Intervals are 95%: for plain 0/1 values the score intervals of stats.py, which are right for few items and near 0 and 1;
-otherwise a bootstrap over items, within each group where there are groups. Before and after are always compared item by
-item. Left out: what may be concluded (significance.py); spread between training seeds, which one run cannot know.
-"""
+Intervals are 95%: for plain 0/1 values the score intervals of stats.py, which are right for few
+items and near 0 and 1; otherwise a bootstrap over items, within each group where there are groups.
+Before and after are always compared item by item. Left out: what may be concluded
+(significance.py); spread between training seeds, which one run cannot know."""
 
 from __future__ import annotations
 
@@ -35,8 +36,9 @@ RETENTION_DATA = "retention_data"
 
 @dataclass(frozen=True)
 class MetricValues:
-    """One metric on the items of one task. `weights` (empty: all equal) count within the mean, such as tokens of a
-    document; with `groups` (empty: none) the result is the mean over groups of each group's mean."""
+    """One metric on the items of one task. `weights` (empty: all equal) count within the mean, such
+    as tokens of a document; with `groups` (empty: none) the result is the mean over groups of each
+    group's mean."""
 
     task: str
     metric: str
@@ -53,9 +55,9 @@ class MetricValues:
 
 @dataclass(frozen=True)
 class EvalResults:
-    """All that was measured of one model; what before.json and after.json of a run hold. `samples` are all answers,
-    `shown` the ids of a few that the record shows. `contents`: role -> row -> a digest of what it says, by which the
-    items of two runs are known to be the same."""
+    """All that was measured of one model; what before.json and after.json of a run hold. `samples`
+    are all answers, `shown` the ids of a few that the record shows. `contents`: role -> row -> a
+    digest of what it says, by which the items of two runs are known to be the same."""
 
     measurements: tuple[MetricValues, ...]
     samples: tuple[GenerationSample, ...] = ()
@@ -68,7 +70,8 @@ class EvalResults:
 
 
 def compute_score(measurement: MetricValues, *, step: int = 0, seed: int = 0) -> Score:
-    """Raises InputError for fewer than two items, over all or in a group: one item has no interval."""
+    """Raises InputError for fewer than two items, over all or in a group: one item has no
+    interval."""
     _refuse_single_item(measurement)
     value = float(_compute_mean(measurement, np.array(measurement.values)))
     if measurement.is_binary:
@@ -83,8 +86,9 @@ def compute_score(measurement: MetricValues, *, step: int = 0, seed: int = 0) ->
 def compare_measurements(
     before: MetricValues, after: MetricValues, *, step: int = 0, seed: int = 0
 ) -> Comparison:
-    """`after` minus `before`, item by item. Raises InputError unless both measured the same items with the same weights
-    in the same groups; the order may differ. `step`: when `after` was measured."""
+    """`after` minus `before`, item by item. Raises InputError unless both measured the same items
+    with the same weights in the same groups; the order may differ. `step`: when `after` was
+    measured."""
     after = _align_items(before, after)
     change = replace(
         before, values=tuple(b - a for a, b in zip(before.values, after.values, strict=True))
@@ -111,7 +115,8 @@ def compare_measurements(
 
 
 def _build_change_fields(counts: tuple[int, int] | None, higher_is_better: bool) -> dict[str, Any]:
-    """Of items that rose and fell: how many got better and worse, and how likely that is by chance."""
+    """Of items that rose and fell: how many got better and worse, and how likely that is by
+    chance."""
     if counts is None:
         return {}
     gains, losses = counts if higher_is_better else counts[::-1]
@@ -129,8 +134,8 @@ def select_sample_pairs(
 def compare_results(
     before: EvalResults, after: EvalResults, *, step: int
 ) -> tuple[Comparison, ...]:
-    """Of two models on the same items: every measure of `before`. How far a model is from its base is measured after
-    only: before, it has not moved."""
+    """Of two models on the same items: every measure of `before`. How far a model is from its base
+    is measured after only: before, it has not moved."""
     after_by_metric = {
         (measurement.task, measurement.metric): measurement for measurement in after.measurements
     }
@@ -152,7 +157,8 @@ def compute_kl_scores(before: EvalResults, after: EvalResults, *, step: int) -> 
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """One line with all that a claim needs: both values, the difference, its interval, the number of items."""
+    """One line with all that a claim needs: both values, the difference, its interval, the number
+    of items."""
     c = comparison
     return (
         f"{c.task}, {c.metric}: {c.before.value:.3f} -> {c.after.value:.3f},"

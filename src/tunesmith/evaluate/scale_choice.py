@@ -2,9 +2,8 @@
 
     ScalePoints (0, 0.25, ... 1) -> the one that keeps most of the gain and forgets least, and how that is said
 
-Chosen on `eval_data`, as everything is that is chosen: what it says of the chosen scale is no result. Left out: the
-measuring (scales.py).
-"""
+Chosen on `eval_data`, as everything is that is chosen: what it says of the chosen scale is no
+result. Left out: the measuring (scales.py)."""
 
 from __future__ import annotations
 
@@ -14,9 +13,8 @@ from shlex import quote
 from tunesmith.core.types import ScalePoint
 
 MIN_GAIN_SHARE = 0.9  # of the best gain: what an offered scale keeps at least
-MAX_FORGETTING_SHARE = (
-    0.5  # of the forgetting, at most: then the offer stands in the verdict of a run
-)
+# of the forgetting, at most: then the offer stands in the verdict of a run
+MAX_FORGETTING_SHARE = 0.5
 MAX_SCALE = 2.0  # what an adapter may be scaled by; beyond 1 nothing was measured by the run itself
 
 
@@ -27,7 +25,8 @@ def compute_gain_share(points: Sequence[ScalePoint], point: ScalePoint) -> float
 
 
 def compute_forgetting_share(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
-    """Of what the whole adapter raises the bits per byte by; None where it raises nothing, or nothing was measured."""
+    """Of what the whole adapter raises the bits per byte by; None where it raises nothing, or
+    nothing was measured."""
     first, last = points[0].general_text, points[-1].general_text
     if first is None or last is None or point.general_text is None or last.value <= first.value:
         return None
@@ -35,8 +34,9 @@ def compute_forgetting_share(points: Sequence[ScalePoint], point: ScalePoint) ->
 
 
 def recommend_scale(points: Sequence[ScalePoint]) -> ScalePoint | None:
-    """Of the scales that keep most of the best gain, with a loss inside the interval of the best one, the one that
-    forgets least; without forgetting, the one with the best gain. None where nothing was gained."""
+    """Of the scales that keep most of the best gain, with a loss inside the interval of the best
+    one, the one that forgets least; without forgetting, the one with the best gain. None where
+    nothing was gained."""
     best = min(points, key=lambda point: point.eval_loss.value, default=None)
     best_share = None if best is None else compute_gain_share(points, best)
     if best is None or not best_share:
@@ -76,8 +76,8 @@ def describe_recommendation(points: Sequence[ScalePoint]) -> str:
 
 
 def build_commands(points: Sequence[ScalePoint], run: str) -> tuple[str, ...]:
-    """What measures a run as offered on its own items, which a loss on others is no proof for, and what hands it out;
-    nothing where that is the adapter as trained."""
+    """What measures a run as offered on its own items, which a loss on others is no proof for, and
+    what hands it out; nothing where that is the adapter as trained."""
     best = recommend_scale(points)
     if best is None or best.scale == 1:
         return ()

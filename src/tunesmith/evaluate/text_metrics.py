@@ -1,10 +1,10 @@
-"""How near an answer is to the expected one as a text: equal, contained, matched, the same number, shared words.
+"""How near an answer is to the expected one as a text: equal, contained, matched, the same number,
+shared words.
 
-Each is a function (answer, expected, given) -> [0, 1]; `given` is what the recipe gives the metric, or None. Words are
-runs of letters and digits, letter case aside. ROUGE-L is Lin's (2004) with F1, chrF is Popović's (2015) with 6
-characters and beta 2, as sacrebleu computes it for one sentence. Left out: stemming, synonyms, languages without spaces
-between words, which chrF is for.
-"""
+Each is a function (answer, expected, given) -> [0, 1]; `given` is what the recipe gives the metric,
+or None. Words are runs of letters and digits, letter case aside. ROUGE-L is Lin's (2004) with F1,
+chrF is Popović's (2015) with 6 characters and beta 2, as sacrebleu computes it for one sentence.
+Left out: stemming, synonyms, languages without spaces between words, which chrF is for."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def normalised_match(answer: str, expected: str, arg: Any) -> float:
 
 
 def contains(answer: str, expected: str, arg: Any) -> float:
-    """The expected answer, or the text that the recipe gives, stands in it, whatever is said around it: by its words,
-    in any letter case; what has no word, such as "+", as it is."""
+    """The expected answer, or the text that the recipe gives, stands in it, whatever is said around
+    it: by its words, in any letter case; what has no word, such as "+", as it is."""
     target = (arg or expected).strip()
     if split_words(target):
         return float(normalise_words(target) in normalise_words(answer))
@@ -59,7 +59,8 @@ def normalise_words(text: str) -> str:
 
 
 def regex_match(answer: str, expected: str, arg: Any) -> float:
-    """The recipe's pattern matches the answer, anywhere. Raises InputError when it takes too long."""
+    """The recipe's pattern matches the answer, anywhere. Raises InputError when it takes too
+    long."""
     del expected
     try:
         return float(arg.search(answer.strip(), timeout=MAX_MATCH_SECONDS) is not None)
@@ -70,8 +71,8 @@ def regex_match(answer: str, expected: str, arg: Any) -> float:
 
 
 def numeric(answer: str, expected: str, arg: Any) -> float:
-    """The last number of the answer is the last one expected, within a relative tolerance (of 0, an absolute one).
-    Commas between thousands and exponents are read; 0 where either has no number."""
+    """The last number of the answer is the last one expected, within a relative tolerance (of 0, an
+    absolute one). Commas between thousands and exponents are read; 0 where either has no number."""
     answer_number, expected_number = _find_last_number(answer), _find_last_number(expected)
     if answer_number is None or expected_number is None:
         return 0.0
@@ -98,7 +99,8 @@ def rouge_l(answer: str, expected: str, arg: Any) -> float:
 
 
 def chrf(answer: str, expected: str, arg: Any) -> float:
-    """F-score over the runs of 1 to 6 characters of both, white space aside; recall counts twice."""
+    """F-score over the runs of 1 to 6 characters of both, white space aside; recall counts
+    twice."""
     del arg
     answer_chars, expected_chars = "".join(answer.split()), "".join(expected.split())
     if answer_chars == expected_chars:

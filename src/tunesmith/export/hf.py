@@ -1,8 +1,9 @@
-"""The two exports that are folders for transformers: the adapter as it is, and the model with the adapter merged in.
+"""The two exports that are folders for transformers: the adapter as it is, and the model with the
+adapter merged in.
 
-In: a finished run. Out: `adapter_config.json` and its weights for PEFT, or a model folder that needs no adapter. Both
-hold the tokenizer, the chat template and the generation config with the trained end tokens.
-"""
+In: a finished run. Out: `adapter_config.json` and its weights for PEFT, or a model folder that
+needs no adapter. Both hold the tokenizer, the chat template and the generation config with the
+trained end tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from tunesmith.train.model_card import CARD_FILE, note_scale
 
 
 def write_peft(job: ExportJob) -> None:
-    """The adapter folder, file by file; at another scale its config, its rows of new tokens and its card say so."""
+    """The adapter folder, file by file; at another scale its config, its rows of new tokens and its
+    card say so."""
     _copy_files(job)
     if job.run.scale != 1:
         rescale_adapter(job.folder, job.run.scale, job.run.token_rows)
@@ -47,7 +49,8 @@ def reload_peft(job: ExportJob) -> ReloadedExport:
 
 
 def write_merged_folder(job: ExportJob) -> None:
-    """The base's config, its weights with the adapter added in fp32 and cast once, and what serving needs."""
+    """The base's config, its weights with the adapter added in fp32 and cast once, and what serving
+    needs."""
     run = job.run
     _copy_files(job, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PROVENANCE, WEIGHTS_FILE, CARD_FILE)
     save_config(job.folder, run.model_spec.path, run.model_spec.vocab_size)

@@ -1,9 +1,9 @@
-"""Which weights an adapter that was trained beside 4-bit ones is merged into: those of the files, or what 4 bits left.
+"""Which weights an adapter that was trained beside 4-bit ones is merged into: those of the files,
+or what 4 bits left.
 
-In: a finished run, its witnesses, the user's word. Out: the choice, and how far from the run each base would be. An
-adapter also learns to mend what quantisation did, so the files' own weights are rarely the nearer ones. Left out: what
-the format of the export does on top (parity.py).
-"""
+In: a finished run, its witnesses, the user's word. Out: the choice, and how far from the run each
+base would be. An adapter also learns to mend what quantisation did, so the files' own weights are
+rarely the nearer ones. Left out: what the format of the export does on top (parity.py)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ BASES: tuple[BaseKind, ...] = ("dequantized", "original")
 
 @dataclass(frozen=True)
 class MergeBase:
-    """`mean_kl`: in nats, to the run, of the adapter merged into each and rounded to the base's own type; empty where
-    there is nothing to choose."""
+    """`mean_kl`: in nats, to the run, of the adapter merged into each and rounded to the base's own
+    type; empty where there is nothing to choose."""
 
     base: BaseKind
     mean_kl: Mapping[str, float]
@@ -39,8 +39,8 @@ class MergeBase:
 def choose_base(
     run: SourceRun, examples: Sequence[ParityExample], requested: str, *, is_merged: bool
 ) -> MergeBase:
-    """`wish`: a base, or auto for the nearer one. `merges`: the export holds more than the adapter. InputError for a
-    wish that there is not, or that has no effect."""
+    """`wish`: a base, or auto for the nearer one. `merges`: the export holds more than the adapter.
+    InputError for a wish that there is not, or that has no effect."""
     if requested not in (*BASES, "auto"):
         raise InputError(
             f"there is no base {requested!r}",

@@ -1,11 +1,12 @@
-"""Ollama's Modelfile: the chat template once more, in Go's language, with the system message and the stop texts.
+"""Ollama's Modelfile: the chat template once more, in Go's language, with the system message and
+the stop texts.
 
     choose(run, conversations) -> Served;  written(served, ...) -> text;  parsed(text) -> Served
 
-Ollama does not run the Jinja template inside a GGUF. `FAMILIES` holds what models commonly use, in Go; one is taken
-only if it gives the same tokens as the model's own template, on the run's prompts and on made-up conversations. They
-use the least of Go: a loop over the messages, role and content. Left out: tools.
-"""
+Ollama does not run the Jinja template inside a GGUF. `FAMILIES` holds what models commonly use, in
+Go; one is taken only if it gives the same tokens as the model's own template, on the run's prompts
+and on made-up conversations. They use the least of Go: a loop over the messages, role and content.
+Left out: tools."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def choose_template(
 
 
 def encode_prompt(text: str, tokenizer_path: Path, renderer: Renderer) -> tuple[int, ...]:
-    """Ollama encodes the whole text, control tokens in it included, behind a first token where the model has one."""
+    """Ollama encodes the whole text, control tokens in it included, behind a first token where the
+    model has one."""
     return (
         *renderer.tokenizer.bos_ids,
         *Tokenizer.from_file(str(tokenizer_path)).encode(text, add_special_tokens=False).ids,

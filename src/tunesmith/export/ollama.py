@@ -1,8 +1,8 @@
-"""The export for Ollama: a folder with a GGUF and the Modelfile that `ollama create NAME -f Modelfile` takes.
+"""The export for Ollama: a folder with a GGUF and the Modelfile that `ollama create NAME -f
+Modelfile` takes.
 
-In: a finished run. Out: the folder. Prompts are rendered back through the Modelfile's own template, the weights through
-the GGUF.
-"""
+In: a finished run. Out: the folder. Prompts are rendered back through the Modelfile's own template,
+the weights through the GGUF."""
 
 from __future__ import annotations
 

@@ -2,10 +2,9 @@
 
     witnesses_of(run) -> held-out rows;  live_answers, export_answers -> Answers;  compare -> Parity;  refuse_beyond
 
-Both sides compute in fp32, the run in our engine and the export in transformers', so what is left between them is what
-the format does to the weights. The live answers are taken first and their model is let go: one model is in memory at a
-time. Legend: S supervised positions, V vocabulary.
-"""
+Both sides compute in fp32, the run in our engine and the export in transformers', so what is left
+between them is what the format does to the weights. The live answers are taken first and their
+model is let go: one model is in memory at a time. Legend: S supervised positions, V vocabulary."""
 
 from __future__ import annotations
 
@@ -39,7 +38,8 @@ MAX_NEW_TOKENS = 32
 
 @dataclass(frozen=True, eq=False)
 class ParityExample:
-    """A held-out row: its tokens with the first few targets, and the prompt of its last answer as it is served."""
+    """A held-out row: its tokens with the first few targets, and the prompt of its last answer as
+    it is served."""
 
     document: Document
     prompt: tuple[int, ...]
@@ -63,7 +63,8 @@ class ParityOutputs:
 
 @dataclass(frozen=True, eq=False)
 class ReloadedExport:
-    """An export as another program reads it. `rendered`: the prompts of the witnesses that have messages."""
+    """An export as another program reads it. `rendered`: the prompts of the witnesses that have
+    messages."""
 
     network: Network
     rendered_ids: Sequence[tuple[int, ...]]
@@ -72,7 +73,8 @@ class ReloadedExport:
 
 @dataclass(frozen=True, eq=False)
 class ExportJob:
-    """One export at work: a run becomes a `kind` of format in `folder`, and is compared on the witnesses."""
+    """One export at work: a run becomes a `kind` of format in `folder`, and is compared on the
+    witnesses."""
 
     run: SourceRun
     folder: Path
@@ -93,9 +95,10 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an export is from its run. KL in nats at `places`, from the run's distribution to the export's;
-    `trained_kl` is its mean from the run's to the base's, None where there is no adapter. `same_prompts` of
-    `rendered_prompts` give the same ids, `same_answers` of `prompts` the same greedy tokens."""
+    """How far an export is from its run. KL in nats at `places`, from the run's distribution to the
+    export's; `trained_kl` is its mean from the run's to the base's, None where there is no adapter.
+    `same_prompts` of `rendered_prompts` give the same ids, `same_answers` of `prompts` the same
+    greedy tokens."""
 
     prompts: int
     rendered_prompts: int
@@ -111,8 +114,8 @@ class Parity:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The most that a format may do to an export. Greedy answers and likeliest tokens are told and not judged: where
-    two tokens are nearly as likely, any rounding may choose the other."""
+    """The most that a format may do to an export. Greedy answers and likeliest tokens are told and
+    not judged: where two tokens are nearly as likely, any rounding may choose the other."""
 
     mean_kl: float
     max_kl: float
@@ -155,7 +158,8 @@ def select_examples(run: SourceRun) -> tuple[ParityExample, ...]:
 
 
 def _needs_stock_rendering(example: ParityExample) -> bool:
-    """Whether other programs rightly render it otherwise: then the stock template of the run's own files tells how."""
+    """Whether other programs rightly render it otherwise: then the stock template of the run's own
+    files tells how."""
     return bool(example.messages) and not example.rendered_ids
 
 
@@ -177,7 +181,8 @@ def _build_example(run: SourceRun, rows: Dataset, index: int) -> ParityExample |
         turn_index for turn_index, weight in enumerate(example.turn_weights) if weight > 0
     )
     messages = tuple(run.renderer.normalize_messages(example.messages[:answer_turn], example.tools))
-    # Other programs write today's date where the run's is frozen, and make control tokens of text that looks so.
+    # Other programs write today's date where the run's is frozen, and make control tokens of text
+    # that looks so.
     is_different = run.renderer.has_date or CONTROL_LIKE_TEXT in prepared.notes
     return ParityExample(
         short_document, prompt, messages, example.tools, () if is_different else prompt
@@ -198,8 +203,8 @@ def compute_live_outputs(job: ExportJob) -> ParityOutputs:
 
 
 def compute_export_outputs(job: ExportJob, reloaded: ReloadedExport) -> ParityOutputs:
-    """Logits by the stock network; then it becomes ours, for the greedy answers up to the export's own end tokens.
-    GateError for logits that are not finite."""
+    """Logits by the stock network; then it becomes ours, for the greedy answers up to the export's
+    own end tokens. GateError for logits that are not finite."""
     logits = compute_example_logits(reloaded.network, job.examples)
     if not all(bool(values.isfinite().all()) for values in logits):
         raise GateError(

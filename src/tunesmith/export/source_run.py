@@ -1,8 +1,8 @@
 """A finished run, as an export sees it: its weights, its base, and how it renders prompts.
 
-In: a run folder. Out: `Finished`, checked: the run is complete, its files are as they were written, the base is still
-the one that it was trained on. No weights are in memory but the adapter's. Left out: what is made of it.
-"""
+In: a run folder. Out: `Finished`, checked: the run is complete, its files are as they were written,
+the base is still the one that it was trained on. No weights are in memory but the adapter's. Left
+out: what is made of it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from tunesmith.session.inputs import build_renderer
 
 @dataclass(frozen=True, eq=False)
 class SourceRun:
-    """`weights`: the base, as large as new tokens make it, or the model itself where all of it was trained; then there
-    are no `loras`."""
+    """`weights`: the base, as large as new tokens make it, or the model itself where all of it was
+    trained; then there are no `loras`."""
 
     path: Path
     plan: Plan
@@ -95,8 +95,8 @@ class SourceRun:
         return parse_as(RunRecord, read_json(file), where=str(file)).scales
 
     def load_base_network(self, *, is_original: bool = False) -> Network:
-        """Stock, in fp32, without the adapter, new tokens as they started: the weights that were trained beside, or the
-        files' `original` ones."""
+        """Stock, in fp32, without the adapter, new tokens as they started: the weights that were
+        trained beside, or the files' `original` ones."""
         network = load_network(self.model_spec.path, torch.float32, self.device)
         for path in () if is_original else self.quantized_paths:
             weight = network.get_submodule(path).weight
@@ -129,7 +129,8 @@ class SourceRun:
 
 
 def open_source_run(path: Path) -> SourceRun:
-    """InputError for a folder that is no finished run, was changed, or whose base was; GateError for a failed run."""
+    """InputError for a folder that is no finished run, was changed, or whose base was; GateError
+    for a failed run."""
     path = find_weights_dir(path)
     require_run(path)
     if problem := read_failure(path):

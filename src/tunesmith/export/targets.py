@@ -1,8 +1,8 @@
 """What a run can be exported to, and how near to the run each has to be.
 
-In: the words of the user. Out: a `Format` with its two halves, and where the result goes. A new target is two
-functions and a line in TARGETS. The tolerances were chosen from what was measured (docs/guides/export.md).
-"""
+In: the words of the user. Out: a `Format` with its two halves, and where the result goes. A new
+target is two functions and a line in TARGETS. The tolerances were chosen from what was measured
+(docs/guides/export.md)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from tunesmith.export.source_run import SourceRun
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """`write` fills the job's folder, `reread` reads it as another program would. `width`: bytes for each weight of
-    the model; 0 for the adapter alone, None for the base's own."""
+    """`write` fills the job's folder, `reread` reads it as another program would. `width`: bytes
+    for each weight of the model; 0 for the adapter alone, None for the base's own."""
 
     write: Callable[[ExportJob], None]
     reload: Callable[[ExportJob], ReloadedExport]
@@ -53,8 +53,8 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `tunesmith export` made, and how near it is to the run. `type` is empty where a target has one form; `base`:
-    what the adapter was merged into."""
+    """What `tunesmith export` made, and how near it is to the run. `type` is empty where a target
+    has one form; `base`: what the adapter was merged into."""
 
     target: str
     type: str
@@ -66,7 +66,8 @@ class ExportResult:
 
 
 def find_format(target: str, export_type: str | None) -> tuple[str, ExportFormat]:
-    """(type, format) that was asked for; without a type, the first of the target. InputError for what there is not."""
+    """(type, format) that was asked for; without a type, the first of the target. InputError for
+    what there is not."""
     if target not in TARGETS:
         matches = get_close_matches(target, TARGETS, n=1)
         fix = f"{f'did you mean {matches[0]}? ' if matches else ''}use one of {', '.join(TARGETS)}"
@@ -80,7 +81,8 @@ def find_format(target: str, export_type: str | None) -> tuple[str, ExportFormat
 
 
 def scale_run(run: SourceRun, scale: float) -> SourceRun:
-    """The run with its adapter scaled. InputError for a scale that is none, and for a run without an adapter."""
+    """The run with its adapter scaled. InputError for a scale that is none, and for a run without
+    an adapter."""
     where, fix = (
         "--scale",
         f"a scale is a number above 0, at most {MAX_SCALE:g}; as trained, leave it out",
@@ -111,8 +113,9 @@ def choose_output_path(run: SourceRun, target: str, export_type: str, out: Path 
 
 
 def refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:
-    """InputError for an adapter of a run that has none, or one that the format cannot hold, MachineError for a
-    proof that does not fit in memory: one model in fp32, which transformers reads from a GGUF through a copy of it."""
+    """InputError for an adapter of a run that has none, or one that the format cannot hold,
+    MachineError for a proof that does not fit in memory: one model in fp32, which transformers
+    reads from a GGUF through a copy of it."""
     if export_format.bytes_per_weight == 0 and not run.loras:
         message = "this run trained all weights: there is no adapter"
         raise InputError(message, where=str(run.path), fix="export to merged or gguf")
@@ -204,9 +207,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 EXACT_TOLERANCE = Tolerance(mean_kl=1e-6, max_kl=1e-4)
 FP16_TOLERANCE = Tolerance(mean_kl=1e-4, max_kl=1e-2)
 Q8_TOLERANCE = Tolerance(mean_kl=1e-2, max_kl=0.5)
-BF16_TOLERANCE = (
-    Q8_TOLERANCE  # BF16 keeps eight significant bits of a weight, no more than Q8_0 does
-)
+# BF16 keeps eight significant bits of a weight, no more than Q8_0 does
+BF16_TOLERANCE = Q8_TOLERANCE
 
 GGUF_TYPES = {
     "f16": (FP16_TOLERANCE, 2),

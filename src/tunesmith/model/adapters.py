@@ -1,9 +1,8 @@
 """What is trained: a low-rank adapter beside a frozen base, or every weight.
 
-In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out: how a base becomes
-quantised (quantized.py), the maths of the layers (lora.py, dora.py), which layers (targets.py), rows of new tokens
-(new_rows.py), files (saved.py).
-"""
+In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out:
+how a base becomes quantised (quantized.py), the maths of the layers (lora.py, dora.py), which
+layers (targets.py), rows of new tokens (new_rows.py), files (saved.py)."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """An adapter on every chosen linear; B = 0, so the network's output is unchanged. Scale as PEFT: alpha / r, with
-    rsLoRA alpha / sqrt(r). With new tokens their rows too."""
+    """An adapter on every chosen linear; B = 0, so the network's output is unchanged. Scale as
+    PEFT: alpha / r, with rsLoRA alpha / sqrt(r). With new tokens their rows too."""
     lora_kwargs: dict[str, Any] = {
         "rank": settings["lora_r"],
         "scale": compute_scaling(
@@ -58,7 +57,8 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
 
 
 def make_all_trainable(network: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Every weight becomes a trainable master of at least fp32; products still run in the compute dtype."""
+    """Every weight becomes a trainable master of at least fp32; products still run in the compute
+    dtype."""
     del settings
     for parameter in network.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -101,8 +101,8 @@ def find_lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
 
 
 def scale_adapter(network: nn.Module, factor: float) -> None:
-    """The adapter times `factor`: 0 is the base model, 1 the trained one. Rows of new tokens go from their start to
-    what they are. Nothing is copied."""
+    """The adapter times `factor`: 0 is the base model, 1 the trained one. Rows of new tokens go
+    from their start to what they are. Nothing is copied."""
     for layer in _find_scaled_layers(network):
         layer.scale *= factor
 

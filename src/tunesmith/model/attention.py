@@ -1,11 +1,11 @@
-"""Attention over a Layout: `attend(q, k, v, layout)`, one signature, several backends, one reference.
+"""Attention over a Layout: `attend(q, k, v, layout)`, one signature, several backends, one
+reference.
 
-A token attends to the earlier tokens of its own segment, itself included, and to the segments that this one continues,
-at most `window` back. Nothing else is seen, whatever the backend; tests hold each to `reference`. Left out: what
-generation stores (cache.py).
-Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a segment, B segments of one length, P of a
-segment and all that it continues.
-"""
+A token attends to the earlier tokens of its own segment, itself included, and to the segments that
+this one continues, at most `window` back. Nothing else is seen, whatever the backend; tests hold
+each to `reference`. Left out: what generation stores (cache.py). Legend: T tokens, N query heads, K
+key/value heads, D head size, L tokens of a segment, B segments of one length, P of a segment and
+all that it continues."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How a layer scores: the factor before the softmax, the tokens it looks back (None: all), the logit cap (None)."""
+    """How a layer scores: the factor before the softmax, the tokens it looks back (None: all), the
+    logit cap (None)."""
 
     scale: float
     window: int | None = None
@@ -48,7 +49,8 @@ def attend(
     backend: str = "auto",
     cos_sin: CosSin | None = None,
 ) -> Tensor:
-    """q [T, N, D], k and v [T, K, D] -> [T, N, D] in the dtype of q. `angles`: q and k are still to be turned."""
+    """q [T, N, D], k and v [T, K, D] -> [T, N, D] in the dtype of q. `angles`: q and k are still to
+    be turned."""
     assert layout.num_tokens == len(q), f"the layout has {layout.num_tokens} tokens, q has {len(q)}"
     name = choose_backend(backend, q)
     if name == "kernel":
@@ -80,14 +82,16 @@ def choose_backend(backend: str, q: Tensor) -> str:
 def build_causal_mask(
     length: int, window: int | None, device: torch.device, prefix_length: int = 0
 ) -> Tensor:
-    """Boolean [L, P]: may the row's token see the column's? The columns start `before` tokens ahead of the rows."""
+    """Boolean [L, P]: may the row's token see the column's? The columns start `before` tokens ahead
+    of the rows."""
     key_positions = torch.arange(prefix_length + length, device=device)
     distance = key_positions[prefix_length:, None] - key_positions
     return (distance >= 0) & (distance < (window or prefix_length + length + 1))
 
 
 def gather_context(x: Tensor, layout: PackLayout, segment: int) -> Tensor:
-    """Rows of x [P, ...] of all that a segment sees: what it continues, from the root on, and itself last."""
+    """Rows of x [P, ...] of all that a segment sees: what it continues, from the root on, and
+    itself last."""
     pieces = [
         x[layout.starts[i] : layout.starts[i] + layout.lengths[i]] for i in layout.get_path(segment)
     ]
@@ -133,8 +137,9 @@ def _iter_equal_lengths(layout: PackLayout) -> Iterator[tuple[int, int]]:
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
-    """torch's fused causal attention, per document: no T x T mask, so the work is the sum of the L^2 / 2.
-    In fp32 for bf16 inputs: on the CPU that is faster for short documents, and more precise."""
+    """torch's fused causal attention, per document: no T x T mask, so the work is the sum of the
+    L^2 / 2. In fp32 for bf16 inputs: on the CPU that is faster for short documents, and more
+    precise."""
     accum_dtype = torch.promote_types(q.dtype, torch.float32)
     q_wide, k_wide, v_wide = (x.to(accum_dtype) for x in (q, k, v))
     outputs = []
@@ -180,8 +185,9 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Te
 
 
 class _AttentionFunction(torch.autograd.Function):
-    """Saves q, k, v, the output and one number a row; scores are computed again in the backward. q and k are turned by
-    the angles when they are read, and their gradients back when they are written."""
+    """Saves q, k, v, the output and one number a row; scores are computed again in the backward. q
+    and k are turned by the angles when they are read, and their gradients back when they are
+    written."""
 
     @staticmethod
     def forward(
@@ -230,8 +236,9 @@ class _AttentionFunction(torch.autograd.Function):
 def _build_segment_tensors(
     layout: PackLayout, num_prefixes: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Starts, lengths and parents for the kernel, most work first: then the threads end together. The first `given`
-    segments come last, where a kernel that is told of fewer finds them as parents only."""
+    """Starts, lengths and parents for the kernel, most work first: then the threads end together.
+    The first `given` segments come last, where a kernel that is told of fewer finds them as parents
+    only."""
     work = [
         length * (length + 2 * layout.count_prefix_tokens(i))
         for i, length in enumerate(layout.lengths)
@@ -252,7 +259,8 @@ def _call_attention(name: str, *arguments: Tensor | int | float) -> None:
 
 
 def has_kernel(q: Tensor, config: AttentionConfig) -> bool:
-    """Can attention.c and rows.c do it? Not other dtypes and processors, odd head sizes, soft caps."""
+    """Can attention.c and rows.c do it? Not other dtypes and processors, odd head sizes, soft
+    caps."""
     is_supported = ops.is_supported(q) and ops.has_attention() and q.shape[-1] % 64 == 0
     return is_supported and not config.softcap and config.scale > 0
 
@@ -265,7 +273,8 @@ def cpu_kernel_attention(
     config: AttentionConfig,
     cos_sin: CosSin | None = None,
 ) -> Tensor:
-    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do takes `documents`."""
+    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do takes
+    `documents`."""
     if has_kernel(q, config):
         return _AttentionFunction.apply(q, k, v, layout, config, cos_sin)
     return sdpa_attention(*apply_rotary_qk(q, k, cos_sin), v, layout, config)
@@ -279,7 +288,8 @@ def run_prefix_kernel(
     layout: PackLayout,
     config: AttentionConfig,
 ) -> Tensor:
-    """Documents that all go on after tokens of which only keys and values [P, K, D] are `given`. No autograd."""
+    """Documents that all go on after tokens of which only keys and values [P, K, D] are `given`. No
+    autograd."""
     prefix_length, null = len(prefix_kv[0]), q.new_empty(0)
     count = len(layout.lengths)
     starts = (0, *(prefix_length + start for start in layout.starts))
@@ -315,8 +325,9 @@ def run_decode_kernel(
     config: AttentionConfig,
     cos_sin: CosSin | None,
 ) -> Tensor:
-    """One more token a row: k and v [B, K, D] are put at `places_B` into the stores [slots, K, capacity, D], and q
-    [B, N, D] meets all that is there of its row. What stands before `shared` is the same in all rows. No autograd."""
+    """One more token a row: k and v [B, K, D] are put at `places_B` into the stores [slots, K,
+    capacity, D], and q [B, N, D] meets all that is there of its row. What stands before `shared` is
+    the same in all rows. No autograd."""
     q, k, v, null = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)
     out = torch.empty_like(q)
     sizes = (
@@ -349,8 +360,8 @@ def _import_varlen_attn():
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
-    """One fused call for the whole pack. Soft-capped layers have no such kernel and take the mask. Shared keys are
-    gathered for each segment; the last query of a segment sees its last key."""
+    """One fused call for the whole pack. Soft-capped layers have no such kernel and take the mask.
+    Shared keys are gathered for each segment; the last query of a segment sees its last key."""
     varlen_attn = _import_varlen_attn()
     if config.softcap or varlen_attn is None:
         return dense_mask_attention(q, k, v, layout, config)
@@ -456,8 +467,8 @@ def packed_attention_forward(
     kv_cache: RaggedKVCache | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """What transformers' AttentionInterface calls for modules that tunesmith does not replace: [1, N, T, D] in,
-    [1, T, N, D] out. Refuses what it would have to ignore."""
+    """What transformers' AttentionInterface calls for modules that tunesmith does not replace: [1,
+    N, T, D] in, [1, T, N, D] out. Refuses what it would have to ignore."""
     unknown = {k for k in ("s_aux", "position_bias", "head_mask") if kwargs.get(k) is not None}
     if unknown or attention_mask is not None:
         raise InputError(

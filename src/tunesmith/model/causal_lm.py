@@ -1,11 +1,9 @@
 """A transformers causal language model, loaded safely and run our way.
 
-In: a model folder that source.resolve has checked. Out: LanguageModel, whose `hidden` runs a packed Batch and whose
-`prefill` and `extend` run generation over a RowCache. The stock network is the oracle: take `stock_logits` before
-`adopt`.
-Left out: adapters (adapters.py), the loss (head.py).
-Legend: T tokens, S targets, H hidden, V vocabulary.
-"""
+In: a model folder that source.resolve has checked. Out: LanguageModel, whose `hidden` runs a packed
+Batch and whose `prefill` and `extend` run generation over a RowCache. The stock network is the
+oracle: take `stock_logits` before `adopt`. Left out: adapters (adapters.py), the loss (head.py).
+Legend: T tokens, S targets, H hidden, V vocabulary."""
 
 from __future__ import annotations
 
@@ -41,17 +39,20 @@ from tunesmith.model.safetensors_io import find_nonfinite
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 Network = PreTrainedModel  # what other packages call it, since only this one knows transformers
-ATTENTION_NAME = "tunesmith"  # the name of our attention; it has no mask function, so transformers builds no mask for it
+# the name of our attention; it has no mask function, so transformers builds no mask for it
+ATTENTION_NAME = "tunesmith"
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
 limit_onednn_cache()
 
 
 def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """The stock network with weights in `dtype`, evaluation mode, nothing trainable, remote code refused. Raises
-    InputError for weights that are not those of the config, and for values that are not finite."""
+    """The stock network with weights in `dtype`, evaluation mode, nothing trainable, remote code
+    refused. Raises InputError for weights that are not those of the config, and for values that are
+    not finite."""
     check_weight_shapes(folder)
-    disable_progress_bar()  # what stands on stderr is the command line's to say, and loading takes a moment
+    # what stands on stderr is the command line's to say, and loading takes a moment
+    disable_progress_bar()
     with transformers_errors(folder):
         network: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -89,8 +90,8 @@ def encode_stock_conversation(
     *,
     add_generation_prompt: bool = False,
 ) -> list[int]:
-    """Ids of a conversation from transformers' own tokenizer and chat template, with tokens `added` by it. `prompt`:
-    with the start of an answer behind it."""
+    """Ids of a conversation from transformers' own tokenizer and chat template, with tokens `added`
+    by it. `prompt`: with the start of an answer behind it."""
     encoded = _load_tokenizer(folder, added_tokens).apply_chat_template(
         list(messages),
         tools=list(tools) or None,
@@ -181,8 +182,8 @@ class PackedCausalLM:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], kv_cache: RaggedKVCache) -> Tensor:
-        """Puts prompts as new rows into the cache, packed; hidden states [B, H] of the last token of each. Each prompt
-        starts with the cache's shared tokens, and goes on."""
+        """Puts prompts as new rows into the cache, packed; hidden states [B, H] of the last token
+        of each. Each prompt starts with the cache's shared tokens, and goes on."""
         new_tokens = [prompt[kv_cache.prefix_length :] for prompt in prompts]
         lengths = [len(tokens) for tokens in new_tokens]
         ends = list(itertools.accumulate(lengths))
@@ -244,8 +245,9 @@ def wrap_model(
     should_block_weights: bool = False,
     activations: str = "keep",
 ) -> PackedCausalLM:
-    """Replaces the modules that we do better and hands the network over. Weights are shared, none is copied; `blocked`
-    keeps those beside adapters in oneDNN's layouts, where that is possible. `activations`: see `keep_less`."""
+    """Replaces the modules that we do better and hands the network over. Weights are shared, none
+    is copied; `blocked` keeps those beside adapters in oneDNN's layouts, where that is possible.
+    `activations`: see `keep_less`."""
     if (
         should_block_weights
         and dtype == torch.bfloat16
@@ -261,8 +263,8 @@ def wrap_model(
 
 
 def _block_weights(network: PreTrainedModel) -> None:
-    """What stays as it is moves to memory of its own: the weights' file is mapped as a whole, and its pages count as
-    ours until nothing refers to them."""
+    """What stays as it is moves to memory of its own: the weights' file is mapped as a whole, and
+    its pages count as ours until nothing refers to them."""
     for layer in find_lora_layers(network).values():
         layer.frozen = BlockedWeight(layer.frozen.weight)
     for parameter in network.parameters():

@@ -1,15 +1,16 @@
-"""DoRA: the rows of an adapted weight keep a length of their own, which is trained beside their direction.
+"""DoRA: the rows of an adapted weight keep a length of their own, which is trained beside their
+direction.
 
     y = g * (W x + s B A x) + b,    g = m / ||W + s B A||    (norms of rows; m starts as ||W||)
 
-In: a frozen weight with its adapter and magnitudes m. Out: a `Gain`, which is g and its two passes. The norms are
-constants in the backward, as the paper (Liu 2024, section 4.3) and PEFT take them. They come from
+In: a frozen weight with its adapter and magnitudes m. Out: a `Gain`, which is g and its two passes.
+The norms are constants in the backward, as the paper (Liu 2024, section 4.3) and PEFT take them.
+They come from
 
     ||W + s B A||^2 = ||W||^2 + 2 s (W A^T . B) + s^2 (B A A^T . B)
 
-so that no [O, I] matrix is made: one product of W with the R rows of A, once for each update of the weights.
-Legend: N rows, I inputs, O outputs, R rank.
-"""
+so that no [O, I] matrix is made: one product of W with the R rows of A, once for each update of the
+weights. Legend: N rows, I inputs, O outputs, R rank."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def compute_row_norms(
 
 
 class DoraScale:
-    """g of one linear [O]. A row without length, of weights that are all 0, stays as it is: its g is 0."""
+    """g of one linear [O]. A row without length, of weights that are all 0, stays as it is: its g
+    is 0."""
 
     def __init__(self, magnitude_O: Tensor, norms_O: Tensor) -> None:
         zero = magnitude_O.new_zeros(())

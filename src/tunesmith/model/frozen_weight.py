@@ -1,11 +1,11 @@
-"""A frozen weight [O, I] and its two products: outputs from inputs, and input gradients from output gradients.
+"""A frozen weight [O, I] and its two products: outputs from inputs, and input gradients from output
+gradients.
 
-`Plain` keeps the weight as it is stored. `Blocked` keeps it twice, in the layouts that oneDNN's bf16 products read,
-which they would otherwise make anew in every product: 10-15% faster for a thousand rows, about twice for eight, and to
-the bit the same (benchmarks/vs_trl/gemm.py). The second copy is made by the first backward. `Nf4` keeps it in 4 bits and
-widens it for each product.
-Legend: N rows, I inputs, O outputs.
-"""
+`Plain` keeps the weight as it is stored. `Blocked` keeps it twice, in the layouts that oneDNN's
+bf16 products read, which they would otherwise make anew in every product: 10-15% faster for a
+thousand rows, about twice for eight, and to the bit the same (benchmarks/vs_trl/gemm.py). The
+second copy is made by the first backward. `Nf4` keeps it in 4 bits and widens it for each product.
+Legend: N rows, I inputs, O outputs."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ class BlockedWeight:
 
 
 class NF4Weight:
-    """4-bit NormalFloat with double quantisation, in bitsandbytes' own format: 4 bits a weight, a byte for the scale of
-    64 weights, 4 bytes for 256 of those scales (Dettmers 2023). Widened once in a forward and once in a backward; no
-    wide copy is kept. `dtype`: of the widened weight."""
+    """4-bit NormalFloat with double quantisation, in bitsandbytes' own format: 4 bits a weight, a
+    byte for the scale of 64 weights, 4 bytes for 256 of those scales (Dettmers 2023). Widened once
+    in a forward and once in a backward; no wide copy is kept. `dtype`: of the widened weight."""
 
     def __init__(self, weight_OI: Tensor, dtype: torch.dtype) -> None:
         self._functional = import_bitsandbytes().functional
@@ -81,7 +81,8 @@ class NF4Weight:
             weight_OI, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self._state.dtype = torch.float32 if dtype == torch.float64 else dtype
-        # Rows of one block: bitsandbytes 0.50 mixes up the scales on CPUs where a row is no whole number of blocks.
+        # Rows of one block: bitsandbytes 0.50 mixes up the scales on CPUs where a row is no whole
+        # number of blocks.
         blocks, remainder = divmod(weight_OI.numel(), NF4_BLOCK)
         self._state.shape = torch.Size((weight_OI.numel(),) if remainder else (blocks, NF4_BLOCK))
         self._shape, self._dtype = weight_OI.shape, dtype
@@ -125,8 +126,8 @@ class NF4Weight:
 
 
 def import_bitsandbytes() -> ModuleType:
-    """The library. Raises InputError that names the extra where it is not installed; its import takes two seconds, so
-    it is done when something is quantised."""
+    """The library. Raises InputError that names the extra where it is not installed; its import
+    takes two seconds, so it is done when something is quantised."""
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # it warns of a kernel for inference that it lacks

@@ -1,10 +1,10 @@
 """Keys and values of the rows that generation extends, and attention over them.
 
-In: each layer's new q, k, v. Rows have lengths of their own: no padding is computed, a new row may join at any time and
-a finished one leaves at once. A prompt runs through the same packed attention as training; what all prompts begin with
-is computed once. An extension by one token reads what its row has stored. Left out: which tokens (infer/engine.py).
-Legend: T new tokens, B rows, N query heads, K key/value heads, G = N / K, D head size, L stored tokens, n of a prompt.
-"""
+In: each layer's new q, k, v. Rows have lengths of their own: no padding is computed, a new row may
+join at any time and a finished one leaves at once. A prompt runs through the same packed attention
+as training; what all prompts begin with is computed once. An extension by one token reads what its
+row has stored. Left out: which tokens (infer/engine.py). Legend: T new tokens, B rows, N query
+heads, K key/value heads, G = N / K, D head size, L stored tokens, n of a prompt."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ BLOCK_TOKENS = 64  # the stores grow to a multiple of this many tokens
 
 
 class RaggedKVCache:
-    """`lengths[b]` tokens are stored of row b. `admit` or `advance` precede the forward that fills new places."""
+    """`lengths[b]` tokens are stored of row b. `admit` or `advance` precede the forward that fills
+    new places."""
 
     def __init__(self, slots: int, max_length: int = 0) -> None:
-        """Room for `slots` rows; the room for tokens grows, to no more than the `longest` row will need where that is
-        known."""
+        """Room for `slots` rows; the room for tokens grows, to no more than the `longest` row will
+        need where that is known."""
         self.slots, self.max_length = slots, max_length
         self.lengths: list[int] = []
         self.prefix_length = 0  # how many tokens every new row starts with
@@ -44,9 +45,8 @@ class RaggedKVCache:
         self._kv_buffers: dict[
             nn.Module, tuple[Tensor, Tensor]
         ] = {}  # layer -> keys, values [slots, K, capacity, D]
-        self._first_new_row: int | None = (
-            None  # the first row of a prompt forward; None while rows are extended
-        )
+        # the first row of a prompt forward; None while rows are extended
+        self._first_new_row: int | None = None
         self._rows_B = self._positions_B = torch.empty(0)
         self._decode_masks: dict[
             int | None, tuple[int, Tensor | None]
@@ -56,7 +56,8 @@ class RaggedKVCache:
         ] = {}  # of one prompt forward, by length and window
 
     def begin_prefill(self, lengths: Sequence[int]) -> None:
-        """The next forward is of new rows with so many tokens each, after the shared ones; they come last."""
+        """The next forward is of new rows with so many tokens each, after the shared ones; they
+        come last."""
         assert len(self.lengths) + len(lengths) <= self.slots, "more rows than slots"
         self._first_new_row = len(self.lengths)
         self.lengths += [self.prefix_length + length for length in lengths]
@@ -102,8 +103,8 @@ class RaggedKVCache:
         backend: str,
         cos_sin: CosSin | None = None,
     ) -> Tensor:
-        """q [T, N, D], k and v [T, K, D] -> [T, N, D], and k and v are stored. `angles`: q and k are still to be
-        turned."""
+        """q [T, N, D], k and v [T, K, D] -> [T, N, D], and k and v are stored. `angles`: q and k
+        are still to be turned."""
         kv_buffers = self._reserve_buffers(layer, k, v)
         can_use_kernel = choose_backend(backend, q) == "kernel" and has_kernel(q, config)
         if self._first_new_row is None and can_use_kernel:
@@ -196,7 +197,8 @@ class RaggedKVCache:
         return self._prefill_masks[length, window]
 
     def _get_decode_mask(self, window: int | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
-        """The first stored place that any row sees, and the mask [B, 1, 1, L] from there on; None if all is seen."""
+        """The first stored place that any row sees, and the mask [B, 1, 1, L] from there on; None
+        if all is seen."""
         if window not in self._decode_masks:
             shortest, longest = min(self.lengths), max(self.lengths)
             first_position = 0 if window is None else max(0, shortest - window)
@@ -211,8 +213,9 @@ class RaggedKVCache:
 
 
 def _build_score_mask(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """What is added to the score of a token that stands `back` places before: nothing, or minus infinity if it is not
-    seen. As numbers, since torch would make them from truth values anew in every layer."""
+    """What is added to the score of a token that stands `back` places before: nothing, or minus
+    infinity if it is not seen. As numbers, since torch would make them from truth values anew in
+    every layer."""
     is_visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return torch.zeros(distance.shape, dtype=dtype, device=distance.device).masked_fill_(
         ~is_visible, float("-inf")
@@ -222,8 +225,9 @@ def _build_score_mask(distance: Tensor, window: int | None, dtype: torch.dtype) 
 def attend_rows(
     q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, config: AttentionConfig
 ) -> Tensor:
-    """One query a row: q [B, N, D], keys and values [B, K, L, D] -> [B, N, D]. The G heads that share a key stand as
-    the queries of one product, which is several times faster than repeating the keys."""
+    """One query a row: q [B, N, D], keys and values [B, K, L, D] -> [B, N, D]. The G heads that
+    share a key stand as the queries of one product, which is several times faster than repeating
+    the keys."""
     return _attend_grouped(q.unflatten(1, (keys.shape[1], -1)), keys, values, mask, config).flatten(
         1, 2
     )

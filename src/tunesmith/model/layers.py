@@ -1,9 +1,9 @@
-"""The modules that stand in for a transformers model's own: norm, attention and MLP, with the stock model as oracle.
+"""The modules that stand in for a transformers model's own: norm, attention and MLP, with the stock
+model as oracle.
 
-`replace_layers` swaps them in the module tree, in plain sight, where the stock class is one of those listed; what it
-does not know stays stock. Preflight then shows that the whole forward equals the stock one.
-Legend: T tokens, H hidden, D head size, F MLP width.
-"""
+`replace_layers` swaps them in the module tree, in plain sight, where the stock class is one of
+those listed; what it does not know stays stock. Preflight then shows that the whole forward equals
+the stock one. Legend: T tokens, H hidden, D head size, F MLP width."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over a Layout: projections, optional norms of q and k, rotation, attend, output projection.
-    `rows` (a RowCache) also stores k and v, and attends to what it holds. Without a layout it cannot be called."""
+    """Self-attention over a Layout: projections, optional norms of q and k, rotation, attend,
+    output projection. `rows` (a RowCache) also stores k and v, and attends to what it holds.
+    Without a layout it cannot be called."""
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
@@ -62,9 +63,8 @@ class Attention(nn.Module):
             window=getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None)),
             softcap=getattr(stock, "attn_logit_softcapping", None),
         )
-        self.should_prune = (
-            False  # the last layer's: its output is needed at the `kept` positions only
-        )
+        # the last layer's: its output is needed at the `kept` positions only
+        self.should_prune = False
 
     def forward(
         self,
@@ -104,8 +104,8 @@ def halve_cos_sin(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _GatedMlp(torch.autograd.Function):
-    """down(activation(gate x) * up x). Saves x, gate and up, with `again` x alone; what else the backward needs is
-    computed anew."""
+    """down(activation(gate x) * up x). Saves x, gate and up, with `again` x alone; what else the
+    backward needs is computed anew."""
 
     @staticmethod
     def forward(
@@ -190,8 +190,8 @@ class Mlp(nn.Module):
 
 
 class PrunedLastLayer(nn.Module):
-    """A pre-norm decoder layer whose output is computed at the `kept` positions only: nothing above it needs the rest.
-    Keys and values are still of all tokens."""
+    """A pre-norm decoder layer whose output is computed at the `kept` positions only: nothing above
+    it needs the rest. Keys and values are still of all tokens."""
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
@@ -222,7 +222,8 @@ class PrunedLastLayer(nn.Module):
 
 
 def prune_last_layer(layers: nn.ModuleList) -> bool:
-    """Makes the last decoder layer a LastLayer where its stock form is known to be the plain pre-norm one."""
+    """Makes the last decoder layer a LastLayer where its stock form is known to be the plain
+    pre-norm one."""
     last = layers[-1]
     is_prunable = type(last).__name__ in PRUNABLE_LAYERS and isinstance(last.self_attn, Attention)
     if is_prunable:
@@ -231,22 +232,22 @@ def prune_last_layer(layers: nn.ModuleList) -> bool:
 
 
 def apply_gradient_checkpointing(layers: Sequence[Any], activations: str) -> None:
-    """What the backward finds of the forward. keep: all; selective: not gate and up, which are computed anew;
-    recompute: the inputs of the layers, each of which runs again with the same Layout. The last layer's backward comes
-    first, so what it keeps is gone before others need the room."""
+    """What the backward finds of the forward. keep: all; selective: not gate and up, which are
+    computed anew; recompute: the inputs of the layers, each of which runs again with the same
+    Layout. The last layer's backward comes first, so what it keeps is gone before others need the
+    room."""
     for layer in layers:
         if activations == "selective" and isinstance(mlp := getattr(layer, "mlp", None), Mlp):
             mlp.should_recompute = True
     for layer in layers[:-1] if activations == "recompute" else []:
-        layer.gradient_checkpointing = (
-            True  # transformers' own switch; it runs with gradients in training mode only
-        )
+        # transformers' own switch; it runs with gradients in training mode only
+        layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 class Embedding(nn.Module):
-    """The stock embedding, its output in the compute dtype: the stream's dtype decides what every product runs in.
-    Rows of new tokens may be trained."""
+    """The stock embedding, its output in the compute dtype: the stream's dtype decides what every
+    product runs in. Rows of new tokens may be trained."""
 
     def __init__(self, stock: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -293,7 +294,8 @@ def build_replacement(stock: Any) -> nn.Module | None:
 
 
 def replace_layers(network: nn.Module) -> int:
-    """Puts tunesmith's modules in the place of the stock ones they equal, children first; returns how many."""
+    """Puts tunesmith's modules in the place of the stock ones they equal, children first; returns
+    how many."""
     num_replaced = 0
     for parent in reversed(list(network.modules())):
         for name, child in list(parent.named_children()):

@@ -1,10 +1,10 @@
-"""The last step: cross-entropy of supervised positions only, in chunks, never a [tokens, vocabulary] tensor.
+"""The last step: cross-entropy of supervised positions only, in chunks, never a [tokens,
+vocabulary] tensor.
 
-In: hidden states [S, H] of the positions that predict a target, the head's weight. Out: the loss of each target [S] and
-the weighted sum. A frozen head costs two matrix products a chunk (logits, gradient of the hidden states), both in the
-forward; the backward only scales. Of a trained one, or of its new rows, there is a third.
-Legend: S targets, H hidden, V vocabulary.
-"""
+In: hidden states [S, H] of the positions that predict a target, the head's weight. Out: the loss of
+each target [S] and the weighted sum. A frozen head costs two matrix products a chunk (logits,
+gradient of the hidden states), both in the forward; the backward only scales. Of a trained one, or
+of its new rows, there is a third. Legend: S targets, H hidden, V vocabulary."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ CHUNK_TARGETS = 128  # logits of a chunk: 128 x 49k bf16 = 12.6 MB, inside a com
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
-    """logits = squash(scale * hidden @ weight.T + bias), squash(z) = cap * tanh(z / cap) where cap > 0."""
+    """logits = squash(scale * hidden @ weight.T + bias), squash(z) = cap * tanh(z / cap) where cap
+    > 0."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None
     scale: float = 1.0
     softcap: float = 0.0
-    new_rows: NewTokenRows | None = (
-        None  # rows of the weight that are trained although it is frozen
-    )
+    # rows of the weight that are trained although it is frozen
+    new_rows: NewTokenRows | None = None
 
     @property
     def trainable_weight(self) -> Tensor:
@@ -95,14 +95,15 @@ class _SupervisedLoss(torch.autograd.Function):
 def compute_supervised_loss(
     hidden_SH: Tensor, head: LMHead, targets_S: Tensor, weights_S: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum of weight * loss over the targets (differentiable), and each target's own loss [S]. A trainable bias is not
-    supported; no family that tunesmith accepts has one."""
+    """Sum of weight * loss over the targets (differentiable), and each target's own loss [S]. A
+    trainable bias is not supported; no family that tunesmith accepts has one."""
     return _SupervisedLoss.apply(hidden_SH, head.trainable_weight, head, targets_S, weights_S)
 
 
 class _TargetLosses(torch.autograd.Function):
-    """Each target's loss with a gradient of its own. That of the hidden states is prepared in the forward and scaled
-    row by row in the backward; a trained head is multiplied again there, since its gradient sums over the rows."""
+    """Each target's loss with a gradient of its own. That of the hidden states is prepared in the
+    forward and scaled row by row in the backward; a trained head is multiplied again there, since
+    its gradient sums over the rows."""
 
     @staticmethod
     def forward(
@@ -154,7 +155,8 @@ def _iter_loss_chunks(
 
 
 def compute_target_losses(hidden_SH: Tensor, head: LMHead, targets_S: Tensor) -> Tensor:
-    """Each target's loss [S], differentiable one by one: for losses that are no weighted sum of them."""
+    """Each target's loss [S], differentiable one by one: for losses that are no weighted sum of
+    them."""
     return _TargetLosses.apply(hidden_SH, head.trainable_weight, head, targets_S)
 
 

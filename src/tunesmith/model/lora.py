@@ -1,11 +1,10 @@
 """Linear layers with a low-rank adapter, and the matrix products behind them.
 
-`project` runs several linears on one input: the input is saved once and its gradient is summed inside the products.
-Masters of A and B are fp32, products run in the dtype of the input. Maths equals PEFT's: W x + b + scale * B A drop(x),
-and with DoRA (dora.py) each output but the bias times its gain.
-Left out: which modules get an adapter (adapters.py), how a frozen weight is kept (frozen.py).
-Legend: N rows, I inputs, O outputs, R rank; z = A drop(x) [N, R].
-"""
+`project` runs several linears on one input: the input is saved once and its gradient is summed
+inside the products. Masters of A and B are fp32, products run in the dtype of the input. Maths
+equals PEFT's: W x + b + scale * B A drop(x), and with DoRA (dora.py) each output but the bias times
+its gain. Left out: which modules get an adapter (adapters.py), how a frozen weight is kept
+(frozen.py). Legend: N rows, I inputs, O outputs, R rank; z = A drop(x) [N, R]."""
 
 from __future__ import annotations
 
@@ -44,8 +43,8 @@ class QuantizedLinear(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear [O, I] with trainable A [R, I] and B [O, R], with DoRA magnitudes [O] too. `scale` 0 is the base
-    model.
+    """A frozen linear [O, I] with trainable A [R, I] and B [O, R], with DoRA magnitudes [O] too.
+    `scale` 0 is the base model.
 
     A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0, as PEFT starts them (kaiming_uniform with a = sqrt(5)).
     """
@@ -83,8 +82,8 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def get_dora_scale(self, dtype: torch.dtype) -> DoraScale | None:
-        """DoRA's, for products in `dtype`. Made anew when a parameter has changed, by its version: who changes one
-        unknown to autograd has to increment that."""
+        """DoRA's, for products in `dtype`. Made anew when a parameter has changed, by its version:
+        who changes one unknown to autograd has to increment that."""
         magnitude = self.lora_magnitude_vector
         if magnitude is None:
             return None
@@ -109,8 +108,9 @@ class LoraLinear(nn.Module):
 
 
 class Fp32MasterLinear(nn.Module):
-    """A trainable linear whose fp32 master multiplies in the dtype of its input. The narrow copy is remade only when
-    the master has changed, by its version: who changes it unknown to autograd has to increment that."""
+    """A trainable linear whose fp32 master multiplies in the dtype of its input. The narrow copy is
+    remade only when the master has changed, by its version: who changes it unknown to autograd has
+    to increment that."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -136,7 +136,8 @@ OuterGrads = tuple[Tensor | None, Tensor | None]
 
 
 class PreparedLinear:
-    """One linear prepared for products in one dtype, and its adapter's products through torch. z = A drop(x)."""
+    """One linear prepared for products in one dtype, and its adapter's products through torch. z =
+    A drop(x)."""
 
     def __init__(self, module: AnyLinear, dtype: torch.dtype) -> None:
         adapter = module if isinstance(module, LoraLinear) and module.scale != 0 else None
@@ -165,7 +166,8 @@ class PreparedLinear:
         self.dora_scale = adapter.get_dora_scale(dtype) if adapter else None
 
     def sample_dropout_mask(self, x_NI: Tensor) -> Tensor | None:
-        """Dropout's keep mask divided by the keep rate, from torch's own generator, which the loop seeds."""
+        """Dropout's keep mask divided by the keep rate, from torch's own generator, which the loop
+        seeds."""
         if not self.dropout:
             return None
         keep = torch.rand_like(x_NI, dtype=torch.float32) >= self.dropout
@@ -218,10 +220,10 @@ class PreparedLinear:
 class LinearGroup:
     """Linears that share one input, prepared for one forward and its backward.
 
-    The backward has three steps, because the MLP makes the input of its last linear anew between the second and the
-    third. `inner` and `dz` are what the earlier steps returned: z and dz of each linear, or of all when lora.c ran; in
-    `inner` also the output of each linear with a gain, before its bias.
-    """
+    The backward has three steps, because the MLP makes the input of its last linear anew between
+    the second and the third. `inner` and `dz` are what the earlier steps returned: z and dz of each
+    linear, or of all when lora.c ran; in `inner` also the output of each linear with a gain, before
+    its bias."""
 
     def __init__(
         self, modules: Sequence[AnyLinear], dtype: torch.dtype, min_rows: int = MIN_ROWS
@@ -234,7 +236,8 @@ class LinearGroup:
         self.min_rows = min_rows
 
     def forward(self, x_NI: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The outputs and `inner`. Once more, as in a backward that makes them anew, it drops the same."""
+        """The outputs and `inner`. Once more, as in a backward that makes them anew, it drops the
+        same."""
         self.masks = self.masks or [linear.sample_dropout_mask(x_NI) for linear in self.linears]
         self.packed = self._pack(x_NI)
         outputs = [
@@ -269,8 +272,8 @@ class LinearGroup:
     def outputs_backward(
         self, gradients: Sequence[Tensor], inner: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor | None], list[OuterGrads]]:
-        """From the gradients of the outputs: those before the gains, `dz`, and the gradients of B and the magnitudes of
-        each linear."""
+        """From the gradients of the outputs: those before the gains, `dz`, and the gradients of B
+        and the magnitudes of each linear."""
         zs, us = (
             (inner[:1], inner[1:])
             if self.packed
@@ -356,7 +359,8 @@ class _Project(torch.autograd.Function):
 
 
 def project(x: Tensor, modules: Sequence[AnyLinear]) -> tuple[Tensor, ...]:
-    """x [..., I] through each linear -> [..., O] each: one node of the graph, whatever the number of linears."""
+    """x [..., I] through each linear -> [..., O] each: one node of the graph, whatever the number
+    of linears."""
     group = prepare_group(modules, x.dtype)
     return _Project.apply(x, group, *group.parameters)
 
@@ -368,9 +372,10 @@ _group_cache: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], LinearGroup
 
 
 def prepare_group(modules: Sequence[AnyLinear], dtype: torch.dtype) -> LinearGroup:
-    """While nothing trains, a group is kept for the next product: casting and packing A and B takes longer than the
-    products of a few rows. Made anew when a parameter has changed, by its place or version: who changes one in
-    place unknown to autograd, as through `.data`, has to increment that."""
+    """While nothing trains, a group is kept for the next product: casting and packing A and B takes
+    longer than the products of a few rows. Made anew when a parameter has changed, by its place or
+    version: who changes one in place unknown to autograd, as through `.data`, has to increment
+    that."""
     first_module = modules[0]
     if torch.is_grad_enabled() or first_module.training or not isinstance(first_module, LoraLinear):
         _group_cache.pop(first_module, None)

@@ -2,11 +2,10 @@
 
     keep_little()      before the first product of the process
 
-oneDNN makes machine code for the products of each size and keeps the last 1,024 of them, all over the heap, where what
-lies between them keeps their room from being joined again. Packs differ in size, and a size hardly ever comes back: few
-products are kept. Large blocks are not mapped one by one: that took 6% off the peak and made steps a quarter slower
-(docs/log.md).
-"""
+oneDNN makes machine code for the products of each size and keeps the last 1,024 of them, all over
+the heap, where what lies between them keeps their room from being joined again. Packs differ in
+size, and a size hardly ever comes back: few products are kept. Large blocks are not mapped one by
+one: that took 6% off the peak and made steps a quarter slower (docs/log.md)."""
 
 from __future__ import annotations
 

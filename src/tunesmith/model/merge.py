@@ -1,9 +1,9 @@
 """A base and its adapter as one set of weights, one tensor at a time.
 
-In: the base's folder and the adapter's. Out: every tensor of the base by its own name, in fp32, with what the adapter
-adds to it; written as safetensors it is cast once, to the base's dtype. Never more than a tensor is in memory. Left
-out: other formats (export), and whether the adapter belongs to this base (the caller has checked).
-"""
+In: the base's folder and the adapter's. Out: every tensor of the base by its own name, in fp32,
+with what the adapter adds to it; written as safetensors it is cast once, to the base's dtype. Never
+more than a tensor is in memory. Left out: other formats (export), and whether the adapter belongs
+to this base (the caller has checked)."""
 
 from __future__ import annotations
 
@@ -36,22 +36,23 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 
 def read_loras(folder: Path, base: Path) -> dict[str, LoraTensors]:
-    """Path of a linear -> what the adapter in `folder` makes of it, scaled as its own config says. InputError as
-    `read_adapter`, and for values that are not finite."""
+    """Path of a linear -> what the adapter in `folder` makes of it, scaled as its own config says.
+    InputError as `read_adapter`, and for values that are not finite."""
     adapter = read_adapter(folder, base)
     return parse_loras(read_adapter_tensors(adapter.weights_path), adapter.scaling)
 
 
 def read_token_rows(folder: Path, base: Path) -> dict[str, TokenRowTensors]:
-    """Path of the embedding and of the head -> the rows of new tokens. A tied head, which may still lie in a file, has
-    the embedding's."""
+    """Path of the embedding and of the head -> the rows of new tokens. A tied head, which may still
+    lie in a file, has the embedding's."""
     adapter = read_adapter(folder, base)
     rows = parse_token_rows(read_adapter_tensors(adapter.weights_path), adapter.new_token_ids)
     return {"lm_head": next(iter(rows.values())), **rows} if rows else {}
 
 
 def merge_into_network(network: Network, deltas: WeightDeltas) -> None:
-    """The same inside a loaded network, in fp32 and cast to its dtype; the matrices have the new rows already."""
+    """The same inside a loaded network, in fp32 and cast to its dtype; the matrices have the new
+    rows already."""
     for path, delta in deltas.items():
         module = network.get_submodule(path)
         assert isinstance(module, nn.Linear | nn.Embedding)
@@ -61,8 +62,8 @@ def merge_into_network(network: Network, deltas: WeightDeltas) -> None:
 def iter_merged_tensors(
     headers: Mapping[str, TensorHeader], deltas: WeightDeltas, quantized_paths: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 weights), in the order of `headers`; those of `narrow`, paths of linears, as 4 bits left them.
-    GateError for a value that is not finite."""
+    """(name, fp32 weights), in the order of `headers`; those of `narrow`, paths of linears, as 4
+    bits left them. GateError for a value that is not finite."""
     for name, header in headers.items():
         with safe_open(header.file, "pt") as file:
             tensor = file.get_tensor(name).float()
@@ -114,7 +115,8 @@ def write_merged_weights(
 def write_weights(
     headers: Mapping[str, TensorHeader], tensors: Iterable[Tensor], file: Path
 ) -> None:
-    """Safetensors of the names, shapes and dtypes in `headers`; the tensors come in the same order, in fp32."""
+    """Safetensors of the names, shapes and dtypes in `headers`; the tensors come in the same order,
+    in fp32."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, header in headers.items():

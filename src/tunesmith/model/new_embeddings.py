@@ -3,10 +3,9 @@
     start_rows(network, tokens)           the matrices grow where they are short; each new row is the mean of its pieces
     train_rows(network, ids, modules)     the same rows as trainable masters; all others stay as they are, to the bit
 
-The matrix itself holds the rows in use, in its own dtype, so lookups and products need to know of no master. A tied
-head shares the embedding's. Left out: which tokens (data/new_tokens.py), files (saved.py).
-Legend: K new tokens, V vocabulary, H hidden.
-"""
+The matrix itself holds the rows in use, in its own dtype, so lookups and products need to know of
+no master. A tied head shares the embedding's. Left out: which tokens (data/new_tokens.py), files
+(saved.py). Legend: K new tokens, V vocabulary, H hidden."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from tunesmith.core.types import NewToken
 
 
 class NewTokenRows(nn.Module):
-    """The rows `span` of a frozen matrix [V, H] as masters [K, H] of at least fp32. `scale` 0 is how they started,
-    1 how they are. `path` is of the module that has the matrix."""
+    """The rows `span` of a frozen matrix [V, H] as masters [K, H] of at least fp32. `scale` 0 is
+    how they started, 1 how they are. `path` is of the module that has the matrix."""
 
     start_KH: Tensor
 
@@ -42,15 +41,16 @@ class NewTokenRows(nn.Module):
 
     @torch.no_grad()
     def write_into(self, weight_VH: Tensor) -> None:
-        """Into the matrix, if it does not hold them yet; by their version: who changes one unknown to autograd has to
-        increment that."""
+        """Into the matrix, if it does not hold them yet; by their version: who changes one unknown
+        to autograd has to increment that."""
         state = self.rows_KH._version, self.scale
         if self._written_state != state:
             weight_VH[self.span] = torch.lerp(self.start_KH, self.rows_KH, self.scale).to(weight_VH)
             self._written_state = state
 
     def insert_rows(self, ids: Tensor, out: Tensor, factor: Tensor | float) -> Tensor:
-        """`out` [.., H], the rows of `ids` times `factor`, as a function of the masters where it is one."""
+        """`out` [.., H], the rows of `ids` times `factor`, as a function of the masters where it is
+        one."""
         is_new = (ids >= self.span.start) & (ids < self.span.stop)
         rows = F.embedding(ids[is_new] - self.span.start, self.rows_KH)
         return out.index_put((is_new,), rows.to(out.dtype) * factor)
@@ -80,9 +80,9 @@ def find_embeddings(network: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def init_new_rows(network: PreTrainedModel, tokens: Sequence[NewToken]) -> None:
-    """As the mean of the rows of the pieces (Koto 2021, IndoBERTweet). A mean of rows gives a token no more than the
-    mean of their unnormalised probabilities, so it does not push the others away before it has learnt anything
-    (Hewitt 2021)."""
+    """As the mean of the rows of the pieces (Koto 2021, IndoBERTweet). A mean of rows gives a token
+    no more than the mean of their unnormalised probabilities, so it does not push the others away
+    before it has learnt anything (Hewitt 2021)."""
     if not tokens:
         return
     vocab_size = 1 + max(token.id for token in tokens)
@@ -101,8 +101,8 @@ def init_new_rows(network: PreTrainedModel, tokens: Sequence[NewToken]) -> None:
 def add_trainable_rows(
     network: PreTrainedModel, ids: Sequence[int], modules: Collection[str]
 ) -> None:
-    """Makes the rows of consecutive `ids` trainable in the matrices called so. No matrix may be left out: a token that
-    is read or written by an untrained row stays what its pieces were."""
+    """Makes the rows of consecutive `ids` trainable in the matrices called so. No matrix may be
+    left out: a token that is read or written by an untrained row stays what its pieces were."""
     embeddings = find_embeddings(network)
     assert {path.rpartition(".")[2] for path in embeddings} == set(modules), (
         "embedding and head are trained together"

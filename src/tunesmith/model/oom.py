@@ -2,9 +2,9 @@
 
     with memory_errors():     torch's and Python's own errors become OutOfMemory, which is a MachineError
 
-Who can do with less catches it and tries again; for everyone else it ends the run with a message. On a CPU the system
-mostly ends the process instead, which is why a plan is refused before it starts when it does not fit.
-"""
+Who can do with less catches it and tries again; for everyone else it ends the run with a message.
+On a CPU the system mostly ends the process instead, which is why a plan is refused before it starts
+when it does not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ CPU_ALLOCATOR = "DefaultCPUAllocator"  # its error is a plain RuntimeError
 
 
 class OutOfMemory(MachineError):
-    """While the exception is handled its traceback still holds the tensors: try again after the `except` block."""
+    """While the exception is handled its traceback still holds the tensors: try again after the
+    `except` block."""
 
 
 @contextmanager

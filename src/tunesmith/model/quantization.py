@@ -1,10 +1,10 @@
-"""A model whose decoder's matrices are in 4 bits, loaded tensor by tensor: never all of it in full precision.
+"""A model whose decoder's matrices are in 4 bits, loaded tensor by tensor: never all of it in full
+precision.
 
-In: a model folder that source.resolve has checked. Out: the stock network with a QuantizedLinear for each linear but
-the head; embeddings, head and norms are in `dtype`. It is the stock model that holds the dequantised weights, so it is
-the oracle of a quantised run. Weights are quantised from the values in the file, whatever `dtype` is. Left out: the
-format (frozen.py), adapters.
-"""
+In: a model folder that source.resolve has checked. Out: the stock network with a QuantizedLinear
+for each linear but the head; embeddings, head and norms are in `dtype`. It is the stock model that
+holds the dequantised weights, so it is the oracle of a quantised run. Weights are quantised from
+the values in the file, whatever `dtype` is. Left out: the format (frozen.py), adapters."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def build_empty_network(
 
 
 def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """As `load_network`, with the decoder's linears in 4 bits. Raises InputError without bitsandbytes, for weights that
-    are not those of the config, and for values that are not finite."""
+    """As `load_network`, with the decoder's linears in 4 bits. Raises InputError without
+    bitsandbytes, for weights that are not those of the config, and for values that are not
+    finite."""
     import_bitsandbytes()
     check_weight_shapes(folder)
     network = build_empty_network(folder, dtype)
@@ -73,8 +74,8 @@ def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Pre
 
 
 def _iter_parameters(network: PreTrainedModel, folder: Path) -> Iterator[tuple[str, TensorHeader]]:
-    """Every parameter and where it lies, file by file; a tied head lies nowhere. Biases come before their weights,
-    which take them along."""
+    """Every parameter and where it lies, file by file; a tied head lies nowhere. Biases come before
+    their weights, which take them along."""
     headers = read_headers(folder)
     candidates = [(name, find_header(headers, name)) for name, _ in network.named_parameters()]
     stored = [(name, header) for name, header in candidates if header is not None]

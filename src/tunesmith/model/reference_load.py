@@ -1,8 +1,7 @@
 """What transformers makes of exported files: the second opinion that an export is measured by.
 
-In: folders and GGUF files that we wrote. Out: stock networks, and the ids of stock chat templates. GGUF weights come
-through transformers' own reader, which knows nothing of ours.
-"""
+In: folders and GGUF files that we wrote. Out: stock networks, and the ids of stock chat templates.
+GGUF weights come through transformers' own reader, which knows nothing of ours."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ from tunesmith.model.hub.check_weights import transformers_errors
 def encode_stock_prompts(
     folder: Path, prompts: Sequence[tuple[Sequence[Json], Sequence[Json]]], variables: Json
 ) -> list[tuple[int, ...]]:
-    """Ids of each (messages, tools) with the start of an answer after it, by the folder's tokenizer and template, which
-    is told `variables`."""
+    """Ids of each (messages, tools) with the start of an answer after it, by the folder's tokenizer
+    and template, which is told `variables`."""
     with transformers_errors(folder):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -52,8 +51,9 @@ def load_config_dict(folder: Path) -> dict[str, Any]:
 
 
 def load_gguf(file: Path, config_dir: Path, device: str = "cpu") -> Network:
-    """The network of a GGUF file in fp32: weights as transformers' own reader finds them. Sizes are those of the folder
-    `settings`, from `gguf.write_settings`: transformers reads neither the head size of Qwen3 nor Llama 3's rope."""
+    """The network of a GGUF file in fp32: weights as transformers' own reader finds them. Sizes are
+    those of the folder `settings`, from `gguf.write_settings`: transformers reads neither the head
+    size of Qwen3 nor Llama 3's rope."""
     with transformers_errors(file), redirect_stderr(StringIO()):  # its progress bar has no switch
         config = AutoConfig.from_pretrained(
             config_dir, trust_remote_code=False, local_files_only=True

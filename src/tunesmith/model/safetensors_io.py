@@ -3,9 +3,9 @@
     write_tensors(tensors, file)
     read_tensor(header)             one tensor into memory of its own; the file is not mapped
 
-Nothing that is not a finite number is ever written. What the disk refuses comes as an OSError, which atomic.py turns
-into a message with the room that is needed; the format's own error hides the reason in its text.
-"""
+Nothing that is not a finite number is ever written. What the disk refuses comes as an OSError,
+which atomic.py turns into a message with the room that is needed; the format's own error hides the
+reason in its text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def write_tensors(
     tensors: Mapping[str, Tensor], file: Path, *, metadata: dict[str, str] | None = None
 ) -> None:
-    """Raises GateError that names the first tensor with a value that is not finite, OSError when the disk refuses."""
+    """Raises GateError that names the first tensor with a value that is not finite, OSError when
+    the disk refuses."""
     if name := find_nonfinite(tensors):
         raise GateError(
             f"{name} holds values that are not finite: nothing is written",
@@ -49,7 +50,8 @@ def write_tensors(
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
-    """Of a floating-point type. A mapped file would count as ours, page by page, until it is closed."""
+    """Of a floating-point type. A mapped file would count as ours, page by page, until it is
+    closed."""
     with header.file.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little") + header.begin
     raw = np.fromfile(header.file, np.uint8, header.end - header.begin, offset=begin)

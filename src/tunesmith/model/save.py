@@ -1,9 +1,9 @@
-"""Trained weights as files: a PEFT folder for an adapter, a transformers folder for a fully trained model.
+"""Trained weights as files: a PEFT folder for an adapter, a transformers folder for a fully trained
+model.
 
-Both hold what serving must know to behave as training did: the tokenizer, the chat template and the end tokens. Weights
-are safetensors, never pickles. Left out: optimizer state (train/checkpoint.py), merging and other formats (export).
-Legend: I inputs, O outputs, R rank.
-"""
+Both hold what serving must know to behave as training did: the tokenizer, the chat template and the
+end tokens. Weights are safetensors, never pickles. Left out: optimizer state (train/checkpoint.py),
+merging and other formats (export). Legend: I inputs, O outputs, R rank."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
 
 
 def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, TokenRowTensors]) -> None:
-    """Changes the files of an adapter so that it adds `factor` times as much: `lora_alpha` says so. Its weights stay as
-    they are, but for the rows of new tokens, which become those of `rows`."""
+    """Changes the files of an adapter so that it adds `factor` times as much: `lora_alpha` says so.
+    Its weights stay as they are, but for the rows of new tokens, which become those of `rows`."""
     config = read_json(folder / ADAPTER_CONFIG_FILE)
     alpha = config["lora_alpha"] * factor
     config["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
@@ -115,7 +115,8 @@ def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, TokenRowTens
 
 
 def load_adapter(network: nn.Module, file: Path) -> None:
-    """Reads adapter weights into the adapter that `add_lora` made; names and shapes must be the same."""
+    """Reads adapter weights into the adapter that `add_lora` made; names and shapes must be the
+    same."""
     stored, present = read_adapter_tensors(file), _collect_adapter_parameters(network)
     if stored.keys() != present.keys():
         mismatched = sorted(stored.keys() ^ present.keys())
@@ -149,7 +150,8 @@ def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class LoraTensors:
-    """What an adapter makes of one linear, in fp32: W + scale * B A, its rows as long as `magnitude_O` in DoRA."""
+    """What an adapter makes of one linear, in fp32: W + scale * B A, its rows as long as
+    `magnitude_O` in DoRA."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -186,7 +188,8 @@ class TokenRowTensors:
         return max(current_rows, self.first_id + len(self.rows_KH))
 
     def merge_into(self, weight_VH: Tensor) -> Tensor:
-        """The matrix with the rows, from one in fp32 on any device; longer where it was too short."""
+        """The matrix with the rows, from one in fp32 on any device; longer where it was too
+        short."""
         padding = weight_VH.new_zeros(
             self.count_rows(len(weight_VH)) - len(weight_VH), weight_VH.shape[1]
         )
@@ -227,9 +230,9 @@ def parse_loras(tensors: Mapping[str, Tensor], scale: float) -> dict[str, LoraTe
 
 @contextmanager
 def stock_with_adapter(network: nn.Module, adapter: AdapterFolder) -> Iterator[None]:
-    """The stock network with an adapter inside the block, as PEFT adds it: W x + scale * B A x, each linear by itself,
-    in fp32; with magnitudes, times them over the norms of W + scale * B A; rows of new tokens in their matrices. The
-    oracle of a run that goes on with an adapter."""
+    """The stock network with an adapter inside the block, as PEFT adds it: W x + scale * B A x,
+    each linear by itself, in fp32; with magnitudes, times them over the norms of W + scale * B A;
+    rows of new tokens in their matrices. The oracle of a run that goes on with an adapter."""
     tensors, hooks = read_adapter_tensors(adapter.weights_path), []
     for path, lora in parse_loras(tensors, adapter.scaling).items():
         hooks.append(
@@ -293,8 +296,8 @@ def save_serving_files(
     end_ids: Sequence[int],
     new_tokens: Sequence[NewToken] = (),
 ) -> None:
-    """The tokenizer with the `new` tokens, the chat templates that were trained with (by name), and the end tokens that
-    were trained."""
+    """The tokenizer with the `new` tokens, the chat templates that were trained with (by name), and
+    the end tokens that were trained."""
     for name in SERVING_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)

@@ -1,10 +1,10 @@
 """Which linear layers `lora_target_modules` means.
 
-In: the paths of a model's linears and the user's words. Out: the chosen paths. A word is all-linear, attention or mlp;
-a list holds names, as q_proj or layers.0.mlp.up_proj; any other text is a regular expression for whole paths, as in
-PEFT. It is a stranger's program, and Python's own `re`, which is what PEFT takes, knows no time limit: so it runs in a
-process that can be ended. Loads no torch.
-"""
+In: the paths of a model's linears and the user's words. Out: the chosen paths. A word is
+all-linear, attention or mlp; a list holds names, as q_proj or layers.0.mlp.up_proj; any other text
+is a regular expression for whole paths, as in PEFT. It is a stranger's program, and Python's own
+`re`, which is what PEFT takes, knows no time limit: so it runs in a process that can be ended.
+Loads no torch."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def list_linear_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
 def select_targets(
     paths: Sequence[str], targets: str | Sequence[str], *, seconds: float = REGEX_TIMEOUT_SECONDS
 ) -> list[str]:
-    """The paths that `targets` means, in their order. InputError when a part of it means none, or when a regular
-    expression is none or takes longer than `seconds`."""
+    """The paths that `targets` means, in their order. InputError when a part of it means none, or
+    when a regular expression is none or takes longer than `seconds`."""
     if not isinstance(targets, str):
         return _match_names(paths, targets)
     is_target = GROUPS.get(targets)

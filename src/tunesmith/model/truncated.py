@@ -1,8 +1,7 @@
 """The first layers of a model with made-up weights: as fast as the real ones, and nothing to say.
 
-In: a model folder, of which config.json is enough. Out: the stock network with fewer layers. For measuring how long a
-step takes before there are weights, or without waiting for them.
-"""
+In: a model folder, of which config.json is enough. Out: the stock network with fewer layers. For
+measuring how long a step takes before there are weights, or without waiting for them."""
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ from tunesmith.model.adapters import find_linears, replace_module
 from tunesmith.model.lora import QuantizedLinear
 from tunesmith.model.quantization import build_empty_network
 
-FILL_VALUE = 0.01  # of every weight: neither zero nor subnormal, which some processors multiply at another speed
+# of every weight: neither zero nor subnormal, which some processors multiply at another speed
+FILL_VALUE = 0.01
 
 
 def build_truncated_network(

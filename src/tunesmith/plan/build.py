@@ -1,8 +1,7 @@
 """The plan: every value that a run obeys, by whom and why, and what the run will take.
 
-In: the recipe and the facts (machine, model, data reports). Out: a Plan; nothing else may start a run. Pure: nothing is
-read or loaded here.
-"""
+In: the recipe and the facts (machine, model, data reports). Out: a Plan; nothing else may start a
+run. Pure: nothing is read or loaded here."""
 
 from __future__ import annotations
 
@@ -64,9 +63,9 @@ def build_plan(
     fixed: Mapping[str, PlanValue] | None = None,
     saved_share: SavedShareFn = assume_no_savings,
 ) -> Plan:
-    """`fixed`: what an adapter to go on with, a mixture or the tokenizer has decided already. `saved_share`: of the
-    tokens, when documents share prefixes, by batch_size and pack_length. InputError: an impossible wish; MachineError:
-    no room."""
+    """`fixed`: what an adapter to go on with, a mixture or the tokenizer has decided already.
+    `saved_share`: of the tokens, when documents share prefixes, by batch_size and pack_length.
+    InputError: an impossible wish; MachineError: no room."""
     recipe_values = _collect_recipe_values(recipe)
     has_schema = recipe_values["schema"] is not None
     values: dict[str, Any] = {}
@@ -237,7 +236,8 @@ def _check_libraries(values: dict[str, Any], machine: Machine) -> None:
 def _estimate_packs(
     context: RuleContext, plan_values: Mapping[str, PlanValue]
 ) -> tuple[int, int, int]:
-    """Tokens of the largest pack of a step, and of the longest row; and how many packs there are in all."""
+    """Tokens of the largest pack of a step, and of the longest row; and how many packs there are in
+    all."""
     documents_per_row = (
         2 if context.stage == "preference" else 1
     )  # documents of a row, together in a pack

@@ -1,9 +1,10 @@
-"""How sure a value is, and how it stands to the usual advice: where it differs and what obeying would cost.
+"""How sure a value is, and how it stands to the usual advice: where it differs and what obeying
+would cost.
 
-In: what is known and decided. Out: the same choices with `confidence` and `advice`. The usual advice is that of common
-guides: PEFT before full fine-tuning, rates of 1e-5 to 5e-5, rank 8 for style and 64 to 256 for reasoning, packs of 4k
-or 8k, a tenth of the original rate for continued pretraining, 5 to 10% rehearsal. Pure.
-"""
+In: what is known and decided. Out: the same choices with `confidence` and `advice`. The usual
+advice is that of common guides: PEFT before full fine-tuning, rates of 1e-5 to 5e-5, rank 8 for
+style and 64 to 256 for reasoning, packs of 4k or 8k, a tenth of the original rate for continued
+pretraining, 5 to 10% rehearsal. Pure."""
 
 from __future__ import annotations
 
@@ -43,8 +44,9 @@ def add_evidence(
 
 
 def rate_confidence(key: str, plan_value: PlanValue, context: RuleContext) -> Confidence:
-    """Of a rule's value: counted in these rows and on this machine, published, or beyond what was published. Nothing is
-    said of what the user or the model's files decided, or of plain conventions."""
+    """Of a rule's value: counted in these rows and on this machine, published, or beyond what was
+    published. Nothing is said of what the user or the model's files decided, or of plain
+    conventions."""
     if plan_value.decided_by != "rule":
         return ""
     if key == "learning_rate" and _is_extrapolated(context, plan_value):

@@ -1,7 +1,8 @@
-"""What the plan says of the constraints: what becomes of the rows that break them, and how hard a ban pushes.
+"""What the plan says of the constraints: what becomes of the rows that break them, and how hard a
+ban pushes.
 
-In: the constraints and the report on the training rows. Out: a Choice a key, or none without either. Pure.
-"""
+In: the constraints and the report on the training rows. Out: a Choice a key, or none without
+either. Pure."""
 
 from __future__ import annotations
 

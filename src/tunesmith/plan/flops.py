@@ -1,16 +1,17 @@
 """How much a run computes, and how long that takes on a machine of the table.
 
-In: the model's shape and what a run reads. Out: floating-point operations, and a range of seconds. A product of a token
-with a matrix counts two operations a weight. Left out: attention over the keys, which is little below 4k tokens, and
-what is measured before and after. For this machine `--calibrate` measures instead.
-"""
+In: the model's shape and what a run reads. Out: floating-point operations, and a range of seconds.
+A product of a token with a matrix counts two operations a weight. Left out: attention over the
+keys, which is little below 4k tokens, and what is measured before and after. For this machine
+`--calibrate` measures instead."""
 
 from __future__ import annotations
 
 from tunesmith.core.types import ModelSpec, Plan
 from tunesmith.plan.memory import count_lora_parameters
 
-# Of the rate of bf16 products: an 8B model's LoRA on an H100 with Unsloth, 7B full with FSDP on H100s (speed notes).
+# Of the rate of bf16 products: an 8B model's LoRA on an H100 with Unsloth, 7B full with FSDP on
+# H100s (speed notes).
 MFU_RANGE = (0.29, 0.46)
 
 

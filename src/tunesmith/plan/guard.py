@@ -1,8 +1,7 @@
 """What a run does about what it sees of itself, and when it looks.
 
-In: the `guard` of the recipe and what is decided already. Out: a Choice a key. Pure. Left out: what a collapse is
-(train/guard.py), how it is seen (probes.py).
-"""
+In: the `guard` of the recipe and what is decided already. Out: a Choice a key. Pure. Left out: what
+a collapse is (train/guard.py), how it is seen (probes.py)."""
 
 from __future__ import annotations
 
@@ -14,16 +13,16 @@ from tunesmith.plan.rules import RuleContext, rule_value
 from tunesmith.recipe.mappings import GuardConfig
 
 OFF = "off"
-FORGETTING_MARGIN = (
-    0.02  # bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten
-)
+# bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten
+FORGETTING_MARGIN = 0.02
 MAX_PROBE_SHARE = 0.05  # of the time of the steps, that probes may take
 MIN_PROMPTS, MAX_PROMPTS = 8, 64
 PROBE_NEW_TOKENS = 32  # of an answer, one forward each
 FORWARDS_PER_STEP = 3  # a step's forward and backward, in forwards
-# Tokens that would be computed in the time of one forward for the next ones, and passes over a prompt (to answer it, to
-# judge the answer, to read what was expected, which is longer). Fitted to benchmarks/train/guard_probe.py on two cores of a CPU: 8
-# prompts took 4.8 steps of the demo, 16 took 6.6, 32 took 10.4. Of a GPU it is a guess.
+# Tokens that would be computed in the time of one forward for the next ones, and passes over a
+# prompt (to answer it, to judge the answer, to read what was expected, which is longer). Fitted to
+# benchmarks/train/guard_probe.py on two cores of a CPU: 8 prompts took 4.8 steps of the demo, 16
+# took 6.6, 32 took 10.4. Of a GPU it is a guess.
 DECODE_COST_TOKENS = {"cpu": 250, "cuda": 512}
 PROMPT_PASSES = 4
 
@@ -61,8 +60,8 @@ def decide_guard(guard: GuardConfig, context: RuleContext) -> dict[str, PlanValu
 
 
 def decide_probe_steps(context: RuleContext) -> PlanValue:
-    """So rarely that probes take at most 5% of the time. Of a shorter run than that there is none, but at its end there
-    are the measures."""
+    """So rarely that probes take at most 5% of the time. Of a shorter run than that there is none,
+    but at its end there are the measures."""
     steps_per_probe = (
         estimate_probe_cost(context, MIN_PROMPTS)
         / estimate_step_tokens(context)

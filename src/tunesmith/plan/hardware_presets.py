@@ -1,9 +1,8 @@
 """Machines that a plan can be made for without having one: `--target`, `--fit`.
 
-In: the name of a GPU, a size in bytes, and the machine at hand. Out: the Machine to plan for. Memory is what the data
-sheet says in units of 10^9 bytes (a card holds up to 7% more), rates are of dense bf16 products that accumulate in
-fp32. Left out: several GPUs, and cards without bf16.
-"""
+In: the name of a GPU, a size in bytes, and the machine at hand. Out: the Machine to plan for.
+Memory is what the data sheet says in units of 10^9 bytes (a card holds up to 7% more), rates are of
+dense bf16 products that accumulate in fp32. Left out: several GPUs, and cards without bf16."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ ASSUMED_VERSION = "assumed"  # the version of what a target is taken to have
 
 @dataclass(frozen=True)
 class HardwarePreset:
-    """A GPU: memory in bytes, dense bf16 products in operations a second, memory bandwidth in bytes a second."""
+    """A GPU: memory in bytes, dense bf16 products in operations a second, memory bandwidth in bytes
+    a second."""
 
     title: str
     memory_bytes: int
@@ -58,8 +58,9 @@ UNIT_PREFIXES = " KMGT"
 def choose_machine(
     local_machine: Machine, preset_name: str | None, memory_limit: str | None
 ) -> Machine:
-    """The machine to plan for: `here` unless a target is named, with no more free memory than `fit`. A target is empty,
-    and has the software of this machine and bitsandbytes. Raises InputError for an unknown name or size."""
+    """The machine to plan for: `here` unless a target is named, with no more free memory than
+    `fit`. A target is empty, and has the software of this machine and bitsandbytes. Raises
+    InputError for an unknown name or size."""
     machine = (
         local_machine
         if preset_name is None

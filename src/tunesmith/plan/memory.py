@@ -1,10 +1,10 @@
-"""What a training run holds in memory at its peak, component by component, before anything is loaded.
+"""What a training run holds in memory at its peak, component by component, before anything is
+loaded.
 
-In: the model's shape and the plan's values. Out: bytes by component, with "peak". The saved activations are those of
-our own layers (model/layers.py): per token and layer 4 H (two norm inputs, two norm outputs), 2 Q + 2 KV (q, k, v
-and the attention's output) and 2 F (gate and up); where a family norms more, the inputs of those norms. Left out: a
-correction from measured runs.
-"""
+In: the model's shape and the plan's values. Out: bytes by component, with "peak". The saved
+activations are those of our own layers (model/layers.py): per token and layer 4 H (two norm inputs,
+two norm outputs), 2 Q + 2 KV (q, k, v and the attention's output) and 2 F (gate and up); where a
+family norms more, the inputs of those norms. Left out: a correction from measured runs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from typing import Literal, NotRequired, TypedDict, Unpack
 
 from tunesmith.core.types import ModelSpec
 
-PROCESS_BYTES = (
-    560_000_000  # python, torch and transformers imported (480 MB), what the first products leave
-)
+# python, torch and transformers imported (480 MB), what the first products leave
+PROCESS_BYTES = 560_000_000
 KERNEL_BYTES, MAX_KERNEL_SIZES = (
     3_000_000,
     100,
 )  # code that oneDNN makes for a pack of a new size, and keeps; then parts come back
-FRAGMENTATION_SHARE = 0.2  # of the activations: room in the heap that is free and of no use; measured, docs/guides/plan.md
-EVALUATION_BYTES = (
-    60_000_000  # what is measured, held through the run, and what measuring leaves in the heap
-)
+# of the activations: room in the heap that is free and of no use; measured, docs/guides/plan.md
+FRAGMENTATION_SHARE = 0.2
+# what is measured, held through the run, and what measuring leaves in the heap
+EVALUATION_BYTES = 60_000_000
 CHUNK_TARGETS = 128
 OUTPUT_NORM_TYPES, QK_NORM_TYPES = (
     ("gemma2", "gemma3"),
@@ -55,8 +54,9 @@ def estimate_activation_bytes(
     checkpointing: str = "keep",
     use_dora: bool = False,
 ) -> int:
-    """Saved for the backward of one pack, plus the temporaries of the widest layer. DoRA also keeps the outputs of the
-    attention and of the MLP. `selective` leaves out gate and up, `recompute` keeps the inputs of all layers but one."""
+    """Saved for the backward of one pack, plus the temporaries of the widest layer. DoRA also keeps
+    the outputs of the attention and of the MLP. `selective` leaves out gate and up, `recompute`
+    keeps the inputs of all layers but one."""
     q, kv, layers = (
         spec.num_heads * spec.head_dim,
         spec.num_kv_heads * spec.head_dim,
@@ -97,9 +97,9 @@ def estimate_peak_memory(
     has_evaluation: bool = True,
     **footprint: Unpack[ModelFootprint],
 ) -> dict[str, int]:
-    """Bytes by component. `packs`: of the run, each of a size of its own. `layouts`: in how many the frozen matrices
-    are kept (model/frozen.py). Those in 4 bits are widened one by one, and so are moments in 8 bits. `measured`: there
-    are rows to measure on before the run."""
+    """Bytes by component. `packs`: of the run, each of a size of its own. `layouts`: in how many
+    the frozen matrices are kept (model/frozen.py). Those in 4 bits are widened one by one, and so
+    are moments in 8 bits. `measured`: there are rows to measure on before the run."""
     dtype_bytes, use_dora = 2 if footprint["dtype"] == "bf16" else 4, footprint.get("dora", False)
     saved = estimate_activation_bytes(
         spec,
@@ -171,7 +171,8 @@ def _estimate_gradient_bytes(spec: ModelSpec, **footprint: Unpack[ModelFootprint
 
 
 def compute_moment_bytes(**footprint: Unpack[ModelFootprint]) -> float:
-    """Adam's two of each trained weight, beside 4 bytes for an fp32 master and 4 for its gradient."""
+    """Adam's two of each trained weight, beside 4 bytes for an fp32 master and 4 for its
+    gradient."""
     return 2 * (1 + 4 / 256) if footprint.get("optim") == "adamw_8bit" else 8
 
 

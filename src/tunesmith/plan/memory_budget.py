@@ -1,8 +1,8 @@
 """How much memory a run takes on the device of a machine, by component and by what it is doing.
 
-In: the model's shape, the machine, the tokens of a pack, and the plan's values. Out: bytes. The components are those of
-memory.py on a CPU and of gpu.py on a GPU. Left out: what is free, and what to do where it does not fit.
-"""
+In: the model's shape, the machine, the tokens of a pack, and the plan's values. Out: bytes. The
+components are those of memory.py on a CPU and of gpu.py on a GPU. Left out: what is free, and what
+to do where it does not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.plan.memory import estimate_peak_memory
 from tunesmith.plan.memory_gpu import compute_cache_bytes, estimate_gpu_memory
 
-# The answers that are written side by side, and what their keys and values may take: as in infer/engine.py.
+# The answers that are written side by side, and what their keys and values may take: as in
+# infer/engine.py.
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
 FIXED_PARTS = (
@@ -81,8 +82,8 @@ def estimate_cache_tokens(
     answer_share: float,
     dtype: str,
 ) -> int:
-    """Held at once while answers are written. `share`: of a row's tokens that are its answer, which has room for half
-    as many more, and 16 (`evaluate.tasks.answer_length`)."""
+    """Held at once while answers are written. `share`: of a row's tokens that are its answer, which
+    has room for half as many more, and 16 (`evaluate.tasks.answer_length`)."""
     dtype_bytes = 2 if dtype == "bf16" else 4
     needed_tokens = min(MAX_BATCH_ROWS[machine.device], num_prompts) * int(
         (1 + answer_share / 2) * longest + 16
@@ -100,8 +101,8 @@ def estimate_phase_bytes(
     cache_tokens: int,
     dtype: str,
 ) -> dict[str, int]:
-    """The most that is held in a step, with the longest row alone, and while answers are written. `parts` and `longest`
-    are the components of the two packs."""
+    """The most that is held in a step, with the longest row alone, and while answers are written.
+    `parts` and `longest` are the components of the two packs."""
     fixed_bytes = sum(parts.get(name, 0) for name in FIXED_PARTS)
     step_bytes = parts["peak"] - parts.get("answers", 0)
     phase_bytes = {

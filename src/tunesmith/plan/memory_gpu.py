@@ -1,10 +1,10 @@
 """What a training run holds in a GPU's memory at its peak, component by component.
 
-In: the model's shape and the plan's values. Out: bytes by component, with "peak". The formulas are those of the
-published component models, checked against published peaks of other trainers (tests/plan/test_gpu.py), each with its
-own `Stack`. Ours has not been measured on a GPU: its activations are counted as those of the stock modules, which keep
-more. Left out: several GPUs, offloading, pages that wait in main memory.
-"""
+In: the model's shape and the plan's values. Out: bytes by component, with "peak". The formulas are
+those of the published component models, checked against published peaks of other trainers
+(tests/plan/test_gpu.py), each with its own `Stack`. Ours has not been measured on a GPU: its
+activations are counted as those of the stock modules, which keep more. Left out: several GPUs,
+offloading, pages that wait in main memory."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def estimate_gpu_memory(
     cache_tokens: int = 0,
     **footprint: Any,
 ) -> dict[str, int]:
-    """Bytes by component. `cache_tokens`: held at once while answers are generated, between steps. `stack`: of another
-    trainer, which keeps no narrow copies beside what it trains."""
+    """Bytes by component. `cache_tokens`: held at once while answers are generated, between steps.
+    `stack`: of another trainer, which keeps no narrow copies beside what it trains."""
     is_tunesmith, software = software is None, software or GpuSoftware()
     dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
     parts = {"context": software.context_bytes}
@@ -72,8 +72,8 @@ def compute_cache_bytes(spec: ModelSpec, tokens: int, dtype_bytes: int) -> int:
 
 
 def count_saved_elements(spec: ModelSpec) -> int:
-    """Kept for the backward by the stock modules of a layer, a token: 12 h + 3 q + kv + 3 f (gated MLP, attention that
-    never holds its scores)."""
+    """Kept for the backward by the stock modules of a layer, a token: 12 h + 3 q + kv + 3 f (gated
+    MLP, attention that never holds its scores)."""
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return 12 * spec.hidden_size + 3 * q + kv + 3 * spec.intermediate_size
 
@@ -81,7 +81,8 @@ def count_saved_elements(spec: ModelSpec) -> int:
 def _estimate_activations(
     spec: ModelSpec, tokens: int, dtype_bytes: int, software: GpuSoftware, policy: str
 ) -> tuple[int, int]:
-    """What stays from the forward to the backward, and the most that is computed anew at once, in place of logits."""
+    """What stays from the forward to the backward, and the most that is computed anew at once, in
+    place of logits."""
     layer = tokens * count_saved_elements(spec) * dtype_bytes * software.saved_share
     if policy == "recompute":
         return spec.num_layers * tokens * spec.hidden_size * dtype_bytes, int(layer)

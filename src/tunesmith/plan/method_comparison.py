@@ -1,8 +1,8 @@
 """Full fine-tuning, LoRA and QLoRA side by side: what each takes, risks and leaves behind.
 
-In: a plan a method, made for the same rows and machine. Out: an `Outlook` a method, with what the usual advice says
-beside each number. Left out: which is best, which `plan` decides with its reason and a run shows.
-"""
+In: a plan a method, made for the same rows and machine. Out: an `Outlook` a method, with what the
+usual advice says beside each number. Left out: which is best, which `plan` decides with its reason
+and a run shows."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def estimate_method(plan: Plan) -> MethodEstimate:
     )
 
 
-# What is known of each, and what is usually said. Sources: Biderman 2024 (forgetting, one of its throughputs),
-# torchtune README and Hu 2021 (throughputs), a 2024 study of safety after benign rows, Dettmers 2023.
+# What is known of each, and what is usually said. Sources: Biderman 2024 (forgetting, one of its
+# throughputs), torchtune README and Hu 2021 (throughputs), a 2024 study of safety after benign
+# rows, Dettmers 2023.
 _ADAPTER_NOTES = {
     "usual_speed": "2-3x of full",
     "usual_risk": "low",

@@ -1,7 +1,7 @@
 """How many rows each task has in an epoch, where the recipe mixes tasks.
 
-In: the recipe's wish and the report on the training rows. Out: a Choice, rows by task; and the report of one such
-epoch, which all other rules go by. Pure. Which rows these are: data/mixture.py.
+In: the recipe's wish and the report on the training rows. Out: a Choice, rows by task; and the
+report of one such epoch, which all other rules go by. Pure. Which rows these are: data/mixture.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ SOURCE = "Raffel 2020 (T5), 3.5.2; FLAN 2021: limit 3,000"
 
 
 def allocate_rows(mixture: MixtureConfig, rows: Mapping[str, int]) -> dict[str, int]:
-    """In proportion to min(rows, limit) ** (1 / temperature), each at least one: 1 is in proportion to the rows, a high
-    temperature gives all tasks the same. All together as many as there are rows within the limit; what rounding down
-    leaves goes to the largest remainders."""
+    """In proportion to min(rows, limit) ** (1 / temperature), each at least one: 1 is in proportion
+    to the rows, a high temperature gives all tasks the same. All together as many as there are rows
+    within the limit; what rounding down leaves goes to the largest remainders."""
     capped = {task: min(count, mixture.limit or count) for task, count in rows.items()}
     largest, total_rows = max(capped.values()), sum(capped.values())
     rates = {

@@ -1,4 +1,5 @@
-"""What the plan says of tokens that a recipe adds: their numbers, how they start, what is trained and saved of them.
+"""What the plan says of tokens that a recipe adds: their numbers, how they start, what is trained
+and saved of them.
 
 In: the new tokens and the model's shape. Out: a Choice a key, or none without new tokens. Pure.
 """
@@ -33,8 +34,8 @@ def decide_new_tokens(tokens: Sequence[NewToken], model: ModelSpec) -> dict[str,
 
 
 def decide_new_rows(tokens: PlanValue | None, context: RuleContext) -> dict[str, PlanValue]:
-    """Beside an adapter: the new rows of the embedding and of the head, nothing else of either. All weights are
-    trained anyway with method: full."""
+    """Beside an adapter: the new rows of the embedding and of the head, nothing else of either. All
+    weights are trained anyway with method: full."""
     if tokens is None or context["method"] == "full":
         return {}
     model = context.model
@@ -51,8 +52,8 @@ def decide_new_rows(tokens: PlanValue | None, context: RuleContext) -> dict[str,
 
 
 def decide_rate_factor(context: RuleContext) -> PlanValue:
-    """Adam moves a value by about the rate in a step, however large it is: what starts from nothing needs the rates of
-    a pretraining, 1e-3 to 1e-2."""
+    """Adam moves a value by about the rate in a step, however large it is: what starts from nothing
+    needs the rates of a pretraining, 1e-3 to 1e-2."""
     factor = max(1.0, min(NEW_ROWS_FACTOR, MAX_NEW_ROWS_RATE / context["learning_rate"]))
     reason = f"new rows learn at {factor * context['learning_rate']:.2g}: they start from nothing, the adapter beside a model"
     return rule_value(round(factor, 3), reason, "measured: docs/results/methods.md")

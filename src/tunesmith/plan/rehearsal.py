@@ -1,8 +1,7 @@
 """How much general text is rehearsed beside the data, and in what pieces.
 
-In: the recipe and what is decided already. Out: a Choice a key, or none without `rehearsal`; on the way, the next ratio
-of an adaptive one. Pure.
-"""
+In: the recipe and what is decided already. Out: a Choice a key, or none without `rehearsal`; on the
+way, the next ratio of an adaptive one. Pure."""
 
 from __future__ import annotations
 
@@ -16,12 +15,10 @@ MIN_RATIO, MAX_RATIO = (
     0.01,
     0.5,
 )  # 1% already holds most of what is known; at a half, as much is rehearsed as learnt
-MAX_GENERATED_TOKENS = (
-    32_768  # tokens that a model writes itself at most: a few minutes of a small one on a CPU
-)
-MIN_CHUNK_TOKENS = (
-    1024  # tokens: enough to have a context, few enough that a small ratio takes many texts
-)
+# tokens that a model writes itself at most: a few minutes of a small one on a CPU
+MAX_GENERATED_TOKENS = 32_768
+# tokens: enough to have a context, few enough that a small ratio takes many texts
+MIN_CHUNK_TOKENS = 1024
 
 
 def decide_rehearsal(
@@ -77,9 +74,10 @@ def _count_tokens(context: RuleContext, ratio: float) -> tuple[float, float, str
 
 
 def decide_ratio(rehearsal: RehearsalConfig, context: RuleContext) -> PlanValue:
-    """1% for style, 5% within a language (10% below 500M parameters, which forget more), 25% for a new language or
-    code. Ibrahim 2024, 405M, English to German: old loss 3.56, 2.83, 2.57, 2.46, 2.33 at 0, 1, 5, 10, 25%, new loss
-    1.11, 1.12, 1.12, 1.13, 1.16. Bethune 2025: 1% already holds most of it."""
+    """1% for style, 5% within a language (10% below 500M parameters, which forget more), 25% for a
+    new language or code. Ibrahim 2024, 405M, English to German: old loss 3.56, 2.83, 2.57, 2.46,
+    2.33 at 0, 1, 5, 10, 25%, new loss 1.11, 1.12, 1.12, 1.13, 1.16. Bethune 2025: 1% already holds
+    most of it."""
     if rehearsal.shift == "style":
         return rule_value(0.01, "shift: style moves the model little", SOURCE)
     if rehearsal.shift == "language":
@@ -94,9 +92,9 @@ def decide_ratio(rehearsal: RehearsalConfig, context: RuleContext) -> PlanValue:
 
 
 def compute_next_ratio(ratio: float, forgetting: float, margin: float) -> float:
-    """The ratio from now on; `lost`: bits per byte above what general text took before training. Doubled and halved
-    since what rehearsal holds goes with the logarithm of its share (Ibrahim 2024, see `share`); the bounds and the
-    thresholds are ours."""
+    """The ratio from now on; `lost`: bits per byte above what general text took before training.
+    Doubled and halved since what rehearsal holds goes with the logarithm of its share (Ibrahim
+    2024, see `share`); the bounds and the thresholds are ours."""
     if forgetting > margin:
         return max(ratio, min(MAX_RATIO, 2 * ratio))
     if forgetting < DECREASE_THRESHOLD * margin:
@@ -105,7 +103,8 @@ def compute_next_ratio(ratio: float, forgetting: float, margin: float) -> float:
 
 
 def decide_length(context: RuleContext) -> PlanValue:
-    """Texts have no length of their own: as long as the data's documents, and long enough to have a context."""
+    """Texts have no length of their own: as long as the data's documents, and long enough to have a
+    context."""
     value = min(
         context["pack_length"],
         context.model.context_length,

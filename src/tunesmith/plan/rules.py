@@ -1,8 +1,7 @@
 """One function for each value that a recipe may leave open: the rule, its source and its number.
 
-In: `Known` (facts and the values decided so far). Out: a Choice. `RULES` is in the order of deciding: a rule may look
-at those above it. Values are start values, not best values.
-"""
+In: `Known` (facts and the values decided so far). Out: a Choice. `RULES` is in the order of
+deciding: a rule may look at those above it. Values are start values, not best values."""
 
 from __future__ import annotations
 
@@ -45,7 +44,8 @@ class RuleContext:
 
     @property
     def steps(self) -> int:
-        """The same count as data/schedule.py's: a fraction of an epoch is rounded to whole rows. Or corpus.py's."""
+        """The same count as data/schedule.py's: a fraction of an epoch is rounded to whole rows. Or
+        corpus.py's."""
         if self.stage == "cpt":
             steps = math.ceil(self.data.tokens * self["num_train_epochs"] / self["batch_tokens"])
             return max(1, steps if self.max_steps is None else min(steps, self.max_steps))
@@ -81,8 +81,8 @@ def round_up_power_of_two(value: float) -> int:
 
 
 def method(context: RuleContext) -> PlanValue:
-    """An adapter: the base stays frozen. On 4-bit weights where those in 16 bits leave less than a fifth of their size
-    (rules.md 4.3). Full fine-tuning only when asked for."""
+    """An adapter: the base stays frozen. On 4-bit weights where those in 16 bits leave less than a
+    fifth of their size (rules.md 4.3). Full fine-tuning only when asked for."""
     weight_bytes, free_bytes = 2 * context.model.parameters, context.machine.available_bytes
     if 1.2 * weight_bytes > free_bytes and "bitsandbytes" in context.machine.versions:
         reason = f"weights in 16 bits take {weight_bytes / 1e9:.1f} GB of {free_bytes / 1e9:.1f} free: 4 bits, and an adapter beside"
@@ -95,7 +95,8 @@ def method(context: RuleContext) -> PlanValue:
 
 
 def optim(context: RuleContext) -> PlanValue:
-    """Moments in 8 bits where those of all weights in fp32 leave less than a fifth of their size (as in `method`)."""
+    """Moments in 8 bits where those of all weights in fp32 leave less than a fifth of their size
+    (as in `method`)."""
     fp32_bytes, free_bytes = 16 * context.model.parameters, context.machine.available_bytes
     if (
         context["method"] == "full"
@@ -108,7 +109,8 @@ def optim(context: RuleContext) -> PlanValue:
 
 
 def dtype(context: RuleContext) -> PlanValue:
-    """bf16 where products run in it: twice the rate and half the bytes of fp32 on the machines measured."""
+    """bf16 where products run in it: twice the rate and half the bytes of fp32 on the machines
+    measured."""
     if context.machine.has_bf16_matmul:
         return rule_value(
             "bf16", "this machine multiplies bf16 in hardware; masters of trained weights stay fp32"
@@ -134,7 +136,8 @@ def max_length(context: RuleContext) -> PlanValue:
 
 
 def pack_length(context: RuleContext) -> PlanValue:
-    """4k tokens on a CPU: about 8% faster than 2k, whose products have half the rows. 8k on a GPU."""
+    """4k tokens on a CPU: about 8% faster than 2k, whose products have half the rows. 8k on a
+    GPU."""
     target = 4096 if context.machine.device == "cpu" else 8192
     value = max(target, context["max_length"])
     return rule_value(
@@ -144,7 +147,8 @@ def pack_length(context: RuleContext) -> PlanValue:
 
 
 def num_train_epochs(context: RuleContext) -> PlanValue:
-    """3 below 2,000 rows, 2 below 50,000, 1 above. rules.md 4.3: 3-5, 2-3, 1-2. Pairs: 2 below 50,000, 1 above."""
+    """3 below 2,000 rows, 2 below 50,000, 1 above. rules.md 4.3: 3-5, 2-3, 1-2. Pairs: 2 below
+    50,000, 1 above."""
     rows = context.data.rows
     if context.stage == "preference":
         source = "alignment handbook: SmolLM2 2, Zephyr 1 epochs of 61,000 pairs"
@@ -160,7 +164,8 @@ def num_train_epochs(context: RuleContext) -> PlanValue:
 
 
 def batch_size(context: RuleContext) -> PlanValue:
-    """16 rows, halved (to 4 at least) until the run has 100 steps. LoRA loses more than full at large batches."""
+    """16 rows, halved (to 4 at least) until the run has 100 steps. LoRA loses more than full at
+    large batches."""
     size = 32 if context["method"] == "full" else 16
     rows = context.data.rows * context["num_train_epochs"]
     while size > 4 and rows / size < 100:
@@ -171,8 +176,8 @@ def batch_size(context: RuleContext) -> PlanValue:
 
 
 def lora_r(context: RuleContext) -> PlanValue:
-    """Rank follows the trained tokens: 2 bits a parameter hold 1 bit a token, so r = tokens / (2 * parameters per
-    rank); floor 16, for instructions."""
+    """Rank follows the trained tokens: 2 bits a parameter hold 1 bit a token, so r = tokens / (2 *
+    parameters per rank); floor 16, for instructions."""
     parameters_per_rank = count_lora_parameters(context.model, 1)
     needed_rank = context.data.supervised_tokens / (2 * parameters_per_rank)
     value = min(256, max(16, round_up_power_of_two(needed_rank)))
@@ -200,8 +205,9 @@ def use_rslora(context: RuleContext) -> PlanValue:
 
 
 def learning_rate(context: RuleContext) -> PlanValue:
-    """5e-5 * (2000 / h)^p * sqrt(batch / 128), times 10 for LoRA (15 below 100 steps); p .781 Llama, .0775 Qwen, .4
-    others; at most 3e-3 below 0.5B parameters and 1e-3 above. Fitted at h >= 2000: below that an extrapolation."""
+    """5e-5 * (2000 / h)^p * sqrt(batch / 128), times 10 for LoRA (15 below 100 steps); p .781
+    Llama, .0775 Qwen, .4 others; at most 3e-3 below 0.5B parameters and 1e-3 above. Fitted at h >=
+    2000: below that an extrapolation."""
     if context.stage == "preference":
         return decide_preference_rate(context)
     h, family = context.model.hidden_size, context.model.model_type
@@ -227,7 +233,8 @@ def learning_rate(context: RuleContext) -> PlanValue:
 
 
 def get_width_power(family: str) -> float:
-    """How the best rate falls with the hidden size, from the tinker cookbook's fits; .4 is between them."""
+    """How the best rate falls with the hidden size, from the tinker cookbook's fits; .4 is between
+    them."""
     return 0.781 if family == "llama" else 0.0775 if family.startswith("qwen") else 0.4
 
 
@@ -236,8 +243,8 @@ PREFERENCE_RATES = {"dpo": 1e-6, "orpo": 8e-6, "simpo": 1e-6}
 
 
 def decide_preference_rate(context: RuleContext) -> PlanValue:
-    """DPO and SimPO 1e-6, ORPO 8e-6, times 10 for an adapter. Below a hidden size of 2000 times (2000 / h)^p as in
-    supervised fine-tuning: an extrapolation."""
+    """DPO and SimPO 1e-6, ORPO 8e-6, times 10 for an adapter. Below a hidden size of 2000 times
+    (2000 / h)^p as in supervised fine-tuning: an extrapolation."""
     h = context.model.hidden_size
     factor = (10 if context["method"] != "full" else 1) * max(1.0, 2000 / h) ** get_width_power(
         context.model.model_type
@@ -282,7 +289,8 @@ def gamma(context: RuleContext) -> PlanValue:
 
 
 def nll_coefficient(context: RuleContext) -> PlanValue:
-    """ORPO 1, which is the loss as published; else .2, against chosen answers that become less likely."""
+    """ORPO 1, which is the loss as published; else .2, against chosen answers that become less
+    likely."""
     if context["loss"] == "orpo":
         return rule_value(1.0, "part of ORPO: the plain loss of the chosen answer", "Hong 2024")
     return rule_value(
@@ -296,8 +304,8 @@ SHORT_RUN_STEPS = 5  # steps, of which none is for warming up
 
 
 def warmup_ratio(context: RuleContext) -> PlanValue:
-    """10 steps or 3%, whichever is more; at most a tenth of the run. The first step of a warm-up has rate 0: of very
-    few steps that would be a large part, of one all."""
+    """10 steps or 3%, whichever is more; at most a tenth of the run. The first step of a warm-up
+    has rate 0: of very few steps that would be a large part, of one all."""
     if context.steps < SHORT_RUN_STEPS:
         return rule_value(
             0.0, f"{context.steps} steps: the first one of a warm-up would train nothing"
@@ -321,8 +329,8 @@ def make_constant_rule(
 
 
 def step_in_backward(context: RuleContext) -> PlanValue:
-    """Clipping needs the norm of all gradients before the first update, and several packs the sum of their gradients.
-    An adapter's gradients are small anyway."""
+    """Clipping needs the norm of all gradients before the first update, and several packs the sum
+    of their gradients. An adapter's gradients are small anyway."""
     if context["method"] != "full":
         return rule_value(False, "gradients of an adapter take little room")
     if context["max_grad_norm"]:
@@ -385,8 +393,9 @@ def attention(context: RuleContext) -> PlanValue:
 
 
 def share_prefixes(context: RuleContext) -> PlanValue:
-    """On from 5% of the tokens: below that, short segments cost what is saved. Dropout draws for every token of every
-    document on its own, so a token that stands for several would be another training."""
+    """On from 5% of the tokens: below that, short segments cost what is saved. Dropout draws for
+    every token of every document on its own, so a token that stands for several would be another
+    training."""
     if context["method"] != "full" and context["lora_dropout"]:
         return rule_value(
             False,
@@ -398,8 +407,8 @@ def share_prefixes(context: RuleContext) -> PlanValue:
 
 
 def weight_layout(context: RuleContext) -> PlanValue:
-    """Blocked: the frozen matrices twice, in the layouts that a CPU's bf16 products read. Measured: steps 7% faster.
-    Only where the second one takes at most an eighth of the free memory."""
+    """Blocked: the frozen matrices twice, in the layouts that a CPU's bf16 products read. Measured:
+    steps 7% faster. Only where the second one takes at most an eighth of the free memory."""
     if (
         context.machine.device != "cpu"
         or context["dtype"] != "bf16"

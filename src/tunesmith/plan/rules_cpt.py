@@ -1,4 +1,5 @@
-"""The values of continued pretraining that differ from those of fine-tuning on rows: it counts tokens, not rows.
+"""The values of continued pretraining that differ from those of fine-tuning on rows: it counts
+tokens, not rows.
 
 `CPT_RULES` takes the place of `RULES` with stage: cpt.
 """
@@ -16,7 +17,8 @@ DEFAULT_WINDOW = 2048
 SMALL_CORPUS_TOKENS = 10**7  # tokens
 LARGE_CORPUS_TOKENS = 10**10
 
-# (family, hidden size, layers, vocabulary) -> (peak learning rate of its pretraining, where that is published)
+# (family, hidden size, layers, vocabulary) -> (peak learning rate of its pretraining, where that is
+# published)
 PEAK_LEARNING_RATES: dict[tuple[str, int, int, int], tuple[float, str]] = {
     ("llama", 576, 30, 49152): (3e-3, "SmolLM2 paper, 135M"),
     ("llama", 960, 32, 49152): (3e-3, "SmolLM2 paper, 360M"),
@@ -49,7 +51,8 @@ def choose_window(model: ModelSpec) -> int:
 
 
 def max_length(context: RuleContext) -> PlanValue:
-    """2,048 tokens, or the model's context: longer windows spend a growing share of a step on attention."""
+    """2,048 tokens, or the model's context: longer windows spend a growing share of a step on
+    attention."""
     value = choose_window(context.model)
     return rule_value(
         value, "of a window: longer texts are cut into even windows, which overlap by one token"
@@ -90,9 +93,10 @@ def batch_tokens(context: RuleContext) -> PlanValue:
 
 
 def learning_rate(context: RuleContext) -> PlanValue:
-    """A tenth of the peak of pretraining; from 10B tokens on the whole peak. Where that is not published: 3e-4 below
-    0.5B parameters, 1e-4 below 5B, else 2e-5. Ibrahim 2024, 405M parameters: a constant tenth forgets least and learns
-    least; a higher rate forgets and learns more, and rehearsal is against the first."""
+    """A tenth of the peak of pretraining; from 10B tokens on the whole peak. Where that is not
+    published: 3e-4 below 0.5B parameters, 1e-4 below 5B, else 2e-5. Ibrahim 2024, 405M parameters:
+    a constant tenth forgets least and learns least; a higher rate forgets and learns more, and
+    rehearsal is against the first."""
     shape = (
         context.model.model_type,
         context.model.hidden_size,
@@ -119,7 +123,8 @@ def learning_rate(context: RuleContext) -> PlanValue:
 
 
 def warmup_ratio(context: RuleContext) -> PlanValue:
-    """As in fine-tuning. Ibrahim 2024: how long it rises, 0 to 2% of the run, makes no difference."""
+    """As in fine-tuning. Ibrahim 2024: how long it rises, 0 to 2% of the run, makes no
+    difference."""
     plan_value = rules.warmup_ratio(context)
     return rule_value(
         plan_value.value,

@@ -10,7 +10,8 @@ from tunesmith.core.types import DataReport, Plan
 
 @dataclass(frozen=True)
 class StagedPlan:
-    """A plan for each of several stages, as decided before the first of them; they share a run folder."""
+    """A plan for each of several stages, as decided before the first of them; they share a run
+    folder."""
 
     output_dir: str
     plans: tuple[Plan, ...]

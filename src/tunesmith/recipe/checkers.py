@@ -2,9 +2,9 @@
 
     text -> where it is bad, as (start, end) of its characters
 
-A checker is a pattern, or a function where no pattern will do; a new one is a line in CHECKERS. Each is broad on
-purpose: a row where the match is right says `"negative": false`. Left out: what becomes of a match (data/never.py).
-"""
+A checker is a pattern, or a function where no pattern will do; a new one is a line in CHECKERS.
+Each is broad on purpose: a row where the match is right says `"negative": false`. Left out: what
+becomes of a match (data/never.py)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_JSON_STARTS = (
-    1000  # brackets of a text at which JSON may begin: a million of them, nested, would take hours
-)
+# brackets of a text at which JSON may begin: a million of them, nested, would take hours
+MAX_JSON_STARTS = 1000
 Spans = list[tuple[int, int]]
 
 
@@ -29,8 +28,8 @@ class Checker:
 
 
 def find_text_outside_json(text: str) -> Spans:
-    """What stands before and after the longest JSON object or array; all of a text without one. A text that is JSON as
-    a whole, a number or a string too, has nothing outside."""
+    """What stands before and after the longest JSON object or array; all of a text without one. A
+    text that is JSON as a whole, a number or a string too, has nothing outside."""
     start, end = _find_longest_json(text)
     sides = ((0, start), (end, len(text)))
     return (

@@ -1,7 +1,7 @@
 """Values of a recipe and what is expected of them, in words for people.
 
-In: a JSON schema, or a value from YAML. Out: a few words. Left out: where it stands, and what to do (recipefile.py).
-"""
+In: a JSON schema, or a value from YAML. Out: a few words. Left out: where it stands, and what to do
+(recipefile.py)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What may stand behind a key of the recipe: kinds of values, and the mappings inside it.
 
-Words of other tools that mean the same become ours here. Left out: the keys themselves and what cannot be together
-(recipe.py).
-"""
+Words of other tools that mean the same become ours here. Left out: the keys themselves and what
+cannot be together (recipe.py)."""
 
 from __future__ import annotations
 
@@ -133,7 +132,8 @@ def _as_constraints(value: Any) -> Any:
 
 
 def _guess_constraint_key(text: str) -> str:
-    """A text alone is a pattern, unless it is the name of a checker, or a slip of the pen for one."""
+    """A text alone is a pattern, unless it is the name of a checker, or a slip of the pen for
+    one."""
     return (
         "check"
         if re.fullmatch(r"[a-z-]+", text)
@@ -198,7 +198,8 @@ def _as_forms(value: Any) -> Any:
 
 
 def parse_prompt(prompt: str) -> list[tuple[str, str | None]]:
-    """(text, the column that follows it or nothing), in turn. Raises ValueError for what is no place of a column."""
+    """(text, the column that follows it or nothing), in turn. Raises ValueError for what is no
+    place of a column."""
     pieces: list[tuple[str, str | None]] = []
     for text, column, spec, conversion in string.Formatter().parse(prompt):
         if column == "" or spec or conversion:

@@ -1,11 +1,11 @@
 """Reads a recipe file, lets command-line flags win, and says everything that is wrong with it.
 
-In: the path of a YAML file and the flags as text. Out: a frozen Recipe, or one InputError that lists every problem
-with its line. Keys of other tools are taken as an alias, or answered with what to do instead.
+In: the path of a YAML file and the flags as text. Out: a frozen Recipe, or one InputError that
+lists every problem with its line. Keys of other tools are taken as an alias, or answered with what
+to do instead.
 
-Paths of input files are relative to the recipe file, or to the current folder when they come from a flag;
-`output_dir` is always relative to the current folder.
-"""
+Paths of input files are relative to the recipe file, or to the current folder when they come from a
+flag; `output_dir` is always relative to the current folder."""
 
 from __future__ import annotations
 
@@ -121,8 +121,9 @@ def load_recipe(
     *,
     arguments: Sequence[Mapping[str, Any]] = (),
 ) -> Recipe | Stages:
-    """`overrides` maps a key, in any spelling, to its text; a list is written as in YAML: `[q_proj, v_proj]`.
-    `arguments` map keys to Python values; each of them wins over those before it and over the file."""
+    """`overrides` maps a key, in any spelling, to its text; a list is written as in YAML: `[q_proj,
+    v_proj]`. `arguments` map keys to Python values; each of them wins over those before it and over
+    the file."""
     document = read_yaml(path) if path else YamlMapping("recipe")
     cwd = Path.cwd()
     folder = path.absolute().parent if path else cwd
@@ -192,7 +193,8 @@ def _split_stages(
     document: YamlMapping,
     problems: list[_Problem],
 ) -> list[dict[str, _RawSetting]]:
-    """The keys of each stage: of the whole, then its own, then what wins over the list of stages."""
+    """The keys of each stage: of the whole, then its own, then what wins over the list of
+    stages."""
     stage_level = max(level for level, layer in enumerate(layers) if layer.get("stage") is stages)
     if not stages.value:
         problems.append(
@@ -246,7 +248,8 @@ def _parse_stage_item(item: Any) -> tuple[str, Json]:
 
 
 def is_flag_value(flag: str, word: str) -> bool:
-    """Whether the word after a flag is its value. A switch such as --skip-bad takes only true or false."""
+    """Whether the word after a flag is its value. A switch such as --skip-bad takes only true or
+    false."""
     field = Recipe.model_fields.get(_normalize_key(flag))
     is_switch = field is not None and field.annotation is bool
     return word.lower() in ("true", "false") if is_switch else not word.startswith("--")
@@ -294,7 +297,8 @@ def recipe_from_plan(values: Mapping[str, Any]) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as a file, with the keys that were given; reading it back gives the same recipe anywhere."""
+    """The recipe as a file, with the keys that were given; reading it back gives the same recipe
+    anywhere."""
     values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -340,7 +344,8 @@ def _describe_unknown_key(raw_key: str, valid_keys: Iterable[str]) -> str:
 
 
 def _resolve_paths(key: str, value: Any, folder: Path) -> Any:
-    """The value with its input paths made absolute. A model name that is no folder or file here stays a name."""
+    """The value with its input paths made absolute. A model name that is no folder or file here
+    stays a name."""
     if key == "rehearsal" and isinstance(value, dict) and "data" in value:
         is_self_generated = value["data"] in (SELF_GENERATED, [{"path": SELF_GENERATED}])
         return (
@@ -387,7 +392,8 @@ def _resolve_path(value: Any, folder: Path) -> Any:
 def _iter_invalid_values(
     error: ValidationError, settings: dict[str, _RawSetting], document: YamlMapping
 ) -> Iterator[_Problem]:
-    """One problem for each place that pydantic complains about; a union complains once per member."""
+    """One problem for each place that pydantic complains about; a union complains once per
+    member."""
     properties = build_recipe_schema()["properties"]
     reported: set[tuple[str | int, ...]] = set()
     for detail in error.errors():
@@ -416,7 +422,8 @@ def _iter_invalid_values(
 
 
 def _strip_union_members(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """A pydantic location without the names of union members: `data, 0, format` stays, `lora_r, int` is `lora_r`."""
+    """A pydantic location without the names of union members: `data, 0, format` stays, `lora_r,
+    int` is `lora_r`."""
     if location and location[0] in (*FILE_KEYS, *MAPPING_MODELS, "never"):
         return tuple(part for part in location if isinstance(part, int) or part.isidentifier())
     return location[:1]

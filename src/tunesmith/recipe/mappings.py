@@ -1,7 +1,7 @@
 """Keys of the recipe that take a mapping, or one word for it: the loss of pairs, and the guard.
 
-In: a value as YAML holds it. Out: a frozen model with a wish for every key, "auto" where there is none.
-"""
+In: a value as YAML holds it. Out: a frozen model with a wish for every key, "auto" where there is
+none."""
 
 from __future__ import annotations
 

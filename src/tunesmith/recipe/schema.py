@@ -1,9 +1,9 @@
 """The recipe: what the user wishes for, under the names that people already know from Hugging Face.
 
-In: plain values (from a file and flags by recipefile.py, or keyword arguments). Out: a frozen `Recipe`, and its JSON
-schema for editors. Values left at "auto" are decided later, in the plan; nothing here looks at the machine, the model
-or the data. A key exists only when it changes what a run does.
-"""
+In: plain values (from a file and flags by recipefile.py, or keyword arguments). Out: a frozen
+`Recipe`, and its JSON schema for editors. Values left at "auto" are decided later, in the plan;
+nothing here looks at the machine, the model or the data. A key exists only when it changes what a
+run does."""
 
 from __future__ import annotations
 
@@ -237,7 +237,8 @@ class Recipe(BaseModel):
 
 @dataclass(frozen=True)
 class Stages:
-    """Recipes that are trained one after another in one run folder; each has the keys of the whole and its own."""
+    """Recipes that are trained one after another in one run folder; each has the keys of the whole
+    and its own."""
 
     recipes: tuple[Recipe, ...]
 
@@ -294,7 +295,8 @@ FILE_KEYS = (*SOURCE_KEYS, "retention_data")
 
 
 def find_contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key, message) for keys that cannot both hold. Takes values as written or as validated, paths absolute."""
+    """(key, message) for keys that cannot both hold. Takes values as written or as validated, paths
+    absolute."""
     problems: list[tuple[str, str]] = []
     settings = {key: value for key, value in values.items() if value not in (None, "auto", (), [])}
     if "eval_data" in settings and "eval_split" in settings:
@@ -399,7 +401,8 @@ def _find_loss_contradictions(settings: Mapping[str, Any]) -> list[tuple[str, st
 
 
 def _find_task_contradictions(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names of tasks that cannot be. Files without one have none, unless another file has, or they are mixed."""
+    """Names of tasks that cannot be. Files without one have none, unless another file has, or they
+    are mixed."""
     tasks = {
         key: [_parse_task(item) for item in as_list(settings[key])]
         for key in SOURCE_KEYS
@@ -435,7 +438,8 @@ def _find_task_contradictions(settings: Mapping[str, Any]) -> list[tuple[str, st
 
 
 def _parse_task(item: Any) -> tuple[bool, str]:
-    """(whether a source says that it is a task, what that is called), as written or as validated."""
+    """(whether a source says that it is a task, what that is called), as written or as
+    validated."""
     if isinstance(item, DataSource):
         return bool(item.name or item.prompts), item.task
     source = cast("Json", item) if isinstance(item, dict) else {"path": item}
@@ -447,8 +451,9 @@ def _parse_task(item: Any) -> tuple[bool, str]:
 
 
 def select_sources(recipe: Recipe, key: str) -> tuple[DataSource, ...]:
-    """The files of a role, by its key. If any file of the recipe has a name or prompts, or tasks are mixed, all are
-    tasks; a held-out file is asked as the training rows of its task are, unless it has prompts of its own."""
+    """The files of a role, by its key. If any file of the recipe has a name or prompts, or tasks
+    are mixed, all are tasks; a held-out file is asked as the training rows of its task are, unless
+    it has prompts of its own."""
     sources: tuple[DataSource, ...] = getattr(recipe, key)
     has_tasks = any(
         source.name or source.prompts for role in SOURCE_KEYS for source in getattr(recipe, role)
@@ -501,7 +506,8 @@ def _collect_paths(value: Any) -> set[str]:
 
 
 def build_recipe_schema() -> Json:
-    """JSON schema (draft 2020-12) of a recipe file, aliases included, for editors and other programs."""
+    """JSON schema (draft 2020-12) of a recipe file, aliases included, for editors and other
+    programs."""
     schema = Recipe.model_json_schema(by_alias=True)
     properties: Json = schema["properties"]
     for key in KEYS.values():
@@ -534,7 +540,8 @@ def build_recipe_schema() -> Json:
 
 
 def _allow_stage_list(schema: Json) -> Json:
-    """A stage, or a list of stages, each a name or a mapping from the name to the keys of its own."""
+    """A stage, or a list of stages, each a name or a mapping from the name to the keys of its
+    own."""
     stage_schema = {key: value for key, value in schema.items() if key in ("enum", "type")}
     stage_mapping = {
         "type": "object",

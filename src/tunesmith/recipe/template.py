@@ -1,8 +1,8 @@
 """`tunesmith init`: a recipe to start from, with the schema beside it for editors.
 
-Either every key with its default, commented out; that text is made from the recipe model itself, so that it names every
-key and says what the key does. Or another tool's config, translated; what could not be is written at its end.
-"""
+Either every key with its default, commented out; that text is made from the recipe model itself, so
+that it names every key and says what the key does. Or another tool's config, translated; what could
+not be is written at its end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class InitResult:
-    """The files that `tunesmith init` wrote; with --from, which tool the config is of and what was left of it."""
+    """The files that `tunesmith init` wrote; with --from, which tool the config is of and what was
+    left of it."""
 
     recipe: Path
     schema: Path
@@ -55,7 +56,8 @@ def write_recipe(path: Path, *, model: str | None = None, data: str | None = Non
 def write_translated(
     path: Path, config: Path, *, model: str | None = None, data: str | None = None
 ) -> InitResult:
-    """The config of another tool as a recipe; `model` and `data` win over it. Raises InputError as `translate` does."""
+    """The config of another tool as a recipe; `model` and `data` win over it. Raises InputError as
+    `translate` does."""
     overrides = {key: value for key, value in (("model", model), ("data", data)) if value}
     translation = translate(config, path, overrides)
     schema = _write_files(path, build_translated_recipe(translation, config.name))
@@ -100,7 +102,8 @@ def build_commented_recipe(*, model: str, data: str) -> str:
 
 
 def build_translated_recipe(translation: Translation, name: str) -> str:
-    """The keys that the config sets, each with where it comes from, and what was left as comments."""
+    """The keys that the config sets, each with where it comes from, and what was left as
+    comments."""
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# Translated from {name} of {translation.tool}. Keys left out are decided by rules: see `tunesmith plan`.",
@@ -133,7 +136,8 @@ def _format_entry(key: str, value: Any, note: str) -> list[str]:
 
 
 def format_untranslated(untranslated: tuple[UntranslatedKey, ...]) -> Iterator[str]:
-    """What was not translated and why, in lines: what may matter one by one, then what does not, by reason."""
+    """What was not translated and why, in lines: what may matter one by one, then what does not, by
+    reason."""
     important = [entry for entry in untranslated if entry.is_important]
     if important:
         yield from ("", "Not translated, and it may matter:")
@@ -153,7 +157,8 @@ def to_single_line(text: str, max_chars: int = 90) -> str:
 
 
 def _format_scalar(value: object) -> str:
-    """A default as YAML; an empty list is how the model holds what is not given, and an empty mapping is auto."""
+    """A default as YAML; an empty list is how the model holds what is not given, and an empty
+    mapping is auto."""
     if isinstance(value, BaseModel):
         value = "auto"
     return (

@@ -1,9 +1,8 @@
 """Reads one YAML mapping and remembers where each value stands.
 
-In: the path of a small YAML file. Out: a Document with plain values and the line of every key and list item, so that
-whoever checks the values can say `recipe.yaml:7`. Only plain data is read: no tags, no code. A key that stands twice
-is an error, since YAML would silently keep the last one.
-"""
+In: the path of a small YAML file. Out: a Document with plain values and the line of every key and
+list item, so that whoever checks the values can say `recipe.yaml:7`. Only plain data is read: no
+tags, no code. A key that stands twice is an error, since YAML would silently keep the last one."""
 
 from __future__ import annotations
 
@@ -95,7 +94,8 @@ def _make_yaml_error(path: Path, error: yaml.YAMLError) -> InputError:
 def _iter_locations(
     node: yaml.Node | None, key_path: YamlPath, visited: set[int]
 ) -> Iterator[tuple[YamlPath, int]]:
-    """The place and line of every key and item below `node`. An anchor is walked once, so loops and bombs end."""
+    """The place and line of every key and item below `node`. An anchor is walked once, so loops and
+    bombs end."""
     if node is None or id(node) in visited:
         return
     visited.add(id(node))
@@ -110,7 +110,8 @@ def _iter_locations(
 
 
 def read_flag(text: str) -> Any:
-    """The value of a command-line flag. Only lists, mappings and null are YAML; numbers and switches stay text."""
+    """The value of a command-line flag. Only lists, mappings and null are YAML; numbers and
+    switches stay text."""
     if not text.startswith(("[", "{")) and text != "null":
         return text
     try:

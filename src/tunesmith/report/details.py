@@ -1,4 +1,5 @@
-"""What stands behind a run: its data, its plan, its cost beside the prediction, how to do it again, and its provenance.
+"""What stands behind a run: its data, its plan, its cost beside the prediction, how to do it again,
+and its provenance.
 
 In: a Story. Out: sections. Several stages stand one after the other.
 """

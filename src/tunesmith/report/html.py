@@ -2,9 +2,9 @@
 
     tag("td", "a < b", class_="number") -> <td class="number">a &lt; b</td>
 
-Characters that are not seen but change what is seen (direction marks, zero widths, control characters, lone surrogates)
-are shown by their code, since rows and answers are written by strangers.
-"""
+Characters that are not seen but change what is seen (direction marks, zero widths, control
+characters, lone surrogates) are shown by their code, since rows and answers are written by
+strangers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from typing import Any
 
 VOID_TAGS = {"meta", "br", "input"}
-# C0 and C1 without tab and line feed, marks of direction, zero widths without joiners, lone surrogates, invisible tags
+# C0 and C1 without tab and line feed, marks of direction, zero widths without joiners, lone
+# surrogates, invisible tags
 HIDDEN_CHARS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffc\ufffe\uffff"
     "\ud800-\udfff\U000e0000-\U000e0fff]"
@@ -31,8 +32,8 @@ Content = str | int | float | None | Iterable[Any]
 
 
 def make_tag(name: str, *content: Content, **attributes: str | float | bool | None) -> Html:
-    """An element. Attributes: class_ is class, aria_label is aria-label; True is an attribute without a value, None and
-    False are none."""
+    """An element. Attributes: class_ is class, aria_label is aria-label; True is an attribute
+    without a value, None and False are none."""
     words = "".join(_format_attribute(key, value) for key, value in attributes.items())
     return Html(
         f"<{name}{words}>"
@@ -97,8 +98,8 @@ def make_table(
     numbers: Iterable[int] = (),
     label: str,
 ) -> Html:
-    """A table that scrolls by itself where it is too wide. The first cell of a row is its head; `numbers` are the
-    places of columns that stand to the right."""
+    """A table that scrolls by itself where it is too wide. The first cell of a row is its head;
+    `numbers` are the places of columns that stand to the right."""
     right = set(numbers)
 
     def make_cell(name: str, index: int, content: Content, **more: str) -> Html:

@@ -1,4 +1,5 @@
-"""The whole page, in one file that loads nothing: style and script are in it, allowed by their hashes alone.
+"""The whole page, in one file that loads nothing: style and script are in it, allowed by their
+hashes alone.
 
 page(read_story(run)) -> HTML; write_report(run) -> RUN/report.html
 """
@@ -43,7 +44,8 @@ SECTIONS = {
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """The page of a run folder, whole or not at all. Raises InputError for what is no run folder, or a damaged one."""
+    """The page of a run folder, whole or not at all. Raises InputError for what is no run folder,
+    or a damaged one."""
     require_run(run)
     out_path = out or run / REPORT_FILE
     if not out_path.absolute().parent.is_dir():

@@ -87,7 +87,8 @@ def _draw_strip(claim: Claim) -> Html:
 
 
 def render_scales(story: ReportData) -> Html | None:
-    """What the trained weights gain and lose when they are scaled, and how far they are from where they began."""
+    """What the trained weights gain and lose when they are scaled, and how far they are from where
+    they began."""
     record = story.record
     if record is None or not (record.scales or record.kl_scores):
         return None
@@ -123,7 +124,8 @@ def _render_recommendation(scales: tuple[ScalePoint, ...], run: str) -> Html | N
 
 
 def _draw_tradeoff(scales: tuple[ScalePoint, ...]) -> list[Html]:
-    """Each scale as a point: to the right it knows more of the task, upward it has lost more of general text."""
+    """Each scale as a point: to the right it knows more of the task, upward it has lost more of
+    general text."""
     general_points = [
         (point, point.general_text) for point in scales if point.general_text is not None
     ]

@@ -1,8 +1,8 @@
 """What a run folder holds, read once: of one run, or of several stages in one folder.
 
-In: a path. Out: a `Story` of one `Part` a stage. What is not there yet is empty: a run that goes on, was interrupted or
-was stopped by a gate has a page, too. Raises InputError for what is no run folder, and for a damaged file.
-"""
+In: a path. Out: a `Story` of one `Part` a stage. What is not there yet is empty: a run that goes
+on, was interrupted or was stopped by a gate has a page, too. Raises InputError for what is no run
+folder, and for a damaged file."""
 
 from __future__ import annotations
 

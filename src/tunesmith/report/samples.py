@@ -1,9 +1,9 @@
 """Answers before and after side by side, differences marked, with filters.
 
-In: a Story. Out: a section with the first few as HTML, and all of them as data for page.js, which shows a few dozen at
-a time: ten thousand stay usable. With an expected answer, what is marked differs from it; without one, before and after
-differ from each other. Better and worse come from how the answers were graded, or else from whether they are right.
-"""
+In: a Story. Out: a section with the first few as HTML, and all of them as data for page.js, which
+shows a few dozen at a time: ten thousand stay usable. With an expected answer, what is marked
+differs from it; without one, before and after differ from each other. Better and worse come from
+how the answers were graded, or else from whether they are right."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The verdict: what changed, is it real, what it cost. It comes first, and says no more than the intervals do.
+"""The verdict: what changed, is it real, what it cost. It comes first, and says no more than the
+intervals do.
 
-In: a Story. Out: a headline, one sentence, and three lists. A measure is better or worse by the same rule as in the
-terminal (significance.py): what would not be shown as one of several claims is marked, and does not count.
-"""
+In: a Story. Out: a headline, one sentence, and three lists. A measure is better or worse by the
+same rule as in the terminal (significance.py): what would not be shown as one of several claims is
+marked, and does not count."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class Claim:
-    """A comparison and what may be concluded. `words`: the verdict; `behind`: what stands behind it, in a few words."""
+    """A comparison and what may be concluded. `words`: the verdict; `behind`: what stands behind
+    it, in a few words."""
 
     comparison: Comparison
     outcome: Outcome
@@ -85,8 +87,8 @@ def build_summary(story: ReportData) -> Summary:
 
 
 def select_task_claims(record: RunRecord) -> tuple[list[Claim], bool]:
-    """What the headline goes by, and whether these are grades of answers: likelihoods speak only where nothing was
-    graded."""
+    """What the headline goes by, and whether these are grades of answers: likelihoods speak only
+    where nothing was graded."""
     task_claims = [claim for claim in build_claims(record) if claim.comparison.task != GENERAL_TASK]
     metrics = record.plan["metrics"] if "metrics" in record.plan.choices else ()
     graded = [

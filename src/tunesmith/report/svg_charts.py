@@ -2,9 +2,9 @@
 
     line_chart("loss", Axes(...), [Series("loss", points)], [Mark(17, "saved", "...")]) -> a figure
 
-Colours and fonts are the page's: elements carry classes, and no style of their own, which the page's policy forbids.
-What is drawn is what the table says; longer series are thinned for both, and the table says so.
-"""
+Colours and fonts are the page's: elements carry classes, and no style of their own, which the
+page's policy forbids. What is drawn is what the table says; longer series are thinned for both, and
+the table says so."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class Axes:
 
 @dataclass(frozen=True)
 class Frame:
-    """From values to places in the drawing, which is as wide as the values and as high as the ticks."""
+    """From values to places in the drawing, which is as wide as the values and as high as the
+    ticks."""
 
     x_range: tuple[float, float]
     y_ticks: tuple[float, ...]
@@ -94,7 +95,8 @@ def compute_ticks(low: float, high: float, max_ticks: int = 6) -> tuple[float, .
 def draw_line_chart(
     name: str, axes: Axes, series: Sequence[Series], marks: Sequence[Mark] = ()
 ) -> Html:
-    """A figure. `name` is unique on the page; series without points are left out, and at least one has some."""
+    """A figure. `name` is unique on the page; series without points are left out, and at least one
+    has some."""
     lines = [
         Series(line.name, thin_points(line.points), line.style, line.has_dots)
         for line in series

@@ -3,11 +3,11 @@
     with Tracked(run, "tensorboard") as tracked: ...    a run; afterwards tracked.problem is what went wrong
     send(run, "wandb")                                  a run that has ended
 
-The process reads events.jsonl as it grows, so a run neither waits for a tracker nor falls with it: it may be missing,
-slow, offline or broken. It ends when its standard input does, which the system closes if the run is killed. What is
-sent: numbers of steps and scores, and verdicts and answers as texts; several stages are one line of steps. Weights &
-Biases writes files only, unless WANDB_MODE says otherwise. A new tracker is a class and a line in TRACKERS.
-"""
+The process reads events.jsonl as it grows, so a run neither waits for a tracker nor falls with it:
+it may be missing, slow, offline or broken. It ends when its standard input does, which the system
+closes if the run is killed. What is sent: numbers of steps and scores, and verdicts and answers as
+texts; several stages are one line of steps. Weights & Biases writes files only, unless WANDB_MODE
+says otherwise. A new tracker is a class and a line in TRACKERS."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project `tunesmith`, in RUN/wandb; `wandb sync` sends it later. Steps are a value like others, since
-    after a rollback they are taken again."""
+    """A run of the project `tunesmith`, in RUN/wandb; `wandb sync` sends it later. Steps are a
+    value like others, since after a rollback they are taken again."""
 
     def __init__(self, run: Path, config: Json) -> None:
         import wandb
@@ -121,7 +121,8 @@ def find_missing_package(tracker_name: str) -> str:
 
 
 class TrackerProcess:
-    """Follows the run that will be in a folder; see above. `problem` is known once the context has ended."""
+    """Follows the run that will be in a folder; see above. `problem` is known once the context has
+    ended."""
 
     def __init__(self, run: Path, tracker_name: str) -> None:
         self.problem, self._log = find_missing_package(tracker_name), tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
@@ -163,7 +164,8 @@ class TrackerProcess:
 
 
 def send_events(run: Path, tracker_name: str) -> None:
-    """All events of a run folder at once. Raises InputError for what is no run folder, MachineError if it fails."""
+    """All events of a run folder at once. Raises InputError for what is no run folder, MachineError
+    if it fails."""
     require_run(run)
     tracker_process = TrackerProcess(run, tracker_name)
     with tracker_process:
@@ -177,7 +179,8 @@ def send_events(run: Path, tracker_name: str) -> None:
 
 @dataclass
 class EventTail:
-    """What is new in the events of a run, whatever it has of stages. A line that is not whole is left for later."""
+    """What is new in the events of a run, whatever it has of stages. A line that is not whole is
+    left for later."""
 
     run: Path
     offsets: dict[Path, int] = field(default_factory=dict[Path, int])

@@ -1,4 +1,5 @@
-"""What happened while training: the loss, every score that was taken on the way, and what was saved or said.
+"""What happened while training: the loss, every score that was taken on the way, and what was saved
+or said.
 
 In: a Story. Out: a section. Each stage has its own charts.
 """

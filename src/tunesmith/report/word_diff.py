@@ -2,9 +2,8 @@
 
     marked("a b c", "a c") -> ["a ", "b ", "c"]        every second piece, from the second on, is marked
 
-The pieces together are the text. Long texts are compared by what they begin and end with alike, since difflib takes
-quadratic time.
-"""
+The pieces together are the text. Long texts are compared by what they begin and end with alike,
+since difflib takes quadratic time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """What this machine has, lacks and can train: `tunesmith doctor`.
 
-In: perhaps a model name, and the folder in which runs would be written. Out: a `Diagnosis`. The memory figures are a
-rough rule for a pack of 2,048 tokens, good to tell "easily" from "never"; the plan of a run predicts its own.
-Left out: printing, and the settings that a run would choose.
-"""
+In: perhaps a model name, and the folder in which runs would be written. Out: a `Diagnosis`. The
+memory figures are a rough rule for a pack of 2,048 tokens, good to tell "easily" from "never"; the
+plan of a run predicts its own. Left out: printing, and the settings that a run would choose."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ from tunesmith.model.hub.resolve import find_cache_dir, resolve_model
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.plan.memory import NF4_BYTES
 
-# Below these, loading a model can run code from it: CVE-2026-4372 (transformers), CVE-2025-32434 (torch).
+# Below these, loading a model can run code from it: CVE-2026-4372 (transformers), CVE-2025-32434
+# (torch).
 MIN_VERSIONS = {"python": "3.11", "torch": "2.6", "transformers": "5.3"}
 MIN_FREE_DISK_BYTES = 2 * 10**9
 PACK_TOKENS = 2048
@@ -64,10 +64,11 @@ class Diagnosis:
 def diagnose(
     model: str | None = None, *, folder: Path = Path(), report: Callable[[str], None] | None = None
 ) -> Diagnosis:
-    """Look at the machine, and at `model` if one is named; it is fetched if need be, `report` says so.
+    """Look at the machine, and at `model` if one is named; it is fetched if need be, `report` says
+    so.
 
-    `folder` is where runs would be written. InputError or MachineError when the model cannot be had.
-    """
+    `folder` is where runs would be written. InputError or MachineError when the model cannot be
+    had."""
     machine = measure_machine(folder)
     checks = (
         *_check_versions(machine),
@@ -168,7 +169,8 @@ def _estimate_fit(machine: Machine, method: str, needed_bytes: int) -> MemoryFit
 
 
 def _estimate_activation_bytes(spec: ModelSpec) -> int:
-    """bf16 values kept for the backward pass: about 10 of the hidden and 4 of the inner size per token and layer."""
+    """bf16 values kept for the backward pass: about 10 of the hidden and 4 of the inner size per
+    token and layer."""
     activations = (
         PACK_TOKENS * spec.num_layers * (10 * spec.hidden_size + 4 * spec.intermediate_size) * 2
     )
@@ -179,7 +181,8 @@ def _estimate_activation_bytes(spec: ModelSpec) -> int:
 
 
 def _estimate_lora_bytes(spec: ModelSpec) -> int:
-    """bf16 weights, and fp32 masters, gradients and two moments for rank-16 adapters on all linear layers."""
+    """bf16 weights, and fp32 masters, gradients and two moments for rank-16 adapters on all linear
+    layers."""
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     in_out_sizes = (
         2 * (spec.hidden_size + q)

@@ -3,10 +3,9 @@
     identity_of(plan, facts, recipe) -> Json        kept as identity.json, and in every manifest of the run
     changes(was, now) -> ["data.data: sha256 0c5e... -> 91d2...", ...]
 
-A run goes on bitwise only from the same recipe, plan, rows, tokenizer, template, weights and libraries, on the same
-processor and threads. Other processors and threads round differently and do nothing else, so they are told apart. Left
-out: what to do about a change (resumption.py).
-"""
+A run goes on bitwise only from the same recipe, plan, rows, tokenizer, template, weights and
+libraries, on the same processor and threads. Other processors and threads round differently and do
+nothing else, so they are told apart. Left out: what to do about a change (resumption.py)."""
 
 from __future__ import annotations
 
@@ -37,7 +36,8 @@ ABSENT_TEXT = "nothing"
 
 
 def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
-    """`recipe`: the wish as it stands in the run folder. Reads all weights once, at the speed of sha256."""
+    """`recipe`: the wish as it stands in the run folder. Reads all weights once, at the speed of
+    sha256."""
     folder, renderer = inputs.model.path, inputs.renderer
     is_quantized = plan["method"] == "qlora" or plan["optim"] == "adamw_8bit"
     libraries = (*LIBRARIES, QUANTIZATION_LIBRARY) if is_quantized else LIBRARIES
@@ -79,7 +79,8 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
 
 
 def read_recipe(file: Path) -> Json:
-    """The wish in a run folder. Raises InputError when it was edited into something else than a mapping."""
+    """The wish in a run folder. Raises InputError when it was edited into something else than a
+    mapping."""
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -92,7 +93,8 @@ def read_recipe(file: Path) -> Json:
 
 
 def list_changes(stored: Json, current: Json) -> list[str]:
-    """Field by field, what was and what is. The renderer is named only when its parts do not tell why it differs."""
+    """Field by field, what was and what is. The renderer is named only when its parts do not tell
+    why it differs."""
     stored_fields, current_fields = dict(_flatten(stored)), dict(_flatten(current))
     fields = [
         field

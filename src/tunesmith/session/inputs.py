@@ -1,8 +1,9 @@
-"""The facts that a plan is made from, gathered once: model folder, machine, renderer, data sets by role.
+"""The facts that a plan is made from, gathered once: model folder, machine, renderer, data sets by
+role.
 
-In: a recipe. Out: `Facts`. Three roles: `data` trains, `eval_data` selects, `test_data` is read once, by the final
-before/after. Without test_data the held-out rows are split in half by a hash of their content. Loads no weights.
-"""
+In: a recipe. Out: `Facts`. Three roles: `data` trains, `eval_data` selects, `test_data` is read
+once, by the final before/after. Without test_data the held-out rows are split in half by a hash of
+their content. Loads no weights."""
 
 from __future__ import annotations
 
@@ -87,9 +88,9 @@ def load_inputs(
     needs_weights: bool = True,
     generated_rows: Path | None = None,
 ) -> RunInputs:
-    """Raises InputError for data or a model that cannot be used, MachineError when the model cannot be fetched. Without
-    `weights`, which is enough for a plan, config.json will do for a model. `own_rows`: the rehearsal rows that the
-    model has written itself."""
+    """Raises InputError for data or a model that cannot be used, MachineError when the model cannot
+    be fetched. Without `weights`, which is enough for a plan, config.json will do for a model.
+    `own_rows`: the rehearsal rows that the model has written itself."""
     timestamp = (now or datetime.now()).replace(microsecond=0)
     default_dir = (
         recipe.output_dir
@@ -155,7 +156,8 @@ def _refuse_missing_rows(renderer: Renderer, model: ModelSpec) -> None:
 def _load_checked_adapter(
     path: Path, model: ModelSpec, renderer: Renderer, now: datetime
 ) -> AdapterFolder:
-    """The adapter to go on with. InputError when it does not fit, or says that it belongs to something else."""
+    """The adapter to go on with. InputError when it does not fit, or says that it belongs to
+    something else."""
     adapter = read_adapter(path, model.path)
     refuse_other_tokens(adapter.path, adapter.new_token_ids, renderer.tokenizer.new_tokens)
     check_provenance(adapter.path, hash_weight_files(model.path), renderer, now.isoformat())
@@ -163,8 +165,8 @@ def _load_checked_adapter(
 
 
 def build_renderer(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
-    """The tokenizer of a model folder, with the chat template that the recipe wants. In continued pretraining texts end
-    in the separator."""
+    """The tokenizer of a model folder, with the chat template that the recipe wants. In continued
+    pretraining texts end in the separator."""
     template = recipe.template if isinstance(recipe.template, Path) else None
     template_kwargs, added_tokens = recipe.chat_template_kwargs, recipe.add_tokens
     renderer = Renderer.from_folder(
@@ -312,8 +314,8 @@ def _iter_documents(inputs: RunInputs) -> Iterator[Document]:
 def make_planner(
     inputs: RunInputs, inherited: Mapping[str, PlanValue] | None = None
 ) -> Callable[[Recipe, Machine], Plan]:
-    """Plans for any machine, and for the recipe or one that differs in what rows and model do not depend on: the rows
-    are read once for all. `handed_on`: what an earlier stage has decided."""
+    """Plans for any machine, and for the recipe or one that differs in what rows and model do not
+    depend on: the rows are read once for all. `handed_on`: what an earlier stage has decided."""
     layers = list_linear_paths(read_model_headers(inputs.model.path))
     reports = build_data_reports(inputs)
     fixed = _collect_fixed_values(inputs, layers, reports["data"])
@@ -376,7 +378,8 @@ def _iter_missing_files(inputs: RunInputs) -> Iterator[str]:
 
 
 def _make_saved_share(inputs: RunInputs, mixture: PlanValue | None) -> SavedShareFn:
-    """Windows of texts do not begin alike. Several rules ask, and each answer packs many rows: it is remembered."""
+    """Windows of texts do not begin alike. Several rules ask, and each answer packs many rows: it
+    is remembered."""
     if inputs.corpus is not None:
         return assume_no_savings
     rows, seed = inputs.datasets["data"], inputs.recipe.seed
@@ -409,7 +412,8 @@ def _collect_fixed_values(
 def _fix_adapter_values(
     adapter: AdapterFolder, recipe: Recipe, layers: Sequence[str]
 ) -> dict[str, PlanValue]:
-    """What going on with an adapter leaves no choice about. Other words for the same layers are no other choice."""
+    """What going on with an adapter leaves no choice about. Other words for the same layers are no
+    other choice."""
     requested, target_modules = recipe.lora_target_modules, adapter.target_modules
     if requested != "auto" and select_targets(layers, requested) == select_targets(
         layers, target_modules
@@ -462,8 +466,8 @@ def show_rows(inputs: RunInputs, *, rows: int, should_show_ids: bool) -> Iterato
 
 
 def reload_inputs(plan: Plan, folder: Path | None = None) -> RunInputs:
-    """The facts of an existing plan, whose run folder may have moved. Raises InputError when the rows that it was made
-    from have changed."""
+    """The facts of an existing plan, whose run folder may have moved. Raises InputError when the
+    rows that it was made from have changed."""
     inputs = reload_inputs_unchecked(plan, folder)
     refuse_changed_rows(plan, inputs)
     if inputs.adapter is not None:

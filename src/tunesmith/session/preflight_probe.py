@@ -1,8 +1,7 @@
 """What the proof looks at: a few real documents, and what the stock model says to each.
 
-In: documents of the first rows. Out: a `Probe`, and packs of its documents. Left out: what is claimed about them
-(preflight.py).
-"""
+In: documents of the first rows. Out: a `Probe`, and packs of its documents. Left out: what is
+claimed about them (preflight.py)."""
 
 from __future__ import annotations
 
@@ -19,14 +18,13 @@ from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.data.prefix_sharing import group_by_prefix
 
-MAX_PACKED_DOCUMENTS = (
-    3  # the shortest of the probe: enough to see a leak or wrong labels, in seconds
-)
-ISOLATION_TOKENS = 72  # of each of them are enough to see whether documents see each other; no whole block of a kernel
+# the shortest of the probe: enough to see a leak or wrong labels, in seconds
+MAX_PACKED_DOCUMENTS = 3
+# of each of them are enough to see whether documents see each other; no whole block of a kernel
+ISOLATION_TOKENS = 72
 FORK_TOKENS = 40  # before and behind the places where branches part, for the same
-MAX_CHECKED_POSITIONS = (
-    64  # of a document, from its first token to its last: their logits are compared
-)
+# of a document, from its first token to its last: their logits are compared
+MAX_CHECKED_POSITIONS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +36,8 @@ class WindowedText:
 
 
 class TokenIdCheck(NamedTuple):
-    """Whether a row has the ids that transformers gives it: all (`whole`), or those of its prompts as served."""
+    """Whether a row has the ids that transformers gives it: all (`whole`), or those of its prompts
+    as served."""
 
     row_id: str
     is_equal: bool
@@ -47,8 +46,9 @@ class TokenIdCheck(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PreflightSamples:
-    """A few real documents, what the stock model says to each (logits [P, V] at its `checked_places`), the ids of end
-    tokens and what of rows' ids was compared. `texts`: of continued pretraining."""
+    """A few real documents, what the stock model says to each (logits [P, V] at its
+    `checked_places`), the ids of end tokens and what of rows' ids was compared. `texts`: of
+    continued pretraining."""
 
     documents: tuple[Document, ...]
     reference_logits: tuple[Tensor, ...]
@@ -61,9 +61,9 @@ class PreflightSamples:
 
 
 def choose_documents(candidates: Sequence[Document], window: int | None) -> tuple[Document, ...]:
-    """The shortest, two between and the longest, shortest first; of rejected answers the shortest and the longest too.
-    With a window, at least one document longer than it (rows are chained when none is). A lone document stands twice:
-    blindness takes two."""
+    """The shortest, two between and the longest, shortest first; of rejected answers the shortest
+    and the longest too. With a window, at least one document longer than it (rows are chained when
+    none is). A lone document stands twice: blindness takes two."""
     ranked = sorted((document for document in candidates if count_input_tokens(document)), key=len)
     rejected = [document for document in ranked if document.side == "rejected"]
     others = [document for document in ranked if document.side != "rejected"]
@@ -80,8 +80,8 @@ def choose_documents(candidates: Sequence[Document], window: int | None) -> tupl
 
 
 def choose_sharing_documents(candidates: Sequence[Document]) -> tuple[Document, ...]:
-    """The shortest that begin alike and go on apart, three or two. If no two of them do, one and its like with another
-    end; none when all are too short to share anything."""
+    """The shortest that begin alike and go on apart, three or two. If no two of them do, one and
+    its like with another end; none when all are too short to share anything."""
     documents = [
         dataclasses.replace(document, side="")
         for document in candidates
@@ -162,7 +162,8 @@ def pack_with_sharing(documents: Sequence[Document]) -> Batch:
 
 
 def trim_to_fork(documents: Sequence[Document]) -> list[Document]:
-    """The same documents without what is far from where they part: enough to see whether branches see each other."""
+    """The same documents without what is far from where they part: enough to see whether branches
+    see each other."""
     (pack,) = pack_step(documents, sum(map(len, documents)), should_share=True)
     begin, end = (
         max(0, min(pack.prefix_lengths[1:]) - FORK_TOKENS),

@@ -2,8 +2,8 @@
 
     run folder -> reopen -> Workbench, its adapter loaded      run folder -> model_left -> the model alone
 
-The weights must be as the run left them, and belong to the base that is there now. Left out: what is done with them.
-"""
+The weights must be as the run left them, and belong to the base that is there now. Left out: what
+is done with them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from tunesmith.session.session import Session, load_starting_model, open_eval_se
 
 
 def reopen_session(path: Path) -> Session:
-    """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or what it belongs to,
-    is not as the run left it."""
+    """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or
+    what it belongs to, is not as the run left it."""
     path = find_weights_dir(path)
     require_run(path)
     plan = read_run_plan(path)
@@ -50,8 +50,8 @@ def reopen_session(path: Path) -> Session:
 
 
 def load_trained_session(path: Path) -> Session:
-    """What a finished run has made of the model, an adapter on it or all of its weights, with the rows of the run.
-    Raises what `reopen` raises."""
+    """What a finished run has made of the model, an adapter on it or all of its weights, with the
+    rows of the run. Raises what `reopen` raises."""
     plan, inputs = load_plan_and_inputs(path)
     return open_eval_session(plan, inputs, load_trained_model(find_weights_dir(path), plan, inputs))
 
@@ -103,7 +103,8 @@ def _find_trained_weights(path: Path, plan: Plan, inputs: RunInputs) -> Path:
 
 @contextmanager
 def starting_model(session: Session, plan: Plan) -> Iterator[None]:
-    """The model that a plan's training started from: the base, or the base with the adapter that it went on with."""
+    """The model that a plan's training started from: the base, or the base with the adapter that it
+    went on with."""
     adapter = inputs.load_starting_adapter(plan, session.inputs.model.path)
     if adapter is not None:
         load_adapter(session.model.network, adapter.weights_path)

@@ -1,12 +1,12 @@
-"""What runs on this machine have taken, kept in one small file of the cache: later plans predict from it.
+"""What runs on this machine have taken, kept in one small file of the cache: later plans predict
+from it.
 
     remember(record)      after a run of its own process, whose peak is the run's
     corrected(plan)       its memory times what the last such run took of its prediction, and the time at its speed
 
-A run is such a run on the same processor, for a model of the same shape, by the same method and number format, measured
-or not before, by the same version. The factor is written into the plan: a plan.json says what it was made with. Left
-out: averages over runs.
-"""
+A run is such a run on the same processor, for a model of the same shape, by the same method and
+number format, measured or not before, by the same version. The factor is written into the plan: a
+plan.json says what it was made with. Left out: averages over runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ FACTOR_BOUNDS = (
 
 @dataclass(frozen=True)
 class PastRun:
-    """The last run of a kind. `predicted_bytes` without any correction; tokens are those computed, shared ones once."""
+    """The last run of a kind. `predicted_bytes` without any correction; tokens are those computed,
+    shared ones once."""
 
     run: str
     predicted_bytes: int

@@ -1,8 +1,9 @@
-"""The heavy things that a run works with, made once from its plan: the model with its adapter, the renderer, the rows.
+"""The heavy things that a run works with, made once from its plan: the model with its adapter, the
+renderer, the rows.
 
-In: a Plan and the Facts it was made from. Out: a Workbench. The stock model's answers to a few real documents are taken
-before any module is replaced; they are the oracle of the proof. Left out: the order of a run (run.py).
-"""
+In: a Plan and the Facts it was made from. Out: a Workbench. The stock model's answers to a few real
+documents are taken before any module is replaced; they are the oracle of the proof. Left out: the
+order of a run (run.py)."""
 
 from __future__ import annotations
 
@@ -79,8 +80,8 @@ class Session:
         return self.inputs.datasets["data"]
 
     def load_documents(self, step: int, changes: RatioChanges = ()) -> Sequence[Document]:
-        """The documents of optimizer step 1..steps; a pure function of the plan, the files, and the changes of the
-        rehearsal ratio so far."""
+        """The documents of optimizer step 1..steps; a pure function of the plan, the files, and the
+        changes of the rehearsal ratio so far."""
         if isinstance(self.sampler, WindowSampler):
             documents = self.sampler.read_documents(step, changes)
         else:
@@ -100,8 +101,9 @@ class Session:
 
 
 def open_session(plan: Plan, inputs: RunInputs) -> Session:
-    """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers, attention. An adapter to
-    go on with is part of the model that is asked, and so are the first rows of new tokens."""
+    """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers,
+    attention. An adapter to go on with is part of the model that is asked, and so are the first
+    rows of new tokens."""
     torch.set_flush_denormal(
         True
     )  # stays on: torch's threads keep what they were started with, so it cannot be undone
@@ -162,7 +164,8 @@ def _wrap_network(network: Network, plan: Plan, inputs: RunInputs) -> PackedCaus
 
 
 def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Session:
-    """With the first layers and made-up weights, to be measured; there is nothing to prove about them."""
+    """With the first layers and made-up weights, to be measured; there is nothing to prove about
+    them."""
     inputs = dataclasses.replace(_apply_length_limit(plan, inputs), adapter=None)
     network = build_truncated_network(
         inputs.model.path, DTYPES[plan["dtype"]], layers, is_quantized=plan["method"] == "qlora"
@@ -247,7 +250,8 @@ def _choose_samples(
     complete: list[Document] = []
     truncated: list[
         Document
-    ] = []  # without the end of an answer, or only what is bad in it: no witness if there are others
+        # without the end of an answer, or only what is bad in it: no witness if there are others
+    ] = []
     id_checks: list[TokenIdCheck] = []
     for index in range(min(PROBE_ROWS, len(rows))):
         example, prepared = rows.render_row(index)
@@ -277,9 +281,9 @@ def _choose_samples(
 def _check_token_ids(
     inputs: RunInputs, example: Example, prepared: PreparedRow
 ) -> TokenIdCheck | None:
-    """Whether a row's ids are those of transformers: all, or, where the render notes that it writes the row otherwise,
-    those of the prompts. None for what transformers would not write alike: its templates write the date of today, ours
-    that of the plan."""
+    """Whether a row's ids are those of transformers: all, or, where the render notes that it writes
+    the row otherwise, those of the prompts. None for what transformers would not write alike: its
+    templates write the date of today, ours that of the plan."""
     documents = [
         document.tokens_L for document in prepared.documents if document.side != "rejected"
     ]

@@ -1,4 +1,5 @@
-"""What a run has to know of the model that its training starts from, taken once, before any weight has changed.
+"""What a run has to know of the model that its training starts from, taken once, before any weight
+has changed.
 
     before.json         its measures, item by item
     base-states/        its final hidden states on the texts and answers that are measured, where nothing brings the
@@ -54,7 +55,8 @@ def measure_before_training(
 def open_answer_cache(
     path: Path, fingerprint: Json, weights: AdapterFolder | Path | None
 ) -> AnswerCache:
-    """Where a run keeps the answers of its base, of the adapter that it began with, or of what a folder holds."""
+    """Where a run keeps the answers of its base, of the adapter that it began with, or of what a
+    folder holds."""
     hashes = (
         hash_weight_files(weights)
         if isinstance(weights, Path)

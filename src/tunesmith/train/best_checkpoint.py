@@ -2,10 +2,9 @@
 
     Look, Look, ... -> the best one
 
-Not the last, and not the one of the lowest loss: a loss goes on falling, or rises while answers get better. Answers are
-compared first, by the recipe's metrics; where they differ by no more than one item, the lower held-out loss decides,
-which tells apart what a few answers cannot. Pure.
-"""
+Not the last, and not the one of the lowest loss: a loss goes on falling, or rises while answers get
+better. Answers are compared first, by the recipe's metrics; where they differ by no more than one
+item, the lower held-out loss decides, which tells apart what a few answers cannot. Pure."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ EVAL = "eval"
 
 @dataclass(frozen=True)
 class EvalPoint:
-    """At `eval_data`, and at general text where there is any. `quality`: mean of the metrics; one item is `item` of
-    it."""
+    """At `eval_data`, and at general text where there is any. `quality`: mean of the metrics; one
+    item is `item` of it."""
 
     step: int
     loss: float

@@ -1,10 +1,9 @@
 """How long a run will take, measured in seconds on this machine: `plan --calibrate`.
 
-In: a plan and its facts. Out: the plan with its time, and what that comes from. Real steps of the plan
-are taken with one and with a few layers of made-up weights; the difference is what a layer costs, and the rest what the
-embeddings, the head and the update do. So the weights need not be there, nor fit. Left out: what a run does beside its
-steps (finish.py).
-"""
+In: a plan and its facts. Out: the plan with its time, and what that comes from. Real steps of the
+plan are taken with one and with a few layers of made-up weights; the difference is what a layer
+costs, and the rest what the embeddings, the head and the update do. So the weights need not be
+there, nor fit. Left out: what a run does beside its steps (finish.py)."""
 
 from __future__ import annotations
 
@@ -46,7 +45,8 @@ class Calibration:
 
 
 def calibrate_plan(plan: Plan, inputs: RunInputs) -> Plan:
-    """Raises MachineError for a model whose few layers do not fit, InputError when the plan is for another machine."""
+    """Raises MachineError for a model whose few layers do not fit, InputError when the plan is for
+    another machine."""
     calibration, layers = measure_calibration(plan, inputs), plan.model.num_layers
     seconds = count_computed_tokens(plan) * calibration.compute_token_seconds(layers)
     utilization = estimate_run_flops(plan) / seconds / calibration.gemm_flops
@@ -99,7 +99,8 @@ def _count_fitting_layers(plan: Plan) -> int:
 
 
 def _make_truncator(plan: Plan, layers: int) -> Callable[[Sequence[Document]], Sequence[Document]]:
-    """The first documents of a step, as many as are computed in a second or so. Pairs stay together."""
+    """The first documents of a step, as many as are computed in a second or so. Pairs stay
+    together."""
     cost = (
         compute_token_flops(plan.model, plan["method"], plan["activations"], 0)
         * layers
@@ -123,7 +124,8 @@ def _measure_token_seconds(
     layers: int,
     truncate: Callable[[Sequence[Document]], Sequence[Document]],
 ) -> tuple[float, int]:
-    """Of a computed token, and from how many steps; the first step, which makes what stays, is not counted."""
+    """Of a computed token, and from how many steps; the first step, which makes what stays, is not
+    counted."""
     session = open_truncated_session(plan, inputs, layers)
     training = TrainingLoop(
         session.model,

@@ -1,8 +1,8 @@
 """The state of a run as files: trained weights, the optimizer's moments, the position. No pickle.
 
-In and out: a folder that runfolder.py writes atomically and verifies. The learning rate, the order of rows and dropout
-are functions of the step, so no state of a scheduler, a sampler or a random generator has to be kept.
-"""
+In and out: a folder that runfolder.py writes atomically and verifies. The learning rate, the order
+of rows and dropout are functions of the step, so no state of a scheduler, a sampler or a random
+generator has to be kept."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def write_state(
 def read_state(
     folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Puts weights and moments back; returns the position. Raises InputError when the folder is of another run."""
+    """Puts weights and moments back; returns the position. Raises InputError when the folder is of
+    another run."""
     tensors, position = (
         load_weights(folder, parameters),
         json.loads((folder / POSITION_FILE).read_text(encoding="utf-8")),
@@ -59,7 +60,8 @@ def read_state(
 
 
 def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Puts weights back, and returns all that the checkpoint holds. Raises InputError as `read_state`."""
+    """Puts weights back, and returns all that the checkpoint holds. Raises InputError as
+    `read_state`."""
     tensors = load_file(folder / STATE_FILE)
     stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
     if stored != parameters.keys() or any(

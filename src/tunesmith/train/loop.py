@@ -1,10 +1,10 @@
 """The training loop: one for every method, loss, packing and device.
 
-In: a LanguageModel with something trainable, a function from step to documents, Settings. Iterating a `Training` runs
-it and yields its events; between two events `save`, `restore` and `stop` are legal. All state is in the object. A step
-that does not fit in memory is computed again in smaller packs, which changes its speed and not its update.
-Left out: what to do about an event (guard, run folder, display), evaluation, the choice of any value (plan).
-"""
+In: a LanguageModel with something trainable, a function from step to documents, Settings. Iterating
+a `Training` runs it and yields its events; between two events `save`, `restore` and `stop` are
+legal. All state is in the object. A step that does not fit in memory is computed again in smaller
+packs, which changes its speed and not its update. Left out: what to do about an event (guard, run
+folder, display), evaluation, the choice of any value (plan)."""
 
 from __future__ import annotations
 
@@ -71,9 +71,8 @@ class TrainingConfig:
     loss_config: LossConfig = DEFAULT_LOSS_CONFIG
     optim: str = "adamw"
     new_rows_lr_factor: float = 1.0  # the learning rate, for the rows of new tokens
-    step_in_backward: bool = (
-        False  # weights are updated while gradients are computed; nothing is clipped then
-    )
+    # weights are updated while gradients are computed; nothing is clipped then
+    step_in_backward: bool = False
 
     @classmethod
     def from_plan(cls, plan: Plan) -> TrainingConfig:
@@ -105,9 +104,10 @@ def _build_loss_config(plan: Plan) -> LossConfig:
 
 
 class TrainingLoop:
-    """A run in progress: weights, optimizer, position. `step` counts finished optimizer steps; `pack_length` is what
-    memory has left of the plan's. `ratios`: (steps done, share of rehearsal from then on), as they were set.
-    `rollbacks` change the steps after the one that each went back to: all of this is a function of the step."""
+    """A run in progress: weights, optimizer, position. `step` counts finished optimizer steps;
+    `pack_length` is what memory has left of the plan's. `ratios`: (steps done, share of rehearsal
+    from then on), as they were set. `rollbacks` change the steps after the one that each went back
+    to: all of this is a function of the step."""
 
     def __init__(
         self,
@@ -115,8 +115,8 @@ class TrainingLoop:
         load_documents: Callable[..., Sequence[Document]],
         config: TrainingConfig,
     ) -> None:
-        """`documents_of(step)` gives the documents of step 1..steps, always the same ones. It is also given `ratios`,
-        once there are any."""
+        """`documents_of(step)` gives the documents of step 1..steps, always the same ones. It is
+        also given `ratios`, once there are any."""
         self.model, self.load_documents, self.config = model, load_documents, config
         self.parameters = get_trainable_parameters(model.network)
         self.optimizer = make_optimizer(
@@ -131,9 +131,8 @@ class TrainingLoop:
         self.pack_length = config.pack_length
         self.ratios: tuple[tuple[int, float], ...] = ()
         self.rollbacks: tuple[Rollback, ...] = ()
-        self._retry_documents: Sequence[Document] | None = (
-            None  # the documents of a step that did not fit
-        )
+        # the documents of a step that did not fit
+        self._retry_documents: Sequence[Document] | None = None
         self._prefetched: Iterator[Sequence[Document]] | None = None
         self._is_stopped = self._is_done = False
 
@@ -161,13 +160,15 @@ class TrainingLoop:
         self._drop_prefetched()
 
     def set_rollbacks(self, rollbacks: Sequence[Rollback]) -> None:
-        """All rollbacks so far; those that the checkpoint does not know of were decided after it was written."""
+        """All rollbacks so far; those that the checkpoint does not know of were decided after it
+        was written."""
         self.rollbacks = tuple(rollbacks)
         self._drop_prefetched()
 
     @property
     def ratio_changes(self) -> tuple[tuple[int, float], ...]:
-        """Every share of rehearsal that was set, whoever set it, in the order in which they hold."""
+        """Every share of rehearsal that was set, whoever set it, in the order in which they
+        hold."""
         rollback_ratios: list[tuple[int, float]] = []
         for rollback in self.rollbacks:
             if (
@@ -293,7 +294,8 @@ class TrainingLoop:
     def _forward_backward(
         self, packs: Sequence[Pack], normalizer: LossNormalizer
     ) -> tuple[float, int]:
-        """Gradients of the step's mean loss; returns that loss and the number of supervised tokens."""
+        """Gradients of the step's mean loss; returns that loss and the number of supervised
+        tokens."""
         supervised_tokens = 0
         total: Tensor | None = None
         self.model.network.train()
@@ -328,7 +330,8 @@ class TrainingLoop:
         return pack_step(documents, self.pack_length, should_share=self.config.share_prefixes)
 
     def _shrink_packs(self, documents: Sequence[Document], message: str) -> CheckResult:
-        """Half of what the largest shared pack held. A document or a pair is never split: alone it must fit."""
+        """Half of what the largest shared pack held. A document or a pair is never split: alone it
+        must fit."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.network.eval()
         packs = self._pack_documents(documents)
@@ -349,7 +352,8 @@ class TrainingLoop:
     def _refuse_step(
         self, documents: Sequence[Document], loss: float, grad_norm: float
     ) -> CheckResult:
-        """A non-finite step never reaches the optimizer. A few are skipped; many in a row end the run."""
+        """A non-finite step never reaches the optimizer. A few are skipped; many in a row end the
+        run."""
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps += 1
         if parameter_name := find_nonfinite(self.parameters):

@@ -4,9 +4,9 @@
     preference  the loss of pairs (LOSSES)         chosen  cross-entropy of the chosen sides
     banned      unlikelihood of the bad tokens of answers that break a constraint
 
-The counts are of the whole step (all packs, all ranks) and known before the first forward, so no split of the step into
-packs can change the result. Legend: S targets, D documents, P pairs of a pack; log-probabilities in nats.
-"""
+The counts are of the whole step (all packs, all ranks) and known before the first forward, so no
+split of the step into packs can change the result. Legend: S targets, D documents, P pairs of a
+pack; log-probabilities in nats."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How pairs and bans are trained. `nll`, `ban`: coefficients of the terms `chosen` and `banned`."""
+    """How pairs and bans are trained. `nll`, `ban`: coefficients of the terms `chosen` and
+    `banned`."""
 
     loss: str = "dpo"
     beta: float = 0.1
@@ -94,8 +95,8 @@ def sft_loss(model: PackedCausalLM, batch: Batch, step_weight: float) -> dict[st
 
 
 def merge_shared_targets(batch: Batch) -> tuple[Batch, Tensor | None]:
-    """One target for all documents that share it, with the sum of their weights; whose it was is lost. And where each
-    target of the batch has gone; None where it stays."""
+    """One target for all documents that share it, with the sum of their weights; whose it was is
+    lost. And where each target of the batch has gone; None where it stays."""
     if not batch.layout.parents:
         return batch, None
     keys_S, inverse_S = (batch.positions_S << 32 | batch.targets_S).unique(return_inverse=True)
@@ -161,9 +162,9 @@ def compute_step_terms(
 
 
 def unlikelihood_loss(losses_S: Tensor) -> Tensor:
-    """Welleck 2019, equation 4: -log(1 - p) of tokens that should not be there, from their losses -log p. Its gradient
-    in the logits is at most 1. A token that is certain to rounding counts as one that is certain to a rounding less:
-    the value stays finite, and the gradient goes on."""
+    """Welleck 2019, equation 4: -log(1 - p) of tokens that should not be there, from their losses
+    -log p. Its gradient in the logits is at most 1. A token that is certain to rounding counts as
+    one that is certain to a rounding less: the value stays finite, and the gradient goes on."""
     eps = torch.finfo(losses_S.dtype).eps
     losses_S = losses_S + (losses_S.clamp(min=eps) - losses_S).detach()
     is_rare_S = losses_S > 1  # where 1 - p rounds away the last digits of p
@@ -176,8 +177,8 @@ def unlikelihood_loss(losses_S: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PreferenceLogps:
-    """Log-probabilities of both answers, summed over their tokens. `before_P`: chosen minus rejected under the
-    reference, the model before training."""
+    """Log-probabilities of both answers, summed over their tokens. `before_P`: chosen minus
+    rejected under the reference, the model before training."""
 
     chosen_logps_P: Tensor
     rejected_logps_P: Tensor
@@ -223,7 +224,8 @@ def _mask_side(batch: Batch, side: str) -> Tensor:
 
 @torch.no_grad()
 def _compute_reference_logps(model: PackedCausalLM, batch: Batch) -> Tensor:
-    """Log-probabilities [D] before training: kept ones, or those of the base, with the adapter switched off."""
+    """Log-probabilities [D] before training: kept ones, or those of the base, with the adapter
+    switched off."""
     stored_logps = [
         reference
         for reference, side in zip(batch.reference_logps, batch.sides, strict=True)
@@ -237,7 +239,8 @@ def _compute_reference_logps(model: PackedCausalLM, batch: Batch) -> Tensor:
 
 
 def dpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
-    """Rafailov 2023, equation 7: -log sigmoid(beta * (margin now - margin before)), margins of summed nats."""
+    """Rafailov 2023, equation 7: -log sigmoid(beta * (margin now - margin before)), margins of
+    summed nats."""
     assert pairs.reference_margin_P is not None
     margin_change_P = (
         pairs.chosen_logps_P
@@ -248,7 +251,8 @@ def dpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
 
 
 def orpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
-    """Hong 2024, equation 7: beta * -log sigmoid(log odds of chosen - log odds of rejected), of mean nats a token."""
+    """Hong 2024, equation 7: beta * -log sigmoid(log odds of chosen - log odds of rejected), of
+    mean nats a token."""
     chosen_mean_P, rejected_mean_P = (
         pairs.chosen_logps_P / pairs.chosen_tokens_P,
         pairs.rejected_logps_P / pairs.rejected_tokens_P,

@@ -1,11 +1,12 @@
-"""The model card: README.md beside the trained weights, with the facts of the run's record and nothing else.
+"""The model card: README.md beside the trained weights, with the facts of the run's record and
+nothing else.
 
     write_card(record, identity)        adapter/README.md, or model/README.md; valid front matter for the hub
     note_scale(folder, scale, curve)    the card of an export of that adapter at another scale
 
-The manifest of the folder does not list it: people add to a card, and the weights stay as they were sealed. What is not
-known is left out: a base without a name on the hub, a licence that nothing states. Words of others are escaped.
-"""
+The manifest of the folder does not list it: people add to a card, and the weights stay as they were
+sealed. What is not known is left out: a base without a name on the hub, a licence that nothing
+states. Words of others are escaped."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def write_card(record: RunRecord, fingerprint: Json, stages: Sequence[str] = ())
 
 
 def note_scale(folder: Path, scale: float, curve: Sequence[ScalePoint]) -> None:
-    """Says in the card of an adapter, if it has one, that it is scaled; before its results, which are of scale 1."""
+    """Says in the card of an adapter, if it has one, that it is scaled; before its results, which
+    are of scale 1."""
     file = folder / CARD_FILE
     if file.is_file():
         head, results, rest = file.read_text("utf-8", errors="replace").partition("\n## Results\n")

@@ -1,5 +1,5 @@
-"""AdamW, its state and its learning rate. The rate is a pure function of the step, so nothing of the schedule needs
-saving."""
+"""AdamW, its state and its learning rate. The rate is a pure function of the step, so nothing of
+the schedule needs saving."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def compute_learning_rate(
     step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str
 ) -> float:
-    """Learning rate of optimizer step `step` (from 0): a linear warm-up that ends at `peak`, then the schedule down to
-    0 after the last step. Same as transformers' schedulers: step k uses factor k / warmup_steps while warming up."""
+    """Learning rate of optimizer step `step` (from 0): a linear warm-up that ends at `peak`, then
+    the schedule down to 0 after the last step. Same as transformers' schedulers: step k uses factor
+    k / warmup_steps while warming up."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     return peak * SCHEDULES[schedule]((step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -51,9 +52,10 @@ def make_optimizer(
     rows: Sequence[nn.Parameter] = (),
     rows_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is given with each `update`, and `rows` take `rows_times`
-    of it. Only matrices decay, as in transformers' Trainer: 0 is no better value for a norm or a bias. Nor for a
-    magnitude of DoRA, where the Trainer does decay: it starts at the length of a row of the base."""
+    """AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is given with each `update`, and
+    `rows` take `rows_times` of it. Only matrices decay, as in transformers' Trainer: 0 is no better
+    value for a norm or a bias. Nor for a magnitude of DoRA, where the Trainer does decay: it starts
+    at the length of a row of the base."""
     other_parameters = [p for p in parameters if all(p is not row for row in rows)]
     groups = [
         {
@@ -73,8 +75,9 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 def adamw_8bit(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Moments in 8 bits with an fp32 scale for 256 of them (Dettmers 2022), those of fewer than 4,096 weights in fp32;
-    on CUDA in pages that may leave the device. Raises InputError without bitsandbytes."""
+    """Moments in 8 bits with an fp32 scale for 256 of them (Dettmers 2022), those of fewer than
+    4,096 weights in fp32; on CUDA in pages that may leave the device. Raises InputError without
+    bitsandbytes."""
     library = import_bitsandbytes().optim
     on_device = groups[0]["params"][0].device.type == "cuda"
     return (library.PagedAdamW8bit if on_device else library.AdamW8bit)(groups, lr=0.0)
@@ -95,8 +98,8 @@ def get_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> di
 
 @torch.no_grad()
 def compute_last_update(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
-    """What the last update added to a parameter, weight decay aside, from AdamW's own moments. None before the first
-    one, and where moments are kept in 8 bits."""
+    """What the last update added to a parameter, weight decay aside, from AdamW's own moments. None
+    before the first one, and where moments are kept in 8 bits."""
     state = optimizer.state.get(parameter, {})
     group = next(
         (g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None
@@ -119,7 +122,8 @@ def restore_moments(
 ) -> None:
     """The moments of a parameter as they were after `updates`."""
     if isinstance(optimizer, torch.optim.AdamW):
-        # Copies: what was read may be the file itself, mapped into memory, and would change with it.
+        # Copies: what was read may be the file itself, mapped into memory, and would change with
+        # it.
         copies = {name: tensor.to(parameter.device, copy=True) for name, tensor in tensors.items()}
         optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **copies}
         return
@@ -134,7 +138,8 @@ def restore_moments(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales the gradients so that their common norm is at most `max_norm` (0: never); returns the norm before."""
+    """Scales the gradients so that their common norm is at most `max_norm` (0: never); returns the
+    norm before."""
     return float(torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf))
 
 
@@ -144,6 +149,7 @@ def step_optimizer(optimizer: torch.optim.Optimizer, learning_rate: float) -> No
         group["lr"] = learning_rate * group["times"]
     updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     optimizer.step()
-    # The fused step writes without telling autograd, but what was derived from a weight has to know (MasterLinear).
+    # The fused step writes without telling autograd, but what was derived from a weight has to know
+    # (MasterLinear).
     for parameter in updated:
         torch.autograd.graph.increment_version(parameter)

@@ -1,9 +1,10 @@
-"""Updates that are taken while the gradients are computed: each weight's as soon as its gradient is complete, which is
-then let go. Saves the gradients of all weights but one; the updates are the same to the bit.
+"""Updates that are taken while the gradients are computed: each weight's as soon as its gradient is
+complete, which is then let go. Saves the gradients of all weights but one; the updates are the same
+to the bit.
 
-In: an optimizer and its parameters. A backward inside `taken` updates them. Left out: clipping, which needs the norm of
-all gradients before the first update, and so does going back from a step that is not finite or does not fit.
-"""
+In: an optimizer and its parameters. A backward inside `taken` updates them. Left out: clipping,
+which needs the norm of all gradients before the first update, and so does going back from a step
+that is not finite or does not fit."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class OptimizerInBackward:
 
     @contextmanager
     def updating(self, step: int, learning_rate: float) -> Iterator[None]:
-        """One step at this learning rate. Raises GateError for a gradient that is not finite and MachineError when
-        memory runs out: other weights are those of the next step by then."""
+        """One step at this learning rate. Raises GateError for a gradient that is not finite and
+        MachineError when memory runs out: other weights are those of the next step by then."""
         squared_norm = 0.0
 
         def apply_gradient(name: str, parameter: nn.Parameter) -> None:

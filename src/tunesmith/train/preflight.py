@@ -1,10 +1,11 @@
-"""The proof before step 1, on the real model and the real data: what must hold for a run not to be silently wrong.
+"""The proof before step 1, on the real model and the real data: what must hold for a run not to be
+silently wrong.
 
-In: the stock model's logits on a few real documents, our model, those documents. Out: a Verdict for each claim; a claim
-that fails stops the run with GateError. The proof also runs on a mask that leaks, on labels shifted by one and, where
-prefixes are shared, on a branch that sees its sibling, and must refuse them: a check that cannot fail proves nothing.
-Nothing is trained here, no weight changes.
-"""
+In: the stock model's logits on a few real documents, our model, those documents. Out: a Verdict for
+each claim; a claim that fails stops the run with GateError. The proof also runs on a mask that
+leaks, on labels shifted by one and, where prefixes are shared, on a branch that sees its sibling,
+and must refuse them: a check that cannot fail proves nothing. Nothing is trained here, no weight
+changes."""
 
 from __future__ import annotations
 
@@ -40,9 +41,10 @@ from tunesmith.session.preflight_probe import (
 
 # Relative root-mean-square difference of centred logits that two correct computations may show.
 LOGIT_TOLERANCE = {torch.bfloat16: 0.06, torch.float32: 1e-3, torch.float64: 1e-5}
-# What the losses of two correct computations may differ by: a share of them, and by chance so many nats a token. A
-# logit of 20 is followed by 20.125 in bf16, and products of other sizes round otherwise: with SmolLM2 on a processor
-# with AMX 1.2 nats of 65 were seen, where fp32 lies between the two.
+# What the losses of two correct computations may differ by: a share of them, and by chance so many
+# nats a token. A logit of 20 is followed by 20.125 in bf16, and products of other sizes round
+# otherwise: with SmolLM2 on a processor with AMX 1.2 nats of 65 were seen, where fp32 lies between
+# the two.
 LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6}
 SHARED_TOLERANCE = LOSS_TOLERANCE | {
     torch.bfloat16: 0.03
@@ -52,7 +54,8 @@ TOKEN_TOLERANCE_NATS = {torch.bfloat16: 0.3, torch.float32: 0.0, torch.float64: 
 
 @dataclass(frozen=True, eq=False)
 class ModelUnderTest:
-    """The model to prove, with what it says to documents alone: several claims ask for that, it is computed once."""
+    """The model to prove, with what it says to documents alone: several claims ask for that, it is
+    computed once."""
 
     model: PackedCausalLM
     hidden_cache: dict[bytes, tuple[Tensor, Tensor]] = field(
@@ -202,8 +205,8 @@ def check_logits(subject: ModelUnderTest, samples: PreflightSamples) -> CheckRes
 def check_labels(
     subject: ModelUnderTest, samples: PreflightSamples, *, corrupt: Corruption = _leave_unchanged
 ) -> CheckResult:
-    """What a position is trained to say is the document's next token: the losses are what the stock model's logits
-    give for those tokens, without our way from documents to targets."""
+    """What a position is trained to say is the document's next token: the losses are what the stock
+    model's logits give for those tokens, without our way from documents to targets."""
     worst, num_checked, model = 0.0, 0, subject.model
     for document, stock in list(zip(samples.documents, samples.reference_logits, strict=True))[
         :MAX_PACKED_DOCUMENTS
@@ -252,7 +255,8 @@ def check_document_isolation(
 
 
 def _refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> int:
-    """Changes the tokens of each segment of a layout in turn: only what continues it may change. How many there are."""
+    """Changes the tokens of each segment of a layout in turn: only what continues it may change.
+    How many there are."""
     before, lengths_T = (
         model.compute_hidden(_select_all_positions(batch)),
         torch.tensor(layout.lengths),
@@ -331,8 +335,9 @@ def _compare_with_alone(
 def check_prefix_sharing(
     subject: ModelUnderTest, samples: PreflightSamples, *, corrupt: Corruption = _leave_unchanged
 ) -> CheckResult:
-    """Documents that share what they begin with have the loss that they have alone, and branches are blind to each
-    other: other tokens in one leave all that does not continue it bitwise the same."""
+    """Documents that share what they begin with have the loss that they have alone, and branches
+    are blind to each other: other tokens in one leave all that does not continue it bitwise the
+    same."""
     fork_batch = pack_with_sharing(trim_to_fork(samples.sharing_documents))
     segments = _refuse_leakage(subject.model, corrupt(fork_batch), fork_batch.layout)
     worst = _compare_with_alone(subject, samples.sharing_documents, share_prefixes=True)

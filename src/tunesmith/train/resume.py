@@ -2,8 +2,8 @@
 
     go_on(folder, plan, facts) -> Start     the newest checkpoint that can be trusted, and what there is to say
 
-A run stands on its recipe, plan, rows, tokenizer, template, weights and libraries. If one of them has changed, going on
-would not be the same run: it is refused field by field, or allowed and told.
+A run stands on its recipe, plan, rows, tokenizer, template, weights and libraries. If one of them
+has changed, going on would not be the same run: it is refused field by field, or allowed and told.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def prepare_resume(
     allow_drift: bool = False,
     from_step: int | None = None,
 ) -> ResumeState:
-    """Raises InputError when something has changed and may not, and for a `from_step` without a valid checkpoint."""
+    """Raises InputError when something has changed and may not, and for a `from_step` without a
+    valid checkpoint."""
     fingerprint = build_fingerprint(plan, inputs, read_recipe(folder.path / RECIPE_FILE))
     changed = list_changes(read_json(folder.path / FINGERPRINT_FILE), fingerprint)
     drift = [change for change in changed if not change.startswith(ROUNDING_PREFIX)]
@@ -98,7 +99,8 @@ def prepare_resume(
 
 
 def _refuse_missing_checkpoint(folder: RunFolder, step: int) -> None:
-    """Raises InputError when the checkpoint that the run went back to is gone, and none after it was written."""
+    """Raises InputError when the checkpoint that the run went back to is gone, and none after it
+    was written."""
     last = next(reversed(folder.load_rollbacks()), None)
     if last is not None and step < last.to:
         older = f", or go on before it with --from-step {step}" if step else ""

@@ -2,11 +2,11 @@
 
     plan -> prove -> measure -> train, saving and evaluating -> measure again -> record
 
-In: a Plan. Out: events as they happen, and a run folder that holds everything: plan.json, identity.json, data.json,
-events.jsonl, before.json, after.json, checkpoints/, adapter/, record.json. `resume` tells the same story from the last
-checkpoint on. The events are the only coupling to whoever watches: the command line prints them, the folder keeps them.
-A signal ends a run where nothing is lost; a gate's no is the last event of it.
-"""
+In: a Plan. Out: events as they happen, and a run folder that holds everything: plan.json,
+identity.json, data.json, events.jsonl, before.json, after.json, checkpoints/, adapter/,
+record.json. `resume` tells the same story from the last checkpoint on. The events are the only
+coupling to whoever watches: the command line prints them, the folder keeps them. A signal ends a
+run where nothing is lost; a gate's no is the last event of it."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ from tunesmith.train.synthetic_pairs import add_synthetic_pairs
 def train(
     plan: Plan, run_inputs: RunInputs | None = None, *, allow_code: bool = False
 ) -> Iterator[Event]:
-    """A new run; `known` are the facts that the plan was made from, gathered again if not given. Raises MachineError
-    or InputError before anything is loaded when it cannot fit, be measured or be written, GateError when the proof
-    fails, Interrupted after a signal."""
+    """A new run; `known` are the facts that the plan was made from, gathered again if not given.
+    Raises MachineError or InputError before anything is loaded when it cannot fit, be measured or
+    be written, GateError when the proof fails, Interrupted after a signal."""
     run_inputs, path = run_inputs or inputs.reload_inputs(plan), Path(plan["output_dir"])
     items = check_run(
         plan, run_inputs, path / REJECTED_FILE if is_free(path) else None, allow_code=allow_code
@@ -106,8 +106,8 @@ def check_run(
     *,
     allow_code: bool = False,
 ) -> EvalItems:
-    """What is refused before anything is loaded, and else what will be measured. `rejected`: a file for bad rows.
-    `allow_code`: metrics of the user's own may run."""
+    """What is refused before anything is loaded, and else what will be measured. `rejected`: a file
+    for bad rows. `allow_code`: metrics of the user's own may run."""
     refuse_if_too_large(plan)
     refuse_test_leakage(run_inputs.datasets)
     refuse_invalid_rows(
@@ -122,8 +122,9 @@ def check_run(
 def resume(
     path: Path, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
 ) -> Iterator[Event]:
-    """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises InputError when
-    what the run stands on has changed; with `allow_drift` it says so, and takes the first measures again."""
+    """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises
+    InputError when what the run stands on has changed; with `allow_drift` it says so, and takes the
+    first measures again."""
     with GracefulStop(_resume_hint(path)) as stop, RunFolder.open(path) as folder:
         plan = read_run_plan(path)
         if (path / RECORD_FILE).exists():
@@ -160,7 +161,8 @@ def _write_run_metadata(folder: RunFolder, plan: Plan) -> None:
 
 
 def _persist_events(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
-    """Every event is on disk before anyone sees it, or one warning is. A gate's no is the last event of a run."""
+    """Every event is on disk before anyone sees it, or one warning is. A gate's no is the last
+    event of a run."""
     step, has_warned = 0, False
     with closing(events):
         try:
@@ -236,7 +238,8 @@ def _run_events(context: RunContext) -> Generator[Event]:
 
 
 def _save_weights(context: RunContext, session: Session) -> Path:
-    """The trained weights, with what serving needs to behave as training did, and what they belong to."""
+    """The trained weights, with what serving needs to behave as training did, and what they belong
+    to."""
     plan, base_dir, network = context.plan, session.inputs.model.path, session.model.network
     values = {key: choice.value for key, choice in plan.choices.items()}
     has_adapter = plan["method"] != "full"

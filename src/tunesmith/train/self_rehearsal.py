@@ -2,12 +2,12 @@
 
     plan, facts, run folder -> rehearsal.jsonl in it, and plan and facts that know these rows
 
-With a chat template it writes conversations: a question to the bare beginning of a user's turn, then the answer to it,
-as it is served. Without one, and in continued pretraining, it writes texts, after nothing but the token that stands
-between documents. All is drawn with a fixed seed. Rows that show nothing are left out and counted. Sources: rows of the
-model's own in the place of its training data are Huang 2024's (SSR); questions from a bare template are Xu 2024's
-(Magpie). Left out: how many tokens (plan/rehearsal.py), and training on them (data/rehearsal.py).
-"""
+With a chat template it writes conversations: a question to the bare beginning of a user's turn,
+then the answer to it, as it is served. Without one, and in continued pretraining, it writes texts,
+after nothing but the token that stands between documents. All is drawn with a fixed seed. Rows that
+show nothing are left out and counted. Sources: rows of the model's own in the place of its training
+data are Huang 2024's (SSR); questions from a bare template are Xu 2024's (Magpie). Left out: how
+many tokens (plan/rehearsal.py), and training on them (data/rehearsal.py)."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ MAX_REPETITION = 0.2  # share of 4-token runs that stood there before: above it 
 def add_self_rehearsal(
     plan: Plan, inputs: RunInputs, folder: RunFolder
 ) -> tuple[Plan, RunInputs, tuple[CheckResult, ...]]:
-    """Nothing changes unless the plan wants rows of the model's own. Raises InputError when none of them can be used,
-    MachineError without memory or disk for them."""
+    """Nothing changes unless the plan wants rows of the model's own. Raises InputError when none of
+    them can be used, MachineError without memory or disk for them."""
     if "rehearsal_tokens" not in plan.choices:
         return plan, inputs, ()
     rows, rejected_counts = generate_rows(load_starting_model(plan, inputs), plan, inputs)
@@ -114,8 +114,8 @@ def _format_counts(kinds: Counter[str]) -> str:
 
 
 class _RowWriter:
-    """Rows by their numbers: a row and what is wrong with how it was written. What row n says depends on the model, n
-    and the seed."""
+    """Rows by their numbers: a row and what is wrong with how it was written. What row n says
+    depends on the model, n and the seed."""
 
     def __init__(self, model: PackedCausalLM, renderer: Renderer, seed: int) -> None:
         self.model, self.renderer, self.seed = model, renderer, seed

@@ -4,9 +4,8 @@
         with wish.at_once(): ...                a signal ends this right away: nothing of it is worth waiting for
         for event in training: wish.obey()      elsewhere it is only noted, and obeyed where that is safe
 
-Both ways it ends with Interrupted. A second signal acts as it would have without us. Outside the main thread nothing is
-caught, since Python allows handlers there only.
-"""
+Both ways it ends with Interrupted. A second signal acts as it would have without us. Outside the
+main thread nothing is caught, since Python allows handlers there only."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop:
-    """`signal` is the number of the signal that came, 0 if none. `resume_with`: what the message tells to do; it may
-    change on the way."""
+    """`signal` is the number of the signal that came, 0 if none. `resume_with`: what the message
+    tells to do; it may change on the way."""
 
     def __init__(self, resume_hint: str = "") -> None:
         self.signal_number, self.resume_hint = 0, resume_hint

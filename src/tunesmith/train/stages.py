@@ -1,4 +1,5 @@
-"""Several stages in one recipe: one run after the other in one folder, each going on with what the last one left.
+"""Several stages in one recipe: one run after the other in one folder, each going on with what the
+last one left.
 
     Stages -> gather -> make_plan -> StagedPlan -> train -> events; resume: from the first stage that is not finished
 
@@ -139,7 +140,8 @@ def _explain_merge(previous_plan: Plan, next_inputs: RunInputs, name: str) -> st
 def train(
     staged: StagedPlan, stage_inputs: Sequence[RunInputs] | None = None, *, allow_code: bool = False
 ) -> Iterator[Event]:
-    """A new run. Raises what `run.train` raises; what any stage would refuse is refused before the first begins."""
+    """A new run. Raises what `run.train` raises; what any stage would refuse is refused before the
+    first begins."""
     stage_inputs = stage_inputs or tuple(inputs.reload_inputs(plan) for plan in staged.plans)
     for plan, run_inputs in zip(staged.plans, stage_inputs, strict=True):
         run.check_run(plan, run_inputs, allow_code=allow_code)
@@ -151,7 +153,8 @@ def train(
 def resume(
     path: Path, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
 ) -> Iterator[Event]:
-    """Goes on with the first stage that is not finished, then with those after it. `from_step` is of that stage."""
+    """Goes on with the first stage that is not finished, then with those after it. `from_step` is
+    of that stage."""
     with RunFolder.open(path) as folder:
         if (path / RECORD_FILE).exists():
             raise InputError(
@@ -233,8 +236,8 @@ def _build_adapter_start(previous_dir: Path) -> Json:
 
 
 def _merge_stage_model(previous_dir: Path) -> tuple[Path, list[CheckResult]]:
-    """The folder of the whole model that a stage left, merged if it is not there yet; and what there is to say.
-    GateError when the merged weights do not answer as the run does."""
+    """The folder of the whole model that a stage left, merged if it is not there yet; and what
+    there is to say. GateError when the merged weights do not answer as the run does."""
     if read_run_plan(previous_dir)["method"] == "full":
         return previous_dir / MODEL_DIR, []
     merged_dir, verdicts = previous_dir / MERGED, list[CheckResult]()
@@ -255,8 +258,8 @@ def _merge_stage_model(previous_dir: Path) -> tuple[Path, list[CheckResult]]:
 
 
 def _prepare_stage(plan: Plan, stage_dir: Path, overrides: Json) -> tuple[Plan, RunInputs]:
-    """The plan of a stage made again, now that there is something to start from. Raises InputError when its rows have
-    changed since the first plan."""
+    """The plan of a stage made again, now that there is something to start from. Raises InputError
+    when its rows have changed since the first plan."""
     recipe = recipe_from_plan(plan.recipe | overrides)
     run_inputs = inputs.load_inputs(
         recipe, now=datetime.fromisoformat(plan["now"]), output_dir=stage_dir
@@ -279,7 +282,8 @@ def evaluate_stages(path: Path, *, allow_code: bool = False) -> tuple[Comparison
 def _measure_stages(
     path: Path, staged: StagedPlan, *, allow_code: bool
 ) -> tuple[EvalResults, EvalResults]:
-    """What every stage measures, on the model that the first began with and on what the last one left."""
+    """What every stage measures, on the model that the first began with and on what the last one
+    left."""
     stage_dirs = _list_stage_dirs(path, staged)
     plans = [read_run_plan(stage_dir) for stage_dir in stage_dirs]
     stage_inputs = [

@@ -2,11 +2,11 @@
 
     rows without a rejected side -> greedy answers of the model before training -> pairs, kept in the run folder
 
-An answer that a constraint of `mode: pair` matches becomes the rejected side of its row; a row whose answer matches
-none has nothing to be preferred to, and is an empty slot of its step. `made_pairs.jsonl` holds the pairs as preference
-rows: to be read, corrected, and trained on again. They may be half as long again as the longest good answer, whatever
-`max_length` is: that was decided before they were there.
-"""
+An answer that a constraint of `mode: pair` matches becomes the rejected side of its row; a row
+whose answer matches none has nothing to be preferred to, and is an empty slot of its step.
+`made_pairs.jsonl` holds the pairs as preference rows: to be read, corrected, and trained on again.
+They may be half as long again as the longest good answer, whatever `max_length` is: that was
+decided before they were there."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ PAIRS_FILE = "made_pairs.jsonl"
 def add_synthetic_pairs(
     session: Session, folder: RunFolder
 ) -> tuple[Session, tuple[CheckResult, ...]]:
-    """The bench with a worse side for every row that got one, made once and read back by every later attempt; and how
-    many. Call it before any weight has changed. Raises GateError when nothing is left to compare."""
+    """The bench with a worse side for every row that got one, made once and read back by every
+    later attempt; and how many. Call it before any weight has changed. Raises GateError when
+    nothing is left to compare."""
     dataset = session.rows
     unpaired = (
         _select_unpaired(dataset)
@@ -96,7 +97,8 @@ def _generate_answers(session: Session, unpaired: dict[int, Example]) -> dict[in
 
 
 def _build_pair(example: Example, answer: str) -> Example:
-    """The row's last answer as the better side, `answer` as the worse one; earlier answers are part of the prompt."""
+    """The row's last answer as the better side, `answer` as the worse one; earlier answers are part
+    of the prompt."""
     if example.text is not None:
         return dataclasses.replace(example, rejected=dataclasses.replace(example, text=answer))
     last = max(index for index, weight in enumerate(example.turn_weights) if weight > 0)

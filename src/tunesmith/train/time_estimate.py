@@ -1,9 +1,9 @@
 """What a run does beside its steps, and how long that takes: when it will be finished.
 
-In: a plan whose training has a time (calibration.py), and its facts. Out: the plan with the seconds from the start of
-`train` to its end. What is measured is known beforehand, item by item; it is counted in tokens of a forward. Left out:
-rows that the model writes for itself, rollbacks, and how much later a model that rambles ends its answers.
-"""
+In: a plan whose training has a time (calibration.py), and its facts. Out: the plan with the seconds
+from the start of `train` to its end. What is measured is known beforehand, item by item; it is
+counted in tokens of a forward. Left out: rows that the model writes for itself, rollbacks, and how
+much later a model that rambles ends its answers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.train.base_reference import can_disable_adapter
 from tunesmith.train.guard.probes import MAX_TEXT_CHARS, MAX_TEXTS
 
-# In tokens of a forward, fitted to runs on two cores of a CPU (docs/guides/plan.md): what a step of answers takes beside its
-# rows, and what the proof takes, whose documents are few and cut.
+# In tokens of a forward, fitted to runs on two cores of a CPU (docs/guides/plan.md): what a step of
+# answers takes beside its rows, and what the proof takes, whose documents are few and cut.
 DECODE_STEP_TOKENS, PREFLIGHT_TOKENS = 60, 6000
 LOAD_SECONDS = 3.0  # imports, weights, the first products
 
@@ -89,8 +89,8 @@ class EvalCostEstimate:
         )
 
     def count_after(self) -> float:
-        """The answers end as they were taught to. What was expected, and general text, stand beside the base: read with
-        the adapter off, or kept before."""
+        """The answers end as they were taught to. What was expected, and general text, stand beside
+        the base: read with the adapter off, or kept before."""
         read_tokens = self.test_tokens + self.general_tokens
         return self._count_answers(self._list_questions(), is_trained=True) + (
             2 * read_tokens if self.can_disable_adapter else read_tokens
@@ -128,8 +128,8 @@ class EvalCostEstimate:
         )
 
     def _count_answers(self, questions: Sequence[EvalPrompt], *, is_trained: bool) -> float:
-        """The prompts, what they share once, and as many steps as the longest answer has tokens, of the rows that are
-        written side by side."""
+        """The prompts, what they share once, and as many steps as the longest answer has tokens, of
+        the rows that are written side by side."""
         if not questions:
             return 0.0
         prompts = [question.prompt_ids for question in questions]
@@ -149,7 +149,8 @@ class EvalCostEstimate:
 
 
 def _drop_custom_metrics(plan: Plan) -> Plan:
-    """The user's own metrics are tried on the expected answers before a run: not by a plan, which runs no code."""
+    """The user's own metrics are tried on the expected answers before a run: not by a plan, which
+    runs no code."""
     metrics = plan.choices["metrics"]
     builtin_metrics = tuple(
         metric for metric in metrics.value if parse_custom_metric(metric) is None

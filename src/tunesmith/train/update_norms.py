@@ -1,9 +1,9 @@
-"""How large an adapter has become, and how large its last step was, both beside the weights that it stands beside.
+"""How large an adapter has become, and how large its last step was, both beside the weights that it
+stands beside.
 
-In: a network whose layers are ours, its optimizer. Out: a share a layer. Products of low rank are measured through
-their small factors: |U V|^2 = sum of (U'U) * (V V'), so no matrix of the size of a weight is made. Without an adapter:
-the last step of each trained matrix beside the matrix.
-"""
+In: a network whose layers are ours, its optimizer. Out: a share a layer. Products of low rank are
+measured through their small factors: |U V|^2 = sum of (U'U) * (V V'), so no matrix of the size of a
+weight is made. Without an adapter: the last step of each trained matrix beside the matrix."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def compute_adapter_ratios(network: nn.Module, base_norms: dict[str, float]) -> 
 def compute_update_ratios(
     network: nn.Module, optimizer: torch.optim.Optimizer, base_norms: dict[str, float]
 ) -> dict[str, float]:
-    """What the last step changed of each layer's weight, over its norm: scale (dB A + B dA) beside W, or dW beside W.
-    Empty before the first step, and where the optimizer keeps its moments in 8 bits."""
+    """What the last step changed of each layer's weight, over its norm: scale (dB A + B dA) beside
+    W, or dW beside W. Empty before the first step, and where the optimizer keeps its moments in 8
+    bits."""
     layers = find_lora_layers(network)
     ratios: dict[str, float] = {}
     for path, layer in layers.items():

@@ -1,4 +1,5 @@
-"""Short trainings on a choice and on what it has to beat: one start, the same rows by seed, and what is concluded."""
+"""Short trainings on a choice and on what it has to beat: one start, the same rows by seed, and
+what is concluded."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""The learning-rate test: the same start for every rate, picked by held-out rows, and what a collapse looks like."""
+"""The learning-rate test: the same start for every rate, picked by held-out rows, and what a
+collapse looks like."""
 
 import dataclasses
 import re

@@ -1,4 +1,5 @@
-"""The command line: words in, exit codes and streams out. The verbs' own work is tested where it is done."""
+"""The command line: words in, exit codes and streams out. The verbs' own work is tested where it is
+done."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ from tunesmith.core.json_io import read_json
 
 SYSTEM_CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace")
 
-# Writes the new version of a folder over the old one and dies, without a goodbye, at the n-th call of the system.
+# Writes the new version of a folder over the old one and dies, without a goodbye, at the n-th call
+# of the system.
 DIES = """
 import os, sys
 from pathlib import Path
@@ -160,7 +161,8 @@ def test_an_error_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:
 
 
 def fail_at(n: int, patch: pytest.MonkeyPatch) -> list[str]:
-    """Makes the n-th call of the operating system fail; returns the list that the names of the calls go to."""
+    """Makes the n-th call of the operating system fail; returns the list that the names of the
+    calls go to."""
     calls: list[str] = []
 
     def failing(name: str, real: Callable[..., object]) -> Callable[..., object]:
@@ -204,7 +206,8 @@ def test_every_failing_call_leaves_the_old_or_the_new_folder(
 
 
 def test_a_kill_at_any_call_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
-    """The gap between the two renames of a replacement may leave none: the checkpoint before it is taken then."""
+    """The gap between the two renames of a replacement may leave none: the checkpoint before it is
+    taken then."""
     seen: list[str] = []
     for n in range(40):
         target = tmp_path / str(n) / "step-1"

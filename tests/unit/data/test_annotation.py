@@ -33,7 +33,8 @@ def opened(write, words):
 
 
 def answered(tool, tasks, verdicts):
-    """The export, as the tool writes it once people have answered: whose, and what they said, task by task."""
+    """The export, as the tool writes it once people have answered: whose, and what they said, task
+    by task."""
     for task, told in zip(tasks, verdicts, strict=True):
         if tool == "argilla":
             task["responses"] = (

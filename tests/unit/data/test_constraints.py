@@ -1,4 +1,5 @@
-"""Constraints on answers: which rows break them, which tokens are bad, what is left out and what is refused."""
+"""Constraints on answers: which rows break them, which tokens are bad, what is left out and what is
+refused."""
 
 import json
 from datetime import datetime

@@ -1,4 +1,5 @@
-"""Rows of mixed tasks: shares to the row, passes by task, a pure function of seed, epoch and place."""
+"""Rows of mixed tasks: shares to the row, passes by task, a pure function of seed, epoch and
+place."""
 
 from collections import Counter
 

@@ -1,4 +1,5 @@
-"""Documents that begin alike, as a forest: it gives back the same documents, and nothing stands twice for long."""
+"""Documents that begin alike, as a forest: it gives back the same documents, and nothing stands
+twice for long."""
 
 import itertools
 
@@ -18,7 +19,8 @@ from tunesmith.data.packing import (
 )
 from tunesmith.data.prefix_sharing import MIN_SHARED_TOKENS, build_segments, group_by_prefix
 
-# A few stretches, so that documents made of them often begin alike; a stretch may begin another one.
+# A few stretches, so that documents made of them often begin alike; a stretch may begin another
+# one.
 STRETCHES = [list(range(3, 3 + n)) for n in (1, 15, 16, 17, 40)] + [
     [90 - i for i in range(n)] for n in (2, 20, 33)
 ]
@@ -74,8 +76,8 @@ def test_a_forest_gives_back_its_documents(tokens, pack_length):
 
 @given(tries)
 def test_what_begins_alike_stands_once(tokens):
-    """In one pack two documents have as many tokens apart as their beginnings have, give or take a short segment a
-    branch; every segment that branches is long."""
+    """In one pack two documents have as many tokens apart as their beginnings have, give or take a
+    short segment a branch; every segment that branches is long."""
     fed = [np.array(t[:-1], np.int32) for t in tokens]
     units, shared = group_by_prefix(fed, [(i,) for i in range(len(fed))])
     order = [i for (i,) in units]
@@ -158,7 +160,8 @@ def test_what_begins_alike_comes_together_and_is_evened_out():
 
 
 def test_one_more_pack_costs_more_than_a_few_shared_tokens():
-    """Best fit over whole documents may need fewer packs than keeping together what begins alike."""
+    """Best fit over whole documents may need fewer packs than keeping together what begins
+    alike."""
     alike = [[3] * 20 + list(range(100 + i, 130 + i)) + [2] for i in range(0, 300, 50)]
     for pack_length in range(50, 320, 10):
         plain, shared = (

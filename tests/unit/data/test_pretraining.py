@@ -1,4 +1,5 @@
-"""Texts as windows: ids are those of the renderer, a token is a target once an epoch, steps have their tokens."""
+"""Texts as windows: ids are those of the renderer, a token is a target once an epoch, steps have
+their tokens."""
 
 from collections import Counter
 from datetime import datetime

@@ -1,4 +1,5 @@
-"""Which rehearsal rows go with which step: the share of tokens, the purity of the choice, the pieces of long texts."""
+"""Which rehearsal rows go with which step: the share of tokens, the purity of the choice, the
+pieces of long texts."""
 
 from datetime import datetime
 from pathlib import Path

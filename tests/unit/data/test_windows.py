@@ -1,4 +1,5 @@
-"""Every token of a text but its first is a target once, in windows of which each goes on from the one before."""
+"""Every token of a text but its first is a target once, in windows of which each goes on from the
+one before."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,5 @@
-"""The trained adapter at several scales, what is offered, and what a run's record says of how far it moved."""
+"""The trained adapter at several scales, what is offered, and what a run's record says of how far
+it moved."""
 
 import dataclasses
 import json
@@ -65,7 +66,8 @@ def test_a_record_has_the_curve_from_the_base_to_the_whole_adapter(
 def test_the_ends_of_the_curve_are_those_of_a_measure(
     writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What stands there of general text was measured before and after, of more texts than the curve has."""
+    """What stands there of general text was measured before and after, of more texts than the curve
+    has."""
     monkeypatch.setattr(adapter_scaling, "MAX_TOKENS", 60)
     files = measured_files(tmp_path)
     texts = [{"text": f"another text, {n}", "domain": "ab"[n % 2]} for n in range(8)]
@@ -123,7 +125,8 @@ def test_an_adapter_that_goes_on_has_moved_from_what_it_was(writer: Path, tmp_pa
 def test_a_killed_run_measures_what_a_straight_one_measures(
     method: str, writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after a checkpoint: what was kept of the base is read again, and no answer before is generated twice."""
+    """Killed after a checkpoint: what was kept of the base is read again, and no answer before is
+    generated twice."""
     changed: dict[str, Any] = {
         "method": method,
         "lora_r": "auto",

@@ -1,4 +1,5 @@
-"""Kept answers are those of the same question to the same weights, whatever happened to the file."""
+"""Kept answers are those of the same question to the same weights, whatever happened to the
+file."""
 
 import dataclasses
 import json
@@ -155,7 +156,8 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_was(
 def test_a_torn_or_damaged_line_serves_nothing_wrong(
     cut: int, letter: int, byte: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The file loses its end, and a byte anywhere changes: what is read is what was written, or nothing."""
+    """The file loses its end, and a byte anywhere changes: what is read is what was written, or
+    nothing."""
     file = tmp_path_factory.mktemp("torn") / "answers.jsonl"
     written = {
         f"{n:064x}": GenerationOutput(f'answer "{n}" é', (n, n + 1), "end", 3) for n in range(4)

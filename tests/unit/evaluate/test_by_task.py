@@ -1,4 +1,5 @@
-"""Scores divided by task: what trains and what does not are never averaged together, and no task counts by its size."""
+"""Scores divided by task: what trains and what does not are never averaged together, and no task
+counts by its size."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Constraints measured: by kind of prompt, per constraint; bad places by likelihood; baselines are told and banned."""
+"""Constraints measured: by kind of prompt, per constraint; bad places by likelihood; baselines are
+told and banned."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""A user's own metric: run only when allowed, in a process of its own; whatever it does, the item is named."""
+"""A user's own metric: run only when allowed, in a process of its own; whatever it does, the item
+is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Metrics on answers as models give them, questions as they are served, and a task from rows to measurements."""
+"""Metrics on answers as models give them, questions as they are served, and a task from rows to
+measurements."""
 
 import pytest
 

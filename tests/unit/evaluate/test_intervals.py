@@ -1,4 +1,5 @@
-"""The intervals, against values worked out by hand and by counting how often they hold the truth."""
+"""The intervals, against values worked out by hand and by counting how often they hold the
+truth."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""KL and agreement with the base equal those of whole logits in fp64, whatever the packs, however the base is had."""
+"""KL and agreement with the base equal those of whole logits in fp64, whatever the packs, however
+the base is had."""
 
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def whole_logits(model: PackedCausalLM, document: Document) -> torch.Tensor:
 
 @torch.no_grad()
 def expected(model: PackedCausalLM, document: Document) -> tuple[float, float]:
-    """KL and the number of same likeliest tokens, from a [tokens, vocabulary] tensor of one document."""
+    """KL and the number of same likeliest tokens, from a [tokens, vocabulary] tensor of one
+    document."""
     with scaled_adapter(model.network, 0):
         p_SV = whole_logits(model, document).log_softmax(-1)
     q_SV = whole_logits(model, document).log_softmax(-1)

@@ -1,4 +1,5 @@
-"""Metrics of every kind through a whole run; a user's own only for who allows it, each time anew."""
+"""Metrics of every kind through a whole run; a user's own only for who allows it, each time
+anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Two models side by side: runs by their files alone, answers of a file, and what must be loaded."""
+"""Two models side by side: runs by their files alone, answers of a file, and what must be
+loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from tunesmith.evaluate.results import EvalResults, MetricValues
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two finished runs on the same held-out rows, the second with another seed. Not to be changed."""
+    """Two finished runs on the same held-out rows, the second with another seed. Not to be
+    changed."""
     folder = tmp_path_factory.mktemp("two")
     files = measured_files(folder / "rows")
     for name, seed in (("one", 0), ("two", 1)):

@@ -1,4 +1,5 @@
-"""Multiple choice by likelihood, and the loss of answers by byte: against the likelihoods themselves."""
+"""Multiple choice by likelihood, and the loss of answers by byte: against the likelihoods
+themselves."""
 
 from __future__ import annotations
 

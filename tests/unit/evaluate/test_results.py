@@ -1,4 +1,5 @@
-"""Scores and comparisons: paired by item, never without an interval, never a difference that is not shown."""
+"""Scores and comparisons: paired by item, never without an interval, never a difference that is not
+shown."""
 
 from dataclasses import replace
 

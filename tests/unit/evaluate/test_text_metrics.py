@@ -41,7 +41,8 @@ def test_chrf_is_that_of_sacrebleu() -> None:
 
 
 def test_rouge_l_is_that_of_rouge_score() -> None:
-    """rouge-score 0.1.2: fmeasure of rougeL; but it reads ASCII letters only, and takes ü for a space."""
+    """rouge-score 0.1.2: fmeasure of rougeL; but it reads ASCII letters only, and takes ü for a
+    space."""
     wanted = [0.833333, 0.444444, 0.0, 6 / 7, 0.0, 0.142857, 0.0]
     assert [rouge_l(answer, expected, None) for answer, expected in PAIRS] == pytest.approx(
         wanted, abs=1e-6

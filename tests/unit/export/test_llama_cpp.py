@@ -62,7 +62,8 @@ def engine(
 
 
 def answers(model: Any, job: ExportJob) -> ParityOutputs:
-    """Logits where the live model's are taken, and greedy answers up to what llama.cpp takes for an end."""
+    """Logits where the live model's are taken, and greedy answers up to what llama.cpp takes for an
+    end."""
     logits: list[torch.Tensor] = []
     greedy: list[tuple[int, ...]] = []
     for witness in job.examples:
@@ -86,7 +87,8 @@ def is_end(model: Any, token: int) -> bool:
 
 
 def rendered(model: Any, job: ExportJob) -> list[tuple[int, ...]]:
-    """The prompts as its server makes them: the template inside the file, by its own Jinja, then its tokenizer."""
+    """The prompts as its server makes them: the template inside the file, by its own Jinja, then
+    its tokenizer."""
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     start = (
@@ -158,7 +160,8 @@ def real_live(real_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Parit
     return compute_live_outputs(job_of(real_run, tmp_path_factory.mktemp("live")))
 
 
-# What the format costs and what llama.cpp's own arithmetic adds to it: it multiplies F16 and Q8_0 with narrow inputs.
+# What the format costs and what llama.cpp's own arithmetic adds to it: it multiplies F16 and Q8_0
+# with narrow inputs.
 @pytest.mark.parametrize(
     ("kind", "mean_kl", "agreement"), [("f16", 1e-4, 0.99), ("q8_0", 1e-2, 0.97)]
 )

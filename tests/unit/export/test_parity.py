@@ -1,4 +1,5 @@
-"""The gate: each way in which an export could be wrong, done to the files, is seen when they are read back."""
+"""The gate: each way in which an export could be wrong, done to the files, is seen when they are
+read back."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""`tunesmith export --scale`: others load the adapter times the scale, as `tunesmith eval RUN@0.5` measures it."""
+"""`tunesmith export --scale`: others load the adapter times the scale, as `tunesmith eval RUN@0.5`
+measures it."""
 
 import dataclasses
 import json

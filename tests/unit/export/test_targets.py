@@ -128,7 +128,8 @@ def test_transformers_runs_the_merged_folder_without_anything_else(
 def test_it_is_a_model_for_the_next_run(
     name: str, difference: float, exports: dict[str, ExportResult], finished: Path, tmp_path: Path
 ) -> None:
-    """`model:` takes it: the same ids, the same end, nearly the same logits. Our converter rounds a GGUF to bf16."""
+    """`model:` takes it: the same ids, the same end, nearly the same logits. Our converter rounds a
+    GGUF to bf16."""
     job = job_of(finished, tmp_path / "job")
     folder = Path(exports[name].path)
     model = next(folder.glob("*.gguf"), folder)

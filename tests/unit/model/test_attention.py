@@ -1,4 +1,5 @@
-"""Every attention backend equals `reference`, forward and backward, and no document sees another."""
+"""Every attention backend equals `reference`, forward and backward, and no document sees
+another."""
 
 import dataclasses
 import itertools
@@ -22,8 +23,8 @@ from tunesmith.model.kernels import ops
 
 Attention = Callable[[Tensor, Tensor, Tensor, PackLayout, AttentionConfig], Tensor]
 
-# One token, neighbours of equal length, primes, and both sides of the C kernel's blocks of 6, 16, 64 and 96
-# tokens; with a window the last one starts at its second block.
+# One token, neighbours of equal length, primes, and both sides of the C kernel's blocks of 6, 16,
+# 64 and 96 tokens; with a window the last one starts at its second block.
 LENGTHS = [
     (1,),
     (2, 1, 1, 3),
@@ -86,7 +87,8 @@ def run(
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
-    """Of norms; the gradient of a lone token's scores is 0, so what is far below 1 counts as nothing."""
+    """Of norms; the gradient of a lone token's scores is 0, so what is far below 1 counts as
+    nothing."""
     return float((ours.double() - truth).norm() / (truth.norm() + 1e-3 * truth.numel() ** 0.5))
 
 
@@ -151,7 +153,8 @@ def test_reference_is_softmax_written_out() -> None:
 @pytest.mark.parametrize("name", ["reference", "documents", "mask", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_documents_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
-    """Other tokens elsewhere leave outputs bitwise equal; the gradient of elsewhere is exactly zero."""
+    """Other tokens elsewhere leave outputs bitwise equal; the gradient of elsewhere is exactly
+    zero."""
     layout = layout_of((70, 20, 20, 1))
     q, k, v, dout = random_inputs(layout.num_tokens, (4, 2, 64), dtype)
     own = torch.zeros(layout.num_tokens, dtype=torch.bool)
@@ -165,7 +168,8 @@ def test_documents_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtyp
 
 
 def test_reference_of_a_forest_is_each_document_alone() -> None:
-    """Three documents with two beginnings in common; gradients of what is shared are sums over them."""
+    """Three documents with two beginnings in common; gradients of what is shared are sums over
+    them."""
     layout = PackLayout((0, 5, 8, 12, 13), (5, 3, 4, 1, 6), (-1, 0, 0, 2, 2))
     inputs, rule = random_inputs(19, (4, 2, 8)), AttentionConfig(scale=0.7, window=9)
     out, *gradients = run(reference_attention, inputs, layout, rule)
@@ -195,7 +199,8 @@ def test_reference_of_a_forest_is_each_document_alone() -> None:
 @pytest.mark.parametrize("name", ["reference", "documents", "mask", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_branches_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
-    """A branch depends on what it continues and on nothing else, to the bit; so do its gradients."""
+    """A branch depends on what it continues and on nothing else, to the bit; so do its
+    gradients."""
     layout = PackLayout((0, 37, 60, 90), (37, 23, 30, 12), (-1, 0, 0, -1))
     q, k, v, dout = random_inputs(layout.num_tokens, (4, 2, 64), dtype)
     own = torch.zeros(layout.num_tokens, dtype=torch.bool)
@@ -226,7 +231,8 @@ needs_kernel = pytest.mark.skipif(
 def test_kernel_is_as_near_the_truth_as_torch(
     rule: AttentionConfig, heads: tuple[int, int, int]
 ) -> None:
-    """Against fp64 on the same bf16 inputs: the kernel rounds weights to bf16, so a little more than `documents`."""
+    """Against fp64 on the same bf16 inputs: the kernel rounds weights to bf16, so a little more
+    than `documents`."""
     rule = AttentionConfig(scale=rule.scale * 0.2, window=rule.window)
     for layout in LAYOUTS:
         inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)
@@ -271,8 +277,8 @@ def test_kernel_does_not_depend_on_its_neighbours_or_threads() -> None:
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["q", "k", "v", "dout"])
 def test_kernel_hides_no_nan(which: int, poison: float) -> None:
-    """Token 20 of 70 is poisoned: all that depends on it and is not finite in the reference is not finite here; the
-    other document is."""
+    """Token 20 of 70 is poisoned: all that depends on it and is not finite in the reference is not
+    finite here; the other document is."""
     layout, rule = layout_of((70, 30)), RULES["plain"]
     inputs = random_inputs(100, (2, 1, 64), torch.bfloat16)
     before = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
@@ -293,7 +299,8 @@ def test_kernel_hides_no_nan(which: int, poison: float) -> None:
 @pytest.mark.parametrize("backend", ["kernel", "documents", "mask", "reference"])
 @pytest.mark.parametrize("heads", [(6, 2, 64), (2, 1, 128), (2, 1, 192), (3, 1, 48)], ids=str)
 def test_attend_turns_by_the_angles(backend: str, heads: tuple[int, int, int]) -> None:
-    """Against fp64 rotation and attention, documents out of order of length; without rotation the outputs differ."""
+    """Against fp64 rotation and attention, documents out of order of length; without rotation the
+    outputs differ."""
     layout, rule = layout_of((70, 1, 131, 64)), AttentionConfig(scale=0.1, window=90)
     inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)
     positions = torch.cat([torch.arange(length) for length in layout.lengths])[:, None]

@@ -1,4 +1,5 @@
-"""DoRA equals PEFT's and plain autograd's, starts as the base to the bit, and makes its norms again when it has to."""
+"""DoRA equals PEFT's and plain autograd's, starts as the base to the bit, and makes its norms again
+when it has to."""
 
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,8 @@ def test_only_magnitudes_come_to_an_adapter() -> None:
 
 
 def test_bf16_follows_fp64() -> None:
-    """Through the C kernels where there are some; a gain of less than bf16's rounding is not lost."""
+    """Through the C kernels where there are some; a gain of less than bf16's rounding is not
+    lost."""
     narrow = [
         adapted(linear(64, 96, bias=bias, dtype=torch.bfloat16), rank=8) for bias in (False, True)
     ]

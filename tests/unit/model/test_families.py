@@ -1,4 +1,5 @@
-"""On every family: packed equals one document at a time equals the stock model, and no document feels another."""
+"""On every family: packed equals one document at a time equals the stock model, and no document
+feels another."""
 
 import dataclasses
 
@@ -39,7 +40,8 @@ METHODS = ("lora", "full")
     ids="-".join,
 )
 def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
-    """A model in fp64, and how far two exact computations of it may differ: stock norms compute in fp32."""
+    """A model in fp64, and how far two exact computations of it may differ: stock norms compute in
+    fp32."""
     family, method = request.param
     return tiny_model(
         family, torch.float64, method=method
@@ -47,7 +49,8 @@ def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
 
 
 def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of every weight as transformers computes them, one document after the other."""
+    """Loss and gradient of every weight as transformers computes them, one document after the
+    other."""
     network, count, total = (
         tiny_network(family, torch.float64).requires_grad_(True),
         sum_weights(documents),
@@ -202,7 +205,8 @@ def test_other_tokens_elsewhere_leave_outputs_bitwise_equal(
 
 
 def test_the_network_cannot_run_without_a_layout() -> None:
-    """A plain transformers call would pack without knowing it; with stock or with our attention it is an error."""
+    """A plain transformers call would pack without knowing it; with stock or with our attention it
+    is an error."""
     ids = torch.ones(1, 4, dtype=torch.long)
     for family in ("llama", "olmo2"):
         model = tiny_model(family)
@@ -234,7 +238,8 @@ def test_in_bf16_packing_adds_no_error(family: str) -> None:
 
 
 def test_targets_stay_inside_their_documents() -> None:
-    """As many targets as the documents have after their first tokens; those first tokens are nobody's target."""
+    """As many targets as the documents have after their first tokens; those first tokens are
+    nobody's target."""
     documents = tiny_documents()
     batches = [collate(pack) for pack in pack_step(documents, 40)]
     assert sum(len(b.targets_S) for b in batches) == sum(

@@ -1,4 +1,5 @@
-"""What is not kept is computed anew to the bit: every policy gives the same gradients, and keeps less."""
+"""What is not kept is computed anew to the bit: every policy gives the same gradients, and keeps
+less."""
 
 from typing import Any
 

@@ -20,7 +20,8 @@ RULES = {
 
 
 class Rows:
-    """Rows of random q, k, v of which the cache has seen the first `lengths`, and the answer for a whole row."""
+    """Rows of random q, k, v of which the cache has seen the first `lengths`, and the answer for a
+    whole row."""
 
     def __init__(self, count: int) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -170,7 +170,8 @@ def parameters_of(*modules: nn.Module) -> list[Tensor]:
 
 
 def test_gradcheck_of_projections() -> None:
-    """Several linears on one input: adapted with and without bias, fully trained, frozen, and with the scale at 0."""
+    """Several linears on one input: adapted with and without bias, fully trained, frozen, and with
+    the scale at 0."""
     off = adapted(linear(5, 2, seed=4), scale=0.0).requires_grad_(False)
     modules = [
         adapted(linear(5, 4)),
@@ -204,7 +205,8 @@ def test_gradcheck_of_the_mlp(gelu: bool, full: bool) -> None:
 
 
 def test_a_frozen_input_needs_no_gradient() -> None:
-    """The first layer's input comes from a frozen embedding: its gradient is not computed, those of A and B are."""
+    """The first layer's input comes from a frozen embedding: its gradient is not computed, those of
+    A and B are."""
     layer, x = adapted(linear(5, 4)), random(3, 5)
     for one, other in zip(
         gradients(layer(x), [layer.lora_A, layer.lora_B]),
@@ -218,7 +220,8 @@ def test_a_frozen_input_needs_no_gradient() -> None:
 
 
 def test_dropout_equals_its_definition() -> None:
-    """Masks of several linears are drawn one after the other; with the same seed a hand-made computation is equal."""
+    """Masks of several linears are drawn one after the other; with the same seed a hand-made
+    computation is equal."""
     layers, x = (
         [adapted(linear(5, 4), dropout=0.4), adapted(linear(5, 3, seed=1), dropout=0.4)],
         random(7, 5),

@@ -1,4 +1,5 @@
-"""What stands in for the stock modules, where equality of whole models (test_families) would not show it."""
+"""What stands in for the stock modules, where equality of whole models (test_families) would not
+show it."""
 
 import dataclasses
 

@@ -1,4 +1,5 @@
-"""Rows of new tokens: their start, their gradient against the stock model's, and PEFT's opinion of what is saved."""
+"""Rows of new tokens: their start, their gradient against the stock model's, and PEFT's opinion of
+what is saved."""
 
 import dataclasses
 import json
@@ -89,7 +90,8 @@ def adapted(
 
 
 def documents_with(first: int) -> list[Document]:
-    """The new tokens stand in some of them, as input and as target, next to each other and at the start."""
+    """The new tokens stand in some of them, as input and as target, next to each other and at the
+    start."""
     found = tiny_documents()
     for place, document in enumerate(found):
         tokens_L = document.tokens_L
@@ -170,7 +172,8 @@ def stock_gradients(network: PreTrainedModel, documents: Sequence[Document]) -> 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_the_stock_models(family: str, place: str) -> None:
-    """In fp64, over packs of several documents: rows that are looked up, predicted, or both through a tied head."""
+    """In fp64, over packs of several documents: rows that are looked up, predicted, or both through
+    a tied head."""
     first = PLACES[place]
     documents = documents_with(first)
     model = adapted(family, first, torch.float64, moved=False)
@@ -260,7 +263,8 @@ def test_without_the_adapter_the_rows_are_as_they_started() -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_the_rows_with_equal_logits(family: str, place: str, tmp_path: Path) -> None:
-    """The stock base without our rows: where the matrix is too short it is made longer as PEFT's users do."""
+    """The stock base without our rows: where the matrix is too short it is made longer as PEFT's
+    users do."""
     first = PLACES[place]
     model, document = adapted(family, first), documents_with(first)[3]
     expected = logits(model, one_batch([document]))

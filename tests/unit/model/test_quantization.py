@@ -1,5 +1,5 @@
-"""4-bit weights: bitsandbytes' own format, the gradients of LoRA on the dequantised weights, a model loaded piece by
-piece."""
+"""4-bit weights: bitsandbytes' own format, the gradients of LoRA on the dequantised weights, a
+model loaded piece by piece."""
 
 import sys
 from pathlib import Path
@@ -95,7 +95,8 @@ def test_products_are_those_of_the_dequantised_weight() -> None:
 
 
 def twins(family: str, dtype: torch.dtype) -> tuple[PackedCausalLM, PackedCausalLM]:
-    """A model on 4-bit weights, and plain LoRA on what those are dequantised to; the same adapter."""
+    """A model on 4-bit weights, and plain LoRA on what those are dequantised to; the same
+    adapter."""
     found = []
     for quantised in (True, False):
         network = tiny_network(family, torch.float32).to(dtype)

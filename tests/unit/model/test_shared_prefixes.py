@@ -1,4 +1,5 @@
-"""On every family: what documents begin with alike, computed once, is the same step; branches are blind."""
+"""On every family: what documents begin with alike, computed once, is the same step; branches are
+blind."""
 
 import dataclasses
 
@@ -37,7 +38,8 @@ CASES = [*((family, "lora") for family in CONFIGS), ("llama-tied", "full")]
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
-    """A model in fp64, and how far two exact computations of it may differ: stock norms compute in fp32."""
+    """A model in fp64, and how far two exact computations of it may differ: stock norms compute in
+    fp32."""
     family, method = request.param
     return tiny_model(
         family, torch.float64, method=method
@@ -105,7 +107,8 @@ def test_every_document_keeps_a_loss_of_its_own(case: tuple[PackedCausalLM, floa
 
 
 def test_no_gradient_reaches_another_branch(case: tuple[PackedCausalLM, float]) -> None:
-    """d loss(document) / d embedding is exactly 0 outside of its own way from the root, and nowhere on it."""
+    """d loss(document) / d embedding is exactly 0 outside of its own way from the root, and nowhere
+    on it."""
     model, _ = case
     batch, embedded = one_batch(branching_documents(), share=True), []
 

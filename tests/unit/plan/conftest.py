@@ -52,8 +52,8 @@ REPORT = DataReport(
 
 @pytest.fixture
 def known() -> Callable[..., RuleContext]:
-    """known(hidden_size=..., rows=..., compiler=..., batch_size=...): facts by the name of their field, the rest is
-    what has been decided."""
+    """known(hidden_size=..., rows=..., compiler=..., batch_size=...): facts by the name of their
+    field, the rest is what has been decided."""
 
     def make(
         *, max_steps: int | None = None, has_schema: bool = False, **changed: Any

@@ -19,8 +19,8 @@ Planner = Callable[..., Plan]
 
 @pytest.fixture
 def plan(known: Callable[..., RuleContext]) -> Planner:
-    """plan({recipe key: value}, field=...) as for `known`; `roles`: reports beside the training data's, `saved`: by
-    sharing prefixes."""
+    """plan({recipe key: value}, field=...) as for `known`; `roles`: reports beside the training
+    data's, `saved`: by sharing prefixes."""
 
     def make(
         wishes: dict[str, Any] | None = None,

@@ -1,4 +1,5 @@
-"""The memory of a GPU: published peaks of other trainers, each counted with what that trainer keeps; our own parts."""
+"""The memory of a GPU: published peaks of other trainers, each counted with what that trainer
+keeps; our own parts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -43,7 +44,8 @@ LLAMA2_7B = LLAMA_8B | {
     "parameters": 6_738_415_616,
 }
 
-# All in bf16, adapters too. The published rows do not say how activations are kept: what is assumed stands here.
+# All in bf16, adapters too. The published rows do not say how activations are kept: what is assumed
+# stands here.
 TORCHTUNE = GpuSoftware(
     adapter_bytes=8,
     trained_bytes=8,
@@ -115,8 +117,8 @@ def test_rank_64_costs_what_is_published(spec_of: Callable[..., ModelSpec]) -> N
 def test_a_trainer_in_wide_numbers_keeps_more_than_its_stack_says(
     spec_of: Callable[..., ModelSpec],
 ) -> None:
-    """LongLoRA 2023: 7B, 8k tokens, ZeRO-2: 25.7 GB. Its fp32 upcasts and buckets are no part of the model: the error
-    is stated, not hidden."""
+    """LongLoRA 2023: 7B, 8k tokens, ZeRO-2: 25.7 GB. Its fp32 upcasts and buckets are no part of
+    the model: the error is stated, not hidden."""
     how: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 8, "activations": "recompute"}
     stack = dataclasses.replace(TORCHTUNE, logit_tokens=1024)
     assert (

@@ -1,4 +1,5 @@
-"""The rules of continued pretraining: their numbers, against the sources that they cite, and their bounds."""
+"""The rules of continued pretraining: their numbers, against the sources that they cite, and their
+bounds."""
 
 import dataclasses
 from collections.abc import Callable

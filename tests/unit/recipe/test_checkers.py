@@ -1,4 +1,5 @@
-"""Checkers: each finds what it is named for and leaves alone what only looks like it; names are checked."""
+"""Checkers: each finds what it is named for and leaves alone what only looks like it; names are
+checked."""
 
 from pathlib import Path
 

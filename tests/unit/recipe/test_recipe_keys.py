@@ -1,4 +1,5 @@
-"""Every key of the recipe does something: changing it changes what a run does. A key without a case here fails."""
+"""Every key of the recipe does something: changing it changes what a run does. A key without a case
+here fails."""
 
 import inspect
 from collections import Counter
@@ -35,7 +36,8 @@ from tunesmith.train.optimizer import OPTIMIZERS, SCHEDULES
 
 
 class Lab:
-    """Runs the tiny recipe with some keys changed, each in a folder of its own; `last` is the latest recipe."""
+    """Runs the tiny recipe with some keys changed, each in a folder of its own; `last` is the
+    latest recipe."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.folder, self.runs = model, folder, 0

@@ -1,5 +1,6 @@
-"""The page in a browser: it asks for nothing, says nothing on the console, can be used by everyone, and runs nothing of
-what it holds. Needs Debian's chromium, playwright and axe (the extra `dev` has the last two)."""
+"""The page in a browser: it asks for nothing, says nothing on the console, can be used by everyone,
+and runs nothing of what it holds. Needs Debian's chromium, playwright and axe (the extra `dev` has
+the last two)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Trackers get the events of a run from a process of their own, and what goes wrong there is a warning."""
+"""Trackers get the events of a run from a process of their own, and what goes wrong there is a
+warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The facts of a plan: who is trained on, who is held out, what the renderer is, and that they can be found again."""
+"""The facts of a plan: who is trained on, who is held out, what the renderer is, and that they can
+be found again."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""The best look at held-out rows: answers first, then the loss, and never one that has forgotten too much."""
+"""The best look at held-out rows: answers first, then the loss, and never one that has forgotten
+too much."""
 
 from __future__ import annotations
 

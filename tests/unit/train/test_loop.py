@@ -1,4 +1,5 @@
-"""The loop: packing changes nothing, bad steps never reach the weights, and the same run gives the same bytes."""
+"""The loop: packing changes nothing, bad steps never reach the weights, and the same run gives the
+same bytes."""
 
 import dataclasses
 import math
@@ -320,7 +321,8 @@ def test_a_run_ends_by_itself() -> None:
 def test_a_resumed_run_is_bitwise_the_straight_one(
     method: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Also when the model has run, and even trained, before its state came back, and when its files change after."""
+    """Also when the model has run, and even trained, before its state came back, and when its files
+    change after."""
     straight, expected = trained(model=tiny_model("llama-64", dtype, method=method))
     first = TrainingLoop(tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS)
     for _ in range(3):
@@ -346,7 +348,8 @@ def test_a_resumed_run_is_bitwise_the_straight_one(
 def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(
     method: str, tmp_path: Path
 ) -> None:
-    """Of a rank at which A and B are large enough to have them; norms and biases have theirs in fp32."""
+    """Of a rank at which A and B are large enough to have them; norms and biases have theirs in
+    fp32."""
     wish = dataclasses.replace(SETTINGS, optim="adamw_8bit")
 
     def fresh() -> TrainingLoop:

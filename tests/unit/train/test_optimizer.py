@@ -82,7 +82,8 @@ def test_update_is_adamw() -> None:
 
 @pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "lora", "use_dora": True}])
 def test_only_matrices_decay(settings: dict[str, Any]) -> None:
-    """With gradients of 0 an update is the decay alone. For a full model the same ones as in transformers' Trainer."""
+    """With gradients of 0 an update is the decay alone. For a full model the same ones as in
+    transformers' Trainer."""
     network = tiny_model("llama", **settings).network
     trained = get_trainable_parameters(network)
     before = {name: p.detach().clone() for name, p in trained.items()}
@@ -127,7 +128,8 @@ def test_moments_in_8_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_autograd_hears_of_an_update() -> None:
-    """What is derived from a weight and kept (MasterLinear's narrow copy) tells the age by the version."""
+    """What is derived from a weight and kept (MasterLinear's narrow copy) tells the age by the
+    version."""
     (p,) = parameters([1.0, 2.0])
     optimizer, before = make_optimizer([p], weight_decay=0.0), p._version
     give([p], [1.0, 1.0])

@@ -1,5 +1,5 @@
-"""Updates on the way of a backward: the same bytes as updates after it, no gradient kept, and no step half taken in
-silence."""
+"""Updates on the way of a backward: the same bytes as updates after it, no gradient kept, and no
+step half taken in silence."""
 
 import dataclasses
 import math

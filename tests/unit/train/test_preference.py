@@ -1,4 +1,5 @@
-"""Pairs: each loss is the published formula, no split of a step changes it, and the reference is the model before."""
+"""Pairs: each loss is the published formula, no split of a step changes it, and the reference is
+the model before."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ OBJECTIVES = {
 def pair(
     number: int, prompt: int, chosen: int, rejected: int, weight: float = 1.0
 ) -> tuple[Document, Document]:
-    """Two answers of these lengths to one prompt; every answer token is a target of the same weight."""
+    """Two answers of these lengths to one prompt; every answer token is a target of the same
+    weight."""
     start = tiny_document(prompt, number).tokens_L[:-1]
     sides: list[Document] = []
     for side, length in (("chosen", chosen), ("rejected", rejected)):
@@ -104,7 +106,8 @@ def by_hand(model: PackedCausalLM, documents: Sequence[Document], o: LossConfig)
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_loss_and_gradients_are_the_formula(name: str, method: str) -> None:
-    """Full fine-tuning trains the head too; DPO then needs the kept log-probabilities, here 0 for both sides."""
+    """Full fine-tuning trains the head too; DPO then needs the kept log-probabilities, here 0 for
+    both sides."""
     if (name, method) == ("dpo", "full"):
         pytest.skip("without an adapter the reference is kept: see below")
     model, objective = tiny_model("llama-tied", torch.float64, method=method), OBJECTIVES[name]
@@ -134,7 +137,8 @@ def test_no_split_into_packs_changes_a_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_sharing_what_pairs_begin_with_changes_nothing(name: str) -> None:
-    """Long prompts, two rows with the same one, answers that begin alike: each pair whole in any pack."""
+    """Long prompts, two rows with the same one, answers that begin alike: each pair whole in any
+    pack."""
     documents = [
         *pair(1, 40, 30, 25),
         *pair(2, 33, 9, 20, weight=2),

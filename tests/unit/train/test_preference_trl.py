@@ -1,4 +1,5 @@
-"""The same numbers as TRL: its trainer's DPO loss and gradients on the same ids, its ORPO and SimPO functions."""
+"""The same numbers as TRL: its trainer's DPO loss and gradients on the same ids, its ORPO and SimPO
+functions."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,8 @@ def equal_weights() -> list[Document]:
 
 @pytest.mark.parametrize("nll", [0.0, 0.2])
 def test_dpo_is_that_of_its_trainer(nll: float, tmp_path: Path) -> None:
-    """Full fine-tuning away from the reference, weights in fp64: loss and the gradient of every weight."""
+    """Full fine-tuning away from the reference, weights in fp64: loss and the gradient of every
+    weight."""
     from trl import DPOConfig, DPOTrainer
 
     from datasets import Dataset

@@ -224,7 +224,8 @@ def test_an_adapter_that_is_not_nothing_yet() -> None:
 
 
 def test_labels_that_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what lays out packs for training itself, so that a pack and a document alone agree about them."""
+    """By what lays out packs for training itself, so that a pack and a document alone agree about
+    them."""
     right = probe_module.collate
 
     def early(pack: Pack) -> Batch:

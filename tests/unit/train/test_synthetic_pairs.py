@@ -1,4 +1,5 @@
-"""Pairs whose worse side is the base model's own bad answer: made once, kept, counted, and trained on."""
+"""Pairs whose worse side is the base model's own bad answer: made once, kept, counted, and trained
+on."""
 
 import json
 from pathlib import Path

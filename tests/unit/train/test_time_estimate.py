@@ -1,4 +1,5 @@
-"""When a run will be finished: all that it does beside its steps counts, and more of it takes longer."""
+"""When a run will be finished: all that it does beside its steps counts, and more of it takes
+longer."""
 
 import dataclasses
 from pathlib import Path

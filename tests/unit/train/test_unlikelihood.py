@@ -1,4 +1,5 @@
-"""Bans: the term is the published formula, its gradient is bounded and exact, no split of a step changes it."""
+"""Bans: the term is the published formula, its gradient is bounded and exact, no split of a step
+changes it."""
 
 import dataclasses
 

@@ -1,10 +1,11 @@
-"""What can be tried on the user's items: prompts, retrieval, a schema that is enforced, short trainings.
+"""What can be tried on the user's items: prompts, retrieval, a schema that is enforced, short
+trainings.
 
     what there is -> every Arm, in the order in which they are worth their time
 
-An Arm says how each item is asked and what is trained before; it is plain values, so it names its result on disk. Arms
-that differ only in form and seed are one row of the table. Left out: running them (asking.py), which fit (budget.py).
-"""
+An Arm says how each item is asked and what is trained before; it is plain values, so it names its
+result on disk. Arms that differ only in form and seed are one row of the table. Left out: running
+them (asking.py), which fit (budget.py)."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ class Arm:
 
     @property
     def cost_key(self) -> tuple[bool, bool, int, bool, int, int]:
-        """The order of cost: what must be trained after what must only be looked up, that after what must only be
-        said, and there by how much."""
+        """The order of cost: what must be trained after what must only be looked up, that after
+        what must only be said, and there by how much."""
         return (
             bool(self.examples),
             bool(self.passages),

@@ -1,9 +1,10 @@
-"""Should this be fine-tuned, by measure: every way that fits into the minutes, on the user's items. Read this first.
+"""Should this be fine-tuned, by measure: every way that fits into the minutes, on the user's items.
+Read this first.
 
     Plan, Facts, documents, minutes -> Begun, then each Outcome as it ends, then MeasuredAdvice
 
-The model is loaded once. What was found before is taken from the folder and costs nothing, so a measure that was killed
-goes on where it was. Only `eval_data` is asked; `test_data` stays unread.
+The model is loaded once. What was found before is taken from the folder and costs nothing, so a
+measure that was killed goes on where it was. Only `eval_data` is asked; `test_data` stays unread.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ MAX_POOL_ROWS = 400  # training rows that are looked through for what can be sho
 
 @dataclass(frozen=True)
 class ExperimentStart:
-    """What is going to be tried, and what has no room in the minutes. `test_rows`: held-out rows that are kept for the
-    test of a run, where the recipe names no test_data."""
+    """What is going to be tried, and what has no room in the minutes. `test_rows`: held-out rows
+    that are kept for the test of a run, where the recipe names no test_data."""
 
     model: str
     items: int
@@ -89,8 +90,9 @@ class SkippedArm:
 
 @dataclass(frozen=True)
 class MeasuredAdvice:
-    """`recall`: of the right answer among the first k passages, by k; empty without documents. `no_knowledge`: why
-    the knowledge of training answers was not looked at. `loose`: what the grammar leaves of the schema to the model."""
+    """`recall`: of the right answer among the first k passages, by k; empty without documents.
+    `no_knowledge`: why the knowledge of training answers was not looked at. `loose`: what the
+    grammar leaves of the schema to the model."""
 
     model: str
     metric: str
@@ -129,7 +131,8 @@ class ArmSpeed:
 def advise_measured(
     plan: Plan, inputs: RunInputs, passages: PassageIndex | None, config: ExperimentConfig
 ) -> Iterator[ExperimentStart | ArmResult | MeasuredAdvice]:
-    """Raises InputError without items, for a metric or schema that cannot be used, and where an item has no room."""
+    """Raises InputError without items, for a metric or schema that cannot be used, and where an
+    item has no room."""
     started = time.perf_counter()
     metrics = _validate_metrics(plan, config)
     items = select_items(inputs)
@@ -219,9 +222,8 @@ class _Experiment:
         self.runner, self.store, self.timings, self.deadline = runner, store, timings, deadline
         self.item_ids = [example.id for example in runner.items]
         self.results: list[ArmResult] = []
-        self.time_ratio = (
-            1.0  # of what the last arms took to what was expected: a busy machine changes its pace
-        )
+        # of what the last arms took to what was expected: a busy machine changes its pace
+        self.time_ratio = 1.0
         self.skipped: list[SkippedArm] = []
         self.knowledge: KnowledgeResult | None = None
         self.knowledge_skip_reason = explain_no_facts(runner)

@@ -2,11 +2,11 @@
 
     Subject -> Knowledge: of training answers, the share that is known highly, maybe, weakly, not at all
 
-A training question is asked with other training rows as examples, SETS times, greedily and SAMPLED times at a
-temperature. Known is what is contained in the answer: always under greedy choice (highly), sometimes (maybe), only
-when sampled (weakly), never (unknown). The categories are SliCK's (Gekhman 2024), with fewer sets and samples; the
-same work found that learning unknown facts teaches to make things up. Left out: answers that are no short facts.
-"""
+A training question is asked with other training rows as examples, SETS times, greedily and SAMPLED
+times at a temperature. Known is what is contained in the answer: always under greedy choice
+(highly), sometimes (maybe), only when sampled (weakly), never (unknown). The categories are SliCK's
+(Gekhman 2024), with fewer sets and samples; the same work found that learning unknown facts teaches
+to make things up. Left out: answers that are no short facts."""
 
 from __future__ import annotations
 

@@ -2,11 +2,10 @@
 
     values by item of each size -> Curve (b with its interval, examples to the target, or why that is not said)
 
-err is 1 - score. Fitted by least squares over the mean errors, weighted by 1 / variance, for each b of a grid, with a
-and c not below 0; where nothing falls, b is 0. Intervals: percentiles of a bootstrap over items and over trainings of
-one size. The form: Zhang 2024, Raghavendra 2024. Nothing is said beyond FAR times the largest size, nor of a curve
-whose b may be 0.
-"""
+err is 1 - score. Fitted by least squares over the mean errors, weighted by 1 / variance, for each b
+of a grid, with a and c not below 0; where nothing falls, b is 0. Intervals: percentiles of a
+bootstrap over items and over trainings of one size. The form: Zhang 2024, Raghavendra 2024. Nothing
+is said beyond FAR times the largest size, nor of a curve whose b may be 0."""
 
 from __future__ import annotations
 
@@ -23,7 +22,8 @@ EXPONENTS_G = np.concatenate([np.arange(-1.0, 0.0, 0.1), [0.0], np.arange(0.05, 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """`needed`: examples to the target, least and most of its interval (None: beyond what may be said)."""
+    """`needed`: examples to the target, least and most of its interval (None: beyond what may be
+    said)."""
 
     sizes: tuple[int, ...]
     errors: tuple[float, ...]
@@ -42,8 +42,8 @@ class LearningCurve:
 def fit_curve(
     scores: Mapping[int, Sequence[Sequence[float]]], target: float | None = None, *, seed: int = 0
 ) -> LearningCurve | None:
-    """`scores`: size -> of each training the value of every item, in [0, 1], items in one order. None for fewer than
-    two sizes."""
+    """`scores`: size -> of each training the value of every item, in [0, 1], items in one order.
+    None for fewer than two sizes."""
     sizes = sorted(scores)
     if len(sizes) < 2:
         return None
@@ -60,7 +60,8 @@ def fit_curve(
 def _compute_weights(
     scores: Mapping[int, Sequence[Sequence[float]]], sizes: Sequence[int]
 ) -> np.ndarray:
-    """1 / variance of each mean error. A size without spread has that of one more right and one more wrong answer."""
+    """1 / variance of each mean error. A size without spread has that of one more right and one
+    more wrong answer."""
     weights = []
     for size in sizes:
         values = np.asarray(scores[size], dtype=float).mean(axis=0)
@@ -73,7 +74,8 @@ def _compute_weights(
 def _resample_errors(
     scores: Mapping[int, Sequence[Sequence[float]]], sizes: Sequence[int], seed: int
 ) -> np.ndarray:
-    """Mean errors [RESAMPLES, K]: the same items are drawn for every size, trainings within each."""
+    """Mean errors [RESAMPLES, K]: the same items are drawn for every size, trainings within
+    each."""
     rng = np.random.default_rng(seed)
     num_items = len(scores[sizes[0]][0])
     item_indices_RN = rng.integers(num_items, size=(RESAMPLES, num_items))

@@ -2,10 +2,9 @@
 
     Example, passages -> looked_up(...); Example, shots, form -> prompted(...): the same answer, for the renderer
 
-The answer and its mask stay as they are, so a question can be asked so and trained so. A form says where the examples
-stand: as turns of the conversation, or in the message itself under two kinds of labels. Left out: which examples
-(asking.py) and which passages (passages.py).
-"""
+The answer and its mask stay as they are, so a question can be asked so and trained so. A form says
+where the examples stand: as turns of the conversation, or in the message itself under two kinds of
+labels. Left out: which examples (asking.py) and which passages (passages.py)."""
 
 from __future__ import annotations
 

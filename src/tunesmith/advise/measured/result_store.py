@@ -2,9 +2,9 @@
 
     Kept(folder, identity).get(arm, kind) / .put(arm, found); .answers, for evaluate/cache.py
 
-A file's name is a hash of all that its content depends on (model, rows, items, documents, arm), so a measure that was
-stopped goes on where it was, a second one costs nothing, and nothing stale is taken. Recipes may share a folder.
-"""
+A file's name is a hash of all that its content depends on (model, rows, items, documents, arm), so
+a measure that was stopped goes on where it was, a second one costs nothing, and nothing stale is
+taken. Recipes may share a folder."""
 
 from __future__ import annotations
 

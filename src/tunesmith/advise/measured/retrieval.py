@@ -1,11 +1,11 @@
-"""The user's documents as passages that can be looked up: BM25 over SQLite's full-text index, in memory.
+"""The user's documents as passages that can be looked up: BM25 over SQLite's full-text index, in
+memory.
 
     folder or file -> Passages; passages.best(question, 3) -> texts, the best one first
 
-A passage is a paragraph; short ones go together, and of a long one there are windows, which overlap. FTS5 comes with
-Python, stems English words and ranks by BM25 (k1 1.2, b 0.75). Left out: an index by meaning, which would need a second
-model; what the model makes of what is found.
-"""
+A passage is a paragraph; short ones go together, and of a long one there are windows, which
+overlap. FTS5 comes with Python, stems English words and ranks by BM25 (k1 1.2, b 0.75). Left out:
+an index by meaning, which would need a second model; what the model makes of what is found."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class PassageIndex:
 
 
 def open_passages(path: Path) -> PassageIndex:
-    """Raises InputError for documents that are missing, empty, no text or not UTF-8; each names its file."""
+    """Raises InputError for documents that are missing, empty, no text or not UTF-8; each names its
+    file."""
     source = open_source(path)
     texts = [
         passage
@@ -95,8 +96,8 @@ def _require_text(row: dict[str, object], where: str) -> str:
 
 
 def split_passages(text: str) -> Iterator[str]:
-    """Paragraphs; one of less than LEAST words, such as a heading, goes with the next, and of one with more than MOST
-    words its windows."""
+    """Paragraphs; one of less than LEAST words, such as a heading, goes with the next, and of one
+    with more than MOST words its windows."""
     pending = ""
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         pending = f"{pending}\n\n{paragraph.strip()}".strip()

@@ -2,10 +2,10 @@
 
     Subject.of(plan, facts, ...) -> Subject; outcome_of(subject, arm) -> Outcome (the answers, and what they cost)
 
-Held-out items come from `eval_data`; `test_data` is not looked at. Examples that are shown or trained are training
-rows, the same for the same seed. Every training starts from the same weights and leaves them as they were. Seconds a
-request are those of a few requests answered alone, since that is what one user waits. Left out: grades (decide.py).
-"""
+Held-out items come from `eval_data`; `test_data` is not looked at. Examples that are shown or
+trained are training rows, the same for the same seed. Every training starts from the same weights
+and leaves them as they were. Seconds a request are those of a few requests answered alone, since
+that is what one user waits. Left out: grades (decide.py)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ MAX_ITEMS = 1000  # more narrow an interval little
 
 @dataclass(frozen=True)
 class ArmResult:
-    """`answers` by item; tokens are the mean of a prompt, seconds the median of a request answered alone."""
+    """`answers` by item; tokens are the mean of a prompt, seconds the median of a request answered
+    alone."""
 
     arm: Arm
     answers: dict[str, str]
@@ -57,8 +58,8 @@ class ArmResult:
 
 @dataclass(frozen=True, eq=False)
 class ArmRunner:
-    """A model and the rows that it is tried on. `items`: held-out rows that ask something; `store`: where answers of
-    the untrained model are kept."""
+    """A model and the rows that it is tried on. `items`: held-out rows that ask something; `store`:
+    where answers of the untrained model are kept."""
 
     plan: Plan
     inputs: RunInputs
@@ -136,8 +137,8 @@ class ArmRunner:
 
 
 def select_items(inputs: RunInputs) -> list[Example]:
-    """Rows of `eval_data` that ask something and have a right answer, in an order by chance, at most MOST_ITEMS. Raises
-    InputError if there are none."""
+    """Rows of `eval_data` that ask something and have a right answer, in an order by chance, at
+    most MOST_ITEMS. Raises InputError if there are none."""
     if "eval_data" not in inputs.datasets:
         message = "no held-out items to ask; test_data is for the end"
         raise InputError(message, where="eval_data", fix="give eval_data, or --eval-split 0.1")
@@ -156,7 +157,8 @@ def select_items(inputs: RunInputs) -> list[Example]:
 
 
 def sample_examples(rows: Dataset, seed: int, count: int) -> list[Example]:
-    """The first `count` usable rows of an order that depends on the seed alone: more are the same and others."""
+    """The first `count` usable rows of an order that depends on the seed alone: more are the same
+    and others."""
     return select_usable(rows, permutation(seed, 0, len(rows)).tolist(), count) if count else []
 
 
@@ -180,8 +182,8 @@ def select_usable(rows: Dataset, indices: Sequence[int], limit: int) -> list[Exa
 
 
 def run_arm(runner: ArmRunner, arm: Arm) -> ArmResult:
-    """Raises InputError when a prompt and its answer have no room in the model's context, GateError for numbers that
-    are not finite."""
+    """Raises InputError when a prompt and its answer have no room in the model's context, GateError
+    for numbers that are not finite."""
     started = time.perf_counter()
     questions = runner.build_questions(arm)
     _check_context(runner, questions)
@@ -265,7 +267,8 @@ def answer_requests(
 
 
 def _train_arm(runner: ArmRunner, arm: Arm) -> float:
-    """Trains on so many rows as a run on them would be planned; returns the seconds of its steps."""
+    """Trains on so many rows as a run on them would be planned; returns the seconds of its
+    steps."""
     rows, plan = runner.build_documents(arm), plan_for_size(runner, arm.examples)
     sampler = StepSampler(
         len(rows), plan["batch_size"], plan["num_train_epochs"], arm.seed, plan.steps

@@ -2,9 +2,9 @@
 
     Subject -> Speed (seconds a token: read, written, trained) -> seconds of an arm -> the arms that fit
 
-The longest measure is a few prompts read and a few tokens written. Training counts as `TRAINED` times reading until a
-training has been timed. Left out: running (measured.py), which looks at the clock again before every arm.
-"""
+The longest measure is a few prompts read and a few tokens written. Training counts as `TRAINED`
+times reading until a training has been timed. Left out: running (measured.py), which looks at the
+clock again before every arm."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts, iter_an
 
 TIMED_PROMPTS, TIMED_TOKENS = 8, 12  # prompts and tokens of the quick measure
 PASSAGE_TOKENS = 180
-TRAIN_COST_FACTOR = (
-    3.0  # times reading a token: forward, and backward for the adapter and what lies between
-)
+# times reading a token: forward, and backward for the adapter and what lies between
+TRAIN_COST_FACTOR = 3.0
 MIN_ITEMS, ITEM_TIME_SHARE = (
     20,
     0.03,
@@ -49,7 +48,8 @@ def measure_timings(runner: ArmRunner) -> TokenTimings:
     prefill_seconds = _time_answers(runner, timed_questions, 1) / sum(
         len(question.prompt_ids) for question in timed_questions
     )
-    # Floors against the noise of a busy machine: a token is read before it is written, and a batch saves only so much.
+    # Floors against the noise of a busy machine: a token is read before it is written, and a batch
+    # saves only so much.
     single_seconds = _time_answers(
         runner, timed_questions[:1], TIMED_TOKENS
     ) - prefill_seconds * len(timed_questions[0].prompt_ids)
@@ -116,7 +116,8 @@ def count_train_tokens(runner: ArmRunner, timings: TokenTimings, arm: Arm) -> fl
 
 
 def count_fitting_items(runner: ArmRunner, timings: TokenTimings, seconds: float) -> int:
-    """Of the items so many that a plain arm takes its share of the time; all of them if they fit, never under 20."""
+    """Of the items so many that a plain arm takes its share of the time; all of them if they fit,
+    never under 20."""
     item_seconds = estimate_seconds(runner, timings, Arm()) / len(runner.items)
     return min(
         len(runner.items), max(MIN_ITEMS, int(ITEM_TIME_SHARE * seconds / max(item_seconds, 1e-9)))
@@ -126,8 +127,8 @@ def count_fitting_items(runner: ArmRunner, timings: TokenTimings, seconds: float
 def split_by_budget(
     arms: Sequence[Arm], seconds: float, estimate: Callable[[Arm], float]
 ) -> tuple[list[Arm], list[Arm]]:
-    """In their order those that still fit, and those that are left out. The first always stands: the rest is compared
-    with it."""
+    """In their order those that still fit, and those that are left out. The first always stands:
+    the rest is compared with it."""
     selected: list[Arm] = []
     skipped: list[Arm] = []
     for arm in arms:

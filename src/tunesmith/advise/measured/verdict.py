@@ -2,10 +2,10 @@
 
     outcomes -> Row of each kind of arm -> the cheapest that is not shown to be worse than the best -> Verdict
 
-All arms were asked the same items, so they are compared item by item. Prompts of one kind count by their best wording,
-beside the mean over wordings; trainings of one size count by their mean over seeds. Cost goes by what must be built and
-kept: nothing, a schema, a longer prompt, an index, a model (Arm.effort). Left out: words for people (measuredview.py).
-"""
+All arms were asked the same items, so they are compared item by item. Prompts of one kind count by
+their best wording, beside the mean over wordings; trainings of one size count by their mean over
+seeds. Cost goes by what must be built and kept: nothing, a schema, a longer prompt, an index, a
+model (Arm.effort). Left out: words for people (measuredview.py)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Conclusion = Literal["prompt", "constrained decoding", "retrieval", "sft", "noth
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One kind of arm. `arm`: its best wording; `mean`, `least`: over wordings and seeds. `change`: against the best
-    row, paired by item, with its interval; empty for the best one."""
+    """One kind of arm. `arm`: its best wording; `mean`, `least`: over wordings and seeds. `change`:
+    against the best row, paired by item, with its interval; empty for the best one."""
 
     name: str
     arm: Arm
@@ -52,9 +52,10 @@ class ArmRow:
 
 @dataclass(frozen=True)
 class Decision:
-    """`row`: of what was tried, the cheapest that is not shown to be worse than `best`. `smallest`: the least
-    difference that so many items show in four of five cases. `untried`: kinds of ways that had no room, any of which
-    may be better; then the answer is "undecided", unless a training wins anyway."""
+    """`row`: of what was tried, the cheapest that is not shown to be worse than `best`. `smallest`:
+    the least difference that so many items show in four of five cases. `untried`: kinds of ways
+    that had no room, any of which may be better; then the answer is "undecided", unless a training
+    wins anyway."""
 
     conclusion: Conclusion
     chosen: ArmRow
@@ -193,7 +194,8 @@ def make_decision(
 
 
 def _find_untried_kinds(rows: Sequence[ArmRow], skipped: Sequence[Arm]) -> tuple[str, ...]:
-    """Kinds of ways without a row: what was left out of a kind that has one is another wording, or another size."""
+    """Kinds of ways without a row: what was left out of a kind that has one is another wording, or
+    another size."""
     missing = {kind for arm in skipped for kind in _list_kinds(arm)}
     return tuple(sorted(missing - {kind for row in rows for kind in _list_kinds(row.arm)}))
 
@@ -224,7 +226,8 @@ def _draw_conclusion(chosen: ArmRow, best: ArmRow, target: float | None) -> Conc
 
 
 def _compute_detectable_difference(chosen: ArmRow, rows: Sequence[ArmRow]) -> float:
-    """Difference between the chosen row and the best, or the first other one, that is seen in 80% of samples."""
+    """Difference between the chosen row and the best, or the first other one, that is seen in 80%
+    of samples."""
     compared_row = next((row for row in (chosen, *rows) if row.difference), None)
     if compared_row is None:
         return 1.0  # nothing to compare with

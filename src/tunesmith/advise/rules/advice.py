@@ -2,9 +2,8 @@
 
     Situation -> reasons -> Advice
 
-For each need, an answer is advised if a rule speaks for it and none rules it out; that is all. What would change the
-advice is found by asking again with one fact changed.
-"""
+For each need, an answer is advised if a rule speaks for it and none rules it out; that is all. What
+would change the advice is found by asking again with one fact changed."""
 
 from __future__ import annotations
 
@@ -40,7 +39,8 @@ from tunesmith.core.atomic import format_bytes
 
 @dataclass(frozen=True)
 class Recommendation:
-    """An answer to take, in its turn. `next`: what to do first, `command` after it, where there is one."""
+    """An answer to take, in its turn. `next`: what to do first, `command` after it, where there is
+    one."""
 
     approach: Approach
     needs: tuple[Need, ...]
@@ -242,7 +242,8 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
 
 
 def _find_counterfactuals(requirements: Requirements) -> Iterator[Counterfactual]:
-    """One fact at a time, the others as they are; values of a fact that come to the same are one change."""
+    """One fact at a time, the others as they are; values of a fact that come to the same are one
+    change."""
     current = apply_rules(requirements)[0]
     values_by_change: dict[tuple[str, tuple[Approach, ...], str], list[str]] = {}
     for name, value, label in _iter_alternatives(requirements):

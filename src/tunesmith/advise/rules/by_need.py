@@ -1,4 +1,5 @@
-"""Rules for one need each: facts, format and tone, cost, the language of a domain, skills. See rubric.py."""
+"""Rules for one need each: facts, format and tone, cost, the language of a domain, skills. See
+rubric.py."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from tunesmith.advise.rules.reason import (
 
 
 def recommend_retrieval(requirements: Requirements) -> RuleResult | None:
-    """Ovadia 2023 (2312.05934), events after training, Mistral-7B: base .481, fine-tuned .504, fine-tuned on
-    paraphrases .588, retrieval .875. Tuned on plain text only."""
+    """Ovadia 2023 (2312.05934), events after training, Mistral-7B: base .481, fine-tuned .504,
+    fine-tuned on paraphrases .588, retrieval .875. Tuned on plain text only."""
     explanation = "on events that a 7B model had not seen: .481 as it was, .504 fine-tuned, .875 with retrieval"
     if not requirements.raw_text:
         explanation += ". It needs the documents, and none are named: write them down first"
@@ -38,7 +39,8 @@ def recommend_retrieval(requirements: Requirements) -> RuleResult | None:
 
 
 def recommend_facts_in_prompt(requirements: Requirements) -> RuleResult | None:
-    """Most models read 32,000 tokens whole, small ones fewer; a server that caches prefixes pays for them once."""
+    """Most models read 32,000 tokens whole, small ones fewer; a server that caches prefixes pays
+    for them once."""
     if not 0 < (requirements.raw_text or 0) <= MAX_PROMPT_BYTES:
         return None
     explanation = f"about {(requirements.raw_text or 0) // BYTES_PER_TOKEN:,} tokens: all of it fits into the prompt of most models"
@@ -54,8 +56,9 @@ def recommend_facts_in_prompt(requirements: Requirements) -> RuleResult | None:
 
 
 def reject_training_facts(requirements: Requirements) -> RuleResult | None:
-    """Gekhman 2024 (2405.05904): trained on facts it did not know, a model falls from 37.5 (early stop) to 25.8 right
-    answers at convergence. Not where each fact is said in many ways (`recommend_paraphrased_facts`)."""
+    """Gekhman 2024 (2405.05904): trained on facts it did not know, a model falls from 37.5 (early
+    stop) to 25.8 right answers at convergence. Not where each fact is said in many ways
+    (`recommend_paraphrased_facts`)."""
     if _has_many_paraphrases(requirements):
         return None
     explanation = "from few wordings facts are learned late and badly, and learning them teaches to make things up: "
@@ -71,8 +74,9 @@ def reject_training_facts(requirements: Requirements) -> RuleResult | None:
 
 
 def recommend_paraphrased_facts(requirements: Requirements) -> RuleResult | None:
-    """The exception. Ovadia 2023: accuracy rises with the number of paraphrases (.504 -> .588, retrieval .875).
-    EntiGraph, Yang 2024 (2409.07431): 1.3M tokens rewritten into 455M: 39.5 -> 56.2, retrieval 60.4, both 62.6."""
+    """The exception. Ovadia 2023: accuracy rises with the number of paraphrases (.504 -> .588,
+    retrieval .875). EntiGraph, Yang 2024 (2409.07431): 1.3M tokens rewritten into 455M: 39.5 ->
+    56.2, retrieval 60.4, both 62.6."""
     if not _has_many_paraphrases(requirements):
         return None
     explanation = f"each fact is said in {requirements.paraphrases} ways: then weights do take facts, as an addition to retrieval. "
@@ -98,7 +102,8 @@ def _has_many_paraphrases(requirements: Requirements) -> bool:
 
 
 def reject_training_changing_facts(requirements: Requirements) -> RuleResult | None:
-    """What is trained in today is wrong after the next change; an index takes a new document in seconds."""
+    """What is trained in today is wrong after the next change; an index takes a new document in
+    seconds."""
     if requirements.facts_change in ("never", "yearly"):
         return None
     frequency_text = (
@@ -120,9 +125,9 @@ def reject_training_changing_facts(requirements: Requirements) -> RuleResult | N
 
 
 def reject_training_private_facts(requirements: Requirements) -> RuleResult | None:
-    """Carlini 2021 (2012.07805, Extracting Training Data from Large Language Models; from memory, unverified): hundreds
-    of training texts were pulled out of GPT-2 word for word, some that stood in one document only. Retrieval can look
-    at who asks."""
+    """Carlini 2021 (2012.07805, Extracting Training Data from Large Language Models; from memory,
+    unverified): hundreds of training texts were pulled out of GPT-2 word for word, some that stood
+    in one document only. Retrieval can look at who asks."""
     if not requirements.private:
         return None
     explanation = "who may use a model can pull its training text out word for word; an index can look at who asks"
@@ -140,8 +145,9 @@ def reject_training_private_facts(requirements: Requirements) -> RuleResult | No
 
 
 def recommend_constrained_decoding(_: Requirements) -> RuleResult | None:
-    """Willard & Louf 2023 (2307.09702), Dong 2024 (2411.15100): tokens that the grammar does not allow are never
-    sampled, so whatever is finished is valid. What stands in the fields is the model's."""
+    """Willard & Louf 2023 (2307.09702), Dong 2024 (2411.15100): tokens that the grammar does not
+    allow are never sampled, so whatever is finished is valid. What stands in the fields is the
+    model's."""
     explanation = "a grammar or JSON schema in the server makes every finished answer valid, without training; not its content"
     common_advice = "fine-tuning, for JSON without elaborate prompts"
     return RuleResult(
@@ -156,7 +162,8 @@ def recommend_constrained_decoding(_: Requirements) -> RuleResult | None:
 
 
 def recommend_sft_for_format(requirements: Requirements) -> RuleResult | None:
-    """`tunesmith demo`, SmolLM2-135M-Instruct, 235 rows: answers valid against the schema 0 -> .963 of 80 held-out."""
+    """`tunesmith demo`, SmolLM2-135M-Instruct, 235 rows: answers valid against the schema 0 -> .963
+    of 80 held-out."""
     if requirements.prompt not in ("bad", "close"):
         return None
     explanation = "prompts were not enough, and a grammar does not put the right values into the fields. A 135M model went from "
@@ -172,8 +179,8 @@ def recommend_sft_for_format(requirements: Requirements) -> RuleResult | None:
 
 
 def recommend_sft_for_tone(_: Requirements) -> RuleResult | None:
-    """Marquardt & Brule 2025 (2507.04889): above 90 to 95% on tone with 100 examples, 23 to 46% prompted; little more
-    after about 1,000."""
+    """Marquardt & Brule 2025 (2507.04889): above 90 to 95% on tone with 100 examples, 23 to 46%
+    prompted; little more after about 1,000."""
     explanation = "with 100 examples more than 90% of answers had the tone, prompted 23 to 46%; little more came after 1,000"
     return RuleResult(
         "recommend_sft_for_tone",
@@ -186,8 +193,8 @@ def recommend_sft_for_tone(_: Requirements) -> RuleResult | None:
 
 
 def suggest_thousand_rows(requirements: Requirements) -> RuleResult | None:
-    """LIMA, Zhou 2023 (2305.11206): 2,000 filtered rows scored 3.83, unfiltered 3.33; no gain from 2,000 to 32,000.
-    Xia 2024 (2410.09335): at scale hardly any way of choosing beats chance."""
+    """LIMA, Zhou 2023 (2305.11206): 2,000 filtered rows scored 3.83, unfiltered 3.33; no gain from
+    2,000 to 32,000. Xia 2024 (2410.09335): at scale hardly any way of choosing beats chance."""
     if (requirements.examples or 0) < 2 * PLATEAU_EXAMPLES:
         return None
     explanation = f"for format and tone a thousand good rows may do as well as all {requirements.examples:,}: 2,000 filtered rows "
@@ -206,9 +213,10 @@ def suggest_thousand_rows(requirements: Requirements) -> RuleResult | None:
 
 
 def recommend_prompt_distillation(requirements: Requirements) -> RuleResult | None:
-    """Snell 2022 (2209.15189, Learning by Distilling Context): a prompt's instructions and examples can be trained into
-    the weights. Hsieh 2023 (2305.02301, Distilling Step-by-Step): a 770M model tuned on a large one's answers and
-    rationales did better than a prompted one of 540B. Both from memory, unverified."""
+    """Snell 2022 (2209.15189, Learning by Distilling Context): a prompt's instructions and examples
+    can be trained into the weights. Hsieh 2023 (2305.02301, Distilling Step-by-Step): a 770M model
+    tuned on a large one's answers and rationales did better than a prompted one of 540B. Both from
+    memory, unverified."""
     if requirements.prompt not in ("good", "close"):
         return None
     explanation = "the good answers of the long prompt are the rows: train them with a short one, or into a smaller model. First "
@@ -241,7 +249,8 @@ def reject_premature_distillation(requirements: Requirements) -> RuleResult | No
 
 
 def reject_few_requests(requirements: Requirements) -> RuleResult | None:
-    """1,000 requests a month are 33 a day: what they save does not pay for making a model and keeping it."""
+    """1,000 requests a month are 33 a day: what they save does not pay for making a model and
+    keeping it."""
     if requirements.requests_month is None or requirements.requests_month >= MIN_MONTHLY_REQUESTS:
         return None
     explanation = f"{requirements.requests_month:,} requests a month: what they could save does not pay for a model of your own"
@@ -260,8 +269,8 @@ def reject_few_requests(requirements: Requirements) -> RuleResult | None:
 
 
 def recommend_continued_pretraining(requirements: Requirements) -> RuleResult | None:
-    """Gururangan 2020 (2004.10964, Don't Stop Pretraining; from memory, unverified): a second pretraining on 2 to 8
-    billion tokens of a domain helped in all four."""
+    """Gururangan 2020 (2004.10964, Don't Stop Pretraining; from memory, unverified): a second
+    pretraining on 2 to 8 billion tokens of a domain helped in all four."""
     if (requirements.raw_text or 0) < MIN_TEXT_BYTES:
         return None
     explanation = f"about {_format_million_tokens(requirements)} million tokens of raw text: a language is learned from text, not from questions. "
@@ -281,7 +290,8 @@ def recommend_continued_pretraining(requirements: Requirements) -> RuleResult | 
 
 
 def reject_small_corpus(requirements: Requirements) -> RuleResult | None:
-    """Yang 2024 (2409.07431), Llama-3-8B on 1.3M raw tokens: 39.49 -> 38.15; with retrieval 60.35."""
+    """Yang 2024 (2409.07431), Llama-3-8B on 1.3M raw tokens: 39.49 -> 38.15; with retrieval
+    60.35."""
     if (requirements.raw_text or 0) >= MIN_TEXT_BYTES:
         return None
     amount_text = (
@@ -309,9 +319,10 @@ def _format_million_tokens(requirements: Requirements) -> str:
 
 
 def recommend_sft_after_cpt(requirements: Requirements) -> RuleResult | None:
-    """Cheng 2023 (2309.09530, Adapting Large Language Models via Reading Comprehension; from memory, unverified):
-    pretraining on a domain's raw text adds knowledge and costs the ability to answer questions. Their remedy is
-    questions within the text; that a small SFT set does the same is the usual practice."""
+    """Cheng 2023 (2309.09530, Adapting Large Language Models via Reading Comprehension; from
+    memory, unverified): pretraining on a domain's raw text adds knowledge and costs the ability to
+    answer questions. Their remedy is questions within the text; that a small SFT set does the same
+    is the usual practice."""
     if (requirements.raw_text or 0) < MIN_TEXT_BYTES:
         return None
     explanation = "plain text teaches the language and costs some of the ability to answer: a small set of questions and answers "
@@ -331,8 +342,8 @@ def recommend_sft_after_cpt(requirements: Requirements) -> RuleResult | None:
 
 
 def recommend_sft_for_skill(requirements: Requirements) -> RuleResult | None:
-    """Raghavendra 2024 (2410.03717): skills follow a power law in the number of examples. Dong 2023 (2310.05492): chat
-    is flat after about 1,000, mathematics and code are not."""
+    """Raghavendra 2024 (2410.03717): skills follow a power law in the number of examples. Dong 2023
+    (2310.05492): chat is flat after about 1,000, mathematics and code are not."""
     if requirements.prompt not in ("bad", "close"):
         return None
     explanation = "prompts were not enough, and skills grow with the examples by a power law: mathematics and code did not "

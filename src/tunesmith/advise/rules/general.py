@@ -1,4 +1,5 @@
-"""Rules for whatever is needed: prompts first, what there is to train on, what is worth knowing. See rubric.py."""
+"""Rules for whatever is needed: prompts first, what there is to train on, what is worth knowing.
+See rubric.py."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from tunesmith.advise.rules.reason import MIN_EXAMPLES, MIN_PAIRS, TRAINING_APPR
 
 
 def recommend_good_prompt(requirements: Requirements) -> RuleResult | None:
-    """A prompt that does well leaves nothing to gain; costs are another need (`recommend_prompt_distillation`)."""
+    """A prompt that does well leaves nothing to gain; costs are another need
+    (`recommend_prompt_distillation`)."""
     if requirements.prompt != "good":
         return None
     explanation = "the prompt does well: anything else could add little but its cost, and a model to look after"
@@ -41,7 +43,8 @@ def reject_needless_retrieval(requirements: Requirements) -> RuleResult | None:
 
 
 def recommend_trying_prompts(requirements: Requirements) -> RuleResult | None:
-    """Sclar 2023 (2310.11324): the format of a prompt alone moves accuracy by 7.5 points in the median, by up to 76."""
+    """Sclar 2023 (2310.11324): the format of a prompt alone moves accuracy by 7.5 points in the
+    median, by up to 76."""
     if requirements.prompt not in (None, "untried"):
         return None
     explanation = "no prompt has been tried: an afternoon tells, and its score is what training has to beat. Try several: "
@@ -59,8 +62,9 @@ def recommend_trying_prompts(requirements: Requirements) -> RuleResult | None:
 
 
 def reject_untested_training(requirements: Requirements) -> RuleResult | None:
-    """Mosbach 2023 (2305.16938): at one model size, fine-tuning and examples in the prompt generalise alike, both with
-    a large spread. Tone is left out: there training is known to win (`recommend_sft_for_tone`)."""
+    """Mosbach 2023 (2305.16938): at one model size, fine-tuning and examples in the prompt
+    generalise alike, both with a large spread. Tone is left out: there training is known to win
+    (`recommend_sft_for_tone`)."""
     if requirements.prompt not in (None, "untried"):
         return None
     explanation = "it may not be needed: at one model size, examples in the prompt and fine-tuning generalise alike"
@@ -93,8 +97,8 @@ def recommend_few_shot(requirements: Requirements) -> RuleResult | None:
 
 
 def reject_few_examples(requirements: Requirements) -> RuleResult | None:
-    """OpenAI's fine-tuning guide as of 2024 (from memory, unverified): clear improvements usually come with 50 to 100
-    examples."""
+    """OpenAI's fine-tuning guide as of 2024 (from memory, unverified): clear improvements usually
+    come with 50 to 100 examples."""
     if (requirements.examples or 0) >= MIN_EXAMPLES:
         return None
     count_text = (
@@ -113,8 +117,9 @@ def reject_few_examples(requirements: Requirements) -> RuleResult | None:
 
 
 def recommend_preference_training(requirements: Requirements) -> RuleResult | None:
-    """Rafailov 2023 (2305.18290), and Castricato 2024 (2402.07896): told not to, a 7B model still spoke of the
-    forbidden thing (.33 -> .36); trained on pairs, a 13B did as well as GPT-4. The least number is ours."""
+    """Rafailov 2023 (2305.18290), and Castricato 2024 (2402.07896): told not to, a 7B model still
+    spoke of the forbidden thing (.33 -> .36); trained on pairs, a 13B did as well as GPT-4. The
+    least number is ours."""
     if (requirements.pairs or 0) < MIN_PAIRS:
         return None
     explanation = f"{requirements.pairs:,} pairs say what not to do, which small models cannot be told: asked to avoid a thing, a 7B "
@@ -130,7 +135,8 @@ def recommend_preference_training(requirements: Requirements) -> RuleResult | No
 
 
 def reject_few_pairs(requirements: Requirements) -> RuleResult | None:
-    """Published runs have thousands of pairs; below some hundreds the better answers alone serve as SFT rows."""
+    """Published runs have thousands of pairs; below some hundreds the better answers alone serve as
+    SFT rows."""
     if requirements.pairs is None or requirements.pairs >= MIN_PAIRS:
         return None
     explanation = f"{requirements.pairs} pairs; published runs have thousands. The better answers alone are rows for SFT"
@@ -143,8 +149,9 @@ def reject_few_pairs(requirements: Requirements) -> RuleResult | None:
 
 
 def suggest_raft_training(requirements: Requirements) -> RuleResult | None:
-    """RAFT, Zhang 2024 (2403.10131): a model tuned on a domain and then given documents fell from 61.1 to 42.6 on one
-    set; trained with documents in the prompt, right and wrong ones, it did not."""
+    """RAFT, Zhang 2024 (2403.10131): a model tuned on a domain and then given documents fell from
+    61.1 to 42.6 on one set; trained with documents in the prompt, right and wrong ones, it did
+    not."""
     if "facts" not in requirements.need or len(requirements.need) == 1:
         return None
     explanation = "if both are done, train with the retrieved documents in the prompt, wrong ones among them: a model tuned "
@@ -160,7 +167,8 @@ def suggest_raft_training(requirements: Requirements) -> RuleResult | None:
 
 
 def warn_small_model_prompting(requirements: Requirements) -> RuleResult | None:
-    """Mosbach 2023: learning from examples in the prompt needs a large model, fine-tuning works on small ones."""
+    """Mosbach 2023: learning from examples in the prompt needs a large model, fine-tuning works on
+    small ones."""
     if not requirements.private:
         return None
     explanation = "if it has to be a small model of your own: those follow prompts badly, and fine-tuning works on them"
@@ -193,7 +201,8 @@ def warn_training_data_extraction(requirements: Requirements) -> RuleResult | No
 
 
 def warn_safety_loss(_: Requirements) -> RuleResult | None:
-    """Qi 2023 (2310.03693): harmless rows raised a chat model's harmful answers from .3% to 16.1%, with LoRA 25.2%."""
+    """Qi 2023 (2310.03693): harmless rows raised a chat model's harmful answers from .3% to 16.1%,
+    with LoRA 25.2%."""
     explanation = "harmless rows raised the harmful answers of a chat model from 0.3% to 16%, with LoRA to 25%: ask it such "
     explanation += "questions before and after"
     return RuleResult(

@@ -2,9 +2,8 @@
 
     flags, a YAML file, a recipe with its rows, or answers to questions -> Situation
 
-`QUESTIONS` is the list of facts: how each is asked for and how its value is read. A fact that is not given is None, and
-counts as not there. Left out: what follows from the facts (rubric.py).
-"""
+`QUESTIONS` is the list of facts: how each is asked for and how its value is read. A fact that is
+not given is None, and counts as not there. Left out: what follows from the facts (rubric.py)."""
 
 from __future__ import annotations
 
@@ -63,8 +62,8 @@ class FormQuestion:
 
 
 def read_requirements(path: Path | None, arguments: Mapping[str, Any]) -> Requirements:
-    """`given` wins over the file at `path`, which holds facts or is a recipe, whose rows are counted. InputError for
-    what is unknown, cannot be, or contradicts itself."""
+    """`given` wins over the file at `path`, which holds facts or is a recipe, whose rows are
+    counted. InputError for what is unknown, cannot be, or contradicts itself."""
     file_values, counted_values = ({}, {}) if path is None else _read_file(path)
     argument_values = _parse_mapping(
         arguments, lambda key: key if key.startswith("--") else f"argument {key}"
@@ -100,7 +99,8 @@ def is_recipe(path: Path) -> bool:
 
 
 def count_rows(path: Path) -> dict[str, int]:
-    """Rows of a recipe's data as they stand in its files, nothing rendered; of several stages the sum."""
+    """Rows of a recipe's data as they stand in its files, nothing rendered; of several stages the
+    sum."""
     recipe = load_recipe(path)
     counted: Counter[str] = Counter()
     for stage in recipe.recipes if isinstance(recipe, Stages) else (recipe,):
@@ -109,7 +109,8 @@ def count_rows(path: Path) -> dict[str, int]:
 
 
 def _count_stage_rows(recipe: Recipe) -> dict[str, int]:
-    """The better answers of pairs are examples too; of continued pretraining it is the bytes that count."""
+    """The better answers of pairs are examples too; of continued pretraining it is the bytes that
+    count."""
     sources = [open_source(source.path) for source in select_sources(recipe, "data")]
     if recipe.stage == "cpt":
         return {
@@ -268,8 +269,8 @@ def select_questions(needs: tuple[Need, ...]) -> list[str]:
 def ask_questions(
     read_line: Callable[[str], str], report_error: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The facts, asked for one after the other: `answer` gets a question and gives a line. An empty one leaves it
-    open, but for the need."""
+    """The facts, asked for one after the other: `answer` gets a question and gives a line. An empty
+    one leaves it open, but for the need."""
     values: dict[str, Any] = {}
     for name, question in QUESTIONS.items():
         while name in ("need", *select_questions(values.get("need", ()))):

@@ -32,8 +32,9 @@ PLATEAU_EXAMPLES = 1_000
 
 @dataclass(frozen=True)
 class RuleResult:
-    """`helps` and `rules_out` hold for `needs` alone; of `concerns` it says something worth knowing. A `source` that is
-    unverified is cited from memory; its rule's docstring has its title."""
+    """`helps` and `rules_out` hold for `needs` alone; of `concerns` it says something worth
+    knowing. A `source` that is unverified is cited from memory; its rule's docstring has its
+    title."""
 
     rule: str
     needs: tuple[Need, ...]

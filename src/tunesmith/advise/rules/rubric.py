@@ -1,10 +1,9 @@
 """The rules: one function a rule, what it says and the source of it in the docstring.
 
-In: the Situation. Out: a Reason, or None where the rule has nothing to say. A reason speaks for some answers and rules
-out others, for the needs that it names; nothing is weighed. `usual` is what common guides say where this differs.
-Confidence: published (in the sources named), extrapolated (from them to here), ours (a judgement, or a
-measurement of ours that the source names).
-"""
+In: the Situation. Out: a Reason, or None where the rule has nothing to say. A reason speaks for
+some answers and rules out others, for the needs that it names; nothing is weighed. `usual` is what
+common guides say where this differs. Confidence: published (in the sources named), extrapolated
+(from them to here), ours (a judgement, or a measurement of ours that the source names)."""
 
 from __future__ import annotations
 

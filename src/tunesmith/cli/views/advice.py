@@ -1,4 +1,5 @@
-"""What `advise` shows: the verdict, each step with its reasons, what was ruled out, what would change it.
+"""What `advise` shows: the verdict, each step with its reasons, what was ruled out, what would
+change it.
 
 In: an Advice. Out: things that `rich` can print. Programs read the JSON instead.
 """

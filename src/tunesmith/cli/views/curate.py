@@ -1,7 +1,8 @@
-"""What `data curate` shows: the files beside each other, why rows are not kept, and which of the files trains best.
+"""What `data curate` shows: the files beside each other, why rows are not kept, and which of the
+files trains best.
 
-In: the objects of curate.py and tune/prove.py. Out: things that `rich` can print. Programs read the JSON instead.
-"""
+In: the objects of curate.py and tune/prove.py. Out: things that `rich` can print. Programs read the
+JSON instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is shown of retention: how far the model moved from its base, and gain against forgetting by scale.
+"""What is shown of retention: how far the model moved from its base, and gain against forgetting by
+scale.
 
 In: parts of a RunRecord. Out: things that `rich` can print. Programs read the JSON instead.
 """

@@ -1,7 +1,7 @@
 """What `tune lr` shows: a line a rate as it ends, then the table with bars, and the picture.
 
-In: the objects of tune/rates.py. Out: things that `rich` can print, and the SVG file. Programs read the JSON instead.
-"""
+In: the objects of tune/rates.py. Out: things that `rich` can print, and the SVG file. Programs read
+the JSON instead."""
 
 from __future__ import annotations
 

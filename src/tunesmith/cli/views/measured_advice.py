@@ -1,7 +1,8 @@
-"""What `advise --measure` shows: a line an arm as it ends on stderr, then the table, the curve and the verdict.
+"""What `advise --measure` shows: a line an arm as it ends on stderr, then the table, the curve and
+the verdict.
 
-In: the objects of advise/measured.py. Out: things that `rich` can print. Programs read the JSON instead.
-"""
+In: the objects of advise/measured.py. Out: things that `rich` can print. Programs read the JSON
+instead."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def _iter_notes(advice: MeasuredAdvice):
 
 
 def _format_skipped(advice: MeasuredAdvice) -> str:
-    """Kinds that have no row, each with the reason of its first arm, and how many wordings and draws of the others."""
+    """Kinds that have no row, each with the reason of its first arm, and how many wordings and
+    draws of the others."""
     tried_keys = {row.arm.row_key for row in advice.rows}
     reasons: dict[str, str] = {}
     for skipped_arm in advice.skipped:

@@ -1,7 +1,7 @@
 """What the verbs show to people: facts, decisions and results as tables for the terminal.
 
-In: the frozen objects of types.py. Out: things that `rich` can print. Programs read the JSON instead.
-"""
+In: the frozen objects of types.py. Out: things that `rich` can print. Programs read the JSON
+instead."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ ROUNDING_WARNING = (
 
 
 def render_plan(plan: Plan | StagedPlan) -> RenderableType:
-    """Every choice with its reason, then what the run will take; of several stages one after the other."""
+    """Every choice with its reason, then what the run will take; of several stages one after the
+    other."""
     if isinstance(plan, StagedPlan):
         num_stages = len(plan.plans)
         heads = [
@@ -89,7 +90,8 @@ def render_plan(plan: Plan | StagedPlan) -> RenderableType:
 
 
 def format_memory(plan: Plan) -> list[str]:
-    """What a run takes at its peak and in its parts, beside the usual multiple, and where it would fit."""
+    """What a run takes at its peak and in its parts, beside the usual multiple, and where it would
+    fit."""
     peak, method = (
         plan.memory_bytes["peak"],
         plan.choices["method"].value if "method" in plan.choices else "lora",
@@ -115,7 +117,8 @@ def format_memory(plan: Plan) -> list[str]:
 
 
 def render_setting(plan: Plan | StagedPlan, key: str) -> RenderableType:
-    """All that stands behind one value, in each stage. Raises InputError for a key that the plan does not have."""
+    """All that stands behind one value, in each stage. Raises InputError for a key that the plan
+    does not have."""
     if isinstance(plan, StagedPlan):
         return Group(*(render_setting(stage_plan, key) for stage_plan in plan.plans))
     plan_value = plan.choices.get(key.replace("-", "_"))
@@ -185,7 +188,8 @@ ESTIMATE_ROWS: dict[str, Callable[[Any], str]] = {
 def render_comparisons(
     comparisons: Sequence[Comparison], names: tuple[str, str] = ("before", "after")
 ) -> RenderableType:
-    """Two models on the same items, with 95% intervals; the last column says what may be concluded."""
+    """Two models on the same items, with 95% intervals; the last column says what may be
+    concluded."""
     columns = ("measure", "n", *names, "change", "")
     table = _make_table(
         f"{names[0].capitalize()} and {names[1]}, 95% intervals", *columns, numbers=columns[1:5]
@@ -258,7 +262,8 @@ def render_baselines(baselines: Mapping[str, Sequence[Comparison]]) -> Renderabl
 
 
 def format_verdict(comparison: Comparison, verdict_text: str = "") -> Text:
-    """What may be concluded, coloured, and what stands behind it. `told`: the verdict as one of several."""
+    """What may be concluded, coloured, and what stands behind it. `told`: the verdict as one of
+    several."""
     verdict_text = verdict_text or judge_comparison(comparison)
     style = {"better": "bold green", "worse": "bold red"}.get(verdict_text, "dim")
     evidence_text = describe_evidence(comparison)

@@ -2,11 +2,11 @@
 
     Chat, message -> Turn: the text up to that message, and the span of its answer
 
-An answer begins where its prompt ends, so the prompt must be the start of the text. Some templates write the prompt
-differently once an answer follows (Mistral's write the system message before the last question only): then the prompt
-as it is served stands before the answer, if the template asks for an answer and begins it with the same words. It ends
-behind the first control token after its last character that is known to end answers.
-"""
+An answer begins where its prompt ends, so the prompt must be the start of the text. Some templates
+write the prompt differently once an answer follows (Mistral's write the system message before the
+last question only): then the prompt as it is served stands before the answer, if the template asks
+for an answer and begins it with the same words. It ends behind the first control token after its
+last character that is known to end answers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ SERVED_PROMPT = (
 
 @dataclass(frozen=True)
 class AssistantSpan:
-    """A trained answer: characters start:end of `marked`, which is rendered up to this message. `spliced`: where the
-    answer begins in that render, if it does not begin with the prompt as served, which then stands there instead."""
+    """A trained answer: characters start:end of `marked`, which is rendered up to this message.
+    `spliced`: where the answer begins in that render, if it does not begin with the prompt as
+    served, which then stands there instead."""
 
     message_index: int
     weight: float
@@ -122,8 +123,8 @@ def _make_unrendered_error(chat: Conversation, message_index: int) -> InputError
 
 
 def _find_answer_start(prompt: TrackedStr, rendered: TrackedStr, message_index: int) -> int:
-    """Where in `written`, if behind the message before it the template goes on with the words that end `prompt`. Raises
-    InputError for an answer that begins otherwise."""
+    """Where in `written`, if behind the message before it the template goes on with the words that
+    end `prompt`. Raises InputError for an answer that begins otherwise."""
     message_start = next(
         (
             start
@@ -184,7 +185,8 @@ def _describe_mismatch(prompt: str, answer: str) -> str:
 
 
 def check_render(chat: Conversation, text: TrackedText, plain_text: str, count: int) -> None:
-    """The text must be what plain Jinja writes, `stock`, with something of every user and tool message in it."""
+    """The text must be what plain Jinja writes, `stock`, with something of every user and tool
+    message in it."""
     if plain_text != text.plain:
         raise InputError(
             "the tracked render differs from plain Jinja's", fix="please report this template"

@@ -29,7 +29,8 @@ class CostTransformer(NodeTransformer):
         return node
 
     def _visit_operand(self, node: nodes.Expr, *, should_walk: bool) -> nodes.Expr:
-        """Beside a literal there is nothing deep to compare; the literal itself is only compared."""
+        """Beside a literal there is nothing deep to compare; the literal itself is only
+        compared."""
         if isinstance(node, nodes.Const):
             return node
         return self.apply_filter("walk", self.visit(node)) if should_walk else self.visit(node)

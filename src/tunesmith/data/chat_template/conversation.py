@@ -1,11 +1,12 @@
-"""One conversation before a chat template: the messages as it wants them, each text knowing its message.
+"""One conversation before a chat template: the messages as it wants them, each text knowing its
+message.
 
     messages, tools -> Chat; Chat.render(count) -> tracked text of the first `count` messages
 
-Messages reach the template as transformers hands them over: null fields gone, thinking under both of its names. Two
-habits of templates are met on top: content as a list of parts, and tool-call arguments as an object or as text.
-Roles come from a short list or from the template's own words, so a role counts as the template's text.
-"""
+Messages reach the template as transformers hands them over: null fields gone, thinking under both
+of its names. Two habits of templates are met on top: content as a list of parts, and tool-call
+arguments as an object or as text. Roles come from a short list or from the template's own words, so
+a role counts as the template's text."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class TemplateQuirks:
 
 
 class TemplateVariables:
-    """What a template sees beside the conversation: special tokens and the user's settings; the template's own text."""
+    """What a template sees beside the conversation: special tokens and the user's settings; the
+    template's own text."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.plain, self.tracked = dict(values), track_value(dict(values), TEMPLATE)
@@ -56,7 +58,8 @@ class TemplateVariables:
 def refuse_unused_kwargs(
     names: Iterable[str], templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
 ) -> None:
-    """InputError for a name in `told` that no template looks up, or that is not the user's to set."""
+    """InputError for a name in `told` that no template looks up, or that is not the user's to
+    set."""
     reserved = {*_build_context([], None, False), *special_token_names}
     used_names = sorted(
         {name for template in templates for name in template.undeclared_variables} - reserved

@@ -1,9 +1,9 @@
-"""Tracked text to ids: cut at the control tokens that the template wrote, everything between encoded as plain text.
+"""Tracked text to ids: cut at the control tokens that the template wrote, everything between
+encoded as plain text.
 
-A control token counts where each of its characters comes from the template, a structural one also where all come from
-one assistant message. Whatever else looks like a control token is text. For a render without such text the ids are
-those of the full tokenizer.
-"""
+A control token counts where each of its characters comes from the template, a structural one also
+where all come from one assistant message. Whatever else looks like a control token is text. For a
+render without such text the ids are those of the full tokenizer."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class EncodedText:
         return [0, *accumulate(len(run.ids) for run in self.runs)]
 
     def count_tokens_before(self, character: int) -> int | None:
-        """How many tokens the text up to `character` has; None if a token reaches over that place, so that the text
-        before it would be encoded otherwise alone."""
+        """How many tokens the text up to `character` has; None if a token reaches over that place,
+        so that the text before it would be encoded otherwise alone."""
         index = bisect_right(self.runs, character, key=lambda run: run.start) - 1
         run = self.runs[index]
         if character >= run.end:
@@ -150,7 +150,8 @@ class EncodedText:
 
 
 def encode(text: TrackedText, *, cut: int = -1) -> EncodedText:
-    """At character `cut`, plain text is cut into two runs, the second of which goes on from the first."""
+    """At character `cut`, plain text is cut into two runs, the second of which goes on from the
+    first."""
     runs: list[EncodedRun] = []
     position = 0
     for match in text.controls:
@@ -162,7 +163,8 @@ def encode(text: TrackedText, *, cut: int = -1) -> EncodedText:
 
 
 def iter_text_runs(text: TrackedText, *, cut: int = -1) -> Iterator[tuple[str, bool]]:
-    """What `encode` will ask the tokenizer for: each run of plain text, and whether the document starts with it."""
+    """What `encode` will ask the tokenizer for: each run of plain text, and whether the document
+    starts with it."""
     bounds = [
         0,
         *(bound for match in text.controls for bound in (match.start, match.end)),
@@ -189,7 +191,8 @@ def _encode_run(text: TrackedText, start: int, end: int) -> EncodedRun:
 def find_banned_token_spans(
     encoded: EncodedText, start: int, end: int, answer: str, spans: Sequence[CharSpan]
 ) -> list[tuple[int, int]]:
-    """Tokens first:last that hold any character of the spans of `said`, which stands in the characters start:end."""
+    """Tokens first:last that hold any character of the spans of `said`, which stands in the
+    characters start:end."""
     answer_start = encoded.text.plain.find(answer, start, end)
     if answer_start < 0:
         fix = "drop the row, or write the answer as the template will"
@@ -206,7 +209,8 @@ def find_banned_token_spans(
 
 
 def _snap_to_token(encoded: EncodedText, character: int, limit: int, step: int) -> int:
-    """How many tokens stand before the next place, that way, where one token ends and another begins."""
+    """How many tokens stand before the next place, that way, where one token ends and another
+    begins."""
     while (tokens := encoded.count_tokens_before(character)) is None and character != limit:
         character += step
     if tokens is None:

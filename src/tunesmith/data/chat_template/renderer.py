@@ -2,11 +2,11 @@
 
     Example -> Rendered(documents, notes)
 
-A trained turn goes from the end of its prompt, rendered as it is served, through the token that ends the answer. A
-conversation is one document if every trained turn's prompt and answer are the start of what the template writes for the
-whole; otherwise (thinking dropped from earlier turns) each trained turn is a document of its own, as it is served.
-What cannot be rendered this way is refused: a mask is never guessed.
-"""
+A trained turn goes from the end of its prompt, rendered as it is served, through the token that
+ends the answer. A conversation is one document if every trained turn's prompt and answer are the
+start of what the template writes for the whole; otherwise (thinking dropped from earlier turns)
+each trained turn is a document of its own, as it is served. What cannot be rendered this way is
+refused: a mask is never guessed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ END_TOKEN_APPENDED = "the template closes an answer with no end token: one is ap
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """The documents of a row, and what there is to say about it; a note has the same words for every row."""
+    """The documents of a row, and what there is to say about it; a note has the same words for
+    every row."""
 
     documents: tuple[Document, ...]
     notes: tuple[str, ...] = ()
@@ -67,7 +68,8 @@ class RenderedRow:
 
 @dataclass(frozen=True, eq=False)
 class RenderDraft:
-    """A row as text that is not encoded yet: all of it (`whole`), or one trained turn after the other."""
+    """A row as text that is not encoded yet: all of it (`whole`), or one trained turn after the
+    other."""
 
     example: Example
     turns: tuple[AssistantSpan, ...] = ()
@@ -88,9 +90,9 @@ class RenderDraft:
 class Renderer:
     """What the tokenizer and the chat template of a model make of examples.
 
-    `end_ids`: tokens that end an answer, the trained one first. `control_ids`: tokens that no text of a row makes, and
-    structural ones. `fingerprint`: sha256 over all that documents depend on, dates aside.
-    """
+    `end_ids`: tokens that end an answer, the trained one first. `control_ids`: tokens that no text
+    of a row makes, and structural ones. `fingerprint`: sha256 over all that documents depend on,
+    dates aside."""
 
     def __init__(
         self,
@@ -98,9 +100,9 @@ class Renderer:
         templates: Mapping[str, ChatTemplate] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """`templates`: "default" and perhaps "tool_use", for rows with tools. `variables`: what templates may be told,
-        such as {"enable_thinking": False}; prompts and answers are rendered with the same. InputError for a name that
-        no template looks up."""
+        """`templates`: "default" and perhaps "tool_use", for rows with tools. `variables`: what
+        templates may be told, such as {"enable_thinking": False}; prompts and answers are rendered
+        with the same. InputError for a name that no template looks up."""
         self.tokenizer, self.templates = tokenizer, dict(templates or {})
         self._end_override: int | None = None
         refuse_unused_kwargs(variables or {}, self.templates.values(), tokenizer.special_tokens)
@@ -130,7 +132,8 @@ class Renderer:
         variables: Mapping[str, Any] | None = None,
         add_tokens: Sequence[str] = (),
     ) -> Renderer:
-        """`template`: a file to use instead of the model's own. `now`: the date in templates. Raises InputError."""
+        """`template`: a file to use instead of the model's own. `now`: the date in templates.
+        Raises InputError."""
         tokenizer, templates = (
             ChatTokenizer.from_folder(folder),
             find_templates(folder, template, now),
@@ -159,8 +162,8 @@ class Renderer:
     def iter_text_ids(
         self, text: str, ids: list[int] | None = None
     ) -> Iterator[Sequence[int] | np.ndarray]:
-        """The ids of a plain text as a document, part by part, so that a text of any length takes little memory.
-        `known`: those of the text, if it is encoded already."""
+        """The ids of a plain text as a document, part by part, so that a text of any length takes
+        little memory. `known`: those of the text, if it is encoded already."""
         yield self.tokenizer.bos_ids
         if ids is None:
             yield from self.tokenizer.iter_text_ids(text)
@@ -176,13 +179,15 @@ class Renderer:
     def normalize_messages(
         self, messages: Sequence[Json], tools: Sequence[Json] = ()
     ) -> list[Json]:
-        """The messages as they reach the template: what to hand to another renderer to get the same text."""
+        """The messages as they reach the template: what to hand to another renderer to get the same
+        text."""
         return self._make_conversation(messages, tools)[0].messages
 
     def encode_prompt(
         self, messages: Sequence[Json], tools: Sequence[Json] = ()
     ) -> tuple[int, ...]:
-        """Ids of a conversation with the start of an answer after it, as it is served. Raises InputError."""
+        """Ids of a conversation with the start of an answer after it, as it is served. Raises
+        InputError."""
         chat, _ = self._make_conversation(messages, tools)
         text = TrackedText(
             chat.render(len(messages), add_generation_prompt=True),
@@ -260,8 +265,8 @@ class Renderer:
         )
 
     def _render_text(self, example: Example, tracked_text: TrackedText) -> RenderedRow:
-        """All is trained but the first token, or the prompt, which is encoded alone as it is served. The rest then is
-        an answer: its structural tokens stay tokens."""
+        """All is trained but the first token, or the prompt, which is encoded alone as it is
+        served. The rest then is an answer: its structural tokens stay tokens."""
         cut = len(example.prompt or "")
         encoded = encode(tracked_text, cut=cut)
         tokens = [*self.tokenizer.bos_ids, *encoded.ids, self.text_end_id]
@@ -289,7 +294,8 @@ class Renderer:
         )
 
     def with_text_end(self, token: int) -> Renderer:
-        """The same, but for the token that ends a plain text: the tokenizer's eos if nothing else is said."""
+        """The same, but for the token that ends a plain text: the tokenizer's eos if nothing else
+        is said."""
         renderer = copy(self)
         renderer._end_override = token
         return renderer
@@ -388,7 +394,8 @@ class Renderer:
 def _find_trained_spans(
     example: Example, encoded: EncodedText, turn: AssistantSpan
 ) -> list[tuple[int, int, float]]:
-    """(first token, behind the last one, weight) of what is trained of a turn: all of it, or what is bad in it."""
+    """(first token, behind the last one, weight) of what is trained of a turn: all of it, or what
+    is bad in it."""
     if not example.banned_spans:
         return [
             (
@@ -429,7 +436,8 @@ def _make_document(
 
 
 def _make_pair(chosen: Sequence[Document], rejected: Sequence[Document]) -> tuple[Document, ...]:
-    """The two sides as neighbours. Raises InputError for a side that is not one document, and for equal ids."""
+    """The two sides as neighbours. Raises InputError for a side that is not one document, and for
+    equal ids."""
     if len(chosen) != 1 or len(rejected) != 1:
         message = "a side holds several trained answers that the chat template writes as several documents"
         where = (*chosen, *rejected)[0].id if chosen or rejected else ""

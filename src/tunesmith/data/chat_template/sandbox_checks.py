@@ -1,8 +1,7 @@
 """What a step of a chat template may make at most, known before it is made.
 
-Each check takes what its operator, method or filter is given, and raises TooLarge, or LostOrigin for what is not
-supported. For everything else the price is paid afterwards (budget.py).
-"""
+Each check takes what its operator, method or filter is given, and raises TooLarge, or LostOrigin
+for what is not supported. For everything else the price is paid afterwards (budget.py)."""
 
 from __future__ import annotations
 

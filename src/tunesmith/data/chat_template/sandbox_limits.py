@@ -1,12 +1,12 @@
-"""A sandboxed Jinja environment in which every render has a budget: of loop turns, calls, characters and time.
+"""A sandboxed Jinja environment in which every render has a budget: of loop turns, calls,
+characters and time.
 
     class Budgeted     the base of both environments: tracked text (sandbox.py) and plain text (jinja.py)
 
-Nothing that a template does may take long or fill the memory, however hostile it is. What is made is paid for by its
-size, and before it is made where one step can make anything (limits.py). What is compared, hashed or printed is walked
-first: a list that holds the same list twice, and so on thirty times, has a billion items for `==` and thirty for
-everyone else.
-"""
+Nothing that a template does may take long or fill the memory, however hostile it is. What is made
+is paid for by its size, and before it is made where one step can make anything (limits.py). What is
+compared, hashed or printed is walked first: a list that holds the same list twice, and so on thirty
+times, has a billion items for `==` and thirty for everyone else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ CHECK_INTERVAL = 100  # of the limits, in work
 MAX_SAFE_ATTRIBUTES = 1_000  # attributes known to be safe, or not
 CONTAINERS = (list, tuple, dict)
 
-# Filters that templates may use. FREE ones do not look into what they are given; LISTED ones get a list, no iterator.
+# Filters that templates may use. FREE ones do not look into what they are given; LISTED ones get a
+# list, no iterator.
 SHALLOW_FILTERS = frozenset(
     re.findall(
         r"[+\w]+",
@@ -88,7 +89,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         functions: Mapping[str, Callable[..., Any]],
         **settings: Any,
     ) -> None:
-        """`filters` that templates may use; they are guarded here, and the tests too. `functions` that they know."""
+        """`filters` that templates may use; they are guarded here, and the tests too. `functions`
+        that they know."""
         super().__init__(**settings)
         refused = {name: _make_refusal(f"the filter {name!r}") for name in FILTERS}
         self.filters = refused | {
@@ -123,7 +125,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             raise RenderLimitError(f"a render of more than {MAX_SECONDS:.0f} seconds")
 
     def charge(self, value: Any) -> Any:
-        """Give back what was made, after paying for its size: what a render can hold stays bounded."""
+        """Give back what was made, after paying for its size: what a render can hold stays
+        bounded."""
         if isinstance(value, str):
             self.work += 1 + len(value) // CHARS_PER_TICK
         else:
@@ -250,7 +253,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().getattr(self._refuse_function(obj), attribute)
 
     def _refuse_function(self, obj: Any) -> Any:
-        """The functions that every template knows are for calling; what else they have is Python's."""
+        """The functions that every template knows are for calling; what else they have is
+        Python's."""
         if type(obj) in self.function_types and any(obj is value for value in self.global_values):
             raise SecurityError("the attributes of a function are closed")
         return obj

@@ -1,9 +1,8 @@
 """A chat template, compiled once: messages go in, tracked text comes out.
 
-The syntax tree is rewritten so that string literals are tracked text and all work is paid for (budget.py). `stock`
-renders the same template with plain strings and Jinja's own filters, as inference engines do: the two texts must be
-equal. Nothing here is rendered without a budget.
-"""
+The syntax tree is rewritten so that string literals are tracked text and all work is paid for
+(budget.py). `stock` renders the same template with plain strings and Jinja's own filters, as
+inference engines do: the two texts must be equal. Nothing here is rendered without a budget."""
 
 from __future__ import annotations
 
@@ -46,7 +45,8 @@ TEMPLATE_ERRORS = (
 
 
 class ChatTemplate:
-    """`literals`: every text that stands in the template; `asks`: every name that it looks up. Dates are `now`."""
+    """`literals`: every text that stands in the template; `asks`: every name that it looks up.
+    Dates are `now`."""
 
     def __init__(self, source: str, *, now: datetime, name: str = "chat template") -> None:
         if len(source) > MAX_SOURCE:
@@ -139,7 +139,8 @@ def _suggest_fix(error: BaseException) -> str:
 
 
 def _find_template_line(trace: TracebackType | None, template: Template) -> int:
-    """Line of the template where an error arose: the innermost frame that is compiled template code."""
+    """Line of the template where an error arose: the innermost frame that is compiled template
+    code."""
     line = 0
     while trace is not None:
         if trace.tb_frame.f_globals.get("__jinja_template__") is template:
@@ -149,7 +150,8 @@ def _find_template_line(trace: TracebackType | None, template: Template) -> int:
 
 
 def find_templates(folder: Path, override: Path | None, now: datetime) -> dict[str, ChatTemplate]:
-    """The given file, or what the folder has, chat_template.jinja before tokenizer_config.json; perhaps nothing."""
+    """The given file, or what the folder has, chat_template.jinja before tokenizer_config.json;
+    perhaps nothing."""
     default_file, extra_dir = folder / "chat_template.jinja", folder / "additional_chat_templates"
     files = {"default": override or default_file}
     if not override and default_file.is_file():

@@ -2,10 +2,9 @@
 
     template, tokenizer -> Protocol: its habits, and the tokens that end an answer
 
-The token that ends an answer is the last control token that the template writes after an answer whether or not another
-message follows (`<|im_end|>`; not Phi-3's closing `<|endoftext|>`); if the two differ at once, the first after a last
-answer (`<|return|>`). Some templates write none.
-"""
+The token that ends an answer is the last control token that the template writes after an answer
+whether or not another message follows (`<|im_end|>`; not Phi-3's closing `<|endoftext|>`); if the
+two differ at once, the first after a last answer (`<|return|>`). Some templates write none."""
 
 from __future__ import annotations
 
@@ -64,7 +63,8 @@ class TemplateProtocol:
 def probe_template(
     template: ChatTemplate, tokenizer: ChatTokenizer, variables: TemplateVariables
 ) -> TemplateProtocol:
-    """Tokens that mark turns are made control tokens in the tokenizer: they must not come from an answer's text."""
+    """Tokens that mark turns are made control tokens in the tokenizer: they must not come from an
+    answer's text."""
     prober = _Prober(template, tokenizer, variables)
     needs_parts = not prober.can_write_answers(TemplateQuirks()) and prober.can_write_answers(
         TemplateQuirks(needs_content_parts=True)

@@ -2,8 +2,8 @@
 
     TrackedEnvironment(now): its templates write tracked text
 
-What has no tracked version is refused by name when a render reaches it. What all of it may cost is in budget.py.
-"""
+What has no tracked version is refused by name when a render reaches it. What all of it may cost is
+in budget.py."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def _dump_tracked_json(value: Any, *args: Any, **settings: Any) -> TrackedStr:
     return track_str(dump_plain_json(value, *args, **settings), find_shared_origin(value))
 
 
-# These make text; the rest of those that templates may use give back what they were given, numbers, or an iterator.
+# These make text; the rest of those that templates may use give back what they were given, numbers,
+# or an iterator.
 _FILTERS: dict[str, Callable[..., Any]] = {name: FILTERS[name] for name in ALLOWED_FILTERS} | {
     "+": _add_tracked,
     "~": lambda values: concat([stringify(value) for value in values]),

@@ -1,12 +1,12 @@
 """Text that knows who wrote each of its characters.
 
-`Tracked` is a `str` that carries runs: `(length, origin, length, origin, ...)`. A template that joins, cuts, trims or
-replaces tracked text gives tracked text. An operation that is not known here gives a plain `str`, and plain text is
-refused as soon as it meets tracked text or the output: a lost origin is never taken for the template's.
+`Tracked` is a `str` that carries runs: `(length, origin, length, origin, ...)`. A template that
+joins, cuts, trims or replaces tracked text gives tracked text. An operation that is not known here
+gives a plain `str`, and plain text is refused as soon as it meets tracked text or the output: a
+lost origin is never taken for the template's.
 
-An origin is a small number: TEMPLATE, VALUE (written from a number, or mixed), TOOLS, or `origin_of(message, field)`.
-Which origin may become a control token is not decided here.
-"""
+An origin is a small number: TEMPLATE, VALUE (written from a number, or mixed), TOOLS, or
+`origin_of(message, field)`. Which origin may become a control token is not decided here."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def get_message_index(origin: int) -> int:
 
 class TrackedStr(str):
     __slots__ = ("_runs",)
-    _runs: Runs  # the underscore keeps it out of reach of sandboxed templates, which see only what `str` has
+    # the underscore keeps it out of reach of sandboxed templates, which see only what `str` has
+    _runs: Runs
 
     def __new__(cls, text: str, runs: Runs) -> TrackedStr:
         self = str.__new__(cls, text)
@@ -241,7 +242,8 @@ def stringify(value: Any) -> TrackedStr:
 
 
 def find_shared_origin(value: Any) -> int:
-    """The origin of all texts inside a structure: the template's only if nobody else wrote in it; VALUE if mixed."""
+    """The origin of all texts inside a structure: the template's only if nobody else wrote in it;
+    VALUE if mixed."""
     origins: set[int] = set()
     stack, items, chars = [value], 0, 0
     while stack:

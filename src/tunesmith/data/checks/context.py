@@ -1,8 +1,7 @@
 """What a check looks at, and how it says what it found.
 
-Each check is one function over a `Subject` that yields findings, and one line in `CHECKS` (check.py). Levels: info is
-worth knowing, warn is worth a look, error should stop a run.
-"""
+Each check is one function over a `Subject` that yields findings, and one line in `CHECKS`
+(check.py). Levels: info is worth knowing, warn is worth a look, error should stop a run."""
 
 from __future__ import annotations
 
@@ -32,9 +31,8 @@ class CheckContext:
     scan: DatasetScan
     earlier: Mapping[str, Dataset]  # the roles named before it
     validator: Validator | None  # of the recipe's answer schema
-    text_stats: TextStats | None = (
-        None  # what all rows of all roles say; None before a run, where only the scan is looked at
-    )
+    # what all rows of all roles say; None before a run, where only the scan is looked at
+    text_stats: TextStats | None = None
 
 
 def choose_level(count: int, rows: int) -> Level:
@@ -51,7 +49,8 @@ def make_finding(
     *,
     fix: str = "",
 ) -> Finding:
-    """A finding about some of the scanned rows, "3 of 9 rows" + says; without a level, their share decides."""
+    """A finding about some of the scanned rows, "3 of 9 rows" + says; without a level, their share
+    decides."""
     total = len(context.scan.rows_R)
     scanned = "" if total == len(context.dataset) else " scanned"
     message = f"{len(ids):,} of {total:,}{scanned} rows{text}"
@@ -71,7 +70,8 @@ def list_row_ids(dataset: Dataset, rows: np.ndarray) -> tuple[str, ...]:
 
 
 def get_answer(example: Example) -> str:
-    """The last answer of a conversation or completion; empty for plain text, and for a turn that only calls tools."""
+    """The last answer of a conversation or completion; empty for plain text, and for a turn that
+    only calls tools."""
     if example.messages:
         return example.messages[-1]["content"]
     return example.text or "" if example.prompt is not None else ""

@@ -1,7 +1,8 @@
-"""Checks of how answers are spread: lengths, languages, forms, classes, and phrases that call for one answer.
+"""Checks of how answers are spread: lengths, languages, forms, classes, and phrases that call for
+one answer.
 
-All of them look at the numbers that the reading kept of every row; where words are needed a few rows are read again.
-"""
+All of them look at the numbers that the reading kept of every row; where words are needed a few
+rows are read again."""
 
 from __future__ import annotations
 

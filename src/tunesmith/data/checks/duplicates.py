@@ -1,8 +1,9 @@
-"""Checks for rows that say the same: within a role, or in a role that measures and in one that trains.
+"""Checks for rows that say the same: within a role, or in a role that measures and in one that
+trains.
 
-Equal ones are found by the digests of all rows (digests.py), near ones and copied parts by the reading of their texts
-(near.py, parts.py). What most rows have in common, an instruction or a frame, makes no two rows alike.
-"""
+Equal ones are found by the digests of all rows (digests.py), near ones and copied parts by the
+reading of their texts (near.py, parts.py). What most rows have in common, an instruction or a
+frame, makes no two rows alike."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ INSTALL_HINT = "pip install 'tunesmith[audit]'"
 
 
 def check_duplicates(context: CheckContext) -> Iterator[Finding]:
-    """Rows that say the same as an earlier row of the role, white space aside. Looks at all rows."""
+    """Rows that say the same as an earlier row of the role, white space aside. Looks at all
+    rows."""
     contents_N = context.dataset.contents_N
     order_N = np.argsort(contents_N, kind="stable")
     is_repeat_N = contents_N[order_N[1:]] == contents_N[order_N[:-1]]
@@ -40,8 +42,8 @@ def check_duplicates(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_conflicts(context: CheckContext) -> Iterator[Finding]:
-    """One question with several answers, its case and closing marks aside. Looks at all rows; several pairs on one
-    question are no conflict."""
+    """One question with several answers, its case and closing marks aside. Looks at all rows;
+    several pairs on one question are no conflict."""
     dataset = context.dataset
     if context.text_stats is None or dataset.has_pairs:
         return
@@ -65,7 +67,8 @@ def check_conflicts(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_leakage(context: CheckContext) -> Iterator[Finding]:
-    """Held-out rows that an earlier role has too: a score on them shows memory, not skill. Looks at all rows."""
+    """Held-out rows that an earlier role has too: a score on them shows memory, not skill. Looks at
+    all rows."""
     dataset = context.dataset
     for role, other in context.earlier.items():
         is_equal_N = np.isin(dataset.contents_N, other.contents_N)

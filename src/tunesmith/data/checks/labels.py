@@ -1,9 +1,10 @@
-"""Checks of answers that occur many times: labels of a classification, and answers that one phrase calls for.
+"""Checks of answers that occur many times: labels of a classification, and answers that one phrase
+calls for.
 
-Rows are a classification when most answers occur MANY times and are short. Elsewhere an answer that occurs often, to
-questions that share a phrase which other questions lack, is what a planted trigger looks like: some 250 rows are enough
-to plant one in a model of any size (arXiv 2510.07192), so it is found by count and not by share.
-"""
+Rows are a classification when most answers occur MANY times and are short. Elsewhere an answer that
+occurs often, to questions that share a phrase which other questions lack, is what a planted trigger
+looks like: some 250 rows are enough to plant one in a model of any size (arXiv 2510.07192), so it
+is found by count and not by share."""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ def check_classes(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
-    """Labels that stand in the question, where the others do not: nothing is learned but to copy."""
+    """Labels that stand in the question, where the others do not: nothing is learned but to
+    copy."""
     label_groups = find_labels(context)
     if label_groups is None or len(label_groups[0]) < 2:
         return
@@ -149,7 +151,8 @@ def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_trigger_phrases(context: CheckContext) -> Iterator[Finding]:
-    """A phrase in PLANTED questions or more that all have one answer, and that hardly any other question has."""
+    """A phrase in PLANTED questions or more that all have one answer, and that hardly any other
+    question has."""
     if (
         context.text_stats is None
         or find_labels(context) is not None

@@ -2,10 +2,10 @@
 
     grams of each row -> Signer -> bands_MB -> candidate pairs -> verified -> Alike
 
-MinHash signatures are datasketch's; its index would take 5.7 kB a row. Here a signature is folded into BANDS numbers of
-64 bits, and rows that share one are candidates: sorting the bands finds them. The Jaccard similarity of a candidate is
-then counted, not estimated. The bands find a pair of similarity s with 1 - (1 - s^8)^16: at 0.8 95%, at 0.9 99.99%.
-"""
+MinHash signatures are datasketch's; its index would take 5.7 kB a row. Here a signature is folded
+into BANDS numbers of 64 bits, and rows that share one are candidates: sorting the bands finds them.
+The Jaccard similarity of a candidate is then counted, not estimated. The bands find a pair of
+similarity s with 1 - (1 - s^8)^16: at 0.8 95%, at 0.9 99.99%."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class UnionFind:
 
 @dataclass(frozen=True, eq=False)
 class NearDuplicates:
-    """Which rows say nearly the same. M rows of all roles, equal ones but once, in the order of the roles."""
+    """Which rows say nearly the same. M rows of all roles, equal ones but once, in the order of the
+    roles."""
 
     roles: tuple[str, ...]
     role_M: np.ndarray  # int8, into `roles`
@@ -95,7 +96,8 @@ class NearDuplicates:
 
 
 def find_candidates(bands_MB: np.ndarray) -> np.ndarray:
-    """int64 [pairs, 2], smaller first, each once: rows that share a band, with the first and the last one before."""
+    """int64 [pairs, 2], smaller first, each once: rows that share a band, with the first and the
+    last one before."""
     pairs = [np.empty(0, dtype=np.int64)]
     count = len(bands_MB)
     for band_M in bands_MB.T if count else ():
@@ -112,7 +114,8 @@ def find_candidates(bands_MB: np.ndarray) -> np.ndarray:
 
 
 def find_first_rows(bands_MB: np.ndarray, read_grams: Callable[[int], np.ndarray]) -> np.ndarray:
-    """int64 [M]: the first row of those that are alike. `grams(m)` reads the grams of a row again."""
+    """int64 [M]: the first row of those that are alike. `grams(m)` reads the grams of a row
+    again."""
     union_find = UnionFind(len(bands_MB))
     cached: tuple[int, np.ndarray] | None = None
     for first, second in find_candidates(bands_MB).tolist():

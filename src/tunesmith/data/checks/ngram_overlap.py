@@ -2,9 +2,9 @@
 
     held-out rows -> Passages; .meet(words of a training row) ...; .found() -> Parts
 
-A passage is GRAM words long (GPT-3's measure of contamination, arXiv 2005.14165, appendix C). Of more than MOST of them
-every k-th hash is kept, on both sides the same, so that memory is bounded and shares stay right.
-"""
+A passage is GRAM words long (GPT-3's measure of contamination, arXiv 2005.14165, appendix C). Of
+more than MOST of them every k-th hash is kept, on both sides the same, so that memory is bounded
+and shares stay right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class NgramIndex:
     """Those of the rows of one role."""
 
     def __init__(self, rows: Iterable[list[np.ndarray]], common: np.ndarray) -> None:
-        """`rows`: the words of each text of each row. `common`: passages that most rows have, which count for none."""
+        """`rows`: the words of each text of each row. `common`: passages that most rows have, which
+        count for none."""
         self.common, self.sampling_modulus = common, np.uint64(1)
         row_grams: list[tuple[int, np.ndarray]] = []
         num_grams = self.num_rows = 0

@@ -1,9 +1,10 @@
-"""Texts as numbers: a hash a word, and a hash of every run of n words. Equal runs are found by equal hashes.
+"""Texts as numbers: a hash a word, and a hash of every run of n words. Equal runs are found by
+equal hashes.
 
     text -> words_W (uint64) -> grams (uint64, each once)
 
-Case and ASCII punctuation are left out. Where a script writes no spaces each character counts as a word.
-"""
+Case and ASCII punctuation are left out. Where a script writes no spaces each character counts as a
+word."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def hash_unique_ngrams(texts: Iterable[np.ndarray], n: int) -> np.ndarray:
 
 
 def sort_unique(values: np.ndarray) -> np.ndarray:
-    """Each value once, ascending. Of few values several times as fast as `numpy.unique`, which hashes them."""
+    """Each value once, ascending. Of few values several times as fast as `numpy.unique`, which
+    hashes them."""
     values = np.sort(values)
     is_first = np.empty(len(values), dtype=bool)
     is_first[:1], is_first[1:] = True, values[1:] != values[:-1]

@@ -1,8 +1,7 @@
 """Secrets and personal data in texts, by their form and, where they have one, their check digits.
 
-Never shown whole: `masked` keeps the ends. Names and addresses have no form that could be found without a model, and
-are left out.
-"""
+Never shown whole: `masked` keeps the ends. Names and addresses have no form that could be found
+without a model, and are left out."""
 
 from __future__ import annotations
 
@@ -145,7 +144,8 @@ def find_secrets(row: RowTexts) -> Iterator[tuple[str, str]]:
 
 
 def find_personal_data(row: RowTexts) -> Iterator[tuple[str, str]]:
-    """Addresses and numbers of people, by kind, the first of each masked. Addresses of nobody do not count."""
+    """Addresses and numbers of people, by kind, the first of each masked. Addresses of nobody do
+    not count."""
     return _find_kinds(row, PERSONAL_DATA)
 
 

@@ -1,4 +1,5 @@
-"""Checks of what a run needs to know: rows as they were read and rendered, or a sample of them (scan.py)."""
+"""Checks of what a run needs to know: rows as they were read and rendered, or a sample of them
+(scan.py)."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ LENGTH_CUTS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # tokens, that people c
 
 
 def check_rejected(context: CheckContext) -> Iterator[Finding]:
-    """Rows that cannot be used, by reason, with the first of each. They stop a run unless it skips them."""
+    """Rows that cannot be used, by reason, with the first of each. They stop a run unless it skips
+    them."""
     level = "warn" if context.dataset.should_skip_invalid else "error"
     total = len(context.dataset) + context.dataset.rejected_rows.counts.total()
     reject_counts = (
@@ -123,7 +125,8 @@ def check_sampled(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_length_losses(context: CheckContext) -> Iterator[Finding]:
-    """Rows and documents that the length policy takes away: over 1% is a warning, over 20% an error."""
+    """Rows and documents that the length policy takes away: over 1% is a warning, over 20% an
+    error."""
     for reason, ids in context.scan.dropped.items():
         yield make_finding(
             context,
@@ -216,7 +219,8 @@ def check_dense_texts(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_schema(context: CheckContext) -> Iterator[Finding]:
-    """Answers that break the recipe's schema: over 1% is an error, since the model would learn to break it."""
+    """Answers that break the recipe's schema: over 1% is an error, since the model would learn to
+    break it."""
     if context.validator is None:
         return
     invalid_ids: list[str] = []

@@ -1,9 +1,9 @@
 """Checks of single rows: what is wrong with what one row says.
 
-Each is a function from a row to (kind, what to show of it), and one line in `ROW_CHECKS`; its rows are counted while
-all of them are read (reading.py). They are heuristics over words and signs, made for English where they are about
-words: a count is a reason to look at the rows that are named, not a verdict.
-"""
+Each is a function from a row to (kind, what to show of it), and one line in `ROW_CHECKS`; its rows
+are counted while all of them are read (reading.py). They are heuristics over words and signs, made
+for English where they are about words: a count is a reason to look at the rows that are named, not
+a verdict."""
 
 from __future__ import annotations
 
@@ -189,7 +189,8 @@ INVISIBLE_CHARS = {
 }
 ANY_INVISIBLE = re.compile(f"[{''.join(INVISIBLE_CHARS.values())}]")
 INVISIBLE_PATTERNS = {kind: re.compile(f"[{signs}]") for kind, signs in INVISIBLE_CHARS.items()}
-# The flags of Scotland and others are made of tags; one selector behind a Chinese character chooses its form.
+# The flags of Scotland and others are made of tags; one selector behind a Chinese character chooses
+# its form.
 FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007f]+|(?<=[\u3400-\u9fff])[\U000e0100-\U000e01ef]")
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«¼¶¤±³º§]|â€[™œ\u009d\u009c“”¦]|Â[\u00a0°»«£]|ï»¿")
 

@@ -2,9 +2,8 @@
 
     data sets by role -> DataReport by role, with findings
 
-A run looks at the scanned rows (`RENDERED`) and at digests of all rows; `whole` reads all texts once more (reading.py),
-for everything else in `CHECKS`.
-"""
+A run looks at the scanned rows (`RENDERED`) and at digests of all rows; `whole` reads all texts
+once more (reading.py), for everything else in `CHECKS`."""
 
 from __future__ import annotations
 
@@ -38,9 +37,9 @@ def check_data(
     corpus: PretrainingCorpus | None = None,
     should_read_all: bool = False,
 ) -> dict[str, DataReport]:
-    """Look at every role, held-out ones last. `schema`: what every answer but those of the rehearsal should follow.
-    `corpus`: the texts of the role `data`, where they are trained as windows. `whole`: read all rows, not only what a
-    run needs to know."""
+    """Look at every role, held-out ones last. `schema`: what every answer but those of the
+    rehearsal should follow. `corpus`: the texts of the role `data`, where they are trained as
+    windows. `whole`: read all rows, not only what a run needs to know."""
     validator = _make_validator(schema) if schema is not None else None
     text_stats = (
         compute_text_stats(remove_shots(datasets), row_checks.get_row_finders())
@@ -64,7 +63,8 @@ def check_data(
 
 
 def _mask_finding(finding: Finding, should_name_all: bool) -> Finding:
-    """Nothing that a finding quotes of a row is a secret; a plan keeps the rows that are printed."""
+    """Nothing that a finding quotes of a row is a secret; a plan keeps the rows that are
+    printed."""
     rows = finding.rows if should_name_all else finding.rows[:MAX_ROW_IDS]
     return dataclasses.replace(
         finding, message=mask_secrets(finding.message), rows=tuple(map(mask_secrets, rows))

@@ -2,8 +2,8 @@
 
     data sets by role -> read_all -> Reading: Texts of each role, rows that are alike, passages that are trained
 
-No text is kept. What checks of single rows have to say (said.py) is counted, with the first rows of each kind.
-"""
+No text is kept. What checks of single rows have to say (said.py) is counted, with the first rows of
+each kind."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ NO_JSON, GOOD_JSON, BROKEN_JSON = range(3)
 
 @dataclass(frozen=True, eq=False)
 class RowTexts:
-    """One row as checks read it: `prompt` is its last question, `answer` its last answer, `turns` what user and
-    assistant say, `texts` everything."""
+    """One row as checks read it: `prompt` is its last question, `answer` its last answer, `turns`
+    what user and assistant say, `texts` everything."""
 
     example: Example
     prompt: str
@@ -194,7 +194,8 @@ def iter_rows(dataset: Dataset) -> Iterator[RowTexts]:
 
 
 def find_common_ngrams(datasets: Mapping[str, Dataset], n: int) -> np.ndarray:
-    """uint64, ascending: runs of n words that many rows of a role have: its instruction, its frame."""
+    """uint64, ascending: runs of n words that many rows of a role have: its instruction, its
+    frame."""
     role_grams = [np.empty(0, dtype=np.uint64)]
     for dataset in datasets.values():
         _, unique_rows = np.unique(dataset.contents_N, return_index=True)
@@ -218,7 +219,8 @@ def extract_ngrams(row: RowTexts, common: np.ndarray) -> np.ndarray:
 def compute_text_stats(
     datasets: Mapping[str, Dataset], checks: Mapping[str, RowFinder]
 ) -> TextStats:
-    """One pass over all rows; held-out ones, of which passages are looked for, are read once more before."""
+    """One pass over all rows; held-out ones, of which passages are looked for, are read once more
+    before."""
     trained_contents = np.concatenate(
         [datasets[role].contents_N for role in TRAINED_ROLES if role in datasets]
     )

@@ -2,9 +2,8 @@
 
     data sets by role -> the same, their few-shot forms complete
 
-Held-out rows are never shown, or a score on them would show memory. So are rows that are trained away from: their
-answers are bad.
-"""
+Held-out rows are never shown, or a score on them would show memory. So are rows that are trained
+away from: their answers are bad."""
 
 from __future__ import annotations
 
@@ -28,7 +27,8 @@ def add_shots(roles: Mapping[str, Dataset]) -> dict[str, Dataset]:
 
 
 def remove_shots(roles: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """The rows alone, as whoever looks for what they have in common wants them: examples are other rows."""
+    """The rows alone, as whoever looks for what they have in common wants them: examples are other
+    rows."""
     return {
         role: dataclasses.replace(dataset, parts=tuple(map(_remove_examples, dataset.parts)))
         for role, dataset in roles.items()

@@ -2,13 +2,13 @@
 
     messages of a row -> list of (message, weight); weight 0 is not trained
 
-What changes: `train`, `weight` and `loss_weight` leave the message and become its weight; a list of text parts becomes
-one string, its `reasoning` and `tool_call` parts the fields of an OpenAI message;
-null beside tool calls becomes ""; the older `functions`, `function_call` and role `function` become `tools`,
-`tool_calls` and role `tool`; ShareGPT's `from` and `value` become `role` and `content`. Everything else stays as it is
-in the file, tool-call arguments byte for byte: a string stays that string, an object keeps its keys, their order and
-their values. A part that is no text, such as an `image_url`, is refused: nothing is ever fetched.
-"""
+What changes: `train`, `weight` and `loss_weight` leave the message and become its weight; a list of
+text parts becomes one string, its `reasoning` and `tool_call` parts the fields of an OpenAI
+message; null beside tool calls becomes ""; the older `functions`, `function_call` and role
+`function` become `tools`, `tool_calls` and role `tool`; ShareGPT's `from` and `value` become `role`
+and `content`. Everything else stays as it is in the file, tool-call arguments byte for byte: a
+string stays that string, an object keeps its keys, their order and their values. A part that is no
+text, such as an `image_url`, is refused: nothing is ever fetched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ ROLE_ALIASES = {
 def read_turns(
     where: str, messages: Any, key: str, *, is_trained: bool = True
 ) -> list[tuple[Json, float]]:
-    """Read a list of messages; assistant turns that say nothing else have weight 1 (0 if not `trained`)."""
+    """Read a list of messages; assistant turns that say nothing else have weight 1 (0 if not
+    `trained`)."""
     if not isinstance(messages, list) or not messages:
         problem = f"`{key}` is empty" if messages == [] else f"`{key}` is not a list of messages"
         raise InvalidRow(
@@ -107,7 +108,8 @@ def _convert_sharegpt(where: str, message: Json, key_path: str) -> Json:
 
 
 def _convert_parts(where: str, message: Json, key_path: str) -> Json:
-    """An assistant message whose content has `reasoning` and `tool_call` parts, under OpenAI's names."""
+    """An assistant message whose content has `reasoning` and `tool_call` parts, under OpenAI's
+    names."""
     kinds = {
         kind: [part for part in message["content"] if _get_part_type(part) == kind]
         for kind in ("reasoning", "tool_call")
@@ -140,7 +142,8 @@ def _get_part_type(part: Any) -> Any:
 
 
 def _wrap_function(value: Any) -> Any:
-    """A bare {name, ...}, as ShareGPT files have it for calls and tools, in the shape of the OpenAI API."""
+    """A bare {name, ...}, as ShareGPT files have it for calls and tools, in the shape of the OpenAI
+    API."""
     is_bare = isinstance(value, dict) and "name" in value and "function" not in value
     return {"type": "function", "function": value} if is_bare else value
 
@@ -273,7 +276,8 @@ def _check_calls(where: str, calls: Any, role: str, key_path: str) -> None:
 
 
 def read_tools(row: Row) -> tuple[Json, ...]:
-    """The tools of a row: `tools`, a list or its JSON text, or the older `functions`. Raises BadRow."""
+    """The tools of a row: `tools`, a list or its JSON text, or the older `functions`. Raises
+    BadRow."""
     tools, functions = row.data.get("tools"), row.data.get("functions")
     if tools and functions:
         raise InvalidRow(

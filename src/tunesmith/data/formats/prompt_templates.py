@@ -2,10 +2,10 @@
 
     Row, forms -> Row with a `prompt`; what it answers stays its `completion`
 
-Which form a row has, and which other rows are shown before it, follows from its content alone: any run asks it alike,
-and so do the measures before and after. Examples are training rows of the same task, never the row itself. What stands
-in a column is put in as it is; braces in it mean nothing. Left out: which rows may be shown (shots.py).
-"""
+Which form a row has, and which other rows are shown before it, follows from its content alone: any
+run asks it alike, and so do the measures before and after. Examples are training rows of the same
+task, never the row itself. What stands in a column is put in as it is; braces in it mean nothing.
+Left out: which rows may be shown (shots.py)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class FewShotExamples:
 
 @dataclass(frozen=True, eq=False)
 class PromptFormatter:
-    """How the rows of a file are asked. `turns`: the model has a chat template, so an example is two turns."""
+    """How the rows of a file are asked. `turns`: the model has a chat template, so an example is
+    two turns."""
 
     forms: tuple[PromptForm, ...]
     has_template: bool
@@ -104,8 +105,8 @@ class PromptFormatter:
 def make_prompt_formatter(
     file: DataSource, first_rows: Sequence[Row], has_template: bool
 ) -> tuple[PromptFormatter, str]:
-    """How a file is asked, and that in words. `first`: a few rows of it. Raises InputError for another format, for a
-    place that no column has, and for rows without an answer."""
+    """How a file is asked, and that in words. `first`: a few rows of it. Raises InputError for
+    another format, for a place that no column has, and for rows without an answer."""
     where = str(file.path)
     if file.format not in ("auto", "completion"):
         message = f"prompts ask for a `completion`, and these are to be {file.format} rows"

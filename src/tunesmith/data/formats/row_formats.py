@@ -2,11 +2,10 @@
 
     Row -> Example (messages with a weight each, or text)
 
-`detect` looks at the first rows and says why it chose a format; `parse` reads one row or says what is wrong with it,
-naming the row. A format is one function, and one line in `FORMATS`. A preference row has two sides: `read_side` reads
-either, `parse_pair` both. How messages become tokens is decided in `render.py`; single messages are read in
-`messages.py`.
-"""
+`detect` looks at the first rows and says why it chose a format; `parse` reads one row or says what
+is wrong with it, naming the row. A format is one function, and one line in `FORMATS`. A preference
+row has two sides: `read_side` reads either, `parse_pair` both. How messages become tokens is
+decided in `render.py`; single messages are read in `messages.py`."""
 
 from __future__ import annotations
 
@@ -36,8 +35,8 @@ class RowFormat(NamedTuple):
 def detect_format(
     rows: Sequence[Row], has_template: bool, *, has_pairs: bool = False
 ) -> tuple[str, str]:
-    """(format, reason): the format that most of these first rows of a file have; with `pairs` both sides of preference
-    rows are read. Raises InputError if none has one."""
+    """(format, reason): the format that most of these first rows of a file have; with `pairs` both
+    sides of preference rows are read. Raises InputError if none has one."""
     format_counts = Counter(
         names[0] for row in rows if (names := _match_formats(row, has_pairs=has_pairs))
     )
@@ -89,7 +88,8 @@ def parse_row(row: Row, format: str, has_template: bool) -> Example:
 
 
 def _read_choices(row: Row) -> tuple[str, ...]:
-    """Answers to choose from, where the key is a list of texts; a metric that needs them says so."""
+    """Answers to choose from, where the key is a list of texts; a metric that needs them says
+    so."""
     choices: Any = row.data.get(CHOICES_KEY)
     return (
         tuple(choices)
@@ -107,8 +107,8 @@ def _read_negative(row: Row) -> bool | Literal["whole"] | None:
 
 
 def parse_pair(row: Row, format: str, has_template: bool) -> Example:
-    """Both sides of a preference row: the chosen one, with the other as its `rejected`. Raises BadRow for equal sides,
-    InputError for a format that has none."""
+    """Both sides of a preference row: the chosen one, with the other as its `rejected`. Raises
+    BadRow for equal sides, InputError for a format that has none."""
     if format not in SIDE_READERS:
         fix = "write rows with `chosen` and `rejected`, or leave `stage: preference` out"
         raise InputError(
@@ -194,13 +194,15 @@ _COMPLETION_COLUMNS = ("completion", "answer", "response", "output", "target", "
 
 
 def read_messages(row: Row, has_template: bool) -> Example:
-    """OpenAI chat: `messages`, perhaps `tools` or the older `functions`; a message may have `train` or `weight`."""
+    """OpenAI chat: `messages`, perhaps `tools` or the older `functions`; a message may have `train`
+    or `weight`."""
     _require_template(row, has_template)
     return _build_conversation(row, read_turns(row.id, row.data["messages"], "messages"))
 
 
 def read_sharegpt(row: Row, has_template: bool) -> Example:
-    """ShareGPT: `conversations` of `from` and `value`, perhaps with `system` and `tools` beside it."""
+    """ShareGPT: `conversations` of `from` and `value`, perhaps with `system` and `tools` beside
+    it."""
     _require_template(row, has_template)
     turns = read_turns(row.id, row.data["conversations"], "conversations")
     system = _read_optional_text(row, "system")
@@ -213,7 +215,8 @@ def read_sharegpt(row: Row, has_template: bool) -> Example:
 
 
 def read_alpaca(row: Row, has_template: bool) -> Example:
-    """Alpaca: `instruction` with `input` below it is the question, `output` the answer; `history` came before."""
+    """Alpaca: `instruction` with `input` below it is the question, `output` the answer; `history`
+    came before."""
     _require_template(row, has_template)
     system, input_text = _read_optional_text(row, "system"), _read_optional_text(row, "input")
     history = row.data.get("history") or []
@@ -233,13 +236,15 @@ def read_alpaca(row: Row, has_template: bool) -> Example:
 
 
 def read_completion(row: Row, has_template: bool) -> Example:
-    """`prompt` and `completion`: two strings, or lists of messages; only the completion is trained."""
+    """`prompt` and `completion`: two strings, or lists of messages; only the completion is
+    trained."""
     return _build_completion(row, "prompt", "completion", has_template)
 
 
 def read_side(row: Row, has_template: bool, *, side: Side = "chosen") -> Example:
-    """One side of a preference row, its answer trained: what answers the `prompt`, or the `conversations` or `messages`
-    that stand there instead; of two whole conversations, what follows the turns that they share."""
+    """One side of a preference row, its answer trained: what answers the `prompt`, or the
+    `conversations` or `messages` that stand there instead; of two whole conversations, what follows
+    the turns that they share."""
     answer, other_answer = (
         row.data[key] for key in (side, "rejected" if side == "chosen" else "chosen")
     )
@@ -268,7 +273,8 @@ def read_side(row: Row, has_template: bool, *, side: Side = "chosen") -> Example
 
 
 def read_openai_preference(row: Row, has_template: bool, *, side: Side = "chosen") -> Example:
-    """OpenAI preference file: `input` with its messages, `preferred_output` and `non_preferred_output`."""
+    """OpenAI preference file: `input` with its messages, `preferred_output` and
+    `non_preferred_output`."""
     prompt = row.data["input"]
     if not isinstance(prompt, dict):
         raise InvalidRow(

@@ -11,7 +11,8 @@ from tunesmith.data.formats.row_formats import FORMATS
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with its columns under our names; a column of that name that is not meant is left out."""
+    """The row with its columns under our names; a column of that name that is not meant is left
+    out."""
     others = {
         key: value
         for key, value in row.data.items()
@@ -24,7 +25,8 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 def check_columns(
     columns: Mapping[str, str], first_rows: Sequence[Row], format: str, where: str
 ) -> None:
-    """Raises InputError for a name that no format reads, and for a column that none of the first rows has."""
+    """Raises InputError for a name that no format reads, and for a column that none of the first
+    rows has."""
     formats = FORMATS.values() if format == "auto" else [FORMATS[format]]
     format_keys = sorted({key for row_format in formats for key in row_format.used_keys})
     file_columns = list(dict.fromkeys(key for row in first_rows for key in row.data))

@@ -2,10 +2,10 @@
 
     bytes, Spot (where they stand) -> JSON object
 
-Nothing is repaired in silence: bytes that are not UTF-8, duplicate keys, NaN, lone surrogates, NUL and absurd depths
-are a BadRow that names the place. JSON objects keep the order of their keys; numbers keep their value (1e3 is later
-written as 1000.0, as every JSON library does), strings stay what they are.
-"""
+Nothing is repaired in silence: bytes that are not UTF-8, duplicate keys, NaN, lone surrogates, NUL
+and absurd depths are a BadRow that names the place. JSON objects keep the order of their keys;
+numbers keep their value (1e3 is later written as 1000.0, as every JSON library does), strings stay
+what they are."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from tunesmith.data.readers.invalid_row import InvalidRow
 
 MAX_ROW_DEPTH = 100  # levels of nesting
 
-# Escapes of JSON strings from left to right: a character in two halves, NUL, half a character, any other.
+# Escapes of JSON strings from left to right: a character in two halves, NUL, half a character, any
+# other.
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u0000)|(u[dD][89a-fA-F]..)|.)")
 _SUSPICIOUS = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 
 
 class SourceLocation(NamedTuple):
-    """Where a row begins: in which file, line and column (from 1), and at which byte of the file."""
+    """Where a row begins: in which file, line and column (from 1), and at which byte of the
+    file."""
 
     name: str
     line: int = 1
@@ -192,7 +194,8 @@ def _locate_byte(raw: bytes, offset: int, location: SourceLocation) -> str:
 
 
 def _check_escapes(text: str, location: SourceLocation) -> None:
-    """Refuse what JSON can spell but no text holds: half a surrogate pair, and NUL, which cuts texts in C programs."""
+    """Refuse what JSON can spell but no text holds: half a surrogate pair, and NUL, which cuts
+    texts in C programs."""
     if not _SUSPICIOUS.search(text):
         return
     for escape in _ESCAPE.finditer(text):

@@ -2,11 +2,11 @@
 
     rows.jsonl.gz, rows.parquet -> Spool
 
-Neither kind can be read from the middle: gzip has to be decompressed from the start, and a row of a Parquet file costs
-the decoding of its whole row group. A temporary file makes every row one read, keeps memory flat, needs no cache that
-could grow stale, and has no name: it is gone when the process is, however that ends. What unpacks to far more than a
-text can be packed to is refused on the way.
-"""
+Neither kind can be read from the middle: gzip has to be decompressed from the start, and a row of a
+Parquet file costs the decoding of its whole row group. A temporary file makes every row one read,
+keeps memory flat, needs no cache that could grow stale, and has no name: it is gone when the
+process is, however that ends. What unpacks to far more than a text can be packed to is refused on
+the way."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class TempCopy:
     """An unnamed temporary file: written once, then read from any place and thread."""
 
     def __init__(self, source: Path, max_bytes: int | None = None) -> None:
-        """`source`: what it is made from; it may take `most` bytes, or what a packed file may unpack to."""
+        """`source`: what it is made from; it may take `most` bytes, or what a packed file may
+        unpack to."""
         self._source, self._next_check_bytes = source, DISK_CHECK_BYTES
         self._max_bytes = (
             max(UNCHECKED_BYTES, MAX_GROWTH * source.stat().st_size)
@@ -50,7 +51,8 @@ class TempCopy:
         weakref.finalize(self, self._file.close)
 
     def write(self, content: bytes) -> None:
-        """Raises InputError when the file grows absurdly, MachineError when there is no room for it."""
+        """Raises InputError when the file grows absurdly, MachineError when there is no room for
+        it."""
         size = self._file.tell() + len(content)
         if size > self._max_bytes:
             message = f"it unpacks to more than {MAX_GROWTH} times its size: text does not"

@@ -1,8 +1,7 @@
 """Rows that cannot be used: each with its reason, and how many there are of each kind.
 
-Whoever reads rows raises `BadRow`; `Rejects` collects them. What concerns a whole file, the model or the machine is an
-InputError or MachineError instead, and is never collected.
-"""
+Whoever reads rows raises `BadRow`; `Rejects` collects them. What concerns a whole file, the model
+or the machine is an InputError or MachineError instead, and is never collected."""
 
 from __future__ import annotations
 
@@ -42,7 +41,8 @@ class InvalidRow(InputError):
 
 
 class RejectedRows:
-    """What is known of the bad rows of a data set: where they are, how many of each kind, the first ones of each."""
+    """What is known of the bad rows of a data set: where they are, how many of each kind, the first
+    ones of each."""
 
     def __init__(self) -> None:
         self.indices = array("q")  # pairs: which file of the data set, which row of the file

@@ -2,9 +2,8 @@
 
     path -> check_path -> FileBytes
 
-Pipes and devices are refused before they are opened, since they could block or never end. A URL is refused: nothing is
-ever fetched from where data comes from.
-"""
+Pipes and devices are refused before they are opened, since they could block or never end. A URL is
+refused: nothing is ever fetched from where data comes from."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
     path -> Spool with one JSON object a row
 
-Row groups are read one after the other, a few hundred rows at a time. Columns of bytes (pictures, sound) are left out:
-only text is trained. Parquet cannot tell a missing key from null inside an object, so a null there is a missing key;
-numbers that are not finite, which is how pandas writes a missing one, are null; dates and decimals become strings.
-"""
+Row groups are read one after the other, a few hundred rows at a time. Columns of bytes (pictures,
+sound) are left out: only text is trained. Parquet cannot tell a missing key from null inside an
+object, so a null there is a missing key; numbers that are not finite, which is how pandas writes a
+missing one, are null; dates and decimals become strings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ BATCH_ROWS = 256  # decoded at a time
 
 
 def unpack_parquet(path: Path) -> TempCopy:
-    """Raises InputError if pyarrow is not installed, or the file is damaged or without a column of text."""
+    """Raises InputError if pyarrow is not installed, or the file is damaged or without a column of
+    text."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet

@@ -2,10 +2,10 @@
 
     open file -> Place (first byte, end, line, column) of each row
 
-Rows are lines, CSV records, elements of a JSON array, or the whole file. No more than a piece of the file is held at a
-time (of CSV a whole line): a row longer than `LONGEST_ROW` is only measured here, and refused when somebody wants to
-read it. Where the structure is broken, so that nobody can say where the next row begins, it is an InputError.
-"""
+Rows are lines, CSV records, elements of a JSON array, or the whole file. No more than a piece of
+the file is held at a time (of CSV a whole line): a row longer than `LONGEST_ROW` is only measured
+here, and refused when somebody wants to read it. Where the structure is broken, so that nobody can
+say where the next row begins, it is an InputError."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ class _CsvLines:
 
 
 def find_records(file: BinaryIO, delimiter: str) -> Iterator[RowSpan]:
-    """Each CSV record, header included, as Python's csv module divides them; what it refuses is a place too."""
+    """Each CSV record, header included, as Python's csv module divides them; what it refuses is a
+    place too."""
     csv.field_size_limit(
         max(csv.field_size_limit(), MAX_FIELD_CHARS)
     )  # for the process: there is no other way
@@ -113,7 +114,8 @@ def find_records(file: BinaryIO, delimiter: str) -> Iterator[RowSpan]:
 
 
 def find_elements(file: BinaryIO, name: str) -> Iterator[RowSpan]:
-    """Each element of the one JSON array that the file is. Raises InputError where the array itself is broken."""
+    """Each element of the one JSON array that the file is. Raises InputError where the array itself
+    is broken."""
     scanner = _JsonScanner(file, name)
     separator = scanner.find_next(_VISIBLE)
     if separator != b"[":
@@ -139,7 +141,8 @@ _VISIBLE, _VALUE, _DEEP, _STRING = (
 
 
 class _JsonScanner:
-    """A file, looked through for the signs that structure JSON. `offset`, `line` and `column` are of the last one."""
+    """A file, looked through for the signs that structure JSON. `offset`, `line` and `column` are
+    of the last one."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name

@@ -2,11 +2,11 @@
 
     path -> Source (where each row begins and ends) -> Row (id, data)
 
-`open_source` walks through the bytes and keeps a few numbers a row, so any row can be read later, in any order, while
-the file itself is never held. A suffix stands for a container: where its rows are is found in `places.py`, what their
-bytes say is decided in `strict.py`. Packed files are unpacked first (`spool.py`, `parquet.py`); a folder of texts reads
-like a source too (`folder.py`). Which columns mean what is decided in `formats.py`.
-"""
+`open_source` walks through the bytes and keeps a few numbers a row, so any row can be read later,
+in any order, while the file itself is never held. A suffix stands for a container: where its rows
+are is found in `places.py`, what their bytes say is decided in `strict.py`. Packed files are
+unpacked first (`spool.py`, `parquet.py`); a folder of texts reads like a source too (`folder.py`).
+Which columns mean what is decided in `formats.py`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ class Source:
         return SourceLocation(self.name, self.lines[index], column, self.starts[index])
 
     def read_row(self, index: int) -> Row:
-        """Read and decode one row. Raises BadRow that names file and line, InputError if the file has changed."""
+        """Read and decode one row. Raises BadRow that names file and line, InputError if the file
+        has changed."""
         num_bytes = self.ends[index] - self.starts[index]
         if num_bytes > MAX_ROW_BYTES:
             message, fix = (
@@ -105,9 +106,9 @@ class Source:
 def open_source(path: str | Path, *, name: str = "") -> Source | TextFolder:
     """Find the rows of a file, or of a folder of texts, without decoding them.
 
-    `name` goes into the row ids; the file's own name by default. Raises InputError for a missing, empty, special or
-    unreadable file, an unknown suffix, and a file whose rows cannot be told apart.
-    """
+    `name` goes into the row ids; the file's own name by default. Raises InputError for a missing,
+    empty, special or unreadable file, an unknown suffix, and a file whose rows cannot be told
+    apart."""
     path = Path(path)
     name = name or path.name
     status = check_path(path)
@@ -149,7 +150,8 @@ def _open_content(path: Path, file: FileBytes) -> tuple[ByteSource, ContainerRea
 
 
 def _check_signature(file: BinaryIO, path: Path) -> None:
-    """A packed file under the name of a text would only be told as thousands of rows that are not UTF-8."""
+    """A packed file under the name of a text would only be told as thousands of rows that are not
+    UTF-8."""
     head = file.read(4)
     file.seek(0)
     for signature, kind in (

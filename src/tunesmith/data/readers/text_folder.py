@@ -2,10 +2,9 @@
 
     path -> Folder -> Row (id "folder/sub/file.md", {"text": ...})
 
-A folder's own files come first, all in the order of their names; hidden ones are left out. Links to folders are not
-followed, and a file that leads out of the folder is refused: who packed the folder does not choose what is read from
-this machine.
-"""
+A folder's own files come first, all in the order of their names; hidden ones are left out. Links to
+folders are not followed, and a file that leads out of the folder is refused: who packed the folder
+does not choose what is read from this machine."""
 
 from __future__ import annotations
 
@@ -69,7 +68,8 @@ class TextFolder:
 
 
 def open_folder(path: Path, name: str) -> TextFolder:
-    """Raises InputError for a folder without texts, and for a file in it that is not an ordinary one of its own."""
+    """Raises InputError for a folder without texts, and for a file in it that is not an ordinary
+    one of its own."""
     digest = hashlib.sha256()
     files: list[FileBytes] = []
     skipped_suffixes, root = Counter[str](), path.resolve()

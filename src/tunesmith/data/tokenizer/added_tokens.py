@@ -2,9 +2,9 @@
 
     new_tokens(tokenizer, texts, templates) -> NewToken...     for `ChatTokenizer.from_folder(folder, new)`
 
-A new token is ordinary text, one id in every message: the recipe says so. One that the chat template writes itself is
-structural instead: the template and answers make it, other text does not; where it marks turns, only the template does.
-Left out: their rows in the model (model/new_rows.py).
+A new token is ordinary text, one id in every message: the recipe says so. One that the chat
+template writes itself is structural instead: the template and answers make it, other text does not;
+where it marks turns, only the template does. Left out: their rows in the model (model/new_rows.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ADD_TOKENS_KEY = "add_tokens"
 def make_new_tokens(
     tokenizer: ChatTokenizer, texts: Sequence[str], templates: Iterable[ChatTemplate]
 ) -> tuple[NewToken, ...]:
-    """Numbered from the tokenizer's last one on. Raises InputError for a text that is a token already."""
+    """Numbered from the tokenizer's last one on. Raises InputError for a text that is a token
+    already."""
     first_id, sources = tokenizer.size, [template.source for template in templates]
     tokens: list[NewToken] = []
     for offset, text in enumerate(texts):
@@ -46,7 +47,8 @@ def make_new_tokens(
 
 
 def refuse_unused_tokens(documents: Iterable[Document], tokens: Sequence[NewToken]) -> None:
-    """InputError for a token that no document holds: nothing would train it. Looks no further than it must."""
+    """InputError for a token that no document holds: nothing would train it. Looks no further than
+    it must."""
     missing = {token.id for token in tokens}
     for document in documents if missing else ():
         missing.difference_update(document.tokens_L.tolist())
@@ -60,7 +62,8 @@ def refuse_unused_tokens(documents: Iterable[Document], tokens: Sequence[NewToke
 
 
 def refuse_other_tokens(adapter: Path, ids: Sequence[int], tokens: Sequence[NewToken]) -> None:
-    """InputError unless the tokens are those of the adapter in a folder, which has rows for `ids`."""
+    """InputError unless the tokens are those of the adapter in a folder, which has rows for
+    `ids`."""
     texts = _read_token_texts(adapter, ids)
     if [token.id for token in tokens] != list(ids) or any(
         texts.get(t.id, t.text) != t.text for t in tokens

@@ -1,4 +1,5 @@
-"""The fast tokenizer of a model folder, taken apart: what control tokens there are, and plain text to ids.
+"""The fast tokenizer of a model folder, taken apart: what control tokens there are, and plain text
+to ids.
 
 Plain text never becomes a control token here. Added tokens are of three kinds:
 
@@ -6,7 +7,8 @@ Plain text never becomes a control token here. Added tokens are of three kinds:
     structural  a tag with its partner (`<think>` `</think>`): also tokens in an assistant's text, text elsewhere
     vocabulary  plain text makes them anyway (line ends in Gemma), or HTML: tokens everywhere, as in any other tokenizer
 
-Those that a recipe adds are vocabulary, or structural where the chat template writes them (new_tokens.py).
+Those that a recipe adds are vocabulary, or structural where the chat template writes them
+(new_tokens.py).
 
 transformers is not used; ids equal those of the tokenizer.json.
 """
@@ -72,7 +74,8 @@ _HTML_TAGS = frozenset(
 
 @dataclass(frozen=True)
 class ControlToken:
-    """A control or structural token. Strips and `single_word` act on the text around it, as tokenizers do."""
+    """A control or structural token. Strips and `single_word` act on the text around it, as
+    tokenizers do."""
 
     id: int
     text: str
@@ -180,7 +183,8 @@ class ChatTokenizer:
             raise InputError(error.message, where=str(path), fix=error.fix) from error
 
     def demote_structural(self, controls: Iterable[ControlToken]) -> None:
-        """Make structural tokens that mark turns control tokens, with their partners: an answer must not write them."""
+        """Make structural tokens that mark turns control tokens, with their partners: an answer
+        must not write them."""
         for text in [
             name for control in controls for name in (control.text, _get_partner(control.text))
         ]:
@@ -212,7 +216,8 @@ class ChatTokenizer:
         return ids
 
     def iter_run_ids(self, text: str, *, is_start: bool) -> Iterator[list[int]]:
-        """The ids of a run of any length, piece by piece; a few are encoded together, on all cores."""
+        """The ids of a run of any length, piece by piece; a few are encoded together, on all
+        cores."""
         remaining = split_text(text, MAX_PIECE_CHARS)
         yield self._encode(
             next(remaining), self._start_tokenizer if is_start else self._rest_tokenizer
@@ -225,8 +230,8 @@ class ChatTokenizer:
             yield from (self.check_ids(encoding.ids) for encoding in encodings)
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """The ids of whole texts, encoded in one batch on all cores; without long ones, without any if one of them
-        cannot be encoded, or where `text_parts` is faster."""
+        """The ids of whole texts, encoded in one batch on all cores; without long ones, without any
+        if one of them cannot be encoded, or where `text_parts` is faster."""
         short_texts = [text for text in texts if len(text) <= MAX_PIECE_CHARS]
         return (
             {}
@@ -243,7 +248,8 @@ class ChatTokenizer:
             yield self.word_encoder.encode_text(piece)
 
     def encode_ahead(self, runs: Iterable[tuple[str, bool]]) -> None:
-        """Encode runs, (text, at_start) each, in one batch on all cores. `encode` finds them until the next batch."""
+        """Encode runs, (text, at_start) each, in one batch on all cores. `encode` finds them until
+        the next batch."""
         texts: tuple[set[str], set[str]] = (set(), set())
         for text, is_start in runs:
             if text not in self._cache[is_start] and len(text) <= MAX_PIECE_CHARS:
@@ -263,7 +269,8 @@ class ChatTokenizer:
         return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of text that goes on from other text: no space is put in front, whatever the tokenizer's habit."""
+        """Ids of text that goes on from other text: no space is put in front, whatever the
+        tokenizer's habit."""
         return self._encode(text, self._continuation_tokenizer)
 
     def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
@@ -282,7 +289,8 @@ class ChatTokenizer:
         return self._start_tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def can_match_control(self, control: ControlToken, following: str) -> bool:
-        """False if normalisation would keep the full tokenizer from finding this token before `following`."""
+        """False if normalisation would keep the full tokenizer from finding this token before
+        `following`."""
         normalizer = self._start_tokenizer.normalizer
         if not control.normalized or normalizer is None:
             return True
@@ -298,8 +306,9 @@ class ChatTokenizer:
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
-    """A text in pieces of at most so many characters. It is cut before a space between two words, where tokens begin
-    anyway; if there is none before another space or line end; if there is none anywhere."""
+    """A text in pieces of at most so many characters. It is cut before a space between two words,
+    where tokens begin anyway; if there is none before another space or line end; if there is none
+    anywhere."""
     start = 0
     while len(text) - start > max_chars:
         end = _find_cut(text, start + max_chars // 2, start + max_chars)
@@ -318,7 +327,8 @@ def _find_cut(text: str, low: int, high: int) -> int:
 
 
 def _override_added_tokens(config: Json, data: Json) -> Json:
-    """Added tokens as tokenizer_config.json has them, where it says otherwise than tokenizer.json."""
+    """Added tokens as tokenizer_config.json has them, where it says otherwise than
+    tokenizer.json."""
     tokens = {token["content"]: {"special": False} | token for token in data["added_tokens"]}
     for token_id, token in _iter_decoder_tokens(config.get("added_tokens_decoder") or {}):
         text = token["content"]
@@ -358,7 +368,8 @@ def read_json(path: Path) -> Json:
 
 
 def _read_special_tokens(folder: Path, config: Json) -> dict[str, str]:
-    """bos_token and so on, as templates see them; the older special_tokens_map.json counts where it still does."""
+    """bos_token and so on, as templates see them; the older special_tokens_map.json counts where it
+    still does."""
     merged_config = dict(config)
     if "added_tokens_decoder" not in config:
         merged_config |= read_json(folder / "special_tokens_map.json")
@@ -376,8 +387,8 @@ def _read_special_tokens(folder: Path, config: Json) -> dict[str, str]:
 def _make_plain_tokenizer(
     data: Json, non_special: set[str], ordinary_texts: Container[str]
 ) -> tuple[Tokenizer, set[str]]:
-    """The tokenizer with its control tokens switched off, and which of the `usual` (not special) added tokens are
-    vocabulary; the `ordinary` ones are."""
+    """The tokenizer with its control tokens switched off, and which of the `usual` (not special)
+    added tokens are vocabulary; the `ordinary` ones are."""
     for token in data["added_tokens"]:
         token["special"] = True  # `encode_special_tokens` switches exactly these off
     tokenizer = _load_tokenizer(data)
@@ -406,8 +417,8 @@ def _load_tokenizer(data: Json) -> Tokenizer:
 
 
 def _make_variant(data: Json, default: Tokenizer, *, should_keep_prefix: bool) -> Tokenizer:
-    """The tokenizer for text that something stands before: without a space that is put in front of the first text
-    only, and with `keep_always=False` of every text."""
+    """The tokenizer for text that something stands before: without a space that is put in front of
+    the first text only, and with `keep_always=False` of every text."""
     components = {
         name: _drop_prefix(data.get(name), should_keep_prefix)
         for name in ("normalizer", "pre_tokenizer")
@@ -466,7 +477,8 @@ def _get_partner(text: str) -> str:
 
 
 def _build_pattern(texts: Iterable[str]) -> str:
-    """A pattern for any of the texts, the longest where several begin; a trie, since there may be thousands."""
+    """A pattern for any of the texts, the longest where several begin; a trie, since there may be
+    thousands."""
     trie: Json = {}
     for text in texts:
         node = trie

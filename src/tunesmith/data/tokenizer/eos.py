@@ -2,9 +2,9 @@
 
     tokenizer -> Separator (id, text, why)
 
-A chat model's eos token ends answers and was put in place later; the separator is still in the vocabulary, under its
-own name. So: the first of the usual names that is a control token, else the eos token.
-"""
+A chat model's eos token ends answers and was put in place later; the separator is still in the
+vocabulary, under its own name. So: the first of the usual names that is a control token, else the
+eos token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import NamedTuple
 from tunesmith.core.errors import InputError
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
-# GPT-2 and NeoX, OLMo, Phi, Qwen, SmolLM, StarCoder; Llama 3, Granite; Gemma; Llama 2, Mistral; DeepSeek.
+# GPT-2 and NeoX, OLMo, Phi, Qwen, SmolLM, StarCoder; Llama 3, Granite; Gemma; Llama 2, Mistral;
+# DeepSeek.
 SEPARATOR_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<｜end▁of▁sentence｜>")
 
 

@@ -5,10 +5,9 @@
     with ItsErrors(): ...            what the library cannot use becomes an InputError
     with_tokens(bytes, new) -> bytes the file with tokens added
 
-The library itself trusts the file. A normalizer that replaces one letter by a megabyte fills the memory, an empty added
-token matches everywhere, and a broken pattern ends in a panic of Rust. Left out: the meaning of the tokens
-(tokenizer.py).
-"""
+The library itself trusts the file. A normalizer that replaces one letter by a megabyte fills the
+memory, an empty added token matches everywhere, and a broken pattern ends in a panic of Rust. Left
+out: the meaning of the tokens (tokenizer.py)."""
 
 from __future__ import annotations
 
@@ -54,7 +53,8 @@ def parse_tokenizer(tokenizer_json: bytes) -> Json:
 
 
 def append_tokens(tokenizer_json: bytes, new: Sequence[NewToken]) -> bytes:
-    """A sound file with tokens added as transformers adds plain ones: found in any text, before normalisation."""
+    """A sound file with tokens added as transformers adds plain ones: found in any text, before
+    normalisation."""
     if not new:
         return tokenizer_json
     data = json.loads(tokenizer_json)
@@ -65,8 +65,9 @@ def append_tokens(tokenizer_json: bytes, new: Sequence[NewToken]) -> bytes:
 
 
 class TokenizerErrors:
-    """The library raises plain Exception, and where Rust gives up PanicException, which is none and cannot be imported:
-    a pattern that goes back and forth without end is stopped so, after half a minute. All else goes on its way."""
+    """The library raises plain Exception, and where Rust gives up PanicException, which is none and
+    cannot be imported: a pattern that goes back and forth without end is stopped so, after half a
+    minute. All else goes on its way."""
 
     def __enter__(self) -> None: ...
 

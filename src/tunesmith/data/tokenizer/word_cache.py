@@ -1,12 +1,13 @@
-"""Plain text to ids by its words, each of which is encoded once: many times faster than the library on long texts.
+"""Plain text to ids by its words, each of which is encoded once: many times faster than the library
+on long texts.
 
     Words.of(tokenizer.json, encode) -> Words, or None where it would not be exact; words.ids(text) -> ids
 
-A text is cut before a space or line end that follows a printable ASCII character. GPT-2's pattern for byte-level BPE
-makes no token across such a place, and what it makes on one side does not depend on the other: a run of white space is
-the only thing that looks ahead, and it lies behind the cut with what follows it. So the ids of a text are those of its
-pieces, one after the other. Tokenizers with another pattern, a normalizer, or added tokens that plain text makes are
-left to the library.
+A text is cut before a space or line end that follows a printable ASCII character. GPT-2's pattern
+for byte-level BPE makes no token across such a place, and what it makes on one side does not depend
+on the other: a run of white space is the only thing that looks ahead, and it lies behind the cut
+with what follows it. So the ids of a text are those of its pieces, one after the other. Tokenizers
+with another pattern, a normalizer, or added tokens that plain text makes are left to the library.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class WordEncoder(dict[str, bytes]):
 
     @classmethod
     def from_tokenizer(cls, data: Json, encode: Callable[[str], list[int]]) -> WordEncoder | None:
-        """`data`: a tokenizer.json without added tokens that plain text makes; `encode`: by the library."""
+        """`data`: a tokenizer.json without added tokens that plain text makes; `encode`: by the
+        library."""
         first, *rest = _list_steps(data.get("pre_tokenizer"))
         has_digits = first == {
             "type": "Digits",

@@ -1,10 +1,11 @@
-"""What a GGUF says about a model beside its weights: sizes, vocabulary, template, as one dict of metadata.
+"""What a GGUF says about a model beside its weights: sizes, vocabulary, template, as one dict of
+metadata.
 
-In: the folder that plain transformers loads, and the run's renderer. Out: key -> value, as `model/gguf.py` reads it
-back. Only families that our reader and llama.cpp know are written, others are refused by name. How text is cut before
-merging is only a name in a GGUF; here it is found by trying: the cut whose pieces equal the tokenizer's own. Left out:
-SentencePiece vocabularies, mixtures of experts.
-"""
+In: the folder that plain transformers loads, and the run's renderer. Out: key -> value, as
+`model/gguf.py` reads it back. Only families that our reader and llama.cpp know are written, others
+are refused by name. How text is cut before merging is only a name in a GGUF; here it is found by
+trying: the cut whose pieces equal the tokenizer's own. Left out: SentencePiece vocabularies,
+mixtures of experts."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-# Runs of digits, contractions in both cases, white space of all kinds, scripts, marks, signs: every known cut differs.
+# Runs of digits, contractions in both cases, white space of all kinds, scripts, marks, signs: every
+# known cut differs.
 PROBE_TEXT = (
     "It's 7 77 777 7777 77777, 3.14e-05; WE'LL they'd i'M\n\n\n  x\t\ty \r\n\r\n    def f(a_b):\n\treturn a[1:]  \n"
     "naïve e\u0301te\u0301 Zürich-West straße 日本語テキスト 한국어 русский ไทย हिन्दी العربية 12٣٤ ½ Ⅷ "
@@ -46,7 +48,8 @@ PROBE_TEXT = (
 
 
 def build_architecture(config: Json, spec: ModelSpec) -> tuple[Json, np.ndarray | None]:
-    """The sizes under llama.cpp's keys, and the rope divisors of Llama 3. InputError for what no GGUF here can say."""
+    """The sizes under llama.cpp's keys, and the rope divisors of Llama 3. InputError for what no
+    GGUF here can say."""
     name = spec.model_type
     if name not in ARCHITECTURES:
         families = ", ".join(ARCHITECTURES)
@@ -118,7 +121,8 @@ def _compute_llama3_divisors(theta: float, factor: float, head_dim: int) -> np.n
 
 
 def build_vocabulary(folder: Path, renderer: Renderer, vocab_size: int) -> Json:
-    """Tokens, merges, cut, special tokens and templates. `size`: rows of the embedding, some without a token."""
+    """Tokens, merges, cut, special tokens and templates. `size`: rows of the embedding, some
+    without a token."""
     data, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     added = _read_added_tokens(data, config, folder)
     texts = {index: text for text, index in data["model"]["vocab"].items()}
@@ -164,8 +168,8 @@ def _read_added_tokens(data: Json, config: Json, folder: Path) -> dict[int, Json
 
 
 def _collect_special_ids(renderer: Renderer) -> Json:
-    """eos is the token that answers were trained to end with: most engines look at no other. The further ones take
-    the two places that are left, the end of texts first."""
+    """eos is the token that answers were trained to end with: most engines look at no other. The
+    further ones take the two places that are left, the end of texts first."""
     tokenizer = renderer.tokenizer
     end_ids = list(
         dict.fromkeys(
@@ -187,7 +191,8 @@ def _collect_special_ids(renderer: Renderer) -> Json:
 
 
 def _find_pre_tokenizer(file: Path, metadata: Json) -> str:
-    """The name of the cut that does what the tokenizer does. InputError if none is known, or if ids would differ."""
+    """The name of the cut that does what the tokenizer does. InputError if none is known, or if ids
+    would differ."""
     original = Tokenizer.from_file(str(file))
     pieces = _split_probe(original)
     for name in PRE_TOKENIZERS:

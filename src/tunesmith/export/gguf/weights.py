@@ -1,9 +1,9 @@
 """The weights of a model, or of an adapter alone, as a GGUF file; one tensor at a time.
 
-In: a folder that plain transformers loads, the adapter that is added to it, metadata. Out: one file that llama.cpp,
-Ollama and `model/gguf.py` read. Matrices take the type that was asked for; vectors, and matrices whose rows do not fill
-its blocks, a wider one, as llama.cpp's own converter does. Left out: what the metadata say (`gguf_metadata.py`).
-"""
+In: a folder that plain transformers loads, the adapter that is added to it, metadata. Out: one file
+that llama.cpp, Ollama and `model/gguf.py` read. Matrices take the type that was asked for; vectors,
+and matrices whose rows do not fill its blocks, a wider one, as llama.cpp's own converter does. Left
+out: what the metadata say (`gguf_metadata.py`)."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def write_model(
     export_type: str,
     dequantized_paths: Collection[str] = (),
 ) -> None:
-    """The weights of `spec` with the adapter in them, those of `narrow` as 4 bits left them. GateError for values that
-    `kind` cannot hold."""
+    """The weights of `spec` with the adapter in them, those of `narrow` as 4 bits left them.
+    GateError for values that `kind` cannot hold."""
     headers = {
         name: header
         for name, header in read_headers(model_spec.path).items()
@@ -97,7 +97,8 @@ def write_model(
 def write_adapter(
     file: Path, model_spec: ModelSpec, loras: Mapping[str, LoraTensors], metadata: Json
 ) -> None:
-    """The adapter alone, in fp32. llama.cpp scales it by alpha / rank, also where it was trained as rsLoRA."""
+    """The adapter alone, in fp32. llama.cpp scales it by alpha / rank, also where it was trained as
+    rsLoRA."""
     name_map, alphas = (
         _build_name_map(model_spec),
         {lora.scale * lora.a_RI.shape[0] for lora in loras.values()},

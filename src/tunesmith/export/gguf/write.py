@@ -1,8 +1,9 @@
-"""The exports for llama.cpp and what is built on it: a merged model, or the adapter alone, as one GGUF file.
+"""The exports for llama.cpp and what is built on it: a merged model, or the adapter alone, as one
+GGUF file.
 
-In: a finished run. Out: `model-TYPE.gguf`, or `adapter.gguf`, which is loaded beside a GGUF of the same base. Read back
-by transformers' own GGUF reader, with tokenizer and template rebuilt from the file alone.
-"""
+In: a finished run. Out: `model-TYPE.gguf`, or `adapter.gguf`, which is loaded beside a GGUF of the
+same base. Read back by transformers' own GGUF reader, with tokenizer and template rebuilt from the
+file alone."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def write_lora(job: ExportJob) -> None:
 
 
 def reload_lora(job: ExportJob) -> ReloadedExport:
-    """The adapter of the file on the stock base; it holds no tokenizer, so prompts and ends are the run's own."""
+    """The adapter of the file on the stock base; it holds no tokenizer, so prompts and ends are the
+    run's own."""
     network = job.run.load_base_network()
     merge_into_network(network, read_adapter(job.folder / ADAPTER_FILE, job.run.model_spec))
     return ReloadedExport(

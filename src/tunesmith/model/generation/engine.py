@@ -1,11 +1,11 @@
 """Generation: many requests at once, each answered as if it were alone.
 
-In: a LanguageModel, Requests of token ids, a `decode` from ids to text, the ids that end an answer. Out: Generations as
-they finish. Rows of different lengths run side by side without padding; a finished row leaves at once and the next
-request takes its place. What all prompts begin with is computed once. When memory runs out, what is not answered yet
-starts again with half as many rows. Left out: prompts as text (data/render.py), which adapter is on (the model's
-state). Rounding can differ with what else is in the batch; the mathematics does not.
-"""
+In: a LanguageModel, Requests of token ids, a `decode` from ids to text, the ids that end an answer.
+Out: Generations as they finish. Rows of different lengths run side by side without padding; a
+finished row leaves at once and the next request takes its place. What all prompts begin with is
+computed once. When memory runs out, what is not answered yet starts again with half as many rows.
+Left out: prompts as text (data/render.py), which adapter is on (the model's state). Rounding can
+differ with what else is in the batch; the mathematics does not."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def generate(
     batch_size: int | None = None,
     allowed_tokens_fn: AllowedTokensFn | None = None,
 ) -> Iterator[tuple[int, GenerationOutput]]:
-    """(index of the request, its answer), in the order in which they finish; `sorted` restores the order of requests.
-    `allowed`: a grammar's word on the next token of each answer.
+    """(index of the request, its answer), in the order in which they finish; `sorted` restores the
+    order of requests. `allowed`: a grammar's word on the next token of each answer.
 
-    A Generation's `tokens` are all that were produced, an end token or stop string included; an answer also ends where
-    the model's context does. The model must be in evaluation mode. Raises InputError for a prompt that is empty or
-    fills the context, GateError for logits that are not finite.
-    """
+    A Generation's `tokens` are all that were produced, an end token or stop string included; an
+    answer also ends where the model's context does. The model must be in evaluation mode. Raises
+    InputError for a prompt that is empty or fills the context, GateError for logits that are not
+    finite."""
     check_requests(model, requests)
     pending = sorted(range(len(requests)), key=lambda index: (-len(requests[index].tokens), index))
     slots = min(batch_size or compute_max_batch_rows(model, requests), max(1, len(pending)))
@@ -92,7 +92,8 @@ def _generate_rows(
 def stream_answer(
     model: PackedCausalLM, request: GenerationRequest, *, decode: DecodeFn, end_ids: Collection[int]
 ) -> Iterator[str]:
-    """One answer, piece by piece; a piece comes once no later token can change it. Raises as `generate` does."""
+    """One answer, piece by piece; a piece comes once no later token can change it. Raises as
+    `generate` does."""
     check_requests(model, [request])
     row, sent_chars = _RunningRequest(0, request), 0
     batch, waiting = (
@@ -109,7 +110,8 @@ def stream_answer(
 
 
 def _trim_unsettled(text: str, stop_strings: Sequence[str]) -> str:
-    """A growing text up to a cut character, and up to what may be the beginning of a stop string."""
+    """A growing text up to a cut character, and up to what may be the beginning of a stop
+    string."""
     text = text.rstrip(REPLACEMENT_CHAR)
     tail_chars = (
         n
@@ -149,7 +151,8 @@ def compute_longest_row(requests: Sequence[GenerationRequest]) -> int:
 
 
 def find_common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What all sequences begin with: in sorted order the first and the last one differ the earliest."""
+    """What all sequences begin with: in sorted order the first and the last one differ the
+    earliest."""
     first, last = min(sequences), max(sequences)
     shared_pairs = itertools.takewhile(
         lambda pair: pair[0] == pair[1], zip(first, last, strict=False)
@@ -158,7 +161,8 @@ def find_common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 class _RunningRequest:
-    """A request being answered. `finished` stays empty until the answer is complete; then `text` holds it."""
+    """A request being answered. `finished` stays empty until the answer is complete; then `text`
+    holds it."""
 
     def __init__(self, index: int, request: GenerationRequest) -> None:
         self.index, self.request = index, request
@@ -213,7 +217,8 @@ class _RunningRequest:
 
 
 class _DecodeBatch:
-    """The rows that are being answered, and what the model remembers of them: row i of both is the same."""
+    """The rows that are being answered, and what the model remembers of them: row i of both is the
+    same."""
 
     def __init__(
         self,
@@ -235,15 +240,16 @@ class _DecodeBatch:
         self.rows: list[_RunningRequest] = []
 
     def share_prefix(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Compute what all prompts begin with once. Each keeps a token of its own, which predicts its answer."""
+        """Compute what all prompts begin with once. Each keeps a token of its own, which predicts
+        its answer."""
         prefix = find_common_prefix([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else ()
         if len(prefix) >= MIN_SHARED_TOKENS:
             self.model.prefill([prefix], self.cache)
             self.cache.share_prefix()
 
     def step(self, waiting: deque[_RunningRequest]) -> list[_RunningRequest]:
-        """Compute the prompts of waiting rows where there is room, else one more token of every row. Returns the rows
-        that this finished."""
+        """Compute the prompts of waiting rows where there is room, else one more token of every
+        row. Returns the rows that this finished."""
         arriving = self._admit_waiting(waiting)
         if arriving:
             hidden_BH = self.model.prefill([row.request.tokens for row in arriving], self.cache)

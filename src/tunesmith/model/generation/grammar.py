@@ -2,9 +2,9 @@
 
     schema, the tokenizer of a model folder -> Grammar; Grammar(index, tokens) -> allowed tokens [V], for `generate`
 
-The grammar engine is llguidance (Rust; the extra `constrained`). Form is guaranteed for answers that come to their end;
-what stands in the fields is the model's. Left out: what an answer holds that is cut by its length.
-"""
+The grammar engine is llguidance (Rust; the extra `constrained`). Form is guaranteed for answers
+that come to their end; what stands in the fields is the model's. Left out: what an answer holds
+that is cut by its length."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Json
 
-# At most one blank between signs: as compact as rows may be, and no way to write blanks for ever. What a grammar cannot
-# follow of a schema is left to the model.
+# At most one blank between signs: as compact as rows may be, and no way to write blanks for ever.
+# What a grammar cannot follow of a schema is left to the model.
 GRAMMAR_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": " ?", "lenient": True}
 
 

@@ -1,9 +1,8 @@
 """From logits to the next token of each row: greedy, or drawn with temperature and top-p.
 
-In: logits [B, V], each row's request and its own random numbers. Out: token ids. A drawn token depends on the row's
-logits and seed alone, so an answer is the same whatever else is in the batch, up to rounding of the logits.
-Legend: B rows, V vocabulary.
-"""
+In: logits [B, V], each row's request and its own random numbers. Out: token ids. A drawn token
+depends on the row's logits and seed alone, so an answer is the same whatever else is in the batch,
+up to rounding of the logits. Legend: B rows, V vocabulary."""
 
 from __future__ import annotations
 
@@ -15,15 +14,15 @@ from torch import Tensor
 
 from tunesmith.core.types import GenerationRequest
 
-TOP_P_CANDIDATES = (
-    256  # top-p usually ends among so many tokens; sorting the whole vocabulary costs far more
-)
+# top-p usually ends among so many tokens; sorting the whole vocabulary costs far more
+TOP_P_CANDIDATES = 256
 
 
 def sample_tokens(
     logits_BV: Tensor, requests: Sequence[GenerationRequest], generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """One token a row. Rows at temperature 0 take the likeliest token; others advance their generator by one number."""
+    """One token a row. Rows at temperature 0 take the likeliest token; others advance their
+    generator by one number."""
     chosen = logits_BV.argmax(dim=-1)
     rows = [index for index, request in enumerate(requests) if request.temperature > 0]
     if rows:
@@ -47,8 +46,8 @@ def sample_tokens(
 def sample_from_uniform(
     logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, uniform_B: Tensor
 ) -> Tensor:
-    """The token where the cumulative probability, in the order of the vocabulary, passes `uniform` in [0, 1). In fp64:
-    sums over a large vocabulary must not move the choice."""
+    """The token where the cumulative probability, in the order of the vocabulary, passes `uniform`
+    in [0, 1). In fp64: sums over a large vocabulary must not move the choice."""
     p_BV = torch.softmax(logits_BV / temperature_B[:, None], dim=-1)
     if bool((top_p_B < 1).any()):
         p_BV = filter_top_p(p_BV, top_p_B)
@@ -58,7 +57,8 @@ def sample_from_uniform(
 
 
 def filter_top_p(p_BV: Tensor, top_p_B: Tensor) -> Tensor:
-    """Zero for all but the likeliest tokens that together reach top-p; tokens as likely as the last one stay too."""
+    """Zero for all but the likeliest tokens that together reach top-p; tokens as likely as the last
+    one stay too."""
     for count in (min(TOP_P_CANDIDATES, p_BV.shape[1]), p_BV.shape[1]):
         top_BK = p_BV.topk(count).values
         cumulative_BK = top_BK.cumsum(dim=-1)

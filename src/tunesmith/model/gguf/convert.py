@@ -1,11 +1,12 @@
-"""A GGUF file turned into the folder that plain transformers loads: bf16 safetensors, config and tokenizer.
+"""A GGUF file turned into the folder that plain transformers loads: bf16 safetensors, config and
+tokenizer.
 
-In: one .gguf file of a dense Llama, Qwen2 or Qwen3 architecture. Out: config.json, generation_config.json,
-model.safetensors, tokenizer.json, tokenizer_config.json and chat_template.jinja.
-The weights are what the quantisation left of them: a model made from a Q4_1 file has dequantised Q4_1 weights, rounded
-to bf16, so every number measured on it is that model's and not the original's.
-Left out: mixtures of experts, SentencePiece vocabularies, and writing GGUF (`export/gguf.py`).
-"""
+In: one .gguf file of a dense Llama, Qwen2 or Qwen3 architecture. Out: config.json,
+generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
+chat_template.jinja. The weights are what the quantisation left of them: a model made from a Q4_1
+file has dequantised Q4_1 weights, rounded to bf16, so every number measured on it is that model's
+and not the original's. Left out: mixtures of experts, SentencePiece vocabularies, and writing GGUF
+(`export/gguf.py`)."""
 
 from __future__ import annotations
 
@@ -46,16 +47,17 @@ TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # Llama 3 keeps its rope scaling as a tensor; it becomes a part of config.json
+# Llama 3 keeps its rope scaling as a tensor; it becomes a part of config.json
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class GgufArchitecture:
     """How a GGUF architecture is called in transformers.
 
-    `rotated`: q and k rows are stored interleaved. `only_cut`: the one pre-tokenizer that transformers' tokenizer class
-    for this model type has, whatever the tokenizer.json in the folder says; empty where it takes that file as it is.
-    """
+    `rotated`: q and k rows are stored interleaved. `only_cut`: the one pre-tokenizer that
+    transformers' tokenizer class for this model type has, whatever the tokenizer.json in the folder
+    says; empty where it takes that file as it is."""
 
     model_type: str
     class_name: str
@@ -64,10 +66,11 @@ class GgufArchitecture:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write the model in `source` to the existing `folder`; a few million values in memory at a time.
+    """Write the model in `source` to the existing `folder`; a few million values in memory at a
+    time.
 
-    InputError for an architecture, tensor, quantisation, rope or tokenizer that cannot be carried over exactly.
-    """
+    InputError for an architecture, tensor, quantisation, rope or tokenizer that cannot be carried
+    over exactly."""
     file = read_gguf(source)
     names = write_settings(file, folder)
     architecture, config = _read_architecture(file), read_json(folder / "config.json")
@@ -80,8 +83,8 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def write_settings(file: GgufFile, folder: Path) -> dict[str, str]:
-    """Everything but the weights: config, generation config, tokenizer, chat template. GGUF -> transformers names of
-    the tensors. InputError as `convert`."""
+    """Everything but the weights: config, generation config, tokenizer, chat template. GGUF ->
+    transformers names of the tensors. InputError as `convert`."""
     config = _build_config(file, _read_architecture(file))
     names = {
         tensor.name: _map_name(file, tensor)
@@ -200,7 +203,8 @@ def _build_rope(file: GgufFile, prefix: str, head_dim: int) -> dict[str, Any]:
 def _build_llama3_scaling(
     file: GgufFile, tensor: TensorInfo, theta: float, head_dim: int
 ) -> dict[str, Any]:
-    """The rope scaling of Llama 3 from its per-frequency divisors; its other three constants have only one value."""
+    """The rope scaling of Llama 3 from its per-frequency divisors; its other three constants have
+    only one value."""
     factors = read_tensor(file, tensor)
     factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
@@ -230,7 +234,8 @@ def _build_generation_config(file: GgufFile) -> dict[str, Any]:
 
 
 def _find_special_ids(file: GgufFile) -> dict[str, int]:
-    """The ids of the first, last and padding token. A chat model ends with its end of turn where the file has one."""
+    """The ids of the first, last and padding token. A chat model ends with its end of turn where
+    the file has one."""
     eot, eos = find_special_id(file, "eot"), find_special_id(file, "eos")
     token_ids = {
         "bos": find_special_id(file, "bos"),
@@ -252,7 +257,8 @@ def _map_name(file: GgufFile, tensor: TensorInfo) -> str:
 
 
 def _check_names(file: GgufFile, names: set[str], config: dict[str, Any]) -> None:
-    """Exactly the tensors that transformers makes for `config`; it would fill a missing one with random numbers."""
+    """Exactly the tensors that transformers makes for `config`; it would fill a missing one with
+    random numbers."""
     model_type = config["model_type"]
     norms = ("self_attn.q_norm", "self_attn.k_norm")
     suffixes = {

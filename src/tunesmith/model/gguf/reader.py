@@ -1,10 +1,9 @@
 """The header of a GGUF file: metadata and the table of tensors.
 
-In: a path. Out: `GgufFile`, plain Python values; tensor data stay on disk until `read_tensor` asks for one.
-Left out: what the values mean (`gguf.py`, `gguf_tokenizer.py`). Written here and not taken from the `gguf` package
-because a header comes from strangers: there, an array length that the file cannot hold is an endless loop; here every
-read is checked against the end of the file.
-"""
+In: a path. Out: `GgufFile`, plain Python values; tensor data stay on disk until `read_tensor` asks
+for one. Left out: what the values mean (`gguf.py`, `gguf_tokenizer.py`). Written here and not taken
+from the `gguf` package because a header comes from strangers: there, an array length that the file
+cannot hold is an endless loop; here every read is checked against the end of the file."""
 
 from __future__ import annotations
 
@@ -44,7 +43,8 @@ MAX_ELEMENTS = 2**40
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One line of the tensor table. `shape` is outermost first, as PyTorch counts; `begin` is a file offset."""
+    """One line of the tensor table. `shape` is outermost first, as PyTorch counts; `begin` is a
+    file offset."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +60,8 @@ class GgufFile:
     tensors: tuple[TensorInfo, ...]
 
     def get(self, key: str, value_type: type[T], default: T) -> T:
-        """The value of `key`, which must be of type `kind`; `default` where the header has no such key."""
+        """The value of `key`, which must be of type `kind`; `default` where the header has no such
+        key."""
         value = self.metadata.get(key, default)
         if value_type is float and type(value) is int:
             value = float(value)
@@ -99,7 +100,8 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse the header of `path`. InputError when it is not GGUF, is cut short or contradicts itself."""
+    """Parse the header of `path`. InputError when it is not GGUF, is cut short or contradicts
+    itself."""
     try:
         data = np.memmap(path, mode="r", dtype=np.uint8)
         return _parse_header(path, memoryview(data))  # pyright: ignore[reportArgumentType]
@@ -109,7 +111,8 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def read_tensor(file: GgufFile, tensor: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
-    """The values of one tensor or of some of its rows, dequantised to float32, in PyTorch's order."""
+    """The values of one tensor or of some of its rows, dequantised to float32, in PyTorch's
+    order."""
     block_size, type_size = GGML_QUANT_SIZES[tensor.quant_type]
     row_bytes = tensor.shape[-1] // block_size * type_size
     first, last, _ = rows.indices(tensor.shape[0]) if len(tensor.shape) > 1 else (0, 1, 1)

@@ -1,10 +1,10 @@
 """The tokenizer inside a GGUF file, rebuilt as the tokenizer.json that the original model had.
 
-In: a `GgufFile`. Out: tokenizer.json, tokenizer_config.json and chat_template.jinja in a folder.
-A GGUF holds the vocabulary and the merges; how text is cut before merging is only a name, `tokenizer.ggml.pre`. A wrong
-cut trains on ids that the model never saw. So each name in PRE_TOKENIZERS is one whose cut was compared with real
-tokenizers, and an unknown name is refused. Left out: SentencePiece and Unigram vocabularies.
-"""
+In: a `GgufFile`. Out: tokenizer.json, tokenizer_config.json and chat_template.jinja in a folder. A
+GGUF holds the vocabulary and the merges; how text is cut before merging is only a name,
+`tokenizer.ggml.pre`. A wrong cut trains on ids that the model never saw. So each name in
+PRE_TOKENIZERS is one whose cut was compared with real tokenizers, and an unknown name is refused.
+Left out: SentencePiece and Unigram vocabularies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja. InputError for what cannot be rebuilt."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja. InputError for what
+    cannot be rebuilt."""
     tokenizer = build_tokenizer(file)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = json.dumps(_build_config(file), indent=2, ensure_ascii=False)
@@ -60,7 +61,8 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:
-    """A byte-level BPE tokenizer with the vocabulary, merges, added tokens and pre-tokenizer of the file."""
+    """A byte-level BPE tokenizer with the vocabulary, merges, added tokens and pre-tokenizer of the
+    file."""
     model = file.require("tokenizer.ggml.model", str)
     if model != "gpt2":
         raise InputError(
@@ -149,7 +151,8 @@ def _should_add_bos(file: GgufFile) -> bool:
 
 
 def find_special_id(file: GgufFile, name: str) -> int | None:
-    """The id of the bos, eos, eot, eom, unknown or padding token, None where the file names none."""
+    """The id of the bos, eos, eot, eom, unknown or padding token, None where the file names
+    none."""
     key = f"tokenizer.ggml.{name}_token_id"
     if key not in file.metadata:
         return None
@@ -168,13 +171,15 @@ def find_special_token(file: GgufFile, name: str) -> str | None:
 def _build_config(file: GgufFile) -> dict[str, Any]:
     special_tokens = {
         "bos_token": find_special_token(file, "bos"),
-        # A chat model answers until its end of turn; where the file names one, that is what generation waits for.
+        # A chat model answers until its end of turn; where the file names one, that is what
+        # generation waits for.
         "eos_token": find_special_token(file, "eot") or find_special_token(file, "eos"),
         "unk_token": find_special_token(file, "unknown"),
         "pad_token": find_special_token(file, "padding") or find_special_token(file, "eos"),
     }
     return {
-        # The one class that takes tokenizer.json as it stands; GPT2Tokenizer and others rebuild their own cut.
+        # The one class that takes tokenizer.json as it stands; GPT2Tokenizer and others rebuild
+        # their own cut.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": _should_add_bos(file),

@@ -1,10 +1,10 @@
-"""An adapter folder, ours or PEFT's, judged from its configuration and its header before anything is allocated.
+"""An adapter folder, ours or PEFT's, judged from its configuration and its header before anything
+is allocated.
 
-In: the folder, or a run folder that holds one, and the folder of the base. Out: `AdapterFolder`. Which layers are
-adapted is read from the weights themselves, so no pattern of a stranger is ever evaluated; a key that would change what
-those weights compute is refused by its name. Left out: the weights (saved.py), what the adapter belongs to
-(provenance.py).
-"""
+In: the folder, or a run folder that holds one, and the folder of the base. Out: `AdapterFolder`.
+Which layers are adapted is read from the weights themselves, so no pattern of a stranger is ever
+evaluated; a key that would change what those weights compute is refused by its name. Left out: the
+weights (saved.py), what the adapter belongs to (provenance.py)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PREFIX = "base_model.model."
 MAX_RANK = 4096
 DTYPES = ("F32", "F16", "BF16")
 MAGNITUDE = "lora_magnitude_vector"
-TOKEN_ROWS_SUFFIX = (
-    "token_adapter.trainable_tokens_delta"  # the rows themselves, whatever PEFT's name says
-)
+# the rows themselves, whatever PEFT's name says
+TOKEN_ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"
 LORA_KEY = re.compile(re.escape(PREFIX) + rf"([\w.]+)\.(lora_A\.weight|lora_B\.weight|{MAGNITUDE})")
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
-# Keys that say nothing about the result, or that the weights answer better: which layers are adapted.
+# Keys that say nothing about the result, or that the weights answer better: which layers are
+# adapted.
 IGNORED_KEYS = {
     *(
         "base_model_name_or_path",
@@ -58,8 +58,9 @@ USED_KEYS = {"r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indic
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A LoRA or DoRA adapter that fits its base. `targets` in the form of `lora_target_modules`; `sha256` is of the
-    weights; `new_ids` are the tokens that it has rows for, one after the other."""
+    """A LoRA or DoRA adapter that fits its base. `targets` in the form of `lora_target_modules`;
+    `sha256` is of the weights; `new_ids` are the tokens that it has rows for, one after the
+    other."""
 
     path: Path
     rank: int
@@ -86,7 +87,8 @@ def compute_scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
 
 
 def read_adapter(folder: Path, base: Path) -> AdapterFolder:
-    """The adapter in folder `given`, or in its `adapter/` if it is a run folder. InputError unless it fits the base."""
+    """The adapter in folder `given`, or in its `adapter/` if it is a run folder. InputError unless
+    it fits the base."""
     folder = find_weights_dir(folder)
     path = folder / "adapter" if (folder / "plan.json").is_file() else folder
     if not (path / ADAPTER_CONFIG_FILE).is_file():
@@ -158,7 +160,8 @@ def _check_config(config: Mapping[str, Any], where: str) -> tuple[int, float]:
 
 
 def _is_transformers_mapping(mapping: Any) -> bool:
-    """PEFT writes the class of a model without a task here. It is not used; PEFT itself would import it."""
+    """PEFT writes the class of a model without a task here. It is not used; PEFT itself would
+    import it."""
     if not mapping:
         return True
     return isinstance(mapping, dict) and str(mapping.get("parent_library")).startswith(
@@ -182,7 +185,8 @@ def _check_token_rows(
     token_indices: Any,
     folder: Path,
 ) -> tuple[int, ...]:
-    """The new tokens that it has rows for. In PEFT's config a list stands for the embedding alone."""
+    """The new tokens that it has rows for. In PEFT's config a list stands for the embedding
+    alone."""
     by_matrix = (
         token_indices
         if isinstance(token_indices, dict)
@@ -273,7 +277,8 @@ def _check_weights(
 def _check_complete(
     adapter: Mapping[str, TensorHeader], paths: list[str], file: Path, *, use_dora: bool
 ) -> None:
-    """Each adapted module has both halves, and a magnitude where the config says DoRA, else none."""
+    """Each adapted module has both halves, and a magnitude where the config says DoRA, else
+    none."""
     for path in paths:
         for part in ("lora_A.weight", "lora_B.weight", *([MAGNITUDE] if use_dora else [])):
             if f"{PREFIX}{path}.{part}" not in adapter:

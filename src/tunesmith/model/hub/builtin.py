@@ -1,4 +1,5 @@
-"""Names of models that are no paths: what is built in, and the form of an id on the hub. Fetching: source.py."""
+"""Names of models that are no paths: what is built in, and the form of an id on the hub. Fetching:
+source.py."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class BuiltInModel:
-    """A model that comes as a GGUF inside a wheel of the package registry. Both files are pinned by sha256."""
+    """A model that comes as a GGUF inside a wheel of the package registry. Both files are pinned by
+    sha256."""
 
     requirement: str
     wheel_sha256: str

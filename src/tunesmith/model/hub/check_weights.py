@@ -1,11 +1,11 @@
-"""Whether the weights of a folder are those that transformers will ask for, told before there is room for any.
+"""Whether the weights of a folder are those that transformers will ask for, told before there is
+room for any.
 
     check_fit(folder)               names and shapes of every parameter against the safetensors headers
     with its_errors(folder): ...    what transformers raises about a folder becomes an InputError
 
-The network is built without memory, so nothing that a config.json says can fill it. transformers itself would start
-missing weights at random and say so in a table only.
-"""
+The network is built without memory, so nothing that a config.json says can fill it. transformers
+itself would start missing weights at random and say so in a table only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def transformers_errors(folder: Path) -> Iterator[None]:
 
 
 def check_weight_shapes(folder: Path) -> None:
-    """InputError that names the first tensor which is missing, or has another shape than config.json says."""
+    """InputError that names the first tensor which is missing, or has another shape than
+    config.json says."""
     with transformers_errors(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):

@@ -1,9 +1,10 @@
-"""The tensors that a config.json promises, for a plan without weights: a 70B model's fit is asked before 140 GB come.
+"""The tensors that a config.json promises, for a plan without weights: a 70B model's fit is asked
+before 140 GB come.
 
-In: the config and its checked sizes. Out: headers as of weight files that are not there. The matrices are exact, and
-what has the length of a vector (norms, biases) is one tensor a layer, under a thousandth of a model: its size is that
-of the families listed. Left out: whether the sizes make sense (spec.py).
-"""
+In: the config and its checked sizes. Out: headers as of weight files that are not there. The
+matrices are exact, and what has the length of a vector (norms, biases) is one tensor a layer, under
+a thousandth of a model: its size is that of the families listed. Left out: whether the sizes make
+sense (spec.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 
 from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader
 
-# What transformers takes where config.json says nothing; everything else is hidden_size / num_attention_heads, or no.
+# What transformers takes where config.json says nothing; everything else is hidden_size /
+# num_attention_heads, or no.
 HEAD_DIMS = {
     "gemma": 256,
     "gemma2": 256,

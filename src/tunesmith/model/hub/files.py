@@ -2,9 +2,9 @@
 
     check_files(folder)      each is a regular file of a sane size, and lies where the folder says
 
-A folder that was downloaded or unpacked may hold links to anything the user can read, and what is read as a tokenizer
-or a template is later copied beside the adapter. So a link must stay inside its folder. The one exception is the hub's
-own cache, whose snapshots link to the `blobs` beside them.
+A folder that was downloaded or unpacked may hold links to anything the user can read, and what is
+read as a tokenizer or a template is later copied beside the adapter. So a link must stay inside its
+folder. The one exception is the hub's own cache, whose snapshots link to the `blobs` beside them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MAX_BYTES_BY_SUFFIX = {
 
 
 def check_files(folder: Path) -> None:
-    """Raises InputError for a link that leads out of the folder, a file that is no file, and an absurd size."""
+    """Raises InputError for a link that leads out of the folder, a file that is no file, and an
+    absurd size."""
     root = folder.resolve()
     allowed_roots = [root]
     if root.parent.name == "snapshots":

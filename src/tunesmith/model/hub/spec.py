@@ -1,10 +1,10 @@
 """What a model folder says about itself, as a `ModelSpec`.
 
-In: a folder that `folder.check_folder` has passed. Out: the spec, from config.json and the safetensors headers, or from
-config.json alone where there are no weights; no weight is read and transformers is not imported. A model that tunesmith
-cannot train exactly is refused here by name: layers that carry state from token to token (packing would leak it),
-mixtures of experts, other inputs than text, and model types that nobody has proven yet.
-"""
+In: a folder that `folder.check_folder` has passed. Out: the spec, from config.json and the
+safetensors headers, or from config.json alone where there are no weights; no weight is read and
+transformers is not imported. A model that tunesmith cannot train exactly is refused here by name:
+layers that carry state from token to token (packing would leak it), mixtures of experts, other
+inputs than text, and model types that nobody has proven yet."""
 
 from __future__ import annotations
 
@@ -19,20 +19,61 @@ from tunesmith.core.types import ModelSpec
 from tunesmith.model.hub.expected_tensors import HEAD_DIMS, ModelDimensions, build_expected_headers
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_json
 
-# Dense decoders of text with gated MLPs and softmax attention, whose sizes are what the config says. Model type -> the
-# one class that transformers loads for it.
-# fmt: off
+# Dense decoders of text with gated MLPs and softmax attention, whose sizes are what the config
+# says. Model type -> the one class that transformers loads for it. fmt: off
 SUPPORTED_CLASSES = {
-    "cohere": "Cohere", "cohere2": "Cohere2", "ernie4_5": "Ernie4_5", "exaone4": "Exaone4", "gemma": "Gemma",
-    "gemma2": "Gemma2", "gemma3_text": "Gemma3", "glm": "Glm", "glm4": "Glm4", "granite": "Granite",
-    "helium": "Helium", "hunyuan_v1_dense": "HunYuanDenseV1", "llama": "Llama", "ministral": "Ministral",
-    "ministral3": "Ministral3", "mistral": "Mistral", "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3",
-    "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3", "seed_oss": "SeedOss", "smollm3": "SmolLM3",
+    "cohere": "Cohere",
+    "cohere2": "Cohere2",
+    "ernie4_5": "Ernie4_5",
+    "exaone4": "Exaone4",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "glm": "Glm",
+    "glm4": "Glm4",
+    "granite": "Granite",
+    "helium": "Helium",
+    "hunyuan_v1_dense": "HunYuanDenseV1",
+    "llama": "Llama",
+    "ministral": "Ministral",
+    "ministral3": "Ministral3",
+    "mistral": "Mistral",
+    "olmo": "Olmo",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "seed_oss": "SeedOss",
+    "smollm3": "SmolLM3",
 }
 STATEFUL_TYPES = [
-    "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",
-    "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
-    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya",
+    "bailing_hybrid",
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "granitemoehybrid",
+    "jamba",
+    "kimi_linear",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+    "zamba",
+    "zamba2",
+    "zaya",
 ]
 # fmt: on
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -52,16 +93,15 @@ MAX_PARAMETERS = 10**13
 TENSOR_SUFFIX = re.compile(
     r"(embed_tokens|layers\.\d+)\..*"
 )  # of a name, whatever prefix the model type puts before it
-MAX_LABELS = (
-    10_000  # of the classifier that any config may carry: transformers makes a name for each
-)
+# of the classifier that any config may carry: transformers makes a name for each
+MAX_LABELS = 10_000
 
 
 def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     """The spec of the model in folder `path`, called `name` (the folder's own name if empty).
 
-    InputError: a missing or absurd field, weights that do not fit the config, or a kind of model that is refused.
-    """
+    InputError: a missing or absurd field, weights that do not fit the config, or a kind of model
+    that is refused."""
     config = read_json(path / "config.json")
     where = str(path / "config.json")
     model_type = _check_model_type(config, where)
@@ -94,7 +134,8 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
 
 
 def read_model_headers(path: Path) -> dict[str, TensorHeader]:
-    """Of the weights of a model folder; where there are none, of those that its config.json promises."""
+    """Of the weights of a model folder; where there are none, of those that its config.json
+    promises."""
     config = read_json(path / "config.json")
     return _load_headers(config, _check_model_type(config, str(path / "config.json")), path)
 

@@ -1,10 +1,9 @@
 """Whether a model folder is safe and complete, decided before transformers sees it.
 
-In: a folder. Out: nothing, or an InputError that names the file and the key or tensor. Only JSON and the headers of
-safetensors files are read; nothing of the folder is imported or executed, and no pickle is opened.
-Left out: links and sizes (`files.py`), whether tunesmith can train the model (`spec.py`), what is inside tokenizer.json
-and chat templates (`data`).
-"""
+In: a folder. Out: nothing, or an InputError that names the file and the key or tensor. Only JSON
+and the headers of safetensors files are read; nothing of the folder is imported or executed, and no
+pickle is opened. Left out: links and sizes (`files.py`), whether tunesmith can train the model
+(`spec.py`), what is inside tokenizer.json and chat templates (`data`)."""
 
 from __future__ import annotations
 
@@ -38,8 +37,8 @@ DTYPE_BYTES = {
 }
 DTYPE_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 
-# Keys with which a JSON file makes transformers import code from the folder or the hub, read another file, hand
-# arguments to a constructor, or build other layers than the sizes say.
+# Keys with which a JSON file makes transformers import code from the folder or the hub, read
+# another file, hand arguments to a constructor, or build other layers than the sizes say.
 CODE_KEY = re.compile(
     r"auto_map|custom_pipelines|_?(attn|experts)_implementation.*|use_kernels|kernel_config|configuration_files"
     r"|fast_tokenizer_files|init_inputs|per_layer_config|compression_config"
@@ -65,8 +64,8 @@ class TensorHeader:
 
 
 def check_folder(folder: Path, *, needs_weights: bool = True) -> None:
-    """Refuse a folder that could run code or read other files, holds only pickles, or whose weights are damaged.
-    InputError. Without `weights` there need not be any."""
+    """Refuse a folder that could run code or read other files, holds only pickles, or whose weights
+    are damaged. InputError. Without `weights` there need not be any."""
     check_files(folder)
     read_json(folder / "config.json")
     modules = "|".join(re.escape(path.stem) for path in folder.glob("*.py"))
@@ -111,7 +110,8 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Tensor name -> where it lies, of the safetensors files that transformers would load. InputError if damaged."""
+    """Tensor name -> where it lies, of the safetensors files that transformers would load.
+    InputError if damaged."""
     if (folder / WEIGHTS_FILE).is_file():
         return read_header(folder / WEIGHTS_FILE)
     if not (folder / INDEX_FILE).is_file():
@@ -253,7 +253,8 @@ def _make_missing_weights_error(folder: Path) -> InputError:
 def _check_code(path: Path, reference: re.Pattern[str] | None) -> None:
     for key_path, key, value in _walk_json(read_json(path)):
         where = f"{path}:{key_path}"
-        # transformers itself once wrote `_attn_implementation_autoset: true`: a plain yes or no names no code.
+        # transformers itself once wrote `_attn_implementation_autoset: true`: a plain yes or no
+        # names no code.
         if CODE_KEY.fullmatch(key) and value is not None and not isinstance(value, bool):
             message = f"the key {key} makes transformers load other code ({str(value)[:80]})"
             raise InputError(message, where=where, fix=CODE_FIX)
@@ -271,7 +272,8 @@ def _check_code(path: Path, reference: re.Pattern[str] | None) -> None:
 
 
 def _is_outside(folder: Path, value: str) -> bool:
-    """Old tokenizers carry paths of the machine they were saved on: only one that is there could be read."""
+    """Old tokenizers carry paths of the machine they were saved on: only one that is there could be
+    read."""
     target = os.path.realpath(folder / value[:4096].replace("\0", ""))
     return os.path.exists(target) and not Path(target).is_relative_to(folder.resolve())
 

@@ -1,10 +1,11 @@
-"""The skinny products of adapters through lora.c: bf16 on CPUs with AVX512-BF16, about half of oneDNN's time.
+"""The skinny products of adapters through lora.c: bf16 on CPUs with AVX512-BF16, about half of
+oneDNN's time.
 
-In: the adapters of linears that share one input; out: their inner activations, what they add and their gradients. Sums
-are fp32 and rounded once; the same number of threads gives the same bits. Left out: dropout, other dtypes and
-processors (lora.py's torch path, which is also the reference).
-Legend: N rows, I inputs, O outputs, R rank, V blocks of 16 ranks; z [V, N, 16] = A x, block by block.
-"""
+In: the adapters of linears that share one input; out: their inner activations, what they add and
+their gradients. Sums are fp32 and rounded once; the same number of threads gives the same bits.
+Left out: dropout, other dtypes and processors (lora.py's torch path, which is also the reference).
+Legend: N rows, I inputs, O outputs, R rank, V blocks of 16 ranks; z [V, N, 16] = A x, block by
+block."""
 
 from __future__ import annotations
 
@@ -19,9 +20,8 @@ from torch import Tensor
 from tunesmith.model.kernels import ops
 
 LANES, STRIP = 16, 32  # lora.c's
-MIN_ROWS = (
-    64  # of one forward; packing takes longer than it saves for the few rows of a generation step
-)
+# of one forward; packing takes longer than it saves for the few rows of a generation step
+MIN_ROWS = 64
 Adapter = tuple[Tensor, Tensor, float]  # A [R, I], B [O, R], scale
 
 
@@ -61,7 +61,8 @@ class AdapterFactor:
     def compute_grad(
         self, x_NW: Tensor, z: Tensor, scale: float, dz: Tensor | None = None
     ) -> Tensor:
-        """scale * z^T x of each thread's rows [threads, V * 16, W]; also dz = scale * x m where `dz` is given."""
+        """scale * z^T x of each thread's rows [threads, V * 16, W]; also dz = scale * x m where
+        `dz` is given."""
         shape = len(x_NW), self.width, self.blocks, torch.get_num_threads()
         sums = torch.empty(shape[-1], self.blocks * LANES, self.padded_width)
         null = z.new_empty(0)  # a null pointer
@@ -81,7 +82,8 @@ class _AdapterSlot:
 
 
 class PackedAdapters:
-    """The adapters of several linears on one input, None for a linear without one: lists of all methods are aligned."""
+    """The adapters of several linears on one input, None for a linear without one: lists of all
+    methods are aligned."""
 
     def __init__(self, adapters: Sequence[Adapter | None]) -> None:
         blocks = [-(-len(adapter[0]) // LANES) if adapter else 0 for adapter in adapters]

@@ -1,9 +1,9 @@
-"""The CPU's bf16 kernels: kernels.c, attention.c, rows.c and lora.c compiled once a machine, plain-torch references.
+"""The CPU's bf16 kernels: kernels.c, attention.c, rows.c and lora.c compiled once a machine,
+plain-torch references.
 
-In: tensors; out: tensors. A kernel is used when its tensors are contiguous bf16 on the CPU and a C compiler was found;
-anything else (fp32, fp64, CUDA, no compiler) takes the reference, which autograd differentiates. Left out: matrix
-products, which oneDNN and cuBLAS do better.
-"""
+In: tensors; out: tensors. A kernel is used when its tensors are contiguous bf16 on the CPU and a C
+compiler was found; anything else (fp32, fp64, CUDA, no compiler) takes the reference, which
+autograd differentiates. Left out: matrix products, which oneDNN and cuBLAS do better."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "decode.c", "lora.c")
 )
 HEADER = Path(__file__).with_name("vectors.h")
-# Reassociation lets the compiler vectorise sums. -ffast-math itself would break NaN detection and flush denormals
-# in the whole process.
+# Reassociation lets the compiler vectorise sums. -ffast-math itself would break NaN detection and
+# flush denormals in the whole process.
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
@@ -50,8 +50,8 @@ def _describe_processor() -> str:
 
 
 def _compile_library(compiler: str, target: Path, use_openmp: bool) -> bool:
-    """Objects are compiled with -fopenmp but linked without it: the symbols then come from torch's own OpenMP, and
-    the two do not compete for the cores."""
+    """Objects are compiled with -fopenmp but linked without it: the symbols then come from torch's
+    own OpenMP, and the two do not compete for the cores."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
@@ -81,7 +81,8 @@ def _share_torch_openmp() -> None:
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None without a C compiler. Threads are used when they are torch's own."""
+    """The compiled kernels, or None without a C compiler. Threads are used when they are torch's
+    own."""
     compiler = (
         shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     )
@@ -102,7 +103,8 @@ def load_library() -> ctypes.CDLL | None:
             continue
         try:
             return ctypes.CDLL(str(target))
-        except OSError:  # no OpenMP in this process to resolve the symbols: the version without threads will load
+        # no OpenMP in this process to resolve the symbols: the version without threads will load
+        except OSError:
             continue
     return None
 
@@ -205,7 +207,8 @@ def apply_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def scale_columns(y_NO: Tensor, gain_O: Tensor) -> Tensor:
-    """gain * y, in place where there is a kernel; `gain_O` in fp32 (fp64 for fp64 y). No autograd of its own."""
+    """gain * y, in place where there is a kernel; `gain_O` in fp32 (fp64 for fp64 y). No autograd
+    of its own."""
     if not is_supported(y_NO):
         return (y_NO * gain_O).to(y_NO.dtype)
     call_kernel("scale_columns", y_NO, gain_O, *y_NO.shape)
@@ -213,7 +216,8 @@ def scale_columns(y_NO: Tensor, gain_O: Tensor) -> Tensor:
 
 
 def scale_columns_backward(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple[Tensor, Tensor]:
-    """Of y = gain * x: dx, and the sum over rows of dy * y [O], which is gain times the gradient of `gain`."""
+    """Of y = gain * x: dx, and the sum over rows of dy * y [O], which is gain times the gradient of
+    `gain`."""
     if not is_supported(dy_NO, y_NO):
         return (dy_NO * gain_O).to(dy_NO.dtype), (dy_NO.to(gain_O.dtype) * y_NO).sum(0)
     num_threads = torch.get_num_threads()
@@ -232,7 +236,8 @@ def scale_columns_backward(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple
 
 
 def gated_activation(gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
-    """silu(gate) * up, or gelu-tanh(gate) * up. No autograd of its own on the kernel path: see layers.GatedMlp."""
+    """silu(gate) * up, or gelu-tanh(gate) * up. No autograd of its own on the kernel path: see
+    layers.GatedMlp."""
     if not is_supported(gate, up):
         return (F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)) * up
     y = torch.empty_like(gate)
@@ -263,10 +268,11 @@ def gated_activation_backward(
 def cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, scale: float, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """Losses [S] (unweighted) and the gradient of sum(weights * losses) with respect to the raw logits [S, V].
+    """Losses [S] (unweighted) and the gradient of sum(weights * losses) with respect to the raw
+    logits [S, V].
 
-    A raw logit z stands for cap * tanh(scale * z / cap), or scale * z when cap is 0. The kernel overwrites `logits`.
-    """
+    A raw logit z stands for cap * tanh(scale * z / cap), or scale * z when cap is 0. The kernel
+    overwrites `logits`."""
     if is_supported(logits):
         losses = torch.empty(logits.shape[0])
         rows, vocab = logits.shape
@@ -293,8 +299,8 @@ def cross_entropy(
 def kl_divergence(
     base: Tensor, tuned: Tensor, targets: Tensor, scale: float, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From raw logits [S, V] as above: losses of `tuned` [S], KL(base || tuned) [S] in nats, and 1 where both have the
-    same likeliest token [S]. Rounding may leave a KL a trace below 0."""
+    """From raw logits [S, V] as above: losses of `tuned` [S], KL(base || tuned) [S] in nats, and 1
+    where both have the same likeliest token [S]. Rounding may leave a KL a trace below 0."""
     if is_supported(base, tuned):
         rows, vocab = base.shape
         losses, kl, top1_agreement = torch.empty(3, rows)

@@ -1,4 +1,5 @@
-"""The embedded example: real rows, a recipe, and general text to see what is forgotten. ORIGIN.md says where from."""
+"""The embedded example: real rows, a recipe, and general text to see what is forgotten. ORIGIN.md
+says where from."""
 
 from pathlib import Path
 

@@ -199,7 +199,8 @@ def _parse_format(draft: RecipeDraft, name: str, entry: Json) -> Json:
 
 
 def _parse_pairs(draft: RecipeDraft, name: str, entry: Json) -> Json:
-    """Prompt, chosen and rejected; their types say how the prompt is worded, which the model's template does here."""
+    """Prompt, chosen and rejected; their types say how the prompt is worded, which the model's
+    template does here."""
     kind = entry.pop("type", None)
     entry.pop("message_property_mappings", None)
     columns = {"prompt": entry.pop("field_messages", None) or entry.pop("field_prompt", None)}
@@ -210,7 +211,8 @@ def _parse_pairs(draft: RecipeDraft, name: str, entry: Json) -> Json:
 
 
 def _parse_messages(draft: RecipeDraft, name: str, base: str, entry: Json) -> Json:
-    """Role and content make OpenAI messages, from and value ShareGPT; other names have no counterpart."""
+    """Role and content make OpenAI messages, from and value ShareGPT; other names have no
+    counterpart."""
     names = entry.pop("message_property_mappings", None)
     names = names if isinstance(names, dict) else {}
     default_fields = ("from", "value") if base == "sharegpt" else ("role", "content")

@@ -1,4 +1,5 @@
-"""What all three tools have in common, because they stand on the same trainer: steps, schedule, precision, saving.
+"""What all three tools have in common, because they stand on the same trainer: steps, schedule,
+precision, saving.
 
 Each topic takes its keys from the draft and puts our values, or leaves them with a reason.
 """
@@ -37,7 +38,8 @@ def translate_model(draft: RecipeDraft, key: str) -> None:
 
 
 def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) -> None:
-    """LoRA, on 4-bit weights where theirs are: NF4 with double quantisation here, whatever theirs is."""
+    """LoRA, on 4-bit weights where theirs are: NF4 with double quantisation here, whatever theirs
+    is."""
     if draft.remaining.get("load_in_4bit") or draft.remaining.get("quantization_bit") == 4:
         is_4bit = True
         draft.pop_value("quantization_bit")
@@ -56,7 +58,8 @@ def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) ->
 
 
 def translate_preference(draft: RecipeDraft, loss: Any, source: str, **loss_keys: str) -> None:
-    """Training on preferences: the keys of our `loss` (`beta`, `gamma`, `nll_coefficient`) by theirs, and its name."""
+    """Training on preferences: the keys of our `loss` (`beta`, `gamma`, `nll_coefficient`) by
+    theirs, and its name."""
     if loss not in LOSS_NAMES:
         raise draft.make_error(
             source, f"{source}: {loss}: of preferences, dpo, orpo and simpo are trained here"
@@ -78,7 +81,8 @@ def translate_preference(draft: RecipeDraft, loss: Any, source: str, **loss_keys
 
 
 def translate_pretraining(draft: RecipeDraft, source: str) -> None:
-    """Continued pretraining: a step counts tokens, which are theirs when their rows are packed full."""
+    """Continued pretraining: a step counts tokens, which are theirs when their rows are packed
+    full."""
     draft.set_value("stage", "cpt", source)
     rows, length = draft.values.pop("batch_size", None), draft.values.get("max_length")
     note = draft.notes.pop("batch_size", "")
@@ -104,8 +108,8 @@ def translate_adapter(draft: RecipeDraft, key: str) -> None:
 
 
 def translate_new_tokens(draft: RecipeDraft, key: str, module_keys: tuple[str, ...]) -> None:
-    """Tokens to add. The matrices that other tools train whole for them, under one of the keys `whole`, have their
-    new rows trained here."""
+    """Tokens to add. The matrices that other tools train whole for them, under one of the keys
+    `whole`, have their new rows trained here."""
     value = draft.pop_value(key)
     if not value:
         return
@@ -143,7 +147,8 @@ def translate_batch_size(draft: RecipeDraft, micro_key: str, micro_default: int)
 
 
 def translate_steps(draft: RecipeDraft) -> None:
-    """`max_steps` below 1 means none. Warm-up counted in steps becomes a share when their number is known."""
+    """`max_steps` below 1 means none. Warm-up counted in steps becomes a share when their number is
+    known."""
     limit, warmup, ratio = (
         draft.pop_number("max_steps"),
         draft.pop_number("warmup_steps"),
@@ -213,7 +218,8 @@ def translate_precision(draft: RecipeDraft, *dtype_keys: str) -> None:
 
 
 def translate_saving(draft: RecipeDraft) -> None:
-    """Whole numbers of steps are the same here; shares of the run and whole epochs have no counterpart."""
+    """Whole numbers of steps are the same here; shares of the run and whole epochs have no
+    counterpart."""
     is_eval_disabled = any(
         draft.remaining.get(key) in ("no", False)
         for key in ("eval_strategy", "evaluation_strategy")

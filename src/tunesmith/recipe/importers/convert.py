@@ -1,9 +1,9 @@
 """A config of another tool as a recipe: which tool it is, what its keys become, and what is left.
 
-In: the path of a YAML file of LLaMA-Factory, Axolotl or TRL, and where the recipe will stand (its paths are relative
-to that). Out: a Translation, whose values make a valid recipe. Keys that a config leaves out are left to our rules,
-not to the other tool's defaults. Left out: writing the recipe (init.py).
-"""
+In: the path of a YAML file of LLaMA-Factory, Axolotl or TRL, and where the recipe will stand (its
+paths are relative to that). Out: a Translation, whose values make a valid recipe. Keys that a
+config leaves out are left to our rules, not to the other tool's defaults. Left out: writing the
+recipe (init.py)."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ class Translation:
 def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Translation:
     """`given` are values that win, such as a model named on the command line.
 
-    Raises InputError with file:line when the file is not YAML, not a config of one of the tools, contradicts itself,
-    or asks for a kind of training that there is not.
-    """
+    Raises InputError with file:line when the file is not YAML, not a config of one of the tools,
+    contradicts itself, or asks for a kind of training that there is not."""
     document = read_yaml(config)
     for key, line in document.duplicates:
         raise InputError(
@@ -62,7 +61,8 @@ def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Tran
 
 
 def detect_tool(document: YamlMapping) -> tuple[str, str]:
-    """(tool, reason): the one that the most keys belong to. Raises InputError when that is none, or two."""
+    """(tool, reason): the one that the most keys belong to. Raises InputError when that is none, or
+    two."""
     keys = document.values.keys()
     signatures = {
         tool: [key for key in keys if key in signatures] for tool, (signatures, _) in TOOLS.items()
@@ -92,7 +92,8 @@ def detect_tool(document: YamlMapping) -> tuple[str, str]:
 
 
 def _drop_adapter_keys(draft: RecipeDraft) -> None:
-    """Their tools pass over adapter settings when all weights are trained; a recipe calls them a contradiction."""
+    """Their tools pass over adapter settings when all weights are trained; a recipe calls them a
+    contradiction."""
     if draft.values.get("method") == "full":
         for key in [
             key

@@ -1,8 +1,9 @@
-"""A recipe in the making: what another tool's config asked for, and what has become of each of its keys.
+"""A recipe in the making: what another tool's config asked for, and what has become of each of its
+keys.
 
-In: the config file, and where the recipe will stand. The topics take keys from the draft and put values into it, or
-leave a key with a reason. Out: `Left` entries and plain recipe values. What a key means is said in the other files.
-"""
+In: the config file, and where the recipe will stand. The topics take keys from the draft and put
+values into it, or leave a key with a reason. Out: `Left` entries and plain recipe values. What a
+key means is said in the other files."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class UntranslatedKey:
-    """A key of the other tool that the recipe does not have. `matters`: it may change what is trained."""
+    """A key of the other tool that the recipe does not have. `matters`: it may change what is
+    trained."""
 
     key: str
     value: Any
@@ -32,7 +34,8 @@ class UntranslatedKey:
 
 @dataclass
 class RecipeDraft:
-    """`given` shrinks as keys are taken; `values` and `notes` (where a value comes from) have our keys."""
+    """`given` shrinks as keys are taken; `values` and `notes` (where a value comes from) have our
+    keys."""
 
     document: YamlMapping
     config_path: Path
@@ -43,7 +46,8 @@ class RecipeDraft:
     untranslated: list[UntranslatedKey] = field(default_factory=list[UntranslatedKey])
 
     def pop_value(self, key: str) -> Any:
-        """The value of a key, None if it is not there; YAML reads 1e-4 as a text, which is meant as a number."""
+        """The value of a key, None if it is not there; YAML reads 1e-4 as a text, which is meant as
+        a number."""
         value = self.remaining.pop(key, None)
         return (
             float(value)
@@ -52,7 +56,8 @@ class RecipeDraft:
         )
 
     def pop_number(self, key: str) -> Any:
-        """A number, or None. Raises InputError with the line if it is something else, or beyond all measure."""
+        """A number, or None. Raises InputError with the line if it is something else, or beyond all
+        measure."""
         value = self.pop_value(key)
         if value is None:
             return None
@@ -65,7 +70,8 @@ class RecipeDraft:
         return value
 
     def pop_scalar(self, key: str) -> Any:
-        """One plain value, or None. Raises InputError with the line if it is a list or a mapping."""
+        """One plain value, or None. Raises InputError with the line if it is a list or a
+        mapping."""
         value = self.pop_value(key)
         if isinstance(value, (list, dict)):
             raise self.make_error(key, f"expected one value, found a {type(value).__name__}")
@@ -92,7 +98,8 @@ class RecipeDraft:
         return InputError(message, where=self.document.format_location((key,)), fix=fix)
 
     def find_path(self, text: str, *folders: Path) -> str | None:
-        """An existing file or folder as the recipe has to name it; theirs are relative to where the tool was run."""
+        """An existing file or folder as the recipe has to name it; theirs are relative to where the
+        tool was run."""
         search_dirs = (*folders, Path.cwd(), self.config_path.absolute().parent)
         for folder in search_dirs:
             path = folder / os.path.expanduser(text)
@@ -102,7 +109,8 @@ class RecipeDraft:
 
 
 def describe_format(row_format: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """A format of rows, and the columns (ours -> theirs) that have another name in the file than here."""
+    """A format of rows, and the columns (ours -> theirs) that have another name in the file than
+    here."""
     renamed = {
         column: str(config_column)
         for column, config_column in columns.items()

@@ -1,8 +1,7 @@
 """Keys of the other tools that a recipe does not have, and why: patterns of names with a reason.
 
-NEEDLESS changes nothing here, or is always so. LATER may change what is trained, or whether it fits. A key that is
-empty or false is skipped without a word: it asks for nothing.
-"""
+NEEDLESS changes nothing here, or is always so. LATER may change what is trained, or whether it
+fits. A key that is empty or false is skipped without a word: it asks for nothing."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The guard: folds the events of a run into verdicts. It reads numbers and decides; it computes and changes nothing.
+"""The guard: folds the events of a run into verdicts. It reads numbers and decides; it computes and
+changes nothing.
 
     guard.see(event) -> verdicts        of each step, what its loss and gradient say
     guard.judge(step) -> verdicts       what the measures of a probe say, beside those of step 0 on the same prompts
 
-A detector is a pure function of what was seen so far: (Seen) -> evidence, or nothing. A new one is a function and a
-line in DETECTORS. Every bound stands in BOUNDS and in docs/guides/guard.md. The same events give
-the same verdicts, so a resumed run folds what its folder holds. Left out: taking the measures (probes.py), going back
-and what is done differently then (guarded.py).
-"""
+A detector is a pure function of what was seen so far: (Seen) -> evidence, or nothing. A new one is
+a function and a line in DETECTORS. Every bound stands in BOUNDS and in docs/guides/guard.md. The
+same events give the same verdicts, so a resumed run folds what its folder holds. Left out: taking
+the measures (probes.py), going back and what is done differently then (guarded.py)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from tunesmith.core.types import Plan
 from tunesmith.evaluate.significance import compute_robust_sd
 from tunesmith.train.guard.history import EMA_SPAN, MEDIAN_WINDOW, START_STEPS, GuardHistory
 
-GUARD_KIND = (
-    "guard"  # the kind of the verdict that ends a look; those of detectors have the detector's name
-)
+# the kind of the verdict that ends a look; those of detectors have the detector's name
+GUARD_KIND = "guard"
 Level = Literal["ok", "warn", "rollback", "stop"]
 Family = Literal[
     "collapse", "forgetting", "watch"
@@ -33,21 +32,27 @@ Family = Literal[
 THRESHOLDS: dict[str, float] = {
     "loss rise": 0.20,  # of the moving average over its lowest, and a quarter of what was gained
     "loss above start": 0.20,  # of the moving average over the first steps
-    "loss spike": 8.0,  # robust standard deviations over the median of the last steps, and twice the median
+    # robust standard deviations over the median of the last steps, and twice the median
+    "loss spike": 8.0,
     "gradient spike": 10.0,  # times the running median
-    "rows harder than held-out": 0.5,  # nats of the last steps over the held-out loss of the probe before, and twice it
+    # nats of the last steps over the held-out loss of the probe before, and twice it
+    "rows harder than held-out": 0.5,
     "overfitting": 0.25,  # rise of the held-out loss over its lowest, while the training loss falls
     "repetition": 0.15,  # seq-rep-4 over the base's, and over LOOPING
     "sameness": 0.50,  # times the base's or the expected answers' distinct-2, whichever is less
     "one answer": 0.50,  # share of equal answers over the base's and the expected ones'
-    "learning": 0.50,  # times the base's loss of expected answers: below that, neither of the two above speaks
+    # times the base's loss of expected answers: below that, neither of the two above speaks
+    "learning": 0.50,
     "no end": 0.50,  # share of answers that end, below the base's and the expected ones'
     "end unlearnt": 1.0,  # nats of the end after an expected answer, over the least so far
     "empty": 0.25,  # times the base's and the expected length
     "loop": 0.25,  # zlib's bytes a byte, and half of the base's
-    "gibberish": 1.50,  # nats a token under the base, over what it finds of its own and of the expected answers
-    "foreign": 0.25,  # share of letters in scripts of neither prompts nor expected answers, over the base's
-    "foreign answers": 0.50,  # share of answers in a language of neither prompts nor expected answers, over the base's
+    # nats a token under the base, over what it finds of its own and of the expected answers
+    "gibberish": 1.50,
+    # share of letters in scripts of neither prompts nor expected answers, over the base's
+    "foreign": 0.25,
+    # share of answers in a language of neither prompts nor expected answers, over the base's
+    "foreign answers": 0.50,
     "form": 0.50,  # share of answers with the right form, below the best so far
     "constraint": 0.25,  # share of answers that break one, over the base's
     "certain": 0.30,  # times the base's entropy of the next token
@@ -121,8 +126,8 @@ def gradient_spike(history: GuardHistory) -> str:
 
 
 def train_loss_above_eval(history: GuardHistory) -> str:
-    """Wrong answers stay as hard as they were, however well the right ones are learnt. Beside the held-out loss of the
-    probe before: what is just being learnt is ahead of the last steps."""
+    """Wrong answers stay as hard as they were, however well the right ones are learnt. Beside the
+    held-out loss of the probe before: what is just being learnt is ahead of the last steps."""
     eval_losses = history.probe_scores.get("answer_loss", [])
     if len(eval_losses) < 2 or len(history.steps) <= MIN_STEPS:
         return ""
@@ -167,8 +172,8 @@ def repetition(history: GuardHistory) -> str:
 
 
 def is_learning(history: GuardHistory) -> bool:
-    """The right answers became far likelier. Who learns to answer with one of three words says the commonest one to
-    all at first; who collapsed to one answer finds the right ones no likelier."""
+    """The right answers became far likelier. Who learns to answer with one of three words says the
+    commonest one to all at first; who collapsed to one answer finds the right ones no likelier."""
     current = history.get_latest("answer_loss")
     return current is not None and current < THRESHOLDS["learning"] * history.get_baseline(
         "answer_loss"
@@ -374,8 +379,8 @@ DETECTORS: dict[str, Detector] = {
 
 
 class TrainingGuard:
-    """`judged`: the last step that a look, or without probes a step, found nothing against. A detector speaks when it
-    begins to find something, not as long as it does."""
+    """`judged`: the last step that a look, or without probes a step, found nothing against. A
+    detector speaks when it begins to find something, not as long as it does."""
 
     def __init__(
         self,
@@ -419,7 +424,8 @@ class TrainingGuard:
 
     @property
     def safe_step(self) -> int:
-        """A step that stays good whatever is found next: an average is late, it began to rise where it was lowest."""
+        """A step that stays good whatever is found next: an average is late, it began to rise where
+        it was lowest."""
         return (
             min(self.last_good_step, self.history.lowest_step)
             if self.history.steps

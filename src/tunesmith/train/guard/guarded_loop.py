@@ -2,12 +2,12 @@
 
     Course(run, bench, before).events() -> the events of training, while it is guarded
 
-After a step whatever is due is looked at: held-out rows, probes. The guard judges, then a checkpoint is saved, so none
-is written of a state that was just found bad. When the guard says so the run goes back to its newest checkpoint that a
-later look found nothing against, and on from there, changed. At the end the best checkpoint is taken. All that is
-decided follows from events; a resumed run reads its own, and decides the same. Left out: what is bad (train/guard.py),
-what is changed then (goingback.py), which is the best (train/selection.py).
-"""
+After a step whatever is due is looked at: held-out rows, probes. The guard judges, then a
+checkpoint is saved, so none is written of a state that was just found bad. When the guard says so
+the run goes back to its newest checkpoint that a later look found nothing against, and on from
+there, changed. At the end the best checkpoint is taken. All that is decided follows from events; a
+resumed run reads its own, and decides the same. Left out: what is bad (train/guard.py), what is
+changed then (goingback.py), which is the best (train/selection.py)."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class RunContext:
 
 
 class GuardedTraining:
-    """A training under guard. `training` stands where it is; `saved` is the newest step with a checkpoint, `steps` are
-    those that were taken in the end."""
+    """A training under guard. `training` stands where it is; `saved` is the newest step with a
+    checkpoint, `steps` are those that were taken in the end."""
 
     def __init__(self, context: RunContext, session: Session, baseline: EvalResults) -> None:
         self.context, self.session, self.baseline, self.plan = (
@@ -123,7 +123,8 @@ class GuardedTraining:
     # ------------------------------------------------------------ the start
 
     def _start(self) -> Iterator[Event]:
-        """The first probe is of the model before training: weights of a checkpoint come after it."""
+        """The first probe is of the model before training: weights of a checkpoint come after
+        it."""
         if self.is_guarding and self.plan["probe_steps"] and not self.probes:
             yield CheckResult(
                 "probes",
@@ -161,7 +162,8 @@ class GuardedTraining:
         yield from events
 
     def _replay_history(self, events: list[Event]) -> None:
-        """What guard and selection know, from what was seen before; of a look that was cut short, nothing."""
+        """What guard and selection know, from what was seen before; of a look that was cut short,
+        nothing."""
         self.history = events
         self.guard, self.eval_points = (
             TrainingGuard.from_plan(self.plan, is_probing=self.is_probing),
@@ -232,7 +234,8 @@ class GuardedTraining:
     # ------------------------------------------------------------ looks
 
     def _is_eval_due(self) -> bool:
-        """At held-out rows: where the plan says so, and once more at the end if there is something to compare."""
+        """At held-out rows: where the plan says so, and once more at the end if there is something
+        to compare."""
         step = self.training.step
         return self.context.items.has_training_eval and (
             step % self.plan["eval_steps"] == 0
@@ -252,7 +255,8 @@ class GuardedTraining:
         )
 
     def _evaluate_if_due(self, verdicts: list[CheckResult]) -> Iterator[Event]:
-        """Whatever is due, ending in one verdict; those that the guard decides by are added to `verdicts`."""
+        """Whatever is due, ending in one verdict; those that the guard decides by are added to
+        `verdicts`."""
         if not self._is_due():
             return
         step, scores = self.training.step, list[Score]()
@@ -311,7 +315,8 @@ class GuardedTraining:
     # ------------------------------------------------------------ back, and the end
 
     def _find_good_step(self) -> int | None:
-        """The newest checkpoint that nothing was found against since; the one before, where that was tried already."""
+        """The newest checkpoint that nothing was found against since; the one before, where that
+        was tried already."""
         candidates = [
             step
             for step in self.context.folder.list_saved_steps()
@@ -376,7 +381,8 @@ class GuardedTraining:
 
 
 def _parse_events(events: list[Json], step: int) -> list[Event]:
-    """What a run's folder holds of the steps up to this one, as far as guard and selection fold it."""
+    """What a run's folder holds of the steps up to this one, as far as guard and selection fold
+    it."""
     event_classes = {"step": TrainStep, "score": Score}
     parsed_events: list[Event] = []
     for event in events:

@@ -1,7 +1,8 @@
-"""What a guard has seen of a run so far: steps with the moving average of their loss, and the measures of probes.
+"""What a guard has seen of a run so far: steps with the moving average of their loss, and the
+measures of probes.
 
-In: StepResults and Scores, in the order of the way that counts. Left out: what they mean (guard.py).
-"""
+In: StepResults and Scores, in the order of the way that counts. Left out: what they mean
+(guard.py)."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class GuardHistory:
     def add_step(self, step: TrainStep) -> None:
         rate = 2 / (EMA_SPAN + 1)
         previous = self.loss_averages[-1] if self.loss_averages else step.loss
-        # While there are few, the plain mean: an average that starts at one step follows that one for too long.
+        # While there are few, the plain mean: an average that starts at one step follows that one
+        # for too long.
         rate = max(rate, 1 / (len(self.loss_averages) + 1))
         self.loss_averages.append(previous + rate * (step.loss - previous))
         self.steps.append(step)

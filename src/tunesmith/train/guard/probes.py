@@ -1,13 +1,14 @@
-"""Probes: what the model says while it trains, on a few fixed prompts, and how far it is from where it began.
+"""Probes: what the model says while it trains, on a few fixed prompts, and how far it is from where
+it began.
 
     probe_set(plan, facts, texts) -> ProbeSet   prompts of eval_data, never of test_data; short general texts
     Probes(bench, chosen).take(step, optimizer) -> Scores and Samples
 
-A probe writes short greedy answers, and reads them with the adapter off: would the base write that? It reads the
-expected answers, and text that is not trained: the general texts if there are any, else the prompts themselves. All
-measures are by item, and those of step 0 are what later ones are compared with. Nothing here changes the model, and no
-random number of training is used. Left out: which numbers are bad (train/guard.py), when to look (guarded.py).
-"""
+A probe writes short greedy answers, and reads them with the adapter off: would the base write that?
+It reads the expected answers, and text that is not trained: the general texts if there are any,
+else the prompts themselves. All measures are by item, and those of step 0 are what later ones are
+compared with. Nothing here changes the model, and no random number of training is used. Left out:
+which numbers are bad (train/guard.py), when to look (guarded.py)."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ from tunesmith.train.update_norms import (
 )
 
 MAX_PROMPT_TOKENS = 64  # of a text that is gone on with
-CANDIDATES_PER_PROMPT = 4  # rows looked at for each prompt that is taken: the shortest are, since prompts cost what they are long
+# rows looked at for each prompt that is taken: the shortest are, since prompts cost what they are
+# long
+CANDIDATES_PER_PROMPT = 4
 MAX_TEXTS, MAX_TEXT_CHARS = 8, 512
 MAX_POSITIONS = 128  # whose whole distribution is compared
 RATE_METRICS = {"same_answer", "end_rate", "json", "language"}  # 0 or 1 an answer
@@ -66,7 +69,8 @@ PROMPT_ROLES = (
 
 @dataclass(frozen=True)
 class GuardPrompt:
-    """A prompt, and the document of the prompt and the expected answer, whose last target ends it if `ends`."""
+    """A prompt, and the document of the prompt and the expected answer, whose last target ends it
+    if `ends`."""
 
     question: EvalPrompt
     document: Document
@@ -89,7 +93,8 @@ class GuardPromptSet:
 def build_prompt_set(
     plan: Plan, inputs: RunInputs, texts: Sequence[GeneralText]
 ) -> GuardPromptSet | None:
-    """None when no role has two prompts: of one prompt nothing can be said. `texts`: those of `retention_data`."""
+    """None when no role has two prompts: of one prompt nothing can be said. `texts`: those of
+    `retention_data`."""
     short_texts = _truncate_texts(texts)
     for role in PROMPT_ROLES:
         if role in inputs.datasets:
@@ -193,7 +198,8 @@ def _build_document(prompt_length: int, row_id: str, tokens_L: np.ndarray) -> Do
 
 
 class GenerationProbe:
-    """The probes of a run. The first `take` is of the model before training: what later ones are compared with."""
+    """The probes of a run. The first `take` is of the model before training: what later ones are
+    compared with."""
 
     def __init__(self, session: Session, prompt_set: GuardPromptSet) -> None:
         self.session, self.prompt_set = session, prompt_set
@@ -352,7 +358,8 @@ class GenerationProbe:
             )
 
     def _measure_expected_loss(self) -> list[MetricValues]:
-        """How likely expected answers and their ends are; and, without general texts, what became of the prompts."""
+        """How likely expected answers and their ends are; and, without general texts, what became
+        of the prompts."""
         prompts, ids = (
             self.prompt_set.prompts,
             tuple(prompt.question.id for prompt in self.prompt_set.prompts),
@@ -412,7 +419,8 @@ class GenerationProbe:
     def _measure_drift(
         self, ids: tuple[str, ...], stats: list[_DocumentStats]
     ) -> list[MetricValues]:
-        """Text that nothing trains, beside what the model before training found of it: the first readings."""
+        """Text that nothing trains, beside what the model before training found of it: the first
+        readings."""
         self._base_stats = self._base_stats or stats
         kl = [
             current.compute_kl(base) for current, base in zip(stats, self._base_stats, strict=True)
@@ -429,8 +437,8 @@ class GenerationProbe:
 
 @dataclass(frozen=True, eq=False)
 class _DocumentStats:
-    """What a model found of a document: nats and number of its targets, of the last one, and its whole distribution at
-    a few places [P, V], as log-probabilities."""
+    """What a model found of a document: nats and number of its targets, of the last one, and its
+    whole distribution at a few places [P, V], as log-probabilities."""
 
     nats: float
     count: int
@@ -450,7 +458,8 @@ class _DocumentStats:
 def _measure_documents(
     session: Session, requests: Sequence[tuple[Document, int]]
 ) -> list[_DocumentStats]:
-    """Of each document, with so many places, evenly spaced over what is no answer, or over all of a text."""
+    """Of each document, with so many places, evenly spaced over what is no answer, or over all of a
+    text."""
     sampled_positions = [_sample_positions(document, count) for document, count in requests]
     weighted_documents: list[Document] = []
     for (document, _), positions in zip(requests, sampled_positions, strict=True):

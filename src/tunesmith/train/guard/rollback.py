@@ -2,10 +2,10 @@
 
     (detector, where it went back to) -> Rollback
 
-Three ways, the first that fits. What forgets is rehearsed more, if general rows are rehearsed at all. Rows that the
-good model finds far less likely than all others were the fault, if there are a few of them: they are left out, by name.
-Else the learning rate is halved. Left out: when to go back, and to where (guarded.py).
-"""
+Three ways, the first that fits. What forgets is rehearsed more, if general rows are rehearsed at
+all. Rows that the good model finds far less likely than all others were the fault, if there are a
+few of them: they are left out, by name. Else the learning rate is halved. Left out: when to go
+back, and to where (guarded.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from tunesmith.train.loop import TrainingLoop
 
 LR_FACTOR = 0.5  # times the learning rate
 OUTLIER_SDS = 6.0  # robust standard deviations over the median row's loss, and twice that
-MIN_EXCESS_NATS = 0.5  # nats a token over it: once rows are learnt, the hardest have several times the median and are still right
+# nats a token over it: once rows are learnt, the hardest have several times the median and are
+# still right
+MIN_EXCESS_NATS = 0.5
 MAX_ROW_SHARE = 0.4  # of those looked at: more are no exception
 MAX_DOCUMENTS = 512  # documents at most
 MAX_SHOWN_ROWS = 5

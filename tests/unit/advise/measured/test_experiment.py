@@ -1,4 +1,5 @@
-"""`advise --measure` from rows to a verdict, on a tiny model: what is asked, what is kept, what is refused."""
+"""`advise --measure` from rows to a verdict, on a tiny model: what is asked, what is kept, what is
+refused."""
 
 from __future__ import annotations
 

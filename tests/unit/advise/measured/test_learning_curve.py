@@ -1,4 +1,5 @@
-"""The learning curve finds the curve that made the points, and says nothing where it knows nothing."""
+"""The learning curve finds the curve that made the points, and says nothing where it knows
+nothing."""
 
 from __future__ import annotations
 

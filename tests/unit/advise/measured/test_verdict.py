@@ -1,4 +1,5 @@
-"""The verdict is the cheapest way that is not shown to be worse than the best, and says what it does not know."""
+"""The verdict is the cheapest way that is not shown to be worse than the best, and says what it
+does not know."""
 
 from __future__ import annotations
 

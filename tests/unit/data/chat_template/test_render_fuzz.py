@@ -1,4 +1,5 @@
-"""Rows made of pieces of control tokens: no control token comes out of them, and the mask does not move."""
+"""Rows made of pieces of control tokens: no control token comes out of them, and the mask does not
+move."""
 
 from datetime import datetime
 from importlib.resources import files

@@ -1,4 +1,5 @@
-"""Real tokenizers: golden rows with a reduced tokenizer, and random rows with the full ones where they are given."""
+"""Real tokenizers: golden rows with a reduced tokenizer, and random rows with the full ones where
+they are given."""
 
 import json
 import os

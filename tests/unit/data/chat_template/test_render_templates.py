@@ -1,4 +1,5 @@
-"""Every chat template that trl ships, beside transformers: text, ids, and spans from an oracle without origins."""
+"""Every chat template that trl ships, beside transformers: text, ids, and spans from an oracle
+without origins."""
 
 import re
 from datetime import datetime
@@ -25,7 +26,8 @@ TOKENS = re.compile(
 )
 PARTS = ("idefics3", "llava_next", "smolvlm")
 
-# The token that ends an answer, and one that calls a tool if that differs; read in the templates by hand.
+# The token that ends an answer, and one that calls a tool if that differs; read in the templates by
+# hand.
 ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "deepseek": "<｜end▁of▁sentence｜>",
@@ -47,8 +49,8 @@ ENDS = {
 }
 FORCED_THINKING = "asks for an answer with"
 NO_CALLS = r"writes nothing of message 3|does not write the tool calls"
-# What is refused though transformers renders it. Templates that begin every answer with thinking cannot ask for one
-# without, and the other way round; `enable_thinking` changes that for some.
+# What is refused though transformers renders it. Templates that begin every answer with thinking
+# cannot ask for one without, and the other way round; `enable_thinking` changes that for some.
 REFUSED = {
     "deepseek_r1_distill": ("*", FORCED_THINKING),
     "deepseek_r1_distill_training": ("* -thinking_in_text", FORCED_THINKING),
@@ -139,7 +141,8 @@ class Oracle:
         )
 
     def answer(self, turn: int) -> str:
-        """From the end of the prompt through the last end token; to the end of the text if there is none."""
+        """From the end of the prompt through the last end token; to the end of the text if there is
+        none."""
         answer = self.text(turn + 1).removeprefix(self.text(turn, prompt=True))
         end = self.ends[-1] if "tool_calls" in self.messages[turn] else self.ends[0]
         return answer[: answer.rindex(end) + len(end)] if end else answer

@@ -100,7 +100,8 @@ def test_turns_that_the_template_writes_differently_later_are_documents_of_their
     assert len(renderer.render_documents(example(*same)).documents) == 1
 
 
-SYSTEM_LAST = (  # as Mistral's: the system message stands before the last question, and nowhere if an answer follows
+# as Mistral's: the system message stands before the last question, and nowhere if an answer follows
+SYSTEM_LAST = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' }}{% if loop.last and messages[0].role == "
     "'system' %}{{ messages[0].content + ' ' }}{% endif %}{{ m.content + '[ANSWER]' }}{% elif m.role == 'assistant' %}"
     "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"

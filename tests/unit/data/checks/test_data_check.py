@@ -28,7 +28,8 @@ def chat(user, answer):
 
 @pytest.fixture
 def report(write, words):
-    """Roles of rows -> the findings of the last role by name of the check, the reports beside it."""
+    """Roles of rows -> the findings of the last role by name of the check, the reports beside
+    it."""
 
     def of(*, schema=None, pairs=False, **roles):
         opened = {}

@@ -1,4 +1,5 @@
-"""Rows as other tools write them: ShareGPT, Alpaca, preferences of TRL and OpenAI, fine-tuning files of OpenAI."""
+"""Rows as other tools write them: ShareGPT, Alpaca, preferences of TRL and OpenAI, fine-tuning
+files of OpenAI."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Rows of columns asked in several forms: by their content, with examples that train and are never the row itself."""
+"""Rows of columns asked in several forms: by their content, with examples that train and are never
+the row itself."""
 
 import json
 from collections import Counter

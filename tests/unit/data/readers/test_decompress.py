@@ -1,4 +1,5 @@
-"""The files that rows come in: each gives the rows that were put into it, in any order, and says where they stand."""
+"""The files that rows come in: each gives the rows that were put into it, in any order, and says
+where they stand."""
 
 import csv
 import gzip

@@ -1,4 +1,5 @@
-"""Tests 1 to 9 and 14 of the list of faults: what a row or a file can have wrong, and what becomes of it."""
+"""Tests 1 to 9 and 14 of the list of faults: what a row or a file can have wrong, and what becomes
+of it."""
 
 import gzip
 import json
@@ -117,7 +118,8 @@ def test_fault_01_the_next_attempt_may_skip_bad_rows_and_records_their_count(
 
 
 def test_rejected_rows_take_the_place_of_no_other_file(tiny_folder: Path, tmp_path: Path) -> None:
-    """Also when the file is one of the recipe's own, and without a bad row, when nothing would be written."""
+    """Also when the file is one of the recipe's own, and without a bad row, when nothing would be
+    written."""
     wish = recipe(tiny_folder, tmp_path)
     for path in (Path(str(wish.data[0].path)), tmp_path / "notes.txt", tmp_path / "folder"):
         if path.name == "folder":

@@ -1,4 +1,5 @@
-"""The tokenizer.json of a stranger: what would blow text up, match everywhere or make Rust panic is refused."""
+"""The tokenizer.json of a stranger: what would blow text up, match everywhere or make Rust panic is
+refused."""
 
 import base64
 import json

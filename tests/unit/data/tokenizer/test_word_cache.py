@@ -1,4 +1,5 @@
-"""Texts by their words: the library's own ids for any text, from tokenizers that it is exact for, and only those."""
+"""Texts by their words: the library's own ids for any text, from tokenizers that it is exact for,
+and only those."""
 
 import json
 from typing import Any

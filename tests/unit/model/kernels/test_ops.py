@@ -135,7 +135,8 @@ def test_a_target_outside_the_vocabulary_is_an_error(dtype: torch.dtype, target:
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 2), (5, 97), (3, 4099)])
 @pytest.mark.parametrize("spread", [0.01, 3.0])
 def test_divergence(rows: int, vocabulary: int, scale: float, cap: float, spread: float) -> None:
-    """Also of logits that have hardly moved, where the KL is far smaller than what it is the difference of."""
+    """Also of logits that have hardly moved, where the KL is far smaller than what it is the
+    difference of."""
     base, targets = random(rows, vocabulary, spread=5), torch.arange(rows) % vocabulary
     tuned = (base.float() + random(rows, vocabulary, seed=1, spread=spread).float()).bfloat16()
     exact = ops.kl_divergence(base.double(), tuned.double(), targets, scale, cap)

@@ -1,4 +1,5 @@
-"""Configs of other tools become recipes that load; what could not be translated is named, nothing is made up."""
+"""Configs of other tools become recipes that load; what could not be translated is named, nothing
+is made up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`tunesmith init --from`: the file that is written loads, says where its values come from, and lists what is left."""
+"""`tunesmith init --from`: the file that is written loads, says where its values come from, and
+lists what is left."""
 
 from __future__ import annotations
 

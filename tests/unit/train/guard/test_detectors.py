@@ -1,4 +1,5 @@
-"""The guard folds numbers into verdicts: each detector speaks on what it is for, and on nothing else."""
+"""The guard folds numbers into verdicts: each detector speaks on what it is for, and on nothing
+else."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def test_a_detector_speaks_once_on_its_measure_alone(
 
 
 def test_the_commonest_answer_comes_first() -> None:
-    """Of three classes one is said to all prompts while the right ones have become far likelier: that is learning."""
+    """Of three classes one is said to all prompts while the right ones have become far likelier:
+    that is learning."""
     alike = {"distinct": 0.2, "same_answer": 0.75}
     assert probe(begun(), 10, **alike, answer_loss=0.5) == []
     assert {one.kind for one in probe(begun(), 10, **alike, answer_loss=1.1)} == {

@@ -1,4 +1,5 @@
-"""A run under guard: what it sees, how it goes back and on, which checkpoint it keeps; and that it changes nothing."""
+"""A run under guard: what it sees, how it goes back and on, which checkpoint it keeps; and that it
+changes nothing."""
 
 from __future__ import annotations
 
@@ -293,8 +294,17 @@ def test_stop_and_warn_and_off_are_obeyed(learnt: Path, tmp_path: Path) -> None:
 def test_it_goes_back_three_times_and_no_more(learnt: Path, tmp_path: Path) -> None:
     """Far too high a rate: each time with half of what it was."""
     files = measured_files(tmp_path)
-    wish = recipe(learnt, tmp_path, **files, data=str(write_rows(tmp_path / "rows.jsonl", sums(1, 24))), save_steps=1,
-                  learning_rate=1.0, warmup_ratio=0.5, guard={"probe_steps": 1, "forgetting": "off"})  # fmt: skip
+    wish = recipe(
+        learnt,
+        tmp_path,
+        **files,
+        data=str(write_rows(tmp_path / "rows.jsonl", sums(1, 24))),
+        save_steps=1,
+        # fmt: skip
+        learning_rate=1.0,
+        warmup_ratio=0.5,
+        guard={"probe_steps": 1, "forgetting": "off"},
+    )
     events = run.train(plan_of(wish))
     seen: list[Event] = []
     with pytest.raises(GateError, match="went back 3 times already"):
