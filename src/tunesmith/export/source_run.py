@@ -77,7 +77,7 @@ class SourceRun:
             for row_path, tensors in self.token_rows.items()
             if network
         }
-        return replace(self, loras=loras, dataset=token_rows, scale=self.scale * factor)
+        return replace(self, loras=loras, token_rows=token_rows, scale=self.scale * factor)
 
     @property
     def changes(self) -> WeightDeltas:

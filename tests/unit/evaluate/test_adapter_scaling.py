@@ -304,5 +304,5 @@ def test_a_scale_that_gains_more_than_the_whole_adapter_counts_as_more() -> None
     assert best.scale == 0.5
     assert compute_gain_share(curve, best) == pytest.approx(1.1)
     assert recommend_scale(
-        tuple(dataclasses.replace(point, general=None) for point in curve)
-    ) == dataclasses.replace(best, general=None)
+        tuple(dataclasses.replace(point, general_text=None) for point in curve)
+    ) == dataclasses.replace(best, general_text=None)

@@ -35,7 +35,7 @@ def test_the_live_model_is_the_one_that_was_trained(narrow: Path, tmp_path: Path
             for batch in batches
         )
     ours = compute_live_logits(job.run, job.examples)
-    original = compute_live_logits(dataclasses.replace(job.run, narrow=frozenset()), job.examples)
+    original = compute_live_logits(dataclasses.replace(job.run, quantized_paths=frozenset()), job.examples)
     assert compute_mean_kl(trained, ours) < 1e-9
     assert compute_mean_kl(trained, original) > 1e-4
 

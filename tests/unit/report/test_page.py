@@ -293,7 +293,7 @@ def hostile_run(path: Path) -> Path:
     )
     choices = {
         **fake_runs.PLAN.choices,
-        "template": replace(fake_runs.PLAN.choices["method"], value=HOSTILE, why=HOSTILE),
+        "template": replace(fake_runs.PLAN.choices["method"], value=HOSTILE, reason=HOSTILE),
     }
     plan = replace(
         fake_runs.PLAN,

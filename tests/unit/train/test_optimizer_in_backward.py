@@ -22,7 +22,7 @@ UNCLIPPED = dataclasses.replace(SETTINGS, max_grad_norm=0.0, pack_length=10**6)
 def training(
     *, in_backward: bool = True, name: str = "llama-64", **changed: object
 ) -> TrainingLoop:
-    settings = dataclasses.replace(UNCLIPPED, in_backward=in_backward, **changed)  # type: ignore[arg-type]
+    settings = dataclasses.replace(UNCLIPPED, step_in_backward=in_backward, **changed)  # type: ignore[arg-type]
     return TrainingLoop(tiny_model(name, method="full"), documents_of, settings)
 
 

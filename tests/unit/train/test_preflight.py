@@ -337,7 +337,7 @@ def sharing(
     model, probe = ready(family, dtype)
     alike = choose_sharing_documents(branching_documents())
     assert len(alike) == 3
-    return model, dataclasses.replace(probe, alike=alike)
+    return model, dataclasses.replace(probe, sharing_documents=alike)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -263,7 +263,7 @@ def test_methods_stand_side_by_side() -> None:
     one = estimate_method(plan)
     table = printed(
         render_method_estimates(
-            [one, dataclasses.replace(one, seconds=(59.4, 18_420.0), fits_on="b200", fits=False)]
+            [one, dataclasses.replace(one, seconds=(59.4, 18_420.0), fits_on="b200", has_enough_memory=False)]
         )
     )
     assert "x7 (x4 to x12)" in table

@@ -91,7 +91,7 @@ def test_the_adapter_as_llama_cpp_applies_it(job: ExportJob) -> None:
         "adapter",
         "lora",
     ]
-    plain = replace(job, run=replace(job.run, loras={}), kind="f16")
+    plain = replace(job, run=replace(job.run, loras={}), export_type="f16")
     write_gguf(plain)
     base = {tensor.name: tensor.data for tensor in gguf.GGUFReader(get_model_path(plain)).tensors}
     halves = {tensor.name: tensor.data for tensor in adapter.tensors}

@@ -29,7 +29,7 @@ def test_no_answer_completes_a_banned_sequence(
     free = [GenerationRequest(prompt, 12) for prompt in prompts]
     first = answers(model, free, spell)
     bans = [(said[0],) if i % 2 else said[2:5] for i, said in enumerate(first)]
-    asked = [replace(request, banned=(ban,)) for request, ban in zip(free, bans, strict=True)]
+    asked = [replace(request, bad_words_ids=(ban,)) for request, ban in zip(free, bans, strict=True)]
     second = answers(model, [*asked, free[0]], spell)
     for i, (said, ban) in enumerate(zip(second[:-1], bans, strict=True)):
         assert not holds(said, ban)
