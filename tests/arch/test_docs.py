@@ -117,7 +117,7 @@ def test_every_verb_has_a_page_with_its_options() -> None:
     for name, verb in app.VERBS.items():
         page = (DOCS / f"{PAGES.get(name, name)}.md").read_text()
         assert f"tunesmith {name}" in page, name
-        positional = {"wish", "folder", "path", "as_json", "from_config", "target", "a", "b"}
+        positional = {"args", "folder", "path", "as_json", "from_config", "target", "a", "b"}
         options = set(inspect.signature(verb).parameters) - positional
         assert {
             option for option in options if f"--{option.replace('_', '-')}" not in page

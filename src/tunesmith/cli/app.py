@@ -300,7 +300,7 @@ def build_app() -> typer.Typer:
     groups = {name: typer.Typer(help=text) for name, text in GROUPS.items()}
     for name, verb in VERBS.items():
         *group, last = name.split()
-        has_args = "wish" in inspect.signature(verb).parameters
+        has_args = "args" in inspect.signature(verb).parameters
         parent = groups[group[0]] if group else app
         parent.command(last, context_settings={"ignore_unknown_options": has_args})(verb)
     for name, group in groups.items():

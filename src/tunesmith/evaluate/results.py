@@ -120,7 +120,7 @@ def _build_change_fields(counts: tuple[int, int] | None, higher_is_better: bool)
     if counts is None:
         return {}
     gains, losses = counts if higher_is_better else counts[::-1]
-    return {"gains": gains, "losses": losses, "p": compute_mcnemar_p(gains, losses)}
+    return {"improved": gains, "worsened": losses, "p_value": compute_mcnemar_p(gains, losses)}
 
 
 def select_sample_pairs(

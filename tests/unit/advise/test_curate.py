@@ -25,7 +25,7 @@ ROWS = [
 @pytest.fixture
 def known(tiny_folder: Path, tmp_path: Path) -> RunInputs:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return tunesmith.verbs.gather(model=str(tiny_folder), data=str(tmp_path / "train.jsonl"))
+    return tunesmith.api.load_inputs(model=str(tiny_folder), data=str(tmp_path / "train.jsonl"))
 
 
 def nats(network: torch.nn.Module, tokens: list[int], first: int) -> float:

@@ -10,6 +10,7 @@ import pytest
 
 import tunesmith
 from tiny_runs import measured_files, recipe, sums, write_rows
+from tunesmith.advise import data_ablation
 from tunesmith.advise.data_ablation import AblationResult, SubsetRun, summarize_ablation
 from tunesmith.cli.views.curate import format_conclusion
 from tunesmith.core.errors import InputError
@@ -62,7 +63,8 @@ def test_every_subset_starts_from_the_same_weights_and_is_trained_on_its_rows(
 ) -> None:
     folder = chosen(tmp_path / "golden")
     monkeypatch.setattr(
-        "tunesmith.advise.data_ablation.read_manifest",
+        data_ablation,
+        "read_manifest",
         lambda _: {"source": known.datasets["data"].fingerprint},
     )
     *trained, proof = tunesmith.data_prove(known, folder=folder, steps=5, seeds=2)
@@ -94,9 +96,7 @@ def test_it_needs_held_out_rows_and_the_rows_that_were_chosen_from(
         next(tunesmith.data_prove(without, folder=tmp_path))
     assert "--eval-split" in refusal.value.fix
     known = gathered(tiny_folder, tmp_path)
-    monkeypatch.setattr(
-        "tunesmith.advise.data_ablation.read_manifest", lambda _: {"source": "of other rows"}
-    )
+    monkeypatch.setattr(data_ablation, "read_manifest", lambda _: {"source": "of other rows"})
     with pytest.raises(InputError, match="made of other rows"):
         next(tunesmith.data_prove(known, folder=chosen(tmp_path / "golden")))
 

@@ -9,7 +9,7 @@ from tunesmith.recipe.fields import DataSource
 
 
 def texts(dataset):
-    return [dataset.example(i).text for i in range(len(dataset))]
+    return [dataset.read_example(i).text for i in range(len(dataset))]
 
 
 def open_rows(write, words, rows):

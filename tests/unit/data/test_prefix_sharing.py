@@ -55,7 +55,7 @@ def told(batch, place):
     """The tokens that a document of a pack feeds and predicts, read off the forest alone."""
     last = int(batch.positions_S[batch.document_S == place].max())
     ends = np.cumsum(batch.layout.lengths)
-    path = batch.layout.path(int(np.searchsorted(ends, last, side="right")))
+    path = batch.layout.get_path(int(np.searchsorted(ends, last, side="right")))
     seen = [i for s in path for i in range(batch.layout.starts[s], ends[s]) if i <= last]
     assert batch.positions_T[seen].tolist() == list(range(len(seen)))
     target = batch.targets_S[(batch.document_S == place) & (batch.positions_S == last)]

@@ -34,7 +34,7 @@ def opened(renderer: Renderer, path: Path, rows: list[Json]) -> Dataset:
 
 def rehearsal(rows: Dataset, **changed: object) -> RehearsalSampler:
     tokens = sum(len(document) for i in range(len(rows)) for document in rows.render_documents(i))
-    values = {"tokens": tokens, "length": 1000, "step_tokens": 300.0, "ratio": 0.1, "seed": 0}
+    values = {"total_tokens": tokens, "max_tokens": 1000, "step_tokens": 300.0, "ratio": 0.1, "seed": 0}
     return RehearsalSampler.from_dataset(rows, **(values | changed))  # type: ignore[arg-type]
 
 

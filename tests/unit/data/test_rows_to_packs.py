@@ -64,7 +64,9 @@ def test_every_answer_with_its_end_token_arrives_as_targets(opened, renderer):
         chat("a", "one €"), chat("b", "two", "c", "three"), chat("dd", "{}"), chat("e" * 40, "four")
     )
     schedule = StepSampler(len(dataset), 2, 1.0, seed=0)
-    steps = prefetch(schedule.iter_steps(), lambda step: [dataset.prepare(row) for row in step[1]])
+    steps = prefetch(
+        schedule.iter_steps(), lambda step: [dataset.prepare_row(row) for row in step[1]]
+    )
     answers: dict[str, str] = {}
     for prepared in steps:
         for pack in pack_step([document for row in prepared for document in row.documents], 64):
@@ -81,7 +83,7 @@ def test_every_answer_with_its_end_token_arrives_as_targets(opened, renderer):
 
 def test_tokens_are_shown_as_they_are_trained_and_forged_ones_are_told_apart(opened, renderer):
     dataset = opened(chat("<|im_end|> 😀", "ok\n"))
-    header, tokens, note = (text.plain for text in render_preview(dataset.prepare(0), renderer))
+    header, tokens, note = (text.plain for text in render_preview(dataset.prepare_row(0), renderer))
     assert header.startswith("train.jsonl:1  ")
     assert (
         tokens
@@ -106,13 +108,13 @@ def test_the_check_names_forged_control_text_and_losses(opened):
 
 def test_completions_become_chats_with_a_template(opened, renderer):
     dataset = opened({"prompt": "2+2?", "completion": "4"})
-    (document,) = dataset.documents(0)
+    (document,) = dataset.render_documents(0)
     assert renderer.decode(document.tokens_L) == (
         "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
     )
 
 
 def test_plain_text_is_trained_from_its_second_token_to_its_end_token(opened, renderer):
-    (document,) = opened({"text": "ab"}).documents(0)
+    (document,) = opened({"text": "ab"}).render_documents(0)
     assert renderer.decode(document.tokens_L) == "ab<|im_end|>"
     assert document.weights_L.tolist() == [0, 1, 1]

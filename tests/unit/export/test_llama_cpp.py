@@ -14,7 +14,7 @@ import torch
 from llama_cpp_build import llama_cpp_site
 from tiny_export import job_of, save_model, save_run
 from tiny_runs import train
-from tunesmith.evaluate import finished_run
+from tunesmith.export.export import export_run
 from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path, write_gguf, write_lora
 from tunesmith.export.parity import (
     MAX_NEW_TOKENS,
@@ -174,7 +174,7 @@ def test_smollm2_answers_there_as_here(
     real_live: ParityOutputs,
     tmp_path: Path,
 ) -> None:
-    made = finished_run.export_run(real_run, "ollama", kind=kind, out=tmp_path / "ollama")
+    made = export_run(real_run, "ollama", kind=kind, out=tmp_path / "ollama")
     assert made.parity.same_prompts == made.parity.prompts == 8
     job = job_of(real_run, tmp_path / "ollama", kind)
     with engine(llama_cpp, get_model_path(job)) as model:
@@ -188,7 +188,7 @@ def test_smollm2_answers_there_as_here(
 def test_the_adapter_of_smollm2_beside_its_base(
     llama_cpp: Any, real_run: Path, real_live: ParityOutputs, tmp_path: Path
 ) -> None:
-    finished_run.export_run(real_run, "gguf", kind="lora", out=tmp_path / "lora")
+    export_run(real_run, "gguf", kind="lora", out=tmp_path / "lora")
     job = job_of(real_run, tmp_path / "base", "f16")
     job = replace(job, run=replace(job.run, loras={}))
     write_gguf(job)

@@ -12,6 +12,7 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Pack
 from tunesmith.data.collate import collate
 from tunesmith.evaluate import finished_run
+from tunesmith.export.export import export_run
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import compute_live_logits, compute_mean_kl
 from tunesmith.model.quantization import roundtrip_nf4
@@ -41,7 +42,7 @@ def test_the_live_model_is_the_one_that_was_trained(narrow: Path, tmp_path: Path
 
 
 def test_auto_takes_the_nearer_one_and_says_how_far_both_are(narrow: Path, tmp_path: Path) -> None:
-    made = finished_run.export_run(narrow, "merged", out=tmp_path / "merged")
+    made = export_run(narrow, "merged", out=tmp_path / "merged")
     assert made.base.base == "dequantized"
     assert made.base.mean_kl["dequantized"] < 0.1 * made.base.mean_kl["original"]
     assert made.parity.mean_kl == pytest.approx(made.base.mean_kl["dequantized"], rel=1e-3)
@@ -61,10 +62,10 @@ def test_the_merged_weights_are_those_of_the_base_and_the_adapter(
 
 def test_the_original_base_is_refused_where_it_is_too_far(narrow: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"(?s)mean KL.*--base dequantized"):
-        finished_run.export_run(narrow, "gguf", kind="f32", base="original", out=tmp_path / "gguf")
+        export_run(narrow, "gguf", kind="f32", base="original", out=tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
     assert (
-        finished_run.export_run(narrow, "gguf", kind="f32", out=tmp_path / "gguf").parity.mean_kl
+        export_run(narrow, "gguf", kind="f32", out=tmp_path / "gguf").parity.mean_kl
         < 1e-9
     )
 
@@ -73,7 +74,7 @@ def test_the_adapter_alone_is_compared_beside_the_weights_that_it_was_trained_be
     narrow: Path, tmp_path: Path
 ) -> None:
     for target, kind in (("peft", None), ("gguf", "lora")):
-        made = finished_run.export_run(narrow, target, kind=kind, out=tmp_path / target)
+        made = export_run(narrow, target, kind=kind, out=tmp_path / target)
         assert made.parity.mean_kl < 1e-9
         assert made.base.mean_kl == {}
 
@@ -90,10 +91,10 @@ def test_wishes_that_have_no_effect(
     target: str, kind: str | None, base: str, problem: str, narrow: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=problem):
-        finished_run.export_run(narrow, target, kind=kind, base=base, out=tmp_path / "x")
+        export_run(narrow, target, kind=kind, base=base, out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_run_on_whole_weights_has_one_base(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="never in 4 bits"):
-        finished_run.export_run(finished, "merged", base="dequantized", out=tmp_path / "x")
+        export_run(finished, "merged", base="dequantized", out=tmp_path / "x")

@@ -18,7 +18,7 @@ from tiny_export import CHATML, job_of, save_model, save_run
 from tiny_runs import chat, recipe, write_rows
 from tunesmith.cli.views.tables import render_export
 from tunesmith.core.errors import GateError, TunesmithError
-from tunesmith.evaluate import finished_run
+from tunesmith.export.export import export_run
 from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path
 from tunesmith.export.parity import (
     ExportJob,
@@ -263,7 +263,7 @@ def test_what_is_said_when_all_is_wrong(
 def test_an_export_that_loses_much_of_what_training_changed_says_so(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = finished_run.export_run(finished, "peft", out=tmp_path / "out")
+    made = export_run(finished, "peft", out=tmp_path / "out")
     for share, told in ((0.05, False), (0.5, True)):
         lossy = replace(made.parity, mean_kl=share * 1e-3, trained_kl=1e-3)
         Console(width=200).print(render_export(replace(made, parity=lossy)))

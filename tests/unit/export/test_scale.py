@@ -21,7 +21,7 @@ from tunesmith.core.atomic import read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Pack
 from tunesmith.data.collate import collate
-from tunesmith.evaluate import finished_run
+from tunesmith.export.export import export_run
 from tunesmith.export.hf import _copy_files
 from tunesmith.export.parity import ParityExample, compute_example_logits, select_examples
 from tunesmith.export.source_run import open_source_run
@@ -61,7 +61,7 @@ def test_peft_says_what_our_evaluation_says(
     method: dict[str, Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
     run = save_run(tmp_path, tiny_llama, **method)
-    made = finished_run.export_run(run, "peft", scale=0.3)
+    made = export_run(run, "peft", scale=0.3)
     witnesses = select_examples(open_source_run(run))
     ours, whole = (our_logits(run, witnesses, scale) for scale in (0.3, 1))
     torch.testing.assert_close(
@@ -80,8 +80,8 @@ def test_peft_says_what_our_evaluation_says(
 def test_every_target_is_the_run_at_that_scale(
     target: str, kind: str | None, finished: Path, tmp_path: Path
 ) -> None:
-    whole = finished_run.export_run(finished, target, kind=kind, out=tmp_path / "whole")
-    half = finished_run.export_run(finished, target, kind=kind, scale=0.5, out=tmp_path / "half")
+    whole = export_run(finished, target, kind=kind, out=tmp_path / "whole")
+    half = export_run(finished, target, kind=kind, scale=0.5, out=tmp_path / "half")
     assert half.parity.mean_kl < (1e-2 if target == "merged" else 1e-4)
     assert half.parity.trained_kl is not None
     assert whole.parity.trained_kl is not None
@@ -102,9 +102,9 @@ def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
         "test_data": str(write_rows(tmp_path / "h.jsonl", rows[8:])),
     }
     run = save_run(tmp_path / "run", save_model(tmp_path / "model"), add_tokens=tokens, **data)
-    made = finished_run.export_run(run, "peft", scale=0.5)
+    made = export_run(run, "peft", scale=0.5)
     assert made.parity.mean_kl < 1e-6
-    assert finished_run.export_run(run, "merged", scale=0.5).parity.mean_kl < 1e-2
+    assert export_run(run, "merged", scale=0.5).parity.mean_kl < 1e-2
     began, half, end = (
         next(
             t
@@ -112,7 +112,7 @@ def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
             if "trainable_tokens" in name
         )
         for place in (
-            Path(finished_run.export_run(run, "peft", scale=1e-9).path),
+            Path(export_run(run, "peft", scale=1e-9).path),
             Path(made.path),
             run / "adapter",
         )
@@ -123,7 +123,7 @@ def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
 
 def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path, tiny_llama, **measured_files(tmp_path / "files"))
-    made = Path(finished_run.export_run(run, "peft", scale=0.5).path)
+    made = Path(export_run(run, "peft", scale=0.5).path)
     assert made == run / "export" / "peft@0.5"
     assert verify_dir(made) == ""
     card = (made / CARD_FILE).read_text()
@@ -141,7 +141,7 @@ def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: 
     assert alphas[1] == alphas[0] / 2
     base = Path(json.loads((run / "plan.json").read_text())["model"]["path"])
     assert read_adapter(made, base).scaling == read_adapter(run, base).scaling / 2
-    other = Path(finished_run.export_run(run, "peft", scale=0.3).path) / CARD_FILE
+    other = Path(export_run(run, "peft", scale=0.3).path) / CARD_FILE
     assert "At this scale nothing was measured in the run." in other.read_text()
 
 
@@ -152,7 +152,7 @@ def test_the_gate_sees_another_scale(
         TARGETS["peft"], "", dataclasses.replace(TARGETS["peft"][""], write=_copy_files)
     )
     with pytest.raises(GateError, match="the export does not behave as the run"):
-        finished_run.export_run(finished, "peft", scale=0.5, out=tmp_path / "out")
+        export_run(finished, "peft", scale=0.5, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -182,5 +182,5 @@ def test_a_model_whose_weights_were_all_trained_has_no_adapter_to_scale(
 ) -> None:
     run = save_run(tmp_path, tiny_llama, method="full", lora_r="auto", learning_rate=1e-3)
     with pytest.raises(InputError, match="there is no adapter to scale") as refusal:
-        finished_run.export_run(run, "merged", scale=0.5)
+        export_run(run, "merged", scale=0.5)
     assert refusal.value.fix == "leave --scale out"

@@ -17,10 +17,10 @@ from tunesmith.core.atomic import hash_file, read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.run_dir import RunFolder
-from tunesmith.evaluate import finished_run
+from tunesmith.export.export import ExportResult, export_run
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import ExportJob, Tolerance, compute_live_outputs
-from tunesmith.export.targets import TARGETS, ExportResult
+from tunesmith.export.targets import TARGETS
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
 from tunesmith.model.gguf.reader import read_gguf
 from tunesmith.session import inputs
@@ -35,7 +35,7 @@ def exports(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     found: dict[str, ExportResult] = {}
     for name in FILES:
         target, _, kind = name.partition("-")
-        found[name] = finished_run.export_run(
+        found[name] = export_run(
             finished, target, kind=kind or None, out=folder / name
         )
     return found
@@ -149,13 +149,13 @@ def test_it_is_a_model_for_the_next_run(
 def test_dora_is_in_the_weights_or_beside_them(tiny_llama: Path, tmp_path: Path) -> None:
     path = save_run(tmp_path, tiny_llama, use_dora=True)
     merged, peft, gguf = (
-        finished_run.export_run(path, *words) for words in (("merged",), ("peft",), ("gguf",))
+        export_run(path, *words) for words in (("merged",), ("peft",), ("gguf",))
     )
     assert peft.parity.mean_kl < 1e-9 < merged.parity.mean_kl
     assert gguf.parity.trained_kl is not None
     assert gguf.parity.trained_kl > 100 * max(merged.parity.mean_kl, gguf.parity.mean_kl)
     with pytest.raises(InputError, match="no place for DoRA's magnitudes") as refusal:
-        finished_run.export_run(path, "gguf", kind="lora")
+        export_run(path, "gguf", kind="lora")
     assert "merged" in refusal.value.fix
     assert not (path / "export" / "gguf-lora").exists()
 
@@ -177,13 +177,13 @@ def test_a_manifest_names_the_origin(exports: dict[str, ExportResult]) -> None:
 
 
 def test_by_default_it_goes_into_the_run_folder(own_run: Path) -> None:
-    assert Path(finished_run.export_run(own_run, "peft").path) == own_run / "export" / "peft"
+    assert Path(export_run(own_run, "peft").path) == own_run / "export" / "peft"
     assert (
-        Path(finished_run.export_run(own_run, "gguf", kind="lora").path)
+        Path(export_run(own_run, "gguf", kind="lora").path)
         == own_run / "export" / "gguf-lora"
     )
     with pytest.raises(InputError, match="there is something already") as refusal:
-        finished_run.export_run(own_run, "peft")
+        export_run(own_run, "peft")
     assert "--out" in refusal.value.fix
 
 
@@ -191,12 +191,12 @@ def test_a_folder_with_content_is_not_touched_and_an_empty_one_is_taken(
     finished: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
-    assert finished_run.export_run(finished, "peft", out=tmp_path / "mine").files
+    assert export_run(finished, "peft", out=tmp_path / "mine").files
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     for place in (tmp_path / "other", tmp_path / "other" / "thesis.txt"):
         with pytest.raises(InputError, match="there is something already"):
-            finished_run.export_run(finished, "peft", out=place)
+            export_run(finished, "peft", out=place)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
 
@@ -206,7 +206,7 @@ def test_nothing_is_left_when_the_gate_says_no(
     strict = dataclasses.replace(TARGETS["merged"][""], tolerance=Tolerance(mean_kl=0, max_kl=0))
     monkeypatch.setitem(TARGETS["merged"], "", strict)
     with pytest.raises(GateError, match="does not behave as the run"):
-        finished_run.export_run(finished, "merged", out=tmp_path / "deep" / "merged")
+        export_run(finished, "merged", out=tmp_path / "deep" / "merged")
     assert list((tmp_path / "deep").iterdir()) == []
 
 
@@ -221,7 +221,7 @@ def test_an_export_that_cannot_be_read_back(
         TARGETS["merged"], "", dataclasses.replace(TARGETS["merged"][""], write=torn)
     )
     with pytest.raises(GateError, match="cannot be read back: truncated"):
-        finished_run.export_run(finished, "merged", out=tmp_path / "merged")
+        export_run(finished, "merged", out=tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,7 +231,7 @@ def test_no_room_on_the_disk_is_said_first(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(MachineError, match="no room on the disk") as refusal:
-        finished_run.export_run(finished, "merged", out=tmp_path / "merged")
+        export_run(finished, "merged", out=tmp_path / "merged")
     assert "set --out to another disk" in refusal.value.fix
     assert list(tmp_path.iterdir()) == []
 
@@ -255,18 +255,18 @@ def test_no_room_on_the_disk_is_said_first(
 )
 def test_unknown_words(finished: Path, target: str, kind: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        finished_run.export_run(finished, target, kind=kind)
+        export_run(finished, target, kind=kind)
 
 
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run folder"):
-        finished_run.export_run(tmp_path / "nowhere", "peft")
+        export_run(tmp_path / "nowhere", "peft")
 
 
 def test_an_unfinished_run(own_run: Path) -> None:
     (own_run / "record.json").unlink()
     with pytest.raises(InputError, match="not finished") as refusal:
-        finished_run.export_run(own_run, "peft")
+        export_run(own_run, "peft")
     assert f"tunesmith resume {own_run}" in refusal.value.fix
 
 
@@ -276,7 +276,7 @@ def test_fault_27_a_failed_run(own_run: Path) -> None:
     with pytest.raises(
         GateError, match="this run failed, and is not exported: the loss is not finite"
     ):
-        finished_run.export_run(own_run, "merged")
+        export_run(own_run, "merged")
 
 
 def test_a_changed_adapter(own_run: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_changed_adapter(own_run: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"adapter_model\.safetensors was changed"):
-        finished_run.export_run(own_run, "merged")
+        export_run(own_run, "merged")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_changed_base(tmp_path: Path, file: str, message: str) -> None:
         stream.seek(-1 if file.endswith(".safetensors") else 0, os.SEEK_END)
         stream.write(b" ")  # the last byte of a weight, or one more of the template
     with pytest.raises(InputError, match=message):
-        finished_run.export_run(path, "merged")
+        export_run(path, "merged")
 
 
 def test_data_that_are_gone(own_run: Path, tmp_path: Path) -> None:
@@ -309,14 +309,14 @@ def test_data_that_are_gone(own_run: Path, tmp_path: Path) -> None:
     plan["recipe"]["test_data"][0]["path"] = str(tmp_path / "gone.jsonl")
     (own_run / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(InputError, match=r"gone\.jsonl"):
-        finished_run.export_run(own_run, "merged")
+        export_run(own_run, "merged")
     assert not (own_run / "export" / "merged").exists()
 
 
 def test_a_machine_without_memory(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.core.hardware.read_main_memory", lambda: (10**6, 10**4))
     with pytest.raises(MachineError, match="the proof of the export needs about"):
-        finished_run.export_run(finished, "merged")
+        export_run(finished, "merged")
 
 
 # ---------------------------------------------------------------- all weights trained
@@ -324,17 +324,17 @@ def test_a_machine_without_memory(finished: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_fully_trained_model(tiny_llama: Path, tmp_path: Path) -> None:
     path = save_run(tmp_path / "work", tiny_llama, method="full", lora_r="auto", learning_rate=1e-3)
-    merged = finished_run.export_run(path, "merged")
+    merged = export_run(path, "merged")
     assert merged.parity.mean_kl < 1e-9
     assert merged.parity.trained_kl is None
     for name in ("model.safetensors", "config.json"):
         assert (Path(merged.path) / name).read_bytes()[-1000:] == (
             path / "model" / name
         ).read_bytes()[-1000:]
-    assert finished_run.export_run(path, "gguf").parity.same_answers == 4
+    assert export_run(path, "gguf").parity.same_answers == 4
     for target, kind in (("peft", None), ("gguf", "lora")):
         with pytest.raises(InputError, match="trained all weights: there is no adapter"):
-            finished_run.export_run(path, target, kind=kind)
+            export_run(path, target, kind=kind)
 
 
 def test_the_run_is_as_it_was(finished: Path, exports: dict[str, ExportResult]) -> None:
@@ -357,8 +357,8 @@ def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
         tmp_path / "run", save_model(tmp_path / "model", family), add_tokens=tokens, **data
     )
     for target, kind in (("gguf", "f32"), ("ollama", "f32"), ("merged", None)):
-        parity = finished_run.export_run(path, target, kind=kind, out=tmp_path / f"{target}").parity
+        parity = export_run(path, target, kind=kind, out=tmp_path / f"{target}").parity
         assert (parity.same_prompts, parity.rendered_prompts) == (4, 4), target
         assert parity.mean_kl < (1e-2 if target == "merged" else 1e-6), target
     with pytest.raises(InputError, match="no place for the rows of new tokens"):
-        finished_run.export_run(path, "gguf", kind="lora", out=tmp_path / "lora")
+        export_run(path, "gguf", kind="lora", out=tmp_path / "lora")

@@ -26,7 +26,7 @@ LLAMA_8B = {
     "head_dim": 128,
     "intermediate_size": 14336,
     "vocab_size": 128256,
-    "tied_head": False,
+    "tie_word_embeddings": False,
     "parameters": 8_030_261_248,
 }
 LLAMA_3B = LLAMA_8B | {
@@ -34,7 +34,7 @@ LLAMA_3B = LLAMA_8B | {
     "hidden_size": 3072,
     "num_heads": 24,
     "intermediate_size": 8192,
-    "tied_head": True,
+    "tie_word_embeddings": True,
     "parameters": 3_212_749_824,
 }
 LLAMA2_7B = LLAMA_8B | {

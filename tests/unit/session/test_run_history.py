@@ -23,7 +23,7 @@ def record(plan: Plan, **changed: Any) -> RunRecord:
     values: dict[str, Any] = {
         "version": "0",
         "plan": plan,
-        "proof": (),
+        "preflight": (),
         "comparisons": (),
         "steps": 30,
         "tokens": 5000,

@@ -58,7 +58,7 @@ from tunesmith.core.types import Json, Plan
 from tunesmith.evaluate.generate_until import build_prompts, check_prompts
 from tunesmith.evaluate.intervals import compute_wilson_interval
 from tunesmith.evaluate.metrics import METRICS, split_metric
-from tunesmith.model.hub.provenance import hash_weight_files
+from tunesmith.session.provenance import hash_weight_files
 from tunesmith.session.inputs import RunInputs
 
 KNOWLEDGE_TIME_SHARE, MIN_KNOWLEDGE_ROWS = (

@@ -151,8 +151,8 @@ def _add_needed_examples(curve: LearningCurve, fits_R3: np.ndarray) -> LearningC
         [solve_examples(curve.target, *fit) for fit in fits_R3], [0.025, 0.975], method="nearest"
     )
     bounds = {
-        "needed_low": math.ceil(low),
-        "needed_high": math.ceil(high) if high <= max_examples else None,
+        "needed_examples_low": math.ceil(low),
+        "needed_examples_high": math.ceil(high) if high <= max_examples else None,
     }
     return replace(curve, needed_examples=math.ceil(needed_examples), **bounds)
 

@@ -216,7 +216,7 @@ def test_it_is_shown(writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         if (view := report_experiment(found)) is not None:
             Console(width=120).print(view)
     printed = to_jsonable(advice)["decision"]
-    assert (printed["answer"], printed["untried"]) == ("undecided", ["prompts", "training"]), (
+    assert (printed["conclusion"], printed["untried_kinds"]) == ("undecided", ["prompts", "training"]), (
         "--json says it as well"
     )
     told = capsys.readouterr()

@@ -30,7 +30,13 @@ def questions(count: int = ITEMS) -> tuple[EvalPrompt, ...]:
 def outcome(arm: Arm, right: int, items: int = ITEMS, first: int = 0, **costs: float) -> ArmResult:
     """The items from `first` on are answered right, `right` of them."""
     answers = {f"row:{n}": "yes" if first <= n < first + right else "no" for n in range(items)}
-    values = {"prompt_tokens": 100.0, "seconds": 1.0, "train_seconds": 0.0, "took": 5.0, **costs}
+    values = {
+        "prompt_tokens": 100.0,
+        "request_seconds": 1.0,
+        "train_seconds": 0.0,
+        "total_seconds": 5.0,
+        **costs,
+    }
     return ArmResult(arm, answers, **values)
 
 
@@ -171,9 +177,11 @@ def test_few_items_are_a_look_and_no_result() -> None:
 
 
 def test_one_training_a_size_is_told_and_shorter_prompts_would_change_it() -> None:
-    shots = outcome(Arm(shots=8), 38, prompt_tokens=900, seconds=2.0)
+    shots = outcome(Arm(shots=8), 38, prompt_tokens=900, request_seconds=2.0)
     _, found = decided(
-        outcome(Arm(), 2), shots, outcome(Arm(examples=100), 38, prompt_tokens=100, seconds=0.5)
+        outcome(Arm(), 2),
+        shots,
+        outcome(Arm(examples=100), 38, prompt_tokens=100, request_seconds=0.5),
     )
     assert found.chosen.name == "8 shots"
     assert "each size was trained once" in found.caveats[0]
@@ -181,7 +189,7 @@ def test_one_training_a_size_is_told_and_shorter_prompts_would_change_it() -> No
         "many requests: LoRA on 100 examples saves 800 prompt tokens and 1.50 s on each"
         in found.counterfactuals
     )
-    worse = outcome(Arm(examples=100), 3, prompt_tokens=100, seconds=0.5)
+    worse = outcome(Arm(examples=100), 3, prompt_tokens=100, request_seconds=0.5)
     assert not any(
         "requests" in line for line in decided(outcome(Arm(), 2), shots, worse)[1].counterfactuals
     )

@@ -195,7 +195,7 @@ def test_the_command_line_asks_when_somebody_is_there(
     monkeypatch.setattr(sys, "stdin", Terminal("facts\nweekly\n2MB\n\n\n\nno\n"))
     assert run("--json") == 0
     out, err = capsys.readouterr()
-    assert [step["answer"] for step in json.loads(out)["steps"]] == ["retrieval"]
+    assert [step["approach"] for step in json.loads(out)["recommendations"]] == ["retrieval"]
     assert "How often do the facts change?" in err
     monkeypatch.setattr(sys, "stdin", Terminal("facts\n"))
     assert run() == 130
@@ -211,8 +211,8 @@ def test_the_command_line_says_what_python_says(
     out = json.loads(capsys.readouterr().out)
     advice = tunesmith.advise(path, requests_month=200, private=True)
     assert (out["verdict"], advice.verdict) == ("don't fine-tune", "don't fine-tune")
-    assert out["situation"]["requests_month"] == advice.requirements.requests_month == 200
-    assert out["situation"]["private"] is True
+    assert out["requirements"]["requests_month"] == advice.requirements.requests_month == 200
+    assert out["requirements"]["private"] is True
     assert run("--need", "tone", "--examples", "-1") == 2
 
 

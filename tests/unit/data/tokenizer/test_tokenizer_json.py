@@ -87,7 +87,7 @@ def test_a_hostile_tokenizer_is_refused_before_the_library_sees_it(
 
 
 def test_a_huge_file_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_json, "MAX_BYTES_BY_SUFFIX", 10)
+    monkeypatch.setattr(tokenizer_json, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="more than 10"):
         parse_tokenizer(bytes_bpe().encode())
 

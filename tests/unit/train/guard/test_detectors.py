@@ -69,22 +69,22 @@ def begun(**levels: str) -> TrainingGuard:
     ("detector", "changed"),
     [
         ("repetition", {"repetition": 0.4}),
-        ("sameness", {"distinct": 0.2}),
-        ("one answer", {"same_answer": 0.75}),
-        ("empty", {"length": 2.0}),
-        ("loop", {"compressed": 0.2}),
+        ("low distinct-2", {"distinct": 0.2}),
+        ("identical answers", {"same_answer": 0.75}),
+        ("short answers", {"length": 2.0}),
+        ("repetition (zlib)", {"compressed": 0.2}),
         ("gibberish", {"base_loss": 3.0}),
-        ("foreign", {"foreign": 0.5}),
-        ("foreign", {"language": 0.75}),
-        ("form", {"json": -0.1}),
+        ("unexpected language", {"foreign": 0.5}),
+        ("unexpected language", {"language": 0.75}),
+        ("invalid JSON", {"json": -0.1}),
         ("constraint", {"breaks sorry": 0.5}),
-        ("certain", {"entropy": 0.3}),
-        ("uncertain", {"entropy": 5.5}),
-        ("far from base", {"kl": 1.5}),
+        ("entropy collapse", {"entropy": 0.3}),
+        ("entropy blow-up", {"entropy": 5.5}),
+        ("high KL", {"kl": 1.5}),
         ("forgetting", {"forgotten": 0.05}),
         ("large update", {"update_ratio": 0.02}),
         ("adapter too large", {"adapter_share": 0.7}),
-        ("end unlearnt", {"answer_loss": 1.1, "end_loss": 2.0}),
+        ("EOS likelihood drop", {"answer_loss": 1.1, "end_loss": 2.0}),
     ],
 )
 def test_a_detector_speaks_once_on_its_measure_alone(
@@ -105,15 +105,15 @@ def test_the_commonest_answer_comes_first() -> None:
     alike = {"distinct": 0.2, "same_answer": 0.75}
     assert probe(begun(), 10, **alike, answer_loss=0.5) == []
     assert {one.kind for one in probe(begun(), 10, **alike, answer_loss=1.1)} == {
-        "sameness",
-        "one answer",
+        "low distinct-2",
+        "identical answers",
     }
 
 
 def test_answers_that_stopped_ending() -> None:
     guard = new_guard()
     probe(guard, 0, end_rate=0.9)
-    assert [one.kind for one in probe(guard, 10, end_rate=0.2)] == ["no end"]
+    assert [one.kind for one in probe(guard, 10, end_rate=0.2)] == ["missing EOS"]
     assert probe(begun(), 10, end_rate=0.0) == [], "the base did not end either"
 
 
@@ -146,7 +146,7 @@ def test_rows_that_stay_hard_while_held_out_ones_are_learnt() -> None:
     assert probe(guard, 10, answer_loss=0.1) == [], "they were as hard at the probe before"
     for number in range(11, 21):
         guard.observe_event(step(number, 1.0 if number % 2 else 0.9))
-    assert [one.kind for one in probe(guard, 20, answer_loss=0.1)] == ["rows harder than held-out"]
+    assert [one.kind for one in probe(guard, 20, answer_loss=0.1)] == ["train loss above eval loss"]
 
 
 def test_held_out_answers_that_get_worse_while_training_goes_on() -> None:
@@ -171,7 +171,7 @@ def test_a_state_is_good_until_something_is_found_that_counts() -> None:
     probe(guard, 20, update_ratio=1.0)  # a warning only
     assert guard.last_good_step == 20
     probe(guard, 30, kl=2.0)
-    assert (guard.last_good_step, guard.active_detectors) == (20, ["far from base"])
+    assert (guard.last_good_step, guard.active_detectors) == (20, ["high KL"])
 
 
 def test_a_stop_decides_before_a_rollback() -> None:
@@ -182,4 +182,4 @@ def test_a_stop_decides_before_a_rollback() -> None:
 
 
 def test_every_bound_belongs_to_a_detector() -> None:
-    assert set(THRESHOLDS) - {"foreign answers", "learning"} <= set(DETECTORS)
+    assert set(THRESHOLDS) - {"unexpected language: answers", "learning"} <= set(DETECTORS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.model.hub.files import check_files
+from tunesmith.model.hub.validate import check_files
 from tunesmith.model.hub.validate import check_folder
 
 
