@@ -15,7 +15,7 @@ slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -m slow --numprocesses auto
 
 llama: $(BIN)/pytest  ## exports in llama.cpp itself, compiled the first time; `make slow` has them too from then on
-	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/export/test_llama_cpp.py
+	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/unit/export/test_llama_cpp.py
 
 check: $(BIN)/pytest  ## style, types, layers
 	$(BIN)/ruff check

@@ -81,7 +81,7 @@ def test_a_plan_can_be_made_of(form: str, here: Path) -> None:
         "facts": lambda: tunesmith.plan(api.load_inputs(values, lora_r=3)),
     }
     plan = forms[form]()
-    assert (plan["lora_r"], plan.choices["lora_r"].decided_by, plan.steps) == (3, "you", 2)
+    assert (plan.config.lora_r, plan.reasons["lora_r"].decided_by, plan.steps) == (3, "you", 2)
 
 
 def test_paths_and_tuples_are_values_too(here: Path) -> None:
@@ -182,7 +182,7 @@ def blocks(page: Path) -> Iterator[str]:
 def test_the_examples_of_the_page_run(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = "\n".join(blocks(DOCS / "python.md")).replace("smollm2-135m-instruct", str(tiny_folder))
+    code = "\n".join(blocks(DOCS / "reference" / "python.md")).replace("smollm2-135m-instruct", str(tiny_folder))
     names: dict[str, object] = {}
     exec(compile(code, "docs/reference/python.md", "exec"), names)  # noqa: S102 - the page is ours
     out = capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_the_examples_of_the_page_run(
     shown = {
         name
         for name in tunesmith.__all__
-        if re.search(rf"\btunesmith\.{name}\b", (DOCS / "python.md").read_text())
+        if re.search(rf"\btunesmith\.{name}\b", (DOCS / "reference" / "python.md").read_text())
     }
     functions = {name for name in tunesmith.__all__ if inspect.isfunction(getattr(tunesmith, name))}
     assert functions <= shown
