@@ -1,13 +1,14 @@
-"""The guard: folds the events of a run into verdicts. It reads numbers and decides; it computes and
-changes nothing.
+"""Guard detectors: pure functions that turn the history of a run into verdicts.
 
-    guard.see(event) -> verdicts        of each step, what its loss and gradient say
-    guard.judge(step) -> verdicts       what the measures of a probe say, beside those of step 0 on the same prompts
+    guard.observe_event(event) -> verdicts    after a step: loss and gradient norm
+    guard.judge_probe(step) -> verdicts       after a probe: its scores against those of step 0
 
-A detector is a pure function of what was seen so far: (Seen) -> evidence, or nothing. A new one is
-a function and a line in DETECTORS. Every bound stands in BOUNDS and in docs/guides/guard.md. The
-same events give the same verdicts, so a resumed run folds what its folder holds. Left out: taking
-the measures (probes.py), going back and what is done differently then (guarded.py)."""
+A detector takes the GuardHistory and returns evidence, or "" when all is well. To add one, write a
+function and a line in DETECTORS. All thresholds are in THRESHOLDS and in docs/guides/guard.md. The
+same events give the same verdicts, so a resumed run replays the events of its folder.
+
+In: TrainStep and Score events. Out: CheckResults. Left out: measuring (probes.py), rolling back
+(rollback.py), the training loop around it (guarded_loop.py)."""
 
 from __future__ import annotations
 
@@ -22,61 +23,81 @@ from tunesmith.core.types import Plan
 from tunesmith.evaluate.significance import compute_robust_sd
 from tunesmith.train.guard.history import EMA_SPAN, MEDIAN_WINDOW, START_STEPS, GuardHistory
 
-# the kind of the verdict that ends a look; those of detectors have the detector's name
+# The kind of the verdict that closes an evaluation; other verdicts carry their detector's name.
 GUARD_KIND = "guard"
 Level = Literal["ok", "warn", "rollback", "stop"]
-Family = Literal[
-    "collapse", "forgetting", "watch"
-]  # whose level the recipe sets, the last one's is `warn`
+# The recipe sets the level of collapse and forgetting; watch only warns.
+Family = Literal["collapse", "forgetting", "watch"]
 
 THRESHOLDS: dict[str, float] = {
-    "loss rise": 0.20,  # of the moving average over its lowest, and a quarter of what was gained
-    "loss above start": 0.20,  # of the moving average over the first steps
-    # robust standard deviations over the median of the last steps, and twice the median
+    # loss average over its minimum; also a quarter of what was gained since the start
+    "loss rise": 0.20,
+    # loss average over the mean of the first steps
+    "loss above start": 0.20,
+    # robust standard deviations over the median of the last steps; also twice that median
     "loss spike": 8.0,
-    "gradient spike": 10.0,  # times the running median
-    # nats of the last steps over the held-out loss of the probe before, and twice it
-    "rows harder than held-out": 0.5,
-    "overfitting": 0.25,  # rise of the held-out loss over its lowest, while the training loss falls
-    "repetition": 0.15,  # seq-rep-4 over the base's, and over LOOPING
-    "sameness": 0.50,  # times the base's or the expected answers' distinct-2, whichever is less
-    "one answer": 0.50,  # share of equal answers over the base's and the expected ones'
-    # times the base's loss of expected answers: below that, neither of the two above speaks
+    # times the running median
+    "gradient spike": 10.0,
+    # nats between recent training loss and the held-out loss of the previous probe; also a factor 2
+    "train loss above eval loss": 0.5,
+    # rise of the held-out loss over its minimum while the training loss falls
+    "overfitting": 0.25,
+    # seq-rep-4 over the base model's; also over MIN_REPETITION
+    "repetition": 0.15,
+    # times the lower distinct-2 of base model and expected answers
+    "low distinct-2": 0.50,
+    # share of equal answers over the higher share of base model and expected answers
+    "identical answers": 0.50,
+    # times the base model's loss of expected answers: below it the two detectors above are silent
     "learning": 0.50,
-    "no end": 0.50,  # share of answers that end, below the base's and the expected ones'
-    "end unlearnt": 1.0,  # nats of the end after an expected answer, over the least so far
-    "empty": 0.25,  # times the base's and the expected length
-    "loop": 0.25,  # zlib's bytes a byte, and half of the base's
-    # nats a token under the base, over what it finds of its own and of the expected answers
+    # share of answers with EOS below the lower share of base model and expected answers
+    "missing EOS": 0.50,
+    # nats of EOS after an expected answer, over its minimum
+    "EOS likelihood drop": 1.0,
+    # times the lower mean length of base model and expected answers
+    "short answers": 0.25,
+    # compressed size / size; also half of the base model's
+    "repetition (zlib)": 0.25,
+    # nats per token under the base model, over its own answers and the expected ones
     "gibberish": 1.50,
-    # share of letters in scripts of neither prompts nor expected answers, over the base's
-    "foreign": 0.25,
-    # share of answers in a language of neither prompts nor expected answers, over the base's
-    "foreign answers": 0.50,
-    "form": 0.50,  # share of answers with the right form, below the best so far
-    "constraint": 0.25,  # share of answers that break one, over the base's
-    "certain": 0.30,  # times the base's entropy of the next token
-    "uncertain": 0.50,  # of the way from the base's entropy to that of a uniform choice
-    "far from base": 1.00,  # nats of KL(base || tuned) on text that is not trained
-    "large update": 0.01,  # of the weights' norm, in one step
-    "adapter too large": 0.50,  # ||scale BA|| / ||W||
+    # share of letters in scripts of neither prompts nor expected answers, over the base model's
+    "unexpected language": 0.25,
+    # share of answers in a language of neither prompts nor expected answers, over the base model's
+    "unexpected language: answers": 0.50,
+    # share of valid JSON below the best so far
+    "invalid JSON": 0.50,
+    # share of answers that violate a constraint, over the base model's
+    "constraint": 0.25,
+    # times the base model's entropy of the next token
+    "entropy collapse": 0.30,
+    # fraction of the way from the base model's entropy to that of a uniform distribution
+    "entropy blow-up": 0.50,
+    # nats per token of KL(base || tuned) on text that is not trained
+    "high KL": 1.00,
+    # one step's change / weight norm
+    "large update": 0.01,
+    # ||scale B A|| / ||W||
+    "adapter too large": 0.50,
 }
 MIN_REPETITION = 0.20
 ONSET_DETECTORS = {"loss rise", "loss above start"}
-NOISE_SDS = 2.0  # sd of a step's loss around the moving average, that this must move to count
-MIN_STEPS = 8  # steps before anything is said of a step
+# A loss average must move by so many standard deviations of the step losses around it.
+NOISE_SDS = 2.0
+MIN_STEPS = 8  # steps before the step detectors speak
 
 
 DetectFn = Callable[[GuardHistory], str]
 
 
-# ---------------------------------------------------------------- of each step
+# ---------------------------------------------------------------- after each step
 
 
 def loss_rise(history: GuardHistory) -> str:
+    """Detect a loss average well above its minimum."""
     if len(history.steps) <= MIN_STEPS:
         return ""
-    current, lowest = history.loss_averages[-1], min(history.loss_averages[START_STEPS:])
+    current = history.loss_averages[-1]
+    lowest = min(history.loss_averages[START_STEPS:])
     min_rise = max(
         THRESHOLDS["loss rise"] * lowest,
         (history.start_loss - lowest) / 4,
@@ -88,256 +109,287 @@ def loss_rise(history: GuardHistory) -> str:
 
 
 def loss_above_start(history: GuardHistory) -> str:
+    """Detect a loss average well above the loss of the first steps."""
     current = history.loss_averages[-1]
-    min_rise = max(
-        THRESHOLDS["loss above start"] * history.start_loss, NOISE_SDS * history.loss_noise
-    )
-    if len(history.steps) > MIN_STEPS and current > history.start_loss + min_rise:
-        return f"the moving average of the loss is {current:.3f}, training began at {history.start_loss:.3f}"
+    start = history.start_loss
+    min_rise = max(THRESHOLDS["loss above start"] * start, NOISE_SDS * history.loss_noise)
+    if len(history.steps) > MIN_STEPS and current > start + min_rise:
+        return f"the moving average of the loss is {current:.3f}, it started at {start:.3f}"
     return ""
 
 
 def loss_spike(history: GuardHistory) -> str:
-    losses = [step.loss for step in history.steps[-MEDIAN_WINDOW:]]
-    *previous, current = losses
+    """Detect a step whose loss is an outlier among recent steps."""
+    *previous, current = [step.loss for step in history.steps[-MEDIAN_WINDOW:]]
     if len(previous) < MIN_STEPS:
         return ""
     median_loss = median(previous)
-    if (
-        current > median_loss + THRESHOLDS["loss spike"] * compute_robust_sd(previous)
-        and current > 2 * median_loss
-    ):
-        return (
-            f"loss {current:.3f}, the median of the last {len(previous)} steps is {median_loss:.3f}"
-        )
+    limit = median_loss + THRESHOLDS["loss spike"] * compute_robust_sd(previous)
+    if current > limit and current > 2 * median_loss:
+        return f"loss {current:.3f}; median of the last {len(previous)} steps: {median_loss:.3f}"
     return ""
 
 
 def gradient_spike(history: GuardHistory) -> str:
+    """Detect a step whose gradient norm is an outlier among recent steps."""
     *previous, current = [step.grad_norm for step in history.steps[-MEDIAN_WINDOW:]]
     if len(previous) < MIN_STEPS:
         return ""
-    if current > THRESHOLDS["gradient spike"] * median(previous):
-        return f"gradient norm {current:.3g}, the median of the last {len(previous)} steps is {median(previous):.3g}"
+    median_norm = median(previous)
+    if current > THRESHOLDS["gradient spike"] * median_norm:
+        return (
+            f"gradient norm {current:.3g}; "
+            f"median of the last {len(previous)} steps: {median_norm:.3g}"
+        )
     return ""
 
 
-# ---------------------------------------------------------------- of each probe
+# ---------------------------------------------------------------- after each probe
 
 
 def train_loss_above_eval(history: GuardHistory) -> str:
-    """Wrong answers stay as hard as they were, however well the right ones are learnt. Beside the
-    held-out loss of the probe before: what is just being learnt is ahead of the last steps."""
+    """Detect training rows that stay hard while held-out answers are learned: wrong labels.
+
+    The comparison uses the held-out loss of the previous probe, because what is being learned right
+    now is ahead of the last steps."""
     eval_losses = history.probe_scores.get("answer_loss", [])
     if len(eval_losses) < 2 or len(history.steps) <= MIN_STEPS:
         return ""
-    held_out, current = (
-        eval_losses[-2].value,
-        fmean(step.loss for step in history.steps[-EMA_SPAN // 2 :]),
-    )
-    if current > held_out + THRESHOLDS["rows harder than held-out"] and current > 2 * held_out:
-        return f"the training loss is {current:.3f}, that of held-out rows {held_out:.3f}: are there wrong answers?"
+    held_out = eval_losses[-2].value
+    current = fmean(step.loss for step in history.steps[-EMA_SPAN // 2 :])
+    if current > held_out + THRESHOLDS["train loss above eval loss"] and current > 2 * held_out:
+        return f"training loss {current:.3f}, held-out loss {held_out:.3f}: check for wrong answers"
     return ""
 
 
 def overfitting(history: GuardHistory) -> str:
-    """The whole interval is over the bound: of eight prompts, one alone can double the mean."""
+    """Detect a held-out loss that rises while the training loss falls.
+
+    The lower end of its interval counts: with eight prompts, a single one can double the mean."""
     eval_losses = history.probe_scores.get("answer_loss", [])
     if len(eval_losses) < 3:
         return ""
-    lowest, current = min(eval_losses, key=lambda score: score.value), eval_losses[-1]
-    train_loss_then = next(
-        (
-            average
-            for step, average in zip(history.steps, history.loss_averages, strict=True)
-            if step.step == lowest.step
-        ),
-        0,
-    )
-    if (
-        current.low > lowest.value * (1 + THRESHOLDS["overfitting"])
-        and history.loss_averages[-1] < train_loss_then
-    ):
-        return f"the loss of held-out answers rose from {lowest.value:.3f} to {current.value:.3f} while that of training fell"
+    lowest = min(eval_losses, key=lambda score: score.value)
+    current = eval_losses[-1]
+    train_loss_then = 0.0
+    for step, average in zip(history.steps, history.loss_averages, strict=True):
+        if step.step == lowest.step:
+            train_loss_then = average
+            break
+    limit = lowest.value * (1 + THRESHOLDS["overfitting"])
+    if current.low > limit and history.loss_averages[-1] < train_loss_then:
+        return (
+            f"held-out loss rose from {lowest.value:.3f} to {current.value:.3f} "
+            "while the training loss fell"
+        )
     return ""
 
 
 def repetition(history: GuardHistory) -> str:
+    """Detect repeated 4-grams within answers (seq-rep-4)."""
     current = history.get_latest("repetition")
-    if current is not None and current > max(
-        MIN_REPETITION, history.get_baseline("repetition") + THRESHOLDS["repetition"]
-    ):
-        return f"{current:.0%} of runs of four tokens stood in the answer before, {history.get_baseline('repetition'):.0%} at the start"
+    if current is None:
+        return ""
+    base = history.get_baseline("repetition")
+    if current > max(MIN_REPETITION, base + THRESHOLDS["repetition"]):
+        return f"{current:.0%} of 4-grams repeat within their answer, base model {base:.0%}"
     return ""
 
 
 def is_learning(history: GuardHistory) -> bool:
-    """The right answers became far likelier. Who learns to answer with one of three words says the
-    commonest one to all at first; who collapsed to one answer finds the right ones no likelier."""
+    """Return whether expected answers became far likelier.
+
+    A model that learns a three-way label predicts the majority class first; a model that collapsed
+    to one answer finds the expected ones no likelier."""
     current = history.get_latest("answer_loss")
-    return current is not None and current < THRESHOLDS["learning"] * history.get_baseline(
-        "answer_loss"
-    )
+    if current is None:
+        return False
+    return current < THRESHOLDS["learning"] * history.get_baseline("answer_loss")
 
 
 def low_distinct_2(history: GuardHistory) -> str:
+    """Detect answers that share most of their bigrams."""
     current = history.get_latest("distinct")
     if current is None or is_learning(history):
         return ""
-    reference = min(
-        history.get_baseline("distinct"), history.expected_scores.get("distinct", math.inf)
-    )
-    return (
-        f"distinct-2 is {current:.2f}, usual is {reference:.2f}"
-        if current < THRESHOLDS["sameness"] * reference
-        else ""
-    )
+    expected = history.expected_scores.get("distinct", math.inf)
+    reference = min(history.get_baseline("distinct"), expected)
+    if current < THRESHOLDS["low distinct-2"] * reference:
+        return f"distinct-2 {current:.2f}, reference {reference:.2f}"
+    return ""
 
 
 def identical_answers(history: GuardHistory) -> str:
+    """Detect the same answer to many prompts."""
     current = history.get_latest("same_answer")
     if current is None or is_learning(history):
         return ""
-    reference = max(
-        history.get_baseline("same_answer"), history.expected_scores.get("same_answer", 0)
-    )
-    if current > reference + THRESHOLDS["one answer"]:
-        return f"{current:.0%} of the answers are one and the same, {reference:.0%} would be usual"
+    expected = history.expected_scores.get("same_answer", 0)
+    reference = max(history.get_baseline("same_answer"), expected)
+    if current > reference + THRESHOLDS["identical answers"]:
+        return f"{current:.0%} of answers are identical, reference {reference:.0%}"
     return ""
 
 
 def missing_eos(history: GuardHistory) -> str:
+    """Detect answers that no longer end."""
     current = history.get_latest("end_rate")
     if current is None:
         return ""
-    reference = min(history.get_baseline("end_rate"), history.expected_scores.get("end_rate", 1))
-    return (
-        f"{current:.0%} of the answers end, usual is {reference:.0%}"
-        if current < reference - THRESHOLDS["no end"]
-        else ""
-    )
+    expected = history.expected_scores.get("end_rate", 1)
+    reference = min(history.get_baseline("end_rate"), expected)
+    if current < reference - THRESHOLDS["missing EOS"]:
+        return f"{current:.0%} of answers end with EOS, reference {reference:.0%}"
+    return ""
 
 
 def eos_likelihood_drop(history: GuardHistory) -> str:
-    """Answers were learnt and their end was not: training rows lack it."""
-    end_losses, loss = (
-        [score.value for score in history.probe_scores.get("end_loss", [])],
-        history.get_latest("answer_loss"),
-    )
-    if not end_losses or loss is None or loss > history.get_baseline("answer_loss"):
+    """Detect that answers are learned without their EOS: training rows lack it."""
+    end_losses = [score.value for score in history.probe_scores.get("end_loss", [])]
+    answer_loss = history.get_latest("answer_loss")
+    if not end_losses or answer_loss is None:
         return ""
-    if end_losses[-1] > min(end_losses) + THRESHOLDS["end unlearnt"]:
-        return f"answers got likelier than at the start, their end less: {min(end_losses):.2f} -> {end_losses[-1]:.2f} nats"
+    if answer_loss > history.get_baseline("answer_loss"):
+        return ""
+    lowest = min(end_losses)
+    if end_losses[-1] > lowest + THRESHOLDS["EOS likelihood drop"]:
+        return (
+            "expected answers became likelier and their EOS less likely: "
+            f"{lowest:.2f} -> {end_losses[-1]:.2f} nats"
+        )
     return ""
 
 
 def short_answers(history: GuardHistory) -> str:
+    """Detect answers that became far shorter."""
     current = history.get_latest("length")
     if current is None:
         return ""
-    reference = min(history.get_baseline("length"), history.expected_scores.get("length", math.inf))
-    return (
-        f"answers have {current:.1f} tokens, usual is {reference:.1f}"
-        if current < THRESHOLDS["empty"] * reference
-        else ""
-    )
+    expected = history.expected_scores.get("length", math.inf)
+    reference = min(history.get_baseline("length"), expected)
+    if current < THRESHOLDS["short answers"] * reference:
+        return f"mean answer length {current:.1f} tokens, reference {reference:.1f}"
+    return ""
 
 
 def zlib_repetition(history: GuardHistory) -> str:
+    """Detect answers that compress too well."""
     current = history.get_latest("compressed")
-    if current is not None and current < min(
-        THRESHOLDS["loop"], history.get_baseline("compressed") / 2
-    ):
-        return f"answers compress to {current:.0%}, at the start to {history.get_baseline('compressed'):.0%}"
+    if current is None:
+        return ""
+    base = history.get_baseline("compressed")
+    if current < min(THRESHOLDS["repetition (zlib)"], base / 2):
+        return f"answers compress to {current:.0%} of their size, base model {base:.0%}"
     return ""
 
 
 def gibberish(history: GuardHistory) -> str:
+    """Detect answers that are unlikely under the base model."""
     current = history.get_latest("base_loss")
     if current is None:
         return ""
     reference = max(history.get_baseline("base_loss"), history.get_baseline("answer_loss"))
     if current > reference + THRESHOLDS["gibberish"]:
         return (
-            f"the base finds answers unlikely: {current:.2f} nats a token, usual is {reference:.2f}"
+            f"answers have {current:.2f} nats per token under the base model, "
+            f"reference {reference:.2f}"
         )
     return ""
 
 
-def foreign_script(history: GuardHistory) -> str:
-    current = history.get_latest("foreign")
-    if current is not None and current > history.get_baseline("foreign") + THRESHOLDS["foreign"]:
-        return f"{current:.0%} of the letters are of scripts that were not asked for"
-    current = history.get_latest("language")
-    if (
-        current is not None
-        and current > history.get_baseline("language") + THRESHOLDS["foreign answers"]
-    ):
-        return f"{current:.0%} of the answers are in a language that was not asked for"
+def unexpected_language(history: GuardHistory) -> str:
+    """Detect scripts and languages of neither prompts nor expected answers."""
+    letters = history.get_latest("foreign")
+    if letters is not None:
+        limit = history.get_baseline("foreign") + THRESHOLDS["unexpected language"]
+        if letters > limit:
+            return f"{letters:.0%} of letters are in scripts that no prompt or expected answer uses"
+    answers = history.get_latest("language")
+    if answers is not None:
+        limit = history.get_baseline("language") + THRESHOLDS["unexpected language: answers"]
+        if answers > limit:
+            return f"{answers:.0%} of answers are in a language of no prompt or expected answer"
     return ""
 
 
 def invalid_json(history: GuardHistory) -> str:
+    """Detect a drop in the share of valid JSON."""
     valid_rates = [score.value for score in history.probe_scores.get("json", [])]
-    if valid_rates and valid_rates[-1] < max(valid_rates) - THRESHOLDS["form"]:
-        return f"{valid_rates[-1]:.0%} of the answers are JSON, they were {max(valid_rates):.0%}"
+    if valid_rates and valid_rates[-1] < max(valid_rates) - THRESHOLDS["invalid JSON"]:
+        return f"{valid_rates[-1]:.0%} of answers are valid JSON, best so far {max(valid_rates):.0%}"
     return ""
 
 
 def constraint_violations(history: GuardHistory) -> str:
-    violations = [
-        f"{measure}: {scores[-1].value:.0%} of the answers, {scores[0].value:.0%} at the start"
-        for measure, scores in history.probe_scores.items()
-        if measure.startswith("breaks ")
-        and scores[-1].value > scores[0].value + THRESHOLDS["constraint"]
-    ]
+    """Detect constraints that answers violate more often than the base model's."""
+    violations: list[str] = []
+    for metric, scores in history.probe_scores.items():
+        base = scores[0].value
+        current = scores[-1].value
+        if metric.startswith("breaks ") and current > base + THRESHOLDS["constraint"]:
+            violations.append(f"{metric}: {current:.0%} of answers, base model {base:.0%}")
     return "; ".join(violations)
 
 
 def entropy_collapse(history: GuardHistory) -> str:
+    """Detect a next-token distribution that became too peaked."""
     current = history.get_latest("entropy")
-    if current is not None and current < THRESHOLDS["certain"] * history.get_baseline("entropy"):
-        return f"the entropy of the next token is {current:.2f} nats, at the start {history.get_baseline('entropy'):.2f}"
+    if current is None:
+        return ""
+    base = history.get_baseline("entropy")
+    if current < THRESHOLDS["entropy collapse"] * base:
+        return f"next-token entropy {current:.2f} nats, base model {base:.2f}"
     return ""
 
 
 def entropy_blowup(history: GuardHistory) -> str:
+    """Detect a next-token distribution that approaches a uniform one."""
     current = history.get_latest("entropy")
     if current is None or not history.vocab_size:
         return ""
     base = history.get_baseline("entropy")
-    if current > base + THRESHOLDS["uncertain"] * (math.log(history.vocab_size) - base):
-        return f"the entropy of the next token is {current:.2f} nats of at most {math.log(history.vocab_size):.2f}"
+    highest = math.log(history.vocab_size)
+    if current > base + THRESHOLDS["entropy blow-up"] * (highest - base):
+        return f"next-token entropy {current:.2f} nats, at most {highest:.2f} are possible"
     return ""
 
 
 def high_kl(history: GuardHistory) -> str:
+    """Detect a model far from its base on text that is not trained."""
     current = history.get_latest("kl")
-    if current is not None and current > THRESHOLDS["far from base"]:
-        return f"KL(base || tuned) is {current:.2f} nats a token on text that is not trained"
+    if current is not None and current > THRESHOLDS["high KL"]:
+        return f"KL(base || tuned) is {current:.2f} nats per token on text that is not trained"
     return ""
 
 
 def forgetting(history: GuardHistory) -> str:
-    """The whole interval is over the margin: a few short texts alone prove no loss."""
+    """Detect general text that became less likely by more than the recipe's margin.
+
+    The lower end of its interval counts: a few short texts alone prove no loss."""
     scores = history.probe_scores.get("forgotten", [])
-    if scores and scores[-1].low > history.forgetting_margin:
-        last = scores[-1]
-        return f"general text lost {last.value:.3f} bits per byte [{last.low:.3f}, {last.high:.3f}], over {history.forgetting_margin:g}"
+    if not scores:
+        return ""
+    current = scores[-1]
+    margin = history.forgetting_margin
+    if current.low > margin:
+        interval = f"[{current.low:.3f}, {current.high:.3f}]"
+        return f"general text lost {current.value:.3f} {interval} bits per byte, margin {margin:g}"
     return ""
 
 
 def large_update(history: GuardHistory) -> str:
+    """Detect a step that changes weights by too much of their norm."""
     current = history.get_latest("update_ratio")
     if current is not None and current > THRESHOLDS["large update"]:
-        return f"a step changes weights by {current:.2%} of their norm"
+        return f"one step changes weights by {current:.2%} of their norm"
     return ""
 
 
 def adapter_too_large(history: GuardHistory) -> str:
+    """Detect adapters that are large compared with the weights they modify."""
     current = history.get_latest("adapter_share")
     if current is not None and current > THRESHOLDS["adapter too large"]:
-        return f"the adapter's part is {current:.0%} of the weights it is beside"
+        return f"the adapter's norm is {current:.0%} of the weights' norm"
     return ""
 
 
@@ -353,34 +405,36 @@ DETECTORS: dict[str, Detector] = {
     "loss above start": Detector(loss_above_start, "collapse", "step"),
     "loss spike": Detector(loss_spike, "watch", "step"),
     "gradient spike": Detector(gradient_spike, "watch", "step"),
-    "rows harder than held-out": Detector(train_loss_above_eval, "watch"),
+    "train loss above eval loss": Detector(train_loss_above_eval, "watch"),
     "overfitting": Detector(overfitting, "watch"),
     "repetition": Detector(repetition, "collapse"),
-    "sameness": Detector(low_distinct_2, "collapse"),
-    "one answer": Detector(identical_answers, "collapse"),
-    "no end": Detector(missing_eos, "collapse"),
-    "end unlearnt": Detector(eos_likelihood_drop, "watch"),
-    "empty": Detector(short_answers, "collapse"),
-    "loop": Detector(zlib_repetition, "collapse"),
+    "low distinct-2": Detector(low_distinct_2, "collapse"),
+    "identical answers": Detector(identical_answers, "collapse"),
+    "missing EOS": Detector(missing_eos, "collapse"),
+    "EOS likelihood drop": Detector(eos_likelihood_drop, "watch"),
+    "short answers": Detector(short_answers, "collapse"),
+    "repetition (zlib)": Detector(zlib_repetition, "collapse"),
     "gibberish": Detector(gibberish, "collapse"),
-    "foreign": Detector(foreign_script, "collapse"),
-    "form": Detector(invalid_json, "collapse"),
+    "unexpected language": Detector(unexpected_language, "collapse"),
+    "invalid JSON": Detector(invalid_json, "collapse"),
     "constraint": Detector(constraint_violations, "watch"),
-    "certain": Detector(entropy_collapse, "collapse"),
-    "uncertain": Detector(entropy_blowup, "collapse"),
-    "far from base": Detector(high_kl, "collapse"),
+    "entropy collapse": Detector(entropy_collapse, "collapse"),
+    "entropy blow-up": Detector(entropy_blowup, "collapse"),
+    "high KL": Detector(high_kl, "collapse"),
     "forgetting": Detector(forgetting, "forgetting"),
     "large update": Detector(large_update, "watch"),
     "adapter too large": Detector(adapter_too_large, "watch"),
 }
 
 
-# ---------------------------------------------------------------- the fold
+# ---------------------------------------------------------------- verdicts
 
 
 class TrainingGuard:
-    """`judged`: the last step that a look, or without probes a step, found nothing against. A
-    detector speaks when it begins to find something, not as long as it does."""
+    """Fold events into verdicts.
+
+    `last_good_step` is the last step that a probe (without probes: a step) passed. A detector
+    reports once when it starts to fire, not as long as it fires."""
 
     def __init__(
         self,
@@ -390,77 +444,78 @@ class TrainingGuard:
         vocab_size: int,
         is_probing: bool,
     ) -> None:
-        """`levels`: of each family; "off" leaves it out."""
-        self.levels, self.is_probing = levels, is_probing
+        """`levels` gives the level of each family; "off" disables it."""
+        self.levels = levels
+        self.is_probing = is_probing
         self.history = GuardHistory(vocab_size=vocab_size, forgetting_margin=forgetting_margin)
         self.last_good_step = 0
         self._active: set[str] = set()
 
     @classmethod
     def from_plan(cls, plan: Plan, *, is_probing: bool) -> TrainingGuard:
-        collapse, forgetting = plan["guard_collapse"], plan["guard_forgetting"]
+        collapse, forgetting = plan.config.guard_collapse, plan.config.guard_forgetting
         levels: dict[Family, str] = {"collapse": collapse, "forgetting": forgetting}
         levels["watch"] = "off" if collapse == forgetting == "off" else "warn"
         return cls(
             levels,
-            forgetting_margin=plan["forgetting_margin"],
+            forgetting_margin=plan.config.forgetting_margin,
             vocab_size=plan.model.vocab_size,
             is_probing=is_probing,
         )
 
     def observe_event(self, event: Event) -> list[CheckResult]:
-        """Takes an event in; a step is judged at once."""
-        if isinstance(event, Score):
-            if event.task == PROBE_TASK:
-                self.history.probe_scores.setdefault(event.metric, []).append(event)
-            elif event.task == EXPECTED_TASK:
-                self.history.expected_scores[event.metric] = event.value
-        elif (
-            isinstance(event, TrainStep) and event.supervised_tokens
-        ):  # else all of its rows were left out
+        """Record an event; return the verdicts on it if it is a step."""
+        if isinstance(event, Score) and event.task == PROBE_TASK:
+            self.history.probe_scores.setdefault(event.metric, []).append(event)
+        elif isinstance(event, Score) and event.task == EXPECTED_TASK:
+            self.history.expected_scores[event.metric] = event.value
+        elif isinstance(event, TrainStep) and event.supervised_tokens:
+            # A step without supervised tokens (all of its rows are skipped) has no loss to judge.
             self.history.add_step(event)
             return self._run_detectors("step", event.step, can_mark_good=not self.is_probing)
         return []
 
+    def judge_probe(self, step: int) -> list[CheckResult]:
+        """Return the verdicts on a probe whose scores were observed."""
+        return self._run_detectors("probe", step, can_mark_good=True)
+
     @property
     def safe_step(self) -> int:
-        """A step that stays good whatever is found next: an average is late, it began to rise where
-        it was lowest."""
-        return (
-            min(self.last_good_step, self.history.lowest_step)
-            if self.history.steps
-            else self.last_good_step
-        )
+        """The last step that stays good whatever is detected next.
+
+        A moving average lags: it started to rise where it was lowest."""
+        if not self.history.steps:
+            return self.last_good_step
+        return min(self.last_good_step, self.history.lowest_step)
 
     @property
     def active_detectors(self) -> list[str]:
-        """Which detectors find something now."""
+        """Names of the detectors that fire now."""
         return [name for name in DETECTORS if name in self._active]
-
-    def judge_probe(self, step: int) -> list[CheckResult]:
-        """What the probe of this step says, once its measures were seen."""
-        return self._run_detectors("probe", step, can_mark_good=True)
 
     def _run_detectors(self, trigger: str, step: int, *, can_mark_good: bool) -> list[CheckResult]:
         verdicts: list[CheckResult] = []
         for name, detector in DETECTORS.items():
-            if detector.trigger != trigger or self.levels[detector.family] == "off":
+            level = self.levels[detector.family]
+            if detector.trigger != trigger or level == "off":
                 continue
             evidence = detector.detect(self.history)
-            if evidence and name not in self._active:
-                verdicts.append(CheckResult(name, self.levels[detector.family], evidence, step))  # type: ignore[arg-type]
-            (self._active.add if evidence else self._active.discard)(name)
+            if not evidence:
+                self._active.discard(name)
+                continue
+            if name not in self._active:
+                verdicts.append(CheckResult(name, level, evidence, step))  # type: ignore[arg-type]
+            self._active.add(name)
+        active_levels = {self.levels[DETECTORS[name].family] for name in self._active}
         if self._active & ONSET_DETECTORS:
             self.last_good_step = self.safe_step
-        elif can_mark_good and not any(
-            self.levels[DETECTORS[name].family] != "warn" for name in self._active
-        ):
+        elif can_mark_good and active_levels <= {"warn"}:
             self.last_good_step = step
         return verdicts
 
 
 def select_worst(verdicts: Iterable[CheckResult]) -> CheckResult | None:
-    """The one that decides: a stop, else a rollback."""
+    """Return the verdict that decides: the first stop, else the first rollback, else None."""
     for level in ("stop", "rollback"):
         for verdict in verdicts:
             if verdict.level == level:

@@ -79,9 +79,9 @@ class GuardedTraining:
             else None
         )
         self.probes = GenerationProbe(session, prompt_set) if prompt_set else None
-        self.is_probing = bool(self.probes and self.plan["probe_steps"])
+        self.is_probing = bool(self.probes and self.plan.config.probe_steps)
         self.forgetting_margin = (
-            float("inf") if self.plan["guard_forgetting"] == OFF else self.plan["forgetting_margin"]
+            float("inf") if self.plan.config.guard_forgetting == OFF else self.plan.config.forgetting_margin
         )
         self._initial_events: list[Event] = []  # what was measured before the first step
         self._replay_history([])
@@ -125,7 +125,7 @@ class GuardedTraining:
     def _start(self) -> Iterator[Event]:
         """The first probe is of the model before training: weights of a checkpoint come after
         it."""
-        if self.is_guarding and self.plan["probe_steps"] and not self.probes:
+        if self.is_guarding and self.plan.config.probe_steps and not self.probes:
             yield CheckResult(
                 "probes",
                 "warn",
@@ -155,7 +155,7 @@ class GuardedTraining:
                     *self.probes.measure_expected(),
                     *self.probes.run_probe(0, self.training.optimizer),
                 ]
-            elif self.is_probing and step % self.plan["probe_steps"] == 0:
+            elif self.is_probing and step % self.plan.config.probe_steps == 0:
                 events = list(self.probes.run_probe(step, self.training.optimizer))
             else:
                 events = list(self.probes.measure_forgetting(step))
@@ -181,7 +181,7 @@ class GuardedTraining:
             event for event in self.history if isinstance(event, Score) and event.step == step
         ]
         if eval_point := EvalPoint.from_scores(
-            step, scores, [format_metric_name(metric) for metric in self.plan["metrics"]]
+            step, scores, [format_metric_name(metric) for metric in self.plan.config.metrics]
         ):
             self.eval_points.append(eval_point)
         return (
@@ -216,19 +216,19 @@ class GuardedTraining:
         try:
             return next(self.training, None)
         except GateError as error:
-            if self.plan["guard_collapse"] != "rollback" or self._find_good_step() is None:
+            if self.plan.config.guard_collapse != "rollback" or self._find_good_step() is None:
                 raise
             return CheckResult("non-finite", "rollback", error.message, self.training.step)
 
     def _save_if_due(self) -> Iterator[Event]:
         step, best = self.training.step, select_best(self.eval_points, self.forgetting_margin)
         if step < self.plan.steps and (
-            step % self.plan["save_steps"] == 0 or (best and best.step == step)
+            step % self.plan.config.save_steps == 0 or (best and best.step == step)
         ):
             yield self.save_checkpoint()
 
     def _stop_early(self) -> None:
-        if should_stop_early(self.eval_points, self.forgetting_margin, self.plan["patience"]):
+        if should_stop_early(self.eval_points, self.forgetting_margin, self.plan.config.patience):
             self.training.stop()
 
     # ------------------------------------------------------------ looks
@@ -238,14 +238,14 @@ class GuardedTraining:
         to compare."""
         step = self.training.step
         return self.context.items.has_training_eval and (
-            step % self.plan["eval_steps"] == 0
+            step % self.plan.config.eval_steps == 0
             or (step == self.plan.steps and bool(self.eval_points))
         )
 
     def _is_due(self) -> bool:
         step = self.training.step
         return step > 0 and (
-            self._is_eval_due() or (self.is_probing and step % self.plan["probe_steps"] == 0)
+            self._is_eval_due() or (self.is_probing and step % self.plan.config.probe_steps == 0)
         )
 
     def _is_evaluated(self) -> bool:
@@ -294,18 +294,18 @@ class GuardedTraining:
         """An adaptive rehearsal follows from what was measured."""
         plan, step, training = self.plan, self.training.step, self.training
         if (
-            "rehearsal_margin" not in plan.choices
+            plan.config.rehearsal_margin is None
             or step >= plan.steps
             or step in dict(training.ratios)
         ):
             return
         previous_ratio = (
-            training.ratio_changes[-1][1] if training.ratio_changes else plan["rehearsal_ratio"]
+            training.ratio_changes[-1][1] if training.ratio_changes else plan.config.rehearsal_ratio
         )
         forgotten_bits = get_general_bits(scores) - get_general_bits(
             self.baseline.iter_scores(step=0)
         )
-        margin = plan["rehearsal_margin"]
+        margin = plan.config.rehearsal_margin
         ratio = compute_next_ratio(previous_ratio, forgotten_bits, margin)
         level, relation = ("ok", "within") if forgotten_bits <= margin else ("warn", "over")
         evidence = f"general text {forgotten_bits:+.3f} bits per byte, {relation} {margin:g}: {previous_ratio:.1%} -> {ratio:.1%}"

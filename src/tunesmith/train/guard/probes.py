@@ -99,7 +99,7 @@ def build_prompt_set(
     for role in PROMPT_ROLES:
         if role in inputs.datasets:
             candidates = _build_row_prompts(
-                inputs.datasets[role], inputs.renderer, plan["probe_prompts"]
+                inputs.datasets[role], inputs.renderer, plan.config.probe_prompts
             )
         else:
             role_texts = [text for text in texts if role == "retention_data"]
@@ -107,7 +107,7 @@ def build_prompt_set(
                 _build_text_prompt(text.id, text.text, inputs.renderer)
                 for text in role_texts[:: max(1, len(role_texts) // 8)]
             ]
-        usable = [prompt for prompt in candidates if prompt is not None][: plan["probe_prompts"]]
+        usable = [prompt for prompt in candidates if prompt is not None][: plan.config.probe_prompts]
         if len(usable) > 1:
             return GuardPromptSet(tuple(usable), short_texts)
     return None
@@ -204,7 +204,7 @@ class GenerationProbe:
     def __init__(self, session: Session, prompt_set: GuardPromptSet) -> None:
         self.session, self.prompt_set = session, prompt_set
         self.base_norms = compute_weight_norms(session.model.network)
-        self.has_adapter = session.plan["method"] != "full"
+        self.has_adapter = session.plan.config.method != "full"
         self._base_stats: list[_DocumentStats] = []
 
     def run_probe(
@@ -319,7 +319,7 @@ class GenerationProbe:
                     ],
                 )
             )
-        if {"json_valid", "schema_valid"} & set(self.session.plan["metrics"]):
+        if {"json_valid", "schema_valid"} & set(self.session.plan.config.metrics):
             valid_flags = [
                 is_json(answer.text, is_truncated=answer.finish_reason == "length")
                 for answer in answers
@@ -351,7 +351,7 @@ class GenerationProbe:
         plan = self.session.plan
         with scaled_adapter(self.session.model.network, 0):
             likelihoods = compute_nll(
-                self.session.model, documents, plan["pack_length"], share=plan["share_prefixes"]
+                self.session.model, documents, plan.config.pack_length, share=plan.config.share_prefixes
             )
             return self._build_measurement(
                 "base_loss", [nats / count for _, nats, count in sorted(likelihoods)]
@@ -490,7 +490,7 @@ def _measure_documents(
         return stats
 
     stats_by_index = dict(
-        map_documents(session.model, weighted_documents, session.plan["pack_length"], measure_batch)
+        map_documents(session.model, weighted_documents, session.plan.config.pack_length, measure_batch)
     )
     return [stats_by_index[index] for index in range(len(requests))]
 

@@ -68,7 +68,7 @@ def build_rollback(
 
 def _raise_ratio(plan: Plan, training: TrainingLoop) -> float:
     previous_ratio = (
-        training.ratio_changes[-1][1] if training.ratio_changes else plan["rehearsal_ratio"]
+        training.ratio_changes[-1][1] if training.ratio_changes else plan.config.rehearsal_ratio
     )
     return compute_next_ratio(previous_ratio, 1.0, 0.0)
 
@@ -96,7 +96,7 @@ def _find_suspect_rows(
 def _compute_losses(session: Session, documents: Sequence[Document]) -> list[float]:
     plan = session.plan
     likelihoods = compute_nll(
-        session.model, documents, plan["pack_length"], share=plan["share_prefixes"]
+        session.model, documents, plan.config.pack_length, share=plan.config.share_prefixes
     )
     return [nats / tokens for _, nats, tokens in sorted(likelihoods)]
 
