@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.advise.rules.advice import Advice
     from tunesmith.evaluate.evaluated import EvalReport
     from tunesmith.evaluate.model_ref import ModelComparison
-    from tunesmith.export.targets import ExportResult
+    from tunesmith.export.export import ExportResult
     from tunesmith.plan.method_comparison import MethodEstimate
     from tunesmith.recipe.template import InitResult
     from tunesmith.session.doctor import Diagnosis
@@ -286,8 +286,9 @@ def train(
     if isinstance(plan, StagedPlan):
         from tunesmith.train import stages
 
+        stage_inputs = inputs if isinstance(inputs, tuple) else None
         return stages.train(
-            plan, inputs if isinstance(inputs, tuple) else None, allow_code=allow_code
+            plan, stage_inputs, merge_model=_export_merged, allow_code=allow_code
         )
     if not isinstance(plan, Plan):
         message = f"train takes a Plan, not a {type(plan).__name__}"
@@ -312,10 +313,24 @@ def resume(
     from tunesmith.core.run_dir import is_staged
     from tunesmith.train import run, stages
 
-    resume_run = stages.resume if is_staged(Path(path)) else run.resume
-    return resume_run(
-        Path(path), allow_drift=allow_drift, from_step=from_step, allow_code=allow_code
-    )
+    run_dir = Path(path)
+    options: dict[str, Any] = {
+        "allow_drift": allow_drift,
+        "from_step": from_step,
+        "allow_code": allow_code,
+    }
+    if is_staged(run_dir):
+        return stages.resume(run_dir, merge_model=_export_merged, **options)
+    return run.resume(run_dir, **options)
+
+
+def _export_merged(run_dir: Path, model_dir: Path) -> str:
+    """Merge a finished stage's adapter into a model folder; return the evidence of parity."""
+    from tunesmith.export.export import export_run
+
+    parity = export_run(run_dir, "merged", out=model_dir).parity
+    same = f"{parity.same_answers} of {parity.prompts} answers identical to the run's"
+    return f"{same}, mean KL {parity.mean_kl:.1e} nats/token"
 
 
 def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
@@ -384,7 +399,7 @@ def evaluate_full(
                 stages.evaluate_stages(model_ref.run_dir, allow_code=allow_code), model_ref.run_dir
             )
         if (
-            read_run_plan(model_ref.run_dir)["method"] != "full"
+            read_run_plan(model_ref.run_dir).config.method != "full"
         ):  # which takes its base and what became of it one after the other
             return EvalReport.from_comparisons(
                 finished_run.evaluate_run(model_ref.run_dir, allow_code=allow_code),
@@ -473,9 +488,9 @@ def export(
     dequantized or auto, of a run on 4-bit weights. `scale`: the adapter times this, as RUN@SCALE is
     measured. `out`: a folder, else RUN/export/TO. GateError when what was written does not answer
     as the run does; then nothing is left."""
-    from tunesmith.evaluate import finished_run
+    from tunesmith.export.export import export_run
 
     output_path = None if out is None else Path(out)
-    return finished_run.export_run(
+    return export_run(
         Path(path), to, kind=type, base=base, scale=scale, out=output_path
     )

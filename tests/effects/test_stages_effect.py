@@ -8,6 +8,7 @@ import pytest
 
 import tunesmith
 from tiny_runs import write_rows
+from tunesmith import api
 from tunesmith.api import read_recipe, read_record
 from tunesmith.core.types import Json
 from tunesmith.recipe.schema import Stages
@@ -38,7 +39,7 @@ def test_the_domain_is_still_likelier_after_both(seed: int, tmp_path: Path) -> N
     made = read_recipe({**whole, "stage": [{"cpt": cpt}, {"sft": sft}]})
     assert isinstance(made, Stages)
     known = stages.load_stage_inputs(made)
-    list(stages.train(stages.make_staged_plan(known), known))
+    list(api.train(stages.make_staged_plan(known), known))
     (found,) = read_record(tmp_path / "run").comparisons
     assert (found.task, found.metric, found.after.n) == ("1-cpt test", "bits_per_byte", 8)
     assert found.high < 0, (

@@ -22,7 +22,7 @@ from dying import MODES, armed, child
 
 from tiny_export import save_model, save_run
 from tunesmith.core.atomic import verify_dir
-from tunesmith.evaluate import finished_run
+from tunesmith.export.export import export_run
 
 
 def left(place: Path) -> str:
@@ -47,7 +47,7 @@ def try_all(finished: Path, name: str, folder: Path, mode: int, every: int) -> d
 
         def export(place: Path = place, call: int = call) -> str:
             armed(place.parent, call, mode)
-            return finished_run.export_run(finished, target, kind=kind or None, out=place).path
+            return export_run(finished, target, kind=kind or None, out=place).path
 
         status, said = child(export)
         reason = next(

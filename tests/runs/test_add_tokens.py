@@ -28,6 +28,7 @@ from tunesmith.core.events import CheckResult
 from tunesmith.core.types import Json, Pack
 from tunesmith.data.collate import collate
 from tunesmith.evaluate import finished_run
+from tunesmith.export.export import export_run
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
@@ -91,19 +92,19 @@ def test_the_plan_says_what_is_trained_and_why(
     tiny_folder: Path, tied_folder: Path, tmp_path: Path
 ) -> None:
     plan = plan_of(wish(tiny_folder, tmp_path / "a"))
-    assert plan["add_tokens"] == IDS
-    assert "3 for <n>); the embedding grows by 2 rows" in plan.choices["add_tokens"].reason
-    assert plan["modules_to_save"] == ("embed_tokens", "lm_head")
-    assert plan["new_rows_times"] == pytest.approx(
-        min(10, max(1, 0.01 / plan["learning_rate"])), rel=1e-3
+    assert plan.config.add_tokens == IDS
+    assert "3 for <n>); the embedding grows by 2 rows" in plan.reasons["add_tokens"].reason
+    assert plan.config.modules_to_save == ("embed_tokens", "lm_head")
+    assert plan.config.new_rows_lr_factor == pytest.approx(
+        min(10, max(1, 0.01 / plan.config.learning_rate)), rel=1e-3
     )
-    assert "128 values; all other rows stay" in plan.choices["modules_to_save"].reason
+    assert "128 values; all other rows stay" in plan.reasons["modules_to_save"].reason
     tied = plan_of(wish(tied_folder, tmp_path / "b"))
-    assert tied["modules_to_save"] == ("embed_tokens",)
-    assert "has spare rows for them" in tied.choices["add_tokens"].reason
+    assert tied.config.modules_to_save == ("embed_tokens",)
+    assert "has spare rows for them" in tied.reasons["add_tokens"].reason
     full = plan_of(wish(tiny_folder, tmp_path / "c", method="full", lora_r="auto"))
-    assert full["add_tokens"] == IDS
-    assert "modules_to_save" not in full.choices
+    assert full.config.add_tokens == IDS
+    assert full.config.modules_to_save is None
     without = plan_of(wish(tiny_folder, tmp_path / "d", add_tokens=[]))
     assert plan.memory_bytes["trained"] - without.memory_bytes["trained"] == 128 * 16
     assert not {"add_tokens", "modules_to_save"} & without.choices.keys()
@@ -228,7 +229,7 @@ def test_other_methods_learn_them_too(tiny_folder: Path, tmp_path: Path, changed
     own = wish(tiny_folder, tmp_path, num_train_epochs=3, **changed)
     steps = steps_of(train(own))
     assert steps[-1].loss < steps[0].loss - 0.3
-    assert finished_run.export_run(place(own), "merged").parity.mean_kl < 1e-6
+    assert export_run(place(own), "merged").parity.mean_kl < 1e-6
 
 
 def test_pairs_are_compared_with_the_base(tiny_folder: Path, tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
     both |= {"output_dir": str(tmp_path / "run"), "num_train_epochs": 1}
     made = api.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft}]})
     known = stages.load_stage_inputs(made)
-    steps = steps_of(list(stages.train(stages.make_staged_plan(known), known)))
+    steps = steps_of(list(api.train(stages.make_staged_plan(known), known)))
     assert steps[-1].loss < steps[-3].loss
     other = api.read_recipe(
         {**both, "stage": [{"cpt": cpt}, {"sft": sft | {"add_tokens": ["<n>"]}}]}
@@ -297,8 +298,8 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> None:
     path = place(first)
-    assert finished_run.export_run(path, "peft", out=tmp_path / "peft").parity.mean_kl < 1e-9
-    merged = finished_run.export_run(path, "merged", out=tmp_path / "merged")
+    assert export_run(path, "peft", out=tmp_path / "peft").parity.mean_kl < 1e-9
+    merged = export_run(path, "merged", out=tmp_path / "merged")
     assert (merged.parity.mean_kl < 1e-9, merged.parity.same_prompts) == (True, 4)
     old, new = (
         load_file(model / "model.safetensors"),
@@ -317,4 +318,4 @@ def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> No
     plan = plan_of(recipe(tmp_path / "merged", tmp_path / "next", data=rows))
     assert plan.model.vocab_size == size, "a model for the next run"
     with pytest.raises(InputError, match="a GGUF adapter has no place for the rows of new tokens"):
-        finished_run.export_run(path, "gguf", kind="lora", out=tmp_path / "lora")
+        export_run(path, "gguf", kind="lora", out=tmp_path / "lora")

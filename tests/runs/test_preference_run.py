@@ -14,10 +14,10 @@ from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Json
 from tunesmith.data.dataset import PAIR_TOO_LONG
-from tunesmith.evaluate.preference import REFERENCE_FILE
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
+from tunesmith.train.base_reference import REFERENCE_FILE
 
 
 def pair(number: int) -> Json:

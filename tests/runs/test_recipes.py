@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tiny_runs import chat, save_writer_folder, steps_of, sums, train, write_rows
+from tunesmith import api
 from tunesmith.api import read_recipe
 from tunesmith.core.events import Event, StageStart
 from tunesmith.core.json_io import read_json
@@ -107,7 +108,7 @@ def test_the_recipe_with_stages_runs(tiny_folder: Path, tmp_path: Path) -> None:
     parts = [small(one, tiny_folder, tmp_path / one.stage) for one in wish.recipes]
     made = Stages(tuple(one.model_copy(update={"output_dir": tmp_path / "run"}) for one in parts))
     known = stages.load_stage_inputs(made)
-    events = list(stages.train(stages.make_staged_plan(known), known))
+    events = list(api.train(stages.make_staged_plan(known), known))
     assert [event.name for event in events if isinstance(event, StageStart)] == ["cpt", "sft"]
     assert [step.step for step in steps_of(events)] == [1, 2, 1, 2]
     assert (tmp_path / "run" / "record.json").exists()

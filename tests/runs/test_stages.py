@@ -15,6 +15,7 @@ from tunesmith.core.events import CheckpointSaved, CheckResult, Event, StageStar
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Json
 from tunesmith.evaluate import finished_run
+from tunesmith.export.export import export_run
 from tunesmith.plan.stages import StagedPlan
 from tunesmith.recipe.schema import Stages
 from tunesmith.train import stages
@@ -79,7 +80,7 @@ def planned(made: Stages) -> StagedPlan:
 
 def trained(made: Stages) -> list[Event]:
     known = stages.load_stage_inputs(made)
-    return list(stages.train(stages.make_staged_plan(known), known))
+    return list(api.train(stages.make_staged_plan(known), known))
 
 
 def until(events: Any, stage: int, saved: int | None) -> None:
@@ -156,7 +157,7 @@ def test_a_run_goes_on_in_any_stage(
     tiny_folder: Path,
     tmp_path: Path,
 ) -> None:
-    until(stages.train(planned(wish(tiny_folder, tmp_path))), stage, saved)
+    until(api.train(planned(wish(tiny_folder, tmp_path))), stage, saved)
     again = list(api.resume(tmp_path / "run"))
     begun = [event.step for event in again if isinstance(event, StageStart)]
     assert begun == list(range(stage, 3))
@@ -176,7 +177,7 @@ def test_the_plan_of_a_later_stage_is_known_before_the_first(
 ) -> None:
     folder, _ = straight
     before, after = stages.read_staged(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")
-    assert before["between_stages"] == after["between_stages"] == "the adapter goes on"
+    assert before.config.between_stages == after.config.between_stages == "the adapter goes on"
     differ = {
         key for key in after.choices if key not in before.choices or before[key] != after[key]
     }
@@ -188,7 +189,7 @@ def test_what_comes_after_a_run_takes_the_last_stage(
 ) -> None:
     folder = straight[0]
     assert isinstance(next(finished_run.chat(folder, ["1 and 1"])), str)
-    assert finished_run.export_run(folder, "peft", out=tmp_path / "peft").path == str(
+    assert export_run(folder, "peft", out=tmp_path / "peft").path == str(
         tmp_path / "peft"
     )
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
@@ -205,7 +206,7 @@ def test_a_run_may_go_on_from_stages(
 
 
 def test_rows_that_change_between_stages_are_noticed(tiny_folder: Path, tmp_path: Path) -> None:
-    until(stages.train(planned(wish(tiny_folder, tmp_path))), 2, None)
+    until(api.train(planned(wish(tiny_folder, tmp_path))), 2, None)
     write_rows(tmp_path / "rows.jsonl", sums(20, 8))
     with pytest.raises(InputError, match=r"the file has changed since the plan.*"):
         list(api.resume(tmp_path / "run"))
@@ -241,7 +242,7 @@ def test_preference_may_come_first(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_moved_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
-    until(stages.train(planned(wish(tiny_folder, tmp_path))), 1, 2)
+    until(api.train(planned(wish(tiny_folder, tmp_path))), 1, 2)
     moved = Path(shutil.move(tmp_path / "run", tmp_path / "moved"))
     list(api.resume(moved))
     assert (moved / "stages" / "2-sft" / WEIGHTS).exists()
@@ -283,7 +284,7 @@ def test_what_no_adapter_can_go_on_from_is_merged(
     base = tmp_path / "one" / "model"
     if kind == OTHER_RANK:
         base = tmp_path / "base"
-        finished_run.export_run(tmp_path / "one", "merged", out=base)
+        export_run(tmp_path / "one", "merged", out=base)
         assert [
             v.evidence.split(":")[0]
             for v in events
@@ -302,8 +303,8 @@ def test_the_plan_says_why_it_merges(merged: Any) -> None:
         ALL_WEIGHTS: "all weights of 1-cpt were trained: the model that it leaves is the base",
     }[kind]
     for plan in (stages.read_staged(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")):
-        assert plan["between_stages"] == "merged"
-        assert plan.choices["between_stages"].reason.startswith(why)
+        assert plan.config.between_stages == "merged"
+        assert plan.reasons["between_stages"].reason.startswith(why)
 
 
 def test_a_merged_run_is_measured_from_the_base(merged: Any) -> None:
@@ -330,7 +331,7 @@ def test_a_merged_run_goes_on_in_any_stage(
     stage: int, saved: int | None, merged: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     kind, folder, _ = merged
-    until(stages.train(planned(merging(tiny_folder, tmp_path, kind))), stage, saved)
+    until(api.train(planned(merging(tiny_folder, tmp_path, kind))), stage, saved)
     list(api.resume(tmp_path / "run"))
     mine, theirs = (one / "stages" / "2-sft" / WEIGHTS for one in (tmp_path / "run", folder))
     assert mine.read_bytes() == theirs.read_bytes()
@@ -349,7 +350,7 @@ def test_a_third_stage_goes_on_from_a_merged_base(tiny_folder: Path, tmp_path: P
         wish(tiny_folder, tmp_path, lora_r="auto", stage=[first, {"sft": two}, {"sft": two}, last])
     )
     plans = [api.read_plan(place) for place in sorted((tmp_path / "run" / "stages").iterdir())]
-    assert [plan["between_stages"] for plan in plans[1:]] == [
+    assert [plan.config.between_stages for plan in plans[1:]] == [
         "merged",
         "the adapter goes on",
         "merged",
@@ -361,7 +362,7 @@ def test_a_third_stage_goes_on_from_a_merged_base(tiny_folder: Path, tmp_path: P
 
 
 def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    until(stages.train(planned(merging(tiny_folder, tmp_path, OTHER_RANK))), 2, 2)
+    until(api.train(planned(merging(tiny_folder, tmp_path, OTHER_RANK))), 2, 2)
     plan = tmp_path / "run" / "stages" / "2-sft" / "plan.json"
     plan.unlink()  # as if it had not begun
     with (tmp_path / "run" / "stages" / "1-cpt" / "merged" / "model.safetensors").open(

@@ -33,7 +33,7 @@ def measure_scale_curve(
 ) -> tuple[ScalePoint, ...]:
     """Nothing without an adapter, or without `eval_data`. `before` is of the base, unless the
     adapter is one that went on."""
-    if session.plan["method"] == "full" or not (
+    if session.plan.config.method == "full" or not (
         items.eval_documents or "eval_data" in items.held_out_texts
     ):
         return ()

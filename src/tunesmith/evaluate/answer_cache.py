@@ -1,22 +1,24 @@
-"""Answers that were generated before: kept in a file by what they are an answer of, so that nothing
-is generated twice.
+"""Cache generated answers on disk, so that no answer is generated twice.
 
-    answers_cached(model, requests, decode=..., end_ids=..., store=Store(file, state)) -> Generations, as asked
+    cache = AnswerCache(file, hash_weights(fingerprint, adapter_files))
+    generate_cached(model, requests, decode=..., end_ids=..., cache=cache)
 
-The key of an answer is a sha256 over all that decides it: the weights (`state_of`), the prompt's
-tokens, how the answer is chosen, what it may not hold, where it ends. Another key is another
-answer: nothing goes stale. The file has a line for each answer, appended as it is finished, so an
-evaluation that was killed goes on where it was. A line that is torn or is no answer is passed over.
-Weights that are still trained have no state: they are not cached. Left out: what is asked
-(tasks.py). What runs beside an answer can still round it differently (infer/engine.py): kept is
-what came first."""
+The key of an answer is the sha256 of everything that decides it: the weights, the prompt's tokens,
+the sampling settings, the banned sequences and the end tokens; entries never go stale. The file has
+one line per answer, appended when the answer is finished, so a killed evaluation continues where it
+stopped. Torn or damaged lines are skipped. Weights that are still trained have no hash and are not
+cached. Rounding depends on what else is in the batch (generation/engine.py): the cache holds the
+first answer.
+
+Left out: which prompts are answered (generate_until.py).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,34 +29,44 @@ from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import GenerationOutput, GenerationRequest, Json
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import DecodeFn, generate
+from tunesmith.model.hub.adapter_config import AdapterFolder
+from tunesmith.session.provenance import hash_weight_files
 
 ANSWERS_FILE = "answers.jsonl"  # in a run folder
-MODEL_KEYS = (
-    "tunesmith",
-    "base_sha256",
-    "config",
-    "tokenizer",
-    "renderer",
-    "versions",
-    "machine",
-)  # of an identity
-PLAN_KEYS = ("method", "dtype", "attention")  # of its plan: how the same weights are computed with
+# Keys of a run's fingerprint that decide its answers, and of the plan in it.
+MODEL_KEYS = ("tunesmith", "base_sha256", "config", "tokenizer", "renderer", "versions", "machine")
+PLAN_KEYS = ("method", "dtype", "attention")
 
 
 @dataclass(frozen=True)
 class AnswerCache:
-    """Where answers are kept, and what the weights are that give them: see `state_of`."""
+    """The file of the answers, and the hash of the weights that generate them."""
 
     file: Path
     weights_hash: str
 
 
 def hash_weights(fingerprint: Json, adapter: Mapping[str, str]) -> str:
-    """What the weights are, from the identity of a run and the sha256 of each file of its adapter
-    (none: the base), or of the model where all weights were trained."""
+    """Return the hash of a run's fingerprint and its weights.
+
+    adapter: file name -> sha256, of the adapter or the fully trained model; empty for the base.
+    """
     plan = {key: fingerprint["plan"].get(key) for key in PLAN_KEYS}
     model_values = {key: fingerprint.get(key) for key in MODEL_KEYS}
     return _hash_json({"facts": model_values, "plan": plan, "adapter": dict(adapter)})
+
+
+def open_answer_cache(
+    path: Path, fingerprint: Json, weights: AdapterFolder | Path | None
+) -> AnswerCache:
+    """Return the answer cache of a run folder for its base model, the adapter that training started
+    from, or a folder of trained weights."""
+    hashes: Mapping[str, str] = {}
+    if isinstance(weights, Path):
+        hashes = hash_weight_files(weights)
+    elif weights is not None:
+        hashes = {"start": weights.sha256}
+    return AnswerCache(path / ANSWERS_FILE, hash_weights(fingerprint, hashes))
 
 
 def generate_cached(
@@ -65,30 +77,30 @@ def generate_cached(
     end_ids: Collection[int],
     cache: AnswerCache | None,
 ) -> list[GenerationOutput]:
-    """The answer of each request, in their order; the same request is answered once. Nothing is
-    kept without a `store`, nor where its file cannot be written. Raises as `generate` does."""
-    keys = [
-        _compute_key(cache.weights_hash if cache else "", request, end_ids) for request in requests
-    ]
+    """Return the answer to each request, in their order; equal requests are answered once.
+
+    Without a cache, or where its file cannot be written, nothing is stored. Raises what `generate`
+    raises.
+    """
+    weights_hash = cache.weights_hash if cache else ""
+    keys = [_compute_key(weights_hash, request, end_ids) for request in requests]
     answers = _read_answers(cache.file, set(keys)) if cache else {}
     missing = {
         key: request for key, request in zip(keys, requests, strict=True) if key not in answers
     }
-    missing_keys, generations = (
-        list(missing),
-        generate(model, list(missing.values()), decode=decode, end_ids=end_ids),
-    )
+    missing_keys = list(missing)
+    generations = generate(model, list(missing.values()), decode=decode, end_ids=end_ids)
+    num_cached = len(requests) - len(missing)
+    progress = log_progress(generations, len(requests), "answers", num_done=num_cached)
     with closing(_AppendFile(cache.file if cache else None)) as cache_file:
-        for index, answer in log_progress(
-            generations, len(requests), "answers", num_done=len(requests) - len(missing_keys)
-        ):
+        for index, answer in progress:
             answers[missing_keys[index]] = answer
             cache_file.append_answer(missing_keys[index], answer)
     return [answers[key] for key in keys]
 
 
 def _compute_key(weights_hash: str, request: GenerationRequest, end_ids: Collection[int]) -> str:
-    """Every field of a request counts, those to come too."""
+    """Return the key of an answer; new fields of a request are part of it automatically."""
     return _hash_json(
         {"state": weights_hash, "request": to_jsonable(request), "end_ids": sorted(end_ids)}
     )
@@ -99,26 +111,25 @@ def _hash_json(value: Json) -> str:
 
 
 def _read_answers(file: Path, keys: Collection[str]) -> dict[str, GenerationOutput]:
+    answers: dict[str, GenerationOutput] = {}
     if not file.is_file():
-        return {}
+        return answers
     with file.open("rb") as lines:
-        return {key: answer for line in lines for key, answer in _parse_answer(line) if key in keys}
-
-
-def _parse_answer(line: bytes) -> Iterator[tuple[str, GenerationOutput]]:
-    """Nothing for a line that is torn or was damaged: its seal does not fit."""
-    try:
-        entry = json.loads(line)
-        is_sealed = entry["seal"] == _hash_json({"key": entry["key"], "answer": entry["answer"]})
-        if is_sealed:
-            yield entry["key"], parse_as(GenerationOutput, entry["answer"])
-    except (ValueError, KeyError, TypeError, RecursionError, InputError):
-        return
+        for line in lines:
+            # A torn or damaged line is no JSON, or its seal does not match.
+            try:
+                entry = json.loads(line)
+                key = entry["key"]
+                seal = _hash_json({"key": key, "answer": entry["answer"]})
+                if key in keys and entry["seal"] == seal:
+                    answers[key] = parse_as(GenerationOutput, entry["answer"])
+            except (ValueError, KeyError, TypeError, RecursionError, InputError):
+                continue
+    return answers
 
 
 class _AppendFile:
-    """A file that lines are added to, each in one write. What cannot be written is not kept, and
-    nothing else."""
+    """Append lines to a file, each in one write; after a failed write, store nothing more."""
 
     def __init__(self, file: Path | None) -> None:
         self._fd: int | None = None

@@ -25,13 +25,13 @@ from tunesmith.evaluate.results import EvalResults, compare_results
 from tunesmith.model.adapters import get_trainable_parameters, scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
+from tunesmith.model.save import load_weights
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
 from tunesmith.session.session import load_starting_model, open_eval_session
-from tunesmith.train.checkpoint import load_weights
 
 # What another model is asked: the rest of a recipe is about training, or about the model of the
 # run.
@@ -117,7 +117,7 @@ def _evaluate_trained(
 def _load_model(model_ref: ModelRef, plan: Plan, run_inputs: RunInputs) -> PackedCausalLM:
     assert model_ref.run_dir is not None
     if model_ref.checkpoint_dir is None:
-        if plan["method"] == "full" and model_ref.scale != 1:
+        if plan.config.method == "full" and model_ref.scale != 1:
             raise InputError(
                 "this run has no adapter to scale", where=model_ref.name, fix="name the run alone"
             )
@@ -191,7 +191,7 @@ def _apply_spec(plan: Plan, run_inputs: RunInputs, spec: EvalSpec) -> tuple[Plan
         return plan, run_inputs
     never, pairs = (
         ConstraintSet(run_inputs.recipe.never, is_held_out=True),
-        plan["stage"] == "preference",
+        plan.config.stage == "preference",
     )
     rows = open_dataset(
         [DataSource(path=spec.data)], run_inputs.renderer, has_pairs=pairs, constraint_set=never

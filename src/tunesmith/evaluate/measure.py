@@ -102,8 +102,8 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
     """Raises InputError for a metric that the rows cannot be measured with, for a single item of a
     kind, and for a metric of the user's own without `allow_code`: every way to run one leads
     through here."""
-    refuse_code(plan["metrics"], allow_code=allow_code)
-    texts, is_adaptive = load_general_texts(inputs), "rehearsal_margin" in plan.choices
+    refuse_code(plan.config.metrics, allow_code=allow_code)
+    texts, is_adaptive = load_general_texts(inputs), plan.config.rehearsal_margin is not None
     if inputs.corpus is not None:
         held_out = load_held_out_texts(inputs)
         should_track = is_adaptive or ("eval_data" in held_out and bool(texts))
@@ -121,8 +121,8 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
     prompts = tuple(prompt for prompt in all_prompts if not prompt.negative)
     choices: dict[str, tuple[Document, ...]] = {}
     if "test_data" in inputs.datasets:
-        check_prompts(prompts, plan["metrics"], inputs.response_schema)
-        if MULTIPLE_CHOICE in plan["metrics"]:
+        check_prompts(prompts, plan.config.metrics, inputs.response_schema)
+        if MULTIPLE_CHOICE in plan.config.metrics:
             choices = build_choices(examples[: len(prompts)], inputs.renderer)
         _refuse_single(len(prompts), "test_data", "questions")
     documents = {role: collect_documents(inputs, role) for role in ("eval_data", "test_data")}
@@ -152,7 +152,7 @@ def _build_selection_prompts(plan: Plan, inputs: RunInputs) -> tuple[EvalPrompt,
     """By chance a few rows of `eval_data` whose answers are graded at each look; none where nothing
     grades them, and of named tasks, each of which would have too few."""
     rows = inputs.datasets.get("eval_data")
-    if rows is None or rows.tasks or not plan["metrics"]:
+    if rows is None or rows.tasks or not plan.config.metrics:
         return ()
     examples: list[Example] = []
     for row in permutation(0, 0, len(rows)).tolist():
@@ -284,7 +284,7 @@ def measure_items(
     without them the model is it, and has not moved. `store`: where its answers are kept."""
     session.model.network.eval()
     measurements: list[MetricValues] = []
-    should_grade = set(session.plan["metrics"]) - set(LIKELIHOODS) or session.inputs.recipe.never
+    should_grade = set(session.plan.config.metrics) - set(LIKELIHOODS) or session.inputs.recipe.never
     indices = select_sample_indices(items)
     prompts = (
         (*items.prompts, *items.eliciting_prompts)
@@ -349,7 +349,7 @@ def grade_answers(
     """What answers show by themselves. Bad answers have no grade: whatever is said instead may be
     right."""
     metrics, schema, never = (
-        session.plan["metrics"],
+        session.plan.config.metrics,
         session.inputs.response_schema,
         session.inputs.recipe.never,
     )
@@ -472,7 +472,7 @@ def measure_relearning(session: Session, texts: Sequence[GeneralText]) -> EvalRe
 
 def compute_text_window(session: Session) -> int:
     """Texts of continued pretraining are read in windows as trained."""
-    return session.plan["max_length"] - 1 if session.inputs.corpus else session.plan["pack_length"]
+    return session.plan.config.max_length - 1 if session.inputs.corpus else session.plan.config.pack_length
 
 
 def _measure_likelihoods(
@@ -481,7 +481,7 @@ def _measure_likelihoods(
     """The loss of right answers; of pairs, how they are ranked too. Beside a `base`, how far the
     model is from it."""
     plan = session.plan
-    packing = {"pack_length": plan["pack_length"], "share": plan["share_prefixes"]}
+    packing = {"pack_length": plan.config.pack_length, "share": plan.config.share_prefixes}
     answers = select_answers(documents)
     if answers and base is not None:
         yield from measure_loss_and_kl(session.model, answers, base, task=task, **packing)
@@ -492,7 +492,7 @@ def _measure_likelihoods(
         bad_task = ELICITING if task == "test" else f"{task} {ELICITING}"
         yield measure_bad_logp(session.model, banned, task=bad_task, **packing)
     if pairs := [document for document in documents if document.side in ("chosen", "rejected")]:
-        should_sum = plan["loss"] == "dpo"
+        should_sum = plan.config.loss == "dpo"
         yield from measure_preference(
             session.model, pairs, task=task, should_sum=should_sum, **packing
         )
@@ -509,11 +509,11 @@ def _measure_plan_likelihoods(
     """The metrics of the plan that are likelihoods, beside the loss that is always measured."""
     plan, likelihoods = session.plan, list[MetricValues]()
     if items.choices:
-        packing = {"pack_length": plan["pack_length"], "share": plan["share_prefixes"]}
+        packing = {"pack_length": plan.config.pack_length, "share": plan.config.share_prefixes}
         likelihoods.append(
             measure_multiple_choice(session.model, items.choices, task="test", **packing)
         )
-    if BITS_PER_BYTE in plan["metrics"]:
+    if BITS_PER_BYTE in plan.config.metrics:
         likelihoods += [
             to_bits_per_byte(measurement, items.test_documents, session.renderer)
             for measurement in measurements
@@ -542,7 +542,7 @@ def eval_during_training(session: Session, items: EvalItems, *, step: int) -> li
     if items.selection_prompts:
         prompts, metrics, schema = (
             items.selection_prompts,
-            session.plan["metrics"],
+            session.plan.config.metrics,
             session.inputs.response_schema,
         )
         measurements += apply_metrics(

@@ -206,7 +206,7 @@ def load_answers(path: Path, run: Path) -> EvalResults:
     answers = _read_answers(path, samples_by_id)
     plan = read_run_plan(run)
     schema = read_json(Path(plan.recipe["schema"])) if plan.recipe.get("schema") else None
-    names = [name for name in plan["metrics"] if split_metric(name)[0] in METRICS]
+    names = [name for name in plan.config.metrics if split_metric(name)[0] in METRICS]
     measurements = [_grade_metric(name, answers, samples_by_id, schema) for name in names]
     if not measurements:
         raise InputError(

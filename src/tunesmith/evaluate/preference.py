@@ -7,22 +7,14 @@ compares with, kept in the run folder when no switch brings them back."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 from tunesmith.core.events import CheckResult
-from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import RunFolder
 from tunesmith.core.types import Comparison, Document
-from tunesmith.data.sampler import StepSampler
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.session.session import Session
-from tunesmith.train.losses import REFERENCE_LOSSES
 
-REFERENCE_FILE = "reference.json"  # row -> log-probabilities of its documents before training
-BATCH_ROWS = 64
 MAX_CHOSEN_DROP = 0.10  # rules.md 6.3: an alarm when chosen answers get this much less likely
 
 
@@ -67,45 +59,3 @@ def check_displacement(comparisons: Sequence[Comparison], step: int) -> Iterator
             evidence = f"{comparison.task}: log-probability {comparison.before.value:.2f} -> {comparison.after.value:.2f}, {drop:.0%} lower"
             fix = "raise nll_coefficient or beta, or lower learning_rate"
             yield CheckResult("chosen answers less likely", "warn", f"{evidence}; {fix}", step)
-
-
-# ---------------------------------------------------------------- before training
-
-
-def add_references(session: Session, folder: RunFolder) -> Session:
-    """The bench with what DPO compares with, computed once and read back by every later attempt. A
-    fresh adapter needs none: switched off, it leaves the base. Call it before any weight has
-    changed."""
-    plan = session.plan
-    is_fresh = plan["method"] != "full" and "adapter_from" not in plan.choices
-    if is_fresh or "loss" not in plan.choices or plan["loss"] not in REFERENCE_LOSSES:
-        return session
-    if not (folder.path / REFERENCE_FILE).exists():
-        folder.write_json(REFERENCE_FILE, _compute_references(session))
-    references = read_json(folder.path / REFERENCE_FILE)
-    return dataclasses.replace(
-        session, reference_logps={int(row): values for row, values in references.items()}
-    )
-
-
-def _compute_references(session: Session) -> dict[int, list[float]]:
-    session.model.network.eval()
-    schedule = session.sampler
-    assert isinstance(schedule, StepSampler), "pairs are rows"
-    rows = sorted(
-        {row for step in range(1, session.plan.steps + 1) for row in schedule.get_rows(step)}
-    )
-    logps: dict[int, list[float]] = {}
-    for start in range(0, len(rows), BATCH_ROWS):
-        batch_rows = rows[start : start + BATCH_ROWS]
-        row_documents = [
-            (row, document) for row in batch_rows for document in session.rows.render_documents(row)
-        ]
-        documents = [document for _, document in row_documents]
-        plan = session.plan
-        nlls = compute_nll(
-            session.model, documents, plan["pack_length"], share=plan["share_prefixes"]
-        )
-        for i, nats, _ in sorted(nlls):
-            logps.setdefault(row_documents[i][0], []).append(-nats)
-    return logps

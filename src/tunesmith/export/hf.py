@@ -16,7 +16,6 @@ from tunesmith.core.atomic import MANIFEST
 from tunesmith.export.parity import ExportJob, ReloadedExport
 from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from tunesmith.model.hub.provenance import PROVENANCE_FILE as PROVENANCE
 from tunesmith.model.hub.validate import WEIGHTS_FILE, read_json
 from tunesmith.model.merge import (
     merge_into_network,
@@ -26,6 +25,7 @@ from tunesmith.model.merge import (
 )
 from tunesmith.model.reference_load import encode_stock_prompts
 from tunesmith.model.save import rescale_adapter, save_config
+from tunesmith.session.provenance import PROVENANCE_FILE as PROVENANCE
 from tunesmith.train.model_card import CARD_FILE, note_scale
 
 

@@ -29,7 +29,6 @@ from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.model.adapters import METHODS, find_linears, scale_adapter
 from tunesmith.model.causal_lm import Network, PackedCausalLM, load_network, wrap_model
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
-from tunesmith.model.hub.provenance import check_provenance, hash_weight_files
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.merge import WeightDeltas, read_loras, read_token_rows
@@ -39,6 +38,7 @@ from tunesmith.model.save import LoraTensors, TokenRowTensors, load_adapter
 from tunesmith.recipe.load import recipe_from_plan
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.inputs import build_renderer
+from tunesmith.session.provenance import check_provenance, hash_weight_files
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ def open_source_run(path: Path) -> SourceRun:
     if problem := read_failure(path):
         raise GateError(f"this run failed, and is not exported: {problem}", where=str(path))
     plan = read_run_plan(path)
-    saved_dir = path / ("model" if plan["method"] == "full" else "adapter")
+    saved_dir = path / ("model" if plan.config.method == "full" else "adapter")
     if not (path / RECORD_FILE).is_file() or not saved_dir.is_dir():
         raise InputError(
             "this run is not finished", where=str(path), fix=f"finish it: tunesmith resume {path}"
@@ -149,9 +149,9 @@ def open_source_run(path: Path) -> SourceRun:
         )
     recipe = recipe_from_plan(plan.recipe)
     base_dir = resolve_model(recipe.model)
-    renderer = build_renderer(recipe, base_dir, datetime.fromisoformat(plan["now"]))
-    check_provenance(saved_dir, hash_weight_files(base_dir), renderer, plan["now"])
-    is_adapter = plan["method"] != "full"
+    renderer = build_renderer(recipe, base_dir, datetime.fromisoformat(plan.config.now))
+    check_provenance(saved_dir, hash_weight_files(base_dir), renderer, plan.config.now)
+    is_adapter = plan.config.method != "full"
     model_spec, token_rows = (
         read_spec(base_dir if is_adapter else saved_dir, name=recipe.model),
         read_token_rows(saved_dir, base_dir) if is_adapter else {},
@@ -169,7 +169,7 @@ def open_source_run(path: Path) -> SourceRun:
         loras=read_loras(saved_dir, base_dir) if is_adapter else {},
         renderer=renderer,
         quantized_paths=frozenset(find_linears(build_empty_network(base_dir, torch.float32)))
-        if plan["method"] == "qlora"
+        if plan.config.method == "qlora"
         else frozenset(),
         token_rows=token_rows,
     )

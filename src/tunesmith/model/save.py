@@ -1,9 +1,10 @@
-"""Trained weights as files: a PEFT folder for an adapter, a transformers folder for a fully trained
+"""Save and load trained weights: a PEFT folder for an adapter, a transformers folder for a full
 model.
 
-Both hold what serving must know to behave as training did: the tokenizer, the chat template and the
-end tokens. Weights are safetensors, never pickles. Left out: optimizer state (train/checkpoint.py),
-merging and other formats (export). Legend: I inputs, O outputs, R rank."""
+Both also hold what serving needs to behave as training did: the tokenizer, the chat template and
+the end tokens. Weights are safetensors, never pickles. Left out: optimizer state
+(train/checkpoint.py), merging (merge.py) and other formats (export). Legend: I inputs, O outputs,
+R rank, K new tokens, V vocabulary, H hidden."""
 
 from __future__ import annotations
 
@@ -22,8 +23,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import NewToken
-from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 from tunesmith.model.adapters import find_lora_layers
 from tunesmith.model.hub.adapter_config import (
     ADAPTER_CONFIG_FILE,
@@ -33,43 +32,48 @@ from tunesmith.model.hub.adapter_config import (
     TOKEN_ROWS_SUFFIX,
     AdapterFolder,
 )
-from tunesmith.model.hub.files import TEMPLATES_DIR
-from tunesmith.model.hub.validate import read_header, read_json
+from tunesmith.model.hub.validate import TEMPLATES_DIR, read_header, read_json
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 
+STATE_FILE = "state.safetensors"  # trained weights and optimizer moments of a checkpoint
 SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# parameter of a LoraLinear -> PEFT's name
 PEFT_NAMES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": MAGNITUDE,
-}  # ours -> PEFT's
+}
+
+
+# ---------------------------------------------------------------- adapter folder
 
 
 def collect_adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The adapter under PEFT's names, fp32."""
-    return {
-        key: parameter.detach().cpu().contiguous()
-        for key, parameter in _collect_adapter_parameters(network).items()
-    }
+    """Return the fp32 tensors of the adapter under PEFT's names, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for key, parameter in _collect_adapter_parameters(network).items():
+        tensors[key] = parameter.detach().cpu().contiguous()
+    return tensors
 
 
 def _collect_adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    rows = {
-        f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}": rows.rows_KH
-        for path, rows in collect_new_rows(network).items()
-    }
-    return rows | {
-        f"{PREFIX}{path}.{PEFT_NAMES[name]}": parameter
-        for path, layer in find_lora_layers(network).items()
-        for name, parameter in layer.named_parameters()
-        if name in PEFT_NAMES
-    }
+    parameters: dict[str, nn.Parameter] = {}
+    for path, rows in collect_new_rows(network).items():
+        parameters[f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}"] = rows.rows_KH
+    for path, layer in find_lora_layers(network).items():
+        for name, parameter in layer.named_parameters():
+            if name in PEFT_NAMES:
+                parameters[f"{PREFIX}{path}.{PEFT_NAMES[name]}"] = parameter
+    return parameters
 
 
 def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], base: Path) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json as PEFT does."""
+    """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
     folder.mkdir(parents=True, exist_ok=True)
+    target_modules = sorted(find_lora_layers(network))
+    if settings["lora_target_modules"] == "all-linear":
+        target_modules = sorted({path.rpartition(".")[2] for path in target_modules})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -79,79 +83,99 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         "lora_dropout": settings["lora_dropout"],
         "use_rslora": settings["use_rslora"],
         "use_dora": settings["use_dora"],
-        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in find_lora_layers(network)})
-        if settings["lora_target_modules"] == "all-linear"
-        else sorted(find_lora_layers(network)),
+        "target_modules": target_modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    if rows := collect_new_rows(network):
-        config["trainable_token_indices"] = {
-            path.rpartition(".")[2]: matrix_rows.ids for path, matrix_rows in rows.items()
-        }
-    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tensors(
-        collect_adapter_tensors(network), folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"}
-    )
+    if new_rows := collect_new_rows(network):
+        indices = {path.rpartition(".")[2]: rows.ids for path, rows in new_rows.items()}
+        config["trainable_token_indices"] = indices
+    _write_json(folder / ADAPTER_CONFIG_FILE, config)
+    weights_file = folder / ADAPTER_WEIGHTS_FILE
+    write_tensors(collect_adapter_tensors(network), weights_file, metadata={"format": "pt"})
 
 
 def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, TokenRowTensors]) -> None:
-    """Changes the files of an adapter so that it adds `factor` times as much: `lora_alpha` says so.
-    Its weights stay as they are, but for the rows of new tokens, which become those of `rows`."""
+    """Scale a saved adapter by `factor` through its `lora_alpha`.
+
+    Its weights are unchanged except for the rows of new tokens, which are replaced by `rows` (path
+    of the matrix -> rows)."""
     config = read_json(folder / ADAPTER_CONFIG_FILE)
     alpha = config["lora_alpha"] * factor
     config["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if rows:
-        tensors = read_adapter_tensors(folder / ADAPTER_WEIGHTS_FILE)
-        new_tensors = {
-            f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}": matrix_rows.rows_KH.contiguous()
-            for path, matrix_rows in rows.items()
-        }
-        all_tensors = {name: new_tensors.get(name, tensor) for name, tensor in tensors.items()}
-        write_tensors(all_tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+    _write_json(folder / ADAPTER_CONFIG_FILE, config)
+    if not rows:
+        return
+    weights_file = folder / ADAPTER_WEIGHTS_FILE
+    tensors = read_adapter_tensors(weights_file)
+    for path, matrix_rows in rows.items():
+        name = f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}"
+        if name in tensors:
+            tensors[name] = matrix_rows.rows_KH.contiguous()
+    write_tensors(tensors, weights_file, metadata={"format": "pt"})
 
 
 def load_adapter(network: nn.Module, file: Path) -> None:
-    """Reads adapter weights into the adapter that `add_lora` made; names and shapes must be the
-    same."""
-    stored, present = read_adapter_tensors(file), _collect_adapter_parameters(network)
-    if stored.keys() != present.keys():
-        mismatched = sorted(stored.keys() ^ present.keys())
-        raise InputError(
-            f"the adapter has other layers than this model: {mismatched[0]} and {len(mismatched) - 1} more",
-            where=str(file),
+    """Load weights into the adapter that `add_lora` created. Raise InputError if names or shapes
+    differ."""
+    stored = read_adapter_tensors(file)
+    parameters = _collect_adapter_parameters(network)
+    if stored.keys() != parameters.keys():
+        mismatched = sorted(stored.keys() ^ parameters.keys())
+        message = (
+            "the adapter has other layers than this model: "
+            f"{mismatched[0]} and {len(mismatched) - 1} more"
         )
-    for key, parameter in present.items():
+        raise InputError(message, where=str(file))
+    for key, parameter in parameters.items():
         if stored[key].shape != parameter.shape:
-            raise InputError(
-                f"{key} is {tuple(stored[key].shape)}, not {tuple(parameter.shape)}",
-                where=str(file),
-            )
-        with (
-            torch.no_grad()
-        ):  # not through `.data`, which would hide the change from what is derived from it
+            message = f"{key} has shape {tuple(stored[key].shape)}, not {tuple(parameter.shape)}"
+            raise InputError(message, where=str(file))
+        # not through `.data`, which would hide the change from tensors derived from the parameter
+        with torch.no_grad():
             parameter.copy_(stored[key])
 
 
+def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Load a checkpoint's trained weights into `parameters`, and return all of its tensors.
+
+    Raises InputError when the checkpoint holds other weights than `parameters`.
+    """
+    tensors = load_file(folder / STATE_FILE)
+    stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
+    if stored != parameters.keys() or any(
+        tensors[f"weight.{name}"].shape != parameter.shape
+        for name, parameter in parameters.items()
+    ):
+        message = "the checkpoint holds other trained weights than this model"
+        raise InputError(message, where=str(folder))
+    # Not through `.data`: MasterLinear would not notice the change.
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"weight.{name}"])
+    return tensors
+
+
 def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
-    """By PEFT's names. InputError for a damaged file and for values that are not finite."""
+    """Return the tensors of an adapter under PEFT's names. Raise InputError for a damaged file and
+    for NaN or infinite values."""
     read_header(file)
     tensors = load_file(file)
     if name := find_nonfinite(tensors):
-        fix = "train the adapter again; nothing can go on from it"
-        raise InputError(
-            f"the tensor {name} holds values that are not finite", where=str(file), fix=fix
-        )
+        message = f"the tensor {name} holds NaN or infinite values"
+        raise InputError(message, where=str(file), fix="train the adapter again")
     return tensors
+
+
+# ---------------------------------------------------------------- adapter tensors by path
 
 
 @dataclass(frozen=True, eq=False)
 class LoraTensors:
-    """What an adapter makes of one linear, in fp32: W + scale * B A, its rows as long as
-    `magnitude_O` in DoRA."""
+    """The adapter of one linear in fp32: W + scale * B A. With DoRA each row is then scaled to the
+    length in `magnitude_O`."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -159,11 +183,12 @@ class LoraTensors:
     magnitude_O: Tensor | None = None
 
     def scale_by(self, factor: float) -> LoraTensors:
-        """Magnitudes stay: a row keeps the length that was trained, and turns less."""
+        """Return the adapter times `factor`. Magnitudes are unchanged: a row keeps its trained
+        length and turns less."""
         return replace(self, scale=self.scale * factor)
 
     def merge_into(self, weight_OI: Tensor) -> Tensor:
-        """The adapted weight, from one in fp32 on any device."""
+        """Return the adapted weight, from an fp32 weight on any device."""
         device = weight_OI.device
         merged_OI = weight_OI + self.scale * (self.b_OR.to(device) @ self.a_RI.to(device))
         if self.magnitude_O is None:
@@ -173,26 +198,25 @@ class LoraTensors:
 
 @dataclass(frozen=True, eq=False)
 class TokenRowTensors:
-    """What an adapter makes of an embedding or a head: rows from `first` on are these, in fp32."""
+    """Trained rows of an embedding or a head in fp32, from row `first_id` on."""
 
     first_id: int
     rows_KH: Tensor
 
     def scale_by(self, factor: float, start_VH: Tensor) -> TokenRowTensors:
-        """Between the rows of a matrix where they began, at 0, and what they are, at 1."""
+        """Interpolate between the rows of `start_VH` (factor 0) and the trained rows (1)."""
         start_KH = start_VH[self.first_id : self.first_id + len(self.rows_KH)].to(self.rows_KH)
         return replace(self, rows_KH=torch.lerp(start_KH, self.rows_KH, factor))
 
     def count_rows(self, current_rows: int) -> int:
-        """Rows of the matrix, which had `rows`."""
+        """Return how many rows a matrix of `current_rows` has after the merge."""
         return max(current_rows, self.first_id + len(self.rows_KH))
 
     def merge_into(self, weight_VH: Tensor) -> Tensor:
-        """The matrix with the rows, from one in fp32 on any device; longer where it was too
-        short."""
-        padding = weight_VH.new_zeros(
-            self.count_rows(len(weight_VH)) - len(weight_VH), weight_VH.shape[1]
-        )
+        """Return the matrix with the trained rows, from an fp32 matrix on any device. It grows if
+        it is too short."""
+        num_added = self.count_rows(len(weight_VH)) - len(weight_VH)
+        padding = weight_VH.new_zeros(num_added, weight_VH.shape[1])
         merged_VH = torch.cat((weight_VH, padding))
         merged_VH[self.first_id : self.first_id + len(self.rows_KH)] = self.rows_KH.to(weight_VH)
         return merged_VH
@@ -201,91 +225,91 @@ class TokenRowTensors:
 def parse_token_rows(
     tensors: Mapping[str, Tensor], ids: Sequence[int]
 ) -> dict[str, TokenRowTensors]:
-    """By the path of the matrix, from tensors under PEFT's names; `ids` are consecutive."""
-    row_tensors = {
-        name: tensor for name, tensor in tensors.items() if name.endswith(TOKEN_ROWS_SUFFIX)
-    }
-    return {
-        n.removeprefix(PREFIX).removesuffix(f".{TOKEN_ROWS_SUFFIX}"): TokenRowTensors(
-            ids[0], t.float()
-        )
-        for n, t in row_tensors.items()
-    }
+    """Return path of the matrix -> rows, from tensors under PEFT's names. `ids` are consecutive."""
+    rows: dict[str, TokenRowTensors] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(TOKEN_ROWS_SUFFIX):
+            path = name.removeprefix(PREFIX).removesuffix(f".{TOKEN_ROWS_SUFFIX}")
+            rows[path] = TokenRowTensors(ids[0], tensor.float())
+    return rows
 
 
 def parse_loras(tensors: Mapping[str, Tensor], scale: float) -> dict[str, LoraTensors]:
-    """By the path of the linear, from tensors under PEFT's names."""
+    """Return path of the linear -> adapter, from tensors under PEFT's names."""
     loras: dict[str, LoraTensors] = {}
-    linear_names = [name for name in tensors if not name.endswith(TOKEN_ROWS_SUFFIX)]
-    for path in dict.fromkeys(
-        name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in linear_names
-    ):
-        a_RI, b_OR = (tensors[f"{PREFIX}{path}.lora_{half}.weight"].float() for half in "AB")
+    for name in tensors:
+        path = name.removeprefix(PREFIX).rpartition(".lora_")[0]
+        if name.endswith(TOKEN_ROWS_SUFFIX) or path in loras:
+            continue
+        a_RI = tensors[f"{PREFIX}{path}.lora_A.weight"].float()
+        b_OR = tensors[f"{PREFIX}{path}.lora_B.weight"].float()
         magnitude_O = tensors.get(f"{PREFIX}{path}.{MAGNITUDE}")
-        loras[path] = LoraTensors(
-            a_RI, b_OR, scale, None if magnitude_O is None else magnitude_O.float()
-        )
+        if magnitude_O is not None:
+            magnitude_O = magnitude_O.float()
+        loras[path] = LoraTensors(a_RI, b_OR, scale, magnitude_O)
     return loras
 
 
 @contextmanager
 def stock_with_adapter(network: nn.Module, adapter: AdapterFolder) -> Iterator[None]:
-    """The stock network with an adapter inside the block, as PEFT adds it: W x + scale * B A x,
-    each linear by itself, in fp32; with magnitudes, times them over the norms of W + scale * B A;
-    rows of new tokens in their matrices. The oracle of a run that goes on with an adapter."""
-    tensors, hooks = read_adapter_tensors(adapter.weights_path), []
+    """Apply an adapter to the stock network inside the block, computed as PEFT does: W x +
+    scale * B A x in fp32, one linear at a time; DoRA's row scaling; rows of new tokens.
+
+    It is the oracle of a run that starts from an adapter."""
+    tensors = read_adapter_tensors(adapter.weights_path)
+    hooks: list[Any] = []
     for path, lora in parse_loras(tensors, adapter.scaling).items():
-        hooks.append(
-            network.get_submodule(path).register_forward_hook(
-                functools.partial(_add_adapter_output, lora=lora)
-            )
-        )
-    matrices: list[tuple[Tensor, Tensor]] = []
+        hook = functools.partial(_add_adapter_output, lora=lora)
+        hooks.append(network.get_submodule(path).register_forward_hook(hook))
+    originals: list[tuple[Tensor, Tensor]] = []
     for path, rows in parse_token_rows(tensors, adapter.new_token_ids).items():
-        current_KH = network.get_parameter(f"{path}.weight").detach()[
-            rows.first_id : rows.first_id + len(rows.rows_KH)
-        ]
-        matrices.append((current_KH, current_KH.clone()))
+        weight_VH = network.get_parameter(f"{path}.weight").detach()
+        current_KH = weight_VH[rows.first_id : rows.first_id + len(rows.rows_KH)]
+        originals.append((current_KH, current_KH.clone()))
         current_KH.copy_(rows.rows_KH)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for current_KH, original_KH in matrices:
+        for current_KH, original_KH in originals:
             current_KH.copy_(original_KH)
 
 
 def _add_adapter_output(
     linear: Any, inputs: tuple[Tensor, ...], out: Tensor, *, lora: LoraTensors
 ) -> Tensor:
-    a_RI, b_OR = (half.to(out.device) for half in (lora.a_RI, lora.b_OR))
+    a_RI = lora.a_RI.to(out.device)
+    b_OR = lora.b_OR.to(out.device)
     delta = lora.scale * F.linear(F.linear(inputs[0].float(), a_RI), b_OR)
     if lora.magnitude_O is None:
         return out + delta.to(out.dtype)
-    weight, bias = linear.weight.float(), 0 if linear.bias is None else linear.bias.float()
-    gain_O = lora.magnitude_O.to(out.device) / (weight + lora.scale * (b_OR @ a_RI)).norm(dim=1)
+    bias = 0 if linear.bias is None else linear.bias.float()
+    norms_O = (linear.weight.float() + lora.scale * (b_OR @ a_RI)).norm(dim=1)
+    gain_O = lora.magnitude_O.to(out.device) / norms_O
     return (gain_O * (out.float() - bias + delta) + bias).to(out.dtype)
 
 
+# ---------------------------------------------------------------- full model and serving files
+
+
 def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype) -> None:
-    """Writes all weights in `dtype` under their stock names, beside the base's configuration."""
+    """Write all weights in `dtype` under their stock names, and the base's config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: p.detach().to("cpu", dtype).contiguous() for name, p in network.named_parameters()
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters():
+        tensors[name] = parameter.detach().to("cpu", dtype).contiguous()
     write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     save_config(folder, base, len(network.get_input_embeddings().weight))  # type: ignore[operator]
 
 
 def save_config(folder: Path, base: Path, vocab_size: int) -> None:
-    """The base's config.json for an embedding of so many rows."""
+    """Write the base's config.json for an embedding of `vocab_size` rows."""
     config = read_json(base / "config.json")
     if config["vocab_size"] == vocab_size:
         shutil.copyfile(base / "config.json", folder / "config.json")
     else:
-        text = json.dumps(config | {"vocab_size": vocab_size}, indent=2) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        _write_json(folder / "config.json", config | {"vocab_size": vocab_size})
 
 
 def save_serving_files(
@@ -294,30 +318,29 @@ def save_serving_files(
     *,
     templates: Mapping[str, str],
     end_ids: Sequence[int],
-    new_tokens: Sequence[NewToken] = (),
+    tokenizer_json: bytes | None = None,
 ) -> None:
-    """The tokenizer with the `new` tokens, the chat templates that were trained with (by name), and
-    the end tokens that were trained."""
+    """Write the tokenizer, the chat templates (name -> source) and the end tokens of training.
+
+    `tokenizer_json` replaces the base's tokenizer.json, for a run that adds tokens."""
     for name in SERVING_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    if new_tokens:
-        (folder / "tokenizer.json").write_bytes(
-            append_tokens((base / "tokenizer.json").read_bytes(), new_tokens)
-        )
+    if tokenizer_json is not None:
+        (folder / "tokenizer.json").write_bytes(tokenizer_json)
     for name, source in templates.items():
-        template_file = (
-            folder / "chat_template.jinja"
-            if name == "default"
-            else folder / TEMPLATES_DIR / f"{name}.jinja"
-        )
+        template_file = folder / TEMPLATES_DIR / f"{name}.jinja"
+        if name == "default":
+            template_file = folder / "chat_template.jinja"
         template_file.parent.mkdir(exist_ok=True)
         template_file.write_text(source, encoding="utf-8", newline="")
+    generation: dict[str, Any] = {}
     generation_file = base / "generation_config.json"
-    generation = (
-        json.loads(generation_file.read_text(encoding="utf-8")) if generation_file.is_file() else {}
-    )
+    if generation_file.is_file():
+        generation = json.loads(generation_file.read_text(encoding="utf-8"))
     generation["eos_token_id"] = list(end_ids)
-    (folder / "generation_config.json").write_text(
-        json.dumps(generation, indent=2) + "\n", encoding="utf-8"
-    )
+    _write_json(folder / "generation_config.json", generation)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -10,16 +10,18 @@ Left out: what is measured (measure.py), how far a model is from its base (evalu
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 
 from tunesmith.core.atomic import atomic_dir, remove_folder
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import EVAL_BEFORE_FILE, RunFolder
 from tunesmith.core.types import Document, Json, Plan
-from tunesmith.evaluate.answer_cache import ANSWERS_FILE, AnswerCache, hash_weights
+from tunesmith.data.sampler import StepSampler
+from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.general_text import split_texts
 from tunesmith.evaluate.kl_divergence import AdapterDisabled, CachedStates, cache_states
+from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.evaluate.measure import (
     BaseReferences,
     EvalItems,
@@ -28,11 +30,12 @@ from tunesmith.evaluate.measure import (
     select_answers,
 )
 from tunesmith.evaluate.results import EvalResults
-from tunesmith.model.hub.adapter_config import AdapterFolder
-from tunesmith.model.hub.provenance import hash_weight_files
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session
+from tunesmith.train.losses import REFERENCE_LOSSES
 
+REFERENCE_FILE = "reference.json"  # row -> log-probabilities of its documents before training
+BATCH_ROWS = 64
 STATES_DIR = "base-states"
 ADAPTER_DISABLED: BaseReferences = {
     GENERAL_TASK: AdapterDisabled(),
@@ -50,21 +53,6 @@ def measure_before_training(
             EVAL_BEFORE_FILE, measure_items(session, items, step=0, cache=answer_cache)
         )
     return parse_as(EvalResults, read_json(folder.path / EVAL_BEFORE_FILE))
-
-
-def open_answer_cache(
-    path: Path, fingerprint: Json, weights: AdapterFolder | Path | None
-) -> AnswerCache:
-    """Where a run keeps the answers of its base, of the adapter that it began with, or of what a
-    folder holds."""
-    hashes = (
-        hash_weight_files(weights)
-        if isinstance(weights, Path)
-        else {"start": weights.sha256}
-        if weights
-        else {}
-    )
-    return AnswerCache(path / ANSWERS_FILE, hash_weights(fingerprint, hashes))
 
 
 def load_base_references(folder: RunFolder, session: Session, items: EvalItems) -> BaseReferences:
@@ -85,7 +73,7 @@ def load_base_references(folder: RunFolder, session: Session, items: EvalItems) 
 
 
 def can_disable_adapter(plan: Plan, inputs: RunInputs) -> bool:
-    return plan["method"] != "full" and inputs.adapter is None
+    return plan.config.method != "full" and inputs.adapter is None
 
 
 def delete_base_states(folder: RunFolder) -> None:
@@ -104,7 +92,7 @@ def _cache_base_states(folder: RunFolder, session: Session, items: EvalItems) ->
         GENERAL_TASK: split_texts(items.general_texts, session.renderer.encode_text, window)[0],
         "test": select_answers(items.test_documents),
     }
-    packing = {GENERAL_TASK: (window, False), "test": (plan["pack_length"], plan["share_prefixes"])}
+    packing = {GENERAL_TASK: (window, False), "test": (plan.config.pack_length, plan.config.share_prefixes)}
     tokens = sum(
         int((document.weights_L > 0).sum())
         for task_documents in documents.values()
@@ -116,3 +104,48 @@ def _cache_base_states(folder: RunFolder, session: Session, items: EvalItems) ->
             cache_states(session.model, documents[task], length, share=share_prefixes).save_files(
                 scratch, STATE_NAMES[task]
             )
+
+
+# ---------------------------------------------------------------- DPO
+
+
+def add_references(session: Session, folder: RunFolder) -> Session:
+    """Return the session with the log-probabilities that DPO compares with.
+
+    They are computed once, before any weight changes, and every later attempt reads them from the
+    run folder. A fresh adapter needs none: switched off, it leaves the base model.
+    """
+    plan = session.plan
+    is_fresh = plan.config.method != "full" and plan.config.adapter_from is None
+    if is_fresh or plan.config.loss is None or plan.config.loss not in REFERENCE_LOSSES:
+        return session
+    if not (folder.path / REFERENCE_FILE).exists():
+        folder.write_json(REFERENCE_FILE, _compute_reference_logps(session))
+    references = read_json(folder.path / REFERENCE_FILE)
+    logps = {int(row): values for row, values in references.items()}
+    return dataclasses.replace(session, reference_logps=logps)
+
+
+def _compute_reference_logps(session: Session) -> dict[int, list[float]]:
+    session.model.network.eval()
+    plan = session.plan
+    sampler = session.sampler
+    assert isinstance(sampler, StepSampler), "pairs are rows"
+    trained_rows: set[int] = set()
+    for step in range(1, plan.steps + 1):
+        trained_rows.update(sampler.get_rows(step))
+    rows = sorted(trained_rows)
+    logps: dict[int, list[float]] = {}
+    for start in range(0, len(rows), BATCH_ROWS):
+        document_rows: list[int] = []
+        documents: list[Document] = []
+        for row in rows[start : start + BATCH_ROWS]:
+            for document in session.rows.render_documents(row):
+                document_rows.append(row)
+                documents.append(document)
+        nlls = compute_nll(
+            session.model, documents, plan.config.pack_length, share=plan.config.share_prefixes
+        )
+        for index, nats, _ in sorted(nlls):
+            logps.setdefault(document_rows[index], []).append(-nats)
+    return logps

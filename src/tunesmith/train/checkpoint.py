@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tunesmith.core.errors import InputError
 from tunesmith.model.safetensors_io import write_tensors
+from tunesmith.model.save import STATE_FILE, load_weights
 from tunesmith.train.optimizer import MOMENTS, get_moments, restore_moments
 
-STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
+POSITION_FILE = "position.json"
 
 
 def write_state(
@@ -57,20 +56,3 @@ def read_state(
         else:
             optimizer.state.pop(parameter, None)
     return position
-
-
-def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Puts weights back, and returns all that the checkpoint holds. Raises InputError as
-    `read_state`."""
-    tensors = load_file(folder / STATE_FILE)
-    stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
-    if stored != parameters.keys() or any(
-        tensors[f"weight.{name}"].shape != p.shape for name, p in parameters.items()
-    ):
-        raise InputError(
-            "the checkpoint is of a model with other trained weights", where=str(folder)
-        )
-    with torch.no_grad():  # not through `.data`, which would hide the change from MasterLinear
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-    return tensors

@@ -40,9 +40,11 @@ from tunesmith.core.run_dir import (
 from tunesmith.core.types import Plan, RunRecord, __version__
 from tunesmith.data.leakage import refuse_test_leakage
 from tunesmith.data.rejects import refuse_invalid_rows, write_rejected_rows
+from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 from tunesmith.evaluate.adapter_scaling import measure_scale_curve
+from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.measure import EvalItems, build_eval_items, measure_items
-from tunesmith.evaluate.preference import add_references, check_displacement
+from tunesmith.evaluate.preference import check_displacement
 from tunesmith.evaluate.results import (
     EvalResults,
     compare_results,
@@ -50,13 +52,13 @@ from tunesmith.evaluate.results import (
     select_sample_pairs,
 )
 from tunesmith.model.adapters import get_trainable_parameters
-from tunesmith.model.hub.provenance import build_provenance, write_provenance
 from tunesmith.model.oom import memory_errors
 from tunesmith.model.save import save_adapter, save_model, save_serving_files
 from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.session.inputs import RunInputs
+from tunesmith.session.provenance import build_provenance, write_provenance
 from tunesmith.session.session import Session, open_session
 from tunesmith.train import base_reference
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
@@ -74,7 +76,7 @@ def train(
     """A new run; `known` are the facts that the plan was made from, gathered again if not given.
     Raises MachineError or InputError before anything is loaded when it cannot fit, be measured or
     be written, GateError when the proof fails, Interrupted after a signal."""
-    run_inputs, path = run_inputs or inputs.reload_inputs(plan), Path(plan["output_dir"])
+    run_inputs, path = run_inputs or inputs.reload_inputs(plan), Path(plan.config.output_dir)
     items = check_run(
         plan, run_inputs, path / REJECTED_FILE if is_free(path) else None, allow_code=allow_code
     )
@@ -194,7 +196,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
         )
         references = base_reference.load_base_references(context.folder, session, context.items)
         session, pair_results = add_synthetic_pairs(session, context.folder)
-        session = add_references(session, context.folder)
+        session = base_reference.add_references(session, context.folder)
     yield from before.iter_scores(step=0)
     yield from pair_results
     guarded_training = GuardedTraining(context, session, before)
@@ -202,7 +204,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
         yield from guarded_training.run_events()
         weights_dir = _save_weights(context, session)
         with context.stop.immediate(), memory_errors():
-            answer_cache = base_reference.open_answer_cache(
+            answer_cache = open_answer_cache(
                 context.folder.path, context.resume_state.fingerprint, weights_dir
             )
             after = measure_items(
@@ -242,7 +244,7 @@ def _save_weights(context: RunContext, session: Session) -> Path:
     to."""
     plan, base_dir, network = context.plan, session.inputs.model.path, session.model.network
     values = {key: choice.value for key, choice in plan.choices.items()}
-    has_adapter = plan["method"] != "full"
+    has_adapter = plan.config.method != "full"
     target = context.folder.path / (ADAPTER_DIR if has_adapter else MODEL_DIR)
     needed_bytes = sum(
         p.numel() * p.element_size() for p in get_trainable_parameters(network).values()
@@ -255,18 +257,21 @@ def _save_weights(context: RunContext, session: Session) -> Path:
         else:
             save_model(network, scratch, base_dir, session.model.dtype)
         templates = {name: template.source for name, template in session.renderer.templates.items()}
-        new_tokens = session.renderer.tokenizer.new_tokens
+        tokenizer_json = None
+        if new_tokens := session.renderer.tokenizer.new_tokens:
+            base_tokenizer_json = (base_dir / "tokenizer.json").read_bytes()
+            tokenizer_json = append_tokens(base_tokenizer_json, new_tokens)
         save_serving_files(
             scratch,
             base_dir,
             templates=templates,
             end_ids=session.renderer.end_ids,
-            new_tokens=new_tokens,
+            tokenizer_json=tokenizer_json,
         )
         hashes = context.resume_state.fingerprint["base_sha256"]
         write_provenance(
             scratch,
-            build_provenance(session.inputs.model.name, hashes, session.renderer, plan["now"]),
+            build_provenance(session.inputs.model.name, hashes, session.renderer, plan.config.now),
         )
     return target
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -38,7 +38,6 @@ from tunesmith.core.run_dir import (
     read_run_plan,
 )
 from tunesmith.core.types import Comparison, Json, Plan, PlanValue, RunRecord
-from tunesmith.evaluate import finished_run
 from tunesmith.evaluate.measure import build_eval_items, measure_items
 from tunesmith.evaluate.results import (
     RETENTION_DATA,
@@ -59,6 +58,10 @@ from tunesmith.session.session import load_starting_model, open_eval_session
 from tunesmith.train import run
 from tunesmith.train.model_card import write_card
 from tunesmith.train.signals import GracefulStop
+
+# Merges a finished stage's adapter into a new model folder, and returns the evidence that the model
+# answers as the stage does. The caller passes it: exports are built on training.
+MergeFn = Callable[[Path, Path], str]
 
 TARGET_MODULES_KEY = "lora_target_modules"
 INHERITED_KEYS = ("method", "lora_r", "lora_alpha", TARGET_MODULES_KEY, "use_rslora", "use_dora")
@@ -98,19 +101,19 @@ def make_staged_plan(stage_inputs: Sequence[RunInputs]) -> StagedPlan:
             run_inputs, _inherit_values(plans[-1], run_inputs) if plans else None
         )
         if plans and _get_added_tokens(plan) != _get_added_tokens(plans[0]):
-            message = f"the stage {plan['stage']} adds other tokens than the first one, whose rows it goes on with"
+            message = f"the stage {plan.config.stage} adds other tokens than the first one, whose rows it goes on with"
             raise InputError(message, where="add_tokens", fix="add all of them in every stage")
         plans.append(plan)
     return StagedPlan(str(stage_inputs[0].output_dir.parent.parent), tuple(plans))
 
 
 def _get_added_tokens(plan: Plan) -> dict[str, int]:
-    return plan["add_tokens"] if "add_tokens" in plan.choices else {}
+    return plan.config.add_tokens if plan.config.add_tokens is not None else {}
 
 
 def _inherit_values(previous_plan: Plan, next_inputs: RunInputs) -> dict[str, PlanValue]:
     """What the stage before has decided of the next one."""
-    name = Path(previous_plan["output_dir"]).name
+    name = Path(previous_plan.config.output_dir).name
     if reason := _explain_merge(previous_plan, next_inputs, name):
         return {BETWEEN_KEY: PlanValue(MERGED, "rule", reason, "ours")}
     return {
@@ -121,7 +124,7 @@ def _inherit_values(previous_plan: Plan, next_inputs: RunInputs) -> dict[str, Pl
 
 def _explain_merge(previous_plan: Plan, next_inputs: RunInputs, name: str) -> str:
     """Why no adapter can go on; "" where one can, which is better."""
-    if previous_plan["method"] == "full":
+    if previous_plan.config.method == "full":
         return f"all weights of {name} were trained: the model that it leaves is the base of this stage"
     for key in INHERITED_KEYS:
         requested = getattr(next_inputs.recipe, key)
@@ -138,7 +141,11 @@ def _explain_merge(previous_plan: Plan, next_inputs: RunInputs, name: str) -> st
 
 
 def train(
-    staged: StagedPlan, stage_inputs: Sequence[RunInputs] | None = None, *, allow_code: bool = False
+    staged: StagedPlan,
+    stage_inputs: Sequence[RunInputs] | None = None,
+    *,
+    merge_model: MergeFn,
+    allow_code: bool = False,
 ) -> Iterator[Event]:
     """A new run. Raises what `run.train` raises; what any stage would refuse is refused before the
     first begins."""
@@ -147,11 +154,17 @@ def train(
         run.check_run(plan, run_inputs, allow_code=allow_code)
     with RunFolder.create(Path(staged.output_dir)) as folder:
         folder.write_json(STAGES_FILE, staged)
-        yield from _run_stages(folder, staged, stage_inputs[0], allow_code=allow_code)
+        options: Json = {"merge_model": merge_model, "allow_code": allow_code}
+        yield from _run_stages(folder, staged, stage_inputs[0], **options)
 
 
 def resume(
-    path: Path, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
+    path: Path,
+    *,
+    merge_model: MergeFn,
+    allow_drift: bool = False,
+    from_step: int | None = None,
+    allow_code: bool = False,
 ) -> Iterator[Event]:
     """Goes on with the first stage that is not finished, then with those after it. `from_step` is
     of that stage."""
@@ -162,7 +175,12 @@ def resume(
                 where=str(path),
                 fix="start a new one with another output_dir",
             )
-        options = {"allow_drift": allow_drift, "from_step": from_step, "allow_code": allow_code}
+        options: Json = {
+            "merge_model": merge_model,
+            "allow_drift": allow_drift,
+            "from_step": from_step,
+            "allow_code": allow_code,
+        }
         yield from _run_stages(folder, read_staged(path), None, **options)
 
 
@@ -175,6 +193,7 @@ def _run_stages(
     staged: StagedPlan,
     first_inputs: RunInputs | None,
     *,
+    merge_model: MergeFn,
     allow_drift: bool = False,
     from_step: int | None = None,
     allow_code: bool = False,
@@ -184,7 +203,7 @@ def _run_stages(
         if (stage_dir / RECORD_FILE).exists():
             continue
         stage = StageStart(
-            number + 1, len(stage_dirs), plan["stage"], plan.steps, f"{STAGES_DIR}/{stage_dir.name}"
+            number + 1, len(stage_dirs), plan.config.stage, plan.steps, f"{STAGES_DIR}/{stage_dir.name}"
         )
         folder.append_event(stage)
         yield stage
@@ -199,7 +218,7 @@ def _run_stages(
             prepared = _prepare_stage(plan, stage_dir, _build_adapter_start(stage_dirs[number - 1]))
             yield from run.train(*prepared, allow_code=allow_code)
         else:
-            model_dir, verdicts = _merge_stage_model(stage_dirs[number - 1])
+            model_dir, verdicts = _merge_stage_model(stage_dirs[number - 1], merge_model)
             for verdict in verdicts:
                 folder.append_event(verdict)
                 yield verdict
@@ -224,7 +243,7 @@ def _run_stages(
 
 
 def _list_stage_dirs(path: Path, staged: StagedPlan) -> list[Path]:
-    return [path / STAGES_DIR / Path(plan["output_dir"]).name for plan in staged.plans]
+    return [path / STAGES_DIR / Path(plan.config.output_dir).name for plan in staged.plans]
 
 
 def _build_adapter_start(previous_dir: Path) -> Json:
@@ -235,16 +254,17 @@ def _build_adapter_start(previous_dir: Path) -> Json:
     }
 
 
-def _merge_stage_model(previous_dir: Path) -> tuple[Path, list[CheckResult]]:
+def _merge_stage_model(
+    previous_dir: Path, merge_model: MergeFn
+) -> tuple[Path, list[CheckResult]]:
     """The folder of the whole model that a stage left, merged if it is not there yet; and what
     there is to say. GateError when the merged weights do not answer as the run does."""
-    if read_run_plan(previous_dir)["method"] == "full":
+    if read_run_plan(previous_dir).config.method == "full":
         return previous_dir / MODEL_DIR, []
     merged_dir, verdicts = previous_dir / MERGED, list[CheckResult]()
     if not merged_dir.exists():
         with memory_errors():
-            parity = finished_run.export_run(previous_dir, "merged", out=merged_dir).parity
-        evidence = f"{parity.same_answers} of {parity.prompts} answers are the run's, KL {parity.mean_kl:.1e} nats"
+            evidence = merge_model(previous_dir, merged_dir)
         verdicts.append(
             CheckResult(MERGED, "ok", f"{STAGES_DIR}/{previous_dir.name}/{MERGED}: {evidence}")
         )
@@ -262,7 +282,7 @@ def _prepare_stage(plan: Plan, stage_dir: Path, overrides: Json) -> tuple[Plan, 
     when its rows have changed since the first plan."""
     recipe = recipe_from_plan(plan.recipe | overrides)
     run_inputs = inputs.load_inputs(
-        recipe, now=datetime.fromisoformat(plan["now"]), output_dir=stage_dir
+        recipe, now=datetime.fromisoformat(plan.config.now), output_dir=stage_dir
     )
     inputs.refuse_changed_rows(plan, run_inputs)
     return inputs.make_plan(

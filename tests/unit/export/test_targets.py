@@ -137,7 +137,7 @@ def test_it_is_a_model_for_the_next_run(
     for witness in job.examples:
         assert known.renderer.encode_prompt(witness.messages) == witness.rendered_ids
     assert known.renderer.end_ids == job.run.renderer.end_ids
-    assert inputs.make_plan(known)["method"] == "lora"
+    assert inputs.make_plan(known).config.method == "lora"
     network = load_network(known.model.path, torch.float32)
     for witness, live in zip(job.examples, compute_live_outputs(job).logits, strict=True):
         logits = compute_stock_logits(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tunesmith.data.group_split import SplitResult
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import Gate
-    from tunesmith.export.targets import ExportResult
+    from tunesmith.export.export import ExportResult
     from tunesmith.plan.method_comparison import MethodEstimate
 
 SOURCE_STYLES = {"you": "bold", "rule": "cyan", "checkpoint": "magenta"}
@@ -55,7 +55,7 @@ def render_plan(plan: Plan | StagedPlan) -> RenderableType:
     if isinstance(plan, StagedPlan):
         num_stages = len(plan.plans)
         heads = [
-            f"stage {number} of {num_stages}: {stage_plan['stage']}"
+            f"stage {number} of {num_stages}: {stage_plan.config.stage}"
             for number, stage_plan in enumerate(plan.plans, start=1)
         ]
         tables = [render_plan(stage_plan) for stage_plan in plan.plans]
@@ -94,7 +94,7 @@ def format_memory(plan: Plan) -> list[str]:
     fit."""
     peak, method = (
         plan.memory_bytes["peak"],
-        plan.choices["method"].value if "method" in plan.choices else "lora",
+        plan.config.method if plan.config.method is not None else "lora",
     )
     device_text = "" if match_preset(plan.machine) is None else f" on {plan.machine.device_name}"
     parts = ", ".join(
@@ -290,7 +290,7 @@ def render_run_record(record: RunRecord) -> RenderableType:
             answer_table.add_row(Text(name, "dim"), format_single_line(text, 400))
         parts.append(answer_table)
     speed = record.tokens / max(record.train_seconds, 1e-9)
-    if "rehearsal" in record.task_tokens or "rehearsal_ratio" in record.plan.choices:
+    if "rehearsal" in record.task_tokens or record.plan.config.rehearsal_ratio is not None:
         parts.append(format_rehearsal(record))
     if record.plan.data["data"].task_rows:
         parts.append(format_tasks(record))
@@ -315,10 +315,10 @@ def format_rehearsal(record: RunRecord) -> str:
     text = (
         f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {tokens / max(1, record.tokens):.1%}"
     )
-    if "rehearsal_ratio" not in record.plan.choices:  # of an earlier stage
+    if record.plan.config.rehearsal_ratio is None:  # of an earlier stage
         return text
-    plan_text = "adaptive, began with" if "rehearsal_margin" in record.plan.choices else "planned"
-    return f"{text} ({plan_text} {record.plan['rehearsal_ratio']:.1%})"
+    plan_text = "adaptive, began with" if record.plan.config.rehearsal_margin is not None else "planned"
+    return f"{text} ({plan_text} {record.plan.config.rehearsal_ratio:.1%})"
 
 
 def format_tasks(record: RunRecord) -> str:

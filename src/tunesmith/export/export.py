@@ -1,0 +1,190 @@
+"""Export a finished run to another format, verified against the run before the folder appears.
+
+In: a run folder and a target of TARGETS (targets.py). Out: ExportResult.
+Left out: writing the formats (hf.py, gguf/, ollama.py) and comparing outputs (parity.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.core.atomic import atomic_dir, format_bytes, read_manifest
+from tunesmith.core.errors import GateError, InputError, MachineError
+from tunesmith.core.hardware import measure_machine
+from tunesmith.core.types import Json, __version__
+from tunesmith.evaluate.scale_choice import MAX_SCALE
+from tunesmith.export.gguf.write import reload_gguf, write_lora
+from tunesmith.export.merge_base import MergeBase, choose_base
+from tunesmith.export.ollama import reload_ollama
+from tunesmith.export.parity import (
+    ExportJob,
+    Parity,
+    compare_outputs,
+    compute_export_outputs,
+    compute_live_outputs,
+    refuse_mismatch,
+    select_examples,
+)
+from tunesmith.export.source_run import SourceRun, open_source_run
+from tunesmith.export.targets import ExportFormat, find_format
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An export and its parity with the run. `type` is empty for a target with a single form."""
+
+    target: str
+    type: str
+    path: str
+    files: tuple[ExportedFile, ...]
+    parity: Parity
+    base: MergeBase
+    scale: float = 1.0  # factor on the adapter
+
+
+def export_run(
+    path: Path,
+    target: str,
+    *,
+    kind: str | None = None,
+    base: str = "auto",
+    scale: float = 1.0,
+    out: Path | None = None,
+) -> ExportResult:
+    """Export a run, read the result back as other programs do, and compare its answers.
+
+    Args:
+        kind: the type of a GGUF; None for the target's first.
+        base: the weights that an adapter trained on 4-bit weights is merged into.
+        scale: factor on the adapter.
+        out: the new folder; None for RUN/export/TARGET.
+
+    Raises:
+        InputError: the run cannot be exported to this target.
+        MachineError: verifying the export does not fit in memory.
+        GateError: the export does not behave as the run does; nothing is written.
+    """
+    kind, export_format = find_format(target, kind)
+    run = _scale_run(open_source_run(path), scale)
+    output_path = _choose_output_path(run, target, kind, out)
+    _refuse_unsupported(run, export_format)
+    _refuse_too_large(run, export_format)
+    needed_bytes = _estimate_bytes(run, export_format)
+    examples = select_examples(run)
+    is_merged = export_format.bytes_per_weight != 0
+    merge_base = choose_base(run, examples, base, is_merged=is_merged)
+    manifest = _build_manifest(run)
+    with atomic_dir(
+        output_path, metadata=manifest, needed_bytes=needed_bytes, key="--out"
+    ) as folder:
+        job = ExportJob(run, folder, kind, examples, merge_base.base)
+        export_format.write(job)
+        parity = _verify_export(job, export_format)
+    files = tuple(
+        ExportedFile(name, entry["bytes"], entry["sha256"])
+        for name, entry in read_manifest(output_path)["files"].items()
+    )
+    return ExportResult(target, kind, str(output_path), files, parity, merge_base, run.scale)
+
+
+def _scale_run(run: SourceRun, scale: float) -> SourceRun:
+    """Return the run with its adapter scaled. Raises InputError for a scale that does not apply."""
+    where = "--scale"
+    fix = f"use a number above 0 and at most {MAX_SCALE:g}, or leave --scale out"
+    if scale == 0:
+        raise InputError("the adapter at scale 0 is the base model", where=where, fix=fix)
+    if not 0 < scale <= MAX_SCALE:
+        raise InputError(f"scale {scale:g} is out of range", where=where, fix=fix)
+    if scale != 1 and not run.loras:
+        message = f"{run.path} trained all weights: there is no adapter to scale"
+        raise InputError(message, where=where, fix="leave --scale out")
+    return run.with_scale(scale)
+
+
+def _choose_output_path(run: SourceRun, target: str, export_type: str, out: Path | None) -> Path:
+    """Return the folder of the export. Raises InputError if it exists and is not empty."""
+    name = f"{target}-{export_type}" if export_type else target
+    if run.scale != 1:
+        name += f"@{run.scale:g}"
+    path = out or run.path / "export" / name
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        fix = "remove it, or choose another with --out"
+        raise InputError("the output folder already exists", where=str(path), fix=fix)
+    return path
+
+
+def _refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:
+    """Raise InputError for an adapter that does not exist or that the format cannot hold."""
+    where = str(run.path)
+    if export_format.bytes_per_weight == 0 and not run.loras:
+        message = "this run trained all weights: there is no adapter"
+        raise InputError(message, where=where, fix="export to merged or gguf")
+    if export_format.write is not write_lora:
+        return
+    fix = "export to merged, or to gguf with another --type"
+    if run.token_rows:
+        message = "a GGUF adapter cannot hold the embeddings of added tokens"
+        raise InputError(message, where=where, fix=fix)
+    if any(lora.magnitude_O is not None for lora in run.loras.values()):
+        raise InputError("a GGUF adapter cannot hold DoRA magnitudes", where=where, fix=fix)
+
+
+def _refuse_too_large(run: SourceRun, export_format: ExportFormat) -> None:
+    """Raise MachineError when verification, one model in fp32, does not fit in memory."""
+    # transformers reads a GGUF through a second copy of the model.
+    copies = 2 if export_format.reload in (reload_gguf, reload_ollama) else 1
+    needed_bytes = run.model_spec.parameters * 4 * copies
+    free_bytes = measure_machine(run.path).available_bytes
+    if needed_bytes > free_bytes:
+        needed = format_bytes(needed_bytes)
+        message = f"verifying the export needs about {needed} of memory, {format_bytes(free_bytes)} are free"
+        fix = "close other programs, or export on a machine with more memory"
+        raise MachineError(message, where=str(run.path), fix=fix)
+
+
+def _estimate_bytes(run: SourceRun, export_format: ExportFormat) -> int:
+    """Return the disk space that the export needs: the weights and the saved files."""
+    spec = run.model_spec
+    width = export_format.bytes_per_weight
+    if width is None:
+        width = DTYPE_BYTES[spec.dtype]
+    saved_bytes = sum(file.stat().st_size for file in run.saved_dir.rglob("*"))
+    return int(width * spec.parameters) + saved_bytes
+
+
+def _build_manifest(run: SourceRun) -> Json:
+    """Return the metadata that say where the exported weights come from."""
+    manifest: Json = {
+        "tunesmith": __version__,
+        "origin": f"{run.model_spec.name}, trained by tunesmith {__version__} in run {run.name}",
+        "renderer": run.renderer.fingerprint,
+    }
+    if run.loras:
+        manifest["scale"] = run.scale
+    return manifest
+
+
+def _verify_export(job: ExportJob, export_format: ExportFormat) -> Parity:
+    """Read the export back and compare it with the run. Raises GateError when they differ."""
+    # The live model first: its memory is free again before the export is loaded.
+    live_outputs = compute_live_outputs(job)
+    try:
+        reloaded = export_format.reload(job)
+    except InputError as error:
+        message = f"the export cannot be read back: {error.message}"
+        fix = "nothing was written; please report this"
+        raise GateError(message, where=str(job.run.path), fix=fix) from error
+    export_outputs = compute_export_outputs(job, reloaded)
+    parity = compare_outputs(job, live_outputs, export_outputs, reloaded)
+    refuse_mismatch(export_format.tolerance, parity, job, reloaded)
+    return parity
