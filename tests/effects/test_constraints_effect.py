@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from seeds import SEEDS
 from tiny_runs import train
 from tunesmith.api import read_record
 from tunesmith.recipe.schema import Recipe
@@ -13,7 +14,7 @@ ROWS = Path(__file__).parents[2] / "recipes" / "data" / "constraints"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_ban_holds_on_held_out_prompts(seed: int, tmp_path: Path) -> None:
     files = {
         "data": str(ROWS / "train.jsonl"),

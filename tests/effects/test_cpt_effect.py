@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from seeds import SEEDS
 from tiny_runs import train, write_rows
 from tunesmith.api import read_record
 from tunesmith.core.types import Json
@@ -13,7 +14,7 @@ from tunesmith.recipe.schema import Recipe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_bits_per_byte_of_the_domain_fall(seed: int, tmp_path: Path) -> None:
     once = dict.fromkeys(
         text[:3000] for text in topics.values() if len(text) > 500

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from seeds import SEEDS
 from tiny_runs import train
 from tunesmith.api import read_recipe, read_record
 
@@ -13,7 +14,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "instruction.yaml"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_mean_over_tasks_gets_better(seed: int, tmp_path: Path) -> None:
     tests = [
         source.model_copy(update={"max_examples": 12}) for source in read_recipe(RECIPE).test_data

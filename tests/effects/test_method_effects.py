@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from seeds import SEEDS
 from tiny_runs import train, write_rows
 from tunesmith.api import read_record
 from tunesmith.core.types import Comparison, Json
@@ -40,7 +41,7 @@ def compared(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_held_out_answers_get_likelier(method: str, seed: int, tmp_path: Path) -> None:
     wish = METHODS[method] | {"seed": seed}
@@ -52,7 +53,7 @@ def test_held_out_answers_get_likelier(method: str, seed: int, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_new_tokens_are_learnt(seed: int, tmp_path: Path) -> None:
     """They stand around every answer. The base model has never seen them; held-out answers begin
     with one after it."""
@@ -84,7 +85,7 @@ def marked(row: Json) -> Json:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_preferred_answers_are_told_apart(seed: int, tmp_path: Path) -> None:
     """Of two forms of the same answer the one that the model does not expect is preferred."""
     wish = {"stage": "preference", "learning_rate": 1e-4, "seed": seed}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
+from seeds import SEEDS
 from tiny_runs import train, write_rows
 from tunesmith.api import read_record
 from tunesmith.core.types import Comparison, Json
@@ -16,7 +17,7 @@ DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_less_is_forgotten(seed: int, tmp_path: Path) -> None:
     texts: list[Json] = [
         json.loads(line) for line in (DEMO / "general.jsonl").read_text().splitlines()

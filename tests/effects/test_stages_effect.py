@@ -7,6 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 
 import tunesmith
+from seeds import SEEDS
 from tiny_runs import write_rows
 from tunesmith import api
 from tunesmith.api import read_recipe, read_record
@@ -18,7 +19,7 @@ DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_domain_is_still_likelier_after_both(seed: int, tmp_path: Path) -> None:
     texts: list[Json] = [{"text": text[:2000]} for text in topics.values() if len(text) > 500]
     test = str(write_rows(tmp_path / "test.jsonl", texts[::9][:8]))
