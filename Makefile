@@ -3,28 +3,41 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow llama check bench format clean
+.PHONY: demo test slow effects llama check bench docs size format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
 
-test: $(BIN)/pytest  ## the tests, without the real model; a process on each core, whose threads wait asleep
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto
+# One process per core, whose threads sleep while they wait.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto
 
-slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m slow --numprocesses auto
+test: $(BIN)/pytest  ## the tests, without the real model
+	$(PYTEST)
 
-llama: $(BIN)/pytest  ## exports in llama.cpp itself, compiled the first time; `make slow` has them too from then on
+slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct, one seed per effect
+	$(PYTEST) -m 'slow and not more_seeds'
+
+effects: $(BIN)/pytest  ## does each strategy do what it promises? three seeds, into docs/results/effects.md
+	$(PYTEST) -m slow --junitxml=build/effects.xml tests/effects
+	$(BIN)/python -m benchmarks.effects build/effects.xml docs/results/effects.md
+
+llama: $(BIN)/pytest  ## exports in llama.cpp, compiled the first time; `make slow` has them too from then on
 	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/unit/export/test_llama_cpp.py
 
 check: $(BIN)/pytest  ## style, types, layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python || $(BIN)/pyright --pythonpath $(BIN)/python  # once in a while it finds numpy's recursive types unknown
+	$(BIN)/pyright --pythonpath $(BIN)/python || $(BIN)/pyright --pythonpath $(BIN)/python  # numpy's recursive types are unknown to it once in a while
 	$(BIN)/lint-imports
 
-bench: $(BIN)/pytest  ## tunesmith beside TRL + PEFT on the same work
+bench: $(BIN)/pytest  ## tunesmith and TRL + PEFT on the same work
 	$(BIN)/python -m benchmarks.vs_trl.run
+
+docs: $(BIN)/pytest  ## the generated blocks of README.md and docs/
+	$(BIN)/python docs/build.py
+
+size: $(BIN)/python  ## lines, statements and functions of each feature
+	$(BIN)/python -m benchmarks.size
 
 format: $(BIN)/pytest
 	$(BIN)/ruff check --fix

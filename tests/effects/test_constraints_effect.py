@@ -4,6 +4,7 @@ recipe, it does not."""
 from pathlib import Path
 
 import pytest
+from conftest import Record
 
 from seeds import SEEDS
 from tiny_runs import train
@@ -15,7 +16,7 @@ ROWS = Path(__file__).parents[2] / "recipes" / "data" / "constraints"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_ban_holds_on_held_out_prompts(seed: int, tmp_path: Path) -> None:
+def test_a_ban_holds_on_held_out_prompts(seed: int, tmp_path: Path, record: Record) -> None:
     files = {
         "data": str(ROWS / "train.jsonl"),
         "test_data": str(ROWS / "test.jsonl"),
@@ -24,13 +25,14 @@ def test_a_ban_holds_on_held_out_prompts(seed: int, tmp_path: Path) -> None:
     size = {"batch_size": 8, "max_steps": 18, "learning_rate": 5e-4, "seed": seed}
     never = [{"check": check, "mode": "ban"} for check in ("ai-self-mention", "apology")]
     train(Recipe.model_validate({"model": "smollm2-135m-instruct", "never": never} | files | size))
-    found = {(one.task, one.metric): one for one in read_record(tmp_path / "run").comparisons}
-    asked, logp = (
-        found["eliciting prompts", "breaks ai-self-mention"],
-        found["eliciting prompts", "bad_logp"],
-    )
-    assert asked.after.n == 20
-    assert asked.high < 0, (
-        f"the interval of the change, [{asked.low:.3f}, {asked.high:.3f}], leaves out zero"
-    )
+    comparisons = {
+        (comparison.task, comparison.metric): comparison
+        for comparison in read_record(tmp_path / "run").comparisons
+    }
+    violations = comparisons["eliciting prompts", "breaks ai-self-mention"]
+    logp = comparisons["eliciting prompts", "bad_logp"]
+    record(violations)
+    record(logp)
+    assert violations.after.n == 20
+    assert violations.high < 0
     assert logp.high < 0

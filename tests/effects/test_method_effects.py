@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Record
 
 from seeds import SEEDS
 from tiny_runs import train, write_rows
@@ -37,63 +38,58 @@ def compared(
         "output_dir": str(folder / "run"),
     }
     train(Recipe.model_validate(SIZE | files | wish))
-    return {one.metric: one for one in read_record(folder / "run").comparisons}
+    return {comparison.metric: comparison for comparison in read_record(folder / "run").comparisons}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_held_out_answers_get_likelier(method: str, seed: int, tmp_path: Path) -> None:
+def test_held_out_answers_get_likelier(
+    method: str, seed: int, tmp_path: Path, record: Record
+) -> None:
     wish = METHODS[method] | {"seed": seed}
     loss = compared(tmp_path, rows_of("train", 32), rows_of("test", 12), **wish)["loss"]
+    record(loss)
     assert loss.after.n == 12
-    assert loss.high < 0, (
-        f"the interval of the change, [{loss.low:.3f}, {loss.high:.3f}], leaves out zero"
-    )
+    assert loss.high < 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_new_tokens_are_learnt(seed: int, tmp_path: Path) -> None:
+def test_new_tokens_are_learnt(seed: int, tmp_path: Path, record: Record) -> None:
     """They stand around every answer. The base model has never seen them; held-out answers begin
     with one after it."""
-    train_rows, test_rows = (
-        [marked(row) for row in rows_of(*some)] for some in (("train", 32), ("test", 12))
-    )
+    train_rows = [marked(row) for row in rows_of("train", 32)]
+    test_rows = [marked(row) for row in rows_of("test", 12)]
     wish = {
         "add_tokens": ["[record]", "[/record]"],
         "metrics": [{"regex": r"^\[record\]"}],
         "max_steps": 16,
     }
-    found = compared(tmp_path, train_rows, test_rows, seed=seed, **wish)
-    loss, begun = (
-        found["loss"],
-        next(one for name, one in found.items() if name.startswith("regex")),
-    )
-    assert loss.after.n == begun.after.n == 12
-    assert loss.high < 0, (
-        f"the interval of the change, [{loss.low:.3f}, {loss.high:.3f}], leaves out zero"
-    )
-    assert begun.low > 0, (
-        f"the interval of the change, [{begun.low:.3f}, {begun.high:.3f}], leaves out zero"
-    )
+    changes = compared(tmp_path, train_rows, test_rows, seed=seed, **wish)
+    loss = changes["loss"]
+    starts_right = next(change for name, change in changes.items() if name.startswith("regex"))
+    record(loss)
+    record(starts_right)
+    assert loss.after.n == starts_right.after.n == 12
+    assert loss.high < 0
+    assert starts_right.low > 0
 
 
 def marked(row: Json) -> Json:
-    *asked, answer = row["messages"]
-    return {"messages": [*asked, {**answer, "content": f"[record]{answer['content']}[/record]"}]}
+    *prompt, answer = row["messages"]
+    return {"messages": [*prompt, {**answer, "content": f"[record]{answer['content']}[/record]"}]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_preferred_answers_are_told_apart(seed: int, tmp_path: Path) -> None:
+def test_preferred_answers_are_told_apart(seed: int, tmp_path: Path, record: Record) -> None:
     """Of two forms of the same answer the one that the model does not expect is preferred."""
     wish = {"stage": "preference", "learning_rate": 1e-4, "seed": seed}
     margin = compared(tmp_path, pairs("train", 32), pairs("test", 12), **wish)["margin"]
+    record(margin)
     assert margin.after.n == 12
-    assert margin.low > 0, (
-        f"the interval of the change, [{margin.low:.3f}, {margin.high:.3f}], leaves out zero"
-    )
+    assert margin.low > 0
 
 
 def pairs(role: str, count: int) -> list[Json]:

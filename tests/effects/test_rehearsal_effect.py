@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import Record
 
 import tunesmith
 from seeds import SEEDS
@@ -18,7 +19,7 @@ DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_less_is_forgotten(seed: int, tmp_path: Path) -> None:
+def test_less_is_forgotten(seed: int, tmp_path: Path, record: Record) -> None:
     texts: list[Json] = [
         json.loads(line) for line in (DEMO / "general.jsonl").read_text().splitlines()
     ]
@@ -38,6 +39,8 @@ def test_less_is_forgotten(seed: int, tmp_path: Path) -> None:
         train(Recipe.model_validate(same | size | more | {"output_dir": str(tmp_path / name)}))
         (changes[name],) = read_record(tmp_path / name).comparisons
     without, rehearsed = changes["without"], changes["with"]
+    record(without)
+    record(rehearsed)
     assert (without.task, without.after.n) == ("general text", 20)
     assert rehearsed.high < without.low, (
         f"the intervals meet: up to {rehearsed.high:.3f}, from {without.low:.3f}"

@@ -1,0 +1,223 @@
+"""Write the generated blocks of README.md and docs/: `make docs`.
+
+A block stands between two comments and is replaced whole:
+
+    <!-- $ tunesmith plan recipe.yaml | lines 1-12 -->     the output of a command
+    <!-- table: DataSource -->                             a table made from the code
+    ...
+    <!-- end -->
+
+In: the pages, the package, and a scratch folder with the demo's files and one run of the demo that
+the commands share (5 to 10 minutes on two cores; `--scratch FOLDER` keeps it for the next time).
+Out: the same pages with fresh blocks. `--tables` writes the tables alone, in a second; a test
+compares them. Left out: measurements; docs/results/ has them with date, machine and command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from tunesmith.cli.app import VERBS
+from tunesmith.core.types import Json
+from tunesmith.recipe import fields, schema
+from tunesmith.recipe.explain import describe_schema
+
+ROOT = Path(__file__).parents[1]
+DEMO = Path(fields.__file__).parent / "demo"
+BLOCK = re.compile(r"(<!-- (\$|table:) (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+LINES = re.compile(r" \| lines ([\d, -]+)$")
+WIDTH = 100
+TIMEOUT_SECONDS = 1800
+
+
+def list_pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+# ---------------------------------------------------------------- tables from the code
+
+
+def build_key_table() -> list[str]:
+    """Every key of a recipe: what it takes, its default, its meaning, its aliases."""
+    properties = schema.build_recipe_schema()["properties"]
+    lines = [
+        "| key | takes | if left out | meaning | aliases |",
+        "|---|---|---|---|---|",
+    ]
+    for key in schema.KEYS.values():
+        aliases = ", ".join(f"`{alias}`" for alias, of in schema.ALIASES.items() if of == key)
+        lines.append(_build_row(key, properties[key], aliases))
+    return lines
+
+
+def build_mapping_table(model: type[BaseModel]) -> list[str]:
+    """The keys of one nested mapping of a recipe."""
+    properties = model.model_json_schema()["properties"]
+    lines = ["| key | takes | if left out | meaning |", "|---|---|---|---|"]
+    return lines + [_build_row(key, value) for key, value in properties.items()]
+
+
+def _build_row(key: str, schema_of_key: Json, *more: str) -> str:
+    required = "required" if key in ("model", "data", "path", "match", "prompt") else None
+    default = _format_default(schema_of_key.get("default", required))
+    takes = _describe_type(schema_of_key)
+    cells = [f"`{key}`", takes, default, schema_of_key["description"].rstrip("."), *more]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _describe_type(schema_of_key: Json) -> str:
+    if schema_of_key.get("type") == "object":
+        return "a mapping"
+    text = re.sub(r"'([a-z0-9_-]+)'", r"`\1`", describe_schema(schema_of_key))
+    return text.removesuffix(" or null")
+
+
+def _format_default(default: object) -> str:
+    if default in (None, [], {}):
+        return "-"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def build_verb_table() -> list[str]:
+    """Every verb with the first sentence of its help."""
+    lines = ["| verb | does |", "|---|---|"]
+    for name, verb in VERBS.items():
+        summary = (inspect.getdoc(verb) or "").split("\n\n")[0].replace("\n", " ")
+        lines.append(f"| `tunesmith {name}` | {summary} |")
+    return lines
+
+
+def build_help_pages() -> list[str]:
+    """The help of every verb, as the terminal prints it."""
+    lines: list[str] = []
+    for name in VERBS:
+        text = _run(f"tunesmith {name} --help", Path.cwd())
+        lines += [f"## tunesmith {name}", "", "```", *text.strip().splitlines(), "```", ""]
+    return lines[:-1]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "recipe": build_key_table,
+    **{
+        name: partial(build_mapping_table, model)
+        for name, model in vars(fields).items()
+        if inspect.isclass(model) and issubclass(model, BaseModel)
+    },
+    "verbs": build_verb_table,
+    "help": build_help_pages,
+}
+
+
+# ---------------------------------------------------------------- output of commands
+
+
+def run_command(text: str, folder: Path) -> list[str]:
+    """Run `text` in `folder`, and return it behind a `$` with what it printed, in a code block."""
+    lines = LINES.search(text)
+    command = LINES.sub("", text)
+    output = _run(command, folder).splitlines()
+    if lines:
+        output = list(_select_lines(output, lines.group(1)))
+    return ["```", f"$ {command}", *output, "```"]
+
+
+def _run(command: str, folder: Path) -> str:
+    bin_folder = str(Path(sys.executable).parent)
+    settings = {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([bin_folder, os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, **settings, "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    text = done.stdout.replace(f"{folder}/", "").replace(str(Path.home()), "~")
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _select_lines(output: list[str], ranges: str) -> Iterable[str]:
+    """The lines of "1-3, 8, 12-": what is left out in between is three dots."""
+    last = 0
+    for part in ranges.split(","):
+        first, dash, end = part.strip().partition("-")
+        start = int(first)
+        stop = int(end) if end else len(output) if dash else start
+        if start > last + 1:
+            yield "..."
+        yield from output[start - 1 : stop]
+        last = stop
+    if last < len(output):
+        yield "..."
+
+
+# ---------------------------------------------------------------- pages
+
+
+def replace_tables(page: str) -> str:
+    """The page with its tables made anew; blocks of commands stay."""
+
+    def replace(match: re.Match[str]) -> str:
+        opening, kind, name, _, closing = match.groups()
+        if kind != "table:":
+            return match.group()
+        return "\n".join([opening.rstrip(), "", *TABLES[name](), "", closing])
+
+    return BLOCK.sub(replace, page)
+
+
+def replace_commands(page: str, folder: Path) -> str:
+    """The page with the output of its commands, run in `folder` in the order of the page."""
+
+    def replace(match: re.Match[str]) -> str:
+        opening, kind, text, _, closing = match.groups()
+        if kind != "$":
+            return match.group()
+        sys.stderr.write(f"$ {text}\n")
+        return "\n".join([opening.rstrip(), *run_command(text, folder), closing])
+
+    return BLOCK.sub(replace, page)
+
+
+def prepare_scratch(folder: Path) -> None:
+    """The demo's files, the recipes, and one run of the demo."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(DEMO, folder, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "recipes", folder / "recipes", dirs_exist_ok=True)
+    if not (folder / "runs" / "demo-1" / "record.json").exists():
+        (folder / "demo.txt").write_text(_run("tunesmith demo", folder) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the generated blocks of the docs.")
+    parser.add_argument("--tables", action="store_true", help="tables only, no commands")
+    parser.add_argument("--scratch", type=Path, help="folder to run in, kept for the next time")
+    parser.add_argument("pages", nargs="*", type=Path, help="these pages only")
+    options = parser.parse_args()
+    scratch = options.scratch or Path(tempfile.mkdtemp())
+    if not options.tables:
+        prepare_scratch(scratch.resolve())
+    for path in [page.resolve() for page in options.pages] or list_pages():
+        page = replace_tables(path.read_text())
+        if not options.tables:
+            page = replace_commands(page, scratch.resolve())
+        path.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
