@@ -19,8 +19,8 @@ from tunesmith.core.hardware import measure_machine
 
 HEADER = """# Effects, measured
 
-Does each strategy do what it promises? Real SmolLM2-135M-Instruct, short runs, three seeds each; the
-change between before and after on held-out items with its 95% interval, paired by item.
+Does each strategy do what it promises? Real SmolLM2-135M-Instruct, short runs, three seeds each:
+the change between before and after on held-out items with its 95% CI, paired by item.
 
 {date}, {device} ({cores} cores). `make effects`
 

@@ -1,7 +1,7 @@
 """Print the size of each feature of the package: `make size`.
 
-Out: files, code lines (without blank lines, comments and docstrings), statements, functions, and AST
-nodes per statement (how much one statement carries; annotations and docstrings are not counted).
+Out: files, code lines (without blank lines, comments and docstrings), statements, functions, and
+AST nodes per statement (how much one statement carries), annotations not counted.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ def strip_tree(tree: ast.Module) -> ast.Module:
             node.returns = None
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(0)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
+        can_have_docstring = isinstance(
+            node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        )
+        if can_have_docstring and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
     return tree
 
 

@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from effect_runs import Record
 from tunesmith.core.types import Comparison
-
-Record = Callable[[Comparison], None]
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ recipe, it does not."""
 from pathlib import Path
 
 import pytest
-from conftest import Record
 
-from seeds import SEEDS
+from effect_runs import SEEDS, Record
 from tiny_runs import train
 from tunesmith.api import read_record
 from tunesmith.recipe.schema import Recipe

@@ -5,9 +5,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-from conftest import Record
 
-from seeds import SEEDS
+from effect_runs import SEEDS, Record
 from tiny_runs import train, write_rows
 from tunesmith.api import read_record
 from tunesmith.core.types import Json

@@ -5,9 +5,8 @@ nobody."""
 from pathlib import Path
 
 import pytest
-from conftest import Record
 
-from seeds import SEEDS
+from effect_runs import SEEDS, Record
 from tiny_runs import train
 from tunesmith.api import read_recipe, read_record
 

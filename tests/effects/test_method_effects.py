@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Record
 
-from seeds import SEEDS
+from effect_runs import SEEDS, Record
 from tiny_runs import train, write_rows
 from tunesmith.api import read_record
 from tunesmith.core.types import Comparison, Json

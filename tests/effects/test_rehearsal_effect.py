@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Record
 
 import tunesmith
-from seeds import SEEDS
+from effect_runs import SEEDS, Record
 from tiny_runs import train, write_rows
 from tunesmith.api import read_record
 from tunesmith.core.types import Comparison, Json

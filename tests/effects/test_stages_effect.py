@@ -5,10 +5,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-from conftest import Record
 
 import tunesmith
-from seeds import SEEDS
+from effect_runs import SEEDS, Record
 from tiny_runs import write_rows
 from tunesmith import api
 from tunesmith.api import read_recipe, read_record
