@@ -19,8 +19,7 @@ from tunesmith.data.sampler import permutation
 from tunesmith.evaluate.general_text import sample_texts
 from tunesmith.evaluate.measure import EvalItems, measure_eval_loss, measure_general_text
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.pairing import select_items
-from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
+from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score, select_items
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.session.session import Session
 

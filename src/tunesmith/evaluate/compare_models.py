@@ -185,8 +185,8 @@ def _apply_spec(plan: Plan, run_inputs: RunInputs, spec: EvalSpec) -> tuple[Plan
     """With the rows and metrics of the exam. Raises InputError with file:line for a row that cannot
     be used."""
     if spec.metrics:
-        choice = PlanValue(spec.metrics, "you", "asked for")
-        plan = dataclasses.replace(plan, choices={**plan.choices, "metrics": choice})
+        choice = PlanValue(spec.metrics, "user", "set by --metrics")
+        plan = plan.with_settings(metrics=choice)
     if spec.data is None:
         return plan, run_inputs
     never, pairs = (

@@ -37,7 +37,7 @@ class EvalReport:
         margin = None
         if run is not None:
             plan = read_run_plan(find_weights_dir(run))
-            margin = plan[FORGETTING_MARGIN] if FORGETTING_MARGIN in plan.choices else None
+            margin = plan.config.forgetting_margin
         return cls(tuple(comparison.after for comparison in comparisons), comparisons, margin)
 
     def check_gates(self) -> tuple[Gate, ...]:

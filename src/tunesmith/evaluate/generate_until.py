@@ -51,7 +51,7 @@ def build_prompts(examples: Sequence[Example], renderer: Renderer) -> tuple[Eval
 
 
 def _build_prompt(example: Example, renderer: Renderer) -> EvalPrompt:
-    documents = renderer.render_documents(
+    documents = renderer.render(
         dataclasses.replace(example, rejected=None, banned_spans=())
     ).documents
     if not documents or (example.text is not None and not example.prompt):

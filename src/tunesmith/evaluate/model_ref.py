@@ -30,8 +30,8 @@ from tunesmith.evaluate.metrics import METRICS, grade_answer, parse_metric_arg, 
 from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
 from tunesmith.evaluate.scale_choice import MAX_SCALE
-from tunesmith.evaluate.significance import compute_p_value, holm_adjust
-from tunesmith.model.hub.builtin import BUILT_IN_MODELS, HUB_ID
+from tunesmith.evaluate.statistics import compute_p_value, holm_adjust
+from tunesmith.model.hub.resolve import BUILT_IN_MODELS, HUB_ID
 
 BASE_NAME = "base"
 SCALE_SUFFIX = re.compile(r"@\d+(\.\d+)?$")

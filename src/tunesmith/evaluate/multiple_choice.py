@@ -81,7 +81,7 @@ def _replace_answer(example: Example, choice: str) -> Example:
 
 
 def _render_document(example: Example, renderer: Renderer) -> Document:
-    return renderer.render_documents(example).documents[-1]
+    return renderer.render(example).documents[-1]
 
 
 def measure_multiple_choice(

@@ -16,7 +16,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.significance import judge_comparison
+from tunesmith.evaluate.statistics import judge_comparison
 
 
 @dataclass(frozen=True)

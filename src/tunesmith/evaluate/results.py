@@ -1,33 +1,27 @@
-"""From values by item to claims: a score with its interval, and before against after on the same
-items.
+"""From item values to claims: scores with an interval, and paired before/after comparisons.
 
-    Measurement (one value an item) -> Score; two Measurements -> Comparison -> a plain sentence
-
-Intervals are 95%: for plain 0/1 values the score intervals of stats.py, which are right for few
-items and near 0 and 1; otherwise a bootstrap over items, within each group where there are groups.
-Before and after are always compared item by item. Left out: what may be concluded
-(significance.py); spread between training seeds, which one run cannot know."""
+In: MetricValues (one value per item). Out: Score, or Comparison of two models on the same items.
+Left out: the formulas and verdicts (statistics.py), which items two models share (pairing.py), and
+the variance between training seeds, which one run cannot show.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GenerationSample, Score
 from tunesmith.core.types import Comparison
-from tunesmith.evaluate.intervals import (
+from tunesmith.evaluate.statistics import (
     bootstrap_interval,
-    compute_paired_rate_interval,
-    compute_wilson_interval,
-)
-from tunesmith.evaluate.significance import (
     compute_detectable_difference,
     compute_mcnemar_p,
+    compute_paired_rate_interval,
+    compute_wilson_interval,
     judge_comparison,
 )
 
@@ -36,9 +30,11 @@ RETENTION_DATA = "retention_data"
 
 @dataclass(frozen=True)
 class MetricValues:
-    """One metric on the items of one task. `weights` (empty: all equal) count within the mean, such
-    as tokens of a document; with `groups` (empty: none) the result is the mean over groups of each
-    group's mean."""
+    """One metric on the items of one task.
+
+    weights: weights of the mean, such as tokens per document; empty for equal weights.
+    groups: the group of each item; the result is the mean of the group means. Empty for one group.
+    """
 
     task: str
     metric: str
@@ -55,9 +51,11 @@ class MetricValues:
 
 @dataclass(frozen=True)
 class EvalResults:
-    """All that was measured of one model; what before.json and after.json of a run hold. `samples`
-    are all answers, `shown` the ids of a few that the record shows. `contents`: role -> row -> a
-    digest of what it says, by which the items of two runs are known to be the same."""
+    """All measurements of one model: the content of a run's before.json and after.json.
+
+    samples: every answer; shown_ids: the ids of the few that the record shows.
+    digests: role -> row id -> digest of its content, which identifies items across runs.
+    """
 
     measurements: tuple[MetricValues, ...]
     samples: tuple[GenerationSample, ...] = ()
@@ -70,33 +68,38 @@ class EvalResults:
 
 
 def compute_score(measurement: MetricValues, *, step: int = 0, seed: int = 0) -> Score:
-    """Raises InputError for fewer than two items, over all or in a group: one item has no
-    interval."""
+    """Return the score with its 95% interval.
+
+    Raises InputError for fewer than two items in total or in a group: one item has no interval.
+    """
     _refuse_single_item(measurement)
-    value = float(_compute_mean(measurement, np.array(measurement.values)))
     if measurement.is_binary:
         low, high = compute_wilson_interval(sum(measurement.values), len(measurement.values))
     else:
         low, high = bootstrap_interval(*_to_arrays(measurement), seed=seed)
-    return Score(
-        measurement.task, measurement.metric, value, low, high, len(measurement.values), step
-    )
+    value = _compute_mean(measurement)
+    n = len(measurement.values)
+    return Score(measurement.task, measurement.metric, value, low, high, n, step)
 
 
 def compare_measurements(
     before: MetricValues, after: MetricValues, *, step: int = 0, seed: int = 0
 ) -> Comparison:
-    """`after` minus `before`, item by item. Raises InputError unless both measured the same items
-    with the same weights in the same groups; the order may differ. `step`: when `after` was
-    measured."""
+    """Return `after` minus `before`, paired by item; their order may differ.
+
+    step: the training step of `after`. Raises InputError unless both have the same items with the
+    same weights and groups.
+    """
     after = _align_items(before, after)
-    change = replace(
-        before, values=tuple(b - a for a, b in zip(before.values, after.values, strict=True))
-    )
-    counts = None
+    changes = tuple(b - a for a, b in zip(before.values, after.values, strict=True))
+    change = replace(before, values=changes)
+    improved = worsened = p_value = None
     if before.is_binary and after.is_binary:
-        counts = change.values.count(1.0), change.values.count(-1.0)
-        low, high = compute_paired_rate_interval(*counts, len(change.values))
+        gains = changes.count(1.0)
+        losses = changes.count(-1.0)
+        low, high = compute_paired_rate_interval(gains, losses, len(changes))
+        improved, worsened = (gains, losses) if before.higher_is_better else (losses, gains)
+        p_value = compute_mcnemar_p(gains, losses)
     else:
         _refuse_single_item(change)
         low, high = bootstrap_interval(*_to_arrays(change), seed=seed)
@@ -105,28 +108,21 @@ def compare_measurements(
         metric=before.metric,
         before=compute_score(before, seed=seed),
         after=compute_score(after, step=step, seed=seed),
-        difference=float(_compute_mean(change, np.array(change.values))),
+        difference=_compute_mean(change),
         low=low,
         high=high,
         higher_is_better=before.higher_is_better,
-        **_build_change_fields(counts, before.higher_is_better),
+        improved=improved,
+        worsened=worsened,
+        p_value=p_value,
         min_detectable=compute_detectable_difference(low, high),
     )
-
-
-def _build_change_fields(counts: tuple[int, int] | None, higher_is_better: bool) -> dict[str, Any]:
-    """Of items that rose and fell: how many got better and worse, and how likely that is by
-    chance."""
-    if counts is None:
-        return {}
-    gains, losses = counts if higher_is_better else counts[::-1]
-    return {"improved": gains, "worsened": losses, "p_value": compute_mcnemar_p(gains, losses)}
 
 
 def select_sample_pairs(
     before: EvalResults, after: EvalResults
 ) -> tuple[tuple[GenerationSample, GenerationSample], ...]:
-    """A few answers before and after."""
+    """Return the few answers that are shown, before and after."""
     pairs = zip(before.samples, after.samples, strict=True)
     return tuple(pair for pair in pairs if pair[0].id in before.shown_ids)
 
@@ -134,31 +130,29 @@ def select_sample_pairs(
 def compare_results(
     before: EvalResults, after: EvalResults, *, step: int
 ) -> tuple[Comparison, ...]:
-    """Of two models on the same items: every measure of `before`. How far a model is from its base
-    is measured after only: before, it has not moved."""
-    after_by_metric = {
-        (measurement.task, measurement.metric): measurement for measurement in after.measurements
-    }
-    pairs = (
-        (measurement, after_by_metric[measurement.task, measurement.metric])
-        for measurement in before.measurements
+    """Compare every metric of `before` with the same metric of `after`.
+
+    KL to the base is measured only after training, and is not compared (compute_kl_scores).
+    """
+    after_by_metric = {(m.task, m.metric): m for m in after.measurements}
+    return tuple(
+        compare_measurements(m, after_by_metric[m.task, m.metric], step=step)
+        for m in before.measurements
     )
-    return tuple(compare_measurements(first, second, step=step) for first, second in pairs)
 
 
 def compute_kl_scores(before: EvalResults, after: EvalResults, *, step: int) -> tuple[Score, ...]:
-    """What was measured after only: how far the model is from its base."""
-    before_metrics = {(measurement.task, measurement.metric) for measurement in before.measurements}
+    """Return the scores of the metrics that only `after` has: KL to the base, top-1 agreement."""
+    before_metrics = {(m.task, m.metric) for m in before.measurements}
     return tuple(
-        compute_score(measurement, step=step)
-        for measurement in after.measurements
-        if (measurement.task, measurement.metric) not in before_metrics
+        compute_score(m, step=step)
+        for m in after.measurements
+        if (m.task, m.metric) not in before_metrics
     )
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """One line with all that a claim needs: both values, the difference, its interval, the number
-    of items."""
+    """Return one line with both values, the difference, its interval, n and the verdict."""
     c = comparison
     return (
         f"{c.task}, {c.metric}: {c.before.value:.3f} -> {c.after.value:.3f},"
@@ -166,13 +160,26 @@ def format_comparison(comparison: Comparison) -> str:
     )
 
 
-def _compute_mean(measurement: MetricValues, values: np.ndarray) -> float:
-    weights, groups = _to_arrays(measurement)[1:]
+def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricValues:
+    """Return the measurement of the items with these indices, in this order."""
+    weights = measurement.weights
+    groups = measurement.groups
+    return replace(
+        measurement,
+        ids=tuple(measurement.ids[index] for index in indices),
+        values=tuple(measurement.values[index] for index in indices),
+        weights=tuple(weights[index] for index in indices) if weights else (),
+        groups=tuple(groups[index] for index in indices) if groups else (),
+    )
+
+
+def _compute_mean(measurement: MetricValues) -> float:
+    values, weights, groups = _to_arrays(measurement)
     return float(np.mean([np.average(values[rows], weights=weights[rows]) for rows in groups]))
 
 
 def _to_arrays(measurement: MetricValues) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Values, weights, and the places of each group's items."""
+    """Return the values, the weights, and the item indices of each group."""
     n = len(measurement.values)
     names = np.array(measurement.groups or ("",) * n)
     groups = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
@@ -180,42 +187,32 @@ def _to_arrays(measurement: MetricValues) -> tuple[np.ndarray, np.ndarray, list[
 
 
 def _refuse_single_item(measurement: MetricValues) -> None:
-    for group, count in Counter(measurement.groups or ("",) * len(measurement.values)).items():
+    group_sizes = Counter(measurement.groups or ("",) * len(measurement.values))
+    for group, count in group_sizes.items():
         if count < 2:
-            subject = f"{measurement.task} has one item" + (
-                f" in the group {group!r}" if group else ""
-            )
-            raise InputError(
-                f"{subject}: that has no interval", fix="measure at least two, better a hundred"
-            )
+            subject = f"{measurement.task} has only 1 item"
+            if group:
+                subject += f" in the group {group!r}"
+            fix = "evaluate on at least two items, better a hundred"
+            raise InputError(f"{subject}: an interval needs two", fix=fix)
     if not measurement.values:
-        raise InputError(f"{measurement.task} has no items to measure")
+        raise InputError(f"{measurement.task} has no items to evaluate")
 
 
 def _align_items(before: MetricValues, after: MetricValues) -> MetricValues:
-    """`after` with its items in the order of `before`."""
+    """Return `after` with its items in the order of `before`."""
     if (before.task, before.metric) != (after.task, after.metric):
-        raise InputError(
-            f"{before.task}, {before.metric} cannot be compared with {after.task}, {after.metric}"
-        )
+        message = f"{before.task}, {before.metric} cannot be compared with {after.task}, {after.metric}"
+        raise InputError(message)
     index_by_id = {item: i for i, item in enumerate(after.ids)}
-    if (
-        len(index_by_id) < len(after.ids)
-        or set(before.ids) != set(index_by_id)
-        or len(before.ids) != len(after.ids)
-    ):
-        mismatched_ids = sorted(set(before.ids) ^ set(index_by_id)) or [
-            item for item, n in Counter(after.ids).items() if n > 1
-        ]
-        raise InputError(
-            f"before and after were not measured on the same items: {mismatched_ids[0]}",
-            where=before.task,
-        )
-    order = [index_by_id[item] for item in before.ids]
-    values, weights, groups = (
-        tuple(column[i] for i in order) if column else column
-        for column in (after.values, after.weights, after.groups)
-    )
-    if (before.weights, before.groups) != (weights, groups):
-        raise InputError("before and after weigh or group the items differently", where=before.task)
-    return replace(after, ids=before.ids, values=values, weights=weights, groups=groups)
+    if sorted(before.ids) != sorted(after.ids) or len(index_by_id) < len(after.ids):
+        mismatched_ids = sorted(set(before.ids) ^ set(index_by_id))
+        # Equal sets: an item is there twice.
+        mismatched_ids += [item for item, _ in Counter(before.ids + after.ids).most_common(1)]
+        message = f"before and after were not evaluated on the same items: {mismatched_ids[0]}"
+        raise InputError(message, where=before.task)
+    aligned = select_items(after, [index_by_id[item] for item in before.ids])
+    if (before.weights, before.groups) != (aligned.weights, aligned.groups):
+        message = "the items have different weights or groups before and after"
+        raise InputError(message, where=before.task)
+    return aligned

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Document, GenerationRequest, Json, Pack
-from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
+from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.collate import collate
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.packing import count_input_tokens

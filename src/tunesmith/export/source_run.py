@@ -109,9 +109,7 @@ class SourceRun:
         """What was trained, as our engine runs it, in fp32: base and adapter side by side."""
         network = self.load_base_network()
         if self.loras:
-            METHODS["lora"](
-                network, {key: plan_value.value for key, plan_value in self.plan.choices.items()}
-            )
+            METHODS["lora"](network, self.plan.values)
             load_adapter(network, self.saved_dir / ADAPTER_WEIGHTS_FILE)
             scale_adapter(network, self.scale)
         return wrap_model(network, torch.float32)

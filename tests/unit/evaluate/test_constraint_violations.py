@@ -90,7 +90,7 @@ def test_the_logp_is_of_the_bad_tokens_alone(renderer: Renderer, model: PackedCa
     documents = [
         d
         for row in rows
-        for d in renderer.render_documents(
+        for d in renderer.render(
             ConstraintSet(BOTH, is_held_out=True).mark_violations(row)
         ).documents
     ]

@@ -96,8 +96,8 @@ def test_answers_of_a_file_are_graded_on_the_items_of_the_run(
         "chrf": (1.0, 2),
         "json_valid": (1.0, 2),
     }
-    assert "test chrf: 2 items are common to 2 and 3, and compared" in found.notes
-    (alone,) = [note for note in found.notes if note.startswith("measured of the second only: ")]
+    assert "test chrf: 2 and 3 items, compared on the 2 that both have" in found.notes
+    (alone,) = [note for note in found.notes if note.startswith("only the second model has ")]
     assert "test loss" in alone
     for row, message in (
         (
@@ -200,7 +200,7 @@ def test_items_are_known_by_what_they_say_not_by_their_line() -> None:
     ((one, other),), notes = pair_measurements(measured("abcd", "wxyz"), measured("abc", "xzw"))
     assert (one.ids, one.values) == (("a", "b", "d"), (97.0, 98.0, 100.0))
     assert other.values == (99.0, 97.0, 98.0)
-    assert notes == ["test chrf: 3 items are common to 4 and 3, and compared"]
+    assert notes == ["test chrf: 4 and 3 items, compared on the 3 that both have"]
     ((_, same),), _ = pair_measurements(measured("abc", "xxy"), measured("abc", "yxx"))
     assert same.values == (98.0, 99.0, 97.0), "rows that say the same are taken in turn"
 
@@ -213,7 +213,8 @@ def test_what_cannot_be_paired_is_said() -> None:
         measured("ab", weights=(1.0, 2.0)), measured("ab", weights=(1.0, 3.0))
     )
     assert notes == [
-        "test chrf: not compared, the items weigh differently: other tokens. bits_per_byte can be compared"
+        "test chrf: not compared, the tokenizers differ, so the items have other weights: "
+        "compare bits_per_byte"
     ]
 
 
@@ -292,7 +293,7 @@ def test_a_failing_gate_exits_with_4(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = read_json(runs[1] / "plan.json")
-    plan["choices"]["forgetting_margin"]["value"] = -5.0
+    plan["settings"]["forgetting_margin"]["value"] = -5.0
     copy = shutil.copytree(runs[1], runs[1].parent / "gated")
     (copy / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(SystemExit) as ended:

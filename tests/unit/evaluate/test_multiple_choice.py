@@ -11,7 +11,7 @@ import pytest
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Row
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.formats.row_formats import parse_row
+from tunesmith.data.formats.parse import parse_row
 from tunesmith.evaluate.loglikelihood import compute_nll, measure_loss, to_bits_per_byte
 from tunesmith.evaluate.multiple_choice import build_choices, measure_multiple_choice
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -35,7 +35,7 @@ def test_a_choice_is_rendered_as_the_answer_would_be(renderer: Renderer) -> None
     example = asked(2, "yes", "yes", "no", "maybe")
     (documents,) = build_choices([example], renderer).values()
     assert said(renderer, documents) == ["yes<|end|>", "no<|end|>", "maybe<|end|>"]
-    (as_trained,) = renderer.render_documents(example).documents
+    (as_trained,) = renderer.render(example).documents
     assert documents[0].tokens_L.tolist() == as_trained.tokens_L.tolist()
     assert documents[0].weights_L.tolist() == as_trained.weights_L.tolist()
 
@@ -107,7 +107,7 @@ def test_rows_that_offer_nothing_to_choose_are_refused(
 def test_the_loss_of_an_answer_by_byte(model: PackedCausalLM, renderer: Renderer) -> None:
     examples = [asked(n, text) for n, text in enumerate(("yes", "Grüße", "a longer answer"))]
     documents = [
-        one for example in examples for one in renderer.render_documents(example).documents
+        one for example in examples for one in renderer.render(example).documents
     ]
     bad = dataclasses.replace(documents[0], side="banned")
     loss = measure_loss(model, documents, task="test", pack_length=100)

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.evaluate.intervals import compute_paired_rate_interval, compute_wilson_interval
 from tunesmith.evaluate.results import (
     MetricValues,
     compare_measurements,
     compute_score,
     format_comparison,
 )
-from tunesmith.evaluate.significance import judge_comparison
+from tunesmith.evaluate.statistics import (
+    compute_paired_rate_interval,
+    compute_wilson_interval,
+    judge_comparison,
+)
 
 
 def measured(values, **changed) -> MetricValues:
@@ -135,5 +138,5 @@ def test_different_items_are_not_compared() -> None:
         replace(one, weights=(1.0, 2.0, 3.0)),
     ]
     for other in others:
-        with pytest.raises(InputError, match=r"same items|cannot be compared|differently"):
+        with pytest.raises(InputError, match=r"same items|cannot be compared|different weights"):
             compare_measurements(one, other)
