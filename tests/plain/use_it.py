@@ -1,0 +1,73 @@
+"""Use the plain package, without extras: `python tests/plain/use_it.py`, as .ci/run does.
+
+A development environment hides a missing dependency, because something in it brings the library.
+In: an environment with `pip install .` alone. Out: every verb of a first day on a tiny random
+model, each with its exit code; the first that fails ends it with 1.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
+from tiny_runs import save_model_folder, sums, write_rows
+
+RECIPE = """\
+model: model
+data: train.jsonl
+eval_data: eval.jsonl
+test_data: test.jsonl
+batch_size: 4
+num_train_epochs: 1
+max_steps: 4
+metrics: [json_valid, exact_match]
+output_dir: run
+"""
+
+COMMANDS = [
+    "--help",
+    "doctor",
+    "advise --need format --examples 300",
+    "data check recipe.yaml",
+    "data show recipe.yaml",
+    "plan recipe.yaml",
+    "train recipe.yaml",
+    "eval run",
+    "compare base run",
+    "report run",
+    "export run --to peft --out exported-peft",
+    "export run --to merged --out exported-merged",
+    "export run --to gguf --out exported-gguf",
+    "export run --to ollama --out exported-ollama",
+]
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp())
+    save_model_folder(folder / "model")
+    write_rows(folder / "train.jsonl", sums(0, 32))
+    write_rows(folder / "eval.jsonl", sums(100, 10))
+    write_rows(folder / "test.jsonl", sums(200, 10))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    for command in COMMANDS:
+        run_command(command, folder)
+    run_command("chat run", folder, text="1 and 1\n")
+    print(f"{len(COMMANDS) + 1} passed, 0 failed")
+
+
+def run_command(command: str, folder: Path, text: str = "") -> None:
+    arguments = [sys.executable, "-m", "tunesmith", *command.split()]
+    done = subprocess.run(
+        arguments, cwd=folder, input=text, capture_output=True, text=True, check=False
+    )
+    print(f"{'ok' if done.returncode == 0 else 'failed':8}tunesmith {command}", flush=True)
+    if done.returncode != 0:
+        sys.exit(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+
+
+if __name__ == "__main__":
+    main()
