@@ -21,7 +21,8 @@ import torch
 from tunesmith import api
 from tunesmith.evaluate.adapter_scaling import measure_scale_curve
 from tunesmith.evaluate.general_text import sample_texts
-from tunesmith.evaluate.measure import EvalItems, build_eval_items, measure_items
+from tunesmith.evaluate.items import EvalItems, build_eval_items
+from tunesmith.evaluate.measure import measure_items
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.session import inputs
 from tunesmith.session.session import Session, open_session

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from tunesmith import api
 from tunesmith.core.types import GenerationRequest
 from tunesmith.evaluate.generate_until import build_prompts
-from tunesmith.evaluate.measure import load_test_prompts
+from tunesmith.evaluate.items import load_test_prompts
 from tunesmith.model.adapters import scale_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import generate
@@ -134,7 +134,7 @@ def main() -> None:
     )
     if options.adapter:
         settings = LoraConfig(
-            r=plan["lora_r"], lora_alpha=plan["lora_alpha"], target_modules="all-linear"
+            r=plan.config.lora_r, lora_alpha=plan.config.lora_alpha, target_modules="all-linear"
         )
         network = get_peft_model(network, settings).to(torch.bfloat16)
     else:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.types import Batch, Document, Json
-from tunesmith.evaluate.measure import load_general_texts
+from tunesmith.evaluate.items import load_general_texts
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.recipe.schema import Recipe
@@ -35,7 +35,7 @@ from tunesmith.session import inputs
 from tunesmith.session.session import open_session
 from tunesmith.train.guard.detectors import TrainingGuard
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 DEMO, TASKS = DEMO_RECIPE.parent, Path(__file__).parents[2] / "recipes" / "data" / "tasks"
 BAD_STEPS = range(10, 13)  # of a corrupt block, and of a step that is no number
@@ -188,7 +188,7 @@ def followed(
     with TemporaryDirectory() as name:
         folder = Path(name)
         known = inputs.load_inputs(recipe_of(case, folder, seed, steps, every))
-        rate = min(1.0, case.times * inputs.make_plan(known)["learning_rate"])
+        rate = min(1.0, case.times * inputs.make_plan(known).config.learning_rate)
         known = inputs.load_inputs(recipe_of(case, folder, seed, steps, every, learning_rate=rate))
         return said_in(case, known, every, keep)
 
@@ -216,7 +216,7 @@ def said_in(
             else documents
         )
 
-    training = TrainingLoop(bench.model, documents_of, TrainingConfig.from_plan(plan))
+    training = TrainingLoop(bench.model, documents_of, plan.config, steps=plan.steps)
     if case.fault == "nan":
         no_number(training)
 

@@ -19,12 +19,12 @@ from typing import Any
 
 from tunesmith import api
 from tunesmith.core.events import TrainStep
-from tunesmith.evaluate.measure import load_general_texts
+from tunesmith.evaluate.items import load_general_texts
 from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.session import inputs
 from tunesmith.session.session import open_session
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -48,16 +48,14 @@ def main() -> None:
         bench = open_session(plan, known)
     texts, training = (
         load_general_texts(known),
-        TrainingLoop(bench.model, bench.load_documents, TrainingConfig.from_plan(plan)),
+        TrainingLoop(bench.model, bench.load_documents, plan.config, steps=plan.steps),
     )
     print(
         "| prompts | probe, s | step, s | tokens of a step | steps a probe |\n|---|---|---|---|---|"
     )
     for count in given.prompts:
-        choices = plan.choices | {
-            "probe_prompts": dataclasses.replace(plan.choices["probe_prompts"], value=count)
-        }
-        chosen = build_prompt_set(dataclasses.replace(plan, choices=choices), known, texts)
+        config = dataclasses.replace(plan.config, probe_prompts=count)
+        chosen = build_prompt_set(dataclasses.replace(plan, config=config), known, texts)
         assert chosen is not None
         probes, taken, steps = GenerationProbe(bench, chosen), list[float](), list[TrainStep]()
         for _ in range(given.rounds):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from experiment_modules import load_experiment
 from tiny_runs import (
     adapter_bytes,
     chat,
@@ -20,13 +21,12 @@ from tiny_runs import (
     write_rows,
 )
 from tunesmith.api import read_record
-from tunesmith.cli import app
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import parse_as
-from tunesmith.core.types import Comparison, Json
-from tunesmith.evaluate import finished_run
+from tunesmith.core.types import Json
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import run
+
+baselines = load_experiment("constraint_baselines")
 
 BAD = [chat("who?", "as an AI, fine"), {**chat("what?", "I am an AI"), "negative": True}]
 BAN = {"match": "an AI", "name": "ai", "mode": "ban"}
@@ -43,8 +43,8 @@ def test_a_ban_is_planned_trained_and_resumed_to_the_same_bytes(
 ) -> None:
     straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
     plan = plan_of(straight)
-    assert (plan["ban_coefficient"], plan.data["data"].banned) == (1.0, {"ai": 2})
-    assert plan.choices["never"].reason == "2 rows trained away from 'ai'"
+    assert (plan.config.ban_coefficient, plan.data["data"].banned) == (1.0, {"ai": 2})
+    assert plan.reasons["never"].reason == "2 rows trained away from 'ai'"
     steps = steps_of(train(straight))
     plain = steps_of(
         train(wish(tiny_folder, tmp_path / "plain", never=[{**BAN, "mode": "filter"}]))
@@ -87,7 +87,7 @@ def marked(first: int, count: int, answer: str, negative: Any) -> list[Json]:
 
 
 def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
     """A model that answers with the phrase stops when it is banned; rightful prompts are asked
     too."""
@@ -112,15 +112,8 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
     assert record.samples[-1][0].answer.startswith("an AI")
     assert record.samples[-1][0].expected == ""
 
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        app.main(["eval", str(tmp_path / "then" / "run"), "--baselines", "--json"])
-    assert not ended.value.code
-    printed = json.loads(capsys.readouterr().out)["baselines"]
-    beside = {
-        name: parse_as(tuple[Comparison, ...], rows, where=name) for name, rows in printed.items()
-    }
-    assert list(beside) == ["base", "told", "banned"]
+    beside = baselines.compare_baselines(tmp_path / "then" / "run")
+    assert list(beside) == ["base", "prompted", "banned"]
     for rows in beside.values():
         after = {(one.task, one.metric): one.after for one in rows}
         assert after == {key: found[key].after for key in after}
@@ -142,5 +135,5 @@ def test_baselines_are_of_constraints(tiny_folder: Path, tmp_path: Path) -> None
         for n, name in ((1, "data"), (9, "test_data"))
     }
     train(wish(tiny_folder, tmp_path, **files, never=[]))
-    with pytest.raises(InputError, match="baselines are of what no answer may say"):
-        finished_run.compare_baselines(tmp_path / "run")
+    with pytest.raises(InputError, match="baselines need constraints and prompts"):
+        baselines.compare_baselines(tmp_path / "run")

@@ -25,16 +25,17 @@ from tunesmith.advise.lr_finder import limit_items, select_eval_items
 from tunesmith.core.atomic import read_manifest
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import TrainStep
-from tunesmith.core.types import Comparison, Document, Plan
+from tunesmith.core.types import Comparison, Document, Plan, require
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.selection import ROLE, sample_rows
-from tunesmith.evaluate.measure import EvalItems, measure_eval_loss
+from tunesmith.evaluate.items import EvalItems
+from tunesmith.evaluate.measure import measure_eval_loss
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
-from tunesmith.evaluate.significance import judge_comparison
+from tunesmith.evaluate.statistics import judge_comparison
 from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 STEPS = 30
 HELD_OUT_TOKENS = 16_000
@@ -94,16 +95,16 @@ def train_subsets(
     session = open_session(plan, inputs)
     start_weights = copy_weights(session.model.network)
     yield SubsetRun("", 0, 0, 0, measure_eval_loss(session, items))
-    config = dataclasses.replace(
-        TrainingConfig.from_plan(plan), steps=steps, warmup_steps=steps // 10
-    )
-    for seed in range(plan["seed"], plan["seed"] + seeds):
+    for seed in range(plan.config.seed, plan.config.seed + seeds):
         for name, rows in subsets.items():
-            if name == "random" and seed > plan["seed"]:
+            if name == "random" and seed > plan.config.seed:
                 rows = sample_rows(subsets[ALL_ROWS], len(rows), seed)
             restore_weights(session.model.network, start_weights)
             documents_of = _make_document_loader(session, rows, steps, seed)
-            tokens = _train_subset(TrainingLoop(session.model, documents_of, config), name)
+            training = TrainingLoop(
+                session.model, documents_of, plan.config, steps=steps, warmup_steps=steps // 10
+            )
+            tokens = _train_subset(training, name)
             yield SubsetRun(name, seed, len(rows), tokens, measure_eval_loss(session, items))
 
 
@@ -141,7 +142,7 @@ def read_subsets(inputs: RunInputs, folder: Path) -> dict[str, np.ndarray]:
 def _make_document_loader(
     session: Session, rows: np.ndarray, steps: int, seed: int
 ) -> Callable[[int], Sequence[Document]]:
-    batch_size = session.plan["batch_size"]
+    batch_size = require(session.plan.config.batch_size)
     epochs = math.ceil(steps * batch_size / len(rows))
     sampler = StepSampler(
         num_rows=len(rows), batch_size=batch_size, epochs=epochs, seed=seed, max_steps=steps
@@ -177,7 +178,7 @@ def summarize_ablation(plan: Plan, subset_runs: Sequence[SubsetRun], steps: int)
     base_score, seeds = compute_score(untrained.held_out), len(runs_by_subset[SELECTED])
     return AblationResult(
         steps=steps,
-        batch_size=plan["batch_size"],
+        batch_size=require(plan.config.batch_size),
         seeds=seeds,
         items=base_score.n,
         metric=untrained.held_out.metric,

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, TrainStep
 from tunesmith.core.types import Plan, PlanValue
-from tunesmith.evaluate.measure import EvalItems, build_eval_items, measure_eval_loss
+from tunesmith.evaluate.items import EvalItems, build_eval_items
+from tunesmith.evaluate.measure import measure_eval_loss
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
 from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 STEPS = 40
 RATE_FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # of the plan's rate
@@ -77,15 +78,13 @@ class LRFinderResult:
 def select_eval_items(plan: Plan, inputs: RunInputs) -> EvalItems:
     """What short trainings are told apart by; no answer is graded, so no metric is asked for."""
     no_metrics = PlanValue((), "rule", "no answers are looked at")
-    return build_eval_items(
-        dataclasses.replace(plan, choices={**plan.choices, "metrics": no_metrics}), inputs
-    )
+    return build_eval_items(plan.with_settings(metrics=no_metrics), inputs)
 
 
 def try_rates(plan: Plan, inputs: RunInputs, *, steps: int = STEPS) -> Iterator[LRTrial]:
     """The untrained model first, then the rates from low to high. Raises InputError without
     held-out rows."""
-    if plan["stage"] == "preference":
+    if plan.config.stage == "preference":
         fix = "start from the plan's rate, and compare two runs"
         raise InputError(
             "a held-out loss does not say how well pairs are told apart", where="stage", fix=fix
@@ -99,7 +98,7 @@ def try_rates(plan: Plan, inputs: RunInputs, *, steps: int = STEPS) -> Iterator[
     start_weights = copy_weights(session.model.network)
     yield LRTrial(0.0, (), measure_eval_loss(session, items))
     for factor in RATE_FACTORS:
-        rate = float(f"{min(1.0, plan['learning_rate'] * factor):.2g}")
+        rate = float(f"{min(1.0, plan.config.learning_rate * factor):.2g}")
         trial = _run_trial(session, items, rate, min(steps, plan.steps))
         yield trial
         if trial.collapse_reason:
@@ -117,13 +116,10 @@ def limit_items(items: EvalItems, max_tokens: int) -> EvalItems:
 
 
 def _run_trial(session: Session, items: EvalItems, rate: float, steps: int) -> LRTrial:
-    config = dataclasses.replace(
-        TrainingConfig.from_plan(session.plan),
-        steps=steps,
-        learning_rate=rate,
-        warmup_steps=steps // 10,
+    config = dataclasses.replace(session.plan.config, learning_rate=rate)
+    training = TrainingLoop(
+        session.model, session.load_documents, config, steps=steps, warmup_steps=steps // 10
     )
-    training = TrainingLoop(session.model, session.load_documents, config)
     train_steps: list[TrainStep] = []
     collapse_reason = ""
     try:
@@ -199,7 +195,7 @@ def summarize_trials(plan: Plan, trials: Sequence[LRTrial]) -> LRFinderResult:
         chosen_rate=None if best is None else best.learning_rate,
         similar_rates=similar_rates,
         collapse_rate=collapse_rate,
-        planned_rate=plan["learning_rate"],
+        planned_rate=plan.config.learning_rate,
         caveats=tuple(_iter_caveats(best, rate_trials, similar_rates)),
     )
 

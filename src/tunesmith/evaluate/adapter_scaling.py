@@ -17,7 +17,8 @@ from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, ScalePoint
 from tunesmith.data.sampler import permutation
 from tunesmith.evaluate.general_text import sample_texts
-from tunesmith.evaluate.measure import EvalItems, measure_eval_loss, measure_general_text
+from tunesmith.evaluate.items import EvalItems
+from tunesmith.evaluate.measure import measure_eval_loss, measure_general_text
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score, select_items
 from tunesmith.model.adapters import scaled_adapter

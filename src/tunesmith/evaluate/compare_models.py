@@ -19,7 +19,8 @@ from tunesmith.core.run_dir import find_weights_dir, read_run_plan
 from tunesmith.core.types import Comparison, Plan, PlanValue
 from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import open_dataset
-from tunesmith.evaluate.measure import build_eval_items, measure_items
+from tunesmith.evaluate.items import build_eval_items
+from tunesmith.evaluate.measure import measure_items
 from tunesmith.evaluate.model_ref import ModelRef
 from tunesmith.evaluate.results import EvalResults, compare_results
 from tunesmith.model.adapters import get_trainable_parameters, scaled_adapter

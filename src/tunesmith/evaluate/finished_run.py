@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tunesmith.core.types import Comparison, GenerationRequest, Json
 from tunesmith.evaluate.answer_cache import open_answer_cache
-from tunesmith.evaluate.measure import build_eval_items, measure_items
+from tunesmith.evaluate.items import build_eval_items
+from tunesmith.evaluate.measure import measure_items
 from tunesmith.evaluate.results import compare_results
 from tunesmith.model.generation.engine import stream_answer
 from tunesmith.session import inputs

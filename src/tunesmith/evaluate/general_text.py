@@ -20,7 +20,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.types import Document, Row
 from tunesmith.data.sampler import permutation
-from tunesmith.data.windows import count_windows, cut_window
+from tunesmith.data.pretraining import count_windows, cut_window
 from tunesmith.evaluate.kl_divergence import (
     BaseReference,
     KLResult,

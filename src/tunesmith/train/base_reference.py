@@ -20,11 +20,11 @@ from tunesmith.core.types import Document, Json, Plan
 from tunesmith.data.sampler import StepSampler
 from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.general_text import split_texts
+from tunesmith.evaluate.items import EvalItems
 from tunesmith.evaluate.kl_divergence import AdapterDisabled, CachedStates, cache_states
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.evaluate.measure import (
     BaseReferences,
-    EvalItems,
     compute_text_window,
     measure_items,
     select_answers,

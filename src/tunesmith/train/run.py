@@ -1,18 +1,20 @@
 """The story of a run; read this first.
 
-    plan -> prove -> measure -> train, saving and evaluating -> measure again -> record
+    plan -> prove -> measure before -> train while guarding -> measure after -> write the record
 
-In: a Plan. Out: events as they happen, and a run folder that holds everything: plan.json,
-identity.json, data.json, events.jsonl, before.json, after.json, checkpoints/, adapter/,
-record.json. `resume` tells the same story from the last checkpoint on. The events are the only
-coupling to whoever watches: the command line prints them, the folder keeps them. A signal ends a
-run where nothing is lost; a gate's no is the last event of it."""
+In: a Plan. Out: events as they happen, and a run folder: plan.json, identity.json, data.json,
+events.jsonl, before.json, after.json, checkpoints/, adapter/, record.json. `resume` tells the same
+story from the newest checkpoint on.
+
+Whoever watches a run sees its events and nothing else: the terminal prints them, the folder stores
+them. A signal stops a run where nothing is lost. When a gate refuses, its reason is the last event.
+
+Left out: several stages in one recipe (stages.py), deciding values (plan/)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -37,13 +39,14 @@ from tunesmith.core.run_dir import (
     is_free,
     read_run_plan,
 )
-from tunesmith.core.types import Plan, RunRecord, __version__
+from tunesmith.core.types import Comparison, Plan, RunRecord, ScalePoint, __version__
 from tunesmith.data.leakage import refuse_test_leakage
 from tunesmith.data.rejects import refuse_invalid_rows, write_rejected_rows
 from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 from tunesmith.evaluate.adapter_scaling import measure_scale_curve
 from tunesmith.evaluate.answer_cache import open_answer_cache
-from tunesmith.evaluate.measure import EvalItems, build_eval_items, measure_items
+from tunesmith.evaluate.items import EvalItems, build_eval_items
+from tunesmith.evaluate.measure import measure_items
 from tunesmith.evaluate.preference import check_displacement
 from tunesmith.evaluate.results import (
     EvalResults,
@@ -69,36 +72,58 @@ from tunesmith.train.self_rehearsal import add_self_rehearsal
 from tunesmith.train.signals import GracefulStop
 from tunesmith.train.synthetic_pairs import add_synthetic_pairs
 
+# ---------------------------------------------------------------- two ways to begin
+
 
 def train(
     plan: Plan, run_inputs: RunInputs | None = None, *, allow_code: bool = False
 ) -> Iterator[Event]:
-    """A new run; `known` are the facts that the plan was made from, gathered again if not given.
-    Raises MachineError or InputError before anything is loaded when it cannot fit, be measured or
-    be written, GateError when the proof fails, Interrupted after a signal."""
-    run_inputs, path = run_inputs or inputs.reload_inputs(plan), Path(plan.config.output_dir)
-    items = check_run(
-        plan, run_inputs, path / REJECTED_FILE if is_free(path) else None, allow_code=allow_code
-    )
-    resume_hint = (
-        "nothing is trained yet: start it again"
-        if find_parent_run(path) == path
-        else _resume_hint(path)
-    )
+    """Start a run in the plan's output_dir and yield its events.
+
+    `run_inputs` are what the plan was made from; without them they are loaded again. Raise
+    InputError or MachineError before anything is loaded when the run cannot fit, be measured or be
+    written; GateError when preflight or the guard refuses; Interrupted after a signal."""
+    path = Path(plan.config.output_dir)
+    run_inputs = run_inputs or inputs.reload_inputs(plan)
+    rejected_path = path / REJECTED_FILE if is_free(path) else None
+    items = check_run(plan, run_inputs, rejected_path, allow_code=allow_code)
+    is_stage = find_parent_run(path) != path
+    resume_hint = _resume_hint(path) if is_stage else "nothing is trained yet: start it again"
     with GracefulStop(resume_hint) as stop, RunFolder.create(path) as folder:
         with stop.immediate(), memory_errors():
             plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder)
-            resume_state = ResumeState(
-                build_fingerprint(plan, run_inputs, plan.recipe), first_events=first_events
-            )
-        folder.write_json(FINGERPRINT_FILE, resume_state.fingerprint)
+            fingerprint = build_fingerprint(plan, run_inputs, plan.recipe)
+        state = ResumeState(fingerprint, first_events=first_events)
+        folder.write_json(FINGERPRINT_FILE, fingerprint)
         write_rejected_rows(path / REJECTED_FILE, run_inputs.datasets, plan.data)
         folder.write_json(PLAN_FILE, plan)  # from here on it is a run, which can be resumed
         stop.resume_hint = _resume_hint(path)
         _write_run_metadata(folder, plan)
-        yield from _persist_events(
-            folder, _run_events(RunContext(folder, plan, run_inputs, items, resume_state, stop))
-        )
+        context = RunContext(folder, plan, run_inputs, items, state, stop)
+        yield from _persist_events(folder, _run_events(context))
+
+
+def resume(
+    path: Path, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
+) -> Iterator[Event]:
+    """Continue a run from its newest valid checkpoint, or from that of `from_step`.
+
+    Raise InputError when its inputs have changed; with `allow_drift` the run continues with a
+    warning, and is measured before training again."""
+    with GracefulStop(_resume_hint(path)) as stop, RunFolder.open(path) as folder:
+        plan = read_run_plan(path)
+        refuse_finished(path)
+        _write_run_metadata(folder, plan)
+        with stop.immediate():
+            run_inputs = inputs.reload_inputs_unchecked(plan, path)
+            state = prepare_resume(
+                folder, plan, run_inputs, allow_drift=allow_drift, from_step=from_step
+            )
+            items = build_eval_items(plan, run_inputs, allow_code=allow_code)
+        if state.has_drifted:
+            (path / EVAL_BEFORE_FILE).unlink(missing_ok=True)
+        context = RunContext(folder, plan, run_inputs, items, state, stop)
+        yield from _persist_events(folder, _run_events(context))
 
 
 def check_run(
@@ -108,8 +133,9 @@ def check_run(
     *,
     allow_code: bool = False,
 ) -> EvalItems:
-    """What is refused before anything is loaded, and else what will be measured. `rejected`: a file
-    for bad rows. `allow_code`: metrics of the user's own may run."""
+    """Refuse what can be refused before anything is loaded; return what will be measured.
+
+    `rejected_path` is a file for invalid rows. `allow_code` lets custom metrics run."""
     refuse_if_too_large(plan)
     refuse_test_leakage(run_inputs.datasets)
     refuse_invalid_rows(
@@ -121,185 +147,190 @@ def check_run(
     return build_eval_items(plan, run_inputs, allow_code=allow_code)
 
 
-def resume(
-    path: Path, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
-) -> Iterator[Event]:
-    """Goes on after the newest checkpoint that can be trusted, or after that of `from_step`. Raises
-    InputError when what the run stands on has changed; with `allow_drift` it says so, and takes the
-    first measures again."""
-    with GracefulStop(_resume_hint(path)) as stop, RunFolder.open(path) as folder:
-        plan = read_run_plan(path)
-        if (path / RECORD_FILE).exists():
-            raise InputError(
-                "this run is finished",
-                where=str(path),
-                fix="start a new one with another output_dir",
-            )
-        _write_run_metadata(folder, plan)
-        with stop.immediate():
-            run_inputs = inputs.reload_inputs_unchecked(plan, path)
-            resume_state = prepare_resume(
-                folder, plan, run_inputs, allow_drift=allow_drift, from_step=from_step
-            )
-            items = build_eval_items(plan, run_inputs, allow_code=allow_code)
-        if resume_state.has_drifted:
-            (path / EVAL_BEFORE_FILE).unlink(missing_ok=True)
-        yield from _persist_events(
-            folder, _run_events(RunContext(folder, plan, run_inputs, items, resume_state, stop))
-        )
+def refuse_finished(path: Path) -> None:
+    """Raise InputError if the run in this folder is finished."""
+    if (path / RECORD_FILE).exists():
+        fix = "start a new run with another output_dir"
+        raise InputError("this run is finished", where=str(path), fix=fix)
 
 
 def _resume_hint(path: Path) -> str:
-    return f"go on with: tunesmith resume {find_parent_run(path)}"
+    return f"continue with: tunesmith resume {find_parent_run(path)}"
 
 
-def _write_run_metadata(folder: RunFolder, plan: Plan) -> None:
-    """What people read of the plan; an attempt that was killed may have left without it."""
-    if not (folder.path / RECIPE_FILE).exists():
-        folder.write_text(
-            RECIPE_FILE, yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
-        )
-    folder.write_json("data.json", plan.data)
+# ---------------------------------------------------------------- the story
+
+
+def _run_events(context: RunContext) -> Generator[Event]:
+    folder = context.folder
+    items = context.items
+    fingerprint = context.resume_state.fingerprint
+    yield from context.resume_state.first_events
+
+    # Prove.
+    with context.stop.immediate(), memory_errors():
+        session = open_session(context.plan, context.inputs)
+        preflight_results = run_preflight(session.model, session.samples)
+    yield from preflight_results
+
+    # Measure before, while the weights are those of the start.
+    with context.stop.immediate(), memory_errors():
+        before = base_reference.measure_before_training(folder, session, items, fingerprint)
+        references = base_reference.load_base_references(folder, session, items)
+        session, pair_results = add_synthetic_pairs(session, folder)
+        session = base_reference.add_references(session, folder)
+    yield from before.iter_scores(step=0)
+    yield from pair_results
+
+    # Train while guarding, then measure after.
+    training = GuardedTraining(context, session, before)
+    try:
+        for event in training.run_events():
+            yield event
+            context.stop.raise_if_requested()
+        step = training.final_step
+        weights_dir = _save_weights(context, session)
+        with context.stop.immediate(), memory_errors():
+            cache = open_answer_cache(folder.path, fingerprint, weights_dir)
+            after = measure_items(
+                session, items, step=step, base_references=references, cache=cache
+            )
+            scales = measure_scale_curve(session, items, step=step, before=before, after=after)
+    except Interrupted:
+        if training.training.step > training.saved_step:
+            yield training.save_checkpoint()
+        raise
+    folder.write_json(EVAL_AFTER_FILE, after)
+    yield from after.iter_scores(step=step)
+    comparisons = compare_results(before, after, step=step)
+    yield from check_displacement(comparisons, step)
+
+    # Write the record.
+    folder.flush()
+    record = _build_record(
+        context,
+        preflight=tuple(preflight_results),
+        before=before,
+        after=after,
+        comparisons=comparisons,
+        scales=scales,
+        weights_dir=weights_dir,
+        final_step=step,
+        selected_step=training.training.step,
+    )
+    write_card(record, fingerprint)
+    folder.write_json(RECORD_FILE, record)
+    base_reference.delete_base_states(folder)
 
 
 def _persist_events(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:
-    """Every event is on disk before anyone sees it, or one warning is. A gate's no is the last
-    event of a run."""
-    step, has_warned = 0, False
+    """Write every event to disk before anyone sees it; if a gate refuses, write that last.
+
+    When the disk does not take a line, warn once: it waits in memory for the next one."""
+    step = 0
+    has_warned = False
     with closing(events):
         try:
             for event in events:
-                step, problem = event.step, folder.append_event(event)
+                step = event.step
+                problem = folder.append_event(event)
                 if problem and not has_warned:
                     has_warned = True
-                    yield CheckResult(
-                        "events.jsonl", "warn", f"{problem}: lines wait in memory for room", step
-                    )
+                    evidence = f"{problem}: events wait in memory until there is room"
+                    yield CheckResult("events.jsonl", "warn", evidence, step)
                 yield event
         except GateError as error:
             folder.append_event(CheckResult(FAILED_CHECK, "stop", str(error), step))
             raise
         except MachineError as error:
-            error.fix = ", then ".join(filter(None, (error.fix, _resume_hint(folder.path))))
+            hint = _resume_hint(folder.path)
+            error.fix = f"{error.fix}, then {hint}" if error.fix else hint
             raise
 
 
-def _run_events(context: RunContext) -> Generator[Event]:
-    yield from context.resume_state.first_events
-    with context.stop.immediate(), memory_errors():
-        session = open_session(context.plan, context.inputs)
-        preflight_results = run_preflight(session.model, session.samples)
-    yield from preflight_results
-    with context.stop.immediate(), memory_errors():
-        before = base_reference.measure_before_training(
-            context.folder, session, context.items, context.resume_state.fingerprint
-        )
-        references = base_reference.load_base_references(context.folder, session, context.items)
-        session, pair_results = add_synthetic_pairs(session, context.folder)
-        session = base_reference.add_references(session, context.folder)
-    yield from before.iter_scores(step=0)
-    yield from pair_results
-    guarded_training = GuardedTraining(context, session, before)
-    try:
-        yield from guarded_training.run_events()
-        weights_dir = _save_weights(context, session)
-        with context.stop.immediate(), memory_errors():
-            answer_cache = open_answer_cache(
-                context.folder.path, context.resume_state.fingerprint, weights_dir
-            )
-            after = measure_items(
-                session,
-                context.items,
-                step=guarded_training.final_step,
-                base_references=references,
-                cache=answer_cache,
-            )
-            scales = measure_scale_curve(
-                session, context.items, step=guarded_training.final_step, before=before, after=after
-            )
-    except Interrupted:
-        if guarded_training.training.step > guarded_training.saved_step:
-            yield guarded_training.save_checkpoint()
-        raise
-    context.folder.write_json(EVAL_AFTER_FILE, after)
-    yield from after.iter_scores(step=guarded_training.final_step)
-    yield from check_displacement(
-        compare_results(before, after, step=guarded_training.final_step),
-        guarded_training.final_step,
-    )
-    context.folder.flush()
-    record = _build_record(
-        context, preflight_results, (before, after), weights_dir, guarded_training.final_step
-    )
-    record = dataclasses.replace(
-        record, scales=scales, selected_step=guarded_training.training.step
-    )
-    write_card(record, context.resume_state.fingerprint)
-    context.folder.write_json(RECORD_FILE, record)
-    base_reference.delete_base_states(context.folder)
+# ---------------------------------------------------------------- what a run leaves
+
+
+def _write_run_metadata(folder: RunFolder, plan: Plan) -> None:
+    """Write recipe.yaml, unless it is there, and data.json.
+
+    An attempt that was killed may have left no recipe.yaml."""
+    if not (folder.path / RECIPE_FILE).exists():
+        text = yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
+        folder.write_text(RECIPE_FILE, text)
+    folder.write_json("data.json", plan.data)
 
 
 def _save_weights(context: RunContext, session: Session) -> Path:
-    """The trained weights, with what serving needs to behave as training did, and what they belong
-    to."""
-    plan, base_dir, network = context.plan, session.inputs.model.path, session.model.network
-    values = {key: choice.value for key, choice in plan.choices.items()}
+    """Save the trained weights, what serving needs to behave as in training, and provenance."""
+    plan = context.plan
+    network = session.model.network
+    base_dir = session.inputs.model.path
+    renderer = session.renderer
+    fingerprint = context.resume_state.fingerprint
     has_adapter = plan.config.method != "full"
     target = context.folder.path / (ADAPTER_DIR if has_adapter else MODEL_DIR)
-    needed_bytes = sum(
-        p.numel() * p.element_size() for p in get_trainable_parameters(network).values()
-    )
-    with atomic_dir(
-        target, metadata=context.resume_state.fingerprint, needed_bytes=needed_bytes
-    ) as scratch:
+    trained = get_trainable_parameters(network).values()
+    needed_bytes = sum(p.numel() * p.element_size() for p in trained)
+    with atomic_dir(target, metadata=fingerprint, needed_bytes=needed_bytes) as scratch:
         if has_adapter:
-            save_adapter(network, scratch, values, base_dir)
+            save_adapter(network, scratch, plan.values, base_dir)
         else:
             save_model(network, scratch, base_dir, session.model.dtype)
-        templates = {name: template.source for name, template in session.renderer.templates.items()}
         tokenizer_json = None
-        if new_tokens := session.renderer.tokenizer.new_tokens:
+        if new_tokens := renderer.tokenizer.new_tokens:
             base_tokenizer_json = (base_dir / "tokenizer.json").read_bytes()
             tokenizer_json = append_tokens(base_tokenizer_json, new_tokens)
         save_serving_files(
             scratch,
             base_dir,
-            templates=templates,
-            end_ids=session.renderer.end_ids,
+            templates={name: template.source for name, template in renderer.templates.items()},
+            end_ids=renderer.end_ids,
             tokenizer_json=tokenizer_json,
         )
-        hashes = context.resume_state.fingerprint["base_sha256"]
-        write_provenance(
-            scratch,
-            build_provenance(session.inputs.model.name, hashes, session.renderer, plan.config.now),
+        provenance = build_provenance(
+            session.inputs.model.name, fingerprint["base_sha256"], renderer, plan.config.now
         )
+        write_provenance(scratch, provenance)
     return target
 
 
 def _build_record(
     context: RunContext,
-    preflight_results: Iterable[CheckResult],
-    results: tuple[EvalResults, EvalResults],
+    *,
+    preflight: tuple[CheckResult, ...],
+    before: EvalResults,
+    after: EvalResults,
+    comparisons: tuple[Comparison, ...],
+    scales: tuple[ScalePoint, ...],
     weights_dir: Path,
-    step: int,
+    final_step: int,
+    selected_step: int,
 ) -> RunRecord:
-    """`step`: when it was measured again, those that were refused counted."""
-    before, after = results
-    steps = [event for event in context.folder.load_events() if event["type"] == "step"]
+    """Return the record of a finished run.
+
+    `final_step` is the last step, non-finite ones counted; `selected_step` that of the weights."""
+    folder = context.folder
+    steps = [event for event in folder.load_events() if event["type"] == "step"]
+    task_tokens: Counter[str] = Counter()
+    for event in steps:
+        task_tokens.update(event["task_tokens"])
     return RunRecord(
         version=__version__,
         plan=context.plan,
-        preflight=tuple(preflight_results),
-        comparisons=compare_results(before, after, step=step),
+        preflight=preflight,
+        comparisons=comparisons,
         steps=len(steps),
         tokens=sum(event["tokens"] for event in steps),
         train_seconds=sum(event["seconds"] for event in steps),
         peak_bytes=max((event["peak_bytes"] for event in steps), default=0),
-        task_tokens=dict(sum((Counter(event["task_tokens"]) for event in steps), Counter[str]())),
+        task_tokens=dict(task_tokens),
         adapter=str(weights_dir),
         samples=select_sample_pairs(before, after),
         shared_tokens=sum(event["shared_tokens"] for event in steps),
-        input_changes=read_drift(context.folder.path),
-        kl_scores=compute_kl_scores(before, after, step=step),
-        rollbacks=context.folder.load_rollbacks(),
+        input_changes=read_drift(folder.path),
+        kl_scores=compute_kl_scores(before, after, step=final_step),
+        rollbacks=folder.load_rollbacks(),
+        scales=scales,
+        selected_step=selected_step,
     )

@@ -38,7 +38,8 @@ from tunesmith.core.run_dir import (
     read_run_plan,
 )
 from tunesmith.core.types import Comparison, Json, Plan, PlanValue, RunRecord
-from tunesmith.evaluate.measure import build_eval_items, measure_items
+from tunesmith.evaluate.items import build_eval_items
+from tunesmith.evaluate.measure import measure_items
 from tunesmith.evaluate.results import (
     RETENTION_DATA,
     EvalResults,
@@ -108,7 +109,7 @@ def make_staged_plan(stage_inputs: Sequence[RunInputs]) -> StagedPlan:
 
 
 def _get_added_tokens(plan: Plan) -> dict[str, int]:
-    return plan.config.add_tokens if plan.config.add_tokens is not None else {}
+    return plan.config.add_tokens or {}
 
 
 def _inherit_values(previous_plan: Plan, next_inputs: RunInputs) -> dict[str, PlanValue]:
@@ -117,7 +118,7 @@ def _inherit_values(previous_plan: Plan, next_inputs: RunInputs) -> dict[str, Pl
     if reason := _explain_merge(previous_plan, next_inputs, name):
         return {BETWEEN_KEY: PlanValue(MERGED, "rule", reason, "ours")}
     return {
-        key: PlanValue(previous_plan[key], "rule", f"the adapter of {name}, which goes on")
+        key: PlanValue(getattr(previous_plan.config, key), "rule", f"the adapter of {name}, which goes on")
         for key in INHERITED_KEYS
     } | {BETWEEN_KEY: CONTINUE_CHOICE}
 
@@ -127,12 +128,12 @@ def _explain_merge(previous_plan: Plan, next_inputs: RunInputs, name: str) -> st
     if previous_plan.config.method == "full":
         return f"all weights of {name} were trained: the model that it leaves is the base of this stage"
     for key in INHERITED_KEYS:
-        requested = getattr(next_inputs.recipe, key)
-        if not is_compatible(requested, previous_plan[key]) and not (
+        requested, previous = getattr(next_inputs.recipe, key), getattr(previous_plan.config, key)
+        if not is_compatible(requested, previous) and not (
             key == TARGET_MODULES_KEY
-            and inputs.has_same_layers(next_inputs, requested, previous_plan[key])
+            and inputs.has_same_layers(next_inputs, requested, previous)
         ):
-            message = f"{key} is {normalize(requested)} here, and {normalize(previous_plan[key])} in the adapter of {name}"
+            message = f"{key} is {normalize(requested)} here, and {normalize(previous)} in the adapter of {name}"
             return f"{message}: that one goes into the weights, and what comes out is the base of this stage"
     return ""
 
@@ -214,7 +215,7 @@ def _run_stages(
         elif number == 0:
             prepared = (plan, first_inputs) if first_inputs else _prepare_stage(plan, stage_dir, {})
             yield from run.train(*prepared, allow_code=allow_code)
-        elif plan[BETWEEN_KEY] == CONTINUE_ADAPTER:
+        elif plan.config.between_stages == CONTINUE_ADAPTER:
             prepared = _prepare_stage(plan, stage_dir, _build_adapter_start(stage_dirs[number - 1]))
             yield from run.train(*prepared, allow_code=allow_code)
         else:
@@ -286,7 +287,7 @@ def _prepare_stage(plan: Plan, stage_dir: Path, overrides: Json) -> tuple[Plan, 
     )
     inputs.refuse_changed_rows(plan, run_inputs)
     return inputs.make_plan(
-        run_inputs, {BETWEEN_KEY: plan.choices[BETWEEN_KEY]} if overrides else None
+        run_inputs, {BETWEEN_KEY: plan.settings[BETWEEN_KEY]} if overrides else None
     ), run_inputs
 
 

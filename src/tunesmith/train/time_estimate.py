@@ -15,7 +15,7 @@ from tunesmith.core.types import Document, Plan
 from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES, MAX_TOKENS
 from tunesmith.evaluate.general_text import GeneralText
 from tunesmith.evaluate.generate_until import EvalPrompt, compute_max_new_tokens
-from tunesmith.evaluate.measure import build_eval_items
+from tunesmith.evaluate.items import build_eval_items
 from tunesmith.model.generation.engine import MAX_BATCH_ROWS, find_common_prefix
 from tunesmith.plan.flops import count_computed_tokens, estimate_run_flops
 from tunesmith.plan.guard import count_probe_tokens, has_guard
@@ -33,7 +33,7 @@ LOAD_SECONDS = 3.0  # imports, weights, the first products
 
 def add_run_seconds(plan: Plan, eval_cost: EvalCostEstimate) -> Plan:
     (train_seconds,) = plan.seconds
-    rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
+    rank = plan.config.lora_r or 0
     token_flops = estimate_run_flops(plan) / count_computed_tokens(plan)
     forward_share = (
         2 * (plan.model.block_parameters + count_lora_parameters(plan.model, rank)) / token_flops
@@ -68,7 +68,7 @@ class EvalCostEstimate:
 
     def count_tokens(self) -> float:
         num_evals = (
-            math.ceil(self.plan.steps / self.plan["eval_steps"])
+            math.ceil(self.plan.steps / self.plan.config.eval_steps)
             if self.items.has_training_eval
             else 0
         )
@@ -111,15 +111,15 @@ class EvalCostEstimate:
 
     def count_probes(self) -> float:
         """One before the first step, too."""
-        plan, probe_steps = self.plan, self.plan["probe_steps"]
+        plan, probe_steps = self.plan, self.plan.config.probe_steps
         num_probes = 1 + plan.steps // probe_steps if probe_steps and has_guard(plan) else 0
         tokens_per_probe = count_probe_tokens(
-            plan.machine.device, plan.data["data"], plan["max_length"], plan["probe_prompts"]
+            plan.machine.device, plan.data["data"], plan.config.max_length, plan.config.probe_prompts
         )
         return num_probes * tokens_per_probe
 
     def count_scales(self) -> float:
-        if self.plan["method"] == "full" or not self.eval_tokens:
+        if self.plan.config.method == "full" or not self.eval_tokens:
             return 0.0
         general_tokens = min(MAX_TOKENS * (1 + self.head_ratio), self.general_tokens)
         return (
@@ -151,14 +151,12 @@ class EvalCostEstimate:
 def _drop_custom_metrics(plan: Plan) -> Plan:
     """The user's own metrics are tried on the expected answers before a run: not by a plan, which
     runs no code."""
-    metrics = plan.choices["metrics"]
-    builtin_metrics = tuple(
-        metric for metric in metrics.value if parse_custom_metric(metric) is None
-    )
-    value = builtin_metrics if builtin_metrics or not metrics.value else ("exact_match",)
-    return dataclasses.replace(
-        plan, choices=plan.choices | {"metrics": dataclasses.replace(metrics, value=value)}
-    )
+    metrics = plan.config.metrics
+    builtin_metrics = tuple(metric for metric in metrics if parse_custom_metric(metric) is None)
+    if metrics and not builtin_metrics:
+        builtin_metrics = ("exact_match",)
+    config = dataclasses.replace(plan.config, metrics=builtin_metrics)
+    return dataclasses.replace(plan, config=config)
 
 
 def _count_tokens(documents: Sequence[Document]) -> float:

@@ -2,7 +2,6 @@
 it moved."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import pytest
 
 import tunesmith
 from tiny_runs import measured_files, recipe, save_model_folder, train, until_saved, write_rows
-from tunesmith.cli import app
 from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.types import RunRecord, ScalePoint
 from tunesmith.evaluate import adapter_scaling, answer_cache
 from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES
-from tunesmith.evaluate.measure import build_eval_items, measure_general_text
+from tunesmith.evaluate.items import build_eval_items
+from tunesmith.evaluate.measure import measure_general_text
 from tunesmith.evaluate.results import compute_score
 from tunesmith.evaluate.scale_choice import (
     build_commands,
@@ -172,35 +171,6 @@ def test_eval_of_a_run_takes_its_answers_from_the_folder(
         [c.after.value for c in record.comparisons], rel=1e-6
     )
     assert sum(asked) == 0
-
-
-def test_recovery_compares_each_domain_by_itself_and_after_others(
-    writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record = record_of(writer, tmp_path, num_train_epochs=4, learning_rate=0.1)
-    with pytest.raises(SystemExit):
-        app.main(["eval", str(tmp_path / "run"), "--recovery", "--json"])
-    found = json.loads(capsys.readouterr().out)["recovery"]
-    kinds = [
-        f"{GENERAL_TASK}: {name}"
-        for domain in "ab"
-        for name in (domain, f"{domain}, after 2 texts of it")
-    ]
-    assert [one["task"] for one in found] == kinds
-    (whole,) = [one for one in record.comparisons if one.task == GENERAL_TASK]
-    assert (found[0]["difference"] + found[2]["difference"]) / 2 == pytest.approx(
-        whole.difference, rel=1e-4
-    )
-    assert found[1]["difference"] != pytest.approx(found[0]["difference"], rel=1e-3)
-    with pytest.raises(SystemExit):
-        app.main(["eval", str(tmp_path / "run"), "--recovery"])
-    assert "recover" in capsys.readouterr().out
-
-
-def test_without_general_text_nothing_can_be_recovered(writer: Path, tmp_path: Path) -> None:
-    train(recipe(writer, tmp_path))
-    with pytest.raises(tunesmith.InputError, match="recovery is of general text"):
-        tunesmith.measure_relearning(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- what is offered

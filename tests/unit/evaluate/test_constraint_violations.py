@@ -1,18 +1,10 @@
-"""Constraints measured: by kind of prompt, per constraint; bad places by likelihood; baselines are
-told and banned."""
+"""Violations by kind of prompt and constraint, and the likelihood of bad tokens."""
 
 import pytest
 
 from tunesmith.core.types import Example, Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.constraints import ConstraintSet
-from tunesmith.evaluate.constraint_baselines import (
-    MAX_BAN_TOKENS,
-    add_rules,
-    collect_bad_strings,
-    format_rules,
-    tokenize_bans,
-)
 from tunesmith.evaluate.constraint_violations import (
     ELICITING,
     NEUTRAL,
@@ -99,42 +91,3 @@ def test_the_logp_is_of_the_bad_tokens_alone(renderer: Renderer, model: PackedCa
     for i, nats, tokens in compute_nll(model, documents, 512):
         assert found.values[i] == pytest.approx(-nats / tokens)
     assert not found.higher_is_better
-
-
-# ---------------------------------------------------------------- baselines
-
-
-def test_the_rules_quote_what_was_said() -> None:
-    bad = collect_bad_strings(
-        BOTH, [("a", "a robot"), ("b", "A Robot, robot, sorry"), ("c", "fine")]
-    )
-    assert bad == {"apology": ["sorry"], "(?i)robot": ["robot", "Robot"]}
-    text = format_rules(BOTH, bad)
-    assert text.splitlines() == [
-        "Rules for every answer:",
-        "- Never apologise or say sorry.",
-        '- Never write "robot" or "Robot".',
-    ]
-    assert format_rules(BOTH, {"apology": [], "(?i)robot": []}).endswith(
-        '- Never write "(?i)robot".'
-    )
-
-
-def test_the_model_is_told_in_its_system_message(renderer: Renderer) -> None:
-    plain, kept = (
-        add_rules(chat("fine"), "RULES"),
-        add_rules(chat("fine", system="Be brief."), "RULES"),
-    )
-    assert plain.messages[0] == {"role": "system", "content": "RULES"}
-    assert kept.messages[0] == {"role": "system", "content": "Be brief.\n\nRULES"}
-    for example, before in ((plain, chat("fine")), (kept, chat("fine", system="Be brief."))):
-        (asked,), (first,) = build_prompts([example], renderer), build_prompts([before], renderer)
-        assert asked.expected == first.expected
-        assert "RULES" in renderer.decode(asked.prompt_ids)
-    assert add_rules(Example("a", text=" b", prompt="a"), "RULES").prompt == "RULES\n\na"
-
-
-def test_bans_are_how_bad_strings_begin(renderer: Renderer) -> None:
-    found = tokenize_bans({"a": ["no", "sorry"], "b": ["no"]}, renderer)
-    assert [renderer.decode(tokens) for tokens in found] == ["no", " no", "sorr", " sor"]
-    assert max(map(len, found)) == MAX_BAN_TOKENS

@@ -20,6 +20,7 @@ from tunesmith.evaluate.model_ref import parse_model_ref
 from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.regression_gate import build_gates
 from tunesmith.evaluate.results import EvalResults, MetricValues
+from tunesmith.session.reopen import reopen_session
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,7 @@ def test_a_run_that_trained_all_weights_is_measured_again_and_asked(
     assert any(abs(difference) > 1e-4 for difference in again.values())
     assert len(list(tunesmith.chat(path, ["one?", "two?"]))) == 2
     with pytest.raises(InputError, match="takes a run with an adapter") as caught:
-        tunesmith.measure_relearning(path)
+        reopen_session(path)
     assert f"tunesmith eval {path}" in caught.value.fix
 
 

@@ -1,13 +1,22 @@
-"""The same targets by themselves and after other texts; only what stands before them differs."""
+"""experiments/relearning: the same targets alone and after other texts, where only the context
+differs."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tunesmith.core.types import Document
+from experiment_modules import load_experiment
+from tiny_runs import measured_files, recipe, save_model_folder, train
+from tunesmith.api import read_record
+from tunesmith.core.errors import InputError
+from tunesmith.core.events import GENERAL_TASK, Score
+from tunesmith.core.types import Comparison, Document
 from tunesmith.evaluate.general_text import GeneralText, measure_bits_per_byte
 from tunesmith.evaluate.loglikelihood import compute_nll
-from tunesmith.evaluate.relearning import measure_after_shots
 from tunesmith.model.causal_lm import PackedCausalLM
+
+relearning = load_experiment("relearning")
 
 TEXTS = [
     GeneralText(f"g:{n}", text, "a")
@@ -20,7 +29,7 @@ def spelt(text: str) -> list[int]:
 
 
 def bits(model: PackedCausalLM, shots: int, window: int = 200) -> tuple[float, ...]:
-    return measure_after_shots(model, TEXTS, spelt, shots=shots, window=window, task="t").values
+    return relearning.measure_after_shots(model, TEXTS, spelt, shots=shots, window=window, task="t").values
 
 
 def test_without_shots_it_is_what_is_always_measured(model: PackedCausalLM) -> None:
@@ -45,3 +54,51 @@ def test_what_does_not_fit_leaves_the_beginning_of_the_shots_out(model: PackedCa
     assert bits(model, 2, window=longest)[1] == pytest.approx(bits(model, 0)[1], rel=1e-6), (
         "no room for shots"
     )
+
+
+def change(task: str, difference: float) -> Comparison:
+    before = Score(task, "bits_per_byte", 1.0, 0.95, 1.05, 20, 9)
+    after = Score(task, "bits_per_byte", 1 + difference, 0.95, 1.05, 20, 9)
+    low, high = difference - 0.004, difference + 0.004
+    return Comparison(task, "bits_per_byte", before, after, difference, low, high, False)
+
+
+def test_the_recovered_share_is_of_what_was_lost() -> None:
+    code = [change("general text: code", 0.05), change("...", 0.01)]
+    fiction = [change("general text: fiction", 0.001), change("...", 0.002)]
+    assert relearning.format_relearning([*code, *fiction]) == [
+        "general text: code: +0.050 alone, +0.010 after others: 80% of the loss recovered"
+    ]
+    assert relearning.format_relearning([code[0], change("...", 0.06)]) == [
+        "general text: code: +0.050 alone, +0.060 after others: 0% of the loss recovered"
+    ]
+    assert "nothing to recover" in relearning.format_relearning(fiction)[0]
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model_folder(tmp_path_factory.mktemp("relearning") / "model")
+
+
+def test_each_domain_is_compared_alone_and_after_others(base_model: Path, tmp_path: Path) -> None:
+    files = measured_files(tmp_path)
+    train(recipe(base_model, tmp_path, **files, num_train_epochs=4, learning_rate=0.1))
+    comparisons = relearning.compare_relearning(tmp_path / "run")
+    assert [comparison.task for comparison in comparisons] == [
+        f"{GENERAL_TASK}: a",
+        f"{GENERAL_TASK}: a, after 2 other texts",
+        f"{GENERAL_TASK}: b",
+        f"{GENERAL_TASK}: b, after 2 other texts",
+    ]
+    record = read_record(tmp_path / "run")
+    (total,) = [one for one in record.comparisons if one.task == GENERAL_TASK]
+    mean_change = (comparisons[0].difference + comparisons[2].difference) / 2
+    assert mean_change == pytest.approx(total.difference, rel=1e-4)
+    assert comparisons[1].difference != pytest.approx(comparisons[0].difference, rel=1e-3)
+    assert "recover" in relearning.format_relearning(comparisons)[0]
+
+
+def test_without_general_text_there_is_nothing_to_recover(base_model: Path, tmp_path: Path) -> None:
+    train(recipe(base_model, tmp_path))
+    with pytest.raises(InputError, match="relearning needs general text"):
+        relearning.compare_relearning(tmp_path / "run")

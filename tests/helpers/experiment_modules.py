@@ -1,0 +1,21 @@
+"""Load a script of experiments/ as a module."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+EXPERIMENTS_DIR = Path(__file__).parents[2] / "experiments"
+
+
+def load_experiment(name: str) -> Any:
+    """Return the module experiments/NAME/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS_DIR / name / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
