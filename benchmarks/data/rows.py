@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tunesmith.core.types import Document, Example, Json, Row
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.formats.row_formats import parse_pair, parse_row
+from tunesmith.data.formats.parse import parse_pair, parse_row
 
 SYSTEM = "Write the docstring of this Python code. Answer with the text alone, without quotes."
 SKIP = {
@@ -108,7 +108,7 @@ def fitting(
     documents: list[Document] = []
     for number, (code, answer) in enumerate(code_and_answers(CODE_CHARACTERS), start=1):
         row = {"messages": messages(system, code, answer)}
-        (document,) = renderer.render_documents(example(row, number)).documents
+        (document,) = renderer.render(example(row, number)).documents
         if len(document) in row_tokens and int((document.weights_L > 0).sum()) in ANSWER_TOKENS:
             rows.append(row)
             documents.append(document)
@@ -127,7 +127,7 @@ def pairs(renderer: Renderer, count: int) -> list[Document]:
     for number, ((code, answer), (_, other)) in enumerate(itertools.pairwise(taken), start=1):
         *prompt, chosen = messages(SYSTEM, code, answer)
         row = {"prompt": prompt, "chosen": [chosen], "rejected": [{**chosen, "content": other}]}
-        sides = renderer.render_documents(
+        sides = renderer.render(
             parse_pair(Row(f"pairs:{number}", row), "preference", True)
         ).documents
         if all(len(side) in LONG_TOKENS for side in sides):

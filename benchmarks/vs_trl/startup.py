@@ -71,10 +71,9 @@ def rows_per_second(model: str, rows: Sequence[Json]) -> float:
     for _ in range(PASSES):
         renderer = Renderer.from_folder(Path(model), now=datetime(2026, 1, 1))
         for row in warm:
-            renderer.render_documents(row)
+            renderer.render(row)
         started = time.perf_counter()
         for start in range(0, len(measured), BATCH_ROWS):
-            for draft in renderer.make_drafts(measured[start : start + BATCH_ROWS]):
-                renderer.finish_draft(draft)
+            renderer.render_rows(measured[start : start + BATCH_ROWS])
         passes.append(len(measured) / (time.perf_counter() - started))
     return median(passes)

@@ -21,19 +21,19 @@ ENVIRONMENTS = {
     for name, found in vars(module).items()
     if isinstance(found, type) and issubclass(found, (jinja2.Environment, jinja2.Template))
 }
-OURS = {"Budgeted", "TrackedEnvironment", "StockEnvironment"}
+OURS = {"LimitedEnvironment", "TrackedEnvironment", "PlainEnvironment"}
 MAKING = {"from_string", "get_template", "select_template", "overlay", "apply_chat_template"}
 ALLOWED = {
     (
         "data/chat_template/sandbox_limits.py",
         "ImmutableSandboxedEnvironment",
     ),  # the base of our two
-    ("data/chat_template/jinja_env.py", "Budgeted"),
-    ("data/chat_template/tracked_env.py", "Budgeted"),
-    ("data/chat_template/template.py", "Budgeted"),  # a type
+    ("data/chat_template/jinja_env.py", "LimitedEnvironment"),
+    ("data/chat_template/tracked_env.py", "LimitedEnvironment"),
+    ("data/chat_template/template.py", "LimitedEnvironment"),  # a type
     ("data/chat_template/template.py", "Template"),
     ("data/chat_template/template.py", "TrackedEnvironment"),
-    ("data/chat_template/template.py", "StockEnvironment"),
+    ("data/chat_template/template.py", "PlainEnvironment"),
     ("model/causal_lm.py", "apply_chat_template"),  # the second opinion: transformers' own render
     ("model/reference_load.py", "apply_chat_template"),
 }

@@ -154,5 +154,5 @@ def marked(renderer: Renderer, document: Document) -> str:
 def texts(renderer: Renderer, *messages: Json, **more: Any) -> list[str]:
     return [
         marked(renderer, document)
-        for document in renderer.render_documents(example(*messages, **more)).documents
+        for document in renderer.render(example(*messages, **more)).documents
     ]

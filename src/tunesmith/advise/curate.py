@@ -24,7 +24,7 @@ from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Document, Json
 from tunesmith.data.checks.text_stats import extract_row_texts
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.group_split import encode_row
+from tunesmith.data.split import encode_row
 from tunesmith.data.length_stats import iter_batches
 from tunesmith.data.neighbors import build_word_vectors, find_neighbours, normalize_rows
 from tunesmith.data.selection import (
@@ -144,8 +144,8 @@ def score_rows(model: PackedCausalLM, data: Dataset, similarity: str = "states")
         documents: list[Document] = []
         cells: list[tuple[int, int]] = []
         questions: dict[int, Document] = {}
-        for row, draft in zip(rows, data.build_drafts(rows), strict=True):
-            prepared = data.render_row(row, draft)[1]
+        for row, rendered in zip(rows, data.render_rows(rows), strict=True):
+            prepared = data.render_row(row, rendered)[1]
             if not prepared.documents:
                 problems[row] = prepared.drop_reason
                 continue

@@ -1,12 +1,12 @@
 """The rows of one data role, readable in any order.
 
-    files -> open_dataset (parse-only pass) -> Dataset; Dataset.prepare(i) -> Prepared (documents of row i)
+    files -> open_dataset (parse-only pass) -> Dataset -> render_row(i) -> PreparedRow (documents)
 
-The parse-only pass reads every row once, so the number of rows (and of steps) is known, and rows
-that cannot be used are known before anything starts: they are left out here and kept in `rejects`;
-whether a run goes on without them is decided elsewhere. It keeps a few numbers a row, never the
-rows: row i is read and rendered again when asked for. A row whose documents all fall away keeps its
-slot, with no documents. Order and steps: `schedule.py`."""
+The parse-only pass reads every row once, so the numbers of rows and of steps are known before
+training. Rows that cannot be used are excluded and recorded in `rejected_rows`; rejects.py decides
+whether a run may start without them. Only a few numbers per row are stored: row i is read and
+rendered again on request. A row that loses all its documents keeps its slot. Left out: order and
+steps (sampler.py)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Row
 from tunesmith.data.constraints import ConstraintCounts, ConstraintSet, Violation
-from tunesmith.data.formats.prompt_templates import PromptFormatter, make_prompt_formatter
-from tunesmith.data.formats.row_formats import (
+from tunesmith.data.formats.parse import (
     SIDE_READERS,
+    check_columns,
     detect_format,
     get_note,
     parse_pair,
     parse_row,
+    rename_columns,
 )
+from tunesmith.data.formats.prompt_templates import PromptFormatter, make_prompt_formatter
 from tunesmith.data.hashing import compute_shape, hash_example
-from tunesmith.data.readers.columns import check_columns, rename_columns
 from tunesmith.data.readers.invalid_row import InvalidRow, Reason, RejectedRows
 from tunesmith.data.readers.row_index import MAX_ROW_BYTES
 from tunesmith.data.readers.sources import Source, open_source
@@ -41,9 +42,9 @@ from tunesmith.data.truncation import OverlongPolicy, PreparedRow, apply_max_len
 from tunesmith.recipe.fields import DataSource
 
 if TYPE_CHECKING:
-    from tunesmith.data.chat_template.renderer import RenderDraft, Renderer
+    from tunesmith.data.chat_template.renderer import RenderedRow, Renderer
 
-MAX_DETECTION_ROWS = 20  # enough to see a format
+MAX_DETECTION_ROWS = 20  # enough to recognize a format
 MAX_SHOWN_ERRORS = 5
 MAX_SHAPES = 2**16 - 1
 PAIR_TOO_LONG = "one side of the pair is longer than max_length"
@@ -54,65 +55,62 @@ NO_CONSTRAINTS = ConstraintSet()
 
 @dataclass(frozen=True, eq=False)
 class DataSourceReader:
-    """One file of a role, and how its rows are read."""
+    """One file of a role, and how its rows are parsed."""
 
     source: Source | TextFolder
     format: str
-    format_reason: str  # of the format
-    columns: Mapping[str, str]  # our name -> the file's
+    format_reason: str
+    columns: Mapping[str, str]  # our name -> column of the file
     weight: float
-    has_pairs: bool  # both sides of its preference rows are read
-    constraint_set: ConstraintSet  # what its answers may not say
-    task: str = ""  # that its rows are of
-    # how its rows are asked, where they hold columns and no prompt
-    prompt_formatter: PromptFormatter | None = None
+    has_pairs: bool  # both sides of preference rows are parsed
+    constraint_set: ConstraintSet
+    task: str = ""
+    prompt_formatter: PromptFormatter | None = None  # for rows of columns without a prompt
 
     def read_mapped_row(self, index: int) -> Row:
-        """A row as it stands in the file, its columns under our names."""
+        """Read a row and rename its columns."""
         row = self.source.read_row(index)
         return rename_columns(row, self.columns) if self.columns else row
 
     def read_row(self, index: int) -> Row:
+        """Read a row, rename its columns and build its prompt."""
         row = self.read_mapped_row(index)
         return self.prompt_formatter.format_row(row) if self.prompt_formatter else row
 
     def compute_digests(self, index: int, example: Example) -> tuple[int, int]:
-        """Of one row, whatever form it is asked in."""
-        return (
-            self.prompt_formatter.compute_digests(self.read_mapped_row(index))
-            if self.prompt_formatter
-            else hash_example(example)
-        )
+        """Return digests of (the full row, its prompt), the same for every prompt form."""
+        if self.prompt_formatter:
+            return self.prompt_formatter.compute_digests(self.read_mapped_row(index))
+        return hash_example(example)
 
     def read_example(self, index: int, has_template: bool) -> Example:
-        is_pair = self.has_pairs and (
-            self.format in SIDE_READERS or not self.constraint_set.has_pair_constraints
-        )
-        parser = parse_pair if is_pair else parse_row
-        return self.constraint_set.mark_violations(
-            parser(self.read_row(index), self.format, has_template)
-        )
+        """Read and parse a row, and mark its banned spans. Raises InvalidRow or Violation."""
+        row = self.read_row(index)
+        # With pair constraints a row may lack a rejected side: the base model will generate it.
+        is_pair = self.format in SIDE_READERS or not self.constraint_set.has_pair_constraints
+        parse = parse_pair if self.has_pairs and is_pair else parse_row
+        example = parse(row, self.format, has_template)
+        return self.constraint_set.mark_violations(example)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Rows of one role. N rows; the digests compare contents with white space evened out."""
+    """N rows of one role. Digests ignore differences in white space."""
 
     parts: tuple[DataSourceReader, ...]
     renderer: Renderer
-    part_N: np.ndarray  # int32, into parts
-    row_N: np.ndarray  # int64, into the rows of that part
-    contents_N: np.ndarray  # uint64, digest of the whole row
-    prompts_N: np.ndarray  # uint64, digest of what stands before the last answer
-    shapes_N: np.ndarray  # uint16, rows of one shape look alike to a template
-    rejected_rows: RejectedRows  # rows of the files that are not among the N
-    violations: RejectedRows  # those that are not since they break a constraint, which is no error
-    constraint_counts: ConstraintCounts  # of the constraints
-    max_length: int | None = None  # tokens of a document
-    overlong: OverlongPolicy = "drop"
-    # a row that cannot be rendered is an empty slot, and no error
-    should_skip_invalid: bool = False
-    # row -> it and the worse side made for it, once that is done
+    part_N: np.ndarray  # int32, index into parts
+    row_N: np.ndarray  # int64, index of the row in its part
+    contents_N: np.ndarray  # uint64, digest of the full row
+    prompts_N: np.ndarray  # uint64, digest of everything before the last answer
+    shapes_N: np.ndarray  # uint16, rows of one shape look alike to a chat template
+    rejected_rows: RejectedRows  # invalid rows of the files, not among the N
+    violations: RejectedRows  # rows excluded by a constraint, which is not an error
+    constraint_counts: ConstraintCounts
+    max_length: int | None = None  # tokens per document
+    on_overlong: OverlongPolicy = "drop"
+    should_skip_invalid: bool = False  # a row that cannot be rendered becomes an empty slot
+    # Row -> the row with its generated rejected side, once the sides are generated.
     synthetic: Mapping[int, Example] | None = None
 
     def __len__(self) -> int:
@@ -128,29 +126,23 @@ class Dataset:
 
     @property
     def tasks(self) -> dict[str, int]:
-        """How many rows each named task has, in the order of the files."""
+        """The number of rows of each named task, in the order of the files."""
+        tasks: dict[str, int] = {}
         counts = np.bincount(self.part_N, minlength=len(self.parts)).tolist()
-        return {
-            part.task: count
-            for part, count in zip(self.parts, counts, strict=True)
-            if part.task and count
-        }
+        for part, count in zip(self.parts, counts, strict=True):
+            if part.task and count:
+                tasks[part.task] = count
+        return tasks
 
     @property
     def unmatched_bans(self) -> list[str]:
-        """Constraints that rows should be trained away from, and no row breaks."""
-        constraint_sets = [
-            part.constraint_set
-            for part in self.parts
-            if part.constraint_set.can_ban and not part.constraint_set.is_held_out
-        ][:1]
-        bans = [
-            constraint.name
-            for constraint_set in constraint_sets
-            for constraint in constraint_set.constraints
-            if constraint.mode == "ban"
-        ]
-        return [name for name in bans if name not in self.constraint_counts.banned]
+        """The names of `ban` constraints that no row breaks."""
+        for part in self.parts:
+            constraint_set = part.constraint_set
+            if constraint_set.can_ban and not constraint_set.is_held_out:
+                bans = [each.name for each in constraint_set.constraints if each.mode == "ban"]
+                return [name for name in bans if name not in self.constraint_counts.banned]
+        return []
 
     @property
     def path(self) -> str:
@@ -158,78 +150,87 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the bytes of the file; of several files, over their sha256."""
+        """The sha256 of the file; for several files, the sha256 of their sha256."""
         fingerprints = [part.source.fingerprint for part in self.parts]
-        return (
-            fingerprints[0]
-            if len(fingerprints) == 1
-            else hashlib.sha256("".join(fingerprints).encode()).hexdigest()
-        )
+        if len(fingerprints) == 1:
+            return fingerprints[0]
+        return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
     def get_part(self, index: int) -> DataSourceReader:
+        """Return the file of a row."""
         return self.parts[self.part_N[index]]
 
     def get_id(self, index: int) -> str:
+        """Return the id of a row, such as `train.jsonl:7`."""
         return self.get_part(index).source.get_id(self.row_N[index])
 
-    def read_row(self, index: int) -> Row:
-        return self.get_part(index).read_row(self.row_N[index])
-
     def get_row_bytes(self, index: int) -> int:
-        """How long a row is in its file."""
+        """Return the length of a row in its file, in bytes."""
         return self.get_part(index).source.read_raw(self.row_N[index], 0)[1]
 
+    def read_row(self, index: int) -> Row:
+        """Read a row with its columns renamed and its prompt built."""
+        return self.get_part(index).read_row(self.row_N[index])
+
     def read_example(self, index: int) -> Example:
+        """Read and parse a row, with its generated rejected side if there is one."""
         example = self.get_part(index).read_example(self.row_N[index], self.renderer.has_template)
         return example if self.synthetic is None else self.synthetic.get(index, example)
 
-    def build_drafts(self, indices: Sequence[int]) -> list[RenderDraft]:
-        """Many rows for `understand`; their text is encoded here, on all cores."""
-        return self.renderer.make_drafts([self.read_example(index) for index in indices])
+    def render_rows(self, indices: Sequence[int]) -> list[RenderedRow]:
+        """Render many rows for `render_row`; their text is encoded in one batch, on all cores."""
+        return self.renderer.render_rows([self.read_example(index) for index in indices])
 
     def render_row(
-        self, index: int, draft: RenderDraft | None = None
+        self, index: int, rendered: RenderedRow | None = None
     ) -> tuple[Example, PreparedRow]:
-        """Render one row and apply the over-long policy, which may raise InputError. A row that
-        cannot be rendered has no documents, and `problem` says why."""
-        draft = draft or self.renderer.make_draft(self.read_example(index))
-        example = draft.example
+        """Render one row, unless it is `rendered` already, and apply the over-long policy.
+
+        A row that cannot be rendered has a `problem` and no documents. Raises InputError for a
+        document over max_length if the policy is `refuse`."""
+        example = self.read_example(index) if rendered is None else rendered.example
         if self.synthetic is not None and example.rejected is None:
             return example, PreparedRow(example.id, (), drop_reason=NO_VIOLATION)
-        try:
-            rendered = self.renderer.finish_draft(draft)
-        except InputError as error:
+        if rendered is None:
+            (rendered,) = self.renderer.render_rows([example])
+        if error := rendered.error:
             problem = InvalidRow(NOT_RENDERED, error.message, where=example.id, fix=error.fix)
-            return example, PreparedRow(
-                example.id, (), drop_reason=f"{NOT_RENDERED}: {error.message}", problem=problem
-            )
-        documents = scale_weights(rendered.documents, self.get_part(index).weight)
-        if task := self.get_part(index).task:
-            documents = [dataclasses.replace(document, task=task) for document in documents]
+            drop_reason = f"{NOT_RENDERED}: {error.message}"
+            return example, PreparedRow(example.id, (), drop_reason=drop_reason, problem=problem)
+        part = self.get_part(index)
+        documents = scale_weights(rendered.documents, part.weight)
+        if part.task:
+            documents = [dataclasses.replace(each, task=part.task) for each in documents]
+        # Pairs with a generated side are not cut: their chosen side fit before.
         max_length = None if self.synthetic and index in self.synthetic else self.max_length
-        prepared = apply_max_length(example.id, documents, max_length, self.overlong)
+        prepared = apply_max_length(example.id, documents, max_length, self.on_overlong)
         if 0 < len(prepared.documents) < len(documents) and example.rejected is not None:
             prepared = dataclasses.replace(prepared, documents=(), drop_reason=PAIR_TOO_LONG)
         return example, dataclasses.replace(prepared, notes=tuple(rendered.notes))
 
-    def prepare_row(self, index: int) -> PreparedRow:
-        return self.render_row(index)[1]
-
     def render_documents(self, index: int) -> tuple[Document, ...]:
-        """The documents of a row. Raises BadRow if it cannot be rendered, unless `skip_bad`."""
-        prepared = self.prepare_row(index)
+        """Return the documents of a row.
+
+        Raises InvalidRow if it cannot be rendered, unless `should_skip_invalid`."""
+        prepared = self.render_row(index)[1]
         if prepared.problem and not self.should_skip_invalid:
             raise prepared.problem
         return prepared.documents
 
     def select_rows(self, rows_K: np.ndarray) -> Dataset:
-        """The data set of these rows, in this order."""
-        names = ("part_N", "row_N", "contents_N", "prompts_N", "shapes_N")
-        return dataclasses.replace(self, **{name: getattr(self, name)[rows_K] for name in names})
+        """Return the data set of these rows, in this order."""
+        return dataclasses.replace(
+            self,
+            part_N=self.part_N[rows_K],
+            row_N=self.row_N[rows_K],
+            contents_N=self.contents_N[rows_K],
+            prompts_N=self.prompts_N[rows_K],
+            shapes_N=self.shapes_N[rows_K],
+        )
 
-    def with_max_length(self, max_length: int | None, overlong: OverlongPolicy) -> Dataset:
-        """The same rows under another length policy."""
-        return dataclasses.replace(self, max_length=max_length, overlong=overlong)
+    def with_max_length(self, max_length: int | None, on_overlong: OverlongPolicy) -> Dataset:
+        """Return the same rows under another length policy."""
+        return dataclasses.replace(self, max_length=max_length, on_overlong=on_overlong)
 
 
 def open_dataset(
@@ -237,83 +238,93 @@ def open_dataset(
     renderer: Renderer,
     *,
     max_length: int | None = None,
-    overlong: OverlongPolicy = "drop",
+    on_overlong: OverlongPolicy = "drop",
     max_examples: int | None = None,
     should_skip_invalid: bool = False,
     has_pairs: bool = False,
     constraint_set: ConstraintSet = NO_CONSTRAINTS,
 ) -> Dataset:
-    """Read every row once and remember where it is. `max_examples` takes the first rows of all
-    files together. `pairs`: a row is a chosen and a rejected answer, not the chosen one alone.
+    """Parse every row once and store where it is.
 
-    Raises InputError for a file that cannot be read, if not a single row can be used, and for a
-    constraint that most answers break."""
+    `max_examples` takes the first rows of all files together. With `has_pairs` a row is a chosen
+    and a rejected answer, otherwise the chosen one alone. Raises InputError for an unreadable file,
+    if no row is valid, and for a constraint that most answers break."""
     name_counts = Counter(file.path.name for file in files)
-    rejected_rows, violations, constraint_counts = (
-        RejectedRows(),
-        RejectedRows(),
-        ConstraintCounts(),
-    )
-    shapes: dict[object, int] = {}
-    scanned_sources: list[_ScannedSource] = []
+    scanner = _DatasetScanner(renderer.has_template)
     remaining = max_examples
-    for number, file in enumerate(files):
+    for file in files:
         if remaining == 0:
             break
-        source = open_source(
-            file.path, name=file.path.name if name_counts[file.path.name] == 1 else str(file.path)
-        )
-        rows = range(
-            min(limit for limit in (len(source), file.max_examples, remaining) if limit is not None)
-        )
-        remaining = remaining if remaining is None else remaining - len(rows)
+        is_unique_name = name_counts[file.path.name] == 1
+        source = open_source(file.path, name=file.path.name if is_unique_name else str(file.path))
+        num_rows = len(source)
+        if file.max_examples is not None:
+            num_rows = min(num_rows, file.max_examples)
+        if remaining is not None:
+            num_rows = min(num_rows, remaining)
+            remaining -= num_rows
+        rows = range(num_rows)
         part = _build_part(file, source, rows, renderer.has_template, has_pairs, constraint_set)
-        collector = _RejectCollector(number, rejected_rows, violations, constraint_counts)
-        scanned_sources.append(_scan_rows(part, rows, renderer.has_template, collector, shapes))
-    constraint_counts.refuse_broad_constraints(", ".join(str(file.path) for file in files))
-    if not any(len(scanned.row_K) for scanned in scanned_sources):
-        raise rejected_rows.build_empty_error(", ".join(str(file.path) for file in files))
-    digests_N2 = np.concatenate([scanned.digests_K2 for scanned in scanned_sources])
+        scanner.scan(part, rows)
+    path = ", ".join(str(file.path) for file in files)
+    scanner.constraint_counts.refuse_broad_constraints(path)
+    if not scanner.row_N:
+        raise scanner.rejected_rows.build_empty_error(path)
     return Dataset(
-        parts=tuple(scanned.part for scanned in scanned_sources),
+        parts=tuple(scanner.parts),
         renderer=renderer,
-        part_N=np.repeat(
-            np.arange(len(scanned_sources), dtype=np.int32),
-            [len(scanned.row_K) for scanned in scanned_sources],
-        ),
-        row_N=np.concatenate([scanned.row_K for scanned in scanned_sources]),
-        contents_N=digests_N2[:, 0],
-        prompts_N=digests_N2[:, 1],
-        shapes_N=np.concatenate([scanned.shapes_K for scanned in scanned_sources]),
-        rejected_rows=rejected_rows,
-        violations=violations,
-        constraint_counts=constraint_counts,
+        part_N=np.array(scanner.part_N, dtype=np.int32),
+        row_N=np.array(scanner.row_N, dtype=np.int64),
+        contents_N=np.array(scanner.contents_N, dtype=np.uint64),
+        prompts_N=np.array(scanner.prompts_N, dtype=np.uint64),
+        shapes_N=np.array(scanner.shapes_N, dtype=np.uint16),
+        rejected_rows=scanner.rejected_rows,
+        violations=scanner.violations,
+        constraint_counts=scanner.constraint_counts,
         max_length=max_length,
-        overlong=overlong,
+        on_overlong=on_overlong,
         should_skip_invalid=should_skip_invalid,
     )
 
 
-class _RejectCollector(NamedTuple):
-    """Where the rows of one file are remembered that are not used, and what is counted."""
+class _DatasetScanner:
+    """Parses every row of the files once; the arrays have one number per valid row."""
 
-    part_index: int
-    rejected_rows: RejectedRows
-    violations: RejectedRows
-    constraint_counts: ConstraintCounts
+    def __init__(self, has_template: bool) -> None:
+        self.parts: list[DataSourceReader] = []
+        self.part_N = array("i")
+        self.row_N = array("q")
+        self.contents_N = array("Q")
+        self.prompts_N = array("Q")
+        self.shapes_N = array("H")
+        self.rejected_rows = RejectedRows()
+        self.violations = RejectedRows()
+        self.constraint_counts = ConstraintCounts()
+        self._has_template = has_template
+        self._shapes: dict[object, int] = {}  # shape -> its number
 
-    def reject(self, row: int, problem: InvalidRow) -> None:
-        if isinstance(problem, Violation):
-            self.constraint_counts.count_violation(problem)
-        rejected_rows = self.violations if isinstance(problem, Violation) else self.rejected_rows
-        rejected_rows.add(self.part_index, row, problem)
-
-
-class _ScannedSource(NamedTuple):
-    part: DataSourceReader
-    row_K: np.ndarray  # int64, the rows that can be used
-    digests_K2: np.ndarray
-    shapes_K: np.ndarray
+    def scan(self, part: DataSourceReader, rows: range) -> None:
+        """Parse the rows of one file."""
+        part_index = len(self.parts)
+        self.parts.append(part)
+        for row in rows:
+            try:
+                example = part.read_example(row, self._has_template)
+            except Violation as violation:
+                self.constraint_counts.count_violation(violation)
+                self.violations.add(part_index, row, violation)
+                continue
+            except InvalidRow as problem:
+                self.rejected_rows.add(part_index, row, problem)
+                continue
+            self.constraint_counts.count_example(example)
+            content, prompt = part.compute_digests(row, example)
+            shape_number = min(len(self._shapes), MAX_SHAPES)
+            self.part_N.append(part_index)
+            self.row_N.append(row)
+            self.contents_N.append(content)
+            self.prompts_N.append(prompt)
+            self.shapes_N.append(self._shapes.setdefault(compute_shape(example), shape_number))
 
 
 def _build_part(
@@ -324,16 +335,13 @@ def _build_part(
     has_pairs: bool,
     constraint_set: ConstraintSet,
 ) -> DataSourceReader:
-    """How the rows of a file are read. Raises InputError for an unknown format or column."""
-    where, format, reason, prompt_formatter = (
-        str(file.path),
-        file.format,
-        "the recipe says so",
-        None,
-    )
+    """Decide how the rows of a file are parsed. Raises InputError for an unknown format."""
+    format = file.format
+    reason = "set in the recipe"
+    prompt_formatter = None
     first_rows = _read_first_rows(source, rows)
     if first_rows and file.columns:
-        check_columns(file.columns, first_rows, format, where)
+        check_columns(file.columns, first_rows, format, str(file.path))
         first_rows = [rename_columns(row, file.columns) for row in first_rows]
     if file.prompts:
         prompt_formatter, reason = make_prompt_formatter(file, first_rows, has_template)
@@ -341,24 +349,25 @@ def _build_part(
     elif first_rows and format == "auto":
         format, reason = detect_format(first_rows, has_template, has_pairs=has_pairs)
     elif format == "auto":
-        format, reason = "text", "no row can be read"
+        format = "text"
+        reason = "no row can be read"
     elif note := get_note(format, has_pairs):
         reason += f"; {note}"
     return DataSourceReader(
-        source,
-        format,
-        reason,
-        file.columns,
-        file.weight,
-        has_pairs,
-        constraint_set,
-        file.name,
-        prompt_formatter,
+        source=source,
+        format=format,
+        format_reason=reason,
+        columns=file.columns,
+        weight=file.weight,
+        has_pairs=has_pairs,
+        constraint_set=constraint_set,
+        task=file.name,
+        prompt_formatter=prompt_formatter,
     )
 
 
 def _read_first_rows(source: Source | TextFolder, rows: range) -> list[Row]:
-    """The first rows that can be decoded, a few, and not too much of them."""
+    """Return the first rows that can be decoded: a few, and not too many bytes."""
     first_rows: list[Row] = []
     size_bytes = 0
     for i in rows:
@@ -372,48 +381,15 @@ def _read_first_rows(source: Source | TextFolder, rows: range) -> list[Row]:
     return first_rows
 
 
-def _scan_rows(
-    part: DataSourceReader,
-    rows: range,
-    has_template: bool,
-    collector: _RejectCollector,
-    shapes: dict[object, int],
-) -> _ScannedSource:
-    """Understand every row once. `shapes` numbers the shapes that were seen, and grows."""
-    digests_R2, shapes_R = (
-        np.zeros((len(rows), 2), dtype=np.uint64),
-        np.zeros(len(rows), dtype=np.uint16),
-    )
-    usable_rows = array("q")
-    for i in rows:
-        try:
-            example = part.read_example(i, has_template)
-        except InvalidRow as problem:
-            collector.reject(i, problem)
-            continue
-        collector.constraint_counts.count_example(example)
-        digests_R2[len(usable_rows)] = part.compute_digests(i, example)
-        shapes_R[len(usable_rows)] = shapes.setdefault(
-            compute_shape(example), min(len(shapes), MAX_SHAPES)
-        )
-        usable_rows.append(i)
-    count = len(usable_rows)
-    return _ScannedSource(
-        part, np.array(usable_rows, dtype=np.int64), digests_R2[:count], shapes_R[:count]
-    )
-
-
-def raise_combined(problems: Sequence[InputError], rows: int, where: str) -> None:
-    """Raise one error that stands for all of them; do nothing if there are none."""
+def raise_combined(problems: Sequence[InputError], num_rows: int, where: str) -> None:
+    """Raise one error for all problems, if there are any."""
     if not problems:
         return
     if len(problems) == 1:
         raise problems[0]
-    lines = [f"\n  {problem.where}: {problem.message}" for problem in problems[:MAX_SHOWN_ERRORS]]
-    more = (
-        f"\n  and {len(problems) - MAX_SHOWN_ERRORS:,} more"
-        if len(problems) > MAX_SHOWN_ERRORS
-        else ""
-    )
-    message = f"{len(problems):,} of {rows:,} rows cannot be used:{''.join(lines)}{more}"
+    message = f"{len(problems):,} of {num_rows:,} rows cannot be used:"
+    for problem in problems[:MAX_SHOWN_ERRORS]:
+        message += f"\n  {problem.where}: {problem.message}"
+    if len(problems) > MAX_SHOWN_ERRORS:
+        message += f"\n  and {len(problems) - MAX_SHOWN_ERRORS:,} more"
     raise InputError(message, where=where, fix=problems[0].fix)

@@ -1,12 +1,11 @@
-"""One look at the rendered rows of a data set: how long they are, what is lost, which rows stand
-out.
+"""Render the rows of a data set once: their lengths, what is lost, and unusual rows.
 
-    Dataset -> Scan -> the numbers of a DataReport
+    Dataset -> scan_dataset -> DatasetScan -> the numbers of a DataReport
 
-Up to `ALL_ROWS` rows are rendered; of more, a fixed sample of `SAMPLE` rows, and the totals are
-estimates (the report says so). Besides the sample one row of each shape is rendered, since a
-template that refuses one refuses all of them. With `overlong: refuse` all rows are rendered, since
-each may refuse."""
+Up to `MAX_FULL_SCAN_ROWS` rows are all rendered. A larger data set is sampled (`SAMPLE_ROWS` rows,
+always the same), and totals are estimates, which the report says. In addition one row of each shape
+is rendered, since a template that refuses one refuses them all. With `on_overlong: refuse` all rows
+are rendered, since any may be refused."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example
-from tunesmith.data.chat_template.renderer import RenderDraft
+from tunesmith.data.chat_template.renderer import RenderedRow
 from tunesmith.data.dataset import Dataset, raise_combined
 from tunesmith.data.readers.invalid_row import RejectedRows
 from tunesmith.data.sampler import permutation
@@ -26,58 +25,60 @@ from tunesmith.data.truncation import PreparedRow
 
 MAX_FULL_SCAN_ROWS = 20_000
 SAMPLE_ROWS = 2_000
-BATCH_ROWS, BATCH_BYTES = 256, 2**20  # how much text is encoded together
+# Rows and bytes of text that are encoded together.
+BATCH_ROWS = 256
+BATCH_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetScan:
-    """What was seen in the scanned rows. `marked` names the rows that have something to say, by
-    kind."""
+    """What was seen in the scanned rows."""
 
     rows_R: np.ndarray  # indices of the scanned rows, ascending
-    lengths_D: np.ndarray  # tokens of each document, as rendered and cut
+    lengths_D: np.ndarray  # tokens of each document, after truncation
     supervised_tokens: int
     num_truncated: int  # documents
-    dropped: Mapping[str, list[str]]  # reason -> ids of the rows without a document
-    flagged: Mapping[str, list[str]]  # overlong | answer too long | no system | empty prompt -> ids
-    notes: Mapping[str, list[str]]  # what the render said -> ids
+    dropped: Mapping[str, list[str]]  # reason -> ids of rows without documents
+    flagged: Mapping[str, list[str]]  # overlong | answer too long | no system | ... -> row ids
+    notes: Mapping[str, list[str]]  # remark of the renderer -> row ids
     rejected_rows: RejectedRows  # rows that cannot be rendered
-    rare_rejected_rows: RejectedRows  # the same, of shapes that the sample lacks: at least so many
-    scanned_share: float  # of the rows, that were scanned
-    task_tokens: Mapping[str, int] = field(
-        default_factory=dict[str, int]
-    )  # of the documents of each task, "" without a name
+    rare_rejected_rows: RejectedRows  # the same, in shapes missing in the sample: a lower bound
+    scanned_share: float  # scanned rows over all rows
+    # Tokens by task of the documents, "" for no task.
+    task_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def estimate_total(self, count: int) -> int:
-        """A count in the scanned rows, as an estimate for all rows."""
+        """Extrapolate a count from the scanned rows to all rows."""
         return round(count / self.scanned_share)
 
 
 def scan_dataset(dataset: Dataset) -> DatasetScan:
-    """Render the rows, or a sample. Raises InputError that counts the rows which `overlong: refuse`
-    refuses."""
+    """Render the rows, or a sample of them.
+
+    Raises InputError with the number of refused rows under `on_overlong: refuse`."""
     rows_R = select_scan_rows(dataset)
     lengths: list[int] = []
-    num_supervised = num_truncated = 0
+    num_supervised = 0
+    num_truncated = 0
     task_tokens: Counter[str] = Counter()
-    dropped, flagged, notes = (defaultdict[str, list[str]](list) for _ in range(3))
+    dropped: defaultdict[str, list[str]] = defaultdict(list)
+    flagged: defaultdict[str, list[str]] = defaultdict(list)
+    notes: defaultdict[str, list[str]] = defaultdict(list)
     rejected_rows = RejectedRows()
     problems: list[InputError] = []
-    for row, draft in _iter_drafts(dataset, rows_R.tolist()):
+    for row, rendered in _iter_rendered(dataset, rows_R.tolist()):
         try:
-            example, prepared = dataset.render_row(row, draft)
+            example, prepared = dataset.render_row(row, rendered)
         except InputError as problem:
             problems.append(problem)
             continue
         if prepared.problem:
             rejected_rows.count(prepared.problem)
             continue
-        lengths += [len(document) for document in prepared.documents]
         for document in prepared.documents:
+            lengths.append(len(document))
             task_tokens[document.task] += len(document)
-        num_supervised += sum(
-            int(np.count_nonzero(document.weights_L)) for document in prepared.documents
-        )
+            num_supervised += int(np.count_nonzero(document.weights_L))
         num_truncated += prepared.num_truncated
         if prepared.drop_reason:
             dropped[prepared.drop_reason].append(prepared.id)
@@ -86,45 +87,38 @@ def scan_dataset(dataset: Dataset) -> DatasetScan:
         for note in prepared.notes:
             notes[note].append(prepared.id)
     raise_combined(problems, len(rows_R), dataset.path)
-    scanned_share = len(rows_R) / max(1, len(dataset))
-    rare_rejected_rows = _check_rare_rows(dataset, rows_R)
+    rare_rejected_rows = RejectedRows()
+    for row in find_rare_rows(dataset, rows_R).tolist():
+        if problem := dataset.with_max_length(None, "drop").render_row(row)[1].problem:
+            rare_rejected_rows.count(problem)
     return DatasetScan(
-        rows_R,
-        np.array(lengths, np.int64),
-        num_supervised,
-        num_truncated,
-        dropped,
-        flagged,
-        notes,
-        rejected_rows,
-        rare_rejected_rows,
-        scanned_share,
-        task_tokens,
+        rows_R=rows_R,
+        lengths_D=np.array(lengths, np.int64),
+        supervised_tokens=num_supervised,
+        num_truncated=num_truncated,
+        dropped=dropped,
+        flagged=flagged,
+        notes=notes,
+        rejected_rows=rejected_rows,
+        rare_rejected_rows=rare_rejected_rows,
+        scanned_share=len(rows_R) / max(1, len(dataset)),
+        task_tokens=task_tokens,
     )
 
 
-def _check_rare_rows(dataset: Dataset, rows_R: np.ndarray) -> RejectedRows:
-    rejected_rows = RejectedRows()
-    for row in find_rare_rows(dataset, rows_R).tolist():
-        if problem := dataset.with_max_length(None, "drop").prepare_row(row).problem:
-            rejected_rows.count(problem)
-    return rejected_rows
-
-
 def find_rare_rows(dataset: Dataset, rows_R: np.ndarray) -> np.ndarray:
-    """The first row of each shape, a sample's worth at most, without those that are looked at
-    anyway."""
+    """Return the first row of each shape, at most `SAMPLE_ROWS`, without those in `rows_R`."""
     _, first_S = np.unique(dataset.shapes_N, return_index=True)
     return np.setdiff1d(first_S[:SAMPLE_ROWS], rows_R)
 
 
-def _iter_drafts(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, RenderDraft]]:
+def _iter_rendered(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, RenderedRow]]:
     for batch in iter_batches(dataset, rows):
-        yield from zip(batch, dataset.build_drafts(batch), strict=True)
+        yield from zip(batch, dataset.render_rows(batch), strict=True)
 
 
 def iter_batches(dataset: Dataset, rows: Sequence[int]) -> Iterator[list[int]]:
-    """Rows whose text is encoded together."""
+    """Yield batches of rows to encode together."""
     batch: list[int] = []
     size_bytes = 0
     for row in rows:
@@ -132,31 +126,34 @@ def iter_batches(dataset: Dataset, rows: Sequence[int]) -> Iterator[list[int]]:
         size_bytes += dataset.get_row_bytes(row)
         if len(batch) == BATCH_ROWS or size_bytes > BATCH_BYTES:
             yield batch
-            batch, size_bytes = [], 0
+            batch = []
+            size_bytes = 0
     if batch:
         yield batch
 
 
 def select_scan_rows(dataset: Dataset) -> np.ndarray:
-    """Which rows a scan looks at, ascending."""
-    if len(dataset) > MAX_FULL_SCAN_ROWS and dataset.overlong != "refuse":
+    """Return the rows that a scan renders, ascending."""
+    if len(dataset) > MAX_FULL_SCAN_ROWS and dataset.on_overlong != "refuse":
         return np.sort(permutation(0, 0, len(dataset))[:SAMPLE_ROWS])
     return np.arange(len(dataset))
 
 
 def iter_documents(dataset: Dataset) -> Iterator[Document]:
-    """Of all rows, in their order."""
-    for row, draft in _iter_drafts(dataset, range(len(dataset))):
-        yield from dataset.render_row(row, draft)[1].documents
+    """Yield the documents of all rows, in the order of the rows."""
+    for row, rendered in _iter_rendered(dataset, range(len(dataset))):
+        yield from dataset.render_row(row, rendered)[1].documents
 
 
 def render_first_documents(
     dataset: Dataset, permutation_N: np.ndarray
 ) -> list[tuple[Document, ...]]:
-    """The documents of a run's first rows, in its order: as many rows as are encoded together."""
+    """Return the documents of each of the first rows of a run: one batch of rows, in its order."""
     rows = next(iter_batches(dataset, permutation_N.tolist()), [])
-    drafts = zip(rows, dataset.build_drafts(rows), strict=True)
-    return [dataset.render_row(row, draft)[1].documents for row, draft in drafts]
+    documents: list[tuple[Document, ...]] = []
+    for row, rendered in zip(rows, dataset.render_rows(rows), strict=True):
+        documents.append(dataset.render_row(row, rendered)[1].documents)
+    return documents
 
 
 def _iter_flags(example: Example, prepared: PreparedRow) -> Iterable[str]:
@@ -164,18 +161,16 @@ def _iter_flags(example: Example, prepared: PreparedRow) -> Iterable[str]:
         yield "overlong"
     if prepared.is_answer_too_long:
         yield "answer too long"
-    if example.messages and not any(
-        message["role"] in ("system", "developer") for message in example.messages
-    ):
+    roles = {message["role"] for message in example.messages}
+    if example.messages and not roles & {"system", "developer"}:
         yield "no system"
-    if any(
-        message["role"] == "user" and not message["content"].strip() for message in example.messages
-    ):
+    user_texts = [each["content"] for each in example.messages if each["role"] == "user"]
+    if not all(text.strip() for text in user_texts):
         yield "empty prompt"
 
 
 def compute_percentiles(lengths_D: np.ndarray) -> dict[str, int]:
-    """p50, p90, p99 and max, each the length of a real document; empty without documents."""
+    """Return p50, p90, p99 and max, each the length of a real document; {} without documents."""
     if not len(lengths_D):
         return {}
     p50, p90, p99, maximum = np.percentile(lengths_D, [50, 90, 99, 100], method="higher")

@@ -1,12 +1,14 @@
-"""The texts of a data set as windows of tokens: what continued pretraining trains on.
+"""Texts as windows of tokens, for continued pretraining.
 
-    Dataset of texts -> open_corpus -> Corpus; corpus.document(i) -> window i
-    tokens of a step -> Stream; stream.documents_of(step) -> windows
+    Dataset of texts -> open_corpus -> PretrainingCorpus -> read_window(i)
+    tokens per step -> WindowSampler -> windows of a step
 
-Every text is encoded once, a part at a time, into a temporary file, so that the number of tokens
-and of steps is exact, any window is one read, and memory does not grow with the texts: a few
-numbers a row and a window are kept. A text ends in the separator, the tokens of its windows overlap
-by one (windows.py), and nothing else stands around it."""
+Every text is encoded once, in parts, into a temporary file. So the numbers of tokens and of steps
+are exact, a window is one read, and memory holds only a few numbers per text. A text ends in the
+EOS token; nothing else is added.
+
+A long text is cut into windows of even length. Each window begins with the last token of the one
+before, so every token of a text but the first is a target in exactly one window."""
 
 from __future__ import annotations
 
@@ -15,44 +17,75 @@ import sys
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document
-from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
+from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.dataset import NOT_RENDERED, Dataset
 from tunesmith.data.length_stats import DatasetScan, iter_batches
 from tunesmith.data.readers.decompress import TempCopy
 from tunesmith.data.readers.invalid_row import InvalidRow, RejectedRows
 from tunesmith.data.sampler import CyclicSampler, RatioChanges, iter_ratio_segments, prefetch
-from tunesmith.data.windows import count_windows, find_window
 
 TOKEN_BYTES = 4
-DENSE = "no white space"  # what marks such rows
-_DENSE_RUN = re.compile(r"[!-~]{10000}")  # ASCII only: there are languages without spaces
-_HALF_RUN = re.compile(r"[!-~]{5000}")
+DENSE = "no white space"  # flag of rows with a very long run without white space
+_DENSE_RUN = re.compile(r"[!-~]{10000}")  # ASCII only: some languages are written without spaces
+_HALF_RUN_CHARS = 5000
+_HALF_RUN = re.compile(rf"[!-~]{{{_HALF_RUN_CHARS}}}")
+
+# (row, text, its tokens in parts)
+EncodedText = tuple[int, str, Iterator[Sequence[int] | np.ndarray]]
+
+
+# ---------------------------------------------------------------- windows of one text
+
+
+def count_windows(tokens_N: Any, max_targets: int) -> Any:
+    """Return the number of windows of texts with `tokens_N` tokens; for an array or one number.
+
+    A window of t tokens has t - 1 targets."""
+    return np.maximum(1, np.ceil((tokens_N - 1) / max_targets)).astype(np.int64)
+
+
+def find_window(num_tokens: int, max_targets: int, index: int) -> tuple[int, int]:
+    """Return (begin, end) of a window of a text with `num_tokens` tokens."""
+    size = -(-(num_tokens - 1) // int(count_windows(num_tokens, max_targets)))
+    return index * size, min(num_tokens, (index + 1) * size + 1)
+
+
+def cut_window(document: Document, max_targets: int, index: int) -> Document:
+    """Return a window of a document as a new document."""
+    begin, end = find_window(len(document), max_targets, index)
+    weights_L = document.weights_L[begin:end].copy()
+    weights_L[0] = 0
+    return replace(document, tokens_L=document.tokens_L[begin:end], weights_L=weights_L)
+
+
+# ---------------------------------------------------------------- all texts
 
 
 @dataclass(frozen=True, eq=False)
 class PretrainingCorpus:
-    """N texts, W windows."""
+    """N encoded texts in W windows."""
 
     dataset: Dataset
     token_file: TempCopy
-    starts_N: np.ndarray  # int64, tokens in the spool before those of a text
+    starts_N: np.ndarray  # int64, offset of each text in the file, in tokens
     tokens_N: np.ndarray  # int64, 0 for a text that cannot be encoded
-    max_targets: int  # of a window at most
-    flagged: Mapping[str, list[str]]  # DENSE or FOREIGN -> ids of the rows
+    max_targets: int  # per window
+    flagged: Mapping[str, list[str]]  # DENSE or CONTROL_LIKE_TEXT -> row ids
     rejected_rows: RejectedRows  # rows that cannot be encoded
 
     @cached_property
     def firsts_N(self) -> np.ndarray:
-        """int64, number of the first window of each text, and behind the last one W."""
+        """int64 [N + 1]: index of the first window of each text, then W."""
         counts_N = np.where(self.tokens_N > 0, count_windows(self.tokens_N, self.max_targets), 0)
         return np.concatenate(([0], np.cumsum(counts_N)))
 
@@ -61,134 +94,124 @@ class PretrainingCorpus:
 
     @cached_property
     def lengths_W(self) -> np.ndarray:
-        """int64, tokens of each window."""
+        """int64: tokens of each window."""
         counts_N = np.diff(self.firsts_N)
         has_windows_N = counts_N > 0
-        sizes_N = -(-(self.tokens_N[has_windows_N] - 1) // counts_N[has_windows_N])
-        lengths_W = np.repeat(sizes_N + 1, counts_N[has_windows_N])
-        lengths_W[self.firsts_N[1:][has_windows_N] - 1] = (
-            self.tokens_N[has_windows_N] - (counts_N[has_windows_N] - 1) * sizes_N
-        )
+        counts_K = counts_N[has_windows_N]
+        tokens_K = self.tokens_N[has_windows_N]
+        sizes_K = -(-(tokens_K - 1) // counts_K)
+        lengths_W = np.repeat(sizes_K + 1, counts_K)
+        last_windows_K = self.firsts_N[1:][has_windows_N] - 1
+        lengths_W[last_windows_K] = tokens_K - (counts_K - 1) * sizes_K
         return lengths_W
 
     def get_windows(self, row: int) -> range:
+        """Return the indices of the windows of a text."""
         return range(int(self.firsts_N[row]), int(self.firsts_N[row + 1]))
 
     def read_window(self, index: int) -> Document:
-        """Window 0 .. W-1. Raises IndexError."""
+        """Read window 0 .. W - 1. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         row = int(np.searchsorted(self.firsts_N, index, side="right")) - 1
-        begin, end = find_window(
-            int(self.tokens_N[row]), self.max_targets, index - int(self.firsts_N[row])
-        )
-        start = int(self.starts_N[row]) + begin
-        tokens_L = np.frombuffer(
-            self.token_file.read(TOKEN_BYTES * start, TOKEN_BYTES * (end - begin)), dtype=np.int32
-        )
+        index_in_text = index - int(self.firsts_N[row])
+        begin, end = find_window(int(self.tokens_N[row]), self.max_targets, index_in_text)
+        offset = TOKEN_BYTES * (int(self.starts_N[row]) + begin)
+        raw = self.token_file.read(offset, TOKEN_BYTES * (end - begin))
+        tokens_L = np.frombuffer(raw, dtype=np.int32)
         weights_L = np.full(len(tokens_L), self.dataset.get_part(row).weight, dtype=np.float32)
         weights_L[0] = 0
         return Document(self.dataset.get_id(row), tokens_L, weights_L)
 
     def build_scan(self) -> DatasetScan:
-        """All rows, as the data check wants to see them: the documents are the windows."""
-        notes = (
-            {CONTROL_LIKE_TEXT: self.flagged[CONTROL_LIKE_TEXT]}
-            if CONTROL_LIKE_TEXT in self.flagged
-            else {}
-        )
-        flagged = {DENSE: self.flagged[DENSE]} if DENSE in self.flagged else {}
-        rows_R = np.arange(len(self.dataset))
-        num_supervised = int(self.lengths_W.sum()) - len(self)
+        """Return a scan of all rows for the data check; its documents are the windows."""
+        flagged = {kind: ids for kind, ids in self.flagged.items() if kind == DENSE}
+        notes = {kind: ids for kind, ids in self.flagged.items() if kind == CONTROL_LIKE_TEXT}
         return DatasetScan(
-            rows_R,
-            self.lengths_W,
-            num_supervised,
-            0,
-            {},
-            flagged,
-            notes,
-            self.rejected_rows,
-            RejectedRows(),
+            rows_R=np.arange(len(self.dataset)),
+            lengths_D=self.lengths_W,
+            supervised_tokens=int(self.lengths_W.sum()) - len(self),
+            num_truncated=0,
+            dropped={},
+            flagged=flagged,
+            notes=notes,
+            rejected_rows=self.rejected_rows,
+            rare_rejected_rows=RejectedRows(),
             scanned_share=1,
         )
 
 
 def open_corpus(dataset: Dataset, window_tokens: int) -> PretrainingCorpus:
-    """Encode every text of a data set. `window`: tokens of a window at most. Raises MachineError
-    without room for the temporary file."""
-    token_file, starts, ends = TempCopy(Path(dataset.path), sys.maxsize), array("q"), array("q")
-    flagged, rejected_rows = defaultdict[str, list[str]](list), RejectedRows()
+    """Encode every text of a data set into windows of at most `window_tokens` tokens.
+
+    Raises MachineError if the disk has no space for the temporary file."""
+    token_file = TempCopy(Path(dataset.path), sys.maxsize)
+    starts = array("q")
+    ends = array("q")
+    flagged: defaultdict[str, list[str]] = defaultdict(list)
+    rejected_rows = RejectedRows()
     num_tokens = 0
     for row, text, parts in _iter_texts(dataset):
+        row_id = dataset.get_id(row)
         starts.append(num_tokens)
         try:
             for part in parts:
                 token_file.write(np.array(part, dtype=np.int32).tobytes())
                 num_tokens += len(part)
-        except InputError as problem:
-            rejected_rows.count(
-                InvalidRow(
-                    NOT_RENDERED, problem.message, where=dataset.get_id(row), fix=problem.fix
-                )
-            )
+        except InputError as error:
+            problem = InvalidRow(NOT_RENDERED, error.message, where=row_id, fix=error.fix)
+            rejected_rows.count(problem)
             ends.append(starts[-1])
             continue
         ends.append(num_tokens)
         if _is_dense(text):
-            flagged[DENSE].append(dataset.get_id(row))
+            flagged[DENSE].append(row_id)
         if dataset.renderer.tokenizer.pattern.search(text):
-            flagged[CONTROL_LIKE_TEXT].append(dataset.get_id(row))
+            flagged[CONTROL_LIKE_TEXT].append(row_id)
     token_file.flush()
     starts_N = np.array(starts, dtype=np.int64)
     return PretrainingCorpus(
-        dataset,
-        token_file,
-        starts_N,
-        np.array(ends) - starts_N,
-        window_tokens - 1,
-        flagged,
-        rejected_rows,
+        dataset=dataset,
+        token_file=token_file,
+        starts_N=starts_N,
+        tokens_N=np.array(ends) - starts_N,
+        max_targets=window_tokens - 1,
+        flagged=flagged,
+        rejected_rows=rejected_rows,
     )
 
 
-def _iter_texts(
-    dataset: Dataset,
-) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
-    """(row, text, its tokens part by part) of every row; those of a batch are encoded together, on
-    all cores, while the batch before is written."""
+def _iter_texts(dataset: Dataset) -> Iterator[EncodedText]:
+    """Encode every row; a batch is encoded on all cores while the one before is written."""
 
-    def encode_batch(
-        batch: list[int],
-    ) -> Iterator[tuple[int, str, Iterator[Sequence[int] | np.ndarray]]]:
+    def encode_batch(batch: list[int]) -> Iterator[EncodedText]:
         texts = [dataset.read_example(row).text or "" for row in batch]
         return zip(batch, texts, dataset.renderer.iter_texts_ids(texts), strict=True)
 
-    yield from chain.from_iterable(
-        prefetch(iter_batches(dataset, range(len(dataset))), encode_batch)
-    )
+    batches = iter_batches(dataset, range(len(dataset)))
+    yield from chain.from_iterable(prefetch(batches, encode_batch))
 
 
 def _is_dense(text: str) -> bool:
-    """A run that long holds one half as long that begins at a multiple of 5,000, which is quickly
-    seen."""
-    return any(_HALF_RUN.match(text, start) for start in range(0, len(text), 5000)) and bool(
-        _DENSE_RUN.search(text)
-    )
+    """Tell whether a text has a run of 10,000 characters without white space."""
+    # Such a run contains half a run that begins at a multiple of 5,000, which is faster to find.
+    starts = range(0, len(text), _HALF_RUN_CHARS)
+    return any(_HALF_RUN.match(text, start) for start in starts) and bool(_DENSE_RUN.search(text))
 
 
 @dataclass(frozen=True, eq=False)
 class WindowSampler:
-    """The windows of every step: of its `step_tokens` it takes what rehearsal leaves, up to half a
-    window, from passes over all windows in random order. The last step takes what is left of the
-    epochs; where the ratio of the rehearsal changes on the way, it is the number of steps that
-    stays."""
+    """The windows of every step, from passes over all windows in random order.
+
+    Of its `step_tokens` a step takes what rehearsal leaves, to within half a window. The last step
+    takes the rest of the epochs; if the rehearsal ratio changes, the number of steps stays the
+    same instead."""
 
     corpus: PretrainingCorpus
     sampler: CyclicSampler
     step_tokens: float
-    total_tokens: float  # of the epochs
-    rehearsal_ratio: float  # that rehearsal takes, from the first step on
+    total_tokens: float  # of all epochs
+    rehearsal_ratio: float  # share of rehearsal, from the first step on
 
     @classmethod
     def from_corpus(
@@ -200,28 +223,22 @@ class WindowSampler:
         seed: int,
         rehearsal_ratio: float = 0,
     ) -> WindowSampler:
+        """Build the sampler for a number of epochs."""
         sampler = CyclicSampler(corpus.lengths_W, seed)
-        return cls(
-            corpus, sampler, step_tokens, epochs * float(corpus.lengths_W.sum()), rehearsal_ratio
-        )
+        total_tokens = epochs * float(corpus.lengths_W.sum())
+        return cls(corpus, sampler, step_tokens, total_tokens, rehearsal_ratio)
 
     def read_documents(self, step: int, ratio_changes: RatioChanges = ()) -> list[Document]:
-        """The windows of step 1.., a pure function of the texts and the arguments; behind the
-        epochs there are none."""
-        positions = range(
-            *(
-                self.sampler.count_due_items(self._compute_due_tokens(steps, ratio_changes))
-                for steps in (step - 1, step)
-            )
-        )
-        return [
-            self.corpus.read_window(self.sampler.get_item(position)[1]) for position in positions
-        ]
+        """Return the windows of step 1, 2, ...; none after the last epoch.
+
+        A pure function of the texts and the arguments."""
+        first = self.sampler.count_due_items(self._compute_due_tokens(step - 1, ratio_changes))
+        last = self.sampler.count_due_items(self._compute_due_tokens(step, ratio_changes))
+        windows = [self.sampler.get_item(position)[1] for position in range(first, last)]
+        return [self.corpus.read_window(window) for window in windows]
 
     def _compute_due_tokens(self, step: int, ratio_changes: RatioChanges) -> float:
-        """Tokens of the data up to `step`."""
-        due_tokens = sum(
-            steps * self.step_tokens * (1 - ratio)
-            for steps, ratio in iter_ratio_segments(step, self.rehearsal_ratio, ratio_changes)
-        )
+        """Return the number of tokens of the data up to `step`."""
+        segments = iter_ratio_segments(step, self.rehearsal_ratio, ratio_changes)
+        due_tokens = sum(steps * self.step_tokens * (1 - ratio) for steps, ratio in segments)
         return due_tokens if ratio_changes else min(self.total_tokens, due_tokens)

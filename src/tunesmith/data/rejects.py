@@ -137,7 +137,7 @@ def iter_rejected_rows(dataset: Dataset, *, has_render_errors: bool) -> Iterator
         if has_render_errors
         else ()
     ):
-        if problem := dataset.with_max_length(None, "drop").prepare_row(index).problem:
+        if problem := dataset.with_max_length(None, "drop").render_row(index)[1].problem:
             yield _build_line(dataset.get_part(index), int(dataset.row_N[index]), problem)
 
 

@@ -29,10 +29,10 @@ from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.formats.few_shot import add_shots
 from tunesmith.data.golden_set import refuse_locked_rows
-from tunesmith.data.hash_split import split_by_hash
+from tunesmith.data.split import split_by_hash
 from tunesmith.data.leakage import refuse_rehearsal_leakage, refuse_task_leakage
 from tunesmith.data.length_stats import iter_documents, render_first_documents
-from tunesmith.data.mixture import TaskMixture
+from tunesmith.data.sampler import TaskMixture
 from tunesmith.data.packing import compute_saved_share
 from tunesmith.data.pretraining import PretrainingCorpus, open_corpus
 from tunesmith.data.preview import render_preview
@@ -40,7 +40,6 @@ from tunesmith.data.sampler import permutation
 from tunesmith.data.tokenizer.added_tokens import refuse_other_tokens, refuse_unused_tokens
 from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
-from tunesmith.model.hub.provenance import check_provenance, hash_weight_files, read_provenance
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.hub.validate import has_weights
@@ -55,6 +54,7 @@ from tunesmith.plan.rules_cpt import choose_window
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.load import recipe_from_plan
 from tunesmith.recipe.schema import Recipe, select_sources
+from tunesmith.session.provenance import check_provenance, hash_weight_files, read_provenance
 from tunesmith.session.run_history import apply_past_run
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -339,8 +339,8 @@ def make_planner(
         plan = _add_time_estimate(
             apply_past_run(build_plan(recipe, machine=machine, **plan_kwargs))
         )
-        if "lora_target_modules" in plan.choices:
-            select_targets(layers, plan["lora_target_modules"])  # refused before anything is loaded
+        if plan.config.lora_target_modules is not None:
+            select_targets(layers, plan.config.lora_target_modules)  # refused before anything is loaded
         warnings = (*adapter_warnings, *_iter_missing_files(inputs), *plan.warnings)
         return dataclasses.replace(
             plan,
@@ -433,7 +433,7 @@ def _fix_adapter_values(
         for key, value in values.items()
     }
     return plan_values | {
-        "adapter_from": PlanValue(str(adapter.path), "you", "its weights are where training starts")
+        "adapter_from": PlanValue(str(adapter.path), "user", "its weights are where training starts")
     }
 
 
@@ -457,7 +457,7 @@ def show_rows(inputs: RunInputs, *, rows: int, should_show_ids: bool) -> Iterato
     dataset = inputs.datasets["data"]
     for index in range(min(rows, len(dataset))):
         yield from render_preview(
-            dataset.prepare_row(index), inputs.renderer, should_show_ids=should_show_ids
+            dataset.render_row(index)[1], inputs.renderer, should_show_ids=should_show_ids
         )
     if num_rejected := dataset.rejected_rows.counts.total():
         yield Text(
@@ -489,10 +489,10 @@ def refuse_changed_rows(plan: Plan, inputs: RunInputs) -> None:
 
 def load_starting_adapter(plan: Plan, base: Path) -> AdapterFolder | None:
     """The adapter that a run goes on with. Raises InputError when it is not the one of the plan."""
-    if "adapter_from" not in plan.choices:
+    if plan.config.adapter_from is None:
         return None
-    adapter = read_adapter(Path(plan["adapter_from"]), base)
-    if adapter.sha256 != plan["adapter_sha256"]:
+    adapter = read_adapter(Path(plan.config.adapter_from), base)
+    if adapter.sha256 != plan.config.adapter_sha256:
         where, fix = (
             f"adapter_from: {adapter.path}",
             "put it back, or make a new plan with a new output_dir",
@@ -504,13 +504,13 @@ def load_starting_adapter(plan: Plan, base: Path) -> AdapterFolder | None:
 def reload_inputs_unchecked(plan: Plan, folder: Path | None = None) -> RunInputs:
     """What the recipe and the dates of a plan give now, whatever has changed since."""
     recipe = recipe_from_plan(plan.recipe)
-    output_dir = Path(plan["output_dir"])
+    output_dir = Path(plan.config.output_dir)
     generated_rows = (
         (folder or output_dir) / SELF_REHEARSAL_FILE if "rehearsal" in plan.data else None
     )
     return load_inputs(
         recipe,
-        now=datetime.fromisoformat(plan["now"]),
+        now=datetime.fromisoformat(plan.config.now),
         output_dir=output_dir,
         generated_rows=generated_rows,
     )

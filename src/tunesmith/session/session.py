@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Document, Example, Plan, PlanValue
-from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
+from tunesmith.core.types import Document, Example, Plan, PlanValue, require
+from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.mixture import TaskMixture
+from tunesmith.data.sampler import TaskMixture
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.data.pretraining import PretrainingCorpus, WindowSampler
 from tunesmith.data.rehearsal import RehearsalSampler
@@ -114,7 +114,7 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
         inputs.adapter,
     )
     with nullcontext() if adapter is None else stock_with_adapter(network, adapter):
-        samples = _choose_samples(network, inputs, rows, should_share=plan["share_prefixes"])
+        samples = _choose_samples(network, inputs, rows, should_share=plan.config.share_prefixes)
     model = _wrap_network(network, plan, inputs)
     return Session(
         plan,
@@ -141,23 +141,21 @@ def open_eval_session(plan: Plan, inputs: RunInputs, model: PackedCausalLM) -> S
 
 
 def _load_base_network(plan: Plan, inputs: RunInputs) -> Network:
-    load = load_quantized if plan["method"] == "qlora" else load_network
-    network = load(inputs.model.path, DTYPES[plan["dtype"]], inputs.machine.device)
+    load = load_quantized if plan.config.method == "qlora" else load_network
+    network = load(inputs.model.path, DTYPES[plan.config.dtype], inputs.machine.device)
     init_new_rows(network, inputs.renderer.tokenizer.new_tokens)
     return network
 
 
 def _wrap_network(network: Network, plan: Plan, inputs: RunInputs) -> PackedCausalLM:
-    METHODS[plan["method"]](
-        network, {key: plan_value.value for key, plan_value in plan.choices.items()}
-    )
+    METHODS[plan.config.method](network, plan.values)
     if inputs.adapter is not None:
         load_adapter(network, inputs.adapter.weights_path)
-    is_blocked, activations = plan["weight_layout"] == "blocked", plan["activations"]
+    is_blocked, activations = plan.config.weight_layout == "blocked", plan.config.activations
     return wrap_model(
         network,
-        DTYPES[plan["dtype"]],
-        plan["attention"],
+        DTYPES[plan.config.dtype],
+        plan.config.attention,
         should_block_weights=is_blocked,
         activations=activations,
     )
@@ -168,12 +166,13 @@ def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Sessio
     them."""
     inputs = dataclasses.replace(_apply_length_limit(plan, inputs), adapter=None)
     network = build_truncated_network(
-        inputs.model.path, DTYPES[plan["dtype"]], layers, is_quantized=plan["method"] == "qlora"
+        inputs.model.path, DTYPES[plan.config.dtype], layers, is_quantized=plan.config.method == "qlora"
     )
     init_new_rows(network, inputs.renderer.tokenizer.new_tokens)
-    if "lora_target_modules" in plan.choices and plan["lora_target_modules"] not in GROUPS:
+    targets = plan.config.lora_target_modules
+    if targets is not None and targets not in GROUPS:
         all_linear = PlanValue("all-linear", "rule", "the layers that are named may not be there")
-        plan = dataclasses.replace(plan, choices=plan.choices | {"lora_target_modules": all_linear})
+        plan = plan.with_settings(lora_target_modules=all_linear)
     session = open_eval_session(plan, inputs, _wrap_network(network, plan, inputs))
     return dataclasses.replace(session, rehearsal=build_rehearsal(plan, inputs))
 
@@ -188,20 +187,24 @@ def _make_sampler(plan: Plan, inputs: RunInputs) -> StepSampler | WindowSampler:
 
 def _make_window_sampler(plan: Plan, corpus: PretrainingCorpus) -> WindowSampler:
     """Rehearsal takes the place of windows: a step has `batch_tokens` with it."""
-    ratio = plan["rehearsal_ratio"] if "rehearsal_ratio" in plan.choices else 0
-    tokens, epochs = plan["batch_tokens"], plan["num_train_epochs"]
     return WindowSampler.from_corpus(
-        corpus, step_tokens=tokens, epochs=epochs, seed=plan["seed"], rehearsal_ratio=ratio
+        corpus,
+        step_tokens=require(plan.config.batch_tokens),
+        epochs=plan.config.num_train_epochs,
+        seed=plan.config.seed,
+        rehearsal_ratio=plan.config.rehearsal_ratio or 0,
     )
 
 
 def _make_step_sampler(plan: Plan, rows: Dataset) -> StepSampler:
-    mixture = TaskMixture.from_dataset(rows, plan["mixture"]) if "mixture" in plan.choices else None
+    mixture = None
+    if plan.config.mixture is not None:
+        mixture = TaskMixture.from_dataset(rows, plan.config.mixture)
     sampler = StepSampler(
         num_rows=len(rows) if mixture is None else len(mixture),
-        batch_size=plan["batch_size"],
-        epochs=plan["num_train_epochs"],
-        seed=plan["seed"],
+        batch_size=require(plan.config.batch_size),
+        epochs=plan.config.num_train_epochs,
+        seed=plan.config.seed,
         max_steps=plan.steps,
         mixture=mixture,
     )
@@ -220,24 +223,28 @@ def build_rehearsal(plan: Plan, inputs: RunInputs) -> RehearsalSampler | None:
     rows = inputs.datasets.get("rehearsal")
     if rows is None:
         return None
-    is_pretraining = plan["stage"] == "cpt"
+    config = plan.config
+    is_pretraining = config.stage == "cpt"
+    if is_pretraining:
+        step_tokens = require(config.batch_tokens)
+    else:
+        row_tokens = plan.tokens_per_epoch / plan.rows_per_epoch
+        step_tokens = row_tokens * require(config.batch_size)
     return RehearsalSampler.from_dataset(
         rows,
         total_tokens=plan.data["rehearsal"].tokens,
-        max_tokens=plan["rehearsal_length"],
-        step_tokens=plan["batch_tokens"]
-        if is_pretraining
-        else plan.tokens_per_epoch / plan.rows_per_epoch * plan["batch_size"],
-        ratio=plan["rehearsal_ratio"],
+        max_tokens=require(config.rehearsal_length),
+        step_tokens=step_tokens,
+        ratio=require(config.rehearsal_ratio),
         should_replace_data=is_pretraining,
-        seed=plan["seed"],
+        seed=config.seed,
     )
 
 
 def _apply_length_limit(plan: Plan, inputs: RunInputs) -> RunInputs:
     if inputs.corpus is not None:
         return inputs
-    rows = inputs.datasets["data"].with_max_length(plan["max_length"], plan["overlong"])
+    rows = inputs.datasets["data"].with_max_length(plan.config.max_length, plan.config.overlong)
     return dataclasses.replace(inputs, datasets={**inputs.datasets, "data": rows})
 
 

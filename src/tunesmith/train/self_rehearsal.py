@@ -21,12 +21,12 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, RunFolder
-from tunesmith.core.types import GenerationOutput, GenerationRequest, Json, Plan, Row
+from tunesmith.core.types import GenerationOutput, GenerationRequest, Json, Plan, Row, require
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.formats.row_formats import parse_row
+from tunesmith.data.formats.parse import parse_row
 from tunesmith.data.hashing import hash_example
 from tunesmith.data.readers.decode import SourceLocation, decode_json
 from tunesmith.data.tokenizer.eos import find_separator
@@ -56,7 +56,7 @@ def add_self_rehearsal(
 ) -> tuple[Plan, RunInputs, tuple[CheckResult, ...]]:
     """Nothing changes unless the plan wants rows of the model's own. Raises InputError when none of
     them can be used, MachineError without memory or disk for them."""
-    if "rehearsal_tokens" not in plan.choices:
+    if plan.config.rehearsal_tokens is None:
         return plan, inputs, ()
     rows, rejected_counts = generate_rows(load_starting_model(plan, inputs), plan, inputs)
     file = folder.path / SELF_REHEARSAL_FILE
@@ -80,14 +80,15 @@ def generate_rows(
     model: PackedCausalLM, plan: Plan, inputs: RunInputs
 ) -> tuple[list[Json], Counter[str]]:
     """Rows until they have `rehearsal_tokens` together, and how many were left out for what."""
-    writer = _RowWriter(model, inputs.renderer, plan["seed"])
+    writer = _RowWriter(model, inputs.renderer, plan.config.seed)
     write_rows = (
         writer.write_texts
-        if plan["stage"] == "cpt" or not inputs.renderer.has_template
+        if plan.config.stage == "cpt" or not inputs.renderer.has_template
         else writer.write_conversations
     )
     row_filter = _RowFilter(inputs)
-    target_tokens, rows, num_tries = plan["rehearsal_tokens"], list[Json](), 0
+    target_tokens = require(plan.config.rehearsal_tokens)
+    rows, num_tries = list[Json](), 0
     max_tries = MAX_TRIES_FACTOR * max(BATCH_ROWS, math.ceil(target_tokens / EXPECTED_ROW_TOKENS))
     while row_filter.tokens < target_tokens and num_tries < max_tries:
         count = min(
@@ -211,7 +212,7 @@ class _RowFilter:
                 "messages" if "messages" in row else "text",
                 self.renderer.has_template,
             )
-            documents = self.renderer.render_documents(example).documents
+            documents = self.renderer.render(example).documents
         except InputError:
             return "that cannot be read or rendered"
         digest = hash_example(example)[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tunesmith.core.types import Document, Example
-from tunesmith.data.chat_template.renderer import RenderDraft
+from tunesmith.data.chat_template.renderer import RenderedRow
 
 START, END = 0, 1
 
@@ -23,11 +23,6 @@ class Words:
     control_ids: frozenset[int] = frozenset({START, END})
     end_ids: tuple[int, ...] = (END,)
 
-    @dataclass
-    class Rendered:
-        documents: tuple[Document, ...]
-        notes: tuple[str, ...]
-
     def encode_text(self, text: str) -> list[int]:
         words = re.findall(r"\s*\S+|\s+", text)
         for word in words:
@@ -38,16 +33,10 @@ class Words:
     def decode(self, ids: list[int]) -> str:
         return "".join(self.vocabulary[i] for i in ids)
 
-    def make_draft(self, example: Example) -> RenderDraft:
-        return RenderDraft(example)
+    def render_rows(self, examples: list[Example]) -> list[RenderedRow]:
+        return [self.render(example) for example in examples]
 
-    def make_drafts(self, examples: list[Example]) -> list[RenderDraft]:
-        return [RenderDraft(example) for example in examples]
-
-    def finish_draft(self, draft: RenderDraft) -> Rendered:
-        return self.render_documents(draft.example)
-
-    def render_documents(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> RenderedRow:
         tokens, weights, notes = [], [], []
         if example.text is not None:
             before, after = self.encode_text(example.prompt or ""), self.encode_text(example.text)
@@ -62,7 +51,7 @@ class Words:
             if "</s>" in message["content"]:
                 notes.append("control text is trained as text")
         document = Document(example.id, np.array(tokens, np.int32), np.array(weights, np.float32))
-        return self.Rendered((document,), tuple(notes))
+        return RenderedRow(example, (document,), tuple(notes))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.constraints import ConstraintSet, Violation
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.hash_split import split_by_hash
+from tunesmith.data.split import split_by_hash
 from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.data.rejects import write_rejected_rows
 from tunesmith.recipe.fields import Constraint, DataSource
@@ -62,7 +62,7 @@ def test_the_tokens_of_a_ban_are_those_that_hold_its_matches(
     renderer: Renderer, match: str, bad: str
 ) -> None:
     said = "the assistant answers the user 12 345"
-    (document,) = renderer.render_documents(
+    (document,) = renderer.render(
         ban(match).mark_violations(answer(f"  {said}\n"))
     ).documents
     trained = [
@@ -82,12 +82,12 @@ def test_every_trained_turn_is_looked_at_and_no_other(renderer: Renderer) -> Non
     turns = [user("hello"), assistant("hello user"), user("hello"), assistant("hello there")]
     judged = ban("hello").mark_violations(example(*turns))
     assert [span.message for span in judged.banned_spans] == [1, 3]
-    (document,) = renderer.render_documents(judged).documents
+    (document,) = renderer.render(judged).documents
     assert marked(renderer, document).count("⟦hello⟧") == 2
 
 
 def test_a_whole_answer_is_bad_where_the_row_says_so(renderer: Renderer) -> None:
-    (document,) = renderer.render_documents(
+    (document,) = renderer.render(
         ConstraintSet().mark_violations(answer("hello there", negative="whole"))
     ).documents
     assert "⟦hello there⟧" in marked(renderer, document)

@@ -176,8 +176,8 @@ def test_limits_and_choices_make_new_data_sets(write, words):
     dataset = open_dataset(
         [DataSource(path=write(lines({"text": "a"}, {"text": "a b c d"})))], words
     )
-    assert dataset.with_max_length(4, "drop").prepare_row(1).drop_reason == "longer than max_length"
-    assert dataset.prepare_row(1).drop_reason == ""
+    assert dataset.with_max_length(4, "drop").render_row(1)[1].drop_reason == "longer than max_length"
+    assert dataset.render_row(1)[1].drop_reason == ""
     assert dataset.select_rows(np.array([1])).read_example(0).text == "a b c d"
 
 

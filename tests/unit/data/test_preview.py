@@ -18,7 +18,7 @@ def open_one(write, words, *messages):
     row = {
         "messages": [{"role": role, "content": content, **more} for role, content, more in messages]
     }
-    return open_dataset([DataSource(path=write(json.dumps(row)))], words).prepare_row(0)
+    return open_dataset([DataSource(path=write(json.dumps(row)))], words).render_row(0)[1]
 
 
 def test_trained_runs_are_marked_without_colour(write, words):

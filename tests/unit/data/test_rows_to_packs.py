@@ -65,7 +65,7 @@ def test_every_answer_with_its_end_token_arrives_as_targets(opened, renderer):
     )
     schedule = StepSampler(len(dataset), 2, 1.0, seed=0)
     steps = prefetch(
-        schedule.iter_steps(), lambda step: [dataset.prepare_row(row) for row in step[1]]
+        schedule.iter_steps(), lambda step: [dataset.render_row(row)[1] for row in step[1]]
     )
     answers: dict[str, str] = {}
     for prepared in steps:
@@ -83,7 +83,7 @@ def test_every_answer_with_its_end_token_arrives_as_targets(opened, renderer):
 
 def test_tokens_are_shown_as_they_are_trained_and_forged_ones_are_told_apart(opened, renderer):
     dataset = opened(chat("<|im_end|> 😀", "ok\n"))
-    header, tokens, note = (text.plain for text in render_preview(dataset.prepare_row(0), renderer))
+    header, tokens, note = (text.plain for text in render_preview(dataset.render_row(0)[1], renderer))
     assert header.startswith("train.jsonl:1  ")
     assert (
         tokens

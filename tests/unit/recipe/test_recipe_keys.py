@@ -25,7 +25,7 @@ from tiny_runs import (
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckpointSaved, Event, Score, TrainStep
 from tunesmith.core.json_io import read_json
-from tunesmith.data.formats.row_formats import FORMATS
+from tunesmith.data.formats.parse import FORMATS
 from tunesmith.evaluate import finished_run
 from tunesmith.model.attention import BACKENDS
 from tunesmith.model.hub.validate import read_header
@@ -279,7 +279,7 @@ def never(lab: Lab) -> None:
     )
     assert kept != banned
     plan = inputs.make_plan(inputs.load_inputs(lab.last))
-    assert plan["never"] == ("an AI (ban)",)
+    assert plan.config.never == ("an AI (ban)",)
     with pytest.raises(ValidationError, match="mode ban has no effect with stage: preference"):
         lab.events(data=choices(lab), stage="preference", never=[{"match": "a", "mode": "ban"}])
 
@@ -320,9 +320,9 @@ def chat_template_kwargs(lab: Lab) -> None:
         for wish in ({}, {"tone": "calm"})
     )
     assert told[0].tokens == plain[0].tokens + 6 * len("calm")
-    with pytest.raises(InputError, match="never looks up ton\n  fix: did you mean tone"):
+    with pytest.raises(InputError, match="does not use ton\n  fix: did you mean tone"):
         lab.steps(template=str(own), chat_template_kwargs={"ton": "calm"})
-    with pytest.raises(InputError, match="messages is not yours to set"):
+    with pytest.raises(InputError, match="messages cannot be set"):
         lab.steps(template=str(own), chat_template_kwargs={"messages": []})
 
 
@@ -459,7 +459,7 @@ def max_grad_norm(lab: Lab) -> None:
     whole = {"method": "full", "lora_r": "auto"}
     for norm in (0, 1):
         lab.events(**whole, max_grad_norm=norm)
-        assert read_json(lab.output / "plan.json")["choices"]["step_in_backward"]["value"] is (
+        assert read_json(lab.output / "plan.json")["settings"]["step_in_backward"]["value"] is (
             norm == 0
         )
 
@@ -536,7 +536,7 @@ def activations(lab: Lab) -> None:
     layers = finished_run.reopen_session(lab.output).model.decoder.layers
     assert [getattr(layer, "gradient_checkpointing", False) for layer in layers] == [True, False]
     lab.events(activations=True)
-    assert read_json(lab.output / "plan.json")["choices"]["activations"]["value"] == "recompute"
+    assert read_json(lab.output / "plan.json")["settings"]["activations"]["value"] == "recompute"
 
 
 def metrics(lab: Lab) -> None:

@@ -10,6 +10,7 @@ that is what one user waits. Left out: grades (decide.py)."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,14 @@ from tunesmith.advise.measured.arms import Arm
 from tunesmith.advise.measured.prompting import add_passages, add_shots, get_question
 from tunesmith.advise.measured.retrieval import PassageIndex
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.types import Document, Example, GenerationOutput, GenerationRequest, Plan
+from tunesmith.core.types import (
+    Document,
+    Example,
+    GenerationOutput,
+    GenerationRequest,
+    Plan,
+    require,
+)
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.sampler import StepSampler, permutation
 from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached
@@ -37,7 +45,7 @@ from tunesmith.model.generation.grammar import Grammar
 from tunesmith.plan.build import build_plan
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import load_starting_model
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 TIMED_REQUESTS = 3  # requests answered alone
 MAX_ITEMS = 1000  # more narrow an interval little
@@ -78,7 +86,7 @@ class ArmRunner:
         passages: PassageIndex | None,
         answer_cache: AnswerCache | None = None,
     ) -> ArmRunner:
-        rows = inputs.datasets["data"].with_max_length(plan["max_length"], plan["overlong"])
+        rows = inputs.datasets["data"].with_max_length(plan.config.max_length, plan.config.overlong)
         return cls(
             plan,
             inputs,
@@ -123,7 +131,7 @@ class ArmRunner:
     def build_documents(self, arm: Arm) -> list[tuple[Document, ...]]:
         """What is trained, by row: asked as the items are."""
         return [
-            self.inputs.renderer.render_documents(self._add_passages(example, arm)).documents
+            self.inputs.renderer.render(self._add_passages(example, arm)).documents
             for example in sample_examples(self.rows, arm.seed, arm.examples)
         ]
 
@@ -270,15 +278,16 @@ def _train_arm(runner: ArmRunner, arm: Arm) -> float:
     """Trains on so many rows as a run on them would be planned; returns the seconds of its
     steps."""
     rows, plan = runner.build_documents(arm), plan_for_size(runner, arm.examples)
-    sampler = StepSampler(
-        len(rows), plan["batch_size"], plan["num_train_epochs"], arm.seed, plan.steps
-    )
-    config = dataclasses.replace(
-        TrainingConfig.from_plan(plan),
+    config = dataclasses.replace(plan.config, share_prefixes=runner.plan.config.share_prefixes)
+    batch_size = require(config.batch_size)
+    sampler = StepSampler(len(rows), batch_size, config.num_train_epochs, arm.seed, plan.steps)
+    training = TrainingLoop(
+        runner.model,
+        _make_document_loader(sampler, rows),
+        config,
         steps=sampler.total_steps,
-        share_prefixes=runner.plan["share_prefixes"],
+        warmup_steps=math.ceil(plan.steps * config.warmup_ratio),
     )
-    training = TrainingLoop(runner.model, _make_document_loader(sampler, rows), config)
     try:
         for _ in training:
             pass
@@ -303,7 +312,7 @@ def plan_for_size(runner: ArmRunner, examples: int) -> Plan:
     }
     fixed = {
         key: value
-        for key, value in plan.choices.items()
+        for key, value in plan.settings.items()
         if value.decided_by == "checkpoint" or key in FIXED_SETTINGS
     }
     return build_plan(
@@ -312,7 +321,7 @@ def plan_for_size(runner: ArmRunner, examples: int) -> Plan:
         model=plan.model,
         data={**plan.data, "data": dataclasses.replace(report, rows=examples, **tokens)},
         output_dir=runner.inputs.output_dir,
-        now=plan["now"],
+        now=plan.config.now,
         fixed=fixed,
     )
 

@@ -1,12 +1,13 @@
-"""Where an answer begins and ends in what a template writes, and what the template left out.
+"""Locate the trained answers in a rendered conversation, as characters and as tokens.
 
-    Chat, message -> Turn: the text up to that message, and the span of its answer
+    Conversation, turn weights -> find_assistant_spans -> AssistantSpan of each trained turn
+    AssistantSpan, EncodedText -> find_token_spans     -> (first token, end, weight)
 
-An answer begins where its prompt ends, so the prompt must be the start of the text. Some templates
-write the prompt differently once an answer follows (Mistral's write the system message before the
-last question only): then the prompt as it is served stands before the answer, if the template asks
-for an answer and begins it with the same words. It ends behind the first control token after its
-last character that is known to end answers."""
+An answer starts where its generation prompt ends, so the prompt must be a prefix of the text. Some
+templates write the prompt differently once an answer follows (Mistral's put the system message in
+the last question only). Then the prompt as it is served is put in front of the answer, if the
+template starts the answer with the same generation prompt. An answer ends after the first end token
+that follows its last character."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Json
+from tunesmith.core.types import CharSpan, Example
 from tunesmith.data.chat_template.conversation import Conversation
-from tunesmith.data.chat_template.encode import TrackedText
+from tunesmith.data.chat_template.encode import EncodedText, TrackedText
 from tunesmith.data.chat_template.tracked_str import (
     FIELDS,
     TOOLS,
@@ -28,217 +29,187 @@ from tunesmith.data.chat_template.tracked_str import (
 )
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
-CONTROL_LIKE_TEXT = "text that looks like a control token is trained as text"
-STRUCTURAL = "structural tokens inside an answer stay tokens"
-NO_TOOLS = "the template does not write the tools"
-NO_SYSTEM = "the template does not write a system message"
-NO_THINKING = "the template leaves out the thinking of an answer"
-NO_CONTENT = "the template leaves out the text beside a tool call"
-TOOL_CALLS_FIX = "name a template that writes tool calls (`template:`), or leave such rows out"
-SERVED_PROMPT = (
-    "the prompt stands as it is served: with an answer behind it the template writes it differently"
-)
+TokenSpan = tuple[int, int, float]  # first token, one past the last, loss weight
+TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such rows"
+PREFIX_FIX = "set a `chat_template` that starts each answer with its generation prompt"
 
 
 @dataclass(frozen=True)
 class AssistantSpan:
-    """A trained answer: characters start:end of `marked`, which is rendered up to this message.
-    `spliced`: where the answer begins in that render, if it does not begin with the prompt as
-    served, which then stands there instead."""
+    """A trained answer: characters start:end of `text`, the render up to this message.
+
+    If that render does not start with the prompt as it is served, `text` is the served prompt plus
+    the render from character `splice_start` on."""
 
     message_index: int
     weight: float
     text: TrackedText
     start: int
-    end: int  # behind the end token
+    end: int  # after the end token
     has_end_token: bool  # False: the template writes no end token
     splice_start: int | None = None
 
     def render_plain(self, chat: Conversation) -> str:
-        """The text of `marked` as inference engines write it."""
+        """Return `text` as plain Jinja renders it."""
         rendered = chat.render_plain(self.message_index + 1)
-        return (
-            rendered
-            if self.splice_start is None
-            else chat.render_plain(self.message_index, add_generation_prompt=True)
-            + rendered[self.splice_start :]
-        )
+        if self.splice_start is None:
+            return rendered
+        prompt = chat.render_plain(self.message_index, add_generation_prompt=True)
+        return prompt + rendered[self.splice_start :]
 
 
-def find_assistant_span(
+def find_assistant_spans(
+    chat: Conversation,
+    tokenizer: ChatTokenizer,
+    weights: Sequence[float],
+    end_ids: Sequence[Iterable[int]],
+) -> tuple[AssistantSpan, ...]:
+    """Return the span of each message with a positive weight. `end_ids` are sets of end tokens, the
+    preferred set first. Raises InputError for an answer that the template does not write."""
+    spans: list[AssistantSpan] = []
+    for message_index, weight in enumerate(weights):
+        if weight > 0:
+            spans.append(_find_span(chat, tokenizer, message_index, weight, end_ids))
+    return tuple(spans)
+
+
+def _find_span(
     chat: Conversation,
     tokenizer: ChatTokenizer,
     message_index: int,
     weight: float,
     end_ids: Sequence[Iterable[int]],
 ) -> AssistantSpan:
-    """`end_ids`: sets of ids that end answers, the better known first. Raises InputError."""
-    prompt, rendered = (
-        chat.render(message_index, add_generation_prompt=True),
-        chat.render(message_index + 1),
-    )
-    splice_start = (
-        None
-        if to_plain(rendered).startswith(to_plain(prompt))
-        else _find_answer_start(prompt, rendered, message_index)
-    )
-    text = rendered if splice_start is None else prompt + rendered[splice_start:]
-    tracked_text = TrackedText(text, tokenizer, chat.assistant_indices)
+    prompt = chat.render(message_index, add_generation_prompt=True)
+    rendered = chat.render(message_index + 1)
+    splice_start = None
+    if not to_plain(rendered).startswith(to_plain(prompt)):
+        splice_start = _find_answer_start(prompt, rendered, message_index)
+        rendered = prompt + rendered[splice_start:]
+    text = TrackedText(rendered, tokenizer, chat.assistant_indices)
+
     answer_origins = {make_origin(message_index, field) for field in FIELDS}
-    content_end = max(
-        (
-            end
-            for _, end, origin in tracked_text.origin_spans
-            if origin in answer_origins and end > len(prompt)
-        ),
-        default=0,
-    )
+    content_end = 0
+    for _, end, origin in text.origin_spans:
+        if origin in answer_origins and end > len(prompt):
+            content_end = end
     if not content_end:
-        raise _make_unrendered_error(chat, message_index)
-    closing_matches = [match for match in tracked_text.controls if match.start >= content_end]
-    end_match = next(
-        (match for ids in end_ids for match in closing_matches if match.control.id in ids), None
-    )
-    answer_end = end_match.token_end if end_match else len(tracked_text.plain)
-    turn = AssistantSpan(
+        raise make_unrendered_error(chat, message_index)
+
+    closing = [match for match in text.controls if match.start >= content_end]
+    answer_end = None
+    for ids in end_ids:
+        ends = [match.token_end for match in closing if match.control.id in ids]
+        if ends:
+            answer_end = ends[0]
+            break
+    span = AssistantSpan(
         message_index,
         weight,
-        tracked_text,
-        len(prompt),
-        answer_end,
-        end_match is not None,
-        splice_start,
+        text,
+        start=len(prompt),
+        end=len(text.plain) if answer_end is None else answer_end,
+        has_end_token=answer_end is not None,
+        splice_start=splice_start,
     )
-    _check_span(chat, turn)
-    return turn
+    _check_origins(chat, span)
+    return span
 
 
-def _make_unrendered_error(chat: Conversation, message_index: int) -> InputError:
-    role, has_calls = (
-        chat.messages[message_index]["role"],
-        bool(chat.messages[message_index].get("tool_calls")),
-    )
-    problem = f"the chat template writes nothing of message {message_index + 1} ({role}{', which calls tools' if has_calls else ''})"
+def make_unrendered_error(chat: Conversation, message_index: int) -> InputError:
+    """Return the error for a message that the template leaves out."""
+    message = chat.messages[message_index]
+    has_calls = bool(message.get("tool_calls"))
+    kind = message["role"] + (" with tool calls" if has_calls else "")
+    problem = f"the chat template does not write message {message_index + 1} ({kind})"
     return InputError(problem, fix=TOOL_CALLS_FIX if has_calls else "")
 
 
 def _find_answer_start(prompt: TrackedStr, rendered: TrackedStr, message_index: int) -> int:
-    """Where in `written`, if behind the message before it the template goes on with the words that
-    end `prompt`. Raises InputError for an answer that begins otherwise."""
-    message_start = next(
-        (
-            start
-            for start, _, origin in iter_spans(rendered)
-            if get_message_index(origin) == message_index
-        ),
-        len(rendered),
-    )
-    (prompt_message, prompt_end), (previous_message, previous_end) = (
-        _find_last_message(prompt),
-        _find_last_message(rendered[:message_start]),
-    )
+    """Return the character of `rendered` at which the answer starts: after the generation prompt
+    that follows the previous message. Raises InputError if it does not follow there."""
+    message_start = len(rendered)
+    for start, _, origin in iter_spans(rendered):
+        if get_message_index(origin) == message_index:
+            message_start = start
+            break
+    prompt_message, prompt_end = _find_last_message(prompt)
+    previous_message, previous_end = _find_last_message(rendered[:message_start])
     generation_prompt = to_plain(prompt)[prompt_end:]
-    if (
-        prompt_message != previous_message
-        or not generation_prompt.strip()
-        or not to_plain(rendered)[previous_end:message_start].startswith(generation_prompt)
-    ):
-        fix = "give a `template` that begins its answers as it asks for them, or answers that it can write so"
-        raise InputError(_describe_mismatch(to_plain(prompt), to_plain(rendered)), fix=fix)
-    return previous_end + len(generation_prompt)
+    prefix = to_plain(rendered)[previous_end:message_start]
+    is_same_message = prompt_message == previous_message
+    if is_same_message and generation_prompt.strip() and prefix.startswith(generation_prompt):
+        return previous_end + len(generation_prompt)
+    raise InputError(_describe_mismatch(to_plain(prompt), to_plain(rendered)), fix=PREFIX_FIX)
 
 
 def _find_last_message(text: TrackedStr) -> tuple[int, int]:
-    """The message that wrote last, and where its words end."""
-    message_ends = [
-        (get_message_index(origin), end)
-        for _, end, origin in iter_spans(text)
-        if get_message_index(origin) >= 0
-    ]
-    return message_ends[-1] if message_ends else (-1, 0)
+    """Return (message index, end) of the last text that a message wrote, or (-1, 0)."""
+    last_message = (-1, 0)
+    for _, end, origin in iter_spans(text):
+        if get_message_index(origin) >= 0:
+            last_message = (get_message_index(origin), end)
+    return last_message
 
 
-def _check_span(chat: Conversation, turn: AssistantSpan) -> None:
-    origins = turn.text.get_origins(turn.start, turn.end)
-    if TOOLS in origins or {get_message_index(origin) for origin in origins} - {
-        -1,
-        turn.message_index,
-    }:
+def _describe_mismatch(prompt: str, answer: str) -> str:
+    length = 0
+    while length < min(len(prompt), len(answer)) and prompt[length] == answer[length]:
+        length += 1
+    before = prompt[:length][-20:]
+    expected = before + prompt[length:][:40]
+    actual = before + answer[length:][:40]
+    return f"the chat template prompts for an answer with {expected!r}, but writes it as {actual!r}"
+
+
+def _check_origins(chat: Conversation, span: AssistantSpan) -> None:
+    """Raise InputError if another message is inside the answer, or its tool calls are not."""
+    origins = span.text.get_origins(span.start, span.end)
+    writers = {get_message_index(origin) for origin in origins}
+    if TOOLS in origins or writers - {-1, span.message_index}:
         raise InputError("the chat template writes another message inside an answer")
-    if (
-        chat.messages[turn.message_index].get("tool_calls")
-        and make_origin(turn.message_index, "tool_calls") not in origins
-    ):
+    has_calls = bool(chat.messages[span.message_index].get("tool_calls"))
+    if has_calls and make_origin(span.message_index, "tool_calls") not in origins:
         raise InputError(
             "the chat template does not write the tool calls of an answer", fix=TOOL_CALLS_FIX
         )
 
 
-def _describe_mismatch(prompt: str, answer: str) -> str:
-    common_length = next(
-        (i for i, (a, b) in enumerate(zip(prompt, answer, strict=False)) if a != b), len(answer)
-    )
-    return (
-        f"the chat template asks for an answer with {prompt[:common_length][-20:] + prompt[common_length:][:40]!r}, but would write this"
-        f" one as {answer[:common_length][-20:] + answer[common_length:][:40]!r}"
-    )
+# ---------------------------------------------------------------- tokens
 
 
-def check_render(chat: Conversation, text: TrackedText, plain_text: str, count: int) -> None:
-    """The text must be what plain Jinja writes, `stock`, with something of every user and tool
-    message in it."""
-    if plain_text != text.plain:
-        raise InputError(
-            "the tracked render differs from plain Jinja's", fix="please report this template"
-        )
-    origins = _get_origins(text)
-    for i, message in enumerate(chat.messages[:count]):
-        is_unrendered = _has_content(message) and make_origin(i, "content") not in origins
-        if is_unrendered and message["role"] not in ("system", "assistant"):
-            raise _make_unrendered_error(chat, i)
+def find_token_spans(
+    encoded: EncodedText, span: AssistantSpan, example: Example
+) -> list[TokenSpan]:
+    """Return the token spans of a trained turn: the answer, or only its banned parts."""
+    if not example.banned_spans:
+        first_token = encoded.get_token_index(span.start)
+        return [(first_token, encoded.get_token_index(span.end), span.weight)]
+    answer = example.messages[span.message_index]["content"].strip()
+    banned = [banned for banned in example.banned_spans if banned.message == span.message_index]
+    token_spans = find_banned_token_spans(encoded, span.start, span.end, answer, banned)
+    return [(start, end, span.weight) for start, end in token_spans]
 
 
-def collect_render_notes(
-    chat: Conversation, text: TrackedText, turns: Sequence[AssistantSpan]
-) -> list[str]:
-    origins = _get_origins(text)
-    unrendered = [i for i, message in enumerate(chat.messages) if _has_content(message)]
-    unrendered = [
-        i
-        for i in unrendered
-        if i <= turns[-1].message_index and make_origin(i, "content") not in origins
-    ]
-    notes = {
-        CONTROL_LIKE_TEXT: text.has_control_like_text,
-        STRUCTURAL: text.has_structural_tokens,
-        NO_TOOLS: chat.tools is not None and TOOLS not in origins,
-        NO_SYSTEM: any(chat.messages[i]["role"] == "system" for i in unrendered),
-        NO_THINKING: any(
-            _is_thinking_dropped(chat.messages[turn.message_index], turn) for turn in turns
-        ),
-        NO_CONTENT: any(turn.message_index in unrendered for turn in turns),
-        SERVED_PROMPT: any(turn.splice_start is not None for turn in turns),
-    }
-    return [note for note, is_present in notes.items() if is_present]
+def find_banned_token_spans(
+    encoded: EncodedText, start: int, end: int, answer: str, spans: Sequence[CharSpan]
+) -> list[tuple[int, int]]:
+    """Return the tokens that hold any character of `spans`, which count from the first character of
+    `answer` within the characters start:end. Raises InputError if the answer is not there."""
+    answer_start = encoded.text.plain.find(answer, start, end)
+    if answer_start < 0:
+        fix = "drop the row, or write the answer exactly as the template renders it"
+        message = "the chat template changes the answer: its banned parts cannot be located"
+        raise InputError(message, fix=fix)
+    token_spans: list[tuple[int, int]] = []
+    for span in spans:
+        first_token = _snap_to_token(encoded, answer_start + span.start, start, -1)
+        token_spans.append((first_token, _snap_to_token(encoded, answer_start + span.end, end, 1)))
+    return token_spans
 
 
-def _get_origins(text: TrackedText) -> set[int]:
-    return {origin for _, _, origin in text.origin_spans}
-
-
-def _has_content(message: Json) -> bool:
-    content = message.get("content")
-    if isinstance(content, list):
-        return any(isinstance(part, dict) and str(part.get("text", "")).strip() for part in content)
-    return bool(content) and bool(str(content).strip())
-
-
-def _is_thinking_dropped(message: Json, turn: AssistantSpan) -> bool:
-    if message.get("reasoning_content"):
-        return make_origin(turn.message_index, "reasoning") not in turn.text.get_origins(
-            turn.start, turn.end
-        )
-    return (
-        "</think>" in str(message.get("content"))
-        and "</think>" not in turn.text.plain[turn.start : turn.end]
-    )
+def _snap_to_token(encoded: EncodedText, character: int, limit: int, step: int) -> int:
+    """Return the token index at the nearest token boundary from `character` towards `limit`."""
+    while encoded.count_tokens_before(character) is None and character != limit:
+        character += step
+    return encoded.get_token_index(character)

@@ -1,12 +1,11 @@
-"""One conversation before a chat template: the messages as it wants them, each text knowing its
-message.
+"""One conversation in the form that a chat template receives, each string tracked to its message.
 
-    messages, tools -> Chat; Chat.render(count) -> tracked text of the first `count` messages
+    messages, tools -> Conversation; .render(count) -> TrackedStr of the first `count` messages
 
-Messages reach the template as transformers hands them over: null fields gone, thinking under both
-of its names. Two habits of templates are met on top: content as a list of parts, and tool-call
-arguments as an object or as text. Roles come from a short list or from the template's own words, so
-a role counts as the template's text."""
+Messages are normalized as transformers does: null fields dropped, thinking under both of its keys.
+Two quirks of templates are handled as well: content as a list of parts, and tool-call arguments as
+an object or as JSON text. A role comes from a short list or from the template's own literals, so it
+counts as text of the template."""
 
 from __future__ import annotations
 
@@ -40,50 +39,44 @@ _WORD = re.compile(r"[A-Za-z][\w-]*")
 
 @dataclass(frozen=True)
 class TemplateQuirks:
-    """What a template expects of messages, found out by trying."""
+    """What a template expects of messages, as probed by `template_probe.py`."""
 
     needs_content_parts: bool = False  # content as [{"type": "text", "text": ...}]
-    can_render_dict_args: bool = True  # it can write arguments given as an object
-    can_render_text_args: bool = True  # ... given as JSON text
+    can_render_dict_args: bool = True  # tool-call arguments as an object
+    can_render_text_args: bool = True  # tool-call arguments as JSON text
 
 
 class TemplateVariables:
-    """What a template sees beside the conversation: special tokens and the user's settings; the
-    template's own text."""
+    """Variables of a template besides the conversation: special tokens and the user's settings.
+    Their text counts as the template's."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.plain, self.tracked = dict(values), track_value(dict(values), TEMPLATE)
+        self.plain = dict(values)
+        self.tracked = track_value(self.plain, TEMPLATE)
 
 
 def refuse_unused_kwargs(
     names: Iterable[str], templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
 ) -> None:
-    """InputError for a name in `told` that no template looks up, or that is not the user's to
-    set."""
+    """Raise InputError for a variable in `names` that no template uses, or that is reserved."""
     reserved = {*_build_context([], None, False), *special_token_names}
-    used_names = sorted(
-        {name for template in templates for name in template.undeclared_variables} - reserved
-    )
+    used_names: set[str] = set()
+    for template in templates:
+        used_names |= template.undeclared_variables - reserved
     for name in names:
         if name in reserved:
-            raise InputError(
-                f"{name} is not yours to set: it comes from the rows or the tokenizer",
-                where=TEMPLATE_KWARGS_KEY,
-            )
+            message = f"{name} cannot be set: it comes from the rows or the tokenizer"
+            raise InputError(message, where=TEMPLATE_KWARGS_KEY)
         if name not in used_names:
-            close_matches = difflib.get_close_matches(name, used_names, n=1)
-            fix = (
-                f"did you mean {close_matches[0]}?"
-                if close_matches
-                else f"it looks up: {', '.join(used_names) or 'nothing'}"
-            )
-            raise InputError(
-                f"the chat template never looks up {name}", where=TEMPLATE_KWARGS_KEY, fix=fix
-            )
+            fix = f"the template uses: {', '.join(sorted(used_names)) or 'no variables'}"
+            if close_matches := difflib.get_close_matches(name, sorted(used_names), n=1):
+                fix = f"did you mean {close_matches[0]}?"
+            message = f"the chat template does not use {name}"
+            raise InputError(message, where=TEMPLATE_KWARGS_KEY, fix=fix)
 
 
 class Conversation:
-    """Raises InputError for a role that the template does not know."""
+    """Normalized messages (`messages`, `tools`) with the template that renders them."""
 
     def __init__(
         self,
@@ -93,10 +86,12 @@ class Conversation:
         variables: TemplateVariables,
         quirks: TemplateQuirks,
     ) -> None:
-        self.template, self.variables = template, variables
-        self.messages = [
-            _normalize_message(self._map_developer_role(message), quirks) for message in messages
-        ]
+        """Raises InputError for a role that the template does not support."""
+        self.template = template
+        self.variables = variables
+        self.messages: list[Json] = []
+        for message in messages:
+            self.messages.append(_normalize_message(self._map_developer_role(message), quirks))
         self.tools = list(tools) or None
         self.assistant_indices = frozenset(
             i for i, message in enumerate(self.messages) if message.get("role") == "assistant"
@@ -106,30 +101,21 @@ class Conversation:
         ]
 
     def _map_developer_role(self, message: Json) -> Json:
-        """OpenAI's newer name of the system role, where a template does not know it."""
+        """Rename OpenAI's developer role to system, unless the template supports it."""
         if message.get("role") == "developer" and "developer" not in self.template.literals:
             return {**message, "role": "system"}
         return message
 
     def render(self, count: int, *, add_generation_prompt: bool = False) -> TrackedStr:
-        """The first `count` messages; with `prompt`, and the start of an answer after them."""
-        return self.template.render(
-            {
-                **self.variables.tracked,
-                **_build_context(
-                    self._tracked_messages[:count], self._tracked_tools, add_generation_prompt
-                ),
-            }
-        )
+        """Render the first `count` messages. Raises InputError if the template refuses them."""
+        messages = self._tracked_messages[:count]
+        context = _build_context(messages, self._tracked_tools, add_generation_prompt)
+        return self.template.render(self.variables.tracked | context)
 
     def render_plain(self, count: int, *, add_generation_prompt: bool = False) -> str:
-        """The same text as inference engines write it."""
-        return self.template.render_plain(
-            {
-                **self.variables.plain,
-                **_build_context(self.messages[:count], self.tools, add_generation_prompt),
-            }
-        )
+        """Render the first `count` messages with plain Jinja, as inference engines do."""
+        context = _build_context(self.messages[:count], self.tools, add_generation_prompt)
+        return self.template.render_plain(self.variables.plain | context)
 
     @cached_property
     def _tracked_tools(self) -> list[Any] | None:
@@ -144,12 +130,12 @@ class Conversation:
         return tracked
 
     def _check_role(self, role: Any) -> str:
-        if isinstance(role, str) and (
-            role in ROLES or (role in self.template.literals and _WORD.fullmatch(role))
-        ):
-            return role
+        if isinstance(role, str):
+            is_literal = role in self.template.literals and _WORD.fullmatch(role)
+            if role in ROLES or is_literal:
+                return role
         raise InputError(
-            f"the chat template knows no role {role!r}",
+            f"the chat template does not support the role {role!r}",
             fix=f"use one of {', '.join(sorted(ROLES))}",
         )
 
@@ -166,7 +152,7 @@ def _build_context(
 
 
 def track_value(value: Any, origin: int) -> Any:
-    """A JSON value whose texts, keys included, are all of one origin."""
+    """Return a JSON value with all its strings, keys included, tracked to one origin."""
     if isinstance(value, str):
         return track_str(value, origin)
     if isinstance(value, dict):
@@ -183,32 +169,25 @@ def _normalize_message(message: Json, quirks: TemplateQuirks) -> Json:
         normalized = {"thinking": reasoning} | normalized | {"reasoning_content": reasoning}
     if quirks.needs_content_parts and isinstance(normalized.get("content"), str):
         normalized["content"] = [{"type": "text", "text": normalized["content"]}]
-    if normalized.get("tool_calls"):
-        normalized["tool_calls"] = [
-            _convert_call(call, quirks) for call in normalized["tool_calls"]
-        ]
+    if calls := normalized.get("tool_calls"):
+        normalized["tool_calls"] = [_convert_call(call, quirks) for call in calls]
     return normalized
 
 
 def _convert_call(call: Any, quirks: TemplateQuirks) -> Any:
+    """Convert the arguments of a tool call between object and JSON text if the template renders
+    only the other form."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     arguments = function.get("arguments")
-    if (
-        isinstance(arguments, str)
-        and quirks.can_render_dict_args
-        and not quirks.can_render_text_args
-    ):
+    if quirks.can_render_dict_args == quirks.can_render_text_args:
+        return call
+    if isinstance(arguments, str) and quirks.can_render_dict_args:
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise InputError(
-                f"the arguments of a tool call are not JSON: {error}", fix="write a JSON object"
-            ) from error
-    elif (
-        isinstance(arguments, dict)
-        and quirks.can_render_text_args
-        and not quirks.can_render_dict_args
-    ):
+            message = f"the arguments of a tool call are not JSON: {error}"
+            raise InputError(message, fix="write a JSON object") from error
+    elif isinstance(arguments, dict) and quirks.can_render_text_args:
         arguments = json.dumps(arguments, ensure_ascii=False)
     else:
         return call

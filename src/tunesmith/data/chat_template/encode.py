@@ -1,20 +1,20 @@
-"""Tracked text to ids: cut at the control tokens that the template wrote, everything between
-encoded as plain text.
+"""Encode tracked text: split it at the template's control tokens, encode the rest as plain text.
 
-A control token counts where each of its characters comes from the template, a structural one also
-where all come from one assistant message. Whatever else looks like a control token is text. For a
-render without such text the ids are those of the full tokenizer."""
+    TrackedStr -> TrackedText (control tokens located) -> encode -> EncodedText (ids)
+
+A control token counts if the template wrote all of its characters, a structural one also if one
+assistant message wrote them all. Everything else that looks like a control token is plain text.
+Without such text the ids are those of the full tokenizer."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import CharSpan
 from tunesmith.data.chat_template.tracked_str import (
     TEMPLATE,
     VALUE,
@@ -25,15 +25,15 @@ from tunesmith.data.chat_template.tracked_str import (
 )
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer, ControlToken
 
-# White space as the tokenizers library sees it, for added tokens that swallow it.
-WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B))
-)
+# White space of the tokenizers library, for added tokens with lstrip or rstrip.
+EN_QUAD_TO_HAIR_SPACE = "".join(map(chr, range(0x2000, 0x200B)))
+WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + EN_QUAD_TO_HAIR_SPACE
 
 
 @dataclass(frozen=True)
 class ControlMatch:
-    """A control token in a text: characters start:end, of which the token's own end at `core`."""
+    """A control token at characters start:end, with the white space that it strips. Without the
+    stripped space on its right it ends at `token_end`."""
 
     start: int
     token_end: int
@@ -42,15 +42,17 @@ class ControlMatch:
 
 
 class TrackedText:
-    """A rendered text with its writers and its control tokens; nothing is encoded yet."""
+    """A rendered text with its origins and control tokens, not encoded yet."""
 
     def __init__(
         self, tracked: TrackedStr, tokenizer: ChatTokenizer, assistant_indices: Container[int]
     ) -> None:
-        """`assistants`: indices of the assistant messages."""
-        self.plain, self.tokenizer = to_plain(tracked), tokenizer
+        """Locate the control tokens. `assistant_indices` are the assistant messages. Raises
+        InputError for a control token whose origin is ambiguous."""
+        self.plain = to_plain(tracked)
+        self.tokenizer = tokenizer
         self.origin_spans = list(iter_spans(tracked))
-        self.has_structural_tokens = False  # structural tokens stand in assistant text
+        self.has_structural_tokens = False  # inside an assistant message
         spans: list[tuple[int, int]] = []
         for start, end, origin in self.origin_spans:
             is_answer = get_message_index(origin) in assistant_indices
@@ -62,54 +64,73 @@ class TrackedText:
                     self.has_structural_tokens |= is_answer
         self.controls = self._match_controls(spans)
         all_spans = [match.span() for match in tokenizer.pattern.finditer(self.plain)]
-        self.has_control_like_text = (
-            all_spans != spans
-        )  # some text of the row looks like a control token
-        if self.has_control_like_text and any(
-            self.get_origins(*span) == {TEMPLATE, VALUE} for span in all_spans
-        ):
-            raise InputError(
-                "the chat template writes a control token around a number: nobody knows whose it is"
-            )
+        self.has_control_like_text = all_spans != spans
+        if not self.has_control_like_text:
+            return
+        for start, end in all_spans:
+            if self.get_origins(start, end) == {TEMPLATE, VALUE}:
+                raise InputError("the chat template builds a control token around a number")
+
+    @cached_property
+    def origins(self) -> set[int]:
+        return {origin for _, _, origin in self.origin_spans}
 
     def get_origins(self, start: int, end: int) -> set[int]:
-        """Origins of the characters start:end."""
+        """Return the origins of the characters start:end."""
         first = bisect_right(self.origin_spans, start, key=lambda span: span[1])
         last = bisect_left(self.origin_spans, end, key=lambda span: span[0])
         return {origin for _, _, origin in self.origin_spans[first:last]}
 
     def _match_controls(self, spans: list[tuple[int, int]]) -> list[ControlMatch]:
-        """lstrip, rstrip and single_word, in the order in which tokenizers apply them."""
+        """Apply lstrip, rstrip and single_word in the order of the tokenizers library."""
+        text = self.plain
         controls: list[ControlMatch] = []
         position = 0
         for start, token_end in spans:
-            control = self.tokenizer.controls[self.plain[start:token_end]]
-            neighbours = self.plain[start - 1 : start] + self.plain[token_end : token_end + 1]
-            if start < position or (
-                control.single_word and any(c.isalnum() or c == "_" for c in neighbours)
-            ):
+            control = self.tokenizer.controls[text[start:token_end]]
+            if start < position or (control.single_word and self._is_in_word(start, token_end)):
                 continue
-            if not self.tokenizer.can_match_control(control, self.plain[token_end : token_end + 4]):
+            if not self.tokenizer.can_match_control(control, text[token_end : token_end + 4]):
                 raise InputError(
-                    f"the tokenizer's normalisation changes the added token {control.text!r}"
+                    f"the tokenizer's normalization changes the added token {control.text!r}"
                 )
-            match_start = (
-                position + len(self.plain[position:start].rstrip(WHITESPACE))
-                if control.lstrip
-                else start
-            )
-            position = (
-                len(self.plain) - len(self.plain[token_end:].lstrip(WHITESPACE))
-                if control.rstrip
-                else token_end
-            )
-            controls.append(ControlMatch(match_start, token_end, position, control))
+            if control.lstrip:
+                start = position + len(text[position:start].rstrip(WHITESPACE))
+            position = token_end
+            if control.rstrip:
+                position = len(text) - len(text[token_end:].lstrip(WHITESPACE))
+            controls.append(ControlMatch(start, token_end, position, control))
         return controls
+
+    def _is_in_word(self, start: int, end: int) -> bool:
+        neighbours = self.plain[start - 1 : start] + self.plain[end : end + 1]
+        return any(char.isalnum() or char == "_" for char in neighbours)
+
+    def iter_plain_spans(self, cut: int = -1) -> Iterator[tuple[int, int, bool]]:
+        """Yield (start, end, is_continuation) of each run of plain text between control tokens.
+        The run that holds character `cut` is split there, and its second part is a continuation."""
+        start = 0
+        for match in [*self.controls, None]:
+            end = len(self.plain) if match is None else match.start
+            if start < cut < end:
+                yield start, cut, False
+                yield cut, end, True
+            elif start < end:
+                yield start, end, False
+            if match is not None:
+                start = match.end
+
+    def iter_runs(self, cut: int = -1) -> Iterator[tuple[str, bool]]:
+        """Yield each run of plain text that `encode` may take from a batch (continuations are
+        encoded alone), and whether it starts the document."""
+        for start, end, is_continuation in self.iter_plain_spans(cut):
+            if not is_continuation:
+                yield self.plain[start:end], start == 0
 
 
 @dataclass(frozen=True)
 class EncodedRun:
-    """Characters start:end and their ids, plain text or one control token; `core` as in Found."""
+    """Characters start:end and their ids: plain text, or one control token (see ControlMatch)."""
 
     start: int
     end: int
@@ -120,7 +141,7 @@ class EncodedRun:
 @dataclass(frozen=True)
 class EncodedText:
     text: TrackedText
-    runs: list[EncodedRun]
+    runs: list[EncodedRun]  # in order, without gaps
 
     @cached_property
     def ids(self) -> list[int]:
@@ -131,88 +152,45 @@ class EncodedText:
         return [0, *accumulate(len(run.ids) for run in self.runs)]
 
     def count_tokens_before(self, character: int) -> int | None:
-        """How many tokens the text up to `character` has; None if a token reaches over that place,
-        so that the text before it would be encoded otherwise alone."""
+        """Return the number of tokens of the text before `character`, or None if a token spans
+        that boundary."""
         index = bisect_right(self.runs, character, key=lambda run: run.start) - 1
         run = self.runs[index]
+        count = self._cumulative_counts[index]
         if character >= run.end:
-            return self._cumulative_counts[index + 1]
+            return count + len(run.ids)
         if character == run.start:
-            return self._cumulative_counts[index]
+            return count
         if run.token_end >= 0:
-            return self._cumulative_counts[index + 1] if character >= run.token_end else None
+            return count + 1 if character >= run.token_end else None
         prefix_ids = _encode_run(self.text, run.start, character).ids
-        return (
-            self._cumulative_counts[index] + len(prefix_ids)
-            if run.ids[: len(prefix_ids)] == prefix_ids
-            else None
-        )
+        is_boundary = run.ids[: len(prefix_ids)] == prefix_ids
+        return count + len(prefix_ids) if is_boundary else None
+
+    def get_token_index(self, character: int) -> int:
+        """Return `count_tokens_before`. Raises InputError if a token spans the boundary."""
+        count = self.count_tokens_before(character)
+        if count is None:
+            raise InputError("one token spans the end of the prompt and the start of the answer")
+        return count
 
 
 def encode(text: TrackedText, *, cut: int = -1) -> EncodedText:
-    """At character `cut`, plain text is cut into two runs, the second of which goes on from the
-    first."""
-    runs: list[EncodedRun] = []
-    position = 0
-    for match in text.controls:
-        runs += _encode_runs(text, position, match.start, cut)
-        runs.append(EncodedRun(match.start, match.end, [match.control.id], match.token_end))
-        position = match.end
-    runs += _encode_runs(text, position, len(text.plain), cut)
-    return EncodedText(text, runs)
-
-
-def iter_text_runs(text: TrackedText, *, cut: int = -1) -> Iterator[tuple[str, bool]]:
-    """What `encode` will ask the tokenizer for: each run of plain text, and whether the document
-    starts with it."""
-    bounds = [
-        0,
-        *(bound for match in text.controls for bound in (match.start, match.end)),
-        len(text.plain),
+    """Encode a text. At character `cut`, plain text is split in two runs, the second of which
+    continues the first. Raises InputError if plain text makes a control token."""
+    runs = [
+        EncodedRun(match.start, match.end, [match.control.id], match.token_end)
+        for match in text.controls
     ]
-    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-        if start < end:
-            yield text.plain[start : cut if start < cut < end else end], start == 0
-
-
-def _encode_runs(text: TrackedText, start: int, end: int, cut: int) -> list[EncodedRun]:
-    if start == end:
-        return []
-    if start < cut < end:
-        continuation = EncodedRun(cut, end, text.tokenizer.encode_continuation(text.plain[cut:end]))
-        return [_encode_run(text, start, cut), continuation]
-    return [_encode_run(text, start, end)]
+    for start, end, is_continuation in text.iter_plain_spans(cut):
+        if is_continuation:
+            ids = text.tokenizer.encode_continuation(text.plain[start:end])
+            runs.append(EncodedRun(start, end, ids))
+        else:
+            runs.append(_encode_run(text, start, end))
+    runs.sort(key=lambda run: run.start)
+    return EncodedText(text, runs)
 
 
 def _encode_run(text: TrackedText, start: int, end: int) -> EncodedRun:
     return EncodedRun(start, end, text.tokenizer.encode(text.plain[start:end], is_start=start == 0))
-
-
-def find_banned_token_spans(
-    encoded: EncodedText, start: int, end: int, answer: str, spans: Sequence[CharSpan]
-) -> list[tuple[int, int]]:
-    """Tokens first:last that hold any character of the spans of `said`, which stands in the
-    characters start:end."""
-    answer_start = encoded.text.plain.find(answer, start, end)
-    if answer_start < 0:
-        fix = "drop the row, or write the answer as the template will"
-        raise InputError(
-            "the chat template changes the answer, so nobody knows which tokens are bad", fix=fix
-        )
-    return [
-        (
-            _snap_to_token(encoded, answer_start + span.start, start, -1),
-            _snap_to_token(encoded, answer_start + span.end, end, 1),
-        )
-        for span in spans
-    ]
-
-
-def _snap_to_token(encoded: EncodedText, character: int, limit: int, step: int) -> int:
-    """How many tokens stand before the next place, that way, where one token ends and another
-    begins."""
-    while (tokens := encoded.count_tokens_before(character)) is None and character != limit:
-        character += step
-    if tokens is None:
-        raise InputError("the tokenizer swallows the place where an answer begins")
-    return tokens

@@ -1,9 +1,8 @@
-"""Jinja as chat templates know it: the settings and names that transformers gives them.
+"""Jinja with the settings and globals that transformers gives to chat templates.
 
-    StockEnvironment(now): renders plain strings, as inference engines do, under a budget
+    PlainEnvironment(now)   renders plain strings under a budget, as inference engines do
 
-The rules are those of transformers' chat templates; nothing of it is imported.
-"""
+The rules are those of transformers; nothing of it is imported."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from tunesmith.data.chat_template.tracked_str import RenderLimitError
 
 
 class GenerationTag(Extension):
-    """`{% generation %}` marks answers for other tools; the mask here does not need it."""
+    """Accept `{% generation %}`, which marks answers for other tools; it is ignored here."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -41,7 +40,7 @@ class GenerationTag(Extension):
 
 
 def get_jinja_settings() -> dict[str, Any]:
-    """Those of transformers: what a chat template may count on."""
+    """Return the environment settings of transformers."""
     return {
         "trim_blocks": True,
         "lstrip_blocks": True,
@@ -55,17 +54,13 @@ def get_jinja_globals() -> dict[str, Any]:
 
 
 class PlainEnvironment(LimitedEnvironment):
-    """Plain text, by Jinja's own filters."""
+    """Render plain text with Jinja's own filters."""
 
     def __init__(self, now: datetime) -> None:
-        filters = {name: FILTERS[name] for name in ALLOWED_FILTERS} | {
-            "tojson": dump_plain_json,
-            "+": add_terms,
-            "~": _join_terms,
-        }
-        functions = get_jinja_globals() | {
-            "strftime_now": lambda date_format: format_date(now, date_format)
-        }
+        filters = {name: FILTERS[name] for name in ALLOWED_FILTERS}
+        filters |= {"tojson": dump_plain_json, "+": add_terms, "~": _join_terms}
+        functions = get_jinja_globals()
+        functions["strftime_now"] = lambda date_format: format_date(now, date_format)
         super().__init__(filters, functions, finalize=_finalize_value, **get_jinja_settings())
         self.concat = self._concat  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -79,7 +74,7 @@ def _finalize_value(environment: PlainEnvironment, value: Any) -> Any:
 
 
 def _join_terms(values: list[Any]) -> str:
-    """Terms of a `~`."""
+    """Join the terms of a `~` chain."""
     texts = [str(value) for value in values]
     check_join("", texts)
     return "".join(texts)

@@ -1,7 +1,8 @@
-"""What a step of a chat template may make at most, known before it is made.
+"""Refuse an operation of a chat template before it makes something too large.
 
-Each check takes what its operator, method or filter is given, and raises TooLarge, or LostOrigin
-for what is not supported. For everything else the price is paid afterwards (budget.py)."""
+Each check takes the arguments of its operator, method or filter. It raises RenderLimitError, or
+UntrackedTextError for what is not supported. All other operations are charged after they ran
+(`sandbox_limits.py`)."""
 
 from __future__ import annotations
 
@@ -21,30 +22,25 @@ MAX_INDENT = 64
 DIRECTIVE = re.compile(r"%(.)?", re.DOTALL)
 
 
-def check_size(operator: str, first: Any, second: Any) -> None:
-    """Of `*`, `%` and `**`."""
+def check_binop(operator: str, first: Any, second: Any) -> None:
+    """Check `*`, `%` and `**`."""
     if operator == "%" and isinstance(first, str):
         check_directives(first)
         return
     for sequence, times in ((first, second), (second, first)):
-        if (
-            isinstance(sequence, (list, tuple, str))
-            and isinstance(times, int)
-            and len(sequence) * times > MAX_ITEMS
-        ):
+        is_repeat = isinstance(sequence, (list, tuple, str)) and isinstance(times, int)
+        if is_repeat and len(sequence) * times > MAX_ITEMS:
             raise RenderLimitError(f"something repeated {times} times")
     if isinstance(first, int) and isinstance(second, int):
-        bits = (
-            first.bit_length() * abs(second)
-            if operator == "**"
-            else first.bit_length() + second.bit_length()
-        )
+        bits = first.bit_length() + second.bit_length()
+        if operator == "**":
+            bits = first.bit_length() * abs(second)
         if bits > MAX_INTEGER_BITS:
             raise RenderLimitError("a very large number")
 
 
 def add_terms(values: list[Any]) -> Any:
-    """Terms of a `+`, from left to right."""
+    """Add the terms of a `+` chain, from left to right."""
     total = values[0]
     for value in values[1:]:
         limit = MAX_CHARS if isinstance(total, str) else MAX_ITEMS
@@ -55,15 +51,14 @@ def add_terms(values: list[Any]) -> Any:
 
 
 def check_directives(pattern: str) -> None:
-    """%s and %% only: others have widths."""
-    unsupported = next(
-        (match[0] for match in DIRECTIVE.finditer(str(pattern)) if match[1] not in ("s", "%")), None
-    )
-    if unsupported is not None:
-        raise UntrackedTextError(f"{unsupported} in a % format")
+    """Check a % format: only %s and %%, since other directives have widths."""
+    for match in DIRECTIVE.finditer(str(pattern)):
+        if match[1] not in ("s", "%"):
+            raise UntrackedTextError(f"{match[0]} in a % format")
 
 
 def check_method(text: str, name: str, args: tuple[Any, ...]) -> None:
+    """Check the call of a string method."""
     if name == "replace" and len(args) > 1:
         check_replace(text, args[0], args[1])
     elif name == "join" and args and isinstance(args[0], (list, tuple)):
@@ -74,31 +69,33 @@ def check_replace(text: Any, old: Any, new: Any, count: Any = None) -> None:
     del count
     if isinstance(text, str) and isinstance(old, str) and isinstance(new, str):
         times = str.count(text, old) if old else len(text) + 1
-        if len(text) + times * len(new) > MAX_CHARS:
-            raise RenderLimitError(f"a text of more than {MAX_CHARS} characters")
+        _check_chars(len(text) + times * len(new))
 
 
 def check_join(separator: Any, parts: Any) -> None:
-    if (
-        sum(len(part) for part in parts if isinstance(part, str)) + len(str(separator)) * len(parts)
-        > MAX_CHARS
-    ):
+    num_chars = sum(len(part) for part in parts if isinstance(part, str))
+    _check_chars(num_chars + len(str(separator)) * len(parts))
+
+
+def _check_chars(num_chars: int) -> None:
+    if num_chars > MAX_CHARS:
         raise RenderLimitError(f"a text of more than {MAX_CHARS} characters")
 
 
-def check_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
+def _check_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     del text
     if not isinstance(width, int) or not 0 <= width <= MAX_INDENT:
         raise UntrackedTextError(f"indent by a text or by more than {MAX_INDENT}")
 
 
-def check_json(value: Any, *_: Any, indent: Any = None, **__: Any) -> None:
+def _check_json(value: Any, *_: Any, indent: Any = None, **__: Any) -> None:
     del value
-    if (len(indent) if isinstance(indent, str) else indent or 0) > MAX_INDENT:
+    width = len(indent) if isinstance(indent, str) else indent or 0
+    if width > MAX_INDENT:
         raise RenderLimitError(f"tojson with an indent above {MAX_INDENT}")
 
 
-def check_list(value: Any) -> None:
+def _check_list(value: Any) -> None:
     if isinstance(value, str) and len(value) > MAX_ITEMS:
         raise RenderLimitError(f"a list of {len(value)} characters")
 
@@ -111,8 +108,8 @@ def _check_join_filter(parts: Any, d: Any = "", attribute: Any = None) -> None:
 FILTER_CHECKS: dict[str, Callable[..., None]] = {
     "replace": check_replace,
     "join": _check_join_filter,
-    "indent": check_indent,
+    "indent": _check_indent,
     "format": lambda pattern, *_: check_directives(pattern),
-    "tojson": check_json,
-    "list": check_list,
+    "tojson": _check_json,
+    "list": _check_list,
 }

@@ -1,68 +1,60 @@
-"""A sandboxed Jinja environment in which every render has a budget: of loop turns, calls,
-characters and time.
+"""A sandboxed Jinja environment in which each render has a budget: loop turns, calls, characters
+and time.
 
-    class Budgeted     the base of both environments: tracked text (sandbox.py) and plain text (jinja.py)
+    LimitedEnvironment   base of the tracked (tracked_env.py) and plain (jinja_env.py) environments
+    CostTransformer      rewrites a syntax tree so that loops, `+`, `~` and comparisons pay
 
-Nothing that a template does may take long or fill the memory, however hostile it is. What is made
-is paid for by its size, and before it is made where one step can make anything (limits.py). What is
-compared, hashed or printed is walked first: a list that holds the same list twice, and so on thirty
-times, has a billion items for `==` and thirty for everyone else."""
+No template may run long or fill the memory, however hostile it is. What it makes is charged by its
+size, and checked before where one step can make anything (`sandbox_checks.py`). What it compares,
+hashes or prints is walked first: a list that holds the same list twice, thirty levels deep, has a
+billion items for `==`, but only thirty lists to build."""
 
 from __future__ import annotations
 
 import functools
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import TemplateSyntaxError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.filters import FILTERS
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
-from tunesmith.data.chat_template.sandbox_checks import FILTER_CHECKS, check_method, check_size
+from tunesmith.data.chat_template.sandbox_checks import FILTER_CHECKS, check_binop, check_method
 from tunesmith.data.chat_template.tracked_str import MAX_CHARS, RenderLimitError, UntrackedTextError
 
 MAX_WORK = 1_000_000  # loop turns, calls, list items, and CHARS_PER_TICK characters each
 CHARS_PER_TICK = 100
 MAX_SECONDS = 10.0
-CHECK_INTERVAL = 100  # of the limits, in work
-MAX_SAFE_ATTRIBUTES = 1_000  # attributes known to be safe, or not
+CHECK_INTERVAL = 100  # units of work between two checks of the limits
+MAX_CACHED_ATTRIBUTES = 1_000
 CONTAINERS = (list, tuple, dict)
 
-# Filters that templates may use. FREE ones do not look into what they are given; LISTED ones get a
-# list, no iterator.
-SHALLOW_FILTERS = frozenset(
-    re.findall(
-        r"[+\w]+",
-        "length count first last list items map select selectattr reject rejectattr d default reverse attr +",
-    )
-)
-ALLOWED_FILTERS = SHALLOW_FILTERS - {"+"} | set(
-    re.findall(
-        r"\w+",
-        "abs float int max min unique wordcount sort groupby dictsort string safe trim upper lower capitalize title"
-        " replace join indent format tojson",
-    )
-)
+# Filters that templates may use. Shallow ones do not look into their arguments, so that these are
+# not walked. List filters take a list in place of an iterator.
+SHALLOW_FILTERS = frozenset({
+    "length", "count", "first", "last", "list", "items", "map", "select", "selectattr", "reject",
+    "rejectattr", "d", "default", "reverse", "attr", "+",
+})  # fmt: skip
+_DEEP_FILTERS = frozenset({
+    "abs", "float", "int", "max", "min", "unique", "wordcount", "sort", "groupby", "dictsort",
+    "string", "safe", "trim", "upper", "lower", "capitalize", "title", "replace", "join", "indent",
+    "format", "tojson",
+})  # fmt: skip
+ALLOWED_FILTERS = (SHALLOW_FILTERS - {"+"}) | _DEEP_FILTERS
 LIST_FILTERS = frozenset({"join", "list", "max", "min", "sort", "unique", "groupby"})
 
-# Attributes whose result has no origin, or that build things of any size.
+# Attributes whose result has no origin, or can have any size.
+_CLOSED_STR_ATTRIBUTES = {
+    "center", "ljust", "rjust", "zfill", "expandtabs", "translate", "maketrans", "encode",
+    "format_map",
+}  # fmt: skip
 _CLOSED_ATTRIBUTES = {
-    str: {
-        "center",
-        "ljust",
-        "rjust",
-        "zfill",
-        "expandtabs",
-        "translate",
-        "maketrans",
-        "encode",
-        "format_map",
-    },
+    str: _CLOSED_STR_ATTRIBUTES,
     int: set(dir(int)),
     float: set(dir(float)),
     bytes: set(dir(bytes)),
@@ -71,7 +63,7 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 
 
 class NoConstantFolding(CodeGenerator):
-    """Nothing is computed while a template is compiled: no budget would bound it."""
+    """Compile without computing constants: no budget would bound that."""
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
         if isinstance(node, nodes.TemplateData):
@@ -89,18 +81,15 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         functions: Mapping[str, Callable[..., Any]],
         **settings: Any,
     ) -> None:
-        """`filters` that templates may use; they are guarded here, and the tests too. `functions`
-        that they know."""
+        """`filters` and `functions` are those that templates may use; filters and tests are guarded
+        here."""
         super().__init__(**settings)
-        refused = {name: _make_refusal(f"the filter {name!r}") for name in FILTERS}
-        self.filters = refused | {
-            name: self._guard_filter(name, function) for name, function in filters.items()
-        }
-        self.filters |= {
-            "tick": self._charge_value,
-            "walk": self.charge_contents,
-            "sum": self._sum_values,
-        }
+        self.filters = {name: _make_refusal(f"the filter {name!r}") for name in FILTERS}
+        for name, function in filters.items():
+            self.filters[name] = self._guard_filter(name, function)
+        self.filters["tick"] = self._charge_value
+        self.filters["walk"] = self.charge_contents
+        self.filters["sum"] = self._sum_values
         self.tests = {name: self._guard_test(test) for name, test in self.tests.items()}
         self.globals["lipsum"] = _make_refusal("lipsum()")
         self.globals |= functions
@@ -110,7 +99,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.start_budget()
 
     def start_budget(self) -> None:
-        self.work, self.next_check, self.deadline = 0, 0, time.monotonic() + MAX_SECONDS
+        self.work = 0
+        self.next_check = 0
+        self.deadline = time.monotonic() + MAX_SECONDS
 
     def tick(self, work: int = 1) -> None:
         self.work += work
@@ -125,33 +116,32 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             raise RenderLimitError(f"a render of more than {MAX_SECONDS:.0f} seconds")
 
     def charge(self, value: Any) -> Any:
-        """Give back what was made, after paying for its size: what a render can hold stays
-        bounded."""
+        """Charge for the size of a new value and return it, so that a render holds a bounded
+        amount."""
         if isinstance(value, str):
             self.work += 1 + len(value) // CHARS_PER_TICK
+        elif isinstance(value, CONTAINERS):
+            self.work += 1 + len(value)
         else:
-            self.work += 1 + len(value) if isinstance(value, CONTAINERS) else 1
+            self.work += 1
         if self.work > self.next_check:
             self._check_limits()
         return value
 
     def charge_contents(self, value: Any) -> Any:
-        """Give back a value after paying for all that it holds, as often as it holds it."""
+        """Charge for everything inside a value, as often as it is inside, and return the value."""
         if isinstance(value, CONTAINERS):
             todo: list[Any] = [value]
             while todo:
                 item = todo.pop()
                 children = [*item, *item.values()] if isinstance(item, dict) else item
-                self.tick(
-                    1
-                    + len(children)
-                    + sum(len(text) for text in children if isinstance(text, str)) // CHARS_PER_TICK
-                )
+                num_chars = sum(len(child) for child in children if isinstance(child, str))
+                self.tick(1 + len(children) + num_chars // CHARS_PER_TICK)
                 todo += [child for child in children if isinstance(child, CONTAINERS)]
         return value
 
     def limit_output(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The pieces of an output, none too many."""
+        """Yield the pieces of an output. Raises RenderLimitError if they get too long."""
         size = 0
         for piece in pieces:
             size += len(piece)
@@ -162,15 +152,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     # ---- filters and tests
 
     def _guard_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that pays before for what it looks at, and after for what it has made."""
-        num_skipped = (
-            1 if hasattr(function, "jinja_pass_arg") else 0
-        )  # a context, or the environment
-        check, is_shallow, needs_list = (
-            FILTER_CHECKS.get(name),
-            name in SHALLOW_FILTERS,
-            name in LIST_FILTERS,
-        )
+        """Wrap a filter: charge before for what it looks at, and after for what it made."""
+        # some filters get a context or the environment first
+        num_skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
+        check = FILTER_CHECKS.get(name)
+        is_shallow = name in SHALLOW_FILTERS
+        needs_list = name in LIST_FILTERS
 
         @functools.wraps(function)
         def run_filter(*args: Any, **kwargs: Any) -> Any:
@@ -191,8 +178,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(test)
         def run_test(*args: Any, **kwargs: Any) -> Any:
             for value in args:
-                if isinstance(value, CONTAINERS):
-                    self.charge_contents(value)
+                self.charge_contents(value)
             return test(*args, **kwargs)
 
         return run_test
@@ -207,15 +193,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             start = self.charge(self.charge(start) + value)
         return start
 
-    # ---- what the sandbox asks
+    # ---- hooks of the sandbox
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ARG002
-        check_size(operator, left, right)
-        return self.charge(
-            self.apply_binop(
-                operator, left, self.charge_contents(right) if operator == "%" else right
-            )
-        )
+        check_binop(operator, left, right)
+        if operator == "%":
+            self.charge_contents(right)
+        return self.charge(self.apply_binop(operator, left, right))
 
     def apply_binop(self, operator: str, first: Any, second: Any) -> Any:
         return self.binop_table[operator](first, second)
@@ -225,20 +209,17 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             owner = getattr(__obj, "__self__", None)
             if isinstance(owner, str):
                 check_method(owner, __obj.__name__, args)
-            for value in (
-                owner if isinstance(owner, (list, tuple)) else None,
-                *args,
-                *kwargs.values(),
-            ):
-                if isinstance(value, CONTAINERS):
-                    __self.charge_contents(value)
+            if isinstance(owner, (list, tuple)):
+                __self.charge_contents(owner)
+            for value in (*args, *kwargs.values()):
+                __self.charge_contents(value)
         return __self.charge(super().call(__context, __obj, *args, **kwargs))
 
-    def call_filter(self, *args: Any, **kwargs: Any) -> Any:  # once an item of `map`
+    def call_filter(self, *args: Any, **kwargs: Any) -> Any:  # once per item of `map`
         self.tick()
         return super().call_filter(*args, **kwargs)
 
-    def call_test(self, *args: Any, **kwargs: Any) -> Any:  # once an item of `select` and `reject`
+    def call_test(self, *args: Any, **kwargs: Any) -> Any:  # once per item of `select`
         self.tick()
         return super().call_test(*args, **kwargs)
 
@@ -246,23 +227,22 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().getitem(self._refuse_function(obj), self.charge_contents(argument))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if (
-            type(obj) is dict and attribute not in _DICT_ATTRIBUTES
-        ):  # a field of a message: quickly what jinja does slowly
+        # a field of a message, looked up faster than by jinja
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         return super().getattr(self._refuse_function(obj), attribute)
 
     def _refuse_function(self, obj: Any) -> Any:
-        """The functions that every template knows are for calling; what else they have is
-        Python's."""
+        """Refuse the attributes of global functions, which may only be called, and return other
+        objects."""
         if type(obj) in self.function_types and any(obj is value for value in self.global_values):
             raise SecurityError("the attributes of a function are closed")
         return obj
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        key = type(obj), attr  # all that the answer depends on, which it takes long to find
+        key = type(obj), attr  # the slow answer depends on nothing else
         if key not in self._safe_attributes:
-            if len(self._safe_attributes) == MAX_SAFE_ATTRIBUTES:
+            if len(self._safe_attributes) == MAX_CACHED_ATTRIBUTES:
                 self._safe_attributes.clear()
             if not super().is_safe_attribute(obj, attr, value):
                 raise SecurityError(f"the attribute {attr!r} of a {type(obj).__name__} is closed")
@@ -282,3 +262,65 @@ def _make_refusal(construct: str) -> Callable[..., Any]:
         raise UntrackedTextError(construct)
 
     return refuse
+
+
+class CostTransformer(NodeTransformer):
+    """Rewrite a syntax tree so that its work is charged: `+` and `~` chains become one filter call
+    each, and loop turns, slices and comparisons pay as calls do anyway."""
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        node.node = self.visit(node.node)
+        if not isinstance(node.arg, nodes.Const):  # a literal key is only looked up
+            node.arg = self.visit(node.arg)
+        return self.apply_filter("tick", node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Expr:
+        is_single = len(node.ops) == 1
+        has_literal = is_single and nodes.Const in (type(node.expr), type(node.ops[0].expr))
+        node.expr = self._visit_operand(node.expr, should_walk=not has_literal)
+        for operand in node.ops:
+            operand.expr = self._visit_operand(operand.expr, should_walk=not has_literal)
+        return node
+
+    def _visit_operand(self, node: nodes.Expr, *, should_walk: bool) -> nodes.Expr:
+        """Charge for the contents of an operand; next to a literal, nothing deep is compared."""
+        if isinstance(node, nodes.Const):
+            return node
+        return self.apply_filter("walk", self.visit(node)) if should_walk else self.visit(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Expr:
+        for pair in node.items:
+            pair.key = self.apply_filter("walk", self.visit(pair.key))
+            pair.value = self.visit(pair.value)
+        return node
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Expr:
+        terms: list[nodes.Expr] = []
+        first_term: nodes.Expr = node
+        while isinstance(first_term, nodes.Add):
+            terms.append(first_term.right)
+            first_term = first_term.left
+        return self._make_chain("+", [first_term, *reversed(terms)], node.lineno)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        return self._make_chain("~", node.nodes, node.lineno)
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        if node.test is not None:
+            node.test = nodes.And(self._make_tick(node.lineno), node.test, lineno=node.lineno)
+        node.body.insert(0, nodes.ExprStmt(self._make_tick(node.lineno), lineno=node.lineno))
+        return node
+
+    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier) -> nodes.Node:
+        raise TemplateSyntaxError("autoescape is not supported in chat templates", node.lineno)
+
+    def _make_tick(self, line: int) -> nodes.Expr:
+        return self.apply_filter("tick", nodes.Const(True, lineno=line))
+
+    def _make_chain(self, name: str, terms: list[nodes.Expr], line: int) -> nodes.Expr:
+        chain = nodes.List([self.visit(term) for term in terms], lineno=line)
+        return self.apply_filter(name, chain)
+
+    def apply_filter(self, name: str, value: nodes.Expr) -> nodes.Expr:
+        return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)

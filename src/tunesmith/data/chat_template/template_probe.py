@@ -1,10 +1,10 @@
-"""What kind of template this is, found out by rendering a few made-up messages.
+"""Probe a chat template: render made-up messages to learn what it expects and how answers end.
 
-    template, tokenizer -> Protocol: its habits, and the tokens that end an answer
+    template, tokenizer -> TemplateProtocol: its quirks, and the tokens that end an answer
 
-The token that ends an answer is the last control token that the template writes after an answer
-whether or not another message follows (`<|im_end|>`; not Phi-3's closing `<|endoftext|>`); if the
-two differ at once, the first after a last answer (`<|return|>`). Some templates write none."""
+The end token is the last control token that the template writes after an answer whether or not
+another message follows (`<|im_end|>`; not Phi-3's closing `<|endoftext|>`). If the two renders have
+none in common, it is the first after a last answer (`<|return|>`). Some templates write none."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from tunesmith.data.chat_template.conversation import (
     TemplateQuirks,
     TemplateVariables,
 )
-from tunesmith.data.chat_template.encode import ControlMatch, TrackedText
+from tunesmith.data.chat_template.encode import TrackedText
 from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer, ControlToken
 
-QUESTION, ANSWER, NEXT_QUESTION, TOOL_NAME, ARG_KEY, ARG_VALUE = (
-    "Zqhello",
-    "Zqanswer",
-    "Zqnext",
-    "zq_search",
-    "zq_key",
-    "zqvalue",
-)
+# Words that no template contains.
+QUESTION = "Zqhello"
+ANSWER = "Zqanswer"
+NEXT_QUESTION = "Zqnext"
+TOOL_NAME = "zq_search"
+ARG_KEY = "zq_key"
+ARG_VALUE = "zqvalue"
 USER: Json = {"role": "user", "content": QUESTION}
 ASSISTANT: Json = {"role": "assistant", "content": ANSWER}
 NEXT_USER: Json = {"role": "user", "content": NEXT_QUESTION}
@@ -63,34 +62,27 @@ class TemplateProtocol:
 def probe_template(
     template: ChatTemplate, tokenizer: ChatTokenizer, variables: TemplateVariables
 ) -> TemplateProtocol:
-    """Tokens that mark turns are made control tokens in the tokenizer: they must not come from an
-    answer's text."""
+    """Return the protocol of a template.
+
+    Structural tokens that mark turns are demoted to control tokens in the tokenizer, since the text
+    of an answer must not make them."""
     prober = _Prober(template, tokenizer, variables)
-    needs_parts = not prober.can_write_answers(TemplateQuirks()) and prober.can_write_answers(
-        TemplateQuirks(needs_content_parts=True)
-    )
-    dict_call, text_call = (
-        _make_tool_call({ARG_KEY: ARG_VALUE}),
-        _make_tool_call(json.dumps({ARG_KEY: ARG_VALUE})),
-    )
-    dict_call_text = prober.render_plain([USER, dict_call], TemplateQuirks(needs_parts))
-    quirks = TemplateQuirks(
-        needs_parts,
-        can_render_dict_args=ARG_KEY in dict_call_text
-        and ARG_VALUE in dict_call_text
-        and f"'{ARG_KEY}'" not in dict_call_text,
-        can_render_text_args=json.dumps({ARG_KEY: ARG_VALUE})
-        in prober.render_plain([USER, text_call], TemplateQuirks(needs_parts)),
-    )
+    quirks = prober.probe_quirks()
     tokenizer.demote_structural(prober.find_user_controls(quirks))
-    call = dict_call if quirks.can_render_dict_args else text_call
-    end_controls = [
-        prober.find_end_control(quirks, [USER, ASSISTANT], NEXT_USER, ANSWER),
-        prober.find_end_control(quirks, [USER, call], TOOL_RESULT, ARG_VALUE),
-    ]
-    controls = [end for end in end_controls if end is not None]
-    tokenizer.demote_structural(controls)
-    return TemplateProtocol(quirks, tuple(dict.fromkeys(control.id for control in controls)))
+    call = _make_tool_call({ARG_KEY: ARG_VALUE})
+    if not quirks.can_render_dict_args:
+        call = _make_tool_call(json.dumps({ARG_KEY: ARG_VALUE}))
+    end_controls: list[ControlToken] = []
+    for messages, following, last_text in (
+        ([USER, ASSISTANT], NEXT_USER, ANSWER),
+        ([USER, call], TOOL_RESULT, ARG_VALUE),
+    ):
+        end_control = prober.find_end_control(quirks, messages, following, last_text)
+        if end_control is not None:
+            end_controls.append(end_control)
+    tokenizer.demote_structural(end_controls)
+    end_ids = dict.fromkeys(control.id for control in end_controls)
+    return TemplateProtocol(quirks, tuple(end_ids))
 
 
 def _make_tool_call(arguments: Any) -> Json:
@@ -111,7 +103,7 @@ class _Prober:
     def render_tracked(
         self, messages: Sequence[Json], quirks: TemplateQuirks
     ) -> TrackedText | None:
-        """None if the template cannot render these messages."""
+        """Render messages, or return None if the template cannot."""
         tools = [TOOL] if any("tool_calls" in message for message in messages) else []
         try:
             chat = Conversation(self.template, messages, tools, self.variables, quirks)
@@ -123,12 +115,29 @@ class _Prober:
         rendered = self.render_tracked(messages, quirks)
         return rendered.plain if rendered else ""
 
-    def can_write_answers(self, quirks: TemplateQuirks) -> bool:
+    def probe_quirks(self) -> TemplateQuirks:
+        plain_quirks = TemplateQuirks()
+        part_quirks = TemplateQuirks(needs_content_parts=True)
+        needs_parts = not self.can_render(plain_quirks) and self.can_render(part_quirks)
+        quirks = part_quirks if needs_parts else plain_quirks
+        arguments = {ARG_KEY: ARG_VALUE}
+        dict_text = self.render_plain([USER, _make_tool_call(arguments)], quirks)
+        arguments_text = json.dumps(arguments)
+        json_text = self.render_plain([USER, _make_tool_call(arguments_text)], quirks)
+        is_python_repr = f"'{ARG_KEY}'" in dict_text
+        has_arguments = ARG_KEY in dict_text and ARG_VALUE in dict_text
+        return TemplateQuirks(
+            needs_parts,
+            can_render_dict_args=has_arguments and not is_python_repr,
+            can_render_text_args=arguments_text in json_text,
+        )
+
+    def can_render(self, quirks: TemplateQuirks) -> bool:
         text = self.render_plain([USER, ASSISTANT], quirks)
         return QUESTION in text and ANSWER in text
 
     def find_user_controls(self, quirks: TemplateQuirks) -> list[ControlToken]:
-        """What stands between an answer and the next question, and behind that question."""
+        """Return the control tokens after an answer that a user message follows."""
         rendered = self.render_tracked([USER, ASSISTANT, NEXT_USER], quirks)
         if rendered is None or ANSWER not in rendered.plain:
             return []
@@ -136,30 +145,29 @@ class _Prober:
         return [match.control for match in rendered.controls if match.start > answer_start]
 
     def find_end_control(
-        self, quirks: TemplateQuirks, messages: Sequence[Json], following: Json, answer: str
+        self, quirks: TemplateQuirks, messages: Sequence[Json], following: Json, last_text: str
     ) -> ControlToken | None:
-        """The token that ends the last of the messages, whose last text is `answer`."""
+        """Return the token that ends the last message, whose text ends in `last_text`."""
         rendered = self.render_tracked(messages, quirks)
         continued = self.render_plain([*messages, following], quirks)
-        if rendered is None or answer not in rendered.plain:
+        if rendered is None or last_text not in rendered.plain:
             return None
-        answer_end = rendered.plain.rindex(answer) + len(answer)
-        closing: list[ControlMatch] = [
-            candidate
-            for candidate in rendered.controls
-            if candidate.start >= answer_end and not candidate.control.is_structural
+        answer_end = rendered.plain.rindex(last_text) + len(last_text)
+        closing = [
+            match
+            for match in rendered.controls
+            if match.start >= answer_end and not match.control.is_structural
         ]
-        if answer in continued:
-            tail = continued[continued.rindex(answer) + len(answer) :]
+        if last_text in continued:
+            tail = continued[continued.rindex(last_text) + len(last_text) :]
             shared_end = answer_end + _count_common_prefix(rendered.plain[answer_end:], tail)
-            shared_matches = [match for match in closing if match.token_end <= shared_end]
-            closing = shared_matches[-1:] or closing
+            shared = [match for match in closing if match.token_end <= shared_end]
+            closing = shared[-1:] or closing
         return closing[0].control if closing else None
 
 
 def _count_common_prefix(first: str, second: str) -> int:
-    """Length of the common beginning."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
+    count = 0
+    while count < min(len(first), len(second)) and first[count] == second[count]:
+        count += 1
+    return count

@@ -1,9 +1,7 @@
-"""The Jinja environment of a tracked render: tracked versions of all that makes or prints text.
+"""The Jinja environment of tracked renders: tracked versions of all that makes or prints text.
 
-    TrackedEnvironment(now): its templates write tracked text
-
-What has no tracked version is refused by name when a render reaches it. What all of it may cost is
-in budget.py."""
+What has no tracked version is refused by name when a render reaches it. `sandbox_limits.py` bounds
+the cost of everything here."""
 
 from __future__ import annotations
 
@@ -34,26 +32,23 @@ from tunesmith.data.chat_template.tracked_str import (
 
 class TrackedEnvironment(LimitedEnvironment):
     def __init__(self, now: datetime) -> None:
-        functions = get_jinja_globals() | {
-            "strftime_now": lambda date_format: track_str(format_date(now, date_format))
-        }
+        functions = get_jinja_globals()
+        functions["strftime_now"] = lambda date_format: track_str(format_date(now, date_format))
         super().__init__(_FILTERS, functions, finalize=stringify, **get_jinja_settings())
         self.concat = self._concat
 
     def concat_output(self, pieces: Iterable[str]) -> TrackedStr:
-        """Plain pieces are the template's own text, what expressions print is tracked."""
-        return concat(
-            [
-                piece if type(piece) is TrackedStr else track_str(piece)
-                for piece in self.limit_output(pieces)
-            ]
-        )
+        """Join output: expressions print tracked text, plain pieces are the template's text."""
+        tracked: list[TrackedStr] = []
+        for piece in self.limit_output(pieces):
+            tracked.append(piece if type(piece) is TrackedStr else track_str(piece))
+        return concat(tracked)
 
     def _concat(self, pieces: Iterable[str]) -> TrackedStr:
         return self.charge(self.concat_output(pieces))
 
     def apply_binop(self, operator: str, first: Any, second: Any) -> Any:
-        """`*`, `%` and `**`; `+` and `~` are filters, which take a whole chain at once."""
+        """Apply `*`, `%` or `**`; `+` and `~` are filters, which take a whole chain at once."""
         if operator == "%" and isinstance(first, str):
             return _format_percent(stringify(first), second)
         return super().apply_binop(operator, first, second)
@@ -63,16 +58,15 @@ class TrackedEnvironment(LimitedEnvironment):
 
 
 def _format_percent(pattern: TrackedStr, values: Any) -> TrackedStr:
-    """For %s and %% only."""
+    """Format %s and %%; other directives are refused."""
     check_directives(pattern)
     arguments = list(values) if isinstance(values, tuple) else [values]
     pieces: list[str] = []
     position = 0
     for match in DIRECTIVE.finditer(pattern):
-        pieces += [
-            pattern[position : match.start()],
-            stringify(arguments.pop(0)) if match[1] == "s" else pattern[match.end() - 1],
-        ]
+        pieces.append(pattern[position : match.start()])
+        is_string = match[1] == "s"
+        pieces.append(stringify(arguments.pop(0)) if is_string else pattern[match.end() - 1])
         position = match.end()
     if arguments and not isinstance(values, dict):
         raise TypeError("not all arguments converted during string formatting")
@@ -80,9 +74,9 @@ def _format_percent(pattern: TrackedStr, values: Any) -> TrackedStr:
 
 
 def _add_tracked(values: list[Any]) -> Any:
-    return (
-        concat(values) if all(type(value) is TrackedStr for value in values) else add_terms(values)
-    )
+    if all(type(value) is TrackedStr for value in values):
+        return concat(values)
+    return add_terms(values)
 
 
 # ---------------------------------------------------------------- filters
@@ -101,23 +95,21 @@ def _replace_tracked(text: Any, old: str, new: str, count: int | None = None) ->
 def _indent_tracked(
     text: Any, width: int = 4, first: bool = False, blank: bool = False
 ) -> TrackedStr:
-    margin, newline = track_str(" " * width), track_str("\n")
-    lines = (stringify(text) + newline).splitlines()
-    indent_flags = [first if i == 0 else bool(line) or blank for i, line in enumerate(lines)]
-    return newline.join(
-        [
-            margin + line if should_indent else line
-            for line, should_indent in zip(lines, indent_flags, strict=True)
-        ]
-    )
+    margin = track_str(" " * width)
+    newline = track_str("\n")
+    lines: list[TrackedStr] = []
+    for i, line in enumerate((stringify(text) + newline).splitlines()):
+        should_indent = first if i == 0 else bool(line) or blank
+        lines.append(margin + line if should_indent else line)
+    return newline.join(lines)
 
 
 def _dump_tracked_json(value: Any, *args: Any, **settings: Any) -> TrackedStr:
-    """JSON text, all of it of the one origin that the texts inside have."""
+    """Dump JSON; all of it has the one origin of the strings inside."""
     return track_str(dump_plain_json(value, *args, **settings), find_shared_origin(value))
 
 
-# These make text; the rest of those that templates may use give back what they were given, numbers,
+# Filters that make text are replaced. The other allowed ones return what they were given, a number
 # or an iterator.
 _FILTERS: dict[str, Callable[..., Any]] = {name: FILTERS[name] for name in ALLOWED_FILTERS} | {
     "+": _add_tracked,

@@ -1,12 +1,12 @@
-"""Text that knows who wrote each of its characters.
+"""A `str` that knows who wrote each of its characters.
 
-`Tracked` is a `str` that carries runs: `(length, origin, length, origin, ...)`. A template that
-joins, cuts, trims or replaces tracked text gives tracked text. An operation that is not known here
-gives a plain `str`, and plain text is refused as soon as it meets tracked text or the output: a
-lost origin is never taken for the template's.
+`TrackedStr` carries runs: (length, origin, length, origin, ...). A template that joins, slices,
+strips or replaces tracked text makes tracked text. An operation without a tracked version makes a
+plain `str`, which is refused as soon as it meets tracked text or the output: text of unknown origin
+never passes for the template's.
 
-An origin is a small number: TEMPLATE, VALUE (written from a number, or mixed), TOOLS, or
-`origin_of(message, field)`. Which origin may become a control token is not decided here."""
+An origin is a small number: TEMPLATE, VALUE (printed from a number, or of mixed origin), TOOLS, or
+`make_origin(message, field)`. `encode.py` decides which origins may make a control token."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from jinja2 import TemplateError, Undefined
 
 TEMPLATE, VALUE, TOOLS = 0, 1, 2
 FIELDS = ("content", "reasoning", "tool_calls", "other")
-MAX_CHARS = 10_000_000  # of any text that a template makes
-MAX_ITEMS = 1_000_000  # of any list or structure that a template makes
+MAX_CHARS = 10_000_000  # per text that a template makes
+MAX_ITEMS = 1_000_000  # per list or structure that a template makes
 
 Runs = tuple[int, ...]
 
 
 class UntrackedTextError(TemplateError):
-    """A construct of the template after which nobody knows who wrote the text."""
+    """A template construct that loses the origin of text."""
 
     def __init__(self, construct: str) -> None:
         super().__init__(f"{construct} is not supported: it hides which message a text comes from")
 
 
 class RenderLimitError(TemplateError):
-    """The template makes more than any chat needs."""
+    """A template that makes more text, items or work than any chat needs."""
 
 
 def make_origin(message: int, field: str) -> int:
+    """Return the origin of one of the FIELDS of a message."""
     return 4 * (message + 1) + FIELDS.index(field)
 
 
 def get_message_index(origin: int) -> int:
-    """Index of the message that wrote it; -1 for the template, values and tools."""
+    """Return the index of the message that an origin belongs to; -1 for the template, values and
+    tools."""
     return (origin >> 2) - 1
 
 
@@ -71,9 +73,8 @@ class TrackedStr(str):
         if len(self) * times > MAX_CHARS:
             raise RenderLimitError(f"a text repeated {times} times")
         runs = self._runs
-        return TrackedStr(
-            str.__mul__(self, times), (runs[0] * times, runs[1]) if len(runs) == 2 else runs * times
-        )
+        runs = (runs[0] * times, runs[1]) if len(runs) == 2 else runs * times
+        return TrackedStr(str.__mul__(self, times), runs)
 
     def __rmul__(self, times: SupportsIndex) -> TrackedStr:
         return self * times
@@ -87,11 +88,9 @@ class TrackedStr(str):
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> TrackedStr:
         if not old:
             raise UntrackedTextError("replace of an empty text")
-        return (
-            require_tracked(new).join(self.split(old, count))
-            if str.__contains__(self, old)
-            else self
-        )
+        if not str.__contains__(self, old):
+            return self
+        return require_tracked(new).join(self.split(old, count))
 
     # ---- cutting
 
@@ -142,10 +141,8 @@ class TrackedStr(str):
         lines = self._track_parts(str.splitlines(self, True), "")
         if keepends:
             return lines
-        return [
-            line._slice(0, len(bare))
-            for line, bare in zip(lines, str.splitlines(self), strict=True)
-        ]
+        bare_lines = zip(lines, str.splitlines(self), strict=True)
+        return [line._slice(0, len(bare)) for line, bare in bare_lines]
 
     def _track_parts(self, texts: list[str], separator: str | None) -> list[TrackedStr]:
         if len(texts) > MAX_ITEMS:
@@ -153,27 +150,21 @@ class TrackedStr(str):
         pieces: list[TrackedStr] = []
         position = 0
         for text in texts:
-            position = str.index(self, text, position) if separator is None else position
+            if separator is None:
+                position = str.index(self, text, position)
             pieces.append(self._slice(position, position + len(text)))
             position += len(text) + len(separator or "")
         return pieces
 
     def partition(self, sep: str, /) -> tuple[TrackedStr, TrackedStr, TrackedStr]:
-        sep_start = len(str.partition(self, sep)[0])
-        return (
-            self._slice(0, sep_start),
-            self._slice(sep_start, sep_start + len(sep)),
-            self._slice(sep_start + len(sep), len(self)),
-        )
+        start = len(str.partition(self, sep)[0])
+        end = start + len(sep)
+        return self._slice(0, start), self._slice(start, end), self._slice(end, len(self))
 
     def rpartition(self, sep: str, /) -> tuple[TrackedStr, TrackedStr, TrackedStr]:
-        sep_end = len(self) - len(str.rpartition(self, sep)[2])
-        sep_start = sep_end - len(sep) if sep_end else 0
-        return (
-            self._slice(0, sep_start),
-            self._slice(sep_start, sep_end),
-            self._slice(sep_end, len(self)),
-        )
+        end = len(self) - len(str.rpartition(self, sep)[2])
+        start = end - len(sep) if end else 0
+        return self._slice(0, start), self._slice(start, end), self._slice(end, len(self))
 
     # ---- letter by letter
 
@@ -200,11 +191,12 @@ EMPTY = TrackedStr("", ())
 
 
 def track_str(text: str, origin: int = TEMPLATE) -> TrackedStr:
+    """Return a text of one origin."""
     return TrackedStr(text, (len(text), origin)) if text else EMPTY
 
 
 def concat(pieces: Sequence[str]) -> TrackedStr:
-    """Tracked texts, one after the other."""
+    """Join tracked texts without a separator."""
     runs: list[int] = []
     size = 0
     for piece in pieces:
@@ -223,7 +215,8 @@ def concat(pieces: Sequence[str]) -> TrackedStr:
 
 
 def remap(text: TrackedStr, new: str, construct: str) -> TrackedStr:
-    """`new` is `text` changed letter by letter, or of its single origin whatever happened to it."""
+    """Return `new` with the origins of `text`, of which it is a letter-by-letter change. If the
+    length changed, `text` must have a single origin."""
     if len(new) == len(text):
         return TrackedStr(new, text._runs)
     if len(set(text._runs[1::2])) == 1:
@@ -232,7 +225,7 @@ def remap(text: TrackedStr, new: str, construct: str) -> TrackedStr:
 
 
 def stringify(value: Any) -> TrackedStr:
-    """What a template prints for a value; numbers and the like have no writer (VALUE)."""
+    """Return what a template prints for a value; numbers and the like have origin VALUE."""
     if type(value) is TrackedStr:
         return value
     if isinstance(value, str):
@@ -242,34 +235,34 @@ def stringify(value: Any) -> TrackedStr:
 
 
 def find_shared_origin(value: Any) -> int:
-    """The origin of all texts inside a structure: the template's only if nobody else wrote in it;
-    VALUE if mixed."""
+    """Return the origin of all texts inside a structure, template text aside; VALUE if there are
+    several."""
     origins: set[int] = set()
-    stack, items, chars = [value], 0, 0
+    stack = [value]
+    num_items = num_chars = 0
     while stack:
         item = stack.pop()
-        items += 1
+        num_items += 1
         if isinstance(item, str):
             origins.update(require_tracked(item)._runs[1::2])
-            chars += len(item)
+            num_chars += len(item)
         elif isinstance(item, dict):
             stack += [*item, *item.values()]
         elif isinstance(item, (list, tuple)):
             stack += item
         elif not isinstance(item, (int, float, type(None), Undefined)):
             raise UntrackedTextError(f"a {type(item).__name__} as text")
-        if items + len(stack) > MAX_ITEMS or chars > MAX_CHARS:
-            raise RenderLimitError(
-                f"a structure of more than {MAX_ITEMS} parts or {MAX_CHARS} characters"
-            )
-    owners = origins - {TEMPLATE}
-    if not origins or len(owners) > 1:
+        if num_items + len(stack) > MAX_ITEMS or num_chars > MAX_CHARS:
+            limits = f"{MAX_ITEMS} parts or {MAX_CHARS} characters"
+            raise RenderLimitError(f"a structure of more than {limits}")
+    writers = origins - {TEMPLATE}
+    if not origins or len(writers) > 1:
         return VALUE
-    return owners.pop() if owners else TEMPLATE
+    return writers.pop() if writers else TEMPLATE
 
 
 def require_tracked(text: str) -> TrackedStr:
-    """Plain text has lost its origin and is refused, but for the empty one."""
+    """Return tracked text. Raises UntrackedTextError for plain text, unless it is empty."""
     if type(text) is TrackedStr:
         return text
     if text:
@@ -282,13 +275,15 @@ def to_plain(text: TrackedStr) -> str:
 
 
 def iter_spans(text: TrackedStr) -> Iterator[tuple[int, int, int]]:
-    """(start, end, origin) of the longest stretches of one origin, in order."""
-    start, end, current = 0, 0, -1
+    """Yield (start, end, origin) of each maximal span of one origin, in order."""
+    start = end = 0
+    current = -1
     for length, origin in zip(text._runs[::2], text._runs[1::2], strict=True):
         if origin != current:
             if end > start:
                 yield start, end, current
-            start, current = end, origin
+            start = end
+            current = origin
         end += length
     if end > start:
         yield start, end, current

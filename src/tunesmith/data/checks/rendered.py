@@ -11,12 +11,12 @@ from referencing.exceptions import Unresolvable
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Finding
-from tunesmith.data.chat_template.renderer import BOUNDARY, PER_TURN, STRUCTURAL
+from tunesmith.data.chat_template.render_notes import BOUNDARY, PER_TURN, STRUCTURAL
 from tunesmith.data.checks.context import WARN_SHARE, CheckContext, get_answer, make_finding
 from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import MAX_NAMED_ROWS
 from tunesmith.data.dataset import MAX_DETECTION_ROWS
-from tunesmith.data.formats.row_formats import FORMATS, find_unused_keys
+from tunesmith.data.formats.parse import FORMATS, find_unused_keys
 from tunesmith.data.length_stats import MAX_FULL_SCAN_ROWS
 from tunesmith.data.pretraining import DENSE
 from tunesmith.data.readers.sources import CONTAINERS
@@ -138,7 +138,7 @@ def check_length_losses(context: CheckContext) -> Iterator[Finding]:
     cut = [row for row in context.scan.flagged.get("overlong", []) if row not in dropped]
     effect = (
         "are cut at"
-        if context.dataset.overlong == "truncate"
+        if context.dataset.on_overlong == "truncate"
         else "lose documents that are longer than"
     )
     if cut:

@@ -150,7 +150,7 @@ def _build_example_prompt(example: Example, renderer: Renderer) -> GuardPrompt |
     if example.negative or (example.text is not None and not example.prompt):
         return None
     plain_example = dataclasses.replace(example, rejected=None, banned_spans=())
-    documents = renderer.render_documents(plain_example).documents
+    documents = renderer.render(plain_example).documents
     if not documents:
         return None
     question = build_prompts([plain_example], renderer)[0]

@@ -55,7 +55,7 @@ def document(renderer: Renderer, *contents: str) -> Document:
         {"role": role, "content": text} for role, text in zip(roles, contents, strict=False)
     ]
     weights = tuple(float(message["role"] == "assistant") for message in messages)
-    [made] = renderer.render_documents(
+    [made] = renderer.render(
         Example("row:1", messages=tuple(messages), turn_weights=weights)
     ).documents
     return made

@@ -11,8 +11,8 @@ import pytest
 
 from real_tokenizers import NAMES, NO_SYSTEM, conversations, find, model_folder, stock
 from tunesmith.core.types import Example, Json
-from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
-from tunesmith.data.chat_template.renderer import BOUNDARY, Renderer
+from tunesmith.data.chat_template.render_notes import BOUNDARY, CONTROL_LIKE_TEXT
+from tunesmith.data.chat_template.renderer import Renderer
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 FULL = os.environ.get("TUNESMITH_TOKENIZERS", "")
@@ -32,7 +32,7 @@ def test_golden_rows(name: str, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(golden["template"])
     renderer = Renderer.from_folder(tmp_path, now=datetime.fromisoformat(golden["date"]))
     for row in golden["rows"]:
-        rendered = renderer.render_documents(example(row["messages"]))
+        rendered = renderer.render(example(row["messages"]))
         turns = row["turns"]
         if len(rendered.documents) == 1:
             turns = [{"ids": turns[-1]["ids"], "spans": [turn["span"] for turn in turns]}]
@@ -59,7 +59,7 @@ def test_random_rows_with_the_full_tokenizer(name: str, tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
     for messages in conversations(1, ROWS, system=name not in NO_SYSTEM):
         trained = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        rendered = renderer.render_documents(example(messages))
+        rendered = renderer.render(example(messages))
         seen.update(rendered.notes)
         assert CONTROL_LIKE_TEXT not in rendered.notes
         for document, turn in zip(reversed(rendered.documents), reversed(trained), strict=False):

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from toy_chat import folder
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Json
-from tunesmith.data.chat_template.renderer import END_TOKEN_APPENDED, Renderer
+from tunesmith.data.chat_template.render_notes import END_TOKEN_APPENDED
+from tunesmith.data.chat_template.renderer import Renderer
 
 FOLDER = files("trl").joinpath("chat_templates")
 TEMPLATES = {
@@ -47,8 +48,8 @@ ENDS = {
     "qwen": "<|im_end|>",
     "smolvlm": "<end_of_utterance>",
 }
-FORCED_THINKING = "asks for an answer with"
-NO_CALLS = r"writes nothing of message 3|does not write the tool calls"
+FORCED_THINKING = "prompts for an answer with"
+NO_CALLS = r"does not write message 3|does not write the tool calls"
 # What is refused though transformers renders it. Templates that begin every answer with thinking
 # cannot ask for one without, and the other way round; `enable_thinking` changes that for some.
 REFUSED = {
@@ -221,7 +222,7 @@ def outcome(
     weights = tuple(float(message["role"] == "assistant") for message in messages)
     example = Example("row:1", messages=tuple(messages), turn_weights=weights, tools=tuple(tools))
     try:
-        rendered = renderer.render_documents(example)
+        rendered = renderer.render(example)
     except InputError as error:
         if re.search(expected, error.message) if expected else _raises(oracle):
             return f"ok, refused: {error.message}"
@@ -253,7 +254,7 @@ def test_thinking_is_switched_off_in_prompts_and_answers_alike(name: str, tmp_pa
         folder(tmp_path, source, tokens, eos_token="</s>"), now=datetime.now(), variables=off
     )
     turns = [user("2+2?"), assistant("4")]
-    document = renderer.render_documents(
+    document = renderer.render(
         Example("row:1", messages=tuple(turns), turn_weights=(0.0, 1.0))
     ).documents[0]
     [(before, trained)] = spans(renderer, document)

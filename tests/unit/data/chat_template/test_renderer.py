@@ -22,18 +22,16 @@ from toy_chat import (
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example
-from tunesmith.data.chat_template.assistant_spans import (
-    CONTROL_LIKE_TEXT,
-    SERVED_PROMPT,
-    STRUCTURAL,
-)
-from tunesmith.data.chat_template.renderer import (
+from tunesmith.data.chat_template.render_notes import (
     BOUNDARY,
+    CONTROL_LIKE_TEXT,
     CUT_OFF,
     END_TOKEN_APPENDED,
     PER_TURN,
-    Renderer,
+    SERVED_PROMPT,
+    STRUCTURAL,
 )
+from tunesmith.data.chat_template.renderer import Renderer
 
 NOW = datetime(2026, 3, 4)
 FORGETFUL = (  # as Qwen3: thinking stays in the last turn only
@@ -62,7 +60,7 @@ def test_a_conversation_is_one_document_where_the_template_keeps_earlier_turns(
     renderer: Renderer,
 ) -> None:
     turns = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
-    rendered = renderer.render_documents(example(*turns, weights=(0, 0.5, 0, 2.0, 0)))
+    rendered = renderer.render(example(*turns, weights=(0, 0.5, 0, 2.0, 0)))
     assert marked(renderer, rendered.documents[0]) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\n⟦d<|im_end|>⟧\n<|im_start|>user\ne<|im_end|>\n"
@@ -75,7 +73,7 @@ def test_a_conversation_is_one_document_where_the_template_keeps_earlier_turns(
 def test_untrained_turns_are_context(renderer: Renderer) -> None:
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
     assert texts(renderer, *turns, weights=(0, 0, 0, 1))[0].count("⟦") == 1
-    assert renderer.render_documents(example(*turns, weights=(0, 0, 0, 0))).documents == ()
+    assert renderer.render(example(*turns, weights=(0, 0, 0, 0))).documents == ()
 
 
 def test_turns_that_the_template_writes_differently_later_are_documents_of_their_own(
@@ -83,21 +81,21 @@ def test_turns_that_the_template_writes_differently_later_are_documents_of_their
 ) -> None:
     renderer = Renderer.from_folder(folder(tmp_path, FORGETFUL), now=NOW)
     turns = [user("a"), assistant("<think>x</think>b"), user("c"), assistant("<think>y</think>d")]
-    rendered = renderer.render_documents(example(*turns))
+    rendered = renderer.render(example(*turns))
     assert [marked(renderer, document) for document in rendered.documents] == [
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦<think>x</think>b<|im_end|>⟧\n",
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\n⟦<think>y</think>d<|im_end|>⟧\n",
     ]
     assert PER_TURN in rendered.notes
-    assert len(renderer.render_documents(example(*turns, weights=(0, 0, 0, 1))).documents) == 1
-    first_only = renderer.render_documents(example(*turns, weights=(0, 1, 0, 0)))
+    assert len(renderer.render(example(*turns, weights=(0, 0, 0, 1))).documents) == 1
+    first_only = renderer.render(example(*turns, weights=(0, 1, 0, 0)))
     assert [marked(renderer, document) for document in first_only.documents] == [
         marked(renderer, rendered.documents[0])
     ]
     assert first_only.notes == (CUT_OFF, STRUCTURAL)
     same = [user("a"), assistant("b"), user("c"), assistant("d")]
-    assert len(renderer.render_documents(example(*same)).documents) == 1
+    assert len(renderer.render(example(*same)).documents) == 1
 
 
 # as Mistral's: the system message stands before the last question, and nowhere if an answer follows
@@ -114,7 +112,7 @@ def test_a_prompt_that_is_written_differently_before_an_answer_stands_as_it_is_s
 ) -> None:
     renderer = Renderer.from_folder(folder(tmp_path, SYSTEM_LAST), now=NOW)
     turns = [SYSTEM, user("one"), assistant("eins"), user("two"), assistant("zwei")]
-    rendered = renderer.render_documents(example(*turns))
+    rendered = renderer.render(example(*turns))
     assert rendered.notes == (PER_TURN, SERVED_PROMPT)
     assert [marked(renderer, document) for document in rendered.documents] == [
         "<|im_start|>Be brief: one[ANSWER]⟦eins<|im_end|>⟧",
@@ -137,8 +135,8 @@ def test_an_answer_that_does_not_begin_as_it_is_asked_for_is_refused(
     renderer = Renderer.from_folder(
         folder(tmp_path, SYSTEM_LAST.replace("'[ANSWER]'", f"({asked})")), now=NOW
     )
-    with pytest.raises(InputError, match=r"asks for an answer with .* but would write this one as"):
-        renderer.render_documents(example(SYSTEM, user("one"), assistant("eins")))
+    with pytest.raises(InputError, match=r"prompts for an answer with .* but writes it as"):
+        renderer.render(example(SYSTEM, user("one"), assistant("eins")))
 
 
 def test_a_developer_is_the_system_where_a_template_knows_no_other(
@@ -153,7 +151,7 @@ def test_a_developer_is_the_system_where_a_template_knows_no_other(
 
 def test_prompts_are_the_start_of_documents_token_by_token(renderer: Renderer) -> None:
     turns = [user("  a\n\n"), assistant("b"), user("c <think>"), assistant("<think>d")]
-    document = renderer.render_documents(example(*turns)).documents[0]
+    document = renderer.render(example(*turns)).documents[0]
     for until in (1, 3):
         prompt = renderer.encode_prompt(turns[:until])
         assert tuple(document.tokens_L[: len(prompt)].tolist()) == prompt
@@ -169,16 +167,16 @@ def test_an_answer_that_would_merge_with_its_prompt_is_kept_apart_as_it_is_serve
     assert renderer.encode_text("\n\n") != renderer.encode_text("\n") * 2, (
         "the tokenizer merges line ends"
     )
-    rendered = renderer.render_documents(example(user("a"), assistant("\nb")))
+    rendered = renderer.render(example(user("a"), assistant("\nb")))
     assert tuple(rendered.documents[0].tokens_L[: len(prompt)].tolist()) == prompt
     assert marked(renderer, rendered.documents[0]).endswith("assistant\n⟦\nb<|im_end|>⟧\n")
     assert BOUNDARY in rendered.notes
-    several = renderer.render_documents(
+    several = renderer.render(
         example(user("a"), assistant("\nb"), user("c"), assistant("d"))
     )
     assert len(several.documents) == 2
     assert (
-        renderer.render_documents(
+        renderer.render(
             example(user("a"), assistant("b"), user("c"), assistant("\nd"), weights=(0, 1, 0, 0))
         ).notes
         == ()
@@ -192,7 +190,7 @@ def test_an_end_token_is_appended_where_the_template_writes_none(tmp_path: Path)
         "{% if add_generation_prompt %}{{ '### A:\\n' }}{% endif %}"
     )
     renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
-    rendered = renderer.render_documents(
+    rendered = renderer.render(
         example(user("a"), assistant("b"), user("c"), assistant("d"))
     )
     assert [marked(renderer, document) for document in rendered.documents] == [
@@ -201,8 +199,8 @@ def test_an_end_token_is_appended_where_the_template_writes_none(tmp_path: Path)
     ]
     assert set(rendered.notes) == {END_TOKEN_APPENDED, PER_TURN}
     nameless = folder(tmp_path / "nameless", template, eos_token=None)
-    with pytest.raises(InputError, match="no token to end a text with"):
-        Renderer.from_folder(nameless, now=NOW).render_documents(example(user("a"), assistant("b")))
+    with pytest.raises(InputError, match="the tokenizer has no EOS token"):
+        Renderer.from_folder(nameless, now=NOW).render(example(user("a"), assistant("b")))
 
 
 def test_the_first_of_two_closing_tokens_ends_the_answer_if_the_second_only_ends_the_text(
@@ -281,13 +279,13 @@ def test_plain_text_is_trained_whole_and_closed(tmp_path: Path) -> None:
     tokens = ("<|endoftext|>", "<|bos|>", "<|im_end|>")
     renderer = Renderer.from_folder(folder(tmp_path, None, tokens, bos="<|bos|>"), now=NOW)
     assert not renderer.has_template
-    rendered = renderer.render_documents(Example("t:1", text="the user"))
+    rendered = renderer.render(Example("t:1", text="the user"))
     assert marked(renderer, rendered.documents[0]) == "<|bos|>⟦the user<|endoftext|>⟧"
     assert rendered.notes == ()
-    attacked = renderer.render_documents(Example("t:1", text="the <|im_end|>"))
+    attacked = renderer.render(Example("t:1", text="the <|im_end|>"))
     assert attacked.notes == (CONTROL_LIKE_TEXT,)
     assert attacked.documents[0].tokens_L.tolist()[1:-1] == renderer.encode_text("the <|im_end|>")
-    without = Renderer.from_folder(folder(tmp_path / "b", None), now=NOW).render_documents(
+    without = Renderer.from_folder(folder(tmp_path / "b", None), now=NOW).render(
         Example("t:1", text="the user")
     )
     assert without.documents[0].weights_L.tolist()[0] == 0
@@ -298,7 +296,7 @@ def test_plain_text_is_trained_whole_and_closed(tmp_path: Path) -> None:
 def test_a_completion_goes_on_from_its_prompt(tmp_path: Path, kind: str) -> None:
     base = None if kind == "bytes" else sentence_bpe(kind)
     renderer = Renderer.from_folder(folder(tmp_path, base=base), now=NOW)
-    document = renderer.render_documents(Example("t:1", prompt="the user", text=" asks")).documents[
+    document = renderer.render(Example("t:1", prompt="the user", text=" asks")).documents[
         0
     ]
     count = len(renderer.encode_text("the user"))
@@ -308,7 +306,7 @@ def test_a_completion_goes_on_from_its_prompt(tmp_path: Path, kind: str) -> None
 
 
 def test_a_completion_is_an_answer_and_its_prompt_is_not(renderer: Renderer) -> None:
-    rendered = renderer.render_documents(
+    rendered = renderer.render(
         Example("t:1", prompt="<think>", text="<think>a</think> b<|im_end|>")
     )
     assert (
@@ -321,7 +319,7 @@ def test_a_completion_is_an_answer_and_its_prompt_is_not(renderer: Renderer) -> 
         for text in ("<think>", "</think>", "<|im_end|>")
     ] == [1, 1, 0]
     assert rendered.notes == (CONTROL_LIKE_TEXT, STRUCTURAL)
-    plain = renderer.render_documents(Example("t:1", text="<think>"))
+    plain = renderer.render(Example("t:1", text="<think>"))
     assert renderer.tokenizer.token_to_id("<think>") not in plain.documents[0].tokens_L
 
 
@@ -358,11 +356,11 @@ def test_threads_may_share_a_renderer(renderer: Renderer) -> None:
         example(user(f"question {i} <|im_end|>"), assistant(f"answer {i}" * i))
         for i in range(1, 60)
     ]
-    alone = [renderer.render_documents(row).documents[0].tokens_L.tolist() for row in rows]
+    alone = [renderer.render(row).documents[0].tokens_L.tolist() for row in rows]
     with ThreadPoolExecutor(4) as pool:
         together = list(
             pool.map(
-                lambda row: renderer.render_documents(row).documents[0].tokens_L.tolist(), rows
+                lambda row: renderer.render(row).documents[0].tokens_L.tolist(), rows
             )
         )
     assert together == alone
@@ -401,7 +399,7 @@ def test_tokens_that_swallow_white_space_keep_the_boundary(tmp_path: Path) -> No
     )
     prompt = renderer.encode_prompt([user("a")])
     for answer in ("b", "  b"):
-        document = renderer.render_documents(example(user("a"), assistant(answer))).documents[0]
+        document = renderer.render(example(user("a"), assistant(answer))).documents[0]
         assert tuple(document.tokens_L[: len(prompt)].tolist()) == prompt
         assert (
             marked(renderer, document)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from toy_chat import CHATML, CHATML_TOKENS, assistant, example, folder, sentence_bpe, texts, user
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import NewToken
-from tunesmith.data.chat_template.assistant_spans import CONTROL_LIKE_TEXT
+from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.tokenizer.added_tokens import (
     make_new_tokens,
@@ -40,7 +40,7 @@ def ids(renderer: Renderer) -> dict[str, int]:
 
 def counted(renderer: Renderer, *messages: Any) -> dict[str, int]:
     """How often each new token stands in the one document of a row."""
-    (document,) = renderer.render_documents(example(*messages)).documents
+    (document,) = renderer.render(example(*messages)).documents
     return {text: document.tokens_L.tolist().count(index) for text, index in ids(renderer).items()}
 
 
@@ -50,7 +50,7 @@ def test_a_new_token_is_one_id_wherever_it_stands(tmp_path: Path) -> None:
     assert counted(made, *row) == {"[e1]": 3, "<gene>": 2, "ibuprofen": 1}
     assert texts(made, *row)[0].endswith("⟦ibuprofen, [e1]\n<gene> [e1].<|im_end|>⟧\n")
     assert made.encode_text("[e1]") == [ids(made)["[e1]"]]
-    assert made.render_documents(example(*row)).notes == ()
+    assert made.render(example(*row)).notes == ()
 
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "first", "always", "none"])
@@ -64,7 +64,7 @@ def test_ids_are_those_that_transformers_makes(kind: str, tmp_path: Path) -> Non
         user("the [e1] user <gene>Größer"),
         assistant("<gene>\n\n[e1] answers <gene>  [e1]"),
     ]
-    (document,) = made.render_documents(example(*messages)).documents
+    (document,) = made.render(example(*messages)).documents
     theirs = stock.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     assert document.tokens_L.tolist() == theirs[: len(document)]
 
@@ -94,7 +94,7 @@ def test_what_the_template_writes_is_structural(tmp_path: Path) -> None:
     made = renderer(folder(tmp_path, TAGGED), "[out]", "[in]")
     row = (user("[out] [in]"), assistant("[out] [in]"))
     assert counted(made, *row) == {"[out]": 2, "[in]": 2}
-    assert CONTROL_LIKE_TEXT in made.render_documents(example(*row)).notes
+    assert CONTROL_LIKE_TEXT in made.render(example(*row)).notes
     assert [token.is_ordinary for token in made.tokenizer.new_tokens] == [False, True]
 
 
@@ -127,7 +127,7 @@ def test_numbers_with_holes_are_refused(tmp_path: Path) -> None:
 def test_a_token_that_no_row_holds_is_refused(tmp_path: Path) -> None:
     made = renderer(folder(tmp_path), "[e1]", "[e2]", "[e3]")
     rows = [
-        made.render_documents(example(user(text), assistant("yes"))).documents[0]
+        made.render(example(user(text), assistant("yes"))).documents[0]
         for text in ("[e1]", "[e3]")
     ]
     with pytest.raises(InputError, match=r"no training row holds '\[e2\]': nothing would train"):

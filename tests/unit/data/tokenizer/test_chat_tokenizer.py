@@ -143,7 +143,7 @@ def test_a_token_matched_after_normalisation_is_refused_where_that_matters(tmp_p
     fragile = AddedToken("<|n|>", special=True, normalized=True)
     base = json.loads(sentence_bpe("prepend"))
     tokenizer = ChatTokenizer.from_folder(folder(tmp_path, tokens=[fragile], base=json.dumps(base)))
-    with pytest.raises(InputError, match=r"normalisation changes the added token '<\|n\|>'"):
+    with pytest.raises(InputError, match=r"normalization changes the added token '<\|n\|>'"):
         TrackedText(track_str("a<|n|>b"), tokenizer, ())
     own = concat([track_str("a"), track_str("<|n|>", make_origin(0, "content"))])
     assert TrackedText(own, tokenizer, ()).has_control_like_text
