@@ -86,7 +86,7 @@ def test_fault_24_a_flipped_byte_is_seen_and_the_checkpoint_before_is_taken(
     events = list(run.resume(copied))
     (warning,) = verdicts(events, "checkpoint")
     assert warning.startswith("skipped checkpoints/step-2: ")
-    assert verdicts(events, "resume") == ["after checkpoints/step-1"]
+    assert verdicts(events, "resume") == ["from checkpoints/step-1"]
     assert [step.step for step in steps_of(events)] == [2, 3]
     assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
 
@@ -168,7 +168,7 @@ def in_recipe(file: Path) -> None:
 
 def in_plan(file: Path) -> None:
     plan = read_json(file)
-    plan["choices"]["learning_rate"]["value"] = 0.5
+    plan["settings"]["learning_rate"]["value"] = 0.5
     file.write_text(json.dumps(plan))
 
 
@@ -230,7 +230,7 @@ def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(
     change(file)
     try:
         with pytest.raises(
-            InputError, match=rf"(?s)not what the run stood on.*\n  {message}.*allow-drift"
+            InputError, match=rf"(?s)inputs have changed.*\n  {message}.*allow-drift"
         ) as refusal:
             next(run.resume(own.output_dir))
     finally:
@@ -249,12 +249,12 @@ def test_fault_30_what_is_allowed_to_differ_is_in_the_record(what: str, tmp_path
     name, change, _ = DRIFTS[what]
     change(tmp_path / name)
     until_saved(run.resume(tmp_path / "run", allow_drift=True), step=2)
-    with pytest.raises(InputError, match="not what the run stood on"):
+    with pytest.raises(InputError, match="inputs have changed"):
         next(run.resume(tmp_path / "run"))
     events = list(run.resume(tmp_path / "run", allow_drift=True))
     assert [step.step for step in steps_of(events)] == [3]
-    drift = read_json(tmp_path / "run" / "record.json")["drift"]
-    assert drift == verdicts(events, "drift")
+    drift = read_json(tmp_path / "run" / "record.json")["input_changes"]
+    assert drift == verdicts(events, "changed input")
     assert len(drift) == 1
     if what == "plan":
         assert steps_of(events)[0].learning_rate == pytest.approx(0.5 / 3)
@@ -279,7 +279,7 @@ def test_another_processor_is_said_and_not_refused(copied: Path) -> None:
     events = list(run.resume(copied))
     (said,) = verdicts(events, "rounding")
     assert said.startswith("machine.device: Pentium II -> ")
-    assert read_json(copied / "record.json")["drift"] == []
+    assert read_json(copied / "record.json")["input_changes"] == []
 
 
 def test_a_run_of_another_version_is_refused(copied: Path) -> None:
@@ -325,7 +325,7 @@ def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_
     assert read_json(position)["pack_length"] == 2048
     plan = tmp_path / "mixed" / "run" / "plan.json"
     values = read_json(plan)
-    values["choices"]["pack_length"]["value"] = 60
+    values["settings"]["pack_length"]["value"] = 60
     plan.write_text(json.dumps(values))
     seen["mixed"] = steps_of(list(run.resume(tmp_path / "mixed" / "run", allow_drift=True)))
     for name, tail in (("narrow", 0), ("mixed", 1)):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from plan_configs import make_config
 from tiny_models import tiny_document, tiny_model
 from tiny_runs import adapter_bytes, measured_files, recipe, steps_of, train
 from tunesmith.core.atomic import verify_dir
@@ -25,12 +26,11 @@ from tunesmith.evaluate import finished_run
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 from tunesmith.train import run
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
-SETTINGS = TrainingConfig(
-    steps=6, pack_length=60, learning_rate=2e-3, warmup_steps=0, schedule="constant", weight_decay=0, max_grad_norm=1,
-    seed=5,
-)  # fmt: skip
+SETTINGS = make_config(
+    pack_length=60, learning_rate=2e-3, lr_scheduler_type="constant", seed=5
+)
 
 
 def poison(steps: set[int], patch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_fault_27_under_guard_it_goes_back_and_on_with_half_the_rate(
         event for event in events if isinstance(event, CheckResult) and event.level == "rollback"
     ]
     assert (back.kind, back.step) == ("non-finite", 6)
-    assert "back to step 2, on with 0.5 times the learning rate" in back.evidence
+    assert "back to step 2, continuing with 0.5 times the learning rate" in back.evidence
     rates = {step.step: step.learning_rate for step in steps_of(events)}
     assert rates[3] == pytest.approx(0.5 * 0.01 * 7 / 9)
     assert [
@@ -166,8 +166,7 @@ def documents(step: int) -> list:
 
 def test_fault_27_weights_that_an_update_breaks_are_named_and_never_saved(tmp_path: Path) -> None:
     training = TrainingLoop(
-        tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf)
-    )
+        tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf), steps=6)
     with RunFolder.create(tmp_path) as folder:
         folder.write_json("plan.json", {})
         with folder.checkpoint(0, metadata={}) as target:
@@ -210,7 +209,7 @@ def test_weights_are_readable_for_whom_their_folder_is(tmp_path: Path) -> None:
 
 
 def test_moments_are_checked_like_weights(tmp_path: Path) -> None:
-    training = TrainingLoop(tiny_model(), documents, SETTINGS)
+    training = TrainingLoop(tiny_model(), documents, SETTINGS, steps=6)
     events: list[Event] = [next(training)]
     assert events
     parameter = next(iter(training.parameters.values()))

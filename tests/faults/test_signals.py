@@ -57,7 +57,7 @@ def wished(model: Path, folder: Path) -> Recipe:
 def follow(wish: Recipe) -> tuple[list[Event], Interrupted]:
     """The events of a run that a signal ends, and how it ends."""
     seen: list[Event] = []
-    with pytest.raises(Interrupted, match="go on with: tunesmith resume") as stopped:
+    with pytest.raises(Interrupted, match="continue with: tunesmith resume") as stopped:
         seen.extend(event for event in run.train(plan_of(wish)))
     return seen, stopped.value
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from plan_configs import make_settings
 from tunesmith.core.events import (
     CheckpointSaved,
     CheckResult,
@@ -68,18 +69,18 @@ REPORT = DataReport(
     {"overlong": 4},
     findings=(FINDING,),
 )
+CONFIG, REASONS = make_settings(
+    stage=PlanValue("sft", "rule", "sft trains on answers"),
+    method=PlanValue("lora", "rule", "the base stays as it is", "Hu 2021", "published", "the same"),
+    learning_rate=PlanValue(1e-4, "user", "set in the recipe"),
+    metrics=PlanValue(("exact_match",), "user", "set in the recipe"),
+    seed=PlanValue(0, "rule", "order of rows"),
+    now=PlanValue("2026-11-26T00:00:00", "rule", "dates are frozen"),
+)
 PLAN = Plan(
     recipe={"model": "tiny"},
-    choices={
-        "stage": PlanValue("sft", "rule", "sft trains on answers"),
-        "method": PlanValue(
-            "lora", "rule", "the base stays as it is", "Hu 2021", "published", "the same"
-        ),
-        "learning_rate": PlanValue(1e-4, "you", "the recipe says so"),
-        "metrics": PlanValue(["exact_match"], "you", "the recipe says so"),
-        "seed": PlanValue(0, "rule", "order of rows"),
-        "now": PlanValue("2026-11-26T00:00:00", "rule", "dates are frozen"),
-    },
+    config=CONFIG,
+    reasons=REASONS,
     machine=MACHINE,
     model=MODEL,
     data={"data": REPORT, "test_data": REPORT},
@@ -128,7 +129,7 @@ def step(number: int, loss: float = 1.0) -> TrainStep:
 
 def events(steps: int = 30) -> list[Event]:
     """A run with looks at held-out rows, checkpoints and a warning."""
-    found: list[Event] = [CheckResult("forward = stock", "ok", "logits within 0.0%")]
+    found: list[Event] = [CheckResult("logits match transformers", "ok", "relative difference at most 0.00%")]
     for number in range(1, steps + 1):
         found.append(step(number, 2.0 / number))
         if number % 10 == 0:
@@ -172,7 +173,7 @@ def record_of(plan: Plan = PLAN, **changed: Any) -> RunRecord:
     made = RunRecord(
         version="0.1.0",
         plan=plan,
-        preflight=(CheckResult("forward = stock", "ok", "logits within 0.0%"),),
+        preflight=(CheckResult("logits match transformers", "ok", "relative difference at most 0.00%"),),
         comparisons=(BETTER, FORGOT),
         steps=30,
         tokens=90_000,
@@ -210,7 +211,7 @@ def write_stages(path: Path, **changed: Any) -> Path:
     """Two stages, both finished."""
     places = [str(path / STAGES_DIR / name) for name in ("1-cpt", "2-sft")]
     plans = [
-        replace(PLAN, choices={**PLAN.choices, "output_dir": PlanValue(place, "rule", "")})
+        PLAN.with_settings(output_dir=PlanValue(place, "rule", ""))
         for place in places
     ]
     with RunFolder.create(path) as folder:

@@ -30,9 +30,9 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
 from tunesmith.evaluate import finished_run
-from tunesmith.model.hub.provenance import read_provenance
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
+from tunesmith.session.provenance import read_provenance
 from tunesmith.session.session import open_session
 from tunesmith.train import run
 from tunesmith.train.preflight import run_preflight
@@ -82,7 +82,7 @@ def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Pa
     plan = plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
     taken = {
         key: (choice.value, choice.decided_by)
-        for key, choice in plan.choices.items()
+        for key, choice in plan.settings.items()
         if choice.decided_by == "checkpoint"
     }
     assert taken.pop("adapter_sha256")
@@ -94,7 +94,7 @@ def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Pa
         "use_rslora": (True, "checkpoint"),
         "use_dora": (False, "checkpoint"),
     }
-    assert plan["adapter_from"] == str(tmp_path / "theirs")
+    assert plan.config.adapter_from == str(tmp_path / "theirs")
     assert "there is no hash by which to know" in plan.warnings[0]
 
 
@@ -137,9 +137,7 @@ def test_the_same_wish_is_no_contradiction(tiny_folder: Path, tmp_path: Path) ->
     for targets in (["q_proj", "down_proj"], r".*\.(q|down)_proj"):
         wish = same | {"lora_target_modules": targets}
         assert (
-            plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **wish))[
-                "lora_alpha"
-            ]
+            plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **wish)).config.lora_alpha
             == 6
         )
 
@@ -182,15 +180,15 @@ def test_the_start_is_proven_with_the_adapter_on(
     wish = recipe(tiny_folder, tmp_path, data=new_rows(tmp_path), adapter_from=first.output_dir)
     known = inputs.load_inputs(wish)
     bench = open_session(inputs.make_plan(known), known)
-    assert "within 0.0" in next(
-        v.evidence for v in run_preflight(bench.model, bench.samples) if v.kind == "forward = stock"
+    assert "at most 0.0" in next(
+        v.evidence for v in run_preflight(bench.model, bench.samples) if v.kind == "logits match transformers"
     )
     name, parameter = next(
         (n, p) for n, p in bench.model.network.named_parameters() if "lora_B" in n
     )
     with torch.no_grad():
         parameter *= 1.5  # an adapter that was not loaded as it is
-    with pytest.raises(GateError, match="differs from the stock model's"):
+    with pytest.raises(GateError, match="logits differ from transformers"):
         run_preflight(bench.model, bench.samples)
     assert name
 
@@ -228,7 +226,7 @@ def their_step(network: PeftModel, documents: Any, plan: Any) -> dict[str, torch
     mean over targets."""
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=plan["learning_rate"], weight_decay=plan["weight_decay"]
+        trained, lr=plan.config.learning_rate, weight_decay=plan.config.weight_decay
     )
     count = sum(float(document.weights_L.sum()) for document in documents)
     for document in documents:
@@ -236,7 +234,7 @@ def their_step(network: PeftModel, documents: Any, plan: Any) -> dict[str, torch
         logits = network(input_ids=tokens[None, :-1]).logits[0]
         losses = cross_entropy(logits, tokens[1:], reduction="none")
         ((losses * torch.from_numpy(document.weights_L[1:])).sum() / count).backward()
-    torch.nn.utils.clip_grad_norm_(trained, plan["max_grad_norm"])
+    torch.nn.utils.clip_grad_norm_(trained, plan.config.max_grad_norm)
     optimizer.step()
     named = {
         n.replace(".default", ""): p.detach()
@@ -371,7 +369,7 @@ def test_an_adapter_folder_says_what_it_belongs_to(first: Recipe, tiny_folder: P
     assert len(found.reference_prompts) == 5, (
         "plain text, a question, one with a system message, a conversation, a tool call"
     )
-    assert found.now == read_json(folder.parent / "plan.json")["choices"]["now"]["value"]
+    assert found.now == read_json(folder.parent / "plan.json")["settings"]["now"]["value"]
     whole = (folder / "tunesmith.json").read_text()
     assert "please" not in whole, "no row of the data"
 
@@ -409,7 +407,7 @@ def test_golden_ids_tell_of_another_tokenization_by_the_same_files(
     with pytest.raises(InputError, match=r"not as the run wrote it: tunesmith\.json"):
         finished_run.reopen_session(tmp_path / "copy")
     with pytest.raises(
-        InputError, match=r"golden prompt 2: \d+ tokens -> \d+, they differ from token 6 on"
+        InputError, match=r"reference prompt 2: \d+ tokens -> \d+, different from token 6 on"
     ):
         plan_of(
             recipe(
@@ -425,8 +423,8 @@ def test_a_verdict_or_two_for_the_record(first: Recipe, tiny_folder: Path, tmp_p
     row = [chat("a question", "an answer")]
     rows = str(write_rows(tmp_path / "one.jsonl", row * 2))
     events = train(recipe(tiny_folder, tmp_path / "n", data=rows, adapter_from=first.output_dir))
-    assert [v.kind for v in events if isinstance(v, CheckResult)][1] == "forward = stock"
+    assert [v.kind for v in events if isinstance(v, CheckResult)][1] == "logits match transformers"
     record = read_json(tmp_path / "n" / "run" / "record.json")
-    assert record["plan"]["choices"]["adapter_from"]["value"] == str(
+    assert record["plan"]["settings"]["adapter_from"]["value"] == str(
         Path(str(first.output_dir)) / "adapter"
     )

@@ -71,11 +71,11 @@ def test_an_epoch_trains_every_token_of_every_text_once(tiny_folder: Path, tmp_p
     assert all(140 <= step.tokens <= 260 for step in steps[:-1])
     record = read_record(tmp_path / "run")
     assert record.plan.steps == len(steps) == -(-record.plan.data["data"].tokens // 200)
-    assert record.plan["separator"] == "<|text|>"
+    assert record.plan.config.separator == "<|text|>"
     assert [verdict.kind for verdict in record.preflight][-3:] == [
-        "texts end",
-        "windows cover",
-        "controls",
+        "EOS between documents",
+        "every token is a target once",
+        "negative controls",
     ]
 
 
@@ -219,7 +219,7 @@ def test_a_step_holds_at_least_a_window(tiny_folder: Path, tmp_path: Path) -> No
     ("content", "message"),
     [
         (b"", "the file is empty"),
-        (b" \n\n ", "the file holds no row"),
+        (b" \n\n ", "the file has no rows"),
         ("Größe".encode() + "Größe".encode("latin-1"), "not UTF-8"),
         ("a text".encode("utf-16"), "not UTF-8"),
     ],

@@ -40,9 +40,9 @@ def test_a_run_is_proven_trains_and_is_reopened(
     wish = qlora(tiny_folder, tmp_path, dtype=dtype, **measured_files(tmp_path / "held-out"))
     events = train(wish)
     said = {event.kind: event.evidence for event in events if isinstance(event, CheckResult)}
-    assert said["4-bit weights"].startswith("14 matrices in ")
-    assert said["forward = stock"].startswith(
-        "logits within 0.00%" if dtype == "fp32" else "logits within "
+    assert said["4-bit weights"].startswith("14 matrices, ")
+    assert said["logits match transformers"].startswith(
+        "relative difference at most 0.00%" if dtype == "fp32" else "relative difference at most "
     )
     steps = steps_of(events)
     assert len(steps) == 3

@@ -96,7 +96,7 @@ def test_every_recipe_runs(path: Path, tiny_folder: Path, tmp_path: Path) -> Non
     model = save_writer_folder(tmp_path / "writer") if path.stem == "rehearsal" else tiny_folder
     events = run_small(path, model, tmp_path)
     assert [step.step for step in steps_of(events)] == [1, 2]
-    choices, chosen = read_json(tmp_path / "run" / "plan.json")["choices"], CHOSEN[path.stem]
+    choices, chosen = read_json(tmp_path / "run" / "plan.json")["settings"], CHOSEN[path.stem]
     assert {key: choices[key]["value"] for key in chosen} == chosen
     assert (tmp_path / "run" / ("model" if path.stem == "full" else "adapter")).is_dir()
     assert (tmp_path / "run" / "record.json").exists()

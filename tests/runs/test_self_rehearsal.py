@@ -77,7 +77,7 @@ def test_the_model_writes_conversations_which_are_trained(
     record = read_record(folder / "run")
     assert record.plan.data["rehearsal"].rows == len(rows)
     own = sum(step.tokens - step.task_tokens.get("rehearsal", 0) for step in steps_of(events))
-    assert record.plan["rehearsal_tokens"] == pytest.approx(own * 0.3 / 0.7, rel=0.01), (
+    assert record.plan.config.rehearsal_tokens == pytest.approx(own * 0.3 / 0.7, rel=0.01), (
         "as many as are due"
     )
     assert record.task_tokens["rehearsal"] > 0.1 * record.tokens

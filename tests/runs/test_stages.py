@@ -179,7 +179,7 @@ def test_the_plan_of_a_later_stage_is_known_before_the_first(
     before, after = stages.read_staged(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")
     assert before.config.between_stages == after.config.between_stages == "the adapter goes on"
     differ = {
-        key for key in after.choices if key not in before.choices or before[key] != after[key]
+        key for key in after.values if key not in before.values or before.values[key] != after.values[key]
     }
     assert differ == {"adapter_sha256", "adapter_from"}
 
@@ -200,7 +200,7 @@ def test_a_run_may_go_on_from_stages(
 ) -> None:
     events = train(recipe(tiny_folder, tmp_path, adapter_from=str(straight[0]), max_steps=1))
     assert len(steps_of(events)) == 1
-    assert read_json(tmp_path / "run" / "plan.json")["choices"]["adapter_from"]["value"].endswith(
+    assert read_json(tmp_path / "run" / "plan.json")["settings"]["adapter_from"]["value"].endswith(
         "2-sft/adapter"
     )
 

@@ -169,8 +169,8 @@ MIXED = {
 def test_a_mixture_has_its_shares_and_is_planned(tiny_folder: Path, tmp_path: Path) -> None:
     events = train(wish(tiny_folder, tmp_path, **MIXED))
     record = parse_as(RunRecord, read_json(tmp_path / "run" / "record.json"))
-    assert record.plan["mixture"] == {"sums": 3, "echo": 2}
-    assert "sums 60% of the rows" in record.plan.choices["mixture"].reason
+    assert record.plan.config.mixture == {"sums": 3, "echo": 2}
+    assert "sums 60% of the rows" in record.plan.reasons["mixture"].reason
     assert Counter(task for step in steps_of(events) for task in step.task_tokens) == {
         "sums": 6,
         "echo": 4,

@@ -46,7 +46,7 @@ def compared(
     bench = open_session(inputs.make_plan(known), known)
     verdicts = {verdict.kind: verdict for verdict in run_preflight(bench.model, bench.samples)}
     return [found.is_full_row for found in bench.samples.token_id_checks], verdicts[
-        "ids = stock"
+        "token ids match apply_chat_template"
     ].evidence
 
 
@@ -70,7 +70,7 @@ def test_rows_and_prompts_are_compared(
 ) -> None:
     found, told = compared(tiny_folder, tmp_path, template, [row] * 3, **changed)
     assert found == [whole] * 3
-    assert told.endswith("included" if whole else "of 3 the prompts, as they are served")
+    assert told.endswith("included" if whole else "only the prompts of 3")
 
 
 def test_what_looks_like_a_control_token_is_not_compared(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Which checkpoint becomes the adapter: the best on `eval_data` that has not forgotten too much.
+"""Choose the checkpoint that becomes the adapter: the best on eval_data within the forgetting margin.
 
-    Look, Look, ... -> the best one
+Neither the last checkpoint nor the one with the lowest loss: loss may fall while answers get worse,
+or rise while they get better. Graded answers are compared first, by the recipe's metrics. Checkpoints
+that differ by no more than one item are tied, and the lowest held-out loss decides. Pure.
 
-Not the last, and not the one of the lowest loss: a loss goes on falling, or rises while answers get
-better. Answers are compared first, by the recipe's metrics; where they differ by no more than one
-item, the lower held-out loss decides, which tells apart what a few answers cannot. Pure."""
+In: the scores of evaluations. Out: EvalPoints and the best of them."""
 
 from __future__ import annotations
 
@@ -19,68 +19,68 @@ EVAL = "eval"
 
 @dataclass(frozen=True)
 class EvalPoint:
-    """At `eval_data`, and at general text where there is any. `quality`: mean of the metrics; one
-    item is `item` of it."""
+    """One evaluation during training.
+
+    `mean_metric` is the mean of the recipe's metrics, of which one item is `item_weight`."""
 
     step: int
     loss: float
     mean_metric: float | None = None
     item_weight: float = 0.0
-    forgotten: float | None = None  # bits per byte
+    forgotten: float | None = None  # bits per byte of general text
 
     @classmethod
     def from_scores(
         cls, step: int, scores: Iterable[Score], metrics: Collection[str]
     ) -> EvalPoint | None:
-        """None where nothing of `eval_data` was measured."""
+        """Return the evaluation with these scores, None if none is of eval_data."""
         score_list = list(scores)
         losses = _select_eval_scores(score_list, ("loss", "bits_per_byte"))
         if not losses:
             return None
         graded = _select_eval_scores(score_list, (*metrics, "preference_accuracy"))
+        forgotten = [score.value for score in score_list if score.metric == "forgotten"]
         return cls(
             step,
-            fmean(score.value for score in losses),
-            fmean(score.value for score in graded) if graded else None,
-            1 / min(score.n for score in graded) if graded else 0.0,
-            next((score.value for score in score_list if score.metric == "forgotten"), None),
+            loss=fmean(score.value for score in losses),
+            mean_metric=fmean(score.value for score in graded) if graded else None,
+            item_weight=1 / min(score.n for score in graded) if graded else 0.0,
+            forgotten=forgotten[0] if forgotten else None,
         )
 
 
 def _select_eval_scores(scores: Sequence[Score], metrics: Collection[str]) -> list[Score]:
-    """Over all rows, else over the tasks."""
-    eval_scores = [
+    """Return the scores over all rows of eval_data; without such scores, those of its tasks."""
+    by_task = [
         score
         for score in scores
         if score.metric in metrics and score.task.partition(":")[0] == EVAL
     ]
-    return [
-        score for score in eval_scores if score.task in (EVAL, f"{EVAL}: mean of tasks")
-    ] or eval_scores
+    overall = [score for score in by_task if score.task in (EVAL, f"{EVAL}: mean of tasks")]
+    return overall or by_task
 
 
 def select_best(eval_points: Sequence[EvalPoint], margin: float) -> EvalPoint | None:
-    """Among those within the margin, if any is."""
-    within_margin = [
-        eval_point
-        for eval_point in eval_points
-        if eval_point.forgotten is None or eval_point.forgotten <= margin
-    ] or list(eval_points)
-    if not within_margin:
+    """Return the best evaluation within the margin; if none is, the best of all."""
+    candidates: list[EvalPoint] = []
+    for point in eval_points:
+        if point.forgotten is None or point.forgotten <= margin:
+            candidates.append(point)
+    candidates = candidates or list(eval_points)
+    if not candidates:
         return None
-    max_metric = max(eval_point.mean_metric or 0.0 for eval_point in within_margin)
+    max_metric = max(point.mean_metric or 0.0 for point in candidates)
     tied = [
-        eval_point
-        for eval_point in within_margin
-        if (eval_point.mean_metric or 0.0) >= max_metric - eval_point.item_weight
+        point
+        for point in candidates
+        if (point.mean_metric or 0.0) >= max_metric - point.item_weight
     ]
-    return min(tied, key=lambda eval_point: (eval_point.loss, eval_point.step))
+    return min(tied, key=lambda point: (point.loss, point.step))
 
 
 def should_stop_early(eval_points: Sequence[EvalPoint], margin: float, patience: int) -> bool:
-    """So many looks in a row found nothing better."""
+    """Return whether `patience` evaluations since the best one were no better."""
     best = select_best(eval_points, margin)
-    return (
-        best is not None
-        and sum(eval_point.step > best.step for eval_point in eval_points) >= patience
-    )
+    if best is None:
+        return False
+    return sum(point.step > best.step for point in eval_points) >= patience

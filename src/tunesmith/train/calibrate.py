@@ -21,7 +21,7 @@ from tunesmith.model.causal_lm import DTYPES
 from tunesmith.plan.flops import compute_token_flops, count_computed_tokens, estimate_run_flops
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import open_truncated_session
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 SECONDS_PER_DEPTH = 2.5  # of steps for each of the two depths
 MAX_STEPS, MAX_LAYERS = 8, 6
@@ -82,7 +82,7 @@ def measure_calibration(plan: Plan, inputs: RunInputs) -> Calibration:
 
 def _count_fitting_layers(plan: Plan) -> int:
     """In half of the free memory, all weights trained at the most."""
-    spec, cost = plan.model, 20 if plan["method"] == "full" else 4
+    spec, cost = plan.model, 20 if plan.config.method == "full" else 4
     embedding_bytes = cost * (spec.parameters - spec.block_parameters)
     layers = int(
         (plan.machine.available_bytes / 2 - embedding_bytes)
@@ -102,7 +102,7 @@ def _make_truncator(plan: Plan, layers: int) -> Callable[[Sequence[Document]], S
     """The first documents of a step, as many as are computed in a second or so. Pairs stay
     together."""
     cost = (
-        compute_token_flops(plan.model, plan["method"], plan["activations"], 0)
+        compute_token_flops(plan.model, plan.config.method, plan.config.activations, 0)
         * layers
         / plan.model.num_layers
     )
@@ -130,7 +130,8 @@ def _measure_token_seconds(
     training = TrainingLoop(
         session.model,
         lambda step: truncate(session.load_documents(step)),
-        TrainingConfig.from_plan(plan),
+        plan.config,
+        steps=plan.steps,
     )
     results: list[TrainStep] = []
     for event in training:
@@ -151,7 +152,7 @@ def _measure_token_seconds(
 
 def measure_gemm_flops(plan: Plan) -> float:
     """Operations a second of a frozen layer's product."""
-    dtype = DTYPES[plan["dtype"]]
+    dtype = DTYPES[plan.config.dtype]
     activations = torch.ones(GEMM_TOKENS, plan.model.hidden_size, dtype=dtype)
     weight = torch.ones(plan.model.intermediate_size, plan.model.hidden_size, dtype=dtype)
     return (

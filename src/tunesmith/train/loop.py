@@ -12,7 +12,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from tunesmith.core.errors import GateError, MachineError
 from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, TrainStep
 from tunesmith.core.hardware import read_peak_bytes
 from tunesmith.core.json_io import parse_as
-from tunesmith.core.types import Document, Pack, Plan
+from tunesmith.core.types import Document, Pack, PlanConfig
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_computed_tokens, group_units, pack_step
 from tunesmith.data.sampler import prefetch
@@ -52,54 +51,12 @@ POSITION_FIELDS = (
 MAX_BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
 
 
-DEFAULT_LOSS_CONFIG = LossConfig()
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The plan's values that the loop obeys."""
-
-    steps: int
-    pack_length: int
-    learning_rate: float
-    warmup_steps: int
-    schedule: str
-    weight_decay: float
-    max_grad_norm: float
-    seed: int
-    share_prefixes: bool = False
-    loss_config: LossConfig = DEFAULT_LOSS_CONFIG
-    optim: str = "adamw"
-    new_rows_lr_factor: float = 1.0  # the learning rate, for the rows of new tokens
-    # weights are updated while gradients are computed; nothing is clipped then
-    step_in_backward: bool = False
-
-    @classmethod
-    def from_plan(cls, plan: Plan) -> TrainingConfig:
-        return cls(
-            steps=plan.steps,
-            pack_length=plan["pack_length"],
-            learning_rate=plan["learning_rate"],
-            warmup_steps=math.ceil(plan.steps * plan["warmup_ratio"]),
-            schedule=plan["lr_scheduler_type"],
-            weight_decay=plan["weight_decay"],
-            max_grad_norm=plan["max_grad_norm"],
-            seed=plan["seed"],
-            share_prefixes=plan["share_prefixes"],
-            loss_config=_build_loss_config(plan),
-            optim=plan["optim"],
-            new_rows_lr_factor=plan["new_rows_times"] if "new_rows_times" in plan.choices else 1.0,
-            step_in_backward=plan["step_in_backward"],
-        )
-
-
-def _build_loss_config(plan: Plan) -> LossConfig:
-    if "loss" in plan.choices:
-        return LossConfig(plan["loss"], plan["beta"], plan["gamma"], plan["nll_coefficient"])
-    return (
-        LossConfig(ban_coefficient=plan["ban_coefficient"])
-        if "ban_coefficient" in plan.choices
-        else DEFAULT_LOSS_CONFIG
+def build_loss_config(config: PlanConfig) -> LossConfig:
+    """Return the loss of preference pairs, or of rows and banned spans."""
+    if config.loss is None:
+        return LossConfig(ban_coefficient=config.ban_coefficient or 1.0)
+    return LossConfig(
+        config.loss, config.beta or 0.0, config.gamma or 0.0, config.nll_coefficient or 0.0
     )
 
 
@@ -113,18 +70,26 @@ class TrainingLoop:
         self,
         model: PackedCausalLM,
         load_documents: Callable[..., Sequence[Document]],
-        config: TrainingConfig,
+        config: PlanConfig,
+        *,
+        steps: int,
+        warmup_steps: int | None = None,
     ) -> None:
         """`documents_of(step)` gives the documents of step 1..steps, always the same ones. It is
         also given `ratios`, once there are any."""
         self.model, self.load_documents, self.config = model, load_documents, config
+        self.total_steps = steps
+        if warmup_steps is None:
+            warmup_steps = math.ceil(steps * config.warmup_ratio)
+        self.warmup_steps = warmup_steps
+        self.loss_config = build_loss_config(config)
         self.parameters = get_trainable_parameters(model.network)
         self.optimizer = make_optimizer(
             self.parameters.values(),
             weight_decay=config.weight_decay,
             kind=config.optim,
             rows=[rows.rows_KH for rows in collect_new_rows(model.network).values()],
-            rows_lr_factor=config.new_rows_lr_factor,
+            rows_lr_factor=config.new_rows_lr_factor or 1.0,
         )
         self.optimizer_in_backward = OptimizerInBackward(self.optimizer, self.parameters)
         self.step, self.seconds, self.bad_steps = 0, 0.0, 0
@@ -142,7 +107,7 @@ class TrainingLoop:
     def __next__(self) -> Event:
         if self._is_done:
             raise StopIteration
-        if self._is_stopped or self.step >= self.config.steps:
+        if self._is_stopped or self.step >= self.total_steps:
             self._is_done = True
             self._drop_prefetched()
             return TrainingEnd(
@@ -206,7 +171,7 @@ class TrainingLoop:
             documents, self._retry_documents = self._retry_documents, None
             return documents
         if self._prefetched is None:
-            remaining = range(self.step + 1, self.config.steps + 1)
+            remaining = range(self.step + 1, self.total_steps + 1)
             keywords = {"changes": self.ratio_changes} if self.ratio_changes else {}
             self._prefetched = prefetch(remaining, partial(self.load_documents, **keywords))
         documents, skipped_rows = next(self._prefetched), self._collect_skipped_rows()
@@ -286,9 +251,9 @@ class TrainingLoop:
         return lr_factor * compute_learning_rate(
             self.step,
             peak=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-            total_steps=config.steps,
-            schedule=config.schedule,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+            schedule=config.lr_scheduler_type,
         )
 
     def _forward_backward(
@@ -304,7 +269,7 @@ class TrainingLoop:
             torch.manual_seed(
                 hash((self.config.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF
             )  # dropout, the same after a resume
-            terms = compute_step_terms(self.model, batch, normalizer, self.config.loss_config)
+            terms = compute_step_terms(self.model, batch, normalizer, self.loss_config)
             loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
             total = loss.detach() if total is None else total + loss.detach()
             supervised_tokens += len(batch.targets_S)

@@ -21,7 +21,7 @@ from tunesmith.core.atomic import format_bytes, write_file
 from tunesmith.core.formatting import format_duration, format_value
 from tunesmith.core.types import Json, ModelSpec, Plan, RunRecord, ScalePoint
 from tunesmith.evaluate.scale_choice import describe_tradeoff
-from tunesmith.evaluate.significance import judge_comparisons
+from tunesmith.evaluate.statistics import judge_comparisons
 
 CARD_FILE = "README.md"
 CARD_SETTINGS = (
@@ -94,7 +94,7 @@ def escape_markdown(text: str) -> str:
 
 def _build_front_matter(plan: Plan) -> Json:
     is_adapter, base, license_id = (
-        plan["method"] != "full",
+        plan.config.method != "full",
         find_hub_name(plan.model),
         find_license(plan.model),
     )
@@ -110,7 +110,7 @@ def _build_front_matter(plan: Plan) -> Json:
     if license_id:
         metadata["license"] = license_id
     return metadata | {
-        "tags": ["tunesmith", *dict.fromkeys((str(plan["method"]), str(plan["stage"])))]
+        "tags": ["tunesmith", *dict.fromkeys((str(plan.config.method), str(plan.config.stage)))]
     }
 
 
@@ -139,10 +139,10 @@ def find_license(model: ModelSpec) -> str:
 def _render_title(record: RunRecord) -> str:
     plan = record.plan
     kind, name = (
-        METHOD_TITLES.get(plan["method"], f"An adapter ({plan['method']})"),
-        Path(plan["output_dir"]).name,
+        METHOD_TITLES.get(plan.config.method, f"An adapter ({plan.config.method})"),
+        Path(plan.config.output_dir).name,
     )
-    date_text = f" on {str(plan['now'])[:10]}" if "now" in plan.choices else ""
+    date_text = f" on {str(plan.config.now)[:10]}" if plan.config.now is not None else ""
     origin_text = f": {escape_markdown(plan.model.origin)}" if plan.model.origin else ""
     return (
         f"# {escape_markdown(name)}\n\n{kind} of {escape_markdown(plan.model.name)}{origin_text}, trained{date_text} with tunesmith "
@@ -200,9 +200,10 @@ def _render_training(record: RunRecord) -> Iterator[str]:
     plan, machine = record.plan, record.plan.machine
     yield "## Training"
     rows = [
-        (f"`{key}`", f"`{format_value(plan[key])}`") for key in CARD_SETTINGS if key in plan.choices
+        (f"`{key}`", f"`{format_value(plan.values[key])}`")
+        for key in (*CARD_SETTINGS, "seed")
+        if key in plan.values
     ]
-    rows += [("`seed`", f"`{plan['seed']}`")] if "seed" in plan.choices else []
     rows.append(("steps", f"{record.steps:,} over {record.tokens:,} tokens"))
     rows.append(("time", format_duration(record.train_seconds)))
     rows.append(("memory", f"{format_bytes(record.peak_bytes)} at most"))
@@ -225,7 +226,7 @@ def _render_limits(record: RunRecord) -> Iterator[str]:
 def _render_usage(plan: Plan) -> Iterator[str]:
     base = find_hub_name(plan.model) or "the folder of the base"
     yield "## Use"
-    if plan["method"] == "full":
+    if plan.config.method == "full":
         lines = ['model = AutoModelForCausalLM.from_pretrained("this folder")']
     else:
         lines = [
@@ -233,12 +234,12 @@ def _render_usage(plan: Plan) -> Iterator[str]:
             'model = PeftModel.from_pretrained(base, "this folder")',
         ]
     imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    imports = imports if plan["method"] == "full" else ["from peft import PeftModel", *imports]
+    imports = imports if plan.config.method == "full" else ["from peft import PeftModel", *imports]
     lines.append(
         'tokenizer = AutoTokenizer.from_pretrained("this folder")  # with the chat template it was trained with'
     )
     yield "```python\n" + "\n".join([*imports, *lines]) + "\n```"
-    if plan["method"] != "full":
+    if plan.config.method != "full":
         yield "In tunesmith, `adapter_from: this folder` goes on training it; `tunesmith chat RUN` talks to its run."
 
 

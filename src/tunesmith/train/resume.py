@@ -1,10 +1,13 @@
-"""Where a run goes on, and whether it may.
+"""Resume: from which checkpoint a run continues, and whether it may.
 
-    go_on(folder, plan, facts) -> Start     the newest checkpoint that can be trusted, and what there is to say
+    prepare_resume(folder, plan, inputs) -> ResumeState
 
-A run stands on its recipe, plan, rows, tokenizer, template, weights and libraries. If one of them
-has changed, going on would not be the same run: it is refused field by field, or allowed and told.
-"""
+A run depends on its recipe, plan, rows, tokenizer, chat template, weights and libraries. If one of
+them has changed, the run is refused with the changed fields, or continues with a warning when the
+user allows it.
+
+In: a run folder and its reloaded inputs. Out: the newest valid checkpoint and the first events.
+Left out: the fingerprint (session/fingerprint.py), restoring weights (loop.py)."""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ from tunesmith.session.fingerprint import (
 )
 from tunesmith.session.inputs import RunInputs
 
-DRIFT = "drift"  # the kind of the verdict that tells what had changed
+DRIFT = "changed input"  # the kind of the warnings that name what has changed
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where a run begins or goes on. `news` are the first events of the attempt."""
+    """Where a run starts or continues; `first_events` are the first of this attempt."""
 
     fingerprint: Json
     checkpoint: Path | None = None
@@ -51,71 +54,67 @@ def prepare_resume(
     allow_drift: bool = False,
     from_step: int | None = None,
 ) -> ResumeState:
-    """Raises InputError when something has changed and may not, and for a `from_step` without a
+    """Return where the run continues.
+
+    Raise InputError if an input has changed and `allow_drift` is false, or if `from_step` has no
     valid checkpoint."""
     fingerprint = build_fingerprint(plan, inputs, read_recipe(folder.path / RECIPE_FILE))
-    changed = list_changes(read_json(folder.path / FINGERPRINT_FILE), fingerprint)
-    drift = [change for change in changed if not change.startswith(ROUNDING_PREFIX)]
+    drift: list[str] = []
+    roundings: list[str] = []
+    for change in list_changes(read_json(folder.path / FINGERPRINT_FILE), fingerprint):
+        (roundings if change.startswith(ROUNDING_PREFIX) else drift).append(change)
     if drift and not allow_drift:
         raise InputError(
-            "not what the run stood on when it began:\n  " + "\n  ".join(drift),
+            "cannot resume, these inputs have changed since the run started:\n  "
+            + "\n  ".join(drift),
             where=str(folder.path),
-            fix="put it back as it was, or start a new run; with --allow-drift this one goes on under its plan.json, "
-            "and its record says what had changed",
+            fix="restore them, or start a new run; --allow-drift continues under plan.json "
+            "and records the changes",
         )
     if from_step is None:
         checkpoint, skipped = folder.find_latest_checkpoint()
     else:
-        checkpoint, skipped = folder.find_checkpoint(from_step), []
+        checkpoint = folder.find_checkpoint(from_step)
+        skipped = []
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     if from_step is None:
         _refuse_missing_checkpoint(folder, step)
-    messages_by_kind = {
-        "earlier attempt": [text] if (text := read_failure(folder.path)) else [],
-        DRIFT: drift,
-        "rounding": [
-            f"{change}: the last bits may differ"
-            for change in changed
-            if change.startswith(ROUNDING_PREFIX)
-        ],
-        "checkpoint": [f"skipped {problem}" for problem in skipped],
-    }
-    warnings = [
-        CheckResult(kind, "warn", text, step)
-        for kind, texts in messages_by_kind.items()
-        for text in texts
-    ]
-    position = (
-        "from the start: there is no checkpoint yet"
-        if checkpoint is None
-        else f"after checkpoints/{checkpoint.name}"
-    )
-    return ResumeState(
-        fingerprint,
-        checkpoint,
-        bool(drift),
-        (*warnings, CheckResult("resume", "ok", position, step)),
-    )
+    events: list[CheckResult] = []
+    if failure := read_failure(folder.path):
+        events.append(CheckResult("earlier attempt", "warn", failure, step))
+    for change in drift:
+        events.append(CheckResult(DRIFT, "warn", change, step))
+    for change in roundings:
+        evidence = f"{change}: results may differ in the last bits"
+        events.append(CheckResult("rounding", "warn", evidence, step))
+    for problem in skipped:
+        events.append(CheckResult("checkpoint", "warn", f"skipped {problem}", step))
+    position = "from the start: there is no checkpoint yet"
+    if checkpoint is not None:
+        position = f"from checkpoints/{checkpoint.name}"
+    events.append(CheckResult("resume", "ok", position, step))
+    return ResumeState(fingerprint, checkpoint, bool(drift), tuple(events))
 
 
 def _refuse_missing_checkpoint(folder: RunFolder, step: int) -> None:
-    """Raises InputError when the checkpoint that the run went back to is gone, and none after it
-    was written."""
-    last = next(reversed(folder.load_rollbacks()), None)
-    if last is not None and step < last.to:
-        older = f", or go on before it with --from-step {step}" if step else ""
-        raise InputError(
-            f"the run went back from step {last.step} to checkpoints/step-{last.to}, which is gone or damaged",
-            where=str(folder.path),
-            fix=f"put it back{older}, or start a new run",
-        )
+    """Raise InputError if the last rollback's checkpoint is gone and no newer one exists."""
+    rollbacks = folder.load_rollbacks()
+    if not rollbacks or step >= rollbacks[-1].to:
+        return
+    last = rollbacks[-1]
+    older = f", continue before it with --from-step {step}" if step else ""
+    raise InputError(
+        f"the run was rolled back from step {last.step} to checkpoints/step-{last.to}, "
+        "which is missing or damaged",
+        where=str(folder.path),
+        fix=f"restore it{older}, or start a new run",
+    )
 
 
 def read_drift(path: Path) -> tuple[str, ...]:
-    """What had changed at any attempt of a run that was allowed to go on."""
-    evidence = [
-        event["evidence"]
-        for event in read_all_events(path)
-        if event["type"] == "verdict" and event["kind"] == DRIFT
-    ]
-    return tuple(dict.fromkeys(evidence))
+    """Return the changed inputs that any attempt was allowed to continue with."""
+    changes: dict[str, None] = {}  # an ordered set
+    for event in read_all_events(path):
+        if event["type"] == "verdict" and event["kind"] == DRIFT:
+            changes[event["evidence"]] = None
+    return tuple(changes)

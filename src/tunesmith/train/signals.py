@@ -1,11 +1,11 @@
-"""SIGINT and SIGTERM as a wish to stop where nothing is lost, not in the middle of a step.
+"""SIGINT and SIGTERM as a request to stop where nothing is lost.
 
-    with StopWish() as wish:
-        with wish.at_once(): ...                a signal ends this right away: nothing of it is worth waiting for
-        for event in training: wish.obey()      elsewhere it is only noted, and obeyed where that is safe
+    with GracefulStop() as stop:
+        with stop.immediate(): ...                            a signal stops this at once
+        for event in training: stop.raise_if_requested()      elsewhere the request waits
 
-Both ways it ends with Interrupted. A second signal acts as it would have without us. Outside the
-main thread nothing is caught, since Python allows handlers there only."""
+Either way the run ends with Interrupted. A second signal has its default effect. Outside the main
+thread no signal is caught: Python allows handlers there only."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop:
-    """`signal` is the number of the signal that came, 0 if none. `resume_with`: what the message
-    tells to do; it may change on the way."""
+    """Catch signals; `signal_number` is 0 until one arrives.
+
+    `resume_hint` tells the user what to do next, and may change on the way."""
 
     def __init__(self, resume_hint: str = "") -> None:
-        self.signal_number, self.resume_hint = 0, resume_hint
+        self.signal_number = 0
+        self.resume_hint = resume_hint
         self._is_immediate = False
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {
-                number: signal.signal(number, self._handle_signal) for number in SIGNALS
-            }
+            for number in SIGNALS:
+                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -49,17 +50,16 @@ class GracefulStop:
             self.raise_if_requested()
 
     def raise_if_requested(self) -> None:
-        """Raises Interrupted if a signal has come: exit code 130 for SIGINT, 143 for SIGTERM."""
+        """Raise Interrupted if a signal has arrived; exit code 130 for SIGINT, 143 for SIGTERM."""
         if self.signal_number:
-            error = Interrupted(
-                f"stopped by {signal.Signals(self.signal_number).name}", fix=self.resume_hint
-            )
+            name = signal.Signals(self.signal_number).name
+            error = Interrupted(f"stopped by {name}", fix=self.resume_hint)
             error.exit_code = 128 + self.signal_number
             raise error
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """Inside, and on entering, a signal raises Interrupted from whatever line it finds."""
+        """Raise Interrupted as soon as a signal arrives, or at once if one has."""
         self._is_immediate = True
         try:
             self.raise_if_requested()

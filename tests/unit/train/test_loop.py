@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from tiny_loop import (
     LENGTHS,
     SETTINGS,
+    STEPS,
     documents_of,
     same,
     steps,
@@ -35,11 +37,14 @@ def trained(
     documents: Callable[[int], Sequence[Document]] = documents_of,
     *,
     model: PackedCausalLM | None = None,
-    **changed: object,
+    num_steps: int = STEPS,
+    warmup_steps: int = 2,
+    **changed: Any,
 ) -> tuple[list[Event], dict[str, Tensor]]:
     """A whole run; its events and the trained weights."""
     model = model or tiny_model()
-    events = list(TrainingLoop(model, documents, dataclasses.replace(SETTINGS, **changed)))  # type: ignore[arg-type]
+    config = dataclasses.replace(SETTINGS, **changed)
+    events = list(TrainingLoop(model, documents, config, steps=num_steps, warmup_steps=warmup_steps))
     return events, weights(model)
 
 
@@ -48,7 +53,7 @@ def trained(
 
 def test_twenty_steps_packed_equal_twenty_steps_unpacked() -> None:
     (packed, ours), (alone, theirs) = (
-        trained(steps=20, pack_length=length) for length in (10**6, 1)
+        trained(num_steps=20, pack_length=length) for length in (10**6, 1)
     )
     for one, other in zip(steps(packed), steps(alone), strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
@@ -67,7 +72,7 @@ def branching(step: int) -> Sequence[Document]:
 
 def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
     runs = [
-        trained(branching, steps=20, pack_length=length, share_prefixes=length > 1)
+        trained(branching, num_steps=20, pack_length=length, share_prefixes=length > 1)
         for length in (10**6, 80, 1)
     ]
     (_, ours), (_, halved), (alone, theirs) = runs
@@ -95,7 +100,7 @@ def test_what_happens_between_events_changes_nothing() -> None:
     straight, expected = trained(model=tiny_model(lora_dropout=0.2))
     model = tiny_model(lora_dropout=0.2)
     events: list[Event] = []
-    for event in TrainingLoop(model, documents_of, SETTINGS):
+    for event in TrainingLoop(model, documents_of, SETTINGS, steps=STEPS):
         events.append(event)
         torch.rand(7)
         assert not model.network.training
@@ -121,7 +126,7 @@ def test_the_loss_is_the_mean_over_the_weights() -> None:
         )
     double = [dataclasses.replace(d, weights_L=2 * d.weights_L) for d in documents]
     results = [
-        steps(trained(lambda _, ds=ds: ds, model=tiny_model(dtype=torch.float64), steps=1)[0])[0]
+        steps(trained(lambda _, ds=ds: ds, model=tiny_model(dtype=torch.float64), num_steps=1)[0])[0]
         for ds in (documents, double)
     ]
     assert results[0].loss == pytest.approx(total / weight, rel=1e-12)
@@ -134,13 +139,13 @@ def test_a_row_of_more_weight_pulls_more() -> None:
         dataclasses.replace(d, weights_L=d.weights_L * (5 if i == 3 else 1))
         for i, d in enumerate(documents_of(1))
     ]
-    one, other = (trained(lambda _, ds=ds: ds, steps=1)[0] for ds in (documents_of(1), heavy))
+    one, other = (trained(lambda _, ds=ds: ds, num_steps=1)[0] for ds in (documents_of(1), heavy))
     assert steps(one)[0].loss != pytest.approx(steps(other)[0].loss, rel=1e-4)
 
 
 def test_counts_are_of_the_documents() -> None:
     documents = documents_of(1)
-    result = steps(trained(lambda _: documents, steps=1)[0])[0]
+    result = steps(trained(lambda _: documents, num_steps=1)[0])[0]
     assert result.tokens == sum(len(d) for d in documents) == sum(LENGTHS) + len(LENGTHS)
     assert result.supervised_tokens == sum(np.count_nonzero(d.weights_L) for d in documents)
     assert result.seconds > 0
@@ -159,8 +164,7 @@ def test_the_rate_follows_the_schedule() -> None:
 def test_a_step_without_documents_changes_nothing_but_the_schedule() -> None:
     model = tiny_model()
     training = TrainingLoop(
-        model, lambda step: [] if step in (1, 3) else documents_of(step), SETTINGS
-    )
+        model, lambda step: [] if step in (1, 3) else documents_of(step), SETTINGS, steps=STEPS)
     before = weights(model)
     first = next(training)
     assert isinstance(first, TrainStep)
@@ -183,7 +187,11 @@ def test_training_learns() -> None:
     for method in ("lora", "full"):
         model = tiny_model(method=method)
         events, _ = trained(
-            lambda _: [tiny_document(17)], model=model, steps=30, learning_rate=1e-2, warmup_steps=0
+            lambda _: [tiny_document(17)],
+            model=model,
+            num_steps=30,
+            learning_rate=1e-2,
+            warmup_steps=0,
         )
         losses = [event.loss for event in steps(events)]
         assert losses[-1] < 0.5 * losses[0]
@@ -196,7 +204,7 @@ def test_bf16_follows_fp32(method: str) -> None:
         trained(
             lambda _: documents_of(1),
             model=tiny_model("llama-64", dtype, method=method),
-            steps=8,
+            num_steps=8,
             warmup_steps=0,
         )
         for dtype in (torch.bfloat16, torch.float32)
@@ -221,8 +229,7 @@ def poisoned(step: int) -> list[Document]:
 def test_a_step_that_is_no_number_is_skipped() -> None:
     model = tiny_model()
     training = TrainingLoop(
-        model, lambda step: poisoned(step) if step == 3 else documents_of(step), SETTINGS
-    )
+        model, lambda step: poisoned(step) if step == 3 else documents_of(step), SETTINGS, steps=STEPS)
     for _ in range(2):
         next(training)
     before, updates = weights(model), [int(s["step"]) for s in training.optimizer.state.values()]
@@ -242,7 +249,7 @@ def test_a_gradient_that_is_no_number_is_skipped() -> None:
     hook = next(iter(get_trainable_parameters(model.network).values())).register_hook(
         lambda g: g * math.inf
     )
-    training, before = TrainingLoop(model, documents_of, SETTINGS), weights(model)
+    training, before = TrainingLoop(model, documents_of, SETTINGS, steps=STEPS), weights(model)
     assert isinstance(next(training), CheckResult)
     assert same(weights(model), before)
     hook.remove()
@@ -252,8 +259,7 @@ def test_a_gradient_that_is_no_number_is_skipped() -> None:
 def test_many_in_a_row_end_the_run() -> None:
     model = tiny_model()
     training = TrainingLoop(
-        model, lambda step: documents_of(step) if step == 1 else poisoned(step), SETTINGS
-    )
+        model, lambda step: documents_of(step) if step == 1 else poisoned(step), SETTINGS, steps=STEPS)
     next(training)
     before = weights(model)
     for _ in range(MAX_BAD_STEPS - 1):
@@ -290,7 +296,7 @@ def test_a_poisoned_model_never_trains(dtype: torch.dtype) -> None:
         model = wrap_model(network, dtype)
         before = weights(model)
         with pytest.raises(GateError):
-            list(TrainingLoop(model, documents_of, SETTINGS))
+            list(TrainingLoop(model, documents_of, SETTINGS, steps=STEPS))
         assert same(weights(model), before)
 
 
@@ -298,7 +304,7 @@ def test_a_poisoned_model_never_trains(dtype: torch.dtype) -> None:
 
 
 def test_stop_ends_after_the_step() -> None:
-    training = TrainingLoop(tiny_model(), documents_of, SETTINGS)
+    training = TrainingLoop(tiny_model(), documents_of, SETTINGS, steps=STEPS)
     next(training)
     training.stop()
     done = next(training)
@@ -324,12 +330,12 @@ def test_a_resumed_run_is_bitwise_the_straight_one(
     """Also when the model has run, and even trained, before its state came back, and when its files
     change after."""
     straight, expected = trained(model=tiny_model("llama-64", dtype, method=method))
-    first = TrainingLoop(tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS)
+    first = TrainingLoop(tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS, steps=STEPS)
     for _ in range(3):
         next(first)
     first.save(tmp_path)
     model = tiny_model("llama-64", dtype, method=method)
-    training = TrainingLoop(model, documents_of, SETTINGS)
+    training = TrainingLoop(model, documents_of, SETTINGS, steps=STEPS)
     next(training)
     with torch.no_grad():
         model.compute_hidden(one_batch([tiny_document(9)]))
@@ -353,7 +359,7 @@ def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(
     wish = dataclasses.replace(SETTINGS, optim="adamw_8bit")
 
     def fresh() -> TrainingLoop:
-        return TrainingLoop(tiny_model(method=method, lora_r=96), documents_of, wish)
+        return TrainingLoop(tiny_model(method=method, lora_r=96), documents_of, wish, steps=STEPS)
 
     straight, second = straight_and_resumed(fresh, tmp_path)
     assert same(weights(straight.model), weights(second.model))
@@ -367,7 +373,7 @@ def test_the_end_token_is_what_is_learned_last() -> None:
 
 
 def test_a_second_rollback_undoes_what_was_set_after_it() -> None:
-    training = TrainingLoop(tiny_model("llama-64", torch.float32), documents_of, SETTINGS)
+    training = TrainingLoop(tiny_model("llama-64", torch.float32), documents_of, SETTINGS, steps=STEPS)
     raised = [
         Rollback(30, 20, "forgotten", "", "", rehearsal_ratio=0.2),
         Rollback(25, 10, "forgotten", "", "", rehearsal_ratio=0.4),

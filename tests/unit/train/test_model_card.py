@@ -17,8 +17,8 @@ HOSTILE = "a|b\n# owned <script>alert(1)</script> [x](http://y) `code` **b** \u2
 
 def planned(model: ModelSpec = fake_runs.MODEL, **choices: object) -> Plan:
     values = {"output_dir": "runs/support-json", "lora_r": 16, **choices}
-    made = {key: PlanValue(value, "you", "") for key, value in values.items()}
-    return replace(fake_runs.PLAN, model=model, choices={**fake_runs.PLAN.choices, **made})
+    made = {key: PlanValue(value, "user", "") for key, value in values.items()}
+    return replace(fake_runs.PLAN, model=model).with_settings(**made)
 
 
 def head_of(text: str) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_loop import SETTINGS, documents_of, same, steps, straight_and_resumed, weights
+from tiny_loop import SETTINGS, STEPS, documents_of, same, steps, straight_and_resumed, weights
 from tiny_models import tiny_model
 from tunesmith.core.errors import GateError, MachineError
 from tunesmith.core.events import CheckResult, TrainStep
@@ -23,7 +23,7 @@ def training(
     *, in_backward: bool = True, name: str = "llama-64", **changed: object
 ) -> TrainingLoop:
     settings = dataclasses.replace(UNCLIPPED, step_in_backward=in_backward, **changed)  # type: ignore[arg-type]
-    return TrainingLoop(tiny_model(name, method="full"), documents_of, settings)
+    return TrainingLoop(tiny_model(name, method="full"), documents_of, settings, steps=STEPS)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plan_configs import make_config
 from tiny_models import VOCABULARY, one_batch, tiny_document, tiny_model, worst_difference
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import TrainStep
@@ -19,7 +20,7 @@ from tunesmith.data.packing import group_units, pack_step
 from tunesmith.model.adapters import get_trainable_parameters, scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import compute_target_losses
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.losses import PREFERENCE_LOSSES, LossConfig, LossNormalizer, compute_step_terms
 
 OBJECTIVES = {
@@ -216,22 +217,14 @@ def test_a_pair_is_never_split() -> None:
             assert sides == ["chosen", "rejected"] * (len(sides) // 2)
 
 
-SETTINGS = TrainingConfig(
-    steps=3,
-    pack_length=10**6,
-    learning_rate=1e-2,
-    warmup_steps=0,
-    schedule="constant",
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    seed=0,
-    loss_config=LossConfig("dpo", beta=0.5),
+SETTINGS = make_config(
+    pack_length=10**6, learning_rate=1e-2, lr_scheduler_type="constant", loss="dpo", beta=0.5
 )
 
 
 def test_training_on_pairs_tells_them_apart() -> None:
     events = list(
-        TrainingLoop(tiny_model(), lambda _: pairs(), dataclasses.replace(SETTINGS, steps=12))
+        TrainingLoop(tiny_model(), lambda _: pairs(), SETTINGS, steps=12)
     )
     losses = [event.loss for event in events if isinstance(event, TrainStep)]
     assert losses[-1] < 0.3 < losses[0]
@@ -239,7 +232,7 @@ def test_training_on_pairs_tells_them_apart() -> None:
 
 
 def test_a_lack_of_memory_halves_packs_but_no_pair() -> None:
-    training = TrainingLoop(tiny_model(), lambda _: pairs(), SETTINGS)
+    training = TrainingLoop(tiny_model(), lambda _: pairs(), SETTINGS, steps=3)
     verdict = training._shrink_packs(pairs(), "no memory")
     assert verdict.kind == "memory"
     training.pack_length = 1

@@ -86,7 +86,7 @@ def test_the_proof_passes_on_every_family(family: str) -> None:
     verdicts = run_preflight(model, probe)
     assert all(verdict.level == "ok" for verdict in verdicts)
     assert len(verdicts) == len(preflight.CHECKS) + 1
-    assert verdicts[-1].kind == "controls"
+    assert verdicts[-1].kind == "negative controls"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -179,7 +179,7 @@ def test_attention_that_ignores_the_layout(family: str, monkeypatch: pytest.Monk
     monkeypatch.setitem(BACKENDS, "broken", blurred)
     model, probe = ready(family)
     model.backend = "broken"
-    assert "see each other" in refusal(model, probe)
+    assert "attend to each other" in refusal(model, probe)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_attention_that_ignores_a_rule(
     monkeypatch.setitem(BACKENDS, "broken", broken)  # type: ignore[arg-type]
     model, probe = ready(family, candidates=tiny_documents((3, 4, 5)))
     model.backend = "broken"
-    assert "differs from the stock model's" in refusal(model, probe)
+    assert "logits differ from transformers" in refusal(model, probe)
 
 
 @pytest.mark.parametrize(
@@ -207,20 +207,20 @@ def test_attention_that_ignores_a_rule(
 def test_a_wrong_head(family: str, key: str, value: float | None, dtype: torch.dtype) -> None:
     model, probe = ready(family, dtype)
     setattr(model.network.config, key, value)
-    assert "differs from the stock model's" in refusal(model, probe)
+    assert "logits differ from transformers" in refusal(model, probe)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 def test_a_model_that_is_no_number(bad: float) -> None:
     model, probe = ready()
     model.network.get_parameter("model.norm.weight").data[0] = bad
-    assert "differs from the stock model's" in refusal(model, probe)
+    assert "logits differ from transformers" in refusal(model, probe)
 
 
 def test_an_adapter_that_is_not_nothing_yet() -> None:
     model, probe = ready()
     model.network.get_parameter("model.layers.0.mlp.up_proj.lora_B").data += 0.3
-    assert "differs from the stock model's" in refusal(model, probe)
+    assert "logits differ from transformers" in refusal(model, probe)
 
 
 def test_labels_that_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_targets_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_without_their_end_token() -> None:
     model, probe = ready()
     what = refusal(model, dataclasses.replace(probe, end_ids=frozenset({END + 1})))
-    assert f"last trained token is {END}, no end token" in what
+    assert f"last supervised token is {END}, not an end token" in what
 
 
 def test_chained_rows_need_no_end_token() -> None:
@@ -272,13 +272,13 @@ def test_ids_that_are_not_the_tokenizers() -> None:
         run_preflight(model, probe)
     assert caught.value.where == "preflight: rows:8"
     found = (TokenIdCheck("rows:1", True), TokenIdCheck("rows:2", True, is_full_row=False))
-    told = "2 rows tokenised equally, leading BOS included; of 1 the prompts, as they are served"
+    told = "2 rows, leading BOS included; only the prompts of 1"
     assert told in [
         verdict.evidence
         for verdict in run_preflight(model, dataclasses.replace(probe, token_id_checks=found))
     ]
     nothing = run_preflight(model, dataclasses.replace(probe, token_id_checks=()))
-    assert [verdict.level for verdict in nothing if verdict.kind == "ids = stock"] == ["warn"]
+    assert [verdict.level for verdict in nothing if verdict.kind == "token ids match apply_chat_template"] == ["warn"]
 
 
 @pytest.mark.parametrize("first", [0.0, 1.0], ids=["nothing", "the first token"])
@@ -288,7 +288,7 @@ def test_a_document_that_trains_nothing_or_its_first_token(first: float) -> None
     weights_L = np.zeros(len(last), np.float32)
     weights_L[0] = first
     empty = dataclasses.replace(last, weights_L=weights_L)
-    assert "trains nothing" in refusal(
+    assert "no token of this document is supervised" in refusal(
         model, dataclasses.replace(probe, documents=(*others, empty))
     )
 
@@ -297,7 +297,7 @@ def test_a_document_that_trains_nothing_or_its_first_token(first: float) -> None
 
 
 @pytest.mark.parametrize(
-    ("claim", "named"), [("blind", "a mask that leaks"), ("labels_equal_stock", "labels shifted")]
+    ("claim", "named"), [("check_document_isolation", "leaking mask"), ("check_labels", "shifted labels")]
 )
 def test_a_claim_that_cannot_fail_is_noticed(
     claim: str, named: str, monkeypatch: pytest.MonkeyPatch
@@ -306,7 +306,7 @@ def test_a_claim_that_cannot_fail_is_noticed(
         return CheckResult(claim, "ok", "")
 
     monkeypatch.setattr(preflight, claim, always)
-    assert f"did not notice {named}" in refusal(*ready())
+    assert f"did not detect an injected fault ({named})" in refusal(*ready())
 
 
 # ---------------------------------------------------------------- pairs
@@ -343,9 +343,9 @@ def sharing(
 @pytest.mark.parametrize("family", CONFIGS)
 def test_shared_prefixes_are_proven_on_every_family(family: str) -> None:
     verdicts = {verdict.kind: verdict for verdict in run_preflight(*sharing(family))}
-    assert "blind to the bit" in verdicts["shared = alone"].evidence
-    assert "sees its sibling" in verdicts["controls"].evidence
-    assert "shared = alone" not in {verdict.kind for verdict in run_preflight(*ready(family))}
+    assert "isolated bitwise" in verdicts["prefix-shared loss = unshared loss"].evidence
+    assert "attends to its sibling" in verdicts["negative controls"].evidence
+    assert "prefix-shared loss = unshared loss" not in {verdict.kind for verdict in run_preflight(*ready(family))}
 
 
 @pytest.mark.parametrize("family", ["llama-64", "gemma2"])
@@ -379,7 +379,7 @@ def test_branches_that_see_each_other_are_named(monkeypatch: pytest.MonkeyPatch)
     model, probe = sharing()
     model.backend = "broken"
     monkeypatch.setitem(BACKENDS, "broken", overheard)
-    assert "documents in a pack see each other" in refusal(model, probe)
+    assert "documents in a pack attend to each other" in refusal(model, probe)
 
 
 def test_a_shared_part_that_computes_something_else_is_named(
@@ -393,11 +393,11 @@ def test_a_shared_part_that_computes_something_else_is_named(
     model, probe = sharing()
     model.backend = "broken"
     monkeypatch.setitem(BACKENDS, "broken", short_sighted)
-    assert "in a shared pack" in refusal(model, probe)
+    assert "prefix-shared loss" in refusal(model, probe)
 
 
 def test_a_forest_that_cannot_fail_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        preflight, "check_prefix_sharing", lambda *_, **__: CheckResult("shared = alone", "ok", "")
+        preflight, "check_prefix_sharing", lambda *_, **__: CheckResult("prefix-shared loss = unshared loss", "ok", "")
     )
-    assert "did not notice a branch that sees its sibling" in refusal(*sharing())
+    assert "did not detect an injected fault (branch that attends to its sibling)" in refusal(*sharing())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from plan_configs import make_config
 from tiny_models import one_batch, tiny_document, tiny_documents, tiny_model, worst_difference
 from tunesmith.core.types import Document
 from tunesmith.data.collate import collate
@@ -14,7 +15,7 @@ from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms, unlikelihood_loss
 
 OBJECTIVE = LossConfig(ban_coefficient=0.7)
@@ -118,9 +119,9 @@ def test_training_makes_bad_tokens_unlikely_and_keeps_the_good_ones() -> None:
         return sum(nat for _, nat, _ in compute_nll(model, own, 10**6))
 
     before = {side: nats(side) for side in ("", "banned")}
-    settings = TrainingConfig(
-        20, 10**6, 0.02, 1, "constant", 0.0, 1.0, 0, loss_config=LossConfig(ban_coefficient=1.0)
+    settings = make_config(
+        pack_length=10**6, learning_rate=0.02, lr_scheduler_type="constant", ban_coefficient=1.0
     )
-    list(TrainingLoop(model, lambda _: data, settings))
+    list(TrainingLoop(model, lambda _: data, settings, steps=20, warmup_steps=1))
     assert nats("") < before[""]
     assert nats("banned") > before["banned"]

@@ -20,7 +20,7 @@ from typing import Literal
 
 from tunesmith.core.events import EXPECTED_TASK, PROBE_TASK, CheckResult, Event, Score, TrainStep
 from tunesmith.core.types import Plan
-from tunesmith.evaluate.significance import compute_robust_sd
+from tunesmith.evaluate.statistics import compute_robust_sd
 from tunesmith.train.guard.history import EMA_SPAN, MEDIAN_WINDOW, START_STEPS, GuardHistory
 
 # The kind of the verdict that closes an evaluation; other verdicts carry their detector's name.
@@ -316,7 +316,9 @@ def invalid_json(history: GuardHistory) -> str:
     """Detect a drop in the share of valid JSON."""
     valid_rates = [score.value for score in history.probe_scores.get("json", [])]
     if valid_rates and valid_rates[-1] < max(valid_rates) - THRESHOLDS["invalid JSON"]:
-        return f"{valid_rates[-1]:.0%} of answers are valid JSON, best so far {max(valid_rates):.0%}"
+        return (
+            f"{valid_rates[-1]:.0%} of answers are valid JSON, best so far {max(valid_rates):.0%}"
+        )
     return ""
 
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from tunesmith.core.events import Score, TrainStep
-from tunesmith.evaluate.significance import compute_robust_sd
+from tunesmith.evaluate.statistics import compute_robust_sd
 
 EMA_SPAN = 10  # steps of the exponential moving average of the loss
 START_STEPS = 5  # steps whose mean is the loss at the start

@@ -265,13 +265,13 @@ def test_resumed_without_the_checkpoint_that_it_went_back_to(learnt: Path, tmp_p
     (rollback,) = read_rollbacks(path)
     shutil.rmtree(path / "checkpoints" / f"step-{rollback.to}")
     with pytest.raises(
-        InputError, match=r"went back from step \d+ to checkpoints/step-\d+, which is gone"
+        InputError, match=r"rolled back from step \d+ to checkpoints/step-\d+, which is missing"
     ):
         list(run.resume(path))
 
 
 def test_without_anything_good_to_go_back_to_it_stops(learnt: Path, tmp_path: Path) -> None:
-    with pytest.raises(GateError, match="no checkpoint was found good yet") as stop:
+    with pytest.raises(GateError, match="no good checkpoint to roll back to") as stop:
         train(spoilt(learnt, tmp_path / "none", save_steps=9))
     assert stop.value.exit_code == 4
 
@@ -307,7 +307,7 @@ def test_it_goes_back_three_times_and_no_more(learnt: Path, tmp_path: Path) -> N
     )
     events = run.train(plan_of(wish))
     seen: list[Event] = []
-    with pytest.raises(GateError, match="went back 3 times already"):
+    with pytest.raises(GateError, match="already rolled back 3 times"):
         seen.extend(iter(lambda: next(events), None))
     found = read_rollbacks(folder_of(wish))
     assert [one.lr_factor for one in found] == [0.5] * 3
@@ -349,7 +349,7 @@ def test_what_forgets_is_rehearsed_more(learnt: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(GateError, match="forgetting: general text"):
         train(forgetting("stop", forgetting="stop"))
-    with pytest.raises(GateError, match="3 times already"):
+    with pytest.raises(GateError, match="already rolled back 3 times"):
         train(forgetting("back", forgetting="rollback"))
     assert [one.rehearsal_ratio for one in read_rollbacks(tmp_path / "back" / "run")] == [
         0.2,
