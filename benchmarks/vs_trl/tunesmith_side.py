@@ -16,11 +16,11 @@ from benchmarks.vs_trl.job import LORA, Clock, Job, Outcome, job_of, read_docume
 from transformers import PreTrainedModel
 
 from tunesmith.core.events import TrainStep
-from tunesmith.core.types import Document
+from tunesmith.core.types import Document, PlanConfig
 from tunesmith.model.adapters import add_lora
 from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.model.save import load_adapter, save_adapter
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 
 def load(model: str) -> PreTrainedModel:
@@ -34,29 +34,59 @@ def start(model: str, folder: str) -> None:
     print(json.dumps(folder))
 
 
+def plan_job(job: Job) -> PlanConfig:
+    """Return the settings of the job; the training loop reads no other ones."""
+    return PlanConfig(
+        method="lora",
+        optim="adamw",
+        dtype="bf16",
+        max_length=job.options["pack_length"],
+        pack_length=job.options["pack_length"],
+        num_train_epochs=1,
+        learning_rate=job.learning_rate,
+        warmup_ratio=0.0,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        max_grad_norm=job.max_grad_norm,
+        step_in_backward=False,
+        attention="kernel",
+        share_prefixes=job.options["share_prefixes"],
+        weight_layout="blocked" if job.options["blocked"] else "plain",
+        metrics=(),
+        eval_steps=job.steps,
+        save_steps=job.steps,
+        guard_collapse="off",
+        guard_forgetting="off",
+        forgetting_margin=0.0,
+        patience=1,
+        probe_steps=0,
+        probe_prompts=0,
+        activations="keep",
+        template="auto",
+        overlong="refuse",
+        seed=0,
+        stage="sft",
+        output_dir="",
+        now="2026-01-01T00:00:00",
+    )
+
+
 def run(job: Job) -> Outcome:
     torch.set_num_threads(threads())
     torch.set_flush_denormal(True)  # as a run of tunesmith does
     documents = read_documents(job.documents)
     network = load(job.model)
     load_adapter(network, Path(job.adapter) / "adapter_model.safetensors")
-    settings = TrainingConfig(
-        steps=job.steps,
-        pack_length=job.options["pack_length"],
-        learning_rate=job.learning_rate,
-        warmup_steps=job.warmup_steps,
-        schedule="linear",
-        weight_decay=0.0,
-        max_grad_norm=job.max_grad_norm,
-        seed=0,
-        share_prefixes=job.options["share_prefixes"],
-    )
+    config = plan_job(job)
 
     def documents_of(step: int) -> list[Document]:
         return documents[(step - 1) * job.batch : step * job.batch]
 
     model = wrap_model(network, torch.bfloat16, should_block_weights=job.options["blocked"])
-    training, clock = TrainingLoop(model, documents_of, settings), Clock(job, documents)
+    training = TrainingLoop(
+        model, documents_of, config, steps=job.steps, warmup_steps=job.warmup_steps
+    )
+    clock = Clock(job, documents)
     clock.start()
     for event in training:
         if isinstance(event, TrainStep) and clock.step_done(event.loss):

@@ -1,15 +1,14 @@
-"""tunesmith decides whether a language model should be fine-tuned, does it right, and proves that
-it worked.
+"""Fine-tune a language model: decide whether to, plan it, train it, and measure that it worked.
 
     import tunesmith
 
     plan = tunesmith.plan("recipe.yaml", learning_rate=1e-4)
     for event in tunesmith.train(plan):
         print(event)
-    record = tunesmith.read_record(plan["output_dir"])
+    record = tunesmith.read_record(plan.config.output_dir)
 
-The verbs of the command line are functions of the same names here, and give the objects that --json
-prints; docs/reference/python.md shows each of them. Importing this loads no model library."""
+Every verb of the command line is a function of the same name here and returns the objects that
+--json prints; docs/reference/python.md shows each of them. Importing this loads no model library."""
 
 from importlib import import_module
 
@@ -39,25 +38,30 @@ from tunesmith.plan.stages import StagedPlan
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe, Stages
 
-# Importing a submodule for the first time binds its name here. These have the names of verbs: they
-# come first.
+# Importing a submodule binds its name in this package. Those that share the name of a verb are
+# imported first, so that the verb wins.
 for _namesake in ("advise", "evaluate", "export", "plan", "train"):
     import_module(f"tunesmith.{_namesake}")
 
-from tunesmith.advising import advise_measured  # noqa: E402
 from tunesmith.api import (  # noqa: E402
     advise,
+    advise_measured,
     chat,
     compare,
     compare_methods,
+    data_ablate,
+    data_check,
+    data_curate,
+    data_export_reviews,
+    data_import_reviews,
+    data_lock,
+    data_show,
+    data_split,
     demo,
     doctor,
     evaluate,
-    evaluate_baselines,
-    evaluate_full,
     export,
     init,
-    measure_relearning,
     plan,
     read_plan,
     read_record,
@@ -66,16 +70,6 @@ from tunesmith.api import (  # noqa: E402
     train,
     tune_lr,
     write_report,
-)
-from tunesmith.dataverbs import (  # noqa: E402
-    data_check,
-    data_curate,
-    data_lock,
-    data_prove,
-    data_review,
-    data_reviewed,
-    data_show,
-    data_split,
 )
 
 __all__ = [
@@ -110,22 +104,19 @@ __all__ = [
     "chat",
     "compare",
     "compare_methods",
+    "data_ablate",
     "data_check",
     "data_curate",
+    "data_export_reviews",
+    "data_import_reviews",
     "data_lock",
-    "data_prove",
-    "data_review",
-    "data_reviewed",
     "data_show",
     "data_split",
     "demo",
     "doctor",
     "evaluate",
-    "evaluate_baselines",
-    "evaluate_full",
     "export",
     "init",
-    "measure_relearning",
     "plan",
     "read_plan",
     "read_record",

@@ -1,12 +1,10 @@
-"""The verbs as functions: `import tunesmith` offers them, the command line calls them.
+"""The Python API: one function per verb of the command line.
 
-    plan = tunesmith.plan("recipe.yaml", learning_rate=1e-4)
-    for event in tunesmith.train(plan): ...
+    for event in tunesmith.train(tunesmith.plan("recipe.yaml", learning_rate=1e-4)): ...
 
-In: paths, plain values, and the frozen objects of types.py. Out: the objects that --json prints.
-Everything that goes wrong on purpose is a TunesmithError: InputError, MachineError, GateError or
-Interrupted. Imports stand inside the functions, here and in cli.py only: nothing heavy is loaded
-before a verb needs it. The verbs on rows are in dataverbs.py. Left out: words and printing."""
+In: paths, plain values and the objects of core/types.py. Out: the objects that --json prints.
+Expected failures raise a TunesmithError. Imports are inside the functions so that nothing heavy
+loads before a verb needs it. Left out: parsing arguments and printing (cli/)."""
 
 from __future__ import annotations
 
@@ -17,13 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
-from tunesmith.core.types import Comparison, Json, Plan, RunRecord
+from tunesmith.core.types import DataReport, Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan
-from tunesmith.recipe.schema import Recipe, Stages
+from tunesmith.recipe.load import RecipeLike, read_recipe
+from tunesmith.recipe.schema import Recipe, Stages, build_recipe_schema
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
+    from tunesmith.advise.curate import CurationResult
+    from tunesmith.advise.data_ablation import AblationResult, SubsetRun
     from tunesmith.advise.lr_finder import LRFinderResult, LRTrial
+    from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
+    from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
+    from tunesmith.data.annotation import ReviewImport
+    from tunesmith.data.dataset import Dataset
+    from tunesmith.data.golden_set import GoldenLock
+    from tunesmith.data.split import SplitResult
     from tunesmith.evaluate.evaluated import EvalReport
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.export.export import ExportResult
@@ -32,12 +41,68 @@ if TYPE_CHECKING:
     from tunesmith.session.doctor import Diagnosis
     from tunesmith.session.inputs import RunInputs
 
-    AnyInputs = RunInputs | tuple[RunInputs, ...]  # of several stages one each
+    AnyInputs = RunInputs | tuple[RunInputs, ...]  # one per stage
 
 AnyPath = str | Path
-RecipeLike = AnyPath | Mapping[str, Any] | Recipe | Stages | None
+STAGE_MESSAGE = "this command works on a single stage, but the recipe has several"
+STAGE_FIX = "name one of them, with the keys that it needs: --stage sft"
 
-SINGLE_STAGE_FIX = "name one of them, with the keys that it needs: --stage sft"
+# ---------------------------------------------------------------- recipes and inputs
+
+
+def load_inputs(
+    recipe: RecipeLike | AnyInputs = None, *, needs_weights: bool = True, **changes: Any
+) -> AnyInputs:
+    """Load the model spec, machine and data sets of a recipe, once per stage.
+
+    The result can be passed to the functions below instead of a recipe, which saves reading the
+    data again. Without `needs_weights` a folder with only a config.json is accepted as the model,
+    which is enough to plan."""
+    from tunesmith.session import inputs
+
+    if isinstance(recipe, (inputs.RunInputs, tuple)) and not changes:
+        return recipe
+    if isinstance(recipe, inputs.RunInputs):
+        recipe = recipe.recipe
+    elif isinstance(recipe, tuple):
+        recipe = Stages(tuple(stage_inputs.recipe for stage_inputs in recipe))
+    loaded_recipe = read_recipe(recipe, **changes)
+    if isinstance(loaded_recipe, Recipe):
+        return inputs.load_inputs(loaded_recipe, needs_weights=needs_weights)
+    from tunesmith.train import stages
+
+    return stages.load_stage_inputs(loaded_recipe, weights=needs_weights)
+
+
+def load_demo_inputs(output_dir: AnyPath | None = None) -> AnyInputs:
+    """Load the inputs of the embedded example."""
+    from tunesmith.core.run_dir import pick_run_folder
+    from tunesmith.recipe.demo import DEMO_RECIPE
+
+    output_dir = output_dir or pick_run_folder(Path("runs"), "demo")
+    return load_inputs(DEMO_RECIPE, output_dir=str(output_dir))
+
+
+def split_by_stage(inputs: AnyInputs) -> dict[str, RunInputs]:
+    """Map the name of each stage's folder to its inputs; a single stage has the name ""."""
+    if isinstance(inputs, tuple):
+        return {stage_inputs.output_dir.name: stage_inputs for stage_inputs in inputs}
+    return {"": inputs}
+
+
+def require_single_stage(inputs: AnyInputs) -> RunInputs:
+    """Raise InputError if the inputs are those of several stages."""
+    if isinstance(inputs, tuple):
+        raise InputError(STAGE_MESSAGE, where="stage", fix=STAGE_FIX)
+    return inputs
+
+
+def _read_single_stage(recipe: RecipeLike, changes: Mapping[str, Any]) -> Recipe:
+    loaded_recipe = read_recipe(recipe, **changes)
+    if isinstance(loaded_recipe, Stages):
+        raise InputError(STAGE_MESSAGE, where="stage", fix=STAGE_FIX)
+    return loaded_recipe
+
 
 # ---------------------------------------------------------------- before a run
 
@@ -49,11 +114,10 @@ def init(
     data: str | None = None,
     from_config: AnyPath | None = None,
 ) -> InitResult:
-    """Writes a commented recipe and its schema, or a translation of `from_config`, a config of
-    another tool.
+    """Write a commented recipe and its JSON schema.
 
-    InputError if there is a file at `path` already, or if the config cannot be translated.
-    """
+    `from_config` is a config of LLaMA-Factory, Axolotl or TRL to translate. Raises InputError if
+    `path` exists or the config cannot be translated."""
     from tunesmith.recipe.template import write_recipe, write_translated
 
     if from_config is None:
@@ -62,23 +126,22 @@ def init(
 
 
 def schema() -> Json:
-    """The JSON schema of a recipe."""
-    from tunesmith.recipe.schema import build_recipe_schema
-
+    """Return the JSON schema of a recipe."""
     return build_recipe_schema()
 
 
 def doctor(model: str | None = None) -> Diagnosis:
-    """What this machine has, lacks and can train; `model` is fetched if need be."""
+    """Check this machine: hardware, libraries, and which methods fit `model`, which is fetched."""
     from tunesmith.session.doctor import diagnose
 
     return diagnose(model)
 
 
 def advise(path: AnyPath | None = None, **answers: Any) -> Advice:
-    """Whether to fine-tune, and what else, with reasons. `path`: a YAML file of facts, or a recipe,
-    whose rows are counted; `facts` win over it: need="tone", examples=300. InputError for facts
-    that cannot be."""
+    """Recommend whether to fine-tune, by rules.
+
+    `path` is a YAML file of facts, or a recipe, in which case its rows are counted. `answers`
+    override it: need="tone", examples=300. Raises InputError for an impossible answer."""
     from tunesmith.advise.rules.advice import advise
     from tunesmith.advise.rules.questionnaire import is_recipe, read_requirements
 
@@ -87,168 +150,108 @@ def advise(path: AnyPath | None = None, **answers: Any) -> Advice:
     return advise(requirements, file if file is not None and is_recipe(file) else None)
 
 
-def read_recipe(recipe: RecipeLike = None, **changes: Any) -> Recipe | Stages:
-    """A recipe from a YAML file, a mapping or another recipe; `changes` win over it. Keys in any
-    spelling. Stages, if its `stage` is a list.
+def advise_measured(
+    recipe: RecipeLike | AnyInputs = None,
+    *,
+    documents: AnyPath | None = None,
+    minutes: float = 10.0,
+    target: float | None = None,
+    metric: str | None = None,
+    folder: AnyPath = "runs/advise",
+    **changes: Any,
+) -> Iterator[ExperimentStart | ArmResult | MeasuredAdvice]:
+    """Recommend whether to fine-tune, measured on `eval_data` within `minutes`.
 
-    Paths in a file are relative to it, all others to the current folder. InputError lists
-    everything that is wrong."""
-    from tunesmith.recipe.load import load_recipe
+    Tries prompts, retrieval over `documents`, constrained decoding and short trainings. Yields an
+    ExperimentStart, each ArmResult as it ends, and the MeasuredAdvice last. Results in `folder`
+    are reused. `metric` decides; by default the first that grades the content of answers."""
+    from tunesmith.advise.measured.experiment import ExperimentConfig, advise_measured
+    from tunesmith.advise.measured.retrieval import open_passages
+    from tunesmith.plan.build import refuse_if_too_large
+    from tunesmith.session.inputs import make_plan
 
-    if isinstance(recipe, Recipe):
-        values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        return load_recipe(None, arguments=(values, changes)) if changes else recipe
-    if isinstance(recipe, Stages):
-        recipes = [read_recipe(stage_recipe, **changes) for stage_recipe in recipe.recipes]
-        return Stages(
-            tuple(stage_recipe for stage_recipe in recipes if isinstance(stage_recipe, Recipe))
-        )
-    if isinstance(recipe, Mapping):
-        return load_recipe(None, arguments=(recipe, changes))
-    if recipe is None or isinstance(recipe, (str, Path)):
-        return load_recipe(Path(recipe) if recipe else None, arguments=(changes,))
-    raise InputError(
-        f"a recipe is a path, a mapping or a Recipe, not a {type(recipe).__name__}", where="recipe"
-    )
-
-
-def load_inputs(
-    recipe: RecipeLike | AnyInputs = None, *, needs_weights: bool = True, **changes: Any
-) -> AnyInputs:
-    """What is known of a recipe's model, machine and rows; of several stages, for each. Gathered
-    once, it can be given to the verbs below. Without `weights` a config.json will do for a model,
-    which is enough to plan."""
-    from tunesmith.session import inputs
-
-    if isinstance(recipe, (inputs.RunInputs, tuple)):
-        if not changes:
-            return recipe
-        recipe = (
-            recipe.recipe
-            if isinstance(recipe, inputs.RunInputs)
-            else Stages(tuple(stage_inputs.recipe for stage_inputs in recipe))
-        )
-    loaded_recipe = read_recipe(recipe, **changes)
-    if isinstance(loaded_recipe, Recipe):
-        return inputs.load_inputs(loaded_recipe, needs_weights=needs_weights)
-    from tunesmith.train import stages
-
-    return stages.load_stage_inputs(loaded_recipe, weights=needs_weights)
-
-
-def split_by_stage(inputs: AnyInputs) -> dict[str, RunInputs]:
-    """The facts of each stage, by the name of its folder; of a single one, by none."""
-    return (
-        {stage_inputs.output_dir.name: stage_inputs for stage_inputs in inputs}
-        if isinstance(inputs, tuple)
-        else {"": inputs}
-    )
-
-
-def require_single_stage(inputs: AnyInputs) -> RunInputs:
-    """Raises InputError for several stages."""
-    if isinstance(inputs, tuple):
-        raise InputError(
-            "this is asked of one stage, and the recipe has several",
-            where="stage",
-            fix=SINGLE_STAGE_FIX,
-        )
-    return inputs
+    passages = None if documents is None else open_passages(Path(documents))
+    inputs = require_single_stage(load_inputs(recipe, **changes))
+    plan = make_plan(inputs)
+    refuse_if_too_large(plan)
+    config = ExperimentConfig(minutes, target, metric, Path(folder))
+    yield from advise_measured(plan, inputs, passages, config)
 
 
 def plan(
     recipe: RecipeLike | AnyInputs = None,
     *,
     target: str | None = None,
-    fit: str | None = None,
-    calibrate: bool = False,
+    memory: str | None = None,
+    benchmark: bool = False,
     **changes: Any,
 ) -> Plan | StagedPlan:
-    """Every value of a run with its reason, for each stage. InputError for a wish that cannot be;
-    nothing is loaded or written, and the model may be a config.json alone. `target`: for that GPU
-    instead of this machine; `fit`: in this much memory. `calibrate`: how long it takes is measured,
-    in about 10 seconds."""
+    """Decide every setting of a run, with its reason, for each stage.
+
+    `target` plans for that GPU, `memory` for that much memory ("24GB"), instead of this machine.
+    `benchmark` times real steps (about 10 seconds); otherwise no weights are loaded and the model
+    may be a config.json alone. Nothing is written. Raises InputError for a contradictory recipe."""
     from tunesmith.evaluate.metrics import refuse_invalid_metrics
-    from tunesmith.session.inputs import RunInputs, make_plan
+    from tunesmith.session.inputs import make_plan
 
     inputs = load_inputs(recipe, needs_weights=False, **changes)
     for stage_inputs in split_by_stage(inputs).values():
         refuse_invalid_metrics(stage_inputs)
-    if isinstance(inputs, RunInputs) or calibrate:
-        stage_inputs = _retarget_inputs(require_single_stage(inputs), target, fit)
-        return _calibrate_plan(stage_inputs) if calibrate else make_plan(stage_inputs)
-    from tunesmith.train import stages
+    if isinstance(inputs, tuple) and not benchmark:
+        from tunesmith.train import stages
 
-    return stages.make_staged_plan(
-        [_retarget_inputs(stage_inputs, target, fit) for stage_inputs in inputs]
-    )
-
-
-def _calibrate_plan(inputs: RunInputs) -> Plan:
-    from tunesmith.session.inputs import make_plan
+        return stages.make_staged_plan([_retarget_inputs(item, target, memory) for item in inputs])
+    single_inputs = _retarget_inputs(require_single_stage(inputs), target, memory)
+    run_plan = make_plan(single_inputs)
+    if not benchmark:
+        return run_plan
     from tunesmith.train.calibrate import calibrate_plan
     from tunesmith.train.time_estimate import EvalCostEstimate, add_run_seconds
 
-    plan = make_plan(inputs)
-    eval_cost = EvalCostEstimate(
-        plan, inputs
-    )  # first: what cannot be measured is refused before anything is timed
-    return add_run_seconds(calibrate_plan(plan, inputs), eval_cost)
+    # Built first, so that a setup that cannot be measured is refused before anything is timed.
+    eval_cost = EvalCostEstimate(run_plan, single_inputs)
+    return add_run_seconds(calibrate_plan(run_plan, single_inputs), eval_cost)
 
 
-def record_run_history(record: RunRecord) -> None:
-    """Later plans on this machine predict from what a run took."""
-    from tunesmith.session.run_history import save_past_run
+def _retarget_inputs(inputs: RunInputs, target: str | None, memory: str | None) -> RunInputs:
+    from tunesmith.plan.hardware_presets import choose_machine
 
-    save_past_run(record)
+    return dataclasses.replace(inputs, machine=choose_machine(inputs.machine, target, memory))
 
 
 def compare_methods(
     recipe: RecipeLike | AnyInputs = None,
     *,
     target: str | None = None,
-    fit: str | None = None,
+    memory: str | None = None,
     **changes: Any,
 ) -> tuple[MethodEstimate, ...]:
-    """Full fine-tuning, LoRA and QLoRA of the same rows side by side: memory, work, time, risk,
-    what is left."""
+    """Estimate memory, compute, time and risk of full fine-tuning, LoRA and QLoRA."""
     from tunesmith.plan.hardware_presets import assume_bitsandbytes
     from tunesmith.plan.method_comparison import estimate_methods
     from tunesmith.session.inputs import make_planner
 
-    inputs = _retarget_inputs(
-        require_single_stage(load_inputs(recipe, needs_weights=False, **changes)), target, fit
-    )
+    inputs = require_single_stage(load_inputs(recipe, needs_weights=False, **changes))
+    inputs = _retarget_inputs(inputs, target, memory)
     if inputs.adapter is not None:
-        raise InputError(
-            "an adapter to go on with leaves no method open",
-            where="adapter_from",
-            fix="leave it out",
-        )
-    make_plan, machine = make_planner(inputs), assume_bitsandbytes(inputs.machine)
+        message = "methods cannot be compared when training continues an adapter"
+        raise InputError(message, where="adapter_from", fix="leave it out")
+    make_plan = make_planner(inputs)
+    machine = assume_bitsandbytes(inputs.machine)
     return estimate_methods(
         lambda method: make_plan(inputs.recipe.model_copy(update={"method": method}), machine)
     )
 
 
-def _retarget_inputs(inputs: RunInputs, target: str | None, fit: str | None) -> RunInputs:
-    from tunesmith.plan.hardware_presets import choose_machine
-
-    return dataclasses.replace(inputs, machine=choose_machine(inputs.machine, target, fit))
-
-
 def read_plan(path: AnyPath) -> Plan | StagedPlan:
-    """The plan of a run folder, or of a file that holds what `tunesmith plan --json` printed."""
+    """Read the plan of a run folder, or a file written by `tunesmith plan --json`."""
     from tunesmith.core.json_io import parse_as, read_json
     from tunesmith.core.run_dir import STAGES_FILE, is_staged, require_run
 
-    if not Path(path).is_file():
-        require_run(Path(path))
-    file = (
-        Path(path) / (STAGES_FILE if is_staged(Path(path)) else "plan.json")
-        if Path(path).is_dir()
-        else Path(path)
-    )
+    file = Path(path)
+    if not file.is_file():
+        require_run(file)
+        file = file / (STAGES_FILE if is_staged(file) else "plan.json")
     content = read_json(file)
     return parse_as(StagedPlan if "plans" in content else Plan, content, where=str(file))
 
@@ -256,9 +259,10 @@ def read_plan(path: AnyPath) -> Plan | StagedPlan:
 def tune_lr(
     recipe: RecipeLike | AnyInputs = None, *, steps: int = 40, **changes: Any
 ) -> Iterator[LRTrial | LRFinderResult]:
-    """Short runs at five rates around the plan's, picked by held-out loss: each `Trial` as it ends,
-    then the `RateTest`. Nothing is written. InputError without eval_data or eval_split, and for
-    preference pairs."""
+    """Train briefly at learning rates around the plan's; pick one by held-out loss.
+
+    Yields each LRTrial as it ends, then the LRFinderResult. Nothing is written. Raises InputError
+    without eval_data or eval_split, and for preference pairs."""
     from tunesmith.advise.lr_finder import summarize_trials, try_rates
     from tunesmith.plan.build import refuse_if_too_large
     from tunesmith.session.inputs import make_plan
@@ -273,28 +277,183 @@ def tune_lr(
     yield summarize_trials(base_plan, trials)
 
 
+# ---------------------------------------------------------------- data
+
+
+def data_check(
+    recipe: RecipeLike | AnyInputs = None, *, rejected: AnyPath | None = None, **changes: Any
+) -> dict[str, DataReport]:
+    """Read all rows once and report statistics and findings for each data role.
+
+    Invalid rows are counted, and written to `rejected`, a new file or one written by an earlier
+    check. Raises InputError if no row is valid."""
+    from tunesmith.data.rejects import refuse_foreign_file, write_rejected_rows
+    from tunesmith.session.inputs import build_data_reports
+
+    if rejected is not None:
+        refuse_foreign_file(Path(rejected))
+    reports: dict[str, DataReport] = {}
+    datasets: dict[str, Dataset] = {}
+    for stage, inputs in split_by_stage(load_inputs(recipe, **changes)).items():
+        for role, report in build_data_reports(inputs, needs_all_texts=True).items():
+            name = f"{stage} {role}".strip()
+            reports[name] = report
+            datasets[name] = inputs.datasets[role]
+    if rejected is not None:
+        write_rejected_rows(Path(rejected), datasets, reports)
+    return reports
+
+
+def data_show(
+    recipe: RecipeLike | AnyInputs = None, *, rows: int = 3, ids: bool = False, **changes: Any
+) -> list[Text]:
+    """Return the first training rows as the model sees them, supervised tokens highlighted."""
+    from tunesmith.session.inputs import show_rows
+
+    texts: list[Text] = []
+    for inputs in split_by_stage(load_inputs(recipe, **changes)).values():
+        texts += show_rows(inputs, rows=rows, should_show_ids=ids)
+    return texts
+
+
+def data_curate(
+    recipe: RecipeLike | AnyInputs = None,
+    *,
+    keep: int,
+    to: AnyPath,
+    similarity: str = "states",
+    **changes: Any,
+) -> CurationResult:
+    """Select `keep` rows of `data` by the base model's scores: quality first, then diversity.
+
+    Writes them to a new folder `to`, with a random and a longest subset of the same size for
+    comparison, and a reason for every other row. `similarity` for diversity: "states" (hidden
+    states of the questions) or "words"."""
+    from tunesmith.advise.curate import curate
+
+    inputs = require_single_stage(load_inputs(recipe, **changes))
+    return curate(inputs, keep, Path(to), similarity)
+
+
+def data_ablate(
+    recipe: RecipeLike | AnyInputs = None,
+    *,
+    folder: AnyPath,
+    steps: int = 30,
+    seeds: int = 1,
+    **changes: Any,
+) -> Iterator[SubsetRun | AblationResult]:
+    """Train briefly on each subset in a folder of `data_curate`, and on all rows.
+
+    Yields each SubsetRun as it ends, then the AblationResult, which is also written to the folder.
+    Raises InputError without held-out rows."""
+    from tunesmith.advise.data_ablation import summarize_ablation, train_subsets
+    from tunesmith.core.atomic import write_file
+    from tunesmith.core.json_io import dump_json
+
+    inputs = require_single_stage(load_inputs(recipe, **changes))
+    plan = plan_ablation(inputs)
+    runs: list[SubsetRun] = []
+    for run in train_subsets(plan, inputs, Path(folder), steps=steps, seeds=seeds):
+        runs.append(run)
+        yield run
+    ablation = summarize_ablation(plan, runs, steps)
+    write_file(Path(folder) / "ablation.json", dump_json(ablation, indent=1))
+    yield ablation
+
+
+def plan_ablation(inputs: AnyInputs) -> Plan:
+    """Plan the short runs of `data_ablate`, raising what it would before any row is scored."""
+    from tunesmith.advise.data_ablation import select_held_out_items
+    from tunesmith.plan.build import refuse_if_too_large
+    from tunesmith.session.inputs import make_plan
+
+    single_inputs = require_single_stage(inputs)
+    plan = make_plan(single_inputs)
+    select_held_out_items(plan, single_inputs)
+    refuse_if_too_large(plan)
+    return plan
+
+
+def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
+    """Lock the file of `data` as a golden set; every row needs a `review`.
+
+    From then on no run trains on its rows, and none measures with it after it has changed."""
+    from tunesmith.data.golden_set import write_lock
+    from tunesmith.session.inputs import open_data_pool
+
+    return write_lock(open_data_pool(_read_single_stage(recipe, changes)))
+
+
+def data_export_reviews(
+    recipe: RecipeLike = None, *, tool: str, to: AnyPath, **changes: Any
+) -> int:
+    """Write the rows of `data` as tasks for human review; return their number.
+
+    `tool` is "label-studio" or "argilla"; `to` is the file to import there."""
+    from tunesmith.data.annotation import write_tasks
+    from tunesmith.session.inputs import open_data_pool
+
+    return write_tasks(open_data_pool(_read_single_stage(recipe, changes)), tool, Path(to))
+
+
+def data_import_reviews(path: AnyPath, *, to: AnyPath, date: str | None = None) -> ReviewImport:
+    """Read a JSON export of Label Studio or Argilla into a file of reviewed rows for `data_lock`.
+
+    `date` is used for reviews without one, such as Argilla's."""
+    from tunesmith.data.annotation import import_reviews
+
+    return import_reviews(Path(path), Path(to), date)
+
+
+def data_split(
+    recipe: RecipeLike = None,
+    *,
+    to: AnyPath,
+    eval_share: float = 0.1,
+    test_share: float = 0.1,
+    group: str | None = None,
+    stratify: str | None = None,
+    **changes: Any,
+) -> SplitResult:
+    """Split the rows of `data` into train.jsonl, eval.jsonl and test.jsonl in a new folder `to`.
+
+    Near duplicates, rows with the same prompt and rows with the same value of the key `group` stay
+    together. Labels, or values of the key `stratify`, are split in equal shares."""
+    from tunesmith.data.split import split_by_group
+    from tunesmith.session.inputs import open_data_pool
+
+    loaded_recipe = _read_single_stage(recipe, changes)
+    return split_by_group(
+        open_data_pool(loaded_recipe),
+        Path(to),
+        eval_share=eval_share,
+        test_share=test_share,
+        group=group,
+        stratify=stratify,
+        seed=loaded_recipe.seed,
+    )
+
+
 # ---------------------------------------------------------------- runs
 
 
 def train(
     plan: Plan | StagedPlan, inputs: AnyInputs | None = None, *, allow_code: bool = False
 ) -> Iterator[Event]:
-    """A new run in the plan's `output_dir`; it goes on as the events are taken.
+    """Run a plan in its `output_dir`, yielding events; the run advances as they are consumed.
 
-    `known` spares reading the rows again. `allow_code`: metrics of the recipe that are Python files
-    may run. MachineError when it cannot fit, GateError when the proof fails."""
+    `inputs` saves reading the data again. `allow_code` permits metrics that are Python files.
+    Raises MachineError if it does not fit in memory, GateError if the preflight fails."""
     if isinstance(plan, StagedPlan):
         from tunesmith.train import stages
 
         stage_inputs = inputs if isinstance(inputs, tuple) else None
-        return stages.train(
-            plan, stage_inputs, merge_model=_export_merged, allow_code=allow_code
-        )
+        return stages.train(plan, stage_inputs, merge_model=_export_merged, allow_code=allow_code)
     if not isinstance(plan, Plan):
         message = f"train takes a Plan, not a {type(plan).__name__}"
-        raise InputError(
-            message, where="train", fix='make one: plan = tunesmith.plan("recipe.yaml")'
-        )
+        fix = 'make one: plan = tunesmith.plan("recipe.yaml")'
+        raise InputError(message, where="train", fix=fix)
     from tunesmith.train import run
 
     return run.train(plan, None if isinstance(inputs, tuple) else inputs, allow_code=allow_code)
@@ -303,22 +462,19 @@ def train(
 def resume(
     path: AnyPath,
     *,
-    allow_drift: bool = False,
-    from_step: int | None = None,
+    allow_changes: bool = False,
+    checkpoint: int | None = None,
     allow_code: bool = False,
 ) -> Iterator[Event]:
-    """Goes on with an interrupted run, after its newest valid checkpoint or that of `from_step`.
-    InputError if it is finished or none, and when what it stands on has changed, unless
-    `allow_drift`. `allow_code`: as for `train`."""
+    """Resume an interrupted run from its newest valid checkpoint, or from step `checkpoint`.
+
+    Raises InputError if the run is finished, or if its inputs have changed, unless
+    `allow_changes`. `allow_code`: see `train`."""
     from tunesmith.core.run_dir import is_staged
     from tunesmith.train import run, stages
 
     run_dir = Path(path)
-    options: dict[str, Any] = {
-        "allow_drift": allow_drift,
-        "from_step": from_step,
-        "allow_code": allow_code,
-    }
+    options: Any = {"allow_drift": allow_changes, "from_step": checkpoint, "allow_code": allow_code}
     if is_staged(run_dir):
         return stages.resume(run_dir, merge_model=_export_merged, **options)
     return run.resume(run_dir, **options)
@@ -334,25 +490,16 @@ def _export_merged(run_dir: Path, model_dir: Path) -> str:
 
 
 def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
-    """The whole story on the embedded example, in `output_dir` or runs/demo-N."""
+    """Train the embedded example in `output_dir` or runs/demo-N."""
     inputs = load_demo_inputs(output_dir)
     return train(plan(inputs), inputs)
-
-
-def load_demo_inputs(output_dir: AnyPath | None = None) -> AnyInputs:
-    from tunesmith.core.run_dir import pick_run_folder
-    from tunesmith.recipe.demo import DEMO_RECIPE
-
-    return load_inputs(
-        DEMO_RECIPE, output_dir=str(output_dir or pick_run_folder(Path("runs"), "demo"))
-    )
 
 
 # ---------------------------------------------------------------- after a run
 
 
 def read_record(path: AnyPath) -> RunRecord:
-    """What a finished run amounts to. InputError if it is not finished."""
+    """Read the results of a finished run. Raises InputError if it is not finished."""
     from tunesmith.core.json_io import parse_as, read_json
 
     file = Path(path) / "record.json"
@@ -365,109 +512,70 @@ def evaluate(
     data: AnyPath | None = None,
     metrics: str | Sequence[str] | None = None,
     allow_code: bool = False,
-) -> tuple[Comparison, ...]:
-    """Before and after on the same items, measured again; what `examine` takes, its comparisons
-    alone."""
-    return evaluate_full(target, data=data, metrics=metrics, allow_code=allow_code).comparisons
-
-
-def evaluate_full(
-    target: AnyPath,
-    *,
-    data: AnyPath | None = None,
-    metrics: str | Sequence[str] | None = None,
-    allow_code: bool = False,
 ) -> EvalReport:
-    """A finished run before and after, on its own items or on the rows of `data`, by its own
-    `metrics` or these. Also RUN@0.5, RUN/checkpoints/step-N or an adapter beside its base, and a
-    model alone, which then has scores only. InputError for a row of `data` that cannot be used, and
-    for metrics that the rows do not fit."""
+    """Measure a finished run before and after, on its own items or on the rows of `data`.
+
+    `target` is a run, RUN@0.5 (adapter scale), RUN/checkpoints/step-N or an adapter, each compared
+    with its base; a model alone has scores only. `metrics` replace the run's. Raises InputError
+    for an invalid row of `data` and for metrics that do not fit the rows."""
     from tunesmith.core.run_dir import EVAL_AFTER_FILE, is_staged, read_run_plan
     from tunesmith.evaluate import compare_models, finished_run
     from tunesmith.evaluate.evaluated import EvalReport, parse_metrics
     from tunesmith.evaluate.model_ref import parse_model_ref
     from tunesmith.train import stages
 
-    model_ref = parse_model_ref(str(target))
-    spec = compare_models.EvalSpec(
-        None if data is None else Path(data), parse_metrics(metrics), allow_code
-    )
+    ref = parse_model_ref(str(target))
+    data_path = None if data is None else Path(data)
+    spec = compare_models.EvalSpec(data_path, parse_metrics(metrics), allow_code)
     is_default = spec.data is None and not spec.metrics
-    if is_default and model_ref.results_file == EVAL_AFTER_FILE and model_ref.run_dir is not None:
-        if is_staged(model_ref.run_dir):
-            return EvalReport.from_comparisons(
-                stages.evaluate_stages(model_ref.run_dir, allow_code=allow_code), model_ref.run_dir
-            )
-        if (
-            read_run_plan(model_ref.run_dir).config.method != "full"
-        ):  # which takes its base and what became of it one after the other
-            return EvalReport.from_comparisons(
-                finished_run.evaluate_run(model_ref.run_dir, allow_code=allow_code),
-                model_ref.run_dir,
-            )
-    if model_ref.run_dir is None and not compare_models.is_adapter_dir(Path(model_ref.name)):
-        return EvalReport(
-            tuple(compare_models.evaluate_model(model_ref, model_ref, spec).iter_scores(step=0))
-        )
-    return EvalReport.from_comparisons(
-        compare_models.evaluate_before_after(model_ref, spec), model_ref.run_dir
-    )
+    if is_default and ref.results_file == EVAL_AFTER_FILE and ref.run_dir is not None:
+        if is_staged(ref.run_dir):
+            comparisons = stages.evaluate_stages(ref.run_dir, allow_code=allow_code)
+            return EvalReport.from_comparisons(comparisons, ref.run_dir)
+        # A full fine-tune loads the base and the tuned model one after the other, further below.
+        if read_run_plan(ref.run_dir).config.method != "full":
+            comparisons = finished_run.evaluate_run(ref.run_dir, allow_code=allow_code)
+            return EvalReport.from_comparisons(comparisons, ref.run_dir)
+    if ref.run_dir is None and not compare_models.is_adapter_dir(Path(ref.name)):
+        results = compare_models.evaluate_model(ref, ref, spec)
+        return EvalReport(tuple(results.iter_scores(step=0)))
+    comparisons = compare_models.evaluate_before_after(ref, spec)
+    return EvalReport.from_comparisons(comparisons, ref.run_dir)
 
 
 def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelComparison:
-    """`b` beside `a`, item by item: runs, RUN@0.5 for a scale of its adapter,
-    RUN/checkpoints/step-N, "base", a JSONL file of answers. Two finished runs are compared by their
-    files alone; a model is loaded only for what no file holds. InputError for runs that are not
-    finished, and for sides without a measure in common."""
+    """Compare `b` with `a`, item by item.
+
+    Each is a run, RUN@0.5 (adapter scale), RUN/checkpoints/step-N, "base", or a JSONL file of
+    answers. Finished runs are compared by their files; a model is loaded only for results that no
+    file holds. Raises InputError for unfinished runs and without a metric in common."""
     from tunesmith.evaluate.model_ref import compare_models, load_cached_results, parse_model_ref
 
-    refs = parse_model_ref(str(a)), parse_model_ref(str(b))
-    results = [
-        load_cached_results(ref, other_ref) for ref, other_ref in zip(refs, refs[::-1], strict=True)
-    ]
+    first = parse_model_ref(str(a))
+    second = parse_model_ref(str(b))
+    results = [load_cached_results(first, second), load_cached_results(second, first)]
     if None in results:
         from tunesmith.evaluate.compare_models import EvalSpec, evaluate_model
 
+        spec = EvalSpec(allow_code=allow_code)
         results = [
-            cached or evaluate_model(ref, other_ref, EvalSpec(allow_code=allow_code))
-            for cached, ref, other_ref in zip(results, refs, refs[::-1], strict=True)
+            results[0] or evaluate_model(first, second, spec),
+            results[1] or evaluate_model(second, first, spec),
         ]
-    return compare_models(
-        [ref.name for ref in refs], [result for result in results if result is not None]
-    )
-
-
-def evaluate_baselines(
-    path: AnyPath, *, allow_code: bool = False
-) -> dict[str, tuple[Comparison, ...]]:
-    """A finished run with constraints beside what costs no training: the base, the base told in the
-    prompt, the base with tokens banned. Of each, how the trained model differs from it. InputError
-    for a run without `never`."""
-    from tunesmith.evaluate import finished_run
-
-    return finished_run.compare_baselines(Path(path), allow_code=allow_code)
-
-
-def measure_relearning(path: AnyPath) -> tuple[Comparison, ...]:
-    """Whether what a run's general text lost is gone or only pushed aside: each domain by itself,
-    and after other texts of it, where a model that still knows it is as good as before. InputError
-    for a run without `retention_data`."""
-    from tunesmith.evaluate import finished_run
-
-    return finished_run.compare_relearning(Path(path))
+    return compare_models([first.name, second.name], [item for item in results if item is not None])
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
-    """The page of a run, finished or not, as one HTML file: `out`, or report.html in the run
-    folder. InputError for what is no run folder, or a damaged one."""
+    """Write the HTML report of a run, finished or not, to `out` or RUN/report.html.
+
+    Raises InputError if `path` is not a run folder, or is damaged."""
     from tunesmith.report.page import write_report
 
     return write_report(Path(path), None if out is None else Path(out))
 
 
 def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
-    """The answers of a run's adapter to one question, or to the questions of one conversation as
-    they come."""
+    """Yield the answers of a run's adapter to one question, or to each turn of a conversation."""
     from tunesmith.evaluate import finished_run
 
     return finished_run.chat(Path(path), [questions] if isinstance(questions, str) else questions)
@@ -482,15 +590,13 @@ def export(
     scale: float = 1.0,
     out: AnyPath | None = None,
 ) -> ExportResult:
-    """A finished run as peft, merged, gguf or ollama, compared with the run before it appears.
+    """Export a finished run as "peft", "merged", "gguf" or "ollama", checked against the run.
 
-    `type`: of a GGUF: f16, q8_0, bf16, f32, or lora for the adapter alone. `base`: original,
-    dequantized or auto, of a run on 4-bit weights. `scale`: the adapter times this, as RUN@SCALE is
-    measured. `out`: a folder, else RUN/export/TO. GateError when what was written does not answer
-    as the run does; then nothing is left."""
+    `type` of a GGUF: "f16", "q8_0", "bf16", "f32", or "lora" for the adapter only. `base` to merge
+    a QLoRA adapter into: "original", "dequantized" or "auto". `scale` multiplies the adapter.
+    `out` is a new folder, RUN/export/TO by default. Raises GateError, and leaves no files, if the
+    export does not answer as the run does."""
     from tunesmith.export.export import export_run
 
-    output_path = None if out is None else Path(out)
-    return export_run(
-        Path(path), to, kind=type, base=base, scale=scale, out=output_path
-    )
+    out = None if out is None else Path(out)
+    return export_run(Path(path), to, kind=type, base=base, scale=scale, out=out)

@@ -31,10 +31,11 @@ import torch
 
 import tiny_models
 import tiny_runs
+from plan_configs import make_config
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.train import run
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 MODES = ("off", "die", "tear", "full")  # as in faultyfiles.c
 SHIM = ctypes.CDLL(None)
@@ -126,14 +127,12 @@ def try_all(
 
 
 def new_training() -> TrainingLoop:
-    settings = TrainingConfig(
-        steps=STEPS, pack_length=60, learning_rate=2e-3, warmup_steps=0, schedule="linear", weight_decay=0.01,
-        max_grad_norm=1.0, seed=5,
-    )  # fmt: skip
+    settings = make_config(pack_length=60, learning_rate=2e-3, weight_decay=0.01, seed=5)
     return TrainingLoop(
         tiny_models.tiny_model(lora_dropout=0.1),
         lambda step: [tiny_models.tiny_document(9, step)],
         settings,
+        steps=STEPS,
     )
 
 

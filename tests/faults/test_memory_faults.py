@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from plan_configs import make_config
 from tiny_models import tiny_document, tiny_documents, tiny_model, worst_difference
 from tiny_runs import measured_files, plan_of, recipe, steps_of, train
 from tunesmith.core.errors import MachineError
@@ -27,18 +28,9 @@ from tunesmith.model.generation.engine import generate, stream_answer
 from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.oom import OutOfMemory, memory_errors
 from tunesmith.train import run
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
-SETTINGS = TrainingConfig(
-    steps=4,
-    pack_length=90,
-    learning_rate=2e-3,
-    warmup_steps=0,
-    schedule="linear",
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    seed=5,
-)
+SETTINGS = make_config(pack_length=90, learning_rate=2e-3, weight_decay=0.01, seed=5)
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
 
 
@@ -60,7 +52,7 @@ def trained(model: PackedCausalLM) -> tuple[list[Event], dict[str, Tensor]]:
     start = {
         name: p.detach().clone() for name, p in get_trainable_parameters(model.network).items()
     }
-    training = TrainingLoop(model, lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS)
+    training = TrainingLoop(model, lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS, steps=4)
     events = list(training)
     return events, {
         name: p.detach() - start[name]
@@ -96,8 +88,7 @@ def test_fault_28_a_step_that_does_not_fit_is_the_same_step_in_smaller_packs() -
 def test_fault_28_packs_are_halved_as_often_as_it_takes() -> None:
     """The document of 17 tokens is never split, and fits by itself."""
     training = TrainingLoop(
-        bounded(tiny_model(), 17), lambda step: tiny_documents((17, 13, 13, 5, step)), SETTINGS
-    )
+        bounded(tiny_model(), 17), lambda step: tiny_documents((17, 13, 13, 5, step)), SETTINGS, steps=4)
     events, lengths = list[Event](), [training.pack_length]
     for event in training:
         events.append(event)
@@ -109,8 +100,7 @@ def test_fault_28_packs_are_halved_as_often_as_it_takes() -> None:
 
 def test_fault_28_one_document_that_does_not_fit_ends_the_run_with_advice() -> None:
     training = TrainingLoop(
-        bounded(tiny_model(), 20), lambda step: tiny_documents((31, 17, 5, step)), SETTINGS
-    )
+        bounded(tiny_model(), 20), lambda step: tiny_documents((31, 17, 5, step)), SETTINGS, steps=4)
     with pytest.raises(
         MachineError, match=r"one document each by now, the longest has 31 tokens\n  fix: lower max"
     ) as e:
@@ -123,11 +113,11 @@ def test_fault_28_one_document_that_does_not_fit_ends_the_run_with_advice() -> N
 
 def test_fault_28_the_choice_is_kept_in_checkpoints(tmp_path: Path) -> None:
     documents = lambda step: tiny_documents((31, 17, 13, 5, step))  # noqa: E731
-    first = TrainingLoop(bounded(tiny_model(), 35), documents, SETTINGS)
+    first = TrainingLoop(bounded(tiny_model(), 35), documents, SETTINGS, steps=4)
     assert [type(next(first)) for _ in range(3)] == [CheckResult, TrainStep, TrainStep]
     first.save(tmp_path)
     straight = list(first)
-    second = TrainingLoop(bounded(tiny_model(), 35), documents, SETTINGS)
+    second = TrainingLoop(bounded(tiny_model(), 35), documents, SETTINGS, steps=4)
     second.restore(tmp_path)
     assert second.pack_length == 33
     resumed = list(second)
@@ -139,8 +129,7 @@ def test_fault_28_the_choice_is_kept_in_checkpoints(tmp_path: Path) -> None:
 
 def test_fault_28_saving_between_the_error_and_the_second_try_loses_nothing(tmp_path: Path) -> None:
     training = TrainingLoop(
-        bounded(tiny_model(), 35), lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS
-    )
+        bounded(tiny_model(), 35), lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS, steps=4)
     assert isinstance(next(training), CheckResult)
     assert not training.model.network.training
     training.save(tmp_path)
@@ -152,7 +141,7 @@ def test_fault_28_the_rows_of_an_update_that_does_not_fit_are_not_to_blame(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The optimizer's own state cannot be had in parts."""
-    training = TrainingLoop(tiny_model(), lambda step: tiny_documents((31, step)), SETTINGS)
+    training = TrainingLoop(tiny_model(), lambda step: tiny_documents((31, step)), SETTINGS, steps=4)
 
     def refusing() -> None:
         raise torch.OutOfMemoryError(SAID)
@@ -250,7 +239,7 @@ def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
     files = [tmp_path / n / "run" / "adapter" / "adapter_model.safetensors" for n in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
     position = read_json(tmp_path / "b" / "run" / "checkpoints" / "step-2" / "position.json")
-    assert position["pack_length"] == plan_of(wishes[0])["pack_length"]
+    assert position["pack_length"] == plan_of(wishes[0]).config.pack_length
 
 
 def test_fault_28_a_whole_run_on_a_small_device(

@@ -24,7 +24,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.formats.row_formats import FORMATS
+from tunesmith.data.formats.parse import FORMATS
 from tunesmith.data.rejects import iter_rejected_rows
 from tunesmith.recipe.fields import DataSource
 

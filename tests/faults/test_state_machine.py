@@ -25,18 +25,23 @@ from hypothesis.stateful import (
 )
 
 from chunks import chosen, chunks
+from plan_configs import make_config
 from tiny_models import tiny_document, tiny_model
 from tunesmith.core.atomic import disk_errors
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.run_dir import RunFolder
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
 STEPS = 8
-SETTINGS = TrainingConfig(
-    steps=STEPS, pack_length=12, learning_rate=2e-3, warmup_steps=2, schedule="cosine", weight_decay=0.01,
-    max_grad_norm=1, seed=5,
-)  # fmt: skip
+SETTINGS = make_config(
+    pack_length=12,
+    learning_rate=2e-3,
+    warmup_ratio=0.25,
+    lr_scheduler_type="cosine",
+    weight_decay=0.01,
+    seed=5,
+)
 
 
 def new_training() -> TrainingLoop:
@@ -44,6 +49,7 @@ def new_training() -> TrainingLoop:
         tiny_model(lora_dropout=0.1, lora_r=2),
         lambda step: [tiny_document(n, step) for n in (5, 9)],
         SETTINGS,
+        steps=STEPS,
     )
 
 

@@ -1,4 +1,4 @@
-"""Run folders with contents of our choice, as a run leaves them: no model is trained for a page."""
+"""Run folders with chosen contents, as a run writes them; no model is trained."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,15 @@ from tunesmith.core.events import (
     Score,
     TrainStep,
 )
-from tunesmith.core.run_dir import STAGES_DIR, STAGES_FILE, RunFolder
+from tunesmith.core.run_dir import (
+    FINGERPRINT_FILE,
+    PLAN_FILE,
+    RECIPE_FILE,
+    RECORD_FILE,
+    STAGES_DIR,
+    STAGES_FILE,
+    RunFolder,
+)
 from tunesmith.core.types import (
     Comparison,
     DataReport,
@@ -91,89 +99,95 @@ PLAN = Plan(
     seconds=(60.0, 80.0),
     seconds_source="measured on this machine",
 )
-IDENTITY = {
+FINGERPRINT = {
     "tunesmith": "0.1.0",
     "base_sha256": {"model.safetensors": "ab" * 32},
     "tokenizer": "cd" * 32,
 }
 
 
-def compared(
+def make_comparison(
     metric: str,
     before: float,
     after: float,
-    half: float,
+    half_width: float,
     *,
     task: str = "test",
-    higher: bool = True,
-    **more: Any,
+    higher_is_better: bool = True,
+    **changes: Any,
 ) -> Comparison:
-    """A difference with an interval of `half` to both sides."""
-    first, second = (
+    """A difference whose interval reaches `half_width` to both sides."""
+    score_before, score_after = (
         Score(task, metric, value, value - 0.1, value + 0.1, 80, 0) for value in (before, after)
     )
-    change = after - before
+    difference = after - before
+    low = difference - half_width
+    high = difference + half_width
     return Comparison(
-        task, metric, first, second, change, change - half, change + half, higher, **more
+        task, metric, score_before, score_after, difference, low, high, higher_is_better, **changes
     )
 
 
-BETTER = compared("exact_match", 0.1, 0.8, 0.1)
-SAME = compared("exact_match", 0.1, 0.11, 0.1)
-FORGOT = compared("bits_per_byte", 0.9, 1.0, 0.02, task="general text", higher=False)
+BETTER = make_comparison("exact_match", 0.1, 0.8, 0.1)
+SAME = make_comparison("exact_match", 0.1, 0.11, 0.1)
+FORGOT = make_comparison(
+    "bits_per_byte", 0.9, 1.0, 0.02, task="general text", higher_is_better=False
+)
+PASSED = CheckResult("logits match transformers", "ok", "relative difference at most 0.00%")
 
 
-def step(number: int, loss: float = 1.0) -> TrainStep:
+def make_step(number: int, loss: float = 1.0) -> TrainStep:
     return TrainStep(number, loss, 3000, 900, 2.0, 1e-4, 1.0, 1_800_000_000)
 
 
-def events(steps: int = 30) -> list[Event]:
-    """A run with looks at held-out rows, checkpoints and a warning."""
-    found: list[Event] = [CheckResult("logits match transformers", "ok", "relative difference at most 0.00%")]
+def make_events(steps: int = 30) -> list[Event]:
+    """A run with evaluations, checkpoints and a warning."""
+    events: list[Event] = [PASSED]
     for number in range(1, steps + 1):
-        found.append(step(number, 2.0 / number))
+        events.append(make_step(number, 2.0 / number))
         if number % 10 == 0:
-            found.append(Score("eval", "loss", 1 / number, 0.9 / number, 1.1 / number, 40, number))
-            found.append(CheckpointSaved(number, f"checkpoints/step-{number}"))
-    return [*found, CheckResult("repetition", "warn", "seq-rep-4 0.31, base 0.02", min(17, steps))]
+            events.append(Score("eval", "loss", 1 / number, 0.9 / number, 1.1 / number, 40, number))
+            events.append(CheckpointSaved(number, f"checkpoints/step-{number}"))
+    warning = CheckResult("repetition", "warn", "seq-rep-4 0.31, base 0.02", min(17, steps))
+    return [*events, warning]
 
 
-def pair(
+def make_pair(
     number: int, before: str, after: str, expected: str = ""
 ) -> tuple[GenerationSample, GenerationSample]:
-    row, prompt = f"test.jsonl:{number}", f"question {number}"
-    return GenerationSample(0, row, prompt, before, expected), GenerationSample(
-        30, row, prompt, after, expected
+    row = f"test.jsonl:{number}"
+    prompt = f"question {number}"
+    return (
+        GenerationSample(0, row, prompt, before, expected),
+        GenerationSample(30, row, prompt, after, expected),
     )
 
 
 SAMPLES = (
-    pair(1, "the sum is five", "the sum is 5", "the sum is 5"),
-    pair(2, "yes", "yes", "yes"),
-    pair(3, "right", "wrong now", "right"),
+    make_pair(1, "the sum is five", "the sum is 5", "the sum is 5"),
+    make_pair(2, "yes", "yes", "yes"),
+    make_pair(3, "right", "wrong now", "right"),
 )
 
 
-def scales(losses: Sequence[float] = (2, 1.75, 1.5, 1.25, 1)) -> tuple[ScalePoint, ...]:
-    """The trained adapter by how much of it: the loss falls, general text suffers."""
-    return tuple(
-        ScalePoint(
-            scale,
-            Score("eval", "loss", loss, loss - 0.1, loss + 0.1, 40, 30),
-            Score("general text", "bits_per_byte", 0.9 + scale / 10, 0.8, 1.1, 40, 30),
-        )
-        for scale, loss in zip((0, 0.25, 0.5, 0.75, 1), losses, strict=True)
-    )
+def make_scales(losses: Sequence[float] = (2, 1.75, 1.5, 1.25, 1)) -> tuple[ScalePoint, ...]:
+    """Scales 0 to 1: the held-out loss falls, bits per byte of general text rise."""
+    points: list[ScalePoint] = []
+    for scale, loss in zip((0, 0.25, 0.5, 0.75, 1), losses, strict=True):
+        eval_loss = Score("eval", "loss", loss, loss - 0.1, loss + 0.1, 40, 30)
+        general = Score("general text", "bits_per_byte", 0.9 + scale / 10, 0.8, 1.1, 40, 30)
+        points.append(ScalePoint(scale, eval_loss, general))
+    return tuple(points)
 
 
-CHEAPER = (2, 1.04, 1.02, 1.01, 1)  # a quarter of it does
+CHEAPER = (2, 1.04, 1.02, 1.01, 1)  # a quarter of the adapter is nearly as good
 
 
-def record_of(plan: Plan = PLAN, **changed: Any) -> RunRecord:
-    made = RunRecord(
+def make_record(plan: Plan = PLAN, **changes: Any) -> RunRecord:
+    record = RunRecord(
         version="0.1.0",
         plan=plan,
-        preflight=(CheckResult("logits match transformers", "ok", "relative difference at most 0.00%"),),
+        preflight=(PASSED,),
         comparisons=(BETTER, FORGOT),
         steps=30,
         tokens=90_000,
@@ -182,7 +196,7 @@ def record_of(plan: Plan = PLAN, **changed: Any) -> RunRecord:
         adapter="adapter",
         samples=SAMPLES,
     )
-    return replace(made, **changed)
+    return replace(record, **changes)
 
 
 def write_run(
@@ -190,33 +204,32 @@ def write_run(
     *,
     plan: Plan = PLAN,
     record: RunRecord | None = None,
-    happened: Sequence[Event] | None = None,
+    events: Sequence[Event] | None = None,
     files: dict[str, Json] | None = None,
 ) -> Path:
-    """`record`: None for a run that is not finished."""
+    """Write a run folder; without a record, of a run that is not finished."""
     with RunFolder.create(path) as folder:
-        folder.write_json("identity.json", IDENTITY)
-        folder.write_json("plan.json", plan)
-        folder.write_text("recipe.yaml", "model: tiny\n")
-        for event in events() if happened is None else happened:
+        folder.write_json(FINGERPRINT_FILE, FINGERPRINT)
+        folder.write_json(PLAN_FILE, plan)
+        folder.write_text(RECIPE_FILE, "model: tiny\n")
+        for event in make_events() if events is None else events:
             folder.append_event(event)
         if record is not None:
-            folder.write_json("record.json", record)
+            folder.write_json(RECORD_FILE, record)
         for name, content in (files or {}).items():
             folder.write_json(name, content)
     return path
 
 
-def write_stages(path: Path, **changed: Any) -> Path:
-    """Two stages, both finished."""
-    places = [str(path / STAGES_DIR / name) for name in ("1-cpt", "2-sft")]
-    plans = [
-        PLAN.with_settings(output_dir=PlanValue(place, "rule", ""))
-        for place in places
-    ]
+def write_stages(path: Path, **changes: Any) -> Path:
+    """Write a run of two stages, both finished."""
+    stage_dirs = [path / STAGES_DIR / name for name in ("1-cpt", "2-sft")]
+    plans: list[Plan] = []
+    for stage_dir in stage_dirs:
+        plans.append(PLAN.with_settings(output_dir=PlanValue(str(stage_dir), "rule", "")))
     with RunFolder.create(path) as folder:
         folder.write_json(STAGES_FILE, StagedPlan(str(path), tuple(plans)))
-        folder.write_json("record.json", record_of(plans[-1], **changed))
-    for place, plan in zip(places, plans, strict=True):
-        write_run(Path(place), plan=plan, record=record_of(plan))
+        folder.write_json(RECORD_FILE, make_record(plans[-1], **changes))
+    for stage_dir, plan in zip(stage_dirs, plans, strict=True):
+        write_run(stage_dir, plan=plan, record=make_record(plan))
     return path

@@ -6,22 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from plan_configs import make_config
 from tiny_models import tiny_document
 from tunesmith.core.events import Event, TrainStep
 from tunesmith.core.types import Document
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.train.loop import TrainingConfig, TrainingLoop
+from tunesmith.train.loop import TrainingLoop
 
-SETTINGS = TrainingConfig(
-    steps=6,
-    pack_length=60,
-    learning_rate=2e-3,
-    warmup_steps=2,
-    schedule="linear",
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    seed=5,
+STEPS = 6
+SETTINGS = make_config(
+    pack_length=60, learning_rate=2e-3, warmup_ratio=1 / 3, weight_decay=0.01, seed=5
 )
 LENGTHS = (5, 17, 1, 31, 17, 2, 13)
 

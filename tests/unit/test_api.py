@@ -81,7 +81,7 @@ def test_a_plan_can_be_made_of(form: str, here: Path) -> None:
         "facts": lambda: tunesmith.plan(api.load_inputs(values, lora_r=3)),
     }
     plan = forms[form]()
-    assert (plan.config.lora_r, plan.reasons["lora_r"].decided_by, plan.steps) == (3, "you", 2)
+    assert (plan.config.lora_r, plan.reasons["lora_r"].decided_by, plan.steps) == (3, "user", 2)
 
 
 def test_paths_and_tuples_are_values_too(here: Path) -> None:

@@ -1,8 +1,6 @@
-"""The verbs of the command line that run: `demo`, `train`, `resume`, and `report`, the page that
-they leave.
+"""Verbs that train: `demo`, `train`, `resume`, and `report`, which writes the page of a run.
 
-Each is a function as in cli.py, where the table of all verbs is. Imports stand inside the
-functions."""
+Each verb is a function; cli/app.py has the table. Imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith import api, dataverbs
+from tunesmith import api
 from tunesmith.cli.args import (
     AllowCode,
     AsJson,
@@ -30,35 +28,32 @@ from tunesmith.core.run_dir import is_run, is_staged
 
 TrackOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="TRACKER", help="Send the events to tensorboard or wandb, too.", show_default=False
-    ),
+    typer.Option(metavar="TRACKER", help="Also log to tensorboard or wandb.", show_default=False),
 ]
 
 
 def demo(
     output_dir: Annotated[
-        Path | None, typer.Option(help="The run folder; else runs/demo-N.", show_default=False)
+        Path | None,
+        typer.Option(help="Run folder; runs/demo-N by default.", show_default=False),
     ] = None,
     track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """The whole story on the embedded example: look, plan, prove, measure, train, measure again."""
-    from tunesmith.cli.views.tables import render_data, render_plan
+    """Run the embedded example from data check to report."""
+    from tunesmith.cli.views.data import render_data
+    from tunesmith.cli.views.plan import render_plan
     from tunesmith.recipe.demo import NUM_PREVIEW_ROWS
 
     inputs = api.load_demo_inputs(output_dir)
     run_plan = api.plan(inputs)
     if not as_json:
-        print_result(
-            None,
-            render_data(run_plan.data),
-            *dataverbs.data_show(inputs, rows=NUM_PREVIEW_ROWS),
-            as_json=False,
-        )
+        preview = api.data_show(inputs, rows=NUM_PREVIEW_ROWS)
+        print_result(None, render_data(run_plan.data), *preview, as_json=False)
         print_result(None, render_plan(run_plan), as_json=False)
     events = api.train(run_plan, inputs)
-    _show_run(events, Path(run_plan["output_dir"]), run_plan.steps, track=track, as_json=as_json)
+    run_dir = Path(run_plan.config.output_dir)
+    _show_run(events, run_dir, run_plan.steps, track=track, as_json=as_json)
 
 
 def train(
@@ -67,34 +62,33 @@ def train(
     track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plan, prove, measure, train, measure again; all in one run folder."""
+    """Plan, check, train and measure a recipe in one run folder."""
     inputs = api.load_inputs(parse_recipe_args(args))
     run_plan = api.plan(inputs)
     events = api.train(run_plan, inputs, allow_code=allow_code)
-    _show_run(events, Path(run_plan["output_dir"]), run_plan.steps, track=track, as_json=as_json)
+    run_dir = Path(run_plan.config.output_dir)
+    _show_run(events, run_dir, run_plan.steps, track=track, as_json=as_json)
 
 
 def resume(
     folder: RunArg,
     allow_changes: Annotated[
         bool,
-        typer.Option(
-            "--allow-drift", help="Go on though data, model, recipe or libraries have changed."
-        ),
+        typer.Option("--allow-changes", help="Resume although data, model or libraries changed."),
     ] = False,
     checkpoint: Annotated[
         int | None,
         typer.Option(
-            help="The checkpoint to go on from; else the newest valid one.", show_default=False
+            metavar="STEP", help="Checkpoint; by default the newest valid.", show_default=False
         ),
     ] = None,
     allow_code: AllowCode = False,
     track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run that was interrupted, after its last checkpoint."""
+    """Resume an interrupted run from a checkpoint."""
     events = api.resume(
-        folder, allow_drift=allow_changes, from_step=checkpoint, allow_code=allow_code
+        folder, allow_changes=allow_changes, checkpoint=checkpoint, allow_code=allow_code
     )
     _show_run(events, folder, api.read_plan(folder).steps, track=track, as_json=as_json)
 
@@ -104,13 +98,13 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Where to write it; else RUN/report.html.", show_default=False
+            metavar="FILE", help="Output; RUN/report.html by default.", show_default=False
         ),
     ] = None,
     track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the page of a run: one file that needs no network, finished or not."""
+    """Write the HTML report of a run, finished or not."""
     report_path = api.write_report(folder, out=out)
     if track is not None:
         from tunesmith.report.trackers import send_events
@@ -119,15 +113,16 @@ def report(
     print_result({"report": str(report_path)}, str(report_path), as_json=as_json)
 
 
-# ---------------------------------------------------------------- what verbs share
+# ---------------------------------------------------------------- shared
 
 
 def _show_run(
     events: Iterable[Event], folder: Path, steps: int, *, track: str | None, as_json: bool
 ) -> None:
-    """Show a run as it goes, then its record."""
+    """Show the events of a run as they happen, then its record and report."""
     from tunesmith.cli.progress import Progress
-    from tunesmith.cli.views.tables import render_run_record
+    from tunesmith.cli.views.results import render_run_record
+    from tunesmith.session.run_history import save_past_run
 
     with _tracking(folder, track), Progress(steps) as progress:
         try:
@@ -137,15 +132,15 @@ def _show_run(
             write_page(folder)
             raise
     record = api.read_record(folder)
-    if not is_staged(folder):  # a sum over stages says nothing of a plan
-        api.record_run_history(record)  # this process has held nothing but the run
+    if not is_staged(folder):  # totals over stages do not predict a single plan
+        save_past_run(record)
     print_result(record, render_run_record(record), as_json=as_json)
     write_page(folder)
 
 
 @contextmanager
 def _tracking(folder: Path, track: str | None) -> Iterator[None]:
-    """A tracker that fails is one warning, and nothing to the run."""
+    """Send events to a tracker; a tracker that fails is a warning and never stops the run."""
     if track is None:
         yield
         return
@@ -157,14 +152,14 @@ def _tracking(folder: Path, track: str | None) -> Iterator[None]:
             yield
     finally:
         if tracker.problem:
-            retry_command = f"tunesmith report {folder} --track {track}"
+            retry = f"tunesmith report {folder} --track {track}"
             sys.stderr.write(
-                f"warning: {track} has not got everything: {tracker.problem}; later: {retry_command}\n"
+                f"warning: {track} did not receive all events: {tracker.problem}; retry: {retry}\n"
             )
 
 
 def write_page(folder: Path) -> None:
-    """The page of a run. A run is what it is without one, and without the package that makes it."""
+    """Write the report of a run, if the report package is installed; a failure is a warning."""
     if find_spec("tunesmith.report") is None or not is_run(folder):
         return
     try:

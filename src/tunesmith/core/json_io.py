@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.types import Plan
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ def to_jsonable(value: Any, path: str = "value") -> Any:
         return str(value)
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", by_alias=True)
+    if isinstance(value, Plan):
+        return to_jsonable(value.to_json(), path)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return {

@@ -8,9 +8,13 @@ document."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+
+from pydantic import model_validator
 
 from tunesmith.core.events import (
     CheckResult,
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 Json = dict[str, Any]
+T = TypeVar("T")
 Side = Literal[
     "", "chosen", "rejected", "banned"
 ]  # "" is trained as it is, a banned one is trained away from
@@ -130,54 +135,190 @@ class DataReport:
 # ---------------------------------------------------------------- decision
 
 
-@dataclass(frozen=True)
-class PlanValue:
-    """One value of the plan. `by`: the user said so, a rule decided, or the model's own files
-    did."""
+DecidedBy = Literal["user", "rule", "checkpoint"]
+Confidence = Literal["", "measured here", "published", "extrapolated"]
 
-    value: Any
-    decided_by: Literal["you", "rule", "checkpoint"]
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """The value of every setting that a run obeys, in the order of the rules.
+
+    A setting that the run does not have (of another stage, method or feature) is None. Numbers
+    that may be whole are `int | float`, so that they are the same after a round trip as JSON.
+    """
+
+    method: Literal["lora", "qlora", "full"]
+    optim: Literal["adamw", "adamw_8bit"]
+    loss: Literal["dpo", "orpo", "simpo"] | None = None  # preference pairs
+    beta: int | float | None = None  # preference pairs, per nat; ORPO's lambda
+    gamma: int | float | None = None  # SimPO's margin, nats per token
+    nll_coefficient: int | float | None = None  # of the plain loss of chosen answers
+    dtype: Literal["bf16", "fp32"]
+    max_length: int  # tokens of a document
+    pack_length: int  # tokens of a pack
+    num_train_epochs: int | float
+    batch_size: int | None = None  # rows per step; not with stage: cpt
+    batch_tokens: int | None = None  # tokens per step; stage: cpt
+    lora_r: int | None = None
+    lora_alpha: int | float | None = None
+    lora_dropout: int | float | None = None  # probability
+    lora_target_modules: str | tuple[str, ...] | None = None  # a group, or names of layers
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    learning_rate: int | float  # peak
+    warmup_ratio: int | float  # fraction of the steps
+    lr_scheduler_type: Literal["linear", "cosine", "constant"]
+    weight_decay: int | float
+    max_grad_norm: int | float  # 0: no clipping
+    step_in_backward: bool  # update each weight as soon as its gradient is known
+    attention: str  # backend
+    share_prefixes: bool
+    weight_layout: Literal["plain", "blocked"]
+    metrics: tuple[str, ...]
+    eval_steps: int  # steps between two evaluations on eval_data
+    save_steps: int  # steps between two checkpoints
+    adapter_sha256: str | None = None  # of the adapter that training starts from
+    adapter_from: str | None = None  # its folder
+    mixture: dict[str, int] | None = None  # task -> rows per epoch
+    add_tokens: dict[str, int] | None = None  # text -> token id
+    separator: str | None = None  # token that ends every text; stage: cpt
+    between_stages: str | None = None  # how this stage takes over the weights of the previous one
+    never: tuple[str, ...] | None = None  # constraints, each with its mode
+    ban_coefficient: int | float | None = None  # of the unlikelihood loss
+    guard_collapse: Literal["off", "warn", "rollback", "stop"]
+    guard_forgetting: Literal["off", "warn", "rollback", "stop"]
+    forgetting_margin: int | float  # bits per byte
+    patience: int  # evaluations without improvement before the run stops
+    probe_steps: int  # steps between two generation probes; 0: none
+    probe_prompts: int
+    rehearsal_ratio: int | float | None = None  # fraction of a step's tokens
+    rehearsal_length: int | None = None  # tokens of a rehearsal document, at most
+    rehearsal_margin: int | float | None = None  # bits per byte; only with an adaptive ratio
+    rehearsal_tokens: int | None = None  # tokens that the base model generates for rehearsal
+    modules_to_save: tuple[str, ...] | None = None  # matrices with trained rows of new tokens
+    new_rows_lr_factor: int | float | None = None  # learning rate of those rows, relative
+    activations: str  # kept or recomputed in the backward pass
+    template: str  # "auto": the model's own; "none"; or the path of a Jinja file
+    overlong: Literal["drop", "truncate", "refuse"]
+    seed: int
+    stage: Literal["sft", "cpt", "preference"]
+    output_dir: str
+    now: str  # ISO 8601; the date that chat templates see
+    memory_factor: int | float | None = None  # correction of the memory estimate by a past run
+
+
+def require(setting: T | None) -> T:
+    """Return a setting that a plan of this stage and method always has."""
+    assert setting is not None
+    return setting
+
+
+@dataclass(frozen=True)
+class PlanReason:
+    """Who decided a setting, and why."""
+
+    decided_by: DecidedBy
     reason: str
     source: str = ""
-    confidence: Literal["", "measured here", "published", "extrapolated"] = ""
-    # the usual one, where this differs from it and what obeying it would cost
+    confidence: Confidence = ""
+    # what is usually advised, where it differs, and what following it would cost
     common_advice: str = ""
 
 
 @dataclass(frozen=True)
+class PlanValue:
+    """The value of a setting with its reason: what a rule returns."""
+
+    value: Any
+    decided_by: DecidedBy
+    reason: str
+    source: str = ""
+    confidence: Confidence = ""
+    common_advice: str = ""
+
+    def get_reason(self) -> PlanReason:
+        return PlanReason(
+            self.decided_by, self.reason, self.source, self.confidence, self.common_advice
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Every value that a run obeys. `train` accepts nothing else; `recipe` is the wish that it came
-    from."""
+    """Everything that a run obeys. `train` accepts nothing else; `recipe` is what it was made from.
+
+    In JSON, `config` and `reasons` are one mapping, `settings`: key -> PlanValue.
+    """
 
     recipe: Json
-    choices: dict[str, PlanValue]
+    config: PlanConfig
+    reasons: dict[str, PlanReason]  # by the key of `config`; only of the settings that it has
     machine: Machine
     model: ModelSpec
     data: dict[str, DataReport]  # role (data | rehearsal | eval_data | test_data) -> report
-    steps: int
+    steps: int  # optimizer steps
     tokens_per_epoch: int
     memory_bytes: dict[str, int]  # component -> predicted bytes, with "peak"
     warnings: tuple[str, ...] = ()
-    disk_bytes: int = 0  # what the run folder holds at most
-    phase_bytes: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # step | longest row | answers -> bytes
-    prefix_savings: float = 0.0  # of the tokens, by sharing prefixes
-    seconds: tuple[
-        float, ...
-    ] = ()  # of training: one number, or the least and the most; empty where nothing is known
-    total_seconds: float = 0.0  # of the run with its proof and measures; 0: not known
+    disk_bytes: int = 0  # upper bound of the run folder
+    # step | longest row | answers -> bytes
+    phase_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    prefix_savings: float = 0.0  # fraction of the tokens
+    # of training: one number, or the lower and the upper bound; empty when unknown
+    seconds: tuple[float, ...] = ()
+    total_seconds: float = 0.0  # with preflight and evaluation; 0 when unknown
     seconds_source: str = ""
-    fits_on: str = ""  # the smallest machine of the table that has room, if this one has not
+    fits_on: str = ""  # the smallest preset with enough memory, if this machine has too little
 
-    def __getitem__(self, key: str) -> Any:
-        return self.choices[key].value
+    @property
+    def settings(self) -> dict[str, PlanValue]:
+        """Every setting of this run with its reason, in the order in which they were decided."""
+        return {
+            key: PlanValue(getattr(self.config, key), **vars(reason))
+            for key, reason in self.reasons.items()
+        }
+
+    def with_settings(self, **plan_values: PlanValue) -> Plan:
+        """Return a copy with these settings in place of its own."""
+        config, reasons = split_settings(self.settings | plan_values)
+        return dataclasses.replace(self, config=config, reasons=reasons)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {key: getattr(self.config, key) for key in self.reasons}
 
     @property
     def rows_per_epoch(self) -> int:
-        return (
-            sum(self["mixture"].values()) if "mixture" in self.choices else self.data["data"].rows
-        )
+        if self.config.mixture is not None:
+            return sum(self.config.mixture.values())
+        return self.data["data"].rows
+
+    def to_json(self) -> Json:
+        """Return the fields as they are written, `settings` in place of `config` and `reasons`."""
+        fields: Json = {}
+        for name, value in vars(self).items():
+            if name == "config":
+                fields["settings"] = self.settings
+            elif name != "reasons":
+                fields[name] = value
+        return fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_settings(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "settings" in fields:
+            fields = cast("Json", fields)
+            settings = cast("dict[str, Json]", fields["settings"])
+            config = {key: setting["value"] for key, setting in settings.items()}
+            return fields | {"config": config, "reasons": settings}
+        return cast("Any", fields)
+
+
+def split_settings(
+    plan_values: Mapping[str, PlanValue],
+) -> tuple[PlanConfig, dict[str, PlanReason]]:
+    """Return the values and the reasons. Raises TypeError for a key that PlanConfig lacks."""
+    config = PlanConfig(**{key: plan_value.value for key, plan_value in plan_values.items()})
+    return config, {key: plan_value.get_reason() for key, plan_value in plan_values.items()}
 
 
 # ---------------------------------------------------------------- data

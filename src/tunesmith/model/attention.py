@@ -1,36 +1,32 @@
-"""Attention over a Layout: `attend(q, k, v, layout)`, one signature, several backends, one
-reference.
+"""Attention over a PackLayout: `attend(q, k, v, layout)`, several backends, one reference.
 
-A token attends to the earlier tokens of its own segment, itself included, and to the segments that
-this one continues, at most `window` back. Nothing else is seen, whatever the backend; tests hold
-each to `reference`. Left out: what generation stores (cache.py). Legend: T tokens, N query heads, K
-key/value heads, D head size, L tokens of a segment, B segments of one length, P of a segment and
-all that it continues."""
+A token attends to the earlier tokens of its segment, itself included, and to the segments that its
+segment continues, at most `window` tokens back. Every backend computes exactly that; the tests
+compare each with `reference`. Left out: the keys and values that generation stores (kv_cache.py).
+Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a segment, B segments
+of one length, P tokens of a segment and of all that it continues."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunesmith.core.errors import InputError
 from tunesmith.core.types import PackLayout
 from tunesmith.model.kernels import ops
+from tunesmith.model.kernels.build import call_kernel
 from tunesmith.model.oom import OutOfMemory
-
-if TYPE_CHECKING:
-    from tunesmith.model.kv_cache import RaggedKVCache
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How a layer scores: the factor before the softmax, the tokens it looks back (None: all), the
-    logit cap (None)."""
+    """How a layer computes scores: the factor before the softmax, how many tokens it looks back
+    (None: all), the soft cap of the logits."""
 
     scale: float
     window: int | None = None
@@ -49,31 +45,32 @@ def attend(
     backend: str = "auto",
     cos_sin: CosSin | None = None,
 ) -> Tensor:
-    """q [T, N, D], k and v [T, K, D] -> [T, N, D] in the dtype of q. `angles`: q and k are still to
-    be turned."""
+    """Attend with q [T, N, D], k and v [T, K, D]; returns [T, N, D] in the dtype of q.
+
+    With `cos_sin`, q and k are rotated first."""
     assert layout.num_tokens == len(q), f"the layout has {layout.num_tokens} tokens, q has {len(q)}"
     name = choose_backend(backend, q)
     if name == "kernel":
         return cpu_kernel_attention(q, k, v, layout, config, cos_sin)
-    return BACKENDS[name](*apply_rotary_qk(q, k, cos_sin), v, layout, config)
+    q, k = apply_rotary_qk(q, k, cos_sin)
+    return BACKENDS[name](q, k, v, layout, config)
 
 
 def apply_rotary_qk(q: Tensor, k: Tensor, cos_sin: CosSin | None) -> tuple[Tensor, Tensor]:
-    return (
-        (q, k)
-        if cos_sin is None
-        else (ops.apply_rotary(q, *cos_sin), ops.apply_rotary(k, *cos_sin))
-    )
+    """Rotate q and k, unless `cos_sin` is None."""
+    if cos_sin is None:
+        return q, k
+    return ops.apply_rotary(q, *cos_sin), ops.apply_rotary(k, *cos_sin)
 
 
 def choose_backend(backend: str, q: Tensor) -> str:
+    """Return the backend for q: the setting, or the fastest if it is auto."""
     if backend != "auto":
         return backend
     if q.device.type == "cpu":
         return "kernel"
-    return (
-        "varlen" if _import_varlen_attn() and q.dtype in (torch.bfloat16, torch.float16) else "mask"
-    )
+    has_varlen = _import_varlen_attn() and q.dtype in (torch.bfloat16, torch.float16)
+    return "varlen" if has_varlen else "mask"
 
 
 # ---------------------------------------------------------------- reference
@@ -82,54 +79,57 @@ def choose_backend(backend: str, q: Tensor) -> str:
 def build_causal_mask(
     length: int, window: int | None, device: torch.device, prefix_length: int = 0
 ) -> Tensor:
-    """Boolean [L, P]: may the row's token see the column's? The columns start `before` tokens ahead
-    of the rows."""
+    """Return a boolean mask [L, P]: whether the row's token sees the column's.
+
+    The columns start `prefix_length` tokens before the rows."""
     key_positions = torch.arange(prefix_length + length, device=device)
     distance = key_positions[prefix_length:, None] - key_positions
     return (distance >= 0) & (distance < (window or prefix_length + length + 1))
 
 
 def gather_context(x: Tensor, layout: PackLayout, segment: int) -> Tensor:
-    """Rows of x [P, ...] of all that a segment sees: what it continues, from the root on, and
-    itself last."""
-    pieces = [
-        x[layout.starts[i] : layout.starts[i] + layout.lengths[i]] for i in layout.get_path(segment)
-    ]
+    """Return the rows of x [P, ...] that a segment sees: those it continues, from the root on, then
+    its rows."""
+    pieces: list[Tensor] = []
+    for index in layout.get_path(segment):
+        start = layout.starts[index]
+        pieces.append(x[start : start + layout.lengths[index]])
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: AttentionConfig) -> Tensor:
-    """Plain attention of [.., N, L, D] queries; scores and softmax in fp32 or wider."""
+    """Compute plain attention of [.., N, L, D] queries; scores and softmax in fp32 or wider."""
     accum_dtype = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[-3] // k.shape[-3]
-    k, v = k.repeat_interleave(groups, dim=-3), v.repeat_interleave(groups, dim=-3)
-    scores = q.to(accum_dtype) @ k.to(accum_dtype).transpose(-1, -2) * config.scale
+    k = k.repeat_interleave(groups, dim=-3).to(accum_dtype)
+    v = v.repeat_interleave(groups, dim=-3).to(accum_dtype)
+    scores = q.to(accum_dtype) @ k.transpose(-1, -2) * config.scale
     if config.softcap:
         scores = config.softcap * torch.tanh(scores / config.softcap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return (weights @ v.to(accum_dtype)).to(q.dtype)
+    return (weights @ v).to(q.dtype)
 
 
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
-    """One segment after the other, scores written out."""
-    outputs = []
+    """Attend one segment at a time, with explicit scores."""
+    outputs: list[Tensor] = []
     for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
         q_NLD = q[start : start + length].transpose(0, 1)
-        k_KPD, v_KPD = (gather_context(x, layout, segment).transpose(0, 1) for x in (k, v))
-        mask = build_causal_mask(
-            length, config.window, q.device, layout.count_prefix_tokens(segment)
-        )
+        k_KPD = gather_context(k, layout, segment).transpose(0, 1)
+        v_KPD = gather_context(v, layout, segment).transpose(0, 1)
+        prefix_length = layout.count_prefix_tokens(segment)
+        mask = build_causal_mask(length, config.window, q.device, prefix_length)
         outputs.append(_attend_eager(q_NLD, k_KPD, v_KPD, mask, config).transpose(0, 1))
     return torch.cat(outputs)
 
 
-# ---------------------------------------------------------------- CPU: one causal call for all documents of a length
+# ---------------------------------------------------------------- CPU: torch's fused attention
 
 
 def _iter_equal_lengths(layout: PackLayout) -> Iterator[tuple[int, int]]:
-    """(count, length) of neighbouring segments of equal length."""
+    """Yield (count, length) of neighbouring segments of equal length."""
     for length, group in itertools.groupby(layout.lengths):
         yield len(list(group)), length
 
@@ -137,15 +137,18 @@ def _iter_equal_lengths(layout: PackLayout) -> Iterator[tuple[int, int]]:
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
-    """torch's fused causal attention, per document: no T x T mask, so the work is the sum of the
-    L^2 / 2. In fp32 for bf16 inputs: on the CPU that is faster for short documents, and more
-    precise."""
+    """Attend per document with torch's fused causal attention, one call for neighbours of equal
+    length.
+
+    There is no T x T mask, so the work is the sum of the L^2 / 2. bf16 inputs are widened to fp32:
+    on the CPU that is faster for short documents, and more precise."""
     accum_dtype = torch.promote_types(q.dtype, torch.float32)
     q_wide, k_wide, v_wide = (x.to(accum_dtype) for x in (q, k, v))
-    outputs = []
+    outputs: list[Tensor] = []
     if layout.parents:
         for segment, piece in enumerate(q_wide.split(layout.lengths)):
-            keys, values = (gather_context(x, layout, segment) for x in (k_wide, v_wide))
+            keys = gather_context(k_wide, layout, segment)
+            values = gather_context(v_wide, layout, segment)
             outputs.append(_attend_sdpa(piece[None], keys[None], values[None], config))
         return torch.cat(outputs).to(q.dtype)
     runs = list(_iter_equal_lengths(layout))
@@ -158,25 +161,26 @@ def sdpa_attention(
 
 
 def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Tensor:
-    """q [B, L, N, D] are the last queries of keys and values [B, P, K, D] -> [B * L, N, D]."""
+    """Attend with q [B, L, N, D], the last queries of keys and values [B, P, K, D]; returns
+    [B * L, N, D]."""
     q_BNLD, k_BKPD, v_BKPD = (x.transpose(1, 2) for x in (q, k, v))
-    length, prefix_length = q.shape[1], k.shape[1] - q.shape[1]
-    if config.softcap:
-        out = _attend_eager(
+    length = q.shape[1]
+    prefix_length = k.shape[1] - length
+    is_windowed = config.window is not None and config.window < length
+    mask = None
+    if config.softcap or prefix_length or is_windowed:
+        mask = build_causal_mask(length, config.window, q.device, prefix_length)
+    if config.softcap and mask is not None:
+        out = _attend_eager(q_BNLD, k_BKPD, v_BKPD, mask, config)
+    else:
+        out = F.scaled_dot_product_attention(
             q_BNLD,
             k_BKPD,
             v_BKPD,
-            build_causal_mask(length, config.window, q.device, prefix_length),
-            config,
-        )
-    elif prefix_length or (config.window is not None and config.window < length):
-        mask = build_causal_mask(length, config.window, q.device, prefix_length)
-        out = F.scaled_dot_product_attention(
-            q_BNLD, k_BKPD, v_BKPD, attn_mask=mask, scale=config.scale, enable_gqa=True
-        )
-    else:
-        out = F.scaled_dot_product_attention(
-            q_BNLD, k_BKPD, v_BKPD, is_causal=True, scale=config.scale, enable_gqa=True
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=config.scale,
+            enable_gqa=True,
         )
     return out.transpose(1, 2).flatten(0, 1)
 
@@ -185,9 +189,8 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Te
 
 
 class _AttentionFunction(torch.autograd.Function):
-    """Saves q, k, v, the output and one number a row; scores are computed again in the backward. q
-    and k are turned by the angles when they are read, and their gradients back when they are
-    written."""
+    """Saves q, k, v, the output and one number per row; the backward recomputes the scores. q and k
+    are rotated when they are read, and their gradients rotated back when they are written."""
 
     @staticmethod
     def forward(
@@ -199,68 +202,68 @@ class _AttentionFunction(torch.autograd.Function):
         config: AttentionConfig,
         cos_sin: CosSin | None,
     ) -> Tensor:
-        q, k, v, null = (
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            q.new_empty(0),
-        )  # nothing: NULL in C
-        out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
-        inputs, aux_inputs = (
-            (q, k, v, out, logsumexp),
-            (*(cos_sin or (null, null)), *_build_segment_tensors(layout)),
-        )
-        ctx.shape = (
-            len(layout.lengths),
-            q.shape[1],
-            k.shape[1],
-            q.shape[2],
-            config.window or 0,
-            config.scale,
-        )
-        _call_attention("attention", *inputs, null, null, null, null, *aux_inputs, *ctx.shape)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        null = q.new_empty(0)  # NULL in C
+        out = torch.empty_like(q)
+        logsumexp = torch.empty(q.shape[:2])
+        inputs = (q, k, v, out, logsumexp)
+        aux_inputs = (*(cos_sin or (null, null)), *_build_segment_tensors(layout))
+        ctx.shape = _get_kernel_shape(len(layout.lengths), q, k, config)
+        _call_attention("attention", *inputs, *(null,) * 4, *aux_inputs, *ctx.shape)
         ctx.save_for_backward(*inputs, *aux_inputs)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        saved = ctx.saved_tensors  # once: a layer that runs again gives them once
+        # read once: a recomputed layer returns them only once
+        saved = ctx.saved_tensors
         inputs, aux_inputs = saved[:5], saved[5:]
         dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
-        _call_attention(
-            "attention", *inputs, gradients[0].contiguous(), dq, dk, dv, *aux_inputs, *ctx.shape
-        )
+        outputs = (gradients[0].contiguous(), dq, dk, dv)
+        _call_attention("attention", *inputs, *outputs, *aux_inputs, *ctx.shape)
         return dq, dk, dv, None, None, None
+
+
+def _get_kernel_shape(
+    num_segments: int, q: Tensor, k: Tensor, config: AttentionConfig
+) -> tuple[int | float, ...]:
+    """Return the numbers that `attention` in attention.c takes last."""
+    window = config.window or 0
+    return num_segments, q.shape[1], k.shape[1], q.shape[2], window, config.scale
 
 
 def _build_segment_tensors(
     layout: PackLayout, num_prefixes: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Starts, lengths and parents for the kernel, most work first: then the threads end together.
-    The first `given` segments come last, where a kernel that is told of fewer finds them as parents
-    only."""
-    work = [
-        length * (length + 2 * layout.count_prefix_tokens(i))
-        for i, length in enumerate(layout.lengths)
-    ]
+    """Return starts, lengths and parents for the kernel, most work first, so that the threads
+    finish together.
+
+    The first `num_prefixes` segments are put last: a kernel called with fewer segments then uses
+    them as parents only."""
+    work: list[int] = []
+    for index, length in enumerate(layout.lengths):
+        work.append(length * (length + 2 * layout.count_prefix_tokens(index)))
     order = sorted(range(len(work)), key=lambda i: (i < num_prefixes, -work[i]))
-    starts, lengths = (torch.tensor([x[i] for i in order]) for x in (layout.starts, layout.lengths))
+    starts = torch.tensor([layout.starts[i] for i in order])
+    lengths = torch.tensor([layout.lengths[i] for i in order])
     if not layout.parents:
         return starts, lengths, torch.empty(0)
-    rank_by_segment = {-1: -1} | {i: rank for rank, i in enumerate(order)}
-    return starts, lengths, torch.tensor([rank_by_segment[layout.parents[i]] for i in order])
+    rank_by_segment = {-1: -1}
+    for rank, index in enumerate(order):
+        rank_by_segment[index] = rank
+    parents = torch.tensor([rank_by_segment[layout.parents[i]] for i in order])
+    return starts, lengths, parents
 
 
 def _call_attention(name: str, *arguments: Tensor | int | float) -> None:
-    if ops.call_kernel(name, *arguments):
-        raise OutOfMemory(
-            "no memory for the attention's scratch space", fix="lower pack_length, or free memory"
-        )
+    if call_kernel(name, *arguments):
+        fix = "lower pack_length, or free memory"
+        raise OutOfMemory("no memory for the scratch space of attention", fix=fix)
 
 
 def has_kernel(q: Tensor, config: AttentionConfig) -> bool:
-    """Can attention.c and rows.c do it? Not other dtypes and processors, odd head sizes, soft
-    caps."""
+    """Return whether attention.c and decode.c apply: bf16, AVX512-BF16, a head size that is a
+    multiple of 64, no soft cap."""
     is_supported = ops.is_supported(q) and ops.has_attention() and q.shape[-1] % 64 == 0
     return is_supported and not config.softcap and config.scale > 0
 
@@ -273,11 +276,12 @@ def cpu_kernel_attention(
     config: AttentionConfig,
     cos_sin: CosSin | None = None,
 ) -> Tensor:
-    """Our own kernel: bf16 products, only the keys that a query sees. What it cannot do takes
-    `documents`."""
+    """Attend with attention.c: bf16 products, only over the keys that a query sees. Falls back to
+    `sdpa_attention`."""
     if has_kernel(q, config):
         return _AttentionFunction.apply(q, k, v, layout, config, cos_sin)
-    return sdpa_attention(*apply_rotary_qk(q, k, cos_sin), v, layout, config)
+    q, k = apply_rotary_qk(q, k, cos_sin)
+    return sdpa_attention(q, k, v, layout, config)
 
 
 def run_prefix_kernel(
@@ -288,30 +292,22 @@ def run_prefix_kernel(
     layout: PackLayout,
     config: AttentionConfig,
 ) -> Tensor:
-    """Documents that all go on after tokens of which only keys and values [P, K, D] are `given`. No
-    autograd."""
-    prefix_length, null = len(prefix_kv[0]), q.new_empty(0)
+    """Attend with documents that all continue a prefix, of which only keys and values [P, K, D] are
+    stored. Not differentiable."""
+    prefix_keys, prefix_values = prefix_kv
+    prefix_length = len(prefix_keys)
     count = len(layout.lengths)
     starts = (0, *(prefix_length + start for start in layout.starts))
     full_layout = PackLayout(starts, (prefix_length, *layout.lengths), (-1, *(0,) * count))
-    q, k, v = (
-        torch.cat((q.new_empty(prefix_length, *q.shape[1:]), q)),
-        torch.cat((prefix_kv[0], k)),
-        torch.cat((prefix_kv[1], v)),
-    )
-    out, logsumexp = torch.empty_like(q), torch.empty(q.shape[:2])
-    shape = (count, q.shape[1], k.shape[1], q.shape[2], config.window or 0, config.scale)
-    _call_attention(
-        "attention",
-        q,
-        k,
-        v,
-        out,
-        logsumexp,
-        *(null,) * 6,
-        *_build_segment_tensors(full_layout, num_prefixes=1),
-        *shape,
-    )
+    q = torch.cat((q.new_empty(prefix_length, *q.shape[1:]), q))
+    k = torch.cat((prefix_keys, k))
+    v = torch.cat((prefix_values, v))
+    out = torch.empty_like(q)
+    logsumexp = torch.empty(q.shape[:2])
+    nulls = (q.new_empty(0),) * 6
+    segments = _build_segment_tensors(full_layout, num_prefixes=1)
+    shape = _get_kernel_shape(count, q, k, config)
+    _call_attention("attention", q, k, v, out, logsumexp, *nulls, *segments, *shape)
     return out[prefix_length:]
 
 
@@ -325,23 +321,19 @@ def run_decode_kernel(
     config: AttentionConfig,
     cos_sin: CosSin | None,
 ) -> Tensor:
-    """One more token a row: k and v [B, K, D] are put at `places_B` into the stores [slots, K,
-    capacity, D], and q [B, N, D] meets all that is there of its row. What stands before `shared` is
-    the same in all rows. No autograd."""
-    q, k, v, null = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(0)
+    """Attend with one more token per row, which decode.c also stores.
+
+    k and v [B, K, D] are written at `positions_B` of the buffers [slots, K, capacity, D], and
+    q [B, N, D] attends to all stored tokens of its row. The first `prefix_length` tokens are the
+    same in all rows. Not differentiable."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    null = q.new_empty(0)
     out = torch.empty_like(q)
-    sizes = (
-        *q.shape[:2],
-        k.shape[1],
-        q.shape[2],
-        kv_buffers[0].shape[2],
-        prefix_length,
-        config.window or 0,
-        config.scale,
-    )
-    _call_attention(
-        "attend_rows", q, k, v, *kv_buffers, out, *(cos_sin or (null, null)), positions_B, *sizes
-    )
+    tensors = (q, k, v, *kv_buffers, out, *(cos_sin or (null, null)), positions_B)
+    num_rows, num_heads, head_dim = q.shape
+    capacity = kv_buffers[0].shape[2]
+    sizes = (num_rows, num_heads, k.shape[1], head_dim, capacity, prefix_length)
+    _call_attention("attend_rows", *tensors, *sizes, config.window or 0, config.scale)
     return out
 
 
@@ -349,7 +341,7 @@ def run_decode_kernel(
 
 
 def _import_varlen_attn():
-    """torch's variable-length flash attention, where this torch has it (2.10 and later)."""
+    """Return torch's variable-length flash attention (torch 2.10 and later), else None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -360,30 +352,27 @@ def _import_varlen_attn():
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
-    """One fused call for the whole pack. Soft-capped layers have no such kernel and take the mask.
-    Shared keys are gathered for each segment; the last query of a segment sees its last key."""
+    """Attend in one fused call for the whole pack. Soft-capped layers have no such kernel and use
+    the dense mask.
+
+    The keys of shared prefixes are gathered for each segment; the last query of a segment is
+    aligned with its last key."""
     varlen_attn = _import_varlen_attn()
     if config.softcap or varlen_attn is None:
         return dense_mask_attention(q, k, v, layout, config)
-    cu_seqlens_q = cu_seqlens_k = _compute_cu_seqlens(layout.lengths).to(
-        q.device, non_blocking=True
-    )
-    max_seqlen_q = max_seqlen_k = max(layout.lengths)
+    cu_seqlens_q = _compute_cu_seqlens(layout.lengths, q.device)
+    cu_seqlens_k = cu_seqlens_q
+    max_seqlen_q = max(layout.lengths)
+    max_seqlen_k = max_seqlen_q
     if layout.parents:
-        key_lengths = [
-            layout.count_prefix_tokens(i) + length for i, length in enumerate(layout.lengths)
-        ]
-        cu_seqlens_k, max_seqlen_k = (
-            _compute_cu_seqlens(key_lengths).to(q.device, non_blocking=True),
-            max(key_lengths),
-        )
-        key_indices = torch.arange(len(k))
-        key_indices = torch.cat(
-            [gather_context(key_indices, layout, i) for i in range(len(key_lengths))]
-        ).to(q.device, non_blocking=True)
-        k, v = k[key_indices], v[key_indices]
-    window = (-1, 0) if config.window is None else (config.window - 1, 0)
-    is_gqa = k.shape[1] != q.shape[1]
+        indices = torch.arange(len(k))
+        contexts = [gather_context(indices, layout, i) for i in range(len(layout.lengths))]
+        key_lengths = [len(context) for context in contexts]
+        cu_seqlens_k = _compute_cu_seqlens(key_lengths, q.device)
+        max_seqlen_k = max(key_lengths)
+        key_indices = torch.cat(contexts).to(q.device, non_blocking=True)
+        k = k[key_indices]
+        v = v[key_indices]
     out = varlen_attn(
         q,
         k,
@@ -393,54 +382,45 @@ def varlen_attention(
         max_seqlen_q,
         max_seqlen_k,
         scale=config.scale,
-        window_size=window,
-        enable_gqa=is_gqa,
+        window_size=(-1, 0) if config.window is None else (config.window - 1, 0),
+        enable_gqa=k.shape[1] != q.shape[1],
     )
-    assert isinstance(out, Tensor)  # a tuple only where its log-sum-exp is asked for
+    assert isinstance(out, Tensor)  # a tuple only if the log-sum-exp is requested
     return out
 
 
-def _compute_cu_seqlens(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+def _compute_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
+    cu_seqlens = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+    return cu_seqlens.to(device, non_blocking=True)
 
 
 def dense_mask_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
-    """One call with a T x T mask: correct everywhere, fast nowhere."""
-    allowed = build_dense_mask(layout, config.window).to(q.device)
+    """Attend in one call with a T x T mask: always correct, never fast."""
+    mask = build_dense_mask(layout, config.window).to(q.device)
     q_NTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q, k, v))
     if config.softcap:
-        return _attend_eager(q_NTD, k_KTD, v_KTD, allowed, config).transpose(0, 1)
+        return _attend_eager(q_NTD, k_KTD, v_KTD, mask, config).transpose(0, 1)
     out = F.scaled_dot_product_attention(
-        q_NTD[None],
-        k_KTD[None],
-        v_KTD[None],
-        attn_mask=allowed,
-        scale=config.scale,
-        enable_gqa=True,
+        q_NTD[None], k_KTD[None], v_KTD[None], attn_mask=mask, scale=config.scale, enable_gqa=True
     )
     return out[0].transpose(0, 1)
 
 
 def build_dense_mask(layout: PackLayout, window: int | None) -> Tensor:
-    """Boolean [T, T]: may the row's token see the column's?"""
-    segment_mask = torch.eye(len(layout.lengths), dtype=torch.bool)
-    for segment in range(len(layout.lengths)):
+    """Return a boolean mask [T, T]: whether the row's token sees the column's."""
+    count = len(layout.lengths)
+    segment_mask = torch.eye(count, dtype=torch.bool)
+    offsets: list[int] = []
+    for segment, start in enumerate(layout.starts):
         segment_mask[segment, list(layout.get_path(segment))] = True
-    segment_T = torch.repeat_interleave(
-        torch.arange(len(layout.lengths)), torch.tensor(layout.lengths)
-    )
-    offsets = torch.tensor(
-        [start - layout.count_prefix_tokens(i) for i, start in enumerate(layout.starts)]
-    )
-    position_T = torch.arange(layout.num_tokens) - offsets[segment_T]
+        offsets.append(start - layout.count_prefix_tokens(segment))
+    segment_T = torch.repeat_interleave(torch.arange(count), torch.tensor(layout.lengths))
+    position_T = torch.arange(layout.num_tokens) - torch.tensor(offsets)[segment_T]
     distance = position_T[:, None] - position_T
-    return (
-        segment_mask[segment_T][:, segment_T]
-        & (distance >= 0)
-        & (distance < (window or layout.num_tokens + 1))
-    )
+    is_in_window = (distance >= 0) & (distance < (window or layout.num_tokens + 1))
+    return segment_mask[segment_T][:, segment_T] & is_in_window
 
 
 BACKENDS = {
@@ -450,42 +430,3 @@ BACKENDS = {
     "varlen": varlen_attention,
     "mask": dense_mask_attention,
 }
-
-
-# ---------------------------------------------------------------- inside stock attention modules
-
-
-def packed_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    layout: PackLayout,
-    backend: str = "auto",
-    kv_cache: RaggedKVCache | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """What transformers' AttentionInterface calls for modules that tunesmith does not replace: [1,
-    N, T, D] in, [1, T, N, D] out. Refuses what it would have to ignore."""
-    unknown = {k for k in ("s_aux", "position_bias", "head_mask") if kwargs.get(k) is not None}
-    if unknown or attention_mask is not None:
-        raise InputError(
-            f"{type(module).__name__} passes {', '.join(sorted(unknown)) or 'a mask'} to attention, which packs ignore",
-            fix="use a model family from the list in docs/reference/models.md",
-        )
-    scaling, window, softcap = (
-        kwargs.get("scaling"),
-        kwargs.get("sliding_window"),
-        kwargs.get("softcap"),
-    )
-    config = AttentionConfig(
-        scale=float(scaling) if isinstance(scaling, int | float) else query.shape[-1] ** -0.5,
-        window=window if isinstance(window, int) else None,
-        softcap=float(softcap) if isinstance(softcap, int | float) else None,
-    )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if kv_cache is not None:
-        return kv_cache.attend(module, q, k, v, layout, config, backend)[None], None
-    return attend(q, k, v, layout, config, backend)[None], None

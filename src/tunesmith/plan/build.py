@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from tunesmith.core.errors import InputError, MachineError
-from tunesmith.core.types import DataReport, Machine, ModelSpec, Plan, PlanValue
+from tunesmith.core.types import (
+    DataReport,
+    Machine,
+    ModelSpec,
+    Plan,
+    PlanValue,
+    split_settings,
+)
 from tunesmith.plan.confidence import add_evidence
 from tunesmith.plan.constraints import decide_constraints
 from tunesmith.plan.disk import GENERAL_TEXT_TOKENS, count_max_checkpoints, estimate_disk_bytes
@@ -24,7 +32,7 @@ from tunesmith.plan.memory_budget import (
 from tunesmith.plan.mixture import scale_report
 from tunesmith.plan.new_tokens import count_trained_rows, decide_new_rows
 from tunesmith.plan.rehearsal import MAX_RATIO, decide_rehearsal
-from tunesmith.plan.rules import RULES, RuleContext, SavedShareFn, assume_no_savings
+from tunesmith.plan.rules import RULES, RuleContext, SavedShareFn, assume_no_savings, rule_value
 from tunesmith.plan.rules_cpt import CPT_RULES, SMALL_CORPUS_TOKENS
 from tunesmith.recipe.mappings import PairLoss
 from tunesmith.recipe.schema import KEYS, Recipe
@@ -67,69 +75,70 @@ def build_plan(
     `saved_share`: of the tokens, when documents share prefixes, by batch_size and pack_length.
     InputError: an impossible wish; MachineError: no room."""
     recipe_values = _collect_recipe_values(recipe)
-    has_schema = recipe_values["schema"] is not None
-    values: dict[str, Any] = {}
-    plan_values: dict[str, PlanValue] = {}
-    evaluation = _count_eval_prompts(recipe, data)
     fixed = fixed or {}
     epoch_report = scale_report(data["data"], fixed.get("mixture"))
+    settings: dict[str, PlanValue] = {}
     context = RuleContext(
-        machine,
-        model,
-        epoch_report,
-        values,
-        has_schema,
-        recipe.max_steps,
-        recipe.stage,
-        saved_share,
-        *evaluation,
+        machine=machine,
+        model=model,
+        data=epoch_report,
+        settings=settings,
+        has_schema=recipe_values["schema"] is not None,
+        max_steps=recipe.max_steps,
+        stage=recipe.stage,
+        saved_share=saved_share,
+        num_eval_prompts=_count_eval_prompts(recipe, data),
+        has_evaluation=_has_evaluation(recipe, data),
     )
-    for key, apply_rule in (CPT_RULES if context.stage == "cpt" else RULES).items():
-        if key in ADAPTER_KEYS and values.get("method") == "full":
-            continue
-        if key in PREFERENCE_KEYS and context.stage != "preference":
-            continue
-        recipe_value = recipe_values.get(key, "auto")  # what changes speed alone is no recipe key
-        if key in fixed:
-            plan_values[key] = _check_fixed_value(key, recipe_value, fixed[key])
-        else:
-            plan_values[key] = (
-                apply_rule(context)
-                if recipe_value == "auto"
-                else PlanValue(recipe_value, "you", "the recipe says so")
-            )
-        values[key] = plan_values[key].value
-        if key in BATCH_SETTINGS and (extended := context.extend_epochs()):
-            plan_values["num_train_epochs"], values["num_train_epochs"] = extended, extended.value
-    plan_values |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
-    plan_values |= decide_constraints(recipe.never, data["data"]) | decide_guard(
-        recipe.guard, context
-    )
-    values["forgetting_margin"] = plan_values["forgetting_margin"].value
-    plan_values |= decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
-    plan_values |= decide_new_rows(plan_values.get("add_tokens"), context)
-    values["new_rows"] = count_trained_rows(plan_values)
-    plan_values["activations"] = _decide_activations(
-        context, model, plan_values, recipe_values["activations"]
-    )
-    values["activations"] = plan_values["activations"].value
-    plan_values |= _decide_without_rules(recipe, recipe_values, output_dir, now)
-    _check_lengths(values, model)
-    _check_libraries(values, machine)
+    _apply_rules(context, recipe_values, fixed)
+    settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
+    settings |= decide_constraints(recipe.never, data["data"])
+    settings |= decide_guard(recipe.guard, context)
+    settings |= decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
+    settings |= decide_new_rows(settings.get("add_tokens"), context)
+    settings["activations"] = _decide_activations(context, recipe_values["activations"])
+    settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
+    _check_lengths(context)
+    _check_libraries(context)
+    config, reasons = split_settings(add_evidence(settings, context))
     return Plan(
         recipe=recipe.model_dump(mode="json", by_alias=True),
-        choices=add_evidence(plan_values, context),
+        config=config,
+        reasons=reasons,
         machine=machine,
         model=model,
         data=dict(data),
         steps=context.steps,
         tokens_per_epoch=epoch_report.tokens,
-        memory_bytes=_estimate_step_memory(context, model, plan_values),
+        memory_bytes=_estimate_step_memory(context),
         warnings=tuple(_collect_warnings(context, data)),
-        disk_bytes=_estimate_disk(recipe, context, data, plan_values),
-        phase_bytes=_estimate_phases(context, model, plan_values),
-        prefix_savings=context.prefix_savings if values["share_prefixes"] else 0.0,
+        disk_bytes=_estimate_disk(recipe, context, data),
+        phase_bytes=_estimate_phases(context),
+        prefix_savings=context.prefix_savings if context["share_prefixes"] else 0.0,
     )
+
+
+def _apply_rules(
+    context: RuleContext, recipe_values: Mapping[str, Any], fixed: Mapping[str, PlanValue]
+) -> None:
+    """Add a setting for each rule of the stage to `context.settings`, in the order of the rules."""
+    settings = context.settings
+    rules = CPT_RULES if context.stage == "cpt" else RULES
+    for key, apply_rule in rules.items():
+        if key in ADAPTER_KEYS and context["method"] == "full":
+            continue
+        if key in PREFERENCE_KEYS and context.stage != "preference":
+            continue
+        # settings that only change speed are not keys of the recipe
+        recipe_value = recipe_values.get(key, "auto")
+        if key in fixed:
+            settings[key] = _check_fixed_value(key, recipe_value, fixed[key])
+        elif recipe_value == "auto":
+            settings[key] = apply_rule(context)
+        else:
+            settings[key] = PlanValue(recipe_value, "user", "set in the recipe")
+        if key in BATCH_SETTINGS and (extended := context.extend_epochs()):
+            settings["num_train_epochs"] = extended
 
 
 def _collect_recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -149,7 +158,7 @@ def _decide_without_rules(
         for key in ("template", "overlong", "seed", "stage")
     }
     plan_values = {
-        key: PlanValue(value, "you" if _is_set(recipe, key) else "rule", _REASONS[key])
+        key: PlanValue(value, "user" if _is_set(recipe, key) else "rule", _REASONS[key])
         for key, value in (settings | {"output_dir": str(output_dir)}).items()
     }
     return plan_values | {
@@ -198,199 +207,179 @@ def _stringify_path(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _check_lengths(values: dict[str, Any], model: ModelSpec) -> None:
-    if values["max_length"] > model.context_length:
+def _check_lengths(context: RuleContext) -> None:
+    max_length, pack_length = context["max_length"], context["pack_length"]
+    if max_length > context.model.context_length:
         raise InputError(
-            f"max_length {values['max_length']:,} is over the model's context of {model.context_length:,} tokens",
+            f"max_length {max_length:,} exceeds the model's context of "
+            f"{context.model.context_length:,} tokens",
             where="max_length",
             fix="lower it, or leave it at auto",
         )
-    if values["pack_length"] < values["max_length"]:
+    if pack_length < max_length:
         raise InputError(
-            f"pack_length {values['pack_length']:,} is below max_length {values['max_length']:,}",
+            f"pack_length {pack_length:,} is below max_length {max_length:,}",
             where="pack_length",
-            fix="a document must fit in a pack: raise pack_length or lower max_length",
+            fix="raise pack_length or lower max_length: a document must fit in a pack",
         )
-
-    if values.get("batch_tokens", values["max_length"]) < values["max_length"]:
+    if context.stage == "cpt" and context["batch_tokens"] < max_length:
         raise InputError(
-            f"batch_tokens {values['batch_tokens']:,} is below max_length {values['max_length']:,}",
+            f"batch_tokens {context['batch_tokens']:,} is below max_length {max_length:,}",
             where="batch_tokens",
-            fix="a step takes at least one window: raise batch_tokens or lower max_length",
+            fix="raise batch_tokens or lower max_length: a step takes at least one window",
         )
 
 
-def _check_libraries(values: dict[str, Any], machine: Machine) -> None:
-    if "bitsandbytes" in machine.versions:
+def _check_libraries(context: RuleContext) -> None:
+    if "bitsandbytes" in context.machine.versions:
         return
     for key, value, feature, alternative in BITSANDBYTES_SETTINGS:
-        if values[key] == value:
-            fix = f"pip install 'tunesmith[qlora]', or use {key}: {alternative}"
+        if context[key] == value:
             raise InputError(
                 f"{feature} need bitsandbytes, which is not installed",
                 where=f"{key}: {value}",
-                fix=fix,
+                fix=f"pip install 'tunesmith[qlora]', or use {key}: {alternative}",
             )
 
 
-def _estimate_packs(
-    context: RuleContext, plan_values: Mapping[str, PlanValue]
-) -> tuple[int, int, int]:
-    """Tokens of the largest pack of a step, and of the longest row; and how many packs there are in
-    all."""
-    documents_per_row = (
-        2 if context.stage == "preference" else 1
-    )  # documents of a row, together in a pack
+@dataclass(frozen=True)
+class _PackSizes:
+    """Tokens of the largest pack of a step, tokens of the longest row, and packs of the run."""
+
+    step: int
+    longest_row: int
+    packs: int
+
+
+def _estimate_packs(context: RuleContext) -> _PackSizes:
+    pack_length = context["pack_length"]
+    # the two documents of a pair are always in the same pack
+    documents_per_row = 2 if context.stage == "preference" else 1
     longest = documents_per_row * context.data.length_percentiles.get("max", 1)
     if context.stage == "cpt":
         step_tokens = context["batch_tokens"]
     else:
-        step_tokens = (
-            context["batch_size"]
-            * documents_per_row
-            * context.data.length_percentiles.get("p90", 1)
-        )
+        row_tokens = documents_per_row * context.data.length_percentiles.get("p90", 1)
+        step_tokens = context["batch_size"] * row_tokens
     if context["share_prefixes"]:
         step_tokens = int(step_tokens * (1 - context.prefix_savings))
-    if "rehearsal_length" in plan_values:  # a step may have a piece of a text, or several
-        longest = max(longest, plan_values["rehearsal_length"].value)
-        ratio = (
-            plan_values["rehearsal_ratio"].value
-            if "rehearsal_margin" not in plan_values
-            else MAX_RATIO
-        )
+    if "rehearsal_length" in context:  # a step has one chunk of rehearsal text, or several
+        longest = max(longest, context["rehearsal_length"])
+        ratio = MAX_RATIO if "rehearsal_margin" in context else context["rehearsal_ratio"]
         step_tokens = int(step_tokens / (1 - ratio)) + longest
-    max_tokens = documents_per_row * context["pack_length"]
-    packs = context.steps * math.ceil(step_tokens / context["pack_length"])
-    return (
-        min(max(min(context["pack_length"], step_tokens), longest), max_tokens),
-        min(longest, max_tokens),
-        packs,
+    max_tokens = documents_per_row * pack_length
+    return _PackSizes(
+        step=min(max(min(pack_length, step_tokens), longest), max_tokens),
+        longest_row=min(longest, max_tokens),
+        packs=context.steps * math.ceil(step_tokens / pack_length),
     )
 
 
-def _estimate_step_memory(
-    context: RuleContext, model: ModelSpec, plan_values: Mapping[str, PlanValue]
-) -> dict[str, int]:
-    step, _, packs = _estimate_packs(context, plan_values)
-    return _estimate_pack_memory(context, model, step, packs)
+def _count_eval_prompts(recipe: Recipe, data: Mapping[str, DataReport]) -> int:
+    """Return the number of prompts answered before and after training."""
+    return data["test_data"].rows if "test_data" in data and recipe.stage != "cpt" else 0
 
 
-def _count_eval_prompts(recipe: Recipe, data: Mapping[str, DataReport]) -> tuple[int, bool]:
-    """How many questions are asked before and after, and whether anything is measured then."""
-    num_prompts = data["test_data"].rows if "test_data" in data and recipe.stage != "cpt" else 0
-    return num_prompts, bool(
-        {"eval_data", "test_data"} & data.keys()
-    ) or recipe.retention_data is not None
+def _has_evaluation(recipe: Recipe, data: Mapping[str, DataReport]) -> bool:
+    return "eval_data" in data or "test_data" in data or recipe.retention_data is not None
 
 
-def _estimate_pack_memory(
-    context: RuleContext, model: ModelSpec, pack_tokens: int, packs: int
-) -> dict[str, int]:
-    layouts = 2 if context["weight_layout"] == "blocked" else 1
-    sizes = {
-        "pack_tokens": pack_tokens,
-        "packs": packs,
-        "layouts": layouts,
-        "cache_tokens": _estimate_answer_tokens(context),
-    }
+def _estimate_step_memory(context: RuleContext) -> dict[str, int]:
+    sizes = _estimate_packs(context)
+    return _estimate_pack_memory(context, sizes.step, sizes.packs)
+
+
+def _estimate_pack_memory(context: RuleContext, pack_tokens: int, packs: int) -> dict[str, int]:
     return estimate_memory(
-        model,
+        context.model,
         context.machine,
         has_evaluation=context.has_evaluation,
-        **sizes,
-        **_collect_footprint(context.values),
+        pack_tokens=pack_tokens,
+        packs=packs,
+        layouts=2 if context["weight_layout"] == "blocked" else 1,
+        cache_tokens=_estimate_answer_tokens(context),
+        **_collect_footprint(context),
     )
 
 
 def _estimate_answer_tokens(context: RuleContext) -> int:
-    longest = context.data.length_percentiles.get("max", 1)
-    answer_share = context.data.supervised_tokens / max(1, context.data.tokens)
     return estimate_cache_tokens(
         context.model,
         context.machine,
         num_prompts=context.num_eval_prompts,
-        longest=longest,
-        answer_share=answer_share,
+        longest=context.data.length_percentiles.get("max", 1),
+        answer_share=context.data.supervised_tokens / max(1, context.data.tokens),
         dtype=context["dtype"],
     )
 
 
-def _estimate_phases(
-    context: RuleContext, model: ModelSpec, plan_values: Mapping[str, PlanValue]
-) -> dict[str, int]:
-    *tokens, packs = _estimate_packs(context, plan_values)
-    step, longest = (
-        _estimate_pack_memory(context, model, pack_tokens, packs) for pack_tokens in tokens
-    )
+def _estimate_phases(context: RuleContext) -> dict[str, int]:
+    sizes = _estimate_packs(context)
     return estimate_phase_bytes(
-        step, longest, model, cache_tokens=_estimate_answer_tokens(context), dtype=context["dtype"]
+        _estimate_pack_memory(context, sizes.step, sizes.packs),
+        _estimate_pack_memory(context, sizes.longest_row, sizes.packs),
+        context.model,
+        cache_tokens=_estimate_answer_tokens(context),
+        dtype=context["dtype"],
     )
-
-
-def _decide_activations(
-    context: RuleContext, model: ModelSpec, plan_values: Mapping[str, PlanValue], recipe_value: str
-) -> PlanValue:
-    """All that fit are kept: what is computed anew costs time."""
-    if recipe_value != "auto":
-        return PlanValue(recipe_value, "you", "the recipe says so")
-    free = context.machine.available_bytes
-    for policy, reason in ACTIVATION_POLICIES.items():
-        context.values["activations"] = policy
-        needed_bytes = _estimate_step_memory(context, model, plan_values)["peak"] * MEMORY_MARGIN
-        if needed_bytes <= free or policy == "recompute":
-            return PlanValue(
-                policy,
-                "rule",
-                f"{reason}; with that, {needed_bytes / 1e9:.1f} GB of {free / 1e9:.1f} free",
-            )
-    raise AssertionError("the last policy is always taken")
 
 
 ACTIVATION_POLICIES = {
     "keep": "nothing is computed twice",
-    "selective": "all of them do not fit: the MLP's are computed again in the backward",
-    "recompute": "little room: layer by layer, all are computed again in the backward",
+    "selective": "all of them do not fit: those of the MLP are recomputed in the backward pass",
+    "recompute": "little memory: every layer is recomputed in the backward pass",
 }
 
 
-def _estimate_disk(
-    recipe: Recipe,
-    context: RuleContext,
-    data: Mapping[str, DataReport],
-    plan_values: Mapping[str, PlanValue],
-) -> int:
-    has_selection = "eval_data" in data or "rehearsal_margin" in plan_values
-    eval_steps = context["eval_steps"] if has_selection else None
+def _decide_activations(context: RuleContext, recipe_value: str) -> PlanValue:
+    """Choose the first policy that fits: whatever is recomputed costs time."""
+    if recipe_value != "auto":
+        return PlanValue(recipe_value, "user", "set in the recipe")
+    free = context.machine.available_bytes
+    for policy, reason in ACTIVATION_POLICIES.items():
+        context.settings["activations"] = rule_value(policy, reason)
+        needed_bytes = _estimate_step_memory(context)["peak"] * MEMORY_MARGIN
+        if needed_bytes <= free or policy == "recompute":
+            memory = f"{needed_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+            return rule_value(policy, f"{reason}; the run then needs {memory}")
+    raise AssertionError("the last policy is always taken")
+
+
+def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, DataReport]) -> int:
+    has_selection = "eval_data" in data or "rehearsal_margin" in context
     checkpoints = count_max_checkpoints(
-        steps=context.steps, save_steps=context["save_steps"], eval_steps=eval_steps
+        steps=context.steps,
+        save_steps=context["save_steps"],
+        eval_steps=context["eval_steps"] if has_selection else None,
     )
     cached_tokens = 0
-    if (
-        context["method"] == "full" or "adapter_sha256" in plan_values
-    ):  # no switch brings the base back
-        cached_tokens += GENERAL_TEXT_TOKENS if recipe.retention_data is not None else 0
-        cached_tokens += (
-            data["test_data"].supervised_tokens
-            if "test_data" in data and context.stage != "cpt"
-            else 0
-        )
+    # without a base to switch back to, what it computed is kept in a file
+    if context["method"] == "full" or "adapter_sha256" in context:
+        if recipe.retention_data is not None:
+            cached_tokens += GENERAL_TEXT_TOKENS
+        if "test_data" in data and context.stage != "cpt":
+            cached_tokens += data["test_data"].supervised_tokens
     return estimate_disk_bytes(
         context.model,
         checkpoints=checkpoints,
         cached_tokens=cached_tokens,
-        **_collect_footprint(context.values),
+        **_collect_footprint(context),
     )
 
 
-SIZE_KEYS = ("method", "dtype", "optim", "activations", "step_in_backward")
-
-
-def _collect_footprint(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the weights take."""
-    adapter = {"rank": values.get("lora_r", 0), "dora": values.get("use_dora", False)}
-    adapter |= {"new_rows": values.get("new_rows", 0)}
-    return {key: values[key] for key in SIZE_KEYS} | adapter
+def _collect_footprint(context: RuleContext) -> dict[str, Any]:
+    """Return the settings that decide how much memory the weights and their optimizer take."""
+    is_full = context["method"] == "full"
+    return {
+        "method": context["method"],
+        "dtype": context["dtype"],
+        "optim": context["optim"],
+        "activations": context["activations"],
+        "step_in_backward": context["step_in_backward"],
+        "rank": 0 if is_full else context["lora_r"],
+        "dora": False if is_full else context["use_dora"],
+        "new_rows": count_trained_rows(context.settings),
+    }
 
 
 def has_enough_memory(plan: Plan) -> bool:
@@ -411,7 +400,7 @@ def refuse_if_too_large(plan: Plan) -> None:
     if plan.disk_bytes > plan.machine.disk_free_bytes:
         raise MachineError(
             f"the run folder needs up to {plan.disk_bytes:,} bytes, {plan.machine.disk_free_bytes:,} are free",
-            where=str(plan["output_dir"]),
+            where=plan.config.output_dir,
             fix="free some room, or set output_dir to another disk",
         )
 

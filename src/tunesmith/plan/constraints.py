@@ -32,7 +32,7 @@ def decide_constraints(
             )
         value = tuple(f"{constraint.name} ({constraint.mode})" for constraint in constraints)
         plan_values["never"] = PlanValue(
-            value, "you", "; ".join(effects) or "no row breaks a constraint"
+            value, "user", "; ".join(effects) or "no row breaks a constraint"
         )
     if report.banned:
         reason = "the mean over bad tokens weighs as much as the mean over good ones; its gradient is bounded"

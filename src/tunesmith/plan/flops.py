@@ -7,7 +7,7 @@ keys, which is little below 4k tokens, and what is measured before and after. Fo
 
 from __future__ import annotations
 
-from tunesmith.core.types import ModelSpec, Plan
+from tunesmith.core.types import ModelSpec, Plan, require
 from tunesmith.plan.memory import count_lora_parameters
 
 # Of the rate of bf16 products: an 8B model's LoRA on an H100 with Unsloth, 7B full with FSDP on
@@ -17,13 +17,11 @@ MFU_RANGE = (0.29, 0.46)
 
 def count_computed_tokens(plan: Plan) -> float:
     """By all steps: what is shared counts once. Padding does not exist."""
-    if plan["stage"] == "cpt":
-        return float(plan.steps * plan["batch_tokens"])
-    rows = plan.rows_per_epoch
-    read_tokens = plan.tokens_per_epoch * min(
-        plan.steps * plan["batch_size"] / max(1, rows), plan["num_train_epochs"]
-    )
-    ratio = plan.choices["rehearsal_ratio"].value if "rehearsal_ratio" in plan.choices else 0
+    if plan.config.stage == "cpt":
+        return float(plan.steps * require(plan.config.batch_tokens))
+    epochs = plan.steps * require(plan.config.batch_size) / max(1, plan.rows_per_epoch)
+    read_tokens = plan.tokens_per_epoch * min(epochs, plan.config.num_train_epochs)
+    ratio = plan.config.rehearsal_ratio or 0
     return read_tokens * (1 - plan.prefix_savings) / (1 - ratio)
 
 
@@ -33,10 +31,12 @@ def estimate_run_flops(plan: Plan) -> float:
     supervised_tokens = (
         tokens * data.supervised_tokens / max(1, data.tokens * (1 - plan.prefix_savings))
     )
-    rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
-    return compute_token_flops(plan.model, plan["method"], plan["activations"], rank) * tokens + (
-        compute_target_flops(plan.model, plan["method"]) * supervised_tokens
+    config = plan.config
+    token_flops = compute_token_flops(
+        plan.model, config.method, config.activations, config.lora_r or 0
     )
+    target_flops = compute_target_flops(plan.model, config.method)
+    return token_flops * tokens + target_flops * supervised_tokens
 
 
 def compute_token_flops(spec: ModelSpec, method: str, activations: str, rank: int) -> float:

@@ -29,12 +29,12 @@ PROMPT_PASSES = 4
 
 def has_guard(plan: Plan) -> bool:
     """Is anything done or said about what is seen?"""
-    return {plan["guard_collapse"], plan["guard_forgetting"]} != {OFF}
+    return {plan.config.guard_collapse, plan.config.guard_forgetting} != {OFF}
 
 
 def decide_guard(guard: GuardConfig, context: RuleContext) -> dict[str, PlanValue]:
     def choose(value: Any, by_rule: PlanValue) -> PlanValue:
-        return by_rule if value == "auto" else PlanValue(value, "you", "the recipe says so")
+        return by_rule if value == "auto" else PlanValue(value, "user", "the recipe says so")
 
     margin_reason = (
         "bits per byte of general text: 0.05 nats a token, the usual bound of what may be forgotten"

@@ -50,16 +50,16 @@ def estimate_methods(make_plan: Callable[[str], Plan]) -> tuple[MethodEstimate, 
 
 
 def estimate_method(plan: Plan) -> MethodEstimate:
-    method, spec, peak = plan["method"], plan.model, plan.memory_bytes["peak"]
-    rank = plan.choices["lora_r"].value if "lora_r" in plan.choices else 0
-    use_dora = plan.choices["use_dora"].value if "use_dora" in plan.choices else False
+    method, spec, peak = plan.config.method, plan.model, plan.memory_bytes["peak"]
+    rank = plan.config.lora_r or 0
+    use_dora = plan.config.use_dora or False
     num_trained = count_trained_parameters(
-        spec, method=method, dtype=plan["dtype"], rank=rank, dora=use_dora
+        spec, method=method, dtype=plan.config.dtype, rank=rank, dora=use_dora
     )
-    is_bf16 = method == "full" and plan["dtype"] == "bf16"
+    is_bf16 = method == "full" and plan.config.dtype == "bf16"
     return MethodEstimate(
         method=method,
-        learning_rate=plan["learning_rate"],
+        learning_rate=plan.config.learning_rate,
         trained_parameters=num_trained,
         peak_bytes=peak,
         free_bytes=plan.machine.available_bytes,

@@ -29,7 +29,7 @@ def decide_new_tokens(tokens: Sequence[NewToken], model: ModelSpec) -> dict[str,
     pieces = ", ".join(f"{len(token.subword_ids)} for {token.text}" for token in tokens[:MAX_SHOWN])
     reason = f"one token each, starting as the mean of the pieces that it was until now ({pieces}); {embedding_note}"
     return {
-        "add_tokens": PlanValue({token.text: token.id for token in tokens}, "you", reason, SOURCE)
+        "add_tokens": PlanValue({token.text: token.id for token in tokens}, "user", reason, SOURCE)
     }
 
 
@@ -47,7 +47,7 @@ def decide_new_rows(tokens: PlanValue | None, context: RuleContext) -> dict[str,
     )
     return {
         "modules_to_save": rule_value(modules, reason, "PEFT: trainable_token_indices"),
-        "new_rows_times": decide_rate_factor(context),
+        "new_rows_lr_factor": decide_rate_factor(context),
     }
 
 

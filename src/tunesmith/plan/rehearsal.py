@@ -31,7 +31,7 @@ def decide_rehearsal(
     ratio = (
         decide_ratio(rehearsal, context)
         if is_automatic
-        else PlanValue(rehearsal.ratio, "you", "the recipe says so")
+        else PlanValue(rehearsal.ratio, "user", "the recipe says so")
     )
     plan_values = {"rehearsal_ratio": ratio, "rehearsal_length": decide_length(context)}
     if rehearsal.ratio == "adaptive":

@@ -31,7 +31,7 @@ class RuleContext:
     machine: Machine
     model: ModelSpec
     data: DataReport
-    values: dict[str, Any]
+    settings: dict[str, PlanValue]  # decided so far
     has_schema: bool
     max_steps: int | None
     stage: str = "sft"
@@ -40,7 +40,11 @@ class RuleContext:
     has_evaluation: bool = False  # on held-out rows or general text, before and after
 
     def __getitem__(self, key: str) -> Any:
-        return self.values[key]
+        """Return the value of a setting that is already decided."""
+        return self.settings[key].value
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.settings
 
     @property
     def steps(self) -> int:
@@ -64,7 +68,7 @@ class RuleContext:
             else (self.data.rows, self["batch_size"])
         )
         epochs = self.max_steps * batch / max(1, data_size)
-        return PlanValue(epochs, "you", f"max_steps: {self.max_steps:,} steps take so many")
+        return PlanValue(epochs, "user", f"max_steps: {self.max_steps:,} steps take so many")
 
     @property
     def prefix_savings(self) -> float:

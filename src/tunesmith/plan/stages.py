@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-from tunesmith.core.types import DataReport, Plan
+from tunesmith.core.types import DataReport, Plan, PlanConfig
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class StagedPlan:
     output_dir: str
     plans: tuple[Plan, ...]
 
-    def __getitem__(self, key: str) -> Any:
-        """A value of the last stage, or of the whole."""
-        return self.output_dir if key == "output_dir" else self.plans[-1][key]
+    @property
+    def config(self) -> PlanConfig:
+        """The settings of the last stage, with the output folder of the run."""
+        return dataclasses.replace(self.plans[-1].config, output_dir=self.output_dir)
 
     @property
     def steps(self) -> int:
@@ -28,7 +29,7 @@ class StagedPlan:
     def data(self) -> dict[str, DataReport]:
         """The reports, by stage and role."""
         return {
-            f"{plan['stage']} {role}": report
+            f"{plan.config.stage} {role}": report
             for plan in self.plans
             for role, report in plan.data.items()
         }

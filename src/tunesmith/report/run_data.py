@@ -1,8 +1,8 @@
-"""What a run folder holds, read once: of one run, or of several stages in one folder.
+"""Read a run folder: one run, or several stages in one folder.
 
-In: a path. Out: a `Story` of one `Part` a stage. What is not there yet is empty: a run that goes
-on, was interrupted or was stopped by a gate has a page, too. Raises InputError for what is no run
-folder, and for a damaged file."""
+In: a path. Out: ReportData with a StageData for each stage. What does not exist yet is empty: a run
+that is in progress, interrupted or stopped by a failed check has a page, too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
+    EVAL_AFTER_FILE,
+    EVAL_BEFORE_FILE,
     FINGERPRINT_FILE,
     PLAN_FILE,
     RECIPE_FILE,
@@ -27,18 +29,19 @@ from tunesmith.core.run_dir import (
 from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan
 
-SIDES = ("before", "after")
+Grades = dict[str, tuple[float, float, bool]]  # metric -> before, after, higher is better
+SamplePair = tuple[GenerationSample, GenerationSample]  # before, after
 
 
 @dataclass(frozen=True, eq=False)
 class StageData:
-    """One run."""
+    """A run, or one of its stages; `name` is empty for a run of a single stage."""
 
     name: str
     path: Path
     plan: Plan
     events: tuple[Json, ...]
-    identity: Json
+    fingerprint: Json
     recipe: str
     record: RunRecord | None
     failure: str
@@ -49,64 +52,71 @@ class StageData:
 
 @dataclass(frozen=True, eq=False)
 class ReportData:
-    """`record` is of the whole; None while it is not finished."""
+    """A run with all its stages; `record` is None until the last one is finished."""
 
     path: Path
     stages: tuple[StageData, ...]
     record: RunRecord | None
-    eval_results: dict[str, Json]  # before.json and after.json of the whole
+    results_before: Json  # the files of item-by-item results; empty while either is missing
+    results_after: Json
+
+    @property
+    def name(self) -> str:
+        return self.path.absolute().name
 
     @property
     def failure(self) -> str:
-        return next((part.failure for part in self.stages if part.failure), "")
+        return next((stage.failure for stage in self.stages if stage.failure), "")
 
     @property
     def steps_done(self) -> int:
-        return sum(
-            max((event["step"] for event in part.select_events("step")), default=0)
-            for part in self.stages
-        )
+        total = 0
+        for stage in self.stages:
+            total += max((event["step"] for event in stage.select_events("step")), default=0)
+        return total
 
     @property
     def steps_planned(self) -> int:
-        return sum(part.plan.steps for part in self.stages)
+        return sum(stage.plan.steps for stage in self.stages)
 
-    def get_sample_pairs(self) -> tuple[tuple[GenerationSample, GenerationSample], ...]:
-        """Answers before and after: all that were kept, else the few of the record."""
-        all_pairs, record_pairs = (
-            _load_sample_pairs(self.eval_results),
-            self.record.samples if self.record else (),
-        )
+    def get_sample_pairs(self) -> tuple[SamplePair, ...]:
+        """Return all answers before and after if they were written, else the few of the record."""
+        all_pairs = _match_samples(self.results_before, self.results_after)
+        record_pairs = self.record.samples if self.record else ()
         return all_pairs if len(all_pairs) > len(record_pairs) else record_pairs
 
 
 def load_report_data(path: Path) -> ReportData:
+    """Raises InputError for a folder that is no run, and for a damaged file."""
     require_run(path)
-    if not is_staged(path):
-        part = _load_stage(path, "", read_run_plan(path))
-        return ReportData(path, (part,), part.record, _load_eval_results(path))
-    staged = parse_as(StagedPlan, read_json(path / STAGES_FILE), where=str(path / STAGES_FILE))
-    parts: list[StageData] = []
-    for plan in staged.plans:
-        stage_dir = path / STAGES_DIR / Path(plan["output_dir"]).name
-        plan_file = stage_dir / PLAN_FILE  # made again when the stage began
-        stage_plan = (
-            parse_as(Plan, read_json(plan_file), where=str(plan_file))
-            if plan_file.is_file()
-            else plan
-        )
-        parts.append(_load_stage(stage_dir, stage_dir.name, stage_plan))
-    return ReportData(path, tuple(parts), _load_record(path), _load_eval_results(path))
+    stages: list[StageData] = []
+    if is_staged(path):
+        file = path / STAGES_FILE
+        for plan in parse_as(StagedPlan, read_json(file), where=str(file)).plans:
+            stage_dir = path / STAGES_DIR / Path(plan.config.output_dir).name
+            # the plan is made again when its stage starts
+            if (stage_dir / PLAN_FILE).is_file():
+                plan = read_run_plan(stage_dir)
+            stages.append(_load_stage(stage_dir, stage_dir.name, plan))
+    else:
+        stages.append(_load_stage(path, "", read_run_plan(path)))
+    before: Json = {}
+    after: Json = {}
+    if (path / EVAL_BEFORE_FILE).is_file() and (path / EVAL_AFTER_FILE).is_file():
+        before = read_json(path / EVAL_BEFORE_FILE)
+        after = read_json(path / EVAL_AFTER_FILE)
+    return ReportData(path, tuple(stages), _load_record(path), before, after)
 
 
 def _load_stage(path: Path, name: str, plan: Plan) -> StageData:
     recipe = path / RECIPE_FILE
+    fingerprint = path / FINGERPRINT_FILE
     return StageData(
         name=name,
         path=path,
         plan=plan,
         events=tuple(read_events(path)),
-        identity=read_json(path / FINGERPRINT_FILE) if (path / FINGERPRINT_FILE).is_file() else {},
+        fingerprint=read_json(fingerprint) if fingerprint.is_file() else {},
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         record=_load_record(path),
         failure=read_failure(path),
@@ -118,63 +128,42 @@ def _load_record(path: Path) -> RunRecord | None:
     return parse_as(RunRecord, read_json(file), where=str(file)) if file.is_file() else None
 
 
-def _load_eval_results(path: Path) -> dict[str, Json]:
-    files = {side: path / f"{side}.json" for side in SIDES}
-    return (
-        {side: read_json(file) for side, file in files.items()}
-        if all(map(Path.is_file, files.values()))
-        else {}
-    )
-
-
-def _load_sample_pairs(
-    eval_results: dict[str, Json],
-) -> tuple[tuple[GenerationSample, GenerationSample], ...]:
-    if not eval_results:
+def _match_samples(before: Json, after: Json) -> tuple[SamplePair, ...]:
+    if not before:
         return ()
-    before, after = (
-        parse_as(tuple[GenerationSample, ...], eval_results[side]["samples"]) for side in SIDES
+    samples_before, samples_after = (
+        parse_as(tuple[GenerationSample, ...], results["samples"]) for results in (before, after)
     )
-    later = {sample.id: sample for sample in after}
-    return tuple((sample, later[sample.id]) for sample in before if sample.id in later)
+    after_by_id = {sample.id: sample for sample in samples_after}
+    return tuple(
+        (sample, after_by_id[sample.id]) for sample in samples_before if sample.id in after_by_id
+    )
 
 
-def collect_grades(story: ReportData) -> dict[str, dict[str, tuple[float, float, bool]]]:
-    """Of each row what its answers were graded with: metric -> before, after, higher is better."""
-    if not story.eval_results:
+def collect_grades(run: ReportData) -> dict[str, Grades]:
+    """Return the grades of the answers to each row, by the row's id."""
+    if not run.results_before:
         return {}
-    metric_names, grades = (
-        _collect_metric_names(story),
-        dict[str, dict[str, tuple[float, float, bool]]](),
-    )
-    after = {
-        (measurement["task"], measurement["metric"]): measurement
-        for measurement in story.eval_results["after"]["measurements"]
-    }
-    for measurement in story.eval_results["before"]["measurements"]:
-        name, after_measurement = (
-            measurement["metric"],
-            after.get((measurement["task"], measurement["metric"])),
-        )
-        if after_measurement is None or not (
-            name in metric_names or name.startswith(("breaks ", "says "))
-        ):
+    metrics: set[str] = set()
+    for stage in run.stages:
+        metrics.update(stage.plan.config.metrics)
+    after: dict[tuple[str, str], Json] = {}
+    for measurement in run.results_after["measurements"]:
+        after[measurement["task"], measurement["metric"]] = measurement
+    grades: dict[str, Grades] = {}
+    for measurement in run.results_before["measurements"]:
+        metric = measurement["metric"]
+        counterpart = after.get((measurement["task"], metric))
+        if counterpart is None or not (metric in metrics or is_constraint_metric(metric)):
             continue
-        later = dict(zip(after_measurement["ids"], after_measurement["values"], strict=True))
+        values_after = dict(zip(counterpart["ids"], counterpart["values"], strict=True))
         for row, value in zip(measurement["ids"], measurement["values"], strict=True):
-            if row in later:
-                grades.setdefault(row, {})[name] = (
-                    value,
-                    later[row],
-                    measurement["higher_is_better"],
-                )
+            if row in values_after:
+                grade = (value, values_after[row], measurement["higher_is_better"])
+                grades.setdefault(row, {})[metric] = grade
     return grades
 
 
-def _collect_metric_names(story: ReportData) -> set[str]:
-    return {
-        name
-        for part in story.stages
-        if "metrics" in part.plan.choices
-        for name in part.plan["metrics"]
-    }
+def is_constraint_metric(metric: str) -> bool:
+    """Whether a metric counts answers that break a constraint of `never`, or rightly do not."""
+    return metric.startswith(("breaks ", "says "))

@@ -1,13 +1,13 @@
-"""The verdict: what changed, is it real, what it cost. It comes first, and says no more than the
-intervals do.
+"""The verdict at the top of the page: what changed, whether it is real, what it cost.
 
-In: a Story. Out: a headline, one sentence, and three lists. A measure is better or worse by the
-same rule as in the terminal (significance.py): what would not be shown as one of several claims is
-marked, and does not count."""
+In: ReportData. Out: Summary, which verdict.html.jinja draws. It claims no more than the intervals
+show: a metric is better or worse by the rule of the terminal (evaluate/statistics.py), and a
+change that does not survive the correction for several comparisons is marked and not counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,10 +17,10 @@ from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.formatting import format_duration
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.scale_choice import describe_bargain
-from tunesmith.evaluate.significance import NO_DIFFERENCE, describe_evidence, judge_comparisons
-from tunesmith.report.html import Content, Html, make_tag, quote_text
-from tunesmith.report.run_data import ReportData
+from tunesmith.evaluate.statistics import NO_DIFFERENCE, describe_evidence, judge_comparisons
+from tunesmith.report.run_data import ReportData, is_constraint_metric
 
+Tone = Literal["good", "bad", "mixed", "open"]
 Outcome = Literal["better", "worse", "doubtful", "same"]
 OUTCOMES: dict[str, Outcome] = {"better": "better", "worse": "worse", NO_DIFFERENCE: "same"}
 MAX_CAUTIONS = 8
@@ -28,108 +28,136 @@ UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token"}
 
 
 @dataclass(frozen=True)
-class Summary:
-    """`tone` colours it: good | bad | mixed | open."""
-
-    tone: str
-    headline: str
-    sentence: str
-
-
-@dataclass(frozen=True)
 class Claim:
-    """A comparison and what may be concluded. `words`: the verdict; `behind`: what stands behind
-    it, in a few words."""
+    """A comparison and what may be concluded from it."""
 
     comparison: Comparison
     outcome: Outcome
     verdict: str
     evidence: str
 
+    @property
+    def metric(self) -> str:
+        return self.comparison.metric.replace("_", " ")
+
+    @property
+    def title(self) -> str:
+        """The metric, with its task unless that is the usual one; general text has one metric."""
+        task = self.comparison.task
+        if task == GENERAL_TASK:
+            return task
+        return self.metric if task == "test" else f"{task}: {self.metric}"
+
+    @property
+    def unit(self) -> str:
+        return UNITS.get(self.comparison.metric, "")
+
+
+@dataclass(frozen=True)
+class Summary:
+    tone: Tone
+    headline: str
+    sentence: str
+    changes: tuple[Claim, ...] = ()  # graded metrics first, in the order of the recipe
+    evidence: tuple[str, ...] = ()
+    general: tuple[Claim, ...] = ()  # on general text
+    costs: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
+
+    @property
+    def shown_cautions(self) -> tuple[str, ...]:
+        return self.cautions[:MAX_CAUTIONS]
+
 
 def build_claims(record: RunRecord) -> tuple[Claim, ...]:
-    judged = zip(record.comparisons, judge_comparisons(record.comparisons), strict=True)
-    return tuple(
-        Claim(comparison, OUTCOMES.get(words, "doubtful"), words, describe_evidence(comparison))
-        for comparison, words in judged
-    )
+    claims: list[Claim] = []
+    verdicts = judge_comparisons(record.comparisons)
+    for comparison, verdict in zip(record.comparisons, verdicts, strict=True):
+        outcome = OUTCOMES.get(verdict, "doubtful")
+        claims.append(Claim(comparison, outcome, verdict, describe_evidence(comparison)))
+    return tuple(claims)
 
 
-def build_summary(story: ReportData) -> Summary:
-    record = story.record
-    if story.failure:
-        failure_line = story.failure.splitlines()[0]
-        return Summary(
-            "bad",
-            "A gate stopped this run",
-            f"{failure_line} Nothing here may be used as a result.",
-        )
+def build_summary(run: ReportData) -> Summary:
+    record = run.record
+    cautions = _list_cautions(run)
+    if run.failure:
+        sentence = f"{run.failure.splitlines()[0]} Nothing here may be used as a result."
+        return Summary("bad", "A check stopped this run", sentence, cautions=cautions)
     if record is None:
-        done = f"{story.steps_done:,} of {story.steps_planned:,} steps are taken"
-        return Summary("open", "Not finished", f"{done}: nothing is measured after training yet.")
-    if not record.comparisons:
-        reason = "The recipe names neither test_data nor retention_data, so nothing can be said of what training did."
-        return Summary("open", "Trained, not measured", reason)
-    task, is_graded = select_task_claims(record)
-    general = [claim for claim in build_claims(record) if claim.comparison.task == GENERAL_TASK]
-    outcomes = [claim.outcome for claim in task]
-    heads = [*_describe_task(outcomes, is_graded=is_graded), *_describe_general(general)]
-    sentences = [_count_outcomes(outcomes, is_graded=is_graded)]
-    if cheaper := describe_bargain(record.scales):
-        sentences.append(
-            f"On the rows to choose by, {cheaper}; other measures were not taken there."
-        )
+        progress = f"{run.steps_done:,} of {run.steps_planned:,} steps are done"
+        sentence = f"{progress}; nothing has been measured after training yet."
+        return Summary("open", "Not finished", sentence, cautions=cautions)
+    claims = build_claims(record)
+    general = tuple(claim for claim in claims if claim.comparison.task == GENERAL_TASK)
+    task_claims = [claim for claim in claims if claim not in general]
+    headline_claims, is_graded = _select_headline_claims(record, task_claims)
+    others = [claim for claim in task_claims if claim not in headline_claims]
+    tone, headline, sentence = _word_results(headline_claims, general, is_graded=is_graded)
+    if bargain := describe_bargain(record.scales):
+        sentence += f" On eval_data, {bargain}; other metrics were not measured at that scale."
     return Summary(
-        _choose_tone(outcomes, [claim.outcome for claim in general]),
-        " ".join(heads),
-        " ".join(sentences),
+        tone=tone,
+        headline=headline,
+        sentence=sentence,
+        changes=(*headline_claims, *others),
+        evidence=tuple(_list_evidence(run, record, claims)),
+        general=general,
+        costs=tuple(_list_costs(record, has_general=bool(general))),
+        cautions=cautions,
     )
 
 
-def select_task_claims(record: RunRecord) -> tuple[list[Claim], bool]:
-    """What the headline goes by, and whether these are grades of answers: likelihoods speak only
-    where nothing was graded."""
-    task_claims = [claim for claim in build_claims(record) if claim.comparison.task != GENERAL_TASK]
-    metrics = record.plan["metrics"] if "metrics" in record.plan.choices else ()
-    graded = [
-        claim
-        for claim in task_claims
-        if claim.comparison.metric in metrics
-        or claim.comparison.metric.startswith(("breaks ", "says "))
-    ]
-    return graded or task_claims, bool(graded)
+# ---------------------------------------------------------------- headline
 
 
-def _describe_task(outcomes: Sequence[str], *, is_graded: bool) -> Iterator[str]:
-    if not outcomes:
-        return
+def _select_headline_claims(
+    record: RunRecord, claims: Sequence[Claim]
+) -> tuple[list[Claim], bool]:
+    """Return the graded metrics and True; without any, the likelihoods and False."""
+    graded: list[Claim] = []
+    for claim in claims:
+        metric = claim.comparison.metric
+        if metric in record.plan.config.metrics or is_constraint_metric(metric):
+            graded.append(claim)
+    return graded or list(claims), bool(graded)
+
+
+def _word_results(
+    claims: Sequence[Claim], general: Sequence[Claim], *, is_graded: bool
+) -> tuple[Tone, str, str]:
+    """Return tone, headline and sentence."""
+    if not claims and not general:
+        reason = "The recipe names neither test_data nor retention_data, so its effect is unknown."
+        return "open", "Trained, not measured", reason
+    outcomes = [claim.outcome for claim in claims]
+    heads = [_word_task(outcomes, is_graded=is_graded)] if claims else []
+    heads += [_word_general(claim) for claim in general[:1]]
+    tone = _choose_tone(outcomes, [claim.outcome for claim in general])
+    return tone, " ".join(heads), _count_outcomes(outcomes, is_graded=is_graded)
+
+
+def _word_task(outcomes: Sequence[str], *, is_graded: bool) -> str:
+    subject = "The answers are" if is_graded else "Test rows are predicted"
     if {"better", "worse"} <= set(outcomes):
-        yield (
-            "Answers are better by some measures, worse by others."
-            if is_graded
-            else "Better and worse on test rows."
-        )
-    elif "better" in outcomes:
-        yield "The answers are better." if is_graded else "Test rows are predicted better."
-    elif "worse" in outcomes:
-        yield "The answers are worse." if is_graded else "Test rows are predicted worse."
-    else:
-        yield f"No difference shown {'in the answers' if is_graded else 'on test rows'}."
+        return f"{subject} better on some metrics and worse on others."
+    if "better" in outcomes:
+        return f"{subject} better."
+    if "worse" in outcomes:
+        return f"{subject} worse."
+    return f"No difference shown {'in the answers' if is_graded else 'on test rows'}."
 
 
-def _describe_general(general: Sequence[Claim]) -> Iterator[str]:
-    """Of a loss that several claims together would not show, it is said that it may be one."""
-    words = {"worse": "General text got worse.", "better": "General text got better."}
-    for claim in general[:1]:
-        is_doubtful_loss = claim.outcome == "doubtful" and claim.verdict.startswith("worse")
-        yield (
-            "General text may have got worse."
-            if is_doubtful_loss
-            else words.get(claim.outcome, "No change shown on general text.")
-        )
+def _word_general(claim: Claim) -> str:
+    """A loss that does not survive the correction may still be one, and the headline says so."""
+    if claim.outcome == "doubtful" and claim.verdict.startswith("worse"):
+        return "General text may have got worse."
+    if claim.outcome in ("better", "worse"):
+        return f"General text got {claim.outcome}."
+    return "No change shown on general text."
 
 
-def _choose_tone(outcomes: Sequence[str], general: Sequence[str]) -> str:
+def _choose_tone(outcomes: Sequence[str], general: Sequence[str]) -> Tone:
     if "worse" in outcomes:
         return "mixed" if "better" in outcomes else "bad"
     if "better" in outcomes:
@@ -138,198 +166,87 @@ def _choose_tone(outcomes: Sequence[str], general: Sequence[str]) -> str:
 
 
 def _count_outcomes(outcomes: Sequence[str], *, is_graded: bool) -> str:
-    if not outcomes:
+    count = len(outcomes)
+    if not count:
         return "Only general text was measured: the recipe names no test_data."
-    noun = "measure" if len(outcomes) == 1 else "measures"
-    kind = "of the answers" if is_graded else "of how likely the test rows are"
-    better, worse = outcomes.count("better"), outcomes.count("worse")
-    same = len(outcomes) - better - worse
-    if len(outcomes) > 1 and len(outcomes) in (better, worse):
-        return f"All {len(outcomes)} measures {kind} are {outcomes[0]}."
-    return f"Of {len(outcomes)} {noun} {kind}: {better} better, {worse} worse, {same} with no difference shown."
+    noun = "metric" if count == 1 else "metrics"
+    kind = f"{noun} of the answers" if is_graded else f"likelihood {noun} on test rows"
+    better = outcomes.count("better")
+    worse = outcomes.count("worse")
+    if count > 1 and count in (better, worse):
+        return f"All {count} {kind} are {outcomes[0]}."
+    unclear = count - better - worse
+    return f"{count} {kind}: {better} better, {worse} worse, {unclear} with no difference shown."
 
 
-def render_summary(story: ReportData) -> Html:
-    summary = build_summary(story)
-    columns = [
-        ("What changed", _render_changes(story)),
-        ("Is it real?", _describe_evidence(story)),
-        ("What it cost", _describe_costs(story)),
-    ]
-    lists = [
-        make_tag(
-            "div", make_tag("h2", title), make_tag("ul", [make_tag("li", item) for item in items])
-        )
-        for title, items in columns
-        if items
-    ]
-    title = make_tag("h1", summary.headline, id="verdict-title")
-    body = [
-        make_tag("p", summary.sentence, class_="lead"),
-        make_tag("div", lists, class_="columns"),
-        _render_cautions(story),
-    ]
-    return make_tag(
-        "section", title, body, id="verdict", class_=summary.tone, aria_labelledby="verdict-title"
-    )
+# ---------------------------------------------------------------- evidence, cost, cautions
 
 
-def render_change(claim: Claim) -> list[Content]:
-    """field_f1 0.203 → 0.965, and below it +0.762 (+0.712 to +0.811), better."""
-    comparison, unit = claim.comparison, UNITS.get(claim.comparison.metric, "")
-    change = f"{format_signed(comparison.difference)} ({format_signed(comparison.low)} to {format_signed(comparison.high)})"
-    name = make_tag(
-        "span",
-        make_tag("b", quote_text(format_measure(comparison))),
-        make_tag("span", f", {unit}", class_="soft") if unit else None,
-    )
-    return [
-        make_tag(
-            "div",
-            name,
-            make_tag("span", f"{comparison.before.value:.3f} → {comparison.after.value:.3f}"),
-        ),
-        make_tag(
-            "div",
-            make_tag("span", change, class_="soft"),
-            make_tag("b", claim.verdict, class_=f"outcome {claim.outcome}"),
-        ),
-    ]
-
-
-def format_signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def format_measure(comparison: Comparison) -> str:
-    """Without the task where it is the usual one, or says it all."""
-    if comparison.task == "test":
-        return comparison.metric.replace("_", " ")
-    return (
-        comparison.task
-        if comparison.task == GENERAL_TASK
-        else f"{comparison.task}: {comparison.metric}".replace("_", " ")
-    )
-
-
-def _render_changes(story: ReportData) -> list[Content]:
-    """Grades of answers first, in the order of the recipe, then likelihoods."""
-    if story.record is None:
-        return []
-    task, _ = select_task_claims(story.record)
-    rest = [
-        claim
-        for claim in build_claims(story.record)
-        if claim.comparison.task != GENERAL_TASK and claim not in task
-    ]
-    return [make_tag("div", render_change(claim), class_="change") for claim in [*task, *rest]]
-
-
-def _render_cautions(story: ReportData) -> Html | None:
-    cautions: list[Content] = [
-        quote_text(text) for part in story.stages for text in part.plan.warnings
-    ]
-    drift = story.record.input_changes if story.record else ()
-    cautions += [["went on though this had changed: ", quote_text(text)] for text in drift]
-    cautions += [
-        [
-            f"step {one['step']}: ",
-            quote_text(one["kind"]),
-            ": ",
-            quote_text(one["evidence"].partition("\n")[0]),
-        ]
-        for part in story.stages
-        for one in part.select_events("verdict")
-        if one["level"] != "ok"
-    ]
-    if not cautions:
-        return None
-    more = (
-        make_tag("li", f"{len(cautions) - MAX_CAUTIONS} more below")
-        if len(cautions) > MAX_CAUTIONS
-        else None
-    )
-    items = [make_tag("li", one) for one in cautions[:MAX_CAUTIONS]]
-    return make_tag(
-        "div", make_tag("h2", "Keep in mind"), make_tag("ul", items, more), class_="cautions"
-    )
-
-
-def _describe_evidence(story: ReportData) -> list[Content]:
-    record = story.record
-    if record is None:
-        return []
-    lines: list[Content] = []
-    if record.comparisons:
-        items = [
-            f"{one.after.n} of {GENERAL_TASK if one.task == GENERAL_TASK else 'the test'}"
-            for one in record.comparisons
-        ]
-        lines.append(
-            f"Measured before and after on the same items ({', '.join(dict.fromkeys(items))}), paired."
-        )
-        lines.append(_describe_counts(build_claims(record)))
-        if any(part.plan.data.get("test_data") for part in story.stages):
-            lines.append(
-                "The test rows were read for this comparison only: nothing was trained on or chosen by them."
-            )
-    seeds = sorted({str(part.plan["seed"]) for part in story.stages if "seed" in part.plan.choices})
+def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) -> list[str]:
+    lines: list[str] = []
+    if claims:
+        counts: dict[str, None] = {}
+        for claim in claims:
+            is_general = claim.comparison.task == GENERAL_TASK
+            counts[f"{claim.comparison.after.n} {'general texts' if is_general else 'test rows'}"] = None
+        lines.append(f"Compared in pairs, on the same items before and after: {', '.join(counts)}.")
+        lines.append(_word_significance(claims))
+        if any("test_data" in stage.plan.data for stage in run.stages):
+            lines.append("The test rows were used once, for this comparison.")
+    seeds = sorted({str(stage.plan.config.seed) for stage in run.stages})
     lines.append(
-        f"One run (seed {', '.join(seeds)}): how much another seed would differ is not in the intervals."
+        f"One run (seed {', '.join(seeds)}): the intervals do not cover seed-to-seed variation."
     )
-    bad = [one for one in record.preflight if one.level != "ok"]
-    proofs = (
-        f"All {len(record.preflight)} checks before training passed, on the real model and rows."
-    )
-    lines.append(
-        proofs
-        if not bad
-        else f"{len(bad)} of {len(record.preflight)} checks before training did not pass."
-    )
+    passed = sum(check.level == "ok" for check in record.preflight)
+    total = len(record.preflight)
+    lines.append(f"{passed} of {total} preflight checks passed on the real model and data.")
     return lines
 
 
-def _describe_counts(claims: Sequence[Claim]) -> str:
-    n, clear = len(claims), sum(claim.outcome in ("better", "worse") for claim in claims)
-    if n == 1:
-        return (
-            "Its 95% interval leaves out zero."
-            if clear
-            else "Its 95% interval does not leave out zero."
-        )
+def _word_significance(claims: Sequence[Claim]) -> str:
+    count = len(claims)
+    significant = sum(claim.outcome in ("better", "worse") for claim in claims)
+    if count == 1:
+        return f"The change is {'' if significant else 'not '}statistically significant (95% CI)."
     return (
-        f"{clear} of {n} differences are shown, each by its 95% interval and all together by Holm's rule: that chance "
-        "alone shows any of them is 5% likely at most."
+        f"{significant} of {count} changes are statistically significant "
+        f"(95% CI, Holm correction for {count} comparisons)."
     )
 
 
-def _describe_costs(story: ReportData) -> list[Content]:
-    record = story.record
-    if record is None:
-        return []
-    lines: list[Content] = []
-    for claim in build_claims(record):
-        if claim.comparison.task == GENERAL_TASK:
-            lines.append(make_tag("div", render_change(claim), class_="change"))
-    if not lines:
-        lines.append("What it forgot was not measured: the recipe names no retention_data.")
-    lines.append(
-        f"{format_duration(record.train_seconds)} of training: {record.steps:,} steps, {record.tokens:,} tokens."
-    )
+def _list_costs(record: RunRecord, *, has_general: bool) -> list[str]:
+    lines: list[str] = []
+    if not has_general:
+        lines.append("Forgetting was not measured: the recipe names no retention_data.")
+    duration = format_duration(record.train_seconds)
+    lines.append(f"{duration} of training: {record.steps:,} steps, {record.tokens:,} tokens.")
     machine = record.plan.machine
-    lines.append(
-        f"{format_bytes(record.peak_bytes)} of memory at most, on {machine.device_name} ({machine.cores} cores)."
-    )
+    peak = format_bytes(record.peak_bytes)
+    lines.append(f"{peak} of memory at peak, on {machine.device_name} ({machine.cores} cores).")
     if (weights := find_weights_file(record)) is not None:
-        lines.append(
-            f"{format_bytes(weights.stat().st_size)} to store: {weights.parent.name}/{weights.name}."
-        )
+        size = format_bytes(weights.stat().st_size)
+        lines.append(f"{size} on disk: {weights.parent.name}/{weights.name}.")
     return lines
+
+
+def _list_cautions(run: ReportData) -> tuple[str, ...]:
+    cautions: list[str] = []
+    for stage in run.stages:
+        cautions += stage.plan.warnings
+    if run.record:
+        cautions += [f"resumed with changed inputs: {text}" for text in run.record.input_changes]
+    for stage in run.stages:
+        for check in stage.select_events("verdict"):
+            if check["level"] != "ok":
+                evidence = check["evidence"].partition("\n")[0]
+                cautions.append(f"step {check['step']}: {check['kind']}: {evidence}")
+    return tuple(cautions)
 
 
 def find_weights_file(record: RunRecord) -> Path | None:
-    """The file of the trained weights, if it is still there."""
-    files = (
-        Path(record.adapter) / name for name in ("adapter_model.safetensors", "model.safetensors")
-    )
-    return next((file for file in files if file.is_file()), None)
+    """Return the file of the trained weights, if it still exists."""
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        file = Path(record.adapter) / name
+        if file.is_file():
+            return file
+    return None

@@ -203,7 +203,7 @@ class EventTail:
             return [(self.run, 0)]
         folders, steps_before = [(self.run, 0)], 0
         for plan in read_json(self.run / STAGES_FILE)["plans"]:
-            name = Path(plan["choices"]["output_dir"]["value"]).name
+            name = Path(plan["settings"]["output_dir"]["value"]).name
             folders.append((self.run / STAGES_DIR / name, steps_before))
             steps_before += plan["steps"]
         return folders
@@ -215,7 +215,7 @@ class EventTail:
             if is_staged(self.run)
             else read_json(self.run / PLAN_FILE)
         )
-        return {key: choice["value"] for key, choice in plan["choices"].items()}
+        return {key: setting["value"] for key, setting in plan["settings"].items()}
 
 
 def log_event(event: Json, step: int, tracker: Tracker) -> None:

@@ -39,7 +39,7 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
     """`recipe`: the wish as it stands in the run folder. Reads all weights once, at the speed of
     sha256."""
     folder, renderer = inputs.model.path, inputs.renderer
-    is_quantized = plan["method"] == "qlora" or plan["optim"] == "adamw_8bit"
+    is_quantized = plan.config.method == "qlora" or plan.config.optim == "adamw_8bit"
     libraries = (*LIBRARIES, QUANTIZATION_LIBRARY) if is_quantized else LIBRARIES
     files = {role: dataset.fingerprint for role, dataset in inputs.datasets.items()}
     for role, path in (
@@ -49,7 +49,7 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
         if path is not None and path.is_file():
             files[role] = hash_file(path)
     metric_files = [
-        parsed[0] for metric in plan["metrics"] if (parsed := parse_custom_metric(metric))
+        parsed[0] for metric in plan.config.metrics if (parsed := parse_custom_metric(metric))
     ]
     files |= {f"metrics.{path.name}": hash_file(path) for path in metric_files if path.is_file()}
     if inputs.adapter is not None:
@@ -70,8 +70,7 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
             "end_ids": renderer.end_ids,
             "data": files,
             "recipe": recipe,
-            "plan": {key: plan_value.value for key, plan_value in plan.choices.items()}
-            | {"steps": plan.steps},
+            "plan": plan.values | {"steps": plan.steps},
             "versions": {name: inputs.machine.versions.get(name) for name in libraries},
             "machine": {"device": inputs.machine.device_name, "threads": torch.get_num_threads()},
         }

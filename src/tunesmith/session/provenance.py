@@ -1,16 +1,14 @@
-"""What trained weights belong to: `tunesmith.json` beside them, and the check of it when they are
+"""Provenance of trained weights: `tunesmith.json` in their folder, and its check when they are
 loaded.
 
-In: the base's folder and the renderer that a run trained with. Out: a `Provenance`, or an
-InputError that says field by field what is not as it was. It holds the hashes of the base's
-weights, of the tokenizer and of the chat template, and some conversations with the ids they
-rendered to: the same files may still give other ids under another version of a library. The
-conversations are made up here, since an adapter travels and the rows it was trained on should not.
-"""
+In: the base model's folder and the renderer of a run. Out: a `Provenance`, or an InputError that
+lists every field that changed. It holds the hashes of the base weights, of the tokenizer and of the
+chat template, and a few conversations with their token ids: the same files may give other ids under
+another version of a library. The conversations are invented here, because an adapter is shared and
+its training rows should not be."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,10 +31,8 @@ SAMPLE_TOOL_CALL = {
     "type": "function",
     "function": {"name": "look_up", "arguments": {"of": "a word"}},
 }
-USER_MESSAGE, ASSISTANT_MESSAGE = (
-    {"role": "user", "content": SAMPLE_TEXT},
-    {"role": "assistant", "content": "It says:\n  7 </s>"},
-)
+USER_MESSAGE = {"role": "user", "content": SAMPLE_TEXT}
+ASSISTANT_MESSAGE = {"role": "assistant", "content": "It says:\n  7 </s>"}
 SAMPLE_PROMPTS: tuple[tuple[Json, ...], ...] = (
     (USER_MESSAGE,),
     ({"role": "system", "content": "Be brief."}, USER_MESSAGE),
@@ -51,7 +47,7 @@ SAMPLE_PROMPTS: tuple[tuple[Json, ...], ...] = (
 
 @dataclass(frozen=True)
 class ReferencePrompt:
-    """A prompt and its ids. Without messages it is `TEXT`, as plain text."""
+    """A prompt and its token ids. Without messages it is SAMPLE_TEXT as plain text."""
 
     messages: tuple[Json, ...]
     tools: tuple[Json, ...]
@@ -60,8 +56,8 @@ class ReferencePrompt:
 
 @dataclass(frozen=True)
 class Provenance:
-    """`now`: the date in templates. `renderer`: over all that rendering depends on, named tokens
-    included."""
+    """`now` is the date that templates render. `renderer` is a hash over everything that rendering
+    depends on, named special tokens included."""
 
     tunesmith: str
     base: str
@@ -77,43 +73,42 @@ class Provenance:
 def build_provenance(
     name: str, base_sha256: dict[str, str], renderer: Renderer, now: str
 ) -> Provenance:
-    """`name`: what people call the base; `base_sha256`: see `hashes_of`."""
-    templates = renderer.templates.items()
-    prompts = [
-        ReferencePrompt((), (), ()),
-        *(
-            ReferencePrompt(messages, (SAMPLE_TOOL,) if messages[-1]["role"] == "tool" else (), ())
-            for messages in SAMPLE_PROMPTS
-        ),
-    ]
-    rendered = [
-        dataclasses.replace(prompt, token_ids=_render_ids(prompt, renderer)) for prompt in prompts
-    ]
+    """Build the provenance of weights trained on the base called `name`; `base_sha256` comes from
+    `hash_weight_files`."""
+    reference_prompts: list[ReferencePrompt] = []
+    for messages in ((), *SAMPLE_PROMPTS):
+        has_tool_result = bool(messages) and messages[-1]["role"] == "tool"
+        tools = (SAMPLE_TOOL,) if has_tool_result else ()
+        if token_ids := _render_ids(messages, tools, renderer):
+            reference_prompts.append(ReferencePrompt(messages, tools, token_ids))
+    template_sha256: dict[str, str] = {}
+    for key, template in renderer.templates.items():
+        template_sha256[key] = hashlib.sha256(template.source.encode()).hexdigest()
     return Provenance(
         tunesmith=__version__,
         base=name,
         base_sha256=base_sha256,
         tokenizer_sha256=renderer.tokenizer.sha256,
-        template_sha256={
-            key: hashlib.sha256(template.source.encode()).hexdigest() for key, template in templates
-        },
+        template_sha256=template_sha256,
         renderer=renderer.fingerprint,
         end_ids=renderer.end_ids,
         now=now,
-        reference_prompts=tuple(prompt for prompt in rendered if prompt.token_ids),
+        reference_prompts=tuple(reference_prompts),
     )
 
 
 def hash_weight_files(base: Path) -> dict[str, str]:
-    """sha256 of each weight file, at the speed of sha256."""
+    """Return file name -> sha256 of each weight file."""
     return {file.name: hash_file(file) for file in sorted(base.glob("*.safetensors"))}
 
 
-def _render_ids(prompt: ReferencePrompt, renderer: Renderer) -> tuple[int, ...]:
-    """Nothing for what the template cannot render."""
+def _render_ids(
+    messages: tuple[Json, ...], tools: tuple[Json, ...], renderer: Renderer
+) -> tuple[int, ...]:
+    """Return the ids of a prompt, empty if the template cannot render it."""
     try:
-        if prompt.messages:
-            return renderer.encode_prompt(prompt.messages, prompt.tools)
+        if messages:
+            return renderer.encode_prompt(messages, tools)
         return tuple(renderer.encode_text(SAMPLE_TEXT))
     except InputError:
         return ()
@@ -124,7 +119,7 @@ def write_provenance(folder: Path, provenance: Provenance) -> None:
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """None where there is none: the weights are not ours, or older."""
+    """Return the provenance in `folder`, None for weights from other tools or older versions."""
     path = folder / PROVENANCE_FILE
     return parse_as(Provenance, read_json(path), where=str(path)) if path.is_file() else None
 
@@ -132,18 +127,18 @@ def read_provenance(folder: Path) -> Provenance | None:
 def check_provenance(
     folder: Path, base_sha256: dict[str, str], renderer: Renderer, now: str
 ) -> None:
-    """InputError when the weights in `folder` say that they belong to another base, tokenizer or
-    template, or that their prompts had other ids."""
+    """Raise InputError if the weights in `folder` belong to another base, tokenizer or template, or
+    if their reference prompts now have other ids."""
     stored = read_provenance(folder)
     if stored is None:
         return
     current = build_provenance(stored.base, base_sha256, renderer, now)
-    if differences := [
-        *_iter_differences(stored, current),
-        *_iter_changed_prompts(stored, renderer, now),
-    ]:
-        fix = f"use the base that it was trained on ({stored.base}) and template: {folder / 'chat_template.jinja'}"
-        message = "the weights were trained with something else:\n  " + "\n  ".join(differences)
+    differences = list(_iter_differences(stored, current))
+    differences += _iter_changed_prompts(stored, renderer, now)
+    if differences:
+        message = "the weights were trained with other inputs:\n  " + "\n  ".join(differences)
+        template = folder / "chat_template.jinja"
+        fix = f"use the base model it was trained on ({stored.base}) and chat_template: {template}"
         raise InputError(message, where=str(folder / PROVENANCE_FILE), fix=fix)
 
 
@@ -152,16 +147,12 @@ def _iter_differences(stored: Provenance, current: Provenance) -> Iterator[str]:
     yield from _iter_changed_hashes(
         "chat template", stored.template_sha256, current.template_sha256
     )
-    yield from _iter_changed_hashes(
-        "tokenizer", {"": stored.tokenizer_sha256}, {"": current.tokenizer_sha256}
-    )
-    if (stored.tokenizer_sha256, stored.template_sha256) == (
-        current.tokenizer_sha256,
-        current.template_sha256,
-    ):
-        yield from _iter_changed_hashes(
-            "names of special tokens", {"": stored.renderer}, {"": current.renderer}
-        )
+    is_same_tokenizer = stored.tokenizer_sha256 == current.tokenizer_sha256
+    if not is_same_tokenizer:
+        yield _describe_change("tokenizer", stored.tokenizer_sha256, current.tokenizer_sha256)
+    is_same_template = stored.template_sha256 == current.template_sha256
+    if is_same_tokenizer and is_same_template and stored.renderer != current.renderer:
+        yield _describe_change("names of special tokens", stored.renderer, current.renderer)
     if stored.end_ids != current.end_ids:
         yield f"end tokens: {list(stored.end_ids)} -> {list(current.end_ids)}"
 
@@ -170,24 +161,33 @@ def _iter_changed_hashes(
     label: str, stored: dict[str, str], current: dict[str, str]
 ) -> Iterator[str]:
     for name in sorted(stored.keys() | current.keys()):
-        stored_hash, current_hash = (hashes.get(name, "none") for hashes in (stored, current))
+        stored_hash = stored.get(name, "none")
+        current_hash = current.get(name, "none")
         if stored_hash != current_hash:
-            yield f"{label} {name}".rstrip() + f": sha256 {stored_hash[:12]} -> {current_hash[:12]}"
+            yield _describe_change(f"{label} {name}", stored_hash, current_hash)
+
+
+def _describe_change(label: str, stored_hash: str, current_hash: str) -> str:
+    return f"{label}: sha256 {stored_hash[:12]} -> {current_hash[:12]}"
 
 
 def _iter_changed_prompts(stored: Provenance, renderer: Renderer, now: str) -> Iterator[str]:
-    """Prompts that the same files render differently; another date would be a reason by itself."""
-    if stored.renderer != renderer.fingerprint or (stored.now != now and renderer.has_date):
+    """Describe prompts that the same files now render differently."""
+    # another date alone explains other ids
+    is_other_date = stored.now != now and renderer.has_date
+    if stored.renderer != renderer.fingerprint or is_other_date:
         return
     for number, prompt in enumerate(stored.reference_prompts, start=1):
-        stored_ids, current_ids = prompt.token_ids, _render_ids(prompt, renderer)
-        if stored_ids != current_ids:
-            position = next(
-                (
-                    i
-                    for i, (a, b) in enumerate(zip(stored_ids, current_ids, strict=False))
-                    if a != b
-                ),
-                min(len(stored_ids), len(current_ids)),
-            )
-            yield f"golden prompt {number}: {len(stored_ids)} tokens -> {len(current_ids)}, they differ from token {position + 1} on"
+        stored_ids = prompt.token_ids
+        current_ids = _render_ids(prompt.messages, prompt.tools, renderer)
+        if stored_ids == current_ids:
+            continue
+        position = 0
+        for stored_id, current_id in zip(stored_ids, current_ids, strict=False):
+            if stored_id != current_id:
+                break
+            position += 1
+        yield (
+            f"reference prompt {number}: {len(stored_ids)} tokens -> {len(current_ids)}, "
+            f"different from token {position + 1} on"
+        )

@@ -26,10 +26,10 @@ from tunesmith.core.types import Plan
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network, wrap_model
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
-from tunesmith.model.hub.provenance import check_provenance, hash_weight_files
 from tunesmith.model.save import load_adapter
 from tunesmith.session import inputs
 from tunesmith.session.inputs import RunInputs
+from tunesmith.session.provenance import check_provenance, hash_weight_files
 from tunesmith.session.session import Session, load_starting_model, open_eval_session, open_session
 
 
@@ -39,7 +39,7 @@ def reopen_session(path: Path) -> Session:
     path = find_weights_dir(path)
     require_run(path)
     plan = read_run_plan(path)
-    if plan["method"] == "full":
+    if plan.config.method == "full":
         message = "this takes a run with an adapter, which can be taken off"
         raise InputError(message, where=str(path), fix=f"measure it with: tunesmith eval {path}")
     inputs = reload_inputs(plan, path)
@@ -73,10 +73,10 @@ def reload_inputs(plan: Plan, path: Path) -> RunInputs:
 
 def load_trained_model(path: Path, plan: Plan, inputs: RunInputs) -> PackedCausalLM:
     """What a finished run has made of the model, to be measured. Raises what `reopen` raises."""
-    weights_dir, dtype = _find_trained_weights(path, plan, inputs), DTYPES[plan["dtype"]]
-    if plan["method"] == "full":
+    weights_dir, dtype = _find_trained_weights(path, plan, inputs), DTYPES[plan.config.dtype]
+    if plan.config.method == "full":
         return wrap_model(
-            load_network(weights_dir, dtype, inputs.machine.device), dtype, plan["attention"]
+            load_network(weights_dir, dtype, inputs.machine.device), dtype, plan.config.attention
         )
     model = load_starting_model(plan, inputs)
     load_adapter(model.network, weights_dir / ADAPTER_WEIGHTS_FILE)
@@ -85,7 +85,7 @@ def load_trained_model(path: Path, plan: Plan, inputs: RunInputs) -> PackedCausa
 
 def _find_trained_weights(path: Path, plan: Plan, inputs: RunInputs) -> Path:
     """The folder of the trained weights, checked."""
-    weights_dir = path / (MODEL_DIR if plan["method"] == "full" else ADAPTER_DIR)
+    weights_dir = path / (MODEL_DIR if plan.config.method == "full" else ADAPTER_DIR)
     if problem := read_failure(path):
         raise GateError(f"this run failed: {problem}", where=str(path))
     if not weights_dir.is_dir():
@@ -96,7 +96,7 @@ def _find_trained_weights(path: Path, plan: Plan, inputs: RunInputs) -> Path:
             f"not as the run wrote it: {problem}", where=str(weights_dir), fix="put the files back"
         )
     check_provenance(
-        weights_dir, hash_weight_files(inputs.model.path), inputs.renderer, plan["now"]
+        weights_dir, hash_weight_files(inputs.model.path), inputs.renderer, plan.config.now
     )
     return weights_dir
 

@@ -47,7 +47,7 @@ def save_past_run(record: RunRecord) -> None:
         return
     plan, computed_tokens = record.plan, record.tokens - record.shared_tokens
     past_run = PastRun(
-        run=str(Path(plan["output_dir"]).absolute()),
+        run=str(Path(plan.config.output_dir).absolute()),
         predicted_bytes=plan.memory_bytes["peak"] - plan.memory_bytes.get("correction", 0),
         peak_bytes=record.peak_bytes,
         tokens_per_second=computed_tokens / max(record.train_seconds, 1e-9),
@@ -70,7 +70,7 @@ def make_run_key(plan: Plan) -> str:
     """What makes two runs alike."""
     machine, model = plan.machine, plan.model
     shape = f"{model.model_type} {model.num_layers}x{model.hidden_size}"
-    settings = f"{plan['method']} {plan['dtype']}" + (
+    settings = f"{plan.config.method} {plan.config.dtype}" + (
         ", measured" if plan.memory_bytes.get("evaluation") else ""
     )
     return f"{machine.device_name}, {machine.cores} cores; {shape}; {settings}; {__version__}"
@@ -90,8 +90,7 @@ def apply_past_run(plan: Plan) -> Plan:
     reason = f"{past_run.run} took {past_run.peak_bytes / 1e9:.2f} GB of {past_run.predicted_bytes / 1e9:.2f} predicted"
     plan_value = PlanValue(factor, "rule", reason, confidence="measured here")
     return dataclasses.replace(
-        plan,
-        choices=plan.choices | {"memory_factor": plan_value},
+        plan.with_settings(memory_factor=plan_value),
         memory_bytes=corrected_parts(plan.memory_bytes, factor),
         phase_bytes={
             name: int(predicted_bytes * factor)

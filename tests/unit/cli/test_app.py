@@ -233,21 +233,21 @@ def test_a_plan_is_one_object_with_every_reason(
     code, out, _ = tunesmith(*words, "--json")
     plan = json.loads(out)
     assert (code, plan["tunesmith"], plan["steps"]) == (0, __version__, 5)
-    assert plan["choices"]["lora_r"] == {
+    assert plan["settings"]["lora_r"] == {
         "value": 3,
-        "by": "you",
-        "why": "the recipe says so",
+        "decided_by": "user",
+        "reason": "set in the recipe",
         "source": "",
         "confidence": "",
-        "advice": plan["choices"]["lora_r"]["advice"],
+        "common_advice": plan["settings"]["lora_r"]["common_advice"],
     }
-    assert plan["choices"]["learning_rate"]["source"]
+    assert plan["settings"]["learning_rate"]["source"]
     assert plan["memory_bytes"]["peak"] > 0
     code, out, _ = tunesmith(*words)
     assert code == 0
     assert "learning_rate" in out
     code, out, _ = tunesmith(*words, "--why", "lora_r")
-    assert (code, "the recipe says so" in out) == (0, True)
+    assert (code, "set in the recipe" in out) == (0, True)
     methods = json.loads(tunesmith(*words, "--compare", "--target", "rtx4090", "--json")[1])[
         "methods"
     ]

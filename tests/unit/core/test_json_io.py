@@ -8,10 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plan_configs import DEFAULTS
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
-from tunesmith.core.types import DataReport, Finding, Machine, ModelSpec, Plan, PlanValue
+from tunesmith.core.types import (
+    DataReport,
+    Finding,
+    Machine,
+    ModelSpec,
+    Plan,
+    PlanValue,
+    split_settings,
+)
 from tunesmith.recipe.schema import Recipe
 
 MACHINE = Machine(
@@ -52,14 +61,20 @@ REPORT = DataReport(
     30,
     findings=(Finding("empty", "warn", "m", 1, ("a:1",)),),
 )
+SETTINGS = {key: PlanValue(value, "rule", "its default") for key, value in DEFAULTS.items()}
+SETTINGS |= {
+    "lora_r": PlanValue(16, "rule", "small model"),
+    "learning_rate": PlanValue(1e-4, "user", "recipe"),
+    "lora_target_modules": PlanValue(("q_proj", "v_proj"), "checkpoint", "its adapter"),
+    "mixture": PlanValue({"sums": 3}, "rule", "all"),
+}
+CONFIG, REASONS = split_settings(SETTINGS)
 PLAN = Plan(
     recipe=to_jsonable(
         Recipe.model_validate({"model": "tiny", "data": "a.jsonl", "schema": "s.json"})
     ),
-    choices={
-        "lora_r": PlanValue(16, "rule", "small model"),
-        "learning_rate": PlanValue(1e-4, "you", "recipe"),
-    },
+    config=CONFIG,
+    reasons=REASONS,
     machine=MACHINE,
     model=MODEL,
     data={"data": REPORT},
@@ -73,7 +88,7 @@ def test_a_plan_survives_the_way_through_a_file(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(dump_json(PLAN, indent=2))
     again = parse_as(Plan, read_json(tmp_path / "plan.json"))
     assert again == PLAN
-    assert again["lora_r"] == 16
+    assert again.config.lora_r == 16
     assert again.recipe["schema"] == "s.json"
 
 

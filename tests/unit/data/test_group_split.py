@@ -6,7 +6,7 @@ import pytest
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.group_split import split_by_group
+from tunesmith.data.split import split_by_group
 from tunesmith.recipe.fields import DataSource
 
 WORDS = [f"{a}{b}{c}" for a in "bdfglmn" for b in "aeiou" for c in "krstv"]

@@ -47,25 +47,25 @@ def plan(known: Callable[..., RuleContext]) -> Planner:
 
 def test_what_is_left_open_is_decided_by_rules(plan: Planner) -> None:
     made = plan()
-    assert made.choices.keys() >= RULES.keys() - set(PREFERENCE_KEYS)
-    assert {choice.decided_by for choice in made.choices.values()} == {"rule"}
-    assert all(choice.reason for choice in made.choices.values())
-    assert (made["batch_size"], made["num_train_epochs"], made.steps) == (16, 3, 188)
-    assert (made["now"], made["output_dir"]) == ("2026-01-01T00:00:00", "runs/run-1")
+    assert made.reasons.keys() >= RULES.keys() - set(PREFERENCE_KEYS)
+    assert {choice.decided_by for choice in made.reasons.values()} == {"rule"}
+    assert all(choice.reason for choice in made.reasons.values())
+    assert (made.config.batch_size, made.config.num_train_epochs, made.steps) == (16, 3, 188)
+    assert (made.config.now, made.config.output_dir) == ("2026-01-01T00:00:00", "runs/run-1")
 
 
 def test_what_is_wished_for_is_obeyed_and_others_follow(plan: Planner) -> None:
     made = plan({"batch_size": 4, "lora_r": 128, "seed": 3, "learning_rate": 0.5})
     assert [
-        made.choices[key].decided_by for key in ("batch_size", "lora_r", "seed", "learning_rate")
-    ] == ["you"] * 4
-    assert (made["batch_size"], made["lora_r"], made["seed"], made["learning_rate"]) == (
+        made.reasons[key].decided_by for key in ("batch_size", "lora_r", "seed", "learning_rate")
+    ] == ["user"] * 4
+    assert (made.config.batch_size, made.config.lora_r, made.config.seed, made.config.learning_rate) == (
         4,
         128,
         3,
         0.5,
     )
-    assert made["use_rslora"] is True, "decided from the rank that was wished for"
+    assert made.config.use_rslora is True, "decided from the rank that was wished for"
     assert made.steps == 750
 
 
@@ -75,40 +75,39 @@ def test_activations_are_kept_as_far_as_they_fit(plan: Planner) -> None:
         policy: plan({"activations": policy}).memory_bytes["peak"]
         for policy in ("keep", "selective", "recompute")
     }
-    assert (wide["activations"], wide.memory_bytes["peak"]) == ("keep", peaks["keep"])
+    assert (wide.config.activations, wide.memory_bytes["peak"]) == ("keep", peaks["keep"])
     for policy, fitting in (("selective", peaks["selective"]), ("recompute", peaks["recompute"])):
         made = plan(available_bytes=int(1.151 * fitting), weight_layout="plain")
-        assert made["activations"] == policy
+        assert made.config.activations == policy
         assert made.memory_bytes["peak"] <= fitting
         refuse_if_too_large(made)
     little = plan(available_bytes=int(peaks["recompute"] / 2))
-    assert little["activations"] == "recompute"
+    assert little.config.activations == "recompute"
     with pytest.raises(MachineError, match="the run needs about"):
         refuse_if_too_large(little)
     assert (
-        plan({"activations": "keep"}, available_bytes=int(peaks["recompute"]))
-        .choices["activations"]
+        plan({"activations": "keep"}, available_bytes=int(peaks["recompute"])).reasons["activations"]
         .decided_by
-        == "you"
+        == "user"
     )
 
 
 def test_pairs_have_their_own_values_and_rates(plan: Planner) -> None:
     made = plan({"stage": "preference"})
-    assert made.choices.keys() >= RULES.keys()
-    assert (made["loss"], made["gamma"], made["nll_coefficient"], made["num_train_epochs"]) == (
+    assert made.reasons.keys() >= RULES.keys()
+    assert (made.config.loss, made.config.gamma, made.config.nll_coefficient, made.config.num_train_epochs) == (
         "dpo",
         0,
         0.2,
         2,
     )
     others = {loss: plan({"stage": "preference", "loss": loss}) for loss in ("orpo", "simpo")}
-    assert (others["orpo"]["beta"], others["orpo"]["nll_coefficient"]) == (0.1, 1.0)
-    assert (others["simpo"]["beta"], others["simpo"]["gamma"]) == (2.0, 1.0)
-    assert others["orpo"]["learning_rate"] == pytest.approx(8 * made["learning_rate"], rel=0.02)
-    assert made["learning_rate"] < plan()["learning_rate"] / 10
+    assert (others["orpo"].config.beta, others["orpo"].config.nll_coefficient) == (0.1, 1.0)
+    assert (others["simpo"].config.beta, others["simpo"].config.gamma) == (2.0, 1.0)
+    assert others["orpo"].config.learning_rate == pytest.approx(8 * made.config.learning_rate, rel=0.02)
+    assert made.config.learning_rate < plan().config.learning_rate / 10
     full = plan({"stage": "preference", "method": "full"})
-    assert made["learning_rate"] == pytest.approx(10 * full["learning_rate"], rel=0.02)
+    assert made.config.learning_rate == pytest.approx(10 * full.config.learning_rate, rel=0.02)
     assert (
         made.memory_bytes["activations"]
         >= plan({"num_train_epochs": 2}).memory_bytes["activations"]
@@ -116,13 +115,13 @@ def test_pairs_have_their_own_values_and_rates(plan: Planner) -> None:
 
 
 def test_the_model_decides_what_its_context_forces(plan: Planner) -> None:
-    assert plan(context_length=512).choices["max_length"].decided_by == "checkpoint"
+    assert plan(context_length=512).reasons["max_length"].decided_by == "checkpoint"
 
 
 def test_full_fine_tuning_has_no_adapter_in_its_plan(plan: Planner) -> None:
     made = plan({"method": "full"})
-    assert not set(ADAPTER_KEYS) & made.choices.keys()
-    assert made["learning_rate"] < plan()["learning_rate"] / 5
+    assert not set(ADAPTER_KEYS) & made.reasons.keys()
+    assert made.config.learning_rate < plan().config.learning_rate / 5
 
 
 @pytest.mark.parametrize("wish", [{"max_steps": 7}, {"num_train_epochs": 0.112}])

@@ -75,7 +75,7 @@ def test_a_real_run_holds_no_more_than_its_plan_says(
         if isinstance(event, CheckpointSaved):
             sizes = {
                 path.parent: path.stat().st_size
-                for path in Path(plan["output_dir"]).rglob("state.safetensors")
+                for path in Path(plan.config.output_dir).rglob("state.safetensors")
             }
             held, fullest = (
                 max(held, len(sizes)),

@@ -43,9 +43,9 @@ def plan(known: Callable[..., RuleContext]) -> Callable[..., Plan]:
 
 
 def test_every_value_of_a_plan_says_how_sure_it_is(plan: Callable[..., Plan]) -> None:
-    choices = plan(saved=0.2, batch_size=8, rehearsal={"data": "general.jsonl"}).choices
+    choices = plan(saved=0.2, batch_size=8, rehearsal={"data": "general.jsonl"}).settings
     sure = {key: choice.confidence for key, choice in choices.items()}
-    assert sure["learning_rate"] == "extrapolated"
+    assert sure.config.learning_rate == "extrapolated"
     assert {sure[key] for key in ("method", "lora_r", "num_train_epochs", "rehearsal_ratio")} == {
         "published"
     }
@@ -101,7 +101,7 @@ def test_rates_are_published_from_where_their_formula_was_fitted(
             "learning_rate"
         ]
         assert (found.confidence, "a tenth" in found.common_advice) == (sure, True)
-    assert add_evidence({"seed": PlanValue(1, "you", "so")}, known())["seed"].confidence == ""
+    assert add_evidence({"seed": PlanValue(1, "user", "so")}, known())["seed"].confidence == ""
 
 
 def test_work_is_two_operations_a_weight_and_pass(plan: Callable[..., Plan]) -> None:

@@ -38,7 +38,7 @@ def test_the_reason_says_how_much_that_is(known: Callable[..., RuleContext]) -> 
     choice = decide_rehearsal(wish, known(rows=1600, tokens=160_000, **LENGTHS), general)[
         "rehearsal_ratio"
     ]
-    assert choice.decided_by == "you"
+    assert choice.decided_by == "user"
     assert choice.reason.endswith(
         "about 40,000 tokens beside 160,000 of the data, 1.6 passes over its rows"
     )

@@ -153,7 +153,7 @@ def test_every_rule_gives_a_reason_that_fits_on_a_screen(known: Make) -> None:
     facts = known()
     for key, decide_by_rule in RULES.items():
         choice = decide_by_rule(facts)
-        facts.values[key] = choice.value
+        facts.settings[key] = choice
         assert choice.decided_by in ("rule", "checkpoint")
         assert 10 < len(choice.reason) < 160, key
 

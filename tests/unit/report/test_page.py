@@ -11,7 +11,7 @@ import fake_runs
 from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, CheckResult, GenerationSample, Score
-from tunesmith.core.types import Comparison
+from tunesmith.core.types import Comparison, PlanValue
 from tunesmith.report.page import render_page, write_report
 from tunesmith.report.run_data import load_report_data
 from tunesmith.report.samples import build_sample_diffs
@@ -64,7 +64,7 @@ def text_of(path: Path) -> str:
 
 def finished(tmp_path: Path, *comparisons: Comparison) -> Path:
     return fake_runs.write_run(
-        tmp_path / "run", record=fake_runs.record_of(comparisons=comparisons)
+        tmp_path / "run", record=fake_runs.make_record(comparisons=comparisons)
     )
 
 
@@ -81,14 +81,14 @@ def finished(tmp_path: Path, *comparisons: Comparison) -> Path:
         ),
         ([fake_runs.BETTER], "The answers are better.", "good"),
         ([fake_runs.SAME], "No difference shown in the answers.", "open"),
-        ([fake_runs.compared("exact_match", 0.8, 0.1, 0.1)], "The answers are worse.", "bad"),
+        ([fake_runs.make_comparison("exact_match", 0.8, 0.1, 0.1)], "The answers are worse.", "bad"),
         (
-            [fake_runs.compared("loss", 2, 1, 0.1, higher=False)],
+            [fake_runs.make_comparison("loss", 2, 1, 0.1, higher_is_better=False)],
             "Test rows are predicted better.",
             "good",
         ),
         (
-            [fake_runs.SAME, fake_runs.compared("loss", 2, 1, 0.1, higher=False)],
+            [fake_runs.SAME, fake_runs.make_comparison("loss", 2, 1, 0.1, higher_is_better=False)],
             "No difference shown in the answers.",
             "open",
         ),
@@ -105,7 +105,7 @@ def test_the_headline_says_what_the_intervals_do(
 
 
 def test_what_one_of_several_claims_would_not_show_does_not_count(tmp_path: Path) -> None:
-    weak = fake_runs.compared("exact_match", 0.1, 0.2, 0.09)
+    weak = fake_runs.make_comparison("exact_match", 0.1, 0.2, 0.09)
     five = [weak, *(replace(fake_runs.SAME, metric=f"m{n}") for n in range(4))]
     assert (
         build_summary(load_report_data(finished(tmp_path, *five))).headline
@@ -115,7 +115,7 @@ def test_what_one_of_several_claims_would_not_show_does_not_count(tmp_path: Path
 
 
 def test_a_loss_of_general_text_that_may_be_chance_is_not_called_none(tmp_path: Path) -> None:
-    weak = fake_runs.compared("bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL_TASK, higher=False)
+    weak = fake_runs.make_comparison("bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL_TASK, higher_is_better=False)
     others = [replace(fake_runs.SAME, metric=f"m{n}") for n in range(4)]
     assert (
         "may have got worse"
@@ -127,7 +127,7 @@ def test_a_loss_of_general_text_that_may_be_chance_is_not_called_none(tmp_path: 
 
 
 def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
-    said = text_of(fake_runs.write_run(tmp_path / "run", record=fake_runs.record_of()))
+    said = text_of(fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record()))
     for part in (
         "0.100 → 0.800",
         "+0.700 (+0.600 to +0.800)",
@@ -152,14 +152,14 @@ def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
 def test_gain_stands_against_forgetting(tmp_path: Path) -> None:
     moved = (Score("test", "kl", 0.31, 0.2, 0.4, 40, 30),)
     run = fake_runs.write_run(
-        tmp_path / "run", record=fake_runs.record_of(scales=fake_runs.scales(), moved=moved)
+        tmp_path / "run", record=fake_runs.make_record(scales=fake_runs.make_scales(), kl_scores=kl_scores)
     )
     said = text_of(run)
     assert "2, × 0 0.9 0.8 to 1.1" in said  # held-out loss, scale, bits per byte
     assert "1, × 1 1 0.8 to 1.1" in said
     assert "From 2.000 without the trained weights to 1.000 with all of them" in said
     assert "KL divergence, nats per token 40 0.310 0.200 to 0.400" in said
-    plain = fake_runs.write_run(tmp_path / "plain", record=fake_runs.record_of())
+    plain = fake_runs.write_run(tmp_path / "plain", record=fake_runs.make_record())
     assert "Gain against forgetting" not in text_of(plain)
 
 
@@ -167,7 +167,7 @@ def test_a_scale_that_forgets_much_less_is_offered_and_stands_in_the_verdict(
     tmp_path: Path,
 ) -> None:
     run = fake_runs.write_run(
-        tmp_path / "run", record=fake_runs.record_of(scales=fake_runs.scales(fake_runs.CHEAPER))
+        tmp_path / "run", record=fake_runs.make_record(scales=fake_runs.make_scales(fake_runs.CHEAPER))
     )
     offer = "scale 0.25 keeps 96% of the gain in loss at 25% of the forgetting"
     assert (
@@ -181,7 +181,7 @@ def test_a_scale_that_forgets_much_less_is_offered_and_stands_in_the_verdict(
     )
     assert f"To have it: tunesmith export {run} --to peft --scale 0.25" in said
     whole = fake_runs.write_run(
-        tmp_path / "whole", record=fake_runs.record_of(scales=fake_runs.scales())
+        tmp_path / "whole", record=fake_runs.make_record(scales=fake_runs.make_scales())
     )
     assert "to choose by" not in build_summary(load_report_data(whole)).sentence
     assert (
@@ -199,7 +199,7 @@ def test_what_a_guard_does_is_on_the_curves(tmp_path: Path) -> None:
     ]
     made = render_page(
         load_report_data(
-            fake_runs.write_run(tmp_path / "run", happened=[*fake_runs.events(), *probes, *said])
+            fake_runs.write_run(tmp_path / "run", events=[*fake_runs.make_events(), *probes, *said])
         )
     )
     assert "probes: repetition" in made
@@ -209,17 +209,17 @@ def test_what_a_guard_does_is_on_the_curves(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_has_a_page(tmp_path: Path) -> None:
-    run = fake_runs.write_run(tmp_path / "run", happened=fake_runs.events(12))
+    run = fake_runs.write_run(tmp_path / "run", events=fake_runs.make_events(12))
     assert "Not finished" in text_of(run)
     assert "12 of 30 steps are taken" in text_of(run)
-    assert "Not finished" in text_of(fake_runs.write_run(tmp_path / "fresh", happened=[]))
+    assert "Not finished" in text_of(fake_runs.write_run(tmp_path / "fresh", events=[]))
 
 
 def test_a_run_that_a_gate_stopped_says_why(tmp_path: Path) -> None:
     stop = CheckResult(
         "failed", "stop", "preflight: row 7: loss 2 in a pack, 1 alone\n  fix: report it", 0
     )
-    said = text_of(fake_runs.write_run(tmp_path / "run", happened=[stop]))
+    said = text_of(fake_runs.write_run(tmp_path / "run", events=[stop]))
     assert "A gate stopped this run" in said
     assert "loss 2 in a pack, 1 alone" in said
     assert "Nothing here may be used" in said
@@ -252,7 +252,7 @@ def test_grades_tell_better_from_worse(tmp_path: Path) -> None:
         "before.json": measured([0, 1, 0], ["a", "b", "c"]),
         "after.json": measured([1, 0, 0], ["x", "b", "y"]),
     }
-    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.record_of(samples=()), files=files)
+    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record(samples=()), files=files)
     found = build_sample_diffs(load_report_data(run))
     assert [(one.state, one.changed) for one in found] == [
         ("better", True),
@@ -263,7 +263,7 @@ def test_grades_tell_better_from_worse(tmp_path: Path) -> None:
 
 
 def test_marks_are_against_what_was_expected(tmp_path: Path) -> None:
-    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.record_of())
+    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     first = build_sample_diffs(load_report_data(run))[0]
     assert (first.before, first.after, first.expected) == (
         ["the sum is ", "five"],
@@ -271,7 +271,7 @@ def test_marks_are_against_what_was_expected(tmp_path: Path) -> None:
         ["the sum is 5"],
     )
     free = fake_runs.write_run(
-        tmp_path / "free", record=fake_runs.record_of(samples=(fake_runs.pair(1, "a b", "a c"),))
+        tmp_path / "free", record=fake_runs.make_record(samples=(fake_runs.make_pair(1, "a b", "a c"),))
     )
     (one,) = build_sample_diffs(load_report_data(free))
     assert (one.before, one.after, one.expected) == (["a ", "b"], ["a ", "c"], [])
@@ -282,7 +282,7 @@ def test_marks_are_against_what_was_expected(tmp_path: Path) -> None:
 
 def hostile_run(path: Path) -> Path:
     samples = (
-        fake_runs.pair(1, HOSTILE, HOSTILE + "x" * 50_000, HOSTILE),
+        fake_runs.make_pair(1, HOSTILE, HOSTILE + "x" * 50_000, HOSTILE),
         (GenerationSample(0, HOSTILE, HOSTILE, "a"),) * 2,
     )
     finding = replace(
@@ -291,26 +291,22 @@ def hostile_run(path: Path) -> Path:
     report = replace(
         fake_runs.REPORT, path=HOSTILE, format=HOSTILE, findings=(finding,), dropped={HOSTILE: 1}
     )
-    choices = {
-        **fake_runs.PLAN.choices,
-        "template": replace(fake_runs.PLAN.choices["method"], value=HOSTILE, reason=HOSTILE),
-    }
+    template = PlanValue(HOSTILE, "rule", HOSTILE, "Hu 2021", "published", "the same")
     plan = replace(
-        fake_runs.PLAN,
+        fake_runs.PLAN.with_settings(template=template),
         data={HOSTILE: report},
-        choices=choices,
         warnings=(HOSTILE,),
         seconds_source=HOSTILE,
     )
-    comparison = fake_runs.compared(HOSTILE, 0.1, 0.9, 0.1, task=HOSTILE)
+    comparison = fake_runs.make_comparison(HOSTILE, 0.1, 0.9, 0.1, task=HOSTILE)
     events = [
-        *fake_runs.events(),
+        *fake_runs.make_events(),
         CheckResult(HOSTILE, "warn", HOSTILE, 3),
         GenerationSample(4, HOSTILE, HOSTILE, HOSTILE),
     ]
     events += [Score(HOSTILE, HOSTILE, 1.0, 0.5, 2.0, 3, step) for step in (1, 2, 3)]
-    record = fake_runs.record_of(plan, comparisons=(comparison,), samples=samples, drift=(HOSTILE,))
-    return fake_runs.write_run(path, plan=plan, record=record, happened=events)
+    record = fake_runs.make_record(plan, comparisons=(comparison,), samples=samples, input_changes=(HOSTILE,))
+    return fake_runs.write_run(path, plan=plan, record=record, events=events)
 
 
 def test_hostile_words_are_words(tmp_path: Path) -> None:
@@ -324,7 +320,7 @@ def test_hostile_words_are_words(tmp_path: Path) -> None:
 
 def test_nothing_is_loaded_and_only_ours_may_run(tmp_path: Path) -> None:
     made = render_page(
-        load_report_data(fake_runs.write_run(tmp_path / "run", record=fake_runs.record_of()))
+        load_report_data(fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record()))
     )
     assert not re.findall(r"https?:|@import|url\(|<link|<iframe|<img", made)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', made)
@@ -338,7 +334,7 @@ def test_nothing_is_loaded_and_only_ours_may_run(tmp_path: Path) -> None:
 
 
 def test_it_is_written_whole_beside_the_run_or_elsewhere(tmp_path: Path) -> None:
-    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.record_of())
+    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     assert api.write_report(run) == run / "report.html"
     assert (
         api.write_report(str(run), tmp_path / "other.html").read_text()

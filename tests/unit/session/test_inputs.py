@@ -115,9 +115,9 @@ def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> N
     assert {role: d.fingerprint for role, d in again.datasets.items()} == {
         role: d.fingerprint for role, d in known.datasets.items()
     }
-    assert inputs.make_plan(again).choices.keys() == plan.choices.keys()
-    assert [inputs.make_plan(again)[key] for key in plan.choices] == [
-        inputs.make_plan(known)[key] for key in plan.choices
+    assert inputs.make_plan(again).reasons.keys() == plan.reasons.keys()
+    assert [inputs.make_plan(again).values[key] for key in plan.reasons] == [
+        inputs.make_plan(known).values[key] for key in plan.reasons
     ]
 
 

@@ -38,11 +38,11 @@ def record(plan: Plan, **changed: Any) -> RunRecord:
 def test_a_later_plan_expects_what_the_last_run_took(
     made: Plan, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    assert "memory_factor" not in made.choices
+    assert made.config.memory_factor is None
     run_history.save_past_run(record(made))
     later = plan_of(recipe(tiny_folder, tmp_path))
-    assert later["memory_factor"] == pytest.approx(1.2, abs=0.001)
-    assert later.choices["memory_factor"].confidence == "measured here"
+    assert later.config.memory_factor == pytest.approx(1.2, abs=0.001)
+    assert later.reasons["memory_factor"].confidence == "measured here"
     assert later.memory_bytes["peak"] == pytest.approx(1.2 * made.memory_bytes["peak"], rel=1e-3)
     assert later.memory_bytes["peak"] == sum(
         v for name, v in later.memory_bytes.items() if name != "peak"
@@ -50,12 +50,12 @@ def test_a_later_plan_expects_what_the_last_run_took(
     assert later.seconds == (pytest.approx(count_computed_tokens(later) / 500),)
     assert "run" in later.seconds_source
     read = parse_as(Plan, to_jsonable(later))
-    assert read.choices["memory_factor"] == later.choices["memory_factor"], (
+    assert read.reasons["memory_factor"] == later.reasons["memory_factor"], (
         "a plan says what it was made with"
     )
     assert (read.memory_bytes, read.seconds) == (later.memory_bytes, later.seconds)
     run_history.save_past_run(record(later, peak_bytes=made.memory_bytes["peak"]))
-    assert plan_of(recipe(tiny_folder, tmp_path))["memory_factor"] == 1.0, (
+    assert plan_of(recipe(tiny_folder, tmp_path)).config.memory_factor == 1.0, (
         "of the uncorrected prediction"
     )
 
@@ -74,8 +74,7 @@ def test_another_method_machine_or_format_is_another_kind(
     )
     assert run_history.find_past_run(measuring) is None
     assert (
-        "memory_factor"
-        not in plan_of(recipe(tiny_folder, tmp_path, method="full", lora_r="auto")).choices
+        plan_of(recipe(tiny_folder, tmp_path, method="full", lora_r="auto")).config.memory_factor is None
     )
 
 
@@ -99,4 +98,4 @@ def test_a_broken_file_is_no_experience_and_is_replaced(
 def test_the_factor_is_bounded_and_hardly_below_one(made: Plan) -> None:
     for times, factor in ((100, 2.0), (0.95, 0.95), (0.5, 0.9)):
         run_history.save_past_run(record(made, peak_bytes=int(times * made.memory_bytes["peak"])))
-        assert run_history.apply_past_run(made)["memory_factor"] == pytest.approx(factor, abs=0.001)
+        assert run_history.apply_past_run(made).config.memory_factor == pytest.approx(factor, abs=0.001)

@@ -26,7 +26,7 @@ def head_of(text: str) -> dict:
 
 
 def test_its_facts_are_those_of_the_record() -> None:
-    text = render_card(fake_runs.record_of(planned()), fake_runs.IDENTITY)
+    text = render_card(fake_runs.make_record(planned()), fake_runs.FINGERPRINT)
     assert ModelCard(text).data.to_dict()["library_name"] == "peft"
     assert head_of(text) == {
         "library_name": "peft",
@@ -51,25 +51,25 @@ def test_a_base_and_a_licence_are_named_only_if_known(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--some--base" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     hub = replace(fake_runs.MODEL, name="some/base", path=snapshot)
-    text = render_card(fake_runs.record_of(planned(hub)), {})
+    text = render_card(fake_runs.make_record(planned(hub)), {})
     assert (head_of(text)["base_model"], "license" in head_of(text)) == ("some/base", False)
     assert 'from_pretrained("some/base")' in text
     (snapshot / "README.md").write_text(
         "---\nlanguage: en\nlicense: apache-2.0\n---\nMIT in the text"
     )
-    assert head_of(render_card(fake_runs.record_of(planned(hub)), {}))["license"] == "apache-2.0"
+    assert head_of(render_card(fake_runs.make_record(planned(hub)), {}))["license"] == "apache-2.0"
     built_in = replace(fake_runs.MODEL, origin="SmolLM2 (Apache-2.0), from a wheel")
     assert (
-        head_of(render_card(fake_runs.record_of(planned(built_in)), {}))["license"] == "apache-2.0"
+        head_of(render_card(fake_runs.make_record(planned(built_in)), {}))["license"] == "apache-2.0"
     )
-    assert "base_model" not in head_of(render_card(fake_runs.record_of(planned(built_in)), {}))
+    assert "base_model" not in head_of(render_card(fake_runs.make_record(planned(built_in)), {}))
 
 
 def test_what_was_not_measured_is_not_claimed() -> None:
-    text = render_card(fake_runs.record_of(planned(), comparisons=()), {})
+    text = render_card(fake_runs.make_record(planned(), comparisons=()), {})
     assert "Nothing was measured" in text
     assert "better" not in text
-    full = render_card(fake_runs.record_of(planned(method="full")), {})
+    full = render_card(fake_runs.make_record(planned(method="full")), {})
     assert head_of(full)["library_name"] == "transformers"
     assert "peft" not in full.lower()
 
@@ -81,14 +81,14 @@ def test_words_of_others_are_words() -> None:
         "a\\|b \\# owned \\<script\\>alert(1)\\</script\\> \\[x\\](http://y) \\`code\\` \\*\\*b\\*\\*"
     )
     plan = replace(planned(output_dir=f"runs/{HOSTILE.replace('/', '')}"), warnings=(HOSTILE,))
-    text = render_card(fake_runs.record_of(plan, drift=(HOSTILE,)), {})
+    text = render_card(fake_runs.make_record(plan, input_changes=(HOSTILE,)), {})
     assert "\n# owned" not in text
     assert "<script" not in text.replace("\\<script", "")
 
 
 def test_several_stages_are_named(tmp_path: Path) -> None:
-    record = fake_runs.record_of(planned(), adapter=str(tmp_path))
-    write_card(record, fake_runs.IDENTITY, stages=["1-cpt", "2-sft"])
+    record = fake_runs.make_record(planned(), adapter=str(tmp_path))
+    write_card(record, fake_runs.FINGERPRINT, stages=["1-cpt", "2-sft"])
     assert "trained in stages: 1-cpt, 2-sft" in (tmp_path / CARD_FILE).read_text()
 
 

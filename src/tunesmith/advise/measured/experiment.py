@@ -56,10 +56,10 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import Score
 from tunesmith.core.types import Json, Plan
 from tunesmith.evaluate.generate_until import build_prompts, check_prompts
-from tunesmith.evaluate.intervals import compute_wilson_interval
 from tunesmith.evaluate.metrics import METRICS, split_metric
-from tunesmith.session.provenance import hash_weight_files
+from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.session.inputs import RunInputs
+from tunesmith.session.provenance import hash_weight_files
 
 KNOWLEDGE_TIME_SHARE, MIN_KNOWLEDGE_ROWS = (
     0.1,
@@ -156,8 +156,8 @@ def advise_measured(
 
 def _validate_metrics(plan: Plan, config: ExperimentConfig) -> tuple[str, ...]:
     """The metrics, the deciding one first."""
-    if plan["stage"] != "sft":
-        message = f"questions are asked and answered; stage: {plan['stage']} has none"
+    if plan.config.stage != "sft":
+        message = f"questions are asked and answered; stage: {plan.config.stage} has none"
         raise InputError(
             message,
             where="stage",
@@ -176,7 +176,7 @@ def _validate_metrics(plan: Plan, config: ExperimentConfig) -> tuple[str, ...]:
             fix=f"use {', '.join(METRICS)}",
         )
     metrics = tuple(
-        name for name in plan["metrics"] if split_metric(name)[0] in METRICS
+        name for name in plan.config.metrics if split_metric(name)[0] in METRICS
     )  # likelihoods and code are not asked
     if not metrics and config.metric is None:
         message = "none of the metrics grades an answer by itself"
@@ -194,7 +194,7 @@ def _build_fingerprint(plan: Plan, inputs: RunInputs, passages: PassageIndex | N
         "recipe": {key: value for key, value in plan.recipe.items() if key not in ignored_settings},
         "model": hash_weight_files(inputs.model.path),
         "renderer": inputs.renderer.fingerprint,
-        "day": plan["now"][:10] if inputs.renderer.has_date else "",
+        "day": plan.config.now[:10] if inputs.renderer.has_date else "",
         "rows": {role: inputs.datasets[role].fingerprint for role in ("data", "eval_data")},
         "schema": inputs.response_schema,
         "documents": "" if passages is None else passages.fingerprint,

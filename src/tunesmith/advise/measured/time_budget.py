@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from tunesmith.advise.measured.arms import Arm
 from tunesmith.advise.measured.run_arm import TIMED_REQUESTS, ArmRunner, plan_for_size
+from tunesmith.core.types import require
 from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts, iter_answers
 
 TIMED_PROMPTS, TIMED_TOKENS = 8, 12  # prompts and tokens of the quick measure
@@ -111,7 +112,8 @@ def count_train_tokens(runner: ArmRunner, timings: TokenTimings, arm: Arm) -> fl
     if not arm.examples:
         return 0.0
     plan = plan_for_size(runner, arm.examples)
-    num_rows = min(plan.steps * plan["batch_size"], arm.examples * plan["num_train_epochs"])
+    step_rows = plan.steps * require(plan.config.batch_size)
+    num_rows = min(step_rows, arm.examples * plan.config.num_train_epochs)
     return num_rows * (timings.row_tokens + arm.passages * PASSAGE_TOKENS)
 
 

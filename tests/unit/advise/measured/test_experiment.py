@@ -172,7 +172,7 @@ def test_examples_are_training_rows_and_more_are_the_same_and_others(
     assert ids != [example.id for example in sample_examples(subject.rows, 1, 10)]
     assert all(item.id.startswith("eval.jsonl") for item in subject.items)
     plan = plan_for_size(subject, 25)
-    assert (plan.data["data"].rows, plan["lora_r"], plan.steps) == (25, subject.plan["lora_r"], 4)
+    assert (plan.data["data"].rows, plan.config.lora_r, plan.steps) == (25, subject.plan.config.lora_r, 4)
 
 
 def test_the_minutes_decide_how_many_items_and_arms(writer: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 import fake_runs
+from plan_configs import make_config, make_settings
 from tunesmith.cli.views.tables import (
     format_duration,
     format_value,
@@ -69,13 +70,15 @@ REPORT = DataReport(
     {"overlong": 4},
     findings=(FINDING,),
 )
+CONFIG, REASONS = make_settings(
+    learning_rate=PlanValue(1e-4, "user", "set in the recipe"),
+    lora_r=PlanValue(16, "rule", "small data [see]", "LoRA Without Regret"),
+    dtype=PlanValue("bf16", "checkpoint", "the weights are"),
+)
 PLAN = Plan(
     recipe={},
-    choices={
-        "learning_rate": PlanValue(1e-4, "you", "the recipe says so"),
-        "lora_r": PlanValue(16, "rule", "small data [see]", "LoRA Without Regret"),
-        "dtype": PlanValue("bf16", "checkpoint", "the weights are"),
-    },
+    config=CONFIG,
+    reasons=REASONS,
     machine=MACHINE,
     model=MODEL,
     data={"data": REPORT},
@@ -105,7 +108,7 @@ def printed(view: RenderableType, width: int = 120) -> str:
 def test_a_plan_shows_each_value_who_decided_and_why() -> None:
     text = printed(render_plan(PLAN))
     lines = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.strip()}
-    assert lines["learning_rate"] == "learning_rate 0.0001 you the recipe says so"
+    assert lines["learning_rate"] == "learning_rate 0.0001 user set in the recipe"
     assert lines["lora_r"] == "lora_r 16 rule small data [see] (LoRA Without Regret)"
     assert lines["75"] == "75 steps over 1,200 rows, 90,000 tokens an epoch"
     assert lines["memory"] == "memory 1.9 GB of 8.6 GB free"
@@ -179,7 +182,7 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     shared = printed(render_run_record(replace(record, shared_tokens=1800)))
     assert "shared prefixes: 1,800 of 9,000 tokens were not computed again, 20.0%" in shared
     assert "--scale" not in shared
-    curved = printed(render_run_record(replace(record, scales=fake_runs.scales(fake_runs.CHEAPER))))
+    curved = printed(render_run_record(replace(record, scales=fake_runs.make_scales(fake_runs.CHEAPER))))
     assert "what is offered, on test_data: tunesmith compare runs/x@0.25 runs/x" in curved
     assert "to have it: tunesmith export runs/x --to peft --scale 0.25" in curved
 
@@ -224,7 +227,7 @@ def test_values_read_as_in_a_recipe() -> None:
 
 def test_all_that_stands_behind_a_value_is_shown() -> None:
     choice = PlanValue(1e-4, "rule", "because [so]", "a paper", "published", "1e-5: differs")
-    plan = dataclasses.replace(PLAN, choices={**PLAN.choices, "learning_rate": choice})
+    plan = PLAN.with_settings(learning_rate=choice)
     text = printed(render_setting(plan, "learning-rate"))
     for part in (
         "learning_rate: 0.0001",
@@ -252,14 +255,8 @@ def test_a_plan_that_does_not_fit_says_where_it_would() -> None:
 def test_methods_stand_side_by_side() -> None:
     plan = dataclasses.replace(
         PLAN,
-        choices={
-            key: PlanValue(value, "rule", "")
-            for key, value in {
-                "method": "full", "learning_rate": 1e-4, "dtype": "bf16", "activations": "keep", "stage": "sft",
-                "batch_size": 16, "num_train_epochs": 1,
-            }.items()
-        },
-    )  # fmt: skip
+        config=make_config(method="full", learning_rate=1e-4, batch_size=16),
+    )
     one = estimate_method(plan)
     table = printed(
         render_method_estimates(

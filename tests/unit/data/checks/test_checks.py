@@ -61,7 +61,7 @@ def test_losses_grow_from_info_to_error(opened, long, level):
 
 def test_cut_rows_and_answers_too_long_for_any_prompt_are_said(opened):
     rows = [chat("ask", "word " * 20), *(chat(f"ask {i}", f"say {i}") for i in range(19))]
-    report = check_data({"data": opened(rows, max_length=12, overlong="truncate")})["data"]
+    report = check_data({"data": opened(rows, max_length=12, on_overlong="truncate")})["data"]
     assert findings(report, "losses") == [("warn", "1 of 20 rows are cut at max_length 12")]
     assert findings(report, "long_answers")[0][1].startswith(
         "1 of 20 rows have an answer that alone is longer"

