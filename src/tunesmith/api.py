@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.golden_set import GoldenLock
     from tunesmith.data.split import SplitResult
-    from tunesmith.evaluate.evaluated import EvalReport
+    from tunesmith.evaluate.regression_gate import EvalReport
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.export.export import ExportResult
     from tunesmith.plan.method_comparison import MethodEstimate
@@ -520,7 +520,7 @@ def evaluate(
     for an invalid row of `data` and for metrics that do not fit the rows."""
     from tunesmith.core.run_dir import EVAL_AFTER_FILE, is_staged, read_run_plan
     from tunesmith.evaluate import compare_models, finished_run
-    from tunesmith.evaluate.evaluated import EvalReport, parse_metrics
+    from tunesmith.evaluate.regression_gate import EvalReport, parse_metrics
     from tunesmith.evaluate.model_ref import parse_model_ref
     from tunesmith.train import stages
 

@@ -1,9 +1,8 @@
-"""Models that no file has measured yet, each by the items of a run or of a file: a base, an
-adapter, a checkpoint, an adapter at another scale, another model.
+"""Evaluate models that have no stored results, on the items of a run or a file.
 
-    a Side and a run's items, or `--data FILE` -> a model -> Measured
-
-Left out: what files say already (versus.py), how two are compared (evaluate/paired.py).
+In: a ModelRef (a base model, an adapter, a checkpoint, another adapter scale) and an EvalSpec.
+Out: EvalResults, or before/after comparisons. Left out: results that files hold already
+(model_ref.py), pairing two models (pairing.py).
 """
 
 from __future__ import annotations
@@ -34,28 +33,28 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
 from tunesmith.session.session import load_starting_model, open_eval_session
 
-# What another model is asked: the rest of a recipe is about training, or about the model of the
-# run.
+# Recipe keys that another model is evaluated with; the others concern training or the run's model.
 EVAL_SETTINGS = (
-    *(
-        "data",
-        "eval_data",
-        "eval_split",
-        "test_data",
-        "retention_data",
-        "never",
-        "stage",
-        "metrics",
-        "schema",
-    ),
-    *("skip_bad", "seed", "max_length", "pack_length", "dtype"),
+    "data",
+    "eval_data",
+    "eval_split",
+    "test_data",
+    "retention_data",
+    "never",
+    "stage",
+    "metrics",
+    "schema",
+    "skip_bad",
+    "seed",
+    "max_length",
+    "pack_length",
+    "dtype",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-    """What is measured instead of a run's own items: the rows of `data`, by these metrics. Nothing:
-    as it was."""
+    """What replaces a run's own items: the rows of `data`, these metrics. Empty: nothing."""
 
     data: Path | None = None
     metrics: tuple[str, ...] = ()
@@ -63,42 +62,45 @@ class EvalSpec:
 
 
 def evaluate_model(model_ref: ModelRef, other_ref: ModelRef, spec: EvalSpec) -> EvalResults:
-    """A side that no file has measured, on the items of its own run, of the other side's, or of the
-    exam."""
+    """Evaluate a model on the items of its own run, of the other model's run, or of the spec."""
     if model_ref.run_dir is not None:
-        return _evaluate_trained(model_ref, *load_plan_and_inputs(model_ref.run_dir), spec)
+        plan, run_inputs = load_plan_and_inputs(model_ref.run_dir)
+        return _evaluate_trained(model_ref, plan, run_inputs, spec)
     plan, run_inputs = _build_plan(_build_recipe(model_ref.name, other_ref.run_dir, spec))
-    return _measure_model(
-        *_apply_spec(plan, run_inputs, spec), load_starting_model(plan, run_inputs), spec
-    )
+    eval_plan, eval_inputs = _apply_spec(plan, run_inputs, spec)
+    return _evaluate(eval_plan, eval_inputs, load_starting_model(plan, run_inputs), spec)
 
 
 def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> tuple[Comparison, ...]:
-    """A run, a checkpoint, a scale or an adapter beside the model that it began with. Raises
-    InputError for a model alone, which has none."""
-    if model_ref.run_dir is None and not is_adapter_dir(Path(model_ref.name)):
-        raise InputError(
-            "a model alone has no before",
-            where=model_ref.name,
-            fix="compare it with another: tunesmith compare",
-        )
-    if model_ref.run_dir is None:
-        plan, run_inputs = _build_plan(_build_recipe(model_ref.name, None, spec))
-        model, plan_and_inputs = (
-            load_starting_model(plan, run_inputs),
-            _apply_spec(plan, run_inputs, spec),
-        )
-        after = _measure_model(*plan_and_inputs, model, spec)
-        with scaled_adapter(model.network, 0):
-            return compare_results(_measure_model(*plan_and_inputs, model, spec), after, step=0)
-    plan, run_inputs = load_plan_and_inputs(model_ref.run_dir)
-    start = inputs.load_starting_adapter(plan, run_inputs.model.path)
-    base_model = load_starting_model(plan, dataclasses.replace(run_inputs, adapter=start))
-    before = _measure_model(*_apply_spec(plan, run_inputs, spec), base_model, spec)
-    del base_model
-    return compare_results(
-        before, _evaluate_trained(model_ref, plan, run_inputs, spec), step=plan.steps
-    )
+    """Compare a run, a checkpoint, a scale or an adapter with the model that it started from.
+
+    Raises InputError for a base model, which has no before.
+    """
+    if model_ref.run_dir is not None:
+        plan, run_inputs = load_plan_and_inputs(model_ref.run_dir)
+        start = inputs.load_starting_adapter(plan, run_inputs.model.path)
+        base_model = load_starting_model(plan, dataclasses.replace(run_inputs, adapter=start))
+        eval_plan, eval_inputs = _apply_spec(plan, run_inputs, spec)
+        before = _evaluate(eval_plan, eval_inputs, base_model, spec)
+        # One model in memory at a time.
+        del base_model
+        after = _evaluate_trained(model_ref, plan, run_inputs, spec)
+        return compare_results(before, after, step=plan.steps)
+    if not is_adapter_dir(Path(model_ref.name)):
+        fix = "compare it with another model: tunesmith compare A B"
+        raise InputError("a base model has no before/after", where=model_ref.name, fix=fix)
+    plan, run_inputs = _build_plan(_build_recipe(model_ref.name, None, spec))
+    model = load_starting_model(plan, run_inputs)
+    eval_plan, eval_inputs = _apply_spec(plan, run_inputs, spec)
+    after = _evaluate(eval_plan, eval_inputs, model, spec)
+    with scaled_adapter(model.network, 0):
+        before = _evaluate(eval_plan, eval_inputs, model, spec)
+    return compare_results(before, after, step=0)
+
+
+def is_adapter_dir(path: Path) -> bool:
+    """Whether a folder is an adapter in PEFT format."""
+    return (path / ADAPTER_CONFIG_FILE).is_file()
 
 
 def _build_plan(recipe: Recipe) -> tuple[Plan, RunInputs]:
@@ -109,112 +111,85 @@ def _build_plan(recipe: Recipe) -> tuple[Plan, RunInputs]:
 def _evaluate_trained(
     model_ref: ModelRef, plan: Plan, run_inputs: RunInputs, spec: EvalSpec
 ) -> EvalResults:
-    """A side of a run: what it has made of the model, at a checkpoint or a scale."""
+    """Evaluate a run's trained model, at a checkpoint or a scale."""
     model = _load_model(model_ref, plan, run_inputs)
+    eval_plan, eval_inputs = _apply_spec(plan, run_inputs, spec)
     with scaled_adapter(model.network, model_ref.scale):
-        return _measure_model(*_apply_spec(plan, run_inputs, spec), model, spec)
+        return _evaluate(eval_plan, eval_inputs, model, spec)
 
 
 def _load_model(model_ref: ModelRef, plan: Plan, run_inputs: RunInputs) -> PackedCausalLM:
     assert model_ref.run_dir is not None
-    if model_ref.checkpoint_dir is None:
+    where = model_ref.name
+    checkpoint_dir = model_ref.checkpoint_dir
+    if checkpoint_dir is None:
         if plan.config.method == "full" and model_ref.scale != 1:
-            raise InputError(
-                "this run has no adapter to scale", where=model_ref.name, fix="name the run alone"
-            )
+            fix = "leave the @SCALE out"
+            raise InputError("this run has no adapter to scale", where=where, fix=fix)
         return load_trained_model(find_weights_dir(model_ref.run_dir), plan, run_inputs)
-    if not model_ref.checkpoint_dir.is_dir():
-        available = (
-            ", ".join(sorted(path.name for path in model_ref.checkpoint_dir.parent.iterdir()))
-            or "none"
-        )
-        raise InputError(
-            "there is no such checkpoint", where=model_ref.name, fix=f"there are: {available}"
-        )
-    if problem := verify_dir(model_ref.checkpoint_dir):
-        raise InputError(
-            f"not as the run wrote it: {problem}",
-            where=model_ref.name,
-            fix="take another checkpoint",
-        )
+    if not checkpoint_dir.is_dir():
+        names = sorted(path.name for path in checkpoint_dir.parent.iterdir())
+        fix = f"available checkpoints: {', '.join(names) or 'none'}"
+        raise InputError("no such checkpoint", where=where, fix=fix)
+    if problem := verify_dir(checkpoint_dir):
+        message = f"the checkpoint was changed or damaged: {problem}"
+        raise InputError(message, where=where, fix="use another checkpoint")
     model = load_starting_model(plan, run_inputs)
-    load_weights(model_ref.checkpoint_dir, get_trainable_parameters(model.network))
+    load_weights(checkpoint_dir, get_trainable_parameters(model.network))
     return model
 
 
 def _build_recipe(name: str, run: Path | None, spec: EvalSpec) -> Recipe:
-    """A recipe whose items are those of the run or the exam, and whose model is the one that is
-    named."""
+    """Return a recipe with the items of the run or the spec, and the named model."""
     if run is None and spec.data is None:
-        message = "nothing says what to measure it on"
-        raise InputError(
-            message, where=name, fix="name a run on the other side, or a file: --data test.jsonl"
-        )
+        fix = "compare it with a run, or name a file: --data test.jsonl"
+        raise InputError("there are no items to evaluate it on", where=name, fix=fix)
     settings: dict[str, object] = {}
-    if run is not None:
-        run_recipe = read_run_plan(find_weights_dir(run)).recipe
-        settings = {
-            key: run_recipe[key]
-            for key in EVAL_SETTINGS
-            if run_recipe.get(key) not in (None, "auto", [])
-        }
-        settings["model"] = run_recipe["model"]
-    else:
+    if run is None:
         settings["data"] = str(spec.data)
+    else:
+        run_recipe = read_run_plan(find_weights_dir(run)).recipe
+        for key in EVAL_SETTINGS:
+            if run_recipe.get(key) not in (None, "auto", []):
+                settings[key] = run_recipe[key]
+        settings["model"] = run_recipe["model"]
     if spec.metrics:
         settings["metrics"] = list(spec.metrics)
     if not is_adapter_dir(Path(name)):
         return Recipe.model_validate(settings | {"model": name})
-    base = settings.get("model") or read_json(Path(name) / ADAPTER_CONFIG_FILE).get(
-        "base_model_name_or_path"
-    )
+    adapter_config = read_json(Path(name) / ADAPTER_CONFIG_FILE)
+    base = settings.get("model") or adapter_config.get("base_model_name_or_path")
     if not base:
-        raise InputError(
-            "the adapter does not say what its base is",
-            where=name,
-            fix="compare it with a run of that base",
-        )
+        fix = "compare it with a run of its base model"
+        raise InputError("the adapter does not name its base model", where=name, fix=fix)
     return Recipe.model_validate(settings | {"model": base, "adapter_from": name})
 
 
-def is_adapter_dir(path: Path) -> bool:
-    """Whether it is the folder of an adapter, ours or PEFT's."""
-    return (path / ADAPTER_CONFIG_FILE).is_file()
-
-
 def _apply_spec(plan: Plan, run_inputs: RunInputs, spec: EvalSpec) -> tuple[Plan, RunInputs]:
-    """With the rows and metrics of the exam. Raises InputError with file:line for a row that cannot
-    be used."""
+    """Replace the run's rows and metrics. Raises InputError with file:line for an invalid row."""
     if spec.metrics:
-        choice = PlanValue(spec.metrics, "user", "set by --metrics")
-        plan = plan.with_settings(metrics=choice)
+        plan = plan.with_settings(metrics=PlanValue(spec.metrics, "user", "set by --metrics"))
     if spec.data is None:
         return plan, run_inputs
-    never, pairs = (
-        ConstraintSet(run_inputs.recipe.never, is_held_out=True),
-        plan.config.stage == "preference",
-    )
     rows = open_dataset(
-        [DataSource(path=spec.data)], run_inputs.renderer, has_pairs=pairs, constraint_set=never
+        [DataSource(path=spec.data)],
+        run_inputs.renderer,
+        has_pairs=plan.config.stage == "preference",
+        constraint_set=ConstraintSet(run_inputs.recipe.never, is_held_out=True),
     )
-    if errors := [
-        problem for problems in rows.rejected_rows.examples.values() for problem in problems
-    ]:
-        raise errors[0]
-    return plan, dataclasses.replace(
-        run_inputs, datasets={**run_inputs.datasets, "test_data": rows}
-    )
+    for problems in rows.rejected_rows.examples.values():
+        for problem in problems:
+            raise problem
+    datasets = {**run_inputs.datasets, "test_data": rows}
+    return plan, dataclasses.replace(run_inputs, datasets=datasets)
 
 
-def _measure_model(
+def _evaluate(
     plan: Plan, run_inputs: RunInputs, model: PackedCausalLM, spec: EvalSpec
 ) -> EvalResults:
     items = build_eval_items(plan, run_inputs, allow_code=spec.allow_code)
     if not (items.prompts or items.test_documents or items.general_texts or items.held_out_texts):
-        fix = "give rows to measure: --data test.jsonl"
-        raise InputError(
-            "the run has neither test_data nor retention_data",
-            where=run_inputs.recipe.model,
-            fix=fix,
-        )
+        message = "the run has neither test_data nor retention_data"
+        fix = "name a file to evaluate on: --data test.jsonl"
+        raise InputError(message, where=run_inputs.recipe.model, fix=fix)
     return measure_items(open_eval_session(plan, run_inputs, model), items, step=0)

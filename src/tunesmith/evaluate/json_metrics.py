@@ -34,7 +34,7 @@ def schema_valid(answer: str, expected: str, schema: Any) -> float:
         return float(validator_for(schema)(schema, registry=Registry()).is_valid(value))
     except Unresolvable as error:
         raise InputError(
-            f"the schema refers to {error.ref!r}, which it does not hold", where="schema"
+            f"the schema refers to {error.ref!r}, which it does not hold", where="response_schema"
         ) from error
 
 
