@@ -179,7 +179,7 @@ def test_fault_27_weights_that_an_update_breaks_are_named_and_never_saved(tmp_pa
             training.save(target)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0"]
     with pytest.raises(
-        GateError, match=r"lora_A is not finite since the update before; no row of this step"
+        GateError, match=r"lora_A is not finite since the previous update; the rows of this step"
     ):
         next(training)
 

@@ -1,8 +1,10 @@
-"""Choose the checkpoint that becomes the adapter: the best on eval_data within the forgetting margin.
+"""Choose the checkpoint that becomes the adapter: the best on eval_data within the forgetting
+margin.
 
 Neither the last checkpoint nor the one with the lowest loss: loss may fall while answers get worse,
-or rise while they get better. Graded answers are compared first, by the recipe's metrics. Checkpoints
-that differ by no more than one item are tied, and the lowest held-out loss decides. Pure.
+or rise while they get better. Graded answers are compared first, by the recipe's metrics.
+Checkpoints that differ by no more than one item are tied, and the lowest held-out loss decides.
+Pure.
 
 In: the scores of evaluations. Out: EvalPoints and the best of them."""
 

@@ -102,7 +102,7 @@ def _make_truncator(plan: Plan, layers: int) -> Callable[[Sequence[Document]], S
     """The first documents of a step, as many as are computed in a second or so. Pairs stay
     together."""
     cost = (
-        compute_token_flops(plan.model, plan.config.method, plan.config.activations, 0)
+        compute_token_flops(plan.model, plan.config.method, plan.config.gradient_checkpointing, 0)
         * layers
         / plan.model.num_layers
     )

@@ -1,10 +1,14 @@
-"""The training loop: one for every method, loss, packing and device.
+"""The training loop, the same one for every method, loss, packing and device.
 
-In: a LanguageModel with something trainable, a function from step to documents, Settings. Iterating
-a `Training` runs it and yields its events; between two events `save`, `restore` and `stop` are
-legal. All state is in the object. A step that does not fit in memory is computed again in smaller
-packs, which changes its speed and not its update. Left out: what to do about an event (guard, run
-folder, display), evaluation, the choice of any value (plan)."""
+    for event in TrainingLoop(model, load_documents, config, steps=steps): ...
+
+Iterating runs the training and yields its events; `save`, `restore` and `stop` are legal between
+two events, and all state is in the object. A step that does not fit in memory is repeated with
+smaller packs, which changes its speed and not its update.
+
+In: a PackedCausalLM with trainable parameters, a function from step to documents, the plan's
+values. Out: TrainStep, CheckResult and TrainingEnd events. Left out: reactions to events (guard,
+run folder, display), evaluation, choosing any value (plan)."""
 
 from __future__ import annotations
 
@@ -41,30 +45,29 @@ from tunesmith.train.optimizer import (
 )
 from tunesmith.train.optimizer_in_backward import OptimizerInBackward
 
-POSITION_FIELDS = (
-    "step",
-    "seconds",
-    "bad_steps",
-    "pack_length",
-    "ratios",
-)  # kept beside the tensors, and the rollbacks
-MAX_BAD_STEPS = 3  # non-finite steps in a row after which there is nothing to wait for
+# Attributes in position.json, next to the rollbacks.
+POSITION_FIELDS = ("step", "seconds", "bad_steps", "pack_length", "ratios")
+MAX_BAD_STEPS = 3  # consecutive non-finite steps that end a run
 
 
 def build_loss_config(config: PlanConfig) -> LossConfig:
     """Return the loss of preference pairs, or of rows and banned spans."""
-    if config.loss is None:
-        return LossConfig(ban_coefficient=config.ban_coefficient or 1.0)
-    return LossConfig(
-        config.loss, config.beta or 0.0, config.gamma or 0.0, config.nll_coefficient or 0.0
-    )
+    if config.loss is not None:
+        return LossConfig(
+            config.loss, config.beta or 0.0, config.gamma or 0.0, config.nll_coefficient or 0.0
+        )
+    if config.ban_coefficient is not None:
+        return LossConfig(ban_coefficient=config.ban_coefficient)
+    return LossConfig()
 
 
 class TrainingLoop:
-    """A run in progress: weights, optimizer, position. `step` counts finished optimizer steps;
-    `pack_length` is what memory has left of the plan's. `ratios`: (steps done, share of rehearsal
-    from then on), as they were set. `rollbacks` change the steps after the one that each went back
-    to: all of this is a function of the step."""
+    """A training in progress: weights, optimizer, position.
+
+    `step` counts finished optimizer steps. `pack_length` starts as the plan's and shrinks when
+    memory runs out. `ratios` are (finished steps, rehearsal ratio from then on). `rollbacks` change
+    the steps after the one that each went back to. Everything that happens is a function of the
+    step and these."""
 
     def __init__(
         self,
@@ -75,9 +78,12 @@ class TrainingLoop:
         steps: int,
         warmup_steps: int | None = None,
     ) -> None:
-        """`documents_of(step)` gives the documents of step 1..steps, always the same ones. It is
-        also given `ratios`, once there are any."""
-        self.model, self.load_documents, self.config = model, load_documents, config
+        """`load_documents(step)` returns the documents of step 1..steps, always the same ones.
+
+        After the rehearsal ratio has changed it is also passed `changes=ratio_changes`."""
+        self.model = model
+        self.load_documents = load_documents
+        self.config = config
         self.total_steps = steps
         if warmup_steps is None:
             warmup_steps = math.ceil(steps * config.warmup_ratio)
@@ -92,14 +98,17 @@ class TrainingLoop:
             rows_lr_factor=config.new_rows_lr_factor or 1.0,
         )
         self.optimizer_in_backward = OptimizerInBackward(self.optimizer, self.parameters)
-        self.step, self.seconds, self.bad_steps = 0, 0.0, 0
+        self.step = 0
+        self.seconds = 0.0
+        self.bad_steps = 0
         self.pack_length = config.pack_length
         self.ratios: tuple[tuple[int, float], ...] = ()
         self.rollbacks: tuple[Rollback, ...] = ()
-        # the documents of a step that did not fit
+        # The documents of a step that did not fit, to be packed again.
         self._retry_documents: Sequence[Document] | None = None
         self._prefetched: Iterator[Sequence[Document]] | None = None
-        self._is_stopped = self._is_done = False
+        self._is_stopped = False
+        self._is_done = False
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -110,87 +119,84 @@ class TrainingLoop:
         if self._is_stopped or self.step >= self.total_steps:
             self._is_done = True
             self._drop_prefetched()
-            return TrainingEnd(
-                self.step, "stopped" if self._is_stopped else "finished", self.seconds
-            )
+            reason = "stopped" if self._is_stopped else "finished"
+            return TrainingEnd(self.step, reason, self.seconds)
         return self._take_step()
 
     def stop(self) -> None:
-        """The next event is Done."""
+        """Make the next event a TrainingEnd."""
         self._is_stopped = True
 
     def set_rehearsal_ratio(self, ratio: float) -> None:
-        """From the next step on, general rows have this share."""
+        """Set the share of rehearsal tokens from the next step on."""
         self.ratios = (*self.ratios, (self.step, ratio))
         self._drop_prefetched()
 
     def set_rollbacks(self, rollbacks: Sequence[Rollback]) -> None:
-        """All rollbacks so far; those that the checkpoint does not know of were decided after it
-        was written."""
+        """Set all rollbacks so far, also those that are newer than the restored checkpoint."""
         self.rollbacks = tuple(rollbacks)
         self._drop_prefetched()
 
     @property
     def ratio_changes(self) -> tuple[tuple[int, float], ...]:
-        """Every share of rehearsal that was set, whoever set it, in the order in which they
-        hold."""
+        """(finished steps, rehearsal ratio) of every change, by rollbacks too, in order."""
         rollback_ratios: list[tuple[int, float]] = []
         for rollback in self.rollbacks:
-            if (
-                rollback.rehearsal_ratio is not None
-            ):  # what was set after the step that it went back to does not hold any more
-                rollback_ratios = [
-                    *(earlier for earlier in rollback_ratios if earlier[0] < rollback.to),
-                    (rollback.to, rollback.rehearsal_ratio),
-                ]
+            if rollback.rehearsal_ratio is not None:
+                # Ratios set after the step that this rollback went back to are void.
+                rollback_ratios = [change for change in rollback_ratios if change[0] < rollback.to]
+                rollback_ratios.append((rollback.to, rollback.rehearsal_ratio))
         return tuple(sorted((*self.ratios, *rollback_ratios), key=lambda change: change[0]))
 
     def save(self, folder: Path) -> None:
-        """All that `restore` needs to go on as if nothing had happened."""
+        """Write everything that `restore` needs to continue bitwise the same."""
         position = {name: getattr(self, name) for name in POSITION_FIELDS}
         position["rollbacks"] = [dataclasses.asdict(rollback) for rollback in self.rollbacks]
         write_state(folder, self.parameters, self.optimizer, position)
 
     def restore(self, folder: Path) -> None:
-        """The state that `save` wrote; the next event is of the step after it."""
+        """Restore the state that `save` wrote; the next event is of the step after it."""
         position = read_state(folder, self.parameters, self.optimizer)
         for name in POSITION_FIELDS:
             setattr(self, name, position[name])
         self.ratios = tuple((step, ratio) for step, ratio in position["ratios"])
         self.rollbacks = parse_as(tuple[Rollback, ...], position["rollbacks"])
         self._drop_prefetched()
-        self._is_stopped = self._is_done = False
+        self._is_stopped = False
+        self._is_done = False
 
     def _drop_prefetched(self) -> None:
         if self._prefetched is not None:
             self._prefetched.close()  # type: ignore[attr-defined]
-        self._prefetched = self._retry_documents = None
+        self._prefetched = None
+        self._retry_documents = None
 
     def _load_next_documents(self) -> Sequence[Document]:
         if self._retry_documents is not None:
-            documents, self._retry_documents = self._retry_documents, None
+            documents = self._retry_documents
+            self._retry_documents = None
             return documents
         if self._prefetched is None:
             remaining = range(self.step + 1, self.total_steps + 1)
-            keywords = {"changes": self.ratio_changes} if self.ratio_changes else {}
-            self._prefetched = prefetch(remaining, partial(self.load_documents, **keywords))
-        documents, skipped_rows = next(self._prefetched), self._collect_skipped_rows()
-        return (
-            [document for document in documents if document.id not in skipped_rows]
-            if skipped_rows
-            else documents
-        )
-
-    def _collect_skipped_rows(self) -> set[str]:
-        """Of the next step: such a row keeps its slot, with nothing in it."""
-        return {
-            row for rollback in self.rollbacks if rollback.to <= self.step for row in rollback.rows
-        }
+            load_documents = self.load_documents
+            if self.ratio_changes:
+                load_documents = partial(load_documents, changes=self.ratio_changes)
+            self._prefetched = prefetch(remaining, load_documents)
+        documents = next(self._prefetched)
+        skipped_rows: set[str] = set()
+        for rollback in self.rollbacks:
+            if rollback.to <= self.step:
+                skipped_rows.update(rollback.rows)
+        if not skipped_rows:
+            return documents
+        # A skipped row keeps its slot in the step, and nothing takes its place.
+        return [document for document in documents if document.id not in skipped_rows]
 
     # ------------------------------------------------------------ one step
 
     def _take_step(self) -> Event:
-        documents, started = self._load_next_documents(), time.perf_counter()
+        documents = self._load_next_documents()
+        started = time.perf_counter()
         normalizer = LossNormalizer.from_documents(documents)
         packs = self._pack_documents(documents) if normalizer else []
         try:
@@ -200,6 +206,7 @@ class TrainingLoop:
             message = error.message
         else:
             return self._apply_update(documents, packs, started, loss, supervised_tokens)
+        # Outside the except block, where the traceback no longer holds the tensors of the step.
         return self._shrink_packs(documents, message)
 
     def _apply_update(
@@ -210,10 +217,8 @@ class TrainingLoop:
         loss: float,
         supervised_tokens: int,
     ) -> Event:
-        grad_norm, learning_rate = (
-            self._clip_grad_norm(packs) if supervised_tokens else 0.0,
-            self._compute_learning_rate(),
-        )
+        grad_norm = self._clip_gradients(packs) if supervised_tokens else 0.0
+        learning_rate = self._compute_learning_rate()
         self.step += 1
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return self._refuse_step(documents, loss, grad_norm)
@@ -227,7 +232,7 @@ class TrainingLoop:
         return TrainStep(
             step=self.step,
             loss=loss,
-            tokens=sum(len(d) for d in documents),
+            tokens=sum(len(document) for document in documents),
             supervised_tokens=supervised_tokens,
             seconds=seconds,
             learning_rate=learning_rate,
@@ -237,38 +242,37 @@ class TrainingLoop:
             shared_tokens=sum(sum(pack.prefix_lengths) for pack in packs),
         )
 
-    def _clip_grad_norm(self, packs: Sequence[Pack]) -> float:
-        """Of all gradients, which are clipped by it."""
+    def _clip_gradients(self, packs: Sequence[Pack]) -> float:
+        """Clip the gradients unless they are already applied; return their norm before."""
         if self._updates_in_backward(packs):
             return self.optimizer_in_backward.grad_norm
         return clip_gradients(self.parameters.values(), self.config.max_grad_norm)
 
     def _compute_learning_rate(self) -> float:
-        config = self.config
-        lr_factor = math.prod(
-            rollback.lr_factor for rollback in self.rollbacks if rollback.to <= self.step
-        )
-        return lr_factor * compute_learning_rate(
+        learning_rate = compute_learning_rate(
             self.step,
-            peak=config.learning_rate,
+            peak=self.config.learning_rate,
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
-            schedule=config.lr_scheduler_type,
+            schedule=self.config.lr_scheduler_type,
         )
+        lr_factor = 1.0
+        for rollback in self.rollbacks:
+            if rollback.to <= self.step:
+                lr_factor *= rollback.lr_factor
+        return lr_factor * learning_rate
 
     def _forward_backward(
         self, packs: Sequence[Pack], normalizer: LossNormalizer
     ) -> tuple[float, int]:
-        """Gradients of the step's mean loss; returns that loss and the number of supervised
-        tokens."""
+        """Compute the gradients of the step's mean loss; return it and the supervised tokens."""
         supervised_tokens = 0
         total: Tensor | None = None
         self.model.network.train()
         for index, pack in enumerate(packs):
             batch = collate(pack, device=str(self.model.device))
-            torch.manual_seed(
-                hash((self.config.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF
-            )  # dropout, the same after a resume
+            # The seed of dropout follows from the position, so a resumed run draws the same.
+            torch.manual_seed(hash((self.config.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF)
             terms = compute_step_terms(self.model, batch, normalizer, self.loss_config)
             loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
             total = loss.detach() if total is None else total + loss.detach()
@@ -281,11 +285,13 @@ class TrainingLoop:
         return 0.0 if total is None else float(total), supervised_tokens
 
     def _updates_in_backward(self, packs: Sequence[Pack]) -> bool:
-        """Gradients of several packs are summed up first, and then weights are updated as ever."""
+        """Return whether the step updates weights in backward: only steps of a single pack do.
+
+        The gradients of several packs must be summed first."""
         return self.config.step_in_backward and len(packs) == 1
 
     def _backward_with_updates(self, loss: Tensor) -> None:
-        """If the loss is finite; else `_update` refuses the step."""
+        """Update weights in backward if the loss is finite; _apply_update refuses other steps."""
         self.optimizer_in_backward.grad_norm = math.nan
         if math.isfinite(float(loss.detach())):
             with self.optimizer_in_backward.updating(self.step + 1, self._compute_learning_rate()):
@@ -295,8 +301,9 @@ class TrainingLoop:
         return pack_step(documents, self.pack_length, should_share=self.config.share_prefixes)
 
     def _shrink_packs(self, documents: Sequence[Document], message: str) -> CheckResult:
-        """Half of what the largest shared pack held. A document or a pair is never split: alone it
-        must fit."""
+        """Halve pack_length and repeat the step.
+
+        A document or a pair is never split: raise MachineError if one alone does not fit."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.network.eval()
         packs = self._pack_documents(documents)
@@ -304,40 +311,48 @@ class TrainingLoop:
         if not divisible_packs:
             longest = max(packs, key=count_computed_tokens)
             unit = "document" if len(longest.documents) == 1 else "pair"
+            num_tokens = count_computed_tokens(longest)
             raise MachineError(
-                f"{message}; packs hold one {unit} each by now, the longest has {count_computed_tokens(longest):,} tokens",
+                f"{message}; each pack holds one {unit}, the longest has {num_tokens:,} tokens",
                 where=f"step {self.step + 1}: {longest.documents[0].id}",
-                fix="lower max_length or lora_r, choose a smaller model, or free memory that other programs hold",
+                fix="lower max_length or lora_r, choose a smaller model, or free memory",
             )
         largest = max(map(count_computed_tokens, divisible_packs))
-        self.pack_length, self._retry_documents = largest // 2, documents
-        evidence = f"{message}; packs of {largest:,} tokens become packs of {self.pack_length:,}: same step, same update"
+        self.pack_length = largest // 2
+        self._retry_documents = documents
+        evidence = (
+            f"{message}; packs of {largest:,} tokens become packs of {self.pack_length:,}: "
+            "same step, same update"
+        )
         return CheckResult("memory", "warn", evidence, self.step + 1)
 
     def _refuse_step(
         self, documents: Sequence[Document], loss: float, grad_norm: float
     ) -> CheckResult:
-        """A non-finite step never reaches the optimizer. A few are skipped; many in a row end the
-        run."""
+        """Skip a non-finite step before the optimizer sees it.
+
+        Raise GateError if a weight is non-finite, or after MAX_BAD_STEPS such steps in a row."""
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps += 1
         if parameter_name := find_nonfinite(self.parameters):
             raise GateError(
-                f"step {self.step}: {parameter_name} is not finite since the update before; no row of this step is to blame",
-                fix="lower learning_rate; the newest checkpoint holds finite weights",
+                f"{parameter_name} is not finite since the previous update; "
+                "the rows of this step are not the cause",
+                where=f"step {self.step}",
+                fix="lower learning_rate; the newest checkpoint has finite weights",
             )
-        rows = ", ".join(dict.fromkeys(d.id for d in documents))
+        rows = ", ".join(dict.fromkeys(document.id for document in documents))
         evidence = f"step {self.step}: loss {loss}, gradient norm {grad_norm}; rows: {rows}"
         if self.bad_steps >= MAX_BAD_STEPS:
             raise GateError(
-                f"{self.bad_steps} non-finite steps in a row, weights are those before them ({evidence})",
+                f"{self.bad_steps} non-finite steps in a row, none was applied ({evidence})",
                 fix="lower learning_rate, or look at these rows with `tunesmith data show`",
             )
         return CheckResult("non-finite", "warn", evidence, self.step)
 
 
 def _count_task_tokens(documents: Sequence[Document]) -> dict[str, int]:
-    """Tokens of the documents that belong to a named task, by task."""
+    """Return the number of tokens of each named task."""
     task_tokens: dict[str, int] = {}
     for document in documents:
         if document.task:

@@ -1,5 +1,6 @@
-"""AdamW, its state and its learning rate. The rate is a pure function of the step, so nothing of
-the schedule needs saving."""
+"""AdamW, its state and its learning rate.
+
+The learning rate is a pure function of the step, so no scheduler state is saved."""
 
 from __future__ import annotations
 
@@ -36,9 +37,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def compute_learning_rate(
     step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str
 ) -> float:
-    """Learning rate of optimizer step `step` (from 0): a linear warm-up that ends at `peak`, then
-    the schedule down to 0 after the last step. Same as transformers' schedulers: step k uses factor
-    k / warmup_steps while warming up."""
+    """Return the learning rate of optimizer step `step`, counted from 0.
+
+    A linear warmup that ends at `peak`, then the schedule down to 0 after the last step, as in
+    transformers' schedulers: step k of the warmup uses peak * k / warmup_steps."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     return peak * SCHEDULES[schedule]((step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -52,35 +54,38 @@ def make_optimizer(
     rows: Sequence[nn.Parameter] = (),
     rows_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """AdamW, betas 0.9 and 0.999, eps 1e-8; the learning rate is given with each `update`, and
-    `rows` take `rows_times` of it. Only matrices decay, as in transformers' Trainer: 0 is no better
-    value for a norm or a bias. Nor for a magnitude of DoRA, where the Trainer does decay: it starts
-    at the length of a row of the base."""
-    other_parameters = [p for p in parameters if all(p is not row for row in rows)]
+    """Return AdamW with betas 0.9 and 0.999 and eps 1e-8.
+
+    `step_optimizer` sets the learning rate of each step; `rows` (of new tokens) use
+    `rows_lr_factor` times it. Only matrices decay, as in transformers' Trainer: 0 is no better
+    value for a norm or a bias. A DoRA magnitude, which the Trainer does decay, starts at the norm
+    of a row of the base weight and does not decay here."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in parameters:
+        if all(parameter is not row for row in rows):
+            (matrices if parameter.ndim > 1 else vectors).append(parameter)
     groups = [
-        {
-            "params": [p for p in other_parameters if p.ndim > 1],
-            "weight_decay": weight_decay,
-            "times": 1.0,
-        },
-        {"params": [p for p in other_parameters if p.ndim < 2], "weight_decay": 0.0, "times": 1.0},
-        {"params": list(rows), "weight_decay": weight_decay, "times": rows_lr_factor},
+        {"params": matrices, "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": list(rows), "weight_decay": weight_decay, "lr_factor": rows_lr_factor},
     ]
     return OPTIMIZERS[kind]([group for group in groups if group["params"]])
 
 
 def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Fused; both moments in fp32."""
+    """Return torch's fused AdamW, both moments in fp32."""
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def adamw_8bit(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Moments in 8 bits with an fp32 scale for 256 of them (Dettmers 2022), those of fewer than
-    4,096 weights in fp32; on CUDA in pages that may leave the device. Raises InputError without
-    bitsandbytes."""
+    """Return bitsandbytes' AdamW (Dettmers 2022).
+
+    Moments have 8 bits and an fp32 scale per 256 values; those of fewer than 4,096 weights have 32
+    bits. On CUDA they are paged. Raise InputError without bitsandbytes."""
     library = import_bitsandbytes().optim
-    on_device = groups[0]["params"][0].device.type == "cuda"
-    return (library.PagedAdamW8bit if on_device else library.AdamW8bit)(groups, lr=0.0)
+    on_cuda = groups[0]["params"][0].device.type == "cuda"
+    return (library.PagedAdamW8bit if on_cuda else library.AdamW8bit)(groups, lr=0.0)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
@@ -91,27 +96,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
 
 
 def get_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter; empty before its first update."""
+    """Return the moments of a parameter; empty before its first update."""
     state = optimizer.state.get(parameter, {})
     return {name: state[name] for name in MOMENTS if name in state}
 
 
 @torch.no_grad()
 def compute_last_update(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
-    """What the last update added to a parameter, weight decay aside, from AdamW's own moments. None
-    before the first one, and where moments are kept in 8 bits."""
+    """Return what the last update added to a parameter, weight decay aside.
+
+    It is derived from AdamW's moments; None before the first update and with 8-bit moments."""
     state = optimizer.state.get(parameter, {})
-    group = next(
-        (g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None
-    )
-    if group is None or "exp_avg" not in state:
+    if "exp_avg" not in state:
         return None
-    (beta1, beta2), updates = group["betas"], float(state["step"])
-    mean, square = (
-        state["exp_avg"] / (1 - beta1**updates),
-        state["exp_avg_sq"] / (1 - beta2**updates),
-    )
-    return -group["lr"] * mean / (square.sqrt() + group["eps"])
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            beta1, beta2 = group["betas"]
+            updates = float(state["step"])
+            mean = state["exp_avg"] / (1 - beta1**updates)
+            square = state["exp_avg_sq"] / (1 - beta2**updates)
+            return -group["lr"] * mean / (square.sqrt() + group["eps"])
+    return None
 
 
 def restore_moments(
@@ -120,14 +125,13 @@ def restore_moments(
     tensors: dict[str, Tensor],
     updates: int,
 ) -> None:
-    """The moments of a parameter as they were after `updates`."""
+    """Set the moments of a parameter and its number of updates."""
     if isinstance(optimizer, torch.optim.AdamW):
-        # Copies: what was read may be the file itself, mapped into memory, and would change with
-        # it.
+        # Copies: the tensors may be mapped from the checkpoint file, which would change with them.
         copies = {name: tensor.to(parameter.device, copy=True) for name, tensor in tensors.items()}
         optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **copies}
         return
-    bnb_optimizer: Any = optimizer  # bitsandbytes': its tables come with the first state
+    bnb_optimizer: Any = optimizer  # bitsandbytes makes its tables with the first state
     for group_index, group in enumerate(bnb_optimizer.param_groups):
         for parameter_index, p in enumerate(group["params"]):
             if p is parameter:
@@ -138,18 +142,17 @@ def restore_moments(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales the gradients so that their common norm is at most `max_norm` (0: never); returns the
-    norm before."""
+    """Clip the global gradient norm to `max_norm` (0: do not clip); return the norm before."""
     return float(torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf))
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """One step at this learning rate, of all parameters that have a gradient."""
+    """Update all parameters that have a gradient with this learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["times"]
+        group["lr"] = learning_rate * group["lr_factor"]
     updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     optimizer.step()
-    # The fused step writes without telling autograd, but what was derived from a weight has to know
-    # (MasterLinear).
+    # The fused step writes without telling autograd, but values that are cached per weight version
+    # must notice (Fp32MasterLinear).
     for parameter in updated:
         torch.autograd.graph.increment_version(parameter)

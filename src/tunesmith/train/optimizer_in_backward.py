@@ -1,10 +1,12 @@
-"""Updates that are taken while the gradients are computed: each weight's as soon as its gradient is
-complete, which is then let go. Saves the gradients of all weights but one; the updates are the same
-to the bit.
+"""Optimizer in backward: update each weight as soon as its gradient is complete, then free it.
 
-In: an optimizer and its parameters. A backward inside `taken` updates them. Left out: clipping,
-which needs the norm of all gradients before the first update, and so does going back from a step
-that is not finite or does not fit."""
+This saves the memory of all gradients but one; the updates are bitwise the same. (PyTorch's
+tutorial "How to save memory by fusing the optimizer step into the backward pass"; torchtune:
+optimizer_in_bwd.)
+
+In: an optimizer and its parameters. A backward pass inside `updating` updates them. Left out:
+clipping, which needs the norm of all gradients before the first update, and undoing a step that is
+non-finite or does not fit in memory."""
 
 from __future__ import annotations
 
@@ -21,18 +23,21 @@ from tunesmith.train.optimizer import step_optimizer
 
 
 class OptimizerInBackward:
-    """`norm`: of all gradients of the last backward."""
+    """Hooks that update weights in the backward pass; `grad_norm` is that of the last one."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
     ) -> None:
-        self.optimizer, self.parameters = optimizer, parameters
+        self.optimizer = optimizer
+        self.parameters = parameters
         self.grad_norm = 0.0
 
     @contextmanager
     def updating(self, step: int, learning_rate: float) -> Iterator[None]:
-        """One step at this learning rate. Raises GateError for a gradient that is not finite and
-        MachineError when memory runs out: other weights are those of the next step by then."""
+        """Update weights in the backward pass inside this context.
+
+        Raise GateError for a non-finite gradient and MachineError when out of memory: by then some
+        weights are those of the next step."""
         squared_norm = 0.0
 
         def apply_gradient(name: str, parameter: nn.Parameter) -> None:
@@ -41,12 +46,13 @@ class OptimizerInBackward:
             squared_norm += float(torch.linalg.vector_norm(parameter.grad)) ** 2
             if not math.isfinite(squared_norm):
                 raise GateError(
-                    f"step {step}: the gradient of {name} is not finite, and other weights were updated already",
-                    fix="resume from the newest checkpoint; with max_grad_norm over 0 such a step is left out",
+                    f"the gradient of {name} is not finite, and other weights are already updated",
+                    where=f"step {step}",
+                    fix="resume from the newest checkpoint; with max_grad_norm > 0 such a step is "
+                    "skipped",
                 )
-            step_optimizer(
-                self.optimizer, learning_rate
-            )  # of the only parameter that has a gradient now
+            # Only this parameter has a gradient now.
+            step_optimizer(self.optimizer, learning_rate)
             parameter.grad = None
 
         handles = [
@@ -62,8 +68,8 @@ class OptimizerInBackward:
             raise MachineError(
                 f"{error.message}, in the middle of an update",
                 where=f"step {step}",
-                fix="resume from the newest checkpoint with a smaller pack_length; with max_grad_norm over 0 such a"
-                " step is taken again in smaller packs",
+                fix="resume from the newest checkpoint with a smaller pack_length; with "
+                "max_grad_norm > 0 such a step is retried with smaller packs",
             ) from error
         finally:
             for handle in handles:

@@ -142,7 +142,7 @@ def check_run(
         run_inputs.datasets,
         plan.data,
         rejected_path,
-        should_skip_invalid=run_inputs.recipe.skip_bad,
+        skip_invalid=run_inputs.recipe.skip_invalid,
     )
     return build_eval_items(plan, run_inputs, allow_code=allow_code)
 
@@ -215,8 +215,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
         comparisons=comparisons,
         scales=scales,
         weights_dir=weights_dir,
-        final_step=step,
-        selected_step=training.training.step,
+        training=training,
     )
     write_card(record, fingerprint)
     folder.write_json(RECORD_FILE, record)
@@ -304,12 +303,9 @@ def _build_record(
     comparisons: tuple[Comparison, ...],
     scales: tuple[ScalePoint, ...],
     weights_dir: Path,
-    final_step: int,
-    selected_step: int,
+    training: GuardedTraining,
 ) -> RunRecord:
-    """Return the record of a finished run.
-
-    `final_step` is the last step, non-finite ones counted; `selected_step` that of the weights."""
+    """Return the record of a finished run."""
     folder = context.folder
     steps = [event for event in folder.load_events() if event["type"] == "step"]
     task_tokens: Counter[str] = Counter()
@@ -329,8 +325,8 @@ def _build_record(
         samples=select_sample_pairs(before, after),
         shared_tokens=sum(event["shared_tokens"] for event in steps),
         input_changes=read_drift(folder.path),
-        kl_scores=compute_kl_scores(before, after, step=final_step),
+        kl_scores=compute_kl_scores(before, after, step=training.final_step),
         rollbacks=folder.load_rollbacks(),
         scales=scales,
-        selected_step=selected_step,
+        selected_step=training.training.step,
     )

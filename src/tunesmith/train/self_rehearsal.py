@@ -65,7 +65,7 @@ def add_self_rehearsal(
     dataset = open_dataset(
         sources,
         inputs.renderer,
-        should_skip_invalid=recipe.skip_bad,
+        skip_invalid=recipe.skip_invalid,
         constraint_set=ConstraintSet(recipe.never, can_ban=False),
     )
     report = check_data({"rehearsal": dataset})["rehearsal"]

@@ -1,9 +1,8 @@
-"""How large an adapter has become, and how large its last step was, both beside the weights that it
-stands beside.
+"""Norms of adapters and updates, relative to the weights that they modify.
 
-In: a network whose layers are ours, its optimizer. Out: a share a layer. Products of low rank are
-measured through their small factors: |U V|^2 = sum of (U'U) * (V V'), so no matrix of the size of a
-weight is made. Without an adapter: the last step of each trained matrix beside the matrix."""
+In: a network with our layers, and its optimizer. Out: a ratio per layer. Low-rank products are
+measured through their small factors, ||U V||^2 = sum of (U'U) * (V V'), so no matrix of the size of
+a weight is made. Without an adapter: the last update of each trained matrix over the matrix."""
 
 from __future__ import annotations
 
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
 from tunesmith.train.optimizer import compute_last_update
 
+MIN_NORM = 1e-12
+
 
 def compute_weight_norms(network: nn.Module) -> dict[str, float]:
-    """Of the frozen weight beside each adapter; they do not change, so they are measured once."""
+    """Return the Frobenius norm of the frozen weight of each adapted layer, which never changes."""
     return {
         path: float(layer.frozen.weight.float().norm())
         for path, layer in find_lora_layers(network).items()
@@ -24,51 +25,44 @@ def compute_weight_norms(network: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def compute_adapter_ratios(network: nn.Module, base_norms: dict[str, float]) -> dict[str, float]:
-    """||scale B A|| / ||W|| of each layer (rules.md 6.1: an alarm above a half)."""
-    layers = find_lora_layers(network)
-    return {
-        path: abs(layer.scale)
-        * compute_product_norm(layer.lora_B, layer.lora_A)
-        / max(base_norms[path], 1e-12)
-        for path, layer in layers.items()
-    }
+    """Return ||scale B A|| / ||W|| of each adapted layer."""
+    ratios: dict[str, float] = {}
+    for path, layer in find_lora_layers(network).items():
+        norm = abs(layer.scale) * compute_product_norm(layer.lora_B, layer.lora_A)
+        ratios[path] = norm / max(base_norms[path], MIN_NORM)
+    return ratios
 
 
 @torch.no_grad()
 def compute_update_ratios(
     network: nn.Module, optimizer: torch.optim.Optimizer, base_norms: dict[str, float]
 ) -> dict[str, float]:
-    """What the last step changed of each layer's weight, over its norm: scale (dB A + B dA) beside
-    W, or dW beside W. Empty before the first step, and where the optimizer keeps its moments in 8
-    bits."""
+    """Return the norm of each layer's last update over that of its weight.
+
+    The update is scale (dB A + B dA), or dW without an adapter. Empty before the first step, and
+    with 8-bit moments."""
     layers = find_lora_layers(network)
     ratios: dict[str, float] = {}
     for path, layer in layers.items():
-        step_A, step_B = (
-            compute_last_update(optimizer, layer.lora_A),
-            compute_last_update(optimizer, layer.lora_B),
-        )
+        step_A = compute_last_update(optimizer, layer.lora_A)
+        step_B = compute_last_update(optimizer, layer.lora_B)
         if step_A is not None and step_B is not None:
-            stacked_B, stacked_A = (
-                torch.cat([step_B, layer.lora_B], dim=1),
-                torch.cat([layer.lora_A, step_A]),
-            )
-            ratios[path] = (
-                abs(layer.scale)
-                * compute_product_norm(stacked_B, stacked_A)
-                / max(base_norms[path], 1e-12)
-            )
-    if not layers:
-        for name, parameter in get_trainable_parameters(network).items():
-            step = compute_last_update(optimizer, parameter) if parameter.ndim > 1 else None
-            if step is not None:
-                ratios[name] = float(step.norm() / parameter.norm().clamp(min=1e-12))
+            stacked_B = torch.cat([step_B, layer.lora_B], dim=1)
+            stacked_A = torch.cat([layer.lora_A, step_A])
+            norm = abs(layer.scale) * compute_product_norm(stacked_B, stacked_A)
+            ratios[path] = norm / max(base_norms[path], MIN_NORM)
+    if layers:
+        return ratios
+    for name, parameter in get_trainable_parameters(network).items():
+        step = compute_last_update(optimizer, parameter) if parameter.ndim > 1 else None
+        if step is not None:
+            ratios[name] = float(step.norm() / parameter.norm().clamp(min=MIN_NORM))
     return ratios
 
 
 def compute_product_norm(factor_OR: Tensor, factor_RI: Tensor) -> float:
-    """The Frobenius norm of left [O, R] @ right [R, I]."""
-    factor_OR, factor_RI = factor_OR.double(), factor_RI.double()
-    return float(
-        ((factor_OR.t() @ factor_OR) * (factor_RI @ factor_RI.t())).sum().clamp(min=0).sqrt()
-    )
+    """Return the Frobenius norm of factor_OR [O, R] @ factor_RI [R, I]."""
+    factor_OR = factor_OR.double()
+    factor_RI = factor_RI.double()
+    squared = ((factor_OR.t() @ factor_OR) * (factor_RI @ factor_RI.t())).sum()
+    return float(squared.clamp(min=0).sqrt())

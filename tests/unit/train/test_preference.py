@@ -237,6 +237,6 @@ def test_a_lack_of_memory_halves_packs_but_no_pair() -> None:
     assert verdict.kind == "memory"
     training.pack_length = 1
     with pytest.raises(
-        MachineError, match="packs hold one pair each by now, the longest has 37 tokens"
+        MachineError, match="each pack holds one pair, the longest has 37 tokens"
     ):
         training._shrink_packs(pairs(), "no memory")

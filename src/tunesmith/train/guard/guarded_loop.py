@@ -116,9 +116,7 @@ class GuardedTraining:
             if is_due:
                 yield from self._evaluate()
                 verdicts += self._judge_evaluation(self.training.step)
-            for verdict in verdicts:
-                if verdict.level == "warn":
-                    yield verdict
+            yield from [verdict for verdict in verdicts if verdict.level == "warn"]
             worst = select_worst(verdicts)
             if worst is not None:
                 yield from self._roll_back(worst)
@@ -128,10 +126,7 @@ class GuardedTraining:
             if isinstance(event, TrainStep):
                 if self._is_save_due():
                     yield self.save_checkpoint()
-                if should_stop_early(
-                    self.eval_points, self.forgetting_margin, self.plan.config.patience
-                ):
-                    self.training.stop()
+                self._stop_early()
         yield from self._restore_best()
 
     # ------------------------------------------------------------ start and resume
@@ -285,6 +280,11 @@ class GuardedTraining:
         training.set_rehearsal_ratio(ratio)
 
     # ------------------------------------------------------------ checkpoints
+
+    def _stop_early(self) -> None:
+        patience = self.plan.config.patience
+        if should_stop_early(self.eval_points, self.forgetting_margin, patience):
+            self.training.stop()
 
     def _select_best(self) -> EvalPoint | None:
         return select_best(self.eval_points, self.forgetting_margin)

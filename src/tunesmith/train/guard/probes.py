@@ -1,8 +1,8 @@
 """Probes: what the model says while it trains, on a few fixed prompts, and how far it is from where
 it began.
 
-    probe_set(plan, facts, texts) -> ProbeSet   prompts of eval_data, never of test_data; short general texts
-    Probes(bench, chosen).take(step, optimizer) -> Scores and Samples
+    probe_set(plan, facts, texts) -> ProbeSet   prompts of eval_data, never of test_data; short
+    general texts Probes(bench, chosen).take(step, optimizer) -> Scores and Samples
 
 A probe writes short greedy answers, and reads them with the adapter off: would the base write that?
 It reads the expected answers, and text that is not trained: the general texts if there are any,
@@ -107,7 +107,9 @@ def build_prompt_set(
                 _build_text_prompt(text.id, text.text, inputs.renderer)
                 for text in role_texts[:: max(1, len(role_texts) // 8)]
             ]
-        usable = [prompt for prompt in candidates if prompt is not None][: plan.config.probe_prompts]
+        usable = [prompt for prompt in candidates if prompt is not None][
+            : plan.config.probe_prompts
+        ]
         if len(usable) > 1:
             return GuardPromptSet(tuple(usable), short_texts)
     return None
@@ -351,7 +353,10 @@ class GenerationProbe:
         plan = self.session.plan
         with scaled_adapter(self.session.model.network, 0):
             likelihoods = compute_nll(
-                self.session.model, documents, plan.config.pack_length, share=plan.config.share_prefixes
+                self.session.model,
+                documents,
+                plan.config.pack_length,
+                share=plan.config.share_prefixes,
             )
             return self._build_measurement(
                 "base_loss", [nats / count for _, nats, count in sorted(likelihoods)]
@@ -490,7 +495,9 @@ def _measure_documents(
         return stats
 
     stats_by_index = dict(
-        map_documents(session.model, weighted_documents, session.plan.config.pack_length, measure_batch)
+        map_documents(
+            session.model, weighted_documents, session.plan.config.pack_length, measure_batch
+        )
     )
     return [stats_by_index[index] for index in range(len(requests))]
 

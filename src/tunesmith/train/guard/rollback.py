@@ -2,10 +2,9 @@
 
     build_rollback(session, training at the good checkpoint, verdict, failed step) -> Rollback
 
-The first of three changes that applies:
-1. Forgetting, with rehearsal data: raise the rehearsal ratio.
-2. A few rows of the failed steps with a loss far above the others', under the good model: skip them.
-3. Otherwise: halve the learning rate.
+The first of three changes that applies: 1. Forgetting, with rehearsal data: raise the rehearsal
+ratio. 2. A few rows of the failed steps with a loss far above the others', under the good model:
+skip them. 3. Otherwise: halve the learning rate.
 
 Left out: when to roll back, and to which checkpoint (guarded_loop.py)."""
 
