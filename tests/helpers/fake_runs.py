@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plan_configs import make_settings
+from plan_configs import DEFAULTS
 from tunesmith.core.events import (
     CheckpointSaved,
     CheckResult,
@@ -34,6 +34,7 @@ from tunesmith.core.types import (
     PlanValue,
     RunRecord,
     ScalePoint,
+    split_settings,
 )
 from tunesmith.plan.stages import StagedPlan
 
@@ -77,13 +78,19 @@ REPORT = DataReport(
     {"overlong": 4},
     findings=(FINDING,),
 )
-CONFIG, REASONS = make_settings(
-    stage=PlanValue("sft", "rule", "sft trains on answers"),
-    method=PlanValue("lora", "rule", "the base stays as it is", "Hu 2021", "published", "the same"),
-    learning_rate=PlanValue(1e-4, "user", "set in the recipe"),
-    metrics=PlanValue(("exact_match",), "user", "set in the recipe"),
-    seed=PlanValue(0, "rule", "order of rows"),
-    now=PlanValue("2026-11-26T00:00:00", "rule", "dates are frozen"),
+DEFAULT_SETTINGS = {key: PlanValue(value, "rule", "") for key, value in DEFAULTS.items()}
+CONFIG, REASONS = split_settings(
+    DEFAULT_SETTINGS
+    | {
+        "stage": PlanValue("sft", "rule", "sft trains on answers"),
+        "method": PlanValue(
+            "lora", "rule", "the base stays as it is", "Hu 2021", "published", "the same"
+        ),
+        "learning_rate": PlanValue(1e-4, "user", "set in the recipe"),
+        "metrics": PlanValue(("exact_match",), "user", "set in the recipe"),
+        "seed": PlanValue(0, "rule", "order of rows"),
+        "now": PlanValue("2026-11-26T00:00:00", "rule", "dates are frozen"),
+    }
 )
 PLAN = Plan(
     recipe={"model": "tiny"},

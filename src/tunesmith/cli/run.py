@@ -5,7 +5,7 @@ Each verb is a function; cli/app.py has the table. Imports are inside the functi
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,9 +107,9 @@ def report(
     """Write the HTML report of a run, finished or not."""
     report_path = api.write_report(folder, out=out)
     if track is not None:
-        from tunesmith.report.trackers import send_events
+        from tunesmith.report.trackers import export_run
 
-        send_events(folder, track)
+        export_run(folder, track)
     print_result({"report": str(report_path)}, str(report_path), as_json=as_json)
 
 
@@ -124,10 +124,11 @@ def _show_run(
     from tunesmith.cli.views.results import render_run_record
     from tunesmith.session.run_history import save_past_run
 
-    with _tracking(folder, track), Progress(steps) as progress:
+    with _tracking(folder, track) as send_event, Progress(steps) as progress:
         try:
             for event in events:
                 progress.show_event(event)
+                send_event(event)
         except GateError:
             write_page(folder)
             raise
@@ -139,22 +140,23 @@ def _show_run(
 
 
 @contextmanager
-def _tracking(folder: Path, track: str | None) -> Iterator[None]:
-    """Send events to a tracker; a tracker that fails is a warning and never stops the run."""
+def _tracking(folder: Path, track: str | None) -> Iterator[Callable[[Event], None]]:
+    """Yield what sends an event to the tracker, if any. A tracker that fails is one warning."""
     if track is None:
-        yield
+        yield lambda _: None
         return
-    from tunesmith.report.trackers import TrackerProcess
+    from tunesmith.report.trackers import RunTracker
 
-    tracker = TrackerProcess(folder, track)
+    tracker = RunTracker(folder, track)
     try:
         with tracker:
-            yield
+            yield tracker.send
     finally:
         if tracker.problem:
-            retry = f"tunesmith report {folder} --track {track}"
+            retry_command = f"tunesmith report {folder} --track {track}"
             sys.stderr.write(
-                f"warning: {track} did not receive all events: {tracker.problem}; retry: {retry}\n"
+                f"warning: {track} did not get everything: {tracker.problem}\n"
+                f"  fix: {retry_command}\n"
             )
 
 

@@ -1,15 +1,16 @@
-"""A run folder as one page: `report.html`, which needs nothing beside it and opens from disk.
+"""Write a run folder as one page: `report.html`, which opens from disk and loads nothing.
 
-    read_story(path) -> Story -> page(story) -> HTML
+    load_report_data(path) -> ReportData -> render_page(run_data) -> HTML
 
-    story.py     what the folder holds, of one run or of several stages
-    verdict.py   what changed, is it real, what it cost
-    results.py   before and after, gain against forgetting
-    curves.py    losses and scores over the steps, and what happened on the way
-    samples.py   answers side by side
-    facts.py     data, plan, cost, how to reproduce, provenance
-    page.py      the whole page; page.css and page.js go into it
-    markup.py    HTML that cannot be broken by what it holds; chart.py and diff.py draw and compare
+    run_data.py          what the folder holds, of one run or of several stages
+    summary.py           the verdict: what changed, whether it is real, what it cost
+    results.py           before and after, adapter-scale trade-off
+    training_curves.py   losses and scores over the steps, warnings
+    samples.py           answers before and after
+    details.py           data, cost, reproduction, provenance
+    page.py              the whole page, from templates/, page.css and page.js
+    html.py              the Jinja environment; svg_charts.py lays out charts
+    trackers.py          TensorBoard and Weights & Biases
 
-It reads run folders and nothing else, and nothing depends on it: a run is the same without it.
+It reads run folders only, and nothing depends on it: a run is the same without it.
 """

@@ -1,42 +1,43 @@
-"""The events of a run, sent to TensorBoard or Weights & Biases by a process of its own.
+"""Export the events of a run to TensorBoard or Weights & Biases.
 
-    with Tracked(run, "tensorboard") as tracked: ...    a run; afterwards tracked.problem is what went wrong
-    send(run, "wandb")                                  a run that has ended
+    with RunTracker(run, "tensorboard") as tracker: tracker.send(event)   while it trains
+    export_run(run, "wandb")                                              afterwards
 
-The process reads events.jsonl as it grows, so a run neither waits for a tracker nor falls with it:
-it may be missing, slow, offline or broken. It ends when its standard input does, which the system
-closes if the run is killed. What is sent: numbers of steps and scores, and verdicts and answers as
-texts; several stages are one line of steps. Weights & Biases writes files only, unless WANDB_MODE
-says otherwise. A new tracker is a class and a line in TRACKERS."""
+A thread talks to the tracker, so a step never waits for it, and whatever goes wrong there ends up
+in `problem` and not in the run. Events that the folder already holds, of a resumed run, are sent
+first. Scalars of steps and scores are exported, checks and answers as text; several stages share
+one axis of steps. Weights & Biases stays offline unless WANDB_MODE says otherwise. A new tracker is
+a class and a line in TRACKERS.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, Self
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, Self, cast
 
 from tunesmith.core.errors import InputError, MachineError
-from tunesmith.core.json_io import read_json
+from tunesmith.core.events import CheckResult, Event, GenerationSample, Score, StageStart, TrainStep
+from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
-    EVENTS_FILE,
-    PLAN_FILE,
+    EVENT_TYPES,
     STAGES_DIR,
     STAGES_FILE,
+    is_run,
     is_staged,
+    read_events,
+    read_run_plan,
     require_run,
 )
 from tunesmith.core.types import Json
+from tunesmith.plan.stages import StagedPlan
 
-POLL_SECONDS = 1.0  # seconds between two looks
-FLUSH_SECONDS = 60.0  # seconds that the end of a run waits for what is still to be sent
+EVENT_CLASSES = {name: cls for cls, name in EVENT_TYPES.items()}
+FLUSH_SECONDS = 60.0  # how long the end of a run waits for what is still to be sent
 
 
 class Tracker(Protocol):
@@ -47,7 +48,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard, written anew by each process."""
+    """Event files in RUN/tensorboard, which replace those of an earlier export."""
 
     def __init__(self, run: Path, config: Json) -> None:
         from tensorboardX import SummaryWriter
@@ -69,15 +70,22 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project `tunesmith`, in RUN/wandb; `wandb sync` sends it later. Steps are a
-    value like others, since after a rollback they are taken again."""
+    """A run of the project `tunesmith`, in RUN/wandb; `wandb sync` uploads it later.
+
+    The step is a value like others, since W&B refuses to go back, which a rollback does.
+    """
 
     def __init__(self, run: Path, config: Json) -> None:
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        self.html = wandb.Html
         self.run = wandb.init(
-            project="tunesmith", name=run.absolute().name, dir=str(run), config=config, mode=mode
+            project="tunesmith",
+            name=run.absolute().name,
+            dir=str(run),
+            config=config,
+            mode=cast("Any", os.environ.get("WANDB_MODE", "offline")),
+            settings=wandb.Settings(silent=True, console="off"),
         )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -86,181 +94,136 @@ class WandB:
         self.run.log({"step": step, **values})
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        import wandb
-
-        self.run.log(
-            {"step": step, name: wandb.Html(text.replace("&", "&amp;").replace("<", "&lt;"))}
-        )
+        escaped = text.replace("&", "&amp;").replace("<", "&lt;")
+        self.run.log({"step": step, name: self.html(escaped)})
 
     def close(self) -> None:
         self.run.finish()
 
 
+# name -> class, package
 TRACKERS: dict[str, tuple[type[Tracker], str]] = {
     "tensorboard": (TensorBoard, "tensorboardX"),
     "wandb": (WandB, "wandb"),
 }
 
 
-def find_missing_package(tracker_name: str) -> str:
-    """What to install, or nothing. Raises InputError for what there is not."""
-    if tracker_name not in TRACKERS:
-        raise InputError(
-            f"there is no tracker {tracker_name!r:.80}",
-            where="--track",
-            fix=f"use one of {', '.join(TRACKERS)}",
-        )
-    return (
-        ""
-        if find_spec(TRACKERS[tracker_name][1])
-        else f"it is not installed: pip install 'tunesmith[{tracker_name}]'"
-    )
+class RunTracker:
+    """Send events from a thread. After the context, `problem` is what went wrong, or empty.
 
-
-# ---------------------------------------------------------------- from outside
-
-
-class TrackerProcess:
-    """Follows the run that will be in a folder; see above. `problem` is known once the context has
-    ended."""
+    Raises InputError for a tracker that does not exist.
+    """
 
     def __init__(self, run: Path, tracker_name: str) -> None:
-        self.problem, self._log = find_missing_package(tracker_name), tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
-        self._child: subprocess.Popen[bytes] | None = None
-        if not self.problem:
-            command = [sys.executable, "-m", "tunesmith.report.trackers", str(run), tracker_name]
-            self._child = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=self._log,
-                stderr=self._log,
-                start_new_session=True,
+        if tracker_name not in TRACKERS:
+            raise InputError(
+                f"unknown tracker {tracker_name!r:.80}",
+                where="--track",
+                fix=f"use one of {', '.join(TRACKERS)}",
             )
+        self.run = run
+        self.tracker_class, package = TRACKERS[tracker_name]
+        self.problem = ""
+        # read before the run goes on, so that no event is sent twice
+        self._history = read_history(run) if is_run(run) else []
+        self._queue: SimpleQueue[Event | None] = SimpleQueue()  # None: no more events
+        self._thread = Thread(target=self._work, name=f"{tracker_name} export", daemon=True)
+        if find_spec(package) is None:
+            self.problem = f"it is not installed: pip install 'tunesmith[{tracker_name}]'"
+        else:
+            self._thread.start()
 
     def __enter__(self) -> Self:
         return self
 
+    def send(self, event: Event) -> None:
+        self._queue.put(event)
+
     def __exit__(self, *error: object) -> None:
-        if self._child is not None:
-            self.problem = self._wait_for_end(self._child)
-        self._log.close()
+        self._queue.put(None)
+        if self._thread.ident is None:
+            return
+        self._thread.join(FLUSH_SECONDS)
+        if self._thread.is_alive():
+            self.problem = f"it was still sending after {FLUSH_SECONDS:.0f} s"
 
-    def _wait_for_end(self, child: subprocess.Popen[bytes]) -> str:
-        assert child.stdin is not None
-        child.stdin.close()
+    def _work(self) -> None:
         try:
-            if not child.wait(FLUSH_SECONDS):
-                return ""
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            return f"it was still sending after {FLUSH_SECONDS:.0f} s"
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        return (
-            " ".join([line.strip() for line in lines if line.strip()][-1:])
-            or f"exit code {child.returncode}"
-        )
+            tracker: Tracker | None = None
+            for event, steps_before in self._iter_events():
+                if tracker is None:
+                    tracker = self.tracker_class(self.run, _read_config(self.run))
+                log_event(event, steps_before + event.step, tracker)
+            if tracker is not None:
+                tracker.close()
+        except Exception as error:  # noqa: BLE001 - the run must not end with its tracker
+            self.problem = " ".join(f"{type(error).__name__}: {error}".split())
+
+    def _iter_events(self) -> Iterator[tuple[Event, int]]:
+        """Yield the events of the folder, then those that are sent, with the steps before them."""
+        yield from self._history
+        steps_before = 0
+        while (event := self._queue.get()) is not None:
+            if isinstance(event, StageStart):
+                steps_before = _count_steps_before(self.run)[event.step - 1]
+            yield event, steps_before
 
 
-def send_events(run: Path, tracker_name: str) -> None:
-    """All events of a run folder at once. Raises InputError for what is no run folder, MachineError
-    if it fails."""
+def export_run(run: Path, tracker_name: str) -> None:
+    """Send all events of a run folder. Raises InputError for no run, MachineError on failure."""
     require_run(run)
-    tracker_process = TrackerProcess(run, tracker_name)
-    with tracker_process:
+    with RunTracker(run, tracker_name) as tracker:
         pass
-    if tracker_process.problem:
-        raise MachineError(f"{tracker_name}: {tracker_process.problem}", where=str(run))
+    if tracker.problem:
+        raise MachineError(f"{tracker_name}: {tracker.problem}", where=str(run))
 
 
-# ---------------------------------------------------------------- inside the process
-
-
-@dataclass
-class EventTail:
-    """What is new in the events of a run, whatever it has of stages. A line that is not whole is
-    left for later."""
-
-    run: Path
-    offsets: dict[Path, int] = field(default_factory=dict[Path, int])
-
-    def read_new_events(self) -> Iterator[tuple[int, Json]]:
-        """(steps of earlier stages, event)."""
-        for folder, steps_before in self._list_folders():
-            file = folder / EVENTS_FILE
-            if not file.is_file():
-                continue
-            with file.open("rb") as stream:
-                stream.seek(self.offsets.get(file, 0))
-                chunk = stream.read()
-            complete_lines = chunk[: chunk.rfind(b"\n") + 1]
-            self.offsets[file] = self.offsets.get(file, 0) + len(complete_lines)
-            yield from ((steps_before, json.loads(line)) for line in complete_lines.splitlines())
-
-    def _list_folders(self) -> list[tuple[Path, int]]:
-        if not is_staged(self.run):
-            return [(self.run, 0)]
-        folders, steps_before = [(self.run, 0)], 0
-        for plan in read_json(self.run / STAGES_FILE)["plans"]:
-            name = Path(plan["settings"]["output_dir"]["value"]).name
-            folders.append((self.run / STAGES_DIR / name, steps_before))
-            steps_before += plan["steps"]
-        return folders
-
-    def read_config(self) -> Json:
-        """Every value of the plan, of several stages the last one's."""
-        plan = (
-            read_json(self.run / STAGES_FILE)["plans"][-1]
-            if is_staged(self.run)
-            else read_json(self.run / PLAN_FILE)
-        )
-        return {key: setting["value"] for key, setting in plan["settings"].items()}
-
-
-def log_event(event: Json, step: int, tracker: Tracker) -> None:
-    match event["type"]:
-        case "step":
-            speed = event["tokens"] / max(event["seconds"], 1e-9)
+def log_event(event: Event, step: int, tracker: Tracker) -> None:
+    match event:
+        case TrainStep():
             names = ("loss", "learning_rate", "grad_norm", "peak_bytes")
-            tracker.log_scalars(
-                step,
-                {f"train/{name}": event[name] for name in names} | {"train/tokens_a_second": speed},
-            )
-        case "score":
-            name = f"{event['task']}/{event['metric']}".replace(" ", "_")
-            tracker.log_scalars(
-                step,
-                {name: event["value"], f"{name}/low": event["low"], f"{name}/high": event["high"]},
-            )
-        case "verdict":
-            tracker.log_text(
-                step,
-                f"verdicts/{event['kind']}".replace(" ", "_"),
-                f"{event['level']}: {event['evidence']}",
-            )
-        case "sample":
-            tracker.log_text(step, f"answers/{event['id']}", event["answer"])
+            scalars = {f"train/{name}": getattr(event, name) for name in names}
+            scalars["train/tokens_per_second"] = event.tokens / max(event.seconds, 1e-9)
+            tracker.log_scalars(step, scalars)
+        case Score():
+            name = f"{event.task}/{event.metric}".replace(" ", "_")
+            scalars = {name: event.value, f"{name}/low": event.low, f"{name}/high": event.high}
+            tracker.log_scalars(step, scalars)
+        case CheckResult():
+            name = f"checks/{event.kind}".replace(" ", "_")
+            tracker.log_text(step, name, f"{event.level}: {event.evidence}")
+        case GenerationSample():
+            tracker.log_text(step, f"answers/{event.id}", event.answer)
         case _:
             pass
 
 
-def follow_run(run: Path, tracker_name: str) -> None:
-    """Until standard input ends, and then what is left."""
-    reader, tracker, is_last = EventTail(run), None, False
-    while True:
-        if tracker is None and (is_staged(run) or (run / PLAN_FILE).is_file()):
-            tracker = TRACKERS[tracker_name][0](run, reader.read_config())
-        if tracker is not None:
-            for steps_before, event in reader.read_new_events():
-                log_event(event, steps_before + event["step"], tracker)
-        if is_last:
-            break
-        is_last = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
-    if tracker is not None:
-        tracker.close()
+def read_history(run: Path) -> list[tuple[Event, int]]:
+    """Return the events that a folder holds, each with the steps of the stages before its own."""
+    folders = {run: 0}
+    if is_staged(run):
+        for plan, steps_before in zip(_read_stages(run).plans, _count_steps_before(run), strict=True):
+            folders[run / STAGES_DIR / Path(plan.config.output_dir).name] = steps_before
+    history: list[tuple[Event, int]] = []
+    for folder, steps_before in folders.items():
+        for line in read_events(folder):
+            history.append((parse_as(EVENT_CLASSES[line["type"]], line), steps_before))
+    return history
 
 
-if __name__ == "__main__":
-    os.nice(10)
-    follow_run(Path(sys.argv[1]), sys.argv[2])
+def _read_stages(run: Path) -> StagedPlan:
+    return parse_as(StagedPlan, read_json(run / STAGES_FILE), where=str(run / STAGES_FILE))
+
+
+def _count_steps_before(run: Path) -> list[int]:
+    """Return, for each stage, the steps of all earlier stages."""
+    totals = [0]
+    for plan in _read_stages(run).plans[:-1]:
+        totals.append(totals[-1] + plan.steps)
+    return totals
+
+
+def _read_config(run: Path) -> Json:
+    """Return the value of every setting; of several stages, the last one's."""
+    plan = _read_stages(run).plans[-1] if is_staged(run) else read_run_plan(run)
+    return plan.values

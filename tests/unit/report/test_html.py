@@ -1,55 +1,63 @@
-"""HTML that what it holds cannot break."""
+"""The environment of the templates: nothing in a value becomes markup or stays invisible."""
 
 import pytest
+from jinja2 import UndefinedError
 
-from tunesmith.report.html import (
-    Html,
-    escape_plain,
-    escape_text,
-    join_html,
-    make_table,
-    make_tag,
-    quote_text,
-)
+from tunesmith.report.html import ENVIRONMENT, mark_hidden, render_template
+
+HOSTILE = "</script><script>alert(1)</script>&\"'"
+HIDDEN = ["\x00", "\x1b", "\u202e", "\u2066", "\u200b", "\ufeff", "\ud800", "\U000e0041"]
 
 
-def test_what_is_not_html_is_escaped() -> None:
-    hostile = "</script><script>alert(1)</script>&\"'"
-    made = make_tag("td", hostile, class_="number", title=hostile)
-    assert "<script" not in made
-    assert made.count("<") == 2
-    assert made.startswith('<td class="number" title="&lt;/script&gt;')
-    assert make_tag("p", make_tag("b", "x"), 1, None, ["a", ("b",)]) == "<p><b>x</b>1ab</p>"
+def render_source(source: str, **values: object) -> str:
+    return ENVIRONMENT.from_string(source).render(values)
 
 
-def test_attributes_that_are_off_are_not_there() -> None:
-    assert (
-        make_tag("details", hidden=True, open=False, id=None, aria_label="x")
-        == '<details hidden aria-label="x"></details>'
-    )
+def test_text_and_attributes_are_escaped() -> None:
+    html = render_source('<td title="{{ text }}">{{ text }}</td>', text=HOSTILE)
+    assert "<script" not in html
+    assert html.count("<") == 2
+    assert html.startswith('<td title="&lt;/script&gt;')
+    assert render_source("{{ 1 }}{{ missing }}{{ text }}", missing=None, text="a") == "1a"
 
 
-@pytest.mark.parametrize(
-    "letter", ["\x00", "\x1b", "\u202e", "\u2066", "\u200b", "\ufeff", "\ud800", "\U000e0041"]
-)
-def test_what_would_be_hidden_is_shown(letter: str) -> None:
-    code = f"U+{ord(letter):04X}"
-    assert escape_text(f"a{letter}<") == f'a<b class="hidden">{code}</b>&lt;'
-    assert escape_plain(f"a{letter}") == f"a[{code}]"
-    assert make_tag("p", f"{letter}", title=letter).encode()  # UTF-8 can hold it now
+def test_json_cannot_end_its_element() -> None:
+    data = {"text": HOSTILE + "\ud800\u2028"}
+    html = render_source("{{ data|tojson }}", data=data)
+    assert not set("<>&'\ud800\u2028") & set(html)
+
+
+def test_a_missing_value_is_an_error() -> None:
+    with pytest.raises(UndefinedError):
+        render_source("{{ missing }}")
+    with pytest.raises(UndefinedError):
+        render_template("page.html.jinja")
+
+
+@pytest.mark.parametrize("char", HIDDEN)
+def test_hidden_characters_are_shown(char: str) -> None:
+    code = f"U+{ord(char):04X}"
+    assert mark_hidden(f"a{char}<") == f'a<b class="hidden">{code}</b>&lt;'
+    html = render_source('<p title="{{ text }}">{{ text }}</p>', text=f"a{char}")
+    assert html == f'<p title="a[{code}]">a[{code}]</p>'
+    assert html.encode()  # UTF-8 can represent it now
 
 
 @pytest.mark.parametrize("text", ["שלום", "a\tb\nc", "👩‍💻", "日本", "\u200cمی‌خواهم"])
-def test_letters_of_people_stay_as_they_are(text: str) -> None:
-    assert escape_text(text) == text
+def test_visible_text_is_unchanged(text: str) -> None:
+    assert mark_hidden(text) == text
+    assert render_source("{{ text }}", text=text) == text
 
 
-def test_words_of_others_keep_their_direction_to_themselves() -> None:
-    assert quote_text("אב") == '<bdi dir="auto">אב</bdi>'
+def test_quoted_text_keeps_its_direction_to_itself() -> None:
+    source = '{% from "macros.html.jinja" import quoted %}{{ quoted(text) }}'
+    assert render_source(source, text="אב<") == '<bdi dir="auto">אב&lt;</bdi>'
 
 
 def test_a_table_has_heads_and_scrolls_by_keyboard() -> None:
-    made = make_table(["a", "b"], [["<x>", 1]], numbers=(1,), label="of it")
-    assert 'tabindex="0" role="group" aria-label="of it"' in made
-    assert '<th scope="row">&lt;x&gt;</th><td class="number">1</td>' in made
-    assert isinstance(join_html(made, "<"), Html)
+    source = """{% from "macros.html.jinja" import scroll_table %}
+{% call scroll_table("label <", ["a", "b"], (1,)) %}<tr>{{ cell }}</tr>{% endcall %}"""
+    html = render_source(source, cell="<x>")
+    assert 'tabindex="0" role="group" aria-label="label &lt;"' in html
+    assert '<th scope="col">a</th><th class="number" scope="col">b</th>' in html
+    assert "<tr>&lt;x&gt;</tr>" in html

@@ -1,4 +1,4 @@
-"""The page of a run folder: what it says, of which runs, and that nothing in it can break it."""
+"""The page of a run folder: what it shows for each kind of run, and that no content breaks it."""
 
 import re
 from dataclasses import replace
@@ -11,17 +11,18 @@ import fake_runs
 from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, CheckResult, GenerationSample, Score
+from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE
 from tunesmith.core.types import Comparison, PlanValue
 from tunesmith.report.page import render_page, write_report
 from tunesmith.report.run_data import load_report_data
 from tunesmith.report.samples import build_sample_diffs
-from tunesmith.report.summary import build_summary
+from tunesmith.report.summary import Summary, build_summary
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202egnp.exe\x00\ud800&amp;"
 
 
-class Checked(HTMLParser):
-    """Every element that is opened is closed, in order; ids are unique."""
+class PageParser(HTMLParser):
+    """Collect tags, ids and links; every element is closed in order."""
 
     VOID = ("meta", "br", "input")
 
@@ -45,27 +46,26 @@ class Checked(HTMLParser):
         assert self.open.pop() == tag
 
 
-def checked(text: str) -> Checked:
-    parser = Checked()
-    parser.feed(text)
+def parse_page(html: str) -> PageParser:
+    parser = PageParser()
+    parser.feed(html)
     assert parser.open == []
     assert len(parser.ids) == len(set(parser.ids))
     assert all(link.startswith("#") and link[1:] in parser.ids for link in parser.links)
     return parser
 
 
-def text_of(path: Path) -> str:
-    """What the page says, without its script and style."""
-    made = render_page(load_report_data(path))
-    checked(made)
-    body = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", made, flags=re.DOTALL)
+def read_text(path: Path) -> str:
+    """Return the text of the page, without its script and style."""
+    html = render_page(load_report_data(path))
+    parse_page(html)
+    body = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", html, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
-def finished(tmp_path: Path, *comparisons: Comparison) -> Path:
-    return fake_runs.write_run(
-        tmp_path / "run", record=fake_runs.make_record(comparisons=comparisons)
-    )
+def summarize(tmp_path: Path, *comparisons: Comparison) -> Summary:
+    record = fake_runs.make_record(comparisons=comparisons)
+    return build_summary(load_report_data(fake_runs.write_run(tmp_path / "run", record=record)))
 
 
 # ---------------------------------------------------------------- the verdict
@@ -96,38 +96,33 @@ def finished(tmp_path: Path, *comparisons: Comparison) -> Path:
         ([], "Trained, not measured", "open"),
     ],
 )
-def test_the_headline_says_what_the_intervals_do(
+def test_the_headline_follows_the_intervals(
     comparisons: list[Comparison], headline: str, tone: str, tmp_path: Path
 ) -> None:
-    found = build_summary(load_report_data(finished(tmp_path, *comparisons)))
-    assert (found.headline, found.tone) == (headline, tone)
-    assert text_of(tmp_path / "run").count(headline) >= 1
+    summary = summarize(tmp_path, *comparisons)
+    assert (summary.headline, summary.tone) == (headline, tone)
+    assert read_text(tmp_path / "run").count(headline) >= 1
 
 
-def test_what_one_of_several_claims_would_not_show_does_not_count(tmp_path: Path) -> None:
+def test_a_change_that_does_not_survive_holm_correction_does_not_count(tmp_path: Path) -> None:
     weak = fake_runs.make_comparison("exact_match", 0.1, 0.2, 0.09)
     five = [weak, *(replace(fake_runs.SAME, metric=f"m{n}") for n in range(4))]
-    assert (
-        build_summary(load_report_data(finished(tmp_path, *five))).headline
-        == "No difference shown in the answers."
-    )
-    assert "alone, not as one of 5 claims" in text_of(tmp_path / "run")
+    assert summarize(tmp_path, *five).headline == "No difference shown in the answers."
+    text = read_text(tmp_path / "run")
+    assert "better, but not after Holm correction (5 comparisons)" in text
 
 
-def test_a_loss_of_general_text_that_may_be_chance_is_not_called_none(tmp_path: Path) -> None:
+def test_a_doubtful_loss_on_general_text_is_in_the_headline(tmp_path: Path) -> None:
     weak = fake_runs.make_comparison("bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL_TASK, higher_is_better=False)
     others = [replace(fake_runs.SAME, metric=f"m{n}") for n in range(4)]
-    assert (
-        "may have got worse"
-        in build_summary(load_report_data(finished(tmp_path, *others, weak))).headline
-    )
+    assert "may have got worse" in summarize(tmp_path, *others, weak).headline
 
 
 # ---------------------------------------------------------------- what it shows
 
 
-def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
-    said = text_of(fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record()))
+def test_everything_about_a_run_is_on_its_page(tmp_path: Path) -> None:
+    text = read_text(fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record()))
     for part in (
         "0.100 → 0.800",
         "+0.700 (+0.600 to +0.800)",
@@ -145,124 +140,118 @@ def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
         "ab" * 32,
         "torch 2.9",
         "3 answers: 2 changed, 1 better, 1 worse.",
+        "Peak memory 2.0 GB",
+        "set in the recipe",
     ):
-        assert part in said, part
+        assert part in text, part
+    html = render_page(load_report_data(tmp_path / "run"))
+    assert 'aria-label="+0.700, from +0.600 to +0.800: better"' in html
 
 
-def test_gain_stands_against_forgetting(tmp_path: Path) -> None:
-    moved = (Score("test", "kl", 0.31, 0.2, 0.4, 40, 30),)
-    run = fake_runs.write_run(
-        tmp_path / "run", record=fake_runs.make_record(scales=fake_runs.make_scales(), kl_scores=kl_scores)
-    )
-    said = text_of(run)
-    assert "2, × 0 0.9 0.8 to 1.1" in said  # held-out loss, scale, bits per byte
-    assert "1, × 1 1 0.8 to 1.1" in said
-    assert "From 2.000 without the trained weights to 1.000 with all of them" in said
-    assert "KL divergence, nats per token 40 0.310 0.200 to 0.400" in said
+def test_scales_trade_gain_for_forgetting(tmp_path: Path) -> None:
+    kl_scores = (Score("test", "kl", 0.31, 0.2, 0.4, 40, 30),)
+    record = fake_runs.make_record(scales=fake_runs.make_scales(), kl_scores=kl_scores)
+    text = read_text(fake_runs.write_run(tmp_path / "run", record=record))
+    assert "Adapter-scale trade-off" in text
+    assert "2, × 0 0.9 0.8 to 1.1" in text  # held-out loss, scale, bits per byte
+    assert "1, × 1 1 0.8 to 1.1" in text
+    assert "From 2.000 without the adapter to 1.000 with all of it" in text
+    assert "KL(base ‖ tuned), nats per token 40 0.310 0.200 to 0.400" in text
     plain = fake_runs.write_run(tmp_path / "plain", record=fake_runs.make_record())
-    assert "Gain against forgetting" not in text_of(plain)
+    assert "Adapter-scale trade-off" not in read_text(plain)
 
 
-def test_a_scale_that_forgets_much_less_is_offered_and_stands_in_the_verdict(
-    tmp_path: Path,
-) -> None:
-    run = fake_runs.write_run(
-        tmp_path / "run", record=fake_runs.make_record(scales=fake_runs.make_scales(fake_runs.CHEAPER))
-    )
-    offer = "scale 0.25 keeps 96% of the gain in loss at 25% of the forgetting"
-    assert (
-        f"On the rows to choose by, {offer}; other measures were not taken there."
-        in build_summary(load_report_data(run)).sentence
-    )
-    said = text_of(run)
-    assert (
-        f"Offered: {offer}. Other measures may say otherwise: tunesmith compare {run}@0.25 {run}"
-        in said
-    )
-    assert f"To have it: tunesmith export {run} --to peft --scale 0.25" in said
-    whole = fake_runs.write_run(
-        tmp_path / "whole", record=fake_runs.make_record(scales=fake_runs.make_scales())
-    )
-    assert "to choose by" not in build_summary(load_report_data(whole)).sentence
-    assert (
-        "Scale 1, the adapter as trained, is best: less of it keeps too little of the gain."
-        in text_of(whole)
-    )
-    assert "--scale" not in text_of(whole)
+def test_a_scale_that_forgets_much_less_is_recommended_in_the_verdict(tmp_path: Path) -> None:
+    record = fake_runs.make_record(scales=fake_runs.make_scales(fake_runs.CHEAPER))
+    run = fake_runs.write_run(tmp_path / "run", record=record)
+    tradeoff = "scale 0.25 keeps 96% of the gain in loss at 25% of the forgetting"
+    sentence = build_summary(load_report_data(run)).sentence
+    assert f"On eval_data, {tradeoff}; other metrics were not measured at that scale." in sentence
+    text = read_text(run)
+    verify = f"Verify it on test_data: tunesmith compare {run}@0.25 {run}"
+    assert f"Recommended: {tradeoff}. {verify}" in text
+    assert f"Export it: tunesmith export {run} --to peft --scale 0.25" in text
 
 
-def test_what_a_guard_does_is_on_the_curves(tmp_path: Path) -> None:
+def test_without_a_better_scale_none_is_recommended(tmp_path: Path) -> None:
+    record = fake_runs.make_record(scales=fake_runs.make_scales())
+    run = fake_runs.write_run(tmp_path / "run", record=record)
+    assert "On eval_data" not in build_summary(load_report_data(run)).sentence
+    text = read_text(run)
+    assert "Scale 1, the adapter as trained, is best: less of it keeps too little" in text
+    assert "--scale" not in text
+
+
+def test_the_guard_is_on_the_curves(tmp_path: Path) -> None:
     probes = [Score("probes", "repetition", n / 10, n / 20, n / 5, 8, n * 10) for n in (1, 2, 3)]
-    said = [
+    guard_events = [
         CheckResult("repetition", "rollback", "seq-rep-4 0.9; back to step 10", 20),
         GenerationSample(20, "probe 1", "hi", "a a a"),
     ]
-    made = render_page(
-        load_report_data(
-            fake_runs.write_run(tmp_path / "run", events=[*fake_runs.make_events(), *probes, *said])
-        )
-    )
-    assert "probes: repetition" in made
-    assert made.count('class="mark rollback"') == 3  # on the loss, the held-out loss and the probes
-    assert "seq-rep-4 0.9; back to step 10" in text_of(tmp_path / "run")
-    assert "probe 1 hi a a a" in text_of(tmp_path / "run")
+    events = [*fake_runs.make_events(), *probes, *guard_events]
+    html = render_page(load_report_data(fake_runs.write_run(tmp_path / "run", events=events)))
+    assert "probes: repetition" in html
+    assert html.count('class="mark rollback"') == 3  # on the loss, the held-out loss and the probes
+    text = read_text(tmp_path / "run")
+    assert "seq-rep-4 0.9; back to step 10" in text
+    assert "probe 1 hi a a a" in text
 
 
-def test_a_run_that_goes_on_has_a_page(tmp_path: Path) -> None:
+def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
     run = fake_runs.write_run(tmp_path / "run", events=fake_runs.make_events(12))
-    assert "Not finished" in text_of(run)
-    assert "12 of 30 steps are taken" in text_of(run)
-    assert "Not finished" in text_of(fake_runs.write_run(tmp_path / "fresh", events=[]))
+    assert "Not finished" in read_text(run)
+    assert "12 of 30 steps are done" in read_text(run)
+    assert "Not finished" in read_text(fake_runs.write_run(tmp_path / "fresh", events=[]))
 
 
-def test_a_run_that_a_gate_stopped_says_why(tmp_path: Path) -> None:
+def test_a_run_that_a_check_stopped_says_why(tmp_path: Path) -> None:
     stop = CheckResult(
         "failed", "stop", "preflight: row 7: loss 2 in a pack, 1 alone\n  fix: report it", 0
     )
-    said = text_of(fake_runs.write_run(tmp_path / "run", events=[stop]))
-    assert "A gate stopped this run" in said
-    assert "loss 2 in a pack, 1 alone" in said
-    assert "Nothing here may be used" in said
+    text = read_text(fake_runs.write_run(tmp_path / "run", events=[stop]))
+    assert "A check stopped this run" in text
+    assert "loss 2 in a pack, 1 alone" in text
+    assert "Nothing here may be used" in text
 
 
 def test_several_stages_are_one_page(tmp_path: Path) -> None:
-    said = text_of(fake_runs.write_stages(tmp_path / "run"))
-    assert said.count("Stage 1-cpt") == said.count("Stage 2-sft") > 3
-    assert "--adapter-from runs/again/1-cpt" in said
-    assert "60 steps" in said
+    text = read_text(fake_runs.write_stages(tmp_path / "run"))
+    assert text.count("Stage 1-cpt") == text.count("Stage 2-sft") > 3
+    assert "--adapter-from runs/again/1-cpt" in text
+    assert "60 steps" in text
 
 
-def test_grades_tell_better_from_worse(tmp_path: Path) -> None:
+def test_grades_decide_better_and_worse(tmp_path: Path) -> None:
     rows = [f"test.jsonl:{number}" for number in (1, 2, 3)]
 
-    def measured(values: list[float], answers: list[str]) -> dict:
+    def make_results(values: list[float], answers: list[str]) -> dict:
         samples = [
             GenerationSample(0, row, "q", answer) for row, answer in zip(rows, answers, strict=True)
         ]
-        one = {
+        measurement = {
             "task": "test",
             "metric": "exact_match",
             "ids": rows,
             "values": values,
             "higher_is_better": True,
         }
-        return {"measurements": [one], "samples": samples}
+        return {"measurements": [measurement], "samples": samples}
 
     files = {
-        "before.json": measured([0, 1, 0], ["a", "b", "c"]),
-        "after.json": measured([1, 0, 0], ["x", "b", "y"]),
+        EVAL_BEFORE_FILE: make_results([0, 1, 0], ["a", "b", "c"]),
+        EVAL_AFTER_FILE: make_results([1, 0, 0], ["x", "b", "y"]),
     }
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record(samples=()), files=files)
-    found = build_sample_diffs(load_report_data(run))
-    assert [(one.state, one.changed) for one in found] == [
+    diffs = build_sample_diffs(load_report_data(run))
+    assert [(diff.state, diff.changed) for diff in diffs] == [
         ("better", True),
         ("worse", False),
         ("same", True),
     ]
-    assert found[0].grades == [("exact_match", 0, 1)]
+    assert diffs[0].grades == [("exact_match", 0, 1)]
 
 
-def test_marks_are_against_what_was_expected(tmp_path: Path) -> None:
+def test_marks_are_against_the_expected_answer(tmp_path: Path) -> None:
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     first = build_sample_diffs(load_report_data(run))[0]
     assert (first.before, first.after, first.expected) == (
@@ -270,17 +259,17 @@ def test_marks_are_against_what_was_expected(tmp_path: Path) -> None:
         ["the sum is 5"],
         ["the sum is 5"],
     )
-    free = fake_runs.write_run(
-        tmp_path / "free", record=fake_runs.make_record(samples=(fake_runs.make_pair(1, "a b", "a c"),))
-    )
-    (one,) = build_sample_diffs(load_report_data(free))
-    assert (one.before, one.after, one.expected) == (["a ", "b"], ["a ", "c"], [])
+    samples = (fake_runs.make_pair(1, "a b", "a c"),)
+    record = fake_runs.make_record(samples=samples)
+    free = fake_runs.write_run(tmp_path / "free", record=record)
+    (diff,) = build_sample_diffs(load_report_data(free))
+    assert (diff.before, diff.after, diff.expected) == (["a ", "b"], ["a ", "c"], [])
 
 
-# ---------------------------------------------------------------- what cannot break it
+# ---------------------------------------------------------------- safety
 
 
-def hostile_run(path: Path) -> Path:
+def write_hostile_run(path: Path) -> Path:
     samples = (
         fake_runs.make_pair(1, HOSTILE, HOSTILE + "x" * 50_000, HOSTILE),
         (GenerationSample(0, HOSTILE, HOSTILE, "a"),) * 2,
@@ -309,23 +298,22 @@ def hostile_run(path: Path) -> Path:
     return fake_runs.write_run(path, plan=plan, record=record, events=events)
 
 
-def test_hostile_words_are_words(tmp_path: Path) -> None:
-    made = render_page(load_report_data(hostile_run(tmp_path / "run")))
-    found = checked(made)
-    assert found.tags.count("script") == 2  # the data of the answers, and ours
-    assert "img" not in found.tags
-    assert not re.search("[\x00\u202e\ud800]", made)
-    assert "U+202E" in made
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    html = render_page(load_report_data(write_hostile_run(tmp_path / "run")))
+    page = parse_page(html)
+    assert page.tags.count("script") == 2  # the data of the answers, and page.js
+    assert "img" not in page.tags
+    assert not re.search("[\x00\u202e\ud800]", html)
+    assert "U+202E" in html
 
 
-def test_nothing_is_loaded_and_only_ours_may_run(tmp_path: Path) -> None:
-    made = render_page(
-        load_report_data(fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record()))
-    )
-    assert not re.findall(r"https?:|@import|url\(|<link|<iframe|<img", made)
-    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', made)
+def test_the_policy_forbids_loading_and_allows_our_script_only(tmp_path: Path) -> None:
+    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
+    html = render_page(load_report_data(run))
+    assert not re.findall(r"https?:|@import|url\(|<link|<iframe|<img", html)
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)
     assert policy is not None
-    assert "default-src &#x27;none&#x27;" in policy[1]
+    assert "default-src &#39;none&#39;" in policy[1]
     assert "unsafe" not in policy[1]
     assert policy[1].count("sha256-") == 2
 
@@ -333,7 +321,7 @@ def test_nothing_is_loaded_and_only_ours_may_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the verb
 
 
-def test_it_is_written_whole_beside_the_run_or_elsewhere(tmp_path: Path) -> None:
+def test_the_page_is_written_into_the_run_or_elsewhere(tmp_path: Path) -> None:
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     assert api.write_report(run) == run / "report.html"
     assert (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import hostile_run
+from test_page import write_hostile_run
 
 import fake_runs
 from tunesmith.core.events import GenerationSample
@@ -54,13 +54,13 @@ def opened(browser: Any, file: Path, **context: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    answers = [fake_runs.pair(n, f"was {n % 3}", f"is {n % 2}", f"is {n % 4}") for n in range(200)]
+    answers = [fake_runs.make_pair(n, f"was {n % 3}", f"is {n % 2}", f"is {n % 4}") for n in range(200)]
     folder = tmp_path_factory.mktemp("usual")
     return write_report(
         fake_runs.write_run(
             folder / "run",
-            record=fake_runs.record_of(
-                samples=tuple(answers), scales=fake_runs.scales(fake_runs.CHEAPER)
+            record=fake_runs.make_record(
+                samples=tuple(answers), scales=fake_runs.make_scales(fake_runs.CHEAPER)
             ),
         )
     )
@@ -79,7 +79,7 @@ def test_everyone_can_use_it(browser: Any, usual: Path, scheme: str, width: int)
 def test_staged_and_unfinished_runs_are_as_good(browser: Any, tmp_path: Path) -> None:
     runs = [
         fake_runs.write_stages(tmp_path / "stages"),
-        fake_runs.write_run(tmp_path / "open", happened=fake_runs.events(7)),
+        fake_runs.write_run(tmp_path / "open", events=fake_runs.make_events(7)),
     ]
     for run in runs:
         assert axe.Axe().run(opened(browser, write_report(run))).violations_count == 0
@@ -111,7 +111,7 @@ def test_filters_and_search_by_keyboard(browser: Any, usual: Path) -> None:
 
 
 def test_hostile_words_run_nothing(browser: Any, tmp_path: Path) -> None:
-    page = opened(browser, write_report(hostile_run(tmp_path / "run")))
+    page = opened(browser, write_report(write_hostile_run(tmp_path / "run")))
     assert "owned" not in page.title()
     assert page.locator("img").count() == 0
     assert page.locator("article").count() == 2
@@ -146,7 +146,7 @@ def test_ten_thousand_answers_stay_usable(browser: Any, tmp_path: Path) -> None:
         for n in range(10_000)
     )
     file = write_report(
-        fake_runs.write_run(tmp_path / "run", record=fake_runs.record_of(samples=samples))
+        fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record(samples=samples))
     )
     start = time.perf_counter()
     page = opened(browser, file)

@@ -16,7 +16,7 @@ Outcome = tuple[int, str, str]
 
 def test_the_verb_says_where_the_page_is(tmp_path: Path, tunesmith: Callable[..., Outcome]) -> None:
     run, other = (
-        fake_runs.write_run(tmp_path / "run", record=fake_runs.record_of()),
+        fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record()),
         tmp_path / "other.html",
     )
     assert tunesmith("report", str(run)) == (0, f"{run / 'report.html'}\n", "")
@@ -49,12 +49,12 @@ def test_a_run_leaves_its_page(
     assert json.loads(out)["steps"] == 2
     assert f"report: {run / 'report.html'}" in err
     assert re.search(
-        r"Of \d measures? of the answers: \d better", (run / "report.html").read_text()
+        r"\d metrics? of the answers: \d better", (run / "report.html").read_text()
     )
 
 
 def test_a_run_without_a_page_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.record_of())
+    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     (run / "report.html").mkdir()
     run_commands.write_page(run)
     assert "warning: no report" in capsys.readouterr().err

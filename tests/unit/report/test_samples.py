@@ -1,4 +1,4 @@
-"""Word by word: the pieces are the text, and the marked ones are not in the other."""
+"""Word by word: the pieces are the text, and the marked ones are not in the other text."""
 
 import time
 
@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.report.word_diff import MAX_DIFF_WORDS, WORD_PATTERN, mark_differences
+from tunesmith.report.samples import MAX_DIFF_WORDS, WORD_PATTERN, mark_differences
 
 TEXTS = st.text(st.sampled_from("ab ,\n\u202e日"), max_size=40)
 
 
 @given(TEXTS, TEXTS)
-def test_pieces_are_the_text_and_alike_words_are_in_both(text: str, other: str) -> None:
+def test_pieces_are_the_text_and_common_words_are_in_both(text: str, other: str) -> None:
     pieces = mark_differences(text, other)
     assert "".join(pieces) == text
-    alike = [word for piece in pieces[::2] for word in WORD_PATTERN.findall(piece)]
-    theirs = iter(WORD_PATTERN.findall(other))
-    assert all(word in theirs for word in alike)  # in this order
+    common = [word for piece in pieces[::2] for word in WORD_PATTERN.findall(piece)]
+    others = iter(WORD_PATTERN.findall(other))
+    assert all(word in others for word in common)  # in this order
 
 
 @pytest.mark.parametrize(
