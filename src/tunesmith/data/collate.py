@@ -1,48 +1,58 @@
-"""A pack as tensors: the only place in `data` that knows torch.
+"""A pack as tensors; the only module in `data` that imports torch.
 
-    Pack -> Batch (tokens, positions, layout, and the targets as a list apart)
+    Pack -> Batch (tokens, positions, layout, and the targets as a separate list)
 
-Only the tokens that can matter are fed (`pack.fed_tokens`): shorter chats by up to a tenth, with
-the same loss."""
+Only tokens before the last target are fed (`count_input_tokens`): the loss is the same, and chats
+get up to a tenth shorter."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from tunesmith.core.types import Batch, Pack, PackLayout
+from tunesmith.core.types import Batch, Pack, PackLayout, Side
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.data.prefix_sharing import build_segments
 
 
 def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
-    """Lay the documents side by side. Target k: the hidden state at `positions_S[k]` predicts
-    `targets_S[k]`."""
+    """Concatenate the documents of a pack.
+
+    T input tokens, S targets: the hidden state at `positions_S[k]` predicts `targets_S[k]`."""
     lengths = [count_input_tokens(document) for document in pack.documents]
     segments, last_segments = build_segments(lengths, pack.prefix_lengths or (0,) * len(lengths))
     sizes = [segment.end - segment.begin for segment in segments]
+    has_shared = any(pack.prefix_lengths)
     layout = PackLayout(
         starts=(0, *np.cumsum(sizes)[:-1].tolist()),
         lengths=tuple(sizes),
-        parents=tuple(segment.parent for segment in segments) if any(pack.prefix_lengths) else (),
+        parents=tuple(segment.parent for segment in segments) if has_shared else (),
     )
-    positions, targets, weights, document_indices = [], [], [], []
+    segment_tokens: list[np.ndarray] = []
+    segment_positions: list[np.ndarray] = []
+    for segment in segments:
+        tokens_L = pack.documents[segment.document].tokens_L
+        segment_tokens.append(tokens_L[segment.begin : segment.end])
+        segment_positions.append(np.arange(segment.begin, segment.end))
+    positions: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    document_indices: list[np.ndarray] = []
     for i, document in enumerate(pack.documents):
-        targets_K = np.flatnonzero(document.weights_L)  # places of the targets in the document
-        positions.append(_find_positions(layout, last_segments[i])[targets_K - 1])
+        targets_K = np.flatnonzero(document.weights_L)  # positions of targets in the document
+        pack_positions_L = _find_positions(layout, last_segments[i])
+        positions.append(pack_positions_L[targets_K - 1])
         targets.append(document.tokens_L[targets_K])
         weights.append(document.weights_L[targets_K])
         document_indices.append(np.full(len(targets_K), i))
-    is_paired = any(document.side for document in pack.documents)
-    segment_tokens = [
-        pack.documents[segment.document].tokens_L[segment.begin : segment.end]
-        for segment in segments
-    ]
+    sides: tuple[Side, ...] = ()
+    reference_logps: tuple[float | None, ...] = ()
+    if any(document.side for document in pack.documents):
+        sides = tuple(document.side for document in pack.documents)
+        reference_logps = tuple(document.reference_logp for document in pack.documents)
     return Batch(
         tokens_T=_to_tensor(segment_tokens, np.int64, device),
-        positions_T=_to_tensor(
-            [np.arange(segment.begin, segment.end) for segment in segments], np.int64, device
-        ),
+        positions_T=_to_tensor(segment_positions, np.int64, device),
         layout=layout,
         positions_S=_to_tensor(positions, np.int64, device),
         targets_S=_to_tensor(targets, np.int64, device),
@@ -50,19 +60,16 @@ def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
         document_S=_to_tensor(document_indices, np.int64, device),
         ids=tuple(document.id for document in pack.documents),
         real_tokens=sum(len(document) for document in pack.documents),
-        sides=tuple(document.side for document in pack.documents) if is_paired else (),
-        reference_logps=tuple(document.reference_logp for document in pack.documents)
-        if is_paired
-        else (),
+        sides=sides,
+        reference_logps=reference_logps,
     )
 
 
-def _find_positions(layout: PackLayout, last: int) -> np.ndarray:
-    """Where the tokens of a document that ends in segment `last` stand in the pack."""
-    path = layout.get_path(last)
-    return np.concatenate(
-        [np.arange(layout.starts[i], layout.starts[i] + layout.lengths[i]) for i in path]
-    )
+def _find_positions(layout: PackLayout, last_segment: int) -> np.ndarray:
+    """Return the positions in the pack of the tokens of a document."""
+    path = layout.get_path(last_segment)
+    ranges = [np.arange(layout.starts[i], layout.starts[i] + layout.lengths[i]) for i in path]
+    return np.concatenate(ranges)
 
 
 def _to_tensor(

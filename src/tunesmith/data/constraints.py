@@ -1,12 +1,12 @@
-"""What no answer may say: which rows break a constraint of the recipe, and what becomes of them.
+"""The `never` constraints of the recipe: the rows that break one, and their treatment.
 
-    Example, constraints -> the Example, its bad places marked (`banned`); or BadRow, Violation
+    Example, constraints -> Example with `banned_spans`, or InvalidRow, or Violation
 
-Where rows train, an answer that matches is left out (`filter`; `pair`, where it should be the
-better one), or its matching places are trained away from (`ban`). `negative: true` in a row says
-that its answer is bad, `negative: false` that the match is rightly there. Held-out rows are never
-left out: negative ones are prompts that ask for a violation, others may match rightly. Left out:
-what a place costs (train/losses.py), how often a model breaks a constraint (evaluate)."""
+A training answer that matches is excluded (modes `filter`, and `pair` on the chosen side), or its
+matching spans are trained away from (`ban`). `negative: true` in a row marks its answer as bad;
+`negative: false` marks the match as correct. Held-out rows are never excluded: negative ones are
+prompts that ask for a violation. Left out: the loss of a banned span (train/losses.py), and how
+often a model breaks a constraint (evaluate/)."""
 
 from __future__ import annotations
 
@@ -22,87 +22,86 @@ from tunesmith.core.types import CharSpan, Example
 from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.recipe.fields import Constraint
 
-MAX_MATCH_SECONDS = 2.0  # for one pattern on one answer; more is no work but backtracking
-MAX_MATCH_SHARE = 0.5  # of all answers: more, and the pattern says nothing about what is bad
+MAX_MATCH_SECONDS = 2.0  # per pattern and answer; longer is catastrophic backtracking
+MAX_MATCH_SHARE = 0.5  # of all answers; a pattern that matches more does not describe what is bad
 MAX_SHOWN_ROWS = 3
-MAX_EXCERPT_CHARS = 60  # characters
-
-
-class Violation(InvalidRow):
-    """A row whose answer breaks a constraint that leaves such rows out."""
-
-    def __init__(self, example: Example, match: ConstraintMatch) -> None:
-        message = f"the answer breaks {match.name!r}: {match.excerpt!r}"
-        fix = 'correct the answer, or write `"negative": false` into the row if it is right here'
-        super().__init__("never", message, where=example.id, fix=fix)
-        self.match, self.is_negative = match, bool(example.negative)
+MAX_EXCERPT_CHARS = 60
 
 
 @dataclass(frozen=True)
 class ConstraintMatch:
-    name: str
+    """One match of a constraint in an answer."""
+
+    name: str  # of the constraint
     mode: str
     span: CharSpan
     excerpt: str
 
 
+class Violation(InvalidRow):
+    """A row excluded because its answer breaks a constraint."""
+
+    def __init__(self, example: Example, match: ConstraintMatch) -> None:
+        message = f"the answer breaks {match.name!r}: {match.excerpt!r}"
+        fix = 'correct the answer, or add `"negative": false` to the row if the match is fine'
+        super().__init__("never", message, where=example.id, fix=fix)
+        self.match = match
+        self.is_negative = bool(example.negative)
+
+
 @dataclass(frozen=True)
 class ConstraintSet:
-    """The constraints as they hold for one role. `held_out`: rows are measured. `bans`: matching
-    places can be trained away from; without it such rows are left out too."""
+    """The constraints of one role."""
 
     constraints: tuple[Constraint, ...] = ()
-    is_held_out: bool = False
-    can_ban: bool = True
+    is_held_out: bool = False  # rows are evaluated, not trained
+    can_ban: bool = True  # if not, rows that break a `ban` constraint are excluded too
 
     @property
     def has_pair_constraints(self) -> bool:
-        """Rows may come without a worse side: the base model's own bad answer will be it."""
+        """Rows may lack a rejected side: the base model's own bad answer becomes it."""
         return any(constraint.mode == "pair" for constraint in self.constraints)
 
     def mark_violations(self, example: Example) -> Example:
-        """Raises Violation for a row to leave out, BadRow for a negative row that nothing says the
-        fault of."""
+        """Mark the banned spans of an example.
+
+        Raises Violation for a row to exclude, InvalidRow for a negative row without a match."""
         if example.negative is False or not (self.constraints or example.negative):
             return example
         if example.negative and example.rejected is not None:
-            fix = "drop `negative`: the rejected side says what is bad"
-            raise InvalidRow("contradiction", "a pair that is negative", where=example.id, fix=fix)
+            message = "a preference pair cannot be negative"
+            fix = "remove `negative`: the rejected side already says what is bad"
+            raise InvalidRow("contradiction", message, where=example.id, fix=fix)
         if example.negative == "whole" and (self.can_ban or self.is_held_out):
-            return _mark_spans(example, list(_match_full_answers(example)))
-        matches = [
-            match for constraint in self.constraints for match in find_matches(constraint, example)
-        ]
+            return _mark_spans(example, _match_full_answers(example))
+        matches: list[ConstraintMatch] = []
+        for constraint in self.constraints:
+            matches += _find_matches(constraint, example)
         if self.is_held_out:
-            return (
-                _mark_spans(example, matches or list(_match_full_answers(example)))
-                if example.negative
-                else example
-            )
+            if not example.negative:
+                return example
+            return _mark_spans(example, matches or _match_full_answers(example))
         for match in matches:
             if match.mode != "ban" or not self.can_ban:
                 raise Violation(example, match)
         if example.negative and not matches:
-            raise _build_no_match_error(example)
+            message = "the row is negative, but no constraint matches it"
+            fix = (
+                "add a `never` constraint with `mode: ban` that matches it, "
+                'set `"negative": "whole"`, or remove the row'
+            )
+            raise InvalidRow("nothing bad", message, where=example.id, fix=fix)
         return _mark_spans(example, matches) if matches else example
 
 
-def _build_no_match_error(example: Example) -> InvalidRow:
-    fix = 'add a `never` constraint with `mode: ban` that matches it, write `"negative": "whole"`, or drop the row'
-    message = "the row is negative, and nothing says what is bad in it"
-    return InvalidRow("nothing bad", message, where=example.id, fix=fix)
-
-
 def _mark_spans(example: Example, matches: Sequence[ConstraintMatch]) -> Example:
+    spans = tuple(match.span for match in matches)
     names = tuple(dict.fromkeys(match.name for match in matches))
-    return dataclasses.replace(
-        example, banned_spans=tuple(match.span for match in matches), violations=names
-    )
+    return dataclasses.replace(example, banned_spans=spans, violations=names)
 
 
-def iter_answers(example: Example) -> Iterator[tuple[int, str]]:
-    """(message, what it says without the white space around it) of each trained answer; a plain
-    text is message 0."""
+def _iter_answers(example: Example) -> Iterator[tuple[int, str]]:
+    """Yield (message index, stripped text) of each trained answer; a plain text is message 0."""
     if example.text is not None:
         yield 0, example.text.strip()
     for i, (message, weight) in enumerate(zip(example.messages, example.turn_weights, strict=True)):
@@ -110,39 +109,39 @@ def iter_answers(example: Example) -> Iterator[tuple[int, str]]:
             yield i, message["content"].strip()
 
 
-def _match_full_answers(example: Example) -> Iterator[ConstraintMatch]:
-    for message_index, answer in iter_answers(example):
+def _match_full_answers(example: Example) -> list[ConstraintMatch]:
+    matches: list[ConstraintMatch] = []
+    for message_index, answer in _iter_answers(example):
         if answer:
-            yield ConstraintMatch(
-                "negative rows",
-                "ban",
-                CharSpan(message_index, 0, len(answer)),
-                answer[:MAX_EXCERPT_CHARS],
-            )
+            span = CharSpan(message_index, 0, len(answer))
+            excerpt = answer[:MAX_EXCERPT_CHARS]
+            matches.append(ConstraintMatch("negative rows", "ban", span, excerpt))
+    return matches
 
 
-def find_matches(constraint: Constraint, example: Example) -> Iterator[ConstraintMatch]:
-    """Raises InputError when the pattern takes too long."""
-    for message_index, answer in iter_answers(example):
+def _find_matches(constraint: Constraint, example: Example) -> list[ConstraintMatch]:
+    matches: list[ConstraintMatch] = []
+    for message_index, answer in _iter_answers(example):
         for start, end in find_spans(constraint, answer, example.id):
-            yield ConstraintMatch(
-                constraint.name,
-                constraint.mode,
-                CharSpan(message_index, start, end),
-                answer[start:end][:MAX_EXCERPT_CHARS],
-            )
+            span = CharSpan(message_index, start, end)
+            excerpt = answer[start:end][:MAX_EXCERPT_CHARS]
+            matches.append(ConstraintMatch(constraint.name, constraint.mode, span, excerpt))
+    return matches
 
 
 def find_spans(constraint: Constraint, text: str, where: str) -> list[tuple[int, int]]:
-    """Where a constraint matches a text. Raises InputError when the pattern takes too long."""
+    """Return (start, end) of each match in a text. Raises InputError if a pattern is too slow."""
     pattern = constraint.matcher
     if not isinstance(pattern, str):
         return pattern(text)
     try:
         spans = [match.span() for match in regex.finditer(pattern, text, timeout=MAX_MATCH_SECONDS)]
     except TimeoutError:
-        message = f"the pattern takes over {MAX_MATCH_SECONDS:g} seconds on {where}, a text of {len(text):,} characters"
-        fix = "repeat nothing inside a repeat: `(a+)+` tries every way to divide a text, `a+` only one"
+        message = (
+            f"the pattern takes over {MAX_MATCH_SECONDS:g} seconds on {where}, "
+            f"a text of {len(text):,} characters"
+        )
+        fix = "do not nest repeats: `(a+)+` tries every way to split a text, `a+` only one"
         raise InputError(message, where=f"never: {constraint.name}", fix=fix) from None
     return [(start, end) for start, end in spans if start < end]
 
@@ -152,39 +151,41 @@ def find_spans(constraint: Constraint, text: str, where: str) -> list[tuple[int,
 
 @dataclass
 class ConstraintCounts:
-    """How many rows break what. `unmarked` are those that no row itself calls negative."""
+    """How many rows break each constraint."""
 
-    num_answers: int = 0  # rows that are not called negative
-    unmarked: Counter[str] = field(default_factory=Counter[str])
+    num_answers: int = 0  # rows that are not marked negative
+    unmarked: Counter[str] = field(default_factory=Counter[str])  # of those
     filtered: Counter[str] = field(default_factory=Counter[str])
     banned: Counter[str] = field(default_factory=Counter[str])
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def count_example(self, example: Example) -> None:
-        self.num_answers += not example.negative
+        """Count a row that is not excluded."""
+        is_negative = bool(example.negative)
+        self.num_answers += not is_negative
         for name in example.violations:
             self.banned[name] += 1
-            self._count_break(name, example.id, is_negative=bool(example.negative))
+            self._count_break(name, example.id, is_negative)
 
     def count_violation(self, violation: Violation) -> None:
+        """Count an excluded row."""
+        name = violation.match.name
         self.num_answers += not violation.is_negative
-        self.filtered[violation.match.name] += 1
-        self._count_break(
-            violation.match.name,
-            f"{violation.where} {violation.match.excerpt!r}",
-            is_negative=violation.is_negative,
-        )
+        self.filtered[name] += 1
+        label = f"{violation.where} {violation.match.excerpt!r}"
+        self._count_break(name, label, violation.is_negative)
 
-    def _count_break(self, name: str, label: str, *, is_negative: bool) -> None:
+    def _count_break(self, name: str, label: str, is_negative: bool) -> None:
         self.unmarked[name] += not is_negative
         if not is_negative and len(self.examples[name]) < MAX_SHOWN_ROWS:
             self.examples[name].append(label)
 
     def refuse_broad_constraints(self, path: str) -> None:
-        """Raises InputError for a constraint that most answers break."""
+        """Raise InputError for a constraint that most answers break."""
         for name, count in self.unmarked.items():
             if count > MAX_MATCH_SHARE * self.num_answers:
-                example_lines = "".join(f"\n  {line}" for line in self.examples[name])
-                message = f"{count:,} of {self.num_answers:,} answers of {path} break it, over half:{example_lines}"
-                fix = 'write a narrower pattern, or mark the rows that are meant as bad with `"negative": true`'
+                message = f"{count:,} of {self.num_answers:,} answers in {path} break it:"
+                for line in self.examples[name]:
+                    message += f"\n  {line}"
+                fix = 'use a narrower pattern, or mark bad rows with `"negative": true`'
                 raise InputError(message, where=f"never: {name}", fix=fix)

@@ -109,7 +109,7 @@ class Dataset:
     constraint_counts: ConstraintCounts
     max_length: int | None = None  # tokens per document
     on_overlong: OverlongPolicy = "drop"
-    should_skip_invalid: bool = False  # a row that cannot be rendered becomes an empty slot
+    skip_invalid: bool = False  # a row that cannot be rendered becomes an empty slot
     # Row -> the row with its generated rejected side, once the sides are generated.
     synthetic: Mapping[int, Example] | None = None
 
@@ -211,9 +211,9 @@ class Dataset:
     def render_documents(self, index: int) -> tuple[Document, ...]:
         """Return the documents of a row.
 
-        Raises InvalidRow if it cannot be rendered, unless `should_skip_invalid`."""
+        Raises InvalidRow if it cannot be rendered, unless `skip_invalid`."""
         prepared = self.render_row(index)[1]
-        if prepared.problem and not self.should_skip_invalid:
+        if prepared.problem and not self.skip_invalid:
             raise prepared.problem
         return prepared.documents
 
@@ -240,7 +240,7 @@ def open_dataset(
     max_length: int | None = None,
     on_overlong: OverlongPolicy = "drop",
     max_examples: int | None = None,
-    should_skip_invalid: bool = False,
+    skip_invalid: bool = False,
     has_pairs: bool = False,
     constraint_set: ConstraintSet = NO_CONSTRAINTS,
 ) -> Dataset:
@@ -283,7 +283,7 @@ def open_dataset(
         constraint_counts=scanner.constraint_counts,
         max_length=max_length,
         on_overlong=on_overlong,
-        should_skip_invalid=should_skip_invalid,
+        skip_invalid=skip_invalid,
     )
 
 

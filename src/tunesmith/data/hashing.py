@@ -1,8 +1,7 @@
-"""Examples as numbers, by which equal ones are found: duplicates, leaks between roles, sides of a
-split; and as shapes.
+"""Digests of examples, to find equal ones (duplicates, leaks, splits), and their shapes.
 
-Rows of one shape are the same to a chat template but for their texts: what it refuses, it refuses
-by shape, so a look at one row of each shape finds what a sample would miss."""
+Rows of one shape differ, for a chat template, in their texts only. A template refuses by shape, so
+rendering one row of each shape finds refusals that a random sample would miss."""
 
 from __future__ import annotations
 
@@ -13,42 +12,36 @@ from itertools import chain
 
 from tunesmith.core.types import Example, Json
 
-CLOSING_CHARS = "?!. \n\t"  # of a question: with and without them it asks the same
+CLOSING_CHARS = "?!. \n\t"  # ignored at the end of a question
 
 
 def hash_example(example: Example) -> tuple[int, int]:
-    """64-bit digests of (the whole example, what stands before its last answer), white space evened
-    out; of a question case and closing marks count for nothing either.
+    """Return 64-bit digests of (the full example, everything before its last answer).
 
-    With nothing before its answer, as in a plain text, both digests are the same.
-    """
+    White space is collapsed; in the second digest case and closing marks are ignored as well. Both
+    are the same if nothing precedes the answer, as in a plain text."""
     rejected = [] if example.rejected is None else [str(hash_example(example.rejected)[0])]
     if example.text is not None:
-        return _hash_parts([example.prompt] if example.prompt else [], [example.text, *rejected])
+        prompt = [example.prompt] if example.prompt else []
+        return _hash_parts(prompt, [example.text, *rejected])
     *context, answer = [_split_message(message) for message in example.messages]
     tools = [json.dumps(example.tools, sort_keys=True)] if example.tools else []
     return _hash_parts([*tools, *chain.from_iterable(context)], [*answer, *rejected])
 
 
 def hash_text(text: str) -> int:
-    """64-bit digest of a text, white space evened out."""
-    return int.from_bytes(
-        hashlib.blake2b(_encode_normalized([text]), digest_size=8).digest(), "big"
-    )
+    """Return a 64-bit digest of a text, with white space collapsed."""
+    return _hash_normalized([text])
 
 
 def compute_shape(example: Example) -> object:
-    """Which kinds of turns follow on each other, and what they hold beside text; the length does
-    not matter."""
-    kinds = [
-        (message["role"], not message["content"].strip(), *sorted(message), weight > 0)
-        for message, weight in zip(example.messages, example.turn_weights, strict=True)
-    ]
-    return (
-        frozenset(zip([None, *kinds], [*kinds, None], strict=True)),
-        bool(example.tools),
-        example.prompt is None,
-    )
+    """Return the kinds of turns that follow each other, and their fields, without lengths."""
+    kinds: list[tuple[object, ...] | None] = []
+    for message, weight in zip(example.messages, example.turn_weights, strict=True):
+        is_blank = not message["content"].strip()
+        kinds.append((message["role"], is_blank, *sorted(message), weight > 0))
+    pairs = zip([None, *kinds], [*kinds, None], strict=True)
+    return frozenset(pairs), bool(example.tools), example.prompt is None
 
 
 def _split_message(message: Json) -> tuple[str, str, str]:
@@ -57,16 +50,12 @@ def _split_message(message: Json) -> tuple[str, str, str]:
 
 
 def _hash_parts(prompt: Sequence[str], answer: Sequence[str]) -> tuple[int, int]:
-    question = [part.casefold().rstrip(CLOSING_CHARS) for part in prompt]
-    full_digest = _to_int(hashlib.blake2b(_encode_normalized([*prompt, *answer]), digest_size=8))
-    return full_digest, _to_int(
-        hashlib.blake2b(_encode_normalized(question), digest_size=8)
-    ) if prompt else full_digest
+    full_digest = _hash_normalized([*prompt, *answer])
+    if not prompt:
+        return full_digest, full_digest
+    return full_digest, _hash_normalized([p.casefold().rstrip(CLOSING_CHARS) for p in prompt])
 
 
-def _to_int(hasher: hashlib.blake2b) -> int:
-    return int.from_bytes(hasher.digest(), "big")
-
-
-def _encode_normalized(parts: Sequence[str]) -> bytes:
-    return "".join(" ".join(part.split()) + "\0" for part in parts).encode()
+def _hash_normalized(parts: Sequence[str]) -> int:
+    normalized = "".join(" ".join(part.split()) + "\0" for part in parts)
+    return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest(), "big")

@@ -1,12 +1,13 @@
-"""The documents of one step, laid into packs.
+"""Pack the documents of one step.
 
     documents -> packs of at most pack_length computed tokens
 
-As few packs as best fit (longest first, each document where it leaves the least room) finds, then
-evened out: the largest pack sets the peak of memory, and a small rest multiplies matrices less
-well. A document is never split, nor is a pair, whose loss needs both sides; what is longer than
-`pack_length` gets a pack of its own. With `share`, documents that begin alike come together, and
-what they begin with counts once. Packing changes speed and memory only, never the step."""
+Best fit (longest document first, each into the pack where it leaves the least room) finds the
+number of packs; then the packs are balanced, since the largest one sets the memory peak and small
+matrices multiply less efficiently. A document is never split, nor is a preference pair, whose loss
+needs both sides; one longer than `pack_length` gets its own pack. With prefix sharing, documents
+with a common prefix come together and the prefix counts once. Packing changes speed and memory,
+never the step."""
 
 from __future__ import annotations
 
@@ -19,31 +20,32 @@ import numpy as np
 from tunesmith.core.types import Document, Pack
 from tunesmith.data.prefix_sharing import group_by_prefix
 
-# what one more pack costs: two of 1,325 tokens took 10% longer than one of 2,650
+# Cost of one more pack: two of 1,325 tokens took 10% longer than one of 2,650.
 PACK_OVERHEAD_TOKENS = 256
 
 
 def count_input_tokens(document: Document) -> int:
-    """How many tokens of a document can matter: those before its last target.
+    """Return the number of tokens before the last target, 0 without a target.
 
-    What comes later cannot influence the loss, and the last target itself is only predicted. 0
-    without a target."""
+    Later tokens cannot influence the loss, and the last target is only predicted."""
     targets = np.flatnonzero(document.weights_L)
     return int(targets[-1]) if len(targets) else 0
 
 
 def count_computed_tokens(pack: Pack) -> int:
-    """How many tokens a pack feeds, shared ones once."""
+    """Return the number of tokens that a pack feeds to the model; shared ones count once."""
     return sum(map(count_input_tokens, pack.documents)) - sum(pack.prefix_lengths)
 
 
 def group_units(documents: Sequence[Document]) -> list[tuple[int, ...]]:
-    """What a pack holds whole, by place: a document, or a pair, which is a chosen side and the
-    rejected one behind."""
+    """Return the units that packing must not split, as indices.
+
+    A unit is a document, or a preference pair: a chosen side followed by its rejected side."""
     units: list[tuple[int, ...]] = []
     for index, document in enumerate(documents):
         previous = documents[index - 1] if index else document
-        if (previous.side, document.side) == ("chosen", "rejected") and previous.id == document.id:
+        is_rejected = (previous.side, document.side) == ("chosen", "rejected")
+        if is_rejected and previous.id == document.id:
             units[-1] = (index - 1, index)
         else:
             units.append((index,))
@@ -53,42 +55,42 @@ def group_units(documents: Sequence[Document]) -> list[tuple[int, ...]]:
 def pack_step(
     documents: Sequence[Document], pack_length: int, *, should_share: bool = False
 ) -> list[Pack]:
-    """Pack every document once; within a pack the longest come first, so equal lengths are
-    neighbours. With `share` neighbours are documents that begin alike, where that costs less.
+    """Pack every document once, the longest first within a pack.
 
-    The same documents in the same order give the same packs. Raises ValueError for a document
-    without a target, or with a first token that is one, since nothing predicts it."""
+    With `should_share`, documents with a common prefix are neighbors, if that is cheaper.
+    Deterministic. Raises ValueError for a document without a target, or with a target as its first
+    token, which nothing predicts."""
     lengths = [count_input_tokens(document) for document in documents]
     for document, length in zip(documents, lengths, strict=True):
         if not length or document.weights_L[0]:
-            raise ValueError(
-                f"{document.id}: a document needs a target, and its first token cannot be one"
-            )
+            message = "a document needs a target, and its first token cannot be one"
+            raise ValueError(f"{document.id}: {message}")
     units = group_units(documents)
-    sizes = [sum(lengths[i] for i in unit) for unit in units]
-    packs = [
-        Pack(tuple(documents[i] for unit in pack for i in units[unit]))
-        for pack in _lay_out(sizes, pack_length)
-    ]
-    return (
-        min(packs, _pack_with_prefixes(documents, lengths, pack_length), key=_compute_cost)
-        if should_share
-        else packs
-    )
+    sizes: list[int] = []
+    for unit in units:
+        sizes.append(sum(lengths[i] for i in unit))
+    packs: list[Pack] = []
+    for unit_indices in _lay_out(sizes, pack_length):
+        indices = [i for unit_index in unit_indices for i in units[unit_index]]
+        packs.append(Pack(tuple(documents[i] for i in indices)))
+    if should_share:
+        shared_packs = _pack_with_prefixes(documents, lengths, pack_length)
+        return min(packs, shared_packs, key=_compute_cost)
+    return packs
 
 
 def compute_saved_share(
     rows: Sequence[Sequence[Document]], batch_size: int, pack_length: int
 ) -> float:
-    """The share of the fed tokens that steps over these rows need not compute when their documents
-    share what they begin with. Each row is its documents; the rows stand in the order of a run."""
-    saved_tokens = input_tokens = 0
+    """Return the share of input tokens that prefix sharing saves.
+
+    `rows` has the documents of each row, in the order of a run."""
+    saved_tokens = 0
+    input_tokens = 0
     for first in range(0, max(1, len(rows) - batch_size + 1), batch_size):
         documents = [document for row in rows[first : first + batch_size] for document in row]
-        saved_tokens += sum(
-            sum(pack.prefix_lengths)
-            for pack in pack_step(documents, pack_length, should_share=True)
-        )
+        for pack in pack_step(documents, pack_length, should_share=True):
+            saved_tokens += sum(pack.prefix_lengths)
         input_tokens += sum(map(count_input_tokens, documents))
     return saved_tokens / input_tokens if input_tokens else 0.0
 
@@ -98,73 +100,73 @@ def _compute_cost(packs: Sequence[Pack]) -> int:
 
 
 def _lay_out(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
-    """Items in as few packs as best fit finds, evened out."""
+    """Return the items of each pack: as few packs as best fit finds, balanced if they fit."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     packs = _pack_best_fit(longest_first, lengths, pack_length)
     balanced = _balance_packs(longest_first, lengths, len(packs))
-    return (
-        balanced
-        if max((sum(lengths[i] for i in pack) for pack in balanced), default=0) <= pack_length
-        else packs
-    )
+    for pack in balanced:
+        if sum(lengths[i] for i in pack) > pack_length:
+            return packs
+    return balanced
 
 
 def _pack_with_prefixes(
     documents: Sequence[Document], lengths: Sequence[int], pack_length: int
 ) -> list[Pack]:
-    """Documents with one beginning are an item; of those that do not fit in a pack, as many as
-    do."""
-    input_tokens = [
-        document.tokens_L[:length] for document, length in zip(documents, lengths, strict=True)
-    ]
-    units = group_units(documents)
-    ordered_units, shared_D = group_by_prefix(input_tokens, units)
+    """Pack documents with a common prefix as one item; an item over `pack_length` is split."""
+    input_tokens: list[np.ndarray] = []
+    for document, length in zip(documents, lengths, strict=True):
+        input_tokens.append(document.tokens_L[:length])
+    ordered_units, shared_D = group_by_prefix(input_tokens, group_units(documents))
     shared = [shared_D[unit[0]] for unit in ordered_units]
-    items: list[list[int]] = []  # places in the order
+    new_tokens: list[int] = []
+    for unit in ordered_units:
+        new_tokens.append(sum(lengths[i] - shared_D[i] for i in unit))
+    runs: list[list[int]] = []  # positions in the order; each run has one prefix
     for position, tokens in enumerate(shared):
         if tokens:
-            items[-1].append(position)
+            runs[-1].append(position)
         else:
-            items.append([position])
-    new_tokens = [sum(lengths[i] - shared_D[i] for i in unit) for unit in ordered_units]
-    items = [part for item in items for part in _split_run(item, new_tokens, shared, pack_length)]
+            runs.append([position])
+    items: list[list[int]] = []
+    for run in runs:
+        items += _split_run(run, new_tokens, shared, pack_length)
     sizes = [_count_tokens(item, new_tokens, shared) for item in items]
     packs: list[Pack] = []
-    for pack in _lay_out(sizes, pack_length):
-        document_indices = [
-            i for item in pack for position in items[item] for i in ordered_units[position]
-        ]
-        first_documents = {ordered_units[items[item][0]][0] for item in pack}
-        packs.append(
-            Pack(
-                tuple(documents[i] for i in document_indices),
-                tuple(0 if i in first_documents else shared_D[i] for i in document_indices),
-            )
-        )
+    for item_indices in _lay_out(sizes, pack_length):
+        pack_documents: list[Document] = []
+        prefix_lengths: list[int] = []
+        for item_index in item_indices:
+            indices = [i for position in items[item_index] for i in ordered_units[position]]
+            pack_documents += [documents[i] for i in indices]
+            # The first document of an item has nothing before it to share.
+            prefix_lengths += [0, *(shared_D[i] for i in indices[1:])]
+        packs.append(Pack(tuple(pack_documents), tuple(prefix_lengths)))
     return packs
 
 
 def _count_tokens(
     positions: Sequence[int], new_tokens: Sequence[int], shared: Sequence[int]
 ) -> int:
-    """Tokens of neighbours: the first has nobody to share with."""
+    """Return the computed tokens of a run; its first unit shares nothing."""
     return shared[positions[0]] + sum(new_tokens[position] for position in positions)
 
 
 def _split_run(
     positions: list[int], new_tokens: Sequence[int], shared: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
-    """Neighbours in stretches of at most `most` tokens each, as few as filling up gives, evened
-    out."""
+    """Split a run into as few parts of at most `max_tokens` as possible, balanced."""
     parts = _fill_parts(positions, new_tokens, shared, max_tokens)
-    min_tokens = max(1, _count_tokens(positions, new_tokens, shared) // len(parts))
-    while min_tokens < max_tokens:
-        middle = (min_tokens + max_tokens) // 2
+    # Binary search for the smallest limit that gives the same number of parts.
+    low = max(1, _count_tokens(positions, new_tokens, shared) // len(parts))
+    high = max_tokens
+    while low < high:
+        middle = (low + high) // 2
         if len(_fill_parts(positions, new_tokens, shared, middle)) > len(parts):
-            min_tokens = middle + 1
+            low = middle + 1
         else:
-            max_tokens = middle
-    return _fill_parts(positions, new_tokens, shared, max_tokens)
+            high = middle
+    return _fill_parts(positions, new_tokens, shared, high)
 
 
 def _fill_parts(
@@ -185,14 +187,16 @@ def _fill_parts(
 def _pack_best_fit(
     longest_first: Sequence[int], lengths: Sequence[int], pack_length: int
 ) -> list[list[int]]:
+    """Put each item into the pack where it leaves the least room, or into a new one."""
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for i in longest_first:
         fitting = bisect_left(room, (lengths[i], 0))
         if fitting < len(room):
             free_tokens, pack = room.pop(fitting)
         else:
-            free_tokens, pack = pack_length, len(packs)
+            free_tokens = pack_length
+            pack = len(packs)
             packs.append([])
         packs[pack].append(i)
         if free_tokens > lengths[i]:
@@ -203,7 +207,7 @@ def _pack_best_fit(
 def _balance_packs(
     longest_first: Sequence[int], lengths: Sequence[int], count: int
 ) -> list[list[int]]:
-    """`count` packs, each document into the one that is shortest so far."""
+    """Put each item into the shortest of `count` packs."""
     packs: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, pack) for pack in range(count)]
     for i in longest_first:

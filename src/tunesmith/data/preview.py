@@ -1,12 +1,11 @@
-"""Rows as the model will see them: every token, and whether it is trained.
+"""Show rows as the model sees them: every token, and whether it is trained.
 
-    Prepared (the documents of a row) -> texts for the terminal
+    PreparedRow (the documents of a row) -> texts for the terminal
 
-Trained runs stand between ⟦ and ⟧ and in green, so they are told apart without colour too; ⟦×0.5
-says a weight other than 1. A control token has ◆ before it; text that only looks like one has not.
-White space that makes a token of its own is made visible, and characters that would steer the
-terminal or hide in the text are spelled out. A character that takes several tokens is shown once,
-with all its ids."""
+Trained runs are green and enclosed in ⟦ and ⟧, so they are visible without color too; ⟦×0.5 shows a
+weight other than 1. A control token has ◆ before it; text that only looks like one does not. White
+space that is a separate token is made visible, and characters that would control the terminal or
+hide in the text are escaped. A character of several tokens is shown once, with all its ids."""
 
 from __future__ import annotations
 
@@ -24,17 +23,22 @@ from tunesmith.data.truncation import PreparedRow
 if TYPE_CHECKING:
     from tunesmith.data.chat_template.renderer import Renderer
 
-TRAINED_STYLE, PLAIN_STYLE, CONTROL_STYLE, IDS_STYLE = "bold green", "dim", " reverse", "cyan"
+TRAINED_STYLE = "bold green"
+PLAIN_STYLE = "dim"
+CONTROL_STYLE = " reverse"
+IDS_STYLE = "cyan"
 SIDE_LABELS = {
-    "chosen": "trained, the answer to prefer",
-    "rejected": "trained, the answer to prefer it to",
+    "chosen": "trained (chosen)",
+    "rejected": "trained (rejected)",
     "banned": "trained away from",
 }
 MAX_CHAR_TOKENS = 6  # of one character
+VISIBLE_SIGNS = {"\n": "⏎\n", "\t": "⇥"}
+HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, separators
 
 
 class TokenPiece(NamedTuple):
-    """The least run of tokens that makes whole characters."""
+    """The shortest run of tokens that decodes to complete characters."""
 
     text: str
     ids: tuple[int, ...]
@@ -45,24 +49,17 @@ class TokenPiece(NamedTuple):
 def render_preview(
     prepared: PreparedRow, renderer: Renderer, *, should_show_ids: bool = False
 ) -> Iterator[Text]:
-    """A header and the tokens of each document of a row; one line with the reason if nothing is
-    left of it."""
+    """Yield a header and the tokens of each document of a row, or why it has none."""
+    row_id = (prepared.id, "bold")
     if prepared.drop_reason:
-        yield Text.assemble((prepared.id, "bold"), f"  dropped: {prepared.drop_reason}")
+        yield Text.assemble(row_id, f"  dropped: {prepared.drop_reason}")
+    num_documents = len(prepared.documents)
     for number, document in enumerate(prepared.documents, 1):
-        document_label = (
-            f"  document {number} of {len(prepared.documents)}"
-            if len(prepared.documents) > 1
-            else ""
-        )
-        num_supervised, side_label = (
-            int(np.count_nonzero(document.weights_L)),
-            SIDE_LABELS.get(document.side, "trained"),
-        )
-        yield Text.assemble(
-            (prepared.id, "bold"),
-            f"{document_label}  {len(document)} tokens, {num_supervised} {side_label}",
-        )
+        label = f"  document {number} of {num_documents}" if num_documents > 1 else ""
+        num_supervised = int(np.count_nonzero(document.weights_L))
+        side_label = SIDE_LABELS.get(document.side, "trained")
+        header = f"{label}  {len(document)} tokens, {num_supervised} {side_label}"
+        yield Text.assemble(row_id, header)
         yield _render_tokens(document, renderer, should_show_ids)
     for note in prepared.notes:
         yield Text.assemble(("note: ", "yellow"), escape_invisible(note))
@@ -77,10 +74,10 @@ def _render_tokens(document: Document, renderer: Renderer, should_show_ids: bool
         for piece in run:
             visible_text = escape_invisible(piece.text)
             line_end = "\n" if visible_text.endswith("\n") else ""
-            text.append(
-                f"◆{visible_text}" if piece.is_control else visible_text.removesuffix("\n"),
-                style + CONTROL_STYLE * piece.is_control,
-            )
+            if piece.is_control:
+                text.append(f"◆{visible_text}", style + CONTROL_STYLE)
+            else:
+                text.append(visible_text.removesuffix("\n"), style)
             if should_show_ids:
                 text.append(f"‹{' '.join(map(str, piece.ids))}›", IDS_STYLE)
             text.append(line_end)
@@ -91,27 +88,27 @@ def _render_tokens(document: Document, renderer: Renderer, should_show_ids: bool
 
 
 def iter_pieces(document: Document, renderer: Renderer) -> Iterator[TokenPiece]:
-    """Cut a document into pieces, each decoded behind its left neighbour: some tokenizers eat a
-    first space."""
-    tokens, weights = document.tokens_L.tolist(), document.weights_L.tolist()
+    """Split a document into pieces.
+
+    Each is decoded after its left neighbor, since some tokenizers drop a leading space."""
+    tokens = document.tokens_L.tolist()
+    weights = document.weights_L.tolist()
     begin = 0
     for end in range(1, len(tokens) + 1):
         previous = tokens[max(0, begin - 1) : begin]
-        text = renderer.decode([*previous, *tokens[begin:end]])[len(renderer.decode(previous)) :]
-        is_unfinished = (
-            text.endswith("\ufffd") and end - begin < MAX_CHAR_TOKENS and end < len(tokens)
-        )
-        if is_unfinished and weights[end] == weights[begin]:
+        ids = tokens[begin:end]
+        text = renderer.decode([*previous, *ids])[len(renderer.decode(previous)) :]
+        # The replacement character: the next token may complete it.
+        is_incomplete = text.endswith("\ufffd") and len(ids) < MAX_CHAR_TOKENS
+        if is_incomplete and end < len(tokens) and weights[end] == weights[begin]:
             continue
-        yield TokenPiece(
-            text, tuple(tokens[begin:end]), weights[begin], tokens[begin] in renderer.control_ids
-        )
+        is_control = tokens[begin] in renderer.control_ids
+        yield TokenPiece(text, tuple(ids), weights[begin], is_control)
         begin = end
 
 
 def escape_invisible(text: str) -> str:
-    """Line ends, tabs and lone spaces as signs; steering and invisible characters by their
-    number."""
+    """Show line breaks, tabs and lone spaces as signs, and escape invisible characters."""
     if text and not text.strip(" "):
         return "␣" * len(text)
     return "".join(_escape_character(character) for character in text)
@@ -120,8 +117,5 @@ def escape_invisible(text: str) -> str:
 def _escape_character(character: str) -> str:
     if character in VISIBLE_SIGNS:
         return VISIBLE_SIGNS[character]
-    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    is_hidden = unicodedata.category(character) in HIDDEN_CATEGORIES
     return f"\\u{{{ord(character):x}}}" if is_hidden else character
-
-
-VISIBLE_SIGNS = {"\n": "⏎\n", "\t": "⇥"}

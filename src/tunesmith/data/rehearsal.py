@@ -1,14 +1,13 @@
-"""Which rehearsal rows go with which step: general rows trained beside the data, so that less is
-forgotten.
+"""Rehearsal: general rows trained together with the data, to reduce forgetting.
 
-    rows, seed, ratio -> Rehearsal; rehearsal.documents_of(step) -> documents
+    rows, seed, ratio -> RehearsalSampler -> rehearsal documents of a step
 
-The ratio is of tokens, not of rows: of all tokens up to any step, rehearsal has its share, up to
-half a row. What goes with a step is a pure function of the step, the seed and the changes of the
-ratio so far; nothing is kept. A pass over the rows takes each once, in an order of its own. A long
-text gives one piece a pass, and the next piece in the next. Rows count by their bytes, which are
-known without reading them: tokens are in proportion to bytes. Left out: the ratio
-(plan/rehearsal.py), and whether the rows may be used (contamination.py)."""
+The ratio is a share of tokens, not of rows: of all tokens up to any step, rehearsal has its share,
+up to half a row. The documents of a step are a pure function of the step, the seed and the changes
+of the ratio so far; there is no state. Each pass takes every row once, in its own order. A long
+text gives one window per pass, and the next window in the next pass. The tokens of a row are
+estimated from its bytes, which are known without rendering it. Left out: the ratio
+(plan/rehearsal.py), and leakage of held-out rows (leakage.py)."""
 
 from __future__ import annotations
 
@@ -19,21 +18,21 @@ import numpy as np
 
 from tunesmith.core.types import Document
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.pretraining import count_windows, cut_window
 from tunesmith.data.sampler import CyclicSampler, RatioChanges, iter_ratio_segments
-from tunesmith.data.windows import count_windows, cut_window
 
-REHEARSAL_ROLE = "rehearsal"  # role of the rows, task of their documents
-FIRST_PASS = 2**32  # added to the number of a pass, so that its order is none of the data's epochs
+REHEARSAL_ROLE = "rehearsal"  # role of the rows, and task of their documents
+FIRST_PASS = 2**32  # so that no pass has the order of an epoch of the data
 
 
 @dataclass(frozen=True, eq=False)
 class RehearsalSampler:
-    """M rows, taken in passes. A place counts rows over all passes."""
+    """M rehearsal rows, sampled in passes."""
 
     dataset: Dataset
-    sampler: CyclicSampler  # of the rows, with about how many tokens each gives in a pass
-    max_tokens: int  # tokens of a piece at most
-    step_tokens: float  # of the data, in a step; of the whole step where it takes the place of data
+    sampler: CyclicSampler  # its items are the rows, with their estimated tokens per pass
+    max_tokens: int  # per document or window
+    step_tokens: float  # of the data in a step; if it replaces data, of the full step
     ratio: float  # share of all tokens, from the first step on
     should_replace_data: bool
 
@@ -49,7 +48,7 @@ class RehearsalSampler:
         seed: int,
         should_replace_data: bool = False,
     ) -> RehearsalSampler:
-        """`tokens`: of all rows, uncut."""
+        """Build the sampler; `total_tokens` counts all rows in full length."""
         bytes_M = np.array(
             [dataset.get_row_bytes(i) for i in range(len(dataset))], dtype=np.float64
         )
@@ -58,38 +57,35 @@ class RehearsalSampler:
         return cls(dataset, sampler, max_tokens, step_tokens, ratio, should_replace_data)
 
     def read_documents(self, step: int, ratio_changes: RatioChanges = ()) -> list[Document]:
-        """The rehearsal documents of step 1.. ; most steps of a small ratio have none."""
-        positions = range(
-            *(
-                self.sampler.count_due_items(self._compute_due_tokens(steps, ratio_changes))
-                for steps in (step - 1, step)
-            )
-        )
-        return [
-            document for position in positions for document in self._read_row_documents(position)
-        ]
+        """Return the rehearsal documents of step 1, 2, ...; at a small ratio most steps have none.
+
+        `ratio_changes` are those before this step."""
+        first = self.sampler.count_due_items(self._compute_due_tokens(step - 1, ratio_changes))
+        last = self.sampler.count_due_items(self._compute_due_tokens(step, ratio_changes))
+        documents: list[Document] = []
+        for position in range(first, last):
+            documents += self._read_row_documents(position)
+        return documents
 
     def _compute_due_tokens(self, step: int, ratio_changes: RatioChanges) -> float:
-        """Rehearsal tokens up to `step`: ratio / (1 - ratio) for each token of the data, or ratio
-        of every token."""
-        return sum(
-            steps * self.step_tokens * (ratio if self.should_replace_data else ratio / (1 - ratio))
-            for steps, ratio in iter_ratio_segments(step, self.ratio, ratio_changes)
-        )
+        """Return the number of rehearsal tokens up to `step`.
+
+        Per token of the data that is ratio / (1 - ratio), or ratio if it replaces data."""
+        segment_tokens: list[float] = []
+        for steps, ratio in iter_ratio_segments(step, self.ratio, ratio_changes):
+            token_ratio = ratio if self.should_replace_data else ratio / (1 - ratio)
+            segment_tokens.append(steps * self.step_tokens * token_ratio)
+        return sum(segment_tokens)
 
     def _read_row_documents(self, position: int) -> list[Document]:
         pass_index, row = self.sampler.get_item(position)
-        documents = [
-            dataclasses.replace(document, task=REHEARSAL_ROLE)
-            for document in self.dataset.render_documents(row)
-        ]
-        if self.dataset.get_part(row).format == "text":
-            return [
-                _pick_window(document, self.max_tokens, pass_index + row) for document in documents
-            ]
-        return [document for document in documents if len(document) <= self.max_tokens]
-
-
-def _pick_window(document: Document, max_targets: int, turn: int) -> Document:
-    """One of the windows of a text, another one each turn."""
-    return cut_window(document, max_targets, turn % int(count_windows(len(document), max_targets)))
+        is_text = self.dataset.get_part(row).format == "text"
+        documents: list[Document] = []
+        for document in self.dataset.render_documents(row):
+            if is_text:
+                num_windows = int(count_windows(len(document), self.max_tokens))
+                document = cut_window(document, self.max_tokens, (pass_index + row) % num_windows)
+            elif len(document) > self.max_tokens:
+                continue
+            documents.append(dataclasses.replace(document, task=REHEARSAL_ROLE))
+        return documents

@@ -1,11 +1,10 @@
-"""The rows that cannot be used, or break a constraint, written down to be corrected; and when they
-stop a run.
+"""Write rejected rows to a file for correction, and decide when they stop a run.
 
-    data sets by role -> rejected.jsonl: {"where", "id", "reason", "what", "fix", "bytes", "row"} a line
+    data sets by role -> rejected.jsonl: {"where", "id", "reason", "what", "fix", "bytes", "row"}
 
-Only the places of bad rows are remembered; each is read again here, and its own reader says again
-what is wrong with it, so any number of them takes no memory. `row` is its text, cut after
-`MOST_SHOWN` bytes (`bytes` is its length), with bytes that are not UTF-8 spelled out."""
+Only the indices of rejected rows are stored; each row is read again here and its reader raises the
+same error again, so any number of them takes no memory. `row` is its text, cut after
+`MAX_RAW_BYTES` bytes (`bytes` is its full length), with invalid UTF-8 escaped."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ from tunesmith.data.readers.invalid_row import MAX_SHOWN_ROWS, InvalidRow, Rejec
 
 MAX_RAW_BYTES = 4096
 MAX_DROPPED_SHARE = 0.20  # of the training rows
-LINE_KEYS = ("where", "id", "reason", "what", "fix", "bytes", "row")  # of a line
-MAX_LINE_BYTES = 2**20  # bytes of one
+LINE_KEYS = ("where", "id", "reason", "what", "fix", "bytes", "row")  # keys of a line
+MAX_LINE_BYTES = 2**20
 
 
 def refuse_invalid_rows(
@@ -36,54 +35,56 @@ def refuse_invalid_rows(
     reports: Mapping[str, DataReport],
     path: Path | None,
     *,
-    should_skip_invalid: bool,
+    skip_invalid: bool,
 ) -> None:
-    """Raises InputError if no row trains anything; and, unless `skip_bad`, if rows cannot be used,
-    written to `path` first, or if many training rows lose all that is trained. `reports`: what the
-    data check said of the data sets."""
+    """Raise InputError if rows cannot be used, or too many training rows would train nothing.
+
+    The rejected rows are written to `path` first. With `skip_invalid` only a data set
+    without any document is refused. `reports` are the results of the data check."""
     training_report = reports["data"]
     can_skip = training_report.documents > 0
     rejected: Counter[str] = Counter()
     for report in reports.values():
         rejected.update(report.rejected)
-    if rejected and not (should_skip_invalid and can_skip):
-        first_lines = write_rejected_rows(path if can_skip else None, datasets, reports)[
-            : rejected.total()
-        ]
-        rows = sum(
-            len(dataset) + dataset.rejected_rows.counts.total() for dataset in datasets.values()
-        )
-        message = (
-            f"{rejected.total():,} of {rows:,} rows cannot be used: {_format_counts(rejected)}"
-        )
-        message += "".join(f"\n  {line['where']}: {line['what']}" for line in first_lines)
-        remaining = rejected.total() - len(first_lines)
-        message += f"\n  and {remaining:,} more" if remaining > 0 else ""
-        file_note = f" (all of them are in {path})" if path and can_skip else ""
-        fix = f"correct them{file_note}" + (
-            ", or leave them out with --skip-bad" if can_skip else ""
-        )
+    if rejected and not (skip_invalid and can_skip):
+        lines = write_rejected_rows(path if can_skip else None, datasets, reports)
+        lines = lines[: rejected.total()]
+        num_rows = 0
+        for dataset in datasets.values():
+            num_rows += len(dataset) + dataset.rejected_rows.counts.total()
+        counts = _format_counts(rejected)
+        message = f"{rejected.total():,} of {num_rows:,} rows cannot be used: {counts}"
+        for line in lines:
+            message += f"\n  {line['where']}: {line['what']}"
+        if rejected.total() > len(lines):
+            message += f"\n  and {rejected.total() - len(lines):,} more"
+        fix = "correct them"
+        if can_skip:
+            file_note = f" (all are listed in {path})" if path else ""
+            fix += f"{file_note}, or exclude them with --skip-invalid"
         raise InputError(message, where="data", fix=fix)
-    num_dropped = sum(training_report.dropped.values())
-    if not can_skip or (has_many_dropped(training_report) and not should_skip_invalid):
-        message = f"{num_dropped:,} of {training_report.rows:,} rows would train nothing: {_format_counts(training_report.dropped)}"
-        fix = "raise max_length" + (", or go on without them with --skip-bad" if can_skip else "")
+    if not can_skip or (has_many_dropped(training_report) and not skip_invalid):
+        num_dropped = sum(training_report.dropped.values())
+        counts = _format_counts(training_report.dropped)
+        message = f"{num_dropped:,} of {training_report.rows:,} rows would train nothing: {counts}"
+        fix = "raise max_length"
+        if can_skip:
+            fix += ", or exclude them with --skip-invalid"
         raise InputError(message, where=f"data: {training_report.path}", fix=fix)
 
 
 def has_many_dropped(report: DataReport) -> bool:
-    """So many rows train nothing that a run stops."""
+    """Tell whether so many rows train nothing that a run must stop."""
     return sum(report.dropped.values()) > MAX_DROPPED_SHARE * report.rows
 
 
-def _format_counts(kinds: Mapping[str, int]) -> str:
-    return ", ".join(
-        f"{count:,} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1])
-    )
+def _format_counts(counts: Mapping[str, int]) -> str:
+    largest_first = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count:,} {kind}" for kind, count in largest_first)
 
 
 def refuse_foreign_file(path: Path) -> None:
-    """Raises InputError if there is a file that was not written here: it would be lost."""
+    """Raise InputError if `path` exists and is not a rejected.jsonl: it would be overwritten."""
     if not path.exists():
         return
     try:
@@ -93,25 +94,23 @@ def refuse_foreign_file(path: Path) -> None:
     except (OSError, ValueError, RecursionError):
         is_rejected_file = False
     if not is_rejected_file:
-        raise InputError(
-            "it is there already, and holds no rejected rows",
-            where=str(path),
-            fix="name a new file",
-        )
+        message = "the file already exists, and is no list of rejected rows"
+        raise InputError(message, where=str(path), fix="choose a new file")
 
 
 def write_rejected_rows(
     path: Path | None, datasets: Mapping[str, Dataset], reports: Mapping[str, DataReport]
 ) -> tuple[Json, ...]:
-    """Write the bad rows of all roles, then those that break a constraint, into a new file, which
-    takes the place of an older one; without any there is none. Returns the first ones."""
-    lines = chain.from_iterable(
-        iter_rejected_rows(dataset, has_render_errors=NOT_RENDERED in reports[role].rejected)
-        for role, dataset in datasets.items()
-    )
-    lines = chain(
-        lines, *(_reread_rows(dataset, dataset.violations) for dataset in datasets.values())
-    )
+    """Write the rejected rows of all roles, then the rows that break a constraint.
+
+    Replaces an older file; without any such rows the file is removed. Returns the first lines."""
+    sources: list[Iterator[Json]] = []
+    for role, dataset in datasets.items():
+        has_render_errors = NOT_RENDERED in reports[role].rejected
+        sources.append(iter_rejected_rows(dataset, has_render_errors=has_render_errors))
+    for dataset in datasets.values():
+        sources.append(_reread_rows(dataset, dataset.violations))
+    lines = chain.from_iterable(sources)
     first_lines = tuple(islice(lines, MAX_SHOWN_ROWS))
     if path is None:
         return first_lines
@@ -128,15 +127,15 @@ def write_rejected_rows(
 
 
 def iter_rejected_rows(dataset: Dataset, *, has_render_errors: bool) -> Iterator[Json]:
-    """The bad rows of a data set. `rendered`: among those that a scan looks at, rows that cannot be
-    rendered, too."""
+    """Yield the rejected rows of a data set.
+
+    With `has_render_errors` the rows that a scan renders are rendered again, to add those that
+    cannot be rendered."""
     yield from _reread_rows(dataset, dataset.rejected_rows)
+    if not has_render_errors:
+        return
     scanned_R = select_scan_rows(dataset)
-    for index in (
-        [*scanned_R.tolist(), *find_rare_rows(dataset, scanned_R).tolist()]
-        if has_render_errors
-        else ()
-    ):
+    for index in [*scanned_R.tolist(), *find_rare_rows(dataset, scanned_R).tolist()]:
         if problem := dataset.with_max_length(None, "drop").render_row(index)[1].problem:
             yield _build_line(dataset.get_part(index), int(dataset.row_N[index]), problem)
 
@@ -151,9 +150,9 @@ def _reread_rows(dataset: Dataset, rejected_rows: RejectedRows) -> Iterator[Json
 
 
 def _build_line(part: DataSourceReader, row: int, problem: InvalidRow) -> Json:
-    raw, length = part.source.read_raw(row, MAX_RAW_BYTES)
+    raw, num_bytes = part.source.read_raw(row, MAX_RAW_BYTES)
     row_id = part.source.get_id(row)
     where = str(part.source.get_location(row)) if problem.where == row_id else problem.where
     text = raw.decode("utf-8", errors="backslashreplace")
-    values = (where, row_id, problem.reason, problem.message, problem.fix, length, text)
+    values = (where, row_id, problem.reason, problem.message, problem.fix, num_bytes, text)
     return dict(zip(LINE_KEYS, values, strict=True))

@@ -1,39 +1,43 @@
-"""Which rows make up which step, and rendering ahead of the step.
+"""The rows of every step, and rendering ahead of the step.
 
-    rows, batch_size, epochs, seed -> Schedule; schedule.rows_of(step) -> row indices
-    tokens of each item, seed -> Passes; passes.taken(tokens) -> how many items that takes
+    rows, batch_size, epochs, seed -> StepSampler -> row indices of a step
+    rows of each task, rows per epoch -> TaskMixture -> row indices of an epoch
+    tokens of each item, seed -> CyclicSampler -> number of items that make up a number of tokens
 
-Pure functions of their arguments, so a run can go on at any step, on any machine, with the same
-rows. A step is a set of rows; how their documents share packs is decided in `pack.py` and changes
-nothing here."""
+All samplers are pure functions of their arguments, so a run can resume at any step, on any machine,
+with the same rows. A step is a set of rows. Left out: how their documents share packs (packing.py),
+and how many rows of a task an epoch has (plan/mixture.py)."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from tunesmith.data.mixture import TaskMixture
+from tunesmith.core.errors import InputError
+from tunesmith.data.dataset import Dataset
 
-RatioChanges = Sequence[
-    tuple[int, float]
-]  # of the rehearsal ratio: (steps done when it changed, ratio from then on)
+# Changes of the rehearsal ratio: (completed steps at the change, new ratio).
+RatioChanges = Sequence[tuple[int, float]]
+# Offset of a task's pass numbers, times the task number from 1: no two tasks share an order.
+PASS_OFFSET = 2**40
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@lru_cache(maxsize=4)  # of two streams: the epoch at hand, and the next one at its border
+@lru_cache(maxsize=4)  # for each of two streams, the current epoch and the next
 def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """A permutation of n rows. Sorts raw Philox numbers, whose stream is fixed for all versions of
-    numpy."""
+    """Return a read-only permutation of `num_rows` rows.
+
+    It sorts raw Philox numbers, whose stream is the same in all versions of numpy."""
     raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_rows)
     permutation_N = np.argsort(raw, kind="stable")
     permutation_N.setflags(write=False)
@@ -45,15 +49,14 @@ class StepSampler:
     """The rows of every optimizer step, counted from 1.
 
     The epochs are one stream of rows: a batch may take the last rows of one epoch and the first of
-    the next, so all steps have `batch_size` rows but the very last one. `epochs` may be a fraction;
-    `max_steps` cuts."""
+    the next, so all steps but the last have `batch_size` rows. `epochs` may be a fraction."""
 
-    num_rows: int
+    num_rows: int  # per epoch
     batch_size: int
     epochs: float
     seed: int
     max_steps: int | None = None
-    mixture: TaskMixture | None = None  # of tasks; its epochs have `rows` places
+    mixture: TaskMixture | None = None  # its epochs have `num_rows` rows
 
     @property
     def total_rows(self) -> int:
@@ -65,15 +68,15 @@ class StepSampler:
         return total_steps if self.max_steps is None else min(total_steps, self.max_steps)
 
     def get_rows(self, step: int) -> tuple[int, ...]:
-        """Row indices of step 1 .. steps."""
+        """Return the row indices of step 1 .. total_steps. Raises IndexError."""
         if not 1 <= step <= self.total_steps:
             raise IndexError(f"step {step} of {self.total_steps}")
         first = (step - 1) * self.batch_size
-        positions = range(first, min(first + self.batch_size, self.total_rows))
-        return tuple(
-            int(self._get_epoch(position // self.num_rows)[position % self.num_rows])
-            for position in positions
-        )
+        rows: list[int] = []
+        for position in range(first, min(first + self.batch_size, self.total_rows)):
+            epoch, offset = divmod(position, self.num_rows)
+            rows.append(int(self._get_epoch(epoch)[offset]))
+        return tuple(rows)
 
     def _get_epoch(self, epoch: int) -> np.ndarray:
         if self.mixture is not None:
@@ -81,28 +84,81 @@ class StepSampler:
         return permutation(self.seed, epoch, self.num_rows)
 
     def iter_steps(self, completed_steps: int = 0) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """(step, row indices) of every step after `done`."""
+        """Yield (step, row indices) of every step after `completed_steps`."""
         for step in range(completed_steps + 1, self.total_steps + 1):
             yield step, self.get_rows(step)
 
 
 @dataclass(frozen=True, eq=False)
+class TaskMixture:
+    """The rows of each task, and how many of them an epoch takes.
+
+    Each task cycles through its rows in its own passes: no row repeats before all have been taken,
+    and rows that one epoch does not reach come in the next."""
+
+    rows: tuple[np.ndarray, ...]  # per task: indices of its K rows in the data set
+    epoch_rows: tuple[int, ...]  # per task: rows per epoch
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset, epoch_rows: Mapping[str, int]) -> TaskMixture:
+        """Build the mixture from the rows per epoch by task.
+
+        Raises InputError for a task without rows."""
+        part_indices = {part.task: index for index, part in enumerate(dataset.parts)}
+        rows: list[np.ndarray] = []
+        for task in epoch_rows:
+            if task not in dataset.tasks:
+                message = f"the task '{task}' has no rows"
+                fix = "restore them, or make a new plan"
+                raise InputError(message, where=dataset.path, fix=fix)
+            rows.append(np.flatnonzero(dataset.part_N == part_indices[task]))
+        return cls(tuple(rows), tuple(epoch_rows.values()))
+
+    def __len__(self) -> int:
+        return sum(self.epoch_rows)
+
+    def build_epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the rows of an epoch in their order; read-only."""
+        return _build_epoch(self, seed, epoch)
+
+    def select_rows(self, task: int, seed: int, epoch: int) -> np.ndarray:
+        """Return the rows of a task that an epoch takes."""
+        rows_K = self.rows[task]
+        count = self.epoch_rows[task]
+        passes, offsets = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(rows_K))
+        selected = np.empty(count, dtype=rows_K.dtype)
+        for pass_index in np.unique(passes).tolist():
+            order_K = permutation(seed, PASS_OFFSET * (task + 1) + pass_index, len(rows_K))
+            is_in_pass = passes == pass_index
+            selected[is_in_pass] = rows_K[order_K[offsets[is_in_pass]]]
+        return selected
+
+
+@lru_cache(maxsize=2)  # the current epoch and the next
+def _build_epoch(mixture: TaskMixture, seed: int, epoch: int) -> np.ndarray:
+    selected = [mixture.select_rows(task, seed, epoch) for task in range(len(mixture.rows))]
+    rows_N = np.concatenate(selected)[permutation(seed, epoch, len(mixture))]
+    rows_N.setflags(write=False)
+    return rows_N
+
+
+@dataclass(frozen=True, eq=False)
 class CyclicSampler:
-    """M items in endless passes, each of which takes every item once, in an order of its own. A
-    place counts items over all passes."""
+    """M items in endless passes; each pass takes every item once, in its own order.
+
+    A position counts items over all passes."""
 
     tokens_M: np.ndarray
     seed: int
-    first_pass: int = 0  # number of the first pass, which its order depends on
+    first_pass: int = 0  # number of the first pass; the orders depend on it
 
     def get_item(self, position: int) -> tuple[int, int]:
-        """(pass, item) at a place."""
+        """Return (pass, item) at a position."""
         pass_index, offset = divmod(position, len(self.tokens_M))
         return pass_index, int(self._get_order(pass_index)[offset])
 
     def count_due_items(self, tokens: float) -> int:
-        """How many items are taken when so many tokens are due: those of which at least half was
-        due."""
+        """Return how many items have at least half of their tokens within the first `tokens`."""
         full_passes, due_tokens = divmod(tokens, float(self.tokens_M.sum()))
         tokens_M = self.tokens_M[self._get_order(int(full_passes))]
         middles_M = np.cumsum(tokens_M) - tokens_M / 2
@@ -115,22 +171,24 @@ class CyclicSampler:
 def iter_ratio_segments(
     steps: int, ratio: float, ratio_changes: RatioChanges
 ) -> Iterator[tuple[int, float]]:
-    """(how many of the first steps, their ratio), one after the other; `ratio` is that of the first
-    one."""
-    bounds = [*(min(step, steps) for step, _ in ratio_changes), steps]
-    ratios = [ratio, *(new_ratio for _, new_ratio in ratio_changes)]
-    for begin, end, segment_ratio in zip([0, *bounds], bounds, ratios, strict=False):
-        yield end - begin, segment_ratio
+    """Split the first `steps` steps at the changes; yield (number of steps, their ratio).
+
+    `ratio` applies up to the first change."""
+    begin = 0
+    for changed_step, new_ratio in ratio_changes:
+        end = min(changed_step, steps)
+        yield end - begin, ratio
+        begin = end
+        ratio = new_ratio
+    yield steps - begin, ratio
 
 
 def prefetch(
     items: Iterable[Item], compute: Callable[[Item], Result], *, max_ahead: int = 2
 ) -> Iterator[Result]:
-    """work(item) for each item, in order, computed by one thread at most `ahead` results before
-    they are asked for.
+    """Yield compute(item) for each item, in order, computed by one thread up to `max_ahead` ahead.
 
-    An error of `work` is raised where its result would have come. Close the iterator to stop early.
-    """
+    An error of `compute` is raised in the place of its result. Close the iterator to stop early."""
     futures: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         try:

@@ -1,15 +1,15 @@
-"""Which rows are kept of many: quality first, then diversity, with a reason for every row that is
-not.
+"""Select training rows: by quality, then by diversity, with a reason for every excluded row.
 
-    Dataset -> faults (what no model needs to be asked); with the scores of a model -> choose -> rows, and reasons
+    Dataset -> find_faults (without a model)
+    Dataset, scores of a model, faults -> select_rows -> rows, and reasons for the others
 
-Quality is the instruction-following difficulty of Li 2023 (arXiv 2308.12032): perplexity of the
-answer behind its question over that of the answer alone. At 1 and more the question does not help,
-and the row is left out; below, a high value is much to learn and a low one is known already. A row
-that its neighbours contradict is left out too. Of the best rows, OVER times as many as are wanted,
-those are taken that are farthest from the ones taken so far, by their words or as the model sees
-them (farthest-first traversal, Gonzalez 1985). Nothing is edited. Left out: the scores (curate.py).
-"""
+Quality is the instruction-following difficulty (IFD) of Li 2023 (arXiv 2308.12032): the perplexity
+of the answer given its question, over the perplexity of the answer alone. At 1 and above the
+question does not help, and the row is excluded. Below, a high value means much to learn and a low
+one little. Rows whose neighbors disagree with them are excluded too. From the best rows,
+`OVERSAMPLING` times as many as wanted, those are selected that are farthest from the ones selected
+before (farthest-first traversal, Gonzalez 1985), by their words or by hidden states. Rows are never
+edited. Left out: the scores (advise/curate.py)."""
 
 from __future__ import annotations
 
@@ -22,50 +22,49 @@ from tunesmith.data.checks.minhash import UnionFind
 from tunesmith.data.checks.row_checks import ROW_CHECKS
 from tunesmith.data.checks.text_stats import compute_text_stats, extract_row_texts
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.neighbors import Neighbours
+from tunesmith.data.neighbors import Neighbors
 from tunesmith.data.sampler import permutation
 
 OVERSAMPLING = 3
-# of the perplexities: above this quantile an answer is noise more often than news
-MAX_PERPLEXITY_QUANTILE = 0.95
-MAX_SHOWN_NEIGHBOURS = 3  # neighbours
+MAX_PERPLEXITY_QUANTILE = 0.95  # above it, an answer is noise more often than new information
+MAX_SHOWN_NEIGHBORS = 3
 ROLE = "data"
 
 
 @dataclass(frozen=True, eq=False)
 class SelectionScores:
-    """What the base model says of N rows; nan where a row has no answer to score."""
+    """Scores of the base model for N rows; nan if a row has no answer to score."""
 
-    perplexity_N: np.ndarray  # of the last answer behind its question
+    perplexity_N: np.ndarray  # of the last answer given its question
     difficulty_N: np.ndarray  # that, over the perplexity of the answer alone
     answer_tokens_N: np.ndarray  # int64
-    problems: Mapping[int, str]  # rows that cannot be trained on -> why
-    vectors_NV: np.ndarray  # float32, of length 1: what a row is like; 0 where it cannot be told
-    neighbours: Neighbours  # by their questions
+    problems: Mapping[int, str]  # rows that cannot be trained on -> reason
+    vectors_NV: np.ndarray  # float32 features of length 1, or 0 if unknown
+    neighbors: Neighbors  # by question
 
     @property
     def usable_N(self) -> np.ndarray:
-        """int64, the rows that can be trained on."""
-        return np.array(
-            [row for row in range(len(self.perplexity_N)) if row not in self.problems],
-            dtype=np.int64,
-        )
+        """The rows that can be trained on, int64."""
+        rows = [row for row in range(len(self.perplexity_N)) if row not in self.problems]
+        return np.array(rows, dtype=np.int64)
 
 
 def find_faults(dataset: Dataset, held_out: Mapping[str, Dataset]) -> dict[int, str]:
-    """Row -> why it is left out, whatever a model says of it."""
+    """Return row -> reason for rows that are excluded whatever a model says."""
     faults: dict[int, str] = {}
     for role, held_out_rows in held_out.items():
-        for row in np.flatnonzero(np.isin(dataset.contents_N, held_out_rows.contents_N)).tolist():
+        is_shared_N = np.isin(dataset.contents_N, held_out_rows.contents_N)
+        for row in np.flatnonzero(is_shared_N).tolist():
             faults.setdefault(row, f"is also in {role}")
     duplicates = UnionFind(len(dataset))
     duplicates.union_equal(dataset.contents_N)
     stats = compute_text_stats({ROLE: dataset}, {})
-    for row, _, first in stats.near_duplicates.iter_matches(ROLE) if stats.near_duplicates else ():
-        duplicates.union(first, row)
+    if stats.near_duplicates:
+        for row, _, first in stats.near_duplicates.iter_matches(ROLE):
+            duplicates.union(first, row)
     for row, first in enumerate(duplicates.find_roots().tolist()):
         if first != row:
-            faults.setdefault(row, f"says what {dataset.get_id(first)} says")
+            faults.setdefault(row, f"duplicate of {dataset.get_id(first)}")
     for row in range(len(dataset)):
         if row not in faults and (fault := _find_fault(dataset, row)):
             faults[row] = fault
@@ -73,88 +72,90 @@ def find_faults(dataset: Dataset, held_out: Mapping[str, Dataset]) -> dict[int, 
 
 
 def _find_fault(dataset: Dataset, row: int) -> str:
+    """Return the first finding of the row checks, "" if there is none."""
     row_texts = extract_row_texts(dataset.read_example(row))
-    kinds = (
-        (name, kind) for name, check in ROW_CHECKS.items() for kind, _ in check.find(row_texts)
-    )
-    return next((f"{name}: {kind}" for name, kind in kinds), "")
+    for name, check in ROW_CHECKS.items():
+        for kind, _ in check.find(row_texts):
+            return f"{name}: {kind}"
+    return ""
 
 
 def select_rows(
     dataset: Dataset, scores: SelectionScores, excluded: Mapping[int, str], max_rows: int
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """(rows that are kept, ascending, at most `keep`; row -> why it is not)."""
+    """Return (at most `max_rows` selected rows, ascending; row -> reason for the others)."""
     reasons = {**scores.problems, **excluded}
-    for row in np.flatnonzero(scores.neighbours.disputed_N).tolist():
-        reasons.setdefault(row, _describe_dispute(dataset, scores.neighbours, row))
+    for row in np.flatnonzero(scores.neighbors.disputed_N).tolist():
+        reasons.setdefault(row, _describe_dispute(dataset, scores.neighbors, row))
     is_scored_N = ~np.isnan(scores.perplexity_N)
-    max_perplexity = (
-        float(np.quantile(scores.perplexity_N[is_scored_N], MAX_PERPLEXITY_QUANTILE))
-        if is_scored_N.any()
-        else np.inf
-    )
+    max_perplexity = np.inf
+    if is_scored_N.any():
+        scored = scores.perplexity_N[is_scored_N]
+        max_perplexity = float(np.quantile(scored, MAX_PERPLEXITY_QUANTILE))
     for row in np.flatnonzero(is_scored_N).tolist():
-        if scores.perplexity_N[row] > max_perplexity:
-            reasons.setdefault(
-                row,
-                f"an unlikely answer: perplexity {scores.perplexity_N[row]:.3g}, over {max_perplexity:.3g}",
-            )
-        elif scores.difficulty_N[row] >= 1:
-            reasons.setdefault(
-                row, f"the question does not help: difficulty {scores.difficulty_N[row]:.3f}"
-            )
-    candidates = np.array(
-        [row for row in range(len(dataset)) if row not in reasons], dtype=np.int64
-    )
-    candidates = candidates[np.argsort(-scores.difficulty_N[candidates], kind="stable")]
+        perplexity = scores.perplexity_N[row]
+        difficulty = scores.difficulty_N[row]
+        if perplexity > max_perplexity:
+            reason = f"unlikely answer: perplexity {perplexity:.3g}, above {max_perplexity:.3g}"
+            reasons.setdefault(row, reason)
+        elif difficulty >= 1:
+            reasons.setdefault(row, f"the question does not help: difficulty {difficulty:.3f}")
+    candidates = np.array([row for row in range(len(dataset)) if row not in reasons], np.int64)
+    hardest_first = np.argsort(-scores.difficulty_N[candidates], kind="stable")
+    candidates = candidates[hardest_first]
     best = candidates[: OVERSAMPLING * max_rows]
     for row in candidates[OVERSAMPLING * max_rows :].tolist():
-        reasons[row] = (
-            f"known already: difficulty {scores.difficulty_N[row]:.3f}, not among the best {len(best):,}"
-        )
+        difficulty = f"difficulty {scores.difficulty_N[row]:.3f}"
+        reasons[row] = f"little to learn: {difficulty}, not among the hardest {len(best):,}"
     positions, nearest = select_farthest(scores.vectors_NV[best], max_rows)
+    selected = set(positions)
     for position, row in enumerate(best.tolist()):
-        if position not in set(positions):
-            reasons[row] = f"like {dataset.get_id(int(best[nearest[position]]))}, which is kept"
+        if position not in selected:
+            similar_id = dataset.get_id(int(best[nearest[position]]))
+            reasons[row] = f"similar to {similar_id}, which is selected"
     return np.sort(best[positions]), reasons
 
 
-def _describe_dispute(dataset: Dataset, neighbours: Neighbours, row: int) -> str:
-    neighbour_ids = ", ".join(
-        dataset.get_id(neighbour)
-        for neighbour in neighbours.nearest_NK[row, :MAX_SHOWN_NEIGHBOURS].tolist()
+def _describe_dispute(dataset: Dataset, neighbors: Neighbors, row: int) -> str:
+    nearest = neighbors.nearest_NK[row, :MAX_SHOWN_NEIGHBORS].tolist()
+    ids = ", ".join(dataset.get_id(neighbor) for neighbor in nearest)
+    agreement = f"{neighbors.neighbor_agreement_N[row]:.2f} with each other"
+    similarity = f"{neighbors.answer_similarity_N[row]:.2f} with this one"
+    return (
+        f"the nearest questions have a different answer: {ids} and others "
+        f"(similarity {agreement}, {similarity})"
     )
-    similarities = f"{neighbours.neighbour_agreement_N[row]:.2f} alike, {neighbours.answer_similarity_N[row]:.2f} like its own"
-    return f"the nearest questions have another answer: {neighbour_ids} and others ({similarities})"
 
 
-def select_farthest(vectors: np.ndarray, max_rows: int) -> tuple[list[int], np.ndarray]:
-    """(places that are kept, the first one first; for every place the kept one that is nearest to
-    it)."""
-    if not len(vectors):
+def select_farthest(vectors_KV: np.ndarray, max_rows: int) -> tuple[list[int], np.ndarray]:
+    """Return (selected positions, int64 [K] with the nearest selected position of each)."""
+    if not len(vectors_KV):
         return [], np.empty(0, dtype=np.int64)
-    selected, nearest = [0], np.zeros(len(vectors), dtype=np.int64)
-    similarity = vectors @ vectors[0]
-    similarity[0] = np.inf
-    while len(selected) < min(max_rows, len(vectors)):
-        position = int(similarity.argmin())
+    selected = [0]
+    nearest_K = np.zeros(len(vectors_KV), dtype=np.int64)
+    similarity_K = vectors_KV @ vectors_KV[0]
+    similarity_K[0] = np.inf
+    while len(selected) < min(max_rows, len(vectors_KV)):
+        position = int(similarity_K.argmin())
         selected.append(position)
-        new_similarity = vectors @ vectors[position]
-        nearest = np.where(new_similarity > similarity, position, nearest)
-        similarity = np.maximum(similarity, new_similarity)
-        similarity[position] = np.inf
-    return selected, nearest
+        new_similarity_K = vectors_KV @ vectors_KV[position]
+        nearest_K = np.where(new_similarity_K > similarity_K, position, nearest_K)
+        similarity_K = np.maximum(similarity_K, new_similarity_K)
+        similarity_K[position] = np.inf
+    return selected, nearest_K
 
 
 def select_baselines(scores: SelectionScores, num_rows: int, seed: int) -> dict[str, np.ndarray]:
-    """Subsets of the same size that a choice has to beat: random rows, and those with the longest
-    answers. Published methods often do not (Xia 2024, arXiv 2410.09335; Zhao 2024, arXiv
+    """Return subsets of the same size that a selection must beat: random rows, longest answers.
+
+    Published methods often do not beat them (Xia 2024, arXiv 2410.09335; Zhao 2024, arXiv
     2402.04833)."""
     usable = scores.usable_N
-    longest = usable[np.argsort(-scores.answer_tokens_N[usable], kind="stable")[:num_rows]]
+    longest_first = np.argsort(-scores.answer_tokens_N[usable], kind="stable")
+    longest = usable[longest_first[:num_rows]]
     return {"random": sample_rows(usable, num_rows, seed), "longest": np.sort(longest)}
 
 
 def sample_rows(rows: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
-    """Some of these rows, ascending."""
+    """Return a random sample of rows, ascending."""
     return np.sort(rows[permutation(seed, 0, len(rows))[:num_rows]]) if len(rows) else rows

@@ -1,7 +1,8 @@
-"""What is left of the documents of a row under the over-long policy.
+"""Apply the over-long policy to the documents of a row.
 
-documents, max_length, overlong -> Prepared
-"""
+    documents, max_length, on_overlong -> apply_max_length -> PreparedRow
+
+A document that loses all its supervised tokens is dropped."""
 
 from __future__ import annotations
 
@@ -20,67 +21,62 @@ OverlongPolicy = Literal["drop", "truncate", "refuse"]
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """What a row became, and what was lost on the way."""
+    """The documents of a row, and what was lost in rendering and truncation."""
 
     id: str
     documents: tuple[Document, ...]  # empty if the row is dropped; it keeps its slot
-    drop_reason: str = ""  # why no document is left
-    num_overlong: int = 0  # documents longer than max_length: dropped or truncated
+    drop_reason: str = ""  # set if there are no documents
+    num_overlong: int = 0  # documents longer than max_length, dropped or truncated
     num_truncated: int = 0
-    is_answer_too_long: bool = False  # one document's trained tokens alone do not fit
-    notes: tuple[str, ...] = ()  # what the render had to say
-    problem: InvalidRow | None = None  # why it cannot be rendered
+    is_answer_too_long: bool = False  # the supervised tokens of a document alone do not fit
+    notes: tuple[str, ...] = ()  # remarks of the renderer
+    problem: InvalidRow | None = None  # set if the row cannot be rendered
 
 
 def scale_weights(documents: Sequence[Document], weight: float) -> Sequence[Document]:
-    """Documents whose targets all weigh `weight` times as much."""
+    """Multiply all target weights by `weight`."""
     if weight == 1:
         return documents
-    return [
-        replace(document, weights_L=document.weights_L * np.float32(weight))
-        for document in documents
-    ]
+    factor = np.float32(weight)
+    return [replace(document, weights_L=document.weights_L * factor) for document in documents]
 
 
 def apply_max_length(
-    row_id: str, documents: Sequence[Document], max_length: int | None, overlong: OverlongPolicy
+    row_id: str, documents: Sequence[Document], max_length: int | None, on_overlong: OverlongPolicy
 ) -> PreparedRow:
-    """Apply the over-long policy: `drop` the document, `truncate` it (the front stays), or `refuse`
-    with InputError.
+    """Drop or truncate (at the end) documents over `max_length` tokens.
 
-    A document without a trained token is never kept.
-    """
+    Documents without a supervised token are dropped. Raises InputError under `refuse`."""
     fitted: list[Document] = []
-    num_overlong = num_truncated = 0
+    num_overlong = 0
+    num_truncated = 0
     is_answer_too_long = False
-    reason = "nothing is trained"
+    drop_reason = "no supervised token"
     for document in documents:
         if max_length is not None and len(document) > max_length:
-            if overlong == "refuse":
-                message = f"the row has {len(document)} tokens, max_length is {max_length}"
-                raise InputError(
-                    message,
-                    where=row_id,
-                    fix="raise max_length, or set overlong to drop or truncate",
-                )
+            if on_overlong == "refuse":
+                message = f"the row has {len(document)} tokens, but max_length is {max_length}"
+                fix = "raise max_length, or set on_overlong to drop or truncate"
+                raise InputError(message, where=row_id, fix=fix)
             num_overlong += 1
             is_answer_too_long |= bool(np.count_nonzero(document.weights_L) > max_length)
-            reason = "longer than max_length"
-            if overlong == "drop":
+            if on_overlong == "drop":
+                drop_reason = "longer than max_length"
                 continue
-            reason = "nothing trained is left after truncation"
-            front_L = slice(max_length)
+            drop_reason = "no supervised token after truncation"
             document = replace(
-                document, tokens_L=document.tokens_L[front_L], weights_L=document.weights_L[front_L]
+                document,
+                tokens_L=document.tokens_L[:max_length],
+                weights_L=document.weights_L[:max_length],
             )
             num_truncated += bool(document.weights_L.any())
         if document.weights_L.any():
             fitted.append(document)
     return PreparedRow(
-        row_id,
-        tuple(fitted),
-        "" if fitted else reason,
-        num_overlong,
-        num_truncated,
-        is_answer_too_long,
+        id=row_id,
+        documents=tuple(fitted),
+        drop_reason="" if fitted else drop_reason,
+        num_overlong=num_overlong,
+        num_truncated=num_truncated,
+        is_answer_too_long=is_answer_too_long,
     )

@@ -4,7 +4,7 @@ import pytest
 
 from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.hash_split import is_in_split, split_by_hash
+from tunesmith.data.split import is_in_split, split_by_hash
 from tunesmith.recipe.fields import DataSource
 
 

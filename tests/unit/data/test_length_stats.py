@@ -82,7 +82,7 @@ def test_rows_that_the_policy_refuses_are_reported_together(write, words):
         InputError, match=r"2 of 3 rows cannot be used:\n  train\.jsonl:1: the row has 4 tokens"
     ):
         scan_dataset(
-            open_texts(write, words, ["a b", "a", "a b c"], max_length=3, overlong="refuse")
+            open_texts(write, words, ["a b", "a", "a b c"], max_length=3, on_overlong="refuse")
         )
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.mixture import TaskMixture
+from tunesmith.data.sampler import TaskMixture
 from tunesmith.data.sampler import StepSampler
 
 

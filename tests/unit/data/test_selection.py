@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith.data import selection as choosing
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.neighbors import build_word_vectors, find_neighbours
+from tunesmith.data.neighbors import build_word_vectors, find_neighbors
 from tunesmith.data.selection import (
     SelectionScores,
     find_faults,
@@ -38,7 +38,7 @@ def scores(difficulty, perplexity=None, tokens=None, problems=None, texts=None):
         answer_tokens_N=np.array(tokens or [5] * count),
         problems=problems or {},
         vectors_NV=vectors,
-        neighbours=find_neighbours(vectors, np.eye(count, dtype=np.float32), np.arange(count)),
+        neighbors=find_neighbors(vectors, np.eye(count, dtype=np.float32), np.arange(count)),
     )
 
 
@@ -102,7 +102,7 @@ def test_a_row_that_its_neighbours_contradict_is_left_out(opened):
     rows += [("is a lemon sour when it is number 9", "no never"), ("who sings", "a lark")]
     asked, said = (build_word_vectors([row[side] for row in rows]) for side in (0, 1))
     found = dataclasses.replace(
-        scores([0.5] * 8), neighbours=find_neighbours(asked, said, np.arange(8))
+        scores([0.5] * 8), neighbors=find_neighbors(asked, said, np.arange(8))
     )
     kept, reasons = select_rows(opened(rows), found, {}, 3)
     assert 6 not in kept

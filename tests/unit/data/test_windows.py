@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.types import Document
-from tunesmith.data.windows import count_windows, cut_window, find_window
+from tunesmith.data.pretraining import count_windows, cut_window, find_window
 
 
 def text(tokens: int) -> Document:

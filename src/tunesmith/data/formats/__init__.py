@@ -1,1 +1,1 @@
-"""Rows of any supported format to examples."""
+"""Rows as examples."""

@@ -1,1 +1,1 @@
-"""Files of any supported type to rows."""
+"""Files of any supported type as rows."""

@@ -1,12 +1,12 @@
-"""Data files as rows, one at a time.
+"""Data files as rows, read one at a time.
 
-    path -> Source (where each row begins and ends) -> Row (id, data)
+    path -> open_source -> Source (byte range of each row) -> Row (id, data)
 
-`open_source` walks through the bytes and keeps a few numbers a row, so any row can be read later,
-in any order, while the file itself is never held. A suffix stands for a container: where its rows
-are is found in `places.py`, what their bytes say is decided in `strict.py`. Packed files are
-unpacked first (`spool.py`, `parquet.py`); a folder of texts reads like a source too (`folder.py`).
-Which columns mean what is decided in `formats.py`."""
+`open_source` scans the bytes once and stores a few numbers per row, so any row can be read later in
+any order without holding the file in memory. The suffix names the container: `row_index.py` locates
+its rows and `decode.py` decodes their bytes. Compressed files are unpacked first (`decompress.py`,
+`parquet.py`); a folder of texts reads like a file (`text_folder.py`). Left out: the meaning of the
+columns (formats/parse.py)."""
 
 from __future__ import annotations
 
@@ -38,19 +38,26 @@ from tunesmith.data.readers.row_index import (
     MAX_ROW_BYTES,
     RowSpan,
     find_elements,
+    find_full_text,
     find_lines,
     find_records,
-    find_single_row,
 )
 from tunesmith.data.readers.text_folder import TextFolder, open_folder
 
 Decoder = Callable[[bytes, SourceLocation], Json]
-RowIndex = tuple[Decoder, Iterator[RowSpan]]  # what a row says, and where the rows are
+RowIndex = tuple[Decoder, Iterator[RowSpan]]
 ContainerReader = Callable[[BinaryIO, str], RowIndex]
+
+# Without this check, a compressed file with a text suffix would give thousands of "not UTF-8" rows.
+SIGNATURES = {
+    b"\x1f\x8b": "gzip",
+    b"PAR1": "Parquet",
+    b"PK\x03\x04": "zip (as .xlsx and .docx are)",
+}
 
 
 class ByteSource(Protocol):
-    """What rows are read from: a file, or a temporary one."""
+    """Bytes that rows are read from: FileBytes or TempCopy."""
 
     def open_binary(self) -> BinaryIO: ...
 
@@ -59,66 +66,65 @@ class ByteSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data file and where its rows are. `row(i)` reads row i, from any thread."""
+    """A data file and the byte range of each row; rows can be read from any thread."""
 
     path: Path
-    name: str  # the first half of a row's id
+    name: str  # first part of the row ids
     content: ByteSource
     decode: Decoder
     starts: array[int]  # byte offset of each row
     ends: array[int]
-    lines: array[int]  # line number of each row, from 1; of a Parquet file its row number
-    columns: array[int]  # of each row of a JSON array; empty where every row begins its line
-    fingerprint: str  # sha256 over the bytes of the file
+    lines: array[int]  # line of each row, from 1; for Parquet the row number
+    columns: array[int]  # column of each element of a JSON array; empty for other containers
+    fingerprint: str  # sha256 of the file
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def get_id(self, index: int) -> str:
-        """`name:line`; `name[i]` in a JSON array, where several rows can begin on one line."""
+        """Return `name:line`, or `name[i]` in a JSON array, where rows can share a line."""
         return f"{self.name}[{index}]" if self.columns else f"{self.name}:{self.lines[index]}"
 
     def get_location(self, index: int) -> SourceLocation:
+        """Return where a row starts."""
         column = self.columns[index] if self.columns else 1
         return SourceLocation(self.name, self.lines[index], column, self.starts[index])
 
     def read_row(self, index: int) -> Row:
-        """Read and decode one row. Raises BadRow that names file and line, InputError if the file
-        has changed."""
+        """Read and decode one row. Raises InvalidRow, or InputError if the file has changed."""
+        location = self.get_location(index)
         num_bytes = self.ends[index] - self.starts[index]
         if num_bytes > MAX_ROW_BYTES:
-            message, fix = (
-                f"the row has {num_bytes:,} bytes, at most 64 MB are read",
-                "split or drop this row",
-            )
-            raise InvalidRow("too long", message, where=str(self.get_location(index)), fix=fix)
-        return Row(
-            self.get_id(index),
-            self.decode(self.content.read(self.starts[index], num_bytes), self.get_location(index)),
-        )
+            message = f"the row has {num_bytes:,} bytes; at most 64 MB are read"
+            fix = "split or remove this row"
+            raise InvalidRow("too long", message, where=str(location), fix=fix)
+        raw = self.content.read(self.starts[index], num_bytes)
+        return Row(self.get_id(index), self.decode(raw, location))
 
     def read_raw(self, index: int, max_bytes: int) -> tuple[bytes, int]:
-        """The first bytes of a row as they stand in the file, and how many it has."""
+        """Return (at most `max_bytes` bytes of a row, the length of the row in bytes)."""
         num_bytes = self.ends[index] - self.starts[index]
         return self.content.read(self.starts[index], min(max_bytes, num_bytes)), num_bytes
 
 
 def open_source(path: str | Path, *, name: str = "") -> Source | TextFolder:
-    """Find the rows of a file, or of a folder of texts, without decoding them.
+    """Locate the rows of a file, or of a folder of texts, without decoding them.
 
-    `name` goes into the row ids; the file's own name by default. Raises InputError for a missing,
-    empty, special or unreadable file, an unknown suffix, and a file whose rows cannot be told
-    apart."""
+    `name` becomes part of the row ids (default: the file name). Raises InputError for a missing,
+    empty, special or unreadable file, an unknown suffix, and a file without separable rows."""
     path = Path(path)
     name = name or path.name
     status = check_path(path)
     if stat.S_ISDIR(status.st_mode):
         return open_folder(path, name)
-    content, container = _open_content(path, FileBytes(path, get_stamp(status)))
-    starts, ends, lines, columns = array("q"), array("q"), array("q"), array("q")
+    content, read_container = _open_content(path, FileBytes(path, get_stamp(status)))
+    starts = array("q")
+    ends = array("q")
+    lines = array("q")
+    columns = array("q")
     with content.open_binary() as file:
         _check_signature(file, path)
-        decode, row_spans = container(file, name)
+        decode, row_spans = read_container(file, name)
         for row_span in row_spans:
             starts.append(row_span.start)
             ends.append(row_span.end)
@@ -126,78 +132,76 @@ def open_source(path: str | Path, *, name: str = "") -> Source | TextFolder:
             if row_span.column:
                 columns.append(row_span.column)
     if not starts:
-        message = "the file is empty" if status.st_size == 0 else "the file holds no row"
-        raise InputError(message, where=str(path), fix="write at least one row into it")
+        message = "the file is empty" if status.st_size == 0 else "the file has no rows"
+        raise InputError(message, where=str(path), fix="add at least one row")
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
     return Source(path, name, content, decode, starts, ends, lines, columns, fingerprint)
 
 
 def _open_content(path: Path, file: FileBytes) -> tuple[ByteSource, ContainerReader]:
-    """The bytes that rows are read from, unpacked if they are packed, and how."""
-    suffix, inner_suffix = path.suffix.lower(), Path(path.stem).suffix.lower()
+    """Return the (unpacked) bytes of a file, and the reader for its container."""
+    suffix = path.suffix.lower()
+    inner_suffix = Path(path.stem).suffix.lower()
     if suffix == ".parquet":
         return unpack_parquet(path), read_json_lines
     if suffix == ".gz" and inner_suffix in CONTAINERS:
         return gunzip(path), CONTAINERS[inner_suffix]
     if suffix in CONTAINERS:
         return file, CONTAINERS[suffix]
-    supported = (
-        f"{', '.join(CONTAINERS)} (each also as .gz), .parquet, or a folder of .txt and .md files"
+    shown_suffix = inner_suffix + suffix if suffix == ".gz" else suffix
+    supported = ", ".join(CONTAINERS)
+    raise InputError(
+        f"cannot read {shown_suffix or 'files without a suffix'}",
+        where=str(path),
+        fix=f"use {supported} (or any of them as .gz), .parquet, or a folder of .txt and .md files",
     )
-    message = f"cannot read {inner_suffix + suffix if suffix == '.gz' else suffix or 'files without a suffix'}"
-    raise InputError(message, where=str(path), fix=f"use {supported}")
 
 
 def _check_signature(file: BinaryIO, path: Path) -> None:
-    """A packed file under the name of a text would only be told as thousands of rows that are not
-    UTF-8."""
     head = file.read(4)
     file.seek(0)
-    for signature, kind in (
-        (b"\x1f\x8b", "gzip"),
-        (b"PAR1", "Parquet"),
-        (b"PK\x03\x04", "zip, as .xlsx and .docx are"),
-    ):
+    for signature, kind in SIGNATURES.items():
         if head.startswith(signature):
-            fix = "give it the suffix of what it is, or unpack it"
+            fix = "rename it to the suffix of its type, or unpack it"
             raise InputError(f"the content is {kind}, not text", where=str(path), fix=fix)
 
 
 # ---------------------------------------------------------------- containers
 
 
-def read_json_lines(file: BinaryIO, name: str) -> RowIndex:  # noqa: ARG001 - every container has this signature
-    """One JSON object a line."""
+def read_json_lines(file: BinaryIO, name: str) -> RowIndex:  # noqa: ARG001 - shared signature
+    """Read JSON Lines: one object per line."""
     return decode_json, find_lines(file)
 
 
 def read_json_file(file: BinaryIO, name: str) -> RowIndex:
-    """One JSON array of objects; or else one object a line."""
+    """Read one JSON array of objects, or else JSON Lines."""
     head = file.read(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
     file.seek(0)
-    return decode_json, find_elements(file, name) if head.startswith(b"[") else find_lines(file)
+    if head.startswith(b"["):
+        return decode_json, find_elements(file, name)
+    return decode_json, find_lines(file)
 
 
 def read_table(file: BinaryIO, name: str, *, delimiter: str) -> RowIndex:
-    """CSV with a header row; a quoted field may hold line ends."""
+    """Read CSV with a header row; a quoted field may contain line breaks."""
     row_spans = find_records(file, delimiter)
-    if (first_span := next(row_spans, None)) is None:
+    header_span = next(row_spans, None)
+    if header_span is None:
         return decode_text, row_spans
     position = file.tell()
-    file.seek(first_span.start)
-    header = read_header(
-        file.read(first_span.end - first_span.start),
-        SourceLocation(name, first_span.line, 1, first_span.start),
-        delimiter,
-    )
+    file.seek(header_span.start)
+    raw = file.read(header_span.end - header_span.start)
+    location = SourceLocation(name, header_span.line, 1, header_span.start)
+    header = read_header(raw, location, delimiter)
     file.seek(position)
     return partial(decode_record, header=header, delimiter=delimiter), row_spans
 
 
-def read_text_file(file: BinaryIO, name: str) -> RowIndex:  # noqa: ARG001
-    """The whole file is one text."""
-    return decode_text, find_single_row(file)
+def read_text_file(file: BinaryIO, name: str) -> RowIndex:  # noqa: ARG001 - shared signature
+    """Read the full file as one text."""
+    return decode_text, find_full_text(file)
 
 
 CONTAINERS: dict[str, ContainerReader] = {

@@ -1,10 +1,10 @@
 """A folder of texts: each .txt or .md file in it, at any depth, is one row.
 
-    path -> Folder -> Row (id "folder/sub/file.md", {"text": ...})
+    path -> TextFolder -> Row (id "folder/sub/file.md", {"text": ...})
 
-A folder's own files come first, all in the order of their names; hidden ones are left out. Links to
-folders are not followed, and a file that leads out of the folder is refused: who packed the folder
-does not choose what is read from this machine."""
+Files come before subfolders, each sorted by name; hidden files are skipped. Links to folders are
+not followed, and a file that links out of the folder is refused: the author of a downloaded folder
+must not choose which files of this machine are read."""
 
 from __future__ import annotations
 
@@ -28,86 +28,78 @@ TEXT_SUFFIXES = (".txt", ".md")
 
 @dataclass(frozen=True, eq=False)
 class TextFolder:
-    """Text files as rows; reads like a Source."""
+    """Text files as rows, with the interface of Source."""
 
     path: Path
     name: str
     files: tuple[FileBytes, ...]
-    fingerprint: str  # sha256 over the names and sha256 of the files
-    skipped_suffixes: Mapping[str, int]  # suffix -> how many files of it are left out
+    fingerprint: str  # sha256 over the names and the sha256 of the files
+    skipped_suffixes: Mapping[str, int]  # suffix -> number of files that are not read
 
     def __len__(self) -> int:
         return len(self.files)
 
     def get_id(self, index: int) -> str:
+        """Return the path of a file, starting with the name of the folder."""
         return f"{self.name}/{self.files[index].path.relative_to(self.path).as_posix()}"
 
     def get_location(self, index: int) -> SourceLocation:
+        """Return where a row starts: at line 1 of its file."""
         return SourceLocation(self.get_id(index))
 
     def read_row(self, index: int) -> Row:
-        """Read and decode one file. Raises BadRow that names it, InputError if it has changed."""
+        """Read and decode one file. Raises InvalidRow, or InputError if it has changed."""
+        row_id = self.get_id(index)
         num_bytes = self.files[index].stamp[0]
         if num_bytes > MAX_ROW_BYTES:
-            message, fix = (
-                f"the file has {num_bytes:,} bytes, at most 64 MB are read",
-                "split it, or move it away",
-            )
-            raise InvalidRow("too long", message, where=str(self.get_location(index)), fix=fix)
+            message = f"the file has {num_bytes:,} bytes; at most 64 MB are read"
+            raise InvalidRow("too long", message, where=row_id, fix="split or remove it")
         raw = self.files[index].read(0, num_bytes)
-        mark_bytes = len(BYTE_ORDER_MARK) if raw.startswith(BYTE_ORDER_MARK) else 0
-        return Row(
-            self.get_id(index),
-            decode_text(raw[mark_bytes:], SourceLocation(self.get_id(index), offset=mark_bytes)),
-        )
+        text = raw.removeprefix(BYTE_ORDER_MARK)
+        location = SourceLocation(row_id, offset=len(raw) - len(text))
+        return Row(row_id, decode_text(text, location))
 
     def read_raw(self, index: int, max_bytes: int) -> tuple[bytes, int]:
-        """The first bytes of a file, and how many it has."""
+        """Return (at most `max_bytes` bytes of a file, the length of the file in bytes)."""
         num_bytes = self.files[index].stamp[0]
         return self.files[index].read(0, min(max_bytes, num_bytes)), num_bytes
 
 
 def open_folder(path: Path, name: str) -> TextFolder:
-    """Raises InputError for a folder without texts, and for a file in it that is not an ordinary
-    one of its own."""
+    """Find the texts of a folder.
+
+    Raises InputError for a folder without texts, for special files, and for links out of it."""
     digest = hashlib.sha256()
     files: list[FileBytes] = []
-    skipped_suffixes, root = Counter[str](), path.resolve()
+    skipped_suffixes: Counter[str] = Counter()
+    root = path.resolve()
     for file in _iter_visible_files(path):
         if not file.name.lower().endswith(TEXT_SUFFIXES):
             skipped_suffixes[file.suffix.lower()] += 1
             continue
-        target = Path(os.path.realpath(file))  # a loop of links is where it began
+        target = Path(os.path.realpath(file))  # unlike Path.resolve, it accepts a loop of links
         if not target.is_relative_to(root):
-            message, fix = (
-                f"is a link out of the folder, to {target}",
-                "replace it by a copy, or remove it",
-            )
-            raise InputError(message, where=str(file), fix=fix)
+            message = f"a link out of the folder, to {target}"
+            raise InputError(message, where=str(file), fix="replace it by a copy, or remove it")
         status = check_path(file)
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(
-                "is not an ordinary file", where=str(file), fix="remove it, or copy what it holds"
-            )
+            fix = "remove it, or copy its content into a file"
+            raise InputError("not a regular file", where=str(file), fix=fix)
         files.append(FileBytes(file, get_stamp(status)))
         with file.open("rb") as handle:
             file_digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        digest.update(
-            f"{file.relative_to(path).as_posix()}\0{file_digest}\n".encode(errors="surrogateescape")
-        )
+        entry = f"{file.relative_to(path).as_posix()}\0{file_digest}\n"
+        digest.update(entry.encode(errors="surrogateescape"))
     if not files:
-        raise InputError(
-            f"no {' or '.join(TEXT_SUFFIXES)} file in this folder",
-            where=str(path),
-            fix="name the data file",
-        )
+        message = f"no {' or '.join(TEXT_SUFFIXES)} file in this folder"
+        raise InputError(message, where=str(path), fix="pass the data file itself")
     return TextFolder(path, name, tuple(files), digest.hexdigest(), skipped_suffixes)
 
 
 def _iter_visible_files(path: Path) -> Iterator[Path]:
-    """The files below a folder, sorted by their path."""
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+    """Yield the files below a folder: those of a folder before its subfolders, sorted by name."""
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith("."):
                 yield Path(folder, name)

@@ -14,7 +14,7 @@ from tunesmith.core.types import Json
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.formats.few_shot import add_shots
-from tunesmith.data.hash_split import split_by_hash
+from tunesmith.data.split import split_by_hash
 from tunesmith.recipe.fields import DataSource
 
 FORMS: list[Any] = [

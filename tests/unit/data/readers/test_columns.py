@@ -5,7 +5,7 @@ import pytest
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Row
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.readers.columns import rename_columns
+from tunesmith.data.formats.parse import rename_columns
 from tunesmith.recipe.fields import DataSource
 
 

@@ -101,7 +101,7 @@ def test_fault_01_the_next_attempt_may_skip_bad_rows_and_records_their_count(
         InputError, match="4 of 15 rows cannot be used: 2 missing key, 1 not JSON, 1 empty answer"
     ):
         train(wish)
-    events = train(wish.model_copy(update={"skip_bad": True}))
+    events = train(wish.model_copy(update={"skip_invalid": True}))
     assert len(steps_of(events)) == 3, "six rows, two a step"
     data = read_json(tmp_path / "run" / "record.json")["plan"]["data"]
     assert {role: report["rejected"] for role, report in data.items()} == {
@@ -185,7 +185,7 @@ def test_fault_01_rows_that_cannot_be_rendered_are_bad_rows_too(
     assert [line["id"] for line in rejected(dataset)] == ["train.jsonl:3", "train.jsonl:2"]
     with pytest.raises(InvalidRow, match=r"train\.jsonl:2"):
         dataset.render_documents(1)
-    skipping = opened(path, renderer, skip_bad=True)
+    skipping = opened(path, renderer, skip_invalid=True)
     assert [len(skipping.render_documents(i)) for i in range(3)] == [1, 0, 1], "it keeps its slot"
     assert check_data({"data": skipping})["data"].findings[0].level == "warn"
 
@@ -352,13 +352,13 @@ def test_fault_03_rows_that_json_libraries_take_amiss_are_rejected(
         ),
     ],
 )
-@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize("skip_invalid", [False, True])
 def test_fault_04_without_a_row_there_is_no_run_folder(
-    skip_bad: bool, name: str, content: bytes, says: str, tiny_folder: Path, tmp_path: Path
+    skip_invalid: bool, name: str, content: bytes, says: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
     wish = recipe(
-        tiny_folder, tmp_path, data=str(tmp_path / name), skip_bad=skip_bad, max_length=64
+        tiny_folder, tmp_path, data=str(tmp_path / name), skip_invalid=skip_invalid, max_length=64
     )
     with pytest.raises(InputError, match=says) as caught:
         train(wish)
@@ -413,7 +413,7 @@ def long_questions(count: int, of: int) -> Iterable[Json]:
 def test_fault_06_rows_that_truncation_leaves_nothing_to_train_are_dropped_and_counted(
     count: int, level: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    wish = recipe(tiny_folder, tmp_path, max_length=60, overlong="truncate", batch_size=50)
+    wish = recipe(tiny_folder, tmp_path, max_length=60, on_overlong="truncate", batch_size=50)
     (tmp_path / "train.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in long_questions(count, 100))
     )
@@ -430,7 +430,7 @@ def test_fault_06_rows_that_truncation_leaves_nothing_to_train_are_dropped_and_c
     assert caught.value.exit_code == 2
     assert not (tmp_path / "run").exists()
     assert all(
-        step.loss > 0 for step in steps_of(train(wish.model_copy(update={"skip_bad": True})))
+        step.loss > 0 for step in steps_of(train(wish.model_copy(update={"skip_invalid": True})))
     )
 
 

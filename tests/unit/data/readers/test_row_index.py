@@ -12,7 +12,7 @@ from tunesmith.data.readers.row_index import (
     find_elements,
     find_lines,
     find_records,
-    find_single_row,
+    find_full_text,
 )
 
 
@@ -142,5 +142,5 @@ def test_a_line_that_is_too_long_for_csv_is_a_place(monkeypatch):
 def test_lines_and_whole_texts_leave_out_the_byte_order_mark_only():
     raw = b"\xef\xbb\xbf\none\n \r\ntwo"
     assert cut(raw, find_lines(io.BytesIO(raw))) == [b"one\n", b"two"]
-    assert cut(raw, find_single_row(io.BytesIO(raw))) == [b"\none\n \r\ntwo"]
-    assert cut(b"\xef\xbb\xbf", find_single_row(io.BytesIO(b"\xef\xbb\xbf"))) == []
+    assert cut(raw, find_full_text(io.BytesIO(raw))) == [b"\none\n \r\ntwo"]
+    assert cut(b"\xef\xbb\xbf", find_full_text(io.BytesIO(b"\xef\xbb\xbf"))) == []

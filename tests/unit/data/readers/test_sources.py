@@ -51,17 +51,17 @@ def test_plain_text_is_one_row_with_unix_line_ends(write):
         (
             b'{"a": "\\\\u0000\\ud83d"}',
             "train.jsonl:2:15",
-            "\\ud83d at byte 23 is half a character",
+            "\\ud83d at byte 23 is lone surrogate",
         ),
         (
             b'{"a": "\xc3\xa9\\ude00\\ud83d"}',
             "train.jsonl:2:9",
-            "\\ude00 at byte 18 is half a character",
+            "\\ude00 at byte 18 is lone surrogate",
         ),
         (b'{"a": "\xed\xa0\xbd"}', "train.jsonl:2:8", "is not UTF-8"),
         (b'{"a": NaN}', "train.jsonl:2", "NaN is not JSON"),
         (b'{"a": [-Infinity]}', "train.jsonl:2", "-Infinity is not JSON"),
-        (b'{"a": 1e999}', "train.jsonl:2", "the number 1e999 does not fit"),
+        (b'{"a": 1e999}', "train.jsonl:2", "the number 1e999 is too large"),
         (b'{"a": {"b": 1, "c": 2, "b": 3}}', "train.jsonl:2", "the key 'b' appears twice"),
         (b'{"a": ' + b"9" * 5000 + b"}", "train.jsonl:2", "a number has thousands of digits"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "train.jsonl:2", "nested deeper"),
@@ -94,7 +94,7 @@ def test_arguments_of_tool_calls_stay_byte_for_byte(write):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("", "is empty"), ("\n \r\n\n", "holds no row"), (b"\xef\xbb\xbf", "holds no row")],
+    [("", "is empty"), ("\n \r\n\n", "has no rows"), (b"\xef\xbb\xbf", "has no rows")],
 )
 def test_an_empty_file_is_refused(write, content, says):
     with pytest.raises(InputError, match=says):
@@ -107,7 +107,7 @@ def test_files_that_are_not_plain_data_are_refused_before_reading(write, tmp_pat
     for name, says in {
         "trian.jsonl": r"did you mean .*train\.jsonl",
         ".": "no .txt or .md file in this folder",
-        "pipe.jsonl": "not an ordinary file",
+        "pipe.jsonl": "not a regular file",
         "no/such/folder.jsonl": "no such file",
     }.items():
         with pytest.raises(InputError, match=says):

@@ -1,0 +1,160 @@
+import json
+import random
+
+import pytest
+
+from tunesmith.core.atomic import verify_dir
+from tunesmith.core.errors import InputError
+from tunesmith.data.dataset import open_dataset
+from tunesmith.data.split import split_by_group
+from tunesmith.recipe.fields import DataSource
+
+WORDS = [f"{a}{b}{c}" for a in "bdfglmn" for b in "aeiou" for c in "krstv"]
+
+
+def prose(seed, count=30):
+    return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+
+def chat(user, answer, **more):
+    return {
+        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}],
+        **more,
+    }
+
+
+@pytest.fixture
+def divided(write, words, tmp_path):
+    """Rows -> (what is said of the division, the rows of each file by side)."""
+
+    def of(rows, name="rows.jsonl", **options):
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        dataset = open_dataset([DataSource(path=write(content, name))], words)
+        to = tmp_path / f"parts-{len(list(tmp_path.iterdir()))}"
+        made = split_by_group(dataset, to, **{"eval_share": 0.2, "test_share": 0.1, **options})
+        files = {file.stem: file.read_bytes().splitlines() for file in to.glob("*.jsonl")}
+        assert verify_dir(to) == ""
+        return made, {side: [json.loads(line) for line in lines] for side, lines in files.items()}
+
+    return of
+
+
+def test_every_row_is_in_one_file_in_its_order(divided):
+    rows = [chat(prose(i), prose(i + 500)) for i in range(100)]
+    made, files = divided(rows)
+    assert (
+        made.rows
+        == {"train": 70, "eval": 20, "test": 10}
+        == {side: len(of) for side, of in files.items()}
+    )
+    assert made.groups == made.rows
+    places = {side: [rows.index(row) for row in of] for side, of in files.items()}
+    assert sorted(place for of in places.values() for place in of) == list(range(100))
+    assert all(of == sorted(of) for of in places.values())
+
+
+def test_sides_depend_on_the_seed_and_not_on_the_order(divided):
+    rows = [chat(prose(i), prose(i + 500)) for i in range(60)]
+    one, other, again = (divided(rows, seed=seed)[1] for seed in (0, 1, 0))
+    shuffled = divided(rows[::-1])[1]
+    assert one == again != other
+    assert {side: of[::-1] for side, of in shuffled.items()} == one
+
+
+def test_rows_that_are_alike_stay_together(divided):
+    rows = []
+    for i in range(40):
+        rows += [
+            chat(prose(i), prose(i + 500)),
+            chat(prose(i) + " so", prose(i + 500)),
+        ]  # nearly the same
+        rows += [
+            chat(f"ask {i}", prose(i + 900)),
+            chat(f"ask {i}", prose(i + 1300)),
+        ]  # one question, two answers
+    made, files = divided(rows, seed=3)
+    assert sum(made.groups.values()) == 80
+    sides = {json.dumps(row): side for side, of in files.items() for row in of}
+    for first in range(0, len(rows), 2):
+        assert sides[json.dumps(rows[first])] == sides[json.dumps(rows[first + 1])]
+    assert made.rows["eval"] == 32
+
+
+def test_rows_of_one_source_stay_together(divided):
+    rows = [chat(prose(i), prose(i + 500), page=i // 5) for i in range(100)]
+    made, files = divided(rows, group="page")
+    pages = {side: {row["page"] for row in of} for side, of in files.items()}
+    assert (
+        not pages["train"] & pages["eval"]
+        | pages["train"] & pages["test"]
+        | pages["eval"] & pages["test"]
+    )
+    assert made.groups == {"train": 14, "eval": 4, "test": 2}
+
+
+def test_each_label_is_divided_by_itself(divided):
+    rows = [chat(prose(i), "rare" if i % 10 == 0 else "often") for i in range(300)]
+    made, _ = divided(rows)
+    assert made.strata == {
+        "often": {"train": 189, "eval": 54, "test": 27},
+        "rare": {"train": 21, "eval": 6, "test": 3},
+    }
+
+
+def test_each_value_of_a_key_is_divided_by_itself(divided):
+    rows = [chat(prose(i), prose(i + 500), lang="de" if i < 20 else "en") for i in range(100)]
+    made, _ = divided(rows, stratify="lang", test_share=0)
+    assert made.strata["de"] == {"train": 16, "eval": 4, "test": 0}
+    assert "test" not in made.rows
+
+
+def test_lines_are_copied_byte_by_byte_and_other_files_become_lines(write, words, tmp_path):
+    line = '{"prompt":  "a\\u00e9", "completion": "1.0", "n": 1e5}\n'
+    more = "".join(f'{{"prompt": "q{i}", "completion": "{i}"}}\n' for i in range(5))
+    split_by_group(
+        open_dataset([DataSource(path=write(line + more))], words),
+        tmp_path / "p",
+        eval_share=0.2,
+        test_share=0,
+    )
+    assert (
+        line in (tmp_path / "p/train.jsonl").read_text() + (tmp_path / "p/eval.jsonl").read_text()
+    )
+    table = write("prompt,completion\n" + "".join(f'q{i},"a,{i}"\n' for i in range(5)), "x.csv")
+    split_by_group(
+        open_dataset([DataSource(path=table)], words), tmp_path / "q", eval_share=0.2, test_share=0
+    )
+    assert '{"prompt": "q0", "completion": "a,0"}\n' in "".join(
+        f.read_text() for f in (tmp_path / "q").glob("*.jsonl")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"eval_share": 0.7, "test_share": 0.3}, "leave 0 to train"),
+        ({"eval_share": -0.1}, "leave 1 to train"),
+        ({"eval_share": 0, "test_share": 0}, "leave 1 to train"),
+        ({"group": "page"}, "no key `page`"),
+        ({"stratify": "lang"}, "no key `lang`"),
+    ],
+    ids=["nothing", "negative", "all", "group", "stratify"],
+)
+def test_what_cannot_be_divided_is_refused(divided, options, what):
+    with pytest.raises(InputError, match=what):
+        divided([chat(prose(i), prose(i + 500)) for i in range(20)], **options)
+
+
+def test_too_few_groups_are_refused_and_nothing_is_left(divided, tmp_path):
+    with pytest.raises(
+        InputError, match="1 groups of rows that belong together are too few: eval gets none"
+    ):
+        divided([chat("ask", prose(i)) for i in range(20)])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_folder_that_is_there_is_kept(write, words, tmp_path):
+    (tmp_path / "mine").mkdir()
+    dataset = open_dataset([DataSource(path=write(json.dumps(chat("a", "b")) + "\n"))], words)
+    with pytest.raises(InputError, match="there already"):
+        split_by_group(dataset, tmp_path / "mine", eval_share=0.1, test_share=0.1)
