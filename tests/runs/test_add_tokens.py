@@ -289,7 +289,7 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
     other = api.read_recipe(
         {**both, "stage": [{"cpt": cpt}, {"sft": sft | {"add_tokens": ["<n>"]}}]}
     )
-    with pytest.raises(InputError, match="the stage sft adds other tokens than the first one"):
+    with pytest.raises(InputError, match="stage sft adds other tokens than the first stage"):
         stages.make_staged_plan(stages.load_stage_inputs(other))
 
 

@@ -16,7 +16,7 @@ from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Json
 from tunesmith.evaluate import finished_run
 from tunesmith.export.export import export_run
-from tunesmith.plan.stages import StagedPlan
+from tunesmith.plan.stages import StagedPlan, read_staged_plan
 from tunesmith.recipe.schema import Stages
 from tunesmith.train import stages
 
@@ -58,7 +58,7 @@ def keys(model: Path, folder: Path) -> tuple[Json, Json, Json]:
     }
     sft = {"data": place["rows"], "test_data": test_rows, "batch_size": 2}
     both["num_train_epochs"] = 1
-    return both | general | {"attention": "documents"}, cpt, sft
+    return both | general | {"attention": "sdpa"}, cpt, sft
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Stages:
@@ -176,8 +176,8 @@ def test_the_plan_of_a_later_stage_is_known_before_the_first(
     straight: tuple[Path, list[Event]],
 ) -> None:
     folder, _ = straight
-    before, after = stages.read_staged(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")
-    assert before.config.between_stages == after.config.between_stages == "the adapter goes on"
+    before, after = read_staged_plan(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")
+    assert before.config.between_stages == after.config.between_stages == "continue adapter"
     differ = {
         key for key in after.values if key not in before.values or before.values[key] != after.values[key]
     }
@@ -299,10 +299,10 @@ def test_what_no_adapter_can_go_on_from_is_merged(
 def test_the_plan_says_why_it_merges(merged: Any) -> None:
     kind, folder, _ = merged
     why = {
-        OTHER_RANK: "lora_r is 2 here, and 3 in the adapter of 1-cpt: that one goes into the weights",
-        ALL_WEIGHTS: "all weights of 1-cpt were trained: the model that it leaves is the base",
+        OTHER_RANK: "lora_r is 2 here and 3 in the adapter of 1-cpt, which is merged",
+        ALL_WEIGHTS: "1-cpt trains all weights, so its model is the base of this stage",
     }[kind]
-    for plan in (stages.read_staged(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")):
+    for plan in (read_staged_plan(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")):
         assert plan.config.between_stages == "merged"
         assert plan.reasons["between_stages"].reason.startswith(why)
 
@@ -352,7 +352,7 @@ def test_a_third_stage_goes_on_from_a_merged_base(tiny_folder: Path, tmp_path: P
     plans = [api.read_plan(place) for place in sorted((tmp_path / "run" / "stages").iterdir())]
     assert [plan.config.between_stages for plan in plans[1:]] == [
         "merged",
-        "the adapter goes on",
+        "continue adapter",
         "merged",
     ]
     assert [Path(plan.recipe["model"]).name for plan in plans[1:]] == ["model", "model", "merged"]
@@ -369,7 +369,7 @@ def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path:
         "ab"
     ) as file:
         file.write(b"!")
-    with pytest.raises(InputError, match="not as it was written"):
+    with pytest.raises(InputError, match="the merged model is damaged"):
         list(api.resume(tmp_path / "run"))
 
 

@@ -1,16 +1,18 @@
-"""What a run has to know of the model that its training starts from, taken once, before any weight
-has changed.
+"""Measurements of the model before training, taken once, before any weight changes.
 
-    before.json         its measures, item by item
-    base-states/        its final hidden states on the texts and answers that are measured, where nothing brings the
-                        base back afterwards: all weights are trained, or an adapter goes on; gone with the run's end
+    before.json      its metrics, item by item
+    base-states/     its final hidden states on the measured texts and answers, where nothing brings
+                     the base model back later: with full fine-tuning, or when training continues an
+                     adapter; deleted when the run ends
+    reference.json   log-probabilities of preference pairs, for DPO, in the same cases
 
-Left out: what is measured (measure.py), how far a model is from its base (evaluate/divergence.py).
-"""
+In: a run folder and an open Session. Out: metrics, references for KL and DPO.
+Left out: what is measured (evaluate/items.py), the KL divergence (evaluate/kl_divergence.py)."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from tunesmith.core.atomic import atomic_dir, remove_folder
 from tunesmith.core.events import GENERAL_TASK
@@ -37,73 +39,61 @@ from tunesmith.train.losses import REFERENCE_LOSSES
 REFERENCE_FILE = "reference.json"  # row -> log-probabilities of its documents before training
 BATCH_ROWS = 64
 STATES_DIR = "base-states"
-ADAPTER_DISABLED: BaseReferences = {
-    GENERAL_TASK: AdapterDisabled(),
-    "test": AdapterDisabled(),
-}  # an adapter that began with nothing is switched off
+STATE_NAMES = {GENERAL_TASK: "general", "test": "answers"}
+# A fresh adapter that is switched off leaves the base model.
+ADAPTER_DISABLED: BaseReferences = {GENERAL_TASK: AdapterDisabled(), "test": AdapterDisabled()}
 
 
 def measure_before_training(
     folder: RunFolder, session: Session, items: EvalItems, fingerprint: Json
 ) -> EvalResults:
-    """The measures of the model before training."""
+    """Return the metrics before training, measured once per run."""
     if not (folder.path / EVAL_BEFORE_FILE).exists():
-        answer_cache = open_answer_cache(folder.path, fingerprint, session.inputs.adapter)
-        folder.write_json(
-            EVAL_BEFORE_FILE, measure_items(session, items, step=0, cache=answer_cache)
-        )
+        cache = open_answer_cache(folder.path, fingerprint, session.inputs.adapter)
+        results = measure_items(session, items, step=0, cache=cache)
+        folder.write_json(EVAL_BEFORE_FILE, results)
     return parse_as(EvalResults, read_json(folder.path / EVAL_BEFORE_FILE))
 
 
 def load_base_references(folder: RunFolder, session: Session, items: EvalItems) -> BaseReferences:
-    """What the trained model will be compared with."""
+    """Return what the KL divergence of the trained model is computed against."""
     if can_disable_adapter(session.plan, session.inputs):
         return ADAPTER_DISABLED
-    if not (folder.path / STATES_DIR).exists():
-        _cache_base_states(folder, session, items)
-    return dict(
-        zip(
-            STATE_NAMES,
-            CachedStates.load_files(
-                folder.path / STATES_DIR, STATE_NAMES.values(), session.model.device
-            ),
-            strict=True,
-        )
-    )
+    states_dir = folder.path / STATES_DIR
+    if not states_dir.exists():
+        _cache_base_states(states_dir, session, items)
+    states = CachedStates.load_files(states_dir, STATE_NAMES.values(), session.model.device)
+    return dict(zip(STATE_NAMES, states, strict=True))
 
 
 def can_disable_adapter(plan: Plan, inputs: RunInputs) -> bool:
+    """Return whether switching the adapter off brings back the model before training."""
     return plan.config.method != "full" and inputs.adapter is None
 
 
 def delete_base_states(folder: RunFolder) -> None:
-    """The states, once the run is measured."""
+    """Delete the cached hidden states of a run that is measured."""
     if (folder.path / STATES_DIR).exists():
         remove_folder(folder.path / STATES_DIR)
 
 
-STATE_NAMES = {GENERAL_TASK: "general", "test": "answers"}
-
-
-def _cache_base_states(folder: RunFolder, session: Session, items: EvalItems) -> None:
+def _cache_base_states(states_dir: Path, session: Session, items: EvalItems) -> None:
     session.model.network.eval()
-    plan, window = session.plan, compute_text_window(session)
-    documents: dict[str, list[Document]] = {
-        GENERAL_TASK: split_texts(items.general_texts, session.renderer.encode_text, window)[0],
-        "test": select_answers(items.test_documents),
-    }
-    packing = {GENERAL_TASK: (window, False), "test": (plan.config.pack_length, plan.config.share_prefixes)}
-    tokens = sum(
-        int((document.weights_L > 0).sum())
-        for task_documents in documents.values()
-        for document in task_documents
-    )
-    needed = tokens * plan.model.hidden_size * session.model.dtype.itemsize
-    with atomic_dir(folder.path / STATES_DIR, metadata={}, needed_bytes=needed) as scratch:
-        for task, (length, share_prefixes) in packing.items():
-            cache_states(session.model, documents[task], length, share=share_prefixes).save_files(
-                scratch, STATE_NAMES[task]
-            )
+    config = session.plan.config
+    window = compute_text_window(session)
+    texts, _ = split_texts(items.general_texts, session.renderer.encode_text, window)
+    answers = select_answers(items.test_documents)
+    num_targets = 0
+    for document in (*texts, *answers):
+        num_targets += int((document.weights_L > 0).sum())
+    state_bytes = session.plan.model.hidden_size * session.model.dtype.itemsize
+    with atomic_dir(states_dir, metadata={}, needed_bytes=num_targets * state_bytes) as scratch:
+        states = cache_states(session.model, texts, window, share=False)
+        states.save_files(scratch, STATE_NAMES[GENERAL_TASK])
+        states = cache_states(
+            session.model, answers, config.pack_length, share=config.share_prefixes
+        )
+        states.save_files(scratch, STATE_NAMES["test"])
 
 
 # ---------------------------------------------------------------- DPO

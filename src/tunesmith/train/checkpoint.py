@@ -1,8 +1,8 @@
-"""The state of a run as files: trained weights, the optimizer's moments, the position. No pickle.
+"""Training state as files: trained weights, optimizer moments, position. No pickle.
 
-In and out: a folder that runfolder.py writes atomically and verifies. The learning rate, the order
-of rows and dropout are functions of the step, so no state of a scheduler, a sampler or a random
-generator has to be kept."""
+In and out: a folder that core/run_dir.py writes atomically and verifies. The learning rate, the
+order of rows and dropout are functions of the step, so no scheduler, sampler or random state is
+stored."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def write_state(
     optimizer: torch.optim.Optimizer,
     position: dict[str, Any],
 ) -> None:
-    """Raises GateError when a weight or a moment is not finite, OSError when the disk refuses."""
+    """Write the state.
+
+    Raise GateError if a weight or a moment is not finite, OSError if the disk refuses."""
     tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for name, p in parameters.items()}
     updates = 0
     for name, parameter in parameters.items():
-        if moment_tensors := get_moments(optimizer, parameter):
-            tensors |= {f"{moment}.{name}": tensor for moment, tensor in moment_tensors.items()}
+        moments = get_moments(optimizer, parameter)
+        if moments:
+            tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
             updates = int(optimizer.state[parameter]["step"])
     write_tensors(tensors, folder / STATE_FILE)
     text = json.dumps({**position, "updates": updates}, indent=2)
@@ -41,18 +44,19 @@ def write_state(
 def read_state(
     folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Puts weights and moments back; returns the position. Raises InputError when the folder is of
-    another run."""
-    tensors, position = (
-        load_weights(folder, parameters),
-        json.loads((folder / POSITION_FILE).read_text(encoding="utf-8")),
-    )
+    """Restore weights and moments; return the position.
+
+    Raise InputError if the folder belongs to another run."""
+    tensors = load_weights(folder, parameters)
+    position = json.loads((folder / POSITION_FILE).read_text(encoding="utf-8"))
     for name, parameter in parameters.items():
-        moment_tensors = {
-            moment: tensors[key] for moment in MOMENTS if (key := f"{moment}.{name}") in tensors
-        }
-        if position["updates"]:
-            restore_moments(optimizer, parameter, moment_tensors, position["updates"])
-        else:
+        if not position["updates"]:
             optimizer.state.pop(parameter, None)
+            continue
+        moments = {
+            moment: tensors[f"{moment}.{name}"]
+            for moment in MOMENTS
+            if f"{moment}.{name}" in tensors
+        }
+        restore_moments(optimizer, parameter, moments, position["updates"])
     return position

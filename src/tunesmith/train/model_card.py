@@ -1,21 +1,20 @@
-"""The model card: README.md beside the trained weights, with the facts of the run's record and
-nothing else.
+"""Write the model card: README.md next to the trained weights, with facts of the run's record only.
 
-    write_card(record, identity)        adapter/README.md, or model/README.md; valid front matter for the hub
+    write_card(record, fingerprint)     adapter/README.md or model/README.md, with metadata for the Hub
     note_scale(folder, scale, curve)    the card of an export of that adapter at another scale
 
-The manifest of the folder does not list it: people add to a card, and the weights stay as they were
-sealed. What is not known is left out: a base without a name on the hub, a licence that nothing
-states. Words of others are escaped."""
+The manifest of the folder leaves the card out: people edit cards, and the weights stay verified.
+What is unknown is omitted, such as a base model without a name on the Hub or without a license.
+Text from users and files is escaped.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from tunesmith.core.atomic import format_bytes, write_file
 from tunesmith.core.formatting import format_duration, format_value
@@ -32,240 +31,203 @@ CARD_SETTINGS = (
     "num_train_epochs",
     "batch_size",
     "max_length",
+    "seed",
 )
-METHOD_TITLES = {"full": "A fully fine-tuned model"}
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&^])")
+USE_FULL_MODEL = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")  # with its chat template
+```"""
+USE_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")  # with its chat template
+```
+
+In tunesmith, `adapter_from: this folder` trains it further and `tunesmith chat RUN` talks to it."""
 
 
 def write_card(record: RunRecord, fingerprint: Json, stages: Sequence[str] = ()) -> None:
-    """Whole or not at all. `stages`: their names, where the record is of several."""
-    write_file(
-        Path(record.adapter) / CARD_FILE,
-        render_card(record, fingerprint, stages).encode(errors="backslashreplace"),
-    )
+    """Write the card of a run atomically; `stages` are the names of its stages, if several."""
+    card = render_card(record, fingerprint, stages)
+    write_file(Path(record.adapter) / CARD_FILE, card.encode(errors="backslashreplace"))
 
 
 def note_scale(folder: Path, scale: float, curve: Sequence[ScalePoint]) -> None:
-    """Says in the card of an adapter, if it has one, that it is scaled; before its results, which
-    are of scale 1."""
+    """Insert the scale of an exported adapter before the results, which are of scale 1."""
     file = folder / CARD_FILE
-    if file.is_file():
-        head, results, rest = file.read_text("utf-8", errors="replace").partition("\n## Results\n")
-        note = f"\n## Scale\n\n{_describe_scale(scale, curve)}\n"
-        file.write_text(f"{head}{note}{results}{rest}", encoding="utf-8")
-
-
-def _describe_scale(scale: float, curve: Sequence[ScalePoint]) -> str:
-    scale_text = f"The trained adapter times {scale:g}, by `lora_alpha`. All other numbers here are of the adapter as trained."
-    measured_texts = [describe_tradeoff(curve, point) for point in curve if point.scale == scale]
-    if not any(measured_texts):
-        return f"{scale_text} At this scale nothing was measured in the run."
-    return f"{scale_text} On rows by which a scale may be chosen, {scale:g} {measured_texts[0]}."
+    if not file.is_file():
+        return
+    head, results, rest = file.read_text("utf-8", errors="replace").partition("\n## Results\n")
+    tradeoff = ""
+    for point in curve:
+        if point.scale == scale:
+            tradeoff = describe_tradeoff(curve, point)
+    measured = f"On eval_data, this scale {tradeoff}." if tradeoff else "Not measured at this scale."
+    note = (
+        f"The trained adapter multiplied by {scale:g}, through `lora_alpha`. All other numbers "
+        f"here are for the adapter as trained. {measured}"
+    )
+    file.write_text(f"{head}\n## Scale\n\n{note}\n{results}{rest}", encoding="utf-8")
 
 
 def render_card(record: RunRecord, fingerprint: Json, stages: Sequence[str] = ()) -> str:
-    head = yaml.safe_dump(_build_front_matter(record.plan), sort_keys=False, allow_unicode=True)
+    plan = record.plan
+    base = find_hub_name(plan.model)
+    is_adapter = plan.config.method != "full"
+    metadata = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base or None,
+        license=find_license(plan.model) or None,
+        tags=["tunesmith", plan.config.method, plan.config.stage],
+    )
+    if base:
+        metadata["base_model_relation"] = "adapter" if is_adapter else "finetune"
     blocks = [
+        f"---\n{metadata.to_yaml()}\n---",
         _render_title(record),
         *_render_stages(stages),
+        "## Results",
         *_render_results(record),
-        *_render_data(record.plan),
-        *_render_training(record),
-        *_render_limits(record),
+        "## Data",
+        _render_data(plan),
+        "## Training",
+        _render_training(record),
+        "## Limits",
+        _render_limits(record),
+        "## Use",
+        USE_ADAPTER.format(base=base or "the base model") if is_adapter else USE_FULL_MODEL,
+        *_render_provenance(fingerprint),
     ]
-    return (
-        "\n\n".join(
-            [
-                f"---\n{head}---",
-                *blocks,
-                *_render_usage(record.plan),
-                *_render_provenance(fingerprint),
-            ]
-        )
-        + "\n"
-    )
+    return str(ModelCard("\n\n".join(blocks) + "\n"))
 
 
 def escape_markdown(text: str) -> str:
-    """Words of others on one line of Markdown: no mark-up, no control characters."""
-    plain = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return MARKDOWN_SPECIAL.sub(r"\\\1", plain)
-
-
-def _build_front_matter(plan: Plan) -> Json:
-    is_adapter, base, license_id = (
-        plan.config.method != "full",
-        find_hub_name(plan.model),
-        find_license(plan.model),
-    )
-    metadata: Json = {
-        "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
-    }
-    if base:
-        metadata |= {
-            "base_model": base,
-            "base_model_relation": "adapter" if is_adapter else "finetune",
-        }
-    if license_id:
-        metadata["license"] = license_id
-    return metadata | {
-        "tags": ["tunesmith", *dict.fromkeys((str(plan.config.method), str(plan.config.stage)))]
-    }
+    """Return the text on one line, without markup and control characters."""
+    printable = "".join(char if char.isprintable() else " " for char in text)
+    return MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(printable.split()))
 
 
 def find_hub_name(model: ModelSpec) -> str:
-    """The base's name on the hub, if it was fetched from there."""
+    """Return the model's name on the Hub if it was downloaded from there, else nothing."""
     return model.name if f"models--{model.name.replace('/', '--')}" in model.path.parts else ""
 
 
 def find_license(model: ModelSpec) -> str:
-    """As the base's own card or origin states it."""
+    """Return the license that the base model's card or origin states, else nothing."""
     file = model.path / CARD_FILE
-    if file.is_file() and (
-        block := re.match(r"---\n(.*?)\n---", file.read_text("utf-8", errors="replace"), re.DOTALL)
-    ):
-        license_match = re.search(
-            r"^license: *[\"']?([a-z0-9][a-z0-9.-]*)[\"']? *$", block[1], flags=re.MULTILINE
-        )
-        return license_match[1] if license_match else ""
-    license_match = re.search(r"\((Apache-2\.0|MIT)\)", model.origin)
-    return license_match[1].lower() if license_match else ""
+    if file.is_file():
+        text = file.read_text("utf-8", errors="replace")
+        metadata = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
+        pattern = r"^license: *[\"']?([a-z0-9][a-z0-9.-]*)[\"']? *$"
+        stated = re.search(pattern, metadata[1], flags=re.MULTILINE) if metadata else None
+    else:
+        stated = re.search(r"\((Apache-2\.0|MIT)\)", model.origin)
+    return stated[1].lower() if stated else ""
 
 
 # ---------------------------------------------------------------- blocks
 
 
 def _render_title(record: RunRecord) -> str:
-    plan = record.plan
-    kind, name = (
-        METHOD_TITLES.get(plan.config.method, f"An adapter ({plan.config.method})"),
-        Path(plan.config.output_dir).name,
-    )
-    date_text = f" on {str(plan.config.now)[:10]}" if plan.config.now is not None else ""
-    origin_text = f": {escape_markdown(plan.model.origin)}" if plan.model.origin else ""
+    config = record.plan.config
+    model = record.plan.model
+    kind = "A fully fine-tuned model" if config.method == "full" else f"An adapter ({config.method})"
+    origin = f" ({model.origin})" if model.origin else ""
     return (
-        f"# {escape_markdown(name)}\n\n{kind} of {escape_markdown(plan.model.name)}{origin_text}, trained{date_text} with tunesmith "
-        f"{record.version}. Every number here was measured in that run."
+        f"# {escape_markdown(Path(config.output_dir).name)}\n\n"
+        f"{kind} of {escape_markdown(model.name + origin)}, trained on {config.now[:10]} with "
+        f"tunesmith {record.version}. Every number here was measured in that run."
     )
 
 
-def _render_stages(names: Sequence[str]) -> Iterator[str]:
-    if names:
-        stage_names = ", ".join(map(escape_markdown, names))
-        yield f"It was trained in stages: {stage_names}. Results are of all of them, data and settings below of the last."
+def _render_stages(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    stage_names = ", ".join(escape_markdown(name) for name in names)
+    scope = "The results are of all stages; data and settings are of the last one."
+    return [f"Trained in stages: {stage_names}. {scope}"]
 
 
-def _render_results(record: RunRecord) -> Iterator[str]:
-    yield "## Results"
+def _render_results(record: RunRecord) -> list[str]:
     if not record.comparisons:
-        yield "Nothing was measured: the recipe named neither `test_data` nor `retention_data`."
-        return
-    rows = [
-        (
-            escape_markdown(f"{comparison.task}, {comparison.metric}")
-            + ("" if comparison.higher_is_better else " (lower is better)"),
-            str(comparison.after.n),
-            f"{comparison.before.value:.3f}",
-            f"{comparison.after.value:.3f}",
-            f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})",
-            verdict,
+        return ["Nothing was measured: the recipe names neither `test_data` nor `retention_data`."]
+    rows: list[tuple[str, ...]] = []
+    verdicts = judge_comparisons(record.comparisons)
+    for comparison, verdict in zip(record.comparisons, verdicts, strict=True):
+        metric = escape_markdown(f"{comparison.task}, {comparison.metric}")
+        interval = f"({comparison.low:+.3f} to {comparison.high:+.3f})"
+        rows.append(
+            (
+                metric if comparison.higher_is_better else f"{metric} (lower is better)",
+                str(comparison.after.n),
+                f"{comparison.before.value:.3f}",
+                f"{comparison.after.value:.3f}",
+                f"{comparison.difference:+.3f} {interval}",
+                verdict,
+            )
         )
-        for comparison, verdict in zip(
-            record.comparisons, judge_comparisons(record.comparisons), strict=True
-        )
+    head = ("metric", "n", "before", "after", "change (95% CI)", "verdict")
+    note = "Before and after are measured on the same items, and the change is paired by item."
+    return [_render_table(head, rows), note]
+
+
+def _render_data(plan: Plan) -> str:
+    rows: list[tuple[str, ...]] = []
+    for role, report in plan.data.items():
+        name = escape_markdown(Path(report.path).name)
+        digest = f"`{report.fingerprint[:16]}`"
+        rows.append((role, name, f"{report.rows:,}", f"{report.tokens:,}", digest))
+    return _render_table(("role", "file", "rows", "tokens", "sha256 starts with"), rows)
+
+
+def _render_training(record: RunRecord) -> str:
+    values = record.plan.values
+    machine = record.plan.machine
+    rows: list[tuple[str, ...]] = []
+    for key in CARD_SETTINGS:
+        if key in values:
+            rows.append((f"`{key}`", f"`{format_value(values[key])}`"))
+    rows += [
+        ("steps", f"{record.steps:,} over {record.tokens:,} tokens"),
+        ("training time", format_duration(record.train_seconds)),
+        ("peak memory", format_bytes(record.peak_bytes)),
+        ("machine", f"{escape_markdown(machine.device_name)}, {machine.cores} cores"),
     ]
-    yield _render_table(
-        ("measure", "n", "before", "after", "change, 95% interval", "verdict"), rows
-    )
-    yield "Before and after are of the same items, and the change is paired by item."
+    return _render_table(("setting", "value"), rows)
 
 
-def _render_data(plan: Plan) -> Iterator[str]:
-    yield "## Data"
-    rows = [
-        (
-            role,
-            escape_markdown(Path(report.path).name),
-            f"{report.rows:,}",
-            f"{report.tokens:,}",
-            f"`{report.fingerprint[:16]}`",
-        )
-        for role, report in plan.data.items()
+def _render_limits(record: RunRecord) -> str:
+    """List the warnings of the run, and what it cannot show."""
+    warnings = [*record.plan.warnings, *record.input_changes]
+    lines = [f"- {escape_markdown(warning)}" for warning in warnings]
+    lines += [
+        "- Only what the table lists was measured: nothing is known about other tasks, safety or "
+        "bias.",
+        "- One training run: the intervals do not cover seed-to-seed variation.",
     ]
-    yield _render_table(("role", "file", "rows", "tokens", "sha256 begins with"), rows)
+    return "\n".join(lines)
 
 
-def _render_training(record: RunRecord) -> Iterator[str]:
-    plan, machine = record.plan, record.plan.machine
-    yield "## Training"
-    rows = [
-        (f"`{key}`", f"`{format_value(plan.values[key])}`")
-        for key in (*CARD_SETTINGS, "seed")
-        if key in plan.values
-    ]
-    rows.append(("steps", f"{record.steps:,} over {record.tokens:,} tokens"))
-    rows.append(("time", format_duration(record.train_seconds)))
-    rows.append(("memory", f"{format_bytes(record.peak_bytes)} at most"))
-    rows.append(("machine", f"{escape_markdown(machine.device_name)}, {machine.cores} cores"))
-    yield _render_table(("what", "value"), rows)
+def _render_provenance(fingerprint: Json) -> list[str]:
+    rows: list[tuple[str, str]] = []
+    for name, digest in fingerprint.get("base_sha256", {}).items():
+        rows.append((escape_markdown(f"base {name}"), f"`{digest}`"))
+    if "tokenizer" in fingerprint:
+        rows.append(("tokenizer", f"`{fingerprint['tokenizer']}`"))
+    for name, digest in fingerprint.get("templates", {}).items():
+        rows.append((escape_markdown(f"chat template {name}"), f"`{digest}`"))
+    for name, version in fingerprint.get("versions", {}).items():
+        rows.append((escape_markdown(name), escape_markdown(str(version))))
+    return ["## Provenance", _render_table(("item", "sha256 or version"), rows)] if rows else []
 
 
-def _render_limits(record: RunRecord) -> Iterator[str]:
-    """What was not shown, and what the run itself warned of."""
-    lines = [
-        f"- {escape_markdown(text)}" for text in (*record.plan.warnings, *record.input_changes)
-    ]
-    lines.append(
-        "- Only what the table says was measured. Nothing is known of other tasks, of safety or of bias."
-    )
-    lines.append("- One training run: how much another seed would differ is not in the intervals.")
-    yield "## Limits\n\n" + "\n".join(lines)
-
-
-def _render_usage(plan: Plan) -> Iterator[str]:
-    base = find_hub_name(plan.model) or "the folder of the base"
-    yield "## Use"
-    if plan.config.method == "full":
-        lines = ['model = AutoModelForCausalLM.from_pretrained("this folder")']
-    else:
-        lines = [
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-            'model = PeftModel.from_pretrained(base, "this folder")',
-        ]
-    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    imports = imports if plan.config.method == "full" else ["from peft import PeftModel", *imports]
-    lines.append(
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")  # with the chat template it was trained with'
-    )
-    yield "```python\n" + "\n".join([*imports, *lines]) + "\n```"
-    if plan.config.method != "full":
-        yield "In tunesmith, `adapter_from: this folder` goes on training it; `tunesmith chat RUN` talks to its run."
-
-
-def _render_provenance(fingerprint: Json) -> Iterator[str]:
-    hashes: dict[str, Any] = {
-        f"base {name}": value for name, value in fingerprint.get("base_sha256", {}).items()
-    }
-    hashes |= {name: fingerprint[name] for name in ("tokenizer",) if name in fingerprint}
-    hashes |= {
-        f"chat template {name}": value for name, value in fingerprint.get("templates", {}).items()
-    }
-    versions = [
-        (escape_markdown(name), escape_markdown(str(value)))
-        for name, value in fingerprint.get("versions", {}).items()
-    ]
-    if hashes or versions:
-        yield "## Provenance"
-        yield _render_table(
-            ("what", "sha256 or version"),
-            [
-                *((escape_markdown(label), f"`{digest}`") for label, digest in hashes.items()),
-                *versions,
-            ],
-        )
-
-
-def _render_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
+def _render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

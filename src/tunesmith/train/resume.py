@@ -114,7 +114,8 @@ def _refuse_missing_checkpoint(folder: RunFolder, step: int) -> None:
 def read_drift(path: Path) -> tuple[str, ...]:
     """Return the changed inputs that any attempt was allowed to continue with."""
     changes: dict[str, None] = {}  # an ordered set
-    for event in read_all_events(path):
-        if event["type"] == "verdict" and event["kind"] == DRIFT:
-            changes[event["evidence"]] = None
+    for logged in read_all_events(path):
+        event = logged.event
+        if isinstance(event, CheckResult) and event.kind == DRIFT:
+            changes[event.evidence] = None
     return tuple(changes)

@@ -2,8 +2,8 @@
 
     plan -> prove -> measure before -> train while guarding -> measure after -> write the record
 
-In: a Plan. Out: events as they happen, and a run folder: plan.json, identity.json, data.json,
-events.jsonl, before.json, after.json, checkpoints/, adapter/, record.json. `resume` tells the same
+In: a Plan. Out: events as they happen, and a run folder: plan.json, fingerprint.json, data.json,
+events.jsonl, eval_before.json, eval_after.json, checkpoints/, adapter/, record.json. `resume` tells the same
 story from the newest checkpoint on.
 
 Whoever watches a run sees its events and nothing else: the terminal prints them, the folder stores
@@ -22,7 +22,7 @@ import yaml
 
 from tunesmith.core.atomic import atomic_dir
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
-from tunesmith.core.events import CheckResult, Event
+from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.run_dir import (
     ADAPTER_DIR,
     EVAL_AFTER_FILE,
@@ -307,23 +307,23 @@ def _build_record(
 ) -> RunRecord:
     """Return the record of a finished run."""
     folder = context.folder
-    steps = [event for event in folder.load_events() if event["type"] == "step"]
+    steps = [event for event in folder.load_events() if isinstance(event, TrainStep)]
     task_tokens: Counter[str] = Counter()
     for event in steps:
-        task_tokens.update(event["task_tokens"])
+        task_tokens.update(event.task_tokens)
     return RunRecord(
         version=__version__,
         plan=context.plan,
         preflight=preflight,
         comparisons=comparisons,
         steps=len(steps),
-        tokens=sum(event["tokens"] for event in steps),
-        train_seconds=sum(event["seconds"] for event in steps),
-        peak_bytes=max((event["peak_bytes"] for event in steps), default=0),
+        tokens=sum(event.tokens for event in steps),
+        train_seconds=sum(event.seconds for event in steps),
+        peak_bytes=max((event.peak_bytes for event in steps), default=0),
         task_tokens=dict(task_tokens),
         adapter=str(weights_dir),
         samples=select_sample_pairs(before, after),
-        shared_tokens=sum(event["shared_tokens"] for event in steps),
+        shared_tokens=sum(event.shared_tokens for event in steps),
         input_changes=read_drift(folder.path),
         kl_scores=compute_kl_scores(before, after, step=training.final_step),
         rollbacks=folder.load_rollbacks(),

@@ -30,7 +30,7 @@ from tunesmith.core.events import (
     TrainStep,
 )
 from tunesmith.core.run_dir import RunFolder
-from tunesmith.core.types import Json, Plan
+from tunesmith.core.types import Plan
 from tunesmith.evaluate.custom_metric import format_metric_name
 from tunesmith.evaluate.items import EvalItems
 from tunesmith.evaluate.measure import eval_during_training, get_general_bits
@@ -150,14 +150,16 @@ class GuardedTraining:
             self.training.set_rollbacks(rollbacks)
             self.saved_step = self.training.step
         recorded = self.context.folder.load_events()
-        events = _parse_events(recorded, self.training.step)
+        events = _select_events(recorded, self.training.step)
         for event in events:
             if isinstance(event, TrainStep) and event.step == self.training.step:
                 self.restored_step = event
         # The step of the checkpoint is judged again: a signal may have come before that.
         self._replay([event for event in events if event.step < self.training.step])
         # A process that was killed right after a rollback did not write its event.
-        num_recorded = sum(event.get("level") == "rollback" for event in recorded)
+        num_recorded = sum(
+            isinstance(event, CheckResult) and event.level == "rollback" for event in recorded
+        )
         for rollback in rollbacks[num_recorded:]:
             yield rollback.check_result
 
@@ -380,19 +382,11 @@ class GuardedTraining:
         yield CheckResult("best", "ok", evidence, self.final_step)
 
 
-def _parse_events(events: list[Json], last_step: int) -> list[Event]:
+def _select_events(events: Sequence[Event], last_step: int) -> list[Event]:
     """Return the events of steps 1 to `last_step` that guard and selection depend on."""
-    parsed: list[Event] = []
+    selected: list[Event] = []
     for event in events:
-        if not 0 < event["step"] <= last_step:
-            continue
-        values = {
-            key: value for key, value in event.items() if key not in ("type", "time", "attempt")
-        }
-        if event["type"] == "step":
-            parsed.append(TrainStep(**values))
-        elif event["type"] == "score":
-            parsed.append(Score(**values))
-        elif event["type"] == "verdict" and event["kind"] == GUARD_KIND:
-            parsed.append(CheckResult(**values))
-    return parsed
+        is_verdict = isinstance(event, CheckResult) and event.kind == GUARD_KIND
+        if 0 < event.step <= last_step and (is_verdict or isinstance(event, TrainStep | Score)):
+            selected.append(event)
+    return selected
