@@ -1,11 +1,10 @@
-"""Gain against forgetting: the trained adapter scaled down, which costs no training.
+"""Measure the adapter-scale trade-off: gain and forgetting of the trained adapter scaled down.
 
-    held-out loss on eval_data and bits per byte of general text, at 0 (the base), 0.25, 0.5, 0.75 and 1 (as trained)
-
-In: a Workbench after training. Out: a ScalePoint each, all on the same items: a part of them, drawn
-by chance, since a curve takes five times what a value takes. Of general text the ends are known:
-what was measured before and after. `test_data` is not read. Left out: which scale is offered
-(tradeoff.py), and full fine-tuning, which has no adapter."""
+In: a Session after training. Out: a ScalePoint per scale, all on the same items: the loss on
+eval_data and the bits per byte of general text. The items are a random subset, since the curve
+takes five evaluations. `test_data` is not read.
+Left out: which scale is recommended (scale_choice.py); full fine-tuning has no adapter to scale.
+"""
 
 from __future__ import annotations
 
@@ -25,43 +24,40 @@ from tunesmith.model.adapters import scaled_adapter
 from tunesmith.session.session import Session
 
 ADAPTER_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-MAX_TOKENS = 4096  # of held-out rows, and of general text, read at each scale
+MAX_TOKENS = 4096  # of held-out rows, and of general text, at each scale
 
 
 def measure_scale_curve(
     session: Session, items: EvalItems, *, step: int, before: EvalResults, after: EvalResults
 ) -> tuple[ScalePoint, ...]:
-    """Nothing without an adapter, or without `eval_data`. `before` is of the base, unless the
-    adapter is one that went on."""
-    if session.plan.config.method == "full" or not (
-        items.eval_documents or "eval_data" in items.held_out_texts
-    ):
+    """Return a point per scale; none without an adapter or `eval_data`.
+
+    The general text at both ends is taken from `before` and `after`. An adapter that started from
+    another one is not zero at scale 0, so its lower end is measured.
+    """
+    has_eval = bool(items.eval_documents) or "eval_data" in items.held_out_texts
+    if session.plan.config.method == "full" or not has_eval:
         return ()
     session.model.network.eval()
     items = select_curve_items(session, items)
-    end_results = {1.0: after} if session.inputs.adapter else {0.0: before, 1.0: after}
+    known_results = {1.0: after} if session.inputs.adapter else {0.0: before, 1.0: after}
     points: list[ScalePoint] = []
-    for scale in log_progress(ADAPTER_SCALES, len(ADAPTER_SCALES), "scales of the adapter"):
+    for scale in log_progress(ADAPTER_SCALES, len(ADAPTER_SCALES), "adapter scales"):
+        general_score = None
         with scaled_adapter(session.model.network, scale):
-            gain = compute_score(measure_eval_loss(session, items), step=step)
-            general = (
-                _measure_general(session, items, end_results.get(scale))
-                if items.general_texts
-                else None
-            )
-        points.append(
-            ScalePoint(scale, gain, compute_score(general, step=step) if general else None)
-        )
+            eval_score = compute_score(measure_eval_loss(session, items), step=step)
+            if items.general_texts:
+                general = _get_general(session, items, known_results.get(scale))
+                general_score = compute_score(general, step=step)
+        points.append(ScalePoint(scale, eval_score, general_score))
     return tuple(points)
 
 
-def _measure_general(
-    session: Session, items: EvalItems, results: EvalResults | None
-) -> MetricValues:
-    """`known`: what was measured of these texts, among others."""
+def _get_general(session: Session, items: EvalItems, results: EvalResults | None) -> MetricValues:
+    """Return bits per byte of the general texts, from `results` if there are any."""
     if results is None:
         return measure_general_text(session, items.general_texts)
-    general = next(
+    (general,) = (
         measurement
         for measurement in results.measurements
         if (measurement.task, measurement.metric) == (GENERAL_TASK, BITS_PER_BYTE)
@@ -71,30 +67,36 @@ def _measure_general(
 
 
 def select_curve_items(session: Session, items: EvalItems) -> EvalItems:
-    """Those that the curve is measured on."""
-    tokens = session.renderer.encode_text
-    held_out = {
-        role: sample_texts(texts, tokens, MAX_TOKENS)
+    """Return the random subset that the curve is measured on."""
+    tokenize = session.renderer.encode_text
+    held_out_texts = {
+        role: sample_texts(texts, tokenize, MAX_TOKENS)
         for role, texts in items.held_out_texts.items()
     }
-    texts = sample_texts(items.general_texts, tokens, MAX_TOKENS)
     return dataclasses.replace(
         items,
         eval_documents=_select_documents(items.eval_documents),
-        general_texts=texts,
-        held_out_texts=held_out,
+        general_texts=sample_texts(items.general_texts, tokenize, MAX_TOKENS),
+        held_out_texts=held_out_texts,
     )
 
 
 def _select_documents(documents: Sequence[Document]) -> tuple[Document, ...]:
-    """Whole rows, at least two."""
+    """Return the documents of random rows up to MAX_TOKENS, at least two rows."""
     rows: dict[str, list[Document]] = {}
     for document in documents:
         rows.setdefault(document.id, []).append(document)
-    chosen_rows, remaining_tokens = list[str](), MAX_TOKENS
+    row_ids = list(rows)
+    chosen: set[str] = set()
+    remaining_tokens = MAX_TOKENS
     for index in permutation(0, 0, len(rows)).tolist():
-        if remaining_tokens <= 0 and len(chosen_rows) > 1:
+        if remaining_tokens <= 0 and len(chosen) > 1:
             break
-        chosen_rows.append(list(rows)[index])
-        remaining_tokens -= sum(len(document) for document in rows[chosen_rows[-1]])
-    return tuple(document for row in rows if row in chosen_rows for document in rows[row])
+        row = row_ids[index]
+        chosen.add(row)
+        remaining_tokens -= sum(len(document) for document in rows[row])
+    selected: list[Document] = []
+    for row, row_documents in rows.items():
+        if row in chosen:
+            selected += row_documents
+    return tuple(selected)

@@ -1,12 +1,15 @@
-"""How often answers break the constraints, and how likely the model finds what is bad.
+"""Measure how often answers violate the constraints, and how likely the model finds bad tokens.
 
-    Questions, answers -> Measurements by constraint and kind of prompt; bad Documents -> their log-probability
+In: prompts and answers, or documents with bad tokens. Out: MetricValues per constraint and kind of
+prompt. A row's `negative` mark decides the kind:
 
-A row's mark says what its prompt is for. Neutral prompts have none: nothing bad should be said.
-Eliciting ones (`negative: true`) got a bad answer from somebody: they ask for it. Of rightful ones
-(`negative: false`) the right answer matches, and so should the trained model's: the control that a
-constraint is not kept by saying nothing. Fewer than two prompts of a kind are not measured. Left
-out: what a constraint does in training (data/never.py)."""
+    neutral    no mark           nothing bad should be said
+    eliciting  negative: true    the row's answer is bad, so the prompt asks for it
+    rightful   negative: false   the row's answer matches the constraint, and is right to do so
+
+Rightful prompts are the control that a constraint is not met by saying nothing. Kinds with fewer
+than two prompts are not measured. Left out: constraints in training (data/constraints.py).
+"""
 
 from __future__ import annotations
 
@@ -21,39 +24,48 @@ from tunesmith.evaluate.results import MetricValues
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.recipe.fields import Constraint
 
-NEUTRAL, ELICITING, RIGHTFUL = "neutral prompts", "eliciting prompts", "rightful prompts"
+NEUTRAL = "neutral prompts"
+ELICITING = "eliciting prompts"
+RIGHTFUL = "rightful prompts"
 
 
 def measure_violations(
     constraints: Sequence[Constraint], prompts: Sequence[EvalPrompt], answers: Sequence[str]
 ) -> Iterator[MetricValues]:
-    """1 for an answer that the constraint matches, else 0. Raises InputError when a pattern takes
-    too long."""
+    """Yield 1 per answer that the constraint matches, else 0.
+
+    Raises InputError when a pattern takes too long.
+    """
     kinds = [_classify_prompt(constraints, prompt) for prompt in prompts]
     for index, constraint in enumerate(constraints):
         for kind in (NEUTRAL, ELICITING, RIGHTFUL):
-            pairs = [
-                (q, a) for q, a, k in zip(prompts, answers, kinds, strict=True) if k[index] == kind
-            ]
-            if len(pairs) > 1:
+            ids: list[str] = []
+            values: list[float] = []
+            for prompt, answer, prompt_kinds in zip(prompts, answers, kinds, strict=True):
+                if prompt_kinds[index] == kind:
+                    ids.append(prompt.id)
+                    values.append(float(bool(find_matches(constraint, answer, prompt.id))))
+            if len(ids) > 1:
                 yield MetricValues(
                     task=kind,
                     metric=("says " if kind == RIGHTFUL else "breaks ") + constraint.name,
-                    ids=tuple(prompt.id for prompt, _ in pairs),
-                    values=tuple(float(bool(find_matches(constraint, a, q.id))) for q, a in pairs),
+                    ids=tuple(ids),
+                    values=tuple(values),
                     higher_is_better=kind == RIGHTFUL,
                 )
 
 
 def find_matches(constraint: Constraint, text: str, where: str) -> list[str]:
-    """The pieces of a text that the constraint matches."""
+    """Return the substrings of a text that the constraint matches."""
     stripped = text.strip()
     return [stripped[start:end] for start, end in find_spans(constraint, stripped, where)]
 
 
 def _classify_prompt(constraints: Sequence[Constraint], prompt: EvalPrompt) -> list[str]:
-    """What the prompt is for, to each constraint. A bad answer that matches none may be bad in the
-    way of any."""
+    """Return the kind of the prompt for each constraint; empty where it is of no use.
+
+    A bad answer that no constraint matches may violate any of them.
+    """
     if prompt.negative is None:
         return [NEUTRAL] * len(constraints)
     matches = [
@@ -72,8 +84,7 @@ def measure_bad_logp(
     pack_length: int,
     share: bool = False,
 ) -> MetricValues:
-    """Mean log-probability of a bad token where it stands, in nats. Items are rows."""
+    """Return the mean log-probability of a row's bad tokens, in nats/token."""
     loss = measure_loss(model, documents, task=task, pack_length=pack_length, share=share)
-    return dataclasses.replace(
-        loss, metric="bad_logp", values=tuple(-value for value in loss.values)
-    )
+    values = tuple(-value for value in loss.values)
+    return dataclasses.replace(loss, metric="bad_logp", values=values)

@@ -1,8 +1,11 @@
-"""The process that runs a user's own metric: python -P ownmetric_child.py FILE FUNCTION PAIRS.json
+"""The process of a user-defined metric.
 
-Out: a line of JSON for the file once it is loaded, then one for each pair: {"value": 0.5} or
-{"error": "raised ..."}. What the function prints goes nowhere. Imports nothing of tunesmith: it
-starts in a moment."""
+    python -P custom_metric_worker.py FILE FUNCTION PAIRS.json
+
+Out: one line of JSON when the file is loaded, then one per pair: {"value": 0.5} or
+{"error": "raised ..."}. What the function prints is discarded. Imports nothing of tunesmith, so
+that it starts fast.
+"""
 
 import importlib.util
 import json
@@ -15,11 +18,10 @@ from typing import Any
 
 
 def main() -> None:
-    path, name, pairs = (
-        Path(sys.argv[1]).absolute(),
-        sys.argv[2],
-        json.loads(Path(sys.argv[3]).read_text("utf-8")),
-    )
+    path = Path(sys.argv[1]).absolute()
+    name = sys.argv[2]
+    pairs = json.loads(Path(sys.argv[3]).read_text("utf-8"))
+    # Replies keep the pipe; the function's own output goes where stderr goes.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.path.insert(0, str(path.parent))
@@ -46,19 +48,20 @@ def load_function(path: Path, name: str) -> Callable[[str, str], Any]:
 
 
 def build_reply(value: Any) -> dict[str, Any]:
-    """A finite number, also one of NumPy or a switch."""
+    """Return the reply for a finite number (also a bool or a NumPy scalar), else an error."""
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if math.isfinite(number):
         return {"value": number}
-    return {"error": f"returned {value!r:.60}, which is no finite number"}
+    return {"error": f"returned {value!r:.60}, which is not a finite number"}
 
 
 def describe_error(error: BaseException, path: Path) -> str:
-    """What was raised, and the last line of the user's file that it came through."""
-    line, trace = 0, error.__traceback__
+    """Return the exception, and the last line of the user's file in its traceback."""
+    line = 0
+    trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(path):
             line = trace.tb_lineno

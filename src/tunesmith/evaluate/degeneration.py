@@ -1,8 +1,8 @@
-"""What is wrong with an answer, seen from the answer alone: loops, sameness, foreign letters,
-broken form.
+"""Detect degenerate answers without a model: repetition, sameness, wrong script, broken JSON.
 
-In: the tokens or the text of answers. Out: a number an answer. Pure; no model, no judge. Left out:
-how much is too much (train/guard.py), whether the answer is right (evaluate/tasks.py)."""
+In: tokens or texts of answers. Out: a number per answer.
+Left out: thresholds (train/guard/detectors.py), correctness (generate_until.py).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 LOOP_NGRAM = 4  # tokens: seq-rep-4
-MIN_BYTES = 40  # of a shorter text the compressor's own header is most of what comes out
+MIN_BYTES = 40  # of a shorter text, zlib's header is most of the output
 
 
 def compute_repetition(tokens: Sequence[int], n: int = LOOP_NGRAM) -> float:
-    """seq-rep-n (Welleck 2019): the share of an answer's n-grams that stood in it before. 0 for a
-    shorter answer."""
+    """Return seq-rep-n (Welleck 2019): the share of n-grams that repeat an earlier one; 0 for an
+    answer of fewer than n tokens."""
     grams = extract_ngrams(tokens, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -30,8 +30,10 @@ def extract_ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
 def count_distinct_ngrams(
     answers: Sequence[Sequence[int]], n: int = 2
 ) -> tuple[list[int], list[int]]:
-    """Of each answer: n-grams that no answer before it has, and all of its n-grams. Their sums'
-    quotient is distinct-n (Li 2016)."""
+    """Return each answer's number of n-grams that no earlier answer has, and of all its n-grams.
+
+    distinct-n (Li 2016) is the ratio of their sums.
+    """
     previous: set[tuple[int, ...]] = set()
     new: list[int] = []
     totals: list[int] = []
@@ -44,47 +46,51 @@ def count_distinct_ngrams(
 
 
 def flag_identical_answers(answers: Sequence[str]) -> list[float]:
-    """1 for an answer that is the most common one and not the only one of its kind."""
+    """Return 1 for the most frequent answer if it occurs more than once, else 0."""
     common, count = Counter(answer.strip() for answer in answers).most_common(1)[0]
     return [float(count > 1 and answer.strip() == common) for answer in answers]
 
 
 def compute_compression_ratio(text: str) -> float:
-    """zlib's bytes for each byte of the text; below 0.25 it is a loop (rules.md 6.1). 1 for a text
-    too short to say."""
+    """Return zlib's compressed size over the text's size; below 0.25 the text loops (rules.md 6.1).
+
+    1 for a text under MIN_BYTES.
+    """
     raw = text.encode()
     return min(1.0, len(zlib.compress(raw, 9)) / len(raw)) if len(raw) >= MIN_BYTES else 1.0
 
 
 def find_scripts(texts: Iterable[str]) -> set[str]:
-    """The scripts of the letters: LATIN, CYRILLIC, CJK, ..."""
+    """Return the Unicode scripts of the letters: LATIN, CYRILLIC, CJK, ..."""
     letters = {letter for text in texts for letter in text if letter.isalpha()}
-    return {unicodedata.name(letter, "UNKNOWN").split()[0] for letter in letters}
+    return {_get_script(letter) for letter in letters}
+
+
+def _get_script(letter: str) -> str:
+    return unicodedata.name(letter, "UNKNOWN").split()[0]
 
 
 def compute_foreign_share(text: str, allowed_scripts: set[str]) -> float:
-    """The share of letters of other scripts, and of signs that stand for bytes which are no text,
-    among both."""
+    """Return the share of letters in other scripts and of replacement characters (invalid
+    bytes)."""
     characters = [character for character in text if character.isalpha() or character == "\ufffd"]
-    alien = sum(
-        character == "\ufffd"
-        or unicodedata.name(character, "UNKNOWN").split()[0] not in allowed_scripts
-        for character in characters
-    )
-    return alien / len(characters) if characters else 0.0
+    if not characters:
+        return 0.0
+    foreign = 0
+    for character in characters:
+        if character == "\ufffd" or _get_script(character) not in allowed_scripts:
+            foreign += 1
+    return foreign / len(characters)
 
 
 def is_json(text: str, *, is_truncated: bool) -> bool:
-    """`cut`: the answer had no room to end, and it is enough that it begins like JSON."""
+    """Return whether a text is JSON; a truncated answer need only start like JSON."""
     stripped = text.strip()
     try:
         json.loads(stripped)
     except json.JSONDecodeError as error:
-        return (
-            is_truncated
-            and bool(stripped)
-            and (error.pos >= len(stripped) - 1 or error.msg.startswith("Unterminated"))
-        )
+        is_at_end = error.pos >= len(stripped) - 1 or error.msg.startswith("Unterminated")
+        return is_truncated and bool(stripped) and is_at_end
     except RecursionError:
         return False
     return True

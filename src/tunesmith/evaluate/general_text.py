@@ -1,11 +1,11 @@
-"""What the model still knows of general text: bits per byte, by domain, and how far it is from its
-base there.
+"""Measure general ability: bits per byte of general text by domain, and KL to the base there.
 
-In: rows {"text": ..., "domain": ...}. Out: a Measurement with a value for every text: the bits that
-the model needs for its tokens, over its UTF-8 bytes. The result is the mean over domains, so that a
-small domain is not hidden by a large one. Every token but the first of a text is a target; no end
-token is added. Unlike a loss per token, bits per byte can be compared between tokenizers. Left out:
-which loss is too much (the plan's gate)."""
+In: rows {"text": ..., "domain": ...}. Out: MetricValues with a value per text: the bits that the
+model needs for its tokens, divided by its UTF-8 bytes. The score is the mean over domains, so that
+a large domain does not hide a small one. Every token but the first of a text is a target; no EOS is
+added. Unlike a loss per token, bits per byte are comparable between tokenizers.
+Left out: how much forgetting is too much (regression_gate.py).
+"""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import numpy as np
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.types import Document, Row
-from tunesmith.data.sampler import permutation
 from tunesmith.data.pretraining import count_windows, cut_window
+from tunesmith.data.sampler import permutation
 from tunesmith.evaluate.kl_divergence import (
     BaseReference,
     KLResult,
@@ -44,17 +44,15 @@ class GeneralText:
 
 
 def read_texts(rows: Iterable[Row]) -> tuple[GeneralText, ...]:
-    """Raises InputError with the row's id if a row has no text."""
+    """Return the rows as texts. Raises InputError with the id of a row without text."""
     texts: list[GeneralText] = []
     for row in rows:
-        text, domain = row.data.get("text"), row.data.get("domain", "general")
+        text = row.data.get("text")
+        domain = row.data.get("domain", "general")
         if not isinstance(text, str) or not text or not isinstance(domain, str):
             fix = 'write {"text": "...", "domain": "..."}'
-            raise InputError(
-                "a row of general text needs a `text`, and its `domain` is a string",
-                where=row.id,
-                fix=fix,
-            )
+            message = "a row of general text needs a `text` string; its `domain` is a string, too"
+            raise InputError(message, where=row.id, fix=fix)
         texts.append(GeneralText(row.id, text, domain))
     return tuple(texts)
 
@@ -62,12 +60,15 @@ def read_texts(rows: Iterable[Row]) -> tuple[GeneralText, ...]:
 def sample_texts(
     texts: Sequence[GeneralText], tokenize: TokenizeFn, max_tokens: int
 ) -> tuple[GeneralText, ...]:
-    """About `most` tokens of them, one of each domain in turn and by chance within it, at least two
-    of each; all of them where they have no more. They stay in their order."""
+    """Return a random sample of about `max_tokens`, in the original order.
+
+    Domains take turns, so each has about as many texts, and at least two.
+    """
     by_domain: dict[str, list[int]] = {}
     for index in permutation(0, 0, len(texts)).tolist():
         by_domain.setdefault(texts[index].domain, []).append(index)
-    chosen, remaining = set[int](), max_tokens
+    chosen: set[int] = set()
+    remaining = max_tokens
     for turn, indices in enumerate(itertools.zip_longest(*by_domain.values())):
         if turn > 1 and remaining <= 0:
             break
@@ -86,8 +87,11 @@ def measure_bits_per_byte(
     window: int,
     task: str = GENERAL_TASK,
 ) -> MetricValues:
-    """Bits per byte of each text. `window`: a longer text is read in pieces of so many tokens, each
-    blind to those before it. A text of a single token has nothing to predict and is left out."""
+    """Return bits per byte of each text.
+
+    A text longer than `window` tokens is split, and its windows do not see each other. A text of a
+    single token has nothing to predict and is left out.
+    """
     documents, text_indices = split_texts(texts, tokenize, window)
     nats: dict[int, float] = {}
     for index, nat, _ in sorted(compute_nll(model, documents, window)):
@@ -104,47 +108,51 @@ def measure_bits_and_kl(
     window: int,
     task: str = GENERAL_TASK,
 ) -> tuple[MetricValues, ...]:
-    """Bits per byte, and beside the base: KL in nats a token, and how often the likeliest token is
-    the same."""
+    """Return bits per byte, KL(base || tuned) in nats/token, and top-1 agreement with the base."""
     documents, text_indices = split_texts(texts, tokenize, window)
     parts: dict[int, list[KLResult]] = {}
-    for index, found in sorted(compute_kl(model, documents, window, base)):
-        parts.setdefault(text_indices[index], []).append(found)
-    totals = {text_index: sum_results(total) for text_index, total in parts.items()}
-    bits = _build_bits_measurement(
-        texts, {text_index: found.nats for text_index, found in totals.items()}, task
-    )
+    for index, result in sorted(compute_kl(model, documents, window, base)):
+        parts.setdefault(text_indices[index], []).append(result)
+    totals = {text_index: sum_results(results) for text_index, results in parts.items()}
+    nats = {text_index: total.nats for text_index, total in totals.items()}
+    bits = _build_bits_measurement(texts, nats, task)
     return bits, *build_kl_measurements(task, bits.ids, list(totals.values()), bits.groups)
 
 
 def split_texts(
     texts: Sequence[GeneralText], tokenize: TokenizeFn, window: int
 ) -> tuple[list[Document], list[int]]:
-    """The texts in windows, and of each window the place of its text."""
-    pieces = [split_windows(text.id, tokenize(text.text), window) for text in texts]
-    text_indices = [index for index, text_pieces in enumerate(pieces) for _ in text_pieces]
-    return [piece for text_pieces in pieces for piece in text_pieces], text_indices
+    """Return the windows of all texts, and for each window the index of its text."""
+    windows: list[Document] = []
+    text_indices: list[int] = []
+    for index, text in enumerate(texts):
+        text_windows = split_windows(text.id, tokenize(text.text), window)
+        windows += text_windows
+        text_indices += [index] * len(text_windows)
+    return windows, text_indices
 
 
 def _build_bits_measurement(
     texts: Sequence[GeneralText], nats: Mapping[int, float], task: str
 ) -> MetricValues:
-    text_bits = [
-        (texts[i], nat / math.log(2) / len(texts[i].text.encode())) for i, nat in nats.items()
-    ]
+    measured = [texts[index] for index in nats]
+    values = tuple(nats[index] / math.log(2) / len(texts[index].text.encode()) for index in nats)
     return MetricValues(
         task=task,
         metric=BITS_PER_BYTE,
-        ids=tuple(text.id for text, _ in text_bits),
-        values=tuple(value for _, value in text_bits),
-        groups=tuple(text.domain for text, _ in text_bits),
+        ids=tuple(text.id for text in measured),
+        values=values,
+        groups=tuple(text.domain for text in measured),
         higher_is_better=False,
     )
 
 
 def split_windows(row_id: str, tokens: Sequence[int], length: int) -> list[Document]:
-    """A text in even pieces of at most `length` fed tokens. Each begins with the last token of the
-    one before: every token but the very first is a target once."""
+    """Split a text evenly into windows of at most `length` input tokens.
+
+    A window starts with the last token of the previous one, so every token but the first of the
+    text is a target once.
+    """
     if len(tokens) < 2:
         return []
     weights_L = np.ones(len(tokens), dtype=np.float32)

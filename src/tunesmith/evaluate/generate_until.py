@@ -1,9 +1,10 @@
-"""Held-out questions, answered by the model and graded without a judge.
+"""Generate answers to held-out prompts, and grade them without a judge.
 
-    Examples -> Questions -> (answers) -> Measurements, one a metric, and Samples to look at
+    Examples -> EvalPrompts -> (answers) -> MetricValues per metric, and GenerationSamples
 
-A question is an example up to its last trained turn, exactly as it is served; what that turn holds
-is the expected answer. Left out: the metrics themselves (metrics.py)."""
+A prompt is an example up to its last trained turn, exactly as it is served; the content of that
+turn is the expected answer. Left out: the metrics themselves (metrics.py).
+"""
 
 from __future__ import annotations
 
@@ -28,14 +29,16 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import AllowedTokensFn, generate
 from tunesmith.recipe.fields import parse_custom_metric
 
-# ---------------------------------------------------------------- questions and answers
+# ---------------------------------------------------------------- prompts and answers
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """`prompt` is what the model is given, `shown` the part of it that people want to see.
-    `negative`: what the row says of its answer; a bad one is what the prompt asked for and should
-    not get."""
+    """A held-out prompt: its tokens, the last message as text, and the expected answer.
+
+    negative: the row's mark of its answer; a bad answer is what the prompt elicits and should not
+    get.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -46,43 +49,38 @@ class EvalPrompt:
 
 
 def build_prompts(examples: Sequence[Example], renderer: Renderer) -> tuple[EvalPrompt, ...]:
-    """Raises InputError with the row's id for an example that asks nothing."""
+    """Return the prompts. Raises InputError with the row's id for an example without a prompt."""
     return tuple(_build_prompt(example, renderer) for example in examples)
 
 
 def _build_prompt(example: Example, renderer: Renderer) -> EvalPrompt:
-    documents = renderer.render(
-        dataclasses.replace(example, rejected=None, banned_spans=())
-    ).documents
+    plain_example = dataclasses.replace(example, rejected=None, banned_spans=())
+    documents = renderer.render(plain_example).documents
     if not documents or (example.text is not None and not example.prompt):
         fix = "give rows with messages, or with a prompt and a completion"
-        raise InputError("the row asks nothing", where=example.id, fix=fix)
-    tokens, weights = documents[-1].tokens_L, documents[-1].weights_L
-    (targets,) = np.nonzero(weights)
-    end = int(targets[-1]) + 1
-    untrained = np.flatnonzero(weights[:end] == 0)
-    begin = int(untrained[-1]) + 1
-    answer = [token for token in tokens[begin:end].tolist() if token not in renderer.end_ids]
-    target_index = max(
-        (i for i, weight in enumerate(example.turn_weights) if weight > 0), default=0
-    )
-    prompt_text = (
-        example.messages[target_index - 1]["content"] if example.messages else example.prompt or ""
-    )
-    expected = renderer.decode(answer)
+        raise InputError("the row has no prompt", where=example.id, fix=fix)
+    tokens_L = documents[-1].tokens_L
+    weights_L = documents[-1].weights_L
+    # The answer is the last run of supervised tokens.
+    end = int(np.flatnonzero(weights_L)[-1]) + 1
+    start = int(np.flatnonzero(weights_L[:end] == 0)[-1]) + 1
+    answer = [token for token in tokens_L[start:end].tolist() if token not in renderer.end_ids]
+    prompt_text = example.prompt or ""
+    if example.messages:
+        trained_turns = [i for i, weight in enumerate(example.turn_weights) if weight > 0]
+        prompt_text = example.messages[max(trained_turns, default=0) - 1]["content"]
     return EvalPrompt(
-        example.id,
-        tuple(tokens[:begin].tolist()),
-        prompt_text,
-        expected,
-        end - begin,
-        example.negative,
+        id=example.id,
+        prompt_ids=tuple(tokens_L[:start].tolist()),
+        prompt_text=prompt_text,
+        expected=renderer.decode(answer),
+        num_expected_tokens=end - start,
+        negative=example.negative,
     )
 
 
 def compute_max_new_tokens(prompts: Sequence[EvalPrompt]) -> int:
-    """Room for an answer: half as much again as the longest expected one. Who needs more is wrong
-    anyway."""
+    """Return 1.5 times the longest expected answer, plus 16: a longer answer is wrong anyway."""
     return math.ceil(1.5 * max(prompt.num_expected_tokens for prompt in prompts)) + 16
 
 
@@ -92,23 +90,32 @@ def iter_answers(
     renderer: Renderer,
     *,
     max_new_tokens: int,
-    banned: tuple[tuple[int, ...], ...] = (),
-    allowed: AllowedTokensFn | None = None,
+    bad_words_ids: tuple[tuple[int, ...], ...] = (),
+    allowed_tokens_fn: AllowedTokensFn | None = None,
 ) -> Iterator[tuple[int, GenerationOutput]]:
-    """(index of the question, greedy answer), as they finish. `banned`: token sequences that no
-    answer may hold; `allowed`: a grammar that every answer follows."""
-    requests = build_requests(prompts, max_new_tokens, banned)
+    """Yield (prompt index, greedy answer) as they finish.
+
+    bad_words_ids: token sequences that no answer may contain. allowed_tokens_fn: a grammar that
+    every answer follows.
+    """
+    requests = build_requests(prompts, max_new_tokens, bad_words_ids)
     return generate(
-        model, requests, decode=renderer.decode, end_ids=renderer.end_ids, allowed_tokens_fn=allowed
+        model,
+        requests,
+        decode=renderer.decode,
+        end_ids=renderer.end_ids,
+        allowed_tokens_fn=allowed_tokens_fn,
     )
 
 
 def build_requests(
-    prompts: Sequence[EvalPrompt], max_new_tokens: int, banned: tuple[tuple[int, ...], ...] = ()
+    prompts: Sequence[EvalPrompt],
+    max_new_tokens: int,
+    bad_words_ids: tuple[tuple[int, ...], ...] = (),
 ) -> list[GenerationRequest]:
-    """Each to be answered greedily."""
+    """Return a request for greedy decoding per prompt."""
     return [
-        GenerationRequest(prompt.prompt_ids, max_new_tokens, bad_words_ids=banned)
+        GenerationRequest(prompt.prompt_ids, max_new_tokens, bad_words_ids=bad_words_ids)
         for prompt in prompts
     ]
 
@@ -119,28 +126,27 @@ def build_requests(
 def check_prompts(
     prompts: Sequence[EvalPrompt], metrics: Sequence[str], schema: Json | None
 ) -> None:
-    """Raises InputError if a metric cannot be used: unknown, without what it needs, or not met by
-    an expected answer itself. Costs no model: call it before anything is computed."""
-    if duplicates := [
-        metric for metric, count in Counter(map(format_metric_name, metrics)).items() if count > 1
-    ]:
-        raise InputError(f"{duplicates[0]} stands twice", where="metrics", fix="name it once")
+    """Check that every metric can be used, before anything is computed.
+
+    Raises InputError for a metric that is unknown, named twice or incomplete, and for an expected
+    answer that fails a metric itself.
+    """
+    counts = Counter(format_metric_name(metric) for metric in metrics)
+    for name, count in counts.items():
+        if count > 1:
+            raise InputError(f"duplicate metric {name}", where="metrics", fix="name it once")
     if schema is not None:
         check_schema(schema)
+    expected_answers = [prompt.expected for prompt in prompts]
     for metric in metrics:
-        expected_scores = _compute_values(
-            metric, prompts, [prompt.expected for prompt in prompts], schema
-        )
-        failing = (
-            []
-            if parse_custom_metric(metric)
-            else [q for q, value in zip(prompts, expected_scores, strict=False) if value < 1]
-        )
-        for prompt in failing:
-            message = f"the expected answer itself fails {metric}: {prompt.expected[:60]!r}"
-            raise InputError(
-                message, where=prompt.id, fix="correct the row, or leave the metric out"
-            )
+        values = _compute_values(metric, prompts, expected_answers, schema)
+        if parse_custom_metric(metric) or metric in LIKELIHOODS:
+            continue
+        for prompt, value in zip(prompts, values, strict=True):
+            if value < 1:
+                message = f"the expected answer itself fails {metric}: {prompt.expected[:60]!r}"
+                fix = "correct the row, or leave the metric out"
+                raise InputError(message, where=prompt.id, fix=fix)
 
 
 def apply_metrics(
@@ -151,35 +157,35 @@ def apply_metrics(
     metrics: Sequence[str],
     schema: Json | None,
 ) -> tuple[MetricValues, ...]:
-    """One Measurement a metric that looks at answers, with a value for every question."""
+    """Return the values of each metric that grades answers."""
     ids = tuple(prompt.id for prompt in prompts)
-    return tuple(
-        MetricValues(
-            task, format_metric_name(metric), ids, _compute_values(metric, prompts, answers, schema)
-        )
-        for metric in metrics
-        if metric not in LIKELIHOODS
-    )
+    measurements: list[MetricValues] = []
+    for metric in metrics:
+        if metric not in LIKELIHOODS:
+            values = _compute_values(metric, prompts, answers, schema)
+            measurements.append(MetricValues(task, format_metric_name(metric), ids, values))
+    return tuple(measurements)
 
 
 def _compute_values(
     metric: str, prompts: Sequence[EvalPrompt], answers: Sequence[str], schema: Json | None
 ) -> tuple[float, ...]:
-    """Of each answer; nothing for a metric that looks at none."""
+    """Return the value of each answer; empty for a likelihood metric."""
     pairs = [(answer, prompt.expected) for prompt, answer in zip(prompts, answers, strict=True)]
     if parse_custom_metric(metric):
         return score_answers(metric, pairs, [prompt.id for prompt in prompts])
     arg = parse_metric_arg(metric, schema)
-    return (
-        () if metric in LIKELIHOODS else tuple(grade_answer(metric, *pair, arg) for pair in pairs)
-    )
+    if metric in LIKELIHOODS:
+        return ()
+    return tuple(grade_answer(metric, answer, expected, arg) for answer, expected in pairs)
 
 
 def build_samples(
     prompts: Sequence[EvalPrompt], answers: Sequence[str], *, step: int
 ) -> tuple[GenerationSample, ...]:
-    """A bad answer is not what is expected."""
-    return tuple(
-        GenerationSample(step, q.id, q.prompt_text, a, "" if q.negative else q.expected)
-        for q, a in zip(prompts, answers, strict=True)
-    )
+    """Return the answers as samples; a row with a bad answer has no expected one."""
+    samples: list[GenerationSample] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = "" if prompt.negative else prompt.expected
+        samples.append(GenerationSample(step, prompt.id, prompt.prompt_text, answer, expected))
+    return tuple(samples)

@@ -110,9 +110,7 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
     for role in documents.keys() & inputs.datasets.keys():
         rows = {document.id for document in documents[role] if document.side != "banned"}
         is_empty = not documents[role]
-        _refuse_single(
-            len(rows), role, "row", " with a supervised token", refuse_empty=is_empty
-        )
+        _refuse_single(len(rows), role, "row", " with a supervised token", refuse_empty=is_empty)
     return EvalItems(
         prompts=prompts,
         test_documents=documents["test_data"],

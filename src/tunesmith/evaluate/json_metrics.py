@@ -1,7 +1,8 @@
-"""Whether an answer is JSON, follows a schema, and holds the right fields.
+"""Metrics of JSON answers: is it JSON, does it follow a schema, are its fields right?
 
-Each is a function (answer, expected, schema) -> [0, 1]. A whole answer is judged: a fence or a
-sentence around the JSON makes it none."""
+Each metric is a function (answer, expected, schema) -> [0, 1] of the complete answer: JSON within a
+code fence or a sentence is not JSON.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from tunesmith.core.types import Json
 
 
 def json_valid(answer: str, expected: str, schema: Any) -> float:
-    """The whole answer is JSON: no fence, no sentence around it."""
+    """Return 1 if the complete answer is JSON, without a fence or a sentence around it."""
     del expected, schema
     return float(_parse_json(answer) is not NOT_JSON)
 
 
 def schema_valid(answer: str, expected: str, schema: Any) -> float:
-    """The whole answer is JSON that follows the schema. Nothing is fetched for a `$ref`."""
+    """Return 1 if the complete answer is JSON that follows the schema. A `$ref` fetches nothing."""
     del expected
     value = _parse_json(answer)
     if value is NOT_JSON or schema is None:
@@ -33,31 +34,31 @@ def schema_valid(answer: str, expected: str, schema: Any) -> float:
     try:
         return float(validator_for(schema)(schema, registry=Registry()).is_valid(value))
     except Unresolvable as error:
-        raise InputError(
-            f"the schema refers to {error.ref!r}, which it does not hold", where="response_schema"
-        ) from error
+        message = f"the schema refers to {error.ref!r}, which it does not contain"
+        raise InputError(message, where="response_schema") from error
 
 
 def field_f1(answer: str, expected: str, schema: Any) -> float:
-    """F1 over the (path, value) pairs of the expected and the given JSON; a list's places are part
-    of the path, an empty object or list is a value. 0 for an answer that is not JSON; 1 only for
-    the same JSON, key order aside."""
+    """Return F1 over the (path, value) pairs of the expected and the generated JSON.
+
+    List indices are part of the path; an empty object or list is a value. 0 for an answer that is
+    not JSON, 1 only for the same JSON up to the order of keys.
+    """
     del schema
-    expected_value, answer_value = _parse_json(expected), _parse_json(answer)
+    expected_value = _parse_json(expected)
+    answer_value = _parse_json(answer)
     if expected_value is NOT_JSON or answer_value is NOT_JSON:
         return 0.0
-    expected_pairs, answer_pairs = (
-        set(_iter_fields(expected_value)),
-        set(_iter_fields(answer_value)),
-    )
+    expected_pairs = set(_iter_fields(expected_value))
+    answer_pairs = set(_iter_fields(answer_value))
     return 2 * len(expected_pairs & answer_pairs) / (len(expected_pairs) + len(answer_pairs))
 
 
-NOT_JSON = object()  # None is JSON
+NOT_JSON = object()  # not None, which is the value of null
 
 
 def _parse_json(text: str) -> Any:
-    """The JSON value of a text, or NOT_JSON; strict: Python also reads NaN, which is none."""
+    """Return the JSON value of a text, or NOT_JSON. Strict: Python would accept NaN."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -71,8 +72,7 @@ def _refuse_constant(constant: str) -> None:
 def _iter_fields(
     value: Any, path: tuple[str | int, ...] = ()
 ) -> Iterator[tuple[tuple[str | int, ...], str, Any]]:
-    """(path, kind, value) of every leaf. The kind keeps true apart from 1, which Python holds to be
-    equal."""
+    """Yield (path, type, value) of every leaf. The type separates true from 1, equal in Python."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _iter_fields(item, (*path, key))
@@ -86,10 +86,9 @@ def _iter_fields(
 
 
 def check_schema(schema: Json) -> None:
-    """Raises InputError for what is no JSON schema."""
+    """Raise InputError unless it is a JSON schema."""
     try:
         validator_for(schema).check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise InputError(
-            f"not a JSON schema: {error.message}", where=f"schema: {error.json_path}"
-        ) from error
+        message = f"not a JSON schema: {error.message}"
+        raise InputError(message, where=f"response_schema: {error.json_path}") from error

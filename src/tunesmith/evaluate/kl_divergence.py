@@ -1,14 +1,15 @@
-"""How far a model has moved from what its training started from, token by token.
+"""Compute the KL divergence between a model and the one that its training started from.
 
-    KL(base || tuned) of the next token, in nats, and whether both find the same token the likeliest
+    KL(base || tuned) of the next token in nats, and top-1 agreement, over the whole vocabulary
 
-In: documents, a LanguageModel, its Base. Out: for each document the sums over its supervised
-tokens, and the loss that the same forward gives. Exact for every method, over the whole vocabulary:
-an adapter is switched off for a second forward of the same pack; where no switch brings the base
-back (all weights trained, an adapter that went on), its final hidden states were kept before
-training, and its head if that is trained. Logits are made in chunks. Left out: which texts
-(retention.py), how much is too much (the guard, the gate). Legend: S targets, H hidden, V
-vocabulary."""
+In: documents, a model, its BaseReference. Out: per document, the sums over its supervised tokens,
+and the loss of the same forward pass. Exact for every method: an adapter is switched off for a
+second forward pass of the same pack. Where that does not restore the base (all weights are trained,
+or an existing adapter is trained further), its final hidden states were cached before training, and
+its head if that is trained. Logits are computed in chunks.
+Left out: which texts (general_text.py), how much is too much (train/guard, regression_gate.py).
+Legend: S targets, H hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +42,7 @@ HEAD_FILE = "head.safetensors"
 
 
 class KLResult(NamedTuple):
-    """Sums over the `tokens` supervised tokens of a document. `nats`: the tuned model's loss;
-    `same`: how many have the same likeliest token."""
+    """Sums over the supervised tokens of a document. `nats` is the tuned model's loss."""
 
     nats: float
     tokens: int
@@ -51,17 +51,18 @@ class KLResult(NamedTuple):
 
 
 class BaseReference(Protocol):
-    """What the training started from. `places`: which documents of the list the batch holds."""
+    """The model that training started from. `indices`: the documents of the batch in their
+    list."""
 
     def compute_hidden(
         self, model: PackedCausalLM, batch: Batch, indices: Sequence[int]
     ) -> Tensor: ...
 
-    def compute_logits(self, model: PackedCausalLM, hidden_SH: Tensor) -> Tensor: ...  # raw ones
+    def compute_logits(self, model: PackedCausalLM, hidden_SH: Tensor) -> Tensor: ...
 
 
 class AdapterDisabled:
-    """The model with its adapter off."""
+    """The model with its adapter switched off."""
 
     def compute_hidden(self, model: PackedCausalLM, batch: Batch, indices: Sequence[int]) -> Tensor:
         del indices
@@ -69,14 +70,17 @@ class AdapterDisabled:
             return model.compute_hidden(batch)
 
     def compute_logits(self, model: PackedCausalLM, hidden_SH: Tensor) -> Tensor:
-        with scaled_adapter(model.network, 0):  # rows of new tokens are part of the head
+        # Embeddings of added tokens are part of the adapter, and of the head.
+        with scaled_adapter(model.network, 0):
             return model.head.compute_raw_logits(hidden_SH)
 
 
 @dataclass(frozen=True, eq=False)
 class CachedStates:
-    """States of the base on known documents, one tensor [S, H] each, and its head where that is
-    trained: on the model's device and in its dtype, as every chunk of targets takes it."""
+    """Hidden states [S, H] of the base model per document, and its head if that is trained.
+
+    The head is on the model's device and in its dtype, since every chunk of targets uses it.
+    """
 
     states: tuple[Tensor, ...]
     head: Tensor | None = None
@@ -86,16 +90,13 @@ class CachedStates:
         return torch.cat([self.states[index] for index in indices]).to(model.device)
 
     def compute_logits(self, model: PackedCausalLM, hidden_SH: Tensor) -> Tensor:
-        head = (
-            model.head
-            if self.head is None
-            else replace(model.head, weight=self.head, new_rows=None)
-        )
+        head = model.head
+        if self.head is not None:
+            head = replace(head, weight=self.head, new_rows=None)
         return head.compute_raw_logits(hidden_SH)
 
     def save_files(self, folder: Path, name: str) -> None:
-        """As files of a folder; several lists of documents may share one, and the head, which is
-        written once."""
+        """Write the states to folder/NAME.safetensors; the head is shared between names."""
         states = {f"{index:08d}": state for index, state in enumerate(self.states)}
         write_tensors(states, folder / f"{name}.safetensors")
         if self.head is not None and not (folder / HEAD_FILE).exists():
@@ -105,32 +106,30 @@ class CachedStates:
     def load_files(
         cls, folder: Path, names: Iterable[str], device: torch.device
     ) -> list[CachedStates]:
-        """In the order of the names; all have one head."""
-        head = (
-            load_file(folder / HEAD_FILE)["head"].to(device)
-            if (folder / HEAD_FILE).exists()
-            else None
-        )
-        states = (load_file(folder / f"{name}.safetensors") for name in names)
-        return [cls(tuple(tensors[key] for key in sorted(tensors)), head) for tensors in states]
+        """Read what `save_files` wrote under each name."""
+        head = None
+        if (folder / HEAD_FILE).exists():
+            head = load_file(folder / HEAD_FILE)["head"].to(device)
+        cached: list[CachedStates] = []
+        for name in names:
+            tensors = load_file(folder / f"{name}.safetensors")
+            cached.append(cls(tuple(tensors[key] for key in sorted(tensors)), head))
+        return cached
 
 
 @torch.no_grad()
 def cache_states(
     model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> CachedStates:
-    """The states of a model that has not been trained yet: 2 H bytes a supervised token in bf16."""
+    """Return the states of a model before training: 2 H bytes per supervised token in bf16."""
     states = dict(map_documents(model, documents, pack_length, _compute_states, share=share))
+    head_weight = None
+    if model.head.trainable_weight.requires_grad:
+        head_weight = model.head.weight.detach().to(model.dtype, copy=True)
+    # Documents without a target have no states.
     empty_state = torch.empty(0, 0)
-    head = model.head
-    head_weight = (
-        head.weight.detach().to(model.dtype, copy=True)
-        if head.trainable_weight.requires_grad
-        else None
-    )
-    return CachedStates(
-        tuple(states.get(index, empty_state) for index in range(len(documents))), head_weight
-    )
+    ordered = tuple(states.get(index, empty_state) for index in range(len(documents)))
+    return CachedStates(ordered, head_weight)
 
 
 @torch.no_grad()
@@ -149,11 +148,9 @@ def compute_kl(
     *,
     share: bool = False,
 ) -> Iterator[tuple[int, KLResult]]:
-    """(index of the document, how far it moved), as the packs are computed. Raises as likelihoods
-    do."""
-    results = map_documents(
-        model, documents, pack_length, partial(_compute_pack_kl, base), share=share
-    )
+    """Yield (document index, KLResult) pack by pack."""
+    compute = partial(_compute_pack_kl, base)
+    results = map_documents(model, documents, pack_length, compute, share=share)
     yield from log_progress(results, len(documents), PROGRESS_LABEL)
 
 
@@ -161,41 +158,37 @@ def compute_kl(
 def _compute_pack_kl(
     base: BaseReference, model: PackedCausalLM, batch: Batch, indices: Sequence[int]
 ) -> list[KLResult]:
-    base_SH, tuned_SH, chunks = (
-        base.compute_hidden(model, batch, indices),
-        model.compute_hidden(batch),
-        [],
-    )
+    base_SH = base.compute_hidden(model, batch, indices)
+    tuned_SH = model.compute_hidden(batch)
+    head = model.head
+    chunks: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, len(tuned_SH), CHUNK_TARGETS):
         rows = slice(start, start + CHUNK_TARGETS)
-        base_SV, head = base.compute_logits(model, base_SH[rows]), model.head
-        tuned_SV, targets_S = head.compute_raw_logits(tuned_SH[rows]), batch.targets_S[rows]
+        base_SV = base.compute_logits(model, base_SH[rows])
+        tuned_SV = head.compute_raw_logits(tuned_SH[rows])
+        targets_S = batch.targets_S[rows]
         chunks.append(ops.kl_divergence(base_SV, tuned_SV, targets_S, head.scale, head.softcap))
-    nats, kl, matches = (
-        sum_by_document(torch.cat(parts), batch) for parts in zip(*chunks, strict=True)
-    )
+    nats_S, kl_S, matches_S = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    nats = sum_by_document(nats_S, batch)
+    kls = sum_by_document(kl_S, batch)
+    matches = sum_by_document(matches_S, batch)
     counts = batch.document_S.bincount(minlength=len(indices)).tolist()
+    # Rounding can make a divergence of 0 negative.
     return [
-        KLResult(nat, count, 0.0 if d < 0 else d, s)
-        for nat, count, d, s in zip(nats, counts, kl, matches, strict=True)
+        KLResult(nats[i], counts[i], 0.0 if kls[i] < 0 else kls[i], matches[i])
+        for i in range(len(indices))
     ]
 
 
 def build_kl_measurements(
     task: str, ids: Sequence[str], results: Sequence[KLResult], groups: Sequence[str] = ()
 ) -> tuple[MetricValues, MetricValues]:
-    """`kl` and `top1_agreement` of items; tokens weigh alike within a group."""
+    """Return `kl` in nats/token and `top1_agreement` per item, weighted by tokens in a group."""
     weights = tuple(float(result.tokens) for result in results)
-    values = {
-        "kl": [result.kl / result.tokens for result in results],
-        "top1_agreement": [result.top1_matches / result.tokens for result in results],
-    }
-    kl, agreement = (
-        MetricValues(
-            task, metric, tuple(ids), tuple(item_values), weights, tuple(groups), metric != "kl"
-        )
-        for metric, item_values in values.items()
-    )
+    kls = tuple(result.kl / result.tokens for result in results)
+    agreements = tuple(result.top1_matches / result.tokens for result in results)
+    kl = MetricValues(task, "kl", tuple(ids), kls, weights, tuple(groups), higher_is_better=False)
+    agreement = MetricValues(task, "top1_agreement", tuple(ids), agreements, weights, tuple(groups))
     return kl, agreement
 
 
@@ -208,18 +201,16 @@ def measure_loss_and_kl(
     pack_length: int,
     share: bool = False,
 ) -> Iterator[MetricValues]:
-    """Mean loss of a supervised token, and beside the base: KL, and how often the likeliest token
-    is the same. Items are rows."""
+    """Yield the mean loss, KL(base || tuned) and top-1 agreement per row."""
     parts: dict[str, list[KLResult]] = {}
     for index, result in sorted(compute_kl(model, documents, pack_length, base, share=share)):
         parts.setdefault(documents[index].id, []).append(result)
     rows = {row: sum_results(results) for row, results in parts.items()}
-    yield build_loss_measurement(
-        task, {row: (row_result.nats, row_result.tokens) for row, row_result in rows.items()}
-    )
+    sums = {row: (result.nats, result.tokens) for row, result in rows.items()}
+    yield build_loss_measurement(task, sums)
     yield from build_kl_measurements(task, list(rows), list(rows.values()))
 
 
 def sum_results(parts: Sequence[KLResult]) -> KLResult:
-    """Of the documents of one item."""
+    """Return the sums over the documents of one item."""
     return KLResult(*(sum(values) for values in zip(*parts, strict=True)))

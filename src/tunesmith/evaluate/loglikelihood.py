@@ -1,9 +1,10 @@
-"""How likely a model finds documents: negative log-likelihoods, packed as in training, without a
-gradient.
+"""Compute negative log-likelihoods of documents, packed as in training, without gradients.
 
-In: Documents and a LanguageModel. Out: for each document the sum over its supervised tokens, in
-nats, and their number. Weights other than 0 count as 1: they are a wish for training, not for
-measuring. A pack that memory has no room for is measured in halves."""
+In: Documents and a model. Out: per document, the sum over its supervised tokens in nats, and their
+number. Weights other than 0 count as 1: weighting is for training, not for evaluation. A pack that
+does not fit in memory is halved.
+Legend: S targets, D documents, H hidden.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +27,13 @@ from tunesmith.model.lm_head import measure_target_losses
 from tunesmith.model.oom import OutOfMemory, memory_errors
 
 T = TypeVar("T")
-PROGRESS_LABEL = "texts and answers measured"  # what is told of the progress
+PROGRESS_LABEL = "documents scored"
 
 
 def compute_nll(
     model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> Iterator[tuple[int, float, int]]:
-    """(index of the document, nats, tokens), as the packs are computed; documents without a target
-    are left out."""
+    """Yield (document index, nats, tokens) pack by pack; documents without a target are skipped."""
     pack_sums = map_documents(model, documents, pack_length, _compute_pack_nll, share=share)
     for index, (nats, tokens) in log_progress(pack_sums, len(documents), PROGRESS_LABEL):
         yield index, nats, tokens
@@ -47,25 +47,26 @@ def map_documents(
     *,
     share: bool = False,
 ) -> Iterator[tuple[int, T]]:
-    """(index of the document, what `work` says of it). `work` gets a batch and the indices of its
-    documents, and says something of each."""
-    assert not model.network.training, "measuring needs a model in evaluation mode"
+    """Yield (document index, result) pack by pack.
+
+    compute: takes a batch and the indices of its documents, and returns a result per document.
+    """
+    assert not model.network.training, "the model must be in evaluation mode"
     index_by_id = {id(document): i for i, document in enumerate(documents)}
-    assert len(index_by_id) == len(documents), "a document stands in the list twice"
+    assert len(index_by_id) == len(documents), "a document is in the list twice"
     supervised = [document for document in documents if document.weights_L.any()]
     pending = pack_step(supervised, pack_length, should_share=share)[::-1]
     while pending:
         pack = pending.pop()
-        half, indices = (
-            len(pack.documents) // 2,
-            [index_by_id[id(document)] for document in pack.documents],
-        )
+        indices = [index_by_id[id(document)] for document in pack.documents]
         try:
             with memory_errors():
                 results = compute(model, collate(pack, model.device), indices)
         except OutOfMemory:
+            half = len(pack.documents) // 2
             if not half:
                 raise
+            # The first document of the second half has nothing before it to share.
             second_shared = pack.prefix_lengths and (0, *pack.prefix_lengths[half + 1 :])
             pending += [
                 Pack(pack.documents[half:], second_shared),
@@ -79,7 +80,7 @@ def map_documents(
 def _compute_pack_nll(
     model: PackedCausalLM, batch: Batch, indices: Sequence[int]
 ) -> list[tuple[float, int]]:
-    """Nats and tokens of each document of a pack."""
+    """Return nats and tokens of each document of a pack."""
     losses_S = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
     counts = batch.document_S.bincount(minlength=len(indices)).tolist()
     return list(zip(sum_by_document(losses_S, batch), counts, strict=True))
@@ -88,7 +89,7 @@ def _compute_pack_nll(
 def compute_mean_states(
     model: PackedCausalLM, documents: Sequence[Document], pack_length: int
 ) -> Iterator[tuple[int, list[float]]]:
-    """(index of the document, mean of the final hidden states [H] that predict its targets)."""
+    """Yield (document index, mean of the final hidden states [H] that predict its targets)."""
     return map_documents(model, documents, pack_length, _compute_pack_means)
 
 
@@ -97,14 +98,14 @@ def _compute_pack_means(
     model: PackedCausalLM, batch: Batch, indices: Sequence[int]
 ) -> list[list[float]]:
     hidden_SH = model.compute_hidden(batch).float()
-    sums_DH = hidden_SH.new_zeros((len(indices), hidden_SH.shape[1])).index_add_(
-        0, batch.document_S, hidden_SH
-    )
-    return (sums_DH / batch.document_S.bincount(minlength=len(indices))[:, None]).tolist()
+    sums_DH = hidden_SH.new_zeros((len(indices), hidden_SH.shape[1]))
+    sums_DH.index_add_(0, batch.document_S, hidden_SH)
+    counts_D = batch.document_S.bincount(minlength=len(indices))
+    return (sums_DH / counts_D[:, None]).tolist()
 
 
 def sum_by_document(values_S: torch.Tensor, batch: Batch) -> list[float]:
-    """Of each document, in fp64."""
+    """Return the sum over each document's targets, in fp64."""
     sums_D = torch.zeros(len(batch.ids), dtype=torch.float64, device=values_S.device)
     return sums_D.index_add_(0, batch.document_S, values_S.double()).tolist()
 
@@ -117,17 +118,17 @@ def measure_loss(
     pack_length: int,
     share: bool = False,
 ) -> MetricValues:
-    """Mean loss of a supervised token, in nats. Items are rows: the documents of one row count as
-    one."""
+    """Return the mean loss per row, in nats/token; the documents of a row are one item."""
     rows: dict[str, tuple[float, int]] = {}
-    for i, nat, count in sorted(compute_nll(model, documents, pack_length, share=share)):
-        nats, tokens = rows.get(documents[i].id, (0.0, 0))
-        rows[documents[i].id] = nats + nat, tokens + count
+    for index, nats, tokens in sorted(compute_nll(model, documents, pack_length, share=share)):
+        row = documents[index].id
+        row_nats, row_tokens = rows.get(row, (0.0, 0))
+        rows[row] = row_nats + nats, row_tokens + tokens
     return build_loss_measurement(task, rows)
 
 
 def build_loss_measurement(task: str, rows: Mapping[str, tuple[float, int]]) -> MetricValues:
-    """From nats and tokens of each row."""
+    """Return the loss from row id -> (nats, tokens)."""
     return MetricValues(
         task=task,
         metric="loss",
@@ -141,17 +142,24 @@ def build_loss_measurement(task: str, rows: Mapping[str, tuple[float, int]]) -> 
 def to_bits_per_byte(
     loss: MetricValues, documents: Sequence[Document], renderer: Renderer
 ) -> MetricValues:
-    """The same losses in bits per byte of the answers' UTF-8: comparable between tokenizers, as a
-    loss per token is not. The end token counts among the bits, and has no bytes."""
+    """Return the losses in bits per UTF-8 byte of the answers, comparable between tokenizers.
+
+    The end token's bits count; it has no bytes.
+    """
     num_bytes = dict.fromkeys(loss.ids, 0)
     for document in documents:
         if document.id in num_bytes and document.is_correct:
             targets = document.tokens_L[document.weights_L != 0].tolist()
             answer = renderer.decode([token for token in targets if token not in renderer.end_ids])
             num_bytes[document.id] += len(answer.encode())
-    indices = [i for i, row in enumerate(loss.ids) if num_bytes[row]]
-    bits = [loss.values[i] * loss.weights[i] / math.log(2) for i in indices]
-    weights = tuple(float(num_bytes[loss.ids[i]]) for i in indices)
-    values = tuple(num_bits / weight for num_bits, weight in zip(bits, weights, strict=True))
-    ids = tuple(loss.ids[i] for i in indices)
-    return replace(loss, metric=BITS_PER_BYTE, ids=ids, values=values, weights=weights)
+    ids: list[str] = []
+    values: list[float] = []
+    weights: list[float] = []
+    for row, value, tokens in zip(loss.ids, loss.values, loss.weights, strict=True):
+        if num_bytes[row]:
+            ids.append(row)
+            values.append(value * tokens / math.log(2) / num_bytes[row])
+            weights.append(float(num_bytes[row]))
+    return replace(
+        loss, metric=BITS_PER_BYTE, ids=tuple(ids), values=tuple(values), weights=tuple(weights)
+    )

@@ -1,11 +1,12 @@
-"""The metrics of a recipe by name, and what a recipe may give them.
+"""The table of metrics, and the arguments that they take.
 
-    "exact_match", "numeric: 0.01" -> named -> (its function, what it is given)
+    "exact_match", "numeric: 0.01" -> the function of METRICS, its argument
 
-A metric is a function (answer, expected, given) -> [0, 1]; a new one is a function and a line in
-METRICS. `given` is the recipe's schema for schema_valid, what stands behind the colon for those of
-GIVEN, else None. Those of LIKELIHOODS look at no answer but at how likely the model finds texts
-(choices.py, likelihood.py); a user's own metric is a function in a file (ownmetric.py)."""
+A metric is a function (answer, expected, arg) -> [0, 1]; a new one is a function and a line in
+METRICS. `arg` is the response schema for schema_valid, the text after the colon for the metrics of
+ARG_PARSERS, else None. The LIKELIHOODS grade no answer (multiple_choice.py, loglikelihood.py); a
+custom metric is a function in the user's file (custom_metric.py).
+"""
 
 from __future__ import annotations
 
@@ -39,38 +40,32 @@ SETTING = "metrics"
 
 
 def split_metric(metric: str) -> tuple[str, str]:
-    """(name, what stands behind the colon), or (name, nothing)."""
+    """Return (name, text after the colon); the text is empty without a colon."""
     name, _, arg = metric.partition(": ")
     return name, arg
 
 
 def parse_metric_arg(metric: str, schema: Json | None) -> Any:
-    """What a metric is given. Raises InputError for a name that there is not, and for what it
-    cannot take."""
+    """Return the parsed argument of a metric.
+
+    Raises InputError for an unknown metric, and for a missing, unexpected or invalid argument.
+    """
     name, text = split_metric(metric)
-    if name not in (metric_names := (*METRICS, *LIKELIHOODS)):
-        close_matches = difflib.get_close_matches(name, metric_names, n=1)
-        fix = (
-            f"did you mean {close_matches[0]}?"
-            if close_matches
-            else f"use {', '.join(metric_names)}, or FILE.py:FUNCTION"
-        )
-        raise InputError(f"there is no metric {name!r}", where=SETTING, fix=fix)
+    names = (*METRICS, *LIKELIHOODS)
+    if name not in names:
+        fix = f"use {', '.join(names)}, or FILE.py:FUNCTION"
+        if close_matches := difflib.get_close_matches(name, names, n=1):
+            fix = f"did you mean {close_matches[0]}?"
+        raise InputError(f"unknown metric {name!r}", where=SETTING, fix=fix)
     if name == "schema_valid":
         if schema is None:
-            raise InputError(
-                "schema_valid needs a schema",
-                where=SETTING,
-                fix="give `schema`, or leave the metric out",
-            )
+            fix = "set `response_schema`, or leave the metric out"
+            raise InputError("schema_valid needs a schema", where=SETTING, fix=fix)
         check_schema(schema)
         return schema
     if text and name not in ARG_PARSERS:
-        raise InputError(
-            f"{name} takes nothing, and is given {text:.80}",
-            where=SETTING,
-            fix=f"write {name} alone",
-        )
+        message = f"{name} takes no argument, got {text:.80}"
+        raise InputError(message, where=SETTING, fix=f"write only {name}")
     if name == "regex" and not text:
         raise InputError("regex needs a pattern", where=SETTING, fix="write {regex: PATTERN}")
     try:
@@ -80,21 +75,24 @@ def parse_metric_arg(metric: str, schema: Json | None) -> Any:
 
 
 def refuse_invalid_metrics(inputs: RunInputs) -> None:
-    """InputError for a metric of the recipe that is none, whether there are rows to measure or not,
-    and for general text that is not there."""
+    """Raise InputError for an invalid metric of the recipe, even without rows to evaluate, and for
+    a missing file of general text."""
     recipe = inputs.recipe
     if recipe.retention_data is not None:
         check_path(recipe.retention_data)
-    for metric in () if recipe.metrics == "auto" else recipe.metrics:
+    if recipe.metrics == "auto":
+        return
+    for metric in recipe.metrics:
         if not parse_custom_metric(metric):
             parse_metric_arg(metric, inputs.response_schema)
 
 
 def grade_answer(metric: str, answer: str, expected: str, arg: Any) -> float:
-    """One answer by one metric."""
+    """Return the value of one answer."""
     try:
         return METRICS[split_metric(metric)[0]](answer, expected, arg)
-    except RecursionError:  # a model that loops on "[" nests deeper than Python can walk
+    except RecursionError:
+        # A model that loops on "[" nests deeper than Python can walk.
         return 0.0
 
 
@@ -112,7 +110,9 @@ METRICS: dict[str, Metric] = {
     "schema_valid": schema_valid,
     "field_f1": field_f1,
 }
-MULTIPLE_CHOICE, BITS_PER_BYTE = LIKELIHOODS = ("multiple_choice", "bits_per_byte")
+MULTIPLE_CHOICE = "multiple_choice"
+BITS_PER_BYTE = "bits_per_byte"
+LIKELIHOODS = (MULTIPLE_CHOICE, BITS_PER_BYTE)
 ARG_PARSERS: dict[str, Callable[[str], Any]] = {
     "contains": parse_text,
     "regex": parse_pattern,

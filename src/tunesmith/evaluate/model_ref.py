@@ -195,7 +195,7 @@ def load_answers(path: Path, run: Path) -> EvalResults:
     samples_by_id = {sample.id: sample for sample in run_results.samples if sample.expected}
     answers = _read_answers(path, samples_by_id)
     plan = read_run_plan(run)
-    schema_path = plan.recipe.get("schema")
+    schema_path = plan.recipe.get("response_schema")
     schema = read_json(Path(schema_path)) if schema_path else None
     measurements: list[MetricValues] = []
     for metric in plan.config.metrics:
@@ -224,7 +224,7 @@ def _read_answers(path: Path, samples_by_id: dict[str, GenerationSample]) -> dic
             fix = 'write {"id": "test.jsonl:1", "answer": "..."}'
             raise InputError("the row needs an `id` and an `answer` string", where=row.id, fix=fix)
         if item_id not in samples_by_id:
-            fix = f"use the ids of its after.json, such as {next(iter(samples_by_id), 'none')}"
+            fix = f"use the ids of its eval_after.json, such as {next(iter(samples_by_id), 'none')}"
             raise InputError(f"the run has no item {item_id!r:.80}", where=row.id, fix=fix)
         if item_id in answers:
             fix = "give one answer per id"

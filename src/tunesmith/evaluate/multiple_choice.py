@@ -1,12 +1,11 @@
-"""Multiple choice by likelihood: of the answers that a row offers, which one is the model most
-likely to give?
+"""Evaluate multiple choice by likelihood: is the correct answer the most likely of the choices?
 
-    Examples -> Documents, one a choice, the right one first -> a Measurement of 0 and 1
+    Examples -> Documents, one per choice, the correct one first -> MetricValues of 0 and 1
 
-Nothing is generated. A choice is rendered as the answer would be, its end token included, so its
-likelihood is that of this answer and no longer one; lengths are not evened out. A row says
-`"choices": ["yes", "no"]`; where none does, the choices are the different answers of all rows, as
-for labels. Equally likely choices are a wrong answer."""
+Nothing is generated. A choice is rendered as the answer would be, EOS included, so its likelihood is
+that of exactly this answer; lengths are not normalised. A row has `"choices": ["yes", "no"]`; where
+no row has, the choices are the distinct answers of all rows, as for labels. A tie counts as wrong.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +20,24 @@ from tunesmith.evaluate.metrics import MULTIPLE_CHOICE
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.model.causal_lm import PackedCausalLM
 
-MAX_LABELS = 32  # different answers of rows that offer no choices; more are no labels
+MAX_LABELS = 32  # distinct answers of rows without `choices`; more are not labels
 
 
 def build_choices(
     examples: Sequence[Example], renderer: Renderer
 ) -> dict[str, tuple[Document, ...]]:
-    """Row -> its choices. Raises InputError for a row that offers less than two, or not the right
-    one."""
+    """Return row id -> a document per choice, the correct one first.
+
+    Raises InputError for a row with fewer than two choices, or without the correct one.
+    """
     labels = tuple(dict.fromkeys(_get_answer(example).strip() for example in examples))
-    if not any(example.choices for example in examples) and not 2 <= len(labels) <= MAX_LABELS:
-        message = f"no row has `choices`, and the {len(labels):,} different answers are no labels to choose from"
-        fix = f'write "choices": ["one", "another"] into the rows, or leave {MULTIPLE_CHOICE} out'
+    has_choices = any(example.choices for example in examples)
+    if not has_choices and not 2 <= len(labels) <= MAX_LABELS:
+        plural = "" if len(labels) == 1 else "s"
+        message = (
+            f"no row has `choices`, and {len(labels):,} distinct answer{plural} cannot be labels"
+        )
+        fix = f'add "choices": ["yes", "no"] to the rows, or leave {MULTIPLE_CHOICE} out'
         raise InputError(message, where=f"metrics: {MULTIPLE_CHOICE}", fix=fix)
     return {
         example.id: _build_documents(example, example.choices or labels, renderer)
@@ -43,45 +48,41 @@ def build_choices(
 def _build_documents(
     example: Example, choices: Sequence[str], renderer: Renderer
 ) -> tuple[Document, ...]:
-    right = _get_answer(example)
-    others = [choice for choice in dict.fromkeys(choices) if choice.strip() != right.strip()]
-    if len(others) == len(dict.fromkeys(choices)):
-        message = f"the expected answer {right[:60]!r} is none of the row's `choices`"
+    correct = _get_answer(example)
+    distinct = dict.fromkeys(choices)
+    others = [choice for choice in distinct if choice.strip() != correct.strip()]
+    if len(others) == len(distinct):
+        message = f"the expected answer {correct[:60]!r} is not among the row's `choices`"
         raise InputError(message, where=example.id, fix="correct the row")
     if not others:
-        raise InputError(
-            "the row's `choices` offer nothing else", where=example.id, fix="give at least two"
-        )
-    return tuple(
-        _render_document(_replace_answer(example, choice), renderer) for choice in (right, *others)
-    )
+        message = "the row's `choices` are all the same"
+        raise InputError(message, where=example.id, fix="give at least two")
+    documents: list[Document] = []
+    for choice in (correct, *others):
+        rendered = renderer.render(_replace_answer(example, choice))
+        documents.append(rendered.documents[-1])
+    return tuple(documents)
 
 
 def _find_answer_index(example: Example) -> int:
-    """The message that holds the expected answer."""
+    """Return the index of the message with the expected answer."""
     return max(i for i, weight in enumerate(example.turn_weights) if weight > 0)
 
 
 def _get_answer(example: Example) -> str:
-    return (
-        example.messages[_find_answer_index(example)]["content"]
-        if example.messages
-        else example.text or ""
-    )
+    if not example.messages:
+        return example.text or ""
+    return example.messages[_find_answer_index(example)]["content"]
 
 
 def _replace_answer(example: Example, choice: str) -> Example:
-    """The example up to its answer, which is the choice and alone is a target."""
+    """Return the example up to its answer, with the choice as the answer and only target."""
     plain = dataclasses.replace(example, rejected=None, banned_spans=())
     if not example.messages:
         return dataclasses.replace(plain, text=choice)
     index = _find_answer_index(example)
     messages = (*example.messages[:index], {**example.messages[index], "content": choice})
     return dataclasses.replace(plain, messages=messages, turn_weights=(*[0.0] * index, 1.0))
-
-
-def _render_document(example: Example, renderer: Renderer) -> Document:
-    return renderer.render(example).documents[-1]
 
 
 def measure_multiple_choice(
@@ -92,14 +93,14 @@ def measure_multiple_choice(
     pack_length: int,
     share: bool = False,
 ) -> MetricValues:
-    """1 where the right choice is likelier than any other."""
+    """Return 1 per row if the correct choice is more likely than any other, else 0."""
     documents = [document for row in choices.values() for document in row]
     nats = dict.fromkeys(range(len(documents)), 0.0)
     nats |= {i: nat for i, nat, _ in compute_nll(model, documents, pack_length, share=share)}
     values: list[float] = []
     start = 0
     for row in choices.values():
-        right, *others = (nats[i] for i in range(start, start + len(row)))
-        values.append(float(right < min(others)))
+        correct, *others = [nats[i] for i in range(start, start + len(row))]
+        values.append(float(correct < min(others)))
         start += len(row)
     return MetricValues(task, MULTIPLE_CHOICE, tuple(choices), tuple(values))

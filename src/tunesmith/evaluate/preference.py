@@ -1,9 +1,9 @@
-"""How a model ranks the two answers of a pair: by their likelihood, nothing is generated.
+"""Evaluate how a model ranks the two answers of a preference pair, by likelihood.
 
-In: documents with sides, a LanguageModel. Out: Measurements by row: is the chosen answer the
-likelier one, by how much, and how likely is each. DPO compares whole answers, ORPO and SimPO the
-mean of their tokens; so do these. Also here: the log-probabilities before training that DPO
-compares with, kept in the run folder when no switch brings them back."""
+In: documents with sides, a model. Out: MetricValues per row: whether the chosen answer is more
+likely, by how much, and the log-probability of each. DPO compares sums over the answers, ORPO and
+SimPO means over their tokens; so does this.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.model.causal_lm import PackedCausalLM
 
-MAX_CHOSEN_DROP = 0.10  # rules.md 6.3: an alarm when chosen answers get this much less likely
+MAX_CHOSEN_DROP = 0.10  # warn when chosen answers get this much less likely (rules.md 6.3)
 
 
 def measure_preference(
@@ -27,35 +27,33 @@ def measure_preference(
     should_sum: bool,
     share: bool = False,
 ) -> tuple[MetricValues, ...]:
-    """`whole`: compare sums over the answers, else means over their tokens. Items are rows."""
-    logp: dict[tuple[str, str], float] = {}
-    for i, nats, tokens in compute_nll(model, documents, pack_length, share=share):
-        logp[documents[i].id, documents[i].side] = -nats / (1 if should_sum else tokens)
-    rows = [document.id for document in documents if document.side == "chosen"]
-    chosen, rejected = ([logp[row, side] for row in rows] for side in ("chosen", "rejected"))
+    """Return accuracy, margin and log-probabilities. `should_sum`: sum over tokens, else mean."""
+    logps: dict[tuple[str, str], float] = {}
+    for index, nats, tokens in compute_nll(model, documents, pack_length, share=share):
+        document = documents[index]
+        logps[document.id, document.side] = -nats if should_sum else -nats / tokens
+    rows = tuple(document.id for document in documents if document.side == "chosen")
+    chosen = [logps[row, "chosen"] for row in rows]
+    rejected = [logps[row, "rejected"] for row in rows]
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
-    values = {
-        "preference_accuracy": [float(margin > 0) for margin in margins],
-        "margin": margins,
-        "chosen_logp": chosen,
-        "rejected_logp": rejected,
-    }
-    return tuple(
+    return (
         MetricValues(
-            task, metric, tuple(rows), tuple(row_values), higher_is_better=metric != "rejected_logp"
-        )
-        for metric, row_values in values.items()
+            task, "preference_accuracy", rows, tuple(float(margin > 0) for margin in margins)
+        ),
+        MetricValues(task, "margin", rows, tuple(margins)),
+        MetricValues(task, "chosen_logp", rows, tuple(chosen)),
+        MetricValues(task, "rejected_logp", rows, tuple(rejected), higher_is_better=False),
     )
 
 
 def check_displacement(comparisons: Sequence[Comparison], step: int) -> Iterator[CheckResult]:
-    """A warning when the chosen answers became less likely: both sides sink, and something else
-    takes the room."""
+    """Yield a warning when the chosen answers became less likely (likelihood displacement)."""
     for comparison in comparisons:
-        drop = (comparison.before.value - comparison.after.value) / max(
-            abs(comparison.before.value), 1e-9
-        )
+        before = comparison.before.value
+        after = comparison.after.value
+        drop = (before - after) / max(abs(before), 1e-9)
         if comparison.metric == "chosen_logp" and drop > MAX_CHOSEN_DROP:
-            evidence = f"{comparison.task}: log-probability {comparison.before.value:.2f} -> {comparison.after.value:.2f}, {drop:.0%} lower"
+            change = f"log-probability {before:.2f} -> {after:.2f}, {drop:.0%} lower"
             fix = "raise nll_coefficient or beta, or lower learning_rate"
-            yield CheckResult("chosen answers less likely", "warn", f"{evidence}; {fix}", step)
+            evidence = f"{comparison.task}: {change}; {fix}"
+            yield CheckResult("chosen answers less likely", "warn", evidence, step)

@@ -51,7 +51,7 @@ class MetricValues:
 
 @dataclass(frozen=True)
 class EvalResults:
-    """All measurements of one model: the content of a run's before.json and after.json.
+    """All measurements of one model: the content of a run's eval_before.json and eval_after.json.
 
     samples: every answer; shown_ids: the ids of the few that the record shows.
     digests: role -> row id -> digest of its content, which identifies items across runs.
@@ -154,10 +154,9 @@ def compute_kl_scores(before: EvalResults, after: EvalResults, *, step: int) -> 
 def format_comparison(comparison: Comparison) -> str:
     """Return one line with both values, the difference, its interval, n and the verdict."""
     c = comparison
-    return (
-        f"{c.task}, {c.metric}: {c.before.value:.3f} -> {c.after.value:.3f},"
-        f" difference {c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}], n = {c.after.n}: {judge_comparison(c)}"
-    )
+    values = f"{c.task}, {c.metric}: {c.before.value:.3f} -> {c.after.value:.3f}"
+    change = f"difference {c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
+    return f"{values}, {change}, n = {c.after.n}: {judge_comparison(c)}"
 
 
 def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricValues:
@@ -202,8 +201,8 @@ def _refuse_single_item(measurement: MetricValues) -> None:
 def _align_items(before: MetricValues, after: MetricValues) -> MetricValues:
     """Return `after` with its items in the order of `before`."""
     if (before.task, before.metric) != (after.task, after.metric):
-        message = f"{before.task}, {before.metric} cannot be compared with {after.task}, {after.metric}"
-        raise InputError(message)
+        first = f"{before.task}, {before.metric}"
+        raise InputError(f"{first} cannot be compared with {after.task}, {after.metric}")
     index_by_id = {item: i for i, item in enumerate(after.ids)}
     if sorted(before.ids) != sorted(after.ids) or len(index_by_id) < len(after.ids):
         mismatched_ids = sorted(set(before.ids) ^ set(index_by_id))

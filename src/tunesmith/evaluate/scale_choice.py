@@ -1,9 +1,9 @@
-"""Which scale of a trained adapter is offered, from what each gains and forgets.
+"""Recommend an adapter scale from its gain and its forgetting.
 
-    ScalePoints (0, 0.25, ... 1) -> the one that keeps most of the gain and forgets least, and how that is said
-
-Chosen on `eval_data`, as everything is that is chosen: what it says of the chosen scale is no
-result. Left out: the measuring (scales.py)."""
+In: the ScalePoints of a run. Out: the recommended one, in words and as commands.
+It is selected on `eval_data`, so its scores there are no result: verify it on `test_data`.
+Left out: measuring the points (adapter_scaling.py).
+"""
 
 from __future__ import annotations
 
@@ -12,72 +12,76 @@ from shlex import quote
 
 from tunesmith.core.types import ScalePoint
 
-MIN_GAIN_SHARE = 0.9  # of the best gain: what an offered scale keeps at least
-# of the forgetting, at most: then the offer stands in the verdict of a run
-MAX_FORGETTING_SHARE = 0.5
-MAX_SCALE = 2.0  # what an adapter may be scaled by; beyond 1 nothing was measured by the run itself
+MIN_GAIN_SHARE = 0.9  # least share of the best gain that a recommended scale keeps
+MAX_FORGETTING_SHARE = 0.5  # largest share of the forgetting for a recommendation in the summary
+MAX_SCALE = 2.0  # largest scale of an adapter; beyond 1, a run measures nothing
 
 
 def compute_gain_share(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
-    """Of what the whole adapter lowers the loss by; None where it lowers nothing."""
-    first, last = points[0].eval_loss.value, points[-1].eval_loss.value
-    return None if last >= first else (first - point.eval_loss.value) / (first - last)
+    """Return the share of the loss reduction at scale 1; None if the loss does not decrease."""
+    base_loss = points[0].eval_loss.value
+    trained_loss = points[-1].eval_loss.value
+    if trained_loss >= base_loss:
+        return None
+    return (base_loss - point.eval_loss.value) / (base_loss - trained_loss)
 
 
 def compute_forgetting_share(points: Sequence[ScalePoint], point: ScalePoint) -> float | None:
-    """Of what the whole adapter raises the bits per byte by; None where it raises nothing, or
-    nothing was measured."""
-    first, last = points[0].general_text, points[-1].general_text
-    if first is None or last is None or point.general_text is None or last.value <= first.value:
+    """Return the share of the increase in bits per byte at scale 1; None without an increase."""
+    base = points[0].general_text
+    trained = points[-1].general_text
+    if base is None or trained is None or point.general_text is None or trained.value <= base.value:
         return None
-    return (point.general_text.value - first.value) / (last.value - first.value)
+    return (point.general_text.value - base.value) / (trained.value - base.value)
 
 
 def recommend_scale(points: Sequence[ScalePoint]) -> ScalePoint | None:
-    """Of the scales that keep most of the best gain, with a loss inside the interval of the best
-    one, the one that forgets least; without forgetting, the one with the best gain. None where
-    nothing was gained."""
-    best = min(points, key=lambda point: point.eval_loss.value, default=None)
-    best_share = None if best is None else compute_gain_share(points, best)
-    if best is None or not best_share:
+    """Return the scale that forgets least among those that keep most of the best gain.
+
+    Candidates keep MIN_GAIN_SHARE of the best gain, and their loss lies within the interval of the
+    lowest one. Without forgetting, the scale with the lowest loss. None if nothing is gained.
+    """
+    if not points:
         return None
-    near = [point for point in points if point.eval_loss.value <= best.eval_loss.high]
-    good = [
-        point
-        for point in near
-        if (compute_gain_share(points, point) or 0.0) >= MIN_GAIN_SHARE * best_share
-    ]
-    forgetting_shares = {point.scale: compute_forgetting_share(points, point) for point in good}
-    if None in forgetting_shares.values():
-        return min(good, key=lambda point: point.eval_loss.value)
-    return min(good, key=lambda point: (forgetting_shares[point.scale], -point.scale))
+    best = min(points, key=lambda point: point.eval_loss.value)
+    best_share = compute_gain_share(points, best)
+    if not best_share:
+        return None
+    candidates: list[ScalePoint] = []
+    forgetting_shares: dict[float, float] = {}
+    for point in points:
+        gain_share = compute_gain_share(points, point) or 0.0
+        is_near = point.eval_loss.value <= best.eval_loss.high
+        if is_near and gain_share >= MIN_GAIN_SHARE * best_share:
+            candidates.append(point)
+            forgetting_share = compute_forgetting_share(points, point)
+            if forgetting_share is not None:
+                forgetting_shares[point.scale] = forgetting_share
+    if len(forgetting_shares) < len(candidates):
+        return min(candidates, key=lambda point: point.eval_loss.value)
+    return min(candidates, key=lambda point: (forgetting_shares[point.scale], -point.scale))
 
 
 def describe_recommendation(points: Sequence[ScalePoint]) -> str:
-    """What is offered, in words."""
+    """Return the recommended scale in words; empty without points."""
     if not points:
         return ""
     best = recommend_scale(points)
     if best is None:
         return "no scale of the adapter lowers the held-out loss"
-    if best.scale == 1:
-        forgetting_share = compute_forgetting_share(points, best)
-        reason = (
-            "nothing was forgotten"
-            if forgetting_share is None
-            else "less of it keeps too little of the gain"
-        )
-        return (
-            f"scale 1, the adapter as trained, is best: {reason}"
-            if best.general_text
-            else "scale 1 is best"
-        )
-    return f"scale {best.scale:g} {describe_tradeoff(points, best)}"
+    if best.scale != 1:
+        return f"scale {best.scale:g} {describe_tradeoff(points, best)}"
+    if best.general_text is None:
+        return "scale 1 is best"
+    reason = "a smaller scale keeps too little of the gain"
+    if compute_forgetting_share(points, best) is None:
+        reason = "nothing was forgotten"
+    return f"scale 1, the adapter as trained, is best: {reason}"
 
 
 def build_commands(points: Sequence[ScalePoint], run: str) -> tuple[str, ...]:
-    """What measures a run as offered on its own items, which a loss on others is no proof for, and
-    what hands it out; nothing where that is the adapter as trained."""
+    """Return the commands that verify the recommended scale on `test_data` and export it; none for
+    the adapter as trained."""
     best = recommend_scale(points)
     if best is None or best.scale == 1:
         return ()
@@ -86,29 +90,25 @@ def build_commands(points: Sequence[ScalePoint], run: str) -> tuple[str, ...]:
 
 
 def describe_bargain(points: Sequence[ScalePoint]) -> str:
-    """What is offered, where it forgets so much less that nobody should miss it; else nothing."""
+    """Return the recommendation if it forgets much less than the adapter as trained, else empty."""
     best = recommend_scale(points)
-    forgetting_share = None if best is None else compute_forgetting_share(points, best)
-    return (
-        describe_recommendation(points)
-        if forgetting_share is not None and forgetting_share <= MAX_FORGETTING_SHARE
-        else ""
-    )
+    if best is None:
+        return ""
+    forgetting_share = compute_forgetting_share(points, best)
+    if forgetting_share is None or forgetting_share > MAX_FORGETTING_SHARE:
+        return ""
+    return describe_recommendation(points)
 
 
 def describe_tradeoff(points: Sequence[ScalePoint], point: ScalePoint) -> str:
-    """Of gain and forgetting, in words; nothing where nothing was gained."""
-    gain_share, forgetting_share = (
-        compute_gain_share(points, point),
-        compute_forgetting_share(points, point),
-    )
+    """Return the shares of gain and forgetting in words; empty if nothing is gained."""
+    gain_share = compute_gain_share(points, point)
     if gain_share is None:
         return ""
     gain = f"keeps {gain_share:.0%} of the gain in {point.eval_loss.metric.replace('_', ' ')}"
+    forgetting_share = compute_forgetting_share(points, point)
     if forgetting_share is None:
         return gain
-    return (
-        f"{gain} at {forgetting_share:.0%} of the forgetting"
-        if forgetting_share > 0
-        else f"{gain} and forgets nothing"
-    )
+    if forgetting_share > 0:
+        return f"{gain} at {forgetting_share:.0%} of the forgetting"
+    return f"{gain} and forgets nothing"

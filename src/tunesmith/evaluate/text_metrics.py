@@ -1,10 +1,10 @@
-"""How near an answer is to the expected one as a text: equal, contained, matched, the same number,
-shared words.
+"""Metrics of text answers: equal, contained, matching, the same number, overlapping words.
 
-Each is a function (answer, expected, given) -> [0, 1]; `given` is what the recipe gives the metric,
-or None. Words are runs of letters and digits, letter case aside. ROUGE-L is Lin's (2004) with F1,
-chrF is Popović's (2015) with 6 characters and beta 2, as sacrebleu computes it for one sentence.
-Left out: stemming, synonyms, languages without spaces between words, which chrF is for."""
+Each metric is a function (answer, expected, arg) -> [0, 1]; `arg` is the metric's argument in the
+recipe, or None. Words are runs of letters and digits, case-folded. ROUGE-L is Lin's (2004) F1; chrF
+is Popović's (2015) with 6 characters and beta 2, as sacrebleu computes it per sentence.
+Left out: stemming, synonyms, and languages without spaces between words, for which there is chrF.
+"""
 
 from __future__ import annotations
 
@@ -20,60 +20,68 @@ import regex
 from tunesmith.core.errors import InputError
 from tunesmith.data.constraints import MAX_MATCH_SECONDS
 
-DEFAULT_TOLERANCE = 1e-6  # relative, where the recipe gives none
-CHRF_ORDER, CHRF_BETA = 6, 2  # chrF: characters of the longest n-gram, weight of recall
+DEFAULT_TOLERANCE = 1e-6  # relative
+CHRF_ORDER = 6  # characters of the longest n-gram
+CHRF_BETA = 2  # weight of recall
 NUMBER_PATTERN = re.compile(
     r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+"
 )
 
 
 def split_words(text: str) -> list[str]:
-    """Runs of letters and digits, in one spelling and letter case."""
+    """Return the runs of letters and digits, Unicode-normalised and case-folded."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 
 def exact_match(answer: str, expected: str, arg: Any) -> float:
-    """The same text, white space at the ends aside."""
+    """Return 1 for the same text, up to white space at the ends."""
     del arg
     return float(answer.strip() == expected.strip())
 
 
 def normalised_match(answer: str, expected: str, arg: Any) -> float:
-    """The same words in the same order: letter case, punctuation and white space aside."""
+    """Return 1 for the same words in the same order, up to case, punctuation and white space."""
     del arg
     return float(split_words(answer) == split_words(expected))
 
 
 def contains(answer: str, expected: str, arg: Any) -> float:
-    """The expected answer, or the text that the recipe gives, stands in it, whatever is said around
-    it: by its words, in any letter case; what has no word, such as "+", as it is."""
+    """Return 1 if the answer contains the expected answer, or the recipe's text.
+
+    Words are compared case-folded and complete; a text without words, such as "+", literally.
+    """
     target = (arg or expected).strip()
+    if not target:
+        return float(not answer.strip())
     if split_words(target):
         return float(normalise_words(target) in normalise_words(answer))
-    return float(target in answer if target else not answer.strip())
+    return float(target in answer)
 
 
 def normalise_words(text: str) -> str:
-    """Its words with one blank between them, so that "in" does not find a part of a word."""
+    """Return the words with a space around each, so that `in` matches complete words only."""
     return f" {' '.join(split_words(text))} "
 
 
 def regex_match(answer: str, expected: str, arg: Any) -> float:
-    """The recipe's pattern matches the answer, anywhere. Raises InputError when it takes too
-    long."""
+    """Return 1 if the pattern matches anywhere. Raises InputError when it takes too long."""
     del expected
     try:
         return float(arg.search(answer.strip(), timeout=MAX_MATCH_SECONDS) is not None)
     except TimeoutError:
-        message = f"the pattern takes over {MAX_MATCH_SECONDS:g} seconds on a text of {len(answer):,} characters"
-        fix = "repeat nothing inside a repeat: `(a+)+` tries every way to divide a text, `a+` only one"
+        length = f"{len(answer):,} characters"
+        message = f"the pattern takes over {MAX_MATCH_SECONDS:g} seconds on a text of {length}"
+        fix = "avoid nested repeats: `(a+)+` backtracks exponentially, `a+` does not"
         raise InputError(message, where=f"metrics: regex: {arg.pattern:.80}", fix=fix) from None
 
 
 def numeric(answer: str, expected: str, arg: Any) -> float:
-    """The last number of the answer is the last one expected, within a relative tolerance (of 0, an
-    absolute one). Commas between thousands and exponents are read; 0 where either has no number."""
-    answer_number, expected_number = _find_last_number(answer), _find_last_number(expected)
+    """Return 1 if the last numbers agree within a relative tolerance (absolute for an expected 0).
+
+    Thousands separators and exponents are read; 0 where either text has no number.
+    """
+    answer_number = _find_last_number(answer)
+    expected_number = _find_last_number(expected)
     if answer_number is None or expected_number is None:
         return 0.0
     tolerance = DEFAULT_TOLERANCE if arg is None else arg
@@ -81,44 +89,42 @@ def numeric(answer: str, expected: str, arg: Any) -> float:
 
 
 def token_f1(answer: str, expected: str, arg: Any) -> float:
-    """F1 over the words of both, each as often as it stands there (as for SQuAD, with articles)."""
+    """Return F1 over the bags of words (as SQuAD's, articles included)."""
     del arg
-    answer_words, expected_words = Counter(split_words(answer)), Counter(split_words(expected))
-    return _compute_f1(
-        (answer_words & expected_words).total(), answer_words.total(), expected_words.total()
-    )
+    answer_words = Counter(split_words(answer))
+    expected_words = Counter(split_words(expected))
+    common = answer_words & expected_words
+    return _compute_f1(common.total(), answer_words.total(), expected_words.total())
 
 
 def rouge_l(answer: str, expected: str, arg: Any) -> float:
-    """F1 over the longest sequence of words that both have in this order."""
+    """Return F1 over the longest common subsequence of words."""
     del arg
-    answer_words, expected_words = split_words(answer), split_words(expected)
-    return _compute_f1(
-        _compute_lcs_length(answer_words, expected_words), len(answer_words), len(expected_words)
-    )
+    answer_words = split_words(answer)
+    expected_words = split_words(expected)
+    length = _compute_lcs_length(answer_words, expected_words)
+    return _compute_f1(length, len(answer_words), len(expected_words))
 
 
 def chrf(answer: str, expected: str, arg: Any) -> float:
-    """F-score over the runs of 1 to 6 characters of both, white space aside; recall counts
+    """Return the F-score over n-grams of 1 to 6 characters, white space removed; recall counts
     twice."""
     del arg
-    answer_chars, expected_chars = "".join(answer.split()), "".join(expected.split())
+    answer_chars = "".join(answer.split())
+    expected_chars = "".join(expected.split())
     if answer_chars == expected_chars:
         return 1.0
-    shares: list[tuple[float, float]] = []
+    precisions: list[float] = []
+    recalls: list[float] = []
     for n in range(1, CHRF_ORDER + 1):
-        answer_ngrams, expected_ngrams = (
-            _count_ngrams(answer_chars, n),
-            _count_ngrams(expected_chars, n),
-        )
+        answer_ngrams = _count_ngrams(answer_chars, n)
+        expected_ngrams = _count_ngrams(expected_chars, n)
         if answer_ngrams and expected_ngrams:
             common = (answer_ngrams & expected_ngrams).total()
-            shares.append((common / answer_ngrams.total(), common / expected_ngrams.total()))
-    precision, recall = (
-        (sum(values) / len(shares) for values in zip(*shares, strict=True))
-        if shares
-        else (0.0, 0.0)
-    )
+            precisions.append(common / answer_ngrams.total())
+            recalls.append(common / expected_ngrams.total())
+    precision = sum(precisions) / max(1, len(precisions))
+    recall = sum(recalls) / max(1, len(recalls))
     denominator = CHRF_BETA**2 * precision + recall
     return (1 + CHRF_BETA**2) * precision * recall / denominator if denominator else 0.0
 
@@ -130,12 +136,13 @@ def _find_last_number(text: str) -> float | None:
 
 
 def _compute_f1(num_common: int, num_answer: int, num_expected: int) -> float:
-    """Of nothing wanted and nothing given: 1."""
-    return 2 * num_common / (num_answer + num_expected) if num_answer + num_expected else 1.0
+    """Return F1 from counts; 1 if both texts are empty."""
+    total = num_answer + num_expected
+    return 2 * num_common / total if total else 1.0
 
 
 def _compute_lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a bit a word (Hyyrö 2004)."""
+    """Return the length of the longest common subsequence, with a bit per word (Hyyrö 2004)."""
     masks: dict[str, int] = {}
     for index, word in enumerate(first):
         masks[word] = masks.get(word, 0) | 1 << index
@@ -151,12 +158,12 @@ def _count_ngrams(text: str, n: int) -> Counter[str]:
     return Counter(text[start : start + n] for start in range(len(text) - n + 1))
 
 
-# ---------------------------------------------------------------- what a recipe gives
+# ---------------------------------------------------------------- arguments
 
 
 def parse_text(text: str) -> str:
     if not text.strip():
-        raise ValueError("give a text that is not empty")
+        raise ValueError("the text is empty")
     return text
 
 
@@ -173,5 +180,7 @@ def parse_tolerance(text: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 <= number < 1:
-        raise ValueError(f"a tolerance is a share of the expected number, from 0 to 1, not {text}")
+        raise ValueError(
+            f"a tolerance is a fraction of the expected number, from 0 to 1, not {text}"
+        )
     return number

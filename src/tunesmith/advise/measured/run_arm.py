@@ -86,7 +86,7 @@ class ArmRunner:
         passages: PassageIndex | None,
         answer_cache: AnswerCache | None = None,
     ) -> ArmRunner:
-        rows = inputs.datasets["data"].with_max_length(plan.config.max_length, plan.config.overlong)
+        rows = inputs.datasets["data"].with_max_length(plan.config.max_length, plan.config.on_overlong)
         return cls(
             plan,
             inputs,
@@ -238,7 +238,7 @@ def _time_single_requests(
                 [question],
                 runner.inputs.renderer,
                 max_new_tokens=runner.max_answer_tokens,
-                allowed=allowed,
+                allowed_tokens_fn=allowed,
             )
         )
         timings.append(time.perf_counter() - started)
@@ -253,7 +253,7 @@ def _generate_answers(runner: ArmRunner, questions: Sequence[EvalPrompt], arm: A
             questions,
             renderer,
             max_new_tokens=runner.max_answer_tokens,
-            allowed=allowed,
+            allowed_tokens_fn=allowed,
         )
         return [answer.text for _, answer in sorted(answer_pairs)]
     requests = [
