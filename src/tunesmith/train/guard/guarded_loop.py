@@ -16,7 +16,7 @@ is the best (best_checkpoint.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tunesmith.core.errors import GateError, InputError

@@ -1,14 +1,14 @@
-"""Probes: what the model says while it trains, on a few fixed prompts, and how far it is from where
-it began.
+"""Generation probes: what the model answers during training, and how far it is from its base.
 
-    probe_set(plan, facts, texts) -> ProbeSet   prompts of eval_data, never of test_data; short
-    general texts Probes(bench, chosen).take(step, optimizer) -> Scores and Samples
+    build_prompt_set(plan, inputs, texts) -> GuardPromptSet    prompts of eval_data, never test_data
+    GenerationProbe(session, prompt_set).run_probe(step, optimizer) -> Scores and GenerationSamples
 
-A probe writes short greedy answers, and reads them with the adapter off: would the base write that?
-It reads the expected answers, and text that is not trained: the general texts if there are any,
-else the prompts themselves. All measures are by item, and those of step 0 are what later ones are
-compared with. Nothing here changes the model, and no random number of training is used. Left out:
-which numbers are bad (train/guard.py), when to look (guarded.py)."""
+A probe writes short greedy answers and reads them with the adapter off: would the base model write
+that? It also reads the expected answers, and text that is not trained: general texts, or the
+prompts when there are none. All scores are by item; later ones are compared with those of step 0.
+
+Nothing here changes the model or draws a random number of training. Left out: which scores are bad
+(detectors.py), when to probe (guarded_loop.py)."""
 
 from __future__ import annotations
 
@@ -53,24 +53,21 @@ from tunesmith.train.update_norms import (
     compute_weight_norms,
 )
 
-MAX_PROMPT_TOKENS = 64  # of a text that is gone on with
-# rows looked at for each prompt that is taken: the shortest are, since prompts cost what they are
-# long
+MAX_PROMPT_TOKENS = 64  # of a text that is to be continued
+# Rows read per prompt: the shortest become prompts, because a probe costs what they are long.
 CANDIDATES_PER_PROMPT = 4
-MAX_TEXTS, MAX_TEXT_CHARS = 8, 512
-MAX_POSITIONS = 128  # whose whole distribution is compared
-RATE_METRICS = {"same_answer", "end_rate", "json", "language"}  # 0 or 1 an answer
-PROMPT_ROLES = (
-    "eval_data",
-    "rehearsal",
-    "retention_data",
-)  # where prompts come from: the first that has two
+MAX_TEXTS = 8
+MAX_TEXT_CHARS = 512
+MAX_POSITIONS = 128  # positions with a full next-token distribution
+RATE_METRICS = {"same_answer", "end_rate", "json", "language"}  # 0 or 1 per answer
+PROMPT_ROLES = ("eval_data", "rehearsal", "retention_data")  # the first with two prompts is used
 
 
 @dataclass(frozen=True)
 class GuardPrompt:
-    """A prompt, and the document of the prompt and the expected answer, whose last target ends it
-    if `ends`."""
+    """A prompt, and a document of prompt and expected answer.
+
+    `has_end`: the last target of the document is an end token."""
 
     question: EvalPrompt
     document: Document
@@ -84,63 +81,58 @@ class GuardPrompt:
 @dataclass(frozen=True)
 class GuardPromptSet:
     prompts: tuple[GuardPrompt, ...]
-    texts: tuple[GeneralText, ...]  # short pieces of general texts
+    texts: tuple[GeneralText, ...]  # beginnings of general texts
 
 
-# ---------------------------------------------------------------- which prompts
+# ---------------------------------------------------------------- choosing prompts
 
 
 def build_prompt_set(
     plan: Plan, inputs: RunInputs, texts: Sequence[GeneralText]
 ) -> GuardPromptSet | None:
-    """None when no role has two prompts: of one prompt nothing can be said. `texts`: those of
-    `retention_data`."""
+    """Return the prompts of a run, None if no data role has two.
+
+    `texts` are those of retention_data."""
     short_texts = _truncate_texts(texts)
+    count = plan.config.probe_prompts
     for role in PROMPT_ROLES:
+        candidates: list[GuardPrompt] = []
         if role in inputs.datasets:
-            candidates = _build_row_prompts(
-                inputs.datasets[role], inputs.renderer, plan.config.probe_prompts
-            )
-        else:
-            role_texts = [text for text in texts if role == "retention_data"]
-            candidates = [
-                _build_text_prompt(text.id, text.text, inputs.renderer)
-                for text in role_texts[:: max(1, len(role_texts) // 8)]
-            ]
-        usable = [prompt for prompt in candidates if prompt is not None][
-            : plan.config.probe_prompts
-        ]
-        if len(usable) > 1:
-            return GuardPromptSet(tuple(usable), short_texts)
+            candidates = _build_row_prompts(inputs.datasets[role], inputs.renderer, count)
+        elif role == "retention_data":
+            for text in texts[:: max(1, len(texts) // 8)]:
+                prompt = _build_text_prompt(text.id, text.text, inputs.renderer)
+                if prompt is not None:
+                    candidates.append(prompt)
+        if len(candidates[:count]) > 1:
+            return GuardPromptSet(tuple(candidates[:count]), short_texts)
     return None
 
 
 def _truncate_texts(texts: Sequence[GeneralText]) -> tuple[GeneralText, ...]:
-    """The beginnings of a few, as many of each domain."""
-    domains = list(dict.fromkeys(text.domain for text in texts))
-    texts_per_domain = max(2, MAX_TEXTS // max(1, len(domains)))
-    selected = [
-        text
-        for domain in domains
-        for text in [candidate for candidate in texts if candidate.domain == domain][
-            :texts_per_domain
-        ]
-    ]
-    return tuple(dataclasses.replace(text, text=text.text[:MAX_TEXT_CHARS]) for text in selected)
+    """Return the beginnings of a few texts, equally many of each domain."""
+    by_domain: dict[str, list[GeneralText]] = {}
+    for text in texts:
+        short_text = dataclasses.replace(text, text=text.text[:MAX_TEXT_CHARS])
+        by_domain.setdefault(text.domain, []).append(short_text)
+    texts_per_domain = max(2, MAX_TEXTS // max(1, len(by_domain)))
+    selected: list[GeneralText] = []
+    for domain_texts in by_domain.values():
+        selected += domain_texts[:texts_per_domain]
+    return tuple(selected)
 
 
 def _build_row_prompts(dataset: Dataset, renderer: Renderer, count: int) -> list[GuardPrompt]:
-    """Rows by chance, and of those the shortest, in the order of the file."""
-    sampled_rows = permutation(0, 0, len(dataset))[: CANDIDATES_PER_PROMPT * count].tolist()
-    candidates: list[tuple[int, int, GuardPrompt]] = []
-    for row in sampled_rows:
+    """Return prompts of the shortest among randomly drawn rows, in file order."""
+    drawn_rows = permutation(0, 0, len(dataset))[: CANDIDATES_PER_PROMPT * count].tolist()
+    candidates: list[tuple[int, int, GuardPrompt]] = []  # length, row, prompt
+    for row in drawn_rows:
         example = dataset.read_example(row)
-        prompt = (
-            _build_text_prompt(example.id, example.text, renderer)
-            if example.text and not example.prompt
-            else None
-        )
-        prompt = prompt or _build_example_prompt(example, renderer)
+        prompt: GuardPrompt | None = None
+        if example.text and not example.prompt:
+            prompt = _build_text_prompt(example.id, example.text, renderer)
+        if prompt is None:
+            prompt = _build_example_prompt(example, renderer)
         if prompt is not None:
             candidates.append((len(prompt.document), row, prompt))
     shortest = sorted(candidates, key=lambda candidate: candidate[:2])[:count]
@@ -148,46 +140,36 @@ def _build_row_prompts(dataset: Dataset, renderer: Renderer, count: int) -> list
 
 
 def _build_example_prompt(example: Example, renderer: Renderer) -> GuardPrompt | None:
-    """None for a row that asks nothing, or whose answer is bad."""
+    """Return the prompt of a row, None if it has none or its answer is a bad one."""
     if example.negative or (example.text is not None and not example.prompt):
         return None
     plain_example = dataclasses.replace(example, rejected=None, banned_spans=())
     documents = renderer.render(plain_example).documents
     if not documents:
         return None
-    question = build_prompts([plain_example], renderer)[0]
-    prompt_length, total_length = (
-        len(question.prompt_ids),
-        len(question.prompt_ids) + question.num_expected_tokens,
-    )
-    tokens_L = documents[-1].tokens_L[:total_length]
-    return GuardPrompt(
-        question,
-        _build_document(prompt_length, example.id, tokens_L),
-        int(tokens_L[-1]) in renderer.end_ids,
-    )
+    (question,) = build_prompts([plain_example], renderer)
+    prompt_length = len(question.prompt_ids)
+    tokens_L = documents[-1].tokens_L[: prompt_length + question.num_expected_tokens]
+    document = _build_document(prompt_length, example.id, tokens_L)
+    return GuardPrompt(question, document, has_end=int(tokens_L[-1]) in renderer.end_ids)
 
 
 def _build_text_prompt(row_id: str, text: str, renderer: Renderer) -> GuardPrompt | None:
-    """A text's beginning, to be gone on with."""
-    tokens = list(renderer.encode_text(text[: 8 * (MAX_PROMPT_TOKENS + PROBE_NEW_TOKENS)]))[
-        : MAX_PROMPT_TOKENS + PROBE_NEW_TOKENS
-    ]
+    """Return the beginning of a text as a prompt, and what follows as the expected answer."""
+    max_tokens = MAX_PROMPT_TOKENS + PROBE_NEW_TOKENS
+    tokens = list(renderer.encode_text(text[: 8 * max_tokens]))[:max_tokens]
     prompt_length = min(MAX_PROMPT_TOKENS, len(tokens) // 2)
     if not prompt_length:
         return None
-    prompt_text, expected = (
-        renderer.decode(tokens[:prompt_length]),
-        renderer.decode(tokens[prompt_length:]),
-    )
     question = EvalPrompt(
-        row_id, tuple(tokens[:prompt_length]), prompt_text, expected, len(tokens) - prompt_length
+        row_id,
+        prompt_ids=tuple(tokens[:prompt_length]),
+        prompt_text=renderer.decode(tokens[:prompt_length]),
+        expected=renderer.decode(tokens[prompt_length:]),
+        num_expected_tokens=len(tokens) - prompt_length,
     )
-    return GuardPrompt(
-        question,
-        _build_document(prompt_length, row_id, np.array(tokens, dtype=np.int32)),
-        has_end=False,
-    )
+    document = _build_document(prompt_length, row_id, np.array(tokens, dtype=np.int32))
+    return GuardPrompt(question, document, has_end=False)
 
 
 def _build_document(prompt_length: int, row_id: str, tokens_L: np.ndarray) -> Document:
@@ -200,223 +182,164 @@ def _build_document(prompt_length: int, row_id: str, tokens_L: np.ndarray) -> Do
 
 
 class GenerationProbe:
-    """The probes of a run. The first `take` is of the model before training: what later ones are
-    compared with."""
+    """The probes of a run; the first one measures the model before training, as the baseline."""
 
     def __init__(self, session: Session, prompt_set: GuardPromptSet) -> None:
-        self.session, self.prompt_set = session, prompt_set
+        self.session = session
+        self.prompt_set = prompt_set
+        self.prompt_ids = tuple(prompt.question.id for prompt in prompt_set.prompts)
         self.base_norms = compute_weight_norms(session.model.network)
         self.has_adapter = session.plan.config.method != "full"
-        self._base_stats: list[_DocumentStats] = []
+        self._base_stats: list[_DocumentStats] = []  # of untrained text, by the first probe
 
     def run_probe(
         self, step: int, optimizer: torch.optim.Optimizer
     ) -> Iterator[Score | GenerationSample]:
-        """The model must be in evaluation mode."""
+        """Yield all scores and answers; the model must be in evaluation mode."""
+        model = self.session.model
         questions = [prompt.question for prompt in self.prompt_set.prompts]
         outputs = iter_answers(
-            self.session.model, questions, self.session.renderer, max_new_tokens=PROBE_NEW_TOKENS
+            model, questions, self.session.renderer, max_new_tokens=PROBE_NEW_TOKENS
         )
-        answers = [measurements for _, measurements in sorted(outputs, key=lambda pair: pair[0])]
-        found = [
+        answers = [output for _, output in sorted(outputs, key=lambda pair: pair[0])]
+        measurements = [
             *self._measure_generations(answers),
             *self._measure_expected_loss(),
             *self._measure_texts(),
         ]
         if self.has_adapter:
-            found.append(self._measure_base_loss(answers))
-            found.append(
-                _build_layer_measurement(
-                    "adapter_share",
-                    compute_adapter_ratios(self.session.model.network, self.base_norms),
-                )
-            )
-        found.append(
-            _build_layer_measurement(
-                "update_ratio",
-                compute_update_ratios(self.session.model.network, optimizer, self.base_norms),
-            )
-        )
-        yield from (
-            compute_score(measurement, step=step)
-            for measurement in found
-            if len(measurement.values) > 1
-        )
+            measurements.append(self._measure_base_loss(answers))
+            ratios = compute_adapter_ratios(model.network, self.base_norms)
+            measurements.append(_build_layer_metric("adapter_share", ratios))
+        ratios = compute_update_ratios(model.network, optimizer, self.base_norms)
+        measurements.append(_build_layer_metric("update_ratio", ratios))
+        for measurement in measurements:
+            if len(measurement.values) > 1:
+                yield compute_score(measurement, step=step)
         for question, answer in zip(questions, answers, strict=True):
             yield GenerationSample(
                 step, question.id, question.prompt_text, answer.text, question.expected
             )
 
     def measure_forgetting(self, step: int) -> Iterator[Score]:
-        """What general text has lost, alone: for a look that is no probe."""
-        yield from (
-            compute_score(measurement, step=step)
-            for measurement in self._measure_texts()
-            if measurement.metric == "forgotten"
-        )
+        """Yield only what general text has lost, for an evaluation without a probe."""
+        for measurement in self._measure_texts():
+            if measurement.metric == "forgotten":
+                yield compute_score(measurement, step=step)
 
     def measure_expected(self) -> Iterator[Score]:
-        """The same measures of what should be said, where it has them."""
-        answers = [prompt.answer_tokens for prompt in self.prompt_set.prompts]
-        ends = [
-            float(prompt.has_end and len(answer) <= PROBE_NEW_TOKENS)
-            for prompt, answer in zip(self.prompt_set.prompts, answers, strict=True)
-        ]
-        texts = [prompt.question.expected for prompt in self.prompt_set.prompts]
-        for measurement in self._measure_answers(
-            [answer[:PROBE_NEW_TOKENS] for answer in answers], texts, ends
-        ):
+        """Yield the scores of the expected answers, for the metrics that they have."""
+        tokens: list[list[int]] = []
+        texts: list[str] = []
+        ends: list[float] = []
+        for prompt in self.prompt_set.prompts:
+            answer = prompt.answer_tokens
+            tokens.append(answer[:PROBE_NEW_TOKENS])
+            texts.append(prompt.question.expected)
+            ends.append(float(prompt.has_end and len(answer) <= PROBE_NEW_TOKENS))
+        for measurement in self._measure_answers(tokens, texts, ends):
             yield compute_score(dataclasses.replace(measurement, task=EXPECTED_TASK))
 
     def _measure_answers(
         self, tokens: Sequence[Sequence[int]], texts: Sequence[str], ends: Sequence[float]
     ) -> list[MetricValues]:
-        """What is compared with the expected answers too."""
+        """Return the metrics that expected answers have too."""
         distinct_counts, ngram_counts = count_distinct_ngrams(tokens)
-        ratios = [
-            count / max(1, total)
-            for count, total in zip(distinct_counts, ngram_counts, strict=True)
-        ]
+        totals = [max(1, total) for total in ngram_counts]
+        ratios = [count / total for count, total in zip(distinct_counts, totals, strict=True)]
+        weights = tuple(float(total) for total in totals)
         return [
-            dataclasses.replace(
-                self._build_measurement("distinct", ratios),
-                weights=tuple(float(max(1, total)) for total in ngram_counts),
-            ),
-            self._build_measurement("same_answer", flag_identical_answers(texts)),
-            self._build_measurement("end_rate", ends),
-            self._build_measurement("length", [float(len(answer)) for answer in tokens]),
+            dataclasses.replace(self._build_metric("distinct", ratios), weights=weights),
+            self._build_metric("same_answer", flag_identical_answers(texts)),
+            self._build_metric("end_rate", ends),
+            self._build_metric("length", [float(len(answer)) for answer in tokens]),
         ]
 
     def _measure_generations(self, answers: Sequence[GenerationOutput]) -> list[MetricValues]:
-        tokens, texts = [answer.tokens for answer in answers], [answer.text for answer in answers]
+        """Return the metrics of the model's answers."""
+        tokens = [answer.tokens for answer in answers]
+        texts = [answer.text for answer in answers]
         ends = [float(answer.finish_reason == "end") for answer in answers]
-        questions = [prompt.question for prompt in self.prompt_set.prompts]
-        expected_scripts = find_scripts(
-            text for one in questions for text in (one.prompt_text, one.expected)
-        ) | {"LATIN"}
-        measurements = [
-            *self._measure_answers(tokens, texts, ends),
-            self._build_measurement(
-                "repetition", [compute_repetition(answer) for answer in tokens]
-            ),
-            self._build_measurement(
-                "compressed", [compute_compression_ratio(text) for text in texts]
-            ),
-            self._build_measurement(
-                "foreign", [compute_foreign_share(text, expected_scripts) for text in texts]
-            ),
-        ]
+        prompt_texts: list[str] = []  # prompts and expected answers
+        for prompt in self.prompt_set.prompts:
+            prompt_texts += [prompt.question.prompt_text, prompt.question.expected]
+        scripts = find_scripts(prompt_texts) | {"LATIN"}
+        metrics: dict[str, Sequence[float]] = {
+            "repetition": [compute_repetition(answer) for answer in tokens],
+            "compressed": [compute_compression_ratio(text) for text in texts],
+            "foreign": [compute_foreign_share(text, scripts) for text in texts],
+        }
         if language_id.is_installed():
-            expected_languages = {
-                language_id.detect_language(text)
-                for one in questions
-                for text in (one.prompt_text, one.expected)
-            } | {-1}
-            measurements.append(
-                self._build_measurement(
-                    "language",
-                    [
-                        float(language_id.detect_language(text) not in expected_languages)
-                        for text in texts
-                    ],
-                )
-            )
+            # -1: a text that is too short to tell.
+            languages = {language_id.detect_language(text) for text in prompt_texts} | {-1}
+            metrics["language"] = [
+                float(language_id.detect_language(text) not in languages) for text in texts
+            ]
         if {"json_valid", "schema_valid"} & set(self.session.plan.config.metrics):
-            valid_flags = [
-                is_json(answer.text, is_truncated=answer.finish_reason == "length")
+            metrics["json"] = [
+                float(is_json(answer.text, is_truncated=answer.finish_reason == "length"))
                 for answer in answers
             ]
-            measurements.append(
-                self._build_measurement("json", [float(constraint) for constraint in valid_flags])
-            )
-        for one in self.session.inputs.recipe.never:
-            broken_flags = [
-                bool(find_matches(one, text, questions[i].id)) for i, text in enumerate(texts)
+        for constraint in self.session.inputs.recipe.never:
+            metrics[f"breaks {constraint.name}"] = [
+                float(bool(find_matches(constraint, text, row_id)))
+                for text, row_id in zip(texts, self.prompt_ids, strict=True)
             ]
-            measurements.append(
-                self._build_measurement(
-                    f"breaks {one.name}", [float(value) for value in broken_flags]
-                )
-            )
+        measurements = self._measure_answers(tokens, texts, ends)
+        for name, values in metrics.items():
+            measurements.append(self._build_metric(name, values))
         return measurements
 
     def _measure_base_loss(self, answers: Sequence[GenerationOutput]) -> MetricValues:
-        """Nats a token of the answers under the base: gibberish is unlikely to it."""
-        documents = [
-            _build_document(
-                len(prompt.question.prompt_ids),
-                prompt.question.id,
-                np.array((*prompt.question.prompt_ids, *answer.tokens), np.int32),
+        """Return the nats per token of each answer under the base model."""
+        documents: list[Document] = []
+        for prompt, answer in zip(self.prompt_set.prompts, answers, strict=True):
+            prompt_ids = prompt.question.prompt_ids
+            tokens_L = np.array((*prompt_ids, *answer.tokens), np.int32)
+            documents.append(_build_document(len(prompt_ids), prompt.question.id, tokens_L))
+        config = self.session.plan.config
+        model = self.session.model
+        with scaled_adapter(model.network, 0):
+            nlls = sorted(
+                compute_nll(model, documents, config.pack_length, share=config.share_prefixes)
             )
-            for prompt, answer in zip(self.prompt_set.prompts, answers, strict=True)
-        ]
-        plan = self.session.plan
-        with scaled_adapter(self.session.model.network, 0):
-            likelihoods = compute_nll(
-                self.session.model,
-                documents,
-                plan.config.pack_length,
-                share=plan.config.share_prefixes,
-            )
-            return self._build_measurement(
-                "base_loss", [nats / count for _, nats, count in sorted(likelihoods)]
-            )
+        return self._build_metric("base_loss", [nats / count for _, nats, count in nlls])
 
     def _measure_expected_loss(self) -> list[MetricValues]:
-        """How likely expected answers and their ends are; and, without general texts, what became
-        of the prompts."""
-        prompts, ids = (
-            self.prompt_set.prompts,
-            tuple(prompt.question.id for prompt in self.prompt_set.prompts),
-        )
-        positions = 0 if self.prompt_set.texts else MAX_POSITIONS // len(prompts)
-        stats = _measure_documents(
-            self.session, [(prompt.document, positions) for prompt in prompts]
-        )
-        measurements = [
-            self._build_measurement(
-                "answer_loss",
-                [document_stats.nats / document_stats.count for document_stats in stats],
-            )
-        ]
+        """Return the loss of expected answers and of their EOS; without texts also the drift."""
+        prompts = self.prompt_set.prompts
+        has_texts = bool(self.prompt_set.texts)
+        positions = 0 if has_texts else MAX_POSITIONS // len(prompts)
+        stats = _measure_documents(self.session, [prompt.document for prompt in prompts], positions)
+        measurements = [self._build_metric("answer_loss", [s.nats / s.count for s in stats])]
         if all(prompt.has_end for prompt in prompts):
-            measurements.append(
-                self._build_measurement(
-                    "end_loss", [document_stats.last_nats for document_stats in stats]
-                )
-            )
-        return (
-            measurements
-            if self.prompt_set.texts
-            else [*measurements, *self._measure_drift(ids, stats)]
-        )
+            measurements.append(self._build_metric("end_loss", [s.last_nats for s in stats]))
+        if not has_texts:
+            measurements += self._measure_drift(self.prompt_ids, stats)
+        return measurements
 
     def _measure_texts(self) -> list[MetricValues]:
-        """What became of general text."""
-        texts, renderer = self.prompt_set.texts, self.session.renderer
+        """Return the drift on general texts and the bits per byte that they lost."""
+        texts = self.prompt_set.texts
         if not texts:
             return []
-        tokens = [np.array(renderer.encode_text(text.text), dtype=np.int32) for text in texts]
-        documents = [
-            _build_document(1, text.id, tokens_L)
-            for text, tokens_L in zip(texts, tokens, strict=True)
-        ]
-        stats = _measure_documents(
-            self.session,
-            [(document, max(1, MAX_POSITIONS // len(texts))) for document in documents],
-        )
-        measurements = self._measure_drift(tuple(text.id for text in texts), stats)
+        documents: list[Document] = []
+        for text in texts:
+            tokens_L = np.array(self.session.renderer.encode_text(text.text), dtype=np.int32)
+            documents.append(_build_document(1, text.id, tokens_L))
+        stats = _measure_documents(self.session, documents, max(1, MAX_POSITIONS // len(texts)))
+        text_ids = tuple(text.id for text in texts)
+        measurements = self._measure_drift(text_ids, stats)
         lost_bits = [
             (current.nats - base.nats) / math.log(2) / len(text.text.encode())
             for text, current, base in zip(texts, stats, self._base_stats, strict=True)
         ]
-        domains = tuple(text.domain for text in texts)
         forgotten = MetricValues(
             PROBE_TASK,
             "forgotten",
-            measurements[0].ids,
+            text_ids,
             tuple(lost_bits),
-            groups=domains,
+            groups=tuple(text.domain for text in texts),
             higher_is_better=False,
         )
         return [*measurements, forgotten]
@@ -424,26 +347,37 @@ class GenerationProbe:
     def _measure_drift(
         self, ids: tuple[str, ...], stats: list[_DocumentStats]
     ) -> list[MetricValues]:
-        """Text that nothing trains, beside what the model before training found of it: the first
-        readings."""
-        self._base_stats = self._base_stats or stats
-        kl = [
-            current.compute_kl(base) for current, base in zip(stats, self._base_stats, strict=True)
-        ]
-        entropy = tuple(document_stats.entropy for document_stats in stats)
-        return [_make_measurement("entropy", ids, entropy), _make_measurement("kl", ids, kl)]
+        """Return entropy and KL(base || tuned) on text that nothing trains."""
+        if not self._base_stats:
+            self._base_stats = stats
+        pairs = zip(stats, self._base_stats, strict=True)
+        kl = [current.compute_kl(base) for current, base in pairs]
+        entropy = [document_stats.entropy for document_stats in stats]
+        return [_make_metric("entropy", ids, entropy), _make_metric("kl", ids, kl)]
 
-    def _build_measurement(self, metric: str, values: Sequence[float]) -> MetricValues:
-        ids = tuple(prompt.question.id for prompt in self.prompt_set.prompts)
-        return _make_measurement(
-            metric, ids, values, is_rate=metric in RATE_METRICS or metric.startswith("breaks ")
-        )
+    def _build_metric(self, metric: str, values: Sequence[float]) -> MetricValues:
+        is_rate = metric in RATE_METRICS or metric.startswith("breaks ")
+        return _make_metric(metric, self.prompt_ids, values, is_rate=is_rate)
+
+
+def _build_layer_metric(metric: str, values: dict[str, float]) -> MetricValues:
+    return _make_metric(metric, tuple(values), tuple(values.values()))
+
+
+def _make_metric(
+    metric: str, ids: tuple[str, ...], values: Sequence[float], *, is_rate: bool = False
+) -> MetricValues:
+    # Weights, so that values which are all 0 and no rate are not taken for a rate.
+    weights = () if is_rate else (1.0,) * len(ids)
+    return MetricValues(PROBE_TASK, metric, ids, tuple(values), weights=weights)
 
 
 @dataclass(frozen=True, eq=False)
 class _DocumentStats:
-    """What a model found of a document: nats and number of its targets, of the last one, and its
-    whole distribution at a few places [P, V], as log-probabilities."""
+    """A model's loss on a document and its next-token distributions at a few positions.
+
+    `nats` are summed over `count` targets, `last_nats` are those of the last target;
+    `logp_PV` are log-probabilities [positions, vocabulary]."""
 
     nats: float
     count: int
@@ -452,70 +386,55 @@ class _DocumentStats:
 
     @property
     def entropy(self) -> float:
+        """Mean entropy of the next token in nats."""
         return float(-(self.logp_PV.exp() * self.logp_PV).sum(-1).mean())
 
     def compute_kl(self, base: _DocumentStats) -> float:
-        """KL(base || this), nats a token."""
+        """Return KL(base || this) in nats per token."""
         return float((base.logp_PV.exp() * (base.logp_PV - self.logp_PV)).sum(-1).mean())
 
 
 @torch.no_grad()
 def _measure_documents(
-    session: Session, requests: Sequence[tuple[Document, int]]
+    session: Session, documents: Sequence[Document], num_positions: int
 ) -> list[_DocumentStats]:
-    """Of each document, with so many places, evenly spaced over what is no answer, or over all of a
-    text."""
-    sampled_positions = [_sample_positions(document, count) for document, count in requests]
+    """Return the stats of each document, with distributions at about `num_positions` positions.
+
+    The positions are evenly spaced over the prompt, or over a text without a prompt."""
+    sampled_positions = [_sample_positions(document, num_positions) for document in documents]
     weighted_documents: list[Document] = []
-    for (document, _), positions in zip(requests, sampled_positions, strict=True):
+    for document, positions in zip(documents, sampled_positions, strict=True):
         weights_L = document.weights_L.copy()
         weights_L[positions] = 1
         weighted_documents.append(dataclasses.replace(document, weights_L=weights_L))
 
     def measure_batch(
-        model: PackedCausalLM, batch: Batch, positions: Sequence[int]
+        model: PackedCausalLM, batch: Batch, indices: Sequence[int]
     ) -> list[_DocumentStats]:
         hidden_S = model.compute_hidden(batch)
         losses_S = measure_target_losses(hidden_S, model.head, batch.targets_S)
         stats: list[_DocumentStats] = []
-        for number, index in enumerate(positions):
+        for number, index in enumerate(indices):
             in_document_S = batch.document_S == number
             (target_positions,) = np.nonzero(weighted_documents[index].weights_L)
-            is_trained = torch.from_numpy(requests[index][0].weights_L[target_positions] > 0).to(
-                losses_S.device
-            )
-            is_sampled = torch.from_numpy(np.isin(target_positions, sampled_positions[index])).to(
-                losses_S.device
-            )
-            nats = losses_S[in_document_S][is_trained].double()
-            logp_PV = torch.log_softmax(
-                model.head.compute_logits(hidden_S[in_document_S][is_sampled]).float(), -1
-            ).cpu()
+            is_trained = documents[index].weights_L[target_positions] > 0
+            is_sampled = np.isin(target_positions, sampled_positions[index])
+            nats = losses_S[in_document_S][torch.from_numpy(is_trained).to(losses_S.device)]
+            nats = nats.double()
+            hidden_P = hidden_S[in_document_S][torch.from_numpy(is_sampled).to(losses_S.device)]
+            logp_PV = torch.log_softmax(model.head.compute_logits(hidden_P).float(), -1).cpu()
             stats.append(_DocumentStats(float(nats.sum()), len(nats), float(nats[-1]), logp_PV))
         return stats
 
-    stats_by_index = dict(
-        map_documents(
-            session.model, weighted_documents, session.plan.config.pack_length, measure_batch
-        )
-    )
-    return [stats_by_index[index] for index in range(len(requests))]
+    pack_length = session.plan.config.pack_length
+    results = map_documents(session.model, weighted_documents, pack_length, measure_batch)
+    stats_by_index = dict(results)
+    return [stats_by_index[index] for index in range(len(documents))]
 
 
 def _sample_positions(document: Document, count: int) -> list[int]:
+    if not count:
+        return []
     first_target = int(np.flatnonzero(document.weights_L)[0])
     candidates = range(1, first_target if first_target > 1 else len(document))
-    return list(candidates[:: max(1, math.ceil(len(candidates) / count))]) if count else []
-
-
-def _build_layer_measurement(metric: str, values: dict[str, float]) -> MetricValues:
-    return _make_measurement(metric, tuple(values), tuple(values.values()))
-
-
-def _make_measurement(
-    metric: str, ids: tuple[str, ...], values: Sequence[float], *, is_rate: bool = False
-) -> MetricValues:
-    """Weights keep values that are all 0, and are no rate, from being taken for one."""
-    return MetricValues(
-        PROBE_TASK, metric, ids, tuple(values), weights=() if is_rate else (1.0,) * len(ids)
-    )
+    return list(candidates[:: max(1, math.ceil(len(candidates) / count))])
