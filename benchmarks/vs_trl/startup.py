@@ -16,7 +16,8 @@ from statistics import median
 
 from benchmarks.data.rows import example
 
-from tunesmith.core.run_dir import EVENTS_FILE, read_events
+from tunesmith.core.events import TrainStep
+from tunesmith.core.run_dir import read_all_events
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.length_stats import BATCH_ROWS
@@ -37,28 +38,32 @@ def seconds_to_first_step(model: str, rows: Path, scratch: Path) -> Json:
         command = [sys.executable, "-m", "tunesmith.cli.app", "train", str(recipe)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            step = _first_step(process, run, started + LONGEST_WAIT)
+            first = _first_step(process, run, started + LONGEST_WAIT)
         finally:
             process.terminate()
             process.wait()
-        if step is None:
+        if first is None:
             log.seek(0)
             raise SystemExit(f"tunesmith train ended without a step:\n{log.read()[-4000:]}")
-    done = step["time"] - started
+    written, step = first
+    done = written - started
     return {
         "rows": len(rows.read_text().splitlines()),
-        "begun": done - step["seconds"],
+        "begun": done - step.seconds,
         "done": done,
     }
 
 
-def _first_step(process: subprocess.Popen[bytes], run: Path, until: float) -> Json | None:
+def _first_step(
+    process: subprocess.Popen[bytes], run: Path, until: float
+) -> tuple[float, TrainStep] | None:
     while time.time() < until:
         ended = process.poll() is not None
-        events = read_events(run) if (run / EVENTS_FILE).exists() else []
-        step = next((event for event in events if event["type"] == "step"), None)
-        if step or ended:
-            return step
+        for logged in read_all_events(run):
+            if isinstance(logged.event, TrainStep):
+                return logged.time, logged.event
+        if ended:
+            return None
         time.sleep(0.1)
     return None
 

@@ -245,14 +245,14 @@ def compare_methods(
 
 def read_plan(path: AnyPath) -> Plan | StagedPlan:
     """Read the plan of a run folder, or a file written by `tunesmith plan --json`."""
-    from tunesmith.core.json_io import parse_as, read_json
-    from tunesmith.core.run_dir import STAGES_FILE, is_staged, require_run
+    from tunesmith.core.json_io import parse_as
+    from tunesmith.core.run_dir import PLAN_FILE, STAGES_FILE, is_staged, read_plan_json, require_run
 
     file = Path(path)
     if not file.is_file():
         require_run(file)
-        file = file / (STAGES_FILE if is_staged(file) else "plan.json")
-    content = read_json(file)
+        file = file / (STAGES_FILE if is_staged(file) else PLAN_FILE)
+    content = read_plan_json(file)
     return parse_as(StagedPlan if "plans" in content else Plan, content, where=str(file))
 
 

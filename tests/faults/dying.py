@@ -83,8 +83,9 @@ def tidied(folder: Path) -> str:
             parts.append([(event["type"], event["step"], event["attempt"]) for event in events])
         elif path.is_file() and path.name not in (
             ".lock",
+            ".lock.pid",
             "plan.json",
-            "identity.json",
+            "fingerprint.json",
             "data.json",
             "recipe.yaml",
         ):
@@ -156,7 +157,7 @@ def go_on_training(folder: Path) -> str:
 def save(folder: Path, mode: int) -> dict[str, object]:
     first, training = folder / "run", new_training()
     with RunFolder.create(first) as opened:
-        opened.write_json("plan.json", {})
+        opened.write_json("plan.json", {"format": 2})
         for step in (1, 2):
             next(training)
             with opened.checkpoint(step, metadata={}, needed_bytes=1000) as target:

@@ -15,7 +15,7 @@ import pytest
 
 from tiny_runs import adapter_bytes, plan_of, recipe, steps_of, train
 from tunesmith.core.errors import MachineError
-from tunesmith.core.events import CheckResult
+from tunesmith.core.events import CheckResult, TrainStep
 from tunesmith.core.run_dir import EVENTS_FILE, read_events
 from tunesmith.train import run
 
@@ -147,13 +147,13 @@ def test_fault_33_events_that_cannot_be_written_wait_and_one_warning_says_so(
         "No space left on device: lines wait in memory for room",
     )
     written = read_events(folder)
-    assert [event["step"] for event in written if event["type"] == "step"] == [1, 2, 3]
+    assert [event.step for event in written if isinstance(event, TrainStep)] == [1, 2, 3]
     assert len(written) == len(seen) - 1
     assert (folder / "record.json").exists()
 
 
-def read_lines(folder: Path) -> list:
-    return [event for event in read_events(folder) if event["type"] == "step"]
+def read_lines(folder: Path) -> list[TrainStep]:
+    return [event for event in read_events(folder) if isinstance(event, TrainStep)]
 
 
 def test_fault_33_no_checkpoint_is_newer_than_the_events_before_it(
@@ -171,5 +171,5 @@ def test_fault_33_no_checkpoint_is_newer_than_the_events_before_it(
         list(events)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
     assert [step.step for step in steps_of(list(run.resume(folder)))] == [2, 3]
-    assert [event["step"] for event in read_lines(folder)] == [1, 2, 3]
+    assert [event.step for event in read_lines(folder)] == [1, 2, 3]
     assert adapter_bytes(wishes[1]) == adapter_bytes(wishes[0])

@@ -69,7 +69,7 @@ def verdicts(events: list[Event], kind: str) -> list[str]:
         ("state.safetensors", 0.02),  # the header
         ("state.safetensors", 0.3),
         ("state.safetensors", 0.999),
-        ("position.json", 0.5),
+        ("trainer_state.json", 0.5),
         ("manifest.json", 0.0),
         ("manifest.json", 0.5),
         ("manifest.json", 0.999),
@@ -215,7 +215,7 @@ DRIFTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         in_json("eos_token_id", 0),
         r"end_ids: \[257, 258\] -> \[257, 0, ",
     ),
-    "library": ("run/identity.json", versions, r"versions\.torch: 2\.6\.0 -> \d"),
+    "library": ("run/fingerprint.json", versions, r"versions\.torch: 2\.6\.0 -> \d"),
 }
 
 
@@ -273,9 +273,9 @@ def test_rows_that_went_away_cannot_be_allowed(own: Recipe) -> None:
 
 
 def test_another_processor_is_said_and_not_refused(copied: Path) -> None:
-    identity = read_json(copied / "identity.json")
+    identity = read_json(copied / "fingerprint.json")
     identity["machine"]["device"] = "Pentium II"
-    (copied / "identity.json").write_text(json.dumps(identity))
+    (copied / "fingerprint.json").write_text(json.dumps(identity))
     events = list(run.resume(copied))
     (said,) = verdicts(events, "rounding")
     assert said.startswith("machine.device: Pentium II -> ")
@@ -321,7 +321,7 @@ def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_
         seen[name] = steps_of(train(wish))
     wish = recipe(tiny_folder, tmp_path / "mixed", max_length=60, pack_length=2048, save_steps=1)
     until_saved(run.train(plan_of(wish)), step=1)
-    position = tmp_path / "mixed" / "run" / "checkpoints" / "step-1" / "position.json"
+    position = tmp_path / "mixed" / "run" / "checkpoints" / "step-1" / "trainer_state.json"
     assert read_json(position)["pack_length"] == 2048
     plan = tmp_path / "mixed" / "run" / "plan.json"
     values = read_json(plan)

@@ -238,7 +238,7 @@ def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
         assert one["after"]["value"] == pytest.approx(other["after"]["value"], rel=1e-5)
     files = [tmp_path / n / "run" / "adapter" / "adapter_model.safetensors" for n in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
-    position = read_json(tmp_path / "b" / "run" / "checkpoints" / "step-2" / "position.json")
+    position = read_json(tmp_path / "b" / "run" / "checkpoints" / "step-2" / "trainer_state.json")
     assert position["pack_length"] == plan_of(wishes[0]).config.pack_length
 
 
@@ -259,7 +259,7 @@ def test_fault_28_a_whole_run_on_a_small_device(
     written = (tmp_path / "run" / "events.jsonl").read_text()
     assert "packs of 80 tokens become packs of 40" in written
     assert (
-        read_json(tmp_path / "run" / "checkpoints" / "step-2" / "position.json")["pack_length"]
+        read_json(tmp_path / "run" / "checkpoints" / "step-2" / "trainer_state.json")["pack_length"]
         == 40
     )
 

@@ -71,17 +71,15 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
         error = followed(lambda: train(wish), folder)
     assert "3 non-finite steps in a row" in error.message
 
-    bad = [
-        event
-        for event in read_all_events(folder)
-        if event["type"] == "verdict" and event["kind"] == "non-finite"
-    ]
-    assert [event["step"] for event in bad] == [4, 5], "the third is the failure itself"
-    assert all("rows: train.jsonl:" in event["evidence"] for event in bad)
-    last = read_all_events(folder)[-1]
-    assert (last["type"], last["kind"], last["level"]) == ("verdict", "failed", "stop")
-    assert "step 6: loss nan" in last["evidence"]
-    assert "train.jsonl:" in last["evidence"]
+    events = [logged.event for logged in read_all_events(folder)]
+    bad = [e for e in events if isinstance(e, CheckResult) and e.kind == "non-finite"]
+    assert [event.step for event in bad] == [4, 5], "the third is the failure itself"
+    assert all("rows: train.jsonl:" in event.evidence for event in bad)
+    last = events[-1]
+    assert isinstance(last, CheckResult)
+    assert (last.kind, last.level) == ("failed", "stop")
+    assert "step 6: loss nan" in last.evidence
+    assert "train.jsonl:" in last.evidence
 
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert checkpoint.name == "step-2"
@@ -121,7 +119,7 @@ def test_fault_27_under_guard_it_goes_back_and_on_with_half_the_rate(
     rates = {step.step: step.learning_rate for step in steps_of(events)}
     assert rates[3] == pytest.approx(0.5 * 0.01 * 7 / 9)
     assert [
-        event["step"] for event in read_events(tmp_path / "run") if event["type"] == "step"
+        event.step for event in read_events(tmp_path / "run") if isinstance(event, TrainStep)
     ] == list(range(1, 10))
 
 
@@ -168,7 +166,7 @@ def test_fault_27_weights_that_an_update_breaks_are_named_and_never_saved(tmp_pa
     training = TrainingLoop(
         tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf), steps=6)
     with RunFolder.create(tmp_path) as folder:
-        folder.write_json("plan.json", {})
+        folder.write_json("plan.json", {"format": 2})
         with folder.checkpoint(0, metadata={}) as target:
             training.save(target)
         assert isinstance(next(training), TrainStep), "the loss and the gradient were finite"

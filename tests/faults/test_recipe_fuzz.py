@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from chunks import explore
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
-from tunesmith.recipe.load import REPLACEMENTS, UNSUPPORTED_KEYS, load_recipe
+from tunesmith.recipe.explain import REPLACEMENTS
+from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import ALIASES, KEYS, Recipe
 
-KNOWN = sorted({*KEYS.values(), *ALIASES, *REPLACEMENTS, *UNSUPPORTED_KEYS})
+KNOWN = sorted({*KEYS, *ALIASES, *REPLACEMENTS})
 WORDS = (
     *(
         "auto",
@@ -33,7 +34,7 @@ WORDS = (
         "drop",
         "all-linear",
         "exact_match",
-        "kernel",
+        "cpu_kernel",
     ),
     *(
         "1e-4",
@@ -103,7 +104,7 @@ def outcome(
         recipe = load_recipe(path, flags, arguments=arguments)
     except InputError as error:
         return "refused" if error.where and dump_json(str(error)) else "refused without a place"
-    assert Recipe.model_validate(recipe.model_dump(by_alias=True, exclude_unset=True)) == recipe
+    assert Recipe.model_validate(recipe.model_dump(exclude_unset=True)) == recipe
     return "understood"
 
 

@@ -84,7 +84,7 @@ class CrashingRun(RuleBasedStateMachine):
         self.parent = Path(tempfile.mkdtemp())
         self.path, self.good = self.parent / "run", set[int]()
         self.folder: RunFolder | None = RunFolder.create(self.path)
-        self.folder.write_json("plan.json", {})
+        self.folder.write_json("plan.json", {"format": 2})
         self.training: TrainingLoop | None = new_training()
 
     def teardown(self) -> None:

@@ -114,18 +114,18 @@ def test_a_run_proves_measures_trains_and_measures_again(tiny_folder: Path, tmp_
 
 
 def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
-    names = {path.name for path in finished.iterdir()} - {".lock"}
+    names = {path.name for path in finished.iterdir()} - {".lock", ".lock.pid"}
     assert names == {
         *(
             "recipe.yaml",
             "plan.json",
             "data.json",
             "events.jsonl",
-            "before.json",
+            "eval_before.json",
             "checkpoints",
             "adapter",
         ),
-        *("after.json", "identity.json", "record.json", "answers.jsonl"),
+        *("eval_after.json", "fingerprint.json", "record.json", "answers.jsonl"),
     }
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-2"}
     assert verify_dir(finished / "checkpoints" / "step-2") == ""
@@ -180,7 +180,7 @@ def test_the_record_pairs_before_and_after(finished: Path) -> None:
         assert comparison.low <= comparison.difference <= comparison.high
         assert comparison.after.n == comparison.before.n
     before, after = (
-        parse_as(EvalResults, read_json(finished / name)) for name in ("before.json", "after.json")
+        parse_as(EvalResults, read_json(finished / name)) for name in ("eval_before.json", "eval_after.json")
     )
     assert compare_results(before, after, step=3) == record.comparisons
     assert {role: len(rows) for role, rows in after.digests.items()} == {
@@ -439,7 +439,7 @@ def test_answers_that_are_all_cut_before_their_end_are_refused(
     for more in ([], [chat("tell me", "no")]):
         data = str(write_rows(tmp_path / f"{len(more)}.jsonl", rows + more))
         wish = recipe(
-            tiny_folder, tmp_path / str(len(more)), data=data, max_length=60, overlong="truncate"
+            tiny_folder, tmp_path / str(len(more)), data=data, max_length=60, on_overlong="truncate"
         )
         if more:
             assert steps_of(train(wish)), "one whole answer shows where answers end"

@@ -42,7 +42,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
-    values = {"rehearsal": {"data": "self", "ratio": 0.3}, "num_train_epochs": 2, "save_steps": 2}
+    values = {"rehearsal": {"data": "self-generated", "ratio": 0.3}, "num_train_epochs": 2, "save_steps": 2}
     return recipe(model, folder, **(values | changed))
 
 
@@ -107,7 +107,7 @@ def test_its_rows_are_part_of_what_a_run_is(
     folder = Path(shutil.copytree(straight[0] / "run", tmp_path / "run"))
     (folder / "record.json").unlink()
     file = folder / "rehearsal.jsonl"
-    assert read_json(folder / "identity.json")["data"]["rehearsal"]
+    assert read_json(folder / "fingerprint.json")["data"]["rehearsal"]
     file.write_text(
         "".join(reversed(file.read_text().splitlines(keepends=True))) + '{"messages": []}\n'
     )
@@ -141,7 +141,7 @@ def test_an_attempt_that_was_killed_while_writing_leaves_a_free_folder(
 
 
 @pytest.mark.parametrize(
-    "values", [{"stage": "cpt", "batch_size": "auto", "batch_tokens": 100}, {"template": "none"}]
+    "values", [{"stage": "cpt", "batch_size": "auto", "batch_tokens": 100}, {"chat_template": "none"}]
 )
 def test_texts_are_written_where_texts_are_trained(
     values: Json, writer: Path, tmp_path: Path

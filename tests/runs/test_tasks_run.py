@@ -74,7 +74,7 @@ def test_tokens_and_scores_are_counted_by_task(tiny_folder: Path, tmp_path: Path
     assert [after.id for _, after in record.samples] == ["b.jsonl:1", "c.jsonl:1", "d.jsonl:1"], (
         "one of each task"
     )
-    kept = read_json(tmp_path / "run" / "after.json")["samples"]
+    kept = read_json(tmp_path / "run" / "eval_after.json")["samples"]
     assert (
         len(kept)
         == len({sample["id"] for sample in kept})

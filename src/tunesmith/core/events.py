@@ -1,20 +1,22 @@
-"""What happens in a run, as it happens; a line of events.jsonl each. Other files name them by
-types.py.
+"""The events of a run: one line of events.jsonl each.
 
-All are frozen and hold plain values. A rollback is no event: it changes the steps that follow,
-and is told as a Verdict.
+In: what the training loop, the guard and the evaluation yield. Out: frozen dataclasses of plain
+values, and their JSON lines back as such (`parse_event`). A rollback is not an event: it changes
+the steps that follow, and appears as a CheckResult. Left out: files (`core/run_dir.py`).
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+from typing import Any, Literal, cast
 
-GENERAL_TASK = "general text"  # the task of what retention_data measures
-PROBE_TASK, EXPECTED_TASK = (
-    "probes",
-    "expected answers",
-)  # tasks of what the model says while it trains, and of what it should
+from pydantic import TypeAdapter, ValidationError
+
+GENERAL_TASK = "general text"  # the task of scores on retention_data
+PROBE_TASK = "probes"  # of the answers generated during training
+EXPECTED_TASK = "expected answers"  # of the expected answers to the same prompts
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,52 @@ class StageStart:
 Event = (
     TrainStep | Score | GenerationSample | CheckResult | CheckpointSaved | TrainingEnd | StageStart
 )
+
+# the `type` of a line of events.jsonl
+EVENT_TYPES: dict[str, type[Event]] = {
+    "step": TrainStep,
+    "score": Score,
+    "sample": GenerationSample,
+    "verdict": CheckResult,
+    "saved": CheckpointSaved,
+    "done": TrainingEnd,
+    "stage": StageStart,
+}
+
+
+@dataclass(frozen=True)
+class LoggedEvent:
+    """An event as a line of events.jsonl has it."""
+
+    event: Event
+    attempt: int  # counts processes that worked on the run, and rollbacks, from 1
+    time: float  # seconds since the epoch
+
+
+def get_event_type(event: Event) -> str:
+    for name, event_class in EVENT_TYPES.items():
+        if type(event) is event_class:
+            return name
+    raise TypeError(f"{type(event).__name__} is not an event")
+
+
+def parse_event(line: bytes) -> LoggedEvent:
+    """Return the event of a line of events.jsonl. Raises ValueError for any other text."""
+    content = json.loads(line)
+    fields = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+    if fields.get("type") not in EVENT_TYPES:
+        raise ValueError("not an event: it has no known type")
+    try:
+        event = _make_adapter(fields["type"]).validate_python(fields)
+        return LoggedEvent(event, int(fields["attempt"]), float(fields["time"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(f"not an event of type {fields['type']}: {name}: {first['msg']}") from None
+    except (KeyError, TypeError):
+        raise ValueError("not an event: it has no attempt or time") from None
+
+
+@cache
+def _make_adapter(event_type: str) -> TypeAdapter[Event]:
+    return TypeAdapter(EVENT_TYPES[event_type])

@@ -1,9 +1,10 @@
-"""What the machine has: `Machine`, and the memory that this process has taken.
+"""What the machine has (`measure_machine`), and the peak memory of this process.
 
-In: the folder in which a run would write. Out: plain numbers, read from /proc, cgroups and the
-operating system; torch is imported only where device files of a GPU exist, since its import takes
-seconds. Where the system hides a number the fallback is said in the function. Left out: what fits
-(`plan/memory.py`), the measured speed of the machine, and Windows outside WSL."""
+In: the folder in which a run would write. Out: plain numbers. Memory, cores and disk are psutil's,
+cut by the cgroup limits of a container, which psutil ignores. torch is imported only where device
+files of a GPU exist, since its import takes seconds. Left out: what fits (`plan/memory.py`), and
+Windows outside WSL.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+
+import psutil
 
 from tunesmith.core.types import Machine
 
@@ -34,52 +37,48 @@ COMPILERS = ("cc", "gcc", "clang")
 
 
 def measure_machine(folder: Path) -> Machine:
-    """The machine as it is now. `folder` need not exist yet; its disk is the one that counts.
+    """Measure the machine as it is now.
 
-    Memory is the device's: of the GPU where there is one, else main memory within the limits of the
-    cgroup."""
-    gpu = _probe_gpu()
-    name, total, available, bf16 = gpu or (
-        read_processor_name(),
-        *read_main_memory(),
-        bool(BF16_FLAGS & _read_processor_flags()),
-    )
+    `folder` need not exist yet; its disk is the one measured. Memory is that of the GPU if there is
+    one, else main memory."""
+    machine = _measure_gpu(folder)
+    if machine is not None:
+        return machine
+    total, available = read_main_memory()
     return Machine(
-        device="cuda" if gpu else "cpu",
-        device_name=name,
+        device="cpu",
+        device_name=read_processor_name(),
         cores=count_cores(),
         memory_bytes=total,
         available_bytes=available,
-        disk_free_bytes=shutil.disk_usage(find_existing_parent(folder)).free,
-        has_bf16_matmul=bf16,
+        disk_free_bytes=read_free_disk(folder),
+        has_bf16_matmul=bool(BF16_FLAGS & _read_processor_flags()),
         compiler=find_compiler(),
         versions=collect_versions(),
     )
 
 
 def read_main_memory() -> tuple[int, int]:
-    """Main memory and how much of it is free, in bytes, within this process's cgroup limits.
-
-    Outside Linux the free part is unknown and reported as all of it.
-    """
-    meminfo = _read_key_values(Path("/proc/meminfo"))
-    if "MemTotal" in meminfo:
-        total, available = (
-            meminfo["MemTotal"] * 1024,
-            meminfo.get("MemAvailable", meminfo["MemTotal"]) * 1024,
-        )
-    else:
-        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the total and the available main memory in bytes, within the cgroup limits."""
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
     for limit, used in _read_cgroup_limits(_find_cgroup_folders()):
-        total, available = min(total, limit), min(available, max(limit - used, 0))
+        total = min(total, limit)
+        available = min(available, max(limit - used, 0))
     return total, available
 
 
+def read_free_disk(folder: Path) -> int:
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
+    return psutil.disk_usage(str(find_existing_parent(folder))).free
+
+
 def count_cores() -> int:
-    """Cores that this process may use: its affinity, cut by the CPU quota of its cgroup."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    """Return how many cores this process may use: its affinity, cut by its cgroup's CPU quota."""
+    process = psutil.Process()
+    # macOS has no affinity
+    has_affinity = hasattr(process, "cpu_affinity")
+    cores = len(process.cpu_affinity()) if has_affinity else psutil.cpu_count() or 1
     for folder in _find_cgroup_folders():
         quota = _read_text(folder / "cpu.max").split()
         if len(quota) == 2 and quota[0].isdigit():
@@ -88,7 +87,7 @@ def count_cores() -> int:
 
 
 def read_processor_name() -> str:
-    """The model name of the processor, or the architecture where the system does not tell."""
+    """Return the model name of the processor, or the architecture if it is unknown."""
     for line in _read_text(Path("/proc/cpuinfo")).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -96,13 +95,15 @@ def read_processor_name() -> str:
 
 
 def find_compiler() -> str | None:
-    """The path of the C compiler: $CC, else the first of cc, gcc and clang."""
-    names = [os.environ.get("CC", ""), *COMPILERS]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    """Return the path of the C compiler: $CC, else the first of cc, gcc and clang."""
+    for name in (os.environ.get("CC", ""), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
 
 
 def collect_versions() -> dict[str, str]:
-    """Python, and the installed ones of the packages that a run depends on."""
+    """Return the versions of Python and of the installed packages that a run depends on."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -113,8 +114,7 @@ def collect_versions() -> dict[str, str]:
 
 
 def read_peak_bytes() -> int:
-    """The most main memory that this process has held at once, in bytes, since its start or
-    `reset_peak`."""
+    """Return the peak main memory of this process in bytes, since its start or `reset_peak`."""
     peak = _read_key_values(Path("/proc/self/status")).get("VmHWM")
     if peak is not None:
         return peak * 1024
@@ -123,7 +123,7 @@ def read_peak_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Start `peak_bytes` again from what is held now. False where the kernel does not allow it."""
+    """Restart `read_peak_bytes` from the current memory. Returns False if the kernel refuses."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -132,13 +132,13 @@ def reset_peak() -> bool:
 
 
 def find_existing_parent(folder: Path) -> Path:
-    """`folder`, or the nearest parent of it that exists."""
+    """Return `folder`, or its nearest parent that exists."""
     folder = folder.absolute()
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
-def _probe_gpu() -> tuple[str, int, int, bool] | None:
-    """Name, memory, free memory and bf16 of the first CUDA device; None without one."""
+def _measure_gpu(folder: Path) -> Machine | None:
+    """Measure the machine with its first CUDA device, if it has one."""
     if not any(os.path.exists(path) for path in GPU_FILES):
         return None
     import torch
@@ -146,11 +146,16 @@ def _probe_gpu() -> tuple[str, int, int, bool] | None:
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info(0)
-    return (
-        torch.cuda.get_device_name(0),
-        total,
-        free,
-        torch.cuda.is_bf16_supported(including_emulation=False),
+    return Machine(
+        device="cuda",
+        device_name=torch.cuda.get_device_name(0),
+        cores=count_cores(),
+        memory_bytes=total,
+        available_bytes=free,
+        disk_free_bytes=read_free_disk(folder),
+        has_bf16_matmul=torch.cuda.is_bf16_supported(including_emulation=False),
+        compiler=find_compiler(),
+        versions=collect_versions(),
     )
 
 
@@ -161,27 +166,28 @@ def _read_processor_flags() -> set[str]:
     return set()
 
 
+# limit, bytes in use, and the key of reclaimable file cache in memory.stat: cgroup v2 and v1
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 def _read_cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
-    """(limit, bytes in use) of each cgroup that has a limit. Cached files count as free."""
+    """Return (limit, bytes in use) of each cgroup that has a limit. File cache counts as free."""
     limits: list[tuple[int, int]] = []
     for folder in folders:
-        for limit_name, used_name, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            limit, used = (
-                _read_text(folder / limit_name).strip(),
-                _read_text(folder / used_name).strip(),
-            )
+        for limit_name, used_name, cache_key in CGROUP_FILES:
+            limit = _read_text(folder / limit_name).strip()
+            used = _read_text(folder / used_name).strip()
             if limit.isdigit() and used.isdigit():
-                limits.append(
-                    (int(limit), int(used) - _read_key_values(folder / "memory.stat").get(cache, 0))
-                )
+                cache = _read_key_values(folder / "memory.stat").get(cache_key, 0)
+                limits.append((int(limit), int(used) - cache))
     return limits
 
 
 def _find_cgroup_folders() -> list[Path]:
-    """The folders of this process's cgroups (versions 1 and 2) and of all their parents."""
+    """Return the folders of this process's cgroups (versions 1 and 2) and of all their parents."""
     folders: list[Path] = []
     for line in _read_text(Path("/proc/self/cgroup")).splitlines():
         _, controllers, cgroup_path = line.split(":", 2)
@@ -189,22 +195,21 @@ def _find_cgroup_folders() -> list[Path]:
             continue
         root = Path("/sys/fs/cgroup") / controllers
         cgroup_dir = root / cgroup_path.lstrip("/")
-        # In a container the path may be the host's, which is not there: then only the root counts.
-        folders += [
-            folder
-            for folder in (cgroup_dir, *cgroup_dir.parents)
-            if folder.is_relative_to(root) and folder.is_dir()
-        ]
+        # In a container the path may be the host's, which does not exist here; the root does.
+        for folder in (cgroup_dir, *cgroup_dir.parents):
+            if folder.is_relative_to(root) and folder.is_dir():
+                folders.append(folder)
     return folders
 
 
 def _read_key_values(path: Path) -> dict[str, int]:
-    """The numbers of a file with lines like `MemTotal: 16 kB` or `inactive_file 4096`, units
-    dropped."""
-    split_lines = (line.replace(":", " ").split() for line in _read_text(path).splitlines())
-    return {
-        parts[0]: int(parts[1]) for parts in split_lines if len(parts) > 1 and parts[1].isdigit()
-    }
+    """Return the numbers of a file with lines like `VmHWM: 16 kB` or `inactive_file 4096`."""
+    numbers: dict[str, int] = {}
+    for line in _read_text(path).splitlines():
+        parts = line.replace(":", " ").split()
+        if len(parts) > 1 and parts[1].isdigit():
+            numbers[parts[0]] = int(parts[1])
+    return numbers
 
 
 def _read_text(path: Path) -> str:

@@ -1,10 +1,11 @@
-"""Our frozen dataclasses as JSON, and back.
+"""Frozen dataclasses as JSON, and back.
 
-    to_json(plan) -> plain dict; from_json(Plan, dict) -> plan; read_json(path)
+    to_jsonable(plan) -> dict;  parse_as(Plan, dict) -> plan;  read_json(path)
 
-Strict on purpose: NaN, infinities and objects that are not plain values raise ValueError or
-TypeError, which name the place of the value. They are mistakes of ours: nothing that is not finite
-may be written as a result."""
+Strict: NaN, infinities and other objects raise ValueError or TypeError with the path of the value,
+since a number that is not finite must never be written as a result. Left out: rows of data files
+(`data/readers/decode.py`), which tell duplicate keys and lone surrogates by line.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +26,10 @@ T = TypeVar("T")
 
 
 def to_jsonable(value: Any, path: str = "value") -> Any:
-    """Dicts, lists, texts, numbers, switches and None. NumPy numbers become Python's, paths become
-    texts."""
+    """Return `value` as dicts, lists, strings, numbers, booleans and None.
+
+    NumPy numbers become Python numbers, and paths strings. Raises ValueError for a number that is
+    not finite, TypeError for another object; both name its path."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Integral):
@@ -39,49 +42,45 @@ def to_jsonable(value: Any, path: str = "value") -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", by_alias=True)
-    if isinstance(value, Plan):
-        return to_jsonable(value.to_json(), path)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {
-            field.name: to_jsonable(getattr(value, field.name), f"{path}.{field.name}")
-            for field in fields
-        }
-    if isinstance(value, Mapping):
-        items = cast("Mapping[Any, Any]", value).items()
-        return {str(key): to_jsonable(item, f"{path}.{key}") for key, item in items}
+        return value.model_dump(mode="json")
     if isinstance(value, (list, tuple)):
-        return [
-            to_jsonable(item, f"{path}[{index}]")
-            for index, item in enumerate(cast("list[Any]", value))
-        ]
-    raise TypeError(f"{path} is a {type(value).__name__}, which has no JSON form")
+        items = cast("list[Any]", value)
+        return [to_jsonable(item, f"{path}[{index}]") for index, item in enumerate(items)]
+    fields = _get_fields(value)
+    if fields is None:
+        raise TypeError(f"{path} is a {type(value).__name__}, which has no JSON form")
+    return {str(key): to_jsonable(item, f"{path}.{key}") for key, item in fields.items()}
+
+
+def _get_fields(value: Any) -> Mapping[Any, Any] | None:
+    if isinstance(value, Plan):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return cast("Mapping[Any, Any]", value) if isinstance(value, Mapping) else None
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> bytes:
-    """UTF-8, one line unless `indent` is given. A lone surrogate, which UTF-8 cannot hold, is
-    written as its escape."""
+    """Return UTF-8, on one line unless `indent` is given. A lone surrogate is escaped, since UTF-8
+    cannot encode it."""
     text = json.dumps(to_jsonable(value), ensure_ascii=False, allow_nan=False, indent=indent)
     return text.encode(errors="backslashreplace") + b"\n"
 
 
 def parse_as(cls: type[T], value: Any, where: str = "") -> T:
-    """A dataclass of types.py from its JSON form. Raises InputError naming the first field that
-    does not fit."""
+    """Return a value of the type `cls` from its JSON form. Raises InputError with the first field
+    that does not match."""
     try:
         return TypeAdapter(cls).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        location = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"not a {cls.__name__}: {location + ': ' if location else ''}{first['msg']}",
-            where=where,
-        ) from None
+        location = ".".join(map(str, first["loc"]))
+        problem = f"{location}: {first['msg']}" if location else first["msg"]
+        raise InputError(f"not a {cls.__name__}: {problem}", where=where) from None
 
 
 def read_json(path: Path) -> Any:
-    """Raises InputError with file:line when the file is missing or broken."""
+    """Read a JSON file. Raises InputError with file:line:column if it is missing or broken."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:

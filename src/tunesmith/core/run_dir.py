@@ -1,21 +1,20 @@
-"""The run folder: the only thing that a run leaves behind, and the interface that every other
-program reads.
+"""The run folder: all that a run leaves, and the interface for every other program.
 
-    with RunFolder.create(path) as folder:          refuses a folder that is in use or not empty
+    with RunFolder.create(path) as folder:      refuses a folder that is in use or not empty
         folder.write_json("plan.json", plan)
-        folder.append_event(step)                   a line of events.jsonl
-        with folder.checkpoint(step, facts={...}) as target: ...   checkpoints/step-N
+        folder.append_event(step)               one line of events.jsonl
+        with folder.checkpoint(step, metadata={...}) as target: ...     checkpoints/step-N
+    read_events(path) -> list[Event]            takes no lock
 
-One process at a time may write; the lock dies with its process. Events are only ever appended; a
-line that the disk has no room for waits in memory, and the next checkpoint is not written before
-it. A run that was killed goes on with `RunFolder.open`, under the next attempt number, and so does
-one that goes back; readers take the last attempt of a step. Reading events needs no lock. What the
-files mean is the business of whoever writes them."""
+One process at a time may write; the lock dies with its process. Events are only appended. A line
+that the disk has no room for waits in memory, and no checkpoint is written before it. A run that
+was killed continues with `RunFolder.open`, under the next attempt number, and so does a run that
+rolls back; readers take the last attempt of a step. Left out: the content of the other files.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -23,7 +22,9 @@ import time
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
+
+from filelock import FileLock, Timeout
 
 from tunesmith.core.atomic import (
     TEMP_PREFIX,
@@ -38,71 +39,58 @@ from tunesmith.core.atomic import (
 )
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.events import (
-    CheckpointSaved,
     CheckResult,
     Event,
-    GenerationSample,
+    LoggedEvent,
     Rollback,
-    Score,
-    StageStart,
-    TrainingEnd,
     TrainStep,
+    get_event_type,
+    parse_event,
 )
 from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
-from tunesmith.core.types import Json, Plan
+from tunesmith.core.types import RUN_FORMAT, Json, Plan
 
-LOCK_FILE, EVENTS_FILE, CHECKPOINTS_DIR, RECIPE_FILE = (
-    ".lock",
-    "events.jsonl",
-    "checkpoints",
-    "recipe.yaml",
-)
-PLAN_FILE, FINGERPRINT_FILE, RECORD_FILE = "plan.json", "identity.json", "record.json"
-EVAL_BEFORE_FILE, EVAL_AFTER_FILE = "before.json", "after.json"  # what was measured, item by item
-ADAPTER_DIR, MODEL_DIR = (
-    "adapter",
-    "model",
-)  # what a run leaves: the model where it trains all weights
-STAGES_FILE, STAGES_DIR = (
-    "stages.json",
-    "stages",
-)  # the plans of several stages, and the folder of their runs
-# what the model wrote before it was trained, to rehearse it
-SELF_REHEARSAL_FILE = "rehearsal.jsonl"
-REJECTED_FILE = "rejected.jsonl"  # rows that could not be used; all that a refused attempt leaves
-# written before the first step of the new way: it alone says which way a run went
-ROLLBACKS_FILE = "rollbacks.json"
-FAILED_CHECK = "failed"  # the kind of the verdict that ends a run which a gate has stopped
+PLAN_FILE = "plan.json"
+RECIPE_FILE = "recipe.yaml"
+EVENTS_FILE = "events.jsonl"
+FINGERPRINT_FILE = "fingerprint.json"  # hashes of everything that the run depends on
+CHECKPOINTS_DIR = "checkpoints"
+ADAPTER_DIR = "adapter"
+MODEL_DIR = "model"  # in place of the adapter, where all weights are trained
+EVAL_BEFORE_FILE = "eval_before.json"  # results by item, before and after training
+EVAL_AFTER_FILE = "eval_after.json"
+RECORD_FILE = "record.json"
+STAGES_FILE = "stages.json"  # in place of plan.json, in a run of several stages
+STAGES_DIR = "stages"
+SELF_REHEARSAL_FILE = "rehearsal.jsonl"  # texts that the base model generated for rehearsal
+REJECTED_FILE = "rejected.jsonl"  # rows that could not be used
+ROLLBACKS_FILE = "rollbacks.json"  # written before the first step after a rollback
+LOCK_FILE = ".lock"
+OWNER_FILE = ".lock.pid"  # the process that holds the lock
 
-EVENT_TYPES: dict[type[Any], str] = {
-    TrainStep: "step",
-    Score: "score",
-    GenerationSample: "sample",
-    CheckResult: "verdict",
-    CheckpointSaved: "saved",
-    TrainingEnd: "done",
-    StageStart: "stage",
-}
+# files that a process leaves if it is killed before it has a plan
+STARTUP_FILES = (LOCK_FILE, OWNER_FILE, FINGERPRINT_FILE, REJECTED_FILE, SELF_REHEARSAL_FILE)
+FAILED_CHECK = "failed"  # kind of the CheckResult that ends a run which a gate has stopped
 
 
 class RunFolder:
-    """An open, locked run folder. `attempt` counts from 1 the processes that worked on it, and the
-    times that one of them went back to an earlier step."""
+    """An open, locked run folder.
 
-    def __init__(self, path: Path, lock: int, attempt: int) -> None:
+    `attempt` counts from 1 the processes that worked on the run, and its rollbacks."""
+
+    def __init__(self, path: Path, lock: FileLock, attempt: int) -> None:
         self.path, self.attempt, self._lock = path, attempt, lock
-        self._pending = b""  # lines that the disk did not take yet
-        with disk_errors(path / EVENTS_FILE):
-            self._events = os.open(path / EVENTS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            complete_bytes = (path / EVENTS_FILE).read_bytes().rfind(b"\n") + 1
-            os.ftruncate(
-                self._events, complete_bytes
-            )  # without the line that a killed process has left unfinished
+        self._pending = b""  # lines that the disk has not taken yet
+        file = path / EVENTS_FILE
+        with disk_errors(file):
+            self._events = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            # cut off the line that a killed process left unfinished
+            os.ftruncate(self._events, file.read_bytes().rfind(b"\n") + 1)
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """A new run. Raises InputError if the folder is in use or holds anything, MachineError if
-        it cannot be made."""
+        """Start a run. Raises InputError if the folder is in use or not empty, MachineError if it
+        cannot be created."""
         with disk_errors(path):
             if path.exists() and not path.is_dir():
                 raise InputError(
@@ -112,32 +100,30 @@ class RunFolder:
             _refuse_nonempty(path)
             lock = _acquire_lock(path)
             try:
-                _refuse_nonempty(
-                    path
-                )  # another process may have come and gone between the two lines above
+                # another process may have come and gone before the lock was taken
+                _refuse_nonempty(path)
             except InputError:
-                os.close(lock)
+                lock.release()
                 raise
             remove_leftovers(path)
         return cls(path, lock, attempt=1)
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """An earlier run, to go on with. Raises InputError if it is none or in use."""
+        """Open an existing run to continue it. Raises InputError if it is not a run or in use."""
         require_run(path)
         with disk_errors(path):
             lock = _acquire_lock(path)
             remove_leftovers(path)
             remove_leftovers(path / CHECKPOINTS_DIR)
-        attempts = [
-            *(event["attempt"] for event in read_all_events(path)),
-            *(rollback.attempt for rollback in read_rollbacks(path)),
-        ]
-        return cls(path, lock, attempt=1 + max(attempts, default=0))
+        attempts = [0]
+        attempts += [logged.attempt for logged in read_all_events(path)]
+        attempts += [rollback.attempt for rollback in read_rollbacks(path)]
+        return cls(path, lock, attempt=1 + max(attempts))
 
     def close(self) -> None:
         os.close(self._events)
-        os.close(self._lock)
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -154,12 +140,11 @@ class RunFolder:
         write_file(self.path / name, text.encode())
 
     def append_event(self, event: Event) -> str:
-        """Appends at once; all but steps are forced to the disk, since they are few and answer for
-        what they name.
+        """Append an event, and force it to the disk unless it is a step (they are many).
 
-        Returns what the system said if the disk does not take the line. It waits then, with those
-        after it, for the next event, or for `settle`."""
-        event_type = EVENT_TYPES[type(event)]
+        Returns the system's message if the disk does not take the line. It then waits, with later
+        lines, for the next event or `flush`."""
+        event_type = get_event_type(event)
         head = {"type": event_type, "time": round(time.time(), 3), "attempt": self.attempt}
         self._pending += dump_json({**head, **to_jsonable(event, event_type)})
         try:
@@ -171,8 +156,8 @@ class RunFolder:
         return ""
 
     def flush(self) -> None:
-        """Writes what waits, and forces all lines to the disk. Raises MachineError if it still does
-        not take them."""
+        """Write waiting lines and force all lines to the disk. Raises MachineError if the disk
+        still does not take them."""
         with disk_errors(self.path / EVENTS_FILE, len(self._pending)):
             self._write_pending()
             os.fsync(self._events)
@@ -181,7 +166,7 @@ class RunFolder:
         while self._pending:
             self._pending = self._pending[os.write(self._events, self._pending) :]
 
-    def load_events(self) -> list[Json]:
+    def load_events(self) -> list[Event]:
         return read_events(self.path)
 
     def load_rollbacks(self) -> tuple[Rollback, ...]:
@@ -199,11 +184,11 @@ class RunFolder:
         keep_last: int = 2,
         keep_steps: Collection[int] = (),
     ) -> Generator[Path]:
-        """Fill the yielded folder: it becomes checkpoints/step-N, whole or not at all.
+        """Yield a folder to fill, which then becomes checkpoints/step-N atomically.
 
-        `facts` go into its manifest (recipe hash, data fingerprint, versions). Older ones beyond
-        `keep_last` are removed once this one is verified, which means read again from end to end;
-        those of the steps `keep` stay."""
+        `metadata` goes into its manifest (recipe hash, data fingerprint, versions). When the
+        checkpoint has been read back and verified, older ones beyond `keep_last` are removed,
+        except those of `keep_steps`."""
         self.flush()
         target = self.path / CHECKPOINTS_DIR / f"step-{step}"
         with atomic_dir(
@@ -211,21 +196,19 @@ class RunFolder:
         ) as temporary:
             yield temporary
         if problem := verify_dir(target):
-            raise MachineError(
-                f"was written and reads back differently: {problem}", where=str(target)
-            )
+            raise MachineError(f"reads back differently: {problem}", where=str(target))
         self._prune_checkpoints(step, keep_last, keep_steps)
 
     def iter_checkpoints(self) -> Iterator[tuple[Path, str]]:
-        """Newest first, each with what is wrong with it, empty if nothing is. Lazy, since it reads
-        every byte."""
+        """Yield each checkpoint, newest first, with its problem ("" if it is valid). Reads every
+        byte, one checkpoint at a time."""
         for step, path in self._list_checkpoints():
             yield path, _verify_checkpoint(path, step)
 
     def find_latest_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest one that can be trusted, and for each newer one what is wrong with it. It is
-        found by name: a pointer to it would be one more file that can be torn, and would still need
-        the same checks."""
+        """Return the newest valid checkpoint, and the problem of each newer one.
+
+        It is found by name: a pointer file could be torn, too, and would need the same checks."""
         skipped: list[str] = []
         for path, problem in self.iter_checkpoints():
             if not problem:
@@ -234,29 +217,29 @@ class RunFolder:
         return None, skipped
 
     def find_checkpoint(self, step: int) -> Path:
-        """Raises InputError if there is none of this step, or if it is damaged."""
+        """Return the checkpoint of a step. Raises InputError if it is missing or damaged."""
         paths = dict(self._list_checkpoints())
         if step not in paths:
             saved_steps = ", ".join(str(number) for number in sorted(paths)) or "none"
             raise InputError(
                 f"there is no checkpoint of step {step}",
                 where=str(self.path),
-                fix=f"there are: {saved_steps}",
+                fix=f"use one of these steps: {saved_steps}",
             )
         if problem := _verify_checkpoint(paths[step], step):
-            fix = "leave the step out: the newest checkpoint that can be trusted is taken"
+            fix = "leave the step out to use the newest valid checkpoint"
             raise InputError(problem, where=str(paths[step]), fix=fix)
         return paths[step]
 
     def _list_checkpoints(self) -> list[tuple[int, Path]]:
-        matches = [
-            (re.fullmatch(r"step-(\d+)", path.name), path)
-            for path in (self.path / CHECKPOINTS_DIR).glob("step-*")
-        ]
-        return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+        checkpoints: list[tuple[int, Path]] = []
+        for path in (self.path / CHECKPOINTS_DIR).glob("step-*"):
+            if match := re.fullmatch(r"step-(\d+)", path.name):
+                checkpoints.append((int(match[1]), path))
+        return sorted(checkpoints, reverse=True)
 
     def list_saved_steps(self) -> list[int]:
-        """Steps with a checkpoint whose files are there in full, newest first."""
+        """Return the steps of checkpoints with all files in full size, newest first."""
         return [
             step
             for step, path in self._list_checkpoints()
@@ -264,16 +247,14 @@ class RunFolder:
         ]
 
     def record_rollback(self, rollback: Rollback) -> tuple[Rollback, ...]:
-        """From here on all counts that comes after the step which the run goes back to. Returns all
-        rollbacks."""
+        """Record a rollback: events after `rollback.to` from earlier attempts are ignored from now
+        on. Returns all rollbacks of the run."""
         for step, path in self._list_checkpoints():
             if step > rollback.to:
                 with disk_errors(path):
                     remove_folder(path)
-        rollbacks = (
-            *read_rollbacks(self.path),
-            dataclasses.replace(rollback, attempt=self.attempt),
-        )
+        rollback = dataclasses.replace(rollback, attempt=self.attempt)
+        rollbacks = (*read_rollbacks(self.path), rollback)
         self.write_json(ROLLBACKS_FILE, rollbacks)
         self.attempt += 1
         return rollbacks
@@ -292,17 +273,16 @@ def _verify_checkpoint(checkpoint: Path, step: int) -> str:
     if problem := verify_dir(checkpoint):
         return problem
     manifest_step = read_manifest(checkpoint).get("step")
-    return "" if manifest_step == step else f"its manifest is of step {manifest_step}"
+    return "" if manifest_step == step else f"its manifest names step {manifest_step}"
 
 
 def _refuse_nonempty(path: Path) -> None:
-    """Raises InputError if the folder holds anything but what a process leaves that is killed
-    before it has a plan."""
+    """Raise InputError for any file but those of a process that was killed before its plan."""
     content = sorted(entry.name for entry in path.iterdir() if not _is_startup_file(entry))
     if not content:
         return
     if (path / LOCK_FILE).exists():
-        os.close(_acquire_lock(path))  # in use is the better answer, if it is true
+        _acquire_lock(path).release()  # "in use" is the better message, if it applies
     names = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
     fix = "choose another output_dir" + (
         ", or `tunesmith resume` this run" if PLAN_FILE in content else ""
@@ -313,134 +293,160 @@ def _refuse_nonempty(path: Path) -> None:
 def _is_startup_file(entry: Path) -> bool:
     if entry.name == EVENTS_FILE:
         return entry.is_file() and not entry.stat().st_size
-    return entry.name in (
-        LOCK_FILE,
-        FINGERPRINT_FILE,
-        REJECTED_FILE,
-        SELF_REHEARSAL_FILE,
-    ) or entry.name.startswith(TEMP_PREFIX)
+    return entry.name in STARTUP_FILES or entry.name.startswith(TEMP_PREFIX)
 
 
-def _acquire_lock(path: Path) -> int:
-    """The descriptor that holds the lock. The system drops it when the process ends, so a stale
-    lock is no lock."""
-    lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+def _acquire_lock(path: Path) -> FileLock:
+    """Lock the folder. The system drops the lock when the process ends, so it is never stale."""
+    lock = FileLock(path / LOCK_FILE, thread_local=False)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(lock, 20, 0).decode().strip()
-        os.close(lock)
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = _read_owner(path)
         raise InputError(
             f"in use by process {owner}", where=str(path), fix="wait for it, or stop it"
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    (path / OWNER_FILE).write_text(str(os.getpid()), encoding="utf-8")
     return lock
 
 
-def require_run(path: Path) -> None:
-    """Raises InputError for what is no run folder."""
-    if not is_run(path):
-        fix = "name a run folder; `tunesmith train` makes one"
-        raise InputError(f"not a run folder: there is no {PLAN_FILE}", where=str(path), fix=fix)
+def _read_owner(path: Path) -> str:
+    try:
+        return (path / OWNER_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown"  # it has just taken the lock
+
+
+# ---------------------------------------------------------------- readers
 
 
 def is_run(path: Path) -> bool:
     return (path / PLAN_FILE).is_file() or is_staged(path)
 
 
-def read_run_plan(path: Path) -> Plan:
-    """Raises InputError when it is missing, broken, or of another version."""
-    return parse_as(Plan, read_json(path / PLAN_FILE), where=str(path / PLAN_FILE))
-
-
 def is_staged(path: Path) -> bool:
     return (path / STAGES_FILE).is_file()
 
 
+def require_run(path: Path) -> None:
+    """Raise InputError if the folder is not a run, or has another format."""
+    if not is_run(path):
+        fix = "name a run folder, as `tunesmith train` creates it"
+        raise InputError(f"not a run folder: there is no {PLAN_FILE}", where=str(path), fix=fix)
+    read_plan_json(path / (STAGES_FILE if is_staged(path) else PLAN_FILE))
+
+
+def read_plan_json(file: Path) -> Json:
+    """Read a file that holds a Plan or a StagedPlan. Raises InputError if it is missing, broken or
+    of another format."""
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise InputError("not a plan", where=str(file))
+    content = cast("Json", content)
+    plans = content.get("plans") or [content]
+    file_format = plans[0].get("format", 1)
+    if file_format != RUN_FORMAT:
+        age = "an older" if file_format == 1 else "another"
+        raise InputError(
+            f"written by {age} version of tunesmith: format {file_format}, and this version reads "
+            f"format {RUN_FORMAT}",
+            where=str(file),
+            fix="use the version that wrote it, or train again from the recipe",
+        )
+    return content
+
+
+def read_run_plan(path: Path) -> Plan:
+    """Raises InputError when it is missing, broken, or of another format."""
+    return parse_as(Plan, read_plan_json(path / PLAN_FILE), where=str(path / PLAN_FILE))
+
+
 def find_weights_dir(path: Path) -> Path:
-    """Where the weights of a run are: of several stages, in the folder of the last one."""
+    """Return the folder with the trained weights: in a staged run, that of the last stage."""
     if not is_staged(path):
         return path
     if not (path / RECORD_FILE).is_file():
-        raise InputError(
-            "not all of its stages are finished", where=str(path), fix=f"tunesmith resume {path}"
-        )
+        fix = f"finish the run: tunesmith resume {path}"
+        raise InputError("some of its stages are not finished", where=str(path), fix=fix)
     return max((path / STAGES_DIR).iterdir(), key=lambda folder: int(folder.name.partition("-")[0]))
 
 
 def find_parent_run(path: Path) -> Path:
-    """The run that a stage is part of, or the run itself."""
+    """Return the run that a stage is part of, or the run itself."""
     parent = path.absolute().parent
     return path.parent.parent if parent.name == STAGES_DIR and is_staged(parent.parent) else path
 
 
-def read_events(path: Path) -> list[Json]:
-    """The events of a run folder by step, of each kind the last attempt at that step, without those
-    of a way that the run has given up; that it went back is kept. Takes no lock."""
-    events = _drop_rolled_back(read_all_events(path), read_rollbacks(path))
-    last_attempts: dict[tuple[str, int], int] = {}
-    for event in events:
-        last_attempts[event["type"], event["step"]] = event["attempt"]
-    latest = [
-        event
-        for event in events
-        if last_attempts[event["type"], event["step"]] == event["attempt"] or _is_rollback(event)
-    ]
-    return sorted(latest, key=lambda event: event["step"])
+def read_events(path: Path) -> list[Event]:
+    """Return the events of a run folder by step: of each kind the last attempt at a step.
+
+    Events that a rollback discarded are left out, and the results that announce rollbacks are kept.
+    Raises InputError with file:line for a broken line."""
+    events = _drop_discarded(read_all_events(path), read_rollbacks(path))
+    last_attempts: dict[tuple[type[Event], int], int] = {}
+    for logged in events:
+        last_attempts[type(logged.event), logged.event.step] = logged.attempt
+    latest: list[Event] = []
+    for logged in events:
+        last_attempt = last_attempts[type(logged.event), logged.event.step]
+        if logged.attempt == last_attempt or _is_rollback(logged.event):
+            latest.append(logged.event)
+    return sorted(latest, key=lambda event: event.step)
 
 
 def read_rollbacks(path: Path) -> tuple[Rollback, ...]:
-    """Those of a run folder, in order. Raises InputError for a damaged file."""
+    """Return the rollbacks of a run folder, in order. Raises InputError for a damaged file."""
     file = path / ROLLBACKS_FILE
     return parse_as(tuple[Rollback, ...], read_json(file), where=str(file)) if file.exists() else ()
 
 
-def _drop_rolled_back(events: list[Json], rollbacks: Sequence[Rollback]) -> list[Json]:
-    """The events without those of a way that was given up."""
-    abandoned = [(rollback.attempt, rollback.to) for rollback in rollbacks]
-    return [
-        event
-        for event in events
-        if _is_rollback(event)
-        or not any(event["attempt"] <= attempt and event["step"] > to for attempt, to in abandoned)
-    ]
+def _drop_discarded(
+    events: Sequence[LoggedEvent], rollbacks: Sequence[Rollback]
+) -> list[LoggedEvent]:
+    remaining = list(events)
+    for rollback in rollbacks:
+        remaining = [
+            logged
+            for logged in remaining
+            if logged.attempt > rollback.attempt
+            or logged.event.step <= rollback.to
+            or _is_rollback(logged.event)
+        ]
+    return remaining
 
 
-def _is_rollback(event: Json) -> bool:
-    return event.get("level") == "rollback"
+def _is_rollback(event: Event) -> bool:
+    return isinstance(event, CheckResult) and event.level == "rollback"
 
 
-def read_all_events(path: Path) -> list[Json]:
-    """The events of all attempts, in the order in which they were written. Raises InputError with
-    file:line.
+def read_all_events(path: Path) -> list[LoggedEvent]:
+    """Return the events of all attempts, in the order in which they were written.
 
-    What stands behind the last line break is left out: it was cut off by a kill, or is just being
-    written."""
+    An unfinished last line is left out: it was cut off by a kill, or is just being written. Raises
+    InputError with file:line for a broken line."""
     file = path / EVENTS_FILE
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    events: list[Json] = []
+    events: list[LoggedEvent] = []
     for line_number, line in enumerate(lines, start=1):
         try:
-            events.append(json.loads(line))
-        except ValueError:
-            raise InputError("not JSON", where=f"{file}:{line_number}") from None
+            events.append(parse_event(line))
+        except ValueError as error:
+            message = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise InputError(message, where=f"{file}:{line_number}") from None
     return events
 
 
 def read_failure(path: Path) -> str:
-    """Why a gate ended the last attempt at this run; empty if none did."""
-    last_event = next(reversed(read_all_events(path)), None)
-    return (
-        last_event["evidence"]
-        if last_event and last_event["type"] == "verdict" and last_event["kind"] == FAILED_CHECK
-        else ""
-    )
+    """Return the reason why a gate ended the last attempt, or "" if none did."""
+    events = read_all_events(path)
+    last = events[-1].event if events else None
+    if isinstance(last, CheckResult) and last.kind == FAILED_CHECK:
+        return last.evidence
+    return ""
 
 
 def pick_run_folder(parent: Path, name: str) -> Path:
-    """The first of name-1, name-2, ... that does not exist yet, or holds only the rejected rows of
-    an attempt."""
+    """Return the first of name-1, name-2, ... that is free, or has only rejected rows."""
     number = 1
     while (folder := parent / f"{name}-{number}").exists() and not _has_only_rejected(folder):
         number += 1
@@ -448,10 +454,10 @@ def pick_run_folder(parent: Path, name: str) -> Path:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a run could begin there."""
-    return not path.exists() or (
-        path.is_dir() and all(_is_startup_file(entry) for entry in path.iterdir())
-    )
+    """Whether a run could start there."""
+    if not path.exists():
+        return True
+    return path.is_dir() and all(_is_startup_file(entry) for entry in path.iterdir())
 
 
 def _has_only_rejected(path: Path) -> bool:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+RUN_FORMAT = 2  # of plan.json and its run folder; raised when older files would be misread
+
 Json = dict[str, Any]
 T = TypeVar("T")
 Side = Literal[
@@ -197,9 +199,9 @@ class PlanConfig:
     rehearsal_tokens: int | None = None  # tokens that the base model generates for rehearsal
     modules_to_save: tuple[str, ...] | None = None  # matrices with trained rows of new tokens
     new_rows_lr_factor: int | float | None = None  # learning rate of those rows, relative
-    activations: str  # kept or recomputed in the backward pass
-    template: str  # "auto": the model's own; "none"; or the path of a Jinja file
-    overlong: Literal["drop", "truncate", "refuse"]
+    gradient_checkpointing: str  # kept or recomputed in the backward pass
+    chat_template: str  # "auto": the model's own; "none"; or the path of a Jinja file
+    on_overlong: Literal["drop", "truncate", "refuse"]
     seed: int
     stage: Literal["sft", "cpt", "preference"]
     output_dir: str
@@ -294,7 +296,7 @@ class Plan:
 
     def to_json(self) -> Json:
         """Return the fields as they are written, `settings` in place of `config` and `reasons`."""
-        fields: Json = {}
+        fields: Json = {"format": RUN_FORMAT}
         for name, value in vars(self).items():
             if name == "config":
                 fields["settings"] = self.settings

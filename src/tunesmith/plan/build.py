@@ -34,7 +34,7 @@ from tunesmith.plan.new_tokens import count_trained_rows, decide_new_rows
 from tunesmith.plan.rehearsal import MAX_RATIO, decide_rehearsal
 from tunesmith.plan.rules import RULES, RuleContext, SavedShareFn, assume_no_savings, rule_value
 from tunesmith.plan.rules_cpt import CPT_RULES, SMALL_CORPUS_TOKENS
-from tunesmith.recipe.mappings import PairLoss
+from tunesmith.recipe.fields import PairLoss
 from tunesmith.recipe.schema import KEYS, Recipe
 
 PREFERENCE_KEYS = {
@@ -83,7 +83,7 @@ def build_plan(
         model=model,
         data=epoch_report,
         settings=settings,
-        has_schema=recipe_values["schema"] is not None,
+        has_schema=recipe_values["response_schema"] is not None,
         max_steps=recipe.max_steps,
         stage=recipe.stage,
         saved_share=saved_share,
@@ -96,13 +96,13 @@ def build_plan(
     settings |= decide_guard(recipe.guard, context)
     settings |= decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
     settings |= decide_new_rows(settings.get("add_tokens"), context)
-    settings["activations"] = _decide_activations(context, recipe_values["activations"])
+    settings["gradient_checkpointing"] = _decide_activations(context, recipe_values["gradient_checkpointing"])
     settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
     _check_lengths(context)
     _check_libraries(context)
     config, reasons = split_settings(add_evidence(settings, context))
     return Plan(
-        recipe=recipe.model_dump(mode="json", by_alias=True),
+        recipe=recipe.model_dump(mode="json"),
         config=config,
         reasons=reasons,
         machine=machine,
@@ -143,7 +143,7 @@ def _apply_rules(
 
 def _collect_recipe_values(recipe: Recipe) -> dict[str, Any]:
     """By the keys of the plan: those of the recipe, and of its `loss` each by itself."""
-    recipe_values = {KEYS[name]: getattr(recipe, name) for name in KEYS}
+    recipe_values = {key: getattr(recipe, key) for key in KEYS}
     return recipe_values | {
         key: getattr(recipe.loss, name) for key, name in PREFERENCE_KEYS.items()
     }
@@ -155,7 +155,7 @@ def _decide_without_rules(
     """What no rule decides."""
     settings = {
         key: _stringify_path(recipe_values[key])
-        for key in ("template", "overlong", "seed", "stage")
+        for key in ("chat_template", "on_overlong", "seed", "stage")
     }
     plan_values = {
         key: PlanValue(value, "user" if _is_set(recipe, key) else "rule", _REASONS[key])
@@ -168,8 +168,8 @@ def _decide_without_rules(
 
 _REASONS = {
     "output_dir": "the run folder",
-    "template": "the model's own chat template, unless the recipe names one",
-    "overlong": "what happens to documents over max_length; always counted",
+    "chat_template": "the model's own chat template, unless the recipe names one",
+    "on_overlong": "what happens to documents over max_length; always counted",
     "seed": "order of rows, start of the adapter, samples",
     "stage": "sft trains on answers, cpt on every token of texts, preference on the difference between two answers",
 }
@@ -325,9 +325,9 @@ def _estimate_phases(context: RuleContext) -> dict[str, int]:
 
 
 ACTIVATION_POLICIES = {
-    "keep": "nothing is computed twice",
+    "none": "nothing is computed twice",
     "selective": "all of them do not fit: those of the MLP are recomputed in the backward pass",
-    "recompute": "little memory: every layer is recomputed in the backward pass",
+    "full": "little memory: every layer is recomputed in the backward pass",
 }
 
 
@@ -337,9 +337,9 @@ def _decide_activations(context: RuleContext, recipe_value: str) -> PlanValue:
         return PlanValue(recipe_value, "user", "set in the recipe")
     free = context.machine.available_bytes
     for policy, reason in ACTIVATION_POLICIES.items():
-        context.settings["activations"] = rule_value(policy, reason)
+        context.settings["gradient_checkpointing"] = rule_value(policy, reason)
         needed_bytes = _estimate_step_memory(context)["peak"] * MEMORY_MARGIN
-        if needed_bytes <= free or policy == "recompute":
+        if needed_bytes <= free or policy == "full":
             memory = f"{needed_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
             return rule_value(policy, f"{reason}; the run then needs {memory}")
     raise AssertionError("the last policy is always taken")
@@ -374,7 +374,7 @@ def _collect_footprint(context: RuleContext) -> dict[str, Any]:
         "method": context["method"],
         "dtype": context["dtype"],
         "optim": context["optim"],
-        "activations": context["activations"],
+        "gradient_checkpointing": context["gradient_checkpointing"],
         "step_in_backward": context["step_in_backward"],
         "rank": 0 if is_full else context["lora_r"],
         "dora": False if is_full else context["use_dora"],

@@ -22,7 +22,7 @@ MEASURED_SETTINGS = (
     "share_prefixes",
     "dtype",
     "weight_layout",
-    "activations",
+    "gradient_checkpointing",
     "rehearsal_length",
 )
 MIN_FITTED_HIDDEN_SIZE = 2000  # the rate's formula was fitted from this hidden size on

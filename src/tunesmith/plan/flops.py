@@ -33,20 +33,20 @@ def estimate_run_flops(plan: Plan) -> float:
     )
     config = plan.config
     token_flops = compute_token_flops(
-        plan.model, config.method, config.activations, config.lora_r or 0
+        plan.model, config.method, config.gradient_checkpointing, config.lora_r or 0
     )
     target_flops = compute_target_flops(plan.model, config.method)
     return token_flops * tokens + target_flops * supervised_tokens
 
 
-def compute_token_flops(spec: ModelSpec, method: str, activations: str, rank: int) -> float:
+def compute_token_flops(spec: ModelSpec, method: str, gradient_checkpointing: str, rank: int) -> float:
     """Through the layers, forward and backward: frozen weights have no gradient of their own."""
     weights = spec.block_parameters
     recompute_flops = {
-        "keep": 0.0,
+        "none": 0.0,
         "selective": 4.0 * spec.num_layers * spec.hidden_size * spec.intermediate_size,
-        "recompute": 2.0 * weights,
-    }[activations]
+        "full": 2.0 * weights,
+    }[gradient_checkpointing]
     adapter = 0 if method == "full" else 6 * count_lora_parameters(spec, rank)
     return (6 if method == "full" else 4) * weights + adapter + recompute_flops
 

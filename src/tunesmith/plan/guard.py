@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.core.types import DataReport, Plan, PlanValue
 from tunesmith.plan.rules import RuleContext, rule_value
-from tunesmith.recipe.mappings import GuardConfig
+from tunesmith.recipe.fields import GuardConfig
 
 OFF = "off"
 # bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten

@@ -51,7 +51,7 @@ def estimate_activation_bytes(
     tokens: int,
     dtype_bytes: int,
     *,
-    checkpointing: str = "keep",
+    checkpointing: str = "none",
     use_dora: bool = False,
 ) -> int:
     """Saved for the backward of one pack, plus the temporaries of the widest layer. DoRA also keeps
@@ -67,9 +67,9 @@ def estimate_activation_bytes(
     layer_values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
     layer_values += (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
     saved = {
-        "keep": layers * layer_values,
+        "none": layers * layer_values,
         "selective": layers * (layer_values - mlp),
-        "recompute": layers * spec.hidden_size + layer_values,
+        "full": layers * spec.hidden_size + layer_values,
     }[checkpointing]
     temporary = 6 * spec.intermediate_size
     return tokens * (saved + temporary) * dtype_bytes
@@ -84,7 +84,7 @@ class ModelFootprint(TypedDict):
     dora: NotRequired[bool]
     new_rows: NotRequired[int]  # of new tokens, in embedding and head
     optim: NotRequired[str]
-    activations: NotRequired[str]
+    gradient_checkpointing: NotRequired[str]
     step_in_backward: NotRequired[bool]  # no gradient is kept but that of the largest tensor
 
 
@@ -105,7 +105,7 @@ def estimate_peak_memory(
         spec,
         pack_tokens,
         dtype_bytes,
-        checkpointing=footprint.get("activations", "keep"),
+        checkpointing=footprint.get("gradient_checkpointing", "none"),
         use_dora=use_dora,
     )
     parts = {

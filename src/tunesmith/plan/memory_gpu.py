@@ -55,7 +55,7 @@ def estimate_gpu_memory(
         parts |= _estimate_other_trainer(spec, software, **footprint)
     head = LOGIT_BYTES * min(pack_tokens, software.logit_tokens) * spec.vocab_size
     activations, recomputed_bytes = _estimate_activations(
-        spec, pack_tokens, dtype_bytes, software, footprint.get("activations", "keep")
+        spec, pack_tokens, dtype_bytes, software, footprint.get("gradient_checkpointing", "none")
     )
     parts["activations"] = activations + max(recomputed_bytes - head, 0)
     parts["head"] = head
@@ -84,7 +84,7 @@ def _estimate_activations(
     """What stays from the forward to the backward, and the most that is computed anew at once, in
     place of logits."""
     layer = tokens * count_saved_elements(spec) * dtype_bytes * software.saved_share
-    if policy == "recompute":
+    if policy == "full":
         return spec.num_layers * tokens * spec.hidden_size * dtype_bytes, int(layer)
     if policy == "selective":
         mlp = tokens * 3 * spec.intermediate_size * dtype_bytes * software.saved_share

@@ -388,9 +388,9 @@ def metrics(context: RuleContext) -> PlanValue:
 
 
 def attention(context: RuleContext) -> PlanValue:
-    value = "documents" if context.machine.device == "cpu" else "varlen"
+    value = "sdpa" if context.machine.device == "cpu" else "varlen"
     if context.machine.device == "cpu" and context["dtype"] == "bf16" and context.machine.compiler:
-        value = "kernel"
+        value = "cpu_kernel"
     return rule_value(
         value, "the fastest here of those proven equal to the reference; preflight checks it again"
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
+from tunesmith.core.json_io import parse_as
+from tunesmith.core.run_dir import STAGES_FILE, read_plan_json
 from tunesmith.core.types import DataReport, Plan, PlanConfig
 
 
@@ -33,3 +36,10 @@ class StagedPlan:
             for plan in self.plans
             for role, report in plan.data.items()
         }
+
+
+def read_staged_plan(run: Path) -> StagedPlan:
+    """Read the plans of a run folder. Raises InputError if the file is damaged or of another
+    format."""
+    file = run / STAGES_FILE
+    return parse_as(StagedPlan, read_plan_json(file), where=str(file))

@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 
 from tunesmith.core.atomic import MANIFEST, format_bytes
+from tunesmith.core.events import TrainStep
 from tunesmith.core.formatting import format_duration
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RECIPE_FILE
@@ -96,16 +97,15 @@ def build_cost(run: ReportData) -> CostView | None:
 
 def _build_cost_rows(stage: StageData) -> list[CostRow]:
     plan = stage.plan
-    steps = stage.select_events("step")
+    steps = stage.select_events(TrainStep)
     if not steps:
         return []
-    seconds = sum(step["seconds"] for step in steps)
-    tokens = sum(step["tokens"] for step in steps)
-    peak = max(step["peak_bytes"] for step in steps)
+    seconds = sum(step.seconds for step in steps)
+    tokens = sum(step.tokens for step in steps)
+    peak = max(step.peak_bytes for step in steps)
     predicted_peak = plan.memory_bytes.get("peak")
-    memory_prediction = ("-", "-")
-    if predicted_peak:
-        memory_prediction = (format_bytes(predicted_peak), f"{peak / predicted_peak:.2f}")
+    predicted_memory = format_bytes(predicted_peak) if predicted_peak else "-"
+    memory_ratio = f"{peak / predicted_peak:.2f}" if predicted_peak else "-"
     time_ratio = "-"
     if plan.seconds and len(steps) >= plan.steps:
         predicted_seconds = (min(plan.seconds) + max(plan.seconds)) / 2
@@ -113,9 +113,7 @@ def _build_cost_rows(stage: StageData) -> list[CostRow]:
     predicted_time = " to ".join(format_duration(bound) for bound in plan.seconds) or "-"
     speed = f"{tokens / max(seconds, 1e-9):,.0f}"
     return [
-        CostRow(
-            "Peak memory", stage.name, memory_prediction[0], format_bytes(peak), memory_prediction[1]
-        ),
+        CostRow("Peak memory", stage.name, predicted_memory, format_bytes(peak), memory_ratio),
         CostRow("Training time", stage.name, predicted_time, format_duration(seconds), time_ratio),
         CostRow("Tokens per second", stage.name, "-", speed, "-"),
     ]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from tunesmith.core.events import GenerationSample
+from tunesmith.core.events import Event, GenerationSample, TrainStep
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
@@ -19,7 +20,6 @@ from tunesmith.core.run_dir import (
     RECIPE_FILE,
     RECORD_FILE,
     STAGES_DIR,
-    STAGES_FILE,
     is_staged,
     read_events,
     read_failure,
@@ -27,8 +27,9 @@ from tunesmith.core.run_dir import (
     require_run,
 )
 from tunesmith.core.types import Json, Plan, RunRecord
-from tunesmith.plan.stages import StagedPlan
+from tunesmith.plan.stages import read_staged_plan
 
+E = TypeVar("E", bound=Event)
 Grades = dict[str, tuple[float, float, bool]]  # metric -> before, after, higher is better
 SamplePair = tuple[GenerationSample, GenerationSample]  # before, after
 
@@ -40,14 +41,14 @@ class StageData:
     name: str
     path: Path
     plan: Plan
-    events: tuple[Json, ...]
+    events: tuple[Event, ...]
     fingerprint: Json
     recipe: str
     record: RunRecord | None
     failure: str
 
-    def select_events(self, kind: str) -> list[Json]:
-        return [event for event in self.events if event["type"] == kind]
+    def select_events(self, kind: type[E]) -> list[E]:
+        return [event for event in self.events if isinstance(event, kind)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class ReportData:
     def steps_done(self) -> int:
         total = 0
         for stage in self.stages:
-            total += max((event["step"] for event in stage.select_events("step")), default=0)
+            total += max((event.step for event in stage.select_events(TrainStep)), default=0)
         return total
 
     @property
@@ -91,8 +92,7 @@ def load_report_data(path: Path) -> ReportData:
     require_run(path)
     stages: list[StageData] = []
     if is_staged(path):
-        file = path / STAGES_FILE
-        for plan in parse_as(StagedPlan, read_json(file), where=str(file)).plans:
+        for plan in read_staged_plan(path).plans:
             stage_dir = path / STAGES_DIR / Path(plan.config.output_dir).name
             # the plan is made again when its stage starts
             if (stage_dir / PLAN_FILE).is_file():

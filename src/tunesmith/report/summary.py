@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.core.atomic import format_bytes
-from tunesmith.core.events import GENERAL_TASK
+from tunesmith.core.events import GENERAL_TASK, CheckResult
 from tunesmith.core.formatting import format_duration
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.scale_choice import describe_bargain
@@ -187,8 +187,8 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
     if claims:
         counts: dict[str, None] = {}
         for claim in claims:
-            is_general = claim.comparison.task == GENERAL_TASK
-            counts[f"{claim.comparison.after.n} {'general texts' if is_general else 'test rows'}"] = None
+            noun = "general texts" if claim.comparison.task == GENERAL_TASK else "test rows"
+            counts[f"{claim.comparison.after.n} {noun}"] = None
         lines.append(f"Compared in pairs, on the same items before and after: {', '.join(counts)}.")
         lines.append(_word_significance(claims))
         if any("test_data" in stage.plan.data for stage in run.stages):
@@ -236,10 +236,10 @@ def _list_cautions(run: ReportData) -> tuple[str, ...]:
     if run.record:
         cautions += [f"resumed with changed inputs: {text}" for text in run.record.input_changes]
     for stage in run.stages:
-        for check in stage.select_events("verdict"):
-            if check["level"] != "ok":
-                evidence = check["evidence"].partition("\n")[0]
-                cautions.append(f"step {check['step']}: {check['kind']}: {evidence}")
+        for check in stage.select_events(CheckResult):
+            if check.level != "ok":
+                evidence = check.evidence.partition("\n")[0]
+                cautions.append(f"step {check.step}: {check.kind}: {evidence}")
     return tuple(cautions)
 
 

@@ -22,11 +22,8 @@ from typing import Any, Protocol, Self, cast
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.events import CheckResult, Event, GenerationSample, Score, StageStart, TrainStep
-from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
-    EVENT_TYPES,
     STAGES_DIR,
-    STAGES_FILE,
     is_run,
     is_staged,
     read_events,
@@ -34,9 +31,8 @@ from tunesmith.core.run_dir import (
     require_run,
 )
 from tunesmith.core.types import Json
-from tunesmith.plan.stages import StagedPlan
+from tunesmith.plan.stages import read_staged_plan
 
-EVENT_CLASSES = {name: cls for cls, name in EVENT_TYPES.items()}
 FLUSH_SECONDS = 60.0  # how long the end of a run waits for what is still to be sent
 
 
@@ -202,28 +198,25 @@ def read_history(run: Path) -> list[tuple[Event, int]]:
     """Return the events that a folder holds, each with the steps of the stages before its own."""
     folders = {run: 0}
     if is_staged(run):
-        for plan, steps_before in zip(_read_stages(run).plans, _count_steps_before(run), strict=True):
+        plans = read_staged_plan(run).plans
+        for plan, steps_before in zip(plans, _count_steps_before(run), strict=True):
             folders[run / STAGES_DIR / Path(plan.config.output_dir).name] = steps_before
     history: list[tuple[Event, int]] = []
     for folder, steps_before in folders.items():
-        for line in read_events(folder):
-            history.append((parse_as(EVENT_CLASSES[line["type"]], line), steps_before))
+        for event in read_events(folder):
+            history.append((event, steps_before))
     return history
-
-
-def _read_stages(run: Path) -> StagedPlan:
-    return parse_as(StagedPlan, read_json(run / STAGES_FILE), where=str(run / STAGES_FILE))
 
 
 def _count_steps_before(run: Path) -> list[int]:
     """Return, for each stage, the steps of all earlier stages."""
     totals = [0]
-    for plan in _read_stages(run).plans[:-1]:
+    for plan in read_staged_plan(run).plans[:-1]:
         totals.append(totals[-1] + plan.steps)
     return totals
 
 
 def _read_config(run: Path) -> Json:
     """Return the value of every setting; of several stages, the last one's."""
-    plan = _read_stages(run).plans[-1] if is_staged(run) else read_run_plan(run)
+    plan = read_staged_plan(run).plans[-1] if is_staged(run) else read_run_plan(run)
     return plan.values

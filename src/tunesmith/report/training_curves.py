@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from tunesmith.core.types import Json
+from tunesmith.core.events import (
+    CheckpointSaved,
+    CheckResult,
+    GenerationSample,
+    Score,
+    TrainStep,
+)
 from tunesmith.report.run_data import ReportData, StageData
 from tunesmith.report.summary import UNITS
 from tunesmith.report.svg_charts import (
@@ -33,9 +39,9 @@ class CurvesView:
     stage: StageData
     charts: tuple[LineChart, ...]
     legend: tuple[tuple[str, str], ...]  # kind of a mark, sign and word
-    alerts: list[Json]  # events of type verdict, as samples are of type sample
-    passed: list[Json]
-    samples: list[Json]
+    alerts: list[CheckResult]
+    passed: list[CheckResult]
+    samples: list[GenerationSample]
     max_rows: int = MAX_TABLE_ROWS
 
 
@@ -48,28 +54,30 @@ def build_curves(run: ReportData) -> list[CurvesView] | None:
 
 
 def _build_stage_curves(stage: StageData, number: int) -> CurvesView:
-    checks = stage.select_events("verdict")
-    alerts = [check for check in checks if check["level"] in ALERT_LEVELS]
-    marks = [Mark(event["step"], "saved", event["path"]) for event in stage.select_events("saved")]
+    checks = stage.select_events(CheckResult)
+    alerts = [check for check in checks if check.level in ALERT_LEVELS]
+    marks: list[Mark] = []
+    for event in stage.select_events(CheckpointSaved):
+        marks.append(Mark(event.step, "saved", event.path))
     for check in alerts:
-        marks.append(Mark(check["step"], check["level"], f"{check['kind']}: {check['evidence']}"))
+        marks.append(Mark(check.step, check.level, f"{check.kind}: {check.evidence}"))
     kinds = dict.fromkeys(mark.kind for mark in marks)
     return CurvesView(
         stage=stage,
         charts=(*_chart_loss(stage, number, marks), *_chart_scores(stage, number, marks)),
         legend=tuple((kind, f"{MARK_SIGNS[kind]} {MARK_WORDS[kind]}") for kind in kinds),
         alerts=alerts,
-        passed=[check for check in checks if check["level"] not in ALERT_LEVELS],
-        samples=stage.select_events("sample"),
+        passed=[check for check in checks if check.level not in ALERT_LEVELS],
+        samples=stage.select_events(GenerationSample),
     )
 
 
 def _chart_loss(stage: StageData, number: int, marks: Sequence[Mark]) -> list[LineChart]:
-    steps = stage.select_events("step")
+    steps = stage.select_events(TrainStep)
     if not steps:
         return []
-    losses = [step["loss"] for step in steps]
-    points = tuple(Point(step["step"], step["loss"]) for step in steps)
+    losses = [step.loss for step in steps]
+    points = tuple(Point(step.step, step.loss) for step in steps)
     series = [Series("loss per step", points, "faint")]
     if len(steps) > 2 * SMOOTHING_STEPS:
         smooth: list[Point] = []
@@ -86,16 +94,16 @@ def _chart_loss(stage: StageData, number: int, marks: Sequence[Mark]) -> list[Li
 
 def _chart_scores(stage: StageData, number: int, marks: Sequence[Mark]) -> list[LineChart]:
     """Chart each metric that was measured at three steps or more: two are before and after."""
-    events_by_metric: dict[tuple[str, str], list[Json]] = {}
-    for event in stage.select_events("score"):
-        events_by_metric.setdefault((event["task"], event["metric"]), []).append(event)
+    events_by_metric: dict[tuple[str, str], list[Score]] = {}
+    for event in stage.select_events(Score):
+        events_by_metric.setdefault((event.task, event.metric), []).append(event)
     charts: list[LineChart] = []
     for index, ((task, metric), events) in enumerate(events_by_metric.items()):
-        if len({event["step"] for event in events}) < 3:
+        if len({event.step for event in events}) < 3:
             continue
         points: list[Point] = []
         for event in events:
-            points.append(Point(event["step"], event["value"], event.get("low"), event.get("high")))
+            points.append(Point(event.step, event.value, event.low, event.high))
         first = points[0]
         last = points[-1]
         description = (

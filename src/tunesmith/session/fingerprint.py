@@ -1,6 +1,6 @@
 """What a run stands on, and what of it has changed since.
 
-    identity_of(plan, facts, recipe) -> Json        kept as identity.json, and in every manifest of the run
+    identity_of(plan, facts, recipe) -> Json        kept as fingerprint.json, and in every manifest of the run
     changes(was, now) -> ["data.data: sha256 0c5e... -> 91d2...", ...]
 
 A run goes on bitwise only from the same recipe, plan, rows, tokenizer, template, weights and
@@ -44,7 +44,7 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
     files = {role: dataset.fingerprint for role, dataset in inputs.datasets.items()}
     for role, path in (
         ("retention_data", inputs.recipe.retention_data),
-        ("schema", inputs.recipe.answer_schema),
+        ("response_schema", inputs.recipe.response_schema),
     ):
         if path is not None and path.is_file():
             files[role] = hash_file(path)

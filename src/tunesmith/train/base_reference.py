@@ -1,7 +1,7 @@
 """Measurements of the model before training, taken once, before any weight changes.
 
-    before.json      its metrics, item by item
-    base-states/     its final hidden states on the measured texts and answers, where nothing brings
+    eval_before.json      its metrics, item by item
+    base_states/     its final hidden states on the measured texts and answers, where nothing brings
                      the base model back later: with full fine-tuning, or when training continues an
                      adapter; deleted when the run ends
     reference.json   log-probabilities of preference pairs, for DPO, in the same cases
@@ -38,7 +38,7 @@ from tunesmith.train.losses import REFERENCE_LOSSES
 
 REFERENCE_FILE = "reference.json"  # row -> log-probabilities of its documents before training
 BATCH_ROWS = 64
-STATES_DIR = "base-states"
+STATES_DIR = "base_states"
 STATE_NAMES = {GENERAL_TASK: "general", "test": "answers"}
 # A fresh adapter that is switched off leaves the base model.
 ADAPTER_DISABLED: BaseReferences = {GENERAL_TASK: AdapterDisabled(), "test": AdapterDisabled()}

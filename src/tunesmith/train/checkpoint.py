@@ -17,7 +17,7 @@ from tunesmith.model.safetensors_io import write_tensors
 from tunesmith.model.save import STATE_FILE, load_weights
 from tunesmith.train.optimizer import MOMENTS, get_moments, restore_moments
 
-POSITION_FILE = "position.json"
+TRAINER_STATE_FILE = "trainer_state.json"
 
 
 def write_state(
@@ -38,7 +38,7 @@ def write_state(
             updates = int(optimizer.state[parameter]["step"])
     write_tensors(tensors, folder / STATE_FILE)
     text = json.dumps({**position, "updates": updates}, indent=2)
-    (folder / POSITION_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / TRAINER_STATE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_state(
@@ -48,7 +48,7 @@ def read_state(
 
     Raise InputError if the folder belongs to another run."""
     tensors = load_weights(folder, parameters)
-    position = json.loads((folder / POSITION_FILE).read_text(encoding="utf-8"))
+    position = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     for name, parameter in parameters.items():
         if not position["updates"]:
             optimizer.state.pop(parameter, None)

@@ -32,7 +32,7 @@ SYSTEM_CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace")
 DIES = """
 import os, sys
 from pathlib import Path
-from tunesmith.atomic import new_folder
+from tunesmith.core.atomic import atomic_dir
 target, left = Path(sys.argv[1]), int(sys.argv[2])
 def dying(call):
     def wrapper(*arguments, **keywords):
@@ -44,7 +44,7 @@ def dying(call):
     return wrapper
 for name in ("mkdir", "open", "fsync", "rename", "replace"):
     setattr(os, name, dying(getattr(os, name)))
-with new_folder(target, facts={"version": 2}) as folder:
+with atomic_dir(target, metadata={"version": 2}) as folder:
     (folder / "weights").write_bytes(b"new" * 1000)
 """
 

@@ -82,7 +82,7 @@ def test_the_peak_rises_and_can_be_reset() -> None:
 
 
 def test_measuring_imports_no_torch_without_a_gpu() -> None:
-    code = "import sys; from pathlib import Path; from tunesmith.hardware import *; print(measure_machine(Path()).device)"
+    code = "import sys; from pathlib import Path; from tunesmith.core.hardware import *; print(measure_machine(Path()).device)"
     code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     device, torch_loaded = done.stdout.split()

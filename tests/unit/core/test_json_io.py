@@ -71,7 +71,7 @@ SETTINGS |= {
 CONFIG, REASONS = split_settings(SETTINGS)
 PLAN = Plan(
     recipe=to_jsonable(
-        Recipe.model_validate({"model": "tiny", "data": "a.jsonl", "schema": "s.json"})
+        Recipe.model_validate({"model": "tiny", "data": "a.jsonl", "response_schema": "s.json"})
     ),
     config=CONFIG,
     reasons=REASONS,
@@ -89,7 +89,7 @@ def test_a_plan_survives_the_way_through_a_file(tmp_path: Path) -> None:
     again = parse_as(Plan, read_json(tmp_path / "plan.json"))
     assert again == PLAN
     assert again.config.lora_r == 16
-    assert again.recipe["schema"] == "s.json"
+    assert again.recipe["response_schema"] == "s.json"
 
 
 def test_numpy_numbers_and_paths_become_plain() -> None:

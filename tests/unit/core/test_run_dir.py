@@ -13,6 +13,7 @@ import pytest
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.events import (
+    EVENT_TYPES,
     CheckpointSaved,
     CheckResult,
     Event,
@@ -22,22 +23,25 @@ from tunesmith.core.events import (
     TrainingEnd,
     TrainStep,
 )
-from tunesmith.core.json_io import read_json
+from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.run_dir import (
-    EVENT_TYPES,
     FAILED_CHECK,
     RunFolder,
     pick_run_folder,
+    read_all_events,
     read_events,
     read_failure,
+    read_run_plan,
+    require_run,
 )
+from tunesmith.core.types import RUN_FORMAT
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from tunesmith.runfolder import RunFolder
+from tunesmith.core.run_dir import RunFolder
 folder = RunFolder.create(Path(sys.argv[1]))
-folder.write_json("plan.json", {})
+folder.write_json("plan.json", {"format": 2})
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -49,7 +53,7 @@ def step(number: int, loss: float = 1.0) -> TrainStep:
 
 def started(path: Path) -> RunFolder:
     folder = RunFolder.create(path)
-    folder.write_json("plan.json", {"steps": 10})
+    folder.write_json("plan.json", {"format": RUN_FORMAT, "steps": 10})
     return folder
 
 
@@ -78,7 +82,7 @@ def test_what_a_killed_start_left_is_no_content(tmp_path: Path) -> None:
     (tmp_path / ".tmp-plan.json-77-ab").write_text("{")
     (tmp_path / ".lock").write_text("77")
     (tmp_path / "events.jsonl").write_text("")
-    (tmp_path / "identity.json").write_text("{}")
+    (tmp_path / "fingerprint.json").write_text("{}")
     with RunFolder.create(tmp_path):
         assert not list(tmp_path.glob(".tmp-*"))
     (tmp_path / "events.jsonl").write_text("{}\n")
@@ -114,7 +118,7 @@ def test_fault_32_two_processes_cannot_share_a_folder_and_a_killed_one_does_not_
                 use(path)
         other.send_signal(signal.SIGKILL)
     with RunFolder.open(path) as folder:
-        assert (path / ".lock").read_text() == str(os.getpid())
+        assert (path / ".lock.pid").read_text() == str(os.getpid())
         assert folder.attempt == 1  # no event was written before
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".lock").write_text("1")
@@ -125,6 +129,39 @@ def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not a run folder: there is no plan\.json"):
         RunFolder.open(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"choices": {}}, "an older version of tunesmith: format 1, and this version reads format 2"),
+        ({"format": 3}, "another version of tunesmith: format 3, and this version reads format 2"),
+        ([], "not a plan"),
+    ],
+)
+def test_a_folder_of_another_format_is_refused(
+    content: object, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "plan.json").write_bytes(dump_json(content))
+    for read in (RunFolder.open, require_run, read_run_plan):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"type": "leap", "step": 1, "attempt": 1, "time": 1.0}', "it has no known type"),
+        (b"[]", "it has no known type"),
+        (b'{"type": "saved", "step": 1, "attempt": 1, "time": 1.0}', "path: Field required"),
+        (b'{"type": "saved", "step": 1, "path": "a"}', "it has no attempt or time"),
+    ],
+)
+def test_a_line_that_is_not_an_event_is_named(line: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(InputError, match=rf"events\.jsonl:1: not an event.*{message}"):
+        read_events(tmp_path)
 
 
 def test_every_event_is_a_line_with_type_time_and_attempt(tmp_path: Path) -> None:
@@ -152,14 +189,15 @@ def test_every_event_is_a_line_with_type_time_and_attempt(tmp_path: Path) -> Non
         "done",
         "stage",
     ]
-    assert {line["type"] for line in lines} == set(EVENT_TYPES.values())
+    assert {line["type"] for line in lines} == EVENT_TYPES.keys()
     assert all(line["attempt"] == 1 and line["time"] > 1.7e9 for line in lines)
     assert lines[2] | {"time": 0} == {
         "type": "step", "time": 0, "attempt": 1, "step": 1, "loss": 1.0, "tokens": 100, "supervised_tokens": 20,
         "seconds": 0.5, "learning_rate": 1e-4, "grad_norm": 1.0, "peak_bytes": 10**9, "task_tokens": {},
         "shared_tokens": 0,
     }  # fmt: skip
-    assert read_events(tmp_path) == lines
+    assert read_events(tmp_path) == sorted(events, key=lambda event: event.step)
+    assert [logged.attempt for logged in read_all_events(tmp_path)] == [1] * len(events)
 
 
 def test_a_loss_that_is_not_a_number_is_never_recorded(tmp_path: Path) -> None:
@@ -177,7 +215,7 @@ def test_readers_take_the_last_attempt_of_a_step_in_order(tmp_path: Path) -> Non
         assert folder.attempt == 2
         folder.append_event(step(2, loss=20.0))
         events = folder.load_events()
-    assert [(e["step"], e.get("loss")) for e in events] == [
+    assert [(event.step, getattr(event, "loss", None)) for event in events] == [
         (1, 11.0),
         (1, None),
         (2, 20.0),
@@ -190,10 +228,10 @@ def test_a_torn_last_line_is_left_out_and_stays_apart_from_what_follows(tmp_path
         folder.append_event(step(1))
     with (tmp_path / "events.jsonl").open("ab") as file:
         file.write(b'{"type": "step", "time": 1, "att')
-    assert [event["step"] for event in read_events(tmp_path)] == [1]
+    assert [event.step for event in read_events(tmp_path)] == [1]
     with RunFolder.open(tmp_path) as folder:
         folder.append_event(step(2))
-    assert [event["step"] for event in read_events(tmp_path)] == [1, 2]
+    assert [event.step for event in read_events(tmp_path)] == [1, 2]
 
 
 def test_a_first_line_that_is_torn_leaves_no_trace(tmp_path: Path) -> None:
@@ -203,7 +241,7 @@ def test_a_first_line_that_is_torn_leaves_no_trace(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path) as folder:
         assert folder.attempt == 1
         folder.append_event(step(1))
-    assert [event["step"] for event in read_events(tmp_path)] == [1]
+    assert [event.step for event in read_events(tmp_path)] == [1]
 
 
 def test_a_line_that_is_just_being_written_is_left_out(tmp_path: Path) -> None:
@@ -211,7 +249,7 @@ def test_a_line_that_is_just_being_written_is_left_out(tmp_path: Path) -> None:
         folder.append_event(step(1))
         with (tmp_path / "events.jsonl").open("ab") as file:
             file.write(b'{"type": "step", "st')
-        assert [event["step"] for event in folder.load_events()] == [1]
+        assert [event.step for event in folder.load_events()] == [1]
 
 
 def test_only_a_failure_at_the_end_is_one(tmp_path: Path) -> None:
@@ -303,7 +341,7 @@ def test_what_a_killed_process_left_is_removed_on_opening(tmp_path: Path) -> Non
     with RunFolder.open(tmp_path) as folder:
         assert folder.find_latest_checkpoint() == (tmp_path / "checkpoints" / "step-1", [])
     names = {entry.name for entry in [*tmp_path.iterdir(), *(tmp_path / "checkpoints").iterdir()]}
-    assert names == {".lock", "plan.json", "events.jsonl", "checkpoints", "step-1"}
+    assert names == {".lock", ".lock.pid", "plan.json", "events.jsonl", "checkpoints", "step-1"}
 
 
 def test_the_next_free_name(tmp_path: Path) -> None:

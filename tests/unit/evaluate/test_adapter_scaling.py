@@ -101,7 +101,7 @@ def test_of_all_weights_there_is_no_curve_but_a_distance(writer: Path, tmp_path:
     record = record_of(writer, tmp_path, method="full", lora_r="auto", learning_rate=0.001)
     assert record.scales == ()
     assert values(record)[GENERAL_TASK, "kl"] > 0
-    assert not (tmp_path / "run" / "base-states").exists(), "it is needed until the end only"
+    assert not (tmp_path / "run" / "base_states").exists(), "it is needed until the end only"
 
 
 def test_an_adapter_that_goes_on_has_moved_from_what_it_was(writer: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_finished_runs_are_compared_by_their_files_in_a_moment(runs: tuple[Path,
 def test_the_change_is_that_of_the_items(runs: tuple[Path, Path]) -> None:
     found = tunesmith.compare(*runs)
     assert found.notes == ()
-    first, second = (parse_as(EvalResults, read_json(run / "after.json")) for run in runs)
+    first, second = (parse_as(EvalResults, read_json(run / "eval_after.json")) for run in runs)
     for one, other in zip(first.measurements, second.measurements, strict=True):
         if not (one.weights or one.groups):
             change = sum(other.values) / len(other.values) - sum(one.values) / len(one.values)
@@ -90,7 +90,7 @@ def test_sides_that_no_file_holds_are_measured(
 def test_answers_of_a_file_are_graded_on_the_items_of_the_run(
     runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    after = parse_as(EvalResults, read_json(runs[0] / "after.json"))
+    after = parse_as(EvalResults, read_json(runs[0] / "eval_after.json"))
     given = [{"id": sample.id, "answer": sample.expected} for sample in after.samples[:2]]
     found = tunesmith.compare(write_rows(tmp_path / "answers.jsonl", given), runs[0])
     assert {c.metric: (c.before.value, c.after.n) for c in found.comparisons} == {
@@ -116,13 +116,13 @@ def test_runs_that_cannot_be_compared_say_why(runs: tuple[Path, Path], tmp_path:
     broken = shutil.copytree(runs[0], tmp_path / "run")
     for damage, message in (
         (
-            lambda: (broken / "after.json").write_text('{"measurements": [{"task": 1}]}'),
+            lambda: (broken / "eval_after.json").write_text('{"measurements": [{"task": 1}]}'),
             r"after\.json: not a Measured",
         ),
-        (lambda: (broken / "after.json").write_text("{"), r"after\.json:1:\d+: not JSON"),
+        (lambda: (broken / "eval_after.json").write_text("{"), r"after\.json:1:\d+: not JSON"),
         (
-            (broken / "after.json").unlink,
-            "there is no after.json: the run was made by another version, or",
+            (broken / "eval_after.json").unlink,
+            "there is no eval_after.json: the run was made by another version, or",
         ),
         ((broken / "record.json").unlink, "this run is not finished[\\s\\S]*tunesmith resume"),
     ):

@@ -18,7 +18,12 @@ from tunesmith.report.run_data import load_report_data
 from tunesmith.report.samples import build_sample_diffs
 from tunesmith.report.summary import Summary, build_summary
 
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202egnp.exe\x00\ud800&amp;"
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
+    "\u202egnp.exe\x00\ud800&amp;"
+)
+WORSE = fake_runs.make_comparison("exact_match", 0.8, 0.1, 0.1)
+LOWER_LOSS = fake_runs.make_comparison("loss", 2, 1, 0.1, higher_is_better=False)
 
 
 class PageParser(HTMLParser):
@@ -81,17 +86,9 @@ def summarize(tmp_path: Path, *comparisons: Comparison) -> Summary:
         ),
         ([fake_runs.BETTER], "The answers are better.", "good"),
         ([fake_runs.SAME], "No difference shown in the answers.", "open"),
-        ([fake_runs.make_comparison("exact_match", 0.8, 0.1, 0.1)], "The answers are worse.", "bad"),
-        (
-            [fake_runs.make_comparison("loss", 2, 1, 0.1, higher_is_better=False)],
-            "Test rows are predicted better.",
-            "good",
-        ),
-        (
-            [fake_runs.SAME, fake_runs.make_comparison("loss", 2, 1, 0.1, higher_is_better=False)],
-            "No difference shown in the answers.",
-            "open",
-        ),
+        ([WORSE], "The answers are worse.", "bad"),
+        ([LOWER_LOSS], "Test rows are predicted better.", "good"),
+        ([fake_runs.SAME, LOWER_LOSS], "No difference shown in the answers.", "open"),
         ([fake_runs.FORGOT], "General text got worse.", "bad"),
         ([], "Trained, not measured", "open"),
     ],
@@ -113,7 +110,9 @@ def test_a_change_that_does_not_survive_holm_correction_does_not_count(tmp_path:
 
 
 def test_a_doubtful_loss_on_general_text_is_in_the_headline(tmp_path: Path) -> None:
-    weak = fake_runs.make_comparison("bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL_TASK, higher_is_better=False)
+    weak = fake_runs.make_comparison(
+        "bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL_TASK, higher_is_better=False
+    )
     others = [replace(fake_runs.SAME, metric=f"m{n}") for n in range(4)]
     assert "may have got worse" in summarize(tmp_path, *others, weak).headline
 
@@ -178,7 +177,7 @@ def test_without_a_better_scale_none_is_recommended(tmp_path: Path) -> None:
     run = fake_runs.write_run(tmp_path / "run", record=record)
     assert "On eval_data" not in build_summary(load_report_data(run)).sentence
     text = read_text(run)
-    assert "Scale 1, the adapter as trained, is best: less of it keeps too little" in text
+    assert "Scale 1, the adapter as trained, is best: a smaller scale keeps too little" in text
     assert "--scale" not in text
 
 
@@ -241,7 +240,8 @@ def test_grades_decide_better_and_worse(tmp_path: Path) -> None:
         EVAL_BEFORE_FILE: make_results([0, 1, 0], ["a", "b", "c"]),
         EVAL_AFTER_FILE: make_results([1, 0, 0], ["x", "b", "y"]),
     }
-    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record(samples=()), files=files)
+    record = fake_runs.make_record(samples=())
+    run = fake_runs.write_run(tmp_path / "run", record=record, files=files)
     diffs = build_sample_diffs(load_report_data(run))
     assert [(diff.state, diff.changed) for diff in diffs] == [
         ("better", True),
@@ -282,7 +282,7 @@ def write_hostile_run(path: Path) -> Path:
     )
     template = PlanValue(HOSTILE, "rule", HOSTILE, "Hu 2021", "published", "the same")
     plan = replace(
-        fake_runs.PLAN.with_settings(template=template),
+        fake_runs.PLAN.with_settings(chat_template=template),
         data={HOSTILE: report},
         warnings=(HOSTILE,),
         seconds_source=HOSTILE,
@@ -294,7 +294,9 @@ def write_hostile_run(path: Path) -> Path:
         GenerationSample(4, HOSTILE, HOSTILE, HOSTILE),
     ]
     events += [Score(HOSTILE, HOSTILE, 1.0, 0.5, 2.0, 3, step) for step in (1, 2, 3)]
-    record = fake_runs.make_record(plan, comparisons=(comparison,), samples=samples, input_changes=(HOSTILE,))
+    record = fake_runs.make_record(
+        plan, comparisons=(comparison,), samples=samples, input_changes=(HOSTILE,)
+    )
     return fake_runs.write_run(path, plan=plan, record=record, events=events)
 
 

@@ -1,6 +1,6 @@
-"""The page in a browser: it asks for nothing, says nothing on the console, can be used by everyone,
-and runs nothing of what it holds. Needs Debian's chromium, playwright and axe (the extra `dev` has
-the last two)."""
+"""The page in a browser: no requests, an empty console, accessible, and nothing in it runs.
+
+Needs Debian's chromium, playwright and axe (the extra `dev` has the last two)."""
 
 from __future__ import annotations
 
@@ -26,67 +26,65 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed"),
-    pytest.mark.filterwarnings("ignore"),  # of the browser's driver
+    # of the browser's driver
+    pytest.mark.filterwarnings("ignore"),
 ]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as found:
-        started = found.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
-def opened(browser: Any, file: Path, **context: Any) -> Any:
-    """A page that has asked for nothing but itself, and has said nothing."""
+def open_page(browser: Any, file: Path, **context: Any) -> Any:
+    """Open a page and check that it requests only itself and logs nothing."""
     page = browser.new_context(**context).new_page()
-    page.asked, page.said = [], []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    page.on("dialog", lambda dialog: (page.said.append("dialog"), dialog.dismiss()))
+    page.requests = []
+    page.console = []
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.on("console", lambda message: page.console.append(message.text))
+    page.on("pageerror", lambda error: page.console.append(str(error)))
+    page.on("dialog", lambda dialog: (page.console.append("dialog"), dialog.dismiss()))
     page.goto(file.as_uri())
-    assert page.asked == [file.as_uri()]
-    assert page.said == []
+    assert page.requests == [file.as_uri()]
+    assert page.console == []
     return page
 
 
 @pytest.fixture(scope="module")
-def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    answers = [fake_runs.make_pair(n, f"was {n % 3}", f"is {n % 2}", f"is {n % 4}") for n in range(200)]
-    folder = tmp_path_factory.mktemp("usual")
-    return write_report(
-        fake_runs.write_run(
-            folder / "run",
-            record=fake_runs.make_record(
-                samples=tuple(answers), scales=fake_runs.make_scales(fake_runs.CHEAPER)
-            ),
-        )
+def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    samples = tuple(
+        fake_runs.make_pair(n, f"was {n % 3}", f"is {n % 2}", f"is {n % 4}") for n in range(200)
     )
+    scales = fake_runs.make_scales(fake_runs.CHEAPER)
+    record = fake_runs.make_record(samples=samples, scales=scales)
+    return write_report(fake_runs.write_run(tmp_path_factory.mktemp("finished") / "run", record=record))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
-def test_everyone_can_use_it(browser: Any, usual: Path, scheme: str, width: int) -> None:
-    page = opened(browser, usual, color_scheme=scheme, viewport={"width": width, "height": 800})
+def test_the_page_is_accessible(browser: Any, report_file: Path, scheme: str, width: int) -> None:
+    page = open_page(browser, report_file, color_scheme=scheme, viewport={"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
-    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    found = axe.Axe().run(page)
-    assert found.violations_count == 0, found.generate_report()
+    page.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+    result = axe.Axe().run(page)
+    assert result.violations_count == 0, result.generate_report()
 
 
-def test_staged_and_unfinished_runs_are_as_good(browser: Any, tmp_path: Path) -> None:
+def test_staged_and_unfinished_runs_are_accessible(browser: Any, tmp_path: Path) -> None:
     runs = [
         fake_runs.write_stages(tmp_path / "stages"),
         fake_runs.write_run(tmp_path / "open", events=fake_runs.make_events(7)),
     ]
     for run in runs:
-        assert axe.Axe().run(opened(browser, write_report(run))).violations_count == 0
+        assert axe.Axe().run(open_page(browser, write_report(run))).violations_count == 0
 
 
-def test_filters_and_search_by_keyboard(browser: Any, usual: Path) -> None:
-    page = opened(browser, usual)
+def test_filters_and_search_by_keyboard(browser: Any, report_file: Path) -> None:
+    page = open_page(browser, report_file)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     assert page.locator("article").count() == 40
@@ -110,8 +108,8 @@ def test_filters_and_search_by_keyboard(browser: Any, usual: Path) -> None:
     )
 
 
-def test_hostile_words_run_nothing(browser: Any, tmp_path: Path) -> None:
-    page = opened(browser, write_report(write_hostile_run(tmp_path / "run")))
+def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
+    page = open_page(browser, write_report(write_hostile_run(tmp_path / "run")))
     assert "owned" not in page.title()
     assert page.locator("img").count() == 0
     assert page.locator("article").count() == 2
@@ -121,14 +119,19 @@ def test_hostile_words_run_nothing(browser: Any, tmp_path: Path) -> None:
     assert "</script><script>" in text
     assert not set("\u202e\x00\ud800") & set(page.locator("body").inner_text())
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.said == []
-    added = "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
-    assert page.evaluate(f"(() => {{ {added} return window.ran; }})()") is None
-    assert "Content Security Policy" in page.said[0]
+    assert page.console == []
+    injected = """() => {
+        const script = document.createElement("script");
+        script.textContent = "window.ran = 1";
+        document.body.append(script);
+        return window.ran;
+    }"""
+    assert page.evaluate(injected) is None
+    assert "Content Security Policy" in page.console[0]
 
 
-def test_without_scripts_it_can_be_read(browser: Any, usual: Path) -> None:
-    page = opened(browser, usual, java_script_enabled=False)
+def test_it_is_readable_without_javascript(browser: Any, report_file: Path) -> None:
+    page = open_page(browser, report_file, java_script_enabled=False)
     assert page.locator("h1").inner_text() == "The answers are better. General text got worse."
     assert page.locator("#results tbody tr").count() == 2
     assert page.locator("svg[role=img]").count() >= 4
@@ -149,7 +152,7 @@ def test_ten_thousand_answers_stay_usable(browser: Any, tmp_path: Path) -> None:
         fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record(samples=samples))
     )
     start = time.perf_counter()
-    page = opened(browser, file)
+    page = open_page(browser, file)
     playwright.expect(page.locator("article")).to_have_count(40)
     assert time.perf_counter() - start < 8  # on two busy cores; about 1 s on idle ones
     start = time.perf_counter()
@@ -158,8 +161,8 @@ def test_ten_thousand_answers_stay_usable(browser: Any, tmp_path: Path) -> None:
     assert time.perf_counter() - start < 3
 
 
-def test_it_prints(browser: Any, usual: Path, tmp_path: Path) -> None:
-    page = opened(browser, usual, color_scheme="dark")
+def test_it_prints(browser: Any, report_file: Path, tmp_path: Path) -> None:
+    page = open_page(browser, report_file, color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not page.locator("nav").is_visible()

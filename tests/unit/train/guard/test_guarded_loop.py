@@ -34,6 +34,7 @@ from tunesmith.core.events import (
     Event,
     GenerationSample,
     Score,
+    TrainStep,
 )
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import read_events, read_rollbacks
@@ -204,14 +205,14 @@ def test_it_goes_back_and_on_without_the_rows_at_fault(
         for event in events
         if isinstance(event, CheckResult) and event.kind == "loss rise"
     ] == ["rollback"]
-    kept = [event for event in read_events(folder_of(wish)) if event["type"] == "step"]
-    assert [event["step"] for event in kept] == list(range(1, 13)), (
+    kept = steps_of(read_events(folder_of(wish)))
+    assert [event.step for event in kept] == list(range(1, 13)), (
         "one line a step, the one that counts"
     )
-    assert [event["supervised_tokens"] for event in kept][7] == 0, "the slot is there, and empty"
+    assert [event.supervised_tokens for event in kept][7] == 0, "the slot is there, and empty"
     assert record.steps == 12
-    assert max(event["loss"] for event in kept) < 1
-    assert any(event.get("level") == "rollback" for event in read_events(folder_of(wish)))
+    assert max(event.loss for event in kept) < 1
+    assert any(map(is_rollback, read_events(folder_of(wish))))
 
 
 def follow(wish: Recipe, until: Callable[[Event], bool]) -> None:
@@ -254,7 +255,7 @@ def test_killed_around_a_rollback_it_ends_with_the_same_bytes(
     assert adapter_bytes(wish) == adapter_bytes(gone_back[0])
     assert len(read_rollbacks(folder_of(wish))) == 1
     assert sum(map(is_rollback, went_on)) == (1 if after == "before it" else 0)
-    kept = [event["step"] for event in read_events(folder_of(wish)) if event["type"] == "step"]
+    kept = [event.step for event in steps_of(read_events(folder_of(wish)))]
     assert kept == list(range(1, 13))
 
 
@@ -435,9 +436,9 @@ def test_a_signal_before_a_look_leaves_the_look_to_the_next_attempt(
 
     def counted(wish: Recipe) -> list[tuple[str, int]]:
         return sorted(
-            (e["type"], e["step"])
-            for e in read_events(folder_of(wish))
-            if e["type"] in ("score", "step")
+            (type(event).__name__, event.step)
+            for event in read_events(folder_of(wish))
+            if isinstance(event, Score | TrainStep)
         )
 
     assert counted(stopped) == counted(whole)
