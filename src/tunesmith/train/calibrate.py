@@ -1,9 +1,11 @@
-"""How long a run will take, measured in seconds on this machine: `plan --calibrate`.
+"""Measure how long a plan's steps take on this machine: `plan --benchmark`.
 
-In: a plan and its facts. Out: the plan with its time, and what that comes from. Real steps of the
-plan are taken with one and with a few layers of made-up weights; the difference is what a layer
-costs, and the rest what the embeddings, the head and the update do. So the weights need not be
-there, nor fit. Left out: what a run does beside its steps (finish.py)."""
+In: a plan and its inputs. Out: the plan with its training time and how that was measured.
+
+Real steps of the plan run on a model with one layer and with a few layers, with random weights. The
+difference is the cost of a layer; the rest is the cost of embeddings, head and update. So the
+weights need be neither present nor fit in memory. Left out: the rest of a run
+(time_estimate.py)."""
 
 from __future__ import annotations
 
@@ -23,49 +25,54 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import open_truncated_session
 from tunesmith.train.loop import TrainingLoop
 
-SECONDS_PER_DEPTH = 2.5  # of steps for each of the two depths
-MAX_STEPS, MAX_LAYERS = 8, 6
-MAX_STEP_FLOPS = 2e12  # of a measured step: larger ones are cut to fewer rows
-GEMM_TOKENS, COPY_BYTES, MIN_SECONDS = 2048, 2**28, 0.4
+SECONDS_PER_DEPTH = 2.5  # of steps, for each of the two depths
+MAX_STEPS = 8
+MAX_LAYERS = 6
+MAX_STEP_FLOPS = 2e12  # larger steps are cut to fewer rows
+GEMM_TOKENS = 2048
+MIN_SECONDS = 0.4
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured; seconds are a computed token's."""
+    """Measured speeds; seconds are per computed token."""
 
     layer_seconds: float
-    other_seconds: float
-    depths: tuple[int, int]
+    other_seconds: float  # embeddings, head and update
+    depths: tuple[int, int]  # layers of the two measured models
     steps: int
-    gemm_flops: float  # operations a second of a product as wide as the model's MLP
-    bandwidth: float  # bytes a second that a copy reads and writes
+    gemm_flops: float  # FLOP/s of a matrix product as wide as the model's MLP
 
     def compute_token_seconds(self, layers: int) -> float:
         return self.other_seconds + layers * self.layer_seconds
 
 
 def calibrate_plan(plan: Plan, inputs: RunInputs) -> Plan:
-    """Raises MachineError for a model whose few layers do not fit, InputError when the plan is for
-    another machine."""
-    calibration, layers = measure_calibration(plan, inputs), plan.model.num_layers
+    """Return the plan with a measured training time.
+
+    Raise MachineError if two layers do not fit, InputError if the plan is for another machine."""
+    calibration = measure_calibration(plan, inputs)
+    layers = plan.model.num_layers
     seconds = count_computed_tokens(plan) * calibration.compute_token_seconds(layers)
     utilization = estimate_run_flops(plan) / seconds / calibration.gemm_flops
+    shallow, deep = calibration.depths
     source = (
-        f"measured: {calibration.steps} steps of {calibration.depths[0]} and {calibration.depths[1]} of {layers} layers. Products run at "
-        f"{calibration.gemm_flops / 1e9:,.0f} GFLOP/s, the run at {utilization:.0%} of that; copies at "
-        f"{calibration.bandwidth / 1e9:.0f} GB/s"
+        f"measured: {calibration.steps} steps of {shallow} and {deep} of {layers} layers, "
+        f"{utilization:.0%} of the {calibration.gemm_flops / 1e9:,.0f} GFLOP/s of matrix products"
     )
     return dataclasses.replace(plan, seconds=(seconds,), seconds_source=source)
 
 
 def measure_calibration(plan: Plan, inputs: RunInputs) -> Calibration:
+    """Measure steps at two depths; raise as calibrate_plan."""
     if plan.machine.device != "cpu":
         raise InputError(
-            "only a processor at hand can be measured",
-            where="--calibrate",
-            fix="leave --target out",
+            "only the CPU of this machine can be benchmarked",
+            where="--benchmark",
+            fix="omit --target",
         )
-    shallow, deep = 1, max(2, min(MAX_LAYERS, plan.model.num_layers, _count_fitting_layers(plan)))
+    shallow = 1
+    deep = max(2, min(MAX_LAYERS, plan.model.num_layers, _count_fitting_layers(plan)))
     truncate = _make_truncator(plan, deep)
     shallow_seconds, shallow_steps = _measure_token_seconds(plan, inputs, shallow, truncate)
     deep_seconds, deep_steps = _measure_token_seconds(plan, inputs, deep, truncate)
@@ -75,45 +82,40 @@ def measure_calibration(plan: Plan, inputs: RunInputs) -> Calibration:
         other_seconds=max(shallow_seconds - shallow * layer_seconds, 0.0),
         depths=(shallow, deep),
         steps=shallow_steps + deep_steps,
-        gemm_flops=measure_gemm_flops(plan),
-        bandwidth=measure_copy_bandwidth(),
+        gemm_flops=_measure_gemm_flops(plan),
     )
 
 
 def _count_fitting_layers(plan: Plan) -> int:
-    """In half of the free memory, all weights trained at the most."""
-    spec, cost = plan.model, 20 if plan.config.method == "full" else 4
-    embedding_bytes = cost * (spec.parameters - spec.block_parameters)
-    layers = int(
-        (plan.machine.available_bytes / 2 - embedding_bytes)
-        / (cost * spec.block_parameters / spec.num_layers)
-    )
+    """Return how many layers fit in half of the free memory; raise MachineError for fewer than
+    2."""
+    spec = plan.model
+    bytes_per_parameter = 20 if plan.config.method == "full" else 4
+    embedding_bytes = bytes_per_parameter * (spec.parameters - spec.block_parameters)
+    layer_bytes = bytes_per_parameter * spec.block_parameters / spec.num_layers
+    layers = int((plan.machine.available_bytes / 2 - embedding_bytes) / layer_bytes)
     if layers < 2:
-        message = (
-            f"two layers and the embeddings of {spec.name} take more than half of the free memory"
-        )
         raise MachineError(
-            message, where="--calibrate", fix="free memory, or leave --calibrate out"
+            f"two layers and the embeddings of {spec.name} need more than half of the free memory",
+            where="--benchmark",
+            fix="free memory, or omit --benchmark",
         )
     return layers
 
 
 def _make_truncator(plan: Plan, layers: int) -> Callable[[Sequence[Document]], Sequence[Document]]:
-    """The first documents of a step, as many as are computed in a second or so. Pairs stay
-    together."""
-    cost = (
-        compute_token_flops(plan.model, plan.config.method, plan.config.gradient_checkpointing, 0)
-        * layers
-        / plan.model.num_layers
-    )
-    max_tokens = max(256, int(MAX_STEP_FLOPS / cost))
+    """Return a function that cuts a step to about a second of documents; pairs stay together."""
+    config = plan.config
+    token_flops = compute_token_flops(plan.model, config.method, config.gradient_checkpointing, 0)
+    max_tokens = max(256, int(MAX_STEP_FLOPS / (token_flops * layers / plan.model.num_layers)))
 
     def truncate_documents(documents: Sequence[Document]) -> Sequence[Document]:
-        tokens, end = 0, 0
-        while end < len(documents) and (tokens < max_tokens or documents[end].side == "rejected"):
-            tokens += len(documents[end])
-            end += 1
-        return documents[:end]
+        tokens = 0
+        for end, document in enumerate(documents):
+            if tokens >= max_tokens and document.side != "rejected":
+                return documents[:end]
+            tokens += len(document)
+        return documents
 
     return truncate_documents
 
@@ -124,8 +126,9 @@ def _measure_token_seconds(
     layers: int,
     truncate: Callable[[Sequence[Document]], Sequence[Document]],
 ) -> tuple[float, int]:
-    """Of a computed token, and from how many steps; the first step, which makes what stays, is not
-    counted."""
+    """Return the seconds per computed token, and the number of measured steps.
+
+    The first step allocates what later ones reuse, and is not counted."""
     session = open_truncated_session(plan, inputs, layers)
     training = TrainingLoop(
         session.model,
@@ -133,47 +136,28 @@ def _measure_token_seconds(
         plan.config,
         steps=plan.steps,
     )
-    results: list[TrainStep] = []
+    steps: list[TrainStep] = []
     for event in training:
         if isinstance(event, TrainStep):
-            results.append(event)
-            counted_results = results[1:]
-            if (
-                len(counted_results) >= MAX_STEPS
-                or sum(result.seconds for result in counted_results) > SECONDS_PER_DEPTH
-            ):
+            steps.append(event)
+            seconds = sum(step.seconds for step in steps[1:])
+            if len(steps) > MAX_STEPS or seconds > SECONDS_PER_DEPTH:
                 training.stop()
-    counted_results = results[1:] or results
-    seconds = sum(result.seconds for result in counted_results)
-    return seconds / max(
-        1, sum(result.tokens - result.shared_tokens for result in counted_results)
-    ), len(counted_results)
+    counted = steps[1:] or steps
+    seconds = sum(step.seconds for step in counted)
+    tokens = sum(step.tokens - step.shared_tokens for step in counted)
+    return seconds / max(1, tokens), len(counted)
 
 
-def measure_gemm_flops(plan: Plan) -> float:
-    """Operations a second of a frozen layer's product."""
+def _measure_gemm_flops(plan: Plan) -> float:
+    """Return the FLOP/s of a frozen layer's matrix product."""
     dtype = DTYPES[plan.config.dtype]
     activations = torch.ones(GEMM_TOKENS, plan.model.hidden_size, dtype=dtype)
     weight = torch.ones(plan.model.intermediate_size, plan.model.hidden_size, dtype=dtype)
-    return (
-        2
-        * GEMM_TOKENS
-        * weight.numel()
-        / _time_repeated(lambda: torch.nn.functional.linear(activations, weight))
-    )
-
-
-def measure_copy_bandwidth() -> float:
-    source = torch.ones(COPY_BYTES // 4)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _time_repeated(lambda: target.copy_(source))
-
-
-def _time_repeated(work: Callable[[], object]) -> float:
-    """Seconds of one time, the first one left out."""
-    work()
-    count, started = 0, time.perf_counter()
+    torch.nn.functional.linear(activations, weight)  # the first product is not counted
+    count = 0
+    started = time.perf_counter()
     while (elapsed := time.perf_counter() - started) < MIN_SECONDS:
-        work()
+        torch.nn.functional.linear(activations, weight)
         count += 1
-    return elapsed / count
+    return 2 * GEMM_TOKENS * weight.numel() * count / elapsed

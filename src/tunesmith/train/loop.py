@@ -45,7 +45,7 @@ from tunesmith.train.optimizer import (
 )
 from tunesmith.train.optimizer_in_backward import OptimizerInBackward
 
-# Attributes in position.json, next to the rollbacks.
+# Attributes in trainer_state.json, next to the rollbacks.
 POSITION_FIELDS = ("step", "seconds", "bad_steps", "pack_length", "ratios")
 MAX_BAD_STEPS = 3  # consecutive non-finite steps that end a run
 

@@ -1,7 +1,7 @@
-"""Write the model card: README.md next to the trained weights, with facts of the run's record only.
+"""Write the model card, README.md next to the trained weights: facts of the run's record only.
 
-    write_card(record, fingerprint)     adapter/README.md or model/README.md, with metadata for the Hub
-    note_scale(folder, scale, curve)    the card of an export of that adapter at another scale
+    write_card(record, fingerprint)    adapter/README.md or model/README.md, with Hub metadata
+    note_scale(folder, scale, curve)   the card of an export of that adapter at another scale
 
 The manifest of the folder leaves the card out: people edit cards, and the weights stay verified.
 What is unknown is omitted, such as a base model without a name on the Hub or without a license.
@@ -68,7 +68,9 @@ def note_scale(folder: Path, scale: float, curve: Sequence[ScalePoint]) -> None:
     for point in curve:
         if point.scale == scale:
             tradeoff = describe_tradeoff(curve, point)
-    measured = f"On eval_data, this scale {tradeoff}." if tradeoff else "Not measured at this scale."
+    measured = "Not measured at this scale."
+    if tradeoff:
+        measured = f"On eval_data, scale {scale:g} {tradeoff}."
     note = (
         f"The trained adapter multiplied by {scale:g}, through `lora_alpha`. All other numbers "
         f"here are for the adapter as trained. {measured}"
@@ -138,7 +140,9 @@ def find_license(model: ModelSpec) -> str:
 def _render_title(record: RunRecord) -> str:
     config = record.plan.config
     model = record.plan.model
-    kind = "A fully fine-tuned model" if config.method == "full" else f"An adapter ({config.method})"
+    kind = f"An adapter ({config.method})"
+    if config.method == "full":
+        kind = "A fully fine-tuned model"
     origin = f" ({model.origin})" if model.origin else ""
     return (
         f"# {escape_markdown(Path(config.output_dir).name)}\n\n"

@@ -1,9 +1,9 @@
-"""What a run does beside its steps, and how long that takes: when it will be finished.
+"""Estimate the time of a run from start to end, given the time of its steps.
 
-In: a plan whose training has a time (calibration.py), and its facts. Out: the plan with the seconds
-from the start of `train` to its end. What is measured is known beforehand, item by item; it is
-counted in tokens of a forward. Left out: rows that the model writes for itself, rollbacks, and how
-much later a model that rambles ends its answers."""
+In: a plan with a measured training time (calibrate.py), and its inputs. Out: the plan with
+`total_seconds`. Everything that will be measured is known beforehand, item by item; its cost is
+counted in forward tokens. Left out: rehearsal rows that the model generates, rollbacks, and answers
+that become longer than expected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from tunesmith.core.types import Document, Plan
+from tunesmith.core.types import Plan
 from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES, MAX_TOKENS
 from tunesmith.evaluate.general_text import GeneralText
 from tunesmith.evaluate.generate_until import EvalPrompt, compute_max_new_tokens
@@ -25,53 +25,53 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.train.base_reference import can_disable_adapter
 from tunesmith.train.guard.probes import MAX_TEXT_CHARS, MAX_TEXTS
 
-# In tokens of a forward, fitted to runs on two cores of a CPU (docs/guides/plan.md): what a step of
-# answers takes beside its rows, and what the proof takes, whose documents are few and cut.
-DECODE_STEP_TOKENS, PREFLIGHT_TOKENS = 60, 6000
-LOAD_SECONDS = 3.0  # imports, weights, the first products
+# Fitted to runs on two CPU cores (docs/guides/plan.md): the cost of a decoding step next to that of
+# its rows, and of preflight, in forward tokens.
+DECODE_STEP_TOKENS = 60
+PREFLIGHT_TOKENS = 6000
+LOAD_SECONDS = 3.0  # imports, weights, first matrix products
 
 
 def add_run_seconds(plan: Plan, eval_cost: EvalCostEstimate) -> Plan:
+    """Return the plan with the time of the run, given that of its steps."""
     (train_seconds,) = plan.seconds
-    rank = plan.config.lora_r or 0
-    token_flops = estimate_run_flops(plan) / count_computed_tokens(plan)
-    forward_share = (
-        2 * (plan.model.block_parameters + count_lora_parameters(plan.model, rank)) / token_flops
-    )  # the share of a step's time
-    overhead = eval_cost.count_tokens() / count_computed_tokens(plan) * forward_share
+    num_tokens = count_computed_tokens(plan)
+    num_parameters = plan.model.block_parameters
+    num_parameters += count_lora_parameters(plan.model, plan.config.lora_r or 0)
+    step_flops_per_token = estimate_run_flops(plan) / num_tokens
+    forward_share = 2 * num_parameters / step_flops_per_token
+    overhead = eval_cost.count_tokens() / num_tokens * forward_share
     return dataclasses.replace(plan, total_seconds=LOAD_SECONDS + train_seconds * (1 + overhead))
 
 
 class EvalCostEstimate:
-    """The parts of a run that are no steps, in tokens of a forward through all layers."""
+    """The cost of everything in a run but its steps, in tokens of a forward through all layers."""
 
     def __init__(self, plan: Plan, inputs: RunInputs) -> None:
-        """Raises InputError, as a run does, for items that cannot be measured."""
-        self.plan, self.text_tokens = plan, inputs.renderer.encode_text
-        self.items, self.can_disable_adapter = (
-            build_eval_items(_drop_custom_metrics(plan), inputs),
-            can_disable_adapter(plan, inputs),
-        )
-        self.num_measured_scales = 1 if inputs.adapter else 2  # of the scales
+        """Raise InputError, as the run would, for items that cannot be measured."""
+        self.plan = plan
+        self.encode_text = inputs.renderer.encode_text
+        self.items = build_eval_items(_drop_custom_metrics(plan), inputs)
+        self.can_disable_adapter = can_disable_adapter(plan, inputs)
+        self.num_measured_scales = 1 if inputs.adapter else 2  # by the metrics before and after
         self.head_ratio = plan.model.head_parameters / max(1, plan.model.block_parameters)
-        held_out = {
-            role: self._count_text_tokens(texts)
-            for role, texts in self.items.held_out_texts.items()
-        }
+        texts = self.items.held_out_texts
         self.general_tokens = self._count_text_tokens(self.items.general_texts)
-        self.eval_tokens = _count_tokens(self.items.eval_documents) + held_out.get("eval_data", 0.0)
-        self.test_tokens = _count_tokens(self.items.test_documents) + held_out.get("test_data", 0.0)
+        self.eval_tokens = sum(map(len, self.items.eval_documents)) + self._count_text_tokens(
+            texts.get("eval_data", ())
+        )
+        self.test_tokens = sum(map(len, self.items.test_documents)) + self._count_text_tokens(
+            texts.get("test_data", ())
+        )
 
     def _count_text_tokens(self, texts: Sequence[GeneralText]) -> float:
-        """Every token of a text has a target, and costs the head too."""
-        return sum(len(self.text_tokens(text.text)) for text in texts) * (1 + self.head_ratio)
+        """Count the tokens of texts; each is a target, so it costs the head too."""
+        return sum(len(self.encode_text(text.text)) for text in texts) * (1 + self.head_ratio)
 
     def count_tokens(self) -> float:
-        num_evals = (
-            math.ceil(self.plan.steps / self.plan.config.eval_steps)
-            if self.items.has_training_eval
-            else 0
-        )
+        num_evals = 0
+        if self.items.has_training_eval:
+            num_evals = math.ceil(self.plan.steps / self.plan.config.eval_steps)
         return (
             PREFLIGHT_TOKENS
             + self.count_before()
@@ -82,82 +82,84 @@ class EvalCostEstimate:
         )
 
     def count_before(self) -> float:
-        """The base often goes on to the end of its room."""
+        """Count the evaluation before training; base models often write answers to the limit.
+
+        Texts are read twice when the base model's hidden states must be cached."""
         read_tokens = self.test_tokens + self.general_tokens
-        return self._count_answers(self._list_questions(), is_trained=False) + (
-            read_tokens if self.can_disable_adapter else 2 * read_tokens
-        )
+        if not self.can_disable_adapter:
+            read_tokens *= 2
+        return self._count_answers(self._list_prompts(), is_trained=False) + read_tokens
 
     def count_after(self) -> float:
-        """The answers end as they were taught to. What was expected, and general text, stand beside
-        the base: read with the adapter off, or kept before."""
-        read_tokens = self.test_tokens + self.general_tokens
-        return self._count_answers(self._list_questions(), is_trained=True) + (
-            2 * read_tokens if self.can_disable_adapter else read_tokens
-        )
+        """Count the evaluation after training; answers end as they were taught to.
 
-    def _list_questions(self) -> tuple[EvalPrompt, ...]:
+        Texts are read twice when the base model is the one with the adapter off."""
+        read_tokens = self.test_tokens + self.general_tokens
+        if self.can_disable_adapter:
+            read_tokens *= 2
+        return self._count_answers(self._list_prompts(), is_trained=True) + read_tokens
+
+    def _list_prompts(self) -> tuple[EvalPrompt, ...]:
         return (*self.items.prompts, *self.items.eliciting_prompts)
 
     def count_eval(self) -> float:
-        short_tokens = MAX_TEXTS * MAX_TEXT_CHARS / 4 if self.items.general_texts else 0.0
-        watched_tokens = self.general_tokens if self.items.should_track_general else 0.0
-        return (
-            self._count_answers(self.items.selection_prompts, is_trained=True)
-            + self.eval_tokens
-            + short_tokens
-            + watched_tokens
-        )
+        """Count one evaluation during training."""
+        tokens = self._count_answers(self.items.selection_prompts, is_trained=True)
+        tokens += self.eval_tokens
+        if self.items.general_texts:
+            tokens += MAX_TEXTS * MAX_TEXT_CHARS / 4
+        if self.items.should_track_general:
+            tokens += self.general_tokens
+        return tokens
 
     def count_probes(self) -> float:
-        """One before the first step, too."""
-        plan, probe_steps = self.plan, self.plan.config.probe_steps
-        num_probes = 1 + plan.steps // probe_steps if probe_steps and has_guard(plan) else 0
+        """Count all generation probes, the one before the first step included."""
+        config = self.plan.config
+        if not config.probe_steps or not has_guard(self.plan):
+            return 0.0
+        num_probes = 1 + self.plan.steps // config.probe_steps
         tokens_per_probe = count_probe_tokens(
-            plan.machine.device, plan.data["data"], plan.config.max_length, plan.config.probe_prompts
+            self.plan.machine.device,
+            self.plan.data["data"],
+            config.max_length,
+            config.probe_prompts,
         )
         return num_probes * tokens_per_probe
 
     def count_scales(self) -> float:
+        """Count the sweep of adapter scales."""
         if self.plan.config.method == "full" or not self.eval_tokens:
             return 0.0
+        num_scales = len(ADAPTER_SCALES)
+        eval_tokens = min(MAX_TOKENS, self.eval_tokens)
         general_tokens = min(MAX_TOKENS * (1 + self.head_ratio), self.general_tokens)
-        return (
-            len(ADAPTER_SCALES) * min(MAX_TOKENS, self.eval_tokens)
-            + (len(ADAPTER_SCALES) - self.num_measured_scales) * general_tokens
-        )
+        num_general = num_scales - self.num_measured_scales
+        return num_scales * eval_tokens + num_general * general_tokens
 
-    def _count_answers(self, questions: Sequence[EvalPrompt], *, is_trained: bool) -> float:
-        """The prompts, what they share once, and as many steps as the longest answer has tokens, of
-        the rows that are written side by side."""
-        if not questions:
+    def _count_answers(self, prompts: Sequence[EvalPrompt], *, is_trained: bool) -> float:
+        """Count prompts, with their common prefix once, and the decoding of answers in batches.
+
+        A batch takes as many steps as its longest answer has tokens."""
+        if not prompts:
             return 0.0
-        prompts = [question.prompt_ids for question in questions]
-        shared_tokens = len(find_common_prefix(prompts)) if len(prompts) > 1 else 0
-        max_new_tokens = compute_max_new_tokens(questions)
-        steps = (
-            max(question.num_expected_tokens for question in questions)
-            if is_trained
-            else max_new_tokens
-        )
-        max_rows, remaining = MAX_BATCH_ROWS[self.plan.machine.device], len(questions)
-        generated_tokens = 0.0
-        while remaining > 0:
-            generated_tokens += steps * (DECODE_STEP_TOKENS + min(max_rows, remaining))
-            remaining -= max_rows
-        return sum(map(len, prompts)) - shared_tokens * (len(prompts) - 1) + generated_tokens
+        prompt_ids = [prompt.prompt_ids for prompt in prompts]
+        shared_tokens = len(find_common_prefix(prompt_ids)) if len(prompts) > 1 else 0
+        tokens: float = sum(map(len, prompt_ids)) - shared_tokens * (len(prompts) - 1)
+        num_steps = compute_max_new_tokens(prompts)
+        if is_trained:
+            num_steps = max(prompt.num_expected_tokens for prompt in prompts)
+        batch_rows = MAX_BATCH_ROWS[self.plan.machine.device]
+        for start in range(0, len(prompts), batch_rows):
+            num_rows = min(batch_rows, len(prompts) - start)
+            tokens += num_steps * (DECODE_STEP_TOKENS + num_rows)
+        return tokens
 
 
 def _drop_custom_metrics(plan: Plan) -> Plan:
-    """The user's own metrics are tried on the expected answers before a run: not by a plan, which
-    runs no code."""
+    """Return the plan without custom metrics: a run tries them, a plan runs no code of the user."""
     metrics = plan.config.metrics
     builtin_metrics = tuple(metric for metric in metrics if parse_custom_metric(metric) is None)
     if metrics and not builtin_metrics:
         builtin_metrics = ("exact_match",)
     config = dataclasses.replace(plan.config, metrics=builtin_metrics)
     return dataclasses.replace(plan, config=config)
-
-
-def _count_tokens(documents: Sequence[Document]) -> float:
-    return float(sum(map(len, documents)))

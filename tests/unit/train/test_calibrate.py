@@ -11,7 +11,7 @@ import torch
 from tiny_runs import recipe
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Document
-from tunesmith.model.truncated import build_truncated_network
+from tunesmith.model.quantization import build_truncated_network
 from tunesmith.plan.flops import count_computed_tokens
 from tunesmith.session import inputs
 from tunesmith.train import calibrate
@@ -22,7 +22,6 @@ from tunesmith.train.time_estimate import EvalCostEstimate, add_run_seconds
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SECONDS_PER_DEPTH", 0.02)
     monkeypatch.setattr(calibrate, "MIN_SECONDS", 0.001)
-    monkeypatch.setattr(calibrate, "COPY_BYTES", 2**16)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -55,7 +54,6 @@ def test_a_step_is_its_layers_and_the_rest(quick: None, tiny_folder: Path, tmp_p
         found.other_seconds + 4 * found.layer_seconds
     )
     assert found.gemm_flops > 1e6
-    assert found.bandwidth > 1e6
     assert found.steps >= 2
     assert count_computed_tokens(plan) > 0
 
@@ -86,7 +84,7 @@ def test_another_machine_cannot_be_measured_and_what_does_not_fit_neither(
 ) -> None:
     known = inputs.load_inputs(recipe(tiny_folder, tmp_path))
     plan = inputs.make_plan(known)
-    with pytest.raises(InputError, match="processor at hand"):
+    with pytest.raises(InputError, match="only the CPU of this machine"):
         calibrate.measure_calibration(
             dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device="cuda")),
             known,
