@@ -111,9 +111,7 @@ def build_summary(run: ReportData) -> Summary:
 # ---------------------------------------------------------------- headline
 
 
-def _select_headline_claims(
-    record: RunRecord, claims: Sequence[Claim]
-) -> tuple[list[Claim], bool]:
+def _select_headline_claims(record: RunRecord, claims: Sequence[Claim]) -> tuple[list[Claim], bool]:
     """Return the graded metrics and True; without any, the likelihoods and False."""
     graded: list[Claim] = []
     for claim in claims:

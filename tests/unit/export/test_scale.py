@@ -128,7 +128,7 @@ def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: 
     assert verify_dir(made) == ""
     card = (made / CARD_FILE).read_text()
     own = (run / "adapter" / CARD_FILE).read_text()
-    assert "The trained adapter times 0.5" in card
+    assert "The trained adapter multiplied by 0.5" in card
     assert "0.5 keeps " in card
     assert "of the gain" in card
     head, _, rest = card.partition("\n## Scale\n")
@@ -142,7 +142,7 @@ def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: 
     base = Path(json.loads((run / "plan.json").read_text())["model"]["path"])
     assert read_adapter(made, base).scaling == read_adapter(run, base).scaling / 2
     other = Path(export_run(run, "peft", scale=0.3).path) / CARD_FILE
-    assert "At this scale nothing was measured in the run." in other.read_text()
+    assert "Not measured at this scale." in other.read_text()
 
 
 def test_the_gate_sees_another_scale(

@@ -61,13 +61,17 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     scales = fake_runs.make_scales(fake_runs.CHEAPER)
     record = fake_runs.make_record(samples=samples, scales=scales)
-    return write_report(fake_runs.write_run(tmp_path_factory.mktemp("finished") / "run", record=record))
+    return write_report(
+        fake_runs.write_run(tmp_path_factory.mktemp("finished") / "run", record=record)
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 def test_the_page_is_accessible(browser: Any, report_file: Path, scheme: str, width: int) -> None:
-    page = open_page(browser, report_file, color_scheme=scheme, viewport={"width": width, "height": 800})
+    page = open_page(
+        browser, report_file, color_scheme=scheme, viewport={"width": width, "height": 800}
+    )
     assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
     page.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
     result = axe.Axe().run(page)

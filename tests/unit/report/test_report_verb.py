@@ -48,9 +48,7 @@ def test_a_run_leaves_its_page(
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
     assert f"report: {run / 'report.html'}" in err
-    assert re.search(
-        r"\d metrics? of the answers: \d better", (run / "report.html").read_text()
-    )
+    assert re.search(r"\d metrics? of the answers: \d better", (run / "report.html").read_text())
 
 
 def test_a_run_without_a_page_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
