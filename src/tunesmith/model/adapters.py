@@ -1,8 +1,8 @@
-"""What is trained: a low-rank adapter beside a frozen base, or every weight.
+"""The trainable part of a model: a low-rank adapter on a frozen base, or every weight.
 
-In: a stock network and the plan's values. `METHODS` makes its trainable part in place. Left out:
-how a base becomes quantised (quantized.py), the maths of the layers (lora.py, dora.py), which
-layers (targets.py), rows of new tokens (new_rows.py), files (saved.py)."""
+In: a stock network and the plan's values. `METHODS` adds the trainable part in place. Left out:
+quantising the base (quantization.py), the maths of the layers (lora.py, dora.py), which layers
+(target_modules.py), rows of new tokens (new_embeddings.py), files (save.py)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tunesmith.model.target_modules import select_targets
 
 
 def find_linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
-    """Path -> linear layer inside the decoder: everything but the head."""
+    """Return path -> linear layer of everything but the head."""
     head = network.get_output_embeddings()
-    return {
-        path: module
-        for path, module in network.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear) and module is not head
-    }
+    linears: dict[str, nn.Linear | QuantizedLinear] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Linear | QuantizedLinear) and module is not head:
+            linears[path] = module
+    return linears
 
 
 def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
@@ -36,28 +36,30 @@ def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """An adapter on every chosen linear; B = 0, so the network's output is unchanged. Scale as
-    PEFT: alpha / r, with rsLoRA alpha / sqrt(r). With new tokens their rows too."""
-    lora_kwargs: dict[str, Any] = {
-        "rank": settings["lora_r"],
-        "scale": compute_scaling(
-            settings["lora_r"], settings["lora_alpha"], use_rslora=settings["use_rslora"]
-        ),
-        "dropout": settings["lora_dropout"],
-        "generator": torch.Generator().manual_seed(settings["seed"]),
-        "dora": settings["use_dora"],
-    }
-    layers = find_linears(network)
-    for path in select_targets(list(layers), settings["lora_target_modules"]):
-        replace_module(network, path, LoraLinear(layers[path], **lora_kwargs))
-    if "add_tokens" in settings:
-        add_trainable_rows(
-            network, list(settings["add_tokens"].values()), settings["modules_to_save"]
+    """Add an adapter to every target linear, and trainable rows for new tokens.
+
+    B is 0, so the output of the network is unchanged."""
+    rank = settings["lora_r"]
+    scale = compute_scaling(rank, settings["lora_alpha"], use_rslora=settings["use_rslora"])
+    generator = torch.Generator().manual_seed(settings["seed"])
+    linears = find_linears(network)
+    for path in select_targets(list(linears), settings["lora_target_modules"]):
+        layer = LoraLinear(
+            linears[path],
+            rank=rank,
+            scale=scale,
+            dropout=settings["lora_dropout"],
+            generator=generator,
+            dora=settings["use_dora"],
         )
+        replace_module(network, path, layer)
+    if "add_tokens" in settings:
+        token_ids = list(settings["add_tokens"].values())
+        add_trainable_rows(network, token_ids, settings["modules_to_save"])
 
 
 def make_all_trainable(network: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Every weight becomes a trainable master of at least fp32; products still run in the compute
+    """Turn every weight into a trainable master of at least fp32; products still run in the compute
     dtype."""
     del settings
     for parameter in network.parameters():
@@ -72,37 +74,34 @@ METHODS = {"lora": add_lora, "qlora": add_lora, "full": make_all_trainable}
 
 
 def get_trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, tied ones once."""
-    return {
-        name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad
-    }
+    """Return name -> trainable parameter, tied ones once."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def copy_weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of what is trained, for `put_back`."""
-    return {
-        name: parameter.detach().clone()
-        for name, parameter in get_trainable_parameters(network).items()
-    }
+    """Return a copy of the trainable weights, for `restore_weights`."""
+    copies: dict[str, torch.Tensor] = {}
+    for name, parameter in get_trainable_parameters(network).items():
+        copies[name] = parameter.detach().clone()
+    return copies
 
 
 @torch.no_grad()
 def restore_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Write weights from `copy_weights` back."""
     for name, parameter in get_trainable_parameters(network).items():
-        parameter.copy_(
-            weights[name]
-        )  # not through `.data`, which would hide the change from MasterLinear
+        # not through `.data`, which would hide the change from Fp32MasterLinear
+        parameter.copy_(weights[name])
 
 
 def find_lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
-    return {
-        path: module for path, module in network.named_modules() if isinstance(module, LoraLinear)
-    }
+    """Return path -> adapted layer."""
+    return {path: m for path, m in network.named_modules() if isinstance(m, LoraLinear)}
 
 
 def scale_adapter(network: nn.Module, factor: float) -> None:
-    """The adapter times `factor`: 0 is the base model, 1 the trained one. Rows of new tokens go
-    from their start to what they are. Nothing is copied."""
+    """Multiply the adapter's scale by `factor`: 0 gives the base model, 1 the trained one. Rows of
+    new tokens are interpolated from their start. Nothing is copied."""
     for layer in _find_scaled_layers(network):
         layer.scale *= factor
 
@@ -113,7 +112,7 @@ def _find_scaled_layers(network: nn.Module) -> list[LoraLinear | NewTokenRows]:
 
 @contextmanager
 def scaled_adapter(network: nn.Module, factor: float) -> Iterator[None]:
-    """The adapter times `factor` inside the block, as `scale_adapter` makes it."""
+    """Apply `scale_adapter` inside the block."""
     layers = _find_scaled_layers(network)
     scales = [layer.scale for layer in layers]
     try:

@@ -50,7 +50,7 @@ def attend(
     With `cos_sin`, q and k are rotated first."""
     assert layout.num_tokens == len(q), f"the layout has {layout.num_tokens} tokens, q has {len(q)}"
     name = choose_backend(backend, q)
-    if name == "kernel":
+    if name == "cpu_kernel":
         return cpu_kernel_attention(q, k, v, layout, config, cos_sin)
     q, k = apply_rotary_qk(q, k, cos_sin)
     return BACKENDS[name](q, k, v, layout, config)
@@ -68,9 +68,9 @@ def choose_backend(backend: str, q: Tensor) -> str:
     if backend != "auto":
         return backend
     if q.device.type == "cpu":
-        return "kernel"
+        return "cpu_kernel"
     has_varlen = _import_varlen_attn() and q.dtype in (torch.bfloat16, torch.float16)
-    return "varlen" if has_varlen else "mask"
+    return "varlen" if has_varlen else "dense_mask"
 
 
 # ---------------------------------------------------------------- reference
@@ -185,7 +185,7 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Te
     return out.transpose(1, 2).flatten(0, 1)
 
 
-# ---------------------------------------------------------------- CPU with bf16 products: attention.c
+# ---------------------------------------------------------------- CPU: attention.c, in bf16
 
 
 class _AttentionFunction(torch.autograd.Function):
@@ -425,8 +425,8 @@ def build_dense_mask(layout: PackLayout, window: int | None) -> Tensor:
 
 BACKENDS = {
     "reference": reference_attention,
-    "documents": sdpa_attention,
-    "kernel": cpu_kernel_attention,
+    "sdpa": sdpa_attention,
+    "cpu_kernel": cpu_kernel_attention,
     "varlen": varlen_attention,
-    "mask": dense_mask_attention,
+    "dense_mask": dense_mask_attention,
 }

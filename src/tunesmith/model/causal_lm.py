@@ -1,9 +1,10 @@
-"""A transformers causal language model, loaded safely and run our way.
+"""A transformers causal language model, loaded safely and run on packs.
 
-In: a model folder that source.resolve has checked. Out: LanguageModel, whose `hidden` runs a packed
-Batch and whose `prefill` and `extend` run generation over a RowCache. The stock network is the
-oracle: take `stock_logits` before `adopt`. Left out: adapters (adapters.py), the loss (head.py).
-Legend: T tokens, S targets, H hidden, V vocabulary."""
+In: a model folder that `hub/resolve.py` has checked. Out: PackedCausalLM, whose `compute_hidden`
+runs a packed Batch and whose `prefill` and `decode_step` run generation over a RaggedKVCache. The
+stock network is the oracle: take `compute_stock_logits` before `wrap_model`. Left out: adapters
+(adapters.py), the loss (lm_head.py). Legend: T tokens, S targets, B rows, H hidden, V vocabulary,
+N query heads, D head size."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Batch, Json, PackLayout
 from tunesmith.model.adapters import find_lora_layers
-from tunesmith.model.attention import packed_attention_forward
-from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16
+from tunesmith.model.attention import AttentionConfig, attend
+from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
 from tunesmith.model.hub.check_weights import check_weight_shapes, transformers_errors
 from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.layers import (
@@ -33,26 +34,25 @@ from tunesmith.model.layers import (
     replace_layers,
 )
 from tunesmith.model.lm_head import LMHead
-from tunesmith.model.malloc import limit_onednn_cache
 from tunesmith.model.new_embeddings import get_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-Network = PreTrainedModel  # what other packages call it, since only this one knows transformers
-# the name of our attention; it has no mask function, so transformers builds no mask for it
+Network = PreTrainedModel  # for other packages, which do not import transformers
+# our attention; transformers builds no mask for a name without a mask function
 ATTENTION_NAME = "tunesmith"
 
-AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
-limit_onednn_cache()
+
+# ---------------------------------------------------------------- the stock network
 
 
 def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """The stock network with weights in `dtype`, evaluation mode, nothing trainable, remote code
-    refused. Raises InputError for weights that are not those of the config, and for values that are
-    not finite."""
+    """Load the stock network with weights in `dtype`, in evaluation mode, with nothing trainable
+    and remote code refused.
+
+    Raises InputError for weights that do not match the config, and for NaN or infinite values."""
     check_weight_shapes(folder)
-    # what stands on stderr is the command line's to say, and loading takes a moment
-    disable_progress_bar()
+    disable_progress_bar()  # stderr belongs to the command line
     with transformers_errors(folder):
         network: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -62,7 +62,8 @@ def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTr
             use_safetensors=True,
         )
     if name := find_nonfinite(dict(network.named_parameters())):
-        raise InputError(f"the tensor {name} holds values that are not finite", where=str(folder))
+        message = f"the tensor {name} holds NaN or infinite values"
+        raise InputError(message, where=str(folder), fix="download the model again")
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -70,12 +71,11 @@ def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTr
 def compute_stock_logits(
     network: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """Logits [len(places), V] in fp32 of one document alone, as transformers computes them."""
-    ids, positions_to_keep = torch.tensor([list(tokens)]), torch.tensor(list(positions))
+    """Return fp32 logits [len(positions), V] of one document, computed by transformers."""
     out = network(
-        input_ids=ids.to(network.device),
+        input_ids=torch.tensor([list(tokens)], device=network.device),
         use_cache=False,
-        logits_to_keep=positions_to_keep.to(network.device),
+        logits_to_keep=torch.tensor(list(positions), device=network.device),
     )
     return out.logits[0].float()
 
@@ -90,8 +90,9 @@ def encode_stock_conversation(
     *,
     add_generation_prompt: bool = False,
 ) -> list[int]:
-    """Ids of a conversation from transformers' own tokenizer and chat template, with tokens `added`
-    by it. `prompt`: with the start of an answer behind it."""
+    """Return the ids of a conversation from transformers' tokenizer and chat template.
+
+    `variables` are passed to the template; `added_tokens` are added to the tokenizer first."""
     encoded = _load_tokenizer(folder, added_tokens).apply_chat_template(
         list(messages),
         tools=list(tools) or None,
@@ -109,23 +110,24 @@ def _load_tokenizer(folder: Path, added_tokens: tuple[str, ...]):
     tokenizer: Any = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
-    tokenizer.add_tokens(
-        [AddedToken(text, normalized=False, special=False) for text in added_tokens]
-    )
+    new_tokens = [AddedToken(text, normalized=False, special=False) for text in added_tokens]
+    tokenizer.add_tokens(new_tokens)
     return tokenizer
 
 
 def get_sliding_window(network: PreTrainedModel) -> int | None:
-    """Tokens that the model's windowed layers look back, None if all look back to the start."""
+    """Return how many tokens the windowed layers look back, None if all layers see everything."""
     config = network.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    return (
-        window if isinstance(window, int) and getattr(config, "use_sliding_window", True) else None
-    )
+    is_used = getattr(config, "use_sliding_window", True)
+    return window if isinstance(window, int) and is_used else None
 
 
 def get_lm_head(network: PreTrainedModel) -> LMHead:
-    config, output = network.config, network.get_output_embeddings()
+    """Return the head with the scale and the soft cap of the config; rows of new tokens are written
+    into its weight."""
+    config = network.config
+    output = network.get_output_embeddings()
     assert output is not None, "a causal language model has a head"
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
@@ -136,14 +138,19 @@ def get_lm_head(network: PreTrainedModel) -> LMHead:
     return LMHead(output.weight, output.bias, float(scale), softcap, new_rows)
 
 
-class PackedCausalLM:
-    """The network after `adopt`: its decoder takes a Layout, its head is called where it is needed.
+# ---------------------------------------------------------------- the wrapped model
 
-    Training, likelihoods and generation run the same packed forward; generation adds a RowCache.
-    """
+
+class PackedCausalLM:
+    """A network after `wrap_model`: its decoder takes a PackLayout, its head is called separately.
+
+    Training, likelihoods and generation run the same packed forward; generation adds a
+    RaggedKVCache."""
 
     def __init__(self, network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto") -> None:
-        self.network, self.dtype, self.backend = network, dtype, backend
+        self.network = network
+        self.dtype = dtype
+        self.backend = backend
         self.decoder: Any = network.base_model
         network.set_attn_implementation(ATTENTION_NAME)
         self.is_pruned = prune_last_layer(self.decoder.layers)
@@ -162,54 +169,57 @@ class PackedCausalLM:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What generation keeps of a token: keys and values of every layer."""
+        """Bytes of the keys and values of all layers for one token."""
         config = self.network.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
 
     def compute_hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [S, H] of the positions that predict a target."""
-        positions_S, inverse = batch.positions_S, None
-        if (
-            batch.layout.parents
-        ):  # what ends a shared part predicts several targets: it is computed once
-            positions_S, inverse = batch.positions_S.unique(return_inverse=True)
+        """Return final hidden states [S, H] of the positions that predict a target."""
+        if not batch.layout.parents:
+            return self._run_decoder(
+                batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=batch.positions_S
+            )
+        # the last token of a shared part predicts several targets: compute it once
+        positions, inverse_S = batch.positions_S.unique(return_inverse=True)
         hidden = self._run_decoder(
-            batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=positions_S
+            batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=positions
         )
-        return hidden if inverse is None else hidden.index_select(0, inverse)
+        return hidden.index_select(0, inverse_S)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], kv_cache: RaggedKVCache) -> Tensor:
-        """Puts prompts as new rows into the cache, packed; hidden states [B, H] of the last token
-        of each. Each prompt starts with the cache's shared tokens, and goes on."""
-        new_tokens = [prompt[kv_cache.prefix_length :] for prompt in prompts]
-        lengths = [len(tokens) for tokens in new_tokens]
-        ends = list(itertools.accumulate(lengths))
+        """Add prompts to the cache as new rows, computed in one pack. Returns hidden states [B, H]
+        of their last tokens.
+
+        Each prompt starts with the cache's prefix and is longer."""
+        prefix_length = kv_cache.prefix_length
+        tokens: list[int] = []
+        positions: list[int] = []
+        lengths: list[int] = []
+        starts: list[int] = []
+        for prompt in prompts:
+            starts.append(len(tokens))
+            lengths.append(len(prompt) - prefix_length)
+            tokens += prompt[prefix_length:]
+            positions += range(prefix_length, len(prompt))
         kv_cache.begin_prefill(lengths)
-        tokens_T = torch.tensor(
-            [token for tokens in new_tokens for token in tokens], device=self.device
+        tokens_T = torch.tensor(tokens, device=self.device)
+        positions_T = torch.tensor(positions, device=self.device)
+        layout = PackLayout(tuple(starts), tuple(lengths))
+        ends_B = torch.tensor(list(itertools.accumulate(lengths)), device=self.device)
+        return self._run_decoder(
+            tokens_T, positions_T, layout, kv_cache, positions_to_keep=ends_B - 1
         )
-        positions_T = (
-            torch.cat([torch.arange(length) for length in lengths])
-            .add_(kv_cache.prefix_length)
-            .to(self.device)
-        )
-        layout = PackLayout(
-            tuple(end - length for end, length in zip(ends, lengths, strict=True)), tuple(lengths)
-        )
-        last_B = torch.tensor(ends, device=self.device) - 1
-        return self._run_decoder(tokens_T, positions_T, layout, kv_cache, positions_to_keep=last_B)
 
     @torch.no_grad()
     def decode_step(self, tokens: Sequence[int], kv_cache: RaggedKVCache) -> Tensor:
-        """One more token for every row of the cache; hidden states [B, H]."""
+        """Run one more token for every row of the cache. Returns hidden states [B, H]."""
         positions_B = kv_cache.begin_decode(self.device)
         layout = PackLayout(tuple(range(len(tokens))), (1,) * len(tokens))
-        return self._run_decoder(
-            torch.tensor(tokens, device=self.device), positions_B, layout, kv_cache
-        )
+        tokens_B = torch.tensor(tokens, device=self.device)
+        return self._run_decoder(tokens_B, positions_B, layout, kv_cache)
 
     def _run_decoder(
         self,
@@ -219,7 +229,7 @@ class PackedCausalLM:
         kv_cache: RaggedKVCache | None = None,
         positions_to_keep: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states [T, H], or [len(kept), H] of those positions."""
+        """Return final hidden states [T, H], or [len(positions_to_keep), H]."""
         out = self.decoder(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],
@@ -230,11 +240,9 @@ class PackedCausalLM:
             positions_to_keep=positions_to_keep,
         )
         hidden = out.last_hidden_state[0]
-        return (
-            hidden
-            if positions_to_keep is None or self.is_pruned
-            else hidden.index_select(0, positions_to_keep)
-        )
+        if positions_to_keep is None or self.is_pruned:
+            return hidden
+        return hidden.index_select(0, positions_to_keep)
 
 
 def wrap_model(
@@ -243,30 +251,76 @@ def wrap_model(
     backend: str = "auto",
     *,
     should_block_weights: bool = False,
-    activations: str = "keep",
+    gradient_checkpointing: str = "none",
 ) -> PackedCausalLM:
-    """Replaces the modules that we do better and hands the network over. Weights are shared, none
-    is copied; `blocked` keeps those beside adapters in oneDNN's layouts, where that is possible.
-    `activations`: see `keep_less`."""
-    if (
-        should_block_weights
-        and dtype == torch.bfloat16
-        and network.device.type == "cpu"
-        and has_onednn_bf16()
-    ):
+    """Replace the modules that have a faster equivalent, in place, and wrap the network.
+
+    Weights are shared, not copied. `should_block_weights` stores the frozen weights of adapted
+    layers in oneDNN's layouts where the machine supports it. For `gradient_checkpointing` see
+    `apply_gradient_checkpointing`."""
+    is_bf16_cpu = dtype == torch.bfloat16 and network.device.type == "cpu"
+    if should_block_weights and is_bf16_cpu and has_onednn_bf16():
         _block_weights(network)
     network.set_input_embeddings(Embedding(network.get_input_embeddings(), dtype))
     replace_layers(network)
     model = PackedCausalLM(network, dtype, backend)
-    apply_gradient_checkpointing(list(model.decoder.layers), activations)
+    apply_gradient_checkpointing(list(model.decoder.layers), gradient_checkpointing)
     return model
 
 
 def _block_weights(network: PreTrainedModel) -> None:
-    """What stays as it is moves to memory of its own: the weights' file is mapped as a whole, and
-    its pages count as ours until nothing refers to them."""
+    """Block the adapted weights and copy the other frozen ones.
+
+    The weight file is memory-mapped: its pages count as ours until no tensor refers to them."""
     for layer in find_lora_layers(network).values():
         layer.frozen = BlockedWeight(layer.frozen.weight)
     for parameter in network.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.clone()
+
+
+# ---------------------------------------------------------------- inside stock attention modules
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: PackLayout,
+    backend: str = "auto",
+    kv_cache: RaggedKVCache | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Compute attention for stock modules, as transformers' AttentionInterface calls it:
+    [1, N, T, D] in, [1, T, N, D] out.
+
+    Raises InputError for an argument that it would have to ignore."""
+    unsupported = [k for k in ("head_mask", "position_bias", "s_aux") if kwargs.get(k) is not None]
+    if attention_mask is not None:
+        unsupported.append("a mask")
+    if unsupported:
+        message = (
+            f"{type(module).__name__} passes {', '.join(unsupported)} to attention, "
+            "which packing does not support"
+        )
+        fix = "use a model family from the list in docs/reference/models.md"
+        raise InputError(message, fix=fix)
+    scaling = kwargs.get("scaling")
+    window = kwargs.get("sliding_window")
+    softcap = kwargs.get("softcap")
+    config = AttentionConfig(
+        scale=float(scaling) if isinstance(scaling, int | float) else query.shape[-1] ** -0.5,
+        window=window if isinstance(window, int) else None,
+        softcap=float(softcap) if isinstance(softcap, int | float) else None,
+    )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if kv_cache is not None:
+        return kv_cache.attend(module, q, k, v, layout, config, backend)[None], None
+    return attend(q, k, v, layout, config, backend)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
+limit_onednn_cache()

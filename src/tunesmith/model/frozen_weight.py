@@ -1,16 +1,17 @@
 """A frozen weight [O, I] and its two products: outputs from inputs, and input gradients from output
 gradients.
 
-`Plain` keeps the weight as it is stored. `Blocked` keeps it twice, in the layouts that oneDNN's
-bf16 products read, which they would otherwise make anew in every product: 10-15% faster for a
-thousand rows, about twice for eight, and to the bit the same (benchmarks/vs_trl/gemm.py). The
-second copy is made by the first backward. `Nf4` keeps it in 4 bits and widens it for each product.
-Legend: N rows, I inputs, O outputs."""
+DenseWeight keeps the stored weight. BlockedWeight keeps it twice, in the layouts that oneDNN's bf16
+products read and would otherwise create in every product: 10-15% faster for a thousand rows, about
+twice as fast for eight, and bitwise equal (benchmarks/vs_trl/gemm.py). The first backward creates
+the second copy. NF4Weight keeps 4 bits and dequantises for each product. Legend: N rows, I inputs,
+O outputs."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from types import ModuleType
 
 import torch
@@ -20,30 +21,46 @@ from torch import Tensor
 from tunesmith.core.errors import InputError
 
 NF4_BLOCK = 64  # weights that share a scale
+# of oneDNN's products; a pack of one size needs about 16, forward and backward
+MAX_PRIMITIVES = "64"
+CAPACITY_ENV = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 @functools.cache
 def has_onednn_bf16() -> bool:
-    """Do this torch and this processor have oneDNN's bf16 products?"""
-    return torch.backends.mkldnn.is_available() and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    """Return whether this torch and this processor have oneDNN's bf16 products."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def limit_onednn_cache() -> None:
+    """Keep fewer compiled products, for the whole process. A value set by the user is unchanged.
+
+    oneDNN compiles code for every size and keeps the last 1,024 of them, spread over the heap, so
+    that the free memory between them cannot be merged. Packs differ in size, and a size rarely
+    returns. oneDNN reads the variable when it creates its first product."""
+    # mapping large blocks one by one took 6% off the peak, but steps were a quarter slower
+    os.environ.setdefault(CAPACITY_ENV, MAX_PRIMITIVES)
 
 
 class DenseWeight:
+    """A weight as it is stored."""
+
     def __init__(self, weight_OI: Tensor) -> None:
         self.weight = weight_OI
 
     def compute_outputs(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias [N, O]."""
         return F.linear(x_NI, self.weight, bias)
 
     def compute_input_grad(self, dy_NO: Tensor, into: Tensor | None) -> Tensor:
-        """dy W, added to `into` in place where that is given."""
+        """Return dy W [N, I], added to `into` in place if it is not None."""
         return dy_NO @ self.weight if into is None else into.addmm_(dy_NO, self.weight)
 
 
 class BlockedWeight:
-    """bf16 on the CPU only; see `blocks_here`."""
+    """A weight in oneDNN's layouts. bf16 on the CPU only; see `has_onednn_bf16`."""
 
     def __init__(self, weight_OI: Tensor) -> None:
         self._forward_weight = _reorder_weight(weight_OI)
@@ -51,7 +68,7 @@ class BlockedWeight:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it was, made anew at each call."""
+        """The original weight, recreated at each call."""
         return self._forward_weight.to_dense()
 
     def compute_outputs(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,41 +77,36 @@ class BlockedWeight:
     def compute_input_grad(self, dy_NO: Tensor, into: Tensor | None) -> Tensor:
         if self._backward_weight is None:
             self._backward_weight = _reorder_weight(self.weight.t().contiguous())
+        weight = self._backward_weight
         if into is None:
-            return torch.ops.mkldnn._linear_pointwise(
-                dy_NO, self._backward_weight, None, "none", [], ""
-            )
-        return torch.ops.mkldnn._linear_pointwise.binary(
-            dy_NO, into, self._backward_weight, None, "add"
-        )
+            return torch.ops.mkldnn._linear_pointwise(dy_NO, weight, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(dy_NO, into, weight, None, "add")
 
 
 class NF4Weight:
-    """4-bit NormalFloat with double quantisation, in bitsandbytes' own format: 4 bits a weight, a
-    byte for the scale of 64 weights, 4 bytes for 256 of those scales (Dettmers 2023). Widened once
-    in a forward and once in a backward; no wide copy is kept. `dtype`: of the widened weight."""
+    """A weight in 4-bit NormalFloat with double quantisation, in bitsandbytes' format: 4 bits per
+    weight, a byte for the scale of 64 weights, 4 bytes for 256 of those scales (Dettmers 2023).
+
+    It is dequantised to `dtype` once per forward and once per backward; no wide copy is kept."""
 
     def __init__(self, weight_OI: Tensor, dtype: torch.dtype) -> None:
         self._functional = import_bitsandbytes().functional
-        quantize = self._functional.quantize_4bit
-        self._values, self._state = quantize(
+        self._values, self._state = self._functional.quantize_4bit(
             weight_OI, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self._state.dtype = torch.float32 if dtype == torch.float64 else dtype
-        # Rows of one block: bitsandbytes 0.50 mixes up the scales on CPUs where a row is no whole
-        # number of blocks.
+        # Rows of one block: on CPUs bitsandbytes 0.50 mixes up the scales of rows that are not a
+        # multiple of the block size.
         blocks, remainder = divmod(weight_OI.numel(), NF4_BLOCK)
         self._state.shape = torch.Size((weight_OI.numel(),) if remainder else (blocks, NF4_BLOCK))
-        self._shape, self._dtype = weight_OI.shape, dtype
+        self._shape = weight_OI.shape
+        self._dtype = dtype
 
     @property
     def weight(self) -> Tensor:
-        """Widened anew at each call."""
-        return (
-            self._functional.dequantize_4bit(self._values, self._state)
-            .to(self._dtype)
-            .view(self._shape)
-        )
+        """The dequantised weight, recreated at each call."""
+        values = self._functional.dequantize_4bit(self._values, self._state)
+        return values.to(self._dtype).view(self._shape)
 
     @property
     def device(self) -> torch.device:
@@ -102,17 +114,11 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Of all that is kept, tables included."""
-        scales = self._state.state2
-        tensors = (
-            self._values,
-            self._state.absmax,
-            self._state.code,
-            self._state.offset,
-            scales.absmax,
-            scales.code,
-        )
-        return sum(tensor.nbytes for tensor in tensors)
+        """Bytes of the values and their tables."""
+        state = self._state
+        scales = state.state2
+        tables = (state.absmax, state.code, state.offset, scales.absmax, scales.code)
+        return self._values.nbytes + sum(table.nbytes for table in tables)
 
     @property
     def num_parameters(self) -> int:
@@ -126,19 +132,15 @@ class NF4Weight:
 
 
 def import_bitsandbytes() -> ModuleType:
-    """The library. Raises InputError that names the extra where it is not installed; its import
-    takes two seconds, so it is done when something is quantised."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns of a kernel for inference that it lacks
+    """Import bitsandbytes, which takes two seconds. Raise InputError if it is not installed."""
+    # it warns about a missing kernel for inference
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes as library
         import bitsandbytes.functional
     except ImportError as error:
-        fix = "pip install 'tunesmith[qlora]'"
-        raise InputError(
-            f"4-bit weights and 8-bit optimizers need bitsandbytes ({error})", fix=fix
-        ) from error
+        message = f"4-bit weights and 8-bit optimizers need bitsandbytes ({error})"
+        raise InputError(message, fix="pip install 'tunesmith[qlora]'") from error
     return library
 
 

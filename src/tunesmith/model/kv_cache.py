@@ -50,7 +50,7 @@ class RaggedKVCache:
         self._first_new_row: int | None = None
         self._rows_B = torch.empty(0)
         self._positions_B = torch.empty(0)
-        # masks of the current decode step by window, and of the current prompts by length and window
+        # masks of the current decode step by window, of the current prompts by length and window
         self._decode_masks: dict[int | None, tuple[int, Tensor | None]] = {}
         self._prefill_masks: dict[tuple[int, int | None], Tensor] = {}
 
@@ -106,7 +106,7 @@ class RaggedKVCache:
 
         With `cos_sin`, q and k are rotated first."""
         kv_buffers = self._reserve_buffers(layer, k, v)
-        can_use_kernel = choose_backend(backend, q) == "kernel" and has_kernel(q, config)
+        can_use_kernel = choose_backend(backend, q) == "cpu_kernel" and has_kernel(q, config)
         if self._first_new_row is None and can_use_kernel:
             return run_decode_kernel(
                 q, k, v, kv_buffers, self._positions_B, self.prefix_length, config, cos_sin

@@ -1,10 +1,10 @@
-"""Linear layers with a low-rank adapter, and the matrix products behind them.
+"""Linear layers with a low-rank adapter, and their matrix products.
 
 `project` runs several linears on one input: the input is saved once and its gradient is summed
-inside the products. Masters of A and B are fp32, products run in the dtype of the input. Maths
-equals PEFT's: W x + b + scale * B A drop(x), and with DoRA (dora.py) each output but the bias times
-its gain. Left out: which modules get an adapter (adapters.py), how a frozen weight is kept
-(frozen.py). Legend: N rows, I inputs, O outputs, R rank; z = A drop(x) [N, R]."""
+inside the products. A and B are trained in fp32; products run in the dtype of the input. The maths
+equals PEFT's: W x + b + scale * B A drop(x), and with DoRA (dora.py) each output except the bias
+times its gain. Left out: which modules get an adapter (adapters.py), how a frozen weight is stored
+(frozen_weight.py). Legend: N rows, I inputs, O outputs, R rank; z = A drop(x) [N, R]."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from tunesmith.model.dora import DoraScale, compute_row_norms, compute_squared_norms
 from tunesmith.model.frozen_weight import DenseWeight, FrozenWeight, NF4Weight
 from tunesmith.model.kernels import lora
-from tunesmith.model.kernels.lora import MIN_ROWS, PackedAdapters
+from tunesmith.model.kernels.lora import MIN_ROWS, Adapter, PackedAdapters
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear [O, I] whose weight is kept in 4 bits; products run in `dtype`."""
+    """A frozen linear [O, I] with a 4-bit weight; products run in `dtype`."""
 
     def __init__(self, weight_OI: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
-        self.frozen, self.bias = NF4Weight(weight_OI, dtype), bias
+        self.frozen = NF4Weight(weight_OI, dtype)
+        self.bias = bias
 
     @property
     def weight(self) -> Tensor:
@@ -43,11 +44,10 @@ class QuantizedLinear(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear [O, I] with trainable A [R, I] and B [O, R], with DoRA magnitudes [O] too.
-    `scale` 0 is the base model.
+    """A frozen linear [O, I] with trainable A [R, I] and B [O, R], with DoRA also magnitudes [O].
+    `scale` 0 gives the base model.
 
-    A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0, as PEFT starts them (kaiming_uniform with a = sqrt(5)).
-    """
+    A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0, as in PEFT (kaiming_uniform with a = sqrt(5))."""
 
     def __init__(
         self,
@@ -60,18 +60,21 @@ class LoraLinear(nn.Module):
         dora: bool = False,
     ) -> None:
         super().__init__()
-        self.frozen: FrozenWeight = (
-            base.frozen if isinstance(base, QuantizedLinear) else DenseWeight(base.weight.detach())
-        )
+        self.frozen: FrozenWeight
+        if isinstance(base, QuantizedLinear):
+            self.frozen = base.frozen
+        else:
+            self.frozen = DenseWeight(base.weight.detach())
         self.bias = base.bias
-        weight, in_features, out_features = self.frozen.weight, base.in_features, base.out_features
-        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
-        init_RI = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / math.sqrt(
-            in_features
-        )
+        self.scale = scale
+        self.dropout = dropout
+        weight = self.frozen.weight
+        device = weight.device
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        uniform_RI = torch.rand(rank, base.in_features, generator=generator) * 2 - 1
+        init_RI = uniform_RI / math.sqrt(base.in_features)
         self.lora_A = nn.Parameter(init_RI.to(device, dtype))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-        self.scale, self.dropout = scale, dropout
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
         self._squares_O = compute_squared_norms(weight) if dora else None
         self._dora_scale: tuple[tuple[object, ...], DoraScale] | None = None
         norms_O = self._compute_norms(weight.dtype)
@@ -82,16 +85,19 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def get_dora_scale(self, dtype: torch.dtype) -> DoraScale | None:
-        """DoRA's, for products in `dtype`. Made anew when a parameter has changed, by its version:
-        who changes one unknown to autograd has to increment that."""
+        """Return DoRA's gain for products in `dtype`, None without DoRA.
+
+        It is cached by the versions of the parameters: code that changes a parameter behind
+        autograd's back, as through `.data`, has to increment its version."""
         magnitude = self.lora_magnitude_vector
         if magnitude is None:
             return None
-        key = (dtype, self.scale, *(p._version for p in (self.lora_A, self.lora_B, magnitude)))
+        versions = (self.lora_A._version, self.lora_B._version, magnitude._version)
+        key = (dtype, self.scale, *versions)
         if self._dora_scale is None or self._dora_scale[0] != key:
             norms_O = self._compute_norms(dtype)
             assert norms_O is not None
-            self._dora_scale = key, DoraScale(magnitude.detach(), norms_O)
+            self._dora_scale = (key, DoraScale(magnitude.detach(), norms_O))
         return self._dora_scale[1]
 
     @torch.no_grad()
@@ -103,18 +109,20 @@ class LoraLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        shape = self.lora_B.shape[0], self.lora_A.shape[1]
-        return f"{shape}, rank={self.lora_A.shape[0]}, scale={self.scale}{', dora' * (self._squares_O is not None)}"
+        shape = (self.lora_B.shape[0], self.lora_A.shape[1])
+        text = f"{shape}, rank={self.lora_A.shape[0]}, scale={self.scale}"
+        return text if self._squares_O is None else f"{text}, dora"
 
 
 class Fp32MasterLinear(nn.Module):
-    """A trainable linear whose fp32 master multiplies in the dtype of its input. The narrow copy is
-    remade only when the master has changed, by its version: who changes it unknown to autograd has
-    to increment that."""
+    """A trainable linear with an fp32 master weight, multiplied in the dtype of its input.
+
+    The cast weight is cached by the master's version, as in LoraLinear.get_dora_scale."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = base.weight
+        self.bias = base.bias
         self._cast_cache: tuple[int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,59 +130,66 @@ class Fp32MasterLinear(nn.Module):
 
     def cast_weight(self, dtype: torch.dtype) -> Tensor:
         version = self.weight._version
-        if (
-            self._cast_cache is None
-            or self._cast_cache[0] != version
-            or self._cast_cache[1].dtype != dtype
-        ):
-            self._cast_cache = (version, self.weight.detach().to(dtype))
-        return self._cast_cache[1]
+        if self._cast_cache is not None:
+            cached_version, cast_weight = self._cast_cache
+            if cached_version == version and cast_weight.dtype == dtype:
+                return cast_weight
+        cast_weight = self.weight.detach().to(dtype)
+        self._cast_cache = (version, cast_weight)
+        return cast_weight
 
 
 AnyLinear = nn.Linear | LoraLinear | Fp32MasterLinear | QuantizedLinear
-OuterGrads = tuple[Tensor | None, Tensor | None]
+OuterGrads = tuple[Tensor | None, Tensor | None]  # of B and of the magnitudes
 
 
 class PreparedLinear:
-    """One linear prepared for products in one dtype, and its adapter's products through torch. z =
-    A drop(x)."""
+    """One linear prepared for products in one dtype, and the products of its adapter in torch."""
 
     def __init__(self, module: AnyLinear, dtype: torch.dtype) -> None:
-        adapter = module if isinstance(module, LoraLinear) and module.scale != 0 else None
-        self.scale = adapter.scale if adapter else 0.0
-        self.dropout = adapter.dropout if adapter and adapter.training else 0.0
-        self.parameters: tuple[Tensor | None, ...] = (
-            None if isinstance(module, LoraLinear | QuantizedLinear) else module.weight,
-            module.bias,
-            adapter.lora_A if adapter else None,
-            adapter.lora_B if adapter else None,
-            adapter.lora_magnitude_vector if adapter else None,
-        )
+        self.frozen: FrozenWeight
+        weight = None  # the trainable weight
         if isinstance(module, LoraLinear | QuantizedLinear):
             self.frozen = module.frozen
         else:
-            weight = (
-                module.cast_weight(dtype)
-                if isinstance(module, Fp32MasterLinear)
-                else module.weight.detach()
-            )
-            self.frozen = DenseWeight(weight)
+            weight = module.weight
+            if isinstance(module, Fp32MasterLinear):
+                self.frozen = DenseWeight(module.cast_weight(dtype))
+            else:
+                self.frozen = DenseWeight(weight.detach())
         self.bias = None if module.bias is None else module.bias.detach().to(dtype)
-        self.grad_dtype = adapter.lora_A.dtype if adapter else dtype  # of the gradients of A and B
-        self.a = adapter.lora_A.detach().to(dtype) if adapter else None
-        self.b = adapter.lora_B.detach().to(dtype) if adapter else None
-        self.dora_scale = adapter.get_dora_scale(dtype) if adapter else None
+        self.scale = 0.0
+        self.dropout = 0.0
+        self.a: Tensor | None = None
+        self.b: Tensor | None = None
+        self.dora_scale: DoraScale | None = None
+        self.grad_dtype = dtype  # of the gradients of A and B
+        self.parameters: tuple[Tensor | None, ...] = (weight, module.bias, None, None, None)
+        if isinstance(module, LoraLinear) and module.scale != 0:
+            self.scale = module.scale
+            self.dropout = module.dropout if module.training else 0.0
+            self.a = module.lora_A.detach().to(dtype)
+            self.b = module.lora_B.detach().to(dtype)
+            self.dora_scale = module.get_dora_scale(dtype)
+            self.grad_dtype = module.lora_A.dtype
+            adapter = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
+            self.parameters = (weight, module.bias, *adapter)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """A, B and their scale, None without an adapter."""
+        return None if self.a is None or self.b is None else (self.a, self.b, self.scale)
 
     def sample_dropout_mask(self, x_NI: Tensor) -> Tensor | None:
-        """Dropout's keep mask divided by the keep rate, from torch's own generator, which the loop
-        seeds."""
+        """Return dropout's mask divided by the keep rate, from torch's default generator, which the
+        training loop seeds."""
         if not self.dropout:
             return None
-        keep = torch.rand_like(x_NI, dtype=torch.float32) >= self.dropout
-        return keep.to(x_NI.dtype).div_(1 - self.dropout)
+        mask = torch.rand_like(x_NI, dtype=torch.float32) >= self.dropout
+        return mask.to(x_NI.dtype).div_(1 - self.dropout)
 
     def add_output(self, y: Tensor, x_NI: Tensor, mask: Tensor | None) -> Tensor | None:
-        """y += scale * B z; returns z."""
+        """Add scale * B z to y in place, and return z."""
         if self.a is None or self.b is None:
             return None
         z = F.linear(x_NI if mask is None else x_NI * mask, self.a)
@@ -182,12 +197,15 @@ class PreparedLinear:
         return z
 
     def outputs_backward(self, dy: Tensor, z: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """dz, and the gradient of B."""
+        """Return dz and the gradient of B."""
         if z is None or self.b is None:
             return None, None
-        return (dy @ self.b).mul_(self.scale), (z.t() @ dy).t().to(self.grad_dtype).mul_(self.scale)
+        dz = (dy @ self.b).mul_(self.scale)
+        db = (z.t() @ dy).t().to(self.grad_dtype).mul_(self.scale)
+        return dz, db
 
     def add_input(self, dx: Tensor, dz: Tensor | None, mask: Tensor | None) -> None:
+        """Add dz A to dx in place."""
         if dz is None or self.a is None:
             return
         if mask is None:
@@ -198,37 +216,35 @@ class PreparedLinear:
     def inputs_backward(
         self, x_NI: Tensor, dz: Tensor | None, mask: Tensor | None
     ) -> Tensor | None:
-        """The gradient of A."""
-        return (
-            None
-            if dz is None
-            else (dz.t() @ (x_NI if mask is None else x_NI * mask)).to(self.grad_dtype)
-        )
+        """Return the gradient of A."""
+        if dz is None:
+            return None
+        return (dz.t() @ (x_NI if mask is None else x_NI * mask)).to(self.grad_dtype)
 
-    def compute_base_grads(self, x_NI: Tensor, dy: Tensor) -> list[Tensor | None]:
-        """Of weight and bias; None where not trained."""
+    def compute_base_grads(self, x_NI: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of weight and bias, None if not trained."""
         weight, bias = self.parameters[:2]
-        dweight = (
-            (dy.t() @ x_NI).to(weight.dtype)
-            if weight is not None and weight.requires_grad
-            else None
-        )
-        dbias = dy.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None
-        return [dweight, dbias]
+        dweight = None
+        if weight is not None and weight.requires_grad:
+            dweight = (dy.t() @ x_NI).to(weight.dtype)
+        dbias = None
+        if bias is not None and bias.requires_grad:
+            dbias = dy.sum(0).to(bias.dtype)
+        return dweight, dbias
 
 
 class LinearGroup:
     """Linears that share one input, prepared for one forward and its backward.
 
-    The backward has three steps, because the MLP makes the input of its last linear anew between
-    the second and the third. `inner` and `dz` are what the earlier steps returned: z and dz of each
-    linear, or of all when lora.c ran; in `inner` also the output of each linear with a gain, before
-    its bias."""
+    The backward has three steps, because the MLP recomputes the input of its last linear between
+    the second and the third. `inner` and `dz` are passed from step to step: z and dz of each
+    linear, or of all together if lora.c ran; `inner` also has the output of each linear with a
+    DoRA gain, before its bias."""
 
     def __init__(
         self, modules: Sequence[AnyLinear], dtype: torch.dtype, min_rows: int = MIN_ROWS
     ) -> None:
-        """`fewest_rows` of an input for which lora.c runs."""
+        """Prepare `modules` for products in `dtype`. lora.c runs from `min_rows` rows on."""
         self.linears = [PreparedLinear(module, dtype) for module in modules]
         self.parameters = tuple(p for linear in self.linears for p in linear.parameters)
         self.masks: list[Tensor | None] = []
@@ -236,22 +252,23 @@ class LinearGroup:
         self.min_rows = min_rows
 
     def forward(self, x_NI: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The outputs and `inner`. Once more, as in a backward that makes them anew, it drops the
-        same."""
-        self.masks = self.masks or [linear.sample_dropout_mask(x_NI) for linear in self.linears]
+        """Return the outputs and `inner`. A second call, to recompute, drops the same inputs."""
+        if not self.masks:
+            self.masks = [linear.sample_dropout_mask(x_NI) for linear in self.linears]
         self.packed = self._pack(x_NI)
-        outputs = [
-            linear.frozen.compute_outputs(x_NI, None if linear.dora_scale else linear.bias)
-            for linear in self.linears
-        ]
-        inner: list[Tensor | None]
+        outputs: list[Tensor] = []
+        for linear in self.linears:
+            # a gain applies before the bias
+            bias = None if linear.dora_scale else linear.bias
+            outputs.append(linear.frozen.compute_outputs(x_NI, bias))
+        inner: list[Tensor | None] = []
         if self.packed:
             z = self.packed.compute_inner(x_NI)
             self.packed.add_outputs(outputs, z)
-            inner = [z]
+            inner.append(z)
         else:
-            per_linear = zip(self.linears, outputs, self.masks, strict=True)
-            inner = [linear.add_output(y, x_NI, mask) for linear, y, mask in per_linear]
+            for linear, y, mask in zip(self.linears, outputs, self.masks, strict=True):
+                inner.append(linear.add_output(y, x_NI, mask))
         for index, linear in enumerate(self.linears):
             if linear.dora_scale:
                 u = linear.dora_scale.forward(outputs[index])
@@ -260,40 +277,39 @@ class LinearGroup:
         return outputs, inner
 
     def _pack(self, x_NI: Tensor) -> PackedAdapters | None:
-        adapters = [
-            None if linear.a is None or linear.b is None else (linear.a, linear.b, linear.scale)
-            for linear in self.linears
-        ]
-        needs_torch = any(mask is not None for mask in self.masks) or len(x_NI) < self.min_rows
-        if not any(adapters) or needs_torch or not lora.is_supported(x_NI, adapters):
+        """Return the adapters packed for lora.c, None if torch has to run them."""
+        if len(x_NI) < self.min_rows or any(mask is not None for mask in self.masks):
+            return None
+        adapters = [linear.adapter for linear in self.linears]
+        if not any(adapters) or not lora.is_supported(x_NI, adapters):
             return None
         return self.packed or PackedAdapters(adapters)
 
     def outputs_backward(
         self, gradients: Sequence[Tensor], inner: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor | None], list[OuterGrads]]:
-        """From the gradients of the outputs: those before the gains, `dz`, and the gradients of B
-        and the magnitudes of each linear."""
-        zs, us = (
-            (inner[:1], inner[1:])
-            if self.packed
-            else (inner[: len(gradients)], inner[len(gradients) :])
-        )
-        dys, dms = self._dora_backward(gradients, us)
+        """Return the gradients before the gains, `dz`, and the gradients of B and of the magnitudes
+        of each linear, from the gradients of the outputs."""
+        num_inner = 1 if self.packed else len(gradients)
+        zs = inner[:num_inner]
+        dys, dms = self._dora_backward(gradients, inner[num_inner:])
         if self.packed and zs[0] is not None:
             dz, dbs = self.packed.outputs_backward(dys, zs[0])
             return dys, [dz], list(zip(dbs, dms, strict=True))
-        per_linear = zip(self.linears, dys, zs, strict=True)
-        dzs, dbs = zip(
-            *(linear.outputs_backward(dy, z) for linear, dy, z in per_linear), strict=True
-        )
-        return dys, list(dzs), list(zip(dbs, dms, strict=True))
+        dzs: list[Tensor | None] = []
+        outer: list[OuterGrads] = []
+        for linear, dy, z, dm in zip(self.linears, dys, zs, dms, strict=True):
+            dz, db = linear.outputs_backward(dy, z)
+            dzs.append(dz)
+            outer.append((db, dm))
+        return dys, dzs, outer
 
     def _dora_backward(
         self, gradients: Sequence[Tensor], us: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        dys, remaining_us = list(gradients), iter(us)
+        dys = list(gradients)
         dms: list[Tensor | None] = [None] * len(gradients)
+        remaining_us = iter(us)
         for index, linear in enumerate(self.linears):
             if linear.dora_scale and (u := next(remaining_us)) is not None:
                 dys[index], dms[index] = linear.dora_scale.backward(dys[index], u)
@@ -302,6 +318,7 @@ class LinearGroup:
     def compute_input_grad(
         self, gradients: Sequence[Tensor], dz: Sequence[Tensor | None]
     ) -> Tensor:
+        """Return the gradient of the input, summed over the linears."""
         dx = None
         for linear, dy in zip(self.linears, gradients, strict=True):
             dx = linear.frozen.compute_input_grad(dy, dx)
@@ -320,21 +337,17 @@ class LinearGroup:
         dz: Sequence[Tensor | None],
         outer: Sequence[OuterGrads],
     ) -> list[Tensor | None]:
-        """Of `parameters`; None where not trained."""
+        """Return the gradients of `parameters`, None if not trained."""
+        das: list[Tensor | None] = []
         if self.packed and dz[0] is not None:
             das = self.packed.inputs_backward(x_NI, dz[0])
         else:
-            per_linear = zip(self.linears, dz, self.masks, strict=True)
-            das = [
-                linear.inputs_backward(x_NI, linear_dz, mask)
-                for linear, linear_dz, mask in per_linear
-            ]
-        linear_grads = zip(self.linears, gradients, das, outer, strict=True)
-        return [
-            grad
-            for linear, dy, da, pair in linear_grads
-            for grad in (*linear.compute_base_grads(x_NI, dy), da, *pair)
-        ]
+            for linear, linear_dz, mask in zip(self.linears, dz, self.masks, strict=True):
+                das.append(linear.inputs_backward(x_NI, linear_dz, mask))
+        grads: list[Tensor | None] = []
+        for linear, dy, da, outer_grads in zip(self.linears, gradients, das, outer, strict=True):
+            grads += [*linear.compute_base_grads(x_NI, dy), da, *outer_grads]
+        return grads
 
 
 class _Project(torch.autograd.Function):
@@ -344,7 +357,8 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
         outputs, inner = group.forward(x_NI)
-        ctx.group, ctx.shape = group, x.shape
+        ctx.group = group
+        ctx.shape = x.shape
         ctx.save_for_backward(x_NI, *inner)
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
@@ -359,40 +373,43 @@ class _Project(torch.autograd.Function):
 
 
 def project(x: Tensor, modules: Sequence[AnyLinear]) -> tuple[Tensor, ...]:
-    """x [..., I] through each linear -> [..., O] each: one node of the graph, whatever the number
-    of linears."""
+    """Run x [..., I] through each linear; returns one [..., O] each. It is one node of the autograd
+    graph for any number of linears."""
     group = prepare_group(modules, x.dtype)
     return _Project.apply(x, group, *group.parameters)
 
 
-# Tensors too, so that nothing else can get their place in memory.
+# first module -> key, group, and the tensors in the key: while they are alive, no other tensor can
+# get their address
 _group_cache: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], LinearGroup, list[Tensor]]] = (
     WeakKeyDictionary()
 )
 
 
 def prepare_group(modules: Sequence[AnyLinear], dtype: torch.dtype) -> LinearGroup:
-    """While nothing trains, a group is kept for the next product: casting and packing A and B takes
-    longer than the products of a few rows. Made anew when a parameter has changed, by its place or
-    version: who changes one in place unknown to autograd, as through `.data`, has to increment
-    that."""
+    """Prepare linears that share one input.
+
+    While nothing trains, a group is cached: casting and packing A and B takes longer than the
+    products of a few rows. The key holds the address and version of every tensor, so code that
+    changes one behind autograd's back, as through `.data`, has to increment its version."""
     first_module = modules[0]
     if torch.is_grad_enabled() or first_module.training or not isinstance(first_module, LoraLinear):
         _group_cache.pop(first_module, None)
         return LinearGroup(modules, dtype)
-    tensors = [tensor for module in modules for tensor in _list_tensors(module)]
-    key = (
-        dtype,
-        *map(_identify_linear, modules),
-        *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors),
-    )
-    if first_module not in _group_cache or _group_cache[first_module][0] != key:
-        _group_cache[first_module] = (
-            key,
-            LinearGroup(modules, dtype, min_rows=1),
-            [tensor.detach() for tensor in tensors],
-        )
-    return _group_cache[first_module][1]
+    key: list[object] = [dtype]
+    tensors: list[Tensor] = []
+    for module in modules:
+        key += _identify_linear(module)
+        tensors += _list_tensors(module)
+    for tensor in tensors:
+        key += [id(tensor), tensor.data_ptr(), tensor._version]
+    cached = _group_cache.get(first_module)
+    if cached is not None and cached[0] == tuple(key):
+        return cached[1]
+    group = LinearGroup(modules, dtype, min_rows=1)
+    detached = [tensor.detach() for tensor in tensors]
+    _group_cache[first_module] = (tuple(key), group, detached)
+    return group
 
 
 def _identify_linear(module: AnyLinear) -> tuple[object, ...]:
@@ -401,7 +418,7 @@ def _identify_linear(module: AnyLinear) -> tuple[object, ...]:
 
 
 def _list_tensors(module: AnyLinear) -> list[Tensor]:
-    """What a prepared linear depends on beside its frozen weight."""
+    """Return the tensors of a prepared linear, other than its frozen weight."""
     tensors: list[Tensor | None] = [module.bias]
     if isinstance(module, LoraLinear):
         tensors += [module.lora_A, module.lora_B, module.lora_magnitude_vector]

@@ -1,10 +1,10 @@
-"""Memory that runs out, as an error of ours.
+"""Running out of memory, as a MachineError.
 
-    with memory_errors():     torch's and Python's own errors become OutOfMemory, which is a MachineError
+    with memory_errors():     errors of torch and Python become OutOfMemory
 
-Who can do with less catches it and tries again; for everyone else it ends the run with a message.
-On a CPU the system mostly ends the process instead, which is why a plan is refused before it starts
-when it does not fit."""
+Code that can use less memory catches it and tries again; otherwise it ends the run with a message.
+On a CPU the system usually kills the process instead, so a plan that does not fit is refused before
+the run starts."""
 
 from __future__ import annotations
 
@@ -19,23 +19,20 @@ CPU_ALLOCATOR = "DefaultCPUAllocator"  # its error is a plain RuntimeError
 
 
 class OutOfMemory(MachineError):
-    """While the exception is handled its traceback still holds the tensors: try again after the
-    `except` block."""
+    """Out of memory. During the `except` block the traceback still holds the tensors: try again
+    after it."""
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
+    """Turn out-of-memory errors inside the block into OutOfMemory."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _to_out_of_memory(error) from error
-    except RuntimeError as error:
-        if CPU_ALLOCATOR not in str(error):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_cpu_error = CPU_ALLOCATOR in str(error)
+        if not (is_cpu_error or isinstance(error, torch.OutOfMemoryError | MemoryError)):
             raise
-        raise _to_out_of_memory(error) from error
-
-
-def _to_out_of_memory(error: BaseException) -> OutOfMemory:
-    message = str(error).strip().partition("\n")[0]
-    fix = "lower max_length, pack_length or lora_r, or free memory that other programs hold"
-    return OutOfMemory(f"out of memory{': ' if message else ''}{message}", fix=fix)
+        detail = str(error).strip().partition("\n")[0]
+        message = f"out of memory: {detail}" if detail else "out of memory"
+        fix = "lower max_length, pack_length or lora_r, or free memory used by other programs"
+        raise OutOfMemory(message, fix=fix) from error

@@ -1,7 +1,7 @@
-"""What transformers makes of exported files: the second opinion that an export is measured by.
+"""Reload exported files with plain transformers: the independent check of an export.
 
 In: folders and GGUF files that we wrote. Out: stock networks, and the ids of stock chat templates.
-GGUF weights come through transformers' own reader, which knows nothing of ours."""
+GGUF weights come through transformers' own reader, which shares no code with ours."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tunesmith.model.hub.check_weights import transformers_errors
 def encode_stock_prompts(
     folder: Path, prompts: Sequence[tuple[Sequence[Json], Sequence[Json]]], variables: Json
 ) -> list[tuple[int, ...]]:
-    """Ids of each (messages, tools) with the start of an answer after it, by the folder's tokenizer
-    and template, which is told `variables`."""
+    """Return the ids of each (messages, tools) with a generation prompt, from the folder's
+    tokenizer and template. `variables` are passed to the template."""
     with transformers_errors(folder):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -43,18 +43,19 @@ def encode_stock_prompts(
 
 
 def load_config_dict(folder: Path) -> dict[str, Any]:
-    """config.json with every default of its model type filled in."""
+    """Return config.json with all defaults of its model type."""
     with transformers_errors(folder):
-        return AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        ).to_dict()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return config.to_dict()
 
 
 def load_gguf(file: Path, config_dir: Path, device: str = "cpu") -> Network:
-    """The network of a GGUF file in fp32: weights as transformers' own reader finds them. Sizes are
-    those of the folder `settings`, from `gguf.write_settings`: transformers reads neither the head
-    size of Qwen3 nor Llama 3's rope."""
-    with transformers_errors(file), redirect_stderr(StringIO()):  # its progress bar has no switch
+    """Load a GGUF file in fp32 with transformers' own reader.
+
+    The config comes from `config_dir`, written by `gguf.convert.write_settings`: transformers reads
+    neither the head size of Qwen3 nor the rope scaling of Llama 3."""
+    # redirected, since its progress bar cannot be turned off
+    with transformers_errors(file), redirect_stderr(StringIO()):
         config = AutoConfig.from_pretrained(
             config_dir, trust_remote_code=False, local_files_only=True
         )

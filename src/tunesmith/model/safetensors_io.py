@@ -1,10 +1,7 @@
-"""Tensors as a safetensors file: the one place that writes weights, and optimizer state.
+"""Read and write safetensors files: the one place that writes weights and optimizer state.
 
-    write_tensors(tensors, file)
-    read_tensor(header)             one tensor into memory of its own; the file is not mapped
-
-Nothing that is not a finite number is ever written. What the disk refuses comes as an OSError,
-which atomic.py turns into a message with the room that is needed; the format's own error hides the
+NaN or infinite values are never written. When the disk refuses, an OSError is raised, which
+core/atomic.py turns into a message with the space that is needed; the format's own error hides the
 reason in its text."""
 
 from __future__ import annotations
@@ -29,14 +26,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def write_tensors(
     tensors: Mapping[str, Tensor], file: Path, *, metadata: dict[str, str] | None = None
 ) -> None:
-    """Raises GateError that names the first tensor with a value that is not finite, OSError when
-    the disk refuses."""
+    """Write tensors. Raise GateError naming the first tensor with a NaN or infinite value, OSError
+    if the disk refuses."""
     if name := find_nonfinite(tensors):
-        raise GateError(
-            f"{name} holds values that are not finite: nothing is written",
-            where=file.name,
-            fix="lower learning_rate; the newest checkpoint holds the last finite weights",
-        )
+        message = f"{name} holds NaN or infinite values: nothing is written"
+        fix = "lower learning_rate; the last checkpoint holds finite weights"
+        raise GateError(message, where=file.name, fix=fix)
     cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(cpu_tensors, file, metadata=metadata)
@@ -44,14 +39,13 @@ def write_tensors(
         if code := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise
-    file.chmod(
-        file.parent.stat().st_mode & 0o666
-    )  # the writer gives it to its owner alone; the folder says to whom
+    # safetensors makes files private to their owner; follow the folder instead
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
-    """Of a floating-point type. A mapped file would count as ours, page by page, until it is
-    closed."""
+    """Read one floating-point tensor without mapping the file: mapped pages would count as our
+    memory until it is closed."""
     with header.file.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little") + header.begin
     raw = np.fromfile(header.file, np.uint8, header.end - header.begin, offset=begin)
@@ -59,10 +53,14 @@ def read_tensor(header: TensorHeader) -> Tensor:
 
 
 def find_nonfinite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the first tensor that holds a NaN or an infinity, empty if none does."""
+    """Return the name of the first tensor with a NaN or infinite value, empty if there is none."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = tensor.detach().aminmax()  # a NaN is both
-            if not (bool(low.isfinite()) and bool(high.isfinite())):
-                return name
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
+            return name
     return ""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a non-empty tensor has no NaN or infinite value."""
+    low, high = tensor.detach().aminmax()  # both are NaN if a value is
+    return bool(low.isfinite()) and bool(high.isfinite())

@@ -146,8 +146,7 @@ def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str,
     tensors = load_file(folder / STATE_FILE)
     stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
     if stored != parameters.keys() or any(
-        tensors[f"weight.{name}"].shape != parameter.shape
-        for name, parameter in parameters.items()
+        tensors[f"weight.{name}"].shape != parameter.shape for name, parameter in parameters.items()
     ):
         message = "the checkpoint holds other trained weights than this model"
         raise InputError(message, where=str(folder))

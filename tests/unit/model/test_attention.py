@@ -16,9 +16,9 @@ from tunesmith.model.attention import (
     AttentionConfig,
     attend,
     choose_backend,
-    packed_attention_forward,
     reference_attention,
 )
+from tunesmith.model.causal_lm import packed_attention_forward
 from tunesmith.model.kernels import ops
 
 Attention = Callable[[Tensor, Tensor, Tensor, PackLayout, AttentionConfig], Tensor]
@@ -112,9 +112,9 @@ def inside_stock_module(
 
 
 ATTENTIONS: dict[str, Attention] = {
-    "documents": BACKENDS["documents"],
-    "mask": BACKENDS["mask"],
-    "kernel": BACKENDS["kernel"],  # in fp64 it takes `documents`
+    "sdpa": BACKENDS["sdpa"],
+    "dense_mask": BACKENDS["dense_mask"],
+    "cpu_kernel": BACKENDS["cpu_kernel"],  # in fp64 it takes `documents`
     "stock": inside_stock_module,
 }
 
@@ -150,7 +150,7 @@ def test_reference_is_softmax_written_out() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("name", ["reference", "documents", "mask", "kernel"])
+@pytest.mark.parametrize("name", ["reference", "sdpa", "dense_mask", "cpu_kernel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_documents_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
     """Other tokens elsewhere leave outputs bitwise equal; the gradient of elsewhere is exactly
@@ -196,7 +196,7 @@ def test_reference_of_a_forest_is_each_document_alone() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("name", ["reference", "documents", "mask", "kernel"])
+@pytest.mark.parametrize("name", ["reference", "sdpa", "dense_mask", "cpu_kernel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_branches_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
     """A branch depends on what it continues and on nothing else, to the bit; so do its
@@ -237,7 +237,7 @@ def test_kernel_is_as_near_the_truth_as_torch(
     for layout in LAYOUTS:
         inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)
         exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
-        ours = run(BACKENDS["kernel"], inputs, layout, rule)
+        ours = run(BACKENDS["cpu_kernel"], inputs, layout, rule)
         for name, one, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
             assert relative_error(one, truth) < 4e-3, (name, layout)
 
@@ -249,7 +249,7 @@ def test_kernel_keeps_large_scores_apart() -> None:
     inputs = random_inputs(61, (2, 1, 64), torch.bfloat16)
     rule = AttentionConfig(scale=20.0)
     exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
-    ours = run(BACKENDS["kernel"], inputs, layout, rule)
+    ours = run(BACKENDS["cpu_kernel"], inputs, layout, rule)
     for one, truth in zip(ours[:1] + ours[3:], exact[:1] + exact[3:], strict=True):
         assert relative_error(one, truth) < 4e-3
 
@@ -260,14 +260,14 @@ def test_kernel_does_not_depend_on_its_neighbours_or_threads() -> None:
         RULES["window of a block"],
         random_inputs(130 + 41 + 9, (6, 2, 64), torch.bfloat16),
     )
-    together = run(BACKENDS["kernel"], inputs, layout_of((130, 41, 9)), rule)
-    alone = run(BACKENDS["kernel"], tuple(x[130:171] for x in inputs), layout_of((41,)), rule)
+    together = run(BACKENDS["cpu_kernel"], inputs, layout_of((130, 41, 9)), rule)
+    alone = run(BACKENDS["cpu_kernel"], tuple(x[130:171] for x in inputs), layout_of((41,)), rule)
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one[130:171], other)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        again = run(BACKENDS["kernel"], inputs, layout_of((130, 41, 9)), rule)
+        again = run(BACKENDS["cpu_kernel"], inputs, layout_of((130, 41, 9)), rule)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(together, again, strict=True))
@@ -286,7 +286,7 @@ def test_kernel_hides_no_nan(which: int, poison: float) -> None:
     after = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
     inputs[which][20, 0, 3] = poison
     ours, expected = (
-        run(BACKENDS["kernel"], inputs, layout, rule),
+        run(BACKENDS["cpu_kernel"], inputs, layout, rule),
         run(reference_attention, inputs, layout, rule),
     )
     assert any(not torch.isfinite(x).all() for x in expected)
@@ -296,7 +296,7 @@ def test_kernel_hides_no_nan(which: int, poison: float) -> None:
         assert torch.isfinite(ours[i][70:]).all(), f"{name}: the other document is poisoned"
 
 
-@pytest.mark.parametrize("backend", ["kernel", "documents", "mask", "reference"])
+@pytest.mark.parametrize("backend", ["cpu_kernel", "sdpa", "dense_mask", "reference"])
 @pytest.mark.parametrize("heads", [(6, 2, 64), (2, 1, 128), (2, 1, 192), (3, 1, 48)], ids=str)
 def test_attend_turns_by_the_angles(backend: str, heads: tuple[int, int, int]) -> None:
     """Against fp64 rotation and attention, documents out of order of length; without rotation the
@@ -326,24 +326,24 @@ def test_kernel_turns_as_the_rotation_alone_does() -> None:
     q, k, v, _ = random_inputs(layout.num_tokens, (4, 2, 128), torch.bfloat16)
     angles = torch.rand(layout.num_tokens, 64).cos(), torch.rand(layout.num_tokens, 64).sin()
     alone = attend(
-        ops.apply_rotary(q, *angles), ops.apply_rotary(k, *angles), v, layout, rule, "kernel"
+        ops.apply_rotary(q, *angles), ops.apply_rotary(k, *angles), v, layout, rule, "cpu_kernel"
     )
-    assert relative_error(attend(q, k, v, layout, rule, "kernel", angles), alone.double()) < 1e-4
+    assert relative_error(attend(q, k, v, layout, rule, "cpu_kernel", angles), alone.double()) < 1e-4
 
 
 # ---------------------------------------------------------------- choice and refusal
 
 
 def test_choice_of_a_backend() -> None:
-    assert choose_backend("mask", torch.zeros(1)) == "mask"
-    assert choose_backend("auto", torch.zeros(1)) == "kernel"
+    assert choose_backend("dense_mask", torch.zeros(1)) == "dense_mask"
+    assert choose_backend("auto", torch.zeros(1)) == "cpu_kernel"
 
 
 def test_kernel_takes_documents_for_what_it_cannot_do() -> None:
     layout, inputs = layout_of((9, 4)), random_inputs(13, (2, 1, 48), torch.bfloat16)
     for rule in (RULES["plain"], RULES["soft cap"]):
         ours, torchs = (
-            BACKENDS[name](*inputs[:3], layout, rule) for name in ("kernel", "documents")
+            BACKENDS[name](*inputs[:3], layout, rule) for name in ("cpu_kernel", "sdpa")
         )
         assert torch.equal(ours, torchs)
 
@@ -374,7 +374,7 @@ def test_whole_numbers_are_caps_and_scales_too() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["varlen", "mask"])
+@pytest.mark.parametrize("name", ["varlen", "dense_mask"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_cuda_backends_are_near_the_truth(name: str, rule: AttentionConfig) -> None:
     for layout in LAYOUTS:

@@ -1,9 +1,18 @@
+import os
+
 import pytest
 import torch
 
 from tiny_models import step_gradients, tiny_documents, tiny_model, worst_difference
 from tunesmith.model.adapters import find_lora_layers
-from tunesmith.model.frozen_weight import BlockedWeight, DenseWeight, has_onednn_bf16
+from tunesmith.model.frozen_weight import (
+    CAPACITY_ENV,
+    MAX_PRIMITIVES,
+    BlockedWeight,
+    DenseWeight,
+    has_onednn_bf16,
+    limit_onednn_cache,
+)
 
 needs_blocks = pytest.mark.skipif(not has_onednn_bf16(), reason="no bf16 products in oneDNN here")
 
@@ -64,3 +73,14 @@ def test_fp32_and_other_machines_stay_plain():
     assert all(
         isinstance(layer.frozen, DenseWeight) for layer in find_lora_layers(model.network).values()
     )
+
+
+def test_the_onednn_cache_is_limited_unless_the_user_sets_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(CAPACITY_ENV, raising=False)
+    limit_onednn_cache()
+    assert os.environ[CAPACITY_ENV] == MAX_PRIMITIVES
+    monkeypatch.setenv(CAPACITY_ENV, "500")
+    limit_onednn_cache()
+    assert os.environ[CAPACITY_ENV] == "500"

@@ -17,8 +17,8 @@ from tiny_models import (
 )
 from tunesmith.model.causal_lm import PackedCausalLM
 
-POLICIES = ("selective", "recompute")
-BF16: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "kernel", "blocked": True}
+POLICIES = ("selective", "full")
+BF16: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "cpu_kernel", "blocked": True}
 
 
 def gradients(model: PackedCausalLM, *, share: bool = False) -> tuple[float, dict[str, Tensor]]:
@@ -29,7 +29,7 @@ def gradients(model: PackedCausalLM, *, share: bool = False) -> tuple[float, dic
     )
 
 
-@pytest.mark.parametrize("activations", POLICIES)
+@pytest.mark.parametrize("gradient_checkpointing", POLICIES)
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -43,25 +43,25 @@ def gradients(model: PackedCausalLM, *, share: bool = False) -> tuple[float, dic
     ],
 )
 def test_gradients_are_the_same_to_the_bit(
-    activations: str, family: str, settings: dict[str, Any]
+    gradient_checkpointing: str, family: str, settings: dict[str, Any]
 ) -> None:
     loss, expected = gradients(tiny_model(family, **settings))
-    again, found = gradients(tiny_model(family, **settings, activations=activations))
+    again, found = gradients(tiny_model(family, **settings, gradient_checkpointing=gradient_checkpointing))
     assert again == loss
     assert {name for name in expected if not torch.equal(found[name], expected[name])} == set()
 
 
-@pytest.mark.parametrize("activations", POLICIES)
-def test_shared_prefixes_are_still_known_when_layers_run_again(activations: str) -> None:
+@pytest.mark.parametrize("gradient_checkpointing", POLICIES)
+def test_shared_prefixes_are_still_known_when_layers_run_again(gradient_checkpointing: str) -> None:
     loss, expected = gradients(tiny_model(), share=True)
-    again, found = gradients(tiny_model(activations=activations), share=True)
+    again, found = gradients(tiny_model(gradient_checkpointing=gradient_checkpointing), share=True)
     assert again == loss
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def saved_bytes(activations: str) -> int:
+def saved_bytes(gradient_checkpointing: str) -> int:
     """What autograd keeps after a forward; inside of a layer that runs again it keeps nothing."""
-    model, kept = tiny_model(activations=activations), {}
+    model, kept = tiny_model(gradient_checkpointing=gradient_checkpointing), {}
     model.network.train()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def saved_bytes(activations: str) -> int:
 
 
 def test_each_policy_keeps_less() -> None:
-    keep, selective, recompute = (saved_bytes(policy) for policy in ("keep", *POLICIES))
+    keep, selective, recompute = (saved_bytes(policy) for policy in ("none", *POLICIES))
     tokens, width, layers = one_batch(tiny_documents()).layout.num_tokens, 80 * 4, 2
     pruned = int(one_batch(tiny_documents()).positions_S.shape[0])  # rows of the last layer's MLP
     assert keep - selective >= 2 * width * (tokens * (layers - 1) + pruned)

@@ -151,7 +151,7 @@ def test_the_kernels_equal_plain_attention(
 
     def attended(parts: list[tuple[int, int, int]]) -> torch.Tensor:
         q, k, v, layout = packed([rows.part(*part) for part in parts])
-        return cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, rule, "kernel")
+        return cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, rule, "cpu_kernel")
 
     if shared:
         cache.begin_prefill([SHARED])
@@ -185,7 +185,7 @@ def test_the_step_kernel_turns_what_it_reads() -> None:
     for cache, layer in zip(caches, layers, strict=True):
         cache.begin_prefill([9, 50])
         q, k, v, layout = packed([rows.part(0, 0, 9), rows.part(1, 0, 50)])
-        cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, rule, "kernel")
+        cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, rule, "cpu_kernel")
     for _ in range(BLOCK_TOKENS):
         places, _ = (cache.begin_decode(torch.device("cpu")) for cache in caches)
         angles = angles_PD[places].cos(), angles_PD[places].sin()
@@ -193,9 +193,9 @@ def test_the_step_kernel_turns_what_it_reads() -> None:
             [rows.part(row, place, place + 1) for row, place in enumerate(places.tolist())]
         )
         q, k, v = (x.bfloat16() for x in (q, k, v))
-        one = caches[0].attend(layers[0], q, k, v, layout, rule, "kernel", angles)
+        one = caches[0].attend(layers[0], q, k, v, layout, rule, "cpu_kernel", angles)
         other = caches[1].attend(
-            layers[1], *apply_rotary_qk(q, k, angles), v, layout, rule, "kernel"
+            layers[1], *apply_rotary_qk(q, k, angles), v, layout, rule, "cpu_kernel"
         )
         torch.testing.assert_close(one, other, **NEAR)
     keys, others = caches[0]._kv_buffers[layers[0]][0], caches[1]._kv_buffers[layers[1]][0]
@@ -208,13 +208,13 @@ def test_the_step_kernel_writes_one_place_a_row() -> None:
     cache.begin_prefill([30, 5])
     q, k, v, layout = packed([rows.part(0, 0, 30), rows.part(1, 0, 5)])
     cache.attend(
-        layer, *(x.bfloat16() for x in (q, k, v)), layout, AttentionConfig(0.125), "kernel"
+        layer, *(x.bfloat16() for x in (q, k, v)), layout, AttentionConfig(0.125), "cpu_kernel"
     )
     before = [x.clone() for x in cache._kv_buffers[layer]]
     cache.begin_decode(torch.device("cpu"))
     q, k, v, layout = packed([rows.part(0, 30, 31), rows.part(1, 5, 6)])
     cache.attend(
-        layer, *(x.bfloat16() for x in (q, k, v)), layout, AttentionConfig(0.125), "kernel"
+        layer, *(x.bfloat16() for x in (q, k, v)), layout, AttentionConfig(0.125), "cpu_kernel"
     )
     for was, now in zip(before, cache._kv_buffers[layer], strict=True):
         changed = (was != now).any(dim=-1).nonzero().tolist()

@@ -61,7 +61,7 @@ def test_what_matches_nothing_is_an_error_that_shows_a_path(text: str) -> None:
     with pytest.raises(InputError, match="no linear layer") as caught:
         select_targets(PATHS, text)
     assert caught.value.where == "lora_target_modules"
-    assert "a path is like model.layers.0.self_attn.q_proj" in caught.value.fix
+    assert "paths look like model.layers.0.self_attn.q_proj" in caught.value.fix
     assert "[down_proj, gate_proj" in caught.value.fix
 
 

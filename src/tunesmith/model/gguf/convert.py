@@ -1,12 +1,11 @@
-"""A GGUF file turned into the folder that plain transformers loads: bf16 safetensors, config and
+"""Convert a GGUF file to a folder that plain transformers loads: bf16 safetensors, config and
 tokenizer.
 
 In: one .gguf file of a dense Llama, Qwen2 or Qwen3 architecture. Out: config.json,
 generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
-chat_template.jinja. The weights are what the quantisation left of them: a model made from a Q4_1
-file has dequantised Q4_1 weights, rounded to bf16, so every number measured on it is that model's
-and not the original's. Left out: mixtures of experts, SentencePiece vocabularies, and writing GGUF
-(`export/gguf.py`)."""
+chat_template.jinja. The weights are dequantised and rounded to bf16: numbers measured on a model
+from a Q4_1 file describe that model, not the original. Left out: mixtures of experts, SentencePiece
+vocabularies, and writing GGUF (export/gguf)."""
 
 from __future__ import annotations
 
@@ -42,22 +41,23 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# Llama 3 keeps its rope scaling as a tensor; it becomes a part of config.json
+# Llama 3 stores its rope scaling as a tensor; it becomes a part of config.json
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """How a GGUF architecture is called in transformers.
+    """The transformers classes of a GGUF architecture.
 
-    `rotated`: q and k rows are stored interleaved. `only_cut`: the one pre-tokenizer that
-    transformers' tokenizer class for this model type has, whatever the tokenizer.json in the folder
-    says; empty where it takes that file as it is."""
+    `has_interleaved_qk`: rows of q and k are stored interleaved. `pre_tokenizer`: the only
+    pre-tokenizer that transformers' tokenizer class for this model type supports, whatever
+    tokenizer.json says; empty if it loads that file unchanged."""
 
     model_type: str
     class_name: str
@@ -66,31 +66,27 @@ class GgufArchitecture:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write the model in `source` to the existing `folder`; a few million values in memory at a
-    time.
+    """Write the model in `source` to the existing `folder`, a few million values at a time.
 
-    InputError for an architecture, tensor, quantisation, rope or tokenizer that cannot be carried
-    over exactly."""
+    Raises InputError for an architecture, tensor, quantisation, rope or tokenizer without an exact
+    equivalent."""
     file = read_gguf(source)
     names = write_settings(file, folder)
-    architecture, config = _read_architecture(file), read_json(folder / "config.json")
-    _write_weights(
-        file,
-        names,
-        folder / "model.safetensors",
-        config["head_dim"] if architecture.has_interleaved_qk else 0,
-    )
+    head_rows = 0
+    if _read_architecture(file).has_interleaved_qk:
+        head_rows = read_json(folder / "config.json")["head_dim"]
+    _write_weights(file, names, folder / "model.safetensors", head_rows)
 
 
 def write_settings(file: GgufFile, folder: Path) -> dict[str, str]:
-    """Everything but the weights: config, generation config, tokenizer, chat template. GGUF ->
-    transformers names of the tensors. InputError as `convert`."""
+    """Write everything but the weights: config, generation config, tokenizer, chat template.
+
+    Returns GGUF -> transformers names of the tensors. Raises the errors of `convert`."""
     config = _build_config(file, _read_architecture(file))
-    names = {
-        tensor.name: _map_name(file, tensor)
-        for tensor in file.tensors
-        if tensor.name != ROPE_FACTORS
-    }
+    names: dict[str, str] = {}
+    for tensor in file.tensors:
+        if tensor.name != ROPE_FACTORS:
+            names[tensor.name] = _map_name(file, tensor)
     _check_names(file, set(names.values()), config)
     write_tokenizer(file, folder)
     _write_json(folder / "config.json", config)
@@ -99,59 +95,53 @@ def write_settings(file: GgufFile, folder: Path) -> dict[str, str]:
 
 
 def estimate_bytes(source: Path) -> int:
-    """Disk that `convert` takes: two bytes for each value, and some for the tokenizer."""
+    """Return the disk space that `convert` needs: two bytes per value, and 32 MiB for the rest."""
     return sum(2 * prod(tensor.shape) for tensor in read_gguf(source).tensors) + 32 * 2**20
 
 
 def _read_architecture(file: GgufFile) -> GgufArchitecture:
+    where = str(file.path)
     name = file.require("general.architecture", str)
     if name not in ARCHITECTURES:
-        raise InputError(
-            f"cannot convert a GGUF of architecture {name!r}; known: {', '.join(sorted(ARCHITECTURES))}",
-            where=str(file.path),
-            fix=USE_SAFETENSORS_FIX,
-        )
+        supported = ", ".join(sorted(ARCHITECTURES))
+        message = f"the GGUF architecture {name!r} is not supported; supported: {supported}"
+        raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
     num_splits = file.get("split.count", int, 0)
     if num_splits > 1:
-        fix = "join the parts with `llama-gguf-split --merge`"
-        raise InputError(f"it is one of {num_splits} parts", where=str(file.path), fix=fix)
+        message = f"the file is one of {num_splits} parts"
+        raise InputError(message, where=where, fix="merge them: `llama-gguf-split --merge`")
     if file.get(f"{name}.expert_count", int, 0):
-        raise InputError(
-            "a mixture of experts cannot be converted from GGUF",
-            where=str(file.path),
-            fix=USE_SAFETENSORS_FIX,
-        )
-    architecture, pre_tokenizer = (
-        ARCHITECTURES[name],
-        file.get("tokenizer.ggml.pre", str, "(missing)"),
-    )
+        message = "a mixture of experts cannot be converted from GGUF"
+        raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
+    architecture = ARCHITECTURES[name]
+    pre_tokenizer = file.get("tokenizer.ggml.pre", str, "(missing)")
     if architecture.pre_tokenizer not in ("", pre_tokenizer):
-        message = f"transformers cuts the text of {name} models as {architecture.pre_tokenizer!r}, this file needs {pre_tokenizer!r}"
-        raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
+        message = (
+            f"transformers splits text for {name} models as {architecture.pre_tokenizer!r}, "
+            f"but this file needs {pre_tokenizer!r}"
+        )
+        raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
     return architecture
 
 
 def _build_config(file: GgufFile, architecture: GgufArchitecture) -> dict[str, Any]:
     prefix = file.require("general.architecture", str)
     names = {tensor.name for tensor in file.tensors}
-    heads, hidden = (
-        file.get_count(f"{prefix}.attention.head_count"),
-        file.get_count(f"{prefix}.embedding_length"),
-    )
-    head_dim = file.get_count(f"{prefix}.attention.key_length", hidden // heads or 1)
+    heads = file.get_count(f"{prefix}.attention.head_count")
+    hidden_size = file.get_count(f"{prefix}.embedding_length")
+    head_dim = file.get_count(f"{prefix}.attention.key_length", hidden_size // heads or 1)
+    rms_norm_eps = file.require(f"{prefix}.attention.layer_norm_rms_epsilon", float)
     config = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
-        "hidden_size": hidden,
+        "hidden_size": hidden_size,
         "intermediate_size": file.get_count(f"{prefix}.feed_forward_length"),
         "num_hidden_layers": file.get_count(f"{prefix}.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": file.get_count(f"{prefix}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": file.get_count(f"{prefix}.context_length"),
-        "rms_norm_eps": _shorten_float(
-            file.require(f"{prefix}.attention.layer_norm_rms_epsilon", float)
-        ),
+        "rms_norm_eps": _shorten_float(rms_norm_eps),
         "hidden_act": "silu",
         "vocab_size": _read_vocab_size(file),
         "rope_parameters": _build_rope(file, prefix, head_dim),
@@ -159,7 +149,7 @@ def _build_config(file: GgufFile, architecture: GgufArchitecture) -> dict[str, A
         "dtype": "bfloat16",
         **_find_special_ids(file),
     }
-    if architecture.model_type != "qwen2":  # Qwen2 always has a bias on q, k and v and none on o
+    if architecture.model_type != "qwen2":  # Qwen2 always has a bias on q, k and v, none on o
         config["attention_bias"] = "blk.0.attn_q.bias" in names
     if architecture.model_type == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in names
@@ -167,15 +157,20 @@ def _build_config(file: GgufFile, architecture: GgufArchitecture) -> dict[str, A
 
 
 def _read_vocab_size(file: GgufFile) -> int:
-    rows = next(
-        (tensor.shape[0] for tensor in file.tensors if tensor.name == "token_embd.weight"), 0
-    )
+    embedding = _find_tensor(file, "token_embd.weight")
+    rows = 0 if embedding is None else embedding.shape[0]
     tokens = len(file.get_strings("tokenizer.ggml.tokens"))
     if rows < tokens:
-        raise InputError(
-            f"{tokens} tokens but {rows} rows in token_embd.weight", where=str(file.path)
-        )
+        message = f"{tokens} tokens but {rows} rows in token_embd.weight"
+        raise InputError(message, where=str(file.path))
     return rows
+
+
+def _find_tensor(file: GgufFile, name: str) -> TensorInfo | None:
+    for tensor in file.tensors:
+        if tensor.name == name:
+            return tensor
+    return None
 
 
 def _build_rope(file: GgufFile, prefix: str, head_dim: int) -> dict[str, Any]:
@@ -183,32 +178,37 @@ def _build_rope(file: GgufFile, prefix: str, head_dim: int) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     rotary_dim = file.get_count(f"{prefix}.rope.dimension_count", head_dim)
     scaling_type = file.get(f"{prefix}.rope.scaling.type", str, "none")
-    if (
-        rotary_dim != head_dim
-        or head_dim % 2
-        or theta <= 1
-        or scaling_type not in ("none", "linear")
-    ):
-        message = f"rope over {rotary_dim} of {head_dim} dimensions, base {theta}, scaling {scaling_type!r} cannot be carried over"
+    is_full = rotary_dim == head_dim and head_dim % 2 == 0
+    if not is_full or theta <= 1 or scaling_type not in ("none", "linear"):
+        message = (
+            f"rope over {rotary_dim} of {head_dim} dimensions, base {theta}, "
+            f"scaling {scaling_type!r} is not supported"
+        )
         raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
     if scaling_type == "linear":
-        rope |= {
-            "rope_type": "linear",
-            "factor": file.require(f"{prefix}.rope.scaling.factor", float),
-        }
-    factors = next((tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS), None)
-    return rope if factors is None else rope | _build_llama3_scaling(file, factors, theta, head_dim)
+        rope["rope_type"] = "linear"
+        rope["factor"] = file.require(f"{prefix}.rope.scaling.factor", float)
+    factors = _find_tensor(file, ROPE_FACTORS)
+    if factors is not None:
+        rope |= _build_llama3_scaling(file, factors, theta, head_dim)
+    return rope
 
 
 def _build_llama3_scaling(
     file: GgufFile, tensor: TensorInfo, theta: float, head_dim: int
 ) -> dict[str, Any]:
-    """The rope scaling of Llama 3 from its per-frequency divisors; its other three constants have
-    only one value."""
+    """Recover Llama 3's rope scaling from its per-frequency divisors. The other three constants
+    have one value in all Llama 3 models."""
     factors = read_tensor(file, tensor)
-    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
+    factor = float(factors.max())
+    low_freq_factor = 1.0
+    high_freq_factor = 4.0
+    original_length = 8192
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    ratios = (original_length / wavelengths - low_freq_factor) / (
+        high_freq_factor - low_freq_factor
+    )
+    smooth = np.clip(ratios, 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         message = f"the rope divisors in {ROPE_FACTORS} are not those of Llama 3"
@@ -216,33 +216,35 @@ def _build_llama3_scaling(
     return {
         "rope_type": "llama3",
         "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
+        "low_freq_factor": low_freq_factor,
+        "high_freq_factor": high_freq_factor,
+        "original_max_position_embeddings": original_length,
     }
 
 
 def _build_generation_config(file: GgufFile) -> dict[str, Any]:
-    stops = sorted(
-        {index for name in STOP_TOKENS if (index := find_special_id(file, name)) is not None}
-    )
-    return (
-        _find_special_ids(file) | {"eos_token_id": stops}
-        if len(stops) > 1
-        else _find_special_ids(file)
-    )
+    config = _find_special_ids(file)
+    end_ids: set[int] = set()
+    for name in END_TOKENS:
+        index = find_special_id(file, name)
+        if index is not None:
+            end_ids.add(index)
+    if len(end_ids) > 1:
+        config["eos_token_id"] = sorted(end_ids)
+    return config
 
 
-def _find_special_ids(file: GgufFile) -> dict[str, int]:
-    """The ids of the first, last and padding token. A chat model ends with its end of turn where
-    the file has one."""
-    eot, eos = find_special_id(file, "eot"), find_special_id(file, "eos")
-    token_ids = {
-        "bos": find_special_id(file, "bos"),
-        "eos": eos if eot is None else eot,
-        "pad": find_special_id(file, "padding"),
+def _find_special_ids(file: GgufFile) -> dict[str, Any]:
+    """Return the ids of the bos, eos and pad tokens. A chat model's eos is its end of turn."""
+    eos = find_special_id(file, "eot")
+    if eos is None:
+        eos = find_special_id(file, "eos")
+    ids = {
+        "bos_token_id": find_special_id(file, "bos"),
+        "eos_token_id": eos,
+        "pad_token_id": find_special_id(file, "padding"),
     }
-    return {f"{name}_token_id": index for name, index in token_ids.items() if index is not None}
+    return {key: index for key, index in ids.items() if index is not None}
 
 
 def _map_name(file: GgufFile, tensor: TensorInfo) -> str:
@@ -250,56 +252,50 @@ def _map_name(file: GgufFile, tensor: TensorInfo) -> str:
         return TOP_NAMES[tensor.name]
     match = BLOCK_TENSOR.fullmatch(tensor.name)
     if not match or match[2] not in BLOCK_NAMES:
-        raise InputError(
-            f"the tensor {tensor.name} is unknown", where=str(file.path), fix=USE_SAFETENSORS_FIX
-        )
+        message = f"the tensor {tensor.name} is unknown"
+        raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
     return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.{match[3]}"
 
 
 def _check_names(file: GgufFile, names: set[str], config: dict[str, Any]) -> None:
-    """Exactly the tensors that transformers makes for `config`; it would fill a missing one with
-    random numbers."""
+    """Require exactly the tensors that transformers creates for `config`; it would fill a missing
+    one with random numbers."""
     model_type = config["model_type"]
-    norms = ("self_attn.q_norm", "self_attn.k_norm")
-    suffixes = {
-        f"{suffix}.weight"
-        for suffix in BLOCK_NAMES.values()
-        if model_type == "qwen3" or suffix not in norms
-    }
-    bias_projections = ["q", "k", "v"] if model_type == "qwen2" or config["attention_bias"] else []
-    suffixes |= {
-        f"self_attn.{name}_proj.bias"
-        for name in bias_projections + ["o"] * (model_type != "qwen2" and bool(bias_projections))
-    }
-    suffixes |= {
-        f"mlp.{name}_proj.bias" for name in ("gate", "up", "down") if config.get("mlp_bias")
-    }
-    expected = {
-        f"model.layers.{layer}.{suffix}"
-        for layer in range(config["num_hidden_layers"])
-        for suffix in suffixes
-    }
-    expected |= {"model.embed_tokens.weight", "model.norm.weight"}
-    expected |= set() if config["tie_word_embeddings"] else {"lm_head.weight"}
-    for problem, mismatched in (
-        ("are missing", expected - names),
-        ("do not belong to the model", names - expected),
-    ):
-        if mismatched:
-            raise InputError(
-                f"{len(mismatched)} tensors {problem}, first {min(mismatched)}",
-                where=str(file.path),
-                fix=USE_SAFETENSORS_FIX,
-            )
+    suffixes: list[str] = []
+    for suffix in BLOCK_NAMES.values():
+        if suffix not in QK_NORMS or model_type == "qwen3":
+            suffixes.append(f"{suffix}.weight")
+    biased: list[str] = []
+    if model_type == "qwen2":
+        biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    elif config["attention_bias"]:
+        biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    if config.get("mlp_bias"):
+        biased += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    suffixes += [f"{path}.bias" for path in biased]
+    expected = {"model.embed_tokens.weight", "model.norm.weight"}
+    if not config["tie_word_embeddings"]:
+        expected.add("lm_head.weight")
+    for layer in range(config["num_hidden_layers"]):
+        expected.update(f"model.layers.{layer}.{suffix}" for suffix in suffixes)
+    where = str(file.path)
+    if missing := expected - names:
+        message = f"tensors are missing: {len(missing)}, first {min(missing)}"
+        raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
+    if unexpected := names - expected:
+        message = f"tensors are not part of the model: {len(unexpected)}, first {min(unexpected)}"
+        raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
 
 
 def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows: int) -> None:
-    """`head_rows`: rows of a head in the q and k matrices where they must be reordered, else 0."""
+    """Write model.safetensors. `head_rows`: rows of a head in the q and k matrices if they must be
+    reordered, else 0."""
     tensors = [tensor for tensor in file.tensors if tensor.name in names]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        begin, end = end, end + 2 * prod(tensor.shape)
+        begin = end
+        end += 2 * prod(tensor.shape)
         header[names[tensor.name]] = {
             "dtype": "BF16",
             "shape": list(tensor.shape),
@@ -316,36 +312,35 @@ def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows:
 
 
 def _iter_values(file: GgufFile, tensor: TensorInfo, head_rows: int) -> Iterator[np.ndarray]:
-    """The tensor as transformers wants it, some whole heads or rows at a time."""
+    """Yield the tensor in transformers' layout, some heads or rows at a time."""
     row_unit = head_rows or 1
     if tensor.shape[0] % row_unit:
-        raise InputError(
-            f"the tensor {tensor.name} does not hold whole heads", where=str(file.path)
-        )
+        message = f"the rows of the tensor {tensor.name} are not a multiple of the head size"
+        raise InputError(message, where=str(file.path))
     step = max(1, CHUNK_VALUES // (row_unit * prod(tensor.shape[1:]))) * row_unit
-    for first in range(0, tensor.shape[0] if len(tensor.shape) > 1 else 1, step):
+    num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    for first in range(0, num_rows, step):
         values = read_tensor(file, tensor, slice(first, first + step))
         if not np.isfinite(values).all():
-            raise InputError(
-                f"the tensor {tensor.name} holds NaN or infinite values", where=str(file.path)
-            )
+            message = f"the tensor {tensor.name} holds NaN or infinite values"
+            raise InputError(message, where=str(file.path))
         yield reverse_permute(values, head_rows) if head_rows else values
 
 
 def reverse_permute(values: np.ndarray, head_rows: int) -> np.ndarray:
-    """Rows of each head from interleaved pairs (GGUF) to first and second half (transformers)."""
+    """Reorder the rows of each head from interleaved pairs (GGUF) to halves (transformers)."""
     pairs = values.reshape(-1, head_rows // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Bits of finite float32 values rounded to bfloat16, to nearest, ties to even."""
+    """Return the bits of finite float32 values rounded to bfloat16: nearest, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
 def _shorten_float(value: float) -> float:
-    """The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal with the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -353,7 +348,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-STOP_TOKENS = ("eos", "eot", "eom")
+END_TOKENS = ("eos", "eot", "eom")
 
 ARCHITECTURES = {
     "llama": GgufArchitecture("llama", "LlamaForCausalLM", has_interleaved_qk=True),

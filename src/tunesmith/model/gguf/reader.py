@@ -1,9 +1,9 @@
-"""The header of a GGUF file: metadata and the table of tensors.
+"""Read the header of a GGUF file: metadata and the table of tensors.
 
-In: a path. Out: `GgufFile`, plain Python values; tensor data stay on disk until `read_tensor` asks
-for one. Left out: what the values mean (`gguf.py`, `gguf_tokenizer.py`). Written here and not taken
-from the `gguf` package because a header comes from strangers: there, an array length that the file
-cannot hold is an endless loop; here every read is checked against the end of the file."""
+In: a path. Out: `GgufFile`, with plain Python values; tensor data stay on disk until `read_tensor`.
+Left out: the meaning of the values (convert.py, tokenizer.py). Not taken from the `gguf` package,
+because headers are untrusted: there, an array length larger than the file is an endless loop; here
+every read is checked against the end of the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-STRING, ARRAY, BOOL = 8, 9, 7
+STRING = 8
+ARRAY = 9
 SCALARS = {
     0: "<B",
     1: "<b",
@@ -43,8 +44,8 @@ MAX_ELEMENTS = 2**40
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One line of the tensor table. `shape` is outermost first, as PyTorch counts; `begin` is a
-    file offset."""
+    """One entry of the tensor table. `shape` is outermost first, as in PyTorch; `begin` is a file
+    offset."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,53 +56,49 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufFile:
+    """The parsed header of a GGUF file."""
+
     path: Path
     metadata: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
 
     def get(self, key: str, value_type: type[T], default: T) -> T:
-        """The value of `key`, which must be of type `kind`; `default` where the header has no such
-        key."""
+        """Return the value of `key`, `default` if it is missing. Raise InputError unless it is a
+        finite value of `value_type`."""
         value = self.metadata.get(key, default)
         if value_type is float and type(value) is int:
             value = float(value)
         if type(value) is not value_type or value in (inf, -inf) or value != value:
-            raise InputError(
-                f"{key} is {str(value)[:80]!r}, not a sound {value_type.__name__}",
-                where=str(self.path),
-            )
+            message = f"{key} is {str(value)[:80]!r}, not a valid {value_type.__name__}"
+            raise InputError(message, where=str(self.path))
         return value  # pyright: ignore[reportReturnType]
 
     def require(self, key: str, value_type: type[T]) -> T:
-        """The value of `key`, which must be there."""
+        """Return the value of `key`. Raise InputError if it is missing or of another type."""
         if key not in self.metadata:
-            raise InputError(
-                f"the GGUF header has no {key}",
-                where=str(self.path),
-                fix="use a complete GGUF file",
-            )
+            message = f"the GGUF header has no {key}"
+            raise InputError(message, where=str(self.path), fix="use a complete GGUF file")
         return self.get(key, value_type, value_type())
 
     def get_count(self, key: str, default: int = 0) -> int:
-        """The whole number from 1 on under `key`; without a default it must be there."""
+        """Return the positive integer `key`; without a default it is required."""
         value = self.get(key, int, default) if default else self.require(key, int)
         if not 1 <= value < 2**31:
-            raise InputError(f"{key} is {value}", where=str(self.path), fix="use a sound GGUF file")
+            message = f"{key} is {value}, not a positive 32-bit integer"
+            raise InputError(message, where=str(self.path), fix="use a valid GGUF file")
         return value
 
     def get_strings(self, key: str) -> list[str]:
-        """The list of texts under `key`, which must be there."""
+        """Return the list of strings `key`, which is required."""
         values = self.require(key, list)
         if not all(type(value) is str for value in values):
-            raise InputError(
-                f"{key} is not a list of texts", where=str(self.path), fix="use a sound GGUF file"
-            )
+            message = f"{key} is not a list of strings"
+            raise InputError(message, where=str(self.path), fix="use a valid GGUF file")
         return values
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse the header of `path`. InputError when it is not GGUF, is cut short or contradicts
-    itself."""
+    """Parse the header of `path`. Raise InputError if it is not GGUF, truncated or inconsistent."""
     try:
         data = np.memmap(path, mode="r", dtype=np.uint8)
         return _parse_header(path, memoryview(data))  # pyright: ignore[reportArgumentType]
@@ -111,13 +108,15 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def read_tensor(file: GgufFile, tensor: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
-    """The values of one tensor or of some of its rows, dequantised to float32, in PyTorch's
-    order."""
+    """Return one tensor, or some of its rows, dequantised to float32, in PyTorch's order."""
     block_size, type_size = GGML_QUANT_SIZES[tensor.quant_type]
     row_bytes = tensor.shape[-1] // block_size * type_size
-    first, last, _ = rows.indices(tensor.shape[0]) if len(tensor.shape) > 1 else (0, 1, 1)
-    inner = prod(tensor.shape[1:-1])
-    count, begin = (last - first) * inner * row_bytes, tensor.begin + first * inner * row_bytes
+    first, last = 0, 1
+    if len(tensor.shape) > 1:
+        first, last, _ = rows.indices(tensor.shape[0])
+    outer_bytes = prod(tensor.shape[1:-1]) * row_bytes  # of one index of the first dimension
+    count = (last - first) * outer_bytes
+    begin = tensor.begin + first * outer_bytes
     raw = np.fromfile(file.path, dtype=np.uint8, count=count, offset=begin).reshape(-1, row_bytes)
     try:
         values = np.asarray(dequantize(raw, tensor.quant_type), dtype=np.float32)
@@ -132,7 +131,8 @@ class _Cursor:
     """A position in the bytes of the file."""
 
     def __init__(self, data: memoryview) -> None:
-        self.data, self.offset = data, 0
+        self.data = data
+        self.offset = 0
 
     def read_bytes(self, count: int) -> memoryview:
         if count > len(self.data) - self.offset:
@@ -163,10 +163,8 @@ class _Cursor:
             raise ValueError(f"unsupported array of metadata type {metadata_type}")
         layout = SCALARS[metadata_type]
         size = struct.calcsize(layout)
-        numbers = np.frombuffer(
-            self.read_bytes(self._check_length(count, size) * size), dtype=np.dtype(layout)
-        )
-        return numbers.tolist()
+        raw = self.read_bytes(self._check_length(count, size) * size)
+        return np.frombuffer(raw, dtype=np.dtype(layout)).tolist()
 
     def _check_length(self, count: int, size: int) -> int:
         if count * size > len(self.data) - self.offset:
@@ -177,22 +175,21 @@ class _Cursor:
 def _parse_header(path: Path, data: memoryview) -> GgufFile:
     cursor = _Cursor(data)
     if bytes(cursor.read_bytes(4)) != MAGIC:
-        raise ValueError("it does not begin with GGUF")
+        raise ValueError("it does not start with GGUF")
     version = cursor.read_scalar("<I")
     if version not in VERSIONS:
         raise ValueError(f"version {version}")
-    tensor_count, entry_count = cursor.read_scalar("<Q"), cursor.read_scalar("<Q")
+    tensor_count = cursor.read_scalar("<Q")
+    entry_count = cursor.read_scalar("<Q")
     metadata: dict[str, Any] = {}
     for _ in range(entry_count):
-        key, metadata_type = cursor.read_string(), cursor.read_scalar("<I")
+        key = cursor.read_string()
+        metadata_type = cursor.read_scalar("<I")
         if key in metadata:
-            raise ValueError(f"{key} stands twice in the header")
+            raise ValueError(f"the key {key} is repeated")
         metadata[key] = cursor.read_value(metadata_type)
-    return GgufFile(
-        path,
-        metadata,
-        tuple(_iter_tensors(cursor, tensor_count, metadata.get("general.alignment", 32))),
-    )
+    alignment = metadata.get("general.alignment", 32)
+    return GgufFile(path, metadata, tuple(_iter_tensors(cursor, tensor_count, alignment)))
 
 
 def _iter_tensors(cursor: _Cursor, count: int, alignment: Any) -> Iterator[TensorInfo]:
@@ -200,15 +197,13 @@ def _iter_tensors(cursor: _Cursor, count: int, alignment: Any) -> Iterator[Tenso
         raise ValueError(f"alignment {alignment}")
     table: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
     for _ in range(count):
-        name, dimensions = cursor.read_string(), cursor.read_scalar("<I")
+        name = cursor.read_string()
+        dimensions = cursor.read_scalar("<I")
         if name in table or not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise ValueError(f"tensor {name} stands twice or has {dimensions} dimensions")
+            raise ValueError(f"tensor {name} is repeated or has {dimensions} dimensions")
         shape = tuple(cursor.read_scalar("<Q") for _ in range(dimensions))[::-1]
-        table[name] = (
-            shape,
-            GGMLQuantizationType(cursor.read_scalar("<I")),
-            cursor.read_scalar("<Q"),
-        )
+        quant_type = GGMLQuantizationType(cursor.read_scalar("<I"))
+        table[name] = (shape, quant_type, cursor.read_scalar("<Q"))
     start = -(-cursor.offset // alignment) * alignment
     for name, (shape, quant_type, offset) in table.items():
         block_size, type_size = GGML_QUANT_SIZES[quant_type]
@@ -216,5 +211,5 @@ def _iter_tensors(cursor: _Cursor, count: int, alignment: Any) -> Iterator[Tenso
             raise ValueError(f"tensor {name} has shape {shape}")
         nbytes = prod(shape) // block_size * type_size
         if start + offset + nbytes > len(cursor.data):
-            raise ValueError(f"the data of tensor {name} end after the file")
+            raise ValueError(f"the data of tensor {name} end beyond the file")
         yield TensorInfo(name, shape, quant_type, start + offset, nbytes)

@@ -1,10 +1,10 @@
-"""The tokenizer inside a GGUF file, rebuilt as the tokenizer.json that the original model had.
+"""Rebuild the original tokenizer.json from the tokenizer inside a GGUF file.
 
 In: a `GgufFile`. Out: tokenizer.json, tokenizer_config.json and chat_template.jinja in a folder. A
-GGUF holds the vocabulary and the merges; how text is cut before merging is only a name,
-`tokenizer.ggml.pre`. A wrong cut trains on ids that the model never saw. So each name in
-PRE_TOKENIZERS is one whose cut was compared with real tokenizers, and an unknown name is refused.
-Left out: SentencePiece and Unigram vocabularies."""
+GGUF holds the vocabulary and the merges; how text is split before merging is only a name,
+`tokenizer.ggml.pre`. A wrong split trains on ids that the model never saw. So PRE_TOKENIZERS lists
+only names whose split was compared with real tokenizers, and other names are refused. Left out:
+SentencePiece and Unigram vocabularies."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.reader import GgufFile
 from tunesmith.model.hub.validate import TEMPLATES_DIR
 
-TEMPLATE_KEY = re.compile(
-    r"tokenizer\.chat_template(?:\.(\w+))?"
-)  # with a name: another one, such as for tools
-CONTROL_TYPE, USER_DEFINED_TYPE, UNUSED_TYPE = 3, 4, 5
+# with a name: another template, such as for tools
+TEMPLATE_KEY = re.compile(r"tokenizer\.chat_template(?:\.(\w+))?")
+CONTROL_TYPE = 3
+USER_DEFINED_TYPE = 4
+UNUSED_TYPE = 5
 PADDING_TOKEN = re.compile(r"\[PAD\d+\]")
+USE_SAFETENSORS_FIX = "use the model's safetensors folder, which has a tokenizer.json"
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -43,151 +45,141 @@ QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja. InputError for what
+    """Write tokenizer.json, tokenizer_config.json and the chat templates. Raise InputError if they
     cannot be rebuilt."""
     tokenizer = build_tokenizer(file)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = json.dumps(_build_config(file), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
     for key in file.metadata:
-        if match := TEMPLATE_KEY.fullmatch(key):
-            path = (
-                folder / TEMPLATES_DIR / f"{match[1]}.jinja"
-                if match[1]
-                else folder / "chat_template.jinja"
-            )
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(file.get(key, str, ""), encoding="utf-8", newline="")
+        match = TEMPLATE_KEY.fullmatch(key)
+        if match is None:
+            continue
+        path = folder / "chat_template.jinja"
+        if match[1]:
+            path = folder / TEMPLATES_DIR / f"{match[1]}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(file.get(key, str, ""), encoding="utf-8", newline="")
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:
-    """A byte-level BPE tokenizer with the vocabulary, merges, added tokens and pre-tokenizer of the
-    file."""
+    """Return a byte-level BPE tokenizer with the vocabulary, merges, added tokens and pre-tokenizer
+    of the file."""
     model = file.require("tokenizer.ggml.model", str)
     if model != "gpt2":
-        raise InputError(
-            f"cannot rebuild a tokenizer of kind {model!r} (tokenizer.ggml.model); only byte-level BPE (gpt2)",
-            where=str(file.path),
-            fix="use the model's safetensors folder, which holds its own tokenizer.json",
-        )
+        message = f"tokenizer.ggml.model is {model!r}; only byte-level BPE (gpt2) can be rebuilt"
+        raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
     name = file.get("tokenizer.ggml.pre", str, "(missing)")
     if name not in PRE_TOKENIZERS:
-        raise InputError(
-            f"unknown pre-tokenizer {name!r} (tokenizer.ggml.pre); known: {', '.join(sorted(PRE_TOKENIZERS))}",
-            where=str(file.path),
-            fix="use the model's safetensors folder, which holds its own tokenizer.json",
-        )
+        supported = ", ".join(sorted(PRE_TOKENIZERS))
+        message = f"unknown pre-tokenizer {name!r} (tokenizer.ggml.pre); supported: {supported}"
+        raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
     tokenizer = Tokenizer(_build_bpe(file, ignore_merges=name == "llama-bpe"))
     PRE_TOKENIZERS[name](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, file)
+    for token, token_type in _list_tokens(file):
+        if token_type == CONTROL_TYPE:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif token_type == USER_DEFINED_TYPE:
+            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
     _add_bos_processor(tokenizer, file)
     return tokenizer
 
 
 def _build_bpe(file: GgufFile, *, ignore_merges: bool) -> BPE:
-    tokens = enumerate(
-        zip(file.get_strings("tokenizer.ggml.tokens"), _read_token_types(file), strict=True)
-    )
-    entries = [
-        (token, index)
-        for index, (token, token_type) in tokens
-        if not (token_type == UNUSED_TYPE and PADDING_TOKEN.fullmatch(token))
-    ]
-    vocabulary = dict(entries)
-    if len(vocabulary) != len(entries):
-        raise InputError("a token stands twice in the vocabulary", where=str(file.path))
-    merges = [tuple(merge.split(" ")) for merge in file.get_strings("tokenizer.ggml.merges")]
-    bad_merge = next(
-        (merge for merge in merges if len(merge) != 2 or "".join(merge) not in vocabulary), None
-    )
-    if bad_merge is not None:
-        raise InputError(
-            f"the merge {' '.join(bad_merge)!r} does not fit the vocabulary", where=str(file.path)
-        )
+    vocabulary: dict[str, int] = {}
+    for index, (token, token_type) in enumerate(_list_tokens(file)):
+        if token_type == UNUSED_TYPE and PADDING_TOKEN.fullmatch(token):
+            continue
+        if token in vocabulary:
+            message = f"the token {token!r:.80} is repeated in the vocabulary"
+            raise InputError(message, where=str(file.path))
+        vocabulary[token] = index
+    merges: list[tuple[str, ...]] = []
+    for merge in file.get_strings("tokenizer.ggml.merges"):
+        pair = tuple(merge.split(" "))
+        if len(pair) != 2 or "".join(pair) not in vocabulary:
+            message = f"the merge {merge!r} does not match the vocabulary"
+            raise InputError(message, where=str(file.path))
+        merges.append(pair)
     return BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)  # pyright: ignore[reportArgumentType]
 
 
-def _read_token_types(file: GgufFile) -> list[int]:
+def _list_tokens(file: GgufFile) -> list[tuple[str, int]]:
+    """Return (token, type) in the order of the ids."""
     tokens = file.get_strings("tokenizer.ggml.tokens")
     token_types = file.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
     if len(token_types) != len(tokens):
-        raise InputError(
-            f"{len(tokens)} tokens but {len(token_types)} token types", where=str(file.path)
-        )
-    return token_types
-
-
-def _add_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
-    tokens = zip(file.get_strings("tokenizer.ggml.tokens"), _read_token_types(file), strict=True)
-    for token, token_type in tokens:
-        if token_type == CONTROL_TYPE:
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif token_type == USER_DEFINED_TYPE:
-            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+        message = f"{len(tokens)} tokens but {len(token_types)} token types"
+        raise InputError(message, where=str(file.path))
+    return list(zip(tokens, token_types, strict=True))
 
 
 def _add_bos_processor(tokenizer: Tokenizer, file: GgufFile) -> None:
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    byte_level = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = byte_level
     if not _should_add_bos(file):
         return
     bos = find_special_token(file, "bos")
     if bos is None:
-        raise InputError("the tokenizer adds a first token but names none", where=str(file.path))
+        raise InputError("the tokenizer adds a bos token but names none", where=str(file.path))
     index = file.require("tokenizer.ggml.bos_token_id", int)
     bos_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, index)]
     )
-    tokenizer.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), bos_processor]
-    )
+    tokenizer.post_processor = processors.Sequence([byte_level, bos_processor])
 
 
 def _should_add_bos(file: GgufFile) -> bool:
-    # llama.cpp adds one for a Llama 3 vocabulary that does not say otherwise.
-    return file.get(
-        "tokenizer.ggml.add_bos_token", bool, file.get("tokenizer.ggml.pre", str, "") == "llama-bpe"
-    )
+    # llama.cpp adds one for a Llama 3 vocabulary unless the file says otherwise
+    is_llama3 = file.get("tokenizer.ggml.pre", str, "") == "llama-bpe"
+    return file.get("tokenizer.ggml.add_bos_token", bool, is_llama3)
 
 
 def find_special_id(file: GgufFile, name: str) -> int | None:
-    """The id of the bos, eos, eot, eom, unknown or padding token, None where the file names
+    """Return the id of the bos, eos, eot, eom, unknown or padding token, None if the file names
     none."""
     key = f"tokenizer.ggml.{name}_token_id"
     if key not in file.metadata:
         return None
-    index, size = file.require(key, int), len(file.get_strings("tokenizer.ggml.tokens"))
+    index = file.require(key, int)
+    size = len(file.get_strings("tokenizer.ggml.tokens"))
     if not 0 <= index < size:
-        raise InputError(f"{key} {index} is outside the vocabulary of {size}", where=str(file.path))
+        message = f"{key} {index} is outside the vocabulary of {size}"
+        raise InputError(message, where=str(file.path))
     return index
 
 
 def find_special_token(file: GgufFile, name: str) -> str | None:
-    """The text of the token that `special_id` finds."""
+    """Return the text of the token that `find_special_id` returns."""
     index = find_special_id(file, name)
     return None if index is None else file.get_strings("tokenizer.ggml.tokens")[index]
 
 
 def _build_config(file: GgufFile) -> dict[str, Any]:
+    architecture = file.require("general.architecture", str)
+    eos = find_special_token(file, "eos")
     special_tokens = {
         "bos_token": find_special_token(file, "bos"),
-        # A chat model answers until its end of turn; where the file names one, that is what
-        # generation waits for.
-        "eos_token": find_special_token(file, "eot") or find_special_token(file, "eos"),
+        # a chat model's answer ends with its end of turn, if the file names one
+        "eos_token": find_special_token(file, "eot") or eos,
         "unk_token": find_special_token(file, "unknown"),
-        "pad_token": find_special_token(file, "padding") or find_special_token(file, "eos"),
+        "pad_token": find_special_token(file, "padding") or eos,
     }
-    return {
-        # The one class that takes tokenizer.json as it stands; GPT2Tokenizer and others rebuild
-        # their own cut.
+    config: dict[str, Any] = {
+        # the class that loads tokenizer.json unchanged; GPT2Tokenizer and others rebuild the split
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": _should_add_bos(file),
-        "model_max_length": file.get_count(
-            f"{file.require('general.architecture', str)}.context_length"
-        ),
-        **{name: token for name, token in special_tokens.items() if token is not None},
+        "model_max_length": file.get_count(f"{architecture}.context_length"),
     }
+    for name, token in special_tokens.items():
+        if token is not None:
+            config[name] = token
+    return config
+
+
+# ---------------------------------------------------------------- how text is split before merging
 
 
 def _set_byte_level(tokenizer: Tokenizer) -> None:
@@ -195,12 +187,9 @@ def _set_byte_level(tokenizer: Tokenizer) -> None:
 
 
 def _set_single_digits(tokenizer: Tokenizer) -> None:
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
 
 
 def _set_llama3_split(tokenizer: Tokenizer) -> None:
@@ -213,12 +202,9 @@ def _set_qwen2_split(tokenizer: Tokenizer) -> None:
 
 
 def _set_regex_split(tokenizer: Tokenizer, pattern: str) -> None:
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
 
 
 PRE_TOKENIZERS: dict[str, Callable[[Tokenizer], None]] = {

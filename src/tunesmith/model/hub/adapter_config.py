@@ -209,7 +209,7 @@ def _check_token_rows(
         ids_by_module = {EMBEDDING_MODULES[0]: token_indices}
     ids = next(iter(ids_by_module.values()), ())
     if not _is_consecutive(ids) or set(ids_by_module) - {*EMBEDDING_MODULES}:
-        message = f"trainable_token_indices is {token_indices!r:.80}, not consecutive new tokens"
+        message = f"trainable_token_indices is {token_indices!r:.80}, not consecutive token ids"
         raise InputError(message, where=where, fix="use an adapter whose new tokens were appended")
     tensors_by_path: dict[str, TensorHeader] = {}
     for name, tensor in row_headers.items():

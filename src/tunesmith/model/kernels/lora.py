@@ -1,11 +1,11 @@
-"""The skinny products of adapters through lora.c: bf16 on CPUs with AVX512-BF16, about half of
+"""The low-rank products of adapters through lora.c: bf16 on CPUs with AVX512-BF16, in about half of
 oneDNN's time.
 
-In: the adapters of linears that share one input; out: their inner activations, what they add and
-their gradients. Sums are fp32 and rounded once; the same number of threads gives the same bits.
-Left out: dropout, other dtypes and processors (lora.py's torch path, which is also the reference).
-Legend: N rows, I inputs, O outputs, R rank, V blocks of 16 ranks; z [V, N, 16] = A x, block by
-block."""
+In: the adapters of linears that share one input. Out: their inner activations, outputs and
+gradients. Sums are fp32 and rounded once; the same number of threads gives the same bits. Left out:
+dropout, other dtypes and processors (the torch path in model/lora.py, which is the reference).
+Legend: N rows, I inputs, O outputs, R rank, W inputs or outputs, V blocks of 16 ranks;
+z [V, N, 16] = A x, block by block."""
 
 from __future__ import annotations
 
@@ -18,62 +18,71 @@ import torch
 from torch import Tensor
 
 from tunesmith.model.kernels import ops
+from tunesmith.model.kernels.build import call_kernel, load_library
 
-LANES, STRIP = 16, 32  # lora.c's
-# of one forward; packing takes longer than it saves for the few rows of a generation step
+# of lora.c
+LANES = 16
+STRIP = 32
+# rows of a forward; for the few rows of a generation step packing takes longer than it saves
 MIN_ROWS = 64
 Adapter = tuple[Tensor, Tensor, float]  # A [R, I], B [O, R], scale
 
 
 @functools.cache
 def is_available() -> bool:
-    """Was lora.c compiled, and for a processor that has what it needs?"""
-    compiled = ops.load_library()
-    return compiled is not None and bool(compiled.lora_available())
+    """Return whether lora.c was compiled and this processor has its instructions."""
+    library = load_library()
+    return library is not None and bool(library.lora_available())
 
 
 def is_supported(x_NI: Tensor, adapters: Sequence[Adapter | None]) -> bool:
-    widths = [x_NI.shape[1], *(len(adapter[1]) for adapter in adapters if adapter)]
-    is_aligned = x_NI.is_contiguous() and not any(width % 2 for width in widths)
-    return is_aligned and ops.is_supported(x_NI) and is_available()
+    """Return whether lora.c can take this input with these adapters."""
+    if not x_NI.is_contiguous() or x_NI.shape[1] % 2:
+        return False
+    for adapter in adapters:
+        if adapter and len(adapter[1]) % 2:
+            return False
+    return ops.is_supported(x_NI) and is_available()
 
 
 class AdapterFactor:
-    """A tall matrix [W, R], or several side by side, in the two orders that lora.c reads."""
+    """A tall matrix [W, R], or several side by side, in the two layouts that lora.c reads."""
 
     def __init__(self, blocks: int, width: int) -> None:
-        self.blocks, self.width, self.padded_width = blocks, width, -(-width // STRIP) * STRIP
+        self.blocks = blocks
+        self.width = width
+        self.padded_width = -(-width // STRIP) * STRIP
         self.down = torch.empty(blocks, width // 2, LANES, dtype=torch.int32)
         self.up = torch.empty(blocks, LANES // 2, self.padded_width, dtype=torch.int32)
 
     def pack(self, m_WR: Tensor, blocks: slice) -> None:
-        """m_WR: bf16, or its transpose, contiguous."""
+        """Copy a bf16 matrix, contiguous itself or transposed, into `blocks`."""
         source = m_WR if m_WR.is_contiguous() else m_WR.t()
-        ops.call_kernel(
-            "lora_pack", source, self.down[blocks], self.up[blocks], *m_WR.shape, *m_WR.stride()
-        )
+        down, up = self.down[blocks], self.up[blocks]
+        call_kernel("lora_pack", source, down, up, *m_WR.shape, *m_WR.stride())
 
     def add_product(self, y_NW: Tensor, z: Tensor, scale: float) -> None:
-        """y += scale * z m^T"""
-        shape = len(y_NW), self.width, self.blocks, torch.get_num_threads()
-        ops.call_kernel("lora_add", y_NW, z, self.up, *shape, float(scale))
+        """Add scale * z m^T to y in place."""
+        shape = (len(y_NW), self.width, self.blocks, torch.get_num_threads())
+        call_kernel("lora_add", y_NW, z, self.up, *shape, float(scale))
 
     def compute_grad(
         self, x_NW: Tensor, z: Tensor, scale: float, dz: Tensor | None = None
     ) -> Tensor:
-        """scale * z^T x of each thread's rows [threads, V * 16, W]; also dz = scale * x m where
-        `dz` is given."""
-        shape = len(x_NW), self.width, self.blocks, torch.get_num_threads()
-        sums = torch.empty(shape[-1], self.blocks * LANES, self.padded_width)
-        null = z.new_empty(0)  # a null pointer
+        """Return scale * z^T x of each thread's rows [threads, V * 16, W], and write
+        dz = scale * x m if `dz` is passed."""
+        threads = torch.get_num_threads()
+        shape = (len(x_NW), self.width, self.blocks, threads)
+        sums = torch.empty(threads, self.blocks * LANES, self.padded_width)
+        null = z.new_empty(0)  # a null pointer in C
         outputs = (null, null) if dz is None else (self.down, dz)
-        ops.call_kernel("lora_gradient", x_NW, z, *outputs, sums, *shape, float(scale))
+        call_kernel("lora_gradient", x_NW, z, *outputs, sums, *shape, float(scale))
         return sums[..., : self.width]
 
 
 @dataclass(frozen=True, eq=False)
 class _AdapterSlot:
-    """One linear's adapter among those of its input: `rows` of z are its own."""
+    """One linear's adapter in a group: its rows of z are `rows`."""
 
     b: AdapterFactor
     rows: slice
@@ -82,35 +91,34 @@ class _AdapterSlot:
 
 
 class PackedAdapters:
-    """The adapters of several linears on one input, None for a linear without one: lists of all
-    methods are aligned."""
+    """The adapters of several linears on one input, None for a linear without an adapter. Lists are
+    aligned with the linears."""
 
     def __init__(self, adapters: Sequence[Adapter | None]) -> None:
         blocks = [-(-len(adapter[0]) // LANES) if adapter else 0 for adapter in adapters]
-        self.a = AdapterFactor(
-            sum(blocks), next(adapter[0].shape[1] for adapter in adapters if adapter)
-        )
+        in_features = next(adapter[0].shape[1] for adapter in adapters if adapter)
+        self.a = AdapterFactor(sum(blocks), in_features)
         self.slots: list[_AdapterSlot | None] = []
         for adapter, count, end in zip(adapters, blocks, accumulate(blocks), strict=True):
-            slot = None
-            if adapter:
-                a, b, scale = adapter
-                slot = _AdapterSlot(
-                    AdapterFactor(count, len(b)), slice(end - count, end), len(a), scale
-                )
-                self.a.pack(a.t(), slot.rows)
-                slot.b.pack(b, slice(None))
+            if adapter is None:
+                self.slots.append(None)
+                continue
+            a, b, scale = adapter
+            rows = slice(end - count, end)
+            slot = _AdapterSlot(AdapterFactor(count, len(b)), rows, len(a), scale)
+            self.a.pack(a.t(), rows)
+            slot.b.pack(b, slice(None))
             self.slots.append(slot)
 
     def compute_inner(self, x_NI: Tensor) -> Tensor:
-        """z of all linears."""
+        """Return z of all linears."""
         z = x_NI.new_empty(self.a.blocks, len(x_NI), LANES)
-        shape = len(x_NI), self.a.width, self.a.blocks, torch.get_num_threads()
-        ops.call_kernel("lora_inner", x_NI, self.a.down, z, *shape)
+        shape = (len(x_NI), self.a.width, self.a.blocks, torch.get_num_threads())
+        call_kernel("lora_inner", x_NI, self.a.down, z, *shape)
         return z
 
     def add_outputs(self, outputs: Sequence[Tensor], z: Tensor) -> None:
-        """y += scale * B z of each linear."""
+        """Add scale * B z to the output of each linear in place."""
         for y, slot in zip(outputs, self.slots, strict=True):
             if slot:
                 slot.b.add_product(y, z[slot.rows], slot.scale)
@@ -118,27 +126,30 @@ class PackedAdapters:
     def outputs_backward(
         self, gradients: Sequence[Tensor], z: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """From each dy: dz, and the gradient of each B in fp32."""
+        """Return dz and the gradient of each B in fp32, from each dy."""
         dz = torch.empty_like(z)
         dbs: list[Tensor | None] = []
         for dy, slot in zip(gradients, self.slots, strict=True):
-            sums = slot and slot.b.compute_grad(
-                dy.contiguous(), z[slot.rows], slot.scale, dz[slot.rows]
-            )
-            dbs.append(None if sums is None or slot is None else sums[:, : slot.rank].sum(0).t())
+            if slot is None:
+                dbs.append(None)
+                continue
+            rows = slot.rows
+            sums = slot.b.compute_grad(dy.contiguous(), z[rows], slot.scale, dz[rows])
+            dbs.append(sums[:, : slot.rank].sum(0).t())
         return dz, dbs
 
     def add_inputs(self, dx_NI: Tensor, dz: Tensor) -> None:
-        """dx += dz A of all linears at once."""
+        """Add dz A of all linears to dx in place."""
         self.a.add_product(dx_NI, dz, 1.0)
 
     def inputs_backward(self, x_NI: Tensor, dz: Tensor) -> list[Tensor | None]:
-        """The gradient of each A in fp32."""
+        """Return the gradient of each A in fp32."""
         sums = self.a.compute_grad(x_NI, dz, 1.0)
-        rank_ranges = [
-            (slot.rows.start * LANES, slot.rank) if slot else None for slot in self.slots
-        ]
-        return [
-            sums[:, rank_range[0] : rank_range[0] + rank_range[1]].sum(0) if rank_range else None
-            for rank_range in rank_ranges
-        ]
+        das: list[Tensor | None] = []
+        for slot in self.slots:
+            if slot is None:
+                das.append(None)
+                continue
+            start = slot.rows.start * LANES
+            das.append(sums[:, start : start + slot.rank].sum(0))
+        return das

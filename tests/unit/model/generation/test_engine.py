@@ -188,7 +188,7 @@ def test_no_requests_give_no_answers(model: PackedCausalLM, spell: Spell) -> Non
 
 def test_logits_that_are_not_finite_are_refused(model: PackedCausalLM, spell: Spell) -> None:
     model.network.get_output_embeddings().weight[3, 3] = torch.nan
-    with pytest.raises(GateError, match="not finite"):
+    with pytest.raises(GateError, match="NaN or infinite"):
         answers(model, [GenerationRequest((1, 2, 3))], spell)
 
 

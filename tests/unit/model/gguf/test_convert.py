@@ -134,26 +134,26 @@ def llama3(folder: Path, factors: np.ndarray, theta: float) -> Path:
     [
         (
             {"extra": {"blk.0.attn_q.bias": np.ones(64, np.float32)}},
-            "7 tensors are missing, first .*k_proj.bias",
+            "tensors are missing: 7, first .*k_proj.bias",
         ),
         (
             {"extra": {"blk.1.ffn_up.bias": np.ones(96, np.float32)}},
-            "1 tensors do not belong to the model",
+            "tensors are not part of the model: 1, first",
         ),
         ({"general__architecture": "mamba"}, "architecture 'mamba'"),
         (
             {"architecture": "qwen2", "tokenizer__ggml__pre": "llama-bpe"},
-            "qwen2 models as 'qwen2', this file needs",
+            "qwen2 models as 'qwen2', but this file needs",
         ),
         ({"split__count": 3}, "one of 3 parts"),
         ({"llama__expert_count": 8}, "mixture of experts"),
         ({"llama__rope__scaling__type": "yarn"}, "scaling 'yarn'"),
         ({"llama__rope__dimension_count": 8}, "8 of 16"),
-        ({"llama__block_count": 3}, "9 tensors are missing, first model.layers.2.input"),
+        ({"llama__block_count": 3}, "tensors are missing: 9, first model.layers.2.input"),
         ({"tokenizer__ggml__tokens": ["a"] * 300}, "300 tokens but 266 rows"),
         (
             {"llama__attention__layer_norm_rms_epsilon": float("nan")},
-            "epsilon is 'nan', not a sound float",
+            "epsilon is 'nan', not a valid float",
         ),
         ({"llama__feed_forward_length": None}, "no llama.feed_forward_length"),
         ({"tokenizer__ggml__eos_token_id": 10**6}, "eos_token_id 1000000 is outside"),

@@ -39,7 +39,7 @@ def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> Non
     ("content", "message"),
     [
         (b"", "not a readable GGUF"),
-        (b"PK\x03\x04" + bytes(60), "does not begin with GGUF"),
+        (b"PK\x03\x04" + bytes(60), "does not start with GGUF"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "ends inside its header"),
         (

@@ -66,17 +66,17 @@ def test_bos_as_the_file_says(make_gguf, bos: bool) -> None:
     [
         ({"tokenizer__ggml__pre": "martian"}, "unknown pre-tokenizer 'martian'"),
         ({"tokenizer__ggml__pre": None}, r"unknown pre-tokenizer '\(missing\)'"),
-        ({"tokenizer__ggml__model": "llama"}, "tokenizer of kind 'llama'"),
-        ({"tokenizer__ggml__merges": ["h x"]}, "merge 'h x' does not fit"),
-        ({"tokenizer__ggml__merges": ["h e 1"]}, "merge 'h e 1' does not fit"),
+        ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+        ({"tokenizer__ggml__merges": ["h x"]}, "merge 'h x' does not match"),
+        ({"tokenizer__ggml__merges": ["h e 1"]}, "merge 'h e 1' does not match"),
         (
             {"tokenizer__ggml__tokens": ["a", "b", "a"], "tokenizer__ggml__token_type": [1] * 3},
-            "stands twice",
+            "token 'a' is repeated",
         ),
         ({"tokenizer__ggml__token_type": [1, 2]}, "but 2 token types"),
         (
             {"tokenizer__ggml__bos_token_id": None, "tokenizer__ggml__add_bos_token": True},
-            "adds a first token",
+            "adds a bos token",
         ),
     ],
 )

@@ -87,7 +87,7 @@ def test_the_promise_is_what_transformers_makes(model_type: str, tmp_path: Path)
     [
         (
             {"num_attention_heads": 0},
-            "num_attention_heads is 0, not a whole number from 1",
+            "num_attention_heads is 0, not an integer from 1",
             "num_attention_heads",
         ),
         ({"hidden_size": -8192}, "hidden_size is -8192", "hidden_size"),
@@ -104,7 +104,7 @@ def test_the_promise_is_what_transformers_makes(model_type: str, tmp_path: Path)
         (
             {"num_attention_heads": 60},
             "8192 is not a multiple of num_attention_heads 60",
-            "give head_dim",
+            "add head_dim",
         ),
         ({"num_key_value_heads": 7}, "64 heads cannot share 7 key and value heads", ""),
         (

@@ -1,5 +1,4 @@
-"""Links, odd files and absurd sizes in a folder of a stranger; tests 14 and 15 of the list of
-faults."""
+"""Links, special files and oversized files in an untrusted folder (faults 14 and 15)."""
 
 import os
 from pathlib import Path
@@ -7,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.model.hub.validate import check_files
-from tunesmith.model.hub.validate import check_folder
+from tunesmith.model.hub.validate import check_files, check_folder
 
 
 @pytest.mark.parametrize(
@@ -25,7 +23,7 @@ def test_fault_14_a_link_out_of_the_folder_is_refused_before_it_is_read(
     with pytest.raises(InputError, match=f"a link out of its folder, to {secret}") as caught:
         check_folder(model_folder)
     assert caught.value.where == str(model_folder / name)
-    assert "copy the file" in caught.value.fix
+    assert "copy it into the folder" in caught.value.fix
 
 
 def test_fault_14_what_a_link_leads_over_does_not_matter(

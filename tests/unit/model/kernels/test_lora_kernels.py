@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tiny_models import step_gradients, tiny_document, tiny_model, worst_difference
-from tunesmith.model.kernels import lora, ops
+from tunesmith.model.kernels import build, lora
 from tunesmith.model.kernels.lora import LANES, Adapter, AdapterFactor, PackedAdapters
 
 pytestmark = pytest.mark.skipif(
@@ -167,8 +167,8 @@ def test_nothing_is_written_outside(shape: tuple[int, int, int]) -> None:
     z, around_z = guarded(factor.blocks, rows, LANES)
     factor.add_product(y, z, 1.0)
     sums, around_sums = guarded(2, factor.blocks * LANES, factor.padded_width, dtype=torch.float32)
-    ops.call_kernel("lora_inner", y, factor.down, z, rows, width, factor.blocks, 2)
-    ops.call_kernel(
+    build.call_kernel("lora_inner", y, factor.down, z, rows, width, factor.blocks, 2)
+    build.call_kernel(
         "lora_gradient", y, z.clone(), factor.down, z, sums, rows, width, factor.blocks, 2, 1.0
     )
     for whole in (down, up, around_y, around_z, around_sums):

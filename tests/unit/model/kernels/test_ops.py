@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.model.kernels import ops
+from tunesmith.model.kernels import build, ops
 
-needs_kernels = pytest.mark.skipif(ops.load_library() is None, reason="needs a C compiler")
+needs_kernels = pytest.mark.skipif(build.load_library() is None, reason="needs a C compiler")
 ONE_ROUNDING = 2.0**-8  # of a result in bf16, with something to spare for the fp32 behind it
 NAN, INF = float("nan"), float("inf")
 
@@ -229,11 +229,11 @@ def test_rotate_hides_no_nan() -> None:
 
 USE_THEM = """
 import torch
-from tunesmith.model import kernels
+from tunesmith.model.kernels import ops
 x = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
-y = kernels.rms_norm(x, torch.ones(4), 1e-5)
+y = ops.rms_norm(x, torch.ones(4), 1e-5)
 assert torch.equal(y, (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16())
-print(kernels.usable(x), kernels.has_attention())
+print(ops.is_supported(x), ops.has_attention())
 """
 
 
@@ -259,7 +259,7 @@ def test_a_compiler_that_fails_is_as_good_as_none(
 ) -> None:
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    assert ops.load_library.__wrapped__() is None
+    assert build.load_library.__wrapped__() is None
     assert not any((tmp_path / "kernels").iterdir())
 
 
@@ -268,9 +268,9 @@ def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Threads here; to the folder they are the same as processes."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     with ThreadPoolExecutor(2) as pool:
-        libraries = list(pool.map(lambda _: ops.load_library.__wrapped__(), range(2)))
+        libraries = list(pool.map(lambda _: build.load_library.__wrapped__(), range(2)))
     assert None not in libraries
     (compiled,) = (tmp_path / "kernels").iterdir()
     before = compiled.stat().st_mtime_ns
-    assert ops.load_library.__wrapped__() is not None
+    assert build.load_library.__wrapped__() is not None
     assert compiled.stat().st_mtime_ns == before, "compiled again"
