@@ -146,8 +146,8 @@ def _refuse_too_large(run: SourceRun, export_format: ExportFormat) -> None:
     needed_bytes = run.model_spec.parameters * 4 * copies
     free_bytes = measure_machine(run.path).available_bytes
     if needed_bytes > free_bytes:
-        needed = format_bytes(needed_bytes)
-        message = f"verifying the export needs about {needed} of memory, {format_bytes(free_bytes)} are free"
+        needed = f"about {format_bytes(needed_bytes)} of memory"
+        message = f"verifying the export needs {needed}, {format_bytes(free_bytes)} are free"
         fix = "close other programs, or export on a machine with more memory"
         raise MachineError(message, where=str(run.path), fix=fix)
 

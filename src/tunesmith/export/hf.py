@@ -1,9 +1,9 @@
-"""The two exports that are folders for transformers: the adapter as it is, and the model with the
-adapter merged in.
+"""Exports that are transformers folders: the adapter as it is, and the merged model.
 
-In: a finished run. Out: `adapter_config.json` and its weights for PEFT, or a model folder that
-needs no adapter. Both hold the tokenizer, the chat template and the generation config with the
-trained end tokens."""
+In: an ExportJob. Out: `adapter_config.json` and weights for PEFT, or a model folder without an
+adapter. Both contain the tokenizer, the chat template and the generation config with the trained
+end tokens.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ from tunesmith.train.model_card import CARD_FILE, note_scale
 
 
 def write_peft(job: ExportJob) -> None:
-    """The adapter folder, file by file; at another scale its config, its rows of new tokens and its
-    card say so."""
+    """Copy the adapter folder; at another scale, change its config, token rows and model card."""
     _copy_files(job)
     if job.run.scale != 1:
         rescale_adapter(job.folder, job.run.scale, job.run.token_rows)
@@ -39,18 +38,17 @@ def write_peft(job: ExportJob) -> None:
 
 
 def reload_peft(job: ExportJob) -> ReloadedExport:
-    """The adapter as its own files say it is, added to the stock base."""
+    """Merge the exported adapter into the stock base, as its own files describe it."""
     network = job.run.load_base_network()
     base_dir = job.run.model_spec.path
-    merge_into_network(
-        network, {**read_loras(job.folder, base_dir), **read_token_rows(job.folder, base_dir)}
-    )
+    loras = read_loras(job.folder, base_dir)
+    token_rows = read_token_rows(job.folder, base_dir)
+    merge_into_network(network, {**loras, **token_rows})
     return ReloadedExport(network, _render_prompts(job), _read_end_ids(job.folder))
 
 
 def write_merged_folder(job: ExportJob) -> None:
-    """The base's config, its weights with the adapter added in fp32 and cast once, and what serving
-    needs."""
+    """Write the base's config, its weights merged in fp32 and cast once, and the serving files."""
     run = job.run
     _copy_files(job, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PROVENANCE, WEIGHTS_FILE, CARD_FILE)
     save_config(job.folder, run.model_spec.path, run.model_spec.vocab_size)
@@ -65,7 +63,7 @@ def reload_merged(job: ExportJob) -> ReloadedExport:
 
 
 def _copy_files(job: ExportJob, *excluded: str) -> None:
-    """File by file: `copytree` would gather errors and lose what the disk said."""
+    """Copy file by file: `copytree` would collect errors and lose the errno of a full disk."""
     for file in sorted(job.run.saved_dir.rglob("*")):
         if file.is_file() and file.name not in (MANIFEST, *excluded):
             target = job.folder / file.relative_to(job.run.saved_dir)
@@ -74,11 +72,8 @@ def _copy_files(job: ExportJob, *excluded: str) -> None:
 
 
 def _render_prompts(job: ExportJob) -> list[tuple[int, ...]]:
-    return encode_stock_prompts(
-        job.folder,
-        [(example.messages, example.tools) for example in job.chat_examples],
-        job.run.recipe.chat_template_kwargs,
-    )
+    chats = [(example.messages, example.tools) for example in job.chat_examples]
+    return encode_stock_prompts(job.folder, chats, job.run.recipe.chat_template_kwargs)
 
 
 def _read_end_ids(folder: Path) -> tuple[int, ...]:

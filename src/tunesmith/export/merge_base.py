@@ -1,9 +1,9 @@
-"""Which weights an adapter that was trained beside 4-bit ones is merged into: those of the files,
-or what 4 bits left.
+"""Choose the weights that an adapter trained on a 4-bit base is merged into.
 
-In: a finished run, its witnesses, the user's word. Out: the choice, and how far from the run each
-base would be. An adapter also learns to mend what quantisation did, so the files' own weights are
-rarely the nearer ones. Left out: what the format of the export does on top (parity.py)."""
+In: a SourceRun, its parity examples, the user's choice. Out: the base, original or dequantized, and
+the KL of each to the run. An adapter also compensates quantization errors, so the original weights
+are rarely closer. Left out: the error of the export's format (parity.py).
+"""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ BASES: tuple[BaseKind, ...] = ("dequantized", "original")
 
 @dataclass(frozen=True)
 class MergeBase:
-    """`mean_kl`: in nats, to the run, of the adapter merged into each and rounded to the base's own
-    type; empty where there is nothing to choose."""
+    """The base, and the mean KL to the run in nats of the adapter merged into each one, rounded to
+    the base's dtype; empty where there is no choice."""
 
     base: BaseKind
     mean_kl: Mapping[str, float]
@@ -39,30 +39,28 @@ class MergeBase:
 def choose_base(
     run: SourceRun, examples: Sequence[ParityExample], requested: str, *, is_merged: bool
 ) -> MergeBase:
-    """`wish`: a base, or auto for the nearer one. `merges`: the export holds more than the adapter.
-    InputError for a wish that there is not, or that has no effect."""
+    """Return the requested base, or for `auto` the one that is closer to the run.
+
+    is_merged: the export contains more than the adapter. Raises InputError for an unknown base, and
+    for a choice without effect.
+    """
+    where = "--base"
     if requested not in (*BASES, "auto"):
-        raise InputError(
-            f"there is no base {requested!r}",
-            where="--base",
-            fix=f"use one of {', '.join(BASES)}, auto",
-        )
+        fix = f"use one of {', '.join(BASES)}, auto"
+        raise InputError(f"unknown base {requested!r}", where=where, fix=fix)
     if is_merged and run.quantized_paths:
         run_logits = compute_live_logits(run, examples)
-        kl_by_base = {
-            base: compute_mean_kl(run_logits, _compute_merged_logits(run, examples, base))
-            for base in BASES
-        }
-        return MergeBase(
-            min(BASES, key=lambda base: (base != requested, kl_by_base[base])), {**kl_by_base}
-        )
+        kl_by_base: dict[str, float] = {}
+        for base in BASES:
+            merged_logits = _compute_merged_logits(run, examples, base)
+            kl_by_base[base] = compute_mean_kl(run_logits, merged_logits)
+        chosen = min(BASES, key=lambda base: (base != requested, kl_by_base[base]))
+        return MergeBase(chosen, kl_by_base)
     if requested != "auto":
-        reason = (
-            "this run's base was never in 4 bits" if is_merged else "the adapter is exported alone"
-        )
-        raise InputError(
-            f"there is no base to choose: {reason}", where="--base", fix="leave --base out"
-        )
+        reason = "only the adapter is exported"
+        if is_merged:
+            reason = "this run's base was not quantized to 4 bits"
+        raise InputError(f"no base to choose: {reason}", where=where, fix="leave --base out")
     return MergeBase("original", {})
 
 

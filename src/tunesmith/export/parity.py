@@ -1,10 +1,13 @@
-"""Whether an export behaves as the run does: the same prompts, the same answers.
+"""Check that an export behaves as its run: same prompts, same distributions, same answers.
 
-    witnesses_of(run) -> held-out rows;  live_answers, export_answers -> Answers;  compare -> Parity;  refuse_beyond
+    select_examples -> ParityExamples
+    compute_live_outputs, compute_export_outputs -> ParityOutputs
+    compare_outputs -> Parity; refuse_mismatch -> GateError
 
-Both sides compute in fp32, the run in our engine and the export in transformers', so what is left
-between them is what the format does to the weights. The live answers are taken first and their
-model is let go: one model is in memory at a time. Legend: S supervised positions, V vocabulary."""
+Both sides compute in fp32, the run in our engine and the export in transformers, so any difference
+comes from the export's format. The live outputs are computed first: one model is in memory at a
+time. Legend: S supervised positions, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -29,23 +32,23 @@ from tunesmith.model.causal_lm import Network, PackedCausalLM, compute_stock_log
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.reference_load import encode_stock_prompts
 
-MAX_PROMPTS, MAX_ROWS_READ = 16, 64
-MAX_POSITIONS = 32  # of each row, where logits are compared
-BaseKind = Literal["original", "dequantized"]
-MAX_ROW_TOKENS = 1024  # tokens of a row; longer ones only if all are
+MAX_PROMPTS = 16
+MAX_ROWS_READ = 64
+MAX_POSITIONS = 32  # per row, where logits are compared
+MAX_ROW_TOKENS = 1024  # longer rows are used only if all are longer
 MAX_NEW_TOKENS = 32
+BaseKind = Literal["original", "dequantized"]
 
 
 @dataclass(frozen=True, eq=False)
 class ParityExample:
-    """A held-out row: its tokens with the first few targets, and the prompt of its last answer as
-    it is served."""
+    """A held-out row: its tokens with the first few targets, and the prompt of its last answer."""
 
     document: Document
     prompt: tuple[int, ...]
-    messages: tuple[Json, ...] = ()  # the prompt as it reaches the template; empty for plain text
+    messages: tuple[Json, ...] = ()  # the prompt before rendering; empty for plain text
     tools: tuple[Json, ...] = ()
-    rendered_ids: tuple[int, ...] = ()  # what every other program must make of the messages
+    rendered_ids: tuple[int, ...] = ()  # the expected rendering by other programs
 
     @property
     def positions(self) -> list[int]:
@@ -54,17 +57,16 @@ class ParityExample:
 
 @dataclass(frozen=True, eq=False)
 class ParityOutputs:
-    """What one side says to the witnesses: logits [S, V] of each, and greedy answers."""
+    """Outputs of one side: logits [S, V] and a greedy answer per example."""
 
     logits: tuple[Tensor, ...]
     greedy: tuple[tuple[int, ...], ...]
-    trained_kl: float | None = None  # of the run: how far its adapter brought it from the base
+    trained_kl: float | None = None  # mean KL from the run to its base
 
 
 @dataclass(frozen=True, eq=False)
 class ReloadedExport:
-    """An export as another program reads it. `rendered`: the prompts of the witnesses that have
-    messages."""
+    """An export as another program loads it. `rendered_ids`: the prompts of the chat examples."""
 
     network: Network
     rendered_ids: Sequence[tuple[int, ...]]
@@ -73,32 +75,33 @@ class ReloadedExport:
 
 @dataclass(frozen=True, eq=False)
 class ExportJob:
-    """One export at work: a run becomes a `kind` of format in `folder`, and is compared on the
-    witnesses."""
+    """One export: the run, the new folder, and the examples that both are compared on."""
 
     run: SourceRun
     folder: Path
     export_type: str
     examples: Sequence[ParityExample]
-    base: BaseKind = "original"  # what an adapter that was trained on 4-bit weights is merged into
+    base: BaseKind = "original"  # the weights that a QLoRA adapter is merged into
 
     @property
     def dequantized_paths(self) -> frozenset[str]:
-        """The matrices that are merged as 4 bits left them."""
+        """The matrices that the adapter is merged into after dequantization."""
         return self.run.quantized_paths if self.base == "dequantized" else frozenset()
 
     @property
     def chat_examples(self) -> list[ParityExample]:
-        """The witnesses that have messages to render."""
+        """The examples that have messages to render."""
         return [example for example in self.examples if example.messages]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an export is from its run. KL in nats at `places`, from the run's distribution to the
-    export's; `trained_kl` is its mean from the run's to the base's, None where there is no adapter.
-    `same_prompts` of `rendered_prompts` give the same ids, `same_answers` of `prompts` the same
-    greedy tokens."""
+    """How far an export is from its run.
+
+    KL(run || export) in nats at `positions`; `trained_kl` is the mean of KL(run || base), None
+    without an adapter. `same_prompts` of `rendered_prompts` have the same ids, `same_answers` of
+    `prompts` the same greedy tokens.
+    """
 
     prompts: int
     rendered_prompts: int
@@ -114,133 +117,127 @@ class Parity:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The most that a format may do to an export. Greedy answers and likeliest tokens are told and
-    not judged: where two tokens are nearly as likely, any rounding may choose the other."""
+    """The largest KL that a format may cause.
+
+    Greedy answers and top-1 agreement are reported, not gated: between two almost equally likely
+    tokens, any rounding may choose.
+    """
 
     mean_kl: float
     max_kl: float
 
 
 ROUNDING_HINT = (
-    "small changes are lost where weights are rounded to 16 bits: keep the adapter apart (--to peft), or take "
-    "--to gguf --type f32; please report it if that differs, too"
+    "rounding weights to 16 bits loses small changes: export the adapter alone (--to peft), or use "
+    "--to gguf --type f32; please report this if that differs, too"
 )
 
-# ---------------------------------------------------------------- witnesses
+# ---------------------------------------------------------------- examples
 
 
 def select_examples(run: SourceRun) -> tuple[ParityExample, ...]:
-    """Raises InputError when the run's data are gone."""
+    """Return held-out rows of the run as examples. Raises InputError if its data are missing."""
     rows = run.open_held_out_rows(MAX_ROWS_READ)
-    candidates = [
-        example for index in range(len(rows)) if (example := _build_example(run, rows, index))
-    ]
+    candidates: list[ParityExample] = []
+    for index in range(len(rows)):
+        if example := _build_example(run, rows, index):
+            candidates.append(example)
     if not candidates:
-        raise InputError(
-            "no row to compare the export on", where=rows.path, fix="put the data of the run back"
-        )
-    short_examples = [example for example in candidates if len(example.document) <= MAX_ROW_TOKENS]
-    chosen = (short_examples or sorted(candidates, key=lambda example: len(example.document)))[
-        :MAX_PROMPTS
-    ]
-    stock_chats = [
-        (example.messages, example.tools) for example in chosen if _needs_stock_rendering(example)
-    ]
-    stock_ids = iter(
-        encode_stock_prompts(run.saved_dir, stock_chats, run.recipe.chat_template_kwargs)
-    )
+        fix = "restore the data of the run"
+        raise InputError("no row to compare the export on", where=rows.path, fix=fix)
+    short = [example for example in candidates if len(example.document) <= MAX_ROW_TOKENS]
+    by_length = sorted(candidates, key=lambda example: len(example.document))
+    chosen = (short or by_length)[:MAX_PROMPTS]
+    # Where our rendering rightly differs from other programs', the stock template is the reference.
+    chats = [(e.messages, e.tools) for e in chosen if e.messages and not e.rendered_ids]
+    stock_ids = iter(encode_stock_prompts(run.saved_dir, chats, run.recipe.chat_template_kwargs))
     return tuple(
         replace(example, rendered_ids=next(stock_ids))
-        if _needs_stock_rendering(example)
+        if example.messages and not example.rendered_ids
         else example
         for example in chosen
     )
 
 
-def _needs_stock_rendering(example: ParityExample) -> bool:
-    """Whether other programs rightly render it otherwise: then the stock template of the run's own
-    files tells how."""
-    return bool(example.messages) and not example.rendered_ids
-
-
 def _build_example(run: SourceRun, rows: Dataset, index: int) -> ParityExample | None:
-    """None for a row that trains nothing."""
+    """Return the row as an example; None for a row without supervised tokens."""
     example, prepared = rows.render_row(index)
     if not prepared.documents:
         return None
     document = prepared.documents[-1]
-    (targets,) = np.nonzero(document.weights_L)
-    untrained_positions = np.flatnonzero(document.weights_L[: targets[-1]] == 0)
-    prompt = tuple(document.tokens_L[: untrained_positions[-1] + 1].tolist())
-    weights_L = document.weights_L.copy()
-    weights_L[targets[MAX_POSITIONS:]] = 0
-    short_document = Document(document.id, document.tokens_L, weights_L)
+    weights_L = document.weights_L
+    (targets,) = np.nonzero(weights_L)
+    prompt_end = np.flatnonzero(weights_L[: targets[-1]] == 0)[-1] + 1
+    prompt = tuple(document.tokens_L[:prompt_end].tolist())
+    short_weights_L = weights_L.copy()
+    short_weights_L[targets[MAX_POSITIONS:]] = 0
+    short_document = Document(document.id, document.tokens_L, short_weights_L)
     if not example.messages:
         return ParityExample(short_document, prompt)
-    answer_turn = max(
-        turn_index for turn_index, weight in enumerate(example.turn_weights) if weight > 0
-    )
-    messages = tuple(run.renderer.normalize_messages(example.messages[:answer_turn], example.tools))
-    # Other programs write today's date where the run's is frozen, and make control tokens of text
-    # that looks so.
+    answer_turn = max(i for i, weight in enumerate(example.turn_weights) if weight > 0)
+    messages = run.renderer.normalize_messages(example.messages[:answer_turn], example.tools)
+    # Other programs write today's date where the run's is frozen, and turn text that looks like a
+    # control token into one.
     is_different = run.renderer.has_date or CONTROL_LIKE_TEXT in prepared.notes
-    return ParityExample(
-        short_document, prompt, messages, example.tools, () if is_different else prompt
-    )
+    rendered_ids = () if is_different else prompt
+    return ParityExample(short_document, prompt, tuple(messages), example.tools, rendered_ids)
 
 
 # ---------------------------------------------------------------- the two sides
 
 
 def compute_live_outputs(job: ExportJob) -> ParityOutputs:
-    """Of base and adapter in our engine. The model is gone when this returns."""
-    model, end_ids = job.run.load_live_model(), job.run.renderer.end_ids
-    logits, trained_kl = _compute_engine_logits(model, job.examples), None
+    """Return the run's outputs in our engine. The model is freed when this returns."""
+    model = job.run.load_live_model()
+    logits = _compute_engine_logits(model, job.examples)
+    trained_kl = None
     if job.run.loras:
         with scaled_adapter(model.network, 0):
-            trained_kl = compute_mean_kl(logits, _compute_engine_logits(model, job.examples))
-    return ParityOutputs(logits, _generate_greedy(model, job, end_ids), trained_kl)
+            base_logits = _compute_engine_logits(model, job.examples)
+        trained_kl = compute_mean_kl(logits, base_logits)
+    greedy = _generate_greedy(model, job, job.run.renderer.end_ids)
+    return ParityOutputs(logits, greedy, trained_kl)
 
 
 def compute_export_outputs(job: ExportJob, reloaded: ReloadedExport) -> ParityOutputs:
-    """Logits by the stock network; then it becomes ours, for the greedy answers up to the export's
-    own end tokens. GateError for logits that are not finite."""
+    """Return the export's outputs: logits of the stock network, greedy answers of our engine up to
+    the export's own end tokens.
+
+    Raises GateError for logits that are not finite.
+    """
     logits = compute_example_logits(reloaded.network, job.examples)
     if not all(bool(values.isfinite().all()) for values in logits):
-        raise GateError(
-            "the export's logits are not finite", where=str(job.run.path), fix="please report this"
-        )
+        message = "the export's logits are not finite"
+        raise GateError(message, where=str(job.run.path), fix="please report this")
     model = wrap_model(reloaded.network, torch.float32)
     return ParityOutputs(logits, _generate_greedy(model, job, reloaded.end_ids))
 
 
 def compute_live_logits(run: SourceRun, examples: Sequence[ParityExample]) -> tuple[Tensor, ...]:
-    """Of base and adapter in our engine; the model is gone when this returns."""
+    """Return the run's logits in our engine. The model is freed when this returns."""
     return _compute_engine_logits(run.load_live_model(), examples)
 
 
 def compute_example_logits(
     network: Network, examples: Sequence[ParityExample]
 ) -> tuple[Tensor, ...]:
-    """Of a stock network."""
-    input_tokens = [
-        example.document.tokens_L[: count_input_tokens(example.document)].tolist()
-        for example in examples
-    ]
-    return tuple(
-        compute_stock_logits(network, tokens, example.positions).cpu()
-        for tokens, example in zip(input_tokens, examples, strict=True)
-    )
+    """Return the logits of a stock network."""
+    logits: list[Tensor] = []
+    for example in examples:
+        tokens = example.document.tokens_L[: count_input_tokens(example.document)].tolist()
+        logits.append(compute_stock_logits(network, tokens, example.positions).cpu())
+    return tuple(logits)
 
 
 @torch.no_grad()
 def _compute_engine_logits(
     model: PackedCausalLM, examples: Sequence[ParityExample]
 ) -> tuple[Tensor, ...]:
-    batches = (collate(Pack((example.document,)), model.device) for example in examples)
-    return tuple(
-        model.head.compute_logits(model.compute_hidden(batch)).float().cpu() for batch in batches
-    )
+    logits: list[Tensor] = []
+    for example in examples:
+        batch = collate(Pack((example.document,)), model.device)
+        logits.append(model.head.compute_logits(model.compute_hidden(batch)).float().cpu())
+    return tuple(logits)
 
 
 def _generate_greedy(
@@ -261,36 +258,43 @@ def compare_outputs(
     export_outputs: ParityOutputs,
     reloaded: ReloadedExport,
 ) -> Parity:
-    pairs = list(zip(live_outputs.logits, export_outputs.logits, strict=True))
+    """Return how far the export's outputs are from the run's."""
     kl_S = _compute_kl(live_outputs.logits, export_outputs.logits)
-    is_same_S = torch.cat([ours.argmax(-1) == theirs.argmax(-1) for ours, theirs in pairs])
+    num_agreements = 0
+    max_difference = 0.0
+    for ours, theirs in zip(live_outputs.logits, export_outputs.logits, strict=True):
+        num_agreements += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        max_difference = max(max_difference, float((ours - theirs).abs().max()))
     expected_ids = [example.rendered_ids for example in job.chat_examples]
     return Parity(
         prompts=len(job.examples),
         rendered_prompts=len(expected_ids),
-        same_prompts=sum(a == b for a, b in zip(expected_ids, reloaded.rendered_ids, strict=True)),
-        same_answers=sum(
-            a == b for a, b in zip(live_outputs.greedy, export_outputs.greedy, strict=True)
-        ),
+        same_prompts=_count_equal(expected_ids, reloaded.rendered_ids),
+        same_answers=_count_equal(live_outputs.greedy, export_outputs.greedy),
         positions=len(kl_S),
         mean_kl=float(kl_S.mean()),
         max_kl=float(kl_S.max()),
         trained_kl=live_outputs.trained_kl,
-        top1_agreement=float(is_same_S.double().mean()),
-        max_logit_difference=max(float((ours - theirs).abs().max()) for ours, theirs in pairs),
+        top1_agreement=num_agreements / len(kl_S),
+        max_logit_difference=max_difference,
     )
 
 
+def _count_equal(ours: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> int:
+    return sum(a == b for a, b in zip(ours, theirs, strict=True))
+
+
 def compute_mean_kl(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """KL(ours || theirs) in nats, over all places."""
+    """Return the mean of KL(ours || theirs) over all positions, in nats."""
     return float(_compute_kl(ours, theirs).mean())
 
 
 def _compute_kl(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """KL(ours || theirs) at every place of every witness, in fp64."""
+    """Return KL(ours || theirs) at every position of every example, in fp64."""
     kl_values: list[Tensor] = []
     for our_logits, their_logits in zip(ours, theirs, strict=True):
-        p_SV, q_SV = our_logits.double().log_softmax(-1), their_logits.double().log_softmax(-1)
+        p_SV = our_logits.double().log_softmax(-1)
+        q_SV = their_logits.double().log_softmax(-1)
         kl_values.append((p_SV.exp() * (p_SV - q_SV)).sum(-1).clamp(min=0))
     return torch.cat(kl_values)
 
@@ -298,29 +302,30 @@ def _compute_kl(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
 def refuse_mismatch(
     tolerance: Tolerance, parity: Parity, job: ExportJob, reloaded: ReloadedExport
 ) -> None:
-    """GateError that says everything in which the export is not the run."""
-    end_ids, trained_end_ids = set(reloaded.end_ids), job.run.renderer.end_ids
-    failures = {
-        f"{parity.rendered_prompts - parity.same_prompts} of {parity.rendered_prompts} prompts are rendered to other "
-        "tokens": parity.same_prompts < parity.rendered_prompts,
-        f"answers end in {sorted(end_ids)}, they were trained to end in {trained_end_ids[0]}": trained_end_ids[
-            0
-        ]
-        not in end_ids
-        or not end_ids <= set(trained_end_ids),
-        f"the mean KL to the run is {parity.mean_kl:.2g}, above {tolerance.mean_kl:g}": parity.mean_kl
-        > tolerance.mean_kl,
-        f"the KL at one place is {parity.max_kl:.2g}, above {tolerance.max_kl:g}": parity.max_kl
-        > tolerance.max_kl,
-    }
-    if messages := [text for text, has_failed in failures.items() if has_failed]:
-        message = f"the export does not behave as the run: {'; '.join(messages)}"
-        has_other_base = job.base == "original" and job.run.quantized_paths
-        is_numeric_only = not any(list(failures.values())[:2])
-        hint = ROUNDING_HINT if is_numeric_only else "please report this"
-        hint = (
-            "use --base dequantized, the weights that were trained beside"
-            if has_other_base
-            else hint
-        )
-        raise GateError(message, where=str(job.run.path), fix=f"nothing was written; {hint}")
+    """Raise GateError with all differences beyond the tolerance."""
+    run = job.run
+    problems: list[str] = []
+    fix = "please report this"
+    if parity.same_prompts < parity.rendered_prompts:
+        num_different = parity.rendered_prompts - parity.same_prompts
+        counts = f"{num_different} of {parity.rendered_prompts}"
+        problems.append(f"{counts} prompts are rendered to other tokens")
+    end_ids = set(reloaded.end_ids)
+    trained_end_ids = run.renderer.end_ids
+    if trained_end_ids[0] not in end_ids or not end_ids <= set(trained_end_ids):
+        trained = f"they were trained to end in {trained_end_ids[0]}"
+        problems.append(f"answers end in {sorted(end_ids)}, {trained}")
+    if not problems:
+        fix = ROUNDING_HINT
+    if parity.mean_kl > tolerance.mean_kl:
+        kl = f"{parity.mean_kl:.2g}"
+        problems.append(f"the mean KL to the run is {kl}, above {tolerance.mean_kl:g}")
+    if parity.max_kl > tolerance.max_kl:
+        kl = f"{parity.max_kl:.2g}"
+        problems.append(f"the largest KL at a position is {kl}, above {tolerance.max_kl:g}")
+    if not problems:
+        return
+    if job.base == "original" and run.quantized_paths:
+        fix = "use --base dequantized, the weights that the adapter was trained on"
+    message = f"the export does not behave as the run: {'; '.join(problems)}"
+    raise GateError(message, where=str(run.path), fix=f"nothing was written; {fix}")

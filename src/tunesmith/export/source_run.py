@@ -1,8 +1,9 @@
-"""A finished run, as an export sees it: its weights, its base, and how it renders prompts.
+"""A finished run as an export sees it: its adapter, its base model, its renderer.
 
-In: a run folder. Out: `Finished`, checked: the run is complete, its files are as they were written,
-the base is still the one that it was trained on. No weights are in memory but the adapter's. Left
-out: what is made of it."""
+In: a run folder. Out: a SourceRun, checked: the run is finished, its files are unchanged, and so is
+the base that it was trained on. Only the adapter's weights are in memory.
+Left out: what it is exported to (targets.py).
+"""
 
 from __future__ import annotations
 
@@ -43,8 +44,11 @@ from tunesmith.session.provenance import check_provenance, hash_weight_files
 
 @dataclass(frozen=True, eq=False)
 class SourceRun:
-    """`weights`: the base, as large as new tokens make it, or the model itself where all of it was
-    trained; then there are no `loras`."""
+    """A checked, finished run.
+
+    model_spec: the base, with the vocabulary that added tokens give it; or the fully trained model,
+    which has no `loras`. `loras` and `token_rows` are scaled by `scale`.
+    """
 
     path: Path
     plan: Plan
@@ -53,35 +57,33 @@ class SourceRun:
     saved_dir: Path  # adapter/ or model/, with the files that serving needs
     loras: Mapping[str, LoraTensors]
     renderer: Renderer
-    quantized_paths: frozenset[str] = (
-        frozenset()
-    )  # paths of the matrices that the adapter was trained beside in 4 bits
-    token_rows: Mapping[str, TokenRowTensors] = field(
-        default_factory=dict[str, TokenRowTensors]
-    )  # of new tokens, where the adapter has them
-    scale: float = 1.0  # of the adapter; `loras` and `rows` are scaled
+    # Paths of the matrices that were quantized to 4 bits in training.
+    quantized_paths: frozenset[str] = frozenset()
+    # The adapter's embeddings of added tokens.
+    token_rows: Mapping[str, TokenRowTensors] = field(default_factory=dict[str, TokenRowTensors])
+    scale: float = 1.0
 
     @property
     def name(self) -> str:
-        """As `tunesmith eval` would call it."""
+        """The name of the run, as `tunesmith eval` takes it."""
         return self.path.name if self.scale == 1 else f"{self.path.name}@{self.scale:g}"
 
     def with_scale(self, factor: float) -> SourceRun:
-        """With its adapter times `factor`, as `adapter_scaled` makes it of a network."""
+        """Return the run with its adapter scaled, as `scaled_adapter` does in a network."""
         if factor == 1:
             return self
         loras = {path: lora.scale_by(factor) for path, lora in self.loras.items()}
-        network = self.load_base_network() if self.token_rows else None
-        token_rows = {
-            row_path: tensors.scale_by(factor, network.get_parameter(f"{row_path}.weight"))
-            for row_path, tensors in self.token_rows.items()
-            if network
-        }
+        token_rows: dict[str, TokenRowTensors] = {}
+        if self.token_rows:
+            network = self.load_base_network()
+            for row_path, tensors in self.token_rows.items():
+                weight = network.get_parameter(f"{row_path}.weight")
+                token_rows[row_path] = tensors.scale_by(factor, weight)
         return replace(self, loras=loras, token_rows=token_rows, scale=self.scale * factor)
 
     @property
     def changes(self) -> WeightDeltas:
-        """All that the adapter makes of the base."""
+        """All changes of the adapter to the base."""
         return {**self.loras, **self.token_rows}
 
     @property
@@ -90,23 +92,26 @@ class SourceRun:
 
     @property
     def scale_points(self) -> tuple[ScalePoint, ...]:
-        """What the run measured of its adapter at several scales."""
+        """The run's measurements of its adapter at several scales."""
         file = self.path / RECORD_FILE
         return parse_as(RunRecord, read_json(file), where=str(file)).scales
 
     def load_base_network(self, *, is_original: bool = False) -> Network:
-        """Stock, in fp32, without the adapter, new tokens as they started: the weights that were
-        trained beside, or the files' `original` ones."""
+        """Return the stock base in fp32, with the initial embeddings of added tokens.
+
+        Matrices that were quantized in training are dequantized again, unless `is_original`.
+        """
         network = load_network(self.model_spec.path, torch.float32, self.device)
-        for path in () if is_original else self.quantized_paths:
-            weight = network.get_submodule(path).weight
-            assert isinstance(weight, torch.Tensor)
-            weight.data = roundtrip_nf4(weight)
+        if not is_original:
+            for path in self.quantized_paths:
+                weight = network.get_submodule(path).weight
+                assert isinstance(weight, torch.Tensor)
+                weight.data = roundtrip_nf4(weight)
         init_new_rows(network, self.renderer.tokenizer.new_tokens if self.token_rows else ())
         return network
 
     def load_live_model(self) -> PackedCausalLM:
-        """What was trained, as our engine runs it, in fp32: base and adapter side by side."""
+        """Return the base with its unmerged adapter in our engine, in fp32."""
         network = self.load_base_network()
         if self.loras:
             METHODS["lora"](network, self.plan.values)
@@ -115,49 +120,48 @@ class SourceRun:
         return wrap_model(network, torch.float32)
 
     def open_held_out_rows(self, count: int) -> Dataset:
-        """The first rows of the test data, or of what else the recipe names."""
+        """Return the first rows of test_data, or else of eval_data or data."""
         recipe = self.recipe
         role = next(key for key in ("test_data", "eval_data", "data") if getattr(recipe, key))
         return open_dataset(
             select_sources(recipe, role),
             self.renderer,
             max_examples=count,
-            should_skip_invalid=recipe.skip_bad,
+            skip_invalid=recipe.skip_invalid,
         )
 
 
 def open_source_run(path: Path) -> SourceRun:
-    """InputError for a folder that is no finished run, was changed, or whose base was; GateError
-    for a failed run."""
+    """Open and check a finished run.
+
+    Raises InputError for a folder that is not a finished run or that was changed, also in its base
+    model; GateError for a failed run.
+    """
     path = find_weights_dir(path)
     require_run(path)
     if problem := read_failure(path):
-        raise GateError(f"this run failed, and is not exported: {problem}", where=str(path))
+        raise GateError(f"this run failed, and cannot be exported: {problem}", where=str(path))
     plan = read_run_plan(path)
-    saved_dir = path / ("model" if plan.config.method == "full" else "adapter")
+    is_adapter = plan.config.method != "full"
+    saved_dir = path / ("adapter" if is_adapter else "model")
     if not (path / RECORD_FILE).is_file() or not saved_dir.is_dir():
-        raise InputError(
-            "this run is not finished", where=str(path), fix=f"finish it: tunesmith resume {path}"
-        )
+        fix = f"finish it: tunesmith resume {path}"
+        raise InputError("this run is not finished", where=str(path), fix=fix)
     if problem := verify_dir(saved_dir):
-        raise InputError(
-            f"not as the run wrote it: {problem}",
-            where=str(saved_dir),
-            fix="put the files back as they were",
-        )
+        message = f"the files differ from what the run wrote: {problem}"
+        raise InputError(message, where=str(saved_dir), fix="restore the files")
     recipe = recipe_from_plan(plan.recipe)
     base_dir = resolve_model(recipe.model)
     renderer = build_renderer(recipe, base_dir, datetime.fromisoformat(plan.config.now))
     check_provenance(saved_dir, hash_weight_files(base_dir), renderer, plan.config.now)
-    is_adapter = plan.config.method != "full"
-    model_spec, token_rows = (
-        read_spec(base_dir if is_adapter else saved_dir, name=recipe.model),
-        read_token_rows(saved_dir, base_dir) if is_adapter else {},
-    )
-    vocab_size = max(
-        (tensors.count_rows(model_spec.vocab_size) for tensors in token_rows.values()),
-        default=model_spec.vocab_size,
-    )
+    model_spec = read_spec(base_dir if is_adapter else saved_dir, name=recipe.model)
+    token_rows = read_token_rows(saved_dir, base_dir) if is_adapter else {}
+    vocab_size = model_spec.vocab_size
+    if token_rows:
+        vocab_size = max(rows.count_rows(vocab_size) for rows in token_rows.values())
+    quantized_paths: frozenset[str] = frozenset()
+    if plan.config.method == "qlora":
+        quantized_paths = frozenset(find_linears(build_empty_network(base_dir, torch.float32)))
     return SourceRun(
         path=path,
         plan=plan,
@@ -166,8 +170,6 @@ def open_source_run(path: Path) -> SourceRun:
         saved_dir=saved_dir,
         loras=read_loras(saved_dir, base_dir) if is_adapter else {},
         renderer=renderer,
-        quantized_paths=frozenset(find_linears(build_empty_network(base_dir, torch.float32)))
-        if plan.config.method == "qlora"
-        else frozenset(),
+        quantized_paths=quantized_paths,
         token_rows=token_rows,
     )

@@ -1,9 +1,10 @@
-"""The weights of a model, or of an adapter alone, as a GGUF file; one tensor at a time.
+"""Write the weights of a model, or of an adapter alone, as a GGUF file, tensor by tensor.
 
-In: a folder that plain transformers loads, the adapter that is added to it, metadata. Out: one file
-that llama.cpp, Ollama and `model/gguf.py` read. Matrices take the type that was asked for; vectors,
-and matrices whose rows do not fill its blocks, a wider one, as llama.cpp's own converter does. Left
-out: what the metadata say (`gguf_metadata.py`)."""
+In: a transformers folder, the adapter that is merged into it, metadata. Out: a file that llama.cpp,
+Ollama and `model/gguf` read. Matrices have the requested type; vectors, and matrices with rows that
+do not fill its blocks, a wider one, as in llama.cpp's own converter.
+Left out: the metadata (metadata.py).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ from tunesmith.model.merge import WeightDeltas, iter_merged_tensors, merge_heade
 from tunesmith.model.save import LoraTensors
 
 TENSOR_TYPES = {name.lower(): GGMLQuantizationType[name] for name in ("F16", "Q8_0", "BF16", "F32")}
-QUANTIZATION_VERSION = 2  # of the formats of quantised blocks
+QUANTIZATION_VERSION = 2  # of the block formats
 TensorSlot = tuple[str, tuple[int, ...], GGMLQuantizationType]  # name, shape, type in the file
 
 
@@ -50,70 +51,56 @@ def write_model(
     export_type: str,
     dequantized_paths: Collection[str] = (),
 ) -> None:
-    """The weights of `spec` with the adapter in them, those of `narrow` as 4 bits left them.
-    GateError for values that `kind` cannot hold."""
-    headers = {
-        name: header
-        for name, header in read_headers(model_spec.path).items()
-        if not (model_spec.tie_word_embeddings and name == "lm_head.weight")
-    }
+    """Write the weights of a model with the adapter merged in.
+
+    dequantized_paths: matrices that are quantized to 4 bits and back before merging. Raises
+    GateError for values that the type cannot represent.
+    """
+    headers = dict(read_headers(model_spec.path))
+    if model_spec.tie_word_embeddings:
+        headers.pop("lm_head.weight", None)
     headers = merge_headers(headers, changes)
     name_map = _build_name_map(model_spec)
-    slots = {
-        name: (
-            _map_name(name_map, name, model_spec),
-            header.shape,
-            _choose_type(header.shape, TENSOR_TYPES[export_type]),
-        )
-        for name, header in headers.items()
-    }
-    extra = (
-        []
-        if rope_factors is None
-        else [((ROPE_FACTORS, rope_factors.shape, TENSOR_TYPES["f32"]), rope_factors)]
-    )
+    tensor_type = TENSOR_TYPES[export_type]
+    slots: dict[str, TensorSlot] = {}
+    for name, header in headers.items():
+        gguf_name = _map_name(name_map, name, model_spec)
+        slots[name] = (gguf_name, header.shape, _choose_type(header.shape, tensor_type))
+    extra: list[tuple[TensorSlot, np.ndarray]] = []
+    if rope_factors is not None:
+        extra.append(((ROPE_FACTORS, rope_factors.shape, TENSOR_TYPES["f32"]), rope_factors))
     weights = (
         (slots[name], _interleave_halves(name, tensor, model_spec))
         for name, tensor in iter_merged_tensors(headers, changes, dequantized_paths)
     )
+    file_type = LlamaFileType.ALL_F32
+    if export_type != "f32":
+        file_type = LlamaFileType[f"MOSTLY_{export_type.upper()}"]
     general = {
         "general.type": "model",
-        "general.file_type": int(
-            LlamaFileType.ALL_F32
-            if export_type == "f32"
-            else LlamaFileType[f"MOSTLY_{export_type.upper()}"]
-        ),
+        "general.file_type": int(file_type),
         "general.quantization_version": QUANTIZATION_VERSION,
     }
-    _write_gguf(
-        file,
-        model_spec,
-        general | metadata,
-        [*(slot for slot, _ in extra), *slots.values()],
-        chain(extra, weights),
-    )
+    all_slots = [*(slot for slot, _ in extra), *slots.values()]
+    _write_gguf(file, model_spec, general | metadata, all_slots, chain(extra, weights))
 
 
 def write_adapter(
     file: Path, model_spec: ModelSpec, loras: Mapping[str, LoraTensors], metadata: Json
 ) -> None:
-    """The adapter alone, in fp32. llama.cpp scales it by alpha / rank, also where it was trained as
-    rsLoRA."""
-    name_map, alphas = (
-        _build_name_map(model_spec),
-        {lora.scale * lora.a_RI.shape[0] for lora in loras.values()},
-    )
+    """Write the adapter alone in fp32. llama.cpp scales it by alpha / rank, rsLoRA included."""
+    name_map = _build_name_map(model_spec)
+    alphas = {lora.scale * lora.a_RI.shape[0] for lora in loras.values()}
     assert len(alphas) == 1, "one rank and one scale"
     tensors: list[tuple[TensorSlot, np.ndarray]] = []
     for path, lora in loras.items():
-        gguf_name = _map_name(name_map, f"{path}.weight", model_spec)
-        for letter, values in (
-            ("a", lora.a_RI.numpy()),
-            ("b", _interleave_halves(f"{path}.weight", lora.b_OR, model_spec)),
-        ):
-            tensors.append(
-                ((f"{gguf_name}.lora_{letter}", values.shape, TENSOR_TYPES["f32"]), values)
-            )
+        name = f"{path}.weight"
+        gguf_name = _map_name(name_map, name, model_spec)
+        a_RI = lora.a_RI.numpy()
+        b_OR = _interleave_halves(name, lora.b_OR, model_spec)
+        for letter, values in (("a", a_RI), ("b", b_OR)):
+            slot = (f"{gguf_name}.lora_{letter}", values.shape, TENSOR_TYPES["f32"])
+            tensors.append((slot, values))
     general = {
         "general.type": "adapter",
         "adapter.type": "lora",
@@ -123,26 +110,23 @@ def write_adapter(
 
 
 def read_adapter(file: Path, model_spec: ModelSpec) -> dict[str, LoraTensors]:
-    """What `write_adapter` wrote: path of a linear of the base -> what is added to it."""
-    source, name_map = read_gguf(file), _build_name_map(model_spec)
+    """Read what `write_adapter` wrote: path of a linear layer -> its LoRA tensors."""
+    source = read_gguf(file)
+    name_map = _build_name_map(model_spec)
     tensors_by_name = {tensor.name: tensor for tensor in source.tensors}
     loras: dict[str, LoraTensors] = {}
     for name in read_headers(model_spec.path):
         gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
-        if f"{gguf_name}.lora_a" in tensors_by_name:
-            a_RI, b_OR = (
-                read_tensor(source, tensors_by_name[f"{gguf_name}.lora_{letter}"])
-                for letter in "ab"
-            )
-            b_OR = (
-                reverse_permute(b_OR, model_spec.head_dim)
-                if _is_rotated(name, model_spec)
-                else b_OR
-            )
-            scale = source.require("adapter.lora.alpha", float) / len(a_RI)
-            loras[name.removesuffix(".weight")] = LoraTensors(
-                torch.from_numpy(a_RI), torch.from_numpy(b_OR.copy()), scale
-            )
+        if f"{gguf_name}.lora_a" not in tensors_by_name:
+            continue
+        a_RI = read_tensor(source, tensors_by_name[f"{gguf_name}.lora_a"])
+        b_OR = read_tensor(source, tensors_by_name[f"{gguf_name}.lora_b"])
+        if _is_rotated(name, model_spec):
+            b_OR = reverse_permute(b_OR, model_spec.head_dim)
+        scale = source.require("adapter.lora.alpha", float) / len(a_RI)
+        a_tensor = torch.from_numpy(a_RI)
+        b_tensor = torch.from_numpy(b_OR.copy())
+        loras[name.removesuffix(".weight")] = LoraTensors(a_tensor, b_tensor, scale)
     return loras
 
 
@@ -156,19 +140,18 @@ def _build_name_map(model_spec: ModelSpec) -> TensorNameMap:
 def _map_name(name_map: TensorNameMap, name: str, model_spec: ModelSpec) -> str:
     gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
     if gguf_name is None:
-        message = f"a GGUF of {model_spec.model_type} has no place for the tensor {name}"
+        message = f"a GGUF of {model_spec.model_type} has no name for the tensor {name}"
         raise InputError(message, where=str(model_spec.path), fix="export to merged")
     return gguf_name
 
 
 def _is_rotated(name: str, model_spec: ModelSpec) -> bool:
-    return ARCHITECTURES[model_spec.model_type].has_interleaved_qk and (
-        ".q_proj." in name or ".k_proj." in name
-    )
+    is_qk = ".q_proj." in name or ".k_proj." in name
+    return is_qk and ARCHITECTURES[model_spec.model_type].has_interleaved_qk
 
 
 def _interleave_halves(name: str, tensor: Tensor, model_spec: ModelSpec) -> np.ndarray:
-    """The values with q and k rows in GGUF's order: the halves of each head interleaved."""
+    """Return the values; rows of q and k in GGUF's order, the halves of each head interleaved."""
     values = tensor.numpy()
     if not _is_rotated(name, model_spec):
         return values
@@ -189,18 +172,15 @@ def _write_gguf(
     slots: Iterable[TensorSlot],
     tensors: Iterable[tuple[TensorSlot, np.ndarray]],
 ) -> None:
-    """`tensors` come in the order of `places`."""
+    """Write a GGUF file. `tensors` are in the order of `slots`."""
     with closing(GGUFWriter(file, model_spec.model_type)) as writer:
         for key, value in metadata.items():
             _add_metadata(writer, key, value)
         for name, shape, tensor_type in slots:
             block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
+            num_bytes = prod(shape) // block_size * block_bytes
             writer.add_tensor_info(
-                name,
-                shape,
-                np.dtype(np.float32),
-                prod(shape) // block_size * block_bytes,
-                raw_dtype=tensor_type,
+                name, shape, np.dtype(np.float32), num_bytes, raw_dtype=tensor_type
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -210,24 +190,20 @@ def _write_gguf(
         writer.write_padding(stream, stream.tell())
         for (name, _, tensor_type), values in tensors:
             data = _quantize_tensor(name, values, tensor_type)
-            stream.write(data.data.cast("B"))  # not numpy's tofile, which hides why a disk refuses
+            # Not numpy's tofile, which hides the errno of a full disk.
+            stream.write(data.data.cast("B"))
             writer.write_padding(stream, data.nbytes)
 
 
 def _quantize_tensor(
     name: str, values: np.ndarray, tensor_type: GGMLQuantizationType
 ) -> np.ndarray:
-    max_value = {TENSOR_TYPES["f16"]: 65504.0, TENSOR_TYPES["q8_0"]: 65504.0 * 127}.get(
-        tensor_type, np.inf
-    )
-    if np.abs(values).max(initial=0) > max_value:
-        raise GateError(
-            f"{name} holds values that {tensor_type.name} cannot: nothing is exported",
-            fix="use --type bf16",
-        )
-    return np.ascontiguousarray(
-        quantize(np.ascontiguousarray(values, dtype=np.float32), tensor_type)
-    )
+    max_values = {TENSOR_TYPES["f16"]: 65504.0, TENSOR_TYPES["q8_0"]: 65504.0 * 127}
+    if np.abs(values).max(initial=0) > max_values.get(tensor_type, np.inf):
+        message = f"{name} has values that {tensor_type.name} cannot represent"
+        raise GateError(message, fix="nothing was written; use --type bf16")
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    return np.ascontiguousarray(quantize(values, tensor_type))
 
 
 def _add_metadata(writer: GGUFWriter, key: str, value: Any) -> None:

@@ -1,9 +1,8 @@
-"""The exports for llama.cpp and what is built on it: a merged model, or the adapter alone, as one
-GGUF file.
+"""Exports for llama.cpp and engines built on it: a merged model, or an adapter, as a GGUF file.
 
-In: a finished run. Out: `model-TYPE.gguf`, or `adapter.gguf`, which is loaded beside a GGUF of the
-same base. Read back by transformers' own GGUF reader, with tokenizer and template rebuilt from the
-file alone."""
+In: an ExportJob. Out: `model-TYPE.gguf`, or `adapter.gguf`, which is loaded with a GGUF of the same
+base. Read back by transformers' own GGUF reader, with tokenizer and template from the file alone.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +27,14 @@ def get_model_path(job: ExportJob) -> Path:
 
 
 def write_gguf(job: ExportJob) -> None:
-    run, spec = job.run, job.run.model_spec
+    run = job.run
+    spec = run.model_spec
     sizes, rope_factors = build_architecture(load_config_dict(spec.path), spec)
-    name_metadata = {"general.name": f"{Path(spec.name).name} {run.name}"}
-    metadata = (
-        name_metadata | sizes | build_vocabulary(run.saved_dir, run.renderer, spec.vocab_size)
-    )
+    metadata = {
+        "general.name": f"{Path(spec.name).name} {run.name}",
+        **sizes,
+        **build_vocabulary(run.saved_dir, run.renderer, spec.vocab_size),
+    }
     write_model(
         get_model_path(job),
         spec,
@@ -46,40 +47,37 @@ def write_gguf(job: ExportJob) -> None:
 
 
 def reload_gguf(job: ExportJob) -> ReloadedExport:
-    """Weights by transformers' reader; tokenizer, template and end tokens from the file alone."""
+    """Load weights by transformers' reader; tokenizer, template and end tokens from the file."""
     file = get_model_path(job)
     with TemporaryDirectory() as temp_dir:
-        settings_dir, gguf_file = Path(temp_dir), read_gguf(file)
+        settings_dir = Path(temp_dir)
+        gguf_file = read_gguf(file)
         write_settings(gguf_file, settings_dir)
+        chats = [(example.messages, example.tools) for example in job.chat_examples]
         rendered_ids = encode_stock_prompts(
-            settings_dir,
-            [(example.messages, example.tools) for example in job.chat_examples],
-            job.run.recipe.chat_template_kwargs,
+            settings_dir, chats, job.run.recipe.chat_template_kwargs
         )
-        special_ids = (find_special_id(gguf_file, name) for name in ("eos", "eot", "eom"))
+        special_ids = [find_special_id(gguf_file, name) for name in ("eos", "eot", "eom")]
         end_ids = tuple(dict.fromkeys(index for index in special_ids if index is not None))
         return ReloadedExport(load_gguf(file, settings_dir, job.run.device), rendered_ids, end_ids)
 
 
 def write_lora(job: ExportJob) -> None:
     run = job.run
-    build_architecture(
-        load_config_dict(run.model_spec.path), run.model_spec
-    )  # refuses what no GGUF could hold
-    metadata = {"general.name": run.name, "general.base_model.count": 1}
-    write_adapter(
-        job.folder / ADAPTER_FILE,
-        run.model_spec,
-        run.loras,
-        {**metadata, BASE_NAME_KEY: run.model_spec.name},
-    )
+    # Refuses a model that no GGUF can express.
+    build_architecture(load_config_dict(run.model_spec.path), run.model_spec)
+    metadata = {
+        "general.name": run.name,
+        "general.base_model.count": 1,
+        BASE_NAME_KEY: run.model_spec.name,
+    }
+    write_adapter(job.folder / ADAPTER_FILE, run.model_spec, run.loras, metadata)
 
 
 def reload_lora(job: ExportJob) -> ReloadedExport:
-    """The adapter of the file on the stock base; it holds no tokenizer, so prompts and ends are the
-    run's own."""
+    """Merge the file's adapter into the stock base. It has no tokenizer, so prompts and end tokens
+    are the run's own."""
     network = job.run.load_base_network()
     merge_into_network(network, read_adapter(job.folder / ADAPTER_FILE, job.run.model_spec))
-    return ReloadedExport(
-        network, [example.rendered_ids for example in job.chat_examples], job.run.renderer.end_ids
-    )
+    rendered_ids = [example.rendered_ids for example in job.chat_examples]
+    return ReloadedExport(network, rendered_ids, job.run.renderer.end_ids)
