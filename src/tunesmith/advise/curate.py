@@ -26,7 +26,7 @@ from tunesmith.data.checks.text_stats import extract_row_texts
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.split import encode_row
 from tunesmith.data.length_stats import iter_batches
-from tunesmith.data.neighbors import build_word_vectors, find_neighbours, normalize_rows
+from tunesmith.data.neighbors import build_word_vectors, find_neighbors, normalize_rows
 from tunesmith.data.selection import (
     ROLE,
     SelectionScores,
@@ -175,7 +175,7 @@ def score_rows(model: PackedCausalLM, data: Dataset, similarity: str = "states")
         vectors_NV=question_vectors_NV
         if len(states_NH)
         else build_word_vectors(["\n".join(row.turns) for row in row_texts]),
-        neighbours=find_neighbours(
+        neighbors=find_neighbors(
             question_vectors_NV, build_word_vectors([row.answer for row in row_texts]), usable_rows
         ),
     )
@@ -232,13 +232,13 @@ def _iter_score_lines(
     reasons: dict[int, str],
 ) -> Iterator[Json]:
     files = {name: set(rows.tolist()) for name, rows in subsets.items()}
-    neighbour_scores = scores.neighbours
+    neighbour_scores = scores.neighbors
     for row in range(len(data)):
         row_scores = {
             "perplexity": scores.perplexity_N[row],
             "difficulty": scores.difficulty_N[row],
             "agreement": neighbour_scores.answer_similarity_N[row],
-            "neighbours_agreement": neighbour_scores.neighbour_agreement_N[row],
+            "neighbours_agreement": neighbour_scores.neighbor_agreement_N[row],
         }
         yield {
             "id": data.get_id(row),
@@ -264,7 +264,7 @@ def _summarize_subset(
         scores.answer_tokens_N,
         scores.perplexity_N,
         scores.difficulty_N,
-        scores.neighbours.answer_similarity_N,
+        scores.neighbors.answer_similarity_N,
     )
     tokens, perplexity, difficulty, agreement = (
         float(np.nanmedian(values[rows])) for values in columns
@@ -281,10 +281,12 @@ def _summarize_subset(
 
 
 def _classify_reason(reason: str) -> str:
-    """A reason without what is of the one row."""
-    if reason.startswith("says what "):
-        return "says what another row says"
-    return "like a row that is kept" if reason.startswith("like ") else reason.partition(":")[0]
+    """Return a reason without the details of its row."""
+    if reason.startswith("duplicate of "):
+        return "duplicate of another row"
+    if reason.startswith("similar to "):
+        return "similar to a selected row"
+    return reason.partition(":")[0]
 
 
 def _format_reason_counts(reasons: dict[int, str]) -> str:

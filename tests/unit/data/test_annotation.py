@@ -35,11 +35,11 @@ def opened(write, words):
 def answered(tool, tasks, verdicts):
     """The export, as the tool writes it once people have answered: whose, and what they said, task
     by task."""
-    for task, told in zip(tasks, verdicts, strict=True):
+    for task, answers in zip(tasks, verdicts, strict=True):
         if tool == "argilla":
             task["responses"] = (
-                {"verdict": [{"value": verdict, "user_id": name} for name, verdict in told]}
-                if told
+                {"verdict": [{"value": verdict, "user_id": name} for name, verdict in answers]}
+                if answers
                 else {}
             )
             task["_server_id"] = "0f5e"
@@ -56,11 +56,11 @@ def answered(tool, tasks, verdicts):
                         "from_name": "verdict",
                         "to_name": "answer",
                         "type": "choices",
-                        "value": {"choices": [said]},
+                        "value": {"choices": [verdict]},
                     }
                 ],
             }
-            for number, (name, said) in enumerate(told)
+            for number, (name, verdict) in enumerate(answers)
         ]
     return tasks
 
@@ -71,11 +71,11 @@ def test_rows_come_back_reviewed_as_they_were_and_can_be_locked(tool, opened, tm
     assert write_tasks(data, tool, tmp_path / "tasks.json") == 4
     tasks = json.loads((tmp_path / "tasks.json").read_text())
     shown = [task["data"] if tool == "label-studio" else task["fields"] for task in tasks]
-    assert {(one["question"], one["answer"]) for one in shown} == {
+    assert {(task["question"], task["answer"]) for task in shown} == {
         (f"ask {i} é", f"so {i}") for i in range(4)
     }
-    told = [[("ada", "good")], [("bo", "bad"), ("ada", "bad")], [], [("ada", "unsure")]]
-    (tmp_path / "export.json").write_text(json.dumps(answered(tool, tasks, told)))
+    answers = [[("ada", "good")], [("bo", "bad"), ("ada", "bad")], [], [("ada", "unsure")]]
+    (tmp_path / "export.json").write_text(json.dumps(answered(tool, tasks, answers)))
     reviewed = import_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl", "2026-11-25")
     assert (reviewed.tool, reviewed.rows, reviewed.unanswered_rows) == (tool, 3, 1)
     assert reviewed.verdicts == {"good": 1, "bad": 1, "unsure": 1}
@@ -118,13 +118,13 @@ def test_of_one_reviewer_the_newest_word_counts_and_cancelled_ones_do_not(opened
         ("[", "not JSON"),
         ("[]", "neither tasks"),
         ('[{"text": 1}]', "neither tasks"),
-        ('[{"data": {"question": "a"}}]', "not the row as it was"),
+        ('[{"data": {"question": "a"}}]', "not the original row"),
         ('[{"data": {"row": "{}"}, "annotations": []}]', "no row has a verdict"),
         (
             '[{"fields": {}, "metadata": {"row": "{}"}, "responses": {"verdict": [{"value": "bad", "user_id": 1}]}}]',
             "has no date",
         ),
-        ('[{"data": 3, "annotations": 4}]', r"not as label-studio writes it: \$.data"),
+        ('[{"data": 3, "annotations": 4}]', r"not an export of label-studio: \$.data"),
         (
             '[{"fields": {}, "responses": {"verdict": [{"value": "good"}]}}]',
             "'user_id' is a required property",
@@ -162,15 +162,15 @@ def test_what_is_no_export_is_refused(export, what, tmp_path):
 
 def test_reviewers_who_disagree_and_unknown_verdicts_are_told(opened, tmp_path):
     write_tasks(opened(ROWS[:1]), "label-studio", tmp_path / "tasks.json")
-    for told, what in (
+    for answers, what in (
         ([("ada", "good"), ("bo", "bad")], "ada: good, bo: bad"),
         ([("ada", "fine")], "'fine'"),
     ):
         tasks = json.loads((tmp_path / "tasks.json").read_text())
-        (tmp_path / "export.json").write_text(json.dumps(answered("label-studio", tasks, [told])))
+        (tmp_path / "export.json").write_text(json.dumps(answered("label-studio", tasks, [answers])))
         with pytest.raises(InputError, match=what):
             import_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl")
     with pytest.raises(InputError, match="unknown tool 'excel'"):
         write_tasks(opened(ROWS[:1]), "excel", tmp_path / "other.json")
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="already exists"):
         write_tasks(opened(ROWS[:1]), "argilla", tmp_path / "tasks.json")

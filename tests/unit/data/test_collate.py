@@ -78,24 +78,24 @@ def test_every_target_is_predicted_by_the_token_before_it_in_its_own_document(dr
         for d in named
         for i in np.flatnonzero(d.weights_L)
     ]
-    found, real_tokens = [], 0
+    seen, real_tokens = [], 0
     for batch in map(collate, pack_step(named, pack_length)):
         real_tokens += batch.real_tokens
         owners = np.repeat(np.arange(len(batch.ids)), batch.layout.lengths)
-        for place, target, weight, owner in zip(
+        for position, target, weight, owner in zip(
             batch.positions_S.tolist(),
             batch.targets_S,
             batch.weights_S,
             batch.document_S,
             strict=True,
         ):
-            assert owners[place] == owner
+            assert owners[position] == owner
             seen_by = (
-                int(batch.positions_T[place]),
+                int(batch.positions_T[position]),
                 int(target),
-                int(batch.tokens_T[place]),
+                int(batch.tokens_T[position]),
                 float(weight),
             )
-            found.append((batch.ids[owner], *seen_by))
-    assert sorted(found) == sorted(expected)
+            seen.append((batch.ids[owner], *seen_by))
+    assert sorted(seen) == sorted(expected)
     assert real_tokens == sum(len(d) for d in named)

@@ -61,20 +61,20 @@ FINE = [chat(f"question {n}", f"answer {n}") for n in range(5)]
 def test_the_tokens_of_a_ban_are_those_that_hold_its_matches(
     renderer: Renderer, match: str, bad: str
 ) -> None:
-    said = "the assistant answers the user 12 345"
+    sentence = "the assistant answers the user 12 345"
     (document,) = renderer.render(
-        ban(match).mark_violations(answer(f"  {said}\n"))
+        ban(match).mark_violations(answer(f"  {sentence}\n"))
     ).documents
     trained = [
         token for token, weight in zip(document.tokens_L, document.weights_L, strict=True) if weight
     ]
     text = renderer.decode(trained)
     assert document.side == "banned"
-    assert text.strip() in said
-    start, end = next((m.start(), m.end()) for m in constraints.regex.finditer(match, said))
-    assert said[start:end] in text
+    assert text.strip() in sentence
+    start, end = next((m.start(), m.end()) for m in constraints.regex.finditer(match, sentence))
+    assert sentence[start:end] in text
     assert not bad or text.strip() == bad.strip() or match == "sist"
-    assert len(text) < len(said)
+    assert len(text) < len(sentence)
     assert renderer.end_ids[0] not in trained, "how an answer ends is not what is bad"
 
 
@@ -107,9 +107,9 @@ def test_what_becomes_of_a_row() -> None:
     assert ban("sorry", "filter").mark_violations(rightly) is rightly, (
         "the row says that it is right here"
     )
-    with pytest.raises(InvalidRow, match="nothing says what is bad in it"):
+    with pytest.raises(InvalidRow, match="no constraint matches it"):
         ban("sorry").mark_violations(answer("hello", negative=True))
-    with pytest.raises(InvalidRow, match="nothing says what is bad in it"):
+    with pytest.raises(InvalidRow, match="no constraint matches it"):
         ConstraintSet().mark_violations(answer("hello", negative=True))
 
 
@@ -121,7 +121,7 @@ def test_held_out_rows_stay_as_they_are() -> None:
 
 
 def test_a_negative_pair_is_refused() -> None:
-    with pytest.raises(InvalidRow, match="a pair that is negative"):
+    with pytest.raises(InvalidRow, match="a preference pair cannot be negative"):
         ban("x").mark_violations(answer("hello", negative=True, rejected=answer("there")))
 
 
@@ -154,8 +154,8 @@ def test_rows_that_break_a_filter_are_left_out_counted_and_written(
     reports = check_data({"data": dataset})
     assert reports["data"].filtered == {"rule": 1}
     assert not reports["data"].rejected
-    found = [f for f in reports["data"].findings if f.check == "never"]
-    assert [(f.level, f.count, f.rows) for f in found] == [("warn", 1, ("rows.jsonl:3",))]
+    findings = [f for f in reports["data"].findings if f.check == "never"]
+    assert [(f.level, f.count, f.rows) for f in findings] == [("warn", 1, ("rows.jsonl:3",))]
     write_rejected_rows(tmp_path / "rejected.jsonl", {"data": dataset}, reports)
     (line,) = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
     assert (line["where"], line["reason"]) == ("rows.jsonl:3", "never")
@@ -168,7 +168,7 @@ def test_a_constraint_that_most_answers_break_is_refused_with_examples(
     rows = [chat("a?", "answer one"), *FINE]
     for mode in ("filter", "ban"):
         with pytest.raises(
-            InputError, match=r"never: rule: 6 of 6 answers of .* over half:\n  rows.jsonl:1"
+            InputError, match=r"never: rule: 6 of 6 answers in .* break it:\n  rows.jsonl:1"
         ):
             opened(renderer, tmp_path, rows, ban("answer", mode))
     meant = [{**chat(f"{n}?", "answer sorry"), "negative": True} for n in range(9)]
@@ -178,14 +178,14 @@ def test_a_constraint_that_most_answers_break_is_refused_with_examples(
 
 
 def test_a_ban_with_nothing_to_ban_is_a_warning(renderer: Renderer, tmp_path: Path) -> None:
-    (found,) = [
+    (findings,) = [
         f
         for f in check_data({"data": opened(renderer, tmp_path, FINE, ban("sorry"))})[
             "data"
         ].findings
         if f.check == "never"
     ]
-    assert (found.level, found.message.partition(";")[0]) == (
+    assert (findings.level, findings.message.partition(";")[0]) == (
         "warn",
         "no row breaks 'rule': its ban trains nothing",
     )

@@ -61,14 +61,14 @@ def test_files_of_the_same_name_keep_different_ids(tmp_path, words):
 
 
 @pytest.mark.parametrize(
-    ("own", "whole", "rows"), [(2, None, [1, 2, 1, 2, 3]), (2, 4, [1, 2, 1, 2]), (None, 2, [1, 2])]
+    ("file_limit", "total_limit", "rows"), [(2, None, [1, 2, 1, 2, 3]), (2, 4, [1, 2, 1, 2]), (None, 2, [1, 2])]
 )
-def test_max_examples_takes_the_first_rows_of_a_file_and_of_all(write, words, own, whole, rows):
+def test_max_examples_takes_the_first_rows_of_a_file_and_of_all(write, words, file_limit, total_limit, rows):
     paths = [
         write(lines(*({"text": f"{name}{i}"} for i in range(3))), f"{name}.jsonl") for name in "ab"
     ]
-    files = [DataSource(path=paths[0], max_examples=own), DataSource(path=paths[1])]
-    dataset = open_dataset(files, words, max_examples=whole)
+    files = [DataSource(path=paths[0], max_examples=file_limit), DataSource(path=paths[1])]
+    dataset = open_dataset(files, words, max_examples=total_limit)
     assert [int(dataset.get_id(i).split(":")[1]) for i in range(len(dataset))] == rows
     assert dataset.read_example(len(rows) - 1).id == dataset.get_id(len(rows) - 1)
 
@@ -78,7 +78,7 @@ def test_a_given_format_wins(write, words):
     dataset = open_dataset([DataSource(path=path, format="text")], words)
     assert (dataset.read_example(0).text, dataset.parts[0].format_reason) == (
         "a",
-        "the recipe says so",
+        "set in the recipe",
     )
 
 
@@ -133,12 +133,12 @@ def test_a_source_can_weigh_more(write, words):
 
 
 @pytest.mark.parametrize(
-    ("policy", "kept", "dropped", "truncated"),
+    ("policy", "lengths", "dropped", "truncated"),
     [("drop", [3], "", 0), ("truncate", [3, 4], "", 1)],
 )
-def test_long_documents_are_dropped_or_cut_and_counted(policy, kept, dropped, truncated):
+def test_long_documents_are_dropped_or_cut_and_counted(policy, lengths, dropped, truncated):
     prepared = apply_max_length("r", [document(0, 0, 1), document(0, 1, 0, 1, 1)], 4, policy)
-    assert [len(each) for each in prepared.documents] == kept
+    assert [len(each) for each in prepared.documents] == lengths
     assert (prepared.drop_reason, prepared.num_overlong, prepared.num_truncated) == (
         dropped,
         1,
@@ -151,9 +151,9 @@ def test_long_documents_are_dropped_or_cut_and_counted(policy, kept, dropped, tr
     ("documents", "policy", "dropped"),
     [
         ([document(0, 0, 0, 0, 1)], "drop", "longer than max_length"),
-        ([document(0, 0, 0, 0, 1)], "truncate", "nothing trained is left after truncation"),
-        ([document(0, 0)], "drop", "nothing is trained"),
-        ([], "drop", "nothing is trained"),
+        ([document(0, 0, 0, 0, 1)], "truncate", "no supervised token after truncation"),
+        ([document(0, 0)], "drop", "no supervised token"),
+        ([], "drop", "no supervised token"),
     ],
 )
 def test_a_row_without_a_target_keeps_its_slot_with_a_reason(documents, policy, dropped):
@@ -162,7 +162,7 @@ def test_a_row_without_a_target_keeps_its_slot_with_a_reason(documents, policy, 
 
 
 def test_long_documents_can_be_refused_and_lengths_up_to_the_limit_are_fine():
-    with pytest.raises(InputError, match="r: the row has 5 tokens, max_length is 4"):
+    with pytest.raises(InputError, match="r: the row has 5 tokens, but max_length is 4"):
         apply_max_length("r", [document(0, 0, 0, 0, 1)], 4, "refuse")
     assert len(apply_max_length("r", [document(0, 0, 0, 0, 1)], 5, "refuse").documents) == 1
     assert len(apply_max_length("r", [document(0, 0, 0, 0, 1)], None, "refuse").documents) == 1

@@ -49,7 +49,7 @@ def test_a_lock_says_who_reviewed_what(opened, tmp_path):
     assert (
         json.loads(get_lock_path(tmp_path / "golden.jsonl").read_text())["sha256"] == golden.sha256
     )
-    with pytest.raises(InputError, match="locked already"):
+    with pytest.raises(InputError, match="already locked"):
         write_lock(opened(rows, "golden.jsonl"))
 
 
@@ -57,11 +57,11 @@ WRONG = {
     "none": (chat("q", "a"), "no `review`"),
     "nobody": (
         chat("q", "a", reviewer=" ", date="2026-11-12", verdict="good"),
-        "names no reviewer",
+        "has no reviewer",
     ),
     "verdict": (
         chat("q", "a", reviewer="ada", date="2026-11-12", verdict="fine"),
-        "verdict is 'fine'",
+        "unknown verdict 'fine'",
     ),
     "date": (
         chat("q", "a", reviewer="ada", date="12.11.2026", verdict="good"),
@@ -88,12 +88,12 @@ def test_neither_a_locked_file_nor_its_rows_in_another_file_are_trained_on(opene
     write_lock(golden)
     other = opened([chat("x", "y"), chat("z", "z")], "other.jsonl")
     refuse_locked_rows({"data": other, "test_data": golden}, TRAINED)
-    with pytest.raises(InputError, match="the file is locked: 2 reviewed rows") as raised:
+    with pytest.raises(InputError, match="the file is locked: its 2 rows are for evaluation") as raised:
         refuse_locked_rows({"data": golden}, TRAINED)
     assert raised.value.where.startswith("data: ")
     copied = opened([chat("x", "y"), chat(" q2 ", "a2")], "copied.jsonl")
     with pytest.raises(
-        InputError, match=r"1 of 2 rows are in golden\.jsonl, which is locked: copied\.jsonl:2"
+        InputError, match=r"1 of 2 rows is in the locked golden\.jsonl: copied\.jsonl:2"
     ):
         refuse_locked_rows({"data": other, "rehearsal": copied}, TRAINED)
 
@@ -110,9 +110,9 @@ def test_a_file_that_has_changed_since_is_not_measured_with(opened):
 def test_a_broken_lock_is_no_permission(opened, write):
     data = opened([chat("x", "y")], "other.jsonl")
     write('{"file": "golden.jsonl"}', "golden.jsonl.lock.json")
-    with pytest.raises(InputError, match="a lock that cannot be read: not a Golden") as caught:
+    with pytest.raises(InputError, match="the lock cannot be read: not a Golden") as caught:
         refuse_locked_rows({"data": data}, TRAINED)
-    assert "lock the file again" in caught.value.fix
+    assert "`tunesmith data lock` again" in caught.value.fix
 
 
 def test_rows_of_the_test_are_not_trained_on(opened):
@@ -121,7 +121,7 @@ def test_rows_of_the_test_are_not_trained_on(opened):
         opened([chat("a ", "b")], "test.jsonl"),
     )
     with pytest.raises(
-        InputError, match=r"1 of 1 rows are also in data: test\.jsonl:1 is train\.jsonl:1"
+        InputError, match=r"1 of 1 rows is also in data: test\.jsonl:1 is train\.jsonl:1"
     ):
         refuse_test_leakage({"data": data, "test_data": test})
     refuse_test_leakage({"data": data, "eval_data": test})

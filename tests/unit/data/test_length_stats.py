@@ -103,9 +103,9 @@ def test_long_rows_are_encoded_a_few_at_a_time(write, words, monkeypatch):
 
 def test_the_first_documents_are_those_of_the_first_steps(write, words):
     dataset = open_texts(write, words, ["a " * (i % 9 + 1) for i in range(400)])
-    found = render_first_documents(dataset, permutation(3, 0, 400))
+    first_documents = render_first_documents(dataset, permutation(3, 0, 400))
     schedule = StepSampler(num_rows=400, batch_size=8, epochs=1, seed=3)
     rows = [row for step in range(1, 33) for row in schedule.get_rows(step)]
-    assert [document.id for documents in found for document in documents] == [
+    assert [document.id for documents in first_documents for document in documents] == [
         dataset.get_id(row) for row in rows
     ]

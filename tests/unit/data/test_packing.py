@@ -24,8 +24,8 @@ def pack_lengths(lengths, pack_length):
 def first_fit_decreasing(lengths, pack_length):
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
-        for i, left in enumerate(room):
-            if left >= length:
+        for i, free in enumerate(room):
+            if free >= length:
                 room[i] -= length
                 break
         else:

@@ -51,27 +51,27 @@ def packs_of(tokens, pack_length):
     )
 
 
-def told(batch, place):
+def read_document(batch, index):
     """The tokens that a document of a pack feeds and predicts, read off the forest alone."""
-    last = int(batch.positions_S[batch.document_S == place].max())
+    last = int(batch.positions_S[batch.document_S == index].max())
     ends = np.cumsum(batch.layout.lengths)
     path = batch.layout.get_path(int(np.searchsorted(ends, last, side="right")))
     seen = [i for s in path for i in range(batch.layout.starts[s], ends[s]) if i <= last]
     assert batch.positions_T[seen].tolist() == list(range(len(seen)))
-    target = batch.targets_S[(batch.document_S == place) & (batch.positions_S == last)]
+    target = batch.targets_S[(batch.document_S == index) & (batch.positions_S == last)]
     return [*batch.tokens_T[seen].tolist(), *target.tolist()]
 
 
 @given(tries, st.integers(1, 300))
 def test_a_forest_gives_back_its_documents(tokens, pack_length):
-    found = {}
+    documents = {}
     for pack in packs_of(tokens, pack_length):
         batch = collate(pack)
         assert batch.layout.num_tokens == count_computed_tokens(pack) == len(batch.tokens_T)
         assert count_computed_tokens(pack) <= pack_length or len(pack.documents) == 1
         assert all(parent < i for i, parent in enumerate(batch.layout.parents))
-        found |= {id: told(batch, place) for place, id in enumerate(batch.ids)}
-    assert found == {str(i): t for i, t in enumerate(tokens)}
+        documents |= {id: read_document(batch, index) for index, id in enumerate(batch.ids)}
+    assert documents == {str(i): t for i, t in enumerate(tokens)}
 
 
 @given(tries)
@@ -87,13 +87,13 @@ def test_what_begins_alike_stands_once(tokens):
     assert len(ends_in) == len(fed)
     parents = [s.parent for s in segments if s.parent >= 0]
     assert all(segments[p].end - segments[p].begin >= MIN_SHARED_TOKENS for p in parents)
-    for one, other, kept in zip(order, order[1:], shared[1:], strict=False):
+    for first, second, num_shared in zip(order, order[1:], shared[1:], strict=False):
         alike = next(
-            (i for i, (a, b) in enumerate(zip(fed[one], fed[other], strict=False)) if a != b), None
+            (i for i, (a, b) in enumerate(zip(fed[first], fed[second], strict=False)) if a != b), None
         )
-        common = min(len(fed[one]), len(fed[other])) if alike is None else alike
-        assert kept <= common
-        assert kept or common < MIN_SHARED_TOKENS
+        common = min(len(fed[first]), len(fed[second])) if alike is None else alike
+        assert num_shared <= common
+        assert num_shared or common < MIN_SHARED_TOKENS
     assert sum(s.end - s.begin for s in segments) == sum(map(len, fed)) - sum(shared)
 
 
@@ -128,10 +128,10 @@ def test_targets_in_a_shared_part_belong_to_every_owner():
     (pack,) = pack_step(documents, 1000, should_share=True)
     batch = collate(pack)
     assert batch.layout.lengths == (37, 1, 1)
-    for place in (0, 1):
-        own = batch.document_S == place
-        assert batch.weights_S[own].tolist() == [0.5] * 10 + [1]
-        assert batch.positions_S[own][:10].tolist() == list(range(19, 29))
+    for index in (0, 1):
+        in_document = batch.document_S == index
+        assert batch.weights_S[in_document].tolist() == [0.5] * 10 + [1]
+        assert batch.positions_S[in_document][:10].tolist() == list(range(19, 29))
     assert batch.real_tokens == 2 * len(tokens)
 
 
@@ -179,8 +179,8 @@ def test_the_same_documents_give_the_same_packs():
 
 
 def test_saved_share_counts_what_steps_need_not_compute():
-    alone, other, third = ([range(3, 103)], [[*range(3, 53), *range(900, 950)]], [range(300, 400)])
-    rows = [[document([*tokens, 2]) for tokens in row] for row in (alone, other, third)]
+    alone, second, third = ([range(3, 103)], [[*range(3, 53), *range(900, 950)]], [range(300, 400)])
+    rows = [[document([*tokens, 2]) for tokens in row] for row in (alone, second, third)]
     assert compute_saved_share(rows, 1, 4096) == 0
     assert compute_saved_share(rows, 2, 4096) == pytest.approx(50 / 200), "whole steps only"
     assert compute_saved_share(rows, 3, 4096) == pytest.approx(50 / 300)

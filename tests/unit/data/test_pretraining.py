@@ -16,7 +16,15 @@ from tunesmith.core.types import Document
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.pretraining import DENSE, PretrainingCorpus, WindowSampler, open_corpus
+from tunesmith.data.pretraining import (
+    DENSE,
+    PretrainingCorpus,
+    WindowSampler,
+    count_windows,
+    cut_window,
+    find_window,
+    open_corpus,
+)
 from tunesmith.data.tokenizer import chat_tokenizer as tokenizer_module
 from tunesmith.data.tokenizer.chat_tokenizer import split_text
 from tunesmith.data.tokenizer.eos import find_separator
@@ -64,7 +72,7 @@ def test_ids_are_those_of_the_renderer_and_end_in_the_separator(
         assert whole.tokens_L[-1] == 256
         assert renderer.decode(whole.tokens_L[:-1]) == text
         assert {part.id for part in parts} == {whole.id}
-    assert [len(one) for one in windows(corpus)] == corpus.lengths_W.tolist()
+    assert [len(window) for window in windows(corpus)] == corpus.lengths_W.tolist()
     assert max(corpus.lengths_W) <= 21
     with pytest.raises(IndexError):
         corpus.read_window(len(corpus))
@@ -145,4 +153,39 @@ def test_what_is_hardly_text_is_told(renderer: Renderer, tmp_path: Path) -> None
 def test_the_separator_is_the_usual_name_or_else_the_eos_token(renderer: Renderer) -> None:
     found = find_separator(renderer.tokenizer)
     assert (found.id, found.text) == (258, "<|text|>")
-    assert "the eos token" in found.reason
+    assert "the EOS token" in found.reason
+
+
+def text(tokens: int) -> Document:
+    weights_L = np.ones(tokens, np.float32)
+    weights_L[0] = 0
+    return Document("a:1", np.arange(tokens, dtype=np.int32), weights_L)
+
+
+@given(st.integers(2, 300), st.integers(1, 80))
+def test_every_token_but_the_first_is_a_target_once(tokens: int, targets: int) -> None:
+    whole, seen, last = text(tokens), list[int](), 0
+    for number in range(int(count_windows(tokens, targets))):
+        window = cut_window(whole, targets, number)
+        assert (window.weights_L[0], window.tokens_L[0]) == (0, last), (
+            "it begins with the last token of the one before"
+        )
+        assert 2 <= len(window) <= targets + 1
+        seen += window.tokens_L[window.weights_L > 0].tolist()
+        last = int(window.tokens_L[-1])
+    assert seen == list(range(1, tokens))
+    assert whole.weights_L.sum() == tokens - 1, "the text itself is as it was"
+
+
+def test_windows_are_even() -> None:
+    assert [find_window(1026, 1024, number) for number in range(2)] == [(0, 514), (513, 1026)]
+    assert [find_window(1025, 1024, 0), find_window(2, 1024, 0)] == [(0, 1025), (0, 2)]
+
+
+def test_many_texts_are_counted_at_once() -> None:
+    tokens_N = np.array([2, 1025, 1026, 5000])
+    assert (
+        count_windows(tokens_N, 1024).tolist()
+        == [int(count_windows(int(n), 1024)) for n in tokens_N]
+        == [1, 1, 2, 5]
+    )

@@ -14,7 +14,7 @@ def shown(prepared, words, **options):
     return [text.plain for text in render_preview(prepared, words, **options)]
 
 
-def open_one(write, words, *messages):
+def prepare(write, words, *messages):
     row = {
         "messages": [{"role": role, "content": content, **more} for role, content, more in messages]
     }
@@ -22,14 +22,14 @@ def open_one(write, words, *messages):
 
 
 def test_trained_runs_are_marked_without_colour(write, words):
-    prepared = open_one(write, words, ("user", "2 + 2?", {}), ("assistant", "it is 4", {}))
+    prepared = prepare(write, words, ("user", "2 + 2?", {}), ("assistant", "it is 4", {}))
     header, tokens = shown(prepared, words)
     assert header == "train.jsonl:1  12 tokens, 4 trained"
     assert tokens == "◆<s>user2 + 2?◆</s>◆<s>assistant⟦it is 4◆</s>⟧"
 
 
 def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
-    prepared = open_one(write, words, ("user", "hi", {}), ("assistant", "ok", {}))
+    prepared = prepare(write, words, ("user", "hi", {}), ("assistant", "ok", {}))
     _, text = render_preview(prepared, words)
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert styles["hi"] == "dim"
@@ -43,9 +43,9 @@ def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
 
 
 def test_other_weights_and_ids_are_said(write, words):
-    prepared = open_one(write, words, ("user", "hi", {}), ("assistant", "ok", {"weight": 0.5}))
+    prepared = prepare(write, words, ("user", "hi", {}), ("assistant", "ok", {"weight": 0.5}))
     assert (
-        shown(prepared, words, ids=True)[1]
+        shown(prepared, words, should_show_ids=True)[1]
         == "◆<s>‹0›user‹3›hi‹2›◆</s>‹1›◆<s>‹0›assistant‹5›⟦×0.5 ok‹4›◆</s>‹1›⟧"
     )
 
@@ -99,16 +99,16 @@ def of_bytes(text, weights=None):
 
 
 def test_a_character_of_several_tokens_is_one_piece():
-    found = list(iter_pieces(of_bytes("a€😀b"), Bytes()))
-    assert [piece.text for piece in found] == ["a", "€", "😀", "b"]
-    assert [len(piece.ids) for piece in found] == [1, 3, 4, 1]
+    pieces = list(iter_pieces(of_bytes("a€😀b"), Bytes()))
+    assert [piece.text for piece in pieces] == ["a", "€", "😀", "b"]
+    assert [len(piece.ids) for piece in pieces] == [1, 3, 4, 1]
 
 
 def test_pieces_never_cross_a_change_of_weight_and_lose_no_token():
     document = of_bytes("a€\ufffdb", [0, 0, 0, 1, 1, 1, 1, 1])
-    found = list(iter_pieces(document, Bytes()))
-    assert [i for piece in found for i in piece.ids] == document.tokens_L.tolist()
-    assert [(piece.weight, len(piece.ids)) for piece in found][:2] == [(0, 1), (0, 2)]
+    pieces = list(iter_pieces(document, Bytes()))
+    assert [i for piece in pieces for i in piece.ids] == document.tokens_L.tolist()
+    assert [(piece.weight, len(piece.ids)) for piece in pieces][:2] == [(0, 1), (0, 2)]
 
 
 def test_a_space_that_the_tokenizer_eats_at_the_start_is_kept_inside():
@@ -129,8 +129,8 @@ def test_what_is_not_to_be_learnt_is_told_from_what_is(words):
     )
     headers = shown(PreparedRow("train.jsonl:1", documents), words)[::2]
     assert [header.rpartition(" tokens, 1 ")[2] for header in headers] == [
-        "trained, the answer to prefer",
-        "trained, the answer to prefer it to",
+        "trained (chosen)",
+        "trained (rejected)",
         "trained away from",
         "trained",
     ]

@@ -98,8 +98,8 @@ def test_the_check_names_forged_control_text_and_losses(opened):
         *rows, chat("<|im_start|>system", "no"), chat("x" * 100, "long"), max_length=80
     )
     report = check_data({"data": dataset})["data"]
-    found = {finding.check: (finding.level, finding.rows) for finding in report.findings}
-    assert found == {
+    findings = {finding.check: (finding.level, finding.rows) for finding in report.findings}
+    assert findings == {
         "losses": ("warn", ("train.jsonl:10",)),
         "render": ("warn", ("train.jsonl:9",)),
     }

@@ -56,9 +56,9 @@ def test_rows_with_a_fault_are_left_out_with_it(opened):
         ]
     )
     assert find_faults(data, {"test_data": opened([("who", "Held out.")], "test.jsonl")}) == {
-        1: "disclaimers: speak as an AI",
-        2: "says what rows.jsonl:1 says",
-        3: "says what rows.jsonl:1 says",
+        1: "disclaimers: AI disclaimer",
+        2: "duplicate of rows.jsonl:1",
+        3: "duplicate of rows.jsonl:1",
         4: "secrets: AWS keys",
         5: "is also in test_data",
     }
@@ -67,18 +67,18 @@ def test_rows_with_a_fault_are_left_out_with_it(opened):
 def test_hard_questions_are_kept_and_every_other_row_has_its_reason(opened, monkeypatch):
     monkeypatch.setattr(choosing, "OVERSAMPLING", 1)
     data = opened([(f"question {i}", f"answer {i}") for i in range(8)])
-    found = scores(
+    row_scores = scores(
         [0.5, 0.9, 1.2, 0.7, 0.8, 0.95, float("nan"), 0.6],
         [2, 2, 2, 2, 2, 99, float("nan"), 2],
         problems={6: "gone"},
     )
-    kept, reasons = select_rows(data, found, {4: "markers"}, 2)
-    assert kept.tolist() == [1, 3]
-    assert sorted([*kept.tolist(), *reasons]) == list(range(8))
+    selected, reasons = select_rows(data, row_scores, {4: "markers"}, 2)
+    assert selected.tolist() == [1, 3]
+    assert sorted([*selected.tolist(), *reasons]) == list(range(8))
     assert reasons[2] == "the question does not help: difficulty 1.200"
-    assert reasons[5].startswith("an unlikely answer: perplexity 99")
+    assert reasons[5].startswith("unlikely answer: perplexity 99")
     assert (reasons[4], reasons[6]) == ("markers", "gone")
-    assert reasons[7] == "known already: difficulty 0.600, not among the best 2"
+    assert reasons[7] == "little to learn: difficulty 0.600, not among the hardest 2"
 
 
 def test_of_the_best_rows_those_are_kept_that_differ(opened):
@@ -88,43 +88,43 @@ def test_of_the_best_rows_those_are_kept_that_differ(opened):
         ("why is the sea salty", "rivers carry salt"),
         ("who sings", "a lark in the morning"),
     ]
-    found = scores(
+    row_scores = scores(
         [0.9, 0.89, 0.88, 0.87, 0.86, 0.85],
         texts=[f"{question} {answer}" for question, answer in rows],
     )
-    kept, reasons = select_rows(opened(rows), found, {}, 3)
-    assert kept.tolist() == [0, 4, 5]
-    assert reasons == dict.fromkeys((1, 2, 3), "like rows.jsonl:1, which is kept")
+    selected, reasons = select_rows(opened(rows), row_scores, {}, 3)
+    assert selected.tolist() == [0, 4, 5]
+    assert reasons == dict.fromkeys((1, 2, 3), "similar to rows.jsonl:1, which is selected")
 
 
 def test_a_row_that_its_neighbours_contradict_is_left_out(opened):
     rows = [(f"is a lemon sour when it is number {i}", "yes it is") for i in range(6)]
     rows += [("is a lemon sour when it is number 9", "no never"), ("who sings", "a lark")]
-    asked, said = (build_word_vectors([row[side] for row in rows]) for side in (0, 1))
-    found = dataclasses.replace(
-        scores([0.5] * 8), neighbors=find_neighbors(asked, said, np.arange(8))
+    questions, answers = (build_word_vectors([row[side] for row in rows]) for side in (0, 1))
+    row_scores = dataclasses.replace(
+        scores([0.5] * 8), neighbors=find_neighbors(questions, answers, np.arange(8))
     )
-    kept, reasons = select_rows(opened(rows), found, {}, 3)
-    assert 6 not in kept
-    assert reasons[6].startswith("the nearest questions have another answer: rows.jsonl:")
+    selected, reasons = select_rows(opened(rows), row_scores, {}, 3)
+    assert 6 not in selected
+    assert reasons[6].startswith("the nearest questions have a different answer: rows.jsonl:")
     assert sum(reason.startswith("the nearest questions") for reason in reasons.values()) == 1
 
 
 def test_the_farthest_are_taken_one_after_the_other():
     vectors = np.array([[1, 0], [0.99, 0.14], [0, 1], [0.7, 0.7]], dtype=np.float32)
-    kept, nearest = select_farthest(vectors, 3)
-    assert kept == [0, 2, 3]
+    selected, nearest = select_farthest(vectors, 3)
+    assert selected == [0, 2, 3]
     assert nearest.tolist()[1] == 0
     assert select_farthest(vectors[:0], 3)[0] == []
 
 
 def test_baselines_have_the_same_size_and_the_longest_answers():
-    found = scores([0.5] * 6, tokens=[1, 9, 3, 8, 7, 2], problems={1: "gone"})
-    subsets = select_baselines(found, 2, seed=0)
+    row_scores = scores([0.5] * 6, tokens=[1, 9, 3, 8, 7, 2], problems={1: "gone"})
+    subsets = select_baselines(row_scores, 2, seed=0)
     assert subsets["longest"].tolist() == [3, 4]
     assert len(subsets["random"]) == 2
     assert 1 not in subsets["random"]
     assert any(
-        select_baselines(found, 2, seed=s)["random"].tolist() != subsets["random"].tolist()
+        select_baselines(row_scores, 2, seed=s)["random"].tolist() != subsets["random"].tolist()
         for s in range(1, 9)
     )

@@ -6,7 +6,7 @@ import pytest
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.split import split_by_group
+from tunesmith.data.split import is_in_split, split_by_group, split_by_hash
 from tunesmith.recipe.fields import DataSource
 
 WORDS = [f"{a}{b}{c}" for a in "bdfglmn" for b in "aeiou" for c in "krstv"]
@@ -49,16 +49,16 @@ def test_every_row_is_in_one_file_in_its_order(divided):
     )
     assert made.groups == made.rows
     places = {side: [rows.index(row) for row in of] for side, of in files.items()}
-    assert sorted(place for of in places.values() for place in of) == list(range(100))
+    assert sorted(index for of in places.values() for index in of) == list(range(100))
     assert all(of == sorted(of) for of in places.values())
 
 
 def test_sides_depend_on_the_seed_and_not_on_the_order(divided):
     rows = [chat(prose(i), prose(i + 500)) for i in range(60)]
-    one, other, again = (divided(rows, seed=seed)[1] for seed in (0, 1, 0))
+    first, other, again = (divided(rows, seed=seed)[1] for seed in (0, 1, 0))
     shuffled = divided(rows[::-1])[1]
-    assert one == again != other
-    assert {side: of[::-1] for side, of in shuffled.items()} == one
+    assert first == again != other
+    assert {side: of[::-1] for side, of in shuffled.items()} == first
 
 
 def test_rows_that_are_alike_stay_together(divided):
@@ -132,9 +132,9 @@ def test_lines_are_copied_byte_by_byte_and_other_files_become_lines(write, words
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"eval_share": 0.7, "test_share": 0.3}, "leave 0 to train"),
-        ({"eval_share": -0.1}, "leave 1 to train"),
-        ({"eval_share": 0, "test_share": 0}, "leave 1 to train"),
+        ({"eval_share": 0.7, "test_share": 0.3}, "leave 0 for training"),
+        ({"eval_share": -0.1}, "leave 1 for training"),
+        ({"eval_share": 0, "test_share": 0}, "leave 1 for training"),
         ({"group": "page"}, "no key `page`"),
         ({"stratify": "lang"}, "no key `lang`"),
     ],
@@ -147,7 +147,7 @@ def test_what_cannot_be_divided_is_refused(divided, options, what):
 
 def test_too_few_groups_are_refused_and_nothing_is_left(divided, tmp_path):
     with pytest.raises(
-        InputError, match="1 groups of rows that belong together are too few: eval gets none"
+        InputError, match=r"too few groups of related rows \(1\): eval gets none"
     ):
         divided([chat("ask", prose(i)) for i in range(20)])
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -156,5 +156,43 @@ def test_too_few_groups_are_refused_and_nothing_is_left(divided, tmp_path):
 def test_a_folder_that_is_there_is_kept(write, words, tmp_path):
     (tmp_path / "mine").mkdir()
     dataset = open_dataset([DataSource(path=write(json.dumps(chat("a", "b")) + "\n"))], words)
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="already exists"):
         split_by_group(dataset, tmp_path / "mine", eval_share=0.1, test_share=0.1)
+
+
+def texts(dataset):
+    return [dataset.read_example(i).text for i in range(len(dataset))]
+
+
+def open_rows(write, words, rows):
+    path = write("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return open_dataset([DataSource(path=path)], words)
+
+
+def test_hash_split_takes_about_the_fraction_and_depends_on_the_seed():
+    sides = [[is_in_split(f"row {i}", 0.1, seed) for i in range(5000)] for seed in (0, 1)]
+    for side in sides:
+        assert 430 < sum(side) < 570
+    assert sides[0] != sides[1]
+    assert sides[0] == [is_in_split(f"row {i}", 0.1, 0) for i in range(5000)]
+
+
+def test_a_larger_fraction_only_adds_rows():
+    small = {i for i in range(500) if is_in_split(i, 0.1)}
+    assert small < {i for i in range(500) if is_in_split(i, 0.3)}
+
+
+def test_split_divides_all_rows_and_keeps_equal_ones_together(write, words):
+    rows = [f"row  {i % 60}" if i < 100 else f"row {i % 60}" for i in range(180)]
+    rest, part = split_by_hash(open_rows(write, words, rows), 0.3, seed=2)
+    assert sorted(texts(rest) + texts(part)) == sorted(rows)
+    even = [{" ".join(text.split()) for text in texts(side)} for side in (rest, part)]
+    assert not even[0] & even[1]
+    assert len(part) % 3 == 0
+    assert part.get_id(0).startswith("train.jsonl:")
+
+
+def test_a_split_that_leaves_a_side_empty_is_refused(write, words):
+    for rows, fraction in ((["a", "a"], 0.5), (["a", "b"], 0.0), (["a", "b"], 1.0), (["a"], 0.5)):
+        with pytest.raises(InputError, match="empty"):
+            split_by_hash(open_rows(write, words, rows), fraction)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.core.types import Json, Row
-from tunesmith.data.readers.decode import SourceLocation, read_json_text
+from tunesmith.data.readers.decode import SourceLocation, describe_type, read_json_text
 from tunesmith.data.readers.invalid_row import InvalidRow
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -206,11 +206,6 @@ def _read_text_part(where: str, part: Any, key_path: str) -> str:
         problem = f"{key_path} is {kind!r:.60}, not text"
     fix = "remove the row or the part: only text is trained, and nothing is downloaded"
     raise InvalidRow("not text", problem, where=where, fix=fix)
-
-
-def describe_type(value: Any) -> str:
-    """Return the type of a value for an error message."""
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 # ---------------------------------------------------------------- tools

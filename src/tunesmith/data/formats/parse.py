@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example, Json, Row
-from tunesmith.data.formats.messages import describe_type, read_tools, read_turns
+from tunesmith.data.formats.messages import read_tools, read_turns
+from tunesmith.data.readers.decode import describe_type
 from tunesmith.data.readers.invalid_row import InvalidRow
 
 Turns = list[tuple[Json, float]]

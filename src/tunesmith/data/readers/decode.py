@@ -106,7 +106,7 @@ def decode_json(raw: bytes, location: SourceLocation) -> Json:
     text = _decode_utf8(raw, location).rstrip("\r\n")  # so that columns count within the line
     data = read_json_text(text, location)
     if not isinstance(data, dict):
-        message = f"the row is a {type(data).__name__}, not an object"
+        message = f"the row is {describe_type(data)}, not an object"
         fix = 'write an object, such as {"messages": [...]}'
         if isinstance(data, list):
             fix = _JSON_FIX
@@ -137,6 +137,14 @@ def read_json_text(text: str, location: SourceLocation) -> Any:
     if text.count("{") + text.count("[") > MAX_ROW_DEPTH and _measure_depth(data) > MAX_ROW_DEPTH:
         raise _build_depth_error(where)
     return data
+
+
+def describe_type(value: Any) -> str:
+    """Return the type of a JSON value for an error message."""
+    if value is None:
+        return "null"
+    name = type(value).__name__
+    return f"an {name}" if name.startswith("i") else f"a {name}"
 
 
 def _build_depth_error(where: str) -> InvalidRow:

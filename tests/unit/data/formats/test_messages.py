@@ -38,7 +38,7 @@ def test_assistant_turns_are_trained_unless_they_say_otherwise():
         assistant(weight=0.5),
     ]
     assert weights(*messages, assistant(train=True, weight=2)) == [0, 0, 1, 0, 0, 0, 0.5, 2]
-    assert [weight for _, weight in turns(assistant(), trained=False)] == [0]
+    assert [weight for _, weight in turns(assistant(), is_trained=False)] == [0]
     assert weights(user(weight=0), user(train=False)) == [0, 0]
 
 
@@ -69,11 +69,11 @@ def part(kind, value):
 
 def test_parts_as_llama_factory_writes_them_become_the_fields_of_a_message():
     call = part("tool_call", '{"name": "f", "arguments": {"x": 1}}')
-    told = assistant([part("reasoning", "hm"), part("text", "I look."), call], loss_weight=1.0)
-    ((asked, _), (said, weight)) = turns(user([part("text", "how?")], loss_weight=0.0), told)
-    assert asked == user("how?")
+    answer = assistant([part("reasoning", "hm"), part("text", "I look."), call], loss_weight=1.0)
+    ((question, _), (converted, weight)) = turns(user([part("text", "how?")], loss_weight=0.0), answer)
+    assert question == user("how?")
     assert weight == 1
-    assert said == {
+    assert converted == {
         "role": "assistant",
         "content": "I look.",
         "reasoning_content": "hm",
@@ -133,7 +133,7 @@ def test_an_empty_answer_is_fine_when_it_is_not_trained():
             assistant(function_call={"name": "f"}, tool_calls=[CALL]),
             "`tool_calls` and `function_call`",
         ),
-        (assistant(function_call="f"), "tool_calls[0] names no function"),
+        (assistant(function_call="f"), "tool_calls[0] has no function name"),
         (assistant(weight=True), "`weight` is True"),
         (assistant(weight="1"), "`weight` is '1'"),
         (assistant(weight=float("inf")), "`weight` is inf"),
@@ -143,8 +143,8 @@ def test_an_empty_answer_is_fine_when_it_is_not_trained():
         (user(train=True), "a user turn cannot be trained"),
         (user(weight=1), "a user turn cannot be trained"),
         (assistant(tool_calls={"name": "f"}), "`tool_calls` is not a list"),
-        (assistant(tool_calls=[{"function": {}}]), "tool_calls[0] names no function"),
-        (assistant(tool_calls=["f"]), "tool_calls[0] names no function"),
+        (assistant(tool_calls=[{"function": {}}]), "tool_calls[0] has no function name"),
+        (assistant(tool_calls=["f"]), "tool_calls[0] has no function name"),
         (assistant(tool_calls=[{"name": "f", "arguments": [1]}]), "the arguments are neither"),
     ],
 )

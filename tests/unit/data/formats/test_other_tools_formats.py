@@ -40,7 +40,7 @@ def read(**data):
     )
 
 
-def said(speaker, text, **more):
+def say(speaker, text, **more):
     return {"from": speaker, "value": text, **more}
 
 
@@ -49,15 +49,15 @@ def said(speaker, text, **more):
 
 def test_sharegpt_speakers_become_roles():
     turns = [
-        said("system", "s"),
-        said("human", "q"),
-        said("gpt", "a"),
-        said("user", "r"),
-        said("assistant", "b"),
+        say("system", "s"),
+        say("human", "q"),
+        say("gpt", "a"),
+        say("user", "r"),
+        say("assistant", "b"),
     ]
-    name, found, weights, _ = read(conversations=turns)
+    name, turns, weights, _ = read(conversations=turns)
     assert name == "sharegpt"
-    assert found == [
+    assert turns == [
         ("system", "s"),
         ("user", "q"),
         ("assistant", "a"),
@@ -70,20 +70,20 @@ def test_sharegpt_speakers_become_roles():
 def test_sharegpt_calls_observations_and_tools_as_llamafactory_writes_them():
     arguments = '{"z": 1.0, "a": {"k": [true, null]}}'
     turns = [
-        said("human", "q"),
-        said("function_call", f'{{"name": "add", "arguments": {arguments}}}'),
-        said("observation", '{"sum": 4}'),
-        said(
+        say("human", "q"),
+        say("function_call", f'{{"name": "add", "arguments": {arguments}}}'),
+        say("observation", '{"sum": 4}'),
+        say(
             "function_call",
             '[{"name": "add", "arguments": {}}, {"name": "add", "arguments": {"a": 1}}]',
         ),
-        said("observation", "5"),
-        said("gpt", "done"),
+        say("observation", "5"),
+        say("gpt", "done"),
     ]
-    _, found, weights, example = read(
+    _, turns, weights, example = read(
         conversations=turns, tools=json.dumps([FUNCTION]), system="be exact"
     )
-    assert [role for role, _ in found] == [
+    assert [role for role, _ in turns] == [
         "system",
         "user",
         "assistant",
@@ -101,14 +101,14 @@ def test_sharegpt_calls_observations_and_tools_as_llamafactory_writes_them():
 
 
 def test_sharegpt_may_have_openai_turns_weights_and_a_system_column():
-    name, found, weights, _ = read(
+    name, turns, weights, _ = read(
         conversations=[USER, ANSWER, USER, {**ANSWER, "weight": 0}, USER, ANSWER], system=""
     )
-    assert (name, weights, len(found)) == ("sharegpt", [0, 1, 0, 0, 0, 1], 6)
+    assert (name, weights, len(turns)) == ("sharegpt", [0, 1, 0, 0, 0, 1], 6)
     assert read(
-        conversations=[said("human", "q"), said("gpt", "a", train=False), said("gpt", "b")]
+        conversations=[say("human", "q"), say("gpt", "a", train=False), say("gpt", "b")]
     )[2] == [0, 0, 1]
-    both = [said("system", "same"), said("human", "q"), said("gpt", "a")]
+    both = [say("system", "same"), say("human", "q"), say("gpt", "a")]
     assert read(conversations=both, system="same")[1] == [
         ("system", "same"),
         ("user", "q"),
@@ -120,7 +120,7 @@ def test_sharegpt_may_have_openai_turns_weights_and_a_system_column():
 
 
 def test_alpaca_joins_instruction_and_input_and_trains_the_history_too():
-    name, found, weights, _ = read(
+    name, turns, weights, _ = read(
         instruction="Add.",
         input="2 2",
         output="4",
@@ -129,14 +129,14 @@ def test_alpaca_joins_instruction_and_input_and_trains_the_history_too():
         text="unused",
     )
     assert name == "alpaca"
-    assert found[0] == ("system", "s")
-    assert found[1:5] == [
+    assert turns[0] == ("system", "s")
+    assert turns[1:5] == [
         ("user", "hi"),
         ("assistant", "hello"),
         ("user", "1 1"),
         ("assistant", "2"),
     ]
-    assert found[5:] == [("user", "Add.\n2 2"), ("assistant", "4")]
+    assert turns[5:] == [("user", "Add.\n2 2"), ("assistant", "4")]
     assert weights == [0, 0, 1, 0, 1, 0, 1]
 
 
@@ -158,14 +158,14 @@ PREFERENCES = {
     "lists": {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
     "single messages": {"prompt": [USER], "chosen": ANSWER, "rejected": WORSE},
     "sharegpt": {
-        "prompt": [said("human", "2+2?")],
-        "chosen": said("gpt", "4"),
-        "rejected": said("gpt", "5"),
+        "prompt": [say("human", "2+2?")],
+        "chosen": say("gpt", "4"),
+        "rejected": say("gpt", "5"),
     },
     "sharegpt, LLaMA-Factory's": {
-        "conversations": [said("human", "2+2?")],
-        "chosen": said("gpt", "4"),
-        "rejected": said("gpt", "5"),
+        "conversations": [say("human", "2+2?")],
+        "chosen": say("gpt", "4"),
+        "rejected": say("gpt", "5"),
     },
     "whole": {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
     "whole, prompt repeated": {
@@ -184,16 +184,16 @@ def test_rows_that_could_be_read_as_pairs_are_where_pairs_are_wanted():
         "its messages are what is answered"
     )
     assert [m["content"] for m in parse_row(both, name, True).messages] == ["2+2?", "4"]
-    whole = row(
+    conversation_pair = row(
         prompt="2+2?", messages=[USER, ANSWER], chosen=[USER, ANSWER], rejected=[USER, WORSE]
     )
-    assert "`messages` is there too and not used" in detect_format([whole], True, has_pairs=True)[1]
+    assert "`messages` is there too, but not used" in detect_format([conversation_pair], True, has_pairs=True)[1]
 
 
 @pytest.mark.parametrize("kind", PREFERENCES)
 def test_preference_rows_train_the_chosen_side_and_give_both(kind):
-    name, found, weights, _ = read(**PREFERENCES[kind])
-    assert (name, found, weights) == ("preference", [("user", "2+2?"), ("assistant", "4")], [0, 1])
+    name, turns, weights, _ = read(**PREFERENCES[kind])
+    assert (name, turns, weights) == ("preference", [("user", "2+2?"), ("assistant", "4")], [0, 1])
     other = read_side(row(**PREFERENCES[kind]), True, side="rejected")
     assert [m["content"] for m in other.messages] == ["2+2?", "5"]
     assert other.turn_weights == (0, 1)
@@ -226,8 +226,8 @@ def test_openai_preference_files_are_read_unchanged():
         "preferred_output": [ANSWER],
         "non_preferred_output": [WORSE],
     }
-    name, found, weights, example = read(**data)
-    assert (name, found, weights) == (
+    name, turns, weights, example = read(**data)
+    assert (name, turns, weights) == (
         "openai_preference",
         [("user", "2+2?"), ("assistant", "4")],
         [0, 1],
@@ -259,21 +259,21 @@ def test_openai_fine_tuning_files_are_read_unchanged():
 @pytest.mark.parametrize(
     ("format", "data", "reason", "says"),
     [
-        ("sharegpt", {"conversations": [said("robot", "q")]}, "unknown role", "unknown role 'robot'"),
-        ("sharegpt", {"conversations": [said("human", None), said("gpt", "a")]}, "null content", "conversations[0]"),
-        ("sharegpt", {"conversations": [said("human", "q")]}, "no answer at the end", "the last turn is `user`"),
-        ("sharegpt", {"conversations": [said("human", "q"), said("function_call", "add(2)")]}, "not JSON", "[1]"),
-        ("sharegpt", {"conversations": [said("function_call", {"name": "f"})]}, "wrong tool call", "not a text"),
-        ("sharegpt", {"conversations": [said("function_call", "3")]}, "wrong tool call", "names no function"),
-        ("sharegpt", {"conversations": [said("system", "a"), said("gpt", "b")], "system": "c"}, "contradiction", "two"),
-        ("sharegpt", {"conversations": [said("gpt", "a")], "tools": "{"}, "not JSON", "tools: "),
-        ("sharegpt", {"conversations": [said("gpt", "a")], "tools": '{"a": NaN}'}, "NaN or infinity", "tools: NaN"),
-        ("sharegpt", {"conversations": [USER, ANSWER], "images": ["http://x/y.png"]}, "not text", "nothing is fetched"),
+        ("sharegpt", {"conversations": [say("robot", "q")]}, "unknown role", "unknown role 'robot'"),
+        ("sharegpt", {"conversations": [say("human", None), say("gpt", "a")]}, "null content", "conversations[0]"),
+        ("sharegpt", {"conversations": [say("human", "q")]}, "no answer at the end", "the last turn is `user`"),
+        ("sharegpt", {"conversations": [say("human", "q"), say("function_call", "add(2)")]}, "not JSON", "[1]"),
+        ("sharegpt", {"conversations": [say("function_call", {"name": "f"})]}, "wrong tool call", "not a string"),
+        ("sharegpt", {"conversations": [say("function_call", "3")]}, "wrong tool call", "has no function name"),
+        ("sharegpt", {"conversations": [say("system", "a"), say("gpt", "b")], "system": "c"}, "contradiction", "two"),
+        ("sharegpt", {"conversations": [say("gpt", "a")], "tools": "{"}, "not JSON", "tools: "),
+        ("sharegpt", {"conversations": [say("gpt", "a")], "tools": '{"a": NaN}'}, "NaN or infinity", "tools: NaN"),
+        ("sharegpt", {"conversations": [USER, ANSWER], "images": ["http://x/y.png"]}, "not text", "nothing is downloaded"),
         ("alpaca", {"instruction": "a", "output": " "}, "empty answer", "turns[1]: the assistant's answer is empty"),
         ("alpaca", {"instruction": None, "output": "b"}, "not text", "`instruction` is null"),
-        ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "not text", "`input` is a int"),
+        ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "not text", "`input` is an int"),
         ("alpaca", {"instruction": "a", "output": "b", "history": ["x"]}, "not messages", "`history`"),
-        ("preference", {"chosen": "a", "rejected": "b"}, "missing key", "nothing says what `chosen` answers"),
+        ("preference", {"chosen": "a", "rejected": "b"}, "missing key", "`chosen` has no prompt"),
         ("preference", {"prompt": "a", "chosen": "\n", "rejected": "b"}, "empty answer", "the chosen is empty"),
         ("preference", {"chosen": [ANSWER, USER], "rejected": []}, "no answer at the end", "the last turn is `user`"),
         ("openai_preference", {"input": 1, "preferred_output": 1, "non_preferred_output": 1}, "not messages", "input"),

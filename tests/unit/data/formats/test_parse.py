@@ -1,10 +1,20 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Row
-from tunesmith.data.formats.parse import FORMATS, detect_format, find_unused_keys, parse_row
+from tunesmith.data.dataset import open_dataset
+from tunesmith.data.formats.parse import (
+    FORMATS,
+    detect_format,
+    find_unused_keys,
+    parse_row,
+    rename_columns,
+)
+from tunesmith.recipe.fields import DataSource
 
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 
@@ -17,9 +27,9 @@ def row(**data):
     ("data", "has_template", "name", "says"),
     [
         ({"messages": []}, True, "messages", "`messages`"),
-        ({"messages": [], "text": ""}, True, "messages", "`text` is there too and not used"),
+        ({"messages": [], "text": ""}, True, "messages", "`text` is there too, but not used"),
         ({"prompt": "a", "completion": "b"}, True, "completion", "user turn"),
-        ({"prompt": "a", "completion": "b"}, False, "completion", "joined as they are"),
+        ({"prompt": "a", "completion": "b"}, False, "completion", "concatenated"),
         (
             {"prompt": [USER], "completion": [ANSWER]},
             True,
@@ -30,8 +40,8 @@ def row(**data):
     ],
 )
 def test_the_format_is_detected_with_its_reason(data, has_template, name, says):
-    found, reason = detect_format([row(**data), row(**data)], has_template)
-    assert found == name
+    format, reason = detect_format([row(**data), row(**data)], has_template)
+    assert format == name
     assert says in reason
 
 
@@ -98,7 +108,7 @@ def test_text_is_trained_as_it_is():
         ("messages", {"messages": [USER, {**ANSWER, "train": False}]}, "no turn is trained"),
         ("completion", {"prompt": "a", "completion": " \n"}, "the completion is empty"),
         ("completion", {"prompt": "a", "completion": None}, "`completion` is null"),
-        ("completion", {"prompt": 3, "completion": "b"}, "`prompt` is a int"),
+        ("completion", {"prompt": 3, "completion": "b"}, "`prompt` is an int"),
         ("completion", {"prompt": [USER], "completion": [USER]}, "the last turn is `user`"),
         ("text", {"text": "\n"}, "the text is empty"),
         ("text", {"text": None}, "`text` is null"),
@@ -128,7 +138,7 @@ json_values = st.recursive(
     ),
     max_leaves=5,
 )
-known_keys = [
+message_keys = [
     "role",
     "content",
     "from",
@@ -145,7 +155,7 @@ known_keys = [
 likely_values = json_values | st.sampled_from(
     ["user", "assistant", "tool", "text", "f", [{"name": "f"}]]
 )
-any_message = st.dictionaries(st.sampled_from(known_keys), likely_values, max_size=5)
+any_message = st.dictionaries(st.sampled_from(message_keys), likely_values, max_size=5)
 KEYS = sorted({key for format in FORMATS.values() for key in format.keys})
 any_row = st.fixed_dictionaries(
     {key: json_values | st.lists(any_message, max_size=3) for key in KEYS},
@@ -175,3 +185,60 @@ def test_unused_keys_are_known():
         "source",
     ]
     assert all(set(format.keys) <= format.used_keys for format in FORMATS.values())
+
+
+def test_columns_are_read_under_our_names():
+    data = {"question": "q", "answer": "a", "prompt": "not meant", "id": 1}
+    row = rename_columns(Row("r:1", data), {"prompt": "question", "completion": "answer"})
+    assert (row.id, row.data) == ("r:1", {"prompt": "q", "completion": "a", "id": 1})
+    assert rename_columns(Row("r:1", data), {"text": "body"}).data == data, (
+        "a row may lack a column; its format says so"
+    )
+    assert rename_columns(Row("r:1", {"a": 1}), {"prompt": "a", "text": "a"}).data == {
+        "prompt": 1,
+        "text": 1,
+    }
+
+
+@pytest.mark.parametrize("format", ["auto", "completion"])
+def test_a_mapped_file_is_read_like_any_other(format, write, words):
+    columns = {"prompt": "question", "completion": "answer"}
+    path = write("question,answer\na,b\n", "x.csv")
+    dataset = open_dataset([DataSource(path=path, columns=columns, format=format)], words)
+    assert [message["content"] for message in dataset.read_example(0).messages] == ["a", "b"]
+    assert dataset.parts[0].format == "completion"
+    lines = json.dumps({"instruction": "a", "chosen": "b", "rejected": "c"})
+    dataset = open_dataset(
+        [DataSource(path=write(lines), columns={"prompt": "instruction"})], words
+    )
+    assert [message["content"] for message in dataset.read_example(0).messages] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "format", "says", "fix"),
+    [
+        (
+            {"prompt": "questoin"},
+            "auto",
+            "prompt: the file has no column `questoin`",
+            "did you mean `question`?",
+        ),
+        ({"prompt": "zzz"}, "auto", "no column `zzz`", "use one of `question`, `answer`"),
+        ({"promt": "question"}, "auto", "no row format has a `promt`", "did you mean `prompt`?"),
+        (
+            {"text": "question"},
+            "alpaca",
+            "no alpaca row has a `text`",
+            "use one of `functions`, `history`",
+        ),
+    ],
+)
+def test_an_unknown_name_on_either_side_is_the_recipes_error(
+    columns, format, says, fix, write, words
+):
+    path = write("question,answer\na,b\n", "x.csv")
+    with pytest.raises(InputError) as caught:
+        open_dataset([DataSource(path=path, columns=columns, format=format)], words)
+    assert says in caught.value.message
+    assert fix in caught.value.fix
+    assert caught.value.where == str(path)

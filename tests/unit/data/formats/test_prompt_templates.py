@@ -35,21 +35,21 @@ def rows_of(path: Path, rows: list[Json], words: Any, **source: Any) -> Dataset:
     return open_dataset([DataSource.model_validate(values)], words)  # type: ignore[arg-type]
 
 
-def asked(dataset: Dataset, row: int) -> list[str]:
+def read_contents(dataset: Dataset, row: int) -> list[str]:
     return [message["content"] for message in dataset.read_example(row).messages]
 
 
 def test_each_row_has_one_form_by_its_content(tmp_path: Path, words: Any) -> None:
     dataset = rows_of(tmp_path / "a.jsonl", capitals(0, 100), words)
-    questions = [asked(dataset, row)[-2] for row in range(100)]
+    questions = [read_contents(dataset, row)[-2] for row in range(100)]
     assert Counter(question.startswith("Capital") for question in questions)[True] in range(35, 66)
     assert {question.replace(f"Land{n}", "X") for n, question in enumerate(questions)} == {
         "Capital of X?",
         "X: its capital, please",
     }
     turned = rows_of(tmp_path / "b.jsonl", capitals(0, 100)[::-1], words)
-    assert [asked(turned, row)[-2] for row in range(100)] == questions[::-1]
-    assert dataset.parts[0].format_reason == "asked in 2 forms, with 2 examples before it or none"
+    assert [read_contents(turned, row)[-2] for row in range(100)] == questions[::-1]
+    assert dataset.parts[0].format_reason == "2 prompt forms, with up to 2 few-shot examples"
     assert dataset.read_row(0).data.keys() == {"prompt", "completion", "source"}
 
 
@@ -63,7 +63,7 @@ def test_examples_train_and_are_never_the_row_itself_nor_held_out(
     seen = 0
     for dataset in roles.values():
         for row in range(len(dataset)):
-            *shown, _, answer = asked(dataset, row)
+            *shown, _, answer = read_contents(dataset, row)
             assert len(shown) in (0, 4)
             assert set(shown[1::2]) <= trained - {answer}
             assert len(set(shown[1::2])) == len(shown) // 2
@@ -73,8 +73,8 @@ def test_examples_train_and_are_never_the_row_itself_nor_held_out(
             seen += bool(shown)
     assert 10 < seen < 33
     again = add_shots({"data": data, "test_data": test})
-    assert [asked(again["test_data"], row) for row in range(len(test))] == [
-        asked(roles["test_data"], row) for row in range(len(test))
+    assert [read_contents(again["test_data"], row) for row in range(len(test))] == [
+        read_contents(roles["test_data"], row) for row in range(len(test))
     ]
 
 
@@ -91,7 +91,7 @@ def test_examples_are_no_copies_to_the_data_check(tmp_path: Path, words: Any) ->
     report = check_data(add_shots({"data": data, "test_data": test}), should_read_all=True)[
         "test_data"
     ]
-    assert not {finding.check for finding in report.findings} & {"copied_parts", "leaks"}
+    assert not {finding.check for finding in report.findings} & {"ngram_overlap", "leaks"}
 
 
 def test_without_turns_examples_stand_above_the_question(tmp_path: Path, words: Any) -> None:
@@ -106,19 +106,19 @@ def test_without_turns_examples_stand_above_the_question(tmp_path: Path, words: 
 
 
 def test_equal_rows_are_equal_in_whatever_form(tmp_path: Path, words: Any) -> None:
-    one, other = (
+    first, other = (
         rows_of(tmp_path / name, capitals(0, 5), words, prompts=prompts)
         for name, prompts in (("a.jsonl", FORMS), ("b.jsonl", "Where is the seat of {country}?"))
     )
-    assert one.contents_N.tolist() == other.contents_N.tolist()
-    assert len(set(one.prompts_N.tolist())) == 5
+    assert first.contents_N.tolist() == other.contents_N.tolist()
+    assert len(set(first.prompts_N.tolist())) == 5
 
 
 def test_what_stands_in_a_column_is_put_in_as_it_is(tmp_path: Path, words: Any) -> None:
     row = {"code": "{x!r} {completion}", "n": 3, "list": [1, "ü"], "completion": 7, "text": ""}
     forms = "{{ {code} {n} {list} }}{text}"
     dataset = rows_of(tmp_path / "a.jsonl", [row | {"completion": "7"}], words, prompts=forms)
-    assert asked(dataset, 0) == ['{ {x!r} {completion} 3 [1, "ü"] }', "7"]
+    assert read_contents(dataset, 0) == ['{ {x!r} {completion} 3 [1, "ü"] }', "7"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_stands_in_a_column_is_put_in_as_it_is(tmp_path: Path, words: Any) 
         ),
         (
             {"format": "messages"},
-            "prompts ask for a `completion`, and these are to be messages rows",
+            "prompts need `completion` rows, but the format is messages",
         ),
         ({"columns": {"completion": "source"}, "prompts": "{country}"}, ""),
         ({"prompts": "{source}", "columns": {"prompt": "completion"}}, "no row has one"),
@@ -141,7 +141,7 @@ def test_prompts_that_do_not_fit_the_file(
     source: Json, message: str, tmp_path: Path, words: Any
 ) -> None:
     if not message:
-        assert asked(rows_of(tmp_path / "a.jsonl", capitals(0, 3), words, **source), 0) == [
+        assert read_contents(rows_of(tmp_path / "a.jsonl", capitals(0, 3), words, **source), 0) == [
             "Land0",
             "atlas",
         ]
@@ -160,8 +160,8 @@ def test_a_row_without_a_column_is_a_bad_row(tmp_path: Path, words: Any) -> None
 @pytest.mark.parametrize(
     ("training", "name", "message"),
     [
-        (2, "capitals", "a form shows 2 examples, and 'capitals' has 2 different training rows"),
-        (9, "other", "a form shows 2 examples, and the task 'capitals' has no training rows"),
+        (2, "capitals", "the prompts use 2 shots, but 'capitals' has only 2 different training rows"),
+        (9, "other", "the prompts use 2 shots, but task 'capitals' has no training rows"),
     ],
     ids=["few", "none"],
 )

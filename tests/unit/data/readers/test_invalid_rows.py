@@ -73,7 +73,7 @@ def test_fault_01_broken_json_stops_a_run_with_place_count_and_file(
     assert caught.value.message == (
         f"1 of 20 rows cannot be used: 1 not JSON\n  {where}: not JSON: Expecting ',' delimiter"
     )
-    assert f"all of them are in {tmp_path / 'run' / 'rejected.jsonl'}" in caught.value.fix
+    assert f"all are listed in {tmp_path / 'run' / 'rejected.jsonl'}" in caught.value.fix
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["rejected.jsonl"]
     (line,) = read_lines(tmp_path / "run" / "rejected.jsonl")
     assert (line["where"], line["id"], line["reason"]) == (where, "train.jsonl:17", "not JSON")
@@ -127,7 +127,7 @@ def test_rejected_rows_take_the_place_of_no_other_file(tiny_folder: Path, tmp_pa
         elif path.name == "notes.txt":
             path.write_text("mine\n")
         before = path.read_text() if path.is_file() else ""
-        with pytest.raises(InputError, match="it is there already, and holds no rejected rows"):
+        with pytest.raises(InputError, match="already exists, and is no list of rejected rows"):
             tunesmith.data_check(wish, rejected=path)
         assert before == (path.read_text() if path.is_file() else "")
     bad = recipe(
@@ -237,7 +237,7 @@ def test_fault_02_byte_order_mark_and_crlf_are_fine(write: Write, words: Any) ->
         (
             GOOD.replace(b'"q"', b'"\\ud83d"'),
             "lone surrogate",
-            "\\ud83d at byte {} is lone surrogate",
+            "\\ud83d at byte {} is a lone surrogate",
         ),
         (
             GOOD.replace(b'"q"', b'"\\u0000"'),
@@ -318,8 +318,8 @@ def test_fault_03_a_line_of_200_mb_is_one_bad_row_and_is_never_held(
 def test_fault_03_rows_that_json_libraries_take_amiss_are_rejected(
     container: str, row: bytes, reason: str, write: Write, words: Any
 ) -> None:
-    if container == "train.json" and row.count(b"{") != row.count(b"}"):
-        row = GOOD[:-1] + b', "x": ' + b'{"x":' * 100_000 + b"1" + b"}" * 100_001
+    if container == "train.json" and reason == "nested too deep":  # 100,000 levels break the array
+        row = GOOD[:-1] + b', "x": ' + b"[" * 150 + b"]" * 150 + b"}"
     content = (
         with_line(row) if container == "train.jsonl" else b"[" + b",".join([GOOD, row, GOOD]) + b"]"
     )
@@ -418,13 +418,13 @@ def test_fault_06_rows_that_truncation_leaves_nothing_to_train_are_dropped_and_c
         "".join(json.dumps(row) + "\n" for row in long_questions(count, 100))
     )
     report = plan_of(wish).data["data"]
-    assert report.dropped == {"nothing trained is left after truncation": count}
+    assert report.dropped == {"no supervised token after truncation": count}
     assert [finding.level for finding in report.findings if finding.check == "losses"] == [level]
     if level != "error":
         assert all(step.loss > 0 for step in steps_of(train(wish)))
         return
     with pytest.raises(
-        InputError, match="30 of 100 rows would train nothing: 30 nothing trained is left"
+        InputError, match="30 of 100 rows would train nothing: 30 no supervised token after"
     ) as caught:
         train(wish)
     assert caught.value.exit_code == 2
@@ -458,8 +458,8 @@ def test_fault_07_arguments_of_mixed_types_stay_byte_for_byte(
     text = "[" + ",\n".join(rows) + "]" if container.endswith(".json") else "\n".join(rows)
     raw = gzip.compress(text.encode()) if container.endswith(".gz") else text.encode()
     dataset = opened(write(raw, container), words)
-    found = [dataset.read_example(i).messages[1]["tool_calls"] for i in range(len(dataset))]
-    assert [json.dumps(each, ensure_ascii=False) for each in found] == calls
+    parsed_calls = [dataset.read_example(i).messages[1]["tool_calls"] for i in range(len(dataset))]
+    assert [json.dumps(each, ensure_ascii=False) for each in parsed_calls] == calls
 
 
 # ---------------------------------------------------------------- 8, 9
@@ -548,7 +548,7 @@ def test_fault_14_a_link_out_of_a_folder_of_texts_is_refused(inside: str, tmp_pa
     (notes / "a.txt").write_text("a")
     (tmp_path / "secret.txt").write_text("secret")
     (notes / inside).symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(InputError, match="is a link out of the folder"):
+    with pytest.raises(InputError, match="a link out of the folder"):
         open_source(notes)
     (notes / inside).unlink()
     (notes / inside).symlink_to(notes / "a.txt")
@@ -576,7 +576,7 @@ def test_fault_14_a_gzip_bomb_is_refused_on_the_way(
     stock = decompress.TempCopy.write
     monkeypatch.setattr(
         decompress.TempCopy,
-        "save_files",
+        "write",
         lambda self, raw: (written.append(len(raw)), stock(self, raw)),
     )
     with pytest.raises(InputError, match="decompresses to more than 200 times its size"):

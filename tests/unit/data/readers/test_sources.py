@@ -39,24 +39,24 @@ def test_plain_text_is_one_row_with_unix_line_ends(write):
 
 
 @pytest.mark.parametrize(
-    ("line", "place", "says"),
+    ("line", "where", "says"),
     [
         (b'{"a": 1', "train.jsonl:2:8", "not JSON"),
         (b'{"a": 1} {"a": 2}', "train.jsonl:2:10", "not JSON"),
         (b"[1, 2]", "train.jsonl:2", "the row is a list"),
-        (b"null", "train.jsonl:2", "the row is a NoneType"),
+        (b"null", "train.jsonl:2", "the row is null"),
         (b'{"a": "\xe9t\xe9"}', "train.jsonl:2:8", "byte 0xe9 at offset 16 is not UTF-8"),
         (b'{"a": "x\x00y"}', "train.jsonl:2:9", "not JSON: Invalid control character"),
         (b'{"a": "x\\u0000y"}', "train.jsonl:2:9", "\\u0000 at byte 17 is a NUL character"),
         (
             b'{"a": "\\\\u0000\\ud83d"}',
             "train.jsonl:2:15",
-            "\\ud83d at byte 23 is lone surrogate",
+            "\\ud83d at byte 23 is a lone surrogate",
         ),
         (
             b'{"a": "\xc3\xa9\\ude00\\ud83d"}',
             "train.jsonl:2:9",
-            "\\ude00 at byte 18 is lone surrogate",
+            "\\ude00 at byte 18 is a lone surrogate",
         ),
         (b'{"a": "\xed\xa0\xbd"}', "train.jsonl:2:8", "is not UTF-8"),
         (b'{"a": NaN}', "train.jsonl:2", "NaN is not JSON"),
@@ -68,11 +68,11 @@ def test_plain_text_is_one_row_with_unix_line_ends(write):
         (b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}", "train.jsonl:2", "nested deeper"),
     ],
 )
-def test_a_broken_row_is_named_by_line_and_column(write, line, place, says):
+def test_a_broken_row_is_named_by_line_and_column(write, line, where, says):
     source = open_source(write(b'{"a": 0}\n' + line + b'\n{"a": 2}\n'))
     with pytest.raises(InputError) as caught:
         source.read_row(1)
-    assert caught.value.where == place
+    assert caught.value.where == where
     assert says in caught.value.message
     assert caught.value.fix
     assert source.read_row(2).data == {"a": 2}  # the others are still readable
@@ -141,7 +141,7 @@ def test_a_file_that_changes_while_in_use_is_noticed(write):
     with pytest.raises(InputError, match="changed"):
         source.read_row(0)
     path.unlink()
-    with pytest.raises(InputError, match="readable before: No such file"):
+    with pytest.raises(InputError, match="can no longer be read: No such file"):
         source.read_row(0)
 
 
