@@ -28,12 +28,13 @@ from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import is_free
 from tunesmith.core.types import Json
 from tunesmith.evaluate import finished_run
+from tunesmith.evaluate.degeneration import compute_repetition
 from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.session import load_starting_model
 from tunesmith.train import run, self_rehearsal
-from tunesmith.train.self_rehearsal import compute_repetition, generate_rows
+from tunesmith.train.self_rehearsal import generate_rows
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def rows_of(folder: Path) -> list[Json]:
 
 def said(events: Sequence[Event]) -> str:
     return next(
-        e.evidence for e in events if isinstance(e, CheckResult) and e.kind == "rehearsal rows"
+        e.evidence for e in events if isinstance(e, CheckResult) and e.kind == "self-generated rehearsal"
     )
 
 
@@ -177,10 +178,10 @@ def test_rows_are_kept_once_and_none_that_is_measured(writer: Path, tmp_path: Pa
     assert [judge.find_problem(row) for row in (fresh, fresh, measured)] == [
         "",
         "duplicate",
-        "that are measured",
+        "held out",
     ]
-    assert judge.find_problem({"text": "text number 2"}) == "that are measured"
-    assert judge.find_problem({"messages": []}) == "that cannot be read or rendered"
+    assert judge.find_problem({"text": "text number 2"}) == "held out"
+    assert judge.find_problem({"messages": []}) == "not readable or renderable"
     assert judge.tokens > 0
 
 
@@ -189,7 +190,7 @@ def test_a_model_that_ends_nothing_is_told(
 ) -> None:
     monkeypatch.setattr(self_rehearsal, "MAX_QUESTION_TOKENS", 1)
     with pytest.raises(
-        InputError, match=r"none of \d+ rows that the model wrote can be used: .*\d+ unfinished"
+        InputError, match=r"none of \d+ generated rows is usable: .*\d+ unfinished"
     ):
         train(wish(writer, tmp_path))
     assert not (tmp_path / "run" / "plan.json").exists()

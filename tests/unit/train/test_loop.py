@@ -271,7 +271,7 @@ def test_many_in_a_row_end_the_run() -> None:
 
 def test_a_good_step_in_between_starts_the_count_again() -> None:
     events, _ = trained(
-        lambda step: documents_of(step) if step % 3 == 0 else poisoned(step), steps=9
+        lambda step: documents_of(step) if step % 3 == 0 else poisoned(step), num_steps=9
     )
     assert [type(event) for event in events] == [CheckResult, CheckResult, TrainStep] * 3 + [
         TrainingEnd
