@@ -73,9 +73,9 @@ def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: P
     said = [
         event.evidence
         for event in events
-        if isinstance(event, CheckResult) and event.kind == "made pairs"
+        if isinstance(event, CheckResult) and event.kind == "synthetic pairs"
     ]
-    assert said == [f"4 of 8 answers of the base model break a constraint: {PAIRS_FILE}"]
+    assert said == [f"4 of 8 answers of the base model violate a constraint: {PAIRS_FILE}"]
     found = {(one.task, one.metric): one for one in read_record(tmp_path / "run").comparisons}
     assert (
         found["eliciting prompts", "breaks ai"].before.value,
@@ -115,7 +115,7 @@ def test_nothing_to_prefer_to_is_said(model: Path, tmp_path: Path) -> None:
     data = str(
         write_rows(tmp_path / "fine.jsonl", [chat(f"tell {n}", f"that is {n}") for n in range(4)])
     )
-    with pytest.raises(GateError, match="0 of 4 answers of the base model break a constraint"):
+    with pytest.raises(GateError, match="0 of 4 answers of the base model violate a constraint"):
         train(wish(model, tmp_path, data=data))
 
 
