@@ -220,7 +220,7 @@ def _list_costs(record: RunRecord, *, has_general: bool) -> list[str]:
     lines.append(f"{duration} of training: {record.steps:,} steps, {record.tokens:,} tokens.")
     machine = record.plan.machine
     peak = format_bytes(record.peak_bytes)
-    lines.append(f"{peak} of memory at peak, on {machine.device_name} ({machine.cores} cores).")
+    lines.append(f"Peak memory {peak}, on {machine.device_name} ({machine.cores} cores).")
     if (weights := find_weights_file(record)) is not None:
         size = format_bytes(weights.stat().st_size)
         lines.append(f"{size} on disk: {weights.parent.name}/{weights.name}.")
