@@ -474,7 +474,11 @@ def resume(
     from tunesmith.train import run, stages
 
     run_dir = Path(path)
-    options: Any = {"allow_drift": allow_changes, "from_step": checkpoint, "allow_code": allow_code}
+    options: Any = {
+        "allow_changes": allow_changes,
+        "checkpoint": checkpoint,
+        "allow_code": allow_code,
+    }
     if is_staged(run_dir):
         return stages.resume(run_dir, merge_model=_export_merged, **options)
     return run.resume(run_dir, **options)

@@ -82,7 +82,7 @@ def test_fault_24_a_flipped_byte_is_seen_and_the_checkpoint_before_is_taken(
     with pytest.raises(
         InputError, match=r"step-2: manifest\.json is missing or broken|step-2: .* was changed"
     ):
-        next(run.resume(copied, from_step=2))
+        next(run.resume(copied, checkpoint=2))
     events = list(run.resume(copied))
     (warning,) = verdicts(events, "checkpoint")
     assert warning.startswith("skipped checkpoints/step-2: ")
@@ -102,15 +102,15 @@ def test_fault_24_weights_and_both_moments_are_in_the_file_that_is_checked(
 
 def test_an_older_checkpoint_can_be_named(copied: Path, broken_off: tuple[Path, bytes]) -> None:
     with pytest.raises(InputError, match=r"no checkpoint of step 3\n  fix: there are: 1, 2"):
-        next(run.resume(copied, from_step=3))
-    assert [step.step for step in steps_of(list(run.resume(copied, from_step=1)))] == [2, 3]
+        next(run.resume(copied, checkpoint=3))
+    assert [step.step for step in steps_of(list(run.resume(copied, checkpoint=1)))] == [2, 3]
     assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(copied: Path) -> None:
     (copied / "checkpoints" / "step-2").rename(copied / "checkpoints" / "step-3")
     with pytest.raises(InputError, match="its manifest is of step 2"):
-        next(run.resume(copied, from_step=3))
+        next(run.resume(copied, checkpoint=3))
 
 
 def test_a_run_without_any_good_checkpoint_starts_over(
@@ -230,7 +230,7 @@ def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(
     change(file)
     try:
         with pytest.raises(
-            InputError, match=rf"(?s)inputs have changed.*\n  {message}.*allow-drift"
+            InputError, match=rf"(?s)inputs have changed.*\n  {message}.*allow-changes"
         ) as refusal:
             next(run.resume(own.output_dir))
     finally:
@@ -248,10 +248,10 @@ def test_fault_30_what_is_allowed_to_differ_is_in_the_record(what: str, tmp_path
     until_saved(run.train(plan_of(wish)), step=1)
     name, change, _ = DRIFTS[what]
     change(tmp_path / name)
-    until_saved(run.resume(tmp_path / "run", allow_drift=True), step=2)
+    until_saved(run.resume(tmp_path / "run", allow_changes=True), step=2)
     with pytest.raises(InputError, match="inputs have changed"):
         next(run.resume(tmp_path / "run"))
-    events = list(run.resume(tmp_path / "run", allow_drift=True))
+    events = list(run.resume(tmp_path / "run", allow_changes=True))
     assert [step.step for step in steps_of(events)] == [3]
     drift = read_json(tmp_path / "run" / "record.json")["input_changes"]
     assert drift == verdicts(events, "changed input")
@@ -267,7 +267,7 @@ def test_rows_that_went_away_cannot_be_allowed(own: Recipe) -> None:
     write_rows(file, sums(1, 4))
     try:
         with pytest.raises(InputError, match="4 rows are enough for 2 steps, the plan has 3"):
-            list(run.resume(own.output_dir, allow_drift=True))
+            list(run.resume(own.output_dir, allow_changes=True))
     finally:
         file.write_bytes(content)
 
@@ -327,7 +327,7 @@ def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_
     values = read_json(plan)
     values["settings"]["pack_length"]["value"] = 60
     plan.write_text(json.dumps(values))
-    seen["mixed"] = steps_of(list(run.resume(tmp_path / "mixed" / "run", allow_drift=True)))
+    seen["mixed"] = steps_of(list(run.resume(tmp_path / "mixed" / "run", allow_changes=True)))
     for name, tail in (("narrow", 0), ("mixed", 1)):
         for one, other in zip(seen["wide"][tail:], seen[name], strict=True):
             assert (one.step, one.tokens, one.supervised_tokens) == (

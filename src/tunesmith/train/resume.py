@@ -33,7 +33,7 @@ from tunesmith.session.fingerprint import (
 )
 from tunesmith.session.inputs import RunInputs
 
-DRIFT = "changed input"  # the kind of the warnings that name what has changed
+CHANGED_INPUT = "changed input"  # the kind of the warnings that name what has changed
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class ResumeState:
     """Where a run starts or continues; `first_events` are the first of this attempt."""
 
     fingerprint: Json
-    checkpoint: Path | None = None
-    has_drifted: bool = False
+    checkpoint_dir: Path | None = None
+    has_changes: bool = False
     first_events: tuple[CheckResult, ...] = ()
 
 
@@ -51,49 +51,49 @@ def prepare_resume(
     plan: Plan,
     inputs: RunInputs,
     *,
-    allow_drift: bool = False,
-    from_step: int | None = None,
+    allow_changes: bool = False,
+    checkpoint: int | None = None,
 ) -> ResumeState:
     """Return where the run continues.
 
-    Raise InputError if an input has changed and `allow_drift` is false, or if `from_step` has no
-    valid checkpoint."""
+    Raise InputError if an input has changed and `allow_changes` is false, or if there is no valid
+    checkpoint of step `checkpoint`."""
     fingerprint = build_fingerprint(plan, inputs, read_recipe(folder.path / RECIPE_FILE))
-    drift: list[str] = []
+    changes: list[str] = []
     roundings: list[str] = []
     for change in list_changes(read_json(folder.path / FINGERPRINT_FILE), fingerprint):
-        (roundings if change.startswith(ROUNDING_PREFIX) else drift).append(change)
-    if drift and not allow_drift:
+        (roundings if change.startswith(ROUNDING_PREFIX) else changes).append(change)
+    if changes and not allow_changes:
         raise InputError(
             "cannot resume, these inputs have changed since the run started:\n  "
-            + "\n  ".join(drift),
+            + "\n  ".join(changes),
             where=str(folder.path),
-            fix="restore them, or start a new run; --allow-drift continues under plan.json "
+            fix="restore them, or start a new run; --allow-changes continues under plan.json "
             "and records the changes",
         )
-    if from_step is None:
-        checkpoint, skipped = folder.find_latest_checkpoint()
+    if checkpoint is None:
+        checkpoint_dir, skipped = folder.find_latest_checkpoint()
     else:
-        checkpoint = folder.find_checkpoint(from_step)
+        checkpoint_dir = folder.find_checkpoint(checkpoint)
         skipped = []
-    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-    if from_step is None:
+    step = 0 if checkpoint_dir is None else int(checkpoint_dir.name.removeprefix("step-"))
+    if checkpoint is None:
         _refuse_missing_checkpoint(folder, step)
     events: list[CheckResult] = []
     if failure := read_failure(folder.path):
         events.append(CheckResult("earlier attempt", "warn", failure, step))
-    for change in drift:
-        events.append(CheckResult(DRIFT, "warn", change, step))
+    for change in changes:
+        events.append(CheckResult(CHANGED_INPUT, "warn", change, step))
     for change in roundings:
         evidence = f"{change}: results may differ in the last bits"
         events.append(CheckResult("rounding", "warn", evidence, step))
     for problem in skipped:
         events.append(CheckResult("checkpoint", "warn", f"skipped {problem}", step))
     position = "from the start: there is no checkpoint yet"
-    if checkpoint is not None:
-        position = f"from checkpoints/{checkpoint.name}"
+    if checkpoint_dir is not None:
+        position = f"from checkpoints/{checkpoint_dir.name}"
     events.append(CheckResult("resume", "ok", position, step))
-    return ResumeState(fingerprint, checkpoint, bool(drift), tuple(events))
+    return ResumeState(fingerprint, checkpoint_dir, bool(changes), tuple(events))
 
 
 def _refuse_missing_checkpoint(folder: RunFolder, step: int) -> None:
@@ -102,7 +102,7 @@ def _refuse_missing_checkpoint(folder: RunFolder, step: int) -> None:
     if not rollbacks or step >= rollbacks[-1].to:
         return
     last = rollbacks[-1]
-    older = f", continue before it with --from-step {step}" if step else ""
+    older = f", continue before it with --checkpoint {step}" if step else ""
     raise InputError(
         f"the run was rolled back from step {last.step} to checkpoints/step-{last.to}, "
         "which is missing or damaged",
@@ -111,11 +111,11 @@ def _refuse_missing_checkpoint(folder: RunFolder, step: int) -> None:
     )
 
 
-def read_drift(path: Path) -> tuple[str, ...]:
+def read_input_changes(path: Path) -> tuple[str, ...]:
     """Return the changed inputs that any attempt was allowed to continue with."""
     changes: dict[str, None] = {}  # an ordered set
     for logged in read_all_events(path):
         event = logged.event
-        if isinstance(event, CheckResult) and event.kind == DRIFT:
+        if isinstance(event, CheckResult) and event.kind == CHANGED_INPUT:
             changes[event.evidence] = None
     return tuple(changes)

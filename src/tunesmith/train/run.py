@@ -67,7 +67,7 @@ from tunesmith.train import base_reference
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card
 from tunesmith.train.preflight import run_preflight
-from tunesmith.train.resume import ResumeState, prepare_resume, read_drift
+from tunesmith.train.resume import ResumeState, prepare_resume, read_input_changes
 from tunesmith.train.self_rehearsal import add_self_rehearsal
 from tunesmith.train.signals import GracefulStop
 from tunesmith.train.synthetic_pairs import add_synthetic_pairs
@@ -104,11 +104,15 @@ def train(
 
 
 def resume(
-    path: Path, *, allow_drift: bool = False, from_step: int | None = None, allow_code: bool = False
+    path: Path,
+    *,
+    allow_changes: bool = False,
+    checkpoint: int | None = None,
+    allow_code: bool = False,
 ) -> Iterator[Event]:
-    """Continue a run from its newest valid checkpoint, or from that of `from_step`.
+    """Continue a run from its newest valid checkpoint, or from that of step `checkpoint`.
 
-    Raise InputError when its inputs have changed; with `allow_drift` the run continues with a
+    Raise InputError when its inputs have changed; with `allow_changes` the run continues with a
     warning, and is measured before training again."""
     with GracefulStop(_resume_hint(path)) as stop, RunFolder.open(path) as folder:
         plan = read_run_plan(path)
@@ -117,10 +121,10 @@ def resume(
         with stop.immediate():
             run_inputs = inputs.reload_inputs_unchecked(plan, path)
             state = prepare_resume(
-                folder, plan, run_inputs, allow_drift=allow_drift, from_step=from_step
+                folder, plan, run_inputs, allow_changes=allow_changes, checkpoint=checkpoint
             )
             items = build_eval_items(plan, run_inputs, allow_code=allow_code)
-        if state.has_drifted:
+        if state.has_changes:
             (path / EVAL_BEFORE_FILE).unlink(missing_ok=True)
         context = RunContext(folder, plan, run_inputs, items, state, stop)
         yield from _persist_events(folder, _run_events(context))
@@ -324,7 +328,7 @@ def _build_record(
         adapter=str(weights_dir),
         samples=select_sample_pairs(before, after),
         shared_tokens=sum(event.shared_tokens for event in steps),
-        input_changes=read_drift(folder.path),
+        input_changes=read_input_changes(folder.path),
         kl_scores=compute_kl_scores(before, after, step=training.final_step),
         rollbacks=folder.load_rollbacks(),
         scales=scales,

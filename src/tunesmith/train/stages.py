@@ -163,17 +163,17 @@ def resume(
     path: Path,
     *,
     merge_model: MergeFn,
-    allow_drift: bool = False,
-    from_step: int | None = None,
+    allow_changes: bool = False,
+    checkpoint: int | None = None,
     allow_code: bool = False,
 ) -> Iterator[Event]:
-    """Continue with the first unfinished stage, from the checkpoint of `from_step` if given."""
+    """Continue with the first unfinished stage, from step `checkpoint` if given."""
     with RunFolder.open(path) as folder:
         run.refuse_finished(path)
         options: Json = {
             "merge_model": merge_model,
-            "allow_drift": allow_drift,
-            "from_step": from_step,
+            "allow_changes": allow_changes,
+            "checkpoint": checkpoint,
             "allow_code": allow_code,
         }
         yield from _run_stages(folder, read_staged_plan(path), None, **options)
@@ -185,8 +185,8 @@ def _run_stages(
     first_inputs: RunInputs | None,
     *,
     merge_model: MergeFn,
-    allow_drift: bool = False,
-    from_step: int | None = None,
+    allow_changes: bool = False,
+    checkpoint: int | None = None,
     allow_code: bool = False,
 ) -> Iterator[Event]:
     stage_dirs = _list_stage_dirs(folder.path, staged)
@@ -204,11 +204,11 @@ def _run_stages(
         yield stage
         if (stage_dir / PLAN_FILE).exists():
             yield from run.resume(
-                stage_dir, allow_drift=allow_drift, from_step=from_step, allow_code=allow_code
+                stage_dir, allow_changes=allow_changes, checkpoint=checkpoint, allow_code=allow_code
             )
-            from_step = None
+            checkpoint = None
             continue
-        from_step = None
+        checkpoint = None
         if index == 0 and first_inputs:
             yield from run.train(plan, first_inputs, allow_code=allow_code)
             continue

@@ -143,10 +143,10 @@ class GuardedTraining:
             self.baseline_events = self._run_probes(self.probes, 0)
         if self.is_probing:
             yield from self.baseline_events
-        checkpoint = self.context.resume_state.checkpoint
+        checkpoint_dir = self.context.resume_state.checkpoint_dir
         rollbacks = self.context.folder.load_rollbacks()
-        if checkpoint is not None:
-            self.training.restore(checkpoint)
+        if checkpoint_dir is not None:
+            self.training.restore(checkpoint_dir)
             self.training.set_rollbacks(rollbacks)
             self.saved_step = self.training.step
         recorded = self.context.folder.load_events()
