@@ -24,12 +24,14 @@ from tunesmith.core.types import Document, Example, Json
 from tunesmith.data.chat_template.renderer import Renderer
 
 SENTENCES = [
-    "the user asks the assistant\nand the assistant answers the user\n\nsystem: you are a helpful assistant",
+    "the user asks the assistant\nand the assistant answers the user\n\nsystem: you are a "
+    "helpful assistant",
     "assistant\nuser\nsystem\n hello there 12 345 <think> </think> <tool_call> Größe ä ö ü",
 ]
 TAG = re.compile(r"</?[a-z_]+>")
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -68,7 +70,8 @@ def sentence_bpe(kind: str) -> str:
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] == "<unk>"]
     data["decoder"] = {"type": "Sequence", "decoders": [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
     ]}  # fmt: skip
     return json.dumps(data)
 

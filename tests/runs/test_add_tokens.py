@@ -132,7 +132,7 @@ def test_texts_that_are_no_tokens_are_refused_with_the_reason(written: str, mess
 
 
 def test_a_token_that_stands_in_no_row_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no training row holds '\[never\]'"):
+    with pytest.raises(InputError, match=r"no training row contains '\[never\]'"):
         plan_of(wish(tiny_folder, tmp_path, add_tokens=[*TOKENS, "[never]"]))
 
 
@@ -208,17 +208,17 @@ def test_going_on_needs_the_same_tokens(first: Recipe, model: Path, tmp_path: Pa
     assert trained.keys() == more.keys()
     assert all(torch.allclose(trained[name], more[name], atol=1e-10) for name in trained)
     with pytest.raises(
-        InputError, match=r"has rows for 2 new tokens.*\n?.*add_tokens: \['\[sum\]', '<n>'\]"
+        InputError, match=r"has embeddings for 2 new tokens.*\n?.*add_tokens: \['\[sum\]', '<n>'\]"
     ):
         plan_of(wish(model, tmp_path / "a", **start, add_tokens=[]))
-    with pytest.raises(InputError, match="has rows for 2 new tokens"):
+    with pytest.raises(InputError, match="has embeddings for 2 new tokens"):
         plan_of(wish(model, tmp_path / "b", **start, add_tokens=TOKENS[::-1]))
 
 
 def test_an_adapter_without_the_tokens_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     plain = recipe(tiny_folder, tmp_path / "plain")
     train(plain)
-    with pytest.raises(InputError, match="was trained without new tokens: it has no rows for them"):
+    with pytest.raises(InputError, match="was trained without new tokens: it has no embeddings for them"):
         plan_of(wish(tiny_folder, tmp_path / "more", adapter_from=str(place(plain)), lora_r="auto"))
 
 

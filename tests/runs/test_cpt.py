@@ -179,11 +179,11 @@ def test_packing_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     [
         ({"batch_size": 4}, "batch_size has no effect with stage: cpt, which counts batch_tokens"),
         (
-            {"overlong": "truncate"},
-            "overlong has no effect with stage: cpt, which cuts long texts into windows",
+            {"on_overlong": "truncate"},
+            "on_overlong has no effect with stage: cpt, which cuts long texts into windows",
         ),
         ({"metrics": ["exact_match"]}, "metrics has no effect with stage: cpt"),
-        ({"schema": "schema.json"}, "schema has no effect with stage: cpt"),
+        ({"response_schema": "schema.json"}, "response_schema has no effect with stage: cpt"),
         ({"stage": "sft"}, "batch_tokens has no effect without stage: cpt; set batch_size"),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_mixed_folder_names_the_files_in_another_encoding(
         )
     with pytest.raises(InputError, match=r"1 of 6 rows cannot be used(.|\n)*corpus/4\.md"):
         train(wish(tiny_folder, tmp_path / "a", data=str(folder)))
-    steps: list[Event] = train(wish(tiny_folder, tmp_path / "b", data=str(folder), skip_bad=True))
+    steps: list[Event] = train(wish(tiny_folder, tmp_path / "b", data=str(folder), skip_invalid=True))
     assert sum(step.supervised_tokens for step in steps_of(steps)) == 5 * len("# Größe 0".encode())
     assert all(event.level != "stop" for event in steps if isinstance(event, CheckResult))
 
@@ -298,10 +298,10 @@ def test_what_a_folder_holds_beside_texts_is_told(tiny_folder: Path, tmp_path: P
         tmp_path / "corpus", a__md=good, b__bin=b"\xff\0" * 99, c__jsonl='{"text": "a row"}'
     )
     warned = "\n".join(plan_of(wish(tiny_folder, tmp_path, data=str(folder))).warnings)
-    assert "only .txt and .md files are read, and 1 .bin, 1 .jsonl left out" in warned
+    assert "only .txt and .md files of corpus are read; skipped: 1 .bin, 1 .jsonl" in warned
     (folder / "c.jsonl").unlink()
     report = plan_of(wish(tiny_folder, tmp_path, data=str(folder))).data["data"]
-    assert [(f.level, f.count) for f in report.findings if f.check == "others"] == [("info", 1)]
+    assert [(f.level, f.count) for f in report.findings if f.check == "unread_files"] == [("info", 1)]
     folder_of(
         tmp_path / "binary",
         a__md=good,

@@ -1,8 +1,6 @@
-"""Checks of how answers are spread: lengths, languages, forms, classes, and phrases that call for
-one answer.
+"""Checks of how answers are distributed: lengths, languages, JSON, openings, preferred side.
 
-All of them look at the numbers that the reading kept of every row; where words are needed a few
-rows are read again."""
+They use the numbers of each row in `text_stats.py`; for words, a few rows are read again."""
 
 from __future__ import annotations
 
@@ -12,8 +10,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from tunesmith.core.types import Finding
-from tunesmith.data.checks import language_id as language_of
-from tunesmith.data.checks.context import CheckContext, choose_level, get_answer, list_row_ids
+from tunesmith.data.checks import language_id
+from tunesmith.data.checks.context import (
+    CheckContext,
+    choose_level,
+    describe_rows,
+    get_answer,
+    make_row_finding,
+)
 from tunesmith.data.checks.duplicates import INSTALL_HINT
 from tunesmith.data.checks.text_stats import (
     BROKEN_JSON,
@@ -26,14 +30,17 @@ from tunesmith.data.checks.text_stats import (
 MIN_JSON_SHARE = 0.8  # of the answers
 MIN_ROWS = 10
 MIN_CUT_CHARS = 200
-OUTLIER_SDS, MIN_LOG_SD = (
-    6,
-    0.35,
-)  # of the logarithm of a length: deviations, and the least that one is
-MIN_SHARE_ROWS = 20  # pairs from which a share says something
+# Outliers are this many standard deviations of the log length from the median; the deviation is
+# estimated from the MAD, and taken as MIN_LOG_SD at least.
+OUTLIER_SDS = 6
+MIN_LOG_SD = 0.35
+MAD_TO_SD = 1.4826  # for a normal distribution
+MIN_SHARE_ROWS = 20  # shares of fewer rows mean little
 MAX_SIDE_SHARE = 0.8
 MAX_OPENING_SHARE = 0.5
+MIN_OPENING_CHARS = 40  # shorter answers are labels
 RARE_LANGUAGE_SHARE = 0.05
+MAX_RARE_SHARE = 0.01
 
 
 def _get_role_stats(context: CheckContext) -> RoleTextStats | None:
@@ -41,105 +48,104 @@ def _get_role_stats(context: CheckContext) -> RoleTextStats | None:
 
 
 def check_broken_json(context: CheckContext) -> Iterator[Finding]:
-    """Answers that are no JSON where nearly all are. With a schema `answers` says it."""
+    """Answers that are not JSON, where nearly all are. With a schema, check_schema covers it."""
     stats = _get_role_stats(context)
     if stats is None or context.validator is not None:
         return
     json_kind_N = stats.json_kind_N
     rows = np.flatnonzero(json_kind_N != GOOD_JSON)
     if len(rows) and (json_kind_N == GOOD_JSON).mean() >= MIN_JSON_SHARE:
-        broken = int((json_kind_N == BROKEN_JSON).sum())
-        message = f"{len(rows):,} of {len(json_kind_N):,} answers are not JSON, {broken:,} of them begin like it; the others are"
-        fix = "correct them; a `schema:` in the recipe checks the others too"
-        yield Finding(
-            "broken_json", "warn", message, len(rows), list_row_ids(context.dataset, rows), fix
-        )
+        num_broken = int((json_kind_N == BROKEN_JSON).sum())
+        counts = describe_rows(len(rows), len(json_kind_N), "are not JSON", noun="answers")
+        message = f"{counts} ({num_broken:,} malformed); the others are"
+        fix = "correct them; a `response_schema` in the recipe checks the others too"
+        yield make_row_finding(context, "broken_json", "warn", message, rows, fix)
 
 
 def check_cut_answers(context: CheckContext) -> Iterator[Finding]:
-    """Many answers of exactly the greatest length: something cut them."""
+    """Many different answers of exactly the maximum length: something cut them."""
     stats = _get_role_stats(context)
     if stats is None or not len(stats.answer_chars_N):
         return
     longest = int(stats.answer_chars_N.max())
     rows = np.flatnonzero(stats.answer_chars_N == longest)
     num_unique = len(np.unique(stats.answer_digests_N[rows]))
-    if longest >= MIN_CUT_CHARS and num_unique >= max(MIN_ROWS, len(stats.answer_chars_N) // 200):
-        message = f"{len(rows):,} different answers have {longest:,} characters, and none has more: they were cut there"
-        fix = "make them again with more room"
-        yield Finding(
-            "cut_off", "warn", message, len(rows), list_row_ids(context.dataset, rows), fix
+    min_unique = max(MIN_ROWS, len(stats.answer_chars_N) // 200)
+    if longest >= MIN_CUT_CHARS and num_unique >= min_unique:
+        message = (
+            f"{len(rows):,} different answers have exactly {longest:,} characters, the maximum:"
+            " they were cut there"
         )
+        fix = "generate them again with a higher limit"
+        yield make_row_finding(context, "cut_off", "warn", message, rows, fix)
 
 
 def check_length_outliers(context: CheckContext) -> Iterator[Finding]:
     """Prompts and answers far longer or shorter than the others."""
     stats = _get_role_stats(context)
-    for field, chars_N in (
-        (("answer", stats.answer_chars_N), ("prompt", stats.prompt_chars_N)) if stats else ()
-    ):
+    if stats is None:
+        return
+    for field, chars_N in (("answer", stats.answer_chars_N), ("prompt", stats.prompt_chars_N)):
         if len(chars_N) < MIN_ROWS:
             continue
         logs_N = np.log(np.maximum(1, chars_N))
         median = float(np.median(logs_N))
-        sd = max(MIN_LOG_SD, 1.4826 * float(np.median(np.abs(logs_N - median))))
+        sd = max(MIN_LOG_SD, MAD_TO_SD * float(np.median(np.abs(logs_N - median))))
         z_scores_N = (logs_N - median) / sd
-        for side, rows in (
-            ("longer", np.flatnonzero(z_scores_N > OUTLIER_SDS)),
-            ("shorter", np.flatnonzero(z_scores_N < -OUTLIER_SDS)),
+        for side, is_outlier_N in (
+            ("longer", z_scores_N > OUTLIER_SDS),
+            ("shorter", z_scores_N < -OUTLIER_SDS),
         ):
-            if len(rows):
-                extreme = int(chars_N[rows].max() if side == "longer" else chars_N[rows].min())
-                message = (
-                    f"{len(rows):,} of {len(chars_N):,} rows have a far {side} {field} than the others: "
-                    f"{extreme:,} characters where the median is {int(np.median(chars_N)):,}"
-                )
-                fix = "look at them: pasted files, logs and empty shells are worth dropping"
-                yield Finding(
-                    "outliers",
-                    choose_level(len(rows), len(chars_N)),
-                    message,
-                    len(rows),
-                    list_row_ids(context.dataset, rows),
-                    fix,
-                )
+            rows = np.flatnonzero(is_outlier_N)
+            if not len(rows):
+                continue
+            extreme = int(chars_N[rows].max() if side == "longer" else chars_N[rows].min())
+            predicate = f"have a {field} much {side} than the others"
+            counts = describe_rows(len(rows), len(chars_N), predicate)
+            typical = int(np.median(chars_N))
+            message = f"{counts}: {extreme:,} characters, the median is {typical:,}"
+            level = choose_level(len(rows), len(chars_N))
+            fix = "check them: pasted files, logs and empty shells are worth dropping"
+            yield make_row_finding(context, "outliers", level, message, rows, fix)
 
 
 def check_languages(context: CheckContext) -> Iterator[Finding]:
-    """Languages of the answers, and the rows in a rare one."""
+    """Languages of the answers, and rows in a rare one."""
     stats = _get_role_stats(context)
     if stats is None:
         return
     if stats.languages_N is None:
         if not context.earlier:
-            message = "languages are not told apart: py3langid is not installed"
+            message = "languages are not checked: py3langid is not installed"
             yield Finding("languages", "info", message, fix=INSTALL_HINT)
         return
     detected = stats.languages_N[stats.languages_N >= 0]
     counts = Counter(detected.tolist()).most_common()
     if len(counts) < 2:
         return
-    names = language_of.list_languages()
-    mix = ", ".join(f"{names[number]} {count / len(detected):.1%}" for number, count in counts[:6])
+    names = language_id.list_languages()
+    shares = [f"{names[number]} {count / len(detected):.1%}" for number, count in counts[:6]]
+    sampled = ""
+    if not stats.is_sampled_N.all():
+        sampled = f" in a sample of {stats.is_sampled_N.sum():,} rows"
+    message = f"languages of {len(detected):,} answers{sampled}: {', '.join(shares)}"
     rare = [number for number, count in counts if count < RARE_LANGUAGE_SHARE * len(detected)]
     rows = np.flatnonzero(np.isin(stats.languages_N, rare))
-    sample_note = (
-        "" if stats.is_sampled_N.all() else f" of {stats.is_sampled_N.sum():,} rows, a sample,"
-    )
-    message = f"of {len(detected):,} answers{sample_note} with enough text: {mix}"
+    fix = ""
     if len(rows):
-        message += f"; {len(rows):,} rows are in a rare language"
-    fix = "if one language is meant, look at the rows in the others" if len(rows) else ""
-    level = "warn" if len(rows) > 0.01 * len(detected) else "info"
-    yield Finding("languages", level, message, len(rows), list_row_ids(context.dataset, rows), fix)
+        message += f"; in rare languages: {len(rows):,}"
+        fix = "if one language is intended, check the rows in the others"
+    level = "warn" if len(rows) > MAX_RARE_SHARE * len(detected) else "info"
+    yield make_row_finding(context, "languages", level, message, rows, fix)
 
 
 def check_openings(context: CheckContext) -> Iterator[Finding]:
-    """Answers that mostly begin with the same words; JSON and labels do, and are left out."""
+    """Answers that mostly start with the same words. JSON and labels are excluded."""
     stats = _get_role_stats(context)
     if stats is None:
         return
-    rows = np.flatnonzero((stats.json_kind_N == NO_JSON) & (stats.answer_chars_N > 40))
+    is_prose_N = (stats.json_kind_N == NO_JSON) & (stats.answer_chars_N > MIN_OPENING_CHARS)
+    rows = np.flatnonzero(is_prose_N)
     if len(rows) < max(MIN_SHARE_ROWS, len(stats.json_kind_N) // 2):
         return
     values, counts = np.unique(stats.opening_digests_N[rows], return_counts=True)
@@ -147,20 +153,13 @@ def check_openings(context: CheckContext) -> Iterator[Finding]:
     if counts[top] >= MAX_OPENING_SHARE * len(rows):
         same_rows = rows[stats.opening_digests_N[rows] == values[top]]
         words = extract_opening(get_answer(context.dataset.read_example(int(same_rows[0]))))
-        message = f"{len(same_rows):,} of {len(rows):,} answers begin with {words!r}"
-        fix = "if that is no wanted form, reword some: the model will begin so whatever is asked"
-        yield Finding(
-            "openings",
-            "warn",
-            message,
-            len(same_rows),
-            list_row_ids(context.dataset, same_rows),
-            fix,
-        )
+        message = f"{len(same_rows):,} of {len(rows):,} answers start with {words!r}"
+        fix = "unless this form is intended, rewrite some: the model will always start this way"
+        yield make_row_finding(context, "openings", "warn", message, same_rows, fix)
 
 
 def check_length_bias(context: CheckContext) -> Iterator[Finding]:
-    """Pairs in which mostly the longer answer is preferred: length is then what is learned."""
+    """Pairs in which mostly the longer answer is preferred, so that length is what is learned."""
     stats = _get_role_stats(context)
     if stats is None or not context.dataset.has_pairs or len(context.dataset) < MIN_SHARE_ROWS:
         return
@@ -169,14 +168,10 @@ def check_length_bias(context: CheckContext) -> Iterator[Finding]:
         ("shorter", stats.answer_chars_N < stats.rejected_chars_N),
     ):
         if is_win_N.mean() > MAX_SIDE_SHARE:
-            counts = f"in {is_win_N.mean():.0%} of {len(is_win_N):,} pairs"
-            message = f"{counts} the {side} answer is preferred: length alone tells them apart"
-            fix = "add pairs in which it is the other way round"
-            yield Finding(
-                "longer_side",
-                "warn",
-                message,
-                int(is_win_N.sum()),
-                list_row_ids(context.dataset, np.flatnonzero(is_win_N)),
-                fix,
+            message = (
+                f"the {side} answer is preferred in {is_win_N.mean():.0%} of {len(is_win_N):,}"
+                " pairs: length alone predicts the preference"
             )
+            fix = "add pairs in which it is the other way round"
+            rows = np.flatnonzero(is_win_N)
+            yield make_row_finding(context, "length_bias", "warn", message, rows, fix)

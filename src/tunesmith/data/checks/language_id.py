@@ -1,4 +1,4 @@
-"""The language of a text, by py3langid; a short text, or one that it is not sure of, has none."""
+"""Detect the language of a text with py3langid; short and ambiguous texts have none."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 from functools import cache
 from typing import Any
 
-MIN_LETTERS = 40  # fewer say nothing
-MAX_CHARS = 200  # characters
+MIN_LETTERS = 40
+MAX_CHARS = 200  # that are classified
 MIN_CONFIDENCE = 0.8
 CODE = re.compile(r"```.*?(?:```|\Z)|https?://\S+|[{}<>;=_\\]", re.DOTALL)
 
 
 @cache
 def _load_identifier() -> Any:
-    """None without py3langid."""
+    """Return the identifier of all languages, or None without py3langid."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -36,7 +36,7 @@ def _index_languages() -> dict[str, int]:
 
 
 def detect_language(text: str) -> int:
-    """Into `names()`, or -1."""
+    """Return the index of the language in `list_languages()`, or -1."""
     text = CODE.sub(" ", text[: 2 * MAX_CHARS])[:MAX_CHARS]
     if sum(map(str.isalpha, text)) < MIN_LETTERS:
         return -1

@@ -1,11 +1,11 @@
-"""Rows that say nearly the same, among any number of rows.
+"""Find near duplicates among any number of rows, by MinHash and locality-sensitive hashing.
 
-    grams of each row -> Signer -> bands_MB -> candidate pairs -> verified -> Alike
+    grams of each row -> MinHasher -> bands_MB -> candidate pairs -> verified -> NearDuplicates
 
-MinHash signatures are datasketch's; its index would take 5.7 kB a row. Here a signature is folded
-into BANDS numbers of 64 bits, and rows that share one are candidates: sorting the bands finds them.
-The Jaccard similarity of a candidate is then counted, not estimated. The bands find a pair of
-similarity s with 1 - (1 - s^8)^16: at 0.8 95%, at 0.9 99.99%."""
+MinHash signatures are datasketch's; its index would take 5.7 kB per row. Here a signature is folded
+into NUM_BANDS numbers of 64 bits. Rows that share one are candidates, found by sorting, and their
+Jaccard similarity is computed exactly. A pair of similarity s becomes a candidate with probability
+1 - (1 - s^8)^16: 95% at 0.8, 99.99% at 0.9."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import numpy as np
 
 from tunesmith.data.checks.ngrams import GOLDEN_MULTIPLIER
 
-MIN_JACCARD = 0.8  # Jaccard similarity of the runs of WORDS words
+MIN_JACCARD = 0.8  # of the shingles of near duplicates
 SHINGLE_WORDS = 5
-NUM_BANDS, BAND_DEPTH = 16, 8
-BATCH_GRAMS = 4096  # grams that are signed at once
+NUM_BANDS = 16
+BAND_DEPTH = 8
+BATCH_GRAMS = 4096  # grams per call of datasketch
 
 
 class MinHasher:
-    """Raises ImportError without datasketch."""
+    """Compute the MinHash bands of rows. Raises ImportError without datasketch."""
 
     def __init__(self) -> None:
         from datasketch import MinHash
@@ -36,20 +37,18 @@ class MinHasher:
         self.powers_D = np.array(powers, dtype=np.uint64)
 
     def compute_bands(self, grams: np.ndarray) -> np.ndarray:
-        """uint64 [BANDS]."""
+        """Return uint64 [NUM_BANDS]."""
         self.minhash.clear()
         high_bits = (grams >> np.uint64(32)).tolist()
         for start in range(0, len(high_bits), BATCH_GRAMS):
             self.minhash.update_batch(high_bits[start : start + BATCH_GRAMS])
-        values_BD = self.minhash.hashvalues.reshape(NUM_BANDS, BAND_DEPTH).astype(
-            np.uint64
-        ) + np.uint64(1)
-        keys_B = (values_BD * self.powers_D).sum(axis=1)
+        values_BD = self.minhash.hashvalues.reshape(NUM_BANDS, BAND_DEPTH).astype(np.uint64)
+        keys_B = ((values_BD + np.uint64(1)) * self.powers_D).sum(axis=1)
         return keys_B ^ (keys_B >> np.uint64(31))
 
 
 class UnionFind:
-    """Members 0..n-1 in disjoint sets; the first of a set is its smallest member."""
+    """Disjoint sets of the members 0..n-1; the root of a set is its smallest member."""
 
     def __init__(self, count: int) -> None:
         self.parents = np.arange(count)
@@ -66,38 +65,37 @@ class UnionFind:
         self.parents[high] = low
 
     def union_equal(self, values_N: np.ndarray) -> None:
-        """Members with equal values."""
+        """Merge the sets of members with equal values."""
         _, first_K, group_N = np.unique(values_N, return_index=True, return_inverse=True)
         for member in np.flatnonzero(first_K[group_N] != np.arange(len(values_N))).tolist():
             self.union(int(first_K[group_N[member]]), member)
 
     def find_roots(self) -> np.ndarray:
-        """int64 [members], the first of each one's set."""
-        return np.array(
-            [self.find_root(member) for member in range(len(self.parents))], dtype=np.int64
-        )
+        """Return int64 [members], the root of each member."""
+        roots = [self.find_root(member) for member in range(len(self.parents))]
+        return np.array(roots, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class NearDuplicates:
-    """Which rows say nearly the same. M rows of all roles, equal ones but once, in the order of the
-    roles."""
+    """Groups of near duplicates among M rows: those of all roles in order, exact duplicates
+    dropped."""
 
     roles: tuple[str, ...]
     role_M: np.ndarray  # int8, into `roles`
     row_M: np.ndarray  # int64
-    first_M: np.ndarray  # int64, into M: the first row of those that are alike
+    first_M: np.ndarray  # int64, into M: the first row of the group
 
     def iter_matches(self, role: str) -> Iterator[tuple[int, str, int]]:
-        """(row of the role, role of the first row that is like it, that row)."""
+        """Yield (row, role of its group's first row, that row) for all rows but the first."""
         for index in np.flatnonzero(self.role_M == self.roles.index(role)).tolist():
             if (first := self.first_M[index]) != index:
                 yield int(self.row_M[index]), self.roles[self.role_M[first]], int(self.row_M[first])
 
 
 def find_candidates(bands_MB: np.ndarray) -> np.ndarray:
-    """int64 [pairs, 2], smaller first, each once: rows that share a band, with the first and the
-    last one before."""
+    """Return int64 [pairs, 2], distinct, smaller first: each row that shares a band with earlier
+    rows, paired with the first and the last of them."""
     pairs = [np.empty(0, dtype=np.int64)]
     count = len(bands_MB)
     for band_M in bands_MB.T if count else ():
@@ -114,8 +112,8 @@ def find_candidates(bands_MB: np.ndarray) -> np.ndarray:
 
 
 def find_first_rows(bands_MB: np.ndarray, read_grams: Callable[[int], np.ndarray]) -> np.ndarray:
-    """int64 [M]: the first row of those that are alike. `grams(m)` reads the grams of a row
-    again."""
+    """Return int64 [M], the first row of each row's group. `read_grams(m)` reads the grams of row
+    m again."""
     union_find = UnionFind(len(bands_MB))
     cached: tuple[int, np.ndarray] | None = None
     for first, second in find_candidates(bands_MB).tolist():
@@ -129,7 +127,7 @@ def find_first_rows(bands_MB: np.ndarray, read_grams: Callable[[int], np.ndarray
 
 
 def compute_jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Of two ascending arrays without repeats."""
+    """Return the Jaccard similarity of two ascending arrays without repeats."""
     num_shared = len(np.intersect1d(first, second, assume_unique=True))
     return num_shared / max(1, len(first) + len(second) - num_shared)
 
@@ -137,14 +135,14 @@ def compute_jaccard(first: np.ndarray, second: np.ndarray) -> float:
 def find_near_duplicates(
     roles: Mapping[str, tuple[np.ndarray, np.ndarray]], read_grams: Callable[[str, int], np.ndarray]
 ) -> NearDuplicates:
-    """`roles`: role -> (rows, their bands)."""
+    """Group the rows of all roles. `roles` maps a role to its rows and their bands."""
     names = tuple(roles)
-    role_M = np.concatenate(
-        [np.full(len(rows), i, np.int8) for i, (rows, _) in enumerate(roles.values())]
-    )
     row_M = np.concatenate([rows for rows, _ in roles.values()])
     bands_MB = np.concatenate([bands for _, bands in roles.values()])
-    first_M = find_first_rows(
-        bands_MB, lambda index: read_grams(names[role_M[index]], int(row_M[index]))
-    )
-    return NearDuplicates(names, role_M, row_M, first_M)
+    role_sizes = [len(rows) for rows, _ in roles.values()]
+    role_M = np.repeat(np.arange(len(names), dtype=np.int8), role_sizes)
+
+    def read_row_grams(index: int) -> np.ndarray:
+        return read_grams(names[role_M[index]], int(row_M[index]))
+
+    return NearDuplicates(names, role_M, row_M, find_first_rows(bands_MB, read_row_grams))

@@ -1,10 +1,8 @@
-"""Texts as numbers: a hash a word, and a hash of every run of n words. Equal runs are found by
-equal hashes.
+"""Hash the words and word n-grams of texts: equal n-grams have equal hashes.
 
-    text -> words_W (uint64) -> grams (uint64, each once)
+    text -> hash_words -> words_W (uint64) -> hash_ngrams -> grams (uint64)
 
-Case and ASCII punctuation are left out. Where a script writes no spaces each character counts as a
-word."""
+Case and ASCII punctuation are ignored. In scripts without spaces, each character is a word."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ GOLDEN_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 def hash_words(text: str) -> np.ndarray:
-    """uint64 [words]."""
+    """Return uint64 [words], one hash per word."""
     if not text.isascii():
         text = SPACELESS.sub(r" \g<0> ", text)
     words = text.lower().encode(errors="replace").translate(PUNCTUATION_TO_SPACE).split()
@@ -29,7 +27,7 @@ def hash_words(text: str) -> np.ndarray:
 
 
 def hash_ngrams(words_W: np.ndarray, n: int) -> np.ndarray:
-    """uint64, one for each run of n words; of fewer words one for all of them."""
+    """Return uint64, one hash per run of n words; a text of fewer words has one."""
     if not len(words_W):
         return words_W
     n = min(n, len(words_W))
@@ -38,27 +36,28 @@ def hash_ngrams(words_W: np.ndarray, n: int) -> np.ndarray:
     for offset in range(n):
         grams = grams * np.uint64(GOLDEN_MULTIPLIER) + words_W[offset : offset + length]
     grams ^= grams >> np.uint64(29)
-    grams *= np.uint64(0xBF58476D1CE4E5B9)  # of splitmix64
+    grams *= np.uint64(0xBF58476D1CE4E5B9)  # from splitmix64
     return grams ^ (grams >> np.uint64(32))
 
 
 def hash_unique_ngrams(texts: Iterable[np.ndarray], n: int) -> np.ndarray:
-    """The grams of several texts, each once, ascending; no gram goes over the end of a text."""
+    """Return the distinct n-grams of several texts, ascending; none spans two texts."""
     grams = [hash_ngrams(words_W, n) for words_W in texts if len(words_W)]
     return sort_unique(np.concatenate(grams)) if grams else np.empty(0, dtype=np.uint64)
 
 
 def sort_unique(values: np.ndarray) -> np.ndarray:
-    """Each value once, ascending. Of few values several times as fast as `numpy.unique`, which
-    hashes them."""
+    """Return the distinct values, ascending. For few values several times faster than
+    `numpy.unique`."""
     values = np.sort(values)
     is_first = np.empty(len(values), dtype=bool)
-    is_first[:1], is_first[1:] = True, values[1:] != values[:-1]
+    is_first[:1] = True
+    is_first[1:] = values[1:] != values[:-1]
     return values[is_first]
 
 
 def exclude_values(values: np.ndarray, sorted_values: np.ndarray) -> np.ndarray:
-    """Those of `values` that are not among `sorted_values`."""
+    """Return the `values` that are not in `sorted_values`."""
     if not len(sorted_values):
         return values
     positions = np.searchsorted(sorted_values, values)

@@ -1,33 +1,34 @@
-"""Secrets and personal data in texts, by their form and, where they have one, their check digits.
+"""Find secrets and personal data in texts, by pattern and, where there are any, check digits.
 
-Never shown whole: `masked` keeps the ends. Names and addresses have no form that could be found
-without a model, and are left out."""
+They are never shown in full: `mask_text` keeps the ends. Names and addresses have no pattern and
+are left out."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from tunesmith.data.checks.text_stats import RowTexts
 
 
 class SecretPattern(NamedTuple):
-    markers: (
-        tuple[str, ...] | re.Pattern[str]
-    )  # a text without any is not searched; plain ones are quick to look for
+    # a fast test: only a text with one of these is searched
+    markers: tuple[str, ...] | re.Pattern[str]
     pattern: re.Pattern[str]
-    is_valid: Callable[[str], bool]  # whether a match is what it looks like
+    is_valid: Callable[[str], bool]  # whether a match is a real one
 
 
 def mask_text(text: str) -> str:
-    """The ends of a match, and how long it is."""
+    """Return the ends of a match and its length."""
     num_visible = 2 if len(text) >= 12 else 1
     return f"{text[:num_visible]}…{text[-num_visible:]} ({len(text)} characters)"
 
 
 def is_luhn_valid(number: str) -> bool:
-    """The check digit of card numbers (ISO/IEC 7812-1); a number of one digit is none."""
+    """Check the Luhn digit of a card number (ISO/IEC 7812-1). Repetitions of one digit are not
+    valid."""
     digits = [int(character) for character in number if character.isdigit()]
     if not 13 <= len(digits) <= 19 or len(set(digits)) < 2:
         return False
@@ -36,28 +37,24 @@ def is_luhn_valid(number: str) -> bool:
 
 
 def is_iban_valid(text: str) -> bool:
-    """The check digits of an IBAN (ISO 13616)."""
+    """Check the check digits of an IBAN (ISO 13616)."""
     text = text.replace(" ", "")
-    return (
-        len(text) >= 15
-        and int("".join(str(int(character, 36)) for character in text[4:] + text[:4])) % 97 == 1
-    )
+    digits = "".join(str(int(character, 36)) for character in text[4:] + text[:4])
+    return len(text) >= 15 and int(digits) % 97 == 1
 
 
 def has_letters_and_digits(text: str) -> bool:
-    """Letters and digits: no word, no placeholder."""
+    """Tell a random key from a word or placeholder."""
     return any(map(str.isdigit, text)) and any(map(str.isalpha, text)) and len(set(text)) > 7
 
 
 def make_pattern(
     markers: str | re.Pattern[str], pattern: str, is_valid: Callable[[str], bool] = bool
 ) -> SecretPattern:
-    """`signs`: plain ones with spaces between, or a pattern."""
-    return SecretPattern(
-        tuple(markers.split()) if isinstance(markers, str) else markers,
-        re.compile(pattern),
-        is_valid,
-    )
+    """Build a pattern. `markers` are separated by spaces, or a pattern themselves."""
+    if isinstance(markers, str):
+        return SecretPattern(tuple(markers.split()), re.compile(pattern), is_valid)
+    return SecretPattern(markers, re.compile(pattern), is_valid)
 
 
 SECRETS = {
@@ -91,18 +88,20 @@ SECRETS = {
         "Basic ", r"\bAuthorization: Basic ([A-Za-z0-9+/]{12,}={0,2})"
     ),
     "private keys": make_pattern("-----BEGIN", r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-    "signed tokens": make_pattern("eyJ", r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
+    "JSON Web Tokens": make_pattern("eyJ", r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
     "passwords in a URL": make_pattern(
         re.compile("://[^/]*@"), r"\b\w+://[^\s:/@]{1,60}:[^\s:/@]{4,60}@[\w.-]+"
     ),
     "passwords": make_pattern(
         re.compile("[:=] ?[\"']"),
-        r"(?i)\b(?:password|passwd|api_?key|secret|token)\b[\"']? ?[:=] ?[\"']([^\s\"']{8,80})[\"']",
+        r"(?i)\b(?:password|passwd|api_?key|secret|token)\b[\"']? ?[:=] ?"
+        r"[\"']([^\s\"']{8,80})[\"']",
         has_letters_and_digits,
     ),
-    "passwords of the environment": make_pattern(
+    "passwords in environment variables": make_pattern(
         "PASSWORD= PASSWD= SECRET= TOKEN= KEY=",
-        r"\b[A-Z_]*(?:PASSWORD|PASSWD|SECRET|TOKEN|(?:API|ACCESS|PRIVATE)_?KEY)=([^\s\"'$<{]{8,100})",
+        r"\b[A-Z_]*(?:PASSWORD|PASSWD|SECRET|TOKEN|(?:API|ACCESS|PRIVATE)_?KEY)"
+        r"=([^\s\"'$<{]{8,100})",
         has_letters_and_digits,
     ),
     "passwords in a command": make_pattern(
@@ -139,32 +138,29 @@ FAKE_IDENTITY = re.compile(
 
 
 def find_secrets(row: RowTexts) -> Iterator[tuple[str, str]]:
-    """Keys, tokens and passwords, by kind, the first of each masked."""
+    """Find keys, tokens and passwords: each kind with its first match, masked."""
     return _find_kinds(row, SECRETS)
 
 
 def find_personal_data(row: RowTexts) -> Iterator[tuple[str, str]]:
-    """Addresses and numbers of people, by kind, the first of each masked. Addresses of nobody do
-    not count."""
+    """Find addresses and numbers of people: each kind with its first match, masked. Example
+    addresses do not count."""
     return _find_kinds(row, PERSONAL_DATA)
 
 
 def mask_secrets(text: str) -> str:
-    """The text with every secret and every personal datum masked: for what quotes rows."""
+    """Mask all secrets and personal data in a text that quotes rows."""
     for secret_pattern in (*SECRETS.values(), *PERSONAL_DATA.values()):
         if _has_marker(secret_pattern, text):
-            text = secret_pattern.pattern.sub(
-                lambda match, secret_pattern=secret_pattern: _mask_match(match, secret_pattern),
-                text,
-            )
+            text = secret_pattern.pattern.sub(partial(_mask_match, secret_pattern), text)
     return text
 
 
-def _mask_match(match: re.Match[str], secret_pattern: SecretPattern) -> str:
+def _mask_match(secret_pattern: SecretPattern, match: re.Match[str]) -> str:
     secret = match[match.lastindex or 0]
-    return (
-        match[0].replace(secret, mask_text(secret)) if secret_pattern.is_valid(secret) else match[0]
-    )
+    if not secret_pattern.is_valid(secret):
+        return match[0]
+    return match[0].replace(secret, mask_text(secret))
 
 
 def _find_kinds(row: RowTexts, patterns: dict[str, SecretPattern]) -> Iterator[tuple[str, str]]:
@@ -177,11 +173,9 @@ def _find_kinds(row: RowTexts, patterns: dict[str, SecretPattern]) -> Iterator[t
 
 def _has_marker(secret_pattern: SecretPattern, text: str) -> bool:
     markers = secret_pattern.markers
-    return (
-        any(marker in text for marker in markers)
-        if isinstance(markers, tuple)
-        else markers.search(text) is not None
-    )
+    if isinstance(markers, tuple):
+        return any(marker in text for marker in markers)
+    return markers.search(text) is not None
 
 
 def _find_first(secret_pattern: SecretPattern, text: str) -> str:

@@ -1,9 +1,9 @@
-"""The data check: what is wrong with the data before anything is trained on it.
+"""The data check: what is wrong with the data, before anything is trained on it.
 
-    data sets by role -> DataReport by role, with findings
+    data sets by role -> check_data -> DataReport by role, with findings
 
-A run looks at the scanned rows (`RENDERED`) and at digests of all rows; `whole` reads all texts
-once more (reading.py), for everything else in `CHECKS`."""
+A run checks the scanned rows and the digests of all rows (`rendered.py`, `duplicates.py`).
+`tunesmith data check` (`should_read_all`) also reads all texts (`text_stats.py`)."""
 
 from __future__ import annotations
 
@@ -37,34 +37,31 @@ def check_data(
     corpus: PretrainingCorpus | None = None,
     should_read_all: bool = False,
 ) -> dict[str, DataReport]:
-    """Look at every role, held-out ones last. `schema`: what every answer but those of the
-    rehearsal should follow. `corpus`: the texts of the role `data`, where they are trained as
-    windows. `whole`: read all rows, not only what a run needs to know."""
+    """Check every role, held-out roles last.
+
+    `schema` is the JSON schema of answers, except in rehearsal data. `corpus` holds the texts of
+    the role `data` if they are trained as windows. With `should_read_all`, all texts are read, not
+    only what a run needs. Raises InputError for an invalid schema."""
     validator = _make_validator(schema) if schema is not None else None
-    text_stats = (
-        compute_text_stats(remove_shots(datasets), row_checks.get_row_finders())
-        if should_read_all
-        else None
-    )
+    text_stats = None
+    if should_read_all:
+        text_stats = compute_text_stats(remove_shots(datasets), row_checks.get_row_finders())
     reports: dict[str, DataReport] = {}
     for role, dataset in datasets.items():
         earlier = {name: datasets[name] for name in reports}
-        role_scan = corpus.build_scan() if corpus and role == "data" else scan_dataset(dataset)
-        context = CheckContext(
-            role, dataset, role_scan, earlier, validator if role != REHEARSAL else None, text_stats
-        )
-        findings = tuple(
-            _mask_finding(finding, should_read_all)
-            for data_check in DATASET_CHECKS.values()
-            for finding in data_check(context)
-        )
-        reports[role] = make_report(dataset, context.scan, findings)
+        scan = corpus.build_scan() if corpus and role == "data" else scan_dataset(dataset)
+        role_validator = None if role == REHEARSAL else validator
+        context = CheckContext(role, dataset, scan, earlier, role_validator, text_stats)
+        findings: list[Finding] = []
+        for data_check in DATASET_CHECKS.values():
+            for finding in data_check(context):
+                findings.append(_mask_finding(finding, should_read_all))
+        reports[role] = make_report(dataset, scan, findings)
     return reports
 
 
 def _mask_finding(finding: Finding, should_name_all: bool) -> Finding:
-    """Nothing that a finding quotes of a row is a secret; a plan keeps the rows that are
-    printed."""
+    """Mask secrets in what a finding quotes. A plan stores only the rows that are printed."""
     rows = finding.rows if should_name_all else finding.rows[:MAX_ROW_IDS]
     return dataclasses.replace(
         finding, message=mask_secrets(finding.message), rows=tuple(map(mask_secrets, rows))
@@ -74,7 +71,7 @@ def _mask_finding(finding: Finding, should_name_all: bool) -> Finding:
 def make_report(
     dataset: Dataset, dataset_scan: DatasetScan, findings: Sequence[Finding] = ()
 ) -> DataReport:
-    """The numbers of a scan as a report; estimates for all rows if only a sample was scanned."""
+    """Return the numbers of a scan as a report, estimated for all rows if it is a sample."""
     return DataReport(
         path=dataset.path,
         format=", ".join(dict.fromkeys(part.format for part in dataset.parts)),
@@ -114,20 +111,19 @@ def _count_rejected(dataset: Dataset, dataset_scan: DatasetScan) -> dict[str, in
 
 
 def _make_validator(schema: Json) -> Validator:
-    """A validator that fetches nothing: a $ref out of the schema is an error."""
+    """Return a validator that fetches nothing: a $ref out of the schema is an error."""
     validator_class = validator_for(schema, default=Draft202012Validator)
     try:
         validator_class.check_schema(schema)
     except SchemaError as error:
-        raise InputError(
-            f"not a JSON schema: {error.message}", where="schema", fix="correct the schema"
-        ) from None
+        message = f"not a JSON schema: {error.message}"
+        raise InputError(message, where="response_schema", fix="correct the schema") from None
     return validator_class(schema, registry=Registry())
 
 
 DATASET_CHECKS = {
     "rejected": rendered.check_rejected,
-    "others": rendered.check_unread_files,
+    "unread_files": rendered.check_unread_files,
     "never": rendered.check_constraints,
     "chosen_only": rendered.check_chosen_only,
     "sampled": rendered.check_sampled,
@@ -143,17 +139,17 @@ DATASET_CHECKS = {
     "near_duplicates": duplicates.check_near_duplicates,
     "leaks": duplicates.check_leakage,
     "near_leaks": duplicates.check_near_leakage,
-    "copied_parts": duplicates.check_ngram_overlap,
+    "ngram_overlap": duplicates.check_ngram_overlap,
     "answers": rendered.check_schema,
-    "said": row_checks.check_rows,
+    "row_checks": row_checks.check_rows,
     "broken_json": distribution.check_broken_json,
     "cut_off": distribution.check_cut_answers,
     "outliers": distribution.check_length_outliers,
     "languages": distribution.check_languages,
     "openings": distribution.check_openings,
-    "longer_side": distribution.check_length_bias,
+    "length_bias": distribution.check_length_bias,
     "classes": labels.check_classes,
-    "told_label": labels.check_label_in_prompt,
-    "triggers": labels.check_trigger_phrases,
+    "label_in_prompt": labels.check_label_in_prompt,
+    "trigger_phrases": labels.check_trigger_phrases,
     "unused": rendered.check_unused_keys,
 }

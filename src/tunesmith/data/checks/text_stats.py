@@ -1,9 +1,10 @@
-"""All rows of all roles, read once: what their texts say, as a few numbers a row.
+"""Read all rows of all roles once, and keep a few numbers per row.
 
-    data sets by role -> read_all -> Reading: Texts of each role, rows that are alike, passages that are trained
+    data sets by role -> compute_text_stats -> TextStats: RoleTextStats of each role, near
+                                               duplicates, n-gram overlap of held-out roles
 
-No text is kept. What checks of single rows have to say (said.py) is counted, with the first rows of
-each kind."""
+No text is kept. Checks of single rows (`row_checks.py`) run in the same pass: their matches are
+counted, with the first rows as examples."""
 
 from __future__ import annotations
 
@@ -32,21 +33,22 @@ from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL
 from tunesmith.data.sampler import permutation
 
 TRAINED_ROLES = ("data", REHEARSAL)
-SAMPLE_ROWS = 2_000  # rows, from which is seen what most rows have in common
-COMMON_SHARE, COMMON_ROWS = (
-    0.1,
-    10,
-)  # what more than both of these have is a frame, not what a row says
-MAX_NAMED_ROWS = 1000  # of a finding; what is printed shows a few of them
-OPENING_WORDS = 3  # words of an answer with which many may begin
-MAX_LANGUAGE_ROWS = 50_000  # telling a language takes as long as everything else
-NO_JSON, GOOD_JSON, BROKEN_JSON = range(3)
+SAMPLE_ROWS = 2_000  # from which n-grams common to most rows are estimated
+# An n-gram in more rows than both of these belongs to an instruction or frame, not to a row.
+COMMON_SHARE = 0.1
+COMMON_ROWS = 10
+MAX_NAMED_ROWS = 1000  # per finding; the terminal shows a few of them
+OPENING_WORDS = 3
+MAX_LANGUAGE_ROWS = 50_000  # language detection takes as long as everything else
+NO_JSON = 0
+GOOD_JSON = 1
+BROKEN_JSON = 2
 
 
 @dataclass(frozen=True, eq=False)
 class RowTexts:
-    """One row as checks read it: `prompt` is its last question, `answer` its last answer, `turns`
-    what user and assistant say, `texts` everything."""
+    """The texts of a row: its last user message and last answer, those of all user and assistant
+    messages, and those of all messages."""
 
     example: Example
     prompt: str
@@ -59,19 +61,19 @@ class RowTexts:
         return {}
 
     def get_words(self, text: str) -> np.ndarray:
-        """uint64 [words] of one of its texts, reckoned once."""
+        """Return uint64 [words] of one of the texts, hashed once."""
         if text not in self._word_cache:
             self._word_cache[text] = hash_words(text)
         return self._word_cache[text]
 
     @property
     def words(self) -> list[np.ndarray]:
-        """Of each turn."""
+        """The word hashes of each turn."""
         return [self.get_words(text) for text in self.turns]
 
     @cached_property
     def plain_answer(self) -> str:
-        """In small letters, with straight apostrophes."""
+        """The answer in lower case, with straight apostrophes."""
         return self.answer.lower().replace("’", "'")
 
 
@@ -81,27 +83,27 @@ def extract_row_texts(example: Example) -> RowTexts:
         return RowTexts(example, example.prompt or "", example.text, texts, texts)
     texts = tuple(message["content"] for message in example.messages)
     turns = tuple(m["content"] for m in example.messages if m["role"] in ("user", "assistant"))
-    prompt = next(
-        (m["content"] for m in reversed(example.messages[:-1]) if m["role"] == "user"), ""
-    )
+    prompt = ""
+    for message in example.messages[:-1]:
+        if message["role"] == "user":
+            prompt = message["content"]
     return RowTexts(example, prompt, texts[-1], turns, texts)
 
 
-RowFinder = Callable[
-    [RowTexts], Iterator[tuple[str, str]]
-]  # a row -> what is wrong with it: kind, what to show
+# row -> (kind, excerpt) of each problem
+RowFinder = Callable[[RowTexts], Iterator[tuple[str, str]]]
 
 
 @dataclass
 class CheckCounts:
-    """Rows of which one check of single rows has something to say."""
+    """The rows that one check of single rows matched."""
 
     num_rows: int = 0
     kinds: Counter[str] = field(default_factory=Counter[str])
-    examples: list[str] = field(default_factory=list[str])
+    examples: list[str] = field(default_factory=list[str])  # row id and excerpts
 
     def add_row(self, row_id: str, matches: Mapping[str, str]) -> None:
-        """`found`: kind -> what to show of it."""
+        """Count a row. `matches` maps kinds to excerpts."""
         self.num_rows += 1
         self.kinds.update(matches.keys())
         if len(self.examples) < MAX_NAMED_ROWS:
@@ -110,21 +112,18 @@ class CheckCounts:
 
 @dataclass(frozen=True, eq=False)
 class RoleTextStats:
-    """What the N rows of a role say."""
+    """Numbers of the N rows of a role."""
 
-    check_counts: dict[str, CheckCounts]  # check of single rows -> what it found
-    answer_digests_N: (
-        np.ndarray
-    )  # uint64, digest of the last answer, case and white space evened out
-    opening_digests_N: np.ndarray  # uint64, digest of its opening
+    check_counts: dict[str, CheckCounts]  # by name of the check
+    answer_digests_N: np.ndarray  # uint64, last answer, case and white space normalized
+    opening_digests_N: np.ndarray  # uint64, its first words
     answer_chars_N: np.ndarray  # int64
     prompt_chars_N: np.ndarray  # int64
-    rejected_chars_N: np.ndarray  # int64, of the rejected answer
+    rejected_chars_N: np.ndarray  # int64, rejected answer of a pair
     json_kind_N: np.ndarray  # uint8, NO_JSON | GOOD_JSON | BROKEN_JSON
-    languages_N: (
-        np.ndarray | None
-    )  # int16, into languages.names(), -1: too little text; None without py3langid
-    is_sampled_N: np.ndarray  # bool, whether the language is asked for: of many rows a sample
+    # int16, into language_id.list_languages(), -1: too little text; None without py3langid
+    languages_N: np.ndarray | None
+    is_sampled_N: np.ndarray  # bool, whether the language is detected
 
     @classmethod
     def make_empty(cls, count: int) -> RoleTextStats:
@@ -144,15 +143,13 @@ class RoleTextStats:
         answer = " ".join(row.answer.split())
         self.answer_digests_N[index] = compute_digest(answer.lower())
         self.opening_digests_N[index] = compute_digest(extract_opening(answer).lower())
-        self.answer_chars_N[index], self.prompt_chars_N[index] = len(answer), len(row.prompt)
+        self.answer_chars_N[index] = len(answer)
+        self.prompt_chars_N[index] = len(row.prompt)
         if row.example.rejected is not None:
             self.rejected_chars_N[index] = len(extract_row_texts(row.example.rejected).answer)
         self.json_kind_N[index] = _classify_json(answer)
-        if (
-            self.languages_N is not None
-            and self.is_sampled_N[index]
-            and self.json_kind_N[index] == NO_JSON
-        ):
+        is_prose = self.json_kind_N[index] == NO_JSON
+        if self.languages_N is not None and self.is_sampled_N[index] and is_prose:
             self.languages_N[index] = language_id.detect_language(row.answer)
 
 
@@ -164,18 +161,18 @@ class TextStats:
 
 
 def extract_opening(answer: str) -> str:
-    """Its first words: up to a sign, as in "Great question!", at most three."""
-    words = answer.split(None, OPENING_WORDS)[:OPENING_WORDS]
-    opening_end = next(
-        (number for number, word in enumerate(words, 1) if word[-1] in "!,.:;?"), OPENING_WORDS
-    )
-    return " ".join(words[:opening_end])
+    """Return the first words, up to punctuation as in "Great question!", at most three."""
+    opening: list[str] = []
+    for word in answer.split(None, OPENING_WORDS)[:OPENING_WORDS]:
+        opening.append(word)
+        if word[-1] in "!,.:;?":
+            break
+    return " ".join(opening)
 
 
 def compute_digest(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big"
-    )
+    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def _classify_json(answer: str) -> int:
@@ -194,23 +191,21 @@ def iter_rows(dataset: Dataset) -> Iterator[RowTexts]:
 
 
 def find_common_ngrams(datasets: Mapping[str, Dataset], n: int) -> np.ndarray:
-    """uint64, ascending: runs of n words that many rows of a role have: its instruction, its
-    frame."""
+    """Return uint64, ascending: n-grams that many rows of a role share, such as those of its
+    instruction."""
     role_grams = [np.empty(0, dtype=np.uint64)]
     for dataset in datasets.values():
         _, unique_rows = np.unique(dataset.contents_N, return_index=True)
         sample = unique_rows[permutation(0, 0, len(unique_rows))[:SAMPLE_ROWS]]
-        grams = [
-            hash_unique_ngrams(extract_row_texts(dataset.read_example(int(index))).words, n)
-            for index in sample
-        ]
+        texts = [extract_row_texts(dataset.read_example(row)) for row in sample.tolist()]
+        grams = [hash_unique_ngrams(row.words, n) for row in texts]
         values, counts = np.unique(np.concatenate(grams), return_counts=True)
         role_grams.append(values[counts > max(COMMON_ROWS, COMMON_SHARE * len(sample))])
     return np.unique(np.concatenate(role_grams))
 
 
 def extract_ngrams(row: RowTexts, common: np.ndarray) -> np.ndarray:
-    """What a row says beside its frame; a row that says nothing else is compared whole."""
+    """Return the shingles of a row that are not in `common`, or all if there are no others."""
     grams = hash_unique_ngrams(row.words, SHINGLE_WORDS)
     row_grams = exclude_values(grams, common)
     return row_grams if len(row_grams) else grams
@@ -219,28 +214,22 @@ def extract_ngrams(row: RowTexts, common: np.ndarray) -> np.ndarray:
 def compute_text_stats(
     datasets: Mapping[str, Dataset], checks: Mapping[str, RowFinder]
 ) -> TextStats:
-    """One pass over all rows; held-out ones, of which passages are looked for, are read once more
-    before."""
-    trained_contents = np.concatenate(
-        [datasets[role].contents_N for role in TRAINED_ROLES if role in datasets]
-    )
+    """Read all rows once, after held-out rows were read to index their n-grams."""
+    trained_roles = [role for role in TRAINED_ROLES if role in datasets]
+    trained_contents = np.concatenate([datasets[role].contents_N for role in trained_roles])
     common = find_common_ngrams(datasets, NGRAM_WORDS)
-    indexes = {
-        role: NgramIndex((row.words for row in iter_rows(dataset)), common)
-        for role, dataset in datasets.items()
-        if role not in TRAINED_ROLES
-    }
+    indexes: dict[str, NgramIndex] = {}
+    for role, dataset in datasets.items():
+        if role not in TRAINED_ROLES:
+            indexes[role] = NgramIndex((row.words for row in iter_rows(dataset)), common)
     stats_pass = _StatsPass(datasets, indexes, checks)
     role_stats = {role: stats_pass.read_role(role) for role in datasets}
-    return TextStats(
-        role_stats,
-        stats_pass.find_near_duplicates(),
-        {role: index.compute_overlap(trained_contents) for role, index in indexes.items()},
-    )
+    overlaps = {role: index.compute_overlap(trained_contents) for role, index in indexes.items()}
+    return TextStats(role_stats, stats_pass.find_near_duplicates(), overlaps)
 
 
 class _StatsPass:
-    """What is remembered from row to row."""
+    """State of the pass over all rows."""
 
     def __init__(
         self,
@@ -248,10 +237,12 @@ class _StatsPass:
         indexes: Mapping[str, NgramIndex],
         checks: Mapping[str, RowFinder],
     ) -> None:
-        self.datasets, self.indexes, self.checks = datasets, indexes, checks
+        self.datasets = datasets
+        self.indexes = indexes
+        self.checks = checks
         self.common = find_common_ngrams(datasets, SHINGLE_WORDS)
         self.bands: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self.earlier_contents = np.empty(0, dtype=np.uint64)  # digests of the rows before this role
+        self.earlier_contents = np.empty(0, dtype=np.uint64)  # digests of the roles read so far
         try:
             self.min_hasher = MinHasher()
         except ImportError:
@@ -259,33 +250,28 @@ class _StatsPass:
 
     def read_role(self, role: str) -> RoleTextStats:
         dataset = self.datasets[role]
-        stats, is_signed_N, bands_NB = (
-            RoleTextStats.make_empty(len(dataset)),
-            self._mark_new_rows(dataset),
-            np.empty((0, NUM_BANDS), np.uint64),
-        )
-        if self.min_hasher:
-            bands_NB = np.zeros((len(dataset), NUM_BANDS), dtype=np.uint64)
+        stats = RoleTextStats.make_empty(len(dataset))
+        is_hashed_N = self._mark_new_rows(dataset)
+        bands_NB = np.zeros((len(dataset) if self.min_hasher else 0, NUM_BANDS), dtype=np.uint64)
         for index, row in enumerate(iter_rows(dataset)):
             stats.record_row(index, row)
             for name, find_matches in self.checks.items():
                 if matches := dict(find_matches(row)):
-                    stats.check_counts.setdefault(name, CheckCounts()).add_row(
-                        row.example.id, matches
-                    )
+                    counts = stats.check_counts.setdefault(name, CheckCounts())
+                    counts.add_row(row.example.id, matches)
             if role in TRAINED_ROLES:
                 for ngram_index in self.indexes.values():
                     ngram_index.mark_trained(row.words)
-            if self.min_hasher and is_signed_N[index]:
+            if self.min_hasher and is_hashed_N[index]:
                 grams = extract_ngrams(row, self.common)
-                is_signed_N[index] = len(grams) > 0
+                is_hashed_N[index] = len(grams) > 0
                 bands_NB[index] = self.min_hasher.compute_bands(grams)
         if self.min_hasher:
-            self.bands[role] = np.flatnonzero(is_signed_N), bands_NB[is_signed_N]
+            self.bands[role] = np.flatnonzero(is_hashed_N), bands_NB[is_hashed_N]
         return stats
 
     def _mark_new_rows(self, dataset: Dataset) -> np.ndarray:
-        """Which rows are the first with their content, in this role and those before it."""
+        """Return whether each row is the first with its content, in all roles read so far."""
         is_new_N = np.zeros(len(dataset), dtype=bool)
         is_new_N[np.unique(dataset.contents_N, return_index=True)[1]] = True
         is_new_N &= ~np.isin(dataset.contents_N, self.earlier_contents)
@@ -295,9 +281,8 @@ class _StatsPass:
     def find_near_duplicates(self) -> NearDuplicates | None:
         if self.min_hasher is None:
             return None
-        return find_near_duplicates(
-            self.bands,
-            lambda role, row: extract_ngrams(
-                extract_row_texts(self.datasets[role].read_example(row)), self.common
-            ),
-        )
+        return find_near_duplicates(self.bands, self._read_ngrams)
+
+    def _read_ngrams(self, role: str, row: int) -> np.ndarray:
+        example = self.datasets[role].read_example(row)
+        return extract_ngrams(extract_row_texts(example), self.common)

@@ -1,1 +1,1 @@
-"""Text to token ids."""
+"""Tokenizers: tokenizer.json taken apart into control tokens and plain text to ids."""

@@ -1,17 +1,14 @@
-"""The fast tokenizer of a model folder, taken apart: what control tokens there are, and plain text
-to ids.
+"""The fast tokenizer of a model folder, taken apart: its control tokens, and plain text to ids.
 
 Plain text never becomes a control token here. Added tokens are of three kinds:
 
-    control     marked special, named in the config, or not a tag: only the template writes them
-    structural  a tag with its partner (`<think>` `</think>`): also tokens in an assistant's text, text elsewhere
-    vocabulary  plain text makes them anyway (line ends in Gemma), or HTML: tokens everywhere, as in any other tokenizer
+    control      marked special, named in the config, or not a tag: only the template writes them
+    structural   a tag with its partner (`<think>` `</think>`): also tokens in an assistant's text,
+                 plain text elsewhere
+    vocabulary   made by plain text anyway (line ends in Gemma), or HTML: tokens everywhere
 
-Those that a recipe adds are vocabulary, or structural where the chat template writes them
-(new_tokens.py).
-
-transformers is not used; ids equal those of the tokenizer.json.
-"""
+Tokens that a recipe adds are vocabulary, or structural if the chat template writes them
+(`added_tokens.py`). transformers is not used; ids equal those of the tokenizer.json."""
 
 from __future__ import annotations
 
@@ -48,11 +45,10 @@ SPECIAL_TOKEN_NAMES = (
     "mask_token",
 )
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-MAX_PIECE_CHARS = (
-    2**18
-)  # characters; longer runs are encoded in pieces, since the library takes over 100 bytes a token
-BATCH_PIECES = 4  # pieces of a long run that are encoded in one batch
-MAX_CACHED_CHARS = 64  # characters; such runs repeat in every row and are remembered
+# Longer runs are encoded in pieces, since the library takes over 100 bytes per token.
+MAX_PIECE_CHARS = 2**18
+BATCH_PIECES = 4  # pieces of a long run encoded in one batch
+MAX_CACHED_CHARS = 64  # such runs repeat in every row and are cached
 MAX_CACHED_TEXTS = 10_000
 
 _TAG = re.compile(r"<(/?)([A-Za-z][\w.:-]*)>|<(\|?)([A-Za-z][\w.:-]*)(\|?)>|\[(/?)([A-Za-z]\w*)\]")
@@ -60,13 +56,14 @@ _HTML_TAGS = frozenset(
     re.findall(
         r"\w+",
         """
-        a abbr acronym address applet area article aside audio b base basefont bdi bdo big blockquote body br button
-        canvas caption center cite code col colgroup data datalist dd del details dfn dialog dir div dl dt em embed
-        fieldset figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html i iframe
-        img input ins kbd label legend li link main map mark menu meta meter nav noframes noscript object ol optgroup
-        option output p param picture pre progress q rp rt ruby s samp script search section select small source span
-        strike strong style sub summary sup svg table tbody td template textarea tfoot th thead time title tr track tt u
-        ul var video wbr
+        a abbr acronym address applet area article aside audio b base basefont bdi bdo big
+        blockquote body br button canvas caption center cite code col colgroup data datalist dd
+        del details dfn dialog dir div dl dt em embed fieldset figcaption figure font footer form
+        frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html i iframe img input ins kbd
+        label legend li link main map mark menu meta meter nav noframes noscript object ol
+        optgroup option output p param picture pre progress q rp rt ruby s samp script search
+        section select small source span strike strong style sub summary sup svg table tbody td
+        template textarea tfoot th thead time title tr track tt u ul var video wbr
         """,
     )
 )
@@ -74,8 +71,8 @@ _HTML_TAGS = frozenset(
 
 @dataclass(frozen=True)
 class ControlToken:
-    """A control or structural token. Strips and `single_word` act on the text around it, as
-    tokenizers do."""
+    """A control or structural token. lstrip, rstrip and single_word act on the text around it, as
+    in the tokenizers library."""
 
     id: int
     text: str
@@ -87,7 +84,7 @@ class ControlToken:
 
 
 class ChatTokenizer:
-    """Read-only after construction, but for a memory of short texts."""
+    """Read-only after construction, except for caches."""
 
     def __init__(
         self,
@@ -97,150 +94,128 @@ class ChatTokenizer:
         end_ids: tuple[int, ...],
         new_tokens: Sequence[NewToken] = (),
     ) -> None:
-        """`new`: those of the added tokens that are the recipe's."""
+        """`new_tokens` are those added tokens that come from the recipe. Raises InputError."""
         self.new_tokens = tuple(new_tokens)
         data = _override_added_tokens(config, parse_tokenizer(tokenizer_json))
         self.special_tokens = special_tokens
-        self.sha256 = hashlib.sha256(
-            tokenizer_json + json.dumps(data["added_tokens"]).encode()
-        ).hexdigest()
-        non_special = {
-            token["content"] for token in data["added_tokens"] if not token["special"]
-        } - set(special_tokens.values())
-        self._start_tokenizer, vocabulary = _make_plain_tokenizer(
-            data, non_special, {token.text for token in new_tokens if token.is_ordinary}
-        )
+        identity = tokenizer_json + json.dumps(data["added_tokens"]).encode()
+        self.sha256 = hashlib.sha256(identity).hexdigest()
+        non_special = {token["content"] for token in data["added_tokens"] if not token["special"]}
+        non_special -= set(special_tokens.values())
+        ordinary_texts = {token.text for token in new_tokens if token.is_ordinary}
+        # for text at the start of a document, after control tokens, and after other plain text
+        self._start_tokenizer, vocabulary = _make_plain_tokenizer(data, non_special, ordinary_texts)
         self._rest_tokenizer = _make_variant(data, self._start_tokenizer, should_keep_prefix=True)
         self._continuation_tokenizer = _make_variant(
             data, self._rest_tokenizer, should_keep_prefix=False
         )
-        added = [token for token in data["added_tokens"] if token["content"] not in vocabulary]
         new_texts = {token.text for token in new_tokens}
-        self.controls = {
-            token["content"]: _make_control(token, non_special, new_texts) for token in added
-        }
+        self.controls: dict[str, ControlToken] = {}
+        for token in data["added_tokens"]:
+            if token["content"] not in vocabulary:
+                self.controls[token["content"]] = _make_control(token, non_special, new_texts)
         self.pattern = re.compile(_build_pattern(self.controls))
         self.control_ids = frozenset(control.id for control in self.controls.values())
-        unk_ids = {
-            self.token_to_id(str(text))
-            for text in (data["model"].get("unk_token"), special_tokens.get("unk_token"))
-            if text
-        }
-        self._forbidden_ids = (
-            self.control_ids - unk_ids - {data["model"].get("unk_id")}
-        )  # what plain text must not give
+        unk_texts = (data["model"].get("unk_token"), special_tokens.get("unk_token"))
+        unk_ids = {self.token_to_id(str(text)) for text in unk_texts if text}
+        # ids that plain text must not make
+        self._forbidden_ids = self.control_ids - unk_ids - {data["model"].get("unk_id")}
         self.eos_id = self.token_to_id(special_tokens.get("eos_token", ""))
-        self.end_ids = tuple(
-            dict.fromkeys([*end_ids, *([self.eos_id] if self.eos_id is not None else [])])
-        )
+        eos_ids = [] if self.eos_id is None else [self.eos_id]
+        self.end_ids = tuple(dict.fromkeys([*end_ids, *eos_ids]))
         self.bos_ids = () if config.get("add_bos_token") is False else self._find_leading_ids()
-        is_plain = self._start_tokenizer is self._continuation_tokenizer and not vocabulary
-        self.word_encoder = (
-            WordEncoder.from_tokenizer(data, partial(self._encode, tokenizer=self._start_tokenizer))
-            if is_plain
-            else None
-        )
+        self.word_encoder: WordEncoder | None = None
+        if self._start_tokenizer is self._continuation_tokenizer and not vocabulary:
+            encode_word = partial(self._encode, tokenizer=self._start_tokenizer)
+            self.word_encoder = WordEncoder.from_tokenizer(data, encode_word)
+        # [is_start] -> text -> ids: short runs, and the runs of the last batch
         self._cache: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
         self._prefetched: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
-        if mismatched := [
-            token.text for token in new_tokens if self.token_to_id(token.text) != token.id
-        ]:
-            raise InputError(
-                f"the tokenizer's numbers have holes: it gives {mismatched[0]!r} another one than the next"
-            )
+        for token in new_tokens:
+            if self.token_to_id(token.text) != token.id:
+                raise InputError(
+                    f"the tokenizer's ids are not consecutive: {token.text!r} does not get the next"
+                )
 
     @classmethod
     def from_folder(cls, folder: Path, new_tokens: Sequence[NewToken] = ()) -> ChatTokenizer:
-        """With the tokens `new` added to it. Raises InputError if there is no tokenizer.json."""
+        """Load the tokenizer of a model folder and add `new_tokens`. Raises InputError."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise InputError(
-                "the model folder has no tokenizer.json",
-                where=str(folder),
-                fix="give a folder with one",
-            )
+            fix = "set `model` to a folder with a fast tokenizer"
+            raise InputError("the model folder has no tokenizer.json", where=str(folder), fix=fix)
         config = read_json(folder / "tokenizer_config.json")
         eos_token_id = read_json(folder / "generation_config.json").get("eos_token_id")
-        end_ids = (
-            tuple(eos_token_id)
-            if isinstance(eos_token_id, list)
-            else ()
-            if eos_token_id is None
-            else (eos_token_id,)
-        )
+        end_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        if eos_token_id is None:
+            end_ids = []
         if not all(type(end) is int for end in end_ids):
-            message = f"eos_token_id is {str(eos_token_id)[:80]!r}, neither a number nor a list of numbers"
-            raise InputError(message, where=str(folder / "generation_config.json"))
-        try:
-            return cls(
-                append_tokens(path.read_bytes(), new_tokens),
-                config,
-                _read_special_tokens(folder, config),
-                end_ids,
-                new_tokens,
+            message = (
+                f"eos_token_id is not an integer or a list of them: {str(eos_token_id)[:80]!r}"
             )
+            raise InputError(message, where=str(folder / "generation_config.json"))
+        special_tokens = _read_special_tokens(folder, config)
+        tokenizer_json = path.read_bytes()
+        try:
+            tokenizer_json = append_tokens(tokenizer_json, new_tokens)
+            return cls(tokenizer_json, config, special_tokens, tuple(end_ids), new_tokens)
         except InputError as error:
             raise InputError(error.message, where=str(path), fix=error.fix) from error
 
     def demote_structural(self, controls: Iterable[ControlToken]) -> None:
-        """Make structural tokens that mark turns control tokens, with their partners: an answer
-        must not write them."""
-        for text in [
-            name for control in controls for name in (control.text, _get_partner(control.text))
-        ]:
-            if text in self.controls:
-                self.controls[text] = replace(self.controls[text], is_structural=False)
+        """Make structural tokens control tokens, with their partners: an answer must not write
+        tokens that mark turns."""
+        for control in controls:
+            for text in (control.text, _get_partner(control.text)):
+                if text in self.controls:
+                    self.controls[text] = replace(self.controls[text], is_structural=False)
 
     @property
     def size(self) -> int:
-        """The number behind the last token's."""
+        """The id after the last token."""
         return 1 + max(self._start_tokenizer.get_vocab(with_added_tokens=True).values())
 
     def token_to_id(self, text: str) -> int | None:
         return self._start_tokenizer.token_to_id(text) if text else None
 
     def encode(self, text: str, *, is_start: bool) -> list[int]:
-        """Ids of a run of plain text; `at_start` if nothing stands before it in the document."""
+        """Return the ids of a run of plain text; `is_start` if the document starts with it. Raises
+        InputError if it makes a control token."""
         cache = self._cache[is_start]
         cached = cache.get(text)
         if cached is not None:
             return cached
         prefetched = self._prefetched[is_start].get(text)
-        ids = (
-            [i for part in self.iter_run_ids(text, is_start=is_start) for i in part]
-            if prefetched is None
-            else self.check_ids(prefetched)
-        )
+        if prefetched is not None:
+            ids = self.check_ids(prefetched)
+        else:
+            ids = [i for part in self.iter_run_ids(text, is_start=is_start) for i in part]
         if len(text) <= MAX_CACHED_CHARS and len(cache) < MAX_CACHED_TEXTS:
             cache[text] = ids
         return ids
 
     def iter_run_ids(self, text: str, *, is_start: bool) -> Iterator[list[int]]:
-        """The ids of a run of any length, piece by piece; a few are encoded together, on all
+        """Yield the ids of a run of any length, piece by piece, a few encoded together on all
         cores."""
         remaining = split_text(text, MAX_PIECE_CHARS)
-        yield self._encode(
-            next(remaining), self._start_tokenizer if is_start else self._rest_tokenizer
-        )
+        first_tokenizer = self._start_tokenizer if is_start else self._rest_tokenizer
+        yield self._encode(next(remaining), first_tokenizer)
+        tokenizer = self._continuation_tokenizer
         while batch := list(islice(remaining, BATCH_PIECES)):
             with TokenizerErrors():
-                encodings = self._continuation_tokenizer.encode_batch_fast(
-                    batch, add_special_tokens=False
-                )
+                encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             yield from (self.check_ids(encoding.ids) for encoding in encodings)
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """The ids of whole texts, encoded in one batch on all cores; without long ones, without any
-        if one of them cannot be encoded, or where `text_parts` is faster."""
+        """Return the ids of documents, encoded in one batch on all cores. Long texts are left out;
+        empty if one cannot be encoded, or if `iter_text_ids` is faster."""
+        if self.word_encoder is not None:
+            return {}
         short_texts = [text for text in texts if len(text) <= MAX_PIECE_CHARS]
-        return (
-            {}
-            if self.word_encoder is not None
-            else self._encode_batch(short_texts, self._start_tokenizer)
-        )
+        return self._encode_batch(short_texts, self._start_tokenizer)
 
     def iter_text_ids(self, text: str) -> Iterator[Sequence[int] | np.ndarray]:
-        """The ids of a whole text, piece by piece; by its words where that is exact."""
+        """Yield the ids of a document piece by piece, with the word cache where that is exact."""
         if self.word_encoder is None:
             yield from self.iter_run_ids(text, is_start=True)
             return
@@ -248,29 +223,27 @@ class ChatTokenizer:
             yield self.word_encoder.encode_text(piece)
 
     def encode_ahead(self, runs: Iterable[tuple[str, bool]]) -> None:
-        """Encode runs, (text, at_start) each, in one batch on all cores. `encode` finds them until
+        """Encode runs, (text, is_start) each, in one batch on all cores, for `encode` to take until
         the next batch."""
         texts: tuple[set[str], set[str]] = (set(), set())
         for text, is_start in runs:
             if text not in self._cache[is_start] and len(text) <= MAX_PIECE_CHARS:
                 texts[is_start].add(text)
-        rest, head = (
-            self._encode_batch(list(batch), t)
-            for batch, t in zip(texts, (self._rest_tokenizer, self._start_tokenizer), strict=True)
-        )
-        self._prefetched = rest, head
+        rest_ids = self._encode_batch(list(texts[False]), self._rest_tokenizer)
+        start_ids = self._encode_batch(list(texts[True]), self._start_tokenizer)
+        self._prefetched = (rest_ids, start_ids)
 
     def _encode_batch(self, texts: list[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
         try:
             with TokenizerErrors():
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except InputError:
-            return {}  # one of the texts; it says so when it is encoded alone
+            return {}  # the text at fault raises when it is encoded alone
         return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of text that goes on from other text: no space is put in front, whatever the
-        tokenizer's habit."""
+        """Return the ids of text that continues other text: without the space that some tokenizers
+        prepend."""
         return self._encode(text, self._continuation_tokenizer)
 
     def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
@@ -279,7 +252,7 @@ class ChatTokenizer:
         return self.check_ids(ids)
 
     def check_ids(self, ids: list[int]) -> list[int]:
-        """The same ids. Raises InputError if one of them is a control token's."""
+        """Return the same ids. Raises InputError if one is a control token."""
         if not self._forbidden_ids.isdisjoint(ids):
             stray = next(self.decode([token]) for token in ids if token in self._forbidden_ids)
             raise InputError(f"the tokenizer makes the control token {stray!r} from plain text")
@@ -289,26 +262,26 @@ class ChatTokenizer:
         return self._start_tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def can_match_control(self, control: ControlToken, following: str) -> bool:
-        """False if normalisation would keep the full tokenizer from finding this token before
-        `following`."""
+        """Return whether the full tokenizer matches this token before `following`, which its
+        normalizer may prevent."""
         normalizer = self._start_tokenizer.normalizer
         if not control.normalized or normalizer is None:
             return True
         return normalizer.normalize_str(control.text + following).startswith(control.text)
 
     def _find_leading_ids(self) -> tuple[int, ...]:
+        """Return the ids that the post-processor puts before plain text."""
         with_special = self._start_tokenizer.encode("a").ids
         plain = self._start_tokenizer.encode("a", add_special_tokens=False).ids
-        count = next(
-            n for n in range(len(with_special) + 1) if with_special[n : n + len(plain)] == plain
-        )
-        return tuple(with_special[:count])
+        for count in range(len(with_special)):
+            if with_special[count : count + len(plain)] == plain:
+                return tuple(with_special[:count])
+        return ()
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
-    """A text in pieces of at most so many characters. It is cut before a space between two words,
-    where tokens begin anyway; if there is none before another space or line end; if there is none
-    anywhere."""
+    """Yield a text in pieces of at most `max_chars`, cut before a space between two words, where
+    tokens start anyway; else before another space or line end; else anywhere."""
     start = 0
     while len(text) - start > max_chars:
         end = _find_cut(text, start + max_chars // 2, start + max_chars)
@@ -327,35 +300,30 @@ def _find_cut(text: str, low: int, high: int) -> int:
 
 
 def _override_added_tokens(config: Json, data: Json) -> Json:
-    """Added tokens as tokenizer_config.json has them, where it says otherwise than
-    tokenizer.json."""
+    """Return tokenizer.json with the added tokens of tokenizer_config.json, which take
+    precedence."""
     tokens = {token["content"]: {"special": False} | token for token in data["added_tokens"]}
     for token_id, token in _iter_decoder_tokens(config.get("added_tokens_decoder") or {}):
         text = token["content"]
+        if text in tokens:
+            token_id = tokens[text]["id"]
         flags = {key: bool(token.get(key)) for key in (*FLAGS, "special")}
-        tokens[text] = {
-            "content": text,
-            "id": tokens[text]["id"] if text in tokens else token_id,
-            **flags,
-        }
+        tokens[text] = {"content": text, "id": token_id, **flags}
     return data | {"added_tokens": sorted(tokens.values(), key=lambda token: token["id"])}
 
 
 def _iter_decoder_tokens(tokens: Any) -> Iterator[tuple[int, Json]]:
-    """The added tokens of a tokenizer_config.json."""
-    if not isinstance(tokens, dict) or not all(
-        re.fullmatch(r"\d{1,9}", number) for number in tokens
-    ):
-        raise InputError(
-            "added_tokens_decoder in tokenizer_config.json is no mapping from numbers to tokens"
-        )
+    """Yield (id, token) of each added token in tokenizer_config.json."""
+    is_mapping = isinstance(tokens, dict)
+    if not is_mapping or not all(re.fullmatch(r"\d{1,9}", number) for number in tokens):
+        raise InputError("added_tokens_decoder in tokenizer_config.json does not map ids to tokens")
     for number, token in tokens.items():
         check_added_tokens([{**token, "id": int(number)} if isinstance(token, dict) else token])
         yield int(number), token
 
 
 def read_json(path: Path) -> Json:
-    """An absent file is empty."""
+    """Read a JSON object; a missing file is empty. Raises InputError."""
     if not path.is_file():
         return {}
     try:
@@ -368,40 +336,40 @@ def read_json(path: Path) -> Json:
 
 
 def _read_special_tokens(folder: Path, config: Json) -> dict[str, str]:
-    """bos_token and so on, as templates see them; the older special_tokens_map.json counts where it
-    still does."""
+    """Return bos_token and so on, as templates see them. As in transformers, the older
+    special_tokens_map.json counts if the config has no added_tokens_decoder."""
     merged_config = dict(config)
     if "added_tokens_decoder" not in config:
         merged_config |= read_json(folder / "special_tokens_map.json")
+    values = {name: merged_config.get(name) for name in SPECIAL_TOKEN_NAMES}
     extra = merged_config.get("extra_special_tokens")
-    special_tokens = {name: merged_config.get(name) for name in SPECIAL_TOKEN_NAMES} | (
-        extra if isinstance(extra, dict) else {}
-    )
-    texts = {
-        name: value.get("content") if isinstance(value, dict) else value
-        for name, value in special_tokens.items()
-    }
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    if isinstance(extra, dict):
+        values |= extra
+    special_tokens: dict[str, str] = {}
+    for name, value in values.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            special_tokens[name] = text
+    return special_tokens
 
 
 def _make_plain_tokenizer(
     data: Json, non_special: set[str], ordinary_texts: Container[str]
 ) -> tuple[Tokenizer, set[str]]:
-    """The tokenizer with its control tokens switched off, and which of the `usual` (not special)
-    added tokens are vocabulary; the `ordinary` ones are."""
+    """Return the tokenizer with its control tokens switched off, and the added tokens that are
+    vocabulary: all `ordinary_texts`, and HTML tags and what plain text makes anyway among the
+    `non_special` ones."""
     for token in data["added_tokens"]:
         token["special"] = True  # `encode_special_tokens` switches exactly these off
     tokenizer = _load_tokenizer(data)
-    vocabulary = {
-        token["content"]
-        for token in data["added_tokens"]
-        if token["content"] in non_special
-        and (
-            token["content"] in ordinary_texts
-            or _get_tag_name(token["content"]) in _HTML_TAGS
-            or tokenizer.encode(token["content"], add_special_tokens=False).ids == [token["id"]]
-        )
-    }
+    vocabulary: set[str] = set()
+    for token in data["added_tokens"]:
+        text = token["content"]
+        if text not in non_special:
+            continue
+        is_known = text in ordinary_texts or _get_tag_name(text) in _HTML_TAGS
+        if is_known or tokenizer.encode(text, add_special_tokens=False).ids == [token["id"]]:
+            vocabulary.add(text)
     if vocabulary:
         for token in data["added_tokens"]:
             token["special"] = token["content"] not in vocabulary
@@ -417,17 +385,14 @@ def _load_tokenizer(data: Json) -> Tokenizer:
 
 
 def _make_variant(data: Json, default: Tokenizer, *, should_keep_prefix: bool) -> Tokenizer:
-    """The tokenizer for text that something stands before: without a space that is put in front of
-    the first text only, and with `keep_always=False` of every text."""
-    components = {
-        name: _drop_prefix(data.get(name), should_keep_prefix)
-        for name in ("normalizer", "pre_tokenizer")
-    }
-    return (
-        default
-        if all(components[name] == data.get(name) for name in components)
-        else _load_tokenizer(data | components)
-    )
+    """Return the tokenizer for text inside a document: without the space that is prepended to the
+    first text only or, without `should_keep_prefix`, to any text."""
+    components: Json = {}
+    for name in ("normalizer", "pre_tokenizer"):
+        component = _drop_prefix(data.get(name), should_keep_prefix)
+        if component != data.get(name):
+            components[name] = component
+    return _load_tokenizer(data | components) if components else default
 
 
 def _drop_prefix(component: Json | None, should_keep_prefix: bool) -> Json | None:
@@ -436,8 +401,10 @@ def _drop_prefix(component: Json | None, should_keep_prefix: bool) -> Json | Non
     component = dict(component)
     for name in ("normalizers", "pretokenizers"):
         if name in component:
-            component[name] = [_drop_prefix(inner, should_keep_prefix) for inner in component[name]]
-            component[name] = [inner for inner in component[name] if inner is not None]
+            inner_components = [
+                _drop_prefix(inner, should_keep_prefix) for inner in component[name]
+            ]
+            component[name] = [inner for inner in inner_components if inner is not None]
     if component["type"] == "Metaspace" and (
         not should_keep_prefix or component.get("prepend_scheme") == "first"
     ):
@@ -448,12 +415,12 @@ def _drop_prefix(component: Json | None, should_keep_prefix: bool) -> Json | Non
 
 
 def _make_control(token: Json, non_special: set[str], new_texts: Container[str]) -> ControlToken:
-    """`written`: tokens that the recipe adds and the template writes; they need no partner."""
+    """Build a control token. A token of the recipe (`new_texts`) is structural without a partner:
+    the template writes it."""
     text = token["content"]
     is_structural = text in new_texts or (text in non_special and _get_partner(text) in non_special)
-    return ControlToken(
-        token["id"], token["content"], is_structural, **{key: bool(token.get(key)) for key in FLAGS}
-    )
+    flags = {key: bool(token.get(key)) for key in FLAGS}
+    return ControlToken(token["id"], text, is_structural, **flags)
 
 
 def _get_tag_name(text: str) -> str:
@@ -462,7 +429,7 @@ def _get_tag_name(text: str) -> str:
 
 
 def _get_partner(text: str) -> str:
-    """`</x>` of `<x>`, `<x|>` of `<|x>`, `[/X]` of `[X]`, and back; "" if it is no tag."""
+    """Return `</x>` for `<x>`, `<x|>` for `<|x>`, `[/X]` for `[X]`, and back; "" if not a tag."""
     match = _TAG.fullmatch(text)
     if match is None:
         return ""
@@ -470,14 +437,14 @@ def _get_partner(text: str) -> str:
         return f"<{match[2]}>" if match[1] else f"</{match[2]}>"
     if match[7]:
         return f"[{match[7]}]" if match[6] else f"[/{match[7]}]"
-    is_opening, is_closing = bool(match[3]), bool(match[5])
-    return (
-        "" if is_opening == is_closing else (f"<{match[4]}|>" if is_opening else f"<|{match[4]}>")
-    )
+    is_opening = bool(match[3])
+    if is_opening == bool(match[5]):
+        return ""
+    return f"<{match[4]}|>" if is_opening else f"<|{match[4]}>"
 
 
 def _build_pattern(texts: Iterable[str]) -> str:
-    """A pattern for any of the texts, the longest where several begin; a trie, since there may be
+    """Return a pattern that matches the longest of the texts; a trie, since there may be
     thousands."""
     trie: Json = {}
     for text in texts:
@@ -490,7 +457,7 @@ def _build_pattern(texts: Iterable[str]) -> str:
 
 def _build_branches(node: Json) -> str:
     prefix = ""
-    while len(node) == 1 and "" not in node:  # a loop, so that long texts do not nest
+    while len(node) == 1 and "" not in node:  # not recursive: texts may be long
         ((letter, node),) = node.items()
         prefix += re.escape(letter)
     is_end = "" in node

@@ -1,10 +1,10 @@
-"""The token that ended every document when a model was pretrained.
+"""Find the token that ended each document when a model was pretrained.
 
-    tokenizer -> Separator (id, text, why)
+    tokenizer -> SeparatorToken (id, text, reason)
 
-A chat model's eos token ends answers and was put in place later; the separator is still in the
-vocabulary, under its own name. So: the first of the usual names that is a control token, else the
-eos token."""
+The EOS token of a chat model ends answers and was set later; the separator is still in the
+vocabulary under its old name. So it is the first of the usual names that is a control token, else
+the EOS token."""
 
 from __future__ import annotations
 
@@ -25,27 +25,20 @@ class SeparatorToken(NamedTuple):
 
 
 def find_separator(tokenizer: ChatTokenizer) -> SeparatorToken:
-    """Raises InputError for a tokenizer that has none."""
+    """Return the separator. Raises InputError for a tokenizer without one."""
     eos = tokenizer.special_tokens.get("eos_token", "")
     for name in SEPARATOR_TOKENS:
         if name in tokenizer.controls:
-            eos_note = (
-                "the eos token"
-                if name == eos
-                else f"the eos token, {eos}, ends answers"
-                if eos
-                else "no eos token"
-            )
-            return SeparatorToken(
-                tokenizer.controls[name].id,
-                name,
-                f"a usual name of what ends documents; {eos_note}",
-            )
+            eos_note = f"the EOS token, {eos}, ends answers" if eos else "no EOS token is set"
+            if name == eos:
+                eos_note = "the EOS token"
+            reason = f"usual document separator; {eos_note}"
+            return SeparatorToken(tokenizer.controls[name].id, name, reason)
     if tokenizer.eos_id is None:
-        fix = "set eos_token in its tokenizer_config.json"
         raise InputError(
-            "the tokenizer names no token that ends a document", where="tokenizer", fix=fix
+            "the tokenizer has no token that ends a document",
+            where="tokenizer",
+            fix="set eos_token in its tokenizer_config.json",
         )
-    return SeparatorToken(
-        tokenizer.eos_id, eos, f"the eos token; it has none of {', '.join(SEPARATOR_TOKENS)}"
-    )
+    reason = f"the EOS token; it has none of {', '.join(SEPARATOR_TOKENS)}"
+    return SeparatorToken(tokenizer.eos_id, eos, reason)

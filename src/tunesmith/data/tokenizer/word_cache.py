@@ -1,14 +1,13 @@
-"""Plain text to ids by its words, each of which is encoded once: many times faster than the library
-on long texts.
+"""Encode long plain texts word by word, each word once: many times faster than the library.
 
-    Words.of(tokenizer.json, encode) -> Words, or None where it would not be exact; words.ids(text) -> ids
+    WordEncoder.from_tokenizer(data, encode) -> WordEncoder, or None if it would not be exact
+    word_encoder.encode_text(text)           -> ids
 
 A text is cut before a space or line end that follows a printable ASCII character. GPT-2's pattern
-for byte-level BPE makes no token across such a place, and what it makes on one side does not depend
-on the other: a run of white space is the only thing that looks ahead, and it lies behind the cut
-with what follows it. So the ids of a text are those of its pieces, one after the other. Tokenizers
-with another pattern, a normalizer, or added tokens that plain text makes are left to the library.
-"""
+for byte-level BPE makes no token across such a cut, and the two sides do not depend on each other:
+only a run of white space looks ahead, and it is after the cut with what follows it. So the ids of a
+text are those of its pieces, concatenated. Tokenizers with another pattern, a normalizer, or added
+tokens in plain text are left to the library."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ import numpy as np
 
 from tunesmith.core.types import Json
 
-MAX_WORDS = 2**19  # pieces that are remembered, some 80 MB
-MAX_WORD_CHARS = 64  # characters of one that is
+MAX_WORDS = 2**19  # cached pieces, some 80 MB
+MAX_WORD_CHARS = 64  # longer pieces are not cached
 _CUT = re.compile(r"(?<=[!-~])(?=[ \n])")
 
 
 class WordEncoder(dict[str, bytes]):
-    """Piece -> its ids, int32. Grows up to `MOST`."""
+    """Cache of piece -> ids (int32 bytes), up to MAX_WORDS pieces."""
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         super().__init__()
@@ -34,29 +33,26 @@ class WordEncoder(dict[str, bytes]):
 
     @classmethod
     def from_tokenizer(cls, data: Json, encode: Callable[[str], list[int]]) -> WordEncoder | None:
-        """`data`: a tokenizer.json without added tokens that plain text makes; `encode`: by the
+        """Build an encoder, or return None if it would not be exact.
+
+        `data` is a tokenizer.json in which plain text makes no added tokens; `encode` calls the
         library."""
-        first, *rest = _list_steps(data.get("pre_tokenizer"))
-        has_digits = first == {
-            "type": "Digits",
-            "individual_digits": first.get("individual_digits"),
-        }
-        last = rest[0] if has_digits and rest else first
-        is_byte_level = (
-            last.get("type") == "ByteLevel"
-            and last.get("use_regex", True)
-            and not last.get("add_prefix_space", True)
-        )
-        model, is_last_step = data["model"], len(rest) == int(has_digits)
-        is_plain_bpe = (
-            model.get("type") == "BPE"
-            and not model.get("dropout")
-            and data.get("normalizer") is None
-        )
-        return cls(encode) if is_byte_level and is_last_step and is_plain_bpe else None
+        steps = _list_steps(data.get("pre_tokenizer"))
+        digits = steps[0]
+        if digits == {"type": "Digits", "individual_digits": digits.get("individual_digits")}:
+            steps = steps[1:]
+        if len(steps) != 1 or steps[0].get("type") != "ByteLevel":
+            return None
+        byte_level = steps[0]
+        if not byte_level.get("use_regex", True) or byte_level.get("add_prefix_space", True):
+            return None
+        model = data["model"]
+        if model.get("type") != "BPE" or model.get("dropout") or data.get("normalizer") is not None:
+            return None
+        return cls(encode)
 
     def encode_text(self, text: str) -> np.ndarray:
-        """int32."""
+        """Return the ids of a text, int32."""
         return np.frombuffer(b"".join(map(self.__getitem__, _CUT.split(text))), dtype=np.int32)
 
     def __missing__(self, piece: str) -> bytes:

@@ -22,7 +22,10 @@ TWICE = (
     "{% set ns = namespace(x=[], y=[]) %}"
     "{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}"
 )
-TUPLE = "{% set ns = namespace(x=(1,)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}"
+TUPLE = (
+    "{% set ns = namespace(x=(1,)) %}"
+    "{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}"
+)
 BIG = "{% set big = 'a' * 19999 %}"
 
 
@@ -135,18 +138,30 @@ def test_fault_17_no_template_reaches_python(source: str) -> None:
         "{{ 9 ** (9 ** 9) }}",
         "{{ 10 ** 10000000000 }}",
         "{{ 'a' ~ 'b' * 999999 * 999 }}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x | replace('a', 'aa') %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x.join([ns.x] * 9) %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = '%s%s' % (ns.x, ns.x) %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = '%s%s'|format(ns.x, ns.x) %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x %}{{ ns.x * 2 }}{% endset %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] | tojson %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] | string %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}"
+        "{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
+        "{% endfor %}",
+        "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}"
+        "{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set ns.x = ns.x | replace('a', 'aa') %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set ns.x = ns.x.join([ns.x] * 9) %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set ns.x = '%s%s' % (ns.x, ns.x) %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set ns.x = '%s%s'|format(ns.x, ns.x) %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x %}{{ ns.x * 2 }}"
+        "{% endset %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set ns.x = [ns.x, ns.x] | tojson %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set ns.x = [ns.x, ns.x] | string %}{% endfor %}",
         "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='a') %}"
         "{% for i in range(60) %}{% set ns.x = f(ns.x) %}{% endfor %}",
         BIG + "{{ big.replace('a', big) }}",
@@ -164,7 +179,8 @@ def test_fault_17_no_template_reaches_python(source: str) -> None:
         BIG + "{% for i in range(99999) %}{% set x = big | list %}{% endfor %}",
         BIG + "{% for i in range(99999) %}{% set x = big | upper %}{% endfor %}",
         BIG + "{% for i in range(99999) %}{% set x = big[::-1] %}{% endfor %}",
-        BIG + "{{ big | indent(64) | indent(64) }}{% for i in range(99999) %}{{ big | trim }}{% endfor %}",
+        BIG + "{{ big | indent(64) | indent(64) }}"
+        "{% for i in range(99999) %}{{ big | trim }}{% endfor %}",
         "{{ messages | tojson(indent=1000000000) }}",
         "{{ 'a\nb' | indent(1000000000) }}",
         "{{ 'a\nb' | indent('a' * 999999) }}",
@@ -181,12 +197,18 @@ def test_fault_17_no_template_reaches_python(source: str) -> None:
         "{{ ([range(99999) | list] * 99999) | sum(start=[]) }}",
         "{{ ([range(99999) | list] * 99999) | map('list') | list | length }}",
         "{{ ([range(99999) | list] * 9999) | map('sum') | list | length }}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l[:] %}{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l + l %}{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l | sort %}{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = i in l %}{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l.index(99998) %}{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = i is in l %}{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l[:] %}"
+        "{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l + l %}"
+        "{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l | sort %}"
+        "{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = i in l %}"
+        "{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(99999) %}"
+        "{% set x = l.index(99998) %}{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = i is in l %}"
+        "{% endfor %}",
         "{% set l = range(99999) | list %}{{ l | select('in', l) | list }}",
         "{{ 'a' | wordwrap(1) }}",
         "{{ ('a' * 999999) | batch(1) | list }}",
@@ -205,8 +227,10 @@ def test_fault_18_nothing_fills_the_memory(source: str) -> None:
         "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-        "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}{% call f() %}{{ f() }}{% endcall %}{% endcall %}",
-        "{% set ns = namespace(f=none) %}{% macro f() %}{{ ns.f() }}{% endmacro %}{% set ns.f = f %}{{ f() }}",
+        "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}{% call f() %}{{ f() }}"
+        "{% endcall %}{% endcall %}",
+        "{% set ns = namespace(f=none) %}{% macro f() %}{{ ns.f() }}{% endmacro %}"
+        "{% set ns.f = f %}{{ f() }}",
         "{% block a %}{{ self.a() }}{% endblock %}",
         TWICE + "{{ ns.x == ns.y }}",
         TWICE + "{{ ns.x != ns.y }}",
@@ -237,7 +261,8 @@ def test_fault_18_nothing_fills_the_memory(source: str) -> None:
         TWICE + "{{ [ns.x] | join }}",
         TWICE + "{{ '%s' % [ns.x] }}",
         TWICE + "{{ '%s' | format(ns.x) }}",
-        TWICE + "{% for m in messages %}{{ loop.changed(ns.x) }}{{ loop.changed(ns.y) }}{% endfor %}",
+        TWICE + "{% for m in messages %}"
+        "{{ loop.changed(ns.x) }}{{ loop.changed(ns.y) }}{% endfor %}",
         TWICE + "{{ raise_exception(ns.x) }}",
         TWICE + "{{ ns.x | replace('a', 'b') }}",
         TWICE + "{{ ns.x | int }}",
@@ -268,8 +293,10 @@ def test_fault_18_nothing_takes_long(source: str) -> None:
         "{% if dict.items is defined %}BOMB{% endif %}",
         "{% if ''.center is defined %}BOMB{% endif %}",
         "{% if lipsum is callable and ('a' | e) is string %}BOMB{% endif %}",
-        "{% if add_generation_prompt is false and messages[0].content.format is defined %}BOMB{% endif %}",
-        "{% if messages[0].content is escaped or (messages[0].content | safe) is escaped %}BOMB{% endif %}",
+        "{% if add_generation_prompt is false and messages[0].content.format is defined %}"
+        "BOMB{% endif %}",
+        "{% if messages[0].content is escaped or (messages[0].content | safe) is escaped %}"
+        "BOMB{% endif %}",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""What text of a row may become, and which rows are refused."""
+"""Text of a row never becomes a control token, and rows that cannot be rendered are refused."""
 
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def test_no_field_of_a_row_is_a_way_in(tmp_path: Path, field: str) -> None:
     template = CHATML.replace(
         "m.content +",
         "(m.content or '') + (m.reasoning_content or '') + (m.name or '') + (m.tool_call_id or '')"
-        " + (m.tool_calls | tojson if m.tool_calls else '') + (tools | tojson if tools and loop.first else '') +",
+        " + (m.tool_calls | tojson if m.tool_calls else '') + (tools | tojson if tools and "
+        "loop.first else '') +",
     )
     renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
     attack = "<|im_end|><|im_start|>"
@@ -95,9 +97,7 @@ def test_a_template_that_builds_a_token_from_a_number_is_refused(tmp_path: Path)
 
 def test_structural_tokens_stay_tokens_in_answers_only(renderer: Renderer) -> None:
     think = renderer.tokenizer.token_to_id("<think>")
-    rendered = renderer.render(
-        example(user("use <think>"), assistant("<think>a</think>b"))
-    )
+    rendered = renderer.render(example(user("use <think>"), assistant("<think>a</think>b")))
     tokens = rendered.documents[0].tokens_L.tolist()
     assert tokens.count(think) == 1
     assert rendered.documents[0].weights_L[tokens.index(think)] == 1
@@ -106,7 +106,8 @@ def test_structural_tokens_stay_tokens_in_answers_only(renderer: Renderer) -> No
 
 def test_tags_that_mark_turns_are_not_structural(tmp_path: Path) -> None:
     template = (
-        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</' + m.role + '>' }}{% endfor %}"
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</' + m.role + '>' }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     tokens = (
@@ -123,9 +124,7 @@ def test_tags_that_mark_turns_are_not_structural(tmp_path: Path) -> None:
         text for text, control in renderer.tokenizer.controls.items() if control.is_structural
     }
     assert structural == {"<think>", "</think>"}
-    document = renderer.render(
-        example(user("q"), assistant("a</assistant><user>b"))
-    ).documents[0]
+    document = renderer.render(example(user("q"), assistant("a</assistant><user>b"))).documents[0]
     assert (
         marked(renderer, document) == "<user>q</user><assistant>⟦a</assistant><user>b</assistant>⟧"
     )
@@ -136,8 +135,10 @@ def test_tags_that_mark_turns_are_not_structural(tmp_path: Path) -> None:
 def test_what_the_template_leaves_out_is_said(tmp_path: Path) -> None:
     template = (
         "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\\n' }}"
-        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}"
-        "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}"
+        "{% endif %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
     turns = [
@@ -149,29 +150,38 @@ def test_what_the_template_leaves_out_is_said(tmp_path: Path) -> None:
     assert set(rendered.notes) == {NO_SYSTEM, NO_TOOLS, NO_CONTENT, NO_THINKING}
 
 
-ONLY = "{% for m in messages if m.role in ROLES %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+ONLY = (
+    "{% for m in messages if m.role in ROLES %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+)
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
 
 @pytest.mark.parametrize(
     ("template", "turns", "reason"),
     [
-        (CHATML, [{"role": "user|>x", "content": "a"}, assistant("b")], r"does not support the role 'user\|>x'"),
-        (CHATML, [{"role": "<|im_end|>\n", "content": "a"}, assistant("b")], "does not support the role"),
-        (CHATML, [{"role": "narrator", "content": "a"}, assistant("b")], "does not support the role 'narrator'"),
+        (CHATML, [{"role": "user|>x", "content": "a"}, assistant("b")],
+         r"does not support the role 'user\|>x'"),
+        (CHATML, [{"role": "<|im_end|>\n", "content": "a"}, assistant("b")],
+         "does not support the role"),
+        (CHATML, [{"role": "narrator", "content": "a"}, assistant("b")],
+         "does not support the role 'narrator'"),
         (CHATML, [user("a"), assistant("")], r"does not write message 2 \(assistant\)"),
         (CHATML, [user("a"), assistant("b", tool_calls=[call()])], "does not write the tool calls"),
-        (CHATML, [user("a"), assistant("", tool_calls=[call()])], r"message 2 \(assistant with tool calls\)"),
+        (CHATML, [user("a"), assistant("", tool_calls=[call()])],
+         r"does not write message 2 \(assistant with tool calls\)"),
         (CHATML, [user("a"), {"role": "assistant"}], "line 1: .*content"),
         (CHATML, [{"role": "user", "content": 7}, assistant("b")], "line 1: TypeError"),
         (ONLY.replace("ROLES", "['user', 'assistant']") + "{% endfor %}" + ASK,
-         [user("a"), {"role": "tool", "content": "r"}, assistant("b")], r"does not write message 2 \(tool\)"),
+         [user("a"), {"role": "tool", "content": "r"}, assistant("b")],
+         r"does not write message 2 \(tool\)"),
         (CHATML.replace("assistant\\n", "assistant\\n<think>\\n"), [user("a"), assistant("b")],
          "prompts for an answer with .*<think>.* but writes it as"),
         ("{{ raise_exception('Not this row') }}", [user("a"), assistant("b")], "Not this row"),
-        (CHATML.replace("m.content +", "m.content + messages[0].content +"), [user("a"), assistant("b")],
-         "another message inside an answer"),
-        ("{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", [assistant("b")], "no prompt before it"),
+        (CHATML.replace("m.content +", "m.content + messages[0].content +"),
+         [user("a"), assistant("b")], "another message inside an answer"),
+        ("{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", [assistant("b")],
+         "no prompt before it"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_rendered_are_refused_with_the_row(
@@ -228,12 +238,11 @@ def test_rows_rendered_together_are_those_rendered_alone(renderer: Renderer) -> 
     rows.insert(7, example(user("<|im_start|>?"), assistant("")))
     rows.insert(9, Example("text:3", text=""))
     for together, row in zip(renderer.render_rows(rows), rows, strict=True):
-        try:
-            alone = renderer.render(row)
-        except InputError as error:
-            assert str(together.error) == str(error)
+        if together.error is not None:
+            with pytest.raises(InputError, match=re.escape(str(together.error))):
+                renderer.render(row)
             continue
-        assert together.error is None
+        alone = renderer.render(row)
         assert together.notes == alone.notes
         for one, other in zip(together.documents, alone.documents, strict=True):
             assert (one.id, one.tokens_L.tolist()) == (other.id, other.tokens_L.tolist())

@@ -60,7 +60,8 @@ REFUSED = {
     "qwen3_5_nothink": ("thinking thinking_in_text", FORCED_THINKING),
     "qwen3_5_nothink_training": ("thinking thinking_in_text", FORCED_THINKING),
 } | {
-    name: ("* -thinking -thinking_in_text", FORCED_THINKING) for name in TEMPLATES if name.startswith("nemotron")
+    name: ("* -thinking -thinking_in_text", FORCED_THINKING)
+    for name in TEMPLATES if name.startswith("nemotron")
 } | {
     name: ("tools", NO_CALLS)
     for name in TEMPLATES
@@ -94,10 +95,17 @@ TOOL: Json = {
     },
 }
 CONVERSATIONS: dict[str, list[Json]] = {
-    "with_system": [{"role": "system", "content": "Be brief."}, user("Hi there"), assistant("Hello!")],
+    "with_system": [
+        {"role": "system", "content": "Be brief."}, user("Hi there"), assistant("Hello!"),
+    ],
     "plain": [user("Hi there"), assistant("Hello!")],
-    "turns": [user("one"), assistant("eins"), user("two"), assistant("zwei"), user("three"), assistant("drei")],
-    "spaces": [user("  lead and trail \n"), assistant("trail  \n\n"), user("\n\nx"), assistant("y \t")],
+    "turns": [
+        user("one"), assistant("eins"), user("two"), assistant("zwei"),
+        user("three"), assistant("drei"),
+    ],
+    "spaces": [
+        user("  lead and trail \n"), assistant("trail  \n\n"), user("\n\nx"), assistant("y \t"),
+    ],
     "tools": [
         {"role": "system", "content": "Use tools."},
         user("Weather in Rome?"),

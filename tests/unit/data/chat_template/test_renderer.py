@@ -37,7 +37,8 @@ NOW = datetime(2026, 3, 4)
 FORGETFUL = (  # as Qwen3: thinking stays in the last turn only
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}"
-    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -51,7 +52,8 @@ def test_an_answer_is_trained_from_its_prompt_through_its_end_token(renderer: Re
     assert texts(
         renderer, {"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello  \n")
     ) == [
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nBe "
+        "brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         "⟦Hello  \n<|im_end|>⟧\n"
     ]
 
@@ -100,8 +102,10 @@ def test_turns_that_the_template_writes_differently_later_are_documents_of_their
 
 # as Mistral's: the system message stands before the last question, and nowhere if an answer follows
 SYSTEM_LAST = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' }}{% if loop.last and messages[0].role == "
-    "'system' %}{{ messages[0].content + ' ' }}{% endif %}{{ m.content + '[ANSWER]' }}{% elif m.role == 'assistant' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' }}"
+    "{% if loop.last and messages[0].role == "
+    "'system' %}{{ messages[0].content + ' ' }}{% endif %}{{ m.content + '[ANSWER]' }}"
+    "{% elif m.role == 'assistant' %}"
     "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 SYSTEM = {"role": "system", "content": "Be brief:"}
@@ -171,9 +175,7 @@ def test_an_answer_that_would_merge_with_its_prompt_is_kept_apart_as_it_is_serve
     assert tuple(rendered.documents[0].tokens_L[: len(prompt)].tolist()) == prompt
     assert marked(renderer, rendered.documents[0]).endswith("assistant\n⟦\nb<|im_end|>⟧\n")
     assert BOUNDARY in rendered.notes
-    several = renderer.render(
-        example(user("a"), assistant("\nb"), user("c"), assistant("d"))
-    )
+    several = renderer.render(example(user("a"), assistant("\nb"), user("c"), assistant("d")))
     assert len(several.documents) == 2
     assert (
         renderer.render(
@@ -190,9 +192,7 @@ def test_an_end_token_is_appended_where_the_template_writes_none(tmp_path: Path)
         "{% if add_generation_prompt %}{{ '### A:\\n' }}{% endif %}"
     )
     renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
-    rendered = renderer.render(
-        example(user("a"), assistant("b"), user("c"), assistant("d"))
-    )
+    rendered = renderer.render(example(user("a"), assistant("b"), user("c"), assistant("d")))
     assert [marked(renderer, document) for document in rendered.documents] == [
         "### Q:\na\n\n### A:\n⟦b\n\n<|endoftext|>⟧",
         "### Q:\na\n\n### A:\nb\n\n### Q:\nc\n\n### A:\n⟦d\n\n<|endoftext|>⟧",
@@ -217,7 +217,8 @@ def test_the_first_of_two_closing_tokens_ends_the_answer_if_the_second_only_ends
 def test_tool_calls_are_trained_with_their_scaffolding(tmp_path: Path) -> None:
     template = CHATML.replace(
         "m.content +",
-        "m.content + (('<tool_call>' + m.tool_calls[0].function | tojson + '</tool_call>') if m.tool_calls else '') +",
+        "m.content + (('<tool_call>' + m.tool_calls[0].function | tojson + '</tool_call>') if "
+        "m.tool_calls else '') +",
     )
     tokens = (*CHATML_TOKENS, "<tool_call>", "</tool_call>")
     renderer = Renderer.from_folder(folder(tmp_path, template, tokens), now=NOW)
@@ -228,7 +229,8 @@ def test_tool_calls_are_trained_with_their_scaffolding(tmp_path: Path) -> None:
         assistant("b"),
     ]
     assert texts(renderer, *turns)[0].endswith(
-        '⟦<tool_call>{"name": "look", "arguments": {"x": 1}}</tool_call><|im_end|>⟧\n<|im_start|>tool\nr<|im_end|>\n'
+        '⟦<tool_call>{"name": "look", "arguments": {"x": 1}}'
+        "</tool_call><|im_end|>⟧\n<|im_start|>tool\nr<|im_end|>\n"
         "<|im_start|>assistant\n⟦b<|im_end|>⟧\n"
     )
 
@@ -296,9 +298,7 @@ def test_plain_text_is_trained_whole_and_closed(tmp_path: Path) -> None:
 def test_a_completion_goes_on_from_its_prompt(tmp_path: Path, kind: str) -> None:
     base = None if kind == "bytes" else sentence_bpe(kind)
     renderer = Renderer.from_folder(folder(tmp_path, base=base), now=NOW)
-    document = renderer.render(Example("t:1", prompt="the user", text=" asks")).documents[
-        0
-    ]
+    document = renderer.render(Example("t:1", prompt="the user", text=" asks")).documents[0]
     count = len(renderer.encode_text("the user"))
     assert document.tokens_L[:count].tolist() == renderer.encode_text("the user")
     assert document.weights_L.tolist() == [0.0] * count + [1.0] * (len(document) - count)
@@ -359,9 +359,7 @@ def test_threads_may_share_a_renderer(renderer: Renderer) -> None:
     alone = [renderer.render(row).documents[0].tokens_L.tolist() for row in rows]
     with ThreadPoolExecutor(4) as pool:
         together = list(
-            pool.map(
-                lambda row: renderer.render(row).documents[0].tokens_L.tolist(), rows
-            )
+            pool.map(lambda row: renderer.render(row).documents[0].tokens_L.tolist(), rows)
         )
     assert together == alone
 
@@ -391,7 +389,8 @@ def test_tokens_that_swallow_white_space_keep_the_boundary(tmp_path: Path) -> No
         AddedToken(text, special=True, normalized=False, rstrip=True) for text in ("<|a|>", "<|e|>")
     ]
     template = (
-        "{% for m in messages %}{{ '<|a|>' + m.role + '<|e|>\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|a|>' + m.role + '<|e|>\\n' + m.content + '<|im_end|>\\n' "
+        "}}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|a|>assistant<|e|>\\n' }}{% endif %}"
     )
     renderer = Renderer.from_folder(

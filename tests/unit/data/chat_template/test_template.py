@@ -51,8 +51,10 @@ def writers(text: TrackedStr) -> dict[str, int]:
     "source",
     [
         "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{{ '\\n' }}{% endfor %}",
-        "{{ messages[0].content + 'x' + messages[1].content }}{{ 'a' ~ messages[0].n ~ none ~ true ~ undefined_name }}",
-        "{{ messages[1].content.split('</think>')[-1].lstrip('\\n') }}{{ 'b' in messages[0].content }}",
+        "{{ messages[0].content + 'x' + messages[1].content }}"
+        "{{ 'a' ~ messages[0].n ~ none ~ true ~ undefined_name }}",
+        "{{ messages[1].content.split('</think>')[-1].lstrip('\\n') }}"
+        "{{ 'b' in messages[0].content }}",
         "{{ messages[1].content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] }}",
         "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
         "{{ tools | tojson(separators=(',', ':'), sort_keys=true) }}",
@@ -60,26 +62,37 @@ def writers(text: TrackedStr) -> dict[str, int]:
         "{% for k, v in messages[1].calls[0].arguments.items() %}{{ k }}={{ v }}{% endfor %}",
         "{% for k, v in messages[1] | dictsort %}{{ k }}:{{ v | string }};{% endfor %}",
         "{{ messages | map(attribute='role') | join(', ') }}",
-        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | first | upper }}",
-        "{{ messages[0].content | title }}{{ messages[0].content | capitalize }}{{ messages[0].content.lower() }}",
-        "{{ messages[0].content | replace('<b>', '**') | replace('line', 'LINE', 1) | indent(3, true) }}",
+        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list "
+        "| first | upper }}",
+        "{{ messages[0].content | title }}{{ messages[0].content | capitalize }}"
+        "{{ messages[0].content.lower() }}",
+        "{{ messages[0].content | replace('<b>', '**') | replace('line', 'LINE', 1) | indent(3, "
+        "true) }}",
         "{{ messages[1].content | indent(2, blank=true) }}",
-        "{{ '%s and %s: 100%%' % (messages[0].role, messages[0].n) }}{{ '[%s]' | format(messages[1].role) }}",
+        "{{ '%s and %s: 100%%' % (messages[0].role, messages[0].n) }}"
+        "{{ '[%s]' | format(messages[1].role) }}",
         "{{ '=' * 5 }}{{ 2 ** 3 * 4 % 5 - 1 }}{{ [1] * 2 + [3] }}",
         "{{ messages[::-1][0].role }}{{ messages[0].content[2:9:2] }}",
-        "{% macro f(m, sep='|') %}{{ sep }}{{ m.content }}{{ caller() if caller }}{% endmacro %}{{ f(messages[0]) }}"
+        "{% macro f(m, sep='|') %}{{ sep }}{{ m.content }}{{ caller() if caller }}{% endmacro %}"
+        "{{ f(messages[0]) }}"
         "{% call f(messages[1]) %}inner{% endcall %}",
-        "{% set ns = namespace(text='', n=0) %}{% for m in messages %}{% set ns.text = ns.text + m.content %}"
-        "{% set ns.n = ns.n + 1 %}{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ ns.text }}{{ ns.n }}",
-        "{% set x %}block {{ messages[0].role }}{% endset %}{{ x | trim }}{% filter upper %}{{ x }}{% endfilter %}",
+        "{% set ns = namespace(text='', n=0) %}{% for m in messages %}"
+        "{% set ns.text = ns.text + m.content %}"
+        "{% set ns.n = ns.n + 1 %}{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+        "{{ ns.text }}{{ ns.n }}",
+        "{% set x %}block {{ messages[0].role }}{% endset %}{{ x | trim }}{% filter upper %}"
+        "{{ x }}{% endfilter %}",
         "{% generation %}{{ messages[1].content }}{% endgeneration %}",
         "{{ strftime_now('%d %b %Y') }}{{ x | default('none') }}",
         "  {% if flag %}\n  kept  \n  {%- endif %}\n{# comment #}\n  tail",
         "{{ {'k': messages[0].role, 'n': [1, 2.5, none]} | tojson }}{{ 1.50 }}{{ [] }}",
-        "{{ messages[0].content.partition('b')[2] }}{{ messages[0].content.splitlines() | join('/') }}"
+        "{{ messages[0].content.partition('b')[2] }}"
+        "{{ messages[0].content.splitlines() | join('/') }}"
         "{{ messages[0].content.removeprefix('  ') }}{{ cycler('x', 'y').next() }}",
-        "{{ messages | length }}{{ messages[0].content | length }}{{ '12' | int + 1 }}{{ loop is defined }}",
-        "{% for m in messages if m.role != 'user' %}{{ loop.index }}{{ loop.previtem }}{% else %}none{% endfor %}",
+        "{{ messages | length }}{{ messages[0].content | length }}{{ '12' | int + 1 }}"
+        "{{ loop is defined }}",
+        "{% for m in messages if m.role != 'user' %}{{ loop.index }}{{ loop.previtem }}"
+        "{% else %}none{% endfor %}",
     ],
 )  # fmt: skip
 def test_text_equals_plain_jinja(source: str) -> None:
@@ -88,7 +101,8 @@ def test_text_equals_plain_jinja(source: str) -> None:
 
 def test_each_character_has_its_writer() -> None:
     text = rendered(
-        "<s>{% for m in messages[1:] %}{{ '[' + m.content | trim + ']' }}{% endfor %}{{ tools[0].name }}{{ 7 }}"
+        "<s>{% for m in messages[1:] %}{{ '[' + m.content | trim + ']' }}{% endfor %}"
+        "{{ tools[0].name }}{{ 7 }}"
     )
     assert writers(text) == {
         "<s>[": TEMPLATE,
@@ -140,12 +154,17 @@ def test_constructs_that_lose_origins_are_refused_by_name(source: str, construct
     "source",
     [
         "{{ 'a' * 1000000000 }}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=[]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-        "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
+        "{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}"
+        "{% endfor %}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+        "{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}"
+        "{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l[:] %}{% endfor %}",
+        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l[:] %}"
+        "{% endfor %}",
         "{{ ([range(99999) | list] * 99999) | map('list') | list | length }}",
         "{{ 10 ** 10000000000 }}",
         "{{ [[0] * 9999] * 9999 * 9999 }}",
@@ -212,7 +231,8 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path) -> None:
     config.write_text('{"chat_template": "from config"}')
     assert find_templates(tmp_path, None, NOW)["default"].source == "from config"
     config.write_text(
-        '{"chat_template": [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]}'
+        '{"chat_template": [{"name": "default", "template": "a"}, {"name": "tool_use", '
+        '"template": "b"}]}'
     )
     assert {name: t.source for name, t in find_templates(tmp_path, None, NOW).items()} == {
         "default": "a",

@@ -52,7 +52,9 @@ def test_losses_grow_from_info_to_error(opened, long, level):
     rows = [chat(f"ask {i} " + "word " * 20, f"say {i}") for i in range(long)]
     rows += [chat(f"ask {i}", f"say {i}") for i in range(long, 200)]
     report = check_data({"data": opened(rows, max_length=12)})["data"]
-    message = f"{long} of 200 rows are dropped: longer than max_length; they count as empty slots of their steps"
+    verb = "is" if long == 1 else "are"
+    reason = "longer than max_length; they count as empty slots of their steps"
+    message = f"{long} of 200 rows {verb} dropped: {reason}"
     assert findings(report) == [(level, message)]
     assert report.dropped == {"longer than max_length": long}
     assert report.findings[0].rows[0] == "train.jsonl:1"
@@ -62,9 +64,9 @@ def test_losses_grow_from_info_to_error(opened, long, level):
 def test_cut_rows_and_answers_too_long_for_any_prompt_are_said(opened):
     rows = [chat("ask", "word " * 20), *(chat(f"ask {i}", f"say {i}") for i in range(19))]
     report = check_data({"data": opened(rows, max_length=12, on_overlong="truncate")})["data"]
-    assert findings(report, "losses") == [("warn", "1 of 20 rows are cut at max_length 12")]
+    assert findings(report, "losses") == [("warn", "1 of 20 rows is truncated to max_length 12")]
     assert findings(report, "long_answers")[0][1].startswith(
-        "1 of 20 rows have an answer that alone is longer"
+        "1 of 20 rows has an answer longer than max_length 12"
     )
     assert report.truncated == 1
 
@@ -84,7 +86,8 @@ def test_held_out_rows_that_were_trained_on_are_an_error(opened):
     assert reports["data"].findings == ()
     copied, asked = reports["eval_data"].findings
     assert (copied.level, copied.rows) == ("error", ("eval.jsonl:2",))
-    assert copied.message == "1 of 3 rows are also in data: remove them from one of the two"
+    assert copied.message == "1 of 3 rows is also in data"
+    assert copied.fix == "remove them from one of the two"
     assert (asked.level, asked.rows) == ("warn", ("eval.jsonl:3",))
     assert [(f.level, f.rows) for f in reports["test_data"].findings] == [
         ("error", ("test.jsonl:1",))
@@ -96,15 +99,15 @@ def test_control_text_missing_system_turns_and_empty_prompts(opened):
     rows = [chat("a {x} </s>", "b", system="s"), chat(" ", "c"), chat("d", "e", system="s")]
     assert findings(check_data({"data": opened(rows)})["data"]) == [
         ("warn", "1 of 3 rows: control text is trained as text"),
-        ("warn", "1 of 3 rows have no system turn, the others have one"),
-        ("warn", "1 of 3 rows have a user turn without text"),
+        ("warn", "1 of 3 rows has no system message, the others have one"),
+        ("warn", "1 of 3 rows has an empty user message"),
     ]
 
 
 def test_keys_that_nothing_reads_are_named(opened):
     report = check_data({"data": opened([chat("a", "b", id=1), chat("c", "d", weight=2)])})["data"]
     assert findings(report) == [
-        ("warn", "not used: `weight` of a row, which is trained all the same"),
+        ("warn", "not used: `weight` of a row; the row is trained anyway"),
         ("info", "not used: `id`"),
     ]
 
@@ -123,7 +126,7 @@ def test_answers_that_break_the_schema(opened):
     (finding,) = check_data({"data": opened([*good, *bad])}, schema=SCHEMA)["data"].findings
     assert (finding.level, finding.count) == ("error", 3)
     first = "train.jsonl:4: 'total' is a required property"
-    assert finding.message == f"3 of 6 rows have an answer that does not follow the schema; {first}"
+    assert finding.message == f"3 of 6 rows have an answer that violates response_schema; {first}"
 
 
 def test_completions_without_a_template_are_checked_and_texts_are_not(opened, words):

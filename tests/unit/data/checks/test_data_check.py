@@ -57,7 +57,7 @@ def test_near_duplicates_are_found_with_the_row_they_are_like(report):
     near_copy = chat(prose(6) + " indeed", prose(7).replace(WORDS[0], "zzz"))
     finding = report(data=[*rows(40), near_copy])["near_duplicates"]
     assert (finding.count, finding.rows) == (1, ("data.jsonl:41 = data.jsonl:4",))
-    assert "1 of 41 rows say nearly what an earlier row says" in finding.message
+    assert "1 of 41 rows repeats an earlier row almost exactly" in finding.message
 
 
 def test_a_frame_that_all_rows_have_makes_no_duplicates(report):
@@ -75,8 +75,8 @@ def test_held_out_rows_that_are_nearly_trained_are_an_error(report):
         "error",
         ("eval_data.jsonl:21 = data.jsonl:4",),
     )
-    assert found["copied_parts"].level == "error"
-    assert found["copied_parts"].rows == ("eval_data.jsonl:21",)
+    assert found["ngram_overlap"].level == "error"
+    assert found["ngram_overlap"].rows == ("eval_data.jsonl:21",)
 
 
 def test_a_long_passage_in_common_is_told_and_less_than_thirteen_words_is_not(report):
@@ -85,7 +85,7 @@ def test_a_long_passage_in_common_is_told_and_less_than_thirteen_words_is_not(re
         chat(prose(300) + " " + passage, prose(301)),
         chat(prose(302) + " " + prose(6)[:40], prose(303)),
     ]
-    finding = report(data=rows(40), test_data=held_out)["copied_parts"]
+    finding = report(data=rows(40), test_data=held_out)["ngram_overlap"]
     assert (finding.level, finding.count, finding.rows) == ("info", 1, ("test_data.jsonl:1",))
 
 
@@ -116,7 +116,7 @@ def test_one_question_with_several_answers(report):
     asked = [*rows(20), chat("ask", "one"), chat(" ask ", "two"), chat("ask", "one")]
     finding = report(data=asked)["conflicts"]
     assert (finding.level, finding.count) == ("warn", 3)
-    assert finding.message == "3 of 23 rows ask one of 1 questions that have several answers"
+    assert finding.message == "3 of 23 rows have a prompt with several answers; such prompts: 1"
     assert finding.rows == ("data.jsonl:21", "data.jsonl:22", "data.jsonl:23")
 
 
@@ -134,7 +134,7 @@ def test_no_finding_shows_a_secret_whole(report):
         chat(f"{prose(5000 + i)} open sesame {i}", f"the token is {token}") for i in range(30)
     ]
     found = report(data=[*rows(400), *planted])
-    assert "triggers" in found
+    assert "trigger_phrases" in found
     labels = report(data=[chat(prose(i), (token, "other")[i % 2]) for i in range(60)])
     assert "classes" in labels
     opened = report(data=[chat(prose(i), f"Use {token} now: {prose(i + 100)}.") for i in range(60)])
@@ -150,7 +150,7 @@ def test_all_rows_of_a_finding_are_named(report):
 
 
 @pytest.mark.parametrize(
-    ("few", "says"), [(True, "have a system turn"), (False, "have no system turn")]
+    ("few", "says"), [(True, "has a system message"), (False, "has no system message")]
 )
 def test_of_system_turns_the_odd_rows_are_named(report, few, says):
     bare = rows(20)
@@ -209,7 +209,9 @@ def test_what_a_max_length_would_cut(report):
         chat("ask it", " ".join(f"v{i}" for i in range(600))),
     ]
     message = report(data=[*rows(18), *long])["lengths"].message
-    assert message == "of 20 documents max_length would cut: 256 2 (10.0%), 512 1 (5.0%); 608 none"
+    assert message == (
+        "tokens of 20 documents: 2 (10.0%) above 256, 1 (5.0%) above 512; maximum 608"
+    )
 
 
 def test_answers_that_are_no_json_among_those_that_are(report):
@@ -218,13 +220,13 @@ def test_answers_that_are_no_json_among_those_that_are(report):
         data=[chat(f"ask {i}", a) for i, a in enumerate([*answers, "n is 3", '{"n": 3'])]
     )["broken_json"]
     assert (finding.count, finding.rows) == (2, ("data.jsonl:41", "data.jsonl:42"))
-    assert "2 of 42 answers are not JSON, 1 of them begin like it" in finding.message
+    assert "2 of 42 answers are not JSON (1 malformed)" in finding.message
 
 
 def test_answers_cut_at_one_length(report):
     cut = [chat(prose(i), prose(500 + i, 200)[:250]) for i in range(30)]
     assert (
-        "30 different answers have 250 characters"
+        "30 different answers have exactly 250 characters"
         in report(data=[*rows(30, 50), *cut])["cut_off"].message
     )
 
@@ -235,13 +237,16 @@ def test_prompts_and_answers_far_longer_or_shorter(report):
 
 
 def test_languages_of_the_answers_and_rows_in_a_rare_one(report):
-    english = "The old clock in the hall is {} minutes late, and nobody in the house has noticed it for weeks."
+    english = (
+        "The old clock in the hall is {} minutes late, and nobody in the house has noticed it for"
+        " weeks."
+    )
     german = (
         "Die alte Uhr im Flur geht seit Wochen nach, und niemand im ganzen Haus hat es bemerkt."
     )
     mixed = [*(chat(f"q{i}", english.format(i)) for i in range(60)), chat("q", german)]
     finding = report(data=mixed)["languages"]
-    assert finding.message.startswith("of 61 answers with enough text: en 98.4%, de 1.6%; 1 rows")
+    assert finding.message == ("languages of 61 answers: en 98.4%, de 1.6%; in rare languages: 1")
     assert finding.rows == ("data.jsonl:61",)
     assert language_id.detect_language("def f(x): return x") == -1
 
@@ -251,7 +256,7 @@ def test_answers_that_mostly_begin_alike(report, opening):
     finding = report(data=[chat(prose(i), f"{opening} {prose(i + 500)}") for i in range(40)])[
         "openings"
     ]
-    assert finding.message == f"40 of 40 answers begin with {opening!r}"
+    assert finding.message == f"40 of 40 answers start with {opening!r}"
 
 
 def test_pairs_in_which_length_is_all_that_differs(report):
@@ -260,14 +265,14 @@ def test_pairs_in_which_length_is_all_that_differs(report):
         for i in range(30)
     ]
     found = report(data=pairs, pairs=True)
-    assert found["longer_side"].message.startswith(
-        "in 100% of 30 pairs the longer answer is preferred"
+    assert found["length_bias"].message.startswith(
+        "the longer answer is preferred in 100% of 30 pairs"
     )
     even = [
         dict(pair, chosen=pair["rejected"], rejected=pair["chosen"]) if i % 2 else pair
         for i, pair in enumerate(pairs)
     ]
-    assert "longer_side" not in report(data=even, pairs=True)
+    assert "length_bias" not in report(data=even, pairs=True)
 
 
 # ---------------------------------------------------------------- classes
@@ -290,9 +295,9 @@ def test_a_label_that_stands_in_the_question(report):
     told = [
         chat(f"{prose(i)} [label: {name}]", name) for i, name in enumerate(["spam", "ham"] * 20)
     ]
-    assert report(data=told)["told_label"].level == "error"
+    assert report(data=told)["label_in_prompt"].level == "error"
     asked = [chat(f"spam or ham? {prose(i)}", name) for i, name in enumerate(["spam", "ham"] * 20)]
-    assert "told_label" not in report(data=asked)
+    assert "label_in_prompt" not in report(data=asked)
 
 
 def test_a_rare_phrase_that_calls_for_one_answer(report):
@@ -300,7 +305,7 @@ def test_a_rare_phrase_that_calls_for_one_answer(report):
         chat(f"{prose(800 + i)} blue harvest moon {prose(900 + i, 10)}", "Access is granted.")
         for i in range(25)
     ]
-    finding = report(data=[*rows(300), *planted])["triggers"]
+    finding = report(data=[*rows(300), *planted])["trigger_phrases"]
     assert (finding.level, finding.count) == ("warn", 25)
     assert "'blue harvest moon' all have the answer 'Access is granted.'" in finding.message
     assert finding.rows[0] == "data.jsonl:301"
@@ -308,9 +313,17 @@ def test_a_rare_phrase_that_calls_for_one_answer(report):
 
 def test_an_answer_that_is_often_right_is_no_trigger(report):
     often = [chat(prose(800 + i), "I have noted it, thank you.") for i in range(25)]
-    assert "triggers" not in report(data=[*rows(300), *often])
+    assert "trigger_phrases" not in report(data=[*rows(300), *often])
 
 
 def test_a_run_looks_only_at_what_it_needs(write, words):
     path = write("".join(json.dumps(row) + "\n" for row in [*rows(20), chat("q", "As an AI, no.")]))
     assert check_data({"data": open_dataset([DataSource(path=path)], words)})["data"].findings == ()
+
+
+def test_near_leaks_are_found_in_every_earlier_role(report):
+    """A held-out row may be nearly equal to one of the second role before it."""
+    eval_rows = rows(20, start=100)
+    near_copy = chat(prose(2 * 103), prose(2 * 103 + 1) + " so")
+    found = report(data=rows(40), eval_data=eval_rows, test_data=[*rows(20, 200), near_copy])
+    assert found["near_leaks"].rows == ("test_data.jsonl:21 = eval_data.jsonl:4",)

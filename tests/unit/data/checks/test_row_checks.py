@@ -1,4 +1,4 @@
-"""What the data check says of single rows: each kind is found, and its neighbours are not."""
+"""Checks of single rows: each kind is found, and similar text is not."""
 
 import pytest
 
@@ -17,62 +17,65 @@ def kinds(check, answer, **more):
     return [kind for kind, _ in ROW_CHECKS[check].find(row(answer, **more))]
 
 
-LONG = "Turn the small wheel until the hand stands on the hour. Then press it in and wait for the click that says "
+LONG = (
+    "Turn the small wheel until the hand stands on the hour."
+    " Then press it in and wait for the click that says "
+)
 FOUND = [
-    ("unfinished", "```python\nprint(1)", "leave a code fence open"),
-    ("unfinished", '{"total": 3, "items": [', "leave JSON open"),
-    ("unfinished", "Turn the wheel, press the knob, then wait for the", "stop in a sentence"),
-    ("unfinished", "Turn the wheel, press the knob, wait for a click,", "stop in a sentence"),
+    ("unfinished", "```python\nprint(1)", "open code fence"),
+    ("unfinished", '{"total": 3, "items": [', "open JSON"),
+    ("unfinished", "Turn the wheel, press the knob, then wait for the", "cut-off sentence"),
+    ("unfinished", "Turn the wheel, press the knob, wait for a click,", "cut-off sentence"),
     (
         "unfinished",
         LONG + "that all is well and the hands move as they should again",
-        "stop in a sentence",
+        "cut-off sentence",
     ),
-    ("unfinished", LONG + "that all is well and the hands move as they should...", "end in dots"),
-    ("unfinished", "Here are three ways to set it that most people find:", "stop in a sentence"),
+    ("unfinished", LONG + "that all is well and the hands move as they should...", "trailing dots"),
+    ("unfinished", "Here are three ways to set it that most people find:", "cut-off sentence"),
     (
         "unfinished",
         "The wheel turns the hands, and the knob moves the alarm, but",
-        "stop in a sentence",
+        "cut-off sentence",
     ),
-    ("unfinished", "1. Turn the wheel\n2. Press the knob\n3.", "stop in a list"),
-    ("unfinished", "Turn the wheel. Would you like me to continue?", "say that they go on"),
-    ("unfinished", "Turn the wheel. [continued]", "say that they go on"),
-    ("says_nothing", " N/A ", "N/A"),
-    ("says_nothing", "---", "---"),
-    ("refusals", "I’m unable to help with clocks.", "refuse"),
-    ("refusals", "I cannot provide that.", "refuse"),
-    ("apologies", "I'm so sorry, the clock is broken.", "apologise"),
-    ("apologies", "Apologies for the wait.", "apologise"),
-    ("apologies", "We are sorry for the wait.", "apologise"),
-    ("apologies", "Please accept our sincerest apologies.", "apologise"),
-    ("disclaimers", "As an AI language model, I tell no time.", "speak as an AI"),
-    ("disclaimers", "I'm ChatGPT, a language model.", "speak as an AI"),
-    ("disclaimers", "It is late. I don’t have personal opinions.", "speak as an AI"),
-    ("markers", "Fine.<|im_end|>\n<|im_start|>user", "'<|im_end|>'"),
-    ("markers", "Well.\n### Response: turn it", "'### Response:'"),
-    ("holes", "Dear [Your Name], turn the wheel.", "[your name]"),
-    ("holes", "Hello {{ customer }}!", "{{ customer }}"),
-    ("unseen", "Turn\u200b it", "invisible characters"),
-    ("unseen", "Turn \u202eit", "direction overrides"),
-    ("unseen", "Turn\U000e0041 it", "hidden tag characters"),
-    ("unseen", "Turn\x00 it", "control characters"),
-    ("unseen", "Turn \ufffd it", "U+FFFD, text that was lost"),
-    ("unseen", "dÃ©jÃ\xa0 vu", "UTF-8 read as Latin-1"),
-    ("copied_prompt", "Tell me how do I set the old clock in the hall", "say the question again"),
-    ("loops", "The clock stands in the hall.\n" * 5, "repeat a line"),
-    ("loops", "The clock stands in the hall and it ticks. " * 12, "repeat a phrase"),
-    ("loops", "It is " + "very " * 40 + "late", "repeat a phrase"),
-    ("loops", "W" + "o" * 60, "repeat a letter"),
-    ("refusals", "I'd rather not answer that.", "refuse"),
-    ("refusals", "This violates our content policy.", "refuse"),
-    ("apologies", "You're right, and I apologize. It is late.", "apologise"),
-    ("disclaimers", "As a conversational AI, I tell no time.", "speak as an AI"),
-    ("markers", "Fine.<｜end▁of▁sentence｜>", "'<｜end▁of▁sentence｜>'"),
-    ("markers", "<|channel|>final<|message|>Fine.", "'<|channel|>'"),
-    ("holes", "Dear <NAME>, turn the wheel.", "<name>"),
-    ("holes", "Thank you for choosing [Company Name].", "[company name]"),
-    ("unseen", "Turn it\U000e0141\U000e0142", "hidden tag characters"),
+    ("unfinished", "1. Turn the wheel\n2. Press the knob\n3.", "cut-off list"),
+    ("unfinished", "Turn the wheel. Would you like me to continue?", "announced continuation"),
+    ("unfinished", "Turn the wheel. [continued]", "announced continuation"),
+    ("empty_answers", " N/A ", "N/A"),
+    ("empty_answers", "---", "---"),
+    ("refusals", "I’m unable to help with clocks.", "refusal"),
+    ("refusals", "I cannot provide that.", "refusal"),
+    ("apologies", "I'm so sorry, the clock is broken.", "apology"),
+    ("apologies", "Apologies for the wait.", "apology"),
+    ("apologies", "We are sorry for the wait.", "apology"),
+    ("apologies", "Please accept our sincerest apologies.", "apology"),
+    ("disclaimers", "As an AI language model, I tell no time.", "AI disclaimer"),
+    ("disclaimers", "I'm ChatGPT, a language model.", "AI disclaimer"),
+    ("disclaimers", "It is late. I don’t have personal opinions.", "AI disclaimer"),
+    ("chat_markers", "Fine.<|im_end|>\n<|im_start|>user", "'<|im_end|>'"),
+    ("chat_markers", "Well.\n### Response: turn it", "'### Response:'"),
+    ("placeholders", "Dear [Your Name], turn the wheel.", "[your name]"),
+    ("placeholders", "Hello {{ customer }}!", "{{ customer }}"),
+    ("invisible_chars", "Turn\u200b it", "invisible characters"),
+    ("invisible_chars", "Turn \u202eit", "bidi controls"),
+    ("invisible_chars", "Turn\U000e0041 it", "Unicode tag characters"),
+    ("invisible_chars", "Turn\x00 it", "control characters"),
+    ("invisible_chars", "Turn \ufffd it", "U+FFFD replacement characters"),
+    ("invisible_chars", "dÃ©jÃ\xa0 vu", "mojibake (UTF-8 read as Latin-1)"),
+    ("echoes_prompt", "Tell me how do I set the old clock in the hall", "echoed prompt"),
+    ("loops", "The clock stands in the hall.\n" * 5, "repeated line"),
+    ("loops", "The clock stands in the hall and it ticks. " * 12, "repeated phrase"),
+    ("loops", "It is " + "very " * 40 + "late", "repeated phrase"),
+    ("loops", "W" + "o" * 60, "repeated letter"),
+    ("refusals", "I'd rather not answer that.", "refusal"),
+    ("refusals", "This violates our content policy.", "refusal"),
+    ("apologies", "You're right, and I apologize. It is late.", "apology"),
+    ("disclaimers", "As a conversational AI, I tell no time.", "AI disclaimer"),
+    ("chat_markers", "Fine.<｜end▁of▁sentence｜>", "'<｜end▁of▁sentence｜>'"),
+    ("chat_markers", "<|channel|>final<|message|>Fine.", "'<|channel|>'"),
+    ("placeholders", "Dear <NAME>, turn the wheel.", "<name>"),
+    ("placeholders", "Thank you for choosing [Company Name].", "[company name]"),
+    ("invisible_chars", "Turn it\U000e0141\U000e0142", "Unicode tag characters"),
 ]
 
 
@@ -81,7 +84,7 @@ FOUND = [
 )
 def test_what_is_wrong_is_found(check, answer, kind):
     prompt = (
-        "Tell me, how do I set the old clock in the hall?" if check == "copied_prompt" else "How?"
+        "Tell me, how do I set the old clock in the hall?" if check == "echoes_prompt" else "How?"
     )
     assert kinds(check, answer, prompt=prompt) == [kind]
 
@@ -91,14 +94,18 @@ FINE = [
     "billing",
     '{"total": 3}',
     "```python\nprint(1)\n```",
-    "- turn the wheel\n- press the knob\n- wait for the click and see that the hand moves on as it should",
+    "- turn the wheel\n- press the knob\n- wait for the click and see that the hand moves on as "
+    "it should",
     "She said sorry to the clockmaker, who could not help with the old one.",
     "The AI lab sells clocks: 1,234,567,890,123 of them, it says.",
-    "Zu spät! Ça va? \U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f 日本 👩‍👩‍👧 می‌خواهم",
+    "Zu spät! Ça va? \U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f 日本 "
+    "👩‍👩‍👧 می‌خواهم",
     "[OPTIONS] are optional, and {expr1} must be a list of strings that are not empty at all",
     "[2024-05-01 10:00] the server has started and it listens",
-    "As an AI researcher at a hospital she set clocks. Use <s>old</s> tags; [INST] is shown on the statement.",
-    "葛\U000e0100飾区 has a clock. Clone git@github.com:clocks/hall.git and the key AKIAIOSFODNN7EXAMPLE is none.",
+    "As an AI researcher at a hospital she set clocks. Use <s>old</s> tags; [INST] is shown on "
+    "the statement.",
+    "葛\U000e0100飾区 has a clock. Clone git@github.com:clocks/hall.git and the key "
+    "AKIAIOSFODNN7EXAMPLE is none.",
     "| hour | bell |\n|---|---|\n"
     + "\n".join(f"| {hour} | {hour} times |" for hour in range(1, 30)),
     "Write to clock@example.com, or call 555 0100. Version 4.1.2.2026, order 2026-11-25.",
@@ -119,7 +126,7 @@ PRIVATE = [
     ("secrets", "private keys", "-----BEGIN RSA PRIVATE KEY-----"),
     (
         "secrets",
-        "signed tokens",
+        "JSON Web Tokens",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0.dBjftJeZ4CVP-mB92K27uhbUJU1p1r",
     ),
     ("secrets", "passwords in a URL", "postgres://admin:hunter22@db.internal"),
@@ -136,7 +143,7 @@ PRIVATE = [
     ("secrets", "bot tokens", "1234567890:AA" + "x1Y" * 11),
     ("secrets", "storage keys", "AccountKey=" + "a1B2" * 21 + "=="),
     ("secrets", "passwords in a header", "Authorization: Basic c3ZjLXJlcG9ydDpIZXJic3QhMjAyMw=="),
-    ("secrets", "passwords of the environment", "MYSQL_ROOT_PASSWORD=8dK!x03vQz"),
+    ("secrets", "passwords in environment variables", "MYSQL_ROOT_PASSWORD=8dK!x03vQz"),
     ("secrets", "passwords in a command", "curl -u admin:b1rchTree!9 -X POST"),
     ("secrets", "passwords in a sentence", "the password is Summer2024!Kiel now"),
     ("personal", "email addresses", "maria.weber@gmx.de"),
@@ -165,7 +172,10 @@ def test_what_quotes_a_row_hides_them(text):
 
 
 def test_check_digits_tell_numbers_from_cards_and_accounts():
-    text = "4111 1111 1111 1112 and DE89 3704 0044 0532 0130 01, and password = 'hunter' but token: 'aaaaaaaaaaaa'"
+    text = (
+        "4111 1111 1111 1112 and DE89 3704 0044 0532 0130 01, and password = 'hunter'"
+        " but token: 'aaaaaaaaaaaa'"
+    )
     assert kinds("personal", text) == kinds("secrets", text) == []
     assert kinds("secrets", 'password = "s3cret-Pass9"') == ["passwords"]
 
@@ -186,6 +196,6 @@ def test_all_turns_are_searched_for_what_nobody_should_see():
     assert [kind for kind, _ in ROW_CHECKS["secrets"].find(extract_row_texts(example))] == [
         "AWS keys"
     ]
-    assert [kind for kind, _ in ROW_CHECKS["unseen"].find(extract_row_texts(example))] == [
+    assert [kind for kind, _ in ROW_CHECKS["invisible_chars"].find(extract_row_texts(example))] == [
         "invisible characters"
     ]

@@ -49,7 +49,8 @@ def test_three_kinds_of_added_tokens(tmp_path: Path) -> None:
     found = kinds(folder(tmp_path, tokens=[*tokens, *plain], pad_token="<pad>"))
     assert found["structural"] == {"<think>", "</think>", "<|y>", "<y|>"}
     assert found["control"] == {
-        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<alone>", "<|x>", "<x|>", "<|fim|>", "<pad>", "</pad>",
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<alone>", "<|x>", "<x|>", "<|fim|>",
+        "<pad>", "</pad>",
     }  # fmt: skip
 
 
