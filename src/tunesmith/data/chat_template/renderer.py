@@ -349,8 +349,9 @@ class Renderer:
                     token_spans += find_token_spans(encoded, span, example)
                 document = _make_document(example.id, encoded.ids, token_spans)
                 return [document], collect_render_notes(chat, encoded.text, spans)
+        is_cut_off = spans[-1].message_index < len(chat.messages) - 1
         notes = [PER_TURN] if len(spans) > 1 else []
-        notes += [CUT_OFF] if spans[-1].message_index < len(chat.messages) - 1 else []
+        notes += [CUT_OFF] if is_cut_off else []
         documents: list[Document] = []
         for span in spans:
             document, turn_notes = self._encode_turn(example, chat, span)

@@ -75,11 +75,11 @@ class ChatTemplate:
         literals |= {node.data for node in tree.find_all(nodes.TemplateData)}
         self.literals = frozenset(literals)
         self.undeclared_variables = frozenset(meta.find_undeclared_variables(tree))
-        tracked, plain = self._tracked_environment, self._plain_environment
-        self._tracked_template = _compile_template(
-            tracked, self.source, _TrackingTransformer(tracked)
+        tracking = _TrackingTransformer(self._tracked_environment)
+        self._tracked_template = _compile_template(self._tracked_environment, self.source, tracking)
+        self._plain_template = _compile_template(
+            self._plain_environment, self.source, CostTransformer()
         )
-        self._plain_template = _compile_template(plain, self.source, CostTransformer())
 
     def render(self, variables: Mapping[str, Any]) -> TrackedStr:
         """Render tracked text. Raises InputError with the template's line; the caller adds the

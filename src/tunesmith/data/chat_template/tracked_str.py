@@ -15,7 +15,9 @@ from typing import Any, SupportsIndex
 
 from jinja2 import TemplateError, Undefined
 
-TEMPLATE, VALUE, TOOLS = 0, 1, 2
+TEMPLATE = 0
+VALUE = 1
+TOOLS = 2
 FIELDS = ("content", "reasoning", "tool_calls", "other")
 MAX_CHARS = 10_000_000  # per text that a template makes
 MAX_ITEMS = 1_000_000  # per list or structure that a template makes

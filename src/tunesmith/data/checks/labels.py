@@ -27,7 +27,7 @@ from tunesmith.data.checks.text_stats import (
     find_common_ngrams,
 )
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 
 MIN_LABEL_ROWS = 10  # per label
 MAX_LABELS = 200
@@ -120,7 +120,7 @@ def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
     label_lengths = {len(label) for label in labels}
     copied_rows: list[int] = []
     other_share = 0.0
-    sample = permutation(0, 0, len(dataset))[:SAMPLE_ROWS].tolist()
+    sample = permute_rows(0, 0, len(dataset))[:SAMPLE_ROWS].tolist()
     for index in sample:
         row = extract_row_texts(dataset.read_example(index))
         words = hash_words("\n".join(row.texts[:-1])).tolist()
@@ -208,7 +208,7 @@ def _measure_phrase_share(dataset: Dataset, rows: np.ndarray, phrase: str) -> fl
     """Return the share of rows with the phrase in the question, in a sample."""
     words = hash_words(phrase)
     gram = hash_ngrams(words, len(words))[0]
-    sample = rows[permutation(0, 0, len(rows))[: 4 * SAMPLE_ROWS]]
+    sample = rows[permute_rows(0, 0, len(rows))[: 4 * SAMPLE_ROWS]]
     num_hits = 0
     for row in sample.tolist():
         prompt = extract_row_texts(dataset.read_example(row)).prompt

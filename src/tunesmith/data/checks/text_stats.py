@@ -30,7 +30,7 @@ from tunesmith.data.checks.ngram_overlap import NGRAM_WORDS, NgramIndex, NgramOv
 from tunesmith.data.checks.ngrams import exclude_values, hash_unique_ngrams, hash_words
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 
 TRAINED_ROLES = ("data", REHEARSAL)
 SAMPLE_ROWS = 2_000  # from which n-grams common to most rows are estimated
@@ -136,7 +136,7 @@ class RoleTextStats:
             rejected_chars_N=np.zeros(count, dtype=np.int64),
             json_kind_N=np.zeros(count, dtype=np.uint8),
             languages_N=np.full(count, -1, dtype=np.int16) if language_id.is_installed() else None,
-            is_sampled_N=np.isin(np.arange(count), permutation(0, 0, count)[:MAX_LANGUAGE_ROWS]),
+            is_sampled_N=np.isin(np.arange(count), permute_rows(0, 0, count)[:MAX_LANGUAGE_ROWS]),
         )
 
     def record_row(self, index: int, row: RowTexts) -> None:
@@ -196,7 +196,7 @@ def find_common_ngrams(datasets: Mapping[str, Dataset], n: int) -> np.ndarray:
     role_grams = [np.empty(0, dtype=np.uint64)]
     for dataset in datasets.values():
         _, unique_rows = np.unique(dataset.contents_N, return_index=True)
-        sample = unique_rows[permutation(0, 0, len(unique_rows))[:SAMPLE_ROWS]]
+        sample = unique_rows[permute_rows(0, 0, len(unique_rows))[:SAMPLE_ROWS]]
         texts = [extract_row_texts(dataset.read_example(row)) for row in sample.tolist()]
         grams = [hash_unique_ngrams(row.words, n) for row in texts]
         values, counts = np.unique(np.concatenate(grams), return_counts=True)

@@ -146,9 +146,9 @@ class ChatTokenizer:
             raise InputError("the model folder has no tokenizer.json", where=str(folder), fix=fix)
         config = read_json(folder / "tokenizer_config.json")
         eos_token_id = read_json(folder / "generation_config.json").get("eos_token_id")
-        end_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-        if eos_token_id is None:
-            end_ids = []
+        end_ids: list[Any] = []
+        if eos_token_id is not None:
+            end_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
         if not all(type(end) is int for end in end_ids):
             message = (
                 f"eos_token_id is not an integer or a list of them: {str(eos_token_id)[:80]!r}"
