@@ -36,7 +36,7 @@ def faulty_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dying(faulty_files: Path) -> Dying:
     """What dying.py found, by mode."""
 
-    def found(what: str, folder: Path, *modes: str) -> dict[str, Any]:
+    def actual(what: str, folder: Path, *modes: str) -> dict[str, Any]:
         environment = {**os.environ, "LD_PRELOAD": str(faulty_files), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(HERE / "dying.py"), what, str(folder), *modes]
         done = subprocess.run(
@@ -44,4 +44,4 @@ def dying(faulty_files: Path) -> Dying:
         )
         return json.loads(done.stdout)
 
-    return found
+    return actual

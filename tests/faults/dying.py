@@ -100,26 +100,26 @@ def try_all(
 ) -> dict[str, object]:
     """`die` in a copy of `first` at call 1, 2, ...; what `go_on` makes of each state that this
     leaves."""
-    known: dict[str, str] = {}
+    run_inputs: dict[str, str] = {}
     endings: Counter[str] = Counter()
     for call in range(1, 10**6):
         folder = first.with_name(f"{first.name}-{call}")
         shutil.copytree(first, folder) if first.exists() else None
-        status, said = child(
+        status, messages = child(
             lambda folder=folder, call=call: (armed(folder, call, mode), die(folder))[1]
         )
-        endings[f"{status} {re.sub('[0-9.]+', 'N', said.partition(': ')[2])}".strip()] += 1
+        endings[f"{status} {re.sub('[0-9.]+', 'N', messages.partition(': ')[2])}".strip()] += 1
         tidy, digest = child(lambda folder=folder: tidied(folder))
         assert tidy == 0, digest
-        if digest not in known:
-            known[digest] = child(lambda folder=folder: go_on(folder))[1]
+        if digest not in run_inputs:
+            run_inputs[digest] = child(lambda folder=folder: go_on(folder))[1]
         shutil.rmtree(folder, ignore_errors=True)
         if status == 0:
             return {
                 "calls": call - 1,
-                "outcomes": Counter(known.values()),
+                "outcomes": Counter(run_inputs.values()),
                 "endings": endings,
-                "last": known[digest],
+                "last": run_inputs[digest],
             }
     raise AssertionError("unreachable")
 
@@ -146,12 +146,12 @@ def weights_after(training: TrainingLoop) -> str:
 
 def go_on_training(folder: Path) -> str:
     with RunFolder.open(folder) as opened:
-        found, skipped = opened.find_latest_checkpoint()
-        assert found is not None
+        actual, skipped = opened.find_latest_checkpoint()
+        assert actual is not None
         assert not skipped
         training = new_training()
-        training.restore(found)
-        return f"{found.name} {weights_after(training)}"
+        training.restore(actual)
+        return f"{actual.name} {weights_after(training)}"
 
 
 def save(folder: Path, mode: int) -> dict[str, object]:
@@ -172,8 +172,8 @@ def save(folder: Path, mode: int) -> dict[str, object]:
             training.save(target)
         return ""
 
-    found = try_all(first, mode, save_third, go_on_training)
-    return {"straight": child(lambda: weights_after(new_training()))[1], **found}
+    actual = try_all(first, mode, save_third, go_on_training)
+    return {"straight": child(lambda: weights_after(new_training()))[1], **actual}
 
 
 # ---------------------------------------------------------------- a whole run
@@ -207,17 +207,17 @@ def resume_or_begin(model: Path, folder: Path, files: dict[str, str]) -> str:
     return finished(folder)
 
 
-def whole(folder: Path, mode: int) -> dict[str, object]:
+def full(folder: Path, mode: int) -> dict[str, object]:
     folder.mkdir()
     model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.measured_files(folder)
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
-    found = try_all(
+    actual = try_all(
         folder / "run",
         mode,
         lambda place: whole_run(model, place, files),
         lambda place: resume_or_begin(model, place, files),
     )
-    return {"straight": straight, **found}
+    return {"straight": straight, **actual}
 
 
 # ---------------------------------------------------------------- at random times
@@ -260,7 +260,7 @@ def killed(work: Callable[[], str], *, after: float) -> bool:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    work, (where, *modes) = {"save": save, "run": whole, "times": times}[sys.argv[1]], sys.argv[2:]
+    work, (where, *modes) = {"save": save, "run": full, "times": times}[sys.argv[1]], sys.argv[2:]
     sys.stdout.write(
         json.dumps({mode: work(Path(where) / mode, MODES.index(mode)) for mode in modes}) + "\n"
     )

@@ -25,7 +25,7 @@ from tunesmith.core.atomic import verify_dir
 from tunesmith.export.export import export_run
 
 
-def left(place: Path) -> str:
+def rest(place: Path) -> str:
     """What stands under the final name, and whether anything is left beside it."""
     what = (
         ("whole" if not verify_dir(place) else f"damaged: {verify_dir(place)}")
@@ -49,12 +49,12 @@ def try_all(finished: Path, name: str, folder: Path, mode: int, every: int) -> d
             armed(place.parent, call, mode)
             return export_run(finished, target, kind=kind or None, out=place).path
 
-        status, said = child(export)
+        status, messages = child(export)
         reason = next(
-            (words for words in ("no room on the disk",) if words in said),
-            "" if status in (0, 9) else said,
+            (words for words in ("no space left on the disk",) if words in messages),
+            "" if status in (0, 9) else messages,
         )
-        endings[" ".join(part for part in (str(status), left(place), reason) if part)] += 1
+        endings[" ".join(part for part in (str(status), rest(place), reason) if part)] += 1
         shutil.rmtree(place.parent)
         if status == 0:
             return {"calls": call - 1, "endings": endings}
@@ -69,6 +69,6 @@ if __name__ == "__main__":
         int(sys.argv[3]),
         *sys.argv[4:],
     )
-    code, said = child(lambda: str(save_run(folder / "work", save_model(folder / "model"))))
-    assert code == 0, said
-    print(json.dumps({name: try_all(Path(said), name, folder, mode, every) for name in names}))  # noqa: T201
+    code, messages = child(lambda: str(save_run(folder / "work", save_model(folder / "model"))))
+    assert code == 0, messages
+    print(json.dumps({name: try_all(Path(messages), name, folder, mode, every) for name in names}))  # noqa: T201

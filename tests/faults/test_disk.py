@@ -50,7 +50,7 @@ def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(
     with (
         file_limit(size // 2),
         pytest.raises(
-            MachineError, match=r"step-2: no room on the disk: .* \(\d+ bytes\) needed"
+            MachineError, match=r"step-2: no space left on the disk: .* \(\d+ bytes\) needed"
         ) as full,
     ):
         list(events)
@@ -72,9 +72,9 @@ def test_fault_25_the_plan_warns_before_a_disk_is_full(
         next(run.train(plan))
 
 
-@pytest.mark.parametrize("place", ["/proc/run", "/sys/run", "gone/run", "file/run"])
+@pytest.mark.parametrize("location", ["/proc/run", "/sys/run", "gone/run", "file/run"])
 def test_fault_26_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
-    place: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    location: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Systems that take no files, a link to a disk that is gone, and a file where a folder should
     be."""
@@ -82,7 +82,7 @@ def test_fault_26_an_output_that_cannot_be_written_is_refused_before_anything_is
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))
     with pytest.raises(MachineError, match=r"cannot be written: |bytes, 0 are free") as refused:
-        list(run.train(plan_of(recipe(tiny_folder, tmp_path, output_dir=str(tmp_path / place)))))
+        list(run.train(plan_of(recipe(tiny_folder, tmp_path, output_dir=str(tmp_path / location)))))
     assert "output_dir" in refused.value.fix
     assert not (tmp_path / "unmounted").exists()
 
@@ -166,7 +166,7 @@ def test_fault_33_no_checkpoint_is_newer_than_the_events_before_it(
         pass
     with (
         no_room_for_events(folder, monkeypatch),
-        pytest.raises(MachineError, match=r"events\.jsonl: no room on the disk"),
+        pytest.raises(MachineError, match=r"events\.jsonl: no space left on the disk"),
     ):
         list(events)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]

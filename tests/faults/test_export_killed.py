@@ -22,7 +22,7 @@ Dying = Callable[..., dict[str, dict[str, Any]]]
 def dying_export(faulty_files: Path, tmp_path: Path) -> Dying:
     """What dying_export.py found, by target."""
 
-    def found(mode: str, every: int, *targets: str) -> dict[str, dict[str, Any]]:
+    def actual(mode: str, every: int, *targets: str) -> dict[str, dict[str, Any]]:
         environment = {**os.environ, "LD_PRELOAD": str(faulty_files), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(SCRIPT), str(tmp_path), mode, str(every), *targets]
         done = subprocess.run(
@@ -30,13 +30,13 @@ def dying_export(faulty_files: Path, tmp_path: Path) -> Dying:
         )
         return json.loads(done.stdout)
 
-    return found
+    return actual
 
 
-def check_deaths(found: dict[str, dict[str, Any]]) -> None:
+def check_deaths(actual: dict[str, dict[str, Any]]) -> None:
     """At first there is nothing at all, then a folder with a passing name, at last the whole
     export."""
-    for target, result in found.items():
+    for target, result in actual.items():
         assert result["calls"] > 15, target
         assert set(result["endings"]) <= {"9 nothing", "9 nothing .tmp", "9 whole", "0 whole"}, (
             target
@@ -44,29 +44,29 @@ def check_deaths(found: dict[str, dict[str, Any]]) -> None:
         assert result["endings"]["9 nothing .tmp"] > 1, target
 
 
-def check_full_disk(found: dict[str, dict[str, Any]]) -> None:
+def check_full_disk(actual: dict[str, dict[str, Any]]) -> None:
     """Each is refused with the reason, and leaves nothing, not even a folder with a passing
     name."""
-    for target, result in found.items():
-        assert set(result["endings"]) == {"1 nothing no room on the disk", "0 whole"}, target
+    for target, result in actual.items():
+        assert set(result["endings"]) == {"1 nothing no space left on the disk", "0 whole"}, target
 
 
 def test_fault_34_an_export_killed_here_and_there(dying_export: Dying) -> None:
-    found = dying_export("die", 5, "merged", "gguf-lora")
-    assert found.keys() == {"merged", "gguf-lora"}
-    check_deaths(found)
+    actual = dying_export("die", 5, "merged", "gguf-lora")
+    assert actual.keys() == {"merged", "gguf-lora"}
+    check_deaths(actual)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["die", "tear"])
 def test_fault_34_an_export_killed_at_any_call(mode: str, dying_export: Dying) -> None:
-    found = dying_export(mode, 1, *ALL)
-    assert found.keys() == set(ALL)
-    check_deaths(found)
+    actual = dying_export(mode, 1, *ALL)
+    assert actual.keys() == set(ALL)
+    check_deaths(actual)
 
 
 @pytest.mark.slow
 def test_fault_34_an_export_on_a_disk_that_fills_up_at_any_call(dying_export: Dying) -> None:
-    found = dying_export("full", 1, *ALL)
-    assert found.keys() == set(ALL)
-    check_full_disk(found)
+    actual = dying_export("full", 1, *ALL)
+    assert actual.keys() == set(ALL)
+    check_full_disk(actual)

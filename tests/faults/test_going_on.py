@@ -50,10 +50,10 @@ def copied(broken_off: tuple[Path, bytes], tmp_path: Path) -> Path:
     return shutil.copytree(broken_off[0], tmp_path / "run")
 
 
-def flip(file: Path, place: float) -> None:
+def flip(file: Path, location: float) -> None:
     """One bit of the byte that stands at this share of the file."""
     content = bytearray(file.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 1
+    content[int(location * (len(content) - 1))] ^= 1
     file.write_bytes(content)
 
 
@@ -64,7 +64,7 @@ def verdicts(events: list[Event], kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "location"),
     [
         ("state.safetensors", 0.02),  # the header
         ("state.safetensors", 0.3),
@@ -76,9 +76,9 @@ def verdicts(events: list[Event], kind: str) -> list[str]:
     ],
 )
 def test_fault_24_a_flipped_byte_is_seen_and_the_checkpoint_before_is_taken(
-    name: str, place: float, copied: Path, broken_off: tuple[Path, bytes]
+    name: str, location: float, copied: Path, broken_off: tuple[Path, bytes]
 ) -> None:
-    flip(copied / "checkpoints" / "step-2" / name, place)
+    flip(copied / "checkpoints" / "step-2" / name, location)
     with pytest.raises(
         InputError, match=r"step-2: manifest\.json is missing or broken|step-2: .* was changed"
     ):
@@ -134,14 +134,16 @@ def test_a_manifest_says_what_the_checkpoint_belongs_to(broken_off: tuple[Path, 
         *manifest["templates"].values(),
         *manifest["data"].values(),
     ]
-    assert {len(found) for found in [*hashes, manifest["tokenizer"], manifest["renderer"]]} == {64}
+    assert {len(actual) for actual in [*hashes, manifest["tokenizer"], manifest["renderer"]]} == {
+        64
+    }
 
 
 # ---------------------------------------------------------------- drift
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def custom(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run over files of its own, left after its first checkpoint."""
     folder = tmp_path_factory.mktemp("own")
     wish = recipe(
@@ -221,18 +223,18 @@ DRIFTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("what", DRIFTS)
 def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(
-    what: str, own: Recipe
+    what: str, custom: Recipe
 ) -> None:
-    assert isinstance(own.output_dir, Path)
+    assert isinstance(custom.output_dir, Path)
     name, change, message = DRIFTS[what]
-    file = own.output_dir.parent / name
+    file = custom.output_dir.parent / name
     content = file.read_bytes()
     change(file)
     try:
         with pytest.raises(
             InputError, match=rf"(?s)inputs have changed.*\n  {message}.*allow-changes"
         ) as refusal:
-            next(run.resume(own.output_dir))
+            next(run.resume(custom.output_dir))
     finally:
         file.write_bytes(content)
     assert refusal.value.exit_code == 2
@@ -260,14 +262,14 @@ def test_fault_30_what_is_allowed_to_differ_is_in_the_record(what: str, tmp_path
         assert steps_of(events)[0].learning_rate == pytest.approx(0.5 / 3)
 
 
-def test_rows_that_went_away_cannot_be_allowed(own: Recipe) -> None:
-    assert isinstance(own.output_dir, Path)
-    file = own.output_dir.parent / "train.jsonl"
+def test_rows_that_went_away_cannot_be_allowed(custom: Recipe) -> None:
+    assert isinstance(custom.output_dir, Path)
+    file = custom.output_dir.parent / "train.jsonl"
     content = file.read_bytes()
     write_rows(file, sums(1, 4))
     try:
         with pytest.raises(InputError, match="4 rows are enough for 2 steps, the plan has 3"):
-            list(run.resume(own.output_dir, allow_changes=True))
+            list(run.resume(custom.output_dir, allow_changes=True))
     finally:
         file.write_bytes(content)
 
@@ -277,8 +279,8 @@ def test_another_processor_is_said_and_not_refused(copied: Path) -> None:
     identity["machine"]["device"] = "Pentium II"
     (copied / "fingerprint.json").write_text(json.dumps(identity))
     events = list(run.resume(copied))
-    (said,) = verdicts(events, "rounding")
-    assert said.startswith("machine.device: Pentium II -> ")
+    (messages,) = verdicts(events, "rounding")
+    assert messages.startswith("machine.device: Pentium II -> ")
     assert read_json(copied / "record.json")["input_changes"] == []
 
 
@@ -329,10 +331,10 @@ def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_
     plan.write_text(json.dumps(values))
     seen["mixed"] = steps_of(list(run.resume(tmp_path / "mixed" / "run", allow_changes=True)))
     for name, tail in (("narrow", 0), ("mixed", 1)):
-        for one, other in zip(seen["wide"][tail:], seen[name], strict=True):
-            assert (one.step, one.tokens, one.supervised_tokens) == (
+        for item, other in zip(seen["wide"][tail:], seen[name], strict=True):
+            assert (item.step, item.tokens, item.supervised_tokens) == (
                 other.step,
                 other.tokens,
                 other.supervised_tokens,
             )
-            assert one.loss == pytest.approx(other.loss, rel=1e-5)
+            assert item.loss == pytest.approx(other.loss, rel=1e-5)

@@ -52,7 +52,9 @@ def trained(model: PackedCausalLM) -> tuple[list[Event], dict[str, Tensor]]:
     start = {
         name: p.detach().clone() for name, p in get_trainable_parameters(model.network).items()
     }
-    training = TrainingLoop(model, lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS, steps=4)
+    training = TrainingLoop(
+        model, lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS, steps=4
+    )
     events = list(training)
     return events, {
         name: p.detach() - start[name]
@@ -65,7 +67,7 @@ def verdicts(events: Sequence[Event]) -> list[CheckResult]:
 
 
 def test_fault_28_a_step_that_does_not_fit_is_the_same_step_in_smaller_packs() -> None:
-    (free, expected), (narrow, found) = (
+    (free, expected), (narrow, actual) = (
         trained(bounded(tiny_model(), most)) for most in (10**6, 35)
     )
     (warning,) = verdicts(narrow)
@@ -75,20 +77,24 @@ def test_fault_28_a_step_that_does_not_fit_is_the_same_step_in_smaller_packs() -
         warning.evidence
         == f"out of memory: {SAID}; packs of 67 tokens become packs of 33: same step, same update"
     )
-    for one, other in zip(steps_of(free), steps_of(narrow), strict=True):
-        assert (one.step, one.tokens, one.supervised_tokens) == (
+    for item, other in zip(steps_of(free), steps_of(narrow), strict=True):
+        assert (item.step, item.tokens, item.supervised_tokens) == (
             other.step,
             other.tokens,
             other.supervised_tokens,
         )
-        assert one.loss == pytest.approx(other.loss, rel=1e-5)
-    assert worst_difference(found, expected) < 1e-4
+        assert item.loss == pytest.approx(other.loss, rel=1e-5)
+    assert worst_difference(actual, expected) < 1e-4
 
 
 def test_fault_28_packs_are_halved_as_often_as_it_takes() -> None:
     """The document of 17 tokens is never split, and fits by itself."""
     training = TrainingLoop(
-        bounded(tiny_model(), 17), lambda step: tiny_documents((17, 13, 13, 5, step)), SETTINGS, steps=4)
+        bounded(tiny_model(), 17),
+        lambda step: tiny_documents((17, 13, 13, 5, step)),
+        SETTINGS,
+        steps=4,
+    )
     events, lengths = list[Event](), [training.pack_length]
     for event in training:
         events.append(event)
@@ -100,7 +106,8 @@ def test_fault_28_packs_are_halved_as_often_as_it_takes() -> None:
 
 def test_fault_28_one_document_that_does_not_fit_ends_the_run_with_advice() -> None:
     training = TrainingLoop(
-        bounded(tiny_model(), 20), lambda step: tiny_documents((31, 17, 5, step)), SETTINGS, steps=4)
+        bounded(tiny_model(), 20), lambda step: tiny_documents((31, 17, 5, step)), SETTINGS, steps=4
+    )
     with pytest.raises(
         MachineError, match=r"one document each by now, the longest has 31 tokens\n  fix: lower max"
     ) as e:
@@ -129,7 +136,11 @@ def test_fault_28_the_choice_is_kept_in_checkpoints(tmp_path: Path) -> None:
 
 def test_fault_28_saving_between_the_error_and_the_second_try_loses_nothing(tmp_path: Path) -> None:
     training = TrainingLoop(
-        bounded(tiny_model(), 35), lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS, steps=4)
+        bounded(tiny_model(), 35),
+        lambda step: tiny_documents((31, 17, 13, 5, step)),
+        SETTINGS,
+        steps=4,
+    )
     assert isinstance(next(training), CheckResult)
     assert not training.model.network.training
     training.save(tmp_path)
@@ -141,7 +152,9 @@ def test_fault_28_the_rows_of_an_update_that_does_not_fit_are_not_to_blame(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The optimizer's own state cannot be had in parts."""
-    training = TrainingLoop(tiny_model(), lambda step: tiny_documents((31, step)), SETTINGS, steps=4)
+    training = TrainingLoop(
+        tiny_model(), lambda step: tiny_documents((31, step)), SETTINGS, steps=4
+    )
 
     def refusing() -> None:
         raise torch.OutOfMemoryError(SAID)
@@ -166,8 +179,8 @@ def test_fault_29_held_out_losses_are_those_of_smaller_packs() -> None:
     free, narrow = (
         sorted(compute_nll(bounded(tiny_model(), most), documents, 90)) for most in (10**6, 31)
     )
-    assert [(place, count) for place, _, count in free] == [
-        (place, count) for place, _, count in narrow
+    assert [(location, count) for location, _, count in free] == [
+        (location, count) for location, _, count in narrow
     ]
     assert [nats for _, nats, _ in narrow] == pytest.approx([nats for _, nats, _ in free], rel=1e-5)
     with pytest.raises(OutOfMemory):
@@ -233,9 +246,9 @@ def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
     monkeypatch.setattr(PackedCausalLM, "compute_hidden", refusing)
     events = train(wishes[1])
     assert not [verdict for verdict in verdicts(events) if verdict.level != "ok"]
-    found = [read_json(tmp_path / n / "run" / "record.json") for n in "ab"]
-    for one, other in zip(*(record["comparisons"] for record in found), strict=True):
-        assert one["after"]["value"] == pytest.approx(other["after"]["value"], rel=1e-5)
+    actual = [read_json(tmp_path / n / "run" / "record.json") for n in "ab"]
+    for item, other in zip(*(record["comparisons"] for record in actual), strict=True):
+        assert item["after"]["value"] == pytest.approx(other["after"]["value"], rel=1e-5)
     files = [tmp_path / n / "run" / "adapter" / "adapter_model.safetensors" for n in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
     position = read_json(tmp_path / "b" / "run" / "checkpoints" / "step-2" / "trainer_state.json")

@@ -28,9 +28,7 @@ from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 from tunesmith.train import run
 from tunesmith.train.loop import TrainingLoop
 
-SETTINGS = make_config(
-    pack_length=60, learning_rate=2e-3, lr_scheduler_type="constant", seed=5
-)
+SETTINGS = make_config(pack_length=60, learning_rate=2e-3, lr_scheduler_type="constant", seed=5)
 
 
 def poison(steps: set[int], patch: pytest.MonkeyPatch) -> None:
@@ -39,11 +37,11 @@ def poison(steps: set[int], patch: pytest.MonkeyPatch) -> None:
     hidden = PackedCausalLM.compute_hidden
 
     def poisoned(self: PackedCausalLM, batch: Batch) -> Tensor:
-        found = hidden(self, batch)
+        actual = hidden(self, batch)
         if self.network.training:
             forwards.append(len(forwards) + 1)
-            return found * (math.nan if forwards[-1] in steps else 1)
-        return found
+            return actual * (math.nan if forwards[-1] in steps else 1)
+        return actual
 
     patch.setattr(PackedCausalLM, "compute_hidden", poisoned)
 
@@ -95,12 +93,12 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
             use(folder)
 
     events = list(run.resume(folder))
-    (said,) = [
+    (messages,) = [
         event
         for event in events
         if isinstance(event, CheckResult) and event.kind == "earlier attempt"
     ]
-    assert "3 non-finite steps in a row" in said.evidence
+    assert "3 non-finite steps in a row" in messages.evidence
     assert [step.step for step in steps_of(events)] == list(range(3, 10))
     assert read_failure(folder) == ""
     assert adapter_bytes(wish) == adapter_bytes(straight)
@@ -164,7 +162,8 @@ def documents(step: int) -> list:
 
 def test_fault_27_weights_that_an_update_breaks_are_named_and_never_saved(tmp_path: Path) -> None:
     training = TrainingLoop(
-        tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf), steps=6)
+        tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf), steps=6
+    )
     with RunFolder.create(tmp_path) as folder:
         folder.write_json("plan.json", {"format": 2})
         with folder.checkpoint(0, metadata={}) as target:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import provided
 from hypothesis import strategies as st
 
 from chunks import explore
@@ -91,7 +91,7 @@ needed = st.fixed_dictionaries(
     {}, optional={"model": st.just("a") | values, "data": st.just("a.jsonl") | values}
 )
 nearly = st.dictionaries(keys, values | dates, max_size=1).map(
-    lambda one: {"model": "a", "data": "a.jsonl"} | one
+    lambda item: {"model": "a", "data": "a.jsonl"} | item
 )
 wishes = nearly | st.builds(lambda some, more: {**some, **more}, recipes, needed)
 
@@ -113,7 +113,7 @@ def recipes_explored(cases: int, seconds: float) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
 
-        @given(wishes, st.sampled_from(["file", "raw", "flags", "arguments"]), st.data())
+        @provided(wishes, st.sampled_from(["file", "raw", "flags", "arguments"]), st.data())
         def explored(wish: dict[str, Any], door: str, data: st.DataObject) -> None:
             if door == "arguments":
                 seen[outcome(None, arguments=(wish,))] += 1

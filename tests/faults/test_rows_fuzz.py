@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import provided
 from hypothesis import strategies as st
 
 from chunks import explore
@@ -112,7 +112,7 @@ more = st.dictionaries(
 def rows_of(name: str) -> st.SearchStrategy[Json]:
     """Rows with the keys of a format, perhaps one more."""
     keys = st.fixed_dictionaries(dict.fromkeys(FORMATS[name].keys, conversations))
-    return st.builds(lambda known, more: more | known, keys, more)
+    return st.builds(lambda run_inputs, more: more | run_inputs, keys, more)
 
 
 rows = {name: rows_of(name) for name in FORMATS}
@@ -167,7 +167,7 @@ def rows_explored(cases: int, seconds: float, renderer: Renderer) -> Counter[str
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.jsonl"
 
-        @given(st.data(), st.sampled_from(list(FORMATS)), st.booleans())
+        @provided(st.data(), st.sampled_from(list(FORMATS)), st.booleans())
         def explored(drawn: st.DataObject, name: str, told: bool) -> None:
             written = drawn.draw(st.lists(rows[name], min_size=1, max_size=2))
             path.write_text("".join(json.dumps(row) + "\n" for row in written))
@@ -241,11 +241,11 @@ def files_explored(cases: int, seconds: float, renderer: Renderer) -> Counter[st
     sound = {name: make() for name, make in FILES.items()}
     with tempfile.TemporaryDirectory() as folder:
 
-        @given(st.sampled_from(list(FILES)), st.lists(damage, min_size=1, max_size=3))
+        @provided(st.sampled_from(list(FILES)), st.lists(damage, min_size=1, max_size=3))
         def explored(name: str, damages: list[Any]) -> None:
             content = sound[name]
-            for one in damages:
-                content = damaged(content, *one)
+            for item in damages:
+                content = damaged(content, *item)
             path = Path(folder) / name
             path.write_bytes(content)
             data = read(path, renderer)
@@ -273,7 +273,7 @@ def test_damage_in_a_line_costs_that_line_alone(renderer: Renderer, tmp_path: Pa
     first, second, *rest = lines(SOUND).splitlines(keepends=True)
     path = tmp_path / "x.jsonl"
 
-    @given(
+    @provided(
         st.binary(max_size=6).filter(lambda put: b"\n" not in put),
         st.integers(0, len(second) - 1),
         st.booleans(),
@@ -283,12 +283,12 @@ def test_damage_in_a_line_costs_that_line_alone(renderer: Renderer, tmp_path: Pa
         path.write_bytes(first + second[:at] + put + second[end:] + b"".join(rest))
         data = read(path, renderer, "messages")
         assert data is not None
-        kept = [
+        remaining = [
             data.read_row(index).data
             for index in range(len(data))
             if data.get_id(index) != "x.jsonl:2"
         ]
-        assert kept == [SOUND[0], *SOUND[2:]]
+        assert remaining == [SOUND[0], *SOUND[2:]]
         assert all(
             line["where"].startswith("x.jsonl:2")
             for line in iter_rejected_rows(data, has_render_errors=True)

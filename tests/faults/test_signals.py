@@ -96,9 +96,9 @@ def test_fault_23_a_signal_between_two_packs_of_a_step(
     assert stopped.exit_code == 143
     assert [step.step for step in steps_of(events)] == [1, 2]
     assert isinstance(events[-1], CheckpointSaved)
-    events, found = went_on(tmp_path / "run")
+    events, actual = went_on(tmp_path / "run")
     assert [step.step for step in steps_of(events)] == [3]
-    assert found == straight
+    assert actual == straight
 
 
 def test_fault_23_a_second_signal_does_not_wait_for_the_step(
@@ -128,25 +128,25 @@ def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
     stage: str, tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wish, name = wished(tiny_folder, tmp_path), stage.partition(" ")[0]
-    place: Any = {"eval_scores": guarded_loop, "measure": base_reference}.get(stage, run)
+    location: Any = {"eval_scores": guarded_loop, "measure": base_reference}.get(stage, run)
 
     def signalled(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the signal comes before the work is done")
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, signalled)
+        patch.setattr(location, name, signalled)
         events, stopped = follow(wish)
     assert stopped.exit_code == 130
     done = {"eval_scores": [1, 2], "measure again": [1, 2, 3]}.get(stage, [])
     assert [step.step for step in steps_of(events)] == done
     assert not done or (isinstance(events[-1], CheckpointSaved) and events[-1].step == done[-1])
-    events, found = went_on(tmp_path / "run")
+    events, actual = went_on(tmp_path / "run")
     assert [step.step for step in steps_of(events)] == [
         step for step in (1, 2, 3) if step not in done
     ]
     assert any(isinstance(event, Score) and event.step == 3 for event in events)
-    assert found == straight
+    assert actual == straight
 
 
 @pytest.mark.slow
@@ -168,9 +168,9 @@ def test_fault_23_the_command_says_how_to_go_on(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stderr is not None
-        said = ""
-        while "step 8/400" not in said:
-            said = process.stderr.readline()
+        messages = ""
+        while "step 8/400" not in messages:
+            messages = process.stderr.readline()
         process.send_signal(number)
         rest = process.stderr.read()
     assert process.returncode == code

@@ -137,24 +137,24 @@ class CrashingRun(RuleBasedStateMachine):
                 raise OSError(28, "No space left on device")
         self.good &= self._kept()
 
-    @rule(number=st.integers(0, 3), place=st.floats(0, 1), file=st.integers(0, 2))
-    def flip_a_byte(self, number: int, place: float, file: int) -> None:
-        found = sorted(self._kept())
-        if number < len(found):
-            step = found[number]
+    @rule(number=st.integers(0, 3), location=st.floats(0, 1), file=st.integers(0, 2))
+    def flip_a_byte(self, number: int, location: float, file: int) -> None:
+        actual = sorted(self._kept())
+        if number < len(actual):
+            step = actual[number]
             files = sorted((self.path / "checkpoints" / f"step-{step}").iterdir())
             content = bytearray(files[file].read_bytes())
-            content[int(place * (len(content) - 1))] ^= 1
+            content[int(location * (len(content) - 1))] ^= 1
             files[file].write_bytes(content)
             self.good.discard(step)
 
     @alive
-    @rule(left=st.sampled_from(["", ".tmp-step-9-1-a", ".trash-step-1-1-b"]))
-    def crash(self, left: str) -> None:
+    @rule(rest=st.sampled_from(["", ".tmp-step-9-1-a", ".trash-step-1-1-b"]))
+    def crash(self, rest: str) -> None:
         assert self.folder is not None
-        if left:
-            (self.path / "checkpoints" / left).mkdir(parents=True)
-            (self.path / "checkpoints" / left / "half").write_bytes(b"x")
+        if rest:
+            (self.path / "checkpoints" / rest).mkdir(parents=True)
+            (self.path / "checkpoints" / rest / "half").write_bytes(b"x")
         self.folder.close()
         self.folder = self.training = None
 
@@ -162,10 +162,10 @@ class CrashingRun(RuleBasedStateMachine):
     @rule()
     def resume(self) -> None:
         self.folder, self.training = RunFolder.open(self.path), new_training()
-        found, skipped = self.folder.find_latest_checkpoint()
-        assert (found is not None) == bool(self.good)
-        if found is not None:
-            self.training.restore(found)
+        actual, skipped = self.folder.find_latest_checkpoint()
+        assert (actual is not None) == bool(self.good)
+        if actual is not None:
+            self.training.restore(actual)
             assert self.training.step == max(self.good)
         assert len(skipped) == len(
             [step for step in self._kept() if step > max(self.good, default=-1)]

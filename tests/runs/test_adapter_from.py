@@ -137,7 +137,9 @@ def test_the_same_wish_is_no_contradiction(tiny_folder: Path, tmp_path: Path) ->
     for targets in (["q_proj", "down_proj"], r".*\.(q|down)_proj"):
         wish = same | {"lora_target_modules": targets}
         assert (
-            plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **wish)).config.lora_alpha
+            plan_of(
+                recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **wish)
+            ).config.lora_alpha
             == 6
         )
 
@@ -178,10 +180,12 @@ def test_the_start_is_proven_with_the_adapter_on(
     first: Recipe, tiny_folder: Path, tmp_path: Path
 ) -> None:
     wish = recipe(tiny_folder, tmp_path, data=new_rows(tmp_path), adapter_from=first.output_dir)
-    known = inputs.load_inputs(wish)
-    bench = open_session(inputs.make_plan(known), known)
+    run_inputs = inputs.load_inputs(wish)
+    bench = open_session(inputs.make_plan(run_inputs), run_inputs)
     assert "at most 0.0" in next(
-        v.evidence for v in run_preflight(bench.model, bench.samples) if v.kind == "logits match transformers"
+        v.evidence
+        for v in run_preflight(bench.model, bench.samples)
+        if v.kind == "logits match transformers"
     )
     name, parameter = next(
         (n, p) for n, p in bench.model.network.named_parameters() if "lora_B" in n
@@ -261,10 +265,10 @@ def test_one_step_from_pefts_adapter_is_pefts_step(
         max_steps=1,
         **LEFT,
     )
-    known = inputs.load_inputs(wish)
-    plan = inputs.make_plan(known)
-    expected = their_step(network, open_session(plan, known).load_documents(1), plan)
-    events = list(run.train(plan, known))
+    run_inputs = inputs.load_inputs(wish)
+    plan = inputs.make_plan(run_inputs)
+    expected = their_step(network, open_session(plan, run_inputs).load_documents(1), plan)
+    events = list(run.train(plan, run_inputs))
     assert len(steps_of(events)) == 1
     start = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     ours = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -295,8 +299,8 @@ def test_a_continued_run_resumes_bitwise(first: Recipe, tiny_folder: Path, tmp_p
         for name in ("straight", "broken")
     ]
     train(wishes[0])
-    known = inputs.load_inputs(wishes[1])
-    until_saved(iter(run.train(inputs.make_plan(known), known)), 2)
+    run_inputs = inputs.load_inputs(wishes[1])
+    until_saved(iter(run.train(inputs.make_plan(run_inputs), run_inputs)), 2)
     list(run.resume(tmp_path / "broken" / "run"))
     assert adapter_bytes(wishes[0]) == adapter_bytes(wishes[1])
 
@@ -306,9 +310,9 @@ def test_a_changed_start_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
     wish = recipe(
         tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), save_steps=1, **LEFT
     )
-    known = inputs.load_inputs(wish)
-    plan = inputs.make_plan(known)
-    until_saved(iter(run.train(plan, known)), 1)
+    run_inputs = inputs.load_inputs(wish)
+    plan = inputs.make_plan(run_inputs)
+    until_saved(iter(run.train(plan, run_inputs)), 1)
     file = tmp_path / "theirs" / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
     with pytest.raises(InputError, match="the adapter has changed since the plan"):
@@ -347,31 +351,35 @@ def test_an_adapter_of_another_template_says_how_to_go_on(
     template.write_text((tiny_folder / "chat_template.jinja").read_text() + "{# another #}")
     with pytest.raises(InputError, match="chat template default: sha256") as caught:
         plan_of(
-            recipe(tiny_folder, tmp_path, adapter_from=first.output_dir, template=str(template))
+            recipe(
+                tiny_folder, tmp_path, adapter_from=first.output_dir, chat_template=str(template)
+            )
         )
-    given = str(caught.value.fix).rpartition("template: ")[2]
+    provided = str(caught.value.fix).rpartition("template: ")[2]
     assert (
-        plan_of(recipe(tiny_folder, tmp_path, adapter_from=first.output_dir, template=given)).steps
+        plan_of(
+            recipe(tiny_folder, tmp_path, adapter_from=first.output_dir, template=provided)
+        ).steps
         == 3
     )
 
 
 def test_an_adapter_folder_says_what_it_belongs_to(first: Recipe, tiny_folder: Path) -> None:
     folder = Path(str(first.output_dir)) / "adapter"
-    found = read_provenance(folder)
-    assert found is not None
-    assert (found.base, list(found.base_sha256)) == (str(tiny_folder), ["model.safetensors"])
-    assert found.end_ids == (257, 258)
+    actual = read_provenance(folder)
+    assert actual is not None
+    assert (actual.base, list(actual.base_sha256)) == (str(tiny_folder), ["model.safetensors"])
+    assert actual.end_ids == (257, 258)
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [257, 258]
     assert (folder / "chat_template.jinja").read_text() == (
         tiny_folder / "chat_template.jinja"
     ).read_text()
-    assert len(found.reference_prompts) == 5, (
+    assert len(actual.reference_prompts) == 5, (
         "plain text, a question, one with a system message, a conversation, a tool call"
     )
-    assert found.now == read_json(folder.parent / "plan.json")["settings"]["now"]["value"]
-    whole = (folder / "tunesmith.json").read_text()
-    assert "please" not in whole, "no row of the data"
+    assert actual.now == read_json(folder.parent / "plan.json")["settings"]["now"]["value"]
+    full = (folder / "tunesmith.json").read_text()
+    assert "please" not in full, "no row of the data"
 
 
 def test_reopening_says_what_differs(tiny_folder: Path, tmp_path: Path) -> None:

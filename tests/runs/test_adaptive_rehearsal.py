@@ -39,7 +39,7 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
     return recipe(model, folder, **(values | retention | changed))
 
 
-def told(events: Sequence[Event]) -> list[tuple[int, str]]:
+def messages(events: Sequence[Event]) -> list[tuple[int, str]]:
     """(step, new ratio) of every look that decided one."""
     return [
         (event.step, event.evidence.rpartition("-> ")[2])
@@ -82,7 +82,7 @@ def test_what_is_forgotten_raises_the_ratio_from_the_next_step_on(
     no_help = {"rehearsal": {"data": other, "ratio": "adaptive"}, "learning_rate": 0.01}
     events = train(wish(tiny_folder, tmp_path, **no_help))
     looks = [(2, "20.0%"), (4, "40.0%"), (6, "50.0%"), (8, "50.0%"), (10, "50.0%")]
-    assert told(events) == looks, "none after the last step, which nothing follows"
+    assert messages(events) == looks, "none after the last step, which nothing follows"
     warned = next(
         e
         for e in events
@@ -101,7 +101,7 @@ def test_what_is_forgotten_raises_the_ratio_from_the_next_step_on(
 
 
 def test_what_is_kept_lowers_it(tiny_folder: Path, tmp_path: Path) -> None:
-    looks = told(train(wish(tiny_folder, tmp_path, learning_rate=1e-9)))
+    looks = messages(train(wish(tiny_folder, tmp_path, learning_rate=1e-9)))
     assert [ratio for _, ratio in looks] == ["5.0%", "2.5%", "1.2%", "1.0%", "1.0%"]
 
 
@@ -113,7 +113,7 @@ def test_a_run_goes_on_to_the_same_bytes_and_the_same_ratios(
     events = train(straight)
     until_saved(run.train(plan_of(broken)), step)
     again = list(run.resume(tmp_path / "broken" / "run"))
-    assert told(again) == [look for look in told(events) if look[0] > step]
+    assert messages(again) == [look for look in messages(events) if look[0] > step]
     assert adapter_bytes(broken) == adapter_bytes(straight)
 
 
@@ -125,7 +125,7 @@ def test_a_signal_between_a_step_and_its_look_loses_no_look(
     with pytest.raises(Interrupted):
         list(signalled(run.train(plan_of(broken)), step=6))
     again = list(run.resume(tmp_path / "broken" / "run"))
-    assert told(again) == [look for look in told(events) if look[0] >= 6]
+    assert messages(again) == [look for look in messages(events) if look[0] >= 6]
     assert adapter_bytes(broken) == adapter_bytes(straight)
 
 

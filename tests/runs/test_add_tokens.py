@@ -54,7 +54,7 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
     )
 
 
-def place(wish: Recipe) -> Path:
+def location(wish: Recipe) -> Path:
     return Path(str(wish.output_dir))
 
 
@@ -80,9 +80,9 @@ def model(request: pytest.FixtureRequest, tiny_folder: Path, tied_folder: Path) 
 @pytest.fixture(scope="module")
 def first(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A finished run; its recipe."""
-    own = wish(model, tmp_path_factory.mktemp("first"))
-    train(own)
-    return own
+    custom = wish(model, tmp_path_factory.mktemp("first"))
+    train(custom)
+    return custom
 
 
 # ---------------------------------------------------------------- the plan
@@ -151,7 +151,7 @@ def test_a_tokenizer_that_is_larger_than_its_model_is_refused(tmp_path: Path) ->
 
 
 def test_what_a_run_leaves(first: Recipe, model: Path) -> None:
-    adapter = place(first) / "adapter"
+    adapter = location(first) / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     assert {text: tokenizer.convert_tokens_to_ids(text) for text in TOKENS} == IDS
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -164,12 +164,12 @@ def test_what_a_run_leaves(first: Recipe, model: Path) -> None:
 def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
     """By the files alone: the base as its users load it, longer where the adapter's tokenizer
     is."""
-    adapter = place(first) / "adapter"
+    adapter = location(first) / "adapter"
     base: Any = AutoModelForCausalLM.from_pretrained(model)
     if base.config.vocab_size < len(AutoTokenizer.from_pretrained(adapter)):
         base.resize_token_embeddings(261)
     theirs: Any = PeftModel.from_pretrained(base, adapter).eval()
-    bench = finished_run.reopen_session(place(first))
+    bench = finished_run.reopen_session(location(first))
     document = bench.rows.render_documents(0)[0]
     tokens = document.tokens_L.tolist()
     batch = collate(Pack((document,)))
@@ -180,30 +180,32 @@ def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
 
 
 def test_a_resumed_run_has_the_same_bytes(first: Recipe, model: Path, tmp_path: Path) -> None:
-    own = wish(model, tmp_path, save_steps=1)
-    known = inputs.load_inputs(own)
-    until_saved(run.train(inputs.make_plan(known), known), 1)
-    list(run.resume(place(own)))
-    assert adapter_bytes(own) == adapter_bytes(first)
+    custom = wish(model, tmp_path, save_steps=1)
+    run_inputs = inputs.load_inputs(custom)
+    until_saved(run.train(inputs.make_plan(run_inputs), run_inputs), 1)
+    list(run.resume(location(custom)))
+    assert adapter_bytes(custom) == adapter_bytes(first)
 
 
 def test_before_is_the_base_with_the_tokens_as_they_started(first: Recipe) -> None:
-    events = [json.loads(line) for line in (place(first) / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (location(first) / "events.jsonl").read_text().splitlines()]
     before = {e["metric"]: e["value"] for e in events if e["type"] == "score" and e["step"] == 0}
-    again = {one.metric: one for one in finished_run.evaluate_run(place(first))}
+    again = {item.metric: item for item in finished_run.evaluate_run(location(first))}
     assert again["loss"].before.value == pytest.approx(before["loss"], rel=1e-6)
     assert again["loss"].after.value < again["loss"].before.value - 0.1
 
 
 def test_going_on_needs_the_same_tokens(first: Recipe, model: Path, tmp_path: Path) -> None:
-    start = {"adapter_from": str(place(first)), "lora_r": "auto"}
-    own = wish(model, tmp_path / "on", **start, learning_rate=1e-12)
-    events = train(own)
+    start = {"adapter_from": str(location(first)), "lora_r": "auto"}
+    custom = wish(model, tmp_path / "on", **start, learning_rate=1e-12)
+    events = train(custom)
     assert "at most 0.0" in next(
-        e.evidence for e in events if isinstance(e, CheckResult) and e.kind == "logits match transformers"
+        e.evidence
+        for e in events
+        if isinstance(e, CheckResult) and e.kind == "logits match transformers"
     )
     trained, more = (
-        load_file(place(one) / "adapter" / "adapter_model.safetensors") for one in (first, own)
+        load_file(location(item) / "adapter" / "adapter_model.safetensors") for item in (first, custom)
     )
     assert trained.keys() == more.keys()
     assert all(torch.allclose(trained[name], more[name], atol=1e-10) for name in trained)
@@ -218,25 +220,27 @@ def test_going_on_needs_the_same_tokens(first: Recipe, model: Path, tmp_path: Pa
 def test_an_adapter_without_the_tokens_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     plain = recipe(tiny_folder, tmp_path / "plain")
     train(plain)
-    with pytest.raises(InputError, match="was trained without new tokens: it has no embeddings for them"):
-        plan_of(wish(tiny_folder, tmp_path / "more", adapter_from=str(place(plain)), lora_r="auto"))
+    with pytest.raises(
+        InputError, match="was trained without new tokens: it has no embeddings for them"
+    ):
+        plan_of(wish(tiny_folder, tmp_path / "more", adapter_from=str(location(plain)), lora_r="auto"))
 
 
 @pytest.mark.parametrize(
     "changed", [{"method": "full", "lora_r": "auto"}, {"method": "qlora", "use_dora": True}]
 )
 def test_other_methods_learn_them_too(tiny_folder: Path, tmp_path: Path, changed: Any) -> None:
-    own = wish(tiny_folder, tmp_path, num_train_epochs=3, **changed)
-    steps = steps_of(train(own))
+    custom = wish(tiny_folder, tmp_path, num_train_epochs=3, **changed)
+    steps = steps_of(train(custom))
     assert steps[-1].loss < steps[0].loss - 0.3
-    assert export_run(place(own), "merged").parity.mean_kl < 1e-6
+    assert export_run(location(custom), "merged").parity.mean_kl < 1e-6
 
 
 def test_pairs_are_compared_with_the_base(tiny_folder: Path, tmp_path: Path) -> None:
     """DPO's reference has the rows as they started: the first loss is that of no change."""
     rows = [{"prompt": f"<n>{n}", "chosen": f"[sum]{n}", "rejected": f"no {n}"} for n in range(6)]
     data = str(write_rows(tmp_path / "pairs.jsonl", rows))
-    own = wish(
+    custom = wish(
         tiny_folder,
         tmp_path,
         stage="preference",
@@ -244,7 +248,7 @@ def test_pairs_are_compared_with_the_base(tiny_folder: Path, tmp_path: Path) -> 
         data=data,
         test_data=[],
     )
-    steps = steps_of(train(own))
+    steps = steps_of(train(custom))
     assert steps[0].loss == pytest.approx(0.6931, abs=1e-4)
     assert steps[-1].loss < steps[0].loss
 
@@ -260,8 +264,8 @@ def test_texts_have_them_too(tiny_folder: Path, tmp_path: Path) -> None:
         "max_length": 32,
         "test_data": [],
     }
-    own = wish(tiny_folder, tmp_path, data=str(rows), **texts)
-    steps = steps_of(train(own))
+    custom = wish(tiny_folder, tmp_path, data=str(rows), **texts)
+    steps = steps_of(train(custom))
     assert steps[-1].loss < steps[0].loss
 
 
@@ -283,8 +287,8 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
     }
     both |= {"output_dir": str(tmp_path / "run"), "num_train_epochs": 1}
     made = api.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft}]})
-    known = stages.load_stage_inputs(made)
-    steps = steps_of(list(api.train(stages.make_staged_plan(known), known)))
+    run_inputs = stages.load_stage_inputs(made)
+    steps = steps_of(list(api.train(stages.make_staged_plan(run_inputs), run_inputs)))
     assert steps[-1].loss < steps[-3].loss
     other = api.read_recipe(
         {**both, "stage": [{"cpt": cpt}, {"sft": sft | {"add_tokens": ["<n>"]}}]}
@@ -297,7 +301,7 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> None:
-    path = place(first)
+    path = location(first)
     assert export_run(path, "peft", out=tmp_path / "peft").parity.mean_kl < 1e-9
     merged = export_run(path, "merged", out=tmp_path / "merged")
     assert (merged.parity.mean_kl < 1e-9, merged.parity.same_prompts) == (True, 4)

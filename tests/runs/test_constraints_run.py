@@ -97,34 +97,34 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
     files = {"data": str(bad), "test_data": str(write_rows(tmp_path / "test.jsonl", test))}
     train(wish(model, tmp_path / "then", **files, num_train_epochs=4, save_steps=1000))
     record = read_record(tmp_path / "then" / "run")
-    found = {(one.task, one.metric): one for one in record.comparisons}
+    actual = {(item.task, item.metric): item for item in record.comparisons}
     eliciting, logp = (
-        found["eliciting prompts", "breaks ai"],
-        found["eliciting prompts", "bad_logp"],
+        actual["eliciting prompts", "breaks ai"],
+        actual["eliciting prompts", "bad_logp"],
     )
     assert (eliciting.before.value, eliciting.after.value, eliciting.after.n) == (1, 0, 3)
     assert logp.high < 0
     assert (
-        found["neutral prompts", "breaks ai"].after.n,
-        found["rightful prompts", "says ai"].after.n,
+        actual["neutral prompts", "breaks ai"].after.n,
+        actual["rightful prompts", "says ai"].after.n,
     ) == (3, 2)
-    assert found["test", "exact_match"].after.n == 5, "bad answers are not graded"
+    assert actual["test", "exact_match"].after.n == 5, "bad answers are not graded"
     assert record.samples[-1][0].answer.startswith("an AI")
     assert record.samples[-1][0].expected == ""
 
     beside = baselines.compare_baselines(tmp_path / "then" / "run")
     assert list(beside) == ["base", "prompted", "banned"]
     for rows in beside.values():
-        after = {(one.task, one.metric): one.after for one in rows}
-        assert after == {key: found[key].after for key in after}
+        after = {(item.task, item.metric): item.after for item in rows}
+        assert after == {key: actual[key].after for key in after}
         assert ("eliciting prompts", "breaks ai") in after
-    kept = {
-        name: {(one.task, one.metric): one.before.value for one in rows}
+    remaining = {
+        name: {(item.task, item.metric): item.before.value for item in rows}
         for name, rows in beside.items()
     }
-    assert kept["base"]["eliciting prompts", "breaks ai"] == 1
-    assert kept["banned"]["eliciting prompts", "breaks ai"] == 0
-    assert kept["banned"]["rightful prompts", "says ai"] == 0, (
+    assert remaining["base"]["eliciting prompts", "breaks ai"] == 1
+    assert remaining["banned"]["eliciting prompts", "breaks ai"] == 0
+    assert remaining["banned"]["rightful prompts", "says ai"] == 0, (
         "a ban at decoding knows no exception"
     )
 

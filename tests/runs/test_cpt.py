@@ -84,20 +84,20 @@ def test_texts_are_measured_in_bits_per_byte_before_after_and_on_the_way(
 ) -> None:
     made = wish(tiny_folder, tmp_path, **held_out(tmp_path), num_train_epochs=4, eval_steps=5)
     events = train(made)
-    found = {one.task: one for one in read_record(tmp_path / "run").comparisons}
-    assert {(task, one.metric) for task, one in found.items()} == {
+    actual = {item.task: item for item in read_record(tmp_path / "run").comparisons}
+    assert {(task, item.metric) for task, item in actual.items()} == {
         ("test", "bits_per_byte"),
         ("general text", "bits_per_byte"),
     }
-    assert found["test"].high < 0, "the domain is learnt"
+    assert actual["test"].high < 0, "the domain is learnt"
     looks = Counter(
-        one.task
-        for one in events
-        if isinstance(one, Score) and 0 < one.step < len(steps_of(events))
+        item.task
+        for item in events
+        if isinstance(item, Score) and 0 < item.step < len(steps_of(events))
     )
     assert looks["eval"] == looks["general text"] == (len(steps_of(events)) - 1) // 5
-    again = {one.task: one for one in finished_run.evaluate_run(tmp_path / "run")}
-    assert again["test"].after.value == pytest.approx(found["test"].after.value)
+    again = {item.task: item for item in finished_run.evaluate_run(tmp_path / "run")}
+    assert again["test"].after.value == pytest.approx(actual["test"].after.value)
 
 
 def test_a_run_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
@@ -164,11 +164,11 @@ def test_an_adaptive_rehearsal_takes_the_place_of_more_windows(
 
 
 def test_packing_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    one, many = (
+    item, many = (
         steps_of(train(wish(tiny_folder, tmp_path / str(length), pack_length=length, max_steps=3)))
         for length in (60, 400)
     )
-    assert [step.loss for step in one] == pytest.approx([step.loss for step in many], rel=1e-4)
+    assert [step.loss for step in item] == pytest.approx([step.loss for step in many], rel=1e-4)
 
 
 # ---------------------------------------------------------------- bad input
@@ -244,7 +244,9 @@ def test_a_mixed_folder_names_the_files_in_another_encoding(
         )
     with pytest.raises(InputError, match=r"1 of 6 rows cannot be used(.|\n)*corpus/4\.md"):
         train(wish(tiny_folder, tmp_path / "a", data=str(folder)))
-    steps: list[Event] = train(wish(tiny_folder, tmp_path / "b", data=str(folder), skip_invalid=True))
+    steps: list[Event] = train(
+        wish(tiny_folder, tmp_path / "b", data=str(folder), skip_invalid=True)
+    )
     assert sum(step.supervised_tokens for step in steps_of(steps)) == 5 * len("# Größe 0".encode())
     assert all(event.level != "stop" for event in steps if isinstance(event, CheckResult))
 
@@ -301,7 +303,9 @@ def test_what_a_folder_holds_beside_texts_is_told(tiny_folder: Path, tmp_path: P
     assert "only .txt and .md files of corpus are read; skipped: 1 .bin, 1 .jsonl" in warned
     (folder / "c.jsonl").unlink()
     report = plan_of(wish(tiny_folder, tmp_path, data=str(folder))).data["data"]
-    assert [(f.level, f.count) for f in report.findings if f.check == "unread_files"] == [("info", 1)]
+    assert [(f.level, f.count) for f in report.findings if f.check == "unread_files"] == [
+        ("info", 1)
+    ]
     folder_of(
         tmp_path / "binary",
         a__md=good,

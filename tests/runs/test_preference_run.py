@@ -56,16 +56,16 @@ def test_what_is_preferred_becomes_likelier(tiny_folder: Path, tmp_path: Path) -
         tiny_folder, tmp_path, num_train_epochs=8, learning_rate=0.02, lr_scheduler_type="constant"
     )
     events = train(made)
-    found = {(one.task, one.metric): one for one in read_record(tmp_path / "run").comparisons}
-    assert set(found) == {
+    actual = {(item.task, item.metric): item for item in read_record(tmp_path / "run").comparisons}
+    assert set(actual) == {
         ("test", name)
         for name in ("loss", "preference_accuracy", "margin", "chosen_logp", "rejected_logp")
     }
-    accuracy, margin = found["test", "preference_accuracy"], found["test", "margin"]
+    accuracy, margin = actual["test", "preference_accuracy"], actual["test", "margin"]
     assert accuracy.after.value == 1
     assert accuracy.after.n == 8
     assert margin.low > 0
-    last = {(one.task, one.metric): one for one in events if isinstance(one, Score)}
+    last = {(item.task, item.metric): item for item in events if isinstance(item, Score)}
     assert last["test", "margin"].value == pytest.approx(margin.after.value)
     lengths = [step.supervised_tokens for step in steps_of(events)]
     assert min(lengths) > 2 * len("no, 1")
@@ -75,7 +75,7 @@ def test_what_is_preferred_becomes_likelier(tiny_folder: Path, tmp_path: Path) -
 def test_other_losses_too(loss: str, tiny_folder: Path, tmp_path: Path) -> None:
     train(wish(tiny_folder, tmp_path, loss=loss, num_train_epochs=4, learning_rate=0.02))
     margin = next(
-        one for one in read_record(tmp_path / "run").comparisons if one.metric == "margin"
+        item for item in read_record(tmp_path / "run").comparisons if item.metric == "margin"
     )
     assert margin.low > 0
 
@@ -95,13 +95,13 @@ def test_a_kept_reference_makes_a_resumed_run_the_same(
         wish(tiny_folder, tmp_path / name, **changes) for name in ("straight", "killed")
     )
     train(straight)
-    kept = read_json(tmp_path / "straight" / "run" / REFERENCE_FILE)
-    assert sorted(kept) == [str(row) for row in range(6)]
-    assert all(value < 0 for values in kept.values() for value in values)
+    remaining = read_json(tmp_path / "straight" / "run" / REFERENCE_FILE)
+    assert sorted(remaining) == [str(row) for row in range(6)]
+    assert all(value < 0 for values in remaining.values() for value in values)
     until_saved(run.train(plan_of(killed)), 2)
     (tmp_path / "killed" / "run" / REFERENCE_FILE).unlink()
     list(run.resume(tmp_path / "killed" / "run"))
-    assert read_json(tmp_path / "killed" / "run" / REFERENCE_FILE) == kept
+    assert read_json(tmp_path / "killed" / "run" / REFERENCE_FILE) == remaining
     if start == "adapter":
         assert adapter_bytes(killed) == adapter_bytes(straight)
     weights = [
@@ -129,15 +129,15 @@ def test_a_fall_of_the_chosen_answers_is_said(tiny_folder: Path, tmp_path: Path)
     made = wish(
         tiny_folder, tmp_path, loss={"nll_coefficient": 0}, num_train_epochs=6, learning_rate=0.2
     )
-    said = [
+    messages = [
         event
         for event in train(made)
         if isinstance(event, CheckResult) and "less likely" in event.kind
     ]
     fell = next(
-        one for one in read_record(tmp_path / "run").comparisons if one.metric == "chosen_logp"
+        item for item in read_record(tmp_path / "run").comparisons if item.metric == "chosen_logp"
     )
-    assert bool(said) == (fell.after.value < 1.1 * fell.before.value)
+    assert bool(messages) == (fell.after.value < 1.1 * fell.before.value)
 
 
 # ---------------------------------------------------------------- bad rows
@@ -150,7 +150,9 @@ def test_equal_sides_are_refused_by_row(tiny_folder: Path, tmp_path: Path) -> No
         InputError, match=r"1 of 12 rows cannot be used: 1 equal sides(.|\n)*equal\.jsonl:2"
     ):
         train(wish(tiny_folder, tmp_path / "a", data=data))
-    assert len(steps_of(train(wish(tiny_folder, tmp_path / "b", data=data, skip_bad=True)))) == 2
+    assert (
+        len(steps_of(train(wish(tiny_folder, tmp_path / "b", data=data, skip_invalid=True)))) == 2
+    )
 
 
 def test_rows_without_sides_are_no_preference(tiny_folder: Path, tmp_path: Path) -> None:
@@ -162,6 +164,6 @@ def test_rows_without_sides_are_no_preference(tiny_folder: Path, tmp_path: Path)
 def test_a_pair_with_one_long_side_is_left_out_whole(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [pair(n) | ({"rejected": "long " * 30} if n == 2 else {}) for n in range(1, 5)]
     data = str(write_rows(tmp_path / "long.jsonl", rows))
-    known = inputs.load_inputs(wish(tiny_folder, tmp_path, data=data, max_length=80))
-    assert [len(known.datasets["data"].render_documents(i)) for i in range(4)] == [2, 0, 2, 2]
-    assert inputs.build_data_reports(known)["data"].dropped == {PAIR_TOO_LONG: 1}
+    run_inputs = inputs.load_inputs(wish(tiny_folder, tmp_path, data=data, max_length=80))
+    assert [len(run_inputs.datasets["data"].render_documents(i)) for i in range(4)] == [2, 0, 2, 2]
+    assert inputs.build_data_reports(run_inputs)["data"].dropped == {PAIR_TOO_LONG: 1}

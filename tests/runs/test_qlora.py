@@ -39,9 +39,9 @@ def test_a_run_is_proven_trains_and_is_reopened(
 ) -> None:
     wish = qlora(tiny_folder, tmp_path, dtype=dtype, **measured_files(tmp_path / "held-out"))
     events = train(wish)
-    said = {event.kind: event.evidence for event in events if isinstance(event, CheckResult)}
-    assert said["4-bit weights"].startswith("14 matrices, ")
-    assert said["logits match transformers"].startswith(
+    messages = {event.kind: event.evidence for event in events if isinstance(event, CheckResult)}
+    assert messages["4-bit weights"].startswith("14 matrices, ")
+    assert messages["logits match transformers"].startswith(
         "relative difference at most 0.00%" if dtype == "fp32" else "relative difference at most "
     )
     steps = steps_of(events)
@@ -69,8 +69,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_
     straight = qlora(tiny_folder, tmp_path / "straight")
     train(straight)
     broken = qlora(tiny_folder, tmp_path / "broken", save_steps=1)
-    known = inputs.load_inputs(broken)
-    until_saved(run.train(inputs.make_plan(known), known), 1)
+    run_inputs = inputs.load_inputs(broken)
+    until_saved(run.train(inputs.make_plan(run_inputs), run_inputs), 1)
     assert steps_of(list(run.resume(tmp_path / "broken" / "run")))[0].step == 2
     assert adapter_bytes(broken) == adapter_bytes(straight)
 
@@ -85,15 +85,17 @@ def test_going_on_with_its_adapter(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_bitsandbytes_a_plan_names_the_extra(tiny_folder: Path, tmp_path: Path) -> None:
-    known = inputs.load_inputs(qlora(tiny_folder, tmp_path))
+    run_inputs = inputs.load_inputs(qlora(tiny_folder, tmp_path))
     versions = {
-        name: version for name, version in known.machine.versions.items() if name != "bitsandbytes"
+        name: version
+        for name, version in run_inputs.machine.versions.items()
+        if name != "bitsandbytes"
     }
-    known = dataclasses.replace(
-        known, machine=dataclasses.replace(known.machine, versions=versions)
+    run_inputs = dataclasses.replace(
+        run_inputs, machine=dataclasses.replace(run_inputs.machine, versions=versions)
     )
     with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
-        inputs.make_plan(known)
+        inputs.make_plan(run_inputs)
     assert not (tmp_path / "run").exists()
 
 
@@ -111,14 +113,16 @@ def test_another_bitsandbytes_is_another_run(tiny_folder: Path, tmp_path: Path) 
         (qlora(tiny_folder, tmp_path / "a"), True),
         (recipe(tiny_folder, tmp_path / "b"), False),
     ):
-        known = inputs.load_inputs(wish)
-        assert ("bitsandbytes" in build_fingerprint(plan_of(wish), known, {})["versions"]) == named
+        run_inputs = inputs.load_inputs(wish)
+        assert (
+            "bitsandbytes" in build_fingerprint(plan_of(wish), run_inputs, {})["versions"]
+        ) == named
 
 
 def test_a_machine_without_bf16_is_told_what_it_costs(tiny_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), *sums(1, 3)])
-    said = plan_of(qlora(tiny_folder, tmp_path, data=str(rows), dtype="fp32")).warnings
-    assert any("widened to fp32" in warning for warning in said)
+    messages = plan_of(qlora(tiny_folder, tmp_path, data=str(rows), dtype="fp32")).warnings
+    assert any("widened to fp32" in warning for warning in messages)
     assert not any(
         "widened" in warning
         for warning in plan_of(qlora(tiny_folder, tmp_path, dtype="bf16")).warnings

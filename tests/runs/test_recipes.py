@@ -17,7 +17,7 @@ from tunesmith.train import stages
 FOLDER = Path(__file__).parents[2] / "recipes"
 STAGES = FOLDER / "stages.yaml"
 CHOSEN: dict[str, Json] = {
-    "qlora": {"method": "qlora", "optim": "adamw", "activations": "keep"},
+    "qlora": {"method": "qlora", "optim": "adamw", "gradient_checkpointing": "none"},
     "dora": {"method": "lora", "use_dora": True, "lora_r": 8},
     "full": {"method": "full", "optim": "adamw_8bit"},
     "cpt": {"stage": "cpt"},
@@ -78,9 +78,9 @@ def small(wish: Recipe, model: Path, folder: Path) -> Recipe:
         texts = [{"text": f"some text {n}"} for n in range(4)]
         changed["retention_data"] = str(write_rows(folder / "retention.jsonl", texts))
     size = {"model": str(model), "output_dir": str(folder / "run"), "max_steps": 2, "dtype": "fp32"}
-    found = read_recipe(wish, **changed, **size)
-    assert isinstance(found, Recipe)
-    return found
+    actual = read_recipe(wish, **changed, **size)
+    assert isinstance(actual, Recipe)
+    return actual
 
 
 def run_small(path: Path, model: Path, folder: Path) -> list[Event]:
@@ -105,10 +105,10 @@ def test_every_recipe_runs(path: Path, tiny_folder: Path, tmp_path: Path) -> Non
 def test_the_recipe_with_stages_runs(tiny_folder: Path, tmp_path: Path) -> None:
     wish = read_recipe(STAGES)
     assert isinstance(wish, Stages)
-    parts = [small(one, tiny_folder, tmp_path / one.stage) for one in wish.recipes]
-    made = Stages(tuple(one.model_copy(update={"output_dir": tmp_path / "run"}) for one in parts))
-    known = stages.load_stage_inputs(made)
-    events = list(api.train(stages.make_staged_plan(known), known))
+    parts = [small(item, tiny_folder, tmp_path / item.stage) for item in wish.recipes]
+    made = Stages(tuple(item.model_copy(update={"output_dir": tmp_path / "run"}) for item in parts))
+    run_inputs = stages.load_stage_inputs(made)
+    events = list(api.train(stages.make_staged_plan(run_inputs), run_inputs))
     assert [event.name for event in events if isinstance(event, StageStart)] == ["cpt", "sft"]
     assert [step.step for step in steps_of(events)] == [1, 2, 1, 2]
     assert (tmp_path / "run" / "record.json").exists()

@@ -48,17 +48,17 @@ def test_no_row_of_the_data_is_lost_and_the_share_is_said(
         wish(tiny_folder, tmp_path / "without", rehearsal=None),
     )
     events, alone = train(with_it), train(without)
-    own = [
+    custom = [
         step.tokens - more for step, more in zip(steps_of(events), rehearsed(events), strict=True)
     ]
-    assert own == [step.tokens for step in steps_of(alone)]
+    assert custom == [step.tokens for step in steps_of(alone)]
     total = sum(step.tokens for step in steps_of(events))
     assert sum(rehearsed(events)) / total == pytest.approx(0.5, abs=0.05)
     record = parse_as(RunRecord, read_json(tmp_path / "with" / "run" / "record.json"))
     assert (record.tokens, record.task_tokens) == (total, {"rehearsal": sum(rehearsed(events))})
     choice = record.plan.settings["rehearsal_ratio"]
     assert (choice.value, choice.decided_by) == (0.5, "user")
-    assert "about 554 tokens beside 554 of the data" in choice.reason
+    assert "about 554 tokens added to 554 of the data" in choice.reason
     assert record.plan.data.keys() == {"data", "rehearsal"}
 
 

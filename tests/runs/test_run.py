@@ -180,7 +180,8 @@ def test_the_record_pairs_before_and_after(finished: Path) -> None:
         assert comparison.low <= comparison.difference <= comparison.high
         assert comparison.after.n == comparison.before.n
     before, after = (
-        parse_as(EvalResults, read_json(finished / name)) for name in ("eval_before.json", "eval_after.json")
+        parse_as(EvalResults, read_json(finished / name))
+        for name in ("eval_before.json", "eval_after.json")
     )
     assert compare_results(before, after, step=3) == record.comparisons
     assert {role: len(rows) for role, rows in after.digests.items()} == {

@@ -43,7 +43,11 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
-    values = {"rehearsal": {"data": "self-generated", "ratio": 0.3}, "num_train_epochs": 2, "save_steps": 2}
+    values = {
+        "rehearsal": {"data": "self-generated", "ratio": 0.3},
+        "num_train_epochs": 2,
+        "save_steps": 2,
+    }
     return recipe(model, folder, **(values | changed))
 
 
@@ -53,9 +57,11 @@ def rows_of(folder: Path) -> list[Json]:
     ]
 
 
-def said(events: Sequence[Event]) -> str:
+def messages(events: Sequence[Event]) -> str:
     return next(
-        e.evidence for e in events if isinstance(e, CheckResult) and e.kind == "self-generated rehearsal"
+        e.evidence
+        for e in events
+        if isinstance(e, CheckResult) and e.kind == "self-generated rehearsal"
     )
 
 
@@ -74,11 +80,11 @@ def test_the_model_writes_conversations_which_are_trained(
         ("user", "assistant")
     }
     assert all(turn["content"].strip() for row in rows for turn in row["messages"])
-    assert said(events).startswith(f"{len(rows)} rows of ")
+    assert messages(events).startswith(f"{len(rows)} rows of ")
     record = read_record(folder / "run")
     assert record.plan.data["rehearsal"].rows == len(rows)
-    own = sum(step.tokens - step.task_tokens.get("rehearsal", 0) for step in steps_of(events))
-    assert record.plan.config.rehearsal_tokens == pytest.approx(own * 0.3 / 0.7, rel=0.01), (
+    custom = sum(step.tokens - step.task_tokens.get("rehearsal", 0) for step in steps_of(events))
+    assert record.plan.config.rehearsal_tokens == pytest.approx(custom * 0.3 / 0.7, rel=0.01), (
         "as many as are due"
     )
     assert record.task_tokens["rehearsal"] > 0.1 * record.tokens
@@ -142,7 +148,8 @@ def test_an_attempt_that_was_killed_while_writing_leaves_a_free_folder(
 
 
 @pytest.mark.parametrize(
-    "values", [{"stage": "cpt", "batch_size": "auto", "batch_tokens": 100}, {"chat_template": "none"}]
+    "values",
+    [{"stage": "cpt", "batch_size": "auto", "batch_tokens": 100}, {"chat_template": "none"}],
 )
 def test_texts_are_written_where_texts_are_trained(
     values: Json, writer: Path, tmp_path: Path
@@ -154,12 +161,12 @@ def test_texts_are_written_where_texts_are_trained(
 
 
 def test_a_seed_decides_what_is_written(writer: Path, tmp_path: Path) -> None:
-    found = []
+    actual = []
     for seed in (0, 1):
-        known = inputs.load_inputs(wish(writer, tmp_path / str(seed), seed=seed))
-        plan = inputs.make_plan(known)
-        found.append(generate_rows(load_starting_model(plan, known), plan, known)[0])
-    assert not [row for row in found[0] if row in found[1]]
+        run_inputs = inputs.load_inputs(wish(writer, tmp_path / str(seed), seed=seed))
+        plan = inputs.make_plan(run_inputs)
+        actual.append(generate_rows(load_starting_model(plan, run_inputs), plan, run_inputs)[0])
+    assert not [row for row in actual[0] if row in actual[1]]
 
 
 # ---------------------------------------------------------------- what is left out
@@ -189,9 +196,7 @@ def test_a_model_that_ends_nothing_is_told(
     writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_rehearsal, "MAX_QUESTION_TOKENS", 1)
-    with pytest.raises(
-        InputError, match=r"none of \d+ generated rows is usable: .*\d+ unfinished"
-    ):
+    with pytest.raises(InputError, match=r"none of \d+ generated rows is usable: .*\d+ unfinished"):
         train(wish(writer, tmp_path))
     assert not (tmp_path / "run" / "plan.json").exists()
     assert is_free(tmp_path / "run")

@@ -47,29 +47,29 @@ def keys(model: Path, folder: Path) -> tuple[Json, Json, Json]:
         "test-texts": texts(50, 4),
         "rows": sums(1, 8),
     }
-    place = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
+    location = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
     test_rows = str(write_rows(folder / "test-rows.jsonl", sums(60, 4)))
-    general = {"retention_data": place["general"]}
+    general = {"retention_data": location["general"]}
     cpt = {
-        "data": place["texts"],
-        "test_data": place["test-texts"],
+        "data": location["texts"],
+        "test_data": location["test-texts"],
         "max_length": 60,
         "batch_tokens": 150,
     }
-    sft = {"data": place["rows"], "test_data": test_rows, "batch_size": 2}
+    sft = {"data": location["rows"], "test_data": test_rows, "batch_size": 2}
     both["num_train_epochs"] = 1
     return both | general | {"attention": "sdpa"}, cpt, sft
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Stages:
     both, cpt, sft = keys(model, folder)
-    given = {
+    provided = {
         **both,
         "stage": [{"cpt": cpt}, {"sft": sft}],
         "output_dir": str(folder / "run"),
         **changed,
     }
-    made = api.read_recipe(given)
+    made = api.read_recipe(provided)
     assert isinstance(made, Stages)
     return made
 
@@ -79,8 +79,8 @@ def planned(made: Stages) -> StagedPlan:
 
 
 def trained(made: Stages) -> list[Event]:
-    known = stages.load_stage_inputs(made)
-    return list(api.train(stages.make_staged_plan(known), known))
+    run_inputs = stages.load_stage_inputs(made)
+    return list(api.train(stages.make_staged_plan(run_inputs), run_inputs))
 
 
 def until(events: Any, stage: int, saved: int | None) -> None:
@@ -119,8 +119,8 @@ def test_stages_are_the_runs_by_hand(
     assert [step.loss for step in steps_of(events)] == [
         step.loss for step in steps_of([*first, *second])
     ]
-    for name, place in (("one", "1-cpt"), ("two", "2-sft")):
-        assert (run_folder / "stages" / place / WEIGHTS).read_bytes() == (
+    for name, location in (("one", "1-cpt"), ("two", "2-sft")):
+        assert (run_folder / "stages" / location / WEIGHTS).read_bytes() == (
             tmp_path / name / WEIGHTS
         ).read_bytes()
 
@@ -130,22 +130,22 @@ def test_the_whole_is_measured_from_the_base(straight: tuple[Path, list[Event]])
     record = api.read_record(folder)
     assert record.steps == len(steps_of(events)) == api.read_plan(folder).steps
     assert record.tokens == sum(step.tokens for step in steps_of(events))
-    found = {(one.task, one.metric): one for one in record.comparisons}
+    actual = {(item.task, item.metric): item for item in record.comparisons}
     first, second = (
         api.read_record(folder / "stages" / name).comparisons for name in ("1-cpt", "2-sft")
     )
-    base = {(one.task, one.metric): one.before.value for one in first}
-    end = {(one.task, one.metric): one.after.value for one in second}
-    assert found["1-cpt test", "bits_per_byte"].before.value == pytest.approx(
+    base = {(item.task, item.metric): item.before.value for item in first}
+    end = {(item.task, item.metric): item.after.value for item in second}
+    assert actual["1-cpt test", "bits_per_byte"].before.value == pytest.approx(
         base["test", "bits_per_byte"]
     )
-    assert found["2-sft test", "loss"].after.value == pytest.approx(end["test", "loss"])
-    general = found["general text", "bits_per_byte"]
+    assert actual["2-sft test", "loss"].after.value == pytest.approx(end["test", "loss"])
+    general = actual["general text", "bits_per_byte"]
     assert (general.before.value, general.after.value) == pytest.approx(
         (base["general text", "bits_per_byte"], end["general text", "bits_per_byte"]), rel=1e-4
     )
-    assert [one.difference for one in stages.evaluate_stages(folder)] == pytest.approx(
-        [one.difference for one in record.comparisons]
+    assert [item.difference for item in stages.evaluate_stages(folder)] == pytest.approx(
+        [item.difference for item in record.comparisons]
     )
 
 
@@ -161,13 +161,13 @@ def test_a_run_goes_on_in_any_stage(
     again = list(api.resume(tmp_path / "run"))
     begun = [event.step for event in again if isinstance(event, StageStart)]
     assert begun == list(range(stage, 3))
-    for place in ("1-cpt", "2-sft"):
+    for location in ("1-cpt", "2-sft"):
         mine, theirs = (
-            folder / "stages" / place / WEIGHTS for folder in (tmp_path / "run", straight[0])
+            folder / "stages" / location / WEIGHTS for folder in (tmp_path / "run", straight[0])
         )
         assert mine.read_bytes() == theirs.read_bytes()
-    record, whole = (api.read_record(folder) for folder in (tmp_path / "run", straight[0]))
-    assert record.comparisons == whole.comparisons
+    record, full = (api.read_record(folder) for folder in (tmp_path / "run", straight[0]))
+    assert record.comparisons == full.comparisons
     with pytest.raises(InputError, match="this run is finished"):
         list(api.resume(tmp_path / "run"))
 
@@ -179,7 +179,9 @@ def test_the_plan_of_a_later_stage_is_known_before_the_first(
     before, after = read_staged_plan(folder).plans[1], api.read_plan(folder / "stages" / "2-sft")
     assert before.config.between_stages == after.config.between_stages == "continue adapter"
     differ = {
-        key for key in after.values if key not in before.values or before.values[key] != after.values[key]
+        key
+        for key in after.values
+        if key not in before.values or before.values[key] != after.values[key]
     }
     assert differ == {"adapter_sha256", "adapter_from"}
 
@@ -189,9 +191,7 @@ def test_what_comes_after_a_run_takes_the_last_stage(
 ) -> None:
     folder = straight[0]
     assert isinstance(next(finished_run.chat(folder, ["1 and 1"])), str)
-    assert export_run(folder, "peft", out=tmp_path / "peft").path == str(
-        tmp_path / "peft"
-    )
+    assert export_run(folder, "peft", out=tmp_path / "peft").path == str(tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
 
 
@@ -309,17 +309,17 @@ def test_the_plan_says_why_it_merges(merged: Any) -> None:
 
 def test_a_merged_run_is_measured_from_the_base(merged: Any) -> None:
     _, folder, _ = merged
-    found = {(one.task, one.metric): one for one in api.read_record(folder).comparisons}
+    actual = {(item.task, item.metric): item for item in api.read_record(folder).comparisons}
     first, second = (
         api.read_record(folder / "stages" / name).comparisons for name in ("1-cpt", "2-sft")
     )
-    base = {(one.task, one.metric): one.before.value for one in first}
-    end = {(one.task, one.metric): one.after.value for one in second}
-    assert found["1-cpt test", "bits_per_byte"].before.value == pytest.approx(
+    base = {(item.task, item.metric): item.before.value for item in first}
+    end = {(item.task, item.metric): item.after.value for item in second}
+    assert actual["1-cpt test", "bits_per_byte"].before.value == pytest.approx(
         base["test", "bits_per_byte"], rel=1e-5
     )
-    assert found["2-sft test", "loss"].after.value == pytest.approx(end["test", "loss"], rel=1e-5)
-    general = found["general text", "bits_per_byte"]
+    assert actual["2-sft test", "loss"].after.value == pytest.approx(end["test", "loss"], rel=1e-5)
+    general = actual["general text", "bits_per_byte"]
     assert (general.before.value, general.after.value) == pytest.approx(
         (base["general text", "bits_per_byte"], end["general text", "bits_per_byte"]), rel=1e-4
     )
@@ -333,7 +333,7 @@ def test_a_merged_run_goes_on_in_any_stage(
     kind, folder, _ = merged
     until(api.train(planned(merging(tiny_folder, tmp_path, kind))), stage, saved)
     list(api.resume(tmp_path / "run"))
-    mine, theirs = (one / "stages" / "2-sft" / WEIGHTS for one in (tmp_path / "run", folder))
+    mine, theirs = (item / "stages" / "2-sft" / WEIGHTS for item in (tmp_path / "run", folder))
     assert mine.read_bytes() == theirs.read_bytes()
 
 
@@ -349,7 +349,7 @@ def test_a_third_stage_goes_on_from_a_merged_base(tiny_folder: Path, tmp_path: P
     events = trained(
         wish(tiny_folder, tmp_path, lora_r="auto", stage=[first, {"sft": two}, {"sft": two}, last])
     )
-    plans = [api.read_plan(place) for place in sorted((tmp_path / "run" / "stages").iterdir())]
+    plans = [api.read_plan(location) for location in sorted((tmp_path / "run" / "stages").iterdir())]
     assert [plan.config.between_stages for plan in plans[1:]] == [
         "merged",
         "continue adapter",
@@ -421,8 +421,8 @@ def test_flags_win_over_the_keys_of_a_stage(tmp_path: Path) -> None:
     )
     made = api.read_recipe(tmp_path / "recipe.yaml")
     assert isinstance(made, Stages)
-    assert [one.seed for one in made.recipes] == [2, 1]
-    assert [one.data[0].path for one in made.recipes] == [tmp_path / "a", tmp_path / "b"]
-    told = api.read_recipe(tmp_path / "recipe.yaml", seed=3)
-    assert isinstance(told, Stages)
-    assert [one.seed for one in told.recipes] == [3, 3]
+    assert [item.seed for item in made.recipes] == [2, 1]
+    assert [item.data[0].path for item in made.recipes] == [tmp_path / "a", tmp_path / "b"]
+    messages = api.read_recipe(tmp_path / "recipe.yaml", seed=3)
+    assert isinstance(messages, Stages)
+    assert [item.seed for item in messages.recipes] == [3, 3]

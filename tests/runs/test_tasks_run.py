@@ -67,17 +67,17 @@ def test_tokens_and_scores_are_counted_by_task(tiny_folder: Path, tmp_path: Path
         == sum(step.tokens for step in steps_of(events))
     )
     names = ["sums", "echo", "mean of tasks", "twice (held out)"]
-    found = {(one.task, one.metric): one.after.n for one in record.comparisons}
+    actual = {(item.task, item.metric): item.after.n for item in record.comparisons}
     expected = [(f"test: {name}", metric) for metric in ("exact_match", "loss") for name in names]
-    assert list(found) == expected
-    assert list(found.values()) == [3, 2, 5, 3] * 2
+    assert list(actual) == expected
+    assert list(actual.values()) == [3, 2, 5, 3] * 2
     assert [after.id for _, after in record.samples] == ["b.jsonl:1", "c.jsonl:1", "d.jsonl:1"], (
         "one of each task"
     )
-    kept = read_json(tmp_path / "run" / "eval_after.json")["samples"]
+    remaining = read_json(tmp_path / "run" / "eval_after.json")["samples"]
     assert (
-        len(kept)
-        == len({sample["id"] for sample in kept})
+        len(remaining)
+        == len({sample["id"] for sample in remaining})
         == sum(record.plan.data["test_data"].task_rows.values())
     )
 
@@ -222,9 +222,9 @@ def test_held_out_rows_are_asked_as_their_task_is(tiny_folder: Path, tmp_path: P
     straight, broken = (
         wish(tiny_folder, tmp_path / name, **files) for name in ("straight", "broken")
     )
-    known = inputs.load_inputs(straight)
-    asked = [known.datasets["test_data"].read_example(row).messages for row in range(4)]
-    assert {len(messages) for messages in asked} == {2, 4}
+    run_inputs = inputs.load_inputs(straight)
+    requested = [run_inputs.datasets["test_data"].read_example(row).messages for row in range(4)]
+    assert {len(messages) for messages in requested} == {2, 4}
     train(straight)
     until_saved(run.train(plan_of(broken)), step=2)
     list(run.resume(tmp_path / "broken" / "run"))

@@ -40,18 +40,18 @@ def compared(
     """Which rows were compared as a whole, and what the proof says of them."""
     (folder / "template.jinja").write_text(template)
     data = str(write_rows(folder / "rows.jsonl", rows))
-    known = inputs.load_inputs(
-        recipe(model, folder, data=data, template=str(folder / "template.jinja"), **changed)
+    run_inputs = inputs.load_inputs(
+        recipe(model, folder, data=data, chat_template=str(folder / "template.jinja"), **changed)
     )
-    bench = open_session(inputs.make_plan(known), known)
+    bench = open_session(inputs.make_plan(run_inputs), run_inputs)
     verdicts = {verdict.kind: verdict for verdict in run_preflight(bench.model, bench.samples)}
-    return [found.is_full_row for found in bench.samples.token_id_checks], verdicts[
+    return [actual.is_full_row for actual in bench.samples.token_id_checks], verdicts[
         "token ids match apply_chat_template"
     ].evidence
 
 
 @pytest.mark.parametrize(
-    ("template", "row", "whole", "changed"),
+    ("template", "row", "full", "changed"),
     [
         (DATED, chat("one?", "it is"), True, {}),
         (SYSTEM_LAST, chat("one?", "it is", "Be brief."), False, {}),
@@ -65,18 +65,18 @@ def test_rows_and_prompts_are_compared(
     tmp_path: Path,
     template: str,
     row: Json,
-    whole: bool,
+    full: bool,
     changed: dict[str, Any],
 ) -> None:
-    found, told = compared(tiny_folder, tmp_path, template, [row] * 3, **changed)
-    assert found == [whole] * 3
-    assert told.endswith("included" if whole else "only the prompts of 3")
+    actual, messages = compared(tiny_folder, tmp_path, template, [row] * 3, **changed)
+    assert actual == [full] * 3
+    assert messages.endswith("included" if full else "only the prompts of 3")
 
 
 def test_what_looks_like_a_control_token_is_not_compared(tiny_folder: Path, tmp_path: Path) -> None:
-    found, told = compared(tiny_folder, tmp_path, DATED, [chat("one <|end|>?", "it is")] * 3)
-    assert found == []
-    assert told.startswith("not compared: ")
+    actual, messages = compared(tiny_folder, tmp_path, DATED, [chat("one <|end|>?", "it is")] * 3)
+    assert actual == []
+    assert messages.startswith("not compared: ")
 
 
 @pytest.mark.parametrize(("template", "row"), [(PLAIN, chat("one?", "it is")), (FORGETFUL, TURNS)])
@@ -86,7 +86,9 @@ def test_other_ids_are_refused(
     """As from a tokenizer class that builds another tokenizer than the file holds."""
     stock = session.encode_stock_conversation
     monkeypatch.setattr(
-        session, "encode_stock_conversation", lambda *given, **more: [*stock(*given, **more)[:-1], 0]
+        session,
+        "encode_stock_conversation",
+        lambda *provided, **more: [*stock(*provided, **more)[:-1], 0],
     )
     with pytest.raises(GateError, match="token ids differ from those of the stock tokenizer"):
         compared(tiny_folder, tmp_path, template, [row] * 3)

@@ -7,23 +7,23 @@ from tunesmith.core.events import Score
 from tunesmith.train.best_checkpoint import EvalPoint, select_best, should_stop_early
 
 
-def scored(task: str, metric: str, value: float, n: int = 10) -> Score:
+def make_score(task: str, metric: str, value: float, n: int = 10) -> Score:
     return Score(task, metric, value, value, value, n, 4)
 
 
 def test_a_look_is_made_of_what_eval_data_scored() -> None:
     scores = [
-        scored("eval", "loss", 0.5, 60), scored("eval", "json_valid", 0.8), scored("eval", "field_f1", 0.6),
-        scored("test", "loss", 9.0), scored("probes", "forgotten", 0.01), scored("probes", "kl", 3.0),
+        make_score("eval", "loss", 0.5, 60), make_score("eval", "json_valid", 0.8), make_score("eval", "field_f1", 0.6),
+        make_score("test", "loss", 9.0), make_score("probes", "forgotten", 0.01), make_score("probes", "kl", 3.0),
     ]  # fmt: skip
     assert EvalPoint.from_scores(4, scores, ("json_valid", "field_f1")) == EvalPoint(
         4, 0.5, 0.7, 0.1, 0.01
     )
     assert EvalPoint.from_scores(4, scores[3:], ("json_valid",)) is None
     tasks = [
-        scored("eval: a", "loss", 1.0),
-        scored("eval: b", "loss", 3.0),
-        scored("eval: mean of tasks", "loss", 2.5),
+        make_score("eval: a", "loss", 1.0),
+        make_score("eval: b", "loss", 3.0),
+        make_score("eval: mean of tasks", "loss", 2.5),
     ]
     assert EvalPoint.from_scores(4, tasks, ()) == EvalPoint(4, 2.5)
     assert EvalPoint.from_scores(4, tasks[:2], ()) == EvalPoint(4, 2.0)
@@ -46,8 +46,8 @@ def test_without_answers_the_loss_decides_and_the_earlier_one_of_equals() -> Non
 
 
 def test_what_forgot_too_much_is_taken_only_if_everything_did() -> None:
-    kept, better = EvalPoint(10, 0.5, forgotten=0.01), EvalPoint(20, 0.4, forgotten=0.03)
-    assert select_best([kept, better], 0.02) is kept
+    remaining, better = EvalPoint(10, 0.5, forgotten=0.01), EvalPoint(20, 0.4, forgotten=0.03)
+    assert select_best([remaining, better], 0.02) is remaining
     assert select_best([better, EvalPoint(30, 0.45, forgotten=0.05)], 0.02) is better
 
 

@@ -19,42 +19,46 @@ from tunesmith.train.time_estimate import EvalCostEstimate, add_run_seconds
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SECONDS_PER_DEPTH", 0.02)
     monkeypatch.setattr(calibrate, "MIN_SECONDS", 0.001)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_a_plan_gets_its_time_without_weights(
-    method: str, quick: None, tiny_folder: Path, tmp_path: Path
+    method: str, fast_benchmark: None, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    del quick
+    del fast_benchmark
     alone = tmp_path / "alone"
     shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
     wish = recipe(alone, tmp_path, method=method, lora_r="auto", lora_target_modules="auto")
-    known = inputs.load_inputs(wish, needs_weights=False)
-    plan = inputs.make_plan(known)
-    timed = calibrate.calibrate_plan(plan, known)
+    run_inputs = inputs.load_inputs(wish, needs_weights=False)
+    plan = inputs.make_plan(run_inputs)
+    timed = calibrate.calibrate_plan(plan, run_inputs)
     assert timed.seconds[0] > 0
     assert "of 1 and 2 of 2 layers" in timed.seconds_source
     assert (
         dataclasses.replace(timed, seconds=plan.seconds, seconds_source=plan.seconds_source) == plan
     )
-    assert add_run_seconds(timed, EvalCostEstimate(plan, known)).total_seconds > timed.seconds[0]
+    assert (
+        add_run_seconds(timed, EvalCostEstimate(plan, run_inputs)).total_seconds > timed.seconds[0]
+    )
 
 
-def test_a_step_is_its_layers_and_the_rest(quick: None, tiny_folder: Path, tmp_path: Path) -> None:
-    del quick
-    known = inputs.load_inputs(
+def test_a_step_is_its_layers_and_the_rest(
+    fast_benchmark: None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    del fast_benchmark
+    run_inputs = inputs.load_inputs(
         recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"])
     )
-    plan = inputs.make_plan(known)
-    found = calibrate.measure_calibration(plan, known)
-    assert found.compute_token_seconds(4) == pytest.approx(
-        found.other_seconds + 4 * found.layer_seconds
+    plan = inputs.make_plan(run_inputs)
+    actual = calibrate.measure_calibration(plan, run_inputs)
+    assert actual.compute_token_seconds(4) == pytest.approx(
+        actual.other_seconds + 4 * actual.layer_seconds
     )
-    assert found.gemm_flops > 1e6
-    assert found.steps >= 2
+    assert actual.gemm_flops > 1e6
+    assert actual.steps >= 2
     assert count_computed_tokens(plan) > 0
 
 
@@ -70,7 +74,7 @@ def test_large_steps_are_cut_and_pairs_stay_together(
     assert (
         len(
             calibrate._make_truncator(plan, 2)(
-                [dataclasses.replace(one, side="") for one in documents]
+                [dataclasses.replace(item, side="") for item in documents]
             )
         )
         == 2
@@ -82,18 +86,18 @@ def test_large_steps_are_cut_and_pairs_stay_together(
 def test_another_machine_cannot_be_measured_and_what_does_not_fit_neither(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    known = inputs.load_inputs(recipe(tiny_folder, tmp_path))
-    plan = inputs.make_plan(known)
+    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path))
+    plan = inputs.make_plan(run_inputs)
     with pytest.raises(InputError, match="only the CPU of this machine"):
         calibrate.measure_calibration(
             dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device="cuda")),
-            known,
+            run_inputs,
         )
     small = dataclasses.replace(
         plan, machine=dataclasses.replace(plan.machine, available_bytes=1000)
     )
     with pytest.raises(MachineError, match="two layers and the embeddings"):
-        calibrate.measure_calibration(small, known)
+        calibrate.measure_calibration(small, run_inputs)
 
 
 def test_made_up_weights_are_the_stock_shapes(tiny_folder: Path) -> None:

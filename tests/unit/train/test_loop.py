@@ -33,7 +33,7 @@ from tunesmith.train.loop import MAX_BAD_STEPS, TrainingLoop
 from tunesmith.train.optimizer import compute_learning_rate, get_moments
 
 
-def trained(
+def run_training(
     documents: Callable[[int], Sequence[Document]] = documents_of,
     *,
     model: PackedCausalLM | None = None,
@@ -44,7 +44,9 @@ def trained(
     """A whole run; its events and the trained weights."""
     model = model or tiny_model()
     config = dataclasses.replace(SETTINGS, **changed)
-    events = list(TrainingLoop(model, documents, config, steps=num_steps, warmup_steps=warmup_steps))
+    events = list(
+        TrainingLoop(model, documents, config, steps=num_steps, warmup_steps=warmup_steps)
+    )
     return events, weights(model)
 
 
@@ -53,34 +55,36 @@ def trained(
 
 def test_twenty_steps_packed_equal_twenty_steps_unpacked() -> None:
     (packed, ours), (alone, theirs) = (
-        trained(num_steps=20, pack_length=length) for length in (10**6, 1)
+        run_training(num_steps=20, pack_length=length) for length in (10**6, 1)
     )
-    for one, other in zip(steps(packed), steps(alone), strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-5)
-        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+    for item, other in zip(steps(packed), steps(alone), strict=True):
+        assert item.loss == pytest.approx(other.loss, rel=1e-5)
+        assert item.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
     for name in ours:
         assert float((ours[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
     assert steps(packed)[-1].loss != pytest.approx(steps(packed)[0].loss, rel=1e-3)
 
 
-def branching(step: int) -> Sequence[Document]:
+def make_branching_documents(step: int) -> Sequence[Document]:
     """Other documents at every step, which begin alike."""
     prompt, other = tiny_document(24, step), tiny_document(40, 100 + step)
     tails = ((prompt, 24, 9), (prompt, 20, 5), (other, 31, 12), (other, 40, 1), (other, 30, 17))
-    return [after(*tail, place) for place, tail in enumerate(tails)]
+    return [after(*tail, index) for index, tail in enumerate(tails)]
 
 
 def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
     runs = [
-        trained(branching, num_steps=20, pack_length=length, share_prefixes=length > 1)
+        run_training(
+            make_branching_documents, num_steps=20, pack_length=length, share_prefixes=length > 1
+        )
         for length in (10**6, 80, 1)
     ]
     (_, ours), (_, halved), (alone, theirs) = runs
     assert steps(runs[0][0]) != steps(alone), "other numbers on the way"
-    for one, two, other in zip(*(steps(events) for events, _ in runs), strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    for item, two, other in zip(*(steps(events) for events, _ in runs), strict=True):
+        assert item.loss == pytest.approx(other.loss, rel=1e-5)
         assert two.loss == pytest.approx(other.loss, rel=1e-5)
-        assert (one.tokens, one.supervised_tokens) == (other.tokens, other.supervised_tokens)
+        assert (item.tokens, item.supervised_tokens) == (other.tokens, other.supervised_tokens)
     for name in ours:
         assert float((ours[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
         assert float((halved[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
@@ -88,7 +92,7 @@ def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
 
 def test_two_runs_are_bitwise_equal_and_seeds_matter() -> None:
     """With dropout, whose masks come from seed, step and pack."""
-    runs = [trained(model=tiny_model(lora_dropout=0.2), seed=seed) for seed in (5, 5, 6)]
+    runs = [run_training(model=tiny_model(lora_dropout=0.2), seed=seed) for seed in (5, 5, 6)]
     losses = [[event.loss for event in steps(events)] for events, _ in runs]
     assert losses[0] == losses[1]
     assert same(runs[0][1], runs[1][1])
@@ -97,7 +101,7 @@ def test_two_runs_are_bitwise_equal_and_seeds_matter() -> None:
 
 def test_what_happens_between_events_changes_nothing() -> None:
     """Someone draws random numbers and runs the model between two steps: same bytes."""
-    straight, expected = trained(model=tiny_model(lora_dropout=0.2))
+    straight, expected = run_training(model=tiny_model(lora_dropout=0.2))
     model = tiny_model(lora_dropout=0.2)
     events: list[Event] = []
     for event in TrainingLoop(model, documents_of, SETTINGS, steps=STEPS):
@@ -126,7 +130,9 @@ def test_the_loss_is_the_mean_over_the_weights() -> None:
         )
     double = [dataclasses.replace(d, weights_L=2 * d.weights_L) for d in documents]
     results = [
-        steps(trained(lambda _, ds=ds: ds, model=tiny_model(dtype=torch.float64), num_steps=1)[0])[0]
+        steps(
+            run_training(lambda _, ds=ds: ds, model=tiny_model(dtype=torch.float64), num_steps=1)[0]
+        )[0]
         for ds in (documents, double)
     ]
     assert results[0].loss == pytest.approx(total / weight, rel=1e-12)
@@ -139,13 +145,15 @@ def test_a_row_of_more_weight_pulls_more() -> None:
         dataclasses.replace(d, weights_L=d.weights_L * (5 if i == 3 else 1))
         for i, d in enumerate(documents_of(1))
     ]
-    one, other = (trained(lambda _, ds=ds: ds, num_steps=1)[0] for ds in (documents_of(1), heavy))
-    assert steps(one)[0].loss != pytest.approx(steps(other)[0].loss, rel=1e-4)
+    item, other = (
+        run_training(lambda _, ds=ds: ds, num_steps=1)[0] for ds in (documents_of(1), heavy)
+    )
+    assert steps(item)[0].loss != pytest.approx(steps(other)[0].loss, rel=1e-4)
 
 
 def test_counts_are_of_the_documents() -> None:
     documents = documents_of(1)
-    result = steps(trained(lambda _: documents, num_steps=1)[0])[0]
+    result = steps(run_training(lambda _: documents, num_steps=1)[0])[0]
     assert result.tokens == sum(len(d) for d in documents) == sum(LENGTHS) + len(LENGTHS)
     assert result.supervised_tokens == sum(np.count_nonzero(d.weights_L) for d in documents)
     assert result.seconds > 0
@@ -153,7 +161,7 @@ def test_counts_are_of_the_documents() -> None:
 
 
 def test_the_rate_follows_the_schedule() -> None:
-    events, _ = trained()
+    events, _ = run_training()
     rates = [
         compute_learning_rate(s, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear")
         for s in range(6)
@@ -164,7 +172,8 @@ def test_the_rate_follows_the_schedule() -> None:
 def test_a_step_without_documents_changes_nothing_but_the_schedule() -> None:
     model = tiny_model()
     training = TrainingLoop(
-        model, lambda step: [] if step in (1, 3) else documents_of(step), SETTINGS, steps=STEPS)
+        model, lambda step: [] if step in (1, 3) else documents_of(step), SETTINGS, steps=STEPS
+    )
     before = weights(model)
     first = next(training)
     assert isinstance(first, TrainStep)
@@ -186,7 +195,7 @@ def test_training_learns() -> None:
     """One document again and again: its loss falls far."""
     for method in ("lora", "full"):
         model = tiny_model(method=method)
-        events, _ = trained(
+        events, _ = run_training(
             lambda _: [tiny_document(17)],
             model=model,
             num_steps=30,
@@ -201,7 +210,7 @@ def test_training_learns() -> None:
 def test_bf16_follows_fp32(method: str) -> None:
     """The narrow copies of trained weights are those of the weights as they are now."""
     runs = [
-        trained(
+        run_training(
             lambda _: documents_of(1),
             model=tiny_model("llama-64", dtype, method=method),
             num_steps=8,
@@ -218,7 +227,7 @@ def test_bf16_follows_fp32(method: str) -> None:
 # ---------------------------------------------------------------- what is no number
 
 
-def poisoned(step: int) -> list[Document]:
+def make_poisoned_documents(step: int) -> list[Document]:
     *others, last = documents_of(step)
     return [
         *others,
@@ -229,7 +238,11 @@ def poisoned(step: int) -> list[Document]:
 def test_a_step_that_is_no_number_is_skipped() -> None:
     model = tiny_model()
     training = TrainingLoop(
-        model, lambda step: poisoned(step) if step == 3 else documents_of(step), SETTINGS, steps=STEPS)
+        model,
+        lambda step: make_poisoned_documents(step) if step == 3 else documents_of(step),
+        SETTINGS,
+        steps=STEPS,
+    )
     for _ in range(2):
         next(training)
     before, updates = weights(model), [int(s["step"]) for s in training.optimizer.state.values()]
@@ -259,7 +272,11 @@ def test_a_gradient_that_is_no_number_is_skipped() -> None:
 def test_many_in_a_row_end_the_run() -> None:
     model = tiny_model()
     training = TrainingLoop(
-        model, lambda step: documents_of(step) if step == 1 else poisoned(step), SETTINGS, steps=STEPS)
+        model,
+        lambda step: documents_of(step) if step == 1 else make_poisoned_documents(step),
+        SETTINGS,
+        steps=STEPS,
+    )
     next(training)
     before = weights(model)
     for _ in range(MAX_BAD_STEPS - 1):
@@ -270,8 +287,9 @@ def test_many_in_a_row_end_the_run() -> None:
 
 
 def test_a_good_step_in_between_starts_the_count_again() -> None:
-    events, _ = trained(
-        lambda step: documents_of(step) if step % 3 == 0 else poisoned(step), num_steps=9
+    events, _ = run_training(
+        lambda step: documents_of(step) if step % 3 == 0 else make_poisoned_documents(step),
+        num_steps=9,
     )
     assert [type(event) for event in events] == [CheckResult, CheckResult, TrainStep] * 3 + [
         TrainingEnd
@@ -314,7 +332,7 @@ def test_stop_ends_after_the_step() -> None:
 
 
 def test_a_run_ends_by_itself() -> None:
-    events, _ = trained()
+    events, _ = run_training()
     assert [event.step for event in steps(events)] == [1, 2, 3, 4, 5, 6]
     assert isinstance(events[-1], TrainingEnd)
     assert (events[-1].step, events[-1].reason) == (6, "finished")
@@ -329,8 +347,10 @@ def test_a_resumed_run_is_bitwise_the_straight_one(
 ) -> None:
     """Also when the model has run, and even trained, before its state came back, and when its files
     change after."""
-    straight, expected = trained(model=tiny_model("llama-64", dtype, method=method))
-    first = TrainingLoop(tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS, steps=STEPS)
+    straight, expected = run_training(model=tiny_model("llama-64", dtype, method=method))
+    first = TrainingLoop(
+        tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS, steps=STEPS
+    )
     for _ in range(3):
         next(first)
     first.save(tmp_path)
@@ -358,13 +378,13 @@ def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(
     fp32."""
     wish = dataclasses.replace(SETTINGS, optim="adamw_8bit")
 
-    def fresh() -> TrainingLoop:
+    def make_loop() -> TrainingLoop:
         return TrainingLoop(tiny_model(method=method, lora_r=96), documents_of, wish, steps=STEPS)
 
-    straight, second = straight_and_resumed(fresh, tmp_path)
+    straight, second = straight_and_resumed(make_loop, tmp_path)
     assert same(weights(straight.model), weights(second.model))
-    kept = [get_moments(second.optimizer, p) for p in second.parameters.values()]
-    assert {found["state1"].dtype for found in kept} == {torch.uint8, torch.float32}
+    remaining = [get_moments(second.optimizer, p) for p in second.parameters.values()]
+    assert {actual["state1"].dtype for actual in remaining} == {torch.uint8, torch.float32}
 
 
 def test_the_end_token_is_what_is_learned_last() -> None:
@@ -373,7 +393,9 @@ def test_the_end_token_is_what_is_learned_last() -> None:
 
 
 def test_a_second_rollback_undoes_what_was_set_after_it() -> None:
-    training = TrainingLoop(tiny_model("llama-64", torch.float32), documents_of, SETTINGS, steps=STEPS)
+    training = TrainingLoop(
+        tiny_model("llama-64", torch.float32), documents_of, SETTINGS, steps=STEPS
+    )
     raised = [
         Rollback(30, 20, "forgotten", "", "", rehearsal_ratio=0.2),
         Rollback(25, 10, "forgotten", "", "", rehearsal_ratio=0.4),

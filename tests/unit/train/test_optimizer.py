@@ -31,7 +31,7 @@ def parameters(*values: list[float], dtype: torch.dtype = torch.float64) -> list
     return [nn.Parameter(torch.tensor(v, dtype=dtype)) for v in values]
 
 
-def give(parameters: list[nn.Parameter], *gradients: list[float]) -> None:
+def set_gradients(parameters: list[nn.Parameter], *gradients: list[float]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = torch.tensor(gradient, dtype=parameter.dtype)
 
@@ -108,7 +108,7 @@ def test_moments_in_8_bits_follow_those_in_fp32_in_a_quarter_of_the_bytes() -> N
         torch.randn(128, 64, generator=generator),
         torch.randn(5, 128, 64, generator=generator),
     )
-    moved, kept = {}, {}
+    moved, remaining = {}, {}
     for kind in OPTIMIZERS:
         p = nn.Parameter(start.clone())
         optimizer = make_optimizer([p], weight_decay=0.1, kind=kind)
@@ -116,8 +116,8 @@ def test_moments_in_8_bits_follow_those_in_fp32_in_a_quarter_of_the_bytes() -> N
             p.grad = gradient.clone()
             step_optimizer(optimizer, 0.01)
         moved[kind] = p.detach() - start
-        kept[kind] = sum(tensor.nbytes for tensor in get_moments(optimizer, p).values())
-    assert kept == {"adamw": 8 * p.numel(), "adamw_8bit": 2 * p.numel() * 260 // 256}
+        remaining[kind] = sum(tensor.nbytes for tensor in get_moments(optimizer, p).values())
+    assert remaining == {"adamw": 8 * p.numel(), "adamw_8bit": 2 * p.numel() * 260 // 256}
     assert (moved["adamw_8bit"] - moved["adamw"]).norm() < 0.05 * moved["adamw"].norm()
 
 
@@ -132,18 +132,18 @@ def test_autograd_hears_of_an_update() -> None:
     version."""
     (p,) = parameters([1.0, 2.0])
     optimizer, before = make_optimizer([p], weight_decay=0.0), p._version
-    give([p], [1.0, 1.0])
+    set_gradients([p], [1.0, 1.0])
     step_optimizer(optimizer, 0.1)
     assert p._version > before
 
 
-def gradients_of(ps: list[nn.Parameter]) -> list[Tensor | None]:
+def get_gradients(ps: list[nn.Parameter]) -> list[Tensor | None]:
     return [p.grad for p in ps]
 
 
 def test_clipping_scales_the_common_norm() -> None:
     ps = parameters([0.0, 0.0], [0.0], [0.0])
-    give(ps[:2], [3.0, 0.0], [4.0])
+    set_gradients(ps[:2], [3.0, 0.0], [4.0])
     assert clip_gradients(ps, 1.0) == pytest.approx(5.0)
     torch.testing.assert_close(
         ps[0].grad, torch.tensor([0.6, 0.0], dtype=torch.float64), atol=1e-6, rtol=0
@@ -157,16 +157,16 @@ def test_clipping_scales_the_common_norm() -> None:
 @pytest.mark.parametrize("max_norm", [0.0, 5.1, math.inf])
 def test_what_is_small_enough_stays_bitwise(max_norm: float) -> None:
     ps = parameters([0.0, 0.0], [0.0], dtype=torch.float32)
-    give(ps, [3.1, 0.0], [-3.3])
-    before = [g.clone() for g in gradients_of(ps) if g is not None]
+    set_gradients(ps, [3.1, 0.0], [-3.3])
+    before = [g.clone() for g in get_gradients(ps) if g is not None]
     assert clip_gradients(ps, max_norm) == pytest.approx(math.hypot(3.1, 3.3))
     assert all(
-        g is not None and torch.equal(g, b) for g, b in zip(gradients_of(ps), before, strict=True)
+        g is not None and torch.equal(g, b) for g, b in zip(get_gradients(ps), before, strict=True)
     )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_norm_that_is_no_number_is_returned_as_such(bad: float) -> None:
     ps = parameters([0.0], [0.0])
-    give(ps, [1.0], [bad])
+    set_gradients(ps, [1.0], [bad])
     assert not math.isfinite(clip_gradients(ps, 1.0))

@@ -19,7 +19,7 @@ from tunesmith.train.loop import TrainingLoop
 UNCLIPPED = dataclasses.replace(SETTINGS, max_grad_norm=0.0, pack_length=10**6)
 
 
-def training(
+def make_training(
     *, in_backward: bool = True, name: str = "llama-64", **changed: object
 ) -> TrainingLoop:
     settings = dataclasses.replace(UNCLIPPED, step_in_backward=in_backward, **changed)  # type: ignore[arg-type]
@@ -31,7 +31,8 @@ def training(
 def test_updates_on_the_way_are_those_after_it(optim: str, pack_length: int) -> None:
     """Of a step of several packs, whose gradients are summed up, too."""
     runs = [
-        training(in_backward=way, optim=optim, pack_length=pack_length) for way in (True, False)
+        make_training(in_backward=way, optim=optim, pack_length=pack_length)
+        for way in (True, False)
     ]
     events = [steps(list(run)) for run in runs]
     assert [e.loss for e in events[0]] == [e.loss for e in events[1]]
@@ -46,7 +47,7 @@ def test_updates_on_the_way_are_those_after_it(optim: str, pack_length: int) -> 
 
 def test_no_gradient_is_kept() -> None:
     """When one arrives, those before it are gone."""
-    run, held = training(), list[int]()
+    run, held = make_training(), list[int]()
     for parameter in run.parameters.values():
         parameter.register_post_accumulate_grad_hook(
             lambda _: held.append(sum(p.grad is not None for p in run.parameters.values()))
@@ -57,26 +58,26 @@ def test_no_gradient_is_kept() -> None:
 
 
 def test_a_resumed_run_is_bitwise_the_straight_one(tmp_path: Path) -> None:
-    straight, second = straight_and_resumed(training, tmp_path)
+    straight, second = straight_and_resumed(make_training, tmp_path)
     assert same(weights(straight.model), weights(second.model))
 
 
 def test_a_loss_that_is_no_number_updates_nothing() -> None:
-    run = training()
+    run = make_training()
     next(run)
-    kept, hidden = weights(run.model), PackedCausalLM.compute_hidden
+    remaining, hidden = weights(run.model), PackedCausalLM.compute_hidden
     run.model.compute_hidden = lambda batch: hidden(run.model, batch) * math.nan  # type: ignore[method-assign]
     event = next(run)
     assert isinstance(event, CheckResult)
     assert event.kind == "non-finite"
-    assert same(weights(run.model), kept)
+    assert same(weights(run.model), remaining)
     del run.model.compute_hidden
     assert isinstance(next(run), TrainStep)
 
 
 def test_a_gradient_that_is_no_number_ends_the_run() -> None:
     """Weights behind it have been updated: the step cannot be left out."""
-    run = training()
+    run = make_training()
     name = next(iter(run.parameters))
     run.parameters[name].register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(GateError, match=rf"step 1: the gradient of {name} is not finite"):
@@ -85,12 +86,12 @@ def test_a_gradient_that_is_no_number_ends_the_run() -> None:
 
 
 def test_memory_that_runs_out_on_the_way_ends_the_run() -> None:
-    run = training()
+    run = make_training()
     parameter = next(iter(run.parameters.values()))
 
-    def full(_: torch.Tensor) -> Sequence[torch.Tensor]:
+    def raise_out_of_memory(_: torch.Tensor) -> Sequence[torch.Tensor]:
         raise torch.OutOfMemoryError("no room")
 
-    parameter.register_hook(full)
+    parameter.register_hook(raise_out_of_memory)
     with pytest.raises(MachineError, match=r"step 1: .*in the middle of an update"):
         next(run)

@@ -30,7 +30,7 @@ OBJECTIVES = {
 }
 
 
-def pair(
+def make_pair(
     number: int, prompt: int, chosen: int, rejected: int, weight: float = 1.0
 ) -> tuple[Document, Document]:
     """Two answers of these lengths to one prompt; every answer token is a target of the same
@@ -47,13 +47,15 @@ def pair(
     return sides[0], sides[1]
 
 
-def pairs() -> list[Document]:
+def make_pairs() -> list[Document]:
     """Unequal lengths, a row of another weight, an answer of one token."""
     shapes = ((1, 9, 6, 11), (2, 17, 1, 4), (3, 5, 13, 2))
-    return [side for shape in shapes for side in pair(*shape, weight=2.5 if shape[0] == 3 else 1.0)]
+    return [
+        side for shape in shapes for side in make_pair(*shape, weight=2.5 if shape[0] == 3 else 1.0)
+    ]
 
 
-def step(
+def compute_step(
     model: PackedCausalLM,
     documents: Sequence[Document],
     objective: LossConfig,
@@ -76,22 +78,27 @@ def step(
     return total, gradients
 
 
-def token_logps(model: PackedCausalLM, document: Document) -> Tensor:
+def compute_token_logps(model: PackedCausalLM, document: Document) -> Tensor:
     """The document alone, its head in plain torch."""
     batch = one_batch([dataclasses.replace(document, side="")])
     logits = model.head.compute_logits(model.compute_hidden(batch))
     return torch.log_softmax(logits, -1).gather(1, batch.targets_S[:, None])[:, 0]
 
 
-def by_hand(model: PackedCausalLM, documents: Sequence[Document], o: LossConfig) -> Tensor:
+def compute_reference_loss(
+    model: PackedCausalLM, documents: Sequence[Document], o: LossConfig
+) -> Tensor:
     """The papers' formulas, pair by pair, weighted means over pairs and over chosen tokens."""
     total = nll = torch.zeros((), dtype=torch.float64)
     weight = tokens = 0.0
     for chosen, rejected in zip(documents[::2], documents[1::2], strict=True):
         w = float(chosen.weights_L.max())
-        c, r = token_logps(model, chosen), token_logps(model, rejected)
+        c, r = compute_token_logps(model, chosen), compute_token_logps(model, rejected)
         with scaled_adapter(model.network, 0), torch.no_grad():
-            before = token_logps(model, chosen).sum() - token_logps(model, rejected).sum()
+            before = (
+                compute_token_logps(model, chosen).sum()
+                - compute_token_logps(model, rejected).sum()
+            )
         if o.loss == "dpo":
             loss = -F.logsigmoid(o.beta * (c.sum() - r.sum() - before))
         elif o.loss == "orpo":
@@ -112,8 +119,8 @@ def test_loss_and_gradients_are_the_formula(name: str, method: str) -> None:
     if (name, method) == ("dpo", "full"):
         pytest.skip("without an adapter the reference is kept: see below")
     model, objective = tiny_model("llama-tied", torch.float64, method=method), OBJECTIVES[name]
-    ours, gradients = step(model, pairs(), objective)
-    expected = by_hand(model, pairs(), objective)
+    ours, gradients = compute_step(model, make_pairs(), objective)
+    expected = compute_reference_loss(model, make_pairs(), objective)
     expected.backward()
     theirs = {
         name: p.grad
@@ -127,11 +134,11 @@ def test_loss_and_gradients_are_the_formula(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_no_split_into_packs_changes_a_step(name: str) -> None:
     """Plain documents and pairs in any packs, fp64."""
-    documents = [tiny_document(13, 1), *pairs()[:4], tiny_document(8, 2), *pairs()[4:]]
+    documents = [tiny_document(13, 1), *make_pairs()[:4], tiny_document(8, 2), *make_pairs()[4:]]
     model = tiny_model(dtype=torch.float64)
-    together, gradients = step(model, documents, OBJECTIVES[name])
+    together, gradients = compute_step(model, documents, OBJECTIVES[name])
     for pack_length in (1, 30, 45):
-        loss, split = step(model, documents, OBJECTIVES[name], pack_length)
+        loss, split = compute_step(model, documents, OBJECTIVES[name], pack_length)
         assert loss == pytest.approx(together, rel=1e-12)
         assert worst_difference(split, gradients) < 1e-10
 
@@ -141,21 +148,21 @@ def test_sharing_what_pairs_begin_with_changes_nothing(name: str) -> None:
     """Long prompts, two rows with the same one, answers that begin alike: each pair whole in any
     pack."""
     documents = [
-        *pair(1, 40, 30, 25),
-        *pair(2, 33, 9, 20, weight=2),
-        *pair(1, 40, 22, 31),
+        *make_pair(1, 40, 30, 25),
+        *make_pair(2, 33, 9, 20, weight=2),
+        *make_pair(1, 40, 22, 31),
         tiny_document(30, 4),
     ]
     documents[3] = dataclasses.replace(documents[3], tokens_L=documents[3].tokens_L.copy())
     documents[3].tokens_L[:37] = documents[2].tokens_L[:37]  # four tokens of the answer too
     model = tiny_model(dtype=torch.float64)
-    plain, gradients = step(model, documents, OBJECTIVES[name])
+    plain, gradients = compute_step(model, documents, OBJECTIVES[name])
     for pack_length in (1, 150, 10**6):
         packs = pack_step(documents, pack_length, should_share=True)
         assert sorted(d.side for pack in packs for d in pack.documents) == sorted(
             d.side for d in documents
         )
-        loss, shared = step(model, documents, OBJECTIVES[name], pack_length, share=True)
+        loss, shared = compute_step(model, documents, OBJECTIVES[name], pack_length, share=True)
         assert loss == pytest.approx(plain, rel=1e-12)
         assert worst_difference(shared, gradients) < 1e-9
     assert any(sum(pack.prefix_lengths) >= 37 for pack in packs)
@@ -167,29 +174,29 @@ def test_dpo_begins_at_log_two_and_kept_references_change_nothing() -> None:
     for name, parameter in get_trainable_parameters(fresh.network).items():
         if name.endswith("lora_B"):
             parameter.data.zero_()
-    assert step(fresh, pairs(), LossConfig("dpo", beta=0.3))[0] == pytest.approx(
+    assert compute_step(fresh, make_pairs(), LossConfig("dpo", beta=0.3))[0] == pytest.approx(
         np.log(2), rel=1e-12
     )
     model = tiny_model(dtype=torch.float64)
     with scaled_adapter(model.network, 0), torch.no_grad():
-        kept = [
-            dataclasses.replace(d, reference_logp=float(token_logps(model, d).sum()))
-            for d in pairs()
+        remaining = [
+            dataclasses.replace(d, reference_logp=float(compute_token_logps(model, d).sum()))
+            for d in make_pairs()
         ]
-    switched, one = step(model, pairs(), OBJECTIVES["dpo"])
-    cached, other = step(model, kept, OBJECTIVES["dpo"])
+    switched, item = compute_step(model, make_pairs(), OBJECTIVES["dpo"])
+    cached, other = compute_step(model, remaining, OBJECTIVES["dpo"])
     assert cached == pytest.approx(switched, rel=1e-12)
-    assert worst_difference(one, other) < 1e-10
+    assert worst_difference(item, other) < 1e-10
     shifted = [
         dataclasses.replace(d, reference_logp=(d.reference_logp or 0) + (d.side == "chosen"))
-        for d in kept
+        for d in remaining
     ]
-    assert step(model, shifted, OBJECTIVES["dpo"])[0] > cached
+    assert compute_step(model, shifted, OBJECTIVES["dpo"])[0] > cached
 
 
 def test_pairs_see_nothing_of_each_other() -> None:
     """Other tokens in one pair leave the other pairs' losses bitwise as they were."""
-    model, documents = tiny_model(), pairs()
+    model, documents = tiny_model(), make_pairs()
     changed = [
         dataclasses.replace(d, tokens_L=(d.tokens_L + 1) % VOCABULARY) for d in documents[:2]
     ] + documents[2:]
@@ -197,15 +204,15 @@ def test_pairs_see_nothing_of_each_other() -> None:
     for those in (documents, changed):
         (pack,) = pack_step(those, 10**6)
         batch = collate(pack)
-        own = torch.tensor([name != "pairs:1" for name in batch.ids])[batch.document_S]
+        custom = torch.tensor([name != "pairs:1" for name in batch.ids])[batch.document_S]
         losses.append(
-            compute_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)[own]
+            compute_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)[custom]
         )
     assert torch.equal(*losses)
 
 
 def test_a_pair_is_never_split() -> None:
-    documents = [tiny_document(13, 1), *pairs(), tiny_document(8, 2)]
+    documents = [tiny_document(13, 1), *make_pairs(), tiny_document(8, 2)]
     assert [len(unit) for unit in group_units(documents)] == [1, 2, 2, 2, 1]
     for pack_length in (1, 20, 40, 10**6):
         packs = pack_step(documents, pack_length)
@@ -223,20 +230,16 @@ SETTINGS = make_config(
 
 
 def test_training_on_pairs_tells_them_apart() -> None:
-    events = list(
-        TrainingLoop(tiny_model(), lambda _: pairs(), SETTINGS, steps=12)
-    )
+    events = list(TrainingLoop(tiny_model(), lambda _: make_pairs(), SETTINGS, steps=12))
     losses = [event.loss for event in events if isinstance(event, TrainStep)]
     assert losses[-1] < 0.3 < losses[0]
-    assert events[0].supervised_tokens == sum(np.count_nonzero(d.weights_L) for d in pairs())  # type: ignore[union-attr]
+    assert events[0].supervised_tokens == sum(np.count_nonzero(d.weights_L) for d in make_pairs())  # type: ignore[union-attr]
 
 
 def test_a_lack_of_memory_halves_packs_but_no_pair() -> None:
-    training = TrainingLoop(tiny_model(), lambda _: pairs(), SETTINGS, steps=3)
-    verdict = training._shrink_packs(pairs(), "no memory")
+    training = TrainingLoop(tiny_model(), lambda _: make_pairs(), SETTINGS, steps=3)
+    verdict = training._shrink_packs(make_pairs(), "no memory")
     assert verdict.kind == "memory"
     training.pack_length = 1
-    with pytest.raises(
-        MachineError, match="each pack holds one pair, the longest has 37 tokens"
-    ):
-        training._shrink_packs(pairs(), "no memory")
+    with pytest.raises(MachineError, match="each pack holds one pair, the longest has 37 tokens"):
+        training._shrink_packs(make_pairs(), "no memory")

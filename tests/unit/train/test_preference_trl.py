@@ -20,7 +20,7 @@ from tunesmith.train.losses import LossConfig, PreferenceLogps, orpo_loss, simpo
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def padded(documents: list[Document]) -> dict[str, Tensor]:
+def pad_documents(documents: list[Document]) -> dict[str, Tensor]:
     """As TRL's collator lays them: all chosen sides, then all rejected ones."""
     ordered = documents[::2] + documents[1::2]
     longest = max(map(len, ordered))
@@ -36,7 +36,7 @@ def padded(documents: list[Document]) -> dict[str, Tensor]:
     return batch
 
 
-def equal_weights() -> list[Document]:
+def make_equal_weights() -> list[Document]:
     return [
         Document(d.id, d.tokens_L, (d.weights_L > 0).astype("float32"), d.side) for d in pairs()
     ]
@@ -50,7 +50,7 @@ def test_dpo_is_that_of_its_trainer(nll: float, tmp_path: Path) -> None:
 
     from datasets import Dataset
 
-    documents, folder = equal_weights(), save_model_folder(tmp_path / "model")
+    documents, folder = make_equal_weights(), save_model_folder(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder, pad_token="<|text|>")
     rows = Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " three"}] * 2)
     kinds: Any = (
@@ -72,13 +72,13 @@ def test_dpo_is_that_of_its_trainer(nll: float, tmp_path: Path) -> None:
     network = load_network(folder, torch.float64)
     METHODS["full"](network, {})
     with torch.no_grad():
-        for own, theirs in zip(network.parameters(), trainer.model.parameters(), strict=True):
+        for custom, theirs in zip(network.parameters(), trainer.model.parameters(), strict=True):
             theirs.add_(
                 0.02 * torch.sin(torch.arange(theirs.numel(), dtype=torch.float64)).view_as(theirs)
             )
-            own.copy_(theirs)
+            custom.copy_(theirs)
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        batch = padded(documents)
+        batch = pad_documents(documents)
         logits = (
             reference(batch["input_ids"], attention_mask=batch["attention_mask"])
             .logits[:, :-1]
@@ -88,15 +88,15 @@ def test_dpo_is_that_of_its_trainer(nll: float, tmp_path: Path) -> None:
             logits.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
             * batch["completion_mask"][:, 1:]
         )
-        kept = logp.sum(1).view(2, -1).t().flatten().tolist()
+        remaining = logp.sum(1).view(2, -1).t().flatten().tolist()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     model = wrap_model(network, torch.float64)
-    own = [
+    custom = [
         Document(d.id, d.tokens_L, d.weights_L, d.side, r)
-        for d, r in zip(documents, kept, strict=True)
+        for d, r in zip(documents, remaining, strict=True)
     ]
-    ours, gradients = step(model, own, LossConfig("dpo", beta=0.3, nll_coefficient=nll))
+    ours, gradients = step(model, custom, LossConfig("dpo", beta=0.3, nll_coefficient=nll))
     assert ours == pytest.approx(float(loss.detach()), rel=1e-6)  # TRL takes the softmax in fp32
     theirs = {name: p.grad for name, p in trainer.model.named_parameters()}
     assert gradients.keys() == get_trainable_parameters(network).keys()
@@ -105,7 +105,7 @@ def test_dpo_is_that_of_its_trainer(nll: float, tmp_path: Path) -> None:
         assert float((gradient - other).norm() / other.norm()) < 1e-5, name
 
 
-def sums() -> PreferenceLogps:
+def make_logps() -> PreferenceLogps:
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = (-20 * torch.rand(8, generator=generator) for _ in range(2))
     tokens = [torch.randint(1, 9, (8,), generator=generator).float() for _ in range(2)]
@@ -114,7 +114,7 @@ def sums() -> PreferenceLogps:
     )
 
 
-def same(ours: Tensor, theirs: Tensor, pairs: PreferenceLogps) -> None:
+def assert_equal_loss(ours: Tensor, theirs: Tensor, pairs: PreferenceLogps) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for leaf in (pairs.chosen_logps_P, pairs.rejected_logps_P):
         gradients = [
@@ -127,25 +127,25 @@ def test_orpo_is_its_odds_ratio_loss() -> None:
     """The odds-ratio part; its plain loss covers the prompt in TRL, and the answer alone here."""
     from trl.experimental.orpo import ORPOTrainer
 
-    found = sums()
+    actual = make_logps()
     means = (
-        found.chosen_logps_P / found.chosen_tokens_P,
-        found.rejected_logps_P / found.rejected_tokens_P,
+        actual.chosen_logps_P / actual.chosen_tokens_P,
+        actual.rejected_logps_P / actual.rejected_tokens_P,
     )
     stand_in: Any = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
     theirs = -ORPOTrainer.odds_ratio_loss(stand_in, *means)[0]
-    ours = orpo_loss(found, LossConfig("orpo", beta=0.3))
+    ours = orpo_loss(actual, LossConfig("orpo", beta=0.3))
     assert ours.shape == theirs.shape == (8,)
-    same(ours, theirs, found)
+    assert_equal_loss(ours, theirs, actual)
 
 
 def test_simpo_is_its_loss() -> None:
     from trl.experimental.cpo import CPOTrainer
 
-    found = sums()
+    actual = make_logps()
     means = (
-        found.chosen_logps_P / found.chosen_tokens_P,
-        found.rejected_logps_P / found.rejected_tokens_P,
+        actual.chosen_logps_P / actual.chosen_tokens_P,
+        actual.rejected_logps_P / actual.rejected_tokens_P,
     )
     settings = {
         "beta": 2.0,
@@ -156,6 +156,6 @@ def test_simpo_is_its_loss() -> None:
     }
     stand_in: Any = SimpleNamespace(**settings, accelerator=SimpleNamespace(device="cpu"))
     theirs = CPOTrainer.cpo_loss(stand_in, *means)[0]
-    ours = simpo_loss(found, LossConfig("simpo", beta=2.0, gamma=0.6))
+    ours = simpo_loss(actual, LossConfig("simpo", beta=2.0, gamma=0.6))
     assert ours.shape == theirs.shape == (8,)
-    same(ours, theirs, found)
+    assert_equal_loss(ours, theirs, actual)

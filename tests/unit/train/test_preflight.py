@@ -54,7 +54,7 @@ ADAPTER = {
 }
 
 
-def ready(
+def prepare_model(
     family: str = "llama",
     dtype: torch.dtype = torch.float32,
     candidates: Sequence[Document] | None = None,
@@ -82,8 +82,8 @@ def ready(
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_proof_passes_on_every_family(family: str) -> None:
-    model, probe = ready(family)
-    verdicts = run_preflight(model, probe)
+    model, samples = prepare_model(family)
+    verdicts = run_preflight(model, samples)
     assert all(verdict.level == "ok" for verdict in verdicts)
     assert len(verdicts) == len(preflight.CHECKS) + 1
     assert verdicts[-1].kind == "negative controls"
@@ -92,13 +92,13 @@ def test_the_proof_passes_on_every_family(family: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama-64", "gemma2", "granite", "olmo2"])
 def test_the_proof_passes_in_bf16(family: str, method: str) -> None:
-    assert run_preflight(*ready(family, torch.bfloat16, method=method))
+    assert run_preflight(*prepare_model(family, torch.bfloat16, method=method))
 
 
 def test_the_proof_leaves_the_model_as_it_is() -> None:
-    model, probe = ready(method="full")
+    model, samples = prepare_model(method="full")
     before = {name: p.detach().clone() for name, p in model.network.named_parameters()}
-    run_preflight(model, probe)
+    run_preflight(model, samples)
     assert all(
         torch.equal(p, before[name]) and p.grad is None
         for name, p in model.network.named_parameters()
@@ -116,7 +116,7 @@ def test_the_proof_leaves_the_model_as_it_is() -> None:
     ids=["one row", "one row with one target", "equal rows with one target", "rows of one token"],
 )
 def test_few_and_small_rows_are_proven_too(candidates: list[Document]) -> None:
-    assert run_preflight(*ready(candidates=candidates))
+    assert run_preflight(*prepare_model(candidates=candidates))
 
 
 # ---------------------------------------------------------------- the choice of documents
@@ -151,48 +151,57 @@ def test_checked_places_are_spread_from_the_first_to_the_last() -> None:
 # ---------------------------------------------------------------- each broken thing by its own message
 
 
-def refusal(model: PackedCausalLM, probe: PreflightSamples) -> str:
+def get_refusal(model: PackedCausalLM, samples: PreflightSamples) -> str:
     with pytest.raises(GateError) as caught:
-        run_preflight(model, probe)
+        run_preflight(model, samples)
     assert caught.value.where.startswith("preflight")
     assert caught.value.exit_code == 4
     return caught.value.message
 
 
-def blurred(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig) -> Tensor:
+def leaky_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+) -> Tensor:
     """Attention that does not know where documents end."""
     return reference_attention(q, k, v, PackLayout((0,), (layout.num_tokens,)), rule)
 
 
-def windowless(
+def attend_without_window(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
 ) -> Tensor:
     return reference_attention(q, k, v, layout, dataclasses.replace(rule, window=None))
 
 
-def uncapped(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig) -> Tensor:
+def attend_without_softcap(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+) -> Tensor:
     return reference_attention(q, k, v, layout, dataclasses.replace(rule, softcap=None))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "olmo2"])
 def test_attention_that_ignores_the_layout(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "broken", blurred)
-    model, probe = ready(family)
+    monkeypatch.setitem(BACKENDS, "broken", leaky_attention)
+    model, samples = prepare_model(family)
     model.backend = "broken"
-    assert "attend to each other" in refusal(model, probe)
+    assert "attend to each other" in get_refusal(model, samples)
 
 
 @pytest.mark.parametrize(
-    ("family", "broken"), [("mistral", windowless), ("phi3", windowless), ("gemma2", uncapped)]
+    ("family", "broken"),
+    [
+        ("mistral", attend_without_window),
+        ("phi3", attend_without_window),
+        ("gemma2", attend_without_softcap),
+    ],
 )
 def test_attention_that_ignores_a_rule(
     family: str, broken: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when all rows are shorter than the window: they are chained."""
     monkeypatch.setitem(BACKENDS, "broken", broken)  # type: ignore[arg-type]
-    model, probe = ready(family, candidates=tiny_documents((3, 4, 5)))
+    model, samples = prepare_model(family, candidates=tiny_documents((3, 4, 5)))
     model.backend = "broken"
-    assert "logits differ from transformers" in refusal(model, probe)
+    assert "logits differ from transformers" in get_refusal(model, samples)
 
 
 @pytest.mark.parametrize(
@@ -205,22 +214,22 @@ def test_attention_that_ignores_a_rule(
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_wrong_head(family: str, key: str, value: float | None, dtype: torch.dtype) -> None:
-    model, probe = ready(family, dtype)
+    model, samples = prepare_model(family, dtype)
     setattr(model.network.config, key, value)
-    assert "logits differ from transformers" in refusal(model, probe)
+    assert "logits differ from transformers" in get_refusal(model, samples)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 def test_a_model_that_is_no_number(bad: float) -> None:
-    model, probe = ready()
+    model, samples = prepare_model()
     model.network.get_parameter("model.norm.weight").data[0] = bad
-    assert "logits differ from transformers" in refusal(model, probe)
+    assert "logits differ from transformers" in get_refusal(model, samples)
 
 
 def test_an_adapter_that_is_not_nothing_yet() -> None:
-    model, probe = ready()
+    model, samples = prepare_model()
     model.network.get_parameter("model.layers.0.mlp.up_proj.lora_B").data += 0.3
-    assert "logits differ from transformers" in refusal(model, probe)
+    assert "logits differ from transformers" in get_refusal(model, samples)
 
 
 def test_labels_that_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,68 +237,72 @@ def test_labels_that_are_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     them."""
     right = probe_module.collate
 
-    def early(pack: Pack) -> Batch:
+    def collate_shifted(pack: Pack) -> Batch:
         batch = right(pack)
         return dataclasses.replace(batch, targets_S=batch.tokens_T[batch.positions_S])
 
-    monkeypatch.setattr(probe_module, "collate", early)
-    assert "labels" in refusal(*ready())
+    monkeypatch.setattr(probe_module, "collate", collate_shifted)
+    assert "labels" in get_refusal(*prepare_model())
 
 
 def test_targets_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     right = probe_module.collate
 
-    def fewer(pack: Pack) -> Batch:
+    def collate_fewer(pack: Pack) -> Batch:
         batch = right(pack)
-        kept = {
+        remaining = {
             name: getattr(batch, name)[:-1]
             for name in ("positions_S", "targets_S", "weights_S", "document_S")
         }
-        return dataclasses.replace(batch, **kept)
+        return dataclasses.replace(batch, **remaining)
 
-    monkeypatch.setattr(probe_module, "collate", fewer)
-    assert "labels" in refusal(*ready())
+    monkeypatch.setattr(probe_module, "collate", collate_fewer)
+    assert "labels" in get_refusal(*prepare_model())
 
 
 def test_answers_without_their_end_token() -> None:
-    model, probe = ready()
-    what = refusal(model, dataclasses.replace(probe, end_ids=frozenset({END + 1})))
+    model, samples = prepare_model()
+    what = get_refusal(model, dataclasses.replace(samples, end_ids=frozenset({END + 1})))
     assert f"last supervised token is {END}, not an end token" in what
 
 
 def test_chained_rows_need_no_end_token() -> None:
-    model, probe = ready("mistral", candidates=tiny_documents((3, 4, 5)))
-    assert probe.documents[-1].tokens_L[-1] != END
-    assert run_preflight(model, probe)
+    model, samples = prepare_model("mistral", candidates=tiny_documents((3, 4, 5)))
+    assert samples.documents[-1].tokens_L[-1] != END
+    assert run_preflight(model, samples)
 
 
 def test_ids_that_are_not_the_tokenizers() -> None:
-    model, probe = ready()
-    probe = dataclasses.replace(
-        probe, token_id_checks=(TokenIdCheck("rows:1", True), TokenIdCheck("rows:8", False))
+    model, samples = prepare_model()
+    samples = dataclasses.replace(
+        samples, token_id_checks=(TokenIdCheck("rows:1", True), TokenIdCheck("rows:8", False))
     )
     with pytest.raises(GateError, match="token ids differ") as caught:
-        run_preflight(model, probe)
+        run_preflight(model, samples)
     assert caught.value.where == "preflight: rows:8"
-    found = (TokenIdCheck("rows:1", True), TokenIdCheck("rows:2", True, is_full_row=False))
-    told = "2 rows, leading BOS included; only the prompts of 1"
-    assert told in [
+    actual = (TokenIdCheck("rows:1", True), TokenIdCheck("rows:2", True, is_full_row=False))
+    messages = "2 rows, leading BOS included; only the prompts of 1"
+    assert messages in [
         verdict.evidence
-        for verdict in run_preflight(model, dataclasses.replace(probe, token_id_checks=found))
+        for verdict in run_preflight(model, dataclasses.replace(samples, token_id_checks=actual))
     ]
-    nothing = run_preflight(model, dataclasses.replace(probe, token_id_checks=()))
-    assert [verdict.level for verdict in nothing if verdict.kind == "token ids match apply_chat_template"] == ["warn"]
+    nothing = run_preflight(model, dataclasses.replace(samples, token_id_checks=()))
+    assert [
+        verdict.level
+        for verdict in nothing
+        if verdict.kind == "token ids match apply_chat_template"
+    ] == ["warn"]
 
 
 @pytest.mark.parametrize("first", [0.0, 1.0], ids=["nothing", "the first token"])
 def test_a_document_that_trains_nothing_or_its_first_token(first: float) -> None:
-    model, probe = ready()
-    *others, last = probe.documents
+    model, samples = prepare_model()
+    *others, last = samples.documents
     weights_L = np.zeros(len(last), np.float32)
     weights_L[0] = first
     empty = dataclasses.replace(last, weights_L=weights_L)
-    assert "no token of this document is supervised" in refusal(
-        model, dataclasses.replace(probe, documents=(*others, empty))
+    assert "no token of this document is supervised" in get_refusal(
+        model, dataclasses.replace(samples, documents=(*others, empty))
     )
 
 
@@ -297,16 +310,17 @@ def test_a_document_that_trains_nothing_or_its_first_token(first: float) -> None
 
 
 @pytest.mark.parametrize(
-    ("claim", "named"), [("check_document_isolation", "leaking mask"), ("check_labels", "shifted labels")]
+    ("claim", "named"),
+    [("check_document_isolation", "leaking mask"), ("check_labels", "shifted labels")],
 )
 def test_a_claim_that_cannot_fail_is_noticed(
     claim: str, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def always(*_: object, **__: object) -> CheckResult:
+    def always_pass(*_: object, **__: object) -> CheckResult:
         return CheckResult(claim, "ok", "")
 
-    monkeypatch.setattr(preflight, claim, always)
-    assert f"did not detect an injected fault ({named})" in refusal(*ready())
+    monkeypatch.setattr(preflight, claim, always_pass)
+    assert f"did not detect an injected fault ({named})" in get_refusal(*prepare_model())
 
 
 # ---------------------------------------------------------------- pairs
@@ -324,33 +338,35 @@ def test_both_sides_of_pairs_are_proven() -> None:
         "the shortest and the longest"
     )
     assert {9, 40} <= {count_input_tokens(d) for d in chosen}
-    assert all(verdict.level == "ok" for verdict in run_preflight(*ready(candidates=sides)))
+    assert all(verdict.level == "ok" for verdict in run_preflight(*prepare_model(candidates=sides)))
 
 
 # ---------------------------------------------------------------- shared prefixes
 
 
-def sharing(
+def prepare_sharing_model(
     family: str = "llama", dtype: torch.dtype = torch.float32
 ) -> tuple[PackedCausalLM, PreflightSamples]:
     """Ready, with documents of which two begin alike and one continues another's beginning."""
-    model, probe = ready(family, dtype)
+    model, samples = prepare_model(family, dtype)
     alike = choose_sharing_documents(branching_documents())
     assert len(alike) == 3
-    return model, dataclasses.replace(probe, sharing_documents=alike)
+    return model, dataclasses.replace(samples, sharing_documents=alike)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_shared_prefixes_are_proven_on_every_family(family: str) -> None:
-    verdicts = {verdict.kind: verdict for verdict in run_preflight(*sharing(family))}
+    verdicts = {verdict.kind: verdict for verdict in run_preflight(*prepare_sharing_model(family))}
     assert "isolated bitwise" in verdicts["prefix-shared loss = unshared loss"].evidence
     assert "attends to its sibling" in verdicts["negative controls"].evidence
-    assert "prefix-shared loss = unshared loss" not in {verdict.kind for verdict in run_preflight(*ready(family))}
+    assert "prefix-shared loss = unshared loss" not in {
+        verdict.kind for verdict in run_preflight(*prepare_model(family))
+    }
 
 
 @pytest.mark.parametrize("family", ["llama-64", "gemma2"])
 def test_shared_prefixes_are_proven_in_bf16(family: str) -> None:
-    assert run_preflight(*sharing(family, torch.bfloat16))
+    assert run_preflight(*prepare_sharing_model(family, torch.bfloat16))
 
 
 def test_the_shortest_documents_that_part_are_chosen() -> None:
@@ -370,34 +386,38 @@ def test_the_shortest_documents_that_part_are_chosen() -> None:
 
 
 def test_branches_that_see_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def overheard(
+    def attend_to_siblings(
         q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
     ) -> Tensor:
         parents = tuple(i - 1 for i in range(len(layout.lengths))) if layout.parents else ()
         return reference_attention(q, k, v, dataclasses.replace(layout, parents=parents), rule)
 
-    model, probe = sharing()
+    model, samples = prepare_sharing_model()
     model.backend = "broken"
-    monkeypatch.setitem(BACKENDS, "broken", overheard)
-    assert "documents in a pack attend to each other" in refusal(model, probe)
+    monkeypatch.setitem(BACKENDS, "broken", attend_to_siblings)
+    assert "documents in a pack attend to each other" in get_refusal(model, samples)
 
 
 def test_a_shared_part_that_computes_something_else_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def short_sighted(
+    def attend_without_prefix(
         q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
     ) -> Tensor:
         return reference_attention(q, k, v, dataclasses.replace(layout, parents=()), rule)
 
-    model, probe = sharing()
+    model, samples = prepare_sharing_model()
     model.backend = "broken"
-    monkeypatch.setitem(BACKENDS, "broken", short_sighted)
-    assert "prefix-shared loss" in refusal(model, probe)
+    monkeypatch.setitem(BACKENDS, "broken", attend_without_prefix)
+    assert "prefix-shared loss" in get_refusal(model, samples)
 
 
 def test_a_forest_that_cannot_fail_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        preflight, "check_prefix_sharing", lambda *_, **__: CheckResult("prefix-shared loss = unshared loss", "ok", "")
+        preflight,
+        "check_prefix_sharing",
+        lambda *_, **__: CheckResult("prefix-shared loss = unshared loss", "ok", ""),
     )
-    assert "did not detect an injected fault (branch that attends to its sibling)" in refusal(*sharing())
+    assert "did not detect an injected fault (branch that attends to its sibling)" in get_refusal(
+        *prepare_sharing_model()
+    )

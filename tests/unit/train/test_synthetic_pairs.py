@@ -37,7 +37,7 @@ def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return talker(tiny_folder, tmp_path_factory.mktemp("talker"))
 
 
-def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
+def make_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [chat(f"say {n}", f"me {n}") for n in range(4)] + [
         chat(f"tell {n}", f"that is {n}") for n in range(4)
@@ -51,7 +51,7 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
     return recipe(model, folder, **{**values, **changed})
 
 
-def lines(folder: Path) -> list[Json]:
+def read_pairs(folder: Path) -> list[Json]:
     return [json.loads(line) for line in (folder / "run" / PAIRS_FILE).read_text().splitlines()]
 
 
@@ -63,23 +63,23 @@ def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: P
         )
     )
     changed = {"num_train_epochs": 12, "learning_rate": 0.02, "save_steps": 100, "test_data": test}
-    events = train(wish(model, tmp_path, **changed))
-    made = lines(tmp_path)
+    events = train(make_recipe(model, tmp_path, **changed))
+    made = read_pairs(tmp_path)
     assert [(line["row"], line["id"]) for line in made] == [
         (n, f"rows.jsonl:{n + 1}") for n in range(4)
     ]
     assert [line["chosen"][0]["content"] for line in made] == [f"me {n}" for n in range(4)]
     assert all("an AI" in line["rejected"][0]["content"] for line in made)
-    said = [
+    messages = [
         event.evidence
         for event in events
         if isinstance(event, CheckResult) and event.kind == "synthetic pairs"
     ]
-    assert said == [f"4 of 8 answers of the base model violate a constraint: {PAIRS_FILE}"]
-    found = {(one.task, one.metric): one for one in read_record(tmp_path / "run").comparisons}
+    assert messages == [f"4 of 8 answers of the base model violate a constraint: {PAIRS_FILE}"]
+    actual = {(item.task, item.metric): item for item in read_record(tmp_path / "run").comparisons}
     assert (
-        found["eliciting prompts", "breaks ai"].before.value,
-        found["eliciting prompts", "breaks ai"].after.value,
+        actual["eliciting prompts", "breaks ai"].before.value,
+        actual["eliciting prompts", "breaks ai"].after.value,
     ) == (
         1,
         0,
@@ -87,14 +87,16 @@ def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: P
 
 
 def test_made_pairs_are_preference_rows_and_survive_a_kill(model: Path, tmp_path: Path) -> None:
-    straight, killed = (wish(model, tmp_path / name) for name in ("straight", "killed"))
+    straight, killed = (make_recipe(model, tmp_path / name) for name in ("straight", "killed"))
     events = train(straight)
     assert sum(step.supervised_tokens > 0 for step in steps_of(events)) >= 2
     until_saved(run.train(plan_of(killed)), 2)
     list(run.resume(tmp_path / "killed" / "run"))
-    assert lines(tmp_path / "killed") == lines(tmp_path / "straight")
+    assert read_pairs(tmp_path / "killed") == read_pairs(tmp_path / "straight")
     assert adapter_bytes(killed) == adapter_bytes(straight)
-    again = wish(model, tmp_path / "again", data=str(tmp_path / "straight" / "run" / PAIRS_FILE))
+    again = make_recipe(
+        model, tmp_path / "again", data=str(tmp_path / "straight" / "run" / PAIRS_FILE)
+    )
     rows = inputs.load_inputs(again).datasets["data"]
     assert [[document.side for document in rows.render_documents(i)] for i in range(len(rows))] == [
         ["chosen", "rejected"]
@@ -105,8 +107,8 @@ def test_a_better_side_that_breaks_a_constraint_is_left_out(model: Path, tmp_pat
     rows = [{"prompt": f"say {n}", "chosen": f"me {n}", "rejected": "an AI"} for n in range(6)]
     rows.append({"prompt": "say 7", "chosen": "an AI", "rejected": "me"})
     data = str(write_rows(tmp_path / "pairs.jsonl", rows))
-    events = train(wish(model, tmp_path, data=data))
-    assert plan_of(wish(model, tmp_path / "b", data=data)).data["data"].filtered == {"ai": 1}
+    events = train(make_recipe(model, tmp_path, data=data))
+    assert plan_of(make_recipe(model, tmp_path / "b", data=data)).data["data"].filtered == {"ai": 1}
     assert len(steps_of(events)) == 3
     assert not (tmp_path / "run" / PAIRS_FILE).exists(), "every row has both sides"
 
@@ -116,15 +118,17 @@ def test_nothing_to_prefer_to_is_said(model: Path, tmp_path: Path) -> None:
         write_rows(tmp_path / "fine.jsonl", [chat(f"tell {n}", f"that is {n}") for n in range(4)])
     )
     with pytest.raises(GateError, match="0 of 4 answers of the base model violate a constraint"):
-        train(wish(model, tmp_path, data=data))
+        train(make_recipe(model, tmp_path, data=data))
 
 
 def test_rows_without_a_worse_side_need_a_constraint_that_makes_one(
     model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="no rejected answer"):
-        plan_of(wish(model, tmp_path, never=[{**PHRASE, "mode": "filter"}]))
+        plan_of(make_recipe(model, tmp_path, never=[{**PHRASE, "mode": "filter"}]))
     with pytest.raises(
         ValidationError, match="mode pair has no effect with stage: sft; use stage: preference"
     ):
-        wish(model, tmp_path, data=str(write_rows(tmp_path / "s.jsonl", sums(1, 4))), stage="sft")
+        make_recipe(
+            model, tmp_path, data=str(write_rows(tmp_path / "s.jsonl", sums(1, 4))), stage="sft"
+        )

@@ -21,17 +21,17 @@ from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_term
 OBJECTIVE = LossConfig(ban_coefficient=0.7)
 
 
-def documents() -> list[Document]:
+def make_documents() -> list[Document]:
     """Plain ones, and some with bad places only."""
     bad = [tiny_document(n, 5, first_target=n // 2) for n in (9, 14, 30)]
     return [*tiny_documents(), *(dataclasses.replace(document, side="banned") for document in bad)]
 
 
-def step(
-    model: PackedCausalLM, documents: list[Document], pack_length: int = 10**6
+def compute_step(
+    model: PackedCausalLM, make_documents: list[Document], pack_length: int = 10**6
 ) -> tuple[float, dict[str, Tensor]]:
-    counts, total = LossNormalizer.from_documents(documents), 0.0
-    for pack in pack_step(documents, pack_length):
+    counts, total = LossNormalizer.from_documents(make_documents), 0.0
+    for pack in pack_step(make_documents, pack_length):
         terms = compute_step_terms(model, collate(pack), counts, OBJECTIVE)
         loss = torch.stack(
             [term.coefficient * term.sum / term.count for term in terms.values()]
@@ -50,9 +50,9 @@ def step(
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_loss_and_gradients_are_the_formula(method: str) -> None:
     model = tiny_model("llama-tied", torch.float64, method=method)
-    ours, gradients = step(model, documents())
+    ours, gradients = compute_step(model, make_documents())
     sums, weights = {"": torch.zeros(()), "banned": torch.zeros(())}, {"": 0.0, "banned": 0.0}
-    for document in documents():
+    for document in make_documents():
         batch = one_batch([dataclasses.replace(document, side="")])
         logits = model.head.compute_logits(model.compute_hidden(batch))
         p_S = torch.softmax(logits, -1).gather(1, batch.targets_S[:, None])[:, 0]
@@ -74,13 +74,16 @@ def test_loss_and_gradients_are_the_formula(method: str) -> None:
 
 def test_no_split_of_a_step_changes_it() -> None:
     model = tiny_model("llama", torch.float64)
-    (whole, one), (parts, many) = step(model, documents()), step(model, documents(), 31)
-    assert parts == pytest.approx(whole, rel=1e-12)
-    assert worst_difference(many, one) < 1e-10
+    (full, item), (parts, many) = (
+        compute_step(model, make_documents()),
+        compute_step(model, make_documents(), 31),
+    )
+    assert parts == pytest.approx(full, rel=1e-12)
+    assert worst_difference(many, item) < 1e-10
 
 
 def test_a_step_of_bad_answers_alone_is_trained_without_cross_entropy() -> None:
-    bad = [document for document in documents() if document.side]
+    bad = [document for document in make_documents() if document.side]
     counts = LossNormalizer.from_documents(bad)
     assert bool(counts)
     assert (counts.answer, counts.banned) == (0, sum(float(d.weights_L.sum()) for d in bad))
@@ -110,18 +113,18 @@ def test_the_gradient_is_exact_and_bounded_from_certain_to_impossible(dtype: tor
 
 
 def test_training_makes_bad_tokens_unlikely_and_keeps_the_good_ones() -> None:
-    model, data = tiny_model("llama"), documents()
+    model, data = tiny_model("llama"), make_documents()
     data = [dataclasses.replace(d, weights_L=(d.weights_L > 0).astype("float32")) for d in data]
 
-    def nats(side: str) -> float:
+    def compute_nats(side: str) -> float:
         model.network.eval()
-        own = [d for d in data if d.side == side]
-        return sum(nat for _, nat, _ in compute_nll(model, own, 10**6))
+        custom = [d for d in data if d.side == side]
+        return sum(nat for _, nat, _ in compute_nll(model, custom, 10**6))
 
-    before = {side: nats(side) for side in ("", "banned")}
+    before = {side: compute_nats(side) for side in ("", "banned")}
     settings = make_config(
         pack_length=10**6, learning_rate=0.02, lr_scheduler_type="constant", ban_coefficient=1.0
     )
     list(TrainingLoop(model, lambda _: data, settings, steps=20, warmup_steps=1))
-    assert nats("") < before[""]
-    assert nats("banned") > before["banned"]
+    assert compute_nats("") < before[""]
+    assert compute_nats("banned") > before["banned"]

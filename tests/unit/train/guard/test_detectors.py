@@ -34,25 +34,25 @@ HEALTHY = {
 }
 
 
-def step(number: int, loss: float = 1.0, norm: float = 1.0) -> TrainStep:
+def make_step(number: int, loss: float = 1.0, norm: float = 1.0) -> TrainStep:
     return TrainStep(number, loss, 100, 20, 0.5, 1e-4, norm, 10**9)
 
 
-def new_guard(**levels: str) -> TrainingGuard:
+def make_guard(**levels: str) -> TrainingGuard:
     return TrainingGuard(
         {**LEVELS, **levels}, forgetting_margin=0.02, vocab_size=1000, is_probing=True
     )  # type: ignore[arg-type]
 
 
-def probe(guard: TrainingGuard, at: int, **changed: float) -> list[CheckResult]:
+def run_probe(guard: TrainingGuard, at: int, **changed: float) -> list[CheckResult]:
     for metric, value in (HEALTHY | changed).items():
         guard.observe_event(Score(PROBE_TASK, metric, value, value, value, 8, at))
     return guard.judge_probe(at)
 
 
-def begun(**levels: str) -> TrainingGuard:
+def start_guard(**levels: str) -> TrainingGuard:
     """A guard that has seen ten even steps and the probes before them."""
-    guard = new_guard(**levels)
+    guard = make_guard(**levels)
     for metric, value in {
         "distinct": 0.6,
         "same_answer": 0.1,
@@ -60,8 +60,8 @@ def begun(**levels: str) -> TrainingGuard:
         "length": 20.0,
     }.items():
         guard.observe_event(Score(EXPECTED_TASK, metric, value, value, value, 8, 0))
-    assert probe(guard, 0) == []
-    assert [guard.observe_event(step(n)) for n in range(1, 11)] == [[]] * 10
+    assert run_probe(guard, 0) == []
+    assert [guard.observe_event(make_step(n)) for n in range(1, 11)] == [[]] * 10
     return guard
 
 
@@ -90,87 +90,91 @@ def begun(**levels: str) -> TrainingGuard:
 def test_a_detector_speaks_once_on_its_measure_alone(
     detector: str, changed: dict[str, float]
 ) -> None:
-    guard = begun()
-    (verdict,) = probe(guard, 10, **changed)
+    guard = start_guard()
+    (verdict,) = run_probe(guard, 10, **changed)
     assert (verdict.kind, verdict.level) == (detector, LEVELS[DETECTORS[detector].family])
     assert any(sign.isdigit() for sign in verdict.evidence), "it shows its numbers"
-    assert probe(guard, 20, **changed) == [], "it has spoken"
-    assert probe(guard, 30) == []
-    assert [one.kind for one in probe(guard, 40, **changed)] == [detector]
+    assert run_probe(guard, 20, **changed) == [], "it has spoken"
+    assert run_probe(guard, 30) == []
+    assert [item.kind for item in run_probe(guard, 40, **changed)] == [detector]
 
 
 def test_the_commonest_answer_comes_first() -> None:
     """Of three classes one is said to all prompts while the right ones have become far likelier:
     that is learning."""
     alike = {"distinct": 0.2, "same_answer": 0.75}
-    assert probe(begun(), 10, **alike, answer_loss=0.5) == []
-    assert {one.kind for one in probe(begun(), 10, **alike, answer_loss=1.1)} == {
+    assert run_probe(start_guard(), 10, **alike, answer_loss=0.5) == []
+    assert {item.kind for item in run_probe(start_guard(), 10, **alike, answer_loss=1.1)} == {
         "low distinct-2",
         "identical answers",
     }
 
 
 def test_answers_that_stopped_ending() -> None:
-    guard = new_guard()
-    probe(guard, 0, end_rate=0.9)
-    assert [one.kind for one in probe(guard, 10, end_rate=0.2)] == ["missing EOS"]
-    assert probe(begun(), 10, end_rate=0.0) == [], "the base did not end either"
+    guard = make_guard()
+    run_probe(guard, 0, end_rate=0.9)
+    assert [item.kind for item in run_probe(guard, 10, end_rate=0.2)] == ["missing EOS"]
+    assert run_probe(start_guard(), 10, end_rate=0.0) == [], "the base did not end either"
 
 
-def fed(losses: Sequence[float], norms: Sequence[float] = ()) -> dict[str, int]:
+def feed_losses(losses: Sequence[float], norms: Sequence[float] = ()) -> dict[str, int]:
     """Detector -> the step that it first spoke at."""
-    guard, found = new_guard(), dict[str, int]()
+    guard, actual = make_guard(), dict[str, int]()
     for number, loss in enumerate(losses, start=1):
-        for verdict in guard.observe_event(step(number, loss, norms[number - 1] if norms else 1.0)):
-            found.setdefault(verdict.kind, number)
-    return found
+        for verdict in guard.observe_event(
+            make_step(number, loss, norms[number - 1] if norms else 1.0)
+        ):
+            actual.setdefault(verdict.kind, number)
+    return actual
 
 
 def test_losses_of_a_healthy_run_say_nothing() -> None:
     """Also noisy ones, whose gain is small."""
     falling = [2.0 * 0.95**n + 0.3 * (-1) ** n for n in range(60)]
     flat = [2.0 + 0.4 * math.sin(3 * n) for n in range(60)]
-    assert fed(falling) == fed(flat) == fed([1.0] * 60) == {}
+    assert feed_losses(falling) == feed_losses(flat) == feed_losses([1.0] * 60) == {}
 
 
 def test_a_loss_that_rises_jumps_or_leaves_its_start_behind() -> None:
     falling = [2.0 - 0.1 * n for n in range(15)]
-    assert "loss rise" in fed([*falling, *([2.0] * 10)])
-    assert fed([*([1.0] * 20), 9.0])["loss spike"] == 21
-    assert "loss above start" in fed([*([2.0] * 6), *([9.0] * 10)])
-    assert fed([1.0] * 12, [*([1.0] * 11), 30.0]) == {"gradient spike": 12}
+    assert "loss rise" in feed_losses([*falling, *([2.0] * 10)])
+    assert feed_losses([*([1.0] * 20), 9.0])["loss spike"] == 21
+    assert "loss above start" in feed_losses([*([2.0] * 6), *([9.0] * 10)])
+    assert feed_losses([1.0] * 12, [*([1.0] * 11), 30.0]) == {"gradient spike": 12}
 
 
 def test_rows_that_stay_hard_while_held_out_ones_are_learnt() -> None:
-    guard = begun()
-    assert probe(guard, 10, answer_loss=0.1) == [], "they were as hard at the probe before"
+    guard = start_guard()
+    assert run_probe(guard, 10, answer_loss=0.1) == [], "they were as hard at the probe before"
     for number in range(11, 21):
-        guard.observe_event(step(number, 1.0 if number % 2 else 0.9))
-    assert [one.kind for one in probe(guard, 20, answer_loss=0.1)] == ["train loss above eval loss"]
+        guard.observe_event(make_step(number, 1.0 if number % 2 else 0.9))
+    assert [item.kind for item in run_probe(guard, 20, answer_loss=0.1)] == [
+        "train loss above eval loss"
+    ]
 
 
 def test_held_out_answers_that_get_worse_while_training_goes_on() -> None:
-    guard = begun()
-    probe(guard, 10, answer_loss=0.5)
+    guard = start_guard()
+    run_probe(guard, 10, answer_loss=0.5)
     for number in range(11, 21):
-        guard.observe_event(step(number, 0.4))
+        guard.observe_event(make_step(number, 0.4))
     guard.observe_event(Score(PROBE_TASK, "answer_loss", 0.8, 0.5, 1.1, 8, 20))
     assert guard.judge_probe(20) == [], "one hard prompt of eight"
-    assert [one.kind for one in probe(guard, 30, answer_loss=0.8)] == ["overfitting"]
+    assert [item.kind for item in run_probe(guard, 30, answer_loss=0.8)] == ["overfitting"]
 
 
 def test_what_a_family_does_is_the_recipes_word() -> None:
-    assert [one.level for one in probe(begun(collapse="warn"), 10, kl=2.0)] == ["warn"]
-    assert probe(begun(collapse="off", watch="off"), 10, kl=2.0, update_ratio=1.0) == []
+    assert [item.level for item in run_probe(start_guard(collapse="warn"), 10, kl=2.0)] == ["warn"]
+    assert run_probe(start_guard(collapse="off", watch="off"), 10, kl=2.0, update_ratio=1.0) == []
 
 
 def test_a_state_is_good_until_something_is_found_that_counts() -> None:
-    guard = begun()
-    probe(guard, 10)
+    guard = start_guard()
+    run_probe(guard, 10)
     assert guard.last_good_step == 10
-    probe(guard, 20, update_ratio=1.0)  # a warning only
+    run_probe(guard, 20, update_ratio=1.0)  # a warning only
     assert guard.last_good_step == 20
-    probe(guard, 30, kl=2.0)
+    run_probe(guard, 30, kl=2.0)
     assert (guard.last_good_step, guard.active_detectors) == (20, ["high KL"])
 
 

@@ -39,7 +39,7 @@ from tunesmith.core.events import (
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import read_events, read_rollbacks
 from tunesmith.core.types import RunRecord
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
@@ -49,7 +49,7 @@ NOISE = "\u00ff\u00fe\u00fd" * 20
 
 
 @pytest.fixture(scope="module")
-def learnt(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, trained until its answers have a form that can be lost."""
     folder = tmp_path_factory.mktemp("learnt")
     data = str(write_rows(folder / "rows.jsonl", sums(1, 24)))
@@ -58,18 +58,18 @@ def learnt(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run" / "model"
 
 
-def spoilt(model: Path, folder: Path, **changed: Any) -> Recipe:
+def make_corrupted_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     """Twelve steps; both rows of step 8 are answered with noise. Checkpoints after every step."""
     folder.mkdir(parents=True)
     rows = sums(1, 24)
-    for place in permutation(0, 0, 24)[14:16].tolist():
-        rows[place] = chat(rows[place]["messages"][0]["content"], NOISE)
+    for index in permute_rows(0, 0, 24)[14:16].tolist():
+        rows[index] = chat(rows[index]["messages"][0]["content"], NOISE)
     data = str(write_rows(folder / "rows.jsonl", rows))
     values = {"learning_rate": 0.02, "warmup_ratio": 0.5, "save_steps": 1} | changed
     return recipe(model, folder, data=data, **values)
 
 
-def folder_of(wish: Recipe) -> Path:
+def get_run_dir(wish: Recipe) -> Path:
     assert isinstance(wish.output_dir, Path)
     return wish.output_dir
 
@@ -155,49 +155,53 @@ def test_prompts_are_never_of_test_data_and_never_one_alone(
     files = measured_files(tmp_path)
     assert "test_data" not in PROMPT_ROLES
 
-    def origin(**own: str) -> set[str]:
-        known = inputs.load_inputs(recipe(tiny_folder, tmp_path, **own))
-        texts = run.build_eval_items(inputs.make_plan(known), known).general_texts
-        found = build_prompt_set(inputs.make_plan(known), known, texts)
-        return {probe.question.id.partition(":")[0] for probe in found.prompts} if found else set()
+    def get_prompt_files(**custom: str) -> set[str]:
+        run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path, **custom))
+        texts = run.build_eval_items(inputs.make_plan(run_inputs), run_inputs).general_texts
+        actual = build_prompt_set(inputs.make_plan(run_inputs), run_inputs, texts)
+        return (
+            {probe.question.id.partition(":")[0] for probe in actual.prompts} if actual else set()
+        )
 
-    assert origin(**files) == {"eval.jsonl"}
-    assert origin(retention_data=files["retention_data"]) == {"general.jsonl"}
-    assert origin(test_data=files["test_data"]) == set()
+    assert get_prompt_files(**files) == {"eval.jsonl"}
+    assert get_prompt_files(retention_data=files["retention_data"]) == {"general.jsonl"}
+    assert get_prompt_files(test_data=files["test_data"]) == set()
     texts = [{"text": f"{n} and {n}"} for n in range(2)]
     one = str(write_rows(tmp_path / "one.jsonl", texts))
-    assert origin(eval_data=one, test_data=files["test_data"]) == {"one.jsonl"}, (
+    assert get_prompt_files(eval_data=one, test_data=files["test_data"]) == {"one.jsonl"}, (
         "texts are gone on with"
     )
 
 
 def test_without_prompts_it_says_so(tiny_folder: Path, tmp_path: Path) -> None:
     events = train(recipe(tiny_folder, tmp_path, guard={"probe_steps": 1}))
-    (told,) = [
+    (messages,) = [
         event for event in events if isinstance(event, CheckResult) and event.kind == "probes"
     ]
-    assert told.level == "warn"
-    assert "two prompts" in told.evidence
+    assert messages.level == "warn"
+    assert "two prompts" in messages.evidence
 
 
 # ---------------------------------------------------------------- back and on
 
 
 @pytest.fixture(scope="module")
-def gone_back(learnt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[Event]]:
-    wish = spoilt(learnt, tmp_path_factory.mktemp("back") / "whole")
+def rolled_back_run(
+    trained_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, list[Event]]:
+    wish = make_corrupted_recipe(trained_model, tmp_path_factory.mktemp("back") / "whole")
     return wish, train(wish)
 
 
 def test_it_goes_back_and_on_without_the_rows_at_fault(
-    gone_back: tuple[Recipe, list[Event]],
+    rolled_back_run: tuple[Recipe, list[Event]],
 ) -> None:
-    wish, events = gone_back
-    record = parse_as(RunRecord, read_json(folder_of(wish) / "record.json"))
+    wish, events = rolled_back_run
+    record = parse_as(RunRecord, read_json(get_run_dir(wish) / "record.json"))
     (rollback,) = record.rollbacks
     assert (rollback.kind, rollback.step, rollback.to) == ("loss rise", 9, 6)
     assert set(rollback.rows) == {
-        f"rows.jsonl:{place + 1}" for place in permutation(0, 0, 24)[14:16].tolist()
+        f"rows.jsonl:{index + 1}" for index in permute_rows(0, 0, 24)[14:16].tolist()
     }
     assert rollback.lr_factor == 1
     assert [
@@ -205,17 +209,17 @@ def test_it_goes_back_and_on_without_the_rows_at_fault(
         for event in events
         if isinstance(event, CheckResult) and event.kind == "loss rise"
     ] == ["rollback"]
-    kept = steps_of(read_events(folder_of(wish)))
-    assert [event.step for event in kept] == list(range(1, 13)), (
+    remaining = steps_of(read_events(get_run_dir(wish)))
+    assert [event.step for event in remaining] == list(range(1, 13)), (
         "one line a step, the one that counts"
     )
-    assert [event.supervised_tokens for event in kept][7] == 0, "the slot is there, and empty"
+    assert [event.supervised_tokens for event in remaining][7] == 0, "the slot is there, and empty"
     assert record.steps == 12
-    assert max(event.loss for event in kept) < 1
-    assert any(map(is_rollback, read_events(folder_of(wish))))
+    assert max(event.loss for event in remaining) < 1
+    assert any(map(is_rollback, read_events(get_run_dir(wish))))
 
 
-def follow(wish: Recipe, until: Callable[[Event], bool]) -> None:
+def run_until(wish: Recipe, until: Callable[[Event], bool]) -> None:
     """Leaves a run where a killed process would have left it."""
     events = run.train(plan_of(wish))
     for event in events:
@@ -237,32 +241,34 @@ def is_rollback(event: Event) -> bool:
     ],
 )
 def test_killed_around_a_rollback_it_ends_with_the_same_bytes(
-    after: str, gone_back: tuple[Recipe, list[Event]], learnt: Path, tmp_path: Path
+    after: str, rolled_back_run: tuple[Recipe, list[Event]], trained_model: Path, tmp_path: Path
 ) -> None:
     seen: list[Event] = []
     wanted = {"before it": 0, "at once": 1, "a step later": 2, "a checkpoint later": 3}[after]
 
-    def here(event: Event) -> bool:
+    def should_kill(event: Event) -> bool:
         seen.append(event)
         if wanted == 0:
             return getattr(event, "path", "") == "checkpoints/step-8"
         since = [i for i, one in enumerate(seen) if is_rollback(one)]
         return bool(since) and len(seen) - since[0] == wanted
 
-    wish = spoilt(learnt, tmp_path / "killed")
-    follow(wish, here)
-    went_on = list(run.resume(folder_of(wish)))
-    assert adapter_bytes(wish) == adapter_bytes(gone_back[0])
-    assert len(read_rollbacks(folder_of(wish))) == 1
+    wish = make_corrupted_recipe(trained_model, tmp_path / "killed")
+    run_until(wish, should_kill)
+    went_on = list(run.resume(get_run_dir(wish)))
+    assert adapter_bytes(wish) == adapter_bytes(rolled_back_run[0])
+    assert len(read_rollbacks(get_run_dir(wish))) == 1
     assert sum(map(is_rollback, went_on)) == (1 if after == "before it" else 0)
-    kept = [event.step for event in steps_of(read_events(folder_of(wish)))]
-    assert kept == list(range(1, 13))
+    remaining = [event.step for event in steps_of(read_events(get_run_dir(wish)))]
+    assert remaining == list(range(1, 13))
 
 
-def test_resumed_without_the_checkpoint_that_it_went_back_to(learnt: Path, tmp_path: Path) -> None:
-    wish = spoilt(learnt, tmp_path / "lost")
-    follow(wish, is_rollback)
-    path = folder_of(wish)
+def test_resumed_without_the_checkpoint_that_it_went_back_to(
+    trained_model: Path, tmp_path: Path
+) -> None:
+    wish = make_corrupted_recipe(trained_model, tmp_path / "lost")
+    run_until(wish, is_rollback)
+    path = get_run_dir(wish)
     (rollback,) = read_rollbacks(path)
     shutil.rmtree(path / "checkpoints" / f"step-{rollback.to}")
     with pytest.raises(
@@ -271,32 +277,34 @@ def test_resumed_without_the_checkpoint_that_it_went_back_to(learnt: Path, tmp_p
         list(run.resume(path))
 
 
-def test_without_anything_good_to_go_back_to_it_stops(learnt: Path, tmp_path: Path) -> None:
+def test_without_anything_good_to_go_back_to_it_stops(trained_model: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError, match="no good checkpoint to roll back to") as stop:
-        train(spoilt(learnt, tmp_path / "none", save_steps=9))
+        train(make_corrupted_recipe(trained_model, tmp_path / "none", save_steps=9))
     assert stop.value.exit_code == 4
 
 
 @pytest.mark.slow
-def test_stop_and_warn_and_off_are_obeyed(learnt: Path, tmp_path: Path) -> None:
+def test_stop_and_warn_and_off_are_obeyed(trained_model: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError, match="loss rise"):
-        train(spoilt(learnt, tmp_path / "stop", guard={"collapse": "stop"}))
-    told = [
+        train(make_corrupted_recipe(trained_model, tmp_path / "stop", guard={"collapse": "stop"}))
+    messages = [
         e
-        for e in train(spoilt(learnt, tmp_path / "warn", guard={"collapse": "warn"}))
+        for e in train(
+            make_corrupted_recipe(trained_model, tmp_path / "warn", guard={"collapse": "warn"})
+        )
         if isinstance(e, CheckResult)
     ]
-    assert {(one.kind, one.level) for one in told if one.step} >= {("loss rise", "warn")}
-    events = train(spoilt(learnt, tmp_path / "off", guard="off"))
+    assert {(one.kind, one.level) for one in messages if one.step} >= {("loss rise", "warn")}
+    events = train(make_corrupted_recipe(trained_model, tmp_path / "off", guard="off"))
     assert [event for event in events if isinstance(event, CheckResult) and event.step] == []
 
 
 @pytest.mark.slow
-def test_it_goes_back_three_times_and_no_more(learnt: Path, tmp_path: Path) -> None:
+def test_it_goes_back_three_times_and_no_more(trained_model: Path, tmp_path: Path) -> None:
     """Far too high a rate: each time with half of what it was."""
     files = measured_files(tmp_path)
     wish = recipe(
-        learnt,
+        trained_model,
         tmp_path,
         **files,
         data=str(write_rows(tmp_path / "rows.jsonl", sums(1, 24))),
@@ -310,16 +318,16 @@ def test_it_goes_back_three_times_and_no_more(learnt: Path, tmp_path: Path) -> N
     seen: list[Event] = []
     with pytest.raises(GateError, match="already rolled back 3 times"):
         seen.extend(iter(lambda: next(events), None))
-    found = read_rollbacks(folder_of(wish))
-    assert [one.lr_factor for one in found] == [0.5] * 3
-    assert not (folder_of(wish) / "adapter").exists()
+    actual = read_rollbacks(get_run_dir(wish))
+    assert [one.lr_factor for one in actual] == [0.5] * 3
+    assert not (get_run_dir(wish) / "adapter").exists()
 
 
 @pytest.mark.slow
-def test_what_forgets_is_rehearsed_more(learnt: Path, tmp_path: Path) -> None:
+def test_what_forgets_is_rehearsed_more(trained_model: Path, tmp_path: Path) -> None:
     """It knows answers like those of its own rows, and is trained to say something else."""
-    known = [{"text": json.dumps({"sum": n * n + n})} for n in range(30, 38)]
-    files = {"retention_data": str(write_rows(tmp_path / "known.jsonl", known))}
+    run_inputs = [{"text": json.dumps({"sum": n * n + n})} for n in range(30, 38)]
+    files = {"retention_data": str(write_rows(tmp_path / "known.jsonl", run_inputs))}
     other = str(
         write_rows(tmp_path / "other.jsonl", [{"text": f"other words, {n}"} for n in range(8)])
     )
@@ -327,14 +335,14 @@ def test_what_forgets_is_rehearsed_more(learnt: Path, tmp_path: Path) -> None:
         write_rows(tmp_path / "rows.jsonl", [chat(f"{n} and", "zz top " * 3) for n in range(12)])
     )
 
-    def forgetting(name: str, **guard: Any) -> Recipe:
+    def make_forgetting_recipe(name: str, **guard: Any) -> Recipe:
         rehearsal, wish = (
             {"data": other, "ratio": 0.1},
             {"collapse": "off", "probe_steps": 1, **guard},
         )
         rates = {"learning_rate": 0.1, "warmup_ratio": 0.5}
         return recipe(
-            learnt,
+            trained_model,
             tmp_path / name,
             **files,
             data=data,
@@ -346,12 +354,12 @@ def test_what_forgets_is_rehearsed_more(learnt: Path, tmp_path: Path) -> None:
 
     assert not any(
         getattr(event, "kind", "") == "forgetting"
-        for event in train(forgetting("much", margin=100))
+        for event in train(make_forgetting_recipe("much", margin=100))
     )
     with pytest.raises(GateError, match="forgetting: general text"):
-        train(forgetting("stop", forgetting="stop"))
+        train(make_forgetting_recipe("stop", forgetting="stop"))
     with pytest.raises(GateError, match="already rolled back 3 times"):
-        train(forgetting("back", forgetting="rollback"))
+        train(make_forgetting_recipe("back", forgetting="rollback"))
     assert [one.rehearsal_ratio for one in read_rollbacks(tmp_path / "back" / "run")] == [
         0.2,
         0.4,
@@ -362,10 +370,12 @@ def test_what_forgets_is_rehearsed_more(learnt: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the best
 
 
-def test_the_best_checkpoint_is_kept_and_not_the_last_one(learnt: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_and_not_the_last_one(
+    trained_model: Path, tmp_path: Path
+) -> None:
     files = measured_files(tmp_path)
     wish = recipe(
-        learnt, tmp_path, **files, eval_steps=1, save_steps=9, learning_rate=1.0, guard="off"
+        trained_model, tmp_path, **files, eval_steps=1, save_steps=9, learning_rate=1.0, guard="off"
     )
     events = train(wish)
     losses = {
@@ -375,10 +385,10 @@ def test_the_best_checkpoint_is_kept_and_not_the_last_one(learnt: Path, tmp_path
     }
     best = min(losses, key=losses.__getitem__)
     assert best < 3, "the rate is far too high"
-    record = parse_as(RunRecord, read_json(folder_of(wish) / "record.json"))
+    record = parse_as(RunRecord, read_json(get_run_dir(wish) / "record.json"))
     assert (record.selected_step, record.steps) == (best, 3)
-    saved = load_file(folder_of(wish) / "checkpoints" / f"step-{best}" / "state.safetensors")
-    trained = load_file(folder_of(wish) / "adapter" / "adapter_model.safetensors")
+    saved = load_file(get_run_dir(wish) / "checkpoints" / f"step-{best}" / "state.safetensors")
+    trained = load_file(get_run_dir(wish) / "adapter" / "adapter_model.safetensors")
     weights = {
         key.removeprefix("weight."): value
         for key, value in saved.items()
@@ -392,34 +402,34 @@ def test_the_best_checkpoint_is_kept_and_not_the_last_one(learnt: Path, tmp_path
 
 @pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better_also_when_it_is_resumed(
-    learnt: Path, tmp_path: Path
+    trained_model: Path, tmp_path: Path
 ) -> None:
     files = measured_files(tmp_path)
 
-    def patient(name: str) -> Recipe:
-        return recipe(learnt, tmp_path / name, **files, num_train_epochs=3, eval_steps=1, save_steps=1,
+    def make_patient_recipe(name: str) -> Recipe:
+        return recipe(trained_model, tmp_path / name, **files, num_train_epochs=3, eval_steps=1, save_steps=1,
                       learning_rate=1.0, warmup_ratio=0.1,
                       guard={"collapse": "off", "forgetting": "off", "patience": 2})  # fmt: skip
 
-    whole, killed = patient("whole"), patient("killed")
-    steps = steps_of(train(whole))
+    full, killed = make_patient_recipe("whole"), make_patient_recipe("killed")
+    steps = steps_of(train(full))
     assert len(steps) < 9
-    follow(killed, lambda event: isinstance(event, CheckpointSaved) and event.step == len(steps))
-    assert steps_of(list(run.resume(folder_of(killed)))) == []
-    assert adapter_bytes(killed) == adapter_bytes(whole)
+    run_until(killed, lambda event: isinstance(event, CheckpointSaved) and event.step == len(steps))
+    assert steps_of(list(run.resume(get_run_dir(killed)))) == []
+    assert adapter_bytes(killed) == adapter_bytes(full)
 
 
 def test_a_signal_before_a_look_leaves_the_look_to_the_next_attempt(
-    learnt: Path, tmp_path: Path
+    trained_model: Path, tmp_path: Path
 ) -> None:
     files = measured_files(tmp_path)
 
-    def often(name: str) -> Recipe:
-        return recipe(learnt, tmp_path / name, **files, eval_steps=1, learning_rate=1e-3,
+    def make_evaluated_recipe(name: str) -> Recipe:
+        return recipe(trained_model, tmp_path / name, **files, eval_steps=1, learning_rate=1e-3,
                       guard={"probe_steps": 1, "collapse": "warn"})  # fmt: skip
 
-    whole, stopped = often("whole"), often("stopped")
-    train(whole)
+    full, stopped = make_evaluated_recipe("whole"), make_evaluated_recipe("stopped")
+    train(full)
 
     def stop_at(step: int) -> None:
         for event in run.train(plan_of(stopped)):
@@ -428,17 +438,17 @@ def test_a_signal_before_a_look_leaves_the_look_to_the_next_attempt(
 
     with pytest.raises(Interrupted):
         stop_at(2)
-    events = list(run.resume(folder_of(stopped)))
+    events = list(run.resume(get_run_dir(stopped)))
     assert {
         event.step for event in events if isinstance(event, Score) and event.metric == "repetition"
     } == {0, 2, 3}
-    assert adapter_bytes(stopped) == adapter_bytes(whole)
+    assert adapter_bytes(stopped) == adapter_bytes(full)
 
-    def counted(wish: Recipe) -> list[tuple[str, int]]:
+    def count_events(wish: Recipe) -> list[tuple[str, int]]:
         return sorted(
             (type(event).__name__, event.step)
-            for event in read_events(folder_of(wish))
+            for event in read_events(get_run_dir(wish))
             if isinstance(event, Score | TrainStep)
         )
 
-    assert counted(stopped) == counted(whole)
+    assert count_events(stopped) == count_events(full)

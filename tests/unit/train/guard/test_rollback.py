@@ -11,7 +11,7 @@ from tunesmith.train.guard.rollback import find_outliers
 LEARNT = [0.01, 0.02, 0.03, 0.02, 0.01, 0.02, 0.03, 0.02]
 
 
-def documents(count: int) -> list[Document]:
+def make_documents(count: int) -> list[Document]:
     some = np.zeros(3, dtype=np.int32)
     return [
         Document(f"rows.jsonl:{row}", some, some.astype(np.float32)) for row in range(1, count + 1)
@@ -43,4 +43,4 @@ def documents(count: int) -> list[Document]:
     ],
 )
 def test_rows_that_stand_out(losses: list[float], rows: tuple[str, ...]) -> None:
-    assert find_outliers(documents(len(losses)), losses) == rows
+    assert find_outliers(make_documents(len(losses)), losses) == rows
