@@ -56,7 +56,7 @@ def build_key_table() -> list[str]:
         "| key | takes | if left out | meaning | aliases |",
         "|---|---|---|---|---|",
     ]
-    for key in schema.KEYS.values():
+    for key in schema.KEYS:
         aliases = ", ".join(f"`{alias}`" for alias, of in schema.ALIASES.items() if of == key)
         lines.append(_build_row(key, properties[key], aliases))
     return lines

@@ -42,8 +42,8 @@ from tunesmith.train.optimizer_in_backward import OptimizerInBackward
 
 CASES = {
     "lora": {},
-    "lora, selective": {"activations": "selective"},
-    "lora, recompute": {"activations": "recompute"},
+    "lora, selective": {"gradient_checkpointing": "selective"},
+    "lora, recompute": {"gradient_checkpointing": "full"},
     "qlora": {"method": "qlora"},
     "dora": {"use_dora": True},
     "full": {"method": "full"},
@@ -125,9 +125,9 @@ def case(model: str, tokens: int, settings: dict[str, str | bool]) -> dict[str, 
     adopted = wrap_model(
         network,
         torch.bfloat16,
-        "kernel",
+        "cpu_kernel",
         should_block_weights=method == "lora",
-        activations=str(settings.get("activations", "keep")),
+        gradient_checkpointing=str(settings.get("gradient_checkpointing", "none")),
     )
     parameters = get_trainable_parameters(network)
     optimizer = make_optimizer(

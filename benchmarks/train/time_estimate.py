@@ -1,4 +1,4 @@
-"""The time that `plan --calibrate` predicts beside the time that a run takes, and the memory beside
+"""The time that `plan --benchmark` predicts beside the time that a run takes, and the memory beside
 the peak.
 
     python -m benchmarks.train.time_estimate [demo full long texts ...]
@@ -43,7 +43,7 @@ RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
 def one(name: str) -> None:
     wish, changes = RECIPES[name]
     with TemporaryDirectory() as folder:
-        plan = tunesmith.plan(wish, calibrate=True, output_dir=f"{folder}/run", **changes)
+        plan = tunesmith.plan(wish, benchmark=True, output_dir=f"{folder}/run", **changes)
         assert isinstance(plan, Plan)
         began = time.perf_counter()
         steps = [event for event in tunesmith.train(plan) if isinstance(event, TrainStep)]

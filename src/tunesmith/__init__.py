@@ -8,7 +8,7 @@
     record = tunesmith.read_record(plan.config.output_dir)
 
 Every verb of the command line is a function of the same name here and returns the objects that
---json prints; docs/reference/python.md shows each of them. Importing this loads no model library."""
+--json prints; docs/reference/python.md shows each of them. The import loads no model library."""
 
 from importlib import import_module
 

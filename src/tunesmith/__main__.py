@@ -1,4 +1,4 @@
-"""`python -m tunesmith` is `tunesmith`: for who has several Pythons, and for debuggers."""
+"""Entry point for `python -m tunesmith`."""
 
 from tunesmith.cli.app import main
 

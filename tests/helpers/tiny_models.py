@@ -115,7 +115,7 @@ def tiny_model(
     method: str | None = "lora",
     backend: str = "auto",
     blocked: bool = False,
-    activations: str = "keep",
+    gradient_checkpointing: str = "none",
     **settings: object,
 ) -> PackedCausalLM:
     """Adopted, with something trainable; adapters start away from zero, so that every gradient
@@ -128,7 +128,11 @@ def tiny_model(
         for parameter in get_trainable_parameters(network).values():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return wrap_model(
-        network, dtype, backend, should_block_weights=blocked, activations=activations
+        network,
+        dtype,
+        backend,
+        should_block_weights=blocked,
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 

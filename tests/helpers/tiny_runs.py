@@ -105,7 +105,7 @@ def recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
         "warmup_ratio": 0,
         "lora_r": 2,
         "dtype": "fp32",
-        "attention": "documents",
+        "attention": "sdpa",
     }
     return Recipe.model_validate(values | changed)
 

@@ -1,7 +1,7 @@
-"""What the verbs of the command line share: words that become a recipe, results that become text.
+"""Command-line arguments into recipes, and results into text.
 
-words -> read_wish -> Recipe, or Stages; result -> say -> one JSON object, or what `rich` prints
-"""
+In: the words of the command line. Out: a Recipe or Stages, or one JSON object / `rich` views on
+stdout. Left out: the verbs themselves, and what they show (views/)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import typer
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json, to_jsonable
 from tunesmith.core.types import __version__
-from tunesmith.recipe.load import is_flag_value, load_recipe, needs_value
+from tunesmith.recipe.load import COMMAND_LINE, is_flag_value, load_recipe, needs_value
 from tunesmith.recipe.schema import Recipe, Stages
 
 RecipeArgs = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RECIPE.yaml | --KEY VALUE",
-        help="A recipe, and any of its keys as flags: --learning-rate 1e-4. `tunesmith schema` lists the keys.",
+        help="Recipe file, and any recipe key as a flag.",
         show_default=False,
     ),
 ]
@@ -30,28 +30,58 @@ AdviseArgs = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="FACTS.yaml | RECIPE.yaml | --FACT VALUE",
-        help="A file of facts or a recipe, and facts as flags: --need tone --examples 300. Without any, it asks.",
+        help="Facts or recipe file, and facts as flags: --need tone.",
         show_default=False,
     ),
 ]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Run metrics that are Python files: FILE.py:FUNCTION.")
+    bool, typer.Option("--allow-code", help="Allow metrics from Python files (FILE.py:FUNCTION).")
 ]
+
+# Former flags and verbs -> what to use instead.
+OLD_FLAGS = {
+    "--prove": "--ablate",
+    "--likeness": "--similarity",
+    "--fit": "--memory",
+    "--calibrate": "--benchmark",
+    "--allow-drift": "--allow-changes",
+    "--from-step": "--checkpoint",
+    "--recovery": "experiments/relearning/relearning.py of the repository",
+    "--baselines": "experiments/constraint_baselines/constraint_baselines.py of the repository",
+}
+OLD_VERBS = {
+    ("data", "review"): "tunesmith data export-reviews",
+    ("data", "reviewed"): "tunesmith data import-reviews",
+}
 
 PIPE_WIDTH = 120
 
 
+def refuse_old_words(words: Sequence[str]) -> None:
+    """Raise InputError, with the new name, for a verb or flag that has been renamed."""
+    if new_verb := OLD_VERBS.get(tuple(words[:2])):
+        message = f"`{' '.join(words[:2])}` has been renamed"
+        raise InputError(message, where=COMMAND_LINE, fix=f"use `{new_verb}`")
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag in OLD_FLAGS:
+            message = f"{flag} is no longer a flag"
+            raise InputError(message, where=COMMAND_LINE, fix=f"use {OLD_FLAGS[flag]}")
+
+
 def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:
-    """The recipe that the words of the command line ask for."""
+    """Load the recipe that the arguments describe."""
     return load_recipe(*parse_flags(args))
 
 
 def parse_flags(
     args: Sequence[str] | None, needs_value: Callable[[str], bool] = needs_value
 ) -> tuple[Path | None, dict[str, str]]:
-    """A file, and flags with their values. A flag without a value is a switch."""
+    """Split arguments into a file and flags with their values; a bare flag has the value "true".
+
+    Raises InputError for a second file, a repeated flag, and a missing value."""
     path: Path | None = None
     flags: dict[str, str] = {}
     words = list(args or ())
@@ -59,31 +89,26 @@ def parse_flags(
         word = words.pop(0)
         if not word.startswith("--"):
             if path is not None:
-                raise InputError(
-                    f"two recipe files, {path} and {word}", where="command line", fix="name one"
-                )
+                message = f"two recipe files, {path} and {word}"
+                raise InputError(message, where=COMMAND_LINE, fix="pass only the first or second")
             path = Path(word)
             continue
         key, has_value, value = word[2:].partition("=")
         if not has_value:
             value = words.pop(0) if words and is_flag_value(key, words[0]) else ""
             if not value and needs_value(key):
-                raise InputError(
-                    f"--{key} has no value",
-                    where="command line",
-                    fix=f"write it behind: --{key} VALUE",
-                )
+                fix = f"write --{key} VALUE"
+                raise InputError(f"--{key} has no value", where=COMMAND_LINE, fix=fix)
             value = value or "true"
         if key.replace("-", "_") in {flag.replace("-", "_") for flag in flags}:
-            fix = f"give it once; several values are a list: --{key} '[one, two]'"
-            raise InputError(f"--{key} stands twice", where="command line", fix=fix)
+            fix = f"pass it once; several values are a list: --{key} '[a, b]'"
+            raise InputError(f"--{key} is repeated", where=COMMAND_LINE, fix=fix)
         flags[key] = value
     return path, flags
 
 
 def parse_advise_args(args: Sequence[str] | None) -> tuple[Path | None, dict[str, Any]]:
-    """The facts that the words tell; without words they are asked for, one a line, if somebody is
-    there to answer."""
+    """Parse facts from the flags; without any, ask for them if stdin is a terminal."""
     from tunesmith.advise.rules import questionnaire
 
     path, flags = parse_flags(args, questionnaire.needs_value)
@@ -96,7 +121,8 @@ def parse_advise_args(args: Sequence[str] | None) -> tuple[Path | None, dict[str
 
 def _ask_question(question: str) -> str:
     _write_stderr(f"{question}\n> ")
-    if not (line := sys.stdin.readline()):
+    line = sys.stdin.readline()
+    if not line:
         raise typer.Abort
     return line
 
@@ -107,7 +133,7 @@ def _write_stderr(text: str) -> None:
 
 
 def read_questions() -> Iterator[str]:
-    """What is typed, a question a line."""
+    """Yield the non-empty lines of stdin, with a prompt on a terminal."""
     prompt = "you: " if sys.stdin.isatty() else ""
     while True:
         _write_stderr(prompt)
@@ -119,15 +145,14 @@ def read_questions() -> Iterator[str]:
 
 
 def print_result(value: Any, *views: Any, as_json: bool) -> None:
-    """The result of a verb: an object for programs, or views that `rich` prints for people."""
+    """Print the result of a verb: one JSON object for programs, or `rich` views for people."""
     from rich.console import Console
     from rich.text import Text
 
     if as_json:
         sys.stdout.write(dump_json({"tunesmith": __version__, **to_jsonable(value)}).decode())
-    else:
-        console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-        texts = [
-            Text(view) if isinstance(view, str) else view for view in views
-        ]  # no markup from data or models
-        console.print(*texts, sep="\n", highlight=False)
+        return
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    # A plain string may come from data or a model: it is never read as markup.
+    texts = [Text(view) if isinstance(view, str) else view for view in views]
+    console.print(*texts, sep="\n", highlight=False)

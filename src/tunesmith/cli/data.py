@@ -1,8 +1,6 @@
-"""The verbs of the command line that look at rows and write them: `data check`, `show`, `curate`,
-`review`, `reviewed`, `lock`, `split`.
+"""Verbs on data: check, show, curate, lock, export-reviews, import-reviews, split.
 
-Each is a function as in cli.py, whose table of verbs takes them from here. Imports stand inside the
-functions."""
+Each verb is a function; cli/app.py collects them from `VERBS`. Imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -13,173 +11,159 @@ from typing import Annotated
 
 import typer
 
-from tunesmith import api, dataverbs
+from tunesmith import api
 from tunesmith.cli.args import AsJson, RecipeArgs, parse_recipe_args, print_result
 from tunesmith.recipe.schema import Recipe
+
+OutputFolder = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="Output folder; must be new.", show_default=False)
+]
 
 
 def data_check(
     args: RecipeArgs = None,
     rejected: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Write the rows that cannot be used here.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="Write invalid rows to this file.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read all data once and say what is wrong with it; exit code 2 if a run would stop at bad
-    rows."""
+    """Check all data; exit with 2 if a run would refuse it."""
     recipe = parse_recipe_args(args)
-    from tunesmith.cli.views.tables import render_data
+    from tunesmith.cli.views.data import render_data
     from tunesmith.data.rejects import has_many_dropped
 
-    reports = dataverbs.data_check(recipe, rejected=rejected)
+    reports = api.data_check(recipe, rejected=rejected)
     print_result({"data": reports}, render_data(reports), as_json=as_json)
-    skip_bad = (
-        recipe.skip_bad
-        if isinstance(recipe, Recipe)
-        else all(stage_recipe.skip_bad for stage_recipe in recipe.recipes)
-    )
+    recipes = [recipe] if isinstance(recipe, Recipe) else recipe.recipes
+    if all(stage_recipe.skip_invalid for stage_recipe in recipes):
+        return
     train_reports = [report for role, report in reports.items() if role.split()[-1] == "data"]
-    if (
-        any(report.rejected for report in reports.values())
-        or any(map(has_many_dropped, train_reports))
-    ) and not skip_bad:
+    has_invalid_rows = any(report.rejected for report in reports.values())
+    if has_invalid_rows or any(map(has_many_dropped, train_reports)):
         sys.exit(2)
 
 
 def data_show(
     args: RecipeArgs = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
-    ids: Annotated[bool, typer.Option("--ids", help="Print the token ids too.")] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print real rows as the model sees them, coloured by what is trained."""
-    texts = dataverbs.data_show(parse_recipe_args(args), rows=rows, ids=ids)
+    """Show rows as the model sees them, supervised tokens in color."""
+    texts = api.data_show(parse_recipe_args(args), rows=rows, ids=ids)
     print_result({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
 def data_curate(
-    keep: Annotated[int, typer.Option(min=1, help="How many rows.", show_default=False)],
-    to: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)
-    ],
+    keep: Annotated[int, typer.Option(min=1, help="Number of rows to keep.", show_default=False)],
+    to: OutputFolder,
     args: RecipeArgs = None,
     similarity: Annotated[
-        str, typer.Option(help="By what rows are alike: the model's `states`, or `words`.")
+        str, typer.Option(help="Similarity for diversity: hidden `states` or `words`.")
     ] = "states",
     ablate: Annotated[
-        bool, typer.Option("--prove", help="Train on each file briefly: which is better?")
+        bool, typer.Option("--ablate", help="Train briefly on each subset and compare.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=5, help="Of each training of --prove.")] = 30,
-    seeds: Annotated[int, typer.Option(min=1, help="How often --prove trains on each file.")] = 1,
+    steps: Annotated[int, typer.Option(min=5, help="Steps per --ablate run.")] = 30,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per --ablate subset.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Choose a few good rows by the scores of the base model; why each other row is not kept."""
+    """Select the most useful rows by base-model scores."""
     inputs = api.load_inputs(parse_recipe_args(args))
     from tunesmith.cli.views.curate import render_ablation, render_curation, report_subset_runs
     from tunesmith.core.json_io import to_jsonable
 
     if ablate:
-        dataverbs.plan_ablation(inputs)
-    curated = dataverbs.data_curate(inputs, keep=keep, to=to, likeness=similarity)
-    if not (ablate and as_json):
+        api.plan_ablation(inputs)
+    curated = api.data_curate(inputs, keep=keep, to=to, similarity=similarity)
+    if not ablate:
         print_result(curated, render_curation(curated), as_json=as_json)
-    if ablate:
-        ablation = report_subset_runs(
-            dataverbs.data_prove(inputs, folder=to, steps=steps, seeds=seeds)
-        )
-        print_result(
-            {**to_jsonable(curated), "proof": ablation}, render_ablation(ablation), as_json=as_json
-        )
+        return
+    if not as_json:
+        print_result(curated, render_curation(curated), as_json=False)
+    ablation = report_subset_runs(api.data_ablate(inputs, folder=to, steps=steps, seeds=seeds))
+    output = {**to_jsonable(curated), "ablation": ablation}
+    print_result(output, render_ablation(ablation), as_json=as_json)
 
 
 def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:
-    """Lock a reviewed file, so that no run trains on it, and none measures with it once it has
-    changed."""
-    golden = dataverbs.data_lock(parse_recipe_args(args))
+    """Lock a reviewed file as golden set: never trained on."""
+    golden = api.data_lock(parse_recipe_args(args))
     verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in golden.verdicts.items())
     reviewers = ", ".join(f"{name} ({rows:,})" for name, rows in golden.reviewers.items())
     dates = f"{golden.first_date} to {golden.last_date}"
-    print_result(
-        golden,
-        f"locked {golden.rows:,} rows of {golden.file}: {verdicts}; {reviewers}, {dates}",
-        as_json=as_json,
-    )
+    text = f"locked {golden.rows:,} rows of {golden.file}: {verdicts}; {reviewers}, {dates}"
+    print_result(golden, text, as_json=as_json)
 
 
 def data_export_reviews(
     tool: Annotated[
-        str, typer.Option(help="Where people review: label-studio or argilla.", show_default=False)
+        str, typer.Option(help="Review tool: label-studio or argilla.", show_default=False)
     ],
     to: Annotated[
-        Path,
-        typer.Option(metavar="FILE.json", help="The file to import there.", show_default=False),
+        Path, typer.Option(metavar="FILE.json", help="Task file to write.", show_default=False)
     ],
     args: RecipeArgs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the rows of a file for people to judge, as Label Studio or Argilla imports them."""
-    rows = dataverbs.data_review(parse_recipe_args(args), tool=tool, to=to)
+    """Write rows as review tasks for Label Studio or Argilla."""
+    rows = api.data_export_reviews(parse_recipe_args(args), tool=tool, to=to)
     print_result({"rows": rows, "path": str(to)}, f"{rows:,} rows in {to}", as_json=as_json)
 
 
 def data_import_reviews(
     path: Annotated[
-        Path, typer.Argument(metavar="EXPORT.json", help="What the tool has exported as JSON.")
+        Path, typer.Argument(metavar="EXPORT.json", help="JSON export of the review tool.")
     ],
     to: Annotated[
-        Path, typer.Option(metavar="FILE.jsonl", help="The reviewed rows.", show_default=False)
+        Path, typer.Option(metavar="FILE.jsonl", help="File to write.", show_default=False)
     ],
     date: Annotated[
-        str | None, typer.Option(help="Of reviews that have none.", show_default=False)
+        str | None, typer.Option(help="Date for reviews without one.", show_default=False)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read what Label Studio or Argilla exports back as reviewed rows, to be locked."""
-    reviewed = dataverbs.data_reviewed(path, to=to, date=date)
+    """Read reviews from a Label Studio or Argilla export."""
+    reviewed = api.data_import_reviews(path, to=to, date=date)
     verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in reviewed.verdicts.items())
-    skipped_text = (
-        f"; {reviewed.unanswered_rows:,} without a verdict are left out"
-        if reviewed.unanswered_rows
-        else ""
-    )
-    print_result(
-        reviewed,
-        f"{reviewed.rows:,} reviewed rows of {reviewed.tool} in {reviewed.path}: {verdicts}{skipped_text}",
-        as_json=as_json,
-    )
+    text = f"{reviewed.rows:,} reviewed rows from {reviewed.tool} in {reviewed.path}: {verdicts}"
+    if reviewed.unanswered_rows:
+        text += f"; {reviewed.unanswered_rows:,} without a verdict skipped"
+    print_result(reviewed, text, as_json=as_json)
 
 
 def data_split(
-    to: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="A new folder for the files.", show_default=False)
-    ],
+    to: OutputFolder,
     args: RecipeArgs = None,
-    eval_share: Annotated[float, typer.Option(help="Of the rows, for eval.jsonl.")] = 0.1,
-    test_share: Annotated[float, typer.Option(help="Of the rows, for test.jsonl.")] = 0.1,
+    eval_share: Annotated[float, typer.Option(help="Fraction of rows for eval.jsonl.")] = 0.1,
+    test_share: Annotated[float, typer.Option(help="Fraction of rows for test.jsonl.")] = 0.1,
     group: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help="Rows with one value of it stay together.", show_default=False
+            metavar="KEY", help="Keep rows with the same value together.", show_default=False
         ),
     ] = None,
     stratify: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help="Divide each value of it; else each label.", show_default=False
+            metavar="KEY", help="Stratify by this key instead of the label.", show_default=False
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Divide data into files for training, selecting and the last measure; rows that are alike stay
-    together."""
+    """Split data into train, eval and test files without leakage."""
     recipe = parse_recipe_args(args)
-    from tunesmith.cli.views.tables import render_split
+    from tunesmith.cli.views.data import render_split
 
-    shares = {"eval_share": eval_share, "test_share": test_share}
-    split = dataverbs.data_split(recipe, to=to, **shares, group=group, stratify=stratify)
+    split = api.data_split(
+        recipe,
+        to=to,
+        eval_share=eval_share,
+        test_share=test_share,
+        group=group,
+        stratify=stratify,
+    )
     print_result(split, render_split(split), as_json=as_json)
 
 
@@ -187,8 +171,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "data check": data_check,
     "data show": data_show,
     "data curate": data_curate,
-    "data review": data_export_reviews,
-    "data reviewed": data_import_reviews,
+    "data export-reviews": data_export_reviews,
+    "data import-reviews": data_import_reviews,
     "data lock": data_lock,
     "data split": data_split,
 }

@@ -1,124 +1,76 @@
-"""The verbs of the command line that measure models and compare them."""
+"""Verbs that measure models: `eval` and `compare`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tunesmith import api
 from tunesmith.cli.args import AllowCode, AsJson, print_result
-from tunesmith.core.errors import GateError, InputError
-
-MODEL_REF_HELP = "a run, RUN@0.5, RUN/checkpoints/step-N, an adapter, a model"
-TargetArg = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET", help=f"What to measure: {MODEL_REF_HELP}.", show_default=False
-    ),
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Rows to measure on, instead of the run's own.", show_default=False
-    ),
-]
-MetricsOption = Annotated[
-    str | None,
-    typer.Option(metavar="LIST", help="Metrics instead of the run's: 'chrf, numeric: 0.1'."),
-]
+from tunesmith.core.errors import GateError
 
 
 def evaluate(
-    target: TargetArg,
-    data: DataOption = None,
-    metrics: MetricsOption = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="RUN, RUN@0.5, RUN/checkpoints/step-N, adapter or model.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Rows to measure on instead of the run's.", show_default=False
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Metrics instead of the run's: 'chrf, numeric: 0.1'."),
+    ] = None,
     gate: Annotated[
-        bool, typer.Option("--gate", help="Exit with 4 if worse than before, or much is forgotten.")
-    ] = False,
-    baselines: Annotated[
-        bool,
-        typer.Option(
-            "--baselines", help="What `never` came to, beside a told base and banned tokens."
-        ),
-    ] = False,
-    relearning: Annotated[
-        bool,
-        typer.Option(
-            "--recovery", help="Is what general text lost gone, or back after texts of its domain?"
-        ),
+        bool, typer.Option("--gate", help="Exit with 4 if worse, or if too much is forgotten.")
     ] = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run again, or a base, an adapter or a checkpoint on a file: before and after on the
-    same items."""
+    """Measure a model before and after training, on the same items."""
     from tunesmith.cli.progress import measuring
-    from tunesmith.cli.views.forgetting import format_relearning
-    from tunesmith.cli.views.tables import (
-        render_baselines,
-        render_comparisons,
-        render_gates,
-        render_scores,
-    )
+    from tunesmith.cli.views.results import render_comparisons, render_gates, render_scores
 
-    exclusive_flags = [
-        name for name, is_set in (("--baselines", baselines), ("--recovery", relearning)) if is_set
-    ]
-    if len(exclusive_flags) > 1 or (exclusive_flags and (data or metrics or gate)):
-        raise InputError(
-            f"{exclusive_flags[0]} goes with a run alone",
-            where="command line",
-            fix="leave the others out",
-        )
-    if baselines:
-        baseline_results = measuring()(api.evaluate_baselines)(target, allow_code=allow_code)
-        print_result(
-            {"baselines": baseline_results}, render_baselines(baseline_results), as_json=as_json
-        )
-        return
-    if relearning:
-        changes = measuring()(api.measure_relearning)(target)
-        print_result(
-            {"recovery": changes},
-            render_comparisons(changes),
-            *format_relearning(changes),
-            as_json=as_json,
-        )
-        return
-    report = measuring()(api.evaluate_full)(
-        target, data=data, metrics=metrics, allow_code=allow_code
-    )
-    view = (
+    with measuring():
+        report = api.evaluate(target, data=data, metrics=metrics, allow_code=allow_code)
+    output: dict[str, Any] = {"scores": report.scores, "comparisons": report.comparisons}
+    views = [
         render_comparisons(report.comparisons)
         if report.comparisons
         else render_scores(report.scores)
-    )
-    gate_results = report.check_gates() if gate else ()
-    output = {
-        "scores": report.scores,
-        "comparisons": report.comparisons,
-        **({"gates": gate_results} if gate else {}),
-    }
-    print_result(output, view, *([render_gates(gate_results)] if gate else []), as_json=as_json)
-    if failed := [gate_result.name for gate_result in gate_results if not gate_result.passed]:
-        raise GateError(f"not passed: {', '.join(failed)}", where=target)
+    ]
+    gates = report.check_gates() if gate else ()
+    if gate:
+        output["gates"] = gates
+        views.append(render_gates(gates))
+    print_result(output, *views, as_json=as_json)
+    if failed := [result.name for result in gates if not result.passed]:
+        raise GateError(f"failed: {', '.join(failed)}", where=target)
 
 
 def compare(
     a: Annotated[
         str,
-        typer.Argument(metavar="A", help=f"{MODEL_REF_HELP}, base, or a JSONL file of answers."),
+        typer.Argument(metavar="A", help="Like TARGET of eval, base, or a JSONL file of answers."),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The same; the change is from A to B.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Same; differences are B minus A.")],
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Two models on the same items, item by item: what differs, and whether that is more than
-    chance."""
+    """Compare two models item by item, with significance tests."""
     from tunesmith.cli.progress import measuring
-    from tunesmith.cli.views.tables import render_model_comparison
+    from tunesmith.cli.views.results import render_model_comparison
 
-    comparison = measuring()(api.compare)(a, b, allow_code=allow_code)
+    with measuring():
+        comparison = api.compare(a, b, allow_code=allow_code)
     print_result(comparison, render_model_comparison(comparison), as_json=as_json)

@@ -1,12 +1,13 @@
-"""A run as it goes: one live line on a terminal, plain lines elsewhere.
+"""Progress of a run: one live line on a terminal, plain lines elsewhere.
 
-In: the events of a run, one by one, and what watch.py tells of a long measurement. Out: text on
-stderr. Plain lines (no terminal, CI or NO_COLOR) come at most about fifty times a run, so that a
-log stays readable. Nothing is measured or decided here."""
+In: the events of a run, and log messages of long measurements (core/progress_log.py). Out: text on
+stderr. Without a terminal, or with CI or NO_COLOR set, at most about fifty step lines are printed
+per run, so that logs stay readable. Left out: measuring or deciding anything."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from tunesmith.core.atomic import format_bytes
 from tunesmith.core.events import (
     EXPECTED_TASK,
     PROBE_TASK,
@@ -31,21 +31,23 @@ from tunesmith.core.events import (
     TrainingEnd,
     TrainStep,
 )
+from tunesmith.core.formatting import format_bytes
 from tunesmith.core.progress_log import logger
 
-SPEED_WINDOW = 20  # steps that the speed is averaged over
+SPEED_WINDOW = 20  # steps of the average
 MAX_PLAIN_LINES = 50
 LEVEL_STYLES = {"ok": "green", "warn": "yellow", "rollback": "red", "stop": "bold red"}
 
 
 class Progress:
-    """Shows the events of a run of `steps` optimizer steps. Use it as a context, so that the
-    terminal is restored."""
+    """Show the events of a run of `steps` optimizer steps.
+
+    A context manager, so that the terminal is restored."""
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.steps = steps
         self.console = console or Console(stderr=True)
-        self.is_live = self.console.is_terminal and not {"CI", "NO_COLOR"} & os.environ.keys()
+        self.is_live = _is_live(self.console)
         self._recent_steps: deque[TrainStep] = deque(maxlen=SPEED_WINDOW)
         self._bar = Bar(
             BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console
@@ -86,27 +88,35 @@ class Progress:
         remaining_seconds = (self.steps - step.step) * seconds / len(self._recent_steps)
         line = (
             f"step {step.step}/{self.steps}  loss {step.loss:.4f}  lr {step.learning_rate:.2e}  "
-            f"{speed:,.0f} tok/s  {format_bytes(step.peak_bytes)}  eta {format_duration(remaining_seconds)}"
+            f"{speed:,.0f} tok/s  {format_bytes(step.peak_bytes)}  "
+            f"eta {format_duration(remaining_seconds)}"
         )
         if self.is_live:
             self._bar.update(self._task, completed=step.step, description=line)
-        elif step.step in (1, self.steps) or step.step % -(-self.steps // MAX_PLAIN_LINES) == 0:
+            return
+        interval = math.ceil(self.steps / MAX_PLAIN_LINES)
+        if step.step in (1, self.steps) or step.step % interval == 0:
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _is_probe_event(event: Event) -> bool:
-    """Many numbers and answers, which the guard sums up."""
-    return isinstance(event, GenerationSample) or (
-        isinstance(event, Score) and event.task in (PROBE_TASK, EXPECTED_TASK)
-    )
+    """Return whether an event is a guard probe; the guard's verdict summarizes these."""
+    if isinstance(event, Score):
+        return event.task in (PROBE_TASK, EXPECTED_TASK)
+    return isinstance(event, GenerationSample)
+
+
+def _is_live(console: Console) -> bool:
+    return console.is_terminal and not {"CI", "NO_COLOR"} & os.environ.keys()
 
 
 class LogListener(logging.Handler):
-    """Gives what watch.py tells to `tell`, until it is closed."""
+    """Pass messages of core/progress_log.py to `callback` until closed."""
 
     def __init__(self, callback: Callable[[str], None]) -> None:
         super().__init__()
-        self.callback, self._previous_level = callback, logger.level
+        self.callback = callback
+        self._previous_level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(self)
 
@@ -121,9 +131,9 @@ class LogListener(logging.Handler):
 
 @contextmanager
 def measuring(console: Console | None = None) -> Iterator[None]:
-    """While something is measured: how far it is, on stderr; nothing of what is short."""
+    """Show the progress of a long measurement on stderr."""
     console = console or Console(stderr=True)
-    if console.is_terminal and not {"CI", "NO_COLOR"} & os.environ.keys():
+    if _is_live(console):
         with console.status("measuring") as status, closing(LogListener(status.update)):
             yield
     else:
@@ -134,12 +144,12 @@ def measuring(console: Console | None = None) -> Iterator[None]:
 def format_event(
     event: Score | GenerationSample | CheckResult | CheckpointSaved | TrainingEnd | StageStart,
 ) -> str:
-    """One line of rich markup. Text from data or models is escaped, and cut where a line break
-    would be."""
+    """Format an event as one line of rich markup; text from data or models is escaped and cut."""
     match event:
         case Score():
             where = f"step {event.step}" if event.step else "before"
-            return f"{where}  {event.task} {event.metric} {format_interval(event.value, event.low, event.high)}  n={event.n}"
+            value = format_interval(event.value, event.low, event.high)
+            return f"{where}  {event.task} {event.metric} {value}  n={event.n}"
         case GenerationSample():
             return (
                 f"[dim]sample {format_single_line(event.id)}:[/] {format_single_line(event.answer)}"
@@ -152,23 +162,23 @@ def format_event(
         case TrainingEnd():
             return f"{event.reason} after {event.step} steps in {format_duration(event.seconds)}"
         case StageStart():
-            name = escape(event.name)
-            return f"[bold]stage {event.step} of {event.num_stages}[/] {name}: {event.steps} steps, in {escape(event.path)}"
+            head = f"[bold]stage {event.step} of {event.num_stages}[/] {escape(event.name)}"
+            return f"{head}: {event.steps} steps, in {escape(event.path)}"
 
 
 def format_interval(value: float, low: float, high: float) -> str:
-    """A value with its interval: 0.420 [0.350, 0.490]. The bracket is escaped for rich."""
+    """Format a value with its interval, 0.420 [0.350, 0.490], the bracket escaped for rich."""
     return f"{value:.3f} \\[{low:.3f}, {high:.3f}]"
 
 
 def format_single_line(text: str, max_length: int = 100) -> str:
-    """Text of unknown origin on one line: no markup, no control characters."""
+    """Put untrusted text on one line, without markup and control characters."""
     plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return escape(plain if len(plain) <= max_length else plain[: max_length - 1] + "…")
 
 
 def format_duration(seconds: float) -> str:
-    """3:07, or 1:03:07."""
+    """Format as 3:07 or 1:03:07."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,10 +1,10 @@
-"""What an answer may be checked for by name: `never: [apology]`.
+"""Named checkers for constraints: `never: [apology]`.
 
-    text -> where it is bad, as (start, end) of its characters
+    text -> violating spans, as (start, end) of characters
 
-A checker is a pattern, or a function where no pattern will do; a new one is a line in CHECKERS.
-Each is broad on purpose: a row where the match is right says `"negative": false`. Left out: what
-becomes of a match (data/never.py)."""
+A checker is a pattern, or a function where a pattern is not enough; a new one is a line in
+CHECKERS. Each is broad on purpose: a row where the match is correct says `"negative": false`. Left
+out: what happens to a match (data/constraints.py)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# brackets of a text at which JSON may begin: a million of them, nested, would take hours
+# Positions where JSON is tried: a million nested brackets would take hours.
 MAX_JSON_STARTS = 1000
 Spans = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Checker:
-    """`told`: the constraint in words, as a prompt would have it after "Never"."""
+    """`instruction` is the constraint in words that follow "Never" in a prompt."""
 
     instruction: str
     matcher: str | Callable[[str], Spans]
 
 
 def find_text_outside_json(text: str) -> Spans:
-    """What stands before and after the longest JSON object or array; all of a text without one. A
-    text that is JSON as a whole, a number or a string too, has nothing outside."""
+    """Return the text before and after the longest JSON object or array; all text if there is none.
+
+    A text that is JSON in full, also a number or a string, has nothing outside."""
+    if _is_json(text):
+        return []
     start, end = _find_longest_json(text)
-    sides = ((0, start), (end, len(text)))
-    return (
-        []
-        if _is_json(text)
-        else [
-            trimmed
-            for side_start, side_end in sides
-            if (trimmed := _trim_span(text, side_start, side_end))
-        ]
-    )
+    spans = (_trim_span(text, 0, start), _trim_span(text, end, len(text)))
+    return [span for span in spans if span is not None]
 
 
 def _is_json(text: str) -> bool:
@@ -52,8 +47,9 @@ def _is_json(text: str) -> bool:
 
 
 def _find_longest_json(text: str) -> tuple[int, int]:
-    """(start, end) of the longest object or array; both 0 without one."""
-    longest, position = (0, 0), 0
+    """Return (start, end) of the longest object or array; (0, 0) if there is none."""
+    longest = (0, 0)
+    position = 0
     for _ in range(MAX_JSON_STARTS):
         match = _OPENING.search(text, position)
         if match is None:
@@ -69,17 +65,19 @@ def _find_longest_json(text: str) -> tuple[int, int]:
 
 
 def _trim_span(text: str, start: int, end: int) -> tuple[int, int] | None:
-    """The span without the white space at its ends; None if nothing else is there."""
+    """Return the span without white space at its ends; None if nothing else is in it."""
     piece = text[start:end]
+    if not piece.strip():
+        return None
     leading = len(piece) - len(piece.lstrip())
-    return (start + leading, start + len(piece.rstrip())) if piece.strip() else None
+    return start + leading, start + len(piece.rstrip())
 
 
 def _refuse_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
-_JSON = json.JSONDecoder(parse_constant=_refuse_constant)  # Python also reads NaN, which is none
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)  # Python would also read NaN
 _OPENING = re.compile(r"[{\[]")
 
 CHECKERS: dict[str, Checker] = {
@@ -88,12 +86,14 @@ CHECKERS: dict[str, Checker] = {
     ),
     "ai-self-mention": Checker(
         "speak of yourself as an AI, a language model or an assistant program",
-        r"(?i)\b(as|being|(i am|i['’]m)((?: (?-i:[A-Z])[\w.-]*){1,3},)?) (just |only |merely |simply )?(an?|your) "
+        r"(?i)\b(as|being|(i am|i['’]m)((?: (?-i:[A-Z])[\w.-]*){1,3},)?) "
+        r"(just |only |merely |simply )?(an?|your) "
         r"((?!(who|that|with|of|in|on|to|for|from|at|by|about|using) )[\w-]+,? ){0,4}?"
         r"(ai|artificial intelligence|language model|chatbot|virtual assistant|computer program)\b"
         r"|\b(ai|language models?|chatbots?)( \w+)? (like|such as) (me|myself)\b"
         r"|\bi was (programmed to|trained on (a|an|large|vast|lots|data|texts?)|"
-        r"(trained|developed|created|built) by (openai|anthropic|google|meta|microsoft|alibaba|mistral|hugging ?face)"
+        r"(trained|developed|created|built) by "
+        r"(openai|anthropic|google|meta|microsoft|alibaba|mistral|hugging ?face)"
         r")\b|\bmy (training data|knowledge cut-?off|programming)\b",
     ),
     "text-outside-json": Checker("write anything before or after the JSON", find_text_outside_json),

@@ -1,14 +1,15 @@
-"""What may stand behind a key of the recipe: kinds of values, and the mappings inside it.
+"""Value types of the recipe's keys, and the mappings inside a recipe.
 
-Words of other tools that mean the same become ours here. Left out: the keys themselves and what
-cannot be together (recipe.py)."""
+In: a value as YAML holds it. Out: a validated value; former names and other tools' names of a
+value are accepted. Left out: the keys themselves, and which of them contradict each other
+(schema.py)."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -22,26 +23,48 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from tunesmith.core.types import Json
 from tunesmith.recipe.checkers import CHECKERS, Spans
 
-MIN_NAME_SIMILARITY = 0.8  # of a word to the name of a checker: more, and it is meant as one
+MIN_NAME_SIMILARITY = 0.8  # a word this close to a checker's name is taken for it
+MAX_TOKEN_CHARS = 200
+SELF_GENERATED = "self-generated"  # in place of a path: rehearsal rows that the model writes
+MATCHER_KEYS = ("match", "text", "check")
+
+# Errors of this type are reported as "expected ..., found ..."; a ValueError is reported as it is.
+UNEXPECTED_VALUE = "unexpected_value"
 
 
-MAX_TOKEN_CHARS = 200  # characters of one that a recipe adds
-
-
-def reject_bool(value: Any) -> Any:
-    """YAML reads on, yes, off and no as true and false, and Python counts true as 1."""
-    if isinstance(value, bool):
-        raise ValueError("true and false are not numbers")
-    return value
+# ---------------------------------------------------------------- normalizing values
 
 
 def as_list(value: Any) -> Iterable[Any]:
-    """A list as it is; anything else as a list of one."""
+    """Return a list or tuple as it is, anything else as a list of one item."""
     return cast("Iterable[Any]", value) if isinstance(value, (list, tuple)) else [value]
+
+
+def accept_names(names: Mapping[str | bool, str]) -> BeforeValidator:
+    """Make a validator that replaces other names of a value by ours."""
+
+    def replace_name(value: Any) -> Any:
+        return names.get(value, value) if isinstance(value, (str, bool)) else value
+
+    return BeforeValidator(replace_name)
+
+
+def reject_bool(value: Any) -> Any:
+    """Refuse booleans as numbers: YAML reads on, yes, off and no as true and false."""
+    if isinstance(value, bool):
+        raise PydanticCustomError(UNEXPECTED_VALUE, "true and false are not numbers")
+    return value
+
+
+def _check_path(value: Any) -> Any:
+    if value == "" or "\0" in str(value):
+        raise PydanticCustomError(UNEXPECTED_VALUE, "not a path")
+    return value
 
 
 def _as_sources(value: Any) -> Any:
@@ -50,44 +73,71 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, (str, Path)) else item for item in as_list(value)]
 
 
+def _as_rehearsal_sources(value: Any) -> Any:
+    return SELF_GENERATED if is_self_generated(value) else value
+
+
+def is_self_generated(value: Any) -> bool:
+    """Return whether rehearsal data, as written, is generated; `self` is the former name."""
+    (first, *others) = as_list(value) or [None]
+    path = cast("Json", first).get("path") if isinstance(first, dict) else first
+    return not others and path in ("self", SELF_GENERATED)
+
+
 def _as_metrics(value: Any) -> Any:
     return value if value == "auto" else [_as_metric(item) for item in as_list(value)]
 
 
 def _as_metric(item: Any) -> Any:
-    """`{numeric: 0.01}` is a text from here on, `numeric: 0.01`."""
-    pairs: list[tuple[Any, Any]] = (
-        list(cast("Json", item).items()) if isinstance(item, dict) else []
-    )
-    if len(pairs) == 1 and type(pairs[0][1]) in (str, int, float):
-        return f"{pairs[0][0]}: {pairs[0][1]}"
+    """Write `{numeric: 0.01}` as the text `numeric: 0.01`."""
+    if isinstance(item, dict) and len(cast("Json", item)) == 1:
+        ((name, argument),) = cast("Json", item).items()
+        if type(argument) in (str, int, float):
+            return f"{name}: {argument}"
     return cast("Any", item)
 
 
-def parse_custom_metric(metric: str) -> tuple[Path, str] | None:
-    """The file and the function, if a metric is one of the user's own: `my_metrics.py:score`."""
-    match = re.fullmatch(r"(.+\.py):(\w+)", metric)
-    return (Path(match[1]), match[2]) if match and ": " not in metric else None
+def _as_constraints(value: Any) -> Any:
+    if value is None:
+        return ()
+    items: list[Any] = []
+    for item in as_list(value):
+        items.append({_guess_matcher_key(item): item} if isinstance(item, str) else item)
+    return items
 
 
-def normalize_stage(value: Any) -> Any:
-    """`pt` is what LLaMA-Factory calls it."""
-    return "cpt" if value == "pt" else value
+def _guess_matcher_key(text: str) -> str:
+    """Take a text for a pattern, unless it is a checker's name or close to one."""
+    is_name = re.fullmatch(r"[a-z-]+", text)
+    if is_name and difflib.get_close_matches(text, CHECKERS, 1, MIN_NAME_SIMILARITY):
+        return "check"
+    return "match"
 
 
-def normalize_optimizer(value: Any) -> Any:
-    """What other tools call these two: adamw_torch_fused, paged_adamw_8bit, adamw_bnb_8bit."""
-    match = isinstance(value, str) and re.fullmatch(
-        r"adamw(_torch|_torch_fused|_hf)?|(paged_)?adamw(_bnb)?_8bit", value
-    )
-    return value if not match else "adamw_8bit" if value.endswith("8bit") else "adamw"
+def split_tokens(value: Any) -> Any:
+    """Split a comma-separated text, as LLaMA-Factory writes it."""
+    if value is None:
+        return ()
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-def normalize_activations(value: Any) -> Any:
-    """Other tools have a switch, gradient_checkpointing."""
-    return (
-        {True: "recompute", False: "keep"}.get(value, value) if isinstance(value, bool) else value
-    )
+def _as_prompt_forms(value: Any) -> Any:
+    if value is None:
+        return ()
+    return [{"prompt": item} if isinstance(item, str) else item for item in as_list(value)]
+
+
+def _as_pair_loss(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _as_guard(value: Any) -> Any:
+    if value in (False, "off"):
+        return {"collapse": "off", "forgetting": "off"}
+    return {} if value == "auto" else value
+
+
+# ---------------------------------------------------------------- checking values
 
 
 def _check_template(path: Path) -> Path:
@@ -118,94 +168,44 @@ def _check_pattern(pattern: str) -> str:
     except regex.error as error:
         raise ValueError(f"not a regular expression: {error}") from None
     if compiled.search("", timeout=1):
-        raise ValueError("it matches an empty answer, so it matches every one")
+        raise ValueError("the pattern matches an empty answer, so it matches every answer")
     return pattern
-
-
-def _as_constraints(value: Any) -> Any:
-    if value is None:
-        return ()
-    return [
-        {_guess_constraint_key(item): item} if isinstance(item, str) else item
-        for item in as_list(value)
-    ]
-
-
-def _guess_constraint_key(text: str) -> str:
-    """A text alone is a pattern, unless it is the name of a checker, or a slip of the pen for
-    one."""
-    return (
-        "check"
-        if re.fullmatch(r"[a-z-]+", text)
-        and difflib.get_close_matches(text, CHECKERS, 1, MIN_NAME_SIMILARITY)
-        else "match"
-    )
 
 
 def _check_checker(name: str) -> str:
     if not name or name in CHECKERS:
         return name
     close_names = difflib.get_close_matches(name.lower().replace(" ", "-"), CHECKERS, n=1)
-    hint = (
-        f"did you mean '{close_names[0]}'?" if close_names else f"there are {', '.join(CHECKERS)}."
-    )
-    raise ValueError(
-        f"there is no checker '{name}'; {hint} A pattern is written {{match: '{name}'}}"
-    )
-
-
-def split_tokens(value: Any) -> Any:
-    """A text is a list with commas, as LLaMA-Factory has it."""
-    if value is None:
-        return ()
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    hint = f"did you mean '{close_names[0]}'?" if close_names else f"use {', '.join(CHECKERS)}."
+    raise ValueError(f"unknown checker '{name}'; {hint} A pattern is written {{match: '{name}'}}")
 
 
 def _check_token(text: str) -> str:
     if not 0 < len(text) <= MAX_TOKEN_CHARS:
-        raise ValueError(
-            f"a token has 1 to {MAX_TOKEN_CHARS} characters, {text[:20]!r} has {len(text):,}"
-        )
+        message = f"a token has 1 to {MAX_TOKEN_CHARS} characters, {text[:20]!r} has {len(text):,}"
+        raise ValueError(message)
     if any(letter.isspace() for letter in text):
-        raise ValueError(
-            f"{text!r} holds white space, which templates and texts trim and wrap: write it without"
-        )
+        raise ValueError(f"{text!r} contains white space, which templates trim; remove it")
     if not text.isprintable():
-        raise ValueError(f"{text!r} holds a character that cannot be printed")
+        raise ValueError(f"{text!r} contains an unprintable character")
     return text
 
 
 def _check_distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
-    duplicate = next((text for index, text in enumerate(texts) if text in texts[:index]), None)
-    if duplicate is not None:
-        raise ValueError(f"{duplicate!r} stands twice")
+    for index, text in enumerate(texts):
+        if text in texts[:index]:
+            raise ValueError(f"{text!r} is repeated")
     return texts
 
 
-def _check_path(value: Any) -> Any:
-    if value == "" or "\0" in str(value):
-        raise ValueError("not a path")
-    return value
-
-
-FilePath = Annotated[Path, BeforeValidator(_check_path)]
-
-
-def _as_forms(value: Any) -> Any:
-    if value is None:
-        return ()
-    return [{"prompt": item} if isinstance(item, str) else item for item in as_list(value)]
-
-
 def parse_prompt(prompt: str) -> list[tuple[str, str | None]]:
-    """(text, the column that follows it or nothing), in turn. Raises ValueError for what is no
-    place of a column."""
+    """Split a prompt template into (text, name of the column after it, or None at the end).
+
+    Raises ValueError for a placeholder that is not {column}."""
     pieces: list[tuple[str, str | None]] = []
     for text, column, spec, conversion in string.Formatter().parse(prompt):
         if column == "" or spec or conversion:
-            raise ValueError(
-                "a place is {column}, nothing else; braces that are none are written twice"
-            )
+            raise ValueError("a placeholder is {column}; double other braces: {{ and }}")
         pieces.append((text, column))
     return pieces
 
@@ -216,28 +216,112 @@ def _check_prompt(prompt: str) -> str:
     except ValueError as error:
         raise ValueError(f"{prompt!r:.80}: {error}") from None
     if not columns:
-        raise ValueError(f"{prompt!r:.80} has no {{column}}: every row would be asked the same")
+        raise ValueError(f"{prompt!r:.80} has no {{column}}: every row would get the same prompt")
     if "completion" in columns:
-        raise ValueError(f"{prompt!r:.80} has a place for {{completion}}, which is the answer")
+        raise ValueError(f"{prompt!r:.80} has a placeholder {{completion}}, which is the answer")
     return prompt
 
 
+def parse_custom_metric(metric: str) -> tuple[Path, str] | None:
+    """Return (file, function) of a custom metric, `my_metrics.py:score`; None for others."""
+    match = re.fullmatch(r"(.+\.py):(\w+)", metric)
+    return (Path(match[1]), match[2]) if match and ": " not in metric else None
+
+
+# ---------------------------------------------------------------- types of plain values
+
+Auto = Literal["auto"]
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(reject_bool)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(reject_bool)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(reject_bool)]
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)]
+FilePath = Annotated[Path, BeforeValidator(_check_path)]
+Template = Annotated[
+    Path,
+    AfterValidator(_check_template),
+    WithJsonSchema({"type": "string", "description": "the path of a .jinja file"}),
+]
+TemplateValue = str | bool | int | float | None | list[str]
+Regex = Annotated[
+    Name,
+    AfterValidator(_check_regex),
+    WithJsonSchema({"type": "string", "description": "a regular expression for full paths"}),
+]
+Stage = Annotated[Literal["sft", "cpt", "preference"], accept_names({"pt": "cpt"})]
+Optimizer = Annotated[
+    Literal["adamw", "adamw_8bit"],
+    accept_names(
+        {
+            **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+            **dict.fromkeys(
+                ("paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_bnb_8bit"), "adamw_8bit"
+            ),
+        }
+    ),
+]
+Attention = Annotated[
+    Literal["cpu_kernel", "sdpa", "varlen", "dense_mask", "reference"],
+    accept_names({"kernel": "cpu_kernel", "documents": "sdpa", "mask": "dense_mask"}),
+]
+GradientCheckpointing = Annotated[
+    Literal["none", "selective", "full"],
+    accept_names(
+        {
+            **{True: "full", "true": "full", "recompute": "full"},
+            **{False: "none", "false": "none", "keep": "none"},
+        }
+    ),
+]
+METRIC_ITEM_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": {"type": ["string", "number"]},
+        },
+    ]
+}
+Metrics = Annotated[
+    tuple[Name, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_metrics),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "description": "a list of names, or of {name: value}",
+            "minItems": 1,
+            "items": METRIC_ITEM_SCHEMA,
+        }
+    ),
+]
+NewTokens = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_token)], ...],
+    AfterValidator(_check_distinct),
+    BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
+]
+
+
+# ---------------------------------------------------------------- data sources
+
+
 class PromptForm(BaseModel):
-    """One way to ask for what a row answers."""
+    """One way to ask for the completion of a row."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: Annotated[str, AfterValidator(_check_prompt)] = Field(
-        description="The question; {column} stands for what the row has there, {{ and }} for braces."
+        description="The question, with {column} for a row's value; {{ and }} are braces."
     )
     shots: Annotated[int, Field(ge=0, le=32), BeforeValidator(reject_bool)] = Field(
-        default=0,
-        description="So many other training rows of the task come before it, asked and answered.",
+        default=0, description="Number of other training rows shown first as examples."
     )
 
 
 def make_task_name(path: Path) -> str:
-    """What a task is called that has no name: its file without the suffixes."""
+    """Return the default name of a task: its file name without suffixes."""
     return path.name.partition(".")[0]
 
 
@@ -256,82 +340,34 @@ class DataSource(BaseModel):
         "sharegpt",
         "alpaca",
         "text",
-    ] = Field(default="auto", description="Format of its rows; auto detects it and says why.")
+    ] = Field(default="auto", description="Format of its rows; auto detects it.")
     columns: dict[str, str] = Field(
         default_factory=dict[str, str],
-        description="Which column holds what: {prompt: question, completion: answer}.",
+        description="Columns by role: {prompt: question, completion: answer}.",
     )
     weight: Annotated[float, Field(gt=0, le=1000), BeforeValidator(reject_bool)] = Field(
-        default=1.0, description="The loss of everything trained in it is multiplied by this."
+        default=1.0, description="Factor on the loss of its rows."
     )
-    max_examples: Annotated[int, Field(ge=1), BeforeValidator(reject_bool)] | None = Field(
-        default=None, description="Read only this many rows of it."
-    )
+    max_examples: Count | None = Field(default=None, description="Read only this many rows.")
     name: Annotated[str, AfterValidator(_check_name)] = Field(
-        default="",
-        description="The task that its rows are of: scores and tokens are counted by task.",
+        default="", description="Task of its rows; scores and tokens are counted per task."
     )
     prompts: Annotated[
         tuple[PromptForm, ...],
         BeforeValidator(
-            _as_forms, json_schema_input_type=str | PromptForm | list[str | PromptForm]
+            _as_prompt_forms, json_schema_input_type=str | PromptForm | list[str | PromptForm]
         ),
     ] = Field(
         default=(),
-        description="Ways to ask for a row's `completion`; each row has one, by its content.",
+        description="Ways to ask for a row's `completion`; a hash of the row picks one.",
     )
 
     @property
     def task(self) -> str:
-        """What its rows are a task of."""
+        """The name of the task that its rows belong to."""
         return self.name or make_task_name(self.path)
 
 
-Auto = Literal["auto"]
-Name = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(reject_bool)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(reject_bool)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(reject_bool)]
-Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)]
-Template = Annotated[
-    Path,
-    AfterValidator(_check_template),
-    WithJsonSchema({"type": "string", "description": "the path of a .jinja file"}),
-]
-TemplateValue = str | bool | int | float | None | list[str]
-Regex = Annotated[
-    Name,
-    AfterValidator(_check_regex),
-    WithJsonSchema({"type": "string", "description": "a regular expression for whole paths"}),
-]
-Metrics = Annotated[
-    tuple[Name, ...],
-    Field(min_length=1),
-    BeforeValidator(_as_metrics),
-    WithJsonSchema(
-        {
-            "type": "array",
-            "description": "a list of names, or of {name: value}",
-            "minItems": 1,
-            "items": {
-                "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {
-                        "type": "object",
-                        "minProperties": 1,
-                        "maxProperties": 1,
-                        "additionalProperties": {"type": ["string", "number"]},
-                    },
-                ]
-            },
-        }
-    ),
-]
-NewTokens = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_token)], ...],
-    AfterValidator(_check_distinct),
-    BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
-]
 Sources = Annotated[
     tuple[DataSource, ...],
     BeforeValidator(
@@ -340,17 +376,14 @@ Sources = Annotated[
 ]
 
 
-SELF_GENERATED = "self"  # in the place of a path
-
-
 class RehearsalConfig(BaseModel):
-    """What the model goes over again beside the new data, so that it forgets less."""
+    """General rows mixed into training to reduce forgetting."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Sources = Field(
+    data: Annotated[Sources, BeforeValidator(_as_rehearsal_sources)] = Field(
         min_length=1,
-        description="General rows, texts or conversations: a path or a list, as data; or self, written by the model.",
+        description="General rows, as for data; or self-generated, written by the model.",
     )
     ratio: (
         Auto
@@ -358,58 +391,52 @@ class RehearsalConfig(BaseModel):
         | Annotated[float, Field(ge=0, le=0.9), BeforeValidator(reject_bool)]
     ) = Field(
         default="auto",
-        description="Their share of all tokens of the run; adaptive begins with auto's and follows the retention_data.",
+        description="Fraction of all tokens; adaptive starts at auto and follows retention_data.",
     )
     shift: Literal["style", "domain", "language"] = Field(
         default="domain",
-        description="How far the data is from what the model knows; language: a new one, or code. Decides ratio: auto.",
+        description="How new the data is (language: also code); decides ratio: auto.",
     )
 
     @property
     def is_self_generated(self) -> bool:
-        """The model writes the rows itself."""
+        """Whether the model writes the rows itself."""
         return self.data == (DataSource(path=Path(SELF_GENERATED)),)
 
 
-MATCHER_KEYS = ("match", "text", "check")
-
-
 class MixtureConfig(BaseModel):
-    """How much of each task an epoch holds."""
+    """Proportions of the tasks in an epoch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperature: Positive = Field(
-        default=1.0,
-        description="1 takes tasks in proportion to their rows; the higher, the more alike.",
+        default=1.0, description="1 is proportional to rows; higher is more uniform."
     )
     limit: Count | None = Field(
         default=None, description="A task counts as having at most this many rows."
     )
 
 
+# ---------------------------------------------------------------- constraints
+
+
 class Constraint(BaseModel):
-    """What no answer may say: a pattern, a text or a checker."""
+    """A pattern, a text or a checker that no answer may match."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: Annotated[str, AfterValidator(_check_pattern)] = Field(
-        default="",
-        description="A regular expression; an answer that it matches anywhere breaks the constraint.",
+        default="", description="Regular expression that no answer may match anywhere."
     )
-    text: str = Field(
-        default="", description="Instead of match: exactly these characters, anywhere."
-    )
+    text: str = Field(default="", description="Instead of match: a literal text.")
     check: Annotated[str, AfterValidator(_check_checker)] = Field(
-        default="", description=f"Instead of match: a checker by its name, {', '.join(CHECKERS)}."
+        default="", description=f"Instead of match: a checker, {', '.join(CHECKERS)}."
     )
-    name: str = Field(
-        default="", description="What it is called in counts and measures; else what it looks for."
-    )
+    name: str = Field(default="", description="Name in counts and metrics; else the pattern.")
     mode: Literal["filter", "ban", "pair"] = Field(
         default="filter",
-        description="Answers that break it are left out (filter), trained away from where they match (ban), or, with "
-        "stage: preference, are the worse side of a pair, made by the base model where a row has none (pair).",
+        description="filter drops violating answers, ban trains away from the match, pair makes "
+        "them (or the base model's) the rejected side, with stage: preference.",
     )
 
     @model_validator(mode="before")
@@ -418,43 +445,39 @@ class Constraint(BaseModel):
         if not isinstance(values, dict):
             return values
         raw_values = cast("Json", values)
-        patterns = [
-            raw_values[kind] for kind in MATCHER_KEYS if isinstance(raw_values.get(kind), str)
-        ]
-        return {"name": patterns[0], **raw_values} if patterns else raw_values
+        for key in MATCHER_KEYS:
+            if isinstance(raw_values.get(key), str):
+                return {"name": raw_values[key], **raw_values}
+        return raw_values
 
     @model_validator(mode="after")
     def _check_single_matcher(self) -> Constraint:
-        kinds = [kind for kind in MATCHER_KEYS if getattr(self, kind)]
-        if len(kinds) != 1:
-            raise ValueError(
-                f"give one of {', '.join(MATCHER_KEYS)}, not {' and '.join(kinds) or 'none of them'}"
-            )
+        keys = [key for key in MATCHER_KEYS if getattr(self, key)]
+        if len(keys) != 1:
+            names = " and ".join(keys) or "none of them"
+            raise ValueError(f"set exactly one of {', '.join(MATCHER_KEYS)}, not {names}")
         return self
 
     @property
     def matcher(self) -> str | Callable[[str], Spans]:
-        """The pattern, or the function that finds the bad places."""
-        return (
-            CHECKERS[self.check].matcher
-            if self.check
-            else self.match or regex.escape(self.text, literal_spaces=True)
-        )
+        """The pattern, or the function that returns the violating spans."""
+        if self.check:
+            return CHECKERS[self.check].matcher
+        return self.match or regex.escape(self.text, literal_spaces=True)
 
     @property
     def instruction(self) -> str:
-        """In words, as a prompt would have it after "Never"."""
-        return (
-            CHECKERS[self.check].instruction if self.check else f'write "{self.text or self.name}"'
-        )
+        """The constraint in words that follow "Never" in a prompt."""
+        if self.check:
+            return CHECKERS[self.check].instruction
+        return f'write "{self.text or self.name}"'
 
 
 def _check_distinct_names(constraints: tuple[Constraint, ...]) -> tuple[Constraint, ...]:
     names = [constraint.name for constraint in constraints]
-    if duplicates := [name for name in names if names.count(name) > 1]:
-        raise ValueError(
-            f"two constraints are called '{duplicates[0]}': give one of them another name"
-        )
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two constraints are named '{name}': rename one")
     return constraints
 
 
@@ -464,4 +487,65 @@ Constraints = Annotated[
         _as_constraints, json_schema_input_type=str | Constraint | list[str | Constraint]
     ),
     AfterValidator(_check_distinct_names),
+]
+
+
+# ---------------------------------------------------------------- preference loss and guard
+
+
+class PairLoss(BaseModel):
+    """The loss of preference pairs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Auto | Annotated[Literal["dpo", "orpo", "simpo"], accept_names({"sigmoid": "dpo"})] = (
+        Field(default="auto", description="dpo uses a reference model, orpo and simpo do not.")
+    )
+    beta: Auto | Positive = Field(
+        default="auto", description="Strength of the preference term; lambda of ORPO."
+    )
+    gamma: Auto | NotNegative = Field(default="auto", description="Target margin of SimPO.")
+    nll_coefficient: Auto | NotNegative = Field(
+        default="auto", description="Coefficient of the SFT loss on chosen answers."
+    )
+
+
+PairLossField = Annotated[
+    PairLoss,
+    BeforeValidator(
+        _as_pair_loss, json_schema_input_type=Literal["auto", "dpo", "orpo", "simpo"] | PairLoss
+    ),
+]
+
+# YAML reads off as false.
+GuardAction = (
+    Auto | Annotated[Literal["off", "warn", "rollback", "stop"], accept_names({False: "off"})]
+)
+
+
+class GuardConfig(BaseModel):
+    """Reactions to collapse and forgetting during training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    collapse: GuardAction = Field(
+        default="auto", description="If answers repeat, break or turn into noise."
+    )
+    forgetting: GuardAction = Field(
+        default="auto", description="If retention_data loses more than the margin."
+    )
+    margin: Auto | Positive = Field(
+        default="auto", description="Allowed loss on retention_data, in bits per byte."
+    )
+    patience: Auto | Count = Field(
+        default="auto", description="Evaluations without improvement before stopping."
+    )
+    probe_steps: Auto | Count = Field(
+        default="auto", description="Steps between generation probes; auto: 5% of the time."
+    )
+
+
+GuardField = Annotated[
+    GuardConfig,
+    BeforeValidator(_as_guard, json_schema_input_type=Literal["auto", "off"] | GuardConfig),
 ]

@@ -1,9 +1,8 @@
-"""The recipe: what the user wishes for, under the names that people already know from Hugging Face.
+"""The recipe: what the user asked for, under the names of Hugging Face's libraries.
 
-In: plain values (from a file and flags by recipefile.py, or keyword arguments). Out: a frozen
-`Recipe`, and its JSON schema for editors. Values left at "auto" are decided later, in the plan;
-nothing here looks at the machine, the model or the data. A key exists only when it changes what a
-run does."""
+In: plain values, from a file and flags (load.py) or keyword arguments. Out: a frozen `Recipe`, and
+its JSON schema for editors. A key exists only if it changes what a run does. Left out: deciding the
+values that are "auto" (plan/), and looking at the machine, the model or the data."""
 
 from __future__ import annotations
 
@@ -18,53 +17,52 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from tunesmith.core.types import Json
 from tunesmith.recipe.fields import (
+    Attention,
     Auto,
     Constraint,
     Constraints,
     Count,
     DataSource,
     FilePath,
+    GradientCheckpointing,
+    GuardConfig,
+    GuardField,
     Metrics,
     MixtureConfig,
     Name,
     NewTokens,
     NotNegative,
+    Optimizer,
+    PairLoss,
+    PairLossField,
     Positive,
     Regex,
     RehearsalConfig,
     Share,
     Sources,
+    Stage,
     Template,
     TemplateValue,
     as_list,
     make_task_name,
-    normalize_activations,
-    normalize_optimizer,
-    normalize_stage,
     reject_bool,
 )
-from tunesmith.recipe.mappings import GuardConfig, GuardField, PairLoss, PairLossField
 
 
 class Recipe(BaseModel):
-    """One fine-tuning run, as wished for. Only `model` and `data` are needed."""
+    """One fine-tuning run. Only `model` and `data` are required."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: Name = Field(
-        description="Base model: a built-in name, a local folder, a GGUF file or a hub id."
-    )
+    model: Name = Field(description="Base model: a hub id, folder, GGUF file or built-in name.")
     method: Auto | Literal["lora", "qlora", "full"] = Field(
-        default="auto",
-        description="What is trained: an adapter, an adapter on 4-bit weights, or all weights.",
+        default="auto", description="Train an adapter, one on 4-bit weights, or all weights."
     )
     adapter_from: FilePath | None = Field(
-        default=None,
-        description="Go on with this LoRA adapter: an adapter folder, ours or PEFT's, or a run folder.",
+        default=None, description="Continue training this adapter: a PEFT folder or a run."
     )
-    stage: Annotated[Literal["sft", "cpt", "preference"], BeforeValidator(normalize_stage)] = Field(
-        default="sft",
-        description="sft trains on answers, cpt on plain texts (continued pretraining), preference on pairs.",
+    stage: Stage = Field(
+        default="sft", description="sft: answers; cpt: plain text; preference: pairs."
     )
 
     data: Sources = Field(
@@ -72,64 +70,54 @@ class Recipe(BaseModel):
         description="Training rows: a path, or a list of {path, format, columns, ...}.",
     )
     eval_data: Sources = Field(
-        default=(),
-        description="Held-out rows that select (checkpoints, settings); never trained on.",
+        default=(), description="Held-out rows that select checkpoints and settings."
     )
     eval_split: Annotated[float, Field(gt=0, lt=1), BeforeValidator(reject_bool)] | None = Field(
-        default=None,
-        description="Instead of eval_data: this share of data, chosen by hash, is held out.",
+        default=None, description="Instead of eval_data: fraction of data held out by hash."
     )
     test_data: Sources = Field(
-        default=(),
-        description="Rows read once, for the before/after; else half of the held-out rows.",
+        default=(), description="Rows of the final before/after; else half of the held-out rows."
     )
     retention_data: FilePath | None = Field(
-        default=None, description="General text; its bits per byte show what was forgotten."
+        default=None, description="General text; its bits per byte measure forgetting."
     )
     rehearsal: RehearsalConfig | None = Field(
-        default=None,
-        description="General rows trained beside the data against forgetting: {data, ratio, shift}.",
+        default=None, description="General rows against forgetting: {data, ratio, shift}."
     )
     mixture: MixtureConfig | None = Field(
-        default=None,
-        description="How much of each task of data an epoch holds: {temperature, limit}.",
+        default=None, description="Proportions of the tasks of data: {temperature, limit}."
     )
     never: Constraints = Field(
-        default=(),
-        description="What no answer may say: patterns, names of checkers, or {match, mode, ...}.",
+        default=(), description="Forbidden in answers: patterns, checkers or {match, mode, ...}."
     )
     max_examples: Count | None = Field(
-        default=None, description="Train on at most this many rows, the first ones."
+        default=None, description="Train on the first rows only, at most this many."
     )
-    skip_bad: bool = Field(
-        default=False,
-        description="Leave out rows that cannot be used, instead of stopping; all are counted.",
+    skip_invalid: bool = Field(
+        default=False, description="Skip invalid rows instead of stopping; all are counted."
     )
-    template: Auto | Literal["none"] | Template = Field(
-        default="auto",
-        description="Chat template: the model's own (auto), none for plain text, or the path of a .jinja file.",
+    chat_template: Auto | Literal["none"] | Template = Field(
+        default="auto", description="auto: the model's own; none: plain text; or a .jinja file."
     )
     chat_template_kwargs: dict[Name, TemplateValue] = Field(
-        default={}, description="What the chat template is told: {enable_thinking: false}."
+        default={}, description="Template variables: {enable_thinking: false}."
     )
     add_tokens: NewTokens = Field(
-        default=(),
-        description="New tokens: each is one id, and its rows in embedding and head are trained.",
+        default=(), description="New tokens; their embedding and head rows are trained."
     )
-    answer_schema: FilePath | None = Field(
-        default=None, alias="schema", description="JSON schema that a right answer follows."
+    response_schema: FilePath | None = Field(
+        default=None, description="JSON schema of a correct answer."
     )
 
     max_length: Auto | Count = Field(default="auto", description="Longest document, in tokens.")
-    overlong: Literal["drop", "truncate", "refuse"] = Field(
-        default="drop", description="What happens to longer documents."
+    on_overlong: Literal["drop", "truncate", "refuse"] = Field(
+        default="drop", description="Handling of documents over max_length."
     )
     pack_length: Auto | Count = Field(
-        default="auto", description="Tokens computed side by side; changes speed, not results."
+        default="auto", description="Tokens per pack; changes speed, not results."
     )
     share_prefixes: Auto | bool = Field(
-        default="auto",
-        description="Compute once what documents of a step begin with alike; changes speed, not results.",
+        default="auto", description="Compute shared prefixes once; changes speed, not results."
     )
     batch_size: Auto | Count = Field(default="auto", description="Data rows per optimizer step.")
     batch_tokens: Auto | Count = Field(
@@ -137,99 +125,81 @@ class Recipe(BaseModel):
     )
     num_train_epochs: Auto | Positive = Field(default="auto", description="Passes over the data.")
     max_steps: Count | None = Field(
-        default=None, description="Optimizer steps; wins over num_train_epochs."
+        default=None, description="Optimizer steps; overrides num_train_epochs."
     )
 
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1), BeforeValidator(reject_bool)] = Field(
         default="auto", description="Peak learning rate."
     )
     lr_scheduler_type: Auto | Literal["linear", "cosine", "constant"] = Field(
-        default="auto", description="How the learning rate falls after warm-up."
+        default="auto", description="Shape of the learning rate after warm-up."
     )
-    warmup_ratio: Auto | Share = Field(
-        default="auto", description="Share of the steps in which the learning rate rises."
-    )
-    optim: (
-        Auto | Annotated[Literal["adamw", "adamw_8bit"], BeforeValidator(normalize_optimizer)]
-    ) = Field(
-        default="auto",
-        description="The optimizer: AdamW with its two moments in fp32, or in 8 bits.",
+    warmup_ratio: Auto | Share = Field(default="auto", description="Fraction of steps in warm-up.")
+    optim: Auto | Optimizer = Field(
+        default="auto", description="AdamW, with moments in fp32 or in 8 bits."
     )
     weight_decay: Auto | Share = Field(
         default="auto", description="AdamW weight decay of matrices, per unit of learning rate."
     )
     max_grad_norm: Auto | NotNegative = Field(
-        default="auto", description="Gradients are clipped to it; 0: never."
+        default="auto", description="Gradient clipping; 0 turns it off."
     )
 
     loss: PairLossField = Field(
         default=PairLoss(),
-        description="Loss of preference pairs: auto, dpo, orpo, simpo, or {name, beta, gamma, ...}.",
+        description="Preference loss: dpo, orpo, simpo, or {name, beta, gamma, ...}.",
     )
 
     lora_r: Auto | Count = Field(default="auto", description="LoRA rank.")
     lora_alpha: Auto | Positive = Field(
-        default="auto", description="LoRA scale is alpha / rank, alpha / sqrt(rank) for rsLoRA."
+        default="auto", description="LoRA scale is alpha / rank, or alpha / sqrt(rank) in rsLoRA."
     )
     lora_dropout: Auto | Share = Field(
-        default="auto", description="Share of the adapter's inputs dropped while training."
+        default="auto", description="Dropout on the inputs of the adapter."
     )
     lora_target_modules: (
         Auto
         | Literal["all-linear", "attention", "mlp"]
         | Regex
         | Annotated[tuple[Name, ...], Field(min_length=1)]
-    ) = Field(
-        default="auto", description="Layers that get an adapter; a list has names such as q_proj."
-    )
+    ) = Field(default="auto", description="Layers with an adapter; names such as q_proj.")
     use_rslora: Auto | bool = Field(
         default="auto", description="Scale by alpha / sqrt(rank), for high ranks."
     )
     use_dora: Auto | bool = Field(
-        default="auto",
-        description="DoRA: the adapter also trains the length of each row of a weight.",
+        default="auto", description="DoRA: also train the magnitude of each weight row."
     )
 
     dtype: Auto | Literal["bf16", "fp32"] = Field(
-        default="auto", description="Number format of the frozen weights and products."
+        default="auto", description="Number format of frozen weights and matrix products."
     )
-    attention: Auto | Literal["kernel", "documents", "varlen", "mask", "reference"] = Field(
-        default="auto",
-        description="Attention backend; auto picks the fastest that is proven equal.",
+    attention: Auto | Attention = Field(
+        default="auto", description="Attention backend; auto picks the fastest verified one."
     )
-    activations: (
-        Auto
-        | Annotated[
-            Literal["keep", "selective", "recompute"], BeforeValidator(normalize_activations)
-        ]
-    ) = Field(
+    gradient_checkpointing: Auto | GradientCheckpointing = Field(
         default="auto",
-        description="What the backward finds of the forward, and what it computes anew: memory against time.",
+        description="Recompute activations in the backward pass; true is full, false none.",
     )
     metrics: Auto | Metrics = Field(
         default="auto",
-        description="Scores of the before/after; auto picks by the answers. docs/guides/evaluate.md lists them.",
+        description="Metrics of the before/after; see docs/guides/evaluate.md.",
     )
     guard: GuardField = Field(
         default=GuardConfig(),
-        description="What happens when the model collapses or forgets: {collapse, forgetting, ...}; or off.",
+        description="Reaction to collapse: {collapse, forgetting, ...}, or off.",
     )
-    save_steps: Auto | Count = Field(
-        default="auto", description="Optimizer steps between checkpoints."
-    )
-    eval_steps: Auto | Count = Field(
-        default="auto", description="Optimizer steps between held-out losses."
-    )
+    save_steps: Auto | Count = Field(default="auto", description="Steps between checkpoints.")
+    eval_steps: Auto | Count = Field(default="auto", description="Steps between evaluations.")
     seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(reject_bool)] = Field(
-        default=0, description="Fixes the order of rows, the start of the adapter and the samples."
+        default=0, description="Seed of row order, adapter initialization and sampling."
     )
     output_dir: Auto | FilePath = Field(
-        default="auto", description="The run folder; must be new or empty."
+        default="auto", description="Run folder; must be new or empty."
     )
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Recipe:
-        settings = {KEYS[name]: getattr(self, name) for name in self.model_fields_set}
+        settings = {key: getattr(self, key) for key in self.model_fields_set}
         if problems := [message for _, message in find_contradictions(settings)]:
             raise ValueError("; ".join(problems))
         return self
@@ -237,23 +207,24 @@ class Recipe(BaseModel):
 
 @dataclass(frozen=True)
 class Stages:
-    """Recipes that are trained one after another in one run folder; each has the keys of the whole
-    and its own."""
+    """Recipes that are trained one after another in one run folder."""
 
     recipes: tuple[Recipe, ...]
 
 
-RUN_LEVEL_KEYS = (
-    "model",
-    "adapter_from",
-    "stage",
-    "output_dir",
-)  # keys that a stage has not for itself
-KEYS = {
-    name: info.alias or name for name, info in Recipe.model_fields.items()
-}  # attribute -> recipe key
+KEYS = tuple(Recipe.model_fields)
+RUN_LEVEL_KEYS = ("model", "adapter_from", "stage", "output_dir")  # the same for all stages
+SOURCE_KEYS = ("data", "eval_data", "test_data")
+FILE_KEYS = (*SOURCE_KEYS, "retention_data")
 
 ALIASES = {
+    # former names
+    "template": "chat_template",
+    "schema": "response_schema",
+    "skip_bad": "skip_invalid",
+    "overlong": "on_overlong",
+    "activations": "gradient_checkpointing",
+    # names of other tools
     "model_name_or_path": "model",
     "base_model": "model",
     "finetuning_type": "method",
@@ -262,7 +233,6 @@ ALIASES = {
     "val_size": "eval_split",
     "val_set_size": "eval_split",
     "max_samples": "max_examples",
-    "chat_template": "template",
     "new_special_tokens": "add_tokens",
     "tokens": "add_tokens",
     "cutoff_len": "max_length",
@@ -273,7 +243,6 @@ ALIASES = {
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
     "optimizer": "optim",
-    "gradient_checkpointing": "activations",
     "gradient_clipping": "max_grad_norm",
     "pref_loss": "loss",
     "lora_rank": "lora_r",
@@ -283,219 +252,164 @@ ALIASES = {
 }
 
 UNUSED_CPT_KEYS = {
-    "batch_size": "which counts batch_tokens",
-    "overlong": "which cuts long texts into windows",
-    "metrics": "which measures bits per byte",
-    "schema": "which trains no answers",
-    "mixture": "whose texts are no tasks",
-    "share_prefixes": "whose windows do not begin alike",
+    "batch_size": "set batch_tokens",
+    "on_overlong": "long texts are cut into windows",
+    "metrics": "bits per byte is measured",
+    "response_schema": "no answers are trained",
+    "mixture": "texts are not tasks",
+    "share_prefixes": "windows share no prefixes",
 }
-SOURCE_KEYS = ("data", "eval_data", "test_data")
-FILE_KEYS = (*SOURCE_KEYS, "retention_data")
+
+Problems = list[tuple[str, str]]  # (key, message)
 
 
-def find_contradictions(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key, message) for keys that cannot both hold. Takes values as written or as validated, paths
-    absolute."""
-    problems: list[tuple[str, str]] = []
+# ---------------------------------------------------------------- contradictions
+
+
+def find_contradictions(values: Mapping[str, Any]) -> Problems:
+    """Return (key, message) for keys that contradict each other.
+
+    Takes values as written or as validated, with absolute paths."""
     settings = {key: value for key, value in values.items() if value not in (None, "auto", (), [])}
+    problems: Problems = []
     if "eval_data" in settings and "eval_split" in settings:
         problems.append(("eval_split", "eval_data and eval_split contradict each other: keep one"))
     if settings.get("method") == "full":
-        adapter_keys = [
-            key for key in settings if key.startswith("lora_") or key in ("use_rslora", "use_dora")
-        ]
-        adapter_keys += ["adapter_from"] * ("adapter_from" in settings)
-        problems += [
-            (key, f"{key} has no effect with method: full, which trains no adapter")
-            for key in adapter_keys
-        ]
-    if settings.get("template") == "none" and settings.get("chat_template_kwargs"):
-        problems.append(
-            ("chat_template_kwargs", "chat_template_kwargs has no effect with template: none")
-        )
+        for key in settings:
+            if key.startswith("lora_") or key in ("use_rslora", "use_dora", "adapter_from"):
+                message = f"{key} has no effect with method: full, which trains no adapter"
+                problems.append((key, message))
+    if settings.get("chat_template") == "none" and settings.get("chat_template_kwargs"):
+        message = "chat_template_kwargs has no effect with chat_template: none"
+        problems.append(("chat_template_kwargs", message))
     if settings.get("share_prefixes") is True and settings.get("lora_dropout"):
-        problems.append(
-            (
-                "share_prefixes",
-                "share_prefixes contradicts lora_dropout, which draws for each document",
-            )
-        )
+        message = "share_prefixes contradicts lora_dropout, which is drawn per document"
+        problems.append(("share_prefixes", message))
     problems += _find_stage_contradictions(settings)
-    if (
-        _to_mapping(settings.get("rehearsal")).get("ratio") == "adaptive"
-        and "retention_data" not in settings
-    ):
-        message = "rehearsal: ratio adaptive follows what is measured on retention_data, which the recipe does not name"
+    rehearsal = _to_mapping(settings.get("rehearsal"))
+    if rehearsal.get("ratio") == "adaptive" and "retention_data" not in settings:
+        message = "rehearsal: ratio: adaptive needs retention_data, which it follows"
         problems.append(("rehearsal", message))
     problems += _find_task_contradictions(settings)
-    files = {
-        key: _collect_paths(settings[key]) for key in (*FILE_KEYS, "rehearsal") if key in settings
-    }
-    for position, key in enumerate(files):
-        for earlier_key in list(files)[:position]:
-            if shared_paths := files[key] & files[earlier_key]:
-                problems.append(
-                    (
-                        key,
-                        f"{key} and {earlier_key} name the same file, {min(shared_paths)}: a score on it shows nothing",
-                    )
-                )
-    max_length, pack_length = settings.get("max_length"), settings.get("pack_length")
+    problems += _find_shared_files(settings)
+    max_length = settings.get("max_length")
+    pack_length = settings.get("pack_length")
     if isinstance(max_length, int) and isinstance(pack_length, int) and max_length > pack_length:
-        problems.append(
-            (
-                "pack_length",
-                f"pack_length {pack_length} is below max_length {max_length}: a document must fit in a pack",
-            )
+        message = (
+            f"pack_length {pack_length} is below max_length {max_length}: "
+            "a document must fit in a pack"
         )
+        problems.append(("pack_length", message))
     return problems
 
 
-def _find_stage_contradictions(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What only pairs or only texts have, and what they cannot have."""
+def _find_stage_contradictions(settings: Mapping[str, Any]) -> Problems:
     stage = settings.get("stage", "sft")
-    problems: list[tuple[str, str]] = []
+    problems: Problems = []
     if stage != "cpt" and "batch_tokens" in settings:
-        problems.append(
-            ("batch_tokens", "batch_tokens has no effect without stage: cpt; set batch_size")
-        )
+        message = "batch_tokens has no effect without stage: cpt; set batch_size"
+        problems.append(("batch_tokens", message))
     if stage in ("cpt", "pt"):
-        unused = {
-            key: reason
-            for key, reason in UNUSED_CPT_KEYS.items()
-            if settings.get(key, False) not in (False, "drop")
-        }
-        problems += [
-            (key, f"{key} has no effect with stage: cpt, {reason}")
-            for key, reason in unused.items()
-        ]
-    if stage != "sft" and "ban" in _collect_modes(settings):
-        problems.append(
-            ("never", f"never: mode ban has no effect with stage: {stage}; use mode: filter")
-        )
-    if stage != "preference" and "pair" in _collect_modes(settings):
-        problems.append(
-            ("never", f"never: mode pair has no effect with stage: {stage}; use stage: preference")
-        )
-    if stage != "preference":
-        return problems + [("loss", "loss has no effect without stage: preference")] * _is_set(
-            settings.get("loss")
-        )
-    return problems + _find_loss_contradictions(settings)
+        for key, reason in UNUSED_CPT_KEYS.items():
+            if settings.get(key, False) not in (False, "drop"):
+                problems.append((key, f"{key} has no effect with stage: cpt: {reason}"))
+    modes = {_to_mapping(item).get("mode") for item in as_list(settings.get("never", ()))}
+    if stage != "sft" and "ban" in modes:
+        message = f"never: mode ban has no effect with stage: {stage}; use mode: filter"
+        problems.append(("never", message))
+    if stage != "preference" and "pair" in modes:
+        message = f"never: mode pair has no effect with stage: {stage}; use stage: preference"
+        problems.append(("never", message))
+    if stage == "preference":
+        problems += _find_loss_contradictions(settings)
+    elif _is_loss_set(settings.get("loss")):
+        problems.append(("loss", "loss has no effect without stage: preference"))
+    return problems
 
 
-def _find_loss_contradictions(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    problems: list[tuple[str, str]] = []
+def _is_loss_set(value: Any) -> bool:
+    """Return whether a loss, as written or as validated, differs from auto."""
+    fields = _to_mapping(value)
+    return any(field != "auto" for field in fields.values()) if fields else value is not None
+
+
+def _find_loss_contradictions(settings: Mapping[str, Any]) -> Problems:
+    problems: Problems = []
     loss = _to_mapping(settings.get("loss"))
     name = loss.get("name", "auto")
     if loss.get("gamma", "auto") != "auto" and name != "simpo":
-        hint = "" if name != "auto" else ": add name: simpo"
-        message = f"loss: gamma has no effect with {'dpo' if name == 'auto' else name}, it is SimPO's{hint}"
+        if name == "auto":
+            message = "loss: gamma has no effect with dpo; add name: simpo"
+        else:
+            message = f"loss: gamma has no effect with {name}, only with simpo"
         problems.append(("loss", message))
     if "rehearsal" in settings:
-        problems.append(
-            ("rehearsal", "rehearsal has no effect with stage: preference, which compares answers")
-        )
+        message = "rehearsal has no effect with stage: preference, which trains on pairs"
+        problems.append(("rehearsal", message))
     return problems
 
 
-def _find_task_contradictions(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names of tasks that cannot be. Files without one have none, unless another file has, or they
-    are mixed."""
-    tasks = {
-        key: [_parse_task(item) for item in as_list(settings[key])]
-        for key in SOURCE_KEYS
-        if key in settings
-    }
-    named_keys = [key for key, members in tasks.items() if any(is_named for is_named, _ in members)]
-    problems: list[tuple[str, str]] = []
+def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:
+    """Check task names. Sources have tasks if any source is named, or if tasks are mixed."""
+    problems: Problems = []
+    tasks: dict[str, list[str]] = {}
+    named_keys: list[str] = []
+    for key in SOURCE_KEYS:
+        parsed = [_parse_task(item) for item in as_list(settings.get(key, ()))]
+        tasks[key] = [task for _, task in parsed]
+        if any(is_named for is_named, _ in parsed):
+            named_keys.append(key)
     if named_keys and settings.get("stage") in ("cpt", "pt"):
-        problems.append(
-            (
-                named_keys[0],
-                f"{named_keys[0]}: name and prompts have no effect with stage: cpt, whose texts are no tasks",
-            )
-        )
-    for key, members in tasks.items() if named_keys or "mixture" in settings else ():
-        duplicates = [
-            name
-            for name, count in Counter(task for _, task in members).items()
-            if name and count > 1
-        ]
-        problems += [
-            (key, f"{key} has the task '{name}' twice: give each source another name")
-            for name in duplicates
-        ]
-        if "rehearsal" in settings and "rehearsal" in {task for _, task in members}:
-            problems.append(
-                (
-                    key,
-                    f"{key}: the name 'rehearsal' is that of the rehearsal rows: take another one",
-                )
-            )
+        message = f"{named_keys[0]}: name and prompts have no effect with stage: cpt"
+        problems.append((named_keys[0], message))
+    if not named_keys and "mixture" not in settings:
+        return problems
+    for key, names in tasks.items():
+        for name, count in Counter(names).items():
+            if name and count > 1:
+                message = f"{key} has the task '{name}' twice: rename one source"
+                problems.append((key, message))
+        if "rehearsal" in settings and "rehearsal" in names:
+            message = f"{key}: the name 'rehearsal' is reserved for rehearsal rows: use another"
+            problems.append((key, message))
     return problems
 
 
 def _parse_task(item: Any) -> tuple[bool, str]:
-    """(whether a source says that it is a task, what that is called), as written or as
-    validated."""
+    """Return (whether a source is named or has prompts, its task), as written or as validated."""
     if isinstance(item, DataSource):
         return bool(item.name or item.prompts), item.task
     source = cast("Json", item) if isinstance(item, dict) else {"path": item}
-    name, path = (
-        value if isinstance(value, (str, Path)) else ""
-        for value in (source.get("name"), source.get("path"))
-    )
-    return bool(name or source.get("prompts")), str(name) or make_task_name(Path(path))
+    name = source.get("name")
+    path = source.get("path")
+    is_named = bool(name if isinstance(name, str) else "") or bool(source.get("prompts"))
+    if isinstance(name, str) and name:
+        return is_named, name
+    return is_named, make_task_name(Path(path)) if isinstance(path, (str, Path)) else ""
 
 
-def select_sources(recipe: Recipe, key: str) -> tuple[DataSource, ...]:
-    """The files of a role, by its key. If any file of the recipe has a name or prompts, or tasks
-    are mixed, all are tasks; a held-out file is asked as the training rows of its task are, unless
-    it has prompts of its own."""
-    sources: tuple[DataSource, ...] = getattr(recipe, key)
-    has_tasks = any(
-        source.name or source.prompts for role in SOURCE_KEYS for source in getattr(recipe, role)
-    )
-    if not has_tasks and recipe.mixture is None:
-        return sources
-    prompts_by_task = {source.task: source.prompts for source in recipe.data}
-    return tuple(
-        source.model_copy(
-            update={
-                "name": source.task,
-                "prompts": source.prompts or prompts_by_task.get(source.task, ()),
-            }
-        )
-        for source in sources
-    )
-
-
-def _collect_modes(settings: Mapping[str, Any]) -> set[Any]:
-    """Of the constraints, as written or as validated."""
-    return {_to_mapping(item).get("mode") for item in as_list(settings.get("never", ()))}
-
-
-def _is_set(value: Any) -> bool:
-    """Something is wished for, as written or as validated."""
-    fields = _to_mapping(value)
-    return any(setting != "auto" for setting in fields.values()) if fields else value is not None
-
-
-def _to_mapping(value: Any) -> Json:
-    """The keys of a mapping, as written or as validated; none of anything else."""
-    if isinstance(value, (Constraint, GuardConfig, PairLoss, RehearsalConfig)):
-        return vars(value)
-    return cast("Json", value) if isinstance(value, dict) else {}
+def _find_shared_files(settings: Mapping[str, Any]) -> Problems:
+    problems: Problems = []
+    paths_by_key: dict[str, set[str]] = {}
+    for key in (*FILE_KEYS, "rehearsal"):
+        paths = _collect_paths(settings.get(key, ()))
+        for earlier_key, earlier_paths in paths_by_key.items():
+            if shared_paths := paths & earlier_paths:
+                message = (
+                    f"{key} and {earlier_key} name the same file, {min(shared_paths)}: "
+                    "a score on it shows nothing"
+                )
+                problems.append((key, message))
+        paths_by_key[key] = paths
+    return problems
 
 
 def _collect_paths(value: Any) -> set[str]:
-    paths: set[str] = set()
     if isinstance(value, RehearsalConfig):
         value = value.data
     elif isinstance(value, dict) and "data" in value:
         value = cast("Json", value)["data"]
+    paths: set[str] = set()
     for item in as_list(value):
         path = item.path if isinstance(item, DataSource) else item
         if isinstance(item, dict):
@@ -505,44 +419,63 @@ def _collect_paths(value: Any) -> set[str]:
     return paths
 
 
+def _to_mapping(value: Any) -> Json:
+    """Return the keys of a mapping, as written or as validated; {} for anything else."""
+    if isinstance(value, (Constraint, GuardConfig, PairLoss, RehearsalConfig)):
+        return vars(value)
+    return cast("Json", value) if isinstance(value, dict) else {}
+
+
+# ---------------------------------------------------------------- sources
+
+
+def select_sources(recipe: Recipe, key: str) -> tuple[DataSource, ...]:
+    """Return the sources of a data role, with task names and prompts filled in.
+
+    If any source has a name or prompts, or tasks are mixed, every source is a task; a held-out
+    source without prompts takes those of the training source of its task."""
+    sources: tuple[DataSource, ...] = getattr(recipe, key)
+    all_sources = [source for role in SOURCE_KEYS for source in getattr(recipe, role)]
+    has_tasks = any(source.name or source.prompts for source in all_sources)
+    if not has_tasks and recipe.mixture is None:
+        return sources
+    prompts_by_task = {source.task: source.prompts for source in recipe.data}
+    named_sources: list[DataSource] = []
+    for source in sources:
+        prompts = source.prompts or prompts_by_task.get(source.task, ())
+        named_sources.append(source.model_copy(update={"name": source.task, "prompts": prompts}))
+    return tuple(named_sources)
+
+
+# ---------------------------------------------------------------- JSON schema
+
+
 def build_recipe_schema() -> Json:
-    """JSON schema (draft 2020-12) of a recipe file, aliases included, for editors and other
-    programs."""
-    schema = Recipe.model_json_schema(by_alias=True)
+    """Build the JSON schema (draft 2020-12) of a recipe file, aliases included."""
+    schema = Recipe.model_json_schema()
     properties: Json = schema["properties"]
-    for key in KEYS.values():
+    for key in KEYS:
         properties[key].pop("title", None)
     for alias, key in ALIASES.items():
-        properties[alias] = {
-            **properties[key],
-            "description": f"Same as {key}.",
-            "deprecated": True,
-        }
+        description = f"Same as {key}."
+        properties[alias] = {**properties[key], "description": description, "deprecated": True}
     properties["stage"] = _allow_stage_list(properties["stage"])
-    spellings = [
-        [key, *(alias for alias, target in ALIASES.items() if target == key)]
-        for key in schema.pop("required")
-    ]
-    staged_schema: Json = {
-        "properties": {"stage": {"type": "array"}},
-        "required": ["stage"],
-    }  # data may be each stage's own
-    required = [[{"required": [name]} for name in names] for names in spellings]
-    schema["allOf"] = [
-        {
-            "anyOf": [*alternatives, staged_schema]
-            if {"required": ["data"]} in alternatives
-            else alternatives
-        }
-        for alternatives in required
-    ]
+    # With a list of stages, `data` may be set per stage.
+    staged_schema: Json = {"properties": {"stage": {"type": "array"}}, "required": ["stage"]}
+    schema["allOf"] = []
+    for key in schema.pop("required"):
+        names = [key, *(alias for alias, target in ALIASES.items() if target == key)]
+        alternatives: list[Json] = [{"required": [name]} for name in names]
+        if key == "data":
+            alternatives.append(staged_schema)
+        schema["allOf"].append({"anyOf": alternatives})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def _allow_stage_list(schema: Json) -> Json:
-    """A stage, or a list of stages, each a name or a mapping from the name to the keys of its
-    own."""
+    """Allow a list of stages, each a name or a mapping from the name to its keys."""
     stage_schema = {key: value for key, value in schema.items() if key in ("enum", "type")}
+    rest = {key: value for key, value in schema.items() if key not in stage_schema}
     stage_mapping = {
         "type": "object",
         "minProperties": 1,
@@ -553,6 +486,6 @@ def _allow_stage_list(schema: Json) -> Json:
         "type": "array",
         "minItems": 1,
         "items": {"anyOf": [stage_schema, stage_mapping]},
+        "description": "a list of stages",
     }
-    rest = {key: value for key, value in schema.items() if key not in stage_schema}
-    return {"anyOf": [stage_schema, stage_list | {"description": "a list of stages"}], **rest}
+    return {"anyOf": [stage_schema, stage_list], **rest}

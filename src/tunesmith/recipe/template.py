@@ -1,8 +1,7 @@
-"""`tunesmith init`: a recipe to start from, with the schema beside it for editors.
+"""`tunesmith init`: write a recipe, and its JSON schema for editors.
 
-Either every key with its default, commented out; that text is made from the recipe model itself, so
-that it names every key and says what the key does. Or another tool's config, translated; what could
-not be is written at its end."""
+Either every key with its default, commented out and described, or another tool's config translated,
+with what could not be translated at the end. Left out: the translation (importers/)."""
 
 from __future__ import annotations
 
@@ -19,26 +18,28 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
 from tunesmith.recipe.importers.convert import Translation, translate
 from tunesmith.recipe.importers.draft import UntranslatedKey
-from tunesmith.recipe.schema import FILE_KEYS, KEYS, Recipe, build_recipe_schema
+from tunesmith.recipe.schema import FILE_KEYS, Recipe, build_recipe_schema
 
 SCHEMA_FILE = "recipe.schema.json"
-DEFAULT_MODEL, DEFAULT_DATA = "smollm2-135m-instruct", "train.jsonl"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_DATA = "train.jsonl"
+COMMENT_COLUMN = 36
+MAX_VALUE_CHARS = 60
 
 SECTIONS = {
-    "model": "What is trained",
-    "data": "On what",
+    "model": "Model",
+    "data": "Data",
     "max_length": "Lengths and steps",
-    "learning_rate": "The optimizer",
-    "loss": "Pairs of a better and a worse answer, with stage: preference",
-    "lora_r": "The adapter",
-    "dtype": "How it is computed, measured and saved",
+    "learning_rate": "Optimizer",
+    "loss": "Preference pairs, with stage: preference",
+    "lora_r": "Adapter",
+    "dtype": "Computation, evaluation and checkpoints",
 }
 
 
 @dataclass(frozen=True)
 class InitResult:
-    """The files that `tunesmith init` wrote; with --from, which tool the config is of and what was
-    left of it."""
+    """The files that `tunesmith init` wrote; with --from, the tool and the untranslated keys."""
 
     recipe: Path
     schema: Path
@@ -48,16 +49,17 @@ class InitResult:
 
 
 def write_recipe(path: Path, *, model: str | None = None, data: str | None = None) -> InitResult:
-    """Every key with its default. Raises InputError if there is a recipe at `path` already."""
-    values = {"model": model or DEFAULT_MODEL, "data": data or DEFAULT_DATA}
-    return InitResult(path, _write_files(path, build_commented_recipe(**values)))
+    """Write every key with its default. Raises InputError if `path` exists."""
+    text = build_commented_recipe(model=model or DEFAULT_MODEL, data=data or DEFAULT_DATA)
+    return InitResult(path, _write_files(path, text))
 
 
 def write_translated(
     path: Path, config: Path, *, model: str | None = None, data: str | None = None
 ) -> InitResult:
-    """The config of another tool as a recipe; `model` and `data` win over it. Raises InputError as
-    `translate` does."""
+    """Translate another tool's config; `model` and `data` override it.
+
+    Raises InputError as `translate` does, and if `path` exists."""
     overrides = {key: value for key, value in (("model", model), ("data", data)) if value}
     translation = translate(config, path, overrides)
     schema = _write_files(path, build_translated_recipe(translation, config.name))
@@ -65,11 +67,9 @@ def write_translated(
 
 
 def _write_files(path: Path, text: str) -> Path:
-    """The recipe, and the schema beside it, which is brought up to date if it is there."""
+    """Write the recipe, and write or update the schema in its folder."""
     if path.exists():
-        raise InputError(
-            "there is a file with this name already", where=str(path), fix="name another file"
-        )
+        raise InputError("the file already exists", where=str(path), fix="choose another name")
     schema = path.parent / SCHEMA_FILE
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,37 +82,34 @@ def _write_files(path: Path, text: str) -> Path:
 
 
 def build_commented_recipe(*, model: str, data: str) -> str:
-    """Every key with its default, commented out, but for the model and the data."""
+    """Write every key with its default, commented out except for the model and the data."""
     values = {"model": model, "data": data}
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
-        "# `tunesmith plan` shows what every auto becomes, and why. `tunesmith train` runs it.",
+        "# `tunesmith plan` shows the value and reason of every auto; `tunesmith train` runs it.",
     ]
-    for name, field in Recipe.model_fields.items():
-        key = KEYS[name]
+    for key, field in Recipe.model_fields.items():
         if key in SECTIONS:
             lines += ["", f"# {SECTIONS[key]}"]
-        line = (
-            f"{key}: {_format_scalar(values[key])}"
-            if key in values
-            else f"# {key}: {_format_scalar(field.default)}"
-        )
-        lines.append(f"{line:<36}  # {field.description}")
+        if key in values:
+            setting = f"{key}: {_format_scalar(values[key])}"
+        else:
+            setting = f"# {key}: {_format_scalar(field.default)}"
+        lines.append(f"{setting:<{COMMENT_COLUMN}}  # {field.description}")
     return "\n".join(lines) + "\n"
 
 
 def build_translated_recipe(translation: Translation, name: str) -> str:
-    """The keys that the config sets, each with where it comes from, and what was left as
-    comments."""
+    """Write the keys that the config sets, each with its origin, and the rest as comments."""
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
-        f"# Translated from {name} of {translation.tool}. Keys left out are decided by rules: see `tunesmith plan`.",
+        f"# Translated from {name} of {translation.tool}. `tunesmith plan` shows missing keys.",
     ]
     section = ""
-    for field, key in KEYS.items():
+    for key, field in Recipe.model_fields.items():
         section = SECTIONS.get(key, section)
         value = translation.values.get(key)
-        if value is None or value == Recipe.model_fields[field].default:
+        if value is None or value == field.default:
             continue
         if section:
             lines += ["", f"# {section}"]
@@ -123,52 +120,50 @@ def build_translated_recipe(translation: Translation, name: str) -> str:
 
 
 def _format_entry(key: str, value: Any, note: str) -> list[str]:
-    """One key; data sources one a line, unless there is but a path."""
+    """Format one key; several data sources, or one with options, take a line each."""
     comment = "" if note == key else f"  # {to_single_line(note)}"
     if key in FILE_KEYS and isinstance(value, list):
         if len(value) > 1 or value[0].keys() != {"path"}:
-            return [
-                f"{key + ':':<36}{comment}".rstrip(),
-                *(f"  - {_format_scalar(source)}" for source in value),
-            ]
+            sources = [f"  - {_format_scalar(source)}" for source in value]
+            return [f"{key + ':':<{COMMENT_COLUMN}}{comment}".rstrip(), *sources]
         value = value[0]["path"]
-    return [f"{key + ': ' + _format_scalar(value):<36}{comment}".rstrip()]
+    setting = f"{key}: {_format_scalar(value)}"
+    return [f"{setting:<{COMMENT_COLUMN}}{comment}".rstrip()]
 
 
 def format_untranslated(untranslated: tuple[UntranslatedKey, ...]) -> Iterator[str]:
-    """What was not translated and why, in lines: what may matter one by one, then what does not, by
-    reason."""
+    """Yield lines on untranslated keys: those that may matter, then the others by reason."""
     important = [entry for entry in untranslated if entry.is_important]
     if important:
-        yield from ("", "Not translated, and it may matter:")
+        yield from ("", "Not translated, and may matter:")
     for entry in important:
-        yield f"  {to_single_line(entry.key)}: {to_single_line(_format_scalar(entry.value), 60)} -> {entry.reason}"
-    reasons = list(dict.fromkeys(entry.reason for entry in untranslated if not entry.is_important))
-    if reasons:
+        value = to_single_line(_format_scalar(entry.value), MAX_VALUE_CHARS)
+        yield f"  {to_single_line(entry.key)}: {value} -> {entry.reason}"
+    keys_by_reason: dict[str, list[str]] = {}
+    for entry in untranslated:
+        if not entry.is_important:
+            keys_by_reason.setdefault(entry.reason, []).append(to_single_line(entry.key))
+    if keys_by_reason:
         yield from ("", "Not needed here:")
-    for reason in reasons:
-        yield f"  {', '.join(to_single_line(entry.key) for entry in untranslated if entry.reason == reason)} -> {reason}"
+    for reason, keys in keys_by_reason.items():
+        yield f"  {', '.join(keys)} -> {reason}"
 
 
 def to_single_line(text: str, max_chars: int = 90) -> str:
-    """Text from another file, fit for a comment."""
+    """Make text from another file fit for a comment."""
     plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return plain if len(plain) <= max_chars else plain[: max_chars - 1] + "…"
 
 
 def _format_scalar(value: object) -> str:
-    """A default as YAML; an empty list is how the model holds what is not given, and an empty
-    mapping is auto."""
+    """Format a value as flow-style YAML; an empty tuple is null, and an empty mapping is auto."""
     if isinstance(value, BaseModel):
         value = "auto"
-    return (
-        yaml.safe_dump(
-            None if value == () else value,
-            default_flow_style=True,
-            sort_keys=False,
-            allow_unicode=True,
-            width=10**6,
-        )
-        .removesuffix("\n...\n")
-        .strip()
+    text = yaml.safe_dump(
+        None if value == () else value,
+        default_flow_style=True,
+        sort_keys=False,
+        allow_unicode=True,
+        width=10**6,
     )
+    return text.removesuffix("\n...\n").strip()

@@ -1,8 +1,8 @@
-"""Reads one YAML mapping and remembers where each value stands.
+"""Reading one YAML mapping with the line of every value.
 
-In: the path of a small YAML file. Out: a Document with plain values and the line of every key and
-list item, so that whoever checks the values can say `recipe.yaml:7`. Only plain data is read: no
-tags, no code. A key that stands twice is an error, since YAML would silently keep the last one."""
+In: the path of a small YAML file. Out: plain values, and the line of every key and list item, so
+that errors can say `recipe.yaml:7`. Only plain data is read: no tags, no code. Repeated keys are
+reported, since YAML would silently take the last one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import yaml
 
 from tunesmith.core.errors import InputError
 
-DATA_SUFFIXES = (".jsonl", ".csv", ".txt", ".md")  # what nobody names a recipe
+DATA_SUFFIXES = (".jsonl", ".csv", ".txt", ".md")  # not a recipe
 MAX_BYTES = 1_000_000
 
-YamlPath = tuple[str | int, ...]  # the keys and list positions that lead to a value
+YamlPath = tuple[str | int, ...]  # keys and list indices that lead to a value
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class YamlMapping:
     name: str
     values: dict[str, Any] = field(default_factory=dict[str, Any])
     lines: dict[YamlPath, int] = field(default_factory=dict[YamlPath, int])
-    duplicates: tuple[tuple[str, int], ...] = ()  # key, line of its second occurrence
+    duplicates: tuple[tuple[str, int], ...] = ()  # (key, line of its second occurrence)
 
     def format_location(self, path: YamlPath) -> str:
-        """`file:line` of a value, or of the nearest value around it."""
+        """Return `file:line` of a value, or of the closest value that contains it."""
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.name}:{self.lines[path]}" if path else self.name
 
 
 def read_yaml(path: Path) -> YamlMapping:
-    """Raises InputError with file:line:column when the file cannot be read as one mapping."""
+    """Read a file as one mapping. Raises InputError with file:line:column if it is not one."""
     text = _read_text(path)
     try:
         loader = yaml.SafeLoader(text)
@@ -46,9 +46,9 @@ def read_yaml(path: Path) -> YamlMapping:
     except yaml.YAMLError as error:
         raise _make_yaml_error(path, error) from error
     except ValueError as error:  # a date like 2026-99-99, a number of 5000 digits
-        raise InputError(f"a value is not what it looks like: {error}", where=str(path)) from error
+        raise InputError(f"invalid value: {error}", where=str(path)) from error
     except RecursionError:
-        raise InputError("nested too deeply to be a recipe", where=str(path)) from None
+        raise InputError("nested too deeply for a recipe", where=str(path)) from None
     if not isinstance(values, dict):
         raise InputError("expected a mapping of `key: value` lines", where=f"{path}:1")
     lines: dict[YamlPath, int] = {}
@@ -64,11 +64,12 @@ def read_yaml(path: Path) -> YamlMapping:
 
 def _read_text(path: Path) -> str:
     if not os.path.exists(path):
-        raise InputError("there is no such file", where=str(path))
+        raise InputError("no such file", where=str(path))
     if not os.path.isfile(path):
         raise InputError("expected a file, found a folder or a device", where=str(path))
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path.stat().st_size} bytes are too many for a recipe", where=str(path))
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise InputError(f"{size:,} bytes are too many for a recipe", where=str(path))
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -76,26 +77,24 @@ def _read_text(path: Path) -> str:
             f"byte {error.start} is not UTF-8", where=str(path), fix="save the file as UTF-8"
         ) from error
     except PermissionError as error:
-        raise InputError("this file may not be read", where=str(path)) from error
+        raise InputError("no permission to read this file", where=str(path)) from error
 
 
 def _make_yaml_error(path: Path, error: yaml.YAMLError) -> InputError:
-    fix = (
-        f"this is a file of rows? name it so: --data {path}" if path.suffix in DATA_SUFFIXES else ""
-    )
+    fix = f"pass a data file with --data {path}" if path.suffix in DATA_SUFFIXES else ""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
-        return InputError(
-            f"not YAML: {error.problem}", where=f"{path}:{mark.line + 1}:{mark.column + 1}", fix=fix
-        )
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}"
+        return InputError(f"not YAML: {error.problem}", where=where, fix=fix)
     return InputError(f"not YAML: {' '.join(str(error).split())}", where=str(path), fix=fix)
 
 
 def _iter_locations(
     node: yaml.Node | None, key_path: YamlPath, visited: set[int]
 ) -> Iterator[tuple[YamlPath, int]]:
-    """The place and line of every key and item below `node`. An anchor is walked once, so loops and
-    bombs end."""
+    """Yield the path and line of every key and item in `node`.
+
+    An anchor is walked once, so that loops and anchor bombs end."""
     if node is None or id(node) in visited:
         return
     visited.add(id(node))
@@ -110,13 +109,11 @@ def _iter_locations(
 
 
 def read_flag(text: str) -> Any:
-    """The value of a command-line flag. Only lists, mappings and null are YAML; numbers and
-    switches stay text."""
+    """Parse the value of a flag: lists, mappings and null are YAML, anything else stays text."""
     if not text.startswith(("[", "{")) and text != "null":
         return text
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise InputError(
-            f"not YAML: {text:.60}", where="command line", fix="quote it as in a recipe file"
-        ) from None
+        fix = "quote it as in a recipe file"
+        raise InputError(f"not YAML: {text:.60}", where="command line", fix=fix) from None

@@ -22,11 +22,10 @@ from tunesmith.core.types import Document, Example, Plan, PlanValue, require
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.sampler import TaskMixture
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.data.pretraining import PretrainingCorpus, WindowSampler
 from tunesmith.data.rehearsal import RehearsalSampler
-from tunesmith.data.sampler import RatioChanges, StepSampler
+from tunesmith.data.sampler import RatioChanges, StepSampler, TaskMixture
 from tunesmith.data.tokenizer.chat_tokenizer import MAX_PIECE_CHARS
 from tunesmith.data.truncation import PreparedRow
 from tunesmith.model.adapters import METHODS
@@ -41,10 +40,9 @@ from tunesmith.model.causal_lm import (
     wrap_model,
 )
 from tunesmith.model.new_embeddings import init_new_rows
-from tunesmith.model.quantization import load_quantized
+from tunesmith.model.quantization import build_truncated_network, load_quantized
 from tunesmith.model.save import load_adapter, stock_with_adapter
 from tunesmith.model.target_modules import GROUPS
-from tunesmith.model.truncated import build_truncated_network
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
@@ -151,13 +149,13 @@ def _wrap_network(network: Network, plan: Plan, inputs: RunInputs) -> PackedCaus
     METHODS[plan.config.method](network, plan.values)
     if inputs.adapter is not None:
         load_adapter(network, inputs.adapter.weights_path)
-    is_blocked, activations = plan.config.weight_layout == "blocked", plan.config.activations
+    is_blocked = plan.config.weight_layout == "blocked"
     return wrap_model(
         network,
         DTYPES[plan.config.dtype],
         plan.config.attention,
         should_block_weights=is_blocked,
-        activations=activations,
+        gradient_checkpointing=plan.config.gradient_checkpointing,
     )
 
 
@@ -244,7 +242,7 @@ def build_rehearsal(plan: Plan, inputs: RunInputs) -> RehearsalSampler | None:
 def _apply_length_limit(plan: Plan, inputs: RunInputs) -> RunInputs:
     if inputs.corpus is not None:
         return inputs
-    rows = inputs.datasets["data"].with_max_length(plan.config.max_length, plan.config.overlong)
+    rows = inputs.datasets["data"].with_max_length(plan.config.max_length, plan.config.on_overlong)
     return dataclasses.replace(inputs, datasets={**inputs.datasets, "data": rows})
 
 
@@ -306,7 +304,7 @@ def _check_token_ids(
     def has_same_ids(ours_L: np.ndarray, count: int, *, is_prompt: bool) -> bool:
         messages = inputs.renderer.normalize_messages(example.messages[:count], example.tools)
         template, template_kwargs = (
-            _read_template(inputs.recipe.template),
+            _read_template(inputs.recipe.chat_template),
             inputs.recipe.chat_template_kwargs,
         )
         added_tokens = inputs.recipe.add_tokens

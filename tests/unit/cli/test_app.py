@@ -1,25 +1,30 @@
-"""The command line: words in, exit codes and streams out. The verbs' own work is tested where it is
-done."""
+"""The command line: arguments in, exit codes and streams out.
+
+What the verbs compute is tested with their packages."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Group
+from typer.main import get_command
 
 from tiny_runs import sums, write_rows
 from tunesmith import __version__
 from tunesmith.cli import app
+from tunesmith.cli.args import OLD_FLAGS, OLD_VERBS
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
 from tunesmith.recipe.load import load_recipe
 
-Outcome = tuple[int, str, str]
+CliResult = tuple[int, str, str]  # exit code, stdout, stderr
 
 
 def failing(error: BaseException) -> Callable[..., None]:
@@ -30,7 +35,7 @@ def failing(error: BaseException) -> Callable[..., None]:
     return verb
 
 
-def test_every_verb_is_in_the_help_with_json(tunesmith: Callable[..., Outcome]) -> None:
+def test_every_verb_is_in_the_help_with_json(tunesmith: Callable[..., CliResult]) -> None:
     _, out, _ = tunesmith("--help")
     for name in app.VERBS:
         assert name.split()[0] in out
@@ -39,7 +44,77 @@ def test_every_verb_is_in_the_help_with_json(tunesmith: Callable[..., Outcome]) 
         assert "--json" in out_of_verb
 
 
-def test_without_a_verb_the_help_is_shown(tunesmith: Callable[..., Outcome]) -> None:
+# Words and phrases that are not the field's, or say nothing.
+BANNED_WORDS = (
+    *("found", "one", "told", "known", "said", "kept", "left", "own", "asked", "whole", "place"),
+    *("given", "beside", "stands", "goes on", "go on", "whose", "made of", "a token", "what"),
+)
+MAX_HELP_CHARS = 60
+MAX_HELP_WORDS = 12
+
+
+def collect_help_lines() -> dict[str, str]:
+    """Return the help text of every verb, group, argument and option."""
+    lines: dict[str, str] = {}
+
+    def collect(command: Any, name: str) -> None:
+        lines[name] = command.help or ""
+        for parameter in command.params:
+            if parameter.name != "help":
+                lines[f"{name} {parameter.name}"] = parameter.help or ""
+        for child_name, child in getattr(command, "commands", {}).items():
+            collect(child, f"{name} {child_name}")
+
+    collect(get_command(app.build_app()), "tunesmith")
+    return lines
+
+
+def test_every_help_text_is_one_short_line_of_plain_words() -> None:
+    lines = collect_help_lines()
+    assert len(lines) > 80
+    for name, text in lines.items():
+        assert text, f"{name} has no help"
+        assert "\n" not in text.strip(), f"{name}: {text}"
+        assert len(text.strip()) <= MAX_HELP_CHARS, f"{name}: {text}"
+        assert len(text.split()) <= MAX_HELP_WORDS, f"{name}: {text}"
+        for word in BANNED_WORDS:
+            assert not re.search(rf"\b{word}\b", text, re.IGNORECASE), f"{name}: {text}"
+
+
+@pytest.mark.parametrize("flag", OLD_FLAGS)
+def test_a_former_flag_is_refused_with_its_new_name(
+    tunesmith: Callable[..., CliResult], flag: str
+) -> None:
+    for words in (["plan", "r.yaml", flag], ["resume", "runs/x", f"{flag.replace('-', '_')}=1"]):
+        words[-1] = f"--{words[-1].lstrip('_-')}"
+        code, out, err = tunesmith(*words)
+        assert (code, out) == (2, "")
+        assert err == (
+            f"error: command line: {flag} is no longer a flag\n  fix: use {OLD_FLAGS[flag]}\n"
+        )
+
+
+def test_former_flags_lead_to_flags_that_exist(tunesmith: Callable[..., CliResult]) -> None:
+    verbs = ("data curate", "plan", "resume")
+    helps = "".join(tunesmith(*verb.split(), "--help")[1] for verb in verbs)
+    for replacement in OLD_FLAGS.values():
+        if replacement.startswith("--"):
+            assert replacement in helps
+        else:
+            assert (Path(__file__).parents[3] / replacement.split()[0]).exists()
+
+
+@pytest.mark.parametrize("words", OLD_VERBS)
+def test_a_former_verb_is_refused_with_its_new_name(
+    tunesmith: Callable[..., CliResult], words: tuple[str, str]
+) -> None:
+    code, _, err = tunesmith(*words, "r.yaml", "--tool", "argilla")
+    assert code == 2
+    assert f"fix: use `{OLD_VERBS[words]}`" in err
+    assert OLD_VERBS[words].removeprefix("tunesmith ") in app.VERBS
+
+
+def test_without_a_verb_the_help_is_shown(tunesmith: Callable[..., CliResult]) -> None:
     assert tunesmith() == tunesmith("--help")
     assert tunesmith("--version") == (0, f"tunesmith {__version__}\n", "")
 
@@ -53,8 +128,8 @@ def test_without_a_verb_the_help_is_shown(tunesmith: Callable[..., Outcome]) -> 
     ],
     ids=["last", "before a flag", "fact"],
 )
-def test_a_flag_without_its_value_is_told(
-    tunesmith: Callable[..., Outcome], words: list[str], flag: str
+def test_a_flag_without_its_value_is_refused(
+    tunesmith: Callable[..., CliResult], words: list[str], flag: str
 ) -> None:
     code, _, err = tunesmith(*words)
     assert code == 2
@@ -68,7 +143,7 @@ def test_the_package_runs_as_a_module() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, f"tunesmith {__version__}")
 
 
-def test_unknown_verbs_are_the_users_mistake(tunesmith: Callable[..., Outcome]) -> None:
+def test_unknown_verbs_are_the_users_mistake(tunesmith: Callable[..., CliResult]) -> None:
     code, out, err = tunesmith("tran")
     assert (code, out) == (2, "")
     assert "No such command 'tran'" in err
@@ -104,14 +179,14 @@ def test_two_recipes_are_one_too_many() -> None:
 
 
 @pytest.mark.parametrize("second", ["--data", "--data=b.jsonl", "--lora-r=3", "--lora_r"])
-def test_a_flag_that_stands_twice_does_not_lose_one_of_its_values(second: str) -> None:
-    with pytest.raises(InputError, match=f"{second.partition('=')[0]} stands twice") as caught:
+def test_a_repeated_flag_is_refused(second: str) -> None:
+    with pytest.raises(InputError, match=f"{second.partition('=')[0]} is repeated") as caught:
         app.parse_recipe_args(["--data", "a.jsonl", "--lora_r", "2", second, "4"])
-    assert "[one, two]" in caught.value.fix
+    assert "[a, b]" in caught.value.fix
 
 
 def test_a_typo_in_a_flag_is_refused_with_the_nearest_key(
-    tunesmith: Callable[..., Outcome], tmp_path: Path
+    tunesmith: Callable[..., CliResult], tmp_path: Path
 ) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: tiny\ndata: a.jsonl\n")
@@ -126,7 +201,9 @@ def test_a_typo_in_a_flag_is_refused_with_the_nearest_key(
     "error", [TunesmithError, InputError, MachineError, GateError, Interrupted]
 )
 def test_each_refusal_has_its_exit_code_and_json(
-    error: type[TunesmithError], tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    error: type[TunesmithError],
+    tunesmith: Callable[..., CliResult],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(
         app.VERBS, "fail", failing(error("no such thing", where="a.yaml:3", fix="make one"))
@@ -139,7 +216,7 @@ def test_each_refusal_has_its_exit_code_and_json(
         "tunesmith": __version__,
         "error": {
             "kind": error.__name__,
-            "what": "no such thing",
+            "message": "no such thing",
             "where": "a.yaml:3",
             "fix": "make one",
             "exit_code": error.exit_code,
@@ -148,7 +225,7 @@ def test_each_refusal_has_its_exit_code_and_json(
 
 
 def test_ctrl_c_exits_with_130(
-    tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    tunesmith: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(app.VERBS, "fail", failing(KeyboardInterrupt()))
     assert tunesmith("fail")[0] == 130
@@ -168,7 +245,9 @@ def test_a_bug_says_so_with_its_traceback() -> None:
     assert "ZeroDivisionError: seven\nthis is a bug in tunesmith" in done.stderr
 
 
-def test_init_writes_a_recipe_that_loads(tunesmith: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_init_writes_a_recipe_that_loads(
+    tunesmith: Callable[..., CliResult], tmp_path: Path
+) -> None:
     path = tmp_path / "new" / "recipe.yaml"
     code, out, _ = tunesmith(
         "init", str(path), "--model", "org/base", "--data", "my.jsonl", "--json"
@@ -179,19 +258,19 @@ def test_init_writes_a_recipe_that_loads(tunesmith: Callable[..., Outcome], tmp_
         "recipe": str(path),
         "schema": str(path.parent / "recipe.schema.json"),
         "tool": "",
-        "why": "",
-        "left": [],
+        "reason": "",
+        "untranslated": [],
     }
     recipe = load_recipe(path)
     assert (recipe.model, recipe.data[0].path) == ("org/base", path.parent / "my.jsonl")
     before = path.read_text()
     code, _, err = tunesmith("init", str(path))
     assert code == 2
-    assert "there is a file with this name already" in err
+    assert "the file already exists" in err
     assert path.read_text() == before
 
 
-def test_the_schema_is_printed_whole(tunesmith: Callable[..., Outcome]) -> None:
+def test_the_schema_is_printed_in_full(tunesmith: Callable[..., CliResult]) -> None:
     plain = json.loads(tunesmith("schema")[1])
     assert plain["properties"]["learning_rate"]["description"] == "Peak learning rate."
     assert json.loads(tunesmith("schema", "--json")[1]) == {
@@ -200,22 +279,22 @@ def test_the_schema_is_printed_whole(tunesmith: Callable[..., Outcome]) -> None:
     }
 
 
-def test_other_verbs_refuse_options_they_do_not_know(tunesmith: Callable[..., Outcome]) -> None:
+def test_other_verbs_refuse_options_they_do_not_know(tunesmith: Callable[..., CliResult]) -> None:
     code, out, err = tunesmith("schema", "--frobnicate")
     assert (code, out) == (2, "")
     assert "--frobnicate" in err
 
 
 def test_text_of_data_and_models_is_printed_as_it_is(
-    tunesmith: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    tunesmith: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def verb(as_json: app.AsJson = False) -> None:
         app.print_result(
-            {"answer": "[red]x[/]"}, "[red]x[/] [/]", Group("[red]own[/]"), as_json=as_json
+            {"answer": "[red]x[/]"}, "[red]x[/] [/]", Group("[red]ours[/]"), as_json=as_json
         )
 
     monkeypatch.setitem(app.VERBS, "echo", verb)
-    assert tunesmith("echo") == (0, "[red]x[/] [/]\nown\n", "")
+    assert tunesmith("echo") == (0, "[red]x[/] [/]\nours\n", "")
     assert json.loads(tunesmith("echo", "--json")[1]) == {
         "tunesmith": __version__,
         "answer": "[red]x[/]",
@@ -226,7 +305,7 @@ def test_text_of_data_and_models_is_printed_as_it_is(
 
 
 def test_a_plan_is_one_object_with_every_reason(
-    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+    tunesmith: Callable[..., CliResult], tiny_folder: Path, tmp_path: Path
 ) -> None:
     data = write_rows(tmp_path / "train.jsonl", sums(1, 6))
     words = ("plan", "--model", str(tiny_folder), "--data", str(data), "--lora-rank", "3")
@@ -254,13 +333,13 @@ def test_a_plan_is_one_object_with_every_reason(
     assert [one["method"] for one in methods] == ["full", "lora", "qlora"]
     assert {one["free_bytes"] for one in methods} == {24 * 10**9}
     assert all(one["seconds"][0] < one["seconds"][1] for one in methods)
-    code, out, _ = tunesmith(*words, "--fit", "1MB")
+    code, out, _ = tunesmith(*words, "--memory", "1MB")
     assert (
         code,
-        "does not fit: the smallest machine that would do is l4" in " ".join(out.split()),
+        "does not fit: the smallest GPU that fits is l4" in " ".join(out.split()),
     ) == (0, True)
     for wrong in (
-        ["--fit", "lots"],
+        ["--memory", "lots"],
         ["--target", "abacus"],
         ["--why", "lora_z"],
         ["--compare", "--why", "lora_r"],
@@ -269,7 +348,7 @@ def test_a_plan_is_one_object_with_every_reason(
 
 
 def test_rates_are_tried_and_drawn(
-    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+    tunesmith: Callable[..., CliResult], tiny_folder: Path, tmp_path: Path
 ) -> None:
     data, picture = write_rows(tmp_path / "train.jsonl", sums(1, 40)), tmp_path / "curve.svg"
     words = [
@@ -290,14 +369,14 @@ def test_rates_are_tried_and_drawn(
         True,
         True,
     ), err
-    assert "95% intervals" in out
+    assert "95% CI" in out
     assert picture.read_text().startswith("<svg")
     code, _, err = tunesmith(*words)
     assert (code, "no held-out rows to pick by" in err) == (2, True)
 
 
 def test_a_run_from_words_to_answers(
-    tunesmith: Callable[..., Outcome],
+    tunesmith: Callable[..., CliResult],
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -328,7 +407,7 @@ def test_a_run_from_words_to_answers(
     assert code == 0
     assert json.loads(out).keys() == {"tunesmith", "answer"}
     code, out, _ = tunesmith("resume", run, "--json")
-    assert (code, json.loads(out)["error"]["what"]) == (2, "this run is finished")
+    assert (code, json.loads(out)["error"]["message"]) == (2, "this run is finished")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +416,7 @@ def test_a_run_from_words_to_answers(
         (
             ["plan", "--attention", "flash"],
             "command line",
-            "--attention: expected 'auto' or 'kernel'",
+            "--attention: expected 'auto' or 'cpu_kernel'",
         ),
         (
             ["plan", "--data", "[{path: t.jsonl, format: alpaka}]"],
@@ -355,7 +434,7 @@ def test_refusals_are_objects_too(
     words: list[str],
     where: str,
     what: str,
-    tunesmith: Callable[..., Outcome],
+    tunesmith: Callable[..., CliResult],
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -363,20 +442,21 @@ def test_refusals_are_objects_too(
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "t.jsonl", sums(1, 6))
     write_rows(tmp_path / "one.jsonl", sums(50, 1))
-    given = {"--model": str(tiny_folder), "--data": "t.jsonl", "--test-data": "t2.jsonl"}
+    defaults = {"--model": str(tiny_folder), "--data": "t.jsonl", "--test-data": "t2.jsonl"}
     write_rows(tmp_path / "t2.jsonl", sums(70, 2))
     if words[0] in ("plan", "data"):
-        words = [*words, *(word for pair in given.items() if pair[0] not in words for word in pair)]
+        for flag, value in defaults.items():
+            words = words if flag in words else [*words, flag, value]
     code, out, err = tunesmith(*words, "--json")
     error = json.loads(out)["error"]
     assert (code, error["exit_code"]) == (2, 2)
     assert where in error["where"]
-    assert what in error["what"]
+    assert what in error["message"]
     assert err.startswith("error: ")
 
 
 def test_a_check_of_rows_ends_as_a_run_would(
-    tunesmith: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path
+    tunesmith: Callable[..., CliResult], tiny_folder: Path, tmp_path: Path
 ) -> None:
     rows = str(write_rows(tmp_path / "t.jsonl", sums(1, 6)))
     words = ("data", "check", "--model", str(tiny_folder), "--data", rows)
@@ -384,4 +464,4 @@ def test_a_check_of_rows_ends_as_a_run_would(
     assert tunesmith(*words, "--max-length", "3")[0] == 2, "all rows would be dropped"
     code, _, err = tunesmith("data", "check", rows)
     assert code == 2
-    assert f"this is a file of rows? name it so: --data {rows}" in err
+    assert f"pass a data file with --data {rows}" in err

@@ -167,9 +167,9 @@ def test_eval_of_a_run_takes_its_answers_from_the_folder(
             asked.append(len(requests)) or generate(model, requests, **rest)
         ),
     )
-    assert [c.after.value for c in tunesmith.evaluate(tmp_path / "run")] == pytest.approx(
-        [c.after.value for c in record.comparisons], rel=1e-6
-    )
+    assert [
+        c.after.value for c in tunesmith.evaluate(tmp_path / "run").comparisons
+    ] == pytest.approx([c.after.value for c in record.comparisons], rel=1e-6)
     assert sum(asked) == 0
 
 

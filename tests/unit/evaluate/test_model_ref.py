@@ -226,16 +226,16 @@ def test_eval_measures_other_rows_and_other_models(
     runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "more.jsonl", sums(300, 4))
-    found = tunesmith.evaluate(runs[0], data=rows, metrics="numeric: 0.5, token_f1")
+    found = tunesmith.evaluate(runs[0], data=rows, metrics="numeric: 0.5, token_f1").comparisons
     assert {(c.metric, c.after.n) for c in found if c.task == "test"} == {
         *(("numeric: 0.5", 4), ("token_f1", 4), ("loss", 4)),
     }
-    scores = tunesmith.evaluate_full(tiny_folder, data=rows, metrics=["chrf"]).scores
+    scores = tunesmith.evaluate(tiny_folder, data=rows, metrics=["chrf"]).scores
     assert {score.metric for score in scores} == {"chrf", "loss"}
     alone = shutil.copytree(
         runs[0] / "adapter", tmp_path / "alone"
     )  # in bf16: no run says otherwise
-    (_, loss) = tunesmith.evaluate(alone, data=rows, metrics=["chrf"])
+    (_, loss) = tunesmith.evaluate(alone, data=rows, metrics=["chrf"]).comparisons
     base = next(score for score in scores if score.metric == "loss")
     assert (loss.before.value, loss.before.low) == pytest.approx((base.value, base.low), rel=1e-5)
     assert loss.difference == pytest.approx(
@@ -247,7 +247,7 @@ def test_eval_measures_other_rows_and_other_models(
     with pytest.raises(InputError, match=r"bad\.jsonl:3: the last turn is `user`"):
         tunesmith.evaluate(runs[0], data=bad)
     with pytest.raises(InputError, match="nothing says what to measure it on"):
-        tunesmith.evaluate_full(tiny_folder)
+        tunesmith.evaluate(tiny_folder)
 
 
 def test_a_run_that_trained_all_weights_is_measured_again_and_asked(
@@ -260,7 +260,7 @@ def test_a_run_that_trained_all_weights_is_measured_again_and_asked(
         (one["task"], one["metric"]): one["difference"]
         for one in read_json(path / "record.json")["comparisons"]
     }
-    again = measures(tunesmith.evaluate_full(path))
+    again = measures(tunesmith.evaluate(path))
     assert again.keys() == first.keys()
     assert again == pytest.approx(first, abs=1e-6)
     assert any(abs(difference) > 1e-4 for difference in again.values())

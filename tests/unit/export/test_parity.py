@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_export import CHATML, job_of, save_model, save_run
 from tiny_runs import chat, recipe, write_rows
-from tunesmith.cli.views.tables import render_export
+from tunesmith.cli.views.export import render_export
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.export.export import export_run
 from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path
@@ -257,7 +257,7 @@ def test_what_is_said_when_all_is_wrong(
     assert "please report this" in refusal.value.fix
     with pytest.raises(GateError) as refusal:
         refuse_mismatch(form.tolerance, replace(parity, same_prompts=4), job, form.reload(job))
-    assert "small changes are lost where weights are rounded" in refusal.value.fix
+    assert "rounding weights to 16 bits loses small changes" in refusal.value.fix
 
 
 def test_an_export_that_loses_much_of_what_training_changed_says_so(

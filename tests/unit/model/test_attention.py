@@ -131,8 +131,8 @@ def test_equals_reference_in_fp64(
             run(attention, inputs, layout, rule),
             run(reference_attention, inputs, layout, rule),
         )
-        for one, other in zip(ours, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        for actual, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
 def test_reference_is_softmax_written_out() -> None:
@@ -157,14 +157,16 @@ def test_documents_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtyp
     zero."""
     layout = layout_of((70, 20, 20, 1))
     q, k, v, dout = random_inputs(layout.num_tokens, (4, 2, 64), dtype)
-    own = torch.zeros(layout.num_tokens, dtype=torch.bool)
-    own[70:90] = True
-    other_q, other_k, other_v = (torch.where(own[:, None, None], x, -x) for x in (q, k, v))
-    out, *gradients = run(BACKENDS[name], (q, k, v, dout * own[:, None, None]), layout, rule)
-    assert torch.equal(BACKENDS[name](other_q, other_k, other_v, layout, rule)[own], out[own])
+    is_inside = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    is_inside[70:90] = True
+    other_q, other_k, other_v = (torch.where(is_inside[:, None, None], x, -x) for x in (q, k, v))
+    out, *gradients = run(BACKENDS[name], (q, k, v, dout * is_inside[:, None, None]), layout, rule)
+    assert torch.equal(
+        BACKENDS[name](other_q, other_k, other_v, layout, rule)[is_inside], out[is_inside]
+    )
     for gradient in gradients:
-        assert not gradient[~own].any()
-    assert gradients[2][own].any()
+        assert not gradient[~is_inside].any()
+    assert gradients[2][is_inside].any()
 
 
 def test_reference_of_a_forest_is_each_document_alone() -> None:
@@ -191,8 +193,8 @@ def test_reference_of_a_forest_is_each_document_alone() -> None:
         for total, part in zip(summed, parts, strict=True):
             total.index_add_(0, rows, part)
         seen[rows] = 1
-    for one, other in zip(gradients, summed, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for actual, other in zip(gradients, summed, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -203,14 +205,16 @@ def test_branches_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype
     gradients."""
     layout = PackLayout((0, 37, 60, 90), (37, 23, 30, 12), (-1, 0, 0, -1))
     q, k, v, dout = random_inputs(layout.num_tokens, (4, 2, 64), dtype)
-    own = torch.zeros(layout.num_tokens, dtype=torch.bool)
-    own[60:90] = True
-    sees = own.clone()
+    is_inside = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    is_inside[60:90] = True
+    sees = is_inside.clone()
     sees[:37] = True
     other_q, other_k, other_v = (torch.where(sees[:, None, None], x, -x) for x in (q, k, v))
-    out, *gradients = run(BACKENDS[name], (q, k, v, dout * own[:, None, None]), layout, rule)
-    assert torch.equal(BACKENDS[name](other_q, other_k, other_v, layout, rule)[own], out[own])
-    assert not gradients[0][~own].any()
+    out, *gradients = run(BACKENDS[name], (q, k, v, dout * is_inside[:, None, None]), layout, rule)
+    assert torch.equal(
+        BACKENDS[name](other_q, other_k, other_v, layout, rule)[is_inside], out[is_inside]
+    )
+    assert not gradients[0][~is_inside].any()
     for gradient in gradients:
         assert not gradient[~sees].any()
     assert gradients[2][:37].any() == (rule.window is None or rule.window > 1)
@@ -238,8 +242,8 @@ def test_kernel_is_as_near_the_truth_as_torch(
         inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)
         exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
         ours = run(BACKENDS["cpu_kernel"], inputs, layout, rule)
-        for name, one, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
-            assert relative_error(one, truth) < 4e-3, (name, layout)
+        for name, actual, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
+            assert relative_error(actual, truth) < 4e-3, (name, layout)
 
 
 @needs_kernel
@@ -250,8 +254,8 @@ def test_kernel_keeps_large_scores_apart() -> None:
     rule = AttentionConfig(scale=20.0)
     exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
     ours = run(BACKENDS["cpu_kernel"], inputs, layout, rule)
-    for one, truth in zip(ours[:1] + ours[3:], exact[:1] + exact[3:], strict=True):
-        assert relative_error(one, truth) < 4e-3
+    for actual, truth in zip(ours[:1] + ours[3:], exact[:1] + exact[3:], strict=True):
+        assert relative_error(actual, truth) < 4e-3
 
 
 @needs_kernel
@@ -262,15 +266,15 @@ def test_kernel_does_not_depend_on_its_neighbours_or_threads() -> None:
     )
     together = run(BACKENDS["cpu_kernel"], inputs, layout_of((130, 41, 9)), rule)
     alone = run(BACKENDS["cpu_kernel"], tuple(x[130:171] for x in inputs), layout_of((41,)), rule)
-    for one, other in zip(together, alone, strict=True):
-        assert torch.equal(one[130:171], other)
+    for actual, other in zip(together, alone, strict=True):
+        assert torch.equal(actual[130:171], other)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         again = run(BACKENDS["cpu_kernel"], inputs, layout_of((130, 41, 9)), rule)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(one, other) for one, other in zip(together, again, strict=True))
+    assert all(torch.equal(actual, other) for actual, other in zip(together, again, strict=True))
 
 
 @needs_kernel
@@ -315,8 +319,8 @@ def test_attend_turns_by_the_angles(backend: str, heads: tuple[int, int, int]) -
 
     exact = run(turning, tuple(x.double() for x in inputs), layout, rule)
     ours = run(turning, inputs, layout, rule)
-    for name, one, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
-        assert relative_error(one, truth) < 8e-3, name
+    for name, actual, truth in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
+        assert relative_error(actual, truth) < 8e-3, name
     assert relative_error(attend(*inputs[:3], layout, rule, backend), exact[0]) > 0.1
 
 
@@ -328,7 +332,9 @@ def test_kernel_turns_as_the_rotation_alone_does() -> None:
     alone = attend(
         ops.apply_rotary(q, *angles), ops.apply_rotary(k, *angles), v, layout, rule, "cpu_kernel"
     )
-    assert relative_error(attend(q, k, v, layout, rule, "cpu_kernel", angles), alone.double()) < 1e-4
+    assert (
+        relative_error(attend(q, k, v, layout, rule, "cpu_kernel", angles), alone.double()) < 1e-4
+    )
 
 
 # ---------------------------------------------------------------- choice and refusal
@@ -362,7 +368,7 @@ def test_stock_modules_may_not_pass_what_packs_ignore(extra: dict[str, Tensor], 
         packed_attention_forward(nn.Module(), q, q, q, mask, layout=layout_of((3,)), **extra)  # type: ignore[arg-type]
 
 
-def test_whole_numbers_are_caps_and_scales_too() -> None:
+def test_integers_are_caps_and_scales_too() -> None:
     """A config.json may say 2 for 2.0; dropping it would change the model in silence."""
     q, k, v, _ = random_inputs(6, (2, 2, 8))
     exact = reference_attention(q, k, v, layout_of((6,)), AttentionConfig(scale=1.0, softcap=2.0))
@@ -381,5 +387,5 @@ def test_cuda_backends_are_near_the_truth(name: str, rule: AttentionConfig) -> N
         inputs = random_inputs(layout.num_tokens, (4, 2, 64), torch.bfloat16)
         exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
         ours = run(BACKENDS[name], tuple(x.cuda() for x in inputs), layout, rule)
-        for one, truth in zip(ours, exact, strict=True):
-            assert relative_error(one.cpu(), truth) < 1e-2, layout
+        for actual, truth in zip(ours, exact, strict=True):
+            assert relative_error(actual.cpu(), truth) < 1e-2, layout

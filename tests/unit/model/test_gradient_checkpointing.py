@@ -46,31 +46,33 @@ def test_gradients_are_the_same_to_the_bit(
     gradient_checkpointing: str, family: str, settings: dict[str, Any]
 ) -> None:
     loss, expected = gradients(tiny_model(family, **settings))
-    again, found = gradients(tiny_model(family, **settings, gradient_checkpointing=gradient_checkpointing))
+    again, grads = gradients(
+        tiny_model(family, **settings, gradient_checkpointing=gradient_checkpointing)
+    )
     assert again == loss
-    assert {name for name in expected if not torch.equal(found[name], expected[name])} == set()
+    assert {name for name in expected if not torch.equal(grads[name], expected[name])} == set()
 
 
 @pytest.mark.parametrize("gradient_checkpointing", POLICIES)
-def test_shared_prefixes_are_still_known_when_layers_run_again(gradient_checkpointing: str) -> None:
+def test_shared_prefixes_work_when_layers_run_again(gradient_checkpointing: str) -> None:
     loss, expected = gradients(tiny_model(), share=True)
-    again, found = gradients(tiny_model(gradient_checkpointing=gradient_checkpointing), share=True)
+    again, grads = gradients(tiny_model(gradient_checkpointing=gradient_checkpointing), share=True)
     assert again == loss
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
 def saved_bytes(gradient_checkpointing: str) -> int:
     """What autograd keeps after a forward; inside of a layer that runs again it keeps nothing."""
-    model, kept = tiny_model(gradient_checkpointing=gradient_checkpointing), {}
+    model, saved = tiny_model(gradient_checkpointing=gradient_checkpointing), {}
     model.network.train()
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         one_loss(model, one_batch(tiny_documents()), 1.0)
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def test_each_policy_keeps_less() -> None:

@@ -170,7 +170,7 @@ def test_the_kernels_equal_plain_attention(
         if len(order) < len(cache.lengths):
             cache.drop_row(0)
         places = cache.begin_decode(torch.device("cpu")).tolist()
-        parts = [(row, place, place + 1) for row, place in zip(order, places, strict=True)]
+        parts = [(row, position, position + 1) for row, position in zip(order, places, strict=True)]
         out, expected = attended(parts), torch.cat([rows.expected(*part, rule) for part in parts])
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out.double(), expected, **NEAR)
@@ -190,20 +190,20 @@ def test_the_step_kernel_turns_what_it_reads() -> None:
         places, _ = (cache.begin_decode(torch.device("cpu")) for cache in caches)
         angles = angles_PD[places].cos(), angles_PD[places].sin()
         q, k, v, layout = packed(
-            [rows.part(row, place, place + 1) for row, place in enumerate(places.tolist())]
+            [rows.part(row, position, position + 1) for row, position in enumerate(places.tolist())]
         )
         q, k, v = (x.bfloat16() for x in (q, k, v))
-        one = caches[0].attend(layers[0], q, k, v, layout, rule, "cpu_kernel", angles)
+        actual = caches[0].attend(layers[0], q, k, v, layout, rule, "cpu_kernel", angles)
         other = caches[1].attend(
             layers[1], *apply_rotary_qk(q, k, angles), v, layout, rule, "cpu_kernel"
         )
-        torch.testing.assert_close(one, other, **NEAR)
+        torch.testing.assert_close(actual, other, **NEAR)
     keys, others = caches[0]._kv_buffers[layers[0]][0], caches[1]._kv_buffers[layers[1]][0]
     torch.testing.assert_close(keys, others, rtol=0.01, atol=0.01)
 
 
 @needs_kernel
-def test_the_step_kernel_writes_one_place_a_row() -> None:
+def test_the_decode_kernel_writes_a_single_position_per_row() -> None:
     rows, layer, cache = narrow_rows(3, 1, 64), nn.Module(), RaggedKVCache(3)
     cache.begin_prefill([30, 5])
     q, k, v, layout = packed([rows.part(0, 0, 30), rows.part(1, 0, 5)])

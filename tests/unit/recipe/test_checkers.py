@@ -78,21 +78,21 @@ def test_a_name_alone_is_a_checker_and_other_words_are_patterns() -> None:
     [
         (
             "appology",
-            r"never\[0\]\.check: there is no checker 'appology'; did you mean 'apology'\?",
+            r"never\[0\]\.check: unknown checker 'appology'; did you mean 'apology'\?",
         ),
         ("{check: AI self mention}", r"never\[0\]\.check: .*; did you mean 'ai-self-mention'\?"),
-        ("{check: zebra}", r"there are apology, ai-self-mention, text-outside-json\. A pattern is"),
+        ("{check: zebra}", r"use apology, ai-self-mention, text-outside-json\. A pattern is"),
         (
             "{check: apology, match: sorry}",
-            r"never\[0\]: give one of match, text, check, not match and check",
+            r"never\[0\]: set exactly one of match, text, check, not match and check",
         ),
-        ("{mode: ban}", r"never\[0\]: give one of match, text, check, not none of them"),
+        ("{mode: ban}", r"never\[0\]: set exactly one of match, text, check, not none of them"),
         ("{match: ''}", "not none of them"),
         ("[{match: 3}]", r"never\[0\]\.match: expected a text, found the number 3"),
         ("{chekc: apology}", r"never\[0\]: unknown key 'chekc'; did you mean 'check'\?"),
         (
             "[a b, {match: c, name: a b}]",
-            "never: two constraints are called 'a b': give one of them another name",
+            "never: two constraints are named 'a b': rename one",
         ),
     ],
 )
@@ -105,5 +105,5 @@ def test_a_wrong_constraint_is_refused_in_its_place(
 
 
 def test_a_constraint_in_python_is_checked_too() -> None:
-    with pytest.raises(ValidationError, match="there is no checker 'nothing'"):
+    with pytest.raises(ValidationError, match="unknown checker 'nothing'"):
         Constraint.model_validate({"check": "nothing"})

@@ -154,5 +154,5 @@ def test_the_recipe_is_valid_and_its_files_are_here() -> None:
     values = yaml.safe_load((FOLDER / "recipe.yaml").read_text("utf-8"))
     recipe = Recipe.model_validate(values)
     assert recipe.model == "smollm2-135m-instruct"
-    for key in ("data", "eval_data", "test_data", "retention_data", "schema"):
+    for key in ("data", "eval_data", "test_data", "retention_data", "response_schema"):
         assert (FOLDER / values[key]).is_file(), key

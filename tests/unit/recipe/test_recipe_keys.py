@@ -561,7 +561,7 @@ def guard(lab: Lab) -> None:
     assert probed(collapse="warn", probe_steps=2) == {0, 2}
     assert probed(collapse="warn", probe_steps=1) == {0, 1, 2, 3}
     assert probed(collapse="off", forgetting="off", probe_steps=1) == set()
-    with pytest.raises(GateError, match="no checkpoint was found good"):
+    with pytest.raises(GateError, match="there is no good checkpoint to roll back to"):
         lab.events(
             **files, learning_rate=0.5, save_steps=9, guard={"probe_steps": 1, "forgetting": "off"}
         )

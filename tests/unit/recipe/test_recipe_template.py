@@ -17,7 +17,7 @@ from tunesmith.recipe.template import build_commented_recipe, write_recipe
 def test_every_key_stands_in_it_with_its_default() -> None:
     text = build_commented_recipe(model="tiny", data="a.jsonl")
     assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n")
-    assert re.findall(r"^(?:# )?([a-z_]+): ", text, flags=re.MULTILINE) == list(KEYS.values())
+    assert re.findall(r"^(?:# )?([a-z_]+): ", text, flags=re.MULTILINE) == list(KEYS)
     assert all(len(line) < 150 for line in text.splitlines())
 
 

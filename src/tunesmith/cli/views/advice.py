@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.advise.rules.advice import Advice, Counterfactual
-from tunesmith.advise.rules.reason import TRAINING_APPROACHES, RuleResult
+from tunesmith.advise.rules.rubric import TRAINING_APPROACHES, RuleResult
 
 APPROACH_NAMES = {"cpt": "continued pretraining", "sft": "SFT", "preference": "preference training"}
 ASSUMED_VALUES = {

@@ -1,7 +1,4 @@
-"""What `tune lr` shows: a line a rate as it ends, then the table with bars, and the picture.
-
-In: the objects of tune/rates.py. Out: things that `rich` can print, and the SVG file. Programs read
-the JSON instead."""
+"""Views of `tune lr`: a line per learning rate as it ends, then the table and the SVG plot."""
 
 from __future__ import annotations
 
@@ -10,18 +7,18 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from tunesmith.advise.lr_finder import LRFinderResult, LRPoint, LRTrial
 from tunesmith.advise.lr_plot import render_bar, render_svg
 from tunesmith.cli.progress import format_interval
+from tunesmith.cli.views import make_table
 from tunesmith.core.atomic import write_file
 from tunesmith.evaluate.results import compute_score
 
 
 def report_lr_result(result: LRTrial | LRFinderResult, svg_path: Path) -> RenderableType | None:
-    """A rate is told on stderr, and the conclusion drawn into `place` and returned."""
+    """Print a trial on stderr; for the final result write the plot and return the table."""
     if isinstance(result, LRTrial):
         sys.stderr.write(f"{format_trial(result)}\n")
         return None
@@ -32,19 +29,15 @@ def report_lr_result(result: LRTrial | LRFinderResult, svg_path: Path) -> Render
 def format_trial(trial: LRTrial) -> str:
     name = f"rate {trial.learning_rate:g}" if trial.learning_rate else "before training"
     loss = "none" if trial.held_out is None else f"{compute_score(trial.held_out).value:.4f}"
-    return f"{name}: held-out loss {loss}" + (
-        f"; collapsed: {trial.collapse_reason}" if trial.collapse_reason else ""
-    )
+    collapse = f"; collapsed: {trial.collapse_reason}" if trial.collapse_reason else ""
+    return f"{name}: held-out loss {loss}{collapse}"
 
 
 def render_lr_table(result: LRFinderResult, svg_path: Path) -> RenderableType:
-    title = (
-        f"Held-out {result.metric} after {result.steps} steps, {result.rows} rows, 95% intervals"
-    )
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("rate", justify="right")
-    for column in ("loss", "loss before training / loss, as logarithms", ""):
-        table.add_column(column)
+    """Show the held-out loss per learning rate, and the one chosen."""
+    title = f"Held-out {result.metric} after {result.steps} steps, {result.rows} rows (95% CI)"
+    columns = ("rate", "loss", "log(loss before training / loss)", "")
+    table = make_table(title, *columns, numbers=("rate",))
     table.add_row("0", f"{result.base_loss:.3f}", "", Text("before training", "dim"))
     for point in result.points:
         table.add_row(
@@ -59,10 +52,9 @@ def render_lr_table(result: LRFinderResult, svg_path: Path) -> RenderableType:
             f"the model starts to collapse at {result.collapse_rate:g}; higher rates were not tried"
         )
     if result.chosen_rate is not None:
-        lines.append(
-            f"learning_rate: {result.chosen_rate:g} (the plan's was {result.planned_rate:g})"
-        )
-    return Group(table, *lines, escape(f"curve: {svg_path}"))
+        chosen = f"learning_rate: {result.chosen_rate:g}"
+        lines.append(f"{chosen} (the plan had {result.planned_rate:g})")
+    return Group(table, *lines, escape(f"plot: {svg_path}"))
 
 
 def _format_loss(point: LRPoint) -> str:

@@ -1,5 +1,6 @@
-"""The embedded example: real rows, a recipe, and general text to see what is forgotten. ORIGIN.md
-says where from."""
+"""The embedded example: real rows, a recipe, and general text that measures forgetting.
+
+ORIGIN.md says where the rows come from."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""A config of another tool as a recipe: which tool it is, what its keys become, and what is left.
+"""Translating a config of another tool into a recipe.
 
-In: the path of a YAML file of LLaMA-Factory, Axolotl or TRL, and where the recipe will stand (its
-paths are relative to that). Out: a Translation, whose values make a valid recipe. Keys that a
-config leaves out are left to our rules, not to the other tool's defaults. Left out: writing the
-recipe (init.py)."""
+In: a YAML file of LLaMA-Factory, Axolotl or TRL, and the future path of the recipe, to which its
+paths are relative. Out: a Translation with the values of a valid recipe. Keys missing in the config
+are left to our rules, not to the other tool's defaults. Left out: writing the recipe
+(template.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DATA_KEYS = ("dataset", "datasets", "pretraining_dataset", "dataset_name")
 
 @dataclass(frozen=True)
 class Translation:
-    """`values` are a recipe's; `notes` say for each key of it where its value comes from."""
+    """Recipe values, with the origin of each in `notes`."""
 
     tool: str
     reason: str
@@ -35,15 +35,13 @@ class Translation:
 
 
 def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Translation:
-    """`given` are values that win, such as a model named on the command line.
+    """Translate a config; `overrides` are recipe values from the command line.
 
-    Raises InputError with file:line when the file is not YAML, not a config of one of the tools,
-    contradicts itself, or asks for a kind of training that there is not."""
+    Raises InputError with file:line if the file is not YAML, not a config of one of the tools,
+    contradicts itself, or asks for an unsupported kind of training."""
     document = read_yaml(config)
     for key, line in document.duplicates:
-        raise InputError(
-            f"'{key}' stands here a second time", where=f"{config}:{line}", fix="keep one"
-        )
+        raise InputError(f"'{key}' is repeated", where=f"{config}:{line}", fix="keep one")
     tool, reason = detect_tool(document)
     draft = RecipeDraft(document, config, recipe, dict(document.values))
     overrides = overrides or {}
@@ -53,7 +51,8 @@ def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Tran
     TOOLS[tool][1](draft)
     skip_remaining_keys(draft)
     for key, value in overrides.items():
-        draft.values[key], draft.notes[key] = value, "as you said"
+        draft.values[key] = value
+        draft.notes[key] = "set by you"
     _drop_adapter_keys(draft)
     _validate_recipe(draft, tool)
     untranslated = sorted(draft.untranslated, key=lambda entry: not entry.is_important)
@@ -61,66 +60,50 @@ def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Tran
 
 
 def detect_tool(document: YamlMapping) -> tuple[str, str]:
-    """(tool, reason): the one that the most keys belong to. Raises InputError when that is none, or
-    two."""
+    """Return (tool, reason): the tool with the most keys. Raises InputError for none, and for a
+    tie."""
     keys = document.values.keys()
-    signatures = {
-        tool: [key for key in keys if key in signatures] for tool, (signatures, _) in TOOLS.items()
-    }
-    first, second, *_ = sorted(signatures, key=lambda tool: -len(signatures[tool]))
-    if keys and keys <= set(KEYS.values()):
+    if keys and keys <= set(KEYS):
+        fix = "run `tunesmith plan` on it"
+        raise InputError("this is already a tunesmith recipe", where=document.name, fix=fix)
+    keys_by_tool: dict[str, list[str]] = {}
+    for tool, (signature_keys, _) in TOOLS.items():
+        keys_by_tool[tool] = [key for key in keys if key in signature_keys]
+    first, second, *_ = sorted(keys_by_tool, key=lambda tool: -len(keys_by_tool[tool]))
+    if not keys_by_tool[first]:
         raise InputError(
-            "this is a recipe of tunesmith already",
-            where=document.name,
-            fix="run `tunesmith plan` on it",
-        )
-    if not signatures[first]:
-        message = f"not a config of {', '.join(TOOLS)}: none of its keys is theirs"
-        raise InputError(
-            message,
+            f"not a config of {', '.join(TOOLS)}: it has none of their keys",
             where=document.name,
             fix="`tunesmith init` without --from writes a recipe to fill in",
         )
-    if len(signatures[first]) == len(signatures[second]):
-        both = f"{first} ({', '.join(signatures[first])}) and {second} ({', '.join(signatures[second])})"
-        raise InputError(
-            f"keys of two tools, as many of each: {both}",
-            where=document.name,
-            fix="remove those of one",
-        )
-    return first, f"it has {', '.join(signatures[first][:4])}"
+    if len(keys_by_tool[first]) == len(keys_by_tool[second]):
+        names = [f"{tool} ({', '.join(keys_by_tool[tool])})" for tool in (first, second)]
+        message = f"equally many keys of two tools: {' and '.join(names)}"
+        raise InputError(message, where=document.name, fix="remove those of one tool")
+    return first, f"it has {', '.join(keys_by_tool[first][:4])}"
 
 
 def _drop_adapter_keys(draft: RecipeDraft) -> None:
-    """Their tools pass over adapter settings when all weights are trained; a recipe calls them a
-    contradiction."""
-    if draft.values.get("method") == "full":
-        for key in [
-            key
-            for key in draft.values
-            if key.startswith("lora_") or key in ("use_rslora", "use_dora")
-        ]:
+    """Drop adapter settings with full training: other tools ignore them, a recipe refuses them."""
+    if draft.values.get("method") != "full":
+        return
+    for key in list(draft.values):
+        if key.startswith("lora_") or key in ("use_rslora", "use_dora"):
             source = draft.notes.pop(key)
-            draft.skip_key(
-                source, draft.values.pop(key), "method: full trains no adapter", is_important=False
-            )
+            value = draft.values.pop(key)
+            draft.skip_key(source, value, "method: full trains no adapter", is_important=False)
 
 
 def _validate_recipe(draft: RecipeDraft, tool: str) -> None:
-    """The recipe has to load: what is wrong with a value is said in the words of a recipe."""
+    """Raise InputError unless the values load as a recipe."""
+    where = str(draft.config_path)
     if "data" not in draft.values:
-        raise InputError(
-            "no data set is named",
-            where=str(draft.config_path),
-            fix="name one, or give --data FILE",
-        )
+        raise InputError("no data set is named", where=where, fix="name one, or pass --data FILE")
     try:
         load_recipe(None, arguments=(draft.values,))
     except InputError as error:
-        raise InputError(
-            f"what {tool} has there is not valid here: {error.message}",
-            where=str(draft.config_path),
-        ) from None
+        message = f"a value of the {tool} config is not valid here: {error.message}"
+        raise InputError(message, where=where) from None
 
 
 TOOLS: dict[str, tuple[frozenset[str], Callable[[RecipeDraft], None]]] = {

@@ -1,9 +1,8 @@
-"""A recipe in the making: what another tool's config asked for, and what has become of each of its
-keys.
+"""A recipe being translated from another tool's config.
 
-In: the config file, and where the recipe will stand. The topics take keys from the draft and put
-values into it, or leave a key with a reason. Out: `Left` entries and plain recipe values. What a
-key means is said in the other files."""
+In: the config file, and the future path of the recipe. The importers take keys from the draft and
+set ours, or skip a key with a reason. Out: recipe values, and `UntranslatedKey` entries. Left out:
+the meaning of keys (key_map.py and a file per tool)."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class UntranslatedKey:
-    """A key of the other tool that the recipe does not have. `matters`: it may change what is
-    trained."""
+    """A key that was not translated; if `is_important`, it may change what is trained."""
 
     key: str
     value: Any
@@ -34,8 +32,9 @@ class UntranslatedKey:
 
 @dataclass
 class RecipeDraft:
-    """`given` shrinks as keys are taken; `values` and `notes` (where a value comes from) have our
-    keys."""
+    """The state of a translation: `remaining` has their keys, `values` and `notes` have ours.
+
+    A note says where the value comes from."""
 
     document: YamlMapping
     config_path: Path
@@ -46,46 +45,41 @@ class RecipeDraft:
     untranslated: list[UntranslatedKey] = field(default_factory=list[UntranslatedKey])
 
     def pop_value(self, key: str) -> Any:
-        """The value of a key, None if it is not there; YAML reads 1e-4 as a text, which is meant as
-        a number."""
+        """Take the value of a key, or None; a text such as 1e-4, to YAML no number, becomes one."""
         value = self.remaining.pop(key, None)
-        return (
-            float(value)
-            if isinstance(value, str) and NUMBER_PATTERN.fullmatch(value.strip())
-            else value
-        )
+        if isinstance(value, str) and NUMBER_PATTERN.fullmatch(value.strip()):
+            return float(value)
+        return value
 
     def pop_number(self, key: str) -> Any:
-        """A number, or None. Raises InputError with the line if it is something else, or beyond all
-        measure."""
+        """Take a number, or None. Raises InputError for anything else, and beyond MAX_NUMBER."""
         value = self.pop_value(key)
         if value is None:
             return None
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not abs(value) < MAX_NUMBER
-        ):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not abs(value) < MAX_NUMBER:
             raise self.make_error(key, f"expected a number, found {value!r}")
         return value
 
     def pop_scalar(self, key: str) -> Any:
-        """One plain value, or None. Raises InputError with the line if it is a list or a
-        mapping."""
+        """Take a plain value, or None. Raises InputError for a list or a mapping."""
         value = self.pop_value(key)
         if isinstance(value, (list, dict)):
             raise self.make_error(key, f"expected one value, found a {type(value).__name__}")
         return value
 
     def set_value(self, recipe_key: str, value: Any, source: str) -> None:
-        """Raises InputError when two of their keys want different things."""
-        if recipe_key in self.values and self.values[recipe_key] != value:
-            message = f"{source} and {self.notes[recipe_key]} contradict each other: {value} and {self.values[recipe_key]}"
+        """Set one of our keys. Raises InputError if it already has another value."""
+        earlier_value = self.values.get(recipe_key, value)
+        if earlier_value != value:
+            names = f"{source} and {self.notes[recipe_key]}"
+            message = f"{names} contradict each other: {value} and {earlier_value}"
             raise self.make_error(source, message)
-        self.values[recipe_key], self.notes[recipe_key] = value, source
+        self.values[recipe_key] = value
+        self.notes[recipe_key] = source
 
     def rename_keys(self, names: Mapping[str, str]) -> None:
-        """Keys that mean the same: theirs -> ours."""
+        """Translate keys with the same meaning, theirs -> ours."""
         for config_key, recipe_key in names.items():
             value = self.pop_value(config_key)
             if value is not None:
@@ -98,8 +92,9 @@ class RecipeDraft:
         return InputError(message, where=self.document.format_location((key,)), fix=fix)
 
     def find_path(self, text: str, *folders: Path) -> str | None:
-        """An existing file or folder as the recipe has to name it; theirs are relative to where the
-        tool was run."""
+        """Return an existing path relative to the recipe, or None.
+
+        Paths in a config are relative to where the tool was run."""
         search_dirs = (*folders, Path.cwd(), self.config_path.absolute().parent)
         for folder in search_dirs:
             path = folder / os.path.expanduser(text)
@@ -109,11 +104,9 @@ class RecipeDraft:
 
 
 def describe_format(row_format: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """A format of rows, and the columns (ours -> theirs) that have another name in the file than
-    here."""
-    renamed = {
-        column: str(config_column)
-        for column, config_column in columns.items()
-        if config_column and config_column != column
-    }
+    """Describe a row format, with the columns (ours -> theirs) whose names differ."""
+    renamed: dict[str, str] = {}
+    for column, config_column in columns.items():
+        if config_column and config_column != column:
+            renamed[column] = str(config_column)
     return {"format": row_format} | ({"columns": renamed} if renamed else {})

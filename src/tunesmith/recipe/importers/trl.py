@@ -1,42 +1,53 @@
-"""TRL: the YAML of `trl sft --config`; most of its names are Hugging Face's, which are ours."""
+"""Importer for TRL: the YAML of `trl sft --config`, whose names are mostly ours."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tunesmith.recipe.importers import common
+from tunesmith.recipe.importers import key_map
 from tunesmith.recipe.importers.draft import RecipeDraft
 
-# fmt: off
-SIGNATURE_KEYS = frozenset((
-    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "use_peft", "dtype",
-    "torch_dtype", "max_length", "assistant_only_loss", "completion_only_loss", "packing", "chat_template_path",
-    "dataset_text_field", "load_in_4bit",
-))
-# fmt: on
-SAME_KEYS = common.SAME_KEYS | {"max_length": "max_length", "max_seq_length": "max_length"}
+SIGNATURE_KEYS = frozenset(
+    [
+        "dataset_name",
+        "dataset_config",
+        "dataset_train_split",
+        "dataset_test_split",
+        "use_peft",
+        "dtype",
+        "torch_dtype",
+        "max_length",
+        "assistant_only_loss",
+        "completion_only_loss",
+        "packing",
+        "chat_template_path",
+        "dataset_text_field",
+        "load_in_4bit",
+    ]
+)
+SAME_KEYS = key_map.SAME_KEYS | {"max_length": "max_length", "max_seq_length": "max_length"}
 
 
 def translate(draft: RecipeDraft) -> None:
-    common.translate_model(draft, "model_name_or_path")
+    key_map.translate_model(draft, "model_name_or_path")
     draft.rename_keys(SAME_KEYS)
     if "max_length" in draft.values:
-        draft.set_value("overlong", "truncate", "what TRL does with rows over max_length")
+        draft.set_value("on_overlong", "truncate", "TRL truncates rows over max_length")
     adapter = draft.pop_value("use_peft")
     if adapter:
-        common.translate_lora(draft, "use_peft")
+        key_map.translate_lora(draft, "use_peft")
     else:
         draft.set_value("method", "full", "no use_peft")
-    common.translate_target_modules(draft, "lora_target_modules", all_linear_names=("all-linear",))
+    key_map.translate_target_modules(draft, "lora_target_modules", all_linear_names=("all-linear",))
     _translate_data(draft)
-    common.translate_chat_template(draft, "chat_template_path", default_names=())
-    common.translate_batch_size(draft, "per_device_train_batch_size", micro_default=8)
-    common.translate_steps(draft)
-    common.translate_schedule(draft, "lr_scheduler_type")
-    common.translate_optimizer(draft, "optim")
-    common.translate_precision(draft, "dtype", "torch_dtype")
-    common.translate_saving(draft)
-    common.translate_output_dir(draft)
+    key_map.translate_chat_template(draft, "chat_template_path", default_names=())
+    key_map.translate_batch_size(draft, "per_device_train_batch_size", micro_default=8)
+    key_map.translate_steps(draft)
+    key_map.translate_schedule(draft, "lr_scheduler_type")
+    key_map.translate_optimizer(draft, "optim")
+    key_map.translate_precision(draft, "dtype", "torch_dtype")
+    key_map.translate_saving(draft)
+    key_map.translate_output_dir(draft)
 
 
 def _translate_data(draft: RecipeDraft) -> None:
@@ -45,5 +56,5 @@ def _translate_data(draft: RecipeDraft) -> None:
         return
     path = draft.find_path(str(name))
     if path is None:
-        draft.skip_key("dataset_name", name, common.HUB_DATASET_REASON)
+        draft.skip_key("dataset_name", name, key_map.HUB_DATASET_REASON)
     draft.set_value("data", [{"path": path or f"{Path(str(name)).name}.jsonl"}], "dataset_name")

@@ -54,7 +54,7 @@ def test_llamafactory() -> None:
         "num_train_epochs": 3.0,
         "lora_r": 8,
         "max_length": 1024,
-        "overlong": "truncate",
+        "on_overlong": "truncate",
         "method": "lora",
         "lora_target_modules": ["q_proj", "v_proj"],
         "data": [
@@ -101,7 +101,7 @@ def test_axolotl() -> None:
         "method": "qlora",
         "optim": "adamw_8bit",
         "lora_target_modules": "all-linear",
-        "overlong": "truncate",
+        "on_overlong": "truncate",
         "data": [
             {"path": "data/chats.jsonl", "format": "sharegpt"},
             {"path": "instructions.jsonl", "format": "alpaca"},
@@ -133,7 +133,7 @@ def test_trl() -> None:
         "num_train_epochs": 1,
         "lora_r": 16,
         "max_length": 2048,
-        "overlong": "truncate",
+        "on_overlong": "truncate",
         "method": "lora",
         "lora_target_modules": ["q_proj", "v_proj"],
         "data": [{"path": "capybara.jsonl"}],
@@ -176,7 +176,7 @@ def test_values_given_beside_it_win() -> None:
         (["val_set_size: 0"], {}),
         (["val_set_size: 500"], {}),
         (["chat_template: tokenizer_default"], {}),
-        (["chat_template: jinja", "chat_template_jinja: t.jinja"], {"template": "t.jinja"}),
+        (["chat_template: jinja", "chat_template_jinja: t.jinja"], {"chat_template": "t.jinja"}),
         (["adapter: lora", "lora_target_modules: [q_proj]", "lora_target_linear: true"], {}),
     ],
 )
@@ -323,23 +323,23 @@ def test_without_dataset_info_the_names_stay_to_be_filled_in() -> None:
         ("- one\n", "config.yml:1", "expected a mapping"),
         ("", "config.yml", "not a config of LLaMA-Factory, Axolotl, TRL"),
         ("colour: red\n", "config.yml", "not a config of LLaMA-Factory, Axolotl, TRL"),
-        ("model: tiny\ndata: a.jsonl\n", "config.yml", "a recipe of tunesmith already"),
+        ("model: tiny\ndata: a.jsonl\n", "config.yml", "already a tunesmith recipe"),
         ("cutoff_len: 3\nmicro_batch_size: 1\n", "config.yml", "keys of two tools"),
         (
             "base_model: a\nbase_model: b\n",
             "config.yml:2",
-            "'base_model' stands here a second time",
+            "'base_model' is repeated",
         ),
-        ("datasets: [{path: a.jsonl}]\n", "config.yml", "no model is named"),
+        ("datasets: [{path: a.jsonl}]\n", "config.yml", "base_model is missing"),
         ("base_model: a\nadapter: lora\n", "config.yml", "no data set is named"),
         ("base_model: a\ndatasets: a.jsonl\n", "config.yml:2", "expected a list of mappings"),
         (
             "base_model: a\ndatasets: [{path: a}]\nrl: grpo\n",
             "config.yml:3",
-            "dpo, orpo and simpo are trained here",
+            "use dpo, orpo or simpo",
         ),
-        ("base_model: a\ndatasets: []\nreward_model: true\n", "config.yml:3", "no counterpart"),
-        ("stage: kto\ndataset: a\n", "config.yml:1", "sft, dpo and pt have a counterpart"),
+        ("base_model: a\ndatasets: []\nreward_model: true\n", "config.yml:3", "is not supported"),
+        ("stage: kto\ndataset: a\n", "config.yml:1", "use sft, dpo or pt"),
         (
             "model_name_or_path: a\nval_size: 0.1\neval_dataset: b\n",
             "config.yml:2",
@@ -377,10 +377,10 @@ def test_what_cannot_be_translated_is_refused_by_line(text: str, where: str, wha
 def test_preferences_need_their_stage() -> None:
     write_datasets(Path.cwd())
     with pytest.raises(
-        InputError, match="pairs holds preferences, which stage: dpo trains, not stage: sft"
+        InputError, match="pairs has preference pairs, which need stage: dpo, not sft"
     ):
         changed(LLAMAFACTORY, "dataset: pairs", without=["dataset"])
-    with pytest.raises(InputError, match="holds no pairs"):
+    with pytest.raises(InputError, match="has no preference pairs"):
         changed(LLAMAFACTORY, "stage: dpo", without=["stage"])
 
 
@@ -430,7 +430,7 @@ def test_continued_pretraining_counts_tokens(tool: str) -> None:
         4096,
         512,
     )
-    assert not {"batch_size", "overlong"} & found.values.keys()
+    assert not {"batch_size", "on_overlong"} & found.values.keys()
     without = changed(CONTINUED[tool], without=["cutoff_len", "sequence_len"])
     assert "batch_tokens" not in without.values
     assert "batch_size" in left(without)

@@ -32,13 +32,13 @@ lora_on_cpu: "a text\\nof two lines"
 
 WRITTEN = """\
 # yaml-language-server: $schema=recipe.schema.json
-# Translated from old.yml of Axolotl. Keys left out are decided by rules: see `tunesmith plan`.
+# Translated from old.yml of Axolotl. `tunesmith plan` shows missing keys.
 
-# What is trained
+# Model
 model: org/base                       # base_model
 method: lora                          # adapter
 
-# On what
+# Data
 data:                                 # datasets
   - {path: ../rows.jsonl, format: text, columns: {text: body}}
   - {path: chats.jsonl, format: messages}
@@ -47,16 +47,16 @@ data:                                 # datasets
 max_length: 2048                      # sequence_len
 batch_size: 8                         # micro_batch_size 2 x gradient_accumulation_steps 4, on one device
 
-# The optimizer
+# Optimizer
 learning_rate: 0.0002
 
-# Not translated, and it may matter:
-#   datasets[1].path: org/chats -> not a file here: save its rows in the file that the recipe names
-#   load_in_8bit: true -> frozen weights are kept in 16 bits, or in NF4 with method: qlora
-#   lora_on_cpu: 'a text of two lines' -> a recipe has nothing like it
+# Not translated, and may matter:
+#   datasets[1].path: org/chats -> not a local file: save its rows in the file that the recipe names
+#   load_in_8bit: true -> frozen weights are in 16 bits, or in NF4 with method: qlora
+#   lora_on_cpu: 'a text of two lines' -> a recipe has no such key
 
 # Not needed here:
-#   sample_packing, eval_sample_packing -> always on: documents are packed exactly, and never see each other
+#   sample_packing, eval_sample_packing -> always on: documents are packed without cross-document attention
 """
 
 
@@ -88,7 +88,7 @@ def test_the_recipe_has_what_the_config_sets_and_comments_for_the_rest(config: P
 
 
 def test_nothing_is_written_over_or_for_a_config_that_cannot_be_read(config: Path) -> None:
-    with pytest.raises(InputError, match="there is a file with this name already"):
+    with pytest.raises(InputError, match="the file already exists"):
         write_translated(config, config)
     assert config.read_text() == CONFIG
     config.write_text("base_model: [1\n")
@@ -110,8 +110,9 @@ def test_the_command_says_what_is_left_on_stderr_and_as_an_object(
     assert err.startswith(
         f"{config} is a config of Axolotl: it has base_model, datasets, adapter, sequence_len\n"
     )
-    assert "load_in_8bit: true -> frozen weights are kept in 16 bits" in err
-    told = json.loads(out)
-    assert {one["key"] for one in told["left"] if one["matters"]} == {"load_in_8bit", "lora_on_cpu"}
-    recipe = load_recipe(Path(told["recipe"]))
+    assert "load_in_8bit: true -> frozen weights are in 16 bits" in err
+    output = json.loads(out)
+    important = {entry["key"] for entry in output["untranslated"] if entry["is_important"]}
+    assert important == {"load_in_8bit", "lora_on_cpu"}
+    recipe = load_recipe(Path(output["recipe"]))
     assert (recipe.model, recipe.data[0].path.name) == ("tiny", "mine.jsonl")

@@ -1,8 +1,7 @@
-"""What all three tools have in common, because they stand on the same trainer: steps, schedule,
-precision, saving.
+"""Keys that LLaMA-Factory, Axolotl and TRL share, since all three build on transformers' Trainer.
 
-Each topic takes its keys from the draft and puts our values, or leaves them with a reason.
-"""
+Each function takes the keys of one topic from the draft and sets ours, or skips them with a
+reason. Keys of a single tool are in that tool's file."""
 
 from __future__ import annotations
 
@@ -10,15 +9,12 @@ from typing import Any
 
 from tunesmith.recipe.importers.draft import RecipeDraft
 
-# The names that they share with us. The rest of a tool's names stands in its own file.
-SAME_KEYS = {
-    key: key
-    for key in (
-        *("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "seed"),
-        *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
-    )
-}
-HUB_DATASET_REASON = "not a file here: save its rows in the file that the recipe names"
+SHARED_KEYS = (
+    *("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "seed"),
+    *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
+)
+SAME_KEYS = dict(zip(SHARED_KEYS, SHARED_KEYS, strict=True))
+HUB_DATASET_REASON = "not a local file: save its rows in the file that the recipe names"
 SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
@@ -26,20 +22,20 @@ SCHEDULES = {
     "constant_with_warmup": "constant",
 }
 LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo"}
+DTYPE_REASON = "supported number formats: bf16 and fp32"
 DTYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32", "float": "fp32"}
 
 
 def translate_model(draft: RecipeDraft, key: str) -> None:
-    """A folder where there is one, else the name as it is."""
+    """Translate the model: a local folder if it exists, else the name."""
     name = draft.pop_scalar(key)
     if name is None:
-        raise draft.make_error(key, f"{key} is missing: no model is named")
+        raise draft.make_error(key, f"{key} is missing")
     draft.set_value("model", draft.find_path(str(name)) or str(name), key)
 
 
 def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) -> None:
-    """LoRA, on 4-bit weights where theirs are: NF4 with double quantisation here, whatever theirs
-    is."""
+    """Translate LoRA; 4-bit weights of any kind become NF4 with double quantization."""
     if draft.remaining.get("load_in_4bit") or draft.remaining.get("quantization_bit") == 4:
         is_4bit = True
         draft.pop_value("quantization_bit")
@@ -48,68 +44,65 @@ def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) ->
         for key in ("bnb_4bit_quant_type", "quantization_type", "quantization_method"):
             value = draft.pop_scalar(key)
             if value not in (None, "nf4", "bnb", "bitsandbytes"):
-                draft.skip_key(key, value, "4-bit weights are NF4 of bitsandbytes here")
+                draft.skip_key(key, value, "4-bit weights are always NF4 of bitsandbytes")
         for key in ("double_quantization", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"):
             if draft.pop_value(key) is False:
-                draft.skip_key(
-                    key, False, "always on: the scales are quantised too", is_important=False
-                )
+                draft.skip_key(key, False, "always on", is_important=False)
     draft.set_value("method", "qlora" if is_4bit else "lora", source)
 
 
 def translate_preference(draft: RecipeDraft, loss: Any, source: str, **loss_keys: str) -> None:
-    """Training on preferences: the keys of our `loss` (`beta`, `gamma`, `nll_coefficient`) by
-    theirs, and its name."""
+    """Translate preference training; `loss_keys` map the keys of our `loss` to theirs."""
     if loss not in LOSS_NAMES:
-        raise draft.make_error(
-            source, f"{source}: {loss}: of preferences, dpo, orpo and simpo are trained here"
-        )
+        message = f"{source}: {loss} is not supported: use dpo, orpo or simpo"
+        raise draft.make_error(source, message)
     draft.set_value("stage", "preference", source)
-    loss_config, sources = {"name": LOSS_NAMES[loss]}, [source]
+    loss_config = {"name": LOSS_NAMES[loss]}
+    sources = [source]
     for recipe_key, config_key in loss_keys.items():
         value = draft.pop_value(config_key)
         if value is None:
             continue
         if recipe_key == "gamma" and loss != "simpo":
-            draft.skip_key(config_key, value, "only SimPO has a margin", is_important=False)
+            draft.skip_key(config_key, value, "only SimPO has a target margin", is_important=False)
             continue
         loss_config[recipe_key] = value
         sources.append(config_key)
-    draft.set_value(
-        "loss", loss_config if len(loss_config) > 1 else loss_config["name"], ", ".join(sources)
-    )
+    value = loss_config if len(loss_config) > 1 else loss_config["name"]
+    draft.set_value("loss", value, ", ".join(sources))
 
 
 def translate_pretraining(draft: RecipeDraft, source: str) -> None:
-    """Continued pretraining: a step counts tokens, which are theirs when their rows are packed
-    full."""
+    """Translate continued pretraining: a step of packed rows becomes a number of tokens."""
     draft.set_value("stage", "cpt", source)
-    rows, length = draft.values.pop("batch_size", None), draft.values.get("max_length")
+    rows = draft.values.pop("batch_size", None)
     note = draft.notes.pop("batch_size", "")
+    length = draft.values.get("max_length")
     if rows and length:
-        draft.set_value(
-            "batch_tokens", int(rows * length), f"{note}, each of {int(length):,} tokens"
-        )
+        tokens_note = f"{note}, {int(length):,} tokens each"
+        draft.set_value("batch_tokens", int(rows * length), tokens_note)
     elif rows:
-        draft.skip_key("batch_size", rows, "a step counts tokens here: set batch_tokens")
-    if "overlong" in draft.values:
-        del draft.values["overlong"], draft.notes["overlong"]
+        draft.skip_key("batch_size", rows, "a step counts tokens: set batch_tokens")
+    draft.values.pop("on_overlong", None)
+    draft.notes.pop("on_overlong", None)
 
 
 def translate_adapter(draft: RecipeDraft, key: str) -> None:
-    """An adapter to go on with: a folder here."""
+    """Translate the adapter to continue training, which must be a local folder."""
     name = draft.pop_scalar(key)
     if name is None:
         return
     if path := draft.find_path(str(name)):
         draft.set_value("adapter_from", path, key)
     else:
-        draft.skip_key(key, name, "there is no such folder: set adapter_from")
+        draft.skip_key(key, name, "no such folder: set adapter_from")
 
 
 def translate_new_tokens(draft: RecipeDraft, key: str, module_keys: tuple[str, ...]) -> None:
-    """Tokens to add. The matrices that other tools train whole for them, under one of the keys
-    `whole`, have their new rows trained here."""
+    """Translate new tokens.
+
+    Other tools train the full embedding and head for them, listed under `module_keys`; here their
+    new rows are trained, so those keys are not needed."""
     value = draft.pop_value(key)
     if not value:
         return
@@ -127,42 +120,43 @@ def translate_new_tokens(draft: RecipeDraft, key: str, module_keys: tuple[str, .
 
 
 def translate_eval_split(draft: RecipeDraft, key: str) -> None:
-    """A share of the rows; a number of rows has no counterpart."""
+    """Translate the held-out fraction; a number of rows has no counterpart."""
     value = draft.pop_number(key)
     if value and value < 1:
         draft.set_value("eval_split", value, key)
     elif value:
-        draft.skip_key(key, value, "a share of the rows here: set eval_split, or eval_data")
+        draft.skip_key(key, value, "must be a fraction: set eval_split, or eval_data")
 
 
 def translate_batch_size(draft: RecipeDraft, micro_key: str, micro_default: int) -> None:
-    """Rows a step: what one device takes at once, times how often it does before it updates."""
+    """Translate rows per step: micro batch size x gradient accumulation, on one device."""
     accumulation_key = "gradient_accumulation_steps"
-    micro, accumulation = draft.pop_number(micro_key), draft.pop_number(accumulation_key)
+    micro = draft.pop_number(micro_key)
+    accumulation = draft.pop_number(accumulation_key)
     if micro is None and accumulation is None:
         return
-    micro, accumulation = micro or micro_default, accumulation or 1
+    micro = micro or micro_default
+    accumulation = accumulation or 1
     source = f"{micro_key} {micro} x {accumulation_key} {accumulation}, on one device"
     draft.set_value("batch_size", int(micro * accumulation), source)
 
 
 def translate_steps(draft: RecipeDraft) -> None:
-    """`max_steps` below 1 means none. Warm-up counted in steps becomes a share when their number is
-    known."""
-    limit, warmup, ratio = (
-        draft.pop_number("max_steps"),
-        draft.pop_number("warmup_steps"),
-        draft.pop_number("warmup_ratio"),
-    )
-    if limit and limit > 0:
-        draft.set_value("max_steps", int(limit), "max_steps")
-    if warmup and warmup >= 1 and not (limit and limit > 0):
-        reason = "here a share: set warmup_ratio to this divided by the number of steps that `tunesmith plan` prints"
+    """Translate steps and warm-up; `max_steps` below 1 means none.
+
+    Warm-up in steps becomes a ratio if the number of steps is known."""
+    max_steps = draft.pop_number("max_steps") or 0
+    warmup = draft.pop_number("warmup_steps")
+    ratio = draft.pop_number("warmup_ratio")
+    if max_steps > 0:
+        draft.set_value("max_steps", int(max_steps), "max_steps")
+    if warmup and warmup >= 1 and max_steps <= 0:
+        reason = "a ratio here: set warmup_ratio to it divided by the steps of `tunesmith plan`"
         draft.skip_key("warmup_steps", warmup, reason)
     elif warmup:
-        share = warmup if warmup < 1 else warmup / limit
-        draft.set_value("warmup_ratio", round(share, 4), "warmup_steps")
-        ratio = None  # where both are given, theirs takes the steps
+        steps_ratio = warmup if warmup < 1 else warmup / max_steps
+        draft.set_value("warmup_ratio", round(steps_ratio, 4), "warmup_steps")
+        ratio = None  # with both, these tools use the steps
     if ratio is not None:
         draft.set_value("warmup_ratio", ratio, "warmup_ratio")
 
@@ -172,7 +166,7 @@ def translate_schedule(draft: RecipeDraft, key: str) -> None:
     if value in SCHEDULES:
         draft.set_value("lr_scheduler_type", SCHEDULES[value], key)
     elif value is not None:
-        draft.skip_key(key, value, "linear, cosine and constant are the schedules here")
+        draft.skip_key(key, value, "supported schedules: linear, cosine, constant")
 
 
 def translate_optimizer(draft: RecipeDraft, key: str) -> None:
@@ -182,48 +176,39 @@ def translate_optimizer(draft: RecipeDraft, key: str) -> None:
     if value in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"):
         draft.set_value("optim", "adamw_8bit", key)
     elif "adamw" in str(value):
-        draft.skip_key(key, value, "AdamW, its state in fp32", is_important=False)
+        draft.skip_key(key, value, "AdamW with fp32 moments is used", is_important=False)
     else:
-        draft.skip_key(
-            key, value, "the optimizer is AdamW; another one wants another learning rate"
-        )
+        reason = "the optimizer is AdamW; another one needs another learning rate"
+        draft.skip_key(key, value, reason)
 
 
 def translate_precision(draft: RecipeDraft, *dtype_keys: str) -> None:
-    """bf16 and fp32 are what there is. `auto` and a plain false leave it to the rule."""
-    fp16_values = {key: draft.pop_scalar(key) for key in ("fp16", "float16")}
-    dtype_values = {
-        key: draft.pop_scalar(key)
-        for key in ("bf16", "bfloat16", "pure_bf16", "float32", *dtype_keys)
-    }
-    requested = {
-        key: value for key, value in dtype_values.items() if value not in (None, False, "auto", "")
-    }
-    if (fp16_keys := [key for key, value in fp16_values.items() if value]) and requested:
-        raise draft.make_error(
-            fp16_keys[0],
-            f"{fp16_keys[0]} and {next(iter(requested))} contradict each other: keep one",
-        )
+    """Translate the number format, bf16 or fp32; `auto` and false leave it to the rule.
+
+    `dtype_keys` hold a format's name; other keys are switches."""
+    fp16_keys = [key for key in ("fp16", "float16") if draft.pop_scalar(key)]
+    requested: dict[str, Any] = {}
+    for key in ("bf16", "bfloat16", "pure_bf16", "float32", *dtype_keys):
+        value = draft.pop_scalar(key)
+        if value not in (None, False, "auto", ""):
+            requested[key] = value
+    if fp16_keys and requested:
+        names = f"{fp16_keys[0]} and {next(iter(requested))}"
+        raise draft.make_error(fp16_keys[0], f"{names} contradict each other: keep one")
     for key, value in requested.items():
-        if key in dtype_keys and value not in DTYPES:
-            draft.skip_key(key, value, "bf16 and fp32 are the number formats here")
+        name = value if key in dtype_keys else key.removeprefix("pure_")
+        if name in DTYPES:
+            draft.set_value("dtype", DTYPES[name], key)
         else:
-            draft.set_value(
-                "dtype",
-                DTYPES[value] if key in dtype_keys else DTYPES[key.removeprefix("pure_")],
-                key,
-            )
+            draft.skip_key(key, value, DTYPE_REASON)
     for key in fp16_keys:
-        draft.skip_key(key, True, "bf16 and fp32 are the number formats here")
+        draft.skip_key(key, True, DTYPE_REASON)
 
 
 def translate_saving(draft: RecipeDraft) -> None:
-    """Whole numbers of steps are the same here; shares of the run and whole epochs have no
-    counterpart."""
-    is_eval_disabled = any(
-        draft.remaining.get(key) in ("no", False)
-        for key in ("eval_strategy", "evaluation_strategy")
-    )
+    """Translate numbers of steps; fractions of the run and epochs have no counterpart."""
+    strategies = [draft.remaining.get(key) for key in ("eval_strategy", "evaluation_strategy")]
+    is_eval_disabled = any(strategy in ("no", False) for strategy in strategies)
     for key in ("save_steps", "eval_steps"):
         value = draft.pop_number(key)
         if value is None or (key == "eval_steps" and is_eval_disabled):
@@ -231,12 +216,8 @@ def translate_saving(draft: RecipeDraft) -> None:
         if value >= 1:
             draft.set_value(key, int(value), key)
         else:
-            draft.skip_key(
-                key,
-                value,
-                f"a number of steps here; {key} is decided by a rule",
-                is_important=False,
-            )
+            reason = f"must be a number of steps; {key} is decided by a rule"
+            draft.skip_key(key, value, reason, is_important=False)
     for key in (
         "save_strategy",
         "eval_strategy",
@@ -251,7 +232,7 @@ def translate_saving(draft: RecipeDraft) -> None:
 
 
 def translate_output_dir(draft: RecipeDraft) -> None:
-    """Their output folder, unless something is in it: a run folder has to be new."""
+    """Translate the output folder, unless it exists: a run folder must be new."""
     value: Any = draft.pop_scalar("output_dir")
     if value is None:
         return
@@ -266,7 +247,7 @@ def translate_output_dir(draft: RecipeDraft) -> None:
 def translate_target_modules(
     draft: RecipeDraft, key: str, *, all_linear_names: tuple[str, ...]
 ) -> None:
-    """A list, a regular expression for whole paths, or their word for all linear layers."""
+    """Translate a list, a regular expression for full paths, or their name for all linears."""
     value = draft.pop_value(key)
     if isinstance(value, str) and value not in all_linear_names:
         if set(value) & set("^$*\\|("):
@@ -274,19 +255,17 @@ def translate_target_modules(
             return
         value = [name.strip() for name in value.split(",")]
     if value:
-        draft.set_value(
-            "lora_target_modules", value if isinstance(value, list) else "all-linear", key
-        )
+        modules = value if isinstance(value, list) else "all-linear"
+        draft.set_value("lora_target_modules", modules, key)
 
 
 def translate_chat_template(draft: RecipeDraft, key: str, default_names: tuple[str, ...]) -> None:
-    """A built-in template of theirs is not ours: the model's own is used, or a .jinja file."""
+    """Translate a .jinja file; instead of the tool's built-in templates the model's is used."""
     value = draft.pop_scalar(key)
     if value is None or value in default_names:
         return
     if isinstance(value, str) and value.endswith(".jinja") and (path := draft.find_path(value)):
-        draft.set_value("template", path, key)
+        draft.set_value("chat_template", path, key)
     else:
-        draft.skip_key(
-            key, value, "the model's own chat template is used; look with `tunesmith data show`"
-        )
+        reason = "the model's own chat template is used; see `tunesmith data show`"
+        draft.skip_key(key, value, reason)

@@ -1,0 +1,170 @@
+"""Views of `plan` and `doctor`: settings, their reasons, method estimates, the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from tunesmith.cli.progress import format_single_line
+from tunesmith.cli.views import make_table
+from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import format_bytes, format_duration, format_value
+from tunesmith.core.types import Plan
+from tunesmith.plan.hardware_presets import match_preset
+from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
+from tunesmith.plan.stages import StagedPlan
+from tunesmith.session.doctor import Diagnosis, MachineCheck
+
+if TYPE_CHECKING:
+    from tunesmith.plan.method_comparison import MethodEstimate
+
+SOURCE_STYLES = {"user": "bold", "rule": "cyan", "checkpoint": "magenta"}
+SOURCE_LABELS = {"user": "user", "rule": "rule", "checkpoint": "the model's files"}
+
+
+def render_plan(plan: Plan | StagedPlan) -> RenderableType:
+    """Show every setting with its reason, then steps, time, memory and warnings, per stage."""
+    if isinstance(plan, StagedPlan):
+        parts: list[RenderableType] = []
+        for number, stage_plan in enumerate(plan.plans, start=1):
+            parts.append(f"stage {number} of {len(plan.plans)}: {stage_plan.config.stage}")
+            parts.append(render_plan(stage_plan))
+        return Group(*parts)
+    table = make_table("Plan", "setting", "value", "source", "reason")
+    for key, setting in plan.settings.items():
+        citation = f" ({setting.source})" if setting.source else ""
+        table.add_row(
+            key,
+            format_single_line(format_value(setting.value)),
+            Text(setting.decided_by, SOURCE_STYLES[setting.decided_by]),
+            escape(setting.reason + citation),
+        )
+    rows = plan.data["data"].rows if "data" in plan.data else 0
+    lines = [f"{plan.steps} steps over {rows:,} rows, {plan.tokens_per_epoch:,} tokens per epoch"]
+    if plan.disk_bytes:
+        lines[0] += f"; run folder up to {format_bytes(plan.disk_bytes)}"
+    if plan.seconds:
+        lines.append(_format_time(plan))
+    if "peak" in plan.memory_bytes:
+        lines += format_memory(plan)
+    lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
+    return Group(table, *lines)
+
+
+def _format_time(plan: Plan) -> str:
+    text = f"about {' to '.join(map(format_duration, plan.seconds))} of training"
+    if plan.total_seconds:
+        text += f" ({format_duration(plan.total_seconds)} with preflight and evaluation)"
+    return f"{text}, {escape(plan.seconds_source)}"
+
+
+def format_memory(plan: Plan) -> list[str]:
+    """Format the peak memory, its parts, the rule of thumb, and the smallest GPU that fits."""
+    peak = plan.memory_bytes["peak"]
+    method = plan.config.method or "lora"
+    text = f"memory {format_bytes(peak)} of {format_bytes(plan.machine.available_bytes)} free"
+    if match_preset(plan.machine) is not None:
+        text += f" on {plan.machine.device_name}"
+    parts = [f"{name} {format_bytes(num_bytes)}" for name, num_bytes in plan.phase_bytes.items()]
+    if parts:
+        text += f": {', '.join(parts)}"
+    lines = [text]
+    if parts:
+        multiple = compute_multiple(plan.model, peak)
+        usual = USUAL_MULTIPLES[method]
+        lines.append(f"x{multiple:.1f} of the 16-bit weights; rule of thumb for {method}: {usual}")
+    if plan.fits_on:
+        lines.append(f"[bold red]does not fit[/]: the smallest GPU that fits is {plan.fits_on}")
+    return lines
+
+
+def render_setting(plan: Plan | StagedPlan, key: str) -> RenderableType:
+    """Explain one setting, per stage. Raises InputError for a key that the plan does not have."""
+    if isinstance(plan, StagedPlan):
+        return Group(*(render_setting(stage_plan, key) for stage_plan in plan.plans))
+    setting = plan.settings.get(key.replace("-", "_"))
+    if setting is None:
+        fix = f"use one of {', '.join(plan.settings)}"
+        raise InputError(f"the plan has no setting {key!r:.80}", where="--why", fix=fix)
+    table = make_table(f"{key.replace('-', '_')}: {format_value(setting.value)}")
+    no_confidence = "n/a: set by you, measured, or a convention"
+    for name, text in (
+        ("source", SOURCE_LABELS[setting.decided_by]),
+        ("reason", setting.reason),
+        ("reference", setting.source or "-"),
+        ("common advice", setting.common_advice or "-"),
+        ("confidence", setting.confidence or no_confidence),
+    ):
+        table.add_row(Text(name, "dim"), escape(text))
+    return table
+
+
+def render_method_estimates(estimates: Sequence[MethodEstimate]) -> RenderableType:
+    """Show a column per method."""
+    methods = [estimate.method for estimate in estimates]
+    table = make_table("Methods (common advice in brackets)", "", *methods)
+    for name, format_cell in ESTIMATE_ROWS.items():
+        cells = [escape(format_cell(estimate)) for estimate in estimates]
+        table.add_row(Text(name, "dim"), *cells)
+    return table
+
+
+def _format_fit(estimate: MethodEstimate) -> str:
+    if estimate.has_enough_memory:
+        return "fits"
+    return f"does not fit; the smallest GPU that fits: {estimate.fits_on}"
+
+
+def _format_seconds(estimate: MethodEstimate) -> str:
+    if not estimate.seconds or not estimate.has_enough_memory:
+        return "-"
+    low, high = estimate.seconds
+    return f"{format_duration(low)} to {format_duration(high)}"
+
+
+ESTIMATE_ROWS: dict[str, Callable[[MethodEstimate], str]] = {
+    "memory": lambda e: f"{format_bytes(e.peak_bytes)} of {format_bytes(e.free_bytes)} free",
+    "": _format_fit,
+    "x weights": lambda e: f"x{e.multiple:.2g} ({e.usual_multiple})",
+    "learning rate": lambda e: f"{e.learning_rate:g}",
+    "trained": lambda e: f"{e.trained_parameters / 1e6:,.1f}M parameters",
+    "compute": lambda e: f"{e.flops / 1e12:,.0f} TFLOP",
+    "time": _format_seconds,
+    "speed": lambda e: f"{e.speed} ({e.usual_speed})",
+    "forgetting": lambda e: f"{e.risk} ({e.usual_risk})",
+    "deployment": lambda e: f"{e.deployment} ({e.usual_deployment})",
+    "result": lambda e: format_bytes(e.result_bytes),
+    "run folder": lambda e: f"up to {format_bytes(e.disk_bytes)}",
+}
+
+
+def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
+    """Show the machine, what was checked on it, and what fits."""
+    machine = diagnosis.machine
+    memory = f"{format_bytes(machine.available_bytes)} of {format_bytes(machine.memory_bytes)}"
+    head = (
+        f"{machine.device} {machine.device_name}: {machine.cores} cores, {memory} memory free, "
+        f"{format_bytes(machine.disk_free_bytes)} disk free"
+    )
+    table = make_table("")
+    for check in diagnosis.checks:
+        fix = "" if check.is_ok else escape(check.fix)
+        table.add_row(_format_mark(check), check.name, escape(check.value), fix)
+    parts: list[RenderableType] = [escape(head), table]
+    if model := diagnosis.model:
+        size = f"{model.parameters / 1e6:.0f}M parameters"
+        parts.append(escape(f"model {model.name}: {size} in {model.path}"))
+    for fit in diagnosis.memory_fits:
+        verdict = "[green]fits[/]" if fit.has_enough_memory else "[red]does not fit[/]"
+        parts.append(f"{fit.method}: about {format_bytes(fit.needed_bytes)}, {verdict}")
+    return Group(*parts)
+
+
+def _format_mark(check: MachineCheck) -> Text:
+    if check.is_ok:
+        return Text("ok", "green")
+    return Text("missing", "bold red" if check.is_required else "yellow")

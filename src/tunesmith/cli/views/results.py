@@ -1,0 +1,194 @@
+"""Views of results: scores, comparisons, gates, the adapter-scale trade-off, a run's record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from tunesmith.cli.progress import format_interval, format_single_line
+from tunesmith.cli.views import make_table
+from tunesmith.core.events import GenerationSample, Score
+from tunesmith.core.formatting import format_bytes
+from tunesmith.core.types import Comparison, RunRecord, ScalePoint
+from tunesmith.evaluate.scale_choice import (
+    build_commands,
+    compute_forgetting_share,
+    compute_gain_share,
+    describe_recommendation,
+    recommend_scale,
+)
+from tunesmith.evaluate.statistics import describe_evidence, judge_comparison, judge_comparisons
+
+if TYPE_CHECKING:
+    from tunesmith.evaluate.model_ref import ModelComparison
+    from tunesmith.evaluate.regression_gate import Gate
+
+NO_RESULTS_NOTE = "[yellow]no before/after[/]: the recipe has neither test_data nor retention_data"
+SCALE_COMMAND_LABELS = ("verify the recommended scale on test_data", "export it")
+METRIC_NAMES = {
+    "kl": "KL(base ‖ tuned), nats/token",
+    "top1_agreement": "top-1 agreement with base",
+}
+MAX_ANSWER_CHARS = 400
+
+
+def render_scores(scores: Sequence[Score]) -> RenderableType:
+    """Show the scores of one model."""
+    table = make_table("Scores (95% CI)", "metric", "n", "value", numbers=("n", "value"))
+    for score in scores:
+        value = format_interval(score.value, score.low, score.high)
+        table.add_row(escape(f"{score.task} {score.metric}"), str(score.n), value)
+    return table
+
+
+def render_comparisons(
+    comparisons: Sequence[Comparison], names: tuple[str, str] = ("before", "after")
+) -> RenderableType:
+    """Show two models on the same items; the last column is the verdict."""
+    columns = ("metric", "n", *names, "change", "")
+    title = f"{names[0].capitalize()} and {names[1]} (95% CI)"
+    table = make_table(title, *columns, numbers=columns[1:5])
+    verdicts = judge_comparisons(comparisons)
+    for comparison, verdict in zip(comparisons, verdicts, strict=True):
+        before = comparison.before
+        after = comparison.after
+        name = escape(f"{comparison.task} {comparison.metric}")
+        table.add_row(
+            name if comparison.higher_is_better else f"{name} (lower is better)",
+            str(after.n),
+            format_interval(before.value, before.low, before.high),
+            format_interval(after.value, after.low, after.high),
+            format_interval(comparison.difference, comparison.low, comparison.high),
+            format_verdict(comparison, verdict),
+        )
+    return table
+
+
+def format_verdict(comparison: Comparison, verdict: str = "") -> Text:
+    """Format the verdict with its evidence; by default that of the comparison alone."""
+    verdict = verdict or judge_comparison(comparison)
+    style = {"better": "bold green", "worse": "bold red"}.get(verdict, "dim")
+    evidence = describe_evidence(comparison)
+    return Text.assemble((verdict, style), f" ({evidence})" if evidence else "")
+
+
+def render_model_comparison(comparison: ModelComparison) -> RenderableType:
+    """Show two models side by side, and notes on what could not be compared."""
+    table = render_comparisons(comparison.comparisons, names=("A", "B"))
+    heads = [escape(f"A: {comparison.first}"), escape(f"B: {comparison.second}")]
+    notes = [f"[yellow]{escape(note)}[/]" for note in comparison.notes]
+    return Group(*heads, table, *notes)
+
+
+def render_gates(gates: Sequence[Gate]) -> RenderableType:
+    """Show whether each gate passed."""
+    table = make_table("Gates", "", "gate", "change")
+    for gate in gates:
+        mark = Text("passed", "green") if gate.passed else Text("failed", "bold red")
+        table.add_row(mark, escape(gate.name), escape(gate.message))
+    return table
+
+
+# ---------------------------------------------------------------- a run
+
+
+def render_run_record(record: RunRecord) -> RenderableType:
+    """Show a run's results, sample answers, token counts, and where the adapter is."""
+    parts: list[RenderableType] = [
+        render_comparisons(record.comparisons) if record.comparisons else NO_RESULTS_NOTE
+    ]
+    parts += format_kl_scores(record.kl_scores)
+    if record.scales:
+        parts.append(render_scales(record.scales))
+    parts += [_render_sample(before, after) for before, after in record.samples]
+    config = record.plan.config
+    if "rehearsal" in record.task_tokens or config.rehearsal_ratio is not None:
+        parts.append(format_rehearsal(record))
+    if record.plan.data["data"].task_rows:
+        parts.append(format_tasks(record))
+    if record.shared_tokens:
+        parts.append(format_shared_prefixes(record))
+    speed = record.tokens / max(record.train_seconds, 1e-9)
+    predicted = record.plan.memory_bytes["peak"] / 1e9
+    memory = f"peak {format_bytes(record.peak_bytes)} ({predicted:.1f} predicted)"
+    parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, {memory}")
+    parts.append(f"adapter: {escape(record.adapter)}")
+    commands = build_commands(record.scales, str(Path(record.adapter).parent))
+    for label, command in zip(SCALE_COMMAND_LABELS, commands, strict=False):
+        parts.append(f"{label}: {escape(command)}")
+    return Group(*parts)
+
+
+def _render_sample(before: GenerationSample, after: GenerationSample) -> RenderableType:
+    table = make_table(format_single_line(before.id))
+    if after.expected:
+        table.add_row(Text("expected", "dim"), _format_answer(after.expected))
+    table.add_row(Text("before", "dim"), _format_answer(before.answer))
+    table.add_row(Text("after", "dim"), _format_answer(after.answer))
+    return table
+
+
+def _format_answer(text: str) -> str:
+    return format_single_line(text, MAX_ANSWER_CHARS)
+
+
+def format_rehearsal(record: RunRecord) -> str:
+    """Format the rehearsed share of all tokens, with the planned share."""
+    tokens = record.task_tokens.get("rehearsal", 0)
+    share = tokens / max(1, record.tokens)
+    text = f"rehearsal: {tokens:,} of {record.tokens:,} tokens, {share:.1%}"
+    config = record.plan.config
+    if config.rehearsal_ratio is None:  # of an earlier stage
+        return text
+    label = "planned" if config.rehearsal_margin is None else "adaptive, started at"
+    return f"{text} ({label} {config.rehearsal_ratio:.1%})"
+
+
+def format_tasks(record: RunRecord) -> str:
+    """Format the trained tokens of each task, without rehearsal."""
+    tokens = {task: record.task_tokens.get(task, 0) for task in record.plan.data["data"].task_rows}
+    total = max(1, sum(tokens.values()))
+    texts = [f"{task} {count:,} tokens ({count / total:.0%})" for task, count in tokens.items()]
+    return f"tasks: {', '.join(texts)}"
+
+
+def format_shared_prefixes(record: RunRecord) -> str:
+    """Format the tokens that prefix sharing saved."""
+    counts = f"{record.shared_tokens:,} of {record.tokens:,} tokens"
+    return f"prefix sharing saved {counts} ({record.shared_tokens / record.tokens:.1%})"
+
+
+def format_kl_scores(kl_scores: Sequence[Score]) -> list[str]:
+    """Format how far the model moved from its base, one line per score."""
+    lines: list[str] = []
+    for score in kl_scores:
+        name = escape(f"{score.task}: {METRIC_NAMES.get(score.metric, score.metric)}")
+        lines.append(f"{name} {format_interval(score.value, score.low, score.high)}")
+    return lines
+
+
+def render_scales(points: Sequence[ScalePoint]) -> RenderableType:
+    """Show gain and forgetting per adapter scale, as shares of those at scale 1."""
+    loss = points[0].eval_loss
+    columns = ("scale", f"{loss.task} {loss.metric}", "gain", "general bits/byte", "forgetting")
+    table = make_table("Adapter-scale trade-off", *columns, "", numbers=columns)
+    recommended = recommend_scale(points)
+    for point in points:
+        table.add_row(
+            f"{point.scale:g}",
+            f"{point.eval_loss.value:.4f}",
+            _format_share(compute_gain_share(points, point)),
+            "-" if point.general_text is None else f"{point.general_text.value:.4f}",
+            _format_share(compute_forgetting_share(points, point)),
+            Text("recommended", "bold green") if point is recommended else "",
+        )
+    return Group(table, describe_recommendation(points))
+
+
+def _format_share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

@@ -1,0 +1,97 @@
+"""Views of `plan` and `doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from plan_configs import make_config, make_settings
+from tunesmith.cli.views.plan import (
+    render_diagnosis,
+    render_method_estimates,
+    render_plan,
+    render_setting,
+)
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import PlanValue
+from tunesmith.plan.method_comparison import estimate_method
+from tunesmith.session.doctor import Diagnosis, MachineCheck, MemoryFit
+from view_samples import MACHINE, MODEL, PLAN, render_text
+
+
+def test_a_plan_shows_each_value_who_decided_and_why() -> None:
+    text = render_text(render_plan(PLAN))
+    lines = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.strip()}
+    assert lines["learning_rate"] == "learning_rate 0.0001 user set in the recipe"
+    assert lines["lora_r"] == "lora_r 16 rule small data [see] (LoRA Without Regret)"
+    assert lines["75"] == "75 steps over 1,200 rows, 90,000 tokens per epoch"
+    assert lines["memory"] == "memory 1.9 GB of 8.6 GB free"
+    assert lines["warning"] == "warning few rows"
+
+
+def test_a_narrow_terminal_loses_no_word_of_the_plan() -> None:
+    text = render_text(render_plan(PLAN), width=60)
+    assert all(len(line) <= 60 for line in text.splitlines())
+    for word in ("learning_rate", "0.0001", "Without", "Regret)"):
+        assert word in text
+
+
+def test_a_setting_is_explained_in_full() -> None:
+    value = PlanValue(1e-4, "rule", "because [so]", "a paper", "published", "1e-5: differs")
+    config, reasons = make_settings(learning_rate=value)
+    plan = dataclasses.replace(PLAN, config=config, reasons=reasons)
+    text = render_text(render_setting(plan, "learning-rate"))
+    for part in (
+        "learning_rate: 0.0001",
+        "rule",
+        "because [so]",
+        "a paper",
+        "1e-5: differs",
+        "published",
+    ):
+        assert part in text
+    assert "n/a: set by you" in render_text(render_setting(PLAN, "dtype"))
+    with pytest.raises(InputError, match="the plan has no setting 'lora_z'") as refusal:
+        render_setting(PLAN, "lora_z")
+    assert "lora_r" in refusal.value.fix
+
+
+def test_a_plan_that_does_not_fit_says_where_it_would() -> None:
+    plan = dataclasses.replace(PLAN, phase_bytes={"step": 10**9}, fits_on="h100 (80.0 GB)")
+    text = " ".join(render_text(render_plan(plan)).split())
+    assert "memory 1.9 GB of 8.6 GB free: step 1.0 GB" in text
+    assert "x7.0 of the 16-bit weights; rule of thumb for lora: x1.5" in text
+    assert "does not fit: the smallest GPU that fits is h100 (80.0 GB)" in text
+
+
+def test_methods_are_shown_side_by_side() -> None:
+    plan = dataclasses.replace(
+        PLAN,
+        config=make_config(method="full", learning_rate=1e-4, batch_size=16),
+    )
+    estimate = estimate_method(plan)
+    slow = dataclasses.replace(
+        estimate, seconds=(59.4, 18_420.0), fits_on="b200", has_enough_memory=False
+    )
+    table = render_text(render_method_estimates([estimate, slow]))
+    assert "x7 (x4 to x12)" in table
+    assert "the smallest GPU that fits: b200" in " ".join(table.split())
+    fast = dataclasses.replace(estimate, seconds=(59.4, 18_420.0))
+    assert "59 s to 5:07 h" in render_text(render_method_estimates([fast]))
+
+
+def test_a_diagnosis_shows_what_is_missing_and_what_fits() -> None:
+    checks = (
+        MachineCheck("compiler", False, "none [cc]", is_required=False, fix="install gcc"),
+        MachineCheck("torch", True, "2.13"),
+    )
+    text = render_text(
+        render_diagnosis(
+            Diagnosis(MACHINE, checks, Path("/c"), MODEL, (MemoryFit("full", 3 * 10**9, False),))
+        )
+    )
+    assert "missing  compiler  none [cc]  install gcc" in text
+    assert "135M parameters in /m" in text
+    assert "full: about 3.0 GB, does not fit" in text

@@ -1,0 +1,118 @@
+"""Views of results: what they contain, and what may be concluded from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rich.text import Text
+
+import fake_runs
+from tunesmith.cli.views.results import (
+    format_kl_scores,
+    format_verdict,
+    render_comparisons,
+    render_run_record,
+    render_scales,
+)
+from tunesmith.core.events import GenerationSample, Score
+from tunesmith.core.types import RunRecord, ScalePoint
+from tunesmith.evaluate.scale_choice import describe_recommendation
+from view_samples import BETTER, PLAN, render_text
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "higher_is_better", "text"),
+    [
+        (0.6, 0.5, 0.7, True, "better"),
+        (-0.6, -0.7, -0.5, True, "worse"),
+        (-0.6, -0.7, -0.5, False, "better"),
+        (0.6, 0.5, 0.7, False, "worse"),
+        (0.1, -0.1, 0.3, True, "no difference shown"),
+        (0.0, 0.0, 0.0, True, "no difference shown"),
+        (0.1, 0.0, 0.3, True, "no difference shown"),
+    ],
+)
+def test_only_an_interval_without_zero_is_a_result(
+    difference: float, low: float, high: float, higher_is_better: bool, text: str
+) -> None:
+    comparison = replace(
+        BETTER, difference=difference, low=low, high=high, higher_is_better=higher_is_better
+    )
+    assert format_verdict(comparison).plain == text
+
+
+def test_before_and_after_carry_their_intervals() -> None:
+    line = " ".join(render_text(render_comparisons([BETTER])).splitlines()[2].split())
+    assert (
+        line
+        == "test field_f1 200 0.200 [0.150, 0.250] 0.800 [0.750, 0.850] 0.600 [0.500, 0.700] better"
+    )
+
+
+def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
+    before, after = (
+        GenerationSample(0, "a:1", "Q", "I am an [AI]"),
+        GenerationSample(75, "a:1", "Q", '{"a": 1}', expected='{"a": 1}'),
+    )
+    record = RunRecord(
+        "0.1.0", PLAN, (), (BETTER,), 75, 9000, 10.0, 10**9, "runs/x/adapter", ((before, after),)
+    )
+    text = render_text(render_run_record(record))
+    assert "before    I am an [AI]" in text
+    assert 'after     {"a": 1}' in text
+    assert "75 steps, 900 tokens/s, peak 1.0 GB (1.9 predicted)" in text
+    assert "prefix sharing" not in text
+    assert "adapter: runs/x/adapter" in text
+    shared = render_text(render_run_record(replace(record, shared_tokens=1800)))
+    assert "prefix sharing saved 1,800 of 9,000 tokens (20.0%)" in shared
+    assert "--scale" not in shared
+    scales = fake_runs.make_scales(fake_runs.CHEAPER)
+    scaled = render_text(render_run_record(replace(record, scales=scales)))
+    verify_command = "tunesmith compare runs/x@0.25 runs/x"
+    assert f"verify the recommended scale on test_data: {verify_command}" in scaled
+    assert "export it: tunesmith export runs/x --to peft --scale 0.25" in scaled
+
+
+def test_a_record_without_results_says_so_instead_of_an_empty_table() -> None:
+    text = render_text(
+        render_run_record(
+            RunRecord("0.1.0", PLAN, (), (), 6, 9000, 10.0, 10**9, "runs/x/adapter", ())
+        )
+    )
+    assert text.startswith("no before/after: the recipe has neither test_data nor retention_data")
+    assert "metric" not in text.splitlines()[1]
+
+
+def make_task_score(task: str, metric: str, value: float) -> Score:
+    return Score(task, metric, value, value - 0.05, value + 0.05, 20, 9)
+
+
+def test_a_kl_divergence_names_its_unit() -> None:
+    (line,) = format_kl_scores([make_task_score("general text", "kl", 0.021)])
+    assert Text.from_markup(line).plain == (
+        "general text: KL(base ‖ tuned), nats/token 0.021 [-0.029, 0.071]"
+    )
+
+
+@pytest.mark.parametrize("has_general_text", [True, False])
+def test_the_recommended_scale_is_marked(has_general_text: bool) -> None:
+    losses = (2.0, 1.5, 1.2, 1.04, 1.0)
+    bits = (0.8, 0.81, 0.82, 0.84, 0.9)
+    points = [
+        ScalePoint(
+            index / 4,
+            make_task_score("eval", "loss", losses[index]),
+            make_task_score("general text", "bits_per_byte", bits[index])
+            if has_general_text
+            else None,
+        )
+        for index in range(5)
+    ]
+    lines = render_text(render_scales(points)).splitlines()
+    row = next(line.split() for line in lines if line.startswith(" 0.75"))
+    assert lines[0].strip() == "Adapter-scale trade-off"
+    assert row[:3] == ["0.75", "1.0400", "96%"]
+    assert row[3:] == (["0.8400", "40%", "recommended"] if has_general_text else ["-", "-"])
+    assert lines[-1] == describe_recommendation(points)
+    assert lines[-1].startswith("scale 0.75 " if has_general_text else "scale 1 ")
