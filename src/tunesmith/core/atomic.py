@@ -1,12 +1,12 @@
-"""Files and folders that appear whole or not at all, also when the process is killed or the disk
-fills up.
+"""Write files and folders atomically, also if the process is killed or the disk is full.
 
-    write_file(path, bytes)                       temporary file, fsync, replace, fsync of the folder
-    with new_folder(path, facts={}) as folder:    the same for a folder, sealed with a manifest of sizes and sha256
-    damage(path) -> ""                            what is wrong with a sealed folder, the manifest itself included
+    write_file(path, bytes)     temporary file, fsync, replace, fsync of the folder
+    with atomic_dir(path, metadata={}) as folder:   the same for a folder, with a manifest
+    verify_dir(path) -> ""      the problem of a folder, by the sizes and hashes in its manifest
 
-Everything is written beside its target, so that the last step is a rename within one file system.
-What the operating system refuses becomes a MachineError that says how much room is needed."""
+Everything is written next to its target, so that the last step is a rename within one file system.
+An OSError becomes a MachineError that says how much disk space is needed.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json
 
 MANIFEST, HASH_KEY = "manifest.json", "sha256"
-TEMP_PREFIX, TRASH_PREFIX = (
-    ".tmp-",
-    ".trash-",
-)  # a name that starts so is left over from a killed process
+# names that a killed process leaves behind
+TEMP_PREFIX, TRASH_PREFIX = ".tmp-", ".trash-"
 
 
 def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically. Raises MachineError if the disk refuses."""
     temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
     with disk_errors(path, len(content)):
         try:
@@ -47,12 +47,11 @@ def write_file(path: Path, content: bytes) -> None:
 def atomic_dir(
     path: Path, *, metadata: Json, needed_bytes: int = 0, key: str = "output_dir"
 ) -> Generator[Path]:
-    """Fill the yielded folder; on leaving it is sealed with a manifest (`facts` and its files) and
-    takes its name.
+    """Yield a folder to fill, which is then sealed with a manifest and renamed to `path`.
 
-    A folder that has the name already is replaced. On any error the new one vanishes and the old
-    one stays. `needed_bytes`, if known, is checked against the free room first. `key`: how the user
-    chose the place."""
+    An existing folder is replaced. On any error the new folder is removed and the old one stays.
+    `needed_bytes`, if known, is checked against the free disk space first; `key` is the setting
+    that chose the path. Raises MachineError if the disk refuses."""
     temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
     with disk_errors(path, needed_bytes, key):
         make_dirs(path.parent)
@@ -67,8 +66,8 @@ def atomic_dir(
 
 
 def verify_dir(folder: Path, *, should_hash: bool = True) -> str:
-    """What is wrong with a sealed folder, empty if nothing is. Without `hashes` only sizes are
-    compared."""
+    """Return the problem of a sealed folder, "" if there is none. Without `should_hash` only sizes
+    are compared."""
     try:
         files = read_manifest(folder)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -81,26 +80,25 @@ def verify_dir(folder: Path, *, should_hash: bool = True) -> str:
         if file.stat().st_size != num_bytes:
             return f"{name} has {file.stat().st_size} bytes instead of {num_bytes}"
         if should_hash and hash_file(file) != sha256:
-            return f"{name} was changed: its sha256 is not the one it was written with"
+            return f"{name} was changed: its sha256 differs from the manifest"
     return ""
 
 
 def read_manifest(folder: Path) -> Json:
-    """The facts and files that a folder was sealed with. Raises InputError unless every byte of it
-    is as written."""
+    """Return the metadata and files of a sealed folder. Raises InputError unless the manifest is
+    exactly as written."""
     try:
         content = (folder / MANIFEST).read_bytes()
         sealed = {key: value for key, value in json.loads(content).items() if key != HASH_KEY}
         if _encode_manifest(sealed) == content:
             return sealed
     except (OSError, ValueError, AttributeError, RecursionError):
-        pass  # said below
+        pass
     raise InputError("missing or broken", where=str(folder / MANIFEST))
 
 
 def make_dirs(path: Path) -> None:
-    """The folder and those above it, where they are missing; each new name is forced to the
-    disk."""
+    """Create a folder and its missing parents, each forced to the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -108,14 +106,14 @@ def make_dirs(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Renamed first, so that no half-removed folder keeps its name."""
+    """Remove a folder; it is renamed first, so that a half-removed one never has its name."""
     trash = folder.parent / _make_temp_name(TRASH_PREFIX, folder.name)
     os.rename(folder, trash)
     shutil.rmtree(trash)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What killed processes left. Only for the one process that may write in `folder`."""
+    """Remove what killed processes left. Only for the process that may write in `folder`."""
     for leftover in folder.glob(".t*"):
         if leftover.name.startswith((TEMP_PREFIX, TRASH_PREFIX)):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -127,7 +125,7 @@ def hash_file(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file or the entries of a folder to the disk."""
+    """Force a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -135,7 +133,7 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---------------------------------------------------------------- room
+# ---------------------------------------------------------------- disk space
 
 
 def require_disk_space(folder: Path, needed_bytes: int, key: str = "output_dir") -> None:
@@ -146,7 +144,7 @@ def require_disk_space(folder: Path, needed_bytes: int, key: str = "output_dir")
 
 @contextmanager
 def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> Generator[None]:
-    """Turns what the operating system refuses into a MachineError."""
+    """Turn an OSError into a MachineError."""
     try:
         yield
     except OSError as error:
@@ -155,7 +153,7 @@ def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> G
             raise _make_disk_full_error(
                 path, needed_bytes, shutil.disk_usage(nearest).free, key
             ) from error
-        fix = f"choose another {key}, or give yourself the right to write there"
+        fix = f"choose another {key}, or make it writable"
         raise MachineError(
             f"cannot be written: {error.strerror or error}", where=str(path), fix=fix
         ) from error
@@ -163,18 +161,12 @@ def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> G
 
 def _make_disk_full_error(path: Path, needed_bytes: int, free_bytes: int, key: str) -> MachineError:
     needed = f"{format_bytes(needed_bytes)} ({needed_bytes} bytes)" if needed_bytes else "more"
-    message = f"no room on the disk: {needed} needed, {format_bytes(free_bytes)} ({free_bytes} bytes) free"
+    free = f"{format_bytes(free_bytes)} ({free_bytes} bytes)"
     return MachineError(
-        message, where=str(path), fix=f"free some room, or set {key} to another disk"
+        f"no space left on the disk: {needed} needed, {free} free",
+        where=str(path),
+        fix=f"free some disk space, or set {key} to another disk",
     )
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Bytes for people: 1.9 GB."""
-    for unit, unit_bytes in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= unit_bytes:
-            return f"{num_bytes / unit_bytes:.1f} {unit}"
-    return f"{num_bytes:.0f} bytes"
 
 
 # ---------------------------------------------------------------- steps
@@ -206,7 +198,7 @@ def _seal(folder: Path, metadata: Json) -> None:
 
 
 def _encode_manifest(sealed: Json) -> bytes:
-    """With a hash over the rest, so that a changed manifest shows like a changed file."""
+    """Encode a manifest with a hash of its content, so that changes to it are detected, too."""
     return dump_json({**sealed, HASH_KEY: hashlib.sha256(dump_json(sealed)).hexdigest()}, indent=2)
 
 

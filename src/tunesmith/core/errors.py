@@ -1,19 +1,19 @@
-"""What can go wrong, and with which exit code.
+"""The errors of tunesmith and their exit codes.
 
     TunesmithError
     |- InputError      2   the user's input: recipe, data, model folder
     |- MachineError    3   the machine: memory, disk, permissions, network
-    |- GateError       4   a gate said no: preflight, guard, repeated NaN, parity
+    |- GateError       4   a gate failed: preflight, guard, repeated NaN, parity
     `- Interrupted   130   stopped by a signal; the run can be resumed (143 for SIGTERM)
 
-A message says what is wrong, where (file:line, row id or recipe key) and what to do about it.
+An error says what is wrong, where (file:line, row id or recipe key) and what to do about it.
 """
 
 from __future__ import annotations
 
 
 class TunesmithError(Exception):
-    """Base of everything that tunesmith raises on purpose. `fix` is the next thing to try."""
+    """Base class of the errors that tunesmith raises on purpose. `fix` is what to try next."""
 
     exit_code = 1
 

@@ -1,7 +1,9 @@
-"""Values as people read them, in the terminal and on pages. In: a value. Out: a few words."""
+"""Values as people read them, in the terminal and on pages."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, cast
 
 from tunesmith.core.types import Finding, Json
@@ -9,16 +11,38 @@ from tunesmith.core.types import Finding, Json
 MAX_ROW_IDS = 5
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Format bytes in powers of 1000: 1.9 GB."""
+    for unit, unit_bytes in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= unit_bytes:
+            return f"{num_bytes / unit_bytes:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Format a number with its noun: 1 row, 2,000 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_duration(seconds: float) -> str:
-    """4 s, 3:20 min, 5:07 h."""
+    """Format a time: 4 s, 3:20 min, 5:07 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    large, small = divmod(round(seconds), 60) if seconds < 3600 else divmod(round(seconds / 60), 60)
-    return f"{large}:{small:02d} {'min' if seconds < 3600 else 'h'}"
+    if seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes}:{rest:02d} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}:{minutes:02d} h"
+
+
+def suggest_name(name: str, names: Iterable[str], default: str = "") -> str:
+    """Return "did you mean ...?" with the closest of `names`, or `default` if none is close."""
+    matches = get_close_matches(name, list(names), n=1)
+    return f"did you mean {matches[0]}?" if matches else default
 
 
 def format_value(value: Any) -> str:
-    """A chosen value as a recipe would hold it."""
+    """Format a setting as a recipe would hold it."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -26,17 +50,15 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict):
-        return ", ".join(
-            f"{name} {format_value(item)}" for name, item in cast("Json", value).items()
-        )
+        items = cast("Json", value).items()
+        return ", ".join(f"{name} {format_value(item)}" for name, item in items)
     if isinstance(value, (list, tuple)):
         return ", ".join(format_value(item) for item in value) or "-"
     return str(value)
 
 
 def format_rows(finding: Finding) -> str:
-    """The first rows of a finding; --json names the others."""
+    """Format the first row ids of a finding; --json has all of them."""
     remaining = len(finding.rows) - MAX_ROW_IDS
-    return ", ".join(finding.rows[:MAX_ROW_IDS]) + (
-        f" and {remaining:,} more" if remaining > 0 else ""
-    )
+    more = f" and {remaining:,} more" if remaining > 0 else ""
+    return ", ".join(finding.rows[:MAX_ROW_IDS]) + more

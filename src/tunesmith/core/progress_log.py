@@ -1,10 +1,10 @@
-"""How far something long has come, for whoever wants to know: a line of Python's own logging, now
-and then.
+"""Log the progress of long loops, for whoever listens.
 
-    for answer in watched(answers, 80, "answers"): ...        logs "answers 12 of 80" at level INFO, on `LOG`
+    for answer in log_progress(answers, 80, "answers"): ...     logs "answers: 12 of 80" at INFO
 
-Nothing is shown unless someone listens, as the command line does (progress.py). Left out: the steps
-of a training, which are events."""
+The command line shows these lines (cli/progress.py); without a handler nothing is shown. Left out:
+training steps, which are events.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 logger = logging.getLogger("tunesmith.core.progress_log")
-LOG_INTERVAL_SECONDS = 5.0  # seconds between two lines: what is shorter is not told
+LOG_INTERVAL_SECONDS = 5.0  # between two lines; shorter loops are not logged
 T = TypeVar("T")
 
 
 def log_progress(items: Iterable[T], total: int, label: str, *, num_done: int = 0) -> Iterator[T]:
-    """The same items, told as they come; `done` of `total` are there already."""
+    """Yield the items and log how many there were; `num_done` of `total` are done already."""
     last_logged = time.monotonic()
     for count, item in enumerate(items, start=num_done + 1):
         yield item

@@ -532,7 +532,7 @@ class RunRecord:
     shared_tokens: int = 0  # of `tokens`, those that were computed in another document
     input_changes: tuple[
         str, ...
-    ] = ()  # what had changed when the run was resumed with --allow-drift: field: was -> is
+    ] = ()  # what had changed when the run was resumed with --allow-changes: field: was -> is
     kl_scores: tuple[
         Score, ...
     ] = ()  # how far from the model before: KL(before || after) in nats, top-1 agreement

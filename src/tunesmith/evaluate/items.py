@@ -14,14 +14,14 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Plan
 from tunesmith.data.hashing import hash_text
 from tunesmith.data.readers.sources import open_source
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 from tunesmith.evaluate.custom_metric import refuse_code
 from tunesmith.evaluate.general_text import GeneralText, read_texts, sample_texts
 from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts, check_prompts
 from tunesmith.evaluate.metrics import MULTIPLE_CHOICE
 from tunesmith.evaluate.multiple_choice import build_choices
 from tunesmith.evaluate.results import RETENTION_DATA
-from tunesmith.plan.disk import GENERAL_TEXT_TOKENS
+from tunesmith.plan.memory import GENERAL_TEXT_TOKENS
 from tunesmith.session.inputs import RunInputs
 
 # Generating 16 answers during training takes about as long as the held-out loss of 60 rows.
@@ -168,7 +168,7 @@ def _load_held_out_texts(inputs: RunInputs) -> dict[str, tuple[GeneralText, ...]
         rows = inputs.datasets[role]
         remaining_chars = MAX_HELD_OUT_CHARS
         texts: list[GeneralText] = []
-        for row in permutation(0, 0, len(rows)).tolist():
+        for row in permute_rows(0, 0, len(rows)).tolist():
             text = (rows.read_example(row).text or "")[:MAX_TEXT_CHARS]
             texts.append(GeneralText(rows.get_id(row), text, "texts"))
             remaining_chars -= len(text)
@@ -186,7 +186,7 @@ def _build_selection_prompts(plan: Plan, inputs: RunInputs) -> tuple[EvalPrompt,
     if rows is None or rows.tasks or not plan.config.metrics:
         return ()
     examples: list[Example] = []
-    for row in permutation(0, 0, len(rows)).tolist():
+    for row in permute_rows(0, 0, len(rows)).tolist():
         example, prepared = rows.render_row(row)
         if prepared.documents and (example.messages or example.prompt) and not example.negative:
             examples.append(example)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.core.atomic import atomic_dir, format_bytes, read_manifest
+from tunesmith.core.atomic import atomic_dir, read_manifest
 from tunesmith.core.errors import GateError, InputError, MachineError
+from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.types import Json, __version__
 from tunesmith.evaluate.scale_choice import MAX_SCALE

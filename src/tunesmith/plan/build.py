@@ -1,17 +1,19 @@
-"""The plan: every value that a run obeys, by whom and why, and what the run will take.
+"""Build the plan: every setting of a run with its reason, and what the run will take.
 
-In: the recipe and the facts (machine, model, data reports). Out: a Plan; nothing else may start a
-run. Pure: nothing is read or loaded here."""
+In: the recipe and the facts (machine, model, data reports). Out: a Plan, without which no run
+starts. Left out: reading and loading anything.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.formatting import format_count
 from tunesmith.core.types import (
     DataReport,
     Machine,
@@ -21,9 +23,8 @@ from tunesmith.core.types import (
     split_settings,
 )
 from tunesmith.plan.confidence import add_evidence
-from tunesmith.plan.constraints import decide_constraints
-from tunesmith.plan.disk import GENERAL_TEXT_TOKENS, count_max_checkpoints, estimate_disk_bytes
 from tunesmith.plan.guard import decide_guard
+from tunesmith.plan.memory import GENERAL_TEXT_TOKENS, count_max_checkpoints, estimate_disk_bytes
 from tunesmith.plan.memory_budget import (
     estimate_cache_tokens,
     estimate_memory,
@@ -32,15 +33,25 @@ from tunesmith.plan.memory_budget import (
 from tunesmith.plan.mixture import scale_report
 from tunesmith.plan.new_tokens import count_trained_rows, decide_new_rows
 from tunesmith.plan.rehearsal import MAX_RATIO, decide_rehearsal
-from tunesmith.plan.rules import RULES, RuleContext, SavedShareFn, assume_no_savings, rule_value
+from tunesmith.plan.rules import (
+    RULES,
+    RuleContext,
+    SavedShareFn,
+    assume_no_savings,
+    rule_value,
+    user_value,
+)
 from tunesmith.plan.rules_cpt import CPT_RULES, SMALL_CORPUS_TOKENS
-from tunesmith.recipe.fields import PairLoss
+from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.schema import KEYS, Recipe
 
+# key of the plan -> field of `loss` in the recipe
 PREFERENCE_KEYS = {
     "loss": "name",
-    **{key: key for key in PairLoss.model_fields if key != "name"},
-}  # of the plan -> of `loss`
+    "beta": "beta",
+    "gamma": "gamma",
+    "nll_coefficient": "nll_coefficient",
+}
 ADAPTER_KEYS = (
     "lora_r",
     "lora_alpha",
@@ -53,11 +64,11 @@ BITSANDBYTES_SETTINGS = (
     ("method", "qlora", "4-bit weights", "lora"),
     ("optim", "adamw_8bit", "8-bit moments", "adamw"),
 )
-MEMORY_MARGIN = 1.15  # a prediction counts as fitting when this much of it is free
-BATCH_SETTINGS = (
-    "batch_size",
-    "batch_tokens",
-)  # what a step holds: from then on the steps of a run are known
+MEMORY_MARGIN = 1.15  # a run fits if this much of its predicted memory is free
+BATCH_SETTINGS = ("batch_size", "batch_tokens")  # they fix the steps of a run
+BAN_COEFFICIENT = 1.0  # Welleck 2019 weighs unlikelihood as much as cross-entropy
+MIN_STEPS = 100  # fewer make results depend on learning rate and seed
+MIN_TEST_ROWS = 20
 
 
 def build_plan(
@@ -71,9 +82,11 @@ def build_plan(
     fixed: Mapping[str, PlanValue] | None = None,
     saved_share: SavedShareFn = assume_no_savings,
 ) -> Plan:
-    """`fixed`: what an adapter to go on with, a mixture or the tokenizer has decided already.
-    `saved_share`: of the tokens, when documents share prefixes, by batch_size and pack_length.
-    InputError: an impossible wish; MachineError: no room."""
+    """Build the plan of a recipe.
+
+    `fixed` are settings that a given adapter, a mixture or the tokenizer has already decided.
+    `saved_share` returns the fraction of tokens that prefix sharing saves, by batch_size and
+    pack_length. Raises InputError for settings that contradict each other or the model."""
     recipe_values = _collect_recipe_values(recipe)
     fixed = fixed or {}
     epoch_report = scale_report(data["data"], fixed.get("mixture"))
@@ -92,11 +105,13 @@ def build_plan(
     )
     _apply_rules(context, recipe_values, fixed)
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
-    settings |= decide_constraints(recipe.never, data["data"])
+    settings |= _decide_constraints(recipe.never, data["data"])
     settings |= decide_guard(recipe.guard, context)
     settings |= decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
     settings |= decide_new_rows(settings.get("add_tokens"), context)
-    settings["gradient_checkpointing"] = _decide_activations(context, recipe_values["gradient_checkpointing"])
+    settings["gradient_checkpointing"] = _decide_checkpointing(
+        context, recipe.gradient_checkpointing
+    )
     settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
     _check_lengths(context)
     _check_libraries(context)
@@ -136,51 +151,71 @@ def _apply_rules(
         elif recipe_value == "auto":
             settings[key] = apply_rule(context)
         else:
-            settings[key] = PlanValue(recipe_value, "user", "set in the recipe")
+            settings[key] = user_value(recipe_value)
         if key in BATCH_SETTINGS and (extended := context.extend_epochs()):
             settings["num_train_epochs"] = extended
 
 
 def _collect_recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """By the keys of the plan: those of the recipe, and of its `loss` each by itself."""
-    recipe_values = {key: getattr(recipe, key) for key in KEYS}
-    return recipe_values | {
-        key: getattr(recipe.loss, name) for key, name in PREFERENCE_KEYS.items()
-    }
+    """Return the values of the recipe by the keys of the plan; those of `loss` are keys, too."""
+    values = {key: getattr(recipe, key) for key in KEYS}
+    for key, name in PREFERENCE_KEYS.items():
+        values[key] = getattr(recipe.loss, name)
+    return values
+
+
+# settings without a rule, and their reasons
+REASONS = {
+    "chat_template": "the model's own chat template, unless the recipe names one",
+    "on_overlong": "what happens to documents over max_length; they are always counted",
+    "seed": "order of rows, initial adapter, sampling",
+    "stage": "sft: answers; cpt: every token of texts; preference: one answer over another",
+    "output_dir": "the run folder",
+}
 
 
 def _decide_without_rules(
     recipe: Recipe, recipe_values: Mapping[str, Any], output_dir: Path, now: str
 ) -> dict[str, PlanValue]:
-    """What no rule decides."""
-    settings = {
-        key: _stringify_path(recipe_values[key])
-        for key in ("chat_template", "on_overlong", "seed", "stage")
-    }
-    plan_values = {
-        key: PlanValue(value, "user" if _is_set(recipe, key) else "rule", _REASONS[key])
-        for key, value in (settings | {"output_dir": str(output_dir)}).items()
-    }
-    return plan_values | {
-        "now": PlanValue(now, "rule", "dates in chat templates are frozen at this moment")
-    }
+    values = {key: recipe_values.get(key) for key in REASONS} | {"output_dir": str(output_dir)}
+    settings: dict[str, PlanValue] = {}
+    for key, value in values.items():
+        decided_by = "user" if key in recipe.model_fields_set else "rule"
+        value = str(value) if isinstance(value, Path) else value
+        settings[key] = PlanValue(value, decided_by, REASONS[key])
+    settings["now"] = rule_value(now, "the date that chat templates see, frozen")
+    return settings
 
 
-_REASONS = {
-    "output_dir": "the run folder",
-    "chat_template": "the model's own chat template, unless the recipe names one",
-    "on_overlong": "what happens to documents over max_length; always counted",
-    "seed": "order of rows, start of the adapter, samples",
-    "stage": "sft trains on answers, cpt on every token of texts, preference on the difference between two answers",
-}
+def _decide_constraints(
+    constraints: Sequence[Constraint], report: DataReport
+) -> dict[str, PlanValue]:
+    """Return what happens to rows that break a constraint, and how strongly bans are trained."""
+    settings: dict[str, PlanValue] = {}
+    if constraints:
+        effects: list[str] = []
+        for name, count in report.filtered.items():
+            effects.append(f"{format_count(count, 'row')} left out for {name!r}")
+        for name, count in report.banned.items():
+            effects.append(f"{format_count(count, 'row')} trained away from {name!r}")
+        if any(constraint.mode == "pair" for constraint in constraints):
+            effects.append(
+                "rows without a rejected answer get the base model's answer if it breaks one"
+            )
+        modes = tuple(f"{constraint.name} ({constraint.mode})" for constraint in constraints)
+        settings["never"] = user_value(modes, "; ".join(effects) or "no row breaks a constraint")
+    if report.banned:
+        reason = "bad tokens weigh as much as good ones on average; the gradient is bounded"
+        settings["ban_coefficient"] = rule_value(BAN_COEFFICIENT, reason, "Welleck 2019")
+    return settings
 
 
 def _check_fixed_value(key: str, recipe_value: Any, fixed: PlanValue) -> PlanValue:
-    """What is fixed, unless the recipe wishes for something else."""
+    """Return the fixed value. Raises InputError if the recipe sets another one."""
     if not is_compatible(recipe_value, fixed.value):
-        message = f"{key} is {normalize(recipe_value)} in the recipe, but {normalize(fixed.value)} in the adapter to go on with"
         raise InputError(
-            message,
+            f"{key} is {normalize(recipe_value)} in the recipe and {normalize(fixed.value)} in the "
+            "adapter that training continues",
             where=key,
             fix=f"leave {key} out, or leave adapter_from out to start a new adapter",
         )
@@ -188,23 +223,15 @@ def _check_fixed_value(key: str, recipe_value: Any, fixed: PlanValue) -> PlanVal
 
 
 def is_compatible(recipe_value: Any, value: Any) -> bool:
-    """A wish of the recipe, and what is decided already."""
+    """Whether the recipe leaves a setting open, or sets it to `value`."""
     return recipe_value == "auto" or normalize(recipe_value) == normalize(value)
 
 
 def normalize(value: Any) -> str:
-    """Names in order; 16 and 16.0 are the same."""
+    """Return a value as text: names sorted, and 16.0 like 16."""
     if isinstance(value, tuple):
         return ", ".join(sorted(cast("tuple[str, ...]", value)))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _is_set(recipe: Recipe, key: str) -> bool:
-    return key in recipe.model_fields_set
-
-
-def _stringify_path(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _check_lengths(context: RuleContext) -> None:
@@ -324,19 +351,19 @@ def _estimate_phases(context: RuleContext) -> dict[str, int]:
     )
 
 
-ACTIVATION_POLICIES = {
-    "none": "nothing is computed twice",
-    "selective": "all of them do not fit: those of the MLP are recomputed in the backward pass",
+CHECKPOINTING_POLICIES = {
+    "none": "all activations fit, nothing is recomputed",
+    "selective": "not all activations fit: those of the MLPs are recomputed in the backward pass",
     "full": "little memory: every layer is recomputed in the backward pass",
 }
 
 
-def _decide_activations(context: RuleContext, recipe_value: str) -> PlanValue:
-    """Choose the first policy that fits: whatever is recomputed costs time."""
+def _decide_checkpointing(context: RuleContext, recipe_value: str) -> PlanValue:
+    """Choose the first policy that fits, since recomputing costs time."""
     if recipe_value != "auto":
-        return PlanValue(recipe_value, "user", "set in the recipe")
+        return user_value(recipe_value)
     free = context.machine.available_bytes
-    for policy, reason in ACTIVATION_POLICIES.items():
+    for policy, reason in CHECKPOINTING_POLICIES.items():
         context.settings["gradient_checkpointing"] = rule_value(policy, reason)
         needed_bytes = _estimate_step_memory(context)["peak"] * MEMORY_MARGIN
         if needed_bytes <= free or policy == "full":
@@ -383,70 +410,77 @@ def _collect_footprint(context: RuleContext) -> dict[str, Any]:
 
 
 def has_enough_memory(plan: Plan) -> bool:
-    """Its machine has the memory, and some to spare."""
+    """Whether the run fits in the free memory of its machine, with a margin."""
     return plan.memory_bytes["peak"] * MEMORY_MARGIN <= plan.machine.available_bytes
 
 
 def refuse_if_too_large(plan: Plan) -> None:
-    """Raises MachineError when memory or disk will not do: said before anything is loaded."""
-    peak, free = plan.memory_bytes["peak"], plan.machine.available_bytes
+    """Raise MachineError if memory or disk is too small, before anything is loaded."""
+    needed, free = plan.memory_bytes["peak"] * MEMORY_MARGIN, plan.machine.available_bytes
     if not has_enough_memory(plan):
+        larger = f", such as {plan.fits_on}" if plan.fits_on else ""
         raise MachineError(
-            f"the run needs about {peak / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on this machine",
+            f"the run needs about {needed / 1e9:.1f} GB of memory with a margin of "
+            f"{MEMORY_MARGIN - 1:.0%}, and {free / 1e9:.1f} GB are free",
             where="plan",
-            fix="lower pack_length or lora_r, use method: qlora, a smaller model, or a machine with more memory"
-            + (f": {plan.fits_on} of the table would do" if plan.fits_on else ""),
+            fix="lower pack_length or lora_r, use method: qlora, a smaller model, or a machine "
+            f"with more memory{larger}",
         )
     if plan.disk_bytes > plan.machine.disk_free_bytes:
         raise MachineError(
-            f"the run folder needs up to {plan.disk_bytes:,} bytes, {plan.machine.disk_free_bytes:,} are free",
+            f"the run folder needs up to {plan.disk_bytes:,} bytes, and "
+            f"{plan.machine.disk_free_bytes:,} are free",
             where=plan.config.output_dir,
-            fix="free some room, or set output_dir to another disk",
+            fix="free some disk space, or set output_dir to another disk",
         )
 
 
 def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> list[str]:
-    """What the user should know before starting."""
     warnings: list[str] = []
-    rate, is_small = context["learning_rate"], context.model.parameters < 1e9
-    if is_small and context["method"] != "full":
-        advice = (
-            "compare two or three"
-            if context.stage == "preference"
-            else "`tunesmith tune lr` tries five"
-        )
+    if context.model.parameters < 1e9 and context["method"] != "full":
+        advice = "`tunesmith tune lr` tries five"
+        if context.stage == "preference":
+            advice = "compare two or three"
         warnings.append(
-            f"learning rates below 1B parameters are extrapolations ({rate:g} here): {advice}"
+            f"learning rates below 1B parameters are extrapolated ({context['learning_rate']:g} "
+            f"here): {advice}"
         )
     if context["method"] == "qlora" and context["dtype"] == "fp32":
         warnings.append(
-            "4-bit weights are widened to fp32 for products, and embeddings and head take 4 bytes a value"
+            "4-bit weights are dequantized to fp32 for matmuls, and embeddings and head take 4 "
+            "bytes per value"
         )
-    if context.steps < 100:
-        num_steps = "1 step" if context.steps == 1 else f"{context.steps} steps"
+    if context.steps < MIN_STEPS:
         warnings.append(
-            f"only {num_steps}: results depend on the learning rate and the seed more than usual"
+            f"only {format_count(context.steps, 'step')}: results depend on the learning rate and "
+            "the seed more than usual"
         )
     if context.stage == "cpt" and context.data.tokens < SMALL_CORPUS_TOKENS:
         warnings.append(
-            f"{context.data.tokens:,} tokens of text: they teach a model how such texts are written, hardly what they say"
-            " (EntiGraph 2024: 1.3M tokens made an 8B model's answers worse)"
+            f"{context.data.tokens:,} tokens of text teach a model the style of such texts, hardly "
+            "their content (EntiGraph 2024: 1.3M tokens made an 8B model's answers worse)"
         )
+    warnings += _collect_data_warnings(data)
+    return list(dict.fromkeys(warnings))
+
+
+def _collect_data_warnings(data: Mapping[str, DataReport]) -> list[str]:
+    warnings: list[str] = []
     if "test_data" not in data:
         warnings.append(
-            "no held-out rows: nothing will show whether the run worked; give test_data or eval_split"
+            "no held-out rows, so nothing will show whether the run worked; set test_data or "
+            "eval_split"
         )
-    elif data["test_data"].rows < 20:
-        warnings.append(
-            f"{data['test_data'].rows} test rows: only very large changes can be told from chance"
-        )
+    elif data["test_data"].rows < MIN_TEST_ROWS:
+        test_rows = format_count(data["test_data"].rows, "test row")
+        warnings.append(f"{test_rows}: only very large differences will be significant")
     for role, report in data.items():
-        warnings += [
-            f"{role}: {finding.message}" for finding in report.findings if finding.level != "info"
-        ]
-        num_dropped = sum(report.dropped.values())
-        if num_dropped:
+        for finding in report.findings:
+            if finding.level != "info":
+                warnings.append(f"{role}: {finding.message}")
+        if num_dropped := sum(report.dropped.values()):
             warnings.append(
-                f"{role}: {num_dropped:,} of {report.rows:,} rows lose all their documents and keep empty slots"
+                f"{role}: {num_dropped:,} of {report.rows:,} rows lose all their documents and "
+                "leave empty slots in their batches"
             )
-    return list(dict.fromkeys(warnings))
+    return warnings

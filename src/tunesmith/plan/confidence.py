@@ -1,22 +1,21 @@
-"""How sure a value is, and how it stands to the usual advice: where it differs and what obeying
-would cost.
+"""How well a value is supported, and how it differs from common advice.
 
-In: what is known and decided. Out: the same choices with `confidence` and `advice`. The usual
-advice is that of common guides: PEFT before full fine-tuning, rates of 1e-5 to 5e-5, rank 8 for
-style and 64 to 256 for reasoning, packs of 4k or 8k, a tenth of the original rate for continued
-pretraining, 5 to 10% rehearsal. Pure."""
+In: the settings and the RuleContext. Out: the same settings with `confidence` and `common_advice`:
+what common guides say (PEFT before full fine-tuning, rates of 1e-5 to 5e-5, rank 8 for style and 64
+to 256 for reasoning, packs of 4k or 8k, a tenth of the original rate for continued pretraining, 5
+to 10% rehearsal), and what following it would cost.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal
 
-from tunesmith.core.types import PlanValue
+from tunesmith.core.types import Confidence, PlanValue
 from tunesmith.plan.memory import count_lora_parameters
 from tunesmith.plan.rules import RuleContext
+from tunesmith.plan.rules_cpt import UNKNOWN_PEAK
 
-Confidence = Literal["", "measured here", "published", "extrapolated"]
 MEASURED_SETTINGS = (
     "max_length",
     "share_prefixes",
@@ -25,28 +24,27 @@ MEASURED_SETTINGS = (
     "gradient_checkpointing",
     "rehearsal_length",
 )
-MIN_FITTED_HIDDEN_SIZE = 2000  # the rate's formula was fitted from this hidden size on
+MIN_FITTED_HIDDEN_SIZE = 2000  # of the models that the formula of the learning rate was fitted to
 USUAL_MIN_RATE, USUAL_MAX_RATE = 1e-5, 5e-5
-REASONING_TOKENS = 20_000_000  # trained ones, from which reasoning is a matter of capacity
+REASONING_TOKENS = 20_000_000  # supervised tokens from which rank limits what is learned
 
 
-def add_evidence(
-    plan_values: Mapping[str, PlanValue], context: RuleContext
-) -> dict[str, PlanValue]:
-    return {
-        key: dataclasses.replace(
+def add_evidence(settings: Mapping[str, PlanValue], context: RuleContext) -> dict[str, PlanValue]:
+    """Return the settings with their confidence and the common advice."""
+    rated: dict[str, PlanValue] = {}
+    for key, plan_value in settings.items():
+        rated[key] = dataclasses.replace(
             plan_value,
             confidence=rate_confidence(key, plan_value, context),
             common_advice=ADVICE[key](context, plan_value) if key in ADVICE else "",
         )
-        for key, plan_value in plan_values.items()
-    }
+    return rated
 
 
 def rate_confidence(key: str, plan_value: PlanValue, context: RuleContext) -> Confidence:
-    """Of a rule's value: counted in these rows and on this machine, published, or beyond what was
-    published. Nothing is said of what the user or the model's files decided, or of plain
-    conventions."""
+    """Rate a rule's value: measured on these rows and this machine, published, or extrapolated.
+
+    Values of the user and of the model's files, and plain conventions, are not rated."""
     if plan_value.decided_by != "rule":
         return ""
     if key == "learning_rate" and _is_extrapolated(context, plan_value):
@@ -58,81 +56,80 @@ def rate_confidence(key: str, plan_value: PlanValue, context: RuleContext) -> Co
 
 def _is_extrapolated(context: RuleContext, plan_value: PlanValue) -> bool:
     if context.stage == "cpt":
-        return "not known" in plan_value.reason
+        return UNKNOWN_PEAK in plan_value.reason
     return context.model.hidden_size < MIN_FITTED_HIDDEN_SIZE
 
 
 def _method(context: RuleContext, plan_value: PlanValue) -> str:
     del context
-    usual = "LoRA or QLoRA in production, full fine-tuning for foundation training"
-    return (
-        f"{usual}: the same"
-        if plan_value.value != "full"
-        else f"{usual}; full forgets more on code (Biderman 2024)"
-    )
+    usual = "LoRA or QLoRA in production, full fine-tuning for foundation models"
+    if plan_value.value != "full":
+        return f"{usual}: followed"
+    return f"{usual}; full fine-tuning forgets more on code (Biderman 2024)"
 
 
 def _learning_rate(context: RuleContext, plan_value: PlanValue) -> str:
-    rate = plan_value.value
     if context.stage == "cpt":
-        return "a tenth of the original rate, against forgetting: the same, a tenth of the peak"
+        return "a tenth of the original rate, against forgetting: followed, a tenth of the peak"
     if context.stage == "preference":
-        return "says nothing on preference pairs"
+        return "none on preference pairs"
     usual = "1e-5 to 5e-5"
-    if USUAL_MIN_RATE <= rate <= USUAL_MAX_RATE:
-        return f"{usual}: inside"
+    if USUAL_MIN_RATE <= plan_value.value <= USUAL_MAX_RATE:
+        return f"{usual}: followed"
     if context["method"] == "full":
         return (
-            f"{usual}: holds from about 3B parameters. SmolLM2-135M and 360M were tuned at 1e-3 (batch 128), so that "
-            "5e-5 is far below the best rate of so small a model"
+            f"{usual}: right from about 3B parameters on. SmolLM2-135M and 360M were tuned at 1e-3 "
+            "(batch 128), so 5e-5 is far below the best rate of so small a model"
         )
     return (
-        f"{usual}: holds for full fine-tuning. With LoRA 4e-5 costs .025 nats a token at 8B, .046 at 3B and .059 at 1B "
-        "(tinker cookbook's sweep, Tulu 3)"
+        f"{usual}: right for full fine-tuning. With LoRA 4e-5 costs .025 nats per token at 8B, "
+        ".046 at 3B and .059 at 1B (tinker cookbook's sweep, Tulu 3)"
     )
 
 
 def _lora_r(context: RuleContext, plan_value: PlanValue) -> str:
     usual = "8 for style, 64 to 256 for complex reasoning"
-    if 64 <= plan_value.value <= 256:
-        return f"{usual}: inside"
-    extra_bytes = 16 * (
-        count_lora_parameters(context.model, 64)
-        - count_lora_parameters(context.model, plan_value.value)
-    )
-    is_small = context.data.supervised_tokens < REASONING_TOKENS
-    reason = (
-        f"{context.data.supervised_tokens:,} trained tokens do not fill it"
-        if is_small
-        else "these rows may be worth it"
-    )
+    rank = plan_value.value
+    if 64 <= rank <= 256:
+        return f"{usual}: followed"
+    model, tokens = context.model, context.data.supervised_tokens
+    extra_parameters = count_lora_parameters(model, 64) - count_lora_parameters(model, rank)
+    effect = "these rows may be worth it"
+    if tokens < REASONING_TOKENS:
+        effect = f"{tokens:,} supervised tokens do not need it"
     return (
-        f"{usual}. Rank 64 takes {extra_bytes / 1e6:,.0f} MB more; {reason}. From rank 4 to 128 the loss falls by .009 nats at 8B "
-        "and .040 at 1B, from a rate of 4e-5 to 3e-4 by .025 to .05 (tinker cookbook's sweep)"
+        f"{usual}. Rank 64 takes {16 * extra_parameters / 1e6:,.0f} MB more; {effect}. From rank 4 "
+        "to 128 the loss falls by .009 nats at 8B and .040 at 1B, from a rate of 4e-5 to 3e-4 by "
+        ".025 to .05 (tinker cookbook's sweep)"
     )
 
 
 def _pack_length(context: RuleContext, plan_value: PlanValue) -> str:
     del context
     is_usual = plan_value.value in (4096, 8192)
-    return "4k or 8k, with masks between the examples: " + (
-        "the same" if is_usual else "a document is longer than that"
-    )
+    effect = "followed" if is_usual else "a document is longer than that"
+    return f"4k or 8k, with masks between the examples: {effect}"
 
 
 def _rehearsal_ratio(context: RuleContext, plan_value: PlanValue) -> str:
     del context
     usual = "5 to 10% of the original data"
     if 0.05 <= plan_value.value <= 0.1:
-        return f"{usual}: inside"
+        return f"{usual}: followed"
     if plan_value.value < 0.05:
-        return f"{usual}; style moves a model little, and 1% already stops most forgetting (Bethune 2025)"
-    return f"{usual}: at 10% the old loss rises .13 nats more than at 25%, for .03 on a new language (Ibrahim 2024)"
+        return (
+            f"{usual}; style changes a model little, and 1% already prevents most forgetting "
+            "(Bethune 2025)"
+        )
+    return (
+        f"{usual}: at 10% the old loss rises .13 nats more than at 25%, for a gain of .03 on a new "
+        "language (Ibrahim 2024)"
+    )
 
 
 def _num_train_epochs(context: RuleContext, plan_value: PlanValue) -> str:
     del context, plan_value
-    return "says nothing; 1,000 perfect examples before a million noisy ones"
+    return "none; 1,000 perfect examples before a million noisy ones"
 
 
 ADVICE: dict[str, Callable[[RuleContext, PlanValue], str]] = {

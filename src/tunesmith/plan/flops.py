@@ -1,22 +1,23 @@
-"""How much a run computes, and how long that takes on a machine of the table.
+"""How much a run computes, and how long that takes on a preset machine.
 
-In: the model's shape and what a run reads. Out: floating-point operations, and a range of seconds.
-A product of a token with a matrix counts two operations a weight. Left out: attention over the
-keys, which is little below 4k tokens, and what is measured before and after. For this machine
-`--calibrate` measures instead."""
+In: a Plan. Out: floating-point operations, and a range of seconds. A matmul counts two operations
+per weight and token. Left out: attention scores, which are few below 4k tokens, and evaluation. For
+this machine `--benchmark` measures instead (train/calibrate.py).
+"""
 
 from __future__ import annotations
 
 from tunesmith.core.types import ModelSpec, Plan, require
 from tunesmith.plan.memory import count_lora_parameters
 
-# Of the rate of bf16 products: an 8B model's LoRA on an H100 with Unsloth, 7B full with FSDP on
-# H100s (speed notes).
+# model FLOPs utilization: LoRA of an 8B model on an H100 with Unsloth, full 7B with FSDP on H100s
+# (speed notes)
 MFU_RANGE = (0.29, 0.46)
 
 
 def count_computed_tokens(plan: Plan) -> float:
-    """By all steps: what is shared counts once. Padding does not exist."""
+    """Return the tokens computed in all steps: shared prefixes count once, and there is no
+    padding."""
     if plan.config.stage == "cpt":
         return float(plan.steps * require(plan.config.batch_tokens))
     epochs = plan.steps * require(plan.config.batch_size) / max(1, plan.rows_per_epoch)
@@ -26,11 +27,11 @@ def count_computed_tokens(plan: Plan) -> float:
 
 
 def estimate_run_flops(plan: Plan) -> float:
-    """Of all steps."""
-    data, tokens = plan.data["data"], count_computed_tokens(plan)
-    supervised_tokens = (
-        tokens * data.supervised_tokens / max(1, data.tokens * (1 - plan.prefix_savings))
-    )
+    """Return the floating-point operations of all steps."""
+    data = plan.data["data"]
+    tokens = count_computed_tokens(plan)
+    data_tokens = max(1, data.tokens * (1 - plan.prefix_savings))
+    supervised_tokens = tokens * data.supervised_tokens / data_tokens
     config = plan.config
     token_flops = compute_token_flops(
         plan.model, config.method, config.gradient_checkpointing, config.lora_r or 0
@@ -39,8 +40,11 @@ def estimate_run_flops(plan: Plan) -> float:
     return token_flops * tokens + target_flops * supervised_tokens
 
 
-def compute_token_flops(spec: ModelSpec, method: str, gradient_checkpointing: str, rank: int) -> float:
-    """Through the layers, forward and backward: frozen weights have no gradient of their own."""
+def compute_token_flops(
+    spec: ModelSpec, method: str, gradient_checkpointing: str, rank: int
+) -> float:
+    """Return the operations per token in the layers, forward and backward. Frozen weights have no
+    gradients."""
     weights = spec.block_parameters
     recompute_flops = {
         "none": 0.0,
@@ -52,11 +56,11 @@ def compute_token_flops(spec: ModelSpec, method: str, gradient_checkpointing: st
 
 
 def compute_target_flops(spec: ModelSpec, method: str) -> float:
-    """Through the head, for a supervised token."""
+    """Return the operations of the head per supervised token."""
     return (6 if method == "full" else 4) * spec.head_parameters
 
 
 def estimate_seconds(plan: Plan, flops_per_second: float) -> tuple[float, float]:
-    """The published range on a device of so many operations a second."""
+    """Return the published range of training times on a device with this bf16 speed."""
     run_flops = estimate_run_flops(plan)
     return run_flops / flops_per_second / MFU_RANGE[1], run_flops / flops_per_second / MFU_RANGE[0]

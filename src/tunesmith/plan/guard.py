@@ -1,7 +1,8 @@
-"""What a run does about what it sees of itself, and when it looks.
+"""What a run does when its guard finds a problem, and how often generations are probed.
 
-In: the `guard` of the recipe and what is decided already. Out: a Choice a key. Pure. Left out: what
-a collapse is (train/guard.py), how it is seen (probes.py)."""
+In: `guard` of the recipe and the settings decided so far. Out: a PlanValue per setting. Left out:
+the detectors (train/guard/detectors.py) and the probes (train/guard/probes.py).
+"""
 
 from __future__ import annotations
 
@@ -9,95 +10,91 @@ import math
 from typing import Any
 
 from tunesmith.core.types import DataReport, Plan, PlanValue
-from tunesmith.plan.rules import RuleContext, rule_value
+from tunesmith.plan.rules import RuleContext, rule_value, user_value
 from tunesmith.recipe.fields import GuardConfig
 
 OFF = "off"
-# bits per byte: 0.05 nats a token of 3.6 bytes, the usual bound of what may be forgotten
+# bits per byte: 0.05 nats per token of 3.6 bytes, the usual limit of forgetting
 FORGETTING_MARGIN = 0.02
-MAX_PROBE_SHARE = 0.05  # of the time of the steps, that probes may take
+PATIENCE = 3  # evaluations
+MAX_PROBE_SHARE = 0.05  # of the training time
 MIN_PROMPTS, MAX_PROMPTS = 8, 64
-PROBE_NEW_TOKENS = 32  # of an answer, one forward each
-FORWARDS_PER_STEP = 3  # a step's forward and backward, in forwards
-# Tokens that would be computed in the time of one forward for the next ones, and passes over a
-# prompt (to answer it, to judge the answer, to read what was expected, which is longer). Fitted to
-# benchmarks/train/guard_probe.py on two cores of a CPU: 8 prompts took 4.8 steps of the demo, 16
-# took 6.6, 32 took 10.4. Of a GPU it is a guess.
+PROBE_NEW_TOKENS = 32  # per answer
+FORWARDS_PER_STEP = 3  # forward and backward of a training step, in forwards
+# Decoding one token of each answer takes as long as a forward over so many tokens. Fitted to
+# benchmarks/train/guard_probe.py on two CPU cores: 8 prompts took 4.8 steps of the demo, 16 took
+# 6.6, 32 took 10.4. The number for a GPU is a guess.
 DECODE_COST_TOKENS = {"cpu": 250, "cuda": 512}
+# forwards over a prompt: answering, judging the answer, and scoring the expected answer, which is
+# longer
 PROMPT_PASSES = 4
 
 
 def has_guard(plan: Plan) -> bool:
-    """Is anything done or said about what is seen?"""
+    """Whether any detector does or reports anything."""
     return {plan.config.guard_collapse, plan.config.guard_forgetting} != {OFF}
 
 
 def decide_guard(guard: GuardConfig, context: RuleContext) -> dict[str, PlanValue]:
     def choose(value: Any, by_rule: PlanValue) -> PlanValue:
-        return by_rule if value == "auto" else PlanValue(value, "user", "the recipe says so")
+        return by_rule if value == "auto" else user_value(value)
 
-    margin_reason = (
-        "bits per byte of general text: 0.05 nats a token, the usual bound of what may be forgotten"
-    )
-    rollback_reason = "go back to the last good checkpoint and on with half the learning rate, or without the rows at fault"
-    warn_reason = "said, not stopped: how much may be forgotten for what is learnt is yours to say"
-    patience_reason = "looks at eval_data without a better one, then the run ends"
-    by_rule = decide_probe_steps(context)
-    steps = choose(guard.probe_steps, by_rule)
+    collapse = "roll back to the last good checkpoint, then halve the rate or skip the bad rows"
+    forgetting = "reported only: how much forgetting is acceptable is the user's decision"
+    margin = "bits per byte of general text: 0.05 nats per token, the usual limit of forgetting"
+    patience = "evaluations on eval_data without improvement before the run stops"
+    probe_steps = choose(guard.probe_steps, decide_probe_steps(context))
+    num_prompts = count_prompts(context, probe_steps.value)
     return {
-        "guard_collapse": choose(guard.collapse, rule_value("rollback", rollback_reason, "ours")),
-        "guard_forgetting": choose(guard.forgetting, rule_value("warn", warn_reason, "ours")),
-        "forgetting_margin": choose(
-            guard.margin, rule_value(FORGETTING_MARGIN, margin_reason, "ours")
-        ),
-        "patience": choose(guard.patience, rule_value(3, patience_reason, "ours")),
-        "probe_steps": steps,
+        "guard_collapse": choose(guard.collapse, rule_value("rollback", collapse, "ours")),
+        "guard_forgetting": choose(guard.forgetting, rule_value("warn", forgetting, "ours")),
+        "forgetting_margin": choose(guard.margin, rule_value(FORGETTING_MARGIN, margin, "ours")),
+        "patience": choose(guard.patience, rule_value(PATIENCE, patience, "ours")),
+        "probe_steps": probe_steps,
         "probe_prompts": rule_value(
-            count_prompts(context, steps.value),
-            f"the least are {MIN_PROMPTS}; more where they cost nothing",
+            num_prompts, f"at least {MIN_PROMPTS}; more if the time between probes allows"
         ),
     }
 
 
 def decide_probe_steps(context: RuleContext) -> PlanValue:
-    """So rarely that probes take at most 5% of the time. Of a shorter run than that there is none,
-    but at its end there are the measures."""
-    steps_per_probe = (
-        estimate_probe_cost(context, MIN_PROMPTS)
-        / estimate_step_tokens(context)
-        / FORWARDS_PER_STEP
-    )
-    steps = math.ceil(steps_per_probe / MAX_PROBE_SHARE)
-    reason = f"{MIN_PROMPTS} prompts and {PROBE_NEW_TOKENS} tokens each take {steps_per_probe:.2g} steps, and may take 5% of the time"
-    if steps > context.steps:
-        return rule_value(
-            0,
-            f"{reason}: none in {context.steps} steps; guard: {{probe_steps: N}} takes some all the same",
-        )
-    return rule_value(steps, reason, "ours")
+    """Return the steps between two probes so that they take at most 5% of the time.
+
+    0 for a run that is shorter than that: it is evaluated at its end anyway."""
+    probe_tokens = estimate_probe_cost(context, MIN_PROMPTS)
+    probe_cost = probe_tokens / estimate_step_tokens(context) / FORWARDS_PER_STEP  # in steps
+    steps = math.ceil(probe_cost / MAX_PROBE_SHARE)
+    cost = f"{probe_cost:.2g} steps"
+    reason = f"{MIN_PROMPTS} prompts, {PROBE_NEW_TOKENS} tokens each, take {cost}: 5% of the time"
+    if steps <= context.steps:
+        return rule_value(steps, reason, "ours")
+    unit = "step" if context.steps == 1 else "steps"
+    reason = f"{reason}: none in {context.steps} {unit}; guard: {{probe_steps: N}} turns them on"
+    return rule_value(0, reason)
 
 
 def count_prompts(context: RuleContext, steps: int) -> int:
-    """As many as 5% of the time between two probes pays for."""
+    """Return how many prompts a probe can have in 5% of the time between two probes."""
     budget_tokens = MAX_PROBE_SHARE * steps * estimate_step_tokens(context) * FORWARDS_PER_STEP
-    affordable = [
-        count
-        for count in range(MIN_PROMPTS, MAX_PROMPTS + 1, MIN_PROMPTS)
-        if estimate_probe_cost(context, count) <= budget_tokens
-    ]
-    return max(affordable, default=MIN_PROMPTS)
+    affordable = MIN_PROMPTS
+    for count in range(MIN_PROMPTS, MAX_PROMPTS + 1, MIN_PROMPTS):
+        if estimate_probe_cost(context, count) <= budget_tokens:
+            affordable = count
+    return affordable
 
 
-def estimate_probe_cost(context: RuleContext, count: int) -> float:
-    """In tokens of a forward."""
-    return count_probe_tokens(context.machine.device, context.data, context["max_length"], count)
-
-
-def count_probe_tokens(device: str, data: DataReport, max_length: int, count: int) -> float:
-    prompt_tokens = min(data.length_percentiles.get("p50", 1), max_length)
-    return PROMPT_PASSES * count * prompt_tokens + PROBE_NEW_TOKENS * max(
-        DECODE_COST_TOKENS[device], count
+def estimate_probe_cost(context: RuleContext, num_prompts: int) -> float:
+    """Return the cost of a probe, in tokens of a forward."""
+    return count_probe_tokens(
+        context.machine.device, context.data, context["max_length"], num_prompts
     )
+
+
+def count_probe_tokens(device: str, data: DataReport, max_length: int, num_prompts: int) -> float:
+    """Return the cost of a probe, in tokens of a forward."""
+    prompt_tokens = min(data.length_percentiles.get("p50", 1), max_length)
+    decode_tokens = PROBE_NEW_TOKENS * max(DECODE_COST_TOKENS[device], num_prompts)
+    return PROMPT_PASSES * num_prompts * prompt_tokens + decode_tokens
 
 
 def estimate_step_tokens(context: RuleContext) -> float:

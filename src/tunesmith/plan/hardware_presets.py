@@ -1,4 +1,4 @@
-"""Machines that a plan can be made for without having one: `--target`, `--fit`.
+"""Machines that a plan can be made for without having one: `--target`, `--memory`.
 
 In: the name of a GPU, a size in bytes, and the machine at hand. Out: the Machine to plan for.
 Memory is what the data sheet says in units of 10^9 bytes (a card holds up to 7% more), rates are of
@@ -13,27 +13,25 @@ from dataclasses import dataclass
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Machine
 
-ASSUMED_VERSION = "assumed"  # the version of what a target is taken to have
+ASSUMED_VERSION = "assumed"  # version of a library that a target is assumed to have
 
 
 @dataclass(frozen=True)
 class HardwarePreset:
-    """A GPU: memory in bytes, dense bf16 products in operations a second, memory bandwidth in bytes
-    a second."""
+    """A GPU and its data sheet."""
 
     title: str
     memory_bytes: int
-    flops: float
-    bandwidth: float
+    flops: float  # dense bf16 operations per second
+    bandwidth: float  # bytes per second
     source: str
 
 
 def _make_preset(
     title: str, gigabytes: int, teraflops: float, gigabytes_per_second: float, source: str
 ) -> HardwarePreset:
-    return HardwarePreset(
-        title, gigabytes * 10**9, teraflops * 1e12, gigabytes_per_second * 1e9, source
-    )
+    bandwidth = gigabytes_per_second * 1e9
+    return HardwarePreset(title, gigabytes * 10**9, teraflops * 1e12, bandwidth, source)
 
 
 HARDWARE_PRESETS = {
@@ -58,48 +56,42 @@ UNIT_PREFIXES = " KMGT"
 def choose_machine(
     local_machine: Machine, preset_name: str | None, memory_limit: str | None
 ) -> Machine:
-    """The machine to plan for: `here` unless a target is named, with no more free memory than
-    `fit`. A target is empty, and has the software of this machine and bitsandbytes. Raises
+    """Return the machine to plan for: this one, or a preset, with at most `memory_limit` free.
+
+    All memory of a preset is free; it has the software of this machine, and bitsandbytes. Raises
     InputError for an unknown name or size."""
-    machine = (
-        local_machine
-        if preset_name is None
-        else _make_machine(local_machine, find_preset(preset_name))
-    )
+    machine = local_machine
+    if preset_name is not None:
+        machine = _make_machine(local_machine, find_preset(preset_name))
     if memory_limit is None:
         return machine
-    return dataclasses.replace(
-        machine, available_bytes=min(parse_size(memory_limit), machine.available_bytes)
-    )
+    available_bytes = min(parse_size(memory_limit), machine.available_bytes)
+    return dataclasses.replace(machine, available_bytes=available_bytes)
 
 
 def find_preset(name: str) -> HardwarePreset:
     key = name.lower().replace("_", "-").replace(" ", "")
     if key not in HARDWARE_PRESETS:
-        raise InputError(
-            f"no machine is called {name!r:.80}",
-            where="--target",
-            fix=f"use one of {', '.join(HARDWARE_PRESETS)}",
-        )
+        fix = f"use one of {', '.join(HARDWARE_PRESETS)}"
+        raise InputError(f"unknown machine: {name!r:.80}", where="--target", fix=fix)
     return HARDWARE_PRESETS[key]
 
 
 def match_preset(machine: Machine) -> HardwarePreset | None:
-    """The row of the table that a machine is, if it is one."""
+    """Return the preset that a machine was made from, if any."""
     name = PRESET_NAMES.get(machine.device_name)
     return None if name is None else HARDWARE_PRESETS[name]
 
 
 def list_machines(local_machine: Machine) -> dict[str, Machine]:
-    """All of the table, the smallest first."""
+    """Return a machine for each preset, the smallest first."""
     return {name: _make_machine(local_machine, preset) for name, preset in HARDWARE_PRESETS.items()}
 
 
 def assume_bitsandbytes(machine: Machine) -> Machine:
-    """With the library that 4 and 8 bits need, whether it is installed or not."""
-    return dataclasses.replace(
-        machine, versions={"bitsandbytes": ASSUMED_VERSION} | machine.versions
-    )
+    """Return the machine with bitsandbytes, whether it is installed or not."""
+    versions = {"bitsandbytes": ASSUMED_VERSION} | machine.versions
+    return dataclasses.replace(machine, versions=versions)
 
 
 def _make_machine(local_machine: Machine, preset: HardwarePreset) -> Machine:
@@ -125,7 +117,7 @@ def parse_size(text: str) -> int:
     if match is None or not 10**6 <= size <= 10**15:
         raise InputError(
             f"{text!r:.80} is no size of a memory",
-            where="--fit",
+            where="--memory",
             fix="write it as 24GB, 16GiB or 800MB",
         )
     return size

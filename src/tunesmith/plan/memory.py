@@ -1,10 +1,10 @@
-"""What a training run holds in memory at its peak, component by component, before anything is
-loaded.
+"""What a run takes in main memory at its peak, by component, and on disk.
 
-In: the model's shape and the plan's values. Out: bytes by component, with "peak". The saved
-activations are those of our own layers (model/layers.py): per token and layer 4 H (two norm inputs,
-two norm outputs), 2 Q + 2 KV (q, k, v and the attention's output) and 2 F (gate and up); where a
-family norms more, the inputs of those norms. Left out: a correction from measured runs."""
+In: the shape of the model and the settings of the plan. Out: bytes. The saved activations are those
+of our own layers (model/layers.py), per token and layer 4 H (inputs and outputs of two norms),
+2 Q + 2 KV (q, k, v and the output of attention) and 2 F (gate and up), and the inputs of further
+norms. Left out: a correction from earlier runs (session/run_history.py).
+"""
 
 from __future__ import annotations
 
@@ -12,36 +12,34 @@ from typing import Literal, NotRequired, TypedDict, Unpack
 
 from tunesmith.core.types import ModelSpec
 
-# python, torch and transformers imported (480 MB), what the first products leave
+# python, torch and transformers imported (480 MB), and what the first matmuls leave
 PROCESS_BYTES = 560_000_000
-KERNEL_BYTES, MAX_KERNEL_SIZES = (
-    3_000_000,
-    100,
-)  # code that oneDNN makes for a pack of a new size, and keeps; then parts come back
-# of the activations: room in the heap that is free and of no use; measured, docs/guides/plan.md
+# code that oneDNN compiles for each new pack size, and caches up to this many sizes
+KERNEL_BYTES = 3_000_000
+MAX_KERNEL_SIZES = 100
+# unusable free heap, relative to the activations; measured, docs/guides/plan.md
 FRAGMENTATION_SHARE = 0.2
-# what is measured, held through the run, and what measuring leaves in the heap
+# what evaluation keeps through the run and leaves in the heap
 EVALUATION_BYTES = 60_000_000
-CHUNK_TARGETS = 128
-OUTPUT_NORM_TYPES, QK_NORM_TYPES = (
-    ("gemma2", "gemma3"),
-    ("qwen3", "gemma3"),
-)  # of attention and MLP; q and k
-NF4_BYTES = (
-    0.5 + (1 + 4 / 256) / 64
-)  # a weight of 4 bits, a byte a block of 64, 4 bytes for 256 of those
+CHUNK_TARGETS = 128  # targets whose logits are computed at once
+OUTPUT_NORM_TYPES = ("gemma2", "gemma3")  # norms after attention and MLP
+QK_NORM_TYPES = ("qwen3", "gemma3")  # norms of q and k
+# 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+RETAINED_CHECKPOINTS = 2  # as core/run_dir.py keeps them
+GENERAL_TEXT_TOKENS = 100_000  # of retention_data that are measured, at most; rules.md 6.2
 Method = Literal["lora", "qlora", "full"]
 
 
 def count_lora_parameters(spec: ModelSpec, rank: int) -> int:
-    """Adapters on all linear layers: rank * (inputs + outputs) of each."""
+    """Return the parameters of adapters on all linear layers: rank * (inputs + outputs) of each."""
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     h, f = spec.hidden_size, spec.intermediate_size
     return spec.num_layers * rank * ((h + q) + 2 * (h + kv) + (q + h) + 3 * (h + f))
 
 
 def count_dora_magnitudes(spec: ModelSpec) -> int:
-    """DoRA's on all linear layers: one for each output."""
+    """Return DoRA's magnitudes on all linear layers: one per output."""
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     return spec.num_layers * (q + 2 * kv + 2 * spec.hidden_size + 2 * spec.intermediate_size)
 
@@ -54,14 +52,13 @@ def estimate_activation_bytes(
     checkpointing: str = "none",
     use_dora: bool = False,
 ) -> int:
-    """Saved for the backward of one pack, plus the temporaries of the widest layer. DoRA also keeps
-    the outputs of the attention and of the MLP. `selective` leaves out gate and up, `recompute`
-    keeps the inputs of all layers but one."""
-    q, kv, layers = (
-        spec.num_heads * spec.head_dim,
-        spec.num_kv_heads * spec.head_dim,
-        spec.num_layers,
-    )
+    """Return the bytes saved for the backward pass of a pack, and the widest layer's temporaries.
+
+    DoRA also saves the outputs of attention and MLP. Checkpointing `selective` recomputes gate and
+    up; `full` saves only the inputs of all layers but one."""
+    q = spec.num_heads * spec.head_dim
+    kv = spec.num_kv_heads * spec.head_dim
+    layers = spec.num_layers
     mlp = 2 * spec.intermediate_size
     layer_values = (6 if use_dora else 4) * spec.hidden_size + 2 * q + 2 * kv + mlp
     layer_values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
@@ -76,16 +73,16 @@ def estimate_activation_bytes(
 
 
 class ModelFootprint(TypedDict):
-    """What a run takes, apart from its packs. Some may be left out."""
+    """The settings that decide what a run takes apart from its packs."""
 
     method: Method
     dtype: str
     rank: int
     dora: NotRequired[bool]
-    new_rows: NotRequired[int]  # of new tokens, in embedding and head
+    new_rows: NotRequired[int]  # trained rows of new tokens, in embedding and head
     optim: NotRequired[str]
     gradient_checkpointing: NotRequired[str]
-    step_in_backward: NotRequired[bool]  # no gradient is kept but that of the largest tensor
+    step_in_backward: NotRequired[bool]  # keeps only the gradient of the largest tensor
 
 
 def estimate_peak_memory(
@@ -97,27 +94,31 @@ def estimate_peak_memory(
     has_evaluation: bool = True,
     **footprint: Unpack[ModelFootprint],
 ) -> dict[str, int]:
-    """Bytes by component. `packs`: of the run, each of a size of its own. `layouts`: in how many
-    the frozen matrices are kept (model/frozen.py). Those in 4 bits are widened one by one, and so
-    are moments in 8 bits. `measured`: there are rows to measure on before the run."""
-    dtype_bytes, use_dora = 2 if footprint["dtype"] == "bf16" else 4, footprint.get("dora", False)
+    """Return bytes by component, with "peak".
+
+    `packs` is the number of packs in the run, each of a different size; `layouts` how many copies
+    of the frozen matrices are kept (model/frozen_weight.py). 4-bit weights and 8-bit moments are
+    dequantized one at a time."""
+    is_bf16 = footprint["dtype"] == "bf16"
+    dtype_bytes = 2 if is_bf16 else 4
     saved = estimate_activation_bytes(
         spec,
         pack_tokens,
         dtype_bytes,
         checkpointing=footprint.get("gradient_checkpointing", "none"),
-        use_dora=use_dora,
+        use_dora=footprint.get("dora", False),
     )
+    # fp32 matmuls are not oneDNN's, and their loss has temporaries
+    kernel_bytes = KERNEL_BYTES * min(packs, MAX_KERNEL_SIZES) if is_bf16 else 0
+    logit_bytes = CHUNK_TARGETS * spec.vocab_size * dtype_bytes
     parts = {
         "process": PROCESS_BYTES,
         **estimate_fixed_memory(spec, layouts=layouts, **footprint),
         "activations": saved,
         "fragments": int(saved * FRAGMENTATION_SHARE),
-        "kernels": KERNEL_BYTES * min(packs, MAX_KERNEL_SIZES)
-        if dtype_bytes == 2
-        else 0,  # products in fp32 are not oneDNN's
+        "kernels": kernel_bytes,
         "evaluation": EVALUATION_BYTES if has_evaluation else 0,
-        "head": CHUNK_TARGETS * spec.vocab_size * dtype_bytes * (1 if dtype_bytes == 2 else 4),
+        "head": logit_bytes if is_bf16 else 4 * logit_bytes,
     }
     return parts | {"peak": sum(parts.values())}
 
@@ -125,26 +126,24 @@ def estimate_peak_memory(
 def estimate_fixed_memory(
     spec: ModelSpec, *, layouts: int, **footprint: Unpack[ModelFootprint]
 ) -> dict[str, int]:
-    """What does not depend on the packs."""
-    method, dtype_bytes = footprint["method"], 2 if footprint["dtype"] == "bf16" else 4
-    matrices = spec.block_parameters * (NF4_BYTES if method == "qlora" else dtype_bytes)
-    frozen = (
-        0
-        if method == "full"
-        else int(matrices) + (spec.parameters - spec.block_parameters) * dtype_bytes
-    )
-    narrow_copies = (
-        spec.block_parameters * dtype_bytes if method == "full" and dtype_bytes == 2 else 0
-    )
+    """Return the bytes by component that do not depend on the packs."""
+    method = footprint["method"]
+    dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
+    block_bytes = spec.block_parameters * dtype_bytes
+    weight_bytes = (layouts - 1) * block_bytes
+    if method == "full":
+        if dtype_bytes == 2:  # bf16 copies of the fp32 master weights
+            weight_bytes += block_bytes
+    else:
+        weight_bytes += (spec.parameters - spec.block_parameters) * dtype_bytes
+        weight_bytes += int(spec.block_parameters * NF4_BYTES) if method == "qlora" else block_bytes
+    dequantized_bytes = 2 * spec.hidden_size * spec.intermediate_size * dtype_bytes
+    state_bytes = 4 + compute_moment_bytes(**footprint)  # master weight and moments
+    trained_bytes = int(count_trained_parameters(spec, **footprint) * state_bytes)
     return {
-        "weights": frozen + (layouts - 1) * spec.block_parameters * dtype_bytes + narrow_copies,
-        "widened": 2 * spec.hidden_size * spec.intermediate_size * dtype_bytes
-        if method == "qlora"
-        else 0,
-        "trained": int(
-            count_trained_parameters(spec, **footprint) * (4 + compute_moment_bytes(**footprint))
-        )
-        + _estimate_gradient_bytes(spec, **footprint),
+        "weights": weight_bytes,
+        "widened": dequantized_bytes if method == "qlora" else 0,
+        "trained": trained_bytes + _estimate_gradient_bytes(spec, **footprint),
         "update": _estimate_update_bytes(spec, **footprint),
     }
 
@@ -152,31 +151,72 @@ def estimate_fixed_memory(
 def count_trained_parameters(spec: ModelSpec, **footprint: Unpack[ModelFootprint]) -> int:
     if footprint["method"] == "full":
         return spec.parameters
-    rows = footprint.get("new_rows", 0) * spec.hidden_size
-    return (
-        count_lora_parameters(spec, footprint["rank"])
-        + (count_dora_magnitudes(spec) if footprint.get("dora") else 0)
-        + rows
-    )
+    num_trained = count_lora_parameters(spec, footprint["rank"])
+    num_trained += footprint.get("new_rows", 0) * spec.hidden_size
+    if footprint.get("dora"):
+        num_trained += count_dora_magnitudes(spec)
+    return num_trained
 
 
 def _estimate_gradient_bytes(spec: ModelSpec, **footprint: Unpack[ModelFootprint]) -> int:
-    """In fp32."""
-    num_gradients = (
-        spec.vocab_size * spec.hidden_size
-        if footprint.get("step_in_backward")
-        else count_trained_parameters(spec, **footprint)
-    )
-    return 4 * num_gradients
+    """Return the bytes of gradients in fp32."""
+    if footprint.get("step_in_backward"):
+        return 4 * spec.vocab_size * spec.hidden_size
+    return 4 * count_trained_parameters(spec, **footprint)
 
 
 def compute_moment_bytes(**footprint: Unpack[ModelFootprint]) -> float:
-    """Adam's two of each trained weight, beside 4 bytes for an fp32 master and 4 for its
-    gradient."""
+    """Return the bytes of Adam's two moments per trained weight."""
     return 2 * (1 + 4 / 256) if footprint.get("optim") == "adamw_8bit" else 8
 
 
 def _estimate_update_bytes(spec: ModelSpec, **footprint: Unpack[ModelFootprint]) -> int:
-    """Both moments of the largest tensor in fp32, and two temporaries."""
+    """Return the bytes of dequantized moments and temporaries of the largest tensor."""
     largest = spec.vocab_size * spec.hidden_size if footprint["method"] == "full" else 0
     return 4 * 4 * largest if footprint.get("optim") == "adamw_8bit" else 0
+
+
+# ---------------------------------------------------------------- disk
+
+
+def estimate_disk_bytes(
+    spec: ModelSpec,
+    *,
+    checkpoints: int,
+    cached_tokens: int = 0,
+    **footprint: Unpack[ModelFootprint],
+) -> int:
+    """Return the bytes of the run folder at its largest.
+
+    A checkpoint has each trained weight in fp32 and its moments. The final weights are smaller, and
+    written when no checkpoint is. Events, results and tokenizer files, a few megabytes, are left
+    out. See `count_max_checkpoints` and `estimate_base_states_bytes`."""
+    state_bytes = 4 + compute_moment_bytes(**footprint)
+    checkpoint_bytes = int(count_trained_parameters(spec, **footprint) * state_bytes)
+    base_states_bytes = estimate_base_states_bytes(spec, cached_tokens, **footprint)
+    return checkpoints * checkpoint_bytes + base_states_bytes
+
+
+def count_max_checkpoints(*, steps: int, save_steps: int, eval_steps: int | None) -> int:
+    """Return the largest number of checkpoints at one time, which the run can actually write.
+
+    Kept are the newest two, the last good one, the best one if there is eval_data (`eval_steps`),
+    and the one being written. Written are those that are due, the best at each evaluation, and that
+    of an interrupt."""
+    written = 1 + (steps - 1) // save_steps
+    if eval_steps:
+        written += (steps - 1) // eval_steps
+    return min(RETAINED_CHECKPOINTS + 1 + bool(eval_steps) + 1, written)
+
+
+def estimate_base_states_bytes(
+    spec: ModelSpec, tokens: int, **footprint: Unpack[ModelFootprint]
+) -> int:
+    """Return the bytes of the base's final hidden states on the evaluated tokens, and of its head
+    if it is trained. They are kept when no switch brings the base back."""
+    if not tokens:
+        return 0
+    dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
+    has_trained_head = footprint["method"] == "full" or footprint.get("new_rows")
+    head_rows = spec.vocab_size if has_trained_head else 0
+    return (tokens + head_rows) * dtype_bytes * spec.hidden_size

@@ -1,8 +1,9 @@
-"""How much memory a run takes on the device of a machine, by component and by what it is doing.
+"""How much memory a run takes on its machine, by component and by phase.
 
-In: the model's shape, the machine, the tokens of a pack, and the plan's values. Out: bytes. The
-components are those of memory.py on a CPU and of gpu.py on a GPU. Left out: what is free, and what
-to do where it does not fit."""
+In: the shape of the model, the machine, the tokens of a pack, and the settings of the plan. Out:
+bytes. The components are those of memory.py on a CPU and of memory_gpu.py on a GPU. Left out: what
+to do if it does not fit (build.py).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.plan.memory import estimate_peak_memory
 from tunesmith.plan.memory_gpu import compute_cache_bytes, estimate_gpu_memory
 
-# The answers that are written side by side, and what their keys and values may take: as in
-# infer/engine.py.
+# answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
 FIXED_PARTS = (
@@ -26,11 +26,8 @@ FIXED_PARTS = (
     "kernels",
     "evaluation",
 )
-USUAL_MULTIPLES = {
-    "full": "x4 to x12",
-    "lora": "x1.5",
-    "qlora": "x1.5",
-}  # of the mission document, of the model's size
+# the usual rule of thumb, relative to the size of the model
+USUAL_MULTIPLES = {"full": "x4 to x12", "lora": "x1.5", "qlora": "x1.5"}
 
 
 def estimate_memory(
@@ -44,7 +41,7 @@ def estimate_memory(
     has_evaluation: bool,
     **footprint: Any,
 ) -> dict[str, int]:
-    """Bytes by component, with "peak"."""
+    """Return bytes by component, with "peak"."""
     if machine.device == "cuda":
         return estimate_gpu_memory(
             spec, pack_tokens=pack_tokens, cache_tokens=cache_tokens, **footprint
@@ -57,16 +54,18 @@ def estimate_memory(
         has_evaluation=has_evaluation,
         **footprint,
     )
-    # Either a step's activations are there or the keys and values of the answers.
-    cache_size_bytes = compute_cache_bytes(
-        spec, cache_tokens, 2 if footprint["dtype"] == "bf16" else 4
-    )
-    answer_bytes = max(0, cache_size_bytes - parts["activations"] - parts["head"])
+    # memory holds either the activations of a step or the KV cache of the answers
+    cache_bytes = compute_cache_bytes(spec, cache_tokens, get_dtype_bytes(footprint["dtype"]))
+    answer_bytes = max(0, cache_bytes - parts["activations"] - parts["head"])
     return parts | {"answers": answer_bytes, "peak": parts["peak"] + answer_bytes}
 
 
+def get_dtype_bytes(dtype: str) -> int:
+    return 2 if dtype == "bf16" else 4
+
+
 def apply_memory_factor(parts: dict[str, int], factor: float) -> dict[str, int]:
-    """With what earlier runs took beyond their prediction, or short of it."""
+    """Return the components corrected by the ratio of measured to predicted memory."""
     if factor == 1:
         return parts
     correction = int(parts["peak"] * (factor - 1))
@@ -82,15 +81,14 @@ def estimate_cache_tokens(
     answer_share: float,
     dtype: str,
 ) -> int:
-    """Held at once while answers are written. `share`: of a row's tokens that are its answer, which
-    has room for half as many more, and 16 (`evaluate.tasks.answer_length`)."""
-    dtype_bytes = 2 if dtype == "bf16" else 4
-    needed_tokens = min(MAX_BATCH_ROWS[machine.device], num_prompts) * int(
-        (1 + answer_share / 2) * longest + 16
-    )
-    return min(
-        needed_tokens, CACHE_BYTES[machine.device] // compute_cache_bytes(spec, 1, dtype_bytes)
-    )
+    """Return the tokens in the KV cache while answers are generated.
+
+    `answer_share` is the fraction of a row's tokens that are its answer; half as many more, and 16,
+    may be generated (`max_new_tokens` in evaluate/items.py)."""
+    token_bytes = compute_cache_bytes(spec, 1, get_dtype_bytes(dtype))
+    row_tokens = int((1 + answer_share / 2) * longest + 16)
+    needed_tokens = min(MAX_BATCH_ROWS[machine.device], num_prompts) * row_tokens
+    return min(needed_tokens, CACHE_BYTES[machine.device] // token_bytes)
 
 
 def estimate_phase_bytes(
@@ -101,21 +99,20 @@ def estimate_phase_bytes(
     cache_tokens: int,
     dtype: str,
 ) -> dict[str, int]:
-    """The most that is held in a step, with the longest row alone, and while answers are written.
-    `parts` and `longest` are the components of the two packs."""
-    fixed_bytes = sum(parts.get(name, 0) for name in FIXED_PARTS)
-    step_bytes = parts["peak"] - parts.get("answers", 0)
+    """Return the peak memory of a step, of the longest row alone, and of generating answers.
+
+    `parts` and `longest_row_parts` are the components of the two packs."""
     phase_bytes = {
-        "step": step_bytes,
+        "step": parts["peak"] - parts.get("answers", 0),
         "longest row": longest_row_parts["peak"] - longest_row_parts.get("answers", 0),
     }
     if cache_tokens:
-        phase_bytes["answers"] = fixed_bytes + compute_cache_bytes(
-            spec, cache_tokens, 2 if dtype == "bf16" else 4
-        )
+        fixed_bytes = sum(parts.get(name, 0) for name in FIXED_PARTS)
+        cache_bytes = compute_cache_bytes(spec, cache_tokens, get_dtype_bytes(dtype))
+        phase_bytes["answers"] = fixed_bytes + cache_bytes
     return phase_bytes
 
 
 def compute_multiple(spec: ModelSpec, peak_bytes: int) -> float:
-    """Of the size of the weights in 16 bits."""
+    """Return a peak relative to the size of the 16-bit weights."""
     return peak_bytes / (2 * spec.parameters)

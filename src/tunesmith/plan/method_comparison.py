@@ -1,8 +1,8 @@
-"""Full fine-tuning, LoRA and QLoRA side by side: what each takes, risks and leaves behind.
+"""Full fine-tuning, LoRA and QLoRA compared: memory, time, disk, risk and deployment.
 
-In: a plan a method, made for the same rows and machine. Out: an `Outlook` a method, with what the
-usual advice says beside each number. Left out: which is best, which `plan` decides with its reason
-and a run shows."""
+In: a plan per method, for the same rows and machine. Out: a MethodEstimate per method, with common
+advice next to each number. Left out: the choice, which `plan` makes and a run confirms.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora"
 
 @dataclass(frozen=True)
 class MethodEstimate:
-    """One method. Seconds are a range, empty where nothing is known of this machine's speed."""
+    """What a method takes and yields on a machine, and what is usually said."""
 
     method: str
     learning_rate: float
@@ -29,15 +29,15 @@ class MethodEstimate:
     peak_bytes: int
     free_bytes: int
     has_enough_memory: bool
-    fits_on: str  # the smallest machine of the table that has room, if this one has not
-    multiple: float  # of the weights in 16 bits
+    fits_on: str  # the smallest preset with enough memory, if this machine has too little
+    multiple: float  # peak relative to the 16-bit weights
     usual_multiple: str
     flops: float
-    seconds: tuple[float, ...]
+    seconds: tuple[float, ...]  # a range; empty when the speed of the machine is unknown
     speed: str
     usual_speed: str
     disk_bytes: int
-    result_bytes: int  # what training leaves: an adapter, or a model
+    result_bytes: int  # the trained adapter or model
     risk: str
     usual_risk: str
     deployment: str
@@ -45,39 +45,41 @@ class MethodEstimate:
 
 
 def estimate_methods(make_plan: Callable[[str], Plan]) -> tuple[MethodEstimate, ...]:
-    """`plan_with`: the plan by method."""
+    """Estimate each method; `make_plan` returns the plan for one."""
     return tuple(estimate_method(make_plan(method)) for method in METHODS)
 
 
 def estimate_method(plan: Plan) -> MethodEstimate:
-    method, spec, peak = plan.config.method, plan.model, plan.memory_bytes["peak"]
-    rank = plan.config.lora_r or 0
-    use_dora = plan.config.use_dora or False
+    config = plan.config
+    peak = plan.memory_bytes["peak"]
     num_trained = count_trained_parameters(
-        spec, method=method, dtype=plan.config.dtype, rank=rank, dora=use_dora
+        plan.model,
+        method=config.method,
+        dtype=config.dtype,
+        rank=config.lora_r or 0,
+        dora=config.use_dora or False,
     )
-    is_bf16 = method == "full" and plan.config.dtype == "bf16"
+    is_bf16_model = config.method == "full" and config.dtype == "bf16"
     return MethodEstimate(
-        method=method,
-        learning_rate=plan.config.learning_rate,
+        method=config.method,
+        learning_rate=config.learning_rate,
         trained_parameters=num_trained,
         peak_bytes=peak,
         free_bytes=plan.machine.available_bytes,
         has_enough_memory=has_enough_memory(plan),
         fits_on=plan.fits_on,
-        multiple=compute_multiple(spec, peak),
-        usual_multiple=USUAL_MULTIPLES[method],
+        multiple=compute_multiple(plan.model, peak),
+        usual_multiple=USUAL_MULTIPLES[config.method],
         flops=estimate_run_flops(plan),
         seconds=plan.seconds,
         disk_bytes=plan.disk_bytes,
-        result_bytes=num_trained * (2 if is_bf16 else 4),
-        **METHOD_NOTES[method],
+        result_bytes=num_trained * (2 if is_bf16_model else 4),
+        **METHOD_NOTES[config.method],
     )
 
 
-# What is known of each, and what is usually said. Sources: Biderman 2024 (forgetting, one of its
-# throughputs), torchtune README and Hu 2021 (throughputs), a 2024 study of safety after benign
-# rows, Dettmers 2023.
+# Sources: Biderman 2024 (forgetting, one throughput), torchtune README and Hu 2021 (throughputs), a
+# 2024 study of safety after benign rows, Dettmers 2023.
 _ADAPTER_NOTES = {
     "usual_speed": "2-3x of full",
     "usual_risk": "low",
@@ -87,21 +89,21 @@ METHOD_NOTES = {
     "full": {
         "speed": "1, by definition",
         "usual_speed": "1",
-        "risk": "forgets most on code (.446 against .631 at equal skill), hardly more on maths (.559, .567)",
+        "risk": "forgets most on code (.446 vs .631 at equal skill), hardly more on math (.559, .567)",
         "usual_risk": "high",
-        "deployment": "a whole model a task",
-        "usual_deployment": "one model a task",
+        "deployment": "a full model per task",
+        "usual_deployment": "one model per task",
     },
     "lora": _ADAPTER_NOTES
     | {
         "speed": "1.0-1.5x of full expected, .85-2.2x published",
-        "risk": "forgets less on code, the base stays as it was; learns less from much text",
-        "deployment": "an adapter beside one base, many at once, or merged",
+        "risk": "forgets less on code, and the base is unchanged; learns less from large corpora",
+        "deployment": "adapters on one shared base, many at once, or merged",
     },
     "qlora": _ADAPTER_NOTES
     | {
-        "speed": "as LoRA or down to .6x of it: weights are widened for every product",
+        "speed": "as LoRA, or down to .6x of it: weights are dequantized for every matmul",
         "risk": "as LoRA, and the base is rounded to 4 bits",
-        "deployment": "an adapter for the base in 4 bits; merged into 16 it is another model, slightly",
+        "deployment": "an adapter on the 4-bit base; merged into 16 bits, answers change slightly",
     },
 }

@@ -1,7 +1,7 @@
-"""How many rows each task has in an epoch, where the recipe mixes tasks.
+"""How many rows of each task an epoch has, when the recipe mixes tasks.
 
-In: the recipe's wish and the report on the training rows. Out: a Choice, rows by task; and the
-report of one such epoch, which all other rules go by. Pure. Which rows these are: data/mixture.py.
+In: `mixture` of the recipe and the report on the training rows. Out: a PlanValue, rows by task; and
+the report of one such epoch, which all other rules use. Left out: which rows (data/selection.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ SOURCE = "Raffel 2020 (T5), 3.5.2; FLAN 2021: limit 3,000"
 
 
 def allocate_rows(mixture: MixtureConfig, rows: Mapping[str, int]) -> dict[str, int]:
-    """In proportion to min(rows, limit) ** (1 / temperature), each at least one: 1 is in proportion
-    to the rows, a high temperature gives all tasks the same. All together as many as there are rows
-    within the limit; what rounding down leaves goes to the largest remainders."""
+    """Return the rows of each task, proportional to min(rows, limit) ** (1 / temperature).
+
+    Temperature 1 keeps the proportions of the rows; a high one gives all tasks the same. The total
+    is the number of rows within the limit; each task has at least one row, and rows lost to
+    rounding go to the largest remainders."""
     capped = {task: min(count, mixture.limit or count) for task, count in rows.items()}
     largest, total_rows = max(capped.values()), sum(capped.values())
     rates = {
@@ -35,25 +37,25 @@ def allocate_rows(mixture: MixtureConfig, rows: Mapping[str, int]) -> dict[str, 
 
 
 def decide_mixture(mixture: MixtureConfig, report: DataReport) -> PlanValue:
-    """Rows of an epoch by task."""
+    """Return the rows of an epoch by task."""
     rows = allocate_rows(mixture, report.task_rows)
-    tokens, total = (
-        _estimate_task_tokens(rows, report),
-        max(1, sum(_estimate_task_tokens(rows, report).values())),
-    )
-    shares = ", ".join(
-        f"{task} {count / sum(rows.values()):.0%} of the rows and {tokens[task] / total:.0%} of the tokens"
-        for task, count in rows.items()
-    )
-    limit = "" if mixture.limit is None else f", {mixture.limit:,} at most"
-    reason = (
-        f"rows of an epoch, as (rows of the task{limit}) ^ (1 / {mixture.temperature:g}): {shares}"
-    )
+    tokens = _estimate_task_tokens(rows, report)
+    total_rows = sum(rows.values())
+    total_tokens = max(1, sum(tokens.values()))
+    shares: list[str] = []
+    for task, count in rows.items():
+        token_share = tokens[task] / total_tokens
+        shares.append(
+            f"{task} {count / total_rows:.0%} of the rows and {token_share:.0%} of the tokens"
+        )
+    limit = "" if mixture.limit is None else f", at most {mixture.limit:,}"
+    formula = f"(rows of the task{limit}) ^ (1 / {mixture.temperature:g})"
+    reason = f"rows per epoch, proportional to {formula}: {', '.join(shares)}"
     return PlanValue(rows, "rule", reason, SOURCE)
 
 
 def scale_report(report: DataReport, mixture: PlanValue | None) -> DataReport:
-    """What the report would say of the rows of one epoch."""
+    """Return the report for the rows of one epoch of the mixture."""
     if mixture is None:
         return report
     rows = sum(mixture.value.values())
@@ -68,8 +70,8 @@ def scale_report(report: DataReport, mixture: PlanValue | None) -> DataReport:
 
 
 def _estimate_task_tokens(rows: Mapping[str, int], report: DataReport) -> dict[str, float]:
-    """Of so many rows of each task."""
-    return {
-        task: count * report.task_tokens.get(task, 0) / report.task_rows[task]
-        for task, count in rows.items()
-    }
+    """Return the tokens of so many rows of each task."""
+    tokens: dict[str, float] = {}
+    for task, count in rows.items():
+        tokens[task] = count * report.task_tokens.get(task, 0) / report.task_rows[task]
+    return tokens

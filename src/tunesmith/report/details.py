@@ -9,9 +9,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from tunesmith.core.atomic import MANIFEST, format_bytes
+from tunesmith.core.atomic import MANIFEST
 from tunesmith.core.events import TrainStep
-from tunesmith.core.formatting import format_duration
+from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RECIPE_FILE
 from tunesmith.core.types import DataReport, Finding, Json, Plan

@@ -16,8 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from tunesmith.core.atomic import format_bytes
-from tunesmith.core.formatting import format_duration, format_rows, format_value
+from tunesmith.core.formatting import format_bytes, format_duration, format_rows, format_value
 
 # C0 and C1 controls without tab and line feed, direction marks, zero widths without joiners, lone
 # surrogates, tag characters

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.core.atomic import format_bytes
 from tunesmith.core.events import GENERAL_TASK, CheckResult
-from tunesmith.core.formatting import format_duration
+from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.scale_choice import describe_bargain
 from tunesmith.evaluate.statistics import NO_DIFFERENCE, describe_evidence, judge_comparisons

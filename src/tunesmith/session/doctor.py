@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.core.atomic import format_bytes, write_file
+from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import MachineError
+from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import find_existing_parent, measure_machine
 from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.model.hub.resolve import find_cache_dir, resolve_model

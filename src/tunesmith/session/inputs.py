@@ -18,8 +18,8 @@ from typing import Any
 
 from rich.text import Text
 
-from tunesmith.core.atomic import format_bytes
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, pick_run_folder
 from tunesmith.core.types import DataReport, Document, Json, Machine, ModelSpec, Plan, PlanValue
@@ -29,14 +29,13 @@ from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.formats.few_shot import add_shots
 from tunesmith.data.golden_set import refuse_locked_rows
-from tunesmith.data.split import split_by_hash
 from tunesmith.data.leakage import refuse_rehearsal_leakage, refuse_task_leakage
 from tunesmith.data.length_stats import iter_documents, render_first_documents
-from tunesmith.data.sampler import TaskMixture
 from tunesmith.data.packing import compute_saved_share
 from tunesmith.data.pretraining import PretrainingCorpus, open_corpus
 from tunesmith.data.preview import render_preview
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import TaskMixture, permute_rows
+from tunesmith.data.split import split_by_hash
 from tunesmith.data.tokenizer.added_tokens import refuse_other_tokens, refuse_unused_tokens
 from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
@@ -77,7 +76,7 @@ class RunInputs:
 
     @property
     def response_schema(self) -> Json | None:
-        return read_response_schema(self.recipe.answer_schema)
+        return read_response_schema(self.recipe.response_schema)
 
 
 def load_inputs(
@@ -167,12 +166,12 @@ def _load_checked_adapter(
 def build_renderer(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
     """The tokenizer of a model folder, with the chat template that the recipe wants. In continued
     pretraining texts end in the separator."""
-    template = recipe.template if isinstance(recipe.template, Path) else None
+    template = recipe.chat_template if isinstance(recipe.chat_template, Path) else None
     template_kwargs, added_tokens = recipe.chat_template_kwargs, recipe.add_tokens
     renderer = Renderer.from_folder(
         folder, template=template, now=now, variables=template_kwargs, add_tokens=added_tokens
     )
-    if recipe.template == "none":
+    if recipe.chat_template == "none":
         renderer = Renderer(renderer.tokenizer, {})
     return (
         renderer.with_text_end(find_separator(renderer.tokenizer).id)
@@ -190,7 +189,7 @@ def open_datasets(
     open_rows = partial(
         open_dataset,
         renderer=renderer,
-        should_skip_invalid=recipe.skip_bad,
+        skip_invalid=recipe.skip_invalid,
         has_pairs=is_preference,
     )
     held_out_constraints = ConstraintSet(recipe.never, is_held_out=True)
@@ -243,7 +242,7 @@ def open_datasets(
         refuse_rehearsal_leakage(
             datasets["rehearsal"], open_eval_datasets(recipe, datasets, renderer)
         )
-    datasets["data"] = datasets["data"].with_max_length(max_length, recipe.overlong)
+    datasets["data"] = datasets["data"].with_max_length(max_length, recipe.on_overlong)
     return add_shots(datasets)
 
 
@@ -256,7 +255,7 @@ def open_data_pool(recipe: Recipe) -> Dataset:
         select_sources(recipe, "data"),
         renderer,
         max_examples=recipe.max_examples,
-        should_skip_invalid=recipe.skip_bad,
+        skip_invalid=recipe.skip_invalid,
         has_pairs=is_preference,
         constraint_set=constraints,
     )
@@ -384,7 +383,7 @@ def _make_saved_share(inputs: RunInputs, mixture: PlanValue | None) -> SavedShar
         return assume_no_savings
     rows, seed = inputs.datasets["data"], inputs.recipe.seed
     first_N = (
-        permutation(seed, 0, len(rows))
+        permute_rows(seed, 0, len(rows))
         if mixture is None
         else TaskMixture.from_dataset(rows, mixture.value).build_epoch(seed, 0)
     )

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from tunesmith.core.atomic import format_bytes, write_file
-from tunesmith.core.formatting import format_duration, format_value
+from tunesmith.core.atomic import write_file
+from tunesmith.core.formatting import format_bytes, format_duration, format_value
 from tunesmith.core.types import Json, ModelSpec, Plan, RunRecord, ScalePoint
 from tunesmith.evaluate.scale_choice import describe_tradeoff
 from tunesmith.evaluate.statistics import judge_comparisons

@@ -15,7 +15,6 @@ import pytest
 from tunesmith.core.atomic import (
     atomic_dir,
     disk_errors,
-    format_bytes,
     remove_folder,
     remove_leftovers,
     require_disk_space,
@@ -23,6 +22,7 @@ from tunesmith.core.atomic import (
     write_file,
 )
 from tunesmith.core.errors import MachineError
+from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import read_json
 
 SYSTEM_CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace")
@@ -232,7 +232,7 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
         with pytest.raises(
-            MachineError, match=r"no room on the disk: 2\.0 kB \(2000 bytes\) needed"
+            MachineError, match=r"no space left on the disk: 2\.0 kB \(2000 bytes\) needed"
         ):
             write_file(tmp_path / "a", b"x" * 2000)
     finally:

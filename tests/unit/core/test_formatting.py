@@ -1,8 +1,14 @@
-"""Durations and values as people read them."""
+"""Values as people read them."""
 
 from __future__ import annotations
 
-from tunesmith.core.formatting import format_duration, format_value
+from tunesmith.core.formatting import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_value,
+    suggest_name,
+)
 
 
 def test_values_read_as_in_a_recipe() -> None:
@@ -17,3 +23,18 @@ def test_durations_have_a_unit() -> None:
         "60:00 min",
         "1:00 h",
     ]
+
+
+def test_bytes_have_a_unit() -> None:
+    texts = [format_bytes(number) for number in (999, 1000, 2_500_000, 1_900_000_000)]
+    assert texts == ["999 bytes", "1.0 kB", "2.5 MB", "1.9 GB"]
+
+
+def test_nouns_agree_with_their_number() -> None:
+    texts = [format_count(number, "row") for number in (0, 1, 2000)]
+    assert texts == ["0 rows", "1 row", "2,000 rows"]
+
+
+def test_the_closest_name_is_suggested() -> None:
+    assert suggest_name("exactmatch", ["rouge_l", "exact_match"]) == "did you mean exact_match?"
+    assert suggest_name("x", ["rouge_l"], default="use rouge_l") == "use rouge_l"

@@ -134,7 +134,10 @@ def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"choices": {}}, "an older version of tunesmith: format 1, and this version reads format 2"),
+        (
+            {"choices": {}},
+            "an older version of tunesmith: format 1, and this version reads format 2",
+        ),
         ({"format": 3}, "another version of tunesmith: format 3, and this version reads format 2"),
         ([], "not a plan"),
     ],

@@ -154,7 +154,7 @@ def test_dora_is_in_the_weights_or_beside_them(tiny_llama: Path, tmp_path: Path)
     assert peft.parity.mean_kl < 1e-9 < merged.parity.mean_kl
     assert gguf.parity.trained_kl is not None
     assert gguf.parity.trained_kl > 100 * max(merged.parity.mean_kl, gguf.parity.mean_kl)
-    with pytest.raises(InputError, match="no place for DoRA's magnitudes") as refusal:
+    with pytest.raises(InputError, match="cannot hold DoRA magnitudes") as refusal:
         export_run(path, "gguf", kind="lora")
     assert "merged" in refusal.value.fix
     assert not (path / "export" / "gguf-lora").exists()
@@ -182,7 +182,7 @@ def test_by_default_it_goes_into_the_run_folder(own_run: Path) -> None:
         Path(export_run(own_run, "gguf", kind="lora").path)
         == own_run / "export" / "gguf-lora"
     )
-    with pytest.raises(InputError, match="there is something already") as refusal:
+    with pytest.raises(InputError, match="the output folder already exists") as refusal:
         export_run(own_run, "peft")
     assert "--out" in refusal.value.fix
 
@@ -195,7 +195,7 @@ def test_a_folder_with_content_is_not_touched_and_an_empty_one_is_taken(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     for place in (tmp_path / "other", tmp_path / "other" / "thesis.txt"):
-        with pytest.raises(InputError, match="there is something already"):
+        with pytest.raises(InputError, match="the output folder already exists"):
             export_run(finished, "peft", out=place)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
@@ -230,7 +230,7 @@ def test_no_room_on_the_disk_is_said_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(MachineError, match="no room on the disk") as refusal:
+    with pytest.raises(MachineError, match="no space left on the disk") as refusal:
         export_run(finished, "merged", out=tmp_path / "merged")
     assert "set --out to another disk" in refusal.value.fix
     assert list(tmp_path.iterdir()) == []
@@ -274,7 +274,7 @@ def test_fault_27_a_failed_run(own_run: Path) -> None:
     with RunFolder.open(own_run) as folder:
         folder.append_event(CheckResult("failed", "stop", "the loss is not finite", 3))
     with pytest.raises(
-        GateError, match="this run failed, and is not exported: the loss is not finite"
+        GateError, match="this run failed, and cannot be exported: the loss is not finite"
     ):
         export_run(own_run, "merged")
 
@@ -315,7 +315,7 @@ def test_data_that_are_gone(own_run: Path, tmp_path: Path) -> None:
 
 def test_a_machine_without_memory(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.core.hardware.read_main_memory", lambda: (10**6, 10**4))
-    with pytest.raises(MachineError, match="the proof of the export needs about"):
+    with pytest.raises(MachineError, match="verifying the export needs about"):
         export_run(finished, "merged")
 
 
@@ -360,5 +360,5 @@ def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
         parity = export_run(path, target, kind=kind, out=tmp_path / f"{target}").parity
         assert (parity.same_prompts, parity.rendered_prompts) == (4, 4), target
         assert parity.mean_kl < (1e-2 if target == "merged" else 1e-6), target
-    with pytest.raises(InputError, match="no place for the rows of new tokens"):
+    with pytest.raises(InputError, match="cannot hold the embeddings of added tokens"):
         export_run(path, "gguf", kind="lora", out=tmp_path / "lora")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.core.types import DataReport, Machine, ModelSpec
+from tunesmith.core.types import DataReport, Machine, ModelSpec, PlanValue
 from tunesmith.plan.rules import RuleContext
 
 GB = 10**9
@@ -71,6 +71,7 @@ def known() -> Callable[..., RuleContext]:
             "batch_size": 16,
             "dtype": "bf16",
         } | changed
-        return RuleContext(*parts, decided, has_schema, max_steps)
+        settings = {key: PlanValue(value, "rule", "") for key, value in decided.items()}
+        return RuleContext(*parts, settings, has_schema, max_steps)
 
     return make

@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import measured_files, plan_of, recipe, sums, write_rows
 from tunesmith.core.events import CheckpointSaved
 from tunesmith.core.run_dir import RunFolder
-from tunesmith.plan.disk import count_max_checkpoints, estimate_disk_bytes
+from tunesmith.plan.memory import count_max_checkpoints, estimate_disk_bytes
 from tunesmith.plan.rules import RuleContext
 from tunesmith.train import run
 

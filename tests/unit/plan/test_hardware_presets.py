@@ -42,7 +42,7 @@ def test_sizes_are_read_in_their_units(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is no size of a memory") as refusal:
         parse_size(text)
-    assert (refusal.value.where, "24GB" in refusal.value.fix) == ("--fit", True)
+    assert (refusal.value.where, "24GB" in refusal.value.fix) == ("--memory", True)
 
 
 def test_a_target_is_an_empty_card_with_the_software_that_is_here(here: Machine) -> None:
@@ -52,7 +52,7 @@ def test_a_target_is_an_empty_card_with_the_software_that_is_here(here: Machine)
     assert made.versions["bitsandbytes"] == "assumed"
     assert match_preset(made) == HARDWARE_PRESETS["h100"]
     assert (choose_machine(here, None, None), match_preset(here)) == (here, None)
-    with pytest.raises(InputError, match="no machine is called 'h1000'") as refusal:
+    with pytest.raises(InputError, match="unknown machine: 'h1000'") as refusal:
         choose_machine(here, "h1000", None)
     assert "rtx4090" in refusal.value.fix
 

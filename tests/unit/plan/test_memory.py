@@ -81,9 +81,9 @@ def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
     """SmolLM2 by hand: values a token and layer, and the temporaries of the widest layer."""
     h, q, kv, mlp = 576, 576, 192, 2 * 1536
     layer = 4 * h + 2 * q + 2 * kv + mlp
-    wanted = {"keep": 30 * layer, "selective": 30 * (layer - mlp), "recompute": 30 * h + layer}
+    wanted = {"none": 30 * layer, "selective": 30 * (layer - mlp), "full": 30 * h + layer}
     for policy, values in wanted.items():
-        found = estimate_peak_memory(spec, **SETTINGS, activations=policy)["activations"]
+        found = estimate_peak_memory(spec, **SETTINGS, gradient_checkpointing=policy)["activations"]
         assert found == 2048 * 2 * (values + 6 * 1536)
 
 
@@ -148,7 +148,7 @@ def test_answers_written_side_by_side_count_where_they_take_more_than_a_step(
     known: Callable[..., RuleContext],
 ) -> None:
     spec, machine = known().model, known().machine
-    held = {**SETTINGS, "packs": 1, "layouts": 1, "measured": False}
+    held = {**SETTINGS, "packs": 1, "layouts": 1, "has_evaluation": False}
     few, many = (
         estimate_memory(spec, machine, **held, cache_tokens=tokens) for tokens in (1000, 100_000)
     )

@@ -40,7 +40,7 @@ def test_the_reason_says_how_much_that_is(known: Callable[..., RuleContext]) -> 
     ]
     assert choice.decided_by == "user"
     assert choice.reason.endswith(
-        "about 40,000 tokens beside 160,000 of the data, 1.6 passes over its rows"
+        "about 40,000 tokens added to 160,000 of the data, 1.6 passes over its rows"
     )
 
 

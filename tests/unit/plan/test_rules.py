@@ -117,11 +117,11 @@ def test_packs_hold_the_longest_document(device: str, longest: int, pack: int, k
 
 
 def test_precision_and_attention_are_what_the_machine_has(known: Make) -> None:
-    assert rules.dtype(known(bf16_matmul=True)).value == "bf16"
-    assert rules.dtype(known(bf16_matmul=False)).value == "fp32"
-    assert rules.attention(known()).value == "kernel"
-    assert rules.attention(known(compiler=None)).value == "documents"
-    assert rules.attention(known(dtype="fp32")).value == "documents"
+    assert rules.dtype(known(has_bf16_matmul=True)).value == "bf16"
+    assert rules.dtype(known(has_bf16_matmul=False)).value == "fp32"
+    assert rules.attention(known()).value == "cpu_kernel"
+    assert rules.attention(known(compiler=None)).value == "sdpa"
+    assert rules.attention(known(dtype="fp32")).value == "sdpa"
     assert rules.attention(known(device="cuda")).value == "varlen"
 
 

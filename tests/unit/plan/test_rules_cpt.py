@@ -9,7 +9,7 @@ import pytest
 from tunesmith.data.tokenizer.eos import SEPARATOR_TOKENS
 from tunesmith.plan import rules_cpt
 from tunesmith.plan.rules import RULES, RuleContext
-from tunesmith.plan.rules_cpt import CPT_RULES, PEAK_LEARNING_RATES
+from tunesmith.plan.rules_cpt import CPT_RULES, PEAK_LEARNING_RATES, UNKNOWN_PEAK
 
 Make = Callable[..., RuleContext]
 M = 10**6
@@ -41,7 +41,7 @@ def test_much_text_is_re_warmed_to_the_peak_and_re_decayed(texts: Make) -> None:
     found = rules_cpt.learning_rate(texts(tokens=10**10))
     assert (found.value, found.reason[:45]) == (
         3e-3,
-        "10,000,000,000 tokens: re-warmed to the whole",
+        "10,000,000,000 tokens: re-warmed to the peak ",
     )
     wanted = texts(tokens=M, batch_tokens=4096, num_train_epochs=1)
     schedule, warm = (CPT_RULES[key](wanted) for key in ("lr_scheduler_type", "warmup_ratio"))
@@ -58,7 +58,7 @@ def test_much_text_is_re_warmed_to_the_peak_and_re_decayed(texts: Make) -> None:
 def test_an_unknown_peak_is_said(parameters: int, rate: float, texts: Make) -> None:
     found = rules_cpt.learning_rate(texts(hidden_size=999, parameters=parameters))
     assert found.value == rate
-    assert "not known" in found.reason
+    assert UNKNOWN_PEAK in found.reason
 
 
 @pytest.mark.parametrize(("tokens", "epochs"), [(M - 1, 3), (M, 2), (10 * M - 1, 2), (10 * M, 1)])

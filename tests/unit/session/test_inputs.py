@@ -148,7 +148,7 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    wish = recipe(tiny_folder, tmp_path, template=str(own))
+    wish = recipe(tiny_folder, tmp_path, chat_template=str(own))
     known = inputs.load_inputs(wish)
     (document,) = known.datasets["data"].render_documents(0)
     assert known.renderer.decode(document.tokens_L.tolist()).startswith("[user]1 and 1 please")
@@ -157,12 +157,12 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(
 
 def test_no_template_means_plain_text(tiny_folder: Path, tmp_path: Path) -> None:
     text = str(write_rows(tmp_path / "text.jsonl", [{"text": "first"}]))
-    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, template="none", data=text))
+    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, chat_template="none", data=text))
     (document,) = known.datasets["data"].render_documents(0)
     assert not known.renderer.has_template
     assert known.renderer.decode(document.tokens_L.tolist()).startswith("first")
     with pytest.raises(InputError, match="template"):
-        inputs.load_inputs(recipe(tiny_folder, tmp_path, template="none"))
+        inputs.load_inputs(recipe(tiny_folder, tmp_path, chat_template="none"))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_broken_schema_is_named(
     path = tmp_path / "s.json"
     if content is not None:
         path.write_text(content)
-    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, schema=str(path)))
+    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, response_schema=str(path)))
     with pytest.raises(InputError, match=rf"schema: .*s\.json: {message}"):
         inputs.make_plan(known)
 

@@ -74,7 +74,8 @@ def test_another_method_machine_or_format_is_another_kind(
     )
     assert run_history.find_past_run(measuring) is None
     assert (
-        plan_of(recipe(tiny_folder, tmp_path, method="full", lora_r="auto")).config.memory_factor is None
+        plan_of(recipe(tiny_folder, tmp_path, method="full", lora_r="auto")).config.memory_factor
+        is None
     )
 
 
@@ -98,4 +99,6 @@ def test_a_broken_file_is_no_experience_and_is_replaced(
 def test_the_factor_is_bounded_and_hardly_below_one(made: Plan) -> None:
     for times, factor in ((100, 2.0), (0.95, 0.95), (0.5, 0.9)):
         run_history.save_past_run(record(made, peak_bytes=int(times * made.memory_bytes["peak"])))
-        assert run_history.apply_past_run(made).config.memory_factor == pytest.approx(factor, abs=0.001)
+        assert run_history.apply_past_run(made).config.memory_factor == pytest.approx(
+            factor, abs=0.001
+        )

@@ -1,9 +1,8 @@
-"""The rules of rubric.py put together.
+"""Apply the rules of rubric.py: Requirements -> RuleResults -> Advice.
 
-    Situation -> reasons -> Advice
-
-For each need, an answer is advised if a rule speaks for it and none rules it out; that is all. What
-would change the advice is found by asking again with one fact changed."""
+For each need, an approach is recommended if a rule recommends it and none rules it out. What would
+change the advice is determined by applying the rules again with one fact changed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from tunesmith.advise.rules.questionnaire import (
     Requirements,
     select_questions,
 )
-from tunesmith.advise.rules.reason import (
+from tunesmith.advise.rules.rubric import (
     APPROACHES,
     MAX_PROMPT_BYTES,
     MIN_EXAMPLES,
@@ -29,18 +28,29 @@ from tunesmith.advise.rules.reason import (
     MIN_PAIRS,
     MIN_PARAPHRASES,
     MIN_TEXT_BYTES,
+    RULES,
     TRAINING_APPROACHES,
     Approach,
     RuleResult,
 )
-from tunesmith.advise.rules.rubric import RULES
 from tunesmith.core.atomic import format_bytes
+
+Verdict = Literal["fine-tune", "don't fine-tune"]
+ApproachesByNeed = dict[Need, tuple[Approach, ...]]
+# what guides usually advise
+COMMON_ADVICE: set[tuple[Need, Approach]] = {
+    ("facts", "sft"),
+    ("domain", "cpt"),
+    ("format", "sft"),
+    ("skill", "sft"),
+    ("latency", "sft"),
+    ("tone", "sft"),
+}
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """An answer to take, in its turn. `next`: what to do first, `command` after it, where there is
-    one."""
+    """An approach to take, with what to do first and the command that follows, if any."""
 
     approach: Approach
     needs: tuple[Need, ...]
@@ -51,23 +61,21 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """With this fact alone another one, the advice would be `answers`."""
+    """If only this fact changed, the recommendation would become `approaches`."""
 
     condition: str
     approaches: tuple[Approach, ...]
-    verdict: str
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Advice:
-    verdict: Literal["fine-tune", "don't fine-tune"]
-    recommendations: tuple[
-        Recommendation, ...
-    ]  # in the order to take them; empty: nothing helps yet
-    objections: tuple[RuleResult, ...]  # what ruled something out
+    verdict: Verdict
+    recommendations: tuple[Recommendation, ...]  # in order; empty: nothing helps yet
+    objections: tuple[RuleResult, ...]  # results that ruled something out
     counterfactuals: tuple[Counterfactual, ...]
     requirements: Requirements
-    assumed: tuple[str, ...]  # facts that matter and count as not there
+    assumed: tuple[str, ...]  # names of facts that matter and are unknown
 
     @property
     def approaches(self) -> tuple[Approach, ...]:
@@ -75,157 +83,125 @@ class Advice:
 
 
 def advise(requirements: Requirements, recipe: Path | None = None) -> Advice:
-    """`recipe`: the one whose rows were counted, for the commands."""
+    """Return the advice; `recipe` is the file whose rows were counted, for the commands."""
     approaches_by_need, reasons = apply_rules(requirements)
-    recommendations = [
-        Recommendation(
-            approach,
-            needs,
-            _select_reasons(reasons, approach, needs),
-            *_describe_next_step(approach, requirements, recipe),
+    recommendations: list[Recommendation] = []
+    for approach in _list_approaches(approaches_by_need):
+        needs = tuple(need for need in requirements.need if approach in approaches_by_need[need])
+        next_step, command = _describe_next_step(approach, requirements, recipe)
+        approach_reasons = _select_reasons(reasons, approach, needs)
+        recommendations.append(
+            Recommendation(approach, needs, approach_reasons, next_step, command)
         )
-        for approach in APPROACHES
-        if (needs := _find_served_needs(approach, approaches_by_need))
-    ]
-    assumed = [
-        name for name in select_questions(requirements.need) if getattr(requirements, name) is None
-    ]
+    facts = select_questions(requirements.need)
     return Advice(
-        choose_verdict(approaches_by_need),
-        tuple(recommendations),
-        tuple(reason for reason in reasons if reason.ruled_out and _is_relevant(reason, reasons)),
-        tuple(_find_counterfactuals(requirements)),
-        requirements,
-        tuple(assumed),
+        verdict=choose_verdict(approaches_by_need),
+        recommendations=tuple(recommendations),
+        objections=tuple(
+            reason for reason in reasons if reason.ruled_out and _is_relevant(reason, reasons)
+        ),
+        counterfactuals=tuple(_find_counterfactuals(requirements)),
+        requirements=requirements,
+        assumed=tuple(name for name in facts if getattr(requirements, name) is None),
     )
 
 
-def apply_rules(
-    requirements: Requirements,
-) -> tuple[dict[Need, tuple[Approach, ...]], tuple[RuleResult, ...]]:
-    """The answers to each need, and all reasons that bear on one of the needs."""
-    rule_results = (rule(requirements) for rule in RULES)
-    reasons = tuple(
-        reason
-        for reason in rule_results
-        if reason is not None and set(reason.needs) & set(requirements.need)
-    )
-    return {
-        need: _select_approaches([reason for reason in reasons if need in reason.needs])
-        for need in requirements.need
-    }, reasons
+def apply_rules(requirements: Requirements) -> tuple[ApproachesByNeed, tuple[RuleResult, ...]]:
+    """Return the approaches for each need, and all results that concern one of the needs."""
+    reasons: list[RuleResult] = []
+    for rule in RULES:
+        reason = rule(requirements)
+        if reason is not None and set(reason.needs) & set(requirements.need):
+            reasons.append(dataclasses.replace(reason, rule=rule.__name__))
+    approaches_by_need: ApproachesByNeed = {}
+    for need in requirements.need:
+        recommended: set[Approach] = set()
+        ruled_out: set[Approach] = set()
+        for reason in reasons:
+            if need in reason.needs:
+                recommended.update(reason.recommended)
+                ruled_out.update(reason.ruled_out)
+        remaining = recommended - ruled_out
+        approaches_by_need[need] = tuple(name for name in APPROACHES if name in remaining)
+    return approaches_by_need, tuple(reasons)
 
 
-def _select_approaches(reasons: list[RuleResult]) -> tuple[Approach, ...]:
-    recommended = {approach for reason in reasons for approach in reason.recommended}
-    ruled_out = {approach for reason in reasons for approach in reason.ruled_out}
-    return tuple(approach for approach in APPROACHES if approach in recommended - ruled_out)
+def _list_approaches(approaches_by_need: ApproachesByNeed) -> tuple[Approach, ...]:
+    approaches = set[Approach]().union(*approaches_by_need.values())
+    return tuple(name for name in APPROACHES if name in approaches)
 
 
-def choose_verdict(
-    approaches_by_need: dict[Need, tuple[Approach, ...]],
-) -> Literal["fine-tune", "don't fine-tune"]:
-    return (
-        "fine-tune"
-        if any(
-            approach in TRAINING_APPROACHES
-            for approaches in approaches_by_need.values()
-            for approach in approaches
-        )
-        else "don't fine-tune"
-    )
-
-
-def _find_served_needs(
-    approach: Approach, approaches_by_need: dict[Need, tuple[Approach, ...]]
-) -> tuple[Need, ...]:
-    return tuple(need for need, approaches in approaches_by_need.items() if approach in approaches)
+def choose_verdict(approaches_by_need: ApproachesByNeed) -> Verdict:
+    approaches = _list_approaches(approaches_by_need)
+    return "fine-tune" if set(approaches) & set(TRAINING_APPROACHES) else "don't fine-tune"
 
 
 def _select_reasons(
     reasons: tuple[RuleResult, ...], approach: Approach, needs: tuple[Need, ...]
 ) -> tuple[RuleResult, ...]:
-    """The reasons for an answer, then what is worth knowing of it."""
+    """Return the results that recommend an approach, then those that comment on it."""
     relevant = [reason for reason in reasons if set(reason.needs) & set(needs)]
-    return (
-        *(reason for reason in relevant if approach in reason.recommended),
-        *(reason for reason in relevant if approach in reason.concerns),
-    )
+    recommending = [reason for reason in relevant if approach in reason.recommended]
+    commenting = [reason for reason in relevant if approach in reason.concerns]
+    return (*recommending, *commenting)
 
 
 def _is_relevant(objection: RuleResult, reasons: tuple[RuleResult, ...]) -> bool:
-    """Whether it says no to what another rule speaks for, or to what guides usually advise."""
-    recommended = {
-        (need, approach)
-        for reason in reasons
-        for need in reason.needs
-        for approach in reason.recommended
-    }
-    common_advice = {
-        ("facts", "sft"),
-        ("domain", "cpt"),
-        ("format", "sft"),
-        ("skill", "sft"),
-        ("latency", "sft"),
-        ("tone", "sft"),
-    }
-    return any(
-        (need, approach) in recommended | common_advice
-        for need in objection.needs
-        for approach in objection.ruled_out
-    )
+    """Whether it rules out what another rule recommends, or what guides usually advise."""
+    proposed = set(COMMON_ADVICE)
+    for reason in reasons:
+        for need in reason.needs:
+            proposed.update((need, approach) for approach in reason.recommended)
+    for need in objection.needs:
+        if any((need, approach) in proposed for approach in objection.ruled_out):
+            return True
+    return False
 
 
-# ---------------------------------------------------------------- what next
+# ---------------------------------------------------------------- next step
+
+NEXT_STEPS: dict[Approach, tuple[str, str]] = {
+    "prompt": (
+        "write 100 questions with correct answers as `eval_data`, to measure prompts and "
+        "everything else",
+        "advise --measure {recipe}",
+    ),
+    "constrained decoding": (
+        "send the schema with each request (`response_format` in llama.cpp's server and vLLM); "
+        "its effect is measured along with prompts and training",
+        "advise --measure {recipe} --schema schema.json",
+    ),
+    "retrieval": (
+        "put the documents into a folder; recall of the right passage and the model's answers "
+        "from it are measured",
+        "advise --measure {recipe} --documents FOLDER",
+    ),
+    "cpt": ("put the texts into a folder, and hold some out", "plan {recipe} --stage cpt"),
+    "sft": ("put the rows into a file, and hold some out", "data check {recipe}"),
+    "preference": (
+        "put the pairs into a file, and hold some out",
+        "plan {recipe} --stage preference",
+    ),
+}
 
 
 def _describe_next_step(
     approach: Approach, requirements: Requirements, recipe: Path | None
 ) -> tuple[str, str]:
-    recipe_path = shlex.quote(str(recipe or "recipe.yaml"))
-    init_command = "" if recipe else f"tunesmith init {recipe_path} && "
+    """Return what to do, and the command after it."""
     if approach == "prompt" and requirements.prompt in ("close", "good"):
-        return (
-            "keep the prompt, and the questions that it was tried on with their right answers",
-            "",
-        )
-    if approach == "prompt":
-        next_step = "write down 100 questions with right answers as `eval_data`: prompts are tried on them, and what else helps"
-        return next_step, f"{init_command}tunesmith advise --measure {recipe_path}"
-    return {
-        "constrained decoding": (
-            "send the schema with the request: `response_format` of llama.cpp's server or vLLM; what it brings is "
-            "measured beside prompts and trainings",
-            f"{init_command}tunesmith advise --measure {recipe_path} --schema schema.json",
-        ),
-        "retrieval": (
-            "put the documents into a folder: how often the right passage is found, and what the model makes of it, is "
-            "measured",
-            f"{init_command}tunesmith advise --measure {recipe_path} --documents FOLDER",
-        ),
-        "cpt": (
-            "put the texts into a folder, and hold some out",
-            f"{init_command}tunesmith plan {recipe_path} --stage cpt",
-        ),
-        "sft": (
-            "put the rows into a file, and hold some out",
-            f"{init_command}tunesmith data check {recipe_path}",
-        ),
-        "preference": (
-            "put the pairs into a file, and hold some out",
-            f"tunesmith plan {recipe_path} --stage preference",
-        ),
-    }[approach]
-
-
-def _format_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+        return "keep the prompt, and the questions with correct answers that you tried it on", ""
+    next_step, arguments = NEXT_STEPS[approach]
+    recipe_path = shlex.quote(str(recipe or "recipe.yaml"))
+    command = f"tunesmith {arguments.format(recipe=recipe_path)}"
+    if recipe is None and approach != "preference":
+        command = f"tunesmith init {recipe_path} && {command}"
+    return next_step, command
 
 
 # ---------------------------------------------------------------- what would change it
 
+# fact, value, the needs for which crossing it may change the advice
 THRESHOLDS: tuple[tuple[str, int, tuple[Need, ...]], ...] = (
     ("raw_text", MAX_PROMPT_BYTES + 1, ("facts",)),
     ("raw_text", MIN_TEXT_BYTES, ("domain",)),
@@ -242,38 +218,35 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
 
 
 def _find_counterfactuals(requirements: Requirements) -> Iterator[Counterfactual]:
-    """One fact at a time, the others as they are; values of a fact that come to the same are one
-    change."""
-    current = apply_rules(requirements)[0]
-    values_by_change: dict[tuple[str, tuple[Approach, ...], str], list[str]] = {}
+    """Change one fact at a time; values of a fact with the same effect are one counterfactual."""
+    current, _ = apply_rules(requirements)
+    labels_by_change: dict[tuple[str, tuple[Approach, ...], Verdict], list[str]] = {}
     for name, value, label in _iter_alternatives(requirements):
-        approaches_by_need = apply_rules(dataclasses.replace(requirements, **{name: value}))[0]
-        approaches: tuple[Approach, ...] = tuple(
-            approach
-            for approach in APPROACHES
-            if any(approach in chosen for chosen in approaches_by_need.values())
-        )
+        changed = dataclasses.replace(requirements, **{name: value})
+        approaches_by_need, _ = apply_rules(changed)
         if approaches_by_need != current:
-            values_by_change.setdefault(
-                (name, approaches, choose_verdict(approaches_by_need)), []
-            ).append(label)
-    for (name, approaches, verdict), label in values_by_change.items():
-        yield Counterfactual(f"{name.replace('_', ' ')}: {' or '.join(label)}", approaches, verdict)
+            approaches = _list_approaches(approaches_by_need)
+            change = (name, approaches, choose_verdict(approaches_by_need))
+            labels_by_change.setdefault(change, []).append(label)
+    for (name, approaches, verdict), labels in labels_by_change.items():
+        condition = f"{name.replace('_', ' ')}: {' or '.join(labels)}"
+        yield Counterfactual(condition, approaches, verdict)
 
 
 def _iter_alternatives(requirements: Requirements) -> Iterator[tuple[str, Any, str]]:
-    """A fact, another value of it, and that value in words."""
+    """Yield a fact, another value for it, and that value in words."""
     for name in select_questions(requirements.need):
         for value in ALTERNATIVES.get(name, ()):
-            yield name, value, _format_value(value)
+            yield name, value, {True: "yes", False: "no"}.get(value, value)
     for name, threshold, needs in THRESHOLDS:
         if not set(needs) & set(requirements.need):
             continue
         current = getattr(requirements, name)
+        if current is None:
+            # unknown numbers count as 0, but the requests as enough
+            current = threshold if name == "requests_month" else 0
         threshold_text = format_bytes(threshold) if name == "raw_text" else f"{threshold:,}"
-        if (
-            threshold if current is None and name == "requests_month" else current or 0
-        ) >= threshold:
+        if current >= threshold:
             yield name, threshold - 1, f"under {threshold_text}"
         else:
             yield name, threshold, f"{threshold_text} or more"
