@@ -16,12 +16,13 @@ from tunesmith.recipe.explain import describe_schema
 from tunesmith.recipe.fields import (
     Constraint,
     DataSource,
+    GuardConfig,
     MixtureConfig,
+    PairLoss,
     PromptForm,
     RehearsalConfig,
 )
 from tunesmith.recipe.load import load_recipe
-from tunesmith.recipe.mappings import GuardConfig, PairLoss
 from tunesmith.recipe.schema import ALIASES, KEYS, build_recipe_schema
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +61,9 @@ def test_the_table_of_keys_is_the_schema() -> None:
 
 def key_table() -> list[str]:
     properties = build_recipe_schema()["properties"]
-    aliases = {key: [alias for alias, of in ALIASES.items() if of == key] for key in KEYS.values()}
+    aliases = {key: [alias for alias, of in ALIASES.items() if of == key] for key in KEYS}
     lines = ["| key | takes | if left out | what it is | also called |", "|---|---|---|---|---|"]
-    return lines + [row(key, properties[key], names(aliases[key])) for key in KEYS.values()]
+    return lines + [row(key, properties[key], names(aliases[key])) for key in KEYS]
 
 
 def inner_table(model: type[BaseModel]) -> list[str]:

@@ -21,7 +21,10 @@ def loaded_by(program: str) -> set[str]:
 
 def verb(*words: str) -> str:
     call = f"app.main({list(words)})"
-    return f"from tunesmith.cli import app\ntry:\n    {call}\nexcept SystemExit as ended:\n    assert not ended.code"
+    return (
+        f"from tunesmith.cli import app\ntry:\n    {call}\n"
+        "except SystemExit as ended:\n    assert not ended.code"
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,42 +15,41 @@ import tunesmith
 PACKAGE = Path(tunesmith.__file__).parent
 
 # Words without content: they name nothing, alone or as a part of a name.
-EMPTY_WORDS = set("found one told known said kept left own asked whole place given".split())
+EMPTY_WORDS = set("found one told known said kept left own asked whole place given".split())  # noqa: SIM905
 
 VERBS = set(
     """
     accept accumulate acquire adapt add adjust admit advance advise align allocate allow answer
-    append apply archive as ask assert assign assume attach attend average backward balance
-    begin bind block bootstrap bound break build bundle cache calibrate call can cast cat chain
-    change charge chat check choose clamp classify clean clear clip close collapse collate
-    collect combine compare compile complete compress compute concat confirm connect consume
-    continue convert copy correct could count cover create curate cut data decide declare decode
-    decompress dedent dedupe deduplicate define delete demote dequantize derive describe detach
-    detect detokenize diagnose diff disable disallow discard divide download draw drop dump
-    embed emit enable encode end enqueue ensure enter enumerate error escape estimate eval
-    evaluate evict examine exclude exit expand expect explain export extend extract fetch fill
-    filter finalize find finish fit fix flag flatten flush fold follow forget fork format
-    forward free freeze fsync fuse gather generate get go grade group grow guard guess gunzip
-    halve handle has hash hide hold identify ignore import include index infer inherit init
-    initialize insert inspect install interleave interpolate intersect invert is iter join judge
-    keep label launch lay layout leak learn leave limit link list load locate lock log look
-    lower main make map mark mask match materialize may measure merge migrate mix move multiply
-    must name needs normalize note observe offer open order overlap override own pack pad pair
-    parse partition pass patch pause permute persist pick pin plan plot poll pop position
-    predict prefetch prefill prepare preserve print probe proceed process project propose prove
-    prune pull push put quantize quote raise rank read rebuild receive recommend recompute
-    reconcile record recover redact reduce refill refine refuse register reject release reload
-    remap remember remove rename render reopen reorder repair repeat replace replay report
-    request require reread resample rescale reserve reset reshape resolve restart restore resume
-    retarget retry return reuse reverse revert rewrite roll rotate round roundtrip run sample
-    save scale scan schedule score scrub seal search seed select send serialize serve set shift
-    shorten should show shrink shuffle sign simulate skip slice smooth snap solve sort split
-    squeeze stack standardize start step stop store stream stringify strip subsample subtract
-    suggest sum summarize supports swap sync synthesize take target tell test thin throw tick
-    time to tokenize track train transform translate transpose trim truncate try tune undo
-    unescape union unlink unlock unpack untie update upload use uses validate verify view visit
-    wait walk warm warn watch weigh weight widen will with wrap write yield zero
-    """.split()
+    append apply archive ask assert assign assume attach attend average backward balance begin
+    bind block bootstrap bound break build bundle cache calibrate call can cast cat chain change
+    charge chat check choose clamp classify clean clear clip close collapse collate collect
+    combine compare compile complete compress compute concat confirm connect consume continue
+    convert copy correct count cover create curate cut data decide declare decode decompress
+    dedent dedupe deduplicate define delete demote dequantize derive describe detach detect
+    detokenize diagnose diff disable disallow discard divide download draw drop dump embed emit
+    enable encode end enqueue ensure enter enumerate error escape estimate eval evaluate evict
+    examine exclude exit expand expect explain export extend extract fetch fill filter finalize
+    find finish fit fix flag flatten flush fold follow forget fork format forward free freeze
+    fsync fuse gather generate get go grade group grow guard guess gunzip halve handle has hash
+    hide hold identify ignore import include index infer inherit init initialize insert inspect
+    install interleave interpolate intersect invert is iter join judge keep label launch lay
+    leak learn leave limit link list load locate lock log look lower main make map mark mask
+    match materialize measure merge migrate mix move multiply name needs normalize note observe
+    offer open order overlap override pack pad pair parse partition pass patch pause permute
+    persist pick pin plan plot poll pop predict prefetch prefill prepare preserve print probe
+    proceed process project propose prove prune pull push put quantize quote raise rank read
+    rebuild receive recommend recompute reconcile record recover redact reduce refill refine
+    refuse register reject release reload remap remember remove rename render reopen reorder
+    repair repeat replace replay report request require reread resample rescale reserve reset
+    reshape resolve restart restore resume retarget retry return reuse reverse revert rewrite
+    roll rotate round roundtrip run sample save scale scan schedule score scrub seal search seed
+    select send serialize serve set shift shorten should show shrink shuffle sign simulate skip
+    slice smooth snap solve sort split squeeze stack standardize start step stop store stream
+    stringify strip subsample subtract suggest sum summarize supports swap sync synthesize take
+    target tell thin throw tick tokenize track train transform translate transpose trim truncate
+    try tune undo unescape union unlink unlock unpack untie update upload use uses validate
+    verify view visit wait walk warm warn watch weigh widen wrap write yield zero
+    """.split()  # noqa: SIM905
 )
 
 # What libraries dictate, and what has the name of a verb of the command line.

@@ -42,6 +42,8 @@ CALLS = {
         "__import__",
     ),
 }
+# The report's own templates, which no model and no user can add to.
+ALLOWED = {"report/html.py": ["Environment"]}
 SWITCHES = {
     "trust_remote_code": False,
     "use_safetensors": True,
@@ -69,9 +71,12 @@ def breaches(source: str) -> Iterator[str]:
 
 
 def test_no_file_opens_a_pickle_or_runs_what_it_reads() -> None:
-    found = {str(path): list(breaches(path.read_text())) for path in sorted(PACKAGE.rglob("*.py"))}
-    assert {path: names for path, names in found.items() if names} == {}
-    assert len(found) > 60
+    sources = {
+        path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")
+    }
+    names = {path: list(breaches(source)) for path, source in sources.items()}
+    assert {path: calls for path, calls in names.items() if calls} == ALLOWED
+    assert len(sources) > 60
 
 
 @pytest.mark.parametrize(
