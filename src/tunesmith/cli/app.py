@@ -80,7 +80,7 @@ def init(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented recipe, or translate another tool's config."""
+    """Write a commented recipe, or translate another config."""
     from tunesmith.recipe.template import format_untranslated
 
     result = api.init(path, model=model, data=data, from_config=from_config)

@@ -51,7 +51,7 @@ OLD_FLAGS = {
     "--recovery": "experiments/relearning/relearning.py of the repository",
     "--baselines": "experiments/constraint_baselines/constraint_baselines.py of the repository",
 }
-OLD_VERBS = {
+OLD_VERBS: dict[tuple[str, ...], str] = {
     ("data", "review"): "tunesmith data export-reviews",
     ("data", "reviewed"): "tunesmith data import-reviews",
 }

@@ -50,7 +50,7 @@ def data_show(
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show rows as the model sees them, supervised tokens in color."""
+    """Show rows as the model sees them, trained tokens in color."""
     texts = api.data_show(parse_recipe_args(args), rows=rows, ids=ids)
     print_result({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 

@@ -37,7 +37,7 @@ def evaluate(
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model before and after training, on the same items."""
+    """Measure a model before and after training, item by item."""
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.results import render_comparisons, render_gates, render_scores
 

@@ -462,13 +462,14 @@ def build_recipe_schema() -> Json:
     properties["stage"] = _allow_stage_list(properties["stage"])
     # With a list of stages, `data` may be set per stage.
     staged_schema: Json = {"properties": {"stage": {"type": "array"}}, "required": ["stage"]}
-    schema["allOf"] = []
+    conditions: list[Json] = []
     for key in schema.pop("required"):
         names = [key, *(alias for alias, target in ALIASES.items() if target == key)]
         alternatives: list[Json] = [{"required": [name]} for name in names]
         if key == "data":
             alternatives.append(staged_schema)
-        schema["allOf"].append({"anyOf": alternatives})
+        conditions.append({"anyOf": alternatives})
+    schema["allOf"] = conditions
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
