@@ -88,7 +88,7 @@ def test_what_the_grammar_leaves_to_the_model_is_told(folder: Path) -> None:
 
 
 def test_no_grammar_and_no_library_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="no grammar for this schema"):
+    with pytest.raises(InputError, match="the schema has no grammar"):
         grammar_of(folder, {"type": "string", "pattern": "(?=a)b("})
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(MachineError) as refusal:

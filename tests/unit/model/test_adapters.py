@@ -45,7 +45,7 @@ def test_all_linears_are_those_of_the_layers(family: str, per_layer: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["qproj", "proj", "lm_head", "layers.7.mlp.up_proj"])
-def test_an_unknown_target_is_an_error_that_lists_the_known(name: str) -> None:
+def test_an_unknown_target_is_an_error_that_lists_the_names(name: str) -> None:
     with pytest.raises(InputError, match=name) as caught:
         add_lora(tiny_network(), LORA | {"lora_target_modules": ["q_proj", name]})
     assert caught.value.where == "lora_target_modules"
@@ -89,8 +89,12 @@ def test_every_layer_starts_differently_and_by_the_seed() -> None:
         network = tiny_network()
         add_lora(network, LORA | {"seed": seed})
         starts.append([layer.lora_A for layer in find_lora_layers(network).values()])
-    assert all(torch.equal(one, other) for one, other in zip(starts[0], starts[1], strict=True))
-    assert not any(torch.equal(one, other) for one, other in zip(starts[0], starts[2], strict=True))
+    assert all(
+        torch.equal(actual, other) for actual, other in zip(starts[0], starts[1], strict=True)
+    )
+    assert not any(
+        torch.equal(actual, other) for actual, other in zip(starts[0], starts[2], strict=True)
+    )
     assert not torch.equal(starts[0][0], starts[0][1])
 
 

@@ -78,9 +78,9 @@ def by_hand(layer: LoraLinear, x: Tensor, mask: Tensor | None = None) -> Tensor:
 def assert_equal(ours: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     dy = random(*ours.shape, seed=9)
-    found, wanted = (torch.autograd.grad(y, leaves, dy) for y in (ours, expected))
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    grads, wanted = (torch.autograd.grad(y, leaves, dy) for y in (ours, expected))
+    for actual, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-11, atol=1e-11)
 
 
 # ---------------------------------------------------------------- equal to PEFT
@@ -106,16 +106,16 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
     x, dy = random(2, 5, 7).requires_grad_(), random(2, 5, 4, seed=9)
     y = theirs(x)
     torch.testing.assert_close(ours(x), y, rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad(ours(x), [x, *parts.values()], dy)
+    grads = torch.autograd.grad(ours(x), [x, *parts.values()], dy)
     wanted = torch.autograd.grad(y, [x, *(named[name] for name in parts)], dy)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    for actual, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-11, atol=1e-11)
 
 
 # ---------------------------------------------------------------- equal to its definition
 
 
-def test_linears_on_one_input_some_without_a_magnitude() -> None:
+def test_linears_on_the_same_input_some_without_a_magnitude() -> None:
     plain = LoraLinear(
         linear(5, 3, seed=7),
         rank=2,
@@ -193,7 +193,7 @@ def test_the_norms_follow_every_change(tmp_path: Path) -> None:
         assert torch.equal(models[1].compute_hidden(batch), before[0])
 
 
-def test_a_row_of_zeros_stays_one() -> None:
+def test_a_row_of_zeros_stays_zero() -> None:
     base = linear(5, 4)
     base.weight.data[2] = 0
     layer = LoraLinear(base, rank=2, scale=1.0, dropout=0.0, generator=torch.Generator(), dora=True)
@@ -228,18 +228,18 @@ def test_bf16_follows_fp64() -> None:
         for bias in (False, True)
     ]
     x, dy = random(200, 64).bfloat16().requires_grad_(), random(200, 192, seed=9).bfloat16()
-    for one, other in zip(leaves_of(*narrow), leaves_of(*wide), strict=True):
-        assert (one.dtype, other.dtype) == (torch.float32, FP64)
-        one.data = other.data.float()
+    for actual, other in zip(leaves_of(*narrow), leaves_of(*wide), strict=True):
+        assert (actual.dtype, other.dtype) == (torch.float32, FP64)
+        actual.data = other.data.float()
     ours, exact_x = torch.cat(project(x, narrow), dim=-1), x.detach().double().requires_grad_()
     expected = torch.cat(project(exact_x, wide), dim=-1)
-    found = [ours.detach(), *torch.autograd.grad(ours, [x, *leaves_of(*narrow)], dy)]
+    results = [ours.detach(), *torch.autograd.grad(ours, [x, *leaves_of(*narrow)], dy)]
     exact = [
         expected.detach(),
         *torch.autograd.grad(expected, [exact_x, *leaves_of(*wide)], dy.double()),
     ]
-    for one, other in zip(found, exact, strict=True):
-        assert float((one.double() - other).norm() / other.norm()) < 6e-3
+    for actual, other in zip(results, exact, strict=True):
+        assert float((actual.double() - other).norm() / other.norm()) < 6e-3
 
 
 @pytest.mark.skipif(not has_onednn_bf16(), reason="needs oneDNN's bf16 products")

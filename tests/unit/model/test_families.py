@@ -30,7 +30,7 @@ from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap
 from tunesmith.model.layers import FAMILIES, RMSNorm
 from tunesmith.train.losses import sum_weights
 
-ALL_IN_ONE, ONE_EACH = 10**6, 1
+SINGLE_PACK, PACK_EACH = 10**6, 1
 METHODS = ("lora", "full")
 
 
@@ -77,7 +77,7 @@ def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
     documents = tiny_documents()
     expected_loss, expected = stock_gradients(family, documents)
     loss, gradients = step_gradients(
-        tiny_model(family, torch.float64, method="full"), documents, ALL_IN_ONE
+        tiny_model(family, torch.float64, method="full"), documents, SINGLE_PACK
     )
     assert abs(loss - expected_loss) < 1e-6 * expected_loss  # transformers' norms compute in fp32
     assert worst_difference(gradients, expected) < 5e-6
@@ -96,15 +96,15 @@ def test_logits_equal_the_stock_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_everything_known_is_replaced(family: str) -> None:
+def test_every_listed_class_is_replaced(family: str) -> None:
     """Norms of queries and keys too, which are inside of what is replaced."""
     network = tiny_network(family)
     stock = {type(module).__name__ for module in network.modules()}
     model = wrap_model(network, torch.float32)
-    left = {type(module).__name__ for module in model.network.modules()}
-    known = {name for f in FAMILIES for name in (f"{f}RMSNorm", f"{f}Attention", f"{f}MLP")}
-    assert not left & known
-    assert bool(stock & known) == any(
+    class_names = {type(module).__name__ for module in model.network.modules()}
+    stock_names = {name for f in FAMILIES for name in (f"{f}RMSNorm", f"{f}Attention", f"{f}MLP")}
+    assert not class_names & stock_names
+    assert bool(stock & stock_names) == any(
         isinstance(module, RMSNorm) for module in model.network.modules()
     )
     assert model.is_pruned == (
@@ -115,10 +115,10 @@ def test_everything_known_is_replaced(family: str) -> None:
 # ---------------------------------------------------------------- packed = alone
 
 
-def test_packed_equals_one_document_at_a_time(case: tuple[PackedCausalLM, float]) -> None:
+def test_packed_equals_documents_alone(case: tuple[PackedCausalLM, float]) -> None:
     model, tolerance = case
-    loss, gradients = step_gradients(model, tiny_documents(), ALL_IN_ONE)
-    alone_loss, alone = step_gradients(model, tiny_documents(), ONE_EACH)
+    loss, gradients = step_gradients(model, tiny_documents(), SINGLE_PACK)
+    alone_loss, alone = step_gradients(model, tiny_documents(), PACK_EACH)
     assert abs(loss - alone_loss) <= tolerance * alone_loss
     assert worst_difference(gradients, alone) <= tolerance
 
@@ -127,13 +127,13 @@ def test_no_partition_and_no_order_changes_the_step(case: tuple[PackedCausalLM, 
     """1 x 8 = 8 x 1 and everything between."""
     model, tolerance = case
     documents = [*tiny_documents(), tiny_document(5, 40)]
-    loss, gradients = step_gradients(model, documents, ALL_IN_ONE)
+    loss, gradients = step_gradients(model, documents, SINGLE_PACK)
     shuffled = [
         documents[i]
         for i in torch.randperm(len(documents), generator=torch.Generator().manual_seed(2))
     ]
     for arranged, pack_length in (
-        (documents, ONE_EACH),
+        (documents, PACK_EACH),
         (documents, 20),
         (documents[::-1], 33),
         (shuffled, 50),
@@ -147,7 +147,7 @@ def test_any_partition_by_hand_changes_nothing(case: tuple[PackedCausalLM, float
     """Not only those that the packer would make: a step is the sum over its documents."""
     model, tolerance = case
     documents = tiny_documents()
-    _, gradients = step_gradients(model, documents, ALL_IN_ONE)
+    _, gradients = step_gradients(model, documents, SINGLE_PACK)
     parameters, count = dict(model.network.named_parameters()), sum_weights(documents)
     for part in (documents[:2], documents[2:3], documents[3:]):
         one_loss(model, one_batch(part), count).backward()
@@ -172,10 +172,10 @@ def test_no_gradient_reaches_another_document(case: tuple[PackedCausalLM, float]
         return embedded[-1]
 
     hook = model.network.get_input_embeddings().register_forward_hook(as_leaf)
-    for place, (start, length) in enumerate(
+    for index, (start, length) in enumerate(
         zip(batch.layout.starts, batch.layout.lengths, strict=True)
     ):
-        one_loss(model, targets_of(batch, place), 1.0).backward()
+        one_loss(model, targets_of(batch, index), 1.0).backward()
         felt = embedded.pop().grad[0].abs().sum(-1)
         assert (felt[start : start + length] > 0).all()
         felt[start : start + length] = 0
@@ -191,17 +191,17 @@ def test_other_tokens_elsewhere_leave_outputs_bitwise_equal(
     model, _ = case
     batch = one_batch(tiny_documents())
     before = model.compute_hidden(batch)
-    for place, (start, length) in enumerate(
+    for index, (start, length) in enumerate(
         zip(batch.layout.starts, batch.layout.lengths, strict=True)
     ):
         tokens = batch.tokens_T.clone()
         tokens[start : start + length] = (tokens[start : start + length] + 7) % VOCABULARY
-        after, own = (
+        after, alone = (
             model.compute_hidden(dataclasses.replace(batch, tokens_T=tokens)),
-            batch.document_S == place,
+            batch.document_S == index,
         )
-        assert torch.equal(after[~own], before[~own])
-        assert (after[own] != before[own]).any(-1).all()
+        assert torch.equal(after[~alone], before[~alone])
+        assert (after[alone] != before[alone]).any(-1).all()
 
 
 def test_the_network_cannot_run_without_a_layout() -> None:
@@ -221,11 +221,11 @@ def test_the_network_cannot_run_without_a_layout() -> None:
 
 @pytest.mark.parametrize("family", ["llama-64", "qwen2", "gemma2", "olmo2"])
 def test_in_bf16_packing_adds_no_error(family: str) -> None:
-    documents = [tiny_document(length, place) for place, length in enumerate((*LENGTHS, 70, 90))]
-    _, exact = step_gradients(tiny_model(family, torch.float64), documents, ONE_EACH)
+    documents = [tiny_document(length, index) for index, length in enumerate((*LENGTHS, 70, 90))]
+    _, exact = step_gradients(tiny_model(family, torch.float64), documents, PACK_EACH)
     model = tiny_model(family, torch.bfloat16)
     errors = []
-    for pack_length in (ALL_IN_ONE, ONE_EACH):
+    for pack_length in (SINGLE_PACK, PACK_EACH):
         _, gradients = step_gradients(model, documents, pack_length)
         difference = torch.cat(
             [(gradients[name].double() - exact[name]).flatten() for name in exact]

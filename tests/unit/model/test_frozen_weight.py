@@ -31,9 +31,12 @@ def test_blocked_products_are_those_of_the_plain_weight(rows):
     bias, into = (
         torch.randn(*shape, generator=generator).bfloat16() for shape in ((96,), (rows, 64))
     )
-    for given in (None, bias):
+    for optional_bias in (None, bias):
         torch.testing.assert_close(
-            blocked.compute_outputs(x, given), plain.compute_outputs(x, given), rtol=1e-2, atol=1e-2
+            blocked.compute_outputs(x, optional_bias),
+            plain.compute_outputs(x, optional_bias),
+            rtol=1e-2,
+            atol=1e-2,
         )
     torch.testing.assert_close(
         blocked.compute_input_grad(dy, None),
@@ -56,7 +59,7 @@ def test_the_weight_comes_back_to_the_bit():
 
 
 @needs_blocks
-def test_a_blocked_model_trains_as_a_plain_one():
+def test_a_blocked_model_trains_like_a_dense_model():
     plain, blocked = (tiny_model(dtype=torch.bfloat16, blocked=layout) for layout in (False, True))
     layers = [list(find_lora_layers(model.network).values()) for model in (plain, blocked)]
     assert all(isinstance(layer.frozen, DenseWeight) for layer in layers[0])

@@ -111,7 +111,7 @@ def test_stores_grow_to_what_the_longest_row_needs_and_no_further() -> None:
         assert cache._kv_buffers[layer][0].shape[2] == 2 * BLOCK_TOKENS
 
 
-# ---------------------------------------------------------------- rows.c, and attention.c after a shared beginning
+# ---------------------------------------------------------------- decode.c, prefixes in attention.c
 
 needs_kernel = pytest.mark.skipif(
     not ops.has_attention(), reason="needs a C compiler and AVX512-BF16"

@@ -53,12 +53,12 @@ def test_equals_cross_entropy(
     torch.testing.assert_close(
         measure_target_losses(hidden, head, targets), each.detach(), rtol=1e-12, atol=1e-12
     )
-    found = torch.autograd.grad(total * 0.7, (hidden, weight))
+    grads = torch.autograd.grad(total * 0.7, (hidden, weight))
     truth = torch.autograd.grad((each * weights).sum() * 0.7, (hidden, weight))
-    for one, other in zip(
-        (total.detach(), *found), ((each * weights).sum().detach(), *truth), strict=True
+    for actual, other in zip(
+        (total.detach(), *grads), ((each * weights).sum().detach(), *truth), strict=True
     ):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +113,12 @@ def test_in_bf16_it_is_as_near_as_bf16_logits_allow(scale: float, cap: float) ->
     each = expected(LMHead(wide[1], None, scale, cap), wide[0], targets)
     torch.testing.assert_close(losses.double(), each.detach(), rtol=2e-2, atol=2e-2)
     count = 257.5
-    found = torch.autograd.grad(total / count, leaves)
+    grads = torch.autograd.grad(total / count, leaves)
     truth = torch.autograd.grad((each * weights).sum() / count, wide)
-    assert [g.dtype for g in found] == [torch.bfloat16, torch.float32]
-    for one, other in zip(found, truth, strict=True):
-        assert float((one.double() - other).norm() / other.norm()) < 1e-2
-        assert abs(float((one.double() * other).sum() / other.norm() ** 2) - 1) < 1e-3
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
+    for actual, other in zip(grads, truth, strict=True):
+        assert float((actual.double() - other).norm() / other.norm()) < 1e-2
+        assert abs(float((actual.double() * other).sum() / other.norm() ** 2) - 1) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -142,5 +142,5 @@ def test_a_nan_is_seen_in_the_loss() -> None:
         assert total.isnan()
         assert losses.isnan().nonzero().flatten().tolist() == [3]
         assert gradient[3].isnan().any(), (
-            "its neighbours may have one too, as the matrix product has it"
+            "its neighbours may have actual too, as the matrix product has it"
         )

@@ -90,12 +90,12 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
     x = random(2, 5, 7).requires_grad_()
     y = theirs(x)
     torch.testing.assert_close(ours(x), y, rtol=1e-12, atol=1e-12)
-    for one, other in zip(
+    for actual, other in zip(
         gradients(ours(x), [x, ours.lora_A, ours.lora_B]),
         gradients(y, [x, named["lora_A"], named["lora_B"]]),
         strict=True,
     ):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings(
@@ -152,14 +152,14 @@ def test_a_model_equals_pefts(family: str, settings: dict[str, Any]) -> None:
             losses * torch.from_numpy(document.weights_L[1:]).double()
         ).sum() / sum_weights(documents)
     total.backward()
-    loss, found = step_gradients(ours, documents, 40)
+    loss, grads = step_gradients(ours, documents, 40)
     assert abs(loss - float(total.detach())) < 1e-6  # transformers' norms compute in fp32
     expected = {
         name.removeprefix("base_model.model."): p.grad
         for name, p in weights.items()
         if p.grad is not None
     }
-    assert worst_difference(found, expected) < 5e-6
+    assert worst_difference(grads, expected) < 5e-6
 
 
 # ---------------------------------------------------------------- hand-written gradients
@@ -208,12 +208,12 @@ def test_a_frozen_input_needs_no_gradient() -> None:
     """The first layer's input comes from a frozen embedding: its gradient is not computed, those of
     A and B are."""
     layer, x = adapted(linear(5, 4)), random(3, 5)
-    for one, other in zip(
+    for actual, other in zip(
         gradients(layer(x), [layer.lora_A, layer.lora_B]),
         gradients(by_hand(layer, x), [layer.lora_A, layer.lora_B]),
         strict=True,
     ):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(actual, other)
 
 
 # ---------------------------------------------------------------- dropout
@@ -237,8 +237,8 @@ def test_dropout_equals_its_definition() -> None:
     )
     assert not masks[0].bool().all()
     torch.testing.assert_close(ours, expected)
-    for one, other in zip(gradients(ours, leaves), gradients(expected, leaves), strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, other in zip(gradients(ours, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(actual, other)
 
 
 def test_dropout_inside_the_mlp_equals_its_definition() -> None:
@@ -252,8 +252,8 @@ def test_dropout_inside_the_mlp_equals_its_definition() -> None:
     product = F.silu(by_hand(stock.gate_proj, x, masks[0])) * by_hand(stock.up_proj, x, masks[1])
     expected = by_hand(stock.down_proj, product, dropout_mask(product, 0.3))
     torch.testing.assert_close(ours, expected)
-    for one, other in zip(gradients(ours, leaves), gradients(expected, leaves), strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, other in zip(gradients(ours, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(actual, other)
 
 
 def test_no_dropout_outside_of_training() -> None:
@@ -263,7 +263,7 @@ def test_no_dropout_outside_of_training() -> None:
     torch.testing.assert_close(layer(x), by_hand(layer, x))
 
 
-def test_prepared_products_are_kept_while_nothing_trains() -> None:
+def test_prepared_products_are_cached_while_nothing_trains() -> None:
     """And follow every change of what they were prepared of."""
     layers, x = [adapted(linear(5, 4, seed=seed)).eval() for seed in range(2)], random(7, 5)
 
@@ -273,19 +273,19 @@ def test_prepared_products_are_kept_while_nothing_trains() -> None:
                 torch.testing.assert_close(y, by_hand(layer, x))
             return prepare_group(layers, x.dtype)
 
-    kept = right()
-    assert right() is kept
+    output = right()
+    assert right() is output
     with torch.no_grad():
         layers[1].lora_A.add_(1)
-    assert right() is not kept
+    assert right() is not output
     layers[0].lora_B.data = random(4, 3)
     right()
     layers[1].scale = 2.0
     right()
     layers[1].scale = 0.0
-    kept = right()
+    output = right()
     project(x, layers)  # with gradients: another group, and the kept one is let go
-    assert right() is not kept
+    assert right() is not output
     layers[0].train()
     with torch.no_grad():
         assert prepare_group(layers, x.dtype) is not prepare_group(layers, x.dtype)
@@ -331,13 +331,13 @@ def test_masters_of_an_adapter_are_fp32() -> None:
     y = layer(x)
     assert y.dtype == layer.frozen.weight.dtype == torch.bfloat16
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
-    found = gradients(y, [x, layer.lora_A, layer.lora_B])
-    assert [g.dtype for g in found] == [torch.bfloat16, torch.float32, torch.float32]
+    grads = gradients(y, [x, layer.lora_A, layer.lora_B])
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
     wide = adapted(linear(64, 48, dtype=torch.bfloat16).double())
     x_wide = x.detach().double().requires_grad_()
     exact = gradients(wide(x_wide), [x_wide, wide.lora_A, wide.lora_B])
-    for one, other in zip(found, exact, strict=True):
-        assert float((one.double() - other).norm() / other.norm()) < 1e-2
+    for actual, other in zip(grads, exact, strict=True):
+        assert float((actual.double() - other).norm() / other.norm()) < 1e-2
 
 
 def test_a_narrow_copy_follows_its_master() -> None:

@@ -65,12 +65,12 @@ def test_merged_in_fp32_and_cast_once(tmp_path: Path, rslora: bool, scale: float
         read_loras(tmp_path / "adapter", tmp_path / "base"),
         tmp_path / "merged.safetensors",
     )
-    found = load_file(tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
     exact = weights[f"{PATH}.weight"].double() + scale * (lora["b"].double() @ lora["a"].double())
-    assert torch.equal(found.pop(f"{PATH}.weight"), exact.bfloat16())
+    assert torch.equal(merged.pop(f"{PATH}.weight"), exact.bfloat16())
     assert not torch.equal(exact.bfloat16(), weights.pop(f"{PATH}.weight"))
-    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in weights.items()}
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+    assert {n: t.dtype for n, t in merged.items()} == {n: t.dtype for n, t in weights.items()}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in merged.items())
 
 
 def test_rows_get_the_lengths_of_dora(tmp_path: Path) -> None:
@@ -105,9 +105,7 @@ def test_the_file_is_sound_safetensors(tmp_path: Path) -> None:
 def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
     base_folder(tmp_path / "base")
     adapter_folder(tmp_path / "adapter", value=value)
-    with pytest.raises(
-        InputError, match=r"up_proj\.lora_B\.weight holds NaN or infinite values"
-    ):
+    with pytest.raises(InputError, match=r"up_proj\.lora_B\.weight holds NaN or infinite values"):
         write_merged_weights(
             tmp_path / "base",
             read_loras(tmp_path / "adapter", tmp_path / "base"),

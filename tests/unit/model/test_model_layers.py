@@ -39,7 +39,7 @@ def test_a_norm_rounds_once(stock_type: type[nn.Module], dtype: torch.dtype) -> 
     torch.testing.assert_close(ours(x).detach().double(), exact, rtol=digits, atol=1e-6)
 
 
-def test_the_last_layer_computes_what_is_kept_only() -> None:
+def test_the_last_layer_computes_selected_positions_only() -> None:
     """And that bitwise as it would all."""
     model, batch = tiny_model(dtype=torch.float64), one_batch(tiny_documents())
     last = model.decoder.layers[-1]
@@ -50,20 +50,20 @@ def test_the_last_layer_computes_what_is_kept_only() -> None:
     )
     everything = dataclasses.replace(batch, positions_S=torch.arange(batch.layout.num_tokens))
     with torch.no_grad():
-        kept, full = model.compute_hidden(batch), model.compute_hidden(everything)
+        pruned, full = model.compute_hidden(batch), model.compute_hidden(everything)
     hook.remove()
     assert widths == [len(batch.positions_S), batch.layout.num_tokens]
-    torch.testing.assert_close(kept, full[batch.positions_S], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pruned, full[batch.positions_S], rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_not_known_stays_stock() -> None:
+def test_unlisted_classes_stay_stock() -> None:
     network = tiny_network("olmo2")
     modules = {name: type(module) for name, module in network.named_modules()}
     replace_layers(network)
     assert {name: type(module) for name, module in network.named_modules()} == modules
 
 
-def test_an_activation_that_is_not_known_stays_stock() -> None:
+def test_an_unlisted_activation_stays_stock() -> None:
     config = type(CONFIGS["llama-tied"]).from_dict(
         CONFIGS["llama-tied"].to_dict() | {"hidden_act": "relu"}
     )

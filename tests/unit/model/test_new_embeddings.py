@@ -54,7 +54,7 @@ FAMILIES = [
     "granite",
     "cohere",
 ]  # gemma3 scales what it looks up
-PLACE = {"model.embed_tokens": "model.embed_tokens.stock"}  # ours stands around the stock one
+PATHS = {"model.embed_tokens": "model.embed_tokens.stock"}  # ours stands around the stock one
 PLACES = {"grown": VOCABULARY, "spare": VOCABULARY - 2}
 
 
@@ -92,14 +92,14 @@ def adapted(
 def documents_with(first: int) -> list[Document]:
     """The new tokens stand in some of them, as input and as target, next to each other and at the
     start."""
-    found = tiny_documents()
-    for place, document in enumerate(found):
+    documents = tiny_documents()
+    for index, document in enumerate(documents):
         tokens_L = document.tokens_L
         tokens_L[tokens_L >= first] = 3
-        if place != 1:
-            tokens_L[place % 3 : -1 : 3] = first
+        if index != 1:
+            tokens_L[index % 3 : -1 : 3] = first
             tokens_L[2:-1:7] = first + 1
-    return found
+    return documents
 
 
 @torch.no_grad()
@@ -116,10 +116,10 @@ def their_logits(network: torch.nn.Module, document: Document) -> Tensor:
 # ---------------------------------------------------------------- the start
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("placement", PLACES)
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_a_row_starts_as_the_mean_of_its_pieces(family: str, place: str) -> None:
-    stock, first = tiny_network(family), PLACES[place]
+def test_a_row_starts_as_the_mean_of_its_pieces(family: str, placement: str) -> None:
+    stock, first = tiny_network(family), PLACES[placement]
     network = started(family, first)
     assert network.config.vocab_size == max(VOCABULARY, first + 2)
     assert not list(get_trainable_parameters(network))
@@ -169,22 +169,22 @@ def stock_gradients(network: PreTrainedModel, documents: Sequence[Document]) -> 
     return {path: module.weight.grad for path, module in find_embeddings(network).items()}
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("placement", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_gradient_is_the_stock_models(family: str, place: str) -> None:
+def test_the_gradient_is_the_stock_models(family: str, placement: str) -> None:
     """In fp64, over packs of several documents: rows that are looked up, predicted, or both through
     a tied head."""
-    first = PLACES[place]
+    first = PLACES[placement]
     documents = documents_with(first)
     model = adapted(family, first, torch.float64, moved=False)
     _, ours = step_gradients(model, documents, 64)
     theirs = stock_gradients(started(family, first, torch.float64), documents)
-    rows = {path: ours[f"{PLACE.get(path, path)}.new_rows.rows_KH"] for path in theirs}
+    rows = {path: ours[f"{PATHS.get(path, path)}.new_rows.rows_KH"] for path in theirs}
     wanted = {path: gradient[first : first + 2] for path, gradient in theirs.items()}
     assert worst_difference(rows, wanted) < 5e-6  # transformers' tables and norms are fp32
 
 
-def test_shared_beginnings_and_losses_one_by_one_have_the_same_gradient() -> None:
+def test_shared_prefixes_and_separate_losses_have_the_same_gradient() -> None:
     documents = documents_with(VOCABULARY)
     documents += [dataclasses.replace(documents[3]), dataclasses.replace(documents[3])]
     model = adapted("llama-tied", VOCABULARY, torch.float64)
@@ -203,20 +203,20 @@ def test_shared_beginnings_and_losses_one_by_one_have_the_same_gradient() -> Non
 
 
 def test_recomputed_layers_give_the_same_bits() -> None:
-    found = []
+    results = []
     for gradient_checkpointing in ("none", "full"):
         network = started("llama", VOCABULARY)
         METHODS["lora"](network, settings_of(network, tokens_from(VOCABULARY)))
         model = wrap_model(network, torch.float32, gradient_checkpointing=gradient_checkpointing)
         model.network.train()
-        found.append(step_gradients(model, documents_with(VOCABULARY), 64)[1])
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        results.append(step_gradients(model, documents_with(VOCABULARY), 64)[1])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 # ---------------------------------------------------------------- training
 
 
-def one_step(model: PackedCausalLM, documents: Sequence[Document]) -> None:
+def take_step(model: PackedCausalLM, documents: Sequence[Document]) -> None:
     parameters = get_trainable_parameters(model.network)
     optimizer = make_optimizer(parameters.values(), weight_decay=0.1)
     _, gradients = step_gradients(model, documents, 64)
@@ -234,7 +234,7 @@ def test_a_step_moves_the_new_rows_and_no_other(family: str, dtype: torch.dtype)
     )
     documents = documents_with(VOCABULARY)
     for _ in range(2):
-        one_step(model, documents)
+        take_step(model, documents)
     logits(model, one_batch(documents))
     for path, module in find_embeddings(stock).items():
         rows = collect_new_rows(model.network)[path]
@@ -260,18 +260,18 @@ def test_without_the_adapter_the_rows_are_as_they_started() -> None:
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("placement", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_loads_the_rows_with_equal_logits(family: str, place: str, tmp_path: Path) -> None:
+def test_peft_loads_the_rows_with_equal_logits(family: str, placement: str, tmp_path: Path) -> None:
     """The stock base without our rows: where the matrix is too short it is made longer as PEFT's
     users do."""
-    first = PLACES[place]
+    first = PLACES[placement]
     model, document = adapted(family, first), documents_with(first)[3]
     expected = logits(model, one_batch([document]))
     settings = settings_of(started(family, first), tokens_from(first))
     save_adapter(model.network, tmp_path, settings, Path("base-model"))
     base = tiny_network(family)
-    if place == "grown":
+    if placement == "grown":
         base.resize_token_embeddings(first + 2)
     theirs = PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(
@@ -293,10 +293,10 @@ def saved(family: str, first: int, folder: Path) -> tuple[PackedCausalLM, Path, 
     return model, folder / "base", folder / "adapter"
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("placement", PLACES)
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_merged_rows_are_in_their_matrices(family: str, place: str, tmp_path: Path) -> None:
-    first = PLACES[place]
+def test_merged_rows_are_in_their_matrices(family: str, placement: str, tmp_path: Path) -> None:
+    first = PLACES[placement]
     model, base, adapter = saved(family, first, tmp_path)
     changes = {**read_loras(adapter, base), **read_token_rows(adapter, base)}
     merged = tmp_path / "merged"
@@ -320,8 +320,8 @@ def test_a_head_that_lies_in_the_file_although_it_is_tied_grows_too(tmp_path: Pa
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     rows = read_token_rows(adapter, base)
     headers = read_headers(base)
-    found = dict(iter_merged_tensors(headers, rows))
-    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    merged = dict(iter_merged_tensors(headers, rows))
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     assert merge_headers(headers, rows)["lm_head.weight"].shape == (VOCABULARY + 2, 48)
 
 
@@ -339,7 +339,7 @@ def test_a_fully_trained_model_has_the_rows_too(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- adapters of strangers
 
 
-def test_pefts_own_rows_are_understood(tmp_path: Path) -> None:
+def test_rows_from_peft_are_read(tmp_path: Path) -> None:
     base = tiny_network("llama")
     base.save_pretrained(tmp_path / "base")
     wish: Any = {"embed_tokens": [95, 96], "lm_head": [95, 96]}
@@ -347,7 +347,7 @@ def test_pefts_own_rows_are_understood(tmp_path: Path) -> None:
     get_peft_model(base, config).save_pretrained(str(tmp_path / "a"))
     assert read_adapter(tmp_path / "a", tmp_path / "base").new_token_ids == (95, 96)
     rows = read_token_rows(tmp_path / "a", tmp_path / "base")
-    assert {path: one.first_id for path, one in rows.items()} == {
+    assert {path: matrix_rows.first_id for path, matrix_rows in rows.items()} == {
         "lm_head": 95,
         "model.embed_tokens": 95,
     }

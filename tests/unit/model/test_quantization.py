@@ -97,7 +97,7 @@ def test_products_are_those_of_the_dequantised_weight() -> None:
 def twins(family: str, dtype: torch.dtype) -> tuple[PackedCausalLM, PackedCausalLM]:
     """A model on 4-bit weights, and plain LoRA on what those are dequantised to; the same
     adapter."""
-    found = []
+    models = []
     for quantised in (True, False):
         network = tiny_network(family, torch.float32).to(dtype)
         for path, linear in find_linears(network).items():
@@ -110,8 +110,8 @@ def twins(family: str, dtype: torch.dtype) -> tuple[PackedCausalLM, PackedCausal
         generator = torch.Generator().manual_seed(1)
         for parameter in get_trainable_parameters(network).values():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-        found.append(wrap_model(network, dtype))
-    return found[0], found[1]
+        models.append(wrap_model(network, dtype))
+    return models[0], models[1]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
@@ -136,7 +136,7 @@ def test_gradients_in_bf16_are_bitwise_those_of_lora_on_the_dequantised_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_model_is_the_stock_one_with_dequantised_weights(
+def test_a_loaded_model_is_the_stock_model_with_dequantised_weights(
     tiny_folder: Path, dtype: torch.dtype
 ) -> None:
     small, stock = load_quantized(tiny_folder, dtype), load_network(tiny_folder, dtype)

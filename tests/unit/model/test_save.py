@@ -31,8 +31,8 @@ def logits(model: PackedCausalLM) -> Tensor:
 @torch.no_grad()
 def their_logits(network: torch.nn.Module) -> Tensor:
     tokens = torch.from_numpy(DOCUMENT.tokens_L[:31]).long()[None]
-    kept = one_batch([DOCUMENT]).positions_S
-    return network(input_ids=tokens, use_cache=False).logits[0, kept].float()
+    positions = one_batch([DOCUMENT]).positions_S
+    return network(input_ids=tokens, use_cache=False).logits[0, positions].float()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import measure_target_losses
 from tunesmith.train.losses import merge_shared_targets, sum_weights
 
-ALL_IN_ONE, ONE_EACH = 10**6, 1
+SINGLE_PACK, PACK_EACH = 10**6, 1
 
 
 CASES = [*((family, "lora") for family in CONFIGS), ("llama-tied", "full")]
@@ -50,10 +50,10 @@ def owners_of(batch: Batch) -> list[set[int]]:
     """By segment: the documents that it is part of."""
     ends = torch.tensor(batch.layout.starts) + torch.tensor(batch.layout.lengths)
     owners: list[set[int]] = [set() for _ in ends]
-    for place in range(len(batch.ids)):
-        last = int(batch.positions_S[batch.document_S == place].max())
+    for index in range(len(batch.ids)):
+        last = int(batch.positions_S[batch.document_S == index].max())
         for segment in batch.layout.get_path(int((ends > last).nonzero()[0])):
-            owners[segment].add(place)
+            owners[segment].add(index)
     return owners
 
 
@@ -67,8 +67,8 @@ def test_the_tests_documents_share_something_at_every_depth() -> None:
 def test_shared_equals_not_shared(case: tuple[PackedCausalLM, float]) -> None:
     """The loss to 1e-12 where the norms are ours, and every gradient."""
     model, tolerance = case
-    loss, gradients = step_gradients(model, branching_documents(), ALL_IN_ONE, share=True)
-    plain_loss, plain = step_gradients(model, branching_documents(), ALL_IN_ONE)
+    loss, gradients = step_gradients(model, branching_documents(), SINGLE_PACK, share=True)
+    plain_loss, plain = step_gradients(model, branching_documents(), SINGLE_PACK)
     assert abs(loss - plain_loss) <= (1e-12 if tolerance < 1e-6 else 1e-6) * plain_loss
     assert worst_difference(gradients, plain) <= tolerance
 
@@ -78,9 +78,9 @@ def test_no_partition_and_no_order_changes_the_shared_step(
 ) -> None:
     model, tolerance = case
     documents = branching_documents()
-    loss, gradients = step_gradients(model, documents, ALL_IN_ONE)
+    loss, gradients = step_gradients(model, documents, SINGLE_PACK)
     for arranged, pack_length in (
-        (documents[::-1], ALL_IN_ONE),
+        (documents[::-1], SINGLE_PACK),
         (documents, 100),
         (documents[::-1], 64),
     ):
@@ -89,20 +89,20 @@ def test_no_partition_and_no_order_changes_the_shared_step(
         assert worst_difference(other, gradients) <= tolerance
 
 
-def test_every_document_keeps_a_loss_of_its_own(case: tuple[PackedCausalLM, float]) -> None:
+def test_every_document_has_a_separate_loss(case: tuple[PackedCausalLM, float]) -> None:
     model, tolerance = case
     documents = branching_documents()
     batch = one_batch(documents, share=True)
     with torch.no_grad():
         losses_S = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
-        for place, id in enumerate(batch.ids):
+        for index, id in enumerate(batch.ids):
             (document,) = {d.id: d for d in documents if d.id == id}.values()
             alone = one_batch([document])
             expected = measure_target_losses(
                 model.compute_hidden(alone), model.head, alone.targets_S
             )
             torch.testing.assert_close(
-                losses_S[batch.document_S == place], expected, rtol=tolerance, atol=tolerance
+                losses_S[batch.document_S == index], expected, rtol=tolerance, atol=tolerance
             )
 
 
@@ -121,14 +121,14 @@ def test_no_gradient_reaches_another_branch(case: tuple[PackedCausalLM, float]) 
         torch.repeat_interleave(torch.tensor(batch.layout.lengths)),
     )
     hook = model.network.get_input_embeddings().register_forward_hook(as_leaf)
-    for place in range(len(batch.ids)):
-        own_batch = targets_of(batch, place)
-        one_loss(model, own_batch, 1.0).backward()
+    for index in range(len(batch.ids)):
+        document_targets = targets_of(batch, index)
+        one_loss(model, document_targets, 1.0).backward()
         felt = embedded.pop().grad[0].abs().sum(-1)
-        own = torch.tensor([place in owners[segment] for segment in segment_T.tolist()])
-        own &= batch.positions_T <= batch.positions_T[own_batch.positions_S].max()
-        assert (felt[own] > 0).all()
-        assert not felt[~own].any()
+        is_visible = torch.tensor([index in owners[segment] for segment in segment_T.tolist()])
+        is_visible &= batch.positions_T <= batch.positions_T[document_targets.positions_S].max()
+        assert (felt[is_visible] > 0).all()
+        assert not felt[~is_visible].any()
     hook.remove()
     model.network.zero_grad(set_to_none=True)
 
@@ -146,15 +146,15 @@ def test_other_tokens_in_a_branch_leave_all_others_bitwise_equal(
         tokens[start : start + length] = (tokens[start : start + length] + 7) % VOCABULARY
         after_change = model.compute_hidden(dataclasses.replace(everything, tokens_T=tokens))
         below = [segment in layout.get_path(i) for i in range(len(layout.lengths))]
-        own = torch.repeat_interleave(torch.tensor(below), torch.tensor(layout.lengths))
-        assert torch.equal(after_change[~own], before[~own])
-        assert (after_change[own] != before[own]).any(-1)[:1].all()
+        is_below = torch.repeat_interleave(torch.tensor(below), torch.tensor(layout.lengths))
+        assert torch.equal(after_change[~is_below], before[~is_below])
+        assert (after_change[is_below] != before[is_below]).any(-1)[:1].all()
 
 
 # ---------------------------------------------------------------- what is counted
 
 
-def test_one_target_for_all_who_share_it_with_all_their_weights() -> None:
+def test_a_shared_target_sums_the_weights_of_its_documents() -> None:
     prompt = tiny_document(30)
     documents = [after(prompt, 30, 4, seed) for seed in range(3)]
     batch = one_batch(documents, share=True)
@@ -176,7 +176,7 @@ def test_one_target_for_all_who_share_it_with_all_their_weights() -> None:
     assert merge_shared_targets(plain)[0] is plain
 
 
-def test_the_end_of_a_shared_part_predicts_one_token_for_each_branch() -> None:
+def test_the_end_of_a_shared_part_predicts_a_token_for_each_branch() -> None:
     prompt = tiny_document(30)
     documents = [after(prompt, 30, 1, seed) for seed in range(4)]
     for document in documents:
@@ -185,8 +185,8 @@ def test_the_end_of_a_shared_part_predicts_one_token_for_each_branch() -> None:
     assert (batch.positions_S == 29).sum() == 4
     model = tiny_model(dtype=torch.float64)
     assert model.compute_hidden(batch).shape[0] == len(batch.targets_S)
-    loss, gradients = step_gradients(model, documents, ALL_IN_ONE, share=True)
-    plain_loss, plain = step_gradients(model, documents, ALL_IN_ONE)
+    loss, gradients = step_gradients(model, documents, SINGLE_PACK, share=True)
+    plain_loss, plain = step_gradients(model, documents, SINGLE_PACK)
     assert loss == pytest.approx(plain_loss, rel=1e-12)
     assert worst_difference(gradients, plain) <= 1e-10
 
@@ -202,11 +202,11 @@ branches = st.lists(
 @given(branches, st.integers(1, 150))
 def test_any_trie_is_the_same_step(drawn: list[tuple[int, int, int]], pack_length: int) -> None:
     documents = [tiny_document(40)]
-    for place, (parent, fed, length) in enumerate(drawn):
-        documents.append(after(documents[parent % len(documents)], fed, length, place))
+    for index, (parent, fed, length) in enumerate(drawn):
+        documents.append(after(documents[parent % len(documents)], fed, length, index))
     model = tiny_model("qwen2", torch.float64)
     loss, gradients = step_gradients(model, documents, pack_length, share=True)
-    plain_loss, plain = step_gradients(model, documents, ONE_EACH)
+    plain_loss, plain = step_gradients(model, documents, PACK_EACH)
     assert loss == pytest.approx(plain_loss, rel=1e-12)
     assert worst_difference(gradients, plain) <= 1e-10
     packs = pack_step(documents, pack_length, should_share=True)
@@ -222,10 +222,10 @@ def test_in_bf16_sharing_adds_no_error(family: str) -> None:
         *branching_documents(),
         *(after(prompt, 101, 40 + 9 * seed, seed) for seed in range(4)),
     ]
-    _, exact = step_gradients(tiny_model(family, torch.float64), documents, ONE_EACH)
+    _, exact = step_gradients(tiny_model(family, torch.float64), documents, PACK_EACH)
     model = tiny_model(family, torch.bfloat16)
     errors = []
-    for share, pack_length in ((True, ALL_IN_ONE), (False, ONE_EACH)):
+    for share, pack_length in ((True, SINGLE_PACK), (False, PACK_EACH)):
         _, gradients = step_gradients(model, documents, pack_length, share=share)
         difference = torch.cat(
             [(gradients[name].double() - exact[name]).flatten() for name in exact]

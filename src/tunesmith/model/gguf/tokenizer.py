@@ -95,14 +95,14 @@ def _build_bpe(file: GgufFile, *, ignore_merges: bool) -> BPE:
             message = f"the token {token!r:.80} is repeated in the vocabulary"
             raise InputError(message, where=str(file.path))
         vocabulary[token] = index
-    merges: list[tuple[str, ...]] = []
+    merges: list[tuple[str, str]] = []
     for merge in file.get_strings("tokenizer.ggml.merges"):
-        pair = tuple(merge.split(" "))
-        if len(pair) != 2 or "".join(pair) not in vocabulary:
+        first, separator, second = merge.partition(" ")
+        if not separator or " " in second or first + second not in vocabulary:
             message = f"the merge {merge!r} does not match the vocabulary"
             raise InputError(message, where=str(file.path))
-        merges.append(pair)
-    return BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)  # pyright: ignore[reportArgumentType]
+        merges.append((first, second))
+    return BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)
 
 
 def _list_tokens(file: GgufFile) -> list[tuple[str, int]]:

@@ -15,7 +15,7 @@ def answers(
     model: PackedCausalLM, requests: Sequence[GenerationRequest], spell: Spell
 ) -> list[tuple[int, ...]]:
     return [
-        found.tokens for _, found in sorted(generate(model, requests, decode=spell, end_ids=()))
+        output.tokens for _, output in sorted(generate(model, requests, decode=spell, end_ids=()))
     ]
 
 
@@ -28,10 +28,12 @@ def test_no_answer_completes_a_banned_sequence(
 ) -> None:
     free = [GenerationRequest(prompt, 12) for prompt in prompts]
     first = answers(model, free, spell)
-    bans = [(said[0],) if i % 2 else said[2:5] for i, said in enumerate(first)]
-    asked = [replace(request, bad_words_ids=(ban,)) for request, ban in zip(free, bans, strict=True)]
-    second = answers(model, [*asked, free[0]], spell)
-    for i, (said, ban) in enumerate(zip(second[:-1], bans, strict=True)):
-        assert not holds(said, ban)
-        assert i % 2 or said[:4] == first[i][:4], "the beginning of a sequence is free"
+    bans = [(answer[0],) if i % 2 else answer[2:5] for i, answer in enumerate(first)]
+    banned_requests = [
+        replace(request, bad_words_ids=(ban,)) for request, ban in zip(free, bans, strict=True)
+    ]
+    second = answers(model, [*banned_requests, free[0]], spell)
+    for i, (answer, ban) in enumerate(zip(second[:-1], bans, strict=True)):
+        assert not holds(answer, ban)
+        assert i % 2 or answer[:4] == first[i][:4], "the beginning of a sequence is free"
     assert second[-1] == first[0], "a ban is of one request"

@@ -28,8 +28,8 @@ def answers(
     end_ids: Sequence[int] = (),
     batch_size: int | None = None,
 ) -> list[GenerationOutput]:
-    found = generate(model, requests, decode=spell, end_ids=end_ids, batch_size=batch_size)
-    return [answer for _, answer in sorted(found)]
+    results = generate(model, requests, decode=spell, end_ids=end_ids, batch_size=batch_size)
+    return [answer for _, answer in sorted(results)]
 
 
 def stock_answer(network: PreTrainedModel, prompt: tuple[int, ...], tokens: int) -> tuple[int, ...]:
@@ -56,9 +56,9 @@ def test_greedy_answers_equal_those_of_transformers(
     model = wrap_model(network, torch.float32)
     requests = [GenerationRequest(prompt, n) for prompt, n in zip(prompts, budgets, strict=True)]
     for batch_size in (1, 4, 9):
-        found = answers(model, requests, spell, batch_size=batch_size)
-        assert [answer.tokens for answer in found] == expected
-        assert {answer.finish_reason for answer in found} == {"length"}
+        outputs = answers(model, requests, spell, batch_size=batch_size)
+        assert [answer.tokens for answer in outputs] == expected
+        assert {answer.finish_reason for answer in outputs} == {"length"}
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -70,13 +70,13 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(
     prompts = [beginning + prompt for prompt in prompts] + [beginning]
     expected = [stock_answer(network, prompt, 6) for prompt in prompts]
     model = wrap_model(network, torch.float32)
-    found = answers(
+    outputs = answers(
         model, [GenerationRequest(prompt, 6) for prompt in prompts], spell, batch_size=4
     )
-    assert [answer.tokens for answer in found] == expected
+    assert [answer.tokens for answer in outputs] == expected
 
 
-def test_the_common_beginning_is_the_longest_one() -> None:
+def test_the_common_prefix_is_the_longest() -> None:
     assert engine.find_common_prefix([(1, 2, 3), (1, 2, 4, 5), (1, 2)]) == (1, 2)
     assert engine.find_common_prefix([(1, 2), (1, 2)]) == (1, 2)
     assert engine.find_common_prefix([(1,), (2,)]) == ()
@@ -104,27 +104,27 @@ def test_an_end_token_ends_the_answer(
     requests = [GenerationRequest(prompt, 20) for prompt in prompts]
     free = answers(model, requests, spell)
     end = free[1].tokens[4]
-    for found, before in zip(answers(model, requests, spell, end_ids=[end]), free, strict=True):
+    for output, before in zip(answers(model, requests, spell, end_ids=[end]), free, strict=True):
         cut = before.tokens.index(end) + 1 if end in before.tokens else 20
-        assert found.tokens == before.tokens[:cut]
-        assert found.finish_reason == ("end" if end in before.tokens else "length")
-        assert found.text == spell(before.tokens[: cut - 1 if end in before.tokens else 20])
+        assert output.tokens == before.tokens[:cut]
+        assert output.finish_reason == ("end" if end in before.tokens else "length")
+        assert output.text == spell(before.tokens[: cut - 1 if end in before.tokens else 20])
 
 
 def test_a_stop_string_ends_the_answer_across_tokens(
     model: PackedCausalLM, prompts: Prompts, spell: Spell
 ) -> None:
     free = answers(model, [GenerationRequest(prompts[1], 20)], spell)[0]
-    place = next(i for i in range(5, 18) if free.text.find(free.text[i : i + 3]) == i)
-    stop = free.text[place : place + 3]
-    (found,) = answers(
+    start = next(i for i in range(5, 18) if free.text.find(free.text[i : i + 3]) == i)
+    stop = free.text[start : start + 3]
+    (output,) = answers(
         model, [GenerationRequest(prompts[1], 20, stop=("never there", stop))], spell
     )
-    assert (found.finish_reason, found.text) == ("stop", free.text[:place])
-    assert found.tokens == free.tokens[: place + 3]
+    assert (output.finish_reason, output.text) == ("stop", free.text[:start])
+    assert output.tokens == free.tokens[: start + 3]
 
 
-def test_a_stop_string_inside_one_token_cuts_the_text(
+def test_a_stop_string_inside_a_token_cuts_the_text(
     model: PackedCausalLM, prompts: Prompts
 ) -> None:
     def long_words(tokens: Sequence[int]) -> str:
@@ -132,10 +132,10 @@ def test_a_stop_string_inside_one_token_cuts_the_text(
 
     free = answers(model, [GenerationRequest(prompts[2], 8)], long_words)[0]
     inside = f"{free.tokens[3]}>"
-    (found,) = answers(model, [GenerationRequest(prompts[2], 8, stop=(inside,))], long_words)
-    assert found.finish_reason == "stop"
-    assert free.text.startswith(found.text + inside)
-    assert inside not in found.text
+    (output,) = answers(model, [GenerationRequest(prompts[2], 8, stop=(inside,))], long_words)
+    assert output.finish_reason == "stop"
+    assert free.text.startswith(output.text + inside)
+    assert inside not in output.text
 
 
 def test_pieces_of_a_stream_join_to_the_answer(
@@ -168,8 +168,8 @@ def test_a_stream_never_shows_half_a_character(model: PackedCausalLM, prompts: P
 
 
 def test_an_answer_ends_where_the_context_does(model: PackedCausalLM, spell: Spell) -> None:
-    (found,) = answers(model, [GenerationRequest((5,) * 248, 50)], spell)
-    assert (len(found.tokens), found.finish_reason, found.prompt_tokens) == (8, "length", 248)
+    (output,) = answers(model, [GenerationRequest((5,) * 248, 50)], spell)
+    assert (len(output.tokens), output.finish_reason, output.prompt_tokens) == (8, "length", 248)
 
 
 @pytest.mark.parametrize(
@@ -226,18 +226,18 @@ def test_an_adapter_is_switched_off_without_a_copy(prompts: Prompts, spell: Spel
 def test_the_real_model_answers_as_transformers_does() -> None:
     folder = resolve_model("smollm2-135m-instruct")
     tokenizer = ChatTokenizer.from_folder(folder)
-    asked = (
+    requests = (
         "The capital of France is",
         "1, 2, 3, 4,",
         "Once upon a time there was a little",
         "def fibonacci(n):\n    ",
     )
-    prompts = [tuple(tokenizer.encode(text, is_start=True)) for text in asked]
+    prompts = [tuple(tokenizer.encode(text, is_start=True)) for text in requests]
     network = load_network(folder, torch.float32)
     expected = [stock_answer(network, prompt, 12) for prompt in prompts]
     model = wrap_model(network, torch.float32)
-    found = answers(
+    outputs = answers(
         model, [GenerationRequest(prompt, 12) for prompt in prompts], tokenizer.decode, batch_size=3
     )
-    assert [answer.tokens for answer in found] == expected
-    assert found[0].text.startswith(" Paris")
+    assert [answer.tokens for answer in outputs] == expected
+    assert outputs[0].text.startswith(" Paris")

@@ -41,23 +41,23 @@ def test_temperature_sharpens_and_flattens() -> None:
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
     p = torch.tensor([[0.1, 0.2, 0.4, 0.3]], dtype=torch.float64)
-    for top_p, kept in (
+    for top_p, expected_tokens in (
         (0.05, [2]),
         (0.4, [2]),
         (0.41, [2, 3]),
         (0.75, [1, 2, 3]),
         (0.95, [0, 1, 2, 3]),
     ):
-        assert filter_top_p(p, column(top_p, 1))[0].nonzero().flatten().tolist() == kept
+        assert filter_top_p(p, column(top_p, 1))[0].nonzero().flatten().tolist() == expected_tokens
 
 
-def test_a_wide_nucleus_looks_at_the_whole_vocabulary() -> None:
+def test_a_wide_nucleus_uses_the_full_vocabulary() -> None:
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(2, 8 * TOP_P_CANDIDATES, generator=generator, dtype=torch.float64)
     p /= p.sum(dim=-1, keepdim=True)
-    kept = filter_top_p(p, torch.tensor([0.01, 0.9], dtype=torch.float64)) > 0
+    in_nucleus = filter_top_p(p, torch.tensor([0.01, 0.9], dtype=torch.float64)) > 0
     for row, top_p in ((0, 0.01), (1, 0.9)):
-        inside, likely = p[row][kept[row]], p[row].sort(descending=True).values
+        inside, likely = p[row][in_nucleus[row]], p[row].sort(descending=True).values
         assert inside.sum() >= top_p > inside.sum() - inside.min()
         assert torch.equal(inside.sort(descending=True).values, likely[: len(inside)])
 
@@ -69,8 +69,8 @@ def test_equal_tokens_stay_in_the_nucleus_together() -> None:
 
 def test_the_largest_random_number_draws_a_possible_token() -> None:
     logits = torch.tensor([[0.0, 0.0, -torch.inf]], dtype=torch.float64)
-    almost_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert sample_from_uniform(logits, column(1.0, 1), column(1.0, 1), almost_one).item() == 1
+    below_1 = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert sample_from_uniform(logits, column(1.0, 1), column(1.0, 1), below_1).item() == 1
 
 
 def test_greedy_rows_take_no_random_number() -> None:

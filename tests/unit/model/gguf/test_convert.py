@@ -28,20 +28,20 @@ def test_weights_come_back_as_they_were(make_gguf, architecture: str, tied: bool
     source = make_gguf(architecture, tied=tied)
     folder = converted(source)
     check_folder(folder)
-    found, expected = (
+    actual, expected = (
         load_file(folder / "model.safetensors"),
         random_weights(architecture, tied=tied),
     )
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, values in expected.items():
-        assert found[name].dtype == torch.bfloat16
-        np.testing.assert_array_equal(found[name].float().numpy(), values, err_msg=name)
+        assert actual[name].dtype == torch.bfloat16
+        np.testing.assert_array_equal(actual[name].float().numpy(), values, err_msg=name)
     written = sum(path.stat().st_size for path in folder.iterdir())
     assert written <= estimate_bytes(source)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_logits_equal_those_of_transformers_own_gguf_loader(make_gguf, architecture: str) -> None:
+def test_logits_equal_those_of_the_transformers_gguf_loader(make_gguf, architecture: str) -> None:
     source = make_gguf(architecture, quantise="Q8_0")
     ours = AutoModelForCausalLM.from_pretrained(converted(source), dtype=torch.float32)
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)

@@ -72,20 +72,20 @@ def changed(adapter: Path, base: Path) -> Callable[..., AdapterFolder]:
         (r".*\.1\.mlp\.up_proj", ("model.layers.1.mlp.up_proj",)),
     ],
 )
-def test_pefts_own_adapters_are_understood(
+def test_adapters_from_peft_are_read(
     tmp_path: Path, base: Path, targets: Any, expected: Any
 ) -> None:
-    found = read_adapter(
+    adapter = read_adapter(
         peft_adapter(tmp_path / "a", target_modules=targets, use_rslora=True), base
     )
-    assert (found.rank, found.alpha, found.use_rslora, found.target_modules) == (
+    assert (adapter.rank, adapter.alpha, adapter.use_rslora, adapter.target_modules) == (
         4,
         6,
         True,
         expected,
     )
-    assert found.scaling == 3.0
-    assert len(found.sha256) == 64
+    assert adapter.scaling == 3.0
+    assert len(adapter.sha256) == 64
 
 
 def test_pefts_dora_is_understood(tmp_path: Path, base: Path) -> None:
@@ -99,14 +99,21 @@ def test_pefts_dora_is_understood(tmp_path: Path, base: Path) -> None:
 
 
 def test_selections_of_layers_are_read_from_the_weights(tmp_path: Path, base: Path) -> None:
-    found = read_adapter(
+    selected = read_adapter(
         peft_adapter(tmp_path / "a", layers_to_transform=[1], target_modules=["o_proj"]), base
     )
-    assert found.target_modules == ("model.layers.1.self_attn.o_proj",)
-    found = read_adapter(
+    assert selected.target_modules == ("model.layers.1.self_attn.o_proj",)
+    selected = read_adapter(
         peft_adapter(tmp_path / "b", exclude_modules=["lm_head", "down_proj"]), base
     )
-    assert found.target_modules == ("gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert selected.target_modules == (
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    )
 
 
 def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path: Path) -> None:
@@ -299,8 +306,8 @@ def test_fault_21_a_pattern_of_targets_is_never_evaluated(
     changed: Callable[..., AdapterFolder],
 ) -> None:
     started = time.process_time()
-    found = changed(target_modules="(.*.*)*" * 30 + "$", exclude_modules="(a|a)*" * 99)
-    assert found.target_modules == ("q_proj", "v_proj")
+    adapter = changed(target_modules="(.*.*)*" * 30 + "$", exclude_modules="(a|a)*" * 99)
+    assert adapter.target_modules == ("q_proj", "v_proj")
     assert time.process_time() - started < 2
 
 

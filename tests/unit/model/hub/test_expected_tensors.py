@@ -47,7 +47,7 @@ def folder_of(path: Path, **changed: Any) -> Path:
     return path
 
 
-def test_a_70b_model_is_known_without_its_weights(tmp_path: Path) -> None:
+def test_a_70b_model_is_described_without_its_weights(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     spec = read_spec(folder)
     assert spec.parameters == 70_553_706_496, "as the model's card says"

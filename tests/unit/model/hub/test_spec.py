@@ -77,7 +77,10 @@ def test_dtype_and_origin(model_folder: Path) -> None:
         ),
         ({"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
         ({"layer_types": "mamba"}, "layers of type mamba"),
-        ({"model_type": "gemma3", "vision_config": {"a": 1}}, r"inputs other than text \(vision_config\)"),
+        (
+            {"model_type": "gemma3", "vision_config": {"a": 1}},
+            r"inputs other than text \(vision_config\)",
+        ),
         (
             {"model_type": "qwen2_audio", "audio_config": {"a": 1}},
             r"inputs other than text \(audio_config\)",
@@ -124,7 +127,7 @@ def test_quantised_tensors_are_refused(model_folder: Path) -> None:
         read_spec(model_folder)
 
 
-def test_a_head_beside_the_embedding_is_its_own(change_config) -> None:
+def test_a_stored_head_is_not_tied(change_config) -> None:
     folder = change_config(tie_word_embeddings=None)
     weights = load_file(folder / "model.safetensors")
     assert read_spec(folder).tie_word_embeddings

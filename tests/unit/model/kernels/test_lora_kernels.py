@@ -50,11 +50,16 @@ def ranks_of(z: Tensor, blocks: slice, rank: int) -> Tensor:
 
 
 def assert_product(
-    ours: Tensor, left: Tensor, right: Tensor, *, plus: Tensor | float = 0.0, scale: float = 1.0
+    ours: Tensor,
+    a_factor: Tensor,
+    b_factor: Tensor,
+    *,
+    plus: Tensor | float = 0.0,
+    scale: float = 1.0,
 ) -> None:
     """ours = plus + scale * left @ right, but for one rounding (none in fp32) and fp32 sums."""
-    exact = plus + scale * (left @ right)
-    sizes = scale * (left.abs() @ right.abs())
+    exact = plus + scale * (a_factor @ b_factor)
+    sizes = scale * (a_factor.abs() @ b_factor.abs())
     rounding = ROUNDING * exact.abs() if ours.dtype == torch.bfloat16 else 0.0
     assert ((ours.double() - exact).abs() <= rounding + SUM * sizes + 1e-30).all()
 
@@ -63,9 +68,9 @@ def assert_product(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_products_of_one_adapter(shape: tuple[int, int, int]) -> None:
+def test_the_products_of_a_single_adapter(shape: tuple[int, int, int]) -> None:
     rows, width, rank = shape
-    (a, b, scale), one = (random(rank, width), random(width, rank, seed=1), 0.7), slice(None)
+    (a, b, scale), all_rows = (random(rank, width), random(width, rank, seed=1), 0.7), slice(None)
     packed, x, y = (
         PackedAdapters([(a, b, scale)]),
         random(rows, width, seed=2),
@@ -73,13 +78,13 @@ def test_the_products_of_one_adapter(shape: tuple[int, int, int]) -> None:
     )
     a, b, wide_x, wide_y = a.double(), b.double(), x.double(), y.double()
     inner = packed.compute_inner(x)
-    z = ranks_of(inner, one, rank)
-    assert_product(ranks_of(inner, one, rank).bfloat16(), wide_x, a.t())
+    z = ranks_of(inner, all_rows, rank)
+    assert_product(ranks_of(inner, all_rows, rank).bfloat16(), wide_x, a.t())
     added = y.clone()
     packed.add_outputs([added], inner)
     assert_product(added, z, b.t(), plus=wide_y, scale=scale)
     dinner, (db,) = packed.outputs_backward([y], inner)
-    dz = ranks_of(dinner, one, rank)
+    dz = ranks_of(dinner, all_rows, rank)
     assert_product(dz.bfloat16(), wide_y, b, scale=scale)
     assert db is not None
     assert db.dtype == torch.float32
@@ -93,7 +98,7 @@ def test_the_products_of_one_adapter(shape: tuple[int, int, int]) -> None:
     assert_product(da, dz.t(), wide_x)
 
 
-def test_several_adapters_of_one_input() -> None:
+def test_several_adapters_on_the_same_input() -> None:
     """Of different widths and ranks, one linear without: each as if it was alone, dx the sum."""
     rows, inputs, outputs, ranks = 150, 70, [64, 34, 48, 96], [24, 4, 0, 40]
     adapters = adapters_of(inputs, outputs, ranks)
@@ -110,20 +115,20 @@ def test_several_adapters_of_one_input() -> None:
     places = [
         slice(end - count, end) for end, count in zip(accumulate(blocks), blocks, strict=True)
     ]
-    for i, (adapter, place) in enumerate(zip(adapters, places, strict=True)):
+    for i, (adapter, rows) in enumerate(zip(adapters, places, strict=True)):
         if adapter is None:
             assert torch.equal(ys[i], before[i])
             assert dbs[i] is None
             assert das[i] is None
             continue
         alone = PackedAdapters([adapter])
-        alone.add_outputs([before[i]], z[place])
-        dz_alone, db_alone = alone.outputs_backward([dys[i]], z[place])
-        assert torch.equal(alone.compute_inner(x), z[place])
+        alone.add_outputs([before[i]], z[rows])
+        dz_alone, db_alone = alone.outputs_backward([dys[i]], z[rows])
+        assert torch.equal(alone.compute_inner(x), z[rows])
         assert torch.equal(before[i], ys[i])
-        assert torch.equal(dz_alone, dz[place])
+        assert torch.equal(dz_alone, dz[rows])
         torch.testing.assert_close(db_alone[0], dbs[i], rtol=0, atol=0)
-        torch.testing.assert_close(alone.inputs_backward(x, dz[place])[0], das[i], rtol=0, atol=0)
+        torch.testing.assert_close(alone.inputs_backward(x, dz[rows])[0], das[i], rtol=0, atol=0)
     parts = [(blocks, rank) for blocks, rank in zip(places, ranks, strict=True) if rank]
     wide_dz = torch.cat([ranks_of(dz, blocks, rank) for blocks, rank in parts], 1)
     assert_product(dx, wide_dz, torch.cat([adapter[0] for adapter in adapters if adapter]).double())
@@ -156,8 +161,8 @@ def test_nothing_is_written_outside(shape: tuple[int, int, int]) -> None:
     def guarded(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
         """A tensor in the middle of a larger one that is full of sevens."""
         size = torch.Size(sizes).numel()
-        whole = torch.full((size + 256,), 7, dtype=dtype)
-        return whole[128:-128].view(sizes), whole
+        guarded = torch.full((size + 256,), 7, dtype=dtype)
+        return guarded[128:-128].view(sizes), guarded
 
     factor = AdapterFactor(-(-rank // LANES), width)
     factor.down, down = guarded(*factor.down.shape, dtype=torch.int32)
@@ -171,9 +176,9 @@ def test_nothing_is_written_outside(shape: tuple[int, int, int]) -> None:
     build.call_kernel(
         "lora_gradient", y, z.clone(), factor.down, z, sums, rows, width, factor.blocks, 2, 1.0
     )
-    for whole in (down, up, around_y, around_z, around_sums):
-        assert (whole[:128] == 7).all()
-        assert (whole[-128:] == 7).all()
+    for guarded in (down, up, around_y, around_z, around_sums):
+        assert (guarded[:128] == 7).all()
+        assert (guarded[-128:] == 7).all()
 
 
 def test_the_same_bits_at_each_run() -> None:
@@ -189,7 +194,9 @@ def test_the_same_bits_at_each_run() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(
-        torch.equal(one, other) for run in runs[1:] for one, other in zip(run, runs[0], strict=True)
+        torch.equal(actual, other)
+        for run in runs[1:]
+        for actual, other in zip(run, runs[0], strict=True)
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tunesmith.model.kernels import build, ops
 
 needs_kernels = pytest.mark.skipif(build.load_library() is None, reason="needs a C compiler")
-ONE_ROUNDING = 2.0**-8  # of a result in bf16, with something to spare for the fp32 behind it
+BF16_ROUNDING = 2.0**-8  # of a result in bf16, with something to spare for the fp32 behind it
 NAN, INF = float("nan"), float("inf")
 
 
@@ -36,7 +36,7 @@ def differentiated(
 def assert_rounded(ours: Tensor, exact: Tensor, cancels: float = 0.0) -> None:
     """Equal up to one rounding; `cancels`: the size of what was subtracted on the way."""
     torch.testing.assert_close(
-        ours.double(), exact, rtol=ONE_ROUNDING, atol=1e-6 + cancels * 2.0**-20
+        ours.double(), exact, rtol=BF16_ROUNDING, atol=1e-6 + cancels * 2.0**-20
     )
 
 
@@ -52,8 +52,8 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
         lambda x, w: ops.rms_norm(x, w, 1e-5), [x.double(), weight.double()], dy.double()
     )
     assert [y.dtype for y in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
-    for one, other in zip(ours, exact, strict=True):
-        assert_rounded(one, other, cancels=10 * float(exact[1].abs().max()))
+    for actual, other in zip(ours, exact, strict=True):
+        assert_rounded(actual, other, cancels=10 * float(exact[1].abs().max()))
 
 
 @needs_kernels
@@ -63,8 +63,8 @@ def test_rms_norm_of_a_transposed_input() -> None:
     exact = differentiated(
         lambda x: ops.rms_norm(x.t(), weight, 1e-5), [x.double()], random(4, 6, seed=1).double()
     )
-    for one, other in zip(ours, exact, strict=True):
-        assert_rounded(one, other, cancels=10)
+    for actual, other in zip(ours, exact, strict=True):
+        assert_rounded(actual, other, cancels=10)
 
 
 @needs_kernels
@@ -75,8 +75,8 @@ def test_rotate(shape: tuple[int, int, int]) -> None:
     ours = differentiated(lambda x: ops.apply_rotary(x, angles.cos(), angles.sin()), [x], dy)
     wide = angles.cos().double(), angles.sin().double()
     exact = differentiated(lambda x: ops.apply_rotary(x, *wide), [x.double()], dy.double())
-    for one, other in zip(ours, exact, strict=True):
-        assert_rounded(one, other, cancels=10)
+    for actual, other in zip(ours, exact, strict=True):
+        assert_rounded(actual, other, cancels=10)
     turned, length = ours[0].double(), x.double().norm(dim=-1)
     torch.testing.assert_close(turned.norm(dim=-1), length, rtol=1e-2, atol=0)
 
@@ -89,10 +89,10 @@ def test_gated(count: int, gelu: bool) -> None:
     gate[: min(count, 4)] = torch.tensor([0.0, -60.0, 60.0, -1e4])[: min(count, 4)]
     exact = ops.gated_activation_backward(gate.double(), up.double(), dy.double(), gelu)
     ours = ops.gated_activation_backward(gate, up, dy, gelu)
-    for one, other in zip(
+    for actual, other in zip(
         (ops.gated_activation(gate, up, gelu), *ours), (exact[2], *exact), strict=True
     ):
-        assert_rounded(one, other, cancels=100)
+        assert_rounded(actual, other, cancels=100)
 
 
 @needs_kernels
@@ -152,8 +152,8 @@ def test_divergence_hides_no_nan(poison: float) -> None:
     base, targets = random(3, 97), torch.tensor([0, 1, 2])
     tuned = base.clone()
     tuned[1, 50] = poison
-    for one, other in ((base, tuned), (tuned, base)):
-        losses, kl, _ = ops.kl_divergence(one, other, targets, 1.0, 0.0)
+    for actual, other in ((base, tuned), (tuned, base)):
+        losses, kl, _ = ops.kl_divergence(actual, other, targets, 1.0, 0.0)
         assert not torch.isfinite(kl[1])
         assert torch.isfinite(kl[[0, 2]]).all()
     assert not torch.isfinite(ops.kl_divergence(base, tuned, targets, 1.0, 0.0)[0][1]), losses
@@ -193,14 +193,14 @@ def test_gated_hides_no_nan(poison: float, gelu: bool) -> None:
             )
             for pair in ((gate, up), (gate.double(), up.double()))
         )
-        for one, other in zip(ours, exact, strict=True):
+        for actual, other in zip(ours, exact, strict=True):
             if (
                 poison != poison
             ):  # an infinite gate may be 0 in one and NaN in the other, by the order of products
-                assert torch.equal(one.isnan(), other.isnan())
+                assert torch.equal(actual.isnan(), other.isnan())
             healthy = torch.ones(1100, dtype=torch.bool)
             healthy[places] = False
-            assert torch.isfinite(one[healthy]).all()
+            assert torch.isfinite(actual[healthy]).all()
 
 
 @needs_kernels
@@ -232,7 +232,8 @@ import torch
 from tunesmith.model.kernels import ops
 x = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
 y = ops.rms_norm(x, torch.ones(4), 1e-5)
-assert torch.equal(y, (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16())
+inverse_rms = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+assert torch.equal(y, (x.float() * inverse_rms).bfloat16())
 print(ops.is_supported(x), ops.has_attention())
 """
 
