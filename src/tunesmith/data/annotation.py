@@ -29,7 +29,7 @@ from tunesmith.data.checks.text_stats import extract_row_texts
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.formats.parse import REVIEW_KEY
 from tunesmith.data.golden_set import VERDICTS
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 
 VERDICT_FIELD = "verdict"  # the question that reviewers answer
 ROW_KEY = "row"
@@ -75,7 +75,7 @@ def write_tasks(dataset: Dataset, tool: str, path: Path) -> int:
         raise InputError(f"unknown tool {tool!r:.40}", where="--tool", fix=fix)
     _refuse_existing(path)
     tasks: list[Json] = []
-    for index in permutation(0, 0, len(dataset)).tolist():
+    for index in permute_rows(0, 0, len(dataset)).tolist():
         tasks.append(TOOLS[tool].build_task(_extract_row(dataset, index)))
     write_file(path, dump_json(tasks, indent=1))
     return len(tasks)
@@ -219,13 +219,15 @@ def parse_label_studio_reviews(
         return str(annotation.get("created_at", ""))
 
     newest: dict[str, Review] = {}
-    for annotation in sorted(task.get("annotations") or (), key=get_timestamp):
+    annotations: list[Json] = task.get("annotations") or []
+    for annotation in sorted(annotations, key=get_timestamp):
         if annotation.get("was_cancelled") or annotation.get("skipped"):
             continue
         reviewer = annotation.get("completed_by")
         if isinstance(reviewer, dict):
             reviewer = reviewer.get("email") or reviewer.get("id")
-        for result in annotation.get("result") or ():
+        results: list[Json] = annotation.get("result") or []
+        for result in results:
             if result.get("from_name") != VERDICT_FIELD:
                 continue
             choices: list[Any] = result.get("value", {}).get("choices", [])

@@ -20,7 +20,7 @@ from tunesmith.core.types import Document, Example
 from tunesmith.data.chat_template.renderer import RenderedRow
 from tunesmith.data.dataset import Dataset, raise_combined
 from tunesmith.data.readers.invalid_row import RejectedRows
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 from tunesmith.data.truncation import PreparedRow
 
 MAX_FULL_SCAN_ROWS = 20_000
@@ -135,7 +135,7 @@ def iter_batches(dataset: Dataset, rows: Sequence[int]) -> Iterator[list[int]]:
 def select_scan_rows(dataset: Dataset) -> np.ndarray:
     """Return the rows that a scan renders, ascending."""
     if len(dataset) > MAX_FULL_SCAN_ROWS and dataset.on_overlong != "refuse":
-        return np.sort(permutation(0, 0, len(dataset))[:SAMPLE_ROWS])
+        return np.sort(permute_rows(0, 0, len(dataset))[:SAMPLE_ROWS])
     return np.arange(len(dataset))
 
 

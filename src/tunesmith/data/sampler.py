@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 @lru_cache(maxsize=4)  # for each of two streams, the current epoch and the next
-def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+def permute_rows(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """Return a read-only permutation of `num_rows` rows.
 
     It sorts raw Philox numbers, whose stream is the same in all versions of numpy."""
@@ -81,7 +81,7 @@ class StepSampler:
     def _get_epoch(self, epoch: int) -> np.ndarray:
         if self.mixture is not None:
             return self.mixture.build_epoch(self.seed, epoch)
-        return permutation(self.seed, epoch, self.num_rows)
+        return permute_rows(self.seed, epoch, self.num_rows)
 
     def iter_steps(self, completed_steps: int = 0) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Yield (step, row indices) of every step after `completed_steps`."""
@@ -128,7 +128,7 @@ class TaskMixture:
         passes, offsets = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(rows_K))
         selected = np.empty(count, dtype=rows_K.dtype)
         for pass_index in np.unique(passes).tolist():
-            order_K = permutation(seed, PASS_OFFSET * (task + 1) + pass_index, len(rows_K))
+            order_K = permute_rows(seed, PASS_OFFSET * (task + 1) + pass_index, len(rows_K))
             is_in_pass = passes == pass_index
             selected[is_in_pass] = rows_K[order_K[offsets[is_in_pass]]]
         return selected
@@ -137,7 +137,7 @@ class TaskMixture:
 @lru_cache(maxsize=2)  # the current epoch and the next
 def _build_epoch(mixture: TaskMixture, seed: int, epoch: int) -> np.ndarray:
     selected = [mixture.select_rows(task, seed, epoch) for task in range(len(mixture.rows))]
-    rows_N = np.concatenate(selected)[permutation(seed, epoch, len(mixture))]
+    rows_N = np.concatenate(selected)[permute_rows(seed, epoch, len(mixture))]
     rows_N.setflags(write=False)
     return rows_N
 
@@ -165,7 +165,7 @@ class CyclicSampler:
         return int(full_passes) * len(tokens_M) + bisect_left(middles_M, due_tokens)
 
     def _get_order(self, pass_index: int) -> np.ndarray:
-        return permutation(self.seed, self.first_pass + pass_index, len(self.tokens_M))
+        return permute_rows(self.seed, self.first_pass + pass_index, len(self.tokens_M))
 
 
 def iter_ratio_segments(

@@ -23,7 +23,7 @@ from tunesmith.data.checks.row_checks import ROW_CHECKS
 from tunesmith.data.checks.text_stats import compute_text_stats, extract_row_texts
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.neighbors import Neighbors
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 
 OVERSAMPLING = 3
 MAX_PERPLEXITY_QUANTILE = 0.95  # above it, an answer is noise more often than new information
@@ -158,4 +158,4 @@ def select_baselines(scores: SelectionScores, num_rows: int, seed: int) -> dict[
 
 def sample_rows(rows: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
     """Return a random sample of rows, ascending."""
-    return np.sort(rows[permutation(seed, 0, len(rows))[:num_rows]]) if len(rows) else rows
+    return np.sort(rows[permute_rows(seed, 0, len(rows))[:num_rows]]) if len(rows) else rows

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, ScalePoint
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 from tunesmith.evaluate.general_text import sample_texts
 from tunesmith.evaluate.items import EvalItems
 from tunesmith.evaluate.measure import measure_eval_loss, measure_general_text
@@ -89,7 +89,7 @@ def _select_documents(documents: Sequence[Document]) -> tuple[Document, ...]:
     row_ids = list(rows)
     chosen: set[str] = set()
     remaining_tokens = MAX_TOKENS
-    for index in permutation(0, 0, len(rows)).tolist():
+    for index in permute_rows(0, 0, len(rows)).tolist():
         if remaining_tokens <= 0 and len(chosen) > 1:
             break
         row = row_ids[index]

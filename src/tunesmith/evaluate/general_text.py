@@ -20,7 +20,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.types import Document, Row
 from tunesmith.data.pretraining import count_windows, cut_window
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 from tunesmith.evaluate.kl_divergence import (
     BaseReference,
     KLResult,
@@ -65,7 +65,7 @@ def sample_texts(
     Domains take turns, so each has about as many texts, and at least two.
     """
     by_domain: dict[str, list[int]] = {}
-    for index in permutation(0, 0, len(texts)).tolist():
+    for index in permute_rows(0, 0, len(texts)).tolist():
         by_domain.setdefault(texts[index].domain, []).append(index)
     chosen: set[int] = set()
     remaining = max_tokens

@@ -82,8 +82,10 @@ def test_rows_come_back_reviewed_as_they_were_and_can_be_locked(tool, opened, tm
     back = [json.loads(line) for line in (tmp_path / "golden.jsonl").read_text().splitlines()]
     assert all({key: row[key] for key in ("messages", "source")} in ROWS for row in back)
     assert back[0]["review"] == {
-        "reviewer": "ada", "date": "2026-11-20" if tool == "label-studio" else "2026-11-25", "verdict": "good",
-    }  # fmt: skip
+        "reviewer": "ada",
+        "date": "2026-11-20" if tool == "label-studio" else "2026-11-25",
+        "verdict": "good",
+    }
     golden = open_dataset([DataSource(path=tmp_path / "golden.jsonl")], data.renderer)
     assert write_lock(golden).verdicts == {"good": 1, "bad": 1, "unsure": 1}
     assert set(golden.contents_N) <= set(data.contents_N), (
@@ -121,7 +123,8 @@ def test_of_one_reviewer_the_newest_word_counts_and_cancelled_ones_do_not(opened
         ('[{"data": {"question": "a"}}]', "not the original row"),
         ('[{"data": {"row": "{}"}, "annotations": []}]', "no row has a verdict"),
         (
-            '[{"fields": {}, "metadata": {"row": "{}"}, "responses": {"verdict": [{"value": "bad", "user_id": 1}]}}]',
+            '[{"fields": {}, "metadata": {"row": "{}"}, '
+            '"responses": {"verdict": [{"value": "bad", "user_id": 1}]}}]',
             "has no date",
         ),
         ('[{"data": 3, "annotations": 4}]', r"not an export of label-studio: \$.data"),
@@ -134,7 +137,8 @@ def test_of_one_reviewer_the_newest_word_counts_and_cancelled_ones_do_not(opened
             r"annotations\[0\]: None is not of type",
         ),
         (
-            '[{"data": {"row": "{}"}, "annotations": [{"completed_by": 1, "created_at": "yesterday", "result": '
+            '[{"data": {"row": "{}"}, '
+            '"annotations": [{"completed_by": 1, "created_at": "yesterday", "result": '
             '[{"from_name": "verdict", "value": {"choices": ["good"]}}]}]}]',
             "date of the review is 'yesterday'",
         ),
@@ -167,7 +171,9 @@ def test_reviewers_who_disagree_and_unknown_verdicts_are_told(opened, tmp_path):
         ([("ada", "fine")], "'fine'"),
     ):
         tasks = json.loads((tmp_path / "tasks.json").read_text())
-        (tmp_path / "export.json").write_text(json.dumps(answered("label-studio", tasks, [answers])))
+        (tmp_path / "export.json").write_text(
+            json.dumps(answered("label-studio", tasks, [answers]))
+        )
         with pytest.raises(InputError, match=what):
             import_reviews(tmp_path / "export.json", tmp_path / "golden.jsonl")
     with pytest.raises(InputError, match="unknown tool 'excel'"):

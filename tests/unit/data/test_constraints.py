@@ -17,9 +17,9 @@ from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.constraints import ConstraintSet, Violation
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.split import split_by_hash
 from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.data.rejects import write_rejected_rows
+from tunesmith.data.split import split_by_hash
 from tunesmith.recipe.fields import Constraint, DataSource
 
 
@@ -62,9 +62,7 @@ def test_the_tokens_of_a_ban_are_those_that_hold_its_matches(
     renderer: Renderer, match: str, bad: str
 ) -> None:
     sentence = "the assistant answers the user 12 345"
-    (document,) = renderer.render(
-        ban(match).mark_violations(answer(f"  {sentence}\n"))
-    ).documents
+    (document,) = renderer.render(ban(match).mark_violations(answer(f"  {sentence}\n"))).documents
     trained = [
         token for token, weight in zip(document.tokens_L, document.weights_L, strict=True) if weight
     ]

@@ -61,9 +61,12 @@ def test_files_of_the_same_name_keep_different_ids(tmp_path, words):
 
 
 @pytest.mark.parametrize(
-    ("file_limit", "total_limit", "rows"), [(2, None, [1, 2, 1, 2, 3]), (2, 4, [1, 2, 1, 2]), (None, 2, [1, 2])]
+    ("file_limit", "total_limit", "rows"),
+    [(2, None, [1, 2, 1, 2, 3]), (2, 4, [1, 2, 1, 2]), (None, 2, [1, 2])],
 )
-def test_max_examples_takes_the_first_rows_of_a_file_and_of_all(write, words, file_limit, total_limit, rows):
+def test_max_examples_takes_the_first_rows_of_a_file_and_of_all(
+    write, words, file_limit, total_limit, rows
+):
     paths = [
         write(lines(*({"text": f"{name}{i}"} for i in range(3))), f"{name}.jsonl") for name in "ab"
     ]
@@ -176,7 +179,9 @@ def test_limits_and_choices_make_new_data_sets(write, words):
     dataset = open_dataset(
         [DataSource(path=write(lines({"text": "a"}, {"text": "a b c d"})))], words
     )
-    assert dataset.with_max_length(4, "drop").render_row(1)[1].drop_reason == "longer than max_length"
+    assert (
+        dataset.with_max_length(4, "drop").render_row(1)[1].drop_reason == "longer than max_length"
+    )
     assert dataset.render_row(1)[1].drop_reason == ""
     assert dataset.select_rows(np.array([1])).read_example(0).text == "a b c d"
 

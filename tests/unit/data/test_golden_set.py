@@ -88,7 +88,9 @@ def test_neither_a_locked_file_nor_its_rows_in_another_file_are_trained_on(opene
     write_lock(golden)
     other = opened([chat("x", "y"), chat("z", "z")], "other.jsonl")
     refuse_locked_rows({"data": other, "test_data": golden}, TRAINED)
-    with pytest.raises(InputError, match="the file is locked: its 2 rows are for evaluation") as raised:
+    with pytest.raises(
+        InputError, match="the file is locked: its 2 rows are for evaluation"
+    ) as raised:
         refuse_locked_rows({"data": golden}, TRAINED)
     assert raised.value.where.startswith("data: ")
     copied = opened([chat("x", "y"), chat(" q2 ", "a2")], "copied.jsonl")

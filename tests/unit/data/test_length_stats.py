@@ -12,7 +12,7 @@ from tunesmith.data.checks.run import check_data
 from tunesmith.data.dataset import open_dataset
 from tunesmith.data.length_stats import compute_percentiles, render_first_documents, scan_dataset
 from tunesmith.data.rejects import iter_rejected_rows
-from tunesmith.data.sampler import StepSampler, permutation
+from tunesmith.data.sampler import StepSampler, permute_rows
 from tunesmith.recipe.fields import DataSource
 
 
@@ -103,7 +103,7 @@ def test_long_rows_are_encoded_a_few_at_a_time(write, words, monkeypatch):
 
 def test_the_first_documents_are_those_of_the_first_steps(write, words):
     dataset = open_texts(write, words, ["a " * (i % 9 + 1) for i in range(400)])
-    first_documents = render_first_documents(dataset, permutation(3, 0, 400))
+    first_documents = render_first_documents(dataset, permute_rows(3, 0, 400))
     schedule = StepSampler(num_rows=400, batch_size=8, epochs=1, seed=3)
     rows = [row for step in range(1, 33) for row in schedule.get_rows(step)]
     assert [document.id for documents in first_documents for document in documents] == [

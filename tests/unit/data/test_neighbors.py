@@ -38,7 +38,9 @@ def test_planted_wrong_labels_are_found_and_free_answers_are_not_disputed():
     ]
     labels = ["yes" if "oven" in question else "no" for question in questions]
     labels[4], labels[11] = "no", "yes"
-    neighbors = find_neighbors(build_word_vectors(questions), build_word_vectors(labels), np.arange(20))
+    neighbors = find_neighbors(
+        build_word_vectors(questions), build_word_vectors(labels), np.arange(20)
+    )
     assert np.flatnonzero(neighbors.disputed_N).tolist() == [4, 11]
     free = [f"word{i} and thing{i} with part{i}" for i in range(20)]
     assert not find_neighbors(

@@ -89,7 +89,8 @@ def test_what_begins_alike_stands_once(tokens):
     assert all(segments[p].end - segments[p].begin >= MIN_SHARED_TOKENS for p in parents)
     for first, second, num_shared in zip(order, order[1:], shared[1:], strict=False):
         alike = next(
-            (i for i, (a, b) in enumerate(zip(fed[first], fed[second], strict=False)) if a != b), None
+            (i for i, (a, b) in enumerate(zip(fed[first], fed[second], strict=False)) if a != b),
+            None,
         )
         common = min(len(fed[first]), len(fed[second])) if alike is None else alike
         assert num_shared <= common

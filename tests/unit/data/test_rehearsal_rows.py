@@ -34,7 +34,13 @@ def opened(renderer: Renderer, path: Path, rows: list[Json]) -> Dataset:
 
 def rehearsal(rows: Dataset, **changed: object) -> RehearsalSampler:
     tokens = sum(len(document) for i in range(len(rows)) for document in rows.render_documents(i))
-    values = {"total_tokens": tokens, "max_tokens": 1000, "step_tokens": 300.0, "ratio": 0.1, "seed": 0}
+    values = {
+        "total_tokens": tokens,
+        "max_tokens": 1000,
+        "step_tokens": 300.0,
+        "ratio": 0.1,
+        "seed": 0,
+    }
     return RehearsalSampler.from_dataset(rows, **(values | changed))  # type: ignore[arg-type]
 
 
@@ -74,7 +80,9 @@ def test_a_changed_ratio_holds_from_the_next_step_on(renderer: Renderer, tmp_pat
         ids(sampler, step) for step in range(1, 11)
     ]
     assert not any(ids(sampler, step, *none) for step in range(11, 30))
-    counts = [sum(len(ids(sampler, step, *change)) for step in range(11, 21)) for change in ((), more)]
+    counts = [
+        sum(len(ids(sampler, step, *change)) for step in range(11, 21)) for change in ((), more)
+    ]
     assert 5 < counts[1] / counts[0] < 13, "1 to 1 instead of 1 to 9"
 
 

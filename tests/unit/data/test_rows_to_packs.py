@@ -18,7 +18,8 @@ from tunesmith.data.sampler import StepSampler, prefetch
 from tunesmith.recipe.fields import DataSource
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -83,11 +84,13 @@ def test_every_answer_with_its_end_token_arrives_as_targets(opened, renderer):
 
 def test_tokens_are_shown_as_they_are_trained_and_forged_ones_are_told_apart(opened, renderer):
     dataset = opened(chat("<|im_end|> 😀", "ok\n"))
-    header, tokens, note = (text.plain for text in render_preview(dataset.render_row(0)[1], renderer))
+    header, tokens, note = (
+        text.plain for text in render_preview(dataset.render_row(0)[1], renderer)
+    )
     assert header.startswith("train.jsonl:1  ")
     assert (
-        tokens
-        == "◆<|im_start|>user⏎\n<|im_end|>␣😀◆<|im_end|>⏎\n◆<|im_start|>assistant⏎\n⟦ok⏎\n◆<|im_end|>⟧⏎"
+        tokens == "◆<|im_start|>user⏎\n<|im_end|>␣😀◆<|im_end|>⏎\n"
+        "◆<|im_start|>assistant⏎\n⟦ok⏎\n◆<|im_end|>⟧⏎"
     )
     assert "looks like a control token" in note
 

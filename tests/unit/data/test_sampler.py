@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.sampler import StepSampler, TaskMixture, permutation, prefetch
+from tunesmith.data.sampler import StepSampler, TaskMixture, permute_rows, prefetch
 
 
 def test_order_is_a_fixed_permutation_of_seed_and_epoch():
-    assert permutation(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert sorted(permutation(3, 1, 1000).tolist()) == list(range(1000))
-    orders = [tuple(permutation(seed, epoch, 50)) for seed in range(3) for epoch in range(3)]
+    assert permute_rows(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert sorted(permute_rows(3, 1, 1000).tolist()) == list(range(1000))
+    orders = [tuple(permute_rows(seed, epoch, 50)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9
     with pytest.raises(ValueError, match="read-only"):
-        permutation(0, 0, 8)[0] = 1
+        permute_rows(0, 0, 8)[0] = 1
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 3))
@@ -43,7 +43,7 @@ def test_epochs_may_be_fractions_and_max_steps_cuts():
     assert StepSampler(10, 4, 0.5, seed=0).total_rows == 5
     assert StepSampler(10, 4, 1.5, seed=0).total_steps == 4
     assert StepSampler(10, 4, 1.5, seed=0, max_steps=2).total_steps == 2
-    assert StepSampler(10, 4, 0.001, seed=0).get_rows(1) == (permutation(0, 0, 10)[0],)
+    assert StepSampler(10, 4, 0.001, seed=0).get_rows(1) == (permute_rows(0, 0, 10)[0],)
     for step in (0, 5):
         with pytest.raises(IndexError):
             StepSampler(10, 4, 1.5, seed=0).get_rows(step)

@@ -43,7 +43,10 @@ def scores(difficulty, perplexity=None, tokens=None, problems=None, texts=None):
 
 
 def test_rows_with_a_fault_are_left_out_with_it(opened):
-    long = "turn the wheel until the hand stands on the hour then press it in and wait for a click in the clock"
+    long = (
+        "turn the wheel until the hand stands on the hour then press it in "
+        "and wait for a click in the clock"
+    )
     data = opened(
         [
             ("how", f"{long}."),

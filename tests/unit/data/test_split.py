@@ -146,9 +146,7 @@ def test_what_cannot_be_divided_is_refused(divided, options, what):
 
 
 def test_too_few_groups_are_refused_and_nothing_is_left(divided, tmp_path):
-    with pytest.raises(
-        InputError, match=r"too few groups of related rows \(1\): eval gets none"
-    ):
+    with pytest.raises(InputError, match=r"too few groups of related rows \(1\): eval gets none"):
         divided([chat("ask", prose(i)) for i in range(20)])
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 

@@ -26,7 +26,7 @@ from tunesmith.core.types import Batch, Document, Example, GenerationOutput, Pla
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks import language_id
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.sampler import permutation
+from tunesmith.data.sampler import permute_rows
 from tunesmith.evaluate.constraint_violations import find_matches
 from tunesmith.evaluate.degeneration import (
     compute_compression_ratio,
@@ -124,7 +124,7 @@ def _truncate_texts(texts: Sequence[GeneralText]) -> tuple[GeneralText, ...]:
 
 def _build_row_prompts(dataset: Dataset, renderer: Renderer, count: int) -> list[GuardPrompt]:
     """Return prompts of the shortest among randomly drawn rows, in file order."""
-    drawn_rows = permutation(0, 0, len(dataset))[: CANDIDATES_PER_PROMPT * count].tolist()
+    drawn_rows = permute_rows(0, 0, len(dataset))[: CANDIDATES_PER_PROMPT * count].tolist()
     candidates: list[tuple[int, int, GuardPrompt]] = []  # length, row, prompt
     for row in drawn_rows:
         example = dataset.read_example(row)

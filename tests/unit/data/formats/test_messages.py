@@ -70,7 +70,9 @@ def part(kind, value):
 def test_parts_as_llama_factory_writes_them_become_the_fields_of_a_message():
     call = part("tool_call", '{"name": "f", "arguments": {"x": 1}}')
     answer = assistant([part("reasoning", "hm"), part("text", "I look."), call], loss_weight=1.0)
-    ((question, _), (converted, weight)) = turns(user([part("text", "how?")], loss_weight=0.0), answer)
+    ((question, _), (converted, weight)) = turns(
+        user([part("text", "how?")], loss_weight=0.0), answer
+    )
     assert question == user("how?")
     assert weight == 1
     assert converted == {

@@ -105,9 +105,9 @@ def test_sharegpt_may_have_openai_turns_weights_and_a_system_column():
         conversations=[USER, ANSWER, USER, {**ANSWER, "weight": 0}, USER, ANSWER], system=""
     )
     assert (name, weights, len(turns)) == ("sharegpt", [0, 1, 0, 0, 0, 1], 6)
-    assert read(
-        conversations=[say("human", "q"), say("gpt", "a", train=False), say("gpt", "b")]
-    )[2] == [0, 0, 1]
+    assert read(conversations=[say("human", "q"), say("gpt", "a", train=False), say("gpt", "b")])[
+        2
+    ] == [0, 0, 1]
     both = [say("system", "same"), say("human", "q"), say("gpt", "a")]
     assert read(conversations=both, system="same")[1] == [
         ("system", "same"),
@@ -187,7 +187,10 @@ def test_rows_that_could_be_read_as_pairs_are_where_pairs_are_wanted():
     conversation_pair = row(
         prompt="2+2?", messages=[USER, ANSWER], chosen=[USER, ANSWER], rejected=[USER, WORSE]
     )
-    assert "`messages` is there too, but not used" in detect_format([conversation_pair], True, has_pairs=True)[1]
+    assert (
+        "`messages` is there too, but not used"
+        in detect_format([conversation_pair], True, has_pairs=True)[1]
+    )
 
 
 @pytest.mark.parametrize("kind", PREFERENCES)
@@ -237,14 +240,15 @@ def test_openai_preference_files_are_read_unchanged():
 
 
 def test_openai_fine_tuning_files_are_read_unchanged():
-    line = """{"messages": [{"role": "system", "content": "Marv is a factual chatbot that is also sarcastic."},
+    line = """{"messages": [{"role": "system", "content": "Marv is a factual, sarcastic chatbot."},
       {"role": "user", "content": "What's the weather?"},
       {"role": "assistant", "tool_calls": [{"id": "call_id", "type": "function",
         "function": {"name": "get_weather", "arguments": "{\\"location\\":  \\"SF\\"}"}}]},
       {"role": "tool", "tool_call_id": "call_id", "content": "21"},
       {"role": "assistant", "content": "21 degrees", "weight": 1}],
       "parallel_tool_calls": false,
-      "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]}"""
+      "tools": [{"type": "function",
+        "function": {"name": "get_weather", "parameters": {"type": "object"}}}]}"""
     data = json.loads(line)
     name, _, weights, example = read(**data)
     assert (name, weights) == ("messages", [0, 0, 1, 0, 1])
@@ -259,26 +263,101 @@ def test_openai_fine_tuning_files_are_read_unchanged():
 @pytest.mark.parametrize(
     ("format", "data", "reason", "says"),
     [
-        ("sharegpt", {"conversations": [say("robot", "q")]}, "unknown role", "unknown role 'robot'"),
-        ("sharegpt", {"conversations": [say("human", None), say("gpt", "a")]}, "null content", "conversations[0]"),
-        ("sharegpt", {"conversations": [say("human", "q")]}, "no answer at the end", "the last turn is `user`"),
-        ("sharegpt", {"conversations": [say("human", "q"), say("function_call", "add(2)")]}, "not JSON", "[1]"),
-        ("sharegpt", {"conversations": [say("function_call", {"name": "f"})]}, "wrong tool call", "not a string"),
-        ("sharegpt", {"conversations": [say("function_call", "3")]}, "wrong tool call", "has no function name"),
-        ("sharegpt", {"conversations": [say("system", "a"), say("gpt", "b")], "system": "c"}, "contradiction", "two"),
+        (
+            "sharegpt",
+            {"conversations": [say("robot", "q")]},
+            "unknown role",
+            "unknown role 'robot'",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [say("human", None), say("gpt", "a")]},
+            "null content",
+            "conversations[0]",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [say("human", "q")]},
+            "no answer at the end",
+            "the last turn is `user`",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [say("human", "q"), say("function_call", "add(2)")]},
+            "not JSON",
+            "[1]",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [say("function_call", {"name": "f"})]},
+            "wrong tool call",
+            "not a string",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [say("function_call", "3")]},
+            "wrong tool call",
+            "has no function name",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [say("system", "a"), say("gpt", "b")], "system": "c"},
+            "contradiction",
+            "two",
+        ),
         ("sharegpt", {"conversations": [say("gpt", "a")], "tools": "{"}, "not JSON", "tools: "),
-        ("sharegpt", {"conversations": [say("gpt", "a")], "tools": '{"a": NaN}'}, "NaN or infinity", "tools: NaN"),
-        ("sharegpt", {"conversations": [USER, ANSWER], "images": ["http://x/y.png"]}, "not text", "nothing is downloaded"),
-        ("alpaca", {"instruction": "a", "output": " "}, "empty answer", "turns[1]: the assistant's answer is empty"),
+        (
+            "sharegpt",
+            {"conversations": [say("gpt", "a")], "tools": '{"a": NaN}'},
+            "NaN or infinity",
+            "tools: NaN",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [USER, ANSWER], "images": ["http://x/y.png"]},
+            "not text",
+            "nothing is downloaded",
+        ),
+        (
+            "alpaca",
+            {"instruction": "a", "output": " "},
+            "empty answer",
+            "turns[1]: the assistant's answer is empty",
+        ),
         ("alpaca", {"instruction": None, "output": "b"}, "not text", "`instruction` is null"),
-        ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "not text", "`input` is an int"),
-        ("alpaca", {"instruction": "a", "output": "b", "history": ["x"]}, "not messages", "`history`"),
+        (
+            "alpaca",
+            {"instruction": "a", "output": "b", "input": 3},
+            "not text",
+            "`input` is an int",
+        ),
+        (
+            "alpaca",
+            {"instruction": "a", "output": "b", "history": ["x"]},
+            "not messages",
+            "`history`",
+        ),
         ("preference", {"chosen": "a", "rejected": "b"}, "missing key", "`chosen` has no prompt"),
-        ("preference", {"prompt": "a", "chosen": "\n", "rejected": "b"}, "empty answer", "the chosen is empty"),
-        ("preference", {"chosen": [ANSWER, USER], "rejected": []}, "no answer at the end", "the last turn is `user`"),
-        ("openai_preference", {"input": 1, "preferred_output": 1, "non_preferred_output": 1}, "not messages", "input"),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "\n", "rejected": "b"},
+            "empty answer",
+            "the chosen is empty",
+        ),
+        (
+            "preference",
+            {"chosen": [ANSWER, USER], "rejected": []},
+            "no answer at the end",
+            "the last turn is `user`",
+        ),
+        (
+            "openai_preference",
+            {"input": 1, "preferred_output": 1, "non_preferred_output": 1},
+            "not messages",
+            "input",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_cannot_be_trained_has_a_typed_reason(format, data, reason, says):
     with pytest.raises(InvalidRow) as caught:
         parse_row(row(**data), format, True)

@@ -160,7 +160,11 @@ def test_a_row_without_a_column_is_a_bad_row(tmp_path: Path, words: Any) -> None
 @pytest.mark.parametrize(
     ("training", "name", "message"),
     [
-        (2, "capitals", "the prompts use 2 shots, but 'capitals' has only 2 different training rows"),
+        (
+            2,
+            "capitals",
+            "the prompts use 2 shots, but 'capitals' has only 2 different training rows",
+        ),
         (9, "other", "the prompts use 2 shots, but task 'capitals' has no training rows"),
     ],
     ids=["few", "none"],

@@ -193,8 +193,8 @@ def test_other_files_are_refused_with_what_can_be_read(name, write):
     with pytest.raises(InputError, match=r"cannot read .*") as caught:
         open_source(write("x", name))
     assert (
-        ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .md (or any of them as .gz), .parquet, or a folder"
-        in caught.value.fix
+        ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .md (or any of them as .gz), .parquet, "
+        "or a folder" in caught.value.fix
     )
 
 
@@ -203,7 +203,8 @@ def test_other_files_are_refused_with_what_can_be_read(name, write):
 )
 def test_a_packed_file_under_another_name_is_recognised(raw, write):
     with pytest.raises(
-        InputError, match=r"the content is (gzip|Parquet|zip \(as \.xlsx and \.docx are\)), not text"
+        InputError,
+        match=r"the content is (gzip|Parquet|zip \(as \.xlsx and \.docx are\)), not text",
     ):
         open_source(write(raw, "x.csv"))
 
@@ -211,7 +212,9 @@ def test_a_packed_file_under_another_name_is_recognised(raw, write):
 def test_a_full_disk_is_the_machines_error_and_says_how_to_go_on(write, monkeypatch):
     monkeypatch.setattr(decompress, "DISK_CHECK_BYTES", 10)
     monkeypatch.setattr(decompress, "MIN_FREE_BYTES", 2**60)
-    with pytest.raises(MachineError, match=r"no room .* a temporary copy of .*x\.jsonl\.gz\n  fix: .*TMPDIR"):
+    with pytest.raises(
+        MachineError, match=r"no space left .* a temporary copy of .*x\.jsonl\.gz\n  fix: .*TMPDIR"
+    ):
         open_source(write(CONTAINERS["x.jsonl.gz"], "x.jsonl.gz"))
 
 
@@ -233,17 +236,29 @@ def test_temporary_files_have_no_name_and_are_gone_with_the_source(write, monkey
 def test_parquet_rows_are_json_rows(write):
     call = {"type": "function", "function": {"name": "f", "arguments": '{"z":  1.0}'}}
     rows = [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}],
-         "day": date(2026, 1, 2), "price": Decimal("1.10"), "score": float("nan"), "n": 2**60, "picture": b"\xff"},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+            ],
+            "day": date(2026, 1, 2),
+            "price": Decimal("1.10"),
+            "score": float("nan"),
+            "n": 2**60,
+            "picture": b"\xff",
+        },
         {"messages": [{"role": "user", "content": "é"}], "n": None},
-    ]  # fmt: skip
+    ]
     source = open_source(write(parquet(rows, row_group_size=1), "x.parquet"))
     first, second = source.read_row(0), source.read_row(1)
     assert (first.id, second.id) == ("x.parquet:1", "x.parquet:2")
     assert first.data == {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}],
-        "day": "2026-01-02", "price": "1.10", "score": None, "n": 2**60,
-    }  # fmt: skip
+        "day": "2026-01-02",
+        "price": "1.10",
+        "score": None,
+        "n": 2**60,
+    }
     assert second.data["messages"] == [{"role": "user", "content": "é"}], (
         "null in an object is a missing key"
     )

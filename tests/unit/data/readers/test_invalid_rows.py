@@ -382,7 +382,15 @@ def test_fault_04_without_a_row_there_is_no_run_folder(
         ([{"role": "user", "content": None}, assistant("a")], "null content"),
         ([{"role": "user", "content": 7}, assistant("a")], "not text"),
         ([{"role": "user", "content": {"a": 1}}, assistant("a")], "not text"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}]}], "not text"),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}],
+                }
+            ],
+            "not text",
+        ),
         ([user("q"), assistant("a", train=False)], "nothing trained"),
         ([user("q"), assistant("a", weight=-1)], "wrong weight"),
         ([user("q"), assistant("a", tool_calls=[{"x": 1}])], "wrong tool call"),
@@ -390,7 +398,7 @@ def test_fault_04_without_a_row_there_is_no_run_folder(
         ([], "not messages"),
         (["hello"], "not messages"),
     ],
-)  # fmt: skip
+)
 def test_fault_05_a_row_that_says_nothing_to_train_has_a_typed_reason(
     turns: object, reason: str, write: Write, words: Any
 ) -> None:
@@ -590,8 +598,6 @@ def test_fault_14_a_gzip_bomb_is_refused_on_the_way(
 def test_fault_14_a_url_is_refused_and_nothing_is_fetched(
     address: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        InputError, match="this is a URL: data is never downloaded"
-    ) as caught:
+    with pytest.raises(InputError, match="this is a URL: data is never downloaded") as caught:
         plan_of(recipe(tiny_folder, tmp_path, data=address))
     assert caught.value.where == address

@@ -10,9 +10,9 @@ from tunesmith.core.errors import InputError
 from tunesmith.data.readers import row_index
 from tunesmith.data.readers.row_index import (
     find_elements,
+    find_full_text,
     find_lines,
     find_records,
-    find_full_text,
 )
 
 

@@ -85,7 +85,10 @@ def test_characters_that_only_look_suspicious_are_kept(write):
 
 
 def test_arguments_of_tool_calls_stay_byte_for_byte(write):
-    arguments = '{"z": 1.0, "a": null, "big": 123456789012345678901, "deep": {"k": [true, 0.1, "é"]}, "": -2}'
+    arguments = (
+        '{"z": 1.0, "a": null, "big": 123456789012345678901, '
+        '"deep": {"k": [true, 0.1, "é"]}, "": -2}'
+    )
     line = f'{{"as_object": {arguments}, "as_string": {json.dumps(arguments)}}}'
     (row,) = rows_of(write(line))
     assert json.dumps(row.data["as_object"], ensure_ascii=False) == arguments
