@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import provided
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chunks import explore
@@ -113,7 +113,7 @@ def recipes_explored(cases: int, seconds: float) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
 
-        @provided(wishes, st.sampled_from(["file", "raw", "flags", "arguments"]), st.data())
+        @given(wishes, st.sampled_from(["file", "raw", "flags", "arguments"]), st.data())
         def explored(wish: dict[str, Any], door: str, data: st.DataObject) -> None:
             if door == "arguments":
                 seen[outcome(None, arguments=(wish,))] += 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import provided
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chunks import explore
@@ -167,7 +167,7 @@ def rows_explored(cases: int, seconds: float, renderer: Renderer) -> Counter[str
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.jsonl"
 
-        @provided(st.data(), st.sampled_from(list(FORMATS)), st.booleans())
+        @given(st.data(), st.sampled_from(list(FORMATS)), st.booleans())
         def explored(drawn: st.DataObject, name: str, told: bool) -> None:
             written = drawn.draw(st.lists(rows[name], min_size=1, max_size=2))
             path.write_text("".join(json.dumps(row) + "\n" for row in written))
@@ -241,7 +241,7 @@ def files_explored(cases: int, seconds: float, renderer: Renderer) -> Counter[st
     sound = {name: make() for name, make in FILES.items()}
     with tempfile.TemporaryDirectory() as folder:
 
-        @provided(st.sampled_from(list(FILES)), st.lists(damage, min_size=1, max_size=3))
+        @given(st.sampled_from(list(FILES)), st.lists(damage, min_size=1, max_size=3))
         def explored(name: str, damages: list[Any]) -> None:
             content = sound[name]
             for item in damages:
@@ -273,7 +273,7 @@ def test_damage_in_a_line_costs_that_line_alone(renderer: Renderer, tmp_path: Pa
     first, second, *rest = lines(SOUND).splitlines(keepends=True)
     path = tmp_path / "x.jsonl"
 
-    @provided(
+    @given(
         st.binary(max_size=6).filter(lambda put: b"\n" not in put),
         st.integers(0, len(second) - 1),
         st.booleans(),
