@@ -380,9 +380,9 @@ def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
 
     From then on no run trains on its rows, and none measures with it after it has changed."""
     from tunesmith.data.golden_set import write_lock
-    from tunesmith.session.inputs import open_data_pool
+    from tunesmith.session.inputs import open_training_rows
 
-    return write_lock(open_data_pool(_read_single_stage(recipe, changes)))
+    return write_lock(open_training_rows(_read_single_stage(recipe, changes)))
 
 
 def data_export_reviews(
@@ -392,9 +392,9 @@ def data_export_reviews(
 
     `tool` is "label-studio" or "argilla"; `to` is the file to import there."""
     from tunesmith.data.annotation import write_tasks
-    from tunesmith.session.inputs import open_data_pool
+    from tunesmith.session.inputs import open_training_rows
 
-    return write_tasks(open_data_pool(_read_single_stage(recipe, changes)), tool, Path(to))
+    return write_tasks(open_training_rows(_read_single_stage(recipe, changes)), tool, Path(to))
 
 
 def data_import_reviews(path: AnyPath, *, to: AnyPath, date: str | None = None) -> ReviewImport:
@@ -421,11 +421,11 @@ def data_split(
     Near duplicates, rows with the same prompt and rows with the same value of the key `group` stay
     together. Labels, or values of the key `stratify`, are split in equal shares."""
     from tunesmith.data.split import split_by_group
-    from tunesmith.session.inputs import open_data_pool
+    from tunesmith.session.inputs import open_training_rows
 
     loaded_recipe = _read_single_stage(recipe, changes)
     return split_by_group(
-        open_data_pool(loaded_recipe),
+        open_training_rows(loaded_recipe),
         Path(to),
         eval_share=eval_share,
         test_share=test_share,

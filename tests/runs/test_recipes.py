@@ -21,7 +21,7 @@ CHOSEN: dict[str, Json] = {
     "dora": {"method": "lora", "use_dora": True, "lora_r": 8},
     "full": {"method": "full", "optim": "adamw_8bit"},
     "cpt": {"stage": "cpt"},
-    "never": {"never": ["ai-self-mention (ban)", "apology (ban)"]},
+    "constraints": {"never": ["ai-self-mention (ban)", "apology (ban)"]},
     "rehearsal": {"rehearsal_margin": 0.02},
     "shared-prefixes": {"share_prefixes": True},
     "instruction": {"mixture": {"arguments": 6, "returns": 6, "names": 6}},
