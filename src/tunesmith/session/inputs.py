@@ -1,14 +1,13 @@
-"""The facts that a plan is made from, gathered once: model folder, machine, renderer, data sets by
-role.
+"""The inputs of a plan and its run: machine, model folder, renderer, and datasets by role.
 
-In: a recipe. Out: `Facts`. Three roles: `data` trains, `eval_data` selects, `test_data` is read
-once, by the final before/after. Without test_data the held-out rows are split in half by a hash of
-their content. Loads no weights."""
+In: a recipe. Out: RunInputs. `data` trains, `eval_data` selects, and `test_data` is read once, by
+the final comparison; without test_data the held-out rows are split in half by a hash of their
+content. Left out: weights, which session.py loads.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,8 +18,9 @@ from typing import Any
 from rich.text import Text
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.formatting import format_bytes
+from tunesmith.core.formatting import format_bytes, format_count
 from tunesmith.core.hardware import measure_machine
+from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, pick_run_folder
 from tunesmith.core.types import DataReport, Document, Json, Machine, ModelSpec, Plan, PlanValue
 from tunesmith.data.chat_template.renderer import Renderer
@@ -48,7 +48,7 @@ from tunesmith.plan.flops import MFU_RANGE, estimate_seconds
 from tunesmith.plan.hardware_presets import list_machines, match_preset
 from tunesmith.plan.mixture import decide_mixture
 from tunesmith.plan.new_tokens import decide_new_tokens
-from tunesmith.plan.rules import SavedShareFn, assume_no_savings
+from tunesmith.plan.rules import SavedShareFn, assume_no_savings, user_value
 from tunesmith.plan.rules_cpt import choose_window
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.load import recipe_from_plan
@@ -57,8 +57,9 @@ from tunesmith.session.provenance import check_provenance, hash_weight_files, re
 from tunesmith.session.run_history import apply_past_run
 
 TOKENIZER_FILE = "tokenizer.json"
-FALLBACK_TOKENIZER = "smollm2-135m-instruct"  # counts for a model without a tokenizer
-NO_PRESET = "none of the table"
+HELD_OUT_ROLES = ("eval_data", "test_data")
+FALLBACK_TOKENIZER = "smollm2-135m-instruct"  # counts tokens for a model without a tokenizer
+NO_PRESET = "none of the presets"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +71,9 @@ class RunInputs:
     datasets: dict[str, Dataset]  # role -> rows
     output_dir: Path
     now: datetime
-    adapter: AdapterFolder | None = None  # the one to go on with
-    corpus: PretrainingCorpus | None = None  # the texts of `data`, in continued pretraining
-    counting_model: str = ""  # the model whose tokenizer counts, when this one has none
+    adapter: AdapterFolder | None = None  # where training starts
+    corpus: PretrainingCorpus | None = None  # the texts of `data`; stage: cpt
+    counting_model: str = ""  # the model whose tokenizer counts, if this one has none
 
     @property
     def response_schema(self) -> Json | None:
@@ -87,30 +88,30 @@ def load_inputs(
     needs_weights: bool = True,
     generated_rows: Path | None = None,
 ) -> RunInputs:
-    """Raises InputError for data or a model that cannot be used, MachineError when the model cannot
-    be fetched. Without `weights`, which is enough for a plan, config.json will do for a model.
-    `own_rows`: the rehearsal rows that the model has written itself."""
+    """Open everything that a recipe names.
+
+    Without `needs_weights`, config.json is enough of a model: it can be planned for, not trained.
+    `generated_rows` is the file of rehearsal rows that the base model has generated. Raises
+    InputError for unusable data or an unusable model, MachineError if it cannot be downloaded."""
     timestamp = (now or datetime.now()).replace(microsecond=0)
-    default_dir = (
-        recipe.output_dir
-        if isinstance(recipe.output_dir, Path)
-        else pick_run_folder(Path("runs"), "run")
-    )
-    output_dir = output_dir or default_dir
+    if output_dir is None and isinstance(recipe.output_dir, Path):
+        output_dir = recipe.output_dir
+    output_dir = output_dir or pick_run_folder(Path("runs"), "run")
     folder = resolve_model(recipe.model, needs_weights=needs_weights)
-    model, has_tokenizer = read_spec(folder, name=recipe.model), (folder / TOKENIZER_FILE).is_file()
-    renderer = build_renderer(
-        recipe,
-        folder if has_tokenizer or needs_weights else resolve_model(FALLBACK_TOKENIZER),
-        timestamp,
-    )
+    model = read_spec(folder, name=recipe.model)
+    counting_model = ""
+    if not needs_weights and not (folder / TOKENIZER_FILE).is_file():
+        counting_model = FALLBACK_TOKENIZER
+    tokenizer_dir = resolve_model(counting_model) if counting_model else folder
+    renderer = build_renderer(recipe, tokenizer_dir, timestamp)
     _refuse_missing_rows(renderer, model)
-    adapter = (
-        None
-        if recipe.adapter_from is None
-        else _load_checked_adapter(recipe.adapter_from, model, renderer, timestamp)
-    )
+    adapter = None
+    if recipe.adapter_from is not None:
+        adapter = _load_checked_adapter(recipe.adapter_from, model, renderer, timestamp)
     datasets = open_datasets(recipe, renderer, generated_rows)
+    corpus = None
+    if recipe.stage == "cpt":
+        corpus = _open_pretraining_corpus(recipe, datasets["data"], model)
     return RunInputs(
         recipe=recipe,
         machine=measure_machine(output_dir),
@@ -120,43 +121,45 @@ def load_inputs(
         output_dir=output_dir,
         now=timestamp,
         adapter=adapter,
-        corpus=_open_pretraining_corpus(recipe, datasets["data"], model)
-        if recipe.stage == "cpt"
-        else None,
-        counting_model="" if has_tokenizer or needs_weights else FALLBACK_TOKENIZER,
+        corpus=corpus,
+        counting_model=counting_model,
     )
 
 
 def _open_pretraining_corpus(recipe: Recipe, rows: Dataset, model: ModelSpec) -> PretrainingCorpus:
-    """Raises InputError for rows that are no plain text, and for windows without a target."""
-    if other_sources := [part for part in rows.parts if part.format != "text"]:
-        message = f"stage: cpt trains plain text, and these are {other_sources[0].format} rows"
-        fix = "name the column of the text, `data: {path: ..., format: text, columns: {text: NAME}}`, or use stage: sft"
-        raise InputError(message, where=f"data: {other_sources[0].source.path}", fix=fix)
+    """Raises InputError for rows that are not plain text, and for windows without a target."""
+    for part in rows.parts:
+        if part.format != "text":
+            raise InputError(
+                f"stage: cpt trains on plain text, and these are {part.format} rows",
+                where=f"data: {part.source.path}",
+                fix="name the text column, `data: {path: ..., format: text, columns: {text: "
+                "NAME}}`, or use stage: sft",
+            )
     window = recipe.max_length if isinstance(recipe.max_length, int) else choose_window(model)
     if window < 2:
-        raise InputError(
-            "a window of one token has nothing to predict", where="max_length", fix="raise it"
-        )
+        message = "a window of one token has nothing to predict"
+        raise InputError(message, where="max_length", fix="raise it")
     return open_corpus(rows, window)
 
 
 def _refuse_missing_rows(renderer: Renderer, model: ModelSpec) -> None:
-    if renderer.tokenizer.new_tokens and renderer.tokenizer.new_tokens[0].id > model.vocab_size:
-        num_tokens = renderer.tokenizer.new_tokens[0].id
-        message = f"the tokenizer numbers {num_tokens:,} tokens, and the embedding has {model.vocab_size:,} rows"
+    """Raise InputError if the embedding has fewer rows than the tokenizer has tokens."""
+    new_tokens = renderer.tokenizer.new_tokens
+    if new_tokens and new_tokens[0].id > model.vocab_size:
         raise InputError(
-            message,
+            f"the tokenizer has {new_tokens[0].id:,} tokens, and the embedding has "
+            f"{model.vocab_size:,} rows",
             where="add_tokens",
-            fix="give a model whose tokenizer.json belongs to its weights",
+            fix="use a model whose tokenizer.json belongs to its weights",
         )
 
 
 def _load_checked_adapter(
     path: Path, model: ModelSpec, renderer: Renderer, now: datetime
 ) -> AdapterFolder:
-    """The adapter to go on with. InputError when it does not fit, or says that it belongs to
-    something else."""
+    """Read the adapter that training starts from. Raises InputError if it does not fit the model,
+    or was trained on another one."""
     adapter = read_adapter(path, model.path)
     refuse_other_tokens(adapter.path, adapter.new_token_ids, renderer.tokenizer.new_tokens)
     check_provenance(adapter.path, hash_weight_files(model.path), renderer, now.isoformat())
@@ -164,108 +167,115 @@ def _load_checked_adapter(
 
 
 def build_renderer(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
-    """The tokenizer of a model folder, with the chat template that the recipe wants. In continued
-    pretraining texts end in the separator."""
-    template = recipe.chat_template if isinstance(recipe.chat_template, Path) else None
-    template_kwargs, added_tokens = recipe.chat_template_kwargs, recipe.add_tokens
+    """Load the tokenizer of a model folder with the chat template of the recipe.
+
+    In continued pretraining every text ends in the separator."""
     renderer = Renderer.from_folder(
-        folder, template=template, now=now, variables=template_kwargs, add_tokens=added_tokens
+        folder,
+        template=recipe.chat_template if isinstance(recipe.chat_template, Path) else None,
+        now=now,
+        variables=recipe.chat_template_kwargs,
+        add_tokens=recipe.add_tokens,
     )
     if recipe.chat_template == "none":
         renderer = Renderer(renderer.tokenizer, {})
-    return (
-        renderer.with_text_end(find_separator(renderer.tokenizer).id)
-        if recipe.stage == "cpt"
-        else renderer
-    )
+    if recipe.stage == "cpt":
+        renderer = renderer.replace_text_end(find_separator(renderer.tokenizer).id)
+    return renderer
 
 
 def open_datasets(
     recipe: Recipe, renderer: Renderer, generated_rows: Path | None = None
 ) -> dict[str, Dataset]:
-    """The data sets of each role, under the recipe's length policy."""
-    max_length = recipe.max_length if isinstance(recipe.max_length, int) else None
-    is_preference = recipe.stage == "preference"
-    open_rows = partial(
-        open_dataset,
-        renderer=renderer,
-        skip_invalid=recipe.skip_invalid,
-        has_pairs=is_preference,
-    )
-    held_out_constraints = ConstraintSet(recipe.never, is_held_out=True)
-    datasets = {
-        "data": open_rows(
-            select_sources(recipe, "data"),
-            max_examples=recipe.max_examples,
-            constraint_set=ConstraintSet(recipe.never, can_ban=recipe.stage == "sft"),
-        )
-    }
-    rehearsal_sources = () if recipe.rehearsal is None else recipe.rehearsal.data
-    if recipe.rehearsal is not None and recipe.rehearsal.is_self_generated:
-        rehearsal_sources = () if generated_rows is None else (DataSource(path=generated_rows),)
+    """Open the dataset of each role, with the length limit of the recipe.
+
+    Raises InputError for unusable rows, and for rows that a role shares with another one."""
+    datasets = {"data": open_training_rows(recipe, renderer)}
+    rehearsal_sources = _select_rehearsal_sources(recipe, generated_rows)
     if rehearsal_sources:
-        datasets["rehearsal"] = open_rows(
-            rehearsal_sources, constraint_set=ConstraintSet(recipe.never, can_ban=False)
+        datasets["rehearsal"] = _open_rows(
+            recipe, renderer, rehearsal_sources, ConstraintSet(recipe.never, can_ban=False)
         )
+    held_out = ConstraintSet(recipe.never, is_held_out=True)
     if recipe.eval_data:
-        datasets["eval_data"] = open_rows(
-            select_sources(recipe, "eval_data"), constraint_set=held_out_constraints
-        )
+        sources = select_sources(recipe, "eval_data")
+        datasets["eval_data"] = _open_rows(recipe, renderer, sources, held_out)
     elif recipe.eval_split:
         datasets["data"], datasets["eval_data"] = split_by_hash(
             datasets["data"], recipe.eval_split, recipe.seed
         )
     if recipe.test_data:
-        datasets["test_data"] = open_rows(
-            select_sources(recipe, "test_data"), constraint_set=held_out_constraints
-        )
+        sources = select_sources(recipe, "test_data")
+        datasets["test_data"] = _open_rows(recipe, renderer, sources, held_out)
     elif "eval_data" in datasets:
         datasets["eval_data"], datasets["test_data"] = split_by_hash(
             datasets["eval_data"], 0.5, recipe.seed + 1
         )
-    for role in ("eval_data", "test_data"):
-        if role in datasets and len(datasets[role]) < 2:
-            message = "one row: a score on it has no interval"
-            hint = (
-                ""
-                if recipe.test_data
-                else "; without test_data, half of the rows that are held out become it"
-            )
-            fix = f"give at least two rows, better a hundred{hint}"
-            raise InputError(message, where=f"{role}: {datasets[role].path}", fix=fix)
-    refuse_task_leakage(
-        datasets["data"],
-        {role: datasets[role] for role in ("eval_data", "test_data") if role in datasets},
-    )
+    held_out_roles = {role: datasets[role] for role in HELD_OUT_ROLES if role in datasets}
+    for role, dataset in held_out_roles.items():
+        _refuse_single_row(recipe, role, dataset)
+    refuse_task_leakage(datasets["data"], held_out_roles)
     refuse_locked_rows(datasets, trained_roles=("data", "rehearsal"))
     if rehearsal_sources:
-        refuse_rehearsal_leakage(
-            datasets["rehearsal"], open_eval_datasets(recipe, datasets, renderer)
-        )
+        eval_datasets = open_eval_datasets(recipe, datasets, renderer)
+        refuse_rehearsal_leakage(datasets["rehearsal"], eval_datasets)
+    max_length = recipe.max_length if isinstance(recipe.max_length, int) else None
     datasets["data"] = datasets["data"].with_max_length(max_length, recipe.on_overlong)
     return add_shots(datasets)
 
 
-def open_data_pool(recipe: Recipe) -> Dataset:
-    """The rows of `data` alone, none of them held out."""
-    renderer = build_renderer(recipe, resolve_model(recipe.model), datetime.now())
+def open_training_rows(recipe: Recipe, renderer: Renderer | None = None) -> Dataset:
+    """Open the rows of `data`, with none of them held out."""
+    if renderer is None:
+        renderer = build_renderer(recipe, resolve_model(recipe.model), datetime.now())
     constraints = ConstraintSet(recipe.never, can_ban=recipe.stage == "sft")
-    is_preference = recipe.stage == "preference"
+    sources = select_sources(recipe, "data")
+    return _open_rows(recipe, renderer, sources, constraints, max_examples=recipe.max_examples)
+
+
+def _open_rows(
+    recipe: Recipe,
+    renderer: Renderer,
+    sources: Sequence[DataSource],
+    constraints: ConstraintSet,
+    *,
+    max_examples: int | None = None,
+) -> Dataset:
     return open_dataset(
-        select_sources(recipe, "data"),
+        sources,
         renderer,
-        max_examples=recipe.max_examples,
+        max_examples=max_examples,
         skip_invalid=recipe.skip_invalid,
-        has_pairs=is_preference,
+        has_pairs=recipe.stage == "preference",
         constraint_set=constraints,
     )
+
+
+def _select_rehearsal_sources(
+    recipe: Recipe, generated_rows: Path | None
+) -> tuple[DataSource, ...]:
+    if recipe.rehearsal is None:
+        return ()
+    if recipe.rehearsal.is_self_generated:
+        return () if generated_rows is None else (DataSource(path=generated_rows),)
+    return recipe.rehearsal.data
+
+
+def _refuse_single_row(recipe: Recipe, role: str, dataset: Dataset) -> None:
+    if len(dataset) >= 2:
+        return
+    fix = "use at least two rows, better a hundred"
+    if not recipe.test_data:
+        fix += "; without test_data, half of the held-out rows become it"
+    message = "one row: a score on it has no confidence interval"
+    raise InputError(message, where=f"{role}: {dataset.path}", fix=fix)
 
 
 def open_eval_datasets(
     recipe: Recipe, open_roles: Mapping[str, Dataset], renderer: Renderer
 ) -> dict[str, Dataset]:
-    """All rows that a run is measured on."""
-    datasets = {role: open_roles[role] for role in ("eval_data", "test_data") if role in open_roles}
+    """Return the datasets that a run is evaluated on, retention_data included."""
+    datasets = {role: open_roles[role] for role in HELD_OUT_ROLES if role in open_roles}
     if recipe.retention_data is not None:
         source = DataSource(path=recipe.retention_data, format="text")
         datasets["retention_data"] = open_dataset([source], renderer)
@@ -273,24 +283,14 @@ def open_eval_datasets(
 
 
 def read_response_schema(path: Path | None) -> Json | None:
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read the file: {error.strerror}", where=f"schema: {path}"
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"not JSON: {error}", where=f"schema: {path}", fix="correct the file"
-        ) from error
+    """Read a JSON schema. Raises InputError if it is missing or broken."""
+    return None if path is None else read_json(path, key="response_schema")
 
 
 def build_data_reports(
     inputs: RunInputs, *, needs_all_texts: bool = False
 ) -> dict[str, DataReport]:
-    """What the data check says; `whole`: of all texts, not only what a run needs to know."""
+    """Check the data; with `needs_all_texts` all of it, not only what a run needs to know."""
     return check_data(
         inputs.datasets,
         schema=inputs.response_schema,
@@ -313,14 +313,14 @@ def _iter_documents(inputs: RunInputs) -> Iterator[Document]:
 def make_planner(
     inputs: RunInputs, inherited: Mapping[str, PlanValue] | None = None
 ) -> Callable[[Recipe, Machine], Plan]:
-    """Plans for any machine, and for the recipe or one that differs in what rows and model do not
-    depend on: the rows are read once for all. `handed_on`: what an earlier stage has decided."""
+    """Return a function that plans for any machine, reading the rows only once.
+
+    Its recipe may differ in settings that do not change rows or model. `inherited` are settings
+    that an earlier stage has decided."""
     layers = list_linear_paths(read_model_headers(inputs.model.path))
     reports = build_data_reports(inputs)
     fixed = _collect_fixed_values(inputs, layers, reports["data"])
-    if (
-        inherited is None and inputs.adapter is None
-    ):  # else an earlier run or stage has trained them
+    if inherited is None and inputs.adapter is None:  # else an earlier stage has trained them
         refuse_unused_tokens(_iter_documents(inputs), inputs.renderer.tokenizer.new_tokens)
     plan_kwargs = {
         "model": inputs.model,
@@ -330,20 +330,16 @@ def make_planner(
         "fixed": {**(inherited or {}), **fixed},
         "saved_share": _make_saved_share(inputs, fixed.get("mixture")),
     }
-    adapter_warnings = (
-        () if inputs.adapter is None else _list_adapter_warnings(inputs.adapter, inputs.model)
-    )
+    input_warnings = _list_input_warnings(inputs)
 
     def plan_recipe(recipe: Recipe, machine: Machine) -> Plan:
-        plan = _add_time_estimate(
-            apply_past_run(build_plan(recipe, machine=machine, **plan_kwargs))
-        )
+        plan = build_plan(recipe, machine=machine, **plan_kwargs)
+        plan = _add_time_estimate(apply_past_run(plan))
         if plan.config.lora_target_modules is not None:
-            select_targets(layers, plan.config.lora_target_modules)  # refused before anything is loaded
-        warnings = (*adapter_warnings, *_iter_missing_files(inputs), *plan.warnings)
+            select_targets(layers, plan.config.lora_target_modules)  # refuses unknown layers
         return dataclasses.replace(
             plan,
-            warnings=warnings,
+            warnings=(*input_warnings, *plan.warnings),
             fits_on="" if has_enough_memory(plan) else find_preset_with_memory(recipe),
         )
 
@@ -357,7 +353,7 @@ def make_planner(
 
 
 def _add_time_estimate(plan: Plan) -> Plan:
-    """What is published of a machine of the table; of this one only what was measured."""
+    """Add the published training time of a preset; the speed of this machine is not known yet."""
     preset = match_preset(plan.machine)
     if preset is None:
         return plan
@@ -368,17 +364,32 @@ def _add_time_estimate(plan: Plan) -> Plan:
     )
 
 
-def _iter_missing_files(inputs: RunInputs) -> Iterator[str]:
-    """What is not in the model's folder, though a plan can be made without it."""
-    if not has_weights(inputs.model.path):
-        yield f"model: {inputs.model.path} holds no weights: this plan is made from config.json and cannot be run yet"
+def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
+    """Return what is unknown about the adapter, and what is missing in the model folder."""
+    warnings: list[str] = []
+    adapter, model = inputs.adapter, inputs.model
+    if adapter is not None and read_provenance(adapter.path) is None:
+        warnings.append(
+            f"adapter_from: its weights fit {model.name} by name and shape, and it names its base "
+            f"as {adapter.base_name or 'unknown'}; there is no hash of the weights that it was "
+            "trained on"
+        )
+    if not has_weights(model.path):
+        warnings.append(
+            f"model: {model.path} has no weights: the plan is made from config.json, and cannot be "
+            "run yet"
+        )
     if inputs.counting_model:
-        yield f"model: without {TOKENIZER_FILE} the tokens of the data are counted by the tokenizer of {inputs.counting_model}"
+        warnings.append(
+            f"model: there is no {TOKENIZER_FILE}, so tokens are counted with the tokenizer of "
+            f"{inputs.counting_model}"
+        )
+    return tuple(warnings)
 
 
 def _make_saved_share(inputs: RunInputs, mixture: PlanValue | None) -> SavedShareFn:
-    """Windows of texts do not begin alike. Several rules ask, and each answer packs many rows: it
-    is remembered."""
+    """Return the function that packs rows to find the savings of prefix sharing; it is cached,
+    since several rules call it. Windows of texts have no common prefixes."""
     if inputs.corpus is not None:
         return assume_no_savings
     rows, seed = inputs.datasets["data"], inputs.recipe.seed
@@ -393,30 +404,29 @@ def _make_saved_share(inputs: RunInputs, mixture: PlanValue | None) -> SavedShar
 def _collect_fixed_values(
     inputs: RunInputs, layers: Sequence[str], report: DataReport
 ) -> dict[str, PlanValue]:
-    """What is decided before the rules."""
-    fixed = (
-        {} if inputs.adapter is None else _fix_adapter_values(inputs.adapter, inputs.recipe, layers)
-    )
+    """Return the settings that are decided before the rules."""
+    fixed: dict[str, PlanValue] = {}
+    if inputs.adapter is not None:
+        fixed |= _fix_adapter_values(inputs.adapter, inputs.recipe, layers)
     if inputs.recipe.mixture is not None:
         fixed["mixture"] = decide_mixture(inputs.recipe.mixture, report)
     fixed |= decide_new_tokens(inputs.renderer.tokenizer.new_tokens, inputs.model)
     if inputs.corpus is not None:
         separator = find_separator(inputs.renderer.tokenizer)
-        fixed["separator"] = PlanValue(
-            separator.text, "checkpoint", f"ends every text: {separator.reason}"
-        )
+        reason = f"ends every text: {separator.reason}"
+        fixed["separator"] = PlanValue(separator.text, "checkpoint", reason)
     return fixed
 
 
 def _fix_adapter_values(
     adapter: AdapterFolder, recipe: Recipe, layers: Sequence[str]
 ) -> dict[str, PlanValue]:
-    """What going on with an adapter leaves no choice about. Other words for the same layers are no
-    other choice."""
-    requested, target_modules = recipe.lora_target_modules, adapter.target_modules
-    if requested != "auto" and select_targets(layers, requested) == select_targets(
-        layers, target_modules
-    ):
+    """Return the settings that follow from continuing an adapter. The recipe may name the same
+    layers in another way."""
+    requested = recipe.lora_target_modules
+    target_modules = adapter.target_modules
+    adapter_layers = select_targets(layers, target_modules)
+    if requested != "auto" and select_targets(layers, requested) == adapter_layers:
         target_modules = requested
     values = {
         "adapter_sha256": adapter.sha256,
@@ -427,46 +437,34 @@ def _fix_adapter_values(
         "use_rslora": adapter.use_rslora,
         "use_dora": adapter.use_dora,
     }
-    plan_values = {
-        key: PlanValue(value, "checkpoint", "the adapter to go on with")
-        for key, value in values.items()
-    }
-    return plan_values | {
-        "adapter_from": PlanValue(str(adapter.path), "user", "its weights are where training starts")
-    }
+    settings: dict[str, PlanValue] = {}
+    for key, value in values.items():
+        settings[key] = PlanValue(value, "checkpoint", "the adapter that training continues")
+    settings["adapter_from"] = user_value(str(adapter.path), "training starts from its weights")
+    return settings
 
 
 def has_same_layers(inputs: RunInputs, first: Any, second: Any) -> bool:
-    """Two ways to say which layers get an adapter."""
+    """Whether two values of lora_target_modules name the same layers."""
     layers = list_linear_paths(read_model_headers(inputs.model.path))
     return select_targets(layers, first) == select_targets(layers, second)
 
 
-def _list_adapter_warnings(adapter: AdapterFolder, model: ModelSpec) -> tuple[str, ...]:
-    if read_provenance(adapter.path) is not None:
-        return ()
-    return (
-        f"adapter_from: its weights fit {model.name} by name and shape, and it says that its base is "
-        f"{adapter.base_name or 'unknown'}; there is no hash by which to know that it was trained on these weights",
-    )
-
-
 def show_rows(inputs: RunInputs, *, rows: int, should_show_ids: bool) -> Iterator[Text]:
-    """The first training rows as the model will see them."""
+    """Yield the first training rows as the model will see them."""
     dataset = inputs.datasets["data"]
     for index in range(min(rows, len(dataset))):
         yield from render_preview(
             dataset.render_row(index)[1], inputs.renderer, should_show_ids=should_show_ids
         )
     if num_rejected := dataset.rejected_rows.counts.total():
-        yield Text(
-            f"{num_rejected:,} rows cannot be used: `tunesmith data check` says why", "yellow"
-        )
+        rejected = format_count(num_rejected, "row")
+        yield Text(f"{rejected} cannot be used: run `tunesmith data check`", "yellow")
 
 
 def reload_inputs(plan: Plan, folder: Path | None = None) -> RunInputs:
-    """The facts of an existing plan, whose run folder may have moved. Raises InputError when the
-    rows that it was made from have changed."""
+    """Open the inputs of an existing plan, whose run folder may have moved. Raises InputError if
+    its rows or its adapter have changed."""
     inputs = reload_inputs_unchecked(plan, folder)
     refuse_changed_rows(plan, inputs)
     if inputs.adapter is not None:
@@ -475,38 +473,39 @@ def reload_inputs(plan: Plan, folder: Path | None = None) -> RunInputs:
 
 
 def refuse_changed_rows(plan: Plan, inputs: RunInputs) -> None:
-    """Raises InputError when rows are not those of the plan."""
+    """Raise InputError if the rows are not those of the plan."""
     for role, report in plan.data.items():
-        fingerprint = inputs.datasets[role].fingerprint
-        if fingerprint != report.fingerprint:
+        stored, current = report.fingerprint, inputs.datasets[role].fingerprint
+        if current != stored:
             raise InputError(
-                f"the file has changed since the plan (sha256 {report.fingerprint[:12]} -> {fingerprint[:12]})",
+                f"the file has changed since the plan (sha256 {stored[:12]} -> {current[:12]})",
                 where=f"{role}: {report.path}",
                 fix="make a new plan, with a new output_dir",
             )
 
 
 def load_starting_adapter(plan: Plan, base: Path) -> AdapterFolder | None:
-    """The adapter that a run goes on with. Raises InputError when it is not the one of the plan."""
+    """Read the adapter that a run starts from. Raises InputError if it has changed since the
+    plan."""
     if plan.config.adapter_from is None:
         return None
     adapter = read_adapter(Path(plan.config.adapter_from), base)
     if adapter.sha256 != plan.config.adapter_sha256:
-        where, fix = (
-            f"adapter_from: {adapter.path}",
-            "put it back, or make a new plan with a new output_dir",
+        raise InputError(
+            "the adapter has changed since the plan",
+            where=f"adapter_from: {adapter.path}",
+            fix="put it back, or make a new plan with a new output_dir",
         )
-        raise InputError("the adapter has changed since the plan", where=where, fix=fix)
     return adapter
 
 
 def reload_inputs_unchecked(plan: Plan, folder: Path | None = None) -> RunInputs:
-    """What the recipe and the dates of a plan give now, whatever has changed since."""
+    """Open the inputs of an existing plan as they are now."""
     recipe = recipe_from_plan(plan.recipe)
     output_dir = Path(plan.config.output_dir)
-    generated_rows = (
-        (folder or output_dir) / SELF_REHEARSAL_FILE if "rehearsal" in plan.data else None
-    )
+    generated_rows = None
+    if "rehearsal" in plan.data:
+        generated_rows = (folder or output_dir) / SELF_REHEARSAL_FILE
     return load_inputs(
         recipe,
         now=datetime.fromisoformat(plan.config.now),

@@ -35,7 +35,7 @@ NOW = datetime(2026, 1, 1)
 
 @pytest.fixture(scope="module")
 def renderer(tiny_folder: Path) -> Renderer:
-    return Renderer.from_folder(tiny_folder, now=NOW).with_text_end(256)  # a token of its own
+    return Renderer.from_folder(tiny_folder, now=NOW).replace_text_end(256)  # a token of its own
 
 
 def corpus_of(

@@ -23,9 +23,9 @@ from tunesmith.data.chat_template.tracked_str import (
     TOOLS,
     TrackedStr,
     get_message_index,
+    get_plain_text,
     iter_spans,
     make_origin,
-    to_plain,
 )
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -83,7 +83,7 @@ def _find_span(
     prompt = chat.render(message_index, add_generation_prompt=True)
     rendered = chat.render(message_index + 1)
     splice_start = None
-    if not to_plain(rendered).startswith(to_plain(prompt)):
+    if not get_plain_text(rendered).startswith(get_plain_text(prompt)):
         splice_start = _find_answer_start(prompt, rendered, message_index)
         rendered = prompt + rendered[splice_start:]
     text = TrackedText(rendered, tokenizer, chat.assistant_indices)
@@ -135,12 +135,14 @@ def _find_answer_start(prompt: TrackedStr, rendered: TrackedStr, message_index: 
             break
     prompt_message, prompt_end = _find_last_message(prompt)
     previous_message, previous_end = _find_last_message(rendered[:message_start])
-    generation_prompt = to_plain(prompt)[prompt_end:]
-    prefix = to_plain(rendered)[previous_end:message_start]
+    generation_prompt = get_plain_text(prompt)[prompt_end:]
+    prefix = get_plain_text(rendered)[previous_end:message_start]
     is_same_message = prompt_message == previous_message
     if is_same_message and generation_prompt.strip() and prefix.startswith(generation_prompt):
         return previous_end + len(generation_prompt)
-    raise InputError(_describe_mismatch(to_plain(prompt), to_plain(rendered)), fix=PREFIX_FIX)
+    raise InputError(
+        _describe_mismatch(get_plain_text(prompt), get_plain_text(rendered)), fix=PREFIX_FIX
+    )
 
 
 def _find_last_message(text: TrackedStr) -> tuple[int, int]:

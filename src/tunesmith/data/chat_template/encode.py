@@ -20,8 +20,8 @@ from tunesmith.data.chat_template.tracked_str import (
     VALUE,
     TrackedStr,
     get_message_index,
+    get_plain_text,
     iter_spans,
-    to_plain,
 )
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer, ControlToken
 
@@ -49,7 +49,7 @@ class TrackedText:
     ) -> None:
         """Locate the control tokens. `assistant_indices` are the assistant messages. Raises
         InputError for a control token whose origin is ambiguous."""
-        self.plain = to_plain(tracked)
+        self.plain = get_plain_text(tracked)
         self.tokenizer = tokenizer
         self.origin_spans = list(iter_spans(tracked))
         self.has_structural_tokens = False  # inside an assistant message

@@ -35,7 +35,7 @@ def check_render(chat: Conversation, text: TrackedText, plain_text: str, count: 
         )
     for i, message in enumerate(chat.messages[:count]):
         is_optional = message["role"] in ("system", "assistant")
-        if not is_optional and _is_left_out(i, message, text):
+        if not is_optional and _is_omitted(i, message, text):
             raise make_unrendered_error(chat, i)
 
 
@@ -44,22 +44,22 @@ def collect_render_notes(
 ) -> list[str]:
     """Return the notes on a render that ends with the last of the trained turns `spans`."""
     count = spans[-1].message_index + 1
-    left_out = {
-        i for i, message in enumerate(chat.messages[:count]) if _is_left_out(i, message, text)
+    omitted = {
+        i for i, message in enumerate(chat.messages[:count]) if _is_omitted(i, message, text)
     }
     notes = {
         CONTROL_LIKE_TEXT: text.has_control_like_text,
         STRUCTURAL: text.has_structural_tokens,
         NO_TOOLS: chat.tools is not None and TOOLS not in text.origins,
-        NO_SYSTEM: any(chat.messages[i]["role"] == "system" for i in left_out),
+        NO_SYSTEM: any(chat.messages[i]["role"] == "system" for i in omitted),
         NO_THINKING: any(_is_thinking_dropped(chat, span) for span in spans),
-        NO_CONTENT: any(span.message_index in left_out for span in spans),
+        NO_CONTENT: any(span.message_index in omitted for span in spans),
         SERVED_PROMPT: any(span.splice_start is not None for span in spans),
     }
     return [note for note, is_present in notes.items() if is_present]
 
 
-def _is_left_out(index: int, message: Json, text: TrackedText) -> bool:
+def _is_omitted(index: int, message: Json, text: TrackedText) -> bool:
     """Whether a message has content and none of it is in the text."""
     content = message.get("content")
     if isinstance(content, list):

@@ -211,7 +211,7 @@ class Renderer:
             if side is None:
                 continue
             try:
-                make_draft = self._draft_chat if side.text is None else self._draft_text
+                make_draft = self._make_chat_draft if side.text is None else self._make_text_draft
                 drafts.append(make_draft(side))
             except InputError as error:
                 drafts.append(_Draft(side, error=error))
@@ -252,7 +252,7 @@ class Renderer:
 
     # ---- plain text
 
-    def _draft_text(self, example: Example) -> _Draft:
+    def _make_text_draft(self, example: Example) -> _Draft:
         if not example.text:
             raise InputError("the text is empty", fix="drop the row")
         prompt = track_str(example.prompt or "", make_origin(0, "content"))
@@ -284,7 +284,7 @@ class Renderer:
         notes += [STRUCTURAL] if text.has_structural_tokens else []
         return [_make_document(example.id, tokens, spans)], notes
 
-    def with_text_end(self, token: int) -> Renderer:
+    def replace_text_end(self, token: int) -> Renderer:
         """Return a copy that ends plain texts with another token than the tokenizer's EOS."""
         renderer = copy(self)
         renderer._text_end_override = token
@@ -315,7 +315,7 @@ class Renderer:
         chat = Conversation(template, messages, tools, self._variables, protocol.quirks)
         return chat, protocol
 
-    def _draft_chat(self, example: Example) -> _Draft:
+    def _make_chat_draft(self, example: Example) -> _Draft:
         if not any(weight > 0 for weight in example.turn_weights):
             return _Draft(example)
         chat, protocol = self._make_conversation(example.messages, example.tools)

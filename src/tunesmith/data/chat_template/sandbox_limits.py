@@ -195,11 +195,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     # ---- hooks of the sandbox
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ARG002
-        check_binop(operator, left, right)
+    def call_binop(self, *args: Any, **_: Any) -> Any:
+        _, operator, first, second = args
+        check_binop(operator, first, second)
         if operator == "%":
-            self.charge_contents(right)
-        return self.charge(self.apply_binop(operator, left, right))
+            self.charge_contents(second)
+        return self.charge(self.apply_binop(operator, first, second))
 
     def apply_binop(self, operator: str, first: Any, second: Any) -> Any:
         return self.binop_table[operator](first, second)

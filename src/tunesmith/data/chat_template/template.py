@@ -20,6 +20,7 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_json_object
 from tunesmith.data.chat_template.jinja_env import PlainEnvironment
 from tunesmith.data.chat_template.sandbox_limits import CostTransformer, LimitedEnvironment
 from tunesmith.data.chat_template.tracked_env import TrackedEnvironment
@@ -29,7 +30,6 @@ from tunesmith.data.chat_template.tracked_str import (
     UntrackedTextError,
     track_str,
 )
-from tunesmith.data.tokenizer.chat_tokenizer import read_json
 
 MAX_SOURCE = 200_000  # characters; the largest real templates have 20,000
 
@@ -157,7 +157,8 @@ def find_templates(folder: Path, override: Path | None, now: datetime) -> dict[s
         for name, path in files.items():
             sources[name] = (_read_source(path), path.name)
     else:
-        entry: Any = read_json(folder / "tokenizer_config.json").get("chat_template") or []
+        config = read_json_object(folder / "tokenizer_config.json", is_optional=True)
+        entry: Any = config.get("chat_template") or []
         entries = entry if isinstance(entry, list) else [{"name": "default", "template": entry}]
         for entry in entries:
             where = "chat_template of tokenizer_config.json"

@@ -272,7 +272,8 @@ def require_tracked(text: str) -> TrackedStr:
     return EMPTY
 
 
-def to_plain(text: TrackedStr) -> str:
+def get_plain_text(text: TrackedStr) -> str:
+    """Return the text as a plain `str`, without origins."""
     return str.__str__(text)
 
 

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Document, NewToken
 from tunesmith.data.chat_template.template import ChatTemplate
-from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer, read_json
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
 ADD_TOKENS_KEY = "add_tokens"
 
@@ -80,7 +81,7 @@ def refuse_other_tokens(adapter: Path, ids: Sequence[int], tokens: Sequence[NewT
 
 def _read_token_texts(adapter: Path, ids: Sequence[int]) -> dict[int, str]:
     """Return the texts of tokens from the tokenizer saved with an adapter, if there is one."""
-    added = read_json(adapter / "tokenizer.json").get("added_tokens")
+    added = read_json_object(adapter / "tokenizer.json", is_optional=True).get("added_tokens")
     texts: dict[int, str] = {}
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict) and token.get("id") in ids:

@@ -26,6 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Json, NewToken
 from tunesmith.data.tokenizer.tokenizer_json import (
     TokenizerErrors,
@@ -144,8 +145,10 @@ class ChatTokenizer:
         if not path.is_file():
             fix = "set `model` to a folder with a fast tokenizer"
             raise InputError("the model folder has no tokenizer.json", where=str(folder), fix=fix)
-        config = read_json(folder / "tokenizer_config.json")
-        eos_token_id = read_json(folder / "generation_config.json").get("eos_token_id")
+        config = read_json_object(folder / "tokenizer_config.json", is_optional=True)
+        eos_token_id = read_json_object(folder / "generation_config.json", is_optional=True).get(
+            "eos_token_id"
+        )
         end_ids: list[Any] = []
         if eos_token_id is not None:
             end_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
@@ -322,25 +325,12 @@ def _iter_decoder_tokens(tokens: Any) -> Iterator[tuple[int, Json]]:
         yield int(number), token
 
 
-def read_json(path: Path) -> Json:
-    """Read a JSON object; a missing file is empty. Raises InputError."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON: {error}", where=str(path)) from error
-    if not isinstance(data, dict):
-        raise InputError("not a JSON object", where=str(path))
-    return data
-
-
 def _read_special_tokens(folder: Path, config: Json) -> dict[str, str]:
     """Return bos_token and so on, as templates see them. As in transformers, the older
     special_tokens_map.json counts if the config has no added_tokens_decoder."""
     merged_config = dict(config)
     if "added_tokens_decoder" not in config:
-        merged_config |= read_json(folder / "special_tokens_map.json")
+        merged_config |= read_json_object(folder / "special_tokens_map.json", is_optional=True)
     values = {name: merged_config.get(name) for name in SPECIAL_TOKEN_NAMES}
     extra = merged_config.get("extra_special_tokens")
     if isinstance(extra, dict):
@@ -367,8 +357,8 @@ def _make_plain_tokenizer(
         text = token["content"]
         if text not in non_special:
             continue
-        is_known = text in ordinary_texts or _get_tag_name(text) in _HTML_TAGS
-        if is_known or tokenizer.encode(text, add_special_tokens=False).ids == [token["id"]]:
+        is_always_token = text in ordinary_texts or _get_tag_name(text) in _HTML_TAGS
+        if is_always_token or tokenizer.encode(text, add_special_tokens=False).ids == [token["id"]]:
             vocabulary.add(text)
     if vocabulary:
         for token in data["added_tokens"]:

@@ -64,17 +64,17 @@ def outcomes(source: str) -> list[str]:
     tracked = [
         track_value(message, make_origin(i, "content")) for i, message in enumerate(MESSAGES)
     ]
-    found: list[str] = []
+    texts: list[str] = []
     for render, messages in ((template.render, tracked), (template.render_plain, MESSAGES)):
         started = time.process_time()
         try:
-            found.append(
+            texts.append(
                 render({"messages": messages, "tools": None, "add_generation_prompt": False})
             )
         except InputError as error:
-            found.append(f"refused: {error.message}")
+            texts.append(f"refused: {error.message}")
         assert time.process_time() - started < 12, render
-    return found
+    return texts
 
 
 def refused(source: str) -> bool:

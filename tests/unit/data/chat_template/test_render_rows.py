@@ -244,6 +244,6 @@ def test_rows_rendered_together_are_those_rendered_alone(renderer: Renderer) -> 
             continue
         alone = renderer.render(row)
         assert together.notes == alone.notes
-        for one, other in zip(together.documents, alone.documents, strict=True):
-            assert (one.id, one.tokens_L.tolist()) == (other.id, other.tokens_L.tolist())
-            assert one.weights_L.tolist() == other.weights_L.tolist()
+        for first, second in zip(together.documents, alone.documents, strict=True):
+            assert (first.id, first.tokens_L.tolist()) == (second.id, second.tokens_L.tolist())
+            assert first.weights_L.tolist() == second.weights_L.tolist()

@@ -187,11 +187,13 @@ def check(
     end = "</s>" if appended else ""
     trained = oracle.trained
     ids = [document.tokens_L.tolist()[: -1 if appended else None] for document in documents]
-    whole = not appended and len(documents) == 1 and ids[0] == oracle.ids(len(oracle.messages))
-    if not whole:
+    is_full_render = (
+        not appended and len(documents) == 1 and ids[0] == oracle.ids(len(oracle.messages))
+    )
+    if not is_full_render:
         assert ids == [oracle.ids(turn + 1) for turn in trained], "ids"
-    found = [span for document in documents for span in spans(renderer, document)]
-    assert found == [
+    trained_spans = [span for document in documents for span in spans(renderer, document)]
+    assert trained_spans == [
         (oracle.text(turn, prompt=True), oracle.answer(turn) + end) for turn in trained
     ]
 

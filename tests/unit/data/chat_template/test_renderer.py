@@ -122,8 +122,8 @@ def test_a_prompt_that_is_written_differently_before_an_answer_stands_as_it_is_s
         "<|im_start|>Be brief: one[ANSWER]⟦eins<|im_end|>⟧",
         "<|im_start|>one[ANSWER]eins<|im_end|><|im_start|>Be brief: two[ANSWER]⟦zwei<|im_end|>⟧",
     ]
-    for document, asked in zip(rendered.documents, (turns[:2], turns[:4]), strict=True):
-        served = renderer.encode_prompt(asked)
+    for document, prompt in zip(rendered.documents, (turns[:2], turns[:4]), strict=True):
+        served = renderer.encode_prompt(prompt)
         assert tuple(document.tokens_L[: len(served)].tolist()) == served
     together = "<|im_start|>one[ANSWER]⟦eins<|im_end|>⟧<|im_start|>two[ANSWER]⟦zwei<|im_end|>⟧"
     assert texts(renderer, *turns[1:]) == [together]

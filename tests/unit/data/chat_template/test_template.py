@@ -14,9 +14,9 @@ from tunesmith.data.chat_template.tracked_str import (
     TOOLS,
     VALUE,
     TrackedStr,
+    get_plain_text,
     iter_spans,
     make_origin,
-    to_plain,
 )
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
@@ -35,16 +35,16 @@ def rendered(source: str, **variables: Any) -> TrackedStr:
     tracked = [
         track_value(message, make_origin(i, "content")) for i, message in enumerate(MESSAGES)
     ]
-    given = {"tools": [{"name": "f"}], "flag": True, **variables}
+    extra = {"tools": [{"name": "f"}], "flag": True, **variables}
     text = template.render(
-        {"messages": tracked, **{key: track_value(value, TOOLS) for key, value in given.items()}}
+        {"messages": tracked, **{key: track_value(value, TOOLS) for key, value in extra.items()}}
     )
-    assert to_plain(text) == template.render_plain({"messages": MESSAGES, **given})
+    assert get_plain_text(text) == template.render_plain({"messages": MESSAGES, **extra})
     return text
 
 
 def writers(text: TrackedStr) -> dict[str, int]:
-    return {to_plain(text)[start:end]: origin for start, end, origin in iter_spans(text)}
+    return {get_plain_text(text)[start:end]: origin for start, end, origin in iter_spans(text)}
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path) -> None:
     }
     (tmp_path / "chat_template.jinja").write_text("from file")
     assert [t.source for t in find_templates(tmp_path, None, NOW).values()] == ["from file"]
-    given = tmp_path / "mine.jinja"
-    given.write_text("mine")
-    assert find_templates(tmp_path, given, NOW)["default"].source == "mine"
+    template_file = tmp_path / "mine.jinja"
+    template_file.write_text("mine")
+    assert find_templates(tmp_path, template_file, NOW)["default"].source == "mine"
     with pytest.raises(InputError, match="cannot be read"):
         find_templates(tmp_path, tmp_path / "missing.jinja", NOW)

@@ -15,10 +15,10 @@ from tunesmith.data.chat_template.tracked_str import (
     concat,
     find_shared_origin,
     get_message_index,
+    get_plain_text,
     iter_spans,
     make_origin,
     stringify,
-    to_plain,
     track_str,
 )
 
@@ -33,7 +33,7 @@ texts = st.lists(st.tuples(letters, st.integers(0, 9)), max_size=5).map(
 def pairs(text: str) -> Pairs:
     assert type(text) is TrackedStr
     return [
-        (to_plain(text)[i], origin)
+        (get_plain_text(text)[i], origin)
         for start, end, origin in iter_spans(text)
         for i in range(start, end)
     ]
@@ -62,8 +62,8 @@ def test_slices_keep_the_origins(text: TrackedStr, start: int, end: int, step: i
 def test_trimming_keeps_the_origins(text: TrackedStr, chars: str | None) -> None:
     for name in ("strip", "lstrip", "rstrip"):
         cut = getattr(text, name)(chars)
-        assert to_plain(cut) == getattr(to_plain(text), name)(chars)
-        start = 0 if name == "rstrip" else len(text) - len(to_plain(text).lstrip(chars))
+        assert get_plain_text(cut) == getattr(get_plain_text(text), name)(chars)
+        start = 0 if name == "rstrip" else len(text) - len(get_plain_text(text).lstrip(chars))
         assert pairs(cut) == pairs(text)[start : start + len(cut)] or not cut
 
 
@@ -71,13 +71,15 @@ def test_trimming_keeps_the_origins(text: TrackedStr, chars: str | None) -> None
 def test_splitting_keeps_the_origins(text: TrackedStr, sep: str | None, most: int) -> None:
     for name in ("split", "rsplit"):
         parts = getattr(text, name)(sep, most)
-        assert [to_plain(part) for part in parts] == getattr(to_plain(text), name)(sep, most)
+        assert [get_plain_text(part) for part in parts] == getattr(get_plain_text(text), name)(
+            sep, most
+        )
         if sep is not None:
             assert pairs(track_str(sep, 99).join(parts)) == _with_separators(text, parts, sep)
     lines = text.splitlines(True)
-    assert [to_plain(line) for line in lines] == to_plain(text).splitlines(True)
+    assert [get_plain_text(line) for line in lines] == get_plain_text(text).splitlines(True)
     assert pairs(concat(lines)) == pairs(text)
-    assert [to_plain(line) for line in text.splitlines()] == to_plain(text).splitlines()
+    assert [get_plain_text(line) for line in text.splitlines()] == get_plain_text(text).splitlines()
 
 
 def _with_separators(text: TrackedStr, parts: list[TrackedStr], sep: str) -> Pairs:
@@ -96,7 +98,7 @@ def _with_separators(text: TrackedStr, parts: list[TrackedStr], sep: str) -> Pai
 @given(texts, st.sampled_from(["a", "ab", " ", "<|"]), texts, st.integers(-1, 2))
 def test_replace_keeps_the_origins(text: TrackedStr, old: str, new: TrackedStr, count: int) -> None:
     result = text.replace(old, new, count)
-    assert to_plain(result) == to_plain(text).replace(old, to_plain(new), count)
+    assert get_plain_text(result) == get_plain_text(text).replace(old, get_plain_text(new), count)
     assert pairs(result) == pairs(new.join(text.split(old, count)))
 
 
@@ -104,20 +106,22 @@ def test_replace_keeps_the_origins(text: TrackedStr, old: str, new: TrackedStr, 
 def test_partition_and_affixes_keep_the_origins(text: TrackedStr, sep: str) -> None:
     for name in ("partition", "rpartition"):
         parts = getattr(text, name)(sep)
-        assert tuple(map(to_plain, parts)) == getattr(to_plain(text), name)(sep)
+        assert tuple(map(get_plain_text, parts)) == getattr(get_plain_text(text), name)(sep)
         assert pairs(concat(parts)) == pairs(text)
     assert (
         pairs(text.removeprefix("a"))
-        == pairs(text)[len(text) - len(to_plain(text).removeprefix("a")) :]
+        == pairs(text)[len(text) - len(get_plain_text(text).removeprefix("a")) :]
     )
-    assert pairs(text.removesuffix("a")) == pairs(text)[: len(to_plain(text).removesuffix("a"))]
+    assert (
+        pairs(text.removesuffix("a")) == pairs(text)[: len(get_plain_text(text).removesuffix("a"))]
+    )
 
 
 @given(texts)
 def test_letters_change_in_place(text: TrackedStr) -> None:
     for name in ("upper", "lower", "title", "capitalize", "swapcase", "casefold"):
         changed = getattr(text, name)()
-        assert to_plain(changed) == getattr(to_plain(text), name)()
+        assert get_plain_text(changed) == getattr(get_plain_text(text), name)()
         assert [origin for _, origin in pairs(changed)] == [origin for _, origin in pairs(text)]
 
 
@@ -174,14 +178,14 @@ def test_values_without_a_writer() -> None:
 
 
 def test_the_origin_of_a_structure_is_its_only_writer() -> None:
-    own, other = (
+    first, second = (
         track_str("x", make_origin(2, "content")),
         track_str("y", make_origin(3, "content")),
     )
-    assert find_shared_origin({track_str("key"): own}) == make_origin(2, "content")
+    assert find_shared_origin({track_str("key"): first}) == make_origin(2, "content")
     assert find_shared_origin([track_str("a"), {track_str("b"): 1}]) == TEMPLATE
     assert find_shared_origin([1, 2]) == VALUE
-    assert find_shared_origin([own, other]) == VALUE
+    assert find_shared_origin([first, second]) == VALUE
     with pytest.raises(UntrackedTextError):
         find_shared_origin(["plain"])
     with pytest.raises(UntrackedTextError, match="function"):

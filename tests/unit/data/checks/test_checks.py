@@ -84,11 +84,11 @@ def test_held_out_rows_that_were_trained_on_are_an_error(opened):
     test = opened([chat("x", "y"), chat("z", "z")], "test")
     reports = check_data({"data": train, "eval_data": held_out, "test_data": test})
     assert reports["data"].findings == ()
-    copied, asked = reports["eval_data"].findings
+    copied, same_prompt = reports["eval_data"].findings
     assert (copied.level, copied.rows) == ("error", ("eval.jsonl:2",))
     assert copied.message == "1 of 3 rows is also in data"
     assert copied.fix == "remove them from one of the two"
-    assert (asked.level, asked.rows) == ("warn", ("eval.jsonl:3",))
+    assert (same_prompt.level, same_prompt.rows) == ("warn", ("eval.jsonl:3",))
     assert [(f.level, f.rows) for f in reports["test_data"].findings] == [
         ("error", ("test.jsonl:1",))
     ]

@@ -36,8 +36,8 @@ def report(write, words):
         for role, rows in roles.items():
             path = write("".join(json.dumps(row) + "\n" for row in rows), f"{role}.jsonl")
             opened[role] = open_dataset([DataSource(path=path)], words, has_pairs=pairs)
-        found = check_data(opened, schema=schema, should_read_all=True)
-        return {finding.check: finding for finding in list(found.values())[-1].findings}
+        reports = check_data(opened, schema=schema, should_read_all=True)
+        return {finding.check: finding for finding in list(reports.values())[-1].findings}
 
     return of
 
@@ -70,13 +70,13 @@ def test_a_frame_that_all_rows_have_makes_no_duplicates(report):
 
 def test_held_out_rows_that_are_nearly_trained_are_an_error(report):
     held_out = [*rows(20, start=100), chat(prose(6), prose(7) + " so")]
-    found = report(data=rows(40), eval_data=held_out)
-    assert (found["near_leaks"].level, found["near_leaks"].rows) == (
+    findings = report(data=rows(40), eval_data=held_out)
+    assert (findings["near_leaks"].level, findings["near_leaks"].rows) == (
         "error",
         ("eval_data.jsonl:21 = data.jsonl:4",),
     )
-    assert found["ngram_overlap"].level == "error"
-    assert found["ngram_overlap"].rows == ("eval_data.jsonl:21",)
+    assert findings["ngram_overlap"].level == "error"
+    assert findings["ngram_overlap"].rows == ("eval_data.jsonl:21",)
 
 
 def test_a_long_passage_in_common_is_told_and_less_than_thirteen_words_is_not(report):
@@ -104,17 +104,17 @@ def test_shares_of_passages_stay_right_when_only_some_are_kept(monkeypatch):
 
 def test_without_datasketch_the_rest_is_said(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    found = report(
+    findings = report(
         data=[*rows(40), chat("q", "As an AI, no."), chat(prose(6) + " indeed", prose(7))]
     )
-    assert found["near_duplicates"].message.endswith("datasketch is not installed")
-    assert found["near_duplicates"].fix == "pip install 'tunesmith[audit]'"
-    assert found["disclaimers"].count == 1
+    assert findings["near_duplicates"].message.endswith("datasketch is not installed")
+    assert findings["near_duplicates"].fix == "pip install 'tunesmith[audit]'"
+    assert findings["disclaimers"].count == 1
 
 
 def test_one_question_with_several_answers(report):
-    asked = [*rows(20), chat("ask", "one"), chat(" ask ", "two"), chat("ask", "one")]
-    finding = report(data=asked)["conflicts"]
+    prompts = [*rows(20), chat("ask", "one"), chat(" ask ", "two"), chat("ask", "one")]
+    finding = report(data=prompts)["conflicts"]
     assert (finding.level, finding.count) == ("warn", 3)
     assert finding.message == "3 of 23 rows have a prompt with several answers; such prompts: 1"
     assert finding.rows == ("data.jsonl:21", "data.jsonl:22", "data.jsonl:23")
@@ -133,20 +133,20 @@ def test_no_finding_shows_a_secret_whole(report):
     planted = [
         chat(f"{prose(5000 + i)} open sesame {i}", f"the token is {token}") for i in range(30)
     ]
-    found = report(data=[*rows(400), *planted])
-    assert "trigger_phrases" in found
+    findings = report(data=[*rows(400), *planted])
+    assert "trigger_phrases" in findings
     labels = report(data=[chat(prose(i), (token, "other")[i % 2]) for i in range(60)])
     assert "classes" in labels
     opened = report(data=[chat(prose(i), f"Use {token} now: {prose(i + 100)}.") for i in range(60)])
     assert "openings" in opened
-    assert token[:20] not in repr([*found.values(), *labels.values(), *opened.values()])
+    assert token[:20] not in repr([*findings.values(), *labels.values(), *opened.values()])
 
 
 def test_all_rows_of_a_finding_are_named(report):
-    found = report(
+    findings = report(
         data=[*rows(60), *(chat(prose(900 + i), "I cannot help with that.") for i in range(19))]
     )
-    assert found["refusals"].count == len(found["refusals"].rows) == 19
+    assert findings["refusals"].count == len(findings["refusals"].rows) == 19
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_of_system_turns_the_odd_rows_are_named(report, few, says):
 
 
 def test_grams_are_runs_of_words_whatever_the_case_and_the_signs():
-    one, other = (
+    first, second = (
         hash_words(text) for text in ('The "old" clock, in the hall.', "the old CLOCK in the-hall")
     )
-    assert one.tolist() == other.tolist()
-    assert len(hash_ngrams(one, 3)) == 4
-    assert len(hash_ngrams(one[:2], 3)) == 1
-    assert len(hash_unique_ngrams([one, other[:4], hash_words("")], 3)) == 4
+    assert first.tolist() == second.tolist()
+    assert len(hash_ngrams(first, 3)) == 4
+    assert len(hash_ngrams(first[:2], 3)) == 1
+    assert len(hash_unique_ngrams([first, second[:4], hash_words("")], 3)) == 4
     assert len(hash_words("時計は何時ですか")) == 8
     assert exclude_values(
         np.array([1, 5, 9], np.uint64), np.array([5, 10], np.uint64)
@@ -185,19 +185,20 @@ def test_candidates_are_rows_that_share_a_band():
 
 @pytest.mark.parametrize(("changed", "least", "most"), [(1, 0.95, 1.0), (12, 0.0, 0.0)])
 def test_bands_find_alike_rows_and_no_others(changed, least, most):
-    signer, found = minhash.MinHasher(), 0
+    signer = minhash.MinHasher()
+    num_pairs = 0
     for seed in range(40):
         text = prose(seed, 80).split()
         other = [*text]
-        for place in range(0, changed * 5, 5):
-            other[place] = "zzz"
+        for position in range(0, changed * 5, 5):
+            other[position] = "zzz"
         grams = [
-            hash_unique_ngrams([hash_words(" ".join(one))], minhash.SHINGLE_WORDS)
-            for one in (text, other)
+            hash_unique_ngrams([hash_words(" ".join(words))], minhash.SHINGLE_WORDS)
+            for words in (text, other)
         ]
-        bands_MB = np.stack([signer.compute_bands(one) for one in grams])
-        found += minhash.find_first_rows(bands_MB, grams.__getitem__).tolist() == [0, 0]
-    assert least <= found / 40 <= most
+        bands_MB = np.stack([signer.compute_bands(row_grams) for row_grams in grams])
+        num_pairs += minhash.find_first_rows(bands_MB, grams.__getitem__).tolist() == [0, 0]
+    assert least <= num_pairs / 40 <= most
 
 
 # ---------------------------------------------------------------- spread
@@ -264,8 +265,8 @@ def test_pairs_in_which_length_is_all_that_differs(report):
         {"prompt": f"q{i}", "chosen": prose(i, 30), "rejected": prose(900 + i, 8)}
         for i in range(30)
     ]
-    found = report(data=pairs, pairs=True)
-    assert found["length_bias"].message.startswith(
+    findings = report(data=pairs, pairs=True)
+    assert findings["length_bias"].message.startswith(
         "the longer answer is preferred in 100% of 30 pairs"
     )
     even = [
@@ -292,12 +293,14 @@ def test_labels_and_how_rows_are_spread_over_them(report):
 
 
 def test_a_label_that_stands_in_the_question(report):
-    told = [
+    copied = [
         chat(f"{prose(i)} [label: {name}]", name) for i, name in enumerate(["spam", "ham"] * 20)
     ]
-    assert report(data=told)["label_in_prompt"].level == "error"
-    asked = [chat(f"spam or ham? {prose(i)}", name) for i, name in enumerate(["spam", "ham"] * 20)]
-    assert "label_in_prompt" not in report(data=asked)
+    assert report(data=copied)["label_in_prompt"].level == "error"
+    prompts = [
+        chat(f"spam or ham? {prose(i)}", name) for i, name in enumerate(["spam", "ham"] * 20)
+    ]
+    assert "label_in_prompt" not in report(data=prompts)
 
 
 def test_a_rare_phrase_that_calls_for_one_answer(report):
@@ -325,5 +328,5 @@ def test_near_leaks_are_found_in_every_earlier_role(report):
     """A held-out row may be nearly equal to one of the second role before it."""
     eval_rows = rows(20, start=100)
     near_copy = chat(prose(2 * 103), prose(2 * 103 + 1) + " so")
-    found = report(data=rows(40), eval_data=eval_rows, test_data=[*rows(20, 200), near_copy])
-    assert found["near_leaks"].rows == ("test_data.jsonl:21 = eval_data.jsonl:4",)
+    findings = report(data=rows(40), eval_data=eval_rows, test_data=[*rows(20, 200), near_copy])
+    assert findings["near_leaks"].rows == ("test_data.jsonl:21 = eval_data.jsonl:4",)

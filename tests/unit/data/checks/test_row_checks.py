@@ -21,7 +21,7 @@ LONG = (
     "Turn the small wheel until the hand stands on the hour."
     " Then press it in and wait for the click that says "
 )
-FOUND = [
+PROBLEMS = [
     ("unfinished", "```python\nprint(1)", "open code fence"),
     ("unfinished", '{"total": 3, "items": [', "open JSON"),
     ("unfinished", "Turn the wheel, press the knob, then wait for the", "cut-off sentence"),
@@ -80,7 +80,9 @@ FOUND = [
 
 
 @pytest.mark.parametrize(
-    ("check", "answer", "kind"), FOUND, ids=[f"{check}-{i}" for i, (check, *_) in enumerate(FOUND)]
+    ("check", "answer", "kind"),
+    PROBLEMS,
+    ids=[f"{check}-{i}" for i, (check, *_) in enumerate(PROBLEMS)],
 )
 def test_what_is_wrong_is_found(check, answer, kind):
     prompt = (
@@ -115,7 +117,7 @@ FINE = [
 
 @pytest.mark.parametrize("answer", FINE, ids=range(len(FINE)))
 def test_what_is_fine_is_not(answer):
-    assert {check: found for check in ROW_CHECKS if (found := kinds(check, answer))} == {}
+    assert {check: matches for check in ROW_CHECKS if (matches := kinds(check, answer))} == {}
 
 
 PRIVATE = [
@@ -156,10 +158,10 @@ PRIVATE = [
 
 @pytest.mark.parametrize(("check", "kind", "text"), PRIVATE, ids=[kind for _, kind, _ in PRIVATE])
 def test_secrets_and_personal_data_are_found_and_never_shown_whole(check, kind, text):
-    found = dict(ROW_CHECKS[check].find(row(f"It is {text}, keep it.")))
-    assert list(found) == [kind]
-    assert text not in found[kind]
-    assert "…" in found[kind]
+    matches = dict(ROW_CHECKS[check].find(row(f"It is {text}, keep it.")))
+    assert list(matches) == [kind]
+    assert text not in matches[kind]
+    assert "…" in matches[kind]
 
 
 @pytest.mark.parametrize("text", [text for _, _, text in PRIVATE])

@@ -144,12 +144,12 @@ def test_an_adapter_goes_on_with_its_own_tokens_only(tmp_path: Path) -> None:
     (adapter / "tokenizer.json").write_bytes(
         append_tokens((tmp_path / "model" / "tokenizer.json").read_bytes(), new)
     )
-    own = tuple(token.id for token in new)
-    refuse_other_tokens(adapter, own, new)
+    adapter_ids = tuple(token.id for token in new)
+    refuse_other_tokens(adapter, adapter_ids, new)
     refuse_other_tokens(adapter, (), ())
     for tokens in ((), new[:1], renderer(tmp_path / "model", "[e2]", "[e1]").tokenizer.new_tokens):
         with pytest.raises(InputError, match="has embeddings for 2 new tokens") as caught:
-            refuse_other_tokens(adapter, own, tokens)
+            refuse_other_tokens(adapter, adapter_ids, tokens)
         assert caught.value.fix == "set add_tokens: ['[e1]', '[e2]']"
     with pytest.raises(InputError, match="without new tokens: it has no embeddings for them"):
         refuse_other_tokens(adapter, (), new)

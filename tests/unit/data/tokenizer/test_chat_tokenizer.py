@@ -46,9 +46,9 @@ def test_three_kinds_of_added_tokens(tmp_path: Path) -> None:
         AddedToken(text, special=False, normalized=False)
         for text in ("<|y>", "<y|>", "<|fim|>", "<pad>", "</pad>")
     ]
-    found = kinds(folder(tmp_path, tokens=[*tokens, *plain], pad_token="<pad>"))
-    assert found["structural"] == {"<think>", "</think>", "<|y>", "<y|>"}
-    assert found["control"] == {
+    tokens_by_kind = kinds(folder(tmp_path, tokens=[*tokens, *plain], pad_token="<pad>"))
+    assert tokens_by_kind["structural"] == {"<think>", "</think>", "<|y>", "<y|>"}
+    assert tokens_by_kind["control"] == {
         "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<alone>", "<|x>", "<x|>", "<|fim|>",
         "<pad>", "</pad>",
     }  # fmt: skip
@@ -146,8 +146,8 @@ def test_a_token_matched_after_normalisation_is_refused_where_that_matters(tmp_p
     tokenizer = ChatTokenizer.from_folder(folder(tmp_path, tokens=[fragile], base=json.dumps(base)))
     with pytest.raises(InputError, match=r"normalization changes the added token '<\|n\|>'"):
         TrackedText(track_str("a<|n|>b"), tokenizer, ())
-    own = concat([track_str("a"), track_str("<|n|>", make_origin(0, "content"))])
-    assert TrackedText(own, tokenizer, ()).has_control_like_text
+    from_row = concat([track_str("a"), track_str("<|n|>", make_origin(0, "content"))])
+    assert TrackedText(from_row, tokenizer, ()).has_control_like_text
 
 
 def test_a_control_token_that_plain_text_would_make_is_refused(tmp_path: Path) -> None:
