@@ -142,7 +142,7 @@ def tokenize_bans(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="Folder of a finished run with constraints.")
     parser.add_argument("--allow-code", action="store_true", help="Run the recipe's own metrics.")
     args = parser.parse_args()

@@ -123,7 +123,7 @@ def measure_after_shots(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="Folder of a finished run with retention_data.")
     comparisons = compare_relearning(parser.parse_args().run)
     for comparison in comparisons:

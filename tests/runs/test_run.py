@@ -397,12 +397,12 @@ def test_a_machine_without_memory_is_said_before_starting(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"metrics": ["exact_mach"]}, "there is no metric 'exact_mach'"),
+        ({"metrics": ["exact_mach"]}, "unknown metric 'exact_mach'"),
         ({"metrics": ["schema_valid"]}, "schema_valid needs a schema"),
         ({"retention_data": "none.jsonl"}, r"none\.jsonl"),
-        ({"retention_data": "lonely.jsonl"}, "1 texts of the domain 'b'"),
-        ({"retention_data": "short.jsonl"}, "0 texts of the domain 'general'"),
-        ({"test_data": "asks-once.jsonl"}, "1 questions: at least two"),
+        ({"retention_data": "lonely.jsonl"}, "1 text of domain 'b'"),
+        ({"retention_data": "short.jsonl"}, "0 texts of domain 'general'"),
+        ({"test_data": "asks-once.jsonl"}, "1 prompt: an interval needs at least two"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_and_leaves_no_folder(

@@ -224,7 +224,8 @@ def _read_answers(path: Path, samples_by_id: dict[str, GenerationSample]) -> dic
             fix = 'write {"id": "test.jsonl:1", "answer": "..."}'
             raise InputError("the row needs an `id` and an `answer` string", where=row.id, fix=fix)
         if item_id not in samples_by_id:
-            fix = f"use the ids of its eval_after.json, such as {next(iter(samples_by_id), 'none')}"
+            example = next(iter(samples_by_id), "none")
+            fix = f"use the ids of its {EVAL_AFTER_FILE}, such as {example}"
             raise InputError(f"the run has no item {item_id!r:.80}", where=row.id, fix=fix)
         if item_id in answers:
             fix = "give one answer per id"

@@ -51,7 +51,7 @@ class MetricValues:
 
 @dataclass(frozen=True)
 class EvalResults:
-    """All measurements of one model: the content of a run's eval_before.json and eval_after.json.
+    """All measurements of one model, as in a run's eval_before.json and eval_after.json.
 
     samples: every answer; shown_ids: the ids of the few that the record shows.
     digests: role -> row id -> digest of its content, which identifies items across runs.

@@ -16,7 +16,7 @@ from tunesmith.core.atomic import MANIFEST
 from tunesmith.export.parity import ExportJob, ReloadedExport
 from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from tunesmith.model.hub.validate import WEIGHTS_FILE, read_json
+from tunesmith.model.hub.validate import WEIGHTS_FILE, read_model_json
 from tunesmith.model.merge import (
     merge_into_network,
     read_loras,
@@ -77,5 +77,5 @@ def _render_prompts(job: ExportJob) -> list[tuple[int, ...]]:
 
 
 def _read_end_ids(folder: Path) -> tuple[int, ...]:
-    end_ids = read_json(folder / "generation_config.json").get("eos_token_id")
+    end_ids = read_model_json(folder / "generation_config.json").get("eos_token_id")
     return (end_ids,) if isinstance(end_ids, int) else tuple(end_ids or ())

@@ -27,7 +27,7 @@ IDENTITY: Json = {
     "renderer": "ef",
     "versions": {"torch": "2"},
     "machine": {"device": "cpu", "threads": 2},
-    "plan": {"method": "lora", "dtype": "fp32", "attention": "documents", "learning_rate": 1},
+    "plan": {"method": "lora", "dtype": "fp32", "attention": "sdpa", "learning_rate": 1},
 }
 
 
@@ -90,7 +90,7 @@ def test_one_request_given_twice_is_answered_once(
         {"top_p": 0.5},
         {"seed": 1},
         {"stop": ("a",)},
-        {"banned": ((9,),)},
+        {"bad_words_ids": ((9,),)},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -109,7 +109,7 @@ def test_no_answer_is_served_to_another_request(
 
 
 def test_every_field_of_a_request_was_changed_above() -> None:
-    fields = {"tokens", "max_new_tokens", "temperature", "top_p", "seed", "stop", "banned"}
+    fields = {"tokens", "max_new_tokens", "temperature", "top_p", "seed", "stop", "bad_words_ids"}
     assert {field.name for field in dataclasses.fields(GenerationRequest)} == fields
 
 

@@ -32,10 +32,10 @@ def test_each_pair_gets_what_the_function_says(tmp_path: Path) -> None:
     ("body", "message"),
     [
         ("raise ValueError('no such city')", r"raised ValueError: no such city \(mine\.py:5\)"),
-        ("return math.nan", "returned nan, which is no finite number"),
+        ("return math.nan", "returned nan, which is not a finite number"),
         ("return math.inf", "returned inf"),
         ("return None", "returned None"),
-        ("return '1.0'", "returned '1.0', which is no finite number"),
+        ("return '1.0'", "returned '1.0', which is not a finite number"),
         ("return [1.0]", r"returned \[1\.0\]"),
         ("os._exit(0)", "ended its process"),
         ("sys.exit(0)", "ended its process"),

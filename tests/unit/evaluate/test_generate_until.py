@@ -151,16 +151,16 @@ def test_a_completion_row_is_asked_by_its_prompt(renderer: Renderer) -> None:
     "example", [Example("test:4", text="no prompt"), chat("a", "b", weights=(0, 0), row="test:4")]
 )
 def test_a_row_that_asks_nothing_is_refused(renderer: Renderer, example: Example) -> None:
-    with pytest.raises(InputError, match=r"test:4: the row asks nothing"):
+    with pytest.raises(InputError, match=r"test:4: the row has no prompt"):
         build_prompts([example], renderer)
 
 
 @pytest.mark.parametrize(
     ("metrics", "schema", "expected", "message"),
     [
-        (("rouge",), None, GOLD, r"no metric 'rouge'[\s\S]*did you mean rouge_l"),
-        (("perplexity",), None, GOLD, r"no metric 'perplexity'[\s\S]*use exact_match, "),
-        (("chrf: 6",), None, GOLD, "chrf takes nothing, and is given 6"),
+        (("rouge",), None, GOLD, r"unknown metric 'rouge'[\s\S]*did you mean rouge_l"),
+        (("perplexity",), None, GOLD, r"unknown metric 'perplexity'[\s\S]*use exact_match, "),
+        (("chrf: 6",), None, GOLD, "chrf takes no argument, got 6"),
         (("regex",), None, GOLD, r"regex needs a pattern[\s\S]*write \{regex: PATTERN\}"),
         (("regex: (",), None, GOLD, "metrics: regex: not a regular expression"),
         (("numeric: ten",), None, GOLD, "from 0 to 1, not ten"),

@@ -103,9 +103,9 @@ def test_answers_of_a_file_are_graded_on_the_items_of_the_run(
     for row, message in (
         (
             {"id": "test.jsonl:9", "answer": ""},
-            r"answers\.jsonl:3: the run has asked nothing with the id",
+            r"answers\.jsonl:3: the run has no item",
         ),
-        ({"id": given[0]["id"], "answer": "x"}, r"answers\.jsonl:3: the id .* stands twice"),
+        ({"id": given[0]["id"], "answer": "x"}, r"answers\.jsonl:3: duplicate id"),
         ({"id": given[0]["id"]}, r"answers\.jsonl:3: the row needs an `id` and an `answer`"),
     ):
         with pytest.raises(InputError, match=message):
@@ -117,12 +117,12 @@ def test_runs_that_cannot_be_compared_say_why(runs: tuple[Path, Path], tmp_path:
     for damage, message in (
         (
             lambda: (broken / "eval_after.json").write_text('{"measurements": [{"task": 1}]}'),
-            r"after\.json: not a Measured",
+            r"after\.json: not a EvalResults",
         ),
-        (lambda: (broken / "eval_after.json").write_text("{"), r"after\.json:1:\d+: not JSON"),
+        (lambda: (broken / "eval_after.json").write_text("{"), r"after\.json:1:\d+: not valid JSON"),
         (
             (broken / "eval_after.json").unlink,
-            "there is no eval_after.json: the run was made by another version, or",
+            "there is no eval_after.json: the run is of another version, or",
         ),
         ((broken / "record.json").unlink, "this run is not finished[\\s\\S]*tunesmith resume"),
     ):
@@ -130,8 +130,8 @@ def test_runs_that_cannot_be_compared_say_why(runs: tuple[Path, Path], tmp_path:
         with pytest.raises(InputError, match=message):
             tunesmith.compare(broken, runs[1])
     for a, b, message in (
-        ("base", "base", "base is compared with a run"),
-        (f"{runs[0]}@x", runs[0], "x is no scale"),
+        ("base", "base", "base can only be compared with a run"),
+        (f"{runs[0]}@x", runs[0], "invalid scale x"),
         (runs[0] / "checkpoints" / "step-9", runs[0], "no such checkpoint[\\s\\S]*step-2"),
     ):
         with pytest.raises(InputError, match=message):
@@ -154,9 +154,9 @@ def at_work(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("demo-1", "did you mean runs/demo-1?"),
         ("runs/demo@0.5", "did you mean runs/demo-1?"),
         ("runs/demo-1/checkpoint/step-2", "did you mean runs/demo-1/checkpoints/step-2?"),
-        ("./nothing/here", "built in: smollm2-135m-instruct"),
-        ("/nowhere/at/all", "built in: smollm2-135m-instruct"),
-        ("runs/else", "built in: smollm2-135m-instruct"),
+        ("./nothing/here", "built-in models: smollm2-135m-instruct"),
+        ("/nowhere/at/all", "built-in models: smollm2-135m-instruct"),
+        ("runs/else", "built-in models: smollm2-135m-instruct"),
         ("smollm2-135m", "did you mean smollm2-135m-instruct?"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_name_of_nothing_is_said_with_what_is_near(
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert (
-        f"error: {name}: there is no run folder, model folder or built-in model of that name\n"
+        f"error: {name}: no such run folder, model folder or built-in model\n"
         in said
     )
     assert f"fix: {meant}" in said
@@ -183,7 +183,7 @@ def test_an_id_on_the_hub_is_left_to_the_hub(at_work: Path) -> None:
     (at_work / "owner" / "model-3.1").mkdir(parents=True)
     for name in ("owner/model-3.2", "somebody/model"):
         assert parse_model_ref(name).run_dir is None
-    with pytest.raises(InputError, match="nothing can have this name: File name too long"):
+    with pytest.raises(InputError, match="invalid path: File name too long"):
         parse_model_ref("x" * 300)
 
 
@@ -246,7 +246,7 @@ def test_eval_measures_other_rows_and_other_models(
     )
     with pytest.raises(InputError, match=r"bad\.jsonl:3: the last turn is `user`"):
         tunesmith.evaluate(runs[0], data=bad)
-    with pytest.raises(InputError, match="nothing says what to measure it on"):
+    with pytest.raises(InputError, match="there are no items to evaluate it on"):
         tunesmith.evaluate(tiny_folder)
 
 
@@ -286,7 +286,7 @@ def test_a_gate_lets_pass_what_is_not_worse_and_has_not_forgotten_much(
         for gate in build_gates(tunesmith.compare(runs[0], "base").comparisons, 10.0)
     }
     assert not backwards["test loss"].passed
-    with pytest.raises(InputError, match="nothing to judge"):
+    with pytest.raises(InputError, match="no metric to gate"):
         build_gates((), 0.02)
 
 
@@ -306,4 +306,4 @@ def test_a_failing_gate_exits_with_4(
     }
     assert judged["general text bits_per_byte"] is False
     assert judged["test loss"] is True
-    assert "not passed: general text bits_per_byte" in err
+    assert "failed: general text bits_per_byte" in err

@@ -87,13 +87,13 @@ def test_without_choices_the_answers_of_all_rows_are_labels(renderer: Renderer) 
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([asked(1, "yes"), asked(2, "yes")], "the 1 different answers are no labels"),
-        ([asked(n, f"answer {n}") for n in range(40)], "the 40 different answers are no labels"),
+        ([asked(1, "yes"), asked(2, "yes")], "1 distinct answer cannot be labels"),
+        ([asked(n, f"answer {n}") for n in range(40)], "40 distinct answers cannot be labels"),
         (
             [asked(1, "yes", "no", "maybe")],
-            "test:1: the expected answer 'yes' is none of the row's `choices`",
+            "test:1: the expected answer 'yes' is not among the row's `choices`",
         ),
-        ([asked(1, "yes", "yes", "yes ")], "test:1: the row's `choices` offer nothing else"),
+        ([asked(1, "yes", "yes", "yes ")], "test:1: the row's `choices` are all the same"),
     ],
     ids=["one label", "too many", "not offered", "no other"],
 )

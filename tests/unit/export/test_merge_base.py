@@ -82,9 +82,9 @@ def test_the_adapter_alone_is_compared_beside_the_weights_that_it_was_trained_be
 @pytest.mark.parametrize(
     ("target", "kind", "base", "problem"),
     [
-        ("merged", None, "orginal", "there is no base 'orginal'"),
-        ("peft", None, "original", "the adapter is exported alone"),
-        ("gguf", "lora", "dequantized", "the adapter is exported alone"),
+        ("merged", None, "orginal", "unknown base 'orginal'"),
+        ("peft", None, "original", "only the adapter is exported"),
+        ("gguf", "lora", "dequantized", "only the adapter is exported"),
     ],
 )
 def test_wishes_that_have_no_effect(
@@ -96,5 +96,5 @@ def test_wishes_that_have_no_effect(
 
 
 def test_a_run_on_whole_weights_has_one_base(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="never in 4 bits"):
+    with pytest.raises(InputError, match="not quantized to 4 bits"):
         export_run(finished, "merged", base="dequantized", out=tmp_path / "x")

@@ -161,7 +161,7 @@ CORRUPTIONS: dict[str, tuple[str, str, Callable[[ExportJob], None], str]] = {
         "merged",
         "",
         lambda job: weights(job, UP, lambda w: w * torch.nan),
-        "not finite",
+        "NaN or infinite",
     ),
     "merged: another rope": (
         "merged",
@@ -251,8 +251,9 @@ def test_what_is_said_when_all_is_wrong(
         refuse_mismatch(form.tolerance, parity, job, reread)
     end = job.run.renderer.end_ids[0]
     assert refusal.value.message == (
-        "the export does not behave as the run: 4 of 4 prompts are rendered to other tokens; answers end in [1], they "
-        f"were trained to end in {end}; the mean KL to the run is 2, above 0.0001; the KL at one place is 3, above 0.01"
+        "the export does not behave as the run: 4 of 4 prompts are rendered to other tokens; "
+        f"answers end in [1], they were trained to end in {end}; "
+        "the mean KL to the run is 2, above 0.0001; the largest KL at a position is 3, above 0.01"
     )
     assert "please report this" in refusal.value.fix
     with pytest.raises(GateError) as refusal:
@@ -267,7 +268,7 @@ def test_an_export_that_loses_much_of_what_training_changed_says_so(
     for share, told in ((0.05, False), (0.5, True)):
         lossy = replace(made.parity, mean_kl=share * 1e-3, trained_kl=1e-3)
         Console(width=200).print(render_export(replace(made, parity=lossy)))
-        assert ("much of what training changed is lost" in capsys.readouterr().out) is told
+        assert ("loses much of what training changed" in capsys.readouterr().out) is told
 
 
 def test_parity_of_a_run_with_itself(finished: Path, live: ParityOutputs, tmp_path: Path) -> None:
@@ -312,7 +313,7 @@ def test_rows_without_messages_are_compared_too(tiny_llama: Path, tmp_path: Path
     rows = [{"prompt": f"{n} and {n} = ", "completion": f"{2 * n}"} for n in range(1, 9)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = save_run(tmp_path / "work", tiny_llama, data=str(file), test_data=None, template="none")
+    path = save_run(tmp_path / "work", tiny_llama, data=str(file), test_data=None, chat_template="none")
     job = job_of(path, tmp_path / "export", "f16")
     assert job.chat_examples == []
     TARGETS["gguf"]["f16"].write(job)

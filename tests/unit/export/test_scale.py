@@ -88,7 +88,7 @@ def test_every_target_is_the_run_at_that_scale(
     assert half.parity.trained_kl < 0.7 * whole.parity.trained_kl, "half of it moves the model less"
     assert (whole.scale, half.scale) == (1, 0.5)
     sealed = read_manifest(tmp_path / "half")
-    assert (sealed["scale"], sealed["origin"].endswith("in the run run@0.5")) == (0.5, True)
+    assert (sealed["scale"], sealed["origin"].endswith("in run run@0.5")) == (0.5, True)
     assert read_manifest(tmp_path / "whole")["scale"] == 1
     for file in (tmp_path / "half").glob("*.gguf"):
         assert read_gguf(file).metadata["general.name"].endswith("run@0.5")
@@ -159,11 +159,11 @@ def test_the_gate_sees_another_scale(
 @pytest.mark.parametrize(
     ("scale", "said"),
     [
-        ("0", "the adapter times 0 is the base itself"),
-        ("-0.5", "-0.5 is no scale to export"),
-        ("nan", "nan is no scale to export"),
-        ("inf", "inf is no scale to export"),
-        ("2.5", "2.5 is no scale to export"),
+        ("0", "the adapter at scale 0 is the base model"),
+        ("-0.5", "scale -0.5 is out of range"),
+        ("nan", "scale nan is out of range"),
+        ("inf", "scale inf is out of range"),
+        ("2.5", "scale 2.5 is out of range"),
         ("half", "Invalid value for '--scale'"),
     ],
 )

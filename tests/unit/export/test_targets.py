@@ -220,7 +220,7 @@ def test_an_export_that_cannot_be_read_back(
     monkeypatch.setitem(
         TARGETS["merged"], "", dataclasses.replace(TARGETS["merged"][""], write=torn)
     )
-    with pytest.raises(GateError, match="cannot be read back: truncated"):
+    with pytest.raises(GateError, match="cannot be read back: damaged"):
         export_run(finished, "merged", out=tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
@@ -242,8 +242,8 @@ def test_no_room_on_the_disk_is_said_first(
 @pytest.mark.parametrize(
     ("target", "kind", "message"),
     [
-        ("gguff", None, "no export target 'gguff'\n  fix: did you mean gguf"),
-        ("onnx", None, "no export target 'onnx'\n  fix: use one of peft, merged, gguf, ollama"),
+        ("gguff", None, "unknown export target 'gguff'\n  fix: did you mean gguf"),
+        ("onnx", None, "unknown export target 'onnx'\n  fix: use one of peft, merged, gguf, ollama"),
         (
             "gguf",
             "q4_k_m",

@@ -26,7 +26,7 @@ from tunesmith.model.gguf.tokenizer import (
     USER_DEFINED_TYPE,
     build_tokenizer,
 )
-from tunesmith.model.hub.validate import read_json
+from tunesmith.model.hub.validate import read_model_json
 
 NORMAL_TYPE = 1
 FALLBACK_HINT = "export to merged, which keeps the model's own files"
@@ -117,11 +117,12 @@ def build_vocabulary(folder: Path, renderer: Renderer, vocab_size: int) -> Json:
 
     vocab_size: rows of the embedding, some without a token.
     """
-    data = read_json(folder / "tokenizer.json")
-    config = read_json(folder / "tokenizer_config.json")
+    data = read_model_json(folder / "tokenizer.json")
+    config = read_model_json(folder / "tokenizer_config.json")
+    added_tokens = _read_added_tokens(data, config, folder)
     texts = {index: text for text, index in data["model"]["vocab"].items()}
     types = dict.fromkeys(texts, NORMAL_TYPE)
-    for index, token in _read_added_tokens(data, config, folder).items():
+    for index, token in added_tokens.items():
         texts[index] = token["content"]
         types[index] = CONTROL_TYPE if token["special"] else USER_DEFINED_TYPE
     merges = data["model"]["merges"]

@@ -98,12 +98,12 @@ def json_of(part: Any) -> Any:
                     )
                 )
             },
-            "way to cut text has no name",
+            "unsupported pre-tokenizer",
         ),
-        ({"normalizer": json_of(normalizers.NFKC())}, "way to cut text has no name"),
+        ({"normalizer": json_of(normalizers.NFKC())}, "unsupported pre-tokenizer"),
         (
             {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}},
-            "only tokenizers of byte-level BPE",
+            "only byte-level BPE tokenizers",
         ),
     ],
 )
@@ -122,14 +122,14 @@ def test_a_token_that_eats_spaces_is_refused(tmp_path: Path) -> None:
     renderer = Renderer.from_folder(tmp_path, now=NOW)
     added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
     changed_tokenizer(tmp_path, added_tokens=[token | {"rstrip": True} for token in added])
-    with pytest.raises(InputError, match=r"cannot say how .* treats the text around it"):
+    with pytest.raises(InputError, match=r"cannot express how .* strips the text around it"):
         build_vocabulary(tmp_path, renderer, 300)
 
 
 @pytest.mark.parametrize(
     ("family", "changed", "message"),
     [
-        ("llama", {"hidden_act": "gelu"}, "cannot say this model's hidden_act"),
+        ("llama", {"hidden_act": "gelu"}, "cannot express this model's hidden_act"),
         (
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
@@ -138,12 +138,12 @@ def test_a_token_that_eats_spaces_is_refused(tmp_path: Path) -> None:
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "with rope",
+            "with RoPE",
         ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "with rope",
+            "with RoPE",
         ),
     ],
 )
@@ -162,7 +162,7 @@ def test_families_without_a_gguf_are_refused_by_name(tmp_path: Path) -> None:
         json.dumps(config | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]})
     )
     with pytest.raises(
-        InputError, match="cannot write a GGUF of mistral; known: llama, qwen2, qwen3"
+        InputError, match="cannot write a GGUF of mistral; supported: llama, qwen2, qwen3"
     ):
         build_architecture(load_config_dict(folder), read_spec(folder))
 

@@ -117,5 +117,5 @@ def test_types_of_the_tensors(finished: Path, tmp_path: Path) -> None:
 def test_values_that_a_type_cannot_hold_are_refused(finished: Path, tmp_path: Path) -> None:
     job = job_of(finished, tmp_path, "f16")
     job.run.loras["model.layers.0.mlp.down_proj"].b_OR[0] = 1e6
-    with pytest.raises(GateError, match=r"blk\.0\.ffn_down\.weight holds values that F16 cannot"):
+    with pytest.raises(GateError, match=r"blk\.0\.ffn_down\.weight has values that F16 cannot"):
         write_gguf(job)

@@ -7,7 +7,7 @@ from tiny_export import CHATML, SYSTEM, save_tokenizer
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.export.modelfile import (
+from tunesmith.export.ollama import (
     TEMPLATES,
     OllamaTemplate,
     choose_template,
@@ -64,12 +64,12 @@ def test_a_template_without_a_default(tmp_path: Path) -> None:
     ],
 )
 def test_a_template_that_renders_otherwise_is_refused(tmp_path: Path, template: str) -> None:
-    with pytest.raises(InputError, match="none of the templates for Ollama"):
+    with pytest.raises(InputError, match="no Ollama template"):
         served_for(tmp_path, template, [USER])
 
 
 def test_rows_with_tools_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the rows call tools"):
+    with pytest.raises(InputError, match="the rows contain tool calls"):
         served_for(tmp_path, CHATML, [USER, {"role": "tool", "content": "3"}])
 
 
@@ -87,5 +87,5 @@ def test_the_file() -> None:
 
 @pytest.mark.parametrize("system", ['a """ b', 'it ends in "'])
 def test_what_the_quotes_cannot_hold_is_refused(system: str) -> None:
-    with pytest.raises(InputError, match="cannot hold a system message"):
+    with pytest.raises(InputError, match="cannot quote this system message"):
         render_modelfile(OllamaTemplate("", system, ()), "m.gguf", "")
