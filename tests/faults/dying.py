@@ -100,7 +100,7 @@ def try_all(
 ) -> dict[str, object]:
     """`die` in a copy of `first` at call 1, 2, ...; what `go_on` makes of each state that this
     leaves."""
-    run_inputs: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
     endings: Counter[str] = Counter()
     for call in range(1, 10**6):
         folder = first.with_name(f"{first.name}-{call}")
@@ -111,15 +111,15 @@ def try_all(
         endings[f"{status} {re.sub('[0-9.]+', 'N', messages.partition(': ')[2])}".strip()] += 1
         tidy, digest = child(lambda folder=folder: tidied(folder))
         assert tidy == 0, digest
-        if digest not in run_inputs:
-            run_inputs[digest] = child(lambda folder=folder: go_on(folder))[1]
+        if digest not in outcomes:
+            outcomes[digest] = child(lambda folder=folder: go_on(folder))[1]
         shutil.rmtree(folder, ignore_errors=True)
         if status == 0:
             return {
                 "calls": call - 1,
-                "outcomes": Counter(run_inputs.values()),
+                "outcomes": Counter(outcomes.values()),
                 "endings": endings,
-                "last": run_inputs[digest],
+                "last": outcomes[digest],
             }
     raise AssertionError("unreachable")
 

@@ -37,7 +37,10 @@ def test_fault_25_a_disk_that_fills_up_at_any_call_of_a_save_leaves_the_one_befo
     *_, last = actual["endings"]
     assert last == "0"
     refused = [ending for ending in actual["endings"] if ending != "0"]
-    assert all("no space left on the disk" in ending and "free some disk space" in ending for ending in refused)
+    assert all(
+        "no space left on the disk" in ending and "free some disk space" in ending
+        for ending in refused
+    )
     counted = [
         ending for ending in refused if re.search(r"checkpoints/step-N: .*N bytes\) needed", ending)
     ]
@@ -60,7 +63,9 @@ def test_fault_22_a_whole_run_killed_at_any_call(mode: str, dying: Dying, tmp_pa
 def test_fault_25_a_whole_run_on_a_disk_that_fills_up(dying: Dying, tmp_path: Path) -> None:
     actual = dying("run", tmp_path, "full")["full"]
     assert set(actual["outcomes"]) == {actual["straight"]}
-    assert all("no space left on the disk" in ending for ending in actual["endings"] if ending != "0")
+    assert all(
+        "no space left on the disk" in ending for ending in actual["endings"] if ending != "0"
+    )
 
 
 @pytest.mark.slow

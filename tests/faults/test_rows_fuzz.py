@@ -112,7 +112,7 @@ more = st.dictionaries(
 def rows_of(name: str) -> st.SearchStrategy[Json]:
     """Rows with the keys of a format, perhaps one more."""
     keys = st.fixed_dictionaries(dict.fromkeys(FORMATS[name].keys, conversations))
-    return st.builds(lambda run_inputs, more: more | run_inputs, keys, more)
+    return st.builds(lambda fixed, more: more | fixed, keys, more)
 
 
 rows = {name: rows_of(name) for name in FORMATS}

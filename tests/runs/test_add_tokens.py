@@ -188,7 +188,9 @@ def test_a_resumed_run_has_the_same_bytes(first: Recipe, model: Path, tmp_path: 
 
 
 def test_before_is_the_base_with_the_tokens_as_they_started(first: Recipe) -> None:
-    events = [json.loads(line) for line in (location(first) / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (location(first) / "events.jsonl").read_text().splitlines()
+    ]
     before = {e["metric"]: e["value"] for e in events if e["type"] == "score" and e["step"] == 0}
     again = {item.metric: item for item in finished_run.evaluate_run(location(first))}
     assert again["loss"].before.value == pytest.approx(before["loss"], rel=1e-6)
@@ -205,7 +207,8 @@ def test_going_on_needs_the_same_tokens(first: Recipe, model: Path, tmp_path: Pa
         if isinstance(e, CheckResult) and e.kind == "logits match transformers"
     )
     trained, more = (
-        load_file(location(item) / "adapter" / "adapter_model.safetensors") for item in (first, custom)
+        load_file(location(item) / "adapter" / "adapter_model.safetensors")
+        for item in (first, custom)
     )
     assert trained.keys() == more.keys()
     assert all(torch.allclose(trained[name], more[name], atol=1e-10) for name in trained)
@@ -223,7 +226,9 @@ def test_an_adapter_without_the_tokens_is_refused(tiny_folder: Path, tmp_path: P
     with pytest.raises(
         InputError, match="was trained without new tokens: it has no embeddings for them"
     ):
-        plan_of(wish(tiny_folder, tmp_path / "more", adapter_from=str(location(plain)), lora_r="auto"))
+        plan_of(
+            wish(tiny_folder, tmp_path / "more", adapter_from=str(location(plain)), lora_r="auto")
+        )
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def keys(model: Path, folder: Path) -> tuple[Json, Json, Json]:
         "test-texts": texts(50, 4),
         "rows": sums(1, 8),
     }
-    location = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
+    location = {
+        name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in files.items()
+    }
     test_rows = str(write_rows(folder / "test-rows.jsonl", sums(60, 4)))
     general = {"retention_data": location["general"]}
     cpt = {
@@ -349,7 +351,9 @@ def test_a_third_stage_goes_on_from_a_merged_base(tiny_folder: Path, tmp_path: P
     events = trained(
         wish(tiny_folder, tmp_path, lora_r="auto", stage=[first, {"sft": two}, {"sft": two}, last])
     )
-    plans = [api.read_plan(location) for location in sorted((tmp_path / "run" / "stages").iterdir())]
+    plans = [
+        api.read_plan(location) for location in sorted((tmp_path / "run" / "stages").iterdir())
+    ]
     assert [plan.config.between_stages for plan in plans[1:]] == [
         "merged",
         "continue adapter",

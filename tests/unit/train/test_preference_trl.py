@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_preference import pairs, step  # type: ignore[import-not-found]
+from test_preference import compute_step, make_pairs  # type: ignore[import-not-found]
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,7 +38,8 @@ def pad_documents(documents: list[Document]) -> dict[str, Tensor]:
 
 def make_equal_weights() -> list[Document]:
     return [
-        Document(d.id, d.tokens_L, (d.weights_L > 0).astype("float32"), d.side) for d in pairs()
+        Document(d.id, d.tokens_L, (d.weights_L > 0).astype("float32"), d.side)
+        for d in make_pairs()
     ]
 
 
@@ -96,7 +97,7 @@ def test_dpo_is_that_of_its_trainer(nll: float, tmp_path: Path) -> None:
         Document(d.id, d.tokens_L, d.weights_L, d.side, r)
         for d, r in zip(documents, remaining, strict=True)
     ]
-    ours, gradients = step(model, custom, LossConfig("dpo", beta=0.3, nll_coefficient=nll))
+    ours, gradients = compute_step(model, custom, LossConfig("dpo", beta=0.3, nll_coefficient=nll))
     assert ours == pytest.approx(float(loss.detach()), rel=1e-6)  # TRL takes the softmax in fp32
     theirs = {name: p.grad for name, p in trainer.model.named_parameters()}
     assert gradients.keys() == get_trainable_parameters(network).keys()

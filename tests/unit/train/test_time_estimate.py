@@ -13,7 +13,7 @@ from tunesmith.session import inputs
 from tunesmith.train.time_estimate import LOAD_SECONDS, EvalCostEstimate, add_run_seconds
 
 
-def gathered(folder: Path, scratch: Path, **wish: Any) -> inputs.RunInputs:
+def load_run_inputs(folder: Path, scratch: Path, **wish: Any) -> inputs.RunInputs:
     held_out = {
         role: str(write_rows(scratch / f"{role}.jsonl", sums(50, 6)))
         for role in ("eval_data", "test_data")
@@ -22,12 +22,12 @@ def gathered(folder: Path, scratch: Path, **wish: Any) -> inputs.RunInputs:
 
 
 def estimate_cost(folder: Path, scratch: Path, **wish: Any) -> EvalCostEstimate:
-    run_inputs = gathered(folder, scratch, **wish)
+    run_inputs = load_run_inputs(folder, scratch, **wish)
     return EvalCostEstimate(inputs.make_plan(run_inputs), run_inputs)
 
 
 def estimate_seconds(folder: Path, scratch: Path, **wish: Any) -> float:
-    run_inputs = gathered(folder, scratch, **wish)
+    run_inputs = load_run_inputs(folder, scratch, **wish)
     plan = dataclasses.replace(inputs.make_plan(run_inputs), seconds=(100.0,))
     return add_run_seconds(plan, EvalCostEstimate(plan, run_inputs)).total_seconds
 

@@ -28,10 +28,10 @@ def make_documents() -> list[Document]:
 
 
 def compute_step(
-    model: PackedCausalLM, make_documents: list[Document], pack_length: int = 10**6
+    model: PackedCausalLM, documents: list[Document], pack_length: int = 10**6
 ) -> tuple[float, dict[str, Tensor]]:
-    counts, total = LossNormalizer.from_documents(make_documents), 0.0
-    for pack in pack_step(make_documents, pack_length):
+    counts, total = LossNormalizer.from_documents(documents), 0.0
+    for pack in pack_step(documents, pack_length):
         terms = compute_step_terms(model, collate(pack), counts, OBJECTIVE)
         loss = torch.stack(
             [term.coefficient * term.sum / term.count for term in terms.values()]

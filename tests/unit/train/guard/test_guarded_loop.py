@@ -326,8 +326,8 @@ def test_it_goes_back_three_times_and_no_more(trained_model: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_what_forgets_is_rehearsed_more(trained_model: Path, tmp_path: Path) -> None:
     """It knows answers like those of its own rows, and is trained to say something else."""
-    run_inputs = [{"text": json.dumps({"sum": n * n + n})} for n in range(30, 38)]
-    files = {"retention_data": str(write_rows(tmp_path / "known.jsonl", run_inputs))}
+    known_texts = [{"text": json.dumps({"sum": n * n + n})} for n in range(30, 38)]
+    files = {"retention_data": str(write_rows(tmp_path / "known.jsonl", known_texts))}
     other = str(
         write_rows(tmp_path / "other.jsonl", [{"text": f"other words, {n}"} for n in range(8)])
     )
