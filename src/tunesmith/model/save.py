@@ -32,7 +32,7 @@ from tunesmith.model.hub.adapter_config import (
     TOKEN_ROWS_SUFFIX,
     AdapterFolder,
 )
-from tunesmith.model.hub.validate import TEMPLATES_DIR, read_header, read_json
+from tunesmith.model.hub.validate import TEMPLATES_DIR, read_header, read_model_json
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 
@@ -102,7 +102,7 @@ def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, TokenRowTens
 
     Its weights are unchanged except for the rows of new tokens, which are replaced by `rows` (path
     of the matrix -> rows)."""
-    config = read_json(folder / ADAPTER_CONFIG_FILE)
+    config = read_model_json(folder / ADAPTER_CONFIG_FILE)
     alpha = config["lora_alpha"] * factor
     config["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
     _write_json(folder / ADAPTER_CONFIG_FILE, config)
@@ -304,7 +304,7 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
 
 def save_config(folder: Path, base: Path, vocab_size: int) -> None:
     """Write the base's config.json for an embedding of `vocab_size` rows."""
-    config = read_json(base / "config.json")
+    config = read_model_json(base / "config.json")
     if config["vocab_size"] == vocab_size:
         shutil.copyfile(base / "config.json", folder / "config.json")
     else:

@@ -13,7 +13,7 @@ from tiny_gguf import CONFIG, random_weights, write_gguf
 
 @pytest.fixture
 def make_gguf(tmp_path: Path) -> Callable[..., Path]:
-    """make_gguf(architecture="llama", **changed: Any) -> path of a tiny GGUF."""
+    """Return make_gguf(architecture="llama", **changed), which returns the path of a tiny GGUF."""
 
     def make(architecture: str = "llama", **changed: Any) -> Path:
         return write_gguf(tmp_path / f"tiny-{architecture}.gguf", architecture, **changed)
@@ -23,7 +23,7 @@ def make_gguf(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    """A folder with config.json and model.safetensors of a tiny Llama."""
+    """Return a folder with config.json and model.safetensors of a tiny Llama."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -33,7 +33,8 @@ def model_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def change_config(model_folder: Path) -> Callable[..., Path]:
-    """change_config(key=value) -> the model folder with another config.json; None removes a key."""
+    """Return change_config(key=value), which changes config.json of the model folder; None removes
+    a key."""
 
     def change(**changed: Any) -> Path:
         content = {key: value for key, value in (CONFIG | changed).items() if value is not None}

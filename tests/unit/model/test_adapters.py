@@ -1,4 +1,4 @@
-"""Which layers get an adapter, how it starts, and how it is turned down."""
+"""Which layers get an adapter, how it is initialised, and how it is scaled."""
 
 import pytest
 import torch
@@ -134,7 +134,7 @@ def test_full_training_has_fp32_masters_of_everything(family: str) -> None:
 
 
 def test_a_tied_weight_gets_both_of_its_gradients() -> None:
-    """The embedding's and the head's; equality with the stock model is in test_families."""
+    """Embedding and head get gradients; equality with the stock model is in test_families."""
     _, gradients = step_gradients(tiny_model("llama-tied", method="full"), tiny_documents(), 50)
     fed = one_batch(tiny_documents()).tokens_T.unique()
     embedding = gradients["model.embed_tokens.weight"]

@@ -67,7 +67,7 @@ LAYOUTS += [
 def random_inputs(
     tokens: int, heads: tuple[int, int, int], dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and the gradient of the output."""
+    """Return q, k, v and the gradient of the output."""
     queries, keys, size = heads
     generator = torch.Generator().manual_seed(tokens)
     shapes = [(tokens, n, size) for n in (queries, keys, keys, queries)]
@@ -80,22 +80,22 @@ def random_inputs(
 def run(
     attention: Attention, inputs: tuple[Tensor, ...], layout: PackLayout, rule: AttentionConfig
 ) -> list[Tensor]:
-    """The output and the gradients of q, k and v."""
+    """Return the output and the gradients of q, k and v."""
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
     out = attention(q, k, v, layout, rule)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
-    """Of norms; the gradient of a lone token's scores is 0, so what is far below 1 counts as
-    nothing."""
+    """Return the error relative to the norm. The gradient of a single token's scores is 0, so norms
+    far below 1 count as 1."""
     return float((ours.double() - truth).norm() / (truth.norm() + 1e-3 * truth.numel() ** 0.5))
 
 
 def inside_stock_module(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
 ) -> Tensor:
-    """As transformers calls it: [1, heads, tokens, size]."""
+    """Attend as transformers calls it: [1, heads, tokens, size]."""
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, _ = packed_attention_forward(
         nn.Module(),
@@ -153,8 +153,7 @@ def test_reference_is_softmax_written_out() -> None:
 @pytest.mark.parametrize("name", ["reference", "sdpa", "dense_mask", "cpu_kernel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_documents_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
-    """Other tokens elsewhere leave outputs bitwise equal; the gradient of elsewhere is exactly
-    zero."""
+    """Changing other documents leaves outputs bitwise equal; their gradient is exactly zero."""
     layout = layout_of((70, 20, 20, 1))
     q, k, v, dout = random_inputs(layout.num_tokens, (4, 2, 64), dtype)
     is_inside = torch.zeros(layout.num_tokens, dtype=torch.bool)
@@ -170,8 +169,8 @@ def test_documents_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtyp
 
 
 def test_reference_of_a_forest_is_each_document_alone() -> None:
-    """Three documents with two beginnings in common; gradients of what is shared are sums over
-    them."""
+    """Three documents with two shared prefixes; gradients of shared tokens are sums over the
+    documents."""
     layout = PackLayout((0, 5, 8, 12, 13), (5, 3, 4, 1, 6), (-1, 0, 0, 2, 2))
     inputs, rule = random_inputs(19, (4, 2, 8)), AttentionConfig(scale=0.7, window=9)
     out, *gradients = run(reference_attention, inputs, layout, rule)
@@ -201,8 +200,7 @@ def test_reference_of_a_forest_is_each_document_alone() -> None:
 @pytest.mark.parametrize("name", ["reference", "sdpa", "dense_mask", "cpu_kernel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_branches_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
-    """A branch depends on what it continues and on nothing else, to the bit; so do its
-    gradients."""
+    """A branch and its gradients depend, bitwise, only on the segments that it continues."""
     layout = PackLayout((0, 37, 60, 90), (37, 23, 30, 12), (-1, 0, 0, -1))
     q, k, v, dout = random_inputs(layout.num_tokens, (4, 2, 64), dtype)
     is_inside = torch.zeros(layout.num_tokens, dtype=torch.bool)
@@ -235,8 +233,8 @@ needs_kernel = pytest.mark.skipif(
 def test_kernel_is_as_near_the_truth_as_torch(
     rule: AttentionConfig, heads: tuple[int, int, int]
 ) -> None:
-    """Against fp64 on the same bf16 inputs: the kernel rounds weights to bf16, so a little more
-    than `documents`."""
+    """Against fp64 on the same bf16 inputs: the kernel rounds weights to bf16, so its error is
+    above that of `sdpa`."""
     rule = AttentionConfig(scale=rule.scale * 0.2, window=rule.window)
     for layout in LAYOUTS:
         inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)
@@ -281,8 +279,8 @@ def test_kernel_does_not_depend_on_its_neighbours_or_threads() -> None:
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["q", "k", "v", "dout"])
 def test_kernel_hides_no_nan(which: int, poison: float) -> None:
-    """Token 20 of 70 is poisoned: all that depends on it and is not finite in the reference is not
-    finite here; the other document is."""
+    """Token 20 of 70 is NaN: the same values as in the reference are not finite; the other document
+    is finite."""
     layout, rule = layout_of((70, 30)), RULES["plain"]
     inputs = random_inputs(100, (2, 1, 64), torch.bfloat16)
     before = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
@@ -303,8 +301,8 @@ def test_kernel_hides_no_nan(which: int, poison: float) -> None:
 @pytest.mark.parametrize("backend", ["cpu_kernel", "sdpa", "dense_mask", "reference"])
 @pytest.mark.parametrize("heads", [(6, 2, 64), (2, 1, 128), (2, 1, 192), (3, 1, 48)], ids=str)
 def test_attend_turns_by_the_angles(backend: str, heads: tuple[int, int, int]) -> None:
-    """Against fp64 rotation and attention, documents out of order of length; without rotation the
-    outputs differ."""
+    """Against rotation and attention in fp64, with documents of unsorted lengths; without rotation
+    the outputs differ."""
     layout, rule = layout_of((70, 1, 131, 64)), AttentionConfig(scale=0.1, window=90)
     inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)
     positions = torch.cat([torch.arange(length) for length in layout.lengths])[:, None]
@@ -369,7 +367,7 @@ def test_stock_modules_may_not_pass_what_packs_ignore(extra: dict[str, Tensor], 
 
 
 def test_integers_are_caps_and_scales_too() -> None:
-    """A config.json may say 2 for 2.0; dropping it would change the model in silence."""
+    """A config.json may say 2 for 2.0; ignoring it would silently change the model."""
     q, k, v, _ = random_inputs(6, (2, 2, 8))
     exact = reference_attention(q, k, v, layout_of((6,)), AttentionConfig(scale=1.0, softcap=2.0))
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))

@@ -1,5 +1,5 @@
-"""DoRA equals PEFT's and plain autograd's, starts as the base to the bit, and makes its norms again
-when it has to."""
+"""DoRA equals PEFT and plain autograd, starts bitwise as the base, and recomputes its norms when
+needed."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def linear(
 def adapted(
     base: nn.Linear, *, scale: float = 0.7, dropout: float = 0.0, rank: int = 3
 ) -> LoraLinear:
-    """With B and the magnitudes away from their start."""
+    """Return a layer whose B and magnitudes are not at their start."""
     generator = torch.Generator().manual_seed(1)
     layer = LoraLinear(
         base, rank=rank, scale=scale, dropout=dropout, generator=generator, dora=True
@@ -67,7 +67,7 @@ def leaves_of(*layers: LoraLinear) -> list[Tensor]:
 
 
 def by_hand(layer: LoraLinear, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The paper's equation, its norm a constant, in operations that autograd knows."""
+    """Compute the paper's equation with a constant norm, differentiable by autograd."""
     weight, dropped = layer.frozen.weight, x if mask is None else x * mask
     norms_O = (weight + layer.scale * layer.lora_B @ layer.lora_A).norm(dim=1).detach()
     v = F.linear(x, weight) + layer.scale * F.linear(F.linear(dropped, layer.lora_A), layer.lora_B)
@@ -218,8 +218,7 @@ def test_only_magnitudes_come_to_an_adapter() -> None:
 
 
 def test_bf16_follows_fp64() -> None:
-    """Through the C kernels where there are some; a gain of less than bf16's rounding is not
-    lost."""
+    """With the C kernels if available; a gain below bf16's rounding is not lost."""
     narrow = [
         adapted(linear(64, 96, bias=bias, dtype=torch.bfloat16), rank=8) for bias in (False, True)
     ]

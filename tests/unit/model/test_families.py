@@ -1,5 +1,5 @@
-"""On every family: packed equals one document at a time equals the stock model, and no document
-feels another."""
+"""On every family: packed = one document at a time = stock model, and no document influences
+another."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ METHODS = ("lora", "full")
     ids="-".join,
 )
 def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
-    """A model in fp64, and how far two exact computations of it may differ: stock norms compute in
+    """Return a model in fp64 and the tolerance of two exact computations: stock norms compute in
     fp32."""
     family, method = request.param
     return tiny_model(
@@ -49,8 +49,8 @@ def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
 
 
 def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of every weight as transformers computes them, one document after the
-    other."""
+    """Return the loss and the gradient of every weight from transformers, one document at a
+    time."""
     network, count, total = (
         tiny_network(family, torch.float64).requires_grad_(True),
         sum_weights(documents),
@@ -97,7 +97,7 @@ def test_logits_equal_the_stock_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_listed_class_is_replaced(family: str) -> None:
-    """Norms of queries and keys too, which are inside of what is replaced."""
+    """Norms of queries and keys are replaced too, inside of the attention module."""
     network = tiny_network(family)
     stock = {type(module).__name__ for module in network.modules()}
     model = wrap_model(network, torch.float32)
@@ -124,7 +124,7 @@ def test_packed_equals_documents_alone(case: tuple[PackedCausalLM, float]) -> No
 
 
 def test_no_partition_and_no_order_changes_the_step(case: tuple[PackedCausalLM, float]) -> None:
-    """1 x 8 = 8 x 1 and everything between."""
+    """1 x 8 = 8 x 1, and everything between."""
     model, tolerance = case
     documents = [*tiny_documents(), tiny_document(5, 40)]
     loss, gradients = step_gradients(model, documents, SINGLE_PACK)
@@ -144,7 +144,7 @@ def test_no_partition_and_no_order_changes_the_step(case: tuple[PackedCausalLM, 
 
 
 def test_any_partition_by_hand_changes_nothing(case: tuple[PackedCausalLM, float]) -> None:
-    """Not only those that the packer would make: a step is the sum over its documents."""
+    """Any packing, not only the packer's: a step is the sum over its documents."""
     model, tolerance = case
     documents = tiny_documents()
     _, gradients = step_gradients(model, documents, SINGLE_PACK)
@@ -205,8 +205,7 @@ def test_other_tokens_elsewhere_leave_outputs_bitwise_equal(
 
 
 def test_the_network_cannot_run_without_a_layout() -> None:
-    """A plain transformers call would pack without knowing it; with stock or with our attention it
-    is an error."""
+    """A plain transformers call without a layout is an error, with stock and with our attention."""
     ids = torch.ones(1, 4, dtype=torch.long)
     for family in ("llama", "olmo2"):
         model = tiny_model(family)
@@ -238,8 +237,7 @@ def test_in_bf16_packing_adds_no_error(family: str) -> None:
 
 
 def test_targets_stay_inside_their_documents() -> None:
-    """As many targets as the documents have after their first tokens; those first tokens are
-    nobody's target."""
+    """There are as many targets as tokens after the first ones; a first token is never a target."""
     documents = tiny_documents()
     batches = [collate(pack) for pack in pack_step(documents, 40)]
     assert sum(len(b.targets_S) for b in batches) == sum(

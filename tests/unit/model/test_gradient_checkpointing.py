@@ -1,5 +1,4 @@
-"""What is not kept is computed anew to the bit: every policy gives the same gradients, and keeps
-less."""
+"""Gradient checkpointing: every policy gives bitwise the same gradients with less memory."""
 
 from typing import Any
 
@@ -62,7 +61,8 @@ def test_shared_prefixes_work_when_layers_run_again(gradient_checkpointing: str)
 
 
 def saved_bytes(gradient_checkpointing: str) -> int:
-    """What autograd keeps after a forward; inside of a layer that runs again it keeps nothing."""
+    """Return the bytes that autograd saves in a forward; a recomputed layer saves nothing
+    inside."""
     model, saved = tiny_model(gradient_checkpointing=gradient_checkpointing), {}
     model.network.train()
 

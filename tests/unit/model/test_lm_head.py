@@ -1,4 +1,4 @@
-"""The chunked head equals torch's cross-entropy over the whole of the logits."""
+"""The chunked head equals torch's cross-entropy over all logits."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SHAPES = {"plain": (1.0, 0.0), "scaled": (0.3, 0.0), "capped": (1.0, 4.0), "both
 def inputs(
     dtype: torch.dtype = torch.float64, targets: int = TARGETS, vocabulary: int = VOCABULARY
 ) -> tuple[Tensor, ...]:
-    """Hidden states, head weight, targets, weights (zero among them)."""
+    """Return hidden states, head weight, targets and weights, some of them zero."""
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(targets, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(vocabulary, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
@@ -25,7 +25,7 @@ def inputs(
 
 
 def expected(head: LMHead, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each target."""
+    """Return the loss of each target."""
     z = head.scale * F.linear(hidden, head.weight, head.bias)
     return F.cross_entropy(
         head.softcap * torch.tanh(z / head.softcap) if head.softcap else z,
@@ -103,7 +103,8 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize(("scale", "cap"), SHAPES.values(), ids=SHAPES)
 def test_in_bf16_it_is_as_near_as_bf16_logits_allow(scale: float, cap: float) -> None:
-    """The factor of the backward, 1 / count, is no bf16 number: it must not be rounded to one."""
+    """The factor of the backward, 1 / count, is not a bf16 number and must not be rounded to
+    one."""
     hidden, weight, targets, weights = inputs(torch.bfloat16, targets=300)
     leaves = hidden.clone().requires_grad_(), weight.float().requires_grad_()
     total, losses = compute_supervised_loss(

@@ -1,4 +1,4 @@
-"""Adapted linears equal PEFT's and plain autograd's, their hand-written gradients included."""
+"""Adapted linears and their hand-written gradients equal PEFT and plain autograd."""
 
 import re
 from typing import Any
@@ -43,7 +43,7 @@ def linear(
 
 
 def adapted(base: nn.Linear, *, scale: float = 0.7, dropout: float = 0.0) -> LoraLinear:
-    """With B away from 0."""
+    """Return a layer whose B is not 0."""
     layer = LoraLinear(
         base, rank=3, scale=scale, dropout=dropout, generator=torch.Generator().manual_seed(1)
     )
@@ -58,7 +58,7 @@ def random(*shape: int, seed: int = 5) -> Tensor:
 
 
 def by_hand(layer: LoraLinear, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What a LoraLinear stands for, in operations that autograd knows."""
+    """Compute a LoraLinear in operations that autograd differentiates."""
     dropped = x if mask is None else x * mask
     return F.linear(x, layer.frozen.weight, layer.bias) + layer.scale * F.linear(
         F.linear(dropped, layer.lora_A), layer.lora_B
@@ -116,7 +116,7 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
     ],
 )
 def test_a_model_equals_pefts(family: str, settings: dict[str, Any]) -> None:
-    """Loss and the gradient of every A and B, PEFT running one document after the other."""
+    """Return the loss and the gradient of every A and B from PEFT, one document at a time."""
     ours, documents = tiny_model(family, FP64, **settings), tiny_documents()
     theirs = get_peft_model(
         tiny_network(family, FP64),
@@ -170,8 +170,8 @@ def parameters_of(*modules: nn.Module) -> list[Tensor]:
 
 
 def test_gradcheck_of_projections() -> None:
-    """Several linears on one input: adapted with and without bias, fully trained, frozen, and with
-    the scale at 0."""
+    """Return several linears for one input: adapted with and without bias, trained, frozen, and
+    with scale 0."""
     off = adapted(linear(5, 2, seed=4), scale=0.0).requires_grad_(False)
     modules = [
         adapted(linear(5, 4)),
@@ -185,7 +185,7 @@ def test_gradcheck_of_projections() -> None:
 
 
 class Gated(nn.Module):
-    """A stock MLP's shape."""
+    """Modules of a stock MLP's shape."""
 
     def __init__(self, *, full: bool, dropout: float = 0.0) -> None:
         super().__init__()
@@ -205,8 +205,8 @@ def test_gradcheck_of_the_mlp(gelu: bool, full: bool) -> None:
 
 
 def test_a_frozen_input_needs_no_gradient() -> None:
-    """The first layer's input comes from a frozen embedding: its gradient is not computed, those of
-    A and B are."""
+    """The first layer's input comes from a frozen embedding: only the gradients of A and B are
+    computed."""
     layer, x = adapted(linear(5, 4)), random(3, 5)
     for actual, other in zip(
         gradients(layer(x), [layer.lora_A, layer.lora_B]),
@@ -220,8 +220,8 @@ def test_a_frozen_input_needs_no_gradient() -> None:
 
 
 def test_dropout_equals_its_definition() -> None:
-    """Masks of several linears are drawn one after the other; with the same seed a hand-made
-    computation is equal."""
+    """Masks of several linears are sampled in order; a manual computation with the same seed is
+    equal."""
     layers, x = (
         [adapted(linear(5, 4), dropout=0.4), adapted(linear(5, 3, seed=1), dropout=0.4)],
         random(7, 5),
@@ -264,7 +264,7 @@ def test_no_dropout_outside_of_training() -> None:
 
 
 def test_prepared_products_are_cached_while_nothing_trains() -> None:
-    """And follow every change of what they were prepared of."""
+    """The cache follows every change of the parameters."""
     layers, x = [adapted(linear(5, 4, seed=seed)).eval() for seed in range(2)], random(7, 5)
 
     def right() -> LinearGroup:
@@ -293,7 +293,7 @@ def test_prepared_products_are_cached_while_nothing_trains() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_prepared_products_in_bf16_follow_too(rows: int) -> None:
-    """Through lora.c where there is one, with few rows too."""
+    """With lora.c if available, for few rows too."""
     layers = [adapted(linear(64, 48, seed=seed, dtype=torch.bfloat16)).eval() for seed in range(2)]
     x = random(rows, 64).bfloat16()
 
@@ -341,7 +341,7 @@ def test_masters_of_an_adapter_are_fp32() -> None:
 
 
 def test_a_narrow_copy_follows_its_master() -> None:
-    """Made once, and again after every kind of change that training makes."""
+    """The cast weight is computed once, and again after every change that training makes."""
     layer = Fp32MasterLinear(linear(5, 4, dtype=torch.float32).requires_grad_(True))
     x = random(3, 5).bfloat16()
 

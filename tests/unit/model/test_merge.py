@@ -19,7 +19,7 @@ PATH = "model.layers.0.mlp.up_proj"
 
 
 def base_folder(path: Path, **more: Tensor) -> dict[str, Tensor]:
-    """A matrix in bf16, another one, and a norm in fp32."""
+    """Write two matrices in bf16 and a norm in fp32."""
     path.mkdir()
     generator = torch.Generator().manual_seed(0)
     weights = {f"{PATH}.weight": torch.randn(6, 8, generator=generator).bfloat16()}

@@ -1,5 +1,5 @@
-"""What stands in for the stock modules, where equality of whole models (test_families) would not
-show it."""
+"""Replacement modules, where the equality of full models (test_families) would not show an
+error."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ from tunesmith.model.layers import (
 @pytest.mark.parametrize("stock_type", [LlamaRMSNorm, Gemma2RMSNorm])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_norm_rounds_once(stock_type: type[nn.Module], dtype: torch.dtype) -> None:
-    """Gemma stores weight - 1: their sum has more digits than bf16."""
+    """Gemma stores weight - 1: the sum needs more digits than bf16 has."""
     generator = torch.Generator().manual_seed(0)
     stock = stock_type(64)
     stock.weight.data = (0.3 * torch.randn(64, generator=generator)).to(dtype)
@@ -40,7 +40,7 @@ def test_a_norm_rounds_once(stock_type: type[nn.Module], dtype: torch.dtype) -> 
 
 
 def test_the_last_layer_computes_selected_positions_only() -> None:
-    """And that bitwise as it would all."""
+    """The pruned layer's outputs are bitwise equal to those of the full layer."""
     model, batch = tiny_model(dtype=torch.float64), one_batch(tiny_documents())
     last = model.decoder.layers[-1]
     assert isinstance(last, PrunedLastLayer)
@@ -83,7 +83,7 @@ def test_half_angles_are_wide_and_half() -> None:
 
 
 def test_the_stream_has_the_compute_dtype() -> None:
-    """Of a fully trained model the masters are fp32; products run in bf16 all the same."""
+    """Master weights of a fully trained model are fp32; products still run in bf16."""
     model = tiny_model(dtype=torch.bfloat16, method="full")
     assert model.network.get_parameter("model.embed_tokens.weight").dtype == torch.float32
     assert model.compute_hidden(one_batch(tiny_documents())).dtype == torch.bfloat16

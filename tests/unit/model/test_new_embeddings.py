@@ -1,4 +1,4 @@
-"""Rows of new tokens: their start, their gradient against the stock model's, and PEFT's opinion of
+"""Rows of new tokens: their initial value, their gradient against the stock model, and PEFT reading
 what is saved."""
 
 import dataclasses
@@ -71,7 +71,7 @@ def settings_of(network: PreTrainedModel, tokens: Sequence[NewToken]) -> dict[st
 
 
 def started(family: str, first: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A stock network that has the tokens."""
+    """Return a stock network with the tokens."""
     network = tiny_network(family, dtype)
     init_new_rows(network, tokens_from(first))
     return network
@@ -80,7 +80,7 @@ def started(family: str, first: int, dtype: torch.dtype = torch.float32) -> PreT
 def adapted(
     family: str, first: int, dtype: torch.dtype = torch.float32, *, moved: bool = True
 ) -> PackedCausalLM:
-    """Adopted, with an adapter and rows away from their start."""
+    """Return a wrapped model with an adapter and rows that are not at their start."""
     network = started(family, first, dtype)
     METHODS["lora"](network, settings_of(network, tokens_from(first)))
     generator = torch.Generator().manual_seed(1)
@@ -90,8 +90,7 @@ def adapted(
 
 
 def documents_with(first: int) -> list[Document]:
-    """The new tokens stand in some of them, as input and as target, next to each other and at the
-    start."""
+    """Return documents with new tokens as input and target, adjacent and at the start."""
     documents = tiny_documents()
     for index, document in enumerate(documents):
         tokens_L = document.tokens_L
@@ -157,7 +156,8 @@ def test_rows_are_trained_in_all_matrices_or_none() -> None:
 
 
 def stock_gradients(network: PreTrainedModel, documents: Sequence[Document]) -> dict[str, Tensor]:
-    """Of the whole matrices: the mean loss of the step, document by document, by transformers."""
+    """Return the gradients of the full matrices for the step's mean loss, per document, by
+    transformers."""
     network.requires_grad_(True)
     total, count = torch.zeros((), dtype=torch.float64), sum_weights(documents)
     for document in documents:
@@ -172,8 +172,8 @@ def stock_gradients(network: PreTrainedModel, documents: Sequence[Document]) -> 
 @pytest.mark.parametrize("placement", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_the_stock_models(family: str, placement: str) -> None:
-    """In fp64, over packs of several documents: rows that are looked up, predicted, or both through
-    a tied head."""
+    """In fp64, over packs of several documents: rows that are looked up, predicted, or both with a
+    tied head."""
     first = PLACES[placement]
     documents = documents_with(first)
     model = adapted(family, first, torch.float64, moved=False)
@@ -263,8 +263,7 @@ def test_without_the_adapter_the_rows_are_as_they_started() -> None:
 @pytest.mark.parametrize("placement", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_the_rows_with_equal_logits(family: str, placement: str, tmp_path: Path) -> None:
-    """The stock base without our rows: where the matrix is too short it is made longer as PEFT's
-    users do."""
+    """The stock base without our rows; a matrix that is too short is resized as PEFT users do."""
     first = PLACES[placement]
     model, document = adapted(family, first), documents_with(first)[3]
     expected = logits(model, one_batch([document]))
@@ -285,7 +284,7 @@ def test_peft_loads_the_rows_with_equal_logits(family: str, placement: str, tmp_
 
 
 def saved(family: str, first: int, folder: Path) -> tuple[PackedCausalLM, Path, Path]:
-    """A model, and the folders of its base and of its adapter."""
+    """Return a model and the folders of its base and adapter."""
     tiny_network(family).save_pretrained(folder / "base")
     model = adapted(family, first)
     settings = settings_of(started(family, first), tokens_from(first))

@@ -1,5 +1,5 @@
-"""4-bit weights: bitsandbytes' own format, the gradients of LoRA on the dequantised weights, a
-model loaded piece by piece."""
+"""4-bit weights: bitsandbytes' format, LoRA gradients on dequantised weights, a model loaded tensor
+by tensor."""
 
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def random_weight(outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16
 
 
 def by_the_book(weight: torch.Tensor) -> torch.Tensor:
-    """Code times scale in fp32, the scale itself from its code and its own scale and offset."""
+    """Dequantise in fp32: code times scale, where the scale is quantised too."""
     values, state = functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=True, quant_type="nf4"
     )
@@ -95,7 +95,7 @@ def test_products_are_those_of_the_dequantised_weight() -> None:
 
 
 def twins(family: str, dtype: torch.dtype) -> tuple[PackedCausalLM, PackedCausalLM]:
-    """A model on 4-bit weights, and plain LoRA on what those are dequantised to; the same
+    """Return a model on 4-bit weights, and LoRA on the dequantised weights with the same
     adapter."""
     models = []
     for quantised in (True, False):

@@ -1,5 +1,5 @@
-"""On every family: what documents begin with alike, computed once, is the same step; branches are
-blind."""
+"""On every family: a shared prefix computed once gives the same step, and branches do not see each
+other."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ CASES = [*((family, "lora") for family in CONFIGS), ("llama-tied", "full")]
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
-    """A model in fp64, and how far two exact computations of it may differ: stock norms compute in
+    """Return a model in fp64 and the tolerance of two exact computations: stock norms compute in
     fp32."""
     family, method = request.param
     return tiny_model(
@@ -47,7 +47,7 @@ def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
 
 
 def owners_of(batch: Batch) -> list[set[int]]:
-    """By segment: the documents that it is part of."""
+    """Return the documents of each segment."""
     ends = torch.tensor(batch.layout.starts) + torch.tensor(batch.layout.lengths)
     owners: list[set[int]] = [set() for _ in ends]
     for index in range(len(batch.ids)):
@@ -65,7 +65,7 @@ def test_the_tests_documents_share_something_at_every_depth() -> None:
 
 
 def test_shared_equals_not_shared(case: tuple[PackedCausalLM, float]) -> None:
-    """The loss to 1e-12 where the norms are ours, and every gradient."""
+    """The loss is equal to 1e-12 with our norms, and so is every gradient."""
     model, tolerance = case
     loss, gradients = step_gradients(model, branching_documents(), SINGLE_PACK, share=True)
     plain_loss, plain = step_gradients(model, branching_documents(), SINGLE_PACK)
@@ -107,8 +107,8 @@ def test_every_document_has_a_separate_loss(case: tuple[PackedCausalLM, float]) 
 
 
 def test_no_gradient_reaches_another_branch(case: tuple[PackedCausalLM, float]) -> None:
-    """d loss(document) / d embedding is exactly 0 outside of its own way from the root, and nowhere
-    on it."""
+    """d loss(document) / d embedding is exactly 0 outside of its path from the root, and nonzero on
+    it."""
     model, _ = case
     batch, embedded = one_batch(branching_documents(), share=True), []
 

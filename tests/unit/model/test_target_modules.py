@@ -1,4 +1,4 @@
-"""Which layers the words of `lora_target_modules` mean."""
+"""Which layers `lora_target_modules` selects."""
 
 import time
 from pathlib import Path

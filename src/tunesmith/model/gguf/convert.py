@@ -22,7 +22,7 @@ import numpy as np
 from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.reader import GgufFile, TensorInfo, read_gguf, read_tensor
 from tunesmith.model.gguf.tokenizer import find_special_id, write_tokenizer
-from tunesmith.model.hub.validate import read_json
+from tunesmith.model.hub.validate import read_model_json
 
 BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 ROTATED_TENSOR = re.compile(r"\.attn_[qk]\.(weight|bias)")
@@ -74,7 +74,7 @@ def convert(source: Path, folder: Path) -> None:
     names = write_settings(file, folder)
     head_rows = 0
     if _read_architecture(file).has_interleaved_qk:
-        head_rows = read_json(folder / "config.json")["head_dim"]
+        head_rows = read_model_json(folder / "config.json")["head_dim"]
     _write_weights(file, names, folder / "model.safetensors", head_rows)
 
 

@@ -22,7 +22,7 @@ from tunesmith.model.hub.validate import (
     check_files,
     read_header,
     read_headers,
-    read_json,
+    read_model_json,
 )
 from tunesmith.model.target_modules import list_linear_paths
 
@@ -110,7 +110,7 @@ def read_adapter(folder: Path, base: Path) -> AdapterFolder:
             fix = f"finish the run: tunesmith resume {folder}"
         raise InputError("there is no adapter in this folder", where=str(path), fix=fix)
     check_files(path)
-    config = read_json(config_file)
+    config = read_model_json(config_file)
     rank, alpha = _check_config(config, str(config_file))
     if not weights_file.is_file():
         raise _make_missing_weights_error(path)

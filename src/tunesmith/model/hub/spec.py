@@ -17,7 +17,7 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import ModelSpec
 from tunesmith.model.hub.expected_tensors import HEAD_DIMS, ModelDimensions, build_expected_headers
-from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_json
+from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
 
 # fmt: off
 # Dense text decoders with gated MLPs and softmax attention, fully described by the sizes in their
@@ -60,7 +60,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
 
     Raises InputError for a missing or implausible field, weights that do not match the config, or
     an unsupported kind of model."""
-    config = read_json(path / "config.json")
+    config = read_model_json(path / "config.json")
     where = str(path / "config.json")
     model_type = _check_model_type(config, where)
     sizes = _ConfigSizes(config, where)
@@ -94,7 +94,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
 def read_model_headers(path: Path) -> dict[str, TensorHeader]:
     """Return the headers of a model folder's weights, or those that its config.json implies if
     there are none."""
-    config = read_json(path / "config.json")
+    config = read_model_json(path / "config.json")
     return _load_headers(config, _check_model_type(config, str(path / "config.json")), path)
 
 
@@ -245,7 +245,7 @@ def _find_dtype(headers: dict[str, TensorHeader], path: Path) -> str:
 def _read_origin(path: Path) -> str:
     """Return the origin from the manifest that tunesmith writes into a converted model."""
     manifest = path / "manifest.json"
-    return str(read_json(manifest).get("origin", "")) if manifest.is_file() else ""
+    return str(read_model_json(manifest).get("origin", "")) if manifest.is_file() else ""
 
 
 def _check_sizes(spec: ModelSpec, headers: dict[str, TensorHeader], where: str) -> None:

@@ -23,6 +23,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_json_object
+from tunesmith.core.types import Json
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -80,7 +82,7 @@ def check_folder(folder: Path, *, needs_weights: bool = True) -> None:
 
     Without `needs_weights` the weights may be missing. Raises InputError."""
     check_files(folder)
-    read_json(folder / "config.json")
+    read_model_json(folder / "config.json")
     modules = "|".join(re.escape(path.stem) for path in folder.glob("*.py"))
     code_reference = re.compile(rf"(.*--)?({modules})\.(py|[A-Z]\w*)") if modules else None
     for path in sorted({*folder.glob("*config*.json"), *folder.glob("special_tokens_map.json")}):
@@ -134,7 +136,7 @@ def _check_file(path: Path) -> None:
         raise InputError(message, where=str(path), fix=DOWNLOAD_FILE_FIX)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_model_json(path: Path) -> Json:
     """Return the object in a JSON file. Raise InputError if the file is missing, too large, not
     JSON or not an object."""
     if not path.is_file():
@@ -143,14 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         message = f"the file is larger than {MAX_JSON_BYTES >> 20} MiB"
         raise InputError(message, where=str(path), fix=DOWNLOAD_FILE_FIX)
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        message = f"not valid JSON ({error})"
-        raise InputError(message, where=str(path), fix=DOWNLOAD_FILE_FIX) from error
-    if not isinstance(content, dict):
-        raise InputError("not a JSON object", where=str(path), fix=DOWNLOAD_FILE_FIX)
-    return content
+    return read_json_object(path, fix=DOWNLOAD_FILE_FIX)
 
 
 # ---------------------------------------------------------------- weights
@@ -173,7 +168,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     if not index_file.is_file():
         raise _make_missing_weights_error(folder)
     where = str(index_file)
-    weight_map = read_json(index_file).get("weight_map")
+    weight_map = read_model_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("the index has no weight_map", where=where, fix=DOWNLOAD_FILE_FIX)
     headers_by_file: dict[str, dict[str, TensorHeader]] = {}
@@ -257,7 +252,7 @@ def _make_missing_weights_error(folder: Path) -> InputError:
 
 
 def _check_code(path: Path, code_reference: re.Pattern[str] | None) -> None:
-    for key_path, key, value in _walk_json(read_json(path)):
+    for key_path, key, value in _walk_json(read_model_json(path)):
         where = f"{path}:{key_path}"
         # Older versions of transformers wrote `_attn_implementation_autoset: true`; a boolean
         # names no code.
@@ -286,7 +281,7 @@ def _is_outside(folder: Path, value: str) -> bool:
 
 def _check_tokenizer_class(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
-    name = read_json(path).get("tokenizer_class") if path.is_file() else None
+    name = read_model_json(path).get("tokenizer_class") if path.is_file() else None
     if name is not None and not (isinstance(name, str) and SAFE_TOKENIZER_CLASSES.fullmatch(name)):
         message = f"tokenizer_class is {name!r:.80}, which is not supported"
         fix = "if its tokenizer.json is complete, write PreTrainedTokenizerFast"

@@ -1,19 +1,20 @@
-/* Causal attention of packed documents in bf16 for CPUs with AVX512-BF16, forward and backward, with rotary embedding.
+/* Causal attention over packed documents in bf16 for CPUs with AVX512-BF16, forward and backward, with rotary embedding.
  *
- * One task is one segment and one key/value head, with the query heads that share it: keys and values are turned and
- * re-ordered once for the dot-product instruction, gradients of keys and values stay private to the task. ROWS queries
+ * One task is one segment and one key/value head with the query heads that share it: keys and values are rotated and
+ * reordered once for the dot-product instruction, gradients of keys and values stay private to the task. ROWS queries
  * at a time meet tiles of TILE keys; the tile with the diagonal stops at the next LANES keys, and only tiles that are
- * not wholly visible are masked. The forward sees whole rows of scores (no running maximum). The backward takes BLOCK
- * queries, then adds what they give to the gradients of all their keys and values.
+ * partly visible are masked. The forward computes full rows of scores (no running maximum). The backward takes BLOCK
+ * queries, then adds their contribution to the gradients of all their keys and values.
  * Products take bf16 pairs and sum in fp32; softmax is fp32, in powers of two.
  *
- * Most segments are whole documents. One that continues others (its parent, the parent's parent, to a root) has their
- * keys before its own: rows and keys are counted along the whole of it, and its own rows are the last. `front` empty
- * keys come first, so that the own rows begin at a multiple of ROWS. What it gives to the gradients of others goes to
- * memory of its own, in fp32; when all tasks are done these are summed, in the order of the segments.
+ * Most segments are complete documents. A segment that continues others (its parent, the parent's parent, up to a root)
+ * has their keys before its rows: rows and keys are counted along the full path, and the segment's rows come last.
+ * `front` empty keys come first, so that the segment's rows begin at a multiple of ROWS. Its contribution to the
+ * gradients of other segments goes to separate fp32 memory; when all tasks are done, these are summed in the order of
+ * the segments.
  *
  * Shapes: q, out, dq [tokens, heads, width]; k, v, dk, dv [tokens, kv_heads, width]; width a multiple of 64;
- * lse [tokens, heads]; cosine, sine [tokens, width / 2], or NULL where q and k are turned already. scale > 0.
+ * lse [tokens, heads]; cosine, sine [tokens, width / 2], or NULL if q and k are already rotated. scale > 0.
  */
 #include "vectors.h"
 
@@ -45,12 +46,12 @@ INLINE void clear(__m512 sums[ROWS][COLUMNS]) {
         for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_ps();
 }
 
-/* The first key that `row` sees: none of the `front` empty ones, and at most window - 1 behind it. */
+/* The first key that `row` sees: after the `front` empty ones, at most window - 1 before the row. */
 INLINE long first_seen(long row, long window, long front) {
     return window && row - window + 1 > front ? row - window + 1 : front;
 }
 
-/* Keys first + 0..15 that query `row` may see: from the first one to itself. */
+/* Mask of keys first + 0..15 that query `row` may see: from its first key to itself. */
 INLINE __mmask16 visible(long row, long first, long window, long front) {
     long ahead = row - first + 1, behind = first_seen(row, window, front) - first;
     __mmask16 upto = ahead >= LANES ? 0xffff : (ahead <= 0 ? 0 : (__mmask16)((1u << ahead) - 1));
@@ -66,7 +67,7 @@ INLINE __m512i pair_rows(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-/* Asks for rows that a later gather reads, while there is arithmetic to do. */
+/* Prefetch rows that a later gather reads. */
 INLINE void expect(const bf16 *x, long stride, long first, long last, long width) {
     for (long t = first; t < last; t++)
         for (long d = 0; d < width; d += 2 * LANES) _mm_prefetch((const char *)(x + t * stride + d), _MM_HINT_T1);
@@ -87,8 +88,8 @@ static void along(const bf16 *rows, long padded, long width, uint32_t *out) {
             out[t / 2 * width + d] = (uint32_t)rows[t * width + d] | (uint32_t)rows[(t + 1) * width + d] << 16;
 }
 
-/* One head's log-sum-exp of each row, and the dot product of the row's output and its gradient, times scale. Rows after
- * the last see nothing. */
+/* Per row of one head: log-sum-exp, and the dot product of output and output gradient, times scale. Rows after the
+ * last see nothing. */
 static void row_statistics(const bf16 *douts, const bf16 *out, const float *lse, long length, long heads, long width,
                            float scale, float *offset, float *delta) {
     for (long t = 0; t < length; t++) {
@@ -134,7 +135,7 @@ INLINE Angles from(Angles angles, long place) {
     return angles.cosine ? (Angles){angles.cosine + place, angles.sine + place} : angles;
 }
 
-/* A segment's own rows of one head, turned, after `first` others; zeros after the last. */
+/* A segment's rows of one head, rotated, after `first` others; zeros after the last. */
 static void gather(const Pack *p, long segment, const bf16 *x, long stride, long first, long padded, Angles angles,
                    bf16 *rows) {
     long start = p->starts[segment], length = p->lengths[segment], width = p->width;
@@ -142,7 +143,7 @@ static void gather(const Pack *p, long segment, const bf16 *x, long stride, long
     memset(rows + (first + length) * width, 0, (size_t)((padded - first - length) * width) * 2);
 }
 
-/* The same, with the rows of all that the segment continues before its own. */
+/* The same, preceded by the rows of all segments that it continues. */
 static void gather_path(const Pack *p, long segment, const bf16 *x, long stride, long first, long padded,
                         Angles angles, bf16 *rows) {
     gather(p, segment, x, stride, first, padded, angles, rows);
@@ -155,7 +156,7 @@ static void gather_path(const Pack *p, long segment, const bf16 *x, long stride,
     memset(rows, 0, (size_t)(first * p->width) * 2);
 }
 
-/* ROWS queries from `row` and the keys from `key`: where they are and where their results go. */
+/* ROWS queries from `row` and the keys from `key`: their addresses and those of their results. */
 typedef struct {
     const bf16 *queries, *douts;
     const uint32_t *keys, *values;
@@ -167,7 +168,7 @@ typedef struct {
     bf16 *slope_rows;
 } Tile;
 
-/* Products with 16 * columns keys: raw scores, -inf where masked, and the highest of each lane. */
+/* Products with 16 * columns keys: raw scores, -inf if masked, and the maximum of each lane. */
 INLINE void score_tile(const Tile *t, const int columns, const int masked) {
     __m512 sums[ROWS][COLUMNS];
     clear(sums);
@@ -181,7 +182,7 @@ INLINE void score_tile(const Tile *t, const int columns, const int masked) {
         }
 }
 
-/* The softmax weights again, and the gradients of the scores ("slopes"), each as pairs of rows; slopes also as rows. */
+/* Recompute the softmax weights, and the gradients of the scores ("slopes"), as pairs of rows; slopes also as rows. */
 INLINE void slope_tile(const Tile *t, const int columns, const int masked) {
     __m512 sums[ROWS][COLUMNS], kept[ROWS][COLUMNS];
     clear(sums);
@@ -205,14 +206,14 @@ INLINE void slope_tile(const Tile *t, const int columns, const int masked) {
         }
 }
 
-/* How many vectors of keys there are up to `end` in this tile; 0 for a whole tile of which every key is visible. */
+/* Vectors of keys up to `end` in this tile; 0 for a full tile whose keys are all visible. */
 INLINE int columns_of(const Tile *t, long end) {
     long columns = (least(round_up(t->key + 1, TILE), end) - t->key) / LANES;
     int whole = t->key + TILE <= t->row + 1 && first_seen(t->row + ROWS - 1, t->window, t->front) <= t->key;
     return columns == COLUMNS && whole ? 0 : (int)columns;
 }
 
-/* `task` with its number of columns, and whether it masks, known to the compiler. */
+/* `task` with a compile-time number of columns and mask flag. */
 #define WITH_COLUMNS(task, t, columns)      \
     switch (columns) {                      \
         case 0: task(t, COLUMNS, 0); break; \
@@ -279,7 +280,7 @@ static void forward_task(const Pack *p, long segment, long kv_head, char *memory
     }
 }
 
-/* sum[key, d] += over the rows of a block of weight[row, key] * x[row, d], for keys begin..end and rows not before. */
+/* sum[key, d] += sum over the rows of a block of weight[row, key] * x[row, d], for keys begin..end. */
 static void add_products(const uint32_t *weights, long stride, const uint32_t *x, long width, long block, long begin,
                          long end, float *sum) {
     __m512 sums[ROWS][COLUMNS];
@@ -310,7 +311,7 @@ static void write_gradients(const Pack *p, long segment, long kv_head, const flo
     write_narrow(dvalues, length, width, (Angles){0}, p->dv + start * stride + kv_head * width, stride);
 }
 
-/* Where a segment keeps what it gives to the gradients of keys (0) or values (1) of its path. */
+/* Memory for a segment's contribution to the gradients of keys (0) or values (1) of its path. */
 INLINE float *given_by(const Pack *p, long segment, long kv_head, int which) {
     return p->given[segment] + (kv_head * 2 + which) * p->kept[segment] * p->width;
 }
@@ -384,7 +385,7 @@ static void backward_task(const Pack *p, long segment, long kv_head, char *memor
     if (kept <= ahead) write_gradients(p, segment, kv_head, dkeys + own * width, dvalues + own * width);
 }
 
-/* Adds to what a segment gives itself what those give that continue it. */
+/* Add the contributions of the segments that continue this one to its gradients. */
 static void sum_task(const Pack *p, long segment, long kv_head) {
     long width = p->width, ahead = before(p, segment), first = ahead * width, length = p->lengths[segment] * width;
     float *sums[2];
@@ -400,7 +401,7 @@ static void sum_task(const Pack *p, long segment, long kv_head) {
     write_gradients(p, segment, kv_head, sums[0], sums[1]);
 }
 
-/* Room for what segments give to others, and to themselves where others do: 1 if there is no memory. */
+/* Allocate memory for contributions to other segments, and for the receivers. Returns 1 if out of memory. */
 static int make_room(Pack *p) {
     long total = 0, row = p->kv_heads * 2 * p->width;
     long *kept = calloc((size_t)p->segments, sizeof(long));
@@ -417,7 +418,7 @@ static int make_room(Pack *p) {
     return 0;
 }
 
-/* Forward, or where dq is not NULL backward. Returns 0, or 1 when there was no memory for the scratch space. */
+/* Forward, or backward if dq is not NULL. Returns 0, or 1 without memory for the scratch space. */
 int attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, const bf16 *dout, bf16 *dq, bf16 *dk,
               bf16 *dv, const float *cosine, const float *sine, const int64_t *starts, const int64_t *lengths,
               const int64_t *parents, long segments, long heads, long kv_heads, long width, long window, float scale) {

@@ -1,13 +1,13 @@
-/* One more token of each row of a generation: its key and value are stored, and its queries meet all that is stored.
+/* One more token per row of a generation: store its key and value, and attend with its queries to everything stored.
  * For CPUs with AVX512-BF16, forward only, with rotary embedding.
  *
- * One task is one row and one key/value head, with the query heads that share it. What bounds it is reading the stores,
- * so the first `shared` tokens, which are the same in all rows, are read from row 0: they stay in the cache. Scores take
+ * One task is one row and one key/value head with the query heads that share it. It is bound by reading the buffers, so
+ * the first `shared` tokens, which are the same in all rows, are read from row 0: they stay in the cache. Scores take
  * bf16 pairs and sum in fp32; softmax (in powers of two) and the sum of the values are fp32.
  *
  * Shapes: q, out [rows, heads, width]; k, v [rows, kv_heads, width]; keys, values [slots, kv_heads, capacity, width];
- * places [rows], where each row's new token goes; cosine, sine [rows, width / 2], or NULL where q and k are turned
- * already. width and capacity are multiples of 64. scale > 0.
+ * places [rows], the position of each row's new token; cosine, sine [rows, width / 2], or NULL if q and k are already
+ * rotated. width and capacity are multiples of 64. scale > 0.
  */
 #include "vectors.h"
 
@@ -26,7 +26,7 @@ typedef struct {
     float scale;
 } Step;
 
-/* The sum of each of 16 vectors, in their order. */
+/* The sums of 16 vectors, in order. */
 INLINE __m512 sum_each(__m512 v[LANES]) {
     __m512 pairs[8], fours[4], halves[2];
     for (int i = 0; i < 8; i++)
@@ -54,8 +54,7 @@ INLINE __m512 score(const bf16 *query, const bf16 *keys, long width) {
     return sum_each(sums);
 }
 
-/* Turns raw scores of keys begin..end, of which first..length are seen, to weights; returns what they have to be
- * multiplied by. */
+/* Turn raw scores of keys begin..end, of which first..length are visible, into weights; returns their normaliser. */
 static float weigh(float *scores, long begin, long first, long length, float scale) {
     __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale * (float)M_LOG2E);
     for (long key = begin; key < length; key += LANES) {
@@ -74,7 +73,7 @@ static float weigh(float *scores, long begin, long first, long length, float sca
     return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-/* Where the stored rows of a row's head are: those before `shared` in `common`. */
+/* Addresses of the stored tokens of a row's head: those before `shared` are in `common`. */
 typedef struct { const bf16 *common, *own; } Stored;
 
 INLINE const bf16 *at(Stored stored, long key, long last, long shared, long width) {
@@ -122,7 +121,7 @@ static void step_task(const Step *s, long row, long kv_head, char *memory, long 
         for (long d = 0; d < width; d += STRIP) {
             Stored strip = {values.common + d, values.own + d};
             const float *weights = scores + g * stride;
-            switch (least(group - g, HEADS)) { /* a number known to the compiler */
+            switch (least(group - g, HEADS)) { /* a compile-time constant */
                 case 1: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 1); break;
                 case 2: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 2); break;
                 case 3: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 3); break;
@@ -131,7 +130,7 @@ static void step_task(const Step *s, long row, long kv_head, char *memory, long 
         }
 }
 
-/* Returns 0, or 1 when there was no memory for the scratch space. */
+/* Returns 0, or 1 without memory for the scratch space. */
 int attend_rows(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values, bf16 *out, const float *cosine,
                 const float *sine, const int64_t *places, long rows, long heads, long kv_heads, long width,
                 long capacity, long shared, long window, float scale) {

@@ -1,8 +1,8 @@
 /* Memory-bound pieces of a decoder layer in bf16 for the CPU: RMSNorm, rotary embedding, DoRA's gains, gated
  * activation and softmax cross-entropy, forward and backward. Each reads its inputs once, computes in fp32 and rounds once.
  *
- * Compiled at first use by kernels.py with the machine's own compiler; every function has its plain-torch reference
- * there, and a test that both agree. Rows are independent, so threads share nothing.
+ * Compiled at first use by build.py with the machine's compiler; every function has a plain-torch reference in ops.py,
+ * and a test that both agree. Rows are independent, so threads share nothing.
  */
 #include <math.h>
 #include <stdint.h>
@@ -68,7 +68,7 @@ void rms_norm_backward(const bf16 *x, const float *weight, const float *inverse_
     }
 }
 
-/* Rotates the halves of each head: (a, b) -> (a cos - b sin, b cos + a sin). direction -1 is the backward. */
+/* Rotate the halves of each head: (a, b) -> (a cos - b sin, b cos + a sin). direction -1 is the backward. */
 void rotate(const bf16 *x, const float *cosine, const float *sine, bf16 *y, long rows, long heads, long half,
             float direction) {
     #pragma omp parallel for schedule(static)
@@ -87,7 +87,7 @@ void rotate(const bf16 *x, const float *cosine, const float *sine, bf16 *y, long
     }
 }
 
-/* y *= gain, column by column. */
+/* y *= gain, per column. */
 void scale_columns(bf16 *y, const float *gain, long rows, long width) {
     #pragma omp parallel for schedule(static)
     for (long t = 0; t < rows; t++) {
@@ -97,7 +97,7 @@ void scale_columns(bf16 *y, const float *gain, long rows, long width) {
     }
 }
 
-/* Of y = gain * x: dx = gain * dy, and the sums over rows of dy * y, [parts, width], each of its part of the rows. */
+/* For y = gain * x: dx = gain * dy, and per part of the rows the sum of dy * y [parts, width]. */
 void scale_columns_backward(const bf16 *dy, const bf16 *y, const float *gain, bf16 *dx, float *sums, long rows,
                             long width, long parts) {
     #pragma omp parallel for schedule(static)
@@ -139,7 +139,7 @@ void gated(const bf16 *gate, const bf16 *up, bf16 *y, long count, int gelu) {
     }
 }
 
-/* Writes d gate and d up, and the forward product again: it is cheaper to recompute than to keep. */
+/* Write d gate, d up and the recomputed forward product, which is cheaper than keeping it. */
 void gated_backward(const bf16 *gate, const bf16 *up, const bf16 *dy, bf16 *dgate, bf16 *dup, bf16 *y, long count,
                     int gelu) {
     #pragma omp parallel for schedule(static)
@@ -158,7 +158,7 @@ void gated_backward(const bf16 *gate, const bf16 *up, const bf16 *dy, bf16 *dgat
 }
 
 /* For each row: loss = logsumexp - logit[target], and in place the gradient weight * (softmax - onehot).
- * A logit z stands for cap * tanh(z / cap) when cap > 0, after multiplication with `scale`. */
+ * A logit z means cap * tanh(z / cap) if cap > 0, after multiplication with `scale`. */
 static inline float squash(bf16 logit, float scale, float cap) {
     float v = to_float(logit) * scale;
     return cap > 0.0f ? cap * (1.0f - 2.0f / (1.0f + fast_exp(2.0f * v / cap))) : v;
@@ -190,7 +190,7 @@ void cross_entropy(bf16 *logits, const int64_t *targets, const float *weights, f
     }
 }
 
-/* For each row: loss of `tuned` at its target, KL(base || tuned), and 1 where both have the same largest logit, or 0. */
+/* For each row: loss of `tuned` at its target, KL(base || tuned), and 1 if both have the same largest logit, else 0. */
 void divergence(const bf16 *base, const bf16 *tuned, const int64_t *targets, float *losses, float *kl, float *same,
                 long rows, long vocab, float scale, float cap) {
     #pragma omp parallel for schedule(dynamic, 4)

@@ -1,13 +1,13 @@
-/* The skinny products of low-rank adapters in bf16 for CPUs with AVX512-BF16, forward and backward.
+/* The low-rank products of adapters in bf16 for CPUs with AVX512-BF16, forward and backward.
  *
- * A factor is a tall matrix m [width, rank]: B as it is, A transposed. Ranks come in blocks of LANES, zeros after the
- * last; several adapters of one input are one factor with more blocks. `lora_pack` writes both orders that the
+ * A factor is a tall matrix m [width, rank]: B itself, A transposed. Ranks come in blocks of LANES, zeros after the
+ * last; several adapters of one input are one factor with more blocks. `lora_pack` writes both layouts that the
  * dot-product instruction needs: `down` [blocks][width / 2][LANES], pairs along the width, and `up`
  * [blocks][LANES / 2][padded], pairs along the rank, padded to a multiple of STRIP. Inner activations z are
  * [blocks][rows][LANES], so that each block is contiguous.
  *
- * Each part of the rows is one thread's; it reads its rows in tiles that stay in the cache between two products, and
- * keeps its own sums of the factor's gradient. All sums are fp32 and rounded once. width is even.
+ * Each thread has one part of the rows; it reads them in tiles that stay in the cache between two products, and sums
+ * the factor's gradient separately. All sums are fp32 and rounded once. width is even.
  */
 #include <stdint.h>
 #include <string.h>
@@ -75,7 +75,7 @@ static void narrow(const bf16 *x, const pair *down, bf16 *z, long first, long la
                    float scale) {
     long half = width / 2;
     for (long row = first; row < last; row += ROWS) {
-        const pair *from[ROWS]; /* after the last row the last one again, and not stored */
+        const pair *from[ROWS]; /* repeats the last row after the end; not stored */
         for (int r = 0; r < ROWS; r++) from[r] = (const pair *)(x + lower(row + r, last - 1) * width);
         for (long v = 0, step; v < blocks; v += step) {
             long left = blocks - v;
@@ -122,7 +122,7 @@ static void add_wide(bf16 *y, const bf16 *z, const pair *up, long first, long la
         }
 }
 
-/* Adds scale * sums of ranks i.. and columns c.. to a part's gradient. The unpacking of pairs left the columns as
+/* Adds scale * sums of ranks i.. and columns c.. to a part's gradient. Unpacking the pairs leaves the columns as
  * 0-3, 8-11, 16-19, 24-27 in the first half and the others in the second. */
 INLINE void add_sums(__m512 sums[ROWS][2], float *gradient, long padded, float scale) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -184,7 +184,7 @@ void lora_add(bf16 *y, const bf16 *z, const pair *up, long rows, long width, lon
         add_wide(y, z, up, part_start(part, parts, rows), part_start(part + 1, parts, rows), rows, width, blocks, scale);
 }
 
-/* Each part's share of scale * z^T x [parts][blocks * LANES][padded]. Where `down` is not null, x is the gradient of
+/* Each part's share of scale * z^T x [parts][blocks * LANES][padded]. If `down` is not null, x is the gradient of
  * outputs and the same pass writes dz = scale * x m. */
 void lora_gradient(const bf16 *x, const bf16 *z, const pair *down, bf16 *dz, float *gradient, long rows, long width,
                    long blocks, long parts, float scale) {

@@ -1,5 +1,5 @@
-/* What attention.c and rows.c share: vectors of bf16 and fp32 for CPUs with AVX512-BF16, and heads turned by the rotary
- * embedding. VECTORS is defined where the processor has what they need.
+/* Shared by attention.c and decode.c: vectors of bf16 and fp32 for CPUs with AVX512-BF16, and the rotary embedding of
+ * heads. VECTORS is defined if the processor has the instructions.
  */
 #include <math.h>
 #include <stdint.h>
@@ -43,9 +43,9 @@ INLINE __m512 load_wide(const bf16 *x) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
 }
 
-typedef struct { const float *cosine, *sine; } Angles; /* NULL: nothing is turned */
+typedef struct { const float *cosine, *sine; } Angles; /* NULL: no rotation */
 
-/* Stores vectors of the two halves of a head, turned: (a cos - b sin, b cos + a sin), backwards for direction -1. */
+/* Store vectors of the two halves of a head, rotated: (a cos - b sin, b cos + a sin); back for direction -1. */
 INLINE void store_turned(bf16 *out, __m512 a, __m512 b, Angles angles, long place, long half, float direction) {
     if (angles.cosine) {
         __m512 cosine = _mm512_loadu_ps(angles.cosine + place);
@@ -58,7 +58,7 @@ INLINE void store_turned(bf16 *out, __m512 a, __m512 b, Angles angles, long plac
     store_narrow(out + half, b);
 }
 
-/* Contiguous rows of one head, turned. */
+/* Contiguous rows of one head, rotated. */
 INLINE void copy_rows(const bf16 *x, long stride, long length, long width, Angles angles, bf16 *rows) {
     for (long t = 0; t < length; t++)
         for (long d = 0, half = width / 2; d < half; d += LANES)

@@ -26,7 +26,7 @@ def prompts() -> list[tuple[int, ...]]:
 
 @pytest.fixture
 def spell() -> Callable[[Sequence[int]], str]:
-    """Ids as text: one character an id, from the exclamation mark on."""
+    """Decode ids to text: one character per id, from the exclamation mark on."""
 
     def decode(tokens: Sequence[int]) -> str:
         return "".join(chr(33 + token) for token in tokens)

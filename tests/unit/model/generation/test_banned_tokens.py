@@ -1,5 +1,5 @@
-"""Banned token sequences: no answer holds one, a part of one is free, and other rows are left
-alone."""
+"""Banned token sequences: no answer holds one, a part of one is allowed, and other rows are
+unchanged."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Answers do not depend on what else is being answered, and equal those of transformers."""
+"""Answers do not depend on the rest of the batch, and equal those of transformers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Drawing a token: the right probabilities, the right nucleus, and the same token for the same
+"""Sampling a token: the right probabilities, the right nucleus, and the same token for the same
 numbers."""
 
 import torch

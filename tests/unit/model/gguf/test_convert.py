@@ -113,7 +113,7 @@ def test_llama3_rope_divisors_become_a_config(tmp_path: Path) -> None:
 
 
 def divisors(config: dict) -> np.ndarray:
-    """What llama.cpp stores: the plain frequencies over those that transformers computes for
+    """Return what llama.cpp stores: the plain frequencies over those that transformers computes for
     `config`."""
     model = LlamaConfig(
         hidden_size=64, num_attention_heads=4, head_dim=HEAD_DIM, rope_parameters=config

@@ -108,8 +108,8 @@ def test_golden_ids_of_smollm2() -> None:
 
 
 def plain_bpe(model: dict, text: str) -> list[int]:
-    """Byte-level BPE in its simplest form: join the pair with the lowest rank until none is
-    left."""
+    """Byte-level BPE in its simplest form: merge the pair with the lowest rank until none
+    remains."""
     ranks = {tuple(merge): rank for rank, merge in enumerate(model["merges"])}
     ids = []
     for part in regex.split(r"(\p{N})", text):
@@ -123,7 +123,7 @@ def plain_bpe(model: dict, text: str) -> list[int]:
 
 
 def spelled(text: str) -> str:
-    """The bytes of a text in the alphabet of byte-level BPE: printable ones as they are, the rest
+    """Map the bytes of a text to the alphabet of byte-level BPE: printable ones unchanged, others
     from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

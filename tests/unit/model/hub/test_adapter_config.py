@@ -1,5 +1,4 @@
-"""Adapters of strangers: tests 15, 20 and 21 of the list of faults; PEFT's own are read as PEFT
-means them."""
+"""Untrusted adapters (faults 15, 20 and 21); adapters from PEFT are read as PEFT reads them."""
 
 import json
 import pickle
@@ -33,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def peft_adapter(folder: Path, **config: Any) -> Path:
-    """As PEFT saves it."""
+    """Save an adapter with PEFT."""
     settings = {
         "r": 4,
         "lora_alpha": 6,
@@ -51,7 +50,7 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def changed(adapter: Path, base: Path) -> Callable[..., AdapterFolder]:
-    """changed(key=value) -> the adapter read with another adapter_config.json."""
+    """Return changed(key=value), which reads the adapter with another adapter_config.json."""
 
     def read(**keys: Any) -> AdapterFolder:
         content = json.loads((adapter / "adapter_config.json").read_text()) | keys

@@ -1,5 +1,4 @@
-"""A config.json alone: the parameters that its shapes come to, and what is missing or absurd in
-it."""
+"""A config.json alone: its number of parameters, and missing or implausible values."""
 
 import json
 from pathlib import Path
@@ -64,7 +63,7 @@ def test_a_70b_model_is_described_without_its_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", SUPPORTED_CLASSES)
 def test_the_promise_is_what_transformers_makes(model_type: str, tmp_path: Path) -> None:
-    """Linear layers by name and shape, all parameters within a thousandth."""
+    """Linear layers are equal by name and shape, the parameter count within a thousandth."""
     config = AutoConfig.for_model(model_type, **SIZES)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

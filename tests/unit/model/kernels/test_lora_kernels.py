@@ -1,5 +1,4 @@
-"""lora.c's products equal fp64's up to one rounding, write nowhere else, and are the same at each
-run."""
+"""The products of lora.c equal fp64 up to one rounding, stay in bounds, and are deterministic."""
 
 from itertools import accumulate
 
@@ -29,12 +28,12 @@ SHAPES = [
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """bf16 values."""
+    """Return random bf16 values."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def adapters_of(inputs: int, outputs: list[int], ranks: list[int]) -> list[Adapter | None]:
-    """Rank 0: a linear without adapter."""
+    """Return random adapters; rank 0 means a linear without adapter."""
     sizes = enumerate(zip(outputs, ranks, strict=True))
     return [
         (random(r, inputs, seed=9 * i), random(o, r, seed=9 * i + 1), 0.7 + i) if r else None
@@ -43,7 +42,7 @@ def adapters_of(inputs: int, outputs: list[int], ranks: list[int]) -> list[Adapt
 
 
 def ranks_of(z: Tensor, blocks: slice, rank: int) -> Tensor:
-    """[V, N, 16] -> one adapter's [N, R] in fp64; the ranks that fill up its last block are 0."""
+    """Return one adapter's [N, R] in fp64 from [V, N, 16]; the padding of its last block is 0."""
     flat = z[blocks].permute(1, 0, 2).flatten(1).double()
     assert not flat[:, rank:].any()
     return flat[:, :rank]
@@ -57,7 +56,8 @@ def assert_product(
     plus: Tensor | float = 0.0,
     scale: float = 1.0,
 ) -> None:
-    """ours = plus + scale * left @ right, but for one rounding (none in fp32) and fp32 sums."""
+    """Check ours = plus + scale * a_factor @ b_factor up to one rounding (none in fp32) and fp32
+    sums."""
     exact = plus + scale * (a_factor @ b_factor)
     sizes = scale * (a_factor.abs() @ b_factor.abs())
     rounding = ROUNDING * exact.abs() if ours.dtype == torch.bfloat16 else 0.0
@@ -99,7 +99,8 @@ def test_the_products_of_a_single_adapter(shape: tuple[int, int, int]) -> None:
 
 
 def test_several_adapters_on_the_same_input() -> None:
-    """Of different widths and ranks, one linear without: each as if it was alone, dx the sum."""
+    """Different widths and ranks, one linear without adapter: each equals its result alone, dx is
+    the sum."""
     rows, inputs, outputs, ranks = 150, 70, [64, 34, 48, 96], [24, 4, 0, 40]
     adapters = adapters_of(inputs, outputs, ranks)
     together, x = PackedAdapters(adapters), random(rows, inputs, seed=2)
@@ -135,7 +136,7 @@ def test_several_adapters_on_the_same_input() -> None:
 
 
 def test_nan_is_not_hidden() -> None:
-    """Not even by ranks and columns that only fill up a block."""
+    """Padded ranks and columns do not write out of bounds either."""
     packed, x = PackedAdapters([(random(3, 34), random(34, 3, seed=1), 1.0)]), random(9, 34, seed=2)
     x[4, 33] = float("nan")
     z = packed.compute_inner(x)
@@ -159,7 +160,7 @@ def test_nothing_is_written_outside(shape: tuple[int, int, int]) -> None:
     rows, width, rank = shape
 
     def guarded(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-        """A tensor in the middle of a larger one that is full of sevens."""
+        """Return a tensor in the middle of a larger one that is filled with sevens."""
         size = torch.Size(sizes).numel()
         guarded = torch.full((size + 256,), 7, dtype=dtype)
         return guarded[128:-128].view(sizes), guarded
@@ -222,7 +223,7 @@ def bf16_gradients(family: str, dropout: float, targets: str | list[str]) -> dic
     ],
 )
 def test_a_step_is_as_near_to_fp32_as_the_torch_path(family: str, targets: str | list[str]) -> None:
-    """A dropout that drops nothing takes the torch path."""
+    """A dropout that drops nothing uses the torch path."""
     _, exact = step_gradients(tiny_model(family, lora_target_modules=targets), DOCUMENTS, 200)
     ours, reference = bf16_gradients(family, 0.0, targets), bf16_gradients(family, 1e-9, targets)
     assert any(not torch.equal(ours[name], other) for name, other in reference.items())  # two paths

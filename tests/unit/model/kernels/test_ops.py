@@ -1,4 +1,4 @@
-"""Each C kernel equals its plain-torch reference, hides no NaN, and is not needed."""
+"""Each C kernel equals its torch reference, propagates NaN, and is optional."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def random(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
-    """bf16 values."""
+    """Return random bf16 values."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * spread).bfloat16()
 
@@ -27,14 +27,15 @@ def random(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
 def differentiated(
     function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor
 ) -> list[Tensor]:
-    """The output and the gradients of all inputs."""
+    """Return the output and the gradients of all inputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
 def assert_rounded(ours: Tensor, exact: Tensor, cancels: float = 0.0) -> None:
-    """Equal up to one rounding; `cancels`: the size of what was subtracted on the way."""
+    """Check equality up to one rounding; `cancels` is the size of intermediate values that
+    cancel."""
     torch.testing.assert_close(
         ours.double(), exact, rtol=BF16_ROUNDING, atol=1e-6 + cancels * 2.0**-20
     )
@@ -122,7 +123,7 @@ def test_cross_entropy_of_extreme_logits() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("target", [-1, 5])
 def test_a_target_outside_the_vocabulary_is_an_error(dtype: torch.dtype, target: int) -> None:
-    """The kernel writes at the target: one that does not exist would be someone else's memory."""
+    """The kernel writes at the target, so an invalid target would write out of bounds."""
     logits, targets = torch.zeros(2, 5, dtype=dtype), torch.tensor([0, target])
     with pytest.raises((IndexError, RuntimeError)):
         ops.cross_entropy(logits, targets, torch.ones(2), 1.0, 0.0)
@@ -135,7 +136,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(dtype: torch.dtype, target:
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 2), (5, 97), (3, 4099)])
 @pytest.mark.parametrize("spread", [0.01, 3.0])
 def test_divergence(rows: int, vocabulary: int, scale: float, cap: float, spread: float) -> None:
-    """Also of logits that have hardly moved, where the KL is far smaller than what it is the
+    """Also for nearly equal logits, where the KL is far smaller than the terms that it is the
     difference of."""
     base, targets = random(rows, vocabulary, spread=5), torch.arange(rows) % vocabulary
     tuned = (base.float() + random(rows, vocabulary, seed=1, spread=spread).float()).bfloat16()
@@ -266,7 +267,7 @@ def test_a_compiler_that_fails_is_as_good_as_none(
 
 @needs_kernels
 def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads here; to the folder they are the same as processes."""
+    """Threads stand in for processes: the folder sees no difference."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     with ThreadPoolExecutor(2) as pool:
         libraries = list(pool.map(lambda _: build.load_library.__wrapped__(), range(2)))
