@@ -63,15 +63,15 @@ def test_ids_are_those_of_the_renderer_and_end_in_the_separator(
     corpus = corpus_of(renderer, tmp_path / "texts.jsonl", TEXTS)
     for row, text in enumerate(TEXTS):
         parts = [corpus.read_window(i) for i in corpus.get_windows(row)]
-        whole = corpus.dataset.render_documents(row)[0]
-        assert parts[0].tokens_L[0] == whole.tokens_L[0]
+        document = corpus.dataset.render_documents(row)[0]
+        assert parts[0].tokens_L[0] == document.tokens_L[0]
         assert (
             np.concatenate([part.tokens_L[1:] for part in parts]).tolist()
-            == whole.tokens_L[1:].tolist()
+            == document.tokens_L[1:].tolist()
         )
-        assert whole.tokens_L[-1] == 256
-        assert renderer.decode(whole.tokens_L[:-1]) == text
-        assert {part.id for part in parts} == {whole.id}
+        assert document.tokens_L[-1] == 256
+        assert renderer.decode(document.tokens_L[:-1]) == text
+        assert {part.id for part in parts} == {document.id}
     assert [len(window) for window in windows(corpus)] == corpus.lengths_W.tolist()
     assert max(corpus.lengths_W) <= 21
     with pytest.raises(IndexError):
@@ -85,10 +85,10 @@ def test_every_token_but_the_first_of_a_text_is_a_target_once(
 ) -> None:
     corpus = corpus_of(renderer, tmp_path_factory.mktemp("any") / "texts.jsonl", texts, window)
     for row in range(len(texts)):
-        whole = corpus.dataset.render_documents(row)[0].tokens_L
+        document = corpus.dataset.render_documents(row)[0].tokens_L
         parts = [corpus.read_window(i) for i in corpus.get_windows(row)]
         targets = [token for part in parts for token in part.tokens_L[part.weights_L > 0].tolist()]
-        assert targets == whole[1:].tolist()
+        assert targets == document[1:].tolist()
         assert all(2 <= len(part) <= window and part.weights_L[0] == 0 for part in parts)
 
 
@@ -117,19 +117,19 @@ def test_a_long_text_is_encoded_in_pieces(
     renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "some words, and more of them\n" * 20
-    whole = corpus_of(renderer, tmp_path / "a.jsonl", [text], 1000)
+    corpus = corpus_of(renderer, tmp_path / "a.jsonl", [text], 1000)
     monkeypatch.setattr(tokenizer_module, "MAX_PIECE_CHARS", 100)
     parts = list(renderer.iter_text_ids(text))
     assert len(parts) > 5
-    assert [token for part in parts for token in part] == whole.read_window(0).tokens_L.tolist()
+    assert [token for part in parts for token in part] == corpus.read_window(0).tokens_L.tolist()
 
 
 @given(st.text(alphabet="ab \n.é", max_size=200), st.integers(2, 30))
 def test_pieces_join_to_the_text_and_break_words_only_without_spaces(text: str, most: int) -> None:
-    found = list(split_text(text, most))
-    assert "".join(found) == text
-    assert all(len(piece) <= most for piece in found)
-    for before, after in pairwise(found):
+    pieces = list(split_text(text, most))
+    assert "".join(pieces) == text
+    assert all(len(piece) <= most for piece in pieces)
+    for before, after in pairwise(pieces):
         half = before[most // 2 :]
         assert after[0] in " \n" or not set(half) & set(" \n")
 
@@ -139,9 +139,9 @@ def test_what_is_hardly_text_is_told(renderer: Renderer, tmp_path: Path) -> None
     corpus = corpus_of(renderer, tmp_path / "texts.jsonl", texts, 300)
     assert corpus.flagged[DENSE] == ["texts.jsonl:2"]
     report = check_data({"data": corpus.dataset}, corpus=corpus)["data"]
-    found = {finding.check: finding for finding in report.findings}
-    assert found["dense"].rows == ("texts.jsonl:2",)
-    assert found["render"].rows == ("texts.jsonl:4",)
+    findings = {finding.check: finding for finding in report.findings}
+    assert findings["dense"].rows == ("texts.jsonl:2",)
+    assert findings["render"].rows == ("texts.jsonl:4",)
     assert (report.rows, report.documents, report.tokens) == (
         4,
         len(corpus),
@@ -151,9 +151,9 @@ def test_what_is_hardly_text_is_told(renderer: Renderer, tmp_path: Path) -> None
 
 
 def test_the_separator_is_the_usual_name_or_else_the_eos_token(renderer: Renderer) -> None:
-    found = find_separator(renderer.tokenizer)
-    assert (found.id, found.text) == (258, "<|text|>")
-    assert "the EOS token" in found.reason
+    separator = find_separator(renderer.tokenizer)
+    assert (separator.id, separator.text) == (258, "<|text|>")
+    assert "the EOS token" in separator.reason
 
 
 def text(tokens: int) -> Document:
@@ -164,9 +164,9 @@ def text(tokens: int) -> Document:
 
 @given(st.integers(2, 300), st.integers(1, 80))
 def test_every_token_but_the_first_is_a_target_once(tokens: int, targets: int) -> None:
-    whole, seen, last = text(tokens), list[int](), 0
+    document, seen, last = text(tokens), list[int](), 0
     for number in range(int(count_windows(tokens, targets))):
-        window = cut_window(whole, targets, number)
+        window = cut_window(document, targets, number)
         assert (window.weights_L[0], window.tokens_L[0]) == (0, last), (
             "it begins with the last token of the one before"
         )
@@ -174,7 +174,7 @@ def test_every_token_but_the_first_is_a_target_once(tokens: int, targets: int) -
         seen += window.tokens_L[window.weights_L > 0].tolist()
         last = int(window.tokens_L[-1])
     assert seen == list(range(1, tokens))
-    assert whole.weights_L.sum() == tokens - 1, "the text itself is as it was"
+    assert document.weights_L.sum() == tokens - 1, "the text itself is as it was"
 
 
 def test_windows_are_even() -> None:
