@@ -1,9 +1,8 @@
-"""Should this be fine-tuned? Facts in, advice with its reasons out; no model, no torch.
+"""Advice: whether to fine-tune, on which rows, and at which learning rate.
 
-    situation.py  what is needed and what there is, from flags, a file, a recipe or answers
-    reason.py     what a rule says
-    rubric.py     the rules, each with its source; they stand in anyneed.py and eachneed.py
-    advice.py     the rules put together, and what would change the answer
-
-Left out: measuring prompts, retrieval and short trainings on the user's own items.
+rules/              advice from facts, without a model: questionnaire, rubric, advice
+measured/           advice from an experiment on the user's items: experiment.py is read first
+lr_finder.py        short runs at a few learning rates; lr_plot.py draws them
+curate.py           select a small set of good rows with the base model
+data_ablation.py    short runs on the selected rows and on the baselines
 """

@@ -1,11 +1,10 @@
-"""A candidate set of a few good rows, chosen by the base model itself, beside the subsets that it
-has to beat.
+"""Select a small set of good rows with the base model, next to the baselines that it has to beat.
 
-    Facts, how many -> curate -> a folder: kept.jsonl, random.jsonl, longest.jsonl, scores.jsonl
+    RunInputs, how many -> a folder: selected.jsonl, random.jsonl, longest.jsonl, scores.jsonl
 
-scores.jsonl has a line for each row of the data: its scores, the files it is in, and why it is not
-kept. Which rows are chosen is decided in data/choose.py. Left out: whether the choice trains better
-(tune/prove.py)."""
+scores.jsonl has a line for each row of the data: its scores, its files, and why it is not selected.
+The selection itself is in data/selection.py. Left out: whether it trains better (data_ablation.py).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +23,6 @@ from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Document, Json
 from tunesmith.data.checks.text_stats import extract_row_texts
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.split import encode_row
 from tunesmith.data.length_stats import iter_batches
 from tunesmith.data.neighbors import build_word_vectors, find_neighbors, normalize_rows
 from tunesmith.data.selection import (
@@ -34,43 +32,44 @@ from tunesmith.data.selection import (
     select_baselines,
     select_rows,
 )
+from tunesmith.data.split import encode_row
 from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
 from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network, wrap_model
 from tunesmith.session.inputs import RunInputs
 
-PACK_TOKENS = 2048  # tokens that are computed at once
-MAX_REASONS = 12  # kinds of reasons
+PACK_TOKENS = 2048
+MAX_REASONS = 12  # kinds of reasons that an error lists
 SCORES_FILE = "scores.jsonl"
-
-SIMILARITIES = (
-    "states",
-    "words",
-)  # by what rows are alike: the model's hidden states of their questions, their words
+SELECTED = "selected"  # the subset of the selected rows
+# compare rows by the hidden states of their questions, or by their words
+SIMILARITIES = ("states", "words")
 
 
 @dataclass(frozen=True)
 class SubsetStats:
-    """One file of rows, in numbers; of the scores the median."""
+    """One file of rows, with its median scores."""
 
     name: str
     rows: int
     answer_tokens: float
     perplexity: float
     difficulty: float
-    agreement: float | None  # with the answers to the nearest questions; none of too few rows
-    shared_rows: int  # rows that are in kept.jsonl too
+    agreement: float | None  # with the answers to the nearest questions; None for too few rows
+    shared_rows: int  # with selected.jsonl
 
 
 @dataclass(frozen=True)
 class CurationResult:
     path: str
     subsets: tuple[SubsetStats, ...]
-    reasons: dict[str, int]  # kind of reason -> rows that are not kept for it
+    reasons: dict[str, int]  # kind of reason -> rows that are not selected
 
 
 def curate(inputs: RunInputs, keep: int, path: Path, similarity: str = "states") -> CurationResult:
-    """Raises InputError for a folder that is there already, rows without answers, and nothing to
-    choose from."""
+    """Score all rows, select `keep` of them, and write the folder atomically.
+
+    Raises InputError for an existing folder, rows without answers, and when no row is good enough.
+    """
     data = inputs.datasets[ROLE]
     _check_arguments(inputs, keep, path, similarity)
     held_out = {role: rows for role, rows in inputs.datasets.items() if role != ROLE}
@@ -79,68 +78,58 @@ def curate(inputs: RunInputs, keep: int, path: Path, similarity: str = "states")
     model = wrap_model(load_network(inputs.model.path, dtype, inputs.machine.device), dtype)
     scores = score_rows(model, data, similarity)
     selected, reasons = select_rows(data, scores, excluded, keep)
+    reason_counts = Counter(_classify_reason(reason) for reason in reasons.values()).most_common()
     if not len(selected):
-        message = f"no row is good enough: {_format_reason_counts(reasons)}"
-        raise InputError(
-            message, where=data.path, fix="look at the rows with `tunesmith data check`"
-        )
-    subsets = {"kept": selected, **select_baselines(scores, len(selected), inputs.recipe.seed)}
-    source = {
+        counts = [f"{count:,} {kind}" for kind, count in reason_counts[:MAX_REASONS]]
+        message = f"no row is good enough: {', '.join(counts)}"
+        raise InputError(message, where=data.path, fix="inspect them with `tunesmith data check`")
+    subsets = {SELECTED: selected, **select_baselines(scores, len(selected), inputs.recipe.seed)}
+    metadata = {
         "source": data.fingerprint,
         "model": inputs.model.name,
         "keep": keep,
-        "likeness": similarity,
+        "similarity": similarity,
     }
-    with atomic_dir(path, metadata=source, key="--to") as folder:
+    with atomic_dir(path, metadata=metadata, key="--to") as folder:
         for name, rows in subsets.items():
             with (folder / f"{name}.jsonl").open("wb") as file:
                 file.writelines(encode_row(data, int(row)) for row in rows)
         with (folder / SCORES_FILE).open("wb") as file:
-            file.writelines(
-                dump_json(line) for line in _iter_score_lines(data, scores, subsets, reasons)
-            )
+            for line in _iter_score_lines(data, scores, subsets, reasons):
+                file.write(dump_json(line))
     stats = tuple(_summarize_subset(name, rows, scores, selected) for name, rows in subsets.items())
-    return CurationResult(
-        str(path), stats, dict(Counter(map(_classify_reason, reasons.values())).most_common())
-    )
+    return CurationResult(str(path), stats, dict(reason_counts))
 
 
 def _check_arguments(inputs: RunInputs, keep: int, path: Path, similarity: str) -> None:
     data = inputs.datasets[ROLE]
     if inputs.recipe.stage != "sft" or any(part.format == "text" for part in data.parts):
-        fix = "give questions with answers, and `stage: sft`"
-        raise InputError(
-            "rows are chosen by how questions help to answer, and these have none",
-            where="data",
-            fix=fix,
-        )
+        message = "selection needs questions with answers, and these rows have none"
+        raise InputError(message, where="data", fix="use questions with answers, and `stage: sft`")
     if keep >= len(data):
-        message = f"--keep {keep:,} of {len(data):,} rows leaves nothing to choose"
+        message = f"--keep {keep:,} of {len(data):,} rows leaves nothing to select"
         raise InputError(message, where="data curate", fix="keep fewer")
     if similarity not in SIMILARITIES:
-        fix = f"one of {', '.join(SIMILARITIES)}"
-        raise InputError(f"rows cannot be alike by {similarity!r:.40}", where="--likeness", fix=fix)
+        message = f"unknown similarity {similarity!r:.40}"
+        fix = f"use one of {', '.join(SIMILARITIES)}"
+        raise InputError(message, where="--similarity", fix=fix)
     if path.exists():
-        raise InputError(
-            "it is there already",
-            where=str(path),
-            fix="name another folder with --to, or remove it",
-        )
+        fix = "choose another folder with --to, or remove it"
+        raise InputError("the folder already exists", where=str(path), fix=fix)
 
 
 # ---------------------------------------------------------------- scores
 
 
 def score_rows(model: PackedCausalLM, data: Dataset, similarity: str = "states") -> SelectionScores:
-    """The last answer of every row, behind its question and alone; and what its neighbours
-    answer."""
+    """Score the last answer of every row, with and without its question, and its neighbors."""
     data = data.with_max_length(model.context_length, "drop")
-    nats_N2, tokens_N = np.full((len(data), 2), np.nan), np.zeros(len(data), dtype=np.int64)
-    states_NH = np.zeros(
-        (len(data) if similarity == "states" else 0, model.network.config.hidden_size), np.float32
-    )
+    num_rows = len(data)
+    nats_N2 = np.full((num_rows, 2), np.nan)  # with the question, without it
+    tokens_N = np.zeros(num_rows, dtype=np.int64)
+    states_NH = np.zeros((num_rows, model.network.config.hidden_size), np.float32)
     problems: dict[int, str] = {}
-    for rows in iter_batches(data, range(len(data))):
+    for rows in iter_batches(data, range(num_rows)):
         documents: list[Document] = []
         cells: list[tuple[int, int]] = []
         questions: dict[int, Document] = {}
@@ -156,58 +145,60 @@ def score_rows(model: PackedCausalLM, data: Dataset, similarity: str = "states")
             tokens_N[row] = np.count_nonzero(document.weights_L)
         for index, nats, _ in compute_nll(model, documents, PACK_TOKENS):
             nats_N2[cells[index]] = nats
-        if len(states_NH):
-            for index, mean_H in compute_mean_states(model, list(questions.values()), PACK_TOKENS):
-                states_NH[list(questions)[index]] = mean_H
+        if similarity == "states":
+            question_rows = list(questions)
+            means = compute_mean_states(model, list(questions.values()), PACK_TOKENS)
+            for index, mean_H in means:
+                states_NH[question_rows[index]] = mean_H
     counts_N = np.maximum(1, tokens_N)
-    usable_rows = np.setdiff1d(np.arange(len(data)), list(problems))
-    row_texts = [extract_row_texts(data.read_example(row)) for row in range(len(data))]
-    question_vectors_NV = (
-        _standardize_states(states_NH, usable_rows)
-        if len(states_NH)
-        else build_word_vectors([row.prompt for row in row_texts])
-    )
+    usable_rows = np.setdiff1d(np.arange(num_rows), list(problems))
+    row_texts = [extract_row_texts(data.read_example(row)) for row in range(num_rows)]
+    answer_vectors_NV = build_word_vectors([row.answer for row in row_texts])
+    if similarity == "states":
+        question_vectors_NV = _standardize_states(states_NH, usable_rows)
+        vectors_NV = question_vectors_NV
+    else:
+        question_vectors_NV = build_word_vectors([row.prompt for row in row_texts])
+        vectors_NV = build_word_vectors(["\n".join(row.turns) for row in row_texts])
     return SelectionScores(
         perplexity_N=np.exp(nats_N2[:, 0] / counts_N),
         difficulty_N=np.exp((nats_N2[:, 0] - nats_N2[:, 1]) / counts_N),
         answer_tokens_N=tokens_N,
         problems=problems,
-        vectors_NV=question_vectors_NV
-        if len(states_NH)
-        else build_word_vectors(["\n".join(row.turns) for row in row_texts]),
-        neighbors=find_neighbors(
-            question_vectors_NV, build_word_vectors([row.answer for row in row_texts]), usable_rows
-        ),
+        vectors_NV=vectors_NV,
+        neighbors=find_neighbors(question_vectors_NV, answer_vectors_NV, usable_rows),
     )
 
 
 def _standardize_states(states_NH: np.ndarray, usable_rows: np.ndarray) -> np.ndarray:
-    """Directions from the middle, every dimension of one width: as they are, states of whatever
-    texts point nearly the same way, by a few large dimensions (Timkey and van Schijndel 2021, arXiv
-    2109.04404)."""
-    directions_NH, usable_states_UH = np.zeros_like(states_NH), states_NH[usable_rows]
-    directions_NH[usable_rows] = (usable_states_UH - usable_states_UH.mean(axis=0)) / np.maximum(
-        1e-6, usable_states_UH.std(axis=0)
-    )
+    """Center and scale every dimension, then normalize.
+
+    Raw states of any texts point nearly the same way, because of a few large dimensions (Timkey and
+    van Schijndel 2021, arXiv 2109.04404).
+    """
+    usable_UH = states_NH[usable_rows]
+    directions_NH = np.zeros_like(states_NH)
+    centered_UH = usable_UH - usable_UH.mean(axis=0)
+    directions_NH[usable_rows] = centered_UH / np.maximum(1e-6, usable_UH.std(axis=0))
     return normalize_rows(directions_NH)
 
 
 def extract_last_answer(document: Document) -> tuple[Document, int]:
-    """The document up to its last trained run, with that run alone as targets of equal weight; and
-    where it begins."""
+    """Return the document up to the end of its last answer, and where that answer starts.
+
+    Only that answer is supervised, with equal weights.
+    """
     trained_positions = np.flatnonzero(document.weights_L > 0)
     breaks = np.flatnonzero(np.diff(trained_positions) > 1)
-    first, last = (
-        int(trained_positions[breaks[-1] + 1 if len(breaks) else 0]),
-        int(trained_positions[-1]),
-    )
-    weights_L = np.zeros(last + 1, dtype=np.float32)
-    weights_L[first:] = 1
-    return Document(document.id, document.tokens_L[: last + 1], weights_L), first
+    start = int(trained_positions[breaks[-1] + 1 if len(breaks) else 0])
+    end = int(trained_positions[-1]) + 1
+    weights_L = np.zeros(end, dtype=np.float32)
+    weights_L[start:] = 1
+    return Document(document.id, document.tokens_L[:end], weights_L), start
 
 
 def drop_question(document: Document, answer_start: int) -> Document:
-    """The answer without its question: behind the one token before it, which the template wrote."""
+    """Return the answer alone, after the one template token before it."""
     return dataclasses.replace(
         document,
         tokens_L=document.tokens_L[answer_start - 1 :],
@@ -216,13 +207,13 @@ def drop_question(document: Document, answer_start: int) -> Document:
 
 
 def extract_question(document: Document, answer_start: int) -> Document:
-    """What stands before the answer, each token but the first a target."""
+    """Return everything before the answer, with all tokens but the first as targets."""
     weights_L = np.ones(answer_start, dtype=np.float32)
     weights_L[0] = 0
     return Document(document.id, document.tokens_L[:answer_start], weights_L)
 
 
-# ---------------------------------------------------------------- what is said of them
+# ---------------------------------------------------------------- output
 
 
 def _iter_score_lines(
@@ -232,49 +223,40 @@ def _iter_score_lines(
     reasons: dict[int, str],
 ) -> Iterator[Json]:
     files = {name: set(rows.tolist()) for name, rows in subsets.items()}
-    neighbour_scores = scores.neighbors
+    neighbors = scores.neighbors
     for row in range(len(data)):
         row_scores = {
             "perplexity": scores.perplexity_N[row],
             "difficulty": scores.difficulty_N[row],
-            "agreement": neighbour_scores.answer_similarity_N[row],
-            "neighbours_agreement": neighbour_scores.neighbor_agreement_N[row],
+            "agreement": neighbors.answer_similarity_N[row],
+            "neighbors_agreement": neighbors.neighbor_agreement_N[row],
         }
+        rounded: Json = {}
+        for name, value in row_scores.items():
+            rounded[name] = None if math.isnan(value) else round(float(value), 4)
+        nearest: list[str] = []
+        if not math.isnan(neighbors.answer_similarity_N[row]):
+            nearest = [data.get_id(index) for index in neighbors.nearest_NK[row].tolist()]
         yield {
             "id": data.get_id(row),
             "files": [name for name, rows in files.items() if row in rows],
             "reason": reasons.get(row, ""),
-            **{
-                name: None if math.isnan(value) else round(float(value), 4)
-                for name, value in row_scores.items()
-            },
+            **rounded,
             "answer_tokens": int(scores.answer_tokens_N[row]),
-            "nearest": []
-            if math.isnan(neighbour_scores.answer_similarity_N[row])
-            else [
-                data.get_id(neighbour) for neighbour in neighbour_scores.nearest_NK[row].tolist()
-            ],
+            "nearest": nearest,
         }
 
 
 def _summarize_subset(
     name: str, rows: np.ndarray, scores: SelectionScores, selected: np.ndarray
 ) -> SubsetStats:
-    columns = (
-        scores.answer_tokens_N,
-        scores.perplexity_N,
-        scores.difficulty_N,
-        scores.neighbors.answer_similarity_N,
-    )
-    tokens, perplexity, difficulty, agreement = (
-        float(np.nanmedian(values[rows])) for values in columns
-    )
+    agreement = float(np.nanmedian(scores.neighbors.answer_similarity_N[rows]))
     return SubsetStats(
         name=name,
         rows=len(rows),
-        answer_tokens=tokens,
-        perplexity=perplexity,
-        difficulty=difficulty,
+        answer_tokens=float(np.median(scores.answer_tokens_N[rows])),
+        perplexity=float(np.nanmedian(scores.perplexity_N[rows])),
+        difficulty=float(np.nanmedian(scores.difficulty_N[rows])),
         agreement=None if math.isnan(agreement) else agreement,
         shared_rows=len(np.intersect1d(rows, selected)),
     )
@@ -287,8 +269,3 @@ def _classify_reason(reason: str) -> str:
     if reason.startswith("similar to "):
         return "similar to a selected row"
     return reason.partition(":")[0]
-
-
-def _format_reason_counts(reasons: dict[int, str]) -> str:
-    counts = Counter(map(_classify_reason, reasons.values())).most_common(MAX_REASONS)
-    return ", ".join(f"{count:,} {kind}" for kind, count in counts)

@@ -1,26 +1,27 @@
-"""Does the choice train better? Short runs on each subset from the same start, told apart on
-held-out rows.
+"""Test whether the selected rows train better: short runs on each subset from the same start.
 
-    Plan, Facts, the folder of `data curate` -> try_subsets -> Trained ...; conclude -> Proof
+    plan, inputs, the folder of `data curate` -> train_subsets -> SubsetRuns
+    summarize_ablation(plan, runs, steps) -> AblationResult
 
-The kept rows, random ones and the longest, of one size, and the whole: one base load, as many steps
-of as many rows each, with the plan's values. A second seed draws other random rows and takes all in
-another order; values of a held-out row are then means over the seeds. Nothing is measured on
-`test_data`, and rehearsal is left out. Intervals are of held-out rows; how far seeds differ is told
-beside them."""
+The selected rows, random ones and the longest, equally many, and all rows: one base model, equally
+many steps and rows per step, with the settings of the plan. A second seed draws other random rows
+and another order; values of a held-out row are then means over the seeds. `test_data` is not read,
+and there is no rehearsal. Intervals are over held-out rows; the differences by seed are reported
+next to them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tunesmith.advise.curate import SCORES_FILE
+from tunesmith.advise.curate import SCORES_FILE, SELECTED
 from tunesmith.advise.lr_finder import limit_items, select_eval_items
 from tunesmith.core.atomic import read_manifest
 from tunesmith.core.errors import GateError, InputError
@@ -39,38 +40,36 @@ from tunesmith.train.loop import TrainingLoop
 
 STEPS = 30
 HELD_OUT_TOKENS = 16_000
-SELECTED, ALL_ROWS = "kept", "whole"
+ALL_ROWS = "all"
 
 
 @dataclass(frozen=True, eq=False)
 class SubsetRun:
-    """One short run; `name` is empty for the model before any."""
+    """One short run; without a name, the untrained model."""
 
     name: str
     seed: int
     rows: int
-    tokens: int  # that were trained on, answers alone
+    tokens: int  # supervised
     held_out: MetricValues
 
 
 @dataclass(frozen=True)
 class SubsetArm:
-    """One subset, over all seeds. `against`: the kept rows beside it, by held-out row (`after` is
-    the kept rows); `by_seed` their difference in each seed. None and empty for the kept rows
-    themselves."""
+    """One subset, over all seeds."""
 
     name: str
     rows: int
-    tokens: int  # in a run
+    tokens: int  # of a run
     loss: float
     low: float
     high: float
-    comparison: Comparison | None
+    comparison: Comparison | None  # before: this subset, after: the selection, whose own is None
     seed_differences: tuple[float, ...]
 
     @property
     def verdict(self) -> str:
-        """Of the kept rows against these: better, worse, or no difference shown."""
+        """Of the selection against this subset: better, worse, or no difference shown."""
         return "" if self.comparison is None else judge_comparison(self.comparison)
 
 
@@ -88,8 +87,10 @@ class AblationResult:
 def train_subsets(
     plan: Plan, inputs: RunInputs, folder: Path, *, steps: int = STEPS, seeds: int = 1
 ) -> Iterator[SubsetRun]:
-    """The untrained model first, then every subset with every seed. Raises InputError without
-    held-out rows, and for a folder of other rows."""
+    """Yield the untrained model, then every subset with every seed.
+
+    Raises InputError without held-out rows, and for a folder made from other rows.
+    """
     items = select_held_out_items(plan, inputs)
     subsets = read_subsets(inputs, folder)
     session = open_session(plan, inputs)
@@ -100,42 +101,46 @@ def train_subsets(
             if name == "random" and seed > plan.config.seed:
                 rows = sample_rows(subsets[ALL_ROWS], len(rows), seed)
             restore_weights(session.model.network, start_weights)
-            documents_of = _make_document_loader(session, rows, steps, seed)
             training = TrainingLoop(
-                session.model, documents_of, plan.config, steps=steps, warmup_steps=steps // 10
+                session.model,
+                _make_document_loader(session, rows, steps, seed),
+                plan.config,
+                steps=steps,
+                warmup_steps=steps // 10,
             )
             tokens = _train_subset(training, name)
             yield SubsetRun(name, seed, len(rows), tokens, measure_eval_loss(session, items))
 
 
 def select_held_out_items(plan: Plan, inputs: RunInputs) -> EvalItems:
-    """Raises InputError without any."""
+    """Raises InputError without held-out rows."""
     items = select_eval_items(plan, inputs)
     if not items.eval_documents:
-        message = "no held-out rows to tell the subsets apart by; test_data is for the end"
-        raise InputError(
-            message, where="data curate --prove", fix="give eval_data, or --eval-split 0.1"
-        )
+        message = "no held-out rows: test_data is reserved for the final result"
+        fix = "set eval_data, or --eval-split 0.1"
+        raise InputError(message, where="data curate --ablate", fix=fix)
     return limit_items(items, HELD_OUT_TOKENS)
 
 
 def read_subsets(inputs: RunInputs, folder: Path) -> dict[str, np.ndarray]:
-    """Rows of each file that `data curate` wrote, and of the whole: what can be trained on."""
+    """Return the trainable rows of each file that `data curate` wrote, and of all data."""
     data = inputs.datasets[ROLE]
     if read_manifest(folder).get("source") != data.fingerprint:
-        raise InputError("the folder was made of other rows", where=str(folder), fix="choose again")
+        message = "the folder was made from other rows"
+        raise InputError(message, where=str(folder), fix="run `tunesmith data curate` again")
     subsets: dict[str, list[int]] = {SELECTED: [], "random": [], "longest": [], ALL_ROWS: []}
     rows_by_id = {data.get_id(row): row for row in range(len(data))}
     for line in (folder / SCORES_FILE).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        if record["id"] not in rows_by_id:
-            raise InputError(
-                f"{record['id']} is not in the data",
-                where=str(folder / SCORES_FILE),
-                fix="choose again",
-            )
-        for name in (*record["files"], *([ALL_ROWS] if record["perplexity"] is not None else ())):
-            subsets[name].append(rows_by_id[record["id"]])
+        row = rows_by_id.get(record["id"])
+        if row is None:
+            where = str(folder / SCORES_FILE)
+            fix = "run `tunesmith data curate` again"
+            raise InputError(f"{record['id']} is not in the data", where=where, fix=fix)
+        for name in record["files"]:
+            subsets[name].append(row)
+        if record["perplexity"] is not None:
+            subsets[ALL_ROWS].append(row)
     return {name: np.array(rows, dtype=np.int64) for name, rows in subsets.items()}
 
 
@@ -147,80 +152,72 @@ def _make_document_loader(
     sampler = StepSampler(
         num_rows=len(rows), batch_size=batch_size, epochs=epochs, seed=seed, max_steps=steps
     )
-    return lambda step: [
-        document
-        for index in sampler.get_rows(step)
-        for document in session.rows.render_documents(int(rows[index]))
-    ]
+
+    def load_documents(step: int) -> list[Document]:
+        documents: list[Document] = []
+        for index in sampler.get_rows(step):
+            documents += session.rows.render_documents(int(rows[index]))
+        return documents
+
+    return load_documents
 
 
 def _train_subset(training: TrainingLoop, name: str) -> int:
-    """Tokens of the answers. Raises GateError where losses are no numbers."""
+    """Return the supervised tokens. Raises GateError for a non-finite loss."""
     try:
         return sum(event.supervised_tokens for event in training if isinstance(event, TrainStep))
     except GateError as error:
-        where, fix = (
-            f"data curate --prove, {name}",
-            "lower learning_rate: `tunesmith tune lr` tries five",
-        )
+        where = f"data curate --ablate, {name}"
+        fix = "lower learning_rate: `tunesmith tune lr` tests five"
         raise GateError(error.message, where=where, fix=fix) from error
 
 
-# ---------------------------------------------------------------- what is concluded
+# ---------------------------------------------------------------- result
 
 
 def summarize_ablation(plan: Plan, subset_runs: Sequence[SubsetRun], steps: int) -> AblationResult:
-    """`trained` as `try_subsets` gave them, after so many steps."""
+    """Summarize the runs of train_subsets, each of so many steps."""
     untrained, *runs = subset_runs
     runs_by_subset: dict[str, list[SubsetRun]] = {}
     for run in runs:
         runs_by_subset.setdefault(run.name, []).append(run)
-    base_score, seeds = compute_score(untrained.held_out), len(runs_by_subset[SELECTED])
+    base_score = compute_score(untrained.held_out)
+    selected_runs = runs_by_subset[SELECTED]
     return AblationResult(
         steps=steps,
         batch_size=require(plan.config.batch_size),
-        seeds=seeds,
+        seeds=len(selected_runs),
         items=base_score.n,
         metric=untrained.held_out.metric,
         base_loss=base_score.value,
-        arms=tuple(
-            _build_arm(name, arm_runs, runs_by_subset) for name, arm_runs in runs_by_subset.items()
-        ),
+        arms=tuple(_build_arm(arm_runs, selected_runs) for arm_runs in runs_by_subset.values()),
     )
 
 
-def _build_arm(
-    name: str, runs: Sequence[SubsetRun], runs_by_subset: Mapping[str, Sequence[SubsetRun]]
-) -> SubsetArm:
-    mean_values, selected_runs = (
-        average_measurements([run.held_out for run in runs]),
-        runs_by_subset[SELECTED],
-    )
-    arm_score = compute_score(mean_values)
-    comparison, seed_differences = None, ()
-    if name != SELECTED:
-        comparison = compare_measurements(
-            mean_values, average_measurements([run.held_out for run in selected_runs])
-        )
-        pairs = zip(runs, selected_runs, strict=True)
-        seed_differences = tuple(
-            compare_measurements(run.held_out, selected_run.held_out).difference
-            for run, selected_run in pairs
-        )
-    tokens = round(sum(run.tokens for run in runs) / len(runs))
+def _build_arm(runs: Sequence[SubsetRun], selected_runs: Sequence[SubsetRun]) -> SubsetArm:
+    mean = average_measurements([run.held_out for run in runs])
+    score = compute_score(mean)
+    comparison: Comparison | None = None
+    seed_differences: list[float] = []
+    if runs[0].name != SELECTED:
+        selected_mean = average_measurements([run.held_out for run in selected_runs])
+        comparison = compare_measurements(mean, selected_mean)
+        for run, selected_run in zip(runs, selected_runs, strict=True):
+            by_seed = compare_measurements(run.held_out, selected_run.held_out)
+            seed_differences.append(by_seed.difference)
     return SubsetArm(
-        name,
-        runs[0].rows,
-        tokens,
-        arm_score.value,
-        arm_score.low,
-        arm_score.high,
-        comparison,
-        seed_differences,
+        name=runs[0].name,
+        rows=runs[0].rows,
+        tokens=round(sum(run.tokens for run in runs) / len(runs)),
+        loss=score.value,
+        low=score.low,
+        high=score.high,
+        comparison=comparison,
+        seed_differences=tuple(seed_differences),
     )
 
 
 def average_measurements(measurements: Sequence[MetricValues]) -> MetricValues:
-    """Of one measure on the same items, item by item."""
+    """Average measurements of one metric on the same items, item by item."""
     values = np.mean([measurement.values for measurement in measurements], axis=0)
     return dataclasses.replace(measurements[0], values=tuple(values.tolist()))

@@ -1,13 +1,13 @@
-"""The learning-rate test: short runs at a few rates from the same start, picked by the held-out
-loss.
+"""Find a learning rate: short runs at a few rates from the same start, compared on held-out rows.
 
-    points = list(try_rates(plan, facts))      one base load; each rate starts from the same weights
-    conclude(base, points) -> RateTest          which rate, and from which on the model collapses
+    trials = list(try_rates(plan, inputs))      one base model; each rate starts from its weights
+    summarize_trials(plan, trials)              -> LRFinderResult: which rate, and where it diverges
 
-A rate collapses when its loss is not finite, rises by a fifth above the lowest it had, its gradient
-is ten times the usual one, or the held-out loss is worse than the untrained model's. Higher ones
-are not tried. `test_data` is not looked at. Left out: printing and drawing (curve.py), and what a
-longer run would prefer, which is often a little less."""
+A rate collapses when its loss is not finite or rises by a fifth above its minimum, its gradient is
+ten times the median, or its held-out loss is worse than the untrained model's. Higher rates are not
+tried. `test_data` is not read. Left out: plotting (lr_plot.py), and what a longer run would prefer,
+which is often a slightly lower rate.
+"""
 
 from __future__ import annotations
 
@@ -28,26 +28,28 @@ from tunesmith.session.session import Session, open_session
 from tunesmith.train.loop import TrainingLoop
 
 STEPS = 40
-RATE_FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # of the plan's rate
+RATE_FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # times the planned rate
 HELD_OUT_TOKENS = 8_000
-LOSS_SMOOTHING, MAX_LOSS_RISE, MAX_GRAD_JUMP = 0.2, 1.2, 10.0
-SETTLING_STEPS = 5  # steps after which a loss and a gradient have a usual size
+LOSS_SMOOTHING = 0.2  # weight of the last step in the moving average
+MAX_LOSS_RISE = 1.2  # times the minimum
+MIN_LOSS_RISE = 0.05  # nats: near 0 a fifth is nothing
+MAX_GRAD_JUMP = 10.0  # times the median
+SETTLING_STEPS = 5  # before these, losses and gradients are not judged
 
 
 @dataclass(frozen=True, eq=False)
 class LRTrial:
-    """One rate; rate 0 is the model before any training."""
+    """One rate; rate 0 is the untrained model."""
 
     learning_rate: float
     losses: tuple[float, ...]  # of each step
-    held_out: MetricValues | None  # none when the weights are of no use
-    collapse_reason: str = ""  # how it shows
+    held_out: MetricValues | None  # None when the weights are unusable
+    collapse_reason: str = ""
 
 
 @dataclass(frozen=True)
 class LRPoint:
-    """One rate as it is reported. `change`: of the held-out loss against the chosen rate's, paired
-    by row, with its interval; empty for the chosen one and for those that collapsed."""
+    """One rate as it is reported."""
 
     learning_rate: float
     loss: float | None
@@ -55,44 +57,44 @@ class LRPoint:
     high: float | None
     losses: tuple[float, ...]
     collapse_reason: str
+    # of the held-out loss to the chosen rate's, paired by row: difference, low, high; empty for the
+    # chosen rate and for a collapse
     difference: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class LRFinderResult:
-    """`chosen`: that of the lowest held-out loss, none when every rate collapsed. `as_good`: what
-    cannot be told from it."""
-
     metric: str
     steps: int
     rows: int
     base_loss: float
     points: tuple[LRPoint, ...]
-    chosen_rate: float | None
-    similar_rates: tuple[float, ...]
-    collapse_rate: float | None
+    chosen_rate: float | None  # lowest held-out loss; None when every rate collapsed
+    similar_rates: tuple[float, ...]  # not significantly different from it
+    collapse_rate: float | None  # the lowest
     planned_rate: float
     caveats: tuple[str, ...] = ()
 
 
 def select_eval_items(plan: Plan, inputs: RunInputs) -> EvalItems:
-    """What short trainings are told apart by; no answer is graded, so no metric is asked for."""
-    no_metrics = PlanValue((), "rule", "no answers are looked at")
+    """Return the held-out rows; without metrics, since no answers are generated."""
+    no_metrics = PlanValue((), "rule", "no answers are graded")
     return build_eval_items(plan.with_settings(metrics=no_metrics), inputs)
 
 
 def try_rates(plan: Plan, inputs: RunInputs, *, steps: int = STEPS) -> Iterator[LRTrial]:
-    """The untrained model first, then the rates from low to high. Raises InputError without
-    held-out rows."""
+    """Yield the untrained model, then the rates from low to high, until one collapses.
+
+    Raises InputError without held-out rows, and for preference pairs.
+    """
     if plan.config.stage == "preference":
-        fix = "start from the plan's rate, and compare two runs"
-        raise InputError(
-            "a held-out loss does not say how well pairs are told apart", where="stage", fix=fix
-        )
+        message = "the held-out loss does not measure preference accuracy"
+        fix = "start from the planned rate, and compare two runs"
+        raise InputError(message, where="stage", fix=fix)
     items = select_eval_items(plan, inputs)
     if not items.has_training_eval:
-        message = "no held-out rows to pick by; test_data is for the end"
-        raise InputError(message, where="eval_data", fix="give eval_data, or --eval-split 0.1")
+        message = "no held-out rows: test_data is reserved for the final result"
+        raise InputError(message, where="eval_data", fix="set eval_data, or --eval-split 0.1")
     items = limit_items(items, HELD_OUT_TOKENS)
     session = open_session(plan, inputs)
     start_weights = copy_weights(session.model.network)
@@ -107,8 +109,9 @@ def try_rates(plan: Plan, inputs: RunInputs, *, steps: int = STEPS) -> Iterator[
 
 
 def limit_items(items: EvalItems, max_tokens: int) -> EvalItems:
-    """Of the rows to select by, the first ones, until they have so many tokens."""
-    tokens, end = 0, 0
+    """Keep the first eval documents, until they have `max_tokens` tokens."""
+    tokens = 0
+    end = 0
     while end < len(items.eval_documents) and tokens < max_tokens:
         tokens += len(items.eval_documents[end])
         end += 1
@@ -122,92 +125,75 @@ def _run_trial(session: Session, items: EvalItems, rate: float, steps: int) -> L
     )
     train_steps: list[TrainStep] = []
     collapse_reason = ""
+    is_finite = True
     try:
         for event in training:
             if isinstance(event, TrainStep):
                 train_steps.append(event)
             elif isinstance(event, CheckResult) and event.kind == "non-finite":
-                collapse_reason = f"loss or gradient not finite at step {event.step}"
+                collapse_reason = f"non-finite loss or gradient at step {event.step}"
     except GateError:
-        return LRTrial(rate, _collect_losses(train_steps), None, "loss or gradient not finite")
-    collapse_reason = collapse_reason or detect_collapse(train_steps)
-    return LRTrial(
-        rate, _collect_losses(train_steps), measure_eval_loss(session, items), collapse_reason
-    )
-
-
-def _collect_losses(train_steps: Sequence[TrainStep]) -> tuple[float, ...]:
-    return tuple(step.loss for step in train_steps)
+        is_finite = False
+        collapse_reason = "non-finite loss or gradient"
+    losses = tuple(step.loss for step in train_steps)
+    held_out = measure_eval_loss(session, items) if is_finite else None
+    return LRTrial(rate, losses, held_out, collapse_reason or detect_collapse(train_steps))
 
 
 def detect_collapse(train_steps: Sequence[TrainStep]) -> str:
-    """What in the course of the steps shows a collapse, or nothing. Losses are smoothed: steps
-    differ in their rows."""
-    smoothed_loss, lowest_loss = 0.0, float("inf")
+    """Return how the steps show a collapse, or nothing. Losses are smoothed, since rows differ."""
+    smoothed_loss = 0.0
+    lowest_loss = float("inf")
     for index, step in enumerate(train_steps):
-        smoothed_loss = (
-            step.loss
-            if index == 0
-            else (1 - LOSS_SMOOTHING) * smoothed_loss + LOSS_SMOOTHING * step.loss
-        )
+        smoothed_loss += (LOSS_SMOOTHING if index else 1.0) * (step.loss - smoothed_loss)
         if index < SETTLING_STEPS:
             continue
-        median_grad_norm = statistics.median(
-            earlier_step.grad_norm for earlier_step in train_steps[:index]
-        )
-        if step.grad_norm > MAX_GRAD_JUMP * median_grad_norm > 0:
-            return f"the gradient is {step.grad_norm / median_grad_norm:.0f} times the usual one at step {step.step}"
+        grad_norm = statistics.median(earlier.grad_norm for earlier in train_steps[:index])
+        if step.grad_norm > MAX_GRAD_JUMP * grad_norm > 0:
+            ratio = step.grad_norm / grad_norm
+            return f"the gradient is {ratio:.0f} times the median at step {step.step}"
         lowest_loss = min(lowest_loss, smoothed_loss)
-        if (
-            smoothed_loss > MAX_LOSS_RISE * lowest_loss and smoothed_loss - lowest_loss > 0.05
-        ):  # nats: near 0 a fifth is nothing
-            return (
-                f"the loss rises from {lowest_loss:.3f} to {smoothed_loss:.3f} at step {step.step}"
-            )
+        rise = smoothed_loss - lowest_loss
+        if smoothed_loss > MAX_LOSS_RISE * lowest_loss and rise > MIN_LOSS_RISE:
+            losses = f"{lowest_loss:.3f} to {smoothed_loss:.3f}"
+            return f"the loss rises from {losses} at step {step.step}"
     return ""
 
 
 def summarize_trials(plan: Plan, trials: Sequence[LRTrial]) -> LRFinderResult:
-    """`trials` as `try_rates` gave them."""
+    """Choose a rate from the trials of try_rates."""
     untrained, *rate_trials = trials
     assert untrained.held_out is not None
     base_score = compute_score(untrained.held_out)
     rate_trials = [_mark_worse_than_base(trial, base_score.value) for trial in rate_trials]
-    sound_trials = [
-        trial for trial in rate_trials if trial.held_out is not None and not trial.collapse_reason
-    ]
-    best = min(sound_trials, key=_get_held_out_loss, default=None)
+    collapsed = [trial for trial in rate_trials if trial.collapse_reason]
+    sound = [trial for trial in rate_trials if trial.held_out and not trial.collapse_reason]
+    best = min(sound, key=_get_held_out_loss, default=None)
     points = tuple(_build_point(trial, best) for trial in rate_trials)
-    similar_rates = tuple(
-        point.learning_rate
-        for point in points
-        if point.difference and point.difference[1] <= 0 <= point.difference[2]
-    )
-    collapse_rate = next(
-        (trial.learning_rate for trial in rate_trials if trial.collapse_reason), None
-    )
+    similar_rates: list[float] = []
+    for point in points:
+        if point.difference and point.difference[1] <= 0 <= point.difference[2]:
+            similar_rates.append(point.learning_rate)
     return LRFinderResult(
         metric=untrained.held_out.metric,
         steps=len(rate_trials[0].losses),
         rows=base_score.n,
         base_loss=base_score.value,
         points=points,
-        chosen_rate=None if best is None else best.learning_rate,
-        similar_rates=similar_rates,
-        collapse_rate=collapse_rate,
+        chosen_rate=best.learning_rate if best else None,
+        similar_rates=tuple(similar_rates),
+        collapse_rate=collapsed[0].learning_rate if collapsed else None,
         planned_rate=plan.config.learning_rate,
         caveats=tuple(_iter_caveats(best, rate_trials, similar_rates)),
     )
 
 
 def _mark_worse_than_base(trial: LRTrial, base_loss: float) -> LRTrial:
-    """A rate after which the model is worse than before has collapsed too."""
+    """Mark a rate as collapsed if the model is worse than before training."""
     if trial.collapse_reason or trial.held_out is None or _get_held_out_loss(trial) <= base_loss:
         return trial
-    return dataclasses.replace(
-        trial,
-        collapse_reason=f"held out, it is worse than before training ({_get_held_out_loss(trial):.3f})",
-    )
+    reason = f"held-out loss {_get_held_out_loss(trial):.3f} is worse than before training"
+    return dataclasses.replace(trial, collapse_reason=reason)
 
 
 def _get_held_out_loss(trial: LRTrial) -> float:
@@ -216,25 +202,22 @@ def _get_held_out_loss(trial: LRTrial) -> float:
 
 
 def _build_point(trial: LRTrial, best: LRTrial | None) -> LRPoint:
+    rate = trial.learning_rate
     if trial.held_out is None:
-        return LRPoint(trial.learning_rate, None, None, None, trial.losses, trial.collapse_reason)
-    loss_score, difference = compute_score(trial.held_out), ()
-    if (
-        best is not None
-        and best.held_out is not None
-        and trial is not best
-        and not trial.collapse_reason
-    ):
+        return LRPoint(rate, None, None, None, trial.losses, trial.collapse_reason)
+    score = compute_score(trial.held_out)
+    difference: tuple[float, ...] = ()
+    if best is not None and best.held_out and trial is not best and not trial.collapse_reason:
         comparison = compare_measurements(best.held_out, trial.held_out)
         difference = (comparison.difference, comparison.low, comparison.high)
     return LRPoint(
-        trial.learning_rate,
-        loss_score.value,
-        loss_score.low,
-        loss_score.high,
-        trial.losses,
-        trial.collapse_reason,
-        difference,
+        learning_rate=rate,
+        loss=score.value,
+        low=score.low,
+        high=score.high,
+        losses=trial.losses,
+        collapse_reason=trial.collapse_reason,
+        difference=difference,
     )
 
 
@@ -242,10 +225,11 @@ def _iter_caveats(
     best: LRTrial | None, rate_trials: Sequence[LRTrial], similar_rates: Sequence[float]
 ) -> Iterator[str]:
     if best is None:
-        yield "every rate collapsed: start much lower, and look at the rows"
+        yield "every rate collapsed: start much lower, and inspect the rows"
     elif best is rate_trials[-1]:
-        yield "the highest rate that was tried is the best: a higher one may be better still"
+        yield "the highest rate tried is the best: a higher one may be better"
     elif best is rate_trials[0]:
-        yield "the lowest rate that was tried is the best: a lower one may be better still"
+        yield "the lowest rate tried is the best: a lower one may be better"
     if similar_rates:
-        yield f"cannot be told from it: {', '.join(f'{rate:g}' for rate in similar_rates)}"
+        rates = ", ".join(f"{rate:g}" for rate in similar_rates)
+        yield f"not significantly different: {rates}"

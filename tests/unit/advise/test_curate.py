@@ -23,53 +23,56 @@ ROWS = [
 
 
 @pytest.fixture
-def known(tiny_folder: Path, tmp_path: Path) -> RunInputs:
+def run_inputs(tiny_folder: Path, tmp_path: Path) -> RunInputs:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return tunesmith.api.load_inputs(model=str(tiny_folder), data=str(tmp_path / "train.jsonl"))
 
 
-def nats(network: torch.nn.Module, tokens: list[int], first: int) -> float:
-    """Of tokens from `first` on, by the stock model."""
+def compute_nats(network: torch.nn.Module, tokens: list[int], first: int) -> float:
+    """Return the loss of the tokens from `first` on, by the stock model."""
     with torch.no_grad():
         logits = network(torch.tensor([tokens])).logits[0, first - 1 : -1].double()
     return float(-logits.log_softmax(-1)[range(len(tokens) - first), tokens[first:]].sum())
 
 
-def test_scores_are_those_of_the_stock_model(known: RunInputs, tiny_folder: Path) -> None:
-    data = known.datasets["data"]
-    found = score_rows(wrap_model(load_network(tiny_folder, torch.float32), torch.float32), data)
+def test_scores_are_those_of_the_stock_model(run_inputs: RunInputs, tiny_folder: Path) -> None:
+    data = run_inputs.datasets["data"]
+    scores = score_rows(wrap_model(load_network(tiny_folder, torch.float32), torch.float32), data)
     stock = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     for row in (0, 7):
         (document,) = data.render_documents(row)
         tokens, first = document.tokens_L.tolist(), int(np.flatnonzero(document.weights_L)[0])
         tokens = tokens[: int(np.flatnonzero(document.weights_L)[-1]) + 1]
         count = len(tokens) - first
-        given, alone = nats(stock, tokens, first), nats(stock, tokens[first - 1 :], 1)
-        assert found.answer_tokens_N[row] == count
-        assert found.perplexity_N[row] == pytest.approx(math.exp(given / count), rel=1e-4)
-        assert found.difficulty_N[row] == pytest.approx(math.exp((given - alone) / count), rel=1e-4)
+        with_question = compute_nats(stock, tokens, first)
+        alone = compute_nats(stock, tokens[first - 1 :], 1)
+        assert scores.answer_tokens_N[row] == count
+        assert scores.perplexity_N[row] == pytest.approx(math.exp(with_question / count), rel=1e-4)
+        assert scores.difficulty_N[row] == pytest.approx(
+            math.exp((with_question - alone) / count), rel=1e-4
+        )
 
 
 def test_states_of_questions_are_means_of_the_stock_models(
-    known: RunInputs, tiny_folder: Path
+    run_inputs: RunInputs, tiny_folder: Path
 ) -> None:
-    data = known.datasets["data"]
-    found = score_rows(
+    data = run_inputs.datasets["data"]
+    vectors = score_rows(
         wrap_model(load_network(tiny_folder, torch.float32), torch.float32), data, "states"
     ).vectors_NV
     stock = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     means = []
     for row in range(len(data)):
         (document,) = data.render_documents(row)
-        asked = document.tokens_L[: int(np.flatnonzero(document.weights_L)[0]) - 1].tolist()
+        question = document.tokens_L[: int(np.flatnonzero(document.weights_L)[0]) - 1].tolist()
         with torch.no_grad():
             means.append(
-                stock.base_model(torch.tensor([asked])).last_hidden_state[0].mean(0).numpy()
+                stock.base_model(torch.tensor([question])).last_hidden_state[0].mean(0).numpy()
             )
-    wanted = np.stack(means)
-    wanted = (wanted - wanted.mean(axis=0)) / wanted.std(axis=0)
+    expected = np.stack(means)
+    expected = (expected - expected.mean(axis=0)) / expected.std(axis=0)
     np.testing.assert_allclose(
-        found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-3
+        vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=2e-3
     )
 
 
@@ -80,52 +83,52 @@ def test_the_last_answer_of_a_conversation_is_scored() -> None:
     assert document.weights_L.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
 
 
-def test_files_of_a_choice_hold_rows_as_they_are_and_a_line_for_every_row(
-    known: RunInputs, tmp_path: Path
+def test_the_files_hold_unchanged_rows_and_a_score_for_every_row(
+    run_inputs: RunInputs, tmp_path: Path
 ) -> None:
     to = tmp_path / "golden"
-    curated = tunesmith.data_curate(known, keep=3, to=to)
+    curated = tunesmith.data_curate(run_inputs, keep=3, to=to)
     assert verify_dir(to) == ""
     source = (tmp_path / "train.jsonl").read_text().splitlines()
     for subset in curated.subsets:
         lines = (to / f"{subset.name}.jsonl").read_text().splitlines()
         assert len(lines) == subset.rows == curated.subsets[0].rows <= 3
         assert set(lines) <= set(source)
-    told = [json.loads(line) for line in (to / "scores.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in told] == [f"train.jsonl:{n}" for n in range(1, 13)]
-    assert all(("kept" in line["files"]) == (not line["reason"]) for line in told)
-    assert all(len(line["nearest"]) == 5 for line in told)
-    kept = [source[n] for n, line in enumerate(told) if "kept" in line["files"]]
-    assert kept == (to / "kept.jsonl").read_text().splitlines()
-    assert sum(curated.reasons.values()) == 12 - len(kept)
+    lines = [json.loads(line) for line in (to / "scores.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"train.jsonl:{n}" for n in range(1, 13)]
+    assert all(("selected" in line["files"]) == (not line["reason"]) for line in lines)
+    assert all(len(line["nearest"]) == 5 for line in lines)
+    selected = [source[n] for n, line in enumerate(lines) if "selected" in line["files"]]
+    assert selected == (to / "selected.jsonl").read_text().splitlines()
+    assert sum(curated.reasons.values()) == 12 - len(selected)
 
 
 @pytest.mark.parametrize(
-    ("changes", "keep", "what"),
+    ("changes", "keep", "message"),
     [
-        ({}, 12, "leaves nothing to choose"),
-        ({"stage": "cpt", "data": "text.jsonl"}, 1, "these have none"),
+        ({}, 12, "leaves nothing to select"),
+        ({"stage": "cpt", "data": "text.jsonl"}, 1, "these rows have none"),
     ],
     ids=["all", "texts"],
 )
-def test_what_cannot_be_chosen_from_is_refused(
+def test_unusable_arguments_are_refused(
     tiny_folder: Path,
     tmp_path: Path,
-    known: RunInputs,
+    run_inputs: RunInputs,
     changes: dict[str, str],
     keep: int,
-    what: str,
+    message: str,
 ) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
     changes = {
         key: str(tmp_path / value) if key == "data" else value for key, value in changes.items()
     }
-    wish = {"model": str(tiny_folder), "data": str(tmp_path / "train.jsonl"), **changes}
-    with pytest.raises(InputError, match=what):
-        tunesmith.data_curate(wish, keep=keep, to=tmp_path / "golden")
+    recipe = {"model": str(tiny_folder), "data": str(tmp_path / "train.jsonl"), **changes}
+    with pytest.raises(InputError, match=message):
+        tunesmith.data_curate(recipe, keep=keep, to=tmp_path / "golden")
     assert not (tmp_path / "golden").exists()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="cannot be alike by 'colour'"):
-        tunesmith.data_curate(known, keep=3, to=tmp_path / "golden", likeness="colour")
-    with pytest.raises(InputError, match="there already"):
-        tunesmith.data_curate(known, keep=3, to=tmp_path / "mine")
+    with pytest.raises(InputError, match="unknown similarity 'colour'"):
+        tunesmith.data_curate(run_inputs, keep=3, to=tmp_path / "golden", similarity="colour")
+    with pytest.raises(InputError, match="already exists"):
+        tunesmith.data_curate(run_inputs, keep=3, to=tmp_path / "mine")

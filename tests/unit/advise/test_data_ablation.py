@@ -1,5 +1,4 @@
-"""Short trainings on a choice and on what it has to beat: one start, the same rows by seed, and
-what is concluded."""
+"""Short runs on the selected rows and on the baselines: one start, one order per seed."""
 
 import dataclasses
 import json
@@ -20,7 +19,7 @@ from tunesmith.evaluate.results import MetricValues
 from tunesmith.session import inputs
 
 
-def gathered(tiny_folder: Path, tmp_path: Path, **changed: Any) -> inputs.RunInputs:
+def make_inputs(tiny_folder: Path, tmp_path: Path, **changed: Any) -> inputs.RunInputs:
     rows = write_rows(tmp_path / "many.jsonl", sums(1, 30))
     files = measured_files(tmp_path / "held out")
     values = {
@@ -33,19 +32,19 @@ def gathered(tiny_folder: Path, tmp_path: Path, **changed: Any) -> inputs.RunInp
 
 
 @pytest.fixture
-def known(tiny_folder: Path, tmp_path: Path) -> inputs.RunInputs:
-    return gathered(tiny_folder, tmp_path)
+def run_inputs(tiny_folder: Path, tmp_path: Path) -> inputs.RunInputs:
+    return make_inputs(tiny_folder, tmp_path)
 
 
-def chosen(folder: Path) -> Path:
-    """What `data curate` writes, in short."""
+def write_curated(folder: Path) -> Path:
+    """Write what `data curate` writes, in short."""
     folder.mkdir()
     lines = []
     for row in range(1, 31):
         files = [
             name
             for name, rows in {
-                "kept": range(1, 7),
+                "selected": range(1, 7),
                 "random": range(4, 10),
                 "longest": (30,),
             }.items()
@@ -59,82 +58,83 @@ def chosen(folder: Path) -> Path:
 
 
 def test_every_subset_starts_from_the_same_weights_and_is_trained_on_its_rows(
-    known: inputs.RunInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_inputs: inputs.RunInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = chosen(tmp_path / "golden")
+    folder = write_curated(tmp_path / "golden")
     monkeypatch.setattr(
         data_ablation,
         "read_manifest",
-        lambda _: {"source": known.datasets["data"].fingerprint},
+        lambda _: {"source": run_inputs.datasets["data"].fingerprint},
     )
-    *trained, proof = tunesmith.data_prove(known, folder=folder, steps=5, seeds=2)
-    assert isinstance(proof, AblationResult)
-    assert [(one.name, one.seed, one.rows) for one in trained if isinstance(one, SubsetRun)] == [
+    *runs, result = tunesmith.data_ablate(run_inputs, folder=folder, steps=5, seeds=2)
+    assert isinstance(result, AblationResult)
+    assert [(run.name, run.seed, run.rows) for run in runs if isinstance(run, SubsetRun)] == [
         ("", 0, 0),
         *(
             (name, seed, rows)
             for seed in (0, 1)
-            for name, rows in (("kept", 6), ("random", 6), ("longest", 1), ("whole", 29))
+            for name, rows in (("selected", 6), ("random", 6), ("longest", 1), ("all", 29))
         ),
     ]
     assert (
-        parse_as(AblationResult, read_json(folder / "proof.json"))
-        == proof
-        == parse_as(AblationResult, to_jsonable(proof))
+        parse_as(AblationResult, read_json(folder / "ablation.json"))
+        == result
+        == parse_as(AblationResult, to_jsonable(result))
     )
-    again = list(tunesmith.data_prove(known, folder=folder, steps=5))
-    alone = [one.held_out for one in again if isinstance(one, SubsetRun)]
-    assert alone == [one.held_out for one in trained[:5] if isinstance(one, SubsetRun)]
-    assert len({one.values for one in alone}) == 5
+    repeated = list(tunesmith.data_ablate(run_inputs, folder=folder, steps=5))
+    held_out = [run.held_out for run in repeated if isinstance(run, SubsetRun)]
+    assert held_out == [run.held_out for run in runs[:5] if isinstance(run, SubsetRun)]
+    assert len({measurement.values for measurement in held_out}) == 5
 
 
-def test_it_needs_held_out_rows_and_the_rows_that_were_chosen_from(
+def test_it_needs_held_out_rows_and_the_same_data(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without = gathered(tiny_folder, tmp_path, eval_data=(), test_data=())
+    without = make_inputs(tiny_folder, tmp_path, eval_data=(), test_data=())
     with pytest.raises(InputError, match="no held-out rows") as refusal:
-        next(tunesmith.data_prove(without, folder=tmp_path))
+        next(tunesmith.data_ablate(without, folder=tmp_path))
     assert "--eval-split" in refusal.value.fix
-    known = gathered(tiny_folder, tmp_path)
-    monkeypatch.setattr(data_ablation, "read_manifest", lambda _: {"source": "of other rows"})
-    with pytest.raises(InputError, match="made of other rows"):
-        next(tunesmith.data_prove(known, folder=chosen(tmp_path / "golden")))
+    run_inputs = make_inputs(tiny_folder, tmp_path)
+    monkeypatch.setattr(data_ablation, "read_manifest", lambda _: {"source": "other rows"})
+    with pytest.raises(InputError, match="made from other rows"):
+        next(tunesmith.data_ablate(run_inputs, folder=write_curated(tmp_path / "golden")))
 
 
-def run(name: str, seed: int, *values: float) -> SubsetRun:
-    measured = MetricValues("eval", "loss", ("a", "b", "c", "d"), values, higher_is_better=False)
-    return SubsetRun(name, seed, 3, 10, measured)
+def make_run(name: str, seed: int, *values: float) -> SubsetRun:
+    held_out = MetricValues("eval", "loss", ("a", "b", "c", "d"), values, higher_is_better=False)
+    return SubsetRun(name, seed, 3, 10, held_out)
 
 
 @pytest.fixture
-def plan(known: inputs.RunInputs) -> Plan:
-    return inputs.make_plan(known)
+def plan(run_inputs: inputs.RunInputs) -> Plan:
+    return inputs.make_plan(run_inputs)
 
 
-def test_what_wins_what_loses_and_what_cannot_be_told_are_said(plan: Plan) -> None:
-    base = run("", 0, 3, 3, 3, 3)
-    runs = [run("kept", 0, 1.0, 1.1, 1.2, 1.3), run("random", 0, 2.0, 2.1, 2.3, 2.3)]
-    runs += [run("longest", 0, 0.5, 0.7, 0.7, 0.8), run("whole", 0, 1.4, 0.7, 1.1, 1.4)]
-    proof = summarize_ablation(plan, [base, *runs], 5)
-    assert [arm.verdict for arm in proof.arms] == ["", "better", "worse", "no difference shown"]
+def test_the_conclusion_names_wins_losses_and_ties(plan: Plan) -> None:
+    base = make_run("", 0, 3, 3, 3, 3)
+    runs = [make_run("selected", 0, 1.0, 1.1, 1.2, 1.3), make_run("random", 0, 2.0, 2.1, 2.3, 2.3)]
+    runs += [make_run("longest", 0, 0.5, 0.7, 0.7, 0.8), make_run("all", 0, 1.4, 0.7, 1.1, 1.4)]
+    result = summarize_ablation(plan, [base, *runs], 5)
+    assert [arm.verdict for arm in result.arms] == ["", "better", "worse", "no difference shown"]
     assert (
-        format_conclusion(proof)
-        == "kept beside random: is beaten by it, longest: trains better, whole: no difference shown"
+        format_conclusion(result)
+        == "random: worse than the selection, longest: better than the selection, "
+        "all: no difference shown"
     )
-    assert proof.arms[1].comparison is not None
-    assert proof.arms[1].comparison.difference == pytest.approx(-1.025)
+    assert result.arms[1].comparison is not None
+    assert result.arms[1].comparison.difference == pytest.approx(-1.025)
 
 
-def test_seeds_are_averaged_by_item_and_a_quarrel_between_them_is_said(plan: Plan) -> None:
+def test_seeds_are_averaged_by_item_and_their_disagreement_is_reported(plan: Plan) -> None:
     runs = [
-        run("kept", 0, 1, 1, 1, 1.1),
-        run("random", 0, 2, 2, 2, 2.2),
-        run("kept", 1, 3, 3, 3, 3),
-        run("random", 1, 2.5, 2.5, 2.5, 2.5),
+        make_run("selected", 0, 1, 1, 1, 1.1),
+        make_run("random", 0, 2, 2, 2, 2.2),
+        make_run("selected", 1, 3, 3, 3, 3),
+        make_run("random", 1, 2.5, 2.5, 2.5, 2.5),
     ]
-    proof = summarize_ablation(plan, [run("", 0, 3, 3, 3, 3), *runs], 5)
-    random = proof.arms[1]
-    assert (proof.seeds, random.loss) == (2, pytest.approx(2.275))
+    result = summarize_ablation(plan, [make_run("", 0, 3, 3, 3, 3), *runs], 5)
+    random = result.arms[1]
+    assert (result.seeds, random.loss) == (2, pytest.approx(2.275))
     assert random.seed_differences == (pytest.approx(-1.025), pytest.approx(0.5))
-    assert format_conclusion(proof).endswith("seeds disagree on random")
-    assert "seeds" not in format_conclusion(dataclasses.replace(proof, arms=proof.arms[:1]))
+    assert format_conclusion(result).endswith("seeds disagree on random")
+    assert "seeds" not in format_conclusion(dataclasses.replace(result, arms=result.arms[:1]))

@@ -1,1 +1,1 @@
-"""Advice by measurement on the user's rows."""
+"""Advice from an experiment on the user's items; experiment.py is read first."""

@@ -1,17 +1,17 @@
-"""What can be tried on the user's items: prompts, retrieval, a schema that is enforced, short
-trainings.
+"""List what can be tried on the user's items: prompts, retrieval, a schema, short trainings.
 
-    what there is -> every Arm, in the order in which they are worth their time
+    ArmOptions -> every Arm, the most useful first
 
-An Arm says how each item is asked and what is trained before; it is plain values, so it names its
-result on disk. Arms that differ only in form and seed are one row of the table. Left out: running
-them (asking.py), which fit (budget.py)."""
+An Arm says how each item is prompted and what is trained before; it holds plain values, so it is
+the key of its result on disk. Arms that differ only in shot layout and seed share a row of the
+table. Left out: running them (run_arm.py) and which fit in the time (time_budget.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from tunesmith.advise.measured.prompting import SHOT_LAYOUTS
 
@@ -19,46 +19,47 @@ SHOT_COUNTS = (2, 4, 8)
 TRAINING_SIZES = (25, 50, 100, 200, 400)
 SEEDS = (0, 1, 2)
 PASSAGE_COUNTS = (1, 3)
-DEFAULT_SHOTS, DEFAULT_LAYOUT = 4, "turns"
+DEFAULT_SHOTS = 4
+DEFAULT_LAYOUT = "turns"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """`seed`: which examples are shown or trained, and in which order."""
+    """A way to answer the items; `seed` picks and orders the rows that are shown or trained on."""
 
     shots: int = 0
     shot_layout: str = DEFAULT_LAYOUT
     seed: int = 0
     passages: int = 0
     is_constrained: bool = False
-    examples: int = 0  # trained on, before asking
+    examples: int = 0  # rows to train on first
 
     @property
     def row_key(self) -> Arm:
-        """What it has in common with others in its row of the table."""
+        """The arm without shot layout and seed, which identifies its row of the table."""
         return dataclasses.replace(self, shot_layout=DEFAULT_LAYOUT, seed=0)
 
     @property
     def name(self) -> str:
-        parts = [f"LoRA on {self.examples} examples"] if self.examples else []
-        parts += [f"{self.shots} shots"] if self.shots else []
-        parts += (
-            [f"retrieval of {self.passages} passage{'s' * (self.passages > 1)}"]
-            if self.passages
-            else []
-        )
-        parts += ["schema enforced"] if self.is_constrained else []
+        parts: list[str] = []
+        if self.examples:
+            parts.append(f"LoRA on {self.examples} examples")
+        if self.shots:
+            parts.append(f"{self.shots} shots")
+        if self.passages:
+            parts.append(f"retrieval of {self.passages} passage{'s' * (self.passages > 1)}")
+        if self.is_constrained:
+            parts.append("schema enforced")
         return ", ".join(parts) or "zero-shot"
 
     @property
     def variant(self) -> str:
-        """What sets it apart within its row."""
+        """What distinguishes it within its row."""
         return f"{self.shot_layout}, seed {self.seed}" if self.shots else f"seed {self.seed}"
 
     @property
     def cost_key(self) -> tuple[bool, bool, int, bool, int, int]:
-        """The order of cost: what must be trained after what must only be looked up, that after
-        what must only be said, and there by how much."""
+        """Sort key by cost: training over retrieval over prompting, then by amount."""
         return (
             bool(self.examples),
             bool(self.passages),
@@ -71,53 +72,46 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmOptions:
-    """What there is to try with."""
+    """What is available for arms."""
 
-    rows: int  # training rows that can be shown or trained
+    rows: int  # training rows that can be shown or trained on
     has_documents: bool
     has_schema: bool
 
 
 def build_arms(options: ArmOptions) -> list[Arm]:
-    """Each once; the first are worth their time the most."""
-    return [arm for arm in dict.fromkeys(_iter_arms()) if _is_possible(arm, options)]
+    """Return each possible arm once, the most useful first."""
+    return [arm for arm in dict.fromkeys(_list_arms()) if _is_possible(arm, options)]
 
 
-def _iter_arms() -> Iterator[Arm]:
+def _list_arms() -> list[Arm]:
     single, several = PASSAGE_COUNTS
-    yield from (
+    arms = [
         Arm(),
         Arm(is_constrained=True),
         Arm(passages=several),
         Arm(shots=DEFAULT_SHOTS),
         Arm(passages=single),
-    )
-    yield from (
         Arm(examples=100),
         Arm(shots=DEFAULT_SHOTS, shot_layout="labelled"),
         Arm(examples=25),
-    )
-    yield from (
         Arm(shots=DEFAULT_SHOTS, passages=several),
         Arm(shots=DEFAULT_SHOTS, is_constrained=True),
-    )
-    yield Arm(shots=DEFAULT_SHOTS, passages=single)
-    yield from (Arm(examples=50), Arm(examples=200))
-    yield from (Arm(shots=shots) for shots in SHOT_COUNTS)
-    yield from (Arm(examples=100, passages=several), Arm(examples=400))
+        Arm(shots=DEFAULT_SHOTS, passages=single),
+        Arm(examples=50),
+        Arm(examples=200),
+        *(Arm(shots=shots) for shots in SHOT_COUNTS),
+        Arm(examples=100, passages=several),
+        Arm(examples=400),
+    ]
     for seed in SEEDS:
-        yield from (
-            Arm(shots=DEFAULT_SHOTS, shot_layout=shot_layout, seed=seed)
-            for shot_layout in SHOT_LAYOUTS
-        )
-        yield from (Arm(examples=examples, seed=seed) for examples in TRAINING_SIZES[:3])
+        arms += [Arm(shots=DEFAULT_SHOTS, shot_layout=name, seed=seed) for name in SHOT_LAYOUTS]
+        arms += [Arm(examples=examples, seed=seed) for examples in TRAINING_SIZES[:3]]
     for seed in SEEDS:
-        yield from (
-            Arm(shots=shots, shot_layout=shot_layout, seed=seed)
-            for shots in SHOT_COUNTS
-            for shot_layout in SHOT_LAYOUTS
-        )
-        yield from (Arm(examples=examples, seed=seed) for examples in TRAINING_SIZES[3:])
+        for shots, name in product(SHOT_COUNTS, SHOT_LAYOUTS):
+            arms.append(Arm(shots=shots, shot_layout=name, seed=seed))
+        arms += [Arm(examples=examples, seed=seed) for examples in TRAINING_SIZES[3:]]
+    return arms
 
 
 def _is_possible(arm: Arm, options: ArmOptions) -> bool:

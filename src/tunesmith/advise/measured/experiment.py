@@ -1,10 +1,9 @@
-"""Should this be fine-tuned, by measure: every way that fits into the minutes, on the user's items.
-Read this first.
+"""Measure whether to fine-tune: try every approach that fits in the minutes, on the user's items.
 
-    Plan, Facts, documents, minutes -> Begun, then each Outcome as it ends, then MeasuredAdvice
+    plan, inputs, documents, config -> ExperimentStart, each ArmResult as it ends, MeasuredAdvice
 
-The model is loaded once. What was found before is taken from the folder and costs nothing, so a
-measure that was killed goes on where it was. Only `eval_data` is asked; `test_data` stays unread.
+Read this first. The model is loaded once. Stored results are reused, so an interrupted experiment
+continues. Only `eval_data` is used; `test_data` is not read.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from tunesmith.advise.measured.run_arm import (
     select_items,
 )
 from tunesmith.advise.measured.time_budget import (
+    ANSWER_MARGIN,
     TokenTimings,
     count_fitting_items,
     count_train_tokens,
@@ -61,23 +61,22 @@ from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.provenance import hash_weight_files
 
-KNOWLEDGE_TIME_SHARE, MIN_KNOWLEDGE_ROWS = (
-    0.1,
-    10,
-)  # of the minutes; training rows under which their knowledge is not looked at
-MAX_POOL_ROWS = 400  # training rows that are looked through for what can be shown or trained
+KNOWLEDGE_TIME_SHARE = 0.1  # of the minutes
+MIN_KNOWLEDGE_ROWS = 10  # fewer training rows are not checked
+MAX_POOL_ROWS = 400  # training rows that may be shown or trained on
+# recipe keys that do not change an answer
+IGNORED_SETTINGS = ("output_dir", "metrics", "eval_steps", "save_steps", "guard")
 
 
 @dataclass(frozen=True)
 class ExperimentStart:
-    """What is going to be tried, and what has no room in the minutes. `test_rows`: held-out rows
-    that are kept for the test of a run, where the recipe names no test_data."""
+    """The arms that will run, and those that do not fit in the minutes."""
 
     model: str
     items: int
     available_items: int
-    test_rows: int
-    seconds: float  # expected, of what is not there yet
+    test_rows: int  # held out as test_data, where the recipe names none
+    seconds: float  # estimate for the arms without a stored result
     arms: tuple[Arm, ...]
     skipped: tuple[Arm, ...]
 
@@ -90,10 +89,6 @@ class SkippedArm:
 
 @dataclass(frozen=True)
 class MeasuredAdvice:
-    """`recall`: of the right answer among the first k passages, by k; empty without documents.
-    `no_knowledge`: why the knowledge of training answers was not looked at. `loose`: what the
-    grammar leaves of the schema to the model."""
-
     model: str
     metric: str
     items: int
@@ -104,11 +99,11 @@ class MeasuredAdvice:
     learning_curve: LearningCurve | None
     knowledge: KnowledgeResult | None
     knowledge_skip_reason: str
-    recall: dict[int, Score]
+    recall: dict[int, Score]  # of the answer in the first k passages, by k
     skipped: tuple[SkippedArm, ...]
-    unenforced: tuple[str, ...]
+    unenforced: tuple[str, ...]  # parts of the schema that the grammar does not enforce
     target: float | None
-    minutes: float  # that this call took
+    minutes: float  # of this call
     folder: str
 
 
@@ -122,7 +117,7 @@ class ExperimentConfig:
 
 @dataclass(frozen=True)
 class ArmSpeed:
-    """Measured once for a folder, so that a measure that goes on asks the same items."""
+    """Stored once per folder, so that a continued experiment uses the same items."""
 
     timings: TokenTimings
     items: int
@@ -131,9 +126,12 @@ class ArmSpeed:
 def advise_measured(
     plan: Plan, inputs: RunInputs, passages: PassageIndex | None, config: ExperimentConfig
 ) -> Iterator[ExperimentStart | ArmResult | MeasuredAdvice]:
-    """Raises InputError without items, for a metric or schema that cannot be used, and where an
-    item has no room."""
-    started = time.perf_counter()
+    """Run the experiment.
+
+    Raises InputError without items, for an unusable metric or schema, and for an item that exceeds
+    the context.
+    """
+    start = time.perf_counter()
     metrics = _validate_metrics(plan, config)
     items = select_items(inputs)
     check_prompts(build_prompts(items, inputs.renderer), metrics, inputs.response_schema)
@@ -141,57 +139,46 @@ def advise_measured(
     runner = ArmRunner.from_plan(plan, inputs, items, passages, store.answer_cache)
     runner, timings = _limit_items(runner, store, config.minutes)
     options = ArmOptions(
-        len(sample_examples(runner.rows, 0, MAX_POOL_ROWS)),
-        passages is not None,
-        inputs.response_schema is not None,
+        rows=len(sample_examples(runner.rows, 0, MAX_POOL_ROWS)),
+        has_documents=passages is not None,
+        has_schema=inputs.response_schema is not None,
     )
-    experiment = _Experiment(runner, store, timings, started + 60 * config.minutes)
+    experiment = _Experiment(runner, store, timings, start + 60 * config.minutes)
     arms = build_arms(options)
     yield experiment.describe_start(arms, len(items))
     yield from experiment.run_arms(arms[:1])
     experiment.measure_knowledge()
     yield from experiment.run_arms(arms[1:])
-    yield _build_advice(experiment, metrics, len(items), config, time.perf_counter() - started)
+    yield _build_advice(experiment, metrics, len(items), config, time.perf_counter() - start)
 
 
 def _validate_metrics(plan: Plan, config: ExperimentConfig) -> tuple[str, ...]:
-    """The metrics, the deciding one first."""
+    """Return the metrics that grade answers, the deciding one first."""
     if plan.config.stage != "sft":
-        message = f"questions are asked and answered; stage: {plan.config.stage} has none"
-        raise InputError(
-            message,
-            where="stage",
-            fix="measure with `stage: sft` and rows of questions with answers",
-        )
+        message = f"stage: {plan.config.stage} has no questions with answers to measure"
+        raise InputError(message, where="stage", fix="use `stage: sft`")
     if not 0 < config.minutes < math.inf:
-        raise InputError(
-            "there is no time to measure in", where="--minutes", fix="give some: --minutes 10"
-        )
+        raise InputError("must be a positive number", where="--minutes", fix="--minutes 10")
     if config.target is not None and not 0 < config.target <= 1:
-        raise InputError(f"a score lies between 0 and 1, not {config.target:g}", where="--target")
+        raise InputError(f"must be between 0 and 1, not {config.target:g}", where="--target")
+    choices = ", ".join(METRICS)
     if config.metric is not None and split_metric(config.metric)[0] not in METRICS:
-        raise InputError(
-            f"there is no metric {config.metric!r:.60}",
-            where="--metric",
-            fix=f"use {', '.join(METRICS)}",
-        )
-    metrics = tuple(
-        name for name in plan.config.metrics if split_metric(name)[0] in METRICS
-    )  # likelihoods and code are not asked
+        message = f"unknown metric {config.metric!r:.60}"
+        raise InputError(message, where="--metric", fix=f"use {choices}")
+    # likelihoods and custom code are left out
+    metrics = tuple(name for name in plan.config.metrics if split_metric(name)[0] in METRICS)
     if not metrics and config.metric is None:
-        message = "none of the metrics grades an answer by itself"
-        raise InputError(
-            message, where="metrics", fix=f"name one with --metric: {', '.join(METRICS)}"
-        )
+        message = "none of the metrics grades answers"
+        raise InputError(message, where="metrics", fix=f"choose one with --metric: {choices}")
     primary = config.metric or choose_primary_metric(metrics)
     return (primary, *(name for name in metrics if name != primary))
 
 
 def _build_fingerprint(plan: Plan, inputs: RunInputs, passages: PassageIndex | None) -> Json:
-    """All that answers depend on, but the items and the arm."""
-    ignored_settings = ("output_dir", "metrics", "eval_steps", "save_steps", "guard")
+    """Return everything that answers depend on, except the items and the arm."""
+    recipe = {key: value for key, value in plan.recipe.items() if key not in IGNORED_SETTINGS}
     return {
-        "recipe": {key: value for key, value in plan.recipe.items() if key not in ignored_settings},
+        "recipe": recipe,
         "model": hash_weight_files(inputs.model.path),
         "renderer": inputs.renderer.fingerprint,
         "day": plan.config.now[:10] if inputs.renderer.has_date else "",
@@ -204,25 +191,28 @@ def _build_fingerprint(plan: Plan, inputs: RunInputs, passages: PassageIndex | N
 def _limit_items(
     runner: ArmRunner, store: ResultStore, minutes: float
 ) -> tuple[ArmRunner, TokenTimings]:
-    """With as many items as the minutes allow, and how fast they go."""
-    arm_speed = store.get("pace", ArmSpeed)
-    if arm_speed is None:
+    """Return a runner with as many items as the minutes allow, and its speed."""
+    speed = store.get("speed", ArmSpeed)
+    if speed is None:
         timings = measure_timings(runner)
-        arm_speed = ArmSpeed(timings, count_fitting_items(runner, timings, 60 * minutes))
-        store.put("pace", arm_speed)
-    return dataclasses.replace(runner, items=runner.items[: arm_speed.items]), arm_speed.timings
+        speed = ArmSpeed(timings, count_fitting_items(runner, timings, 60 * minutes))
+        store.put("speed", speed)
+    return dataclasses.replace(runner, items=runner.items[: speed.items]), speed.timings
 
 
 class _Experiment:
-    """What has been found, and the clock."""
+    """The results so far, and the clock."""
 
     def __init__(
         self, runner: ArmRunner, store: ResultStore, timings: TokenTimings, deadline: float
     ) -> None:
-        self.runner, self.store, self.timings, self.deadline = runner, store, timings, deadline
+        self.runner = runner
+        self.store = store
+        self.timings = timings
+        self.deadline = deadline
         self.item_ids = [example.id for example in runner.items]
         self.results: list[ArmResult] = []
-        # of what the last arms took to what was expected: a busy machine changes its pace
+        # measured over estimated seconds of the last arms: a busy machine changes speed
         self.time_ratio = 1.0
         self.skipped: list[SkippedArm] = []
         self.knowledge: KnowledgeResult | None = None
@@ -232,35 +222,27 @@ class _Experiment:
         missing = [arm for arm in arms if self._load_result(arm) is None]
         remaining_seconds = self.deadline - time.perf_counter()
         fitting, skipped = split_by_budget(missing, remaining_seconds, self._estimate_seconds)
-        seconds = sum(map(self._estimate_seconds, fitting))
-        selected = tuple(arm for arm in arms if arm not in skipped)
         inputs = self.runner.inputs
-        test_rows = 0 if inputs.recipe.test_data else len(inputs.datasets["test_data"])
         return ExperimentStart(
-            self.runner.plan.model.name,
-            len(self.item_ids),
-            available_items,
-            test_rows,
-            seconds,
-            selected,
-            tuple(skipped),
+            model=self.runner.plan.model.name,
+            items=len(self.item_ids),
+            available_items=available_items,
+            test_rows=0 if inputs.recipe.test_data else len(inputs.datasets["test_data"]),
+            seconds=sum(self._estimate_seconds(arm) for arm in fitting),
+            arms=tuple(arm for arm in arms if arm not in skipped),
+            skipped=tuple(skipped),
         )
 
     def run_arms(self, arms: Sequence[Arm]) -> Iterator[ArmResult]:
-        """Each as it ends; those without room in the time that is left are left out."""
+        """Yield each result as it ends; arms that do not fit in the remaining time are skipped."""
         for arm in arms:
-            if (result := self._load_result(arm)) is None:
-                arm_seconds, remaining_seconds = (
-                    self._estimate_seconds(arm),
-                    self.deadline - time.perf_counter(),
-                )
+            result = self._load_result(arm)
+            if result is None:
+                arm_seconds = self._estimate_seconds(arm)
+                remaining_seconds = self.deadline - time.perf_counter()
                 if self.results and arm_seconds > remaining_seconds:
-                    self.skipped.append(
-                        SkippedArm(
-                            arm,
-                            f"about {arm_seconds:.0f} s, {max(0, remaining_seconds):.0f} s were left",
-                        )
-                    )
+                    remaining = f"{max(0, remaining_seconds):.0f} s left"
+                    self.skipped.append(SkippedArm(arm, f"about {arm_seconds:.0f} s, {remaining}"))
                     continue
                 result = self._try_arm(arm)
             if result is not None:
@@ -272,43 +254,39 @@ class _Experiment:
             result = run_arm(self.runner, arm)
         except (InputError, GateError) as error:
             if not self.results:
-                raise  # the plain question itself cannot be asked
+                raise  # without the zero-shot baseline there is no experiment
             self.skipped.append(SkippedArm(arm, error.message))
             return None
         self.store.put(self._build_key(arm), result)
         if arm.examples:
             tokens = self.time_ratio * count_train_tokens(self.runner, self.timings, arm)
-            self.timings = dataclasses.replace(
-                self.timings, train_seconds=result.train_seconds / max(tokens, 1e-9)
-            )
+            train_seconds = result.train_seconds / max(tokens, 1e-9)
+            self.timings = dataclasses.replace(self.timings, train_seconds=train_seconds)
         else:
-            self.time_ratio *= (
-                result.total_seconds / max(self._estimate_seconds(arm), 1e-9)
-            ) ** 0.5  # half of the way, in logarithms
+            # the square root goes half of the way, in logarithms
+            ratio = result.total_seconds / max(self._estimate_seconds(arm), 1e-9)
+            self.time_ratio *= ratio**0.5
         return result
 
     def measure_knowledge(self) -> None:
-        """The knowledge check, on as many rows as its share of the time allows."""
+        """Check prior knowledge on as many rows as its share of the time allows."""
         if self.knowledge_skip_reason:
             return
         self.knowledge = self.store.get("knowledge", KnowledgeResult)
         if self.knowledge is not None:
             return
-        timings, remaining_seconds = self.timings, self.deadline - time.perf_counter()
-        row_seconds = (
-            self.time_ratio
-            * NUM_SHOT_SETS
-            * (1 + NUM_SAMPLES)
-            * (
-                timings.row_tokens * timings.prefill_seconds
-                + 1.3 * timings.answer_tokens * timings.decode_seconds
-            )
-        )
-        num_rows = min(
-            MAX_ROWS, int(KNOWLEDGE_TIME_SHARE * remaining_seconds / max(row_seconds, 1e-9))
-        )
+        timings = self.timings
+        answer_seconds = ANSWER_MARGIN * timings.answer_tokens * timings.decode_seconds
+        prompt_seconds = timings.row_tokens * timings.prefill_seconds
+        num_answers = NUM_SHOT_SETS * (1 + NUM_SAMPLES)
+        row_seconds = self.time_ratio * num_answers * (prompt_seconds + answer_seconds)
+        available_seconds = KNOWLEDGE_TIME_SHARE * (self.deadline - time.perf_counter())
+        num_rows = min(MAX_ROWS, int(available_seconds / max(row_seconds, 1e-9)))
         if num_rows < MIN_KNOWLEDGE_ROWS:
-            self.knowledge_skip_reason = f"{MIN_KNOWLEDGE_ROWS} rows would take {MIN_KNOWLEDGE_ROWS * row_seconds:.0f} s, over a tenth of the time"
+            seconds = MIN_KNOWLEDGE_ROWS * row_seconds
+            self.knowledge_skip_reason = (
+                f"{MIN_KNOWLEDGE_ROWS} rows would take {seconds:.0f} s, over a tenth of the time"
+            )
             return
         self.knowledge = check_knowledge(self.runner, num_rows)
         self.store.put("knowledge", self.knowledge)
@@ -330,11 +308,11 @@ def _build_advice(
     config: ExperimentConfig,
     seconds: float,
 ) -> MeasuredAdvice:
-    runner, inputs = experiment.runner, experiment.runner.inputs
-    grader = ArmGrader(
-        build_prompts(runner.items, inputs.renderer), metrics[0], metrics, inputs.response_schema
-    )
+    runner = experiment.runner
+    questions = build_prompts(runner.items, runner.inputs.renderer)
+    grader = ArmGrader(questions, metrics[0], metrics, runner.inputs.response_schema)
     rows = build_table(experiment.results, grader)
+    skipped_arms = [skipped.arm for skipped in experiment.skipped]
     is_constrained = any(result.arm.is_constrained for result in experiment.results)
     return MeasuredAdvice(
         model=runner.plan.model.name,
@@ -342,9 +320,7 @@ def _build_advice(
         items=len(experiment.item_ids),
         available_items=available_items,
         training_rows=len(runner.rows),
-        decision=make_decision(
-            rows, config.target, [skipped_arm.arm for skipped_arm in experiment.skipped]
-        ),
+        decision=make_decision(rows, config.target, skipped_arms),
         rows=rows,
         learning_curve=_fit_learning_curve(experiment.results, grader, config.target),
         knowledge=experiment.knowledge,
@@ -361,7 +337,7 @@ def _build_advice(
 def _fit_learning_curve(
     results: Sequence[ArmResult], grader: ArmGrader, target: float | None
 ) -> LearningCurve | None:
-    """Through plain trainings: those with passages learn something else."""
+    """Fit trainings without passages, since those with passages learn something else."""
     scores: dict[int, list[Sequence[float]]] = {}
     for result in results:
         if result.arm.examples and not result.arm.passages:
@@ -373,15 +349,13 @@ def _measure_recall(runner: ArmRunner) -> dict[int, Score]:
     if runner.passages is None:
         return {}
     questions = build_prompts(runner.items, runner.inputs.renderer)
-    pairs = zip(runner.items, questions, strict=True)
-    ranks = [
-        runner.passages.find_rank(get_question(item), question.expected) for item, question in pairs
-    ]
+    ranks: list[int | None] = []
+    for item, question in zip(runner.items, questions, strict=True):
+        ranks.append(runner.passages.find_rank(get_question(item), question.expected))
     recall: dict[int, Score] = {}
     for cutoff in RECALL_CUTOFFS:
         hits = sum(rank is not None and rank <= cutoff for rank in ranks)
         low, high = compute_wilson_interval(hits, len(ranks))
-        recall[cutoff] = Score(
-            "passages", f"recall@{cutoff}", hits / len(ranks), low, high, len(ranks), 0
-        )
+        name = f"recall@{cutoff}"
+        recall[cutoff] = Score("passages", name, hits / len(ranks), low, high, len(ranks), 0)
     return recall

@@ -1,10 +1,11 @@
-"""What has been found so far, on disk: one file an arm, written when the arm has ended.
+"""Store results on disk: one file per arm, written when the arm has finished.
 
-    Kept(folder, identity).get(arm, kind) / .put(arm, found); .answers, for evaluate/cache.py
+    ResultStore(folder, fingerprint).get(key, ArmResult) / .put(key, result) / .answer_cache
 
-A file's name is a hash of all that its content depends on (model, rows, items, documents, arm), so
-a measure that was stopped goes on where it was, a second one costs nothing, and nothing stale is
-taken. Recipes may share a folder."""
+A file's name is a hash of everything that its content depends on (model, rows, items, documents,
+arm), so an interrupted experiment continues, a repeated one is free, and no stale result is used.
+Recipes may share a folder.
+"""
 
 from __future__ import annotations
 
@@ -22,37 +23,35 @@ T = TypeVar("T")
 
 
 class ResultStore:
-    """Raises InputError for a folder that cannot be made."""
+    """Raises InputError for a folder that cannot be created."""
 
     def __init__(self, folder: Path, fingerprint: Json) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
+        self.folder = folder
+        self.fingerprint = fingerprint
         if folder.exists() and not folder.is_dir():
-            raise InputError(
-                "there is a file of this name", where=f"--out: {folder}", fix="name a folder"
-            )
+            raise InputError("not a folder", where=f"--out: {folder}", fix="name a folder")
         make_dirs(folder)
         remove_leftovers(folder)
 
     @property
     def answer_cache(self) -> AnswerCache:
-        """Where single answers of the untrained model are kept, also of what has not ended."""
-        return AnswerCache(
-            self.folder / ANSWERS_FILE, hashlib.sha256(dump_json(self.fingerprint)).hexdigest()
-        )
+        """Single answers of the untrained model, those of unfinished arms included."""
+        digest = hashlib.sha256(dump_json(self.fingerprint)).hexdigest()
+        return AnswerCache(self.folder / ANSWERS_FILE, digest)
 
-    def get(self, name: Any, result_type: type[T]) -> T | None:
-        """None where there is nothing, or what cannot be read any more."""
-        path = self._build_path(name)
+    def get(self, key: Any, result_type: type[T]) -> T | None:
+        """Return None for a result that is missing, truncated or of another version."""
+        path = self._build_path(key)
         if not path.is_file():
             return None
         try:
-            return parse_as(result_type, read_json(path)["found"], where=str(path))
+            return parse_as(result_type, read_json(path)["result"], where=str(path))
         except (InputError, KeyError, TypeError):
-            return None  # cut or of another version: it is found again
+            return None
 
-    def put(self, name: Any, result: Any) -> None:
-        write_file(self._build_path(name), dump_json({"of": name, "found": result}))
+    def put(self, key: Any, result: Any) -> None:
+        write_file(self._build_path(key), dump_json({"key": key, "result": result}))
 
-    def _build_path(self, name: Any) -> Path:
-        key_bytes = dump_json({**self.fingerprint, "of": name})
+    def _build_path(self, key: Any) -> Path:
+        key_bytes = dump_json({**self.fingerprint, "key": key})
         return self.folder / f"{hashlib.sha256(key_bytes).hexdigest()[:20]}.json"

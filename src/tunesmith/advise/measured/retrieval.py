@@ -1,11 +1,11 @@
-"""The user's documents as passages that can be looked up: BM25 over SQLite's full-text index, in
-memory.
+"""Index the user's documents as passages: BM25 over SQLite's full-text index, in memory.
 
-    folder or file -> Passages; passages.best(question, 3) -> texts, the best one first
+    folder or file -> PassageIndex; index.search(question, 3) -> passages, the best first
 
-A passage is a paragraph; short ones go together, and of a long one there are windows, which
-overlap. FTS5 comes with Python, stems English words and ranks by BM25 (k1 1.2, b 0.75). Left out:
-an index by meaning, which would need a second model; what the model makes of what is found."""
+A passage is a paragraph; short ones are joined, and long ones are cut into overlapping windows.
+FTS5 comes with Python, stems English words and ranks by BM25 (k1 1.2, b 0.75). Left out: embedding
+search, which would need a second model.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ from tunesmith.core.errors import InputError, MachineError
 from tunesmith.data.readers.sources import open_source
 from tunesmith.evaluate.text_metrics import normalise_words
 
-MIN_WORDS, MAX_WORDS, OVERLAP_WORDS = (
-    20,
-    120,
-    30,
-)  # words of a passage; those that two windows share
-MAX_QUERY_WORDS = 64  # of a question; more make it no clearer
+# words of a passage
+MIN_WORDS = 20
+MAX_WORDS = 120
+OVERLAP_WORDS = 30  # shared by two windows
+MAX_QUERY_WORDS = 64  # more do not help
 RECALL_CUTOFFS = (1, 3, 5, 10)
-DOCUMENTS_HINT = (
-    "give --documents a folder of .txt and .md files, or a file with a `text` in each row"
-)
+DOCUMENTS_HINT = "give --documents a folder of .txt and .md files, or a file with a `text` per row"
 
 
 class PassageIndex:
-    """`fingerprint`: of the files they come from."""
+    """A searchable set of passages; `fingerprint` is that of their files."""
 
     def __init__(self, texts: Sequence[str], fingerprint: str = "") -> None:
-        self.fingerprint, self.num_passages = fingerprint, len(texts)
+        self.fingerprint = fingerprint
+        self.num_passages = len(texts)
         self._index = sqlite3.connect(":memory:")
         try:
             self._index.execute(
@@ -47,7 +45,7 @@ class PassageIndex:
         self._index.executemany("INSERT INTO passages VALUES (?)", ((text,) for text in texts))
 
     def search(self, question: str, count: int) -> list[str]:
-        """At most `count` passages that share a word with the question."""
+        """Return at most `count` passages that share a word with the question."""
         words = list(dict.fromkeys(re.findall(r"\w+", question.lower())))[:MAX_QUERY_WORDS]
         if not words:
             return []
@@ -60,30 +58,24 @@ class PassageIndex:
     def find_rank(
         self, question: str, answer: str, max_rank: int = RECALL_CUTOFFS[-1]
     ) -> int | None:
-        """The rank, from 1, of the first passage that holds the answer."""
-        texts = self.search(question, max_rank)
-        return next(
-            (
-                rank
-                for rank, text in enumerate(texts, start=1)
-                if normalise_words(answer) in normalise_words(text)
-            ),
-            None,
-        )
+        """Return the rank, from 1, of the first passage that contains the answer."""
+        answer_words = normalise_words(answer)
+        for rank, text in enumerate(self.search(question, max_rank), start=1):
+            if answer_words in normalise_words(text):
+                return rank
+        return None
 
 
 def open_passages(path: Path) -> PassageIndex:
-    """Raises InputError for documents that are missing, empty, no text or not UTF-8; each names its
-    file."""
+    """Raises InputError, naming the file, for documents that are missing, empty or not UTF-8."""
     source = open_source(path)
-    texts = [
-        passage
-        for row in range(len(source))
-        for passage in split_passages(_require_text(source.read_row(row).data, source.get_id(row)))
-    ]
+    texts: list[str] = []
+    for row in range(len(source)):
+        text = _require_text(source.read_row(row).data, source.get_id(row))
+        texts += split_passages(text)
     if not texts:
         raise InputError(
-            "the documents hold no words", where=f"--documents: {path}", fix=DOCUMENTS_HINT
+            "the documents contain no words", where=f"--documents: {path}", fix=DOCUMENTS_HINT
         )
     return PassageIndex(texts, source.fingerprint)
 
@@ -96,8 +88,7 @@ def _require_text(row: dict[str, object], where: str) -> str:
 
 
 def split_passages(text: str) -> Iterator[str]:
-    """Paragraphs; one of less than LEAST words, such as a heading, goes with the next, and of one
-    with more than MOST words its windows."""
+    """Yield paragraphs; a short one, such as a heading, joins the next, a long one is windowed."""
     pending = ""
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         pending = f"{pending}\n\n{paragraph.strip()}".strip()
@@ -108,10 +99,8 @@ def split_passages(text: str) -> Iterator[str]:
             yield pending
         else:
             end = max(1, len(words) - OVERLAP_WORDS)
-            yield from (
-                " ".join(words[start : start + MAX_WORDS])
-                for start in range(0, end, MAX_WORDS - OVERLAP_WORDS)
-            )
+            for start in range(0, end, MAX_WORDS - OVERLAP_WORDS):
+                yield " ".join(words[start : start + MAX_WORDS])
         pending = ""
     if pending:
         yield pending

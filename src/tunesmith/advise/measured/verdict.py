@@ -1,11 +1,12 @@
-"""From the arms' answers to a table and a verdict.
+"""Turn the answers of the arms into a table and a decision.
 
-    outcomes -> Row of each kind of arm -> the cheapest that is not shown to be worse than the best -> Verdict
+    ArmResults -> an ArmRow per kind -> the cheapest not significantly worse than the best
 
-All arms were asked the same items, so they are compared item by item. Prompts of one kind count by
-their best wording, beside the mean over wordings; trainings of one size count by their mean over
-seeds. Cost goes by what must be built and kept: nothing, a schema, a longer prompt, an index, a
-model (Arm.effort). Left out: words for people (measuredview.py)."""
+All arms answer the same items, so they are compared item by item. Prompts of one kind count by
+their best wording, with the mean over wordings; trainings of one size count by their mean over
+seeds. Cost follows what must be built and maintained: nothing, a schema, a longer prompt, an index,
+a model (Arm.cost_key). Left out: the words of the report (cli/views/measured_advice.py).
+"""
 
 from __future__ import annotations
 
@@ -20,55 +21,56 @@ import numpy as np
 from tunesmith.advise.measured.arms import Arm
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.core.events import Score
-from tunesmith.core.types import Comparison, Json
+from tunesmith.core.types import Json
 from tunesmith.evaluate.generate_until import EvalPrompt
 from tunesmith.evaluate.metrics import grade_answer, parse_metric_arg
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
-from tunesmith.evaluate.significance import compute_detectable_difference
+from tunesmith.evaluate.statistics import compute_detectable_difference
 
-FORMAT_METRICS = ("json_valid", "schema_valid")  # say nothing of what an answer holds
-FEW_ITEMS = 20  # items under which a verdict is no more than a look
-MIN_USEFUL_SCORE = 0.1  # of a score: below it no arm has done the task
+FORMAT_METRICS = ("json_valid", "schema_valid")  # blind to the content of an answer
+FEW_ITEMS = 20  # fewer give a first impression only
+MIN_USEFUL_SCORE = 0.1  # below it no arm solves the task
 Conclusion = Literal["prompt", "constrained decoding", "retrieval", "sft", "nothing", "undecided"]
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One kind of arm. `arm`: its best wording; `mean`, `least`: over wordings and seeds. `change`:
-    against the best row, paired by item, with its interval; empty for the best one."""
+    """One kind of arm, with its best wording."""
 
     name: str
     arm: Arm
-    variants: int
+    variants: int  # wordings or seeds
     score: Score
-    mean_score: float
+    mean_score: float  # over the variants
     min_score: float
-    other_scores: tuple[Score, ...]  # the other metrics
+    other_scores: tuple[Score, ...]  # of the other metrics
     prompt_tokens: float
-    request_seconds: float  # of a request alone
+    request_seconds: float  # of a single request
     train_minutes: float
+    # to the best row, paired by item: difference, low, high; empty for the best row
     difference: tuple[float, ...] = ()
+
+    @property
+    def may_be_best(self) -> bool:
+        """Whether it is the best row, or not significantly worse."""
+        return not self.difference or self.difference[2] >= 0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`row`: of what was tried, the cheapest that is not shown to be worse than `best`. `smallest`:
-    the least difference that so many items show in four of five cases. `untried`: kinds of ways
-    that had no room, any of which may be better; then the answer is "undecided", unless a training
-    wins anyway."""
-
     conclusion: Conclusion
-    chosen: ArmRow
+    chosen: ArmRow  # the cheapest that is not significantly worse than the best
     best: ArmRow
-    detectable_difference: float
+    detectable_difference: float  # with 80% power, on so many items
     items: int
     caveats: tuple[str, ...]
     counterfactuals: tuple[str, ...]
+    # kinds that did not fit in the time: with any, it is undecided unless a training wins
     untried_kinds: tuple[str, ...] = ()
 
 
 def choose_primary_metric(metrics: Sequence[str]) -> str:
-    """The first that looks at what an answer holds."""
+    """Return the first metric that grades content rather than format."""
     return next((name for name in metrics if name not in FORMAT_METRICS), metrics[0])
 
 
@@ -77,7 +79,7 @@ def choose_primary_metric(metrics: Sequence[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ArmGrader:
-    """Answers of arms as values by item."""
+    """Grade the answers of arms, item by item."""
 
     questions: tuple[EvalPrompt, ...]
     metric: str
@@ -93,59 +95,60 @@ class ArmGrader:
         )
 
     def average_grades(self, results: Sequence[ArmResult], metric: str = "") -> MetricValues:
-        """The mean over outcomes, by item."""
+        """Return the mean over results, by item."""
         values = np.mean([self.grade_items(result, metric) for result in results], axis=0)
         ids = tuple(question.id for question in self.questions)
         return MetricValues("items", metric or self.metric, ids, tuple(values.tolist()))
 
 
 def build_table(results: Sequence[ArmResult], grader: ArmGrader) -> tuple[ArmRow, ...]:
-    """From the cheapest kind to the dearest, each against the best."""
+    """Return the rows from the cheapest kind to the most expensive, each compared with the best."""
     results_by_kind: dict[Arm, list[ArmResult]] = {}
     for result in results:
         results_by_kind.setdefault(result.arm.row_key, []).append(result)
-    counted_by_kind = {
-        kind: _select_counted(counted, grader) for kind, counted in results_by_kind.items()
-    }
-    values_by_kind = {kind: grader.average_grades(found) for kind, found in counted_by_kind.items()}
+    counted_by_kind: dict[Arm, Sequence[ArmResult]] = {}
+    values_by_kind: dict[Arm, MetricValues] = {}
+    for kind, kind_results in results_by_kind.items():
+        counted_by_kind[kind] = _select_counted(kind_results, grader)
+        values_by_kind[kind] = grader.average_grades(counted_by_kind[kind])
     best = _find_best(values_by_kind)
     rows: list[ArmRow] = []
     for kind in sorted(results_by_kind, key=lambda arm: arm.cost_key):
-        comparison = (
-            None
-            if kind == best
-            else compare_measurements(values_by_kind[best], values_by_kind[kind])
-        )
-        rows.append(_build_row(results_by_kind[kind], counted_by_kind[kind], grader, comparison))
+        difference: tuple[float, ...] = ()
+        if kind != best:
+            comparison = compare_measurements(values_by_kind[best], values_by_kind[kind])
+            difference = (comparison.difference, comparison.low, comparison.high)
+        rows.append(_build_row(results_by_kind[kind], counted_by_kind[kind], grader, difference))
     return tuple(rows)
 
 
 def _select_counted(results: Sequence[ArmResult], grader: ArmGrader) -> Sequence[ArmResult]:
-    """The wording that did best; of trainings all."""
+    """Return the best wording; all of several trainings."""
     if results[0].arm.examples:
         return results
     return [max(results, key=lambda result: statistics.fmean(grader.grade_items(result)))]
 
 
 def _find_best(values_by_kind: Mapping[Arm, MetricValues]) -> Arm:
-    """The highest mean; of equal ones the cheapest."""
-    return max(
-        values_by_kind,
-        key=lambda arm: (
-            compute_score(values_by_kind[arm]).value,
-            [-cost for cost in arm.cost_key],
-        ),
-    )
+    """Return the kind with the highest mean; among equals the cheapest."""
+
+    def sort_key(kind: Arm) -> tuple[float, list[int]]:
+        return compute_score(values_by_kind[kind]).value, [-cost for cost in kind.cost_key]
+
+    return max(values_by_kind, key=sort_key)
 
 
 def _build_row(
     results: Sequence[ArmResult],
     counted: Sequence[ArmResult],
     grader: ArmGrader,
-    comparison: Comparison | None,
+    difference: tuple[float, ...],
 ) -> ArmRow:
     means = [statistics.fmean(grader.grade_items(result)) for result in results]
-    other_metrics = [name for name in grader.metrics if name != grader.metric]
+    other_scores: list[Score] = []
+    for metric in grader.metrics:
+        if metric != grader.metric:
+            other_scores.append(compute_score(grader.average_grades(counted, metric)))
     return ArmRow(
         name=results[0].arm.row_key.name,
         arm=counted[0].arm,
@@ -153,15 +156,11 @@ def _build_row(
         score=compute_score(grader.average_grades(counted)),
         mean_score=statistics.fmean(means),
         min_score=min(means),
-        other_scores=tuple(
-            compute_score(grader.average_grades(counted, name)) for name in other_metrics
-        ),
+        other_scores=tuple(other_scores),
         prompt_tokens=statistics.fmean(result.prompt_tokens for result in counted),
         request_seconds=statistics.median(result.request_seconds for result in counted),
         train_minutes=statistics.fmean(result.train_seconds for result in counted) / 60,
-        difference=()
-        if comparison is None
-        else (comparison.difference, comparison.low, comparison.high),
+        difference=difference,
     )
 
 
@@ -171,33 +170,34 @@ def _build_row(
 def make_decision(
     rows: Sequence[ArmRow], target: float | None, skipped: Sequence[Arm] = ()
 ) -> Decision:
-    """`rows` as `table_of` gave them; `left_out`: what had no room in the time."""
+    """Decide from the rows of build_table; `skipped` are the arms that did not fit in the time."""
     best = next(row for row in rows if not row.difference)
-    chosen = next(row for row in rows if not row.difference or row.difference[2] >= 0)
-    detectable_difference, num_items = _compute_detectable_difference(chosen, rows), best.score.n
-    conclusion, untried_kinds = (
-        _draw_conclusion(chosen, best, target),
-        _find_untried_kinds(rows, skipped),
-    )
+    chosen = next(row for row in rows if row.may_be_best)
+    detectable = _compute_detectable_difference(chosen, rows)
+    conclusion = _draw_conclusion(chosen, best, target)
+    untried_kinds = _find_untried_kinds(rows, skipped)
+    if untried_kinds and conclusion != "sft":
+        conclusion = "undecided"
     return Decision(
-        conclusion="undecided" if untried_kinds and conclusion != "sft" else conclusion,
+        conclusion=conclusion,
         chosen=chosen,
         best=best,
-        detectable_difference=detectable_difference,
-        items=num_items,
-        caveats=tuple(_iter_caveats(chosen, best, rows, num_items, detectable_difference)),
-        counterfactuals=tuple(
-            _iter_counterfactuals(chosen, best, rows, detectable_difference, target)
-        ),
+        detectable_difference=detectable,
+        items=best.score.n,
+        caveats=tuple(_iter_caveats(chosen, best, rows, detectable)),
+        counterfactuals=tuple(_iter_counterfactuals(chosen, best, rows, detectable, target)),
         untried_kinds=untried_kinds,
     )
 
 
 def _find_untried_kinds(rows: Sequence[ArmRow], skipped: Sequence[Arm]) -> tuple[str, ...]:
-    """Kinds of ways without a row: what was left out of a kind that has one is another wording, or
-    another size."""
-    missing = {kind for arm in skipped for kind in _list_kinds(arm)}
-    return tuple(sorted(missing - {kind for row in rows for kind in _list_kinds(row.arm)}))
+    """Return the kinds without a row; skipped arms of other kinds are wordings or sizes."""
+    untried: set[str] = set()
+    for arm in skipped:
+        untried.update(_list_kinds(arm))
+    for row in rows:
+        untried.difference_update(_list_kinds(row.arm))
+    return tuple(sorted(untried))
 
 
 def _list_kinds(arm: Arm) -> list[str]:
@@ -211,23 +211,20 @@ def _list_kinds(arm: Arm) -> list[str]:
 
 
 def _draw_conclusion(chosen: ArmRow, best: ArmRow, target: float | None) -> Conclusion:
-    if (
-        best.score.high < (MIN_USEFUL_SCORE if target is None else target)
-        or best.score.value < MIN_USEFUL_SCORE
-    ):
+    required = MIN_USEFUL_SCORE if target is None else target
+    if best.score.high < required or best.score.value < MIN_USEFUL_SCORE:
         return "nothing"
     if chosen.arm.examples:
         return "sft"
     if chosen.arm.passages:
         return "retrieval"
-    return (
-        "constrained decoding" if chosen.arm.is_constrained and not chosen.arm.shots else "prompt"
-    )
+    if chosen.arm.is_constrained and not chosen.arm.shots:
+        return "constrained decoding"
+    return "prompt"
 
 
 def _compute_detectable_difference(chosen: ArmRow, rows: Sequence[ArmRow]) -> float:
-    """Difference between the chosen row and the best, or the first other one, that is seen in 80%
-    of samples."""
+    """Return the difference to the best that is detected with 80% power."""
     compared_row = next((row for row in (chosen, *rows) if row.difference), None)
     if compared_row is None:
         return 1.0  # nothing to compare with
@@ -236,56 +233,54 @@ def _compute_detectable_difference(chosen: ArmRow, rows: Sequence[ArmRow]) -> fl
 
 
 def _iter_caveats(
-    chosen: ArmRow,
-    best: ArmRow,
-    rows: Sequence[ArmRow],
-    num_items: int,
-    detectable_difference: float,
+    chosen: ArmRow, best: ArmRow, rows: Sequence[ArmRow], detectable: float
 ) -> Iterator[str]:
+    num_items = best.score.n
     if num_items < FEW_ITEMS:
         yield (
-            f"{num_items} items are few: only a difference of about {detectable_difference:.2f} or more is likely to be seen. "
-            "That an arm fails on nearly all of them, or on none, can be concluded; of two near ones, none"
+            f"{num_items} items are few: only a difference of about {detectable:.2f} or more is "
+            "likely to be detected. An arm that fails on nearly all items or on none is a result; "
+            "two similar arms are not"
         )
     if chosen.variants > 1 and not chosen.arm.examples:
         yield (
-            f"{chosen.arm.variant} is the best of {chosen.variants} wordings, picked on the items that score it: "
-            f"their mean is {chosen.mean_score:.3f}, the worst {chosen.min_score:.3f}"
+            f"{chosen.arm.variant} is the best of {chosen.variants} wordings, selected on the "
+            f"items that score it: their mean is {chosen.mean_score:.3f}, the worst "
+            f"{chosen.min_score:.3f}"
         )
-    if any(row.arm.examples for row in rows) and all(
-        row.variants == 1 for row in rows if row.arm.examples
-    ):
-        yield "each size was trained once: another seed may differ by more than the interval says"
+    trained = [row for row in rows if row.arm.examples]
+    if trained and all(row.variants == 1 for row in trained):
+        yield "each size was trained once: the intervals do not cover seed-to-seed variation"
     if chosen is not best and chosen.difference[1] < -0.1:
         low, high = chosen.difference[1:]
-        yield f"not shown to be worse is not shown to be as good: the difference lies in [{low:+.3f}, {high:+.3f}]"
+        yield (
+            "not significantly worse does not mean equally good: the difference is in "
+            f"[{low:+.3f}, {high:+.3f}]"
+        )
 
 
 def _iter_counterfactuals(
-    chosen: ArmRow,
-    best: ArmRow,
-    rows: Sequence[ArmRow],
-    detectable_difference: float,
-    target: float | None,
+    chosen: ArmRow, best: ArmRow, rows: Sequence[ArmRow], detectable: float, target: float | None
 ) -> Iterator[str]:
     if chosen is not best:
-        needed_items = math.ceil(
-            chosen.score.n * (detectable_difference / max(0.02, abs(chosen.difference[0]))) ** 2
-        )
-        if needed_items > chosen.score.n and chosen.difference[0] < 0:
-            lead = f"{best.name} stays {-chosen.difference[0]:.3f} ahead"
-            yield f"{needed_items:,} items, if {lead}: then that is seen, and it wins"
+        difference = chosen.difference[0]
+        ratio = detectable / max(0.02, abs(difference))
+        needed_items = math.ceil(chosen.score.n * ratio**2)
+        if needed_items > chosen.score.n and difference < 0:
+            yield (
+                f"{needed_items:,} items, if {best.name} stays {-difference:.3f} ahead: then the "
+                "difference is significant, and it wins"
+            )
     trained = [row for row in rows if row.arm.examples]
-    not_worse = [row for row in trained if not row.difference or row.difference[2] >= 0]
-    if not chosen.arm.examples and not_worse:
-        best_trained = max(not_worse, key=lambda row: row.score.value)
-        saved_seconds, saved_tokens = (
-            chosen.request_seconds - best_trained.request_seconds,
-            chosen.prompt_tokens - best_trained.prompt_tokens,
-        )
+    competitive = [row for row in trained if row.may_be_best]
+    if competitive and not chosen.arm.examples:
+        best_trained = max(competitive, key=lambda row: row.score.value)
+        saved_seconds = chosen.request_seconds - best_trained.request_seconds
+        saved_tokens = chosen.prompt_tokens - best_trained.prompt_tokens
         if saved_tokens > 0.2 * chosen.prompt_tokens and saved_seconds > 0:
-            yield f"many requests: {best_trained.name} saves {saved_tokens:.0f} prompt tokens and {saved_seconds:.2f} s on each"
+            saved = f"{saved_tokens:.0f} prompt tokens and {saved_seconds:.2f} s per request"
+            yield f"many requests: {best_trained.name} saves {saved}"
     if not trained and not chosen.arm.examples:
-        yield "a training: none was tried"
+        yield "training: none was tried"
     if target is not None and chosen.score.value < target:
-        yield f"a target lower than {target:g}: {chosen.name} has {chosen.score.value:.3f}"
+        yield f"a target below {target:g}: {chosen.name} has {chosen.score.value:.3f}"

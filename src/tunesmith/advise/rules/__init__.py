@@ -1,1 +1,1 @@
-"""Advice by rules over stated facts."""
+"""Advice by rules over facts."""

@@ -87,7 +87,9 @@ def advise(requirements: Requirements, recipe: Path | None = None) -> Advice:
     approaches_by_need, reasons = apply_rules(requirements)
     recommendations: list[Recommendation] = []
     for approach in _list_approaches(approaches_by_need):
-        needs = tuple(need for need in requirements.need if approach in approaches_by_need[need])
+        needs: tuple[Need, ...] = tuple(
+            need for need in requirements.need if approach in approaches_by_need[need]
+        )
         next_step, command = _describe_next_step(approach, requirements, recipe)
         approach_reasons = _select_reasons(reasons, approach, needs)
         recommendations.append(
@@ -210,10 +212,11 @@ THRESHOLDS: tuple[tuple[str, int, tuple[Need, ...]], ...] = (
     ("pairs", MIN_PAIRS, ("tone", "skill")),
     ("requests_month", MIN_MONTHLY_REQUESTS, ("latency",)),
 )
-ALTERNATIVES: dict[str, tuple[Any, ...]] = {
-    "facts_change": ("never", "weekly"),
-    "prompt": PROMPT_QUALITIES,
-    "private": (True, False),
+# fact -> value, label
+ALTERNATIVES: dict[str, dict[Any, str]] = {
+    "facts_change": {"never": "never", "weekly": "weekly"},
+    "prompt": {quality: quality for quality in PROMPT_QUALITIES},
+    "private": {True: "yes", False: "no"},
 }
 
 
@@ -236,8 +239,8 @@ def _find_counterfactuals(requirements: Requirements) -> Iterator[Counterfactual
 def _iter_alternatives(requirements: Requirements) -> Iterator[tuple[str, Any, str]]:
     """Yield a fact, another value for it, and that value in words."""
     for name in select_questions(requirements.need):
-        for value in ALTERNATIVES.get(name, ()):
-            yield name, value, {True: "yes", False: "no"}.get(value, value)
+        for value, label in ALTERNATIVES.get(name, {}).items():
+            yield name, value, label
     for name, threshold, needs in THRESHOLDS:
         if not set(needs) & set(requirements.need):
             continue

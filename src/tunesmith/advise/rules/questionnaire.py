@@ -1,16 +1,17 @@
-"""The facts that advice stands on.
+"""Read the facts that advice is based on.
 
-    flags, a YAML file, a recipe with its rows, or answers to questions -> Situation
+    flags, a YAML file, a recipe and its rows, or answers to questions -> Requirements
 
-`QUESTIONS` is the list of facts: how each is asked for and how its value is read. A fact that is
-not given is None, and counts as not there. Left out: what follows from the facts (rubric.py)."""
+QUESTIONS lists the facts: how to ask for each and how to parse its value. An unknown fact is None
+and counts as absent. Left out: what follows from the facts (rubric.py).
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -41,20 +42,22 @@ MAX_COUNT = 10**15
 
 @dataclass(frozen=True)
 class Requirements:
+    """The facts; None is unknown."""
+
     need: tuple[Need, ...]
     facts_change: ChangeFrequency | None = None
-    raw_text: int | None = None  # bytes of text in the domain's language, or that holds the facts
-    paraphrases: int | None = None  # ways in which the rows say each fact
-    examples: int | None = None  # questions with answers as they should be
-    pairs: int | None = None  # questions with a better and a worse answer
-    prompt: PromptQuality | None = None  # how the best prompt did
+    raw_text: int | None = None  # bytes of text in the domain's language, or with the facts
+    paraphrases: int | None = None  # wordings of each fact in the rows
+    examples: int | None = None  # questions with correct answers
+    pairs: int | None = None  # questions with a chosen and a rejected answer
+    prompt: PromptQuality | None = None  # of the best prompt so far
     requests_month: int | None = None
-    private: bool | None = None  # the text may not reach everybody who may use the model
+    private: bool | None = None  # the text is confidential to some users of the model
 
 
 @dataclass(frozen=True)
 class FormQuestion:
-    """`needs`: the needs that it matters for."""
+    """A question about a fact; `needs` are those for which it matters."""
 
     text: str
     parse: Callable[[Any], Any]
@@ -62,36 +65,41 @@ class FormQuestion:
 
 
 def read_requirements(path: Path | None, arguments: Mapping[str, Any]) -> Requirements:
-    """`given` wins over the file at `path`, which holds facts or is a recipe, whose rows are
-    counted. InputError for what is unknown, cannot be, or contradicts itself."""
-    file_values, counted_values = ({}, {}) if path is None else _read_file(path)
+    """Combine the arguments with a file: facts, or a recipe whose rows are counted.
+
+    Arguments win over facts in a file. Raises InputError for unknown, invalid or contradictory
+    facts, and for an argument that differs from a count.
+    """
+    where = str(path or "advise")
+    file_values: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    if path is not None and is_recipe(path):
+        counts = count_rows(path)
+    elif path is not None:
+        file_values = _read_file(path)
     argument_values = _parse_mapping(
         arguments, lambda key: key if key.startswith("--") else f"argument {key}"
     )
-    for name in argument_values.keys() & counted_values.keys():
-        if argument_values[name] != counted_values[name]:
-            message = f"{name} is {argument_values[name]}, and the data of {path} has {counted_values[name]}"
-            raise InputError(message, where=str(path), fix="leave it out: it is counted")
-    values: dict[str, Any] = {**file_values, **counted_values, **argument_values}
+    for name in argument_values.keys() & counts.keys():
+        if argument_values[name] != counts[name]:
+            argument = argument_values[name]
+            message = f"{name} is {argument}, but the data of {path} has {counts[name]}"
+            raise InputError(message, where=where, fix="leave it out: it is counted")
+    values: dict[str, Any] = {**file_values, **counts, **argument_values}
     if not values.get("need"):
-        fix = f"say what the model lacks: --need {'|'.join(NEEDS)}, several with commas"
-        raise InputError("what is needed is not said", where=str(path or "advise"), fix=fix)
-    if problem := next(_iter_contradictions(values), None):
-        raise InputError(problem, where=str(path or "advise"), fix="change one of the two")
+        fix = f"add --need {'|'.join(NEEDS)}, several separated by commas"
+        raise InputError("'need' is missing: what the model lacks", where=where, fix=fix)
+    if problem := _find_contradiction(values):
+        raise InputError(problem, where=where, fix="change one of the two")
     return Requirements(**values)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The facts that a file tells, and those that are counted in the data of a recipe."""
+def _read_file(path: Path) -> dict[str, Any]:
     document = read_yaml(path)
-    if is_recipe(path):
-        return {}, count_rows(path)
     if document.duplicates:
         key, line = document.duplicates[0]
-        raise InputError(
-            f"'{key}' stands here a second time", where=f"{path}:{line}", fix="keep one"
-        )
-    return _parse_mapping(document.values, lambda key: document.format_location((key,))), {}
+        raise InputError(f"duplicate key '{key}'", where=f"{path}:{line}", fix="keep one")
+    return _parse_mapping(document.values, lambda key: document.format_location((key,)))
 
 
 def is_recipe(path: Path) -> bool:
@@ -99,27 +107,25 @@ def is_recipe(path: Path) -> bool:
 
 
 def count_rows(path: Path) -> dict[str, int]:
-    """Rows of a recipe's data as they stand in its files, nothing rendered; of several stages the
-    sum."""
+    """Count the rows in the data files of a recipe, without rendering; sum over its stages."""
     recipe = load_recipe(path)
-    counted: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for stage in recipe.recipes if isinstance(recipe, Stages) else (recipe,):
-        counted.update(_count_stage_rows(stage))
-    return dict(counted)
+        counts.update(_count_stage_rows(stage))
+    return dict(counts)
 
 
 def _count_stage_rows(recipe: Recipe) -> dict[str, int]:
-    """The better answers of pairs are examples too; of continued pretraining it is the bytes that
-    count."""
+    """Return bytes for continued pretraining; chosen answers of pairs count as examples too."""
     sources = [open_source(source.path) for source in select_sources(recipe, "data")]
     if recipe.stage == "cpt":
-        return {
-            "raw_text": sum(
-                source.read_raw(row, 0)[1] for source in sources for row in range(len(source))
-            )
-        }
+        num_bytes = 0
+        for source in sources:
+            num_bytes += sum(source.read_raw(row, 0)[1] for row in range(len(source)))
+        return {"raw_text": num_bytes}
     rows = sum(len(source) for source in sources)
-    rows = rows if recipe.max_examples is None else min(rows, recipe.max_examples)
+    if recipe.max_examples is not None:
+        rows = min(rows, recipe.max_examples)
     return {"examples": rows, "pairs": rows} if recipe.stage == "preference" else {"examples": rows}
 
 
@@ -130,7 +136,7 @@ def _parse_mapping(mapping: Mapping[str, Any], locate: Callable[[str], str]) -> 
         if name not in QUESTIONS:
             raise InputError(_describe_unknown("fact", name, QUESTIONS), where=locate(key))
         if name in values:
-            raise InputError(f"{name} is given twice", where=locate(key), fix="keep one")
+            raise InputError(f"duplicate fact '{name}'", where=locate(key), fix="keep one")
         if value is None:
             continue
         try:
@@ -140,31 +146,31 @@ def _parse_mapping(mapping: Mapping[str, Any], locate: Callable[[str], str]) -> 
     return values
 
 
-def _iter_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+def _find_contradiction(values: Mapping[str, Any]) -> str:
+    """Return the first contradiction between two facts, or an empty string."""
     if "facts" not in values["need"]:
         if values.get("facts_change", "never") != "never":
-            yield f"the facts change {values['facts_change']}, but no facts are needed"
+            return f"facts_change is {values['facts_change']}, but 'facts' is not needed"
         if values.get("paraphrases"):
-            yield "paraphrases are of facts, but no facts are needed"
+            return "paraphrases are of facts, but 'facts' is not needed"
     if "latency" in values["need"] and values.get("requests_month") == 0:
-        yield "each request is to cost less, but there are none"
+        return "'latency' is needed, but requests_month is 0"
+    return ""
 
 
 # ---------------------------------------------------------------- values
 
 
 def _parse_needs(value: Any) -> tuple[Need, ...]:
-    words: list[Any] = (
-        re.split(r"[,\s]+", value.strip(" ,[]")) if isinstance(value, str) else _to_list(value)
-    )
+    words: list[Any] = [value]
+    if isinstance(value, str):
+        words = re.split(r"[,\s]+", value.strip(" ,[]"))
+    elif isinstance(value, (list, tuple)):
+        words = list(cast("Collection[Any]", value))
     needs = [_parse_need(str(word).lower().replace("_", "-")) for word in words if word != ""]
     if not needs:
-        raise ValueError(f"nothing is named: there are {', '.join(NEEDS)}")
+        raise ValueError(f"no need is named; choose from {', '.join(NEEDS)}")
     return tuple(need for need in NEEDS if need in needs)
-
-
-def _to_list(value: Any) -> list[Any]:
-    return list(cast("Collection[Any]", value)) if isinstance(value, (list, tuple)) else [value]
 
 
 def _parse_need(word: str) -> Need:
@@ -187,11 +193,11 @@ def _make_choice_parser(options: tuple[str, ...]) -> Callable[[Any], str]:
 def _parse_count(value: Any) -> int:
     text = re.sub(r"(?<=\d)[,_](?=\d)", "", str(value).strip())
     if isinstance(value, bool) or not re.fullmatch(r"-?\d{1,16}", text, re.ASCII):
-        raise ValueError(f"{str(value)!r:.60} is no whole number")
-    if not 0 <= int(text) <= MAX_COUNT:
-        raise ValueError(
-            f"{text} is {'less than nothing' if int(text) < 0 else 'more than there can be'}"
-        )
+        raise ValueError(f"{str(value)!r:.60} is not a whole number")
+    if int(text) < 0:
+        raise ValueError(f"{text} is negative")
+    if int(text) > MAX_COUNT:
+        raise ValueError(f"{text} is too large")
     return int(text)
 
 
@@ -201,8 +207,9 @@ def _parse_bytes(value: Any) -> int:
         try:
             return _parse_count(value)
         except ValueError as error:
-            raise ValueError(f"{error}; a size is written as 300KB or 20MB") from None
-    return _parse_count(round(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")))
+            raise ValueError(f"{error}; write a size as 300KB or 20MB") from None
+    exponent = " kmgt".index(match[2] or " ")
+    return _parse_count(round(float(match[1]) * 1000**exponent))
 
 
 def _parse_bool(value: Any) -> bool:
@@ -216,16 +223,17 @@ def _describe_unknown(
     kind: str, word: str, options: Collection[str], listed: Collection[str] = ()
 ) -> str:
     matches = difflib.get_close_matches(word, options, n=1)
-    return f"unknown {kind} {word!r:.60}; " + (
-        f"did you mean '{matches[0]}'?" if matches else f"there are {', '.join(listed or options)}"
-    )
+    hint = f"choose from {', '.join(listed or options)}"
+    if matches:
+        hint = f"did you mean '{matches[0]}'?"
+    return f"unknown {kind} {word!r:.60}; {hint}"
 
 
 # ---------------------------------------------------------------- questions
 
 QUESTIONS: dict[str, FormQuestion] = {
     "need": FormQuestion(
-        f"What does the model lack? {', '.join(NEEDS)}; several with commas", _parse_needs
+        f"What does the model lack? {', '.join(NEEDS)}; several separated by commas", _parse_needs
     ),
     "facts_change": FormQuestion(
         f"How often do the facts change? {', '.join(CHANGE_FREQUENCIES)}",
@@ -233,44 +241,42 @@ QUESTIONS: dict[str, FormQuestion] = {
         ("facts",),
     ),
     "raw_text": FormQuestion(
-        "How much plain text is there, in that language or with those facts? 300KB, 20MB",
+        "How much raw text do you have, in that language or with those facts? 300KB, 20MB",
         _parse_bytes,
         ("facts", "domain"),
     ),
     "paraphrases": FormQuestion(
-        "In how many ways do the examples say each fact?", _parse_count, ("facts",)
+        "How many wordings of each fact are in the examples?", _parse_count, ("facts",)
     ),
-    "examples": FormQuestion(
-        "How many questions with answers as they should be are there?", _parse_count
-    ),
+    "examples": FormQuestion("How many questions with correct answers do you have?", _parse_count),
     "pairs": FormQuestion(
-        "How many questions with a better and a worse answer are there?",
+        "How many questions with a chosen and a rejected answer do you have?",
         _parse_count,
         ("tone", "skill"),
     ),
     "prompt": FormQuestion(
-        f"How well did the best prompt do? {', '.join(PROMPT_QUALITIES)}",
+        f"How good is the best prompt so far? {', '.join(PROMPT_QUALITIES)}",
         _make_choice_parser(PROMPT_QUALITIES),
     ),
-    "requests_month": FormQuestion(
-        "How many requests come in a month?", _parse_count, ("latency",)
-    ),
+    "requests_month": FormQuestion("How many requests per month?", _parse_count, ("latency",)),
     "private": FormQuestion(
-        "Is the text secret from some who may use the model? yes, no", _parse_bool
+        "Is the text confidential to some users of the model? yes, no", _parse_bool
     ),
 }
 
 
 def select_questions(needs: tuple[Need, ...]) -> list[str]:
-    """Names of the facts that matter for these needs."""
+    """Return the names of the facts that matter for these needs."""
     return [name for name, question in QUESTIONS.items() if set(question.needs) & set(needs)]
 
 
 def ask_questions(
     read_line: Callable[[str], str], report_error: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The facts, asked for one after the other: `answer` gets a question and gives a line. An empty
-    one leaves it open, but for the need."""
+    """Ask for each fact in turn; an empty line leaves it unknown, except for the need.
+
+    `read_line` shows a question and returns a line; `report_error` shows why a line is invalid.
+    """
     values: dict[str, Any] = {}
     for name, question in QUESTIONS.items():
         while name in ("need", *select_questions(values.get("need", ()))):
@@ -286,6 +292,6 @@ def ask_questions(
 
 
 def needs_value(flag: str) -> bool:
-    """Whether a flag is a fact that is not told by yes or no."""
+    """Whether a flag is a fact that is not yes or no."""
     question = QUESTIONS.get(flag.replace("-", "_"))
     return question is not None and question.parse is not _parse_bool

@@ -1,5 +1,4 @@
-"""`advise --measure` from rows to a verdict, on a tiny model: what is asked, what is kept, what is
-refused."""
+"""`advise --measure` on a tiny model, from rows to a decision: prompts, results, refusals."""
 
 from __future__ import annotations
 
@@ -51,8 +50,8 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_writer_folder(tmp_path_factory.mktemp("writer") / "writer")
 
 
-def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
-    """30 training rows and 22 held-out ones; of no use is what test_data holds."""
+def make_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
+    """30 training rows and 22 held-out ones; test_data must not be read."""
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "schema.json").write_text(json.dumps(SCHEMA))
     values = {
@@ -73,192 +72,208 @@ TEXTS: dict[str, Any] = {
 }
 
 
-def subject_of(
+def make_runner(
     model: Path, folder: Path, passages: PassageIndex | None = None, **changed: Any
 ) -> ArmRunner:
-    known = inputs.load_inputs(wish(model, folder, **changed))
-    plan = inputs.make_plan(known)
-    return ArmRunner.from_plan(plan, known, select_items(known), passages)
+    run_inputs = inputs.load_inputs(make_recipe(model, folder, **changed))
+    plan = inputs.make_plan(run_inputs)
+    return ArmRunner.from_plan(plan, run_inputs, select_items(run_inputs), passages)
 
 
 @pytest.mark.slow
-def test_a_measure_that_is_stopped_goes_on_and_ends_in_a_verdict(
-    writer: Path, tmp_path: Path
-) -> None:
-    asked = {"minutes": 0.02, "folder": tmp_path / "kept"}
-    first = advise_measured(wish(writer, tmp_path), **asked)
-    begun, zero = next(first), next(first)
+def test_an_interrupted_experiment_continues_to_a_decision(writer: Path, tmp_path: Path) -> None:
+    options = {"minutes": 0.02, "folder": tmp_path / "store"}
+    first = advise_measured(make_recipe(writer, tmp_path), **options)
+    start = next(first)
+    zero_shot = next(first)
     first.close()  # type: ignore[attr-defined]
-    assert isinstance(begun, ExperimentStart)
-    assert isinstance(zero, ArmResult)
-    assert (begun.items, begun.available_items, zero.arm, len(zero.answers)) == (20, 22, Arm(), 20)
-    _, *outcomes, advice = advise_measured(wish(writer, tmp_path), **asked)
-    assert outcomes[0] == zero, "taken from the folder, its seconds too"
+    assert isinstance(start, ExperimentStart)
+    assert isinstance(zero_shot, ArmResult)
+    assert (start.items, start.available_items, zero_shot.arm, len(zero_shot.answers)) == (
+        20,
+        22,
+        Arm(),
+        20,
+    )
+    _, *results, advice = advise_measured(make_recipe(writer, tmp_path), **options)
+    assert results[0] == zero_shot, "loaded from the folder, with its seconds"
     assert isinstance(advice, MeasuredAdvice)
     assert (advice.metric, advice.items, advice.training_rows) == ("exact_match", 20, 30)
     assert advice.decision.conclusion == (
         "undecided" if advice.decision.untried_kinds else "nothing"
     ), "the model writes letters"
-    assert len(outcomes) + len(advice.skipped) == len(begun.arms) + len(begun.skipped)
-    assert {out.reason[:5] for out in advice.skipped} <= {"about", "a pro"}
+    assert len(results) + len(advice.skipped) == len(start.arms) + len(start.skipped)
+    assert {skipped.reason[:5] for skipped in advice.skipped} <= {"about", "a pro"}
     assert "test.jsonl" not in json.dumps(to_jsonable(advice))
-    _, *again, _ = advise_measured(wish(writer, tmp_path, metrics=["contains"]), **asked)
-    assert again[: len(outcomes)] == outcomes, "another metric grades the same answers"
-    changed = wish(
+    _, *regraded, _ = advise_measured(
+        make_recipe(writer, tmp_path, metrics=["contains"]), **options
+    )
+    assert regraded[: len(results)] == results, "another metric grades the same answers"
+    changed = make_recipe(
         writer, tmp_path, eval_data=str(write_rows(tmp_path / "other.jsonl", sums(150, 22)))
     )
-    _, other, *_ = advise_measured(changed, **asked)
-    assert other != zero
+    _, other, *_ = advise_measured(changed, **options)
+    assert other != zero_shot
 
 
-def test_an_arm_that_was_killed_in_the_middle_keeps_its_answers(
-    writer: Path, tmp_path: Path
-) -> None:
-    asked = {"minutes": 0.001, "folder": tmp_path / "kept"}
-    _, zero, _ = advise_measured(wish(writer, tmp_path), **asked)
-    kept = (tmp_path / "kept" / "answers.jsonl").read_bytes()
-    assert len(kept.splitlines()) == 20
-    for file in (tmp_path / "kept").glob("*.json"):
+def test_a_killed_arm_keeps_its_answers(writer: Path, tmp_path: Path) -> None:
+    options = {"minutes": 0.001, "folder": tmp_path / "store"}
+    _, zero_shot, _ = advise_measured(make_recipe(writer, tmp_path), **options)
+    answers = (tmp_path / "store" / "answers.jsonl").read_bytes()
+    assert len(answers.splitlines()) == 20
+    for file in (tmp_path / "store").glob("*.json"):
         if b'"prompt_tokens"' in file.read_bytes() and b'"speed"' not in file.read_bytes():
-            file.unlink()  # as if the arm had not come to its end
-    _, again, _ = advise_measured(wish(writer, tmp_path), **asked)
-    assert again != zero, "it was timed anew"
-    assert again.answers == zero.answers  # type: ignore[union-attr]
-    assert (tmp_path / "kept" / "answers.jsonl").read_bytes() == kept, "nothing was generated again"
+            file.unlink()  # as if the arm had not finished
+    _, repeated, _ = advise_measured(make_recipe(writer, tmp_path), **options)
+    assert repeated != zero_shot, "it is timed again"
+    assert repeated.answers == zero_shot.answers  # type: ignore[union-attr]
+    assert (tmp_path / "store" / "answers.jsonl").read_bytes() == answers, (
+        "nothing was generated again"
+    )
 
 
-def test_every_kind_of_arm_is_asked_its_way(writer: Path, tmp_path: Path) -> None:
+def test_every_kind_of_arm_has_its_prompt(writer: Path, tmp_path: Path) -> None:
     (tmp_path / "docs.txt").write_text(
         "\n\n".join(f"{n} and {n * n} make {n + n * n}. " * 5 for n in range(100, 105))
     )
-    changed = {"schema": str(tmp_path / "schema.json"), "metrics": ["json_valid"]}
+    changed = {"response_schema": str(tmp_path / "schema.json"), "metrics": ["json_valid"]}
     passages = open_passages(tmp_path / "docs.txt")
-    subject = subject_of(writer, tmp_path, passages, **changed)
-    subject = dataclasses.replace(subject, items=subject.items[:4])
-    before = {name: weight.clone() for name, weight in subject.model.network.state_dict().items()}
-    renderer = subject.inputs.renderer
+    runner = make_runner(writer, tmp_path, passages, **changed)
+    runner = dataclasses.replace(runner, items=runner.items[:4])
+    before = {name: weight.clone() for name, weight in runner.model.network.state_dict().items()}
+    renderer = runner.inputs.renderer
 
-    def told(arm: Arm) -> str:
-        return renderer.decode(subject.build_questions(arm)[0].prompt_ids)
+    def render_first(arm: Arm) -> str:
+        return renderer.decode(runner.build_questions(arm)[0].prompt_ids)
 
-    assert told(Arm()).count("and") == 1
-    assert told(Arm(shots=2)).count("assistant\n") == 3
-    assert told(Arm(shots=2, shot_layout="labelled")).count("Output:") == 3
-    assert "100 and 10000 make 10100" in told(Arm(passages=1))
-    assert told(Arm(shots=2, seed=1)) != told(Arm(shots=2))
-    constrained = run_arm(subject, Arm(is_constrained=True))
+    assert render_first(Arm()).count("and") == 1
+    assert render_first(Arm(shots=2)).count("assistant\n") == 3
+    assert render_first(Arm(shots=2, shot_layout="labelled")).count("Output:") == 3
+    assert "100 and 10000 make 10100" in render_first(Arm(passages=1))
+    assert render_first(Arm(shots=2, seed=1)) != render_first(Arm(shots=2))
+    constrained = run_arm(runner, Arm(is_constrained=True))
     assert all(json.loads(answer)["sum"] in (1, 2) for answer in constrained.answers.values())
-    free, trained = run_arm(subject, Arm()), run_arm(subject, Arm(examples=25))
+    free, trained = run_arm(runner, Arm()), run_arm(runner, Arm(examples=25))
     assert trained.answers != free.answers
     assert trained.train_seconds > 0 == free.train_seconds
-    after = subject.model.network.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before), "the base is as it was"
-    assert run_arm(subject, Arm(examples=25)).answers == trained.answers, (
-        "every training has the same start"
+    after = runner.model.network.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before), (
+        "the base model is restored"
     )
-    assert run_arm(subject, Arm()).answers == free.answers
-    long = dataclasses.replace(subject, passages=PassageIndex(["100 and 10000 " * 60] * 3))
+    assert run_arm(runner, Arm(examples=25)).answers == trained.answers, (
+        "every training starts from the same weights"
+    )
+    assert run_arm(runner, Arm()).answers == free.answers
+    long = dataclasses.replace(runner, passages=PassageIndex(["100 and 10000 " * 60] * 3))
     with pytest.raises(InputError, match="exceed the context of 512"):
         run_arm(long, Arm(passages=3))
 
 
-def test_examples_are_training_rows_and_more_are_the_same_and_others(
-    writer: Path, tmp_path: Path
-) -> None:
-    subject = subject_of(writer, tmp_path)
-    ids = [example.id for example in sample_examples(subject.rows, 0, 10)]
-    assert ids[:4] == [example.id for example in sample_examples(subject.rows, 0, 4)]
+def test_larger_samples_contain_the_smaller_ones(writer: Path, tmp_path: Path) -> None:
+    runner = make_runner(writer, tmp_path)
+    ids = [example.id for example in sample_examples(runner.rows, 0, 10)]
+    assert ids[:4] == [example.id for example in sample_examples(runner.rows, 0, 4)]
     assert all(row.startswith("rows.jsonl") for row in ids)
-    assert ids != [example.id for example in sample_examples(subject.rows, 1, 10)]
-    assert all(item.id.startswith("eval.jsonl") for item in subject.items)
-    plan = plan_for_size(subject, 25)
-    assert (plan.data["data"].rows, plan.config.lora_r, plan.steps) == (25, subject.plan.config.lora_r, 4)
+    assert ids != [example.id for example in sample_examples(runner.rows, 1, 10)]
+    assert all(item.id.startswith("eval.jsonl") for item in runner.items)
+    plan = plan_for_size(runner, 25)
+    assert (plan.data["data"].rows, plan.config.lora_r, plan.steps) == (
+        25,
+        runner.plan.config.lora_r,
+        4,
+    )
 
 
-def test_the_minutes_decide_how_many_items_and_arms(writer: Path, tmp_path: Path) -> None:
-    subject = subject_of(writer, tmp_path)
-    speed = measure_timings(subject)
-    assert min(speed.prefill_seconds, speed.decode_seconds, speed.single_decode_seconds) > 0
-    assert count_fitting_items(subject, speed, 1e6) == 22
-    assert count_fitting_items(subject, speed, 1e-6) == 20
-    cost = {Arm(): 10.0, Arm(shots=2): 3.0, Arm(examples=25): 20.0, Arm(shots=4): 1.0}
-    assert split_by_budget(list(cost), 15, cost.__getitem__) == (
+def test_the_minutes_limit_items_and_arms(writer: Path, tmp_path: Path) -> None:
+    runner = make_runner(writer, tmp_path)
+    timings = measure_timings(runner)
+    assert min(timings.prefill_seconds, timings.decode_seconds, timings.single_decode_seconds) > 0
+    assert count_fitting_items(runner, timings, 1e6) == 22
+    assert count_fitting_items(runner, timings, 1e-6) == 20
+    seconds = {Arm(): 10.0, Arm(shots=2): 3.0, Arm(examples=25): 20.0, Arm(shots=4): 1.0}
+    assert split_by_budget(list(seconds), 15, seconds.__getitem__) == (
         [Arm(), Arm(shots=2), Arm(shots=4)],
         [Arm(examples=25)],
     )
-    assert split_by_budget(list(cost), 1, cost.__getitem__)[0] == [Arm()]
-    assert estimate_seconds(subject, speed, Arm(examples=25)) > estimate_seconds(
-        subject, speed, Arm(is_constrained=True)
+    assert split_by_budget(list(seconds), 1, seconds.__getitem__)[0] == [Arm()]
+    assert estimate_seconds(runner, timings, Arm(examples=25)) > estimate_seconds(
+        runner, timings, Arm(is_constrained=True)
     )
 
 
-def test_what_the_base_knows_is_counted(writer: Path, tmp_path: Path) -> None:
-    facts_of = [chat(f"what is {n}?", f"w{n}") for n in range(30)]
-    subject = subject_of(writer, tmp_path, data=str(write_rows(tmp_path / "facts.jsonl", facts_of)))
-    assert explain_no_facts(subject) == ""
-    found = check_knowledge(subject, 12)
-    assert (found.rows, found.counts) == (12, {"highly": 0, "maybe": 0, "weakly": 0, "unknown": 12})
-    assert (found.unknown_share, found.high) == (1.0, 1.0)
-    assert 0.7 < found.low < 0.8
+def test_prior_knowledge_is_counted(writer: Path, tmp_path: Path) -> None:
+    facts = [chat(f"what is {n}?", f"w{n}") for n in range(30)]
+    runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "facts.jsonl", facts)))
+    assert explain_no_facts(runner) == ""
+    knowledge = check_knowledge(runner, 12)
+    assert (knowledge.rows, knowledge.counts) == (
+        12,
+        {"highly": 0, "maybe": 0, "weakly": 0, "unknown": 12},
+    )
+    assert (knowledge.unknown_share, knowledge.high) == (1.0, 1.0)
+    assert 0.7 < knowledge.low < 0.8
     labels = [chat(f"what is {n}?", "ab"[n % 2]) for n in range(30)]
-    subject = subject_of(writer, tmp_path, data=str(write_rows(tmp_path / "labels.jsonl", labels)))
-    assert explain_no_facts(subject) == "many answers are alike, as labels are"
+    runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "labels.jsonl", labels)))
+    assert explain_no_facts(runner) == "many answers repeat, like labels"
     long = [chat(f"what is {n}?", f"{n} " * 20) for n in range(30)]
-    subject = subject_of(writer, tmp_path, data=str(write_rows(tmp_path / "long.jsonl", long)))
-    assert explain_no_facts(subject) == "half of the answers have more than 12 words"
+    runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "long.jsonl", long)))
+    assert explain_no_facts(runner) == "half of the answers have more than 12 words"
 
 
-def test_it_is_shown(writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    *begun, advice = advise_measured(
-        wish(writer, tmp_path), minutes=0.001, folder=tmp_path / "kept", target=0.5
-    )
-    for found in (*begun, advice):
-        if (view := report_experiment(found)) is not None:
-            Console(width=120).print(view)
-    printed = to_jsonable(advice)["decision"]
-    assert (printed["conclusion"], printed["untried_kinds"]) == ("undecided", ["prompts", "training"]), (
-        "--json says it as well"
-    )
-    told = capsys.readouterr()
-    assert told.out.startswith("Not decided yet: prompts and training had no room in the time")
-    assert "zero-shot" in told.out
-    assert "a target lower than 0.5" in told.out
-    assert "20 of 22 items, " in told.err
-
-
-def test_held_out_rows_that_are_kept_for_a_test_are_told(
+def test_the_view_shows_the_decision(
     writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begun = next(
+    *events, advice = advise_measured(
+        make_recipe(writer, tmp_path), minutes=0.001, folder=tmp_path / "store", target=0.5
+    )
+    for event in (*events, advice):
+        if (view := report_experiment(event)) is not None:
+            Console(width=120).print(view)
+    decision = to_jsonable(advice)["decision"]
+    assert (decision["conclusion"], decision["untried_kinds"]) == (
+        "undecided",
+        ["prompts", "training"],
+    ), "--json has it too"
+    output = capsys.readouterr()
+    assert output.out.startswith("Not decided yet: no time for prompts and training")
+    assert "zero_shot-shot" in output.out
+    assert "a target below 0.5" in output.out
+    assert "20 of 22 items, " in output.err
+
+
+def test_rows_held_out_for_the_test_are_reported(
+    writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = next(
         advise_measured(
-            wish(writer, tmp_path, test_data=()), minutes=0.001, folder=tmp_path / "kept"
+            make_recipe(writer, tmp_path, test_data=()), minutes=0.001, folder=tmp_path / "store"
         )
     )
-    assert isinstance(begun, ExperimentStart)
-    assert begun.available_items + begun.test_rows == 22
-    report_experiment(begun)
+    assert isinstance(start, ExperimentStart)
+    assert start.available_items + start.test_rows == 22
+    report_experiment(start)
     assert (
-        f"{begun.available_items} items ({begun.test_rows} rows are kept as test_data), "
+        f"{start.available_items} items ({start.test_rows} rows held out as test_data), "
         in capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize(
-    ("changed", "asked", "told"),
+    ("changed", "options", "message"),
     [
-        ({"eval_data": (), "test_data": ()}, {}, "no held-out items to ask"),
-        ({"schema": "no.json"}, {}, "schema"),
-        ({}, {"minutes": 0}, "no time"),
-        ({}, {"minutes": float("nan")}, "no time"),
+        ({"eval_data": (), "test_data": ()}, {}, "no held-out items"),
+        ({"response_schema": "no.json"}, {}, "schema"),
+        ({}, {"minutes": 0}, "must be a positive number"),
+        ({}, {"minutes": float("nan")}, "must be a positive number"),
         ({}, {"target": 1.5}, "between 0 and 1"),
-        ({}, {"metric": "bleu"}, "no metric 'bleu'"),
+        ({}, {"metric": "bleu"}, "unknown metric 'bleu'"),
         ({}, {"documents": "nowhere"}, "nowhere"),
-        (TEXTS, {}, "stage: cpt has none"),
+        (TEXTS, {}, "stage: cpt has no questions"),
     ],
     ids=["items", "schema", "minutes", "no number", "target", "metric", "documents", "stage"],
 )
-def test_what_cannot_be_measured_is_refused(
-    changed: dict[str, Any], asked: dict[str, Any], told: str, writer: Path, tmp_path: Path
+def test_unusable_options_are_refused(
+    changed: dict[str, Any], options: dict[str, Any], message: str, writer: Path, tmp_path: Path
 ) -> None:
     if changed is TEXTS:
         texts = [
@@ -266,15 +281,19 @@ def test_what_cannot_be_measured_is_refused(
         ]
         changed = {**TEXTS, **dict(zip(("data", "eval_data", "test_data"), texts, strict=True))}
     with pytest.raises(InputError) as refusal:
-        list(advise_measured(wish(writer, tmp_path, **changed), folder=tmp_path / "kept", **asked))
-    assert told in str(refusal.value)
-    assert not (tmp_path / "kept").exists() or not list((tmp_path / "kept").iterdir())
+        list(
+            advise_measured(
+                make_recipe(writer, tmp_path, **changed), folder=tmp_path / "store", **options
+            )
+        )
+    assert message in str(refusal.value)
+    assert not (tmp_path / "store").exists() or not list((tmp_path / "store").iterdir())
 
 
-def test_a_schema_that_is_none_is_refused(writer: Path, tmp_path: Path) -> None:
+def test_an_invalid_schema_is_refused(writer: Path, tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text('{"type": "text"}')
-    changed = {"schema": str(tmp_path / "none.json"), "metrics": ["json_valid"]}
+    changed = {"response_schema": str(tmp_path / "none.json"), "metrics": ["json_valid"]}
     with pytest.raises(InputError, match="not a JSON schema"):
-        list(advise_measured(wish(writer, tmp_path, **changed), folder=tmp_path / "kept"))
-    with pytest.raises(InputError, match="there is a file of this name"):
-        list(advise_measured(wish(writer, tmp_path), folder=tmp_path / "none.json"))
+        list(advise_measured(make_recipe(writer, tmp_path, **changed), folder=tmp_path / "store"))
+    with pytest.raises(InputError, match="not a folder"):
+        list(advise_measured(make_recipe(writer, tmp_path), folder=tmp_path / "none.json"))

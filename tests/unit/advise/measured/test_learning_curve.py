@@ -1,5 +1,4 @@
-"""The learning curve finds the curve that made the points, and says nothing where it knows
-nothing."""
+"""The fit recovers the curve behind the points, and refuses to extrapolate too far."""
 
 from __future__ import annotations
 
@@ -19,77 +18,79 @@ from tunesmith.cli.views.measured_advice import _format_learning_curve
 SIZES = (25, 50, 100, 200, 400)
 
 
-def points(
+def make_points(
     error: Callable[[int], float], sizes: tuple[int, ...] = SIZES, items: int = 400, seeds: int = 1
 ):
-    """Items are right or wrong by a difficulty of their own."""
-    hard = (np.arange(items) + 0.5) / items
-    return {n: [[float(one > error(n)) for one in hard] for _ in range(seeds)] for n in sizes}
+    """Return scores by size: an item is correct if its difficulty is above the error."""
+    difficulties = (np.arange(items) + 0.5) / items
+    return {n: [(difficulties > error(n)).astype(float).tolist()] * seeds for n in sizes}
 
 
-def fitted(error: Callable[[int], float], target: float | None = None, **shape) -> LearningCurve:
-    found = fit_curve(points(error, **shape), target)
-    assert found is not None
-    return found
+def fit(error: Callable[[int], float], target: float | None = None, **shape) -> LearningCurve:
+    curve = fit_curve(make_points(error, **shape), target)
+    assert curve is not None
+    return curve
 
 
-def test_it_finds_the_curve_and_the_examples_to_the_target() -> None:
-    found = fitted(lambda n: 0.05 + 3 * n**-0.7, 0.9)
-    assert found.b_low < 0.7 < found.b_high
-    assert (found.a, found.b, found.c) == (
+def test_the_fit_recovers_the_curve_and_the_examples_to_the_target() -> None:
+    curve = fit(lambda n: 0.05 + 3 * n**-0.7, 0.9)
+    assert curve.b_low < 0.7 < curve.b_high
+    assert (curve.a, curve.b, curve.c) == (
         pytest.approx(3, rel=0.35),
         pytest.approx(0.7, abs=0.1),
         pytest.approx(0.05, abs=0.03),
     )
-    right = (3 / 0.05) ** (1 / 0.7)
-    assert found.refusal == ""
-    assert found.needed_examples == pytest.approx(right, rel=0.35)
-    assert found.needed_examples_low is not None
-    assert found.needed_examples_low < right
-    at_100 = found.c + found.a * 100**-found.b
-    assert at_100 == pytest.approx(1 - np.mean(points(lambda n: 0.05 + 3 * n**-0.7)[100]), abs=0.02)
+    expected = (3 / 0.05) ** (1 / 0.7)
+    assert curve.refusal == ""
+    assert curve.needed_examples == pytest.approx(expected, rel=0.35)
+    assert curve.needed_examples_low is not None
+    assert curve.needed_examples_low < expected
+    at_100 = curve.c + curve.a * 100**-curve.b
+    assert at_100 == pytest.approx(
+        1 - np.mean(make_points(lambda n: 0.05 + 3 * n**-0.7)[100]), abs=0.02
+    )
 
 
 def test_a_flat_and_a_rising_curve_are_refused() -> None:
     for error in (lambda n: 0.4 + 0 * n, lambda n: 0.2 + n / 1000):
-        found = fitted(error, 0.9)
-        assert found.needed_examples is None
-        assert found.refusal.startswith("it may not fall: b is")
+        curve = fit(error, 0.9)
+        assert curve.needed_examples is None
+        assert curve.refusal.startswith("it may not fall: b is")
     noisy = {n: [np.random.default_rng(n).choice([0.0, 1.0], 30).tolist()] for n in SIZES}
-    found = fit_curve(noisy, 0.9)
-    assert found is not None
-    assert found.refusal.startswith("it may not fall")
+    curve = fit_curve(noisy, 0.9)
+    assert curve is not None
+    assert curve.refusal.startswith("it may not fall")
 
 
-def test_nothing_is_said_far_beyond_the_largest_size() -> None:
-    far = fitted(lambda n: 2 * n**-0.3, 0.9)
+def test_the_extrapolation_has_a_limit() -> None:
+    far = fit(lambda n: 2 * n**-0.3, 0.9)
     assert far.needed_examples is None
-    assert f"nothing is said beyond {MAX_EXTRAPOLATION * 400:,}" in far.refusal
-    never = fitted(lambda n: 0.3 + 3 * n**-0.8, 0.9)
-    assert "more than any number of examples" in never.refusal
-    near = fitted(lambda n: 3 * n**-0.7, 0.97)
+    assert f"the limit is {MAX_EXTRAPOLATION * 400:,}" in far.refusal
+    never = fit(lambda n: 0.3 + 3 * n**-0.8, 0.9)
+    assert "never reaches the target" in never.refusal
+    near = fit(lambda n: 3 * n**-0.7, 0.97)
     assert near.needed_examples is not None
     assert 400 < near.needed_examples < MAX_EXTRAPOLATION * 400
 
 
-def test_it_takes_four_sizes() -> None:
-    assert fit_curve(points(lambda n: n**-0.5, sizes=(25,))) is None
+def test_a_curve_needs_four_sizes() -> None:
+    assert fit_curve(make_points(lambda n: n**-0.5, sizes=(25,))) is None
     assert (
-        fitted(lambda n: n**-0.5, 0.99, sizes=(25, 50, 100)).refusal
-        == "3 sizes were trained: a curve takes 4"
+        fit(lambda n: n**-0.5, 0.99, sizes=(25, 50, 100)).refusal
+        == "3 sizes were trained, a curve needs 4"
     )
 
 
 def test_several_trainings_widen_the_interval_by_their_spread() -> None:
-    one = fitted(lambda n: 3 * n**-0.7)
-    scores = points(lambda n: 3 * n**-0.7)
+    single = fit(lambda n: 3 * n**-0.7)
+    scores = make_points(lambda n: 3 * n**-0.7)
     spread = {
         n: [values[0], [max(0.0, value - 0.3) for value in values[0]]]
         for n, values in scores.items()
     }
-    two = fit_curve(spread)
-    assert two is not None
-    assert two.b_high - two.b_low > one.b_high - one.b_low
+    several = fit_curve(spread)
+    assert several is not None
+    assert several.b_high - several.b_low > single.b_high - single.b_low
 
 
 def test_examples_to_a_target() -> None:
@@ -98,8 +99,7 @@ def test_examples_to_a_target() -> None:
     assert solve_examples(0.5, 0, 0, 0.4) == 1
 
 
-def test_a_curve_that_rises_is_said_not_to_fall() -> None:
-    """Fitted with an exponent below 0, which no one should read as a law."""
+def test_a_rising_curve_is_reported_as_not_falling() -> None:
     curve = fit_curve({25: [[1.0] * 8 + [0.0] * 8], 50: [[1.0] * 4 + [0.0] * 12]})
     assert curve is not None
     assert curve.b < 0

@@ -1,4 +1,4 @@
-"""Documents as passages: found by their words, or refused by name."""
+"""Documents as passages: searched by their words, or refused by name."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_the_passage_with_the_rare_words_comes_first() -> None:
     assert passages.search("", 3) == []
 
 
-def test_paragraphs_are_passages_headings_go_along_and_long_ones_are_windows() -> None:
+def test_paragraphs_are_passages_with_headings_joined_and_long_ones_windowed() -> None:
     paragraph = " ".join(f"w{n}" for n in range(MIN_WORDS))
     long = " ".join(f"v{n}" for n in range(MAX_WORDS + 50))
-    found = list(split_passages(f"\n\nHeading\n\n{paragraph}\n \n{long}\n\nend"))
-    assert found[0] == f"Heading\n\n{paragraph}"
-    assert [len(text.split()) for text in found[1:]] == [MAX_WORDS, 50 + OVERLAP_WORDS, 1]
-    assert found[2].split()[:OVERLAP_WORDS] == found[1].split()[-OVERLAP_WORDS:]
-    assert {word for text in found[1:3] for word in text.split()} == set(long.split()), (
+    passages = list(split_passages(f"\n\nHeading\n\n{paragraph}\n \n{long}\n\nend"))
+    assert passages[0] == f"Heading\n\n{paragraph}"
+    assert [len(text.split()) for text in passages[1:]] == [MAX_WORDS, 50 + OVERLAP_WORDS, 1]
+    assert passages[2].split()[:OVERLAP_WORDS] == passages[1].split()[-OVERLAP_WORDS:]
+    assert {word for text in passages[1:3] for word in text.split()} == set(long.split()), (
         "nothing is lost"
     )
     assert list(split_passages(" \n\n ")) == []
@@ -58,7 +58,7 @@ def test_folders_and_rows_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("missing.txt", None, "no such file"),
         ("empty.txt", b"", "empty"),
@@ -69,12 +69,12 @@ def test_folders_and_rows_are_read(tmp_path: Path) -> None:
         ("file.pdf", b"%PDF", "cannot read .pdf"),
     ],
 )
-def test_documents_that_are_none_are_refused_by_name(
-    tmp_path: Path, name: str, content: bytes | None, told: str
+def test_unusable_documents_are_refused_by_name(
+    tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=told) as refusal:
+    with pytest.raises(InputError, match=message) as refusal:
         open_passages(tmp_path / name)
     assert name in str(refusal.value)
     with pytest.raises(InputError):

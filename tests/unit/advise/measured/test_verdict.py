@@ -1,5 +1,4 @@
-"""The verdict is the cheapest way that is not shown to be worse than the best, and says what it
-does not know."""
+"""The decision is the cheapest arm that is not significantly worse than the best."""
 
 from __future__ import annotations
 
@@ -23,13 +22,15 @@ from tunesmith.evaluate.generate_until import EvalPrompt
 ITEMS = 40
 
 
-def questions(count: int = ITEMS) -> tuple[EvalPrompt, ...]:
+def make_questions(count: int = ITEMS) -> tuple[EvalPrompt, ...]:
     return tuple(EvalPrompt(f"row:{n}", (1,), "?", "yes", 1) for n in range(count))
 
 
-def outcome(arm: Arm, right: int, items: int = ITEMS, first: int = 0, **costs: float) -> ArmResult:
-    """The items from `first` on are answered right, `right` of them."""
-    answers = {f"row:{n}": "yes" if first <= n < first + right else "no" for n in range(items)}
+def make_result(
+    arm: Arm, correct: int, items: int = ITEMS, first: int = 0, **costs: float
+) -> ArmResult:
+    """Answer `correct` items correctly, from `first` on."""
+    answers = {f"row:{n}": "yes" if first <= n < first + correct else "no" for n in range(items)}
     values = {
         "prompt_tokens": 100.0,
         "request_seconds": 1.0,
@@ -40,43 +41,43 @@ def outcome(arm: Arm, right: int, items: int = ITEMS, first: int = 0, **costs: f
     return ArmResult(arm, answers, **values)
 
 
-def decided(
-    *outcomes: ArmResult,
+def decide(
+    *results: ArmResult,
     target: float | None = None,
     items: int = ITEMS,
-    left_out: Sequence[Arm] = (),
+    skipped: Sequence[Arm] = (),
 ) -> tuple[Sequence[ArmRow], Decision]:
-    rows = build_table(
-        outcomes, ArmGrader(questions(items), "exact_match", ("exact_match", "contains"), None)
-    )
-    return rows, make_decision(rows, target, left_out)
+    metrics = ("exact_match", "contains")
+    rows = build_table(results, ArmGrader(make_questions(items), metrics[0], metrics, None))
+    return rows, make_decision(rows, target, skipped)
 
 
-def test_a_near_prompt_wins_over_a_training_that_is_a_little_better() -> None:
+def test_a_prompt_wins_over_a_slightly_better_training() -> None:
     arms = (
-        outcome(Arm(), 4),
-        outcome(Arm(shots=4), 36),
-        outcome(Arm(examples=100), 38, train_seconds=90),
+        make_result(Arm(), 4),
+        make_result(Arm(shots=4), 36),
+        make_result(Arm(examples=100), 38, train_seconds=90),
     )
-    rows, found = decided(*arms)
+    rows, decision = decide(*arms)
     assert [row.name for row in rows] == ["zero-shot", "4 shots", "LoRA on 100 examples"]
-    assert (found.conclusion, found.chosen.name, found.best.name) == (
+    assert (decision.conclusion, decision.chosen.name, decision.best.name) == (
         "prompt",
         "4 shots",
         "LoRA on 100 examples",
     )
-    assert found.chosen.difference[0] == pytest.approx(-0.05)
-    assert found.chosen.difference[1] < 0 < found.chosen.difference[2]
-    assert rows[0].difference[2] < 0, "zero-shot is shown to be worse"
+    assert decision.chosen.difference[0] == pytest.approx(-0.05)
+    assert decision.chosen.difference[1] < 0 < decision.chosen.difference[2]
+    assert rows[0].difference[2] < 0, "zero-shot is significantly worse"
     assert rows[2].train_minutes == 1.5
     assert any(
-        "items, if LoRA on 100 examples stays 0.050 ahead" in line for line in found.counterfactuals
+        "items, if LoRA on 100 examples stays 0.050 ahead" in line
+        for line in decision.counterfactuals
     )
     assert [score.metric for score in rows[0].other_scores] == ["contains"]
 
 
 @pytest.mark.parametrize(
-    ("best", "answer"),
+    ("best", "conclusion"),
     [
         (Arm(examples=100), "sft"),
         (Arm(passages=3), "retrieval"),
@@ -86,54 +87,60 @@ def test_a_near_prompt_wins_over_a_training_that_is_a_little_better() -> None:
         (Arm(examples=100, passages=3), "sft"),
     ],
 )
-def test_what_is_far_ahead_is_advised(best: Arm, answer: str) -> None:
-    _, found = decided(outcome(Arm(), 4), outcome(Arm(shots=2), 8), outcome(best, 36))
-    assert (found.conclusion, found.chosen.arm, found.chosen) == (answer, best, found.best)
-
-
-def test_zero_shot_that_is_as_good_as_any_is_kept() -> None:
-    _, found = decided(
-        outcome(Arm(), 39), outcome(Arm(shots=4), 39), outcome(Arm(examples=100), 39)
+def test_a_clear_winner_is_chosen(best: Arm, conclusion: str) -> None:
+    _, decision = decide(make_result(Arm(), 4), make_result(Arm(shots=2), 8), make_result(best, 36))
+    assert (decision.conclusion, decision.chosen.arm, decision.chosen) == (
+        conclusion,
+        best,
+        decision.best,
     )
-    assert (found.conclusion, found.chosen.name, found.best.name) == (
+
+
+def test_zero_shot_wins_when_nothing_is_better() -> None:
+    _, decision = decide(
+        make_result(Arm(), 39), make_result(Arm(shots=4), 39), make_result(Arm(examples=100), 39)
+    )
+    assert (decision.conclusion, decision.chosen.name, decision.best.name) == (
         "prompt",
         "zero-shot",
         "zero-shot",
     )
 
 
-def test_what_fails_everywhere_is_said_and_so_is_a_target_out_of_reach() -> None:
-    assert decided(outcome(Arm(), 0), outcome(Arm(examples=100), 2))[1].conclusion == "nothing"
-    arms = (outcome(Arm(), 4), outcome(Arm(shots=4), 20))
-    assert decided(*arms)[1].conclusion == "prompt"
-    missed = decided(*arms, target=0.9)[1]
+def test_a_total_failure_and_an_unreachable_target_conclude_nothing() -> None:
+    assert (
+        decide(make_result(Arm(), 0), make_result(Arm(examples=100), 2))[1].conclusion == "nothing"
+    )
+    arms = (make_result(Arm(), 4), make_result(Arm(shots=4), 20))
+    assert decide(*arms)[1].conclusion == "prompt"
+    missed = decide(*arms, target=0.9)[1]
     assert missed.conclusion == "nothing"
-    assert "a target lower than 0.9: 4 shots has 0.500" in missed.counterfactuals
-    assert decided(*arms, target=0.6)[1].conclusion == "prompt", "0.6 lies in the interval"
+    assert "a target below 0.9: 4 shots has 0.500" in missed.counterfactuals
+    assert decide(*arms, target=0.6)[1].conclusion == "prompt", "0.6 lies in the interval"
 
 
-def test_nothing_is_decided_while_a_kind_of_way_had_no_room_unless_a_training_wins_anyway() -> None:
-    prompts = (outcome(Arm(), 4), outcome(Arm(shots=4), 36))
+def test_it_is_undecided_while_a_kind_was_skipped_unless_training_wins() -> None:
+    prompts = (make_result(Arm(), 4), make_result(Arm(shots=4), 36))
     no_room = (
         Arm(shots=8),
         Arm(examples=25),
         Arm(examples=50, passages=1),
         Arm(is_constrained=True),
     )
-    found = decided(*prompts, left_out=no_room)[1]
-    assert (found.conclusion, found.untried_kinds) == (
+    decision = decide(*prompts, skipped=no_room)[1]
+    assert (decision.conclusion, decision.untried_kinds) == (
         "undecided",
         ("retrieval", "the schema", "training"),
     )
-    assert (found.chosen.name, found.best.name) == ("4 shots", "4 shots"), (
-        "of what was tried it is told all the same"
+    assert (decision.chosen.name, decision.best.name) == ("4 shots", "4 shots"), (
+        "the best of the tried arms is reported all the same"
     )
-    found = decided(*prompts, left_out=no_room[:1])[1]
-    assert (found.conclusion, found.untried_kinds) == ("prompt", ()), (
+    decision = decide(*prompts, skipped=no_room[:1])[1]
+    assert (decision.conclusion, decision.untried_kinds) == ("prompt", ()), (
         "another number of shots is no other kind"
     )
-    found = decided(outcome(Arm(), 4), outcome(Arm(examples=100), 36), left_out=no_room)[1]
-    assert (found.conclusion, found.untried_kinds) == (
+    decision = decide(make_result(Arm(), 4), make_result(Arm(examples=100), 36), skipped=no_room)[1]
+    assert (decision.conclusion, decision.untried_kinds) == (
         "sft",
         ("prompts", "retrieval", "the schema"),
     )
@@ -141,11 +148,11 @@ def test_nothing_is_decided_while_a_kind_of_way_had_no_room_unless_a_training_wi
 
 def test_prompts_count_by_their_best_wording_and_trainings_by_their_mean() -> None:
     prompts = [
-        outcome(Arm(shots=4, shot_layout=form, seed=s), right)
+        make_result(Arm(shots=4, shot_layout=form, seed=s), right)
         for form, s, right in (("turns", 0, 10), ("headed", 1, 30))
     ]
-    trained = [outcome(Arm(examples=50, seed=seed), right) for seed, right in ((0, 8), (1, 12))]
-    (zero, shots, lora), found = decided(outcome(Arm(), 0), *prompts, *trained)
+    trained = [make_result(Arm(examples=50, seed=seed), right) for seed, right in ((0, 8), (1, 12))]
+    (zero, shots, lora), decision = decide(make_result(Arm(), 0), *prompts, *trained)
     assert (
         shots.variants,
         shots.arm.variant,
@@ -161,43 +168,46 @@ def test_prompts_count_by_their_best_wording_and_trainings_by_their_mean() -> No
     )
     assert (lora.variants, lora.score.value, lora.mean_score) == (2, 0.25, 0.25)
     assert zero.variants == 1
-    (doubt,) = found.caveats
-    assert (
-        "headed, seed 1 is the best of 2 wordings, picked on the items that score it: their mean is 0.500"
-        in doubt
+    (caveat,) = decision.caveats
+    assert "headed, seed 1 is the best of 2 wordings, selected on the items that score it" in caveat
+    assert "their mean is 0.500" in caveat
+
+
+def test_few_items_are_a_caveat() -> None:
+    _, decision = decide(make_result(Arm(), 3, 10), make_result(Arm(shots=4), 7, 10), items=10)
+    assert (decision.conclusion, decision.chosen.name, decision.items) == (
+        "prompt",
+        "zero-shot",
+        10,
     )
+    assert decision.caveats[0].startswith("10 items are few: only a difference of about 0.")
+    assert decision.detectable_difference > 0.4
+    assert not [line for line in decide(make_result(Arm(), 3))[1].caveats if "few" in line]
 
 
-def test_few_items_are_a_look_and_no_result() -> None:
-    _, found = decided(outcome(Arm(), 3, 10), outcome(Arm(shots=4), 7, 10), items=10)
-    assert (found.conclusion, found.chosen.name, found.items) == ("prompt", "zero-shot", 10)
-    assert found.caveats[0].startswith("10 items are few: only a difference of about 0.")
-    assert found.detectable_difference > 0.4
-    assert not [line for line in decided(outcome(Arm(), 3))[1].caveats if "few" in line]
-
-
-def test_one_training_a_size_is_told_and_shorter_prompts_would_change_it() -> None:
-    shots = outcome(Arm(shots=8), 38, prompt_tokens=900, request_seconds=2.0)
-    _, found = decided(
-        outcome(Arm(), 2),
+def test_single_trainings_and_shorter_prompts_are_reported() -> None:
+    shots = make_result(Arm(shots=8), 38, prompt_tokens=900, request_seconds=2.0)
+    _, decision = decide(
+        make_result(Arm(), 2),
         shots,
-        outcome(Arm(examples=100), 38, prompt_tokens=100, request_seconds=0.5),
+        make_result(Arm(examples=100), 38, prompt_tokens=100, request_seconds=0.5),
     )
-    assert found.chosen.name == "8 shots"
-    assert "each size was trained once" in found.caveats[0]
+    assert decision.chosen.name == "8 shots"
+    assert "each size was trained once" in decision.caveats[0]
     assert (
-        "many requests: LoRA on 100 examples saves 800 prompt tokens and 1.50 s on each"
-        in found.counterfactuals
+        "many requests: LoRA on 100 examples saves 800 prompt tokens and 1.50 s per request"
+        in decision.counterfactuals
     )
-    worse = outcome(Arm(examples=100), 3, prompt_tokens=100, request_seconds=0.5)
+    worse = make_result(Arm(examples=100), 3, prompt_tokens=100, request_seconds=0.5)
     assert not any(
-        "requests" in line for line in decided(outcome(Arm(), 2), shots, worse)[1].counterfactuals
+        "requests" in line
+        for line in decide(make_result(Arm(), 2), shots, worse)[1].counterfactuals
     )
-    _, found = decided(outcome(Arm(), 2), shots)
-    assert "a training: none was tried" in found.counterfactuals
+    _, decision = decide(make_result(Arm(), 2), shots)
+    assert "training: none was tried" in decision.counterfactuals
 
 
-def test_a_metric_that_sees_only_the_form_does_not_decide() -> None:
+def test_a_format_metric_does_not_decide() -> None:
     assert (
         choose_primary_metric(("json_valid", "schema_valid", "field_f1", "exact_match"))
         == "field_f1"
@@ -206,7 +216,7 @@ def test_a_metric_that_sees_only_the_form_does_not_decide() -> None:
 
 
 def test_the_same_items_are_compared_whatever_their_order() -> None:
-    one = outcome(Arm(), 20)
-    turned = dataclasses.replace(one, arm=Arm(shots=2), answers=dict(reversed(one.answers.items())))
-    _, found = decided(one, turned)
-    assert found.chosen.name == "zero-shot"
+    result = make_result(Arm(), 20)
+    answers = dict(reversed(result.answers.items()))
+    _, decision = decide(result, dataclasses.replace(result, arm=Arm(shots=2), answers=answers))
+    assert decision.chosen.name == "zero-shot"

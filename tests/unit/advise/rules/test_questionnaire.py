@@ -1,4 +1,4 @@
-"""Facts from flags, files, recipes and answers; what cannot be is refused with its place."""
+"""Facts from flags, files, recipes and answers; invalid ones are refused with their location."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tunesmith.cli.views.advice import render_advice
 from tunesmith.core.errors import InputError
 
 
-def told(**facts: Any) -> Requirements:
+def read_facts(**facts: Any) -> Requirements:
     return read_requirements(None, facts)
 
 
@@ -40,40 +40,40 @@ def told(**facts: Any) -> Requirements:
         ({"need": "facts", "facts_change": "Daily"}, "facts_change", "daily"),
     ],
 )
-def test_values_are_understood(facts: dict[str, Any], name: str, value: Any) -> None:
-    assert getattr(told(**facts), name) == value
+def test_values_are_parsed(facts: dict[str, Any], name: str, value: Any) -> None:
+    assert getattr(read_facts(**facts), name) == value
 
 
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({}, r"advise: what is needed is not said"),
+        ({}, r"advise: 'need' is missing"),
         ({"need": "tome"}, r"argument need: unknown need 'tome'; did you mean 'tone'"),
-        ({"need": "xyzzy"}, r"there are facts, format, tone, latency, domain, skill"),
-        ({"need": ","}, r"nothing is named"),
+        ({"need": "xyzzy"}, r"choose from facts, format, tone, latency, domain, skill"),
+        ({"need": ","}, r"no need is named"),
         ({"need": "tone", "exampels": 3}, r"unknown fact 'exampels'; did you mean 'examples'"),
-        ({"need": "tone", "--examples": "-5"}, r"^--examples: -5 is less than nothing"),
-        ({"need": "tone", "examples": True}, r"'True' is no whole number"),
-        ({"need": "tone", "examples": 2.5}, r"'2.5' is no whole number"),
-        ({"need": "tone", "examples": "9" * 16}, r"more than there can be"),
+        ({"need": "tone", "--examples": "-5"}, r"^--examples: -5 is negative"),
+        ({"need": "tone", "examples": True}, r"'True' is not a whole number"),
+        ({"need": "tone", "examples": 2.5}, r"'2.5' is not a whole number"),
+        ({"need": "tone", "examples": "9" * 16}, r"is too large"),
         ({"need": "tone", "prompt": "god"}, r"did you mean 'good'"),
         (
             {"need": "domain", "raw_text": "many"},
-            r"'many' is no whole number; a size is written as 300KB",
+            r"'many' is not a whole number; write a size as 300KB",
         ),
         ({"need": "tone", "private": "maybe"}, r"'maybe' is neither yes nor no"),
-        ({"need": "tone", "raw_text": 1, "raw-text": 2}, r"raw_text is given twice"),
+        ({"need": "tone", "raw_text": 1, "raw-text": 2}, r"duplicate fact 'raw_text'"),
         (
             {"need": "tone", "facts_change": "daily"},
-            r"the facts change daily, but no facts are needed",
+            r"facts_change is daily, but 'facts' is not needed",
         ),
-        ({"need": "tone", "paraphrases": 3}, r"no facts are needed"),
-        ({"need": "latency", "requests_month": 0}, r"there are none"),
+        ({"need": "tone", "paraphrases": 3}, r"'facts' is not needed"),
+        ({"need": "latency", "requests_month": 0}, r"requests_month is 0"),
     ],
 )
-def test_what_cannot_be_is_refused(facts: dict[str, Any], message: str) -> None:
+def test_invalid_facts_are_refused(facts: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        told(**facts)
+        read_facts(**facts)
 
 
 # ---------------------------------------------------------------- files
@@ -84,7 +84,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_file_tells_facts_and_arguments_win(tmp_path: Path) -> None:
+def test_arguments_win_over_a_file(tmp_path: Path) -> None:
     path = write(
         tmp_path / "facts.yaml",
         "need: [format, tone]\nexamples: 300\nprompt: close\nraw-text: 20MB\n",
@@ -99,16 +99,14 @@ def test_a_file_tells_facts_and_arguments_win(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("need: tone\nexampels: 3\n", r"facts\.yaml:2: unknown fact 'exampels'"),
-        ("need: tone\nexamples: -3\n", r"facts\.yaml:2: -3 is less than nothing"),
-        ("need: tone\nneed: facts\n", r"facts\.yaml:2: 'need' stands here a second time"),
+        ("need: tone\nexamples: -3\n", r"facts\.yaml:2: -3 is negative"),
+        ("need: tone\nneed: facts\n", r"facts\.yaml:2: duplicate key 'need'"),
         ("- need\n", r"facts\.yaml:1: expected a mapping"),
         ("need: [tone\n", r"facts\.yaml:\d+:\d+: not YAML"),
-        ("examples: 3\n", r"facts\.yaml: what is needed is not said"),
+        ("examples: 3\n", r"facts\.yaml: 'need' is missing"),
     ],
 )
-def test_a_file_that_is_none_is_refused_with_its_line(
-    text: str, message: str, tmp_path: Path
-) -> None:
+def test_an_invalid_file_is_refused_with_its_line(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         read_requirements(write(tmp_path / "facts.yaml", text), {})
 
@@ -118,57 +116,57 @@ def test_the_rows_of_a_recipe_are_counted(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "model: none-that-exists\ndata: train.jsonl\n")
     assert read_requirements(recipe, {"need": "tone"}).examples == 60
     assert read_requirements(recipe, {"need": "tone", "examples": 60}).examples == 60
-    with pytest.raises(InputError, match=r"examples is 7, and the data of .*r\.yaml has 60"):
+    with pytest.raises(InputError, match=r"examples is 7, but the data of .*r\.yaml has 60"):
         read_requirements(recipe, {"need": "tone", "examples": 7})
-    with pytest.raises(InputError, match="what is needed is not said"):
+    with pytest.raises(InputError, match="'need' is missing"):
         read_requirements(recipe, {})
     write(tmp_path / "r.yaml", "model: none-that-exists\ndata: train.jsonl\nmax_examples: 55\n")
     assert read_requirements(recipe, {"need": "tone"}).examples == 55
 
 
-def test_of_a_recipe_for_continued_pretraining_the_text_is_counted(tmp_path: Path) -> None:
+def test_bytes_are_counted_for_continued_pretraining(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     write(tmp_path / "texts" / "a.txt", "a" * 700)
     write(tmp_path / "texts" / "b.md", "b" * 300)
     recipe = write(tmp_path / "r.yaml", "model: m\nstage: cpt\ndata: texts\n")
-    found = read_requirements(recipe, {"need": "domain"})
-    assert (found.raw_text, found.examples) == (1000, None)
+    requirements = read_requirements(recipe, {"need": "domain"})
+    assert (requirements.raw_text, requirements.examples) == (1000, None)
 
 
-def test_of_a_recipe_for_preferences_the_pairs_are_counted(tmp_path: Path) -> None:
+def test_pairs_are_counted_for_preference_training(tmp_path: Path) -> None:
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
     recipe = write(tmp_path / "r.yaml", "model: m\nstage: preference\ndata: pairs.jsonl\n")
     assert read_requirements(recipe, {"need": "tone"}).pairs == 3
 
 
-def test_of_several_stages_all_is_counted(tmp_path: Path) -> None:
+def test_several_stages_are_summed(tmp_path: Path) -> None:
     write(tmp_path / "text.txt", "a" * 700)
     write_rows(tmp_path / "train.jsonl", sums(1, 60))
     stages = "stage: [{cpt: {data: text.txt}}, {sft: {data: train.jsonl}}]"
     recipe = write(tmp_path / "r.yaml", f"model: m\n{stages}\n")
-    found = read_requirements(recipe, {"need": "domain"})
-    assert (found.raw_text, found.examples) == (700, 60)
+    requirements = read_requirements(recipe, {"need": "domain"})
+    assert (requirements.raw_text, requirements.examples) == (700, 60)
 
 
 # ---------------------------------------------------------------- questions
 
 
-def test_only_what_matters_is_asked_and_a_wrong_answer_is_asked_again() -> None:
+def test_only_relevant_questions_are_asked_and_invalid_answers_repeated() -> None:
     lines = iter(["", "tome", "tone", "300", "-1", "", "close", "no"])
-    asked: list[str] = []
-    complaints: list[str] = []
-    facts = ask_questions(lambda question: asked.append(question) or next(lines), complaints.append)
+    questions: list[str] = []
+    errors: list[str] = []
+    facts = ask_questions(lambda text: questions.append(text) or next(lines), errors.append)
     assert facts == {"need": ("tone",), "examples": 300, "prompt": "close", "private": False}
     assert read_requirements(None, facts) == Requirements(
         ("tone",), examples=300, prompt="close", private=False
     )
-    assert [complaint.partition(";")[0] for complaint in complaints] == [
-        "nothing is named: there are facts, format, tone, latency, domain, skill",
+    assert [error.partition(";")[0] for error in errors] == [
+        "no need is named",
         "unknown need 'tome'",
-        "-1 is less than nothing",
+        "-1 is negative",
     ]
-    assert len(asked) == 8
-    assert not any("change" in question or "month" in question for question in asked)
+    assert len(questions) == 8
+    assert not any("change" in question or "month" in question for question in questions)
 
 
 class Terminal(io.StringIO):
@@ -176,20 +174,20 @@ class Terminal(io.StringIO):
         return True
 
 
-def run(*words: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        app.main(["advise", *words])
-    return int(ended.value.code or 0)
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_info:
+        app.main(["advise", *arguments])
+    return int(exit_info.value.code or 0)
 
 
 @pytest.fixture(autouse=True)
-def hook() -> Iterator[None]:
-    kept = sys.excepthook  # main sets it: put it back
+def restore_excepthook() -> Iterator[None]:
+    original = sys.excepthook  # main replaces it
     yield
-    sys.excepthook = kept
+    sys.excepthook = original
 
 
-def test_the_command_line_asks_when_somebody_is_there(
+def test_the_command_line_asks_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal("facts\nweekly\n2MB\n\n\n\nno\n"))
@@ -203,7 +201,7 @@ def test_the_command_line_asks_when_somebody_is_there(
     assert run() == 2
 
 
-def test_the_command_line_says_what_python_says(
+def test_the_command_line_agrees_with_python(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = write(tmp_path / "facts.yaml", "need: latency\nprompt: good\nexamples: 900\n")
@@ -216,16 +214,16 @@ def test_the_command_line_says_what_python_says(
     assert run("--need", "tone", "--examples", "-1") == 2
 
 
-def test_the_view_shows_reasons_what_was_ruled_out_and_what_would_change_it() -> None:
+def test_the_view_shows_reasons_objections_and_counterfactuals() -> None:
     text = io.StringIO()
     advice = tunesmith.advise(
         need=["facts", "tone"], facts_change="daily", examples=300, private=True
     )
     Console(file=text, width=400).print(render_advice(advice))
-    shown = text.getvalue()
-    assert shown.startswith("Fine-tune: prompt, retrieval, SFT\n")
-    assert "(Ovadia 2023; published)" in shown
-    assert "training of any kind, for facts" in shown
-    assert "prompt: good -> don't fine-tune: prompt" in shown
-    assert "not said" in shown
-    assert shown.count("keep the trained model as secret as its text") == 1
+    output = text.getvalue()
+    assert output.startswith("Fine-tune: prompt, retrieval, SFT\n")
+    assert "(Ovadia 2023; published)" in output
+    assert "training of any kind, for facts" in output
+    assert "prompt: good -> don't fine-tune: prompt" in output
+    assert "assumed" in output
+    assert output.count("keep the trained model as confidential as its training text") == 1

@@ -1,4 +1,4 @@
-"""The rubric: what it answers, why, and that each rule and each fact changes an answer."""
+"""The rubric: its advice, its reasons, and that each rule and each fact matters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import re
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -13,17 +14,23 @@ import pytest
 from tunesmith.advise.rules import rubric
 from tunesmith.advise.rules.advice import Advice, advise, apply_rules
 from tunesmith.advise.rules.questionnaire import NEEDS, QUESTIONS, Need, Requirements
-from tunesmith.advise.rules.reason import APPROACHES, TRAINING_APPROACHES, RuleConfidence
-from tunesmith.advise.rules.rubric import RULES
+from tunesmith.advise.rules.rubric import (
+    APPROACHES,
+    RULES,
+    TRAINING_APPROACHES,
+    RuleConfidence,
+    RuleResult,
+)
 
 CD = "constrained decoding"
 
 
-def answered(*need: Need, **facts: Any) -> Advice:
+def get_advice(*need: Need, **facts: Any) -> Advice:
     return advise(Requirements(need, **facts))
 
 
-CASES: list[tuple[tuple[Need, ...], dict[str, Any], tuple[str, ...]]] = [
+Case = tuple[tuple[Need, ...], dict[str, Any], tuple[str, ...]]
+CASES: list[Case] = [
     # the usual table, and its exceptions
     (("facts",), {}, ("retrieval",)),
     (("facts",), {"raw_text": 100_000}, ("prompt",)),
@@ -67,131 +74,117 @@ CASES: list[tuple[tuple[Need, ...], dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("need", "facts", "answers"), CASES)
-def test_what_is_advised(
-    need: tuple[Need, ...], facts: dict[str, Any], answers: tuple[str, ...]
+@pytest.mark.parametrize(("need", "facts", "approaches"), CASES)
+def test_the_advice_follows_the_facts(
+    need: tuple[Need, ...], facts: dict[str, Any], approaches: tuple[str, ...]
 ) -> None:
-    found = answered(*need, **facts)
-    assert found.approaches == answers
-    assert found.verdict == (
-        "fine-tune" if set(answers) & set(TRAINING_APPROACHES) else "don't fine-tune"
+    advice = get_advice(*need, **facts)
+    assert advice.approaches == approaches
+    assert advice.verdict == (
+        "fine-tune" if set(approaches) & set(TRAINING_APPROACHES) else "don't fine-tune"
     )
 
 
-def test_each_rule_says_something_in_some_case() -> None:
-    told = {
-        reason.rule
-        for need, facts, _ in [*CASES, (("tone",), {"examples": 3000, "private": True}, ())]
-        for reason in apply_rules(Requirements(need, **facts))[1]
-    }
-    assert told == {rule.__name__ for rule in RULES}
+def list_reasons(*extra_cases: Case) -> list[RuleResult]:
+    reasons: list[RuleResult] = []
+    for need, facts, _ in (*CASES, *extra_cases):
+        reasons += apply_rules(Requirements(need, **facts))[1]
+    return reasons
 
 
-def test_an_answer_has_reasons_and_each_reason_says_how_sure_it_is() -> None:
+def test_each_rule_applies_in_some_case() -> None:
+    reasons = list_reasons((("tone",), {"examples": 3000, "private": True}, ()))
+    assert {reason.rule for reason in reasons} == {rule.__name__ for rule in RULES}
+
+
+def test_each_recommendation_has_reasons_with_confidence() -> None:
     for need, facts, _ in CASES:
-        found = answered(*need, **facts)
-        for step in found.recommendations:
+        advice = get_advice(*need, **facts)
+        reasons = list(advice.objections)
+        for step in advice.recommendations:
             assert any(step.approach in reason.recommended for reason in step.reasons)
             assert step.next_step
-        for reason in [
-            *found.objections,
-            *(reason for step in found.recommendations for reason in step.reasons),
-        ]:
+            reasons += step.reasons
+        for reason in reasons:
             assert reason.confidence in get_args(RuleConfidence)
             assert bool(reason.source) or reason.confidence == "ours"
             assert set(reason.recommended + reason.ruled_out + reason.concerns) <= set(APPROACHES)
 
 
-def test_a_source_stands_in_the_docstring_of_its_rule_with_its_year() -> None:
-    for reason in [
-        reason for need, facts, _ in CASES for reason in apply_rules(Requirements(need, **facts))[1]
-    ]:
+def test_the_docstring_of_a_rule_cites_its_source_with_the_year() -> None:
+    for reason in list_reasons():
         text = inspect.getdoc(getattr(rubric, reason.rule)) or ""
         for source in reason.source.split(", "):
             assert source.partition(" ")[0] in text, reason.rule
-        assert reason.confidence != "published" or re.search(r"20\d\d|guide|again", text), (
-            reason.rule
-        )
+        if reason.confidence == "published":
+            assert re.search(r"20\d\d|guide|again", text), reason.rule
 
 
 # ---------------------------------------------------------------- what would change it
 
 
-def test_changes_are_true() -> None:
-    """Each change that is told comes about when the fact is changed."""
-    found = answered("tone", examples=30, prompt="bad")
-    told = {change.condition: change.approaches for change in found.counterfactuals}
-    assert (
-        told["examples: 50 or more"]
-        == ("sft",)
-        == answered("tone", examples=50, prompt="bad").approaches
-    )
-    assert "private: yes" not in told
-    told = {
-        change.condition: change.approaches
-        for change in answered("tone", examples=80, prompt="bad").counterfactuals
-    }
-    assert (
-        told["prompt: good"]
-        == ("prompt",)
-        == answered("tone", examples=80, prompt="good").approaches
-    )
-    assert (
-        told["examples: under 50"]
-        == ("prompt",)
-        == answered("tone", examples=49, prompt="bad").approaches
-    )
+def list_changes(*need: Need, **facts: Any) -> dict[str, tuple[str, ...]]:
+    """Return condition -> approaches."""
+    counterfactuals = get_advice(*need, **facts).counterfactuals
+    return {change.condition: change.approaches for change in counterfactuals}
 
 
-def test_every_fact_can_change_an_answer_or_its_reasons() -> None:
+def test_counterfactuals_come_true() -> None:
+    changes = list_changes("tone", examples=30, prompt="bad")
+    more = get_advice("tone", examples=50, prompt="bad").approaches
+    assert changes["examples: 50 or more"] == ("sft",) == more
+    assert "private: yes" not in changes
+    changes = list_changes("tone", examples=80, prompt="bad")
+    good = get_advice("tone", examples=80, prompt="good").approaches
+    assert changes["prompt: good"] == ("prompt",) == good
+    fewer = get_advice("tone", examples=49, prompt="bad").approaches
+    assert changes["examples: under 50"] == ("prompt",) == fewer
+
+
+def test_every_fact_can_change_the_advice() -> None:
     facts = {field.name for field in dataclasses.fields(Requirements)} - {"need"}
-    changing = {
-        change.condition.partition(":")[0].replace(" ", "_")
-        for case in CASES
-        for change in _of(case).counterfactuals
-    }
+    changing: set[str] = set()
+    for need, case_facts, _ in CASES:
+        conditions = list_changes(*need, **case_facts)
+        changing.update(text.partition(":")[0].replace(" ", "_") for text in conditions)
     assert changing == facts
     assert set(QUESTIONS) == facts | {"need"}
 
 
-def _of(case: tuple[tuple[Need, ...], dict[str, Any], tuple[str, ...]]) -> Advice:
-    return answered(*case[0], **case[1])
-
-
-def test_every_combination_is_answered() -> None:
+def list_combinations() -> Iterator[tuple[tuple[Need, ...], str | None, int | None]]:
     for count in (1, 2, 3):
-        for need in itertools.combinations(NEEDS, count):
-            for prompt, examples in itertools.product(
-                (None, "bad", "close", "good"), (None, 0, 300)
-            ):
-                found = answered(*need, prompt=prompt, examples=examples, raw_text=10**8, pairs=600)
-                assert set(found.approaches) == {
-                    answer
-                    for kept in apply_rules(found.requirements)[0].values()
-                    for answer in kept
-                }
-                assert {one for step in found.recommendations for one in step.needs} <= set(need)
+        yield from itertools.product(
+            itertools.combinations(NEEDS, count), (None, "bad", "close", "good"), (None, 0, 300)
+        )
 
 
-def test_needs_are_answered_each_by_itself() -> None:
-    both = answered(
+def test_every_combination_has_advice() -> None:
+    for need, prompt, examples in list_combinations():
+        advice = get_advice(*need, prompt=prompt, examples=examples, raw_text=10**8, pairs=600)
+        approaches_by_need, _ = apply_rules(advice.requirements)
+        assert set(advice.approaches) == set().union(*approaches_by_need.values())
+        for step in advice.recommendations:
+            assert set(step.needs) <= set(need)
+
+
+def test_each_need_has_its_advice() -> None:
+    advice = get_advice(
         "facts", "tone", examples=300, facts_change="daily", raw_text=10**7, prompt="bad"
     )
-    assert {step.approach: step.needs for step in both.recommendations} == {
-        "retrieval": ("facts",),
-        "sft": ("tone",),
-    }
-    assert "suggest_raft_training" in {
-        reason.rule for step in both.recommendations for reason in step.reasons
-    }
+    needs_by_approach = {step.approach: step.needs for step in advice.recommendations}
+    assert needs_by_approach == {"retrieval": ("facts",), "sft": ("tone",)}
+    rules: set[str] = set()
+    for step in advice.recommendations:
+        rules.update(reason.rule for reason in step.reasons)
+    assert "suggest_raft_training" in rules
 
 
-def test_what_can_be_measured_is_told_with_its_command() -> None:
-    found = answered(
+def test_the_next_step_has_the_command_that_measures_it() -> None:
+    advice = get_advice(
         "facts", "tone", "format", examples=30, facts_change="daily", private=True, raw_text=10**6
     )
-    commands = {step.approach: step.command for step in found.recommendations}
-    made = "tunesmith init recipe.yaml && tunesmith advise --measure recipe.yaml"
-    assert commands["prompt"] == made
-    assert commands["retrieval"] == f"{made} --documents FOLDER"
-    assert commands["constrained decoding"] == f"{made} --schema schema.json"
+    commands = {step.approach: step.command for step in advice.recommendations}
+    measure = "tunesmith init recipe.yaml && tunesmith advise --measure recipe.yaml"
+    assert commands["prompt"] == measure
+    assert commands["retrieval"] == f"{measure} --documents FOLDER"
+    assert commands["constrained decoding"] == f"{measure} --schema schema.json"

@@ -1,4 +1,4 @@
-"""A question asked in other ways keeps its answer."""
+"""Prompts with shots and passages keep the question and the answer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.generate_until import build_prompts
 
 
-def asked(question: str, answer: str, system: str = "") -> Example:
+def make_example(question: str, answer: str, system: str = "") -> Example:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     messages = ([{"role": "system", "content": system}] if system else []) + turns
     return Example(question, tuple(messages), (*[0.0] * (len(messages) - 1), 1.0))
 
 
-SHOTS = (asked("one?", "1", "count"), asked("two?", "2", "count"))
+SHOTS = (make_example("one?", "1", "count"), make_example("two?", "2", "count"))
 
 
 @pytest.fixture(scope="module")
@@ -28,41 +28,44 @@ def renderer(tiny_folder: Path) -> Renderer:
     return Renderer.from_folder(tiny_folder, now=datetime(2026, 1, 1))
 
 
-@pytest.mark.parametrize("form", SHOT_LAYOUTS)
+@pytest.mark.parametrize("layout", SHOT_LAYOUTS)
 @pytest.mark.parametrize("passages", [(), ("three is 3", "a text")])
-def test_the_answer_stays_and_everything_else_stands_before_it(
-    form: str, passages: tuple[str, ...], renderer: Renderer
+def test_the_answer_is_unchanged_and_everything_else_precedes_it(
+    layout: str, passages: tuple[str, ...], renderer: Renderer
 ) -> None:
-    example = asked("three?", "3", "count")
-    (question,) = build_prompts([add_shots(add_passages(example, passages), SHOTS, form)], renderer)
-    told = renderer.decode(question.prompt_ids)
+    example = make_example("three?", "3", "count")
+    (question,) = build_prompts(
+        [add_shots(add_passages(example, passages), SHOTS, layout)], renderer
+    )
+    prompt = renderer.decode(question.prompt_ids)
     assert question.expected == "3"
-    assert told.count("count") == 1, "the system message of an example is not repeated"
-    places = [told.index(text) for text in ("one?", "1", "two?", "2", *passages, "three?")]
-    assert places == sorted(places)
-    assert told.endswith("assistant\n")
+    assert prompt.count("count") == 1, "the system message of an example is not repeated"
+    positions = [prompt.index(text) for text in ("one?", "1", "two?", "2", *passages, "three?")]
+    assert positions == sorted(positions)
+    assert prompt.endswith("assistant\n")
 
 
 def test_rows_without_a_template_are_asked_by_text() -> None:
-    row, shot = Example("a", text="B", prompt="A: "), Example("c", text="D", prompt="C: ")
+    row = Example("a", text="B", prompt="A: ")
+    shot = Example("c", text="D", prompt="C: ")
     assert (get_question(row), get_answer(row)) == ("A: ", "B")
-    asked = add_shots(add_passages(row, ("text",)), (shot,))
-    assert asked.text == "B"
-    assert asked.prompt is not None
-    assert asked.prompt.index("C: ") < asked.prompt.index("D") < asked.prompt.index("text")
-    assert asked.prompt.endswith("Output: ")
+    prompted = add_shots(add_passages(row, ("text",)), (shot,))
+    assert prompted.text == "B"
+    assert prompted.prompt is not None
+    assert prompted.prompt.index("C: ") < prompted.prompt.index("D") < prompted.prompt.index("text")
+    assert prompted.prompt.endswith("Output: ")
 
 
-def test_of_several_turns_the_last_trained_one_is_asked() -> None:
+def test_the_last_supervised_turn_is_the_answer() -> None:
     turns = [
         {"role": role, "content": text}
         for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)
     ]
     example = Example("row", tuple(turns), (0.0, 1.0, 0.0, 1.0))
     assert (get_question(example), get_answer(example)) == ("c", "d")
-    shown = add_shots(example, SHOTS[:1])
-    assert [turn["content"] for turn in shown.messages] == ["one?", "1", "a", "b", "c", "d"]
-    assert shown.turn_weights == (0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
+    prompted = add_shots(example, SHOTS[:1])
+    assert [turn["content"] for turn in prompted.messages] == ["one?", "1", "a", "b", "c", "d"]
+    assert prompted.turn_weights == (0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
 
 
 def test_an_example_that_calls_a_tool_shows_its_call() -> None:
@@ -72,10 +75,10 @@ def test_an_example_that_calls_a_tool_shows_its_call() -> None:
         "tool_calls": [{"type": "function", "function": {"name": "look"}}],
     }
     shot = Example("tool", ({"role": "user", "content": "where?"}, call), (0.0, 1.0))
-    assert add_shots(asked("three?", "3"), (shot,)).messages[1] == call
+    assert add_shots(make_example("three?", "3"), (shot,)).messages[1] == call
 
 
-def test_arms_are_what_can_be_tried_each_once_and_zero_shot_first() -> None:
+def test_arms_are_unique_and_possible_and_zero_shot_is_first() -> None:
     everything = build_arms(ArmOptions(rows=400, has_documents=True, has_schema=True))
     assert everything[0] == Arm()
     assert len(everything) == len(set(everything))
@@ -83,12 +86,12 @@ def test_arms_are_what_can_be_tried_each_once_and_zero_shot_first() -> None:
     assert {(arm.shots, arm.shot_layout, arm.seed) for arm in everything} >= {
         (k, f, s) for k in (2, 4, 8) for f in SHOT_LAYOUTS for s in (0, 1, 2)
     }
-    little = build_arms(ArmOptions(rows=3, has_documents=False, has_schema=False))
-    assert {arm.shots for arm in little} == {0, 2}
-    assert not any(arm.passages or arm.is_constrained or arm.examples for arm in little)
+    few = build_arms(ArmOptions(rows=3, has_documents=False, has_schema=False))
+    assert {arm.shots for arm in few} == {0, 2}
+    assert not any(arm.passages or arm.is_constrained or arm.examples for arm in few)
 
 
-def test_the_order_of_cost_and_the_names() -> None:
+def test_arms_have_names_and_an_order_of_cost() -> None:
     arms = [
         Arm(),
         Arm(is_constrained=True),
