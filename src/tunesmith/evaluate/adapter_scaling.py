@@ -40,14 +40,14 @@ def measure_scale_curve(
         return ()
     session.model.network.eval()
     items = select_curve_items(session, items)
-    known_results = {1.0: after} if session.inputs.adapter else {0.0: before, 1.0: after}
+    end_results = {1.0: after} if session.inputs.adapter else {0.0: before, 1.0: after}
     points: list[ScalePoint] = []
     for scale in log_progress(ADAPTER_SCALES, len(ADAPTER_SCALES), "adapter scales"):
         general_score = None
         with scaled_adapter(session.model.network, scale):
             eval_score = compute_score(measure_eval_loss(session, items), step=step)
             if items.general_texts:
-                general = _get_general(session, items, known_results.get(scale))
+                general = _get_general(session, items, end_results.get(scale))
                 general_score = compute_score(general, step=step)
         points.append(ScalePoint(scale, eval_score, general_score))
     return tuple(points)

@@ -13,7 +13,8 @@ from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
 
 TURNS = (
-    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 

@@ -41,7 +41,7 @@ def record_of(model: Path, folder: Path, **changed: Any) -> RunRecord:
 
 
 def values(record: RunRecord) -> dict[tuple[str, str], float]:
-    return {(one.task, one.metric): one.value for one in record.kl_scores}
+    return {(item.task, item.metric): item.value for item in record.kl_scores}
 
 
 def test_a_record_has_the_curve_from_the_base_to_the_whole_adapter(
@@ -53,7 +53,7 @@ def test_a_record_has_the_curve_from_the_base_to_the_whole_adapter(
     assert losses[0] > losses[-1], "it learnt something"
     assert len(set(losses)) == 5
     general = [point.general_text.value for point in record.scales if point.general_text]
-    (compared,) = [one for one in record.comparisons if one.task == GENERAL_TASK]
+    (compared,) = [item for item in record.comparisons if item.task == GENERAL_TASK]
     assert general[0] == pytest.approx(compared.before.value, rel=1e-6)
     assert general[-1] == pytest.approx(compared.after.value, rel=1e-5)
     assert {point.eval_loss.task for point in record.scales} == {"eval"}
@@ -94,7 +94,7 @@ def test_without_eval_data_there_is_no_curve(writer: Path, tmp_path: Path) -> No
     train(recipe(writer, tmp_path, **files))
     record = tunesmith.read_record(tmp_path / "run")
     assert record.scales == ()
-    assert {one.task for one in record.kl_scores} == {GENERAL_TASK}
+    assert {item.task for item in record.kl_scores} == {GENERAL_TASK}
 
 
 def test_of_all_weights_there_is_no_curve_but_a_distance(writer: Path, tmp_path: Path) -> None:
@@ -132,24 +132,24 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
         "save_steps": 2,
         "metrics": ["exact_match"],
     }
-    asked: list[list[tuple[int, ...]]] = []
+    prompts: list[list[tuple[int, ...]]] = []
     generate = answer_cache.generate
     monkeypatch.setattr(
         answer_cache,
         "generate",
         lambda model, requests, **rest: (
-            asked.append([one.tokens for one in requests]) or generate(model, requests, **rest)
+            prompts.append([item.tokens for item in requests]) or generate(model, requests, **rest)
         ),
     )
     straight = record_of(writer, tmp_path / "straight", **changed)
-    tested = asked[0]  # other questions, of eval_data, are asked on the way
-    assert asked.count(tested) == 2, "before and after"
+    tested = prompts[0]  # other questions, of eval_data, are asked on the way
+    assert prompts.count(tested) == 2, "before and after"
     wish = recipe(writer, tmp_path / "killed", **measured_files(tmp_path / "killed"), **changed)
-    known = inputs.load_inputs(wish)
-    until_saved(iter(run.train(inputs.make_plan(known), known)), 2)
-    asked.clear()
+    run_inputs = inputs.load_inputs(wish)
+    until_saved(iter(run.train(inputs.make_plan(run_inputs), run_inputs)), 2)
+    prompts.clear()
     list(run.resume(tmp_path / "killed" / "run"))
-    assert asked.count(tested) == 1, "after only"
+    assert prompts.count(tested) == 1, "after only"
     resumed = tunesmith.read_record(tmp_path / "killed" / "run")
     assert (resumed.kl_scores, resumed.scales) == (straight.kl_scores, straight.scales)
 
@@ -158,19 +158,19 @@ def test_eval_of_a_run_takes_its_answers_from_the_folder(
     writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = record_of(writer, tmp_path, metrics=["exact_match"])
-    asked: list[int] = []
+    prompts: list[int] = []
     generate = answer_cache.generate
     monkeypatch.setattr(
         answer_cache,
         "generate",
         lambda model, requests, **rest: (
-            asked.append(len(requests)) or generate(model, requests, **rest)
+            prompts.append(len(requests)) or generate(model, requests, **rest)
         ),
     )
     assert [
         c.after.value for c in tunesmith.evaluate(tmp_path / "run").comparisons
     ] == pytest.approx([c.after.value for c in record.comparisons], rel=1e-6)
-    assert sum(asked) == 0
+    assert sum(prompts) == 0
 
 
 # ---------------------------------------------------------------- what is offered
@@ -186,8 +186,8 @@ def points(
 
     general = [None] * 5 if bits is None else [score(GENERAL_TASK, value) for value in bits]
     return tuple(
-        ScalePoint(scale, score("eval", loss), known)
-        for scale, loss, known in zip(ADAPTER_SCALES, losses, general, strict=True)
+        ScalePoint(scale, score("eval", loss), run_inputs)
+        for scale, loss, run_inputs in zip(ADAPTER_SCALES, losses, general, strict=True)
     )
 
 

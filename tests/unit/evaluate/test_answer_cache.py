@@ -18,7 +18,7 @@ from tunesmith.evaluate import answer_cache
 from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached, hash_weights
 from tunesmith.model.causal_lm import PackedCausalLM
 
-ASKED = [GenerationRequest(tuple(range(5, 5 + n)), 6) for n in (4, 9, 2, 30)]
+REQUESTS = [GenerationRequest(tuple(range(5, 5 + n)), 6) for n in (4, 9, 2, 30)]
 IDENTITY: Json = {
     "tunesmith": "1",
     "base_sha256": {"model.safetensors": "ab"},
@@ -42,18 +42,18 @@ class Calls:
     def __call__(
         self, model: PackedCausalLM, requests: list[GenerationRequest], **settings: Any
     ) -> Iterable[Any]:
-        for count, found in enumerate(self._generate(model, requests, **settings)):
+        for count, result in enumerate(self._generate(model, requests, **settings)):
             if count == self.most:
                 raise KeyboardInterrupt
-            self.asked.append(requests[found[0]])
-            yield found
+            self.asked.append(requests[result[0]])
+            yield result
 
 
 def ask(
     model: PackedCausalLM,
     renderer: Renderer,
     file: Path | None,
-    requests: list[GenerationRequest] = ASKED,
+    requests: list[GenerationRequest] = REQUESTS,
     **changed: Any,
 ):
     ends, state = changed.get("end_ids", renderer.end_ids), changed.get("state", "weights")
@@ -68,7 +68,7 @@ def test_what_was_answered_is_not_generated_again(
     calls = Calls(monkeypatch)
     first = ask(model, renderer, tmp_path / "answers.jsonl")
     assert (len(calls.asked), first) == (4, plain)
-    assert ask(model, renderer, tmp_path / "answers.jsonl", ASKED[::-1]) == plain[::-1]
+    assert ask(model, renderer, tmp_path / "answers.jsonl", REQUESTS[::-1]) == plain[::-1]
     assert len(calls.asked) == 4
 
 
@@ -76,7 +76,7 @@ def test_one_request_given_twice_is_answered_once(
     model: PackedCausalLM, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Calls(monkeypatch)
-    first, second, third = ask(model, renderer, None, [ASKED[0], ASKED[1], ASKED[0]])
+    first, second, third = ask(model, renderer, None, [REQUESTS[0], REQUESTS[1], REQUESTS[0]])
     assert (len(calls.asked), first) == (2, third)
     assert first != second
 
@@ -103,7 +103,7 @@ def test_no_answer_is_served_to_another_request(
 ) -> None:
     ask(model, renderer, tmp_path / "answers.jsonl")
     calls = Calls(monkeypatch)
-    other = dataclasses.replace(ASKED[0], **changed)
+    other = dataclasses.replace(REQUESTS[0], **changed)
     ask(model, renderer, tmp_path / "answers.jsonl", [other])
     assert calls.asked == [other]
 
@@ -129,7 +129,7 @@ def test_every_part_of_what_weights_are_makes_another_state() -> None:
     changed += [
         {**IDENTITY, "plan": {**IDENTITY["plan"], key: "other"}} for key in answer_cache.PLAN_KEYS
     ]
-    states = [hash_weights(one, {}) for one in (IDENTITY, *changed)]
+    states = [hash_weights(item, {}) for item in (IDENTITY, *changed)]
     states += [hash_weights(IDENTITY, {"adapter.safetensors": sha}) for sha in "ab"]
     assert len(set(states)) == len(states) == 1 + len(changed) + 2
     trained_otherwise = {**IDENTITY, "plan": {**IDENTITY["plan"], "learning_rate": 2}}
@@ -148,7 +148,9 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_was(
     monkeypatch.undo()
     calls = Calls(monkeypatch)
     assert ask(model, renderer, tmp_path / "answers.jsonl") == plain
-    assert sorted(r.tokens for r in killed.asked + calls.asked) == sorted(r.tokens for r in ASKED)
+    assert sorted(r.tokens for r in killed.asked + calls.asked) == sorted(
+        r.tokens for r in REQUESTS
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -162,16 +164,16 @@ def test_a_torn_or_damaged_line_serves_nothing_wrong(
     written = {
         f"{n:064x}": GenerationOutput(f'answer "{n}" é', (n, n + 1), "end", 3) for n in range(4)
     }
-    kept = answer_cache._AppendFile(file)
+    stored = answer_cache._AppendFile(file)
     for key, answer in written.items():
-        kept.append_answer(key, answer)
-    kept.close()
+        stored.append_answer(key, answer)
+    stored.close()
     content = bytearray(file.read_bytes()[:-cut])
     if content:
         content[letter % len(content)] = byte
     file.write_bytes(content)
-    found = answer_cache._read_answers(file, written)
-    assert all(written[key] == answer for key, answer in found.items())
+    result = answer_cache._read_answers(file, written)
+    assert all(written[key] == answer for key, answer in result.items())
     after = answer_cache._AppendFile(file)
     after.append_answer("new", GenerationOutput("more", (1,), "end", 2))
     after.close()
@@ -194,5 +196,7 @@ def test_what_cannot_be_written_is_answered_all_the_same(
     monkeypatch.undo()
     assert ask(model, renderer, tmp_path / "answers.jsonl") == plain
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
-    assert [json.loads(line)["answer"]["finished"] for line in lines[1:]], "the torn line is ended"
+    assert [json.loads(line)["answer"]["finish_reason"] for line in lines[1:]], (
+        "the torn line is ended"
+    )
     assert len(lines) == 5

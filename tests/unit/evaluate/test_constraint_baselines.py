@@ -42,20 +42,23 @@ def test_the_rules_quote_what_was_said() -> None:
 
 
 def test_the_model_is_told_in_its_system_message(renderer: Renderer) -> None:
-    plain, kept = (
+    plain, stored = (
         baselines.add_rules(chat("fine"), "RULES"),
         baselines.add_rules(chat("fine", system="Be brief."), "RULES"),
     )
     assert plain.messages[0] == {"role": "system", "content": "RULES"}
-    assert kept.messages[0] == {"role": "system", "content": "Be brief.\n\nRULES"}
-    for example, before in ((plain, chat("fine")), (kept, chat("fine", system="Be brief."))):
-        (asked,), (first,) = build_prompts([example], renderer), build_prompts([before], renderer)
-        assert asked.expected == first.expected
-        assert "RULES" in renderer.decode(asked.prompt_ids)
+    assert stored.messages[0] == {"role": "system", "content": "Be brief.\n\nRULES"}
+    for example, before in ((plain, chat("fine")), (stored, chat("fine", system="Be brief."))):
+        (requests,), (first,) = (
+            build_prompts([example], renderer),
+            build_prompts([before], renderer),
+        )
+        assert requests.expected == first.expected
+        assert "RULES" in renderer.decode(requests.prompt_ids)
     assert baselines.add_rules(Example("a", text=" b", prompt="a"), "RULES").prompt == "RULES\n\na"
 
 
 def test_bans_are_how_bad_strings_begin(renderer: Renderer) -> None:
-    found = baselines.tokenize_bans({"a": ["no", "sorry"], "b": ["no"]}, renderer)
-    assert [renderer.decode(tokens) for tokens in found] == ["no", " no", "sorr", " sor"]
-    assert max(map(len, found)) == baselines.MAX_BAN_TOKENS
+    result = baselines.tokenize_bans({"a": ["no", "sorry"], "b": ["no"]}, renderer)
+    assert [renderer.decode(tokens) for tokens in result] == ["no", " no", "sorr", " sor"]
+    assert max(map(len, result)) == baselines.MAX_BAN_TOKENS

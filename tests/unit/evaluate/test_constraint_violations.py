@@ -49,15 +49,17 @@ def test_the_mark_says_what_a_prompt_is_for() -> None:
         question(7, "sorry, sir", negative=False),
     ]
     answers = ["a robot", "I'm sorry", " sorry ", "no", "sorry", "sorry!", "no"]
-    found = {(one.task, one.metric): one for one in measure_violations(BOTH, questions, answers)}
-    assert {key: (one.ids, one.values) for key, one in found.items()} == {
+    result = {
+        (item.task, item.metric): item for item in measure_violations(BOTH, questions, answers)
+    }
+    assert {key: (item.ids, item.values) for key, item in result.items()} == {
         (NEUTRAL, "breaks apology"): (("test:1", "test:2"), (0, 1)),
         (ELICITING, "breaks apology"): (("test:3", "test:4"), (1, 0)),
         (RIGHTFUL, "says apology"): (("test:6", "test:7"), (1, 0)),
         (NEUTRAL, "breaks (?i)robot"): (("test:1", "test:2", "test:6", "test:7"), (1, 0, 0, 0)),
         (ELICITING, "breaks (?i)robot"): (("test:4", "test:5"), (0, 0)),
     }
-    assert [one.higher_is_better for one in found.values()] == [False, False, True, False, False]
+    assert [item.higher_is_better for item in result.values()] == [False, False, True, False, False]
 
 
 def test_one_prompt_of_a_kind_is_no_measure() -> None:
@@ -76,8 +78,8 @@ def test_a_bad_row_asks_its_prompt_and_expects_nothing(renderer: Renderer) -> No
 
 def test_the_logp_is_of_the_bad_tokens_alone(renderer: Renderer, model: PackedCausalLM) -> None:
     rows = [
-        chat(said, id=f"test:{n}", negative=True)
-        for n, said in enumerate(("so sorry for it", "sorry", "no robot"))
+        chat(output, id=f"test:{n}", negative=True)
+        for n, output in enumerate(("so sorry for it", "sorry", "no robot"))
     ]
     documents = [
         d
@@ -86,8 +88,8 @@ def test_the_logp_is_of_the_bad_tokens_alone(renderer: Renderer, model: PackedCa
             ConstraintSet(BOTH, is_held_out=True).mark_violations(row)
         ).documents
     ]
-    found = measure_bad_logp(model, documents, task="test", pack_length=512)
-    assert found.weights == (5, 5, 5), "one token a byte"
+    result = measure_bad_logp(model, documents, task="test", pack_length=512)
+    assert result.weights == (5, 5, 5), "one token a byte"
     for i, nats, tokens in compute_nll(model, documents, 512):
-        assert found.values[i] == pytest.approx(-nats / tokens)
-    assert not found.higher_is_better
+        assert result.values[i] == pytest.approx(-nats / tokens)
+    assert not result.higher_is_better

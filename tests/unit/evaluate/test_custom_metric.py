@@ -24,7 +24,10 @@ def write(folder: Path, body: str, name: str = "mine") -> str:
 
 def test_each_pair_gets_what_the_function_says(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("HALF = 0.5\n")
-    body = "import beside; print('noise'); return answer == expected or beside.HALF * (len(answer) > 0)"
+    body = (
+        "import beside; print('noise'); "
+        "return answer == expected or beside.HALF * (len(answer) > 0)"
+    )
     assert score_answers(write(tmp_path, body), PAIRS, IDS) == (1.0, 0.5, 0.0, 0.5)
 
 

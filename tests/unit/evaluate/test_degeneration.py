@@ -47,12 +47,12 @@ def test_a_loop_compresses_and_text_does_not() -> None:
 
 
 def test_letters_of_other_scripts_and_broken_bytes_are_foreign() -> None:
-    known = find_scripts(["Grüße 42"])
-    assert known == {"LATIN"}
-    assert compute_foreign_share("abc", known) == 0
-    assert compute_foreign_share("abc где", known) == 0.5
-    assert compute_foreign_share("a\ufffd", known) == 0.5
-    assert compute_foreign_share("12", known) == 0
+    scripts = find_scripts(["Grüße 42"])
+    assert scripts == {"LATIN"}
+    assert compute_foreign_share("abc", scripts) == 0
+    assert compute_foreign_share("abc где", scripts) == 0.5
+    assert compute_foreign_share("a\ufffd", scripts) == 0.5
+    assert compute_foreign_share("12", scripts) == 0
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,5 @@ def test_letters_of_other_scripts_and_broken_bytes_are_foreign() -> None:
         ("[" * 100_000, False, False),
     ],
 )
-def test_an_answer_without_room_need_only_begin_like_json(
-    text: str, whole: bool, cut: bool
-) -> None:
-    assert (is_json(text, is_truncated=False), is_json(text, is_truncated=True)) == (whole, cut)
+def test_an_answer_without_room_need_only_begin_like_json(text: str, full: bool, cut: bool) -> None:
+    assert (is_json(text, is_truncated=False), is_json(text, is_truncated=True)) == (full, cut)

@@ -188,10 +188,10 @@ def test_metrics_that_cannot_be_used_are_refused_first(
 def test_metrics_that_fit_pass_and_find_the_expected_answer_right(name: str) -> None:
     question = _question()
     check_prompts([question], (name,), SCHEMA)
-    (found,) = apply_metrics(
+    (result,) = apply_metrics(
         [question], [question.expected], task="test", metrics=(name,), schema=SCHEMA
     )
-    assert found.values == (1.0,)
+    assert result.values == (1.0,)
 
 
 # ---------------------------------------------------------------- a whole task
@@ -200,9 +200,9 @@ def test_metrics_that_fit_pass_and_find_the_expected_answer_right(name: str) -> 
 def test_a_task_from_rows_to_measurements(model: PackedCausalLM, renderer: Renderer) -> None:
     examples = [chat(f"number {i}?", f'{{"n": {i}}}', row=f"test:{i}") for i in range(6)]
     questions = build_prompts(examples, renderer)
-    found = dict(iter_answers(model, questions, renderer, max_new_tokens=8))
-    assert sorted(found) == list(range(6))
-    answers = [found[i].text for i in range(6)]
+    result = dict(iter_answers(model, questions, renderer, max_new_tokens=8))
+    assert sorted(result) == list(range(6))
+    answers = [result[i].text for i in range(6)]
     answers[2] = '{"n": 2}'  # the random network gives none that is right
     by_metric = {
         m.metric: m

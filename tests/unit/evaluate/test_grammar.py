@@ -50,22 +50,24 @@ def test_a_model_that_writes_letters_writes_json(
         GenerationRequest(renderer.encode_prompt([{"role": "user", "content": text}]), 60)
         for text in ("a", "bc", "def")
     ]
-    given = {"decode": renderer.decode, "end_ids": renderer.end_ids}
-    free = [found.text for _, found in sorted(generate(model, requests, **given))]
+    options = {"decode": renderer.decode, "end_ids": renderer.end_ids}
+    free = [result.text for _, result in sorted(generate(model, requests, **options))]
     assert not any(METRICS["json_valid"](text, "", None) for text in free)
-    held = sorted(generate(model, requests, **given, allowed_tokens_fn=grammar_of(folder)))
-    assert [found.finish_reason for _, found in held] == ["end"] * 3
-    for _, found in held:
-        assert METRICS["schema_valid"](found.text, "", SCHEMA) == 1, found.text
+    held = sorted(generate(model, requests, **options, allowed_tokens_fn=grammar_of(folder)))
+    assert [result.finish_reason for _, result in held] == ["end"] * 3
+    for _, result in held:
+        assert METRICS["schema_valid"](result.text, "", SCHEMA) == 1, result.text
     alone = [
-        next(generate(model, [one], **given, allowed_tokens_fn=grammar_of(folder)))[1]
-        for one in requests
+        next(generate(model, [item], **options, allowed_tokens_fn=grammar_of(folder)))[1]
+        for item in requests
     ]
-    assert alone == [found for _, found in held], "an answer does not depend on what runs beside it"
+    assert alone == [result for _, result in held], (
+        "an answer does not depend on what runs beside it"
+    )
     monkeypatch.setattr(engine, "MAX_BATCH_ROWS", {"cpu": 1})
     again = grammar_of(folder)
-    assert sorted(generate(model, requests, **given, allowed_tokens_fn=again)) == held
-    assert sorted(generate(model, requests, **given, allowed_tokens_fn=again)) == held, (
+    assert sorted(generate(model, requests, **options, allowed_tokens_fn=again)) == held
+    assert sorted(generate(model, requests, **options, allowed_tokens_fn=again)) == held, (
         "the next answers start anew"
     )
 
@@ -74,17 +76,17 @@ def test_expected_answers_with_or_without_blanks_are_allowed(folder: Path) -> No
     renderer, row = renderer_of(folder), {"kind": "dog", "old": True}
     for number, text in enumerate((json.dumps(row), json.dumps(row, separators=(",", ":")))):
         grammar, tokens = grammar_of(folder), renderer.encode_text(text)
-        for place in range(len(tokens)):
-            assert grammar(number, tokens[:place])[tokens[place]]
+        for path in range(len(tokens)):
+            assert grammar(number, tokens[:path])[tokens[path]]
         assert grammar(number, tokens).nonzero().flatten().tolist() == sorted(renderer.end_ids)
 
 
 def test_what_the_grammar_leaves_to_the_model_is_told(folder: Path) -> None:
     assert grammar_of(folder).warnings == ()
-    (told,) = grammar_of(
+    (warning,) = grammar_of(
         folder, {"type": "array", "uniqueItems": True, "items": {"type": "integer"}}
     ).warnings
-    assert "uniqueItems" in told
+    assert "uniqueItems" in warning
 
 
 def test_no_grammar_and_no_library_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tunesmith.model.adapters import get_trainable_parameters, scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 
 
-def whole_logits(model: PackedCausalLM, document: Document) -> torch.Tensor:
+def full_logits(model: PackedCausalLM, document: Document) -> torch.Tensor:
     batch = one_batch([document])
     return model.head.compute_logits(model.compute_hidden(batch)).double()
 
@@ -31,8 +31,8 @@ def expected(model: PackedCausalLM, document: Document) -> tuple[float, float]:
     """KL and the number of same likeliest tokens, from a [tokens, vocabulary] tensor of one
     document."""
     with scaled_adapter(model.network, 0):
-        p_SV = whole_logits(model, document).log_softmax(-1)
-    q_SV = whole_logits(model, document).log_softmax(-1)
+        p_SV = full_logits(model, document).log_softmax(-1)
+    q_SV = full_logits(model, document).log_softmax(-1)
     kl = float((p_SV.exp() * (p_SV - q_SV)).sum())
     return kl, float((p_SV.argmax(-1) == q_SV.argmax(-1)).sum())
 
@@ -42,67 +42,67 @@ def expected(model: PackedCausalLM, document: Document) -> tuple[float, float]:
 def test_divergence_is_that_of_whole_logits(family: str, pack_length: int) -> None:
     model = tiny_model(family, torch.float64)
     documents = tiny_documents()
-    found = dict(compute_kl(model, documents, pack_length, AdapterDisabled()))
-    nats = {place: nat for place, nat, _ in compute_nll(model, documents, pack_length)}
-    assert sorted(found) == sorted(nats)
-    for place, one in found.items():
-        kl, same = expected(model, documents[place])
-        assert one.kl == pytest.approx(kl, rel=1e-9)
-        assert one.kl > 0.01, "the adapter must matter"
-        assert (one.top1_matches, one.nats) == (same, pytest.approx(nats[place], rel=1e-12))
+    result = dict(compute_kl(model, documents, pack_length, AdapterDisabled()))
+    nats = {path: nat for path, nat, _ in compute_nll(model, documents, pack_length)}
+    assert sorted(result) == sorted(nats)
+    for path, item in result.items():
+        kl, same = expected(model, documents[path])
+        assert item.kl == pytest.approx(kl, rel=1e-9)
+        assert item.kl > 0.01, "the adapter must matter"
+        assert (item.top1_matches, item.nats) == (same, pytest.approx(nats[path], rel=1e-12))
     assert (
         0
-        < sum(one.top1_matches for one in found.values())
-        < sum(one.tokens for one in found.values())
+        < sum(item.top1_matches for item in result.values())
+        < sum(item.tokens for item in result.values())
     )
 
 
 def test_chunks_of_a_long_pack_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, documents = tiny_model("llama", torch.float64), tiny_documents()
-    whole = dict(compute_kl(model, documents, 1000, AdapterDisabled()))
+    full = dict(compute_kl(model, documents, 1000, AdapterDisabled()))
     monkeypatch.setattr(kl_divergence, "CHUNK_TARGETS", 3)
-    for place, one in compute_kl(model, documents, 1000, AdapterDisabled()):
-        assert one == pytest.approx(whole[place], rel=1e-12)
+    for path, item in compute_kl(model, documents, 1000, AdapterDisabled()):
+        assert item == pytest.approx(full[path], rel=1e-12)
 
 
 def test_with_shared_prefixes_it_is_the_same() -> None:
     model, documents = tiny_model("llama", torch.float64), branching_documents()
     plain = dict(compute_kl(model, documents, 60, AdapterDisabled()))
-    for place, one in compute_kl(model, documents, 1000, AdapterDisabled(), share=True):
-        assert one == pytest.approx(plain[place], rel=1e-9)
+    for path, item in compute_kl(model, documents, 1000, AdapterDisabled(), share=True):
+        assert item == pytest.approx(plain[path], rel=1e-9)
 
 
 def test_nothing_has_moved_where_nothing_was_trained() -> None:
     model = tiny_model("llama", method="full")
     documents = tiny_documents()
-    for _, one in compute_kl(model, documents, 60, cache_states(model, documents, 1000)):
-        assert (one.kl, one.top1_matches) == (pytest.approx(0, abs=1e-6), one.tokens)
+    for _, item in compute_kl(model, documents, 60, cache_states(model, documents, 1000)):
+        assert (item.kl, item.top1_matches) == (pytest.approx(0, abs=1e-6), item.tokens)
 
 
 def test_the_kept_head_is_the_one_that_computes(tmp_path: Path) -> None:
     """The narrow copy of a wide master, in one file for all lists of documents."""
     model, documents = tiny_model("llama", torch.bfloat16, method="full"), tiny_documents()
     assert model.head.weight.dtype == torch.float32
-    kept = cache_states(model, documents, 1000)
+    stored = cache_states(model, documents, 1000)
     for name in ("one", "two"):
-        kept.save_files(tmp_path, name)
+        stored.save_files(tmp_path, name)
     assert {file.name for file in tmp_path.iterdir()} == {
         "one.safetensors",
         "two.safetensors",
         "head.safetensors",
     }
-    one, two = CachedStates.load_files(tmp_path, ["one", "two"], model.device)
-    assert one.head is two.head
-    assert one.head is not None
-    assert one.head.dtype == torch.bfloat16
-    for _, found in compute_kl(model, documents, 1000, one):
-        assert (found.kl, found.top1_matches) == (pytest.approx(0, abs=1e-6), found.tokens)
+    item, two = CachedStates.load_files(tmp_path, ["one", "two"], model.device)
+    assert item.head is two.head
+    assert item.head is not None
+    assert item.head.dtype == torch.bfloat16
+    for _, result in compute_kl(model, documents, 1000, item):
+        assert (result.kl, result.top1_matches) == (pytest.approx(0, abs=1e-6), result.tokens)
 
 
 def test_a_kept_base_is_the_base_after_all_weights_have_changed(tmp_path: Path) -> None:
     """Kept in other packs than it is compared in, written and read back, the head included."""
     model, documents = tiny_model("llama-tied", torch.float64, method="full"), branching_documents()
-    before = [whole_logits(model, document).detach().log_softmax(-1) for document in documents]
+    before = [full_logits(model, document).detach().log_softmax(-1) for document in documents]
     cache_states(model, documents, 60).save_files(tmp_path, "answers")
     generator = torch.Generator().manual_seed(5)
     for parameter in get_trainable_parameters(model.network).values():
@@ -110,18 +110,18 @@ def test_a_kept_base_is_the_base_after_all_weights_have_changed(tmp_path: Path) 
             parameter.shape, generator=generator, dtype=torch.float64
         )
     (base,) = CachedStates.load_files(tmp_path, ["answers"], model.device)
-    for place, one in compute_kl(model, documents, 1000, base, share=True):
-        after = whole_logits(model, documents[place]).detach().log_softmax(-1)
-        kl = float((before[place].exp() * (before[place] - after)).sum())
-        assert one.kl == pytest.approx(kl, rel=1e-9)
-        assert one.kl > 0.01
+    for path, item in compute_kl(model, documents, 1000, base, share=True):
+        after = full_logits(model, documents[path]).detach().log_softmax(-1)
+        kl = float((before[path].exp() * (before[path] - after)).sum())
+        assert item.kl == pytest.approx(kl, rel=1e-9)
+        assert item.kl > 0.01
 
 
 @pytest.mark.parametrize("base", [AdapterDisabled(), None])
 def test_an_adapter_is_measured_alike_from_kept_states(base: BaseReference | None) -> None:
     model, documents = tiny_model("qwen3", torch.float64), tiny_documents()
     with scaled_adapter(model.network, 0):
-        kept = cache_states(model, documents, 1000)
-    assert kept.head is None, "a frozen head is not copied"
-    found = dict(compute_kl(model, documents, 1000, base or kept))
-    assert found[0].kl == pytest.approx(expected(model, documents[0])[0], rel=1e-9)
+        stored = cache_states(model, documents, 1000)
+    assert stored.head is None, "a frozen head is not copied"
+    result = dict(compute_kl(model, documents, 1000, base or stored))
+    assert result[0].kl == pytest.approx(expected(model, documents[0])[0], rel=1e-9)

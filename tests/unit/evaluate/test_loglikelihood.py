@@ -30,11 +30,11 @@ def document(row: str, length: int, trained: float = 0.5) -> Document:
     return Document(row, random.integers(0, 256, length).astype(np.int32), weights_L)
 
 
-def alone(model: PackedCausalLM, found: Document) -> tuple[float, int]:
+def alone(model: PackedCausalLM, result: Document) -> tuple[float, int]:
     """Nats and tokens of one document in a forward of its own, by plain cross-entropy."""
-    (targets,) = np.nonzero(found.weights_L)
-    tokens_T, places = torch.tensor(found.tokens_L, dtype=torch.int64), torch.tensor(targets)
-    positions, n = torch.arange(len(found)), len(found)
+    (targets,) = np.nonzero(result.weights_L)
+    tokens_T, places = torch.tensor(result.tokens_L, dtype=torch.int64), torch.tensor(targets)
+    positions, n = torch.arange(len(result)), len(result)
     batch = Batch(
         tokens_T,
         positions,
@@ -55,9 +55,9 @@ def test_every_document_gets_its_own_likelihood(model: PackedCausalLM, pack_leng
     documents = [document(f"eval:{n}", n) for n in (5, 33, 12, 2, 150, 12)]
     documents[3].weights_L[1] = 1
     documents.append(Document("eval:none", documents[0].tokens_L, np.zeros(5, np.float32)))
-    found = {i: (nats, tokens) for i, nats, tokens in compute_nll(model, documents, pack_length)}
-    assert sorted(found) == list(range(6)), "the document without a target is left out"
-    for i, (nats, tokens) in found.items():
+    result = {i: (nats, tokens) for i, nats, tokens in compute_nll(model, documents, pack_length)}
+    assert sorted(result) == list(range(6)), "the document without a target is left out"
+    for i, (nats, tokens) in result.items():
         expected_nats, expected_tokens = alone(model, documents[i])
         assert tokens == expected_tokens
         assert nats == pytest.approx(expected_nats, rel=1e-5)
@@ -65,11 +65,11 @@ def test_every_document_gets_its_own_likelihood(model: PackedCausalLM, pack_leng
 
 def test_shared_prefixes_change_no_likelihood(model: PackedCausalLM) -> None:
     documents = [document(f"eval:{n}", n) for n in (60, 90, 70)]
-    for one in documents[1:]:
-        one.tokens_L[:40] = documents[0].tokens_L[:40]
+    for item in documents[1:]:
+        item.tokens_L[:40] = documents[0].tokens_L[:40]
     for pack_length in (100, 1000):
-        found = compute_nll(model, documents, pack_length, share=True)
-        for i, nats, tokens in sorted(found):
+        result = compute_nll(model, documents, pack_length, share=True)
+        for i, nats, tokens in sorted(result):
             expected_nats, expected_tokens = alone(model, documents[i])
             assert tokens == expected_tokens
             assert nats == pytest.approx(expected_nats, rel=1e-5)
@@ -77,13 +77,13 @@ def test_shared_prefixes_change_no_likelihood(model: PackedCausalLM) -> None:
 
 def test_the_held_out_loss_is_per_token_and_by_row(model: PackedCausalLM) -> None:
     documents = [document("eval:1", 30), document("eval:1", 17), document("eval:2", 50)]
-    found = measure_loss(model, documents, task="eval", pack_length=64)
+    result = measure_loss(model, documents, task="eval", pack_length=64)
     sums = [alone(model, d) for d in documents]
-    assert found.ids == ("eval:1", "eval:2")
-    assert found.weights == (sums[0][1] + sums[1][1], sums[2][1])
+    assert result.ids == ("eval:1", "eval:2")
+    assert result.weights == (sums[0][1] + sums[1][1], sums[2][1])
     total = sum(nats for nats, _ in sums) / sum(tokens for _, tokens in sums)
-    assert compute_score(found).value == pytest.approx(total, rel=1e-5)
-    assert not found.higher_is_better
+    assert compute_score(result).value == pytest.approx(total, rel=1e-5)
+    assert not result.higher_is_better
 
 
 def test_measuring_leaves_no_gradient_and_needs_evaluation_mode(model: PackedCausalLM) -> None:
@@ -109,20 +109,20 @@ def test_bits_per_byte_counts_every_token_but_the_first(model: PackedCausalLM) -
         GeneralText(f"general:{i}", t, "web")
         for i, t in enumerate(("Hello, world", "smörgåsbord €"))
     ]
-    found = measure_bits_per_byte(model, texts, as_bytes, window=100)
-    for text, value in zip(texts, found.values, strict=True):
+    result = measure_bits_per_byte(model, texts, as_bytes, window=100)
+    for text, value in zip(texts, result.values, strict=True):
         tokens_L = np.array(as_bytes(text.text), np.int32)
-        whole = Document(text.id, tokens_L, np.array([0] + [1] * (len(tokens_L) - 1), np.float32))
-        nats, tokens = alone(model, whole)
+        full = Document(text.id, tokens_L, np.array([0] + [1] * (len(tokens_L) - 1), np.float32))
+        nats, tokens = alone(model, full)
         assert tokens == len(text.text.encode()) - 1
         assert value == pytest.approx(nats * BITS / len(text.text.encode()), rel=1e-5)
 
 
 def test_domains_count_alike(model: PackedCausalLM) -> None:
     texts = [GeneralText(str(i), f"text number {i}", "web" if i < 8 else "code") for i in range(10)]
-    found = measure_bits_per_byte(model, texts, as_bytes, window=100)
-    web, code = np.mean(found.values[:8]), np.mean(found.values[8:])
-    assert compute_score(found).value == pytest.approx((web + code) / 2)
+    result = measure_bits_per_byte(model, texts, as_bytes, window=100)
+    web, code = np.mean(result.values[:8]), np.mean(result.values[8:])
+    assert compute_score(result).value == pytest.approx((web + code) / 2)
 
 
 def test_a_long_text_is_read_in_windows_and_loses_no_target(model: PackedCausalLM) -> None:
@@ -135,12 +135,12 @@ def test_a_long_text_is_read_in_windows_and_loses_no_target(model: PackedCausalL
     assert [len(piece) for piece in pieces] == [9, 9, 7]
     assert pieces[1].tokens_L[0] == pieces[0].tokens_L[-1]
     text = GeneralText("general:1", "a text of some length, " * 4, "web")
-    whole, split = (
+    full, split = (
         measure_bits_per_byte(model, [text], as_bytes, window=w).values[0] for w in (1000, 16)
     )
     sums = [alone(model, piece)[0] for piece in split_windows(text.id, as_bytes(text.text), 16)]
     assert split == pytest.approx(sum(sums) * BITS / len(text.text), rel=1e-5)
-    assert split != pytest.approx(whole)
+    assert split != pytest.approx(full)
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -13,12 +13,12 @@ from tunesmith.core.events import Score
 from tunesmith.evaluate import finished_run
 from tunesmith.train import run
 
-OWN = "def score(answer, expected):\n    return len(answer) > 0\n"
+CUSTOM = "def score(answer, expected):\n    return len(answer) > 0\n"
 
 
-def own_metric(folder: Path) -> str:
+def write_metric(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "mine.py").write_text(OWN)
+    (folder / "mine.py").write_text(CUSTOM)
     return f"{folder}/mine.py:score"
 
 
@@ -28,7 +28,7 @@ def test_every_kind_of_metric_is_measured_before_and_after(
     rows = [
         row | {"choices": [row["messages"][1]["content"], '{"sum": 0}']} for row in sums(200, 3)
     ]
-    names = ["chrf", "numeric: 0.5", "multiple_choice", "bits_per_byte", own_metric(tmp_path)]
+    names = ["chrf", "numeric: 0.5", "multiple_choice", "bits_per_byte", write_metric(tmp_path)]
     wish = recipe(
         tiny_folder,
         tmp_path,
@@ -64,7 +64,7 @@ def test_a_metric_of_likelihood_alone_answers_no_more_than_is_shown(
 def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", sums(200, 2))
     wish = recipe(
-        tiny_folder, tmp_path, test_data=str(test), metrics=[own_metric(tmp_path)], save_steps=2
+        tiny_folder, tmp_path, test_data=str(test), metrics=[write_metric(tmp_path)], save_steps=2
     )
     plan, folder = plan_of(wish), tmp_path / "run"
     refused = pytest.raises(InputError, match=r"mine\.py:score is code[\s\S]*--allow-code")
@@ -74,22 +74,22 @@ def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> N
     until_saved(run.train(plan, allow_code=True), step=2)
     with refused:
         next(run.resume(folder))
-    (tmp_path / "mine.py").write_text(OWN + "# another\n")
+    (tmp_path / "mine.py").write_text(CUSTOM + "# another\n")
     with pytest.raises(InputError, match=r"data\.metrics\.mine\.py: sha256"):
         next(run.resume(folder, allow_code=True))
-    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "mine.py").write_text(CUSTOM)
     list(run.resume(folder, allow_code=True))
     with refused:
         finished_run.evaluate_run(folder)
     assert "mine.py:score" in {
-        one.metric for one in finished_run.evaluate_run(folder, allow_code=True)
+        item.metric for item in finished_run.evaluate_run(folder, allow_code=True)
     }
 
 
 def test_own_code_that_fails_on_an_expected_answer_stops_before_anything_is_loaded(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    test, metric = write_rows(tmp_path / "test.jsonl", sums(200, 2)), own_metric(tmp_path)
+    test, metric = write_rows(tmp_path / "test.jsonl", sums(200, 2)), write_metric(tmp_path)
     (tmp_path / "mine.py").write_text("def score(answer, expected):\n    return {}['x']\n")
     wish = recipe(tiny_folder, tmp_path, test_data=str(test), metrics=[metric])
     with pytest.raises(

@@ -36,13 +36,15 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 def measures(compared: tunesmith.Comparison | object) -> dict[tuple[str, str], float]:
-    return {(one.task, one.metric): one.difference for one in compared.comparisons}  # type: ignore[attr-defined]
+    return {(entry.task, entry.metric): entry.difference for entry in compared.comparisons}  # type: ignore[attr-defined]
 
 
 def test_finished_runs_are_compared_by_their_files_in_a_moment(runs: tuple[Path, Path]) -> None:
     program = (
-        f"import sys, time, tunesmith\nbegan = time.perf_counter()\nfound = tunesmith.compare({str(runs[0])!r}, "
-        f"{str(runs[1])!r})\nprint(len(found.comparisons), time.perf_counter() - began, 'torch' in sys.modules)"
+        "import sys, time, tunesmith\nbegan = time.perf_counter()\n"
+        f"result = tunesmith.compare({str(runs[0])!r}, {str(runs[1])!r})\n"
+        "seconds = time.perf_counter() - began\n"
+        "print(len(result.comparisons), seconds, 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -52,15 +54,15 @@ def test_finished_runs_are_compared_by_their_files_in_a_moment(runs: tuple[Path,
 
 
 def test_the_change_is_that_of_the_items(runs: tuple[Path, Path]) -> None:
-    found = tunesmith.compare(*runs)
-    assert found.notes == ()
+    result = tunesmith.compare(*runs)
+    assert result.notes == ()
     first, second = (parse_as(EvalResults, read_json(run / "eval_after.json")) for run in runs)
-    for one, other in zip(first.measurements, second.measurements, strict=True):
-        if not (one.weights or one.groups):
-            change = sum(other.values) / len(other.values) - sum(one.values) / len(one.values)
-            assert measures(found)[one.task, one.metric] == pytest.approx(change)
-    own = read_json(runs[0] / "record.json")["comparisons"]
-    assert {(c["task"], c["metric"]): c["difference"] for c in own}.items() <= measures(
+    for entry, other in zip(first.measurements, second.measurements, strict=True):
+        if not (entry.weights or entry.groups):
+            change = sum(other.values) / len(other.values) - sum(entry.values) / len(entry.values)
+            assert measures(result)[entry.task, entry.metric] == pytest.approx(change)
+    stored = read_json(runs[0] / "record.json")["comparisons"]
+    assert {(c["task"], c["metric"]): c["difference"] for c in stored}.items() <= measures(
         tunesmith.compare("base", runs[0])
     ).items()
     assert measures(tunesmith.compare(f"{runs[0]}@0", f"{runs[0]}@1")) == measures(
@@ -91,25 +93,25 @@ def test_answers_of_a_file_are_graded_on_the_items_of_the_run(
     runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     after = parse_as(EvalResults, read_json(runs[0] / "eval_after.json"))
-    given = [{"id": sample.id, "answer": sample.expected} for sample in after.samples[:2]]
-    found = tunesmith.compare(write_rows(tmp_path / "answers.jsonl", given), runs[0])
-    assert {c.metric: (c.before.value, c.after.n) for c in found.comparisons} == {
+    entries = [{"id": sample.id, "answer": sample.expected} for sample in after.samples[:2]]
+    result = tunesmith.compare(write_rows(tmp_path / "answers.jsonl", entries), runs[0])
+    assert {c.metric: (c.before.value, c.after.n) for c in result.comparisons} == {
         "chrf": (1.0, 2),
         "json_valid": (1.0, 2),
     }
-    assert "test chrf: 2 and 3 items, compared on the 2 that both have" in found.notes
-    (alone,) = [note for note in found.notes if note.startswith("only the second model has ")]
+    assert "test chrf: 2 and 3 items, compared on the 2 that both have" in result.notes
+    (alone,) = [note for note in result.notes if note.startswith("only the second model has ")]
     assert "test loss" in alone
     for row, message in (
         (
             {"id": "test.jsonl:9", "answer": ""},
             r"answers\.jsonl:3: the run has no item",
         ),
-        ({"id": given[0]["id"], "answer": "x"}, r"answers\.jsonl:3: duplicate id"),
-        ({"id": given[0]["id"]}, r"answers\.jsonl:3: the row needs an `id` and an `answer`"),
+        ({"id": entries[0]["id"], "answer": "x"}, r"answers\.jsonl:3: duplicate id"),
+        ({"id": entries[0]["id"]}, r"answers\.jsonl:3: the row needs an `id` and an `answer`"),
     ):
         with pytest.raises(InputError, match=message):
-            tunesmith.compare(write_rows(tmp_path / "answers.jsonl", [*given, row]), runs[0])
+            tunesmith.compare(write_rows(tmp_path / "answers.jsonl", [*entries, row]), runs[0])
 
 
 def test_runs_that_cannot_be_compared_say_why(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -119,7 +121,10 @@ def test_runs_that_cannot_be_compared_say_why(runs: tuple[Path, Path], tmp_path:
             lambda: (broken / "eval_after.json").write_text('{"measurements": [{"task": 1}]}'),
             r"after\.json: not a EvalResults",
         ),
-        (lambda: (broken / "eval_after.json").write_text("{"), r"after\.json:1:\d+: not valid JSON"),
+        (
+            lambda: (broken / "eval_after.json").write_text("{"),
+            r"after\.json:1:\d+: not valid JSON",
+        ),
         (
             (broken / "eval_after.json").unlink,
             "there is no eval_after.json: the run is of another version, or",
@@ -170,12 +175,9 @@ def test_a_name_of_nothing_is_said_with_what_is_near(
     with pytest.raises(SystemExit) as ended:
         app.main([name if word == "NAME" else word for word in words])
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert (
-        f"error: {name}: no such run folder, model folder or built-in model\n"
-        in said
-    )
-    assert f"fix: {meant}" in said
+    output = capsys.readouterr().err
+    assert f"error: {name}: no such run folder, model folder or built-in model\n" in output
+    assert f"fix: {meant}" in output
 
 
 def test_an_id_on_the_hub_is_left_to_the_hub(at_work: Path) -> None:
@@ -192,14 +194,14 @@ def test_an_id_on_the_hub_is_left_to_the_hub(at_work: Path) -> None:
 
 def measured(ids: str, contents: str = "", **changed) -> EvalResults:
     values = tuple(float(ord(item)) for item in ids)
-    one = MetricValues("test", "chrf", tuple(ids), values, **changed)
-    said = {"test_data": dict(zip(ids, contents, strict=True))} if contents else {}
-    return EvalResults((one,), digests=said)
+    entry = MetricValues("test", "chrf", tuple(ids), values, **changed)
+    output = {"test_data": dict(zip(ids, contents, strict=True))} if contents else {}
+    return EvalResults((entry,), digests=output)
 
 
 def test_items_are_known_by_what_they_say_not_by_their_line() -> None:
-    ((one, other),), notes = pair_measurements(measured("abcd", "wxyz"), measured("abc", "xzw"))
-    assert (one.ids, one.values) == (("a", "b", "d"), (97.0, 98.0, 100.0))
+    ((entry, other),), notes = pair_measurements(measured("abcd", "wxyz"), measured("abc", "xzw"))
+    assert (entry.ids, entry.values) == (("a", "b", "d"), (97.0, 98.0, 100.0))
     assert other.values == (99.0, 97.0, 98.0)
     assert notes == ["test chrf: 4 and 3 items, compared on the 3 that both have"]
     ((_, same),), _ = pair_measurements(measured("abc", "xxy"), measured("abc", "yxx"))
@@ -226,8 +228,8 @@ def test_eval_measures_other_rows_and_other_models(
     runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "more.jsonl", sums(300, 4))
-    found = tunesmith.evaluate(runs[0], data=rows, metrics="numeric: 0.5, token_f1").comparisons
-    assert {(c.metric, c.after.n) for c in found if c.task == "test"} == {
+    result = tunesmith.evaluate(runs[0], data=rows, metrics="numeric: 0.5, token_f1").comparisons
+    assert {(c.metric, c.after.n) for c in result if c.task == "test"} == {
         *(("numeric: 0.5", 4), ("token_f1", 4), ("loss", 4)),
     }
     scores = tunesmith.evaluate(tiny_folder, data=rows, metrics=["chrf"]).scores
@@ -239,7 +241,7 @@ def test_eval_measures_other_rows_and_other_models(
     base = next(score for score in scores if score.metric == "loss")
     assert (loss.before.value, loss.before.low) == pytest.approx((base.value, base.low), rel=1e-5)
     assert loss.difference == pytest.approx(
-        next(c.difference for c in found if c.metric == "loss"), abs=0.02
+        next(c.difference for c in result if c.metric == "loss"), abs=0.02
     )
     bad = write_rows(
         tmp_path / "bad.jsonl", [*sums(1, 2), {"messages": [{"role": "user", "content": "x"}]}]
@@ -257,8 +259,8 @@ def test_a_run_that_trained_all_weights_is_measured_again_and_asked(
     train(recipe(tiny_folder, tmp_path, **measured_files(tmp_path / "rows"), **wish))
     path = tmp_path / "run"
     first = {
-        (one["task"], one["metric"]): one["difference"]
-        for one in read_json(path / "record.json")["comparisons"]
+        (entry["task"], entry["metric"]): entry["difference"]
+        for entry in read_json(path / "record.json")["comparisons"]
     }
     again = measures(tunesmith.evaluate(path))
     assert again.keys() == first.keys()

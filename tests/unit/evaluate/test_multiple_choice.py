@@ -17,7 +17,7 @@ from tunesmith.evaluate.multiple_choice import build_choices, measure_multiple_c
 from tunesmith.model.causal_lm import PackedCausalLM
 
 
-def asked(row: int, answer: str, *choices: str) -> Example:
+def requests(row: int, answer: str, *choices: str) -> Example:
     messages = [
         {"role": "user", "content": f"is {row} even?"},
         {"role": "assistant", "content": answer},
@@ -27,14 +27,14 @@ def asked(row: int, answer: str, *choices: str) -> Example:
     )
 
 
-def said(renderer: Renderer, documents: tuple[Document, ...]) -> list[str]:
-    return [renderer.decode(one.tokens_L[one.weights_L > 0].tolist()) for one in documents]
+def output(renderer: Renderer, documents: tuple[Document, ...]) -> list[str]:
+    return [renderer.decode(item.tokens_L[item.weights_L > 0].tolist()) for item in documents]
 
 
 def test_a_choice_is_rendered_as_the_answer_would_be(renderer: Renderer) -> None:
-    example = asked(2, "yes", "yes", "no", "maybe")
+    example = requests(2, "yes", "yes", "no", "maybe")
     (documents,) = build_choices([example], renderer).values()
-    assert said(renderer, documents) == ["yes<|end|>", "no<|end|>", "maybe<|end|>"]
+    assert output(renderer, documents) == ["yes<|end|>", "no<|end|>", "maybe<|end|>"]
     (as_trained,) = renderer.render(example).documents
     assert documents[0].tokens_L.tolist() == as_trained.tokens_L.tolist()
     assert documents[0].weights_L.tolist() == as_trained.weights_L.tolist()
@@ -47,53 +47,53 @@ def test_only_the_last_trained_turn_is_chosen(renderer: Renderer) -> None:
     )
     example = Example("test:1", messages, (0, 1, 0, 1, 0, 0), choices=("yes", "no"))
     (documents,) = build_choices([example], renderer).values()
-    assert [renderer.decode(one.tokens_L[one.weights_L > 0].tolist()) for one in documents] == [
+    assert [renderer.decode(item.tokens_L[item.weights_L > 0].tolist()) for item in documents] == [
         "yes<|end|>",
         "no<|end|>",
     ]
     plain = Example("test:2", text=" yes", prompt="2?", choices=(" yes", " no"))
     (documents,) = build_choices([plain], renderer).values()
-    assert [renderer.decode(one.tokens_L.tolist()) for one in documents] == [
+    assert [renderer.decode(item.tokens_L.tolist()) for item in documents] == [
         "2? yes<|end|>",
         "2? no<|end|>",
     ]
 
 
 def test_the_likeliest_choice_counts(model: PackedCausalLM, renderer: Renderer) -> None:
-    examples = [asked(n, "yes", "yes", "no", "maybe") for n in range(6)]
+    examples = [requests(n, "yes", "yes", "no", "maybe") for n in range(6)]
     choices = build_choices(examples, renderer)
-    found = measure_multiple_choice(model, choices, task="test", pack_length=100)
-    assert found == measure_multiple_choice(
+    result = measure_multiple_choice(model, choices, task="test", pack_length=100)
+    assert result == measure_multiple_choice(
         model, choices, task="test", pack_length=1000, share=True
     )
-    documents = [one for row in choices.values() for one in row]
+    documents = [item for row in choices.values() for item in row]
     nats = {i: nat for i, nat, _ in compute_nll(model, documents, 1000)}
-    assert found.ids == tuple(f"test:{n}" for n in range(6))
-    assert found.values == tuple(
+    assert result.ids == tuple(f"test:{n}" for n in range(6))
+    assert result.values == tuple(
         float(min(range(3), key=lambda k: nats[3 * n + k]) == 0) for n in range(6)
     )
     best = [("yes", "no", "maybe")[min(range(3), key=lambda k: nats[3 * n + k])] for n in range(6)]
-    right = build_choices([asked(n, best[n], "yes", "no", "maybe") for n in range(6)], renderer)
+    right = build_choices([requests(n, best[n], "yes", "no", "maybe") for n in range(6)], renderer)
     assert measure_multiple_choice(model, right, task="test", pack_length=100).values == (1.0,) * 6
 
 
 def test_without_choices_the_answers_of_all_rows_are_labels(renderer: Renderer) -> None:
-    choices = build_choices([asked(n, ("no", "yes")[n % 2]) for n in range(6)], renderer)
+    choices = build_choices([requests(n, ("no", "yes")[n % 2]) for n in range(6)], renderer)
     assert {len(row) for row in choices.values()} == {2}
-    assert said(renderer, choices["test:0"]) == ["no<|end|>", "yes<|end|>"]
-    assert said(renderer, choices["test:1"]) == ["yes<|end|>", "no<|end|>"]
+    assert output(renderer, choices["test:0"]) == ["no<|end|>", "yes<|end|>"]
+    assert output(renderer, choices["test:1"]) == ["yes<|end|>", "no<|end|>"]
 
 
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([asked(1, "yes"), asked(2, "yes")], "1 distinct answer cannot be labels"),
-        ([asked(n, f"answer {n}") for n in range(40)], "40 distinct answers cannot be labels"),
+        ([requests(1, "yes"), requests(2, "yes")], "1 distinct answer cannot be labels"),
+        ([requests(n, f"answer {n}") for n in range(40)], "40 distinct answers cannot be labels"),
         (
-            [asked(1, "yes", "no", "maybe")],
+            [requests(1, "yes", "no", "maybe")],
             "test:1: the expected answer 'yes' is not among the row's `choices`",
         ),
-        ([asked(1, "yes", "yes", "yes ")], "test:1: the row's `choices` are all the same"),
+        ([requests(1, "yes", "yes", "yes ")], "test:1: the row's `choices` are all the same"),
     ],
     ids=["one label", "too many", "not offered", "no other"],
 )
@@ -105,16 +105,18 @@ def test_rows_that_offer_nothing_to_choose_are_refused(
 
 
 def test_the_loss_of_an_answer_by_byte(model: PackedCausalLM, renderer: Renderer) -> None:
-    examples = [asked(n, text) for n, text in enumerate(("yes", "Grüße", "a longer answer"))]
-    documents = [
-        one for example in examples for one in renderer.render(example).documents
-    ]
+    examples = [requests(n, text) for n, text in enumerate(("yes", "Grüße", "a longer answer"))]
+    documents = [item for example in examples for item in renderer.render(example).documents]
     bad = dataclasses.replace(documents[0], side="banned")
     loss = measure_loss(model, documents, task="test", pack_length=100)
-    found = to_bits_per_byte(loss, [*documents, bad], renderer)
-    assert (found.metric, found.ids, found.higher_is_better) == ("bits_per_byte", loss.ids, False)
-    assert found.weights == (3.0, 7.0, 15.0), "bytes, without the end token"
+    result = to_bits_per_byte(loss, [*documents, bad], renderer)
+    assert (result.metric, result.ids, result.higher_is_better) == (
+        "bits_per_byte",
+        loss.ids,
+        False,
+    )
+    assert result.weights == (3.0, 7.0, 15.0), "bytes, without the end token"
     nats = {i: nat for i, nat, _ in compute_nll(model, documents, 100)}
-    assert found.values == pytest.approx(
-        [nats[i] / math.log(2) / found.weights[i] for i in range(3)]
+    assert result.values == pytest.approx(
+        [nats[i] / math.log(2) / result.weights[i] for i in range(3)]
     )

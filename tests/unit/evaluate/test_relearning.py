@@ -29,7 +29,9 @@ def spelt(text: str) -> list[int]:
 
 
 def bits(model: PackedCausalLM, shots: int, window: int = 200) -> tuple[float, ...]:
-    return relearning.measure_after_shots(model, TEXTS, spelt, shots=shots, window=window, task="t").values
+    return relearning.measure_after_shots(
+        model, TEXTS, spelt, shots=shots, window=window, task="t"
+    ).values
 
 
 def test_without_shots_it_is_what_is_always_measured(model: PackedCausalLM) -> None:
@@ -91,7 +93,7 @@ def test_each_domain_is_compared_alone_and_after_others(base_model: Path, tmp_pa
         f"{GENERAL_TASK}: b, after 2 other texts",
     ]
     record = read_record(tmp_path / "run")
-    (total,) = [one for one in record.comparisons if one.task == GENERAL_TASK]
+    (total,) = [item for item in record.comparisons if item.task == GENERAL_TASK]
     mean_change = (comparisons[0].difference + comparisons[2].difference) / 2
     assert mean_change == pytest.approx(total.difference, rel=1e-4)
     assert comparisons[1].difference != pytest.approx(comparisons[0].difference, rel=1e-3)

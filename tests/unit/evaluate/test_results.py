@@ -26,9 +26,9 @@ def measured(values, **changed) -> MetricValues:
 
 
 def test_a_rate_gets_wilsons_interval() -> None:
-    found = compute_score(measured([1, 1, 0, 1]), step=7)
-    assert (found.low, found.high) == compute_wilson_interval(3, 4)
-    assert (found.task, found.metric, found.value, found.n, found.step) == (
+    result = compute_score(measured([1, 1, 0, 1]), step=7)
+    assert (result.low, result.high) == compute_wilson_interval(3, 4)
+    assert (result.task, result.metric, result.value, result.n, result.step) == (
         "task",
         "exact_match",
         0.75,
@@ -38,10 +38,10 @@ def test_a_rate_gets_wilsons_interval() -> None:
 
 
 def test_other_values_get_a_bootstrap() -> None:
-    found = compute_score(measured([0.5, 1, 0, 0.25] * 10))
-    assert found.value == pytest.approx(0.4375)
-    assert 0 < found.low < 0.4375 < found.high < 1
-    assert (found.low, found.high) != compute_wilson_interval(17.5, 40)
+    result = compute_score(measured([0.5, 1, 0, 0.25] * 10))
+    assert result.value == pytest.approx(0.4375)
+    assert 0 < result.low < 0.4375 < result.high < 1
+    assert (result.low, result.high) != compute_wilson_interval(17.5, 40)
 
 
 def test_weights_count_within_the_mean_and_groups_count_alike() -> None:
@@ -65,13 +65,15 @@ def test_too_few_items_are_refused(too_few: MetricValues) -> None:
 def test_the_difference_is_paired() -> None:
     random = np.random.default_rng(0)
     before = random.random(80)
-    found = compare_measurements(
+    result = compare_measurements(
         measured(before), measured(before + 0.02 + 0.005 * random.random(80)), step=9
     )
-    assert found.difference == pytest.approx(0.0225, abs=1e-3)
-    assert found.low > 0.02, "the items differ by far more than the change, which pairing takes out"
-    assert found.after.low < found.before.high, "unpaired intervals overlap"
-    assert (found.before.step, found.after.step) == (0, 9)
+    assert result.difference == pytest.approx(0.0225, abs=1e-3)
+    assert result.low > 0.02, (
+        "the items differ by far more than the change, which pairing takes out"
+    )
+    assert result.after.low < result.before.high, "unpaired intervals overlap"
+    assert (result.before.step, result.after.step) == (0, 9)
 
 
 def test_the_order_of_the_items_does_not_matter() -> None:
@@ -91,19 +93,19 @@ def test_the_order_of_the_items_does_not_matter() -> None:
 
 
 def test_rates_are_compared_by_gains_and_losses() -> None:
-    found = compare_measurements(
+    result = compare_measurements(
         measured([0] * 30 + [1] * 10), measured([1] * 25 + [0] * 6 + [1] * 9)
     )
-    assert found.difference == pytest.approx(24 / 40)
-    assert (found.low, found.high) == compute_paired_rate_interval(25, 1, 40)
-    assert judge_comparison(found) == "better"
+    assert result.difference == pytest.approx(24 / 40)
+    assert (result.low, result.high) == compute_paired_rate_interval(25, 1, 40)
+    assert judge_comparison(result) == "better"
 
 
 def test_equal_answers_show_no_difference() -> None:
     for values in ([1, 0, 1, 1], [0.5, 0.25, 0.1, 0.9]):
-        found = compare_measurements(measured(values), measured(values))
-        assert found.difference == 0
-        assert judge_comparison(found) == "no difference shown"
+        result = compare_measurements(measured(values), measured(values))
+        assert result.difference == 0
+        assert judge_comparison(result) == "no difference shown"
 
 
 def test_lower_can_be_better() -> None:
@@ -118,9 +120,9 @@ def test_lower_can_be_better() -> None:
 
 
 def test_a_claim_says_all_that_it_needs() -> None:
-    found = compare_measurements(measured([0] * 20), measured([1] * 20), step=5)
+    result = compare_measurements(measured([0] * 20), measured([1] * 20), step=5)
     assert (
-        format_comparison(found)
+        format_comparison(result)
         == "task, exact_match: 0.000 -> 1.000, difference +1.000 [+0.735, +1.000], n = 20: better"
     )
     assert format_comparison(compare_measurements(measured([0, 1]), measured([1, 1]))).endswith(
@@ -129,14 +131,14 @@ def test_a_claim_says_all_that_it_needs() -> None:
 
 
 def test_different_items_are_not_compared() -> None:
-    one = measured([0, 1, 1])
+    item = measured([0, 1, 1])
     others = [
-        replace(one, ids=("test:0", "test:1", "test:9")),
-        replace(one, ids=("test:0", "test:1", "test:1")),
-        replace(one, ids=one.ids[:2], values=one.values[:2]),
-        replace(one, metric="field_f1"),
-        replace(one, weights=(1.0, 2.0, 3.0)),
+        replace(item, ids=("test:0", "test:1", "test:9")),
+        replace(item, ids=("test:0", "test:1", "test:1")),
+        replace(item, ids=item.ids[:2], values=item.values[:2]),
+        replace(item, metric="field_f1"),
+        replace(item, weights=(1.0, 2.0, 3.0)),
     ]
     for other in others:
         with pytest.raises(InputError, match=r"same items|cannot be compared|different weights"):
-            compare_measurements(one, other)
+            compare_measurements(item, other)

@@ -76,8 +76,8 @@ def test_paired_rates_are_never_certain() -> None:
 def test_the_bootstrap_equals_the_normal_interval_for_many_items() -> None:
     values = np.random.default_rng(3).normal(2.0, 1.5, 1000)
     half = Z * values.std(ddof=1) / math.sqrt(len(values))
-    found = bootstrap_interval(*everything(values), seed=0)
-    assert found == pytest.approx((values.mean() - half, values.mean() + half), abs=half * 0.05)
+    result = bootstrap_interval(*everything(values), seed=0)
+    assert result == pytest.approx((values.mean() - half, values.mean() + half), abs=half * 0.05)
 
 
 def test_the_bootstrap_is_the_same_for_the_same_seed() -> None:
@@ -173,13 +173,13 @@ def test_holm_raises_each_p_by_those_that_are_left() -> None:
 
 def test_500_items_with_45_losses_and_20_gains() -> None:
     """The worked example of paired against unpaired: [-.081, -.019]."""
-    found = compare_measurements(*rates(20, 45, 500))
-    assert (found.difference, found.improved, found.worsened) == (pytest.approx(-0.05), 20, 45)
-    assert (found.low, found.high) == pytest.approx((-0.081, -0.019), abs=1.5e-3)
+    result = compare_measurements(*rates(20, 45, 500))
+    assert (result.difference, result.improved, result.worsened) == (pytest.approx(-0.05), 20, 45)
+    assert (result.low, result.high) == pytest.approx((-0.081, -0.019), abs=1.5e-3)
     change = np.array([1.0] * 20 + [-1.0] * 45 + [0.0] * 435)
     drawn = bootstrap_interval(change, np.ones(500), [np.arange(500)], seed=0)
     assert drawn == pytest.approx((-0.081, -0.019), abs=1.5e-3)
-    assert judge_comparison(found) == "worse"
+    assert judge_comparison(result) == "worse"
 
 
 @pytest.mark.parametrize(("n", "smallest"), [(969, 0.03), (150, 0.0763)])
@@ -216,21 +216,21 @@ def test_where_less_is_better_a_gain_is_a_fall() -> None:
     before, after = (
         measured(values, higher_is_better=False) for values in ([1] * 9 + [0], [0] * 10)
     )
-    found = compare_measurements(before, after)
-    assert (found.improved, found.worsened, judge_comparison(found)) == (9, 0, "better")
+    result = compare_measurements(before, after)
+    assert (result.improved, result.worsened, judge_comparison(result)) == (9, 0, "better")
 
 
 def test_values_that_are_no_rate_have_no_counts() -> None:
-    found = compare_measurements(measured([0.5, 0.25, 0.1, 0.9]), measured([0.6, 0.3, 0.1, 0.9]))
-    assert (found.improved, found.worsened, found.p_value) == (None, None, None)
-    assert 0 < compute_p_value(found) < 1
-    assert describe_evidence(found).startswith("minimum detectable difference ")
+    result = compare_measurements(measured([0.5, 0.25, 0.1, 0.9]), measured([0.6, 0.3, 0.1, 0.9]))
+    assert (result.improved, result.worsened, result.p_value) == (None, None, None)
+    assert 0 < compute_p_value(result) < 1
+    assert describe_evidence(result).startswith("minimum detectable difference ")
 
 
 def test_an_interval_without_zero_is_no_difference_where_the_exact_p_says_so() -> None:
-    found = compare_measurements(*rates(5, 0, 5))
-    assert (found.low > 0, found.p_value) == (True, 0.0625)
-    assert judge_comparison(found) == "no difference shown"
+    result = compare_measurements(*rates(5, 0, 5))
+    assert (result.low > 0, result.p_value) == (True, 0.0625)
+    assert judge_comparison(result) == "no difference shown"
 
 
 def test_what_chance_may_show_among_many_claims_is_marked() -> None:

@@ -97,9 +97,9 @@ def test_normalised_match_forgives_case_punctuation_and_space(
     ],
 )
 def test_contains_looks_for_the_expected_answer_or_the_given_text(
-    answer: str, given: str | None, found: int
+    answer: str, arg: str | None, expected: int
 ) -> None:
-    assert contains(answer, "Paris", given) == found
+    assert contains(answer, "Paris", arg) == expected
 
 
 def test_contains_takes_what_has_no_word_as_it_is() -> None:

@@ -120,11 +120,11 @@ def test_every_family_is_the_same_network_there(
     live = compute_live_outputs(job)
     write_gguf(job)
     with engine(llama_cpp, get_model_path(job), exact=True) as model:
-        found = parity(model, job, live)
+        result = parity(model, job, live)
         assert model.token_eos() == job.run.renderer.end_ids[0]
-    assert found.same_prompts == found.rendered_prompts == 4
-    assert found.same_answers == 4
-    assert found.mean_kl < 1e-6
+    assert result.same_prompts == result.rendered_prompts == 4
+    assert result.same_answers == 4
+    assert result.mean_kl < 1e-6
     write_lora(job)
     base = replace(job, run=replace(job.run, loras={}))
     write_gguf(base)
@@ -178,11 +178,11 @@ def test_smollm2_answers_there_as_here(
     assert made.parity.same_prompts == made.parity.prompts == 8
     job = job_of(real_run, tmp_path / "ollama", kind)
     with engine(llama_cpp, get_model_path(job)) as model:
-        found = parity(model, job, real_live)
-    assert found.same_prompts == found.rendered_prompts == 8
-    assert found.mean_kl < mean_kl
-    assert found.top1_agreement > agreement
-    assert found.same_answers >= 6
+        result = parity(model, job, real_live)
+    assert result.same_prompts == result.rendered_prompts == 8
+    assert result.mean_kl < mean_kl
+    assert result.top1_agreement > agreement
+    assert result.same_answers >= 6
 
 
 def test_the_adapter_of_smollm2_beside_its_base(
@@ -193,6 +193,6 @@ def test_the_adapter_of_smollm2_beside_its_base(
     job = replace(job, run=replace(job.run, loras={}))
     write_gguf(job)
     with engine(llama_cpp, get_model_path(job), lora=tmp_path / "lora" / ADAPTER_FILE) as model:
-        found = parity(model, job, real_live)
-    assert found.mean_kl < 1e-4
-    assert found.same_answers >= 7
+        result = parity(model, job, real_live)
+    assert result.mean_kl < 1e-4
+    assert result.same_answers >= 7

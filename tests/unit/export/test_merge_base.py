@@ -36,7 +36,9 @@ def test_the_live_model_is_the_one_that_was_trained(narrow: Path, tmp_path: Path
             for batch in batches
         )
     ours = compute_live_logits(job.run, job.examples)
-    original = compute_live_logits(dataclasses.replace(job.run, quantized_paths=frozenset()), job.examples)
+    original = compute_live_logits(
+        dataclasses.replace(job.run, quantized_paths=frozenset()), job.examples
+    )
     assert compute_mean_kl(trained, ours) < 1e-9
     assert compute_mean_kl(trained, original) > 1e-4
 
@@ -64,10 +66,7 @@ def test_the_original_base_is_refused_where_it_is_too_far(narrow: Path, tmp_path
     with pytest.raises(GateError, match=r"(?s)mean KL.*--base dequantized"):
         export_run(narrow, "gguf", kind="f32", base="original", out=tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
-    assert (
-        export_run(narrow, "gguf", kind="f32", out=tmp_path / "gguf").parity.mean_kl
-        < 1e-9
-    )
+    assert export_run(narrow, "gguf", kind="f32", out=tmp_path / "gguf").parity.mean_kl < 1e-9
 
 
 def test_the_adapter_alone_is_compared_beside_the_weights_that_it_was_trained_beside(

@@ -16,7 +16,7 @@ from tunesmith.export.ollama import (
 )
 
 USER: Json = {"role": "user", "content": "1 and 2"}
-OWN: Json = {"role": "system", "content": 'Add them.\n  {{ .Role }} "quoted"?'}
+CUSTOM: Json = {"role": "system", "content": 'Add them.\n  {{ .Role }} "quoted"?'}
 
 
 def served_for(
@@ -31,21 +31,22 @@ def test_the_default_system_message_of_a_template_is_found(tmp_path: Path) -> No
     served = served_for(tmp_path, CHATML, [USER])
     assert served == OllamaTemplate(TEMPLATES["ChatML"], SYSTEM, ("<|im_end|>", "<|text|>"))
     assert served.render_prompt([USER]) == (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n1 and 2<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n1 and 2<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 
 def test_the_system_message_that_all_rows_have(tmp_path: Path) -> None:
-    served = served_for(tmp_path, CHATML, [OWN, USER], [OWN, USER])
-    assert served.system == OWN["content"]
-    assert served.render_prompt([USER]) == served.render_prompt([OWN, USER])
+    served = served_for(tmp_path, CHATML, [CUSTOM, USER], [CUSTOM, USER])
+    assert served.system == CUSTOM["content"]
+    assert served.render_prompt([USER]) == served.render_prompt([CUSTOM, USER])
     assert '{{ .Role }} "quoted"?' in served.render_prompt(
         [USER]
     )  # contents are never read as a template
 
 
 def test_rows_that_disagree_leave_the_default(tmp_path: Path) -> None:
-    assert served_for(tmp_path, CHATML, [OWN, USER], [USER]).system == SYSTEM
+    assert served_for(tmp_path, CHATML, [CUSTOM, USER], [USER]).system == SYSTEM
 
 
 def test_a_template_without_a_default(tmp_path: Path) -> None:
@@ -78,7 +79,8 @@ def test_the_file() -> None:
     text = render_modelfile(served, "model-f16.gguf", "tiny\nneeds Ollama 0.17.1 or newer")
     assert text == (
         "# tiny\n# needs Ollama 0.17.1 or newer\nFROM ./model-f16.gguf\n"
-        'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}'
+        'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n'
+        "{{ end }}"
         '<|im_start|>assistant\n"""\n'
         'SYSTEM """Be brief.\nSay "no" twice."""\nPARAMETER stop "<|im_end|>"\n'
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_export import CHATML, job_of, save_model, save_run
 from tiny_runs import chat, recipe, write_rows
-from tunesmith.cli.views.export import render_export
+from tunesmith.cli.views.results import render_export
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.export.export import export_run
 from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path
@@ -265,10 +265,10 @@ def test_an_export_that_loses_much_of_what_training_changed_says_so(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = export_run(finished, "peft", out=tmp_path / "out")
-    for share, told in ((0.05, False), (0.5, True)):
+    for share, is_warned in ((0.05, False), (0.5, True)):
         lossy = replace(made.parity, mean_kl=share * 1e-3, trained_kl=1e-3)
         Console(width=200).print(render_export(replace(made, parity=lossy)))
-        assert ("loses much of what training changed" in capsys.readouterr().out) is told
+        assert ("loses much of what training changed" in capsys.readouterr().out) is is_warned
 
 
 def test_parity_of_a_run_with_itself(finished: Path, live: ParityOutputs, tmp_path: Path) -> None:
@@ -313,7 +313,9 @@ def test_rows_without_messages_are_compared_too(tiny_llama: Path, tmp_path: Path
     rows = [{"prompt": f"{n} and {n} = ", "completion": f"{2 * n}"} for n in range(1, 9)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = save_run(tmp_path / "work", tiny_llama, data=str(file), test_data=None, chat_template="none")
+    path = save_run(
+        tmp_path / "work", tiny_llama, data=str(file), test_data=None, chat_template="none"
+    )
     job = job_of(path, tmp_path / "export", "f16")
     assert job.chat_examples == []
     TARGETS["gguf"]["f16"].write(job)
@@ -336,8 +338,8 @@ def test_what_others_rightly_render_otherwise(template: str, question: str, tmp_
     data = str(write_rows(tmp_path / "rows.jsonl", rows))
     model = save_model(tmp_path / "model", template=template)
     wish = recipe(model, tmp_path, data=data, learning_rate=0.03)
-    known = inputs.load_inputs(wish, now=datetime(2020, 2, 2))
-    list(run.train(inputs.make_plan(known), known))
+    run_inputs = inputs.load_inputs(wish, now=datetime(2020, 2, 2))
+    list(run.train(inputs.make_plan(run_inputs), run_inputs))
     job = job_of(tmp_path / "run", tmp_path / "export")
     assert all(
         witness.rendered_ids and witness.rendered_ids != witness.prompt

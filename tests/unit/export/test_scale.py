@@ -63,12 +63,13 @@ def test_peft_says_what_our_evaluation_says(
     run = save_run(tmp_path, tiny_llama, **method)
     made = export_run(run, "peft", scale=0.3)
     witnesses = select_examples(open_source_run(run))
-    ours, whole = (our_logits(run, witnesses, scale) for scale in (0.3, 1))
+    ours, full = (our_logits(run, witnesses, scale) for scale in (0.3, 1))
     torch.testing.assert_close(
         logits_of_peft(run, Path(made.path), witnesses), ours, rtol=1e-4, atol=1e-4
     )
     assert (
-        min(float((one - other).abs().max()) for one, other in zip(ours, whole, strict=True)) > 0.05
+        min(float((item - other).abs().max()) for item, other in zip(ours, full, strict=True))
+        > 0.05
     )
     weights = "adapter_model.safetensors"
     assert (Path(made.path) / weights).read_bytes() == (run / "adapter" / weights).read_bytes()
@@ -80,13 +81,13 @@ def test_peft_says_what_our_evaluation_says(
 def test_every_target_is_the_run_at_that_scale(
     target: str, kind: str | None, finished: Path, tmp_path: Path
 ) -> None:
-    whole = export_run(finished, target, kind=kind, out=tmp_path / "whole")
+    full = export_run(finished, target, kind=kind, out=tmp_path / "whole")
     half = export_run(finished, target, kind=kind, scale=0.5, out=tmp_path / "half")
     assert half.parity.mean_kl < (1e-2 if target == "merged" else 1e-4)
     assert half.parity.trained_kl is not None
-    assert whole.parity.trained_kl is not None
-    assert half.parity.trained_kl < 0.7 * whole.parity.trained_kl, "half of it moves the model less"
-    assert (whole.scale, half.scale) == (1, 0.5)
+    assert full.parity.trained_kl is not None
+    assert half.parity.trained_kl < 0.7 * full.parity.trained_kl, "half of it moves the model less"
+    assert (full.scale, half.scale) == (1, 0.5)
     sealed = read_manifest(tmp_path / "half")
     assert (sealed["scale"], sealed["origin"].endswith("in run run@0.5")) == (0.5, True)
     assert read_manifest(tmp_path / "whole")["scale"] == 1
@@ -108,10 +109,10 @@ def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
     began, half, end = (
         next(
             t
-            for name, t in load_file(place / "adapter_model.safetensors").items()
+            for name, t in load_file(folder / "adapter_model.safetensors").items()
             if "trainable_tokens" in name
         )
-        for place in (
+        for folder in (
             Path(export_run(run, "peft", scale=1e-9).path),
             Path(made.path),
             run / "adapter",
@@ -127,16 +128,16 @@ def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: 
     assert made == run / "export" / "peft@0.5"
     assert verify_dir(made) == ""
     card = (made / CARD_FILE).read_text()
-    own = (run / "adapter" / CARD_FILE).read_text()
+    run_card = (run / "adapter" / CARD_FILE).read_text()
     assert "The trained adapter multiplied by 0.5" in card
     assert "0.5 keeps " in card
     assert "of the gain" in card
     head, _, rest = card.partition("\n## Scale\n")
-    assert own.startswith(head)
-    assert own.endswith(rest.partition("\n## Results")[2])
+    assert run_card.startswith(head)
+    assert run_card.endswith(rest.partition("\n## Results")[2])
     alphas = [
-        json.loads((place / "adapter_config.json").read_text())["lora_alpha"]
-        for place in (run / "adapter", made)
+        json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+        for folder in (run / "adapter", made)
     ]
     assert alphas[1] == alphas[0] / 2
     base = Path(json.loads((run / "plan.json").read_text())["model"]["path"])
@@ -168,12 +169,12 @@ def test_the_gate_sees_another_scale(
     ],
 )
 def test_what_is_no_scale(
-    scale: str, said: str, finished: Path, capsys: pytest.CaptureFixture[str]
+    scale: str, output: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         app.main(["export", str(finished), "--to", "peft", "--scale", scale])
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert output in capsys.readouterr().err
     assert not (finished / "export").exists()
 
 

@@ -32,17 +32,15 @@ END = "<|im_end|>"
 def exports(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportResult]:
     """Every target in every type, by the names of their folders; of Ollama's, one."""
     folder = tmp_path_factory.mktemp("exports")
-    found: dict[str, ExportResult] = {}
+    result: dict[str, ExportResult] = {}
     for name in FILES:
         target, _, kind = name.partition("-")
-        found[name] = export_run(
-            finished, target, kind=kind or None, out=folder / name
-        )
-    return found
+        result[name] = export_run(finished, target, kind=kind or None, out=folder / name)
+    return result
 
 
 @pytest.fixture
-def own_run(finished: Path, tmp_path: Path) -> Path:
+def run_copy(finished: Path, tmp_path: Path) -> Path:
     """A copy of the run, to be damaged."""
     return shutil.copytree(finished, tmp_path / "run")
 
@@ -65,21 +63,21 @@ SERVING = {
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_in_each_folder(name: str, exports: dict[str, ExportResult]) -> None:
     made = exports[name]
-    place = Path(made.path)
-    assert verify_dir(place) == ""
+    folder = Path(made.path)
+    assert verify_dir(folder) == ""
     assert {file.name for file in made.files} >= FILES[name] | (
         SERVING if name in ("peft", "merged") else set()
     )
-    assert {path.name for path in place.iterdir()} == {file.name for file in made.files} | {
+    assert {path.name for path in folder.iterdir()} == {file.name for file in made.files} | {
         "manifest.json"
     }
     for file in made.files:
         assert (file.bytes, file.sha256) == (
-            (place / file.name).stat().st_size,
-            hash_file(place / file.name),
+            (folder / file.name).stat().st_size,
+            hash_file(folder / file.name),
         )
     assert made.parity.same_prompts == made.parity.rendered_prompts == made.parity.prompts == 4
-    assert not list(place.parent.glob(".t*"))
+    assert not list(folder.parent.glob(".t*"))
 
 
 def test_how_near_each_is(exports: dict[str, ExportResult]) -> None:
@@ -133,12 +131,14 @@ def test_it_is_a_model_for_the_next_run(
     job = job_of(finished, tmp_path / "job")
     folder = Path(exports[name].path)
     model = next(folder.glob("*.gguf"), folder)
-    known = inputs.load_inputs(recipe(model, tmp_path, data=str(finished.parent / "test.jsonl")))
+    run_inputs = inputs.load_inputs(
+        recipe(model, tmp_path, data=str(finished.parent / "test.jsonl"))
+    )
     for witness in job.examples:
-        assert known.renderer.encode_prompt(witness.messages) == witness.rendered_ids
-    assert known.renderer.end_ids == job.run.renderer.end_ids
-    assert inputs.make_plan(known).config.method == "lora"
-    network = load_network(known.model.path, torch.float32)
+        assert run_inputs.renderer.encode_prompt(witness.messages) == witness.rendered_ids
+    assert run_inputs.renderer.end_ids == job.run.renderer.end_ids
+    assert inputs.make_plan(run_inputs).config.method == "lora"
+    network = load_network(run_inputs.model.path, torch.float32)
     for witness, live in zip(job.examples, compute_live_outputs(job).logits, strict=True):
         logits = compute_stock_logits(
             network, witness.document.tokens_L[:-1].tolist(), witness.positions
@@ -148,9 +148,7 @@ def test_it_is_a_model_for_the_next_run(
 
 def test_dora_is_in_the_weights_or_beside_them(tiny_llama: Path, tmp_path: Path) -> None:
     path = save_run(tmp_path, tiny_llama, use_dora=True)
-    merged, peft, gguf = (
-        export_run(path, *words) for words in (("merged",), ("peft",), ("gguf",))
-    )
+    merged, peft, gguf = (export_run(path, *words) for words in (("merged",), ("peft",), ("gguf",)))
     assert peft.parity.mean_kl < 1e-9 < merged.parity.mean_kl
     assert gguf.parity.trained_kl is not None
     assert gguf.parity.trained_kl > 100 * max(merged.parity.mean_kl, gguf.parity.mean_kl)
@@ -176,14 +174,11 @@ def test_a_manifest_names_the_origin(exports: dict[str, ExportResult]) -> None:
 # ---------------------------------------------------------------- places
 
 
-def test_by_default_it_goes_into_the_run_folder(own_run: Path) -> None:
-    assert Path(export_run(own_run, "peft").path) == own_run / "export" / "peft"
-    assert (
-        Path(export_run(own_run, "gguf", kind="lora").path)
-        == own_run / "export" / "gguf-lora"
-    )
+def test_by_default_it_goes_into_the_run_folder(run_copy: Path) -> None:
+    assert Path(export_run(run_copy, "peft").path) == run_copy / "export" / "peft"
+    assert Path(export_run(run_copy, "gguf", kind="lora").path) == run_copy / "export" / "gguf-lora"
     with pytest.raises(InputError, match="the output folder already exists") as refusal:
-        export_run(own_run, "peft")
+        export_run(run_copy, "peft")
     assert "--out" in refusal.value.fix
 
 
@@ -194,9 +189,9 @@ def test_a_folder_with_content_is_not_touched_and_an_empty_one_is_taken(
     assert export_run(finished, "peft", out=tmp_path / "mine").files
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    for place in (tmp_path / "other", tmp_path / "other" / "thesis.txt"):
+    for folder in (tmp_path / "other", tmp_path / "other" / "thesis.txt"):
         with pytest.raises(InputError, match="the output folder already exists"):
-            export_run(finished, "peft", out=place)
+            export_run(finished, "peft", out=folder)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
 
@@ -243,7 +238,11 @@ def test_no_room_on_the_disk_is_said_first(
     ("target", "kind", "message"),
     [
         ("gguff", None, "unknown export target 'gguff'\n  fix: did you mean gguf"),
-        ("onnx", None, "unknown export target 'onnx'\n  fix: use one of peft, merged, gguf, ollama"),
+        (
+            "onnx",
+            None,
+            "unknown export target 'onnx'\n  fix: use one of peft, merged, gguf, ollama",
+        ),
         (
             "gguf",
             "q4_k_m",
@@ -263,29 +262,29 @@ def test_no_run(tmp_path: Path) -> None:
         export_run(tmp_path / "nowhere", "peft")
 
 
-def test_an_unfinished_run(own_run: Path) -> None:
-    (own_run / "record.json").unlink()
+def test_an_unfinished_run(run_copy: Path) -> None:
+    (run_copy / "record.json").unlink()
     with pytest.raises(InputError, match="not finished") as refusal:
-        export_run(own_run, "peft")
-    assert f"tunesmith resume {own_run}" in refusal.value.fix
+        export_run(run_copy, "peft")
+    assert f"tunesmith resume {run_copy}" in refusal.value.fix
 
 
-def test_fault_27_a_failed_run(own_run: Path) -> None:
-    with RunFolder.open(own_run) as folder:
+def test_fault_27_a_failed_run(run_copy: Path) -> None:
+    with RunFolder.open(run_copy) as folder:
         folder.append_event(CheckResult("failed", "stop", "the loss is not finite", 3))
     with pytest.raises(
         GateError, match="this run failed, and cannot be exported: the loss is not finite"
     ):
-        export_run(own_run, "merged")
+        export_run(run_copy, "merged")
 
 
-def test_a_changed_adapter(own_run: Path) -> None:
-    file = own_run / "adapter" / "adapter_model.safetensors"
+def test_a_changed_adapter(run_copy: Path) -> None:
+    file = run_copy / "adapter" / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"adapter_model\.safetensors was changed"):
-        export_run(own_run, "merged")
+        export_run(run_copy, "merged")
 
 
 @pytest.mark.parametrize(
@@ -304,13 +303,13 @@ def test_a_changed_base(tmp_path: Path, file: str, message: str) -> None:
         export_run(path, "merged")
 
 
-def test_data_that_are_gone(own_run: Path, tmp_path: Path) -> None:
-    plan = json.loads((own_run / "plan.json").read_text())
+def test_data_that_are_gone(run_copy: Path, tmp_path: Path) -> None:
+    plan = json.loads((run_copy / "plan.json").read_text())
     plan["recipe"]["test_data"][0]["path"] = str(tmp_path / "gone.jsonl")
-    (own_run / "plan.json").write_text(json.dumps(plan))
+    (run_copy / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(InputError, match=r"gone\.jsonl"):
-        export_run(own_run, "merged")
-    assert not (own_run / "export" / "merged").exists()
+        export_run(run_copy, "merged")
+    assert not (run_copy / "export" / "merged").exists()
 
 
 def test_a_machine_without_memory(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,19 +43,19 @@ def exact(job: ExportJob) -> dict[str, torch.Tensor]:
 
 def test_transformers_reads_the_weights_that_were_merged(job: ExportJob) -> None:
     write_gguf(job)
-    found = dict(reload_gguf(job).network.named_parameters())
+    result = dict(reload_gguf(job).network.named_parameters())
     expected = exact(job)
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(result[name], tensor), name
 
 
 def test_our_converter_makes_a_model_folder_of_it(job: ExportJob, tmp_path: Path) -> None:
     write_gguf(job)
     convert(get_model_path(job), tmp_path)
-    found = load_file(tmp_path / "model.safetensors")
+    result = load_file(tmp_path / "model.safetensors")
     for name, tensor in exact(job).items():
-        assert torch.equal(found[name], tensor.bfloat16()), name
+        assert torch.equal(result[name], tensor.bfloat16()), name
     base, again = load_config_dict(job.run.model_spec.path), load_config_dict(tmp_path)
     for key in (
         "rope_parameters",
