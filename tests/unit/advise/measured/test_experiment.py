@@ -236,7 +236,7 @@ def test_the_view_shows_the_decision(
     ), "--json has it too"
     output = capsys.readouterr()
     assert output.out.startswith("Not decided yet: no time for prompts and training")
-    assert "zero_shot-shot" in output.out
+    assert "zero-shot" in output.out
     assert "a target below 0.5" in output.out
     assert "20 of 22 items, " in output.err
 
