@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.core import run_dir
+from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
+from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import DataReport, Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan
 from tunesmith.recipe.load import RecipeLike, read_recipe
@@ -33,8 +36,8 @@ if TYPE_CHECKING:
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.golden_set import GoldenLock
     from tunesmith.data.split import SplitResult
-    from tunesmith.evaluate.regression_gate import EvalReport
     from tunesmith.evaluate.model_ref import ModelComparison
+    from tunesmith.evaluate.regression_gate import EvalReport
     from tunesmith.export.export import ExportResult
     from tunesmith.plan.method_comparison import MethodEstimate
     from tunesmith.recipe.template import InitResult
@@ -46,8 +49,6 @@ if TYPE_CHECKING:
 AnyPath = str | Path
 STAGE_MESSAGE = "this command works on a single stage, but the recipe has several"
 STAGE_FIX = "name one of them, with the keys that it needs: --stage sft"
-
-# ---------------------------------------------------------------- recipes and inputs
 
 
 def load_inputs(
@@ -76,10 +77,9 @@ def load_inputs(
 
 def load_demo_inputs(output_dir: AnyPath | None = None) -> AnyInputs:
     """Load the inputs of the embedded example."""
-    from tunesmith.core.run_dir import pick_run_folder
     from tunesmith.recipe.demo import DEMO_RECIPE
 
-    output_dir = output_dir or pick_run_folder(Path("runs"), "demo")
+    output_dir = output_dir or run_dir.pick_run_folder(Path("runs"), "demo")
     return load_inputs(DEMO_RECIPE, output_dir=str(output_dir))
 
 
@@ -245,14 +245,11 @@ def compare_methods(
 
 def read_plan(path: AnyPath) -> Plan | StagedPlan:
     """Read the plan of a run folder, or a file written by `tunesmith plan --json`."""
-    from tunesmith.core.json_io import parse_as
-    from tunesmith.core.run_dir import PLAN_FILE, STAGES_FILE, is_staged, read_plan_json, require_run
-
     file = Path(path)
     if not file.is_file():
-        require_run(file)
-        file = file / (STAGES_FILE if is_staged(file) else PLAN_FILE)
-    content = read_plan_json(file)
+        run_dir.require_run(file)
+        file = file / (run_dir.STAGES_FILE if run_dir.is_staged(file) else run_dir.PLAN_FILE)
+    content = run_dir.read_plan_json(file)
     return parse_as(StagedPlan if "plans" in content else Plan, content, where=str(file))
 
 
@@ -348,8 +345,6 @@ def data_ablate(
     Yields each SubsetRun as it ends, then the AblationResult, which is also written to the folder.
     Raises InputError without held-out rows."""
     from tunesmith.advise.data_ablation import summarize_ablation, train_subsets
-    from tunesmith.core.atomic import write_file
-    from tunesmith.core.json_io import dump_json
 
     inputs = require_single_stage(load_inputs(recipe, **changes))
     plan = plan_ablation(inputs)
@@ -468,27 +463,24 @@ def resume(
 ) -> Iterator[Event]:
     """Resume an interrupted run from its newest valid checkpoint, or from step `checkpoint`.
 
-    Raises InputError if the run is finished, or if its inputs have changed, unless
-    `allow_changes`. `allow_code`: see `train`."""
-    from tunesmith.core.run_dir import is_staged
+    Raises InputError if it is finished or, unless `allow_changes`, if its inputs have changed."""
     from tunesmith.train import run, stages
 
-    run_dir = Path(path)
     options: Any = {
         "allow_changes": allow_changes,
         "checkpoint": checkpoint,
         "allow_code": allow_code,
     }
-    if is_staged(run_dir):
-        return stages.resume(run_dir, merge_model=_export_merged, **options)
-    return run.resume(run_dir, **options)
+    if run_dir.is_staged(Path(path)):
+        return stages.resume(Path(path), merge_model=_export_merged, **options)
+    return run.resume(Path(path), **options)
 
 
-def _export_merged(run_dir: Path, model_dir: Path) -> str:
+def _export_merged(stage_dir: Path, model_dir: Path) -> str:
     """Merge a finished stage's adapter into a model folder; return the evidence of parity."""
     from tunesmith.export.export import export_run
 
-    parity = export_run(run_dir, "merged", out=model_dir).parity
+    parity = export_run(stage_dir, "merged", out=model_dir).parity
     same = f"{parity.same_answers} of {parity.prompts} answers identical to the run's"
     return f"{same}, mean KL {parity.mean_kl:.1e} nats/token"
 
@@ -504,8 +496,6 @@ def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
 
 def read_record(path: AnyPath) -> RunRecord:
     """Read the results of a finished run. Raises InputError if it is not finished."""
-    from tunesmith.core.json_io import parse_as, read_json
-
     file = Path(path) / "record.json"
     return parse_as(RunRecord, read_json(file), where=str(file))
 
@@ -519,25 +509,23 @@ def evaluate(
 ) -> EvalReport:
     """Measure a finished run before and after, on its own items or on the rows of `data`.
 
-    `target` is a run, RUN@0.5 (adapter scale), RUN/checkpoints/step-N or an adapter, each compared
-    with its base; a model alone has scores only. `metrics` replace the run's. Raises InputError
-    for an invalid row of `data` and for metrics that do not fit the rows."""
-    from tunesmith.core.run_dir import EVAL_AFTER_FILE, is_staged, read_run_plan
+    `target` is a run, RUN@0.5 (adapter scale), RUN/checkpoints/step-N, an adapter, or a model,
+    which has scores only. `metrics` replace the run's. Raises InputError for an invalid row."""
     from tunesmith.evaluate import compare_models, finished_run
-    from tunesmith.evaluate.regression_gate import EvalReport, parse_metrics
     from tunesmith.evaluate.model_ref import parse_model_ref
+    from tunesmith.evaluate.regression_gate import EvalReport, parse_metrics
     from tunesmith.train import stages
 
     ref = parse_model_ref(str(target))
     data_path = None if data is None else Path(data)
     spec = compare_models.EvalSpec(data_path, parse_metrics(metrics), allow_code)
     is_default = spec.data is None and not spec.metrics
-    if is_default and ref.results_file == EVAL_AFTER_FILE and ref.run_dir is not None:
-        if is_staged(ref.run_dir):
+    if is_default and ref.results_file == run_dir.EVAL_AFTER_FILE and ref.run_dir is not None:
+        if run_dir.is_staged(ref.run_dir):
             comparisons = stages.evaluate_stages(ref.run_dir, allow_code=allow_code)
             return EvalReport.from_comparisons(comparisons, ref.run_dir)
         # A full fine-tune loads the base and the tuned model one after the other, further below.
-        if read_run_plan(ref.run_dir).config.method != "full":
+        if run_dir.read_run_plan(ref.run_dir).config.method != "full":
             comparisons = finished_run.evaluate_run(ref.run_dir, allow_code=allow_code)
             return EvalReport.from_comparisons(comparisons, ref.run_dir)
     if ref.run_dir is None and not compare_models.is_adapter_dir(Path(ref.name)):
@@ -551,22 +539,21 @@ def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelCompari
     """Compare `b` with `a`, item by item.
 
     Each is a run, RUN@0.5 (adapter scale), RUN/checkpoints/step-N, "base", or a JSONL file of
-    answers. Finished runs are compared by their files; a model is loaded only for results that no
-    file holds. Raises InputError for unfinished runs and without a metric in common."""
+    answers. A model is loaded only for results that no run folder has. Raises InputError for
+    unfinished runs and without a metric in common."""
     from tunesmith.evaluate.model_ref import compare_models, load_cached_results, parse_model_ref
 
     first = parse_model_ref(str(a))
     second = parse_model_ref(str(b))
-    results = [load_cached_results(first, second), load_cached_results(second, first)]
-    if None in results:
+    first_results = load_cached_results(first, second)
+    second_results = load_cached_results(second, first)
+    if first_results is None or second_results is None:
         from tunesmith.evaluate.compare_models import EvalSpec, evaluate_model
 
         spec = EvalSpec(allow_code=allow_code)
-        results = [
-            results[0] or evaluate_model(first, second, spec),
-            results[1] or evaluate_model(second, first, spec),
-        ]
-    return compare_models([first.name, second.name], [item for item in results if item is not None])
+        first_results = first_results or evaluate_model(first, second, spec)
+        second_results = second_results or evaluate_model(second, first, spec)
+    return compare_models([first.name, second.name], [first_results, second_results])
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Plan
+from tunesmith.core.types import Json, Plan
 
 T = TypeVar("T")
 
@@ -79,15 +79,33 @@ def parse_as(cls: type[T], value: Any, where: str = "") -> T:
         raise InputError(f"not a {cls.__name__}: {problem}", where=where) from None
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises InputError with file:line:column if it is missing or broken."""
+def read_json(path: Path, *, key: str = "", fix: str = "") -> Any:
+    """Read a JSON file. Raises InputError with file:line:column if it is missing or broken.
+
+    `key` is the setting that named the file."""
+    where = f"{key}: {path}" if key else str(path)
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise InputError("there is no such file", where=str(path), fix="check the path") from None
+        raise InputError("no such file", where=where, fix=fix or "check the path") from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=where, fix=fix) from None
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"not JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}"
-        ) from None
+        where = f"{where}:{error.lineno}:{error.colno}"
+        raise InputError(f"not valid JSON: {error.msg}", where=where, fix=fix) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"not JSON: byte {error.start} is not UTF-8", where=str(path)) from None
+        message = f"not valid JSON: byte {error.start} is not UTF-8"
+        raise InputError(message, where=where, fix=fix) from None
+    except RecursionError:
+        raise InputError("not valid JSON: too deeply nested", where=where, fix=fix) from None
+
+
+def read_json_object(path: Path, *, is_optional: bool = False, fix: str = "") -> Json:
+    """Read a JSON file with an object; one that is missing is empty if `is_optional`. Raises
+    InputError for anything else."""
+    if is_optional and not path.is_file():
+        return {}
+    content = read_json(path, fix=fix)
+    if not isinstance(content, dict):
+        raise InputError("not a JSON object", where=str(path), fix=fix)
+    return cast("Json", content)

@@ -1,11 +1,12 @@
-"""What a run stands on, and what of it has changed since.
+"""The fingerprint of a run: everything that its weights depend on, and what has changed since.
 
-    identity_of(plan, facts, recipe) -> Json        kept as fingerprint.json, and in every manifest of the run
-    changes(was, now) -> ["data.data: sha256 0c5e... -> 91d2...", ...]
+    build_fingerprint(plan, inputs, recipe) -> Json     fingerprint.json, and every manifest
+    list_changes(stored, current) -> ["data.data: sha256 0c5e... -> 91d2...", ...]
 
-A run goes on bitwise only from the same recipe, plan, rows, tokenizer, template, weights and
-libraries, on the same processor and threads. Other processors and threads round differently and do
-nothing else, so they are told apart. Left out: what to do about a change (resumption.py)."""
+A resumed run is bitwise identical only with the same recipe, plan, rows, tokenizer, template,
+weights and libraries, on the same processor and threads. Another processor only rounds differently,
+so its fields have a prefix of their own. Left out: what to do about a change (train/resume.py).
+"""
 
 from __future__ import annotations
 
@@ -24,21 +25,18 @@ from tunesmith.core.types import Json, Plan, __version__
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.session.inputs import RunInputs
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-)  # those whose numbers or tokens end up in the weights
-QUANTIZATION_LIBRARY = "bitsandbytes"  # one more, in runs on 4-bit weights or with moments in 8
-ROUNDING_PREFIX = "machine."  # fields that change the last bits only
-ABSENT_TEXT = "nothing"
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")  # they determine tokens or numbers
+QUANTIZATION_LIBRARY = "bitsandbytes"  # in runs with 4-bit weights or 8-bit moments
+ROUNDING_PREFIX = "machine."  # fields that only change the last bits
+ABSENT_TEXT = "none"
 
 
 def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
-    """`recipe`: the wish as it stands in the run folder. Reads all weights once, at the speed of
-    sha256."""
-    folder, renderer = inputs.model.path, inputs.renderer
+    """Return the fingerprint of a run; `recipe` is that of the run folder.
+
+    Reads all weights once, at the speed of sha256."""
+    folder = inputs.model.path
+    renderer = inputs.renderer
     is_quantized = plan.config.method == "qlora" or plan.config.optim == "adamw_8bit"
     libraries = (*LIBRARIES, QUANTIZATION_LIBRARY) if is_quantized else LIBRARIES
     files = {role: dataset.fingerprint for role, dataset in inputs.datasets.items()}
@@ -48,19 +46,18 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
     ):
         if path is not None and path.is_file():
             files[role] = hash_file(path)
-    metric_files = [
-        parsed[0] for metric in plan.config.metrics if (parsed := parse_custom_metric(metric))
-    ]
-    files |= {f"metrics.{path.name}": hash_file(path) for path in metric_files if path.is_file()}
+    for metric in plan.config.metrics:
+        parsed = parse_custom_metric(metric)
+        if parsed is not None and parsed[0].is_file():
+            files[f"metrics.{parsed[0].name}"] = hash_file(parsed[0])
     if inputs.adapter is not None:
         files["adapter_from"] = inputs.adapter.sha256
+    weight_files = sorted(folder.glob("*.safetensors"))
     return to_jsonable(
         {
             "tunesmith": __version__,
             "base": inputs.model.name,
-            "base_sha256": {
-                file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))
-            },
+            "base_sha256": {file.name: hash_file(file) for file in weight_files},
             "config": read_json(folder / "config.json"),
             "tokenizer": renderer.tokenizer.sha256,
             "templates": {
@@ -78,38 +75,35 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
 
 
 def read_recipe(file: Path) -> Json:
-    """The wish in a run folder. Raises InputError when it was edited into something else than a
-    mapping."""
+    """Read the recipe of a run folder. Raises InputError if it was edited and is broken."""
+    fix = "restore the file as the run wrote it"
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"not YAML: {error}", where=str(file), fix="put the file back as it was"
-        ) from error
+        raise InputError(f"not valid YAML: {error}", where=str(file), fix=fix) from error
     if not isinstance(recipe, dict):
-        raise InputError("not a recipe", where=str(file), fix="put the file back as it was")
+        raise InputError("not a recipe", where=str(file), fix=fix)
     return cast("Json", recipe)
 
 
 def list_changes(stored: Json, current: Json) -> list[str]:
-    """Field by field, what was and what is. The renderer is named only when its parts do not tell
-    why it differs."""
-    stored_fields, current_fields = dict(_flatten(stored)), dict(_flatten(current))
-    fields = [
-        field
-        for field in {**stored_fields, **current_fields}
-        if stored_fields.get(field) != current_fields.get(field)
-    ]
-    if any(field == "tokenizer" or field.startswith("templates.") for field in fields):
-        fields = [field for field in fields if field != "renderer"]
-    return [
-        f"{field}: {_format_value(stored_fields.get(field))} -> {_format_value(current_fields.get(field))}"
-        for field in fields
-    ]
+    """Return each changed field with its stored and its current value.
+
+    The renderer is listed only if its tokenizer and templates are unchanged."""
+    stored_fields = dict(_flatten(stored))
+    current_fields = dict(_flatten(current))
+    changes: dict[str, str] = {}
+    for field in stored_fields | current_fields:
+        before, after = stored_fields.get(field), current_fields.get(field)
+        if before != after:
+            changes[field] = f"{field}: {_format_value(before)} -> {_format_value(after)}"
+    if any(field == "tokenizer" or field.startswith("templates.") for field in changes):
+        changes.pop("renderer", None)
+    return list(changes.values())
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything that is no mapping; a list counts as one value."""
+    """Yield (dotted name, value) of every leaf; a list is one leaf."""
     if isinstance(value, Mapping):
         for key, inner in cast("Mapping[str, Any]", value).items():
             yield from _flatten(inner, f"{name}.{key}" if name else key)

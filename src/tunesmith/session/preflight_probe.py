@@ -1,7 +1,8 @@
-"""What the proof looks at: a few real documents, and what the stock model says to each.
+"""The documents that preflight checks: a few real ones, and packs of them.
 
-In: documents of the first rows. Out: a `Probe`, and packs of its documents. Left out: what is
-claimed about them (preflight.py)."""
+In: documents of the first rows. Out: PreflightSamples, and batches. Left out: the checks
+(train/preflight.py).
+"""
 
 from __future__ import annotations
 
@@ -18,26 +19,23 @@ from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.data.prefix_sharing import group_by_prefix
 
-# the shortest of the probe: enough to see a leak or wrong labels, in seconds
-MAX_PACKED_DOCUMENTS = 3
-# of each of them are enough to see whether documents see each other; no whole block of a kernel
+MAX_PACKED_DOCUMENTS = 3  # the shortest ones: enough to see a leak or shifted labels, in seconds
+# tokens of each document in the isolation check; not a whole block of a kernel
 ISOLATION_TOKENS = 72
-FORK_TOKENS = 40  # before and behind the places where branches part, for the same
-# of a document, from its first token to its last: their logits are compared
-MAX_CHECKED_POSITIONS = 64
+FORK_TOKENS = 40  # tokens kept before and after the point where shared documents diverge
+MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
 
 
 @dataclass(frozen=True, eq=False)
 class WindowedText:
-    """A text, and the windows that are trained of it."""
+    """A text, and the windows that are trained on."""
 
     document: Document
     windows: tuple[Document, ...]
 
 
 class TokenIdCheck(NamedTuple):
-    """Whether a row has the ids that transformers gives it: all (`whole`), or those of its prompts
-    as served."""
+    """Whether a row has the token ids of transformers: all of them, or those of its prompts."""
 
     row_id: str
     is_equal: bool
@@ -46,62 +44,61 @@ class TokenIdCheck(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PreflightSamples:
-    """A few real documents, what the stock model says to each (logits [P, V] at its
-    `checked_places`), the ids of end tokens and what of rows' ids was compared. `texts`: of
-    continued pretraining."""
+    """A few real documents, and what the stock model computes for them."""
 
     documents: tuple[Document, ...]
-    reference_logits: tuple[Tensor, ...]
-    end_ids: frozenset[int]
+    reference_logits: tuple[Tensor, ...]  # [P, V] each, at its `choose_positions`
+    end_ids: frozenset[int]  # of tokens that end an answer or a text
     token_id_checks: tuple[TokenIdCheck, ...] = ()
-    sharing_documents: tuple[
-        Document, ...
-    ] = ()  # two or three that begin alike and go on apart; none where nothing is shared
-    texts: tuple[WindowedText, ...] | None = None
+    # two or three that share a prefix and diverge; empty without prefix sharing
+    sharing_documents: tuple[Document, ...] = ()
+    texts: tuple[WindowedText, ...] | None = None  # stage: cpt
 
 
 def choose_documents(candidates: Sequence[Document], window: int | None) -> tuple[Document, ...]:
-    """The shortest, two between and the longest, shortest first; of rejected answers the shortest
-    and the longest too. With a window, at least one document longer than it (rows are chained when
-    none is). A lone document stands twice: blindness takes two."""
+    """Choose the shortest, two in between and the longest document, shortest first; and the
+    shortest and the longest rejected answer.
+
+    With a sliding window, at least one is longer than it (rows are concatenated if needed). A
+    single document is returned twice, since the isolation check needs two."""
     ranked = sorted((document for document in candidates if count_input_tokens(document)), key=len)
     rejected = [document for document in ranked if document.side == "rejected"]
     others = [document for document in ranked if document.side != "rejected"]
     indices = sorted({0, len(others) // 4, len(others) // 2, len(others) - 1}) if others else []
-    chosen = [others[index] for index in indices] + [
-        rejected[index] for index in {0, len(rejected) - 1} if rejected
-    ]
-    chosen = sorted(
-        (dataclasses.replace(document, side="") for document in chosen), key=len
-    )  # to be packed one by one
+    chosen = [others[index] for index in indices]
+    if rejected:
+        chosen += [rejected[index] for index in {0, len(rejected) - 1}]
+    # without their sides, documents are packed one by one
+    chosen = sorted((dataclasses.replace(document, side="") for document in chosen), key=len)
     if window and ranked and all(count_input_tokens(document) <= window for document in chosen):
         chosen.append(_chain_documents(ranked, window + 1 + len(ranked[0])))
     return tuple(chosen * 2 if len(chosen) == 1 else chosen)
 
 
 def choose_sharing_documents(candidates: Sequence[Document]) -> tuple[Document, ...]:
-    """The shortest that begin alike and go on apart, three or two. If no two of them do, one and
-    its like with another end; none when all are too short to share anything."""
-    documents = [
-        dataclasses.replace(document, side="")
-        for document in candidates
-        if count_input_tokens(document)
-    ]
-    order, _ = group_by_prefix(
-        [document.tokens_L[: count_input_tokens(document)] for document in documents],
-        [(index,) for index in range(len(documents))],
-    )
+    """Choose the three or two shortest documents that share a prefix and diverge.
+
+    If no two do, a document and a copy with another ending; none if all are too short to share
+    anything."""
+    documents: list[Document] = []
+    inputs: list[np.ndarray] = []
+    for document in candidates:
+        if num_tokens := count_input_tokens(document):
+            documents.append(dataclasses.replace(document, side=""))
+            inputs.append(document.tokens_L[:num_tokens])
+    order, _ = group_by_prefix(inputs, [(index,) for index in range(len(documents))])
     ranked = [documents[index] for (index,) in order]
-    groups = [
-        ranked[i : i + size]
-        for size in (MAX_PACKED_DOCUMENTS, 2)
-        for i in range(len(ranked) - size + 1)
-    ]
+    groups: list[list[Document]] = []
+    for size in (MAX_PACKED_DOCUMENTS, 2):
+        groups += [ranked[start : start + size] for start in range(len(ranked) - size + 1)]
     groups.sort(key=lambda group: (-len(group), sum(map(len, group))))
-    groups += [[longest, _change_ending(longest)] for longest in sorted(documents, key=len)[-1:]]
-    return next(
-        (tuple(group) for group in groups if find_siblings(pack_with_sharing(group).layout)), ()
-    )
+    if documents:
+        longest = sorted(documents, key=len)[-1]
+        groups.append([longest, _change_ending(longest)])
+    for group in groups:
+        if find_siblings(pack_with_sharing(group).layout):
+            return tuple(group)
+    return ()
 
 
 def _change_ending(document: Document) -> Document:
@@ -111,7 +108,7 @@ def _change_ending(document: Document) -> Document:
 
 
 def truncate_to_beginning(document: Document) -> Document:
-    """Its first tokens as a document; the last of them is its target."""
+    """Return the first tokens as a document whose last token is its target."""
     return _target_last_token(document.id, document.tokens_L[: ISOLATION_TOKENS + 1])
 
 
@@ -122,28 +119,26 @@ def _target_last_token(id: str, tokens_L: np.ndarray) -> Document:
 
 
 def choose_positions(document: Document) -> list[int]:
-    """Evenly spread over the tokens that are fed, the first and the last among them."""
-    return np.unique(
-        np.linspace(0, count_input_tokens(document) - 1, MAX_CHECKED_POSITIONS).astype(int)
-    ).tolist()
+    """Return evenly spaced positions of the input tokens, with the first and the last."""
+    spaced = np.linspace(0, count_input_tokens(document) - 1, MAX_CHECKED_POSITIONS)
+    return np.unique(spaced.astype(int)).tolist()
 
 
 def _chain_documents(documents: Sequence[Document], tokens: int) -> Document:
-    """Rows behind one another as one document: only its length matters."""
-    repeated = [
-        documents[i % len(documents)] for i in range(1 + tokens // max(1, min(map(len, documents))))
-    ]
-    tokens_L = np.concatenate([document.tokens_L for document in repeated])[:tokens]
+    """Concatenate rows to a document of this length."""
+    count = 1 + tokens // max(1, min(map(len, documents)))
+    repeated = [documents[index % len(documents)].tokens_L for index in range(count)]
+    tokens_L = np.concatenate(repeated)[:tokens]
     weights_L = np.ones(len(tokens_L), np.float32)
     weights_L[0] = 0
     return Document(f"{documents[0].id} and more", tokens_L, weights_L)
 
 
-# ---------------------------------------------------------------- packs of them
+# ---------------------------------------------------------------- packs
 
 
 def find_siblings(layout: PackLayout) -> tuple[int, int] | None:
-    """The first two segments that continue the same one."""
+    """Return the first two segments with the same parent."""
     for segment, parent in enumerate(layout.parents):
         if parent >= 0 and parent in layout.parents[:segment]:
             return layout.parents.index(parent), segment
@@ -156,22 +151,19 @@ def pack_documents(documents: Sequence[Document]) -> Batch:
 
 
 def pack_with_sharing(documents: Sequence[Document]) -> Batch:
-    """One pack in which they share what they begin with."""
+    """Return one pack in which common prefixes are shared."""
     (pack,) = pack_step(documents, sum(map(len, documents)), should_share=True)
     return collate(pack)
 
 
 def trim_to_fork(documents: Sequence[Document]) -> list[Document]:
-    """The same documents without what is far from where they part: enough to see whether branches
-    see each other."""
+    """Cut documents to the tokens around the point where they diverge, which is enough to see
+    whether branches see each other."""
     (pack,) = pack_step(documents, sum(map(len, documents)), should_share=True)
-    begin, end = (
-        max(0, min(pack.prefix_lengths[1:]) - FORK_TOKENS),
-        max(pack.prefix_lengths) + FORK_TOKENS,
-    )
-    return [
-        _target_last_token(
-            document.id, document.tokens_L[begin : min(end, count_input_tokens(document)) + 1]
-        )
-        for document in pack.documents
-    ]
+    begin = max(0, min(pack.prefix_lengths[1:]) - FORK_TOKENS)
+    end = max(pack.prefix_lengths) + FORK_TOKENS
+    trimmed: list[Document] = []
+    for document in pack.documents:
+        last = min(end, count_input_tokens(document))
+        trimmed.append(_target_last_token(document.id, document.tokens_L[begin : last + 1]))
+    return trimmed

@@ -1,9 +1,11 @@
-"""What a finished run has made of its model: loaded again, and checked.
+"""Load the trained model of a finished run, and check it.
 
-    run folder -> reopen -> Workbench, its adapter loaded      run folder -> model_left -> the model alone
+    reopen_session(run) -> Session      with its adapter loaded
+    load_trained_model(...)             the model alone, of any method
 
-The weights must be as the run left them, and belong to the base that is there now. Left out: what
-is done with them."""
+The weights must be as the run wrote them, and belong to the base that is there now. Left out: what
+is done with them.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,14 @@ from tunesmith.session.session import Session, load_starting_model, open_eval_se
 
 
 def reopen_session(path: Path) -> Session:
-    """The workbench of a finished run, its adapter loaded. Raises InputError when the adapter, or
-    what it belongs to, is not as the run left it."""
+    """Open the session of a finished run with its adapter loaded. Raises InputError if the adapter
+    or its inputs have changed."""
     path = find_weights_dir(path)
     require_run(path)
     plan = read_run_plan(path)
     if plan.config.method == "full":
-        message = "this takes a run with an adapter, which can be taken off"
-        raise InputError(message, where=str(path), fix=f"measure it with: tunesmith eval {path}")
+        message = "this run trained all weights, and this command needs an adapter"
+        raise InputError(message, where=str(path), fix=f"evaluate it: tunesmith eval {path}")
     inputs = reload_inputs(plan, path)
     adapter = _find_trained_weights(path, plan, inputs)
     session = open_session(plan, inputs)
@@ -50,14 +52,14 @@ def reopen_session(path: Path) -> Session:
 
 
 def load_trained_session(path: Path) -> Session:
-    """What a finished run has made of the model, an adapter on it or all of its weights, with the
-    rows of the run. Raises what `reopen` raises."""
+    """Open the trained model of a finished run with the rows of the run. Raises as
+    `reopen_session`."""
     plan, inputs = load_plan_and_inputs(path)
     return open_eval_session(plan, inputs, load_trained_model(find_weights_dir(path), plan, inputs))
 
 
 def load_plan_and_inputs(run: Path) -> tuple[Plan, RunInputs]:
-    """The plan of a finished run, of several stages that of the last one, and its facts."""
+    """Return the plan and the inputs of a finished run, or of its last stage."""
     path = find_weights_dir(run)
     require_run(path)
     plan = read_run_plan(path)
@@ -65,36 +67,35 @@ def load_plan_and_inputs(run: Path) -> tuple[Plan, RunInputs]:
 
 
 def reload_inputs(plan: Plan, path: Path) -> RunInputs:
-    """The facts of a run but for the adapter that it went on with, which its own one holds."""
-    return inputs.reload_inputs(
-        dataclasses.replace(plan, recipe={**plan.recipe, "adapter_from": None}), path
-    )
+    """Reload the inputs of a run without the adapter that it started from, which its own adapter
+    contains."""
+    recipe = plan.recipe | {"adapter_from": None}
+    return inputs.reload_inputs(dataclasses.replace(plan, recipe=recipe), path)
 
 
 def load_trained_model(path: Path, plan: Plan, inputs: RunInputs) -> PackedCausalLM:
-    """What a finished run has made of the model, to be measured. Raises what `reopen` raises."""
-    weights_dir, dtype = _find_trained_weights(path, plan, inputs), DTYPES[plan.config.dtype]
+    """Load the trained model of a finished run. Raises as `reopen_session`."""
+    weights_dir = _find_trained_weights(path, plan, inputs)
     if plan.config.method == "full":
-        return wrap_model(
-            load_network(weights_dir, dtype, inputs.machine.device), dtype, plan.config.attention
-        )
+        dtype = DTYPES[plan.config.dtype]
+        network = load_network(weights_dir, dtype, inputs.machine.device)
+        return wrap_model(network, dtype, plan.config.attention)
     model = load_starting_model(plan, inputs)
     load_adapter(model.network, weights_dir / ADAPTER_WEIGHTS_FILE)
     return model
 
 
 def _find_trained_weights(path: Path, plan: Plan, inputs: RunInputs) -> Path:
-    """The folder of the trained weights, checked."""
+    """Return the folder of the trained weights, once it is verified."""
     weights_dir = path / (MODEL_DIR if plan.config.method == "full" else ADAPTER_DIR)
     if problem := read_failure(path):
         raise GateError(f"this run failed: {problem}", where=str(path))
     if not weights_dir.is_dir():
-        message = f"this run has no {'model' if weights_dir.name == MODEL_DIR else 'adapter'} yet"
-        raise InputError(message, where=str(path), fix=f"finish it: tunesmith resume {path}")
+        fix = f"finish it: tunesmith resume {path}"
+        raise InputError(f"this run has no {weights_dir.name} yet", where=str(path), fix=fix)
     if problem := verify_dir(weights_dir):
-        raise InputError(
-            f"not as the run wrote it: {problem}", where=str(weights_dir), fix="put the files back"
-        )
+        message = f"not as the run wrote it: {problem}"
+        raise InputError(message, where=str(weights_dir), fix="restore the files")
     check_provenance(
         weights_dir, hash_weight_files(inputs.model.path), inputs.renderer, plan.config.now
     )
@@ -103,8 +104,8 @@ def _find_trained_weights(path: Path, plan: Plan, inputs: RunInputs) -> Path:
 
 @contextmanager
 def starting_model(session: Session, plan: Plan) -> Iterator[None]:
-    """The model that a plan's training started from: the base, or the base with the adapter that it
-    went on with."""
+    """Turn the model of a session into the one that training started from: the base, or the base
+    with `adapter_from`."""
     adapter = inputs.load_starting_adapter(plan, session.inputs.model.path)
     if adapter is not None:
         load_adapter(session.model.network, adapter.weights_path)

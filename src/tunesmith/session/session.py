@@ -1,9 +1,9 @@
-"""The heavy things that a run works with, made once from its plan: the model with its adapter, the
-renderer, the rows.
+"""The objects that a run works with, built once from its plan: model, samplers, preflight samples.
 
-In: a Plan and the Facts it was made from. Out: a Workbench. The stock model's answers to a few real
-documents are taken before any module is replaced; they are the oracle of the proof. Left out: the
-order of a run (run.py)."""
+In: a Plan and its RunInputs. Out: a Session. The stock model's logits for a few real documents are
+computed before any module is replaced; preflight compares with them. Left out: the order of a run
+(train/run.py).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Document, Example, Plan, PlanValue, require
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
@@ -53,8 +54,9 @@ from tunesmith.session.preflight_probe import (
     choose_sharing_documents,
 )
 
-PROBE_ROWS = 200  # of the training rows, from which the proof's documents are chosen
-STOCK_ID_ROWS = 20
+PROBE_ROWS = 200  # training rows from which the preflight documents are chosen
+SHOW_FIX = "look at them with `tunesmith data show`"
+STOCK_ID_ROWS = 20  # training rows whose token ids are compared with transformers
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +66,10 @@ class Session:
     model: PackedCausalLM
     sampler: StepSampler | WindowSampler
     samples: PreflightSamples
+    # row -> log-probabilities of its documents before training, where the loss needs them
     reference_logps: Mapping[int, Sequence[float]] = field(
         default_factory=dict[int, Sequence[float]]
-    )  # by row, kept ones
+    )
     rehearsal: RehearsalSampler | None = None
 
     @property
@@ -78,17 +81,17 @@ class Session:
         return self.inputs.datasets["data"]
 
     def load_documents(self, step: int, changes: RatioChanges = ()) -> Sequence[Document]:
-        """The documents of optimizer step 1..steps; a pure function of the plan, the files, and the
-        changes of the rehearsal ratio so far."""
+        """Return the documents of an optimizer step, counted from 1: a pure function of the plan,
+        the files, and the changes of the rehearsal ratio so far."""
         if isinstance(self.sampler, WindowSampler):
             documents = self.sampler.read_documents(step, changes)
         else:
-            documents = [
-                document
-                for row in self.sampler.get_rows(step)
-                for document in self._load_row_documents(row)
-            ]
-        return documents + (self.rehearsal.read_documents(step, changes) if self.rehearsal else [])
+            documents: list[Document] = []
+            for row in self.sampler.get_rows(step):
+                documents += self._load_row_documents(row)
+        if self.rehearsal is None:
+            return documents
+        return documents + self.rehearsal.read_documents(step, changes)
 
     def _load_row_documents(self, row: int) -> Sequence[Document]:
         documents = self.rows.render_documents(row)
@@ -99,18 +102,17 @@ class Session:
 
 
 def open_session(plan: Plan, inputs: RunInputs) -> Session:
-    """Loads the model, asks it about the probe documents, then makes it ours: adapter, layers,
-    attention. An adapter to go on with is part of the model that is asked, and so are the first
-    rows of new tokens."""
-    torch.set_flush_denormal(
-        True
-    )  # stays on: torch's threads keep what they were started with, so it cannot be undone
+    """Load the model, compute its stock logits for the preflight documents, then replace its
+    modules: adapter, layers, attention.
+
+    The stock model includes the adapter that training starts from, and the initial rows of new
+    tokens."""
+    # for the rest of the process: torch's threads keep the mode that they were started with
+    torch.set_flush_denormal(True)
     inputs = _apply_length_limit(plan, inputs)
-    rows, network, adapter = (
-        inputs.datasets["data"],
-        _load_base_network(plan, inputs),
-        inputs.adapter,
-    )
+    rows = inputs.datasets["data"]
+    network = _load_base_network(plan, inputs)
+    adapter = inputs.adapter
     with nullcontext() if adapter is None else stock_with_adapter(network, adapter):
         samples = _choose_samples(network, inputs, rows, should_share=plan.config.share_prefixes)
     model = _wrap_network(network, plan, inputs)
@@ -125,17 +127,16 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
 
 
 def load_starting_model(plan: Plan, inputs: RunInputs) -> PackedCausalLM:
-    """The model that training starts from, to read or write with."""
+    """Load the model that training starts from, in eval mode."""
     model = _wrap_network(_load_base_network(plan, inputs), plan, inputs)
     model.network.eval()
     return model
 
 
 def open_eval_session(plan: Plan, inputs: RunInputs, model: PackedCausalLM) -> Session:
-    """To measure any model by the items of a plan; nothing is proven."""
-    return Session(
-        plan, inputs, model, _make_sampler(plan, inputs), PreflightSamples((), (), frozenset())
-    )
+    """Open a session that evaluates any model with the inputs of a plan, without preflight."""
+    no_samples = PreflightSamples((), (), frozenset())
+    return Session(plan, inputs, model, _make_sampler(plan, inputs), no_samples)
 
 
 def _load_base_network(plan: Plan, inputs: RunInputs) -> Network:
@@ -149,42 +150,41 @@ def _wrap_network(network: Network, plan: Plan, inputs: RunInputs) -> PackedCaus
     METHODS[plan.config.method](network, plan.values)
     if inputs.adapter is not None:
         load_adapter(network, inputs.adapter.weights_path)
-    is_blocked = plan.config.weight_layout == "blocked"
     return wrap_model(
         network,
         DTYPES[plan.config.dtype],
         plan.config.attention,
-        should_block_weights=is_blocked,
+        should_block_weights=plan.config.weight_layout == "blocked",
         gradient_checkpointing=plan.config.gradient_checkpointing,
     )
 
 
 def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Session:
-    """With the first layers and made-up weights, to be measured; there is nothing to prove about
-    them."""
+    """Open a session with the first layers and random weights, to time steps. No preflight."""
     inputs = dataclasses.replace(_apply_length_limit(plan, inputs), adapter=None)
     network = build_truncated_network(
-        inputs.model.path, DTYPES[plan.config.dtype], layers, is_quantized=plan.config.method == "qlora"
+        inputs.model.path,
+        DTYPES[plan.config.dtype],
+        layers,
+        is_quantized=plan.config.method == "qlora",
     )
     init_new_rows(network, inputs.renderer.tokenizer.new_tokens)
     targets = plan.config.lora_target_modules
     if targets is not None and targets not in GROUPS:
-        all_linear = PlanValue("all-linear", "rule", "the layers that are named may not be there")
+        all_linear = PlanValue("all-linear", "rule", "the named layers may have been cut off")
         plan = plan.with_settings(lora_target_modules=all_linear)
     session = open_eval_session(plan, inputs, _wrap_network(network, plan, inputs))
     return dataclasses.replace(session, rehearsal=build_rehearsal(plan, inputs))
 
 
 def _make_sampler(plan: Plan, inputs: RunInputs) -> StepSampler | WindowSampler:
-    return (
-        _make_window_sampler(plan, inputs.corpus)
-        if inputs.corpus
-        else _make_step_sampler(plan, inputs.datasets["data"])
-    )
+    if inputs.corpus:
+        return _make_window_sampler(plan, inputs.corpus)
+    return _make_step_sampler(plan, inputs.datasets["data"])
 
 
 def _make_window_sampler(plan: Plan, corpus: PretrainingCorpus) -> WindowSampler:
-    """Rehearsal takes the place of windows: a step has `batch_tokens` with it."""
+    """Return the sampler of windows; rehearsal takes the place of some of them."""
     return WindowSampler.from_corpus(
         corpus,
         step_tokens=require(plan.config.batch_tokens),
@@ -206,18 +206,18 @@ def _make_step_sampler(plan: Plan, rows: Dataset) -> StepSampler:
         max_steps=plan.steps,
         mixture=mixture,
     )
-    if sampler.total_steps < plan.steps:  # rows went away, and the user wants to go on without them
-        message = f"{len(rows):,} rows are enough for {sampler.total_steps:,} steps, the plan has {plan.steps:,}"
+    if sampler.total_steps < plan.steps:  # rows are missing, and the user allowed changes
         raise InputError(
-            message,
+            f"{format_count(len(rows), 'row')} are enough for {sampler.total_steps:,} steps, and "
+            f"the plan has {plan.steps:,}",
             where=rows.path,
-            fix="put the rows back, or start a new run with another output_dir",
+            fix="restore the rows, or start a new run with another output_dir",
         )
     return sampler
 
 
 def build_rehearsal(plan: Plan, inputs: RunInputs) -> RehearsalSampler | None:
-    """The rehearsal rows under a plan."""
+    """Return the sampler of rehearsal rows, if there are any."""
     rows = inputs.datasets.get("rehearsal")
     if rows is None:
         return None
@@ -249,46 +249,42 @@ def _apply_length_limit(plan: Plan, inputs: RunInputs) -> RunInputs:
 def _choose_samples(
     network: Network, inputs: RunInputs, rows: Dataset, *, should_share: bool
 ) -> PreflightSamples:
-    """Documents of the first rows, and the stock model's word on them."""
+    """Choose documents of the first rows, and compute their stock logits."""
     if inputs.corpus is not None:
         return _choose_text_samples(network, inputs.corpus)
     complete: list[Document] = []
-    truncated: list[
-        Document
-        # without the end of an answer, or only what is bad in it: no witness if there are others
-    ] = []
+    truncated: list[Document] = []  # used only if no document has a whole answer
     id_checks: list[TokenIdCheck] = []
     for index in range(min(PROBE_ROWS, len(rows))):
         example, prepared = rows.render_row(index)
-        (truncated if prepared.num_truncated or example.banned_spans else complete).extend(
-            prepared.documents
-        )
-        if len(id_checks) < STOCK_ID_ROWS and (
-            id_check := _check_token_ids(inputs, example, prepared)
-        ):
-            id_checks.append(id_check)
-    documents = choose_documents(complete or truncated, get_sliding_window(network))
+        if prepared.num_truncated or example.banned_spans:
+            truncated += prepared.documents
+        else:
+            complete += prepared.documents
+        if len(id_checks) < STOCK_ID_ROWS:
+            id_check = _check_token_ids(inputs, example, prepared)
+            id_checks += [] if id_check is None else [id_check]
+    candidates = complete or truncated
+    documents = choose_documents(candidates, get_sliding_window(network))
     if not documents:
-        raise InputError(
-            "no row trains anything", where=rows.path, fix="look at them with `tunesmith data show`"
-        )
-    end_ids = frozenset(inputs.renderer.end_ids)
-    sharing_documents = choose_sharing_documents(complete or truncated) if should_share else ()
+        raise InputError("no row has a target", where=rows.path, fix=SHOW_FIX)
     return PreflightSamples(
         documents,
         _compute_reference_logits(network, documents),
-        end_ids,
-        tuple(id_checks),
-        sharing_documents,
+        end_ids=frozenset(inputs.renderer.end_ids),
+        token_id_checks=tuple(id_checks),
+        sharing_documents=choose_sharing_documents(candidates) if should_share else (),
     )
 
 
 def _check_token_ids(
     inputs: RunInputs, example: Example, prepared: PreparedRow
 ) -> TokenIdCheck | None:
-    """Whether a row's ids are those of transformers: all, or, where the render notes that it writes
-    the row otherwise, those of the prompts. None for what transformers would not write alike: its
-    templates write the date of today, ours that of the plan."""
+    """Compare the token ids of a row with transformers: all, or those of its prompts if the row is
+    rendered turn by turn.
+
+    Returns None for rows that transformers renders differently on purpose: with control tokens in
+    their text, or with today's date in place of the plan's."""
     documents = [
         document.tokens_L for document in prepared.documents if document.side != "rejected"
     ]
@@ -302,61 +298,51 @@ def _check_token_ids(
         return None
 
     def has_same_ids(ours_L: np.ndarray, count: int, *, is_prompt: bool) -> bool:
-        messages = inputs.renderer.normalize_messages(example.messages[:count], example.tools)
-        template, template_kwargs = (
-            _read_template(inputs.recipe.chat_template),
-            inputs.recipe.chat_template_kwargs,
-        )
-        added_tokens = inputs.recipe.add_tokens
         ids = encode_stock_conversation(
             inputs.model.path,
-            messages,
+            inputs.renderer.normalize_messages(example.messages[:count], example.tools),
             example.tools,
-            template,
-            template_kwargs,
-            added_tokens,
+            _read_template(inputs.recipe.chat_template),
+            inputs.recipe.chat_template_kwargs,
+            inputs.recipe.add_tokens,
             add_generation_prompt=is_prompt,
         )
-        num_compared = (
-            min(len(ours_L), len(ids)) if is_prompt else len(ours_L)
-        )  # a document may be cut
+        # a document may be truncated
+        num_compared = min(len(ours_L), len(ids)) if is_prompt else len(ours_L)
         return bool(np.array_equal(ours_L[:num_compared], ids[:num_compared]))
 
     is_full_row = len(documents) == 1 and not prepared.notes
     if is_full_row:
         is_equal = has_same_ids(documents[0], len(example.messages), is_prompt=False)
     else:
-        pairs = zip(
-            documents * len(turns) if len(documents) == 1 else documents, turns, strict=True
-        )
+        if len(documents) == 1:
+            documents = documents * len(turns)
+        pairs = zip(documents, turns, strict=True)
         is_equal = all(has_same_ids(ours_L, turn, is_prompt=True) for ours_L, turn in pairs)
-    return (
-        TokenIdCheck(example.id, is_equal, is_full_row)
-        if is_equal or not inputs.renderer.has_date
-        else None
-    )
+    if not is_equal and inputs.renderer.has_date:
+        return None
+    return TokenIdCheck(example.id, is_equal, is_full_row)
 
 
 def _choose_text_samples(network: Network, corpus: PretrainingCorpus) -> PreflightSamples:
-    """The first windows; and the first texts whole, encoded by themselves, beside their windows."""
+    """Choose documents among the first windows; and the first texts, encoded as a whole, each with
+    its windows."""
     windows = [corpus.read_window(i) for i in range(min(PROBE_ROWS, len(corpus)))]
     documents = choose_documents(windows, get_sliding_window(network))
     if not documents:
-        fix = "look at them with `tunesmith data show`"
-        raise InputError("no text trains anything", where=corpus.dataset.path, fix=fix)
-    short_rows = [
-        row
-        for row in range(min(PROBE_ROWS, len(corpus.dataset)))
-        if corpus.dataset.get_row_bytes(row) <= MAX_PIECE_CHARS
-    ]
-    windowed_texts = tuple(
-        WindowedText(document, tuple(corpus.read_window(i) for i in corpus.get_windows(row)))
-        for row in short_rows[:STOCK_ID_ROWS]
-        for document in corpus.dataset.render_documents(row)
-    )
-    end_ids = frozenset({corpus.dataset.renderer.text_end_id})
+        raise InputError("no text has a target", where=corpus.dataset.path, fix=SHOW_FIX)
+    rows = corpus.dataset
+    probe_rows = range(min(PROBE_ROWS, len(rows)))
+    short_rows = [row for row in probe_rows if rows.get_row_bytes(row) <= MAX_PIECE_CHARS]
+    texts: list[WindowedText] = []
+    for row in short_rows[:STOCK_ID_ROWS]:
+        row_windows = tuple(corpus.read_window(index) for index in corpus.get_windows(row))
+        texts += [WindowedText(document, row_windows) for document in rows.render_documents(row)]
     return PreflightSamples(
-        documents, _compute_reference_logits(network, documents), end_ids, texts=windowed_texts
+        documents,
+        _compute_reference_logits(network, documents),
+        end_ids=frozenset({rows.renderer.text_end_id}),
+        texts=tuple(texts),
     )
 
 

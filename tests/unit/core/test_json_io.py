@@ -132,7 +132,7 @@ def test_a_plan_that_lost_a_field_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"a": 1,\n "b" 2}', "x.json:2:6: not JSON"), (b'"\xff"', "byte 1 is not UTF-8")],
+    [(b'{"a": 1,\n "b" 2}', "x.json:2:6: not valid JSON"), (b'"\xff"', "byte 1 is not UTF-8")],
 )
 def test_broken_files_say_where(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(content)

@@ -34,7 +34,7 @@ def roles(model: Path, folder: Path, **changed: Any) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     ("metrics", "says"),
-    [(["exactmatch"], "there is no metric 'exactmatch'"), (["schema_valid"], "needs a schema")],
+    [(["exactmatch"], "unknown metric 'exactmatch'"), (["schema_valid"], "needs a schema")],
 )
 def test_a_metric_that_is_none_is_refused_without_rows_to_measure(
     metrics: list[str], says: str, tiny_folder: Path, tmp_path: Path
@@ -94,7 +94,7 @@ def test_a_role_of_one_row_is_refused_by_name(role: str, tiny_folder: Path, tmp_
     lonely = str(write_rows(tmp_path / "one.jsonl", sums(500, 1)))
     files = measured_files(tmp_path) | {role: lonely}
     with pytest.raises(
-        InputError, match=rf"{role}: .*one\.jsonl: one row: a score on it has no interval"
+        InputError, match=rf"{role}: .*one\.jsonl: one row: a score on it has no confidence interval"
     ):
         inputs.load_inputs(recipe(tiny_folder, tmp_path, **files))
 
@@ -192,14 +192,14 @@ def test_a_plan_needs_no_weights_and_a_run_does(
         whole.steps,
         whole.tokens_per_epoch,
     )
-    assert any("holds no weights" in warning for warning in made.warnings)
+    assert any("has no weights" in warning for warning in made.warnings)
     with pytest.raises(InputError, match=r"neither model\.safetensors"):
         inputs.load_inputs(wish)
     monkeypatch.setattr(inputs, "FALLBACK_TOKENIZER", str(tiny_folder))
     (alone / "tokenizer.json").unlink()
     counted = inputs.make_plan(inputs.load_inputs(wish, needs_weights=False))
     assert counted.tokens_per_epoch == whole.tokens_per_epoch
-    assert any("counted by the tokenizer of" in warning for warning in counted.warnings)
+    assert any("counted with the tokenizer of" in warning for warning in counted.warnings)
 
 
 def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(
@@ -211,5 +211,5 @@ def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(
     assert plan.fits_on == "l4 (24.0 GB)"
     with pytest.raises(MachineError) as refusal:
         refuse_if_too_large(plan)
-    assert "l4 (24.0 GB) of the table would do" in refusal.value.fix
+    assert "such as l4 (24.0 GB)" in refusal.value.fix
     assert inputs.make_plan(known).fits_on == ""
