@@ -97,7 +97,7 @@ def test_paths_and_tuples_are_values_too(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "changes", "what"),
+    ("wrong_recipe", "changes", "message"),
     [
         (
             {"model": "tiny", "data": "a.jsonl", "learning_rat": 1},
@@ -121,9 +121,11 @@ def test_paths_and_tuples_are_values_too(here: Path) -> None:
         ("nowhere.yaml", {}, "no such file"),
     ],
 )
-def test_a_wrong_recipe_is_explained(wish: object, changes: dict[str, object], what: str) -> None:
-    with pytest.raises(InputError, match=re.escape(what)):
-        tunesmith.plan(wish, **changes)  # type: ignore[arg-type]
+def test_a_wrong_recipe_is_explained(
+    wrong_recipe: object, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        tunesmith.plan(wrong_recipe, **changes)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- runs

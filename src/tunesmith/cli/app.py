@@ -245,7 +245,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a finished run, checked against the run's answers."""
-    from tunesmith.cli.views.export import render_export
+    from tunesmith.cli.views.results import render_export
 
     result = api.export(folder, to, type=type, base=base, scale=scale, out=out)
     print_result(result, render_export(result), as_json=as_json)

@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from tunesmith.core.formatting import suggest_name
 from tunesmith.core.types import Json
 from tunesmith.recipe.checkers import CHECKERS, Spans
 
@@ -175,8 +176,8 @@ def _check_pattern(pattern: str) -> str:
 def _check_checker(name: str) -> str:
     if not name or name in CHECKERS:
         return name
-    close_names = difflib.get_close_matches(name.lower().replace(" ", "-"), CHECKERS, n=1)
-    hint = f"did you mean '{close_names[0]}'?" if close_names else f"use {', '.join(CHECKERS)}."
+    known_name = name.lower().replace(" ", "-")
+    hint = suggest_name(known_name, CHECKERS, default=f"use {', '.join(CHECKERS)}.", quote="'")
     raise ValueError(f"unknown checker '{name}'; {hint} A pattern is written {{match: '{name}'}}")
 
 
@@ -252,12 +253,10 @@ Stage = Annotated[Literal["sft", "cpt", "preference"], accept_names({"pt": "cpt"
 Optimizer = Annotated[
     Literal["adamw", "adamw_8bit"],
     accept_names(
-        {
-            **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
-            **dict.fromkeys(
-                ("paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_bnb_8bit"), "adamw_8bit"
-            ),
-        }
+        dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
+        | dict.fromkeys(
+            ("paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_bnb_8bit"), "adamw_8bit"
+        )
     ),
 ]
 Attention = Annotated[
@@ -267,10 +266,8 @@ Attention = Annotated[
 GradientCheckpointing = Annotated[
     Literal["none", "selective", "full"],
     accept_names(
-        {
-            **{True: "full", "true": "full", "recompute": "full"},
-            **{False: "none", "false": "none", "keep": "none"},
-        }
+        dict.fromkeys((True, "true", "recompute"), "full")
+        | dict.fromkeys((False, "false", "keep"), "none")
     ),
 ]
 METRIC_ITEM_SCHEMA = {

@@ -265,8 +265,8 @@ def _parse_stage(
     is_in_file = stages.where not in (COMMAND_LINE, ARGUMENTS)
     where = document.format_location(path) if is_in_file else stages.where
     if not name:
-        found = describe_value(item)
-        message = f"stage[{index}]: expected a stage or a mapping {{stage: keys}}, found {found}"
+        text = describe_value(item)
+        message = f"stage[{index}]: expected a stage or a mapping {{stage: keys}}, found {text}"
         problems.append(_Problem(where, message))
         return None
     settings: list[_RawSetting] = []

@@ -330,9 +330,9 @@ def test_a_plan_is_one_object_with_every_reason(
     methods = json.loads(tunesmith(*words, "--compare", "--target", "rtx4090", "--json")[1])[
         "methods"
     ]
-    assert [one["method"] for one in methods] == ["full", "lora", "qlora"]
-    assert {one["free_bytes"] for one in methods} == {24 * 10**9}
-    assert all(one["seconds"][0] < one["seconds"][1] for one in methods)
+    assert [method["method"] for method in methods] == ["full", "lora", "qlora"]
+    assert {method["free_bytes"] for method in methods} == {24 * 10**9}
+    assert all(method["seconds"][0] < method["seconds"][1] for method in methods)
     code, out, _ = tunesmith(*words, "--memory", "1MB")
     assert (
         code,
@@ -411,7 +411,7 @@ def test_a_run_from_words_to_answers(
 
 
 @pytest.mark.parametrize(
-    ("words", "where", "what"),
+    ("words", "where", "message"),
     [
         (
             ["plan", "--attention", "flash"],
@@ -433,7 +433,7 @@ def test_a_run_from_words_to_answers(
 def test_refusals_are_objects_too(
     words: list[str],
     where: str,
-    what: str,
+    message: str,
     tunesmith: Callable[..., CliResult],
     tiny_folder: Path,
     tmp_path: Path,
@@ -451,7 +451,7 @@ def test_refusals_are_objects_too(
     error = json.loads(out)["error"]
     assert (code, error["exit_code"]) == (2, 2)
     assert where in error["where"]
-    assert what in error["message"]
+    assert message in error["message"]
     assert err.startswith("error: ")
 
 

@@ -102,7 +102,7 @@ def test_durations() -> None:
     ]
 
 
-def told(*, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+def render_progress(*, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(progress_log, "LOG_INTERVAL_SECONDS", 0.0)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     with measuring(console):
@@ -112,21 +112,21 @@ def told(*, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str:
     return console.file.getvalue()
 
 
-def test_a_long_measurement_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_measurement_logs_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert told(terminal=False, monkeypatch=monkeypatch).splitlines() == [
+    assert render_progress(terminal=False, monkeypatch=monkeypatch).splitlines() == [
         "answers: 3 of 5",
         "answers: 4 of 5",
         "answers: 5 of 5",
     ]
-    assert "answers: 5 of 5" in told(terminal=True, monkeypatch=monkeypatch)
+    assert "answers: 5 of 5" in render_progress(terminal=True, monkeypatch=monkeypatch)
 
 
-def test_what_is_short_is_not_told() -> None:
+def test_short_measurements_are_not_logged() -> None:
     console = Console(file=io.StringIO(), width=120)
     with Progress(3, console):
         list(log_progress("abc", 3, "answers"))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == ""
-    assert progress_log.logger.handlers == [], "who listened is gone"
+    assert progress_log.logger.handlers == [], "the listener is removed"

@@ -1,5 +1,4 @@
-"""Checkers: each finds what it is named for and leaves alone what only looks like it; names are
-checked."""
+"""Checkers: each matches what it is named for, and nothing that only looks like it."""
 
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tunesmith.recipe.checkers import CHECKERS
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.load import load_recipe
 
-FOUND = {
+EXPECTED_TEXTS = {
     "apology": [
         ("I'm sorry, but no.", ["sorry"]),
         ("We apologise. My apologies!", ["apologise", "apologies"]),
@@ -48,9 +47,9 @@ FOUND = {
 
 @pytest.mark.parametrize("name", CHECKERS)
 def test_a_checker_finds_what_it_is_named_for(name: str) -> None:
-    for text, bad in FOUND[name]:
-        found = find_spans(Constraint.model_validate({"check": name}), text, "row")
-        assert [text[start:end] for start, end in found] == bad
+    for text, bad in EXPECTED_TEXTS[name]:
+        spans = find_spans(Constraint.model_validate({"check": name}), text, "row")
+        assert [text[start:end] for start, end in spans] == bad
 
 
 def test_a_text_is_no_pattern() -> None:
@@ -60,13 +59,15 @@ def test_a_text_is_no_pattern() -> None:
 
 
 def test_a_name_alone_is_a_checker_and_other_words_are_patterns() -> None:
-    wish = {
+    values = {
         "model": "m",
         "data": "d.jsonl",
         "never": ["apology", "as an AI", {"check": "text-outside-json"}],
     }
-    found = load_recipe(None, arguments=(wish,)).never
-    assert [(one.check, one.match, one.name) for one in found] == [
+    constraints = load_recipe(None, arguments=(values,)).never
+    assert [
+        (constraint.check, constraint.match, constraint.name) for constraint in constraints
+    ] == [
         ("apology", "", "apology"),
         ("", "as an AI", "as an AI"),
         ("text-outside-json", "", "text-outside-json"),

@@ -1,4 +1,4 @@
-"""The embedded example: what its files promise, checked against the texts themselves."""
+"""The embedded example: its files keep the promises of its documentation."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def test_answers_are_what_the_entry_says(split: str) -> None:
         assert version is not None
         assert version.groups() == (answer["package"], answer["upstream"] + revision)
         assert parsedate_to_datetime(last.partition("  ")[2]).strftime("%Y-%m-%d") == answer["date"]
-        said = [
+        phrases = [
             word
             for word in ("team upload", "non-maintainer upload", "nmu")
             if f"* {word}" in entry.lower()
         ]
         assert answer["upload"] == (
-            {"team upload": "team"}.get(said[0], "nmu") if said else "maintainer"
+            {"team upload": "team"}.get(phrases[0], "nmu") if phrases else "maintainer"
         )
         assert answer["closes"] == sorted(answer["closes"])
         assert all(re.search(rf"\b{number}\b", entry) for number in answer["closes"])
@@ -104,14 +104,16 @@ def test_no_source_family_is_in_two_splits() -> None:
     families = {
         split: {family(answer["package"]) for _, answer in rows_of(split)} for split in SPLITS
     }
-    for one, other in (("train", "eval"), ("train", "test"), ("eval", "test")):
-        assert not families[one] & families[other]
+    for first, second in (("train", "eval"), ("train", "test"), ("eval", "test")):
+        assert not families[first] & families[second]
 
 
 def test_no_two_entries_are_near_duplicates() -> None:
     everything = [triples(entry) for split in SPLITS for entry, _ in rows_of(split)]
     for position, words in enumerate(everything):
-        assert all(len(words & other) < 0.6 * len(words | other) for other in everything[:position])
+        assert all(
+            len(words & second) < 0.6 * len(words | second) for second in everything[:position]
+        )
 
 
 def test_no_constant_answer_gets_a_field_right_on_most_rows() -> None:
@@ -120,7 +122,7 @@ def test_no_constant_answer_gets_a_field_right_on_most_rows() -> None:
         assert max(values.count(value) for value in set(values)) < 0.75 * len(values), field
 
 
-def test_no_mail_address_is_left() -> None:
+def test_no_mail_address_remains() -> None:
     for path in FOLDER.glob("*.jsonl"):
         assert not re.search(r"[\w.+-]+@[\w-]+\.\w{2,}", path.read_text("utf-8")), path.name
 

@@ -39,7 +39,10 @@ def test_input_paths_are_relative_to_the_recipe_and_flags_to_the_current_folder(
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    text = "model: model\ndata: [a.jsonl, {path: sub/b.jsonl}]\nresponse_schema: s.json\nchat_template: t.jinja\noutput_dir: runs/x\n"
+    text = (
+        "model: model\ndata: [a.jsonl, {path: sub/b.jsonl}]\nresponse_schema: s.json\n"
+        "chat_template: t.jinja\noutput_dir: runs/x\n"
+    )
     recipe = load_recipe(write(tmp_path, text), {"test-data": "c.jsonl"})
     assert recipe.model == str(tmp_path / "model")
     assert [source.path for source in recipe.data] == [
@@ -118,7 +121,10 @@ def test_self_generated_rehearsal_has_a_former_name(tmp_path: Path, data: str) -
 
 
 def test_other_tools_names_are_understood(tmp_path: Path) -> None:
-    text = "model_name_or_path: tiny\nfinetuning_type: lora\ndata: a.jsonl\ncutoff_len: 512\nepochs: 2\nval_size: 0.1\n"
+    text = (
+        "model_name_or_path: tiny\nfinetuning_type: lora\ndata: a.jsonl\ncutoff_len: 512\n"
+        "epochs: 2\nval_size: 0.1\n"
+    )
     recipe = load_recipe(write(tmp_path, text))
     assert (recipe.model, recipe.method, recipe.max_length) == ("tiny", "lora", 512)
     assert (recipe.num_train_epochs, recipe.eval_split) == (2, 0.1)
@@ -136,7 +142,8 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("micro_batch_size: 4", "set batch_size, the data rows per optimizer step"),
         (
             "guard: x",
-            "guard: expected 'auto' or 'off' or a mapping {collapse, forgetting, margin, patience, probe_steps}",
+            "guard: expected 'auto' or 'off' or a mapping {collapse, forgetting, margin, patience, "
+            "probe_steps}",
         ),
         (
             "guard: {collapse: go}",
@@ -260,11 +267,17 @@ def test_missing_files_and_devices_are_refused(tmp_path: Path) -> None:
             load_recipe(path)
 
 
-def test_metrics_are_names_and_what_they_are_given(tmp_path: Path) -> None:
+def test_metrics_are_names_with_arguments(tmp_path: Path) -> None:
     listed = "metrics: [field_f1, numeric: 0.01, {regex: 'a: b'}, mine.py:score, contains: b.py]\n"
     recipe = load_recipe(write(tmp_path, GOOD + listed))
-    own = f"{tmp_path}/mine.py:score"  # relative to the recipe, as all files are
-    assert recipe.metrics == ("field_f1", "numeric: 0.01", "regex: a: b", own, "contains: b.py")
+    custom_metric = f"{tmp_path}/mine.py:score"  # relative to the recipe, as all files are
+    assert recipe.metrics == (
+        "field_f1",
+        "numeric: 0.01",
+        "regex: a: b",
+        custom_metric,
+        "contains: b.py",
+    )
     assert (
         load_recipe(None, arguments=[recipe.model_dump(exclude_unset=True)]).metrics
         == recipe.metrics
@@ -300,7 +313,8 @@ def test_a_bomb_of_anchors_ends(tmp_path: Path) -> None:
 def test_a_written_recipe_reads_back_equal_from_any_folder(tmp_path: Path) -> None:
     text = (
         GOOD
-        + "eval_data: [{path: e.jsonl, max_examples: 5}]\nlearning_rate: 1e-4\nresponse_schema: s.json\nmetrics: json_valid\n"
+        + "eval_data: [{path: e.jsonl, max_examples: 5}]\nlearning_rate: 1e-4\n"
+        + "response_schema: s.json\nmetrics: json_valid\n"
     )
     recipe = load_recipe(write(tmp_path, text))
     other = tmp_path / "run"

@@ -1,72 +1,39 @@
-"""Every key of the recipe does something: changing it changes what a run does. A key without a case
-here fails."""
+"""Every key of the recipe matters: changing it changes what a run does.
+
+A key without a case here fails."""
 
 import inspect
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from safetensors.torch import load
 
+from recipe_lab import Lab
 from tiny_runs import (
     adapter_bytes,
     chat,
     measured_files,
-    recipe,
     save_model_folder,
     steps_of,
     sums,
-    train,
-    write_rows,
 )
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.events import CheckpointSaved, Event, Score, TrainStep
+from tunesmith.core.events import CheckpointSaved, Score, TrainStep
 from tunesmith.core.json_io import read_json
-from tunesmith.data.formats.parse import FORMATS
 from tunesmith.evaluate import finished_run
-from tunesmith.model.attention import BACKENDS
 from tunesmith.model.hub.validate import read_header
-from tunesmith.recipe.fields import DataSource
-from tunesmith.recipe.schema import KEYS, Recipe
+from tunesmith.recipe.schema import KEYS
 from tunesmith.session import inputs
-from tunesmith.train.optimizer import OPTIMIZERS, SCHEDULES
+from tunesmith.train.optimizer import SCHEDULES
 
-
-class Lab:
-    """Runs the tiny recipe with some keys changed, each in a folder of its own; `last` is the
-    latest recipe."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.model, self.folder, self.runs = model, folder, 0
-        self.last: Recipe
-
-    def events(self, **changed: Any) -> list[Event]:
-        self.runs += 1
-        self.last = recipe(self.model, self.folder / str(self.runs), **changed)
-        return train(self.last)
-
-    def steps(self, **changed: Any) -> list[TrainStep]:
-        return steps_of(self.events(**changed))
-
-    def adapter(self, **changed: Any) -> bytes:
-        self.events(**changed)
-        return adapter_bytes(self.last)
-
-    def scores(self, **changed: Any) -> dict[tuple[str, str], Score]:
-        """By task and metric, the last of each."""
-        found = [event for event in self.events(**changed) if isinstance(event, Score)]
-        return {(score.task, score.metric): score for score in found}
-
-    def rows(self, values: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
-        return str(write_rows(self.folder / name, values))
-
-    @property
-    def output(self) -> Path:
-        assert isinstance(self.last.output_dir, Path)
-        return self.last.output_dir
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 
 
 @pytest.fixture
@@ -138,17 +105,17 @@ def choices(lab: Lab) -> str:
 
 def loss(lab: Lab) -> None:
     pairs = {"stage": "preference", "data": choices(lab)}
-    found = {
+    results = {
         name: lab.steps(**pairs, loss=name)[0].loss for name in ("auto", "dpo", "orpo", "simpo")
     }
-    assert found["auto"] == found["dpo"]
-    assert len(set(found.values())) == 3
+    assert results["auto"] == results["dpo"]
+    assert len(set(results.values())) == 3
     with pytest.raises(ValidationError, match="loss has no effect without stage: preference"):
         lab.events(loss="dpo")
-    one, four = (
+    first, four = (
         lab.steps(**pairs, loss={"name": "simpo", "beta": beta})[0].loss for beta in (0.5, 4)
     )
-    assert one != four
+    assert first != four
     low, high = (
         lab.steps(**pairs, loss={"name": "simpo", "gamma": gamma})[0].loss for gamma in (0, 3)
     )
@@ -187,9 +154,10 @@ def data(lab: Lab) -> None:
     ]
     assert [step.supervised_tokens for step in mapped] == [len("two") + 1, len("three") + 1]
     facts_file = lab.rows([{"n": n, "completion": str(n)} for n in range(4)], "facts.jsonl")
-    asked = {"path": facts_file, "name": "numbers"}
+    facts_source = {"path": facts_file, "name": "numbers"}
     short, long = (
-        lab.steps(data=[asked | {"prompts": p}], batch_size=4)[0] for p in ("{n}", "the number {n}")
+        lab.steps(data=[facts_source | {"prompts": prompt}], batch_size=4)[0]
+        for prompt in ("{n}", "the number {n}")
     )
     assert long.tokens - short.tokens == 4 * len("the number ")
     assert short.task_tokens == {"numbers": short.tokens}
@@ -234,19 +202,19 @@ def rehearsal(lab: Lab) -> None:
     texts = lab.rows([{"text": f"some text {n}"} for n in range(30)], "texts.jsonl")
     chats = lab.rows(sums(50, 30), "chats.jsonl")
 
-    def shares(**wish: Any) -> list[float]:
-        steps = lab.steps(rehearsal=wish, batch_size=6, num_train_epochs=5)
+    def shares(**options: Any) -> list[float]:
+        steps = lab.steps(rehearsal=options, batch_size=6, num_train_epochs=5)
         return [
             sum(step.task_tokens.get("rehearsal", 0) for step in steps)
             / sum(step.tokens for step in steps)
         ]
 
     assert not any(step.task_tokens for step in lab.steps())
-    found = [
-        shares(data=texts, **wish)[0]
-        for wish in ({}, {"ratio": 0.5}, {"shift": "language"}, {"shift": "style"})
+    results = [
+        shares(data=texts, **options)[0]
+        for options in ({}, {"ratio": 0.5}, {"shift": "language"}, {"shift": "style"})
     ]
-    assert found == pytest.approx([0.1, 0.5, 0.25, 0.01], abs=0.02)
+    assert results == pytest.approx([0.1, 0.5, 0.25, 0.01], abs=0.02)
     as_texts, as_chats = (
         lab.adapter(rehearsal={"data": file, "ratio": 0.5}) for file in (texts, chats)
     )
@@ -256,8 +224,8 @@ def rehearsal(lab: Lab) -> None:
 def mixture(lab: Lab) -> None:
     files = [lab.rows(sums(1, 8), "a.jsonl"), lab.rows(sums(20, 2), "b.jsonl")]
 
-    def taken(**wish: Any) -> Counter[str]:
-        steps = lab.steps(data=files, mixture=wish, batch_size=1)
+    def taken(**options: Any) -> Counter[str]:
+        steps = lab.steps(data=files, mixture=options, batch_size=1)
         return Counter(task for step in steps for task in step.task_tokens)
 
     assert taken() == {"a": 8, "b": 2}
@@ -271,13 +239,13 @@ def never(lab: Lab) -> None:
     rows = lab.rows(
         [*sums(1, 6), chat("more", "as an AI I cannot"), chat("less", "I am an AI too")]
     )
-    plain, cut = (lab.steps(data=rows, never=found) for found in ([], [{"match": "an AI"}]))
+    plain, cut = (lab.steps(data=rows, never=never) for never in ([], [{"match": "an AI"}]))
     assert [len(plain), len(cut)] == [4, 3]
-    kept, banned = (
+    stored, banned = (
         lab.adapter(data=rows, never=[{"match": "an AI", "mode": mode}])
         for mode in ("filter", "ban")
     )
-    assert kept != banned
+    assert stored != banned
     plan = inputs.make_plan(inputs.load_inputs(lab.last))
     assert plan.config.never == ("an AI (ban)",)
     with pytest.raises(ValidationError, match="mode ban has no effect with stage: preference"):
@@ -296,34 +264,28 @@ def skip_invalid(lab: Lab) -> None:
 
 
 def chat_template(lab: Lab) -> None:
-    own = lab.folder / "own.jinja"
-    own.write_text(
-        "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
-    )
-    stock, changed = lab.steps(batch_size=6), lab.steps(batch_size=6, chat_template=str(own))
+    template_file = lab.folder / "own.jinja"
+    template_file.write_text(TEMPLATE)
+    stock = lab.steps(batch_size=6)
+    changed = lab.steps(batch_size=6, chat_template=str(template_file))
     assert stock[0].tokens == changed[0].tokens + 6 * 4, "four line ends a row"
-    assert (lab.output / "adapter" / "chat_template.jinja").read_text() == own.read_text()
+    assert (lab.output / "adapter" / "chat_template.jinja").read_text() == template_file.read_text()
     text = lab.rows([{"text": "one"}, {"text": "three"}])
     assert lab.steps(data=text, chat_template="none")[0].tokens == len("onethree") + 2
 
 
 def chat_template_kwargs(lab: Lab) -> None:
-    own = lab.folder / "own.jinja"
-    own.write_text(
-        "{% if tone is defined %}{{ tone }}{% endif %}"
-        "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    template_file = lab.folder / "own.jinja"
+    template_file.write_text("{% if tone is defined %}{{ tone }}{% endif %}" + TEMPLATE)
+    plain, with_variable = (
+        lab.steps(chat_template=str(template_file), batch_size=6, chat_template_kwargs=options)
+        for options in ({}, {"tone": "calm"})
     )
-    plain, told = (
-        lab.steps(chat_template=str(own), batch_size=6, chat_template_kwargs=wish)
-        for wish in ({}, {"tone": "calm"})
-    )
-    assert told[0].tokens == plain[0].tokens + 6 * len("calm")
+    assert with_variable[0].tokens == plain[0].tokens + 6 * len("calm")
     with pytest.raises(InputError, match="does not use ton\n  fix: did you mean tone"):
-        lab.steps(chat_template=str(own), chat_template_kwargs={"ton": "calm"})
+        lab.steps(chat_template=str(template_file), chat_template_kwargs={"ton": "calm"})
     with pytest.raises(InputError, match="messages cannot be set"):
-        lab.steps(chat_template=str(own), chat_template_kwargs={"messages": []})
+        lab.steps(chat_template=str(template_file), chat_template_kwargs={"messages": []})
 
 
 def add_tokens(lab: Lab) -> None:
@@ -350,8 +312,8 @@ def response_schema(lab: Lab) -> None:
 
 
 def max_length(lab: Lab) -> None:
-    whole, short = lab.steps(), lab.steps(max_length=45, skip_invalid=True)
-    assert sum(step.tokens for step in whole) > sum(step.tokens for step in short) > 0
+    unlimited, short = lab.steps(), lab.steps(max_length=45, skip_invalid=True)
+    assert sum(step.tokens for step in unlimited) > sum(step.tokens for step in short) > 0
 
 
 def on_overlong(lab: Lab) -> None:
@@ -380,7 +342,7 @@ def pack_length(lab: Lab) -> None:
 def share_prefixes(lab: Lab) -> None:
     rows = lab.rows([chat(f"{n} and {n}", f"{2 * n}", "Add the two numbers.") for n in range(1, 7)])
     plain, shared, auto = (
-        lab.steps(data=rows, share_prefixes=wish) for wish in (False, True, "auto")
+        lab.steps(data=rows, share_prefixes=value) for value in (False, True, "auto")
     )
     assert losses(shared) == pytest.approx(losses(plain), rel=1e-4)
     assert not any(step.shared_tokens for step in plain)
@@ -399,11 +361,11 @@ def batch_tokens(lab: Lab) -> None:
         "data": lab.rows([{"text": f"text number {n}"} for n in range(10, 30)]),
         "batch_size": "auto",
     }
-    found = [
+    results = [
         lab.steps(**texts, stage="cpt", max_length=20, batch_tokens=count) for count in (100, 150)
     ]
-    assert [len(steps) for steps in found] == [3, 2]
-    assert found[0][0].tokens < found[1][0].tokens
+    assert [len(steps) for steps in results] == [3, 2]
+    assert results[0][0].tokens < results[1][0].tokens
     with pytest.raises(ValidationError, match="batch_tokens has no effect without stage: cpt"):
         lab.events(batch_tokens=100)
 
@@ -426,10 +388,10 @@ def learning_rate(lab: Lab) -> None:
 
 
 def lr_scheduler_type(lab: Lab) -> None:
-    found = {name: rates(lab.steps(lr_scheduler_type=name)) for name in SCHEDULES}
-    assert found["constant"] == [0.01, 0.01, 0.01]
-    assert found["linear"] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
-    assert found["cosine"] == pytest.approx([0.01, 0.0075, 0.0025])
+    results = {name: rates(lab.steps(lr_scheduler_type=name)) for name in SCHEDULES}
+    assert results["constant"] == [0.01, 0.01, 0.01]
+    assert results["linear"] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
+    assert results["cosine"] == pytest.approx([0.01, 0.0075, 0.0025])
 
 
 def warmup_ratio(lab: Lab) -> None:
@@ -456,9 +418,9 @@ def weight_decay(lab: Lab) -> None:
 
 def max_grad_norm(lab: Lab) -> None:
     changes_the_adapter(lab, "max_grad_norm", 1e-8)
-    whole = {"method": "full", "lora_r": "auto"}
+    full = {"method": "full", "lora_r": "auto"}
     for norm in (0, 1):
-        lab.events(**whole, max_grad_norm=norm)
+        lab.events(**full, max_grad_norm=norm)
         assert read_json(lab.output / "plan.json")["settings"]["step_in_backward"]["value"] is (
             norm == 0
         )
@@ -487,8 +449,8 @@ def lora_target_modules(lab: Lab) -> None:
         "model.layers.0.self_attn.q_proj.lora_A"
     }
     assert len(adapter_bytes(lab.last)) < len(lab.adapter())
-    for wish, layers in (("attention", 8), ("mlp", 6), (r".*\.1\..*_proj", 7)):
-        assert len(load(lab.adapter(lora_target_modules=wish))) == 2 * layers
+    for modules, layers in (("attention", 8), ("mlp", 6), (r".*\.1\..*_proj", 7)):
+        assert len(load(lab.adapter(lora_target_modules=modules))) == 2 * layers
     with pytest.raises(InputError, match="no linear layer is called q_prj"):
         lab.events(lora_target_modules=["q_prj"])
     assert not lab.output.exists(), "refused before the run has a folder"
@@ -526,9 +488,9 @@ def attention(lab: Lab) -> None:
 
 
 def gradient_checkpointing(lab: Lab) -> None:
-    kept, planned = lab.adapter(gradient_checkpointing="none", lora_dropout=0.5), {}
+    stored, planned = lab.adapter(gradient_checkpointing="none", lora_dropout=0.5), {}
     for policy in ("none", "selective", "full"):
-        assert lab.adapter(gradient_checkpointing=policy, lora_dropout=0.5) == kept, (
+        assert lab.adapter(gradient_checkpointing=policy, lora_dropout=0.5) == stored, (
             "the same gradients, to the bit"
         )
         planned[policy] = read_json(lab.output / "plan.json")["memory_bytes"]["activations"]
@@ -554,8 +516,8 @@ def metrics(lab: Lab) -> None:
 def guard(lab: Lab) -> None:
     files = measured_files(lab.folder)
 
-    def probed(**wish: Any) -> set[int]:
-        events = lab.events(**files, learning_rate=0.5, guard=wish)
+    def probed(**options: Any) -> set[int]:
+        events = lab.events(**files, learning_rate=0.5, guard=options)
         return {event.step for event in events if getattr(event, "metric", "") == "repetition"}
 
     assert probed(collapse="warn", probe_steps=2) == {0, 2}
@@ -606,10 +568,10 @@ def seed(lab: Lab) -> None:
     assert [step.tokens for step in first] != [step.tokens for step in other], (
         "another order of rows"
     )
-    whole = [
+    adapters = [
         lab.adapter(seed=number, batch_size=6, max_steps=1, warmup_ratio=0.5) for number in (1, 2)
     ]
-    assert whole[0] != whole[1], "no update yet: another start of the adapter"
+    assert adapters[0] != adapters[1], "no update yet: another start of the adapter"
 
 
 def output_dir(lab: Lab) -> None:
@@ -630,12 +592,3 @@ CASES: dict[str, Callable[[Lab], None]] = {
 def test_changing_a_key_changes_what_a_run_does(key: str, lab: Lab) -> None:
     assert key in CASES, f"{key} needs a case here: a run in which it makes a difference"
     CASES[key](lab)
-
-
-def test_names_of_the_recipe_are_those_of_the_code() -> None:
-    assert set(get_args(DataSource.model_fields["format"].annotation)) == {"auto", *FORMATS}
-    for key, table in (("attention", BACKENDS), ("optim", OPTIMIZERS)):
-        auto, others = get_args(Recipe.model_fields[key].annotation)
-        literal, _ = get_args(others)
-        assert get_args(auto) == ("auto",)
-        assert set(get_args(literal)) == set(table)

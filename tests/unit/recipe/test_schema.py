@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
 from pydantic import ValidationError
 
+from tunesmith.data.formats.parse import FORMATS
+from tunesmith.model.attention import BACKENDS
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import ALIASES, KEYS, Recipe, build_recipe_schema
+from tunesmith.train.optimizer import OPTIMIZERS
 
 
 def recipe(**values: object) -> Recipe:
     return Recipe.model_validate({"model": "tiny", "data": "train.jsonl", **values})
 
 
-def test_only_model_and_data_are_needed_and_the_rest_is_left_to_the_plan() -> None:
-    wish = Recipe(model="tiny", data=(DataSource(path=Path("train.jsonl")),))
-    assert wish.data[0].format == "auto"
-    assert (wish.learning_rate, wish.lora_r, wish.max_length, wish.output_dir) == ("auto",) * 4
-    assert (wish.stage, wish.seed, wish.on_overlong, wish.max_steps) == ("sft", 0, "drop", None)
+def test_only_model_and_data_are_required() -> None:
+    minimal_recipe = Recipe(model="tiny", data=(DataSource(path=Path("train.jsonl")),))
+    assert minimal_recipe.data[0].format == "auto"
+    assert (
+        minimal_recipe.learning_rate,
+        minimal_recipe.lora_r,
+        minimal_recipe.max_length,
+        minimal_recipe.output_dir,
+    ) == ("auto",) * 4
+    assert (
+        minimal_recipe.stage,
+        minimal_recipe.seed,
+        minimal_recipe.on_overlong,
+        minimal_recipe.max_steps,
+    ) == ("sft", 0, "drop", None)
 
 
 def test_a_recipe_cannot_be_changed() -> None:
@@ -136,3 +150,12 @@ def test_every_key_and_alias_is_described_in_the_schema() -> None:
     for key, value in properties.items():
         assert value["description"].endswith("."), key
         assert "\n" not in value["description"], key
+
+
+def test_names_of_the_recipe_are_those_of_the_code() -> None:
+    assert set(get_args(DataSource.model_fields["format"].annotation)) == {"auto", *FORMATS}
+    for key, table in (("attention", BACKENDS), ("optim", OPTIMIZERS)):
+        auto, others = get_args(Recipe.model_fields[key].annotation)
+        literal, _ = get_args(others)
+        assert get_args(auto) == ("auto",)
+        assert set(get_args(literal)) == set(table)

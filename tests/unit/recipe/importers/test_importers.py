@@ -24,18 +24,18 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def translated(text: str, **given: Any) -> Translation:
-    return translate(write_config(Path.cwd(), text), Path.cwd() / "recipe.yaml", given)
+def translated(text: str, **overrides: Any) -> Translation:
+    return translate(write_config(Path.cwd(), text), Path.cwd() / "recipe.yaml", overrides)
 
 
 def changed(text: str, *lines: str, without: Iterable[str] = ()) -> Translation:
     """The config with some keys left out and some lines added."""
-    kept = [line for line in text.splitlines() if line.partition(":")[0] not in without]
-    return translated("\n".join([*kept, *lines]) + "\n")
+    remaining_lines = [line for line in text.splitlines() if line.partition(":")[0] not in without]
+    return translated("\n".join([*remaining_lines, *lines]) + "\n")
 
 
-def left(translation: Translation) -> dict[str, UntranslatedKey]:
-    return {one.key: one for one in translation.untranslated}
+def untranslated_by_key(translation: Translation) -> dict[str, UntranslatedKey]:
+    return {entry.key: entry for entry in translation.untranslated}
 
 
 # ---------------------------------------------------------------- whole configs
@@ -43,12 +43,12 @@ def left(translation: Translation) -> dict[str, UntranslatedKey]:
 
 def test_llamafactory() -> None:
     write_datasets(Path.cwd())
-    found = translated(LLAMAFACTORY)
-    assert (found.tool, found.reason) == (
+    translation = translated(LLAMAFACTORY)
+    assert (translation.tool, translation.reason) == (
         "LLaMA-Factory",
         "it has do_train, finetuning_type, lora_rank, lora_target",
     )
-    assert found.values == {
+    assert translation.values == {
         "model": "org/base-7b-instruct",
         "learning_rate": 1e-4,
         "num_train_epochs": 3.0,
@@ -80,16 +80,18 @@ def test_llamafactory() -> None:
         "eval_steps": 100,
         "output_dir": "saves/tickets",
     }
-    lost = [one.key for one in found.untranslated if one.is_important]
+    lost = [entry.key for entry in translation.untranslated if entry.is_important]
     assert lost == ["template", "deepspeed", "neftune_noise_alpha"]
-    assert left(found)["hf_hub_token"].value == "..."  # a secret is not copied into a recipe
+    assert (
+        untranslated_by_key(translation)["hf_hub_token"].value == "..."
+    )  # a secret is not copied into a recipe
 
 
 def test_axolotl() -> None:
     write_config(Path.cwd(), "", "data/chats.jsonl")
-    found = translated(AXOLOTL)
-    assert found.tool == "Axolotl"
-    assert found.values == {
+    translation = translated(AXOLOTL)
+    assert translation.tool == "Axolotl"
+    assert translation.values == {
         "model": "org/base-8b",
         "learning_rate": 2e-4,
         "weight_decay": 0.0,
@@ -113,21 +115,21 @@ def test_axolotl() -> None:
         "lr_scheduler_type": "cosine",
         "output_dir": "./outputs/qlora",
     }
-    lost = {one.key for one in found.untranslated if one.is_important}
+    lost = {entry.key for entry in translation.untranslated if entry.is_important}
     assert lost == {
         "fsdp",
         *("datasets[1].path", "datasets[1].type", "datasets[1].split"),
     }
-    assert "always on" in left(found)["sample_packing"].reason
+    assert "always on" in untranslated_by_key(translation)["sample_packing"].reason
     assert (
-        not {"wandb_project", "wandb_entity", "strict"} & left(found).keys()
+        not {"wandb_project", "wandb_entity", "strict"} & untranslated_by_key(translation).keys()
     )  # empty and false ask for nothing
 
 
 def test_trl() -> None:
-    found = translated(TRL)
-    assert found.tool == "TRL"
-    assert found.values == {
+    translation = translated(TRL)
+    assert translation.tool == "TRL"
+    assert translation.values == {
         "model": "org/base-0.5b",
         "learning_rate": 2e-4,
         "num_train_epochs": 1,
@@ -140,13 +142,15 @@ def test_trl() -> None:
         "batch_size": 16,
         "dtype": "bf16",
     }
-    assert {one.key for one in found.untranslated if one.is_important} == {"dataset_name"}
+    assert {entry.key for entry in translation.untranslated if entry.is_important} == {
+        "dataset_name"
+    }
 
 
-def test_values_given_beside_it_win() -> None:
-    found = translated(TRL, model="tiny", data="mine.jsonl")
-    assert (found.values["model"], found.values["data"]) == ("tiny", "mine.jsonl")
-    assert "dataset_name" not in left(found)
+def test_overrides_win() -> None:
+    translation = translated(TRL, model="tiny", data="mine.jsonl")
+    assert (translation.values["model"], translation.values["data"]) == ("tiny", "mine.jsonl")
+    assert "dataset_name" not in untranslated_by_key(translation)
 
 
 # ---------------------------------------------------------------- single topics
@@ -183,29 +187,32 @@ def test_values_given_beside_it_win() -> None:
 def test_one_topic(lines: list[str], values: dict[str, Any]) -> None:
     write_config(Path.cwd(), "{{ messages }}", "t.jinja")
     adapter = [] if any(line.startswith("adapter") for line in lines) else ["adapter: lora"]
-    found = translated(
+    translation = translated(
         "\n".join(["base_model: tiny", "datasets: [{path: a.jsonl}]", *adapter, *lines])
     )
     fixed = {"model", "data", "method", "lora_target_modules"}
-    assert {key: value for key, value in found.values.items() if key not in fixed} == values
-    assert found.values["method"] == "lora"
+    assert {key: value for key, value in translation.values.items() if key not in fixed} == values
+    assert translation.values["method"] == "lora"
 
 
 def test_steps_of_warm_up_without_a_number_of_steps_are_named() -> None:
-    assert "warmup_ratio" in left(changed(AXOLOTL, without=["max_steps"]))["warmup_steps"].reason
+    assert (
+        "warmup_ratio"
+        in untranslated_by_key(changed(AXOLOTL, without=["max_steps"]))["warmup_steps"].reason
+    )
 
 
 def test_without_an_adapter_all_weights_are_trained() -> None:
-    found = changed(AXOLOTL, without=["adapter", "lora_target_linear", "load_in_4bit"])
-    assert found.values["method"] == "full"
-    assert not {key for key in found.values if key.startswith("lora_")}
-    assert "trains no adapter" in left(found)["lora_r"].reason
+    translation = changed(AXOLOTL, without=["adapter", "lora_target_linear", "load_in_4bit"])
+    assert translation.values["method"] == "full"
+    assert not {key for key in translation.values if key.startswith("lora_")}
+    assert "trains no adapter" in untranslated_by_key(translation)["lora_r"].reason
 
 
 @pytest.mark.parametrize("key", ["train_on_inputs", "relora", "neftune_noise_alpha", "frobnicate"])
-def test_what_would_change_the_training_is_said_first(key: str) -> None:
-    assert left(changed(AXOLOTL, f"{key}: true"))[key].is_important
-    assert key not in left(changed(AXOLOTL, f"{key}: false"))
+def test_keys_that_may_change_the_training_come_first(key: str) -> None:
+    assert untranslated_by_key(changed(AXOLOTL, f"{key}: true"))[key].is_important
+    assert key not in untranslated_by_key(changed(AXOLOTL, f"{key}: false"))
 
 
 def test_a_pattern_of_layers_stays_a_pattern() -> None:
@@ -225,15 +232,17 @@ def test_dora_keeps_its_name() -> None:
 
 def test_an_output_folder_that_is_there_is_not_used_again() -> None:
     (Path.cwd() / "outputs" / "qlora").mkdir(parents=True)
-    found = translated(AXOLOTL)
-    assert "output_dir" not in found.values
-    assert "must be new" in left(found)["output_dir"].reason
+    translation = translated(AXOLOTL)
+    assert "output_dir" not in translation.values
+    assert "must be new" in untranslated_by_key(translation)["output_dir"].reason
 
 
 def test_an_adapter_to_go_on_with() -> None:
     assert (
         "no such folder"
-        in left(changed(AXOLOTL, "lora_model_dir: old/adapter"))["lora_model_dir"].reason
+        in untranslated_by_key(changed(AXOLOTL, "lora_model_dir: old/adapter"))[
+            "lora_model_dir"
+        ].reason
     )
     (Path.cwd() / "old" / "adapter").mkdir(parents=True)
     assert changed(AXOLOTL, "lora_model_dir: old/adapter").values["adapter_from"] == "old/adapter"
@@ -246,8 +255,8 @@ def test_an_adapter_to_go_on_with() -> None:
 def test_paths_are_relative_to_the_recipe() -> None:
     write_config(Path.cwd(), "", "data/chats.jsonl")
     config = write_config(Path.cwd(), AXOLOTL)
-    found = translate(config, Path.cwd() / "recipes" / "new" / "recipe.yaml")
-    assert found.values["data"][0]["path"] == "../../data/chats.jsonl"
+    translation = translate(config, Path.cwd() / "recipes" / "new" / "recipe.yaml")
+    assert translation.values["data"][0]["path"] == "../../data/chats.jsonl"
 
 
 # ---------------------------------------------------------------- data sets
@@ -273,11 +282,13 @@ def test_paths_are_relative_to_the_recipe() -> None:
         ("{path: org/set, type: oasst}", {"path": "set.jsonl"}),
         ("{path: ./gone.csv}", {"path": "./gone.csv"}),
         (
-            "{path: a.jsonl, type: {field_instruction: q, field_output: a, format: '{instruction}'}}",
+            "{path: a.jsonl, type: "
+            "{field_instruction: q, field_output: a, format: '{instruction}'}}",
             {"format": "alpaca", "columns": {"instruction": "q", "output": "a"}},
         ),
         (
-            "{path: a.jsonl, type: chat_template, field_messages: turns, roles: {user: [human], assistant: [gpt]}}",
+            "{path: a.jsonl, type: chat_template, field_messages: turns, "
+            "roles: {user: [human], assistant: [gpt]}}",
             {"format": "messages", "columns": {"messages": "turns"}},
         ),
     ],
@@ -285,12 +296,14 @@ def test_paths_are_relative_to_the_recipe() -> None:
 def test_axolotl_data_sets(entry: str, source: dict[str, Any]) -> None:
     write_config(Path.cwd(), "", "a.jsonl")
     write_config(Path.cwd(), "", "deep/b.jsonl")
-    found = translated(f"base_model: tiny\nadapter: lora\ndatasets: [{entry}]\n").values["data"]
-    assert [{"path": "a.jsonl"} | source] == found
+    translation = translated(f"base_model: tiny\nadapter: lora\ndatasets: [{entry}]\n").values[
+        "data"
+    ]
+    assert [{"path": "a.jsonl"} | source] == translation
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "said"),
+    ("name", "source", "untranslated_value"),
     [
         ("openai", {"path": "sets/openai.jsonl", "format": "messages"}, ""),
         ("remote", {"path": "remote.jsonl", "format": "alpaca"}, "org/rows"),
@@ -298,26 +311,29 @@ def test_axolotl_data_sets(entry: str, source: dict[str, Any]) -> None:
         ("nothing", {"path": "nothing.jsonl"}, "nothing"),
     ],
 )
-def test_llamafactory_data_sets(name: str, source: dict[str, Any], said: str) -> None:
+def test_llamafactory_data_sets(name: str, source: dict[str, Any], untranslated_value: str) -> None:
     write_datasets(Path.cwd())
-    found = changed(LLAMAFACTORY, f"dataset: {name}", without=["dataset", "max_samples"])
-    assert found.values["data"] == [source]
-    assert said in {
-        str(one.value) for one in found.untranslated if one.key.startswith("dataset")
+    translation = changed(LLAMAFACTORY, f"dataset: {name}", without=["dataset", "max_samples"])
+    assert translation.values["data"] == [source]
+    assert untranslated_value in {
+        str(entry.value) for entry in translation.untranslated if entry.key.startswith("dataset")
     } | {""}
 
 
 def test_without_dataset_info_the_names_stay_to_be_filled_in() -> None:
-    found = translated(LLAMAFACTORY)
-    assert [source["path"] for source in found.values["data"]] == ["tickets.jsonl", "manual.jsonl"]
-    assert "dataset_info.json" in left(found)["dataset tickets"].reason
+    translation = translated(LLAMAFACTORY)
+    assert [source["path"] for source in translation.values["data"]] == [
+        "tickets.jsonl",
+        "manual.jsonl",
+    ]
+    assert "dataset_info.json" in untranslated_by_key(translation)["dataset tickets"].reason
 
 
 # ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
-    ("text", "where", "what"),
+    ("text", "where", "message"),
     [
         ("a: [1\n", "config.yml:2:1", "not YAML"),
         ("- one\n", "config.yml:1", "expected a mapping"),
@@ -368,8 +384,8 @@ def test_without_dataset_info_the_names_stay_to_be_filled_in() -> None:
         (TRL + "max_seq_length: 512\n", "config.yml:16", "contradict each other: 512 and 2048"),
     ],
 )
-def test_what_cannot_be_translated_is_refused_by_line(text: str, where: str, what: str) -> None:
-    with pytest.raises(InputError, match=re.escape(what)) as raised:
+def test_what_cannot_be_translated_is_refused_by_line(text: str, where: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
         translated(text)
     assert raised.value.where.endswith(where)
 
@@ -393,28 +409,29 @@ PAIR_LINES = ("stage: dpo", "dataset: pairs", "pref_beta: 0.2", "pref_ftx: 0.5")
 def test_preferences_of_llamafactory(theirs: str, ours: str) -> None:
     write_datasets(Path.cwd())
     lines = (*PAIR_LINES, f"pref_loss: {theirs}", "simpo_gamma: 0.7")
-    found = changed(LLAMAFACTORY, *lines, without=["stage", "dataset", "eval_dataset"]).values
+    translation = changed(LLAMAFACTORY, *lines, without=["stage", "dataset", "eval_dataset"]).values
     margin = {"gamma": 0.7} if ours == "simpo" else {}
-    assert found["stage"] == "preference"
-    assert found["loss"] == {"name": ours, "beta": 0.2, "nll_coefficient": 0.5} | margin
-    assert found["data"][0]["format"] == "preference"
+    assert translation["stage"] == "preference"
+    assert translation["loss"] == {"name": ours, "beta": 0.2, "nll_coefficient": 0.5} | margin
+    assert translation["data"][0]["format"] == "preference"
 
 
 def test_preferences_of_axolotl() -> None:
     rows = "datasets: [{path: a.jsonl, type: chatml.ultra, field_chosen: good}]\n"
-    found = translated("base_model: a\nadapter: lora\nrl: orpo\norpo_alpha: 0.3\n" + rows)
-    assert (found.values["stage"], found.values["loss"]) == (
+    translation = translated("base_model: a\nadapter: lora\nrl: orpo\norpo_alpha: 0.3\n" + rows)
+    assert (translation.values["stage"], translation.values["loss"]) == (
         "preference",
         {"name": "orpo", "beta": 0.3},
     )
-    assert found.values["data"] == [
+    assert translation.values["data"] == [
         {"path": "a.jsonl", "format": "preference", "columns": {"chosen": "good"}}
     ]
-    assert "datasets[0].type" in left(found)
+    assert "datasets[0].type" in untranslated_by_key(translation)
 
 
 CONTINUED = {
-    "LLaMA-Factory": "model_name_or_path: a\nstage: pt\ndataset: c4\nper_device_train_batch_size: 2\n"
+    "LLaMA-Factory": "model_name_or_path: a\nstage: pt\ndataset: c4\n"
+    "per_device_train_batch_size: 2\n"
     "gradient_accumulation_steps: 4\ncutoff_len: 512\nlora_rank: 8\n",
     "Axolotl": "base_model: a\npretraining_dataset: {path: c4}\nmicro_batch_size: 2\n"
     "gradient_accumulation_steps: 4\nsequence_len: 512\nadapter: lora\n",
@@ -423,17 +440,21 @@ CONTINUED = {
 
 @pytest.mark.parametrize("tool", CONTINUED)
 def test_continued_pretraining_counts_tokens(tool: str) -> None:
-    found = translated(CONTINUED[tool])
-    assert found.tool == tool
-    assert (found.values["stage"], found.values["batch_tokens"], found.values["max_length"]) == (
+    translation = translated(CONTINUED[tool])
+    assert translation.tool == tool
+    assert (
+        translation.values["stage"],
+        translation.values["batch_tokens"],
+        translation.values["max_length"],
+    ) == (
         "cpt",
         4096,
         512,
     )
-    assert not {"batch_size", "on_overlong"} & found.values.keys()
+    assert not {"batch_size", "on_overlong"} & translation.values.keys()
     without = changed(CONTINUED[tool], without=["cutoff_len", "sequence_len"])
     assert "batch_tokens" not in without.values
-    assert "batch_size" in left(without)
+    assert "batch_size" in untranslated_by_key(without)
 
 
 KEYS = sorted(
@@ -470,13 +491,15 @@ def test_strange_values_are_translated_or_refused(odd: dict[str, Any], text: str
 
 
 def test_new_tokens_come_along() -> None:
-    """What trains whole matrices for them is not needed."""
-    found = changed(
+    """Modules trained in full for new tokens are not needed."""
+    translation = changed(
         AXOLOTL, "tokens: ['<n>', '[sum]']", "lora_modules_to_save: [embed_tokens, lm_head]"
     )
-    assert found.values["add_tokens"] == ["<n>", "[sum]"]
-    assert left(found)["lora_modules_to_save"].is_important is False
+    assert translation.values["add_tokens"] == ["<n>", "[sum]"]
+    assert untranslated_by_key(translation)["lora_modules_to_save"].is_important is False
     write_datasets(Path.cwd())
-    found = changed(LLAMAFACTORY, "new_special_tokens: '<n>, [sum]'", "additional_target: q_proj")
-    assert found.values["add_tokens"] == ["<n>", "[sum]"]
-    assert left(found)["additional_target"].is_important is True
+    translation = changed(
+        LLAMAFACTORY, "new_special_tokens: '<n>, [sum]'", "additional_target: q_proj"
+    )
+    assert translation.values["add_tokens"] == ["<n>", "[sum]"]
+    assert untranslated_by_key(translation)["additional_target"].is_important is True

@@ -1,0 +1,45 @@
+"""Runs of the tiny recipe with some keys changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tiny_runs import adapter_bytes, recipe, steps_of, train, write_rows
+from tunesmith.core.events import Event, Score, TrainStep
+from tunesmith.recipe.schema import Recipe
+
+
+class Lab:
+    """Run the tiny recipe with changed keys, each time in a new folder; `last` is the latest."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model = model
+        self.folder = folder
+        self.runs = 0
+        self.last: Recipe
+
+    def events(self, **changed: Any) -> list[Event]:
+        self.runs += 1
+        self.last = recipe(self.model, self.folder / str(self.runs), **changed)
+        return train(self.last)
+
+    def steps(self, **changed: Any) -> list[TrainStep]:
+        return steps_of(self.events(**changed))
+
+    def adapter(self, **changed: Any) -> bytes:
+        self.events(**changed)
+        return adapter_bytes(self.last)
+
+    def scores(self, **changed: Any) -> dict[tuple[str, str], Score]:
+        """Return the last score of each (task, metric)."""
+        results = [event for event in self.events(**changed) if isinstance(event, Score)]
+        return {(score.task, score.metric): score for score in results}
+
+    def rows(self, values: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+        return str(write_rows(self.folder / name, values))
+
+    @property
+    def output(self) -> Path:
+        assert isinstance(self.last.output_dir, Path)
+        return self.last.output_dir
