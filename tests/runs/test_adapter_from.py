@@ -328,7 +328,7 @@ def test_a_finished_run_answers_without_the_adapter_it_started_from(
     train(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
     shutil.rmtree(tmp_path / "theirs")
     assert isinstance(next(finished_run.chat(tmp_path / "run", ["1 and 1"])), str)
-    with pytest.raises(InputError, match="no adapter here"):
+    with pytest.raises(InputError, match="no adapter in this folder"):
         finished_run.evaluate_run(tmp_path / "run")
 
 
@@ -358,7 +358,7 @@ def test_an_adapter_of_another_template_says_how_to_go_on(
     provided = str(caught.value.fix).rpartition("template: ")[2]
     assert (
         plan_of(
-            recipe(tiny_folder, tmp_path, adapter_from=first.output_dir, template=provided)
+            recipe(tiny_folder, tmp_path, adapter_from=first.output_dir, chat_template=provided)
         ).steps
         == 3
     )
@@ -403,14 +403,14 @@ def test_reopening_says_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_golden_ids_tell_of_another_tokenization_by_the_same_files(
+def test_reference_prompts_detect_another_tokenization_by_the_same_files(
     first: Recipe, tmp_path: Path
 ) -> None:
     wish = first.model_copy(update={"output_dir": tmp_path / "copy"})
     shutil.copytree(Path(str(first.output_dir)), tmp_path / "copy")
     file = tmp_path / "copy" / "adapter" / "tunesmith.json"
     content = read_json(file)
-    content["golden"][1]["ids"][5] += 1
+    content["reference_prompts"][1]["token_ids"][5] += 1
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"not as the run wrote it: tunesmith\.json"):
         finished_run.reopen_session(tmp_path / "copy")
