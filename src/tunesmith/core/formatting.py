@@ -35,10 +35,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d} h"
 
 
-def suggest_name(name: str, names: Iterable[str], default: str = "") -> str:
+def suggest_name(name: str, names: Iterable[str], default: str = "", *, quote: str = "") -> str:
     """Return "did you mean ...?" with the closest of `names`, or `default` if none is close."""
     matches = get_close_matches(name, list(names), n=1)
-    return f"did you mean {matches[0]}?" if matches else default
+    return f"did you mean {quote}{matches[0]}{quote}?" if matches else default
 
 
 def format_value(value: Any) -> str:

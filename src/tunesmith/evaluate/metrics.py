@@ -10,11 +10,11 @@ custom metric is a function in the user's file (custom_metric.py).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import suggest_name
 from tunesmith.core.types import Json
 from tunesmith.data.readers.local_file import check_path
 from tunesmith.evaluate.json_metrics import check_schema, field_f1, json_valid, schema_valid
@@ -54,8 +54,7 @@ def parse_metric_arg(metric: str, schema: Json | None) -> Any:
     names = (*METRICS, *LIKELIHOODS)
     if name not in names:
         fix = f"use {', '.join(names)}, or FILE.py:FUNCTION"
-        if close_matches := difflib.get_close_matches(name, names, n=1):
-            fix = f"did you mean {close_matches[0]}?"
+        fix = suggest_name(name, names, default=fix)
         raise InputError(f"unknown metric {name!r}", where=SETTING, fix=fix)
     if name == "schema_valid":
         if schema is None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import suggest_name
 from tunesmith.export.gguf.write import reload_gguf, reload_lora, write_gguf, write_lora
 from tunesmith.export.hf import reload_merged, reload_peft, write_merged_folder, write_peft
 from tunesmith.export.ollama import reload_ollama, write_ollama
@@ -37,9 +37,8 @@ def find_format(target: str, export_type: str | None) -> tuple[str, ExportFormat
     Raises InputError for an unknown target or type.
     """
     if target not in TARGETS:
-        fix = f"use one of {', '.join(TARGETS)}"
-        if matches := get_close_matches(target, TARGETS, n=1):
-            fix = f"did you mean {matches[0]}? {fix}"
+        hint = suggest_name(target, TARGETS)
+        fix = f"{hint} use one of {', '.join(TARGETS)}".strip()
         raise InputError(f"unknown export target {target!r}", where="--to", fix=fix)
     formats = TARGETS[target]
     chosen = next(iter(formats)) if export_type is None else export_type

@@ -8,7 +8,6 @@ and counts as absent. Left out: what follows from the facts (rubric.py).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import suggest_name
 from tunesmith.data.readers.sources import open_source
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe, Stages, select_sources
@@ -222,10 +222,8 @@ def _parse_bool(value: Any) -> bool:
 def _describe_unknown(
     kind: str, word: str, options: Collection[str], listed: Collection[str] = ()
 ) -> str:
-    matches = difflib.get_close_matches(word, options, n=1)
-    hint = f"choose from {', '.join(listed or options)}"
-    if matches:
-        hint = f"did you mean '{matches[0]}'?"
+    choices = f"choose from {', '.join(listed or options)}"
+    hint = suggest_name(word, options, default=choices, quote="'")
     return f"unknown {kind} {word!r:.60}; {hint}"
 
 

@@ -9,7 +9,6 @@ counts as text of the template."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import suggest_name
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.chat_template.tracked_str import (
@@ -69,8 +69,7 @@ def refuse_unused_kwargs(
             raise InputError(message, where=TEMPLATE_KWARGS_KEY)
         if name not in used_names:
             fix = f"the template uses: {', '.join(sorted(used_names)) or 'no variables'}"
-            if close_matches := difflib.get_close_matches(name, sorted(used_names), n=1):
-                fix = f"did you mean {close_matches[0]}?"
+            fix = suggest_name(name, sorted(used_names), default=fix)
             message = f"the chat template does not use {name}"
             raise InputError(message, where=TEMPLATE_KWARGS_KEY, fix=fix)
 

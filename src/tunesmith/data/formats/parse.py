@@ -10,12 +10,12 @@ Single messages are read in messages.py. Left out: tokens (chat_template/rendere
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import suggest_name
 from tunesmith.core.types import Example, Json, Row
 from tunesmith.data.formats.messages import read_tools, read_turns
 from tunesmith.data.readers.decode import describe_type
@@ -170,11 +170,8 @@ def build_unknown_name_error(
     message: str, name: str, valid_names: Sequence[str], where: str
 ) -> InputError:
     """Return the error for an unknown name, with the closest valid name as its fix."""
-    close = difflib.get_close_matches(name, valid_names, n=1)
-    if close:
-        fix = f"did you mean `{close[0]}`?"
-    else:
-        fix = f"use one of {', '.join(f'`{key:.40}`' for key in valid_names[:12])}"
+    keys = ", ".join(f"`{key:.40}`" for key in valid_names[:12])
+    fix = suggest_name(name, valid_names, default=f"use one of {keys}", quote="`")
     return InputError(message, where=where, fix=fix)
 
 
