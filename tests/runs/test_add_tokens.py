@@ -113,18 +113,18 @@ def test_the_plan_says_what_is_trained_and_why(
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("['<n>', '<n>']", "add_tokens: '<n>' stands twice"),
+        ("['<n>', '<n>']", "add_tokens: '<n>' is repeated"),
         ("['']", "a token has 1 to 200 characters, '' has 0"),
         ("<n>,", "'' has 0"),
-        ("['New York']", "'New York' holds white space"),
-        ("[7]", "expected a text or a list of names"),
+        ("['New York']", "'New York' contains white space"),
+        ("[7]", "expected a text, found the number 7"),
     ],
 )
 def test_texts_that_are_no_tokens_are_refused_with_the_reason(written: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe(None, {"model": "m", "data": "d.jsonl", "add_tokens": written})
     with pytest.raises(
-        InputError, match="modules_to_save' is not a key here: leave it out: with add_tokens"
+        InputError, match="modules_to_save' is not a key here: leave it out: add_tokens trains"
     ):
         load_recipe(
             None, {"model": "m", "data": "d.jsonl", "add_tokens": "<n>", "modules_to_save": "[]"}

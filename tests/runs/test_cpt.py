@@ -177,10 +177,10 @@ def test_packing_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 4}, "batch_size has no effect with stage: cpt, which counts batch_tokens"),
+        ({"batch_size": 4}, "batch_size has no effect with stage: cpt; set batch_tokens"),
         (
             {"on_overlong": "truncate"},
-            "on_overlong has no effect with stage: cpt, which cuts long texts into windows",
+            "on_overlong has no effect with stage: cpt; long texts are cut into windows",
         ),
         ({"metrics": ["exact_match"]}, "metrics has no effect with stage: cpt"),
         ({"response_schema": "schema.json"}, "response_schema has no effect with stage: cpt"),

@@ -390,7 +390,7 @@ def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path:
         ),
         (
             "stage: [7]",
-            r"stage\[0\]: expected a stage, or a mapping from one to its keys, found the number 7",
+            r"stage\[0\]: expected a stage or a mapping \{stage: keys\}, found the number 7",
         ),
         (
             "stage:\n  - {sft: {learning_rat: 1}}",
@@ -404,8 +404,11 @@ def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path:
             "stage:\n  - sft\n  - {cpt: {batch_size: 7}}",
             r"yaml:5: batch_size has no effect with stage: cpt",
         ),
-        ("stage: [{sft: {output_dir: here}}]", r"stage\[0\]: 'output_dir' is of the whole recipe"),
-        ("stage: [{sft: {}, cpt: {}}]", r"stage\[0\]: expected a stage, or a mapping"),
+        (
+            "stage: [{sft: {output_dir: here}}]",
+            r"stage\[0\]: 'output_dir' is the same for all stages",
+        ),
+        ("stage: [{sft: {}, cpt: {}}]", r"stage\[0\]: expected a stage or a mapping"),
         (
             "batch_size: 4\nstage: [sft, cpt, cpt]",
             r"yaml:3: batch_size has no effect with stage: cpt",
@@ -416,7 +419,7 @@ def test_wrong_stages_are_named_with_their_line(lines: str, message: str, tmp_pa
     (tmp_path / "recipe.yaml").write_text(f"model: m\ndata: rows.jsonl\n{lines}\n")
     with pytest.raises(InputError, match=message) as caught:
         api.read_recipe(tmp_path / "recipe.yaml")
-    assert "problems" not in caught.value.message, "one problem, told once"
+    assert "problems" not in caught.value.message, "one problem, reported once"
 
 
 def test_flags_win_over_the_keys_of_a_stage(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_task_of_one_row_is_refused_before_anything_is_trained(
         ),
         (
             {"data": [{"path": "a.jsonl", "name": "rehearsal"}], "rehearsal": {"data": "c.jsonl"}},
-            "the name 'rehearsal' is that of the rehearsal rows",
+            "the name 'rehearsal' is reserved for rehearsal rows",
         ),
     ],
     ids=["twice", "brackets", "texts", "rehearsal"],
@@ -235,9 +235,9 @@ def test_held_out_rows_are_asked_as_their_task_is(tiny_folder: Path, tmp_path: P
     ("prompts", "message"),
     [
         ("no place", r"no \{column\}"),
-        ("{a:>3}", r"a place is \{column\}, nothing else"),
+        ("{a:>3}", r"a placeholder is \{column\}"),
         ("{a", "expected '}'"),
-        ("{}", "a place is"),
+        ("{}", "a placeholder is"),
         ("{completion}", "which is the answer"),
         ({"prompt": "{a}", "shots": -1}, "shots"),
     ],

@@ -312,7 +312,7 @@ def _find_stage_contradictions(settings: Mapping[str, Any]) -> Problems:
     if stage in ("cpt", "pt"):
         for key, reason in UNUSED_CPT_KEYS.items():
             if settings.get(key, False) not in (False, "drop"):
-                problems.append((key, f"{key} has no effect with stage: cpt: {reason}"))
+                problems.append((key, f"{key} has no effect with stage: cpt; {reason}"))
     modes = {_to_mapping(item).get("mode") for item in as_list(settings.get("never", ()))}
     if stage != "sft" and "ban" in modes:
         message = f"never: mode ban has no effect with stage: {stage}; use mode: filter"
