@@ -56,7 +56,7 @@ def test_letters_of_other_scripts_and_broken_bytes_are_foreign() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "whole", "cut"),
+    ("text", "full", "cut"),
     [
         ('{"a": 1}', True, True),
         ('{"a": [1, "b', False, True),

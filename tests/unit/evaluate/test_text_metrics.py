@@ -86,7 +86,7 @@ def test_normalised_match_forgives_case_punctuation_and_space(
 
 
 @pytest.mark.parametrize(
-    ("answer", "given", "found"),
+    ("answer", "arg", "expected"),
     [
         ("It is  Paris.", None, 1),
         ("it is paris", "IS PARIS", 1),

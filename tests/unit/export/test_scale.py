@@ -158,7 +158,7 @@ def test_the_gate_sees_another_scale(
 
 
 @pytest.mark.parametrize(
-    ("scale", "said"),
+    ("scale", "output"),
     [
         ("0", "the adapter at scale 0 is the base model"),
         ("-0.5", "scale -0.5 is out of range"),
