@@ -31,6 +31,7 @@ DOCS = ROOT / "docs"
 PAGES = {
     "tune lr": "guides/tune",
     "eval": "guides/evaluate",
+    "compare": "guides/evaluate",
     "resume": "guides/train",
     "demo": "guides/train",
     "data check": "guides/data",
