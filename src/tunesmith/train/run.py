@@ -3,8 +3,8 @@
     plan -> prove -> measure before -> train while guarding -> measure after -> write the record
 
 In: a Plan. Out: events as they happen, and a run folder: plan.json, fingerprint.json, data.json,
-events.jsonl, eval_before.json, eval_after.json, checkpoints/, adapter/, record.json. `resume` tells the same
-story from the newest checkpoint on.
+events.jsonl, eval_before.json, eval_after.json, checkpoints/, adapter/, record.json. `resume` tells
+the same story from the newest checkpoint on.
 
 Whoever watches a run sees its events and nothing else: the terminal prints them, the folder stores
 them. A signal stops a run where nothing is lost. When a gate refuses, its reason is the last event.

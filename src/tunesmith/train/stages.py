@@ -7,7 +7,8 @@
     RUN/stages/2-sft/     another one; it continues the previous adapter, or starts from the merged
                           model RUN/stages/1-cpt/merged
     RUN/record.json       of all stages: before is the model that the first stage starts from, after
-                          is the result of the last; metrics item by item in eval_before.json, eval_after.json
+                          is the result of the last; eval_before.json and eval_after.json hold the
+                          metrics item by item
 
 `resume` continues with the first unfinished stage. Left out: running and resuming one stage
 (run.py). Background: docs/design/stages.md."""
