@@ -267,7 +267,7 @@ def test_a_run_that_trained_all_weights_is_measured_again_and_asked(
     assert again == pytest.approx(first, abs=1e-6)
     assert any(abs(difference) > 1e-4 for difference in again.values())
     assert len(list(tunesmith.chat(path, ["one?", "two?"]))) == 2
-    with pytest.raises(InputError, match="takes a run with an adapter") as caught:
+    with pytest.raises(InputError, match="needs an adapter") as caught:
         reopen_session(path)
     assert f"tunesmith eval {path}" in caught.value.fix
 
