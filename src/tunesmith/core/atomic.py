@@ -26,9 +26,11 @@ from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json
 
-MANIFEST, HASH_KEY = "manifest.json", "sha256"
+MANIFEST = "manifest.json"
+HASH_KEY = "sha256"
 # names that a killed process leaves behind
-TEMP_PREFIX, TRASH_PREFIX = ".tmp-", ".trash-"
+TEMP_PREFIX = ".tmp-"
+TRASH_PREFIX = ".trash-"
 
 
 def write_file(path: Path, content: bytes) -> None:

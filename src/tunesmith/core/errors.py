@@ -19,7 +19,9 @@ class TunesmithError(Exception):
 
     def __init__(self, message: str, *, where: str = "", fix: str = "") -> None:
         super().__init__(message)
-        self.message, self.where, self.fix = message, where, fix
+        self.message = message
+        self.where = where
+        self.fix = fix
 
     def __str__(self) -> str:
         prefix = f"{self.where}: " if self.where else ""

@@ -21,41 +21,40 @@ EXPECTED_TASK = "expected answers"  # of the expected answers to the same prompt
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One optimizer step. `loss` is the mean over the step's target weights; bytes are the peak so
-    far."""
+    """One optimizer step."""
 
-    step: int
-    loss: float
-    tokens: int
+    step: int  # from 1
+    loss: float  # mean over the target weights, nats
+    tokens: int  # of the documents; a shared prefix counts once per document
     supervised_tokens: int
     seconds: float
     learning_rate: float
-    grad_norm: float
-    peak_bytes: int
-    task_tokens: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # of `tokens`, those of a named task
-    # of `tokens`, those that another document begins with too: computed once, there
-    shared_tokens: int = 0
+    grad_norm: float  # before clipping
+    peak_bytes: int  # of this process so far
+    # task -> tokens, part of `tokens`
+    task_tokens: dict[str, int] = field(default_factory=dict[str, int])
+    shared_tokens: int = 0  # part of `tokens`, computed once in another document
 
 
 @dataclass(frozen=True)
 class Score:
-    """A measured value with its 95% interval; `n` items, `step` optimizer steps after the start."""
+    """A metric with its 95% confidence interval."""
 
     task: str
     metric: str
     value: float
     low: float
     high: float
-    n: int
-    step: int
+    n: int  # items
+    step: int  # optimizer steps before it
 
 
 @dataclass(frozen=True)
 class GenerationSample:
+    """An answer of the model to a prompt of the data."""
+
     step: int
-    id: str
+    id: str  # of the row
     prompt: str
     answer: str
     expected: str = ""
@@ -63,7 +62,7 @@ class GenerationSample:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a guard or a proof has to say, with its evidence."""
+    """The verdict of a preflight check or a guard detector, with its evidence."""
 
     kind: str
     level: Literal["ok", "warn", "rollback", "stop"]
@@ -73,19 +72,17 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Rollback:
-    """A run went from `step` back to its checkpoint of step `to`. The steps after that are taken
-    with `factor` times the learning rate, without `rows`, with the share `ratio` of rehearsal.
-    `attempt`: the one that ended so; what it did after `to` does not count."""
+    """A return from `step` to the checkpoint of step `to`, and what changes from there on."""
 
     step: int
     to: int
-    kind: str  # the detector that said so
+    kind: str  # of the detector
     evidence: str
-    change: str  # what is done differently, for people
-    lr_factor: float = 1.0
-    rows: tuple[str, ...] = ()
+    change: str  # in words
+    lr_factor: float = 1.0  # of the learning rate
+    rows: tuple[str, ...] = ()  # that are skipped
     rehearsal_ratio: float | None = None
-    attempt: int = 1
+    attempt: int = 1  # that ended here; its events after `to` do not count
 
     @property
     def check_result(self) -> CheckResult:
@@ -99,12 +96,16 @@ class Rollback:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
+    """A checkpoint was written."""
+
     step: int
-    path: str
+    path: str  # relative to the run folder
 
 
 @dataclass(frozen=True)
 class TrainingEnd:
+    """Training has ended; evaluation follows."""
+
     step: int
     reason: Literal["finished", "max_steps", "stopped"]
     seconds: float
@@ -112,14 +113,13 @@ class TrainingEnd:
 
 @dataclass(frozen=True)
 class StageStart:
-    """One of several stages begins or goes on. `step` is its number, `steps` are its optimizer
-    steps."""
+    """A stage of several starts or resumes."""
 
-    step: int
+    step: int  # number of the stage, from 1
     num_stages: int
     name: str
-    steps: int
-    path: str
+    steps: int  # optimizer steps
+    path: str  # relative to the run folder
 
 
 Event = (

@@ -61,7 +61,8 @@ def measure_machine(folder: Path) -> Machine:
 def read_main_memory() -> tuple[int, int]:
     """Return the total and the available main memory in bytes, within the cgroup limits."""
     memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
+    total = memory.total
+    available = memory.available
     for limit, used in _read_cgroup_limits(_find_cgroup_folders()):
         total = min(total, limit)
         available = min(available, max(limit - used, 0))

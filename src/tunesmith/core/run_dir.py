@@ -79,7 +79,9 @@ class RunFolder:
     `attempt` counts from 1 the processes that worked on the run, and its rollbacks."""
 
     def __init__(self, path: Path, lock: FileLock, attempt: int) -> None:
-        self.path, self.attempt, self._lock = path, attempt, lock
+        self.path = path
+        self.attempt = attempt
+        self._lock = lock
         self._pending = b""  # lines that the disk has not taken yet
         file = path / EVENTS_FILE
         with disk_errors(file):

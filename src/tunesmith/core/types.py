@@ -1,10 +1,10 @@
-"""Every object that flows through tunesmith, in the order in which it flows.
+"""The objects that flow through tunesmith, in that order.
 
-    Recipe (wish) -> Plan (every value with its reason) -> Batches -> Events -> RunRecord -> Report
+    Recipe -> Plan (every setting with its reason) -> Batches -> Events -> RunRecord -> Report
 
-All are frozen. Only `Batch` holds tensors; the rest holds plain values and can be written as JSON.
-Shape letters: T tokens of a pack, S supervised targets of a pack, V vocabulary, L tokens of a
-document."""
+All are frozen. Only `Batch` has tensors; all others have plain values and a JSON form. Shape
+letters: T tokens of a pack, S supervised targets of a pack, V vocabulary, L tokens of a document.
+"""
 
 from __future__ import annotations
 
@@ -33,32 +33,30 @@ RUN_FORMAT = 2  # of plan.json and its run folder; raised when older files would
 
 Json = dict[str, Any]
 T = TypeVar("T")
-Side = Literal[
-    "", "chosen", "rejected", "banned"
-]  # "" is trained as it is, a banned one is trained away from
+# of a document: "" is trained on, a banned one is trained away from
+Side = Literal["", "chosen", "rejected", "banned"]
 
 # ---------------------------------------------------------------- facts
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has. Bytes are what is there, `available_bytes` what is free now."""
+    """What this machine has."""
 
     device: Literal["cpu", "cuda"]
     device_name: str
     cores: int
-    memory_bytes: int
-    available_bytes: int
+    memory_bytes: int  # of the GPU, or main memory
+    available_bytes: int  # free now
     disk_free_bytes: int
-    has_bf16_matmul: bool  # bf16 matrix products run in hardware
+    has_bf16_matmul: bool  # in hardware
     compiler: str | None  # path of a C compiler, for the CPU kernels
     versions: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model folder says about itself; read from config.json and the safetensors headers,
-    weights untouched."""
+    """The shape of a model, read from config.json and the safetensors headers."""
 
     name: str
     path: Path
@@ -75,13 +73,13 @@ class ModelSpec:
     tie_word_embeddings: bool
     parameters: int
     dtype: str
-    origin: str = ""  # where the weights come from, for people
+    origin: str = ""  # where the weights come from
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of the matrices inside the decoder layers: what a token's forward multiplies
-        with."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        """Parameters of the matrices in the decoder layers."""
+        q = self.num_heads * self.head_dim
+        kv = self.num_kv_heads * self.head_dim
         return self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
 
     @property
@@ -91,50 +89,44 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing the data check has to say. `rows` names at most a few, `count` counts all; `fix` is
-    what to do."""
+    """A result of the data check."""
 
     check: str
     level: Literal["info", "warn", "error"]
     message: str
     count: int = 0
-    rows: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()  # ids of the first ones
     fix: str = ""
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a parse-only pass over one data file found; lengths in tokens of the rendered
-    documents."""
+    """What rendering all rows of a role shows, before training. Lengths are tokens."""
 
     path: str
     format: str
     format_reason: str
-    rows: int  # data rows read; each keeps its slot in the step schedule
-    documents: int  # what they became: one a conversation, or one an assistant turn
+    rows: int  # each keeps its slot in the step schedule
+    documents: int  # one per conversation, or one per assistant turn
     tokens: int
     supervised_tokens: int
-    dropped: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # reason -> rows without a document
-    rejected: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # reason -> rows that cannot be used
+    # reason -> rows without a document
+    dropped: dict[str, int] = field(default_factory=dict[str, int])
+    # reason -> rows that cannot be used
+    rejected: dict[str, int] = field(default_factory=dict[str, int])
     truncated: int = 0
     length_percentiles: dict[str, int] = field(default_factory=dict[str, int])  # p50, p90, p99, max
-    fingerprint: str = ""  # sha256 over the bytes of the file
+    fingerprint: str = ""  # sha256 of the file
     findings: tuple[Finding, ...] = ()
-    filtered: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # constraint -> rows that break it
-    banned: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # constraint -> rows that are trained away from
-    task_rows: dict[str, int] = field(default_factory=dict[str, int])  # named task -> rows
-    task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # named task -> tokens
+    # constraint -> rows that break it and are left out
+    filtered: dict[str, int] = field(default_factory=dict[str, int])
+    # constraint -> rows that are trained away from
+    banned: dict[str, int] = field(default_factory=dict[str, int])
+    task_rows: dict[str, int] = field(default_factory=dict[str, int])  # task -> rows
+    task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # task -> tokens
 
 
-# ---------------------------------------------------------------- decision
+# ---------------------------------------------------------------- plan
 
 
 DecidedBy = Literal["user", "rule", "checkpoint"]
@@ -145,8 +137,8 @@ Confidence = Literal["", "measured here", "published", "extrapolated"]
 class PlanConfig:
     """The value of every setting that a run obeys, in the order of the rules.
 
-    A setting that the run does not have (of another stage, method or feature) is None. Numbers
-    that may be whole are `int | float`, so that they are the same after a round trip as JSON.
+    A setting of another stage, method or feature is None. Numbers that may be whole are
+    `int | float`, so that they stay the same in JSON.
     """
 
     method: Literal["lora", "qlora", "full"]
@@ -239,6 +231,7 @@ class PlanValue:
     common_advice: str = ""
 
     def get_reason(self) -> PlanReason:
+        """Return the reason without the value."""
         return PlanReason(
             self.decided_by, self.reason, self.source, self.confidence, self.common_advice
         )
@@ -286,6 +279,7 @@ class Plan:
 
     @property
     def values(self) -> dict[str, Any]:
+        """The value of every setting of this run."""
         return {key: getattr(self.config, key) for key in self.reasons}
 
     @property
@@ -328,7 +322,7 @@ def split_settings(
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in the file. `id` is `name:line`, and survives to the Batch."""
+    """A row of a data file. `id` is `name:line`, and stays with it up to the Batch."""
 
     id: str
     data: Json
@@ -336,17 +330,16 @@ class Row:
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token that the recipe adds. `pieces`: its text's ids until then. Not `ordinary`: only
-    template and answers."""
+    """A token that the recipe adds to the tokenizer."""
 
     text: str
     id: int
-    subword_ids: tuple[int, ...]
-    is_ordinary: bool = True
+    subword_ids: tuple[int, ...]  # of its text before it was added
+    is_ordinary: bool = True  # else a control token: only templates and answers can produce it
 
 
 class CharSpan(NamedTuple):
-    """Characters start:end of what a message says, counted without the white space around it."""
+    """Characters start:end of the content of a message, without surrounding white space."""
 
     message: int
     start: int
@@ -355,41 +348,36 @@ class CharSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One row, understood. Either `messages` (with `turn_weights`, one a message; 0 = not trained)
-    or `text`."""
+    """A parsed row: either `messages` or `text`."""
 
     id: str
     messages: tuple[Json, ...] = ()
-    turn_weights: tuple[float, ...] = ()
+    turn_weights: tuple[float, ...] = ()  # one per message; 0: not trained
     tools: tuple[Json, ...] = ()
     text: str | None = None
-    # with `text`: the part before it, not trained (completion rows without a template)
-    prompt: str | None = None
-    # the worse answer to the same question: together they are a pair
-    rejected: Example | None = None
-    # the row says that its answer is bad; False: that it is right
+    prompt: str | None = None  # before `text`, not trained (completion rows without a template)
+    rejected: Example | None = None  # the rejected answer of a pair
+    # whether the row marks its answer as bad (True, or "whole") or as right (False)
     negative: bool | Literal["whole"] | None = None
-    banned_spans: tuple[CharSpan, ...] = ()  # what is bad in it: nothing else of it is trained
-    violations: tuple[str, ...] = ()  # the constraints that it breaks
-    choices: tuple[str, ...] = ()  # answers to choose from, in rows that say so
+    banned_spans: tuple[CharSpan, ...] = ()  # bad parts; nothing else of the row is trained
+    violations: tuple[str, ...] = ()  # names of the constraints that it breaks
+    choices: tuple[str, ...] = ()  # answers to choose from
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens that may see each other. `weights_L[i]` is the weight of token i *as a target*;
-    weights_L[0] is 0. The two sides of a pair stand next to each other, the chosen one first."""
+    """Tokens that attend to each other. Sides of a pair are adjacent, the chosen one first."""
 
-    id: str  # the row's id
+    id: str  # of the row
     tokens_L: np.ndarray  # int32
-    weights_L: np.ndarray  # float32
+    weights_L: np.ndarray  # float32; of token i as a target, so the first one is 0
     side: Side = ""
-    # log-probability of its targets before training, if it was kept
-    reference_logp: float | None = None
-    task: str = ""  # a named one of the recipe, "rehearsal", or nothing
+    reference_logp: float | None = None  # of its targets before training, if the loss needs it
+    task: str = ""  # of the recipe, "rehearsal", or none
 
     @property
     def is_correct(self) -> bool:
-        """Its answer is one to give: neither the rejected one of a pair nor a banned one."""
+        """Whether its answer is neither rejected nor banned."""
         return self.side not in ("rejected", "banned")
 
     def __len__(self) -> int:
@@ -398,24 +386,23 @@ class Document:
 
 @dataclass(frozen=True)
 class Pack:
-    """Documents computed in one forward, side by side, blind to each other. The first `shared[i]`
-    fed tokens of document i are those of document i - 1 and computed once; empty: nothing is
-    shared."""
+    """Documents of one forward pass, which do not see each other."""
 
     documents: tuple[Document, ...]
+    # how many input tokens each shares with the document before it; empty without sharing
     prefix_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PackLayout:
-    """Who may see whom in a pack: the only description that attention gets. Segment i is tokens
-    starts[i] : starts[i] + lengths[i]; a token sees the earlier tokens of its own segment, itself
-    included, and all of the segments that its own one continues: its parent, the parent's parent,
-    up to a root."""
+    """Which tokens of a pack see each other: all that attention knows.
+
+    Segment i is tokens starts[i] : starts[i] + lengths[i]. A token sees itself, the earlier tokens
+    of its segment, and all tokens of its parent segment, of its parent, and so on to a root."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
-    # a parent stands before its children, -1: a root; empty: all are roots
+    # segment that each continues, always an earlier one; -1 is a root; empty: all are roots
     parents: tuple[int, ...] = ()
 
     @property
@@ -423,22 +410,22 @@ class PackLayout:
         return sum(self.lengths)
 
     def get_path(self, segment: int) -> tuple[int, ...]:
-        """From the root down to the segment, itself included."""
+        """Return the segments from the root down to this one."""
         path = [segment]
         while self.parents and self.parents[path[-1]] >= 0:
             path.append(self.parents[path[-1]])
         return tuple(reversed(path))
 
     def count_prefix_tokens(self, segment: int) -> int:
-        """How many tokens a segment continues: the position of its first token."""
+        """Return the number of tokens before a segment: the position of its first token."""
         return sum(self.lengths[i] for i in self.get_path(segment)[:-1])
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A pack as tensors. Targets are a list apart: hidden state `positions_S[k]` predicts
-    `targets_S[k]`. Where documents share tokens each of them has its own targets, so a place may
-    stand there more than once."""
+    """A pack as tensors. Hidden state `positions_S[k]` predicts `targets_S[k]`.
+
+    Documents that share tokens have their own targets, so a position can occur more than once."""
 
     tokens_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64, from 0 in each document
@@ -446,11 +433,11 @@ class Batch:
     positions_S: torch.Tensor  # int64, into T
     targets_S: torch.Tensor  # int64
     weights_S: torch.Tensor  # float32
-    document_S: torch.Tensor  # int64, into ids: which document a target belongs to
-    ids: tuple[str, ...]
-    real_tokens: int  # tokens of the documents as rendered, what `tokens` of a step counts
-    sides: tuple[Side, ...] = ()  # of each document; () when none is a side of a pair
-    reference_logps: tuple[float | None, ...] = ()  # of each document, beside `sides`
+    document_S: torch.Tensor  # int64, index of the document of each target
+    ids: tuple[str, ...]  # of the documents
+    real_tokens: int  # of the documents as rendered, as `tokens` of a step counts them
+    sides: tuple[Side, ...] = ()  # of the documents; empty if none has a side
+    reference_logps: tuple[float | None, ...] = ()  # of the documents, as `sides`
 
 
 # ---------------------------------------------------------------- generation and measurement
@@ -458,8 +445,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to answer. Greedy at temperature 0; a sampled answer depends on `seed`, not on
-    what runs beside it. `banned`: token sequences that it may not hold."""
+    """A prompt to answer: greedily at temperature 0, else sampled with `seed`, whatever else is in
+    the batch. `bad_words_ids` are token sequences that the answer must not contain."""
 
     tokens: tuple[int, ...]
     max_new_tokens: int = 256
@@ -478,14 +465,12 @@ class GenerationOutput:
     prompt_tokens: int
 
 
-# ---------------------------------------------------------------- outcome
+# ---------------------------------------------------------------- results
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric before and after on the same items: the difference is paired, its interval a
-    bootstrap over items. `gains` and `losses`: items that got better or worse, where an item is
-    right or wrong; `p` is McNemar's, exact."""
+    """A metric before and after on the same items: a paired difference and its bootstrap CI."""
 
     task: str
     metric: str
@@ -495,26 +480,24 @@ class Comparison:
     low: float
     high: float
     higher_is_better: bool
-    improved: int | None = None
+    improved: int | None = None  # items, for metrics that are right or wrong
     worsened: int | None = None
-    p_value: float | None = None
-    # difference that so many items would have shown with a chance of 80%
-    min_detectable: float | None = None
+    p_value: float | None = None  # exact McNemar test
+    min_detectable: float | None = None  # smallest difference detected with a power of 80%
 
 
 @dataclass(frozen=True)
 class ScalePoint:
-    """The trained adapter times `scale`: the held-out loss on `eval_data`, and the bits per byte of
-    general text."""
+    """The scores of the trained adapter times `scale`."""
 
     scale: float
-    eval_loss: Score
-    general_text: Score | None = None
+    eval_loss: Score  # on eval_data
+    general_text: Score | None = None  # bits per byte
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run amounts to; `record.json`. Everything here was measured in this run."""
+    """The results of a run, all measured in it; `record.json`."""
 
     version: str
     plan: Plan
@@ -526,19 +509,13 @@ class RunRecord:
     peak_bytes: int
     adapter: str
     samples: tuple[tuple[GenerationSample, GenerationSample], ...] = ()  # before, after
-    task_tokens: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # of `tokens`, those of a named task
-    shared_tokens: int = 0  # of `tokens`, those that were computed in another document
-    input_changes: tuple[
-        str, ...
-    ] = ()  # what had changed when the run was resumed with --allow-changes: field: was -> is
-    kl_scores: tuple[
-        Score, ...
-    ] = ()  # how far from the model before: KL(before || after) in nats, top-1 agreement
-    scales: tuple[
-        ScalePoint, ...
-    ] = ()  # gain against forgetting; empty without an adapter or eval_data
+    # task -> tokens, part of `tokens`
+    task_tokens: dict[str, int] = field(default_factory=dict[str, int])
+    shared_tokens: int = 0  # part of `tokens`, computed once in another document
+    # inputs that had changed when the run was resumed with --allow-changes: field: old -> new
+    input_changes: tuple[str, ...] = ()
+    kl_scores: tuple[Score, ...] = ()  # KL(before || after) in nats, top-1 agreement
+    scales: tuple[ScalePoint, ...] = ()  # empty without an adapter or eval_data
     rollbacks: tuple[Rollback, ...] = ()
-    # whose weights the adapter has: of the best look at eval_data, else the last step
+    # step of the final weights: the best on eval_data, else the last
     selected_step: int | None = None

@@ -235,7 +235,8 @@ def normalize(value: Any) -> str:
 
 
 def _check_lengths(context: RuleContext) -> None:
-    max_length, pack_length = context["max_length"], context["pack_length"]
+    max_length = context["max_length"]
+    pack_length = context["pack_length"]
     if max_length > context.model.context_length:
         raise InputError(
             f"max_length {max_length:,} exceeds the model's context of "
@@ -416,7 +417,8 @@ def has_enough_memory(plan: Plan) -> bool:
 
 def refuse_if_too_large(plan: Plan) -> None:
     """Raise MachineError if memory or disk is too small, before anything is loaded."""
-    needed, free = plan.memory_bytes["peak"] * MEMORY_MARGIN, plan.machine.available_bytes
+    needed = plan.memory_bytes["peak"] * MEMORY_MARGIN
+    free = plan.machine.available_bytes
     if not has_enough_memory(plan):
         larger = f", such as {plan.fits_on}" if plan.fits_on else ""
         raise MachineError(

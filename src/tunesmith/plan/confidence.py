@@ -25,7 +25,8 @@ MEASURED_SETTINGS = (
     "rehearsal_length",
 )
 MIN_FITTED_HIDDEN_SIZE = 2000  # of the models that the formula of the learning rate was fitted to
-USUAL_MIN_RATE, USUAL_MAX_RATE = 1e-5, 5e-5
+USUAL_MIN_RATE = 1e-5
+USUAL_MAX_RATE = 5e-5
 REASONING_TOKENS = 20_000_000  # supervised tokens from which rank limits what is learned
 
 
@@ -35,13 +36,13 @@ def add_evidence(settings: Mapping[str, PlanValue], context: RuleContext) -> dic
     for key, plan_value in settings.items():
         rated[key] = dataclasses.replace(
             plan_value,
-            confidence=rate_confidence(key, plan_value, context),
+            confidence=judge_confidence(key, plan_value, context),
             common_advice=ADVICE[key](context, plan_value) if key in ADVICE else "",
         )
     return rated
 
 
-def rate_confidence(key: str, plan_value: PlanValue, context: RuleContext) -> Confidence:
+def judge_confidence(key: str, plan_value: PlanValue, context: RuleContext) -> Confidence:
     """Rate a rule's value: measured on these rows and this machine, published, or extrapolated.
 
     Values of the user and of the model's files, and plain conventions, are not rated."""
@@ -92,7 +93,8 @@ def _lora_r(context: RuleContext, plan_value: PlanValue) -> str:
     rank = plan_value.value
     if 64 <= rank <= 256:
         return f"{usual}: followed"
-    model, tokens = context.model, context.data.supervised_tokens
+    model = context.model
+    tokens = context.data.supervised_tokens
     extra_parameters = count_lora_parameters(model, 64) - count_lora_parameters(model, rank)
     effect = "these rows may be worth it"
     if tokens < REASONING_TOKENS:

@@ -18,7 +18,8 @@ OFF = "off"
 FORGETTING_MARGIN = 0.02
 PATIENCE = 3  # evaluations
 MAX_PROBE_SHARE = 0.05  # of the training time
-MIN_PROMPTS, MAX_PROMPTS = 8, 64
+MIN_PROMPTS = 8
+MAX_PROMPTS = 64
 PROBE_NEW_TOKENS = 32  # per answer
 FORWARDS_PER_STEP = 3  # forward and backward of a training step, in forwards
 # Decoding one token of each answer takes as long as a forward over so many tokens. Fitted to

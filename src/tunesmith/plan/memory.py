@@ -33,14 +33,17 @@ Method = Literal["lora", "qlora", "full"]
 
 def count_lora_parameters(spec: ModelSpec, rank: int) -> int:
     """Return the parameters of adapters on all linear layers: rank * (inputs + outputs) of each."""
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    h, f = spec.hidden_size, spec.intermediate_size
+    q = spec.num_heads * spec.head_dim
+    kv = spec.num_kv_heads * spec.head_dim
+    h = spec.hidden_size
+    f = spec.intermediate_size
     return spec.num_layers * rank * ((h + q) + 2 * (h + kv) + (q + h) + 3 * (h + f))
 
 
 def count_dora_magnitudes(spec: ModelSpec) -> int:
     """Return DoRA's magnitudes on all linear layers: one per output."""
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    q = spec.num_heads * spec.head_dim
+    kv = spec.num_kv_heads * spec.head_dim
     return spec.num_layers * (q + 2 * kv + 2 * spec.hidden_size + 2 * spec.intermediate_size)
 
 

@@ -76,7 +76,8 @@ def compute_cache_bytes(spec: ModelSpec, tokens: int, dtype_bytes: int) -> int:
 def count_saved_elements(spec: ModelSpec) -> int:
     """Return the values that the stock modules of a layer save per token: 12 h + 3 q + kv + 3 f
     (gated MLP, attention without stored scores)."""
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    q = spec.num_heads * spec.head_dim
+    kv = spec.num_kv_heads * spec.head_dim
     return 12 * spec.hidden_size + 3 * q + kv + 3 * spec.intermediate_size
 
 

@@ -89,7 +89,7 @@ METHOD_NOTES = {
     "full": {
         "speed": "1, by definition",
         "usual_speed": "1",
-        "risk": "forgets most on code (.446 vs .631 at equal skill), hardly more on math (.559, .567)",
+        "risk": "forgets most on code (.446 vs .631 at equal skill), hardly on math (.559, .567)",
         "usual_risk": "high",
         "deployment": "a full model per task",
         "usual_deployment": "one model per task",

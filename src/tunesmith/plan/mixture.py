@@ -23,7 +23,8 @@ def allocate_rows(mixture: MixtureConfig, rows: Mapping[str, int]) -> dict[str, 
     is the number of rows within the limit; each task has at least one row, and rows lost to
     rounding go to the largest remainders."""
     capped = {task: min(count, mixture.limit or count) for task, count in rows.items()}
-    largest, total_rows = max(capped.values()), sum(capped.values())
+    largest = max(capped.values())
+    total_rows = sum(capped.values())
     rates = {
         task: math.exp(math.log(count / largest) / mixture.temperature)
         for task, count in capped.items()

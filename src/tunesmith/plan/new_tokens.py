@@ -16,7 +16,8 @@ SOURCE = (
     "Language Models; unverified"
 )
 MAX_SHOWN = 5  # tokens named in a reason
-NEW_ROWS_FACTOR, MAX_NEW_ROWS_RATE = 10.0, 0.01  # learning rate of new rows: relative, absolute
+NEW_ROWS_FACTOR = 10.0  # learning rate of new rows relative to the adapter's, at most
+MAX_NEW_ROWS_RATE = 0.01
 
 
 def decide_new_tokens(tokens: Sequence[NewToken], model: ModelSpec) -> dict[str, PlanValue]:

@@ -176,8 +176,8 @@ def _check_pattern(pattern: str) -> str:
 def _check_checker(name: str) -> str:
     if not name or name in CHECKERS:
         return name
-    known_name = name.lower().replace(" ", "-")
-    hint = suggest_name(known_name, CHECKERS, default=f"use {', '.join(CHECKERS)}.", quote="'")
+    checker_name = name.lower().replace(" ", "-")
+    hint = suggest_name(checker_name, CHECKERS, default=f"use {', '.join(CHECKERS)}.", quote="'")
     raise ValueError(f"unknown checker '{name}'; {hint} A pattern is written {{match: '{name}'}}")
 
 

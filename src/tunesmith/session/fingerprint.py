@@ -94,7 +94,8 @@ def list_changes(stored: Json, current: Json) -> list[str]:
     current_fields = dict(_flatten(current))
     changes: dict[str, str] = {}
     for field in stored_fields | current_fields:
-        before, after = stored_fields.get(field), current_fields.get(field)
+        before = stored_fields.get(field)
+        after = current_fields.get(field)
         if before != after:
             changes[field] = f"{field}: {_format_value(before)} -> {_format_value(after)}"
     if any(field == "tokenizer" or field.startswith("templates.") for field in changes):

@@ -367,7 +367,8 @@ def _add_time_estimate(plan: Plan) -> Plan:
 def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
     """Return what is unknown about the adapter, and what is missing in the model folder."""
     warnings: list[str] = []
-    adapter, model = inputs.adapter, inputs.model
+    adapter = inputs.adapter
+    model = inputs.model
     if adapter is not None and read_provenance(adapter.path) is None:
         warnings.append(
             f"adapter_from: its weights fit {model.name} by name and shape, and it names its base "
@@ -392,7 +393,8 @@ def _make_saved_share(inputs: RunInputs, mixture: PlanValue | None) -> SavedShar
     since several rules call it. Windows of texts have no common prefixes."""
     if inputs.corpus is not None:
         return assume_no_savings
-    rows, seed = inputs.datasets["data"], inputs.recipe.seed
+    rows = inputs.datasets["data"]
+    seed = inputs.recipe.seed
     first_N = (
         permute_rows(seed, 0, len(rows))
         if mixture is None
@@ -475,7 +477,8 @@ def reload_inputs(plan: Plan, folder: Path | None = None) -> RunInputs:
 def refuse_changed_rows(plan: Plan, inputs: RunInputs) -> None:
     """Raise InputError if the rows are not those of the plan."""
     for role, report in plan.data.items():
-        stored, current = report.fingerprint, inputs.datasets[role].fingerprint
+        stored = report.fingerprint
+        current = inputs.datasets[role].fingerprint
         if current != stored:
             raise InputError(
                 f"the file has changed since the plan (sha256 {stored[:12]} -> {current[:12]})",

@@ -24,7 +24,8 @@ from tunesmith.plan.memory_budget import apply_memory_factor
 HISTORY_FILE = "run_history.json"
 MIN_STEPS = 20  # shorter runs have not seen the largest pack or a steady speed
 # hardly below 1: the next run may have longer rows, and too little memory ends it
-MIN_FACTOR, MAX_FACTOR = 0.9, 2.0
+MIN_FACTOR = 0.9
+MAX_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def find_past_run(plan: Plan) -> PastRun | None:
 
 def make_run_key(plan: Plan) -> str:
     """Return a key that alike runs share."""
-    machine, model = plan.machine, plan.model
+    machine = plan.machine
+    model = plan.model
     shape = f"{model.model_type} {model.num_layers}x{model.hidden_size}"
     settings = f"{plan.config.method} {plan.config.dtype}" + (
         ", measured" if plan.memory_bytes.get("evaluation") else ""
