@@ -1,7 +1,8 @@
 """A process that lets children die at every call that changes a file, and sees what can be made of
 the rest.
 
-    LD_PRELOAD=faultyfiles.so python dying.py save|run|times FOLDER MODE...   ->   one JSON object on stdout
+    LD_PRELOAD=faultyfiles.so python dying.py save|run|times FOLDER MODE...   ->   one JSON object
+    on stdout
 
 `save`: the children write the third checkpoint of a tiny training. `run`: each does a whole tiny
 run. `times`: the same, killed at random times. Every state of the folder that a death leaves is
@@ -124,7 +125,7 @@ def try_all(
     raise AssertionError("unreachable")
 
 
-# ---------------------------------------------------------------- the third checkpoint of a tiny training
+# ---------------------------------------------------------------- the third checkpoint of a training
 
 
 def new_training() -> TrainingLoop:

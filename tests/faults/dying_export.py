@@ -1,7 +1,8 @@
 """A process whose children die, or find the disk full, at calls that change a file while they
 export a finished run.
 
-    LD_PRELOAD=faultyfiles.so python dying_export.py FOLDER MODE EVERY TARGET...   ->   one JSON object on stdout
+    LD_PRELOAD=faultyfiles.so python dying_export.py FOLDER MODE EVERY TARGET...   ->   one JSON
+    object on stdout
 
 Every EVERYth call is tried, from the first to the one after the last, where the export succeeds.
 TARGET is gguf-f16 and the like. What a death leaves must be nothing under the final name, or all of

@@ -127,7 +127,7 @@ class CrashingRun(RuleBasedStateMachine):
         assert self.training is not None
         assert self.folder is not None
         target = self.path / "checkpoints" / f"step-{self.training.step}"
-        with (
+        with (  # noqa: PT012
             pytest.raises(MachineError),
             self.folder.checkpoint(self.training.step, metadata={}) as scratch,
         ):

@@ -95,24 +95,24 @@ def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Pa
         "use_dora": (False, "checkpoint"),
     }
     assert plan.config.adapter_from == str(tmp_path / "theirs")
-    assert "there is no hash by which to know" in plan.warnings[0]
+    assert "there is no hash of the weights" in plan.warnings[0]
 
 
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"lora_r": 2}, "lora_r is 2 in the recipe, but 4 in the adapter"),
-        ({"lora_alpha": 32}, "lora_alpha is 32 in the recipe, but 6 in the adapter"),
+        ({"lora_r": 2}, "lora_r is 2 in the recipe and 4 in the adapter"),
+        ({"lora_alpha": 32}, "lora_alpha is 32 in the recipe and 6 in the adapter"),
         (
             {"lora_target_modules": ["q_proj"]},
-            "is q_proj in the recipe, but down_proj, q_proj in the adapter",
+            "is q_proj in the recipe and down_proj, q_proj in the adapter",
         ),
         (
             {"lora_target_modules": "all-linear"},
-            "is all-linear in the recipe, but down_proj, q_proj in the adapter",
+            "is all-linear in the recipe and down_proj, q_proj in the adapter",
         ),
-        ({"use_rslora": True}, "use_rslora is True in the recipe, but False in the adapter"),
-        ({"use_dora": True}, "use_dora is True in the recipe, but False in the adapter"),
+        ({"use_rslora": True}, "use_rslora is True in the recipe and False in the adapter"),
+        ({"use_dora": True}, "use_dora is True in the recipe and False in the adapter"),
     ],
 )
 def test_a_contradiction_names_both_values(

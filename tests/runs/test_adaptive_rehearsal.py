@@ -88,7 +88,7 @@ def test_what_is_forgotten_raises_the_ratio_from_the_next_step_on(
         for e in events
         if isinstance(e, CheckResult) and e.kind == "rehearsal" and e.level == "warn"
     )
-    assert "bits per byte, over 0.02: " in warned.evidence
+    assert "bits per byte, over the margin of 0.02: " in warned.evidence
     fixed = train(
         wish(tiny_folder, tmp_path / "fixed", rehearsal={"data": other}, learning_rate=0.01)
     )
@@ -131,6 +131,6 @@ def test_a_signal_between_a_step_and_its_look_loses_no_look(
 
 def test_there_must_be_something_to_follow(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValidationError, match="ratio adaptive follows what is measured on retention_data"
+        ValidationError, match="adaptive needs retention_data, which it follows"
     ):
         wish(tiny_folder, tmp_path, retention_data=None)

@@ -68,7 +68,7 @@ def test_left_out_rows_stop_nothing_and_are_written_down(tiny_folder: Path, tmp_
         ("rows.jsonl:8", "never"),
     ]
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert plan["data"]["data"]["left_out"] == {"as an AI": 1, "I am": 1}
+    assert plan["data"]["data"]["filtered"] == {"as an AI": 1, "I am": 1}
 
 
 def test_a_negative_row_is_never_trained_as_it_is(tiny_folder: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_what_is_measured_is_not_rehearsed(tiny_folder: Path, tmp_path: Path) ->
         inputs.load_inputs(
             wish(tiny_folder, tmp_path, [{"text": "text number 2"}, *TEXTS], **files)
         )
-    assert "take them out of the rehearsal file" in str(caught.value)
+    assert "remove them from the rehearsal file" in str(caught.value)
     with pytest.raises(ValidationError, match="rehearsal and retention_data name the same file"):
         wish(tiny_folder, tmp_path, **files, rehearsal={"data": files["retention_data"]})
 

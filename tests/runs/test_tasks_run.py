@@ -115,7 +115,7 @@ def test_a_held_out_task_that_shares_rows_with_training_is_refused(
     test = [source(tmp_path / "new.jsonl", [*echoes(90, 2), *sums(2, 1)], name="new")]
     with pytest.raises(
         InputError,
-        match=r"1 of 3 rows of the held-out task 'new' are also in data: new.jsonl:3 is a.j",
+        match=r"1 of 3 held-out 'new' rows is also in data: new.jsonl:3 is a.j",
     ):
         inputs.load_inputs(wish(tiny_folder, tmp_path, test_data=test))
 
@@ -127,7 +127,7 @@ def test_a_task_of_one_row_is_refused_before_anything_is_trained(
         source(tmp_path / "in/b.jsonl", sums(50, 3), name="sums"),
         source(tmp_path / "one.jsonl", echoes(50, 1)),
     ]
-    with pytest.raises(InputError, match="1 rows of the task 'one'"):
+    with pytest.raises(InputError, match="1 row of task 'one'"):
         train(wish(tiny_folder, tmp_path, test_data=test))
     assert not (tmp_path / "run").exists()
 

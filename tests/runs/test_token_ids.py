@@ -17,8 +17,9 @@ ASKED = "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
 PLAIN = "{% for m in messages %}" + WRITTEN + "{% endfor %}" + ASKED
 DATED = "{{ strftime_now('%Y') }}" + PLAIN
 SYSTEM_LAST = (  # nowhere if an answer follows
-    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|start|>' }}{% if loop.last and messages[0].role == "
-    "'system' %}{{ messages[0].content }}{% endif %}{{ m.content + '>' }}{% elif m.role == 'assistant' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|start|>' }}"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "{{ m.content + '>' }}{% elif m.role == 'assistant' %}"
     "{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
 )
 FORGETFUL = (  # answers lose their first word once another turn follows
@@ -90,7 +91,7 @@ def test_other_ids_are_refused(
         "encode_stock_conversation",
         lambda *provided, **more: [*stock(*provided, **more)[:-1], 0],
     )
-    with pytest.raises(GateError, match="token ids differ from those of the stock tokenizer"):
+    with pytest.raises(GateError, match="token ids differ from apply_chat_template"):
         compared(tiny_folder, tmp_path, template, [row] * 3)
 
 

@@ -1,9 +1,9 @@
 """Measurements of the model before training, taken once, before any weight changes.
 
     eval_before.json  its metrics, item by item
-    base_states/      its final hidden states on the measured texts and answers, where nothing brings
-                      the base model back later: with full fine-tuning, or when training continues an
-                      adapter; deleted when the run ends
+    base_states/      its final hidden states on the measured texts and answers, where nothing
+                      brings the base model back later: full fine-tuning, continuing
+                      an adapter; deleted when the run ends
     reference.json    log-probabilities of preference pairs, for DPO, in the same cases
 
 In: a run folder and an open Session. Out: metrics, references for KL and DPO.

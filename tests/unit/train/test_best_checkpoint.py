@@ -13,9 +13,13 @@ def make_score(task: str, metric: str, value: float, n: int = 10) -> Score:
 
 def test_a_look_is_made_of_what_eval_data_scored() -> None:
     scores = [
-        make_score("eval", "loss", 0.5, 60), make_score("eval", "json_valid", 0.8), make_score("eval", "field_f1", 0.6),
-        make_score("test", "loss", 9.0), make_score("probes", "forgotten", 0.01), make_score("probes", "kl", 3.0),
-    ]  # fmt: skip
+        make_score("eval", "loss", 0.5, 60),
+        make_score("eval", "json_valid", 0.8),
+        make_score("eval", "field_f1", 0.6),
+        make_score("test", "loss", 9.0),
+        make_score("probes", "forgotten", 0.01),
+        make_score("probes", "kl", 3.0),
+    ]
     assert EvalPoint.from_scores(4, scores, ("json_valid", "field_f1")) == EvalPoint(
         4, 0.5, 0.7, 0.1, 0.01
     )

@@ -148,7 +148,7 @@ def test_checked_places_are_spread_from_the_first_to_the_last() -> None:
     assert (places[0], places[-1], len(places)) == (0, 999, probe_module.MAX_CHECKED_POSITIONS)
 
 
-# ---------------------------------------------------------------- each broken thing by its own message
+# ---------------------------------------------------------------- each fault has its message
 
 
 def get_refusal(model: PackedCausalLM, samples: PreflightSamples) -> str:
@@ -306,7 +306,7 @@ def test_a_document_that_trains_nothing_or_its_first_token(first: float) -> None
     )
 
 
-# ---------------------------------------------------------------- a check that cannot fail proves nothing
+# ---------------------------------------------------------------- negative controls
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,18 @@ def trained_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The tiny model, trained until its answers have a form that can be lost."""
     folder = tmp_path_factory.mktemp("learnt")
     data = str(write_rows(folder / "rows.jsonl", sums(1, 24)))
-    train(recipe(tiny_folder, folder, data=data, method="full", lora_r="auto", num_train_epochs=16, batch_size=6,
-                 learning_rate=5e-3))  # fmt: skip
+    train(
+        recipe(
+            tiny_folder,
+            folder,
+            data=data,
+            method="full",
+            lora_r="auto",
+            num_train_epochs=16,
+            batch_size=6,
+            learning_rate=5e-3,
+        )
+    )
     return folder / "run" / "model"
 
 
@@ -138,8 +148,15 @@ def test_full_fine_tuning_has_no_base_to_read_answers_with(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     files = measured_files(tmp_path)
-    wish = recipe(tiny_folder, tmp_path, **files, method="full", lora_r="auto", learning_rate=1e-4,
-                  guard={"probe_steps": 1, "collapse": "warn"})  # fmt: skip
+    wish = recipe(
+        tiny_folder,
+        tmp_path,
+        **files,
+        method="full",
+        lora_r="auto",
+        learning_rate=1e-4,
+        guard={"probe_steps": 1, "collapse": "warn"},
+    )
     measures = {
         event.metric
         for event in train(wish)
@@ -309,7 +326,6 @@ def test_it_goes_back_three_times_and_no_more(trained_model: Path, tmp_path: Pat
         **files,
         data=str(write_rows(tmp_path / "rows.jsonl", sums(1, 24))),
         save_steps=1,
-        # fmt: skip
         learning_rate=1.0,
         warmup_ratio=0.5,
         guard={"probe_steps": 1, "forgetting": "off"},
@@ -407,9 +423,17 @@ def test_patience_ends_a_run_that_gets_no_better_also_when_it_is_resumed(
     files = measured_files(tmp_path)
 
     def make_patient_recipe(name: str) -> Recipe:
-        return recipe(trained_model, tmp_path / name, **files, num_train_epochs=3, eval_steps=1, save_steps=1,
-                      learning_rate=1.0, warmup_ratio=0.1,
-                      guard={"collapse": "off", "forgetting": "off", "patience": 2})  # fmt: skip
+        return recipe(
+            trained_model,
+            tmp_path / name,
+            **files,
+            num_train_epochs=3,
+            eval_steps=1,
+            save_steps=1,
+            learning_rate=1.0,
+            warmup_ratio=0.1,
+            guard={"collapse": "off", "forgetting": "off", "patience": 2},
+        )
 
     full, killed = make_patient_recipe("whole"), make_patient_recipe("killed")
     steps = steps_of(train(full))
@@ -425,8 +449,14 @@ def test_a_signal_before_a_look_leaves_the_look_to_the_next_attempt(
     files = measured_files(tmp_path)
 
     def make_evaluated_recipe(name: str) -> Recipe:
-        return recipe(trained_model, tmp_path / name, **files, eval_steps=1, learning_rate=1e-3,
-                      guard={"probe_steps": 1, "collapse": "warn"})  # fmt: skip
+        return recipe(
+            trained_model,
+            tmp_path / name,
+            **files,
+            eval_steps=1,
+            learning_rate=1e-3,
+            guard={"probe_steps": 1, "collapse": "warn"},
+        )
 
     full, stopped = make_evaluated_recipe("whole"), make_evaluated_recipe("stopped")
     train(full)
