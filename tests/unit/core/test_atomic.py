@@ -105,10 +105,10 @@ def test_every_changed_byte_of_a_manifest_is_seen(tmp_path: Path) -> None:
     manifest = tmp_path / "a" / "manifest.json"
     content = manifest.read_bytes()
     assert b'"version": 1' in content
-    for place in range(len(content)):
+    for position in range(len(content)):
         for change in (1, 4, 0x80):
             manifest.write_bytes(
-                content[:place] + bytes([content[place] ^ change]) + content[place + 1 :]
+                content[:position] + bytes([content[position] ^ change]) + content[position + 1 :]
             )
             assert verify_dir(tmp_path / "a") == "manifest.json is missing or broken"
     for other in (

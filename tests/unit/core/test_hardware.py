@@ -35,10 +35,10 @@ def test_memory_is_that_of_the_system_or_less() -> None:
 
 
 def test_a_cgroup_limit_counts_and_cached_files_are_free(tmp_path: Path) -> None:
-    two, one, none = tmp_path / "two", tmp_path / "one", tmp_path / "none"
+    version_2, version_1, unlimited = tmp_path / "two", tmp_path / "one", tmp_path / "none"
     for folder, files in (
         (
-            two,
+            version_2,
             {
                 "memory.max": "1000\n",
                 "memory.current": "700\n",
@@ -46,19 +46,22 @@ def test_a_cgroup_limit_counts_and_cached_files_are_free(tmp_path: Path) -> None
             },
         ),
         (
-            one,
+            version_1,
             {
                 "memory.limit_in_bytes": "500",
                 "memory.usage_in_bytes": "100",
                 "memory.stat": "total_inactive_file 9",
             },
         ),
-        (none, {"memory.max": "max\n", "memory.current": "700\n"}),
+        (unlimited, {"memory.max": "max\n", "memory.current": "700\n"}),
     ):
         folder.mkdir()
         for name, text in files.items():
             (folder / name).write_text(text)
-    assert hardware._read_cgroup_limits([two, none, one]) == [(1000, 400), (500, 91)]
+    assert hardware._read_cgroup_limits([version_2, unlimited, version_1]) == [
+        (1000, 400),
+        (500, 91),
+    ]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
@@ -82,8 +85,8 @@ def test_the_peak_rises_and_can_be_reset() -> None:
 
 
 def test_measuring_imports_no_torch_without_a_gpu() -> None:
-    code = "import sys; from pathlib import Path; from tunesmith.core.hardware import *; print(measure_machine(Path()).device)"
-    code += "; print('torch' in sys.modules)"
+    code = "import sys; from pathlib import Path; from tunesmith.core.hardware import *"
+    code += "; print(measure_machine(Path()).device); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     device, torch_loaded = done.stdout.split()
     assert device == "cuda" or torch_loaded == "False"

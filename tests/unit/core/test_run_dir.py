@@ -195,10 +195,20 @@ def test_every_event_is_a_line_with_type_time_and_attempt(tmp_path: Path) -> Non
     assert {line["type"] for line in lines} == EVENT_TYPES.keys()
     assert all(line["attempt"] == 1 and line["time"] > 1.7e9 for line in lines)
     assert lines[2] | {"time": 0} == {
-        "type": "step", "time": 0, "attempt": 1, "step": 1, "loss": 1.0, "tokens": 100, "supervised_tokens": 20,
-        "seconds": 0.5, "learning_rate": 1e-4, "grad_norm": 1.0, "peak_bytes": 10**9, "task_tokens": {},
+        "type": "step",
+        "time": 0,
+        "attempt": 1,
+        "step": 1,
+        "loss": 1.0,
+        "tokens": 100,
+        "supervised_tokens": 20,
+        "seconds": 0.5,
+        "learning_rate": 1e-4,
+        "grad_norm": 1.0,
+        "peak_bytes": 10**9,
+        "task_tokens": {},
         "shared_tokens": 0,
-    }  # fmt: skip
+    }
     assert read_events(tmp_path) == sorted(events, key=lambda event: event.step)
     assert [logged.attempt for logged in read_all_events(tmp_path)] == [1] * len(events)
 
@@ -289,8 +299,8 @@ def test_the_newest_checkpoint_that_can_be_trusted_is_taken(tmp_path: Path) -> N
         (new / "adapter.safetensors").write_bytes(b"weightz")
         (tmp_path / "checkpoints" / "step-x").mkdir()
         (tmp_path / "checkpoints" / "step-11").mkdir()
-        found, skipped = folder.find_latest_checkpoint()
-        assert found == old
+        checkpoints, skipped = folder.find_latest_checkpoint()
+        assert checkpoints == old
         assert [problem.partition(":")[0] for problem in skipped] == [
             "checkpoints/step-11",
             "checkpoints/step-10",

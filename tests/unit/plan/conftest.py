@@ -51,7 +51,7 @@ REPORT = DataReport(
 
 
 @pytest.fixture
-def known() -> Callable[..., RuleContext]:
+def make_context() -> Callable[..., RuleContext]:
     """known(hidden_size=..., rows=..., compiler=..., batch_size=...): facts by the name of their
     field, the rest is what has been decided."""
 
@@ -59,11 +59,13 @@ def known() -> Callable[..., RuleContext]:
         *, max_steps: int | None = None, has_schema: bool = False, **changed: Any
     ) -> RuleContext:
         parts = []
-        for whole in (CPU, SMOLLM2, REPORT):
-            names = {field.name for field in dataclasses.fields(whole)} & (
+        for default in (CPU, SMOLLM2, REPORT):
+            names = {field.name for field in dataclasses.fields(default)} & (
                 changed.keys() - {"dtype"}
             )
-            parts.append(dataclasses.replace(whole, **{name: changed.pop(name) for name in names}))
+            parts.append(
+                dataclasses.replace(default, **{name: changed.pop(name) for name in names})
+            )
         decided = {
             "method": "lora",
             "optim": "adamw",

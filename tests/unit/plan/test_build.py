@@ -18,7 +18,7 @@ Planner = Callable[..., Plan]
 
 
 @pytest.fixture
-def plan(known: Callable[..., RuleContext]) -> Planner:
+def plan(make_context: Callable[..., RuleContext]) -> Planner:
     """plan({recipe key: value}, field=...) as for `known`; `roles`: reports beside the training
     data's, `saved`: by sharing prefixes."""
 
@@ -28,7 +28,7 @@ def plan(known: Callable[..., RuleContext]) -> Planner:
         saved: float = 0,
         **changed: Any,
     ) -> Plan:
-        facts = known(**changed)
+        facts = make_context(**changed)
         return build_plan(
             Recipe.model_validate({"model": "smollm2", "data": "train.jsonl", **(wishes or {})}),
             machine=facts.machine,
@@ -194,7 +194,7 @@ def test_a_machine_without_memory_or_disk_is_refused(plan: Planner) -> None:
     wish = {"gradient_checkpointing": "none"}
     peak = plan(wish).memory_bytes["peak"]
     refuse_if_too_large(plan(wish, available_bytes=int(1.16 * peak)))
-    with pytest.raises(MachineError, match="of memory with a margin of 15%, and .* GB are free"):
+    with pytest.raises(MachineError, match=r"of memory with a margin of 15%, and .* GB are free"):
         refuse_if_too_large(plan(wish, available_bytes=int(1.14 * peak)))
     with pytest.raises(MachineError, match="1,000 are free"):
         refuse_if_too_large(plan(disk_free_bytes=1000))
@@ -205,19 +205,19 @@ def test_the_user_is_warned_of_what_weakens_the_result(plan: Planner) -> None:
     assert "only 68 steps" in few
     assert "no held-out rows" in few
     assert "extrapolated" in few
-    told = plan(
+    warnings = plan(
         roles={
             "test_data": {"rows": 12, "dropped": {}},
             "eval_data": {"findings": (Finding("f", "warn", "odd"), Finding("g", "info", "quiet"))},
         },
         dropped={"longer than max_length": 1},
     ).warnings
-    text = "\n".join(told)
+    text = "\n".join(warnings)
     assert "12 test rows" in text
     assert "eval_data: odd" in text
     assert "quiet" not in text
     assert "data: 1 of 1,000 rows lose all their documents" in text
-    assert len(set(told)) == len(told)
+    assert len(set(warnings)) == len(warnings)
 
 
 def test_a_large_model_with_enough_rows_needs_no_warning(plan: Planner) -> None:

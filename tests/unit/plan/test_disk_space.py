@@ -15,9 +15,9 @@ from tunesmith.train import run
 
 
 def test_checkpoints_of_all_trained_weights_and_of_the_base_what_no_switch_brings_back(
-    known: Callable[..., RuleContext],
+    make_context: Callable[..., RuleContext],
 ) -> None:
-    spec = known().model
+    spec = make_context().model
     lora: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 16}
     assert estimate_disk_bytes(spec, checkpoints=5, **lora) == 5 * 16 * 305_280 * 12
     full: dict[str, Any] = {"method": "full", "dtype": "bf16", "rank": 0}

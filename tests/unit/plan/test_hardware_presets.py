@@ -17,8 +17,8 @@ from tunesmith.plan.rules import RuleContext
 
 
 @pytest.fixture
-def here(known: Callable[..., RuleContext]) -> Machine:
-    return known().machine
+def here(make_context: Callable[..., RuleContext]) -> Machine:
+    return make_context().machine
 
 
 @pytest.mark.parametrize(

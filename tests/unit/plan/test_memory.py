@@ -16,8 +16,8 @@ SETTINGS: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 16, "pack
 
 
 @pytest.fixture
-def spec(known: Callable[..., RuleContext]) -> ModelSpec:
-    return known().model
+def spec(make_context: Callable[..., RuleContext]) -> ModelSpec:
+    return make_context().model
 
 
 def test_an_adapter_of_smollm2_has_305_thousand_parameters_a_rank(spec: ModelSpec) -> None:
@@ -83,16 +83,16 @@ def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
     layer = 4 * h + 2 * q + 2 * kv + mlp
     wanted = {"none": 30 * layer, "selective": 30 * (layer - mlp), "full": 30 * h + layer}
     for policy, values in wanted.items():
-        found = estimate_peak_memory(spec, **SETTINGS, gradient_checkpointing=policy)["activations"]
-        assert found == 2048 * 2 * (values + 6 * 1536)
+        saved = estimate_peak_memory(spec, **SETTINGS, gradient_checkpointing=policy)["activations"]
+        assert saved == 2048 * 2 * (values + 6 * 1536)
 
 
 def test_a_family_with_more_norms_keeps_their_inputs(spec: ModelSpec) -> None:
     def values(model_type: str) -> float:
-        found = estimate_peak_memory(dataclasses.replace(spec, model_type=model_type), **SETTINGS)[
+        saved = estimate_peak_memory(dataclasses.replace(spec, model_type=model_type), **SETTINGS)[
             "activations"
         ]
-        return found / (2048 * 2 * 30)
+        return saved / (2048 * 2 * 30)
 
     plain, heads, outputs = 0, 576 + 192, 2 * 576
     more = {"llama": plain, "qwen3": heads, "gemma2": outputs, "gemma3_text": heads + outputs}
@@ -123,12 +123,12 @@ def test_moments_in_8_bits_take_a_quarter(spec: ModelSpec) -> None:
 
 def test_a_step_in_the_backward_keeps_the_gradient_of_one_tensor(spec: ModelSpec) -> None:
     full = SETTINGS | {"method": "full"}
-    kept, gone = (
+    with_gradients, without = (
         estimate_peak_memory(spec, **full),
         estimate_peak_memory(spec, **full, step_in_backward=True),
     )
     largest = spec.vocab_size * spec.hidden_size
-    assert kept["trained"] - gone["trained"] == 4 * (spec.parameters - largest)
+    assert with_gradients["trained"] - without["trained"] == 4 * (spec.parameters - largest)
 
 
 def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) -> None:
@@ -145,9 +145,9 @@ def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) ->
 
 
 def test_answers_written_side_by_side_count_where_they_take_more_than_a_step(
-    known: Callable[..., RuleContext],
+    make_context: Callable[..., RuleContext],
 ) -> None:
-    spec, machine = known().model, known().machine
+    spec, machine = make_context().model, make_context().machine
     held = {**SETTINGS, "packs": 1, "layouts": 1, "has_evaluation": False}
     few, many = (
         estimate_memory(spec, machine, **held, cache_tokens=tokens) for tokens in (1000, 100_000)

@@ -91,8 +91,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], GpuSoftware, str, int, str, floa
 
 
 @pytest.fixture
-def spec_of(known: Callable[..., RuleContext]) -> Callable[[dict[str, Any]], ModelSpec]:
-    return lambda sizes: dataclasses.replace(known().model, **sizes)
+def spec_of(make_context: Callable[..., RuleContext]) -> Callable[[dict[str, Any]], ModelSpec]:
+    return lambda sizes: dataclasses.replace(make_context().model, **sizes)
 
 
 @pytest.mark.parametrize("what", PUBLISHED)

@@ -27,9 +27,9 @@ LARGE = {"hidden_size": 4096, "parameters": 8 * 10**9}
 
 
 @pytest.fixture
-def plan(known: Callable[..., RuleContext]) -> Callable[..., Plan]:
+def plan(make_context: Callable[..., RuleContext]) -> Callable[..., Plan]:
     def make(saved: float = 0.0, target: str | None = None, **wishes: Any) -> Plan:
-        facts = known()
+        facts = make_context()
         return build_plan(
             Recipe.model_validate({"model": "smollm2", "data": "train.jsonl", **wishes}),
             machine=assume_bitsandbytes(choose_machine(facts.machine, target, None)),
@@ -85,30 +85,37 @@ def test_every_value_of_a_plan_says_how_sure_it_is(plan: Callable[..., Plan]) ->
     ],
 )
 def test_the_usual_advice_is_compared(
-    key: str, value: Any, decided: Any, model: Any, advice: str, known: Callable[..., RuleContext]
+    key: str,
+    value: Any,
+    decided: Any,
+    model: Any,
+    advice: str,
+    make_context: Callable[..., RuleContext],
 ) -> None:
-    facts = known(**model, **decided)
+    facts = make_context(**model, **decided)
     assert (
         advice in add_evidence({key: rule_value(value, "why", "source")}, facts)[key].common_advice
     )
 
 
 def test_rates_are_published_from_where_their_formula_was_fitted(
-    known: Callable[..., RuleContext],
+    make_context: Callable[..., RuleContext],
 ) -> None:
     chosen = {"learning_rate": rule_value(3e-4, "why", "source")}
-    assert add_evidence(chosen, known(**LARGE))["learning_rate"].confidence == "published"
-    assert add_evidence(chosen, known())["learning_rate"].confidence == "extrapolated"
-    texts = dataclasses.replace(known(), stage="cpt")
+    assert add_evidence(chosen, make_context(**LARGE))["learning_rate"].confidence == "published"
+    assert add_evidence(chosen, make_context())["learning_rate"].confidence == "extrapolated"
+    texts = dataclasses.replace(make_context(), stage="cpt")
     for why, sure in (
         (f"a tenth of the usual peak; {UNKNOWN_PEAK}", "extrapolated"),
         ("3e-3", "published"),
     ):
-        found = add_evidence({"learning_rate": rule_value(3e-4, why, "Ibrahim 2024")}, texts)[
+        rated = add_evidence({"learning_rate": rule_value(3e-4, why, "Ibrahim 2024")}, texts)[
             "learning_rate"
         ]
-        assert (found.confidence, "a tenth" in found.common_advice) == (sure, True)
-    assert add_evidence({"seed": PlanValue(1, "user", "so")}, known())["seed"].confidence == ""
+        assert (rated.confidence, "a tenth" in rated.common_advice) == (sure, True)
+    assert (
+        add_evidence({"seed": PlanValue(1, "user", "so")}, make_context())["seed"].confidence == ""
+    )
 
 
 def test_work_is_two_operations_a_weight_and_pass(plan: Callable[..., Plan]) -> None:
@@ -140,12 +147,12 @@ def test_a_target_takes_the_published_share_of_its_rate(plan: Callable[..., Plan
 
 def test_methods_side_by_side(plan: Callable[..., Plan]) -> None:
     full, lora, qlora = estimate_methods(lambda method: plan(method=method))
-    assert [one.method for one in (full, lora, qlora)] == ["full", "lora", "qlora"]
+    assert [estimate.method for estimate in (full, lora, qlora)] == ["full", "lora", "qlora"]
     assert full.peak_bytes > lora.peak_bytes > qlora.peak_bytes
     assert full.flops > lora.flops == qlora.flops
     assert (full.trained_parameters, lora.trained_parameters) == (134_515_008, 16 * 305_280)
     assert (full.result_bytes, lora.result_bytes) == (2 * 134_515_008, 4 * 16 * 305_280)
     assert (full.seconds, full.has_enough_memory, full.fits_on) == ((), True, "")
     assert lora.multiple == pytest.approx(lora.peak_bytes / 269_030_016)
-    assert {one.usual_multiple for one in (lora, qlora)} == {"x1.5"}
+    assert {estimate.usual_multiple for estimate in (lora, qlora)} == {"x1.5"}
     assert parse_as(MethodEstimate, to_jsonable(lora)) == lora

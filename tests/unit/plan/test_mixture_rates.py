@@ -50,23 +50,23 @@ def test_shares_are_within_a_row_of_the_rates(
     sizes: list[int], temperature: float, limit: int | None
 ) -> None:
     rows = {str(i): size for i, size in enumerate(sizes)}
-    found = allocate_rows(MixtureConfig(temperature=temperature, limit=limit), rows)
+    allocated = allocate_rows(MixtureConfig(temperature=temperature, limit=limit), rows)
     capped = [min(size, limit or size) for size in sizes]
     rates = [size ** (1 / temperature) for size in capped]
     exact = [sum(capped) * rate / sum(rates) for rate in rates]
     assert all(
         count == 1 or abs(count - share) <= 1
-        for count, share in zip(found.values(), exact, strict=True)
+        for count, share in zip(allocated.values(), exact, strict=True)
     )
-    assert 0 <= sum(found.values()) - sum(capped) < len(sizes)
+    assert 0 <= sum(allocated.values()) - sum(capped) < len(sizes)
 
 
 def test_the_plan_goes_by_what_an_epoch_holds() -> None:
     choice = decide_mixture(MixtureConfig(limit=100), REPORT)
     assert choice.value == {"small": 10, "middle": 90, "large": 100}
     assert "large 50% of the rows and 67% of the tokens" in choice.reason
-    found = scale_report(REPORT, choice)
-    assert (found.rows, found.documents, found.tokens, found.supervised_tokens) == (
+    allocated = scale_report(REPORT, choice)
+    assert (allocated.rows, allocated.documents, allocated.tokens, allocated.supervised_tokens) == (
         200,
         200,
         3000,

@@ -22,20 +22,20 @@ LENGTHS = {"max_length": 700, "pack_length": 4096}
     ],
 )
 def test_the_ratio_follows_the_shift_and_the_size(
-    known: Callable[..., RuleContext], parameters: int, shift: str, ratio: float
+    make_context: Callable[..., RuleContext], parameters: int, shift: str, ratio: float
 ) -> None:
     wish = RehearsalConfig.model_validate({"data": "general.jsonl", "shift": shift})
-    choice = decide_rehearsal(wish, known(parameters=parameters, **LENGTHS), None)[
+    choice = decide_rehearsal(wish, make_context(parameters=parameters, **LENGTHS), None)[
         "rehearsal_ratio"
     ]
     assert (choice.value, choice.decided_by) == (ratio, "rule")
     assert "Ibrahim" in choice.source
 
 
-def test_the_reason_says_how_much_that_is(known: Callable[..., RuleContext]) -> None:
+def test_the_reason_says_how_much_that_is(make_context: Callable[..., RuleContext]) -> None:
     wish = RehearsalConfig.model_validate({"data": "general.jsonl", "ratio": 0.2})
-    general = known(tokens=25_000).data
-    choice = decide_rehearsal(wish, known(rows=1600, tokens=160_000, **LENGTHS), general)[
+    general = make_context(tokens=25_000).data
+    choice = decide_rehearsal(wish, make_context(rows=1600, tokens=160_000, **LENGTHS), general)[
         "rehearsal_ratio"
     ]
     assert choice.decided_by == "user"
@@ -48,12 +48,14 @@ def test_the_reason_says_how_much_that_is(known: Callable[..., RuleContext]) -> 
     ("longest", "pack", "piece"), [(700, 4096, 1024), (2000, 4096, 2000), (100, 512, 512)]
 )
 def test_a_piece_is_as_long_as_a_document_and_fits_a_pack(
-    known: Callable[..., RuleContext], longest: int, pack: int, piece: int
+    make_context: Callable[..., RuleContext], longest: int, pack: int, piece: int
 ) -> None:
     wish = RehearsalConfig.model_validate({"data": "general.jsonl"})
-    found = decide_rehearsal(wish, known(max_length=longest, pack_length=pack), None)
-    assert found["rehearsal_length"].value == piece
+    settings = decide_rehearsal(wish, make_context(max_length=longest, pack_length=pack), None)
+    assert settings["rehearsal_length"].value == piece
 
 
-def test_without_rehearsal_there_is_nothing_to_choose(known: Callable[..., RuleContext]) -> None:
-    assert decide_rehearsal(None, known(), None) == {}
+def test_without_rehearsal_there_is_nothing_to_choose(
+    make_context: Callable[..., RuleContext],
+) -> None:
+    assert decide_rehearsal(None, make_context(), None) == {}

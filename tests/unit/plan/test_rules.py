@@ -26,35 +26,37 @@ Make = Callable[..., RuleContext]
     ],
 )
 def test_learning_rates_are_those_of_the_published_formula(
-    family: str, hidden: int, full: float, known: Make
+    family: str, hidden: int, full: float, make_context: Make
 ) -> None:
     facts = {"model_type": family, "hidden_size": hidden, "batch_size": 128, "rows": 128 * 780}
-    assert rules.learning_rate(known(**facts, method="full")).value == full
-    assert rules.learning_rate(known(**facts)).value == pytest.approx(10 * full, rel=0.02)
+    assert rules.learning_rate(make_context(**facts, method="full")).value == full
+    assert rules.learning_rate(make_context(**facts)).value == pytest.approx(10 * full, rel=0.02)
 
 
 def test_learning_rate_follows_the_square_root_of_the_batch_and_is_higher_for_short_runs(
-    known: Make,
+    make_context: Make,
 ) -> None:
     facts = {"hidden_size": 4096, "parameters": 8 * 10**9}
-    assert rules.learning_rate(known(**facts, batch_size=32, rows=3200)).value == 1.4e-4
-    assert rules.learning_rate(known(**facts, batch_size=128, rows=12800)).value == 2.9e-4
-    assert rules.learning_rate(known(**facts, batch_size=128, rows=12799 - 128)).value == 4.3e-4
+    assert rules.learning_rate(make_context(**facts, batch_size=32, rows=3200)).value == 1.4e-4
+    assert rules.learning_rate(make_context(**facts, batch_size=128, rows=12800)).value == 2.9e-4
+    assert (
+        rules.learning_rate(make_context(**facts, batch_size=128, rows=12799 - 128)).value == 4.3e-4
+    )
 
 
-def test_learning_rate_is_bounded_and_says_when_it_is_extrapolated(known: Make) -> None:
+def test_learning_rate_is_bounded_and_says_when_it_is_extrapolated(make_context: Make) -> None:
     facts = {"hidden_size": 64, "batch_size": 128, "rows": 99}
-    assert rules.learning_rate(known(**facts, parameters=10**8)).value == 3e-3
-    assert rules.learning_rate(known(**facts, parameters=10**9)).value == 1e-3
-    assert "extrapolated" in rules.learning_rate(known(hidden_size=1999)).reason
-    assert "extrapolated" not in rules.learning_rate(known(hidden_size=2000)).reason
+    assert rules.learning_rate(make_context(**facts, parameters=10**8)).value == 3e-3
+    assert rules.learning_rate(make_context(**facts, parameters=10**9)).value == 1e-3
+    assert "extrapolated" in rules.learning_rate(make_context(hidden_size=1999)).reason
+    assert "extrapolated" not in rules.learning_rate(make_context(hidden_size=2000)).reason
 
 
 @pytest.mark.parametrize(
     ("rows", "epochs"), [(1, 3), (1999, 3), (2000, 2), (49_999, 2), (50_000, 1)]
 )
-def test_epochs_follow_the_rows(rows: int, epochs: int, known: Make) -> None:
-    assert rules.num_train_epochs(known(rows=rows)).value == epochs
+def test_epochs_follow_the_rows(rows: int, epochs: int, make_context: Make) -> None:
+    assert rules.num_train_epochs(make_context(rows=rows)).value == epochs
 
 
 @pytest.mark.parametrize(
@@ -69,9 +71,9 @@ def test_epochs_follow_the_rows(rows: int, epochs: int, known: Make) -> None:
     ],
 )
 def test_batches_shrink_until_a_run_has_a_hundred_steps(
-    method: str, rows: int, size: int, known: Make
+    method: str, rows: int, size: int, make_context: Make
 ) -> None:
-    assert rules.batch_size(known(method=method, rows=rows)).value == size
+    assert rules.batch_size(make_context(method=method, rows=rows)).value == size
 
 
 @pytest.mark.parametrize(
@@ -84,55 +86,59 @@ def test_batches_shrink_until_a_run_has_a_hundred_steps(
         (10**12, 256),
     ],
 )
-def test_rank_holds_what_is_to_be_learned(trained_tokens: int, rank: int, known: Make) -> None:
-    assert rules.lora_r(known(supervised_tokens=trained_tokens)).value == rank
+def test_rank_holds_what_is_to_be_learned(
+    trained_tokens: int, rank: int, make_context: Make
+) -> None:
+    assert rules.lora_r(make_context(supervised_tokens=trained_tokens)).value == rank
 
 
 @pytest.mark.parametrize(("rank", "stabilised"), [(16, False), (64, False), (128, True)])
-def test_rank_stabilising_starts_above_64(rank: int, stabilised: bool, known: Make) -> None:
-    assert rules.use_rslora(known(lora_r=rank)).value is stabilised
-    assert rules.lora_alpha(known(lora_r=rank)).value == 32
+def test_rank_stabilising_starts_above_64(rank: int, stabilised: bool, make_context: Make) -> None:
+    assert rules.use_rslora(make_context(lora_r=rank)).value is stabilised
+    assert rules.lora_alpha(make_context(lora_r=rank)).value == 32
 
 
 @pytest.mark.parametrize(
     ("steps", "ratio"),
     [(1, 0), (4, 0), (5, 0.1), (10, 0.1), (100, 0.1), (200, 0.05), (333, 0.03), (10_000, 0.03)],
 )
-def test_warm_up_is_ten_steps_within_bounds(steps: int, ratio: float, known: Make) -> None:
-    assert rules.warmup_ratio(known(rows=steps, batch_size=1)).value == ratio
+def test_warm_up_is_ten_steps_within_bounds(steps: int, ratio: float, make_context: Make) -> None:
+    assert rules.warmup_ratio(make_context(rows=steps, batch_size=1)).value == ratio
 
 
-def test_documents_are_not_cut_unless_the_model_reads_less(known: Make) -> None:
-    whole = rules.max_length(known())
-    assert (whole.value, whole.decided_by) == (700, "rule")
-    cut = rules.max_length(known(context_length=512))
+def test_documents_are_not_cut_unless_the_model_reads_less(make_context: Make) -> None:
+    uncut = rules.max_length(make_context())
+    assert (uncut.value, uncut.decided_by) == (700, "rule")
+    cut = rules.max_length(make_context(context_length=512))
     assert (cut.value, cut.decided_by) == (512, "checkpoint")
 
 
 @pytest.mark.parametrize(
     ("device", "longest", "pack"), [("cpu", 700, 4096), ("cpu", 5000, 5000), ("cuda", 700, 8192)]
 )
-def test_packs_hold_the_longest_document(device: str, longest: int, pack: int, known: Make) -> None:
-    assert rules.pack_length(known(device=device, max_length=longest)).value == pack
+def test_packs_hold_the_longest_document(
+    device: str, longest: int, pack: int, make_context: Make
+) -> None:
+    assert rules.pack_length(make_context(device=device, max_length=longest)).value == pack
 
 
-def test_precision_and_attention_are_what_the_machine_has(known: Make) -> None:
-    assert rules.dtype(known(has_bf16_matmul=True)).value == "bf16"
-    assert rules.dtype(known(has_bf16_matmul=False)).value == "fp32"
-    assert rules.attention(known()).value == "cpu_kernel"
-    assert rules.attention(known(compiler=None)).value == "sdpa"
-    assert rules.attention(known(dtype="fp32")).value == "sdpa"
-    assert rules.attention(known(device="cuda")).value == "varlen"
+def test_precision_and_attention_are_what_the_machine_has(make_context: Make) -> None:
+    assert rules.dtype(make_context(has_bf16_matmul=True)).value == "bf16"
+    assert rules.dtype(make_context(has_bf16_matmul=False)).value == "fp32"
+    assert rules.attention(make_context()).value == "cpu_kernel"
+    assert rules.attention(make_context(compiler=None)).value == "sdpa"
+    assert rules.attention(make_context(dtype="fp32")).value == "sdpa"
+    assert rules.attention(make_context(device="cuda")).value == "varlen"
 
 
-def test_metrics_follow_the_schema(known: Make) -> None:
-    assert rules.metrics(known()).value == ("exact_match",)
-    assert rules.metrics(known(has_schema=True)).value[:2] == ("json_valid", "schema_valid")
+def test_metrics_follow_the_schema(make_context: Make) -> None:
+    assert rules.metrics(make_context()).value == ("exact_match",)
+    assert rules.metrics(make_context(has_schema=True)).value[:2] == ("json_valid", "schema_valid")
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 160, 1001])
-def test_a_run_is_looked_at_four_times(rows: int, known: Make) -> None:
-    facts = known(rows=rows, batch_size=1)
+def test_a_run_is_looked_at_four_times(rows: int, make_context: Make) -> None:
+    facts = make_context(rows=rows, batch_size=1)
     every = rules.eval_steps(facts).value
     assert every == rules.save_steps(facts).value >= 1
     assert facts.steps // every <= 4
@@ -143,14 +149,14 @@ def test_a_run_is_looked_at_four_times(rows: int, known: Make) -> None:
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
 @pytest.mark.parametrize("max_steps", [None, 1, 9])
 def test_a_plan_and_its_schedule_count_the_same_steps(
-    rows: int, epochs: float, size: int, max_steps: int | None, known: Make
+    rows: int, epochs: float, size: int, max_steps: int | None, make_context: Make
 ) -> None:
-    facts = known(rows=rows, num_train_epochs=epochs, batch_size=size, max_steps=max_steps)
+    facts = make_context(rows=rows, num_train_epochs=epochs, batch_size=size, max_steps=max_steps)
     assert facts.steps == StepSampler(rows, size, epochs, seed=0, max_steps=max_steps).total_steps
 
 
-def test_every_rule_gives_a_reason_that_fits_on_a_screen(known: Make) -> None:
-    facts = known()
+def test_every_rule_gives_a_reason_that_fits_on_a_screen(make_context: Make) -> None:
+    facts = make_context()
     for key, decide_by_rule in RULES.items():
         choice = decide_by_rule(facts)
         facts.settings[key] = choice
@@ -169,18 +175,21 @@ def test_every_rule_gives_a_reason_that_fits_on_a_screen(known: Make) -> None:
     ],
 )
 def test_frozen_weights_are_blocked_where_there_is_room(
-    facts: dict[str, object], layout: str, known: Make
+    facts: dict[str, object], layout: str, make_context: Make
 ) -> None:
-    assert rules.weight_layout(known(**facts)).value == layout
+    assert rules.weight_layout(make_context(**facts)).value == layout
 
 
-def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(known: Make) -> None:
+def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(
+    make_context: Make,
+) -> None:
     large = {"parameters": 8 * 10**9, "available_bytes": 19 * 10**9}
     installed = {"versions": {"bitsandbytes": "0.50.2"}}
-    assert rules.method(known(**large, **installed)).value == "qlora"
-    assert rules.method(known(**large)).value == "lora"
+    assert rules.method(make_context(**large, **installed)).value == "qlora"
+    assert rules.method(make_context(**large)).value == "lora"
     assert (
-        rules.method(known(**large | {"available_bytes": 20 * 10**9}, **installed)).value == "lora"
+        rules.method(make_context(**large | {"available_bytes": 20 * 10**9}, **installed)).value
+        == "lora"
     )
 
 
@@ -195,7 +204,7 @@ def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(known: 
     ],
 )
 def test_a_step_is_taken_in_the_backward_where_nothing_needs_all_gradients(
-    changed: dict[str, object], taken: bool, known: Make
+    changed: dict[str, object], taken: bool, make_context: Make
 ) -> None:
     decided = {
         "method": "full",
@@ -203,15 +212,17 @@ def test_a_step_is_taken_in_the_backward_where_nothing_needs_all_gradients(
         "pack_length": 4096,
         "batch_size": 4,
     } | changed
-    assert rules.step_in_backward(known(**decided)).value is taken
+    assert rules.step_in_backward(make_context(**decided)).value is taken
 
 
-def test_prefixes_are_shared_where_that_saves_enough_and_nothing_is_drawn(known: Make) -> None:
+def test_prefixes_are_shared_where_that_saves_enough_and_nothing_is_drawn(
+    make_context: Make,
+) -> None:
     decided = {"pack_length": 4096, "lora_dropout": 0.0, "batch_size": 8}
 
     def choice(saved: float, **changed: object) -> PlanValue:
         facts = replace(
-            known(**decided | changed),
+            make_context(**decided | changed),
             saved_share=lambda batch, pack: saved * (batch, pack).count(8),
         )
         return rules.share_prefixes(facts)

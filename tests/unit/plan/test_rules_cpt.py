@@ -16,18 +16,18 @@ M = 10**6
 
 
 @pytest.fixture
-def texts(known: Make) -> Make:
+def texts(make_context: Make) -> Make:
     def make(**changed: object) -> RuleContext:
-        return dataclasses.replace(known(**{"max_length": 2048} | changed), stage="cpt")
+        return dataclasses.replace(make_context(**{"max_length": 2048} | changed), stage="cpt")
 
     return make
 
 
 def test_the_learning_rate_is_a_tenth_of_the_peak_with_its_source(texts: Make) -> None:
-    found = rules_cpt.learning_rate(texts(tokens=20 * M))
-    assert (found.value, found.source[:19]) == (3e-4, "SmolLM2 paper, 135M")
-    assert "a tenth of 0.003, the peak of its pretraining" in found.reason
-    assert "a 30th to a 60th" not in found.reason
+    decided = rules_cpt.learning_rate(texts(tokens=20 * M))
+    assert (decided.value, decided.source[:19]) == (3e-4, "SmolLM2 paper, 135M")
+    assert "a tenth of 0.003, the peak of its pretraining" in decided.reason
+    assert "a 30th to a 60th" not in decided.reason
     assert "a 30th to a 60th" in rules_cpt.learning_rate(texts(tokens=M)).reason
     assert (
         rules_cpt.learning_rate(texts(hidden_size=8192, num_layers=80, vocab_size=32000)).value
@@ -38,8 +38,8 @@ def test_the_learning_rate_is_a_tenth_of_the_peak_with_its_source(texts: Make) -
 
 def test_much_text_is_re_warmed_to_the_peak_and_re_decayed(texts: Make) -> None:
     assert rules_cpt.learning_rate(texts(tokens=10**10 - 1)).value == 3e-4
-    found = rules_cpt.learning_rate(texts(tokens=10**10))
-    assert (found.value, found.reason[:45]) == (
+    decided = rules_cpt.learning_rate(texts(tokens=10**10))
+    assert (decided.value, decided.reason[:45]) == (
         3e-3,
         "10,000,000,000 tokens: re-warmed to the peak ",
     )
@@ -56,9 +56,9 @@ def test_much_text_is_re_warmed_to_the_peak_and_re_decayed(texts: Make) -> None:
     ("parameters", "rate"), [(10**8, 3e-4), (5 * 10**8, 1e-4), (5 * 10**9, 2e-5)]
 )
 def test_an_unknown_peak_is_said(parameters: int, rate: float, texts: Make) -> None:
-    found = rules_cpt.learning_rate(texts(hidden_size=999, parameters=parameters))
-    assert found.value == rate
-    assert UNKNOWN_PEAK in found.reason
+    decided = rules_cpt.learning_rate(texts(hidden_size=999, parameters=parameters))
+    assert decided.value == rate
+    assert UNKNOWN_PEAK in decided.reason
 
 
 @pytest.mark.parametrize(("tokens", "epochs"), [(M - 1, 3), (M, 2), (10 * M - 1, 2), (10 * M, 1)])
@@ -99,9 +99,9 @@ def test_all_weights_are_trained_on_much_text_where_they_fit(texts: Make) -> Non
 
 
 def test_steps_are_counted_in_tokens(texts: Make) -> None:
-    known = texts(tokens=1001, num_train_epochs=2, batch_tokens=500)
-    assert known.steps == 5
-    assert dataclasses.replace(known, max_steps=3).steps == 3
+    make_context = texts(tokens=1001, num_train_epochs=2, batch_tokens=500)
+    assert make_context.steps == 5
+    assert dataclasses.replace(make_context, max_steps=3).steps == 3
 
 
 def test_other_rules_are_those_of_fine_tuning() -> None:

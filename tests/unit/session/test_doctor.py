@@ -12,22 +12,22 @@ from tunesmith.session.doctor import diagnose
 
 
 def test_a_healthy_machine(tmp_path: Path) -> None:
-    found = diagnose(folder=tmp_path / "runs")
-    assert found.is_ok, found.checks
-    assert {check.name: check.value for check in found.checks}["write, fsync, rename"] == str(
+    diagnosis = diagnose(folder=tmp_path / "runs")
+    assert diagnosis.is_ok, diagnosis.checks
+    assert {check.name: check.value for check in diagnosis.checks}["write, fsync, rename"] == str(
         tmp_path
     )
     assert list(tmp_path.iterdir()) == []  # nothing left behind
-    assert found.model is None
-    assert found.memory_fits == ()
+    assert diagnosis.model is None
+    assert diagnosis.memory_fits == ()
 
 
 def test_a_place_that_cannot_be_written() -> None:
-    found = diagnose(folder=Path("/proc/runs"))
-    failed = [check for check in found.checks if not check.is_ok and check.is_required]
+    diagnosis = diagnose(folder=Path("/proc/runs"))
+    failed = [check for check in diagnosis.checks if not check.is_ok and check.is_required]
     assert [check.name for check in failed] == ["write, fsync, rename"]
     assert failed[0].fix
-    assert not found.is_ok
+    assert not diagnosis.is_ok
 
 
 def tiny_llama(folder: Path, **changed: object) -> Path:
@@ -55,19 +55,19 @@ def tiny_llama(folder: Path, **changed: object) -> Path:
 
 
 def test_a_model_is_looked_at(tmp_path: Path) -> None:
-    found = diagnose(str(tiny_llama(tmp_path)), folder=tmp_path)
-    assert found.model is not None
-    assert found.model.path == tmp_path.resolve()
-    assert [(fit.method, fit.has_enough_memory) for fit in found.memory_fits] == [
+    diagnosis = diagnose(str(tiny_llama(tmp_path)), folder=tmp_path)
+    assert diagnosis.model is not None
+    assert diagnosis.model.path == tmp_path.resolve()
+    assert [(fit.method, fit.has_enough_memory) for fit in diagnosis.memory_fits] == [
         ("lora", True),
         ("qlora", True),
         ("full", True),
     ]
-    assert {check.name for check in found.checks if not check.is_ok} == {
+    assert {check.name for check in diagnosis.checks if not check.is_ok} == {
         "tokenizer",
         "chat template",
     }
-    assert not found.is_ok
+    assert not diagnosis.is_ok
 
 
 def test_a_model_that_is_too_large_for_any_machine(tmp_path: Path) -> None:

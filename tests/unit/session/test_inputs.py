@@ -28,8 +28,8 @@ def ids(dataset: Dataset) -> list[str]:
 
 
 def roles(model: Path, folder: Path, **changed: Any) -> dict[str, list[str]]:
-    found = inputs.load_inputs(recipe(model, folder, **changed))
-    return {role: ids(dataset) for role, dataset in found.datasets.items()}
+    datasets = inputs.load_inputs(recipe(model, folder, **changed))
+    return {role: ids(dataset) for role, dataset in datasets.datasets.items()}
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_general_text_that_is_not_there_is_refused_by_the_plan(
 
 
 def test_each_role_is_its_own_file(tiny_folder: Path, tmp_path: Path) -> None:
-    found = roles(tiny_folder, tmp_path, **measured_files(tmp_path))
-    assert {role: rows[0] for role, rows in found.items()} == {
+    datasets = roles(tiny_folder, tmp_path, **measured_files(tmp_path))
+    assert {role: rows[0] for role, rows in datasets.items()} == {
         "data": "train.jsonl:1",
         "eval_data": "eval.jsonl:1",
         "test_data": "test.jsonl:1",
@@ -64,12 +64,12 @@ def test_without_test_data_half_of_the_held_out_rows_is_kept_for_the_end(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     held_out = str(write_rows(tmp_path / "e.jsonl", sums(500, 40)))
-    found = roles(tiny_folder, tmp_path, eval_data=held_out)
-    assert 12 <= len(found["test_data"]) <= 28
-    assert sorted(found["eval_data"] + found["test_data"]) == sorted(
+    datasets = roles(tiny_folder, tmp_path, eval_data=held_out)
+    assert 12 <= len(datasets["test_data"]) <= 28
+    assert sorted(datasets["eval_data"] + datasets["test_data"]) == sorted(
         f"e.jsonl:{n}" for n in range(1, 41)
     )
-    assert found["data"] == [f"train.jsonl:{n}" for n in range(1, 7)]
+    assert datasets["data"] == [f"train.jsonl:{n}" for n in range(1, 7)]
 
 
 def test_a_share_of_the_data_is_held_out_and_halved_and_the_seed_chooses(
@@ -94,30 +94,31 @@ def test_a_role_of_one_row_is_refused_by_name(role: str, tiny_folder: Path, tmp_
     lonely = str(write_rows(tmp_path / "one.jsonl", sums(500, 1)))
     files = measured_files(tmp_path) | {role: lonely}
     with pytest.raises(
-        InputError, match=rf"{role}: .*one\.jsonl: one row: a score on it has no confidence interval"
+        InputError,
+        match=rf"{role}: .*one\.jsonl: one row: a score on it has no confidence interval",
     ):
         inputs.load_inputs(recipe(tiny_folder, tmp_path, **files))
 
 
 def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> None:
-    known = inputs.load_inputs(
+    run_inputs = inputs.load_inputs(
         recipe(tiny_folder, tmp_path, **measured_files(tmp_path), seed=5), now=MOMENT
     )
-    plan = parse_as(Plan, json.loads(dump_json(inputs.make_plan(known))))
+    plan = parse_as(Plan, json.loads(dump_json(inputs.make_plan(run_inputs))))
     again = inputs.reload_inputs(plan)
     assert (again.recipe, again.model, again.output_dir) == (
-        known.recipe,
-        known.model,
-        known.output_dir,
+        run_inputs.recipe,
+        run_inputs.model,
+        run_inputs.output_dir,
     )
-    assert again.now == known.now == MOMENT.replace(microsecond=0)
-    assert again.renderer.fingerprint == known.renderer.fingerprint
+    assert again.now == run_inputs.now == MOMENT.replace(microsecond=0)
+    assert again.renderer.fingerprint == run_inputs.renderer.fingerprint
     assert {role: d.fingerprint for role, d in again.datasets.items()} == {
-        role: d.fingerprint for role, d in known.datasets.items()
+        role: d.fingerprint for role, d in run_inputs.datasets.items()
     }
     assert inputs.make_plan(again).reasons.keys() == plan.reasons.keys()
     assert [inputs.make_plan(again).values[key] for key in plan.reasons] == [
-        inputs.make_plan(known).values[key] for key in plan.reasons
+        inputs.make_plan(run_inputs).values[key] for key in plan.reasons
     ]
 
 
@@ -143,40 +144,38 @@ def test_the_folder_of_a_run_is_found_when_none_is_wished_for(
 def test_a_template_of_ones_own_takes_the_place_of_the_models(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    own = tmp_path / "own.jinja"
-    own.write_text(
+    template = tmp_path / "own.jinja"
+    template.write_text(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    wish = recipe(tiny_folder, tmp_path, chat_template=str(own))
-    known = inputs.load_inputs(wish)
-    (document,) = known.datasets["data"].render_documents(0)
-    assert known.renderer.decode(document.tokens_L.tolist()).startswith("[user]1 and 1 please")
+    wish = recipe(tiny_folder, tmp_path, chat_template=str(template))
+    run_inputs = inputs.load_inputs(wish)
+    (document,) = run_inputs.datasets["data"].render_documents(0)
+    assert run_inputs.renderer.decode(document.tokens_L.tolist()).startswith("[user]1 and 1 please")
     assert document.tokens_L[-1] == END
 
 
 def test_no_template_means_plain_text(tiny_folder: Path, tmp_path: Path) -> None:
     text = str(write_rows(tmp_path / "text.jsonl", [{"text": "first"}]))
-    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, chat_template="none", data=text))
-    (document,) = known.datasets["data"].render_documents(0)
-    assert not known.renderer.has_template
-    assert known.renderer.decode(document.tokens_L.tolist()).startswith("first")
+    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path, chat_template="none", data=text))
+    (document,) = run_inputs.datasets["data"].render_documents(0)
+    assert not run_inputs.renderer.has_template
+    assert run_inputs.renderer.decode(document.tokens_L.tolist()).startswith("first")
     with pytest.raises(InputError, match="template"):
         inputs.load_inputs(recipe(tiny_folder, tmp_path, chat_template="none"))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(None, "no such file"), ("{", "not valid JSON")]
-)
+@pytest.mark.parametrize(("content", "message"), [(None, "no such file"), ("{", "not valid JSON")])
 def test_a_broken_schema_is_named(
     content: str | None, message: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "s.json"
     if content is not None:
         path.write_text(content)
-    known = inputs.load_inputs(recipe(tiny_folder, tmp_path, response_schema=str(path)))
+    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path, response_schema=str(path)))
     with pytest.raises(InputError, match=rf"response_schema: .*s\.json(:1:2)?: {message}"):
-        inputs.make_plan(known)
+        inputs.make_plan(run_inputs)
 
 
 def test_a_plan_needs_no_weights_and_a_run_does(
@@ -186,11 +185,11 @@ def test_a_plan_needs_no_weights_and_a_run_does(
     shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
     wish = recipe(alone, tmp_path)
     made = inputs.make_plan(inputs.load_inputs(wish, needs_weights=False))
-    whole = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
+    full_plan = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
     assert (made.memory_bytes, made.steps, made.tokens_per_epoch) == (
-        whole.memory_bytes,
-        whole.steps,
-        whole.tokens_per_epoch,
+        full_plan.memory_bytes,
+        full_plan.steps,
+        full_plan.tokens_per_epoch,
     )
     assert any("has no weights" in warning for warning in made.warnings)
     with pytest.raises(InputError, match=r"neither model\.safetensors"):
@@ -198,18 +197,18 @@ def test_a_plan_needs_no_weights_and_a_run_does(
     monkeypatch.setattr(inputs, "FALLBACK_TOKENIZER", str(tiny_folder))
     (alone / "tokenizer.json").unlink()
     counted = inputs.make_plan(inputs.load_inputs(wish, needs_weights=False))
-    assert counted.tokens_per_epoch == whole.tokens_per_epoch
+    assert counted.tokens_per_epoch == full_plan.tokens_per_epoch
     assert any("counted with the tokenizer of" in warning for warning in counted.warnings)
 
 
 def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    known = inputs.load_inputs(recipe(tiny_folder, tmp_path))
-    small = dataclasses.replace(known.machine, available_bytes=10**6)
-    plan = inputs.make_plan(dataclasses.replace(known, machine=small))
+    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path))
+    small = dataclasses.replace(run_inputs.machine, available_bytes=10**6)
+    plan = inputs.make_plan(dataclasses.replace(run_inputs, machine=small))
     assert plan.fits_on == "l4 (24.0 GB)"
     with pytest.raises(MachineError) as refusal:
         refuse_if_too_large(plan)
     assert "such as l4 (24.0 GB)" in refusal.value.fix
-    assert inputs.make_plan(known).fits_on == ""
+    assert inputs.make_plan(run_inputs).fits_on == ""
