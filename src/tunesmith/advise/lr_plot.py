@@ -12,8 +12,13 @@ from xml.sax.saxutils import escape
 from tunesmith.advise.lr_finder import LRFinderResult, LRPoint
 
 BAR_WIDTH = 32  # characters
-WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 30, 70  # margins
+WIDTH = 640  # pixels
+HEIGHT = 360
+# margins
+LEFT = 70
+RIGHT = 20
+TOP = 30
+BOTTOM = 70
 GREEN = "#0b6"
 GRAY = "#888"
 

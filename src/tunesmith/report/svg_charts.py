@@ -13,8 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-WIDTH, HEIGHT = 460, 270  # pixels
-PLOT_X0, RIGHT, TOP, BOTTOM = 54, 14, 26, 44  # margins
+WIDTH = 460  # pixels
+HEIGHT = 270
+# margins
+LEFT = 54
+RIGHT = 14
+TOP = 26
+BOTTOM = 44
 MAX_POINTS = 200
 MARK_SIGNS = {"saved": "▾", "warn": "◆", "rollback": "↺", "stop": "■"}
 
@@ -70,7 +75,7 @@ class Frame:
 
     def scale_x(self, value: float) -> float:
         low, high = self.x_range
-        return round(PLOT_X0 + (value - low) / (high - low) * (WIDTH - PLOT_X0 - RIGHT), 2)
+        return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 2)
 
     def scale_y(self, value: float) -> float:
         fraction = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
@@ -141,7 +146,7 @@ class LineChart:
     width: int = WIDTH
     height: int = HEIGHT
     top: int = TOP
-    plot_left: int = PLOT_X0
+    plot_left: int = LEFT
     plot_right: int = WIDTH - RIGHT
     plot_bottom: int = HEIGHT - BOTTOM
     max_points: int = MAX_POINTS
@@ -170,7 +175,7 @@ def build_line_chart(
         grid_ys=tuple(frame.scale_y(y) for y in frame.y_ticks),
         ticks=_place_ticks(frame),
         names=(
-            Label((PLOT_X0 + WIDTH - RIGHT) / 2, HEIGHT - 6, axes.x, "middle"),
+            Label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, axes.x, "middle"),
             Label(4, 14, axes.y),
         ),
         marks=tuple(_place_mark(frame, mark) for mark in marks),
@@ -182,7 +187,8 @@ def build_line_chart(
 
 
 def _find_range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     return (low, high) if low < high else (low - 1, high + 1)
 
 
@@ -194,7 +200,7 @@ def thin_points(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def _place_ticks(frame: Frame) -> tuple[Label, ...]:
-    y_labels = [Label(PLOT_X0 - 8, frame.scale_y(y) + 4, f"{y:g}", "end") for y in frame.y_ticks]
+    y_labels = [Label(LEFT - 8, frame.scale_y(y) + 4, f"{y:g}", "end") for y in frame.y_ticks]
     bottom = HEIGHT - BOTTOM + 18
     x_labels = [Label(frame.scale_x(x), bottom, f"{x:g}", "middle") for x in frame.x_ticks]
     return (*y_labels, *x_labels)
@@ -274,7 +280,8 @@ def _format_cells(point: Point | None, has_interval: bool) -> list[str]:
 
 # ---------------------------------------------------------------- intervals in a table
 
-STRIP_WIDTH, STRIP_HEIGHT = 160, 20
+STRIP_WIDTH = 160  # pixels
+STRIP_HEIGHT = 20
 
 
 @dataclass(frozen=True)

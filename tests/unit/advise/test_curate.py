@@ -41,7 +41,8 @@ def test_scores_are_those_of_the_stock_model(run_inputs: RunInputs, tiny_folder:
     stock = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     for row in (0, 7):
         (document,) = data.render_documents(row)
-        tokens, first = document.tokens_L.tolist(), int(np.flatnonzero(document.weights_L)[0])
+        tokens = document.tokens_L.tolist()
+        first = int(np.flatnonzero(document.weights_L)[0])
         tokens = tokens[: int(np.flatnonzero(document.weights_L)[-1]) + 1]
         count = len(tokens) - first
         with_question = compute_nats(stock, tokens, first)

@@ -1,4 +1,4 @@
-"""`tunesmith report`, and the page that a run leaves."""
+"""`tunesmith report`, and the page at the end of a run."""
 
 import json
 import re
@@ -14,11 +14,9 @@ from tunesmith.cli import run as run_commands
 Outcome = tuple[int, str, str]
 
 
-def test_the_verb_says_where_the_page_is(tmp_path: Path, tunesmith: Callable[..., Outcome]) -> None:
-    run, other = (
-        fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record()),
-        tmp_path / "other.html",
-    )
+def test_the_verb_prints_the_path(tmp_path: Path, tunesmith: Callable[..., Outcome]) -> None:
+    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
+    other = tmp_path / "other.html"
     assert tunesmith("report", str(run)) == (0, f"{run / 'report.html'}\n", "")
     code, out, _ = tunesmith("report", str(run), "--out", str(other), "--json")
     assert (code, json.loads(out)["report"]) == (0, str(other))
@@ -28,12 +26,13 @@ def test_the_verb_says_where_the_page_is(tmp_path: Path, tunesmith: Callable[...
     assert "not a run folder" in err
 
 
-def test_a_run_leaves_its_page(
+def test_a_run_writes_its_page(
     tmp_path: Path, tiny_folder: Path, tunesmith: Callable[..., Outcome]
 ) -> None:
-    data, run = write_rows(tmp_path / "train.jsonl", sums(1, 6)), tmp_path / "run"
+    data = write_rows(tmp_path / "train.jsonl", sums(1, 6))
+    run = tmp_path / "run"
     test = write_rows(tmp_path / "test.jsonl", sums(50, 3))
-    words = [
+    arguments = [
         "train",
         "--model",
         str(tiny_folder),
@@ -44,14 +43,14 @@ def test_a_run_leaves_its_page(
         "--max-steps",
         "2",
     ]
-    code, out, err = tunesmith(*words, "--output-dir", str(run), "--dtype", "fp32", "--json")
+    code, out, err = tunesmith(*arguments, "--output-dir", str(run), "--dtype", "fp32", "--json")
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
     assert f"report: {run / 'report.html'}" in err
     assert re.search(r"\d metrics? of the answers: \d better", (run / "report.html").read_text())
 
 
-def test_a_run_without_a_page_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_page_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     (run / "report.html").mkdir()
     run_commands.write_page(run)

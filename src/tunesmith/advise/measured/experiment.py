@@ -9,11 +9,13 @@ continues. Only `eval_data` is used; `test_data` is not read.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tunesmith.advise.measured.arms import Arm, ArmOptions, build_arms
 from tunesmith.advise.measured.knowledge_check import (
@@ -26,7 +28,6 @@ from tunesmith.advise.measured.knowledge_check import (
 )
 from tunesmith.advise.measured.learning_curve import LearningCurve, fit_curve
 from tunesmith.advise.measured.prompting import get_question
-from tunesmith.advise.measured.result_store import ResultStore
 from tunesmith.advise.measured.retrieval import RECALL_CUTOFFS, PassageIndex
 from tunesmith.advise.measured.run_arm import (
     ArmResult,
@@ -52,9 +53,12 @@ from tunesmith.advise.measured.verdict import (
     choose_primary_metric,
     make_decision,
 )
+from tunesmith.core.atomic import make_dirs, remove_leftovers, write_file
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import Score
+from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Json, Plan
+from tunesmith.evaluate.answer_cache import ANSWERS_FILE, AnswerCache
 from tunesmith.evaluate.generate_until import build_prompts, check_prompts
 from tunesmith.evaluate.metrics import METRICS, split_metric
 from tunesmith.evaluate.statistics import compute_wilson_interval
@@ -198,6 +202,54 @@ def _limit_items(
         speed = ArmSpeed(timings, count_fitting_items(runner, timings, 60 * minutes))
         store.put("speed", speed)
     return dataclasses.replace(runner, items=runner.items[: speed.items]), speed.timings
+
+
+# ---------------------------------------------------------------- stored results
+
+T = TypeVar("T")
+
+
+class ResultStore:
+    """Results on disk: one file per arm, written when the arm has finished.
+
+    A file's name is a hash of everything that its content depends on (model, rows, items,
+    documents, arm), so an interrupted experiment continues, a repeated one is free, and no stale
+    result is used. Recipes may share a folder. Raises InputError for a folder that cannot be made.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Json) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+        if folder.exists() and not folder.is_dir():
+            raise InputError("not a folder", where=f"--out: {folder}", fix="name a folder")
+        make_dirs(folder)
+        remove_leftovers(folder)
+
+    @property
+    def answer_cache(self) -> AnswerCache:
+        """Single answers of the untrained model, those of unfinished arms included."""
+        digest = hashlib.sha256(dump_json(self.fingerprint)).hexdigest()
+        return AnswerCache(self.folder / ANSWERS_FILE, digest)
+
+    def get(self, key: Any, result_type: type[T]) -> T | None:
+        """Return None for a result that is missing, truncated or of another version."""
+        path = self._build_path(key)
+        if not path.is_file():
+            return None
+        try:
+            return parse_as(result_type, read_json(path)["result"], where=str(path))
+        except (InputError, KeyError, TypeError):
+            return None
+
+    def put(self, key: Any, result: Any) -> None:
+        write_file(self._build_path(key), dump_json({"key": key, "result": result}))
+
+    def _build_path(self, key: Any) -> Path:
+        key_bytes = dump_json({**self.fingerprint, "key": key})
+        return self.folder / f"{hashlib.sha256(key_bytes).hexdigest()[:20]}.json"
+
+
+# ---------------------------------------------------------------- running
 
 
 class _Experiment:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.data.readers.sources import open_source
-from tunesmith.evaluate.text_metrics import normalise_words
+from tunesmith.evaluate.text_metrics import normalize_words
 
 # words of a passage
 MIN_WORDS = 20
@@ -59,9 +59,9 @@ class PassageIndex:
         self, question: str, answer: str, max_rank: int = RECALL_CUTOFFS[-1]
     ) -> int | None:
         """Return the rank, from 1, of the first passage that contains the answer."""
-        answer_words = normalise_words(answer)
+        answer_words = normalize_words(answer)
         for rank, text in enumerate(self.search(question, max_rank), start=1):
-            if answer_words in normalise_words(text):
+            if answer_words in normalize_words(text):
                 return rank
         return None
 

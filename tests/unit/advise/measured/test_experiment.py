@@ -153,7 +153,8 @@ def test_every_kind_of_arm_has_its_prompt(writer: Path, tmp_path: Path) -> None:
     assert render_first(Arm(shots=2, seed=1)) != render_first(Arm(shots=2))
     constrained = run_arm(runner, Arm(is_constrained=True))
     assert all(json.loads(answer)["sum"] in (1, 2) for answer in constrained.answers.values())
-    free, trained = run_arm(runner, Arm()), run_arm(runner, Arm(examples=25))
+    free = run_arm(runner, Arm())
+    trained = run_arm(runner, Arm(examples=25))
     assert trained.answers != free.answers
     assert trained.train_seconds > 0 == free.train_seconds
     after = runner.model.network.state_dict()

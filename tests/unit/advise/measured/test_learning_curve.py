@@ -84,10 +84,9 @@ def test_a_curve_needs_four_sizes() -> None:
 def test_several_trainings_widen_the_interval_by_their_spread() -> None:
     single = fit(lambda n: 3 * n**-0.7)
     scores = make_points(lambda n: 3 * n**-0.7)
-    spread = {
-        n: [values[0], [max(0.0, value - 0.3) for value in values[0]]]
-        for n, values in scores.items()
-    }
+    spread = {}
+    for size, (values,) in scores.items():
+        spread[size] = [values, [max(0.0, value - 0.3) for value in values]]
     several = fit_curve(spread)
     assert several is not None
     assert several.b_high - several.b_low > single.b_high - single.b_low

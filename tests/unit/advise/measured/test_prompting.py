@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import datetime
 from pathlib import Path
 
@@ -83,9 +84,8 @@ def test_arms_are_unique_and_possible_and_zero_shot_is_first() -> None:
     assert everything[0] == Arm()
     assert len(everything) == len(set(everything))
     assert {arm.examples for arm in everything} == {0, 25, 50, 100, 200, 400}
-    assert {(arm.shots, arm.shot_layout, arm.seed) for arm in everything} >= {
-        (k, f, s) for k in (2, 4, 8) for f in SHOT_LAYOUTS for s in (0, 1, 2)
-    }
+    prompts = {(arm.shots, arm.shot_layout, arm.seed) for arm in everything}
+    assert prompts >= set(itertools.product((2, 4, 8), SHOT_LAYOUTS, (0, 1, 2)))
     few = build_arms(ArmOptions(rows=3, has_documents=False, has_schema=False))
     assert {arm.shots for arm in few} == {0, 2}
     assert not any(arm.passages or arm.is_constrained or arm.examples for arm in few)
