@@ -26,8 +26,10 @@ import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
+from typer.models import ArgumentInfo
 
 from tunesmith.cli.app import VERBS
 from tunesmith.core.types import Json
@@ -39,6 +41,8 @@ DEMO = Path(fields.__file__).parent / "demo"
 BLOCK = re.compile(r"(<!-- (\$|table:) (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 LINES = re.compile(r" \| lines ([\d, -]+)$")
 WIDTH = 100
+BAR = "\\|"  # a vertical bar inside a cell of a table
+TYPE_NAMES = {str: "TEXT", int: "N", float: "NUMBER", Path: "PATH", bool: ""}
 TIMEOUT_SECONDS = 1800
 
 
@@ -100,12 +104,47 @@ def build_verb_table() -> list[str]:
 
 
 def build_help_pages() -> list[str]:
-    """The help of every verb, as the terminal prints it."""
+    """The help of every verb: its usage, and a table of its arguments and options."""
     lines: list[str] = []
-    for name in VERBS:
-        text = _run(f"tunesmith {name} --help", Path.cwd())
-        lines += [f"## tunesmith {name}", "", "```", *text.strip().splitlines(), "```", ""]
+    for name, verb in VERBS.items():
+        lines += [f"## tunesmith {name}", "", *_build_help_page(name, verb), ""]
     return lines[:-1]
+
+
+def _build_help_page(name: str, verb: Callable[..., None]) -> list[str]:
+    usage = [f"tunesmith {name}"]
+    rows: list[str] = []
+    hints = get_type_hints(verb, include_extras=True)
+    for key, parameter in inspect.signature(verb).parameters.items():
+        hint, info = get_args(hints[key])
+        is_required = parameter.default is parameter.empty
+        default = "required" if is_required else _format_default(parameter.default)
+        takes = f"`{info.metavar or _format_type(hint)}`"
+        if isinstance(info, ArgumentInfo):
+            word = info.metavar or key.upper()
+            many = "..." if get_origin(get_args(hint)[0]) is list else ""
+            usage.append(word if is_required else f"[{word}]{many}")
+            flag, takes = f"`{word}`", ""
+        else:
+            # in an annotation the first name is where an option elsewhere has its default
+            name_first = isinstance(info.default, str) and info.default.startswith("--")
+            flag = info.default if name_first else f"--{key.replace('_', '-')}"
+            if is_required:
+                usage.append(f"{flag} {takes.strip('`')}")
+            if parameter.default is False:
+                takes, default = "", "-"
+            flag = f"`{flag}`"
+        cells = [flag, takes, default, str(info.help).rstrip(".")]
+        rows.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
+    head = ["| argument or option | takes | if left out | meaning |", "|---|---|---|---|"]
+    summary = (inspect.getdoc(verb) or "").split("\n\n")[0].replace("\n", " ")
+    return [summary, "", "```", " ".join([*usage, "[OPTIONS]"]), "```", "", *head, *rows]
+
+
+def _format_type(hint: Any) -> str:
+    """The name of a type, without the None of an optional one."""
+    (kind,) = [part for part in get_args(hint) or (hint,) if part is not type(None)]
+    return TYPE_NAMES[kind]
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {

@@ -15,8 +15,9 @@ from typing import TypeVar
 
 import torch
 
+from tunesmith.core.events import CheckResult
 from tunesmith.core.progress_log import log_progress
-from tunesmith.core.types import Batch, Document, Pack
+from tunesmith.core.types import Batch, Comparison, Document, Pack
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
@@ -28,6 +29,7 @@ from tunesmith.model.oom import OutOfMemory, memory_errors
 
 T = TypeVar("T")
 PROGRESS_LABEL = "documents scored"
+MAX_CHOSEN_DROP = 0.10  # warn when chosen answers get this much less likely (rules.md 6.3)
 
 
 def compute_nll(
@@ -163,3 +165,51 @@ def to_bits_per_byte(
     return replace(
         loss, metric=BITS_PER_BYTE, ids=tuple(ids), values=tuple(values), weights=tuple(weights)
     )
+
+
+# ---------------------------------------------------------------- preference pairs
+
+
+def measure_preference(
+    model: PackedCausalLM,
+    documents: Sequence[Document],
+    *,
+    task: str,
+    pack_length: int,
+    should_sum: bool,
+    share: bool = False,
+) -> tuple[MetricValues, ...]:
+    """Return per preference pair: accuracy, margin, and the log-probability of each answer.
+
+    should_sum: compare sums over the answers, as DPO does, else means over their tokens, as ORPO
+    and SimPO do.
+    """
+    logps: dict[tuple[str, str], float] = {}
+    for index, nats, tokens in compute_nll(model, documents, pack_length, share=share):
+        document = documents[index]
+        logps[document.id, document.side] = -nats if should_sum else -nats / tokens
+    rows = tuple(document.id for document in documents if document.side == "chosen")
+    chosen = [logps[row, "chosen"] for row in rows]
+    rejected = [logps[row, "rejected"] for row in rows]
+    margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
+    return (
+        MetricValues(
+            task, "preference_accuracy", rows, tuple(float(margin > 0) for margin in margins)
+        ),
+        MetricValues(task, "margin", rows, tuple(margins)),
+        MetricValues(task, "chosen_logp", rows, tuple(chosen)),
+        MetricValues(task, "rejected_logp", rows, tuple(rejected), higher_is_better=False),
+    )
+
+
+def check_displacement(comparisons: Sequence[Comparison], step: int) -> Iterator[CheckResult]:
+    """Yield a warning when the chosen answers became less likely (likelihood displacement)."""
+    for comparison in comparisons:
+        before = comparison.before.value
+        after = comparison.after.value
+        drop = (before - after) / max(abs(before), 1e-9)
+        if comparison.metric == "chosen_logp" and drop > MAX_CHOSEN_DROP:
+            change = f"log-probability {before:.2f} -> {after:.2f}, {drop:.0%} lower"
+            fix = "raise nll_coefficient or beta, or lower learning_rate"
+            evidence = f"{comparison.task}: {change}; {fix}"
+            yield CheckResult("chosen answers less likely", "warn", evidence, step)

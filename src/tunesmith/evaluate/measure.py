@@ -13,7 +13,6 @@ from typing import Any
 from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.types import Document
 from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached
-from tunesmith.evaluate.by_task import split_by_task
 from tunesmith.evaluate.constraint_violations import ELICITING, measure_bad_logp, measure_violations
 from tunesmith.evaluate.general_text import (
     GeneralText,
@@ -29,11 +28,19 @@ from tunesmith.evaluate.generate_until import (
 )
 from tunesmith.evaluate.items import EvalItems
 from tunesmith.evaluate.kl_divergence import BaseReference, measure_loss_and_kl
-from tunesmith.evaluate.loglikelihood import measure_loss, to_bits_per_byte
+from tunesmith.evaluate.loglikelihood import (
+    measure_loss,
+    measure_preference,
+    to_bits_per_byte,
+)
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, LIKELIHOODS
 from tunesmith.evaluate.multiple_choice import measure_multiple_choice
-from tunesmith.evaluate.preference import measure_preference
-from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
+from tunesmith.evaluate.results import (
+    EvalResults,
+    MetricValues,
+    compute_score,
+    split_by_task,
+)
 from tunesmith.session.session import Session
 
 BaseReferences = Mapping[str, BaseReference]  # by task

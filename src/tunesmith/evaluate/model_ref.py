@@ -31,7 +31,7 @@ from tunesmith.evaluate.metrics import METRICS, grade_answer, parse_metric_arg, 
 from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
 from tunesmith.evaluate.scale_choice import MAX_SCALE
-from tunesmith.evaluate.statistics import compute_p_value, holm_adjust
+from tunesmith.evaluate.statistics import adjust_p_values, compute_p_value
 from tunesmith.model.hub.resolve import BUILT_IN_MODELS, HUB_ID
 
 BASE_NAME = "base"
@@ -247,4 +247,4 @@ def compare_models(names: Sequence[str], results: Sequence[EvalResults]) -> Mode
     comparisons = tuple(compare_measurements(first, second) for first, second in pairs)
     p_values = [compute_p_value(comparison) for comparison in comparisons]
     first, second = names
-    return ModelComparison(first, second, comparisons, holm_adjust(p_values), tuple(notes))
+    return ModelComparison(first, second, comparisons, adjust_p_values(p_values), tuple(notes))

@@ -8,7 +8,7 @@ the variance between training seeds, which one run cannot show.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -170,6 +170,43 @@ def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricVal
         weights=tuple(weights[index] for index in indices) if weights else (),
         groups=tuple(groups[index] for index in indices) if groups else (),
     )
+
+
+def split_by_task(
+    measurement: MetricValues, tasks: Mapping[str, str], trained_tasks: Collection[str]
+) -> Iterator[MetricValues]:
+    """Yield the values per task and their means over tasks; without tasks, the measurement itself.
+
+    tasks: item id -> task. trained_tasks: the tasks with training rows. They are never averaged
+    with the other tasks: what was learned and what transfers are two results. Tasks have equal
+    weight whatever their number of rows (macro average).
+    """
+    if not tasks:
+        yield measurement
+        return
+    names = list(dict.fromkeys(tasks[item] for item in measurement.ids))
+    trained = [name for name in names if name in trained_tasks]
+    held_out = [name for name in names if name not in trained_tasks]
+    yield from _split_tasks(measurement, tasks, trained, "", "mean of tasks")
+    yield from _split_tasks(measurement, tasks, held_out, " (held out)", "mean of held-out tasks")
+
+
+def _split_tasks(
+    measurement: MetricValues,
+    tasks: Mapping[str, str],
+    names: Collection[str],
+    suffix: str,
+    mean_label: str,
+) -> Iterator[MetricValues]:
+    for name in names:
+        indices = [i for i, item in enumerate(measurement.ids) if tasks[item] == name]
+        part = select_items(measurement, indices)
+        yield replace(part, task=f"{measurement.task}: {name}{suffix}")
+    if len(names) > 1:
+        indices = [i for i, item in enumerate(measurement.ids) if tasks[item] in names]
+        part = select_items(measurement, indices)
+        groups = tuple(tasks[item] for item in part.ids)
+        yield replace(part, task=f"{measurement.task}: {mean_label}", groups=groups)
 
 
 def _compute_mean(measurement: MetricValues) -> float:

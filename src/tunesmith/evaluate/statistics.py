@@ -92,7 +92,7 @@ def compute_mcnemar_p(gains: int, losses: int) -> float:
     return min(1.0, 2 * tail / 2**changed)
 
 
-def holm_adjust(p_values: Sequence[float]) -> tuple[float, ...]:
+def adjust_p_values(p_values: Sequence[float]) -> tuple[float, ...]:
     """Return p-values adjusted for multiple comparisons (Holm 1979), in the order given."""
     adjusted = [0.0] * len(p_values)
     running_max = 0.0
@@ -143,7 +143,7 @@ def judge_comparison(comparison: Comparison) -> str:
 
 def judge_comparisons(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """Return the verdict on each comparison, marked where it does not survive Holm correction."""
-    adjusted_p = holm_adjust([compute_p_value(comparison) for comparison in comparisons])
+    adjusted_p = adjust_p_values([compute_p_value(comparison) for comparison in comparisons])
     verdicts: list[str] = []
     for comparison, p in zip(comparisons, adjusted_p, strict=True):
         verdict = judge_comparison(comparison)

@@ -54,11 +54,11 @@ def contains(answer: str, expected: str, arg: Any) -> float:
     if not target:
         return float(not answer.strip())
     if split_words(target):
-        return float(normalise_words(target) in normalise_words(answer))
+        return float(normalize_words(target) in normalize_words(answer))
     return float(target in answer)
 
 
-def normalise_words(text: str) -> str:
+def normalize_words(text: str) -> str:
     """Return the words with a space around each, so that `in` matches complete words only."""
     return f" {' '.join(split_words(text))} "
 

@@ -46,8 +46,8 @@ from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 from tunesmith.evaluate.adapter_scaling import measure_scale_curve
 from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.items import EvalItems, build_eval_items
+from tunesmith.evaluate.loglikelihood import check_displacement
 from tunesmith.evaluate.measure import measure_items
-from tunesmith.evaluate.preference import check_displacement
 from tunesmith.evaluate.results import (
     EvalResults,
     compare_results,

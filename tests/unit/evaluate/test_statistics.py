@@ -13,6 +13,7 @@ from tunesmith.evaluate.results import MetricValues, compare_measurements
 from tunesmith.evaluate.statistics import (
     NUM_RESAMPLES,
     Z,
+    adjust_p_values,
     bootstrap_interval,
     compute_detectable_difference,
     compute_mcnemar_p,
@@ -22,7 +23,6 @@ from tunesmith.evaluate.statistics import (
     compute_wilson_interval,
     describe_evidence,
     format_p,
-    holm_adjust,
     judge_comparison,
     judge_comparisons,
 )
@@ -163,12 +163,12 @@ def test_mcnemar_is_the_exact_binomial_test(gains: int, losses: int, p: float) -
 
 
 def test_holm_raises_each_p_by_those_that_are_left() -> None:
-    assert holm_adjust([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
+    assert adjust_p_values([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
         (0.03, 0.06, 0.06, 0.02)
     )  # R: p.adjust(p, "holm")
-    assert holm_adjust([0.7, 0.6]) == (1.0, 1.0)
-    assert holm_adjust([0.03]) == (0.03,)
-    assert holm_adjust([]) == ()
+    assert adjust_p_values([0.7, 0.6]) == (1.0, 1.0)
+    assert adjust_p_values([0.03]) == (0.03,)
+    assert adjust_p_values([]) == ()
 
 
 def test_500_items_with_45_losses_and_20_gains() -> None:
@@ -265,7 +265,7 @@ def test_mcnemar_equals_scipys_binomial_test(gains: int, losses: int) -> None:
 def test_holm_is_a_maximum_of_scipys_bonferroni_steps() -> None:
     """scipy has no Holm; its step-up FDR shares the ordering, and Bonferroni the first step."""
     p_values = np.random.default_rng(0).random(12) ** 3
-    adjusted = np.array(holm_adjust(p_values.tolist()))
+    adjusted = np.array(adjust_p_values(p_values.tolist()))
     order = np.argsort(p_values)
     steps = np.minimum(1, p_values[order] * np.arange(12, 0, -1))
     assert adjusted[order] == pytest.approx(np.maximum.accumulate(steps))
