@@ -125,7 +125,7 @@ def try_all(
     raise AssertionError("unreachable")
 
 
-# ---------------------------------------------------------------- the third checkpoint of a training
+# ---------------------------------------------------------------- the third checkpoint of a run
 
 
 def new_training() -> TrainingLoop:

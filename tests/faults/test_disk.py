@@ -81,7 +81,7 @@ def test_fault_26_an_output_that_cannot_be_written_is_refused_before_anything_is
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted" / "disk")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))
-    with pytest.raises(MachineError, match=r"cannot be written: |bytes, 0 are free") as refused:
+    with pytest.raises(MachineError, match=r"cannot be written: |bytes, and 0 are free") as refused:
         list(run.train(plan_of(recipe(tiny_folder, tmp_path, output_dir=str(tmp_path / location)))))
     assert "output_dir" in refused.value.fix
     assert not (tmp_path / "unmounted").exists()
@@ -144,7 +144,7 @@ def test_fault_33_events_that_cannot_be_written_wait_and_one_warning_says_so(
     ]
     assert (warning.kind, warning.evidence) == (
         "events.jsonl",
-        "No space left on device: lines wait in memory for room",
+        "No space left on device: events wait in memory until there is room",
     )
     written = read_events(folder)
     assert [event.step for event in written if isinstance(event, TrainStep)] == [1, 2, 3]

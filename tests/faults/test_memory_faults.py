@@ -109,7 +109,8 @@ def test_fault_28_one_document_that_does_not_fit_ends_the_run_with_advice() -> N
         bounded(tiny_model(), 20), lambda step: tiny_documents((31, 17, 5, step)), SETTINGS, steps=4
     )
     with pytest.raises(
-        MachineError, match=r"one document each by now, the longest has 31 tokens\n  fix: lower max"
+        MachineError,
+        match=r"each pack holds one document, the longest has 31 tokens\n  fix: lower max",
     ) as e:
         list(training)
     assert e.value.where == "step 1: rows:31.0"

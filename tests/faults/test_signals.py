@@ -123,12 +123,24 @@ def test_fault_23_a_second_signal_does_not_wait_for_the_step(
     assert went_on(tmp_path / "run")[1] == straight
 
 
-@pytest.mark.parametrize("stage", ["set_up", "prove", "measure", "eval_scores", "measure again"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "open_session",
+        "run_preflight",
+        "measure_items",
+        "eval_during_training",
+        "measure_items again",
+    ],
+)
 def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
     stage: str, tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wish, name = wished(tiny_folder, tmp_path), stage.partition(" ")[0]
-    location: Any = {"eval_scores": guarded_loop, "measure": base_reference}.get(stage, run)
+    location: Any = {
+        "eval_during_training": guarded_loop,
+        "measure_items": base_reference,
+    }.get(stage, run)
 
     def signalled(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -138,7 +150,7 @@ def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
         patch.setattr(location, name, signalled)
         events, stopped = follow(wish)
     assert stopped.exit_code == 130
-    done = {"eval_scores": [1, 2], "measure again": [1, 2, 3]}.get(stage, [])
+    done = {"eval_during_training": [1, 2], "measure_items again": [1, 2, 3]}.get(stage, [])
     assert [step.step for step in steps_of(events)] == done
     assert not done or (isinstance(events[-1], CheckpointSaved) and events[-1].step == done[-1])
     events, actual = went_on(tmp_path / "run")
