@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel
 from typer.models import ArgumentInfo
@@ -122,7 +122,7 @@ def _build_help_page(name: str, verb: Callable[..., None]) -> list[str]:
         takes = f"`{info.metavar or _format_type(hint)}`"
         if isinstance(info, ArgumentInfo):
             word = info.metavar or key.upper()
-            many = "..." if get_origin(get_args(hint)[0]) is list else ""
+            many = "..." if "list" in str(hint) else ""
             usage.append(word if is_required else f"[{word}]{many}")
             flag, takes = f"`{word}`", ""
         else:
