@@ -122,8 +122,8 @@ def test_another_bitsandbytes_is_another_run(tiny_folder: Path, tmp_path: Path) 
 def test_a_machine_without_bf16_is_told_what_it_costs(tiny_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), *sums(1, 3)])
     messages = plan_of(qlora(tiny_folder, tmp_path, data=str(rows), dtype="fp32")).warnings
-    assert any("widened to fp32" in warning for warning in messages)
+    assert any("dequantized to fp32" in warning for warning in messages)
     assert not any(
-        "widened" in warning
+        "dequantized" in warning
         for warning in plan_of(qlora(tiny_folder, tmp_path, dtype="bf16")).warnings
     )
